@@ -25,7 +25,8 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 
 from minikms import api
-from minikms.client import DecryptItem, KmsError, KmsRefusedError
+from minikms.api.errors import KmsError, KmsRefusedError
+from minikms.client import DecryptItem
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store import directory, keyspace, membership, record
 from progressdb_server.store.engine import Engine, Reader
@@ -247,12 +248,12 @@ class Checker:
         self.counts["order"] += 1
         thread, first = (part for part in key[len(keyspace.ORDER) :].split(b":"))
         versions = keyspace.versions(keyspace.message_id(Stamp.parse(first.decode())))
-        newest = self._reader.scan(versions, keyspace.after(versions), limit=1, reverse=True)
+        newest = self._reader.keys(versions, keyspace.after(versions), limit=1, reverse=True)
         if not newest:
             if self._reader.get(keyspace.message_of(thread, first)) is None:
                 yield Finding("dangling", _shown(key), "the message has no version", ((key, None),))
             return  # else the record's own rule rebuilds its version entry first
-        stamp = newest[0][0][len(versions) :]
+        stamp = newest[0][len(versions) :]
         raw = self._reader.get(keyspace.message_of(thread, stamp))
         if raw is None:
             return  # the version entry dangles, which is reported there; the next pass sees the one before it

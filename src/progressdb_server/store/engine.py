@@ -46,8 +46,8 @@ class Reader(Protocol):
         upper end downwards when `reverse`. Forwards, no more entries after the values together have `bytes_max`."""
         ...
 
-    def keys(self, lower: bytes, upper: bytes, *, limit: int) -> list[bytes]:
-        """The keys alone of such a scan forwards."""
+    def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
+        """The keys alone of such a scan. No value is read."""
         ...
 
 

@@ -24,7 +24,8 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from minikms.client import DecryptItem, KmsRefusedError
+from minikms.api.errors import KmsRefusedError
+from minikms.client import DecryptItem
 from minikms.client.items import SEALED_BYTES_MAX
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
@@ -240,14 +241,14 @@ class Reading(Threads):
         lower, upper = prefix, keyspace.after(prefix)
         if before is not None:
             upper = prefix + self._end_of_page(prefix, place, before).raw
-        newest = self.engine.scan(lower, upper, limit=1, reverse=True)
+        newest = self.engine.keys(lower, upper, limit=1, reverse=True)
         if not newest or limit == 0:
             return VersionList(_no_messages(), "")
-        upper = keyspace.next_key(newest[0][0])  # versions that are written later are not in the list
+        upper = keyspace.next_key(newest[0])  # versions that are written later are not in the list
         older = ""
         if limit is not None:
             lower = await self._start_of_last(limit, lower, upper, include_deleted=True)
-            if self.engine.scan(prefix, lower, limit=1, reverse=True):
+            if self.engine.keys(prefix, lower, limit=1, reverse=True):
                 older = keyspace.cursor(keyspace.stamp_of(lower))
         return VersionList(self._versions(thread, place.first, prefix, lower, upper), older)
 
@@ -316,10 +317,10 @@ class Reading(Threads):
             lower = keyspace.next_key(prefix + _first_stamp(after))
         if before is not None:
             upper = prefix + _first_stamp(before)
-        newest = self.engine.scan(lower, upper, limit=1, reverse=True)
+        newest = self.engine.keys(lower, upper, limit=1, reverse=True)
         if not newest or limit == 0:
             return
-        upper = keyspace.next_key(newest[0][0])
+        upper = keyspace.next_key(newest[0])
         if limit is not None:
             lower = await self._start_of_last(limit, lower, upper, include_deleted)
         loop = asyncio.get_running_loop()
@@ -355,11 +356,11 @@ class Reading(Threads):
         self, thread_id: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
     ) -> str:
         prefix = keyspace.messages(thread_id)
-        newest = self.engine.scan(prefix, keyspace.after(prefix), limit=1, reverse=True)
+        newest = self.engine.keys(prefix, keyspace.after(prefix), limit=1, reverse=True)
         state = self.sealer.thread(thread_id)
         return self.validators.tag(
             thread_id.encode(),
-            newest[0][0] if newest else None,
+            newest[0] if newest else None,
             state.key_raw if state is not None else None,
             None if limit is None else b"%d" % limit,
             None if before is None else before.encode(),
@@ -453,8 +454,8 @@ class Reading(Threads):
     ) -> tuple[list[StoredVersion], bool]:
         thread, place = self._locate(message_id, None)
         prefix = keyspace.versions(message_id)
-        newest = self.engine.scan(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
-        stamps = [(key[len(prefix) :], place.first) for key, _ in newest[:limit]]
+        newest = self.engine.keys(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
+        stamps = [(key[len(prefix) :], place.first) for key in newest[:limit]]
         shown, all_shown = await self._show(thread, stamps, opened)
         shown.reverse()
         return shown, len(newest) > limit or not all_shown

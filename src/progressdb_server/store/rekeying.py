@@ -88,8 +88,8 @@ class Rekeying(OpenStore):
     ) -> Iterator[Chunk]:
         lower, upper = keyspace.records(thread_id)
         if to_now:  # records that are written later come after the newest one
-            newest = self.engine.scan(lower, upper, limit=1, reverse=True)
-            upper = keyspace.next_key(newest[0][0]) if newest else lower
+            newest = self.engine.keys(lower, upper, limit=1, reverse=True)
+            upper = keyspace.next_key(newest[0]) if newest else lower
         if behind:
             lower = keyspace.next_key(behind.encode())
         while entries := self.engine.scan(lower, upper, limit=count_max, bytes_max=CHUNK_BYTES_MAX):

@@ -157,8 +157,8 @@ class RocksEngine:
     ) -> list[tuple[bytes, bytes]]:
         return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max=bytes_max)
 
-    def keys(self, lower: bytes, upper: bytes, *, limit: int) -> list[bytes]:
-        return _keys(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX))
+    def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
+        return _keys(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse)
 
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         if self._failed:
@@ -267,8 +267,8 @@ class RocksReader:
     ) -> list[tuple[bytes, bytes]]:
         return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max=bytes_max)
 
-    def keys(self, lower: bytes, upper: bytes, *, limit: int) -> list[bytes]:
-        return _keys(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX))
+    def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
+        return _keys(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse)
 
     def close(self) -> None:
         self._db.close()
@@ -303,10 +303,16 @@ def _scan(
         raise EngineUnavailableError from error
 
 
-def _keys(db: Any, lower: bytes, upper: bytes, limit: int) -> list[bytes]:
+def _keys(db: Any, lower: bytes, upper: bytes, limit: int, reverse: bool) -> list[bytes]:
     if lower >= upper or limit <= 0:
         return []
     try:
+        if reverse:
+            found = takewhile(lambda key: key >= lower, db.keys(backwards=True, from_key=upper))
+            taken = list(islice(found, limit + 1))
+            if taken and taken[0] == upper:
+                del taken[0]
+            return taken[:limit]
         return list(islice(db.keys(from_key=lower, read_opt=_up_to(upper, cached=False)), limit))
     except Exception as error:
         raise EngineUnavailableError from error

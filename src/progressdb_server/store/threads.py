@@ -15,7 +15,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from minikms import api
-from minikms.client import DecryptItem, KmsRefusedError
+from minikms.api.errors import KmsRefusedError
+from minikms.client import DecryptItem
 from progressdb_server.store import drafts, keyspace, membership, record
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.drafts import Draft
@@ -209,8 +210,8 @@ class Threads(OpenStore):
 
     def _last_touch(self, thread: str) -> int:
         prefix = keyspace.messages(thread)
-        newest = self.engine.scan(prefix, keyspace.after(prefix), limit=1, reverse=True)
-        return keyspace.stamp_of(newest[0][0]).time_ns if newest else 0
+        newest = self.engine.keys(prefix, keyspace.after(prefix), limit=1, reverse=True)
+        return keyspace.stamp_of(newest[0]).time_ns if newest else 0
 
     async def get_thread(self, thread_id: str) -> Thread:
         loaded = self._load_thread(thread_id)
@@ -316,7 +317,7 @@ class Threads(OpenStore):
             lower, upper = prefix, keyspace.after(prefix)
             if cursor:
                 upper = prefix + cursor.encode()
-            keys = [key for key, _ in self.engine.scan(lower, upper, limit=limit + 1, reverse=True)]
+            keys = self.engine.keys(lower, upper, limit=limit + 1, reverse=True)
         ids = [keyspace.last_part(key) for key in keys[:limit]]
         if len(keys) <= limit:
             return ids, ""

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from progressdb_server.api.http import framing
-from progressdb_server.api.http.protocol import Connection, Cycle, Serving
+from progressdb_server.api.http.cycle import Cycle
+from progressdb_server.api.http.protocol import Connection, Serving
 from progressdb_server.api.http.shares import Shares
 
 

@@ -140,11 +140,27 @@ def test_a_malformed_chunk_is_refused(body: bytes) -> None:
         Chunks().feed(body, 0)
 
 
+def decoded(body: bytes) -> tuple[bytes, int]:
+    """As far as the body goes, and in how many turns."""
+    chunks, found, at, turns = Chunks(), b"", 0, 0
+    while turns == 0 or not (chunks.complete or chunks.starved):
+        part, at = chunks.feed(body, at)
+        found += part
+        turns += 1
+    return found, turns
+
+
 def test_a_body_has_a_bounded_number_of_chunks_and_bytes_of_trailers() -> None:
-    assert Chunks().feed(b"1\r\nx\r\n" * limits.CHUNKS_COUNT_MAX, 0)[0] == b"x" * limits.CHUNKS_COUNT_MAX
+    assert decoded(b"1\r\nx\r\n" * limits.CHUNKS_COUNT_MAX)[0] == b"x" * limits.CHUNKS_COUNT_MAX
     with pytest.raises(HttpError) as refused:
-        Chunks().feed(b"1\r\nx\r\n" * (limits.CHUNKS_COUNT_MAX + 1), 0)
+        decoded(b"1\r\nx\r\n" * (limits.CHUNKS_COUNT_MAX + 1))
     assert refused.value.status == 413
     with pytest.raises(HttpError) as refused:
-        Chunks().feed(b"0\r\n" + b"A: b\r\n" * limits.HEAD_BYTES_MAX, 0)
+        decoded(b"0\r\n" + b"A: b\r\n" * limits.HEAD_BYTES_MAX)
     assert refused.value.status == 431
+
+
+def test_many_short_chunks_are_decoded_in_many_turns() -> None:
+    found, turns = decoded(b"1\r\nx\r\n" * 2000 + b"0\r\n\r\n")
+    assert found == b"x" * 2000
+    assert turns > 2000 // limits.CHUNKS_PER_TURN_COUNT_MAX

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.protocol import Connection, Cycle
+from progressdb_server.api.http.cycle import Cycle
+from progressdb_server.api.http.protocol import Connection
 from progressdb_server.api.http.shares import Shares
 from progressdb_server.config import BODY_BYTES_MIN, Server
 from tests.harness.waiting import wait_until
@@ -144,6 +145,21 @@ def test_a_body_of_single_bytes_ends_at_the_bound_of_chunks() -> None:
         response = read_response(connection)
         assert (response.status, response.json) == (413, {"error": "the body comes in too many chunks"})
         still_serves(server)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_body_in_short_chunks_lets_other_connections_in_between(*, ended: bool) -> None:
+    text = "x" * 3000
+    body = f'{{"author":"alice","body":"{text}"}}'.encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    with running() as server, server.connect() as connection:
+        connection.sendall(head("POST", "/v1/messages", "Transfer-Encoding: chunked\r\n") + chunks + GET)
+        if ended:
+            connection.shutdown(socket.SHUT_WR)
+        data = b""
+        while data.count(b"HTTP/1.1 200 OK") < 2:
+            data += connection.recv(1 << 16)
+        assert text.encode() in data
 
 
 # --- responses --------------------------------------------------------------------------------------------------

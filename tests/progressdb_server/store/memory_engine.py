@@ -48,9 +48,10 @@ class MemoryEngine:
                 break
         return found
 
-    def keys(self, lower: bytes, upper: bytes, *, limit: int) -> list[bytes]:
+    def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
         low, high = bisect_left(self._keys, lower), bisect_left(self._keys, upper)
-        return self._keys[low:high][: max(0, min(limit, SCAN_ENTRIES_MAX))]
+        keys = self._keys[low:high]
+        return (keys[::-1] if reverse else keys)[: max(0, min(limit, SCAN_ENTRIES_MAX))]
 
     def put(self, key: bytes, value: bytes | None) -> None:
         if value is None:

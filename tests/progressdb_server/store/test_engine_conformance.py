@@ -150,12 +150,12 @@ def test_both_engines_answer_every_scan_alike(
                 model[key] = value
     expected = sorted((key for key in model if lower <= key < upper), reverse=reverse)[:limit]
     assert keys(memory, lower, upper, limit=limit, reverse=reverse) == expected
-    assert reverse or memory.keys(lower, upper, limit=limit) == expected
+    assert memory.keys(lower, upper, limit=limit, reverse=reverse) == expected
     _SHARED.write([(key, None) for key, _ in _SHARED.scan(b"", b"\xff" * 9, limit=SCAN_ENTRIES_MAX)])
     for group in groups:
         _SHARED.write(group)
     assert keys(_SHARED, lower, upper, limit=limit, reverse=reverse) == expected
-    assert reverse or _SHARED.keys(lower, upper, limit=limit) == expected
+    assert _SHARED.keys(lower, upper, limit=limit, reverse=reverse) == expected
 
 
 _SHARED: Engine

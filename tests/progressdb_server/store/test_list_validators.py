@@ -70,6 +70,37 @@ def test_every_change_of_a_thread_changes_the_tags_of_its_lists() -> None:
     with_filled(run, SealingProvider())
 
 
+class Counting(MemoryEngine):
+    """Counts the bytes of the values that are read."""
+
+    read_bytes = 0
+
+    def get(self, key: bytes) -> bytes | None:
+        value = super().get(key)
+        self.read_bytes += len(value or b"")
+        return value
+
+    def scan(
+        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        found = super().scan(lower, upper, limit=limit, reverse=reverse, bytes_max=bytes_max)
+        self.read_bytes += sum(len(value) for _, value in found)
+        return found
+
+
+def test_a_tag_and_the_last_change_of_a_thread_read_no_message() -> None:
+    engine = Counting()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(NewMessage(author="ann", thread="t", body="x" * 100_000))
+        engine.read_bytes = 0
+        tag_of(store)
+        await store.listed_threads(["t"], opened=False)
+
+    with_store(run, engine)
+    assert engine.read_bytes < 10_000
+
+
 def test_every_parameter_has_a_tag_of_its_own() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
         asked: list[dict[str, Any]] = [

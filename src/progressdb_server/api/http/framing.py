@@ -155,10 +155,12 @@ def _closes(headers: list[Header]) -> bool:
 class Chunks:
     """Decodes one chunked body. Not to be used after an HttpError."""
 
-    __slots__ = ("_count", "_in_trailers", "_left", "_trailer_bytes", "complete")
+    __slots__ = ("_count", "_in_trailers", "_left", "_trailer_bytes", "complete", "starved")
 
     def __init__(self) -> None:
         self.complete = False
+        self.starved = True
+        """What was given is used; more has to be received."""
         self._count = 0
         self._left = 0
         """Bytes of the chunk that are missing, with the CR LF after it."""
@@ -166,20 +168,26 @@ class Chunks:
         self._trailer_bytes = 0
 
     def feed(self, data: bytes, at: int) -> tuple[bytes, int]:
-        """Decode `data` from `at` on. Returns the decoded bytes, and where the rest begins: it comes again with more,
-        or, if the body is complete, belongs to the next request."""
+        """Decode `data` from `at` on, at most `CHUNKS_PER_TURN_COUNT_MAX` lines of it. Returns the decoded bytes, and
+        where the rest begins: it comes again, with more if it is `starved`, or, if the body is complete, belongs to the
+        next request."""
         parts: list[bytes] = []
-        while not self.complete:
+        self.starved = False
+        for _ in range(limits.CHUNKS_PER_TURN_COUNT_MAX):
+            if self.complete:
+                break
             if self._left > 2:
                 part = data[at : at + self._left - 2]
                 at += len(part)
                 self._left -= len(part)
                 parts.append(part)
                 if self._left > 2:
+                    self.starved = True
                     break
             stop = data.find(b"\r\n", at)
             if stop < 0:
                 self._check_unfinished(data, at)
+                self.starved = True
                 break
             if self._left:
                 if stop != at:

@@ -41,6 +41,8 @@ HEAD_BYTES_MAX: Final = 32 * 1024
 HEADERS_COUNT_MAX: Final = 100
 CHUNKS_COUNT_MAX: Final = 16_384
 """Chunks of one body. Each costs about a microsecond, however short it is."""
+CHUNKS_PER_TURN_COUNT_MAX: Final = 256
+"""Of one connection in one turn of the event loop, so that short chunks of many connections do not stall it."""
 CHUNK_LINE_BYTES_MAX: Final = 256
 """The line before a chunk: its size and its extensions."""
 REQUEST_SECONDS_MAX: Final = 30

@@ -1,18 +1,15 @@
 """HTTP/1.1 on one connection: requests for an ASGI application, one at a time, and their responses.
 
-Owns: what a connection may cost before a request is whole, and the bytes of a response. Rules:
+Owns: what a connection may cost before a request is whole, and when it ends. `cycle` has each request. Rules:
 1. `framing` says where a request ends. What it refuses gets a 4xx, and the connection ends.
 2. A request begins only when the response before it was written and the client takes it. Requests that came meanwhile
    stay bytes, at most one read of the event loop; no more is read until they are used. These bytes count as a body.
 3. A request is whole within `REQUEST_SECONDS_MAX` of its first byte. A new connection sends one within the same time.
 4. Idle connections of one address, the bytes of all bodies and the unread bytes of all responses are bounded by
    `shares`. The kernel closes a connection whose client does not read.
-5. No header of a response can contain a line break. A response is as long as its content-length, or the connection
-   is closed.
-6. A client that has closed its sending side gets the responses that are due, each within `HALF_CLOSED_SECONDS_MAX`.
+5. A client that has closed its sending side gets the responses that are due, each within `HALF_CLOSED_SECONDS_MAX`.
 
-A response that is complete is one write, because each write is a system call. Complete bodies and responses bypass
-ASGI's messages (`request.DirectChannel`). The module must never look into a body, and knows no route.
+The module must never look into a body, and knows no route.
 """
 
 from __future__ import annotations
@@ -22,23 +19,14 @@ import contextlib
 import math
 import socket
 import urllib.parse
-from collections.abc import Awaitable, Iterable, MutableMapping, Sequence
 from email.utils import formatdate
-from http import HTTPStatus
 from typing import Any, Final
 
-from minikms.logs import structlog
 from progressdb_server.api.http import framing, limits
-from progressdb_server.api.http.access import Principal, presented_key
-from progressdb_server.api.http.errors import CLOSE, Header
-from progressdb_server.api.http.request import BODY_REFUSED, DIRECT, ASGIApp
+from progressdb_server.api.http.cycle import STATUS_LINES, Cycle
+from progressdb_server.api.http.request import DIRECT, ASGIApp
 from progressdb_server.api.http.shares import BodyAccount, Shares
 
-_log: Final = structlog.get_logger("progressdb.http")
-_STATUS_LINES: Final = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus
-}
-_WITHOUT_BODY: Final = frozenset({204, 304})
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
 _BODY_WAITING_BYTES_MAX: Final = 64 * 1024
 """Of a body, received and not read by the application: no more is received meanwhile."""
@@ -51,250 +39,6 @@ _ERROR_TEXTS: Final = {
     431: "request head too large",
     500: "internal error",
 }
-
-
-class Cycle:
-    """One request and its response, for ASGI and as a `request.DirectChannel`."""
-
-    # What is the same for most requests is set on the class, which costs a request nothing.
-    more_body = True
-    body_refused = False
-    disconnected = False
-    response_started = False
-    response_complete = False
-    task: asyncio.Task[None] | None = None
-    _body: bytes | bytearray = b""
-    _received_bytes = 0
-    _account: BodyAccount | None = None
-    _caller: tuple[Principal, str | None] | None = None
-    _has_news = False
-    _event: asyncio.Event | None = None
-    _response_start: MutableMapping[str, Any] | None = None
-    _chunked: bool | None = None
-    _ends_with_connection = False
-    """Of a response without a length to a client of HTTP/1.0, which knows no chunks (RFC 9112, section 6.1)."""
-    _length_left = 0
-
-    def __init__(self, connection: Connection, scope: MutableMapping[str, Any], head: framing.Head) -> None:
-        self.connection = connection
-        self.scope = scope
-        self.keep_alive = head.keep_alive
-        self.waits_for_continue = head.expects_continue
-
-    async def run(self) -> None:
-        connection = self.connection
-        try:
-            await connection.serving.app(self.scope, self.receive, self.send)
-        except Exception as error:  # noqa: BLE001 - whatever happens, the connection is not left without an end
-            _log.error("request failed", error=type(error).__qualname__)
-        finally:
-            self.release()
-            if self.task is not None:
-                connection.serving.tasks.discard(self.task)
-            if not self.response_complete and not self.disconnected:
-                connection.refuse(500)
-
-    # --- the request's body ---------------------------------------------------------------------------------------
-    def notify(self) -> None:
-        """More of the body was received, or the request or the connection has ended."""
-        self._has_news = True
-        if self._event is not None:
-            self._event.set()
-
-    async def _wait(self) -> None:
-        if self._event is None:  # most requests need none
-            self._event = asyncio.Event()
-        self._event.clear()
-        await self._event.wait()
-
-    def identify(self, principal: Principal, user: str | None) -> None:
-        """See `request.DirectChannel`."""
-        self._caller = principal, user
-        if self._account is not None and not self._account.identify(principal, user):
-            self._refuse_body()
-
-    def release(self) -> None:
-        """The body is no longer kept."""
-        self._body = b""
-        if self._account is not None:
-            self._account.close()
-
-    def _fits(self) -> bool:
-        """Whether what was received of the body fits into the budget of bodies."""
-        if self._account is None:
-            principal, user = self._caller or (None, None)
-            key = b"" if principal is not None else presented_key(dict(self.scope["headers"])) or b""
-            connection = self.connection
-            self._account = BodyAccount(connection.serving.shares, connection.group, principal, user, key)
-        return self._account.grow_to(self._received_bytes)
-
-    def _refuse_body(self) -> None:
-        self.body_refused = True
-        self.release()
-        self.notify()
-
-    def add(self, part: bytes) -> int:
-        """Append a part of the body. Returns how many bytes wait to be read."""
-        if self.body_refused or self.response_complete:
-            return 0
-        self._received_bytes += len(part)
-        if self._received_bytes > limits.BODY_UNCOUNTED_BYTES_MAX and not self._fits():
-            self._refuse_body()
-            return 0
-        if not self._body:
-            self._body = part
-        elif isinstance(self._body, bytearray):
-            self._body += part
-        else:
-            self._body = bytearray(self._body + part)
-        self.notify()
-        return len(self._body)
-
-    def end_body(self) -> None:
-        self.more_body = False
-        self.notify()
-
-    def received_body(self) -> bytes | None:
-        """See `request.DirectChannel`."""
-        if not self._has_news or self.more_body or self.waits_for_continue:
-            return None
-        if self.disconnected or self.response_complete or self.body_refused:
-            return None
-        return self._take()
-
-    def _take(self) -> bytes:
-        self._has_news = False
-        body, self._body = bytes(self._body), b""
-        return body
-
-    async def receive(self) -> MutableMapping[str, Any]:
-        connection = self.connection
-        if self.waits_for_continue and not self.response_started and not connection.transport.is_closing():
-            connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.waits_for_continue = False
-        if not self.disconnected and not self.response_complete:
-            if self.more_body:
-                connection.resume_reading()
-            if not self._has_news:
-                await self._wait()
-        if self.disconnected or self.response_complete:
-            return {"type": "http.disconnect"}
-        if self.body_refused:
-            self._has_news = False
-            return {"type": BODY_REFUSED}
-        return {"type": "http.request", "body": self._take(), "more_body": self.more_body}
-
-    # --- the response ---------------------------------------------------------------------------------------------
-    def begin_list(self) -> Awaitable[None] | None:
-        """See `request.DirectChannel`."""
-        connection = self.connection
-        return connection.serving.shares.lists.begin(connection.group, connection)
-
-    def end_list(self) -> None:
-        """See `request.DirectChannel`."""
-        connection = self.connection
-        connection.serving.shares.lists.end(connection.group, connection)
-
-    def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
-        """See `request.DirectChannel`."""
-        connection = self.connection
-        if connection.write_paused or self._response_start is not None or self.response_complete or self.disconnected:
-            return False
-        if status in _WITHOUT_BODY or self.scope["method"] == "HEAD":
-            return False
-        if CLOSE in headers:
-            self.keep_alive = False
-        elif not self.keep_alive or (self.waits_for_continue and not self._stays_open()):
-            headers = (*headers, CLOSE)
-        lines = [b"%b: %b\r\n" % header for header in headers]
-        head = b"".join((_STATUS_LINES[status], connection.serving.date, *lines, b"content-length: %d\r\n" % len(body)))
-        _check_lines(head, len(lines) + 3)
-        connection.transport.write(head + b"\r\n" + body)
-        self.response_started = True
-        self._complete()
-        return True
-
-    async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Raises RuntimeError for an invalid message."""
-        if self.response_complete:
-            raise RuntimeError("the response is already complete")
-        if message["type"] == "http.response.start":
-            if self._response_start is not None:
-                raise RuntimeError("the response has already started")
-            self._response_start = message
-            return
-        if self._response_start is None:
-            raise RuntimeError("the response has not started")
-        connection = self.connection
-        if connection.write_paused and not self.disconnected:
-            await connection.drain()
-        if self.disconnected:
-            return
-        part: bytes = message.get("body", b"")
-        more: bool = message.get("more_body", False)
-        head = (
-            b""
-            if self.response_started
-            else self._head(self._response_start["status"], self._response_start.get("headers", ()))
-        )
-        connection.transport.write(head + self._framed(part, more))
-        self.response_started = True
-        if not more:
-            self._complete()
-
-    def _stays_open(self) -> bool:
-        """Whether another request may follow. Not if the client waits to hear whether it should send this one's body:
-        what it sends next could be the body or a request."""
-        if self.waits_for_continue and self.more_body:
-            self.keep_alive = False
-        return self.keep_alive
-
-    def _head(self, status: int, headers: Iterable[Header]) -> bytes:
-        lines = [_STATUS_LINES[status], self.connection.serving.date]
-        closes = False
-        for name, value in headers:
-            lines.append(b"%b: %b\r\n" % (name, value))
-            if name == b"content-length":
-                self._chunked = False
-                self._length_left = int(value)
-            elif name == b"connection" and value.lower() == b"close":
-                self.keep_alive = False
-                closes = True
-        if not self._stays_open() and not closes:
-            lines.append(b"connection: close\r\n")
-        if self._chunked is None and status not in _WITHOUT_BODY and self.scope["method"] != "HEAD":
-            self._chunked = True
-            if self.scope["http_version"] == "1.0":
-                self._ends_with_connection = True
-            else:
-                lines.append(b"transfer-encoding: chunked\r\n")
-        head = b"".join(lines)
-        _check_lines(head, len(lines))
-        return head + b"\r\n"
-
-    def _framed(self, part: bytes, more: bool) -> bytes:
-        if self.scope["method"] == "HEAD":
-            self._length_left = 0
-            return b""
-        if self._ends_with_connection:
-            return part
-        if self._chunked:
-            framed = b"%x\r\n%b\r\n" % (len(part), part) if part else b""
-            return framed if more else framed + b"0\r\n\r\n"
-        self._length_left -= len(part)
-        if self._length_left < 0 or (not more and self._length_left):
-            raise RuntimeError("the response does not have the length that its head gives")
-        return part
-
-    def _complete(self) -> None:
-        self.response_complete = True
-        self.notify()
-        self.connection.responded(self.keep_alive)
-
-
-def _check_lines(head: bytes, count: int) -> None:
-    if len(head.splitlines()) != count:
-        raise RuntimeError("a header of the response contains a line break")
 
 
 class Serving:
@@ -355,6 +99,8 @@ class Connection(asyncio.Protocol):
     _in_body = False
     _body_left = 0
     _chunks: framing.Chunks | None = None
+    _continues = False
+    """More of the received chunks are decoded in the next turn of the event loop. Nothing is read meanwhile."""
     _ended = False
     """No further request is begun."""
     _eof = False
@@ -485,7 +231,7 @@ class Connection(asyncio.Protocol):
     def _error_response(self, status: int) -> bytes:
         body = b'{"error":"%b"}' % _ERROR_TEXTS[status].encode("ascii")
         headers = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-        return _STATUS_LINES[status] + self.serving.date + headers + body
+        return STATUS_LINES[status] + self.serving.date + headers + body
 
     # --- time ---------------------------------------------------------------------------------------------------
     def _await_request(self) -> None:
@@ -549,7 +295,7 @@ class Connection(asyncio.Protocol):
             if self._input:
                 self._hold()
                 return
-        elif self._eof:
+        elif self._eof and not self._continues:
             self.transport.close()  # nothing more comes: a request that is not whole is not handled
             return
         elif self._in_body or self._input:
@@ -589,7 +335,7 @@ class Connection(asyncio.Protocol):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if self._read_paused and (self._in_body or not self._ended):
+        if self._read_paused and not self._continues and (self._in_body or not self._ended):
             self._read_paused = False
             self.transport.resume_reading()
 
@@ -648,7 +394,7 @@ class Connection(asyncio.Protocol):
             self._body_left = head.length
             if self._input:
                 self._take_body()
-            if self._in_body and self._eof:
+            if self._in_body and self._eof and not self._continues:
                 cycle.response_complete = True  # it is not handled
                 cycle.release()
                 return
@@ -675,6 +421,16 @@ class Connection(asyncio.Protocol):
             self._pause_reading()
         if not self._in_body:
             cycle.end_body()
+        elif self._input and self._chunks is not None and not self._chunks.starved and not self._continues:
+            self._continues = True
+            self._pause_reading()
+            self.serving.loop.call_soon(self._continue_body)
+
+    def _continue_body(self) -> None:
+        self._continues = False
+        self._advance()
+        if self._in_body and self._cycle is not None and self._cycle.waiting_bytes <= _BODY_WAITING_BYTES_MAX:
+            self.resume_reading()
 
     def responded(self, keep_alive: bool) -> None:
         """The response of the last request is complete."""
