@@ -20,13 +20,14 @@ WORKERS ?= 4
 BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
 STAMP := $(VENV)/.installed
 
-.PHONY: help run test venv lint bench torture
+.PHONY: help run test venv frameworks lint bench torture
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run      install into $(VENV) and take the guided tour (progressdb demo)'
 	@echo 'make test     run the tests'
 	@echo 'make venv     make $(VENV)/bin/minikms and $(VENV)/bin/progressdb'
+	@echo 'make frameworks  also install what the adapters are tested with'
 	@echo 'make lint     style, types, and import rules between packages'
 	@echo 'make bench    measure speed; SAVE=1 also writes docs/benchmarks.md'
 	@echo 'make torture  tests that take minutes'
@@ -42,6 +43,10 @@ venv: $(STAMP)
 # Made again when what is to be installed changed. The source is installed in editable mode, so its changes need nothing.
 $(STAMP): pyproject.toml $(BOOTSTRAP)
 	$(PYTHON) tools/bootstrap/make_venv.py $(VENV)
+
+frameworks: venv
+	$(VENV)/bin/python -m pip install --quiet --no-input --disable-pip-version-check --retries 10 \
+		--constraint tools/bootstrap/constraints.txt --group frameworks
 
 lint: venv
 	$(VENV)/bin/ruff check
