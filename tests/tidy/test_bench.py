@@ -176,6 +176,7 @@ def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.Monkey
     for module, name, value in (
         (encrypt, "BATCH_SECONDS", 0.05),
         (encrypt, "BATCH_TURNS", 1),
+        (messages, "CONNECTIONS", 4),
         (messages, "APPEND_REQUESTS", 200),
         (messages, "WARM_UP_REQUESTS", 100),
         (messages, "APPEND_SECONDS", 0.05),
@@ -387,6 +388,8 @@ def test_every_plot_shows_the_figures_of_its_table(plot: plots.Plot) -> None:
 def test_appends_are_compared_with_those_of_another_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The other checkout is this one: what is tested is that its programs run and that both are asked."""
     (tmp_path / ".venv").symlink_to(sys.prefix)
+    monkeypatch.setattr(messages, "CONNECTIONS", 4)
+    monkeypatch.setattr(messages, "FEW_CONNECTIONS", 2)
     monkeypatch.setattr(messages, "AGAINST_TURNS", 1)
     monkeypatch.setattr(messages, "AGAINST_REQUESTS", 100)
     monkeypatch.setattr(messages, "AGAINST_SECONDS", 0.05)
