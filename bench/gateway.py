@@ -19,7 +19,8 @@ import msgspec
 from bench import load, programs
 from bench.programs import BenchError, MissingProgramError
 from bench.report import Row, figure, say
-from tests.harness.gateways import HOST, Pair
+from tests import needs
+from tests.harness.gateways import GATEWAY, HOST, Pair
 
 PLAINTEXT_BYTES = 256
 CONNECTIONS = 64
@@ -37,8 +38,8 @@ SOURCE = Path(__file__).parent / "tlsload"
 def encrypt() -> list[Row]:
     """Raises MissingProgramError."""
     programs.need("go")
-    if os.geteuid() != 0:
-        raise MissingProgramError("needs root")
+    if os.geteuid() != 0 or not needs.runs_as(GATEWAY):
+        raise MissingProgramError("needs root, and a checkout that every user can read")
     with programs.workplace() as directory, Pair() as pair:
         generator = _built(directory)
         shown = pair.client().write(directory)

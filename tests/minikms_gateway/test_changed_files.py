@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from minikms_gateway import process
+from minikms_gateway.certificates import Trust
+from minikms_gateway.config import Config, Files
 from minikms_gateway.process import Loader
 from tests.harness.certificates import SERVER, Authority, replace
 
@@ -24,10 +26,9 @@ def test_a_file_that_changes_during_a_load_is_noticed_afterwards(
     loader = Loader(tmp_path / "gateway.toml", lambda issuer, why: None)
     loaded = loader.load()
     assert loader.signature(loaded.config) == loaded.signature
-    read = process.Trust
 
-    def read_and_replace(*arguments: object) -> process.Trust:
-        trust = read(*arguments)  # type: ignore[arg-type]  # those of the caller
+    def read_and_replace(config: Config, files: Files) -> Trust:
+        trust = Trust(config, files)
         replace(tmp_path / "clients.pem", Authority("another root").pem)
         return trust
 
