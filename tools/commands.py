@@ -23,14 +23,17 @@ OPENING = """\
 after a command says all that it does, and what each flag means. [Transcripts](../tests/commands/transcripts) show the
 commands in use.
 
-- Exit statuses: **0** done, or a check passed; **1** a check failed, or the request was refused; **2** wrong usage, or a
-  required file, key or service is missing; **130** interrupted; **141** the reader of a pipe closed it.
-- Results go to standard output, everything else to standard error. An error is one sentence that begins with the name of
-  the program. Colour, progress bars and questions appear only on a terminal; `NO_COLOR` is respected.
+- Exit statuses: **0** done, or a check passed; **1** a check failed, or the request was refused; **2** wrong
+  usage, or a required file, key or service is missing; **130** interrupted; **141** the reader of a pipe
+  closed it.
+- Results go to standard output, everything else to standard error. An error is one sentence that begins with
+  the name of the program. Colour, progress bars and questions appear only on a terminal; `NO_COLOR` is
+  respected.
 - Every command but `serve`, `demo` and `completion` has `--json`, which prints complete values for programs.
-- A flag has precedence over its environment variable, which `--help` names in brackets. An empty variable counts as unset.
-- No command takes a key in its arguments: root keys come from files or a terminal, API keys from the configuration or a
-  file.
+- A flag has precedence over its environment variable, which `--help` names in brackets. An empty variable
+  counts as unset.
+- No command takes a key in its arguments: root keys come from files or a terminal, API keys from the
+  configuration or a file.
 """
 
 
