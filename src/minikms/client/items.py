@@ -84,12 +84,6 @@ class CheckBatch(Sent, omit_defaults=True, frozen=True):
     thread_id: str | None = None
 
 
-class GenerateDataKey(Sent, omit_defaults=True, frozen=True):
-    key_id: str
-    plaintext: bool
-    aad: bytes = b""
-
-
 Item = EncryptItem | DecryptItem | ReencryptItem
 ItemT = TypeVar("ItemT", EncryptItem, DecryptItem, ReencryptItem)
 Outcome = bytes | KmsRefusedError

@@ -32,7 +32,7 @@ _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}):[ \t]*([\t\x2
 _LENGTH: Final = re.compile(rb"[0-9]{1,9}")
 _SECONDS: Final = re.compile(rb"[0-9]{1,6}")
 JSON: Final = b"application/json"
-_HOST: Final = b" HTTP/1.1\r\nHost: minikms\r\n"
+SOCKET_ORIGIN: Final = b" HTTP/1.1\r\nHost: minikms\r\n"
 
 
 class Answer(NamedTuple):
@@ -49,16 +49,23 @@ class Answer(NamedTuple):
         return f"Answer({self.status}, {len(self.body)} bytes)"
 
 
-def request_head(target: bytes, body_bytes: int | None, request_id: str | None, content_type: bytes = JSON) -> bytes:
+def request_head(
+    target: bytes,
+    body_bytes: int | None,
+    request_id: str | None,
+    content_type: bytes = JSON,
+    origin: bytes = SOCKET_ORIGIN,
+) -> bytes:
     """The head of a request: a POST with a body of that length, or a GET when there is none.
 
-    `target` and `request_id` have been checked: neither holds a space or a line end.
+    `target` and `request_id` have been checked: neither holds a space or a line end. `origin` begins with the version,
+    and has the headers that do not depend on the request.
     """
     named = b"" if request_id is None else b"%b: %b\r\n" % (api.REQUEST_ID_HEADER.encode(), request_id.encode())
     if body_bytes is None:
-        return b"GET " + target + _HOST + named + b"\r\n"
-    kind = b"Content-Type: %b\r\nContent-Length: %d\r\n" % (content_type, body_bytes)
-    return b"POST " + target + _HOST + kind + named + b"\r\n"
+        return b"GET " + target + origin + named + b"\r\n"
+    line = b"POST %b%bContent-Type: %b\r\nContent-Length: %d\r\n%b\r\n"
+    return line % (target, origin, content_type, body_bytes, named)
 
 
 class AnswerParser:
