@@ -93,22 +93,8 @@ class SocketEndpoint(Endpoint):
         self._server_uids = default_server_uids() if server_uids is None else frozenset(server_uids)
 
     def connect(self, timeout_s: float) -> socket.socket:
-        """Non-blocking. connect(2) on such a Unix socket never waits: it connects, or fails with EAGAIN because the
-        server's backlog is full. Raises KmsUnavailableError and KmsUntrustedServerError.
-        """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            sock.connect(self._path)
-            _check_server(sock, self._path, self._server_uids)
-        except OSError as error:
-            sock.close()
-            reason = os.strerror(error.errno) if error.errno else "no reason known"
-            raise KmsUnavailableError(f"no key service answers at {self._path}: {reason}") from error
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+        """Non-blocking."""
+        return connect(self._path, self._server_uids)
 
     async def attach(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol, timeout_s: float) -> None:
         sock = self.connect(timeout_s)
@@ -117,6 +103,27 @@ class SocketEndpoint(Endpoint):
         except BaseException:
             sock.close()
             raise
+
+
+def connect(path: str, server_uids: Collection[int]) -> socket.socket:
+    """A connected, non-blocking socket whose server is one of `server_uids`.
+
+    The caller closes it. connect(2) on a non-blocking Unix socket never waits: it connects, or fails with EAGAIN
+    because the server's backlog is full. Raises KmsUnavailableError and KmsUntrustedServerError.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.connect(path)
+        _check_server(sock, path, server_uids)
+    except OSError as error:
+        sock.close()
+        reason = os.strerror(error.errno) if error.errno else "no reason known"
+        raise KmsUnavailableError(f"no key service answers at {path}: {reason}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def endpoint(
