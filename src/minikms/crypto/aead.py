@@ -7,15 +7,16 @@ its nonce. So a key never runs out: docs/spec/formats.md says how much it may se
 Invariants: objects of the library hold key schedules on the heap, and a `Kdf` buffers of derived keys. So each function
 here makes them for its call and drops them (OpenSSL clears its own). Three callers keep some, at most until the turn of
 the event loop ends: `minikms.crypto.records`; `minikms.custody.new_keys`, for a group of keys that it makes without a
-switch to another task; and `Rewrapper` of `minikms.keys.dek`. `scrub_stack` overwrites what the last call left on the
-stack, and `scrub_long_text` what a text of more than LONG_TEXT_BYTES leaves there. The caller passes the nonce: random,
-never repeated under a key. If a tag does not match, it must never return anything but an error, nor say why.
+switch to another task; and `Rewrapper` of `minikms.keys.dek`. `scrub_stack` overwrites what the last
+call left in registers and on the stack, and `scrub_long_text` what a text of more than LONG_TEXT_BYTES leaves there.
+The caller passes the nonce: random, never repeated under a key. If a tag does not match, it must never return anything
+but an error, nor say why.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
@@ -40,6 +41,10 @@ them. Whoever has one can forge records under the key, but read none. Associated
 """
 
 _BLOCK_BYTES: Final = 16
+STACK_BYTES: Final = 32 * 1024
+"""Of the stack that `scrub_long_text` overwrites. A request is handled 17 KiB deeper than the end of its turn, because
+libuv has the events of a wait on the stack; the frames of a cipher end 5 KiB below that.
+"""
 _HEADERS: Final = b"\0\1X\0", b"\0\2X\0"
 """What CMAC gets before the prefix, for each half of a derived key: a counter, the label X, and 0."""
 _ECB: Final = ECB()  # noqa: S305 - CMAC of one block is this; no text is encrypted with it
@@ -57,11 +62,16 @@ as the scrubbing.
 """
 _ZERO_NONCE: Final = bytes(_SUFFIX_BYTES)
 _ZERO_TEXT: Final = bytes(4 * 16)
-_LONG_ZERO_TEXT: Final = bytes(64 * 16)
-"""Long enough for all 48 powers."""
-_LONG_SEALED: Final = bytearray(_ZERO_CIPHER.encrypt(_ZERO_NONCE, _LONG_ZERO_TEXT, None))
-_DEEP_ENCRYPT: Final = partial(_ZERO_CIPHER.encrypt, _ZERO_NONCE, _LONG_ZERO_TEXT)
-_DEEP_DECRYPT: Final = partial(_ZERO_CIPHER.decrypt, _ZERO_NONCE, bytes(_LONG_SEALED))
+
+
+class _Zeroes(ctypes.Structure):
+    _fields_ = (("zeroes", ctypes.c_char * STACK_BYTES),)
+
+
+_ZEROES: Final = _Zeroes()
+_PUT_ON_STACK: Final = ctypes.pythonapi["Py_IsInitialized"]
+"""A function that ignores its argument."""
+_PUT_ON_STACK.argtypes = (_Zeroes,)
 
 
 class NonceSource:
@@ -237,14 +247,9 @@ def scrub_stack() -> None:
 
 
 def scrub_long_text() -> None:
-    """Overwrites the powers of the hash key that a cipher leaves on the stack for a long text.
+    """Overwrites what a cipher leaves on the stack for a long text, and everything else below the caller.
 
-    The function that used the cipher must call it: they lie deeper than what `scrub_stack` covers from the depth at
-    which a turn ends. It does not replace `scrub_stack`.
-
-    The interpreter reaches a method up to 128 bytes deeper at its first calls than later. So two calls go through
-    `partial`, which is always as deep and deeper than both, and one uses a method whose frames are less deep.
+    The cipher may have been used much deeper in the stack, but not less deep. A structure that is passed by value lies
+    on the stack as a whole, and so overwrites it. `scrub_stack` is still needed, for the registers.
     """
-    _DEEP_ENCRYPT(None)
-    _DEEP_DECRYPT(None)
-    _ZERO_CIPHER.encrypt_into(_ZERO_NONCE, _LONG_ZERO_TEXT, None, _LONG_SEALED)
+    _PUT_ON_STACK(_ZEROES)

@@ -43,6 +43,7 @@ DERIVED_KEYS_MAX: Final = 16_384
 
 _SUFFIX_BYTES: Final = NONCE_BYTES - PREFIX_BYTES
 _POOL_COUNT: Final = 512
+_LONG_SEALED_BYTES: Final = LONG_TEXT_BYTES + OVERHEAD_BYTES
 _TOO_SHORT: Final = "the ciphertext is too short to hold a nonce and a tag"
 _DOES_NOT_OPEN: Final = "the ciphertext does not open under this key, thread and aad"
 
@@ -57,6 +58,8 @@ class RecordKeys:
         """The derived keys, each with its DEK and prefix, oldest first."""
         self.used: list[RecordKey] = []
         """The DEKs that have a cipher in this turn."""
+        self.long_text = False
+        """Whether a text of more than LONG_TEXT_BYTES was sealed or opened in this turn."""
         self.prefix = b""
         """Of the next record."""
         self._left = 0
@@ -81,6 +84,9 @@ class RecordKeys:
             key.drop_cipher()
         self.used.clear()
         scrub_stack()
+        if self.long_text:
+            self.long_text = False
+            scrub_long_text()
 
     def derived(self, key: RecordKey, prefix: bytes, kdf: Kdf) -> SecretSlot:
         """A new derived key."""
@@ -137,41 +143,23 @@ class RecordKey:
 
     def seal(self, plaintext: bytes | memoryview, aad: bytes) -> bytes:
         """nonce | ciphertext | tag of one record."""
-        # As `seal_next`, without a call of it: every request to encrypt comes here.
         keys = self._keys
         suffixes = keys.suffixes
         suffix = suffixes.pop() if suffixes else keys.next_suffix()
         prefix = keys.prefix
-        sealed = (self._cipher if prefix == self._prefix else self._other_cipher(prefix)).encrypt(
-            suffix, plaintext, aad
-        )
         if len(plaintext) > LONG_TEXT_BYTES:
-            scrub_long_text()
-        return prefix + suffix + sealed
-
-    def open(self, sealed: bytes, aad: bytes) -> bytes:
-        """The plaintext of one record. Raises DecryptionError."""
-        try:
-            return self.open_next(sealed, aad)
-        finally:
-            if len(sealed) > LONG_TEXT_BYTES + OVERHEAD_BYTES:
-                scrub_long_text()
-
-    # For many records: the caller calls `scrub_long_text` after the last one.
-
-    def seal_next(self, plaintext: bytes | memoryview, aad: bytes) -> bytes:
-        keys = self._keys
-        suffixes = keys.suffixes
-        suffix = suffixes.pop() if suffixes else keys.next_suffix()
-        prefix = keys.prefix
+            keys.long_text = True
         return (
             prefix
             + suffix
             + (self._cipher if prefix == self._prefix else self._other_cipher(prefix)).encrypt(suffix, plaintext, aad)
         )
 
-    def open_next(self, sealed: bytes, aad: bytes) -> bytes:
-        if len(sealed) < OVERHEAD_BYTES:
+    def open(self, sealed: bytes, aad: bytes) -> bytes:
+        """The plaintext of one record. Raises DecryptionError."""
+        if len(sealed) > _LONG_SEALED_BYTES:
+            self._keys.long_text = True
+        elif len(sealed) < OVERHEAD_BYTES:
             raise DecryptionError(_TOO_SHORT)
         prefix = sealed[:PREFIX_BYTES]
         try:  # without a name for the cipher: whoever keeps the error would keep it in this frame
@@ -181,9 +169,11 @@ class RecordKey:
         except InvalidTag:
             raise DecryptionError(_DOES_NOT_OPEN) from None
 
-    def check_next(self, sealed: bytes, aad: bytes, scratch: memoryview) -> None:
+    def check(self, sealed: bytes, aad: bytes, scratch: memoryview) -> None:
         """Raises DecryptionError unless the record opens. Its plaintext is in `scratch`, which the caller zeroes."""
-        if len(sealed) < OVERHEAD_BYTES:
+        if len(sealed) > _LONG_SEALED_BYTES:
+            self._keys.long_text = True
+        elif len(sealed) < OVERHEAD_BYTES:
             raise DecryptionError(_TOO_SHORT)
         prefix, target = sealed[:PREFIX_BYTES], scratch[: len(sealed) - OVERHEAD_BYTES]
         try:
