@@ -9,13 +9,13 @@
 #   make bench PEER=unix:/run/other.sock    compares a running service with the same API
 #   make bench RUNS=3 SAVE=1                the table of docs/benchmarks.md, with the ranges of three runs
 #   make bench AGAINST=../older             compares message appends with another checkout
-# The tests run in three processes, since many of them wait for other processes. In one, for a debugger:
+# The tests run in four processes, since many of them wait for other processes. In one, for a debugger:
 #   make test WORKERS=0 ARGS='tests/tidy --pdb'
 
 PYTHON ?= $(shell python3.13 -c "" 2>/dev/null && echo python3.13 || echo python3)
 VENV ?= .venv
 ARGS ?=
-WORKERS ?= 3
+WORKERS ?= 4
 
 BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
 STAMP := $(VENV)/.installed

@@ -22,6 +22,7 @@ from msgspec import UNSET, UnsetType
 from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import (
+    ForbiddenError,
     KmsError,
     KmsProtocolError,
     KmsRefusedError,
@@ -103,6 +104,13 @@ def make_call(
         if isinstance(request, bytearray):
             request[:] = bytes(len(request))
         raise
+
+
+def check_proxied(verb: Verb[Any, Any]) -> None:
+    """Raises ForbiddenError for a verb that no gateway takes. It might hold a root key, so it is not even sent."""
+    if verb.roles and not verb.proxied:
+        text = f"{verb.name} works only at the key service's own socket, not through a gateway"
+        raise ForbiddenError(text)
 
 
 def _checked_call(
