@@ -21,7 +21,8 @@ import uvloop
 from bench import load, programs
 from bench.programs import ADMIN_KEY, BACKEND_KEY, BenchError
 from bench.report import Row, figure, say
-from minikms.client import EncryptItem, KmsRefusedError
+from minikms.api.errors import KmsRefusedError
+from minikms.client import EncryptItem
 from progressdb_server.config import Rotation
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import RemoteProvider

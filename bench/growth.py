@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from bench import plots
 from minikms import api
-from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
-from minikms.client.errors import refusal
+from minikms.api.errors import KmsRefusedError, refusal
+from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage
 from progressdb_server.store.rocks import RocksEngine

@@ -1,8 +1,7 @@
 """Write docs/minikms-openapi.yaml, the key service's API: `python tools/kms_openapi.py`; `--check` compares only.
 
-Paths, roles, shapes, bounds and refusals come from the verb table of `minikms.api`, the status of a code from
-`minikms.errors`; this file adds how the fields of a request are written. The daemon does not serve the document: its
-trusted code stays small.
+Paths, roles, shapes, bounds, refusals and the status of a code come from `minikms.api`; this file adds how the fields
+of a request are written. The daemon does not serve the document: its trusted code stays small.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any
 import msgspec
 import yaml
 
-from minikms import api, errors
-from minikms.api import Verb
+from minikms import api
+from minikms.api import Verb, errors
 from minikms.daemon import metrics
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "minikms-openapi.yaml"
@@ -105,12 +104,8 @@ def schemas() -> dict[str, Schema]:
         if "backups_before" in schema.get("properties", {}):
             schema["properties"]["backups_before"] = {"type": "string", "pattern": "^[0-9]{8}T[0-9]{6}$"}
     made["ProveRootRequest"]["properties"].pop(api.TEST_ROOT.path_field)  # the path names it
-    made["ErrorAnswer"]["properties"]["code"] = {"enum": sorted({kind.code for kind in every_error()})}
+    made["ErrorAnswer"]["properties"]["code"] = {"enum": sorted(errors.BY_CODE)}
     return made
-
-
-def every_error() -> list[type[errors.MiniKmsError]]:
-    return [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MiniKmsError)]
 
 
 def ref(struct: type[msgspec.Struct]) -> Schema:
@@ -165,7 +160,8 @@ def responses(verb: Verb[Any, Any]) -> dict[str, Any]:
 
 def refusals(verb: Verb[Any, Any]) -> set[tuple[int, str]]:
     """Status and code of each."""
-    found = EVERYWHERE | {(kind.status, kind.code) for kind in every_error() if kind.code in verb.refusals}
+    kinds: list[type[errors.KmsRefusedError]] = [*errors.BY_CODE.values(), errors.ArenaFullError]
+    found = EVERYWHERE | {(kind.status, kind.code) for kind in kinds if kind.code in verb.refusals}
     if verb not in SERVED_SEALED:
         found.add((errors.SealedError.status, errors.SealedError.code))
     if verb.has_body:
@@ -183,9 +179,8 @@ def document() -> dict[str, Any]:
     for verb, answer in ((api.HEALTH, "ok"), (api.READY, "ready")):
         success = {"description": "Success.", "content": {"text/plain": {"schema": {"const": answer}}}}
         refused = {
-            str(kind.status): {"description": f"`{kind.code}`", "content": ERROR_CONTENT}
-            for kind in every_error()
-            if kind.code in verb.refusals
+            str(errors.BY_CODE[code].status): {"description": f"`{code}`", "content": ERROR_CONTENT}
+            for code in verb.refusals
         }
         operation_of = {"summary": verb.summary, "operationId": verb.name, "responses": {"200": success, **refused}}
         paths[verb.path] = {verb.method.lower(): operation_of}

@@ -1,7 +1,7 @@
 """miniKMS: a local, hardened key service. Start reading at `minikms.service`.
 
 `minikms.Client` and `minikms.AsyncClient` are the libraries. They, the items of batches and every error of
-`minikms.client.errors` load when they are first asked for, so that the daemon never imports them and the command starts
+`minikms.api.errors` load when they are first asked for, so that the daemon never imports them and the command starts
 fast. `minikms.__version__` is the version of the installed distribution.
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem
-    from minikms.client.errors import (
+    from minikms.api.errors import (
         AuditUnavailableError,
         ConflictError,
         DecryptionError,
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
         WrongSlotError,
         WrongThreadError,
     )
+    from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem
 
     __version__: str
 
@@ -113,6 +113,7 @@ def __getattr__(name: str) -> object:
         return metadata.version("progressdb-minikms")
     if name in __all__:
         from minikms import client
+        from minikms.api import errors
 
-        return getattr(client if hasattr(client, name) else client.errors, name)
+        return getattr(errors if name.endswith("Error") else client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

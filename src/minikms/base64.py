@@ -12,7 +12,7 @@ from typing import Final
 
 from pybase64 import b64decode, b64encode
 
-from minikms.errors import InvalidRequestError, TooLargeError
+from minikms.api.errors import InvalidRequestError, TooLargeError
 
 _LAST_OF_TWO: Final = frozenset("AQgw")
 """Before `==` only the top two bits of the last character count (RFC 4648 section 3.5)."""

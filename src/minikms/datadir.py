@@ -30,6 +30,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from minikms.api.errors import AuditUnavailableError, KmsRefusedError, StartError, StorageUnavailableError
 from minikms.audit import AuditKey, AuditLog, Event, ExpectedLog
 from minikms.audit.chain import KeyState, LocalSigner
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, Limits
@@ -48,7 +49,6 @@ from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.rewrap_journal import Replayed, RewrapJournal
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
-from minikms.errors import AuditUnavailableError, MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import keyring, root_slots
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
@@ -413,7 +413,7 @@ def _raise_epoch(
 
 def _close_unused(log: AuditLog) -> None:
     """Closes the log of a start that failed; the error of the start is the one to report."""
-    with contextlib.suppress(MiniKmsError):
+    with contextlib.suppress(KmsRefusedError):
         log.close()
 
 

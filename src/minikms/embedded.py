@@ -20,14 +20,18 @@ from typing import Any, Final, TypeVar, cast
 import msgspec
 
 from minikms import api
+from minikms.api.errors import (
+    AuditUnavailableError,
+    KmsClosedError,
+    NotFoundError,
+    StartError,
+)
 from minikms.audit import AuditLog, Event
 from minikms.client.calls import Call
-from minikms.client.errors import KmsClosedError, refusal
 from minikms.client.verbs import AsyncRunner, Many, One, Operation, Verbs
 from minikms.client.wire import Answer
 from minikms.custody.vault import Indexing, Vault
 from minikms.datadir import SERVICE_SLOTS, Options, lock_data_dir, open_for_service
-from minikms.errors import AuditUnavailableError, MiniKmsError, NotFoundError, StartError
 from minikms.http import Response
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
@@ -73,7 +77,7 @@ class EmbeddedClient(Verbs, AsyncRunner):
     """The methods of AsyncClient without a socket. Belongs to one event loop of one process: in a forked child each
     call is refused, since the arena may show zeros there in the place of keys.
 
-    Refusals are those of `minikms.client.errors`; no call fails because a daemon is away.
+    No call fails because a daemon is away.
     """
 
     def __init__(self, vault: Vault, table: VerbTable, who: Principal) -> None:
@@ -129,8 +133,6 @@ class EmbeddedClient(Verbs, AsyncRunner):
         self._no_calls.clear()
         try:
             body = await self._perform(call, one.request)
-        except MiniKmsError as error:
-            raise refusal(error.code, str(error), error.status) from None
         finally:
             self._vault.end_turn()
             call.wipe()

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 ROOT_UID: Final = 0

@@ -154,26 +154,23 @@ def explained(error: Exception) -> tuple[str, int]:
     """The text and the exit status of an error. An error that is a defect is raised again."""
     from cyclopts import CycloptsError
 
-    from minikms.client.errors import InvalidRequestError, KmsError, KmsRefusedError, KmsUntrustedServerError
-    from minikms.errors import MiniKmsError
+    from minikms.api import errors
 
     if isinstance(error, CycloptsError):
         return usage.explained(error, "minikms-unlock"), EXIT_MISSING
-    if isinstance(error, KmsError):
-        refused = isinstance(error, KmsRefusedError | KmsUntrustedServerError)
-        text = error.message if isinstance(error, KmsRefusedError) else str(error)
-        if isinstance(error, KmsUntrustedServerError):
-            text += f". {usage.UNTRUSTED_ADVICE}."
-        return text, EXIT_FAILED if refused and not isinstance(error, InvalidRequestError) else EXIT_MISSING
-    if isinstance(error, MiniKmsError):
-        return str(error), EXIT_MISSING
+    if isinstance(error, errors.KmsUntrustedServerError):
+        return f"{error}. {usage.UNTRUSTED_ADVICE}.", EXIT_FAILED
+    if isinstance(error, errors.KmsError):
+        missing = isinstance(error, errors.InvalidRequestError | errors.StartError)
+        refused = isinstance(error, errors.KmsRefusedError) and not missing
+        return str(error), EXIT_FAILED if refused else EXIT_MISSING
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else ""), EXIT_MISSING
     raise error
 
 
 def _parameters(source: str, config: Path) -> Parameters:
-    from minikms.errors import StartError
+    from minikms.api.errors import StartError
     from minikms_unlock.passphrase import read_config
 
     if source != SOURCE:
@@ -185,8 +182,8 @@ def _client(socket: str | None, server_uid: int | None) -> Client:
     """A client of the daemon, after the daemon has answered. Raises StartError without a usable path or list of users,
     KmsError if no daemon answers or its user is not trusted.
     """
+    from minikms.api.errors import StartError
     from minikms.client import Client
-    from minikms.errors import StartError
 
     path = socket or os.environ.get(SOCKET_VARIABLE) or ""
     if not path:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms.memory import SLOT_BYTES
 from minikms.sync import sync_file
 from minikms.trusted_file import ROOT_UID, read_trusted

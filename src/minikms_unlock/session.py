@@ -11,10 +11,10 @@ import hmac
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from minikms.api.errors import StartError
 from minikms.client.connecting import OVERFLOW_UID_FILE
 from minikms.crypto import roots
 from minikms.crypto.aead import scrub_stack
-from minikms.errors import StartError
 from minikms.memory import SLOT_BYTES, SecretArena, harden, hex_encode_into, interpreter_paths, zero
 from minikms.memory.terminal import opened_terminal, read_secret
 from minikms_unlock.passphrase import PASSPHRASE_BYTES_MAX, PASSPHRASE_BYTES_MIN, Parameters, derive_into

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from minikms import api
-from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
-from minikms.client.errors import refusal
+from minikms.api.errors import KmsRefusedError, refusal
+from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from progressdb_server.config import Config, ConfigError, Kms
 from progressdb_server.kms.provider import EncryptsNothing
 from progressdb_server.store import directory

@@ -24,7 +24,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from minikms.client import Client, KmsError
+from minikms.api.errors import KmsError
+from minikms.client import Client
 from tests.harness.ports import free_port
 from tests.harness.terminal import OnTerminal
 

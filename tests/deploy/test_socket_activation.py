@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 import minikms
+from minikms.api.errors import KmsUntrustedServerError
 from minikms.client.connecting import server_uid
-from minikms.client.errors import KmsUntrustedServerError
 from tests import needs
 from tests.deploy import service_manager
 from tests.harness.live_daemon import LiveDaemon

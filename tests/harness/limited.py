@@ -85,12 +85,12 @@ class Limited:
         self.policy.replace(parse_policy(b"version = 1\n" + policy.encode()))
 
     def begin(self, who: Principal, verb: Verb[Any, Any], request: api.Request) -> bytes | Awaitable[Any]:
-        """The answer, or what to await for it. The request counts until `Meters.end_turn`. Raises MiniKmsError."""
+        """The answer, or what to await for it. The request counts until `Meters.end_turn`. Raises KmsRefusedError."""
         answer = self.table[verb](self.table.entered(who, verb), request, "")
         return answer.body if isinstance(answer, Response) else answer
 
     async def ask(self, who: Principal, verb: Verb[Any, Any], request: api.Request) -> Any:
-        """The decoded answer, after which the request does not count any more. Raises MiniKmsError."""
+        """The decoded answer, after which the request does not count any more. Raises KmsRefusedError."""
         entered = self.table.entered(who, verb)
         try:
             answer = self.table[verb](entered, request, "")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import minikms
-from minikms.client.errors import KmsError
+from minikms.api.errors import KmsError
 from minikms.crypto.aead import NonceSource
 from minikms.keys import dek
 from minikms.keys.unlocked import UnlockedKeyring

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from minikms import datadir
+from minikms.api.errors import StartError
 from minikms.audit import Event
 from minikms.audit.chain import KeyState
 from minikms.audit.log import Limits
@@ -25,7 +26,6 @@ from minikms.audit.reader import LOG_NAME
 from minikms.cli.serve import serve
 from minikms.custody.rotation_backups import newest_key_id
 from minikms.datadir import DataDir, Options
-from minikms.errors import StartError
 from minikms.keys.dek import make_key_id
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from minikms import embedded
-from minikms.client import DecryptItem, EncryptItem, ReencryptItem, errors
+from minikms.api import errors
+from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from minikms.embedded import EmbeddedClient
 from minikms.memory.arena import SecretArena
 

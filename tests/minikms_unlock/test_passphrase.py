@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms_unlock.passphrase import Parameters, derive_into, make_config, read_config
 from tests import needs
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import SealedError
 from minikms.client import Client
-from minikms.client.errors import SealedError
 from minikms_unlock.passphrase import Parameters, derive_into
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon

@@ -22,8 +22,8 @@ import msgspec
 
 from minikms import api
 from minikms.api import Verb
+from minikms.api.errors import KmsRefusedError
 from minikms.daemon import strictmsgpack
-from minikms.errors import MiniKmsError
 from minikms.http import Response
 from minikms.policy import ROLES, Principal
 from minikms.service.base import VerbTable
@@ -93,7 +93,7 @@ async def _carry_out(table: VerbTable, verb: Verb[Any, Any], body: bytes) -> Non
             assert again == request, "it has another meaning when it is encoded anew"
         answer = table[verb](WHO, request, "")
         answer = await answer if inspect.isawaitable(answer) else answer
-    except MiniKmsError as error:
+    except KmsRefusedError as error:
         assert 400 <= error.status < 500, error
         json.dumps(str(error))
         return

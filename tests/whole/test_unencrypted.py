@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from minikms import api
-from minikms.client import KmsRefusedError, ReencryptItem
+from minikms.api.errors import KmsRefusedError
+from minikms.client import ReencryptItem
 from progressdb_server.config import Config, ConfigError, Kms, Server, Storage, load
 from progressdb_server.store import directory, keyspace
 from progressdb_server.store.conversations import Conversations

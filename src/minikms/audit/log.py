@@ -26,6 +26,7 @@ from typing import Final, Literal, NoReturn
 import msgspec
 
 from minikms import api
+from minikms.api.errors import AuditUnavailableError
 from minikms.append_only import UNCONFIRMED_BYTES_MAX
 from minikms.audit import record
 from minikms.audit.chain import AuditKey, LocalSigner, Signer
@@ -33,7 +34,6 @@ from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
 from minikms.audit.recovery import AuditKeys, ExpectedLog, OpenedLog, open_log
 from minikms.audit.writer import RESERVE_BYTES, ChainWriter, Reserve
 from minikms.base64 import encode_text
-from minikms.errors import AuditUnavailableError
 
 FsyncPolicy = Literal["never", "interval", "turn"]
 

@@ -13,16 +13,16 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import ClassVar, Final
+from typing import Final
 
 import msgspec
 
+from minikms.api.errors import KmsRefusedError
 from minikms.audit import record
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, SegmentFile, each_segment, list_segments
 from minikms.audit.record import Event, Head, MalformedLineError, line_start, parse_line
 from minikms.audit.rules import Report, Trust
 from minikms.audit.verify import Verifier
-from minikms.errors import MiniKmsError
 
 NAMES_COUNT_MAX: Final = 1000
 """Types, outcomes and actors that `totals` counts separately; it counts the lines of all others together."""
@@ -255,10 +255,10 @@ Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the total, both as sizes on disk."""
 
 
-class AuditLogMissingError(MiniKmsError):
+class AuditLogMissingError(KmsRefusedError):
     """There is no log, or it does not have the line that a verification should begin with."""
 
-    code: ClassVar[str] = "audit_missing"
+    code = "audit_missing"
 
 
 def verify_directory(

@@ -25,13 +25,13 @@ import re
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, ClassVar, Final, Protocol
+from typing import BinaryIO, Final, Protocol
 
 import zstandard
 
+from minikms.api.errors import KmsRefusedError
 from minikms.audit import record
 from minikms.audit.record import MalformedLineError
-from minikms.errors import MiniKmsError
 
 LOG_NAME: Final = "minikms-audit.log"
 COMPRESSED_SUFFIX: Final = ".zst"
@@ -106,10 +106,10 @@ def list_segments(directory: str) -> dict[int, list[str]]:
     return dict(sorted(found.items()))
 
 
-class DamagedSegmentError(MiniKmsError):
+class DamagedSegmentError(KmsRefusedError):
     """A segment can't be read to its end: it does not decompress, has a line without an end, or its `seq` jumps."""
 
-    code: ClassVar[str] = "audit_damaged"
+    code = "audit_damaged"
 
 
 class _Reader(Protocol):

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hmac
 import re
-from typing import Annotated, ClassVar, Final
+from typing import Annotated, Final
 
 import msgspec
 
 from minikms import api
+from minikms.api.errors import KmsRefusedError
 from minikms.base64 import decode_exact, encode
-from minikms.errors import MiniKmsError
 
 FORMAT_VERSION: Final = 1
 
@@ -76,10 +76,10 @@ NonNegative = Annotated[int, msgspec.Meta(ge=0, le=INTEGER_MAX)]
 Facts = dict[str, str | NonNegative]
 
 
-class MalformedLineError(MiniKmsError):
+class MalformedLineError(KmsRefusedError):
     """The bytes are not a line of an audit log. The error text names the rule that they break."""
 
-    code: ClassVar[str] = "audit_malformed"
+    code = "audit_malformed"
 
 
 def _outcome_ok() -> str:

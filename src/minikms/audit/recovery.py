@@ -32,6 +32,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from minikms import append_only
+from minikms.api.errors import StartError
 from minikms.append_only import write_whole
 from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
@@ -49,7 +50,6 @@ from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineEr
 from minikms.audit.rules import Trust
 from minikms.audit.verify import Verifier
 from minikms.base64 import encode_text
-from minikms.errors import StartError
 from minikms.sync import sync_data, sync_directory, sync_file
 
 READ_BYTES: Final = 64 * 1024

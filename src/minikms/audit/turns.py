@@ -17,10 +17,10 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Final
 
+from minikms.api.errors import AuditUnavailableError, SealedError, StorageUncertainError, copy_of
 from minikms.audit.chain import AuditKey
 from minikms.audit.log import AuditLog
 from minikms.audit.record import Event, Head
-from minikms.errors import AuditUnavailableError, SealedError, StorageUncertainError, copied
 
 HELD_SECONDS_MAX: Final = 5.0
 """Seconds for which the answers of a turn wait for a change of the audit key; then they are refused."""
@@ -214,4 +214,4 @@ def _fail(waiting: list[asyncio.Future[None]], error: AuditUnavailableError | Se
     """An error object of its own for each caller."""
     for synced in waiting:
         if not synced.done():
-            synced.set_exception(copied(error))
+            synced.set_exception(copy_of(error))

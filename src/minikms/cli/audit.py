@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, Transf
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit import record
 from minikms.audit.queries import Progress, Totals
 from minikms.audit.record import Event, MalformedLineError
@@ -40,7 +41,6 @@ from minikms.cli.console import (
     complain,
     needed_root,
 )
-from minikms.errors import MiniKmsError, StartError
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def verify(
                 )
             with open_for_reading(directory, root) as unlocked:
                 report = judge(audit_keys(unlocked).trust())
-    except (CommandError, MiniKmsError, OSError) as error:
+    except (CommandError, KmsRefusedError, OSError) as error:
         return _missing(error)
     print(report_json(report) if json else "\n".join(report_lines(report)))
     if report.findings_count:
@@ -292,7 +292,7 @@ def tail(
                 _print_lines(follower.read(), json=json)
                 if reader.poll(FOLLOW_SECONDS * 1000):
                     raise BrokenPipeError
-    except (CommandError, MiniKmsError, OSError) as error:
+    except (CommandError, KmsRefusedError, OSError) as error:
         return _missing(error)
     return EXIT_GOOD
 
@@ -354,7 +354,7 @@ def find(
             for line in find_lines(directory, sought):
                 _print_lines([line], json=json)
                 found += 1
-    except (CommandError, MiniKmsError, OSError) as error:
+    except (CommandError, KmsRefusedError, OSError) as error:
         return _missing(error)
     return EXIT_GOOD if found else EXIT_FAILED
 
@@ -366,7 +366,7 @@ def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
 
     try:
         counted = totals(_log_directory(data_dir))
-    except (CommandError, MiniKmsError, OSError) as error:
+    except (CommandError, KmsRefusedError, OSError) as error:
         return _missing(error)
     if json:
         print(as_json(counted))
@@ -393,7 +393,7 @@ def rotate_key(
     try:
         directory = chosen_data_dir(data_dir)
         made = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, root_source, data_dir=directory))
-    except (CommandError, MiniKmsError, OSError) as error:
+    except (CommandError, KmsRefusedError, OSError) as error:
         return _missing(error)
     public_key = encode_text(made.public_key)
     if json:
@@ -430,7 +430,7 @@ def _keys_of_thread(directory: str, thread: str) -> list[str]:
                 data = settled.read(key_id)
                 if data is not None and dek.parse(data, key_id).thread_id == thread:
                     found.append(key_id)
-            except MiniKmsError:
+            except KmsRefusedError:
                 continue
     return found
 

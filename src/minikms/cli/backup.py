@@ -288,13 +288,13 @@ def _progress(what: str, *, bar: bool) -> Iterator[Progress]:
 
 def _audit_head(directory: str) -> AuditHead | None:
     """The last whole line of the audit log; None when there is none that can be read."""
+    from minikms.api.errors import KmsRefusedError
     from minikms.audit.reader import last_lines
     from minikms.audit.record import parse_line
     from minikms.base64 import encode_text
     from minikms.custody.backup.archive import AuditHead
-    from minikms.errors import MiniKmsError
 
-    with contextlib.suppress(OSError, MiniKmsError, ValueError):
+    with contextlib.suppress(OSError, KmsRefusedError, ValueError):
         for line in last_lines(directory, 1):
             event, _, sig = parse_line(line)
             return AuditHead(event.seq, encode_text(sig))
@@ -337,12 +337,12 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
 
     It gets an arena of its own, because two keyrings may not have room in one. Raises StartError, OSError.
     """
+    from minikms.api.errors import UnknownRootError
     from minikms.crypto import roots
     from minikms.custody import files
     from minikms.custody.backup.restore import NewerKeyring
     from minikms.custody.tombstone_file import load, read_tombstones
     from minikms.datadir import KEYRING_SLOTS, opened_keyring, opened_root
-    from minikms.errors import WrongRootError
     from minikms.keys.keyring import FILE_BYTES_MAX
     from minikms.memory.arena import SecretArena
     from minikms.roots.providers import KeyFile
@@ -361,10 +361,10 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
             arena, root = stack.enter_context(opened_root(KeyFile(key_file)))
         try:
             unlocked = stack.enter_context(opened_keyring(arena, root, data))
-        except WrongRootError:
+        except UnknownRootError:
             if key_file is not None:
                 raise
-            raise WrongRootError(
+            raise UnknownRootError(
                 f"the newer keyring {path} does not open under the root key of the backup, "
                 f"{roots.fingerprint(root.view)}: give its root key with --newer-master-key-file"
             ) from None

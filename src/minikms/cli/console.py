@@ -31,6 +31,7 @@ from minikms.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE, PathText, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from minikms.api.errors import KmsError
     from minikms.client import Client
     from minikms.roots.providers import RootProvider
 
@@ -52,18 +53,14 @@ def explained(error: Exception) -> tuple[str, int]:
     """The text and the exit status of an error that ends a command. An error that is a defect is raised again."""
     from cyclopts import CycloptsError
 
-    from minikms.client.errors import KmsError
-    from minikms.errors import InvalidRequestError, MiniKmsError, StartError, StorageUnavailableError
+    from minikms.api.errors import KmsError
 
     if isinstance(error, CommandError):
         return str(error), error.exit_status
     if isinstance(error, CycloptsError):
         return usage.explained(error, "minikms"), EXIT_MISSING
     if isinstance(error, KmsError):
-        return _explained_client(error)
-    if isinstance(error, MiniKmsError):
-        missing = isinstance(error, StartError | StorageUnavailableError | InvalidRequestError)
-        return str(error), EXIT_MISSING if missing else EXIT_FAILED
+        return _with_advice(error)
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
         advice = f". {DATA_USER_ADVICE}." if isinstance(error, PermissionError) else ""
@@ -71,8 +68,8 @@ def explained(error: Exception) -> tuple[str, int]:
     raise error
 
 
-def _explained_client(error: Exception) -> tuple[str, int]:
-    from minikms.client import errors
+def _with_advice(error: KmsError) -> tuple[str, int]:
+    from minikms.api import errors
 
     advice: dict[type[Exception], str] = {
         errors.KmsUnavailableError: "Is the daemon running? Start it with `minikms --socket … --data-dir …`, or name "
@@ -85,16 +82,17 @@ def _explained_client(error: Exception) -> tuple[str, int]:
         errors.AuditUnavailableError: "Free space on the file system of the audit log; see docs/runbook.md",
         errors.KeyNotFoundError: "List the keys with `minikms keys list`",
     }
-    text = error.message if isinstance(error, errors.KmsRefusedError) else str(error)
     next_step = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")
     if isinstance(error, errors.KmsUnavailableError) and isinstance(error.__cause__, PermissionError):
         next_step = (
             "Run this as the daemon's user, as root, or as a member of the socket's group: see --socket-group and "
             "--socket-mode of `minikms serve`"
         )
-    usage_or_missing = isinstance(error, errors.KeyNotFoundError | errors.InvalidRequestError)
-    judged = isinstance(error, errors.KmsRefusedError | errors.KmsUntrustedServerError) and not usage_or_missing
-    return f"{text}. {next_step}." if next_step else text, EXIT_FAILED if judged else EXIT_MISSING
+    missing = errors.KeyNotFoundError | errors.InvalidRequestError | errors.StorageUnavailableError | errors.StartError
+    judged = isinstance(error, errors.KmsRefusedError | errors.KmsUntrustedServerError) and not isinstance(
+        error, missing
+    )
+    return f"{error}. {next_step}." if next_step else str(error), EXIT_FAILED if judged else EXIT_MISSING
 
 
 DATA_USER_ADVICE: Final = "The files of a key service are its user's alone: run this as that user, or as root"

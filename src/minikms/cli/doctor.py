@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from minikms import api
+from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.console import (
     CommandError,
@@ -50,7 +51,6 @@ from minikms.custody import (
 from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded, unix_seconds
 from minikms.custody.settled_keys import SettledKeys
 from minikms.datadir import opened_keyring, opened_root
-from minikms.errors import MiniKmsError, StartError
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
 from minikms.keys.keyring import Body
@@ -110,7 +110,7 @@ def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterato
             yield from _root_keys(body, now)
     except StartError as error:  # of a file that was read
         yield problem("keyring", str(error), "what the sentence says; docs/runbook.md has the steps")
-    except MiniKmsError as error:
+    except KmsRefusedError as error:
         yield problem("keyring", str(error), "restore it from a backup: minikms backup restore")
     yield from _audit_log(directory)
     if body is None or data is None:
@@ -302,7 +302,7 @@ def _keys(
         content = _read(directory, tombstone_file.NAME, TOMBSTONES_BYTES_MAX)
         key = None if unlocked is None else unlocked.tombstone_key
         destroyed.update(tombstone_file.read_tombstones(content, body, key).keys())
-    except MiniKmsError as error:
+    except KmsRefusedError as error:
         yield problem("destroyed keys", str(error), "put the file back, or restore a backup: docs/runbook.md")
     active: dict[str, list[str]] = {}
     bad: list[str] = []
@@ -310,7 +310,7 @@ def _keys(
     with SettledKeys(directory) as settled:
         try:
             key_ids = settled.key_ids()
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             yield problem("keys", str(error), 'docs/runbook.md, "One key file is damaged"')
             return
         for key_id in key_ids:
@@ -322,7 +322,7 @@ def _keys(
                     continue
                 record = dek.parse(data, key_id)
                 _judge(record, body, arena, unlocked)
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 bad.append(f"{key_id}: {error}")
                 continue
             if record.state == "active":
@@ -448,7 +448,7 @@ def machine() -> Iterator[Finding]:
 
 def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Finding]:
     """`alone`: nothing else is examined. Raises KmsError then, if the daemon does not answer or refuses."""
-    from minikms.client.errors import KmsError, KmsUnavailableError, UnauthorizedError
+    from minikms.api.errors import KmsError, KmsUnavailableError, UnauthorizedError
 
     with daemon_client(path, server_uid) as kms:
         try:

@@ -248,7 +248,8 @@ async def _destroy_all(
     """
     import asyncio
 
-    from minikms.client import AsyncClient, KmsError, KmsRefusedError
+    from minikms.api.errors import KmsError, KmsRefusedError
+    from minikms.client import AsyncClient
 
     server_uids = chosen_server_uids(server_uid)
     left = list(reversed(key_ids))

@@ -55,9 +55,9 @@ def add(
     The first root key must open the keyring, which shows the id of the keyring. A later root key may be named here
     before it is added to the keyring. A damaged file is replaced by one with this root key only.
     """
+    from minikms.api.errors import StartError
     from minikms.crypto import roots
     from minikms.datadir import opened_keyring, opened_root, read_keyring
-    from minikms.errors import StartError
     from minikms.keys import keyring
 
     file, directory = _chosen(pin, data_dir)

@@ -91,7 +91,7 @@ def unseal(
 def _ask_until_unsealed(kms: Client, state: api.UnsealStatusAnswer, *, quiet: bool) -> api.UnsealStatusAnswer:
     """Asks for secrets until the daemon serves, or waits for the shares of others. The last state."""
     from minikms import api
-    from minikms.client import errors
+    from minikms.api import errors
     from minikms.memory.arena import SecretArena
 
     with SecretArena(ARENA_SLOTS) as arena:

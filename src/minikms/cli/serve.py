@@ -135,6 +135,7 @@ def serve(
     parent_fd: Annotated[int | None, Parameter(show=False)] = None,
 ) -> int:
     """Serve keys on a Unix socket until SIGTERM."""
+    from minikms.api.errors import StartError
     from minikms.audit.log import Limits
     from minikms.audit.maintenance import Retention
     from minikms.audit.recovery import IF_RESTORED
@@ -144,7 +145,6 @@ def serve(
     from minikms.daemon.policy_file import PolicyFile
     from minikms.daemon.settings import Settings
     from minikms.datadir import Options
-    from minikms.errors import StartError
     from minikms.policy import parse_uids
     from minikms.roots.pin import PinFile
     from minikms.roots.providers import DevelopmentKey
@@ -218,8 +218,8 @@ def _no_root_text(directory: str) -> str:
 
 def parse_head(text: str | None) -> Head | None:
     """A line of the audit log that was written, as SEQ:SIG. Raises StartError."""
+    from minikms.api.errors import StartError
     from minikms.audit.chain import parse_head
-    from minikms.errors import StartError
 
     if text is None:
         return None
@@ -231,7 +231,7 @@ def parse_head(text: str | None) -> Head | None:
 
 def parse_mode(text: str) -> int:
     """Octal permission bits. Raises StartError."""
-    from minikms.errors import StartError
+    from minikms.api.errors import StartError
 
     try:
         mode = int(text, 8)

@@ -9,8 +9,7 @@ must never answer with a default after a failure.
 
 from typing import TYPE_CHECKING
 
-from minikms.client import errors
-from minikms.client.errors import KmsError, KmsRefusedError
+from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client.items import DecryptItem, EncryptItem, ReencryptItem
 from minikms.client.synchronous import Client
 
@@ -25,7 +24,6 @@ __all__ = [
     "KmsError",
     "KmsRefusedError",
     "ReencryptItem",
-    "errors",
 ]
 
 

@@ -17,12 +17,12 @@ from typing import Any, Final, Self, TypeVar, cast
 
 from minikms import api
 from minikms.api import Verb
+from minikms.api.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError
 from minikms.client import calls, connecting
 from minikms.client.batching import Batcher
 from minikms.client.calls import Attempts, Call, make_call
 from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, TIMEOUT_S, WAIT_S
 from minikms.client.connection import Connection
-from minikms.client.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError
 from minikms.client.items import Batch, DecryptItem, EncryptItem, Outcome
 from minikms.client.verbs import AsyncRunner, Many, One, Operation, Verbs, ciphertext_of, plaintext_of
 

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
 from minikms import api
-from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
+from minikms.api.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
 from minikms.client.items import BATCH_BYTES_MAX, DecryptItem, EncryptItem, Outcome, checked_cost_bytes
 
 QUEUE_ITEMS_MAX: Final = 64 * api.BATCH_ITEMS_MAX

@@ -20,7 +20,7 @@ from msgspec import UNSET, UnsetType
 
 from minikms import api
 from minikms.api import Verb
-from minikms.client.errors import (
+from minikms.api.errors import (
     KmsError,
     KmsProtocolError,
     KmsRefusedError,

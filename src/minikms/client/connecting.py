@@ -16,7 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from minikms.client.errors import KmsUnavailableError, KmsUntrustedServerError
+from minikms.api.errors import KmsUnavailableError, KmsUntrustedServerError
 
 POOL_CONNECTIONS_MAX: Final = 64
 """Of one client, beside the two connections that carry batches."""

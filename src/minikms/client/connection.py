@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import Collection
 from typing import cast
 
+from minikms.api.errors import KmsError, KmsProtocolError, KmsTimeoutError, KmsUnavailableError
 from minikms.client.connecting import connect
-from minikms.client.errors import KmsError, KmsProtocolError, KmsTimeoutError, KmsUnavailableError
 from minikms.client.wire import JSON, Answer, AnswerParser, request_head
 
 

@@ -14,7 +14,7 @@ from typing import Final, NoReturn, TypeVar
 import msgspec
 
 from minikms import api
-from minikms.client.errors import InvalidRequestError, KmsRefusedError, TooLargeError
+from minikms.api.errors import InvalidRequestError, KmsRefusedError, TooLargeError
 
 _ITEM_TEXT_BYTES_MAX: Final = 128 + 3 * 6 * api.ID_CHARS_MAX
 """Of an item's field names and ids in JSON, when every character of an id needs an escape of six."""

@@ -18,10 +18,10 @@ from collections.abc import Collection
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
+from minikms.api.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
 from minikms.client import connecting
 from minikms.client.calls import Attempts, Call
 from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, TIMEOUT_S, WAIT_S
-from minikms.client.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
 from minikms.client.verbs import BlockingRunner, Many, One, Operation, Verbs
 from minikms.client.wire import Answer, AnswerParser, request_head
 

@@ -20,7 +20,7 @@ import re
 from typing import Final, NamedTuple
 
 from minikms import api
-from minikms.client.errors import KmsProtocolError
+from minikms.api.errors import KmsProtocolError
 
 HEAD_BYTES_MAX: Final = api.HEAD_BYTES_MAX
 HEADERS_COUNT_MAX: Final = api.HEADERS_COUNT_MAX

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.cmac import CMAC
 
-from minikms.errors import DecryptionError
+from minikms.api.errors import DecryptionError
 from minikms.memory import zero_bytes
 
 KEY_BYTES: Final = 32

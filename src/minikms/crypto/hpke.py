@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from minikms.api.errors import DecryptionError
 from minikms.crypto.aead import scrub_stack
-from minikms.errors import DecryptionError
 from minikms.memory import fill_random, zero, zero_bytes
 
 MLKEM_PUBLIC_KEY_BYTES: Final = 1184

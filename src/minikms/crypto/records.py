@@ -24,6 +24,7 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from minikms.api.errors import DecryptionError
 from minikms.crypto.aead import (
     LONG_TEXT_BYTES,
     NONCE_BYTES,
@@ -33,7 +34,6 @@ from minikms.crypto.aead import (
     scrub_long_text,
     scrub_stack,
 )
-from minikms.errors import DecryptionError
 from minikms.memory.arena import SecretArena, SecretSlot
 
 RECORDS_PER_PREFIX: Final = 1 << 24

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from minikms import api
+from minikms.api.errors import InvalidRequestError, ShareTextError
 from minikms.crypto import labels
 from minikms.crypto.aead import scrub_stack
-from minikms.errors import InvalidRequestError, ShareTextError
 
 SHARE_BYTES: Final = 32
 THRESHOLD_MIN: Final = 2

@@ -26,10 +26,10 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, MLKEM768X25519PrivateKey, Suite
 
+from minikms.api.errors import DecryptionError, StartError
 from minikms.crypto import hpke, labels
 from minikms.crypto.aead import KEY_BYTES, TAG_BYTES, scrub_stack
 from minikms.crypto.hpke import ENCAPSULATED_BYTES, X25519_KEY_BYTES
-from minikms.errors import DecryptionError, StartError
 from minikms.memory import zero, zero_bytes
 
 MLKEM_SEED_BYTES: Final = 64

@@ -25,9 +25,9 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms import api
+from minikms.api.errors import DecryptionError, InvalidRequestError, TooLargeError
 from minikms.crypto import labels
 from minikms.crypto.aead import TAG_BYTES
-from minikms.errors import DecryptionError, InvalidRequestError, TooLargeError
 
 CHUNK_BYTES: Final = 64 * 1024
 CHUNKS_COUNT_MAX: Final = 1 << 32

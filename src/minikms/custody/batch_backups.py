@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
+from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody.deks import list_names
 from minikms.custody.files import (
     SYNCFS_FILES_MIN,
@@ -39,7 +40,6 @@ from minikms.custody.files import (
     syncfs,
     syncfs_reports,
 )
-from minikms.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES
 from minikms.sync import sync_directory
 

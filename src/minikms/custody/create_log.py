@@ -38,6 +38,14 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Final, NamedTuple
 
+from minikms.api.errors import (
+    KeyNotFoundError,
+    KeyUnreadableError,
+    KmsRefusedError,
+    StartError,
+    StorageUnavailableError,
+    copy_of,
+)
 from minikms.custody.deks import DekStore, file_name
 from minikms.custody.files import (
     GROUP_FILES_MAX,
@@ -52,14 +60,6 @@ from minikms.custody.files import (
     write_all_at,
     write_files,
     write_group,
-)
-from minikms.errors import (
-    KeyNotFoundError,
-    KeyUnreadableError,
-    MiniKmsError,
-    StartError,
-    StorageUnavailableError,
-    copied,
 )
 from minikms.keys import dek
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, key_id_to_bytes
@@ -185,7 +185,7 @@ class _Logged(NamedTuple):
 class Written(NamedTuple):
     """What became of a group: None or the error of each key, and whether all of its files were made."""
 
-    outcomes: list[MiniKmsError | None]
+    outcomes: list[KmsRefusedError | None]
     made: bool
 
 
@@ -209,17 +209,17 @@ class CreateLog:
         self._unmade: dict[str, list[asyncio.Future[None]]] = {}
         """The keys whose groups have not ended, each with the waiters of its group."""
 
-    async def write_group(self, keys: Sequence[NewKey]) -> list[MiniKmsError | None]:
+    async def write_group(self, keys: Sequence[NewKey]) -> list[KmsRefusedError | None]:
         """Makes keys, durable on return. Returns for each key None, or the error that refuses it. The files may not be
         made yet: see `file_made`. Raises StorageUnavailableError if all keys are refused.
         """
         return await self._begin_group(keys)
 
-    def _begin_group(self, keys: Sequence[NewKey]) -> asyncio.Future[list[MiniKmsError | None]]:
+    def _begin_group(self, keys: Sequence[NewKey]) -> asyncio.Future[list[KmsRefusedError | None]]:
         """Not a part of `write_group`, to whose frame the traceback of the future's error leads."""
         loop = asyncio.get_running_loop()
         contents, waiting = dict(keys), list[asyncio.Future[None]]()
-        outcomes: asyncio.Future[list[MiniKmsError | None]] = loop.create_future()
+        outcomes: asyncio.Future[list[KmsRefusedError | None]] = loop.create_future()
 
         def answer() -> None:
             if not outcomes.done():
@@ -245,7 +245,7 @@ class CreateLog:
                 outcomes.set_result(job.result().outcomes)
             else:
                 # A copy: the traceback of the error leads to the frame of the job, which has this future too.
-                outcomes.set_exception(copied(failure) if isinstance(failure, MiniKmsError) else failure)
+                outcomes.set_exception(copy_of(failure) if isinstance(failure, KmsRefusedError) else failure)
 
         self._store.making(contents)
         self._unmade.update(dict.fromkeys(contents, waiting))

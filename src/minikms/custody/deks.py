@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from typing import Final, Self
 
 from minikms import api
+from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.custody.files import (
     GROUP_FILES_MAX,
     FileWrite,
@@ -43,7 +44,6 @@ from minikms.custody.files import (
     write_group,
 )
 from minikms.custody.group_commit import GroupCommit
-from minikms.errors import KeyNotFoundError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES
 from minikms.sync import sync_file
 
@@ -168,13 +168,13 @@ class DekStore:
             raise KeyNotFoundError("key not found")
         return data
 
-    def read_many(self, key_ids: Iterable[str]) -> list[tuple[str, bytes | MiniKmsError]]:
+    def read_many(self, key_ids: Iterable[str]) -> list[tuple[str, bytes | KmsRefusedError]]:
         """The content of each key's file, or the error of `read`. For a worker thread."""
-        found: list[tuple[str, bytes | MiniKmsError]] = []
+        found: list[tuple[str, bytes | KmsRefusedError]] = []
         for key_id in key_ids:
             try:
                 found.append((key_id, self.read(key_id)))
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 found.append((key_id, error))
         return found
 
@@ -194,7 +194,7 @@ class DekStore:
         await self._writes.submit(FileWrite(file_name(key_id), data))
         self.made((key_id,))  # its first file, if the disk has refused that until now
 
-    async def _write(self, writes: list[FileWrite]) -> list[MiniKmsError | None]:
+    async def _write(self, writes: list[FileWrite]) -> list[KmsRefusedError | None]:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, write_group, self.directory_fd, writes)
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Final
 
+from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.custody.deks import HeldKeys
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.keyring_file import StoredKeyring
 from minikms.custody.tombstone_file import Staged, Tombstones
-from minikms.errors import MiniKmsError, StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
 from minikms.keys.unlocked import UnlockedKeyring
@@ -69,7 +69,7 @@ class Destruction:
         """Returns when no destruction is waiting or under way."""
         await self._group.drain()
 
-    async def _destroy(self, locks: list[HeldKeys]) -> Sequence[int | MiniKmsError]:
+    async def _destroy(self, locks: list[HeldKeys]) -> Sequence[int | KmsRefusedError]:
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         repeated = frozenset(key_id for key_id in key_ids if key_id in self._tombstones)
         try:

@@ -43,7 +43,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Final, NamedTuple, Self
 
-from minikms.errors import ConflictError, InvalidRequestError, MiniKmsError, StartError, StorageUnavailableError
+from minikms.api.errors import ConflictError, InvalidRequestError, KmsRefusedError, StartError, StorageUnavailableError
 from minikms.sync import sync_file
 
 DIRECTORY_MODE: Final = 0o700
@@ -420,7 +420,7 @@ def write_files(directory: int, writes: Sequence[FileWrite]) -> None:
                 del outcome  # the traceback of an error leads to this frame
 
 
-def write_group(directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
+def write_group(directory: int, writes: Sequence[FileWrite]) -> list[KmsRefusedError | None]:
     """Writes a group: all temporary files, one sync, all renames, one sync. Blocks on the disk. The last sync includes
     the directory, even if there are no writes.
 
@@ -430,7 +430,7 @@ def write_group(directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsErro
     """
     for write in writes:
         _check_name(write.name)
-    outcomes: list[MiniKmsError | None] = [None] * len(writes)
+    outcomes: list[KmsRefusedError | None] = [None] * len(writes)
     temps: list[str] = []
     try:
         by_syncfs = len(writes) >= SYNCFS_FILES_MIN and syncfs_reports(directory)
@@ -473,7 +473,9 @@ def _put_in_place(directory: int, temp: str, write: FileWrite) -> None:
         os.rename(temp, write.name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
-def _unsynced_outcome(directory: int, write: FileWrite, outcome: MiniKmsError | None, error: OSError) -> MiniKmsError:
+def _unsynced_outcome(
+    directory: int, write: FileWrite, outcome: KmsRefusedError | None, error: OSError
+) -> KmsRefusedError:
     """The outcome of a write whose last sync failed."""
     if outcome is not None:
         return outcome

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, TypeVar
 
-from minikms.errors import MiniKmsError, StorageUnavailableError, copied
+from minikms.api.errors import KmsRefusedError, StorageUnavailableError, copy_of
 
 WAITING_MAX: Final = 16_384
 
@@ -27,10 +27,12 @@ R = TypeVar("R")
 
 class GroupCommit(Generic[T, R]):
     """`commit` makes a group of at most `items_max` requests durable, and returns the result or the error of each. A
-    MiniKmsError that it raises is the outcome of all.
+    KmsRefusedError that it raises is the outcome of all.
     """
 
-    def __init__(self, commit: Callable[[list[T]], Awaitable[Sequence[R | MiniKmsError]]], *, items_max: int) -> None:
+    def __init__(
+        self, commit: Callable[[list[T]], Awaitable[Sequence[R | KmsRefusedError]]], *, items_max: int
+    ) -> None:
         self._commit = commit
         self._items_max = items_max
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
@@ -78,9 +80,9 @@ class GroupCommit(Generic[T, R]):
             outcomes = await self._commit([item for item, _ in group])
             for (_, done), outcome in zip(group, outcomes, strict=True):
                 _answer(done, outcome)
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             for _, done in group:
-                _answer(done, copied(error))
+                _answer(done, copy_of(error))
         except BaseException:  # a defect, or the loop is closing
             for _, done in group:
                 done.cancel()
@@ -91,10 +93,10 @@ class GroupCommit(Generic[T, R]):
                 self._schedule(loop)
 
 
-def _answer(done: asyncio.Future[R], outcome: R | MiniKmsError) -> None:
+def _answer(done: asyncio.Future[R], outcome: R | KmsRefusedError) -> None:
     if done.done():
         return
-    if isinstance(outcome, MiniKmsError):
+    if isinstance(outcome, KmsRefusedError):
         done.set_exception(outcome)
     else:
         done.set_result(outcome)

@@ -18,8 +18,8 @@ from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Final
 
+from minikms.api.errors import SealedError, StartError, StorageUnavailableError, StorageUncertainError
 from minikms.custody.files import read_file_bounded, replace_file
-from minikms.errors import SealedError, StartError, StorageUnavailableError, StorageUncertainError
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
 from minikms.keys.unlocked import UnlockedKeyring
 

@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from minikms import api
+from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import NonceSource, XaesCipher, scrub_stack
 from minikms.custody.create_log import CreateLog, NewKey
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.keyring_file import CreatesUnderWay
-from minikms.errors import MiniKmsError, StorageUnavailableError
 from minikms.keys import dek
 from minikms.keys.dek import (
     KEY_ID_RANDOM_BYTES,
@@ -80,7 +80,7 @@ class NewKeys:
         """Returns when no key is being made."""
         await self._groups.drain()
 
-    async def _make_group(self, wanted: list[Wanted]) -> list[DekRecord | MiniKmsError]:
+    async def _make_group(self, wanted: list[Wanted]) -> list[DekRecord | KmsRefusedError]:
         version = self._under_way.begin()
         try:
             made = self._make_all(wanted, version)
@@ -88,28 +88,28 @@ class NewKeys:
             outcomes = iter(await self._creates.write_group(keys) if keys else ())
         finally:
             self._under_way.end(version)
-        results: list[DekRecord | MiniKmsError] = []
+        results: list[DekRecord | KmsRefusedError] = []
         for each in made:
-            failure = each if isinstance(each, MiniKmsError) else next(outcomes)
+            failure = each if isinstance(each, KmsRefusedError) else next(outcomes)
             if failure is None and isinstance(each, DekRecord):
                 self._index.put(each)
             results.append(each if failure is None else failure)
         return results
 
-    def _make_all(self, wanted: Sequence[Wanted], version: int) -> list[DekRecord | MiniKmsError]:
+    def _make_all(self, wanted: Sequence[Wanted], version: int) -> list[DekRecord | KmsRefusedError]:
         """Fresh wrapped keys, each made in the same slot of the arena, or the refusals."""
         created_ns = now_ns()
         at = rfc3339(created_ns)
         first_ms = created_ns // 1_000_000
         random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
-        made: list[DekRecord | MiniKmsError] = []
+        made: list[DekRecord | KmsRefusedError] = []
         try:
             with self._arena.allocate() as slot, XaesCipher(self._unlocked.kek(version)) as kek:
                 for number, one in enumerate(wanted):
                     try:
                         one.permit()
                         id_ms = _id_ms(one, first_ms)
-                    except MiniKmsError as error:
+                    except KmsRefusedError as error:
                         made.append(error)
                         continue
                     key_id = make_key_id(id_ms, random[number * KEY_ID_RANDOM_BYTES :][:KEY_ID_RANDOM_BYTES])

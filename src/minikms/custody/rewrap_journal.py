@@ -30,6 +30,7 @@ import struct
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
+from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, StartError, StorageUnavailableError
 from minikms.custody.batch_backups import LINES_COUNT_MAX, Line
 from minikms.custody.deks import DekStore, HeldKeys, file_name
 from minikms.custody.files import (
@@ -41,7 +42,6 @@ from minikms.custody.files import (
     write_files,
 )
 from minikms.custody.rotation_backups import RotationBackups
-from minikms.errors import KeyNotFoundError, KeyUnreadableError, StartError, StorageUnavailableError
 from minikms.keys import dek
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, key_id_to_bytes
 

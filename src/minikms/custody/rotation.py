@@ -48,20 +48,20 @@ from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 from minikms import api
+from minikms.api.errors import (
+    ConflictError,
+    KeyNotFoundError,
+    KeyUnreadableError,
+    KmsRefusedError,
+    StorageUnavailableError,
+    copy_of,
+)
 from minikms.crypto import roots
 from minikms.crypto.aead import scrub_stack
 from minikms.custody.deks import SCAN_FILES
 from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339, stamp
 from minikms.custody.rewrap_journal import Rewrap
 from minikms.custody.vault import Permit, Vault, permitted
-from minikms.errors import (
-    ConflictError,
-    KeyNotFoundError,
-    KeyUnreadableError,
-    MiniKmsError,
-    StorageUnavailableError,
-    copied,
-)
 from minikms.keys import dek, keyring, root_slots
 from minikms.memory.arena import SecretSlot, fill_random
 
@@ -75,7 +75,7 @@ RETRY_SECONDS_MIN: Final = 0.25
 RETRY_SECONDS_MAX: Final = 5.0
 
 T = TypeVar("T")
-ReadFile = tuple[str, bytes | MiniKmsError]
+ReadFile = tuple[str, bytes | KmsRefusedError]
 """(key id, the content of its file or why it can't be read)."""
 
 
@@ -368,7 +368,7 @@ class KekRotation:
             if not chunk:
                 continue
             found = await _run_in(self._reader, partial(self._vault.store.read_many, chunk))
-            return [(key_id, data) for key_id, data in found if isinstance(data, MiniKmsError) or marker not in data]
+            return [(key_id, data) for key_id, data in found if isinstance(data, KmsRefusedError) or marker not in data]
         return None
 
     async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Rewrap]:
@@ -394,8 +394,8 @@ class KekRotation:
                     if key_id in vault.destroyed:
                         continue  # a crash left the file, and the scan of this start removes it: don't write it again
                     try:
-                        if isinstance(data, MiniKmsError):
-                            raise copied(data)
+                        if isinstance(data, KmsRefusedError):
+                            raise copy_of(data)
                         record = dek.parse(data, key_id)
                         if record.kek_version == to_version:
                             continue  # spelled in a way that the reader's search does not know
@@ -478,7 +478,7 @@ class KekRotation:
 
 
 def _error_text(error: Exception) -> str:
-    return str(error) if isinstance(error, MiniKmsError) else f"defect: {type(error).__name__}"
+    return str(error) if isinstance(error, KmsRefusedError) else f"defect: {type(error).__name__}"
 
 
 class Census(NamedTuple):
@@ -604,10 +604,10 @@ class Pruning:
             scrub_stack()
         return census
 
-    def _count(self, census: Census, key_id: str, data: bytes | MiniKmsError) -> None:
+    def _count(self, census: Census, key_id: str, data: bytes | KmsRefusedError) -> None:
         try:
-            if isinstance(data, MiniKmsError):
-                raise copied(data)
+            if isinstance(data, KmsRefusedError):
+                raise copy_of(data)
             record = dek.parse(data, key_id)
             with self._vault.arena.allocate() as key:
                 dek.unwrap_into(record, self._vault.unlocked.kek(record.kek_version), key.view)

@@ -17,12 +17,12 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from minikms import api
+from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody.batch_backups import LINES_COUNT_MAX, BatchBackups, list_batch_files, list_stamps
 from minikms.custody.create_log import read_logged
 from minikms.custody.deks import DIRECTORY as DEK_DIRECTORY
 from minikms.custody.deks import SUFFIX, DekStore, file_name, list_names
 from minikms.custody.files import now_ns, open_directory, read_file_bounded, replace_file, sweep_temps
-from minikms.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES, KEY_ID_RANDOM_BYTES, make_key_id
 from minikms.sync import sync_file
 

@@ -16,10 +16,10 @@ import os
 import time
 from typing import Final, NamedTuple, Self
 
+from minikms.api.errors import StorageUnavailableError
 from minikms.custody import create_log, rewrap_journal
 from minikms.custody.deks import DIRECTORY, file_name, list_key_ids, read_settled
 from minikms.custody.files import open_directory, read_file_bounded
-from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
 
 CLOCK_TICK_NS: Final = 1_000_000_000

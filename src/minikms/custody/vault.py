@@ -29,6 +29,17 @@ from functools import partial
 from typing import Final, TypeVar
 
 from minikms import api
+from minikms.api.errors import (
+    ConflictError,
+    KeyDestroyedError,
+    KeyNotFoundError,
+    KeyRetiredError,
+    KeyUnreadableError,
+    KmsRefusedError,
+    StorageUnavailableError,
+    WrongThreadError,
+    copy_of,
+)
 from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.crypto.records import RecordKey, RecordKeys
@@ -42,17 +53,6 @@ from minikms.custody.new_keys import NewKeys, Wanted
 from minikms.custody.rewrap_journal import RewrapJournal
 from minikms.custody.rotation_backups import RotationBackups
 from minikms.custody.tombstone_file import Tombstones
-from minikms.errors import (
-    ConflictError,
-    KeyDestroyedError,
-    KeyNotFoundError,
-    KeyRetiredError,
-    KeyUnreadableError,
-    MiniKmsError,
-    StorageUnavailableError,
-    WrongThreadError,
-    copied,
-)
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache
 from minikms.keys.dek import DekRecord, DekState, move_dek
@@ -263,7 +263,7 @@ class Vault:
         if replaces:
             try:
                 await self.retire(replaces, replaced_by=record.id, again=True)
-            except MiniKmsError:
+            except KmsRefusedError:
                 await self._remove_new_key(record.id)
                 raise
         return record
@@ -284,7 +284,7 @@ class Vault:
             self.creates.forget(held.key_ids)
             self.store.remove(held)
 
-        with contextlib.suppress(MiniKmsError):
+        with contextlib.suppress(KmsRefusedError):
             async with self.locks.hold((key_id,)) as held:
                 try:
                     await asyncio.get_running_loop().run_in_executor(self._executor, remove)
@@ -461,7 +461,7 @@ class Indexing:
         while not self.complete:
             try:
                 await self._scan()
-            except MiniKmsError:
+            except KmsRefusedError:
                 await asyncio.sleep(SCAN_RETRY_SECONDS)
             else:
                 self._done.set()
@@ -497,7 +497,7 @@ class Indexing:
         key_ids, files = self._left, None
         while True:
             key_ids = await self._failed(key_ids, self._remove_left)
-            with contextlib.suppress(MiniKmsError):
+            with contextlib.suppress(KmsRefusedError):
                 if files is None:
                     files = await asyncio.get_running_loop().run_in_executor(self._executor, single)
                 files = await self._failed(files, self._blank)
@@ -511,7 +511,7 @@ class Indexing:
         for item in items:
             try:
                 await work(item)
-            except MiniKmsError:
+            except KmsRefusedError:
                 failed.append(item)
             await asyncio.sleep(SCAN_PAUSE_SECONDS)
         return failed
@@ -537,14 +537,14 @@ class Indexing:
         self._vault.store.sync_directory()
         return found
 
-    def _add(self, key_id: str, data: bytes | MiniKmsError) -> DekRecord | None:
+    def _add(self, key_id: str, data: bytes | KmsRefusedError) -> DekRecord | None:
         vault = self._vault
         if key_id in vault.destroyed:
             self._left.append(key_id)
             return None
         try:
-            if isinstance(data, MiniKmsError):
-                raise copied(data)
+            if isinstance(data, KmsRefusedError):
+                raise copy_of(data)
             record = dek.parse(data, key_id)
             vault.unlocked.kek(record.kek_version)
         except KeyNotFoundError:
@@ -561,5 +561,5 @@ class Indexing:
             if old.state == "active":
                 self._vault.check_replaces(old, new.thread_id, new.purpose)
                 await self._vault.retire(old.id, replaced_by=new.id, again=True)
-        except MiniKmsError:
+        except KmsRefusedError:
             return  # the old key was destroyed, can't be read (then it is listed), or is of another thread

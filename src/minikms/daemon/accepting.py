@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final, Generic
 
 from minikms import api
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms.http import HttpServer, S
 
 DESCRIPTORS_RESERVED_COUNT: Final = 128

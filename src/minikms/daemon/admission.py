@@ -20,10 +20,10 @@ from collections.abc import Callable
 from typing import Final
 
 from minikms import api
+from minikms.api.errors import ForbiddenError, KmsRefusedError, TooLargeError
 from minikms.audit import Event
 from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.daemon.refusals import ACTOR_OTHERS, PRINCIPALS_OTHERS, RefusalAggregator
-from minikms.errors import ForbiddenError, MiniKmsError, TooLargeError
 from minikms.http import (
     TOO_MANY_CONNECTIONS,
     ParsedHead,
@@ -144,7 +144,7 @@ class Admission:
         try:
             if self._caller(session, head) is None:
                 return self._turn_away(session)
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             refused = raised_response(error)
             refused.close = True
             return refused
@@ -179,7 +179,7 @@ class Admission:
                 return named
             if self._policy.is_proxy(peer.uid):
                 raise ForbiddenError(f"a proxy must name the principal for whom it asks: {_HEADER_NAME}")
-        except MiniKmsError:
+        except KmsRefusedError:
             self.refusals["proxy"] += 1
             self._report(self._wrong_proxies.note(actor(peer.uid), time.monotonic_ns()))
             raise

@@ -18,6 +18,7 @@ from msgspec.json import Decoder
 
 from minikms import api
 from minikms.api import Verb
+from minikms.api.errors import ForbiddenError, InvalidRequestError, NotSealedError
 from minikms.audit import Event
 from minikms.audit.record import TYPE_REFUSED
 from minikms.audit.turns import TurnAudit
@@ -28,7 +29,6 @@ from minikms.daemon.keybody import take_key
 from minikms.daemon.metrics import Histogram, VerbTimes
 from minikms.daemon.status import reduced, without_key_files
 from minikms.daemon.strictjson import decode
-from minikms.errors import ForbiddenError, InvalidRequestError, NotSealedError
 from minikms.http import ParsedHead, Request, Response, error_response, parse_query
 from minikms.policy import Meters, Principal
 from minikms.service.access import Keys, ScopedKeys, require

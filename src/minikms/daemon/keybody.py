@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from minikms import api
-from minikms.errors import InvalidRequestError, KeyTextError
+from minikms.api.errors import InvalidRequestError, KeyTextError
 from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot, hex_decode_into
 
 _VALUE: Final = re.compile(rb'"[^"]*"\Z')

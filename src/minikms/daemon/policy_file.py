@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Final
 
 from minikms import api
+from minikms.api.errors import ConflictError, InvalidPolicyError, StartError
 from minikms.audit import Event
 from minikms.custody.vault import Permit, permitted
-from minikms.errors import ConflictError, InvalidPolicyError, StartError
 from minikms.logs import structlog
 from minikms.policy import POLICY_BYTES_MAX, FilePolicy, Meters, Policy, PolicyFileError, Rules, parse_policy
 from minikms.trusted_file import ROOT_UID, read_trusted

@@ -24,6 +24,7 @@ from typing import Final
 import uvloop
 
 from minikms import api
+from minikms.api.errors import InvalidPolicyError, KmsRefusedError, StartError, StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.log import FSYNC_INTERVAL_MS
 from minikms.custody.backup.register import ArchiveRegister
@@ -43,7 +44,6 @@ from minikms.daemon.sealing import RunContext, Sealing
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir, written_at_start
-from minikms.errors import InvalidPolicyError, MiniKmsError, StartError, StorageUnavailableError
 from minikms.logs import structlog
 from minikms.memory.arena import SecretArena
 from minikms.memory.process import Measure, harden, interpreter_paths
@@ -166,7 +166,7 @@ class Daemon:
         """Keeps what is left of the hourly limits for the next start. If the disk refuses, that starts with nothing."""
         try:
             replace_file(self._lock.directory_fd, SAVED_NAME, meters.save())
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             self._log.warning("hourly limits not saved: they start empty", why=str(error))
 
     async def _serve(self, workers: Workers, policy: PolicyInForce) -> None:
@@ -194,7 +194,7 @@ class Daemon:
     async def _close(self, sealing: Sealing) -> None:
         try:
             await sealing.close(self._why)
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             self._log.error("audit log not signed at its end", why=str(error))
 
     async def _serve_until_stopped(self, sealing: Sealing, policy: PolicyInForce) -> None:
@@ -337,7 +337,7 @@ async def sweep_temps_again(
         for executor, sweep in sweeps:
             try:
                 await loop.run_in_executor(executor, sweep)
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 log.warning("temporary files stay", why=str(error))
         await asyncio.sleep(SWEEP_SECONDS)
 

@@ -23,11 +23,11 @@ from typing import Final, Literal
 
 import msgspec
 
+from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.record import Facts
 from minikms.crypto.shares import SHARES_COUNT_MAX
 from minikms.custody.files import now_ns, read_file_bounded, remove_file, replace_file, rfc3339
-from minikms.errors import StorageUnavailableError
 from minikms.policy import Principal
 
 MARKER_NAME: Final = "sealed.json"

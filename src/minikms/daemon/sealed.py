@@ -16,12 +16,12 @@ import msgspec
 from msgspec import UNSET
 
 from minikms import api
+from minikms.api.errors import InvalidRequestError, SealedError
 from minikms.crypto.aead import scrub_stack
 from minikms.daemon import strictjson
 from minikms.daemon.admission import Admission, AdmittingApplication, Session, require_short_body
 from minikms.daemon.keybody import SecretText, take_key, take_text
 from minikms.daemon.status import reduced, without_policy_error
-from minikms.errors import InvalidRequestError, SealedError
 from minikms.http import Request, Response, raised_response
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.policy import Meters, Principal
@@ -46,7 +46,7 @@ class Unsealing(Protocol):
     def unseal_status(self) -> api.UnsealStatusAnswer: ...
 
     def unseal(self, who: Principal, given: SecretSlot | SecretText | None) -> Awaitable[Reply]:
-        """Tries a root key, takes the text of a share, or (None) tries the daemon's own source. Raises MiniKmsError.
+        """Tries a root key, takes the text of a share, or (None) tries the daemon's own source. Raises KmsRefusedError.
 
         The caller releases `given`.
         """

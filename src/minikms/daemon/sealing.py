@@ -24,6 +24,21 @@ from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple, Protocol
 
 from minikms import api
+from minikms.api.errors import (
+    AuditUnavailableError,
+    ConflictError,
+    InvalidRequestError,
+    KmsRefusedError,
+    NotSealedError,
+    SealedError,
+    StartError,
+    StorageUnavailableError,
+    TooManyAttemptsError,
+    UnknownRootError,
+    UnsealFailedError,
+    WrongRootError,
+    WrongShareError,
+)
 from minikms.audit import Event
 from minikms.audit.record import TYPE_REFUSED, Head
 from minikms.crypto.aead import scrub_stack
@@ -40,21 +55,6 @@ from minikms.daemon.sealed import SEALED_TEXT, SealedApplication, sealed_respons
 from minikms.daemon.settings import Settings
 from minikms.daemon.status import sealed_status
 from minikms.datadir import open_for_service, read_keyring
-from minikms.errors import (
-    AuditUnavailableError,
-    ConflictError,
-    InvalidRequestError,
-    MiniKmsError,
-    NotSealedError,
-    SealedError,
-    StartError,
-    StorageUnavailableError,
-    TooManyAttemptsError,
-    UnsealFailedError,
-    WrongRootError,
-    WrongRootKeyError,
-    WrongShareError,
-)
 from minikms.http import Application, HttpServer, Limits
 from minikms.keys import keyring
 from minikms.keys.collected_shares import COLLECT_SECONDS_MAX, CollectedShares
@@ -258,7 +258,7 @@ class Sealing:
                 parts.audit.add(event)
             if why:
                 await parts.end(why)
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             self._process.log.warning("stop not audited", why=str(error))
         finally:
             await parts.close()
@@ -348,8 +348,8 @@ class Sealing:
         )
 
     def unseal(self, who: Principal, given: SecretSlot | SecretText | None) -> Awaitable[Reply]:
-        """Tries a root key, takes a share, or (None) tries the daemon's own source. Raises MiniKmsError; the daemon is
-        sealed then.
+        """Tries a root key, takes a share, or (None) tries the daemon's own source. After a KmsRefusedError the
+        daemon is sealed.
         """
         return self._unseal(who, given, self._seals)
 
@@ -365,7 +365,7 @@ class Sealing:
             self._require_no_seal_since(seals)
             try:
                 self._require_rights(who)
-            except MiniKmsError:
+            except KmsRefusedError:
                 await self._ended(attempt, "failed")
                 raise
             if isinstance(given, SecretText):
@@ -375,7 +375,7 @@ class Sealing:
                 try:
                     with root:
                         await self._try(who, attempt, GivenKey(root))
-                except WrongRootKeyError:
+                except WrongRootError:
                     self._shares.drop(share)
                     raise
                 finally:
@@ -407,22 +407,22 @@ class Sealing:
             )
 
     async def _try(self, who: Principal, attempt: Attempt, root: RootProvider) -> None:
-        """Raises WrongRootKeyError, UnsealFailedError, SealedError."""
+        """Raises WrongRootError, UnsealFailedError, SealedError."""
         try:
             await self._open_and_serve(who, attempt, root)
-        except WrongRootError:
+        except UnknownRootError:
             await self._ended(attempt, "wrong_root")
             given = {
                 "root_hex": "this root key",
                 "from_source": "the root key of the daemon's own source",
                 "share": "the root key that these shares give",
             }[attempt.kind]
-            raise WrongRootKeyError(
+            raise WrongRootError(
                 f"{given} does not open the keyring, or is not pinned; the daemon stays sealed"
             ) from None
         except SealedError:
             raise
-        except (MiniKmsError, OSError) as error:
+        except (KmsRefusedError, OSError) as error:
             self._process.log.warning("unseal failed", why=str(error))
             again = "try again"
             if attempt.kind == "share":
@@ -436,7 +436,7 @@ class Sealing:
     # --- shares ------------------------------------------------------------------------------------------------------
 
     async def _take_share(self, attempt: Attempt, text: SecretText) -> tuple[ShareInfo, SecretSlot | None]:
-        """The share, and the root key if it was the last one that its set needs. Raises MiniKmsError."""
+        """The share, and the root key if it was the last one that its set needs. Raises KmsRefusedError."""
         try:
             keyring_id, sets = self._known_sets()
             info = self._shares.add(text.views(), keyring_id, sets, time.monotonic())
@@ -447,7 +447,7 @@ class Sealing:
         except (InvalidRequestError, ConflictError):
             await self._ended(attempt, "refused")
             raise
-        except MiniKmsError:
+        except KmsRefusedError:
             await self._ended(attempt, "failed")
             raise
         finally:
@@ -456,7 +456,7 @@ class Sealing:
         if self._shares.complete:
             try:
                 return info, self._shares.combine()
-            except MiniKmsError:
+            except KmsRefusedError:
                 self._shares.take_back(info)
                 await self._ended(attempt, "failed")
                 raise
@@ -522,7 +522,7 @@ class Sealing:
             await self._store_attempts()
 
     async def _open_and_serve(self, who: Principal, attempt: Attempt, root: RootProvider) -> None:
-        """Raises WrongRootError, other MiniKmsErrors, OSError; no key is left then."""
+        """Raises UnknownRootError, other KmsRefusedErrors, OSError; no key is left then."""
         sealed, seals = self._sealed, self._seals
         if sealed is None:
             raise NotSealedError("the key service is not sealed")

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 from msgspec import NODEFAULT, UNSET
 
-from minikms.errors import InvalidRequestError
+from minikms.api.errors import InvalidRequestError
 
 T = TypeVar("T")
 

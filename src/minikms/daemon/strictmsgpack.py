@@ -15,8 +15,8 @@ from typing import Any, Final, Generic, TypeVar, cast
 import msgspec
 
 from minikms import api
+from minikms.api.errors import InvalidRequestError
 from minikms.daemon.strictjson import refused_sentence
-from minikms.errors import InvalidRequestError
 
 R = TypeVar("R", bound=api.Request)
 

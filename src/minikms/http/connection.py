@@ -21,7 +21,7 @@ import asyncio
 from collections.abc import Awaitable, Hashable
 from typing import Final, Generic, Protocol, cast
 
-from minikms.errors import MiniKmsError
+from minikms.api.errors import KmsRefusedError
 from minikms.http.exchange import (
     CONTINUE,
     AnswerEncoder,
@@ -265,7 +265,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         answer: bytes | Response | Awaitable[bytes | Response]
         try:
             answer = self._app.handle(self._session, Request(head, body))
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             answer = raised_response(error)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises, the client gets a 500 and the loop continues
             answer = server.failed(error)

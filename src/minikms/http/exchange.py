@@ -18,7 +18,7 @@ from typing import Final, Protocol, TypeVar
 import msgspec
 
 from minikms import api
-from minikms.errors import MiniKmsError
+from minikms.api.errors import KmsRefusedError
 from minikms.http.head import ParsedHead
 from minikms.http.limits import Refusal
 
@@ -108,7 +108,7 @@ def refusal_response(refusal: Refusal) -> Response:
     return response
 
 
-def raised_response(error: MiniKmsError) -> Response:
+def raised_response(error: KmsRefusedError) -> Response:
     """The answer to an error that a handler raised. A 401 ends the connection, because its peer can't change."""
     response = error_response(error.status, error.code, str(error), close=error.status == 401)
     if error.retry_after_s:
@@ -138,7 +138,7 @@ class Application(Protocol[S]):
         """
 
     def handle(self, session: S, request: Request) -> bytes | Response | Awaitable[bytes | Response]:
-        """Answer one request. `bytes` means 200 with JSON. A `MiniKmsError` becomes an answer with its status and code.
+        """Answer one request. `bytes` means 200 with JSON. A `KmsRefusedError` becomes an answer with its code.
 
         An awaitable continues after `handle` has returned, without the body. It is not cancelled when the client closes
         the connection.

@@ -26,7 +26,7 @@ import httptools
 import msgspec
 
 from minikms import api
-from minikms.errors import InvalidRequestError
+from minikms.api.errors import InvalidRequestError
 from minikms.http.limits import (
     BAD_CONTENT_ENCODING,
     BAD_CONTENT_LENGTH,

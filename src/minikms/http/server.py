@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Final, Generic
 
-from minikms.errors import MiniKmsError
+from minikms.api.errors import KmsRefusedError
 from minikms.http.connection import Connection, Group
 from minikms.http.exchange import AnswerEncoder, Application, Response, S, raised_response, refusal_response
 from minikms.http.head import ParsedHead
@@ -190,7 +190,7 @@ class HttpServer(Generic[S]):
         """Call `Application.admit`. If it raises, the result is the answer to that error."""
         try:
             return self.app.admit(session, head)
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             return raised_response(error)
         except Exception as error:  # noqa: BLE001 - as for `handle`
             return self.failed(error)
@@ -244,7 +244,7 @@ class HttpServer(Generic[S]):
         error = task.exception()
         if error is None:
             return task.result()
-        if isinstance(error, MiniKmsError):
+        if isinstance(error, KmsRefusedError):
             return raised_response(error)
         return self.failed(error)
 

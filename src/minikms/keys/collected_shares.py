@@ -14,9 +14,9 @@ import hmac
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
+from minikms.api.errors import ConflictError, WrongShareError
 from minikms.crypto import shares
 from minikms.crypto.shares import ShareInfo
-from minikms.errors import ConflictError, WrongShareError
 from minikms.memory.arena import SecretArena, SecretSlot
 
 COLLECT_SECONDS_MAX: Final = 600.0

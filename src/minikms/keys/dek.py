@@ -24,9 +24,9 @@ from typing import Final, Literal, Self
 import msgspec
 
 from minikms import api
+from minikms.api.errors import ConflictError, DecryptionError, InvalidRequestError, KeyUnreadableError
 from minikms.crypto import aead, labels
 from minikms.crypto.aead import XaesCipher
-from minikms.errors import ConflictError, DecryptionError, InvalidRequestError, KeyUnreadableError
 from minikms.keys.keyring import VERSION_MAX as KEK_VERSION_MAX
 
 # --- ids --------------------------------------------------------------------------------------------------------------

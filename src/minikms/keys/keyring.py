@@ -25,11 +25,11 @@ from typing import Any, Final, Literal
 import msgspec
 
 from minikms import api
+from minikms.api.errors import ConflictError, StartError
 from minikms.crypto.aead import KEY_BYTES, OVERHEAD_BYTES
 from minikms.crypto.hpke import PUBLIC_KEY_BYTES
 from minikms.crypto.shares import SET_ID, SHARES_COUNT_MAX, THRESHOLD_MIN
 from minikms.crypto.slots import COMMITMENT_BYTES, MAC_BYTES, SEALED_BYTES
-from minikms.errors import ConflictError, StartError
 from minikms.keys.tombstones import TOMBSTONES_COUNT_MAX
 
 FORMAT: Final = "minikms-keyring"

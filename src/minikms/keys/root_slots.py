@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from minikms.errors import ConflictError, LastRootError
+from minikms.api.errors import ConflictError, LastRootError
 from minikms.keys.keyring import (
     AUDIT_KEYS_COUNT_MAX,
     RETIRED_ROOTS_MAX,

@@ -17,9 +17,9 @@ from collections.abc import Callable, Container, Iterator
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from minikms.api.errors import DecryptionError, KeyUnreadableError, StartError, UnknownRootError
 from minikms.crypto import aead, labels, roots, slots
 from minikms.crypto.slots import Place
-from minikms.errors import DecryptionError, KeyUnreadableError, StartError, WrongRootError
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import KekState
 from minikms.keys.tombstones import Chain
@@ -100,9 +100,9 @@ class UnlockedKeyring:
         given = roots.fingerprint(root)
         slot = body.slot_for(given)
         if slot is None:
-            raise WrongRootError(wrong_root_text(body, given))
+            raise UnknownRootError(wrong_root_text(body, given))
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
-            raise WrongRootError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
+            raise UnknownRootError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
         unlocked = cls(arena, nonces, body)
         with unlocked._released_on_failure():
             try:

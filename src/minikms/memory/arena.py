@@ -29,7 +29,7 @@ import stat
 import sys
 from typing import Final, Literal, Self
 
-from minikms.errors import ArenaFullError, KeyTextError, StartError
+from minikms.api.errors import ArenaFullError, KeyTextError, StartError
 from minikms.memory import libc
 
 SLOT_BYTES: Final = 32

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena
 from minikms.memory.landlock import restrict_filesystem

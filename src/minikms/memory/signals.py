@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, Self
 
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms.memory import libc
 
 _SIGINFO: Final = struct.Struct("=I124x")  # struct signalfd_siginfo of signalfd(2): ssi_signo first, 128 bytes in all

@@ -20,7 +20,7 @@ import termios
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from minikms.errors import InvalidRequestError, StartError
+from minikms.api.errors import InvalidRequestError, StartError
 from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot, zero
 from minikms.memory.process import forbid_dumps
 

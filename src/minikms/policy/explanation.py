@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from minikms import api
 from minikms.api import Role
-from minikms.errors import ForbiddenError, InvalidRequestError
+from minikms.api.errors import ForbiddenError, InvalidRequestError
 from minikms.policy.names import Name, parse_name
 from minikms.policy.patterns import PrincipalPattern
 from minikms.policy.policy import FilePolicy

@@ -28,7 +28,7 @@ from typing import Annotated, Final, Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
 
-from minikms.errors import LimitExceededError, TooManyError
+from minikms.api.errors import LimitExceededError, TooManyError
 from minikms.policy.rules import NO_LIMITS, Grant, LimitName, Limits, Scope
 
 PRINCIPALS_COUNT_MAX: Final = 4096

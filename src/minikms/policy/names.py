@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import Final, Literal, NamedTuple
 
-from minikms.errors import InvalidRequestError
+from minikms.api.errors import InvalidRequestError
 
 Scheme = Literal["uid", "spiffe", "dns", "oidc"]
 

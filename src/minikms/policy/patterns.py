@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 from minikms import api
-from minikms.errors import InvalidRequestError
+from minikms.api.errors import InvalidRequestError
 from minikms.policy.names import PRINCIPAL_CHARS_MAX, Name, PrincipalNameError, Scheme, parse_name, scheme_of
 
 THREAD_PATTERN_CHARS_MAX: Final = 128

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from minikms.api import Role
-from minikms.errors import ForbiddenError, StartError
+from minikms.api.errors import ForbiddenError, StartError
 from minikms.policy.names import parse_name
 from minikms.policy.principal import Principal
 from minikms.policy.rules import ROLES, PolicyFileError, Proxy, Rules, Scope

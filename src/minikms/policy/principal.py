@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from minikms.api import Role
-from minikms.errors import ForbiddenError
+from minikms.api.errors import ForbiddenError
 from minikms.policy.meters import Charge
 from minikms.policy.rules import Scope
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, TypeVar, get_args
 
 from minikms.api import Role
-from minikms.errors import InvalidRequestError, StartError
+from minikms.api.errors import InvalidRequestError, StartError
 from minikms.policy.patterns import PrincipalPattern, ThreadPattern
 
 VERSION: Final = 1

@@ -18,7 +18,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Final
 
-from minikms.errors import KeyTextError, StartError
+from minikms.api.errors import KeyTextError, StartError
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random, hex_encode_into, read_key_fd_into
 from minikms.sync import sync_directory, sync_file
 

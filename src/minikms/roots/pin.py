@@ -20,8 +20,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from minikms.api.errors import NotPinnedError, StartError, UnknownRootError
 from minikms.crypto import roots
-from minikms.errors import NotPinnedError, StartError, WrongRootError
 from minikms.sync import sync_file
 from minikms.trusted_file import ROOT_UID, read_trusted
 
@@ -66,7 +66,7 @@ class PinFile:
                 "replaced on purpose, remove the pin file and run `minikms pin add` again, as root"
             )
         if not pins.names(root):
-            raise WrongRootError(
+            raise UnknownRootError(
                 f"the pin file {self.path} does not name the root key {roots.fingerprint(root)}. If it is yours, run "
                 "as root: minikms pin add SOURCE"
             )

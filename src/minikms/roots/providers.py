@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Literal, NamedTuple, Protocol, cast, get_args
 
 from minikms import api
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.roots.key_file import (
     make_key_file,

@@ -14,9 +14,9 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
+from minikms.api.errors import InvalidRequestError, StartError
 from minikms.crypto import shares
 from minikms.crypto.shares import ShareInfo
-from minikms.errors import InvalidRequestError, StartError
 from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot, fill_random
 
 SLOTS_COUNT_MAX: Final = 2 * shares.SHARES_COUNT_MAX

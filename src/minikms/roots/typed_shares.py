@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from minikms import api
+from minikms.api.errors import ConflictError, InvalidRequestError, StartError, WrongShareError
 from minikms.crypto.shares import SHARES_COUNT_MAX
-from minikms.errors import ConflictError, InvalidRequestError, StartError, WrongShareError
 from minikms.keys import keyring
 from minikms.keys.collected_shares import CollectedShares, KnownSet
 from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot

@@ -23,10 +23,7 @@ from typing import Any, Final, NamedTuple
 
 from minikms import api
 from minikms.api import Verb
-from minikms.audit import Event
-from minikms.crypto import aead
-from minikms.custody.vault import Indexing, OpenDek, Vault
-from minikms.errors import (
+from minikms.api.errors import (
     DecryptionError,
     ForbiddenError,
     InvalidRequestError,
@@ -34,6 +31,9 @@ from minikms.errors import (
     KeysNotReadError,
     UnauthorizedError,
 )
+from minikms.audit import Event
+from minikms.crypto import aead
+from minikms.custody.vault import Indexing, OpenDek, Vault
 from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes
 from minikms.keys.index import Page
 from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope

@@ -6,7 +6,7 @@ charge of its limits, and the check of the policy after each wait (`minikms.serv
 before the caller was authorised; the audit line exists before the answer leaves. It must never answer after a failure.
 
 A method gets the request and the audit event, adds to the event what it learns, and returns the answer or raises a
-MiniKmsError. There are three ways to add one to the table:
+KmsRefusedError. There are three ways to add one to the table:
 
 - `now`: it answers in the turn of the event loop in which it was called. The daemon writes the audit lines of a turn
   with one write before the answers of the turn leave.
@@ -31,9 +31,9 @@ from msgspec import UNSET, UnsetType
 
 from minikms import api
 from minikms.api import Verb
+from minikms.api.errors import ForbiddenError, KmsRefusedError, LimitExceededError, TooManyError
 from minikms.audit import Event
 from minikms.custody.vault import Permit, Vault, permitted
-from minikms.errors import ForbiddenError, LimitExceededError, MiniKmsError, TooManyError
 from minikms.http import Response
 from minikms.policy import Principal
 from minikms.service.access import ANSWERS_WITH_PLAINTEXT, CREATES, Access, Keys, ScopedKeys, require
@@ -202,7 +202,7 @@ class VerbTable:
 
             try:
                 keys = self._view(who, verb)
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 self.refused(event, error)
                 raise
             return self.put_off(event, authorised_and_charged, durable=durable, keys=keys)
@@ -281,7 +281,7 @@ class VerbTable:
         if keys is not None and keys.verb in ANSWERS_WITH_PLAINTEXT:
             try:
                 keys.check_still()
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 withheld = another_line(event, "the policy changed before the answer left, so it was withheld")
                 self.refused(withheld, error)
                 raise
@@ -375,8 +375,8 @@ class _Frame:
 
 
 def _outcome(error: Exception) -> str:
-    """`internal` for an exception of any other type than MiniKmsError: a defect leaves a line too."""
-    return error.code if isinstance(error, MiniKmsError) else api.CODE_INTERNAL
+    """`internal` for an exception of any other type than KmsRefusedError: a defect leaves a line too."""
+    return error.code if isinstance(error, KmsRefusedError) else api.CODE_INTERNAL
 
 
 def another_line(event: Event, detail: str) -> Event:
@@ -396,7 +396,7 @@ def _reply(answer: object) -> Reply:
     return answer if isinstance(answer, (bytes, Response)) else json_answer(answer)
 
 
-def _refuse_items(request: Any, event: Event, error: MiniKmsError) -> Reply:
+def _refuse_items(request: Any, event: Event, error: KmsRefusedError) -> Reply:
     count_refused(event, len(request.items))
     return encoding_of(request).items("", [refused_item(error)] * len(request.items))
 

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple, cast
 import msgspec
 
 from minikms import api
+from minikms.api.errors import KmsRefusedError, TooLargeError
 from minikms.base64 import decode_canonical, encode
-from minikms.errors import MiniKmsError, TooLargeError
 from minikms.http import Response
 
 Reply = bytes | Response
@@ -31,7 +31,7 @@ class RefusedItem(NamedTuple):
     code: str
 
 
-def refused_item(error: MiniKmsError) -> RefusedItem:
+def refused_item(error: KmsRefusedError) -> RefusedItem:
     return RefusedItem(str(error), error.code)
 
 

@@ -20,19 +20,19 @@ from typing import Any, Final, Literal
 from msgspec import UNSET
 
 from minikms import api
+from minikms.api.errors import (
+    AuditUnavailableError,
+    InvalidRequestError,
+    KmsRefusedError,
+    StorageUnavailableError,
+    TooManyError,
+    WrongSlotError,
+)
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
 from minikms.custody.files import now_rfc3339
 from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Vault, permitted
-from minikms.errors import (
-    AuditUnavailableError,
-    InvalidRequestError,
-    MiniKmsError,
-    StorageUnavailableError,
-    TooManyError,
-    WrongSlotError,
-)
 from minikms.http import Response
 from minikms.keys import root_slots
 from minikms.keys.dek import check_key_id
@@ -167,7 +167,7 @@ class KekVerbs:
             return Response(202, json_answer(self._answer("running", version)))
         try:
             self._check_samples(keys, samples)
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             failed = another_line(event, "a sample that opened before the rotation does not open after it")
             failed.outcome = error.code
             await self._audit.add_written(failed, durable=False)
@@ -230,7 +230,7 @@ class KekVerbs:
                 self._end = self._ends.get(rotation.to_version)
                 await self._write_until_done("rotate_kek_done", facts)
                 await self._write_owed_lines()
-                with contextlib.suppress(MiniKmsError):  # the next rotation tries again
+                with contextlib.suppress(KmsRefusedError):  # the next rotation tries again
                     await self._pruning.keep_rotations(self._rotations_kept)
                 await self.drop_replaced_roots()
                 self._resolve_end()
@@ -250,7 +250,7 @@ class KekVerbs:
                 await self._rotation.end_revocation()
                 unread = self._rotation.unread
                 reason = f"{unread} keys can't be read, and may be under a former KEK version" if unread else ""
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 reason = str(error)
             self.revocation_error = reason
             await self._write_owed_lines()
@@ -265,7 +265,7 @@ class KekVerbs:
         while self._rotation.running is None and self._vault.keyring.body.revocation_due:
             try:
                 begun = await self._rotation.begin(None)
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 self.revocation_error = f"its KEK rotation can't begin: {error}"
                 self.finishing = None
                 await asyncio.sleep(REVOCATION_RETRY_SECONDS)
@@ -285,7 +285,7 @@ class KekVerbs:
             return
         try:
             await self._removal.remove(lambda body: root_slots.replaced_by(body, proved), proved=proved)
-        except MiniKmsError as error:
+        except KmsRefusedError as error:
             self.replacing_error = str(error)  # the next start tries again, and so does the next rotation
         else:
             self.replacing_error = ""
@@ -328,7 +328,7 @@ class KekVerbs:
             return
         try:
             await self._rewrite_root(root)
-        except (OSError, MiniKmsError):
+        except (OSError, KmsRefusedError):
             self.rewrite_failed = True
         else:
             self.rewrite_failed = False
@@ -391,7 +391,7 @@ class KekVerbs:
             await self._audit.add_written(another_line(event, "begun"), durable=True)
             try:
                 answer = await self._pruning.prune(backups=backups, before=before, permit=permit)
-            except MiniKmsError:
+            except KmsRefusedError:
                 # Some may be destroyed even then. With the epoch in the log, no older keyring is accepted.
                 event.facts = {"epoch": self._vault.keyring.body.epoch}
                 raise

@@ -13,9 +13,9 @@ from functools import partial
 from msgspec import UNSET
 
 from minikms import api
+from minikms.api.errors import InvalidRequestError, WrongPurposeError
 from minikms.audit import Event
 from minikms.custody.vault import Indexing, Vault
-from minikms.errors import InvalidRequestError, WrongPurposeError
 from minikms.keys.dek import DekRecord, check_key_id
 from minikms.memory.arena import fill_random
 from minikms.service.access import Keys

@@ -17,10 +17,10 @@ from typing import TypeVar
 from msgspec import UNSET
 
 from minikms import api
+from minikms.api.errors import AuditUnavailableError, InvalidRequestError, KmsRefusedError
 from minikms.audit import Event
 from minikms.custody.backup.register import ArchiveRegister
 from minikms.custody.vault import REMOVAL_RETRY_SECONDS, Indexing, Vault
-from minikms.errors import AuditUnavailableError, InvalidRequestError, MiniKmsError
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord, check_key_id
 from minikms.service.access import Keys, ScopedKeys
@@ -78,7 +78,7 @@ class LifecycleVerbs:
             try:
                 if isinstance(data, bytes):
                     found.append(self._describe(dek.parse(data, key_id)))
-            except MiniKmsError:
+            except KmsRefusedError:
                 continue
         return found
 
@@ -106,7 +106,7 @@ class LifecycleVerbs:
         await self._audit.add_written(another_line(event, "begun"), durable=True)
         try:
             backups_removed = await keys.destroy(key_id)
-        except MiniKmsError:
+        except KmsRefusedError:
             # The tombstone may be on disk even then. With its epoch in the log, no older keyring is accepted.
             event.facts = {"epoch": self._vault.keyring.body.epoch}
             raise
@@ -121,7 +121,7 @@ class LifecycleVerbs:
             for key_id in sorted(self._vault.unfinished_destructions):
                 if key_id not in self._vault.unfinished_destructions:
                     continue  # a request completed it
-                with contextlib.suppress(MiniKmsError):
+                with contextlib.suppress(KmsRefusedError):
                     self._audit.require_writable()
                     await self._write_completed(key_id, await self._vault.destroy(key_id))
 

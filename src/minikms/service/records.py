@@ -12,12 +12,12 @@ from typing import Final
 from msgspec import UNSET, UnsetType
 
 from minikms import api
+from minikms.api.errors import KmsRefusedError, WrongPurposeError
 from minikms.audit import Event
 from minikms.base64 import decode_canonical, encode
 from minikms.crypto.aead import scrub_long_text
 from minikms.crypto.labels import caller_field
 from minikms.custody.vault import OpenDek, Vault
-from minikms.errors import MiniKmsError, WrongPurposeError
 from minikms.keys.dek import check_key_id
 from minikms.policy import Principal
 from minikms.service.access import Keys
@@ -122,7 +122,7 @@ class RecordVerbs:
                 plaintext = read(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
                 aad = _aad(opened, item.aad, read) if item.aad else opened.aad_if_none
                 outcomes.append(opened.seal_next(plaintext, aad))
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 outcomes.append(refused_item(error))
         scrub_long_text()
         return _items(encoding, "ciphertext", outcomes, event)
@@ -147,7 +147,7 @@ class RecordVerbs:
                 if item.aad:
                     aad = opened.aad_prefix + caller_field(read(item.aad, api.AAD_BYTES_MAX, "aad"))
                 outcomes.append(opened.open_next(sealed, aad))
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 outcomes.append(refused_item(error))
         scrub_long_text()
         return _items(encoding, "plaintext", outcomes, event)
@@ -171,7 +171,7 @@ class RecordVerbs:
                 sealed = read(item.ciphertext, CIPHERTEXT_BYTES_MAX, "ciphertext")
                 bound = caller_field(read(item.aad, api.AAD_BYTES_MAX, "aad") if item.aad else b"")
                 texts.append((source.open_next(sealed, source.aad_prefix + bound), bound))
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 texts.append(refused_item(error))
         target = keys.opened(request.to_key_id)
         outcomes: list[bytes | RefusedItem] = [
@@ -227,7 +227,7 @@ def _refused_of(items: Sequence[api.ReencryptItem], opened: OpenDek, read: ReadB
             try:
                 sealed = read(item.ciphertext, CIPHERTEXT_BYTES_MAX, "ciphertext")
                 opened.check_next(sealed, _aad(opened, item.aad, read), scratch)
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 refused.append(api.RefusedItemAnswer(index, str(error), error.code))
     finally:
         scrub_long_text()

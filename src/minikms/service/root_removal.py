@@ -14,13 +14,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Container
 from typing import Final, Protocol
 
+from minikms.api.errors import SealedError, StorageUnavailableError, StorageUncertainError
 from minikms.audit import AuditKey
 from minikms.audit.record import Head
 from minikms.crypto.aead import scrub_stack
 from minikms.custody.files import now_rfc3339
 from minikms.custody.vault import Vault
 from minikms.datadir import audit_keys
-from minikms.errors import SealedError, StorageUnavailableError, StorageUncertainError
 from minikms.keys import root_slots
 from minikms.keys.keyring import Body
 from minikms.memory.arena import fill_random

@@ -14,6 +14,7 @@ from typing import Any, Final
 from msgspec import UNSET, UnsetType
 
 from minikms import api
+from minikms.api.errors import DecryptionError, InvalidRequestError, NotFoundError, NotTestedError, WrongSlotError
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
 from minikms.crypto import roots
@@ -21,7 +22,6 @@ from minikms.crypto.aead import scrub_stack
 from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
 from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339
 from minikms.custody.vault import Permit, Vault
-from minikms.errors import DecryptionError, InvalidRequestError, NotFoundError, NotTestedError, WrongSlotError
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import Body, RevokingRoot, ShareSet, Slot
 from minikms.memory.arena import SecretSlot

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from minikms.client import KmsError
+from minikms.api.errors import KmsError
 from minikms.logs import structlog
 from progressdb_server.api.http import head, limits
 from progressdb_server.api.http.access import NOT_AUTHENTICATED, AccessControl

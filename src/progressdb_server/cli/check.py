@@ -12,8 +12,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from minikms.client import Client, KmsError
-from minikms.client.errors import KmsUnavailableError
+from minikms.api.errors import KmsError, KmsUnavailableError
+from minikms.client import Client
 from progressdb_server.cli.flags import CommandError, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
 from progressdb_server.kms.provider import RemoteProvider

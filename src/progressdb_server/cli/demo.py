@@ -35,7 +35,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from minikms import api
-from minikms.client import Client, KmsError
+from minikms.api.errors import KmsError
+from minikms.client import Client
 from progressdb_server.cli.disksearch import hexdump, search
 from progressdb_server.config import UNIX_PATH_BYTES_MAX
 from progressdb_server.store.record import unpack_sealed

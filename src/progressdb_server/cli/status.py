@@ -15,7 +15,8 @@ import msgspec
 from cyclopts import Parameter, validators
 
 from minikms import api
-from minikms.client import Client, KmsError
+from minikms.api.errors import KmsError
+from minikms.client import Client
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config

@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Collection
 from typing import Final
 
-from minikms.client import KmsRefusedError
+from minikms.api.errors import KmsRefusedError
 from minikms.logs import structlog
 from progressdb_server.jobs.states import Job, changed
 from progressdb_server.jobs.table import JobTable

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final, NamedTuple
 
 from minikms.api import KeyAnswer
-from minikms.client import KmsError
+from minikms.api.errors import KmsError
 from minikms.logs import structlog
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
 from progressdb_server.store.model import Store, StoreUnavailableError

@@ -27,8 +27,8 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Final, NamedTuple
 
 from minikms import api
-from minikms.client import KmsError, KmsRefusedError, ReencryptItem
-from minikms.client.errors import LimitExceededError, SealedError
+from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
+from minikms.client import ReencryptItem
 from minikms.logs import structlog
 from progressdb_server.jobs.states import AT_WORK, Failure, Job, changed, move, named, with_source
 from progressdb_server.jobs.table import JobTable, PendingRow, Row

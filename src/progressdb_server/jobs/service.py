@@ -22,7 +22,7 @@ from typing import Any, Final
 import msgspec
 
 from minikms.api import KeyAnswer
-from minikms.client import KmsError
+from minikms.api.errors import KmsError
 from minikms.logs import structlog
 from progressdb_server.config import Rotation
 from progressdb_server.jobs.destruction import KeyDestruction

@@ -16,8 +16,8 @@ from contextvars import ContextVar
 from typing import Any, Final, Protocol
 
 from minikms import api
-from minikms.client import AsyncClient, DecryptItem, EncryptItem, KmsError, KmsRefusedError, ReencryptItem
-from minikms.client.errors import LimitExceededError
+from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError
+from minikms.client import AsyncClient, DecryptItem, EncryptItem, ReencryptItem
 from progressdb_server.metrics import KmsMetrics
 
 WAIT_S: Final = 5.0

@@ -41,8 +41,8 @@ from typing import Any, Final
 
 import msgspec
 
-from minikms.client import AsyncClient, KmsError, KmsRefusedError
-from minikms.client.errors import KmsUnavailableError, KmsUntrustedServerError
+from minikms.api.errors import KmsError, KmsRefusedError, KmsUnavailableError, KmsUntrustedServerError
+from minikms.client import AsyncClient
 from minikms.logs import structlog
 
 READY_S_MAX: Final = 30.0

@@ -25,7 +25,8 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 
 from minikms import api
-from minikms.client import DecryptItem, KmsError, KmsRefusedError
+from minikms.api.errors import KmsError, KmsRefusedError
+from minikms.client import DecryptItem
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store import directory, keyspace, membership, record
 from progressdb_server.store.engine import Engine, Reader

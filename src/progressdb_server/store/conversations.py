@@ -13,8 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from minikms import api
-from minikms.client import KmsError, KmsRefusedError
-from minikms.client.errors import KmsProtocolError, SealedError
+from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, SealedError
 from minikms.logs import structlog
 from progressdb_server.kms.provider import SEALED, EncryptsNothing, Fault, Provider, fault
 from progressdb_server.store import directory, idempotency, keyspace

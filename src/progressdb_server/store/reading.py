@@ -26,7 +26,8 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from minikms.client import DecryptItem, KmsRefusedError
+from minikms.api.errors import KmsRefusedError
+from minikms.client import DecryptItem
 from minikms.client.items import SEALED_BYTES_MAX
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX

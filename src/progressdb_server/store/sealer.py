@@ -28,8 +28,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 from minikms import api
-from minikms.client import DecryptItem, EncryptItem, KmsError, KmsRefusedError
-from minikms.client.errors import LimitExceededError, SealedError
+from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
+from minikms.client import DecryptItem, EncryptItem
 from progressdb_server.kms.provider import (
     LIMITED,
     LISTED_KEYS_MAX,

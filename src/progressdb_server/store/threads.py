@@ -15,7 +15,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from minikms import api
-from minikms.client import DecryptItem, KmsRefusedError
+from minikms.api.errors import KmsRefusedError
+from minikms.client import DecryptItem
 from progressdb_server.store import drafts, keyspace, membership, record
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.drafts import Draft

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from minikms import api
-from minikms.client import calls, errors
+from minikms.api import errors
+from minikms.client import calls
 from minikms.client.calls import make_call
 from minikms.client.items import Batch
 from minikms.client.wire import Answer

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from minikms import api
+from minikms.api.errors import AuditUnavailableError, ConflictError, ForbiddenError, KmsRefusedError
 from minikms.audit import Event
 from minikms.custody.vault import Permit
-from minikms.errors import AuditUnavailableError, ConflictError, ForbiddenError, MiniKmsError
 from minikms.policy import ROLES, Principal
 from minikms.service.base import AfterLine, VerbTable
 from minikms.service.encoding import Reply
@@ -120,7 +120,7 @@ def test_work_after_the_audit_line_fails_the_answer_and_not_the_line() -> None:
 
 def test_a_body_that_cannot_be_decoded_is_audited_under_its_verb() -> None:
     audit = KeptAudit()
-    VerbTable(audit).malformed(api.CREATE_DEK, ANYONE, MiniKmsError("not one"), "r-1")
+    VerbTable(audit).malformed(api.CREATE_DEK, ANYONE, KmsRefusedError("not one"), "r-1")
     assert audit.lines == [("create_dek", "internal", False)]
 
 

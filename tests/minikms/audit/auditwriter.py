@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from minikms.api.errors import AuditUnavailableError
 from minikms.audit.log import Limits
-from minikms.errors import AuditUnavailableError
 from tests.minikms.audit.logmaker import KEY1, encrypt_event, open_log
 
 

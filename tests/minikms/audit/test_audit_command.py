@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 
 from minikms import api
+from minikms.api.errors import KmsRefusedError
 from minikms.audit import AuditLog, Event, ExpectedLog
 from minikms.audit.queries import READ_TYPES
 from minikms.base64 import encode_text
 from minikms.cli import audit
-from minikms.client import DecryptItem, KmsRefusedError, ReencryptItem
+from minikms.client import DecryptItem, ReencryptItem
 from minikms.crypto.aead import NonceSource
 from minikms.custody.files import DataDirLock
 from minikms.custody.keyring_file import KeyringFile

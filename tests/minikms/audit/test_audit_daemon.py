@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from minikms.api.errors import StartError
 from minikms.cli.serve import parse_head
-from minikms.errors import StartError
 from tests.harness.unix_http import answers
 from tests.harness.waiting import wait_until
 from tests.minikms.audit.logmaker import events_of

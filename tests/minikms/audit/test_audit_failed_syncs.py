@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from minikms import append_only
+from minikms.api.errors import AuditUnavailableError
 from minikms.append_only import UNCONFIRMED_SUFFIX, AppendOnlyFile
-from minikms.errors import AuditUnavailableError
 from minikms.sync import sync_directory
 from tests.harness.failing_disk import failing_disk
 from tests.minikms.audit.logmaker import LOG, lines_of, open_log, types_of, verify, write_events

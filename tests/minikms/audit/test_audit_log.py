@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import AuditUnavailableError
 from minikms.audit import AuditLog, Event, record, writer
 from minikms.audit.log import CHECKPOINT_AGE_NS, CHORES_NS, FSYNC_INTERVAL_MS, Limits
 from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import Head
-from minikms.errors import AuditUnavailableError
 from tests.minikms.audit.logmaker import (
     KEY1,
     KEY2,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import StartError
 from minikms.audit import ExpectedLog, queries, reader, record, recovery, writer
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import each_segment
 from minikms.audit.record import Head
-from minikms.errors import StartError
 from tests.harness.reading import bytes_read
 from tests.minikms.audit.logmaker import (
     KEY1,

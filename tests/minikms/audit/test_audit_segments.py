@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from minikms.api.errors import AuditUnavailableError, StartError
 from minikms.audit import AuditLog
 from minikms.audit.log import CHORES_NS, Limits
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import list_segments
-from minikms.errors import AuditUnavailableError, StartError
 from tests.minikms.audit.logmaker import (
     KEY1,
     KEY2,

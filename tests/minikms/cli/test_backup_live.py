@@ -9,8 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
+from minikms.api.errors import KmsRefusedError
 from minikms.client import Client
-from minikms.client.errors import KmsRefusedError
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.waiting import wait_until
 

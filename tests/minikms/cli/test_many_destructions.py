@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from minikms.client.errors import KeyDestroyedError
+from minikms.api.errors import KeyDestroyedError
 from tests.harness.live_daemon import LiveDaemon
 
 

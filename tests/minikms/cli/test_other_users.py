@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from minikms.api.errors import KeyDestroyedError
 from minikms.cli.console import CommandError, chosen_server_uids
-from minikms.client.errors import KeyDestroyedError
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 

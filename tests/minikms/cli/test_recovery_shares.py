@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import KmsRefusedError, StartError
 from minikms.cli import recovery
 from minikms.crypto import shares
 from minikms.crypto.aead import NonceSource
-from minikms.errors import MiniKmsError, StartError
 from minikms.keys import keyring
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
@@ -191,7 +191,7 @@ def test_a_file_that_does_not_hold_its_share_stores_nothing(tmp_path: Path, monk
     monkeypatch.setattr(os, "write", damaged)
     with SecretArena(64, force_fallback=True) as arena, arena.allocate() as root:
         root.view[:] = os.urandom(32)
-        with pytest.raises(MiniKmsError):
+        with pytest.raises(KmsRefusedError):
             recovery.hand_out(root, "kr_0123456789abcdef", (2, 3), tmp_path, arena, yes=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.client import errors
+from minikms.api import errors
 from minikms.daemon import seal_files
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.terminal import OnTerminal

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikms import api
-from minikms.client import AsyncClient, asynchronous, batching, errors
+from minikms.api import errors
+from minikms.client import AsyncClient, asynchronous, batching
 from minikms.client.batching import Batcher
 from minikms.client.items import EncryptItem, Outcome, checked_cost_bytes
 from tests.minikms.client.hostile import SILENT, answer, array_answer, hostile

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from minikms import AsyncClient, Client
-from minikms.client import errors
+from minikms.api import errors
 
 PAGE = (Path(__file__).parents[3] / "docs" / "client.md").read_text(encoding="utf-8")
 SOCKET = "/run/minikms/minikms.sock"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.client.errors import KmsProtocolError
+from minikms.api.errors import KmsProtocolError
 from minikms.client.wire import ANSWER_BYTES_MAX, HEAD_BYTES_MAX, HEADERS_COUNT_MAX, Answer, AnswerParser, request_head
 
 GOOD = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 17\r\n\r\n{"ciphertext":""}'

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from minikms import api
-from minikms.client import AsyncClient, Client, calls, errors
+from minikms.api import errors
+from minikms.client import AsyncClient, Client, calls
 from minikms.client import connecting as peer
 from minikms.client.connecting import POOL_CONNECTIONS_MAX
 from tests.harness.waiting import wait_until
@@ -212,7 +213,7 @@ def test_a_refusal_is_an_error_of_its_code_and_ends_the_call(use: Use) -> None:
     with hostile([refused, STATUS], [STATUS]) as server:
         first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, wait_s=WAIT_S)
         assert isinstance(first, errors.KeyRetiredError)
-        assert (first.status, first.code, str(first)) == (409, "key_retired", "The key decrypts only. (key_retired)")
+        assert (first.status, first.code, str(first)) == (409, "key_retired", "The key decrypts only.")
         assert second == api.StatusAnswer()
 
 

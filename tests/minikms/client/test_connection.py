@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
+from minikms.api.errors import KmsTimeoutError, KmsUnavailableError
 from minikms.client.connecting import default_server_uids
 from minikms.client.connection import Connection
-from minikms.client.errors import KmsTimeoutError, KmsUnavailableError
 from tests.minikms.client.hostile import SILENT, answer, hostile
 
 

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from minikms import api
-from minikms.client import AsyncClient, DecryptItem, EncryptItem, ReencryptItem, calls, errors
+from minikms.api import errors
+from minikms.client import AsyncClient, DecryptItem, EncryptItem, ReencryptItem, calls
 from minikms.client.calls import make_call
 from minikms.client.items import Batch, CheckBatch, ReencryptBatch, Sent
 from minikms.client.wire import Answer
@@ -150,7 +151,7 @@ def test_an_answer_may_have_further_members() -> None:
     many = make_call(api.ENCRYPT_BATCH, Batch([]), msgpack=True)
     wire = msgspec.msgpack.encode([[b"x", ["e\n", "key_retired", 1]], 5])
     [value, retired] = calls.outcomes(many.read(Answer(200, wire, True)), 2)
-    assert value == b"x" and isinstance(retired, errors.KeyRetiredError) and str(retired) == "e? (key_retired)"
+    assert value == b"x" and isinstance(retired, errors.KeyRetiredError) and str(retired) == "e?"
 
 
 def test_neither_a_call_nor_an_answer_shows_what_it_carries() -> None:

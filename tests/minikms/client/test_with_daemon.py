@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from minikms import api
-from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, errors
+from minikms.api import errors
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem
 
 
 class Both:

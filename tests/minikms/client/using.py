@@ -12,7 +12,8 @@ from typing import Any
 
 import uvloop
 
-from minikms.client import AsyncClient, Client, errors
+from minikms.api import errors
+from minikms.client import AsyncClient, Client
 from tests.minikms.client.hostile import answer
 
 KEY = "k_" + "0" * 26

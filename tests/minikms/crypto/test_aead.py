@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minikms.api.errors import DecryptionError
 from minikms.crypto import aead
-from minikms.errors import DecryptionError
 
 KEY = memoryview(bytes(range(32)))
 OTHER_KEY = memoryview(bytes(32))

@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, MLKEM768X25519PrivateKey, Suite
 
+from minikms.api.errors import DecryptionError
 from minikms.crypto import hpke
-from minikms.errors import DecryptionError
 from tests.vectors import mlkem
 
 SEED = bytes(range(96))

@@ -8,10 +8,10 @@ from fractions import Fraction
 
 import pytest
 
+from minikms.api.errors import DecryptionError
 from minikms.crypto import aead, records
 from minikms.crypto.aead import PREFIX_BYTES
 from minikms.crypto.records import RecordKey, RecordKeys
-from minikms.errors import DecryptionError
 from minikms.memory.arena import SecretArena
 from tests.harness import decryptor
 from tests.minikms.custody.watched_cipher import WatchedCipher, WatchedMac

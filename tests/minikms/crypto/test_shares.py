@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms.api.errors import InvalidRequestError, ShareTextError
 from minikms.crypto import shares
 from minikms.crypto.shares import ShareInfo
-from minikms.errors import InvalidRequestError, ShareTextError
 
 PLACE = Path(__file__).parents[2] / "vectors"
 VECTORS: dict[str, Any] = json.loads((PLACE / "shares.json").read_text("ascii"))

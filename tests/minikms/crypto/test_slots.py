@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from minikms.api.errors import DecryptionError
 from minikms.crypto import slots
 from minikms.crypto.hpke import PUBLIC_KEY_BYTES
 from minikms.crypto.slots import Place
-from minikms.errors import DecryptionError
 
 ROOT, OTHER_ROOT = memoryview(bytes(range(32))), memoryview(bytes(range(1, 33)))
 KEYRING_KEY = memoryview(bytes(range(200, 232)))

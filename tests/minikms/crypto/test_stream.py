@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms.api.errors import DecryptionError, InvalidRequestError, TooLargeError
 from minikms.crypto import labels, stream
 from minikms.crypto.stream import CHUNK_BYTES, StreamHeader, open_stream, seal_stream, split_header
-from minikms.errors import DecryptionError, InvalidRequestError, TooLargeError
 
 PLACE = Path(__file__).parents[2] / "vectors"
 VECTORS: dict[str, Any] = json.loads((PLACE / "stream.json").read_text("ascii"))

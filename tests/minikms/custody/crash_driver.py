@@ -18,11 +18,11 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minikms.api.errors import ConflictError, KmsRefusedError, StorageUnavailableError
 from minikms.custody import rotation
 from minikms.custody.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.custody.vault import Vault
 from minikms.datadir import DataDir, Options, lock_data_dir, open_for_service
-from minikms.errors import ConflictError, MiniKmsError, StorageUnavailableError
 from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import KeyFile
@@ -85,7 +85,7 @@ async def served() -> AsyncIterator[DataDir]:
         data = insist_on(lambda: open_for_service(lock, root, arena=arena, disk=worker, options=options))
         yield data
         await data.drain()
-        with contextlib.suppress(MiniKmsError):
+        with contextlib.suppress(KmsRefusedError):
             data.close()
 
 
@@ -100,7 +100,7 @@ async def destroy_retired() -> None:
         for chosen in (key_ids[:2], key_ids[2:3]):
             try:
                 await destroy(*chosen)
-            except MiniKmsError:
+            except KmsRefusedError:
                 tell("refused")
                 await destroy(*chosen)
             for key_id in chosen:
@@ -172,7 +172,7 @@ async def changed_once(change: Callable[[], Awaitable[object]]) -> None:
 def insist_on(make: Callable[[], T]) -> T:
     try:
         return make()
-    except (MiniKmsError, OSError):
+    except (KmsRefusedError, OSError):
         tell("refused")
     return make()
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from minikms.errors import StorageUnavailableError
+from minikms.api.errors import StorageUnavailableError
 
 
 def key(number: int) -> bytes:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minikms.api.errors import ConflictError
 from minikms.crypto import roots, slots
 from minikms.custody.backup.archive import (
     MAGIC,
@@ -29,7 +30,6 @@ from minikms.custody.backup.register import ArchiveRegister, Registered
 from minikms.custody.backup.restore import NewerKeyring, all_tombstones
 from minikms.custody.keyring_file import NAME as KEYRING
 from minikms.custody.tombstone_file import NAME as TOMBSTONES
-from minikms.errors import ConflictError
 from minikms.keys.dek import make_key_id
 from minikms.keys.tombstones import Tombstone
 from minikms.memory.arena import SecretArena

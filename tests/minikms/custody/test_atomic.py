@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from minikms.api.errors import ConflictError, InvalidRequestError, StorageUnavailableError
 from minikms.custody import files
 from minikms.custody.files import (
     FileWrite,
@@ -24,7 +25,6 @@ from minikms.custody.files import (
     write_files,
     write_group,
 )
-from minikms.errors import ConflictError, InvalidRequestError, StorageUnavailableError
 from tests.minikms.custody.disk_faults import failing
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody import batch_backups, files, rotation_backups, vault
 from minikms.custody.batch_backups import BLANK, LINES_COUNT_MAX, BatchBackups, KeysWithin, Line
-from minikms.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES
 from tests.harness.vaults import OpenedVault, opened_vault
 from tests.minikms.custody.disk_faults import failing, failing_os, refuse

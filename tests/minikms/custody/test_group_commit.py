@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import ConflictError, KmsRefusedError, StorageUnavailableError
 from minikms.custody import files, group_commit
 from minikms.custody.files import FileWrite, open_directory
 from minikms.custody.group_commit import GroupCommit
-from minikms.errors import ConflictError, MiniKmsError, StorageUnavailableError
 
 ITEMS_MAX = 16
 
@@ -31,7 +31,7 @@ class Disk:
         self._real = files.write_group
         patch.setattr(files, "write_group", self.write_group)
 
-    def write_group(self, directory: int, writes: Sequence[FileWrite]) -> list[MiniKmsError | None]:
+    def write_group(self, directory: int, writes: Sequence[FileWrite]) -> list[KmsRefusedError | None]:
         self.threads.add(threading.get_ident())
         self.groups.append([write.name for write in writes])
         assert self.go.wait(60)
@@ -57,7 +57,7 @@ class FileGroups:
     async def submit(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         await self._commit.submit(FileWrite(name, data, exclusive))
 
-    async def _write(self, writes: list[FileWrite]) -> list[MiniKmsError | None]:
+    async def _write(self, writes: list[FileWrite]) -> list[KmsRefusedError | None]:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, files.write_group, self._directory, writes)
 
@@ -203,7 +203,7 @@ def test_an_error_of_a_whole_group_is_each_callers_own() -> None:
     """An exception object that several callers raise would collect the tracebacks of all."""
 
     async def main() -> None:
-        async def refused(items: list[int]) -> list[int | MiniKmsError]:
+        async def refused(items: list[int]) -> list[int | KmsRefusedError]:
             raise ConflictError("an active key") from OSError(5, "the cause")
 
         group = GroupCommit(refused, items_max=ITEMS_MAX)

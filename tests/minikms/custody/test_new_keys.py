@@ -10,8 +10,8 @@ from typing import Final
 
 import pytest
 
+from minikms.api.errors import ForbiddenError, StorageUnavailableError
 from minikms.custody import create_log
-from minikms.errors import ForbiddenError, StorageUnavailableError
 from minikms.keys.dek import DekRecord
 from tests.harness.vaults import create, opened_vault
 from tests.minikms.custody import watched_cipher

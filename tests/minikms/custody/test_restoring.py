@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableError
 from minikms.crypto.aead import NonceSource
 from minikms.custody.backup import create, restore
 from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
@@ -23,7 +24,6 @@ from minikms.custody.backup.register import ArchiveRegister, Registered
 from minikms.custody.files import LOCK_NAME, DataDirLock
 from minikms.custody.keyring_file import KeyringFile
 from minikms.datadir import OpenedKeyring, open_keyring, opened_keyring, opened_root
-from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import KeyFile
 from tests.harness.vaults import key_file, opened_vault
@@ -274,7 +274,7 @@ def test_an_archive_that_does_not_verify_is_not_restored(data_dir: Path, tmp_pat
     archive = tmp_path / "archive"
     made(data_dir, archive)
     archive.write_bytes(archive.read_bytes()[:-1])
-    with pytest.raises(MiniKmsError, match="cut short"):
+    with pytest.raises(KmsRefusedError, match="cut short"):
         restored(data_dir, archive, tmp_path / "restored")
     assert not (tmp_path / "restored").exists()
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.custody import create_log, deks, rewrap_journal
 from minikms.custody.files import open_directory
 from minikms.custody.rewrap_journal import (
@@ -28,7 +29,6 @@ from minikms.custody.rewrap_journal import (
     replay,
 )
 from minikms.custody.settled_keys import SettledKeys
-from minikms.errors import StartError, StorageUnavailableError
 from minikms.keys import dek
 from minikms.keys.dek import FILE_BYTES, bytes_to_key_id
 from tests.harness.vaults import OpenedVault, opened_vault

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 
 HEAD_START_SECONDS = 0.005
 WON, REFUSED, FAILED = b"w", b"r", b"f"

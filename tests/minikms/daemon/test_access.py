@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 import minikms
-from minikms.client.errors import KmsUntrustedServerError
+from minikms.api.errors import KmsUntrustedServerError, StartError
 from minikms.daemon.admission import UNAUTHORISED_CONNECTIONS_MAX
-from minikms.errors import StartError
 from minikms.memory import libc
 from minikms.policy import Policy
 from tests import needs

@@ -13,12 +13,12 @@ import pytest
 import structlog
 
 from minikms import datadir
+from minikms.api.errors import SealedError
 from minikms.audit import Event
 from minikms.daemon.admission import Admission
 from minikms.daemon.parts import Parts, Workers
 from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.settings import Settings
-from minikms.errors import SealedError
 from minikms.memory.arena import SecretArena
 from minikms.policy import FilePolicy, Policy, Principal, parse_policy
 from minikms.roots.providers import KeyFile

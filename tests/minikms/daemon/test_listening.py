@@ -15,8 +15,8 @@ from typing import IO
 
 import pytest
 
+from minikms.api.errors import StartError
 from minikms.daemon import sockets
-from minikms.errors import StartError
 from tests import needs
 from tests.minikms.daemon import foreign
 from tests.minikms.daemon.races import race
@@ -271,7 +271,7 @@ def test_of_two_starts_on_one_path_exactly_one_serves(directory: Path) -> None:
 ACTIVATED = textwrap.dedent("""
     import os, sys
     from minikms.daemon import sockets
-    from minikms.errors import StartError
+    from minikms.api.errors import StartError
     os.dup2(int(sys.argv[3]), 3)
     environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": sys.argv[2], "LISTEN_FDNAMES": "minikms"}
     try:

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 import minikms
+from minikms.api.errors import StartError
 from minikms.daemon.admission import Admission, Session
 from minikms.daemon.policy_file import PolicyFile
 from minikms.daemon.sealing import OWED_LINES_MAX
-from minikms.errors import StartError
 from minikms.http import Refusal
 from minikms.policy import POLICY_BYTES_MAX, FilePolicy, parse_policy
 from tests import needs

@@ -10,8 +10,7 @@ import pytest
 
 from minikms import Client, api
 from minikms.api import Role
-from minikms.client import KmsError
-from minikms.errors import ForbiddenError, StartError
+from minikms.api.errors import ForbiddenError, KmsError, StartError
 from minikms.policy import ADMIN_ONLY, ROLES, UIDS_COUNT_MAX, Policy, parse_uids
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import minikms
-from minikms.client.errors import KmsError
+from minikms.api.errors import KmsError
 from tests import needs
 from tests.harness.scripts import verify_audit
 from tests.minikms.custody.rotation.crash_points import (

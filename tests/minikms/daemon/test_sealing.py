@@ -19,7 +19,7 @@ import pytest
 
 import minikms
 from minikms import api
-from minikms.client import errors
+from minikms.api import errors
 from minikms.daemon import seal_files
 from tests import needs
 from tests.deploy import service_manager

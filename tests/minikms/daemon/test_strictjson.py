@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from msgspec import UNSET, UnsetType
 
 from minikms import api
+from minikms.api.errors import InvalidRequestError
 from minikms.daemon import strictjson
-from minikms.errors import InvalidRequestError
 
 ITEM = msgspec.json.Decoder(api.EncryptItem)
 BATCH = msgspec.json.Decoder(api.EncryptBatchRequest)

@@ -16,8 +16,8 @@ from msgspec import UNSET
 
 from minikms import api
 from minikms.api import Verb
+from minikms.api.errors import InvalidRequestError
 from minikms.daemon import strictjson, strictmsgpack
-from minikms.errors import InvalidRequestError
 from minikms.service.encoding import encoding_of
 
 BATCHES: dict[str, Verb[Any, Any]] = {verb.name: verb for verb in api.VERBS if verb.is_batch}

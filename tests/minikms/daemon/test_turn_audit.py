@@ -12,13 +12,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from minikms.api.errors import AuditUnavailableError, SealedError, StorageUnavailableError
 from minikms.append_only import write_whole
 from minikms.audit import AuditLog, Event
 from minikms.audit.chain import AuditKey
 from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import Head
 from minikms.audit.turns import TurnAudit
-from minikms.errors import AuditUnavailableError, SealedError, StorageUnavailableError
 from minikms.memory.arena import SecretArena, fill_random
 
 

@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 
 from minikms import datadir
+from minikms.api.errors import UnauthorizedError
 from minikms.daemon import seal_files
 from minikms.daemon.sealing import RunContext, Sealing
-from minikms.errors import UnauthorizedError
 from minikms.memory.arena import SecretArena
 from minikms.policy import FilePolicy, parse_policy
 from minikms.roots.providers import KeyFile

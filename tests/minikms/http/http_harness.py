@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import uvloop
 
-from minikms.errors import ConflictError, UnauthorizedError
+from minikms.api.errors import ConflictError, UnauthorizedError
 from minikms.http import LIMITS, HttpServer, Limits, ParsedHead, Request, Response, parse_query
 from minikms.http.limits import RefusedError
 from minikms.http.reader import RequestReader, Shared

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.errors import InvalidRequestError
+from minikms.api.errors import InvalidRequestError
 from minikms.http import parse_query
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from minikms.api.errors import ArenaFullError, ConflictError, ShareTextError, WrongShareError
 from minikms.crypto import shares
 from minikms.crypto.shares import ShareInfo
-from minikms.errors import ArenaFullError, ConflictError, ShareTextError, WrongShareError
 from minikms.keys.collected_shares import COLLECT_SECONDS_MAX, CollectedShares
 from minikms.memory.arena import SecretArena
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms.api.errors import ConflictError, KeyUnreadableError
 from minikms.crypto.aead import XaesCipher
-from minikms.errors import ConflictError, KeyUnreadableError
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
 

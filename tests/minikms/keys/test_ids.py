@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms import api
-from minikms.errors import InvalidRequestError
+from minikms.api.errors import InvalidRequestError
 from minikms.keys.dek import bytes_to_key_id, check_key_id, key_id_to_bytes, key_id_unix_ms, make_key_id
 
 times = st.integers(0, 2**48 - 1)

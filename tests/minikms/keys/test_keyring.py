@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms.api.errors import ConflictError, StartError
 from minikms.crypto import roots
 from minikms.crypto.aead import NonceSource
 from minikms.datadir import KEYRING_SLOTS
-from minikms.errors import ConflictError, StartError
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import Body
 from minikms.keys.tombstones import TOMBSTONES_COUNT_MAX

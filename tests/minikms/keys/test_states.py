@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.errors import ConflictError
+from minikms.api.errors import ConflictError
 from minikms.keys.dek import DEK_MOVES, DekMove, DekState, move_dek
 from minikms.keys.keyring import KEK_MOVES, KekMove, KekState, move_kek
 

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from minikms.api.errors import ArenaFullError, ConflictError, DecryptionError, KeyUnreadableError, StartError
 from minikms.crypto import aead, labels, roots, slots
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.slots import Place
-from minikms.errors import ArenaFullError, ConflictError, DecryptionError, KeyUnreadableError, StartError
 from minikms.keys import keyring, root_slots
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random

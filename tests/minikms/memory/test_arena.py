@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.errors import ArenaFullError, KeyTextError
+from minikms.api.errors import ArenaFullError, KeyTextError
 from minikms.memory import SLOT_BYTES, SecretArena, fill_random, hex_decode_into, read_key_fd_into, zero, zero_bytes
 from minikms.memory import arena as arena_module
 from tests import needs
@@ -272,7 +272,7 @@ def test_an_error_about_the_lock_limit_names_the_setting(fallback: bool) -> None
     """Without CAP_IPC_LOCK: the limit does not bind root's process, so the child gives its capabilities up first."""
     output = run_python(f"""
         import resource
-        from minikms.errors import StartError
+        from minikms.api.errors import StartError
         from minikms.memory import SecretArena
         from minikms.memory.process import drop_capabilities
         drop_capabilities()
@@ -310,7 +310,7 @@ def test_a_plain_file_as_random_device_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "urandom"
     path.write_bytes(b"the same key everywhere" * 10)
     output = run_python(f"""
-        from minikms.errors import StartError
+        from minikms.api.errors import StartError
         from minikms.memory import arena
         arena.RANDOM_DEVICE = {str(path)!r}
         try:

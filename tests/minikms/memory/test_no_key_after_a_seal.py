@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from minikms.client import Client, KmsError
+from minikms.api.errors import KmsError
+from minikms.client import Client
 from minikms.crypto import shares
 from tests.harness.live_daemon import LiveDaemon, record_keys
 from tests.minikms.memory import scanner

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import KmsError
 from minikms.cli.rootkey import BIND_VARIABLE
-from minikms.client import Client, DecryptItem, EncryptItem, KmsError, ReencryptItem
+from minikms.client import Client, DecryptItem, EncryptItem, ReencryptItem
 from minikms.crypto.aead import LONG_TEXT_BYTES, PREFIX_BYTES
 from tests import needs
 from tests.harness import decryptor, live_daemon

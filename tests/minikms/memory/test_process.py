@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms.memory import SecretArena, harden, libc, seccomp
 from minikms.memory.process import Measure
 from tests import needs
@@ -35,7 +35,7 @@ ALL = [
 
 PROLOGUE = """
 import json, os, resource, signal, socket, sys
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms.memory import SecretArena, harden, interpreter_paths
 def attempt(action):
     try:

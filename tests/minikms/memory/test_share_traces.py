@@ -44,7 +44,7 @@ sys.stdin.readline()
 """
 COLLECTS = """
 import sys
-from minikms.errors import MiniKmsError
+from minikms.api.errors import KmsRefusedError
 from minikms.keys.collected_shares import CollectedShares
 from collections import namedtuple
 from minikms.memory import SecretArena
@@ -59,7 +59,7 @@ while not collected.complete:
     try:
         with typed_secret("Share: ", 256, arena) as text:
             collected.add(text, "kr_0123456789abcdef", known, 0.0)
-    except MiniKmsError as error:
+    except KmsRefusedError as error:
         print("refused:", type(error).__name__, flush=True)
 root = collected.combine()
 print("fingerprint", sum(root.view), flush=True)

@@ -16,7 +16,7 @@ from tests.harness.waiting import wait_until
 
 READS = """
 import sys
-from minikms.errors import InvalidRequestError, StartError
+from minikms.api.errors import InvalidRequestError, StartError
 from minikms.memory import SecretArena
 from minikms.memory.terminal import typed_secret
 with SecretArena(4, force_fallback=True) as arena:

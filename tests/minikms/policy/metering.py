@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minikms.errors import LimitExceededError, MiniKmsError
+from minikms.api.errors import KmsRefusedError, LimitExceededError
 from minikms.policy import Charge, Cost, FilePolicy, Meters, Scope, parse_policy
 from minikms.policy.rules import Grant
 
@@ -49,20 +49,20 @@ class Machine:
 
     def begin(self, name: str, decrypts: int, reencrypts: int = 0) -> Charge:
         """As the service does: charged as a request, and then for what was decided. It counts until
-        `Meters.end_turn`. Raises MiniKmsError.
+        `Meters.end_turn`. Raises KmsRefusedError.
         """
         scope, costs = self.scope(name), self.costs(name, decrypts, reencrypts)
         entered = self.meters.enter(scope, costs)
         self.meters.charge(scope, costs, entered)
         return entered
 
-    def charge(self, *requests: tuple[str, int]) -> list[Charge | MiniKmsError]:
+    def charge(self, *requests: tuple[str, int]) -> list[Charge | KmsRefusedError]:
         """Charges requests in one turn, each of a principal and a number of decrypts; what became of each."""
-        found: list[Charge | MiniKmsError] = []
+        found: list[Charge | KmsRefusedError] = []
         for name, decrypts in requests:
             try:
                 found.append(self.begin(name, decrypts))
-            except MiniKmsError as error:
+            except KmsRefusedError as error:
                 found.append(error)
         return found
 

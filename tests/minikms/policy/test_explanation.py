@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minikms import api
 from minikms.api import Role
-from minikms.errors import ForbiddenError, InvalidRequestError
+from minikms.api.errors import ForbiddenError, InvalidRequestError
 from minikms.policy import THREAD_ROLES, FilePolicy, parse_policy
 from minikms.policy.explanation import Explanation, explain, warnings
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.errors import LimitExceededError, TooManyError
+from minikms.api.errors import LimitExceededError, TooManyError
 from minikms.policy import Charge, Policy, meters, parse_policy
 from tests.minikms.policy.metering import HOUR_MS, Machine
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms.api import Role
-from minikms.errors import ForbiddenError
+from minikms.api.errors import ForbiddenError
 from minikms.policy import (
     PROXIED_ROLES,
     ROLES,

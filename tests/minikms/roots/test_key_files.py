@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.roots.key_file import (
     holds_key,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.errors import NotPinnedError, StartError
+from minikms.api.errors import NotPinnedError, StartError
 from minikms.roots import pin
 from minikms.roots.pin import PinFile
 from tests import needs

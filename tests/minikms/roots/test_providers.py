@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms.roots.providers import DevelopmentKey, KeyDescriptor, KeyFile, parse_source, provider_of
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from minikms.api.errors import ArenaFullError, InvalidRequestError, StartError
 from minikms.crypto import shares
-from minikms.errors import ArenaFullError, InvalidRequestError, StartError
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 from minikms.roots import recovery_shares
 

@@ -14,7 +14,7 @@ OPENS = """
 import sys
 from pathlib import Path
 from minikms.crypto.aead import NonceSource
-from minikms.errors import StartError
+from minikms.api.errors import StartError
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory import SecretArena
 from minikms.roots.typed_shares import TypedShares

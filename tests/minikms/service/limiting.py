@@ -15,7 +15,7 @@ from typing import Any
 
 from minikms import api
 from minikms.api import Verb
-from minikms.errors import MiniKmsError
+from minikms.api.errors import KmsRefusedError
 from minikms.policy import Principal
 from tests.harness.limited import Limited
 
@@ -83,6 +83,6 @@ def outcome(made: Limited, who: Principal, verb: Verb[Any, Any], request: api.Re
                 answer = done.value
             else:
                 raise AssertionError(f"{verb.name} waits")
-    except MiniKmsError as error:
+    except KmsRefusedError as error:
         return f"{error.code}: {error}"
     return str(answer)

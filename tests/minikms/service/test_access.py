@@ -14,18 +14,18 @@ import pytest
 
 from minikms import api
 from minikms.api import Verb
-from minikms.custody.create_log import NewKey
-from minikms.errors import (
+from minikms.api.errors import (
     ForbiddenError,
     InvalidRequestError,
     KeyNotFoundError,
     KeysNotReadError,
+    KmsRefusedError,
     LimitExceededError,
-    MiniKmsError,
     StorageUnavailableError,
     TooManyError,
     UnauthorizedError,
 )
+from minikms.custody.create_log import NewKey
 from minikms.policy import Principal
 from minikms.service import access
 from tests.harness.limited import Limited, limited
@@ -182,7 +182,7 @@ def test_failed_items_are_charged_and_a_re_encryption_once_for_both_roles(tmp_pa
                 with pytest.raises(LimitExceededError):
                     await made.ask(who, verb, request)
             for _ in range(10):
-                with pytest.raises(MiniKmsError, match="does not open"):
+                with pytest.raises(KmsRefusedError, match="does not open"):
                     await made.ask(who, api.DECRYPT, api.DecryptItem(first, b64(bytes(40))))
             with pytest.raises(LimitExceededError):
                 await made.ask(who, api.DECRYPT, api.DecryptItem(first, text))
@@ -285,7 +285,7 @@ def test_a_destruction_can_be_repeated_and_completed(tmp_path: Path, monkeypatch
 NARROWER = grant(1, '["other-*"]')
 WITHOUT_ROLES = grant(1, '["mine-*"]', '["monitor"]')
 GONE = grant(2, '["*"]')
-CHANGES: dict[str, tuple[str, type[MiniKmsError], type[MiniKmsError]]] = {
+CHANGES: dict[str, tuple[str, type[KmsRefusedError], type[KmsRefusedError]]] = {
     "another scope": (NARROWER, KeyNotFoundError, ForbiddenError),
     "fewer roles": (WITHOUT_ROLES, ForbiddenError, ForbiddenError),
     "no grant": (GONE, UnauthorizedError, UnauthorizedError),
@@ -331,7 +331,7 @@ def test_a_create_that_waits_for_another_obeys_the_new_policy(
             released = asyncio.Event()
             writing = made.one.vault.creates.write_group
 
-            async def slow(keys: Sequence[NewKey]) -> list[MiniKmsError | None]:
+            async def slow(keys: Sequence[NewKey]) -> list[KmsRefusedError | None]:
                 await released.wait()
                 return await writing(keys)
 

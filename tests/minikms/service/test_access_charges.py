@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minikms import api
-from minikms.errors import KeyNotFoundError, LimitExceededError
+from minikms.api.errors import KeyNotFoundError, LimitExceededError
 from tests.harness.limited import limited
 from tests.minikms.service.asking import NO_KEY
 from tests.minikms.service.limiting import EVERYBODY, b64, grant, instructions, outcome, requests

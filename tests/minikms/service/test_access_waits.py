@@ -11,14 +11,14 @@ import pytest
 
 from minikms import api
 from minikms.api import Verb
+from minikms.api.errors import ForbiddenError, KmsRefusedError, UnauthorizedError
 from minikms.audit import Event
-from minikms.errors import ForbiddenError, MiniKmsError, UnauthorizedError
 from minikms.service.roots import AddGivenRoot, ProveGivenRoot
 from tests.harness.limited import Limited, limited
 
 OTHERS = '[[grant]]\nprincipals = ["uid:2"]\nroles = ["monitor"]\nthreads = ["*"]\n'
 OPERATOR = OTHERS + '[[grant]]\nprincipals = ["uid:1"]\nroles = ["rotate", "destroy"]\nthreads = ["*"]\n'
-CHANGES: dict[str, tuple[str, type[MiniKmsError]]] = {
+CHANGES: dict[str, tuple[str, type[KmsRefusedError]]] = {
     "fewer roles": (OPERATOR.replace('"rotate", "destroy"', '"monitor"'), ForbiddenError),
     "no grant": (OTHERS, UnauthorizedError),
 }

@@ -13,8 +13,8 @@ import pytest
 
 from minikms import api
 from minikms.api import Verb
+from minikms.api.errors import LimitExceededError
 from minikms.daemon import strictmsgpack
-from minikms.errors import LimitExceededError
 from tests.harness.limited import limited
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.unix_http import UnixConnection

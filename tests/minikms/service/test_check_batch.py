@@ -14,8 +14,8 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms import api
+from minikms.api.errors import ForbiddenError
 from minikms.crypto import records
-from minikms.errors import ForbiddenError
 from minikms.policy import ROLES, Principal
 from minikms.service import records as service
 from minikms.service.base import VerbTable

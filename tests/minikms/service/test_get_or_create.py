@@ -15,12 +15,13 @@ import pytest
 from msgspec.structs import replace
 
 from minikms import api
+from minikms.api import errors
+from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
-from minikms.client import Client, errors
+from minikms.client import Client
 from minikms.custody import create_log
 from minikms.custody.deks import HeldKeys
 from minikms.custody.files import make_file
-from minikms.errors import StorageUnavailableError
 from minikms.keys.dek import DekRecord
 from minikms.keys.index import SEARCHED_COUNT, KeyIndex
 from minikms.policy import ROLES, Principal

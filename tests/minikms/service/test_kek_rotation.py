@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from minikms.errors import StorageUnavailableError
+from minikms.api.errors import StorageUnavailableError
 from minikms.service import keks as keks_module
 from minikms.service.base import VerbTable
 from tests import needs

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from minikms import api
+from minikms.api.errors import KmsRefusedError
 from minikms.audit import Event
-from minikms.errors import MiniKmsError
 from minikms.policy import ROLES, Principal
 from minikms.service.base import VerbTable
 from minikms.service.encoding import Reply
@@ -277,7 +277,7 @@ def test_each_encryption_has_a_line_about_its_own_caller_and_request(tmp_path: P
                 asked = api.EncryptItem(**{"key_id": key_id, "plaintext": TEXT} | item)
                 try:
                     answer = table[api.ENCRYPT](who, asked, request_id)
-                except MiniKmsError as error:
+                except KmsRefusedError as error:
                     assert error.code == outcome
                 else:
                     assert isinstance(answer, bytes)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minikms import api
-from minikms.client.errors import BY_CODE
+from minikms.api.errors import BY_CODE
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.service.asking import NO_KEY, ask, b64, encrypted, new_key, post
 

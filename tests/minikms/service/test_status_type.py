@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from minikms import api
+from minikms.api.errors import KmsProtocolError
 from minikms.client import Client
 from minikms.client.calls import make_call
-from minikms.client.errors import KmsProtocolError
 from minikms.client.wire import Answer
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.service.asking import new_key, post, status

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from minikms import api
-from minikms.client.errors import refusal
+from minikms.api.errors import refusal
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.routes.table import Handler, Resource
 from progressdb_server.cli import main

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from minikms import api
-from minikms.client import KmsError
-from minikms.client.errors import KmsUnavailableError, refusal
+from minikms.api.errors import KmsError, KmsUnavailableError, refusal
 from progressdb_server.api.routes.errors import api_error
 from progressdb_server.kms.provider import LIMITED, Fault, fault, is_permanent
 from progressdb_server.store.model import KeyServiceRefusedError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minikms import api
-from minikms.client.errors import KmsUnavailableError, refusal
+from minikms.api.errors import KmsUnavailableError, refusal
 from progressdb_server.api.routes import readiness
 from progressdb_server.api.routes.readiness import FAULT_AGE_S, PROBE_AGE_S, Probe, Readiness
 from progressdb_server.metrics import KmsMetrics

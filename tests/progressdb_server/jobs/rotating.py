@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from minikms.client import KmsRefusedError, ReencryptItem
+from minikms.api.errors import KmsRefusedError
+from minikms.client import ReencryptItem
 from progressdb_server.config import Rotation
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.service import Jobs

@@ -9,8 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from minikms import api
-from minikms.client import KmsRefusedError
-from minikms.client.errors import refusal
+from minikms.api.errors import KmsRefusedError, refusal
 from progressdb_server.config import Rotation
 from progressdb_server.jobs import service
 from progressdb_server.jobs.service import Due, Jobs

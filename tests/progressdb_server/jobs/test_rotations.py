@@ -10,8 +10,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from minikms import api
-from minikms.client import KmsRefusedError, ReencryptItem
-from minikms.client.errors import KmsUnavailableError, refusal
+from minikms.api.errors import KmsRefusedError, KmsUnavailableError, refusal
+from minikms.client import ReencryptItem
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import JobConflictError

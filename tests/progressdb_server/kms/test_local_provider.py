@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from minikms import api
-from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
+from minikms.api.errors import KmsRefusedError
+from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor
 from progressdb_server.store.model import NewMessage

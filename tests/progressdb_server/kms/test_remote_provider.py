@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from minikms import api
-from minikms.client import DecryptItem, EncryptItem, KmsError, KmsRefusedError, ReencryptItem
-from minikms.client.errors import KmsProtocolError, KmsUnavailableError, refusal
+from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, KmsUnavailableError, refusal
+from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from progressdb_server.kms import provider as provider_module
 from progressdb_server.kms.provider import Fault, RemoteProvider, fault
 from tests.progressdb_server.kms.conftest import Place

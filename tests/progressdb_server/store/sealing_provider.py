@@ -17,8 +17,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms import api
-from minikms.client import DecryptItem, EncryptItem, KmsRefusedError, ReencryptItem
-from minikms.client.errors import KmsUnavailableError, refusal
+from minikms.api.errors import KmsRefusedError, KmsUnavailableError, refusal
+from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from minikms.client.items import chunks
 
 T = TypeVar("T")

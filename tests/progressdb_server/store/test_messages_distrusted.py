@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from minikms import api
-from minikms.client import DecryptItem, KmsRefusedError
+from minikms.api.errors import KmsRefusedError
+from minikms.client import DecryptItem
 from progressdb_server.store import record
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (

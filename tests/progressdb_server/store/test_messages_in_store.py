@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from minikms.client import EncryptItem, KmsRefusedError
+from minikms.api.errors import KmsRefusedError
+from minikms.client import EncryptItem
 from progressdb_server.store import keyspace
 from progressdb_server.store import reading as reading_room
 from progressdb_server.store import threads as threads_room

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from minikms import api
-from minikms.client.errors import refusal
+from minikms.api.errors import refusal
 from progressdb_server.kms.provider import SEALED
 from progressdb_server.store import conversations as room
 from progressdb_server.store.conversations import Conversations

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikms.client import DecryptItem, KmsRefusedError
-from minikms.client.errors import refusal
+from minikms.api.errors import KmsRefusedError, refusal
+from minikms.client import DecryptItem
 from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker, Finding, repair
 from progressdb_server.store.conversations import Conversations

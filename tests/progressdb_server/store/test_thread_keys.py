@@ -9,8 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from minikms import api
-from minikms.client import EncryptItem, KmsRefusedError
-from minikms.client.errors import KmsUnavailableError, refusal
+from minikms.api.errors import KmsRefusedError, KmsUnavailableError, refusal
+from minikms.client import EncryptItem
 from progressdb_server.store import conversations as room
 from progressdb_server.store import keyspace, record
 from progressdb_server.store import sealer as sealing

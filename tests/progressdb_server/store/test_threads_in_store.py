@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.client import DecryptItem, KmsRefusedError
-from minikms.client.errors import refusal
+from minikms.api.errors import KmsRefusedError, refusal
+from minikms.client import DecryptItem
 from progressdb_server.api.viewer.browsing import Browser
 from progressdb_server.store import keyspace, record
 from progressdb_server.store import threads as threads_room

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from minikms.client import DecryptItem, KmsRefusedError
-from minikms.client.errors import refusal
+from minikms.api.errors import KmsRefusedError, refusal
+from minikms.client import DecryptItem
 from progressdb_server.api.http import limits
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.store import keyspace, record

@@ -20,12 +20,12 @@ from typing import BinaryIO, Final, NamedTuple
 import msgspec
 
 from minikms import api
+from minikms.api.errors import KmsRefusedError
 from minikms.crypto import roots, slots
 from minikms.custody.deks import DIRECTORY as DEKS
 from minikms.custody.deks import SUFFIX
 from minikms.custody.keyring_file import NAME as KEYRING
 from minikms.custody.tombstone_file import NAME as TOMBSTONES
-from minikms.errors import MiniKmsError
 from minikms.keys.dek import FILE_BYTES as DEK_BYTES_MAX
 from minikms.keys.keyring import FILE_BYTES_MAX as KEYRING_BYTES_MAX
 from minikms.keys.keyring import SLOTS_MAX
@@ -53,7 +53,7 @@ _CHUNK_BYTES: Final = 1024 * 1024
 _FINGERPRINT_BYTES: Final = 8
 
 
-class ArchiveError(MiniKmsError):
+class ArchiveError(KmsRefusedError):
     """The archive is cut short, altered, or incomplete; the text says which."""
 
 

@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Container, Iterator
 from typing import BinaryIO, Final, NamedTuple
 
+from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableError
 from minikms.crypto import roots
 from minikms.custody import keyring_file, tombstone_file
 from minikms.custody.backup.archive import (
@@ -39,7 +40,6 @@ from minikms.custody.files import open_directory, read_file_bounded
 from minikms.custody.rotation_backups import newest_key_id
 from minikms.custody.settled_keys import SettledKeys
 from minikms.custody.tombstone_file import read_tombstones
-from minikms.errors import MiniKmsError, StartError, StorageUnavailableError
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord, bytes_to_key_id
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
@@ -204,7 +204,7 @@ def _unwrap(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> N
         )
     try:
         dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
-    except MiniKmsError as error:
+    except KmsRefusedError as error:
         raise KeyDoesNotUnwrapError(str(error)) from None
 
 
@@ -219,7 +219,7 @@ def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
                 if data is None:
                     continue  # destroyed since it was listed
                 dek.parse(data, key_id)
-            except MiniKmsError:
+            except KmsRefusedError:
                 unreadable.append(key_id)
                 continue
             writer.add(dek_entry_name(key_id), data)
@@ -251,7 +251,7 @@ def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
 def parsed_dek(content: bytes, key_id: str) -> DekRecord:
     try:
         return dek.parse(content, key_id)
-    except MiniKmsError as error:
+    except KmsRefusedError as error:
         raise ArchiveError(str(error)) from None
 
 

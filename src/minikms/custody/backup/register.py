@@ -18,6 +18,7 @@ from typing import Final
 
 import msgspec
 
+from minikms.api.errors import StorageUnavailableError
 from minikms.custody.files import (
     make_private_directory,
     open_directory,
@@ -26,7 +27,6 @@ from minikms.custody.files import (
     replace_file,
     sweep_temps,
 )
-from minikms.errors import StorageUnavailableError
 from minikms.keys.dek import key_id_unix_ms
 
 DIRECTORY: Final = "kms-archives"

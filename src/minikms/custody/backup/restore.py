@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from minikms.api.errors import ConflictError
 from minikms.base64 import decode_exact
 from minikms.custody import deks, keyring_file, rotation_backups
 from minikms.custody.backup.archive import ArchiveError, AuditHead
@@ -28,7 +29,6 @@ from minikms.custody.files import (
     write_files,
 )
 from minikms.custody.tombstone_file import write_tombstones
-from minikms.errors import ConflictError
 from minikms.keys import keyring, root_slots
 from minikms.keys.dek import bytes_to_key_id
 from minikms.keys.tombstones import Tombstone

@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from minikms import api
-from minikms.client import KmsError, KmsRefusedError
-from minikms.client.errors import LimitExceededError, SealedError
+from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
 from progressdb_server.api.http.errors import ApiError, Header, retry_after
 from progressdb_server.jobs.states import JobError, JobNotFoundError, TooManyJobsError
 from progressdb_server.kms.provider import LIMITED, SEALED, is_permanent

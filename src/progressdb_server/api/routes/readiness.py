@@ -17,8 +17,7 @@ from typing import Final
 import msgspec
 
 from minikms import api
-from minikms.client import KmsError, KmsRefusedError
-from minikms.client.errors import LimitExceededError
+from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError
 from minikms.logs import structlog
 from progressdb_server.api.http.access import OPERATORS
 from progressdb_server.api.http.errors import ApiError, retry_after

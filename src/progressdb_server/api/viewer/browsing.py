@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
 from minikms import api
-from minikms.client import KmsError
+from minikms.api.errors import KmsError
 from progressdb_server.kms.provider import Provider, key_pages
 from progressdb_server.store.model import RECORD_MISSING, Message, Store, StoredVersion, Thread, ThreadNotFoundError
 

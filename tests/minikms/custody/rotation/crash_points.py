@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import minikms
-from minikms.client.errors import KmsError
+from minikms.api.errors import KmsError
 from tests import needs
 from tests.harness.scripts import verify_audit
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import minikms
-from minikms.client.errors import ConflictError, KmsError
+from minikms.api.errors import ConflictError, KmsError
 from tests.minikms.custody.rotation.crash_points import (
     DEADLINE_SECONDS,
     Daemon,

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import minikms
-from minikms.client import DecryptItem, EncryptItem, ReencryptItem
-from minikms.client.errors import (
+from minikms.api.errors import (
     ConflictError,
     DecryptionError,
     KeyDestroyedError,
@@ -27,6 +26,7 @@ from minikms.client.errors import (
     KmsError,
     KmsRefusedError,
 )
+from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from minikms.custody.rotation import PACES
 from tests.harness.scripts import verify_audit
 from tests.minikms.custody.rotation.crash_points import Daemon, wait_until_settled

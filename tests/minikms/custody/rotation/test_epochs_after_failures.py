@@ -12,9 +12,9 @@ import pytest
 
 from minikms import api
 from minikms.api import Verb
+from minikms.api.errors import AuditUnavailableError, StorageUnavailableError
 from minikms.audit import Event
 from minikms.custody.keyring_file import KeyringFile
-from minikms.errors import AuditUnavailableError, StorageUnavailableError
 from minikms.policy import Policy, Principal
 from minikms.service import lifecycle
 from minikms.service.base import VerbTable

@@ -14,10 +14,10 @@ import msgspec
 import pytest
 
 from minikms import api
+from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.custody import deks, vault
 from minikms.custody.deks import DekStore, HeldKeys
-from minikms.errors import StorageUnavailableError
 from minikms.keys import dek
 from minikms.service.base import VerbTable
 from minikms.service.lifecycle import LifecycleVerbs

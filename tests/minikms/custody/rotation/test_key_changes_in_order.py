@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import StorageUnavailableError
 from minikms.custody.deks import KeyLocks
 from minikms.custody.keyring_file import KeyringFile
-from minikms.errors import StorageUnavailableError
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
 from tests.harness.vaults import opened_vault

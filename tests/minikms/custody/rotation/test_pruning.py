@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from minikms.api.errors import KeyUnreadableError
 from minikms.custody import batch_backups, deks, files, rotation
 from minikms.custody.batch_backups import Line
-from minikms.errors import KeyUnreadableError
 from minikms.keys import dek
 from tests.harness.vaults import OpenedVault, opened_vault
 

@@ -14,12 +14,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from minikms.api.errors import ArenaFullError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import XaesCipher
 from minikms.custody import deks, files, rewrap_journal, rotation
 from minikms.custody.batch_backups import BatchBackups
 from minikms.custody.deks import DekStore
 from minikms.custody.rotation import KekRotation
-from minikms.errors import ArenaFullError, KeyUnreadableError, MiniKmsError, StorageUnavailableError
 from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from tests.harness.vaults import opened_vault
@@ -240,7 +240,7 @@ def test_no_cipher_outlives_its_turn_when_a_pass_fails(
     kept = list(errors)
     read = DekStore.read_many
 
-    def failing(self: DekStore, key_ids: Iterable[str]) -> list[tuple[str, bytes | MiniKmsError]]:
+    def failing(self: DekStore, key_ids: Iterable[str]) -> list[tuple[str, bytes | KmsRefusedError]]:
         found = read(self, key_ids)
         if errors and where == "wrapping":
             WatchedCipher.errors.append(errors.pop())

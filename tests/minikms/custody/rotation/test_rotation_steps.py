@@ -12,10 +12,7 @@ from pathlib import Path
 import pytest
 
 from minikms import api
-from minikms.audit import Event, turns
-from minikms.custody.files import now_rfc3339
-from minikms.custody.keyring_file import KeyringFile
-from minikms.errors import (
+from minikms.api.errors import (
     ArenaFullError,
     AuditUnavailableError,
     ConflictError,
@@ -26,6 +23,9 @@ from minikms.errors import (
     StorageUncertainError,
     WrongSlotError,
 )
+from minikms.audit import Event, turns
+from minikms.custody.files import now_rfc3339
+from minikms.custody.keyring_file import KeyringFile
 from minikms.keys import keyring, root_slots
 from minikms.service import root_removal
 from minikms.service.base import VerbTable

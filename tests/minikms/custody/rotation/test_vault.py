@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from minikms.custody.deks import DekStore
-from minikms.custody.rotation_backups import RotationBackups
-from minikms.errors import (
+from minikms.api.errors import (
     ArenaFullError,
     ConflictError,
     KeyDestroyedError,
@@ -19,6 +17,8 @@ from minikms.errors import (
     StorageUnavailableError,
     WrongThreadError,
 )
+from minikms.custody.deks import DekStore
+from minikms.custody.rotation_backups import RotationBackups
 from tests.harness.vaults import create, opened_vault
 from tests.minikms.custody.disk_faults import refuse
 
