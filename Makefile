@@ -9,24 +9,25 @@
 #   make bench PEER=unix:/run/other.sock    compares a running service with the same API
 #   make bench RUNS=3 SAVE=1                the table of docs/benchmarks.md, with the ranges of three runs
 #   make bench AGAINST=../older             compares message appends with another checkout
-# The tests run in three processes, since many of them wait for other processes. In one, for a debugger:
+# The tests run in four processes, since many of them wait for other processes. In one, for a debugger:
 #   make test WORKERS=0 ARGS='tests/tidy --pdb'
 
 PYTHON ?= $(shell python3.13 -c "" 2>/dev/null && echo python3.13 || echo python3)
 VENV ?= .venv
 ARGS ?=
-WORKERS ?= 3
+WORKERS ?= 4
 
 BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
 STAMP := $(VENV)/.installed
 
-.PHONY: help run test venv lint bench torture
+.PHONY: help run test venv frameworks lint bench torture
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run      install into $(VENV) and take the guided tour (progressdb demo)'
 	@echo 'make test     run the tests'
 	@echo 'make venv     make $(VENV)/bin/minikms and $(VENV)/bin/progressdb'
+	@echo 'make frameworks  also install what the adapters are tested with'
 	@echo 'make lint     style, types, and import rules between packages'
 	@echo 'make bench    measure speed; SAVE=1 also writes docs/benchmarks.md'
 	@echo 'make torture  tests that take minutes'
@@ -42,6 +43,10 @@ venv: $(STAMP)
 # Made again when what is to be installed changed. The source is installed in editable mode, so its changes need nothing.
 $(STAMP): pyproject.toml $(BOOTSTRAP)
 	$(PYTHON) tools/bootstrap/make_venv.py $(VENV)
+
+frameworks: venv
+	$(VENV)/bin/python -m pip install --quiet --no-input --disable-pip-version-check --retries 10 \
+		--constraint tools/bootstrap/constraints.txt --group frameworks
 
 lint: venv
 	$(VENV)/bin/ruff check

@@ -10,9 +10,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from bench import create, dek_rotation, encrypt, kek_rotation, messages, million, programs, report
+from bench import create, dek_rotation, encrypt, gateway, kek_rotation, messages, million, pairs, programs, report
 from bench.programs import BenchError, MissingProgramError
 from bench.report import Missing, Row
 
@@ -20,6 +21,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "encrypt": encrypt.encrypt,
     "encrypt_fsync": encrypt.encrypt_fsync,
     "encrypt_batch": encrypt.encrypt_batch,
+    "gateway": gateway.encrypt,
     "append": messages.append,
     "append_added": messages.append_added,
     "list": messages.listing,
@@ -29,6 +31,12 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "dek_rotation_foreground": dek_rotation.foreground,
 }
 """What runs without any name."""
+AGAINST: dict[str, Callable[[Path], list[Row]]] = {
+    "append": messages.append_against,
+    "verbs": pairs.verbs,
+    "kek_rotation": pairs.rotation,
+}
+"""What runs with another checkout."""
 LONG: dict[str, Callable[[], list[Row]]] = {"million": million.million}
 """What runs with its option, or when it is named."""
 RUNS_MAX = 99
@@ -53,7 +61,8 @@ def main() -> int:
         "--against",
         metavar="CHECKOUT",
         type=Path,
-        help="compare message appends with another checkout of this project, in which `make venv` was run",
+        help=f"compare with another checkout of this project, in which `make venv` was run: {', '.join(AGAINST)}, or "
+        "those of them that are named",
     )
     parser.add_argument("--save", action="store_true", help="write the table into docs/benchmarks.md; runs all")
     asked = parser.parse_args()
@@ -69,10 +78,10 @@ def main() -> int:
             parser.error(f"{asked.peer}: {error}")
         benches = {"peer": lambda: encrypt.against_peer(asked.peer)}
     if asked.against is not None:
-        if asked.names or asked.save or asked.million or asked.peer is not None:
-            parser.error("--against runs one bench alone: name no other, and nothing is saved")
-        benches = {"against": lambda: messages.append_against(asked.against)}
-    known = BENCHES | LONG
+        if asked.save or asked.million or asked.peer is not None:
+            parser.error("--against runs its own benches alone, and nothing is saved")
+        benches = {name: partial(bench, asked.against) for name, bench in AGAINST.items()}
+    known = BENCHES | LONG if asked.against is None else benches
     unknown = [name for name in asked.names if name not in known]
     if unknown:
         parser.error(f"no bench named {', '.join(unknown)}; there are {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""A load generator: N kept-alive connections, each sending its own request again as soon as the answer is there.
+"""A load generator: N kept-alive connections, each sending its own requests again as soon as the answer is there.
 
 Built on uvloop and bare protocols so that it takes as little of the machine as it can from what it measures. It knows
 only answers with a Content-Length, counts them, and stops at the first that is not 2xx.
@@ -7,6 +7,7 @@ only answers with a Content-Length, counts them, and stops at the first that is 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ class Load:
 
 
 class _Client(asyncio.Protocol):
-    """One connection. `until` is a time of `time.perf_counter`; `done` resolves once its last answer is there."""
+    """One connection, which sends its requests in turn and then again.
 
-    def __init__(self, request: bytes, until: float, done: asyncio.Future[None]) -> None:
-        self._request = request
+    `until` is a time of `time.perf_counter`; `done` resolves once its last answer is there."""
+
+    def __init__(self, requests: Sequence[bytes], until: float, done: asyncio.Future[None]) -> None:
+        self._requests = itertools.cycle(requests)
         self._until = until
         self.done = done
         self._received = b""
@@ -75,7 +78,7 @@ class _Client(asyncio.Protocol):
 
     def _send(self) -> None:
         self._sent_at = time.perf_counter()
-        self._transport.write(self._request)
+        self._transport.write(next(self._requests))
 
     def _fail(self, why: str) -> None:
         if not self.done.done():
@@ -91,10 +94,14 @@ def content_length(head: bytes) -> int:
     raise BenchError("an answer without Content-Length, which this generator does not know")
 
 
-async def _generate(address: str | tuple[str, int], requests: Sequence[bytes], seconds: float) -> Load:
+async def _generate(
+    address: str | tuple[str, int], requests: Sequence[bytes | Sequence[bytes]], seconds: float
+) -> Load:
     loop = asyncio.get_running_loop()
     start = time.perf_counter()
-    clients = [_Client(request, start + seconds, loop.create_future()) for request in requests]
+    clients = [
+        _Client([each] if isinstance(each, bytes) else each, start + seconds, loop.create_future()) for each in requests
+    ]
     transports: list[asyncio.BaseTransport] = []
     try:
         for client in clients:
@@ -120,8 +127,10 @@ def _same(client: _Client) -> _Client:
     return client
 
 
-def generate(address: str | tuple[str, int], requests: Sequence[bytes], seconds: float) -> Load:
-    """One connection for each of `requests`, for `seconds`. Raises BenchError when an answer is not 2xx."""
+def generate(address: str | tuple[str, int], requests: Sequence[bytes | Sequence[bytes]], seconds: float) -> Load:
+    """One connection for each of `requests`, which may be several in turn, for `seconds`.
+
+    Raises BenchError when an answer is not 2xx."""
     return uvloop.run(_generate(address, requests, seconds))
 
 

@@ -89,13 +89,21 @@ def minikms(
     *arguments: str,
     ready: Callable[[str], bool] | None = None,
     poll_seconds: float = POLL_SECONDS,
+    checkout: Path | None = None,
+    code: str = "",
 ) -> Iterator[str]:
     """The key service with audit on, as it comes but for more `arguments`. Yields its socket's path.
+
+    `checkout`: of another version of this project, with a `.venv`. `code`: a program that runs the service.
 
     `ready` says of the path whether it is ready; without it, a healthy answer does.
     """
     path = str(directory / "kms.sock")
-    command = [_installed("minikms"), "--socket", path, "--data-dir", str(directory / "kms")]
+    command = [_installed("minikms", checkout)]
+    if code:
+        (directory / "launcher.py").write_text(code)
+        command = [_installed("python", checkout), str(directory / "launcher.py")]
+    command += ["--socket", path, "--data-dir", str(directory / "kms")]
     command += ["--master-key-file", str(directory / "root-key"), *arguments]
     is_ready = ready or (lambda path: _answers(path, "/health"))
     with _running(command, lambda _: is_ready(path), poll_seconds=poll_seconds):

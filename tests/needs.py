@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import glob
 import importlib
 import os
 import re
@@ -38,7 +39,10 @@ _DEBIAN_PACKAGES = {
     "mkfs.ext4": "e2fsprogs",
     "mount": "mount",
     "nginx": "nginx",
+    "node": "nodejs",
+    "npm": "npm",
     "openssl": "openssl",
+    "postgres": "postgresql",
     "promtool": "prometheus",
     "setpriv": "util-linux",
     "strace": "strace",
@@ -48,13 +52,16 @@ _DEBIAN_PACKAGES = {
 }
 """The Debian package of each program that a test may need."""
 _PROGRAM = "the program "
+_LIBRARY = "the Python library "
+_FRAMEWORKS = {"agents", "alembic", "langgraph", "psycopg", "sqlalchemy"}
+"""Of the group `frameworks` in pyproject.toml."""
 PROBE_S_MAX = 60.0
 
 
 def _missing(what: str, *, only_root_can: bool = False) -> NoReturn:
     if os.environ.get("CI") == "true" and (os.geteuid() == 0 or not only_root_can):
         pytest.fail(f"needs {what}, which .ci/run must provide", pytrace=False)
-    pytest.skip(f"needs {what}")
+    pytest.skip(f"needs {what}", allow_module_level=True)
 
 
 def program(name: str) -> str:
@@ -63,6 +70,12 @@ def program(name: str) -> str:
     if path is None:
         _missing(f"{_PROGRAM}{name}")
     return path
+
+
+def postgresql() -> str:
+    """The directory of PostgreSQL's own programs. Debian has it out of PATH, one for each version."""
+    found = sorted(glob.glob("/usr/lib/postgresql/*/bin/postgres"))
+    return os.path.dirname(found[-1] if found else program("postgres"))
 
 
 def root() -> None:
@@ -168,7 +181,7 @@ def library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        _missing(f"the Python library {name}")
+        _missing(f"{_LIBRARY}{name}")
 
 
 def packages(*requirements: str) -> NoReturn:
@@ -184,4 +197,6 @@ def report(reasons: Iterable[str]) -> list[str]:
     if missing:
         install = sorted({_DEBIAN_PACKAGES.get(name, name) for name in missing})
         lines.append(f"to run them too: apt-get install {' '.join(install)}")
+    if any(reason.removeprefix(f"needs {_LIBRARY}") in _FRAMEWORKS for reason in counts):
+        lines.append("to run them too: make frameworks")
     return lines

@@ -1,6 +1,7 @@
 """Writes docs/commands.md from the command trees themselves: `python tools/commands.py`.
 
-Owns: the page's form. A test compares the page with what this makes, so that no flag goes undocumented.
+Owns: the page's form, a row for each command. What a flag means is said by `--help` alone. A test compares the page
+with what this makes.
 """
 
 from __future__ import annotations
@@ -18,70 +19,57 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 OPENING = """\
 # Commands
 
-`tools/commands.py` generates this page from the commands' help, and a test in `tests/commands` compares the two.
-[Transcripts](../tests/commands/transcripts) show the commands in use.
+`tools/commands.py` generates this page from the programs, and a test in `tests/commands` compares the two. `--help`
+after a command says all that it does, and what each flag means. [Transcripts](../tests/commands/transcripts) show the
+commands in use.
 
-Each command ends with one of these exit statuses: **0** done, or a check passed; **1** a check failed, or the request
-was refused; **2** wrong usage, or a required file, key or service is missing; **130** interrupted; **141** the reader
-of a pipe closed it. Results go to standard output, everything else to standard error. Colour, progress bars and
-questions appear only on a terminal; `NO_COLOR` is respected. `--json` prints complete values for programs. A flag has
-precedence over its environment variable, which is named in brackets; an empty variable counts as unset. No command
-takes a key in its arguments: root keys come from files or a terminal, API keys from the configuration or a file. Every
-command but `serve`, `demo` and `completion` has `--json`. An error is one sentence on standard error that begins with
-the name of the program.
+- Exit statuses: **0** done, or a check passed; **1** a check failed, or the request was refused; **2** wrong
+  usage, or a required file, key or service is missing; **130** interrupted; **141** the reader of a pipe
+  closed it.
+- Results go to standard output, everything else to standard error. An error is one sentence that begins with
+  the name of the program. Colour, progress bars and questions appear only on a terminal; `NO_COLOR` is
+  respected.
+- Every command but `serve`, `demo` and `completion` has `--json`, which prints complete values for programs.
+- A flag has precedence over its environment variable, which `--help` names in brackets. An empty variable
+  counts as unset.
+- No command takes a key in its arguments: root keys come from files or a terminal, API keys from the
+  configuration or a file.
 """
 
 
 def page() -> str:
     from minikms.cli.command import app as minikms
+    from minikms_gateway.command import app as gateway
     from minikms_unlock.command import app as unlock
     from progressdb_server.cli.command import app as progressdb
 
-    programs = ((minikms, "minikms"), (unlock, "minikms-unlock"), (progressdb, "progressdb"))
+    helpers = ((gateway, "minikms-gateway"), (unlock, "minikms-unlock"))
+    programs = ((minikms, "minikms"), *helpers, (progressdb, "progressdb"))
     return OPENING + "".join(line for app, name in programs for line in _section(app, name))
 
 
 def _section(app: App, words: str) -> Iterator[str]:
-    yield f"\n## {words}\n\n{_escaped(_help_text(app))}\n"
-    yield from _flags(app)
-    for name in _shown(app):
-        yield from _command(app[name], f"{words} {name}")
+    yield f"\n## {words}\n\n{_escaped(app.help)}\n\n| command | what it does | arguments and flags |\n|---|---|---|\n"
+    yield from _rows(app, words)
 
 
-def _command(app: App, words: str) -> Iterator[str]:
-    yield f"\n### {words}\n\n{_escaped(_help_text(app))}\n"
-    inner = _shown(app)
-    if not inner:
-        yield from _flags(app)
-    for name in inner:
-        yield from _command(app[name], f"{words} {name}")
-
-
-def _shown(app: App) -> list[str]:
-    return sorted(name for name in app if not name.startswith("-") and app[name].show)
-
-
-def _help_text(app: App) -> str:
-    """The whole docstring of a command, or the help of a group of commands."""
-    command = app.default_command
-    text = inspect.getdoc(command) if command is not None else None
-    if text is None or getattr(command, "__name__", "") == "serve":
-        text = app.help if app.name != ("serve",) else text
-    return text or app.help
-
-
-def _flags(app: App) -> Iterator[str]:
-    if app.default_command is None:
-        return
-    rows = []
-    for argument in app.assemble_argument_collection():
-        if not argument.show:
-            continue
-        names = _names(argument)
-        rows.append(f"| {names} | {_escaped(argument.parameter.help or '')} |\n")
-    if rows:
-        yield "\n| | |\n|---|---|\n"
+def _rows(app: App, words: str) -> Iterator[str]:
+    for name in sorted(name for name in app if not name.startswith("-") and app[name].show):
+        inner, called = app[name], f"{words} {name}"
+        rows = list(_rows(inner, called))
         yield from rows
+        if not rows:
+            yield f"| `{called}` | {_escaped(_summary(inner))} | {', '.join(_arguments(inner))} |\n"
+
+
+def _summary(app: App) -> str:
+    """The first paragraph of its docstring."""
+    text = inspect.getdoc(app.default_command) if app.default_command is not None else None
+    return " ".join((text or app.help).partition("\n\n")[0].split())
+
+
+def _arguments(app: App) -> list[str]:
+    return [_names(argument) for argument in app.assemble_argument_collection() if argument.show]
 
 
 def _names(argument: Argument) -> str:

@@ -121,9 +121,17 @@ class Kms(_Section, frozen=True):
     master_key_file: str = ""
     server_uids: tuple[int, ...] = ()
     """User ids that may serve the socket. Empty: the one of this process, and root."""
+    url: str = ""
+    """Of a gateway on another host. No key service is spawned then."""
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    token_file: str = ""
+    long_lived_cert: bool = False
+    """Whether `cert` may be valid for more than 30 days."""
     exclusive: bool | None = None
-    """Whether only this server makes keys of purpose `thread` there. None: if no socket and no data directory is
-    given."""
+    """Whether only this server makes keys of purpose `thread` there. None: if no socket, no data directory and no URL
+    is given."""
 
 
 class Rotation(_Section, frozen=True):
@@ -181,7 +189,19 @@ class Config(_Section, frozen=True):
     def kms_is_exclusive(self) -> bool:
         if self.kms.exclusive is not None:
             return self.kms.exclusive
-        return not (self.kms.socket or self.kms.data_dir)
+        return not (self.kms.socket or self.kms.data_dir or self.kms.url)
+
+    @property
+    def kms_client(self) -> dict[str, Any]:
+        """Where the key service is, as arguments of its clients."""
+        kms = self.kms
+        if not kms.url:
+            return {"address": self.kms_socket, "server_uids": kms.server_uids or None}
+        files = {name: getattr(kms, name) or None for name in _FILES_OF_A_URL}
+        return {"address": kms.url, "long_lived_cert": kms.long_lived_cert, **files}
+
+
+_FILES_OF_A_URL: Final = ("ca", "cert", "key", "token_file")
 
 
 # --- text to values ---------------------------------------------------------------------------------------------
@@ -252,6 +272,12 @@ VARIABLES: Final = (
     Variable("KMS_BINARY", "kms.binary", _text),
     Variable("KMS_SPAWN", "kms.spawn", _boolean),
     Variable("KMS_SERVER_UIDS", "kms.server_uids", _integers),
+    Variable("KMS_URL", "kms.url", _text),
+    Variable("KMS_CA", "kms.ca", _text),
+    Variable("KMS_CERT", "kms.cert", _text),
+    Variable("KMS_KEY", "kms.key", _text),
+    Variable("KMS_TOKEN_FILE", "kms.token_file", _text),
+    Variable("KMS_LONG_LIVED_CERT", "kms.long_lived_cert", _boolean),
     Variable("KMS_EXCLUSIVE", "kms.exclusive", _boolean),
     Variable("MINIKMS_MASTER_KEY_FILE", "kms.master_key_file", _text),
     Variable("ROTATION_MAX_AGE", "rotation.max_age", _text),
@@ -453,12 +479,37 @@ def check(config: Config, *, with_data: bool = True) -> None:
         parse_network(network, "server.proxies")
     _check_api_keys(config.security.api_keys)
     _check_rotation(config.rotation)
+    if config.kms.url:
+        _check_url(config)
+        return
+    of_a_url = next((name for name in (*_FILES_OF_A_URL, "long_lived_cert") if getattr(config.kms, name)), None)
+    if of_a_url is not None:
+        raise ConfigError(f"kms.{of_a_url} is for a key service on another host: give its kms.url too")
     socket_bytes = len(str(config.kms_socket).encode())
     if socket_bytes > UNIX_PATH_BYTES_MAX:
         raise ConfigError(
             f"the path of the key service's socket has {socket_bytes} bytes, and the limit is {UNIX_PATH_BYTES_MAX}: "
             "give a shorter one with PROGRESSDB_KMS_SOCKET or kms.socket"
         )
+
+
+def _check_url(config: Config) -> None:
+    kms = config.kms
+    for name in ("socket", "data_dir", "binary", "master_key_file", "server_uids"):
+        if getattr(kms, name):
+            raise ConfigError(f"kms.url names a key service on another host: leave kms.{name} out")
+    if kms.provider == "local":
+        raise ConfigError("kms.provider `local` is a key service in this process: leave kms.url out")
+    if config.rotation.destroy_old_after:
+        raise ConfigError(
+            "rotation.destroy_old_after needs the key service's socket: no gateway takes a request to destroy a key"
+        )
+    from minikms.client import Client  # only here: it loads TLS
+
+    try:
+        Client(**config.kms_client).close()
+    except ValueError as error:
+        raise ConfigError(f"kms.url: {error}") from None
 
 
 def _check_rotation(rotation: Rotation) -> None:

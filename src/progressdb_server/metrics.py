@@ -116,6 +116,8 @@ class KmsMetrics(Collector):
     def __init__(self) -> None:
         self._verbs: dict[str, _Exchanges] = {}
         self._up = self._sealed = False
+        self.exclusive = self.behind_gateway = False
+        """The server's configuration: `kms.exclusive`, and whether `kms.url` is given."""
         self.last_status: api.StatusAnswer | None = None
         """None until the key service reported one, at `last_status_ns`."""
         self.last_status_ns = 0
@@ -160,6 +162,12 @@ class KmsMetrics(Collector):
         )
         yield GaugeMetricFamily(
             "progressdb_kms_sealed", "1 when the key service said the last time that it is sealed.", value=self._sealed
+        )
+        yield GaugeMetricFamily(
+            "progressdb_kms_exclusive", "1 if only this server makes keys of threads there.", value=self.exclusive
+        )
+        yield GaugeMetricFamily(
+            "progressdb_kms_gateway", "1 if the key service is behind a gateway (kms.url).", value=self.behind_gateway
         )
         if self.last_status is not None:
             keys = self.last_status.keys

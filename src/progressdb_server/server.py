@@ -22,7 +22,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from minikms import api
-from minikms.client import AsyncClient
+from minikms.client import AsyncClient, KmsError
 from minikms.logs import structlog
 from minikms.notify import Notifier
 from progressdb_server import logs
@@ -85,9 +85,16 @@ class _Stop:
 def check_key_source(config: Config, *, has_master_key: bool) -> None:
     """Check that a miniKMS which is started here will have a root key. Raises ConfigError, which says what to do.
 
-    None is needed if the configuration names a socket, since a daemon may answer there.
+    None is needed if the configuration names a socket, since a daemon may answer there, or a URL.
     """
     kms = config.kms
+    if kms.url:
+        if has_master_key:
+            raise ConfigError(
+                "kms.url names a key service on another host, which has its root key: unset "
+                "PROGRESSDB_MINIKMS_MASTER_KEY"
+            )
+        return
     if kms.provider == "local":
         if not config.server.dev:
             raise ConfigError("kms.provider `local` keeps the keys in the server's own memory: it needs --dev")
@@ -168,7 +175,8 @@ async def _serve_until(
             return
         store, provider = opened
         exclusive = encrypting and config.kms_is_exclusive
-        jobs = Jobs(store, provider, config.rotation, exclusive=exclusive, stop=stop.asked)
+        destroys = not config.kms.url
+        jobs = Jobs(store, provider, config.rotation, exclusive=exclusive, destroys=destroys, stop=stop.asked)
         started.push_async_callback(jobs.close)
         await jobs.start()
         orphans = OrphanedKeys(store, provider, jobs.has_job, exclusive=exclusive)
@@ -177,6 +185,7 @@ async def _serve_until(
         registry = CollectorRegistry()
         registry.register(store.metrics)
         if isinstance(provider, RemoteProvider):
+            provider.metrics.exclusive, provider.metrics.behind_gateway = exclusive, bool(config.kms.url)
             registry.register(provider.metrics)
         access = AccessControl(config.security, config.server.proxies)
         kms_metrics = provider.metrics if isinstance(provider, RemoteProvider) else KmsMetrics()
@@ -208,8 +217,7 @@ def _status_of(
     """The key service's status, by a client that does not wait for one that is away."""
     if not isinstance(provider, RemoteProvider):
         return provider.status
-    server_uids = config.kms.server_uids or None
-    client = AsyncClient(config.kms_socket, server_uids=server_uids, timeout_s=STATUS_TIMEOUT_S, wait_s=STATUS_WAIT_S)
+    client = AsyncClient(**config.kms_client, timeout_s=STATUS_TIMEOUT_S, wait_s=STATUS_WAIT_S)
     started.push_async_callback(client.close)
     return client.status
 
@@ -287,19 +295,34 @@ async def _open_provider(
             provider = await open_local(config.kms_data_dir, master_key_file=key_file)
         except LocalProviderError as error:
             raise ServeError(str(error)) from None
+    elif config.kms.url:
+        provider = await _open_gateway(config, started)
     else:
-        server_uids = config.kms.server_uids or None
         supervisor = Supervisor(
             child_options(config, master_key_fd),
             spawn=config.kms.spawn,
-            server_uids=server_uids,
+            server_uids=config.kms.server_uids or None,
             audit_head=audit_head,
             on_lost=on_lost,
         )
         await supervisor.start()
         started.push_async_callback(supervisor.stop)
-        provider = RemoteProvider(config.kms_socket, server_uids=server_uids)
+        provider = RemoteProvider(**config.kms_client)
     started.push_async_callback(provider.close)
+    return provider
+
+
+async def _open_gateway(config: Config, started: AsyncExitStack) -> RemoteProvider:
+    """Raises ServeError when the gateway does not answer, or refuses this server's certificate."""
+    provider = RemoteProvider(**config.kms_client)
+    started.push_async_callback(provider.close)
+    try:
+        await provider.health()
+    except KmsError as error:
+        raise ServeError(str(error)) from None
+    _log.info("the key service is behind a gateway", url=config.kms.url, exclusive=config.kms_is_exclusive)
+    for text in provider.warnings:
+        _log.warning(text)
     return provider
 
 

@@ -48,13 +48,15 @@ class LiveDaemon:
         socket: Path | None = None,
         pass_fds: tuple[int, ...] = (),
         limits: Mapping[int, tuple[int, int]] | None = None,
+        root: bytes | None = None,
         server_uids: Collection[int] | None = None,
     ) -> None:
         """Start it in `base`, which is opened to all users.
 
         `program`: what runs the interpreter, such as `unshare --user`. `launcher`: what the interpreter runs first,
         which is to replace itself by the interpreter with its arguments. `limits`: soft and hard, by the number of
-        the resource (setrlimit(2)). `server_uids`: of the clients made here, as in `minikms.Client`.
+        the resource (setrlimit(2)). `root`: its root key, else a random one. `server_uids`: of the clients made here,
+        as in `minikms.Client`.
         """
         base.chmod(0o755)
         self.data_dir = base / "data"
@@ -71,7 +73,7 @@ class LiveDaemon:
             self.command += ["--dev"]
         else:
             self.root_file.touch(0o600)
-            self.root_file.write_text(os.urandom(32).hex() + "\n")
+            self.root_file.write_text((os.urandom(32) if root is None else root).hex() + "\n")
         if root_kind == "file":
             self.command += ["--master-key-file", str(self.root_file)]
         elif root_kind == "environment":

@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def root() -> bytes:
     """The root key of the passphrase."""
     key = memoryview(bytearray(32))
@@ -59,21 +59,19 @@ def root() -> bytes:
     return bytes(key)
 
 
-@pytest.fixture
-def daemon(tmp_path: Path, root: bytes) -> Iterator[LiveDaemon]:
-    """Its keyring opens under the root key of the passphrase, and it is sealed."""
-    place = tmp_path / "daemon"
-    place.mkdir()
-    with LiveDaemon(place, "file") as made:
-        made.stop()
-        made.root_file.write_text(root.hex() + "\n")
-        for file in made.data_dir.glob("**/*"):
-            if file.is_file():
-                file.unlink()
-        made.start()
-        with made.client() as kms:
-            kms.seal()
+@pytest.fixture(scope="module")
+def one_daemon(tmp_path_factory: pytest.TempPathFactory, root: bytes) -> Iterator[LiveDaemon]:
+    """Its keyring opens under the root key of the passphrase."""
+    with LiveDaemon(tmp_path_factory.mktemp("daemon"), "file", root=root) as made:
         yield made
+
+
+@pytest.fixture
+def daemon(one_daemon: LiveDaemon) -> LiveDaemon:
+    """It is sealed."""
+    with one_daemon.client() as kms:
+        kms.seal()
+    return one_daemon
 
 
 def command(*words: str, alive: bool = False) -> list[str]:
@@ -108,12 +106,17 @@ def test_the_passphrase_unseals_the_daemon(daemon: LiveDaemon, config: Path) -> 
 
 def test_root_unseals_at_a_socket_that_is_another_users_alone(daemon: LiveDaemon, config: Path) -> None:
     needs.root()
+    before = daemon.socket.stat()
     os.chown(daemon.socket, 12345, 12345)
     daemon.socket.chmod(0o600)
-    with unseal(daemon, config) as program:
-        program.wait_for("Passphrase: ")
-        program.type(PASSPHRASE)
-        assert program.wait() == 0, program.shown
+    try:
+        with unseal(daemon, config) as program:
+            program.wait_for("Passphrase: ")
+            program.type(PASSPHRASE)
+            assert program.wait() == 0, program.shown
+    finally:
+        os.chown(daemon.socket, before.st_uid, before.st_gid)
+        daemon.socket.chmod(before.st_mode & 0o777)
 
 
 def test_a_signal_ends_the_hardened_prompt_and_the_echo_is_back(daemon: LiveDaemon, config: Path) -> None:

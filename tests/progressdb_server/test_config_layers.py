@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from progressdb_server.config import VARIABLES, Config, ConfigError, ConfigMissingError, load, split_address
+from progressdb_server.server import check_key_source
 
 DB = {"storage.db_path": "/srv/db"}
 YAML = """
@@ -173,8 +174,54 @@ def test_tls_takes_both_variables() -> None:
     assert (tls.cert_file, tls.key_file) == ("/c", "/k")
 
 
+GATEWAY = {
+    "PROGRESSDB_KMS_URL": "https://kms.internal",
+    "PROGRESSDB_KMS_CA": "/ca",
+    "PROGRESSDB_KMS_CERT": "/c",
+    "PROGRESSDB_KMS_KEY": "/k",
+    "PROGRESSDB_KMS_TOKEN_FILE": "/t",
+    "PROGRESSDB_KMS_LONG_LIVED_CERT": "1",
+}
+
+
+def test_a_key_service_behind_a_gateway_takes_a_url_and_files() -> None:
+    config = config_of(environment=GATEWAY)
+    files = {"ca": "/ca", "cert": "/c", "key": "/k", "token_file": "/t"}
+    assert config.kms_client == {"address": "https://kms.internal", "long_lived_cert": True, **files}
+    assert not config.kms_is_exclusive
+    assert config_of(environment={**GATEWAY, "PROGRESSDB_KMS_EXCLUSIVE": "1"}).kms_is_exclusive
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("KMS_SOCKET", "/s", "leave kms.socket out"),
+        ("KMS_DATA_DIR", "/d", "leave kms.data_dir out"),
+        ("KMS_BINARY", "/b", "leave kms.binary out"),
+        ("KMS_SERVER_UIDS", "0", "leave kms.server_uids out"),
+        ("MINIKMS_MASTER_KEY_FILE", "/m", "leave kms.master_key_file out"),
+        ("KMS_PROVIDER", "local", "leave kms.url out"),
+        ("ROTATION_DESTROY_OLD_AFTER", "7d", "no gateway takes a request to destroy a key"),
+        ("KMS_URL", "http://kms.internal", "begins with https://"),
+        ("KMS_URL", "https://kms.internal/path", "without a path"),
+        ("KMS_CA", "", "a URL needs `ca`"),
+        ("KMS_KEY", "", "`cert` and `key` belong together"),
+        ("KMS_URL", "", "give its kms.url too"),
+    ],
+)
+def test_what_does_not_fit_a_gateway_stops_the_start(name: str, text: str, reason: str) -> None:
+    assert reason in refusal_of(DB, {**GATEWAY, f"PROGRESSDB_{name}": text})
+
+
+def test_a_root_key_beside_a_gateway_stops_the_start() -> None:
+    with pytest.raises(ConfigError, match="PROGRESSDB_MINIKMS_MASTER_KEY"):
+        check_key_source(config_of(environment=GATEWAY), has_master_key=True)
+    check_key_source(config_of(environment=GATEWAY), has_master_key=False)
+
+
 def test_every_variable_is_in_the_table_above() -> None:
     tested = {name for name, *_ in ENVIRONMENT} | {"TLS_CERT", "TLS_KEY"}
+    tested |= {name.removeprefix("PROGRESSDB_") for name in GATEWAY}
     assert tested - {"ADDR"} == {variable.name for variable in VARIABLES}
 
 

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench import __main__ as program
-from bench import encrypt, growth_keys, keys, load, messages, million, plots, report
+from bench import encrypt, growth_keys, keys, load, messages, million, pairs, plots, report
 from bench.programs import BenchError, MissingProgramError, need, progressdb, workplace, workplaces_kept
 from bench.report import Missing, Row
 
@@ -176,6 +176,7 @@ def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.Monkey
     for module, name, value in (
         (encrypt, "BATCH_SECONDS", 0.05),
         (encrypt, "BATCH_TURNS", 1),
+        (messages, "CONNECTIONS", 4),
         (messages, "APPEND_REQUESTS", 200),
         (messages, "WARM_UP_REQUESTS", 100),
         (messages, "APPEND_SECONDS", 0.05),
@@ -387,12 +388,25 @@ def test_every_plot_shows_the_figures_of_its_table(plot: plots.Plot) -> None:
 def test_appends_are_compared_with_those_of_another_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The other checkout is this one: what is tested is that its programs run and that both are asked."""
     (tmp_path / ".venv").symlink_to(sys.prefix)
+    monkeypatch.setattr(messages, "CONNECTIONS", 4)
+    monkeypatch.setattr(messages, "FEW_CONNECTIONS", 2)
     monkeypatch.setattr(messages, "AGAINST_TURNS", 1)
     monkeypatch.setattr(messages, "AGAINST_REQUESTS", 100)
     monkeypatch.setattr(messages, "AGAINST_SECONDS", 0.05)
     many, few = messages.append_against(tmp_path)
     assert many.value > 0 and few.value > 0
     assert (few.unit, few.floor) == ("×", 1.2)
+
+
+def test_the_key_service_is_compared_with_that_of_another_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    for name, value in {"TURNS": 1, "SECONDS": 0.01, "RUNS": 130, "ROTATION_TURNS": 1, "ROTATED_KEYS": 100}.items():
+        monkeypatch.setattr(pairs, name, value)
+    rows = [*pairs.verbs(tmp_path), *pairs.rotation(tmp_path)]
+    assert all(row.value > 0 for row in rows)
+    assert [row.floor for row in rows].count(pairs.FOREIGN_FLOOR) == 2
 
 
 def test_a_checkout_without_programs_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
     ├── KmsUnavailableError, KmsTimeoutError: no answer
     ├── KmsProtocolError: the answer breaks the contract
     ├── KmsUntrustedServerError: nothing was sent
+    ├── KmsCredentialsError: the client has nothing that the gateway accepts
     └── KmsClosedError: the client was closed
 
 Owns: every way in which a verb can fail, with its HTTP status and stable code. The daemon raises a `KmsRefusedError`,
@@ -53,7 +54,13 @@ class KmsProtocolError(KmsError):
 
 
 class KmsUntrustedServerError(KmsError):
-    """An unexpected user serves the socket; nothing was sent."""
+    """An unexpected user serves the socket, or another server than the gateway answers; nothing was sent."""
+
+
+class KmsCredentialsError(KmsError):
+    """The client's certificate, key, CA file or token can't be used, or the gateway refuses the certificate. The text
+    says which and what to do; the same call fails again until then. The request was not carried out.
+    """
 
 
 class KmsClosedError(KmsError):
@@ -69,6 +76,9 @@ class KmsRefusedError(KmsError):
     status: int = 500
     code: str = contract.CODE_INTERNAL
     retry_after_s: int = 0
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
 
     @property
     def message(self) -> str:

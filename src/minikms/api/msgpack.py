@@ -16,18 +16,15 @@ from __future__ import annotations
 
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, Final, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import UnsetType
 
 from minikms.api.contract import BATCH_ITEMS_MAX
-from minikms.api.verb import Request, Verb
+from minikms.api.verb import Base64, Request, Verb
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
-
-_BASE64_FIELDS: Final = frozenset({"plaintext", "ciphertext", "aad"})
-"""The fields of requests that hold base64 text in JSON."""
 
 
 class RefusedArray(msgspec.Struct, array_like=True, frozen=True):
@@ -60,10 +57,10 @@ def form_with_raw_items(kind: type[StructT]) -> type[StructT]:
 
 
 def _array_form(kind: type[StructT], *, bounded: bool) -> type[StructT]:
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     for field in msgspec.structs.fields(kind):
-        name, form = field.name, _type_of(field.name, hints[field.name])
+        name, form = field.name, _type_of(hints[field.name])
         if get_origin(form) is list:
             form = Annotated[form, _BATCH_BOUND] if bounded else msgspec.Raw
         fields.append((name, form) if field.required else (name, form | None, None))
@@ -71,13 +68,13 @@ def _array_form(kind: type[StructT], *, bounded: bool) -> type[StructT]:
     return cast(type[StructT], made)
 
 
-def _type_of(name: str, hint: Any) -> Any:
+def _type_of(hint: Any) -> Any:
     """The type of a field in the array; without UNSET."""
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in (Union, UnionType):
         (hint,) = (part for part in get_args(hint) if part is not UnsetType)
     if get_origin(hint) is list:
         return list.__class_getitem__(array_form(get_args(hint)[0]))
-    return bytes if hint is str and name in _BASE64_FIELDS else hint
+    return bytes if hint == Base64 else hint
 
 
 @cache

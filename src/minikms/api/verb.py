@@ -7,13 +7,15 @@ field is refused. It must never know a particular verb: those are in `minikms.ap
 
 from __future__ import annotations
 
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
 
 Role = Literal["create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor", "unseal"]
 Purpose = Literal["thread", "data"]
 State = Literal["active", "retired", "destroyed"]
+Base64 = Annotated[str, "base64"]
+"""Bytes in a request, decoded strictly (msgspec would accept lax base64). Any other text is as short as an id."""
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True):
@@ -49,6 +51,10 @@ class Verb(msgspec.Struct, Generic[RequestT, AnswerT], frozen=True, eq=False):
     """A caller without the role gets 200, and `forbidden` for each item."""
     proxied: bool = False
     """A proxy may use it on behalf of a principal. No verb that changes the service itself may set this."""
+    charged_as: Literal["decrypts", "reencrypts"] | None = None
+    """The hourly limit of a policy that counts its items, also those that fail."""
+    answers_plaintext: bool = False
+    """The answer is withheld if the policy no longer allows it when it leaves."""
     key_id_in_body: bool = False
     """The body repeats the key id of the path."""
     root_field: str = ""
@@ -60,6 +66,11 @@ class Verb(msgspec.Struct, Generic[RequestT, AnswerT], frozen=True, eq=False):
     def is_batch(self) -> bool:
         """The request has a list `items` of at most BATCH_ITEMS_MAX."""
         return "items" in self.request.__struct_fields__
+
+    @property
+    def creates(self) -> bool:
+        """It makes a key for the thread that the request names."""
+        return "create" in self.roles and "thread_id" in self.request.__struct_fields__
 
     @property
     def has_body(self) -> bool:

@@ -34,7 +34,7 @@ from minikms.api.contract import (
 from minikms.api.root_verbs import ROOT_VERBS
 from minikms.api.seal_verbs import SEAL_VERBS
 from minikms.api.status import StatusAnswer
-from minikms.api.verb import Purpose, Request, State, Verb
+from minikms.api.verb import Base64, Purpose, Request, State, Verb
 
 _KEY: Final = (CODE_KEY_NOT_FOUND, CODE_KEY_DESTROYED, CODE_KEY_UNREADABLE)
 _OPEN_KEY: Final = (*_KEY, CODE_INTERNAL)
@@ -45,11 +45,9 @@ _WRITE: Final = (CODE_STORAGE_UNAVAILABLE, CODE_INTERRUPTED)
 
 
 class EncryptItem(Request):
-    """`plaintext` and `aad` are base64 text; the daemon decodes them strictly (msgspec would accept lax base64)."""
-
     key_id: str
-    plaintext: str
-    aad: str | UnsetType = UNSET
+    plaintext: Base64
+    aad: Base64 | UnsetType = UNSET
     thread_id: str | UnsetType = UNSET
     request_id: str | UnsetType = UNSET
 
@@ -77,8 +75,8 @@ ENCRYPT: Final = Verb(
 
 class DecryptItem(Request):
     key_id: str
-    ciphertext: str
-    aad: str | UnsetType = UNSET
+    ciphertext: Base64
+    aad: Base64 | UnsetType = UNSET
     thread_id: str | UnsetType = UNSET
     request_id: str | UnsetType = UNSET
 
@@ -101,6 +99,8 @@ DECRYPT: Final = Verb(
     (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_DECRYPTION_FAILED),
     repeatable=True,
     proxied=True,
+    charged_as="decrypts",
+    answers_plaintext=True,
 )
 
 
@@ -166,6 +166,8 @@ DECRYPT_BATCH: Final = Verb(
     repeatable=True,
     roles_by_item=True,
     proxied=True,
+    charged_as="decrypts",
+    answers_plaintext=True,
 )
 
 # --- keys: create and read -----------------------------------------------------------------------------------------
@@ -307,8 +309,8 @@ HEALTH: Final = Verb(
 class ReencryptItem(Request):
     """One ciphertext of /reencrypt_batch or /check_batch."""
 
-    ciphertext: str
-    aad: str | UnsetType = UNSET
+    ciphertext: Base64
+    aad: Base64 | UnsetType = UNSET
 
 
 class ReencryptBatchRequest(Request):
@@ -330,6 +332,7 @@ REENCRYPT_BATCH: Final = Verb(
     (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED, CODE_TOO_MANY),
     repeatable=True,
     proxied=True,
+    charged_as="reencrypts",
 )
 
 
@@ -367,6 +370,7 @@ CHECK_BATCH: Final = Verb(
     (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_TOO_MANY),
     repeatable=True,
     proxied=True,
+    charged_as="reencrypts",
 )
 
 # --- keys for the caller's own use -----------------------------------------------------------------------------------
@@ -376,7 +380,7 @@ class GenerateDataKeyRequest(Request):
     """`key_id` names a key of purpose `data`. With `plaintext: false` the answer has no `plaintext`."""
 
     key_id: str
-    aad: str | UnsetType = UNSET
+    aad: Base64 | UnsetType = UNSET
     plaintext: bool | UnsetType = UNSET
 
 
@@ -401,6 +405,7 @@ GENERATE_DATA_KEY: Final = Verb(
     "Generate a random key for the caller, encrypted under a key of purpose `data`",
     (*_OPEN_KEY, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED),
     proxied=True,
+    answers_plaintext=True,
 )
 """Not repeatable: each answer is a new key, and the audit log would record one that the caller never received."""
 
@@ -435,8 +440,8 @@ class VerifySample(Request):
     """A ciphertext that the caller knows to decrypt."""
 
     key_id: str
-    ciphertext: str
-    aad: str | UnsetType = UNSET
+    ciphertext: Base64
+    aad: Base64 | UnsetType = UNSET
 
 
 Priority = Literal["low", "normal", "high"]

@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import Parameter
 
@@ -83,6 +83,8 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
         errors.KeyNotFoundError: "List the keys with `minikms keys list`",
     }
     next_step = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")
+    if "https://" in str(error):  # of a gateway: the text says what to do
+        next_step = ""
     if isinstance(error, errors.KmsUnavailableError) and isinstance(error.__cause__, PermissionError):
         next_step = (
             "Run this as the daemon's user, as root, or as a member of the socket's group: see --socket-group and "
@@ -99,6 +101,10 @@ DATA_USER_ADVICE: Final = "The files of a key service are its user's alone: run 
 DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
 MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
 PIN_VARIABLE: Final = "PROGRESSDB_MINIKMS_PIN"
+URL_VARIABLE: Final = "PROGRESSDB_KMS_URL"
+URL_FILES: Final = ("ca", "cert", "key", "token_file")
+"""Arguments of a client of a gateway; the variables are named alike: PROGRESSDB_KMS_CA, …"""
+LONG_LIVED_VARIABLE: Final = "PROGRESSDB_KMS_LONG_LIVED_CERT"
 DAEMON_WAIT_SECONDS: Final = 0.5
 """For a daemon that is starting; a person notices a longer wait."""
 ANSWER_SECONDS: Final = 10.0
@@ -265,15 +271,33 @@ def chosen_server_uids(given: int | None) -> frozenset[int] | None:
 
 def daemon_client(socket: str | None, server_uid: int | None, *, timeout_s: float = ANSWER_SECONDS) -> Client:
     """A client of the running daemon, which checks the daemon's user before it sends anything. It connects at its first
-    call. Raises CommandError for a path that can't be a socket's.
+    call. Without `socket`, of the gateway that the environment names. Raises CommandError for a path that can't be a
+    socket's, or a URL that can't be a gateway's.
     """
     from minikms.client import Client
 
+    url = os.environ.get(URL_VARIABLE)
+    if url and not socket:
+        return _gateway_client(url, timeout_s)
     path = chosen_socket(socket)
     try:
         return Client(path, server_uids=chosen_server_uids(server_uid), timeout_s=timeout_s, wait_s=DAEMON_WAIT_SECONDS)
     except ValueError as error:
         raise CommandError(f"{error}: {path}") from None
+
+
+def _gateway_client(url: str, timeout_s: float) -> Client:
+    from minikms.client import Client
+
+    if os.environ.get(SOCKET_VARIABLE):
+        raise CommandError(f"both {SOCKET_VARIABLE} and {URL_VARIABLE} are set: unset one of them")
+    given: dict[str, Any] = {name: os.environ.get(f"PROGRESSDB_KMS_{name.upper()}") or None for name in URL_FILES}
+    allowed = os.environ.get(LONG_LIVED_VARIABLE, "").strip().lower() in ("1", "true", "yes", "on")
+    try:
+        return Client(url, **given, long_lived_cert=allowed, timeout_s=timeout_s, wait_s=DAEMON_WAIT_SECONDS)
+    except ValueError as error:
+        names = ", ".join(f"PROGRESSDB_KMS_{name.upper()}" for name in URL_FILES)
+        raise CommandError(f"{error} ({URL_VARIABLE}, {names})") from None
 
 
 _PIPE_COLUMNS: Final = 4096

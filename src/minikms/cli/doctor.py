@@ -57,6 +57,7 @@ from minikms.keys.keyring import Body
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
+from minikms.roots.providers import KEPT_BY_PEOPLE
 from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
@@ -85,8 +86,6 @@ FREE_FILES_MIN: Final = 10_000
 KEY_AGE_DAYS_MAX: Final = 365
 CLOCK_SECONDS_MAX: Final = 60
 NAMED_COUNT_MAX: Final = 20
-RECOVERY_PROVIDERS: Final = ("shares", "passphrase")
-"""The names of the providers whose root keys are kept by people."""
 _UNSEAL: Final = "when nobody needs the seal any more: minikms unseal"
 _DAY_SECONDS: Final = 86_400
 _OTHERS_MASK: Final = 0o077
@@ -255,7 +254,7 @@ def _root_keys(body: Body, now: float) -> Iterator[Finding]:
             "only one root key opens the keyring: if it is lost, so is everything",
             "add another one, kept elsewhere: minikms root add SOURCE",
         )
-    if all(slot.shares is None and slot.provider not in RECOVERY_PROVIDERS for slot in body.slots):
+    if all(slot.shares is None and slot.provider not in KEPT_BY_PEOPLE for slot in body.slots):
         yield advice(
             "root key",
             "no root key is kept by people, as shares or as a passphrase",

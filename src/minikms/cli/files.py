@@ -158,10 +158,23 @@ def _reading(source: str) -> Iterator[BinaryIO]:
             raise CommandError("name a file, or pipe something in")
         yield sys.stdin.buffer
         return
-    with open(source, "rb") as file:
-        if stat.S_ISDIR(os.fstat(file.fileno()).st_mode):
-            raise CommandError(f"{source} is a directory; pack it first: tar c {source} | minikms encrypt")
+    if os.path.isdir(source):
+        raise CommandError(f"{source} is a directory; pack it first: tar c {source} | minikms encrypt")
+    with _explained(source), open(source, "rb") as file:
         yield file
+
+
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """A file that the caller named: an error about a file names this one, not one beside it, and gives no advice about
+    the files of the key service. Raises CommandError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # of the disk, or of a pipe
+            raise
+        raise CommandError(f"{error.strerror}: {place}") from None
 
 
 @contextmanager
@@ -181,14 +194,12 @@ def _writing(place: str, given: str | None, *, force: bool) -> Iterator[BinaryIO
         raise CommandError(f"{place} exists already; to replace it: --force", EXIT_FAILED)
     staging = f"{place}.{os.getpid()}.new"
     try:
-        with open(staging, "xb", opener=_private) as file:
-            yield file
-            file.flush()
-            sync_file(file.fileno())
-        if force:
-            os.replace(staging, place)
-        else:
-            os.link(staging, place)
+        with _explained(place):
+            with open(staging, "xb", opener=_private) as file:
+                yield file
+                file.flush()
+                sync_file(file.fileno())
+            (os.replace if force else os.link)(staging, place)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(staging)

@@ -47,7 +47,7 @@ def check(file: File, *, json: Json = False) -> int:
     can't be read.
     """
     from minikms.policy import PolicyFileError
-    from minikms.policy.explanation import warnings
+    from minikms.policy.lint import warnings
 
     try:
         rules = _read(file)

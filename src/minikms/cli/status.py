@@ -18,6 +18,7 @@ from minikms.cli.console import (
     Socket,
     byte_count,
     clean,
+    complain,
     daemon_client,
     duration,
     print_json,
@@ -58,6 +59,8 @@ def status(
                 print_json(answer)
             else:
                 terminal().print(page(answer), soft_wrap=True)
+                for text in kms.warnings:
+                    complain(text)
             if not watch:
                 return EXIT_GOOD if answer.status == "ok" else EXIT_FAILED
             sys.stdout.flush()
@@ -80,13 +83,16 @@ def page(answer: api.StatusAnswer) -> Group:
     from rich.text import Text
 
     well, sealed = answer.status == "ok", answer.status == "sealed"
+    process = f"process {answer.pid}, uid {answer.uid}, " if answer.pid else ""
     lines = [
         Text(
-            f"{'well' if well else clean(_why_not(answer))}: process {answer.pid}, uid {answer.uid}, "
-            f"up {duration(answer.uptime_seconds)}" + ("" if sealed else f", epoch {answer.epoch}"),
+            f"{'well' if well else clean(_why_not(answer))}: {process}up {duration(answer.uptime_seconds)}"
+            + ("" if sealed else f", epoch {answer.epoch}"),
             style="green" if well else "bold red",
         )
     ]
+    if not answer.pid:  # a gateway tells no more
+        return Group(*lines, Text(f"  {'keyring':<10} {clean(answer.keyring_id)}"))
     unlocked = [
         ("keyring", answer.keyring_id),
         ("root key", _root(answer)),

@@ -11,17 +11,17 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
 from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError
-from minikms.client import calls, connecting
+from minikms.client import calls
 from minikms.client.batching import Batcher
-from minikms.client.calls import Attempts, Call, make_call
-from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, TIMEOUT_S, WAIT_S
+from minikms.client.calls import Attempts, Call, check_proxied, make_call
+from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, TIMEOUT_S, WAIT_S, endpoint
 from minikms.client.connection import Connection
 from minikms.client.items import Batch, DecryptItem, EncryptItem, Outcome
 from minikms.client.verbs import AsyncRunner, Many, One, Operation, Verbs, ciphertext_of, plaintext_of
@@ -38,9 +38,12 @@ CHUNKS_AT_ONCE_MAX: Final = 2
 class AsyncClient(Verbs, AsyncRunner):
     """A client of one miniKMS for one event loop.
 
-    `timeout_s` bounds the wait for an answer, `wait_s` how long a call waits for a daemon that is away (0: not at
-    all) before KmsUnavailableError. `server_uids` are the users who may serve the socket; by default this process's
-    own and root.
+    `address` is the path of the daemon's socket, or the URL of a gateway (docs/client.md). `timeout_s` bounds the wait
+    for an answer, `wait_s` how long a call waits for a daemon that is away (0: not at all) before KmsUnavailableError.
+
+    For a socket: `server_uids` are the users who may serve it; by default this process's own and root. For a URL: `ca`
+    is the file of the CAs that sign the gateway's certificate; `cert` and `key`, `token_file`, or all three are what
+    this client proves itself with. `long_lived_cert` allows a certificate that is valid for more than 30 days.
 
         async with AsyncClient("/run/minikms/minikms.sock") as kms:
             key = await kms.create_dek_for_thread("thread-1")
@@ -53,17 +56,29 @@ class AsyncClient(Verbs, AsyncRunner):
 
     def __init__(
         self,
-        socket_path: str | os.PathLike[str],
+        address: str | os.PathLike[str],
         *,
         server_uids: Collection[int] | None = None,
+        ca: str | os.PathLike[str] | None = None,
+        cert: str | os.PathLike[str] | None = None,
+        key: str | os.PathLike[str] | None = None,
+        token_file: str | os.PathLike[str] | None = None,
+        long_lived_cert: bool = False,
         timeout_s: float = TIMEOUT_S,
         wait_s: float = WAIT_S,
         on_exchange: Callable[[bytes, float, bool], None] | None = None,
     ) -> None:
         """`on_exchange` is called after each exchange: its target, the seconds it took, whether the daemon answered."""
         self._on_exchange = on_exchange
-        self._path = connecting.checked_path(socket_path)
-        self._server_uids = connecting.default_server_uids() if server_uids is None else frozenset(server_uids)
+        self._endpoint = endpoint(
+            address,
+            server_uids=server_uids,
+            ca=ca,
+            cert=cert,
+            key=key,
+            token_file=token_file,
+            long_lived_cert=long_lived_cert,
+        )
         self._timeout_s = timeout_s
         self._wait_s = wait_s
         self._idle: list[Connection] = []
@@ -81,6 +96,11 @@ class AsyncClient(Verbs, AsyncRunner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What an operator should change about the client's certificate, key and token; known after a call."""
+        return self._endpoint.warnings
 
     async def close(self) -> None:
         """Fails every open call and closes the connections. May be repeated."""
@@ -104,6 +124,8 @@ class AsyncClient(Verbs, AsyncRunner):
         return self._run_one(one)
 
     async def _run_one(self, one: One[T]) -> T:
+        if self._endpoint.proxied:
+            check_proxied(one.verb)
         call = one.call()
         try:
             await self._acquire_slot()
@@ -197,21 +219,25 @@ class AsyncClient(Verbs, AsyncRunner):
     async def _connection(self, batched: Verb[Any, Any] | None) -> Connection:
         if self._closed:
             raise KmsClosedError("the client is closed")
+        proxied = self._endpoint.proxied
         if batched is not None:
-            connection = self._batch_connections.get(batched)
-            if connection is None or not connection.usable:
-                connection = self._batch_connections[batched] = await self._open()
+            kept = self._batch_connections.get(batched)
+            if kept is not None:
+                if kept.usable and (not proxied or kept.is_current):
+                    return kept
+                kept.close()
+            connection = self._batch_connections[batched] = await self._open()
             return connection
         fresh_s = asyncio.get_running_loop().time() - POOL_IDLE_S_MAX
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable and connection.idle_since_s >= fresh_s:
+            if connection.usable and connection.idle_since_s >= fresh_s and (not proxied or connection.is_current):
                 return connection
             connection.close()
         return await self._open()
 
     async def _open(self) -> Connection:
-        connection = await Connection.open(self._path, self._server_uids)
+        connection = await Connection.open(self._endpoint, self._timeout_s)
         if self._closed:
             connection.close()
             raise KmsClosedError("the client was closed")

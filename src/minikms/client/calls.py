@@ -8,6 +8,7 @@ never show what it carries in a repr.
 
 from __future__ import annotations
 
+import base64
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from msgspec import UNSET, UnsetType
 from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import (
+    ForbiddenError,
     KmsError,
     KmsProtocolError,
     KmsRefusedError,
@@ -102,6 +104,13 @@ def make_call(
         if isinstance(request, bytearray):
             request[:] = bytes(len(request))
         raise
+
+
+def check_proxied(verb: Verb[Any, Any]) -> None:
+    """Raises ForbiddenError for a verb that no gateway takes. It might hold a root key, so it is not even sent."""
+    if verb.roles and not verb.proxied:
+        text = f"{verb.name} works only at the key service's own socket, not through a gateway"
+        raise ForbiddenError(text)
 
 
 def _checked_call(
@@ -202,6 +211,11 @@ def _with_secret(before: bytes, secret: bytes | bytearray) -> bytearray:
     return body
 
 
+def base64_text(value: bytes) -> str:
+    """Bytes as a field of a request. Raises TypeError."""
+    return base64.b64encode(value).decode("ascii")
+
+
 def given(value: A | None) -> A | UnsetType:
     """An argument as a field: None is absent."""
     return UNSET if value is None else value
@@ -224,7 +238,7 @@ def _path(verb: Verb[Any, Any], named: str) -> bytes:
 
 
 def _check_texts(request: api.Request | Sent) -> None:
-    """Every text of a request is an id, or as short and as plain as one."""
+    """Every text of a request that is not Base64 is an id, or as short and as plain as one."""
     for name in _text_fields(type(request)):
         value = getattr(request, name)
         if value is not UNSET and value is not None:
@@ -233,7 +247,7 @@ def _check_texts(request: api.Request | Sent) -> None:
 
 @cache
 def _text_fields(kind: type[msgspec.Struct]) -> tuple[str, ...]:
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     return tuple(name for name in kind.__struct_fields__ if hints[name] is str or str in get_args(hints[name]))
 
 

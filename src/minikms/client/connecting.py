@@ -1,9 +1,10 @@
-"""Connecting to the daemon: the check of who serves the socket, and the limits of both clients.
+"""Where a client connects to: the daemon's Unix socket, or a gateway by its URL; and the limits of both clients.
 
-Invariants: `connect` returns a socket only after the kernel named its server as one of the expected users, before a
-byte is sent. The credentials are those of the process that called listen(2) (unix(7), SO_PEERCRED): with socket
-activation that is the service manager, so root is expected by default. It must never import asyncio, which the
-synchronous client and the commands do without.
+Owns: `Endpoint`, what both clients need of either; `SocketEndpoint`, with the check of who serves the socket.
+`minikms.client.tls` has the other one. Invariants: no byte of a request is sent before the server was checked. The
+kernel names the process that called listen(2) (unix(7), SO_PEERCRED): with socket activation that is the service
+manager, so root is expected by default. It must never import asyncio or ssl, which the synchronous client and the
+commands do without.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Collection
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from minikms.api.errors import KmsUnavailableError, KmsUntrustedServerError
+from minikms.api.errors import KmsError, KmsUnavailableError, KmsUntrustedServerError
+from minikms.client.wire import SOCKET_ORIGIN
+
+if TYPE_CHECKING:
+    import asyncio
 
 POOL_CONNECTIONS_MAX: Final = 64
 """Of one client, beside the two connections that carry batches."""
@@ -48,6 +54,57 @@ def checked_path(path: str | os.PathLike[str]) -> str:
     return text
 
 
+class Endpoint(ABC):
+    """Where a client connects to."""
+
+    origin: bytes = SOCKET_ORIGIN
+    """The rest of a request's first line, and the headers that every request has."""
+    proxied: bool = False
+    """Whether a gateway is between client and daemon."""
+    warnings: Sequence[str] = ()
+    """What an operator should change about certificate, key and token; known after a call."""
+
+    @abstractmethod
+    def connect(self, timeout_s: float) -> socket.socket:
+        """A connected socket whose server was checked; the caller closes it. Raises KmsError; no request was sent."""
+
+    @abstractmethod
+    async def attach(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol, timeout_s: float) -> None:
+        """The same for a connection of asyncio, which then calls `protocol`."""
+
+    def is_current(self, sock: object) -> bool:
+        """Whether a connection with this TLS socket (or object) may be used again: no file has changed since. Raises
+        KmsError if the files can't be used.
+        """
+        return True
+
+    def lost(self, error: Exception | None, *, sent: bool, sock: socket.socket | None = None) -> KmsError:
+        """Why a connection ended before the answer was complete. `sent`: a part of the request may have arrived.
+        `sock`: of the synchronous client, still open.
+        """
+        return KmsUnavailableError("the connection to the key service was lost before it answered", sent)
+
+
+class SocketEndpoint(Endpoint):
+    """The daemon's Unix socket. Raises ValueError when no socket could be bound at `path`."""
+
+    def __init__(self, path: str | os.PathLike[str], server_uids: Collection[int] | None) -> None:
+        self._path = checked_path(path)
+        self._server_uids = default_server_uids() if server_uids is None else frozenset(server_uids)
+
+    def connect(self, timeout_s: float) -> socket.socket:
+        """Non-blocking."""
+        return connect(self._path, self._server_uids)
+
+    async def attach(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol, timeout_s: float) -> None:
+        sock = self.connect(timeout_s)
+        try:
+            await loop.create_unix_connection(lambda: protocol, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+
+
 def connect(path: str, server_uids: Collection[int]) -> socket.socket:
     """A connected, non-blocking socket whose server is one of `server_uids`.
 
@@ -67,6 +124,28 @@ def connect(path: str, server_uids: Collection[int]) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def endpoint(
+    address: str | os.PathLike[str],
+    *,
+    server_uids: Collection[int] | None,
+    ca: str | os.PathLike[str] | None,
+    cert: str | os.PathLike[str] | None,
+    key: str | os.PathLike[str] | None,
+    token_file: str | os.PathLike[str] | None,
+    long_lived_cert: bool,
+) -> Endpoint:
+    """Of the arguments of a client. Raises ValueError for arguments that do not fit together."""
+    if not (isinstance(address, str) and "://" in address):
+        if ca or cert or key or token_file or long_lived_cert:
+            raise ValueError("`ca`, `cert`, `key`, `token_file` and `long_lived_cert` are for a URL, not for a socket")
+        return SocketEndpoint(address, server_uids)
+    if server_uids is not None:
+        raise ValueError("`server_uids` is for a socket: a gateway is known by its certificate")
+    from minikms.client.tls import TlsEndpoint
+
+    return TlsEndpoint(address, ca=ca, cert=cert, key=key, token_file=token_file, long_lived_cert=long_lived_cert)
 
 
 def server_uid(sock: socket.socket) -> int:

@@ -1,4 +1,4 @@
-"""The asyncio connection to the daemon.
+"""The asyncio connection to the daemon or a gateway.
 
 Owns: the asyncio transport with the parser of the awaited answer. Invariants: a connection carries one request at a
 time. One that is in doubt (unexpected bytes, a malformed or late answer, a caller that stopped waiting) is closed and
@@ -8,18 +8,19 @@ must never be used again, so that no answer reaches the wrong caller.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
 from typing import cast
 
-from minikms.api.errors import KmsError, KmsProtocolError, KmsTimeoutError, KmsUnavailableError
-from minikms.client.connecting import connect
+from minikms.api.errors import KmsError, KmsProtocolError, KmsTimeoutError
+from minikms.client.connecting import Endpoint
 from minikms.client.wire import JSON, Answer, AnswerParser, request_head
 
 
 class Connection(asyncio.Protocol):
     """Made by `Connection.open`. `usable` is false once nothing may be sent on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._ended_by: Exception | None = None
         self._transport: asyncio.Transport | None = None
         self._parser: AnswerParser | None = None
         self._waiter: asyncio.Future[Answer] | None = None
@@ -27,20 +28,20 @@ class Connection(asyncio.Protocol):
         self.idle_since_s = 0.0
 
     @classmethod
-    async def open(cls, path: str, server_uids: Collection[int]) -> Connection:
-        """Raises KmsUnavailableError and KmsUntrustedServerError; nothing has been sent then."""
-        sock = connect(path, server_uids)
-        connection = cls()
-        try:
-            await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=sock)
-        except BaseException:
-            sock.close()
-            raise
+    async def open(cls, endpoint: Endpoint, timeout_s: float) -> Connection:
+        """Raises KmsError; no request has been sent then."""
+        connection = cls(endpoint)
+        await endpoint.attach(asyncio.get_running_loop(), connection, timeout_s)
         return connection
 
     @property
     def usable(self) -> bool:
         return self._reusable and self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files that TLS needs are as they were when it was opened. Raises KmsError."""
+        return self._transport is not None and self._endpoint.is_current(self._transport.get_extra_info("ssl_object"))
 
     async def exchange(
         self,
@@ -54,16 +55,17 @@ class Connection(asyncio.Protocol):
         KmsProtocolError."""
         transport = self._transport
         if transport is None or not self.usable:
-            raise KmsUnavailableError("the connection to the key service was lost")
-        self._parser = AnswerParser()
-        self._waiter = asyncio.get_running_loop().create_future()
-        head = request_head(target, None if body is None else len(body), request_id, content_type)
-        if isinstance(body, bytearray):  # holds a key: joining would leave a copy that is not zeroed
-            transport.write(head)
-            transport.write(body)
-        else:
-            transport.write(head + body if body else head)
+            raise self._endpoint.lost(self._ended_by, sent=False)
         try:
+            length = None if body is None else len(body)
+            head = request_head(target, length, request_id, content_type, self._endpoint.origin)
+            self._parser = AnswerParser()
+            self._waiter = asyncio.get_running_loop().create_future()
+            if isinstance(body, bytearray):  # holds a key: joining would leave a copy that is not zeroed
+                transport.write(head)
+                transport.write(body)
+            else:
+                transport.write(head + body if body else head)
             async with asyncio.timeout(timeout_s):
                 return await self._waiter
         except BaseException as error:
@@ -106,7 +108,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._reusable = False
-        self._finish(KmsUnavailableError("the connection to the key service was lost before it answered", sent=True))
+        self._ended_by = exc
+        self._finish(self._endpoint.lost(exc, sent=True))
 
     def _finish(self, result: Answer | KmsError) -> None:
         waiter, self._waiter = self._waiter, None

@@ -84,12 +84,6 @@ class CheckBatch(Sent, omit_defaults=True, frozen=True):
     thread_id: str | None = None
 
 
-class GenerateDataKey(Sent, omit_defaults=True, frozen=True):
-    key_id: str
-    plaintext: bool
-    aad: bytes = b""
-
-
 Item = EncryptItem | DecryptItem | ReencryptItem
 ItemT = TypeVar("ItemT", EncryptItem, DecryptItem, ReencryptItem)
 Outcome = bytes | KmsRefusedError
@@ -113,8 +107,7 @@ def checked_cost_bytes(item: Item, *, ids_checked: bool = False) -> int:
     if not isinstance(payload, bytes) or not isinstance(aad, bytes):
         raise TypeError("plaintext, ciphertext and aad are bytes")
     if len(payload) > payload_bytes_max or len(aad) > api.AAD_BYTES_MAX:
-        message = f"a value has at most {payload_bytes_max} bytes, its aad {api.AAD_BYTES_MAX}"
-        raise TooLargeError(413, api.CODE_TOO_LARGE, message)
+        raise TooLargeError(f"a value has at most {payload_bytes_max} bytes, its aad {api.AAD_BYTES_MAX}")
     return _ITEM_TEXT_BYTES_MAX + (len(payload) + len(aad) + 4) * 4 // 3
 
 
@@ -149,7 +142,7 @@ def check_id(name: str, value: str) -> None:
 
 def invalid(message: str) -> NoReturn:
     """Refuses before anything is sent, as the daemon would."""
-    raise InvalidRequestError(400, api.CODE_INVALID_REQUEST, message)
+    raise InvalidRequestError(message)
 
 
 def chunks(items: Sequence[ItemT], items_max: int = api.BATCH_ITEMS_MAX) -> Iterator[Sequence[ItemT]]:

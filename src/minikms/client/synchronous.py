@@ -14,14 +14,13 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
-from minikms.api.errors import KmsClosedError, KmsError, KmsTimeoutError, KmsUnavailableError
-from minikms.client import connecting
-from minikms.client.calls import Attempts, Call
-from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, TIMEOUT_S, WAIT_S
+from minikms.api.errors import KmsClosedError, KmsError, KmsTimeoutError
+from minikms.client.calls import Attempts, Call, check_proxied
+from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, TIMEOUT_S, WAIT_S, endpoint
 from minikms.client.verbs import BlockingRunner, Many, One, Operation, Verbs
 from minikms.client.wire import Answer, AnswerParser, request_head
 
@@ -45,14 +44,26 @@ class Client(Verbs, BlockingRunner):
 
     def __init__(
         self,
-        socket_path: str | os.PathLike[str],
+        address: str | os.PathLike[str],
         *,
         server_uids: Collection[int] | None = None,
+        ca: str | os.PathLike[str] | None = None,
+        cert: str | os.PathLike[str] | None = None,
+        key: str | os.PathLike[str] | None = None,
+        token_file: str | os.PathLike[str] | None = None,
+        long_lived_cert: bool = False,
         timeout_s: float = TIMEOUT_S,
         wait_s: float = WAIT_S,
     ) -> None:
-        self._path = connecting.checked_path(socket_path)
-        self._server_uids = connecting.default_server_uids() if server_uids is None else frozenset(server_uids)
+        self._endpoint = endpoint(
+            address,
+            server_uids=server_uids,
+            ca=ca,
+            cert=cert,
+            key=key,
+            token_file=token_file,
+            long_lived_cert=long_lived_cert,
+        )
         self._timeout_s = timeout_s
         self._wait_s = wait_s
         self._lock = threading.Lock()
@@ -67,6 +78,11 @@ class Client(Verbs, BlockingRunner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What an operator should change about the client's certificate, key and token; known after a call."""
+        return self._endpoint.warnings
 
     def close(self) -> None:
         """Closes the kept connections; calls in other threads end by themselves. May be repeated."""
@@ -93,6 +109,8 @@ class Client(Verbs, BlockingRunner):
         return self._run_one(cast("One[T]", operation))
 
     def _run_one(self, one: One[T]) -> T:
+        if self._endpoint.proxied:
+            check_proxied(one.verb)
         call = one.call()
         timeout_s = self._timeout_s if one.timeout_s is None else one.timeout_s
         attempts = Attempts(repeatable=one.verb.repeatable, until_s=time.monotonic() + self._wait_s)
@@ -109,17 +127,16 @@ class Client(Verbs, BlockingRunner):
             call.wipe()
 
     def _exchange(self, call: Call[Any], timeout_s: float) -> Answer:
-        sock = self._connection()
+        sock = self._connection(timeout_s)
         try:
-            answer = _exchange(sock, call, time.monotonic() + timeout_s)
+            answer = _exchange(sock, call, time.monotonic() + timeout_s, self._endpoint.origin)
         except TimeoutError:
             sock.close()
             raise KmsTimeoutError(f"the key service did not answer within {timeout_s:g} s") from None
         except OSError as error:
+            lost = self._endpoint.lost(error, sent=True, sock=sock)
             sock.close()
-            raise KmsUnavailableError(
-                "the connection to the key service was lost before it answered", sent=True
-            ) from error
+            raise lost from error
         except BaseException:
             sock.close()
             raise
@@ -129,7 +146,8 @@ class Client(Verbs, BlockingRunner):
             sock.close()
         return answer
 
-    def _connection(self) -> socket.socket:
+    def _connection(self, timeout_s: float) -> socket.socket:
+        proxied = self._endpoint.proxied
         fresh_s = time.monotonic() - POOL_IDLE_S_MAX
         while True:
             with self._lock:
@@ -138,10 +156,10 @@ class Client(Verbs, BlockingRunner):
                 if not self._idle:
                     break
                 since_s, sock = self._idle.pop()
-            if since_s >= fresh_s and not _has_input(sock):
+            if since_s >= fresh_s and not _has_input(sock) and (not proxied or self._endpoint.is_current(sock)):
                 return sock
             sock.close()
-        return connecting.connect(self._path, self._server_uids)
+        return self._endpoint.connect(timeout_s)
 
     def _release(self, sock: socket.socket) -> None:
         with self._lock:
@@ -158,9 +176,10 @@ def _has_input(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _exchange(sock: socket.socket, call: Call[Any], until_s: float) -> Answer:
+def _exchange(sock: socket.socket, call: Call[Any], until_s: float, origin: bytes) -> Answer:
     """Sends the request and reads its answer. Raises TimeoutError, OSError and KmsProtocolError."""
-    head = request_head(call.target, None if call.body is None else len(call.body), call.request_id, call.content_type)
+    length = None if call.body is None else len(call.body)
+    head = request_head(call.target, length, call.request_id, call.content_type, origin)
     _send(sock, head, until_s)
     if call.body:
         _send(sock, call.body, until_s)

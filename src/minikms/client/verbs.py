@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, Ty
 from minikms import api
 from minikms.api import Verb
 from minikms.client import calls
-from minikms.client.calls import Call, given, make_call
+from minikms.client.calls import Call, base64_text, given, make_call
 from minikms.client.connecting import ROTATE_TIMEOUT_S
 from minikms.client.items import (
     Batch,
@@ -25,7 +25,6 @@ from minikms.client.items import (
     CheckOutcome,
     DecryptItem,
     EncryptItem,
-    GenerateDataKey,
     Outcome,
     ReencryptBatch,
     ReencryptItem,
@@ -312,7 +311,8 @@ class Verbs:
         self, key_id: str, *, aad: bytes = b"", with_plaintext: bool = True, request_id: str | None = None
     ) -> One[api.DataKeyAnswer]:
         """A fresh 32-byte key sealed under `key_id`, whose purpose must be `data`; open it again with `decrypt`."""
-        return One(api.GENERATE_DATA_KEY, GenerateDataKey(key_id, with_plaintext, aad), request_id)
+        request = api.GenerateDataKeyRequest(key_id, aad=base64_text(aad), plaintext=with_plaintext)
+        return One(api.GENERATE_DATA_KEY, request, request_id)
 
     @method
     def random(self, count: int) -> One[bytes]:

@@ -7,25 +7,26 @@ its nonce. So a key never runs out: docs/spec/formats.md says how much it may se
 Invariants: objects of the library hold key schedules on the heap, and a `Kdf` buffers of derived keys. So each function
 here makes them for its call and drops them (OpenSSL clears its own). Three callers keep some, at most until the turn of
 the event loop ends: `minikms.crypto.records`; `minikms.custody.new_keys`, for a group of keys that it makes without a
-switch to another task; and `Rewrapper` of `minikms.keys.dek`. `scrub_stack` overwrites what the last call left on the
-stack, and `scrub_long_text` what a text of more than LONG_TEXT_BYTES leaves there. The caller passes the nonce: random,
-never repeated under a key. If a tag does not match, it must never return anything but an error, nor say why.
+switch to another task; and `Rewrapper` of `minikms.keys.dek`. `scrub_stack` overwrites what the last
+call left in registers and on the stack, and `scrub_long_text` what a text of more than LONG_TEXT_BYTES leaves there.
+The caller passes the nonce: random, never repeated under a key. If a tag does not match, it must never return anything
+but an error, nor say why.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.cmac import CMAC
+from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from minikms.api.errors import DecryptionError
-from minikms.memory import zero_bytes
 
 KEY_BYTES: Final = 32
 PREFIX_BYTES: Final = 12
@@ -39,25 +40,42 @@ LONG_TEXT_BYTES: Final = 256
 them. Whoever has one can forge records under the key, but read none. Associated data leaves none, however long it is.
 """
 
-_HALVES: Final = ((b"\0\1X\0", slice(0, 16)), (b"\0\2X\0", slice(16, 32)))
-"""Of a derived key: what CMAC gets before the prefix (a counter, the label X, and 0), and which bytes it gives."""
+_BLOCK_BYTES: Final = 16
+STACK_BYTES: Final = 32 * 1024
+"""Of the stack that `scrub_long_text` overwrites. A request is handled 17 KiB deeper than the end of its turn, because
+libuv has the events of a wait on the stack; the frames of a cipher end 5 KiB below that.
+"""
+_HEADERS: Final = b"\0\1X\0", b"\0\2X\0"
+"""What CMAC gets before the prefix, for each half of a derived key: a counter, the label X, and 0."""
+_ECB: Final = ECB()  # noqa: S305 - CMAC of one block is this; no text is encrypted with it
+_DOUBLED: Final = bytes(byte << 1 & 0xFF for byte in range(256))
+_CARRIED: Final = bytes(byte >> 7 for byte in range(256))
+_REDUCED: Final = bytes(0x87 * (byte >> 7) for byte in range(256))
+"""By a byte: twice it, the bit that this carries, and what that bit of a whole block is replaced by in GF(2^128)."""
 
-_NONCE_POOL_COUNT: Final = 512
+_SUFFIX_BYTES: Final = NONCE_BYTES - PREFIX_BYTES
+NONCES_PER_PREFIX: Final = 512
+"""Of a `NonceSource`. Wraps that are made or opened together then share a derived key."""
 _ZERO_CIPHER: Final = AESGCM(bytes(KEY_BYTES))
 """A cipher of a zero key, which is no secret, so it may be kept. Making one for each `scrub_stack` would cost as much
 as the scrubbing.
 """
-_ZERO_NONCE: Final = bytes(NONCE_BYTES - PREFIX_BYTES)
+_ZERO_NONCE: Final = bytes(_SUFFIX_BYTES)
 _ZERO_TEXT: Final = bytes(4 * 16)
-_LONG_ZERO_TEXT: Final = bytes(64 * 16)
-"""Long enough for all 48 powers."""
-_LONG_SEALED: Final = bytearray(_ZERO_CIPHER.encrypt(_ZERO_NONCE, _LONG_ZERO_TEXT, None))
-_DEEP_ENCRYPT: Final = partial(_ZERO_CIPHER.encrypt, _ZERO_NONCE, _LONG_ZERO_TEXT)
-_DEEP_DECRYPT: Final = partial(_ZERO_CIPHER.decrypt, _ZERO_NONCE, bytes(_LONG_SEALED))
+
+
+class _Zeroes(ctypes.Structure):
+    _fields_ = (("zeroes", ctypes.c_char * STACK_BYTES),)
+
+
+_ZEROES: Final = _Zeroes()
+_PUT_ON_STACK: Final = ctypes.pythonapi["Py_IsInitialized"]
+"""A function that ignores its argument."""
+_PUT_ON_STACK.argtypes = (_Zeroes,)
 
 
 class NonceSource:
-    """Random nonces, read from the kernel a few hundred at a time. Each is returned once.
+    """Random nonces, read from the kernel a few hundred at a time, with one prefix. Each is returned once.
 
     The pool is not secret, because a nonce is sent with its ciphertext. A forked child must not use it, because it
     would repeat nonces; the daemon never forks.
@@ -70,32 +88,53 @@ class NonceSource:
 
     def next(self) -> bytes:
         if not self._pool:
-            drawn = os.urandom(NONCE_BYTES * _NONCE_POOL_COUNT)
-            self._pool = [drawn[start : start + NONCE_BYTES] for start in range(0, len(drawn), NONCE_BYTES)]
+            prefix, drawn = os.urandom(PREFIX_BYTES), os.urandom(_SUFFIX_BYTES * NONCES_PER_PREFIX)
+            self._pool = [
+                prefix + drawn[start : start + _SUFFIX_BYTES] for start in range(0, len(drawn), _SUFFIX_BYTES)
+            ]
         return self._pool.pop()
 
 
 class Kdf:
     """Derives keys of AES-256-GCM from a key and prefixes of nonces: NIST SP 800-108r1 in counter mode, with CMAC over
-    AES-256 (SP 800-38B), which the library also computes.
+    AES-256 (SP 800-38B). CMAC of one whole block is one block of AES, of the text and K1.
 
-    It holds the key's schedule and CMAC's K1 on the heap, so it must not outlive the turn of the event loop. OpenSSL
-    clears them with the object.
+    It holds the key's schedule, K1 and the last derived key on the heap, so it must not outlive the turn of the event
+    loop. They are cleared with the object.
     """
 
-    __slots__ = ("_mac",)
+    __slots__ = ("_blocks", "_encryptor", "_k1", "_made")
 
     def __init__(self, key: memoryview) -> None:
-        self._mac = CMAC(AES(key))
+        self._blocks = blocks = bytearray(KEY_BYTES)
+        """What is encrypted: for each half of a derived key its header and the prefix, plus K1."""
+        self._made = made = bytearray(KEY_BYTES + _BLOCK_BYTES - 1)  # the library asks for almost a block more
+        self._k1 = k1 = bytearray(_BLOCK_BYTES)
+        self._encryptor = Cipher(AES(key), _ECB).encryptor()
+        self._encryptor.update_into(blocks, made)
+        # K1 is twice the encrypted block of zeroes, in GF(2^128). Its bytes pass through integers of which CPython has
+        # one shared object each, as the text of a key does in the arena.
+        for place, following in enumerate(range(1, _BLOCK_BYTES)):
+            k1[place] = _DOUBLED[made[place]] | _CARRIED[made[following]]
+        k1[-1] = _DOUBLED[made[_BLOCK_BYTES - 1]] ^ _REDUCED[made[0]]
+        for place, (first, second) in enumerate(zip(*_HEADERS, strict=True)):
+            blocks[place] = first ^ k1[place]
+            blocks[place + _BLOCK_BYTES] = second ^ k1[place]
 
     def derive_into(self, prefix: bytes, target: memoryview) -> None:
         """The derived key, 32 bytes."""
-        for counter, half in _HALVES:
-            mac = self._mac.copy()
-            mac.update(counter + prefix)
-            made = mac.finalize()
-            target[half] = made
-            zero_bytes(made)
+        blocks, k1 = self._blocks, self._k1
+        place = _BLOCK_BYTES - PREFIX_BYTES
+        for byte in prefix:
+            blocks[place] = blocks[place + _BLOCK_BYTES] = byte ^ k1[place]
+            place += 1
+        self._encryptor.update_into(blocks, self._made)
+        target[:] = memoryview(self._made)[:KEY_BYTES]
+
+    def __del__(self) -> None:
+        self._blocks[:] = bytes(KEY_BYTES)
+        self._made[:KEY_BYTES] = bytes(KEY_BYTES)
+        self._k1[:] = bytes(_BLOCK_BYTES)
 
 
 class XaesCipher:
@@ -208,14 +247,9 @@ def scrub_stack() -> None:
 
 
 def scrub_long_text() -> None:
-    """Overwrites the powers of the hash key that a cipher leaves on the stack for a long text.
+    """Overwrites what a cipher leaves on the stack for a long text, and everything else below the caller.
 
-    The function that used the cipher must call it: they lie deeper than what `scrub_stack` covers from the depth at
-    which a turn ends. It does not replace `scrub_stack`.
-
-    The interpreter reaches a method up to 128 bytes deeper at its first calls than later. So two calls go through
-    `partial`, which is always as deep and deeper than both, and one uses a method whose frames are less deep.
+    The cipher may have been used much deeper in the stack, but not less deep. A structure that is passed by value lies
+    on the stack as a whole, and so overwrites it. `scrub_stack` is still needed, for the registers.
     """
-    _DEEP_ENCRYPT(None)
-    _DEEP_DECRYPT(None)
-    _ZERO_CIPHER.encrypt_into(_ZERO_NONCE, _LONG_ZERO_TEXT, None, _LONG_SEALED)
+    _PUT_ON_STACK(_ZEROES)

@@ -9,7 +9,8 @@ Invariants:
   snapshot of its virtual machine, say) repeats nonces; the threat model says so.
 - At most DERIVED_KEYS_MAX derived keys are in the arena, and no more than take half of it. One goes with its DEK
   (`RecordKey.release`).
-- A cipher object and a `Kdf` hold key schedules, so `RecordKeys.end_turn` drops them, and so does `release`.
+- A cipher object and a `Kdf` hold key schedules, so `RecordKeys.end_turn` drops them, and so does `release`. A DEK has
+  one cipher at a time: that of its last record.
 - A `RecordKey` may have been released as soon as another key is opened; then each use of it raises.
 
 It must never do I/O, or return anything but an error for what does not open.
@@ -39,11 +40,10 @@ from minikms.memory.arena import SecretArena, SecretSlot
 RECORDS_PER_PREFIX: Final = 1 << 24
 """So that 2^40 records under one DEK repeat a nonce with a chance below 2^-32: docs/spec/formats.md derives it."""
 DERIVED_KEYS_MAX: Final = 16_384
-CIPHERS_MAX: Final = 64
-"""Of one DEK in one turn: each is about a kilobyte."""
 
 _SUFFIX_BYTES: Final = NONCE_BYTES - PREFIX_BYTES
 _POOL_COUNT: Final = 512
+_LONG_SEALED_BYTES: Final = LONG_TEXT_BYTES + OVERHEAD_BYTES
 _TOO_SHORT: Final = "the ciphertext is too short to hold a nonce and a tag"
 _DOES_NOT_OPEN: Final = "the ciphertext does not open under this key, thread and aad"
 
@@ -57,7 +57,9 @@ class RecordKeys:
         self._derived: OrderedDict[SecretSlot, tuple[RecordKey, bytes]] = OrderedDict()
         """The derived keys, each with its DEK and prefix, oldest first."""
         self.used: list[RecordKey] = []
-        """The DEKs that have ciphers in this turn."""
+        """The DEKs that have a cipher in this turn."""
+        self.long_text = False
+        """Whether a text of more than LONG_TEXT_BYTES was sealed or opened in this turn."""
         self.prefix = b""
         """Of the next record."""
         self._left = 0
@@ -79,10 +81,12 @@ class RecordKeys:
     def end_turn(self) -> None:
         """Drops the ciphers of the turn (OpenSSL clears their memory) and overwrites the used part of the stack."""
         for key in self.used:
-            key.ciphers.clear()
-            key.kdf = None
+            key.drop_cipher()
         self.used.clear()
         scrub_stack()
+        if self.long_text:
+            self.long_text = False
+            scrub_long_text()
 
     def derived(self, key: RecordKey, prefix: bytes, kdf: Kdf) -> SecretSlot:
         """A new derived key."""
@@ -104,16 +108,18 @@ class RecordKeys:
 class RecordKey:
     """A DEK in the arena, which seals and opens records. `release` zeroes it and what was derived from it."""
 
-    __slots__ = ("_keys", "ciphers", "derived", "kdf", "slot")
+    __slots__ = ("_cipher", "_kdf", "_keys", "_prefix", "derived", "slot")
 
     def __init__(self, slot: SecretSlot, keys: RecordKeys) -> None:
         self.slot = slot
         self._keys = keys
         self.derived: dict[bytes, SecretSlot] = {}
         """By prefix. `RecordKeys` bounds them."""
-        self.ciphers: dict[bytes, AESGCM] = {}
-        """By prefix, for the current turn of the event loop only."""
-        self.kdf: Kdf | None = None
+        self._prefix = b""
+        """Of the records of `_cipher`; empty while there is none."""
+        self._cipher: AESGCM
+        """Of the last record, for the current turn of the event loop only."""
+        self._kdf: Kdf | None = None
         """Likewise."""
 
     @property
@@ -122,75 +128,72 @@ class RecordKey:
         return self.slot.view
 
     def release(self) -> None:
-        self.ciphers.clear()
-        self.kdf = None
+        self.drop_cipher()
         for slot in self.derived.values():
             self._keys.release(slot)
         self.derived.clear()
         self.slot.release()
 
+    def drop_cipher(self) -> None:
+        """At the end of the turn."""
+        if self._prefix:
+            self._prefix = b""
+            del self._cipher
+        self._kdf = None
+
     def seal(self, plaintext: bytes | memoryview, aad: bytes) -> bytes:
         """nonce | ciphertext | tag of one record."""
-        # As `seal_next`, without a call of it: every request to encrypt comes here.
         keys = self._keys
         suffixes = keys.suffixes
         suffix = suffixes.pop() if suffixes else keys.next_suffix()
         prefix = keys.prefix
-        sealed = (self.ciphers.get(prefix) or self._cipher(prefix)).encrypt(suffix, plaintext, aad)
         if len(plaintext) > LONG_TEXT_BYTES:
-            scrub_long_text()
-        return prefix + suffix + sealed
+            keys.long_text = True
+        return (
+            prefix
+            + suffix
+            + (self._cipher if prefix == self._prefix else self._other_cipher(prefix)).encrypt(suffix, plaintext, aad)
+        )
 
     def open(self, sealed: bytes, aad: bytes) -> bytes:
         """The plaintext of one record. Raises DecryptionError."""
-        try:
-            return self.open_next(sealed, aad)
-        finally:
-            if len(sealed) > LONG_TEXT_BYTES + OVERHEAD_BYTES:
-                scrub_long_text()
-
-    # For many records: the caller calls `scrub_long_text` after the last one.
-
-    def seal_next(self, plaintext: bytes | memoryview, aad: bytes) -> bytes:
-        keys = self._keys
-        suffixes = keys.suffixes
-        suffix = suffixes.pop() if suffixes else keys.next_suffix()
-        prefix = keys.prefix
-        return prefix + suffix + (self.ciphers.get(prefix) or self._cipher(prefix)).encrypt(suffix, plaintext, aad)
-
-    def open_next(self, sealed: bytes, aad: bytes) -> bytes:
-        if len(sealed) < OVERHEAD_BYTES:
+        if len(sealed) > _LONG_SEALED_BYTES:
+            self._keys.long_text = True
+        elif len(sealed) < OVERHEAD_BYTES:
             raise DecryptionError(_TOO_SHORT)
         prefix = sealed[:PREFIX_BYTES]
         try:  # without a name for the cipher: whoever keeps the error would keep it in this frame
-            return (self.ciphers.get(prefix) or self._cipher(prefix)).decrypt(
+            return (self._cipher if prefix == self._prefix else self._other_cipher(prefix)).decrypt(
                 sealed[PREFIX_BYTES:NONCE_BYTES], sealed[NONCE_BYTES:], aad
             )
         except InvalidTag:
             raise DecryptionError(_DOES_NOT_OPEN) from None
 
-    def check_next(self, sealed: bytes, aad: bytes, scratch: memoryview) -> None:
+    def check(self, sealed: bytes, aad: bytes, scratch: memoryview) -> None:
         """Raises DecryptionError unless the record opens. Its plaintext is in `scratch`, which the caller zeroes."""
-        if len(sealed) < OVERHEAD_BYTES:
+        if len(sealed) > _LONG_SEALED_BYTES:
+            self._keys.long_text = True
+        elif len(sealed) < OVERHEAD_BYTES:
             raise DecryptionError(_TOO_SHORT)
         prefix, target = sealed[:PREFIX_BYTES], scratch[: len(sealed) - OVERHEAD_BYTES]
         try:
-            (self.ciphers.get(prefix) or self._cipher(prefix)).decrypt_into(
+            (self._cipher if prefix == self._prefix else self._other_cipher(prefix)).decrypt_into(
                 sealed[PREFIX_BYTES:NONCE_BYTES], sealed[NONCE_BYTES:], aad, target
             )
         except InvalidTag:
             raise DecryptionError(_DOES_NOT_OPEN) from None
 
-    def _cipher(self, prefix: bytes) -> AESGCM:
-        """The cipher of the derived key, kept until the turn ends. Making one costs twice as much as using it."""
-        if not self.ciphers and self.kdf is None:
+    def _other_cipher(self, prefix: bytes) -> AESGCM:
+        """The cipher of the derived key, kept until another is used or the turn ends. Making one costs twice as much as
+        using it.
+        """
+        if not self._prefix and self._kdf is None:
             self._keys.used.append(self)
-        elif len(self.ciphers) >= CIPHERS_MAX:
-            self.ciphers.clear()
         slot = self.derived.get(prefix)
         if slot is None:
-            if self.kdf is None:
-                self.kdf = Kdf(self.slot.view)
-            slot = self.derived[prefix] = self._keys.derived(self, prefix, self.kdf)
-        cipher = self.ciphers[prefix] = AESGCM(slot.view)
-        return cipher
+            if self._kdf is None:
+                self._kdf = Kdf(self.slot.view)
+            slot = self.derived[prefix] = self._keys.derived(self, prefix, self._kdf)
+        self._cipher = AESGCM(slot.view)
+        self._prefix = prefix
+        return self._cipher

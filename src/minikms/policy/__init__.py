@@ -9,8 +9,8 @@ and how much of each limit is used. docs/spec/policy.md is the specification. Ru
 4. A crash gives back nothing of an hourly limit.
 
 Modules, each importing only earlier ones: `names`, `patterns`, `rules` (the file), `principal` (the decision), `policy`
-(who connects), `meters` (limits), `explanation`. Without a policy file, `Policy` alone
-decides, by uid. The room must never audit, and never hold a key.
+(who connects), `meters` (limits), `explanation`, `lint`. Without a policy file, `Policy` alone decides, by uid. The
+room must never audit, and never hold a key.
 """
 
 from minikms.policy.meters import Charge, Cost, Meters

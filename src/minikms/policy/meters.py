@@ -96,9 +96,7 @@ class _Saved(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Cost(NamedTuple):
-    """What a request uses of a grant, beside being one request: items of decrypt and decrypt_batch, and of
-    reencrypt_batch and check_batch.
-    """
+    """What a request uses of a grant, beside being one request: items of verbs, by their `charged_as`."""
 
     decrypts: int = 0
     reencrypts: int = 0

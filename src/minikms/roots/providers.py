@@ -2,9 +2,10 @@
 
 Owns: what the rest of the program may ask of a provider (`RootProvider`), where a development key lies, and the syntax
 of a source (`file:PATH`, `fd:N`, `dev:`, `shares:`, `passphrase:`). A new provider is a class here, or in a module of
-its own, and its name in `provider_of`. Invariants: `read` changes nothing, so it works beside a running daemon; only
-`prepare` makes or removes files, under the lock of the data directory; a root key is never a part of a source, and an
-error never quotes a source, since a key could have been given by mistake. A provider must never keep the key.
+its own, and its name in `provider_of` and in the sets `REPLACEABLE` or `KEPT_BY_PEOPLE`. Invariants: `read` changes
+nothing, so it works beside a running daemon; only `prepare` makes or removes files, under the lock of the data
+directory; a root key is never a part of a source, and an error never quotes a source, since a key could have been given
+by mistake. A provider must never keep the key.
 """
 
 from __future__ import annotations
@@ -172,6 +173,11 @@ class DevelopmentKey(RootProvider):
     def read(self, arena: SecretArena) -> SecretSlot:
         return read_key_file(self.path, arena)
 
+
+REPLACEABLE: Final = frozenset(("file", "environment", "request", "dev"))
+"""Names of the providers whose root key an operator can exchange for one in a request: a file or a variable."""
+KEPT_BY_PEOPLE: Final = frozenset(("shares", "passphrase"))
+"""Names of the providers whose root keys are kept by people."""
 
 # --- sources as text ----------------------------------------------------------------------------------------------
 

@@ -38,14 +38,10 @@ from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to
 from minikms.keys.index import Page
 from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope
 
-_DECRYPTS: Final = frozenset({api.DECRYPT, api.DECRYPT_BATCH})
-_REENCRYPTS: Final = frozenset({api.REENCRYPT_BATCH, api.CHECK_BATCH})
-CREATES: Final = frozenset({api.CREATE_DEK, api.GET_OR_CREATE_DEK})
 DESTROYED_COUNT_MAX: Final = 4096
 _NO_THREAD_CHAR: Final = "?"
 _NO_THREAD: Final = ""
 """No key has this thread."""
-ANSWERS_WITH_PLAINTEXT: Final = frozenset({api.DECRYPT, api.DECRYPT_BATCH, api.GENERATE_DATA_KEY})
 
 
 def require(who: Principal, verb: Verb[Any, Any]) -> None:
@@ -275,7 +271,7 @@ class ScopedKeys:
             items[grants[0]] += count  # once, also where several roles are needed
             for grant in grants[1:]:
                 items[grant] += 0
-        thread_id = request.thread_id if self.verb in CREATES else None
+        thread_id = request.thread_id if self.verb.creates else None
         if thread_id is not None and api.THREAD_ID_PATTERN.fullmatch(thread_id) is None:
             thread_id = None  # the verb refuses it
         if not items or thread_id is not None:
@@ -284,12 +280,8 @@ class ScopedKeys:
                 if decides is None:
                     raise ForbiddenError(_NOT_THIS_THREAD)
                 items[decides] += 0
-        return {grant: self._cost(count) for grant, count in items.items()}
-
-    def _cost(self, items: int) -> Cost:
-        if self.verb in _DECRYPTS:
-            return Cost(decrypts=items)
-        return Cost(reencrypts=items) if self.verb in _REENCRYPTS else Cost()
+        charged_as = self.verb.charged_as
+        return {grant: Cost(**{charged_as: count}) if charged_as else Cost() for grant, count in items.items()}
 
     # --- the vault ---------------------------------------------------------------------------------------------------
 

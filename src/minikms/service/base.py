@@ -36,7 +36,7 @@ from minikms.audit import Event
 from minikms.custody.vault import Permit, Vault, permitted
 from minikms.http import Response
 from minikms.policy import Principal
-from minikms.service.access import ANSWERS_WITH_PLAINTEXT, CREATES, Access, Keys, ScopedKeys, require
+from minikms.service.access import Access, Keys, ScopedKeys, require
 from minikms.service.encoding import Reply, encoding_of, json_answer, refused_item
 
 AUDIT_RETRY_SECONDS: Final = 1.0
@@ -278,7 +278,7 @@ class VerbTable:
             self.audit.add(event)
             raise
         await self.audit.add_written(event, durable=durable)
-        if keys is not None and keys.verb in ANSWERS_WITH_PLAINTEXT:
+        if keys is not None and keys.verb.answers_plaintext:
             try:
                 keys.check_still()
             except KmsRefusedError as error:
@@ -328,7 +328,7 @@ class _Frame:
         self._needed = frozenset(verb.roles)
         self._roles_by_item = verb.roles_by_item
         self._is_batch = verb.is_batch
-        self._creates = verb in CREATES
+        self._creates = verb.creates
         self._names_itself = "request_id" in verb.request.__struct_fields__
 
     def event(self, who: Principal, request: Any, request_id: str) -> Event:

@@ -39,6 +39,7 @@ from minikms.keys.dek import check_key_id
 from minikms.keys.keyring import Body, Rotation
 from minikms.memory.arena import SecretSlot
 from minikms.roots.pin import PinFile
+from minikms.roots.providers import REPLACEABLE
 from minikms.service.access import Keys, ScopedKeys
 from minikms.service.base import AUDIT_RETRY_SECONDS, AfterLine, VerbTable, another_line
 from minikms.service.encoding import json_answer
@@ -47,8 +48,6 @@ from minikms.service.root_removal import RootRemoval
 
 REVOCATION_RETRY_SECONDS: Final = 5.0
 REVOCATION_RETRY_SECONDS_MAX: Final = 300.0
-REPLACEABLE_PROVIDERS: Final = frozenset(("file", "environment", "request", "dev"))
-"""Root keys of other providers are not files or variables that an operator could exchange for a key in a request."""
 ROTATIONS_KEPT: Final = 5
 """Number of the newest rotations whose backups are kept."""
 
@@ -317,7 +316,7 @@ class KekVerbs:
                 "the root key under which the daemon was started was removed, so none can replace it; add the new one "
                 "with POST /roots"
             )
-        if slot.provider not in REPLACEABLE_PROVIDERS:
+        if slot.provider not in REPLACEABLE:
             raise WrongSlotError(
                 f"the daemon was started under a root key of provider {slot.provider}, which a key in a request does "
                 "not replace; add the new root key with POST /roots, and remove the old one"

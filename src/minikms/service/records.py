@@ -15,7 +15,6 @@ from minikms import api
 from minikms.api.errors import KmsRefusedError, WrongPurposeError
 from minikms.audit import Event
 from minikms.base64 import decode_canonical, encode
-from minikms.crypto.aead import scrub_long_text
 from minikms.crypto.labels import caller_field
 from minikms.custody.vault import OpenDek, Vault
 from minikms.keys.dek import check_key_id
@@ -121,10 +120,9 @@ class RecordVerbs:
                     opened.check_encrypts()
                 plaintext = read(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext")
                 aad = _aad(opened, item.aad, read) if item.aad else opened.aad_if_none
-                outcomes.append(opened.seal_next(plaintext, aad))
+                outcomes.append(opened.seal(plaintext, aad))
             except KmsRefusedError as error:
                 outcomes.append(refused_item(error))
-        scrub_long_text()
         return _items(encoding, "ciphertext", outcomes, event)
 
     def decrypt_batch(self, keys: Keys, request: api.DecryptBatchRequest, event: Event) -> Reply:
@@ -146,10 +144,9 @@ class RecordVerbs:
                 aad = opened.aad_if_none
                 if item.aad:
                     aad = opened.aad_prefix + caller_field(read(item.aad, api.AAD_BYTES_MAX, "aad"))
-                outcomes.append(opened.open_next(sealed, aad))
+                outcomes.append(opened.open(sealed, aad))
             except KmsRefusedError as error:
                 outcomes.append(refused_item(error))
-        scrub_long_text()
         return _items(encoding, "plaintext", outcomes, event)
 
     def reencrypt_batch(self, keys: Keys, request: api.ReencryptBatchRequest, event: Event) -> Reply:
@@ -170,15 +167,14 @@ class RecordVerbs:
             try:
                 sealed = read(item.ciphertext, CIPHERTEXT_BYTES_MAX, "ciphertext")
                 bound = caller_field(read(item.aad, api.AAD_BYTES_MAX, "aad") if item.aad else b"")
-                texts.append((source.open_next(sealed, source.aad_prefix + bound), bound))
+                texts.append((source.open(sealed, source.aad_prefix + bound), bound))
             except KmsRefusedError as error:
                 texts.append(refused_item(error))
         target = keys.opened(request.to_key_id)
         outcomes: list[bytes | RefusedItem] = [
-            each if isinstance(each, RefusedItem) else target.seal_next(each[0], target.aad_prefix + each[1])
+            each if isinstance(each, RefusedItem) else target.seal(each[0], target.aad_prefix + each[1])
             for each in texts
         ]
-        scrub_long_text()
         return _items(encoding, "ciphertext", outcomes, event)
 
     def check_batch(self, keys: Keys, request: api.CheckBatchRequest, event: Event) -> Reply:
@@ -226,10 +222,9 @@ def _refused_of(items: Sequence[api.ReencryptItem], opened: OpenDek, read: ReadB
         for index, item in enumerate(items):
             try:
                 sealed = read(item.ciphertext, CIPHERTEXT_BYTES_MAX, "ciphertext")
-                opened.check_next(sealed, _aad(opened, item.aad, read), scratch)
+                opened.check(sealed, _aad(opened, item.aad, read), scratch)
             except KmsRefusedError as error:
                 refused.append(api.RefusedItemAnswer(index, str(error), error.code))
     finally:
-        scrub_long_text()
         scratch[:] = bytes(len(scratch))
     return refused

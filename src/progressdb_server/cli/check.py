@@ -69,7 +69,7 @@ def _has_key_service(config: Config) -> bool:
     """Whether one may answer. Raises CommandError if this user may not ask it: then no record would be opened, and
     nothing of that could be called right."""
     try:
-        with Client(config.kms_socket, server_uids=config.kms.server_uids or None, wait_s=0) as kms:
+        with Client(**config.kms_client, wait_s=0) as kms:
             kms.health()
     except KmsUnavailableError as error:
         if isinstance(error.__cause__, PermissionError):
@@ -87,7 +87,7 @@ def _has_key_service(config: Config) -> bool:
 async def _examine(config: Config, path: str, *, with_key_service: bool) -> Report:
     if not with_key_service:
         return await check_store(path, None)
-    async with RemoteProvider(config.kms_socket, server_uids=config.kms.server_uids or None) as provider:
+    async with RemoteProvider(**config.kms_client) as provider:
         return await check_store(path, provider)
 
 

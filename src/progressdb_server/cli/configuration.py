@@ -95,9 +95,10 @@ def check(config: Config, *, has_master_key: bool) -> None:
     """Check the configuration and the files that it names. Raises ConfigError, ConfigMissingError."""
     check_tls(config.server.tls)
     check_key_source(config, has_master_key=has_master_key)
-    for name, path in (("kms.binary", config.kms.binary), ("kms.master_key_file", config.kms.master_key_file)):
+    for name in ("binary", "master_key_file", "ca", "cert", "key", "token_file"):
+        path = getattr(config.kms, name)
         if path and not os.path.exists(path):
-            raise ConfigMissingError(f"{name} names {path}, which does not exist")
+            raise ConfigMissingError(f"kms.{name} names {path}, which does not exist")
 
 
 def tls_warning(tls: Tls, now_s: float) -> str:

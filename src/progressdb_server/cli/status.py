@@ -67,7 +67,8 @@ def status(
 def _ask(chosen: Config) -> tuple[dict[str, Any], int]:
     """The page, and the exit status that it gives."""
     client = AdminClient.from_config(chosen)
-    page: dict[str, Any] = {"server": {"url": client.url}, "key_service": {"socket": str(chosen.kms_socket)}}
+    place = {"url": chosen.kms.url} if chosen.kms.url else {"socket": str(chosen.kms_socket)}
+    page: dict[str, Any] = {"server": {"url": client.url}, "key_service": place}
     exit_status = 0
     try:
         page["server"] |= client.call("GET", "/healthz")
@@ -79,7 +80,7 @@ def _ask(chosen: Config) -> tuple[dict[str, Any], int]:
     except AdminError as error:
         page["server"]["error"] = str(error)
         exit_status = 1
-    if not chosen.kms.socket and not chosen.storage.db_path:
+    if not (chosen.kms.url or chosen.kms.socket or chosen.storage.db_path):
         del page["key_service"]["socket"]
         page["key_service"]["status"] = "not asked: give --db or PROGRESSDB_KMS_SOCKET"
     elif chosen.kms.provider == "local":
@@ -100,17 +101,19 @@ def _ask_readiness(client: AdminClient, section: dict[str, Any]) -> int:
 
 def _ask_key_service(config: Config, section: dict[str, Any]) -> int:
     """Fill in the section of the key service. Returns the exit status that it gives."""
-    server_uids = config.kms.server_uids or None
+    section["exclusive"] = config.kms_is_exclusive
     try:
-        with Client(config.kms_socket, server_uids=server_uids, timeout_s=KMS_TIMEOUT_S, wait_s=KMS_WAIT_S) as kms:
+        with Client(**config.kms_client, timeout_s=KMS_TIMEOUT_S, wait_s=KMS_WAIT_S) as kms:
             answer = kms.status()
     except (KmsError, ValueError) as error:
         section |= {"status": "away", "error": str(error)}
         return 1
-    wanted = ["status", "pid", "uptime_seconds", "warnings"]
+    wanted = ["status", "uptime_seconds"] if config.kms.url else ["status", "pid", "uptime_seconds", "warnings"]
     if answer.status != api.CODE_SEALED:  # it knows neither keys nor epoch
-        wanted += ["epoch", "keyring_id", "keys"]
+        wanted += ["epoch", "keyring_id"] if config.kms.url else ["epoch", "keyring_id", "keys"]
     section |= {name: msgspec.to_builtins(getattr(answer, name)) for name in wanted}
+    if kms.warnings:
+        section["warnings"] = [*section.get("warnings", ()), *kms.warnings]
     return 0 if answer.status == "ok" else 1
 
 
@@ -123,9 +126,13 @@ def _print(page: dict[str, Any]) -> None:
         print(f"  problem    {problem}")
     if "error" in server:
         print(f"  error      {server['error']}")
-    print(f"key service  {kms['status']}" + (f": {kms['socket']}" if "socket" in kms else ""))
+    place = kms.get("url") or kms.get("socket")
+    print(f"key service  {kms['status']}" + (f": {place}" if place else ""))
     if "epoch" in kms:
-        counts = ", ".join(f"{count:,} {state}" for state, count in kms["keys"]["by_state"].items()) or "none"
+        by_state = kms["keys"]["by_state"].items() if "keys" in kms else ()  # a gateway does not tell
+        counts = ", ".join(f"{count:,} {state}" for state, count in by_state) or (
+            "none" if "keys" in kms else "not told"
+        )
         print(f"  keys       {counts}; epoch {kms['epoch']}, keyring {kms['keyring_id']}")
     if "error" in kms:
         print(f"  error      {kms['error']}")

@@ -88,13 +88,17 @@ class Jobs:
         settings: Rotation,
         *,
         exclusive: bool,
+        destroys: bool = True,
         stop: asyncio.Event | None = None,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """`exclusive`: only this server makes keys of purpose `thread` in the key service."""
+        """`exclusive`: only this server makes keys of purpose `thread` in the key service. `destroys`: it takes
+        requests to destroy keys.
+        """
         self._store = store
         self._provider = provider
         self._settings = settings
+        self._destroys = destroys
         self._stop = stop or asyncio.Event()
         self.table = JobTable(store, now_ns)
         self._rotation = KeyRotation(store, provider, self.table, exclusive=exclusive)
@@ -176,6 +180,8 @@ class Jobs:
     async def _begin(
         self, thread: str, rate: int | None, destroy_after_s: int, trigger: str, *, keying: bool
     ) -> tuple[Job, bool]:
+        if destroy_after_s and not self._destroys:
+            raise JobConflictError("no gateway takes a request to destroy a key: leave destroy_old_after out")
         self.require([thread])
         async with self._beginning:  # whoever joins a job finds its row
             await self._ended(self._threads.get(thread, ""))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextvars import ContextVar
 from typing import Any, Final, Protocol
 
@@ -159,17 +159,11 @@ async def key_pages(
 
 
 class RemoteProvider(AsyncClient):
-    """miniKMS at `socket_path`; `server_uids` may serve it (default: this process's own and root)."""
+    """miniKMS at a socket, or behind a gateway: `kms_client` of the configuration."""
 
-    def __init__(self, socket_path: str | os.PathLike[str], *, server_uids: Collection[int] | None = None) -> None:
+    def __init__(self, address: str | os.PathLike[str], **arguments: Any) -> None:
         self.metrics = KmsMetrics()
-        super().__init__(
-            socket_path,
-            server_uids=server_uids,
-            timeout_s=TIMEOUT_S,
-            wait_s=WAIT_S,
-            on_exchange=self.metrics.exchanged,
-        )
+        super().__init__(address, timeout_s=TIMEOUT_S, wait_s=WAIT_S, on_exchange=self.metrics.exchanged, **arguments)
 
     async def status(self) -> api.StatusAnswer:
         try:

@@ -7,14 +7,21 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minikms.api.errors import KmsRefusedError
-from minikms.client import Client
+from minikms.client import Client, DecryptItem, EncryptItem
+from minikms.crypto.aead import NONCE_BYTES, PREFIX_BYTES
+from minikms.keys import dek
+from tests.harness import decryptor
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.waiting import wait_until
 
 BACKUPS = 3
+BATCH_ITEMS = 20
+ROUNDS = 10
+"""Of each writer, while both daemons serve."""
 
 
 def minikms(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -144,3 +151,70 @@ def test_a_restore_without_a_newer_keyring_says_which_roots_open_it(tmp_path: Pa
         done = minikms("backup", "restore", archive, *places, "--yes")
         assert done.returncode == 0, done.stderr
         assert "A root key that was removed after the backup opens it again" in done.stdout
+
+
+def write(daemon: LiveDaemon, key_id: str, stop: threading.Event, written: list[tuple[DecryptItem, bytes]]) -> None:
+    """Encrypts one by one and in batches until told to stop."""
+    with daemon.client() as kms:
+        while not stop.is_set():
+            texts = [os.urandom(8) for _ in range(BATCH_ITEMS + 1)]
+            batch = kms.encrypt_batch([EncryptItem(key_id=key_id, plaintext=text) for text in texts[1:]])
+            for text, sealed in zip(texts, [kms.encrypt(key_id, texts[0]), *batch], strict=True):
+                assert isinstance(sealed, bytes)
+                written.append((DecryptItem(key_id=key_id, ciphertext=sealed), text))
+
+
+def wrap_prefixes(daemon: LiveDaemon) -> set[bytes]:
+    files = (daemon.data_dir / "kms-deks").glob("*.json")
+    return {dek.parse(file.read_bytes(), file.stem).wrapped[:PREFIX_BYTES] for file in files}
+
+
+def test_a_restored_copy_and_its_original_write_on_under_the_same_keys(tmp_path: Path) -> None:
+    """The archive is restored beside running writers. Each daemon opens what both wrote, before and after a rotation
+    of its KEK; no nonce and no derived key is used twice.
+    """
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    stop = threading.Event()
+    with (
+        LiveDaemon(tmp_path / "first") as first,
+        LiveDaemon(tmp_path / "second") as second,
+        first.client() as to_first,
+        ThreadPoolExecutor() as threads,
+    ):
+        second.stop()
+        second.data_dir.rename(tmp_path / "unused")
+        second.root_file.write_text(first.root_file.read_text())
+        key_ids = [to_first.create_dek_for_thread(f"t-{number}").key_id for number in range(2)]
+        written: dict[LiveDaemon, list[tuple[DecryptItem, bytes]]] = {first: [], second: []}
+        writers = [threads.submit(write, first, key_id, stop, written[first]) for key_id in key_ids]
+        try:
+            places: list[str | Path] = ["--master-key-file", first.root_file, "--data-dir"]
+            made = minikms("backup", "create", tmp_path / "archive", *places, first.data_dir)
+            assert made.returncode == 0, made.stderr
+            done = minikms("backup", "restore", tmp_path / "archive", *places, second.data_dir, "--yes")
+            assert done.returncode == 0, done.stderr
+            second.start()
+            writers += [threads.submit(write, second, key_id, stop, written[second]) for key_id in key_ids]
+            enough = {daemon: len(items) + ROUNDS * BATCH_ITEMS for daemon, items in written.items()}
+            wait_until(lambda: all(len(written[each]) >= count for each, count in enough.items()))
+        finally:
+            stop.set()
+        for writer in writers:
+            writer.result()
+        every = [*written[first], *written[second]]
+        for daemon in (first, second):
+            with daemon.client() as kms:
+                for _ in range(2):
+                    for start in range(0, len(every), 1000):
+                        part = every[start : start + 1000]
+                        assert kms.decrypt_batch([item for item, _ in part]) == [text for _, text in part]
+                    kms.rotate_kek()
+        deks = [{name: key for name, key in each.keys().items() if name.startswith("DEK ")} for each in (first, second)]
+        assert deks[0] == deks[1]
+        assert not wrap_prefixes(first) & wrap_prefixes(second)
+    nonces = {item.ciphertext[:NONCE_BYTES] for item, _ in every}
+    assert len(nonces) == len(every)
+    prefixes = [{item.ciphertext[:PREFIX_BYTES] for item, _ in written[each]} for each in (first, second)]
+    derived = {decryptor.derived(key, prefix) for key in deks[0].values() for each in prefixes for prefix in each}
+    assert len(derived) == len(key_ids) * sum(map(len, prefixes))

@@ -38,6 +38,17 @@ def test_only_an_explicit_dash_decrypts_to_a_terminal(tmp_path: Path) -> None:
             assert terminal.wait() == 2 and b"insist with --output -" in terminal.shown
 
 
+def test_an_error_of_encrypt_names_the_file_of_the_caller(tmp_path: Path) -> None:
+    """Not the one beside it, which gets its name at the end; and nothing about the files of the key service."""
+    note, missing = tmp_path / "note", tmp_path / "missing" / "note.kms"
+    note.write_text("text")
+    with LiveDaemon(tmp_path, "file") as daemon:
+        for words, place in (((note, "--output", missing), missing), ((missing,), missing)):
+            told = run("encrypt", *words, "--socket", daemon.socket)
+            assert (told.returncode, told.stderr) == (2, f"minikms: No such file or directory: {place}\n")
+        assert "pack it first" in run("encrypt", tmp_path, "--output", "x", "--socket", daemon.socket).stderr
+
+
 def test_commands_name_commands_and_offer_only_what_they_can_do(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path, "file") as daemon:
         place = ("--socket", daemon.socket)

@@ -1,4 +1,4 @@
-"""A server on a Unix socket that says what the test tells it to, for the clients to survive.
+"""A server on a Unix socket, or on TLS, that says what the test tells it to, for the clients to survive.
 
 A script is one list of steps for each connection, in order of their coming: bytes are sent once a request was read,
 `CLOSE` ends the connection, `SILENT` reads on and says nothing. Without a script left, a connection is closed at
@@ -8,6 +8,7 @@ once.
 from __future__ import annotations
 
 import socket
+import ssl
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -50,8 +51,7 @@ def read_request(connection: socket.socket) -> bytes:
 class HostileServer:
     """Runs in threads of its own until it is left."""
 
-    def __init__(self, path: str, scripts: Sequence[Sequence[Step]]) -> None:
-        self.path = path
+    def __init__(self, listener: socket.socket, scripts: Sequence[Sequence[Step]], tls: ssl.SSLContext | None) -> None:
         self.requests: list[bytes] = []
         self.connections = 0
         self.ended = threading.Event()
@@ -59,9 +59,11 @@ class HostileServer:
         self._scripts = list(scripts)
         self.sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(path)
-        self._listener.listen(64)
+        self._listener = listener
+        self.path = "" if tls else str(listener.getsockname())
+        """Of its socket."""
+        self.url = f"https://localhost:{listener.getsockname()[1]}" if tls else ""
+        self.tls = tls
 
     def __enter__(self) -> Self:
         self._start(self._accept)
@@ -96,6 +98,9 @@ class HostileServer:
 
     def _serve(self, connection: socket.socket, steps: Sequence[Step]) -> None:
         try:
+            if self.tls is not None:
+                connection = self.tls.wrap_socket(connection, server_side=True)
+                self.sockets.append(connection)
             for step in steps:
                 if step == CLOSE:
                     break
@@ -117,8 +122,14 @@ class HostileServer:
 
 @contextmanager
 def hostile(*scripts: Sequence[Step]) -> Iterator[HostileServer]:
-    with (
-        tempfile.TemporaryDirectory(prefix="kms") as directory,
-        HostileServer(str(Path(directory) / "s"), scripts) as server,
-    ):
+    with tempfile.TemporaryDirectory(prefix="kms") as directory, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(Path(directory) / "s"))
+        listener.listen(64)
+        with HostileServer(listener, scripts, None) as server:
+            yield server
+
+
+@contextmanager
+def hostile_tls(tls: ssl.SSLContext, *scripts: Sequence[Step]) -> Iterator[HostileServer]:
+    with socket.create_server(("127.0.0.1", 0)) as listener, HostileServer(listener, scripts, tls) as server:
         yield server

@@ -40,9 +40,7 @@ class Daemon:
         if self.failure is not None:
             raise self.failure
         return [
-            errors.KeyRetiredError(409, "key_retired", "no")
-            if entry.plaintext.startswith(b"no")
-            else entry.plaintext.upper()
+            errors.KeyRetiredError("no") if entry.plaintext.startswith(b"no") else entry.plaintext.upper()
             for entry in items
         ]
 
@@ -130,7 +128,7 @@ def test_each_caller_of_a_failed_batch_gets_an_exception_of_its_own() -> None:
     async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
         for failure in (
             errors.KmsUnavailableError("gone", sent=True),
-            errors.AuditUnavailableError(503, "audit_unavailable", "no"),
+            errors.AuditUnavailableError("no"),
         ):
             daemon.failure = failure
             daemon.go.set()

@@ -92,7 +92,7 @@ def test_a_chunk_has_at_most_as_many_items_as_a_batch() -> None:
 
 def test_a_bad_item_is_refused_before_the_first_chunk() -> None:
     items = [ReencryptItem(ciphertext=b"")] * api.BATCH_ITEMS_MAX * 2
-    with pytest.raises(errors.TooLargeError):
+    with pytest.raises(errors.TooLargeError, match=r"^a value has at most"):
         next(chunks([*items, ReencryptItem(ciphertext=b"", aad=bytes(5000))]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -89,3 +90,12 @@ def test_a_source_of_nonces_never_repeats_one_across_its_refills() -> None:
     drawn = [source.next() for _ in range(5000)]
     assert {len(one) for one in drawn} == {aead.NONCE_BYTES}
     assert len(set(drawn)) == len(drawn)
+    prefixes = [one[: aead.PREFIX_BYTES] for one in drawn]
+    whole = list(dict.fromkeys(prefixes))[:-1]
+    assert [prefixes.count(prefix) for prefix in whole] == [aead.NONCES_PER_PREFIX] * len(whole)
+
+
+def test_the_chance_of_a_repeated_nonce_of_a_source_is_as_documented() -> None:
+    """Below 2^-47 for 2^40 nonces under one key."""
+    sharing = Fraction(2**40 * aead.NONCES_PER_PREFIX, 2) / 2**96
+    assert sharing + Fraction(2**80, 2) / 2**192 < Fraction(1, 2**47)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,12 @@ import pytest
 
 from minikms import api
 from minikms.api import Verb
+from minikms.client.calls import make_call
 from minikms.policy import FilePolicy, parse_policy
 from minikms.policy.explanation import explain
+from minikms.service.access import names_keys
 from tests.harness.callers import NOBODY, OTHER, PROXY, ROOT_GRANT, USER, PolicyDaemon
-from tests.minikms.service.asking import b64
+from tests.harness.verb_requests import example
 
 THREADS = ("mine-1", "theirs-1")
 FIRST_UID = 46_000
@@ -73,20 +76,17 @@ def kit(daemon: PolicyDaemon) -> Kit:
 
 
 def by_key(key_id: str) -> dict[Verb[Any, Any], tuple[str, str, object]]:
-    """Requests that change nothing: a refusal for the state of the key or for the body says that it was allowed."""
-    item = {"ciphertext": b64(bytes(40))}
+    """Of each verb that names a key. A refusal for the state of the key says that it was allowed; to destroy the key
+    is asked before it is retired.
+    """
+    calls = {
+        verb: make_call(verb, example(verb, key_id))
+        for verb in reversed(api.VERBS)
+        if names_keys(verb) and verb not in NOT_ASKED
+    }
     return {
-        api.ENCRYPT: ("POST", "/encrypt", {"key_id": key_id, "plaintext": ""}),
-        api.DECRYPT: ("POST", "/decrypt", {"key_id": key_id, **item}),
-        api.ENCRYPT_BATCH: ("POST", "/encrypt_batch", {"items": [{"key_id": key_id, "plaintext": ""}]}),
-        api.DECRYPT_BATCH: ("POST", "/decrypt_batch", {"items": [{"key_id": key_id, **item}]}),
-        api.REENCRYPT_BATCH: ("POST", "/reencrypt_batch", {"from_key_id": key_id, "to_key_id": key_id, "items": []}),
-        api.CHECK_BATCH: ("POST", "/check_batch", {"key_id": key_id, "items": []}),
-        api.GENERATE_DATA_KEY: ("POST", "/generate_data_key", {"key_id": key_id, "aad": "AA="}),
-        api.GET_WRAPPED: ("GET", f"/get_wrapped?key_id={key_id}", None),
-        api.GET_KEY: ("GET", f"/keys/{key_id}", None),
-        api.DESTROY_KEY: ("POST", f"/keys/{key_id}/destroy", {"key_id": key_id}),
-        api.RETIRE_KEY: ("POST", f"/keys/{key_id}/retire", {}),
+        verb: (verb.method, call.target.decode(), None if call.body is None else json.loads(call.body))
+        for verb, call in calls.items()
     }
 
 

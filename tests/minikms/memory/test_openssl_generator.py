@@ -9,7 +9,6 @@ import base64
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,12 +16,12 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from minikms.client import Client
+from tests import needs
 from tests.harness import decryptor
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.waiting import wait_until
 from tests.minikms.memory import scanner
 from tests.vectors import mlkem
-
-pytestmark = pytest.mark.usefixtures("as_root")
 
 DERIVATION_KEY = bytes(range(32))
 """A constant of the generator: SP 800-90A, section 10.3.2. Where its schedule is in memory, there is a generator."""
@@ -74,40 +73,50 @@ def sealed_to(daemon: LiveDaemon, slot_id: str) -> tuple[bytes, bytes, bytes]:
     return base64.b64decode(slot["public_key"]), sealed[:1088], sealed[1088:1120]
 
 
-def test_who_reads_the_generator_can_not_compute_an_ephemeral_key(tmp_path: Path) -> None:
+class Seen(NamedTuple):
+    memory: Memory
+    """After an encryption, a decryption, and two roots that were added, one of which was removed."""
+    seals: list[tuple[bytes, bytes, bytes]]
+    """What was made afterwards: the seals to a root that was added, and to one that stayed when another was removed."""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    needs.root()
+    with LiveDaemon(tmp_path_factory.mktemp("daemon"), "file") as daemon, daemon.client() as client:
+        key_id = client.create_dek_for_thread("t").key_id
+        client.decrypt(key_id, client.encrypt(key_id, b"text"))
+        first = add_root(client)  # so that each generator that a seal uses has been made
+        client.remove_root(add_root(client))
+        daemon.wait_for_event("root_removed")
+        memory = memory_of(daemon.pid)
+        slot_id = add_root(client)
+        seals = [sealed_to(daemon, slot_id)]
+        client.remove_root(first)
+        wait_until(lambda: len(daemon.events("root_removed")) == 2)
+        seals.append(sealed_to(daemon, slot_id))
+    return Seen(memory, seals)
+
+
+def test_who_reads_the_generator_can_not_compute_an_ephemeral_key(seen: Seen) -> None:
     """Neither of a root key that is added, nor of one that stays when another is removed.
 
     The message of ML-KEM can be computed, which shows that the method works. It opens nothing without the other half.
     """
-    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
-        first = add_root(client)  # so that each generator that a seal uses has been made
-        before = memory_of(daemon.pid)
-        drawn = [draw for generator in before.generators for draw in generator.draws()]
-        slot_id = add_root(client)
-        seals = [sealed_to(daemon, slot_id)]
-        client.remove_root(first)
-        daemon.wait_for_event("root_removed")
-        seals.append(sealed_to(daemon, slot_id))
-    assert DERIVATION_KEY in before.schedules
-    assert before.generators
+    drawn = [draw for generator in seen.memory.generators for draw in generator.draws()]
+    assert DERIVATION_KEY in seen.memory.schedules
+    assert drawn
     publics = {X25519PrivateKey.from_private_bytes(draw).public_key().public_bytes_raw() for draw in drawn}
-    for _, _, sent_x in seals:
+    for _, _, sent_x in seen.seals:
         assert sent_x not in publics
-    public, sent_m, _ = seals[0]
+    public, sent_m, _ = seen.seals[0]
     assert any(mlkem.encapsulate(public[:1184], draw)[1] == sent_m for draw in drawn)
 
 
-def test_every_schedule_of_an_aes_key_in_memory_is_known(tmp_path: Path) -> None:
+def test_every_schedule_of_an_aes_key_in_memory_is_known(seen: Seen) -> None:
     """Of whatever key, also of one that no test can compute. The rest belong to the generator, and to a zero key."""
-    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
-        key_id = client.create_dek_for_thread("t").key_id
-        client.decrypt(key_id, client.encrypt(key_id, b"text"))
-        slot_id = add_root(client)
-        client.remove_root(slot_id)
-        daemon.wait_for_event("root_removed")
-        found = memory_of(daemon.pid)
-    known = {DERIVATION_KEY, ZERO_KEY} | {generator.key for generator in found.generators}
-    assert found.schedules - known == set()
+    known = {DERIVATION_KEY, ZERO_KEY} | {generator.key for generator in seen.memory.generators}
+    assert seen.memory.schedules - known == set()
 
 
 def add_root(client: Client) -> str:

@@ -180,10 +180,13 @@ def test_any_damage_of_a_file_is_rules_or_refused(at: int, put: str, cut: int) -
 
 @pytest.mark.parametrize("part", ["a", '"a"', " a "])
 def test_a_key_of_thousands_of_parts_is_not_parsed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parser takes the square of their number in time and memory: seconds and a GiB for the largest file."""
+    """The parser takes the square of their number in time and memory: seconds and a GiB for the largest file, and a
+    second for many lines.
+    """
     monkeypatch.setattr("tomllib.loads", None)
-    for text in (".".join([part] * 9_000) + " = 1", f"[{'.'.join([part] * 9_000)}]"):
-        with pytest.raises(PolicyFileError, match="more than 256 dots"):
+    line = ".".join([part] * 9_000)
+    for text in (f"{line} = 1", f"[{line}]", f"{line[:512]} = 1\n" * 126):
+        with pytest.raises(PolicyFileError, match="too many dots"):
             parse_policy(b"version = 1\n" + text.encode())
 
 

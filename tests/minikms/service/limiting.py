@@ -17,7 +17,9 @@ from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import KmsRefusedError
 from minikms.policy import Principal
+from minikms.service.access import names_keys
 from tests.harness.limited import Limited
+from tests.harness.verb_requests import example
 
 ALL_ROLES = '["create", "encrypt", "decrypt", "data_key", "monitor", "destroy", "rotate"]'
 
@@ -36,20 +38,8 @@ def b64(data: bytes = b"text") -> str:
 
 def requests(key_id: str, mine: str) -> dict[Verb[Any, Any], api.Request]:
     """Of each verb that names a key."""
-    return {
-        api.ENCRYPT: api.EncryptItem(key_id, b64()),
-        api.DECRYPT: api.DecryptItem(key_id, b64(bytes(40))),
-        api.ENCRYPT_BATCH: api.EncryptBatchRequest([api.EncryptItem(key_id, b64())]),
-        api.DECRYPT_BATCH: api.DecryptBatchRequest([api.DecryptItem(key_id, b64(bytes(40)))]),
-        api.REENCRYPT_BATCH: api.ReencryptBatchRequest(mine, key_id, [api.ReencryptItem(b64(bytes(40)))]),
-        api.CHECK_BATCH: api.CheckBatchRequest(key_id, [api.ReencryptItem(b64(bytes(40)))]),
-        api.GENERATE_DATA_KEY: api.GenerateDataKeyRequest(key_id),
-        api.GET_WRAPPED: api.KeyRequest(key_id),
-        api.GET_KEY: api.KeyRequest(key_id),
-        api.CREATE_DEK: api.CreateDekRequest("mine-1", replaces=key_id),
-        api.RETIRE_KEY: api.KeyRequest(key_id),
-        api.DESTROY_KEY: api.DestroyKeyRequest(key_id),
-    }
+    others = {api.REENCRYPT_BATCH: {"from_key_id": mine}, api.CREATE_DEK: {"thread_id": "mine-1", "replaces": key_id}}
+    return {verb: example(verb, key_id, **others.get(verb, {})) for verb in api.VERBS if names_keys(verb)}
 
 
 def instructions(act: Callable[[], object]) -> int:

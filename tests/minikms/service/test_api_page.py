@@ -19,6 +19,7 @@ from minikms.service.records import RecordVerbs
 from minikms.service.roots import RootVerbs
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault
+from tests.harness.verb_requests import example, examples
 from tests.minikms.service.asking import NO_KEY, ask, status
 
 PAGE = (Path(__file__).parents[3] / "docs" / "spec" / "api.md").read_text()
@@ -85,38 +86,6 @@ def served(one: OpenedVault) -> VerbTable:
     return table
 
 
-def requests(key_id: str) -> dict[api.Verb[Any, Any], api.Request]:
-    return {
-        api.STATUS: api.Request(),
-        api.METRICS: api.Request(),
-        api.RELOAD_POLICY: api.Request(),
-        api.SEAL: api.Request(),
-        api.UNSEAL_STATUS: api.Request(),
-        api.UNSEAL: api.UnsealRequest(),
-        api.CREATE_DEK: api.CreateDekRequest("t"),
-        api.GET_OR_CREATE_DEK: api.GetOrCreateDekRequest("t2"),
-        api.GET_WRAPPED: api.KeyRequest(key_id),
-        api.ENCRYPT: api.EncryptItem(key_id, ""),
-        api.DECRYPT: api.DecryptItem(key_id, ""),
-        api.ENCRYPT_BATCH: api.EncryptBatchRequest([api.EncryptItem(key_id, "")]),
-        api.DECRYPT_BATCH: api.DecryptBatchRequest([api.DecryptItem(key_id, "")]),
-        api.REENCRYPT_BATCH: api.ReencryptBatchRequest(key_id, key_id, []),
-        api.CHECK_BATCH: api.CheckBatchRequest(key_id, []),
-        api.GENERATE_DATA_KEY: api.GenerateDataKeyRequest(key_id),
-        api.RANDOM: api.RandomRequest(1),
-        api.LIST_KEYS: api.ListKeysRequest(),
-        api.GET_KEY: api.KeyRequest(key_id),
-        api.RETIRE_KEY: api.KeyRequest(NO_KEY),
-        api.DESTROY_KEY: api.DestroyKeyRequest(NO_KEY),
-        api.ROTATE_KEK: api.RotateKekRequest(),
-        api.PRUNE_KEK: api.PruneKekRequest(),
-        api.LIST_ROOTS: api.Request(),
-        api.ADD_ROOT: api.AddRootRequest("file", ""),
-        api.TEST_ROOT: api.ProveRootRequest(""),
-        api.REMOVE_ROOT: api.SlotRequest("s1"),
-    }
-
-
 async def is_forbidden(perform: Perform[Any], request: api.Request, roles: frozenset[api.Role]) -> bool:
     try:
         answer = perform(Principal(0, 0, "peer_uid:0", roles), request, "")
@@ -133,7 +102,8 @@ def test_a_verb_asks_for_its_roles_and_for_no_other(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
-            table, made = served(one), requests(key_id)
+            table, made = served(one), examples(key_id)
+            made |= {verb: example(verb, NO_KEY) for verb in (api.RETIRE_KEY, api.DESTROY_KEY)}
             assert made.keys() == set(api.VERBS)
             for verb, request in made.items():
                 for role in verb.roles:

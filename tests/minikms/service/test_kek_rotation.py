@@ -210,14 +210,12 @@ def test_a_root_key_that_was_rotated_away_is_never_taken_again(own_daemon: LiveD
 
 def test_a_second_rotation_is_refused_and_a_repeated_request_joins(own_daemon: LiveDaemon) -> None:
     """Creating, encrypting and decrypting go on meanwhile, and /status reports the progress."""
-    records = Records(own_daemon, 30)
-    with at_each_call(
-        own_daemon, "pwrite64", "delay_enter=400ms"
-    ):  # 12 s, for what takes a tenth of one on an idle machine
+    records = Records(own_daemon, 12)
+    with at_each_call(own_daemon, "pwrite64", "delay_enter=400ms"):  # 5 s, for what takes a tenth of one when idle
         assert rotate(own_daemon, NEW, wait=False) == (202, {"status": "running", "kek_version": 2, "rewrapped": 0})
         told = status(own_daemon)["rotation"]
         assert (told["from_version"], told["to_version"], told["new_root"]) == (1, 2, True)
-        assert told["rewrapped"] <= 30
+        assert told["rewrapped"] <= 12
         for other in ({"new_kek_hex": OTHER}, {}):
             answer = post(own_daemon, "/rotate_kek", other)
             assert (answer.status, answer.code) == (409, "conflict")
@@ -228,7 +226,7 @@ def test_a_second_rotation_is_refused_and_a_repeated_request_joins(own_daemon: L
         meanwhile = new_key(own_daemon, "meanwhile")
         encrypted(own_daemon, meanwhile)
         assert ask(own_daemon, "GET", f"/keys/{meanwhile}").body["kek_version"] == 2
-    assert rotate(own_daemon, NEW).body == {"status": "ok", "kek_version": 2, "rewrapped": 30}
+    assert rotate(own_daemon, NEW).body == {"status": "ok", "kek_version": 2, "rewrapped": 12}
     status_once(own_daemon, no_rotation)
     assert keks(own_daemon) == {1: "retired", 2: "active"}
     assert records.open()
@@ -236,7 +234,7 @@ def test_a_second_rotation_is_refused_and_a_repeated_request_joins(own_daemon: L
 
 def test_a_stop_does_not_wait_for_a_rotation_the_next_start_finishes(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path) as daemon:
-        records = Records(daemon, 60)
+        records = Records(daemon, 20)
         answers: list[Answer] = []
         with at_each_call(daemon, "pwrite64", "delay_enter=150ms"):
             waiting = threading.Thread(target=lambda: answers.append(rotate(daemon)))

@@ -175,19 +175,21 @@ def test_a_key_service_killed_many_times_only_delays_the_rotation(tmp_path: Path
 def test_everything_opens_after_a_kek_rotation_in_the_middle_of_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The job is paused, so that it can't end before the KEK rotation."""
     monkeypatch.setattr(rotation, "PACED_CHUNK_RECORDS_MAX", 10)
 
     async def run(daemon: LiveDaemon) -> Acknowledged:
-        acknowledged = await fill(tmp_path, daemon.socket, 300)
-        async with served(tmp_path, daemon.socket, 20) as (_, jobs):  # 15 s, so that the KEK rotation is within them
+        acknowledged = await fill(tmp_path, daemon.socket, 100)
+        async with served(tmp_path, daemon.socket, 50) as (_, jobs):
             await jobs.start()
             begun = await jobs.rotate(THREAD)
             while not jobs.table.get(begun.id).done:
                 await asyncio.sleep(0.01)
+            assert 0 < (await jobs.pause(begun.id)).done < 100
             with daemon.client() as kms:
                 answer = await asyncio.to_thread(kms.rotate_kek)
             assert answer.rewrapped == 2
-            assert jobs.table.get(begun.id).state == "running"
+            await jobs.resume(begun.id)
             assert (await jobs.wait(begun.id)).state == "done"
         return acknowledged
 

@@ -1,0 +1,148 @@
+"""Sessions of the OpenAI Agents SDK, encrypted under one key for each session.
+
+Owns: `EncryptedSession`, around any session. Each item becomes one record that is bound to its session. Invariants: an
+item that does not open is an error, never left out of the history; nothing is removed before it was opened. The order
+of items is the inner session's: a record does not say where it stood.
+"""
+
+from __future__ import annotations
+
+import binascii
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from agents.memory.session import SessionABC
+
+from minikms_adapters.errors import NotSupportedError
+from minikms_adapters.records import KmsClient, Place, Receipt, Runner, Sealer, Steps, ask, ask_inner, thread_name
+
+if TYPE_CHECKING:
+    from agents.items import TResponseInputItem
+    from agents.memory.session_settings import SessionSettings
+
+RECORD_FIELD: Final = "minikms"
+"""The only member of a stored item: the record, in base64."""
+ITEMS_MAX: Final = 1_000_000
+"""Of a session that can be re-encrypted."""
+REPLACE_TRIES_MAX: Final = 10
+"""How often `EncryptedSession.reencrypt` begins again because somebody added an item."""
+
+
+class EncryptedSession(SessionABC):
+    """A session around `inner`, whose database gets no plaintext of items.
+
+    `kms` is a `minikms.Client` or a `minikms.AsyncClient`.
+
+        session = EncryptedSession("ada", SQLiteSession("ada", "sessions.sqlite"), kms)
+        await Runner.run(agent, "Hello", session=session)
+
+    Raises RecordError for an item that is in plaintext, was altered, belongs to another session, or whose key was
+    destroyed.
+    """
+
+    def __init__(self, session_id: str, inner: SessionABC, kms: KmsClient) -> None:
+        self.session_id = session_id
+        self._inner = inner
+        self._thread = thread_name("agents", session_id)
+        self._sealer = Sealer()
+        self._runner = Runner(kms, inner)
+
+    @property
+    def session_settings(self) -> SessionSettings | None:  # type: ignore[override]  # the base has a plain attribute
+        """Those of the inner session, which applies them."""
+        return self._inner.session_settings
+
+    @session_settings.setter
+    def session_settings(self, value: SessionSettings | None) -> None:
+        self._inner.session_settings = value
+
+    async def get_items(self, limit: int | None = None) -> list[TResponseInputItem]:
+        return await self._runner.run_async(self._get(limit))
+
+    async def add_items(self, items: list[TResponseInputItem]) -> None:
+        await self._runner.run_async(self._add(items))
+
+    async def pop_item(self) -> TResponseInputItem | None:
+        """Removes the newest item once it was opened, so that a failure removes nothing."""
+        return await self._runner.run_async(self._pop())
+
+    async def clear_session(self) -> Any:
+        """Destroys the session's keys, then removes its items. May be repeated after a failure.
+
+        Gives the receipts, a list of `Receipt`. The type is Any, since the SDK's own sessions give nothing.
+        """
+        return await self._runner.run_async(self._clear())
+
+    async def reencrypt(self) -> int:
+        """Encrypts each item under the session's current key, with one transaction. Gives the number of items.
+
+        Raises NotSupportedError if the inner session can't replace its items in a transaction.
+        """
+        return await self._runner.run_async(self._reencrypt())
+
+    # --- steps ---
+
+    def _get(self, limit: int | None) -> Steps[list[TResponseInputItem]]:
+        return (yield from self._open((yield ask_inner("get_items", limit))))
+
+    def _add(self, items: Sequence[TResponseInputItem]) -> Steps[None]:
+        yield ask_inner("add_items", (yield from self._seal(items)))
+
+    def _pop(self) -> Steps[TResponseInputItem | None]:
+        newest = yield ask_inner("get_items", 1)
+        opened = yield from self._open(newest)
+        removed = yield ask_inner("pop_item")
+        if removed is None or [removed] == newest:
+            return None if removed is None else opened[0]
+        return (yield from self._open([removed]))[0]  # somebody else changed the session meanwhile
+
+    def _clear(self) -> Steps[list[Receipt]]:
+        receipts = yield from self._sealer.destroy(self._thread)
+        yield ask_inner("clear_session")
+        return receipts
+
+    def _reencrypt(self) -> Steps[int]:
+        if not hasattr(self._inner, "_get_compaction_snapshot"):
+            raise NotSupportedError("this session can't replace its items in one transaction")
+        self._sealer.forget(self._thread)
+        for _ in range(REPLACE_TRIES_MAX):
+            snapshot = yield ask_inner("_get_compaction_snapshot", ITEMS_MAX)
+            if snapshot is None or not snapshot.complete:
+                raise NotSupportedError("this session can't replace its items in one transaction")
+            if not snapshot.items:
+                return 0
+            sealed = yield from self._seal((yield from self._open(snapshot.items)))
+            if (yield ask(snapshot.replace_suffix, 0, sealed)):
+                return len(sealed)
+        raise NotSupportedError("items were added to the session all the time")
+
+    def _place(self, index: int = -1) -> Place:
+        record = f"session {self.session_id}, item {index}"
+        return Place(self._thread, ("openai-agents", "item", self.session_id), record)
+
+    def _seal(self, items: Sequence[TResponseInputItem]) -> Steps[list[TResponseInputItem]]:
+        values = [(self._place(), json.dumps(item, default=_as_dict, ensure_ascii=False).encode()) for item in items]
+        records = yield from self._sealer.seal(values)
+        sealed = [{RECORD_FIELD: b64encode(record).decode("ascii")} for record in records]
+        return cast("list[TResponseInputItem]", sealed)
+
+    def _open(self, items: Sequence[object]) -> Steps[list[TResponseInputItem]]:
+        records = [(self._place(index), _record(item)) for index, item in enumerate(items)]
+        return [json.loads(value) for value in (yield from self._sealer.open(records))]
+
+
+def _as_dict(value: Any) -> Any:
+    """A model of the SDK that stands for an item."""
+    return value.model_dump() if hasattr(value, "model_dump") else str(value)
+
+
+def _record(item: object) -> object:
+    """The record of a stored item, or what is there in its place."""
+    if not isinstance(item, dict) or set(item) != {RECORD_FIELD}:
+        return item
+    try:
+        return b64decode(item[RECORD_FIELD], validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        return item

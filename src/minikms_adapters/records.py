@@ -1,0 +1,301 @@
+"""Sealed records: their format, what binds them to their place, and the calls that make and open them.
+
+Owns: the bytes of a record (docs/spec/adapters.md), the names of the key service's threads, and the two ways of running
+an adapter's method: it is written once, as a generator of steps without I/O, and `Runner` carries the steps out with a
+blocking or an asyncio client. Invariants: the records of one call travel in one batch; a new record is sealed under the
+thread's current key; a record opens only in the thread and place in which it was sealed. It must never return what it
+could not open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Final, NamedTuple, TypeGuard, TypeVar, cast
+
+from minikms import api
+from minikms.api.errors import (
+    DecryptionError,
+    KeyDestroyedError,
+    KeyNotFoundError,
+    KeyRetiredError,
+    KmsRefusedError,
+    WrongThreadError,
+)
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem
+from minikms.client.verbs import AsyncRunner
+from minikms_adapters.errors import (
+    AdapterError,
+    DestroyedRecordError,
+    NotReadyError,
+    PlaintextRecordError,
+    WrongPlaceError,
+)
+
+T = TypeVar("T")
+
+MAGIC: Final = b"mKr1"
+KEY_ID_CHARS: Final = 28
+HEAD_BYTES: Final = len(MAGIC) + KEY_ID_CHARS
+PIECE_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX
+SEALED_PIECE_BYTES_MAX: Final = PIECE_BYTES_MAX + api.SEAL_BYTES
+RECORD_BYTES_MAX: Final = 64 * PIECE_BYTES_MAX
+"""Of a plaintext: 256 MiB."""
+KEYS_CACHED_MAX: Final = 4096
+"""Threads whose current key an adapter remembers."""
+KEY_CHANGES_MAX: Final = 3
+"""How often the key of a thread may be replaced during one call."""
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
+
+KmsClient = Client | AsyncClient
+Receipt = api.DestroyKeyAnswer
+
+
+class Step(NamedTuple):
+    """A call of the key service's client (`kms`), of the object that an adapter wraps, or of a function."""
+
+    kms: bool
+    method: str | Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+Steps = Generator[Step, Any, T]
+
+
+def ask_kms(method: str, *args: Any, **kwargs: Any) -> Step:
+    return Step(True, method, args, kwargs)
+
+
+def ask_inner(method: str, *args: Any, **kwargs: Any) -> Step:
+    return Step(False, method, args, kwargs)
+
+
+def ask(function: Callable[..., Any], *args: Any) -> Step:
+    return Step(False, function, args, {})
+
+
+class Runner:
+    """Carries steps out. `prefix` is what the names of the inner object's asyncio methods begin with."""
+
+    def __init__(self, kms: KmsClient, inner: object = None, *, prefix: str = "") -> None:
+        self._kms = kms
+        self._inner = inner
+        self._prefix = prefix
+        self._blocking = not isinstance(kms, AsyncRunner)
+
+    def run(self, steps: Steps[T]) -> T:
+        """With a blocking client."""
+        if not self._blocking:
+            raise AdapterError("a blocking method needs a blocking client: give it a minikms.Client")
+        outcome: Any = None
+        failure: Exception | None = None
+        while True:
+            try:
+                step = steps.send(outcome) if failure is None else steps.throw(failure)
+            except StopIteration as end:
+                return cast("T", end.value)
+            outcome = failure = None
+            try:
+                outcome = self._function(step)(*step.args, **step.kwargs)
+            except Exception as error:  # noqa: BLE001 - the steps raise it again unless they handle it
+                failure = error
+
+    async def run_async(self, steps: Steps[T]) -> T:
+        """With either client. A blocking one works in another thread, so that it does not hold up the event loop."""
+        outcome: Any = None
+        failure: Exception | None = None
+        while True:
+            try:
+                step = steps.send(outcome) if failure is None else steps.throw(failure)
+            except StopIteration as end:
+                return cast("T", end.value)
+            outcome = failure = None
+            try:
+                outcome = await self._call(step)
+            except Exception as error:  # noqa: BLE001 - the steps raise it again unless they handle it
+                failure = error
+
+    async def _call(self, step: Step) -> Any:
+        if step.kms and self._blocking:
+            return await asyncio.to_thread(self._function(step), *step.args, **step.kwargs)
+        found = self._function(step, self._prefix)(*step.args, **step.kwargs)
+        if hasattr(found, "__aiter__"):
+            return [each async for each in found]
+        return await found if inspect.isawaitable(found) else found
+
+    def _function(self, step: Step, prefix: str = "") -> Callable[..., Any]:
+        if callable(step.method):
+            return step.method
+        found = getattr(self._kms, step.method) if step.kms else getattr(self._inner, prefix + step.method)
+        return cast("Callable[..., Any]", found)
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def thread_name(adapter: str, *parts: str) -> str:
+    """The thread of the key service for a framework's thread, session or namespace: `adapter.part.part`. The SHA-256 of
+    the parts takes their place where they are long or have other characters, or a dot in one of several.
+    """
+    joined = ".".join(parts)
+    plain = _PLAIN_NAME.fullmatch(joined) and not joined.startswith("sha256-")
+    if plain and (len(parts) == 1 or not any("." in part for part in parts)):
+        return f"{adapter}.{joined}"
+    return f"{adapter}.sha256-{_digest(parts).hex()}"
+
+
+def _digest(parts: Sequence[str]) -> bytes:
+    """SHA-256 of the parts, each with its length before it, so that no two lists have the same one."""
+    digest = hashlib.sha256()
+    for part in parts:
+        text = part.encode("utf-8", "surrogatepass")
+        digest.update(len(text).to_bytes(8, "big"))
+        digest.update(text)
+    return digest.digest()
+
+
+class Place(NamedTuple):
+    """Where a record is stored. `thread` is that of the key service, `parts` say the rest, and `record` is the id in an
+    error.
+    """
+
+    thread: str
+    parts: tuple[str, ...]
+    record: str
+
+
+def _aads(place: Place, pieces_count: int) -> list[bytes]:
+    bound = b"minikms-adapters 1\0" + _digest((place.thread, *place.parts))
+    return [bound + index.to_bytes(4, "big") + bytes([index == pieces_count - 1]) for index in range(pieces_count)]
+
+
+# --- sealing and opening ----------------------------------------------------------------------------------------------
+
+
+def is_sealed(value: object) -> TypeGuard[bytes]:
+    """Whether a stored value has the form of a record; only `Sealer.open` says whether it is one."""
+    return isinstance(value, bytes) and value.startswith(MAGIC) and len(value) >= HEAD_BYTES + api.SEAL_BYTES
+
+
+def key_of(record: bytes) -> str:
+    """The key that a record names. It is a claim until the record is opened."""
+    return record[len(MAGIC) : HEAD_BYTES].decode("ascii", "replace")
+
+
+class Sealer:
+    """The steps that seal and open records, and the current key of each thread as far as it is remembered."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, str] = {}
+
+    def seal(self, values: Sequence[tuple[Place, bytes]]) -> Steps[list[bytes]]:
+        """A record for each value, in order, under the current keys of their threads."""
+        if any(len(value) > RECORD_BYTES_MAX for _, value in values):
+            raise AdapterError(f"a value has at most {RECORD_BYTES_MAX} bytes")
+        for attempts_left in reversed(range(KEY_CHANGES_MAX + 1)):
+            try:
+                return (yield from self._seal_once(values))
+            except (KeyRetiredError, KeyDestroyedError, KeyNotFoundError):
+                self.forget(*(place.thread for place, _ in values))
+                if not attempts_left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _seal_once(self, values: Sequence[tuple[Place, bytes]]) -> Steps[list[bytes]]:
+        items: list[EncryptItem] = []
+        named: list[tuple[str, int]] = []
+        for place, value in values:
+            key_id = self._keys.get(place.thread) or (yield from self._current_key(place.thread))
+            starts = range(0, len(value), PIECE_BYTES_MAX) or (0,)
+            pieces = [value] if len(starts) == 1 else [value[start : start + PIECE_BYTES_MAX] for start in starts]
+            items += [
+                EncryptItem(key_id=key_id, plaintext=piece, aad=aad, thread_id=place.thread)
+                for piece, aad in zip(pieces, _aads(place, len(pieces)), strict=True)
+            ]
+            named.append((key_id, len(pieces)))
+        if not items:
+            return []
+        outcomes = iter(_values((yield ask_kms("encrypt_batch", items))))
+        return [
+            b"".join([MAGIC, key_id.encode("ascii"), *(next(outcomes) for _ in range(count))])
+            for key_id, count in named
+        ]
+
+    def _current_key(self, thread: str) -> Steps[str]:
+        answer = yield ask_kms("get_or_create_dek_for_thread", thread, purpose="data")
+        if len(self._keys) >= KEYS_CACHED_MAX:
+            self._keys.clear()
+        self._keys[thread] = answer.key_id
+        return str(answer.key_id)
+
+    def forget(self, *threads: str) -> None:
+        for thread in threads:
+            self._keys.pop(thread, None)
+
+    def open(self, records: Sequence[tuple[Place, object]]) -> Steps[list[bytes]]:
+        """The value of each record, in order. Raises RecordError for the first one that gives none."""
+        items: list[DecryptItem] = []
+        counts: list[int] = []
+        for place, record in records:
+            if not is_sealed(record):
+                raise PlaintextRecordError(place.record)
+            key_id = key_of(record)
+            if api.KEY_ID_PATTERN.fullmatch(key_id) is None or len(record) > 2 * RECORD_BYTES_MAX:
+                raise WrongPlaceError(place.record)
+            pieces = [
+                record[at : at + SEALED_PIECE_BYTES_MAX]
+                for at in range(HEAD_BYTES, len(record), SEALED_PIECE_BYTES_MAX)
+            ]
+            items += [
+                DecryptItem(key_id=key_id, ciphertext=piece, aad=aad, thread_id=place.thread)
+                for piece, aad in zip(pieces, _aads(place, len(pieces)), strict=True)
+            ]
+            counts.append(len(pieces))
+        if not items:
+            return []
+        outcomes = iter((yield ask_kms("decrypt_batch", items)))
+        return [
+            _whole(place, [next(outcomes) for _ in range(count)])
+            for (place, _), count in zip(records, counts, strict=True)
+        ]
+
+    def destroy(self, thread: str) -> Steps[list[Receipt]]:
+        """Destroys every data key of the thread, and with them all its records. Gives a receipt for each key."""
+        self.forget(thread)
+        keys: list[api.KeyAnswer] = []
+        cursor: str | None = None
+        while True:
+            page = yield ask_kms("list_keys", thread_id=thread, cursor=cursor, limit=api.LIST_KEYS_COUNT_MAX)
+            if page.indexing:
+                raise NotReadyError("the key service is still reading its key files; try again")
+            keys += [key for key in page.keys if key.purpose == "data"]
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+        receipts: list[Receipt] = []
+        for key in keys:
+            if key.state == "active":
+                yield ask_kms("retire_key", key.key_id)
+            receipts.append((yield ask_kms("destroy_key", key.key_id)))
+        return receipts
+
+
+def _values(outcomes: Sequence[bytes | KmsRefusedError]) -> list[bytes]:
+    for outcome in outcomes:
+        if isinstance(outcome, KmsRefusedError):
+            raise outcome
+    return cast("list[bytes]", outcomes)
+
+
+def _whole(place: Place, outcomes: Sequence[bytes | KmsRefusedError]) -> bytes:
+    try:
+        pieces = _values(outcomes)
+    except (DecryptionError, WrongThreadError, KeyNotFoundError) as error:
+        raise WrongPlaceError(place.record) from error
+    except KeyDestroyedError as error:
+        raise DestroyedRecordError(place.record) from error
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

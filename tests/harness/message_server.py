@@ -1,0 +1,84 @@
+"""A `progressdb` process that starts no key service of its own, and requests to it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.harness.ports import free_port
+
+START_S_MAX = 60.0
+ADMIN, BACKEND = "admin-key", "backend-key"
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: Any
+
+
+class Server:
+    """A `progressdb` that starts no key service of its own."""
+
+    def __init__(self, port: int, environ: Mapping[str, str]) -> None:
+        self.port = port
+        self.environ = environ
+
+    def ask(self, method: str, path: str, body: object = None, *, key: str = BACKEND) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            sent = None if body is None else json.dumps(body)
+            connection.request(
+                method, path, sent, {"X-API-Key": key, "X-User-ID": "ada", "Content-Type": "application/json"}
+            )
+            answer = connection.getresponse()
+            text = answer.read()
+            headers = {name.lower(): value for name, value in answer.getheaders()}
+            return Answer(answer.status, headers, json.loads(text) if text[:1] in (b"{", b"[") else text)
+        finally:
+            connection.close()
+
+
+@contextlib.contextmanager
+def server(base: Path, settings: Mapping[str, str], *, launcher: Sequence[str] = ()) -> Iterator[Server]:
+    """`settings`: of its environment, without the prefix. `launcher`: what starts the interpreter, such as setpriv."""
+    port = free_port()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")} | {
+        "PROGRESSDB_API_BACKEND_KEYS": BACKEND,
+        "PROGRESSDB_API_ADMIN_KEYS": ADMIN,
+        **{f"PROGRESSDB_{name}": value for name, value in settings.items()},
+    }
+    command = [
+        *launcher,
+        sys.executable,
+        "-P",
+        "-m",
+        "progressdb_server",
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--db",
+        str(base / "db"),
+    ]
+    with (base / "server-log").open("wb") as log:
+        process = subprocess.Popen(command, env=environ, cwd="/", stdout=log, stderr=log)
+    made = Server(port, environ)
+    try:
+        deadline = time.monotonic() + START_S_MAX
+        while True:
+            with contextlib.suppress(OSError):
+                if made.ask("GET", "/readyz").status == 200:
+                    break
+            assert process.poll() is None and time.monotonic() < deadline, (base / "server-log").read_text()
+            time.sleep(0.05)
+        yield made
+    finally:
+        process.terminate()
+        process.wait(60)

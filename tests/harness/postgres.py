@@ -1,0 +1,51 @@
+"""A PostgreSQL of a test's own, on a Unix socket in a directory of its own.
+
+Owns: making the cluster and ending it. PostgreSQL refuses to run as root, so that it runs as `nobody` then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests import needs
+
+NOBODY = 65534
+SETTINGS = ("fsync=off", "full_page_writes=off", "max_connections=64", "shared_buffers=16MB", "listen_addresses=")
+
+
+@contextlib.contextmanager
+def running() -> Iterator[tuple[str, Path]]:
+    """A connection string, and the directory that holds what is on disk."""
+    programs = Path(needs.postgresql())
+    base = Path(tempfile.mkdtemp(prefix="pg"))
+    user = NOBODY if os.geteuid() == 0 else None
+    data = base / "data"
+    try:
+        if user is not None:
+            os.chown(base, user, user)
+        _run([programs / "initdb", "-D", data, "-A", "trust", "-U", "test", "-E", "UTF8", "--no-sync"], user)
+        options = " ".join(f"-c {setting}" for setting in (*SETTINGS, f"unix_socket_directories={base}"))
+        _run([programs / "pg_ctl", "-D", data, "-w", "-t", "60", "-l", base / "log", "-o", options, "start"], user)
+        try:
+            yield f"host={base} user=test dbname=postgres", data
+        finally:
+            _run([programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop"], user)
+    finally:
+        shutil.rmtree(base)
+
+
+def _run(command: list[str | Path], user: int | None) -> None:
+    """Output goes to a file: a server that is started would keep a pipe open."""
+    with tempfile.TemporaryFile() as output:
+        done = subprocess.run(
+            command, user=user, group=user, extra_groups=None if user is None else (), cwd="/",
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=120, check=False,
+        )  # fmt: skip
+        output.seek(0)
+        assert done.returncode == 0, output.read().decode(errors="replace")

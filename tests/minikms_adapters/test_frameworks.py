@@ -1,0 +1,13 @@
+"""Each framework is there, or the report of the run says which command installs it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import needs
+from tests.minikms_adapters.conftest import FRAMEWORKS
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_framework_can_be_imported(name: str) -> None:
+    assert needs.library(name).__name__ == name
