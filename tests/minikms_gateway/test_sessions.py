@@ -50,9 +50,11 @@ def gateway(trust: NamedTrust, refusals: Refusals, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def sock() -> Iterator[socket.socket]:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        yield ours
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as made,
+    ):
+        yield made
 
 
 def opened(gateway: Gateway, sock: socket.socket, name: str) -> Any:
