@@ -143,7 +143,7 @@ def test_a_socket_of_another_user_gets_nothing(tmp_path: Path) -> None:
     run(tmp_path, serve, check)
 
 
-def test_a_key_service_that_refuses_the_gateway_is_no_refusal_of_the_client(tmp_path: Path) -> None:
+def test_a_refusal_of_the_gateway_is_none_of_its_client(tmp_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(ok(b"{}").replace(b"200 OK", b"401 Unauthorized"))
