@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from minikms import api
-from minikms.daemon.accepting import bound_warning
+from minikms.http.accepting import bound_warning
 from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN
 from minikms.logs import structlog
 
