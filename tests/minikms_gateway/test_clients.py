@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,3 +97,22 @@ def test_a_gateway_of_another_ca_gets_nothing(pair: Pair, tmp_path: Path) -> Non
     with minikms.Client(url(pair), **good) as client, pytest.raises(KmsUntrustedServerError):
         client.random(8)
     assert pair.gateway.metric("requests_total", verb="random") == before
+
+
+def test_the_command_uses_the_gateway_that_its_environment_names(pair: Pair, tmp_path: Path) -> None:
+    files = {f"PROGRESSDB_KMS_{name.upper()}": str(path) for name, path in shown(pair, tmp_path).items()}
+    environ = {"PATH": os.environ["PATH"], "PROGRESSDB_KMS_URL": url(pair), **files}
+
+    def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "minikms", *words]
+        return subprocess.run(
+            command, env=environ | more, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+        )
+
+    status = run("status")
+    assert (status.returncode, status.stdout.startswith("well: up ")) == (0, True), status
+    assert run("keys", "list").returncode == 0
+    refused = run("seal", "--yes")
+    assert (refused.returncode, "own socket" in refused.stderr) == (1, True), refused
+    both = run("status", PROGRESSDB_KMS_SOCKET="/run/s")
+    assert (both.returncode, "unset one of them" in both.stderr) == (2, True), both
