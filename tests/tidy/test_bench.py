@@ -396,6 +396,10 @@ def test_appends_are_compared_with_those_of_another_checkout(monkeypatch: pytest
     many, few = messages.append_against(tmp_path)
     assert many.value > 0 and few.value > 0
     assert (few.unit, few.floor) == ("×", 1.2)
+    monkeypatch.setattr(messages, "LIST_MESSAGES", 20)
+    monkeypatch.setattr(messages, "LIST_TURNS", 2)
+    (lists,) = messages.list_against(tmp_path)
+    assert (lists.value > 0, lists.unit, lists.floor) == (True, "×", 0.98)
 
 
 def test_the_key_service_is_compared_with_that_of_another_checkout(
@@ -406,7 +410,7 @@ def test_the_key_service_is_compared_with_that_of_another_checkout(
         monkeypatch.setattr(pairs, name, value)
     rows = [*pairs.verbs(tmp_path), *pairs.rotation(tmp_path)]
     assert all(row.value > 0 for row in rows)
-    assert [row.floor for row in rows].count(pairs.FOREIGN_FLOOR) == 2
+    assert {row.floor for row in rows} == {pairs.FLOOR, pairs.FOREIGN_FLOOR, pairs.FOREIGN_BATCH_FLOOR}
 
 
 def test_a_checkout_without_programs_is_named(tmp_path: Path) -> None:
