@@ -71,11 +71,12 @@ class Session:
     proves nothing any more. `proven`: it has had a good certificate, or has shown a good token.
     """
 
-    __slots__ = ("chain", "generation", "group", "identity", "name", "opened_s", "proven", "refused")
+    __slots__ = ("chain", "generation", "group", "identity", "name", "opened_s", "peer", "proven", "refused")
 
-    def __init__(self, chain: Chain | None, group: Hashable) -> None:
+    def __init__(self, chain: Chain | None, peer: str) -> None:
+        """`peer`: its address."""
         self.chain = chain
-        self.group = group
+        self.peer = self.group = peer
         self.generation = -1
         self.identity: Identity | None = None
         self.refused: RefusedCertificateError | None = None
@@ -119,7 +120,6 @@ class Gateway:
         self._check(session)
         name = "" if session.identity is None else session.identity.name
         if self._by_name[name] >= self._name_max if name else self._unproven >= self._unproven_max:
-            self._refusals.add("connections")
             return TOO_MANY_CONNECTIONS
         if name:
             session.proven = True
@@ -140,7 +140,7 @@ class Gateway:
         was_refused = session.refused is not None
         self._check(session)
         if session.refused is not None and not was_refused:
-            self._refusals.add(session.refused.reason)
+            self._refusals.add(session.refused.reason, session.peer)
         return session.refused is None
 
     def close_session(self, session: Session) -> None:
@@ -160,7 +160,7 @@ class Gateway:
             if isinstance(self._principal(session, head), str):
                 self._verb(head)
         except KmsRefusedError as error:
-            refused = self._counted(error)
+            refused = self._counted(session, error)
             refused.close = True
             return refused
         return None
@@ -175,13 +175,13 @@ class Gateway:
             if isinstance(who, str):
                 return self._forward(who, request)
         except KmsRefusedError as error:
-            return self._counted(error)
+            return self._counted(session, error)
         return self._after(who, session, Request(head, memoryview(bytes(request.body))))
 
     def refused(self, session: Session | None, status: int, code: str) -> None:
-        """The engine counts what is no request."""
+        """The engine counts what is no request; only a connection without a place is counted here."""
         if code == api.CODE_TOO_MANY and session is None:
-            self._refusals.add("connections")
+            self._refusals.add("connections", "")
 
     def commit(self) -> bool:
         """There is nothing to write: the key service audits each request."""
@@ -241,7 +241,7 @@ class Gateway:
                 raise IssuerUnavailableError("the keys of the token's issuer are being fetched")
             answer = self._forward(who, request)
         except KmsRefusedError as error:
-            return self._counted(error)
+            return self._counted(session, error)
         return answer if isinstance(answer, bytes | Response) else await answer
 
     # --- requests -----------------------------------------------------------------------------------------------
@@ -282,16 +282,16 @@ class Gateway:
         self.requests[verb.name] += 1
         return self._upstream.send(request_bytes(verb.method, target, request, who))
 
-    def _counted(self, error: KmsRefusedError) -> Response:
+    def _counted(self, session: Session, error: KmsRefusedError) -> Response:
         """The answer to an error, whose reason is counted."""
         if isinstance(error, RefusedCertificateError | RefusedTokenError | RefusedRequestError):
-            self._refusals.add(error.reason)
+            self._refusals.add(error.reason, session.peer)
         elif isinstance(error, IssuerUnavailableError):
-            self._refusals.add("token_issuer_unavailable")
+            self._refusals.add("token_issuer_unavailable", session.peer)
         elif isinstance(error, UnauthorizedError):
-            self._refusals.add("no_identity")
+            self._refusals.add("no_identity", session.peer)
         elif not isinstance(error, InvalidRequestError):
-            self._refusals.add("kms_unavailable")
+            self._refusals.add("kms_unavailable", session.peer)
         return raised_response(error)
 
 

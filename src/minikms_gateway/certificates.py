@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, cast
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID
 
@@ -197,7 +197,7 @@ def _signed(crl: x509.CertificateRevocationList, issuer: x509.Certificate) -> bo
         return usage.crl_sign and crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]  # refused below
     except x509.ExtensionNotFound:
         return False
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
 
 

@@ -129,9 +129,9 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     loader = Loader(config_path, lambda issuer, why: log.warning("issuer's keys not fetched", issuer=issuer, why=why))
     loaded = loader.load()
     config = loaded.config
-    descriptors = raise_descriptor_limit()
-    others = min(CONNECTIONS_MAX + HANDSHAKES_COUNT_MAX, descriptors // 4)  # that are open beside the clients'
-    connections_max = connections_bound(descriptors - others)
+    others = CONNECTIONS_MAX + HANDSHAKES_COUNT_MAX  # that are open beside the clients'
+    descriptors = raise_descriptor_limit(others)
+    connections_max = connections_bound(descriptors - min(others, descriptors // 4))
     with SignalReader() as signals, _listen(config.listen) as listener:
         metrics_listener = _listen(config.metrics) if config.metrics else None
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, *_directories(loader.files, config)]
@@ -185,7 +185,9 @@ class _Process:
         self._stopping = asyncio.Event()
         self._hangup = asyncio.Event()
         self._reload_failed = False
-        self._refusals = Refusals(lambda reason, count: log.warning("refused", reason=reason, count=count))
+        self._refusals = Refusals(
+            lambda reason, count, peer: log.warning("refused", reason=reason, count=count, peer=peer)
+        )
         self._generation = 0
         self._reader = ThreadPoolExecutor(1, "files")
         self._why = ""
@@ -324,8 +326,8 @@ class _Process:
             elif number == signal.SIGHUP:
                 self._hangup.set()
 
-    def _handshake_failed(self, error: Exception | None) -> None:
-        self._refusals.add(of_handshake(error))
+    def _handshake_failed(self, error: Exception | None, peer: str) -> None:
+        self._refusals.add(of_handshake(error), peer)
 
     def _accept_failed(self, why: str) -> None:
         self._log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)

@@ -1,8 +1,8 @@
 """Why a peer or a request is refused, and how often.
 
 Owns: the reasons, their counts, and the lines of the log, of which there is at most one a second for each reason.
-Invariants: a reason is a word of this module, so that labels of metrics are bounded; a line never holds what a peer
-sent. It must never decide what is refused.
+Invariants: a reason is a word of this module, so that labels of metrics are bounded; a line holds the address of
+the last peer, and nothing that it sent. It must never decide what is refused.
 """
 
 from __future__ import annotations
@@ -126,26 +126,28 @@ def of_handshake(error: Exception | None) -> HandshakeReason:
 
 
 class Refusals:
-    """Counts refusals, and logs them by `log(reason, count)`: the first at once, those of the next second together."""
+    """Counts refusals, and logs them by `log(reason, count, peer)`: the first at once, those of the next second
+    together, with the address of the last peer.
+    """
 
-    def __init__(self, log: Callable[[str, int], None]) -> None:
+    def __init__(self, log: Callable[[str, int, str], None]) -> None:
         self.counts = dict.fromkeys(REASONS, 0)
         self._log = log
-        self._waiting: dict[str, int] = {}
+        self._waiting: dict[str, tuple[int, str]] = {}
         """Refusals since the last line, of the reasons that had a line in the last LINE_SECONDS."""
 
-    def add(self, reason: Reason) -> None:
+    def add(self, reason: Reason, peer: str) -> None:
         self.counts[reason] += 1
         if reason in self._waiting:
-            self._waiting[reason] += 1
+            self._waiting[reason] = (self._waiting[reason][0] + 1, peer)
         else:
-            self._waiting[reason] = 0
-            self._log(reason, 1)
+            self._waiting[reason] = (0, peer)
+            self._log(reason, 1, peer)
 
     def write(self) -> None:
         """Called every LINE_SECONDS."""
         waiting, self._waiting = self._waiting, {}
-        for reason, count in waiting.items():
+        for reason, (count, peer) in waiting.items():
             if count:
-                self._waiting[reason] = 0
-                self._log(reason, count)
+                self._waiting[reason] = (0, peer)
+                self._log(reason, count, peer)

@@ -113,7 +113,7 @@ class Upstream:
 
     def freed(self, connection: _Connection) -> None:
         """A connection was answered, and may carry another request."""
-        if self._waiting:
+        if self._waiting and connection.usable:
             connection.send(*self._waiting.popleft())
         else:
             self._idle.append(connection)
@@ -122,7 +122,7 @@ class Upstream:
         self._all.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
-        if self._waiting and len(self._all) < CONNECTIONS_MAX:
+        while self._waiting and len(self._all) < CONNECTIONS_MAX:  # each fails at once if the key service is away
             self._open(*self._waiting.popleft())
 
     # --- inside -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests import needs
 from tests.harness.callers import PolicyDaemon
 from tests.harness.gateways import GATEWAY
-from tests.harness.ports import free_port
+from tests.harness.ports import free_ports
 from tests.harness.waiting import wait_until
 
 PAGE = Path(__file__).parents[2] / "docs" / "other-hosts.md"
@@ -36,6 +36,7 @@ class Host:
         self.directory = base / "gateway"
         self.directory.mkdir(mode=0o755)
         python = f"{sys.executable} -P -m"
+        listen, metrics = free_ports(2)
         self._instead = {
             "/opt/progressdb/bin/minikms-gateway": f"{python} minikms_gateway",
             "/opt/progressdb/bin/minikms": f"{python} minikms",
@@ -46,8 +47,8 @@ class Host:
             "$(id -u minikms)": "0",
             "--reuid=minikms-gateway --regid=minikms-gateway --init-groups": f"--reuid={GATEWAY} --clear-groups",
             "chgrp minikms-gateway": f"chown {GATEWAY}",
-            "8443": str(free_port()),
-            "9103": str(free_port()),
+            "8443": str(listen),
+            "9103": str(metrics),
         }
 
     def run(self, block: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ from typing import Any, Self
 from tests import needs
 from tests.harness.callers import WAIT_S, Caller, PolicyDaemon
 from tests.harness.certificates import SERVER, Authority, Issued, replace
-from tests.harness.ports import free_port
+from tests.harness.ports import free_ports
 from tests.harness.waiting import wait_until
 
 GATEWAY = 45_690
@@ -66,7 +66,7 @@ class Gateway:
         self.log = base / "gateway.log"
         self.root = Authority("test root")
         self.authority = self.root.below("test issuing CA")
-        self.port, self.metrics_port = free_port(), free_port()
+        self.port, self.metrics_port = free_ports(2)
         self.own = self.authority.issue(dns=[HOST, "localhost"], extended=[SERVER])
         self.write("server.pem", self.own.chain)
         self.write("server.key", self.own.key, private=True)

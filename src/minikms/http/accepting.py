@@ -32,9 +32,11 @@ ACCEPT_PAUSE_SECONDS: Final = 0.5
 """How long nothing is accepted after accept(2) has failed."""
 
 
-def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open files to what api.CONNECTIONS_MAX needs, or to the hard limit. Returns the limit."""
-    wanted = api.CONNECTIONS_MAX + DESCRIPTORS_RESERVED_COUNT
+def raise_descriptor_limit(others: int = 0) -> int:
+    """Raise the soft limit of open files to what api.CONNECTIONS_MAX and `others` need, or to the hard limit. Returns
+    the limit.
+    """
+    wanted = api.CONNECTIONS_MAX + DESCRIPTORS_RESERVED_COUNT + others
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return wanted if soft == resource.RLIM_INFINITY else soft

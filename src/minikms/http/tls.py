@@ -33,14 +33,14 @@ CIPHERTEXT_BYTES: Final = 64 * 1024
 _FLUSH_BYTES: Final = 1024 * 1024
 """A large answer goes to the transport in parts of this size."""
 
-Failed = Callable[[Exception | None], None]
+Failed = Callable[[Exception | None, str], None]
 
 
 class TlsServer(Generic[S]):
     """The TLS side of an `HttpServer`: its context, and the handshakes that have not ended.
 
     `context` is used for each new handshake, and may be replaced. `on_failed` gets the reason of a failed handshake:
-    an `ssl.SSLError`, a TimeoutError, or None if the peer closed the connection.
+    an `ssl.SSLError`, a TimeoutError, or None if the peer closed the connection, and the address of the peer.
     """
 
     def __init__(self, server: HttpServer[S], context: ssl.SSLContext, *, on_failed: Failed) -> None:
@@ -213,7 +213,8 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
     def _fail(self, error: Exception | None) -> None:
         if not self._failed and self._connection is None:
             self._failed = True
-            self._server.on_failed(error)
+            peer = self._raw.get_extra_info("peername")
+            self._server.on_failed(error, str(peer[0]) if peer else "")
 
     # --- data ---------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ async def serving_tls(limits: Limits = LIMITS) -> AsyncIterator[TlsRunning]:
     client = ssl.create_default_context(cadata=authority.pem.decode())
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     listener.setblocking(False)
-    server = tls.TlsServer(http, own, on_failed=failed.append)
+    server = tls.TlsServer(http, own, on_failed=lambda error, peer: failed.append(error))
     acceptor = Acceptor(listener, http, on_failure=errors.append, protocol_factory=server.protocol_factory)
     try:
         yield TlsRunning(app, http, server, client, listener.getsockname()[1], failed)
