@@ -405,7 +405,7 @@ class SlowPeer:
 def test_a_gateway_that_reads_slowly_does_not_lengthen_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """The timeout of a send over TLS is that of one record by default."""
     peer = SlowPeer()
-    monkeypatch.setattr(tls.time, "monotonic", lambda: peer.now_s)
+    monkeypatch.setattr("minikms.client.tls.time.monotonic", lambda: peer.now_s)
     with pytest.raises(TimeoutError):
         tls.TlsSocket.sendall(peer, b"12345678")  # type: ignore[arg-type]  # all of a socket that it asks
     assert peer.timeouts == [1.0, 0.7, 0.4, 0.1]
