@@ -13,7 +13,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench import create, dek_rotation, encrypt, gateway, kek_rotation, messages, million, pairs, programs, report
+from bench import (
+    agents,
+    create,
+    dek_rotation,
+    encrypt,
+    gateway,
+    kek_rotation,
+    messages,
+    million,
+    pairs,
+    programs,
+    report,
+)
 from bench.programs import BenchError, MissingProgramError
 from bench.report import Missing, Row
 
@@ -29,6 +41,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "kek_rotation": kek_rotation.rotation,
     "dek_rotation": dek_rotation.rotation,
     "dek_rotation_foreground": dek_rotation.foreground,
+    "checkpoint": agents.checkpoint,
 }
 """What runs without any name."""
 AGAINST: dict[str, Callable[[Path], list[Row]]] = {

@@ -267,10 +267,7 @@ def add_root(data: DataDir, root: SecretSlot, provider: str, shares: keyring.Sha
             body, unlocked.make_slot(root.view, provider, slot_id=slot_id, at=at, shares=shares), at=at
         )
 
-    try:
-        body = asyncio.run(data.vault.keyring.change(with_slot))
-    finally:
-        scrub_stack()
+    body = asyncio.run(data.vault.keyring.change(with_slot))
     slot = body.slots[-1]
     facts: dict[str, str | int] = {"slot_id": slot.slot_id, "fingerprint": slot.fingerprint, "provider": provider}
     data.log.add(Event(type="add_root", actor="minikms", pid=os.getpid(), facts=facts | {"epoch": body.epoch}))
@@ -512,7 +509,6 @@ def open_for_reading(directory: str, root: RootProvider) -> Iterator[UnlockedKey
             yield unlocked
         finally:
             unlocked.release()
-            scrub_stack()
 
 
 @contextmanager

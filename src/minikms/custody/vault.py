@@ -41,7 +41,7 @@ from minikms.api.errors import (
     copy_of,
 )
 from minikms.crypto import labels
-from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import RecordKey, RecordKeys
 from minikms.custody.backups import BLANK_FILES_MAX, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
@@ -180,8 +180,6 @@ class Vault:
             if isinstance(error, KeyUnreadableError):
                 self.unreadable.add(key_id, str(error))
             raise
-        finally:
-            scrub_stack()  # here, where the KEK's schedule lies: the turn may end at another depth of the stack
         self.unreadable.remove(key_id)
         opened = OpenDek(record, slot, self.record_keys)
         self.cache.put(key_id, opened, time.monotonic_ns())
