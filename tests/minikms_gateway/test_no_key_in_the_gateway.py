@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,15 @@ from tests.harness.gateways import GATEWAY, Pair
 from tests.minikms.memory import scanner
 
 
-def test_root_finds_no_key_of_the_key_service_in_the_gateway() -> None:
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    with Pair() as made:
+        yield made
+
+
+def test_root_finds_no_key_of_the_key_service_in_the_gateway(pair: Pair) -> None:
     """After it has carried the plaintext of every key."""
-    with Pair() as pair, pair.gateway.caller(pair.client()) as caller:
+    with pair.gateway.caller(pair.client()) as caller:
         plaintext = base64.b64encode(os.urandom(2000)).decode()
         for number in range(20):
             key = caller.post("/create_dek_for_thread", {"thread_id": f"t-{number}"}).body["key_id"]
@@ -39,41 +46,33 @@ def test_root_finds_no_key_of_the_key_service_in_the_gateway() -> None:
                     assert scanner.scan_file(path, needles).hits == [], path
 
 
-def test_the_gateways_user_has_no_right_of_its_own() -> None:
+def test_the_gateways_user_has_no_right_of_its_own(pair: Pair) -> None:
     """A compromised gateway asks on behalf of the names that the policy lets it name, and can do nothing else."""
-    with Pair() as pair:
-        with contextlib.closing(Caller(connected_as(GATEWAY, pair.daemon.socket))) as own:
-            for method, target in (("GET", "/status"), ("POST", "/rotate_kek"), ("POST", "/seal"), ("GET", "/metrics")):
-                assert own.ask(method, target, {} if method == "POST" else None).status == 403
-                for name in ("uid:0", "spiffe://other/x", "spiffe://prod/chat/api"):
-                    answer = own.acting_for(name).ask(method, target, {} if method == "POST" else None)
-                    allowed = (name, target) == ("spiffe://prod/chat/api", "/status")
-                    assert answer.status == (200 if allowed else 403), (name, target)
-        read = ["setpriv", f"--reuid={GATEWAY}", "--clear-groups", "ls", str(pair.daemon.data_dir)]
-        needs.program("setpriv")
-        assert subprocess.run(read, capture_output=True, check=False).returncode != 0
+    with contextlib.closing(Caller(connected_as(GATEWAY, pair.daemon.socket))) as own:
+        for method, target in (("GET", "/status"), ("POST", "/rotate_kek"), ("POST", "/seal"), ("GET", "/metrics")):
+            assert own.ask(method, target, {} if method == "POST" else None).status == 403
+            for name in ("uid:0", "spiffe://other/x", "spiffe://prod/chat/api"):
+                answer = own.acting_for(name).ask(method, target, {} if method == "POST" else None)
+                allowed = (name, target) == ("spiffe://prod/chat/api", "/status")
+                assert answer.status == (200 if allowed else 403), (name, target)
+    read = ["setpriv", f"--reuid={GATEWAY}", "--clear-groups", "ls", str(pair.daemon.data_dir)]
+    needs.program("setpriv")
+    assert subprocess.run(read, capture_output=True, check=False).returncode != 0
 
 
-def test_daemon_and_gateway_are_two_users_and_trust_each_other_by_uid() -> None:
+def test_daemon_and_gateway_are_two_users_and_trust_each_other_by_uid(pair: Pair) -> None:
     """The gateway sends nothing to a socket that another user serves."""
-    with Pair() as pair:
-        uids = {
-            re.search(r"Uid:\t(\d+)", Path(f"/proc/{pid}/status").read_text())[1]  # type: ignore[index]  # always there
-            for pid in (pair.daemon.pid, pair.gateway.process.pid)  # type: ignore[union-attr]  # it was started
-        }
-        assert uids == {"0", str(GATEWAY)}
-        good = pair.gateway.config.read_text()
-        pair.gateway.configure(good.replace("[tls]", "kms_server_uids = [12345]\n[tls]"))
-        pair.gateway.stop()
-        pair.gateway.start()
-        lines = len(pair.audited())
-        with pair.gateway.caller(pair.client()) as caller:
-            assert caller.post("/random", {"count": 1}).status == 503
-        assert len(pair.audited()) == lines
-        assert pair.gateway.metric("kms_reachable") == 0
-
-
-@pytest.mark.parametrize("token", ["Bearer abc", "Basic cm9vdDo="])
-def test_a_token_on_the_unix_socket_changes_nothing(token: str) -> None:
-    with Pair() as pair, contextlib.closing(Caller(connected_as(GATEWAY, pair.daemon.socket))) as own:
-        assert own.ask("GET", "/status", headers=(f"Authorization: {token}",)).status == 403
+    uids = {
+        re.search(r"Uid:\t(\d+)", Path(f"/proc/{pid}/status").read_text())[1]  # type: ignore[index]  # always there
+        for pid in (pair.daemon.pid, pair.gateway.process.pid)  # type: ignore[union-attr]  # it was started
+    }
+    assert uids == {"0", str(GATEWAY)}
+    good = pair.gateway.config.read_text()
+    pair.gateway.configure(good.replace("[tls]", "kms_server_uids = [12345]\n[tls]"))
+    pair.gateway.stop()
+    pair.gateway.start()
+    lines = len(pair.audited())
+    with pair.gateway.caller(pair.client()) as caller:
+        assert caller.post("/random", {"count": 1}).status == 503
+    assert len(pair.audited()) == lines
+    assert pair.gateway.metric("kms_reachable") == 0
