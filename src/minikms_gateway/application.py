@@ -38,6 +38,7 @@ from minikms_gateway.reasons import (
     RefusedCertificateError,
     RefusedRequestError,
     RefusedTokenError,
+    TooManyConnectionsError,
 )
 from minikms_gateway.upstream import Upstream, request_bytes
 
@@ -46,14 +47,15 @@ if TYPE_CHECKING:
 
 UNPROVEN_SECONDS_MAX: Final = 10.0
 """How long a connection without a good certificate stays open before it has shown a good token."""
-UNPROVEN_SHARE: Final = 2
+UNPROVEN_SHARE: Final = 4
 """At most one in this many of all connections has no good certificate, and has shown no good token yet."""
 NAME_SHARE: Final = 2
-"""A principal gets at most one in this many of all connections."""
+"""A principal gets at most one in this many of all connections. With UNPROVEN_SHARE it leaves some for others."""
 
 HEALTHY: Final = Response(200, b"ok", content_type="text/plain")
 _TEXT: Final = "{}"
 """Stands for the id in a path."""
+_FETCHING: Final = "the keys of the token's issuer are being fetched"
 
 Answer = bytes | Response | Awaitable[bytes | Response]
 
@@ -68,10 +70,11 @@ class State(NamedTuple):
 
 class Session:
     """One connection. `identity`: what its certificate proves under the state of `generation`. `refused`: why it
-    proves nothing any more. `proven`: it has had a good certificate, or has shown a good token.
+    proves nothing any more. `proven`: it has had a good certificate, or has shown a good token. `until`: when the last
+    of its tokens expires.
     """
 
-    __slots__ = ("chain", "generation", "group", "identity", "name", "opened_s", "peer", "proven", "refused")
+    __slots__ = ("chain", "generation", "group", "identity", "name", "opened_s", "peer", "proven", "refused", "until")
 
     def __init__(self, chain: Chain | None, peer: str) -> None:
         """`peer`: its address."""
@@ -81,9 +84,10 @@ class Session:
         self.identity: Identity | None = None
         self.refused: RefusedCertificateError | None = None
         self.name = ""
-        """The name that was counted when the connection was opened."""
+        """The name that is counted: of the certificate, or of the first token."""
         self.opened_s = time.monotonic()
         self.proven = False
+        self.until = 0.0
 
 
 class Gateway:
@@ -134,9 +138,13 @@ class Gateway:
         return session.group
 
     def may_stay(self, session: Session) -> bool:
-        """False once a certificate is no longer good, or if a peer has not proven in time who it is."""
+        """False once a certificate is no longer good, the last token has expired, or if a peer has not proven in time
+        who it is.
+        """
         if not session.proven:
             return time.monotonic() - session.opened_s < UNPROVEN_SECONDS_MAX
+        if session.chain is None:
+            return time.time() < session.until + UNPROVEN_SECONDS_MAX
         was_refused = session.refused is not None
         self._check(session)
         if session.refused is not None and not was_refused:
@@ -152,13 +160,12 @@ class Gateway:
             self._unproven -= 1
 
     def admit(self, session: Session, head: ParsedHead) -> Response | None:
-        """Refuses a body before it is received."""
-        if _is_health(head):
-            return None
+        """Refuses a body before it is received: of a peer without a principal, on any path."""
         try:
             self._check_head(head)
-            if isinstance(self._principal(session, head), str):
-                self._verb(head)
+            if not isinstance(self._principal(session, head), str):
+                raise IssuerUnavailableError(_FETCHING)
+            self._verb(head)
         except KmsRefusedError as error:
             refused = self._counted(session, error)
             refused.close = True
@@ -191,7 +198,7 @@ class Gateway:
 
     def _principal(self, session: Session, head: ParsedHead) -> str | asyncio.Future[None]:
         """A future: the keys of an issuer are being fetched, so ask again. Raises UnauthorizedError,
-        IssuerUnavailableError.
+        IssuerUnavailableError, TooManyConnectionsError.
         """
         if session.chain is not None:
             self._check(session)
@@ -212,8 +219,13 @@ class Gateway:
         if isinstance(found, asyncio.Future):
             return found
         if not session.proven:
+            if self._by_name[found.name] >= self._name_max:
+                raise TooManyConnectionsError(TOO_MANY_CONNECTIONS.sentence)
             session.proven = True
             self._unproven -= 1
+            session.name = found.name
+            self._by_name[found.name] += 1
+        session.until = max(session.until, found.until)
         return found.name
 
     def _check(self, session: Session) -> None:
@@ -238,7 +250,7 @@ class Gateway:
         try:
             who = self._principal(session, request.head)
             if not isinstance(who, str):  # another fetch: the issuer changed meanwhile
-                raise IssuerUnavailableError("the keys of the token's issuer are being fetched")
+                raise IssuerUnavailableError(_FETCHING)
             answer = self._forward(who, request)
         except KmsRefusedError as error:
             return self._counted(session, error)
@@ -288,11 +300,15 @@ class Gateway:
             self._refusals.add(error.reason, session.peer)
         elif isinstance(error, IssuerUnavailableError):
             self._refusals.add("token_issuer_unavailable", session.peer)
+        elif isinstance(error, TooManyConnectionsError):
+            self._refusals.add("connections", session.peer)
         elif isinstance(error, UnauthorizedError):
             self._refusals.add("no_identity", session.peer)
         elif not isinstance(error, InvalidRequestError):
             self._refusals.add("kms_unavailable", session.peer)
-        return raised_response(error)
+        answer = raised_response(error)
+        answer.close = answer.close or isinstance(error, TooManyConnectionsError)
+        return answer
 
 
 def _is_health(head: ParsedHead) -> bool:

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import ssl
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, NamedTuple, cast
 
@@ -33,6 +34,8 @@ from minikms.policy.names import parse_name
 from minikms_gateway.config import CRL_BYTES_MAX, PEM_BYTES_MAX, ClientCa, Config, Files
 from minikms_gateway.reasons import RefusedCertificateError
 
+CRL_ISSUERS_COUNT_MAX: Final = 64
+"""Issuers whose list is remembered with its signature verified."""
 _SPIFFE: Final = "spiffe://"
 _CRL_END: Final = b"-----END X509 CRL-----"
 _KNOWN_CRL_EXTENSIONS: Final = frozenset({ExtensionOID.CRL_NUMBER, ExtensionOID.AUTHORITY_KEY_IDENTIFIER})
@@ -52,11 +55,21 @@ class Chain(NamedTuple):
     thumbprint: bytes
 
 
+class _Crl(NamedTuple):
+    """One revocation list, and the serial numbers in it: a search in the list takes time for each of its entries."""
+
+    crl: x509.CertificateRevocationList
+    revoked: frozenset[int]
+
+
 class _Crls:
-    """The revocation lists of one CA, by the name of their issuer."""
+    """The revocation lists of one CA, by the name of their issuer. A check takes no time for their size, but for the
+    first of an issuer, which verifies the signature.
+    """
 
     def __init__(self, content: bytes, place: str) -> None:
-        self._by_issuer: dict[bytes, list[x509.CertificateRevocationList]] = {}
+        self._by_issuer: dict[bytes, list[_Crl]] = {}
+        self._newest = lru_cache(CRL_ISSUERS_COUNT_MAX)(self._find_newest)
         try:
             blocks = [part + _CRL_END for part in content.split(_CRL_END)[:-1]]
             lists = [x509.load_pem_x509_crl(block) for block in blocks]
@@ -67,24 +80,30 @@ class _Crls:
         for one in lists:
             if any(ext.critical and ext.oid not in _KNOWN_CRL_EXTENSIONS for ext in one.extensions):
                 raise StartError(f"{place} holds a CRL of a part or of changes; give the whole list")
-            self._by_issuer.setdefault(one.issuer.public_bytes(), []).append(one)
+            self._by_issuer.setdefault(one.issuer.public_bytes(), []).append(
+                _Crl(one, frozenset(entry.serial_number for entry in one))
+            )
+
+    def _find_newest(self, issuer: x509.Certificate) -> _Crl | None:
+        """The newest list that the issuer has signed."""
+        signed = [one for one in self._by_issuer.get(issuer.subject.public_bytes(), ()) if _signed(one.crl, issuer)]
+        return max(signed, key=lambda one: one.crl.last_update_utc, default=None)
 
     def check(self, certificate: x509.Certificate, issuer: x509.Certificate, now: float) -> float:
         """Until when the list of the issuer is in force. Raises RefusedCertificateError."""
-        signed = [one for one in self._by_issuer.get(issuer.subject.public_bytes(), ()) if _signed(one, issuer)]
-        if not signed:
+        newest = self._newest(issuer)
+        if newest is None:
             raise RefusedCertificateError("crl_missing")
-        newest = max(signed, key=lambda one: one.last_update_utc)
-        if newest.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None:
+        if certificate.serial_number in newest.revoked:
             raise RefusedCertificateError("revoked")
-        until = newest.next_update_utc
-        if until is None or not newest.last_update_utc.timestamp() <= now < until.timestamp():
+        until = newest.crl.next_update_utc
+        if until is None or not newest.crl.last_update_utc.timestamp() <= now < until.timestamp():
             raise RefusedCertificateError("crl_expired")
         return until.timestamp()
 
     def until(self) -> float:
         """When the first of the lists expires; 0 if one says not when."""
-        ends = [one.next_update_utc for lists in self._by_issuer.values() for one in lists]
+        ends = [one.crl.next_update_utc for lists in self._by_issuer.values() for one in lists]
         return min(0.0 if end is None else end.timestamp() for end in ends)
 
 
@@ -132,7 +151,10 @@ class Trust:
         if index is None:
             raise RefusedCertificateError("unknown_ca")
         authority = self._authorities[certificates[index]]
-        path = [x509.load_der_x509_certificate(der) for der in certificates[: index + 1]]
+        try:
+            path = [x509.load_der_x509_certificate(der) for der in certificates[: index + 1]]
+        except (ValueError, x509.InvalidVersion):  # OpenSSL reads what is not quite DER
+            raise RefusedCertificateError("certificate") from None
         until = min(one.not_valid_after_utc.timestamp() for one in path)
         if not now < until:
             raise RefusedCertificateError("expired")

@@ -29,7 +29,7 @@ HandshakeReason = Literal[
 ]
 CertificateReason = Literal[
     "expired", "not_yet_valid", "usage", "unknown_ca", "revoked", "crl_expired", "crl_missing", "uri_sans", "dns_sans",
-    "name", "trust_domain", "dns_suffix",
+    "name", "trust_domain", "dns_suffix", "certificate",
 ]  # fmt: skip
 TokenReason = Literal[
     "token_malformed",
@@ -95,6 +95,13 @@ class RefusedTokenError(UnauthorizedError):
     def __init__(self, reason: TokenReason) -> None:
         super().__init__("the token is not accepted here; the log of the gateway says why")
         self.reason: Final = reason
+
+
+class TooManyConnectionsError(KmsRefusedError):
+    """The principal of the token has all the connections that it may have."""
+
+    status = 503
+    code = api.CODE_TOO_MANY
 
 
 class IssuerUnavailableError(KmsRefusedError):

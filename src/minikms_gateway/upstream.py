@@ -24,6 +24,9 @@ from minikms.http import Request, Response
 
 CONNECTIONS_MAX: Final = 512
 """The key service gives a user half of its own bound, 1,024. Further requests wait for one of these."""
+WAITING_COUNT_MAX: Final = api.CONNECTIONS_MAX
+"""Requests that wait for a connection. A client that closes its connection leaves its request here, so the number of
+clients does not bound them."""
 ANSWER_SECONDS_MAX: Final = 60.0
 SWEEP_SECONDS: Final = 1.0
 _HEAD: Final = b" HTTP/1.1\r\nHost: minikms\r\n"
@@ -91,8 +94,10 @@ class Upstream:
             connection.send(data, answer)
         elif len(self._all) < CONNECTIONS_MAX:
             self._open(data, answer)
-        else:
+        elif len(self._waiting) < WAITING_COUNT_MAX:
             self._waiting.append((data, answer))
+        else:
+            _fail(answer, ShuttingDownError("too many requests wait for the key service"))
         return answer
 
     def sweep(self) -> None:

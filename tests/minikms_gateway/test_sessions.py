@@ -1,7 +1,8 @@
-"""The bounds of connections: of those that have not proven who they are, and of each name."""
+"""The bounds of connections: of those that have not proven who they are, and of each name. Bodies that are refused."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Iterator
@@ -9,11 +10,14 @@ from typing import Any, cast
 
 import pytest
 
-from minikms.http import TOO_MANY_CONNECTIONS
+from minikms.http import LIMITS, TOO_MANY_CONNECTIONS, ParsedHead, Request
+from minikms.http.head import parse_head
 from minikms_gateway import application
 from minikms_gateway.application import Gateway, Session, State
 from minikms_gateway.certificates import Chain, Identity, Trust
+from minikms_gateway.issuers import Issuers
 from minikms_gateway.reasons import Refusals, RefusedCertificateError
+from minikms_gateway.tokens import Verified
 from minikms_gateway.upstream import Upstream
 
 CONNECTIONS_MAX = 8
@@ -32,6 +36,25 @@ class NamedTrust(Trust):
         return Identity(name.decode(), self.until)
 
 
+class NamedIssuers:
+    """Accepts each token as the name that it is. The keys for `unknown` are being fetched, and never arrive."""
+
+    def __init__(self) -> None:
+        self.until = time.time() + 600
+        self.loop = asyncio.new_event_loop()
+
+    def principal(self, authorization: str, thumbprint: bytes | None, now: float) -> Verified | asyncio.Future[None]:
+        name = authorization.removeprefix("Bearer ")
+        if name == "unknown":
+            return self.loop.create_future()
+        return Verified(name, self.until, None, 0, "key")
+
+
+class UnusedUpstream:
+    def send(self, data: bytes) -> bytes:
+        return b"{}"
+
+
 @pytest.fixture
 def refusals() -> Refusals:
     return Refusals(lambda reason, count, peer: None)
@@ -43,9 +66,17 @@ def trust() -> NamedTrust:
 
 
 @pytest.fixture
-def gateway(trust: NamedTrust, refusals: Refusals, monkeypatch: pytest.MonkeyPatch) -> Gateway:
+def issuers() -> Iterator[NamedIssuers]:
+    made = NamedIssuers()
+    yield made
+    made.loop.close()
+
+
+@pytest.fixture
+def gateway(trust: NamedTrust, issuers: NamedIssuers, refusals: Refusals, monkeypatch: pytest.MonkeyPatch) -> Gateway:
     monkeypatch.setattr(application, "chain_of", lambda tls: tls)
-    return Gateway(State(trust, None, 1), cast(Upstream, None), refusals, connections_max=CONNECTIONS_MAX)
+    state = State(trust, cast(Issuers, issuers), 1)
+    return Gateway(state, cast(Upstream, UnusedUpstream()), refusals, connections_max=CONNECTIONS_MAX)
 
 
 @pytest.fixture
@@ -62,9 +93,18 @@ def opened(gateway: Gateway, sock: socket.socket, name: str) -> Any:
     return gateway.open_session(sock, cast(Any, Chain((name.encode(),), b"") if name else None))
 
 
+def head(line: str, *headers: str) -> ParsedHead:
+    return parse_head("\r\n".join((f"{line} HTTP/1.1", "Host: x", *headers, "", "")).encode(), LIMITS)
+
+
+def ready(gateway: Gateway, session: Any, token: str) -> Any:
+    """The answer to a request with a token."""
+    return gateway.handle(session, Request(head("GET /ready", f"Authorization: Bearer {token}"), memoryview(b"")))
+
+
 @pytest.mark.parametrize("unproven", ["", "bad"])
-def test_unknown_peers_get_half_of_the_connections(gateway: Gateway, sock: socket.socket, unproven: str) -> None:
-    sessions = [opened(gateway, sock, unproven) for _ in range(CONNECTIONS_MAX // 2)]
+def test_unknown_peers_get_a_quarter_of_the_connections(gateway: Gateway, sock: socket.socket, unproven: str) -> None:
+    sessions = [opened(gateway, sock, unproven) for _ in range(CONNECTIONS_MAX // 4)]
     assert all(isinstance(session, Session) for session in sessions)
     assert opened(gateway, sock, "") is TOO_MANY_CONNECTIONS
     assert isinstance(opened(gateway, sock, "spiffe://prod/x"), Session)
@@ -98,3 +138,49 @@ def test_a_certificate_that_has_become_bad_is_counted_once(
     gateway.use(State(trust, None, 2))
     assert [gateway.may_stay(session) for _ in range(3)] == [False] * 3
     assert refusals.counts["revoked"] == 1
+
+
+def test_the_name_of_a_token_gets_half_of_the_connections(
+    gateway: Gateway, sock: socket.socket, refusals: Refusals
+) -> None:
+    """Beside unknown peers it leaves some for others. Further ones are closed, and end as unknown peers do."""
+    sessions = []
+    for _ in range(CONNECTIONS_MAX // 2):
+        sessions.append(opened(gateway, sock, ""))
+        assert ready(gateway, sessions[-1], "oidc:x") == ready(gateway, sessions[-1], "oidc:x") == b"{}"
+    beyond = opened(gateway, sock, "")
+    refused = ready(gateway, beyond, "oidc:x")
+    assert (refused.status, refused.close, refusals.counts["connections"]) == (503, True, 1)
+    assert ready(gateway, opened(gateway, sock, ""), "oidc:y") == b"{}"
+    gateway.close_session(sessions[0])
+    assert ready(gateway, beyond, "oidc:x") == b"{}"
+
+
+def test_a_connection_does_not_outlast_its_last_token(
+    gateway: Gateway, sock: socket.socket, issuers: NamedIssuers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(application, "UNPROVEN_SECONDS_MAX", 0.0)
+    session = opened(gateway, sock, "")
+    ready(gateway, session, "oidc:x")
+    assert gateway.may_stay(session)
+    other = opened(gateway, sock, "")
+    issuers.until = 0.0
+    ready(gateway, other, "oidc:x")
+    assert (gateway.may_stay(session), gateway.may_stay(other)) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("line", "headers", "status"),
+    [
+        ("GET /health", (), 401),
+        ("POST /random", (), 401),
+        ("POST /random", ("Authorization: Bearer unknown",), 503),
+        ("POST /random", ("Authorization: Bearer oidc:x",), None),
+    ],
+)
+def test_a_body_is_received_only_of_a_peer_with_a_name(
+    gateway: Gateway, sock: socket.socket, line: str, headers: tuple[str, ...], status: int | None
+) -> None:
+    """Not while the keys for its token are being fetched either."""
+    answer = gateway.admit(opened(gateway, sock, ""), head(line, *headers, "Content-Length: 9"))
+    assert (None if answer is None else (answer.status, answer.close)) == (None if status is None else (status, True))

@@ -154,3 +154,17 @@ def test_a_refusal_of_the_gateway_is_none_of_its_client(tmp_path: Path) -> None:
         assert pool.error
 
     run(tmp_path, serve, check)
+
+
+def test_requests_that_wait_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those whose clients have gone. One beyond the bound was not begun."""
+    monkeypatch.setattr(upstream, "CONNECTIONS_MAX", 1)
+    monkeypatch.setattr(upstream, "WAITING_COUNT_MAX", 2)
+
+    async def check(pool: Upstream, server: asyncio.Server) -> None:
+        answers = [pool.send(REQUEST % number) for number in range(4)]
+        found = await asyncio.gather(*answers, return_exceptions=True)
+        assert found[:3] == [b"/0", b"/1", b"/2"]
+        assert isinstance(found[3], ShuttingDownError)
+
+    run(tmp_path, echo, check)

@@ -150,7 +150,7 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
         return self._server.ciphertext
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._ended:
+        if self._ended or self._told:
             return
         self._incoming.write(self._server.ciphertext[:nbytes])
         if self._connection is None:

@@ -163,6 +163,40 @@ def test_damaged_records_end_the_connection() -> None:
     run(check())
 
 
+def test_what_comes_after_the_end_of_tls_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a request is being answered, of which nothing was read: it would fill the memory."""
+    buffers: list[ssl.MemoryBIO] = []
+    made = ssl.MemoryBIO
+
+    def counted() -> ssl.MemoryBIO:
+        buffers.append(made())
+        return buffers[-1]
+
+    def send(running: TlsRunning) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", running.port), 60)
+        with running.client.wrap_socket(sock, server_hostname=HOST) as wrapped:
+            below = socket.socket(fileno=os.dup(wrapped.fileno()))
+            wrapped.sendall(get("/hold"))
+            wrapped.setblocking(False)
+            with contextlib.suppress(ssl.SSLWantReadError):
+                wrapped.unwrap()
+        below.settimeout(60)
+        below.sendall(bytes(16_000_000))
+        return below
+
+    async def check() -> None:
+        monkeypatch.setattr(ssl, "MemoryBIO", counted)
+        async with serving_tls() as running:
+            below = await asyncio.to_thread(send, running)
+            assert sum(buffer.pending for buffer in buffers) < 1_000_000
+            running.app.release.set()
+            below.close()
+            while running.http.connections:
+                await asyncio.sleep(0.01)
+
+    run(check())
+
+
 def test_a_handshake_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tls, "HANDSHAKE_SECONDS_MAX", 0.0)
 
