@@ -17,8 +17,10 @@ import pytest
 
 from tests import needs
 from tests.deploy import restricted
+from tests.harness.gateways import DAEMON, GATEWAY, POLICY, Pair
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.ports import free_port
+from tests.harness.waiting import wait_until
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 EXPOSURE_MAX = {"minikms.service": 0.5, "minikms-gateway.service": 1.5, "progressdb.service": 1.5}
@@ -142,6 +144,28 @@ def test_what_the_units_forbid_is_not_needed_by_the_message_server(tmp_path: Pat
     assert listed is not None
     assert [message["body"]["text"] for message in listed["messages"]] == [str(number) for number in range(50)]
     assert status == 0, (tmp_path / "server-log").read_text()
+
+
+def test_what_the_units_forbid_is_not_needed_by_the_gateway(tmp_path: Path) -> None:
+    """The gateway under its unit's restrictions, which run it as root: it takes up changed files, and serves."""
+    needs.interpreter_for(DAEMON)
+    needs.program("systemd-analyze")
+    needs.program("mount")
+    launcher = [needs.namespaces("mount", "ipc"), "--mount", "--ipc", sys.executable, restricted.__file__]
+    launcher += [str(UNITS / "minikms-gateway.service"), str(tmp_path)]
+    policy = POLICY.replace('"uid:0"', '"uid:1"').replace(f"uid:{GATEWAY}", "uid:0")
+    with Pair(policy=policy, daemon_uid=DAEMON, crl=True, under=launcher) as pair:
+        gateway, shown = pair.gateway, pair.client()
+        assert gateway.process is not None
+        with gateway.caller(shown) as caller:
+            assert caller.post("/create_dek_for_thread", {"thread_id": "thread"}).status == 200
+            gateway.revoke(shown)
+            wait_until(lambda: gateway.refused("revoked") > 0)
+        kernel = Path(f"/proc/{gateway.process.pid}/status").read_text()
+        gateway.stop()
+        missing = set(re.findall(r"measure=(\w+)", gateway.log.read_text()))
+    assert missing <= {"memory_locked"}, missing
+    assert int(re.search(r"Seccomp_filters:\t(\d+)", kernel)[1]) >= 2  # type: ignore[index]  # the line is always there
 
 
 def ask(port: int, method: str, path: str, body: object = None) -> dict[str, Any] | None:

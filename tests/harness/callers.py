@@ -134,10 +134,10 @@ def connected_as(uid: int, path: Path) -> socket.socket:
 
 class PolicyDaemon(LiveDaemon):
     """A daemon under a policy file, in a directory of the file's own. Every user reaches its socket. All hourly limits
-    are full at its first start.
+    are full at its first start. `uid`: its user, to whom its files then belong.
     """
 
-    def __init__(self, base: Path, policy: str, *flags: str, **others: Any) -> None:
+    def __init__(self, base: Path, policy: str, *flags: str, uid: int = 0, **others: Any) -> None:
         needs.root()
         base.chmod(0o755)
         self.policy = base / "policy" / "policy.toml"
@@ -148,8 +148,11 @@ class PolicyDaemon(LiveDaemon):
         others.setdefault("socket", run / "s")
         (base / "data").mkdir(mode=0o700)
         (base / "data" / SAVED_NAME).write_bytes(FULL_BUCKETS)
+        if uid:
+            own = f"cd {base} && chown -R {uid} run data data.master-key && cd / && exec setpriv --reuid={uid}"
+            others["program"] = ("sh", "-c", f'{own} --clear-groups "$@"', "sh")
         super().__init__(
-            base, "file", "--socket-mode", "0666", "--policy", str(self.policy), *flags, server_uids=[0], **others
+            base, "file", "--socket-mode", "0666", "--policy", str(self.policy), *flags, server_uids=[uid], **others
         )
         self._callers: list[Caller] = []
 

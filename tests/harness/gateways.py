@@ -15,7 +15,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,8 +25,8 @@ from tests.harness.certificates import SERVER, Authority, Issued, replace
 from tests.harness.ports import free_ports
 from tests.harness.waiting import wait_until
 
-GATEWAY = 45_690
-"""The uid of the gateway; it belongs to nobody on the machine."""
+GATEWAY, DAEMON = 45_690, 45_689
+"""The uid of the gateway, and of a daemon that does not run as root; they belong to nobody on the machine."""
 HOST = "gateway.internal"
 POLICY = f"""
 [[grant]]
@@ -54,13 +54,19 @@ class Gateway:
         base: Path,
         kms_socket: Path,
         *,
+        kms_uid: int = 0,
         tables: str = "",
         files: Mapping[str, bytes] | None = None,
         crl: bool = False,
         cas: bool = True,
+        under: Sequence[str] = (),
     ) -> None:
-        """`tables` are added to the configuration, and name `files`. `crl`: the CA has a file of revocation lists."""
-        needs.interpreter_for(GATEWAY)
+        """`tables` are added to the configuration, and name `files`. `crl`: the CA has a file of revocation lists.
+        `under`: a program that runs it as root, instead of its own user.
+        """
+        self._under = list(under)
+        self._uid = 0 if under else GATEWAY
+        needs.interpreter_for(self._uid)
         self.directory = base / "gateway"
         self.directory.mkdir(mode=0o755)
         self.log = base / "gateway.log"
@@ -82,7 +88,8 @@ class Gateway:
         self.config = self.directory / "gateway.toml"
         self.configure(
             f'version = 1\nlisten = "127.0.0.1:{self.port}"\nmetrics = "127.0.0.1:{self.metrics_port}"\n'
-            f'kms_socket = "{kms_socket}"\n[tls]\ncert = "server.pem"\nkey = "server.key"\n{table}{tables}'
+            f'kms_socket = "{kms_socket}"\nkms_server_uids = [{kms_uid}]\n'
+            f'[tls]\ncert = "server.pem"\nkey = "server.key"\n{table}{tables}'
         )
         self.ca_file = base / "server-ca.pem"
         self.ca_file.write_bytes(self.root.pem)
@@ -91,7 +98,7 @@ class Gateway:
     # --- files ------------------------------------------------------------------------------------------------------
 
     def write(self, name: str, content: bytes, *, private: bool = False) -> None:
-        replace(self.directory / name, content, 0o640 if private else 0o644, GATEWAY)
+        replace(self.directory / name, content, 0o640 if private else 0o644, self._uid)
 
     def configure(self, text: str) -> None:
         self.write("gateway.toml", text.encode())
@@ -103,9 +110,17 @@ class Gateway:
     # --- process ----------------------------------------------------------------------------------------------------
 
     def command(self, *words: str) -> list[str]:
-        setpriv = needs.program("setpriv")
-        user = [setpriv, f"--reuid={GATEWAY}", f"--regid={GATEWAY}", "--clear-groups"]
-        return [*user, sys.executable, "-P", "-m", "minikms_gateway", *words, "--config", str(self.config)]
+        setpriv = [needs.program("setpriv"), f"--reuid={GATEWAY}", f"--regid={GATEWAY}", "--clear-groups"]
+        return [
+            *(self._under or setpriv),
+            sys.executable,
+            "-P",
+            "-m",
+            "minikms_gateway",
+            *words,
+            "--config",
+            str(self.config),
+        ]
 
     def start(self) -> Self:
         with self.log.open("ab") as log:
@@ -183,12 +198,12 @@ class Gateway:
 class Pair:
     """A daemon under a policy, and a gateway before it, in a directory that every user reaches."""
 
-    def __init__(self, *, policy: str = POLICY, **how: Any) -> None:
+    def __init__(self, *, policy: str = POLICY, daemon_uid: int = 0, **how: Any) -> None:
         needs.interpreter_for(GATEWAY)
         with contextlib.ExitStack() as started:
             base = Path(started.enter_context(tempfile.TemporaryDirectory(prefix="minikms-test-")))
-            self.daemon = started.enter_context(PolicyDaemon(base, policy))
-            self.gateway = started.enter_context(Gateway(base, self.daemon.socket, **how))
+            self.daemon = started.enter_context(PolicyDaemon(base, policy, uid=daemon_uid))
+            self.gateway = started.enter_context(Gateway(base, self.daemon.socket, kms_uid=daemon_uid, **how))
             self._started = started.pop_all()
 
     def client(self, *, uri: str = "spiffe://prod/chat/api") -> Issued:

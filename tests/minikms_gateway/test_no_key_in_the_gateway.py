@@ -15,13 +15,14 @@ import pytest
 from tests import needs
 from tests.harness.callers import Caller, connected_as
 from tests.harness.descriptors import open_files
-from tests.harness.gateways import GATEWAY, Pair
+from tests.harness.gateways import DAEMON, GATEWAY, Pair
 from tests.minikms.memory import scanner
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    with Pair() as made:
+    needs.interpreter_for(DAEMON)
+    with Pair(daemon_uid=DAEMON) as made:
         yield made
 
 
@@ -60,15 +61,16 @@ def test_the_gateways_user_has_no_right_of_its_own(pair: Pair) -> None:
     assert subprocess.run(read, capture_output=True, check=False).returncode != 0
 
 
-def test_daemon_and_gateway_are_two_users_and_trust_each_other_by_uid(pair: Pair) -> None:
-    """The gateway sends nothing to a socket that another user serves."""
+def test_daemon_gateway_and_client_are_three_users_and_trust_by_uid(pair: Pair) -> None:
+    """The gateway sends nothing to a socket that another user serves, root included."""
     uids = {
         re.search(r"Uid:\t(\d+)", Path(f"/proc/{pid}/status").read_text())[1]  # type: ignore[index]  # always there
         for pid in (pair.daemon.pid, pair.gateway.process.pid)  # type: ignore[union-attr]  # it was started
     }
-    assert uids == {"0", str(GATEWAY)}
+    assert uids == {str(DAEMON), str(GATEWAY)}
+    assert os.geteuid() == 0
     good = pair.gateway.config.read_text()
-    pair.gateway.configure(good.replace("[tls]", "kms_server_uids = [12345]\n[tls]"))
+    pair.gateway.configure(good.replace(f"kms_server_uids = [{DAEMON}]", "kms_server_uids = [0]"))
     pair.gateway.stop()
     pair.gateway.start()
     lines = len(pair.audited())
