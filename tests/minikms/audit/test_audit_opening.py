@@ -1,4 +1,4 @@
-"""Opening a log at start: each row of the decision table in `minikms.audit.recovery`."""
+"""Opening a log at start: each row of the decision table in `minikms.audit.repair`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.cli.doctor import Finding, examine
+from minikms.cli.doctor import Diagnosis, examine
 from minikms.custody import create_log
 from minikms.roots.providers import KeyFile
 from tests.harness.vaults import copied_vault, opened_vault
@@ -20,7 +20,7 @@ def has_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(create_log, "syncfs_reports", lambda _directory: True)
 
 
-def findings(directory: Path) -> list[Finding]:
+def findings(directory: Path) -> list[Diagnosis]:
     root = KeyFile(directory.with_name(directory.name + ".key"))
     return [found for found in examine(str(directory), root, now=time.time()) if found.area == "keys"]
 
