@@ -13,7 +13,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench import create, dek_rotation, encrypt, kek_rotation, messages, million, pairs, programs, report
+from bench import (
+    agents,
+    create,
+    dek_rotation,
+    encrypt,
+    gateway,
+    kek_rotation,
+    messages,
+    million,
+    pairs,
+    programs,
+    report,
+)
 from bench.programs import BenchError, MissingProgramError
 from bench.report import Missing, Row
 
@@ -21,6 +33,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "encrypt": encrypt.encrypt,
     "encrypt_fsync": encrypt.encrypt_fsync,
     "encrypt_batch": encrypt.encrypt_batch,
+    "gateway": gateway.encrypt,
     "append": messages.append,
     "append_added": messages.append_added,
     "list": messages.listing,
@@ -28,6 +41,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "kek_rotation": kek_rotation.rotation,
     "dek_rotation": dek_rotation.rotation,
     "dek_rotation_foreground": dek_rotation.foreground,
+    "checkpoint": agents.checkpoint,
 }
 """What runs without any name."""
 AGAINST: dict[str, Callable[[Path], list[Row]]] = {

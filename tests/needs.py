@@ -39,6 +39,8 @@ _DEBIAN_PACKAGES = {
     "mkfs.ext4": "e2fsprogs",
     "mount": "mount",
     "nginx": "nginx",
+    "node": "nodejs",
+    "npm": "npm",
     "openssl": "openssl",
     "postgres": "postgresql",
     "promtool": "prometheus",

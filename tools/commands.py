@@ -39,10 +39,12 @@ commands in use.
 
 def page() -> str:
     from minikms.cli.command import app as minikms
+    from minikms_gateway.command import app as gateway
     from minikms_unlock.command import app as unlock
     from progressdb_server.cli.command import app as progressdb
 
-    programs = ((minikms, "minikms"), (unlock, "minikms-unlock"), (progressdb, "progressdb"))
+    helpers = ((gateway, "minikms-gateway"), (unlock, "minikms-unlock"))
+    programs = ((minikms, "minikms"), *helpers, (progressdb, "progressdb"))
     return OPENING + "".join(line for app, name in programs for line in _section(app, name))
 
 

@@ -2,8 +2,8 @@
 
 Owns the order in which its parts are opened, for each mode:
 - `open_for_service`, under the lock: root key, keyring, its epoch against the audit log's, audit log, tombstones,
-  the epoch of this start, the removal of temporary files, the journal of an interrupted rotation and the
-  create log, then the vault. The daemon, `minikms.embedded` and `minikms init` open so. It may be called again in the
+  the epoch of this start, the removal of temporary files, the journal of key files,
+  then the vault. The daemon, `minikms.embedded` and `minikms init` open so. It may be called again in the
   same process: a failure or `DataDir.close` gives everything back but the lock and the arena, which are the caller's.
 - `open_for_reading`, without the lock, beside a running daemon: the keyring only, and nothing changes.
 - `rotate_audit_key`, under the lock while no daemon runs: keyring and audit log, changed together.
@@ -41,12 +41,11 @@ from minikms.audit.repair import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.crypto.records import DERIVED_KEYS_MAX
 from minikms.crypto.shares import SHARES_COUNT_MAX
-from minikms.custody import create_log, deks, files, keyring_file, rewrap_journal, rotation_backups, tombstone_file
+from minikms.custody import backups, deks, files, journal, keyring_file, tombstone_file
 from minikms.custody.backup import register
-from minikms.custody.create_log import Completed, CreateLog
 from minikms.custody.files import DataDirLock, InUseError, make_private_directory, read_file_bounded
+from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
-from minikms.custody.rewrap_journal import Replayed, RewrapJournal
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.keys import keyring, root_slots
@@ -113,14 +112,11 @@ class DataDir:
         slot: keyring.Slot,
         epochs: tuple[int, int],
         replayed: Replayed,
-        creates_completed: Completed,
     ) -> None:
         self.vault = vault
         self.log = log
         self.replayed = replayed
-        """What this start did with the journal of a rotation that was interrupted."""
-        self.creates_completed = creates_completed
-        """What this start did with the create log of a run that was interrupted."""
+        """What this start did with the journal of a run that was interrupted."""
         self.slot = slot
         """The slot of the keyring that the root key opened."""
         self.found_epoch, self.seen_epoch = epochs
@@ -139,7 +135,7 @@ class DataDir:
         finally:
             self.vault.close()
             self.vault.destroyed.close()
-            self.vault.creates.close()
+            self.vault.journal.close()
             self.vault.store.close()
             self.vault.rotation_backups.close()
             scrub_stack()
@@ -164,7 +160,7 @@ def lock_data_dir(directory: str) -> DataDirLock:
         stop = "Stop that process first" + (f", with `kill {error.pid}`" if error.pid is not None else "")
         raise StartError(f"{error}. {stop}: only one may use a data directory") from None
     try:
-        for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
+        for name in (deks.DIRECTORY, backups.DIRECTORY):
             make_private_directory(os.path.join(lock.directory, name))
     except BaseException:
         lock.close()
@@ -217,40 +213,31 @@ def open_for_service(
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
             _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
         log.writer.state = lambda: KeyState(unlocked.body.epoch, destroyed.count)
-        store = deks.DekStore(directory, disk)
+        store = deks.DekStore(directory)
         undo.callback(store.close)
-        backups = rotation_backups.RotationBackups(directory)
-        undo.callback(backups.close)
+        kept = backups.RotationBackups(directory)
+        undo.callback(kept.close)
         with written_at_start(os.path.join(directory, f"{files.TEMP_PREFIX}*")):
             files.sweep_temps(lock.directory_fd)
             with contextlib.suppress(StorageUnavailableError):  # then no key is destroyed
-                backups.batches.sweep_temps()
+                kept.sweep_temps()
         stamp = files.stamp(files.now_ns())
-        with written_at_start(os.path.join(directory, rewrap_journal.NAME)):
-            replayed = rewrap_journal.replay(
+        with written_at_start(os.path.join(directory, journal.NAME)):
+            replayed = journal.replay(
                 lock.directory_fd,
                 store,
-                backups,
+                kept,
                 destroyed=destroyed,
                 has_kek=unlocked.body.has_kek,
                 stamp=stamp,
-            )
-        with written_at_start(os.path.join(directory, create_log.NAME)):
-            completed = create_log.replay(
-                lock.directory_fd,
-                store,
-                destroyed=destroyed,
-                has_kek=unlocked.body.has_kek,
-                keep=lambda key_id, content: backups.add(key_id, content, stamp),
             )
         vault = Vault(
             arena=arena,
             unlocked=unlocked,
             keyring_file=file,
             store=store,
-            rotation_backups=backups,
-            rewraps=RewrapJournal(lock.directory_fd, store, backups),
-            creates=CreateLog(lock.directory_fd, store, disk),
+            rotation_backups=kept,
+            journal=Journal(lock.directory_fd, store, kept, disk),
             destroyed=destroyed,
             executor=disk,
             nonces=nonces,
@@ -263,7 +250,6 @@ def open_for_service(
         slot=slot,
         epochs=(epoch, seen),
         replayed=replayed,
-        creates_completed=completed,
     )
 
 
@@ -281,10 +267,7 @@ def add_root(data: DataDir, root: SecretSlot, provider: str, shares: keyring.Sha
             body, unlocked.make_slot(root.view, provider, slot_id=slot_id, at=at, shares=shares), at=at
         )
 
-    try:
-        body = asyncio.run(data.vault.keyring.change(with_slot))
-    finally:
-        scrub_stack()
+    body = asyncio.run(data.vault.keyring.change(with_slot))
     slot = body.slots[-1]
     facts: dict[str, str | int] = {"slot_id": slot.slot_id, "fingerprint": slot.fingerprint, "provider": provider}
     data.log.add(Event(type="add_root", actor="minikms", pid=os.getpid(), facts=facts | {"epoch": body.epoch}))
@@ -526,7 +509,6 @@ def open_for_reading(directory: str, root: RootProvider) -> Iterator[UnlockedKey
             yield unlocked
         finally:
             unlocked.release()
-            scrub_stack()
 
 
 @contextmanager

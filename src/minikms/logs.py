@@ -1,4 +1,4 @@
-"""structlog, imported without rich: `from minikms.logs import structlog`.
+"""structlog, imported without rich: `from minikms.logs import structlog`; and the log of a service.
 
 structlog imports rich and its colouring of source code wherever they are installed. That is a sixth of the start of the
 daemon and of the server, and neither uses it. Only commands that print tables import rich, by themselves. Invariant:
@@ -9,6 +9,7 @@ where the log is configured.
 from __future__ import annotations
 
 import sys
+import time
 
 _HIDDEN = "rich"
 
@@ -21,4 +22,24 @@ else:
     finally:
         del sys.modules[_HIDDEN]
 
-__all__ = ["structlog"]
+__all__ = ["service_logger", "structlog"]
+
+
+def service_logger(log_format: str) -> structlog.stdlib.BoundLogger:
+    """The log of a process that serves, on standard error: one event a line, as JSON or as `key=value`."""
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if log_format == "json"
+        else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger("minikms", started_at=time.time_ns() // 1_000_000_000)
+    return logger

@@ -16,6 +16,8 @@ from minikms.cli import main as minikms_main
 from minikms.cli.command import app as minikms
 from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.usage import label
+from minikms_gateway.command import app as gateway
+from minikms_gateway.command import main as gateway_main
 from minikms_unlock.command import app as unlock
 from minikms_unlock.command import main as unlock_main
 from progressdb_server.cli import main as progressdb_main
@@ -28,12 +30,14 @@ WITHOUT_JSON = {
     ("minikms", "serve"),
     ("minikms", "demo"),
     ("minikms", "completion"),
+    ("minikms-gateway", "check-config"),
+    ("minikms-gateway", "completion"),
     ("minikms-unlock", "completion"),
     ("progressdb", "serve"),
     ("progressdb", "demo"),
     ("progressdb", "completion"),
 }
-"""Their output is a log, a tour or a script."""
+"""Their output is a log, a tour, a script or one sentence."""
 
 
 def commands(app: App, *words: str) -> Iterator[tuple[tuple[str, ...], App]]:
@@ -45,14 +49,20 @@ def commands(app: App, *words: str) -> Iterator[tuple[tuple[str, ...], App]]:
         yield from commands(app[name], *words, name)
 
 
-PROGRAMS = {"minikms": minikms, "minikms-unlock": unlock, "progressdb": progressdb}
+PROGRAMS = {"minikms": minikms, "minikms-gateway": gateway, "minikms-unlock": unlock, "progressdb": progressdb}
+MAINS = {
+    "minikms": minikms_main,
+    "minikms-gateway": gateway_main,
+    "minikms-unlock": unlock_main,
+    "progressdb": progressdb_main,
+}
 COMMANDS = [command for name, app in PROGRAMS.items() for command in commands(app, name)]
 NAMES = [" ".join(words) for words, _ in COMMANDS]
 each_command = pytest.mark.parametrize(("words", "app"), COMMANDS, ids=NAMES)
 
 
 def run(*words: str, where: Path | None = None) -> subprocess.CompletedProcess[str]:
-    package = {"minikms": "minikms", "minikms-unlock": "minikms_unlock", "progressdb": "progressdb_server"}[words[0]]
+    package = {"progressdb": "progressdb_server"}.get(words[0], words[0].replace("-", "_"))
     return subprocess.run(
         (sys.executable, "-m", package, *words[1:]),
         cwd=where,
@@ -75,7 +85,7 @@ class Here:
         self._monkeypatch.setattr(sys, "argv", list(words))
         self._monkeypatch.setenv(BIND_VARIABLE, "1")  # or `minikms serve` would replace this process by itself
         with pytest.raises(SystemExit) as ended:
-            {"minikms": minikms_main, "minikms-unlock": unlock_main, "progressdb": progressdb_main}[words[0]]()
+            MAINS[words[0]]()
         output = self._capsys.readouterr()
         return subprocess.CompletedProcess(words, int(ended.value.code or 0), output.out, output.err)
 
@@ -158,6 +168,10 @@ def test_every_command_with_a_result_has_json(words: tuple[str, ...], app: App) 
         ("minikms", "audit", "tail", "--lines", "many"),
         ("minikms", "completion", "tcsh"),
         ("minikms", "unlock", "nonsense"),
+        ("minikms", "gateway", "nonsense"),
+        ("minikms-gateway",),
+        ("minikms-gateway", "--config", "missing"),
+        ("minikms-gateway", "check-config", "--config", "missing"),
         ("minikms-unlock", "nonsense"),
         ("minikms-unlock", "unseal", "passphrase:", "--config", "missing", "--socket", "missing"),
         ("minikms-unlock", "unseal", "tpm2:", "--config", "missing"),
@@ -165,7 +179,7 @@ def test_every_command_with_a_result_has_json(words: tuple[str, ...], app: App) 
     ids=" ".join,
 )
 def test_wrong_usage_and_missing_things_have_status_2(tmp_path: Path, words: tuple[str, ...]) -> None:
-    program = "minikms-unlock" if words[:2] == ("minikms", "unlock") else words[0]
+    program = "-".join(words[:2]) if words[1:2] in (("gateway",), ("unlock",)) else words[0]
     assert_one_sentence(run(*words, where=tmp_path), program)
     assert not list(tmp_path.iterdir()), "nothing was made"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,11 @@ def test_the_command_accepts_it_without_a_warning() -> None:
 
 
 def test_its_examples_are_valid_too() -> None:
-    lines = SHIPPED.read_text().splitlines()
-    begin = lines.index("# [[grant]]")
-    example = "\n".join(line.removeprefix("# ") for line in lines[begin:])
-    parse_policy("\n".join([*lines, example]).encode())
+    text = SHIPPED.read_text()
+    examples = re.findall(r"^# \[\[\w+\]\]\n(?:#.*\n)*", text, re.MULTILINE)
+    assert len(examples) == 2
+    for example in examples:
+        parse_policy((text + re.sub("^# ?", "", example, flags=re.MULTILINE)).encode())
 
 
 @pytest.mark.parametrize(

@@ -357,7 +357,7 @@ def test_a_key_is_restored_from_its_newest_rotation_backup(tmp_path: Path) -> No
             key_ids = await one.make(2)
             await one.rotate()
             await one.rotate()
-            newest = one.on_disk(key_ids[0]).version - 1
+            newest = one.on_disk(key_ids[0]).version
             single, lost = await one.make(2)
             keys = one.keys([*key_ids, single])
             shutil.copy(one.file(single), one.directory / "kms-deks-backup" / f"{single}.json.20200101T000000")

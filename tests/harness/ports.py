@@ -18,8 +18,17 @@ WORKERS_COUNT_MAX = 64
 
 def free_port() -> int:
     """A port that nobody listens on. Each process of pytest-xdist has ports of its own."""
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ones."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS_COUNT_MAX
-    while True:
-        port = random.randrange(PORTS[0] + worker, PORTS[1], WORKERS_COUNT_MAX)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+    ports: list[int] = []
+    with contextlib.ExitStack() as listeners:
+        while len(ports) < count:
+            port = random.randrange(PORTS[0] + worker, PORTS[1], WORKERS_COUNT_MAX)
+            with contextlib.suppress(OSError):
+                listeners.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports.append(port)
+    return ports

@@ -17,6 +17,7 @@ from pathlib import Path
 from minikms import api, datadir
 from minikms.audit import Event
 from minikms.audit.turns import TurnAudit
+from minikms.custody.journal_format import decode
 from minikms.custody.rotation import Begun, KekRotation, Pruning
 from minikms.custody.vault import Indexing, Permit, Vault, permitted
 from minikms.keys import dek
@@ -35,7 +36,7 @@ async def create(
 ) -> DekRecord:
     """A new key, as the verb makes it, with its file."""
     record = await vault.create_in_log(thread_id, purpose=purpose, replaces=replaces, permit=permit)
-    await vault.creates.file_made(record.id)
+    await vault.journal.file_made(record.id)
     return record
 
 
@@ -51,7 +52,6 @@ class OpenedVault:
         self.log = data.log
         self.slot = data.slot
         self.replayed = data.replayed
-        self.creates_completed = data.creates_completed
         self.arena = vault.arena
         self.reader = reader
         self.rotation = KekRotation(vault, reader=reader, disk=disk)
@@ -72,11 +72,12 @@ class OpenedVault:
         return {self.on_disk(key_id).kek_version for key_id in key_ids}
 
     def backups(self, key_id: str = "") -> list[bytes]:
-        """The contents of all rotation backups, or of those of a key: lines of batches, and single ones."""
+        """The contents of all rotation backups, or of those of a key: old contents of journals, and single ones."""
         place = self.directory / "kms-deks-backup"
         found: list[bytes] = []
         for path in sorted(path for path in place.rglob("*") if path.is_file()):
-            found.extend(path.read_bytes().splitlines(keepends=True))
+            content = path.read_bytes()
+            found.extend([each.old for each in decode(content).intact] if path.suffix == ".journal" else [content])
         return [content for content in found if content.startswith(b'{"id":"%s' % key_id.encode())]
 
     def kek_states(self) -> dict[int, str]:

@@ -24,7 +24,7 @@ from minikms.audit.log import LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.serve import serve
-from minikms.custody.rotation_backups import newest_key_id
+from minikms.custody.settled_keys import newest_key_id
 from minikms.datadir import DataDir, Options
 from minikms.keys.dek import make_key_id
 from minikms.memory.arena import SecretArena

@@ -1,8 +1,10 @@
-"""The program of each adapter's page runs."""
+"""The program of each adapter's page runs, and so does the example."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,20 @@ def test_the_program_of_a_page_runs(
     if "engine" in space:  # a program that ends would close these
         space["engine"].dispose()
         space["kms"].close()
+
+
+def test_the_example_shows_the_audit_log_and_a_destroyed_thread() -> None:
+    done = subprocess.run(
+        [sys.executable, str(DOCS.parent / "examples" / "agent_memory.py")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shown, _, log = done.stdout.partition("the audit log:")
+    assert "'salary' 0 times" in shown
+    assert "bob's thread from a backup: thread bob" in shown
+    assert "ada's thread is still there: My salary is 48,000." in shown
+    assert "create_dek" in log
+    assert "destroy_key" in log

@@ -366,29 +366,13 @@ def retired_dek_file() -> str:
     return padded(record)
 
 
-def batch_backup() -> dict[str, object]:
-    """A destroyed key between two others; the first is the one of `dek_file`."""
-    last = "k_01jdfm0z4841040g20820g4108"
-    other = padded(dek_record(1) | {"id": last})
-    return {
-        "name": f"20261125T163000/{KEY_ID}-{last}.jsonl",
-        "key_ids": [KEY_ID, last],
-        "file": dek_file(1) + " " * (DEK_FILE_BYTES - 1) + "\n" + other,
-    }
-
-
-def rewrap_journal() -> bytes:
-    """The journal of a batch of one key, from KEK 1 to KEK 2."""
-    magic = b"minikms-rewraps\x01"
-    record = key_id_bytes() + dek_file(1).encode() + dek_file(2).encode()
-    return magic + record + hashlib.sha256(magic + record).digest()
-
-
-def create_log() -> bytes:
-    """The create log of one key, behind the record of a destroyed one, without the unused records at the end."""
-    magic = b"minikms-creates\x01"
-    record = key_id_bytes() + dek_file(1).encode()
-    return magic + bytes(16 + DEK_FILE_BYTES + 32) + record + hashlib.sha256(magic + record).digest()
+def journal() -> bytes:
+    """The create of a key under KEK 1, behind the record of a destroyed key, and the rewrap of the key."""
+    magic = b"minikms-journal\x01"
+    first, second = dek_file(1).encode(), dek_file(2).encode()
+    bodies = [key_id_bytes() + old + new for old, new in ((b"\xff" * DEK_FILE_BYTES, first), (first, second))]
+    blank = bytes(16 + 2 * DEK_FILE_BYTES + 32)
+    return magic + blank + b"".join(body + hashlib.sha256(magic + body).digest() for body in bodies)
 
 
 def key_id_bytes() -> bytes:
@@ -459,9 +443,7 @@ def vectors() -> str:
             "files": [dek_file(version) for version in (1, 2)],
             "retired_at": ROTATED,
             "retired_file": retired_dek_file(),
-            "batch_backup": batch_backup(),
-            "rewrap_journal": rewrap_journal().hex(),
-            "create_log": create_log().hex(),
+            "journal": journal().hex(),
         },
         "records": [
             record("empty", b"", b""),

@@ -78,6 +78,9 @@ def test_a_found_key_service_that_hangs_makes_the_server_not_ready(tmp_path: Pat
                 exit_status, said = status(server, **variables)
                 assert (exit_status, "its key service does not work" in said) == (1, True), said
                 wait_until(lambda: any(e["event"].startswith("miniKMS hangs") for e in server.log), seconds=HANG_S_MAX)
+                probes = [event for event in server.log if event.get("route") == "/readyz" and event["status"] == 503]
+                assert {event["level"] for event in probes} == {"debug"}
+                assert [event["event"] for event in server.log].count("not_ready") == 1
             finally:
                 os.kill(kms.pid, signal.SIGCONT)
             wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)

@@ -46,6 +46,8 @@ REQUEST_ID_PATTERN: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
 REQUEST_ID_HEADER: Final = "x-request-id"
 MSGPACK: Final = "application/msgpack"
 """The content type of a batch and its answer in MessagePack (docs/spec/api.md)."""
+RESERVED_HEADERS: Final = "x-minikms-"
+"""Begins the names of headers that only a proxy sends."""
 PRINCIPAL_HEADER: Final = "x-minikms-principal"
 """Names the principal on whose behalf a proxy asks (docs/spec/policy.md)."""
 

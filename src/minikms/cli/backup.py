@@ -1,7 +1,7 @@
 """`minikms backup`: create, verify, restore, list and prune archives.
 
 Owns: flags, output, and the first lines of the audit log of a restored directory. A backup is an archive of the data
-directory; the key files that a KEK rotation keeps are rotation backups (`minikms.custody.rotation_backups`).
+directory; the key files that a KEK rotation keeps are rotation backups (`minikms.custody.backups`).
 Invariants: `create` and `verify` take no lock and change nothing but the register of archives; a restore needs an empty
 directory and its lock; every archive is read back, and every key in it opened, before it is reported as good. It must
 never show or keep a key.

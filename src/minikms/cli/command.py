@@ -52,7 +52,7 @@ COMMANDS: Final = {
 WITHOUT_ROOT_KEY: Final = frozenset({"status", "keys", "rotate-kek", "kek", "seal", "unseal", "root", "pin", "policy"})
 """Commands that use none from the environment."""
 
-HELPERS: Final = {"unlock": "minikms_unlock"}
+HELPERS: Final = {"gateway": "minikms_gateway", "unlock": "minikms_unlock"}
 """Programs of this distribution that are processes of their own: `minikms NAME …` runs `minikms-NAME`, as git does."""
 
 app = App(
@@ -61,6 +61,7 @@ app = App(
     help_format="plaintext",  # what Markdown needs takes long to import
     help_formatter=HelpPages(),
     help_epilogue="`minikms unlock …` runs minikms-unlock: root keys from a passphrase. "
+    "`minikms gateway …` runs minikms-gateway, for other hosts. "
     "Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
     version_flags=["--version"],
     version="0.2.0",

@@ -40,12 +40,10 @@ from minikms.cli.console import (
     terminal,
 )
 from minikms.custody import (
-    batch_backups,
-    create_log,
+    backups,
     deks,
+    journal,
     keyring_file,
-    rewrap_journal,
-    rotation_backups,
     tombstone_file,
 )
 from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded, unix_seconds
@@ -166,10 +164,10 @@ class _Entry:
 
 def _walk(directory: str) -> Iterator[tuple[str, _Entry]]:
     yield directory, _Entry(os.path.basename(directory), os.lstat(directory))
-    backups = os.path.join(directory, rotation_backups.DIRECTORY)
-    stamps = batch_backups.list_stamps(backups) if os.path.isdir(backups) else []
-    batches = [os.path.join(rotation_backups.DIRECTORY, stamp) for stamp in stamps]
-    for place in ("", deks.DIRECTORY, rotation_backups.DIRECTORY, *batches):
+    kept = os.path.join(directory, backups.DIRECTORY)
+    stamps = backups.list_stamps(kept) if os.path.isdir(kept) else []
+    batches = [os.path.join(backups.DIRECTORY, stamp) for stamp in stamps]
+    for place in ("", deks.DIRECTORY, backups.DIRECTORY, *batches):
         try:
             with os.scandir(os.path.join(directory, place)) as entries:
                 for entry in entries:
@@ -228,12 +226,6 @@ def _keyring(directory: str, body: Body, now: float) -> Iterator[Diagnosis]:
             "keyring",
             f"a KEK rotation that began at {body.rotation.started_at} has not ended",
             "it goes on while the daemon runs: minikms status",
-        )
-    if os.path.lexists(os.path.join(directory, rewrap_journal.NAME)):
-        yield advice(
-            "keyring",
-            f"{rewrap_journal.NAME} is there: a KEK rotation is overwriting key files, or was interrupted",
-            "nothing while the daemon runs; otherwise start it, which completes the files",
         )
     if any(slot.provider == "dev" for slot in body.slots):
         yield advice("root key", "the root key is a development key, made by --dev", "for real data: --master-key-file")
@@ -332,8 +324,8 @@ def _keys(
         yield advice(
             "keys",
             f"the files of {settled.recovered:,} keys are missing or half written, as after a crash; their contents "
-            f"are in {create_log.NAME} or {rewrap_journal.NAME}",
-            "start the daemon, which completes the files; leave both where they are",
+            f"are in {journal.NAME}",
+            "start the daemon, which completes the files; leave that file where it is",
         )
     for text in bad[:NAMED_COUNT_MAX]:
         yield problem("keys", text, "restore this file from a backup; until then its records can't be read")

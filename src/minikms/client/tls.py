@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 CERT_DAYS_MAX: Final = 30
 CERT_DAYS_WARNED: Final = 7
 CERT_FILE_BYTES_MAX: Final = 64 * 1024
+CA_FILE_BYTES_MAX: Final = 1024 * 1024
+AGAIN_S: Final = 1.0
+"""After which files that can't be used are read again though they have not changed: descriptors may have run out."""
 TOKEN_BYTES_MAX: Final = 8192
 """Half of a request's head."""
 HTTPS_PORT: Final = 443
@@ -96,6 +99,7 @@ class TlsEndpoint(Endpoint):
         self._context: ssl.SSLContext | None = None
         self._read: list[_Signature | None] = []
         self._cert_warning = self._cert_trouble = self._token_trouble = ""
+        self._again_s = 0.0
         self._token_read: _Signature | None = None
         host = f"[{self._host}]" if ":" in self._host else self._host
         named = host if self._port == HTTPS_PORT else f"{host}:{self._port}"
@@ -127,12 +131,13 @@ class TlsEndpoint(Endpoint):
 
     def _take_up_files(self) -> ssl.SSLContext:
         found = [_signature(path) for path in (self._ca, *(self._pair or ()))]
-        if found != self._read:
+        if found != self._read or (self._cert_trouble and time.monotonic() >= self._again_s):
             try:
                 self._context = self._new_context()
                 self._cert_trouble = ""
             except _UnusableFileError as error:
                 self._cert_trouble = str(error)
+                self._again_s = time.monotonic() + AGAIN_S
             self._read = found  # last: another thread must not take the earlier context for that of these files
         if self._context is None:
             raise KmsCredentialsError(self._cert_trouble)
@@ -145,13 +150,15 @@ class TlsEndpoint(Endpoint):
         context.hostname_checks_common_name = False
         context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
         try:
+            _check_size(self._ca, CA_FILE_BYTES_MAX)
             context.load_verify_locations(cafile=self._ca)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise _UnusableFileError(f"the CA file {self._ca} can't be used: {_reason(error)}") from None
         if self._pair is not None:
             cert, key = self._pair
             self._check_validity(cert)
             try:
+                _check_size(key, CERT_FILE_BYTES_MAX)
                 context.load_cert_chain(cert, key, password=_no_password)
             except (OSError, ValueError) as error:
                 text = f"the certificate {cert} and the key {key} can't be used together: {_reason(error)}"
@@ -181,7 +188,7 @@ class TlsEndpoint(Endpoint):
 
     def _take_up_token(self, path: str) -> None:
         found = _signature(path)
-        if found == self._token_read and self._origin:
+        if found == self._token_read and self._origin and not self._token_trouble:
             return
         try:
             self._origin = self._host_lines + b"Authorization: Bearer " + _token(path) + b"\r\n"
@@ -349,6 +356,13 @@ def _signature(path: str) -> _Signature | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _check_size(path: str, bytes_max: int) -> None:
+    """Of a file that OpenSSL reads. Raises ValueError, OSError."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > bytes_max:
+        raise ValueError(f"not a regular file of at most {bytes_max} bytes")
 
 
 def _content(path: str, bytes_max: int, what: str) -> bytes:

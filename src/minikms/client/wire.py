@@ -37,13 +37,14 @@ SOCKET_ORIGIN: Final = b" HTTP/1.1\r\nHost: minikms\r\n"
 
 class Answer(NamedTuple):
     """`reusable` is false when the daemon closes the connection after this answer. `retry_after_s`: its `Retry-After`;
-    0 for none.
+    0 for none. `content_type`: empty without that header.
     """
 
     status: int
     body: bytes
     reusable: bool
     retry_after_s: int = 0
+    content_type: bytes = b""
 
     def __repr__(self) -> str:
         return f"Answer({self.status}, {len(self.body)} bytes)"
@@ -71,7 +72,7 @@ def request_head(
 class AnswerParser:
     """Collects the bytes of one answer. `feed` returns it once it is whole."""
 
-    __slots__ = ("_body_at", "_buffer", "_done", "_length", "_retry_after_s", "_reusable", "_status")
+    __slots__ = ("_body_at", "_buffer", "_content_type", "_done", "_length", "_retry_after_s", "_reusable", "_status")
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -80,6 +81,7 @@ class AnswerParser:
         self._status = 0
         self._reusable = True
         self._retry_after_s = 0
+        self._content_type = b""
         self._done = False
 
     def feed(self, data: bytes) -> Answer | None:
@@ -98,7 +100,7 @@ class AnswerParser:
         with memoryview(self._buffer) as view:
             body = bytes(view[self._body_at :])
         self._buffer.clear()
-        return Answer(self._status, body, self._reusable, self._retry_after_s)
+        return Answer(self._status, body, self._reusable, self._retry_after_s, self._content_type)
 
     def _read_head(self) -> bool:
         end = self._buffer.find(b"\r\n\r\n", 0, HEAD_BYTES_MAX)
@@ -132,6 +134,8 @@ class AnswerParser:
                 raise KmsProtocolError("the key service's answer has a transfer encoding")
             elif name == b"connection" and match[2].lower() != b"keep-alive":
                 self._reusable = False
+            elif name == b"content-type":
+                self._content_type = match[2]
             elif name == b"retry-after" and _SECONDS.fullmatch(match[2]):
                 self._retry_after_s = int(match[2])
         if length is None or _LENGTH.fullmatch(length) is None:

@@ -5,12 +5,12 @@ first half of the nonce, the *prefix*, and the key derive the key of AES-256-GCM
 its nonce. So a key never runs out: docs/spec/formats.md says how much it may seal.
 
 Invariants: objects of the library hold key schedules on the heap, and a `Kdf` buffers of derived keys. So each function
-here makes them for its call and drops them (OpenSSL clears its own). Three callers keep some, at most until the turn of
-the event loop ends: `minikms.crypto.records`; `minikms.custody.new_keys`, for a group of keys that it makes without a
-switch to another task; and `Rewrapper` of `minikms.keys.dek`. `scrub_stack` overwrites what the last
-call left in registers and on the stack, and `scrub_long_text` what a text of more than LONG_TEXT_BYTES leaves there.
-The caller passes the nonce: random, never repeated under a key. If a tag does not match, it must never return anything
-but an error, nor say why.
+here makes them for its call, drops them (OpenSSL clears its own), and scrubs the stack. Three callers keep some, at
+most until the turn of the event loop ends: `minikms.crypto.records`; `minikms.custody.new_keys`, for a group of keys
+that it makes without a switch to another task; and `Rewrapper` of `minikms.keys.dek`. `scrub_stack` overwrites what the
+last call left in registers and on the stack, and `scrub_long_text` what a text of more than LONG_TEXT_BYTES leaves
+there. The caller passes the nonce: random, never repeated under a key. If a tag does not match, it must never return
+anything but an error, nor say why.
 """
 
 from __future__ import annotations
@@ -197,9 +197,12 @@ class XaesCipher:
 
 
 def seal(key: memoryview, nonce: bytes, plaintext: bytes | memoryview, aad: bytes) -> bytes:
-    """nonce | ciphertext | tag. `plaintext` may be a view of the arena; it is not copied."""
-    with XaesCipher(key) as cipher:
-        return cipher.seal(nonce, plaintext, aad)
+    """nonce | ciphertext | tag of at most LONG_TEXT_BYTES. `plaintext` may be a view of the arena; it is not copied."""
+    try:
+        with XaesCipher(key) as cipher:
+            return cipher.seal(nonce, plaintext, aad)
+    finally:
+        scrub_stack()
 
 
 def open_sealed(key: memoryview, sealed: bytes, aad: bytes) -> bytes:
@@ -212,13 +215,17 @@ def open_sealed(key: memoryview, sealed: bytes, aad: bytes) -> bytes:
     except InvalidTag:
         raise DecryptionError("the ciphertext does not open under this key, thread and aad") from None
     finally:
+        scrub_stack()
         scrub_long_text()
 
 
 def open_into(key: memoryview, sealed: bytes, aad: bytes, target: memoryview) -> None:
     """`XaesCipher.open_into`, for one key."""
-    with XaesCipher(key) as cipher:
-        cipher.open_into(sealed, aad, target)
+    try:
+        with XaesCipher(key) as cipher:
+            cipher.open_into(sealed, aad, target)
+    finally:
+        scrub_stack()
 
 
 def authenticate(key: memoryview, nonce: bytes, data: bytes) -> bytes:
@@ -235,6 +242,8 @@ def check_authentic(key: memoryview, tag: bytes, data: bytes) -> None:
             cipher.open_sealed(tag, data)
     except InvalidTag:
         raise DecryptionError("the data was altered") from None
+    finally:
+        scrub_stack()
 
 
 def scrub_stack() -> None:

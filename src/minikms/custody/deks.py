@@ -4,7 +4,7 @@ Owns: `kms-deks/`: names, bounded reads, durable writes, listing; which key file
 reasons that `/status` shows; who may change which key's file now. Invariants:
 - A file name is built only from a key id that matched `api.KEY_ID_PATTERN`. A listing streams, so a million files take
   no memory.
-- A file is replaced whole, overwritten in place under a journal, or made after its record is in the create log. While
+- A file is replaced whole, overwritten in place under a journal, or made after its record is in the journal. While
   files are being overwritten or made, reads of them in this process are answered from memory (`DekStore.answer_with`,
   `DekStore.making`). Other processes use `read_settled`.
 - A key is in `UnreadableKeys` from the first failure to read its file until the file was read well or the key was
@@ -27,23 +27,18 @@ import os
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import Final, Self
 
 from minikms import api
 from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.custody.files import (
-    GROUP_FILES_MAX,
-    FileWrite,
     open_directory,
     read_file_bounded,
     read_file_of,
     remove_files,
     sweep_temps,
-    write_group,
 )
-from minikms.custody.group_commit import GroupCommit
 from minikms.keys.dek import FILE_BYTES
 from minikms.sync import sync_file
 
@@ -109,13 +104,11 @@ def read_settled(name: str, *, dir_fd: int, is_valid: Callable[[bytes], bool]) -
 
 
 class DekStore:
-    """The directory of DEK files, open until `close`. `executor` runs the writes."""
+    """The directory of DEK files, open until `close`."""
 
-    def __init__(self, data_dir: str, executor: Executor) -> None:
+    def __init__(self, data_dir: str) -> None:
         self.directory = os.path.join(data_dir, DIRECTORY)
         self.directory_fd = open_directory(self.directory)
-        self._executor = executor
-        self._writes = GroupCommit(self._write, items_max=GROUP_FILES_MAX)
         self._answers: Mapping[str, bytes] = {}
         self._making: dict[str, bytes] = {}
         self._swept = False
@@ -178,26 +171,6 @@ class DekStore:
                 found.append((key_id, error))
         return found
 
-    async def replace(self, held: HeldKeys, data: bytes) -> None:
-        """Replaces the file of the one key whose lock is held, durable on return.
-
-        Raises StorageUnavailableError, also while the file is answered from memory: the caller has the key's lock, so
-        a rotation was stopped before the disk accepted its batch. The file would not be what `read` answers, and the
-        replay of the next start decides what it becomes.
-        """
-        [key_id] = held.require()
-        if key_id in self._answers:
-            raise StorageUnavailableError(
-                "the disk has not accepted a batch of a KEK rotation that the key's file is part of; start the daemon "
-                "again when the disk works, then try again"
-            )
-        await self._writes.submit(FileWrite(file_name(key_id), data))
-        self.made((key_id,))  # its first file, if the disk has refused that until now
-
-    async def _write(self, writes: list[FileWrite]) -> list[KmsRefusedError | None]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, write_group, self.directory_fd, writes)
-
     def remove(self, *locks: HeldKeys) -> None:
         """Removes the files of the keys with these locks, durably, where they exist. Blocks on the disk. Raises
         StorageUnavailableError.
@@ -246,12 +219,8 @@ class DekStore:
         yield from list_key_ids(self.directory)
         yield from set(changed)
 
-    async def drain(self) -> None:
-        """Returns when no write is waiting or under way."""
-        await self._writes.drain()
-
     def close(self) -> None:
-        """Closes the directory, after `drain`."""
+        """Closes the directory."""
         os.close(self.directory_fd)
 
 

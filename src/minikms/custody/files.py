@@ -1,7 +1,7 @@
 """Files of the data directory: durable, atomic writes, bounded reads, and the lock on the directory.
 
-Owns: every write below the data directory except those to the create log and the audit log; the wall clock and the two
-ways to write a time (both in UTC, both sort as text); the creation of private directories; the lock.
+Owns: every write below the data directory except those to the journal of changes and the audit log; the wall clock and
+the two ways to write a time (both in UTC, both sort as text); the creation of private directories; the lock.
 Callers pass the descriptor of an open directory (`open_directory`) and plain file names.
 
 A file is replaced in four steps, always in this order: write a temporary file in the same directory (O_EXCL,
@@ -275,6 +275,19 @@ def make_file(directory: int, name: str, data: bytes) -> None:
     """Makes a new file without a sync. Raises OSError, FileExistsError if the name is taken; then no file was made."""
     _check_name(name)
     _write_new(directory, name, (data,), sync=False)
+
+
+def swap_file(directory: int, name: str, data: bytes) -> None:
+    """As `replace_file` without a sync: after a power loss the content may be the old one, the new one or none. Raises
+    OSError.
+    """
+    _check_name(name)
+    temp = _write_temp(directory, (data,), sync=False)
+    try:
+        os.rename(temp, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        _unlink_quietly(directory, temp)
+        raise
 
 
 def _write_temp(directory: int, chunks: Iterable[bytes], *, sync: bool) -> str:

@@ -3,7 +3,7 @@
 Owns: the making and wrapping of new keys. Invariants:
 - A KEK version is taken in the same step of the event loop in which the DEKs are wrapped. A rotation waits for the
   groups that took the older version (`CreatesUnderWay.done`).
-- A key is answered only after `CreateLog.write_group` made it durable; then the index has it.
+- A key is answered only after `Journal.change` made it durable; then the index has it.
 - The cipher of the KEK, which has key schedules on the heap, is closed in the step in which it was made. Then the used
   part of the stack is overwritten.
 - `Wanted.permit` is called in the step in which the key is made. A refusal is an error of its own key.
@@ -21,9 +21,10 @@ from typing import Final, NamedTuple
 from minikms import api
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import NonceSource, XaesCipher, scrub_stack
-from minikms.custody.create_log import CreateLog, NewKey
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
+from minikms.custody.journal import Journal
+from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import CreatesUnderWay
 from minikms.keys import dek
 from minikms.keys.dek import (
@@ -60,20 +61,20 @@ class NewKeys:
         arena: SecretArena,
         unlocked: UnlockedKeyring,
         under_way: CreatesUnderWay,
-        creates: CreateLog,
+        journal: Journal,
         nonces: NonceSource,
         index: KeyIndex,
     ) -> None:
         self._arena = arena
         self._unlocked = unlocked
         self._under_way = under_way
-        self._creates = creates
+        self._journal = journal
         self._nonces = nonces
         self._index = index
         self._groups = GroupCommit(self._make_group, items_max=GROUP_KEYS_MAX)
 
     async def make(self, wanted: Wanted) -> DekRecord:
-        """A new key, durable on return. Raises the errors of its permit and of the create log, and ArenaFullError."""
+        """A new key, durable on return. Raises the errors of its permit and of the journal, and ArenaFullError."""
         return await self._groups.submit(wanted)
 
     async def drain(self) -> None:
@@ -84,8 +85,8 @@ class NewKeys:
         version = self._under_way.begin()
         try:
             made = self._make_all(wanted, version)
-            keys = [NewKey(each.id, dek.encode(each)) for each in made if isinstance(each, DekRecord)]
-            outcomes = iter(await self._creates.write_group(keys) if keys else ())
+            keys = [Change(each.id, b"", dek.encode(each)) for each in made if isinstance(each, DekRecord)]
+            outcomes = iter(await self._journal.change(keys) if keys else ())
         finally:
             self._under_way.end(version)
         results: list[DekRecord | KmsRefusedError] = []

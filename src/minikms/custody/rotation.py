@@ -12,9 +12,9 @@ A rotation has three steps. Each is durable before the next begins.
 After a restart a rotation that the keyring names continues with step 2.
 
 A pass reads the files that the index does not have under the new KEK version, rewraps those under another version, and
-gives them to `minikms.custody.rewrap_journal`, one batch at a time. Three threads share the work: the reader reads the
+gives them to `minikms.custody.journal`, one batch at a time. Three threads share the work: the reader reads the
 next batch; the event loop's thread, the only one that uses keys, rewraps the batch before it; the disk thread writes
-the batch before that. The first pass takes the keys of the index in the order of their ids, so that the batch backups
+the batch before that. The first pass takes the keys of the index in the order of their ids, so that the backups
 have disjoint ranges. The passes after it list the directory, which is the authority on which keys there are.
 
 Requests get a turn of the event loop after each few keys (`PACES`).
@@ -60,9 +60,10 @@ from minikms.crypto import roots
 from minikms.crypto.aead import scrub_stack
 from minikms.custody.deks import SCAN_FILES
 from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339, stamp
-from minikms.custody.rewrap_journal import Rewrap
+from minikms.custody.journal_format import Change
 from minikms.custody.vault import Permit, Vault, permitted
 from minikms.keys import dek, keyring, root_slots
+from minikms.keys.dek import key_id_to_bytes
 from minikms.memory.arena import SecretSlot, fill_random
 
 BATCH_FILES: Final = 1024
@@ -233,7 +234,6 @@ class KekRotation:
         while (rotation := self.running) is not None:
             try:
                 await self._vault.creates_under_way.done(rotation.from_version)
-                await _run_in(self._disk, self._vault.creates.settle)
                 with self._around_passes():
                     await self._rewrap_all(rotation)
                 await self._vault.keyring.change(self._promoted)
@@ -316,6 +316,7 @@ class KekRotation:
     ) -> int:
         found = self.unread = 0
         self._cancelled.clear()
+        await _run_in(self._disk, self._vault.journal.begin_rotation)
         with self._vault.locks.watch() as changed:
             key_ids = listing(rotation.to_version, changed)
             reading = asyncio.create_task(self._read_due(key_ids, rotation.to_version))
@@ -340,6 +341,7 @@ class KekRotation:
                 raise
             finally:
                 await self._ended(reading, writing)
+                self._vault.journal.end_rotation()
                 del reading, writing  # the traceback of an error of theirs leads to this frame
         return found
 
@@ -371,19 +373,19 @@ class KekRotation:
             return [(key_id, data) for key_id, data in found if isinstance(data, KmsRefusedError) or marker not in data]
         return None
 
-    async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Rewrap]:
+    async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Change]:
         """The changes to write."""
-        batch: list[Rewrap] = []
+        batch: list[Change] = []
         async for part in self._paced(due):
             batch += self._rewrapped(part, to_version)
         return batch
 
-    def _rewrapped(self, part: Sequence[ReadFile], to_version: int) -> list[Rewrap]:
+    def _rewrapped(self, part: Sequence[ReadFile], to_version: int) -> list[Change]:
         """The keys under the new version, without those that are there already, were destroyed, or can't be read (these
         are listed).
         """
         vault = self._vault
-        found: list[Rewrap] = []
+        found: list[Change] = []
         try:
             with (
                 vault.arena.allocate() as key,
@@ -408,41 +410,39 @@ class KekRotation:
                         vault.unreadable.add(key_id, str(error))
                         continue
                     vault.unreadable.remove(key_id)
-                    kept = dek.encode(record)
-                    if kept == data:
-                        kept = data  # one object: what a batch allocates are new pages for each batch
-                    found.append(Rewrap.make(key_id, old=data, kept=kept, new=dek.encode(changed)))
+                    found.append(Change.summed(key_id, data, dek.encode(changed)))
         finally:
             scrub_stack()
         return found
 
-    async def _write(self, batch: list[Rewrap], to_version: int, changed: set[str], stamp: str) -> None:
+    async def _write(self, batch: list[Change], to_version: int, changed: set[str], stamp: str) -> None:
         """Writes a batch, except the keys that another request changed or destroyed since they were read. Raises
         StorageUnavailableError.
         """
         vault = self._vault
-        async with vault.locks.hold([rewrap.key_id for rewrap in batch], announced=False) as held:
+        async with vault.locks.hold([change.key_id for change in batch], announced=False) as held:
             # A destruction whose request was cancelled goes on without the lock.
             batch = [each for each in batch if each.key_id not in changed and each.key_id not in vault.destroyed]
             if not batch:
                 return
-            vault.store.answer_with({rewrap.key_id: rewrap.new for rewrap in batch})
+            vault.store.answer_with({change.key_id: change.new for change in batch})
             try:
-                await _run_in(self._disk, lambda: vault.rewraps.write(held, batch, stamp))
+                await _run_in(self._disk, lambda: vault.journal.write_batch(held, batch, stamp))
             except Exception as error:
                 # Any error: while the journal is live, no batch can be written and no key destroyed.
-                if not vault.rewraps.live or not await self._settle(error):
+                if not vault.journal.live or not await self._settle(error):
                     raise
             finally:
-                if not vault.rewraps.live:
+                if not vault.journal.live:
                     vault.store.answer_with({})
             for start in range(0, len(batch), INDEXED_SLICE):
                 part = batch[start : start + INDEXED_SLICE]
-                missing = frozenset(vault.index.set_kek([rewrap.raw_id for rewrap in part], to_version))
-                for rewrap in part if missing else ():
+                raw_ids = [key_id_to_bytes(change.key_id) for change in part]
+                missing = frozenset(vault.index.set_kek(raw_ids, to_version))
+                for raw_id, change in zip(raw_ids, part, strict=True) if missing else ():
                     # The scan of this start has not read it yet, or it was destroyed meanwhile.
-                    if rewrap.raw_id in missing and rewrap.key_id not in vault.destroyed:
-                        vault.index.put(dek.parse(rewrap.new, rewrap.key_id))
+                    if raw_id in missing and change.key_id not in vault.destroyed:
+                        vault.index.put(dek.parse(change.new, change.key_id))
                 self.rewrapped += len(part)
                 await asyncio.sleep(0)
 
@@ -463,7 +463,7 @@ class KekRotation:
         pause = RETRY_SECONDS_MIN
         while True:
             try:
-                return await _run_in(self._disk, self._vault.rewraps.settle)
+                return await _run_in(self._disk, self._vault.journal.settle_batch)
             except Exception as again:  # noqa: BLE001  see the caller
                 self.last_error = _error_text(again)
             with contextlib.suppress(TimeoutError):
@@ -564,19 +564,19 @@ class Pruning:
     async def _backup_census(self) -> Census:
         store = self._vault.rotation_backups
         backups = store.listed()
-        batches = store.batches.listed()
+        journals = store.journals()
 
         def read() -> list[ReadFile]:
             return read_single() or read_batch()
 
         def read_batch() -> list[ReadFile]:
-            for file in batches:
+            for file in journals:
                 try:
-                    lines = store.batches.read(file)
+                    records = store.read_journal(file)
                 except KeyUnreadableError as error:
                     return [(file.first, error)]
-                if lines:
-                    return [(line.key_id, line.content) for line in lines]
+                if records:
+                    return [(record.key_id, record.content) for record in records]
             return []
 
         def read_single() -> list[ReadFile]:

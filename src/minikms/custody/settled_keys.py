@@ -1,10 +1,10 @@
 """DEK files as another process reads them: a backup, `minikms doctor` and `minikms audit`, beside the daemon or after a
 crash.
 
-Owns: which keys a data directory has, and the content of each, from the key's file, the create log and the journal of a
-rotation: what the next start would make of them. Invariants:
+Owns: which keys a data directory has, and the content of each, from the key's file and the journal: what the next start
+would make of them. Invariants:
 - A file that the daemon overwrites or makes meanwhile is read again until it is whole (`read_settled`).
-- Create log and journal are parsed once for each change of them, not once for each key.
+- The journal is parsed once for each change of it, not once for each key.
 
 It takes no lock and changes nothing. It must never unwrap a key.
 """
@@ -16,11 +16,16 @@ import os
 import time
 from typing import Final, NamedTuple, Self
 
+from minikms import api
 from minikms.api.errors import StorageUnavailableError
-from minikms.custody import create_log, rewrap_journal
-from minikms.custody.deks import DIRECTORY, file_name, list_key_ids, read_settled
-from minikms.custody.files import open_directory, read_file_bounded
+from minikms.custody import journal
+from minikms.custody.backups import DIRECTORY as BACKUPS
+from minikms.custody.backups import list_journals, list_stamps
+from minikms.custody.deks import DIRECTORY, SUFFIX, file_name, list_key_ids, list_names, read_settled
+from minikms.custody.files import now_ns, open_directory, read_file_bounded
+from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode
 from minikms.keys import dek
+from minikms.keys.dek import KEY_ID_RANDOM_BYTES, make_key_id
 
 CLOCK_TICK_NS: Final = 1_000_000_000
 """A file that was changed more recently may change again without another time of change."""
@@ -49,9 +54,8 @@ class SettledKeys:
                 self._files_fd = open_directory(self._files)
             undo.pop_all()
         self.recovered = 0
-        """Keys that `read` answered from the create log or the journal."""
-        self._journal: tuple[_Version | None, dict[str, rewrap_journal.Record]] = (None, {})
-        self._log: tuple[_Version | None, dict[str, bytes]] = (None, {})
+        """Keys that `read` answered from the journal."""
+        self._journal: tuple[_Version | None, dict[str, Chain]] = (None, {})
 
     def close(self) -> None:
         """Closes the directories."""
@@ -66,33 +70,31 @@ class SettledKeys:
         self.close()
 
     def key_ids(self) -> list[str]:
-        """The keys that have a file or a record in the create log, in order.
+        """The keys that have a file, or of which the journal has a create, in order.
 
         Raises StorageUnavailableError, StartError.
         """
-        logged = self._logged()  # first: a log is removed only after the files of its keys were made
+        # First: a journal is removed only after the files of its keys were made.
+        created = {key_id for key_id, chain in self._journalled().items() if chain.made}
         listings = LISTINGS_COUNT if self._files_fd is not None else 0
-        return sorted({key_id for _ in range(listings) for key_id in list_key_ids(self._files)}.union(logged))
+        return sorted({key_id for _ in range(listings) for key_id in list_key_ids(self._files)}.union(created))
 
     def read(self, key_id: str) -> bytes | None:
         """The content of a key's file; None if there is none.
 
-        After a crash the file may be missing, empty, or hold a mixture until the next start: then the content of the
-        create log or of the journal is returned. Raises StorageUnavailableError, KeyNotFoundError, StartError.
+        After a crash the file may be missing, empty, or hold a mixture until the next start: then what a replay would
+        write is returned. Raises StorageUnavailableError, KeyNotFoundError, StartError.
         """
         found = self._read_file(key_id)
-        is_valid = found is not None and dek.is_valid(found, key_id)
-        record = self._journalled().get(key_id)
-        if found is not None and record is not None and found not in (record.old, record.new):
-            if record.is_mixture(found) or not is_valid:
-                self.recovered += 1
-                return record.new
-        elif not is_valid and (logged := self._logged().get(key_id)) is not None:
-            self.recovered += 1
-            return logged
-        elif not is_valid:
-            return self._read_file(key_id)  # it may have been made since, and the log removed
-        return found
+        chain = self._journalled().get(key_id)
+        if chain is None:
+            if found is None or not dek.is_valid(found, key_id):
+                return self._read_file(key_id)  # it may have been made since, and the journal removed
+            return found
+        if found in chain.contents or chain.verdict(found) == "leave":
+            return found
+        self.recovered += 1
+        return chain.contents[-1]
 
     def _read_file(self, key_id: str) -> bytes | None:
         name = file_name(key_id)
@@ -100,28 +102,16 @@ class SettledKeys:
             return None
         return read_settled(name, dir_fd=self._files_fd, is_valid=lambda data: dek.is_valid(data, key_id))
 
-    def _logged(self) -> dict[str, bytes]:
-        version = self._version(create_log.NAME)
-        before, logged = self._log
+    def _journalled(self) -> dict[str, Chain]:
+        version = self._version(journal.NAME)
+        before, found = self._journal
         if version is None or version != before:
-            content = read_file_bounded(create_log.NAME, create_log.LOG_BYTES, dir_fd=self._directory_fd)
-            logged = {} if content is None else dict(create_log.decode(content).intact)
+            content = read_file_bounded(journal.NAME, BYTES_MAX, dir_fd=self._directory_fd)
+            found = {} if content is None else chains(decode(content).intact)
             # Records are written in place: one may follow within the same tick of the clock.
             is_settled = version is not None and time.time_ns() - version.changed_ns > CLOCK_TICK_NS
-            self._log = (version if is_settled else None, logged)
-        return logged
-
-    def _journalled(self) -> dict[str, rewrap_journal.Record]:
-        version = self._version(rewrap_journal.NAME)
-        before, records = self._journal
-        if version != before:
-            content = read_file_bounded(
-                rewrap_journal.NAME, rewrap_journal.JOURNAL_BYTES_MAX, dir_fd=self._directory_fd
-            )
-            found = [] if content is None else rewrap_journal.decode(content)[0]
-            records = {record.key_id: record for record in found}
-            self._journal = (version, records)
-        return records
+            self._journal = (version if is_settled else None, found)
+        return found
 
     def _version(self, name: str) -> _Version | None:
         """None if there is no such file."""
@@ -132,3 +122,22 @@ class SettledKeys:
         except OSError as error:
             raise StorageUnavailableError("a file can't be looked up") from error
         return _Version(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def newest_key_id(data_dir: str) -> str:
+    """An id that no key created until now exceeds. Raises StorageUnavailableError.
+
+    It is the largest of the ids of this moment, of the key files, of the journal, and of the rotation backups: the
+    clock may have been set back, and a missing file may be restored from its rotation backup.
+    """
+    newest = make_key_id(now_ns() // 1_000_000, b"\xff" * KEY_ID_RANDOM_BYTES)
+    with SettledKeys(data_dir) as settled:
+        newest = max([newest, *settled.key_ids()])
+    path = os.path.join(data_dir, BACKUPS)
+    for name in list_names(path) if os.path.isdir(path) else ():
+        key_id = name.partition(SUFFIX)[0]
+        if key_id > newest and api.KEY_ID_PATTERN.fullmatch(key_id):
+            newest = key_id
+    for stamp in list_stamps(path) if os.path.isdir(path) else ():
+        newest = max([newest, *(file.last for file in list_journals(path, stamp))])
+    return newest

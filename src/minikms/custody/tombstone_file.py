@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.errors import StartError, StorageUnavailableError
-from minikms.custody.files import read_file_bounded, replace_file_from
+from minikms.custody.files import read_file_bounded, replace_file_from, write_all_at
 from minikms.keys import keyring, tombstones
 from minikms.keys.dek import key_id_to_bytes
 from minikms.keys.tombstones import (
@@ -114,11 +114,7 @@ class Tombstones:
         try:
             if self._fd is None:
                 self._fd = os.open(NAME, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
-            view = memoryview(records)
-            while view:
-                written = os.pwrite(self._fd, view, offset)
-                view = view[written:]
-                offset += written
+            write_all_at(self._fd, records, offset)
             sync_data(self._fd)
         except OSError as error:
             raise StorageUnavailableError("the file of destroyed keys cannot be written") from error

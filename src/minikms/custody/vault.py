@@ -3,7 +3,7 @@
 Owns: the cache of opened DEKs; every change of a DEK's file except its rewrap: create, retire, destroy; filling the key
 index in the background, and what a start has to complete: it retires a replaced key that a crash left active, and
 removes the files and rotation backups of destroyed keys. Invariants:
-- A key id is answered only after the content of its file is durable, in the create log or in the file.
+- A key id is answered only after the content of its file is durable, in the journal or in the file.
 - One change of a file at a time (`KeyLocks`); a change reads the file again while it holds the lock.
 - One create of a thread at a time: a key is found by `get_or_create` only after its create has ended, because a create
   that can't retire the key it replaces removes the new one.
@@ -41,17 +41,15 @@ from minikms.api.errors import (
     copy_of,
 )
 from minikms.crypto import labels
-from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import RecordKey, RecordKeys
-from minikms.custody.batch_backups import BLANK_FILES_MAX, BatchFile, KeysWithin
-from minikms.custody.create_log import CreateLog
+from minikms.custody.backups import BLANK_FILES_MAX, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
 from minikms.custody.destruction import Destruction
 from minikms.custody.files import now_rfc3339, remove_left_temps
+from minikms.custody.journal import Journal
 from minikms.custody.keyring_file import CreatesUnderWay, KeyringFile, StoredKeyring
 from minikms.custody.new_keys import NewKeys, Wanted
-from minikms.custody.rewrap_journal import RewrapJournal
-from minikms.custody.rotation_backups import RotationBackups
 from minikms.custody.tombstone_file import Tombstones
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache
@@ -121,8 +119,7 @@ class Vault:
         keyring_file: KeyringFile,
         store: DekStore,
         rotation_backups: RotationBackups,
-        rewraps: RewrapJournal,
-        creates: CreateLog,
+        journal: Journal,
         destroyed: Tombstones,
         executor: Executor,
         nonces: NonceSource,
@@ -134,8 +131,7 @@ class Vault:
         self.creates_under_way = CreatesUnderWay(self.keyring)
         self.store = store
         self.rotation_backups = rotation_backups
-        self.rewraps = rewraps
-        self.creates = creates
+        self.journal = journal
         self._executor = executor
         self.nonces = nonces
         """Of wraps."""
@@ -151,7 +147,7 @@ class Vault:
             arena=arena,
             unlocked=unlocked,
             under_way=self.creates_under_way,
-            creates=creates,
+            journal=journal,
             nonces=nonces,
             index=self.index,
         )
@@ -184,8 +180,6 @@ class Vault:
             if isinstance(error, KeyUnreadableError):
                 self.unreadable.add(key_id, str(error))
             raise
-        finally:
-            scrub_stack()  # here, where the KEK's schedule lies: the turn may end at another depth of the stack
         self.unreadable.remove(key_id)
         opened = OpenDek(record, slot, self.record_keys)
         self.cache.put(key_id, opened, time.monotonic_ns())
@@ -211,7 +205,7 @@ class Vault:
         self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
     ) -> DekRecord:
         """A new key, durable on return. `replaces` names a key of the same thread, which is retired. The file of the
-        new key may still be under way on return: see `CreateLog.file_made`.
+        new key may still be under way on return: see `Journal.file_made`.
 
         A crash between the two files leaves both keys active, and the new record names the old one. The scan of the
         next start then retires the old one.
@@ -238,7 +232,7 @@ class Vault:
                 return newest.key_id, False
             later_than = "" if newest is None else newest.key_id
             key_id = (await self._create(thread_id, purpose, later_than=later_than, permit=permit)).id
-            await self.creates.file_made(key_id)  # with the lock: the line of the create is written before others'
+            await self.journal.file_made(key_id)  # with the lock: the line of the create is written before others'
             return key_id, True
 
     def _newest_active(self, thread_id: str, purpose: api.Purpose) -> OpenDek | None:
@@ -281,7 +275,7 @@ class Vault:
         """
 
         def remove() -> None:
-            self.creates.forget(held.key_ids)
+            self.journal.forget(held.key_ids)
             self.store.remove(held)
 
         with contextlib.suppress(KmsRefusedError):
@@ -302,7 +296,7 @@ class Vault:
                 return record
             changed = dek.retired(record, at=now_rfc3339(), replaced_by=replaced_by)
             try:
-                await self.store.replace(held, dek.encode(changed))
+                await self.journal.retire(held, self.store.read(key_id), dek.encode(changed))
             except BaseException:
                 # The new file may be in place without being durable, so the next use of the key reads the file again.
                 self.cache.drop(key_id)
@@ -347,10 +341,10 @@ class Vault:
         StorageUnavailableError; then the files of the keys may be there.
         """
         key_ids = [key_id for held in locks for key_id in held.key_ids]
-        batches = self.rotation_backups.batches
+        backups = self.rotation_backups
 
         def begin() -> tuple[list[int], list[KeysWithin], frozenset[str]]:
-            if self.rewraps.live:
+            if self.journal.live:
                 raise StorageUnavailableError(
                     "the journal of a KEK rotation may hold the key and can't be removed, since the disk fails"
                 )
@@ -360,20 +354,20 @@ class Vault:
             counts = self.rotation_backups.remove_of(key_ids)
             # A key without a file was removed completely.
             anew = frozenset(key_id for key_id in key_ids if key_id in repeated and self.store.has(key_id))
-            return counts, batches.files_of(key_ids), anew
+            return counts, backups.files_of(key_ids), anew
 
         def end() -> None:
             # The files go last: while one exists, a later start or request knows that something is left to remove.
-            self.creates.forget(key_ids)
+            self.journal.forget(key_ids)
             self.store.remove(*locks)
 
         counts, files, anew = await self._on_disk(begin)
-        lines: Counter[str] = Counter()
+        records: Counter[str] = Counter()
         failure: StorageUnavailableError | None = None
         for start in range(0, len(files), BLANK_FILES_MAX):
             part = files[start : start + BLANK_FILES_MAX]
             try:
-                lines += await self._on_disk(partial(batches.blank, part, anew=anew))
+                records += await self._on_disk(partial(backups.blank, part, anew=anew))
             except StorageUnavailableError as error:
                 failure = failure or error
         if failure is not None:
@@ -382,11 +376,11 @@ class Vault:
             finally:
                 del failure  # the traceback of an error leads to this frame
         await self._on_disk(end)
-        return [count + lines[key_id] for key_id, count in zip(key_ids, counts, strict=True)]
+        return [count + records[key_id] for key_id, count in zip(key_ids, counts, strict=True)]
 
-    async def blank_lines(self, found: KeysWithin) -> None:
-        """Blanks lines of destroyed keys in a batch backup, durably. Raises StorageUnavailableError."""
-        await self._on_disk(partial(self.rotation_backups.batches.blank, [found]))
+    async def blank_records(self, found: KeysWithin) -> None:
+        """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
+        await self._on_disk(partial(self.rotation_backups.blank, [found]))
 
     async def _on_disk(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
@@ -395,8 +389,7 @@ class Vault:
         """Waits for the writes that have begun. No new ones may begin."""
         await self._destruction.drain()
         await self._new_keys.drain()
-        await self.creates.drain()
-        await self.store.drain()
+        await self.journal.drain()
 
     def expire(self) -> None:
         """Zeroes the opened keys that are older than CACHE_AGE_SECONDS_MAX."""
@@ -486,13 +479,13 @@ class Indexing:
 
     async def _remove_destroyed(self) -> None:
         """Removes the files and rotation backups of destroyed keys that a crash or a copied directory left. It reads
-        every batch backup. What fails stops nothing else, and is tried again.
+        every backup. What fails stops nothing else, and is tried again.
         """
         backups = self._vault.rotation_backups
 
-        def single() -> list[BatchFile]:
+        def single() -> list[JournalFile]:
             backups.remove_of_all(self._vault.destroyed)
-            return list(backups.batches.listed())
+            return list(backups.journals())
 
         key_ids, files = self._left, None
         while True:
@@ -520,12 +513,12 @@ class Indexing:
         async with self._vault.locks.hold((key_id,)) as held:
             await self._vault.remove_files([held], (key_id,))
 
-    async def _blank(self, file: BatchFile) -> None:
-        batches, destroyed = self._vault.rotation_backups.batches, self._vault.destroyed
-        work = partial(batches.destroyed_in, file, destroyed)
+    async def _blank(self, file: JournalFile) -> None:
+        backups, destroyed = self._vault.rotation_backups, self._vault.destroyed
+        work = partial(backups.destroyed_in, file, destroyed)
         found = await asyncio.get_running_loop().run_in_executor(self._executor, work)
         if found is not None:
-            await self._vault.blank_lines(found)
+            await self._vault.blank_records(found)
 
     def _newest_first(self) -> list[str]:
         """All key ids, sorted, so that the scan, which takes from the end, only appends to the index.

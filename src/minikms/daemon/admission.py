@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -248,7 +249,7 @@ class AdmittingApplication:
         self._admission = admission
         self._meters = meters
 
-    def open_session(self, sock: socket.socket) -> Session | Refusal | None:
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> Session | Refusal | None:
         return self._admission.open_session(sock)
 
     def group(self, session: Session) -> int:

@@ -22,8 +22,7 @@ from minikms.audit.maintenance import Maintenance
 from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import Head
 from minikms.audit.turns import TurnAudit
-from minikms.custody.create_log import Completed
-from minikms.custody.rewrap_journal import Replayed
+from minikms.custody.journal import Replayed
 from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Indexing
 from minikms.daemon.admission import Admission, Session
@@ -188,14 +187,11 @@ class Parts:
         replayed = self._data.replayed
         if replayed != Replayed():
             facts |= {
-                "rewraps_written": replayed.written,
+                "files_completed": replayed.written,
                 "key_files_set_aside": len(replayed.set_aside),
                 "key_files_obstructed": len(replayed.obstructed),
-                "rewraps_damaged": replayed.damaged,
+                "journal_damaged": replayed.damaged,
             }
-        completed = self._data.creates_completed
-        if completed != Completed():
-            facts |= {"creates_completed": completed.files, "creates_damaged": completed.damaged}
         return facts
 
     async def end(self, why: str) -> None:

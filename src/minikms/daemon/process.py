@@ -16,7 +16,6 @@ import gc
 import os
 import signal
 import sys
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import Final
@@ -30,13 +29,6 @@ from minikms.audit.log import FSYNC_INTERVAL_MS
 from minikms.custody.backup.register import ArchiveRegister
 from minikms.custody.files import DataDirLock, read_file_bounded, remove_file, remove_left_temps, replace_file
 from minikms.custody.vault import Vault
-from minikms.daemon.accepting import (
-    ACCEPT_PAUSE_SECONDS,
-    Acceptor,
-    bound_warning,
-    connections_bound,
-    raise_descriptor_limit,
-)
 from minikms.daemon.parts import Parts, Workers
 from minikms.daemon.peer import overflow_uid
 from minikms.daemon.policy_file import PolicyInForce
@@ -44,7 +36,14 @@ from minikms.daemon.sealing import RunContext, Sealing
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir, written_at_start
-from minikms.logs import structlog
+from minikms.http.accepting import (
+    ACCEPT_PAUSE_SECONDS,
+    Acceptor,
+    bound_warning,
+    connections_bound,
+    raise_descriptor_limit,
+)
+from minikms.logs import service_logger, structlog
 from minikms.memory.arena import SecretArena
 from minikms.memory.process import Measure, harden, interpreter_paths
 from minikms.memory.signals import SignalReader
@@ -73,7 +72,7 @@ def run(settings: Settings) -> None:
     """Serves until SIGTERM, SIGINT, SIGQUIT, or the end of the parent. Raises StartError, saying why it can't start and
     what to do.
     """
-    log = _logger(settings)
+    log = service_logger(settings.log_format)
     notifier = Notifier(os.environ)
     policy = _policy(settings)
     connections_max = connections_bound(raise_descriptor_limit())
@@ -376,22 +375,3 @@ def _write_paths(settings: Settings, *, activated: bool) -> list[str]:
     if not activated:
         paths.append(os.path.dirname(os.path.abspath(settings.socket)))
     return paths if settings.forwarder is None else [*paths, *settings.forwarder.write_paths]
-
-
-def _logger(settings: Settings) -> structlog.stdlib.BoundLogger:
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if settings.log_format == "json"
-        else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
-    )
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-    logger: structlog.stdlib.BoundLogger = structlog.get_logger("minikms", started_at=time.time_ns() // 1_000_000_000)
-    return logger

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from minikms import api
-from minikms.daemon.accepting import bound_warning
+from minikms.http.accepting import bound_warning
 from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN
 from minikms.logs import structlog
 
@@ -185,7 +185,7 @@ class StatusPage:
                 f"{self._vault.unreadable.count} key files can't be read, see keys.unreadable_files; restore them "
                 "from a backup"
             )
-        unreadable = sorted(self._vault.rotation_backups.batches.unreadable)
+        unreadable = sorted(self._vault.rotation_backups.unreadable)
         if unreadable:
             found.append(
                 f"{len(unreadable)} rotation backups can't be read or written, first {unreadable[0]}; destroying a key "

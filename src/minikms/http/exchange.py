@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 from collections.abc import Awaitable, Hashable
 from email.utils import formatdate
 from http import HTTPStatus
@@ -119,9 +120,9 @@ def raised_response(error: KmsRefusedError) -> Response:
 class Application(Protocol[S]):
     """What an application implements. The engine calls all methods in the loop's thread; they must not block."""
 
-    def open_session(self, sock: socket.socket) -> S | Refusal | None:
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> S | Refusal | None:
         """Accept a new connection, before a byte of it is read. A refusal is answered, and the connection closed;
-        `None`: it is closed without an answer.
+        `None`: it is closed without an answer. `tls`: of a connection of a `TlsServer`, after the handshake.
         """
 
     def group(self, session: S) -> Hashable:

@@ -68,10 +68,12 @@ _LENGTH: Final = re.compile(rb"[0-9]+")
 
 _REQUEST_ID: Final = api.REQUEST_ID_HEADER.encode()
 _PRINCIPAL: Final = api.PRINCIPAL_HEADER.encode()
-_NOT_CACHED: Final = frozenset({b"authorization", b"cookie", b"proxy-authorization", _REQUEST_ID, _PRINCIPAL})
+_RESERVED: Final = api.RESERVED_HEADERS.encode()
+_AUTHORIZATION: Final = b"authorization"
+_NOT_CACHED: Final = frozenset({_AUTHORIZATION, b"cookie", b"proxy-authorization", _REQUEST_ID, _PRINCIPAL})
 _ONCE: Final = frozenset(
     {
-        b"authorization",
+        _AUTHORIZATION,
         b"content-encoding",
         b"content-length",
         b"content-type",
@@ -88,9 +90,10 @@ class ParsedHead(msgspec.Struct, frozen=True, gc=False):
     """What the engine and the application need from a head.
 
     `path` and `query` are as sent, not percent-decoded. `content_length` is 0 for a chunked or absent body.
-    `principal`: the value of `X-MiniKMS-Principal`, unchecked, even if it is empty; None without that header. `plain`:
-    a 200 with JSON needs no special header (the connection stays open, the method is not HEAD, no request id to
-    repeat). `cacheable`: `HeadCache` may keep it, because it contains no credential and is likely to recur.
+    `principal`: the value of `X-MiniKMS-Principal`, unchecked, even if it is empty; None without that header.
+    `authorization`: likewise, that of `Authorization`. `reserved`: there is a header `X-MiniKMS-*`. `plain`: a 200 with
+    JSON needs no special header (the connection stays open, the method is not HEAD, no request id to repeat).
+    `cacheable`: `HeadCache` may keep it, because it contains no credential and is likely to recur.
     """
 
     method: str
@@ -105,6 +108,11 @@ class ParsedHead(msgspec.Struct, frozen=True, gc=False):
     principal: str | None
     plain: bool
     cacheable: bool
+    authorization: str | None = None
+    reserved: bool = False
+
+    def __repr__(self) -> str:
+        return f"ParsedHead({self.method} {self.path})"
 
 
 class _Fields:
@@ -158,6 +166,8 @@ def parse_head(raw: bytes, limits: Limits) -> ParsedHead:
         principal=fields[_PRINCIPAL].decode("latin-1") if _PRINCIPAL in fields else None,
         plain=keep_alive and method != b"HEAD" and request_id is None,
         cacheable=not query and fields.keys().isdisjoint(_NOT_CACHED),
+        authorization=fields[_AUTHORIZATION].decode("latin-1") if _AUTHORIZATION in fields else None,
+        reserved=any(name.startswith(_RESERVED) for name in fields),
     )
 
 

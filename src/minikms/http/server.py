@@ -133,7 +133,9 @@ class HttpServer(Generic[S]):
             session = TOO_MANY_CONNECTIONS
         else:
             try:
-                session = self.app.open_session(transport.get_extra_info("socket"))
+                session = self.app.open_session(
+                    transport.get_extra_info("socket"), transport.get_extra_info("ssl_object")
+                )
             except Exception as error:  # noqa: BLE001 - a connection without a session is closed, whatever the reason
                 self.failed(error)
                 session = None

@@ -64,7 +64,7 @@ class Measure(NamedTuple):
 
 
 def harden(
-    arena: SecretArena,
+    arena: SecretArena | None,
     *,
     read: Sequence[str],
     write: Sequence[str],
@@ -76,7 +76,7 @@ def harden(
     """Take every measure that this machine allows, and report which are in force.
 
     Args:
-        arena: made before, because its pages may need a right that is given up here.
+        arena: made before, because its pages may need a right that is given up here. None: the process holds no key.
         read: files and directories that may still be read later (Landlock), besides those of `write`.
         write: directories in which files may still be made, changed, renamed and removed later (Landlock).
         allow_exec: programs may still be started later; their files must be in `read`.
@@ -88,7 +88,7 @@ def harden(
         StartError: a measure is missing and `require` is set, or the process has more than one thread.
     """
     _require_one_thread()
-    measures = [_measure_arena(arena)]
+    measures = [] if arena is None else [_measure_arena(arena)]
     steps: list[tuple[str, Callable[[], None]]] = [
         ("core_dumps_off", _forbid_core_dumps),
         ("umask_077", _set_umask),

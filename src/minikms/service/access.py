@@ -368,7 +368,7 @@ _NOT_THIS_THREAD: Final = "the policy does not let this principal use this threa
 
 
 class _Cursors:
-    """Encrypts the positions of listings under a key of this run."""
+    """Encrypts the positions of listings under a key of this run. It is not in the arena: it protects nothing else."""
 
     def __init__(self) -> None:
         self._key = memoryview(os.urandom(aead.KEY_BYTES))

@@ -17,7 +17,6 @@ from typing import Final, Protocol
 from minikms.api.errors import SealedError, StorageUnavailableError, StorageUncertainError
 from minikms.audit import AuditKey
 from minikms.audit.record import Head
-from minikms.crypto.aead import scrub_stack
 from minikms.custody.files import now_rfc3339
 from minikms.custody.vault import Vault
 from minikms.datadir import audit_keys
@@ -106,18 +105,15 @@ class RootRemoval:
         unlocked = self._vault.unlocked
         body, at = unlocked.body, now_rfc3339()
         self._vault.keyring.require_keys()
-        try:
-            resealed = unlocked.make_resealed(fill_random, without=gone)
-            key = unlocked.make_audit_key(
-                fill_random,
-                version=body.audit_key.version + 1,
-                at=at,
-                since_seq=last.seq,
-                since_sig=last.sig,
-                key_version=resealed.key_version,
-            )
-        finally:
-            scrub_stack()
+        resealed = unlocked.make_resealed(fill_random, without=gone)
+        key = unlocked.make_audit_key(
+            fill_random,
+            version=body.audit_key.version + 1,
+            at=at,
+            since_seq=last.seq,
+            since_sig=last.sig,
+            key_version=resealed.key_version,
+        )
         return root_slots.remove_slots(body, resealed, key, at=at, proved=proved)
 
     async def _put_back(self) -> None:

@@ -18,7 +18,6 @@ from minikms.api.errors import DecryptionError, InvalidRequestError, NotFoundErr
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
 from minikms.crypto import roots
-from minikms.crypto.aead import scrub_stack
 from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
 from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339
 from minikms.custody.vault import Permit, Vault
@@ -106,10 +105,7 @@ class RootVerbs:
             slot = unlocked.make_slot(root.view, request.provider, slot_id=slot_id, at=at, shares=shares)
             return root_slots.add_slot(body, slot, at=at)
 
-        try:
-            body = await self._vault.keyring.change(add)
-        finally:
-            scrub_stack()
+        body = await self._vault.keyring.change(add)
         return self._answer(body.slots[-1], event)
 
     async def test_root(self, request: api.ProveRootRequest, event: Event, permit: Permit) -> api.RootAnswer:
@@ -128,10 +124,7 @@ class RootVerbs:
             at = now_rfc3339()
             return keyring.next_epoch(root_slots.mark_tested(body, slot_id, at=at), at=at)
 
-        try:
-            body = await self._vault.keyring.change(mark)
-        finally:
-            scrub_stack()
+        body = await self._vault.keyring.change(mark)
         return self._answer(_slot(body, slot_id), event)
 
     async def remove_root(self, request: api.SlotRequest, event: Event, permit: Permit) -> api.RootAnswer:

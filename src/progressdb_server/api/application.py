@@ -20,7 +20,7 @@ from typing import Final
 from minikms.api.errors import KmsError
 from minikms.logs import structlog
 from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.access import NOT_AUTHENTICATED, AccessControl
+from progressdb_server.api.http.access import NOT_AUTHENTICATED, PROBE_PATHS, AccessControl
 from progressdb_server.api.http.errors import ApiError, ClientGoneError, Header, internal
 from progressdb_server.api.http.request import Receive, Request, Scope, Send
 from progressdb_server.api.http.response import NO_CONTENT, Exchange, Response, error_response
@@ -198,11 +198,12 @@ class RefusalLog:
 
 
 def _log_response(request: Request, status: int, seconds: float, *, identified: bool) -> None:
-    """Failures as warnings, refused requests of known callers as information, everything else for debugging.
+    """Failures as warnings, refused requests of known callers as information, everything else for debugging. So are
+    probes: `Readiness` logs when their answer changes.
 
     Never a path or a query: both could contain what a user typed. (Authors are stored in plaintext, and logged.)
     """
-    if status >= 500:
+    if status >= 500 and request.path not in PROBE_PATHS:
         level = _log.warning
     elif status in _LOGGED_STATUSES and identified:
         level = _log.info

@@ -24,6 +24,7 @@ from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.membership import Rule
 from progressdb_server.store.messages import Messages
 from progressdb_server.store.model import StoreError, StoreUnavailableError
+from progressdb_server.store.reading import LONG_READS_COUNT_MAX
 from progressdb_server.store.rekeying import Rekeying
 from progressdb_server.store.sealer import Sealer, store_error
 
@@ -75,6 +76,7 @@ class Conversations(Messages, Rekeying, Backups):
         super().__init__(engine, now_ns=now_ns)
         self.sealer = Sealer(engine, self.writer, provider, self.clock, self.metrics)
         self.rule = rule
+        self.long_reads = asyncio.Semaphore(LONG_READS_COUNT_MAX)
         self.epoch = EpochMemory(engine, self.writer)
         self._provider = provider
         self._background: list[asyncio.Task[None]] = []

@@ -69,7 +69,8 @@ class Messages(Reading):
             thread, place = self._locate(made, None)
             if new.as_member:
                 self.check_member(thread, new.author, Act.READ)
-            return (await self._read_version(thread, place.first, place.first)).message
+            async with self.open_version(thread, place.first, place.first) as version:
+                return version.message
 
     def _create(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Coroutine[Any, Any, Message]:
         if not new.thread:
@@ -243,33 +244,33 @@ class Messages(Reading):
             if state is None:
                 raise RecordUnreadableError(f"thread {owner} has no key")
             first = Stamp.parse(place.first.decode())
-            current = await self._read_version(owner, place.first, place.latest)
-            if author is not None and author != current.message.author:
-                raise NotTheAuthorError("author does not match")
-            expect: tuple[tuple[bytes, bytes | None], ...] = ()
-            if member is not None:
-                # Under both rules an outsider has no message here and can't read the message to react to.
-                self.check_member(owner, member, Act.READ)
-                expect = ((keyspace.writer(owner, member), membership.MEMBER),)
-            fields = change(current.message)
-            if fields is None:
-                return current.message
-            changed = msgspec.structs.replace(current.message, **fields)
-            content = "" if "body" in fields else current.content
-            before = record.Before(current.before.versions + 1, current.before.bytes + current.bytes)
-            secret = record.later_secret(changed, first.text, content, before)
-            if not beyond_bounds:
-                _check_bounds(before, len(secret) + api.SEAL_BYTES)
+            async with self.open_version(owner, place.first, place.latest) as current:
+                if author is not None and author != current.message.author:
+                    raise NotTheAuthorError("author does not match")
+                expect: tuple[tuple[bytes, bytes | None], ...] = ()
+                if member is not None:
+                    # Under both rules an outsider has no message here and can't read the message to react to.
+                    self.check_member(owner, member, Act.READ)
+                    expect = ((keyspace.writer(owner, member), membership.MEMBER),)
+                fields = change(current.message)
+                if fields is None:
+                    return current.message
+                changed = msgspec.structs.replace(current.message, **fields)
+                content = "" if "body" in fields else current.content
+                before = record.Before(current.before.versions + 1, current.before.bytes + current.bytes)
+                secret = record.later_secret(changed, first.text, content, before)
+                if not beyond_bounds:
+                    _check_bounds(before, len(secret) + api.SEAL_BYTES)
 
-            def draft(stamp: Stamp) -> Draft:
-                changed.ts = stamp.time_ns
-                return drafts.later_version(changed, first, stamp, content, secret, expect=expect)
+                def draft(stamp: Stamp) -> Draft:
+                    changed.ts = stamp.time_ns
+                    return drafts.later_version(changed, first, stamp, content, secret, expect=expect)
 
-            try:
-                await self.sealer.append(state, draft, request_id)
-            except ConditionFailedError:
-                raise NotAMemberError("author is not a member of this thread") from None
-            return changed
+                try:
+                    await self.sealer.append(state, draft, request_id)
+                except ConditionFailedError:
+                    raise NotAMemberError("author is not a member of this thread") from None
+                return changed
 
 
 def _check_bounds(before: record.Before, added: int) -> None:

@@ -10,6 +10,7 @@ Invariants:
   any length takes bounded memory: batches of LIST_MESSAGES_MAX and LIST_BYTES_MAX, the next of which is read and sent
   to the key service while the one before is answered. The records of a batch are read in one pass.
 - Between two chunks, a list gives an empty one where the next one has to wait for the key service.
+- Single versions beyond READ_UNCOUNTED_BYTES_MAX are read LONG_READS_COUNT_MAX at a time. What waits holds no content.
 - The versions of a message come in pieces of SHOWN_BYTES_MAX, exceeded by one version at most, also where many versions
   share one large content, which is then opened once.
 """
@@ -17,6 +18,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -39,6 +41,7 @@ from progressdb_server.store.model import (
     MessageNotFoundError,
     RecordUnreadableError,
     StoredVersion,
+    StoreUnavailableError,
     VersionList,
 )
 from progressdb_server.store.sealer import store_error
@@ -57,6 +60,14 @@ SHOWN_BYTES_MAX: Final = 256 * 1024
 """Of one piece of a message's versions, each counted with its content."""
 PAGE_BYTES_MAX: Final = 8 * 1024 * 1024
 """Of a page of the viewer, each version counted with its content; exceeded by one at most."""
+READ_UNCOUNTED_BYTES_MAX: Final = 16 * 1024
+"""Of the sealed parts of a version that is read without a turn. All connections together hold 64 MiB of these."""
+LONG_READS_COUNT_MAX: Final = 16
+"""Longer versions that are read or changed at a time. Each has up to 2 MiB of sealed parts and about twice that opened.
+"""
+LONG_READ_WAIT_SECONDS_MAX: Final = 10
+LONG_READS_FULL: Final = "too many long messages are being read: ask for this one again later"
+LONG_READS_RETRY_SECONDS: Final = 2
 _NONE: Final[Mapping[bytes, bytes]] = MappingProxyType({})
 
 
@@ -114,16 +125,19 @@ class NotOpened(NamedTuple):
 class Reading(Threads):
     """See `store.model.ConversationStore` and `store.model.Store`."""
 
+    long_reads: asyncio.Semaphore
+    """The turns of LONG_READS_COUNT_MAX versions."""
+
     # --- one version ----------------------------------------------------------------------------------------------
     async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
         thread, place = self._locate(message_id, thread_id)
-        return (await self._read_version(thread, place.first, place.latest)).message
+        async with self.open_version(thread, place.first, place.latest) as version:
+            return version.message
 
     async def latest_version(self, message_id: str) -> Message:
         thread, place = self._locate(message_id, None)
-        loaded = self._load(keyspace.messages(thread), place.latest, place.first)
-        (found,) = await self._open_each(thread, [loaded])
-        return _listed(thread, loaded, found)
+        async with self._open_one(thread, place.first, place.latest) as (loaded, found):
+            return _listed(thread, loaded, found)
 
     def _locate(self, message: str, thread: str | None) -> tuple[str, Place]:
         """The message's thread, and its place there. Raises MessageNotFoundError, also when it is in another thread."""
@@ -140,16 +154,40 @@ class Reading(Threads):
                 return owner, _place(key, value)
         raise MessageNotFoundError("message not found")
 
-    async def _read_version(self, thread: str, first: bytes, stamp: bytes) -> Version:
-        """Raises StoreUnavailableError, RecordUnreadableError."""
-        loaded = self._load(keyspace.messages(thread), stamp, first)
-        (found,) = await self._open_each(thread, [loaded])
-        if isinstance(found, Version):
-            return found
-        if found.refusal is not None:
-            raise store_error(found.refusal, found.key) from found.refusal
-        what = "missing" if found.code == RECORD_MISSING else "malformed, or not what belongs there"
-        raise RecordUnreadableError(f"the record {found.key.decode()} is {what}")
+    @contextlib.asynccontextmanager
+    async def open_version(self, thread: str, first: bytes, stamp: bytes) -> AsyncIterator[Version]:
+        """A long version keeps its turn during the block. Raises StoreUnavailableError, RecordUnreadableError."""
+        async with self._open_one(thread, first, stamp) as (_, found):
+            if isinstance(found, NotOpened):
+                if found.refusal is not None:
+                    raise store_error(found.refusal, found.key) from found.refusal
+                what = "missing" if found.code == RECORD_MISSING else "malformed, or not what belongs there"
+                raise RecordUnreadableError(f"the record {found.key.decode()} is {what}")
+            yield found
+
+    @contextlib.asynccontextmanager
+    async def _open_one(
+        self, thread: str, first: bytes, stamp: bytes
+    ) -> AsyncIterator[tuple[Loaded, Version | NotOpened]]:
+        """As `open_version`; raises StoreUnavailableError only."""
+        records = keyspace.messages(thread)
+        loaded = self._load(records, stamp, first)
+        if loaded.bytes <= READ_UNCOUNTED_BYTES_MAX:
+            (found,) = await self._open_each(thread, [loaded])
+            yield loaded, found
+            return
+        del loaded  # what waits for its turn holds nothing
+        try:
+            async with asyncio.timeout(LONG_READ_WAIT_SECONDS_MAX):
+                await self.long_reads.acquire()
+        except TimeoutError:
+            raise StoreUnavailableError(LONG_READS_FULL, LONG_READS_RETRY_SECONDS) from None
+        try:
+            loaded = self._load(records, stamp, first)
+            (found,) = await self._open_each(thread, [loaded])
+            yield loaded, found
+        finally:
+            self.long_reads.release()
 
     # --- records --------------------------------------------------------------------------------------------------
     def _stored(self, key: bytes, near: Mapping[bytes, bytes] = _NONE) -> Stored:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from minikms.cli.doctor import Diagnosis, examine
-from minikms.custody import create_log
+from minikms.custody import journal, journal_format
+from minikms.custody.journal_format import Change
 from minikms.roots.providers import KeyFile
 from tests.harness.vaults import copied_vault, opened_vault
 
@@ -17,7 +18,7 @@ from tests.harness.vaults import copied_vault, opened_vault
 @pytest.fixture(autouse=True)
 def has_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a file system whose `syncfs` is not known to report every failure."""
-    monkeypatch.setattr(create_log, "syncfs_reports", lambda _directory: True)
+    monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
 
 
 def findings(directory: Path) -> list[Diagnosis]:
@@ -25,7 +26,7 @@ def findings(directory: Path) -> list[Diagnosis]:
     return [found for found in examine(str(directory), root, now=time.time()) if found.area == "keys"]
 
 
-def test_keys_that_only_the_create_log_has_are_judged_and_named(tmp_path: Path) -> None:
+def test_keys_that_only_the_journal_has_are_judged_and_named(tmp_path: Path) -> None:
     """A key whose record does not unwrap is a problem, like that of a file."""
 
     async def main() -> None:
@@ -38,20 +39,22 @@ def test_keys_that_only_the_create_log_has_are_judged_and_named(tmp_path: Path) 
         [found] = findings(tmp_path / "killed")
         assert found.level == "advice"
         assert found.what.startswith("the files of 3 keys are missing")
-        log = tmp_path / "killed" / create_log.NAME
-        intact = create_log.decode(log.read_bytes()).intact
-        log.write_bytes(create_log.encode(key._replace(content=key.content.replace(b'"t"', b'"u"')) for key in intact))
+        log = tmp_path / "killed" / journal.NAME
+        intact = journal_format.decode(log.read_bytes()).intact
+        log.write_bytes(
+            journal_format.encode(Change.summed(key.key_id, b"", key.new.replace(b'"t"', b'"u"')) for key in intact)
+        )
         levels = [found.level for found in findings(tmp_path / "killed")]
         assert sorted(levels) == ["advice", "problem", "problem", "problem"]
 
     asyncio.run(main())
 
 
-def test_a_create_log_of_another_version_is_a_problem(tmp_path: Path) -> None:
+def test_a_journal_of_another_version_is_a_problem(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             await one.make(1)
-            (one.directory / create_log.NAME).write_bytes(create_log.MAGIC[:-1] + b"\x09")
+            (one.directory / journal.NAME).write_bytes(journal_format.MAGIC[:-1] + b"\x09")
             [found] = findings(one.directory)
             assert (found.level, "another version" in found.what) == ("problem", True)
 

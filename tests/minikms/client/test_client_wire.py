@@ -22,7 +22,7 @@ def feed(*pieces: bytes) -> Answer | None:
 
 def test_an_answer_split_at_every_offset_is_the_same_answer() -> None:
     whole = feed(GOOD)
-    assert whole == Answer(200, b'{"ciphertext":""}', True)
+    assert whole == Answer(200, b'{"ciphertext":""}', True, content_type=b"application/json")
     for offset in range(1, len(GOOD)):
         assert feed(GOOD[:offset], GOOD[offset:]) == whole
 

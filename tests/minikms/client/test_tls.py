@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import socket
 import ssl
@@ -16,10 +17,10 @@ from cryptography.hazmat.primitives import serialization
 
 from minikms import api
 from minikms.api import errors
-from minikms.client import AsyncClient, Client
-from minikms.client.tls import TOKEN_BYTES_MAX, TlsEndpoint, parse_url
+from minikms.client import AsyncClient, Client, tls
+from minikms.client.tls import CA_FILE_BYTES_MAX, TOKEN_BYTES_MAX, TlsEndpoint, parse_url
 from tests.harness.certificates import SERVER, Authority, Issued, replace
-from tests.minikms.client.hostile import CLOSE, answer, hostile_tls
+from tests.minikms.client.hostile import CLOSE, SILENT, answer, hostile_tls
 from tests.minikms.client.using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, WAIT_S, Use, use_blocking
 
 HEALTH_CALL: tuple[str, dict[str, Any]] = ("health", {})
@@ -326,6 +327,20 @@ def test_a_refusal_names_the_changed_file_that_was_not_taken_up(place: Place) ->
             client.health()
 
 
+def test_files_are_read_again_when_a_descriptor_is_free_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although they have not changed."""
+    monkeypatch.setattr(tls, "AGAIN_S", 0.0)
+    with hostile_tls(place.tls(), [HEALTHY]) as server, Client(server.url, **place.options) as client:
+        with monkeypatch.context() as none_left, pytest.raises(errors.KmsCredentialsError, match="Too many open files"):
+            none_left.setattr(os, "open", refuse_to_open)
+            client.health()
+        assert client.health()
+
+
+def refuse_to_open(*_: object) -> int:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 def test_an_encrypted_key_is_refused_and_no_passphrase_is_asked_for(place: Place, use: Use) -> None:
     key = serialization.load_pem_private_key(place.key.read_bytes(), None)
     cipher = serialization.BestAvailableEncryption(b"secret")
@@ -337,7 +352,7 @@ def test_an_encrypted_key_is_refused_and_no_passphrase_is_asked_for(place: Place
 
 @pytest.mark.parametrize("name", ["ca", "cert", "key"])
 def test_a_file_that_is_missing_or_no_pem_is_named(place: Place, use: Use, name: str) -> None:
-    for content in (None, b"no certificate"):
+    for content in (None, b"no certificate", b"x" * (CA_FILE_BYTES_MAX + 1)):
         file = place.directory / "wrong"
         if content is not None:
             file.write_bytes(content)
@@ -367,6 +382,13 @@ def test_a_handshake_that_never_ends_is_unavailable_after_the_timeout(place: Pla
         [error] = use(url, CREATE_CALL, wait_s=0.0, **place.options | {"timeout_s": 0.2})
     assert isinstance(error, errors.KmsUnavailableError)
     assert not error.sent
+
+
+def test_a_silent_gateway_is_a_timeout(place: Place, use: Use) -> None:
+    with hostile_tls(place.tls(), [SILENT]) as server:
+        [error] = use(server.url, CREATE_CALL, **place.options | {"timeout_s": 0.2})
+    assert isinstance(error, errors.KmsTimeoutError | errors.KmsUnavailableError)
+    assert isinstance(error, errors.KmsTimeoutError) or not error.sent, "a busy machine was slow to connect"
 
 
 def test_a_restarted_gateway_is_found_again(place: Place, use: Use) -> None:

@@ -129,12 +129,12 @@ async def rotate_beside_changes() -> None:
 async def with_file(vault: Vault, thread_id: str) -> DekRecord:
     """A new key, as the verb makes it. This program runs without `tests.harness`."""
     made = await vault.create_in_log(thread_id)
-    await vault.creates.file_made(made.id)
+    await vault.journal.file_made(made.id)
     return made
 
 
 async def create_and_destroy() -> None:
-    """A start, which replays the create log that is there, then creates, and the destruction of one of the new keys."""
+    """A start, which replays the journal that is there, then creates, and the destruction of one of the new keys."""
     async with served() as data:
         vault = data.vault
 

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import pytest
 
 import minikms
-from minikms.custody import create_log, rewrap_journal
+from minikms.custody import journal
 from minikms.custody.files import open_directory, sweep_temps
-from minikms.custody.rewrap_journal import Record
+from minikms.custody.journal_format import Change, encode
 from tests import needs
 from tests.harness.vaults import opened_vault
 
@@ -91,7 +91,7 @@ def run(place: Path, scenario: str, *options: str) -> subprocess.CompletedProces
 def prepare(place: Path, scenario: str) -> None:
     place.mkdir()
     if scenario in ("rewrap", "replay"):
-        asyncio.run(keys_to_rewrap(place, journal=scenario == "replay"))
+        asyncio.run(keys_to_rewrap(place, interrupted=scenario == "replay"))
         return
     if scenario == "creates":
         asyncio.run(keys_of_a_log(place))
@@ -185,10 +185,10 @@ async def check_keys(place: Path, told: set[str]) -> None:
             assert {json.loads(content)["id"] for content in one.backups()} <= present
 
 
-async def keys_to_rewrap(place: Path, *, journal: bool) -> None:
+async def keys_to_rewrap(place: Path, *, interrupted: bool) -> None:
     """Eight keys: the first is retired and about to be destroyed, the second about to be retired.
 
-    With `journal` the power failed between two overwrites of a rotation, and the first key was destroyed.
+    With `interrupted` the power failed between two overwrites of a rotation, and the first key was destroyed.
     """
     (place / "key").touch(0o600)
     (place / "key").write_text("ab" * 32 + "\n")
@@ -198,22 +198,27 @@ async def keys_to_rewrap(place: Path, *, journal: bool) -> None:
         (place / "victims").write_text(" ".join(key_ids[:2]))
         await one.vault.retire(key_ids[0])
         await one.rotate()  # so that every key has a backup
-        if not journal:
-            # A rotation of the same second would not make a directory of its own.
-            [made] = (one.directory / "kms-deks-backup").iterdir()
-            made.rename(made.with_name("20200101T000000"))
+        if not interrupted:
+            make_older(one.directory)
             return
         olds = {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
         await one.rotate()
         news = {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
         await one.vault.destroy(key_ids[0])
-        records = [Record(key_id, olds[key_id], news[key_id]) for key_id in key_ids]
-        (place / "data" / rewrap_journal.NAME).write_bytes(rewrap_journal.encode(records))
         old, torn, zeros, cut = key_ids[2:6]
         one.file(old).write_bytes(olds[old])
         one.file(torn).write_bytes(news[torn][:200] + olds[torn][200:])
         one.file(zeros).write_bytes(bytes(512) + news[zeros][512:])
         one.file(cut).write_bytes(news[cut][:100])
+    make_older(place / "data")
+    changes = [Change(key_id, olds[key_id], news[key_id]) for key_id in key_ids]
+    (place / "data" / journal.NAME).write_bytes(encode(changes))
+
+
+def make_older(directory: Path) -> None:
+    """A rotation or replay of the same second would not make a directory of its own."""
+    for number, made in enumerate(sorted((directory / "kms-deks-backup").iterdir())):
+        made.rename(made.with_name(f"20200101T00000{number}"))
 
 
 async def check_rewrapped(place: Path, told: list[list[str]]) -> None:
@@ -221,7 +226,7 @@ async def check_rewrapped(place: Path, told: list[list[str]]) -> None:
     keys: dict[str, str] = json.loads((place / "keys").read_text())
     for _ in range(2):
         async with opened_vault(place / "data", key=place / "key") as one:
-            assert not (one.directory / rewrap_journal.NAME).exists()
+            assert not (one.directory / journal.NAME).exists()
             await one.indexing.run()
             await one.rotation.run()
             gone = {key_id for key_id in keys if key_id in one.vault.destroyed}
@@ -243,12 +248,12 @@ async def keys_of_a_log(place: Path) -> None:
     (place / "key").write_text("ab" * 32 + "\n")
     async with opened_vault(place / "data", key=place / "key") as one:
         key_ids = await one.make(6)
-        log = (place / "data" / create_log.NAME).read_bytes()
+        log = (place / "data" / journal.NAME).read_bytes()
         (place / "keys").write_text(json.dumps({key_id: key.hex() for key_id, key in one.keys(key_ids).items()}))
         for key_id in key_ids[:2]:
             await one.vault.retire(key_id)
         await one.vault.destroy(key_ids[0])
-    (place / "data" / create_log.NAME).write_bytes(log)
+    (place / "data" / journal.NAME).write_bytes(log)
     absent, empty, torn, _ = key_ids[2:]
     one.file(absent).unlink()
     one.file(empty).write_bytes(b"")

@@ -11,7 +11,8 @@ from typing import Final
 import pytest
 
 from minikms.api.errors import ForbiddenError, StorageUnavailableError
-from minikms.custody import create_log
+from minikms.custody import journal
+from minikms.custody.journal_format import decode
 from minikms.keys.dek import DekRecord
 from tests.harness.vaults import create, opened_vault
 from tests.minikms.custody import watched_cipher
@@ -23,7 +24,7 @@ OPEN: Final = os.open
 @pytest.fixture(autouse=True)
 def has_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a file system whose `syncfs` is not known to report every failure."""
-    monkeypatch.setattr(create_log, "syncfs_reports", lambda _directory: True)
+    monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
 
 
 def test_a_refused_permit_stops_no_other_key_of_its_group(tmp_path: Path) -> None:
@@ -51,7 +52,9 @@ def test_a_refused_permit_stops_no_other_key_of_its_group(tmp_path: Path) -> Non
             assert isinstance(outcomes[1], ForbiddenError)
             assert len(made) == 2
             assert len(set(one.keys(made).values())) == 2
-            assert sorted(create_log.read_logged(str(one.directory))) == sorted(made)
+            assert sorted(each.key_id for each in decode((one.directory / journal.NAME).read_bytes()).intact) == sorted(
+                made
+            )
 
     asyncio.run(main())
 
@@ -90,7 +93,7 @@ def test_a_thread_keeps_its_key_if_a_full_disk_refuses_to_replace_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new key has a record in the log by then, but no file."""
-    monkeypatch.setattr(create_log, "RETRY_SECONDS_MIN", 0.001)
+    monkeypatch.setattr(journal, "RETRY_SECONDS_MIN", 0.001)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:

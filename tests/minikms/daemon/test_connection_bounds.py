@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from minikms.daemon.accepting import DESCRIPTORS_RESERVED_COUNT
 from minikms.daemon.admission import KEPT_CONNECTIONS_SHARE, SEALER_CONNECTIONS_MAX, UID_CONNECTIONS_SHARE
+from minikms.http.accepting import DESCRIPTORS_RESERVED_COUNT
 from minikms.http.limits import UNREAD_GROUP_BYTES_MAX
 from tests.harness.callers import OTHER, ROOT_GRANT, USER, Caller, PolicyDaemon
 from tests.harness.waiting import wait_until

@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from minikms import api
-from minikms.daemon.accepting import CONNECTIONS_COUNT_MIN, DESCRIPTORS_RESERVED_COUNT
 from minikms.daemon.admission import UID_CONNECTIONS_SHARE
+from minikms.http.accepting import CONNECTIONS_COUNT_MIN, DESCRIPTORS_RESERVED_COUNT
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.waiting import wait_until

@@ -246,7 +246,7 @@ def test_a_limited_principal_reads_no_key_id_in_a_warning(daemon: PolicyDaemon) 
     root, user = daemon.caller(), daemon.caller(USER)
     daemon.new_key("foreign-1")
     assert root.post("/rotate_kek", {}).status == 200
-    backup = next((daemon.data_dir / "kms-deks-backup").glob("*/*.jsonl"))
+    backup = next((daemon.data_dir / "kms-deks-backup").glob("*/*.journal"))
     whole = backup.read_bytes()
     os.truncate(backup, 5 * 1024 * 1024)
     assert root.post("/kek/prune", {"backups": True}).status == 200
@@ -414,7 +414,7 @@ def test_destroyed_and_unreadable_keys_are_unknown_to_limited_principals(daemon:
     assert who.post(f"/keys/{destroyed}/destroy", {"key_id": destroyed}).status == 200
     daemon.kill()
     (daemon.data_dir / "kms-deks" / f"{damaged}.json").write_bytes(b"damaged")
-    (daemon.data_dir / "kms-creates").unlink(missing_ok=True)  # else a start mends the file
+    (daemon.data_dir / "kms-journal").unlink(missing_ok=True)  # else a start mends the file
     daemon.start()
     root, who = daemon.caller(), daemon.caller(USER)
     while daemon.status()["keys"]["indexing"]:

@@ -52,7 +52,7 @@ class EchoApp:
     release: asyncio.Event = field(default_factory=asyncio.Event)
     kept: Any = None
 
-    def open_session(self, sock: Any) -> Session | None:
+    def open_session(self, sock: Any, tls: Any) -> Session | None:
         if not self.accepts:
             return None
         self.sessions.append(Session(len(self.sessions)))

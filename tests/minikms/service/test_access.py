@@ -25,7 +25,7 @@ from minikms.api.errors import (
     TooManyError,
     UnauthorizedError,
 )
-from minikms.custody.create_log import NewKey
+from minikms.custody.journal_format import Change
 from minikms.policy import Principal
 from minikms.service import access
 from tests.harness.limited import Limited, limited
@@ -329,13 +329,13 @@ def test_a_create_that_waits_for_another_obeys_the_new_policy(
             who = made.who(1)
             await made.one.make(1, "mine-0")  # so that wraps are reserved
             released = asyncio.Event()
-            writing = made.one.vault.creates.write_group
+            writing = made.one.vault.journal.change
 
-            async def slow(keys: Sequence[NewKey]) -> list[KmsRefusedError | None]:
+            async def slow(changes: Sequence[Change]) -> list[KmsRefusedError | None]:
                 await released.wait()
-                return await writing(keys)
+                return await writing(changes)
 
-            made.one.vault.creates.write_group = slow  # type: ignore[method-assign]  # a slow disk
+            made.one.vault.journal.change = slow  # type: ignore[method-assign]  # a slow disk
             first = await made.until_waiting(who, api.CREATE_DEK, api.CreateDekRequest("mine-1"))
             second = await made.until_waiting(who, verb, verb.request(thread_id="mine-1"))
             made.change(policy)

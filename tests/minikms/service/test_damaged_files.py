@@ -86,7 +86,7 @@ def test_each_kind_of_damage_is_named_and_no_other_key_is_harmed(tmp_path: Path)
 
         # A rotation neither stops for them nor takes their KEK away; mended, they are as they were.
         assert post(daemon, "/rotate_kek", {}).body["rewrapped"] == len(sound)
-        [backup] = (daemon.data_dir / "kms-deks-backup").glob("*/*.jsonl")
+        [backup] = (daemon.data_dir / "kms-deks-backup").glob("*/*.journal")
         os.truncate(backup, 5 * 1024 * 1024)
         assert post(daemon, "/kek/prune", {"backups": True}).body["destroyed"] == []
         assert any(

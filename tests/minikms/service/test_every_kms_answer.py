@@ -243,7 +243,7 @@ class World:
             file = self.daemon.data_dir / "kms-deks" / f"{self.key()}.json"
             self._damaged = file, file.read_bytes()
             file.write_bytes(b"{}")
-            (self.daemon.data_dir / "kms-creates").unlink(missing_ok=True)  # else a start mends the file
+            (self.daemon.data_dir / "kms-journal").unlink(missing_ok=True)  # else a start mends the file
             self.restart()
         return self._damaged[0].stem
 

@@ -19,7 +19,7 @@ from minikms.api import errors
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.client import Client
-from minikms.custody import create_log
+from minikms.custody import journal
 from minikms.custody.deks import HeldKeys
 from minikms.custody.files import make_file
 from minikms.keys.dek import DekRecord
@@ -172,12 +172,12 @@ def test_a_retirement_that_is_not_known_to_be_durable_opens_one_key(
             await one.indexing.run()
             old, _ = await one.vault.get_or_create("t", purpose="thread")
 
-            async def in_place_only(held: HeldKeys, data: bytes) -> None:
-                one.file(*held.key_ids).write_bytes(data)
+            async def in_place_only(held: HeldKeys, _: bytes, new: bytes) -> None:
+                one.file(*held.key_ids).write_bytes(new)
                 raise StorageUnavailableError("a directory cannot be synced")
 
             with monkeypatch.context() as patch:
-                patch.setattr(one.vault.store, "replace", in_place_only)
+                patch.setattr(one.vault.journal, "retire", in_place_only)
                 with pytest.raises(StorageUnavailableError):
                     await one.vault.retire(old)
             found = [await one.vault.get_or_create("t", purpose="thread") for _ in range(2)]
@@ -196,7 +196,7 @@ def test_a_create_that_is_refused_is_an_error(tmp_path: Path, monkeypatch: pytes
                 raise StorageUnavailableError("the disk is full")
 
             with monkeypatch.context() as patch:
-                patch.setattr(one.vault.creates, "write_group", full)
+                patch.setattr(one.vault.journal, "change", full)
                 with pytest.raises(StorageUnavailableError):
                     await one.vault.get_or_create("t", purpose="thread")
             assert (await one.vault.get_or_create("t", purpose="thread"))[1]
@@ -215,12 +215,12 @@ def test_a_new_key_is_not_found_before_it_has_replaced_the_old_one(
             old, _ = await one.vault.get_or_create("t", purpose="thread")
             retiring, may_fail = asyncio.Event(), asyncio.Event()
 
-            async def refused(key_id: str, data: bytes) -> None:
+            async def refused(*_: object) -> None:
                 retiring.set()
                 await may_fail.wait()
                 raise StorageUnavailableError("the disk is full")
 
-            monkeypatch.setattr(one.vault.store, "replace", refused)
+            monkeypatch.setattr(one.vault.journal, "retire", refused)
             creating = asyncio.create_task(create(one.vault, "t", replaces=old))
             await retiring.wait()
             finding = asyncio.create_task(one.vault.get_or_create("t", purpose="thread"))
@@ -252,8 +252,8 @@ def test_the_line_of_a_create_is_written_before_another_gets_the_key(
         async with opened_vault(tmp_path / "d") as one:
             await one.indexing.run()
             await one.make(1, "another")  # reserves wraps
-            monkeypatch.setattr(create_log, "syncfs_reports", lambda _directory: True)
-            monkeypatch.setattr(create_log, "make_file", slowly)
+            monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
+            monkeypatch.setattr(journal, "make_file", slowly)
             table = VerbTable(Kept())
             KeyVerbs(one.vault, table, one.indexing)
 

@@ -18,7 +18,7 @@ class State(TypedDict):
     approved: bool
 
 
-def _answer(state: State) -> dict[str, Any]:
+def answer(state: State) -> dict[str, Any]:
     return {"messages": [f"you said: {state['messages'][-1]}"]}
 
 
@@ -29,7 +29,7 @@ def _approve(state: State) -> dict[str, Any]:
 def conversation() -> StateGraph[State]:
     """Two nodes, of which the second waits for a person."""
     graph = StateGraph(State)
-    graph.add_node("answer", _answer)
+    graph.add_node("answer", answer)
     graph.add_node("approve", _approve)
     graph.add_edge(START, "answer")
     graph.add_edge("answer", "approve")

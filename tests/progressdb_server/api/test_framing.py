@@ -10,7 +10,7 @@ import httptools
 import pytest
 
 from progressdb_server.api.http import framing, limits
-from progressdb_server.api.http.framing import CHUNKED, Chunks, Head, HttpError
+from progressdb_server.api.http.framing import CHUNKED, Chunks, Head, HttpError, check_beginning
 
 HEAD = b"POST /v1/m?a=b HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nX-Key:  a\tb \r\nConnection: keep-alive\r\n\r\n"
 CHUNKED_HEAD = b"PUT http://x/a?b HTTP/1.1\r\nhost: x\r\nTransfer-Encoding: Chunked\r\nExpect: 100-continue\r\n\r\n"
@@ -158,6 +158,12 @@ def test_a_body_has_a_bounded_number_of_chunks_and_bytes_of_trailers() -> None:
     with pytest.raises(HttpError) as refused:
         decoded(b"0\r\n" + b"A: b\r\n" * limits.HEAD_BYTES_MAX)
     assert refused.value.status == 431
+
+
+def test_an_empty_line_before_a_head_may_be_split() -> None:
+    check_beginning(b"\r")
+    with pytest.raises(HttpError):
+        check_beginning(b"\rG")
 
 
 def test_many_short_chunks_are_decoded_in_many_turns() -> None:

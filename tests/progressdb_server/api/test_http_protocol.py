@@ -16,7 +16,8 @@ from typing import Any
 import httptools
 import pytest
 
-from progressdb_server.api.http import framing, limits
+from progressdb_server.api.http import framing, limits, listener, protocol
+from progressdb_server.store.model import MessageNotFoundError
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.asgi_client import BACKEND, Api
 from tests.progressdb_server.api.certificates import self_signed
@@ -61,7 +62,7 @@ def error_of(response: Reply) -> str:
 
 # --- what is served ---------------------------------------------------------------------------------------------
 def test_a_request_split_at_every_offset_is_the_same_request(server: HttpServer) -> None:
-    whole = request()
+    whole = b"\r\n" + request()
     for at in range(1, len(whole)):
         (response,) = server.exchange(whole[:at], whole[at:])
         assert (response.status, response.json["body"]) == (200, "hello")
@@ -156,6 +157,11 @@ def test_a_response_that_has_begun_is_not_interrupted_by_a_100_continue(
 def test_nothing_tells_which_software_answers(server: HttpServer) -> None:
     (response,) = server.exchange(GET)
     assert "server" not in response.headers
+
+
+def test_options_may_ask_about_the_server_as_a_whole(server: HttpServer) -> None:
+    responses = server.exchange(request("OPTIONS", "*", b"") + request("GET", "*", b""))
+    assert [response.status for response in responses] == [204, 400]
 
 
 def test_an_upgrade_is_not_followed(server: HttpServer) -> None:
@@ -286,6 +292,32 @@ def test_head_is_refused_without_a_body(server: HttpServer) -> None:
     assert first.startswith(b"HTTP/1.1 405")
     assert second.startswith(b"HTTP/1.1 200")
     assert body == b'{"status":"ok"}'
+
+
+def refused_and_sending(server: HttpServer) -> socket.socket:
+    """A connection whose refused client has its response and still sends."""
+    connection = server.connect()
+    connection.sendall(MALFORMED["no HTTP"])
+    assert [response.status for response in read_responses(connection)] == [400]
+    return connection
+
+
+def test_a_refused_client_that_still_sends_is_not_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LINGER_SECONDS_MAX", 600)
+    with running() as server, refused_and_sending(server) as connection:
+        for _ in range(3):
+            connection.sendall(b"x" * 1000)
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.1, 1 << 30), (600, 1 << 20)], ids=["time", "bytes"])
+def test_a_refused_client_sends_for_a_bounded_time_and_number_of_bytes(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, count: int
+) -> None:
+    monkeypatch.setattr(limits, "LINGER_SECONDS_MAX", seconds)
+    monkeypatch.setattr(limits, "LINGER_BYTES_MAX", count)
+    with running() as server, refused_and_sending(server) as connection, pytest.raises(ConnectionError):
+        while True:
+            connection.sendall(b"x" * 1000)
 
 
 # --- time and connections ---------------------------------------------------------------------------------------
@@ -444,6 +476,29 @@ def test_a_stop_waits_for_the_rest_of_a_body() -> None:
         connection.sendall(whole[100_000:] + GET)
         (response,) = read_responses(connection)
         assert (response.status, response.headers["connection"]) == (200, "close")
+
+
+def test_a_stop_does_not_wait_for_a_request_that_ignores_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "STOP_SECONDS_MAX", 0.1)
+    monkeypatch.setattr(protocol, "CANCEL_SECONDS_MAX", 0.1)
+    api = Api()
+    started, go_on = threading.Event(), threading.Event()
+
+    async def stubborn(*given: Any, **named: Any) -> Any:
+        started.set()
+        while not go_on.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        raise MessageNotFoundError("message not found")
+
+    monkeypatch.setattr(api.store, "create_message", stubborn)
+    with running(api) as server:
+        connection = server.connect()
+        connection.sendall(request())
+        assert started.wait(60)
+        server.ask_to_stop()
+        assert closed_within(connection, 60)  # before the request has ended
+        go_on.set()
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------

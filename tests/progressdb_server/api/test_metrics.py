@@ -1,4 +1,4 @@
-"""The metrics of both programs, the page that explains them, and the alerts, held against each other."""
+"""The metrics of the programs, the page that explains them, and the alerts, held against each other."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from minikms import api
 from minikms.daemon.metrics import BATCH_SIZES, Histogram, VerbTimes, page
+from minikms_gateway.metrics import MetricsApplication, Values
 from progressdb_server.metrics import KmsMetrics
 from tests import needs
 from tests.harness.unix_http import unix_request
@@ -44,7 +45,25 @@ def pages(server: RealServer) -> dict[str, str]:
     daemon = unix_request(server.db / "run" / "minikms.sock", "/metrics")
     assert daemon.status == 200
     assert daemon.headers["content-type"].startswith("text/plain; version=0.0.4")
-    return {"progressdb": server("GET", "/metrics").body.decode(), "minikms": daemon.body.decode()}
+    gateway = MetricsApplication(
+        lambda: Values(
+            requests={"encrypt": 1},
+            refused={"expired": 1},
+            connections=0,
+            handshakes=0,
+            kms_connections=0,
+            kms_waiting=0,
+            kms_reachable=True,
+            reload_failed=False,
+            certificate_until=0,
+            crl_until=0,
+        )
+    )
+    return {
+        "progressdb": server("GET", "/metrics").body.decode(),
+        "minikms": daemon.body.decode(),
+        "minikms-gateway": gateway.page().decode(),
+    }
 
 
 def families(text: str) -> dict[str, Any]:
@@ -133,7 +152,7 @@ def test_the_age_of_the_newest_backup_is_known(server: RealServer) -> None:
     assert 0 <= age() < 3600
 
 
-def test_prometheus_reads_both_pages(pages: dict[str, str]) -> None:
+def test_prometheus_reads_the_pages(pages: dict[str, str]) -> None:
     for program, text in pages.items():
         done = subprocess.run(
             [needs.program("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, check=False

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+import structlog
 
 from minikms import api
 from minikms.api.errors import KmsUnavailableError, refusal
@@ -42,11 +43,26 @@ class Time:
 def running(body: Callable[[Question, Probe, Time], Coroutine[Any, Any, None]]) -> None:
     async def main() -> None:
         question, clock = Question(), Time()
-        probe = Probe(question, "it is silent", clock=clock)
+        probe = Probe("store", question, "it is silent", clock=clock)
         await body(question, probe, clock)
         await probe.close()
 
     asyncio.run(main())
+
+
+def test_the_log_has_each_change_of_an_answer_and_no_single_probe() -> None:
+    async def body(question: Question, probe: Probe, clock: Time) -> None:
+        with structlog.testing.capture_logs() as lines:
+            for answer in ("", "full", "full", "broken", "", ""):
+                question.answer = answer
+                await probe.problem()
+                clock.now_s += PROBE_AGE_S + 1
+        assert [(line["event"], line["part"], line["reason"]) for line in lines] == [
+            ("not_ready", "store", "full"),
+            ("ready_again", "store", None),
+        ]
+
+    running(body)
 
 
 def test_however_many_ask_the_question_is_asked_once() -> None:
@@ -115,7 +131,7 @@ def test_a_defect_in_a_probe_is_a_problem() -> None:
         async def broken() -> str:
             raise ValueError("private")
 
-        assert await Probe(broken, "silent").problem() == "internal error"
+        assert await Probe("store", broken, "silent").problem() == "internal error"
 
     asyncio.run(main())
 

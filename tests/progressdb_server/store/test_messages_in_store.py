@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from progressdb_server.store.model import (
     MessageNotFoundError,
     NewMessage,
     NotTheAuthorError,
+    StoreUnavailableError,
     ThreadDeletedError,
 )
 from tests.progressdb_server.store.memory_engine import MemoryEngine
@@ -427,6 +429,53 @@ def test_a_message_during_the_write_of_its_threads_deletion_is_refused() -> None
         assert bodies(await messages_of(store, "t")) == [0]
 
     with_store(run, provider=provider)
+
+
+LONG = "x" * 200_000
+
+
+@pytest.mark.parametrize("verb", ["decrypt", "encrypt"], ids=["reads", "changes"])
+def test_long_messages_that_wait_for_the_key_service_are_bounded_in_sum(verb: str) -> None:
+    provider = SealingProvider()
+    asked = 300
+
+    async def run(store: Conversations) -> None:
+        made = [await store.create_message(NewMessage(author="ann", thread="t", body=LONG)) for _ in range(asked)]
+        provider.holds |= {verb, f"{verb}_batch"}
+        tracemalloc.start()
+        try:
+            if verb == "decrypt":
+                waiting = [asyncio.create_task(store.get_message(one.id)) for one in made]
+            else:
+                waiting = [asyncio.create_task(store.set_reaction(one.id, "ann", "+1")) for one in made]
+            for _ in range(100):
+                await asyncio.sleep(0.001)  # until nothing more happens
+            held_bytes, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert provider.held > 0
+        assert held_bytes < 8 * reading_room.LONG_READS_COUNT_MAX * len(LONG)
+        provider.go_on.set()
+        assert [len(message.body) for message in await asyncio.gather(*waiting)] == [len(LONG) + 2] * asked
+
+    with_store(run, provider=provider)
+
+
+def test_a_long_message_that_gets_no_turn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_room, "LONG_READ_WAIT_SECONDS_MAX", 0.01)
+
+    async def run(store: Conversations) -> None:
+        long = await store.create_message(NewMessage(author="ann", thread="t", body=LONG))
+        (short,) = await fill(store, 1)
+        turns = [store.long_reads.acquire() for _ in range(reading_room.LONG_READS_COUNT_MAX)]
+        await asyncio.gather(*turns)
+        with pytest.raises(StoreUnavailableError, match="too many long messages"):
+            await store.get_message(long.id)
+        assert (await store.get_message(short.id)).id == short.id
+        store.long_reads.release()
+        assert (await store.get_message(long.id)).id == long.id
+
+    with_store(run)
 
 
 def test_stats_count_threads_and_stored_versions() -> None:

@@ -37,8 +37,7 @@ from minikms.custody.backup.archive import (
     open_archive,
 )
 from minikms.custody.files import open_directory, read_file_bounded
-from minikms.custody.rotation_backups import newest_key_id
-from minikms.custody.settled_keys import SettledKeys
+from minikms.custody.settled_keys import SettledKeys, newest_key_id
 from minikms.custody.tombstone_file import read_tombstones
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord, bytes_to_key_id

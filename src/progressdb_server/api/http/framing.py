@@ -114,7 +114,9 @@ def _request_line(line: bytes) -> tuple[str, bytes, bytes, str]:
         raise HttpError(400)
     if not target.isascii() or b"\t" in target:
         raise HttpError(400)
-    if target.startswith(b"/") and b"#" not in target:
+    if target == b"*" and method == b"OPTIONS":
+        path, query = target, b""
+    elif target.startswith(b"/") and b"#" not in target:
         path, _, query = target.partition(b"?")
     else:
         found = _ABSOLUTE.fullmatch(target)
@@ -138,6 +140,8 @@ def check_beginning(data: bytes) -> None:
     """Raise HttpError if these bytes, which do not end, can't be the beginning of an acceptable head."""
     if len(data) > limits.HEAD_BYTES_MAX:
         raise HttpError(431)
+    if data == b"\r":
+        return  # of an empty line before the head
     if not data[:1].isupper():
         raise HttpError(400)
     line, end, _ = data.partition(b"\r\n")

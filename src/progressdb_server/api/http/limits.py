@@ -52,6 +52,10 @@ HANDSHAKE_SECONDS_MAX: Final = 10
 """Of TLS, on a new connection."""
 HALF_CLOSED_SECONDS_MAX: Final = 10
 """For the next response to a client that has closed its sending side: most such clients are gone."""
+LINGER_SECONDS_MAX: Final = 2
+LINGER_BYTES_MAX: Final = REQUEST_BYTES_MAX
+"""How long a refused client may still send, and how much, so that it reads its response before the connection is reset.
+"""
 CONNECTIONS_COUNT_MAX: Final = 4096
 STREAM_STALL_SECONDS_MAX: Final = 30
 """How long a client may leave a response unread before its connection is closed."""

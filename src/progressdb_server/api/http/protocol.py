@@ -8,6 +8,8 @@ Owns: what a connection may cost before a request is whole, and when it ends. `c
 4. Idle connections of one address, the bytes of all bodies and the unread bytes of all responses are bounded by
    `shares`. The kernel closes a connection whose client does not read.
 5. A client that has closed its sending side gets the responses that are due, each within `HALF_CLOSED_SECONDS_MAX`.
+6. A connection that ends before its request is whole lingers (RFC 9112, section 9.6): what the client sends is dropped
+   for up to `LINGER_SECONDS_MAX` and `LINGER_BYTES_MAX`. It counts as idle.
 
 The module must never look into a body, and knows no route.
 """
@@ -33,6 +35,8 @@ _BODY_WAITING_BYTES_MAX: Final = 64 * 1024
 _RECURRING_HEAD_BYTES_MAX: Final = 1024
 """A head up to this length is kept, because the next one of the connection may be the same."""
 _STOP_POLL_SECONDS: Final = 0.05
+CANCEL_SECONDS_MAX: Final = 5
+"""For cancelled requests to end, such as a write whose disk hangs."""
 _ERROR_TEXTS: Final = {
     400: "malformed HTTP request",
     413: "the body comes in too many chunks",
@@ -71,7 +75,8 @@ class Serving:
         cancelled = list(self.tasks)
         for task in cancelled:
             task.cancel()
-        await asyncio.gather(*cancelled, return_exceptions=True)
+        if cancelled:
+            await asyncio.wait(cancelled, timeout=CANCEL_SECONDS_MAX)
         for connection in list(self.connections):
             connection.close_unread()
 
@@ -103,6 +108,8 @@ class Connection(asyncio.Protocol):
     """More of the received chunks are decoded in the next turn of the event loop. Nothing is read meanwhile."""
     _ended = False
     """No further request is begun."""
+    _linger_bytes_left: int | None = None
+    """Of what is received and dropped before the connection is closed; None if it does not linger."""
     _eof = False
     _read_paused = False
     _drained: asyncio.Future[None] | None = None
@@ -151,6 +158,10 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._ended and not self._in_body:
+            if self._linger_bytes_left is not None:
+                self._linger_bytes_left -= len(data)
+                if self._linger_bytes_left < 0:
+                    self.transport.abort()
             return
         self._input = self._input[self._at :] + data if self._input else data
         self._at = 0
@@ -158,7 +169,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """True keeps the connection open for responses that are due. TLS has no half-closed connections."""
-        if not self._is_busy() or self._in_body or self.scheme == "https":
+        if self._linger_bytes_left is not None or not self._is_busy() or self._in_body or self.scheme == "https":
             return False
         self._eof = True
         self._close_at(self.serving.loop.time() + limits.HALF_CLOSED_SECONDS_MAX)
@@ -208,7 +219,7 @@ class Connection(asyncio.Protocol):
     def shutdown(self) -> None:
         """Close, after the response to the request that is handled."""
         self._ended = True
-        if self._cycle is None or self._cycle.response_complete:
+        if self._linger_bytes_left is not None or self._cycle is None or self._cycle.response_complete:
             self.transport.close()
         else:
             self._cycle.keep_alive = False
@@ -218,15 +229,31 @@ class Connection(asyncio.Protocol):
         cycle = self._cycle
         if not self.transport.is_closing():
             current = cycle is not None and (self._in_body or not cycle.response_complete)
-            if cycle is None or not current or not cycle.response_started:
-                self.transport.write(self._error_response(status))
-            elif not cycle.response_complete:
+            if current and cycle is not None and cycle.response_started and not cycle.response_complete:
                 self.transport.abort()  # a part is of no use: its unread bytes are not kept
-            self.transport.close()
+            else:
+                if cycle is None or not current or not cycle.response_started:
+                    self.transport.write(self._error_response(status))
+                self._linger()
         self._end()
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.notify()
+
+    def _linger(self) -> None:
+        """Close in a while. To close at once would reset the connection of a client that still sends, which may lose
+        the response by that."""
+        if self._eof or self.transport.is_closing():
+            self.transport.close()
+            return
+        self._linger_bytes_left = limits.LINGER_BYTES_MAX
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        if self._read_paused:
+            self._read_paused = False
+            self.transport.resume_reading()
+        self._close_at(self.serving.loop.time() + limits.LINGER_SECONDS_MAX)
+        self.serving.shares.idle(self.group, self)
 
     def _error_response(self, status: int) -> bytes:
         body = b'{"error":"%b"}' % _ERROR_TEXTS[status].encode("ascii")
@@ -435,8 +462,11 @@ class Connection(asyncio.Protocol):
     def responded(self, keep_alive: bool) -> None:
         """The response of the last request is complete."""
         if not keep_alive:
+            if self._in_body:
+                self._linger()
+            else:
+                self.transport.close()
             self._end()
-            self.transport.close()
         elif self._input or self._in_body or self.write_paused or self._eof or self._ended:
             self._advance()
         else:

@@ -1,10 +1,10 @@
 """Whether the server can do its work: does the disk take writes, does the key service answer.
 
 Owns: `Probe`, a question that is asked at most once at a time and whose answer is kept for a moment; the two questions;
-`/readyz` and `/admin/readiness`. Invariants: however many callers ask, the key
-service and the disk are asked at most every FAULT_AGE_S; a caller waits at most PROBE_S_MAX, and at
-most KNOWN_S_MAX once a problem is known; no answer counts that is older than PROBE_AGE_S after its time; a caller
-without an API key learns ready or not ready, and never why. `/healthz` stays the liveness of this process alone.
+`/readyz` and `/admin/readiness`. Invariants: however many callers ask, the key service and the disk are asked at most
+every FAULT_AGE_S; a caller waits at most PROBE_S_MAX, and at most KNOWN_S_MAX once a problem is known; no answer counts
+that is older than PROBE_AGE_S after its time; a caller without an API key learns ready or not ready, and never why; the
+log has each change of an answer and no single probe. `/healthz` stays the liveness of this process alone.
 """
 
 from __future__ import annotations
@@ -46,13 +46,15 @@ class Probe:
     """Asks whether something works. The answer is a sentence about what is wrong, empty if nothing is."""
 
     def __init__(
-        self, ask: Callable[[], Awaitable[str]], silent: str, *, clock: Callable[[], float] = time.monotonic
+        self, name: str, ask: Callable[[], Awaitable[str]], silent: str, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`silent`: the answer for as long as `ask` has not returned in time."""
+        """`name` is for the log. `silent`: the answer for as long as `ask` has not returned in time."""
+        self._name = name
         self._ask = ask
         self._silent = silent
         self._clock = clock
         self._answer = ""
+        self._logged = ""
         self._expires_s = clock()
         self._running: asyncio.Task[None] | None = None
 
@@ -65,7 +67,14 @@ class Probe:
         done, _ = await asyncio.wait({self._running}, timeout=KNOWN_S_MAX if known else PROBE_S_MAX)
         if not done and not known:
             self._answer, self._expires_s = self._silent, self._clock()
+            self._log_change()
         return self._answer
+
+    def _log_change(self) -> None:
+        if bool(self._answer) != bool(self._logged):
+            level = _log.warning if self._answer else _log.info
+            level("not_ready" if self._answer else "ready_again", part=self._name, reason=self._answer or None)
+        self._logged = self._answer
 
     async def close(self) -> None:
         if self._running is not None:
@@ -79,6 +88,7 @@ class Probe:
             _log.error("probe_failed", error=type(error).__qualname__)
             self._answer = "internal error"
         finally:
+            self._log_change()
             self._expires_s = self._clock() + (FAULT_AGE_S if self._answer else PROBE_AGE_S)
             self._running = None
 
@@ -98,8 +108,10 @@ class Readiness:
         self._store = store
         self._status = status
         self.kms = kms
-        self.writes = Probe(self._ask_store, "the disk has not answered for some seconds", clock=clock)
-        self.key_service = Probe(self._ask_key_service, "it has not answered for some seconds: it hangs", clock=clock)
+        self.writes = Probe("writes", self._ask_store, "the disk has not answered for some seconds", clock=clock)
+        self.key_service = Probe(
+            "key service", self._ask_key_service, "it has not answered for some seconds: it hangs", clock=clock
+        )
 
     async def close(self) -> None:
         await self.writes.close()

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from minikms.api.errors import KeyUnreadableError
-from minikms.custody import batch_backups, deks, files, rotation
-from minikms.custody.batch_backups import Line
+from minikms.custody import backups, deks, files, rotation
+from minikms.custody.journal_format import Change
 from minikms.keys import dek
 from tests.harness.vaults import OpenedVault, opened_vault
 
@@ -51,7 +51,7 @@ def test_backups_are_removed_up_to_a_stamp(tmp_path: Path, monkeypatch: pytest.M
             for stamp in ("20250101T000000", "20260101T000000"):
                 await rotate_at(one, stamp, monkeypatch)
             assert (await one.pruning.prune(backups=True, before="20260101T000000")).backups_removed == 1
-            assert one.vault.rotation_backups.batches.stamps() == ["20260101T000000"]
+            assert one.vault.rotation_backups.stamps() == ["20260101T000000"]
 
     asyncio.run(main())
 
@@ -71,12 +71,15 @@ def test_the_thread_of_the_disk_is_free_between_two_batch_files(
         async with opened_vault(tmp_path / "d") as one:
             key_ids = sorted(await one.make(6))
             for number in range(3):
-                lines = [Line(key_id, one.file(key_id).read_bytes()) for key_id in key_ids[2 * number : 2 * number + 2]]
-                one.vault.rotation_backups.batches.write("20250101T000000", lines)
-            monkeypatch.setattr(batch_backups, "remove_file", counted)
+                some = key_ids[2 * number : 2 * number + 2]
+                contents = {key_id: one.file(key_id).read_bytes() for key_id in some}
+                batch = [Change.summed(key_id, content, content) for key_id, content in contents.items()]
+                async with one.vault.locks.hold(some) as held:
+                    one.vault.journal.write_batch(held, batch, "20250101T000000")
+            monkeypatch.setattr(backups, "remove_file", counted)
             pruning = rotation.Pruning(one.vault, reader=one.reader, disk=jobs)
             assert (await pruning.prune(backups=True)).backups_removed == 6
-            assert one.vault.rotation_backups.batches.stamps() == []
+            assert one.vault.rotation_backups.stamps() == []
 
     with jobs:
         asyncio.run(main())
@@ -137,7 +140,7 @@ def test_one_file_that_cannot_be_read_keeps_every_retired_kek(tmp_path: Path, wh
             key_id, _ = await one.make(2)
             await one.rotate()
             await one.rotate()
-            first, *others = sorted((one.directory / "kms-deks-backup").rglob("*.jsonl"))
+            first, *others = sorted((one.directory / "kms-deks-backup").rglob("*.journal"))
             for path in others if where == "a backup" else (first, *others):
                 path.unlink()
             damage(one.file(key_id) if where == "a live file" else first)
@@ -158,7 +161,7 @@ def test_a_false_kek_version_in_a_file_keeps_the_true_kek(tmp_path: Path) -> Non
             before = one.file(key_id).read_bytes()
             keys = one.keys([key_id])
             await one.rotate()
-            for path in (one.directory / "kms-deks-backup").rglob("*.jsonl"):
+            for path in (one.directory / "kms-deks-backup").rglob("*.journal"):
                 path.unlink()
             one.file(key_id).write_bytes(before.replace(b'"kek_version":1', b'"kek_version":2'))
             assert (await one.pruning.prune(backups=False)).destroyed == []
@@ -283,12 +286,12 @@ def test_a_backup_that_cannot_be_read_does_not_stop_a_rotation(tmp_path: Path) -
             await one.begin(None)
             running = one.rotation.running
             assert running is not None
-            damaged = one.directory / "kms-deks-backup" / running.stamp / f"{key_id}-{key_id}.jsonl"
+            damaged = one.directory / "kms-deks-backup" / running.stamp / f"{key_id}-{key_id}.journal"
             damaged.mkdir(parents=True)
             async with asyncio.timeout(60):
                 await one.rotation.run()
             assert one.on_disk(key_id).kek_version == 2
             [written] = set(damaged.parent.iterdir()) - {damaged}
-            assert written.name == f"{key_id}-{key_id}.1.jsonl"
+            assert written.name == f"{key_id}-{key_id}.1.journal"
 
     asyncio.run(main())

@@ -19,11 +19,10 @@ KILL_SAMPLE = (
     Point("disk", "fsync", 1),  # the keyring's temporary file
     Point("disk", "rename,renameat,renameat2", 1),  # renaming it to the keyring
     Point("main", "write", 1),  # the line about the start of the rotation
-    Point("disk", "rename,renameat,renameat2", 2),  # the batch backup
-    Point("disk", "rename,renameat,renameat2", 3),  # the journal
+    Point("disk", "rename,renameat,renameat2", 2),  # the journal
     Point("disk", "pwrite64", 25),  # after half of the key files
     Point("disk", "syncfs", 1),
-    Point("disk", "unlink,unlinkat", 1),  # the journal
+    Point("disk", "rename,renameat,renameat2", 3),  # the journal becomes the backup
     Point("audit", "fdatasync", 2),  # the line about the end of the rotation
 )
 ADD_SAMPLE = (
@@ -42,8 +41,8 @@ REMOVAL_FAULTS = (
     (Point("audit", "fdatasync", 3), "error=EIO"),
 )
 DISK_FAULTS = (
-    (Point("disk", "write", 3), "error=ENOSPC"),  # the batch backup
     (Point("disk", "write", 4), "error=ENOSPC"),  # the journal
+    (Point("disk", "rename,renameat,renameat2", 3), "error=EIO"),  # the journal becomes the backup
     (Point("disk", "pwrite64", 20), "error=EIO"),
     (Point("disk", "syncfs", 1), "error=EIO"),
     (Point("audit", "fdatasync", 1), "error=EIO"),

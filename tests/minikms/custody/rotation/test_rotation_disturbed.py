@@ -16,8 +16,8 @@ import pytest
 
 from minikms.api.errors import ArenaFullError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import XaesCipher
-from minikms.custody import deks, files, rewrap_journal, rotation
-from minikms.custody.batch_backups import BatchBackups
+from minikms.custody import deks, files, journal, rotation
+from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore
 from minikms.custody.rotation import KekRotation
 from minikms.keys import dek, keyring
@@ -65,16 +65,16 @@ def test_an_unreadable_file_is_listed_and_does_not_stop_the_rotation(tmp_path: P
 
 def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = 0
-    write = BatchBackups.write
+    write = RotationBackups.make_stamp
 
-    def failing(self: BatchBackups, *arguments: object) -> None:
+    def failing(self: RotationBackups, *arguments: object) -> None:
         nonlocal attempts
         attempts += 1
         if attempts <= 3:
             refuse()
         write(self, *arguments)  # type: ignore[arg-type]  # passed on as they came
 
-    monkeypatch.setattr(BatchBackups, "write", failing)
+    monkeypatch.setattr(RotationBackups, "make_stamp", failing)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -154,7 +154,7 @@ def test_while_a_batch_is_unsettled_its_keys_open_and_can_not_be_changed(
             await one.begin(None)
             with monkeypatch.context() as patched:
                 patched.setattr(os, "pwrite", torn)
-                patched.setattr(rewrap_journal, "write_files", refuse)
+                patched.setattr(journal, "write_files", refuse)
                 running = asyncio.create_task(one.rotation.run())
                 while not one.rotation.last_error:
                     await asyncio.sleep(0.001)
@@ -177,15 +177,15 @@ def test_a_stop_leaves_an_unsettled_batch_to_the_next_start(tmp_path: Path, monk
             keys = one.keys(key_ids)
             await one.begin(None)
             with monkeypatch.context() as patched:
-                patched.setattr(rewrap_journal, "overwrite_files", refuse)
-                patched.setattr(rewrap_journal, "write_files", refuse)
+                patched.setattr(journal, "overwrite_files", refuse)
+                patched.setattr(journal, "write_files", refuse)
                 running = asyncio.create_task(one.rotation.run())
                 while not one.rotation.last_error:
                     await asyncio.sleep(0.001)
                 running.cancel()
                 await asyncio.wait([running], timeout=60)
                 assert running.cancelled()
-            assert (one.directory / rewrap_journal.NAME).exists()
+            assert (one.directory / journal.NAME).exists()
         async with opened_vault(tmp_path / "d") as again:
             assert again.replayed.written == 5
             assert again.keys(key_ids) == keys
@@ -332,7 +332,7 @@ def test_a_stop_waits_for_the_disk_thread_however_often_it_is_cancelled(
             key_ids = await one.make(4)
             keys = one.keys(key_ids)
             await one.begin(None)
-            monkeypatch.setattr(rewrap_journal, "overwrite_files", slowly)
+            monkeypatch.setattr(journal, "overwrite_files", slowly)
             running = asyncio.create_task(one.rotation.run())
             while not overwriting.is_set():
                 await asyncio.sleep(0.001)
@@ -349,7 +349,7 @@ def test_a_stop_waits_for_the_disk_thread_however_often_it_is_cancelled(
             await retiring
             assert one.keks_on_disk(key_ids) == {2}
             assert one.keys(key_ids) == keys
-            assert not (one.directory / rewrap_journal.NAME).exists()
+            assert not (one.directory / journal.NAME).exists()
 
     asyncio.run(main())
 
@@ -364,14 +364,14 @@ def test_after_a_stop_on_a_failing_disk_no_key_of_the_batch_is_retired(
             key_ids = await one.make(3)
             await one.begin(None)
             with monkeypatch.context() as patched:
-                patched.setattr(rewrap_journal, "overwrite_files", refuse)
-                patched.setattr(rewrap_journal, "write_files", refuse)
+                patched.setattr(journal, "overwrite_files", refuse)
+                patched.setattr(journal, "write_files", refuse)
                 running = asyncio.create_task(one.rotation.run())
                 while not one.rotation.last_error:
                     await asyncio.sleep(0.001)
                 running.cancel()
                 await asyncio.wait([running])
-            with pytest.raises(StorageUnavailableError, match="start the daemon again"):
+            with pytest.raises(StorageUnavailableError, match="after a restart of the daemon"):
                 await one.vault.retire(key_ids[0])
         async with opened_vault(tmp_path / "d") as again:
             await again.vault.retire(key_ids[0])
@@ -420,7 +420,7 @@ def test_a_key_that_is_destroyed_while_it_is_rewrapped_is_not_in_the_index(
         async with opened_vault(tmp_path / "d") as one:
             victim, unread, other = await one.make(3)
             await one.begin(None)
-            index, real = one.vault.index, rewrap_journal.RewrapJournal.write
+            index, real = one.vault.index, journal.Journal.write_batch
 
             def meanwhile(*arguments: Any) -> None:
                 real(*arguments)
@@ -429,7 +429,7 @@ def test_a_key_that_is_destroyed_while_it_is_rewrapped_is_not_in_the_index(
                 patched.setattr(one.vault, "destroyed", {victim})
 
             with monkeypatch.context() as patched:
-                patched.setattr(rewrap_journal.RewrapJournal, "write", meanwhile)
+                patched.setattr(journal.Journal, "write_batch", meanwhile)
                 await one.rotation.run()
             assert {key_id: index.kek_version(key_id) for key_id in (victim, unread, other)} == {
                 victim: None,
@@ -453,7 +453,7 @@ def test_a_defect_in_a_batch_blocks_no_later_one(tmp_path: Path, monkeypatch: py
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(3)
-            monkeypatch.setattr(rewrap_journal, "overwrite_files", failing)
+            monkeypatch.setattr(journal, "overwrite_files", failing)
             for kek in (2, 3, 4):
                 await one.rotate()
                 assert one.keks_on_disk(key_ids) == {kek}

@@ -17,8 +17,9 @@ from minikms.api.errors import (
     StorageUnavailableError,
     WrongThreadError,
 )
-from minikms.custody.deks import DekStore
-from minikms.custody.rotation_backups import RotationBackups
+from minikms.custody.backups import RotationBackups
+from minikms.custody.deks import HeldKeys
+from minikms.custody.journal import Journal
 from tests.harness.vaults import create, opened_vault
 from tests.minikms.custody.disk_faults import refuse
 
@@ -115,14 +116,14 @@ def test_if_the_old_key_cannot_be_retired_the_new_one_is_removed(
 ) -> None:
     """The caller was told that nothing happened, so no start may retire the old key on the new one's word later."""
 
-    async def refuse(self: DekStore, key_id: str, data: bytes) -> None:
+    async def refuse(self: Journal, held: HeldKeys, old: bytes, new: bytes) -> None:
         raise StorageUnavailableError("no space")
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             old = await create(one.vault, "t")
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(DekStore, "replace", refuse)
+                patched.setattr(Journal, "retire", refuse)
                 await create(one.vault, "t", replaces=old.id)
             assert [path.stem for path in (one.directory / "kms-deks").iterdir()] == [old.id]
             assert len(one.vault.index) == 1
@@ -232,13 +233,13 @@ def test_after_an_unconfirmed_retirement_the_file_decides(tmp_path: Path, monkey
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
             assert one.vault.opened(key_id).state == "active"
-            replace = one.vault.store.replace
+            retire = one.vault.journal.retire
 
             async def unconfirmed(*arguments: Any) -> None:
-                await replace(*arguments)
+                await retire(*arguments)
                 raise StorageUnavailableError("a directory cannot be synced")
 
-            monkeypatch.setattr(one.vault.store, "replace", unconfirmed)
+            monkeypatch.setattr(one.vault.journal, "retire", unconfirmed)
             with pytest.raises(StorageUnavailableError):
                 await one.vault.retire(key_id)
             assert one.vault.opened(key_id).state == "retired"

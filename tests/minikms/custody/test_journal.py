@@ -1,4 +1,4 @@
-"""The create log: an answered create survives a power loss, and a destroyed key is in no file."""
+"""The journal of creates and retirements: an answered one survives a power loss, a destroyed key is in no file."""
 
 from __future__ import annotations
 
@@ -15,23 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableError
-from minikms.custody import create_log, deks, files, settled_keys
-from minikms.custody.create_log import (
-    LOG_BYTES,
-    MAGIC,
-    NAME,
-    RECORD_BYTES,
-    Completed,
-    CreateLog,
-    NewKey,
-    decode,
-    encode,
-    replay,
-)
+from minikms.custody import deks, files, journal, settled_keys
 from minikms.custody.deks import DekStore
 from minikms.custody.files import open_directory
-from minikms.custody.rotation_backups import newest_key_id
-from minikms.custody.settled_keys import SettledKeys
+from minikms.custody.journal import NAME, Journal, Replayed, replay
+from minikms.custody.journal_format import BLANK, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, decode, encode
+from minikms.custody.settled_keys import SettledKeys, newest_key_id
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, make_key_id
 from tests.harness.vaults import OpenedVault, copied_vault, create, opened_vault
 from tests.minikms.custody.disk_faults import failing_os, flip, refuse
@@ -42,29 +31,31 @@ VECTORS = Path(__file__).parents[2] / "vectors"
 @pytest.fixture(autouse=True)
 def has_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a file system whose `syncfs` is not known to report every failure."""
-    monkeypatch.setattr(create_log, "syncfs_reports", lambda _directory: True)
+    monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
 
 
-def new_key(number: int) -> NewKey:
-    return NewKey(bytes_to_key_id(number.to_bytes(16, "big")), bytes([number + 1]) * FILE_BYTES)
+def new_key(number: int) -> Change:
+    return Change.summed(bytes_to_key_id(number.to_bytes(16, "big")), b"", bytes([number + 1]) * FILE_BYTES)
 
 
 # --- the format -----------------------------------------------------------------------------------------------------
 
 
-def test_the_known_log_is_read_and_written_in_the_same_bytes() -> None:
+def test_the_known_journal_is_read_and_written_in_the_same_bytes() -> None:
     known = json.loads((VECTORS / "formats.json").read_text())["dek"]
-    content = bytes.fromhex(known["create_log"])
-    [found] = decode(content.ljust(LOG_BYTES, b"\0")).intact
-    assert found == NewKey(known["key_id"], known["files"][0].encode())
-    assert encode([found])[len(MAGIC) :][:RECORD_BYTES] == content[-RECORD_BYTES:]
+    content = bytes.fromhex(known["journal"])
+    first, second = (file.encode() for file in known["files"])
+    found = decode(content)
+    assert found.damaged == []
+    assert [each[:3] for each in found.intact] == [(known["key_id"], b"", first), (known["key_id"], first, second)]
+    assert MAGIC + BLANK + encode(Change(*each[:3]) for each in found.intact)[len(MAGIC) :] == content
 
 
 @settings(max_examples=30)
 @given(st.integers(0, 4), st.data())
 def test_a_torn_log_has_all_records_before_the_tear(count: int, data: st.DataObject) -> None:
     keys = [new_key(number) for number in range(count)]
-    whole = encode(keys)[: len(MAGIC) + 5 * RECORD_BYTES]
+    whole = encode(keys).ljust(len(MAGIC) + 5 * RECORD_BYTES, b"\0")
     cut = data.draw(st.integers(len(MAGIC), len(MAGIC) + count * RECORD_BYTES))
     for torn in (whole[:cut], whole[:cut].ljust(len(whole), b"\0")):
         assert decode(torn).intact == keys[: (cut - len(MAGIC)) // RECORD_BYTES]
@@ -74,7 +65,7 @@ def test_a_torn_log_has_all_records_before_the_tear(count: int, data: st.DataObj
 @given(st.integers(0, len(MAGIC) + 3 * RECORD_BYTES - 1), st.integers(0, 7))
 def test_a_damaged_record_is_left_out_and_no_other_one(at: int, bit: int) -> None:
     keys = [new_key(number) for number in range(3)]
-    content = bytearray(encode(keys)[: len(MAGIC) + 4 * RECORD_BYTES])
+    content = bytearray(encode(keys).ljust(len(MAGIC) + 4 * RECORD_BYTES, b"\0"))
     content[at] ^= 1 << bit
     hit = (at - len(MAGIC)) // RECORD_BYTES
     found = decode(bytes(content))
@@ -110,7 +101,7 @@ def test_files_are_made_after_their_records_are_on_the_disk(tmp_path: Path, monk
         async with opened_vault(tmp_path / "d") as one:
             await one.make(1)  # reserves wraps
             monkeypatch.setattr(os, "fdatasync", sync)
-            monkeypatch.setattr(create_log, "make_file", make)
+            monkeypatch.setattr(journal, "make_file", make)
             records = await asyncio.gather(*(create(one.vault, f"t{number}") for number in range(5)))
             key_ids = [record.id for record in records]
             monkeypatch.undo()
@@ -123,30 +114,30 @@ def test_files_are_made_after_their_records_are_on_the_disk(tmp_path: Path, monk
 
 
 def test_a_key_whose_file_the_disk_refuses_is_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is durable, so it is answered, opened and changed. Further creates are refused until its file is written."""
-    monkeypatch.setattr(create_log, "RETRY_SECONDS_MIN", 60.0)
+    """It is durable, so it is answered and opened. Further changes are refused until its file is written."""
+    monkeypatch.setattr(journal, "RETRY_SECONDS_MIN", 60.0)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             await one.make(1)  # reserves wraps
             with monkeypatch.context() as failing:
-                failing.setattr(create_log, "make_file", refuse_file)
-                failing.setattr(create_log, "write_files", refuse)
+                failing.setattr(journal, "make_file", refuse_file)
+                failing.setattr(journal, "write_files", refuse)
                 first, second = await asyncio.gather(create(one.vault, "t1"), create(one.vault, "t2"))
                 assert not one.file(first.id).exists()
                 keys = one.keys([first.id, second.id])
-                await one.vault.retire(second.id)
-                assert one.vault.record(second.id).state == "retired"
+                with pytest.raises(StorageUnavailableError):
+                    await one.vault.retire(second.id)
                 with pytest.raises(StorageUnavailableError):
                     await create(one.vault, "t3")
             copied_vault(one, tmp_path / "killed")
             await one.make(1)
             assert one.on_disk(first.id).state == "active"
-            assert one.on_disk(second.id).state == "retired", "its newer file stays"
+            assert one.on_disk(second.id).state == "active"
             assert one.keys(keys) == keys
         async with opened_vault(tmp_path / "killed") as after:
             assert after.on_disk(first.id).state == "active"
-            assert after.on_disk(second.id).state == "retired"
+            assert after.on_disk(second.id).state == "active"
             assert after.keys(keys) == keys
 
     asyncio.run(main())
@@ -167,13 +158,13 @@ def test_a_key_is_durable_before_its_file_is_made(tmp_path: Path, monkeypatch: p
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             await one.make(1)
-            monkeypatch.setattr(create_log, "make_file", slowly)
+            monkeypatch.setattr(journal, "make_file", slowly)
             record = await one.vault.create_in_log("t")
             assert not one.file(record.id).exists()
             assert record.id in logged(one)
             assert len(one.keys([record.id])) == 1
             retiring = asyncio.create_task(one.vault.retire(record.id))
-            made = asyncio.create_task(one.vault.creates.file_made(record.id))
+            made = asyncio.create_task(one.vault.journal.file_made(record.id))
             await asyncio.sleep(0)
             going_on.set()
             await made
@@ -185,7 +176,7 @@ def test_a_key_is_durable_before_its_file_is_made(tmp_path: Path, monkeypatch: p
 
 
 def test_a_stop_a_rotation_and_a_full_log_settle_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(create_log, "RECORDS_MAX", 5)
+    monkeypatch.setattr(journal, "CHANGES_MAX", 5)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -203,7 +194,7 @@ def test_a_stop_a_rotation_and_a_full_log_settle_it(tmp_path: Path, monkeypatch:
 
 
 def test_where_syncfs_is_not_strict_there_is_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(create_log, "syncfs_reports", lambda _directory: False)
+    monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: False)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -264,12 +255,12 @@ def test_after_a_failed_sync_the_files_of_the_log_are_written_anew(
             await one.vault.retire(key_ids[0])
             keys = one.keys(key_ids)
             inodes = [one.file(key_id).stat().st_ino for key_id in key_ids]
-            monkeypatch.setattr(create_log, "syncfs", failing)
-            one.vault.creates.settle()
+            monkeypatch.setattr(journal, "syncfs", failing)
+            one.vault.journal.settle()
             assert not (one.directory / NAME).exists()
             after = [one.file(key_id).stat().st_ino for key_id in key_ids]
-            assert [new != old for new, old in zip(after, inodes, strict=True)] == [False, True, True, True]
-            assert one.on_disk(key_ids[0]).state == "retired", "it has a newer content, which is durable by itself"
+            assert [new != old for new, old in zip(after, inodes, strict=True)] == [True, True, True, True]
+            assert one.on_disk(key_ids[0]).state == "retired"
             assert one.keys(key_ids) == keys
 
     asyncio.run(main())
@@ -310,7 +301,7 @@ def test_a_replay_completes_files_that_a_power_loss_damaged(tmp_path: Path, dama
             assert None not in [settled.read(key_id) for key_id in keys]
             assert settled.recovered == (1 if damage == "nothing" else 4)
         async with opened_vault(tmp_path / "d") as one:
-            assert one.creates_completed == Completed(1 if damage == "nothing" else 4)
+            assert one.replayed == Replayed(1 if damage == "nothing" else 4)
             assert one.keys(keys) == keys
             assert not inodes & {path.stat().st_ino for path in paths.values()}, "each is written to a fresh file"
             assert not (one.directory / NAME).exists()
@@ -344,9 +335,16 @@ def test_a_key_under_a_kek_that_was_withdrawn_is_not_made(tmp_path: Path) -> Non
             [key_id] = await one.make(1)
             one.file(key_id).unlink()
             directory = open_directory(one.directory)
-            done = replay(directory, one.vault.store, destroyed=(), has_kek=lambda version: version > 1, keep=refuse)
+            done = replay(
+                directory,
+                one.vault.store,
+                one.vault.rotation_backups,
+                destroyed=(),
+                has_kek=lambda version: version > 1,
+                stamp="20260101T000000",
+            )
             os.close(directory)
-            assert done == Completed()
+            assert done == Replayed()
             assert not one.file(key_id).exists()
 
     asyncio.run(main())
@@ -355,7 +353,7 @@ def test_a_key_under_a_kek_that_was_withdrawn_is_not_made(tmp_path: Path) -> Non
 def test_the_log_counts_among_the_keys_that_may_exist(tmp_path: Path) -> None:
     """An archive may hold such a key, so the receipt of its destruction must name the archive."""
     latest = make_key_id((1 << 48) - 1, bytes(10))
-    (tmp_path / NAME).write_bytes(encode([NewKey(latest, bytes(FILE_BYTES))]))
+    (tmp_path / NAME).write_bytes(encode([Change(latest, b"", bytes([1]) * FILE_BYTES)]))
     assert newest_key_id(str(tmp_path)) == latest
 
 
@@ -388,6 +386,30 @@ def test_destroying_a_key_blanks_its_record(tmp_path: Path, monkeypatch: pytest.
     asyncio.run(main())
 
 
+def test_a_journal_that_a_replay_kept_gives_up_every_key(tmp_path: Path) -> None:
+    """It is a backup of the retired key, and has the creates of others, outside the range of its old contents. They
+    keep no KEK.
+    """
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            first, retired, last = [(await one.make(1))[0] for _ in range(3)]
+            await one.vault.retire(retired)
+            copied_vault(one, tmp_path / "killed")
+        async with opened_vault(tmp_path / "killed") as after:
+            await after.rotate()
+            [kept] = (await after.pruning.prune(backups=False)).kept
+            assert "a rotation backup of a key is wrapped under it" in kept.why
+            for key_id in (first, last):
+                await after.vault.retire(key_id)
+                await after.vault.destroy(key_id)
+                assert_in_no_file(after.directory, key_id)
+            assert len(after.backups(retired)) == 2
+            assert (await after.pruning.prune(backups=True)).destroyed == [1]
+
+    asyncio.run(main())
+
+
 def test_after_a_log_whose_removal_failed_a_create_begins_a_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,7 +420,7 @@ def test_after_a_log_whose_removal_failed_a_create_begins_a_new_one(
             async with opened_vault(tmp_path / call) as one:
                 await one.make(2)
                 with failing_os(monkeypatch, call), pytest.raises(StorageUnavailableError):
-                    one.vault.creates.settle()
+                    one.vault.journal.settle()
                 key_ids = await one.make(1)
                 assert logged(one) == key_ids
 
@@ -413,7 +435,7 @@ def test_the_directory_is_synced_before_the_log_is_removed(tmp_path: Path, monke
     newer file, and without this sync a power loss would take the file's only name after the log is gone.
     """
     calls: list[str] = []
-    synced, unlinked = os.fsync, os.unlink
+    synced, unlinked, renamed = os.fsync, os.unlink, os.rename
 
     def sync(descriptor: int) -> None:
         calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
@@ -423,6 +445,10 @@ def test_the_directory_is_synced_before_the_log_is_removed(tmp_path: Path, monke
         calls.append(name)
         unlinked(name, dir_fd=dir_fd)
 
+    def rename(name: str, to: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        calls.append(name)
+        renamed(name, to, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
@@ -430,12 +456,13 @@ def test_the_directory_is_synced_before_the_log_is_removed(tmp_path: Path, monke
             copied_vault(one, tmp_path / "killed")
             monkeypatch.setattr(os, "fsync", sync)
             monkeypatch.setattr(os, "unlink", unlink)
+            monkeypatch.setattr(os, "rename", rename)
             async with opened_vault(tmp_path / "killed") as after:
                 assert after.on_disk(key_id).state == "retired"
             assert "kms-deks" in calls[: calls.index(NAME)]
             calls.clear()
-            monkeypatch.setattr(create_log, "syncfs", refuse_sync)
-            one.vault.creates.settle()
+            monkeypatch.setattr(journal, "syncfs", refuse_sync)
+            one.vault.journal.settle()
             assert "kms-deks" in calls[: calls.index(NAME)], "after a failed sync too"
 
     asyncio.run(main())
@@ -452,15 +479,15 @@ def test_a_refused_create_does_not_come_back_after_a_kill(
     """It would retire the key that it was to replace, which the client still uses. `healed`: the disk accepts nothing
     at first, so the log is settled in the background.
     """
-    monkeypatch.setattr(create_log, "RETRY_SECONDS_MIN", 0.001)
+    monkeypatch.setattr(journal, "RETRY_SECONDS_MIN", 0.001)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [old] = await one.make(1)
             with monkeypatch.context() as failing:
-                failing.setattr(create_log, "sync_data", refuse_sync)
+                failing.setattr(journal, "sync_data", refuse_sync)
                 if healed:
-                    failing.setattr(create_log, "remove_file", refuse)
+                    failing.setattr(journal, "remove_file", refuse)
                 with pytest.raises(StorageUnavailableError):
                     await create(one.vault, "t", replaces=old)
                 if healed:
@@ -486,9 +513,9 @@ def test_a_group_that_ends_before_its_files_are_made_is_made_anew(tmp_path: Path
         async with opened_vault(tmp_path / "d") as one:
             key = new_key(1)
             with pytest.raises(RuntimeError):
-                one.vault.creates.write([key], fails)
-            one.vault.creates.settle()
-            assert one.file(key.key_id).read_bytes() == key.content
+                one.vault.journal.write([key], fails)
+            one.vault.journal.settle()
+            assert one.file(key.key_id).read_bytes() == key.new
 
     asyncio.run(main())
 
@@ -508,8 +535,8 @@ def test_after_a_failed_sync_a_key_whose_file_is_gone_is_made_again(
                 await one.vault.destroy(victim)
             one.file(victim).unlink()
             one.file(gone).unlink()
-            monkeypatch.setattr(create_log, "syncfs", refuse_sync)
-            one.vault.creates.settle()
+            monkeypatch.setattr(journal, "syncfs", refuse_sync)
+            one.vault.journal.settle()
             assert one.keys([gone]) == keys
             assert not one.file(victim).exists()
 
@@ -523,7 +550,7 @@ def test_a_close_that_fails_closes_no_number_a_second_time(tmp_path: Path, monke
         async with opened_vault(tmp_path / "d") as one:
             await one.make(1)
             with failing_os(monkeypatch, "close"):
-                log: CreateLog = one.vault.creates
+                log: Journal = one.vault.journal
                 log.close()
             closed: list[int] = []
             monkeypatch.setattr(os, "close", closed.append)
@@ -555,7 +582,7 @@ def test_bit_rot_in_the_log_is_counted_and_stops_no_start(tmp_path: Path, damage
         async with opened_vault(tmp_path / "after") as after:
             await after.indexing.run()
             head = damaged == "the head"
-            assert after.creates_completed == Completed(2, 0) if head else Completed(1, 1)
+            assert after.replayed == Replayed(2) if head else Replayed(1, damaged=1)
             assert len(after.keys(others)) == 2
             assert len(after.backups(first)) == (0 if head else 1)
             if head:
@@ -575,10 +602,10 @@ def test_bit_rot_in_the_log_is_counted_and_stops_no_start(tmp_path: Path, damage
 @given(st.integers(1, 3), st.data())
 def test_sectors_that_a_power_loss_took_are_no_damage(count: int, data: st.DataObject) -> None:
     """Also in front of intact records: a group is written in any order."""
-    content = bytearray(encode([new_key(number) for number in range(count)])[: len(MAGIC) + 5 * RECORD_BYTES])
-    sector = data.draw(st.integers(0, len(content) // create_log.SECTOR_BYTES)) * create_log.SECTOR_BYTES
-    content[sector : sector + create_log.SECTOR_BYTES] = bytes(len(content[sector : sector + create_log.SECTOR_BYTES]))
-    assert decode(bytes(content)).damaged == []
+    content = encode([new_key(number) for number in range(count)]).ljust(len(MAGIC) + 5 * RECORD_BYTES, b"\0")
+    begin = data.draw(st.integers(0, len(content) // SECTOR_BYTES)) * SECTOR_BYTES
+    end = min(begin + SECTOR_BYTES, len(content))
+    assert decode(content[:begin] + bytes(end - begin) + content[end:]).damaged == []
 
 
 # --- readers --------------------------------------------------------------------------------------------------------
@@ -601,7 +628,7 @@ def test_a_file_that_is_made_while_another_process_looks_for_it_is_found(
 
             def late(name: str, bytes_max: int, *, dir_fd: int) -> bytes | None:
                 one.file(key_id).write_bytes(content)
-                one.vault.creates.settle()
+                one.vault.journal.settle()
                 return files.read_file_bounded(name, bytes_max, dir_fd=dir_fd)
 
             monkeypatch.setattr(settled_keys, "read_file_bounded", late)
@@ -630,7 +657,7 @@ def test_no_reader_gets_a_part_of_a_file_that_is_being_made(tmp_path: Path, monk
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             store.append(one.vault.store)
-            monkeypatch.setattr(create_log, "make_file", slowly)
+            monkeypatch.setattr(journal, "make_file", slowly)
             monkeypatch.setattr(deks, "SETTLE_SECONDS", 0.0)
             key_ids = await one.make(3)
             assert wrong == []

@@ -18,22 +18,25 @@ from typing import Final, Generic
 
 from minikms import api
 from minikms.api.errors import StartError
-from minikms.http import HttpServer, S
+from minikms.http.exchange import S
+from minikms.http.server import HttpServer
 
 DESCRIPTORS_RESERVED_COUNT: Final = 128
 """For everything but connections: about 30 files, sockets and event descriptors that are always open, a few files for
 each worker thread, and the connections of one turn that are accepted only to be refused."""
 CONNECTIONS_COUNT_MIN: Final = 16
-"""With a limit of open files that leaves fewer, the daemon does not start."""
+"""With a limit of open files that leaves fewer, the service does not start."""
 ACCEPTS_PER_TURN_COUNT_MAX: Final = 32
 """Of one turn of the event loop, so that a flood of new connections does not delay the open ones."""
 ACCEPT_PAUSE_SECONDS: Final = 0.5
 """How long nothing is accepted after accept(2) has failed."""
 
 
-def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open files to what api.CONNECTIONS_MAX needs, or to the hard limit. Returns the limit."""
-    wanted = api.CONNECTIONS_MAX + DESCRIPTORS_RESERVED_COUNT
+def raise_descriptor_limit(others: int = 0) -> int:
+    """Raise the soft limit of open files to what api.CONNECTIONS_MAX and `others` need, or to the hard limit. Returns
+    the limit.
+    """
+    wanted = api.CONNECTIONS_MAX + DESCRIPTORS_RESERVED_COUNT + others
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return wanted if soft == resource.RLIM_INFINITY else soft
@@ -67,10 +70,20 @@ def bound_warning(connections_max: int) -> str | None:
 class Acceptor(Generic[S]):
     """Accepts the connections of a listening socket for an `HttpServer`, from construction to `close`."""
 
-    def __init__(self, listener: socket.socket, server: HttpServer[S], *, on_failure: Callable[[str], None]) -> None:
-        """`listener` is non-blocking. `on_failure` gets the reason of the first failure after a success."""
+    def __init__(
+        self,
+        listener: socket.socket,
+        server: HttpServer[S],
+        *,
+        on_failure: Callable[[str], None],
+        protocol_factory: Callable[[], asyncio.BaseProtocol] | None = None,
+    ) -> None:
+        """`listener` is non-blocking. `on_failure` gets the reason of the first failure after a success.
+        `protocol_factory`: that of a `TlsServer` for TLS; by default the server's own.
+        """
         self._listener = listener
         self._server = server
+        self._factory = protocol_factory or server.protocol_factory
         self._on_failure = on_failure
         self._failing = False
         self._pause: asyncio.TimerHandle | None = None
@@ -113,7 +126,7 @@ class Acceptor(Generic[S]):
 
     async def _open(self, connection: socket.socket) -> None:
         try:
-            await self._server.loop.connect_accepted_socket(self._server.protocol_factory, connection)
+            await self._server.loop.connect_accepted_socket(self._factory, connection)
         except Exception as error:  # noqa: BLE001 - this connection is closed, the others go on
             connection.close()
             self._server.failed(error)

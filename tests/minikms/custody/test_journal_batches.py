@@ -1,4 +1,4 @@
-"""The journal of a rotation: each batch is written whole, and a replay completes what a crash interrupted."""
+"""The journal of a batch: it is written whole, becomes the backup, and a replay completes what a crash interrupted."""
 
 from __future__ import annotations
 
@@ -12,103 +12,44 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from minikms.api.errors import StartError, StorageUnavailableError
-from minikms.custody import create_log, deks, rewrap_journal
+from minikms.api.errors import StorageUnavailableError
+from minikms.custody import deks, settled_keys
 from minikms.custody.files import open_directory
-from minikms.custody.rewrap_journal import (
-    MAGIC,
-    NAME,
-    RECORD_BYTES,
-    Record,
-    Replayed,
-    Rewrap,
-    RewrapJournal,
-    replay,
-)
+from minikms.custody.journal import NAME, Journal, Replayed, replay
+from minikms.custody.journal_format import Change, Decoded, decode, encode
 from minikms.custody.settled_keys import SettledKeys
 from minikms.keys import dek
-from minikms.keys.dek import FILE_BYTES, bytes_to_key_id
+from minikms.keys.dek import FILE_BYTES
 from tests.harness.vaults import OpenedVault, opened_vault
 from tests.minikms.custody.disk_faults import failing_os
 
-VECTORS = Path(__file__).parents[2] / "vectors"
 STAMP = "20260101T000000"
-
-
-def record(number: int) -> Record:
-    old, new = (bytes([number, side]) * (FILE_BYTES // 2) for side in (1, 2))
-    return Record(bytes_to_key_id(number.to_bytes(16, "big")), old, new)
-
-
-# --- the format -----------------------------------------------------------------------------------------------------
-
-
-def test_the_known_journal_is_read_and_written_in_the_same_bytes() -> None:
-    known = json.loads((VECTORS / "formats.json").read_text())["dek"]
-    content = bytes.fromhex(known["rewrap_journal"])
-    [found], damaged = rewrap_journal.decode(content)
-    assert damaged == 0
-    assert (found.key_id, found.old.decode(), found.new.decode()) == (known["key_id"], *known["files"])
-    assert rewrap_journal.encode([found]) == content
-
-
-@given(st.integers(0, 4), st.data())
-def test_a_torn_journal_has_all_records_before_the_tear(count: int, data: st.DataObject) -> None:
-    records = [record(number) for number in range(count)]
-    whole = rewrap_journal.encode(records)
-    cut = data.draw(st.integers(0, len(whole)))
-    for torn in (whole[:cut], whole[:cut] + bytes(len(whole) - cut)):
-        found, damaged = rewrap_journal.decode(torn)
-        intact = max(0, cut - len(MAGIC)) // RECORD_BYTES
-        assert found == records[:intact]
-        assert damaged <= count - intact
-
-
-@given(st.data())
-def test_a_damaged_record_is_left_out_and_no_other_one(data: st.DataObject) -> None:
-    records = [record(number) for number in range(3)]
-    content = bytearray(rewrap_journal.encode(records))
-    at = data.draw(st.integers(0, len(content) - 1))
-    content[at] ^= 1 << data.draw(st.integers(0, 7))
-    found, damaged = rewrap_journal.decode(bytes(content))
-    if at < len(MAGIC):
-        assert (found, damaged) == (records, 0)
-    else:
-        hit = (at - len(MAGIC)) // RECORD_BYTES
-        assert (found, damaged) == (records[:hit] + records[hit + 1 :], 1)
-
-
-def test_a_journal_of_another_version_is_refused() -> None:
-    with pytest.raises(StartError, match="another version of miniKMS"):
-        rewrap_journal.decode(MAGIC[:-1] + b"\x02" + bytes(5000))
 
 
 # --- a batch --------------------------------------------------------------------------------------------------------
 
 
-async def rewraps(one: OpenedVault, key_ids: list[str]) -> list[Rewrap]:
+async def rewraps(one: OpenedVault, key_ids: list[str]) -> list[Change]:
     """What a rotation would write: the old contents are on disk again afterwards."""
     olds = {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
     await one.rotate()
-    batch = [
-        Rewrap.make(key_id, old=olds[key_id], kept=olds[key_id], new=one.file(key_id).read_bytes())
-        for key_id in key_ids
-    ]
-    for rewrap in batch:
-        one.file(rewrap.key_id).write_bytes(rewrap.old)
+    batch = [Change.summed(key_id, olds[key_id], one.file(key_id).read_bytes()) for key_id in key_ids]
+    for change in batch:
+        one.file(change.key_id).write_bytes(change.old)
     return batch
 
 
-def journal_of(one: OpenedVault) -> RewrapJournal:
-    return one.vault.rewraps
+def journal_of(one: OpenedVault) -> Journal:
+    return one.vault.journal
 
 
-async def write(one: OpenedVault, batch: list[Rewrap], stamp: str = STAMP) -> None:
-    async with one.vault.locks.hold(rewrap.key_id for rewrap in batch) as held:
-        journal_of(one).write(held, batch, stamp)
+async def write(one: OpenedVault, batch: list[Change], stamp: str = STAMP) -> None:
+    """As a rotation does."""
+    async with one.vault.locks.hold(change.key_id for change in batch) as held:
+        journal_of(one).begin_rotation()
+        journal_of(one).write_batch(held, batch, stamp)
+        journal_of(one).end_rotation()
 
 
 def test_a_batch_keeps_inodes_leaves_a_backup_and_no_journal(tmp_path: Path) -> None:
@@ -120,7 +61,9 @@ def test_a_batch_keeps_inodes_leaves_a_backup_and_no_journal(tmp_path: Path) -> 
             assert [one.file(rewrap.key_id).stat().st_ino for rewrap in batch] == inodes
             assert all(one.file(rewrap.key_id).read_bytes() == rewrap.new for rewrap in batch)
             [path] = (one.directory / "kms-deks-backup" / STAMP).iterdir()
-            assert path.read_bytes() == b"".join(rewrap.old for rewrap in sorted(batch))
+            assert path.read_bytes() == encode(batch)
+            key_ids = sorted(rewrap.key_id for rewrap in batch)
+            assert path.name == f"{key_ids[0]}-{key_ids[-1]}.journal"
             assert not (one.directory / NAME).exists()
             assert not journal_of(one).live
 
@@ -152,7 +95,7 @@ def test_a_file_that_vanished_is_not_made_again(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("call", ["mkdir", "write", "rename", "fsync", "pwrite", "unlink", "open"])
+@pytest.mark.parametrize("call", ["mkdir", "write", "rename", "fsync", "pwrite", "open"])
 def test_a_batch_on_a_failing_disk_is_whole_or_withdrawn(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,10 +113,10 @@ def test_a_batch_on_a_failing_disk_is_whole_or_withdrawn(
                     except StorageUnavailableError:
                         if journal_of(one).live:
                             with contextlib.suppress(StorageUnavailableError):
-                                journal_of(one).settle()
+                                journal_of(one).settle_batch()
                     else:
                         break
-                changed = journal_of(one).settle() if journal_of(one).live else None
+                changed = journal_of(one).settle_batch() if journal_of(one).live else None
                 found = {one.file(rewrap.key_id).read_bytes() for rewrap in batch}
                 assert found in ({rewrap.old for rewrap in batch}, {rewrap.new for rewrap in batch})
                 assert changed is None or (found == {rewrap.new for rewrap in batch}) == changed
@@ -186,17 +129,19 @@ def test_a_batch_on_a_failing_disk_is_whole_or_withdrawn(
 def test_no_second_batch_begins_while_a_journal_is_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
+            [victim] = await one.make(1)
+            await one.vault.retire(victim)
             batch = await rewraps(one, await one.make(2))
             with failing_os(monkeypatch, "pwrite"), pytest.raises(StorageUnavailableError):
                 await write(one, batch)
             assert journal_of(one).live
             with pytest.raises(StorageUnavailableError, match="not settled"):
                 await write(one, batch)
-            [victim] = await one.make(1)
-            await one.vault.retire(victim)
+            with pytest.raises(StorageUnavailableError, match="has not accepted a batch"):
+                await one.make(1)
             with pytest.raises(StorageUnavailableError, match="journal of a KEK rotation may hold the key"):
                 await one.vault.destroy(victim)
-            assert journal_of(one).settle()
+            assert journal_of(one).settle_batch()
             await one.vault.destroy(victim)
 
     asyncio.run(main())
@@ -205,13 +150,13 @@ def test_no_second_batch_begins_while_a_journal_is_live(tmp_path: Path, monkeypa
 # --- the replay -----------------------------------------------------------------------------------------------------
 
 
-def mixture(rewrap: Rewrap) -> bytes:
+def mixture(rewrap: Change) -> bytes:
     """Valid JSON, in which only half of the wrapped key is new."""
     at = rewrap.old.index(b'"wrapped":"') + 40
     return rewrap.new[:at] + rewrap.old[at:]
 
 
-Damage = Callable[[Rewrap], bytes]
+Damage = Callable[[Change], bytes]
 STATES: dict[str, tuple[Damage, Damage]] = {
     "the old content": (lambda one: one.old, lambda one: one.new),
     "the new content": (lambda one: one.new, lambda one: one.new),
@@ -230,8 +175,9 @@ def later(content: bytes) -> bytes:
     return dek.encode(dek.retired(record, at="2026-11-25T00:00:00Z"))
 
 
-def put_journal(one: OpenedVault, batch: list[Rewrap]) -> None:
-    (one.directory / NAME).write_bytes(rewrap_journal.encode(Record(each.key_id, each.old, each.new) for each in batch))
+def put_journal(one: OpenedVault, batch: list[Change]) -> None:
+    journal_of(one).settle()  # else the stop would remove the file
+    (one.directory / NAME).write_bytes(encode(batch))
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -254,31 +200,6 @@ def test_a_replay_completes_the_batch_and_leaves_other_contents(tmp_path: Path, 
             aside = list((again.directory / "kms-deks-backup").glob("k_*"))
             assert len(aside) == (4 if state in ("a block of zeros", "a cut file", "an empty file") else 0)
             assert set(again.replayed.set_aside) == {path.name[:28] for path in aside}
-
-    asyncio.run(main())
-
-
-def test_a_replay_syncs_the_directory_although_it_writes_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process was killed in a retire, after the rename and before the sync of the directory."""
-    synced = os.fsync
-    calls: list[str] = []
-
-    def sync(descriptor: int) -> None:
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-        calls.append(name if (tmp_path / "d" / NAME).exists() else "")
-        synced(descriptor)
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            batch = await rewraps(one, await one.make(1))
-            await one.vault.retire(batch[0].key_id)
-            put_journal(one, batch)
-        monkeypatch.setattr(os, "fsync", sync)
-        async with opened_vault(tmp_path / "d") as again:
-            assert again.replayed == Replayed()
-            assert "kms-deks" in calls
 
     asyncio.run(main())
 
@@ -318,39 +239,28 @@ def test_where_no_second_link_can_be_made_the_new_content_is_written(
     asyncio.run(main())
 
 
-def test_a_reader_beside_the_daemon_parses_journal_and_log_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_beside_the_daemon_parses_the_journal_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not once for each key: a backup of many keys beside a journal would take hours."""
-    parsed: list[str] = []
-    decode_log, decode_journal = create_log.decode, rewrap_journal.decode
+    parsed: list[int] = []
 
-    def of_log(content: bytes) -> create_log.Decoded:
-        parsed.append(create_log.NAME)
-        return decode_log(content)
+    def counted(content: bytes) -> Decoded:
+        parsed.append(len(content))
+        return decode(content)
 
-    def of_journal(content: bytes) -> tuple[list[Record], int]:
-        parsed.append(NAME)
-        return decode_journal(content)
-
-    monkeypatch.setattr(create_log, "decode", of_log)
-    monkeypatch.setattr(rewrap_journal, "decode", of_journal)
+    monkeypatch.setattr(settled_keys, "decode", counted)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(6)
+            key_ids = await one.make(4)
             batch = await rewraps(one, key_ids)
-            put_journal(one, batch[:2])
-            for key_id in key_ids[4:]:
-                one.file(key_id).unlink()
-            log = create_log.encode([create_log.NewKey(rewrap.key_id, rewrap.old) for rewrap in batch])
-            (one.directory / create_log.NAME).write_bytes(log)
-            os.utime(one.directory / create_log.NAME, ns=(1, 1))
+            created = [Change(each.key_id, b"", each.old) for each in batch[2:]]
+            put_journal(one, [*batch[:2], *created])
+            os.utime(one.directory / NAME, ns=(1, 1))
+            one.file(key_ids[3]).unlink()
             with SettledKeys(str(one.directory)) as settled:
                 assert settled.key_ids() == sorted(key_ids)
-                contents = [settled.read(key_id) for key_id in key_ids]
-                assert contents == [rewrap.old for rewrap in batch]
-                assert sorted(parsed) == [create_log.NAME, NAME]
+                assert [settled.read(key_id) for key_id in key_ids] == [rewrap.old for rewrap in batch]
+                assert len(parsed) == 1
                 put_journal(one, batch)
                 one.file(key_ids[2]).write_bytes(b"")
                 assert settled.read(key_ids[2]) == batch[2].new, "a new journal is noticed"
@@ -369,6 +279,7 @@ def test_a_replay_makes_no_file_of_an_absent_or_destroyed_key(tmp_path: Path) ->
             put_journal(one, batch)
         async with opened_vault(tmp_path / "d") as again:
             assert again.replayed == Replayed(written=1)
+            await again.indexing.run()
             assert [path.stem for path in (again.directory / "kms-deks").iterdir()] == [usual.key_id]
             needle = b'"id":"%s"' % destroyed.key_id.encode()
             paths = [path for path in again.directory.rglob("*") if path.is_file()]
@@ -406,7 +317,7 @@ def test_under_a_restored_keyring_a_replay_writes_the_old_contents(tmp_path: Pat
             directory = open_directory(one.directory)
             done = replay(directory, store, backups, destroyed=(), has_kek=lambda version: version == 1, stamp=STAMP)
             os.close(directory)
-            assert done == Replayed(written=2)
+            assert done == Replayed(written=1)
             assert all(one.file(rewrap.key_id).read_bytes() == rewrap.old for rewrap in batch)
 
     asyncio.run(main())
@@ -439,11 +350,7 @@ def test_readers_see_the_old_or_the_new_content_while_a_key_is_overwritten(tmp_p
             for reader in readers:
                 reader.start()
             for number in range(60):
-                changes = (
-                    batch
-                    if number % 2
-                    else [Rewrap.make(one.key_id, old=one.new, kept=one.new, new=one.old) for one in batch]
-                )
+                changes = batch if number % 2 else [Change.summed(one.key_id, one.new, one.old) for one in batch]
                 store.answer_with({change.key_id: change.new for change in changes})
                 await write(one, changes)
                 store.answer_with({})

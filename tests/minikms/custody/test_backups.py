@@ -1,11 +1,11 @@
-"""Batch backups: lines are found by the names of their files, blanked for destroyed keys, and pruned."""
+"""Backups of batches: records are found by the names of their files, blanked for destroyed keys, and pruned."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -13,119 +13,150 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
-from minikms.custody import batch_backups, files, rotation_backups, vault
-from minikms.custody.batch_backups import BLANK, LINES_COUNT_MAX, BatchBackups, KeysWithin, Line
+from minikms.custody import backups as backups_module
+from minikms.custody import files, vault
+from minikms.custody.backups import KeysWithin, RotationBackups
+from minikms.custody.deks import DekStore
+from minikms.custody.files import open_directory, replace_file
+from minikms.custody.journal_format import BLANK, BYTES_MAX, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, encode
+from minikms.custody.settled_keys import newest_key_id
 from minikms.keys.dek import FILE_BYTES
 from tests.harness.vaults import OpenedVault, opened_vault
-from tests.minikms.custody.disk_faults import failing, failing_os, refuse
+from tests.minikms.custody.disk_faults import failing, failing_os, flip, quick_directory, refuse
 
-VECTORS = Path(__file__).parents[2] / "vectors"
 STAMP, LATER = "20260101T000000", "20260201T000000"
+NAME = "a-journal"
+AT = len(MAGIC)
+"""Of the first record."""
 
 
 def key_id(number: int) -> str:
     return f"k_01jd{number:022d}"
 
 
-def line(number: int, text: str = "") -> Line:
-    content = b'{"id":"%s","text":"%s"}' % (key_id(number).encode(), text.encode())
-    return Line(key_id(number), content.ljust(FILE_BYTES - 1) + b"\n")
+def record(number: int, text: str = "") -> Change:
+    def content(side: str) -> bytes:
+        return f'{{"id":"{key_id(number)}","{side}":"{text}"}}'.encode().ljust(FILE_BYTES)
+
+    return Change(key_id(number), content("old"), content("new"))
+
+
+def opened(directory: Path) -> RotationBackups:
+    (directory / "kms-deks-backup").mkdir(exist_ok=True)
+    return RotationBackups(str(directory))
+
+
+def keep(backups: RotationBackups, stamp: str, *changes: Change) -> None:
+    """As the journal does with a batch."""
+    backups.make_stamp(stamp)
+    directory = open_directory(os.path.dirname(backups.directory))
+    try:
+        replace_file(directory, NAME, encode(changes))
+        key_ids = [change.key_id for change in changes]
+        backups.adopt(directory, NAME, stamp, min(key_ids), max(key_ids))
+    finally:
+        os.close(directory)
 
 
 def in_all_files(directory: Path, number: int) -> int:
+    """In how many records the key is."""
     needle = b'"id":"%s"' % key_id(number).encode()
-    return sum(path.read_bytes().count(needle) for path in directory.rglob("*") if path.is_file())
+    return sum(path.read_bytes().count(needle) for path in directory.rglob("*") if path.is_file()) // 2
 
 
-def contents(backups: BatchBackups) -> list[list[str]]:
-    return [[one.key_id for one in backups.read(file)] for file in backups.listed()]
+def contents(backups: RotationBackups) -> list[list[str]]:
+    return [[one.key_id for one in backups.read_journal(file)] for file in backups.journals()]
 
 
-def blank(backups: BatchBackups, *key_ids: str, anew: tuple[str, ...] = ()) -> list[int]:
-    """The number of lines of each key."""
+def blank(backups: RotationBackups, *key_ids: str, anew: tuple[str, ...] = ()) -> list[int]:
+    """The number of records of each key."""
     counts = backups.blank(backups.files_of(key_ids), anew=anew)
     return [counts[key_id] for key_id in key_ids]
 
 
+def journals(directory: Path) -> list[Path]:
+    return sorted(directory.rglob("*.journal"))
+
+
 def inodes(directory: Path) -> dict[Path, int]:
-    return {path: path.stat().st_ino for path in directory.rglob("*.jsonl")}
+    return {path: path.stat().st_ino for path in journals(directory)}
+
+
+def prune(backups: RotationBackups, *, before: str | None, spare: tuple[str, ...] = ()) -> int:
+    """The number of removed records. Keys without a file count as destroyed, except those in `spare`."""
+
+    class Every(set[str]):
+        def __contains__(self, _: object) -> bool:
+            return True
+
+    os.makedirs(os.path.join(os.path.dirname(backups.directory), "kms-deks"), exist_ok=True)
+    store = DekStore(os.path.dirname(backups.directory))
+    return sum(backups.prune(store, before=before, spare=spare, destroyed=Every()))
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_is_one_file_sorted_by_key_and_named_by_its_ends(tmp_path: Path) -> None:
-    backups = BatchBackups(str(tmp_path))
-    backups.write(STAMP, [line(3), line(1), line(2)])
-    [path] = (tmp_path / STAMP).iterdir()
-    assert path.name == f"{key_id(1)}-{key_id(3)}.jsonl"
-    assert path.read_bytes() == b"".join(line(number).content for number in (1, 2, 3))
-    assert contents(BatchBackups(str(tmp_path))) == contents(backups) == [[key_id(1), key_id(2), key_id(3)]]
+def test_a_batch_is_named_by_its_ends_and_a_name_is_used_once(tmp_path: Path) -> None:
+    backups = opened(tmp_path)
+    keep(backups, STAMP, record(3), record(1), record(2))
+    keep(backups, STAMP, record(1, "changed"), record(3))
+    name = f"{key_id(1)}-{key_id(3)}"
+    assert [path.name for path in journals(tmp_path)] == [f"{name}.1.journal", f"{name}.journal"]
+    assert journals(tmp_path)[1].read_bytes() == encode([record(3), record(1), record(2)])
+    assert contents(opened(tmp_path)) == contents(backups)
+    assert sorted(map(len, contents(backups))) == [2, 3]
 
 
-def test_the_same_batch_again_is_one_file_and_other_contents_are_two(tmp_path: Path) -> None:
-    backups = BatchBackups(str(tmp_path))
-    for text in ("", "", "changed"):
-        backups.write(STAMP, [line(1, text), line(2)])
-    assert sorted(path.name for path in (tmp_path / STAMP).iterdir()) == [
-        f"{key_id(1)}-{key_id(2)}.1.jsonl",
-        f"{key_id(1)}-{key_id(2)}.jsonl",
-    ]
-    assert len(list(backups.listed())) == 2
-
-
-def test_a_batch_that_the_disk_refuses_can_be_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backups = BatchBackups(str(tmp_path))
-    for call in ("mkdir", "write", "rename", "fsync"):
-        with failing_os(monkeypatch, call), pytest.raises(StorageUnavailableError):
-            backups.write(LATER if call == "mkdir" else STAMP, [line(1)])
-        backups.write(STAMP, [line(1)])
-    assert contents(backups) == [[key_id(1)]]
-
-
-def test_the_known_batch_is_read_and_written_in_the_same_bytes(tmp_path: Path) -> None:
-    known = json.loads((VECTORS / "formats.json").read_text())["dek"]["batch_backup"]
-    path = tmp_path / known["name"]
-    path.parent.mkdir()
-    path.write_text(known["file"])
-    backups = BatchBackups(str(tmp_path))
-    [file] = backups.listed()
-    lines = backups.read(file)
-    assert [found.key_id for found in lines] == known["key_ids"]
-    path.unlink()
-    backups.write(file.stamp, lines)
-    assert path.read_text() == known["file"].replace(BLANK.decode(), "")
+@pytest.mark.parametrize("call", ["mkdir", "rename", "fsync"])
+def test_a_batch_that_the_disk_refuses_can_be_kept_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    backups = opened(tmp_path)
+    for at in range(1, 9):
+        with failing_os(monkeypatch, call, at=at):
+            try:
+                keep(backups, STAMP, record(1))
+            except StorageUnavailableError:
+                continue
+            break
+    assert 1 < at < 8
+    assert {*map(tuple, contents(backups))} == {(key_id(1),)}
+    blank(backups, key_id(1))
+    assert in_all_files(tmp_path, 1) == 0
 
 
 # --- erasure --------------------------------------------------------------------------------------------------------
 
 
-def test_a_destroyed_key_is_in_no_line_and_its_neighbours_stay(tmp_path: Path) -> None:
-    backups = BatchBackups(str(tmp_path))
+def test_a_destroyed_key_is_in_no_record_and_its_neighbours_stay(tmp_path: Path) -> None:
+    backups = opened(tmp_path)
     for stamp in (STAMP, LATER):
-        backups.write(stamp, [line(1), line(2), line(3)])
-        backups.write(stamp, [line(4), line(5)])
-    before = sum(path.stat().st_size for path in tmp_path.rglob("*.jsonl"))
+        keep(backups, stamp, record(1), record(2), record(3))
+        keep(backups, stamp, record(4), record(5))
+    before = sum(path.stat().st_size for path in journals(tmp_path))
     assert blank(backups, key_id(2), key_id(9), key_id(5)) == [2, 0, 2]
     assert blank(backups, key_id(2)) == [0]
     assert [in_all_files(tmp_path, number) for number in (1, 2, 3, 4, 5)] == [2, 0, 2, 2, 0]
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*.jsonl")) == before
+    assert sum(path.stat().st_size for path in journals(tmp_path)) == before
     assert contents(backups) == [[key_id(1), key_id(3)], [key_id(4)]] * 2
 
 
-def test_a_line_that_cannot_be_blanked_is_an_error_until_it_can(
+def test_a_record_that_cannot_be_blanked_is_an_error_until_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backups = BatchBackups(str(tmp_path))
-    backups.write(STAMP, [line(1), line(2)])
+    backups = opened(tmp_path)
+    keep(backups, STAMP, record(1), record(2))
     for call in ("pwrite", "fsync"):
         with failing_os(monkeypatch, call), pytest.raises(StorageUnavailableError):
             blank(backups, key_id(1))
     blank(backups, key_id(1))
     assert in_all_files(tmp_path, 1) == 0
-    [path] = (tmp_path / STAMP).iterdir()
+    [path] = (tmp_path / "kms-deks-backup" / STAMP).iterdir()
     path.unlink()
     path.mkdir()
     with pytest.raises(StorageUnavailableError):
@@ -136,14 +167,14 @@ def test_a_line_that_cannot_be_blanked_is_an_error_until_it_can(
 def test_a_file_whose_sync_failed_is_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stamps: list[str]
 ) -> None:
-    """Its page cache has the blank line, and a second sync would succeed without it. Of one file, and of a group."""
-    monkeypatch.setattr(batch_backups, "syncfs_reports", lambda _directory: True)
-    backups = BatchBackups(str(tmp_path))
+    """Its page cache has the blank record, and a second sync would succeed without it. Of one file, and of a group."""
+    monkeypatch.setattr(backups_module, "syncfs_reports", lambda _directory: True)
+    backups = opened(tmp_path)
     for stamp in stamps:
-        backups.write(stamp, [line(1), line(2)])
+        keep(backups, stamp, record(1), record(2))
     before = inodes(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
-        patch.setattr(batch_backups, "syncfs", failing(files.syncfs, at=1))
+        patch.setattr(backups_module, "syncfs", failing(files.syncfs, at=1))
         patch.setattr(os, "fsync", failing(os.fsync, at=1))
         blank(backups, key_id(1))
     assert in_all_files(tmp_path, 1) == 0, "in the page cache"
@@ -156,56 +187,56 @@ def test_a_file_whose_sync_failed_is_written_anew(
 
 
 def test_a_removal_that_an_earlier_run_began_writes_the_files_anew(tmp_path: Path) -> None:
-    """Nobody knows whether the blank line that the page cache has is on the disk."""
-    BatchBackups(str(tmp_path)).write(STAMP, [line(1), line(2)])
-    [path] = (tmp_path / STAMP).iterdir()
-    path.write_bytes(BLANK + line(2).content)
+    """Nobody knows whether the blank record that the page cache has is on the disk."""
+    keep(opened(tmp_path), STAMP, record(1), record(2))
+    [path] = journals(tmp_path)
+    blanked = MAGIC + BLANK + path.read_bytes()[AT + RECORD_BYTES :]
+    path.write_bytes(blanked)
     inode = path.stat().st_ino
-    assert blank(BatchBackups(str(tmp_path)), key_id(1), anew=(key_id(1),)) == [0]
+    assert blank(opened(tmp_path), key_id(1), anew=(key_id(1),)) == [0]
     assert path.stat().st_ino != inode
-    assert path.read_bytes() == BLANK + line(2).content
+    assert path.read_bytes() == blanked
 
 
-@pytest.mark.parametrize("at", [0, 512])
-def test_a_torn_blank_line_is_blanked_by_the_next_attempt(tmp_path: Path, at: int) -> None:
-    backups = BatchBackups(str(tmp_path))
-    backups.write(STAMP, [line(1, "secret" * 90), line(2)])
-    [path] = (tmp_path / STAMP).iterdir()
-    torn = bytearray(path.read_bytes())
-    torn[at : at + 512] = BLANK[at : at + 512]
-    path.write_bytes(torn)
-    assert blank(backups, key_id(1)) == [1 if at else 0]
-    assert path.read_bytes() == BLANK + line(2).content
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.sets(st.integers(0, 5)))
+def test_a_torn_blank_record_is_blanked_by_the_next_start(number: int, lost: set[int]) -> None:
+    """Whichever sectors of it the crash left, also those without the key id. No other record changes."""
+    with tempfile.TemporaryDirectory(dir=quick_directory()) as place:
+        changes = [record(each, "secret" * 160) for each in range(41)]
+        keep(opened(Path(place)), STAMP, *changes)
+        [path] = journals(Path(place))
+        torn = bytearray(path.read_bytes())
+        begin = AT + number * RECORD_BYTES
+        for sector in lost:
+            first = max(begin, (begin // SECTOR_BYTES + sector) * SECTOR_BYTES)
+            end = min(begin + RECORD_BYTES, (begin // SECTOR_BYTES + sector + 1) * SECTOR_BYTES)
+            torn[first:end] = bytes(max(0, end - first))
+        path.write_bytes(torn)
+        again = opened(Path(place))
+        [file] = again.journals()
+        found = again.destroyed_in(file, {key_id(number)})
+        if found is not None:
+            again.blank([found])
+        expected = bytearray(encode(changes))
+        expected[begin : begin + RECORD_BYTES] = BLANK
+        assert path.read_bytes() == expected
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_file_that_a_failed_write_left_in_place_is_blanked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    backups = BatchBackups(str(tmp_path))
-    backups.write(STAMP, [line(9)])
-    at = 2 if call == "fsync" else 1  # the sync of the directory, after the rename
-    with failing_os(monkeypatch, call, at=at), pytest.raises(StorageUnavailableError):
-        backups.write(STAMP, [line(1), line(2)])
-    assert in_all_files(tmp_path, 1) == (call == "fsync")
-    assert blank(backups, key_id(1)) == [int(call == "fsync")]
-    assert in_all_files(tmp_path, 1) == 0
-
-
-def test_a_file_that_cannot_be_read_keeps_no_other_line_from_being_blanked(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_blanked(tmp_path: Path) -> None:
     """It is an error of the keys that it may hold, until somebody removes it."""
-    backups = BatchBackups(str(tmp_path))
+    backups = opened(tmp_path)
     for stamp in (STAMP, LATER):
-        backups.write(stamp, [line(1), line(2)])
-    [bad] = (tmp_path / STAMP).iterdir()
-    os.truncate(bad, LINES_COUNT_MAX * FILE_BYTES + 1)
+        keep(backups, stamp, record(1), record(2))
+    [bad] = (tmp_path / "kms-deks-backup" / STAMP).iterdir()
+    os.truncate(bad, BYTES_MAX + 1)
     with pytest.raises(StorageUnavailableError, match=f"a rotation backup of {STAMP} may hold the key") as refused:
         blank(backups, key_id(1))
     assert "k_" not in str(refused.value), "whoever destroys one key need not know of another"
-    assert in_all_files(tmp_path / LATER, 1) == 0
+    assert in_all_files(tmp_path / "kms-deks-backup" / LATER, 1) == 0
     assert list(backups.unreadable) == [f"{STAMP}/{bad.name}"]
     assert blank(backups, key_id(9)) == [0]
-    assert sum(backups.prune(before=None, keeps=lambda key: False)) == 1, "the others are pruned"
+    assert prune(backups, before=None) == 1, "the others are pruned"
     bad.unlink()
     assert blank(backups, key_id(1)) == [0]
     assert backups.unreadable == {}
@@ -214,38 +245,42 @@ def test_a_file_that_cannot_be_read_keeps_no_other_line_from_being_blanked(tmp_p
 # --- pruning --------------------------------------------------------------------------------------------------------
 
 
-def test_pruning_removes_older_stamps_and_keeps_needed_lines(tmp_path: Path) -> None:
-    backups = BatchBackups(str(tmp_path))
-    backups.write(STAMP, [line(1), line(2)])
-    backups.write(STAMP, [line(3)])
-    backups.write(LATER, [line(1)])
-    assert sum(backups.prune(before=LATER, keeps=lambda key: key == key_id(2))) == 2
+def test_pruning_removes_older_stamps_and_keeps_needed_records(tmp_path: Path) -> None:
+    backups = opened(tmp_path)
+    keep(backups, STAMP, record(1), record(2))
+    keep(backups, STAMP, record(3))
+    keep(backups, LATER, record(1))
+    assert prune(backups, before=LATER, spare=(key_id(2),)) == 2
     assert contents(backups) == [[key_id(2)], [key_id(1)]]
-    assert sum(backups.prune(before=None, keeps=lambda key: False)) == 2
+    assert prune(backups, before=None) == 2
     assert backups.stamps() == []
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path / "kms-deks-backup") == []
 
 
-def test_a_line_without_a_key_id_is_listed_and_pruned(tmp_path: Path) -> None:
-    backups = BatchBackups(str(tmp_path))
-    backups.write(STAMP, [line(1), line(2)])
-    [path] = (tmp_path / STAMP).iterdir()
-    path.write_bytes(b"\0" * 10 + path.read_bytes()[10:])
-    assert contents(backups) == [["", key_id(2)]]
-    assert sum(backups.prune(before=None, keeps=lambda key: True)) == 1
+def test_a_record_without_a_key_id_is_listed_and_pruned(tmp_path: Path) -> None:
+    backups = opened(tmp_path)
+    keep(backups, STAMP, record(1), record(2))
+    [path] = journals(tmp_path)
+    content = bytearray(path.read_bytes())
+    for at in (AT, AT + 16, AT + 16 + FILE_BYTES):  # the id, and the beginnings of both contents
+        content[at : at + 40] = b"?" * 40
+    path.write_bytes(content)
+    found = contents(backups)
+    assert [found[0][0] != key_id(1), found[0][1]] == [True, key_id(2)]
+    assert prune(backups, before=None, spare=(key_id(2),)) == 1
     assert contents(backups) == [[key_id(2)]]
 
 
 def test_a_file_that_cannot_be_read_is_an_error_of_that_file(tmp_path: Path) -> None:
-    backups = BatchBackups(str(tmp_path))
-    backups.write(STAMP, [line(1)])
-    [file] = backups.listed()
-    path = tmp_path / STAMP / file.name
+    backups = opened(tmp_path)
+    keep(backups, STAMP, record(1))
+    [file] = backups.journals()
+    path = tmp_path / "kms-deks-backup" / STAMP / file.name
     path.unlink()
-    assert backups.read(file) == []
+    assert backups.read_journal(file) == []
     path.mkdir()
     with pytest.raises(KeyUnreadableError, match=f"{STAMP}/{key_id(1)}"):
-        backups.read(file)
+        backups.read_journal(file)
 
 
 # --- in a data directory --------------------------------------------------------------------------------------------
@@ -253,15 +288,16 @@ def test_a_file_that_cannot_be_read_is_an_error_of_that_file(tmp_path: Path) -> 
 
 def keep_in_batch(one: OpenedVault, key_ids: list[str], stamp: str = STAMP) -> None:
     """As a rotation under that stamp does."""
-    one.vault.rotation_backups.batches.write(stamp, [Line(key, one.file(key).read_bytes()) for key in key_ids])
+    files_now = {key: one.file(key).read_bytes() for key in key_ids}
+    keep(one.vault.rotation_backups, stamp, *(Change(key, now, now) for key, now in files_now.items()))
 
 
 def rotation_stamp(one: OpenedVault) -> str:
-    [stamp] = set(one.vault.rotation_backups.batches.stamps()) - {STAMP, LATER}
+    [stamp] = set(one.vault.rotation_backups.stamps()) - {STAMP, LATER}
     return stamp
 
 
-def test_a_receipt_counts_the_lines_and_none_is_left(tmp_path: Path) -> None:
+def test_a_receipt_counts_the_records_and_none_is_left(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(4)
@@ -279,7 +315,7 @@ def test_a_receipt_counts_the_lines_and_none_is_left(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_start_blanks_the_lines_of_a_destruction_that_was_cut_off(
+def test_a_start_blanks_the_records_of_a_destruction_that_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
@@ -288,14 +324,14 @@ def test_a_start_blanks_the_lines_of_a_destruction_that_was_cut_off(
             keep_in_batch(one, key_ids)
             await one.vault.retire(key_ids[0])
             with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
-                patch.setattr(BatchBackups, "blank", refuse)
+                patch.setattr(RotationBackups, "blank", refuse)
                 await one.vault.destroy(key_ids[0])
             assert one.file(key_ids[0]).exists()
         async with opened_vault(tmp_path / "d") as again:
             await again.indexing.run()
             assert not again.file(key_ids[0]).exists()
-            [file] = again.vault.rotation_backups.batches.listed()
-            assert {found.key_id for found in again.vault.rotation_backups.batches.read(file)} == set(key_ids[1:])
+            [file] = again.vault.rotation_backups.journals()
+            assert {found.key_id for found in again.vault.rotation_backups.read_journal(file)} == set(key_ids[1:])
 
     asyncio.run(main())
 
@@ -312,7 +348,7 @@ def test_a_repeated_destruction_trusts_no_sync_that_failed(tmp_path: Path, monke
             [path] = (one.directory / "kms-deks-backup" / STAMP).iterdir()
             for key_id in key_ids[:2]:
                 with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
-                    patch.setattr(BatchBackups, "blank", fails_after(BatchBackups.blank))
+                    patch.setattr(RotationBackups, "blank", fails_after(RotationBackups.blank))
                     await one.vault.destroy(key_id)
             inode = path.stat().st_ino
             assert await one.vault.destroy(key_ids[0]) == 0
@@ -337,7 +373,7 @@ def fails_after(blank: Callable[..., object]) -> Callable[..., object]:
 
 
 def test_a_start_removes_the_temporary_files_of_a_batch_before_it_answers(tmp_path: Path) -> None:
-    """Those of a journal and of a batch backup have the contents of many keys."""
+    """Those of a journal have the contents of many keys."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -351,7 +387,7 @@ def test_a_start_removes_the_temporary_files_of_a_batch_before_it_answers(tmp_pa
             (folder / ".tmp-0123456789abcdef-7").write_bytes(2 * content)
         (one.directory / ".tmp-another").mkdir()
         async with opened_vault(tmp_path / "d") as again:
-            assert [len(list(folder.glob(".tmp-0*"))) for folder in folders] == [0, 0, 1, 1]
+            assert [len(list(folder.glob(".tmp-0*"))) for folder in folders] == [0, 0, 0, 1]
             await again.vault.destroy(key_id)
             paths = [path for folder in folders for path in folder.iterdir() if path.is_file()]
             assert not [path for path in paths if content[:100] in path.read_bytes()]
@@ -372,18 +408,17 @@ def test_no_key_is_destroyed_while_a_temporary_file_cannot_be_removed(
                 patch.setattr(os, "rename", failing(os.rename, at=1))
                 patch.setattr(os, "unlink", failing(os.unlink, at=1))
                 keep_in_batch(one, [key_id, other])
-            folder = one.directory / "kms-deks-backup" / STAMP
-            assert in_all_files_of(folder, key_id)
+            assert in_left_temps(one.directory, key_id)
             with failing_os(monkeypatch, "unlink"), pytest.raises(StorageUnavailableError, match="temporary files"):
                 await one.vault.destroy(key_id)
             await one.vault.destroy(key_id)
-            assert not in_all_files_of(folder, key_id)
+            assert not in_left_temps(one.directory, key_id)
 
     asyncio.run(main())
 
 
-def in_all_files_of(directory: Path, key_id: str) -> bool:
-    return any(key_id.encode() in path.read_bytes() for path in directory.iterdir())
+def in_left_temps(directory: Path, key_id: str) -> bool:
+    return any(key_id.encode() in path.read_bytes() for path in directory.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("damage", ["too long", "a symbolic link"])
@@ -403,25 +438,26 @@ def test_a_batch_that_cannot_be_read_stops_no_start_and_no_pruning(
             for key_id in (gone, left):
                 await one.vault.destroy(key_id)
             one.file(left).write_bytes(saved)  # as if its removal had been interrupted
-        bad, good = sorted((tmp_path / "d" / "kms-deks-backup").rglob("*.jsonl"))
-        good.write_bytes(b"".join(sorted((saved, saved.replace(left.encode(), gone.encode())))))
+        bad, good = journals(tmp_path / "d")
+        again_there = saved.replace(left.encode(), gone.encode())
+        good.write_bytes(encode([Change(left, saved, saved), Change(gone, again_there, again_there)]))
         if damage == "too long":
-            os.truncate(bad, LINES_COUNT_MAX * FILE_BYTES + 1)
+            os.truncate(bad, BYTES_MAX + 1)
         else:
             bad.unlink()
             bad.symlink_to("elsewhere")
         async with opened_vault(tmp_path / "d") as again:
             scan = asyncio.create_task(again.indexing.run())
             await again.indexing.wait_complete()
-            while good.read_bytes() != BLANK * 2:
+            while good.read_bytes() != MAGIC + BLANK * 2:
                 await asyncio.sleep(0.001)
             assert again.file(left).exists(), "what may be left is not forgotten"
-            assert list(again.vault.rotation_backups.batches.unreadable) == [f"{STAMP}/{bad.name}"]
+            assert list(again.vault.rotation_backups.unreadable) == [f"{STAMP}/{bad.name}"]
             await again.pruning.prune(backups=True)
             assert not good.exists()
             bad.unlink()
             await scan
-            assert again.vault.rotation_backups.batches.unreadable == {}
+            assert again.vault.rotation_backups.unreadable == {}
             assert not again.file(left).exists()
 
     asyncio.run(main())
@@ -430,9 +466,9 @@ def test_a_batch_that_cannot_be_read_stops_no_start_and_no_pruning(
 def test_the_batches_of_a_rotation_beside_the_scan_are_all_blanked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scan lists the batch backups in another thread. A batch that is written meanwhile is known all the same."""
+    """The scan lists the backups in another thread. A batch that is written meanwhile is known all the same."""
     listed, written = threading.Event(), threading.Event()
-    real = batch_backups.list_stamps
+    real = backups_module.list_stamps
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -450,7 +486,7 @@ def test_the_batches_of_a_rotation_beside_the_scan_are_all_blanked(
                     written.wait(60)
                 return found
 
-            monkeypatch.setattr(batch_backups, "list_stamps", slowly)
+            monkeypatch.setattr(backups_module, "list_stamps", slowly)
             scan = asyncio.create_task(one.indexing.run())
             assert await asyncio.to_thread(listed.wait, 60)
             await asyncio.to_thread(keep_in_batch, one, [key_id])
@@ -466,13 +502,13 @@ def test_a_large_group_of_destructions_is_many_short_jobs(tmp_path: Path, monkey
     """So another job of the disk thread waits for a few files only."""
     monkeypatch.setattr(vault, "BLANK_FILES_MAX", 2)
     jobs: list[int] = []
-    blank = BatchBackups.blank
+    blank = RotationBackups.blank
 
-    def counted(self: BatchBackups, files: list[KeysWithin], **named: Any) -> Counter[str]:
+    def counted(self: RotationBackups, files: list[KeysWithin], **named: Any) -> Counter[str]:
         jobs.append(len(files))
         return blank(self, files, **named)
 
-    monkeypatch.setattr(BatchBackups, "blank", counted)
+    monkeypatch.setattr(RotationBackups, "blank", counted)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -487,7 +523,7 @@ def test_a_large_group_of_destructions_is_many_short_jobs(tmp_path: Path, monkey
     asyncio.run(main())
 
 
-def test_a_line_keeps_its_kek_until_it_is_pruned(tmp_path: Path) -> None:
+def test_a_record_keeps_its_kek_until_it_is_pruned(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(3)
@@ -508,23 +544,21 @@ def test_a_line_keeps_its_kek_until_it_is_pruned(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_damaged_line_keeps_every_retired_kek(tmp_path: Path) -> None:
+def test_a_damaged_record_keeps_every_retired_kek(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(2)
-            keep_in_batch(one, key_ids)
+            keep_in_batch(one, await one.make(1))
             await one.rotate()
             shutil.rmtree(one.directory / "kms-deks-backup" / rotation_stamp(one))
             [path] = (one.directory / "kms-deks-backup" / STAMP).iterdir()
-            path.write_bytes(b"\0" * (2 * FILE_BYTES))
+            flip(path, AT + 100)
             [kept] = (await one.pruning.prune(backups=False)).kept
             assert "can't be read" in kept.why
 
     asyncio.run(main())
 
 
-def test_the_newest_key_id_counts_keys_that_only_a_batch_has(tmp_path: Path) -> None:
-    batches = BatchBackups(str(tmp_path / "kms-deks-backup"))
-    (tmp_path / "kms-deks-backup").mkdir(0o700)
-    batches.write(STAMP, [Line("k_7zzzzzzzzzzzzzzzzzzzzzzzzz", line(1).content), line(1)])
-    assert rotation_backups.newest_key_id(str(tmp_path)) == "k_7zzzzzzzzzzzzzzzzzzzzzzzzz"
+def test_the_newest_key_id_counts_keys_that_only_a_backup_has(tmp_path: Path) -> None:
+    newest = "k_7zzzzzzzzzzzzzzzzzzzzzzzzz"
+    keep(opened(tmp_path), STAMP, Change(newest, record(1).old, record(1).new), record(1))
+    assert newest_key_id(str(tmp_path)) == newest

@@ -1,0 +1,565 @@
+"""Backups of key files that a KEK rotation replaced: the journals of its batches, in `kms-deks-backup/`.
+
+Owns: `<stamp>/<first key id>-<last key id>.journal`, a journal that was renamed once its files were durable
+(docs/spec/journal.md), and single backups `<key id>.json.<stamp>`: damaged files that a replay has replaced. Names,
+listing, blanking and pruning. Invariants:
+- The name of a journal has the first and the last of its keys, so those that may hold a key are found by name. A name
+  is never used for two contents.
+- A record of a destroyed key is overwritten with zeros, in place and durably, before `blank` returns. After a failed
+  sync the content is written to a new file, and the old file is never synced again (`minikms.custody.files`).
+- A file that can't be read is an error of the keys that it may hold, and stops no other work. No one removes it: it may
+  hold the last copy of a key.
+- Records that the caller keeps are not pruned; a journal with such records stays, and its other records become blank.
+  The last readable copy of a key is not pruned.
+
+Everything here blocks on the disk. `journals`, `read_journal` and `destroyed_in` run in any thread, all else in one
+worker thread. It must never change the files of live keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from minikms import api
+from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
+from minikms.custody import journal_format
+from minikms.custody.deks import SUFFIX, DekStore, file_name, list_names
+from minikms.custody.files import (
+    SYNCFS_FILES_MIN,
+    make_private_directory,
+    open_directory,
+    patch_file,
+    read_file_bounded,
+    remove_file,
+    replace_file,
+    sweep_temps,
+    syncfs,
+    syncfs_reports,
+)
+from minikms.custody.journal_format import BLANK, BYTES_MAX, RECORD_BYTES, RECORDS_MAX
+from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, key_id_to_bytes
+from minikms.sync import sync_directory, sync_file
+
+DIRECTORY: Final = "kms-deks-backup"
+SAME_NAME_MAX: Final = 100
+"""Backups of one stamp with the same name."""
+STAMP_CHARS: Final = 15
+BLANK_FILES_MAX: Final = 32
+"""Files that one job blanks: the other jobs of its thread wait for it."""
+_SUFFIX: Final = re.compile(r"[0-9]{8}T[0-9]{6}(?:-[0-9]{1,3})?", re.ASCII)
+_STAMP: Final = re.compile(r"[0-9]{8}T[0-9]{6}", re.ASCII)
+_ID: Final = r"k_[0-7][0-9a-hjkmnp-tv-z]{25}"
+_NAME: Final = re.compile(rf"({_ID})-({_ID})(?:\.[0-9]{{1,2}})?\.journal", re.ASCII)
+
+
+class RotationBackup(NamedTuple):
+    """A single backup. `suffix` is its stamp, with `-1`, `-2`, … where it was taken."""
+
+    name: str
+    key_id: str
+    suffix: str
+
+
+class JournalFile(NamedTuple):
+    """The journal of a batch. Its records are of keys with ids from `first` to `last`."""
+
+    stamp: str
+    name: str
+    first: str
+    last: str
+
+
+class KeysWithin(NamedTuple):
+    """A journal that may have records of these keys."""
+
+    file: JournalFile
+    key_ids: Sequence[str]
+
+
+class Kept(NamedTuple):
+    """A record of a journal, not blank and of no create: the old content of the file of `key_id`. A damaged record has
+    no content, and no key id if it does not name one key.
+    """
+
+    key_id: str
+    content: bytes
+    offset: int
+
+
+class RotationBackups:
+    """The directory of backups, open until `close`."""
+
+    def __init__(self, data_dir: str) -> None:
+        self.directory = os.path.join(data_dir, DIRECTORY)
+        self.directory_fd = open_directory(self.directory)
+        self._suffixes: set[str] | None = None
+        self._files: dict[str, list[JournalFile]] | None = None
+        self._unsure: set[JournalFile] = set()
+        """Files whose last write or sync failed: what the page cache has of them may not be on the disk."""
+        self._swept = False
+        self.unreadable: dict[str, str] = {}
+        """For an operator: the files of which it is not known whether they hold a destroyed key, with the reasons."""
+
+    # --- single backups ----------------------------------------------------------------------------------------------
+
+    def keep(self, store: DekStore, key_id: str, stamp: str) -> bool:
+        """Links the key's current file under `stamp`; the caller calls `sync` before it replaces the file. False where
+        the file system has no second links: then only the damaged bytes are lost. Raises StorageUnavailableError.
+        """
+        try:
+            self._link(store, key_id, stamp)
+        except PermissionError:
+            return False
+        except OSError as error:
+            raise StorageUnavailableError("a backup of a damaged file can't be created") from error
+        return True
+
+    def add(self, key_id: str, content: bytes, stamp: str) -> None:
+        """Keeps a content that is not in the key's file, durably. Raises StorageUnavailableError."""
+        for number in range(SAME_NAME_MAX):
+            suffix = stamp if number == 0 else f"{stamp}-{number}"
+            name = f"{file_name(key_id)}.{suffix}"
+            try:
+                found = read_file_bounded(name, FILE_BYTES, dir_fd=self.directory_fd)
+            except StorageUnavailableError:
+                continue  # a damaged backup
+            if found in (None, content):
+                replace_file(self.directory_fd, name, content)
+                if self._suffixes is not None:
+                    self._suffixes.add(suffix)
+                return
+        raise StorageUnavailableError(f"a key has {SAME_NAME_MAX} rotation backups with the same stamp")
+
+    def _link(self, store: DekStore, key_id: str, stamp: str) -> None:
+        live = file_name(key_id)
+        for number in range(SAME_NAME_MAX):
+            suffix = stamp if number == 0 else f"{stamp}-{number}"
+            name = f"{live}.{suffix}"
+            try:
+                os.link(live, name, src_dir_fd=store.directory_fd, dst_dir_fd=self.directory_fd, follow_symlinks=False)
+            except FileExistsError:
+                if self._same_content(store, live, name):
+                    return
+                continue
+            except FileNotFoundError:
+                return  # destroyed meanwhile
+            if self._suffixes is not None:
+                self._suffixes.add(suffix)
+            return
+        raise StorageUnavailableError(f"a key has {SAME_NAME_MAX} rotation backups with the same stamp")
+
+    def _same_content(self, store: DekStore, live: str, name: str) -> bool:
+        try:
+            kept = read_file_bounded(name, FILE_BYTES, dir_fd=self.directory_fd)
+        except StorageUnavailableError:
+            return False  # a damaged backup: the file is linked under another name
+        return kept is not None and kept == read_file_bounded(live, FILE_BYTES, dir_fd=store.directory_fd)
+
+    def listed(self) -> Iterator[RotationBackup]:
+        """All single backups, in no order; other names are skipped. Raises StorageUnavailableError."""
+        for name in list_names(self.directory):
+            key_id, found, suffix = name.partition(SUFFIX + ".")
+            if found and api.KEY_ID_PATTERN.fullmatch(key_id) and _SUFFIX.fullmatch(suffix):
+                yield RotationBackup(name, key_id, suffix)
+
+    def read(self, backup: RotationBackup) -> bytes | None:
+        """The content of the file; None if it was removed since it was listed. Raises KeyUnreadableError."""
+        try:
+            return read_file_bounded(backup.name, FILE_BYTES, dir_fd=self.directory_fd)
+        except StorageUnavailableError as error:
+            raise KeyUnreadableError(f"a rotation backup of key {backup.key_id} can't be read: {error}") from None
+
+    def suffixes(self) -> set[str]:
+        """All suffixes of single backups in use. The first call reads the directory."""
+        if self._suffixes is None:
+            self._suffixes = {backup.suffix for backup in self.listed()}
+        return self._suffixes
+
+    def remove_of(self, key_ids: Sequence[str]) -> list[int]:
+        """Removes the single backups of destroyed keys, durably; the number removed of each. Raises
+        StorageUnavailableError.
+        """
+        suffixes = sorted(self.suffixes())
+        names = ([f"{file_name(key_id)}.{suffix}" for suffix in suffixes] for key_id in key_ids)
+        counts = [self._unlink(of_key) for of_key in names]
+        self.sync()
+        return counts
+
+    def remove_of_all(self, key_ids: Container[str]) -> int:
+        """As `remove_of`, for all destroyed keys; the number removed. It reads the directory."""
+        return self._remove([backup.name for backup in self.listed() if backup.key_id in key_ids])
+
+    def prune(
+        self, store: DekStore, *, before: str | None, spare: Container[str], destroyed: Container[str]
+    ) -> Iterator[int]:
+        """Removes the backups with a stamp before `before` (`YYYYMMDDTHHMMSS`; None: all), durably.
+
+        Each step removes the backups of up to RECORDS_MAX keys, and yields the number removed; others may use the
+        backups between two steps. It keeps the backups of the keys in `spare`, and of keys without a file that are not
+        in `destroyed`. Raises StorageUnavailableError.
+        """
+
+        def keeps(key_id: str) -> bool:
+            return key_id in spare or not (store.has(key_id) or key_id in destroyed)
+
+        older = [backup for backup in self.listed() if before is None or backup.suffix < before]
+        for first in range(0, len(older), RECORDS_MAX):
+            part = older[first : first + RECORDS_MAX]
+            count = self._remove([backup.name for backup in part if not keeps(backup.key_id)])
+            self._suffixes = None
+            yield count
+        yield from self._prune_journals(before=before, keeps=keeps)
+
+    def oldest_stamp_of(self, rotations: int) -> str | None:
+        """The oldest stamp of the newest `rotations` rotations; None if there are not more rotations than that."""
+        stamps = sorted({suffix[:STAMP_CHARS] for suffix in self.suffixes()}.union(self.stamps()))
+        return stamps[-rotations] if len(stamps) > rotations else None
+
+    def _remove(self, names: Iterable[str]) -> int:
+        count = self._unlink(names)
+        self.sync()
+        return count
+
+    def _unlink(self, names: Iterable[str]) -> int:
+        count = 0
+        try:
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self.directory_fd)
+                    count += 1
+        except OSError as error:
+            raise StorageUnavailableError("a rotation backup can't be removed") from error
+        return count
+
+    def sync(self) -> None:
+        """Makes the single backups durable. Raises StorageUnavailableError."""
+        try:
+            sync_file(self.directory_fd)
+        except OSError as error:
+            raise StorageUnavailableError("the rotation backups can't be synced") from error
+
+    def sweep_temps(self) -> None:
+        """Removes the temporary files of earlier processes, once in a run. In any thread. Raises
+        StorageUnavailableError.
+        """
+        if not self._swept:
+            sweep_temps(self.directory_fd)
+            for stamp in list_stamps(self.directory):
+                if not os.path.islink(self._path(stamp)):  # else it is not of this program
+                    with contextlib.suppress(FileNotFoundError), self._opened(stamp) as descriptor:
+                        sweep_temps(descriptor)
+            self._swept = True
+
+    def close(self) -> None:
+        """Closes the directory."""
+        os.close(self.directory_fd)
+
+    # --- journals ----------------------------------------------------------------------------------------------------
+
+    def make_stamp(self, stamp: str) -> None:
+        """Makes the directory of a rotation, durably. Raises StorageUnavailableError."""
+        try:
+            make_private_directory(self._path(stamp))
+            if not self._by_stamp().get(stamp):
+                # The process that made the directory may have been killed before it synced.
+                sync_directory(self.directory)
+        except OSError as error:
+            raise StorageUnavailableError("a rotation backup can't be created") from error
+
+    def adopt(self, directory_fd: int, name: str, stamp: str, first: str, last: str) -> None:
+        """Renames a journal, whose files are durable, from the data directory to the backups of `stamp`; durable on
+        return. After `make_stamp`. Raises StorageUnavailableError; then call it again.
+        """
+        files = self._by_stamp().setdefault(stamp, [])
+        try:
+            with self._opened(stamp) as descriptor:
+                taken = set(os.listdir(descriptor))
+                for number in range(SAME_NAME_MAX):
+                    to = f"{first}-{last}.journal" if number == 0 else f"{first}-{last}.{number}.journal"
+                    if to not in taken:
+                        break
+                else:
+                    raise StorageUnavailableError(f"a batch of keys has {SAME_NAME_MAX} backups with the same stamp")
+                with contextlib.suppress(FileNotFoundError):  # an earlier call has renamed it
+                    os.rename(name, to, src_dir_fd=directory_fd, dst_dir_fd=descriptor)
+                    files.append(JournalFile(stamp, to, first, last))
+                sync_file(descriptor)
+            sync_file(directory_fd)
+        except OSError as error:
+            raise StorageUnavailableError("the journal can't be kept as a rotation backup") from error
+
+    def stamps(self) -> list[str]:
+        """The stamps of all rotations with backups, in order. Raises StorageUnavailableError."""
+        return sorted(self._by_stamp())
+
+    def journals(self) -> Iterator[JournalFile]:
+        """All journals. Raises StorageUnavailableError."""
+        for stamp in list_stamps(self.directory):
+            yield from list_journals(self.directory, stamp)
+
+    def _by_stamp(self) -> dict[str, list[JournalFile]]:
+        if self._files is None:
+            stamps = list_stamps(self.directory)
+            self._files = {stamp: list_journals(self.directory, stamp) for stamp in stamps}
+            listed = {_place(file) for file in itertools.chain.from_iterable(self._files.values())}
+            for name in self.unreadable.keys() - listed:
+                self.unreadable.pop(name, None)
+        return self._files
+
+    def read_journal(self, file: JournalFile) -> list[Kept]:
+        """The records that are not blank; none of a file that was removed meanwhile. Raises KeyUnreadableError."""
+        try:
+            with self._opened(file.stamp) as descriptor:
+                content = _content(descriptor, file.name)
+        except FileNotFoundError:
+            return []
+        except StorageUnavailableError as error:
+            raise KeyUnreadableError(f"the backup {_place(file)} can't be read: {error}") from None
+        return _kept(content)
+
+    def files_of(self, key_ids: Iterable[str]) -> list[KeysWithin]:
+        """The files that may have records of these keys. Raises StorageUnavailableError."""
+        ordered = sorted(key_ids)
+        found: list[KeysWithin] = []
+        for file in itertools.chain.from_iterable(self._by_stamp().values()):
+            within = ordered[bisect_left(ordered, file.first) : bisect_right(ordered, file.last)]
+            if within:
+                found.append(KeysWithin(file, within))
+        return found
+
+    def blank(self, files: Sequence[KeysWithin], *, anew: Container[str] = ()) -> Counter[str]:
+        """Overwrites the records of destroyed keys, durably on return. Returns the number of records of each key.
+
+        `anew`: keys whose removal an earlier run or request may have begun. A blank record of them may be blank in the
+        page cache only, so their files are replaced by new ones.
+
+        Raises StorageUnavailableError if a file can't be read or written. The others are blanked even then.
+        """
+        counts: Counter[str] = Counter()
+        failure: StorageUnavailableError | None = None
+        patched: list[JournalFile] = []
+        root = open_directory(self.directory)  # before the writes: `syncfs` reports failures that come after it
+        try:
+            by_syncfs = len(files) >= SYNCFS_FILES_MIN and syncfs_reports(root)
+            for file, key_ids in files:
+                fresh = file in self._unsure or any(key_id in anew for key_id in key_ids)
+                try:
+                    with self._opened(file.stamp) as descriptor:
+                        content = _content(descriptor, file.name)
+                        going = _going(content, key_ids)
+                        if fresh:
+                            self._write_anew(descriptor, file, content, going)
+                        elif going:
+                            patched.append(file)
+                            self._patch(descriptor, file, going, sync=not by_syncfs)
+                except FileNotFoundError:
+                    continue  # the stamp was pruned
+                except StorageUnavailableError as error:
+                    failure = failure or self._failed(file, error)
+                else:
+                    self.unreadable.pop(_place(file), None)
+                    counts.update(record.key_id for record in going)
+            if by_syncfs and patched:
+                self._sync_all(root, patched)
+        finally:
+            os.close(root)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # the traceback of an error leads to this frame
+        return counts
+
+    def _patch(self, descriptor: int, file: JournalFile, going: Sequence[Kept], *, sync: bool) -> None:
+        self._unsure.add(file)
+        patch_file(descriptor, file.name, [(record.offset, BLANK) for record in going], sync=sync)
+        if sync:
+            self._unsure.discard(file)
+
+    def _sync_all(self, root: int, patched: Iterable[JournalFile]) -> None:
+        try:
+            syncfs(root)
+        except OSError as error:
+            raise StorageUnavailableError("rotation backups can't be synced") from error
+        self._unsure.difference_update(patched)
+
+    def _write_anew(self, descriptor: int, file: JournalFile, content: bytes, going: Sequence[Kept]) -> None:
+        fresh = bytearray(content)
+        for record in going:
+            fresh[record.offset : record.offset + RECORD_BYTES] = BLANK
+        replace_file(descriptor, file.name, bytes(fresh))
+        self._unsure.discard(file)
+
+    def _failed(self, file: JournalFile, error: StorageUnavailableError) -> StorageUnavailableError:
+        self.unreadable[_place(file)] = str(error)
+        # The name of the file has two key ids, which the caller need not know of; `/status` tells those who may.
+        failure = StorageUnavailableError(
+            f"a rotation backup of {file.stamp} may hold the key and can't be read or written; correct or remove the "
+            "file that the warnings of /status name"
+        )
+        failure.__cause__ = error.__cause__
+        return failure
+
+    def destroyed_in(self, file: JournalFile, destroyed: Container[str]) -> KeysWithin | None:
+        """The keys of `destroyed` that have a record in the file, for `blank`; None if it needs no blanking. It reads
+        the whole file. Raises StorageUnavailableError.
+        """
+        try:
+            with self._opened(file.stamp) as descriptor:
+                content = _content(descriptor, file.name)
+        except FileNotFoundError:
+            content = b""
+        except StorageUnavailableError as error:
+            self.unreadable[_place(file)] = str(error)
+            raise
+        self.unreadable.pop(_place(file), None)
+        found = sorted({key_id for named in map(_named, _records(content)) for key_id in named if key_id in destroyed})
+        if found or file in self._unsure or _going(content, ()):
+            return KeysWithin(file, found)
+        return None
+
+    def _prune_journals(self, *, before: str | None, keeps: Callable[[str], bool]) -> Iterator[int]:
+        """Removes the records of stamps before `before` (None: all) except those of keys that `keeps` accepts, durably.
+        Each step is the work of one file, and yields the number of records removed; others may use the backups between
+        two steps. Raises StorageUnavailableError; then a part was removed.
+        """
+        for stamp in self.stamps():
+            if before is not None and stamp >= before:
+                continue
+            for file in list_journals(self.directory, stamp):
+                try:
+                    with self._opened(stamp) as descriptor:
+                        count = self._prune_file(descriptor, file, keeps)
+                except FileNotFoundError:
+                    break
+                finally:
+                    self._files = None
+                yield count
+            self._remove_if_empty(stamp)
+            self._files = None
+
+    def _prune_file(self, descriptor: int, file: JournalFile, keeps: Callable[[str], bool]) -> int:
+        try:
+            content = _content(descriptor, file.name)
+        except StorageUnavailableError as error:
+            self.unreadable[_place(file)] = str(error)
+            return 0
+        records = _kept(content)
+        going = [record for record in records if not (record.key_id and keeps(record.key_id))]
+        if len(going) == len(records):
+            remove_file(descriptor, file.name)
+        elif file in self._unsure:
+            self._write_anew(descriptor, file, content, going)
+        elif going:
+            self._patch(descriptor, file, going, sync=True)
+        return len(going)
+
+    def _remove_if_empty(self, stamp: str) -> None:
+        try:
+            os.rmdir(self._path(stamp))
+        except OSError:
+            return  # a file of it is kept, or is not of this program
+        try:
+            sync_directory(self.directory)
+        except OSError as error:
+            raise StorageUnavailableError("a rotation backup can't be removed") from error
+
+    @contextlib.contextmanager
+    def _opened(self, stamp: str) -> Iterator[int]:
+        descriptor = open_directory(self._path(stamp))
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _path(self, stamp: str) -> str:
+        return os.path.join(self.directory, stamp)
+
+
+def list_stamps(directory: str) -> list[str]:
+    """The stamps that have a directory below `directory`. Raises StorageUnavailableError."""
+    return sorted(
+        name
+        for name in list_names(directory)
+        if _STAMP.fullmatch(name) and os.path.isdir(os.path.join(directory, name))
+    )
+
+
+def list_journals(directory: str, stamp: str) -> list[JournalFile]:
+    """The journals of a stamp, by first key id; other names are skipped. None of a stamp that is pruned meanwhile.
+    Raises StorageUnavailableError.
+    """
+    try:
+        matches = list(map(_NAME.fullmatch, list_names(os.path.join(directory, stamp))))
+    except StorageUnavailableError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
+    return sorted(JournalFile(stamp, match[0], match[1], match[2]) for match in matches if match)
+
+
+def _place(file: JournalFile) -> str:
+    return f"{file.stamp}/{file.name}"
+
+
+def _content(descriptor: int, name: str) -> bytes:
+    content = read_file_bounded(name, BYTES_MAX, dir_fd=descriptor)
+    if content is None:
+        raise FileNotFoundError
+    if (len(content) - len(journal_format.MAGIC)) % RECORD_BYTES:
+        raise StorageUnavailableError("a part of it is missing")
+    return content
+
+
+def _records(content: bytes) -> Iterator[tuple[int, bytes]]:
+    for offset in journal_format.offsets(content):
+        record = content[offset : offset + RECORD_BYTES]
+        if record != BLANK:
+            yield offset, record
+
+
+def _named(at: tuple[int, bytes]) -> set[str]:
+    return journal_format.ids_in(at[1])
+
+
+def _kept(content: bytes) -> list[Kept]:
+    found: list[Kept] = []
+    for offset, record in _records(content):
+        change = journal_format.parse(record)
+        if change is not None and not change.old:
+            continue  # a create: it replaced nothing
+        named = journal_format.ids_in(record) if change is None else {change.key_id}
+        key_id = next(iter(named)) if len(named) == 1 else ""
+        # A damaged record is none that can be unwrapped.
+        found.append(Kept(key_id, b"" if change is None else change.old, offset))
+    return found
+
+
+def _going(content: bytes, key_ids: Iterable[str]) -> list[Kept]:
+    """The records of these keys, and those that a crash left half blank."""
+    going: list[Kept] = []
+    named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s"' % key_id.encode())}
+    for offset in journal_format.offsets(content):
+        old, new = offset + KEY_ID_BYTES, offset + KEY_ID_BYTES + FILE_BYTES
+        raw_id = content[offset:old]
+        key_id = (
+            named.get(raw_id)
+            or named.get(content[old : old + _ID_TEXT_BYTES])
+            or named.get(content[new : new + _ID_TEXT_BYTES])
+        )
+        if key_id:
+            going.append(Kept(key_id, b"", offset))
+        elif b"\0" in raw_id and journal_format.is_half_blank(content, offset):
+            going.append(Kept("", b"", offset))
+    return going
+
+
+_ID_TEXT_BYTES: Final = len(b'{"id":"k_01jd0000000000000000000000"')
+"""How a content names its key."""

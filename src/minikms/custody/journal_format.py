@@ -1,0 +1,209 @@
+"""The records of the journal of key files, and the replay table (docs/spec/journal.md). No I/O.
+
+Owns: how a change of a key's file is written, in the journal and in the backups that it becomes; which record is
+damaged and which was not completely written; what becomes of a file of which the journal has records (`Chain`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, Literal, NamedTuple
+
+from minikms.api.errors import StartError
+from minikms.keys import dek
+from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, key_id_to_bytes
+
+MAGIC: Final = b"minikms-journal\x01"
+"""The last byte is the version of the format."""
+CHECKSUM_BYTES: Final = 32
+RECORD_BYTES: Final = KEY_ID_BYTES + 2 * FILE_BYTES + CHECKSUM_BYTES
+RECORDS_MAX: Final = 2048
+BYTES_MAX: Final = len(MAGIC) + RECORDS_MAX * RECORD_BYTES
+PART_RECORDS: Final = 32
+"""Records that are written at a time. The allocator maps new pages for parts of more than 128 KiB."""
+SECTOR_BYTES: Final = 512
+"""The smallest unit that a disk writes whole."""
+BLANK: Final = bytes(RECORD_BYTES)
+"""A record that is unused, or was that of a destroyed key."""
+_NONE: Final = b"\xff" * FILE_BYTES
+"""The old content where there was no file. Not zeros: a sector of zeros was not written."""
+
+
+class Change(NamedTuple):
+    """The content of a key's file becomes `new`. `old` is empty if there was no file. `checksum` is that of the record,
+    where it was computed before.
+    """
+
+    key_id: str
+    old: bytes
+    new: bytes
+    checksum: bytes = b""
+
+    @classmethod
+    def summed(cls, key_id: str, old: bytes, new: bytes) -> Change:
+        """With the checksum, which is computed here and not in a worker: a worker that computed the checksums of a
+        batch would keep the interpreter from requests.
+        """
+        return cls(key_id, old, new, _checksum(key_id_to_bytes(key_id), old or _NONE, new))
+
+
+class Decoded(NamedTuple):
+    """The records of a journal: the intact ones, and damaged ones that a power loss does not explain."""
+
+    intact: list[Change]
+    damaged: list[Change]
+
+
+def encode_records(changes: Iterable[Change]) -> Iterator[bytes]:
+    """The parts of the records."""
+    for change in changes:
+        raw_id, old = key_id_to_bytes(change.key_id), change.old or _NONE
+        yield raw_id
+        yield old
+        yield change.new
+        yield change.checksum or _checksum(raw_id, old, change.new)
+
+
+def encode(changes: Iterable[Change]) -> bytes:
+    """The content of a journal with these records."""
+    return MAGIC + b"".join(encode_records(changes))
+
+
+def _checksum(raw_id: bytes, old: bytes, new: bytes) -> bytes:
+    digest = hashlib.sha256(MAGIC + raw_id)
+    digest.update(old)  # in parts: for 2,048 bytes or more Python gives up the interpreter's lock
+    digest.update(new)
+    return digest.digest()
+
+
+def decode(content: bytes) -> Decoded:
+    """The records, without those that were not completely written or blanked. Raises StartError if another version of
+    the program wrote them.
+    """
+    found = Decoded([], [])
+    for offset in offsets(content):
+        record = content[offset : offset + RECORD_BYTES]
+        if record == BLANK:
+            continue
+        change = parse(record)
+        if change is not None:
+            found.intact.append(change)
+        elif not has_empty_sector(content, offset):
+            found.damaged.append(_damaged(record))
+    if not found.intact and dek.is_other_version(content, MAGIC):
+        raise StartError(
+            "the journal of key files was written by another version of miniKMS, which did not stop in order; start "
+            "the version that wrote it once and stop it, then start this one"
+        )
+    return found
+
+
+def offsets(content: bytes) -> range:
+    """Where the whole records begin."""
+    return range(len(MAGIC), len(content) - RECORD_BYTES + 1, RECORD_BYTES)
+
+
+def parse(record: bytes) -> Change | None:
+    """The change in a record; None if its checksum is wrong."""
+    raw_id, old, new, checksum = _split(record)
+    if checksum != _checksum(raw_id, old, new):
+        return None
+    return Change(bytes_to_key_id(raw_id), b"" if old == _NONE else old, new, checksum)
+
+
+def has_empty_sector(content: bytes, offset: int) -> bool:
+    """Whether a sector of the record is zeros: a power loss came while it was written over zeros, or blanked."""
+    end = offset + RECORD_BYTES
+    starts = range(offset - offset % SECTOR_BYTES, end, SECTOR_BYTES)
+    return any(not any(content[max(start, offset) : min(start + SECTOR_BYTES, end)]) for start in starts)
+
+
+def ids_in(record: bytes) -> set[str]:
+    """The key ids that a record names, even if parts of it are zeros or damaged."""
+    raw_id, old, new, _ = _split(record)
+    return {bytes_to_key_id(raw_id), dek.id_in(old), dek.id_in(new)} - {"", bytes_to_key_id(bytes(KEY_ID_BYTES))}
+
+
+def ids_in_journal(content: bytes) -> set[str]:
+    """The key ids that any record of a journal names."""
+    return set().union(*(ids_in(content[offset : offset + RECORD_BYTES]) for offset in offsets(content)))
+
+
+def is_half_blank(content: bytes, offset: int) -> bool:
+    """Whether a crash came while the record was blanked, and took the key id in front or a part of it."""
+    end = offset + KEY_ID_BYTES
+    boundary = min(offset - offset % SECTOR_BYTES + SECTOR_BYTES, end)
+    parts = (content[offset:boundary], content[boundary:end])
+    if all(any(part) or not part for part in parts):
+        return False
+    record = content[offset : offset + RECORD_BYTES]
+    return record != BLANK and parse(record) is None and has_empty_sector(content, offset)
+
+
+def _damaged(record: bytes) -> Change:
+    """A damaged record: its key has the id in the new content if that is valid, else the id in front of it."""
+    raw_id, old, new, checksum = _split(record)
+    named = dek.id_in(new)
+    if not named or not dek.is_valid(new, named):
+        named = bytes_to_key_id(raw_id)
+    return Change(named, old, new, checksum)
+
+
+def _split(record: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    old, new = KEY_ID_BYTES, KEY_ID_BYTES + FILE_BYTES
+    return record[:old], record[old:new], record[new : new + FILE_BYTES], record[new + FILE_BYTES :]
+
+
+# --- the replay table -------------------------------------------------------------------------------------------------
+
+Verdict = Literal["leave", "write", "set aside"]
+"""`set aside`: the file is kept elsewhere before it is written."""
+
+
+class Chain(NamedTuple):
+    """The contents of a key's file that follow each other in a journal. `made`: there was no file before the first."""
+
+    key_id: str
+    contents: tuple[bytes, ...]
+    made: bool
+
+    def verdict(self, found: bytes | None) -> Verdict:
+        """What a replay does about the file with this content; None: it is absent."""
+        if found is None:
+            return "write" if self.made else "leave"
+        if self._is_mixture(found):
+            return "write"
+        if dek.is_valid(found, self.key_id):
+            return "leave"
+        return "write" if self.made else "set aside"
+
+    def _is_mixture(self, content: bytes) -> bool:
+        """Whether each byte is that of one of the contents, at its place. The contents themselves are, too."""
+        if content in self.contents:
+            return True
+        return len(content) == FILE_BYTES and all(
+            byte in column for byte, *column in zip(content, *self.contents, strict=True)
+        )
+
+    def usable(self, has_kek: Callable[[int], bool]) -> bytes | None:
+        """The newest content that opens under the keyring. If none does, the last one, for a keyring that is put back;
+        None for a new key, which that keyring never knew.
+        """
+        for content in reversed(self.contents):
+            if dek.is_usable(content, self.key_id, has_kek):
+                return content
+        return None if self.made else self.contents[-1]
+
+
+def chains(changes: Iterable[Change]) -> dict[str, Chain]:
+    """The chain of each key, from records in their order."""
+    found: dict[str, Chain] = {}
+    for change in changes:
+        before = found.get(change.key_id)
+        if before is None:
+            contents = (change.old, change.new) if change.old else (change.new,)
+            found[change.key_id] = Chain(change.key_id, contents, not change.old)
+        else:
+            found[change.key_id] = before._replace(contents=(*before.contents, change.new))
+    return found

@@ -1,0 +1,138 @@
+"""Long-term memory of LangGraph, encrypted under one key for each namespace.
+
+Owns: `EncryptedStore`, around any store. Invariants: a value is bound to its namespace and key; a search gives no item
+of another namespace; nothing is indexed, filtered or ranked by a value. Namespaces and keys stay in plaintext.
+"""
+
+from __future__ import annotations
+
+import binascii
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from langgraph.store.base import BaseStore, GetOp, Item, Op, PutOp, Result, SearchItem, SearchOp, TTLConfig
+
+from minikms_adapters.errors import NotSearchableError, WrongPlaceError
+from minikms_adapters.records import KmsClient, Place, Receipt, Runner, Sealer, Steps, ask_inner, thread_name
+
+RECORD_FIELD: Final = "minikms"
+"""The only member of a stored value: the record, in base64."""
+PAGE_ITEMS: Final = 100
+"""Items that a deletion of a namespace asks for at once."""
+
+Namespace = tuple[str, ...]
+
+
+class EncryptedStore(BaseStore):
+    """A store around `inner`, whose database gets no plaintext of values.
+
+    `kms` is a `minikms.Client` or a `minikms.AsyncClient`; the blocking methods need the first. A namespace can be
+    listed; a query, a filter and an index raise NotSearchableError.
+
+    Raises RecordError for a value that is in plaintext, was altered or moved, or whose key was destroyed.
+    """
+
+    def __init__(self, inner: BaseStore, kms: KmsClient) -> None:
+        self._inner = inner
+        self._sealer = Sealer()
+        self._runner = Runner(kms, inner, prefix="a")
+
+    @property
+    def supports_ttl(self) -> bool:  # type: ignore[override]  # the base has a plain attribute
+        return self._inner.supports_ttl
+
+    @property
+    def ttl_config(self) -> TTLConfig | None:  # type: ignore[override]  # the base has a plain attribute
+        return self._inner.ttl_config
+
+    def batch(self, ops: Iterable[Op]) -> list[Result]:
+        return self._runner.run(self._batch(list(ops)))
+
+    async def abatch(self, ops: Iterable[Op]) -> list[Result]:
+        return await self._runner.run_async(self._batch(list(ops)))
+
+    def delete_namespace(self, namespace: Namespace) -> list[Receipt]:
+        """Destroys the keys of one namespace, then deletes its items. Gives the receipts. May be repeated."""
+        return self._runner.run(self._delete(namespace))
+
+    async def adelete_namespace(self, namespace: Namespace) -> list[Receipt]:
+        """As `delete_namespace`."""
+        return await self._runner.run_async(self._delete(namespace))
+
+    # --- steps ---
+
+    def _batch(self, ops: Sequence[Op]) -> Steps[list[Result]]:
+        puts = [op for op in ops if isinstance(op, PutOp) and op.value is not None]
+        if any(isinstance(op, SearchOp) and (op.query or op.filter) for op in ops) or any(op.index for op in puts):
+            raise NotSearchableError("values are encrypted: they can't be indexed, filtered or searched")
+        values = [(_place(op.namespace, op.key), json.dumps(op.value, ensure_ascii=False).encode()) for op in puts]
+        records = iter((yield from self._sealer.seal(values)))
+        stored = [
+            op._replace(value={RECORD_FIELD: b64encode(next(records)).decode("ascii")}, index=False)
+            if isinstance(op, PutOp) and op.value is not None
+            else op
+            for op in ops
+        ]
+        results = yield ask_inner("batch", stored)
+        found = [_found(op, result) for op, result in zip(ops, results, strict=True)]
+        places = [(_place(item.namespace, item.key), _record(item.value)) for items in found for item in items]
+        opened = iter((yield from self._sealer.open(places)))
+        return [_opened(result, opened) for result in results]
+
+    def _delete(self, namespace: Namespace) -> Steps[list[Receipt]]:
+        receipts = yield from self._sealer.destroy(thread_name("store", *namespace))
+        offset = 0
+        while True:
+            search = SearchOp(namespace, limit=PAGE_ITEMS, offset=offset, refresh_ttl=False)
+            [items] = yield ask_inner("batch", [search])
+            own = [PutOp(item.namespace, item.key, None) for item in items if item.namespace == tuple(namespace)]
+            if own:
+                yield ask_inner("batch", own)
+            offset += len(items) - len(own)
+            if len(items) < PAGE_ITEMS:
+                return receipts
+
+
+def _place(namespace: Namespace, key: str) -> Place:
+    thread = thread_name("store", *namespace)
+    return Place(thread, ("langgraph", "item", key, *namespace), f"namespace {'.'.join(namespace)}, item {key}")
+
+
+def _found(op: Op, result: Any) -> list[Item]:
+    """The items of a result. Raises WrongPlaceError for one that the operation did not ask for."""
+    items = result if isinstance(op, SearchOp) else [result] if isinstance(op, GetOp) and result is not None else []
+    for item in items:
+        if isinstance(op, SearchOp):
+            asked = item.namespace[: len(op.namespace_prefix)] == tuple(op.namespace_prefix)
+        else:
+            asked = isinstance(op, GetOp) and (item.namespace, item.key) == (tuple(op.namespace), op.key)
+        if not asked:
+            raise WrongPlaceError(_place(item.namespace, item.key).record)
+    return items
+
+
+def _opened(result: Any, values: Any) -> Result:
+    if isinstance(result, Item):
+        return _with_value(result, next(values))
+    if isinstance(result, list) and result and isinstance(result[0], Item):
+        return [_with_value(item, next(values)) for item in result]
+    return result  # type: ignore[no-any-return]  # the inner store's
+
+
+def _with_value(item: Item, plaintext: bytes) -> Any:
+    members = {name: getattr(item, name) for name in ("namespace", "key", "created_at", "updated_at")}
+    if isinstance(item, SearchItem):
+        members["score"] = item.score
+    return type(item)(value=json.loads(plaintext), **members)
+
+
+def _record(value: object) -> object:
+    """The record of a stored value, or what is there in its place."""
+    if not isinstance(value, dict) or set(value) != {RECORD_FIELD}:
+        return value
+    try:
+        return b64decode(value[RECORD_FIELD], validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        return value

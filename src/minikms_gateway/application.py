@@ -1,0 +1,315 @@
+"""From a request on the network to a request to the key service.
+
+Owns: the sessions, the principal of each request, the bounds of connections, and the table of the verbs that a proxy
+may use. Invariants: without a principal every path but `/health` is 401, before a body is received; certificate, CA and
+CRL are checked again for each request; a verb that is not `proxied` in `minikms.api.verbs` is 403 without a request to
+the key service; a header that only a proxy sends is refused. A request for one principal is never made for another:
+the name is decided in the turn in which the request is sent on. It must never look into a body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import time
+from collections import Counter
+from collections.abc import Awaitable, Hashable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import urlencode
+
+from minikms import api
+from minikms.api import Verb
+from minikms.api.errors import InvalidRequestError, KmsRefusedError, UnauthorizedError
+from minikms.http import (
+    TOO_MANY_CONNECTIONS,
+    ParsedHead,
+    Refusal,
+    Request,
+    Response,
+    error_response,
+    parse_query,
+    raised_response,
+)
+from minikms_gateway.certificates import Chain, Identity, Trust, chain_of
+from minikms_gateway.reasons import (
+    IssuerUnavailableError,
+    Refusals,
+    RefusedCertificateError,
+    RefusedRequestError,
+    RefusedTokenError,
+)
+from minikms_gateway.upstream import Upstream, request_bytes
+
+if TYPE_CHECKING:
+    from minikms_gateway.issuers import Issuers
+
+UNPROVEN_SECONDS_MAX: Final = 10.0
+"""How long a connection without a good certificate stays open before it has shown a good token."""
+UNPROVEN_SHARE: Final = 2
+"""At most one in this many of all connections has no good certificate, and has shown no good token yet."""
+NAME_SHARE: Final = 2
+"""A principal gets at most one in this many of all connections."""
+
+HEALTHY: Final = Response(200, b"ok", content_type="text/plain")
+_TEXT: Final = "{}"
+"""Stands for the id in a path."""
+
+Answer = bytes | Response | Awaitable[bytes | Response]
+
+
+class State(NamedTuple):
+    """What the configuration says at one time. `issuers`: None without any."""
+
+    trust: Trust
+    issuers: Issuers | None
+    generation: int
+
+
+class Session:
+    """One connection. `identity`: what its certificate proves under the state of `generation`. `refused`: why it
+    proves nothing any more. `proven`: it has had a good certificate, or has shown a good token.
+    """
+
+    __slots__ = ("chain", "generation", "group", "identity", "name", "opened_s", "peer", "proven", "refused")
+
+    def __init__(self, chain: Chain | None, peer: str) -> None:
+        """`peer`: its address."""
+        self.chain = chain
+        self.peer = self.group = peer
+        self.generation = -1
+        self.identity: Identity | None = None
+        self.refused: RefusedCertificateError | None = None
+        self.name = ""
+        """The name that was counted when the connection was opened."""
+        self.opened_s = time.monotonic()
+        self.proven = False
+
+
+class Gateway:
+    """The engine's application: see `minikms.http`."""
+
+    def __init__(self, state: State, upstream: Upstream, refusals: Refusals, *, connections_max: int) -> None:
+        self._state = state
+        self._upstream = upstream
+        self._refusals = refusals
+        self._by_name: Counter[str] = Counter()
+        self._name_max = max(1, connections_max // NAME_SHARE)
+        self._unproven = 0
+        self._unproven_max = max(1, connections_max // UNPROVEN_SHARE)
+        self.requests = {verb.name: 0 for verb in api.VERBS if verb.proxied}
+        """Requests that were sent on, by verb."""
+        self._verbs: dict[str, dict[str, Verb[Any, Any]]] = {}
+        """By path, with _TEXT for an id, and by method."""
+        for verb in api.VERBS:
+            path = verb.path.replace(f"{{{verb.path_field}}}", _TEXT) if verb.path_field else verb.path
+            self._verbs.setdefault(path, {})[verb.method] = verb
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def use(self, state: State) -> None:
+        """Every session is checked again under `state`, before its next request."""
+        self._state = state
+
+    # --- the engine's side --------------------------------------------------------------------------------------
+
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> Session | Refusal | None:
+        session = Session(None if tls is None else chain_of(tls), _host(sock))
+        self._check(session)
+        name = "" if session.identity is None else session.identity.name
+        if self._by_name[name] >= self._name_max if name else self._unproven >= self._unproven_max:
+            return TOO_MANY_CONNECTIONS
+        if name:
+            session.proven = True
+            session.name = session.group = name
+            self._by_name[name] += 1
+        else:
+            self._unproven += 1
+        return session
+
+    def group(self, session: Session) -> Hashable:
+        """The name in the certificate, or the address of the peer: they share the bound of unread answers."""
+        return session.group
+
+    def may_stay(self, session: Session) -> bool:
+        """False once a certificate is no longer good, or if a peer has not proven in time who it is."""
+        if not session.proven:
+            return time.monotonic() - session.opened_s < UNPROVEN_SECONDS_MAX
+        was_refused = session.refused is not None
+        self._check(session)
+        if session.refused is not None and not was_refused:
+            self._refusals.add(session.refused.reason, session.peer)
+        return session.refused is None
+
+    def close_session(self, session: Session) -> None:
+        if session.name:
+            self._by_name[session.name] -= 1
+            if not self._by_name[session.name]:
+                del self._by_name[session.name]
+        if not session.proven:
+            self._unproven -= 1
+
+    def admit(self, session: Session, head: ParsedHead) -> Response | None:
+        """Refuses a body before it is received."""
+        if _is_health(head):
+            return None
+        try:
+            self._check_head(head)
+            if isinstance(self._principal(session, head), str):
+                self._verb(head)
+        except KmsRefusedError as error:
+            refused = self._counted(session, error)
+            refused.close = True
+            return refused
+        return None
+
+    def handle(self, session: Session, request: Request) -> Answer:
+        head = request.head
+        if _is_health(head):
+            return HEALTHY
+        try:
+            self._check_head(head)
+            who = self._principal(session, head)
+            if isinstance(who, str):
+                return self._forward(who, request)
+        except KmsRefusedError as error:
+            return self._counted(session, error)
+        return self._after(who, session, Request(head, memoryview(bytes(request.body))))
+
+    def refused(self, session: Session | None, status: int, code: str) -> None:
+        """The engine counts what is no request; only a connection without a place is counted here."""
+        if code == api.CODE_TOO_MANY and session is None:
+            self._refusals.add("connections", "")
+
+    def commit(self) -> bool:
+        """There is nothing to write: the key service audits each request."""
+        return True
+
+    # --- principals ---------------------------------------------------------------------------------------------
+
+    def _principal(self, session: Session, head: ParsedHead) -> str | asyncio.Future[None]:
+        """A future: the keys of an issuer are being fetched, so ask again. Raises UnauthorizedError,
+        IssuerUnavailableError.
+        """
+        if session.chain is not None:
+            self._check(session)
+            if session.refused is not None:
+                raise RefusedCertificateError(session.refused.reason)
+        if head.authorization is not None:
+            return self._of_token(session, head.authorization)
+        if session.identity is None:
+            raise UnauthorizedError("show a client certificate, or a token in the header Authorization: Bearer")
+        return session.identity.name
+
+    def _of_token(self, session: Session, authorization: str) -> str | asyncio.Future[None]:
+        issuers = self._state.issuers
+        if issuers is None:
+            raise RefusedTokenError("token_issuer")
+        thumbprint = None if session.chain is None else session.chain.thumbprint
+        found = issuers.principal(authorization, thumbprint, time.time())
+        if isinstance(found, asyncio.Future):
+            return found
+        if not session.proven:
+            session.proven = True
+            self._unproven -= 1
+        return found.name
+
+    def _check(self, session: Session) -> None:
+        """Bring `identity` and `refused` up to date."""
+        now = time.time()
+        identity = session.identity
+        if session.generation == self._state.generation and (
+            session.refused is not None or (identity is not None and now < identity.until)
+        ):
+            return
+        session.generation = self._state.generation
+        session.identity, session.refused = None, None
+        if session.chain is None:
+            return
+        try:
+            session.identity = self._state.trust.identity(session.chain, now)
+        except RefusedCertificateError as error:
+            session.refused = error
+
+    async def _after(self, fetched: asyncio.Future[None], session: Session, request: Request) -> bytes | Response:
+        await asyncio.shield(fetched)
+        try:
+            who = self._principal(session, request.head)
+            if not isinstance(who, str):  # another fetch: the issuer changed meanwhile
+                raise IssuerUnavailableError("the keys of the token's issuer are being fetched")
+            answer = self._forward(who, request)
+        except KmsRefusedError as error:
+            return self._counted(session, error)
+        return answer if isinstance(answer, bytes | Response) else await answer
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def _check_head(self, head: ParsedHead) -> None:
+        if head.reserved:
+            raise RefusedRequestError("reserved_header", "a header X-MiniKMS-* is for proxies of the key service only")
+
+    def _verb(self, head: ParsedHead) -> Verb[Any, Any] | Response:
+        """The verb of a request, or the answer to one that is for none. Raises RefusedRequestError."""
+        methods = self._verbs.get(head.path) or self._verbs.get(_without_id(head.path))
+        if methods is None:
+            return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
+        verb = methods.get(head.method)
+        if not any(one.proxied for one in methods.values()) or (verb is not None and not verb.proxied):
+            raise RefusedRequestError("verb", "this request is not for other hosts: make it on the host of the service")
+        if verb is None:
+            allowed = ", ".join(method for method, one in methods.items() if one.proxied)
+            answer = error_response(405, api.CODE_METHOD_NOT_ALLOWED, f"use {allowed.replace(', ', ' or ')} here")
+            answer.headers = (("allow", allowed),)
+            return answer
+        return verb
+
+    def _forward(self, who: str, request: Request) -> Answer:
+        head = request.head
+        if head.path == api.READY.path:
+            if head.method != api.READY.method:
+                answer = error_response(405, api.CODE_METHOD_NOT_ALLOWED, f"use {api.READY.method} here")
+                answer.headers = (("allow", api.READY.method),)
+                return answer
+            return self._upstream.send(request_bytes(head.method, head.path, request, None))
+        verb = self._verb(head)
+        if isinstance(verb, Response):
+            return verb
+        target = head.path
+        if head.query and verb.method == "GET":
+            target += f"?{urlencode(parse_query(head.query))}"
+        self.requests[verb.name] += 1
+        return self._upstream.send(request_bytes(verb.method, target, request, who))
+
+    def _counted(self, session: Session, error: KmsRefusedError) -> Response:
+        """The answer to an error, whose reason is counted."""
+        if isinstance(error, RefusedCertificateError | RefusedTokenError | RefusedRequestError):
+            self._refusals.add(error.reason, session.peer)
+        elif isinstance(error, IssuerUnavailableError):
+            self._refusals.add("token_issuer_unavailable", session.peer)
+        elif isinstance(error, UnauthorizedError):
+            self._refusals.add("no_identity", session.peer)
+        elif not isinstance(error, InvalidRequestError):
+            self._refusals.add("kms_unavailable", session.peer)
+        return raised_response(error)
+
+
+def _is_health(head: ParsedHead) -> bool:
+    return head.path == api.HEALTH.path and head.method == api.HEALTH.method
+
+
+def _host(sock: socket.socket) -> str:
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:  # it has closed the connection already
+        return ""
+
+
+def _without_id(path: str) -> str:
+    """`/keys/{}` or `/keys/{}/<action>` of a path with an id; `""` of any other."""
+    parts = path.split("/")
+    if len(parts) not in (3, 4) or parts[0] or not all(parts[1:]):
+        return ""
+    parts[2] = _TEXT
+    return "/".join(parts)

@@ -1,0 +1,212 @@
+"""The issuers of tokens: their keys, when they are fetched, and the tokens that were verified lately.
+
+Owns: the keys of each issuer, from a file or by OpenID Connect discovery over TLS. Invariants: an issuer is asked at
+most once in FETCH_SECONDS_MIN, however many tokens name a key that nobody knows; what it answers is bounded in size and
+time, a redirect is not followed, and a damaged answer leaves the keys as they were. Keys that could not be fetched
+again for KEYS_SECONDS_MAX are forgotten. A token is remembered by its SHA-256 only, at most TOKENS_COUNT_MAX of them,
+and forgotten with the key that signed it. It must never send a token anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import http.client
+import ssl
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from minikms.api.errors import StartError
+from minikms_gateway.config import JWKS_BYTES_MAX, PEM_BYTES_MAX, Config, Files, Issuer
+from minikms_gateway.reasons import IssuerUnavailableError, RefusedTokenError
+from minikms_gateway.tokens import Key, Verified, bearer, check_binding, parse_keys, read, verify
+
+FETCH_SECONDS_MIN: Final = 60.0
+"""Between two requests to one issuer that tokens can cause."""
+REFRESH_SECONDS: Final = 300.0
+KEYS_SECONDS_MAX: Final = 3600.0
+FETCH_SECONDS_MAX: Final = 10.0
+"""Of discovery and keys together."""
+DISCOVERY_BYTES_MAX: Final = 64 * 1024
+TOKENS_COUNT_MAX: Final = 4096
+_DISCOVERY: Final = "/.well-known/openid-configuration"
+_READ_BYTES: Final = 16 * 1024
+
+
+class _Discovery(msgspec.Struct):
+    issuer: str
+    jwks_uri: str
+
+
+class _Source:
+    """One issuer, and what is known of its keys. `fetch` blocks; everything else is used in the loop's thread."""
+
+    def __init__(self, issuer: Issuer, files: Files) -> None:
+        """Blocks on the disk. Raises StartError."""
+        self.issuer = issuer
+        self.keys: dict[str, Key] = {}
+        self.fetched_s = float("-inf")
+        self.asked_s = float("-inf")
+        self.running: asyncio.Future[None] | None = None
+        self._context: ssl.SSLContext | None = None
+        if issuer.jwks_file:
+            try:
+                self.keys = parse_keys(files.read(issuer.jwks_file, "JWK set", JWKS_BYTES_MAX))
+            except StartError as error:
+                raise StartError(f"{files.path(issuer.jwks_file)}: {error}") from None
+            return
+        self._context = ssl.create_default_context()
+        if issuer.ca:
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            try:
+                text = files.read(issuer.ca, "file of CAs", PEM_BYTES_MAX).decode("ascii")
+                self._context.load_verify_locations(cadata=text)
+            except (ssl.SSLError, UnicodeDecodeError):
+                raise StartError(f"{files.path(issuer.ca)} is no file of certificates in PEM") from None
+        self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+
+    @property
+    def fetches(self) -> bool:
+        return self._context is not None
+
+    def take_over(self, other: _Source) -> None:
+        """Of the same issuer, before the configuration was read again."""
+        self.keys, self.fetched_s, self.asked_s = other.keys, other.fetched_s, other.asked_s
+
+    def fetch(self) -> dict[str, Key]:
+        """The keys that the issuer publishes. Raises StartError, OSError, http.client.HTTPException."""
+        ends_s = time.monotonic() + FETCH_SECONDS_MAX
+        document = self._get(self.issuer.issuer.rstrip("/") + _DISCOVERY, DISCOVERY_BYTES_MAX, ends_s)
+        try:
+            found = msgspec.json.decode(document, type=_Discovery)
+        except (msgspec.MsgspecError, RecursionError):
+            raise StartError("its discovery document is none") from None
+        if found.issuer != self.issuer.issuer:
+            raise StartError("its discovery document is another issuer's")
+        return parse_keys(self._get(found.jwks_uri, JWKS_BYTES_MAX, ends_s))
+
+    def _get(self, url: str, bytes_max: int, ends_s: float) -> bytes:
+        parts = urlsplit(url)
+        if parts.scheme != "https" or not parts.hostname or parts.username or parts.password:
+            raise StartError("its keys are not at an https URL")
+        connection = http.client.HTTPSConnection(
+            parts.hostname, parts.port or 443, timeout=_left_s(ends_s), context=self._context
+        )
+        try:
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", target, headers={"Accept": "application/json", "User-Agent": "minikms-gateway"})
+            sock = connection.sock  # which the answer goes on reading, if the issuer closes the connection after it
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise StartError(f"it answers {answer.status}")
+            content = b""
+            while part := answer.read1(_READ_BYTES):
+                content += part
+                if len(content) > bytes_max:
+                    raise StartError(f"its answer is larger than {bytes_max} bytes")
+                sock.settimeout(_left_s(ends_s))
+            return content
+        except ValueError:
+            raise StartError("it names a URL that can't be asked for") from None
+        finally:
+            connection.close()
+
+
+def _left_s(ends_s: float) -> float:
+    left_s = ends_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    return left_s
+
+
+class Issuers:
+    """The issuers of one state of the configuration. Used in the loop's thread."""
+
+    def __init__(self, config: Config, files: Files, *, executor: Executor, log: Callable[[str, str], None]) -> None:
+        """Blocks on the disk. `log` gets an issuer, and why its keys could not be fetched. Raises StartError."""
+        self._issuers = config.issuer
+        self._sources = [_Source(issuer, files) for issuer in config.issuer]
+        self._executor = executor
+        self._log = log
+        self._verified: dict[bytes, Verified] = {}
+
+    def take_over(self, other: Issuers) -> None:
+        """Keep the keys of the same issuers that were fetched before."""
+        known = {source.issuer: source for source in other._sources if source.fetches}
+        for source in self._sources:
+            if source.fetches and source.issuer in known:
+                source.take_over(known[source.issuer])
+
+    def principal(self, authorization: str, thumbprint: bytes | None, now: float) -> Verified | asyncio.Future[None]:
+        """What the token in the header proves on a connection with a certificate of that thumbprint. A future: ask
+        again when it is done, because the keys of the issuer are being fetched. Raises RefusedTokenError,
+        IssuerUnavailableError.
+        """
+        text = bearer(authorization)
+        digest = hashlib.sha256(text.encode("latin-1")).digest()
+        known = self._verified.get(digest)
+        if known is not None and self._still_good(known, now):
+            check_binding(known.thumbprint, thumbprint)
+            return known
+        self._verified.pop(digest, None)
+        token = read(text, self._issuers)
+        source = self._sources[token.issuer]
+        key = source.keys.get(token.kid)
+        if key is None:
+            if source.fetches:
+                if source.running is None and time.monotonic() - source.asked_s >= FETCH_SECONDS_MIN:
+                    self._fetch(source)
+                if source.running is not None:
+                    return source.running
+                if not source.keys:
+                    raise IssuerUnavailableError("the keys of the token's issuer can't be fetched now")
+            raise RefusedTokenError("token_key")
+        verified = verify(token, source.issuer, key, now=now, thumbprint=thumbprint)
+        if len(self._verified) >= TOKENS_COUNT_MAX:
+            del self._verified[next(iter(self._verified))]
+        self._verified[digest] = verified
+        return verified
+
+    def refresh(self) -> None:
+        """Called often: fetches keys that are due, and forgets those that are too old."""
+        now_s = time.monotonic()
+        for source in self._sources:
+            if not source.fetches:
+                continue
+            if now_s - source.fetched_s > KEYS_SECONDS_MAX:
+                source.keys = {}
+            due_s = REFRESH_SECONDS if source.keys else FETCH_SECONDS_MIN
+            if source.running is None and now_s - source.asked_s >= due_s:
+                self._fetch(source)
+
+    def _still_good(self, known: Verified, now: float) -> bool:
+        return now < known.until and known.kid in self._sources[known.issuer].keys
+
+    def _fetch(self, source: _Source) -> None:
+        loop = asyncio.get_running_loop()
+        source.asked_s = time.monotonic()
+        done: asyncio.Future[None] = loop.create_future()
+        source.running = done
+        fetching = loop.run_in_executor(self._executor, source.fetch)
+
+        def fetched(fetching: asyncio.Future[dict[str, Key]]) -> None:
+            source.running = None
+            error = None if fetching.cancelled() else fetching.exception()
+            if not fetching.cancelled() and error is None:
+                keys = fetching.result()
+                if keys.keys() != source.keys.keys() or any(keys[kid] != key for kid, key in source.keys.items()):
+                    self._verified.clear()
+                source.keys, source.fetched_s = keys, time.monotonic()
+            elif isinstance(error, StartError):
+                self._log(source.issuer.issuer, str(error))
+            elif error is not None:
+                self._log(source.issuer.issuer, getattr(error, "strerror", None) or type(error).__name__)
+            if not done.done():
+                done.set_result(None)
+
+        fetching.add_done_callback(fetched)

@@ -1,0 +1,104 @@
+"""The metrics of the gateway, on a listener of this host alone.
+
+Owns: their names (docs/metrics.md), and the application that answers `/metrics`. No label may hold what a peer sent.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from minikms import api
+from minikms.http import Limits, ParsedHead, Request, Response, error_response
+
+CONNECTIONS_MAX: Final = 16
+LIMITS: Final = Limits(connections_max=CONNECTIONS_MAX, body_bytes_max=0)
+_PATH: Final = "/metrics"
+
+
+class Values(NamedTuple):
+    """What the process counts. Times are in Unix seconds."""
+
+    requests: dict[str, int]
+    refused: dict[str, int]
+    connections: int
+    handshakes: int
+    kms_connections: int
+    kms_waiting: int
+    kms_reachable: bool
+    reload_failed: bool
+    certificate_until: float
+    crl_until: float | None
+
+
+class _Collector(Collector):
+    def __init__(self, read: Callable[[], Values]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        values = self._read()
+        requests = CounterMetricFamily("minikms_gateway_requests", "Requests sent to the key service.", labels=["verb"])
+        for verb, count in values.requests.items():
+            requests.add_metric([verb], count)
+        yield requests
+        refused = CounterMetricFamily("minikms_gateway_refused", "Peers and requests refused.", labels=["reason"])
+        for reason, count in values.refused.items():
+            refused.add_metric([reason], count)
+        yield refused
+        for name, text, value in _gauges(values):
+            if value is not None:
+                yield GaugeMetricFamily(name, text, value)
+
+
+def _gauges(values: Values) -> Iterable[tuple[str, str, float | None]]:
+    yield "minikms_gateway_connections", "Open connections after their handshake.", values.connections
+    yield "minikms_gateway_handshakes", "Handshakes that have not ended.", values.handshakes
+    yield "minikms_gateway_kms_connections", "Open connections to the key service.", values.kms_connections
+    yield "minikms_gateway_kms_waiting", "Requests that wait for a connection to it.", values.kms_waiting
+    yield "minikms_gateway_kms_reachable", "0 if the last attempt to reach it failed.", values.kms_reachable
+    yield "minikms_gateway_reload_failed", "1 while changed files are not valid.", values.reload_failed
+    yield "minikms_gateway_certificate_expires_seconds", "Unix time.", values.certificate_until
+    yield "minikms_gateway_crl_expires_seconds", "Unix time.", values.crl_until
+
+
+class MetricsApplication:
+    """The application of the engine on the listener for metrics: see `minikms.http`."""
+
+    def __init__(self, read: Callable[[], Values]) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_Collector(read))
+
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> int:
+        return sock.fileno()
+
+    def group(self, session: int) -> int:
+        return 0
+
+    def may_stay(self, session: int) -> bool:
+        return True
+
+    def admit(self, session: int, head: ParsedHead) -> Response | None:
+        return None
+
+    def handle(self, session: int, request: Request) -> Response:
+        if (request.method, request.path) != ("GET", _PATH):
+            return error_response(404, api.CODE_NOT_FOUND, f"ask for {_PATH}")
+        return Response(200, self.page(), content_type=CONTENT_TYPE_LATEST)
+
+    def page(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def refused(self, session: int | None, status: int, code: str) -> None:
+        """Nothing to count: only this host can connect."""
+
+    def commit(self) -> bool:
+        return True
+
+    def close_session(self, session: int) -> None:
+        """Nothing was opened."""

@@ -1,0 +1,363 @@
+"""The process of the gateway: start, changed files, and stop.
+
+Owns the order of the start: read the configuration and all that it names, bind the sockets, harden the process (it has
+one thread until here, and has read its private key), serve. And of the stop: accept no more connections, end
+handshakes, finish the requests in flight, close the connections to the key service. Invariants: changed files are
+taken up as a whole or not at all: if one of them is not valid, everything stays as it was, and log and metrics say so;
+without a network issuer the hardened process can open no socket but Unix sockets. It must never serve before it is
+hardened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import uvloop
+
+from minikms.api.errors import StartError
+from minikms.client.connecting import OVERFLOW_UID_FILE
+from minikms.http import LIMITS, HttpServer
+from minikms.http.accepting import (
+    ACCEPT_PAUSE_SECONDS,
+    Acceptor,
+    connections_bound,
+    raise_descriptor_limit,
+)
+from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
+from minikms.logs import service_logger, structlog
+from minikms.memory import SignalReader, harden, interpreter_paths
+from minikms.notify import Notifier
+from minikms_gateway import metrics
+from minikms_gateway.application import Gateway, Session, State
+from minikms_gateway.certificates import Trust, own_certificate_until, server_context
+from minikms_gateway.config import Config, Files, address
+from minikms_gateway.reasons import LINE_SECONDS, Refusals, of_handshake
+from minikms_gateway.upstream import CONNECTIONS_MAX, SWEEP_SECONDS, Upstream
+
+if TYPE_CHECKING:
+    from minikms_gateway.issuers import Issuers
+
+BACKLOG_COUNT: Final = 1024
+DRAIN_SECONDS_MAX: Final = 10.0
+POLL_SECONDS: Final = 1.0
+"""Between two looks at the files."""
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_RESOLVER_PATHS: Final = (
+    "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf", "/etc/gai.conf", "/run/systemd/resolve",
+)  # fmt: skip
+_CA_PATHS: Final = ("/etc/ssl/certs", "/etc/pki", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates")
+
+Signature = tuple[tuple[int, int, int, int] | None, ...]
+
+
+class Loaded(NamedTuple):
+    """All files of one configuration, read and valid. `signature`: of before they were read."""
+
+    config: Config
+    trust: Trust
+    issuers: Issuers | None
+    context: ssl.SSLContext
+    certificate_until: float
+    signature: Signature
+
+
+class Loader:
+    """Reads the configuration and everything that it names."""
+
+    def __init__(self, path: Path, log: Callable[[str, str], None]) -> None:
+        """`log` gets an issuer and why its keys could not be fetched."""
+        self.files = Files(path)
+        self._log = log
+        self._fetcher: ThreadPoolExecutor | None = None
+
+    def load(self) -> Loaded:
+        """Blocks on the disk. Raises StartError."""
+        signature = self.signature(self.files.config())
+        config = self.files.config()  # once more: what changes from here on has another signature
+        trust = Trust(config, self.files)
+        context = server_context(config, self.files, trust)
+        until = own_certificate_until(self.files.path(config.tls.cert))
+        return Loaded(config, trust, self._issuers(config), context, until, signature)
+
+    def signature(self, config: Config) -> Signature:
+        """Changes when a file that the configuration names does, or the configuration itself. Blocks on the disk."""
+        found: list[tuple[int, int, int, int] | None] = []
+        for path in self.files.named(config):
+            try:
+                status = path.stat()
+                found.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+            except OSError:
+                found.append(None)
+        return tuple(found)
+
+    def load_beside(self, running: Config) -> Loaded:
+        """The same for a process that runs with another configuration. Raises StartError."""
+        loaded = self.load()
+        if loaded.config.fixed() != running.fixed():
+            raise StartError(
+                "listen, metrics, kms_socket, kms_server_uids, and the first issuer without a jwks_file, need a restart"
+            )
+        return loaded
+
+    def _issuers(self, config: Config) -> Issuers | None:
+        if not config.issuer:
+            return None
+        from minikms_gateway.issuers import Issuers  # with joserfc, which only tokens need
+
+        if self._fetcher is None:
+            self._fetcher = ThreadPoolExecutor(2, "fetch")  # starts no thread before it is used
+        return Issuers(config, self.files, executor=self._fetcher, log=self._log)
+
+    def close(self) -> None:
+        if self._fetcher is not None:
+            self._fetcher.shutdown(wait=False, cancel_futures=True)
+
+
+def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
+    """Serves until SIGTERM, SIGINT or SIGQUIT. Raises StartError, saying why it can't start and what to do."""
+    log = service_logger(log_format)
+    notifier = Notifier(os.environ)
+    loader = Loader(config_path, lambda issuer, why: log.warning("issuer's keys not fetched", issuer=issuer, why=why))
+    loaded = loader.load()
+    config = loaded.config
+    others = CONNECTIONS_MAX + HANDSHAKES_COUNT_MAX  # that are open beside the clients'
+    descriptors = raise_descriptor_limit(others)
+    connections_max = connections_bound(descriptors - min(others, descriptors // 4))
+    with SignalReader() as signals, _listen(config.listen) as listener:
+        metrics_listener = _listen(config.metrics) if config.metrics else None
+        read = [*interpreter_paths(), OVERFLOW_UID_FILE, *_directories(loader.files, config)]
+        if config.fetches_keys:
+            read += [*_RESOLVER_PATHS, *_CA_PATHS]
+        measures = harden(None, read=read, write=[], allow_network=config.fetches_keys, require=require_hardening)
+        for measure in measures:
+            if not measure.in_force:
+                log.warning("hardening measure not in force", measure=measure.name, why=measure.why)
+        process = _Process(
+            loader,
+            loaded,
+            listener=listener,
+            metrics_listener=metrics_listener,
+            connections_max=connections_max,
+            signals=signals,
+            notifier=notifier,
+            log=log,
+        )
+        try:
+            uvloop.run(process.serve())
+        finally:
+            loader.close()
+            if metrics_listener is not None:
+                metrics_listener.close()
+
+
+class _Process:
+    """One run. Used in the loop's thread."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        loaded: Loaded,
+        *,
+        listener: socket.socket,
+        metrics_listener: socket.socket | None,
+        connections_max: int,
+        signals: SignalReader,
+        notifier: Notifier,
+        log: structlog.stdlib.BoundLogger,
+    ) -> None:
+        self._loader = loader
+        self._loaded = loaded
+        self._listener = listener
+        self._metrics_listener = metrics_listener
+        self._connections_max = connections_max
+        self._signals = signals
+        self._notifier = notifier
+        self._log = log
+        self._stopping = asyncio.Event()
+        self._hangup = asyncio.Event()
+        self._reload_failed = False
+        self._refusals = Refusals(
+            lambda reason, count, peer: log.warning("refused", reason=reason, count=count, peer=peer)
+        )
+        self._generation = 0
+        self._reader = ThreadPoolExecutor(1, "files")
+        self._why = ""
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._signals.fileno(), self._on_signal)
+        config = self._loaded.config
+        self._upstream = Upstream(config.kms_socket, config.kms_server_uids, loop)
+        self._app = Gateway(
+            self._state(self._loaded), self._upstream, self._refusals, connections_max=self._connections_max
+        )
+        limits = replace(LIMITS, connections_max=self._connections_max)
+        server: HttpServer[Session] = HttpServer(
+            self._app, loop=loop, on_internal_error=self._internal_error, limits=limits
+        )
+        self._server = server
+        self._tls = TlsServer(server, self._loaded.context, on_failed=self._handshake_failed)
+        acceptors = [
+            Acceptor(
+                self._listener, server, on_failure=self._accept_failed, protocol_factory=self._tls.protocol_factory
+            )
+        ]
+        others: list[HttpServer[int]] = []
+        if self._metrics_listener is not None:
+            page: HttpServer[int] = HttpServer(
+                metrics.MetricsApplication(self._values),
+                loop=loop,
+                on_internal_error=self._internal_error,
+                limits=metrics.LIMITS,
+            )
+            others.append(page)
+            metrics_acceptor = Acceptor(self._metrics_listener, page, on_failure=self._accept_failed)
+        chores = [asyncio.ensure_future(chore) for chore in self._chores()]
+        self._log.info("serving", listen=config.listen, kms_socket=config.kms_socket, metrics=config.metrics)
+        self._notifier.ready(f"serving {config.listen}")
+        await self._stopping.wait()
+        self._notifier.stopping()
+        for acceptor in acceptors:
+            acceptor.close()
+        self._listener.close()
+        self._tls.close()
+        await server.drain(DRAIN_SECONDS_MAX)
+        if others:
+            metrics_acceptor.close()
+            await others[0].drain(0)
+        for chore in chores:
+            chore.cancel()
+        await asyncio.wait(chores)
+        self._upstream.close()
+        self._refusals.write()
+        self._reader.shutdown(cancel_futures=True)
+        self._log.info("stopped", why=self._why)
+
+    # --- background work ----------------------------------------------------------------------------------------
+
+    def _chores(self) -> list[Awaitable[None]]:
+        chores: list[Awaitable[None]] = [
+            _every(LINE_SECONDS, self._refusals.write),
+            _every(SWEEP_SECONDS, self._upstream.sweep),
+            _every(SWEEP_SECONDS, self._refresh_keys),
+            self._take_up_changes(),
+        ]
+        seconds = self._notifier.watchdog_interval_s
+        if seconds is not None:
+            chores.append(_every(seconds, self._notifier.watchdog))
+        return chores
+
+    def _refresh_keys(self) -> None:
+        issuers = self._app.state.issuers
+        if issuers is not None:
+            issuers.refresh()
+
+    async def _take_up_changes(self) -> None:
+        """Reads all files again when one of them has changed, or at SIGHUP."""
+        loop = asyncio.get_running_loop()
+        seen = self._loaded.signature
+        while True:
+            try:
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._hangup.wait()
+            except TimeoutError:
+                pass
+            now = await loop.run_in_executor(self._reader, self._loader.signature, self._loaded.config)
+            if now == seen and not self._hangup.is_set():
+                continue
+            self._hangup.clear()
+            seen = now
+            try:
+                loaded = await loop.run_in_executor(self._reader, self._loader.load_beside, self._loaded.config)
+            except StartError as error:
+                self._reload_failed = True
+                self._log.error("changed files not taken up", why=str(error))
+            except Exception as error:  # noqa: BLE001  a defect in reading must not end the service
+                self._reload_failed = True
+                self._internal_error(f"{type(error).__name__} while files were read")
+            else:
+                self._use(loaded)
+                seen = loaded.signature
+
+    def _use(self, loaded: Loaded) -> None:
+        former = self._app.state.issuers
+        if former is not None and loaded.issuers is not None:
+            loaded.issuers.take_over(former)
+        self._loaded = loaded
+        self._tls.context = loaded.context
+        self._app.use(self._state(loaded))
+        self._reload_failed = False
+        self._log.info("files taken up", generation=self._generation)
+
+    def _state(self, loaded: Loaded) -> State:
+        self._generation += 1
+        return State(loaded.trust, loaded.issuers, self._generation)
+
+    # --- events -------------------------------------------------------------------------------------------------
+
+    def _values(self) -> metrics.Values:
+        return metrics.Values(
+            requests=self._app.requests,
+            refused=self._refusals.counts,
+            connections=self._server.connections_count,
+            handshakes=self._tls.handshakes_count,
+            kms_connections=self._upstream.connections_count,
+            kms_waiting=self._upstream.waiting_count,
+            kms_reachable=not self._upstream.error,
+            reload_failed=self._reload_failed,
+            certificate_until=self._loaded.certificate_until,
+            crl_until=self._loaded.trust.crl_until(),
+        )
+
+    def _on_signal(self) -> None:
+        for number in self._signals.read():
+            if number in _STOP_SIGNALS:
+                self._why = self._why or signal.Signals(number).name
+                self._stopping.set()
+            elif number == signal.SIGHUP:
+                self._hangup.set()
+
+    def _handshake_failed(self, error: Exception | None, peer: str) -> None:
+        self._refusals.add(of_handshake(error), peer)
+
+    def _accept_failed(self, why: str) -> None:
+        self._log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
+
+    def _internal_error(self, what: str) -> None:
+        self._log.error("internal error", what=what)
+
+
+async def _every(seconds: float, chore: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        chore()
+
+
+def _directories(files: Files, config: Config) -> list[str]:
+    """What the hardened process must be able to read: a file that replaces another one has another inode."""
+    return sorted({str(path.parent) for path in files.named(config)})
+
+
+def _listen(text: str) -> socket.socket:
+    """A listening, non-blocking TCP socket. Raises StartError."""
+    host, port = address(text)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG_COUNT)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise StartError(f"can't listen on {text}: {error.strerror}") from None
+    return listener

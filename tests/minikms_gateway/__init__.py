@@ -1,0 +1,1 @@
+"""The gateway: what it accepts from the network, and what it refuses."""
