@@ -125,9 +125,9 @@ def test_an_incomplete_last_line_is_moved_aside_and_recorded(tmp_path: Path) -> 
         (tmp_path / LOG).write_bytes(content + torn)
         assert not verify(tmp_path).intact
         log = open_log(tmp_path)
-        recovery = events_of(tmp_path / LOG)[-1]
-        assert repair.type == "recovery"
-        assert repair.facts == {
+        event = events_of(tmp_path / LOG)[-1]
+        assert event.type == "recovery"
+        assert event.facts == {
             "bytes": len(torn),
             "file": f"{LOG}.torn-7",
             "lines": 1,
