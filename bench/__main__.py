@@ -46,6 +46,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
 """What runs without any name."""
 AGAINST: dict[str, Callable[[Path], list[Row]]] = {
     "append": messages.append_against,
+    "list": messages.list_against,
     "verbs": pairs.verbs,
     "kek_rotation": pairs.rotation,
 }

@@ -132,6 +132,32 @@ def _append_against(checkout: Path, connections: int, floor: float | None = None
     return Row(what, ratio, "×", floor, goal, note=note)
 
 
+def list_against(checkout: Path) -> list[Row]:
+    """Lists of LIST_MESSAGES messages per second, of those of another checkout: as `append_against`."""
+    with (
+        programs.workplace() as own,
+        programs.workplace() as other,
+        programs.progressdb(own) as here,
+        programs.progressdb(other, checkout=checkout) as there,
+        Connection(here) as to_here,
+        Connection(there) as to_there,
+    ):
+        pairs = [
+            (connection, _filled_thread(connection, address))
+            for connection, address in ((to_here, here), (to_there, there))
+        ]
+        medians_ms: list[list[float]] = [[], []]
+        for turn in range(AGAINST_TURNS + 1):
+            for which in (0, 1) if turn % 2 else (1, 0):
+                took_ms = _list_times(*pairs[which])
+                if turn:  # the one before the first warms up
+                    medians_ms[which].append(statistics.median(took_ms))
+    ratio = statistics.median(theirs / ours for ours, theirs in zip(*medians_ms, strict=True))
+    ours, theirs = (figure(statistics.median(each)) for each in medians_ms)
+    what = f"list {LIST_MESSAGES:,} messages, of the rate of another checkout"
+    return [Row(what, ratio, "×", 0.98, note=f"median of {AGAINST_TURNS} pairs of turns; {ours} ms to {theirs} ms")]
+
+
 def _rate(address: tuple[str, int], threads: list[str], directory: Path) -> float:
     """Appends per second, each connection with a thread of its own."""
     if h2load.installed():
@@ -196,24 +222,34 @@ def listing() -> list[Row]:
         programs.progressdb(directory) as address,
         Connection(address) as connection,
     ):
-        thread = _new_thread(connection, 0)
-        request = _append_request(thread)
-        stored = 0
-        while stored < LIST_MESSAGES:
-            count = min(SETUP_CONNECTIONS, LIST_MESSAGES - stored)
-            stored += sum(load.generate(address, [request] * count, 0.0).answers)
-        took_ms = []
-        for _ in range(LIST_TURNS):
-            start = time.perf_counter()
-            count = len(_messages(connection, thread))
-            took_ms.append((time.perf_counter() - start) * 1000)
-            if count != LIST_MESSAGES:
-                raise BenchError(f"{LIST_MESSAGES} messages were stored, {count} came back")
+        took_ms = _list_times(connection, _filled_thread(connection, address))
     median = statistics.median(took_ms)
     say(f"list: {figure(median)} ms")
     what = f"list {LIST_MESSAGES:,} messages of {BODY_CHARS} B"
     note = f"median of {LIST_TURNS}, the client's JSON decoding included"
     return [Row(what, median, "ms", 8, 5, less_is_better=True, note=note)]
+
+
+def _filled_thread(connection: Connection, address: tuple[str, int]) -> str:
+    """A thread of LIST_MESSAGES messages."""
+    thread = _new_thread(connection, 0)
+    stored = 0
+    while stored < LIST_MESSAGES:
+        count = min(SETUP_CONNECTIONS, LIST_MESSAGES - stored)
+        stored += sum(load.generate(address, [_append_request(thread)] * count, 0.0).answers)
+    return thread
+
+
+def _list_times(connection: Connection, thread: str) -> list[float]:
+    """The milliseconds of each of LIST_TURNS lists."""
+    took_ms = []
+    for _ in range(LIST_TURNS):
+        start = time.perf_counter()
+        count = len(_messages(connection, thread))
+        took_ms.append((time.perf_counter() - start) * 1000)
+        if count != LIST_MESSAGES:
+            raise BenchError(f"{LIST_MESSAGES} messages were stored, {count} came back")
+    return took_ms
 
 
 def _new_thread(connection: Connection, number: int) -> str:

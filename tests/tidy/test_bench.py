@@ -396,6 +396,10 @@ def test_appends_are_compared_with_those_of_another_checkout(monkeypatch: pytest
     many, few = messages.append_against(tmp_path)
     assert many.value > 0 and few.value > 0
     assert (few.unit, few.floor) == ("×", 1.2)
+    monkeypatch.setattr(messages, "LIST_MESSAGES", 20)
+    monkeypatch.setattr(messages, "LIST_TURNS", 2)
+    (lists,) = messages.list_against(tmp_path)
+    assert (lists.value > 0, lists.unit, lists.floor) == (True, "×", 0.98)
 
 
 def test_the_key_service_is_compared_with_that_of_another_checkout(

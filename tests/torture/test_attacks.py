@@ -7,6 +7,7 @@ import http.client
 import multiprocessing
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.progressdb_server.api.asgi_client import BACKEND, FRONTEND, signature
+from tests.progressdb_server.api.certificates import self_signed
 from tests.progressdb_server.api.real_server import RealServer, real_server
 from tests.torture.test_body_memory import MIB, resident_bytes
 
@@ -102,19 +104,57 @@ ATTACKS: tuple[tuple[Attack, int], ...] = (
 )
 
 
-def repeat(attack: Attack, port: int, thread: str, until_s: float) -> None:
+def unfinished_handshake(connection: socket.socket, thread: str) -> None:
+    """The first bytes of a ClientHello, one at a time."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for byte in b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40):
+        connection.sendall(bytes([byte]))
+        time.sleep(0.1)
+
+
+def slow_records(connection: socket.socket, thread: str) -> None:
+    """A request whose every byte is a record of TLS."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for byte in head("GET", f"/v1/messages?thread={thread}", "X-Long: " + "x" * 2000 + "\r\n"):
+        connection.sendall(bytes([byte]))
+
+
+BEFORE_TLS = (unfinished_handshake,)
+"""These speak to the socket; the others speak TLS where the server does."""
+TLS_ATTACKS: tuple[tuple[Attack, int], ...] = (
+    (unfinished_handshake, 200),
+    (silent, 100),
+    (slow_records, 20),
+    (pipelined, 20),
+    (unread_list, 50),
+    (single_bytes, 8),
+    (refused_body, 4),
+)
+
+
+def untrusting() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def repeat(attack: Attack, port: int, thread: str, until_s: float, context: ssl.SSLContext | None) -> None:
     while time.monotonic() < until_s:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            if context is not None and attack not in BEFORE_TLS:
+                connection = stack.enter_context(context.wrap_socket(connection))
             attack(connection, thread)
         time.sleep(random.random() / 10)
 
 
-def attack_for(seconds: float, port: int, thread: str) -> None:
+def attack_for(seconds: float, port: int, thread: str, tls: bool) -> None:
     """Of a process of its own: the time of a probe must not hold that of the attackers."""
     until_s = time.monotonic() + seconds
     attackers = [
-        threading.Thread(target=repeat, args=(attack, port, thread, until_s))
-        for attack, count in ATTACKS
+        threading.Thread(target=repeat, args=(attack, port, thread, until_s, untrusting() if tls else None))
+        for attack, count in (TLS_ATTACKS if tls else ATTACKS)
         for _ in range(count)
     ]
     for attacker in attackers:
@@ -123,38 +163,51 @@ def attack_for(seconds: float, port: int, thread: str) -> None:
         attacker.join()
 
 
-def seconds_of_a_probe(port: int) -> float:
+def client(port: int, *, tls: bool) -> http.client.HTTPConnection:
+    if tls:
+        return http.client.HTTPSConnection("127.0.0.1", port, timeout=60, context=untrusting())
+    return http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+
+def seconds_of_a_probe(port: int, *, tls: bool) -> float:
     begun_s = time.monotonic()
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+    with contextlib.closing(client(port, tls=tls)) as connection:
         connection.request("GET", "/healthz")
         assert connection.getresponse().status == 200
     return time.monotonic() - begun_s
 
 
-def filled(server: RealServer) -> str:
+def filled(server: RealServer, connection: http.client.HTTPConnection) -> str:
     """A thread of 8 messages of 1 MB, beside 300 threads of the same author."""
-    thread = str(server("POST", "/v1/threads", {"title": "long", "author": "alice"}).json["id"])
+    made = server("POST", "/v1/threads", {"title": "long", "author": "alice"}, connection=connection)
+    thread = str(made.json["id"])
     for _ in range(8):
         body = {"author": "alice", "thread": thread, "body": "x" * 1_000_000}
-        assert server("POST", "/v1/messages", body).status == 200
+        assert server("POST", "/v1/messages", body, connection=connection).status == 200
     for number in range(300):
-        server("POST", "/v1/threads", {"title": str(number), "author": "alice"})
+        server("POST", "/v1/threads", {"title": str(number), "author": "alice"}, connection=connection)
     return thread
 
 
 @pytest.mark.torture
 @pytest.mark.timeout(900)
-def test_all_attacks_together_leave_the_server_small_and_answering(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+def test_all_attacks_together_leave_the_server_small_and_answering(tmp_path: Path, *, tls: bool) -> None:
     environment = {"PROGRESSDB_LOG_LEVEL": "info", "PROGRESSDB_BODY_BYTES": str(32 * MIB)}
+    if tls:
+        files = self_signed(tmp_path)
+        environment |= {"PROGRESSDB_TLS_CERT": files.cert_file, "PROGRESSDB_TLS_KEY": files.key_file}
     with real_server(tmp_path, environment=environment) as server:
-        thread = filled(server)
-        attackers = multiprocessing.get_context("spawn").Process(target=attack_for, args=(SECONDS, server.port, thread))
+        with contextlib.closing(client(server.port, tls=tls)) as connection:
+            thread = filled(server, connection)
+        arguments = (SECONDS, server.port, thread, tls)
+        attackers = multiprocessing.get_context("spawn").Process(target=attack_for, args=arguments)
         attackers.start()
         largest = 0
         probes: list[float] = []
         while attackers.is_alive():
             largest = max(largest, resident_bytes(server.pid))
-            probes.append(seconds_of_a_probe(server.port))
+            probes.append(seconds_of_a_probe(server.port, tls=tls))
             time.sleep(0.05)
         attackers.join()
         assert attackers.exitcode == 0
@@ -163,4 +216,6 @@ def test_all_attacks_together_leave_the_server_small_and_answering(tmp_path: Pat
         print(f"{len(probes)} probes, 99 of 100 within {late:.3f} s; at most {largest / MIB:.0f} MiB resident")
         assert largest < RSS_BYTES_MAX
         assert late < HEALTH_SECONDS_MAX
-        assert len(server("GET", f"/v1/messages?thread={thread}").json["messages"]) == 8
+        with contextlib.closing(client(server.port, tls=tls)) as connection:
+            listed = server("GET", f"/v1/messages?thread={thread}", connection=connection)
+        assert len(listed.json["messages"]) == 8

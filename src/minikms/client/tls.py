@@ -145,7 +145,7 @@ class TlsEndpoint(Endpoint):
 
     def _new_context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which checks certificate and name
-        context.sslsocket_class = _TlsSocket
+        context.sslsocket_class = TlsSocket
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.hostname_checks_common_name = False
         context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -298,7 +298,7 @@ class TlsEndpoint(Endpoint):
         return KmsCredentialsError(f"{self._url} refuses this client ({told}), which has {what}{also}")
 
 
-class _TlsSocket(ssl.SSLSocket):
+class TlsSocket(ssl.SSLSocket):
     """Of the synchronous client."""
 
     def sendall(self, data: Any, flags: int = 0) -> None:

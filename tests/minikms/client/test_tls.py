@@ -384,6 +384,33 @@ def test_a_handshake_that_never_ends_is_unavailable_after_the_timeout(place: Pla
     assert not error.sent
 
 
+class SlowPeer:
+    """A socket that sends a byte in 0.3 s."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.timeouts: list[float] = [1.0]
+
+    def gettimeout(self) -> float:
+        return self.timeouts[-1]
+
+    def settimeout(self, seconds: float) -> None:
+        self.timeouts.append(round(seconds, 3))
+
+    def send(self, view: memoryview) -> int:
+        self.now_s += 0.3
+        return 1
+
+
+def test_a_gateway_that_reads_slowly_does_not_lengthen_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeout of a send over TLS is that of one record by default."""
+    peer = SlowPeer()
+    monkeypatch.setattr("minikms.client.tls.time.monotonic", lambda: peer.now_s)
+    with pytest.raises(TimeoutError):
+        tls.TlsSocket.sendall(peer, b"12345678")  # type: ignore[arg-type]  # all of a socket that it asks
+    assert peer.timeouts == [1.0, 0.7, 0.4, 0.1]
+
+
 def test_a_silent_gateway_is_a_timeout(place: Place, use: Use) -> None:
     with hostile_tls(place.tls(), [SILENT]) as server:
         [error] = use(server.url, CREATE_CALL, **place.options | {"timeout_s": 0.2})

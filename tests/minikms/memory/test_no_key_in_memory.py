@@ -338,7 +338,7 @@ def test_adding_testing_and_removing_roots_leaves_no_key_in_memory(tmp_path: Pat
         assert_unreachable(daemon, keys)
 
 
-@pytest.mark.parametrize("size", [1, LONG_TEXT_BYTES, LONG_TEXT_BYTES + 1, 20_000, 1_000_000])
+@pytest.mark.parametrize("size", [1, LONG_TEXT_BYTES + 1, 1_000_000])
 def test_a_text_of_any_length_leaves_no_power_of_the_hash_key(tmp_path: Path, size: int) -> None:
     """Who has one can forge records. A scan after each verb, each with a key of its own."""
     text = os.urandom(size)

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from progressdb_server.config import Tls
 
 
-def self_signed(directory: Path) -> Tls:
+def self_signed(directory: Path, *, days_from: float = -1, days_to: float = 1) -> Tls:
+    """Valid between these times from now."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "progressdb test")])
     now = datetime.datetime.now(datetime.UTC)
@@ -23,8 +24,8 @@ def self_signed(directory: Path) -> Tls:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
+        .not_valid_before(now + datetime.timedelta(days=days_from))
+        .not_valid_after(now + datetime.timedelta(days=days_to))
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
         .sign(key, hashes.SHA256())
     )

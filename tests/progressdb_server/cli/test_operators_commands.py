@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import subprocess
@@ -12,14 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 from tests.progressdb_server.api.asgi_client import ADMIN
+from tests.progressdb_server.api.certificates import self_signed
 from tests.progressdb_server.api.real_server import real_server
 
 OTHER_UID = 54321
@@ -72,29 +68,6 @@ def test_check_does_not_call_right_what_its_user_may_not_open(open_directory: Pa
 
 
 # --- config check -------------------------------------------------------------------------------------------------
-def certificate(directory: Path, days_from: float, days_to: float) -> dict[str, str]:
-    """The variables of a certificate that is valid between these times from now."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now + datetime.timedelta(days=days_from))
-        .not_valid_after(now + datetime.timedelta(days=days_to))
-        .sign(key, hashes.SHA256())
-    )
-    cert_file, key_file = directory / "cert.pem", directory / "key.pem"
-    cert_file.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return {"PROGRESSDB_TLS_CERT": str(cert_file), "PROGRESSDB_TLS_KEY": str(key_file)}
-
-
 @pytest.mark.parametrize(
     ("days_from", "days_to", "said"),
     [(-30, -1, "expired on"), (-30, 7, "expires on"), (1, 30, "is valid from"), (-1, 300, "")],
@@ -103,7 +76,8 @@ def certificate(directory: Path, days_from: float, days_to: float) -> dict[str, 
 def test_config_check_warns_of_a_certificate_that_clients_refuse(
     tmp_path: Path, days_from: float, days_to: float, said: str
 ) -> None:
-    variables = certificate(tmp_path, days_from, days_to)
+    tls = self_signed(tmp_path, days_from=days_from, days_to=days_to)
+    variables = {"PROGRESSDB_TLS_CERT": tls.cert_file, "PROGRESSDB_TLS_KEY": tls.key_file}
     done = progressdb("config", "check", "--dev", "--db", str(tmp_path / "db"), "--json", uid=None, **variables)
     assert done.returncode == 0, done.stderr
     warnings = json.loads(done.stdout)["warnings"]
