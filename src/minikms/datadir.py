@@ -33,11 +33,11 @@ import msgspec
 from minikms.api.errors import AuditUnavailableError, KmsRefusedError, StartError, StorageUnavailableError
 from minikms.audit import AuditKey, AuditLog, Event, ExpectedLog
 from minikms.audit.chain import KeyState, LocalSigner
-from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, Limits
+from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, LogLimits
 from minikms.audit.queries import first_key
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Head
-from minikms.audit.recovery import IF_RESTORED, AuditKeys
+from minikms.audit.repair import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource, scrub_stack
 from minikms.crypto.records import DERIVED_KEYS_MAX
 from minikms.crypto.shares import SHARES_COUNT_MAX
@@ -85,7 +85,7 @@ class Options(NamedTuple):
     if_restored: str = IF_RESTORED
     audit_fsync: FsyncPolicy = "interval"
     audit_hash_thread_ids: bool = False
-    audit_limits: Limits = DEFAULT_LIMITS
+    audit_limits: LogLimits = DEFAULT_LIMITS
     pin: PinFile | None = None
     cache_keys_max: int = CACHE_KEYS_MAX
 
@@ -411,7 +411,7 @@ def open_audit_log(
     accept_loss: bool = False,
     fsync: FsyncPolicy = "interval",
     hash_thread_ids: bool = False,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: LogLimits = DEFAULT_LIMITS,
     now_ns: Callable[[], int] = files.now_ns,
 ) -> AuditLog:
     """The audit log under the audit keys of the keyring, which must stay unlocked until the log is closed.
@@ -578,7 +578,7 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
         # First the log as it is: an interrupted step is completed under the keys that the log knows.
         log = open_audit_log(directory, unlocked, expected=ExpectedLog(exists=True))
         try:
-            last = log.settle()
+            last = log.sign_and_sync()
             made = unlocked.make_audit_key(
                 fill_random,
                 version=unlocked.body.audit_key.version + 1,

@@ -182,7 +182,7 @@ async def _compose(
     )
     for chore in (indexing.run, lifecycle.complete_destructions):
         cleaning.push_async_callback(_stop, asyncio.create_task(chore()))
-    return kind(vault, table, _ourselves())
+    return kind(vault, table, _own_principal())
 
 
 async def _stop(task: asyncio.Task[None]) -> None:
@@ -209,7 +209,7 @@ def _status(unlocked: UnlockedKeyring, log: AuditLog, indexing: Indexing) -> dic
     }
 
 
-def _ourselves() -> Principal:
+def _own_principal() -> Principal:
     principal = Policy({os.geteuid()}).principal(os.geteuid(), os.getpid())
     if principal is None:
         raise StartError("this process's own user may not use the key service")

@@ -20,7 +20,7 @@ from minikms import datadir
 from minikms.api.errors import StartError
 from minikms.audit import Event
 from minikms.audit.chain import KeyState
-from minikms.audit.log import Limits
+from minikms.audit.log import LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.serve import serve
@@ -182,7 +182,7 @@ def test_an_older_keyring_is_refused_after_any_number_of_lines(one: Opener, tmp_
     """After a crash too: no `stop` line. The last 32 MiB, or the last two files, hold no line of a change of keys."""
     one.start()
     shutil.copy(one.directory / "keyring.json", tmp_path / "old")
-    data = one.open(options=Options(audit_limits=Limits(segment_bytes=segment_bytes), audit_fsync="never"))
+    data = one.open(options=Options(audit_limits=LogLimits(segment_bytes=segment_bytes), audit_fsync="never"))
     write_start_line(data)
     event = Event(type="encrypt", actor="peer_uid:1", detail="x" * 200)
     written = 0

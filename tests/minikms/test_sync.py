@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import minikms
-from minikms.audit.log import Limits
+from minikms.audit.log import LogLimits
 from minikms.sync import sync_data, sync_file
 from tests.minikms.audit.logmaker import make_log, verify
 
@@ -62,7 +62,7 @@ def test_a_system_without_fdatasync_uses_fsync(monkeypatch: pytest.MonkeyPatch, 
 def test_the_audit_log_is_written_as_on_macos(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its reserve is written, because the system can't allocate it."""
     macos = MacOs(monkeypatch)
-    make_log(tmp_path / "log", limits=Limits(reserve_bytes=200_000))
+    make_log(tmp_path / "log", limits=LogLimits(reserve_bytes=200_000))
     assert macos.synced
     assert verify(tmp_path / "log").intact
 

@@ -8,6 +8,6 @@ but the audit key.
 from minikms.audit.chain import AuditKey
 from minikms.audit.log import AuditLog
 from minikms.audit.record import Event
-from minikms.audit.recovery import ExpectedLog
+from minikms.audit.repair import ExpectedLog
 
 __all__ = ["AuditKey", "AuditLog", "Event", "ExpectedLog"]

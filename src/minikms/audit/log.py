@@ -31,7 +31,7 @@ from minikms.append_only import UNCONFIRMED_BYTES_MAX
 from minikms.audit import record
 from minikms.audit.chain import AuditKey, LocalSigner, Signer
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
-from minikms.audit.recovery import AuditKeys, ExpectedLog, OpenedLog, open_log
+from minikms.audit.repair import AuditKeys, ExpectedLog, OpenedLog, open_log
 from minikms.audit.writer import RESERVE_BYTES, ChainWriter, Reserve
 from minikms.base64 import encode_text
 
@@ -47,7 +47,7 @@ CHECKPOINT_AGE_NS: Final = 60 * 1_000_000_000
 _NO_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class LogLimits(msgspec.Struct, frozen=True, kw_only=True):
     """segment_bytes, segment_age_s: a file is closed when it reaches either. reserve_bytes: reserved on the disk."""
 
     segment_bytes: int = 1024 * 1024 * 1024
@@ -55,7 +55,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     reserve_bytes: int = RESERVE_BYTES
 
 
-DEFAULT_LIMITS: Final = Limits()
+DEFAULT_LIMITS: Final = LogLimits()
 
 
 class _Failure(msgspec.Struct):
@@ -78,7 +78,7 @@ class AuditLog:
         monotonic_ns: Callable[[], int],
         fsync: FsyncPolicy,
         hash_thread_ids: bool,
-        limits: Limits,
+        limits: LogLimits,
     ) -> None:
         self.directory = directory
         self.now_ns = now_ns
@@ -121,7 +121,7 @@ class AuditLog:
         expected: ExpectedLog | None = None,
         accept_loss: bool = False,
         hash_thread_ids: bool = False,
-        limits: Limits = DEFAULT_LIMITS,
+        limits: LogLimits = DEFAULT_LIMITS,
     ) -> AuditLog:
         """Open the log in `directory`, or begin one.
 
@@ -166,7 +166,7 @@ class AuditLog:
         place, and no text that needs escaping.
         """
         if event.facts:
-            record.settle_facts(event)
+            record.text_facts(event)
         self._queue.append(event)
 
     def commit(self, *, durable: bool = False) -> None:
@@ -227,7 +227,7 @@ class AuditLog:
             return True
         return False
 
-    def settle(self) -> Head:
+    def sign_and_sync(self) -> Head:
         """Write what is queued, sign it, wait for the disk, and return the head. Raises AuditUnavailableError."""
         self.commit()
         ts = self.now_ns()

@@ -115,7 +115,7 @@ def remove_segments(log: AuditLog, keep: Retention) -> list[str]:
         return []
     for segment in segments:
         log.add(segment.event())
-    log.settle()
+    log.sign_and_sync()
     for segment in segments:
         for name in segment.names:
             with contextlib.suppress(FileNotFoundError):

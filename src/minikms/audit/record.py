@@ -154,7 +154,7 @@ def shorten(text: str) -> str:
     return escape(text, INVALID_ID_CHARS_MAX)
 
 
-def settle_facts(event: Event) -> None:
+def text_facts(event: Event) -> None:
     """Turn each fact that is neither text nor an integer from 0 to `INTEGER_MAX` into text, in place.
 
     The verifier rejects a line with such a fact, so one event could make the whole log fail verification.

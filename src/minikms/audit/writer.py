@@ -14,7 +14,7 @@ syncs are those of `minikms.append_only`. Invariants:
 
 A rotation writes and syncs the next file under another name; then it ends the old file with `segment_close`, after
 which it can't be undone; then it syncs the old file and renames it to its number; then it renames the next file to the
-log's name. `minikms.audit.recovery` completes a rotation after a crash between any two of these steps.
+log's name. `minikms.audit.repair` completes a rotation after a crash between any two of these steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
 from minikms.audit.record import Event, Facts, Head
-from minikms.audit.recovery import OpenedLog, create_file
+from minikms.audit.repair import OpenedLog, create_file
 from minikms.base64 import encode_text
 from minikms.sync import sync_directory
 

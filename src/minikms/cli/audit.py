@@ -252,7 +252,7 @@ def verify(
             root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
             if root is None:
                 raise StartError(
-                    "give the master key with --master-key-file, or only the log's public key with --public-key: "
+                    "give the root key with --master-key-file, or only the log's public key with --public-key: "
                     "the one that was shown when the data directory was made"
                 )
             with open_for_reading(directory, root) as unlocked:

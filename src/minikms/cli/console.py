@@ -146,15 +146,15 @@ def found_socket(given: str | None, *, look: bool = True) -> str | None:
     """The flag, else the variable, else the socket of the units if it exists: then it says so. Without `look` the last
     is left out.
     """
-    return _found("--socket", given or os.environ.get(SOCKET_VARIABLE), PACKAGE_SOCKET if look else None)
+    return _chosen("--socket", given or os.environ.get(SOCKET_VARIABLE), PACKAGE_SOCKET if look else None)
 
 
 def found_data_dir(given: str | None, *, look: bool = True) -> str | None:
     """As `found_socket`, for the data directory."""
-    return _found("--data-dir", given or os.environ.get(DATA_DIR_VARIABLE), PACKAGE_DATA_DIR if look else None)
+    return _chosen("--data-dir", given or os.environ.get(DATA_DIR_VARIABLE), PACKAGE_DATA_DIR if look else None)
 
 
-def _found(flag: str, named: str | None, default: str | None) -> str | None:
+def _chosen(flag: str, named: str | None, default: str | None) -> str | None:
     if named:
         return named
     if default is not None and os.path.lexists(default):
@@ -194,7 +194,7 @@ def chosen_key_file(given: Path | None, descriptor: int | None) -> Path | None:
     file = given if given is not None else Path(named) if named else None
     if file is not None and descriptor is not None:
         raise CommandError(
-            f"both a master key and a master key file are given; unset one of {MASTER_KEY_VARIABLE} and "
+            f"both a root key and a file of one are given; unset one of {MASTER_KEY_VARIABLE} and "
             f"{MASTER_KEY_FILE_VARIABLE} (or --master-key-file)"
         )
     return file

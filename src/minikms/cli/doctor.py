@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from minikms.roots.providers import RootProvider
 
 
-class Finding(msgspec.Struct, frozen=True):
+class Diagnosis(msgspec.Struct, frozen=True):
     """A `problem` stops something from working or being safe; an `advice` does not. `do` is the next step."""
 
     level: Literal["problem", "advice"]
@@ -71,12 +71,12 @@ class Finding(msgspec.Struct, frozen=True):
     do: str
 
 
-def problem(area: str, what: str, do: str) -> Finding:
-    return Finding("problem", area, what, do)
+def problem(area: str, what: str, do: str) -> Diagnosis:
+    return Diagnosis("problem", area, what, do)
 
 
-def advice(area: str, what: str, do: str) -> Finding:
-    return Finding("advice", area, what, do)
+def advice(area: str, what: str, do: str) -> Diagnosis:
+    return Diagnosis("advice", area, what, do)
 
 
 FREE_BYTES_ADVISED: Final = 1024 * 1024 * 1024
@@ -89,7 +89,7 @@ _DAY_SECONDS: Final = 86_400
 _OTHERS_MASK: Final = 0o077
 
 
-def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterator[Finding]:
+def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterator[Diagnosis]:
     """Every finding in a data directory. Raises OSError when the directory can't be read."""
     yield from _permissions(directory)
     yield from _space(directory)
@@ -128,7 +128,7 @@ def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterato
 # --- the directory ------------------------------------------------------------------------------------------------
 
 
-def _permissions(directory: str) -> Iterator[Finding]:
+def _permissions(directory: str) -> Iterator[Diagnosis]:
     owner = os.stat(directory).st_uid
     bad: list[str] = []
     foreign: list[str] = []
@@ -179,7 +179,7 @@ def _walk(directory: str) -> Iterator[tuple[str, _Entry]]:
             continue
 
 
-def _space(directory: str) -> Iterator[Finding]:
+def _space(directory: str) -> Iterator[Diagnosis]:
     room = os.statvfs(directory)
     free = room.f_bavail * room.f_frsize
     if free < api.DISK_FREE_BYTES_MIN:
@@ -194,7 +194,7 @@ def _space(directory: str) -> Iterator[Finding]:
         yield problem("disk", f"the file system has only {room.f_favail:,} free inodes", "remove files on it")
 
 
-def _seal(directory: str) -> Iterator[Finding]:
+def _seal(directory: str) -> Iterator[Diagnosis]:
     from minikms.daemon.seal_files import MARKER_NAME, read_marker
 
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -210,7 +210,7 @@ def _seal(directory: str) -> Iterator[Finding]:
 # --- the keyring --------------------------------------------------------------------------------------------------
 
 
-def _keyring(directory: str, body: Body, now: float) -> Iterator[Finding]:
+def _keyring(directory: str, body: Body, now: float) -> Iterator[Diagnosis]:
     active = body.kek_in_state("active")
     age = 0 if active is None else _age_days(active.created_at, now)
     if age > KEY_AGE_DAYS_MAX:
@@ -238,7 +238,7 @@ def _keyring(directory: str, body: Body, now: float) -> Iterator[Finding]:
         )
 
 
-def _root_keys(body: Body, now: float) -> Iterator[Finding]:
+def _root_keys(body: Body, now: float) -> Iterator[Diagnosis]:
     """What a lost root key would do, and which root keys nobody has tested recently."""
     if len(body.slots) == 1:
         yield advice(
@@ -265,7 +265,7 @@ def _root_keys(body: Body, now: float) -> Iterator[Finding]:
 # --- the audit log ----------------------------------------------------------------------------------------------------
 
 
-def _audit_log(directory: str) -> Iterator[Finding]:
+def _audit_log(directory: str) -> Iterator[Diagnosis]:
     if not os.path.lexists(os.path.join(directory, LOG_NAME)):
         yield problem(
             "audit log",
@@ -287,7 +287,7 @@ def _audit_log(directory: str) -> Iterator[Finding]:
 
 def _keys(
     directory: str, body: Body, now: float, arena: SecretArena | None, unlocked: UnlockedKeyring | None
-) -> Iterator[Finding]:
+) -> Iterator[Diagnosis]:
     destroyed: set[bytes] = set()
     try:
         content = _read(directory, tombstone_file.NAME, TOMBSTONES_BYTES_MAX)
@@ -394,7 +394,7 @@ def doctor(
         directory, path = found_data_dir(None), found_socket(None)
     if directory is None and path is None:
         raise CommandError("say what to examine: --data-dir DIR, --socket PATH, or both")
-    found: list[Finding] = []
+    found: list[Diagnosis] = []
     if directory is not None:
         directory = chosen_data_dir(directory)
         root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
@@ -410,7 +410,7 @@ def doctor(
     return EXIT_FAILED if problems else EXIT_GOOD
 
 
-def _print(found: list[Finding], problems: int) -> None:
+def _print(found: list[Diagnosis], problems: int) -> None:
     console = terminal()
     for finding in sorted(found, key=lambda finding: finding.level != "problem"):
         style = "bold red" if finding.level == "problem" else "yellow"
@@ -420,7 +420,7 @@ def _print(found: list[Finding], problems: int) -> None:
     console.print(kinds if found else "nothing found", style="bold" if problems else "green")
 
 
-def machine() -> Iterator[Finding]:
+def machine() -> Iterator[Diagnosis]:
     """What the kernel lacks for protecting keys in memory."""
     from minikms.memory.arena import SecretArena
 
@@ -437,7 +437,7 @@ def machine() -> Iterator[Finding]:
 # --- the running daemon -------------------------------------------------------------------------------------------
 
 
-def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Finding]:
+def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Diagnosis]:
     """`alone`: nothing else is examined. Raises KmsError then, if the daemon does not answer or refuses."""
     from minikms.api.errors import KmsError, KmsUnavailableError, UnauthorizedError
 
@@ -462,7 +462,7 @@ def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Findi
                 yield problem("daemon", what, do)
 
 
-def status_findings(status: api.StatusAnswer) -> Iterator[Finding]:
+def status_findings(status: api.StatusAnswer) -> Iterator[Diagnosis]:
     """The findings in the answer of `GET /status`."""
     for measure in status.hardening:
         if not measure.in_force:

@@ -69,7 +69,7 @@ def init(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Make a data directory. A master key file that does not exist is made too, with a fresh key.
+    """Make a data directory. A root key file that does not exist is made too, with a fresh key.
 
     It shows the public key of the audit log. Keep it outside this machine: with it, `minikms audit verify` checks the
     log without trusting the machine. Recovery shares are shown once, on the terminal, or written to files. Exit status:

@@ -84,7 +84,7 @@ def serve(
         bool, Parameter(help="Refuse to start when a hardening measure is missing.", negative=())
     ] = False,
     rewrite_master_key_file: Annotated[
-        bool, Parameter(help="A rotation to a new root key also writes it to the master key file.", negative=())
+        bool, Parameter(help="A rotation to a new root key also writes it to the root key file.", negative=())
     ] = False,
     sealed: Annotated[
         bool, Parameter(help="Start without keys, and serve after `minikms unseal` only.", negative=())
@@ -136,9 +136,9 @@ def serve(
 ) -> int:
     """Serve keys on a Unix socket until SIGTERM."""
     from minikms.api.errors import StartError
-    from minikms.audit.log import Limits
+    from minikms.audit.log import LogLimits
     from minikms.audit.maintenance import Retention
-    from minikms.audit.recovery import IF_RESTORED
+    from minikms.audit.repair import IF_RESTORED
     from minikms.audit.shipping import FileForwarder
     from minikms.custody.vault import CACHE_KEYS_MAX
     from minikms.daemon import process
@@ -187,7 +187,7 @@ def serve(
                 if_restored=IF_RESTORED if parent_fd is None else IF_RESTORED_UNDER_SERVER,
                 audit_fsync=audit_fsync,
                 audit_hash_thread_ids=audit_hash_thread_ids,
-                audit_limits=Limits(
+                audit_limits=LogLimits(
                     segment_bytes=audit_segment_mib * MIB_BYTES, segment_age_s=audit_segment_days * DAY_SECONDS
                 ),
                 pin=PinFile(Path(os.path.abspath(pin_file))) if pin_file else None,

@@ -216,7 +216,7 @@ def base64_text(value: bytes) -> str:
     return base64.b64encode(value).decode("ascii")
 
 
-def given(value: A | None) -> A | UnsetType:
+def optional(value: A | None) -> A | UnsetType:
     """An argument as a field: None is absent."""
     return UNSET if value is None else value
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, Ty
 from minikms import api
 from minikms.api import Verb
 from minikms.client import calls
-from minikms.client.calls import Call, base64_text, given, make_call
+from minikms.client.calls import Call, base64_text, make_call, optional
 from minikms.client.connecting import ROTATE_TIMEOUT_S
 from minikms.client.items import (
     Batch,
@@ -198,7 +198,7 @@ class Verbs:
         Repeated by itself only if the request was certainly not carried out. After KmsUnavailableError with `sent`, or
         KmsTimeoutError, there may be a key that no caller knows.
         """
-        request = api.CreateDekRequest(thread_id, replaces=given(replaces), purpose=given(purpose))
+        request = api.CreateDekRequest(thread_id, replaces=optional(replaces), purpose=optional(purpose))
         return One(api.CREATE_DEK, request, request_id)
 
     @method
@@ -211,7 +211,7 @@ class Verbs:
         `thread` by default; keys of another purpose are not looked at. Raises StorageUnavailableError while the daemon
         still reads its key files after a start, KeyUnreadableError when the thread's key can't be read.
         """
-        request = api.GetOrCreateDekRequest(thread_id, purpose=given(purpose))
+        request = api.GetOrCreateDekRequest(thread_id, purpose=optional(purpose))
         return One(api.GET_OR_CREATE_DEK, request, request_id)
 
     @method
@@ -416,7 +416,7 @@ class Verbs:
         limit: int | None = None,
     ) -> One[api.KeyListAnswer]:
         """A page of keys, oldest first, at most `limit` (default 100); continue with `next_cursor` if it is set."""
-        request = api.ListKeysRequest(given(thread_id), given(state), given(cursor), given(limit))
+        request = api.ListKeysRequest(optional(thread_id), optional(state), optional(cursor), optional(limit))
         return One(api.LIST_KEYS, request)
 
     @method
@@ -444,5 +444,5 @@ class Verbs:
         `YYYYMMDDTHHMMSS`) only those made before that second. Raises ConflictError while a rotation runs,
         InvalidRequestError for another form of the time.
         """
-        request = api.PruneKekRequest(backups, given(backups_before))
+        request = api.PruneKekRequest(backups, optional(backups_before))
         return One(api.PRUNE_KEK, request, request_id)

@@ -179,7 +179,7 @@ class StatusPage:
                 "root key takes one, and without one none can be removed or replaced"
             )
         if self._keks.rewrite_failed:
-            found.append("the master key file could not be rewritten with the new root key; write it there by hand")
+            found.append("the root key file could not be rewritten with the new root key; write it there by hand")
         if self._vault.unreadable.count:
             found.append(
                 f"{self._vault.unreadable.count} key files can't be read, see keys.unreadable_files; restore them "

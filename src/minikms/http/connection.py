@@ -227,7 +227,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
                 if share < 0 or started == self._server.limits.pipelined_requests_max:
                     self._blocked |= _TURN
             if not self._blocked & _CLOSING:
-                reader.settle()
+                reader.zero_used()
         except RefusedError as error:
             self._refuse(error.refusal)
         if started:

@@ -10,11 +10,11 @@ and the bytes that are not yet a complete request. Rules:
   A chunk extension, a trailer, white space, or a bare CR or LF is refused at its first byte. The size of the body and
   the number of chunks are bounded.
 - A buffer grows by allocating, copying and zeroing, because resizing a `bytearray` leaves the old block on the heap.
-- Every byte is zeroed after it has been used or refused: by `RequestReader.settle` or `RequestReader.discard`, or, for
-  the result of `RequestReader.only_request`, by `Shared.wipe` at the end of the turn.
+- Every byte is zeroed after it has been used or refused: by `RequestReader.zero_used` or `RequestReader.discard`, or,
+  for the result of `RequestReader.only_request`, by `Shared.wipe` at the end of the turn.
 - After a RefusedError only `discard` may be called, because the start of the next request is no longer certain.
 
-Usage: receive into `room()`, call `received(n)`, then `next()` until it returns None, then `settle()` or `discard()`
+Usage: receive into `room()`, call `received(n)`, then `next()` until it returns None, then `zero_used()` or `discard()`
 before control returns to the event loop, because the next connection uses the shared buffer.
 
 Pure: no socket, no clock. It must never keep a copy of a body that it does not zero, nor answer a refusal.
@@ -344,7 +344,7 @@ class RequestReader:
         self._position = stop
         return head, self._view[position:stop]
 
-    def settle(self) -> None:
+    def zero_used(self) -> None:
         """Zero what has been used and carry the rest over. Raises RefusedError if the budget does not allow it."""
         self._drop_chunks(if_complete=True)
         carry = self._carry

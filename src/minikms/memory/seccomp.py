@@ -131,7 +131,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-class Step(NamedTuple):
+class Instruction(NamedTuple):
     """One instruction. `then`, `otherwise`: how many instructions to skip if the condition is true or false."""
 
     code: int
@@ -140,7 +140,7 @@ class Step(NamedTuple):
     otherwise: int = 0
 
 
-def filter_program(machine: str, *, allow_exec: bool, allow_network: bool) -> list[Step]:
+def filter_program(machine: str, *, allow_exec: bool, allow_network: bool) -> list[Instruction]:
     """The filter for `machine` (its name in uname(2)).
 
     Args:
@@ -155,44 +155,44 @@ def filter_program(machine: str, *, allow_exec: bool, allow_network: bool) -> li
     column = list(AUDIT_ARCH).index(machine)
     calls = DENIED if allow_exec else DENIED | DENIED_PROGRAMS
     numbers = [numbers[column] for numbers in calls.values() if numbers[column] is not None]
-    deny = Step(_RETURN, _RET_ERRNO | errno.EPERM)
+    deny = Instruction(_RETURN, _RET_ERRNO | errno.EPERM)
     program = [
-        Step(_LOAD_WORD, _ARCHITECTURE_OFFSET),
-        Step(_JUMP_EQUAL, AUDIT_ARCH[machine], then=1),
-        Step(_RETURN, _RET_KILL_PROCESS),
-        Step(_LOAD_WORD, _NUMBER_OFFSET),
-        Step(_JUMP_AT_LEAST, _X32_BIT, otherwise=1),
+        Instruction(_LOAD_WORD, _ARCHITECTURE_OFFSET),
+        Instruction(_JUMP_EQUAL, AUDIT_ARCH[machine], then=1),
+        Instruction(_RETURN, _RET_KILL_PROCESS),
+        Instruction(_LOAD_WORD, _NUMBER_OFFSET),
+        Instruction(_JUMP_AT_LEAST, _X32_BIT, otherwise=1),
         deny,
     ]
     for number in numbers:
-        program += [Step(_JUMP_EQUAL, number or 0, otherwise=1), deny]
+        program += [Instruction(_JUMP_EQUAL, number or 0, otherwise=1), deny]
     program += _by_flags(column)
     if not allow_network:
         program += [
-            Step(_JUMP_EQUAL, SOCKET[column], otherwise=3),
-            Step(_LOAD_WORD, _FIRST_ARGUMENT_OFFSET),
-            Step(_JUMP_EQUAL, socket.AF_UNIX, then=1),
+            Instruction(_JUMP_EQUAL, SOCKET[column], otherwise=3),
+            Instruction(_LOAD_WORD, _FIRST_ARGUMENT_OFFSET),
+            Instruction(_JUMP_EQUAL, socket.AF_UNIX, then=1),
             deny,
         ]
-    return [*program, Step(_RETURN, _RET_ALLOW)]
+    return [*program, Instruction(_RETURN, _RET_ALLOW)]
 
 
-def _by_flags(column: int) -> list[Step]:
+def _by_flags(column: int) -> list[Instruction]:
     """Allow threads and processes but no namespaces; deny ioctls that simulate input to a terminal."""
-    deny, allow = Step(_RETURN, _RET_ERRNO | errno.EPERM), Step(_RETURN, _RET_ALLOW)
+    deny, allow = Instruction(_RETURN, _RET_ERRNO | errno.EPERM), Instruction(_RETURN, _RET_ALLOW)
     sends, links = _TYPES_INTO_A_TERMINAL
     return [
-        Step(_JUMP_EQUAL, CLONE3[column], otherwise=1),
-        Step(_RETURN, _RET_ERRNO | errno.ENOSYS),
-        Step(_JUMP_EQUAL, CLONE[column], otherwise=4),
-        Step(_LOAD_WORD, _FIRST_ARGUMENT_OFFSET),
-        Step(_JUMP_ANY_BIT, _NEW_NAMESPACES, otherwise=1),
+        Instruction(_JUMP_EQUAL, CLONE3[column], otherwise=1),
+        Instruction(_RETURN, _RET_ERRNO | errno.ENOSYS),
+        Instruction(_JUMP_EQUAL, CLONE[column], otherwise=4),
+        Instruction(_LOAD_WORD, _FIRST_ARGUMENT_OFFSET),
+        Instruction(_JUMP_ANY_BIT, _NEW_NAMESPACES, otherwise=1),
         deny,
         allow,
-        Step(_JUMP_EQUAL, IOCTL[column], otherwise=5),
-        Step(_LOAD_WORD, _SECOND_ARGUMENT_OFFSET),
-        Step(_JUMP_EQUAL, sends, then=1),
-        Step(_JUMP_EQUAL, links, otherwise=1),
+        Instruction(_JUMP_EQUAL, IOCTL[column], otherwise=5),
+        Instruction(_LOAD_WORD, _SECOND_ARGUMENT_OFFSET),
+        Instruction(_JUMP_EQUAL, sends, then=1),
+        Instruction(_JUMP_EQUAL, links, otherwise=1),
         deny,
         allow,
     ]
@@ -209,7 +209,7 @@ def install_filter(*, allow_exec: bool, allow_network: bool) -> None:
     install_program(filter_program(machine, allow_exec=allow_exec, allow_network=allow_network))
 
 
-def install_program(steps: Sequence[Step]) -> None:
+def install_program(steps: Sequence[Instruction]) -> None:
     """Apply a program permanently to this thread and those that it starts. Raises OSError like `install_filter`."""
     code = b"".join(_INSTRUCTION.pack(step.code, step.then, step.otherwise, step.value) for step in steps)
     buffer = ctypes.create_string_buffer(code, len(code))

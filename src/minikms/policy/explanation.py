@@ -16,7 +16,7 @@ from minikms.api import Role
 from minikms.api.errors import ForbiddenError, InvalidRequestError
 from minikms.policy.names import Name, parse_name
 from minikms.policy.policy import FilePolicy
-from minikms.policy.rules import PROXIED_ROLES, THREAD_ROLES, Grant, Limits, Rules, Scope
+from minikms.policy.rules import PROXIED_ROLES, THREAD_ROLES, Grant, GrantLimits, Rules, Scope
 
 CHANGES_COUNT_MAX: Final = 4
 
@@ -194,7 +194,7 @@ def _more_grants(question: _Question) -> Iterator[str]:
     yield f'add a table [[grant]] with principals = ["{name}"], roles = ["{role}"]{threads}'
 
 
-def _limits(limits: Limits, whose: str) -> Iterator[str]:
+def _limits(limits: GrantLimits, whose: str) -> Iterator[str]:
     given = ", ".join(f"{name} = {value}" for name, value in asdict(limits).items() if value is not None)
     if given:
         yield f"{whose}: {given}"

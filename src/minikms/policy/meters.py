@@ -1,4 +1,4 @@
-"""Limits: how much each principal, grant and proxy uses, and the refusal of more.
+"""GrantLimits: how much each principal, grant and proxy uses, and the refusal of more.
 
 Owns: the accounts of all limits, the charge of a request, until when a request counts as concurrent, and what of the
 hourly limits a stop keeps for the next start (docs/spec/policy.md). Invariants:
@@ -29,7 +29,7 @@ from typing import Annotated, Final, Literal, NamedTuple, TypeVar, get_args
 import msgspec
 
 from minikms.api.errors import LimitExceededError, TooManyError
-from minikms.policy.rules import NO_LIMITS, Grant, LimitName, Limits, Scope
+from minikms.policy.rules import NO_LIMITS, Grant, GrantLimits, LimitName, Scope
 
 PRINCIPALS_COUNT_MAX: Final = 4096
 """Accounts of principals that no policy file spells out."""
@@ -127,7 +127,7 @@ class Charge:
     def __contains__(self, account: Account) -> bool:
         return account in self._taken_ns
 
-    def take(self, account: Account, limits: Limits, now_ns: int) -> None:
+    def take(self, account: Account, limits: GrantLimits, now_ns: int) -> None:
         """Counts the request in an account, unless it is counted there already."""
         if account in self._taken_ns:
             return
@@ -157,7 +157,7 @@ class _Item(NamedTuple):
     account: Account
     key: tuple[str, str]
     label: str
-    limits: Limits
+    limits: GrantLimits
     cost: Cost
 
     def hourly(self) -> Iterator[tuple[Kind, Bucket, int, int]]:

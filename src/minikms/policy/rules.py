@@ -63,7 +63,7 @@ class PolicyFileError(StartError):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class GrantLimits:
     """None: there is no such limit. `Verb.charged_as` says which verbs an hourly limit counts."""
 
     requests_per_second: int | None = None
@@ -72,7 +72,7 @@ class Limits:
     reencrypts_per_hour: int | None = None
 
 
-NO_LIMITS: Final = Limits()
+NO_LIMITS: Final = GrantLimits()
 """The only object of its value that a policy file makes."""
 
 
@@ -89,8 +89,8 @@ class Grant:
     principals: tuple[PrincipalPattern, ...]
     roles: frozenset[Role]
     threads: tuple[ThreadPattern, ...]
-    limits: Limits
-    limits_total: Limits
+    limits: GrantLimits
+    limits_total: GrantLimits
     all_threads: bool = field(init=False)
     names: frozenset[str] = field(init=False)
     """The principals that it spells out."""
@@ -114,7 +114,7 @@ class Proxy:
     label: str
     uids: frozenset[int]
     on_behalf_of: tuple[PrincipalPattern, ...]
-    limits_total: Limits
+    limits_total: GrantLimits
 
     def may_name(self, name: str) -> bool:
         return any(pattern.matches(name) for pattern in self.on_behalf_of)
@@ -350,7 +350,7 @@ def _texts(
     return texts
 
 
-def _limits(label: str, table: Mapping[str, object], member: str) -> Limits:
+def _limits(label: str, table: Mapping[str, object], member: str) -> GrantLimits:
     given = table.get(member, {})
     if not isinstance(given, dict):
         raise PolicyFileError(f"{label}: {member} is a table, such as {member} = {{ decrypts_per_hour = 500000 }}")
@@ -363,7 +363,7 @@ def _limits(label: str, table: Mapping[str, object], member: str) -> Limits:
         if type(value) is not int or not 1 <= value <= largest:
             raise PolicyFileError(f"{label}, {member}: {name} is a whole number from 1 to {largest}")
         values[name] = value
-    return Limits(**values) if values else NO_LIMITS
+    return GrantLimits(**values) if values else NO_LIMITS
 
 
 def _only_known(place: str, table: Mapping[str, object], known: Collection[str]) -> None:

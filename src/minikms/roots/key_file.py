@@ -34,7 +34,7 @@ def read_key_file(path: Path, arena: SecretArena, *, any_owner: bool = False) ->
 
     Raises StartError, saying what to do. The caller releases the slot.
     """
-    what = f"the master key file {path}"
+    what = f"the root key file {path}"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
@@ -66,14 +66,14 @@ def check_private_file(fd: int, what: str, path: Path) -> None:
 def read_key_descriptor(fd: int, arena: SecretArena) -> SecretSlot:
     """The root key from an inherited pipe or memfd, which is closed. Raises StartError. The caller releases it."""
     try:
-        return _read(fd, arena, "the master key in the environment")
+        return _read(fd, arena, "the root key in the environment")
     except OSError as error:
-        raise StartError(f"the master key's descriptor can't be read: {os.strerror(error.errno or 0)}") from None
+        raise StartError(f"the root key's descriptor can't be read: {os.strerror(error.errno or 0)}") from None
     finally:
         try:
             os.close(fd)
         except OSError:
-            raise StartError(f"descriptor {fd} for the master key is not open") from None
+            raise StartError(f"descriptor {fd} for the root key is not open") from None
 
 
 def make_key_file(path: Path, arena: SecretArena) -> None:
@@ -110,7 +110,7 @@ async def replace_key(path: Path, root: SecretSlot, arena: SecretArena, executor
         finally:
             del writing  # the traceback of its error leads to this frame
     if not holds_key(path, root, arena):
-        raise StartError(f"the master key file {path} does not hold the key that was written")
+        raise StartError(f"the root key file {path} does not hold the key that was written")
 
 
 def rewrite_key_file(path: Path, text: KeyText) -> None:

@@ -44,9 +44,9 @@ class KeyVerbs:
         event.key_id = record.id
         if replaces:
             event.detail = f"replaces {replaces}"
-        return AfterLine(partial(self._answer_made, record))
+        return AfterLine(partial(self._create_answer, record))
 
-    async def _answer_made(self, record: DekRecord) -> api.CreateDekAnswer:
+    async def _create_answer(self, record: DekRecord) -> api.CreateDekAnswer:
         await self._vault.journal.file_made(record.id)
         return api.CreateDekAnswer(record.id, record.wrapped)
 

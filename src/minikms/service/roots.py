@@ -89,7 +89,7 @@ class RootVerbs:
 
     async def add_root(self, request: api.AddRootRequest, event: Event, permit: Permit) -> api.RootAnswer:
         """Adds a root key beside the others."""
-        root = _given(request)
+        root = _root_of(request)
         if keyring.PROVIDER.fullmatch(request.provider) is None:
             raise InvalidRequestError("provider is 1 to 32 characters of a-z, 0-9 and -")
         shares = _share_set(request.shares)
@@ -110,7 +110,7 @@ class RootVerbs:
 
     async def test_root(self, request: api.ProveRootRequest, event: Event, permit: Permit) -> api.RootAnswer:
         """Proves that the root key opens the slot, and writes when."""
-        root = _given(request)
+        root = _root_of(request)
         slot_id = "" if request.slot_id is UNSET else request.slot_id
         unlocked = self._vault.unlocked
 
@@ -190,7 +190,7 @@ class RootVerbs:
         )
 
 
-def _given(request: api.Request) -> SecretSlot:
+def _root_of(request: api.Request) -> SecretSlot:
     """The root key of a request that the daemon has read. Raises InvalidRequestError if it names none."""
     root = request.root if isinstance(request, (AddGivenRoot, ProveGivenRoot)) else None
     if root is None:

@@ -1,7 +1,7 @@
 """The `progressdb` command: with flags only it serves; subcommands do the rest.
 
 `command.py` has the tree of commands, `flags.py` what they share, and each other module a command or a group of them.
-Invariant: a master key in the environment is removed from it before anything else is imported. The room must never hold
+Invariant: a root key in the environment is removed from it before anything else is imported. The room must never hold
 the work of a command that another room could do.
 """
 

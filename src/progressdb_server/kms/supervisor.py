@@ -255,7 +255,7 @@ class Supervisor:
     async def start(self) -> None:
         """Returns once a miniKMS answers. Raises SupervisorError when none does; nothing is left running then."""
         try:
-            found = await self._have_one(FOUND_S_MAX)
+            found = await self._find_or_start(FOUND_S_MAX)
         except BaseException:
             await self.stop()
             raise
@@ -278,7 +278,7 @@ class Supervisor:
             self._log.info("miniKMS stopped", pid=child.pid)
         await self._health.close()
 
-    async def _have_one(self, found_s_max: float) -> bool:
+    async def _find_or_start(self, found_s_max: float) -> bool:
         """One try: true once a daemon answers, started here or found; false with `_reason` set."""
         error = await self._ask()
         if error is None:
@@ -375,7 +375,7 @@ class Supervisor:
             await asyncio.sleep(self._pause_s())
         self._failures += 1
         try:
-            return await self._have_one(0.0)  # the next try finds one that starts late
+            return await self._find_or_start(0.0)  # the next try finds one that starts late
         except Exception as error:  # noqa: BLE001 - without a supervisor nobody would restart miniKMS
             self._log.exception("the supervisor failed")
             self._reason = type(error).__name__

@@ -70,19 +70,19 @@ class Backups(OpenStore):
             known = Registered(path, self.clock.now_ns())
             await self.writer.commit(Write(((keyspace.backup(known.created_ns), msgspec.json.encode(known)),)))
             stop = threading.Event()
-            making = asyncio.ensure_future(
+            copy = asyncio.ensure_future(
                 asyncio.to_thread(create, self.engine, path, created_ns=known.created_ns, previous=previous, stop=stop)
             )
             try:
-                return await asyncio.shield(making)
+                return await asyncio.shield(copy)
             except (BackupError, StoreUnavailableError, asyncio.CancelledError):
                 stop.set()
-                await asyncio.gather(making, return_exceptions=True)
+                await asyncio.gather(copy, return_exceptions=True)
                 if known.gone:
                     await self._forget([known])
                 raise
             finally:
-                del making  # the traceback of its error leads to this frame
+                del copy  # the traceback of its error leads to this frame
         finally:
             self._backing_up = False
 

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 from minikms.api.errors import AuditUnavailableError
-from minikms.audit.log import Limits
+from minikms.audit.log import LogLimits
 from tests.minikms.audit.logmaker import KEY1, encrypt_event, open_log
 
 
 def main(directory: str, commits: str, events: str = "1", file_bytes_max: str = "0") -> None:
-    log = open_log(Path(directory), KEY1, clock=time.time_ns, limits=Limits(reserve_bytes=256 * 1024))
+    log = open_log(Path(directory), KEY1, clock=time.time_ns, limits=LogLimits(reserve_bytes=256 * 1024))
     if int(file_bytes_max):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_bytes_max), resource.RLIM_INFINITY))
     for number in range(int(commits)):

@@ -12,7 +12,7 @@ import msgspec
 
 from minikms.audit import AuditKey, AuditLog, Event, record
 from minikms.audit.chain import LocalSigner
-from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.queries import verify_directory
 from minikms.audit.record import Head
 from minikms.audit.rules import Report, Trust
@@ -37,7 +37,7 @@ class Key:
 
 KEY1, KEY2 = Key(1), Key(2)
 SECOND = 1_000_000_000
-SMALL = Limits(reserve_bytes=0)
+SMALL = LogLimits(reserve_bytes=0)
 
 
 class Clock:
@@ -97,7 +97,7 @@ def make_log(directory: Path, count: int = 12, **options: object) -> AuditLog:
 
 def make_segments(directory: Path, count: int = 60) -> None:
     """A closed log in several files: with this clock every commit does the chores."""
-    make_log(directory, count, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=3000, reserve_bytes=0))
+    make_log(directory, count, clock=Clock(step=CHORES_NS), limits=LogLimits(segment_bytes=3000, reserve_bytes=0))
 
 
 def events_of(path: Path) -> list[Event]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minikms.audit import reader, record
-from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.queries import AuditLogMissingError, verify_directory
 from tests.minikms.audit.logmaker import LOG, Clock, events_of, open_log, trust, verify, write_events
@@ -61,7 +61,7 @@ def test_progress_ends_with_the_total(original: Path, monkeypatch: pytest.Monkey
 
 def test_a_file_that_is_closed_while_it_is_read_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each file is rotated and compressed while it is read."""
-    log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=2000, reserve_bytes=0))
+    log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=LogLimits(segment_bytes=2000, reserve_bytes=0))
     write_events(log, 10)
     rounds = 0
     real_lines = reader.SegmentFile.lines

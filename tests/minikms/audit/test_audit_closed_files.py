@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from minikms.audit import record
-from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import CompressionError, Maintenance, Retention, compress_closed, remove_segments
 from minikms.audit.queries import verify_directory
 from minikms.audit.reader import list_segments
@@ -151,7 +151,7 @@ def test_a_deleted_segment_without_a_retention_line_is_missing(altered: Path) ->
 
 def test_maintenance_compresses_forwards_and_removes(tmp_path: Path) -> None:
     clock = Clock(now=LATER, step=CHORES_NS)
-    log = open_log(tmp_path, clock=clock, limits=Limits(segment_bytes=3000, reserve_bytes=0))
+    log = open_log(tmp_path, clock=clock, limits=LogLimits(segment_bytes=3000, reserve_bytes=0))
     copy = tmp_path / "copy"
     upkeep = Maintenance(log, keep=Retention(bytes_max=2500, days_min=0), forwarder=FileForwarder(str(copy)))
     write_events(log, 60)
@@ -186,7 +186,9 @@ def test_a_smaller_file_in_place_of_the_copy_does_not_grow(tmp_path: Path, monke
 
 
 def test_maintenance_reports_failures_and_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = open_log(tmp_path, clock=Clock(now=LATER, step=CHORES_NS), limits=Limits(segment_bytes=3000, reserve_bytes=0))
+    log = open_log(
+        tmp_path, clock=Clock(now=LATER, step=CHORES_NS), limits=LogLimits(segment_bytes=3000, reserve_bytes=0)
+    )
     write_events(log, 30)
     upkeep = Maintenance(
         log, keep=Retention(bytes_max=1, days_min=0), forwarder=FileForwarder(str(tmp_path / "missing" / "copy"))

@@ -14,7 +14,7 @@ import pytest
 from minikms.api.errors import StartError
 from minikms.audit import chain, record
 from minikms.audit.chain import Coverage, KeyState
-from minikms.audit.log import Limits
+from minikms.audit.log import LogLimits
 from minikms.audit.reader import list_segments
 from minikms.audit.record import Event, Head
 from minikms.base64 import decode_exact, encode_text
@@ -132,7 +132,7 @@ def test_an_unsigned_retention_line_does_not_excuse_missing_files(altered: Path)
 
 def fork(directory: Path, now: int) -> None:
     """Continue the log of `directory` with the same number of lines each time, but with other lines."""
-    log = open_log(directory, clock=Clock(now), limits=Limits(reserve_bytes=0))
+    log = open_log(directory, clock=Clock(now), limits=LogLimits(reserve_bytes=0))
     write_events(log, 3)
     log.writer.rotate(now + SECOND)
     write_events(log, 2)
@@ -201,7 +201,7 @@ def changed(tmp_path: Path) -> tuple[Path, Head]:
     log = open_log(directory)
     log.writer.rotate(NOW)
     write_events(log, 3)
-    since = log.settle()
+    since = log.sign_and_sync()
     log.change_key(KEY2.audit_key())
     write_events(log, 3)
     log.close()
@@ -254,7 +254,7 @@ def test_an_earlier_key_can_not_make_another_log(tmp_path: Path, forge: Callable
     """The keyring records after which line the key changed; the verifier with the audit keys and a start know it."""
     make_log(tmp_path / "genuine", 8)
     log = open_log(tmp_path / "genuine")
-    since = log.settle()
+    since = log.sign_and_sync()
     log.change_key(KEY2.audit_key())
     log.close()
     assert verify(tmp_path / "genuine", KEY1, KEY2, since={2: since}).intact
@@ -293,7 +293,7 @@ def test_the_report_names_the_public_key_active_at_the_end(changed: tuple[Path, 
 def test_a_change_of_key_is_completed_also_after_an_incomplete_line(tmp_path: Path) -> None:
     make_log(tmp_path, 3)
     log = open_log(tmp_path)
-    since = log.settle()
+    since = log.sign_and_sync()
     log.close()
     with open(tmp_path / LOG, "ab") as file:
         file.write(b'{"event":{"seq":')
@@ -310,7 +310,7 @@ def test_a_close_after_settle_writes_nothing(tmp_path: Path) -> None:
     """Otherwise the recorded line after which a new key begins would not be the last one."""
     log = open_log(tmp_path)
     log.add(encrypt_event())
-    since = log.settle()
+    since = log.sign_and_sync()
     assert events_of(tmp_path / LOG)[-1].type == "checkpoint"
     log.close()
     assert log.head == {"seq": since.seq, "sig": encode_text(since.sig)}

@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from minikms.audit import Event, queries, reader, record
-from minikms.audit.log import Limits
+from minikms.audit.log import LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.queries import verify_directory
 from minikms.audit.reader import LAST_BYTES_MAX, Follower, last_lines, list_segments
@@ -285,7 +285,7 @@ def test_totals_are_bounded_for_any_names(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_last_lines_are_bounded_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_log(tmp_path, 400, clock=Clock(step=10**9), limits=Limits(segment_bytes=40_000, reserve_bytes=0))
+    make_log(tmp_path, 400, clock=Clock(step=10**9), limits=LogLimits(segment_bytes=40_000, reserve_bytes=0))
     compress_closed(str(tmp_path))
     every = last_lines(str(tmp_path), 10_000)
     assert sum(map(len, every)) < LAST_BYTES_MAX and len(every) > 400

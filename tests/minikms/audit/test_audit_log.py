@@ -16,7 +16,7 @@ import pytest
 
 from minikms.api.errors import AuditUnavailableError
 from minikms.audit import AuditLog, Event, record, writer
-from minikms.audit.log import CHECKPOINT_AGE_NS, CHORES_NS, FSYNC_INTERVAL_MS, Limits
+from minikms.audit.log import CHECKPOINT_AGE_NS, CHORES_NS, FSYNC_INTERVAL_MS, LogLimits
 from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import Head
 from tests.minikms.audit.logmaker import (
@@ -184,7 +184,7 @@ def test_lines_are_signed_within_a_minute(tmp_path: Path) -> None:
 def test_the_log_is_signed_and_its_reserve_kept_while_the_clock_is_behind(tmp_path: Path, faults: Faults) -> None:
     """The wall clock is set back by a day; only the monotonic clock says that time passes."""
     wall, monotonic = Clock(), Clock(now=0, step=0)
-    log = open_log(tmp_path, clock=wall, monotonic_ns=monotonic, limits=Limits(reserve_bytes=256 * 1024))
+    log = open_log(tmp_path, clock=wall, monotonic_ns=monotonic, limits=LogLimits(reserve_bytes=256 * 1024))
     faults.write = [errno.ENOSPC]
     commit_one(log)
     assert log.status()["reserve_bytes"] != 256 * 1024
@@ -336,7 +336,7 @@ def test_a_commit_fails_when_the_signer_can_not_be_reached(tmp_path: Path, monke
 
 def test_a_full_disk_is_recorded_in_the_reserve(tmp_path: Path, faults: Faults) -> None:
     clock = Clock()
-    log = open_log(tmp_path, clock=clock, limits=Limits(reserve_bytes=256 * 1024))
+    log = open_log(tmp_path, clock=clock, limits=LogLimits(reserve_bytes=256 * 1024))
     faults.write = [errno.ENOSPC, errno.ENOSPC]
     commit_one(log)
     assert types_of(tmp_path) == ["genesis", "disk_full", "encrypt"]
@@ -353,7 +353,7 @@ def test_a_full_disk_is_recorded_in_the_reserve(tmp_path: Path, faults: Faults) 
 
 
 def test_refused_peers_get_no_reserved_space(tmp_path: Path, faults: Faults) -> None:
-    log = open_log(tmp_path, limits=Limits(reserve_bytes=256 * 1024))
+    log = open_log(tmp_path, limits=LogLimits(reserve_bytes=256 * 1024))
     faults.write = [errno.ENOSPC]
     log.add(Event(type="refused", actor="peer_uid:99", outcome="unauthorized"))
     with pytest.raises(AuditUnavailableError):
@@ -363,7 +363,7 @@ def test_refused_peers_get_no_reserved_space(tmp_path: Path, faults: Faults) -> 
 
 
 def test_no_request_is_answered_when_the_reserve_is_used_up(tmp_path: Path, faults: Faults) -> None:
-    log = open_log(tmp_path, limits=Limits(reserve_bytes=128 * 1024))
+    log = open_log(tmp_path, limits=LogLimits(reserve_bytes=128 * 1024))
     faults.write = [errno.ENOSPC] * 3
     with pytest.raises(AuditUnavailableError):
         commit_one(log)
@@ -373,7 +373,7 @@ def test_no_request_is_answered_when_the_reserve_is_used_up(tmp_path: Path, faul
 
 
 def test_text_escaped_before_a_failed_write_is_not_escaped_twice(tmp_path: Path, faults: Faults) -> None:
-    log = open_log(tmp_path, limits=Limits(reserve_bytes=128 * 1024))
+    log = open_log(tmp_path, limits=LogLimits(reserve_bytes=128 * 1024))
     faults.write = [errno.ENOSPC]
     log.add(encrypt_event(thread_id="é%"))
     log.commit()
@@ -426,7 +426,7 @@ def test_after_a_failed_fdatasync_no_line_is_accepted_until_one_succeeds(tmp_pat
 
 
 def test_fdatasync_in_another_thread_works_during_commits_and_rotations(tmp_path: Path) -> None:
-    log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=20_000, reserve_bytes=0))
+    log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=LogLimits(segment_bytes=20_000, reserve_bytes=0))
     stop = threading.Event()
     errors: list[BaseException] = []
 
@@ -467,7 +467,7 @@ def test_a_change_of_key_that_fails_is_completed_before_any_other_line(tmp_path:
     """The keyring names the line before it, after which the former key may write nothing."""
     log = open_log(tmp_path)
     commit_one(log)
-    head = log.settle()
+    head = log.sign_and_sync()
     faults.write = [errno.EIO, errno.EIO]
     with pytest.raises(AuditUnavailableError):
         log.change_key(KEY2.audit_key())
@@ -481,9 +481,9 @@ def test_a_change_of_key_that_fails_is_completed_before_any_other_line(tmp_path:
 
 def test_a_change_of_key_on_a_full_disk_uses_the_reserve(tmp_path: Path, faults: Faults) -> None:
     """No line could be written before it, so the reserve would be of no use."""
-    log = open_log(tmp_path, limits=Limits(reserve_bytes=256 * 1024))
+    log = open_log(tmp_path, limits=LogLimits(reserve_bytes=256 * 1024))
     commit_one(log)
-    log.settle()
+    log.sign_and_sync()
     faults.write = [errno.ENOSPC]
     log.change_key(KEY2.audit_key())
     commit_one(log)

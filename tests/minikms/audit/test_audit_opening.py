@@ -1,4 +1,4 @@
-"""Opening a log at start: each row of the decision table in `minikms.audit.recovery`."""
+"""Opening a log at start: each row of the decision table in `minikms.audit.repair`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import StartError
-from minikms.audit import ExpectedLog, queries, reader, record, recovery, writer
+from minikms.audit import ExpectedLog, queries, reader, record, repair, writer
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import each_segment
 from minikms.audit.record import Head
@@ -125,9 +125,9 @@ def test_an_incomplete_last_line_is_moved_aside_and_recorded(tmp_path: Path) -> 
         (tmp_path / LOG).write_bytes(content + torn)
         assert not verify(tmp_path).intact
         log = open_log(tmp_path)
-        recovery = events_of(tmp_path / LOG)[-1]
-        assert recovery.type == "recovery"
-        assert recovery.facts == {
+        event = events_of(tmp_path / LOG)[-1]
+        assert event.type == "recovery"
+        assert event.facts == {
             "bytes": len(torn),
             "file": f"{LOG}.torn-7",
             "lines": 1,
@@ -311,7 +311,7 @@ def test_a_start_reads_no_further_back_than_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`minikms audit verify` finds a line that was altered before it."""
-    monkeypatch.setattr(recovery, "READ_BYTES", 500)
+    monkeypatch.setattr(repair, "READ_BYTES", 500)
     monkeypatch.setattr(writer, "CHECKPOINT_LINES", 50)
     log = open_log(tmp_path)
     write_events(log, 130, per_commit=10)
@@ -327,8 +327,8 @@ def test_a_start_reads_no_further_back_than_the_last_checkpoint(
 def test_a_file_with_too_many_unsigned_bytes_at_its_end_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "READ_BYTES", 500)
-    monkeypatch.setattr(recovery, "LOG_END_BYTES_MAX", 4000)
+    monkeypatch.setattr(repair, "READ_BYTES", 500)
+    monkeypatch.setattr(repair, "LOG_END_BYTES_MAX", 4000)
     kill(tmp_path, 50)
     with pytest.raises(StartError, match="no checkpoint in its last 4000 bytes"):
         open_log(tmp_path)

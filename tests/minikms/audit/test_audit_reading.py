@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from minikms.audit import Event, queries, record
-from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import Maintenance, compress_closed
 from minikms.audit.reader import DamagedSegmentError, Follower, last_lines, list_segments
 from minikms.audit.shipping import FileForwarder, Forwarder, Forwarding
 from tests.minikms.audit.logmaker import KEY1, LOG, Clock, encrypt_event, lines_of, make_log, open_log, write_events
 from tests.minikms.custody.disk_faults import failing
 
-SMALL_SEGMENTS = Limits(segment_bytes=3000, reserve_bytes=0)
+SMALL_SEGMENTS = LogLimits(segment_bytes=3000, reserve_bytes=0)
 
 
 def seqs(lines: Sequence[bytes]) -> list[int]:

@@ -124,7 +124,7 @@ def test_invalid_ids_are_cut_short() -> None:
 @pytest.mark.parametrize("value", [-1, 2**63, 1.5, True, None, ["x"]])
 def test_a_fact_that_a_line_can_not_hold_becomes_text(value: object) -> None:
     event = Event(type="config_change", actor="minikms", facts={"bound": value})  # type: ignore[dict-item]  # the point
-    record.settle_facts(event)
+    record.text_facts(event)
     parsed, _, _ = record.parse_line(line_of(event))
     assert parsed.facts == {"bound": record.escape(str(value))}
 

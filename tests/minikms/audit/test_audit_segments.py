@@ -13,7 +13,7 @@ import pytest
 
 from minikms.api.errors import AuditUnavailableError, StartError
 from minikms.audit import AuditLog
-from minikms.audit.log import CHORES_NS, Limits
+from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import list_segments
 from tests.minikms.audit.logmaker import (
@@ -31,7 +31,7 @@ from tests.minikms.audit.logmaker import (
     write_events,
 )
 
-SMALL_SEGMENTS = Limits(segment_bytes=3000, reserve_bytes=0)
+SMALL_SEGMENTS = LogLimits(segment_bytes=3000, reserve_bytes=0)
 
 
 def kinds(directory: Path) -> list[str]:
@@ -55,7 +55,7 @@ def test_a_file_that_is_full_is_closed_and_the_chain_goes_on_in_the_next(origina
 
 def test_a_file_that_is_old_is_closed(tmp_path: Path) -> None:
     clock = Clock()
-    log = open_log(tmp_path, clock=clock, limits=Limits(segment_age_s=3600, reserve_bytes=0))
+    log = open_log(tmp_path, clock=clock, limits=LogLimits(segment_age_s=3600, reserve_bytes=0))
     log.add(encrypt_event())
     log.commit()
     clock.now += 3600 * SECOND
@@ -72,7 +72,7 @@ def test_a_file_that_is_old_is_closed(tmp_path: Path) -> None:
 def test_an_old_file_is_closed_while_the_clock_is_behind(tmp_path: Path, restarted: bool) -> None:
     """After a restart with the wall clock set back, the age of the file counts from the restart."""
     wall, monotonic = Clock(), Clock(now=7 * SECOND, step=0)
-    limits = Limits(segment_age_s=3600, reserve_bytes=0)
+    limits = LogLimits(segment_age_s=3600, reserve_bytes=0)
     log = open_log(tmp_path, clock=wall, monotonic_ns=monotonic, limits=limits)
     log.add(encrypt_event())
     log.commit()
@@ -94,7 +94,7 @@ def test_an_old_file_is_closed_while_the_clock_is_behind(tmp_path: Path, restart
 
 
 def test_the_age_of_a_file_counts_over_a_restart(tmp_path: Path) -> None:
-    wall, limits = Clock(), Limits(segment_age_s=3600, reserve_bytes=0)
+    wall, limits = Clock(), LogLimits(segment_age_s=3600, reserve_bytes=0)
     make_log(tmp_path, 1, clock=wall, limits=limits)
     wall.now += 3600 * SECOND
     log = open_log(tmp_path, clock=wall, monotonic_ns=lambda: 0, limits=limits)
@@ -156,7 +156,7 @@ def at_call(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None
 
 def filled_log(directory: Path) -> AuditLog:
     """A log whose next tick closes its file."""
-    log = open_log(directory, clock=Clock(step=CHORES_NS), limits=Limits(segment_bytes=1000, reserve_bytes=0))
+    log = open_log(directory, clock=Clock(step=CHORES_NS), limits=LogLimits(segment_bytes=1000, reserve_bytes=0))
     events = [encrypt_event(number) for number in range(5)]
     log.writer.write(events, 1)  # without the chores that a commit does after it
     return log

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from minikms.audit import chain, record
 from minikms.audit.chain import Coverage
-from minikms.audit.log import Limits
+from minikms.audit.log import LogLimits
 from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.reader import DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Event, Head
@@ -59,16 +59,16 @@ class Original:
         self.directory = directory / "log"
         self.other = directory / "other"
         self.directory.mkdir(parents=True)
-        log = open_log(self.directory, clock=Clock(NOW), limits=Limits(reserve_bytes=0))
+        log = open_log(self.directory, clock=Clock(NOW), limits=LogLimits(reserve_bytes=0))
         write_events(log, 3)
         log.writer.rotate(NOW)
         write_events(log, 2)
         log.writer.checkpoint(NOW)
-        self.since = log.settle()
+        self.since = log.sign_and_sync()
         log.close()
         shutil.copytree(self.directory, self.other)
         for place, ts in ((self.directory, NOW), (self.other, NOW + 10**9)):
-            log = open_log(place, KEY2, former=(KEY1.audit_key(),), clock=Clock(ts), limits=Limits(reserve_bytes=0))
+            log = open_log(place, KEY2, former=(KEY1.audit_key(),), clock=Clock(ts), limits=LogLimits(reserve_bytes=0))
             write_events(log, 2)
             log.writer.rotate(ts)
             if not begun:

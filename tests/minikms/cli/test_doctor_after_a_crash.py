@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.cli.doctor import Finding, examine
+from minikms.cli.doctor import Diagnosis, examine
 from minikms.custody import journal, journal_format
 from minikms.custody.journal_format import Change
 from minikms.roots.providers import KeyFile
@@ -21,7 +21,7 @@ def has_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
 
 
-def findings(directory: Path) -> list[Finding]:
+def findings(directory: Path) -> list[Diagnosis]:
     root = KeyFile(directory.with_name(directory.name + ".key"))
     return [found for found in examine(str(directory), root, now=time.time()) if found.area == "keys"]
 

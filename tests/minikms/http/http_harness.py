@@ -320,7 +320,7 @@ def read_requests(shared: Shared, *parts: bytes) -> Outcome:
                 while (parsed := reader.next()) is not None:
                     head, body = parsed
                     outcome.append((head.method, head.path, bytes(body)))
-                reader.settle()
+                reader.zero_used()
                 assert is_zero(shared.view)
         outcome.append("waits" if reader.holds_input else "done")
     except RefusedError as error:

@@ -79,7 +79,7 @@ def test_a_carried_buffer_is_zeroed_when_it_grows_and_after_use() -> None:
             blocks.append(room.obj)
         if (parsed := reader.next()) is not None:
             assert bytes(parsed[1]) == b"s" * 300_000
-        reader.settle()
+        reader.zero_used()
         assert shared.budget.bytes_held <= 300_000
     assert len(blocks) > 3
     assert not any(any(block) for block in blocks)
@@ -94,7 +94,7 @@ def test_an_announced_length_alone_takes_no_memory() -> None:
     reader.room()[: len(data)] = data
     reader.received(len(data))
     assert reader.next() is None
-    reader.settle()
+    reader.zero_used()
     assert reader.phase is Phase.BODY
     assert shared.budget.bytes_held <= 4096
     reader.discard()
@@ -108,7 +108,7 @@ def test_the_phase_says_what_the_connection_waits_for() -> None:
         reader.room()[: len(part)] = part
         reader.received(len(part))
         reader.next()
-        reader.settle()
+        reader.zero_used()
         phases.append(reader.phase)
     assert phases == [Phase.HEAD, Phase.BODY, Phase.BODY, Phase.IDLE]
 
@@ -121,7 +121,7 @@ def test_an_exhausted_budget_refuses_and_zeroes_everything() -> None:
     reader.received(len(data))
     assert reader.next() is None
     with pytest.raises(RefusedError) as raised:
-        reader.settle()
+        reader.zero_used()
     assert raised.value.refusal is OVERLOADED
     reader.discard()
     assert not any(shared.view)
@@ -140,10 +140,10 @@ def test_waiting_input_is_kept_unchanged() -> None:
         parsed = reader.next()
         assert parsed is not None
         paths.append(parsed[0].path)
-        reader.settle()
+        reader.zero_used()
     assert paths == ["/1", "/2"]
     assert reader.next() is None
-    reader.settle()
+    reader.zero_used()
     reader.room()[:1] = b"c"
     reader.received(1)
     parsed = reader.next()
@@ -170,7 +170,7 @@ def the_long_way(reader: RequestReader, data: bytes) -> None:
     reader.room()[: len(data)] = data
     reader.received(len(data))
     assert reader.next() is not None
-    reader.settle()
+    reader.zero_used()
 
 
 ALIKE = (

@@ -448,10 +448,10 @@ WITHOUT_MEMFD_SECRET = """
 import ctypes, errno, os, sys
 from minikms.memory import libc, seccomp
 steps = [
-    seccomp.Step(0x20, 0),
-    seccomp.Step(0x15, 447, otherwise=1),
-    seccomp.Step(0x06, 0x50000 | errno.ENOSYS),
-    seccomp.Step(0x06, 0x7FFF0000),
+    seccomp.Instruction(0x20, 0),
+    seccomp.Instruction(0x15, 447, otherwise=1),
+    seccomp.Instruction(0x06, 0x50000 | errno.ENOSYS),
+    seccomp.Instruction(0x06, 0x7FFF0000),
 ]
 libc.prctl("no_new_privs", 38, 1)
 seccomp.install_program(steps)

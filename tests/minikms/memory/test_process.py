@@ -362,7 +362,7 @@ def test_namespaces_and_terminal_input_are_denied_and_threads_start() -> None:
     assert answer == ["PermissionError", [-1, 1], "a thread", 7]
 
 
-def _decide(program: list[seccomp.Step], number: int, architecture: int, argument: int, second: int = 0) -> int:
+def _decide(program: list[seccomp.Instruction], number: int, architecture: int, argument: int, second: int = 0) -> int:
     """A classic BPF machine, as far as these programs go (struct seccomp_data at its offsets)."""
     data = {0: number, 4: architecture, 16: argument, 24: second}
     position, accumulator = 0, 0

@@ -11,7 +11,7 @@ from minikms.policy.rules import (
     GRANTS_COUNT_MAX,
     PRINCIPAL_PATTERNS_COUNT_MAX,
     THREAD_PATTERNS_COUNT_MAX,
-    Limits,
+    GrantLimits,
 )
 
 EXAMPLE = """\
@@ -49,8 +49,8 @@ def refusal(text: str) -> str:
 def test_the_example_says_what_it_says() -> None:
     rules = parse_policy(EXAMPLE.encode())
     (one,), (asking,) = rules.grants, rules.proxies
-    assert one.limits == Limits(2000, 64, 500_000, 50_000_000)
-    assert one.limits_total == Limits(decrypts_per_hour=5_000_000)
+    assert one.limits == GrantLimits(2000, 64, 500_000, 50_000_000)
+    assert one.limits_total == GrantLimits(decrypts_per_hour=5_000_000)
     assert one.roles == {"create", "encrypt", "decrypt"}
     assert rules.granted_uids == {1000}
     assert rules.proxy_uids == asking.uids == {992}
