@@ -1,7 +1,8 @@
 """A real `minikms-gateway` process beside a real daemon, under users of their own.
 
 Owns: the files of both, the start, and requests over TLS with a certificate or a token. Invariants: the gateway is the
-command that an operator types; daemon, gateway and the tests are three users. It asserts nothing about the answers.
+command that an operator types, under a user of its own; the daemon has one with `daemon_uid`. It asserts nothing about
+the answers.
 """
 
 from __future__ import annotations
