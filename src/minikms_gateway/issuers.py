@@ -54,6 +54,7 @@ class _Source:
         self.asked_s = float("-inf")
         self.running: asyncio.Future[None] | None = None
         self._context: ssl.SSLContext | None = None
+        self._cas = ""
         if issuer.jwks_file:
             try:
                 self.keys = parse_keys(files.read(issuer.jwks_file, "JWK set", JWKS_BYTES_MAX))
@@ -64,8 +65,8 @@ class _Source:
         if issuer.ca:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             try:
-                text = files.read(issuer.ca, "file of CAs", PEM_BYTES_MAX).decode("ascii")
-                self._context.load_verify_locations(cadata=text)
+                self._cas = files.read(issuer.ca, "file of CAs", PEM_BYTES_MAX).decode("ascii")
+                self._context.load_verify_locations(cadata=self._cas)
             except (ssl.SSLError, UnicodeDecodeError):
                 raise StartError(f"{files.path(issuer.ca)} is no file of certificates in PEM") from None
         self._context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -75,8 +76,12 @@ class _Source:
         return self._context is not None
 
     def take_over(self, other: _Source) -> None:
-        """Of the same issuer, before the configuration was read again."""
-        self.keys, self.fetched_s, self.asked_s = other.keys, other.fetched_s, other.asked_s
+        """Of the same issuer, before the configuration was read again. With other CAs, its keys prove nothing."""
+        if self._cas != other._cas:
+            return
+        self.keys, self.fetched_s = other.keys, other.fetched_s
+        if other.running is None:  # otherwise the answer goes to `other`
+            self.asked_s = other.asked_s
 
     def fetch(self) -> dict[str, Key]:
         """The keys that the issuer publishes. Raises StartError, OSError, http.client.HTTPException."""

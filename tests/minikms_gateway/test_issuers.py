@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from minikms_gateway import issuers
-from minikms_gateway.config import JWKS_BYTES_MAX, Files, parse_config
+from minikms_gateway.config import JWKS_BYTES_MAX, Config, Files, parse_config
 from minikms_gateway.issuers import Issuers
 from minikms_gateway.reasons import IssuerUnavailableError, RefusedTokenError
 from tests.harness.certificates import SERVER, Authority
@@ -76,20 +76,25 @@ def server(tmp_path: Path) -> Iterator[IssuerServer]:
     made.close()
 
 
-def with_issuers(server: IssuerServer, directory: Path, check: Callable[[Issuers, list[str]], Any]) -> None:
-    """Runs `check` with the issuers of a configuration, and the reasons why nothing was fetched."""
-    config = parse_config(
+def configuration(server: IssuerServer) -> Config:
+    return parse_config(
         f'version = 1\nlisten = "127.0.0.1:1"\nkms_socket = "/s"\ntls = {{ cert = "a", key = "b" }}\n'
         f'[[issuer]]\nkind = "oidc"\nissuer = "{server.url}"\naudience = "minikms"\nalgorithms = ["ES256"]\n'
         f'ca = "ca.pem"\n'.encode(),
         "test",
     )
+
+
+def with_issuers(server: IssuerServer, directory: Path, check: Callable[[Issuers, list[str]], Any]) -> None:
+    """Runs `check` with the issuers of a configuration, and the reasons why nothing was fetched."""
     why: list[str] = []
 
     async def run() -> None:
         with ThreadPoolExecutor(2) as executor:
             files = Files(directory / "gateway.toml")
-            made = Issuers(config, files, executor=executor, log=lambda issuer, reason: why.append(reason))
+            made = Issuers(
+                configuration(server), files, executor=executor, log=lambda issuer, reason: why.append(reason)
+            )
             await check(made, why)
 
     asyncio.run(run())
@@ -203,5 +208,30 @@ def test_a_failed_refresh_leaves_the_keys_until_they_are_too_old(
         made.refresh()
         with pytest.raises(IssuerUnavailableError):
             await principal(made, server.tokens.token())
+
+    with_issuers(server, tmp_path, check)
+
+
+@pytest.mark.parametrize("when", ["fetched", "being fetched", "fetched, and now another CA"])
+def test_files_that_change_keep_the_keys_that_their_ca_vouches_for(
+    server: IssuerServer, tmp_path: Path, when: str
+) -> None:
+    async def check(made: Issuers, why: list[str]) -> None:
+        token = server.tokens.token()
+        if when == "being fetched":
+            made.refresh()
+        else:
+            await principal(made, token)
+        if when == "fetched, and now another CA":
+            (tmp_path / "ca.pem").write_bytes(Authority("another root").pem)
+        with ThreadPoolExecutor(1) as executor:
+            files = Files(tmp_path / "gateway.toml")
+            new = Issuers(configuration(server), files, executor=executor, log=lambda issuer, reason: None)
+            new.take_over(made)
+            if when == "fetched, and now another CA":
+                with pytest.raises(IssuerUnavailableError):
+                    await principal(new, token)
+            else:
+                assert await principal(new, token) == f"oidc:{server.url}|service-7"
 
     with_issuers(server, tmp_path, check)
