@@ -72,7 +72,7 @@ def chain(name: str) -> Chain:
 
 
 def test_the_signature_of_a_list_is_verified_once(trust: Trust, lists: list[CountedList]) -> None:
-    """That and a search took 70 ms for a list of 8 MB. After new files all connections are checked in one turn of the loop."""
+    """That and a search took 70 ms for a list of 8 MB. After new files one turn of the loop checks all connections."""
     for number in range(10):
         assert trust.identity(chain(f"spiffe://prod/{number}"), time.time()).name == f"spiffe://prod/{number}"
     assert [one.verified for one in lists] == [1]
