@@ -135,7 +135,9 @@ class EncryptedSession(SessionABC):
 
 def _as_dict(value: Any) -> Any:
     """A model of the SDK that stands for an item."""
-    return value.model_dump() if hasattr(value, "model_dump") else str(value)
+    if hasattr(value, "model_dump"):
+        return value.model_dump()
+    raise TypeError(f"a session can't hold a value of type {type(value).__name__}: it has no form in JSON")
 
 
 def _record(item: object) -> object:

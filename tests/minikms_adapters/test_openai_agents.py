@@ -80,6 +80,16 @@ def test_items_come_back_as_from_the_inner_session(file: Path, session_id: str, 
     plain.close()
 
 
+def test_an_item_without_a_form_in_json_is_refused_as_by_the_inner_session(
+    file: Path, session_id: str, kms: Client
+) -> None:
+    item: Any = {"role": "user", "content": object()}
+    with opened(file, session_id, kms) as session:
+        with pytest.raises(TypeError, match="type object"):
+            asyncio.run(session.add_items([item]))
+        assert asyncio.run(session.get_items()) == []
+
+
 def moved_to_another_session(file: Path, session_id: str) -> None:
     [stored] = [row[2] for row in rows(file) if row[1] != session_id]
     change(file, "UPDATE agent_messages SET message_data = ? WHERE id = 2", stored)

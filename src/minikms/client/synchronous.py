@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -180,9 +181,7 @@ def _exchange(sock: socket.socket, call: Call[Any], until_s: float, origin: byte
     """Sends the request and reads its answer. Raises TimeoutError, OSError and KmsProtocolError."""
     length = None if call.body is None else len(call.body)
     head = request_head(call.target, length, call.request_id, call.content_type, origin)
-    _send(sock, head, until_s)
-    if call.body:
-        _send(sock, call.body, until_s)
+    _send(sock, head, call.body or b"", until_s)
     parser = AnswerParser()
     while True:
         sock.settimeout(_left_s(until_s))
@@ -194,10 +193,18 @@ def _exchange(sock: socket.socket, call: Call[Any], until_s: float, origin: byte
             return answer
 
 
-def _send(sock: socket.socket, data: bytes | bytearray, until_s: float) -> None:
+def _send(sock: socket.socket, head: bytes, body: bytes | bytearray, until_s: float) -> None:
+    """Head and body with one system call, if the kernel takes them whole. TLS has no sendmsg."""
+    sent = 0
+    if not isinstance(sock, ssl.SSLSocket):
+        sock.settimeout(_left_s(until_s))
+        sent = sock.sendmsg([head, body])
     # sendall counts its timeout over the whole of the data (since Python 3.5), recv only until the next bytes come
-    sock.settimeout(_left_s(until_s))
-    sock.sendall(data)
+    for data, start in ((head, sent), (body, max(sent - len(head), 0))):
+        if start < len(data):
+            sock.settimeout(_left_s(until_s))
+            with memoryview(data) as whole, whole[start:] as rest:
+                sock.sendall(rest)
 
 
 def _left_s(until_s: float) -> float:

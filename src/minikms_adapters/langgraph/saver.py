@@ -267,7 +267,7 @@ class _Checkpoints(BaseCheckpointSaver[Any]):
         plain = {name: value for name, value in head["metadata"].items() if name in self._plain}
         claimed = {name: value for name, value in found.metadata.items() if name in self._plain}
         if (
-            spot.checkpoint_id != head["header"]["id"]
+            not get_checkpoint_id(found.config) == spot.checkpoint_id == head["header"]["id"]
             or parent != head["parent"]
             or set(stored["channel_values"]) != set(head["channels"])
             or any(str(stored["channel_versions"].get(name)) != str(versions.get(name)) for name in head["channels"])
@@ -283,21 +283,25 @@ class _Checkpoints(BaseCheckpointSaver[Any]):
         """
         if not channels:
             return {}
-        chain: list[CheckpointTuple] = []
+        chain: dict[str | None, CheckpointTuple] = {}
         missing = set(channels)
         found = yield ask_inner("get_tuple", _inner_config(config))
         if found is not None:
-            chain.append(found)
+            chain[get_checkpoint_id(found.config)] = found
         while found is not None and found.parent_config is not None and missing:
+            parent = get_checkpoint_id(found.parent_config)
+            if parent in chain:
+                break  # a cycle: a program put a checkpoint twice, or the database was altered
             found = yield ask_inner("get_tuple", found.parent_config)
             if found is None:
                 break
-            values = found.checkpoint["channel_values"]
-            chain.append(found)
-            missing -= values.keys()
-        opened = yield from self._open(chain)
-        if opened and missing and opened[-1].parent is not None:
-            raise WrongPlaceError(f"{_Spot.of(chain[-1].config, chain[-1].checkpoint['id']).head().record}: no parent")
+            chain[parent] = found
+            missing -= found.checkpoint["channel_values"].keys()
+        opened = yield from self._open([*chain.values()])
+        ends = {None, *(each.found.checkpoint["id"] for each in opened)}
+        if opened and missing and opened[-1].parent not in ends:
+            last = opened[-1].found
+            raise WrongPlaceError(f"{_Spot.of(last.config, last.checkpoint['id']).head().record}: no parent")
         return {channel: _history_of(channel, opened[1:]) for channel in channels}
 
     # --- threads ---

@@ -95,6 +95,42 @@ def test_a_call_waits_for_a_daemon_that_comes_back(use: Use) -> None:
         assert made.key_id == KEY
 
 
+def test_head_and_body_of_a_blocking_request_are_one_system_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    client_thread = threading.get_ident()
+
+    def count(name: str) -> None:
+        original = getattr(socket.socket, name)
+
+        def counted(sock: socket.socket, *args: Any) -> Any:
+            if threading.get_ident() == client_thread:
+                calls.append(name)
+            return original(sock, *args)
+
+        monkeypatch.setattr(socket.socket, name, counted)
+
+    for name in ("send", "sendall", "sendmsg"):
+        count(name)
+    with hostile([SEALED]) as server:
+        use_blocking(server.path, ENCRYPT_CALL)
+    assert calls == ["sendmsg"]
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("taken", [1, 100, 200])
+def test_a_request_that_the_kernel_takes_in_parts_arrives_whole(monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
+    def in_part(sock: socket.socket, buffers: list[bytes]) -> int:
+        part = b"".join(buffers)[:taken]
+        sock.sendall(part)
+        return len(part)
+
+    monkeypatch.setattr(socket.socket, "sendmsg", in_part)
+    with hostile([CREATED]) as server:
+        [made] = use_blocking(server.path, ("create_dek_for_thread", {"thread_id": "t" * 100}))
+    assert made.key_id == KEY
+    assert b'"' + b"t" * 100 + b'"' in server.requests[0]
+
+
 def test_a_silent_daemon_is_a_timeout_and_its_late_answer_is_discarded(use: Use) -> None:
     with hostile([SILENT], [STATUS]) as server:
         first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, timeout_s=2.0, wait_s=WAIT_S)

@@ -140,6 +140,14 @@ def swap_checkpoints(memory: InMemorySaver, thread: str, _: str) -> None:
     rows[one], rows[two] = rows[two], rows[one]
 
 
+def older_checkpoint(memory: InMemorySaver, thread: str, _: str) -> None:
+    """The newest row holds an older checkpoint as a whole, which has no writes that would tell."""
+    rows = memory.storage[thread][""]
+    rows[max(rows)] = rows[min(rows)]
+    for key in [key for key in memory.writes if key[0] == thread]:
+        del memory.writes[key]
+
+
 def older_version(memory: InMemorySaver, thread: str, _: str) -> None:
     """The newest checkpoint names the older version of its channel, whose record is intact."""
     rows = memory.storage[thread][""]
@@ -191,6 +199,7 @@ MOVED: list[Attack] = [
     swap_channels,
     swap_threads,
     swap_checkpoints,
+    older_checkpoint,
     older_version,
     left_out,
     altered_step,
@@ -222,7 +231,7 @@ def test_a_record_of_another_place_is_an_error_with_its_id(kms: Client, thread: 
     assert "two" not in str(refused.value)
     with pytest.raises(WrongPlaceError, match=f"thread {thread}"):
         list(saver.list(config_of(thread)))
-    if attack not in (swap_writes, repeated_write):
+    if attack not in (swap_writes, repeated_write, older_checkpoint):
         memory.blobs, memory.storage = untouched[0], untouched[1]
         assert history(saver, thread) == before
 
@@ -424,3 +433,19 @@ def test_a_history_without_one_of_its_checkpoints_is_an_error(sqlite: SqliteSave
         cursor.execute("DELETE FROM checkpoints WHERE checkpoint_id = ?", (rows[3].checkpoint["id"],))
     with pytest.raises(RecordError, match=f"thread {thread}"):
         delta_graph(saver).get_state(config_of(thread))
+
+
+def test_a_history_whose_parents_form_a_cycle_has_an_end(sqlite: SqliteSaver, kms: Client, thread: str) -> None:
+    saver = EncryptedSaver(sqlite, kms)
+
+    def put_empty(checkpoint_id: str, parent: RunnableConfig) -> RunnableConfig:
+        return saver.put(parent, {**empty_checkpoint(), "id": checkpoint_id}, {}, {})
+
+    first = put_empty("1", config_of(thread))
+    second = put_empty("2", first)
+    with sqlite.cursor() as cursor:
+        cursor.execute("UPDATE checkpoints SET parent_checkpoint_id = '2' WHERE checkpoint_id = '1'")
+    with pytest.raises(WrongPlaceError, match=f"thread {thread}"):
+        saver.get_delta_channel_history(config=second, channels=["messages"])
+    put_empty("1", second)
+    assert saver.get_delta_channel_history(config=second, channels=["messages"]) == {"messages": {"writes": []}}
