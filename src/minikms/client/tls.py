@@ -253,14 +253,15 @@ class TlsEndpoint(Endpoint):
         raise failure
 
     def lost(self, error: Exception | None, *, sent: bool, sock: socket.socket | None = None) -> KmsError:
-        if sock is not None and not isinstance(error, ssl.SSLError):
+        refused = self._refused(error)
+        if sock is not None and refused is None:
             with contextlib.suppress(OSError):
                 sock.setblocking(False)
             try:  # the alert of a gateway that did not wait for the rest of the request
                 sock.recv(1)
             except OSError as found:
-                error = found
-        return self._refused(error) or super().lost(error, sent=sent)
+                refused = self._refused(found)
+        return refused or super().lost(error, sent=sent)
 
     def _not_connected(self, error: OSError, timeout_s: float) -> KmsError:
         refused = self._refused(error)
