@@ -21,7 +21,8 @@ from tests.progressdb_server.api.real_server import RealServer, real_server
 from tests.torture.test_body_memory import MIB, resident_bytes
 
 SECONDS = 60
-RSS_BYTES_MAX = 300 * MIB
+RSS_BYTES_MAX = {False: 300 * MIB, True: 400 * MIB}
+"""With TLS or without. For each connection of TLS uvloop keeps up to 256 KiB that were read, and records to send."""
 HEALTH_SECONDS_MAX = 0.5
 CHUNK = b"1\r\n[\r\n"
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -214,7 +215,7 @@ def test_all_attacks_together_leave_the_server_small_and_answering(tmp_path: Pat
         probes.sort()
         late = probes[len(probes) * 99 // 100]
         print(f"{len(probes)} probes, 99 of 100 within {late:.3f} s; at most {largest / MIB:.0f} MiB resident")
-        assert largest < RSS_BYTES_MAX
+        assert largest < RSS_BYTES_MAX[tls]
         assert late < HEALTH_SECONDS_MAX
         with contextlib.closing(client(server.port, tls=tls)) as connection:
             listed = server("GET", f"/v1/messages?thread={thread}", connection=connection)
