@@ -1,8 +1,8 @@
 """An agent whose memory has its keys in miniKMS: `python examples/agent_memory.py`.
 
-It needs no account and no network: the key service and a model that repeats what it is told run on this machine. The
-agent talks in two threads, one of which is deleted. At the end stand the lines of the audit log about both, and what a
-backup of the deleted thread gives.
+The example starts a key service, and a fake model that repeats each message, on this machine; no account is needed. The
+agent talks in two threads, and deletes one. The example then prints the audit lines of both threads, and what a backup
+of the deleted thread gives.
 """
 
 from __future__ import annotations
