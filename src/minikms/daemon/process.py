@@ -129,6 +129,7 @@ class _Steps(Coroutine[Any, Any, T]):
         try:
             return self._work.throw(*error)
         finally:
+            del error  # its traceback leads to this frame
             self._end()
 
     def close(self) -> None:
