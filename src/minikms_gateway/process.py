@@ -36,6 +36,7 @@ from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
 from minikms.logs import service_logger, structlog
 from minikms.memory import SignalReader, harden, interpreter_paths
 from minikms.notify import Notifier
+from minikms.trusted_file import directory_read
 from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, Session, State
 from minikms_gateway.certificates import Trust, own_certificate_until, server_context
@@ -344,7 +345,7 @@ async def _every(seconds: float, chore: Callable[[], None]) -> None:
 
 def _directories(files: Files, config: Config) -> list[str]:
     """What the hardened process must be able to read: a file that replaces another one has another inode."""
-    return sorted({str(path.parent) for path in files.named(config)})
+    return sorted({str(directory_read(path)) for path in files.named(config)})
 
 
 def _listen(text: str) -> socket.socket:
