@@ -32,6 +32,7 @@ from minikms.http.accepting import (
     connections_bound,
     raise_descriptor_limit,
 )
+from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
 from minikms.logs import service_logger, structlog
 from minikms.memory import SignalReader, harden, interpreter_paths
@@ -215,10 +216,10 @@ class _Process:
         others: list[HttpServer[int]] = []
         if self._metrics_listener is not None:
             page: HttpServer[int] = HttpServer(
-                metrics.MetricsApplication(self._values),
+                metrics_page(metrics.GatewayCollector(self._values)),
                 loop=loop,
                 on_internal_error=self._internal_error,
-                limits=metrics.LIMITS,
+                limits=PAGE_LIMITS,
             )
             others.append(page)
             metrics_acceptor = Acceptor(self._metrics_listener, page, on_failure=self._accept_failed)
