@@ -139,10 +139,8 @@ class RecordKey:
 
     def open(self, sealed: bytes, aad: bytes) -> bytes:
         """The plaintext of one record. Raises DecryptionError."""
-        if len(sealed) > _LONG_SEALED_BYTES:
-            self._keys.stack_used = True
-        elif len(sealed) < OVERHEAD_BYTES:
-            raise DecryptionError(_TOO_SHORT)
+        if not OVERHEAD_BYTES <= len(sealed) <= _LONG_SEALED_BYTES:
+            self._check_length(sealed)
         prefix = sealed[:PREFIX_BYTES]
         try:  # without a name for the cipher: whoever keeps the error would keep it in this frame
             return (self._cipher if prefix == self._prefix else self._other_cipher(prefix)).decrypt(
@@ -153,10 +151,8 @@ class RecordKey:
 
     def check(self, sealed: bytes, aad: bytes, scratch: memoryview) -> None:
         """Raises DecryptionError unless the record opens. Its plaintext is in `scratch`, which the caller zeroes."""
-        if len(sealed) > _LONG_SEALED_BYTES:
-            self._keys.stack_used = True
-        elif len(sealed) < OVERHEAD_BYTES:
-            raise DecryptionError(_TOO_SHORT)
+        if not OVERHEAD_BYTES <= len(sealed) <= _LONG_SEALED_BYTES:
+            self._check_length(sealed)
         prefix, target = sealed[:PREFIX_BYTES], scratch[: len(sealed) - OVERHEAD_BYTES]
         try:
             (self._cipher if prefix == self._prefix else self._other_cipher(prefix)).decrypt_into(
@@ -164,6 +160,11 @@ class RecordKey:
             )
         except InvalidTag:
             raise DecryptionError(_DOES_NOT_OPEN) from None
+
+    def _check_length(self, sealed: bytes) -> None:
+        if len(sealed) < OVERHEAD_BYTES:
+            raise DecryptionError(_TOO_SHORT)
+        self._keys.stack_used = True
 
     def _other_cipher(self, prefix: bytes) -> AESGCM:
         """The cipher of the derived key, kept until another is used or the turn ends. Making one costs twice as much as
