@@ -36,7 +36,14 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Final, NamedTuple
 
-from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError, copy_of
+from minikms.api.errors import (
+    KeyNotFoundError,
+    KeyUnreadableError,
+    KmsRefusedError,
+    StartError,
+    StorageUnavailableError,
+    copy_of,
+)
 from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore, HeldKeys, file_name
 from minikms.custody.files import (
@@ -69,7 +76,7 @@ from minikms.custody.journal_format import (
     encode_records,
     ids_in_journal,
 )
-from minikms.keys import dek
+from minikms.keys.dek import KEY_ID_BYTES, bytes_to_key_id
 from minikms.sync import sync_data
 
 NAME: Final = "kms-journal"
@@ -93,15 +100,10 @@ class Written(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """What a replay did: `written` files that did not have their content; `set_aside`: keys whose damaged file was kept
-    as a single backup; `damaged` records; `obstructed`: keys whose file can't be written, since there is a directory of
-    its name. Their content was kept as a single backup.
-    """
+    """What a replay did: `written` files that did not have their content; `damaged` records."""
 
     written: int = 0
-    set_aside: tuple[str, ...] = ()
     damaged: int = 0
-    obstructed: tuple[str, ...] = ()
 
 
 class Journal:
@@ -438,45 +440,24 @@ def replay(
     if content is None:
         return Replayed()
     found = decode(content)
-    of_keys = chains(change for change in found.intact if change.key_id not in destroyed)
-    done = _complete(store, backups, of_keys.values(), has_kek, stamp)
-    for change in found.damaged:
-        if change.key_id not in destroyed and not dek.is_valid(_content(store, change.key_id) or b"", change.key_id):
-            backups.add(change.key_id, change.new, stamp)
-    if any(change.old for change in found.intact):
-        named = sorted(ids_in_journal(content))
+    written = 0
+    writes: list[FileWrite] = []
+    for chain in chains(change for change in found.intact if change.key_id not in destroyed).values():
+        new, present = chain.usable(has_kek), _content(store, chain.key_id)
+        if new is None or not chain.is_due(present):
+            continue
+        if store.is_directory(chain.key_id):
+            raise StartError(f"{file_name(chain.key_id)} in kms-deks is a directory: move it away, then start again")
+        written += present != new
+        writes.append(FileWrite(file_name(chain.key_id), new))
+    _write_all(store, writes)
+    if found.damaged or any(change.old for change in found.intact):
+        named = sorted(ids_in_journal(content)) or [bytes_to_key_id(bytes(KEY_ID_BYTES))]
         backups.make_stamp(stamp)
         backups.adopt(directory_fd, NAME, stamp, named[0], named[-1])
     else:
         remove_file(directory_fd, NAME)
-    return done._replace(damaged=len(found.damaged))
-
-
-def _complete(
-    store: DekStore, backups: RotationBackups, of_keys: Iterable[Chain], has_kek: Callable[[int], bool], stamp: str
-) -> Replayed:
-    writes: list[FileWrite] = []
-    set_aside: list[str] = []
-    obstructed: list[str] = []
-    written = 0
-    for chain in of_keys:
-        content, found = chain.usable(has_kek), _content(store, chain.key_id)
-        verdict = chain.verdict(found)
-        if content is None or verdict == "leave":
-            continue
-        if verdict == "set aside":
-            if store.is_directory(chain.key_id):
-                backups.add(chain.key_id, content, stamp)
-                obstructed.append(chain.key_id)
-                continue
-            if backups.keep(store, chain.key_id, stamp):
-                set_aside.append(chain.key_id)
-        written += found != content
-        writes.append(FileWrite(file_name(chain.key_id), content))
-    if set_aside:
-        backups.sync()
-    _write_all(store, writes)
-    return Replayed(written, tuple(set_aside), 0, tuple(obstructed))
+    return Replayed(written, found.damaged)
 
 
 def _write_anew(store: DekStore, of_keys: Iterable[Chain]) -> None:
@@ -484,7 +465,7 @@ def _write_anew(store: DekStore, of_keys: Iterable[Chain]) -> None:
     writes = [
         FileWrite(file_name(chain.key_id), chain.contents[-1])
         for chain in of_keys
-        if chain.verdict(_content(store, chain.key_id)) != "leave"
+        if chain.is_due(_content(store, chain.key_id))
     ]
     _write_all(store, writes)
 

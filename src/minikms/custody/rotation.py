@@ -231,7 +231,7 @@ class KekRotation:
         pause = RETRY_SECONDS_MIN
         while (rotation := self.running) is not None:
             try:
-                await self._vault.creates_under_way.done(rotation.from_version)
+                await self._vault.new_keys.group_ended()
                 with self._around_passes():
                     await self._rewrap_all(rotation)
                 await self._vault.keyring.change(self._promoted)
@@ -557,33 +557,18 @@ class Pruning:
             return await self._census(lambda: store.read_many(itertools.islice(key_ids, SCAN_FILES)))
 
     async def _backup_census(self) -> Census:
-        store = self._vault.rotation_backups
-        backups = store.listed()
-        journals = store.journals()
+        backups = self._vault.rotation_backups
+        files = iter(await _run_in(self._reader, backups.journals))
 
         def read() -> list[ReadFile]:
-            return read_single() or read_batch()
-
-        def read_batch() -> list[ReadFile]:
-            for file in journals:
+            for file in files:
                 try:
-                    records = store.read_journal(file)
+                    records = backups.read_journal(file)
                 except KeyUnreadableError as error:
                     return [(file.first, error)]
                 if records:
                     return [(record.key_id, record.content) for record in records]
             return []
-
-        def read_single() -> list[ReadFile]:
-            found: list[ReadFile] = []
-            for backup in itertools.islice(backups, SCAN_FILES):
-                try:
-                    data = store.read(backup)
-                except KeyUnreadableError as error:
-                    found.append((backup.key_id, error))
-                else:
-                    found.append((backup.key_id, KeyNotFoundError("key not found") if data is None else data))
-            return found
 
         return await self._census(read)
 

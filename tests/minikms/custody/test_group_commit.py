@@ -53,6 +53,7 @@ class FileGroups:
         self._executor = executor
         self._commit = GroupCommit(self._write, items_max=ITEMS_MAX)
         self.drain = self._commit.drain
+        self.group_ended = self._commit.group_ended
 
     async def submit(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         await self._commit.submit(FileWrite(name, data, exclusive))
@@ -109,6 +110,27 @@ def test_what_arrives_while_a_group_is_written_is_the_next_group(run: Run, disk:
 
     run(scenario)
     assert disk.groups == [["first"], ["b", "c", "d"]]
+
+
+def test_the_end_of_a_group_waits_for_no_later_one(run: Run, disk: Disk) -> None:
+    """So a rotation waits for the keys under the older KEK, however many are made under the new one."""
+
+    async def scenario(group: FileGroups) -> None:
+        disk.go.clear()
+        first = asyncio.create_task(group.submit("first", b""))
+        while not disk.groups:
+            await asyncio.sleep(0.001)
+        ended = asyncio.create_task(group.group_ended())
+        later = asyncio.create_task(group.submit("later", b""))
+        await asyncio.sleep(0)
+        assert not ended.done()
+        disk.go.set()
+        await ended
+        assert first.done() and not later.done()
+        await asyncio.gather(first, later)
+        await group.group_ended()
+
+    run(scenario)
 
 
 def test_groups_are_bounded(run: Run, disk: Disk) -> None:

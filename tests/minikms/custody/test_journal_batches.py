@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.api.errors import StorageUnavailableError
+from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.custody import deks, settled_keys
 from minikms.custody.files import open_directory
 from minikms.custody.journal import NAME, Journal, Replayed, replay
@@ -197,44 +196,27 @@ def test_a_replay_completes_the_batch_and_leaves_other_contents(tmp_path: Path, 
             assert all(again.file(rewrap.key_id).read_bytes() == after(rewrap) for rewrap in batch[1:])
             assert not (again.directory / NAME).exists()
             assert again.keys(key_ids) == keys
-            aside = list((again.directory / "kms-deks-backup").glob("k_*"))
-            assert len(aside) == (4 if state in ("a block of zeros", "a cut file", "an empty file") else 0)
-            assert set(again.replayed.set_aside) == {path.name[:28] for path in aside}
 
     asyncio.run(main())
 
 
 def test_a_directory_of_a_key_files_name_costs_no_content(tmp_path: Path) -> None:
-    """The replay keeps the content as a rotation backup before it removes the journal, and the start reports it."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            obstructed, usual = batch = await rewraps(one, await one.make(2))
-            put_journal(one, batch)
-            one.file(obstructed.key_id).unlink()
-            one.file(obstructed.key_id).mkdir()
-        async with opened_vault(tmp_path / "d") as again:
-            assert again.replayed == Replayed(written=1, obstructed=(obstructed.key_id,))
-            assert obstructed.new in again.backups(obstructed.key_id)
-            assert again.file(usual.key_id).read_bytes() == usual.new
-
-    asyncio.run(main())
-
-
-def test_where_no_second_link_can_be_made_the_new_content_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The damaged bytes are lost, and not the key."""
+    """The start is refused until somebody has moved it away."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [rewrap] = batch = await rewraps(one, await one.make(1))
             put_journal(one, batch)
-            one.file(rewrap.key_id).write_bytes(b"")
-        with failing_os(monkeypatch, "link", number=errno.EPERM):
-            async with opened_vault(tmp_path / "d") as again:
-                assert again.replayed == Replayed(written=1)
-                assert again.file(rewrap.key_id).read_bytes() == rewrap.new
+            saved = one.file(rewrap.key_id).rename(tmp_path / "saved")
+            one.file(rewrap.key_id).mkdir()
+        with pytest.raises(StartError, match=f"{rewrap.key_id}.json in kms-deks is a directory: move it away"):
+            async with opened_vault(tmp_path / "d"):
+                pass
+        one.file(rewrap.key_id).rmdir()
+        saved.rename(one.file(rewrap.key_id))
+        async with opened_vault(tmp_path / "d") as again:
+            assert again.replayed == Replayed(written=1)
+            assert again.file(rewrap.key_id).read_bytes() == rewrap.new
 
     asyncio.run(main())
 

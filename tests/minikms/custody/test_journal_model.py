@@ -272,7 +272,6 @@ class Keys:
             async with self.locks.hold([key_id]) as held:
                 self.journal.forget([key_id])
                 self.backups.blank(self.backups.files_of([key_id]))
-                self.backups.remove_of([key_id])
                 self.store.remove(held)
             needle = key_id.encode()
             for path in (self.root / "data").rglob("*"):

@@ -186,25 +186,3 @@ def test_a_watcher_sees_the_keys_of_other_holders_only() -> None:
         assert changed == {"before", "a"}
 
     asyncio.run(main())
-
-
-# --- creates ------------------------------------------------------------------------------------------------------
-
-
-def test_creates_done_waits_for_every_create_of_the_version(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            under_way = one.vault.creates_under_way
-            taken = [under_way.begin() for _ in range(3)]
-            drained = asyncio.create_task(under_way.done(1))
-            other = asyncio.create_task(under_way.done(2))
-            await other
-            for version in taken:
-                await asyncio.sleep(0)
-                assert not drained.done()
-                under_way.end(version)
-            async with asyncio.timeout(60):
-                await drained
-                await under_way.done(1)
-
-    asyncio.run(main())

@@ -166,7 +166,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_a_repetition(
             await one.rotate()
             await one.vault.retire(key_id)
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(RotationBackups, "remove_of", refuse)
+                patched.setattr(RotationBackups, "blank", refuse)
                 await one.vault.destroy(key_id)
             with pytest.raises(KeyDestroyedError):
                 one.vault.opened(key_id)
@@ -187,7 +187,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_the_next_start(
             await one.rotate()
             await one.vault.retire(key_id)
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(RotationBackups, "remove_of", refuse)
+                patched.setattr(RotationBackups, "blank", refuse)
                 await one.vault.destroy(key_id)
             assert one.file(key_id).exists()
             if left == "the backups only":
