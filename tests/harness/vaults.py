@@ -36,7 +36,7 @@ async def create(
 ) -> DekRecord:
     """A new key, as the verb makes it, with its file."""
     record = await vault.create_in_log(thread_id, purpose=purpose, replaces=replaces, permit=permit)
-    await vault.journal.file_made(record.id)
+    await vault.journal.file_written(record.id)
     return record
 
 

@@ -110,22 +110,15 @@ class RotationBackups:
         """Closes the directory."""
         os.close(self.directory_fd)
 
-    def make_stamp(self, stamp: str) -> None:
-        """Makes the directory of a rotation, durably. Raises StorageUnavailableError."""
-        try:
-            make_private_directory(self._path(stamp))
-            if not self._by_stamp().get(stamp):
-                # The process that made the directory may have been killed before it synced.
-                sync_directory(self.directory)
-        except OSError as error:
-            raise StorageUnavailableError("a rotation backup can't be created") from error
-
     def adopt(self, directory_fd: int, name: str, stamp: str, first: str, last: str) -> None:
         """Renames a journal, whose files are durable, from the data directory to the backups of `stamp`; durable on
-        return. After `make_stamp`. Raises StorageUnavailableError; then call it again.
+        return. Raises StorageUnavailableError; then call it again.
         """
         files = self._by_stamp().setdefault(stamp, [])
         try:
+            make_private_directory(self._path(stamp))
+            if not files:  # the process that made the directory may have been killed before it synced
+                sync_directory(self.directory)
             with self._opened(stamp) as descriptor:
                 taken = set(os.listdir(descriptor))
                 for number in range(SAME_NAME_MAX):

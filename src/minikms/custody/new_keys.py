@@ -3,7 +3,7 @@
 Owns: the making and wrapping of new keys. Invariants:
 - New keys are wrapped under the keyring's current wrapping KEK, which is taken in the step of the event loop in which
   they are wrapped. A rotation waits for the group that took the older version (`NewKeys.group_ended`).
-- A key is answered only after `Journal.change` made it durable; then the index has it.
+- A key is answered only after `Journal.create` made it durable; then the index has it.
 - The cipher of the KEK, which has key schedules on the heap, is closed in the step in which it was made. Then the used
   part of the stack is overwritten.
 - `Wanted.permit` is called in the step in which the key is made. A refusal is an error of its own key.
@@ -88,14 +88,12 @@ class NewKeys:
     async def _make_group(self, wanted: list[Wanted]) -> list[DekRecord | KmsRefusedError]:
         made = self._make_all(wanted, self._stored.body.wrapping_kek.version)
         keys = [Change(each.id, b"", dek.encode(each)) for each in made if isinstance(each, DekRecord)]
-        outcomes = iter(await self._journal.change(keys) if keys else ())
-        results: list[DekRecord | KmsRefusedError] = []
+        if keys:
+            await self._journal.create(keys)
         for each in made:
-            failure = each if isinstance(each, KmsRefusedError) else next(outcomes)
-            if failure is None and isinstance(each, DekRecord):
+            if isinstance(each, DekRecord):
                 self._index.put(each)
-            results.append(each if failure is None else failure)
-        return results
+        return made
 
     def _make_all(self, wanted: Sequence[Wanted], version: int) -> list[DekRecord | KmsRefusedError]:
         """Fresh wrapped keys, each made in the same slot of the arena, or the refusals."""

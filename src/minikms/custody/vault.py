@@ -48,6 +48,7 @@ from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, Unrea
 from minikms.custody.destruction import Destruction
 from minikms.custody.files import now_rfc3339, remove_left_temps
 from minikms.custody.journal import Journal
+from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
 from minikms.custody.new_keys import NewKeys, Wanted
 from minikms.custody.tombstone_file import Tombstones
@@ -201,7 +202,7 @@ class Vault:
         self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
     ) -> DekRecord:
         """A new key, durable on return. `replaces` names a key of the same thread, which is retired. The file of the
-        new key may still be under way on return: see `Journal.file_made`.
+        new key may still be under way on return: see `Journal.file_written`.
 
         A crash between the two files leaves both keys active, and the new record names the old one. The scan of the
         next start then retires the old one.
@@ -228,7 +229,7 @@ class Vault:
                 return newest.key_id, False
             later_than = "" if newest is None else newest.key_id
             key_id = (await self._create(thread_id, purpose, later_than=later_than, permit=permit)).id
-            await self.journal.file_made(key_id)  # with the lock: the line of the create is written before others'
+            await self.journal.file_written(key_id)  # with the lock: the line of the create is written before others'
             return key_id, True
 
     def _newest_active(self, thread_id: str, purpose: api.Purpose) -> OpenDek | None:
@@ -286,13 +287,14 @@ class Vault:
     ) -> DekRecord:
         """Retires the key: it only decrypts from here on. With `again` a retired key is no error and stays as it is."""
         async with self.locks.hold((key_id,)) as held:
+            await self.journal.file_written(key_id)  # by the group that creates it
             permit()
             record = self.record(key_id)
             if again and record.state == "retired":
                 return record
             changed = dek.retired(record, at=now_rfc3339(), replaced_by=replaced_by)
             try:
-                await self.journal.retire(held, self.store.read(key_id), dek.encode(changed))
+                await self.journal.replace(held, [Change(key_id, self.store.read(key_id), dek.encode(changed))])
             except BaseException:
                 # The new file may be in place without being durable, so the next use of the key reads the file again.
                 self.cache.drop(key_id)
@@ -340,10 +342,6 @@ class Vault:
         backups = self.rotation_backups
 
         def begin() -> tuple[list[KeysWithin], frozenset[str]]:
-            if self.journal.live:
-                raise StorageUnavailableError(
-                    "the journal of a KEK rotation may hold the key and can't be removed, since the disk fails"
-                )
             self.store.sweep_temps()
             backups.sweep_temps()
             remove_left_temps()

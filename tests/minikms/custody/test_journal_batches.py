@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import StartError, StorageUnavailableError
-from minikms.custody import deks, settled_keys
+from minikms.custody import deks, journal, settled_keys
 from minikms.custody.files import open_directory
 from minikms.custody.journal import NAME, Journal, Replayed, replay
 from minikms.custody.journal_format import Change, Decoded, decode, encode
@@ -21,7 +21,7 @@ from minikms.custody.settled_keys import SettledKeys
 from minikms.keys import dek
 from minikms.keys.dek import FILE_BYTES
 from tests.harness.vaults import OpenedVault, opened_vault
-from tests.minikms.custody.disk_faults import failing_os
+from tests.minikms.custody.disk_faults import failing_os, refuse
 
 STAMP = "20260101T000000"
 
@@ -46,9 +46,8 @@ def journal_of(one: OpenedVault) -> Journal:
 async def write(one: OpenedVault, batch: list[Change], stamp: str = STAMP) -> None:
     """As a rotation does."""
     async with one.vault.locks.hold(change.key_id for change in batch) as held:
-        journal_of(one).begin_rotation()
-        journal_of(one).write_batch(held, batch, stamp)
-        journal_of(one).end_rotation()
+        await journal_of(one).replace(held, batch, stamp)
+    journal_of(one).flush()
 
 
 def test_a_batch_keeps_inodes_leaves_a_backup_and_no_journal(tmp_path: Path) -> None:
@@ -64,7 +63,6 @@ def test_a_batch_keeps_inodes_leaves_a_backup_and_no_journal(tmp_path: Path) -> 
             key_ids = sorted(rewrap.key_id for rewrap in batch)
             assert path.name == f"{key_ids[0]}-{key_ids[-1]}.journal"
             assert not (one.directory / NAME).exists()
-            assert not journal_of(one).live
 
     asyncio.run(main())
 
@@ -98,50 +96,53 @@ def test_a_file_that_vanished_is_not_made_again(tmp_path: Path) -> None:
 def test_a_batch_on_a_failing_disk_is_whole_or_withdrawn(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each call of this kind in turn: then `settle` completes the batch, or no file has changed."""
+    """At each call of this kind in turn. The next flush completes a batch that was not refused."""
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             batch = await rewraps(one, await one.make(2))
-            for at in range(1, 100):
+            for at in range(1, 21):  # more than there are calls
                 for rewrap in batch:
                     one.file(rewrap.key_id).write_bytes(rewrap.old)
+                refused = False
                 with failing_os(monkeypatch, call, at=at):
-                    try:
-                        await write(one, batch, f"20260101T{at:06}")
-                    except StorageUnavailableError:
-                        if journal_of(one).live:
-                            with contextlib.suppress(StorageUnavailableError):
-                                journal_of(one).settle_batch()
-                    else:
-                        break
-                changed = journal_of(one).settle_batch() if journal_of(one).live else None
+                    async with one.vault.locks.hold(change.key_id for change in batch) as held:
+                        try:
+                            await journal_of(one).replace(held, batch, f"20260101T{at:06}")
+                        except StorageUnavailableError:
+                            refused = True
+                    with contextlib.suppress(StorageUnavailableError):
+                        journal_of(one).flush()
+                journal_of(one).flush()
                 found = {one.file(rewrap.key_id).read_bytes() for rewrap in batch}
-                assert found in ({rewrap.old for rewrap in batch}, {rewrap.new for rewrap in batch})
-                assert changed is None or (found == {rewrap.new for rewrap in batch}) == changed
+                assert found == ({rewrap.old for rewrap in batch} if refused else {rewrap.new for rewrap in batch})
                 assert not (one.directory / NAME).exists()
-            assert 1 < at < 99
+            assert not refused
 
     asyncio.run(main())
 
 
-def test_no_second_batch_begins_while_a_journal_is_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_a_batch_is_unwritten_nothing_else_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A destroyed key may be in the journal, so its receipt waits too."""
+
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             [victim] = await one.make(1)
             await one.vault.retire(victim)
-            batch = await rewraps(one, await one.make(2))
-            with failing_os(monkeypatch, "pwrite"), pytest.raises(StorageUnavailableError):
-                await write(one, batch)
-            assert journal_of(one).live
-            with pytest.raises(StorageUnavailableError, match="not settled"):
-                await write(one, batch)
-            with pytest.raises(StorageUnavailableError, match="has not accepted a batch"):
-                await one.make(1)
-            with pytest.raises(StorageUnavailableError, match="journal of a KEK rotation may hold the key"):
-                await one.vault.destroy(victim)
-            assert journal_of(one).settle_batch()
+            batch = await rewraps(one, [victim, *await one.make(1)])
+            with monkeypatch.context() as patch:
+                patch.setattr(journal, "overwrite_file", refuse)
+                patch.setattr(journal, "write_files", refuse)
+                async with one.vault.locks.hold(change.key_id for change in batch) as held:
+                    with contextlib.suppress(StorageUnavailableError):
+                        await journal_of(one).replace(held, batch, STAMP)
+                assert [one.vault.store.read(each.key_id) for each in batch] == [each.new for each in batch]
+                for change in (one.make(1), one.vault.destroy(victim)):
+                    with pytest.raises(StorageUnavailableError):
+                        await change
             await one.vault.destroy(victim)
+            assert one.backups(victim) == []
+            assert len(one.backups(batch[1].key_id)) == 2
 
     asyncio.run(main())
 
@@ -175,7 +176,7 @@ def later(content: bytes) -> bytes:
 
 
 def put_journal(one: OpenedVault, batch: list[Change]) -> None:
-    journal_of(one).settle()  # else the stop would remove the file
+    journal_of(one).flush()  # else the stop would remove the file
     (one.directory / NAME).write_bytes(encode(batch))
 
 
@@ -333,9 +334,7 @@ def test_readers_see_the_old_or_the_new_content_while_a_key_is_overwritten(tmp_p
                 reader.start()
             for number in range(60):
                 changes = batch if number % 2 else [Change.summed(one.key_id, one.new, one.old) for one in batch]
-                store.answer_with({change.key_id: change.new for change in changes})
                 await write(one, changes)
-                store.answer_with({})
             stop.set()
             for reader in readers:
                 reader.join()

@@ -10,6 +10,7 @@ import pytest
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.custody.deks import KeyLocks
+from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
@@ -165,7 +166,7 @@ def test_a_file_is_changed_only_with_the_held_lock_of_its_key(tmp_path: Path) ->
                 assert elsewhere.require() == (key_id,)
             for no_lock in (held, elsewhere):
                 with pytest.raises(ValueError, match="without its lock"):
-                    await one.vault.journal.retire(no_lock, before, before)
+                    await one.vault.journal.replace(no_lock, [Change(key_id, before, before)])
             assert one.file(key_id).read_bytes() == before
 
     asyncio.run(main())

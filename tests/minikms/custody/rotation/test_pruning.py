@@ -75,7 +75,8 @@ def test_the_thread_of_the_disk_is_free_between_two_batch_files(
                 contents = {key_id: one.file(key_id).read_bytes() for key_id in some}
                 batch = [Change.summed(key_id, content, content) for key_id, content in contents.items()]
                 async with one.vault.locks.hold(some) as held:
-                    one.vault.journal.write_batch(held, batch, "20250101T000000")
+                    await one.vault.journal.replace(held, batch, "20250101T000000")
+            one.vault.journal.flush()
             monkeypatch.setattr(backups, "remove_file", counted)
             pruning = rotation.Pruning(one.vault, reader=one.reader, disk=jobs)
             assert (await pruning.prune(backups=True)).backups_removed == 6
