@@ -188,8 +188,6 @@ class Parts:
         if replayed != Replayed():
             facts |= {
                 "files_completed": replayed.written,
-                "key_files_set_aside": len(replayed.set_aside),
-                "key_files_obstructed": len(replayed.obstructed),
                 "journal_damaged": replayed.damaged,
             }
         return facts

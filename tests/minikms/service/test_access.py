@@ -329,13 +329,13 @@ def test_a_create_that_waits_for_another_obeys_the_new_policy(
             who = made.who(1)
             await made.one.make(1, "mine-0")  # so that wraps are reserved
             released = asyncio.Event()
-            writing = made.one.vault.journal.change
+            writing = made.one.vault.journal.create
 
-            async def slow(changes: Sequence[Change]) -> list[KmsRefusedError | None]:
+            async def slow(changes: Sequence[Change]) -> None:
                 await released.wait()
-                return await writing(changes)
+                await writing(changes)
 
-            made.one.vault.journal.change = slow  # type: ignore[method-assign]  # a slow disk
+            made.one.vault.journal.create = slow  # type: ignore[method-assign]  # a slow disk
             first = await made.until_waiting(who, api.CREATE_DEK, api.CreateDekRequest("mine-1"))
             second = await made.until_waiting(who, verb, verb.request(thread_id="mine-1"))
             made.change(policy)
