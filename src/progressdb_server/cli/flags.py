@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from minikms.usage import PathText
 
 if TYPE_CHECKING:
-    from progressdb_server.config import Loaded
+    from progressdb_server.config import LoadedConfig
 
 
 class CommandError(Exception):
@@ -59,7 +59,7 @@ def load_config(
     dev: bool | None = None,
     log_format: str | None = None,
     with_data: bool = True,
-) -> Loaded:
+) -> LoadedConfig:
     """The configuration of these flags, the environment and the file. Raises ConfigError."""
     from progressdb_server.config import load
 

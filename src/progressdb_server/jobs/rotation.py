@@ -90,7 +90,7 @@ class Pace:
         await asyncio.sleep(max(0.0, begins_at - now))
 
 
-class _Step(NamedTuple):
+class _Reencrypted(NamedTuple):
     """A chunk, re-encrypted: records with their new sealed parts, and the failures."""
 
     moved: list[tuple[Record, bytes]]
@@ -247,7 +247,7 @@ class KeyRotation:
         their way to the disk; each is written after the one before it, or not at all. Whatever fails, the pass begins
         again at the stored cursor."""
         job = row.job
-        ahead: deque[asyncio.Task[_Step]] = deque()
+        ahead: deque[asyncio.Task[_Reencrypted]] = deque()
         writing: deque[PendingRow] = deque()
         chunks = self._store.record_chunks(job.thread, _chunk_records(pace), behind=job.cursor, to_now=True)
         try:
@@ -272,7 +272,7 @@ class KeyRotation:
             await _cancel(ahead)
             await asyncio.gather(*(pending.write.done for pending in writing), return_exceptions=True)
 
-    async def _reencrypt(self, job: Job, chunk: Chunk, left: Sequence[Record]) -> _Step:
+    async def _reencrypt(self, job: Job, chunk: Chunk, left: Sequence[Record]) -> _Reencrypted:
         self._store.check_halted()
         moved: list[tuple[Record, bytes]] = []
         failures = [Failure(_shown(key), MALFORMED) for key in chunk.malformed]
@@ -286,7 +286,7 @@ class KeyRotation:
                 else:
                     failures.append(_failure(found, outcome))
         self._store.check_halted()
-        return _Step(moved, failures, chunk)
+        return _Reencrypted(moved, failures, chunk)
 
     async def _reencrypt_from(
         self, job: Job, key_id: str, records: Sequence[Record]
@@ -302,7 +302,7 @@ class KeyRotation:
             await self._provider.encrypt(job.new_key, b"", aad=job.id.encode(), thread_id=job.thread, request_id=job.id)
             return [copy.copy(error)] * len(records)  # without the traceback, which leads to the caller
 
-    def _write(self, row: Row, step: _Step) -> PendingRow:
+    def _write(self, row: Row, step: _Reencrypted) -> PendingRow:
         job = row.job
         sources = job.sources
         for key_id in {found.key_id for found, _ in step.moved}:

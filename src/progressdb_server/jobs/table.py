@@ -15,9 +15,9 @@ from typing import Final, NamedTuple
 import msgspec
 
 from progressdb_server.jobs.states import Job, JobNotFoundError, changed
-from progressdb_server.store.model import RowWrite, StaleRowError, Step, Store
+from progressdb_server.store.model import RowWrite, StaleRowError, Store, WriteSet
 
-_NOTHING: Final = Step()
+_NOTHING: Final = WriteSet()
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Job).decode
 
@@ -94,7 +94,7 @@ class JobTable:
         await self._store.settle_row(self._store.write_row(job.id, None, _encode(job)))
         self._wake_waiters()
 
-    def submit(self, row: Row, job: Job, step: Step = _NOTHING) -> PendingRow:
+    def submit(self, row: Row, job: Job, step: WriteSet = _NOTHING) -> PendingRow:
         """Replace `row` by `job` and write the step, atomically. The caller may submit a change of the returned row at
         once: it is written after this one, and fails if this one fails."""
         stored = changed(job, updated_ns=self.now_ns())
@@ -107,7 +107,7 @@ class JobTable:
         self._wake_waiters()
         return pending.row
 
-    async def store(self, row: Row, job: Job, step: Step = _NOTHING) -> Row:
+    async def store(self, row: Row, job: Job, step: WriteSet = _NOTHING) -> Row:
         """Submit and settle."""
         return await self.settle(self.submit(row, job, step))
 

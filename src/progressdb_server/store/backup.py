@@ -29,6 +29,7 @@ import msgspec
 
 from minikms.sync import sync_directory, sync_file
 from progressdb_server.store import directory, keyspace
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.model import (
@@ -44,7 +45,6 @@ from progressdb_server.store.model import (
     Registered,
     StoreUnavailableError,
 )
-from progressdb_server.store.writer import Write
 
 MANIFEST: Final = "manifest.json"
 STORE: Final = "store"

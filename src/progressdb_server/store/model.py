@@ -276,7 +276,7 @@ class Restored(NamedTuple):
     kept: int
 
 
-class Step(msgspec.Struct, frozen=True):
+class WriteSet(msgspec.Struct, frozen=True):
     """What is written together with the row of a job. Made by the store, opaque to everybody else.
 
     `puts`: storage key and value, None deletes. `expect`: stored values that the write relies on, None for absent;
@@ -613,7 +613,7 @@ class Store(ConversationStore, BackupRegister, Protocol):
         """Every thread."""
         ...
 
-    def key_switched(self, thread_id: str, old: str, new: str) -> Step:
+    def key_switched(self, thread_id: str, old: str, new: str) -> WriteSet:
         """The thread is written under `new` from here on. The condition fails unless it is under `old`."""
         ...
 
@@ -636,7 +636,7 @@ class Store(ConversationStore, BackupRegister, Protocol):
 
     def count_records(self, thread_id: str, count_max: int, *, since_ns: int | None = None) -> Iterator[int]: ...
 
-    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
+    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> WriteSet:
         """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The
         condition fails if a record was changed since it was read at `read_at`."""
         ...
@@ -646,7 +646,7 @@ class Store(ConversationStore, BackupRegister, Protocol):
 
     def count_kept(self, job_id: str, count_max: int) -> Iterator[int]: ...
 
-    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> Step:
+    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> WriteSet:
         """The kept records are removed."""
         ...
 
@@ -666,7 +666,7 @@ class Store(ConversationStore, BackupRegister, Protocol):
 
     def job_rows(self, *, newest_first: bool = False) -> Iterator[list[bytes]]: ...
 
-    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: Step = ...) -> RowWrite:
+    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: WriteSet = ...) -> RowWrite:
         """Replace the row `old` (None: there is none) and carry out the step, all or nothing. What is written later may
         rely on it: it is written later, and not at all if this is not."""
         ...

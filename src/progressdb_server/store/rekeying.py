@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from typing import Final
 
 from progressdb_server.store import keyspace, record
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.model import (
@@ -26,15 +27,14 @@ from progressdb_server.store.model import (
     Restored,
     RowWrite,
     StaleRowError,
-    Step,
+    WriteSet,
 )
 from progressdb_server.store.sealer import Sealer
-from progressdb_server.store.writer import Write
 
 CHUNK_BYTES_MAX: Final = 1024 * 1024
 KEPT_CHUNK_MAX: Final = 256
 PAGE_ROWS: Final = 256
-_NOTHING: Final = Step()
+_NOTHING: Final = WriteSet()
 
 
 class Rekeying(OpenStore):
@@ -72,9 +72,9 @@ class Rekeying(OpenStore):
                 yield keyspace.last_part(key)
             await asyncio.sleep(0)
 
-    def key_switched(self, thread_id: str, old: str, new: str) -> Step:
+    def key_switched(self, thread_id: str, old: str, new: str) -> WriteSet:
         key = keyspace.key_map(thread_id)
-        return Step(((key, new.encode()),), ((key, old.encode()),))
+        return WriteSet(((key, new.encode()),), ((key, old.encode()),))
 
     def switching_key(self, thread_id: str) -> AbstractContextManager[None]:
         return self.sealer.switching(thread_id)
@@ -120,7 +120,7 @@ class Rekeying(OpenStore):
             lower = keyspace.message_of(keyspace.part(thread_id), first.raw)
         return self._count(lower, upper, count_max)
 
-    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
+    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> WriteSet:
         puts: list[tuple[bytes, bytes | None]] = []
         kept = keyspace.migrated(job_id)
         renewed: dict[tuple[int, bytes], bytes] = {}  # most records of a thread have one of a few headers
@@ -132,7 +132,7 @@ class Rekeying(OpenStore):
             puts.append((found.key, head + sealed))
         # Two runs of ascending keys: the engine finds the place of each entry beside the one before it.
         puts += [(kept + found.key, found.raw) for found, _ in moved]
-        return Step(puts, read=[(found.key, found.raw) for found, _ in moved], read_at=read_at)
+        return WriteSet(puts, read=[(found.key, found.raw) for found, _ in moved], read_at=read_at)
 
     def _count(self, lower: bytes, upper: bytes, count_max: int) -> Iterator[int]:
         while keys := self.engine.keys(lower, upper, limit=count_max):
@@ -148,9 +148,9 @@ class Rekeying(OpenStore):
         prefix = keyspace.migrated(job_id)
         return self._count(prefix, keyspace.after(prefix), count_max)
 
-    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> Step:
+    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> WriteSet:
         prefix = keyspace.migrated(job_id)
-        return Step([(prefix + kept.key, None) for kept in dropped])
+        return WriteSet([(prefix + kept.key, None) for kept in dropped])
 
     async def restore_kept(self, job_id: str) -> Restored:
         restored = kept = 0
@@ -197,7 +197,7 @@ class Rekeying(OpenStore):
                 lower = keyspace.next_key(entries[-1][0])
             yield [raw for _, raw in entries]
 
-    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: Step = _NOTHING) -> RowWrite:
+    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: WriteSet = _NOTHING) -> RowWrite:
         key = keyspace.job(job_id)
         puts, expect = ((key, new), *step.puts), ((key, old), *step.expect)
         return RowWrite(key, self.writer.commit(Write(puts, expect, step.read, step.read_at)))

@@ -18,6 +18,7 @@ from minikms import api
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.store import drafts, keyspace, membership, record
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.drafts import Draft
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
@@ -40,7 +41,6 @@ from progressdb_server.store.model import (
     TooManyMembersError,
 )
 from progressdb_server.store.sealer import Sealer, ThreadState
-from progressdb_server.store.writer import Write
 
 LIST_THREADS_MAX: Final = 512
 """Of one chunk of a list."""

@@ -12,7 +12,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from progressdb_server.api.application import operations
-from progressdb_server.api.http.access import KeyTable, for_users
+from progressdb_server.api.http.access import for_users
+from progressdb_server.api.http.keys import KeyTable
 from progressdb_server.api.openapi.description import JsonBody
 from progressdb_server.api.openapi.document import DescriptionError, document, documented_path, error_texts
 from progressdb_server.api.routes import jobs as job_routes

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api.http.access import KeyTable
+from progressdb_server.api.http.keys import KeyTable
 from progressdb_server.api.routes.errors import INVALID_THREAD_ID
 from progressdb_server.store.model import (
     IdempotencyConflictError,

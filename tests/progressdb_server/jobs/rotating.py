@@ -17,10 +17,10 @@ from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store import keyspace
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.model import Message, NewMessage, Registered
-from progressdb_server.store.writer import Write
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider

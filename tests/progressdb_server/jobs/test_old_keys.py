@@ -15,9 +15,9 @@ from progressdb_server.jobs import service
 from progressdb_server.jobs.service import Due, Jobs
 from progressdb_server.jobs.states import Job
 from progressdb_server.store import keyspace
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError
-from progressdb_server.store.writer import Write
 from tests.progressdb_server.jobs.rotating import Place, backups_of, chunks_of, mapped, register, write
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of

@@ -16,6 +16,7 @@ from progressdb_server.store import keyspace, record
 from progressdb_server.store import messages as writing_room
 from progressdb_server.store import reading as reading_room
 from progressdb_server.store.check import Checker
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import (
@@ -28,7 +29,6 @@ from progressdb_server.store.model import (
     TooManyVersionsError,
     json_text,
 )
-from progressdb_server.store.writer import Write
 from tests.progressdb_server.jobs.rotating import Place, keys_of_records
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, versions_of, with_store

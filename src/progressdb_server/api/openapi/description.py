@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import ANYONE, Role
+from progressdb_server.api.http.keys import ANYONE, Role
 
 Schema = dict[str, Any]
 

@@ -14,7 +14,7 @@ import msgspec
 import yaml
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import PROBE_PATHS, Role, for_users, is_open
+from progressdb_server.api.http.access import PROBE_PATHS, for_users, is_open
 from progressdb_server.api.http.errors import (
     AUTHOR_CONTROL_CHARACTER,
     AUTHOR_TOO_LONG,
@@ -32,6 +32,7 @@ from progressdb_server.api.http.errors import (
     TOO_LARGE,
     UNAUTHORIZED,
 )
+from progressdb_server.api.http.keys import Role
 from progressdb_server.api.openapi.description import Description, JsonBody, Parameter, Schema, ref
 from progressdb_server.kms.provider import SEALED
 from progressdb_server.store.model import Message, Thread

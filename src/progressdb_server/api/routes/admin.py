@@ -11,8 +11,8 @@ from typing import Final
 import msgspec
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import ADMINS, BACKENDS, OPERATORS, checked_author
 from progressdb_server.api.http.errors import ApiError, bad_request, not_found
+from progressdb_server.api.http.keys import ADMINS, BACKENDS, OPERATORS, checked_author
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import JsonList, Response, json_response, octets_response
 from progressdb_server.api.openapi.description import (
@@ -58,7 +58,7 @@ async def sign(request: Request) -> Response:
         checked_author(sent.user_id)
     except ApiError:
         raise bad_request(INVALID_PAYLOAD) from None
-    return json_response({"userId": sent.user_id, "signature": request.principal.sign(sent.user_id)})
+    return json_response({"userId": sent.user_id, "signature": request.caller.sign(sent.user_id)})
 
 
 class AdminHandlers:

@@ -10,8 +10,8 @@ from typing import Annotated, Final
 
 import msgspec
 
-from progressdb_server.api.http.access import ADMINS
 from progressdb_server.api.http.errors import ApiError, bad_request
+from progressdb_server.api.http.keys import ADMINS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import EventStream, JsonList, Response, encode_json, json_response
 from progressdb_server.api.openapi.description import (

@@ -17,7 +17,6 @@ from typing import Any, Final
 import msgspec
 
 from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.access import Role, checked_author
 from progressdb_server.api.http.errors import (
     AUTHOR_REQUIRED,
     AUTHOR_TOO_LONG,
@@ -30,6 +29,7 @@ from progressdb_server.api.http.errors import (
     not_found,
     too_large,
 )
+from progressdb_server.api.http.keys import Role, checked_author
 from progressdb_server.api.http.request import Request, decode_json
 from progressdb_server.api.http.response import NO_CONTENT, AnyResponse, JsonList, Response, encode_json, json_response
 from progressdb_server.api.openapi.description import (
@@ -103,12 +103,12 @@ async def check_message(store: ConversationStore, request: Request, message: Mes
     """As `check_reader`, for a message that is asked for by its id. Raises MessageNotFoundError too, if its thread is
     deleted and no admin asks."""
     await check_reader(store, request, message.thread)
-    if request.principal.role is not Role.ADMIN and await store.thread_deleted(message.thread):
+    if request.caller.role is not Role.ADMIN and await store.thread_deleted(message.thread):
         raise MessageNotFoundError("message not found")
 
 
 # --- lists ------------------------------------------------------------------------------------------------------
-class Page(msgspec.Struct, frozen=True):
+class MessageRange(msgspec.Struct, frozen=True):
     """The part of a thread's messages that a request asks for."""
 
     limit: int | None
@@ -117,9 +117,9 @@ class Page(msgspec.Struct, frozen=True):
     include_deleted: bool
 
 
-def read_page(query: dict[str, str]) -> Page:
+def read_range(query: dict[str, str]) -> MessageRange:
     """Reads `limit`, `before`, `after`, `include_deleted`. Raises ApiError 400."""
-    return Page(
+    return MessageRange(
         limit=_limit(query.get("limit")),
         before=_cursor(query, "before"),
         after=_cursor(query, "after"),
@@ -160,7 +160,9 @@ def _not_a_switch(name: str) -> str:
     return f"{name} must be true or false"
 
 
-async def list_of_messages(store: ConversationStore, request: Request, thread_id: str, page: Page) -> AnyResponse:
+async def list_of_messages(
+    store: ConversationStore, request: Request, thread_id: str, page: MessageRange
+) -> AnyResponse:
     """`{"thread", "messages": []}`, in the order of creation; 304 if the caller has this list, as `If-None-Match` says.
     The caller may read the thread."""
     limit, before, after, include_deleted = page.limit, page.before, page.after, page.include_deleted
@@ -296,9 +298,9 @@ class MessageHandlers:
             raise bad_request(THREAD_PARAMETER_MISSING)
         if not limits.ID_PATTERN.fullmatch(thread_id):
             raise bad_request(INVALID_THREAD_ID)
-        page = read_page(request.query_params)
+        page = read_range(request.query_params)
         await check_reader(self._store, request, thread_id)
-        if request.principal.role is not Role.ADMIN and await self._store.thread_deleted(thread_id):
+        if request.caller.role is not Role.ADMIN and await self._store.thread_deleted(thread_id):
             raise not_found(THREAD_NOT_FOUND)
         return await list_of_messages(self._store, request, thread_id, page)
 
@@ -306,7 +308,7 @@ class MessageHandlers:
         """The author must take part in the thread, whether signed or not."""
         thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
         author = request.required_author()
-        page = read_page(request.query_params)
+        page = read_range(request.query_params)
         (thread,) = await self._store.listed_threads([thread_id], opened=False)
         if thread.deleted or thread.error == RECORD_MISSING:
             raise not_found(THREAD_NOT_FOUND)
@@ -349,7 +351,7 @@ class MessageHandlers:
         message_id = request.id_from_path("message", MESSAGE_NOT_FOUND)
         thread_id = self._thread(request)
         author = request.required_author()
-        acts_as = None if request.principal.role is Role.ADMIN and request.user is None else author
+        acts_as = None if request.caller.role is Role.ADMIN and request.user is None else author
         await self._store.delete_message(
             message_id,
             author=acts_as,

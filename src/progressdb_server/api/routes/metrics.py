@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from progressdb_server.api.http.access import OPERATORS
+from progressdb_server.api.http.keys import OPERATORS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response
 from progressdb_server.api.openapi.description import NOTHING, TEXT

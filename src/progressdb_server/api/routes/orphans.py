@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from progressdb_server.api.http.access import ADMINS
+from progressdb_server.api.http.keys import ADMINS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import JsonList, Response, json_response
 from progressdb_server.api.openapi.description import INTEGER, TEXT, list_of, object_of, texts

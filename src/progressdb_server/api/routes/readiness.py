@@ -19,8 +19,8 @@ import msgspec
 from minikms import api
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError
 from minikms.logs import structlog
-from progressdb_server.api.http.access import OPERATORS
 from progressdb_server.api.http.errors import ApiError, retry_after
+from progressdb_server.api.http.keys import OPERATORS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response, json_response
 from progressdb_server.api.openapi.description import NOTHING, TEXT, object_of, texts

@@ -16,8 +16,8 @@ from typing import Final
 import msgspec
 
 from minikms.logs import structlog
-from progressdb_server.api.http.access import ADMINS
 from progressdb_server.api.http.errors import bad_request
+from progressdb_server.api.http.keys import ADMINS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import JsonList, Response, json_response
 from progressdb_server.api.openapi.description import (

@@ -50,7 +50,7 @@ class Resource:
         if operation is None:
             request.route = ""  # the method is a client's text, which must not become a label of the metrics
             raise ApiError(405, "method not allowed", (self._allow,))
-        if request.principal.role not in operation.roles:
+        if request.caller.role not in operation.roles:
             raise forbidden()
         return operation.handler
 

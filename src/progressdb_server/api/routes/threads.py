@@ -12,7 +12,6 @@ from typing import Any, Final
 import msgspec
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import Role, checked_author
 from progressdb_server.api.http.errors import (
     AUTHOR_REQUIRED,
     INVALID_IDEMPOTENCY_KEY,
@@ -21,6 +20,7 @@ from progressdb_server.api.http.errors import (
     forbidden,
     not_found,
 )
+from progressdb_server.api.http.keys import Role, checked_author
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import NO_CONTENT, JsonList, Response, json_response
 from progressdb_server.api.openapi.description import (
@@ -129,7 +129,7 @@ class ThreadHandlers:
         thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
         author = request.required_author()
         thread = await self._store.get_thread(thread_id)
-        if thread.deleted and request.principal.role is not Role.ADMIN:
+        if thread.deleted and request.caller.role is not Role.ADMIN:
             raise not_found(THREAD_NOT_FOUND)
         if thread.author != author:
             raise forbidden(NOT_THE_AUTHOR)

@@ -18,7 +18,6 @@ from typing import Any, Final, TypeVar
 
 from minikms.logs import structlog
 from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.access import KeyTable, RateBuckets, Role, address_group
 from progressdb_server.api.http.errors import (
     TOO_LARGE,
     UNAUTHORIZED_HEADERS,
@@ -30,6 +29,8 @@ from progressdb_server.api.http.errors import (
     retry_after,
     too_large,
 )
+from progressdb_server.api.http.keys import KeyTable, Role
+from progressdb_server.api.http.rates import RateBuckets, address_group
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response, redirect
 from progressdb_server.api.openapi.description import (
@@ -48,7 +49,7 @@ from progressdb_server.api.routes.errors import MESSAGE_NOT_FOUND, THREAD_NOT_FO
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.routes.table import Handler, Operation
 from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPage, VersionPage, format_time
-from progressdb_server.api.viewer.sessions import Session, Sessions, new_token, same
+from progressdb_server.api.viewer.sessions import Sessions, ViewerSession, new_token, same
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import UNFINISHED, Job
 from progressdb_server.kms.provider import Provider
@@ -75,7 +76,7 @@ TWO_CURSORS: Final = "give before or after, not both"
 UNKNOWN_FIELD: Final = "the form has an unknown field"
 
 Shown = TypeVar("Shown")
-PageHandler = Callable[[Request, Session], Awaitable[Response]]
+PageHandler = Callable[[Request, ViewerSession], Awaitable[Response]]
 
 _log: Final = structlog.get_logger("progressdb.viewer")
 
@@ -133,13 +134,13 @@ class Viewer:
             return self._login_page(429, TOO_MANY_ATTEMPTS, (retry_after(math.ceil(wait_s)),))
         if not same(_cookie(request, LOGIN_COOKIE), form.get("csrf", "")):
             return self._login_page(403, OLD_FORM)
-        principal = self._keys.find(form.get("key", "").encode("utf-8", "surrogatepass"))
-        if principal is None or principal.role is not Role.ADMIN:
+        caller = self._keys.find(form.get("key", "").encode("utf-8", "surrogatepass"))
+        if caller is None or caller.role is not Role.ADMIN:
             self._attempts.take(address, now_s)
             _log.warning("viewer_login_refused", request_id=request.request_id)
             return self._login_page(401, INVALID_LOGIN, UNAUTHORIZED_HEADERS)
-        token = self.sessions.begin(principal.number, self._clock())
-        _log.info("viewer_login", request_id=request.request_id, key=principal.number)
+        token = self.sessions.begin(caller.number, self._clock())
+        _log.info("viewer_login", request_id=request.request_id, key=caller.number)
         return redirect(
             303,
             "/viewer/",
@@ -149,7 +150,7 @@ class Viewer:
             ),
         )
 
-    async def _logout(self, request: Request, session: Session) -> Response:
+    async def _logout(self, request: Request, session: ViewerSession) -> Response:
         form = await _form(request, frozenset({"csrf"}))
         if not session.check(form.get("csrf", "")):
             raise forbidden(OTHER_SESSION)
@@ -164,7 +165,7 @@ class Viewer:
         return b"set-cookie", "; ".join(words).encode("ascii")
 
     # --- pages ------------------------------------------------------------------------------------------------------
-    async def _threads(self, request: Request, session: Session) -> Response:
+    async def _threads(self, request: Request, session: ViewerSession) -> Response:
         wanted, author = request.query_params.get("q", "").strip(), request.query_params.get("author", "").strip()
         if len(wanted) > limits.STORED_KEY_BYTES_MAX or len(author) > limits.AUTHOR_BYTES_MAX:
             raise bad_request(SEARCH_TOO_LONG)
@@ -181,7 +182,7 @@ class Viewer:
         stats = await self._store.stats()
         return _page("threads", session, found=found, wanted=wanted, author=author, stats=stats, problem=problem)
 
-    async def _thread(self, request: Request, session: Session) -> Response:
+    async def _thread(self, request: Request, session: ViewerSession) -> Response:
         thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
         before, after = request.query_params.get("before", ""), request.query_params.get("after", "")
         await self._browser.thread(thread_id, opened=False)  # an unknown thread is a 404, whatever the query
@@ -195,7 +196,7 @@ class Viewer:
         (thread, shown), problem = await self._opened(read)
         return _page("thread", session, thread=thread, shown=shown, problem=problem)
 
-    async def _message(self, request: Request, session: Session) -> Response:
+    async def _message(self, request: Request, session: ViewerSession) -> Response:
         message_id = request.id_from_path("message", MESSAGE_NOT_FOUND)
 
         async def read(opened: bool) -> VersionPage:
@@ -204,7 +205,7 @@ class Viewer:
         found, problem = await self._opened(read)
         return _page("message", session, found=found, latest=found.versions[-1][0], problem=problem)
 
-    async def _jobs_page(self, request: Request, session: Session) -> Response:
+    async def _jobs_page(self, request: Request, session: ViewerSession) -> Response:
         """With `part=rows` only the table, for the page's script."""
         listed = (job for page in self._jobs.table.pages(newest_first=True) for job in page)
         jobs = list(islice(listed, JOBS_SHOWN_MAX))
@@ -213,7 +214,7 @@ class Viewer:
         live = any(job.state in UNFINISHED for job in jobs)
         return _page("jobs", session, jobs=jobs, percent=_percent, live=live)
 
-    async def _status(self, request: Request, session: Session) -> Response:
+    async def _status(self, request: Request, session: ViewerSession) -> Response:
         """What the key service said last, also when it does not answer now."""
         problem = await self._readiness.key_service.problem()
         kms = self._readiness.kms
@@ -361,7 +362,7 @@ _HELPERS: Final[dict[str, Any]] = {
 }
 
 
-def _page(name: str, session: Session, **values: Any) -> Response:
+def _page(name: str, session: ViewerSession, **values: Any) -> Response:
     return pages.page_response(pages.render(f"viewer/{name}.html", session=session, active=name, **_HELPERS, **values))
 
 
