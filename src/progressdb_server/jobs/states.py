@@ -65,6 +65,10 @@ class TooManyJobsError(JobError):
         super().__init__("too many jobs are unfinished: wait for some of them")
 
 
+class JobFailedError(JobError):
+    """The job can't go on; the text says why."""
+
+
 class Failure(msgspec.Struct, frozen=True, array_like=True):
     """A record that could not be re-encrypted, or does not open any more: its storage key, and the reason in a word."""
 
@@ -73,7 +77,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Job(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One rotation of one thread's key; the row of a job (docs/spec/jobs.md).
+    """The row of a job (docs/spec/jobs.md). `kind` names its kind; keys and backups are those of a rotation.
 
     `keying`: the new key may have been made already and is not the thread's yet. `sources`: every key that records were
     found under. `cursor`: the last storage key that this pass has finished; `moved` and `failed` count in this pass,
@@ -107,6 +111,7 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     census_ns: int = 0
     destroyed_ns: int = 0
     destroy_waits_for: str = ""
+    kind: str = "rotation"
 
     @property
     def unfinished(self) -> bool:
@@ -146,26 +151,16 @@ def with_source(sources: tuple[str, ...], key_id: str) -> tuple[str, ...]:
     return sources if key_id in sources or len(sources) >= SOURCES_MAX else (*sources, key_id)
 
 
+SHOWN: Final = {
+    name: {"id": "job_id", "thread": "thread_id", "state": "status"}.get(name, name)
+    for name in Job.__struct_fields__
+    if name not in ("keying", "sources", "cursor", "moved", "rate", "census_ns", "destroy_after_s")
+}
+"""The fields of a row that an operator sees, and their names there."""
+
+
 def view(job: Job) -> dict[str, object]:
     """What an operator sees of a job."""
-    return {
-        "job_id": job.id,
-        "thread_id": job.thread,
-        "status": job.state,
-        "done": job.done,
-        "total": max(job.total, job.done + job.failed),
-        "failed": job.failed,
-        "old_key": job.old_key,
-        "new_key": job.new_key,
-        "verified": job.verified,
-        "backups": job.backups,
-        "reason": job.reason,
-        "failures": [{"key": failure.key, "code": failure.code} for failure in job.failures],
-        "trigger": job.trigger,
-        "created_ns": job.created_ns,
-        "updated_ns": job.updated_ns,
-        "restored_ns": job.restored_ns,
-        "destroy_at_ns": job.destroy_at_ns,
-        "destroy_waits_for": job.destroy_waits_for,
-        "destroyed_ns": job.destroyed_ns,
-    }
+    shown: dict[str, object] = {shown: getattr(job, name) for name, shown in SHOWN.items()}
+    failures = [msgspec.structs.asdict(failure) for failure in job.failures]
+    return {**shown, "total": max(job.total, job.done + job.failed), "failures": failures}

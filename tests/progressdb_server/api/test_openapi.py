@@ -17,7 +17,6 @@ from progressdb_server.api.http.keys import KeyTable
 from progressdb_server.api.openapi.description import JsonBody
 from progressdb_server.api.openapi.document import DescriptionError, document, documented_path, error_texts
 from progressdb_server.api.routes import jobs as job_routes
-from progressdb_server.api.routes import orphans as orphan_routes
 from progressdb_server.api.routes import readiness as readiness_routes
 from progressdb_server.api.routes import store_backup
 from progressdb_server.api.routes.admin import SignBody
@@ -71,8 +70,7 @@ def whole_table() -> tuple[Operation, ...]:
     readiness = Readiness(store, jobs, KmsMetrics())
     viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), secure=False)
     ready = readiness_routes.operations(readiness)
-    keys = orphan_routes.operations(jobs)
-    more = (*ready, *job_routes.operations(jobs), *keys, *backups, *viewer.operations())
+    more = (*ready, *job_routes.operations(jobs), *backups, *viewer.operations())
     return operations(api.store, ApiMetrics(CollectorRegistry()), more)
 
 

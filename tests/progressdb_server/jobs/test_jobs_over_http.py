@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.jobs.service import RUNNING_MAX
+from progressdb_server.jobs.runner import RUNNING_MAX
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND
 from tests.progressdb_server.api.real_server import RealServer, real_server
 

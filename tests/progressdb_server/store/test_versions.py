@@ -430,7 +430,7 @@ def test_a_rotation_of_the_threads_key_moves_versions_of_every_form() -> None:
         await store.delete_message(other, author="ann")
         seen.append(await versions_of(store, message) + await versions_of(store, other))
         old = set(keys_of_records(store).values())
-        job = await jobs.wait((await jobs.rotate("t")).id)
+        job = await jobs.wait((await jobs.rotation.rotate("t")).id)
         assert (job.state, job.failed) == ("done", 0)
         assert len(old) == 1
         assert old.isdisjoint(keys_of_records(store).values())

@@ -6,7 +6,7 @@ Owns: the JSON of these requests and responses, for admins only. The jobs room d
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Final
+from typing import Annotated, Final, get_args
 
 import msgspec
 
@@ -24,12 +24,14 @@ from progressdb_server.api.openapi.description import (
     Schema,
     list_of,
     object_of,
+    texts,
 )
 from progressdb_server.api.routes.errors import THREAD_NOT_FOUND
 from progressdb_server.api.routes.table import Handler, Operation
 from progressdb_server.config import duration_s
-from progressdb_server.jobs.service import Due, Jobs
-from progressdb_server.jobs.states import Job, view
+from progressdb_server.jobs.rotation import Due
+from progressdb_server.jobs.service import Jobs
+from progressdb_server.jobs.states import SHOWN, Job, State, view
 
 THREADS_NAMED_MAX: Final = 1024
 JOBS_NAMED_MAX: Final = 1000
@@ -105,7 +107,7 @@ class JobHandlers:
         if wait not in ("true", "false", "1", "0"):
             raise bad_request(INVALID_WAIT)
         after_s = _seconds(body.destroy_old_after)
-        job = await self._jobs.rotate(body.thread_id, rate=body.rate, destroy_after_s=after_s)
+        job = await self._jobs.rotation.rotate(body.thread_id, rate=body.rate, destroy_after_s=after_s)
         if wait in ("false", "0"):
             return json_response({"job_id": job.id, "new_key": job.new_key, "status": job.state}, 202)
         job = await self._jobs.wait(job.id)
@@ -124,10 +126,10 @@ class JobHandlers:
         ids: list[str] = []
         count = 0
         if body.thread_ids:
-            self._jobs.require(body.thread_ids)  # either all jobs are started or none
+            self._jobs.rotation.require(body.thread_ids)  # either all jobs are started or none
             jobs = self._rotate_each(body.thread_ids, body.rate, after_s)
         else:
-            jobs = self._jobs.select(due, rate=body.rate, destroy_after_s=after_s)
+            jobs = self._jobs.rotation.select(due, rate=body.rate, destroy_after_s=after_s)
         async for job in jobs:
             count += 1
             if len(ids) < JOBS_NAMED_MAX:
@@ -136,7 +138,7 @@ class JobHandlers:
 
     async def _rotate_each(self, threads: list[str], rate: int | None, after_s: int) -> AsyncIterator[Job]:
         for thread in threads:
-            yield await self._jobs.rotate_later(thread, rate=rate, destroy_after_s=after_s)
+            yield await self._jobs.rotation.rotate(thread, rate=rate, destroy_after_s=after_s, later=True)
 
     async def jobs(self, request: Request) -> JsonList:
         """Newest first. The parameter `status` selects one state."""
@@ -176,12 +178,22 @@ class JobHandlers:
     async def restore(self, request: Request) -> Response:
         """Restore the records that the job has re-encrypted."""
         job_id = request.path_params["job"]
-        outcome = await self._jobs.restore(job_id)
+        outcome = await self._jobs.rotation.restore(job_id)
         return json_response({"job_id": job_id, "restored": outcome.restored, "kept": outcome.kept})
+
+    async def orphaned_keys(self, request: Request) -> JsonList:
+        return JsonList(b'{"keys":[', self._orphan_pages())
+
+    async def _orphan_pages(self) -> AsyncIterator[list[dict[str, str]]]:
+        async for page in self._jobs.orphans.find():
+            yield [{"key_id": key.key_id, "thread_id": key.thread_id, "created_at": key.created_at} for key in page]
+
+    async def retire_orphans(self, request: Request) -> Response:
+        return json_response((await self._jobs.orphans.retire())._asdict())
 
     async def drop_backups(self, request: Request) -> Response:
         job_id = request.path_params["job"]
-        return json_response({"job_id": job_id, "removed": await self._jobs.drop_backups(job_id)})
+        return json_response({"job_id": job_id, "removed": await self._jobs.rotation.drop_backups(job_id)})
 
 
 # --- operations -------------------------------------------------------------------------------------------------
@@ -197,31 +209,11 @@ _RATE: Final[Schema] = {
     "description": "Records to re-encrypt per second. 0: no limit. Null or absent: the limit of the server's "
     "configuration.",
 }
-_JOB: Final[Schema] = {
-    "type": "object",
-    "properties": {
-        "job_id": TEXT,
-        "thread_id": TEXT,
-        "status": {"enum": ["queued", "running", "paused", "verifying", "done", "failed", "cancelled"]},
-        "done": INTEGER,
-        "total": INTEGER,
-        "failed": INTEGER,
-        "old_key": TEXT,
-        "new_key": TEXT,
-        "verified": INTEGER,
-        "backups": INTEGER,
-        "reason": TEXT,
-        "failures": {"type": "array", "items": object_of(key=TEXT, code=TEXT)},
-        "trigger": TEXT,
-        "created_ns": INTEGER,
-        "updated_ns": INTEGER,
-        "restored_ns": INTEGER,
-        "destroy_at_ns": INTEGER,
-        "destroy_waits_for": TEXT,
-        "destroyed_ns": INTEGER,
-    },
-    "required": ["job_id", "thread_id", "status", "done", "total", "failed", "old_key", "new_key"],
-}
+_TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Job)}
+_JOB: Final = object_of(
+    **{shown: INTEGER if _TYPES[name] is int else TEXT for name, shown in SHOWN.items()}
+    | {"status": {"enum": list(get_args(State))}, "failures": {"type": "array", "items": texts("key", "code")}}
+)
 _SELECTIONS: Final[dict[str, Schema]] = {
     "all": {"const": True},
     "thread_ids": {"minItems": 1},
@@ -396,5 +388,23 @@ def operations(service: Jobs) -> tuple[Operation, ...]:
             response=object_of(job_id=TEXT, removed=INTEGER),
             errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED,)},
             needs=DISK,
+        ),
+        Operation(
+            "GET",
+            "/admin/orphaned_keys",
+            jobs.orphaned_keys,
+            roles=ADMINS,
+            tag="operators",
+            summary="Active keys of the key service that no thread of this store names",
+            response=list_of("keys", texts("key_id", "thread_id", "created_at")),
+        ),
+        Operation(
+            "POST",
+            "/admin/orphaned_keys/retire",
+            jobs.retire_orphans,
+            roles=ADMINS,
+            tag="operators",
+            summary="Retire them, if only this server makes keys of threads there; `why` says why some are left",
+            response=object_of(retired=INTEGER, left=INTEGER, why=TEXT),
         ),
     )
