@@ -25,11 +25,12 @@ from progressdb_server.api.http.errors import ApiError, ClientGoneError, Header,
 from progressdb_server.api.http.keys import NOT_AUTHENTICATED
 from progressdb_server.api.http.request import Receive, Request, Scope, Send
 from progressdb_server.api.http.response import NO_CONTENT, Exchange, Response, error_response
+from progressdb_server.api.openapi.description import Operation
 from progressdb_server.api.routes import admin, messages, threads
 from progressdb_server.api.routes.documentation import with_documentation
 from progressdb_server.api.routes.errors import api_error
 from progressdb_server.api.routes.metrics import ApiMetrics
-from progressdb_server.api.routes.table import Operation, Routing
+from progressdb_server.api.routes.table import Routing
 from progressdb_server.api.viewer.routes import error_page
 from progressdb_server.kms.provider import READING, RequestReads
 from progressdb_server.store.model import ConversationStore, KeyServiceRefusedError, RecordUnreadableError
@@ -48,7 +49,6 @@ def operations(
             *admin.open_operations(),
             *messages.operations(store),
             *threads.operations(store),
-            *messages.thread_operations(store),
             *admin.operations(store),
             *metrics.operations(),
             *more,

@@ -323,10 +323,7 @@ def _verify_audit(tour: Tour, place: TourPaths, head: str) -> None:
     )
     for line in (done.stdout + done.stderr).splitlines():
         tour.line(line)
-    tour.check(
-        done.returncode == 0,
-        "every line is there, unaltered and in order, the head that /status named too",
-    )
+    tour.check(done.returncode == 0, "every line is there, unaltered and in order, the head that /status named too")
 
 
 # --- the server -------------------------------------------------------------------------------------------------
@@ -335,10 +332,7 @@ def _running(tour: Tour, place: TourPaths) -> Iterator[TourServer]:
     """The real server, as a process that is stopped at the end. Raises DemoError if it does not start or stop."""
     _make_own_directory(place.directory)
     server = TourServer(f"127.0.0.1:{_free_port()}", secrets.token_urlsafe(12), secrets.token_urlsafe(12))
-    tour.step(
-        "Start the server, which starts miniKMS, the key service",
-        _server_command(place, server),
-    )
+    tour.step("Start the server, which starts miniKMS, the key service", _server_command(place, server))
     with place.server_log.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - our own program, our own arguments
             [sys.executable, "-P", "-m", "progressdb_server", *_flags(place, server)],

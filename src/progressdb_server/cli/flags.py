@@ -36,8 +36,7 @@ MasterKeyFile = Annotated[
     Parameter(help="File with the root key for miniKMS: 64 hex characters [PROGRESSDB_MINIKMS_MASTER_KEY_FILE]."),
 ]
 Dev = Annotated[
-    bool | None,
-    Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].", negative=()),
+    bool | None, Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].", negative=())
 ]
 Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
 Url = Annotated[

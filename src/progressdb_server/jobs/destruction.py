@@ -22,7 +22,7 @@ from minikms.logs import structlog
 from progressdb_server.jobs.runner import Kind, Runner
 from progressdb_server.jobs.states import Job, JobError, changed
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
-from progressdb_server.store.model import Store
+from progressdb_server.store.conversations import Conversations
 
 CHUNK_RECORDS_MAX: Final = 256
 
@@ -30,7 +30,7 @@ _log = structlog.get_logger("progressdb.jobs")
 
 
 class KeyDestruction(Kind):
-    def __init__(self, runner: Runner, store: Store, provider: Provider) -> None:
+    def __init__(self, runner: Runner, store: Conversations, provider: Provider) -> None:
         self._runner = runner
         self._table = runner.table
         self._store = store

@@ -25,7 +25,8 @@ from minikms.api.errors import KmsError
 from minikms.logs import structlog
 from progressdb_server.jobs.runner import Kind
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
-from progressdb_server.store.model import Store, StoreUnavailableError
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import StoreUnavailableError
 
 ORPHAN_AGE_S: Final = 60
 """Longer than a create of a key may be on its way (`kms.provider`)."""
@@ -57,7 +58,7 @@ class OrphanedKeys(Kind):
 
     def __init__(
         self,
-        store: Store,
+        store: Conversations,
         provider: Provider,
         has_job: Callable[[str], bool],
         *,

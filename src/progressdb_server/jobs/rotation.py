@@ -47,13 +47,13 @@ from progressdb_server.jobs.states import (
 )
 from progressdb_server.jobs.table import PendingRow, Row
 from progressdb_server.kms.provider import Fault, Provider, fault, is_permanent, key_pages
+from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     Chunk,
     ConditionFailedError,
     Record,
     Restored,
     StaleRowError,
-    Store,
     StoreUnavailableError,
     ThreadNotFoundError,
 )
@@ -111,7 +111,14 @@ class KeyRotation(Kind):
     every_s = 3600.0
 
     def __init__(
-        self, runner: Runner, store: Store, provider: Provider, settings: Rotation, *, exclusive: bool, destroys: bool
+        self,
+        runner: Runner,
+        store: Conversations,
+        provider: Provider,
+        settings: Rotation,
+        *,
+        exclusive: bool,
+        destroys: bool,
     ) -> None:
         """`exclusive` and `destroys` as in `jobs.service.Jobs`."""
         self._runner = runner
@@ -190,7 +197,7 @@ class KeyRotation(Kind):
     def require(self, threads: Iterable[str]) -> None:
         """Raises ThreadNotFoundError unless each can be rotated."""
         if any(self._store.key_of_thread(thread) is None for thread in threads):
-            raise ThreadNotFoundError("thread not found")
+            raise ThreadNotFoundError
 
     async def begin(self) -> None:
         """Queue the threads whose keys have reached the configured age or number of records."""

@@ -35,7 +35,8 @@ from progressdb_server.jobs.states import (
 )
 from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import Fault, fault
-from progressdb_server.store.model import ConditionFailedError, StaleRowError, Store, StoreError, StoreUnavailableError
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import ConditionFailedError, StaleRowError, StoreError, StoreUnavailableError
 
 RUNNING_MAX: Final = 2
 UNFINISHED_MAX: Final = 65_536
@@ -103,7 +104,7 @@ class Runner:
 
     kinds: Sequence[Kind]
 
-    def __init__(self, store: Store, rate: float, stop: asyncio.Event, now_ns: Callable[[], int]) -> None:
+    def __init__(self, store: Conversations, rate: float, stop: asyncio.Event, now_ns: Callable[[], int]) -> None:
         """`rate`: records a second of all jobs without a rate of their own; 0: without a bound."""
         self._store = store
         self._stop = stop
@@ -166,15 +167,18 @@ class Runner:
 
     # --- beginning ------------------------------------------------------------------------------------------------
     async def add(self, kind: Kind, thread: str, **fields: Any) -> Job:
-        """Add a job, with these fields in its row, unless the thread has one; returns that one then. Raises
-        TooManyJobsError, JobConflictError, StoreUnavailableError."""
+        """Add a job, with these fields in its row, unless the thread has one of this kind; returns that one then.
+        Raises TooManyJobsError, JobConflictError, StoreUnavailableError."""
         async with self._beginning:  # whoever joins a job finds its row
             await self._ended(self._threads.get(thread, ""))
             other = self._threads.get(thread)
             if other == OTHER_WORK:
                 raise JobConflictError("another operation is running on this thread: try again in a moment")
             if other is not None:
-                return self.table.get(other)
+                job = self.table.get(other)
+                if job.kind != kind.name:
+                    raise JobConflictError("another job works on this thread")
+                return job
             if len(self._threads) >= UNFINISHED_MAX:
                 raise TooManyJobsError
             now_ns = self.table.now_ns()

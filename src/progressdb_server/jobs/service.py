@@ -18,7 +18,7 @@ from progressdb_server.jobs.rotation import KeyRotation
 from progressdb_server.jobs.runner import Kind, Runner
 from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store.model import Store
+from progressdb_server.store.conversations import Conversations
 
 ROW_AGE_S: Final = 90 * 86_400
 """Age at which the row of a finished job is removed, if it has left no backups and no key to destroy."""
@@ -50,7 +50,7 @@ class Jobs(Runner):
 
     def __init__(
         self,
-        store: Store,
+        store: Conversations,
         provider: Provider,
         settings: Rotation,
         *,

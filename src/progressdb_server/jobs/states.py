@@ -12,6 +12,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from progressdb_server.store.model import StatusError
+
 State = Literal["queued", "running", "paused", "verifying", "done", "failed", "cancelled"]
 Move = Literal["start", "verify", "again", "finish", "fail", "pause", "resume", "cancel"]
 
@@ -43,15 +45,14 @@ SOURCES_MAX: Final = 32
 """Keys that a job remembers to have found records under."""
 
 
-class JobError(Exception):
+class JobError(StatusError):
     """Base of the tree; never raised itself. Its texts may be shown to an operator."""
+
+    status = 409
 
 
 class JobNotFoundError(JobError):
-    """No job has this id."""
-
-    def __init__(self) -> None:
-        super().__init__("job not found")
+    status, text = 404, "job not found"
 
 
 class JobConflictError(JobError):
@@ -61,8 +62,8 @@ class JobConflictError(JobError):
 class TooManyJobsError(JobError):
     """The bound of unfinished jobs is reached."""
 
-    def __init__(self) -> None:
-        super().__init__("too many jobs are unfinished: wait for some of them")
+    status, text = 503, "too many jobs are unfinished: wait for some of them"
+    retry_after_s = 60
 
 
 class JobFailedError(JobError):
@@ -151,10 +152,10 @@ def with_source(sources: tuple[str, ...], key_id: str) -> tuple[str, ...]:
     return sources if key_id in sources or len(sources) >= SOURCES_MAX else (*sources, key_id)
 
 
-SHOWN: Final = {
-    name: {"id": "job_id", "thread": "thread_id", "state": "status"}.get(name, name)
-    for name in Job.__struct_fields__
-    if name not in ("keying", "sources", "cursor", "moved", "rate", "census_ns", "destroy_after_s")
+_SHOWN_FIRST: Final = {"id": "job_id", "thread": "thread_id", "kind": "kind", "state": "status"}
+_NOT_SHOWN: Final = frozenset({"keying", "sources", "cursor", "moved", "rate", "census_ns", "destroy_after_s"})
+SHOWN: Final = _SHOWN_FIRST | {
+    name: name for name in Job.__struct_fields__ if name not in _NOT_SHOWN and name not in _SHOWN_FIRST
 }
 """The fields of a row that an operator sees, and their names there."""
 

@@ -15,7 +15,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from progressdb_server.jobs.states import Job, JobNotFoundError, changed
-from progressdb_server.store.model import RowWrite, StaleRowError, Store, WriteSet
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import RowWrite, StaleRowError, WriteSet
 
 _NOTHING: Final = WriteSet()
 _encode = msgspec.json.Encoder().encode
@@ -39,7 +40,7 @@ class PendingRow(NamedTuple):
 class JobTable:
     """The jobs of a store. `now_ns`: the wall clock, Unix nanoseconds."""
 
-    def __init__(self, store: Store, now_ns: Callable[[], int]) -> None:
+    def __init__(self, store: Conversations, now_ns: Callable[[], int]) -> None:
         self._store = store
         self.now_ns = now_ns
         self.changes = 0
@@ -102,7 +103,7 @@ class JobTable:
         return PendingRow(Row(raw, stored), self._store.write_row(job.id, row.raw, raw, step))
 
     async def settle(self, pending: PendingRow) -> Row:
-        """Wait until a submitted row is durable. Raises the errors of `Store.settle_row`."""
+        """Wait until a submitted row is durable. Raises the errors of `Conversations.settle_row`."""
         await self._store.settle_row(pending.write)
         self._wake_waiters()
         return pending.row

@@ -68,7 +68,7 @@ class Ticket:
         if _expired(remembered, now_ns):
             return None
         if not hmac.compare_digest(remembered.request, self._request):
-            raise IdempotencyConflictError("the idempotency key was used before with another request")
+            raise IdempotencyConflictError
         return remembered.made
 
     def put(self, made: str, now_ns: int) -> tuple[bytes, bytes]:

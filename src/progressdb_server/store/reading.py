@@ -123,7 +123,7 @@ class NotOpened(NamedTuple):
 
 
 class Reading(Threads):
-    """See `store.model.ConversationStore` and `store.model.Store`."""
+    """See `store.model.ConversationStore`; and the pages of the viewer."""
 
     long_reads: asyncio.Semaphore
     """The turns of LONG_READS_COUNT_MAX versions."""
@@ -152,7 +152,7 @@ class Reading(Threads):
                 if value is None:
                     raise RecordUnreadableError(f"the order entry of message {message} is missing")
                 return owner, _place(key, value)
-        raise MessageNotFoundError("message not found")
+        raise MessageNotFoundError
 
     @contextlib.asynccontextmanager
     async def open_version(self, thread: str, first: bytes, stamp: bytes) -> AsyncIterator[Version]:
@@ -304,7 +304,7 @@ class Reading(Threads):
         if len(found) == 1:
             return keyspace.stamp_of(found[0])
         if found or len(eras) > 1:
-            raise AmbiguousTimeError("before names no single version")
+            raise AmbiguousTimeError
         return Stamp(eras[0] * keyspace.ERA_NS + cursor, 0)
 
     async def _versions(
@@ -469,6 +469,9 @@ class Reading(Threads):
     async def message_page(
         self, thread_id: str, *, before: str, after: str, limit: int, versions_max: int, opened: bool = True
     ) -> tuple[list[StoredVersion], bool]:
+        """The most recent messages, or those next to a message id, in order of creation, up to a bound of bytes; and
+        whether there are more in that direction. A message that does not open has `error`. Without `opened` the key
+        service is not asked, and every message has `error`. Raises MessageNotFoundError for a malformed id."""
         prefix = keyspace.order(thread_id)
         lower, upper = prefix, keyspace.after(prefix)
         if before:
@@ -490,6 +493,8 @@ class Reading(Threads):
     async def version_page(
         self, message_id: str, limit: int, *, opened: bool = True
     ) -> tuple[list[StoredVersion], bool]:
+        """The newest versions, oldest first, up to a bound of bytes; and whether there are older ones. `opened` as for
+        `message_page`. Raises MessageNotFoundError."""
         thread, place = self._locate(message_id, None)
         prefix = keyspace.versions(message_id)
         newest = self.engine.keys(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
@@ -622,5 +627,5 @@ def _place(key: bytes, value: bytes) -> OrderEntry:
 def _first_stamp(message: str) -> bytes:
     first = keyspace.parse_message_id(message)
     if first is None:
-        raise MessageNotFoundError("message not found")
+        raise MessageNotFoundError
     return first.raw

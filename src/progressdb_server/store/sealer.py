@@ -163,7 +163,7 @@ class Sealer:
         renewals = 0
         while True:
             if state.deleted:
-                raise ThreadDeletedError("thread deleted")
+                raise ThreadDeletedError
             try:
                 pending = self._writer.reserve(state.map_key)
                 try:

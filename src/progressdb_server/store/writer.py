@@ -32,12 +32,7 @@ from progressdb_server.store.conditions import Conditions, PendingWrite, Write
 from progressdb_server.store.disk_thread import DiskThread, settle
 from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import Clock, Stamp
-from progressdb_server.store.model import (
-    ConditionFailedError,
-    FormatError,
-    NotWrittenError,
-    StoreUnavailableError,
-)
+from progressdb_server.store.model import ConditionFailedError, FormatError, NotWrittenError, StoreUnavailableError
 
 GROUP_WRITES_MAX: Final = 512
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024

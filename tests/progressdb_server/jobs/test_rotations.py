@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from minikms import api
 from minikms.api.errors import KmsRefusedError, KmsUnavailableError, refusal
 from minikms.client import ReencryptItem
-from progressdb_server.jobs import rotation
+from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import JobConflictError
 from progressdb_server.store.check import Checker
@@ -553,7 +553,7 @@ def test_a_failed_job_whose_key_was_replaced_since_is_not_resumed() -> None:
 
 
 def test_a_disk_that_refuses_a_step_only_delays_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation, "RETRY_S_MIN", 0.01)
+    monkeypatch.setattr(runner, "RETRY_S_MIN", 0.01)
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:

@@ -27,10 +27,9 @@ from progressdb_server.api.http.errors import (
     Header,
     bad_request,
     bodies_full,
-    not_found,
     too_large,
 )
-from progressdb_server.store.model import Idempotency
+from progressdb_server.store.model import Idempotency, StoreError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -244,11 +243,11 @@ class Request:
             raise bad_request(INVALID_IDEMPOTENCY_KEY)
         return Idempotency(scope=self.caller.scope(author), key=key.decode("ascii"))
 
-    def id_from_path(self, name: str, missing: str) -> str:
-        """The id in the path parameter `name`. Raises ApiError 404 with the text `missing` if it is not a valid id."""
+    def id_from_path(self, name: str, missing: type[StoreError]) -> str:
+        """The id in the path parameter `name`. Raises `missing` if it is not a valid id."""
         value = self.path_params[name]
         if not limits.ID_PATTERN.fullmatch(value):
-            raise not_found(missing)
+            raise missing
         return value
 
     # --- the body -----------------------------------------------------------------------------------------------
