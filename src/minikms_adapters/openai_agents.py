@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from agents.memory.session import SessionABC
 
 from minikms_adapters.errors import NotSupportedError
-from minikms_adapters.records import KmsClient, Place, Receipt, Runner, Sealer, Steps, ask, ask_inner, thread_name
+from minikms_adapters.records import (
+    KmsClient,
+    Place,
+    Receipt,
+    Runner,
+    Sealer,
+    Steps,
+    ask,
+    ask_inner,
+    asynchronous,
+    thread_name,
+)
 
 if TYPE_CHECKING:
     from agents.items import TResponseInputItem
@@ -58,39 +69,14 @@ class EncryptedSession(SessionABC):
     def session_settings(self, value: SessionSettings | None) -> None:
         self._inner.session_settings = value
 
-    async def get_items(self, limit: int | None = None) -> list[TResponseInputItem]:
-        return await self._runner.run_async(self._get(limit))
-
-    async def add_items(self, items: list[TResponseInputItem]) -> None:
-        await self._runner.run_async(self._add(items))
-
-    async def pop_item(self) -> TResponseInputItem | None:
-        """Removes the newest item once it was opened, so that a failure removes nothing."""
-        return await self._runner.run_async(self._pop())
-
-    async def clear_session(self) -> Any:
-        """Destroys the session's keys, then removes its items. May be repeated after a failure.
-
-        Gives the receipts, a list of `Receipt`. The type is Any, since the SDK's own sessions give nothing.
-        """
-        return await self._runner.run_async(self._clear())
-
-    async def reencrypt(self) -> int:
-        """Encrypts each item under the session's current key, with one transaction. Gives the number of items.
-
-        Raises NotSupportedError if the inner session can't replace its items in a transaction.
-        """
-        return await self._runner.run_async(self._reencrypt())
-
-    # --- steps ---
-
-    def _get(self, limit: int | None) -> Steps[list[TResponseInputItem]]:
+    def _get_items(self, limit: int | None = None) -> Steps[list[TResponseInputItem]]:
         return (yield from self._open((yield ask_inner("get_items", limit))))
 
-    def _add(self, items: Sequence[TResponseInputItem]) -> Steps[None]:
+    def _add_items(self, items: list[TResponseInputItem]) -> Steps[None]:
         yield ask_inner("add_items", (yield from self._seal(items)))
 
-    def _pop(self) -> Steps[TResponseInputItem | None]:
+    def _pop_item(self) -> Steps[TResponseInputItem | None]:
+        """Removes the newest item once it was opened, so that a failure removes nothing."""
         newest = yield ask_inner("get_items", 1)
         opened = yield from self._open(newest)
         removed = yield ask_inner("pop_item")
@@ -98,12 +84,16 @@ class EncryptedSession(SessionABC):
             return None if removed is None else opened[0]
         return (yield from self._open([removed]))[0]  # somebody else changed the session meanwhile
 
-    def _clear(self) -> Steps[list[Receipt]]:
+    def _clear_session(self) -> Steps[list[Receipt]]:
         receipts = yield from self._sealer.destroy(self._thread)
         yield ask_inner("clear_session")
         return receipts
 
     def _reencrypt(self) -> Steps[int]:
+        """Encrypts each item under the session's current key, with one transaction. Gives the number of items.
+
+        Raises NotSupportedError if the inner session can't replace its items in a transaction.
+        """
         if not hasattr(self._inner, "_get_compaction_snapshot"):
             raise NotSupportedError("this session can't replace its items in one transaction")
         self._sealer.forget(self._thread)
@@ -117,6 +107,18 @@ class EncryptedSession(SessionABC):
             if (yield ask(snapshot.replace_suffix, 0, sealed)):
                 return len(sealed)
         raise NotSupportedError("items were added to the session all the time")
+
+    get_items = asynchronous(_get_items)
+    add_items = asynchronous(_add_items)
+    pop_item = asynchronous(_pop_item)
+    reencrypt = asynchronous(_reencrypt)
+
+    async def clear_session(self) -> Any:
+        """Destroys the session's keys, then removes its items. May be repeated after a failure.
+
+        Gives the receipts, a list of `Receipt`. The type is Any, since the SDK's own sessions give nothing.
+        """
+        return await self._runner.run_async(self._clear_session())
 
     def _place(self, index: int = -1) -> Place:
         record = f"session {self.session_id}, item {index}"

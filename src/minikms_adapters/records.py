@@ -10,11 +10,12 @@ could not open.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, Final, NamedTuple, TypeGuard, TypeVar, cast
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeGuard, TypeVar, cast
 
 from minikms import api
 from minikms.api.errors import (
@@ -35,6 +36,7 @@ from minikms_adapters.errors import (
     WrongPlaceError,
 )
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MAGIC: Final = b"mKr1"
@@ -45,7 +47,7 @@ SEALED_PIECE_BYTES_MAX: Final = PIECE_BYTES_MAX + api.SEAL_BYTES
 RECORD_BYTES_MAX: Final = 64 * PIECE_BYTES_MAX
 """Of a plaintext: 256 MiB."""
 KEYS_CACHED_MAX: Final = 4096
-"""Threads whose current key an adapter remembers."""
+"""Threads whose current key an adapter remembers, and names of threads that are not made again."""
 KEY_CHANGES_MAX: Final = 3
 """How often the key of a thread may be replaced during one call."""
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
@@ -88,38 +90,36 @@ class Runner:
         self._blocking = not isinstance(kms, AsyncRunner)
 
     def run(self, steps: Steps[T]) -> T:
-        """With a blocking client."""
+        """With a blocking client. Its calls are never awaited, so that the coroutine ends without an event loop."""
         if not self._blocking:
             raise AdapterError("a blocking method needs a blocking client: give it a minikms.Client")
-        outcome: Any = None
-        failure: Exception | None = None
-        while True:
-            try:
-                step = steps.send(outcome) if failure is None else steps.throw(failure)
-            except StopIteration as end:
-                return cast("T", end.value)
-            outcome = failure = None
-            try:
-                outcome = self._function(step)(*step.args, **step.kwargs)
-            except Exception as error:  # noqa: BLE001 - the steps raise it again unless they handle it
-                failure = error
+        try:
+            self._carry_out(steps, self._call).send(None)
+        except StopIteration as end:
+            return cast("T", end.value)
+        raise AssertionError("a blocking call was awaited")
 
     async def run_async(self, steps: Steps[T]) -> T:
         """With either client. A blocking one works in another thread, so that it does not hold up the event loop."""
-        outcome: Any = None
-        failure: Exception | None = None
-        while True:
-            try:
-                step = steps.send(outcome) if failure is None else steps.throw(failure)
-            except StopIteration as end:
-                return cast("T", end.value)
-            outcome = failure = None
-            try:
-                outcome = await self._call(step)
-            except Exception as error:  # noqa: BLE001 - the steps raise it again unless they handle it
-                failure = error
+        return await self._carry_out(steps, self._call_async)
+
+    async def _carry_out(self, steps: Steps[T], call: Callable[[Step], Coroutine[Any, Any, Any]]) -> T:
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    outcome = await call(step)
+                except Exception as error:  # noqa: BLE001 - the steps raise it again unless they handle it
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(outcome)
+        except StopIteration as end:
+            return cast("T", end.value)
 
     async def _call(self, step: Step) -> Any:
+        return self._function(step)(*step.args, **step.kwargs)
+
+    async def _call_async(self, step: Step) -> Any:
         if step.kms and self._blocking:
             return await asyncio.to_thread(self._function(step), *step.args, **step.kwargs)
         found = self._function(step, self._prefix)(*step.args, **step.kwargs)
@@ -134,9 +134,36 @@ class Runner:
         return cast("Callable[..., Any]", found)
 
 
+def asynchronous(
+    describe: Callable[Concatenate[Any, P], Steps[T]],
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    """The asynchronous method of an adapter whose steps `describe` gives. The adapter has a `Runner` as `_runner`."""
+
+    @functools.wraps(describe)
+    async def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        done: T = await self._runner.run_async(describe(self, *args, **kwargs))
+        return done
+
+    return method
+
+
+def both(
+    describe: Callable[Concatenate[Any, P], Steps[T]],
+) -> tuple[Callable[Concatenate[Any, P], T], Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]]:
+    """The blocking method, and that of `asynchronous`."""
+
+    @functools.wraps(describe)
+    def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        done: T = self._runner.run(describe(self, *args, **kwargs))
+        return done
+
+    return method, asynchronous(describe)
+
+
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(KEYS_CACHED_MAX)
 def thread_name(adapter: str, *parts: str) -> str:
     """The thread of the key service for a framework's thread, session or namespace: `adapter.part.part`. The SHA-256 of
     the parts takes their place where they are long or have other characters, or a dot in one of several.
@@ -150,12 +177,8 @@ def thread_name(adapter: str, *parts: str) -> str:
 
 def _digest(parts: Sequence[str]) -> bytes:
     """SHA-256 of the parts, each with its length before it, so that no two lists have the same one."""
-    digest = hashlib.sha256()
-    for part in parts:
-        text = part.encode("utf-8", "surrogatepass")
-        digest.update(len(text).to_bytes(8, "big"))
-        digest.update(text)
-    return digest.digest()
+    texts = [part.encode("utf-8", "surrogatepass") for part in parts]
+    return hashlib.sha256(b"".join([len(text).to_bytes(8, "big") + text for text in texts])).digest()
 
 
 class Place(NamedTuple):

@@ -28,6 +28,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 RUN_SECONDS_MAX = 60
 WITHOUT_JSON = {
     ("minikms", "serve"),
+    ("minikms", "ready"),
     ("minikms", "demo"),
     ("minikms", "completion"),
     ("minikms-gateway", "check-config"),
@@ -37,7 +38,7 @@ WITHOUT_JSON = {
     ("progressdb", "demo"),
     ("progressdb", "completion"),
 }
-"""Their output is a log, a tour, a script or one sentence."""
+"""Their output is a log, a tour, a script, one sentence or nothing."""
 
 
 def commands(app: App, *words: str) -> Iterator[tuple[tuple[str, ...], App]]:

@@ -31,6 +31,7 @@ from minikms.usage import (
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
     "status": ("status:status", "Show the state of the running daemon."),
+    "ready": ("ready:ready", "Check that the running daemon serves; with --live, that it answers."),
     "keys": ("keys:app", "List, show, retire and destroy keys."),
     "rotate-kek": ("kek:rotate_kek", "Make a new KEK and wrap every key under it, while the daemon serves."),
     "kek": ("kek:app", "List key-encryption keys (KEKs), and destroy those that nothing needs."),
@@ -49,7 +50,9 @@ COMMANDS: Final = {
 }
 """By name, each command beside `serve`: its module and function in `minikms.cli`, and its help in a line."""
 
-WITHOUT_ROOT_KEY: Final = frozenset({"status", "keys", "rotate-kek", "kek", "seal", "unseal", "root", "pin", "policy"})
+WITHOUT_ROOT_KEY: Final = frozenset(
+    {"status", "ready", "keys", "rotate-kek", "kek", "seal", "unseal", "root", "pin", "policy"}
+)
 """Commands that use none from the environment."""
 
 HELPERS: Final = {"gateway": "minikms_gateway", "unlock": "minikms_unlock"}

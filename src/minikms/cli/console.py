@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from minikms.api.errors import KmsError
     from minikms.client import Client
+    from minikms.roots.key_file import FileOwner
     from minikms.roots.providers import RootProvider
 
 
@@ -100,11 +101,14 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
 DATA_USER_ADVICE: Final = "The files of a key service are its user's alone: run this as that user, or as root"
 DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
 MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
+MASTER_KEY_OWNER_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_OWNER"
 PIN_VARIABLE: Final = "PROGRESSDB_MINIKMS_PIN"
 URL_VARIABLE: Final = "PROGRESSDB_KMS_URL"
 URL_FILES: Final = ("ca", "cert", "key", "token_file")
 """Arguments of a client of a gateway; the variables are named alike: PROGRESSDB_KMS_CA, …"""
 LONG_LIVED_VARIABLE: Final = "PROGRESSDB_KMS_LONG_LIVED_CERT"
+ID_DIGITS_MAX: Final = 10
+"""Of a user or group id, which has 32 bits."""
 DAEMON_WAIT_SECONDS: Final = 0.5
 """For a daemon that is starting; a person notices a longer wait."""
 ANSWER_SECONDS: Final = 10.0
@@ -208,11 +212,12 @@ def chosen_root(
     data_dir: str | None = None,
     rewritable: bool = False,
     may_ask: bool = True,
+    owner: str | None = None,
 ) -> RootProvider | None:
     """Where the root key is; None when no place is given. With `data_dir`, a development key beside it serves then.
 
-    source: the text of `--root`. `may_ask`: shares may be typed on the terminal. Raises CommandError when it is given
-    twice, or not as a file that is to be rewritten; StartError for a source that is none.
+    source: the text of `--root`. `may_ask`: shares may be typed on the terminal. `owner`: as in `named_root`. Raises
+    CommandError when it is given twice, or not as a file that is to be rewritten; StartError for a source that is none.
     """
     from minikms.roots.providers import DevelopmentKey, KeyDescriptor, KeyFile
 
@@ -221,12 +226,12 @@ def chosen_root(
             raise CommandError("--rewrite-master-key-file needs --master-key-file, not --root")
         if key_file is not None or descriptor is not None:
             raise CommandError("the root key is given twice: give --root or --master-key-file, and unset the variable")
-        return named_root(source, data_dir, may_ask=may_ask)
+        return named_root(source, data_dir, may_ask=may_ask, owner=owner)
     file = chosen_key_file(key_file, descriptor)
     if rewritable and file is None:
         raise CommandError("--rewrite-master-key-file needs the key file that it is to rewrite: give --master-key-file")
     if file is not None:
-        return KeyFile(file, rewritable)
+        return KeyFile(file, rewritable, shared=_key_file_owner(owner))
     if descriptor is not None:
         return KeyDescriptor(descriptor)
     if data_dir is not None:
@@ -235,20 +240,39 @@ def chosen_root(
     return None
 
 
-def named_root(source: str, data_dir: str | None = None, *, may_ask: bool = True) -> RootProvider:
-    """The provider of the text of a source. `data_dir`: whose shares may be typed, and what `dev:` lies beside. Raises
-    StartError.
+def named_root(
+    source: str, data_dir: str | None = None, *, may_ask: bool = True, owner: str | None = None
+) -> RootProvider:
+    """The provider of the text of a source. `data_dir`: whose shares may be typed, and what `dev:` lies beside.
+    `owner`: UID:GID of a key file that its group may read, else those of the variable. Raises StartError, CommandError.
     """
+    from dataclasses import replace
     from functools import partial
 
     from minikms.datadir import read_keyring
-    from minikms.roots.providers import Source, parse_source, provider_of
+    from minikms.roots.providers import KeyFile, Source, parse_source, provider_of
     from minikms.roots.typed_shares import TypedShares
 
     parsed = parse_source(source)
     if may_ask and parsed == Source("shares", ""):
         return TypedShares(None if data_dir is None else partial(read_keyring, data_dir))
-    return provider_of(parsed, data_dir=data_dir)
+    root = provider_of(parsed, data_dir=data_dir)
+    return replace(root, shared=_key_file_owner(owner)) if isinstance(root, KeyFile) else root
+
+
+def _key_file_owner(given: str | None) -> FileOwner | None:
+    """Owner and group of a key file that its group may read: the flag, else the variable. Raises CommandError."""
+    from minikms.roots.key_file import FileOwner
+
+    text = given or os.environ.get(MASTER_KEY_OWNER_VARIABLE)
+    if not text:
+        return None
+    ids = text.split(":")
+    if len(ids) != 2 or not all(part.isascii() and part.isdigit() and len(part) <= ID_DIGITS_MAX for part in ids):
+        raise CommandError(
+            f"the owner and group of the key file are two numbers, such as 0:991 ({MASTER_KEY_OWNER_VARIABLE})"
+        )
+    return FileOwner(int(ids[0]), int(ids[1]))
 
 
 def needed_root(

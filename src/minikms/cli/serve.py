@@ -39,6 +39,13 @@ def serve(
         Path | None,
         Parameter(help="File with the root key: 64 hex characters, mode 0600 [PROGRESSDB_MINIKMS_MASTER_KEY_FILE]."),
     ] = None,
+    master_key_owner: Annotated[
+        str | None,
+        Parameter(
+            help="UID:GID of a root key file that its group may read too, as those of a Kubernetes secret "
+            "[PROGRESSDB_MINIKMS_MASTER_KEY_OWNER, also for other commands]."
+        ),
+    ] = None,
     root_source: Root = None,
     pin: Annotated[
         Path | None,
@@ -69,6 +76,10 @@ def serve(
     ] = None,
     socket_mode: Annotated[str, Parameter(help="Permission bits of the socket, octal.")] = "0600",
     socket_group: Annotated[str | None, Parameter(help="Group that the socket belongs to.")] = None,
+    make_socket_dir: Annotated[
+        bool,
+        Parameter(help="Make the socket's directory if it is missing, mode 0750, of that group.", negative=()),
+    ] = False,
     audit_fsync: Annotated[
         Literal["never", "interval", "turn"],
         Parameter(
@@ -158,6 +169,7 @@ def serve(
         data_dir=directory if root_source else None,
         rewritable=rewrite_master_key_file,
         may_ask=False,
+        owner=master_key_owner,
     )
     pin_file = pin or os.environ.get(PIN_VARIABLE)
     if root is None:
@@ -179,6 +191,7 @@ def serve(
             sealed=sealed,
             socket_mode=parse_mode(socket_mode),
             socket_group=socket_group,
+            make_socket_dir=make_socket_dir,
             require_hardening=require_hardening,
             opening=Options(
                 accept_restore=accept_restore,

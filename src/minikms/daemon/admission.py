@@ -23,7 +23,7 @@ from typing import Final
 from minikms import api
 from minikms.api.errors import ForbiddenError, KmsRefusedError, TooLargeError
 from minikms.audit import Event
-from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
+from minikms.daemon.peer import PID_UNKNOWN, Peer, is_overflow_uid, read_peer
 from minikms.daemon.refusals import ACTOR_OTHERS, PRINCIPALS_OTHERS, RefusalAggregator
 from minikms.http import (
     TOO_MANY_CONNECTIONS,
@@ -114,7 +114,7 @@ class Admission:
         self._by_uid[peer.uid] += 1
         if principal is None:
             self._unauthorised += 1
-        elif not peer.pid_certain:
+        elif peer.pid != PID_UNKNOWN and not peer.pid_certain:
             detail = "the process that connected had ended: its pid may be another's by now"
             self.report(Event(type="peer", actor=principal.actor, pid=peer.pid, detail=detail))
         return Session(peer, principal, self._policy.generation)

@@ -28,7 +28,8 @@ PID_UNKNOWN: Final = 0
 
 
 class Peer(NamedTuple):
-    """The process that connected. `pid` is 0 where the kernel does not give it.
+    """The process that connected. `pid` is PID_UNKNOWN where the kernel does not give it: on BSD and macOS, and of a
+    process in a pid namespace that this one can't see, such as another container's.
 
     `pid_certain`: the kernel also gave a pidfd (SO_PEERPIDFD) of a process that had not been reaped when this was read,
     so the pid was not yet that of a later process.
@@ -51,7 +52,7 @@ def read_peer(connection: socket.socket) -> Peer:
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     if uid == _NO_UID:  # the kernel's answer for a socket without a peer, or of another family
         raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-    return Peer(uid, gid, pid, _not_reaped(connection))
+    return Peer(uid, gid, pid, pid != PID_UNKNOWN and _not_reaped(connection))
 
 
 def is_overflow_uid(uid: int) -> bool:

@@ -82,7 +82,13 @@ def run(settings: Settings) -> None:
     with (
         SignalReader() as signals,
         lock_data_dir(settings.data_dir) as lock,
-        listen(settings.socket, os.environ, mode=settings.socket_mode, group=settings.socket_group) as listener,
+        listen(
+            settings.socket,
+            os.environ,
+            mode=settings.socket_mode,
+            group=settings.socket_group,
+            make_directory=settings.make_socket_dir,
+        ) as listener,
         SecretArena(settings.opening.cache_keys_max + SERVICE_SLOTS) as arena,
     ):
         measures = _harden(settings, arena, listener)

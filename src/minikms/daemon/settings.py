@@ -33,6 +33,7 @@ class Settings:
     sealed: bool = False
     socket_mode: int = 0o600
     socket_group: str | None = None
+    make_socket_dir: bool = False
     require_hardening: bool = False
     opening: Options = DEFAULT_OPTIONS
     audit_keep: Retention = KEEP_ALL

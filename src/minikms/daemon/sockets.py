@@ -6,7 +6,8 @@ Owns the rules, in this order:
    clients see (SO_PEERCRED), which are those of the manager, usually root.
 2. The socket's directory belongs to this user or root, and nobody else can write in it. A sticky directory such as /tmp
    is refused, because everyone can write in it. The directory may be a symbolic link that belongs to root or this
-   user, such as /var/run. The socket itself may not be a symbolic link.
+   user, such as /var/run. The socket itself may not be a symbolic link. A flag asks for a missing directory to be made,
+   with mode 0750 and the socket's group: in a volume that containers share, only that group enters it.
 3. A process that serves a path holds a lock file beside it until it ends, so that two starting processes can't both
    treat one socket as stale. The caller already holds the lock of its data directory.
 4. A socket that refuses a connection with ECONNREFUSED is stale and is removed. Any other socket is in use and is never
@@ -33,6 +34,7 @@ from minikms.custody.files import lock_file, unlock_file
 PATH_BYTES_MAX: Final = 107 if sys.platform == "linux" else 103  # sun_path of unix(7), less its NUL
 BACKLOG_COUNT: Final = 1024
 MODE_DEFAULT: Final = 0o600
+DIRECTORY_MODE: Final = 0o750
 LOCK_SUFFIX: Final = ".lock"
 _LISTEN_FDS_START: Final = 3  # SD_LISTEN_FDS_START
 PROBE_TIMEOUT_S: Final = 1.0
@@ -72,6 +74,7 @@ def listen(
     *,
     mode: int = MODE_DEFAULT,
     group: str | None = None,
+    make_directory: bool = False,
 ) -> UnixListener:
     """The socket to serve on: the one that the service manager passed, or else a new one at `path`.
 
@@ -82,6 +85,7 @@ def listen(
         environ: LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES are removed from it, so that no child inherits them.
         mode: permission bits; connecting needs write permission (unix(7)).
         group: name or number of the group that the socket is to belong to.
+        make_directory: make the socket's directory if it is missing.
 
     Raises:
         StartError: a rule of this module forbids it, or a system call failed. The text gives the reason.
@@ -96,6 +100,8 @@ def listen(
         raise StartError(f"the socket mode {mode:o} has more than permission bits")
     gid = _group_id(group)
     try:
+        if make_directory:
+            _make_directory(os.path.dirname(path), gid)
         entry = _SocketEntry(path)
         try:
             return UnixListener(entry.bind(mode, gid), path, entry)
@@ -168,6 +174,23 @@ class _SocketEntry:
         """Device and inode of the file that is at the path now."""
         status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
         return status.st_dev, status.st_ino
+
+
+def _make_directory(directory: str, gid: int | None) -> None:
+    """Makes the socket's directory, unless something is there, which `_open_directory` checks. Only this user enters it
+    before its group is set.
+    """
+    try:
+        os.mkdir(directory, 0o700)
+    except FileExistsError:
+        return
+    descriptor = _open_directory(directory)
+    try:
+        if gid is not None:
+            os.fchown(descriptor, -1, gid)
+        os.fchmod(descriptor, DIRECTORY_MODE)
+    finally:
+        os.close(descriptor)
 
 
 def _open_directory(parent: str) -> int:

@@ -1,9 +1,10 @@
 """The key file: 64 hexadecimal characters, an optional newline, mode 0600 or stricter.
 
 Owns: reading a root key from a file or an inherited descriptor straight into the arena, making a key file, and
-replacing the key in one. Invariants: a key file is a regular file of this user's or root's that nobody else can read,
-or it is refused; key text lies in the arena only, never in a Python object; a key file is replaced whole, and the next
-start removes what a crash leaves beside it. It must never make a key where one is missing: callers ask for that.
+replacing the key in one. Invariants: a key file is a regular file that only this user or root can read, and belongs to
+one of them; or it belongs to an owner and a group that the caller names, and that group can read it too; any other file
+is refused; key text lies in the arena only, never in a Python object; a key file is replaced whole, and the next start
+removes what a crash leaves beside it. It must never make a key where one is missing: callers ask for that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import stat
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from minikms.api.errors import KeyTextError, StartError
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random, hex_encode_into, read_key_fd_into
@@ -25,12 +26,23 @@ from minikms.sync import sync_directory, sync_file
 _OTHERS_MASK: Final = 0o077
 _KEY_FILE_MODE: Final = 0o600
 
+
+class FileOwner(NamedTuple):
+    """Owner and group of a key file that the group may read too."""
+
+    uid: int
+    gid: int
+
+
 KeyText = tuple[memoryview, memoryview]
 """The hexadecimal text of a key: two slots of the arena."""
 
 
-def read_key_file(path: Path, arena: SecretArena, *, any_owner: bool = False) -> SecretSlot:
-    """The root key in the file at `path`, which belongs to this user or to root; with `any_owner`, to anybody.
+def read_key_file(
+    path: Path, arena: SecretArena, *, any_owner: bool = False, shared: FileOwner | None = None
+) -> SecretSlot:
+    """The root key in the file at `path`, which belongs to this user or to root; with `any_owner`, to anybody. A file
+    that belongs to owner and group of `shared` may be readable by the group.
 
     Raises StartError, saying what to do. The caller releases the slot.
     """
@@ -40,13 +52,7 @@ def read_key_file(path: Path, arena: SecretArena, *, any_owner: bool = False) ->
     except OSError as error:
         raise StartError(f"{what} can't be read: {os.strerror(error.errno or 0)}") from None
     try:
-        check_private_file(fd, what, path)
-        owner = os.fstat(fd).st_uid
-        if not any_owner and owner not in (0, os.geteuid()):
-            raise StartError(
-                f"{what} belongs to uid {owner}, not to this user or root: run this as that user, with "
-                f'`runuser -u "$(id -nu {owner})" --` before the command'
-            )
+        _check_readers(os.fstat(fd), what, path, any_owner, shared)
         return _read(fd, arena, what)
     except OSError as error:
         raise StartError(f"{what} can't be read: {os.strerror(error.errno or 0)}") from None
@@ -54,13 +60,25 @@ def read_key_file(path: Path, arena: SecretArena, *, any_owner: bool = False) ->
         os.close(fd)
 
 
-def check_private_file(fd: int, what: str, path: Path) -> None:
-    """Raises StartError when the open file is not a regular file, or its group or others have any access to it."""
-    status = os.fstat(fd)
+def _check_readers(status: os.stat_result, what: str, path: Path, any_owner: bool, shared: FileOwner | None) -> None:
+    """Raises StartError when the file is not regular, or another user than those of `read_key_file` may read it."""
     if not stat.S_ISREG(status.st_mode):
         raise StartError(f"{what} is not a regular file")
-    if status.st_mode & _OTHERS_MASK:
+    owner, group, others = status.st_uid, status.st_gid, status.st_mode & _OTHERS_MASK
+    if (owner, group) == shared and not others & ~stat.S_IRGRP:
+        return
+    if others == stat.S_IRGRP:
+        raise StartError(
+            f"the group {group} can read {what}; run: chmod 600 {path}. If it is a Kubernetes secret or a systemd "
+            f"credential, name its owner and its group: --master-key-owner {owner}:{group}"
+        )
+    if others:
         raise StartError(f"others can read {what}; run: chmod 600 {path}")
+    if not any_owner and owner not in (0, os.geteuid()):
+        raise StartError(
+            f"{what} belongs to uid {owner}, not to this user or root: run this as that user, with "
+            f'`runuser -u "$(id -nu {owner})" --` before the command'
+        )
 
 
 def read_key_descriptor(fd: int, arena: SecretArena) -> SecretSlot:

@@ -21,6 +21,7 @@ from minikms import api
 from minikms.api.errors import StartError
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.roots.key_file import (
+    FileOwner,
     make_key_file,
     read_key_descriptor,
     read_key_file,
@@ -74,13 +75,14 @@ class RootProvider(Protocol):
 @dataclass(frozen=True)
 class KeyFile(RootProvider):
     """The key file at `path`. `rewritable`: a rotation to a new root key also replaces the key in it. `any_owner`: root
-    names the file and vouches for it, so it may belong to another user.
+    names the file and vouches for it, so it may belong to another user. `shared`: an owner whose group may read it.
     """
 
     name: ClassVar[str] = "file"
     path: Path
     rewritable: bool = False
     any_owner: bool = False
+    shared: FileOwner | None = None
 
     @property
     def read_paths(self) -> tuple[str, ...]:
@@ -95,7 +97,7 @@ class KeyFile(RootProvider):
             remove_leftover(self.path)
 
     def read(self, arena: SecretArena) -> SecretSlot:
-        return read_key_file(self.path, arena, any_owner=self.any_owner)
+        return read_key_file(self.path, arena, any_owner=self.any_owner, shared=self.shared)
 
     async def replace(self, root: SecretSlot, arena: SecretArena, executor: Executor) -> None:
         """Makes `root` the key in the file. `executor` waits for the disk.

@@ -45,6 +45,7 @@ from minikms_adapters.records import (
     Steps,
     ask_inner,
     ask_kms,
+    both,
     is_sealed,
     key_of,
     thread_name,
@@ -119,8 +120,17 @@ class _Spot(NamedTuple):
         return self._place("write", self.checkpoint_id, task_id, channel, record=record)
 
 
-class _Checkpoints(BaseCheckpointSaver[Any]):
-    """The steps of the methods of `EncryptedSaver`."""
+class EncryptedSaver(BaseCheckpointSaver[Any]):
+    """A saver around `inner`, whose database gets no plaintext of values, writes and metadata.
+
+    `kms` is a `minikms.Client` or a `minikms.AsyncClient`; the blocking methods need the first. `plain_metadata` names
+    further fields of the metadata that stay in plaintext, so that `list` can filter by them.
+
+        saver = EncryptedSaver(SqliteSaver(connection), Client("/run/minikms/minikms.sock"))
+        graph = builder.compile(checkpointer=saver)
+
+    Raises RecordError for a record that is in plaintext, was altered or moved, or whose key was destroyed.
+    """
 
     def __init__(
         self, inner: BaseCheckpointSaver[Any], kms: KmsClient, *, plain_metadata: Collection[str] = ()
@@ -147,10 +157,22 @@ class _Checkpoints(BaseCheckpointSaver[Any]):
         checkpoint: Checkpoint,
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
-        *,
-        stored_in: str | None = None,
     ) -> Steps[RunnableConfig]:
-        """`stored_in`: the thread in whose rows it is stored, if that is not its own (`STAGING_SUFFIX`)."""
+        spot = _Spot.of(config, checkpoint["id"])
+        yield from self._store_checkpoint(spot.thread_id, config, checkpoint, metadata, new_versions)
+        return spot.config
+
+    put, aput = both(_put)
+
+    def _store_checkpoint(
+        self,
+        stored_in: str,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> Steps[None]:
+        """`stored_in`: the thread in whose rows it is stored, which is not its own during a migration."""
         spot = _Spot.of(config, checkpoint["id"])
         parent = get_checkpoint_id(config)
         metadata = get_checkpoint_metadata(config, metadata)
@@ -172,20 +194,19 @@ class _Checkpoints(BaseCheckpointSaver[Any]):
         stored = {**checkpoint, "v": max(checkpoint["v"], FORMAT_OF_CHECKPOINTS), "channel_values": sealed}
         plain = {name: value for name, value in metadata.items() if name in self._plain}
         plain[HEAD_FIELD] = b64encode(records[0]).decode("ascii")
-        where = _config(stored_in or spot.thread_id, spot.namespace, parent)
-        yield ask_inner("put", where, stored, plain, new_versions)
-        return spot.config
+        yield ask_inner("put", _config(stored_in, spot.namespace, parent), stored, plain, new_versions)
 
     def _put_writes(
-        self,
-        config: RunnableConfig,
-        writes: Sequence[tuple[str, Any]],
-        task_id: str,
-        task_path: str = "",
-        *,
-        stored_in: str | None = None,
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> Steps[None]:
         spot = _Spot.of(config, str(get_checkpoint_id(config)))
+        yield from self._store_writes(spot.thread_id, spot, writes, task_id, task_path)
+
+    put_writes, aput_writes = both(_put_writes)
+
+    def _store_writes(
+        self, stored_in: str, spot: _Spot, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str
+    ) -> Steps[None]:
         records = yield from self._sealer.seal(
             [
                 (
@@ -196,7 +217,7 @@ class _Checkpoints(BaseCheckpointSaver[Any]):
             ]
         )
         sealed = [(channel, record) for (channel, _), record in zip(writes, records, strict=True)]
-        where = _config(stored_in or spot.thread_id, spot.namespace, spot.checkpoint_id)
+        where = _config(stored_in, spot.namespace, spot.checkpoint_id)
         yield ask_inner("put_writes", where, sealed, task_id, task_path)
 
     def _dump(self, value: object, *order: object) -> bytes:
@@ -209,14 +230,11 @@ class _Checkpoints(BaseCheckpointSaver[Any]):
 
     # --- reading ---
 
-    def _get(self, config: RunnableConfig) -> Steps[CheckpointTuple | None]:
+    def _get_tuple(self, config: RunnableConfig) -> Steps[CheckpointTuple | None]:
         found = yield ask_inner("get_tuple", _inner_config(config))
         return None if found is None else (yield from self._open([found]))[0].found
 
-    def _query(self, config: RunnableConfig | None, filter_by: Mapping[str, Any] | None) -> dict[str, Any]:
-        if sealed := sorted(set(filter_by or ()) - self._plain):
-            raise NotSearchableError(f"metadata that is encrypted can't be filtered by: {', '.join(sealed)}")
-        return {"config": None if config is None else _inner_config(config), "filter": filter_by}
+    get_tuple, aget_tuple = both(_get_tuple)
 
     def _open(self, stored: Sequence[CheckpointTuple], thread_id: str | None = None) -> Steps[list[Opened]]:
         """All records of these checkpoints, with one batch. `thread_id`: their thread, if they are staged."""
@@ -271,13 +289,15 @@ class _Checkpoints(BaseCheckpointSaver[Any]):
             or parent != head["parent"]
             or set(stored["channel_values"]) != set(head["channels"])
             or any(str(stored["channel_versions"].get(name)) != str(versions.get(name)) for name in head["channels"])
-            or json.loads(json.dumps(plain, default=str)) != json.loads(json.dumps(claimed, default=str))
+            or (plain != claimed and _as_json(plain) != _as_json(claimed))
         ):
             raise WrongPlaceError(spot.head().record)
 
     # --- histories of delta channels ---
 
-    def _history(self, config: RunnableConfig, channels: Sequence[str]) -> Steps[dict[str, DeltaChannelHistory]]:
+    def _get_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Steps[Mapping[str, DeltaChannelHistory]]:
         """Follows the parents as their heads name them. The inner saver's own method gives writes without their
         checkpoint, so that nothing would show whether one comes from another branch.
         """
@@ -304,38 +324,54 @@ class _Checkpoints(BaseCheckpointSaver[Any]):
             raise WrongPlaceError(f"{_Spot.of(last.config, last.checkpoint['id']).head().record}: no parent")
         return {channel: _history_of(channel, opened[1:]) for channel in channels}
 
+    get_delta_channel_history, aget_delta_channel_history = both(_get_delta_channel_history)
+
     # --- threads ---
 
-    def _delete(self, thread_id: str) -> Steps[list[Receipt]]:
-        receipts = yield from self._sealer.destroy(thread_name("langgraph", thread_id))
-        yield ask_inner("delete_thread", thread_id)
+    def _delete_thread(self, thread_id: str) -> Steps[list[Receipt]]:
+        """Destroys the thread's keys, then deletes its rows. Gives the receipts. May be repeated after a failure."""
+        receipts = yield from self._sealer.destroy(thread_name("langgraph", str(thread_id)))
+        yield ask_inner("delete_thread", str(thread_id))
         return receipts
 
-    def _copy(self, source_thread_id: str, target_thread_id: str) -> Steps[None]:
-        found = yield ask_inner("list", {"configurable": {"thread_id": source_thread_id}})
-        yield from self._store(target_thread_id, (yield from self._open(list(found))))
+    delete_thread, adelete_thread = both(_delete_thread)  # type: ignore[assignment]  # the base gives nothing
 
-    def _prune(self, thread_ids: Sequence[str], strategy: str) -> Steps[None]:
+    def _copy_thread(self, source_thread_id: str, target_thread_id: str) -> Steps[None]:
+        """Encrypts every checkpoint of the source under the target's key."""
+        found = yield ask_inner("list", {"configurable": {"thread_id": str(source_thread_id)}})
+        yield from self._store(str(target_thread_id), (yield from self._open(list(found))))
+
+    copy_thread, acopy_thread = both(_copy_thread)
+
+    def _prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> Steps[None]:
+        """As the inner saver prunes; `delete` also destroys the keys."""
         if strategy == "delete":
             for thread_id in thread_ids:
-                yield from self._delete(str(thread_id))
+                yield from self._delete_thread(thread_id)
         else:
             yield ask_inner("prune", thread_ids, strategy=strategy)
 
+    prune, aprune = both(_prune)
+
+    def _delete_for_runs(self, run_ids: Sequence[str]) -> Steps[None]:
+        yield ask_inner("delete_for_runs", run_ids)
+
+    delete_for_runs, adelete_for_runs = both(_delete_for_runs)
+
     def _store(self, thread_id: str, checkpoints: Sequence[Opened], stored_in: str | None = None) -> Steps[None]:
-        """Seals checkpoints for a thread, parents before children."""
+        """Seals checkpoints for a thread, parents before children. `stored_in`: as `_store_checkpoint`."""
+        where = stored_in or thread_id
         for opened in sorted(checkpoints, key=lambda each: each.found.checkpoint["id"]):
             spot = _Spot.of(opened.found.config, opened.found.checkpoint["id"], thread_id)
             checkpoint = opened.found.checkpoint
             parent = _config(thread_id, spot.namespace, opened.parent)
-            yield from self._put(
-                parent, checkpoint, opened.found.metadata, checkpoint["channel_versions"], stored_in=stored_in
-            )
+            versions = checkpoint["channel_versions"]
+            yield from self._store_checkpoint(where, parent, checkpoint, opened.found.metadata, versions)
             for task in dict.fromkeys((write.task_id, write.task_path) for write in opened.writes):
                 writes = [write for write in opened.writes if (write.task_id, write.task_path) == task]
                 writes.sort(key=lambda write: (write.channel in WRITES_IDX_MAP, write.position))
                 pairs = [(write.channel, write.value) for write in writes]
-                yield from self._put_writes(spot.config, pairs, *task, stored_in=stored_in)
+                yield from self._store_writes(where, spot, pairs, *task)
 
     # --- migration ---
 
@@ -386,93 +422,6 @@ class _Checkpoints(BaseCheckpointSaver[Any]):
         plain = [_as_found(found) for found in stored if self._keys_of(found) == {""}]
         return [*opened, *plain]
 
-
-class EncryptedSaver(_Checkpoints):
-    """A saver around `inner`, whose database gets no plaintext of values, writes and metadata.
-
-    `kms` is a `minikms.Client` or a `minikms.AsyncClient`; the blocking methods need the first. `plain_metadata` names
-    further fields of the metadata that stay in plaintext, so that `list` can filter by them.
-
-        saver = EncryptedSaver(SqliteSaver(connection), Client("/run/minikms/minikms.sock"))
-        graph = builder.compile(checkpointer=saver)
-
-    Raises RecordError for a record that is in plaintext, was altered or moved, or whose key was destroyed.
-    """
-
-    def put(
-        self,
-        config: RunnableConfig,
-        checkpoint: Checkpoint,
-        metadata: CheckpointMetadata,
-        new_versions: ChannelVersions,
-    ) -> RunnableConfig:
-        return self._runner.run(self._put(config, checkpoint, metadata, new_versions))
-
-    async def aput(
-        self,
-        config: RunnableConfig,
-        checkpoint: Checkpoint,
-        metadata: CheckpointMetadata,
-        new_versions: ChannelVersions,
-    ) -> RunnableConfig:
-        return await self._runner.run_async(self._put(config, checkpoint, metadata, new_versions))
-
-    def put_writes(
-        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
-    ) -> None:
-        self._runner.run(self._put_writes(config, writes, task_id, task_path))
-
-    async def aput_writes(
-        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
-    ) -> None:
-        await self._runner.run_async(self._put_writes(config, writes, task_id, task_path))
-
-    def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-        return self._runner.run(self._get(config))
-
-    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-        return await self._runner.run_async(self._get(config))
-
-    def delete_thread(self, thread_id: str) -> list[Receipt]:  # type: ignore[override]  # the base gives nothing
-        """Destroys the thread's keys, then deletes its rows. Gives the receipts. May be repeated after a failure."""
-        return self._runner.run(self._delete(str(thread_id)))
-
-    async def adelete_thread(self, thread_id: str) -> list[Receipt]:  # type: ignore[override]  # the base gives nothing
-        """As `delete_thread`."""
-        return await self._runner.run_async(self._delete(str(thread_id)))
-
-    def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        """Encrypts every checkpoint of the source under the target's key."""
-        self._runner.run(self._copy(str(source_thread_id), str(target_thread_id)))
-
-    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        """As `copy_thread`."""
-        await self._runner.run_async(self._copy(str(source_thread_id), str(target_thread_id)))
-
-    def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """As the inner saver prunes; `delete` also destroys the keys."""
-        self._runner.run(self._prune(thread_ids, strategy))
-
-    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """As `prune`."""
-        await self._runner.run_async(self._prune(thread_ids, strategy))
-
-    def delete_for_runs(self, run_ids: Sequence[str]) -> None:
-        self._inner.delete_for_runs(run_ids)
-
-    async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
-        await self._inner.adelete_for_runs(run_ids)
-
-    def get_delta_channel_history(
-        self, *, config: RunnableConfig, channels: Sequence[str]
-    ) -> Mapping[str, DeltaChannelHistory]:
-        return self._runner.run(self._history(config, channels))
-
-    async def aget_delta_channel_history(
-        self, *, config: RunnableConfig, channels: Sequence[str]
-    ) -> Mapping[str, DeltaChannelHistory]:
-        return await self._runner.run_async(self._history(config, channels))
-
     def migrate(self) -> int:
         """Encrypts what is stored in plaintext, and what is under a retired key, anew. Gives the number of threads that
         it rewrote. Needs that no agent writes meanwhile; after a crash, call it again before one does.
@@ -484,6 +433,13 @@ class EncryptedSaver(_Checkpoints):
         """As `migrate`."""
         keys = _keys_by_thread([(found, self._keys_of(found)) async for found in self._inner.alist(None)])
         return sum([await self._runner.run_async(self._migrate(thread, keys[thread])) for thread in sorted(keys)])
+
+    # --- listings ---
+
+    def _query(self, config: RunnableConfig | None, filter_by: Mapping[str, Any] | None) -> dict[str, Any]:
+        if sealed := sorted(set(filter_by or ()) - self._plain):
+            raise NotSearchableError(f"metadata that is encrypted can't be filtered by: {', '.join(sealed)}")
+        return {"config": None if config is None else _inner_config(config), "filter": filter_by}
 
     def list(
         self,
@@ -542,6 +498,11 @@ def _records(spot: _Spot, found: CheckpointTuple) -> list[tuple[Place, object]]:
         ),
         *((spot.write(task_id, channel), value) for task_id, channel, value in found.pending_writes or ()),
     ]
+
+
+def _as_json(plain: Mapping[str, Any]) -> Any:
+    """Plain metadata as a database gives it that stores JSON."""
+    return json.loads(json.dumps(plain, default=str))
 
 
 def _decoded(head: object) -> object:

@@ -9,13 +9,23 @@ from __future__ import annotations
 import binascii
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Final
 
 from langgraph.store.base import BaseStore, GetOp, Item, Op, PutOp, Result, SearchItem, SearchOp, TTLConfig
 
 from minikms_adapters.errors import NotSearchableError, WrongPlaceError
-from minikms_adapters.records import KmsClient, Place, Receipt, Runner, Sealer, Steps, ask_inner, thread_name
+from minikms_adapters.records import (
+    KmsClient,
+    Place,
+    Receipt,
+    Runner,
+    Sealer,
+    Steps,
+    ask_inner,
+    both,
+    thread_name,
+)
 
 RECORD_FIELD: Final = "minikms"
 """The only member of a stored value: the record, in base64."""
@@ -47,23 +57,8 @@ class EncryptedStore(BaseStore):
     def ttl_config(self) -> TTLConfig | None:  # type: ignore[override]  # the base has a plain attribute
         return self._inner.ttl_config
 
-    def batch(self, ops: Iterable[Op]) -> list[Result]:
-        return self._runner.run(self._batch(list(ops)))
-
-    async def abatch(self, ops: Iterable[Op]) -> list[Result]:
-        return await self._runner.run_async(self._batch(list(ops)))
-
-    def delete_namespace(self, namespace: Namespace) -> list[Receipt]:
-        """Destroys the keys of one namespace, then deletes its items. Gives the receipts. May be repeated."""
-        return self._runner.run(self._delete(namespace))
-
-    async def adelete_namespace(self, namespace: Namespace) -> list[Receipt]:
-        """As `delete_namespace`."""
-        return await self._runner.run_async(self._delete(namespace))
-
-    # --- steps ---
-
-    def _batch(self, ops: Sequence[Op]) -> Steps[list[Result]]:
+    def _batch(self, ops: Iterable[Op]) -> Steps[list[Result]]:
+        ops = list(ops)
         puts = [op for op in ops if isinstance(op, PutOp) and op.value is not None]
         if any(isinstance(op, SearchOp) and (op.query or op.filter) for op in ops) or any(op.index for op in puts):
             raise NotSearchableError("values are encrypted: they can't be indexed, filtered or searched")
@@ -81,7 +76,10 @@ class EncryptedStore(BaseStore):
         opened = iter((yield from self._sealer.open(places)))
         return [_opened(result, opened) for result in results]
 
-    def _delete(self, namespace: Namespace) -> Steps[list[Receipt]]:
+    batch, abatch = both(_batch)
+
+    def _delete_namespace(self, namespace: Namespace) -> Steps[list[Receipt]]:
+        """Destroys the keys of one namespace, then deletes its items. Gives the receipts. May be repeated."""
         receipts = yield from self._sealer.destroy(thread_name("store", *namespace))
         offset = 0
         while True:
@@ -93,6 +91,8 @@ class EncryptedStore(BaseStore):
             offset += len(items) - len(own)
             if len(items) < PAGE_ITEMS:
                 return receipts
+
+    delete_namespace, adelete_namespace = both(_delete_namespace)
 
 
 def _place(namespace: Namespace, key: str) -> Place:

@@ -111,6 +111,38 @@ def test_only_a_wider_mode_admits_another_user(public: Path) -> None:
         assert foreign.run_as(foreign.UID, lambda: reach(public / "s"))
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_a_missing_directory_is_made_for_the_group_of_the_socket(public: Path, umask: int) -> None:
+    """In a directory that everybody writes, as a volume that containers share."""
+    needs.root()
+    public.chmod(0o2777)
+    previous = os.umask(umask)
+    try:
+        for _ in range(2):
+            path = public / "run" / "s"
+            with sockets.listen(str(path), {}, mode=0o660, group=str(foreign.UID), make_directory=True):
+                status = path.parent.stat()
+                assert (stat.S_IMODE(status.st_mode) & 0o777, status.st_gid) == (0o750, foreign.UID)
+                assert foreign.run_as(foreign.UID, functools.partial(reach, path))
+                assert not foreign.run_as(foreign.UID + 1, functools.partial(reach, path))
+    finally:
+        os.umask(previous)
+
+
+def test_a_directory_that_another_user_made_is_not_taken(public: Path) -> None:
+    public.chmod(0o777)
+    foreign.run_as(foreign.UID, lambda: os.mkdir(public / "run", 0o750))
+    with pytest.raises(StartError, match=f"belongs to uid {foreign.UID}"):
+        sockets.listen(str(public / "run" / "s"), {}, make_directory=True)
+
+
+def test_a_missing_directory_is_made_only_where_that_is_asked_for(directory: Path) -> None:
+    with pytest.raises(StartError, match="No such file"):
+        sockets.listen(str(directory / "run" / "s"), {})
+    with pytest.raises(StartError, match="No such file"):
+        sockets.listen(str(directory / "missing" / "run" / "s"), {}, make_directory=True)
+
+
 def test_a_file_that_replaced_the_socket_is_not_removed(directory: Path) -> None:
     listener = sockets.listen(str(directory / "s"), {})
     (directory / "s").unlink()

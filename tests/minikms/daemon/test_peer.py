@@ -18,6 +18,7 @@ from minikms.daemon import peer as peer_module
 from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.memory import libc
 from tests import needs
+from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.daemon import foreign
 
 
@@ -127,6 +128,38 @@ def test_a_uid_without_a_number_here_is_the_overflow_uid() -> None:
             check=False,
         )
     assert done.stdout.split() == ["65534", "True", "False"], done.stderr
+
+
+def test_a_peer_of_another_pid_namespace_has_no_pid(listener: socket.socket) -> None:
+    """As between two containers. The kernel gives pid 0, and a pidfd that takes no signal, not even 0."""
+    unshare = needs.namespaces("pid", "mount")
+    code = textwrap.dedent("""
+        import socket, sys
+        from minikms.daemon.peer import read_peer
+        accepted, _ = socket.socket(fileno=int(sys.argv[1])).accept()
+        print(tuple(read_peer(accepted)))
+    """)
+    with connect(listener.getsockname()):
+        done = subprocess.run(
+            [unshare, "--pid", "--fork", "--mount-proc", sys.executable, "-c", code, str(listener.fileno())],
+            pass_fds=[listener.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.stdout.strip() == str((os.geteuid(), os.getegid(), 0, False)), done.stderr
+
+
+def test_a_peer_of_another_pid_namespace_gets_no_peer_line(public: Path) -> None:
+    """Each connection wrote a line `peer` once, which said that the process had ended."""
+    unshare = needs.namespaces("pid", "mount")
+    program = (unshare, "--pid", "--fork", "--kill-child", "--mount-proc")
+    with LiveDaemon(public, program=program) as daemon:
+        with daemon.client() as client:
+            client.create_dek_for_thread("thread")
+        [made] = daemon.events("create_dek", "peer")
+    assert "pid" not in made
 
 
 def test_the_overflow_uid_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:

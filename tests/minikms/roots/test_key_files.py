@@ -15,6 +15,7 @@ import pytest
 from minikms.api.errors import StartError
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.roots.key_file import (
+    FileOwner,
     holds_key,
     key_text,
     make_key_file,
@@ -78,6 +79,39 @@ def test_a_file_that_others_can_read_is_refused_with_the_fix(key_file: Path, are
     key_file.chmod(mode)
     with pytest.raises(StartError, match="chmod 600"):
         read_key_file(key_file, arena)
+
+
+def test_a_group_that_the_caller_names_may_read_the_file(key_file: Path, arena: SecretArena) -> None:
+    """As of a Kubernetes secret with fsGroup, or of a systemd credential."""
+    key_file.chmod(0o440)
+    own = FileOwner(key_file.stat().st_uid, key_file.stat().st_gid)
+    with read_key_file(key_file, arena, shared=own) as slot:
+        assert bytes(slot.view) == KEY
+
+
+def test_a_file_that_its_group_reads_is_refused_with_both_ways_out(key_file: Path, arena: SecretArena) -> None:
+    key_file.chmod(0o440)
+    status = key_file.stat()
+    with pytest.raises(StartError, match=rf"chmod 600 .*--master-key-owner {status.st_uid}:{status.st_gid}$"):
+        read_key_file(key_file, arena)
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o460, 0o441, 0o450])
+def test_the_named_group_may_read_the_file_and_nothing_else(key_file: Path, arena: SecretArena, mode: int) -> None:
+    key_file.chmod(mode)
+    own = FileOwner(key_file.stat().st_uid, key_file.stat().st_gid)
+    with pytest.raises(StartError, match="chmod 600"):
+        read_key_file(key_file, arena, shared=own)
+
+
+@pytest.mark.parametrize("more", [(1, 0), (0, 1)])
+def test_a_file_of_another_owner_or_group_is_not_shared(
+    key_file: Path, arena: SecretArena, more: tuple[int, int]
+) -> None:
+    key_file.chmod(0o440)
+    other = FileOwner(key_file.stat().st_uid + more[0], key_file.stat().st_gid + more[1])
+    with pytest.raises(StartError, match="chmod 600"):
+        read_key_file(key_file, arena, shared=other)
 
 
 def test_only_a_regular_file_is_read_and_a_pipe_does_not_block(tmp_path: Path, arena: SecretArena) -> None:
