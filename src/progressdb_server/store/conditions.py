@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from typing import Final
 
+from progressdb_server.store.engine import Reader
 from progressdb_server.store.model import WriteSet
 
 KNOWN_MAX: Final = 32_768
@@ -80,10 +81,10 @@ class RecentKeys:
 
 
 class Conditions:
-    """`get` reads a stored value. Belongs to one writer."""
+    """Belongs to one writer."""
 
-    def __init__(self, get: Callable[[bytes], bytes | None]) -> None:
-        self._get = get
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
         self.recent = RecentKeys()
         self._known: Puts = {}
         """A cache of small stored values. All writes of a thread have conditions on the same two."""
@@ -94,7 +95,7 @@ class Conditions:
         staged: Puts = {}
         read: Puts = {}
         failed: dict[PendingWrite, bytes] = {}
-        get, known = self._get, self._known
+        get, known = self._reader.get, self._known
         threads = messages = 0
         for pending in group:
             write = pending.write

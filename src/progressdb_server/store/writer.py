@@ -93,7 +93,7 @@ class Writer:
         self._recovery: asyncio.Task[None] | None = None
         self._closed = False
         self._last_group_failed = False
-        self._conditions = Conditions(engine.get)
+        self._conditions = Conditions(engine)
         self.state = Counters()
         self.load_state()
 
