@@ -38,7 +38,7 @@ from minikms.audit.queries import first_key
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Head
 from minikms.audit.repair import IF_RESTORED, AuditKeys
-from minikms.crypto.aead import NonceSource, scrub_stack
+from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import DERIVED_KEYS_MAX
 from minikms.crypto.shares import SHARES_COUNT_MAX
 from minikms.custody import backups, deks, files, journal, keyring_file, tombstone_file
@@ -138,7 +138,6 @@ class DataDir:
             self.vault.journal.close()
             self.vault.store.close()
             self.vault.rotation_backups.close()
-            scrub_stack()
 
     def abandon(self) -> None:
         """As `close`, after `Vault.seal` and `drain`: the audit log ends as after a crash, since it can't be signed."""
@@ -514,12 +513,8 @@ def open_for_reading(directory: str, root: RootProvider) -> Iterator[UnlockedKey
 @contextmanager
 def opened_root(root: RootProvider) -> Iterator[tuple[SecretArena, SecretSlot]]:
     """The root key in an arena of its own, for `opened_keyring` and for an archive's tag. Raises StartError."""
-    with SecretArena(KEYRING_SLOTS) as arena:
-        try:
-            with root.read(arena) as key:
-                yield arena, key
-        finally:
-            scrub_stack()
+    with SecretArena(KEYRING_SLOTS) as arena, root.read(arena) as key:
+        yield arena, key
 
 
 @contextmanager

@@ -134,7 +134,7 @@ class EmbeddedClient(Verbs, AsyncRunner):
         try:
             body = await self._perform(call, one.request)
         finally:
-            self._vault.end_turn()
+            self._vault.record_keys.end_turn()
             call.wipe()
             self._calls_count -= 1
             if self._calls_count == 0:

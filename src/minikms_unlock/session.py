@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from minikms.api.errors import StartError
 from minikms.client.connecting import OVERFLOW_UID_FILE
 from minikms.crypto import roots
-from minikms.crypto.aead import scrub_stack
+from minikms.crypto.aead import scrub
 from minikms.memory import SLOT_BYTES, SecretArena, harden, hex_encode_into, interpreter_paths, zero
 from minikms.memory.terminal import opened_terminal, read_secret
 from minikms_unlock.passphrase import PASSPHRASE_BYTES_MAX, PASSPHRASE_BYTES_MIN, Parameters, derive_into
@@ -63,7 +63,7 @@ def root_of_passphrase(parameters: Parameters, *, new: bool) -> Iterator[RootTex
                     hex_encode_into(root.view, view)
                 fingerprint = roots.fingerprint(root.view)
                 root.release()
-                scrub_stack()
+                scrub()
                 yield RootText(text, fingerprint)
             finally:
                 text[:] = bytes(len(text))

@@ -17,7 +17,7 @@ PART_BYTES = 8
 CHILD = """
 import sys
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from minikms.crypto.aead import scrub_stack
+from minikms.crypto.aead import scrub
 from minikms.memory import zero
 from minikms_unlock.passphrase import Parameters, derive_into
 
@@ -33,7 +33,7 @@ for index, byte in enumerate(masked):
 print(bytes(byte ^ 0x5A for byte in root).hex(), flush=True)
 zero(passphrase)
 zero(root)
-scrub_stack()
+scrub()
 print("ready", flush=True)
 sys.stdin.readline()
 """

@@ -80,7 +80,7 @@ async def _fuzz_batches(seconds: float, seed: int) -> int:
                     await _carry_out(table, verb, body)
                 except Exception as error:
                     raise AssertionError(f"seed {seed}: {verb.name} of {body!r}: {error!r}") from error
-                one.vault.end_turn()
+                one.vault.record_keys.end_turn()
                 count += 1
             return count
 

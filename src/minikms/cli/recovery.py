@@ -100,7 +100,6 @@ def add_shares(
     from minikms import api
     from minikms.base64 import encode_text
     from minikms.cli.key_text import slot_text
-    from minikms.crypto.aead import scrub_stack
     from minikms.memory.arena import SecretArena, fill_random
     from minikms.roots.pin import PinFile
     from minikms.roots.recovery_shares import SLOTS_COUNT_MAX
@@ -115,7 +114,6 @@ def add_shares(
             if pin is not None:
                 PinFile(pin).add(root.view, keyring_id)
             with slot_text(root) as text:
-                scrub_stack()
                 return kms.add_root(text, provider=TypedShares.name, shares=given), made
         except BaseException:
             complain(f"the shares of the set {made.set_id} open nothing unless `minikms root list` shows that set")

@@ -5,12 +5,12 @@ first half of the nonce, the *prefix*, and the key derive the key of AES-256-GCM
 its nonce. So a key never runs out: docs/spec/formats.md says how much it may seal.
 
 Invariants: objects of the library hold key schedules on the heap, and a `Kdf` buffers of derived keys. So each function
-here makes them for its call, drops them (OpenSSL clears its own), and scrubs the stack. Three callers keep some, at
-most until the turn of the event loop ends: `minikms.crypto.records`; `minikms.custody.new_keys`, for a group of keys
-that it makes without a switch to another task; and `Rewrapper` of `minikms.keys.dek`. `scrub_stack` overwrites what the
-last call left in registers and on the stack, and `scrub_long_text` what a text of more than LONG_TEXT_BYTES leaves
-there. The caller passes the nonce: random, never repeated under a key. If a tag does not match, it must never return
-anything but an error, nor say why.
+here makes them for its call and drops them (OpenSSL clears its own). Three callers keep some, at most until the turn of
+the event loop ends: `minikms.crypto.records`; `minikms.custody.new_keys`, for a group of keys that it makes without a
+switch to another task; and `Rewrapper` of `minikms.keys.dek`. `scrub` overwrites what the calls since the last one have
+left in registers and on the stack. The daemon calls it at the end of each turn (`RecordKeys.end_turn`) and of each step
+of a task (`Sealing.end_step`); nothing else has to. The caller passes the nonce: random, never repeated under a key. If
+a tag does not match, it must never return anything but an error, nor say why.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ them. Whoever has one can forge records under the key, but read none. Associated
 
 _BLOCK_BYTES: Final = 16
 STACK_BYTES: Final = 32 * 1024
-"""Of the stack that `scrub_long_text` overwrites. A request is handled 17 KiB deeper than the end of its turn, because
+"""Of the stack that `scrub` overwrites. A request is handled 17 KiB deeper than the end of its turn, because
 libuv has the events of a wait on the stack; the frames of a cipher end 5 KiB below that.
 """
 _HEADERS: Final = b"\0\1X\0", b"\0\2X\0"
@@ -57,7 +57,7 @@ _SUFFIX_BYTES: Final = NONCE_BYTES - PREFIX_BYTES
 NONCES_PER_PREFIX: Final = 512
 """Of a `NonceSource`. Wraps that are made or opened together then share a derived key."""
 _ZERO_CIPHER: Final = AESGCM(bytes(KEY_BYTES))
-"""A cipher of a zero key, which is no secret, so it may be kept. Making one for each `scrub_stack` would cost as much
+"""A cipher of a zero key, which is no secret, so it may be kept. Making one for each `scrub` would cost as much
 as the scrubbing.
 """
 _ZERO_NONCE: Final = bytes(_SUFFIX_BYTES)
@@ -198,11 +198,8 @@ class XaesCipher:
 
 def seal(key: memoryview, nonce: bytes, plaintext: bytes | memoryview, aad: bytes) -> bytes:
     """nonce | ciphertext | tag of at most LONG_TEXT_BYTES. `plaintext` may be a view of the arena; it is not copied."""
-    try:
-        with XaesCipher(key) as cipher:
-            return cipher.seal(nonce, plaintext, aad)
-    finally:
-        scrub_stack()
+    with XaesCipher(key) as cipher:
+        return cipher.seal(nonce, plaintext, aad)
 
 
 def open_sealed(key: memoryview, sealed: bytes, aad: bytes) -> bytes:
@@ -214,18 +211,12 @@ def open_sealed(key: memoryview, sealed: bytes, aad: bytes) -> bytes:
             return cipher.open_sealed(sealed, aad)
     except InvalidTag:
         raise DecryptionError("the ciphertext does not open under this key, thread and aad") from None
-    finally:
-        scrub_stack()
-        scrub_long_text()
 
 
 def open_into(key: memoryview, sealed: bytes, aad: bytes, target: memoryview) -> None:
     """`XaesCipher.open_into`, for one key."""
-    try:
-        with XaesCipher(key) as cipher:
-            cipher.open_into(sealed, aad, target)
-    finally:
-        scrub_stack()
+    with XaesCipher(key) as cipher:
+        cipher.open_into(sealed, aad, target)
 
 
 def authenticate(key: memoryview, nonce: bytes, data: bytes) -> bytes:
@@ -242,23 +233,16 @@ def check_authentic(key: memoryview, tag: bytes, data: bytes) -> None:
             cipher.open_sealed(tag, data)
     except InvalidTag:
         raise DecryptionError("the data was altered") from None
-    finally:
-        scrub_stack()
 
 
-def scrub_stack() -> None:
-    """Overwrites what the last cipher left on the stack: its key schedule and its text, which may have been a key.
+def scrub(*, stack: bool = True) -> None:
+    """Overwrites what the ciphers used since the last call have left in registers, and on the stack below the caller:
+    key schedules, and texts, which may have been keys. The caller must be less deep in the stack than every use of a
+    cipher, and at most STACK_BYTES less deep.
 
-    It encrypts and decrypts a few blocks under a zero key, so that its stack frames cover the earlier ones. Making a
-    cipher leaves nothing on the stack that would have to be covered too: a test measures this.
+    stack: False spares a third of the time where only texts of at most LONG_TEXT_BYTES were sealed and opened under
+    keys that were derived before: that leaves something in registers only.
     """
+    if stack:
+        _PUT_ON_STACK(_ZEROES)  # a structure that is passed by value lies on the stack as a whole
     _ZERO_CIPHER.decrypt(_ZERO_NONCE, _ZERO_CIPHER.encrypt(_ZERO_NONCE, _ZERO_TEXT, None), None)
-
-
-def scrub_long_text() -> None:
-    """Overwrites what a cipher leaves on the stack for a long text, and everything else below the caller.
-
-    The cipher may have been used much deeper in the stack, but not less deep. A structure that is passed by value lies
-    on the stack as a whole, and so overwrites it. `scrub_stack` is still needed, for the registers.
-    """
-    _PUT_ON_STACK(_ZEROES)

@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms.api.errors import DecryptionError
-from minikms.crypto.aead import scrub_stack
 from minikms.memory import fill_random, zero, zero_bytes
 
 MLKEM_PUBLIC_KEY_BYTES: Final = 1184
@@ -68,7 +67,6 @@ def seal(
         zero(ephemeral)
         for secret in secrets:
             zero_bytes(secret)
-        scrub_stack()
 
 
 def combined(shared_m: bytes, shared_x: bytes, sent_x: bytes, public_x: bytes) -> bytes:

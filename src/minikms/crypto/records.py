@@ -32,8 +32,7 @@ from minikms.crypto.aead import (
     OVERHEAD_BYTES,
     PREFIX_BYTES,
     Kdf,
-    scrub_long_text,
-    scrub_stack,
+    scrub,
 )
 from minikms.memory.arena import SecretArena, SecretSlot
 
@@ -58,8 +57,10 @@ class RecordKeys:
         """The derived keys, each with its DEK and prefix, oldest first."""
         self.used: list[RecordKey] = []
         """The DEKs that have a cipher in this turn."""
-        self.long_text = False
-        """Whether a text of more than LONG_TEXT_BYTES was sealed or opened in this turn."""
+        self.stack_used = False
+        """Whether this turn has opened or derived a key, or sealed or opened a text of more than LONG_TEXT_BYTES: see
+        `aead.scrub`.
+        """
         self.prefix = b""
         """Of the next record."""
         self._left = 0
@@ -80,13 +81,15 @@ class RecordKeys:
 
     def end_turn(self) -> None:
         """Drops the ciphers of the turn (OpenSSL clears their memory) and overwrites the used part of the stack."""
+        self.drop_ciphers()
+        scrub(stack=self.stack_used)
+        self.stack_used = False
+
+    def drop_ciphers(self) -> None:
+        """A part of `end_turn`."""
         for key in self.used:
             key.drop_cipher()
         self.used.clear()
-        scrub_stack()
-        if self.long_text:
-            self.long_text = False
-            scrub_long_text()
 
     def derived(self, key: RecordKey, prefix: bytes, kdf: Kdf) -> SecretSlot:
         """A new derived key."""
@@ -148,7 +151,7 @@ class RecordKey:
         suffix = suffixes.pop() if suffixes else keys.next_suffix()
         prefix = keys.prefix
         if len(plaintext) > LONG_TEXT_BYTES:
-            keys.long_text = True
+            keys.stack_used = True
         return (
             prefix
             + suffix
@@ -158,7 +161,7 @@ class RecordKey:
     def open(self, sealed: bytes, aad: bytes) -> bytes:
         """The plaintext of one record. Raises DecryptionError."""
         if len(sealed) > _LONG_SEALED_BYTES:
-            self._keys.long_text = True
+            self._keys.stack_used = True
         elif len(sealed) < OVERHEAD_BYTES:
             raise DecryptionError(_TOO_SHORT)
         prefix = sealed[:PREFIX_BYTES]
@@ -172,7 +175,7 @@ class RecordKey:
     def check(self, sealed: bytes, aad: bytes, scratch: memoryview) -> None:
         """Raises DecryptionError unless the record opens. Its plaintext is in `scratch`, which the caller zeroes."""
         if len(sealed) > _LONG_SEALED_BYTES:
-            self._keys.long_text = True
+            self._keys.stack_used = True
         elif len(sealed) < OVERHEAD_BYTES:
             raise DecryptionError(_TOO_SHORT)
         prefix, target = sealed[:PREFIX_BYTES], scratch[: len(sealed) - OVERHEAD_BYTES]
@@ -191,6 +194,7 @@ class RecordKey:
             self._keys.used.append(self)
         slot = self.derived.get(prefix)
         if slot is None:
+            self._keys.stack_used = True
             if self._kdf is None:
                 self._kdf = Kdf(self.slot.view)
             slot = self.derived[prefix] = self._keys.derived(self, prefix, self._kdf)

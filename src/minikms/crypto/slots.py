@@ -9,9 +9,9 @@ The keyring key is sealed with HPKE in base mode (RFC 9180) to the hybrid KEM of
 without its root key, and a keyring file that was stolen is safe from a quantum computer. HPKE does not authenticate who
 sealed; the MAC does, under a key that only holders of the root key or of a keyring key have.
 
-Invariants: everything sealed is bound to keyring, slot, commitment and key number. Key objects live for one call; a
-bytes object that holds a key is overwritten as soon as the library has returned it, and the stack is scrubbed. It must
-never open what was sealed before the caller has compared the MAC.
+Invariants: everything sealed is bound to keyring, slot, commitment and key number. Key objects live for one call, and
+a bytes object that holds a key is overwritten as soon as the library has returned it. It must never open what was
+sealed before the caller has compared the MAC.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, MLKEM768X25519Pr
 
 from minikms.api.errors import DecryptionError, StartError
 from minikms.crypto import hpke, labels
-from minikms.crypto.aead import KEY_BYTES, TAG_BYTES, scrub_stack
+from minikms.crypto.aead import KEY_BYTES, TAG_BYTES
 from minikms.crypto.hpke import ENCAPSULATED_BYTES, X25519_KEY_BYTES
 from minikms.memory import zero, zero_bytes
 
@@ -52,16 +52,12 @@ class Place(NamedTuple):
 def public_key(root: memoryview, keyring_id: str, slot_id: str) -> bytes:
     """The public key of the slot: ML-KEM-768, then X25519."""
     mlkem, x25519 = _private_key(root, keyring_id, slot_id)
-    made = mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
-    del mlkem, x25519  # OpenSSL clears them, and the stack that this used is scrubbed after it
-    scrub_stack()
-    return made
+    return mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
 
 
 def auth_key_into(root: memoryview, keyring_id: str, slot_id: str, target: memoryview) -> None:
     """The slot's authentication key, which `mac` takes."""
     _expand_into(root, labels.aad(labels.SLOT_AUTH, keyring_id.encode(), slot_id.encode()), target)
-    scrub_stack()
 
 
 def seal(public: bytes, place: Place, keyring_key: memoryview) -> bytes:
@@ -76,7 +72,6 @@ def open_into(root: memoryview, place: Place, sealed: bytes, target: memoryview)
     opened: bytes | None = None
     with contextlib.suppress(InvalidTag, ValueError):
         opened = _decrypted(root, place, sealed)
-    scrub_stack()
     if opened is None:  # raised here: an error that is raised in an `except` keeps the frame of the first one alive
         raise DecryptionError("the sealed keyring key does not open")
     target[:] = opened

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
-from minikms.crypto.aead import NonceSource, XaesCipher, scrub_stack
+from minikms.crypto.aead import NonceSource, XaesCipher
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.journal import Journal
@@ -104,31 +104,28 @@ class NewKeys:
         first_ms = created_ns // 1_000_000
         random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
         made: list[DekRecord | KmsRefusedError] = []
-        try:
-            with self._arena.allocate() as slot, XaesCipher(self._unlocked.kek(version)) as kek:
-                for number, one in enumerate(wanted):
-                    try:
-                        one.permit()
-                        id_ms = _id_ms(one, first_ms)
-                    except KmsRefusedError as error:
-                        made.append(error)
-                        continue
-                    key_id = make_key_id(id_ms, random[number * KEY_ID_RANDOM_BYTES :][:KEY_ID_RANDOM_BYTES])
-                    fill_random(slot.view)
-                    record = dek.new(
-                        key_id=key_id,
-                        thread_id=one.thread_id,
-                        purpose=one.purpose,
-                        created_at=at,
-                        kek=kek,
-                        kek_version=version,
-                        dek=slot.view,
-                        nonce=self._nonces.next(),
-                        replaces=one.replaces,
-                    )
-                    made.append(record)
-        finally:
-            scrub_stack()
+        with self._arena.allocate() as slot, XaesCipher(self._unlocked.kek(version)) as kek:
+            for number, one in enumerate(wanted):
+                try:
+                    one.permit()
+                    id_ms = _id_ms(one, first_ms)
+                except KmsRefusedError as error:
+                    made.append(error)
+                    continue
+                key_id = make_key_id(id_ms, random[number * KEY_ID_RANDOM_BYTES :][:KEY_ID_RANDOM_BYTES])
+                fill_random(slot.view)
+                record = dek.new(
+                    key_id=key_id,
+                    thread_id=one.thread_id,
+                    purpose=one.purpose,
+                    created_at=at,
+                    kek=kek,
+                    kek_version=version,
+                    dek=slot.view,
+                    nonce=self._nonces.next(),
+                    replaces=one.replaces,
+                )
+                made.append(record)
         return made
 
 

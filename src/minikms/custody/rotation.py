@@ -57,7 +57,6 @@ from minikms.api.errors import (
     copy_of,
 )
 from minikms.crypto import roots
-from minikms.crypto.aead import scrub_stack
 from minikms.custody.deks import SCAN_FILES
 from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339, stamp
 from minikms.custody.journal_format import Change
@@ -180,7 +179,6 @@ class KekRotation:
             version = max(kek.version for kek in body.keks) + 1
             made.append(version)
             kek = unlocked.make_kek(fill_random, version=version, state="pending", at=at)
-            scrub_stack()
             return keyring.begin_rotation(body, kek=kek, slot=slot, stamp=stamp(begun_ns), at=at)
 
         async with self._starting:
@@ -386,33 +384,30 @@ class KekRotation:
         """
         vault = self._vault
         found: list[Change] = []
-        try:
-            with (
-                vault.arena.allocate() as key,
-                vault.arena.allocate() as again,
-                dek.Rewrapper(vault.unlocked.kek, to_version, key=key.view, again=again.view) as rewrapper,
-            ):
-                for key_id, data in part:
-                    if key_id in vault.destroyed:
-                        continue  # a crash left the file, and the scan of this start removes it: don't write it again
-                    try:
-                        if isinstance(data, KmsRefusedError):
-                            raise copy_of(data)
-                        record = dek.parse(data, key_id)
-                        if record.kek_version == to_version:
-                            continue  # spelled in a way that the reader's search does not know
-                        changed = rewrapper.rewrap(record, vault.nonces.next())
-                    except KeyNotFoundError:
-                        vault.unreadable.remove(key_id)
-                        continue  # destroyed since it was listed
-                    except KeyUnreadableError as error:
-                        self.unread += 1
-                        vault.unreadable.add(key_id, str(error))
-                        continue
+        with (
+            vault.arena.allocate() as key,
+            vault.arena.allocate() as again,
+            dek.Rewrapper(vault.unlocked.kek, to_version, key=key.view, again=again.view) as rewrapper,
+        ):
+            for key_id, data in part:
+                if key_id in vault.destroyed:
+                    continue  # a crash left the file, and the scan of this start removes it: don't write it again
+                try:
+                    if isinstance(data, KmsRefusedError):
+                        raise copy_of(data)
+                    record = dek.parse(data, key_id)
+                    if record.kek_version == to_version:
+                        continue  # spelled in a way that the reader's search does not know
+                    changed = rewrapper.rewrap(record, vault.nonces.next())
+                except KeyNotFoundError:
                     vault.unreadable.remove(key_id)
-                    found.append(Change.summed(key_id, data, dek.encode(changed)))
-        finally:
-            scrub_stack()
+                    continue  # destroyed since it was listed
+                except KeyUnreadableError as error:
+                    self.unread += 1
+                    vault.unreadable.add(key_id, str(error))
+                    continue
+                vault.unreadable.remove(key_id)
+                found.append(Change.summed(key_id, data, dek.encode(changed)))
         return found
 
     async def _write(self, batch: list[Change], to_version: int, changed: set[str], stamp: str) -> None:
@@ -599,9 +594,7 @@ class Pruning:
             for number, (key_id, data) in enumerate(chunk):
                 self._count(census, key_id, data)
                 if number % UNWRAPS_SLICE == UNWRAPS_SLICE - 1:
-                    scrub_stack()
                     await asyncio.sleep(0)
-            scrub_stack()
         return census
 
     def _count(self, census: Census, key_id: str, data: bytes | KmsRefusedError) -> None:

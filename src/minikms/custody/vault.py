@@ -173,6 +173,7 @@ class Vault:
             return found
         record = self.record(key_id)
         slot = self.arena.allocate()
+        self.record_keys.stack_used = True
         try:
             dek.unwrap_into(record, self.unlocked.kek(record.kek_version), slot.view)
         except BaseException as error:
@@ -194,10 +195,6 @@ class Vault:
         except KeyUnreadableError as error:
             self.unreadable.add(key_id, str(error))
             raise
-
-    def end_turn(self) -> None:
-        """Drops the ciphers of the turn, and overwrites the used part of the stack."""
-        self.record_keys.end_turn()
 
     # --- changing ----------------------------------------------------------------------------------------------------
 
@@ -400,7 +397,7 @@ class Vault:
 
         Writes that have begun go on; the caller waits for them with `drain`.
         """
-        self.end_turn()
+        self.record_keys.drop_ciphers()
         self.keyring.seal()
         self.close()
 

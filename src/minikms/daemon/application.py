@@ -155,7 +155,7 @@ class Application(AdmittingApplication):
         None: it is not over, see `TurnAudit`. If the policy has changed since, its answers are withheld: their callers
         may no longer read the plaintext in them.
         """
-        self._vault.end_turn()
+        self._vault.record_keys.end_turn()
         committed = self._audit.commit_turn()
         if committed is None:
             if self._held_under is None:

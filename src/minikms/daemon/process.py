@@ -16,9 +16,9 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Executor
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import uvloop
 
@@ -65,6 +65,8 @@ SWITCH_SECONDS: Final = 0.001
 under load wait that long after each of them; Python's default is 5 ms.
 """
 
+T = TypeVar("T")
+
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
@@ -106,6 +108,44 @@ def run(settings: Settings) -> None:
         )
         sys.setswitchinterval(SWITCH_SECONDS)
         uvloop.run(daemon.serve())
+
+
+class _Steps(Coroutine[Any, Any, T]):
+    """The coroutine of a task; `end` is called after each of its steps, in the frame that has run the step."""
+
+    __slots__ = ("_end", "_work")
+
+    def __init__(self, work: Coroutine[Any, Any, T], end: Callable[[], None]) -> None:
+        self._work = work
+        self._end = end
+
+    def send(self, value: Any, /) -> Any:
+        try:
+            return self._work.send(value)
+        finally:
+            self._end()
+
+    def throw(self, *error: Any) -> Any:
+        try:
+            return self._work.throw(*error)
+        finally:
+            del error  # its traceback leads to this frame
+            self._end()
+
+    def close(self) -> None:
+        self._work.close()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._work.__await__()
+
+
+def end_steps_with(end: Callable[[], None]) -> None:
+    """From now on, `end` is called after each step of each new task of the running loop."""
+
+    def task(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], **options: Any) -> asyncio.Task[T]:
+        return asyncio.Task(_Steps(work, end), loop=loop, **options)
+
+    asyncio.get_running_loop().set_task_factory(task)
 
 
 class Daemon:
@@ -190,6 +230,10 @@ class Daemon:
             ),
             self,
         )
+        end_steps_with(sealing.end_step)
+        await asyncio.create_task(self._serve_and_close(sealing, policy))
+
+    async def _serve_and_close(self, sealing: Sealing, policy: PolicyInForce) -> None:
         try:
             await sealing.start()
             await self._serve_until_stopped(sealing, policy)

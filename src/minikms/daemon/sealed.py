@@ -17,7 +17,7 @@ from msgspec import UNSET
 
 from minikms import api
 from minikms.api.errors import InvalidRequestError, SealedError
-from minikms.crypto.aead import scrub_stack
+from minikms.crypto.aead import scrub
 from minikms.daemon import strictjson
 from minikms.daemon.admission import Admission, AdmittingApplication, Session, require_short_body
 from minikms.daemon.keybody import SecretText, take_key, take_text
@@ -87,7 +87,7 @@ class SealedApplication(AdmittingApplication):
 
     def commit(self) -> bool:
         """There are no lines to write."""
-        scrub_stack()
+        scrub()
         if self._meters is not None:
             self._meters.end_turn()
         return True

@@ -41,7 +41,7 @@ from minikms.api.errors import (
 )
 from minikms.audit import Event
 from minikms.audit.record import TYPE_REFUSED, Head
-from minikms.crypto.aead import scrub_stack
+from minikms.crypto.aead import scrub
 from minikms.crypto.shares import ShareInfo
 from minikms.custody import files
 from minikms.custody.files import DataDirLock
@@ -212,6 +212,13 @@ class Sealing:
     def is_sealed(self) -> bool:
         return self._sealed is not None
 
+    def end_step(self) -> None:
+        """Ends a step of a task: nothing of a key stays in an object of a library, in a register or on the stack."""
+        for parts in (self._parts, self._opening):
+            if parts is not None:
+                parts.vault.record_keys.drop_ciphers()
+        scrub()
+
     def audit(self, event: Event) -> None:
         """Queues the line about something that the daemon did by itself. It is written as soon as the log can be
         written; while the daemon is sealed, at the unseal.
@@ -286,7 +293,6 @@ class Sealing:
             try:
                 self._chores.cancel()
                 parts.seal()
-                scrub_stack()
             finally:
                 self._expected_head = parts.audit_head
                 self._source_slot_id = parts.keks.proved_slot_id or self._source_slot_id
@@ -452,7 +458,6 @@ class Sealing:
             raise
         finally:
             text.release()
-            scrub_stack()
         if self._shares.complete:
             try:
                 return info, self._shares.combine()
@@ -460,8 +465,6 @@ class Sealing:
                 self._shares.take_back(info)
                 await self._ended(attempt, "failed")
                 raise
-            finally:
-                scrub_stack()
         asyncio.get_running_loop().call_later(COLLECT_SECONDS_MAX + 1, lambda: self._shares.expire(time.monotonic()))
         await self._ended(attempt, "share_kept")
         return info, None
@@ -528,10 +531,7 @@ class Sealing:
             raise NotSealedError("the key service is not sealed")
         had_marker = sealed.asked
         self._process.notifier.watchdog()  # so that the manager's whole time-out is left
-        try:
-            parts = self._opening = self._open(root)
-        finally:
-            scrub_stack()
+        parts = self._opening = self._open(root)
         if self._writing_marker is not None:  # what it has begun ends before the marker is removed, in the same worker
             self._writing_marker.cancel()
             self._writing_marker = None
@@ -545,7 +545,6 @@ class Sealing:
             if self._opening is parts:
                 self._opening = None
                 parts.seal()
-                scrub_stack()
                 self._expected_head = parts.audit_head
                 self._closing = asyncio.ensure_future(self._abandon(parts, None))
                 if had_marker:

@@ -374,10 +374,7 @@ class KekVerbs:
             opened = keys.opened(sample.key_id)
             sealed = decode_canonical(sample.ciphertext, CIPHERTEXT_BYTES_MAX, "ciphertext")
             aad = opened.record_aad(decode_aad(sample.aad))
-            try:
-                opened.open(sealed, aad)
-            finally:
-                self._vault.end_turn()
+            opened.open(sealed, aad)
 
     async def prune_keks(self, keys: Keys, request: api.PruneKekRequest, event: Event) -> api.PruneKekAnswer:
         """Destroys retired KEK versions that no live or backup file needs. That concerns the keys of all threads."""

@@ -80,7 +80,6 @@ class KeyVerbs:
         with self._vault.arena.allocate() as made:
             fill_random(made.view)
             sealed = opened.seal(made.view, aad)
-            self._vault.end_turn()  # here: the turn ends at another depth of the stack than a task runs at
             answer = api.DataKeyAnswer(request.key_id, sealed)
             if request.plaintext is UNSET or request.plaintext:
                 answer.plaintext = bytes(made.view)

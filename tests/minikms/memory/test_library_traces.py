@@ -49,7 +49,7 @@ CHILD = textwrap.dedent("""
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.hmac import HMAC
     from minikms.crypto import hpke, slots
-    from minikms.crypto.aead import Kdf, XaesCipher, scrub_long_text, scrub_stack, seal
+    from minikms.crypto.aead import Kdf, XaesCipher, scrub, seal
     from minikms.keys import dek
     from minikms.memory import SecretArena, fill_random
 
@@ -97,7 +97,8 @@ CHILD = textwrap.dedent("""
 """)
 
 
-ALL_SCRUBBED = "scrub_long_text(); scrub_stack()"
+ALL_SCRUBBED = "scrub()"
+REGISTERS_SCRUBBED = "scrub(stack=False)"
 
 
 def traces_of(use: str, *, scrub: str, environment: Mapping[str, str] = {}) -> set[str]:
@@ -141,15 +142,15 @@ def test_the_stack_has_to_be_scrubbed() -> None:
 
 
 def test_a_long_text_has_to_be_scrubbed_by_a_call_of_its_own() -> None:
-    """If this fails, `scrub_long_text` has lost its reason."""
+    """If this fails, the argument of `scrub` has lost its reason."""
     needs.processor_flags("avx512f", "vaes", "vpclmulqdq")
     use = USES["AES-GCM of a long text"]
-    assert any(traces_of(use, scrub="scrub_stack()") == {"[stack]"} for _ in range(PROCESSES_MAX))
+    assert any(traces_of(use, scrub=REGISTERS_SCRUBBED) == {"[stack]"} for _ in range(PROCESSES_MAX))
 
 
 def test_up_to_the_bound_a_text_needs_no_call_of_its_own() -> None:
     use = f"AESGCM(slot.view).encrypt(bytes(12), bytes({LONG_TEXT_BYTES}), b'aad')"
-    assert traces_of(use, scrub="scrub_stack()") == set()
+    assert traces_of(use, scrub=REGISTERS_SCRUBBED) == set()
 
 
 FIRST_CALLS = "_ < 99 or [AESGCM(slot.view).encrypt(bytes(12), bytes(16), b'aad'), os.getloadavg(), os.getgroups()]"
@@ -164,7 +165,7 @@ def test_a_function_that_is_called_first_after_a_cipher_leaves_no_key() -> None:
 
 
 def test_making_a_cipher_leaves_no_key_on_the_stack() -> None:
-    """`scrub_stack` uses a cipher that was made before, so it does not cover what making one would leave."""
+    """`scrub` uses a cipher that was made before, so it does not cover what making one would leave."""
     assert traces_of("AESGCM(slot.view)", scrub="", environment={BIND_VARIABLE: "1"}) == set()
 
 

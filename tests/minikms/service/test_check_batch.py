@@ -200,7 +200,7 @@ def test_no_plaintext_becomes_an_object_and_its_buffer_is_zeroed(
             body = await sealed if isinstance(sealed, Awaitable) else sealed
             assert isinstance(body, bytes)
             items = [api.ReencryptItem(item["ciphertext"]) for item in json.loads(body)["items"]]
-            one.vault.end_turn()
+            one.vault.record_keys.end_turn()
             monkeypatch.setattr(records, "AESGCM", Watched)
             answer = table[api.CHECK_BATCH](ANYONE, api.CheckBatchRequest(key_id, items), "")
             assert isinstance(answer, bytes)
