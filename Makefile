@@ -9,6 +9,7 @@
 #   make bench PEER=unix:/run/other.sock    compares a running service with the same API
 #   make bench RUNS=3 SAVE=1                the table of docs/benchmarks.md, with the ranges of three runs
 #   make bench AGAINST=../older             compares message appends with another checkout
+#   make image-base image BASE=localhost/debian-python   without a registry: the base from Debian's packages (mmdebstrap)
 # The tests run in four processes, since many of them wait for other processes. In one, for a debugger:
 #   make test WORKERS=0 ARGS='tests/tidy --pdb'
 
@@ -16,21 +17,25 @@ PYTHON ?= $(shell python3.13 -c "" 2>/dev/null && echo python3.13 || echo python
 VENV ?= .venv
 ARGS ?=
 WORKERS ?= 4
+IMAGE ?= localhost/progressdb-minikms
+BASE ?=
+IMAGE_FLAGS ?=
 
 BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
 STAMP := $(VENV)/.installed
 
-.PHONY: help run test venv frameworks lint bench torture
+.PHONY: help run test venv frameworks lint bench torture image image-base
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run      install into $(VENV) and take the guided tour (progressdb demo)'
 	@echo 'make test     run the tests'
 	@echo 'make venv     make $(VENV)/bin/minikms and $(VENV)/bin/progressdb'
-	@echo 'make frameworks  also install what the adapters are tested with'
+	@echo 'make frameworks  also install what the adapters and the manifests are tested with'
 	@echo 'make lint     style, types, and import rules between packages'
 	@echo 'make bench    measure speed; SAVE=1 also writes docs/benchmarks.md'
 	@echo 'make torture  tests that take minutes'
+	@echo 'make image    build the container image with buildah; IMAGE=name, BASE=image (docs/containers.md)'
 
 run: venv
 	$(VENV)/bin/progressdb demo $(ARGS)
@@ -60,3 +65,12 @@ bench: venv
 
 torture: venv
 	$(VENV)/bin/python -m pytest -m torture --verbose --capture=no --durations=10 $(ARGS)
+
+image:
+	buildah build --file Containerfile $(if $(BASE),--build-arg BASE='$(BASE)') $(IMAGE_FLAGS) --tag '$(IMAGE)' .
+
+# A base image of Debian's packages, named $(BASE). As root; mmdebstrap reaches the mirror that apt has.
+image-base:
+	directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && \
+		mmdebstrap --variant=minbase --include=python3,ca-certificates trixie "$$directory/root.tar" && \
+		printf 'FROM scratch\nADD root.tar /\n' | buildah build --file - --tag '$(BASE)' "$$directory"

@@ -27,16 +27,21 @@ import pytest
 
 _DEBIAN_PACKAGES = {
     "bash": "bash",
+    "buildah": "buildah",
+    "bwrap": "bubblewrap",
     "chromium": "chromium",
     "curl": "curl",
+    "docker-compose": "docker-compose",
     "gcore": "gdb",
     "gdb": "gdb",
     "git": "git",
     "go": "golang-go",
     "h2load": "nghttp2-client",
+    "kustomize": "kustomize",
     "make": "make",
     "mkfs.btrfs": "btrfs-progs",
     "mkfs.ext4": "e2fsprogs",
+    "mmdebstrap": "mmdebstrap",
     "mount": "mount",
     "nginx": "nginx",
     "node": "nodejs",
@@ -53,7 +58,7 @@ _DEBIAN_PACKAGES = {
 """The Debian package of each program that a test may need."""
 _PROGRAM = "the program "
 _LIBRARY = "the Python library "
-_FRAMEWORKS = {"agents", "alembic", "langgraph", "psycopg", "sqlalchemy"}
+_FRAMEWORKS = {"agents", "alembic", "kubernetes_validate", "langgraph", "psycopg", "sqlalchemy"}
 """Of the group `frameworks` in pyproject.toml."""
 PROBE_S_MAX = 60.0
 

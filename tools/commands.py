@@ -39,11 +39,12 @@ commands in use.
 
 def page() -> str:
     from minikms.cli.command import app as minikms
+    from minikms_auditor.command import app as auditor
     from minikms_gateway.command import app as gateway
     from minikms_unlock.command import app as unlock
     from progressdb_server.cli.command import app as progressdb
 
-    helpers = ((gateway, "minikms-gateway"), (unlock, "minikms-unlock"))
+    helpers = ((auditor, "minikms-auditor"), (gateway, "minikms-gateway"), (unlock, "minikms-unlock"))
     programs = ((minikms, "minikms"), *helpers, (progressdb, "progressdb"))
     return OPENING + "".join(line for app, name in programs for line in _section(app, name))
 

@@ -19,6 +19,7 @@ from minikms.api.errors import StartError
 
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 ROOT_UID: Final = 0
+VOLUME_LINK: Final = "..data"
 LINKS_COUNT_MAX: Final = 40
 """On the way to a file, as in the kernel (path_resolution(7))."""
 
@@ -43,6 +44,15 @@ def read_trusted(path: Path, trusted: Collection[int], *, what: str, bytes_max: 
             os.close(descriptor)
     except OSError as error:
         raise StartError(f"the {what} {path} can't be read: {error.strerror}") from None
+
+
+def directory_read(path: Path) -> Path:
+    """The directory that a hardened process must still be able to read, so that it can read the file at `path` again
+    after a change: that of the file. In a volume of Kubernetes each change replaces the link `..data` to the directory
+    of the files; then it is the volume.
+    """
+    parent = path.parent
+    return parent.parent if parent.name == VOLUME_LINK and parent.is_symlink() else parent
 
 
 def _resolved(path: Path, trusted: frozenset[int], what: str) -> Path:

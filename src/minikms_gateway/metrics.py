@@ -1,25 +1,15 @@
 """The metrics of the gateway, on a listener of this host alone.
 
-Owns: their names (docs/metrics.md), and the application that answers `/metrics`. No label may hold what a peer sent.
+Owns: their names (docs/metrics.md). No label may hold what a peer sent.
 """
 
 from __future__ import annotations
 
-import socket
-import ssl
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-
-from minikms import api
-from minikms.http import Limits, ParsedHead, Request, Response, error_response
-
-CONNECTIONS_MAX: Final = 16
-LIMITS: Final = Limits(connections_max=CONNECTIONS_MAX, body_bytes_max=0)
-_PATH: Final = "/metrics"
 
 
 class Values(NamedTuple):
@@ -37,7 +27,9 @@ class Values(NamedTuple):
     crl_until: float | None
 
 
-class _Collector(Collector):
+class GatewayCollector(Collector):
+    """`read` gives what the process counts."""
+
     def __init__(self, read: Callable[[], Values]) -> None:
         self._read = read
 
@@ -65,40 +57,3 @@ def _gauges(values: Values) -> Iterable[tuple[str, str, float | None]]:
     yield "minikms_gateway_reload_failed", "1 while changed files are not valid.", values.reload_failed
     yield "minikms_gateway_certificate_expires_seconds", "Unix time.", values.certificate_until
     yield "minikms_gateway_crl_expires_seconds", "Unix time.", values.crl_until
-
-
-class MetricsApplication:
-    """The application of the engine on the listener for metrics: see `minikms.http`."""
-
-    def __init__(self, read: Callable[[], Values]) -> None:
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Collector(read))
-
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> int:
-        return sock.fileno()
-
-    def group(self, session: int) -> int:
-        return 0
-
-    def may_stay(self, session: int) -> bool:
-        return True
-
-    def admit(self, session: int, head: ParsedHead) -> Response | None:
-        return None
-
-    def handle(self, session: int, request: Request) -> Response:
-        if (request.method, request.path) != ("GET", _PATH):
-            return error_response(404, api.CODE_NOT_FOUND, f"ask for {_PATH}")
-        return Response(200, self.page(), content_type=CONTENT_TYPE_LATEST)
-
-    def page(self) -> bytes:
-        return generate_latest(self._registry)
-
-    def refused(self, session: int | None, status: int, code: str) -> None:
-        """Nothing to count: only this host can connect."""
-
-    def commit(self) -> bool:
-        return True
-
-    def close_session(self, session: int) -> None:
-        """Nothing was opened."""

@@ -32,10 +32,12 @@ from minikms.http.accepting import (
     connections_bound,
     raise_descriptor_limit,
 )
+from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
 from minikms.logs import service_logger, structlog
 from minikms.memory import SignalReader, harden, interpreter_paths
 from minikms.notify import Notifier
+from minikms.trusted_file import directory_read
 from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, Session, State
 from minikms_gateway.certificates import Trust, own_certificate_until, server_context
@@ -214,10 +216,10 @@ class _Process:
         others: list[HttpServer[int]] = []
         if self._metrics_listener is not None:
             page: HttpServer[int] = HttpServer(
-                metrics.MetricsApplication(self._values),
+                metrics_page(metrics.GatewayCollector(self._values)),
                 loop=loop,
                 on_internal_error=self._internal_error,
-                limits=metrics.LIMITS,
+                limits=PAGE_LIMITS,
             )
             others.append(page)
             metrics_acceptor = Acceptor(self._metrics_listener, page, on_failure=self._accept_failed)
@@ -344,7 +346,7 @@ async def _every(seconds: float, chore: Callable[[], None]) -> None:
 
 def _directories(files: Files, config: Config) -> list[str]:
     """What the hardened process must be able to read: a file that replaces another one has another inode."""
-    return sorted({str(path.parent) for path in files.named(config)})
+    return sorted({str(directory_read(path)) for path in files.named(config)})
 
 
 def _listen(text: str) -> socket.socket:

@@ -16,6 +16,8 @@ from minikms.cli import main as minikms_main
 from minikms.cli.command import app as minikms
 from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.usage import label
+from minikms_auditor.command import app as auditor
+from minikms_auditor.command import main as auditor_main
 from minikms_gateway.command import app as gateway
 from minikms_gateway.command import main as gateway_main
 from minikms_unlock.command import app as unlock
@@ -31,6 +33,12 @@ WITHOUT_JSON = {
     ("minikms", "ready"),
     ("minikms", "demo"),
     ("minikms", "completion"),
+    ("minikms", "audit", "export"),
+    ("minikms-auditor", "accept-log"),
+    ("minikms-auditor", "check-config"),
+    ("minikms-auditor", "checkpoint"),
+    ("minikms-auditor", "completion"),
+    ("minikms-auditor", "prove"),
     ("minikms-gateway", "check-config"),
     ("minikms-gateway", "completion"),
     ("minikms-unlock", "completion"),
@@ -38,7 +46,7 @@ WITHOUT_JSON = {
     ("progressdb", "demo"),
     ("progressdb", "completion"),
 }
-"""Their output is a log, a tour, a script, one sentence or nothing."""
+"""Their output is a log, a tour, a script, one sentence or nothing, or has one form only."""
 
 
 def commands(app: App, *words: str) -> Iterator[tuple[tuple[str, ...], App]]:
@@ -50,9 +58,16 @@ def commands(app: App, *words: str) -> Iterator[tuple[tuple[str, ...], App]]:
         yield from commands(app[name], *words, name)
 
 
-PROGRAMS = {"minikms": minikms, "minikms-gateway": gateway, "minikms-unlock": unlock, "progressdb": progressdb}
+PROGRAMS = {
+    "minikms": minikms,
+    "minikms-auditor": auditor,
+    "minikms-gateway": gateway,
+    "minikms-unlock": unlock,
+    "progressdb": progressdb,
+}
 MAINS = {
     "minikms": minikms_main,
+    "minikms-auditor": auditor_main,
     "minikms-gateway": gateway_main,
     "minikms-unlock": unlock_main,
     "progressdb": progressdb_main,
@@ -170,6 +185,11 @@ def test_every_command_with_a_result_has_json(words: tuple[str, ...], app: App) 
         ("minikms", "completion", "tcsh"),
         ("minikms", "unlock", "nonsense"),
         ("minikms", "gateway", "nonsense"),
+        ("minikms", "auditor", "nonsense"),
+        ("minikms-auditor",),
+        ("minikms-auditor", "--config", "missing"),
+        ("minikms-auditor", "status", "--config", "missing"),
+        ("minikms-auditor", "prove", "many", "--config", "missing"),
         ("minikms-gateway",),
         ("minikms-gateway", "--config", "missing"),
         ("minikms-gateway", "check-config", "--config", "missing"),
@@ -180,7 +200,7 @@ def test_every_command_with_a_result_has_json(words: tuple[str, ...], app: App) 
     ids=" ".join,
 )
 def test_wrong_usage_and_missing_things_have_status_2(tmp_path: Path, words: tuple[str, ...]) -> None:
-    program = "-".join(words[:2]) if words[1:2] in (("gateway",), ("unlock",)) else words[0]
+    program = "-".join(words[:2]) if words[1:2] in (("auditor",), ("gateway",), ("unlock",)) else words[0]
     assert_one_sentence(run(*words, where=tmp_path), program)
     assert not list(tmp_path.iterdir()), "nothing was made"
 

@@ -23,7 +23,12 @@ from tests.harness.ports import free_port
 from tests.harness.waiting import wait_until
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
-EXPOSURE_MAX = {"minikms.service": 0.5, "minikms-gateway.service": 1.5, "progressdb.service": 1.5}
+EXPOSURE_MAX = {
+    "minikms.service": 0.5,
+    "minikms-auditor.service": 1.5,
+    "minikms-gateway.service": 1.5,
+    "progressdb.service": 1.5,
+}
 GROUPS_OF_SYSTEMD_252 = {"@system-service", "@privileged", "@resources"}
 """Those that the units name. A group that systemd does not know is ignored, and its calls are then denied."""
 SELF_RESTRICTION = {"landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self", "seccomp"}
@@ -39,7 +44,7 @@ def analyze(*arguments: str) -> str:
 
 def test_the_units_are_valid(tmp_path: Path) -> None:
     """With executables in the place of /opt/progressdb/bin, which this machine need not have."""
-    for name in ("minikms", "minikms-gateway", "progressdb", "progressdb-backup"):
+    for name in ("minikms", "minikms-auditor", "minikms-gateway", "progressdb", "progressdb-backup"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
     for unit in UNITS.iterdir():

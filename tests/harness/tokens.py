@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from joserfc import jws
-from joserfc.jwk import ECKey, KeySet
+from joserfc.jwk import ECKey, KeyParameters, KeySet, RSAKey
 
 ISSUER = "https://issuer.example"
 AUDIENCE = "minikms"
@@ -20,12 +20,18 @@ def encoded(data: bytes) -> str:
 
 
 class TokenIssuer:
-    """`kid`: of its only key."""
+    """`kid`: of its only key, of which `algorithm` says the kind: ES256 or RS256."""
 
-    def __init__(self, issuer: str = ISSUER, kid: str = "key-1") -> None:
+    def __init__(self, issuer: str = ISSUER, kid: str = "key-1", algorithm: str = "ES256") -> None:
         self.issuer = issuer
         self.kid = kid
-        self.key = ECKey.generate_key("P-256", {"kid": kid, "use": "sig", "alg": "ES256"})
+        self.algorithm = algorithm
+        named: KeyParameters = {"kid": kid, "use": "sig", "alg": algorithm}
+        self.key: ECKey | RSAKey
+        if algorithm == "ES256":
+            self.key = ECKey.generate_key("P-256", named)
+        else:
+            self.key = RSAKey.generate_key(2048, named)
 
     @property
     def jwks(self) -> bytes:
@@ -38,11 +44,11 @@ class TokenIssuer:
             "iss": self.issuer, "sub": "service-7", "aud": AUDIENCE, "exp": now + 600, "iat": now,
         } | claims  # fmt: skip
         said.pop(without, None)
-        named = {"alg": "ES256", "typ": "at+jwt", "kid": self.kid} | (header or {})
+        named = {"alg": self.algorithm, "typ": "at+jwt", "kid": self.kid} | (header or {})
         return self.signed(named, json.dumps(said).encode())
 
     def signed(self, header: dict[str, Any], payload: bytes) -> str:
         """A compact JWS whose signature is good, whatever the header says."""
         text = f"{encoded(json.dumps(header).encode())}.{encoded(payload)}"
-        algorithm = jws.JWSRegistry.algorithms["ES256"]
+        algorithm = jws.JWSRegistry.algorithms[self.algorithm]
         return f"{text}.{encoded(algorithm.sign(text.encode(), self.key))}"

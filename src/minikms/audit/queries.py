@@ -274,7 +274,7 @@ def verify_directory(
     from_checkpoint: seq of a signed line (`checkpoint`, `segment_close`, `audit_key`) to begin with; earlier lines are
     not verified. Raises AuditLogMissingError if there is no log or no such line, and OSError.
     """
-    after = _segment_before(directory, from_checkpoint) if from_checkpoint else 0
+    after = segment_before(directory, from_checkpoint) if from_checkpoint else 0
     feeder = _Feeder(
         Verifier(trust, expect_head=expect_head, from_signed_line=from_checkpoint > 0),
         _bytes_on_disk(directory, after),
@@ -341,8 +341,10 @@ class _Feeder:
             self._progress(done, max(done, self._total))
 
 
-def _segment_before(directory: str, seq: int) -> int:
-    """Number of the segment before the one that holds line `seq`, according to the first lines of the files."""
+def segment_before(directory: str, seq: int) -> int:
+    """Number of the segment before the one that holds line `seq`, according to the first lines of the files. Raises
+    OSError.
+    """
     before = last = 0
     for file in each_segment(directory):
         try:

@@ -305,14 +305,19 @@ def _number_of(file: SegmentFile) -> int:
 
 
 class Follower:
-    """Follows the log from the line after `after_seq` on. `close` it when done."""
+    """Follows the log from the line after `after_seq` on. `close` it when done.
 
-    def __init__(self, directory: str, *, after_seq: int = 0) -> None:
+    after_segment: number of a segment that ends before that line.
+    """
+
+    def __init__(self, directory: str, *, after_seq: int = 0, after_segment: int = 0) -> None:
         self._directory = directory
         self._after_seq = after_seq
         self._file: SegmentFile | None = None
         self._offset = 0
-        self._last_number = 0
+        self._unpacked: Iterator[bytes] | None = None
+        """Of a compressed file, which can't be read from an offset: the lines that were not returned."""
+        self._last_number = after_segment
         self._seen: tuple[int, int] | None = None
         self._ended = False
         self._file_seq = 0
@@ -346,6 +351,7 @@ class Follower:
         if self._file is None:
             self._file = next_segment(self._directory, self._last_number, self._seen)
             self._offset = self._file_seq = 0
+            self._unpacked = None
             if self._file is None:
                 return False
             self._last_number = max(self._last_number, self._file.number or self._last_number + 1)
@@ -357,29 +363,41 @@ class Follower:
         file = self._file
         if file is None:
             return False
-        if not file.compressed:
+        if file.compressed:
+            self._unpacked = self._unpacked or file.lines()
+        else:
             file.seek(self._offset)
-        for line in file.lines():
-            self._offset += len(line) + 1
-            seq = record.peek_seq(line)
-            if seq and self._file_seq and seq != self._file_seq + 1:
-                self._fault = (
-                    f"line {self._file_seq} of the audit log is followed by a line with number {seq}: run "
-                    "`minikms audit verify`"
-                )
-                self._ended = False
-                return False
-            self._file_seq = seq or self._file_seq
-            if _CLOSE_MARK in line:
-                self._ended = True
-            if seq > self._after_seq:
-                self._after_seq = seq
-                lines.append(line)
-                if len(lines) >= count and not file.compressed:
+        try:
+            for line in self._unpacked or file.lines():
+                self._offset += len(line) + 1
+                if not self._take(line, lines):
+                    return False
+                if len(lines) >= count:
                     return True
+        except DamagedSegmentError as error:
+            self._fault = str(error)
+            return False
         if file.compressed:
             self._ended = True
         return self._ended
+
+    def _take(self, line: bytes, lines: list[bytes]) -> bool:
+        """Append a line of the current file to `lines`, if it is wanted. False if it does not follow the one before."""
+        seq = record.peek_seq(line)
+        if seq and self._file_seq and seq != self._file_seq + 1:
+            self._fault = (
+                f"line {self._file_seq} of the audit log is followed by a line with number {seq}: run "
+                "`minikms audit verify`"
+            )
+            self._ended = False
+            return False
+        self._file_seq = seq or self._file_seq
+        if _CLOSE_MARK in line:
+            self._ended = True
+        if seq > self._after_seq:
+            self._after_seq = seq
+            lines.append(line)
+        return True
 
 
 def last_lines(directory: str, count: int) -> list[bytes]:

@@ -124,7 +124,7 @@ class Head(msgspec.Struct, frozen=True):
 encode_event = msgspec.json.Encoder(order="deterministic").encode
 _decode_event = msgspec.json.Decoder(Event, strict=True).decode
 
-_FORBIDDEN_BYTES: Final = re.compile(rb"[^ -\[\]-~]")
+_ALLOWED_BYTES: Final = bytes(byte for byte in range(0x20, 0x7F) if byte != ord("\\"))
 _ESCAPED_CHARS: Final = re.compile(r"[^ !#$&-\[\]-~]")
 
 
@@ -195,8 +195,9 @@ def split_line(line: bytes) -> tuple[bytes, bytes]:
         raise MalformedLineError(f"longer than {LINE_BYTES_MAX} bytes")
     if not line:
         raise MalformedLineError("blank")
-    if found := _FORBIDDEN_BYTES.search(line):
-        raise MalformedLineError(f"byte 0x{found[0][0]:02x} at offset {found.start()} is not allowed in a line")
+    if forbidden := line.translate(None, _ALLOWED_BYTES):  # in half the time of a search
+        at = line.index(forbidden[0])
+        raise MalformedLineError(f"byte 0x{forbidden[0]:02x} at offset {at} is not allowed in a line")
     middle = len(line) - _SIG_PART_BYTES
     if not (line.startswith(LINE_PREFIX) and line.endswith(LINE_SUFFIX) and line.startswith(LINE_MIDDLE, middle)):
         raise MalformedLineError('not of the form {"event":{…},"sig":"…"}')

@@ -89,6 +89,11 @@ class RightEdge:
             size = index
         return edge
 
+    def last_leaf(self, read: Read) -> bytes:
+        """The last leaf hash of a tree that is not empty. Raises TilesError."""
+        lowest = self._levels[0] or Tiles(read, self.size).tile(0, (self.size - 1) // TILE_WIDTH)
+        return bytes(lowest[-HASH_BYTES:])
+
     def copy(self) -> RightEdge:
         """Another edge, without the full tiles that nobody has taken."""
         duplicate = RightEdge()

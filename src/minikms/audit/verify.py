@@ -198,6 +198,16 @@ class Verifier:
         """The audit key version that is active after the last line."""
         return self._key.version
 
+    @property
+    def public_key(self) -> bytes | None:
+        """The public key that is active after the last line; None until a line names it."""
+        return self._key.public_key
+
+    @property
+    def covered_seq(self) -> int:
+        """The last line so far with a valid signature, which covers all lines before it."""
+        return self._covered_seq
+
     # --- the first line ----------------------------------------------------------------------------------------------
 
     def _first_line(self, event: Event, event_bytes: bytes, sig: bytes) -> None:

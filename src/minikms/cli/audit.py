@@ -30,6 +30,7 @@ from minikms.audit.queries import Progress, Totals
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
 from minikms.base64 import encode_text
+from minikms.cli import audit_tree
 from minikms.cli.console import (
     CommandError,
     DataDir,
@@ -65,12 +66,19 @@ def progress_bar(wanted: bool) -> Iterator[Progress | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def report_json(report: Report) -> str:
+def report_json(report: Report, tree: audit_tree.TreeReport | None = None) -> str:
     """One object. `head` is {"seq", "sig"} or null, as in `/status`."""
     built = {name: getattr(report, name) for name in report.__struct_fields__ if name not in ("head", "findings")}
     head = None if report.head is None else {"seq": report.head.seq, "sig": encode_text(report.head.sig)}
     return as_json(
-        {"intact": report.intact, "conclusive": report.conclusive, "head": head, **built, "findings": report.findings}
+        {
+            "intact": report.intact,
+            "conclusive": report.conclusive,
+            "head": head,
+            **built,
+            "findings": report.findings,
+            **({} if tree is None else {"tree": tree}),
+        }
     )
 
 
@@ -87,7 +95,9 @@ def raw_line(line: bytes) -> str:
     return line.decode("ascii")
 
 
-def report_lines(report: Report) -> Iterator[str]:
+def report_lines(report: Report, tree: audit_tree.TreeReport | None = None) -> Iterator[str]:
+    if tree is not None:
+        yield from audit_tree.fault_lines(tree)
     if report.findings_count:
         count = report.findings_count
         yield f"The audit log is NOT intact: {count} finding{'s' if count != 1 else ''}."
@@ -102,7 +112,10 @@ def report_lines(report: Report) -> Iterator[str]:
         yield "The audit log can't be checked with the public key: no line of it is signed yet."
     else:
         lines, key = ("every line was", "audit") if report.macs_checked else ("the signed lines were", "public")
-        yield f"The audit log is intact{_part(report)}: {lines} checked with the {key} key."
+        what = "lines that are there are" if tree is not None and tree.faults else "audit log is"
+        yield f"The {what} intact{_part(report)}: {lines} checked with the {key} key."
+    if tree is not None:
+        yield from audit_tree.tree_lines(tree)
     if report.head is None:
         return
     yield f"  lines       {report.first_seq} to {report.head.seq}, in {report.segments} file(s); log {report.log_id}"
@@ -121,8 +134,8 @@ def report_lines(report: Report) -> Iterator[str]:
         known_seq = report.head.seq - report.lines_after_expected_head
         note = "" if report.macs_checked or known_seq < report.covered_seq else "; that one is not signed yet"
         yield f"  anchor      {report.lines_after_expected_head} line(s) are newer than the expected head{note}"
-    elif report.intact:
-        yield "  anchor      none given: lines missing at the end would not be noticed (see --expect-head)"
+    elif report.intact and tree is None:
+        yield "  anchor      none given: lines missing at the end are not noticed (see --checkpoint, --expect-head)"
 
 
 def _part(report: Report) -> str:
@@ -221,6 +234,17 @@ def verify(
             validator=validators.Number(gte=0),
         ),
     ] = 0,
+    checkpoint: Annotated[
+        str | None,
+        Parameter(help="Also compare the log with this tree checkpoint of its auditor: `minikms-auditor checkpoint`."),
+    ] = None,
+    log_key: audit_tree.LogKeys = None,
+    witness: audit_tree.WitnessKeys = None,
+    quorum: audit_tree.Quorum = None,
+    max_age: Annotated[
+        str, Parameter(name="--max-age", help="How old a quorum's cosignatures may be: 90s, 10m, 1h, 7d.")
+    ] = audit_tree.MAX_AGE,
+    tiles: audit_tree.TreeDir = None,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
@@ -231,6 +255,11 @@ def verify(
     command shows the public key at the end of the log: compare it with the newest one that you know. Exit status: 0 the
     checked lines are intact, 1 altered or malformed, 2 the key, the log or the first line to check is missing, or no
     line could be checked.
+
+    With --checkpoint every line up to the end of the tree is compared with it too, so that a cut or replaced log is
+    found. Status 1 also says that the log is not that of the tree, or that the tree checkpoint is too old; 2 also that
+    it could not be believed, or that its age is unknown, as without --witness. If the log's first lines were removed,
+    or it was begun anew, give --tiles.
     """
     from minikms.audit.queries import verify_directory
     from minikms.datadir import audit_keys, open_for_reading
@@ -243,6 +272,11 @@ def verify(
 
     try:
         directory = chosen_data_dir(data_dir)
+        if checkpoint is None and (log_key or witness or quorum or tiles):
+            raise StartError(
+                "--log-key, --witness, --quorum and --tiles say what a tree checkpoint must be: give --checkpoint"
+            )
+        believed = None if checkpoint is None else audit_tree.policy(log_key, witness, quorum)
         head = None if expect_head is None else _head(expect_head)
         if head is not None and head.seq < from_checkpoint:
             raise StartError(f"--from-checkpoint {from_checkpoint} leaves out line {head.seq}, which is expected")
@@ -257,12 +291,18 @@ def verify(
                 )
             with open_for_reading(directory, root) as unlocked:
                 report = judge(audit_keys(unlocked).trust())
+        tree = None
+        if checkpoint is not None and believed is not None:
+            tree = audit_tree.compare_with_tree(log_directory_of(directory), checkpoint, believed, max_age, tiles)
     except (CommandError, KmsRefusedError, OSError) as error:
-        return _missing(error)
-    print(report_json(report) if json else "\n".join(report_lines(report)))
-    if report.findings_count:
+        return missing(error)
+    if json:
+        print(report_json(report, tree))
+    else:
+        print("\n".join(report_lines(report, tree)))
+    if report.findings_count or (tree is not None and tree.faults):
         return EXIT_FAILED
-    return EXIT_GOOD if report.conclusive else EXIT_MISSING
+    return EXIT_GOOD if report.conclusive and (tree is None or tree.age_seconds is not None) else EXIT_MISSING
 
 
 @app.command
@@ -293,7 +333,7 @@ def tail(
                 if reader.poll(FOLLOW_SECONDS * 1000):
                     raise BrokenPipeError
     except (CommandError, KmsRefusedError, OSError) as error:
-        return _missing(error)
+        return missing(error)
     return EXIT_GOOD
 
 
@@ -331,7 +371,7 @@ def find(
     from minikms.datadir import audit_keys, open_for_reading
 
     if not (thread or key or actor or request or reads):
-        return _missing(StartError("give something to find: --thread, --key, --actor, --request or --reads"))
+        return missing(StartError("give something to find: --thread, --key, --actor, --request or --reads"))
     found = 0
     try:
         directory = _log_directory(data_dir)
@@ -355,7 +395,7 @@ def find(
                 _print_lines([line], json=json)
                 found += 1
     except (CommandError, KmsRefusedError, OSError) as error:
-        return _missing(error)
+        return missing(error)
     return EXIT_GOOD if found else EXIT_FAILED
 
 
@@ -367,7 +407,7 @@ def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
     try:
         counted = totals(_log_directory(data_dir))
     except (CommandError, KmsRefusedError, OSError) as error:
-        return _missing(error)
+        return missing(error)
     if json:
         print(as_json(counted))
     else:
@@ -394,7 +434,7 @@ def rotate_key(
         directory = chosen_data_dir(data_dir)
         made = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, root_source, data_dir=directory))
     except (CommandError, KmsRefusedError, OSError) as error:
-        return _missing(error)
+        return missing(error)
     public_key = encode_text(made.public_key)
     if json:
         print(as_json({"version": made.version, "public_key": public_key, "head": made.head}))
@@ -405,7 +445,15 @@ def rotate_key(
     return EXIT_GOOD
 
 
+app.command(audit_tree.export)
+app.command(audit_tree.verify_export, name="verify-export")
+
+
 # --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def log_directory_of(data_dir: str) -> str:
+    return data_dir
 
 
 def _log_directory(given: str | None) -> str:
@@ -479,7 +527,7 @@ def _print_lines(lines: Sequence[bytes], *, json: bool) -> None:
         sys.stdout.flush()
 
 
-def _missing(error: Exception) -> int:
+def missing(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):
         raise error  # the reader of the output has left: `command.run` ends the process
     text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)

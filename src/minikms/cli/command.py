@@ -55,7 +55,7 @@ WITHOUT_ROOT_KEY: Final = frozenset(
 )
 """Commands that use none from the environment."""
 
-HELPERS: Final = {"gateway": "minikms_gateway", "unlock": "minikms_unlock"}
+HELPERS: Final = {"auditor": "minikms_auditor", "gateway": "minikms_gateway", "unlock": "minikms_unlock"}
 """Programs of this distribution that are processes of their own: `minikms NAME …` runs `minikms-NAME`, as git does."""
 
 app = App(
@@ -64,7 +64,8 @@ app = App(
     help_format="plaintext",  # what Markdown needs takes long to import
     help_formatter=HelpPages(),
     help_epilogue="`minikms unlock …` runs minikms-unlock: root keys from a passphrase. "
-    "`minikms gateway …` runs minikms-gateway, for other hosts. "
+    "`minikms gateway …` runs minikms-gateway, for other hosts. `minikms auditor …` runs minikms-auditor, which has "
+    "the audit log witnessed. "
     "Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
     version_flags=["--version"],
     version="0.2.0",

@@ -23,7 +23,7 @@ from minikms.audit import Event
 from minikms.custody.vault import Permit, permitted
 from minikms.logs import structlog
 from minikms.policy import POLICY_BYTES_MAX, FilePolicy, Meters, Policy, PolicyFileError, Rules, parse_policy
-from minikms.trusted_file import ROOT_UID, read_trusted
+from minikms.trusted_file import ROOT_UID, directory_read, read_trusted
 
 _WHAT: Final = "policy file"
 _NOT_READ: Final = (
@@ -40,7 +40,7 @@ class PolicyFile:
     @property
     def directory(self) -> str:
         """What the hardened process must be able to read: a file that replaces this one has another inode."""
-        return str(self.path.parent)
+        return str(directory_read(self.path))
 
     def check_apart(self, *, written: Iterable[str], of_root_key: Iterable[str]) -> None:
         """Raises StartError unless its directory is apart from everything that the hardened process may write, and from

@@ -11,8 +11,8 @@ Rules of the room; docs/spec/http.md is the specification:
 
 Modules, each importing only earlier ones: `limits` (bounds and refusals), `head` (heads and query strings), `reader`
 (receiving, chunked bodies, complete requests), `exchange` (requests, answers), `connection`, `server`, `tls`,
-`accepting`. `limits`, `head` and `reader` are pure: no socket and no clock. The room must never import the daemon or
-the service: any process can serve an application of its own with it.
+`accepting`, `page`. `limits`, `head` and `reader` are pure: no socket and no clock. The room must never import the
+daemon or the service: any process can serve an application of its own with it.
 """
 
 from minikms.http.exchange import Application, Request, Response, S, error_response, raised_response

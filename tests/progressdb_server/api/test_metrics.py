@@ -14,7 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from minikms import api
 from minikms.daemon.metrics import BATCH_SIZES, Histogram, VerbTimes, page
-from minikms_gateway.metrics import MetricsApplication, Values
+from minikms.http.page import metrics_page
+from minikms_auditor.auditor import Status, WitnessStatus
+from minikms_auditor.metrics import AuditorCollector
+from minikms_gateway.metrics import GatewayCollector, Values
 from progressdb_server.metrics import KmsMetrics
 from tests import needs
 from tests.harness.unix_http import unix_request
@@ -45,24 +48,25 @@ def pages(server: RealServer) -> dict[str, str]:
     daemon = unix_request(server.db / "run" / "minikms.sock", "/metrics")
     assert daemon.status == 200
     assert daemon.headers["content-type"].startswith("text/plain; version=0.0.4")
-    gateway = MetricsApplication(
-        lambda: Values(
-            requests={"encrypt": 1},
-            refused={"expired": 1},
-            connections=0,
-            handshakes=0,
-            kms_connections=0,
-            kms_waiting=0,
-            kms_reachable=True,
-            reload_failed=False,
-            certificate_until=0,
-            crl_until=0,
-        )
+    counted = Values(
+        requests={"encrypt": 1},
+        refused={"expired": 1},
+        connections=0,
+        handshakes=0,
+        kms_connections=0,
+        kms_waiting=0,
+        kms_reachable=True,
+        reload_failed=False,
+        certificate_until=0,
+        crl_until=0,
     )
+    gateway = metrics_page(GatewayCollector(lambda: counted))
+    seen = Status("kms.example/audit", (), witnesses=(WitnessStatus("witness.example/w1", "http://w1", 0, ""),))
     return {
         "progressdb": server("GET", "/metrics").body.decode(),
         "minikms": daemon.body.decode(),
         "minikms-gateway": gateway.page().decode(),
+        "minikms-auditor": metrics_page(AuditorCollector(lambda: seen)).page().decode(),
     }
 
 

@@ -1,0 +1,243 @@
+"""The command `minikms-auditor`.
+
+Owns: its subcommands and flags, and the sentence for each error. Invariants: results go to standard output, everything
+else to standard error; what `check-config` accepts, a start accepts too, but for its sockets and its state; only
+`accept-log` writes, and only the list of accepted keys.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from cyclopts import App, Parameter
+
+from minikms import usage
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, HelpPages, Shell, print_completion
+
+if TYPE_CHECKING:
+    from minikms_auditor.auditor import Status
+
+app = App(
+    name="minikms-auditor",
+    help="Makes the audit log into a tree that witnesses cosign. Without a command it runs.",
+    help_format="plaintext",
+    help_formatter=HelpPages(),
+    help_epilogue="Exit status: 0 done, 1 something is wrong or was refused, 2 wrong usage, or something is missing.",
+    version_flags=["--version"],
+    version="0.2.0",
+)
+FRESH_SECONDS: Final = 60
+"""A status that is older is one of a process that does not run."""
+
+Config = Annotated[Path, Parameter(name="--config", help="The configuration (docs/spec/tree.md).")]
+LogFormat = Annotated[Literal["text", "json"], Parameter(name="--log-format", help="The form of the log.")]
+Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())]
+
+
+@app.default
+def run(
+    *,
+    config: Config,
+    log_format: LogFormat = "text",
+    require_hardening: Annotated[
+        bool, Parameter(name="--require-hardening", help="Don't start unless all hardening is in force.", negative=())
+    ] = False,
+) -> int:
+    """Run until SIGTERM."""
+    from minikms_auditor import process
+
+    process.run(config, log_format, require_hardening=require_hardening)
+    return EXIT_GOOD
+
+
+@app.command(name="check-config")
+def check_config(*, config: Config) -> int:
+    """Read the configuration and the keys that it names, as a start does, and show the log's verifier keys."""
+    from minikms.memory import SecretArena
+    from minikms_auditor.config import Files
+    from minikms_auditor.process import ARENA_SLOTS, load
+
+    with SecretArena(ARENA_SLOTS) as arena:
+        found, signers, witnesses = load(Files(config), arena)
+        vkeys = [key.text() for key in signers.verifiers]
+        signers.close()
+    print(f"{config}: valid; a quorum of {found.quorum} of {len(witnesses.clients)} witnesses")
+    for vkey in vkeys:
+        print(f"  log key  {vkey}")
+    return EXIT_GOOD
+
+
+@app.command
+def status(*, config: Config, json: Json = False) -> int:
+    """Show how far the tree and its witnesses are, and what is wrong. Exit status: 0 all is well, 1 something is wrong,
+    2 the auditor never ran.
+    """
+    import msgspec
+
+    from minikms.api.errors import StartError
+    from minikms_auditor import store
+    from minikms_auditor.auditor import Status
+    from minikms_auditor.config import Files
+
+    content = store.shown(Files(config).config().state_dir)
+    if content is None:
+        raise StartError("the auditor has not run with this configuration yet")
+    found = msgspec.json.decode(content, type=Status)
+    age_s = int(time.time()) - found.updated_at
+    print(content.decode() if json else "\n".join(_status_lines(found, age_s)))
+    return EXIT_FAILED if found.alarm or found.errors or age_s > FRESH_SECONDS else EXIT_GOOD
+
+
+@app.command
+def checkpoint(*, config: Config) -> int:
+    """Print the newest tree checkpoint that a quorum has cosigned: a signed note."""
+    from minikms.api.errors import StartError
+    from minikms_auditor import store
+    from minikms_auditor.config import Files
+
+    content = store.published(Files(config).config().state_dir)
+    if content is None:
+        raise StartError("no tree checkpoint has been published yet")
+    print(content.decode(), end="")
+    return EXIT_GOOD
+
+
+@app.command
+def prove(
+    line: Annotated[int, Parameter(help="The number of the line, `seq`.")],
+    *,
+    config: Config,
+    log: Annotated[str, Parameter(name="--log", help="The id of the log, if not the newest.")] = "",
+) -> int:
+    """Print a line of the log with the proof that it is under the newest tree checkpoint, as `minikms audit export`."""
+    import msgspec
+
+    from minikms.api.errors import StartError
+    from minikms.audit.export import NotInTreeError, open_tree
+    from minikms.audit.queries import line_of
+    from minikms_auditor.config import Files
+    from minikms_auditor.store import TREE_NAME
+
+    found = Files(config).config()
+    prover = open_tree(Path(found.state_dir) / TREE_NAME)
+    content = line_of(found.log_dir, line)
+    if content is None:
+        raise StartError(f"the log in {found.log_dir} has no line {line}")
+    try:
+        proven = prover.prove(log or prover.newest_log, line, content)
+    except NotInTreeError as error:
+        raise StartError(str(error)) from None
+    print(msgspec.json.encode(proven).decode())
+    return EXIT_GOOD
+
+
+@app.command(name="accept-log")
+def accept_log(
+    public_key: Annotated[str, Parameter(help="The public key that the log begins with, in base64.")] = "",
+    *,
+    config: Config,
+) -> int:
+    """Let the tree go on with a log that begins with another public key than those that are known.
+
+    Without a key it shows the one that the auditor waits for. Compare it with the one that `minikms audit verify` or
+    the start of the daemon shows, and give it then. Exit status: 0 accepted, 1 a key waits, 2 none does.
+    """
+    from minikms.api.errors import StartError
+    from minikms.audit.chain import PUBLIC_KEY_BYTES
+    from minikms.base64 import decode_exact
+    from minikms_auditor import store
+    from minikms_auditor.config import Files
+
+    state_dir = Files(config).config().state_dir
+    if not public_key:
+        return _show_pending(state_dir)
+    key = decode_exact(public_key, PUBLIC_KEY_BYTES)
+    if key is None:
+        raise StartError("a public key is 32 bytes in base64: 44 characters")
+    store.accept_key(state_dir, key)
+    print(f"A log may begin with {public_key}. The auditor looks again within half a minute.")
+    return EXIT_GOOD
+
+
+@app.command
+def completion(shell: Shell) -> int:
+    """Print the completion script of a shell. For bash: source <(minikms-auditor completion bash)"""
+    return print_completion(app, "minikms-auditor", shell)
+
+
+def main() -> None:
+    """Runs the command line and ends the process."""
+    try:
+        words = sys.argv[1:]
+        usage.show_whole_help(app, words)
+        try:
+            sys.exit(app(words, print_error=False, exit_on_error=False))
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001  defects are raised again by `explained`
+        print(f"minikms-auditor: {explained(error)}", file=sys.stderr)
+        sys.exit(EXIT_MISSING)
+
+
+def explained(error: Exception) -> str:
+    """The text of an error. An error that is a defect is raised again."""
+    from cyclopts import CycloptsError
+
+    from minikms.api.errors import KmsError
+
+    if isinstance(error, CycloptsError):
+        return usage.explained(error, "minikms-auditor")
+    if isinstance(error, KmsError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    raise error
+
+
+def _show_pending(state_dir: str) -> int:
+    import msgspec
+
+    from minikms.base64 import encode_text
+    from minikms_auditor import store
+    from minikms_auditor.auditor import Status
+
+    content = store.shown(state_dir)
+    pending = None if content is None else msgspec.json.decode(content, type=Status).pending
+    if pending is None:
+        print("No log waits to be accepted.")
+        return EXIT_MISSING
+    print(f"The log {pending.log_id} begins with the public key {encode_text(pending.public_key)}.")
+    print(f"To accept it: minikms-auditor accept-log {encode_text(pending.public_key)} --config FILE")
+    return EXIT_FAILED
+
+
+def _status_lines(found: Status, age_s: int) -> Iterator[str]:
+    if found.alarm:
+        yield f"STOPPED: {found.alarm}"
+    for error in found.errors:
+        yield f"FAILS: {error}"
+    if age_s > FRESH_SECONDS:
+        yield f"The auditor does not run: this is its status of {age_s} s ago."
+    yield f"  origin     {found.origin}"
+    for vkey in found.vkeys:
+        yield f"  log key    {vkey}"
+    yield f"  tree       {found.size} leaves; {found.published_size} under the published tree checkpoint"
+    yield f"  log        {found.log_id}; line {found.position_seq} of {found.durable_seq}, {found.lag_lines} to come"
+    if found.quorum:
+        at = _time(found.witnessed_at) if found.witnessed_at else "never"
+        yield f"  cosigned   by {found.quorum} of {len(found.witnesses)} witnesses, last {at}"
+    else:
+        yield "  cosigned   by nobody: no witness is configured"
+    for witness in found.witnesses:
+        state = witness.error or (f"last {_time(witness.cosigned_at)}" if witness.cosigned_at else "not asked yet")
+        yield f"  witness    {witness.name}: {state}"
+
+
+def _time(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

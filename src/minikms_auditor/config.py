@@ -1,0 +1,164 @@
+"""The configuration file of the auditor.
+
+Owns: the format of `auditor.toml` (docs/spec/tree.md), what its values may be, and how it and the files that it names
+are read: as policy files are, so that nobody but root and the auditor's own user can have written them. Invariants: a
+member that is unknown or of another type is refused; paths are relative to the directory of the file. It must never
+open a socket.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Final, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from minikms.api.errors import StartError
+from minikms.audit.chain import PUBLIC_KEY_BYTES
+from minikms.audit.note import TYPE_COSIGNATURE, NoteError, VerifierKey, is_name, parse_vkey
+from minikms.base64 import decode_exact
+from minikms.trusted_file import ROOT_UID, read_trusted
+
+CONFIG_BYTES_MAX: Final = 64 * 1024
+LINE_DOTS_MAX: Final = 256
+"""As in a policy file: for a key of n parts the parser takes n^2 steps."""
+PEM_BYTES_MAX: Final = 256 * 1024
+WITNESSES_COUNT_MAX: Final = 16
+SIGNERS_COUNT_MAX: Final = 2
+RESUBMIT_SECONDS: Final = 300
+RESUBMIT_SECONDS_MAX: Final = 24 * 3600
+FILE_SCHEME: Final = "file:"
+_ADDRESS: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII)
+_URL: Final = re.compile(r"https?://[!-~]+", re.ASCII)
+
+
+class Witness(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """url: its submission prefix. key: its verifier key. ca: of its TLS certificate, if not one of the machine."""
+
+    url: str
+    key: str
+    ca: str = ""
+
+    @property
+    def verifier(self) -> VerifierKey:
+        """Raises NoteError."""
+        return parse_vkey(self.key, (TYPE_COSIGNATURE,))
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    version: Literal[1]
+    origin: str
+    kms_socket: str
+    log_dir: str
+    state_dir: str
+    signers: tuple[str, ...]
+    public_keys: tuple[str, ...] = ()
+    kms_server_uids: tuple[int, ...] = (0,)
+    metrics: str = ""
+    witness: tuple[Witness, ...] = ()
+    quorum: int = 0
+    resubmit_seconds: int = RESUBMIT_SECONDS
+
+    @property
+    def trusted_keys(self) -> frozenset[bytes]:
+        """The public keys that a log may begin with."""
+        return frozenset(decode_exact(text, PUBLIC_KEY_BYTES) or b"" for text in self.public_keys)
+
+
+class Files:
+    """The configuration, and the files that it names. All paths are made absolute by `path`."""
+
+    def __init__(self, config_path: Path) -> None:
+        self.config_path = config_path.absolute()
+
+    def path(self, text: str) -> Path:
+        return self.config_path.parent / text
+
+    def config(self) -> Config:
+        """Raises StartError."""
+        config = parse_config(self.read(self.config_path, "configuration", CONFIG_BYTES_MAX), str(self.config_path))
+        places = {name: str(self.path(getattr(config, name))) for name in ("kms_socket", "log_dir", "state_dir")}
+        return msgspec.structs.replace(config, **places)
+
+    def read(self, path: Path, what: str, bytes_max: int) -> bytes:
+        """Raises StartError."""
+        content = read_trusted(path, (ROOT_UID, os.geteuid()), what=what, bytes_max=bytes_max)
+        if len(content) > bytes_max:
+            raise StartError(f"the {what} {path} is larger than {bytes_max} bytes")
+        return content
+
+
+def parse_config(content: bytes, place: str) -> Config:
+    """Raises StartError, which calls the file `place`."""
+    try:
+        text = content.decode("utf-8")
+        if any(line.count(".") > LINE_DOTS_MAX for line in text.splitlines()):
+            raise StartError(f"{place}: a line has more than {LINE_DOTS_MAX} dots")
+        config = msgspec.convert(tomllib.loads(text), Config, strict=True)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise StartError(f"{place} is not TOML in UTF-8: {error}") from None
+    except msgspec.ValidationError as error:
+        raise StartError(f"{place}: {error}") from None
+    try:
+        _check(config)
+    except (StartError, NoteError) as error:
+        raise StartError(f"{place}: {error}") from None
+    return config
+
+
+def address(text: str) -> tuple[str, int]:
+    """Host and port of `127.0.0.1:9104`, which must be this host. Raises StartError."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or not 0 < int(match[3]) < 2**16:
+        raise StartError(f"metrics: {text!r} is no address and port, such as 127.0.0.1:9104")
+    try:
+        host = ipaddress.ip_address(match[1] or match[2])
+    except ValueError:
+        raise StartError(f"metrics: {text!r} has no IP address") from None
+    if not host.is_loopback:
+        raise StartError("metrics must be an address of this host, such as 127.0.0.1:9104")
+    return str(host), int(match[3])
+
+
+def _check(config: Config) -> None:
+    if not is_name(config.origin) or len(config.origin) > 128:
+        raise StartError("origin is 1 to 128 characters of A-Z, a-z, 0-9 and ._/:-, such as kms.example.com/audit")
+    if config.metrics:
+        address(config.metrics)
+    if not config.kms_server_uids:
+        raise StartError("kms_server_uids must name a user")
+    if not 0 < len(config.signers) <= SIGNERS_COUNT_MAX:
+        raise StartError("signers has the signer of every tree checkpoint (Ed25519), and may have a second one")
+    if b"" in config.trusted_keys:
+        raise StartError(
+            "public_keys are those of the audit log: 44 characters of base64, as `minikms init` shows them"
+        )
+    if not 1 <= config.resubmit_seconds <= RESUBMIT_SECONDS_MAX:
+        raise StartError(f"resubmit_seconds is 1 to {RESUBMIT_SECONDS_MAX}")
+    if len(config.witness) > WITNESSES_COUNT_MAX:
+        raise StartError(f"there are more than {WITNESSES_COUNT_MAX} witnesses")
+    keys = {witness.verifier.public_key for witness in config.witness}
+    if len(keys) != len(config.witness):
+        raise StartError("two witnesses have the same key, so one would count twice")
+    if not (1 if config.witness else 0) <= config.quorum <= len(config.witness):
+        raise StartError(f"quorum is 1 to the number of witnesses, {len(config.witness)}; 0 without any")
+    for witness in config.witness:
+        parts = urlsplit(witness.url)
+        wrong = parts.username is not None or parts.query or parts.fragment or not parts.hostname
+        if _URL.fullmatch(witness.url) is None or wrong or _port(witness.url) is None:
+            raise StartError(f"{witness.url!r} is no URL of a witness, such as https://witness.example.com/w1")
+        if witness.ca and parts.scheme != "https":
+            raise StartError(f"the witness {witness.url} has no TLS, so remove ca")
+
+
+def _port(url: str) -> int | None:
+    parts = urlsplit(url)
+    try:
+        return parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return None

@@ -1,0 +1,195 @@
+"""The process of the auditor: start, steps, and stop.
+
+Owns the order of the start: read the configuration and the private keys, lock and read the state directory, bind the
+listener, harden the process (it has one thread until here), run. One thread runs the steps of
+`minikms_auditor.auditor`; the event loop answers for metrics, signals and the service manager. Invariants: a stop waits
+for the step that runs, at most `STOP_SECONDS_MAX`; the hardened process can write in its state directory only. It must
+never start a step before the process is hardened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final, NamedTuple, cast
+
+import uvloop
+
+from minikms.api.errors import StartError
+from minikms.client import Client
+from minikms.client.connecting import OVERFLOW_UID_FILE
+from minikms.http import HttpServer
+from minikms.http.accepting import ACCEPT_PAUSE_SECONDS, Acceptor
+from minikms.http.page import PAGE_LIMITS, metrics_page
+from minikms.logs import service_logger, structlog
+from minikms.memory import SecretArena, SignalReader, harden, interpreter_paths
+from minikms.memory.process import name_thread
+from minikms.notify import Notifier
+from minikms_auditor.auditor import Auditor, Reporter
+from minikms_auditor.config import Config, Files, address
+from minikms_auditor.metrics import AuditorCollector
+from minikms_auditor.signers import Signers, open_signers
+from minikms_auditor.store import Store
+from minikms_auditor.witnesses import Witnesses
+
+STEP_SECONDS: Final = 2.0
+"""Between two steps. The daemon must hear of the auditor every 5 s."""
+STOP_SECONDS_MAX: Final = 20.0
+BACKLOG_COUNT: Final = 16
+ARENA_SLOTS: Final = 8
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_RESOLVER_PATHS: Final = (
+    "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf", "/etc/gai.conf", "/run/systemd/resolve",
+)  # fmt: skip
+_CA_PATHS: Final = ("/etc/ssl/certs", "/etc/pki", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates")
+
+
+class Loaded(NamedTuple):
+    """A configuration, and the private and public keys that it names."""
+
+    config: Config
+    signers: Signers
+    witnesses: Witnesses
+
+
+def load(files: Files, arena: SecretArena) -> Loaded:
+    """Read everything but the state. Raises StartError."""
+    config = files.config()
+    witnesses = Witnesses(config.witness, files)
+    return Loaded(config, open_signers(config.origin, config.signers, files, arena), witnesses)
+
+
+def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
+    """Run until SIGTERM, SIGINT or SIGQUIT. Raises StartError, saying why it can't start and what to do."""
+    log = service_logger(log_format)
+    notifier = Notifier(os.environ)
+    files = Files(config_path)
+    with ExitStack() as cleaning:
+        arena = cleaning.enter_context(SecretArena(ARENA_SLOTS))
+        config, signers, witnesses = load(files, arena)
+        cleaning.callback(signers.close)
+        cleaning.callback(witnesses.close)
+        store = Store(config.state_dir, config.origin)
+        cleaning.callback(store.close)
+        signals = cleaning.enter_context(SignalReader())
+        listener = cleaning.enter_context(_listen(config.metrics)) if config.metrics else None
+        read = [*interpreter_paths(), OVERFLOW_UID_FILE, config.log_dir]
+        if witnesses.clients:
+            read += [*_RESOLVER_PATHS, *_CA_PATHS]
+        measures = harden(
+            arena, read=read, write=[config.state_dir], allow_network=bool(witnesses.clients), require=require_hardening
+        )
+        for measure in measures:
+            if not measure.in_force:
+                log.warning("hardening measure not in force", measure=measure.name, why=measure.why)
+        client = Client(config.kms_socket, server_uids=config.kms_server_uids)
+        cleaning.callback(client.close)
+        stopping = threading.Event()
+        auditor = Auditor(
+            config, store, signers, witnesses, cast(Reporter, client),
+            log=lambda event, text: log.warning(event, why=text), stopping=stopping.is_set,
+        )  # fmt: skip
+        cleaning.callback(auditor.close)
+        log.info(
+            "running", origin=config.origin, size=store.state.size, vkeys=[key.text() for key in signers.verifiers]
+        )
+        process = _Process(auditor, stopping=stopping, listener=listener, signals=signals, notifier=notifier, log=log)
+        uvloop.run(process.serve())
+
+
+class _Process:
+    """One run. Used in the loop's thread."""
+
+    def __init__(
+        self,
+        auditor: Auditor,
+        *,
+        stopping: threading.Event,
+        listener: socket.socket | None,
+        signals: SignalReader,
+        notifier: Notifier,
+        log: structlog.stdlib.BoundLogger,
+    ) -> None:
+        self._auditor = auditor
+        self._halt = stopping
+        self._listener = listener
+        self._signals = signals
+        self._notifier = notifier
+        self._log = log
+        self._stopping = asyncio.Event()
+        self._why = ""
+        self._status = auditor.status()
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._signals.fileno(), self._on_signal)
+        acceptor = None
+        if self._listener is not None:
+            page: HttpServer[int] = HttpServer(
+                metrics_page(AuditorCollector(lambda: self._status)),
+                loop=loop,
+                on_internal_error=self._internal_error,
+                limits=PAGE_LIMITS,
+            )
+            acceptor = Acceptor(self._listener, page, on_failure=self._accept_failed)
+        steps = threading.Thread(target=self._run_steps, args=(loop,), name="steps", daemon=True)
+        steps.start()
+        self._notifier.ready(f"tree of {self._status.size} leaves")
+        watchdog_s = self._notifier.watchdog_interval_s
+        while not self._stopping.is_set():
+            try:
+                async with asyncio.timeout(watchdog_s):
+                    await self._stopping.wait()
+            except TimeoutError:
+                self._notifier.watchdog()
+        self._notifier.stopping()
+        self._halt.set()
+        if acceptor is not None:
+            acceptor.close()
+            await page.drain(0)
+        await loop.run_in_executor(None, steps.join, STOP_SECONDS_MAX)
+        self._log.info("stopped", why=self._why)
+
+    def _run_steps(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The thread of the steps. A defect ends the process: the service manager starts it again."""
+        name_thread("steps")
+        while not self._halt.is_set():
+            try:
+                self._auditor.step()
+            except BaseException as error:  # noqa: BLE001  a step must not end unseen
+                self._internal_error(f"{type(error).__name__} in a step")
+                os._exit(1)
+            self._status = self._auditor.status()
+            self._halt.wait(STEP_SECONDS)
+
+    def _on_signal(self) -> None:
+        for number in self._signals.read():
+            if number in _STOP_SIGNALS:
+                self._why = self._why or signal.Signals(number).name
+                self._stopping.set()
+
+    def _accept_failed(self, why: str) -> None:
+        self._log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
+
+    def _internal_error(self, what: str) -> None:
+        self._log.error("internal error", what=what)
+
+
+def _listen(text: str) -> socket.socket:
+    """A listening, non-blocking TCP socket. Raises StartError."""
+    host, port = address(text)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG_COUNT)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise StartError(f"can't listen on {text}: {error.strerror}") from None
+    return listener

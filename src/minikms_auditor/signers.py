@@ -1,0 +1,134 @@
+"""The private keys that sign tree checkpoints.
+
+Owns: the local signer, whose key lies in a file, and the verifier key of each signer. Invariants: the local key lies in
+the arena, and each signature makes and frees its own key object; the first signer is an Ed25519 one, because witnesses
+need that. It must never show a private key.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from minikms.api.errors import KeyTextError, StartError
+from minikms.audit import note
+from minikms.audit.note import Signature, VerifierKey
+from minikms.memory import SecretArena, SecretSlot, read_key_fd_into
+from minikms.trusted_file import ROOT_UID
+from minikms_auditor.config import FILE_SCHEME, Files
+
+ED25519: Final = "ed25519"
+_TYPES: Final = {ED25519: note.TYPE_ED25519, "ecdsa-p256-sha256": note.TYPE_ECDSA}
+
+
+class SignerError(Exception):
+    """A signer can't sign now. Its text is for the operator."""
+
+
+class Key(Protocol):
+    """A private key, which may lie in a token or in a cloud. algorithm: a key of `_TYPES`."""
+
+    @property
+    def algorithm(self) -> str: ...
+
+    def public_key(self) -> bytes: ...
+
+    def sign(self, message: bytes) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class LocalKey:
+    """An Ed25519 key whose 32 bytes lie in the arena."""
+
+    algorithm = ED25519
+
+    def __init__(self, slot: SecretSlot) -> None:
+        self._slot = slot
+
+    def public_key(self) -> bytes:
+        return Ed25519PrivateKey.from_private_bytes(self._slot.view).public_key().public_bytes_raw()
+
+    def sign(self, message: bytes) -> bytes:
+        return Ed25519PrivateKey.from_private_bytes(self._slot.view).sign(message)
+
+    def close(self) -> None:
+        self._slot.release()
+
+
+class Signers:
+    """All signers of a log, opened. `close` them when done."""
+
+    def __init__(self, origin: str, keys: Sequence[Key]) -> None:
+        self._keys = tuple(keys)
+        self.verifiers = tuple(VerifierKey(origin, _TYPES[key.algorithm], key.public_key()) for key in self._keys)
+        """Their verifier keys, in order. Their name is the origin."""
+        if self.verifiers[0].type != note.TYPE_ED25519:
+            raise StartError("the first signer must have an Ed25519 key, which witnesses verify")
+
+    def sign(self, text: str) -> tuple[Signature, ...]:
+        """The signatures of all signers over the text of a note. Raises SignerError."""
+        made = []
+        for key, verifier in zip(self._keys, self.verifiers, strict=True):
+            try:
+                signature = note.sign(verifier, key.sign(text.encode()))
+            except Exception as error:  # noqa: BLE001  whatever a token's library raises: the tree checkpoint waits
+                raise SignerError(f"the signer {verifier.key_id.hex()} can't sign: {error}") from None
+            if not verifier.verifies(text, signature):
+                raise SignerError(f"the signer {verifier.key_id.hex()} has made a signature that does not verify")
+            made.append(signature)
+        return tuple(made)
+
+    def close(self) -> None:
+        for key in self._keys:
+            key.close()
+
+
+def open_signers(origin: str, uris: Sequence[str], files: Files, arena: SecretArena) -> Signers:
+    """Raises StartError."""
+    keys: list[Key] = []
+    try:
+        for uri in uris:
+            keys.append(_open(uri, files, arena))
+        return Signers(origin, keys)
+    except BaseException:
+        for key in keys:
+            key.close()
+        raise
+
+
+def _open(uri: str, files: Files, arena: SecretArena) -> Key:
+    if uri.startswith(FILE_SCHEME):
+        return LocalKey(_read_key(files.path(uri.removeprefix(FILE_SCHEME)), arena))
+    raise StartError(f"the signer {uri.partition(':')[0]!r} is not one of this version: {FILE_SCHEME}PATH")
+
+
+def _read_key(path: Path, arena: SecretArena) -> SecretSlot:
+    """A file in the form of a root key's: 64 hexadecimal characters, for its owner alone. Raises StartError."""
+    slot = arena.allocate()
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid not in (ROOT_UID, os.geteuid()):
+                raise StartError(f"the signing key {path} must be a file of root or of this user")
+            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise StartError(f"other users can read the signing key {path}: chmod 0600 it")
+            read_key_fd_into(fd, slot)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        slot.release()
+        raise StartError(f"the signing key {path} can't be read: {error.strerror}") from None
+    except KeyTextError as error:
+        slot.release()
+        raise StartError(f"the signing key {path} is none: {error}") from None
+    except BaseException:
+        slot.release()
+        raise
+    return slot

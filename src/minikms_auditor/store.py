@@ -1,0 +1,231 @@
+"""The state directory of the auditor: the tree, the state that it continues from, and what it shows.
+
+Owns: every file below the directory (docs/spec/tree.md), and the order in which they change. Invariants: the tiles of a
+tree are durable before the state that names its size, and the state is durable before `commit` returns; a file is
+replaced whole or not at all; tiles beyond the state's size are of a commit that did not end, and are written again. It
+must never sign, or judge a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from minikms.api.errors import StartError, StorageUnavailableError
+from minikms.audit import tiles
+from minikms.audit.export import INDEX_NAME, LogRange
+from minikms.audit.note import NOTE_BYTES_MAX
+from minikms.audit.tiles import CHECKPOINT_NAME, TILE_BYTES, RightEdge, Tile
+from minikms.audit.tree import EMPTY_ROOT
+from minikms.custody.files import (
+    DataDirLock,
+    FileWrite,
+    make_private_directory,
+    open_directory,
+    read_file_bounded,
+    replace_file,
+    swap_file,
+    sweep_temps,
+    write_files,
+)
+
+TREE_NAME: Final = "tree"
+STATE_NAME: Final = "state.json"
+ACCEPTED_NAME: Final = "accepted-keys.json"
+STATUS_NAME: Final = "status.json"
+FILE_BYTES_MAX: Final = 4 * 1024 * 1024
+LOGS_COUNT_MAX: Final = 10_000
+KEYS_COUNT_MAX: Final = 10_000
+
+
+class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A signed line of the log. sig: its MAC. public_key: under which it was signed."""
+
+    log_id: str
+    seq: int
+    sig: bytes
+    public_key: bytes
+
+
+class Witnessed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last tree checkpoint that was published: its size, and its last line."""
+
+    size: int
+    line: Line
+
+
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the auditor continues from. line: that of the last leaf. keys: public keys that `audit_key` lines of the
+    tree have named.
+    """
+
+    version: int
+    origin: str
+    size: int
+    root: bytes
+    logs: tuple[LogRange, ...] = ()
+    line: Line | None = None
+    keys: tuple[bytes, ...] = ()
+    witnessed: Witnessed | None = None
+
+
+class Store:
+    """The directory, made if it is missing, and locked until `close`. Raises StartError, and TilesError if it lacks a
+    tile of its state.
+    """
+
+    def __init__(self, state_dir: str, origin: str) -> None:
+        self._lock = DataDirLock(state_dir)
+        try:
+            self._fd = self._lock.directory_fd
+            self._tree = os.path.join(self._lock.directory, TREE_NAME)
+            make_private_directory(self._tree)
+            sweep_temps(self._fd)
+            self._swept: set[str] = set()
+            self.state = self._load(origin)
+            self.edge = RightEdge.load(self.read, self.state.size)
+            self._check_root()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _check_root(self) -> None:
+        if self.edge.root() != self.state.root:
+            raise StartError(
+                f"the tiles in {self._tree} do not have the root that {STATE_NAME} names: restore both from one copy"
+            )
+
+    @property
+    def tree_dir(self) -> str:
+        return self._tree
+
+    def read(self, path: str) -> bytes | None:
+        """A `tiles.Read` of the tree."""
+        return read_file_bounded(os.path.join(self._tree, path), TILE_BYTES + 1)
+
+    def commit(self, edge: RightEdge, state: State) -> None:
+        """Make a larger tree durable: first its tiles, then its state. Raises StorageUnavailableError; then the tree is
+        still the one before.
+        """
+        made = edge.take_tiles()
+        groups: dict[str, list[Tile]] = {}
+        for tile in made:
+            groups.setdefault(os.path.dirname(tile.path), []).append(tile)
+        for directory, group in groups.items():
+            self._write(directory, group)
+        if state.logs != self.state.logs:
+            self._replace_in(self._tree, INDEX_NAME, msgspec.json.encode(state.logs))
+        self.save(state)
+        self.edge = edge
+        self._remove_partial(made)
+
+    def _write(self, directory: str, group: Iterable[Tile]) -> None:
+        path = os.path.join(self._tree, directory)
+        try:
+            make_private_directory(path)
+            fd = open_directory(path)
+        except OSError as error:
+            raise StorageUnavailableError("a directory of tiles can't be made") from error
+        try:
+            if not directory.endswith(".p") and directory not in self._swept:
+                sweep_temps(fd)
+                self._swept.add(directory)
+            write_files(fd, [FileWrite(os.path.basename(tile.path), tile.content) for tile in group])
+        finally:
+            os.close(fd)
+
+    def _remove_partial(self, made: Iterable[Tile]) -> None:
+        """Partial tiles of tiles that are full now: readers find the full one. What a failure leaves is never read."""
+        for tile in made:
+            if tile.width == tiles.TILE_WIDTH:
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(os.path.join(self._tree, tile.path + ".p"))
+
+    def save(self, state: State) -> None:
+        """Raises StorageUnavailableError."""
+        replace_file(self._fd, STATE_NAME, msgspec.json.format(msgspec.json.encode(state)))
+        self.state = state
+
+    def publish(self, note: bytes, witnessed: Witnessed) -> None:
+        """Publish a tree checkpoint, and then record that. Raises StorageUnavailableError."""
+        self._replace_in(self._tree, CHECKPOINT_NAME, note)
+        if witnessed != self.state.witnessed:
+            self.save(msgspec.structs.replace(self.state, witnessed=witnessed))
+
+    def published(self) -> bytes | None:
+        return published(self._lock.directory)
+
+    def show(self, status: bytes) -> None:
+        """Replace the status that `minikms-auditor status` reads. Raises OSError."""
+        swap_file(self._fd, STATUS_NAME, status)
+
+    def accepted_keys(self) -> frozenset[bytes]:
+        """Raises StartError."""
+        return frozenset(accepted_keys(self._lock.directory))
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _replace_in(self, path: str, name: str, content: bytes) -> None:
+        fd = open_directory(path)
+        try:
+            replace_file(fd, name, content)
+        finally:
+            os.close(fd)
+
+    def _load(self, origin: str) -> State:
+        content = read_file_bounded(STATE_NAME, FILE_BYTES_MAX, dir_fd=self._fd)
+        if content is None:
+            if os.listdir(self._tree):
+                raise StartError(f"{self._lock.directory} holds a tree but no {STATE_NAME}: restore it, or empty both")
+            return State(1, origin, 0, EMPTY_ROOT)
+        try:
+            state = msgspec.json.decode(content, type=State)
+        except (msgspec.MsgspecError, RecursionError):
+            raise StartError(f"{self._lock.directory}/{STATE_NAME} is damaged: restore it") from None
+        if state.version != 1 or (state.size > 0) != (state.line is not None):
+            raise StartError(f"{self._lock.directory}/{STATE_NAME} is not one of this version")
+        if state.origin != origin:
+            raise StartError(
+                f"{self._lock.directory} holds the tree of {state.origin}, and the configuration names {origin}"
+            )
+        return state
+
+
+# --- for commands beside the running auditor --------------------------------------------------------------------------
+
+
+def published(state_dir: str) -> bytes | None:
+    """The newest tree checkpoint that was published, as a note; None if none was."""
+    return read_file_bounded(os.path.join(state_dir, TREE_NAME, CHECKPOINT_NAME), NOTE_BYTES_MAX)
+
+
+def shown(state_dir: str) -> bytes | None:
+    """The status as the process wrote it last; None if it never ran."""
+    return read_file_bounded(os.path.join(state_dir, STATUS_NAME), FILE_BYTES_MAX)
+
+
+def accepted_keys(state_dir: str) -> list[bytes]:
+    """Public keys that an operator has accepted. Raises StartError."""
+    path = os.path.join(state_dir, ACCEPTED_NAME)
+    content = read_file_bounded(path, FILE_BYTES_MAX)
+    try:
+        return [] if content is None else msgspec.json.decode(content, type=list[bytes])
+    except (msgspec.MsgspecError, RecursionError):
+        raise StartError(f"{path} is damaged: remove it, and accept the log's key again") from None
+
+
+def accept_key(state_dir: str, key: bytes) -> None:
+    """Accept a public key that a log may begin with. Raises StartError, StorageUnavailableError."""
+    kept = accepted_keys(state_dir)
+    fd = open_directory(Path(state_dir))
+    try:
+        replace_file(fd, ACCEPTED_NAME, msgspec.json.encode([*(each for each in kept if each != key), key]))
+    finally:
+        os.close(fd)

@@ -1,0 +1,242 @@
+"""Submitting tree checkpoints to witnesses (C2SP tlog-witness).
+
+Owns: the request `add-checkpoint` and its answers, what each witness is known to have, and the round in which all of
+them are asked at once. Invariants: what a witness answers is bounded in size and time, and a redirect is not followed;
+a cosignature is used only if it verifies; a witness that knows another or a larger tree raises WitnessAlarmError, which
+is never only a failure. It must never send anything but a tree checkpoint and a consistency proof.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit
+
+from minikms.api.errors import StartError
+from minikms.audit import tree
+from minikms.audit.note import Note, NoteError, Signature, VerifierKey, cosigned_at, parse_signatures
+from minikms.audit.tree import Node
+from minikms.base64 import encode_text
+from minikms_auditor.config import PEM_BYTES_MAX, Files, Witness
+
+ROUND_SECONDS_MAX: Final = 10.0
+"""In which all witnesses must have answered: less than the time for which the daemon takes an auditor for attached."""
+ANSWER_BYTES_MAX: Final = 64 * 1024
+ATTEMPTS: Final = 3
+BACKOFF_SECONDS_MAX: Final = 60.0
+CLOCK_SECONDS_MAX: Final = 300
+"""How far ahead the clock of a witness may be."""
+_READ_BYTES: Final = 16 * 1024
+_SIZE: Final = re.compile(rb"(0|[1-9][0-9]{0,18})\n")
+
+
+class WitnessAlarmError(Exception):
+    """A witness knows a tree that this one does not extend. Its text is for the operator."""
+
+
+class WitnessFailedError(Exception):
+    """A witness did not cosign now. Its text is for the operator."""
+
+
+class Submission(NamedTuple):
+    """A tree checkpoint to cosign: its note, size, and the hashes of its tree."""
+
+    note: Note
+    size: int
+    node: Node
+
+
+class Client:
+    """One witness."""
+
+    def __init__(self, witness: Witness, files: Files) -> None:
+        """Raises StartError."""
+        self.url = witness.url
+        self.key: VerifierKey = witness.verifier
+        self.error = ""
+        """Why it did not cosign the last time; empty if it did."""
+        self.cosigned_at = 0
+        """Unix seconds of its last cosignature."""
+        self.known_size = 0
+        """Of the tree that it has cosigned last, as far as it is known."""
+        self.retry_s = 0.0
+        """Monotonic seconds before which it is not asked."""
+        self._failures = 0
+        parts = urlsplit(witness.url)
+        self._host, self._tls = parts.hostname or "", parts.scheme == "https"
+        self._port = parts.port or (443 if self._tls else 80)
+        self._target = parts.path.rstrip("/") + "/add-checkpoint"
+        self._context = _context(witness, files) if self._tls else None
+        self._connection: http.client.HTTPConnection | None = None
+        self._lock = threading.Lock()
+
+    def submit(self, sent: Submission, ends_s: float) -> Signature:
+        """Its cosignature. Raises WitnessAlarmError, WitnessFailedError."""
+        try:
+            made = self._submit(sent, ends_s)
+        except (WitnessFailedError, OSError, http.client.HTTPException, ValueError) as error:
+            self._failures += 1
+            self.retry_s = time.monotonic() + min(2.0**self._failures, BACKOFF_SECONDS_MAX)
+            text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            self.error = f"the witness {self.key.name}: {text}"
+            raise WitnessFailedError(self.error) from None
+        except WitnessAlarmError as error:
+            self.error = str(error)
+            raise
+        self._failures, self.error, self.known_size = 0, "", sent.size
+        self.cosigned_at = cosigned_at(made) or 0
+        return made
+
+    def _submit(self, sent: Submission, ends_s: float) -> Signature:
+        old = min(self.known_size, sent.size)
+        for _ in range(ATTEMPTS):
+            proof = tree.consistency_proof(sent.node, old, sent.size)
+            lines = [f"old {old}", *map(encode_text, proof), "", ""]
+            status, body = self._post("\n".join(lines).encode() + sent.note.encode(), ends_s)
+            if status == 200:
+                return self._cosignature(sent.note.text, body)
+            if status == 422:
+                raise WitnessAlarmError(f"the witness {self.key.name} knows a tree that this one does not extend")
+            found = _SIZE.fullmatch(body) if status == 409 else None
+            known = int(found[1]) if found else old
+            if known > sent.size:
+                raise WitnessAlarmError(
+                    f"the witness {self.key.name} knows a tree of {known} leaves, and this one has {sent.size}: the "
+                    "state of the auditor or the log is an older copy"
+                )
+            if status == 409 and known == old == sent.size:
+                raise WitnessAlarmError(f"the witness {self.key.name} knows another tree of {known} leaves")
+            if known == old:
+                raise WitnessFailedError(f"it answers {status}")
+            old = self.known_size = known
+        raise WitnessFailedError("it names another size at each attempt")
+
+    def _cosignature(self, text: str, body: bytes) -> Signature:
+        try:
+            signatures = parse_signatures(body.decode("utf-8"))
+        except (NoteError, UnicodeDecodeError):
+            raise WitnessFailedError("its answer is no cosignature") from None
+        for signature in signatures:
+            if self.key.made(signature) and self.key.verifies(text, signature):
+                if (cosigned_at(signature) or 0) > time.time() + CLOCK_SECONDS_MAX:
+                    raise WitnessFailedError("its clock is ahead")
+                return signature
+        raise WitnessFailedError("its answer has no valid cosignature by its key")
+
+    def _post(self, body: bytes, ends_s: float) -> tuple[int, bytes]:
+        """Status and body of the answer. Raises OSError, http.client.HTTPException, ValueError."""
+        left_s = _left_s(ends_s)
+        connection = (
+            http.client.HTTPConnection(self._host, self._port, timeout=left_s)
+            if self._context is None
+            else http.client.HTTPSConnection(self._host, self._port, timeout=left_s, context=self._context)
+        )
+        try:
+            connection.connect()
+            sock = connection.sock  # which the answer goes on reading, if the witness closes the connection after it
+            with self._lock:
+                self._connection = connection
+            headers = {"Content-Type": "text/plain; charset=utf-8", "User-Agent": "minikms-auditor"}
+            connection.request("POST", self._target, body, headers)
+            answer = connection.getresponse()
+            content = b""
+            while not answer.isclosed():  # after its last byte the socket is closed, too
+                sock.settimeout(_left_s(ends_s))
+                part = answer.read1(_READ_BYTES)
+                if not part:
+                    break
+                content += part
+                if len(content) > ANSWER_BYTES_MAX:
+                    raise WitnessFailedError(f"its answer is larger than {ANSWER_BYTES_MAX} bytes")
+            return answer.status, content
+        finally:
+            with self._lock:
+                self._connection = None
+            connection.close()
+
+    def abort(self) -> None:
+        """End an exchange that takes too long, from another thread: its time-outs begin anew with each byte."""
+        with self._lock:
+            if self._connection is not None and self._connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+class Round(NamedTuple):
+    """What the witnesses answered. alarm: the text of the first alarm, else empty."""
+
+    signatures: tuple[Signature, ...]
+    alarm: str
+
+
+class Witnesses:
+    """All witnesses of a configuration."""
+
+    def __init__(self, configured: Sequence[Witness], files: Files) -> None:
+        """Raises StartError."""
+        self.clients = tuple(Client(witness, files) for witness in configured)
+        self._threads = ThreadPoolExecutor(max(1, len(self.clients)), "witness")
+        self._running: dict[Client, Future[Signature]] = {}
+
+    def submit(self, sent: Submission) -> Round:
+        """Ask all witnesses that are due, at once, and wait for at most `ROUND_SECONDS_MAX`."""
+        ends_s = time.monotonic() + ROUND_SECONDS_MAX
+        asked: dict[Client, Future[Signature]] = {}
+        for client in filter(self._is_due, self.clients):
+            asked[client] = self._threads.submit(client.submit, sent, ends_s)
+        self._running = {**self._running, **asked}
+        _, late = wait(asked.values(), ROUND_SECONDS_MAX)
+        signatures: list[Signature] = []
+        alarm = ""
+        for client, answer in asked.items():
+            if answer in late:
+                client.abort()
+                continue
+            try:
+                signatures.append(answer.result())
+            except WitnessAlarmError as error:
+                alarm = alarm or str(error)
+            except WitnessFailedError:
+                continue  # the client keeps it
+        return Round(tuple(signatures), alarm)
+
+    def may_reach(self, quorum: int) -> bool:
+        """Whether enough witnesses for a quorum can be asked now: after a failure each has a pause."""
+        return sum(map(self._is_due, self.clients)) >= quorum
+
+    def _is_due(self, client: Client) -> bool:
+        running = self._running.get(client)
+        return time.monotonic() >= client.retry_s and (running is None or running.done())
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.abort()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _context(witness: Witness, files: Files) -> ssl.SSLContext:
+    if not witness.ca:
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    path = files.path(witness.ca)
+    try:
+        context.load_verify_locations(cadata=files.read(path, "file of CAs", PEM_BYTES_MAX).decode("ascii"))
+    except (ssl.SSLError, UnicodeDecodeError):
+        raise StartError(f"{path} is no file of certificates in PEM") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def _left_s(ends_s: float) -> float:
+    left_s = ends_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError("no answer in time")
+    return left_s
