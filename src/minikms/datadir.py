@@ -49,7 +49,7 @@ from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.keys import keyring, root_slots
-from minikms.keys.unlocked import UnlockedKeyring
+from minikms.keys.unlocked import WRAPPING_KEYS_MAX, UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import RootProvider
@@ -57,12 +57,13 @@ from minikms.roots.providers import RootProvider
 KEYRING_SLOTS: Final = (
     2 * keyring.AUDIT_KEYS_COUNT_MAX
     + keyring.KEKS_OPEN_COUNT_MAX
+    + WRAPPING_KEYS_MAX
     + keyring.SLOTS_MAX
     + keyring.SLOTS_MAX * SHARES_COUNT_MAX
     + 64
 )
-"""Arena slots beside the cached DEKs: pairs of audit keys, KEK versions, the authentication keys of slots, given shares
-of every set, and 64 for root keys, keyring keys, the tombstone key and keys in the making.
+"""Arena slots beside the cached DEKs: pairs of audit keys, KEK versions and keys derived from them, the authentication
+keys of slots, given shares of every set, and 64 for root keys, keyring keys, the tombstone key and keys in the making.
 """
 SERVICE_SLOTS: Final = KEYRING_SLOTS + DERIVED_KEYS_MAX
 """Arena slots of a daemon beside the cached DEKs."""

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
-from minikms.crypto.aead import NonceSource, XaesCipher
+from minikms.crypto.aead import NonceSource
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.journal import Journal
@@ -104,7 +104,7 @@ class NewKeys:
         first_ms = created_ns // 1_000_000
         random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
         made: list[DekRecord | KmsRefusedError] = []
-        with self._arena.allocate() as slot, XaesCipher(self._unlocked.kek(version)) as kek:
+        with self._arena.allocate() as slot, self._unlocked.kek_cipher(version) as kek:
             for number, one in enumerate(wanted):
                 try:
                     one.permit()

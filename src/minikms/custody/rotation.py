@@ -387,7 +387,7 @@ class KekRotation:
         with (
             vault.arena.allocate() as key,
             vault.arena.allocate() as again,
-            dek.Rewrapper(vault.unlocked.kek, to_version, key=key.view, again=again.view) as rewrapper,
+            dek.Rewrapper(vault.unlocked.kek_cipher, to_version, key=key.view, again=again.view) as rewrapper,
         ):
             for key_id, data in part:
                 if key_id in vault.destroyed:
@@ -603,7 +603,7 @@ class Pruning:
                 raise copy_of(data)
             record = dek.parse(data, key_id)
             with self._vault.arena.allocate() as key:
-                dek.unwrap_into(record, self._vault.unlocked.kek(record.kek_version), key.view)
+                dek.unwrap_into(record, self._vault.unlocked.kek_cipher(record.kek_version), key.view)
         except KeyNotFoundError:
             return  # removed since it was listed
         except KeyUnreadableError:

@@ -175,7 +175,7 @@ class Vault:
         slot = self.arena.allocate()
         self.record_keys.stack_used = True
         try:
-            dek.unwrap_into(record, self.unlocked.kek(record.kek_version), slot.view)
+            dek.unwrap_into(record, self.unlocked.kek_cipher(record.kek_version), slot.view)
         except BaseException as error:
             slot.release()
             if isinstance(error, KeyUnreadableError):

@@ -13,17 +13,22 @@ from __future__ import annotations
 import contextlib
 import hmac
 from collections.abc import Callable, Container, Iterator
+from typing import Final
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from minikms.api.errors import DecryptionError, KeyUnreadableError, StartError, UnknownRootError
 from minikms.crypto import aead, labels, roots, slots
+from minikms.crypto.aead import DerivedKeys, XaesCipher
 from minikms.crypto.slots import Place
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import KekState
 from minikms.keys.tombstones import Chain
 from minikms.memory.arena import SecretArena, SecretSlot
+
+WRAPPING_KEYS_MAX: Final = 1024
+"""Keys that are derived from KEKs and stay in the arena: those of half a million DEKs that were wrapped together."""
 
 Nonces = Callable[[], bytes]
 FillRandom = Callable[[memoryview], None]
@@ -37,6 +42,9 @@ class UnlockedKeyring:
         self._nonces = nonces
         self._keyring_keys: dict[int, SecretSlot] = {}
         self._keks: dict[int, SecretSlot] = {}
+        self._derived = DerivedKeys(arena, count_max=min(WRAPPING_KEYS_MAX, arena.slots // 4))
+        self._derived_of: dict[int, dict[bytes, SecretSlot]] = {}
+        """By KEK version."""
         self._audit: dict[int, tuple[SecretSlot, SecretSlot]] = {}
         self._tombstone: SecretSlot | None = None
         self._slot_auth: dict[str, SecretSlot] = {}
@@ -330,6 +338,10 @@ class UnlockedKeyring:
             )
         return slot.view
 
+    def kek_cipher(self, version: int) -> XaesCipher:
+        """The cipher of a KEK, for a `with` block. Raises as `kek`."""
+        return XaesCipher(self.kek(version), self._derived_of.setdefault(version, {}), self._derived)
+
     def audit_key(self, version: int) -> tuple[memoryview, memoryview]:
         """(HMAC key, Ed25519 seed) of an audit key version."""
         key, seed = self._audit[version]
@@ -349,6 +361,7 @@ class UnlockedKeyring:
         """Zeroes a KEK version that was destroyed, or that was made for a rotation that could not begin."""
         slot = self._keks.pop(version, None)
         if slot is not None:
+            self._derived.forget(self._derived_of.pop(version, {}))
             slot.release()
 
     def forget_audit_key(self, version: int) -> None:
@@ -358,6 +371,8 @@ class UnlockedKeyring:
 
     def release(self) -> None:
         """Zeroes every key."""
+        for derived in self._derived_of.values():
+            self._derived.forget(derived)
         pairs = (slot for pair in self._audit.values() for slot in pair)
         for slot in (*self._keyring_keys.values(), *self._keks.values(), *pairs, *self._slot_auth.values()):
             slot.release()
