@@ -177,5 +177,5 @@ async def opened_vault(
         try:
             yield OpenedVault(directory, data, used, reader=reader, disk=disk)
         finally:
-            await data.drain()
+            await data.vault.drain()
             data.close()

@@ -163,7 +163,8 @@ class RemoteProvider(AsyncClient):
 
     def __init__(self, address: str | os.PathLike[str], **arguments: Any) -> None:
         self.metrics = KmsMetrics()
-        super().__init__(address, timeout_s=TIMEOUT_S, wait_s=WAIT_S, on_exchange=self.metrics.exchanged, **arguments)
+        super().__init__(address, timeout_s=TIMEOUT_S, wait_s=WAIT_S, **arguments)
+        self.on_exchange = self.metrics.exchanged
 
     async def status(self) -> api.StatusAnswer:
         try:

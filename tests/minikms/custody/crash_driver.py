@@ -84,7 +84,7 @@ async def served() -> AsyncIterator[DataDir]:
         options = Options(audit_fsync="never", cache_keys_max=8)
         data = insist_on(lambda: open_for_service(lock, root, arena=arena, disk=worker, options=options))
         yield data
-        await data.drain()
+        await data.vault.drain()
         with contextlib.suppress(KmsRefusedError):
             data.close()
 

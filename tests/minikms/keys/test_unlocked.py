@@ -12,7 +12,7 @@ import pytest
 from minikms.api.errors import ArenaFullError, ConflictError, DecryptionError, KeyUnreadableError, StartError
 from minikms.crypto import aead, labels, roots, slots
 from minikms.crypto.aead import NonceSource
-from minikms.crypto.slots import Place
+from minikms.crypto.slots import SlotBinding
 from minikms.keys import keyring, root_slots
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random
@@ -20,7 +20,7 @@ from tests.minikms.keys import keyrings
 from tests.minikms.keys.keyrings import AT, NEW_ROOT, ROOT
 
 
-def open_bytes(arena: SecretArena, root: bytes, data: bytes) -> tuple[UnlockedKeyring, keyring.Slot]:
+def open_bytes(arena: SecretArena, root: bytes, data: bytes) -> tuple[UnlockedKeyring, keyring.RootSlot]:
     return UnlockedKeyring.open(arena, memoryview(root), data, nonces=NonceSource().next)
 
 
@@ -192,9 +192,9 @@ def forged(arena: SecretArena, unlocked: UnlockedKeyring, *, mac_key: bytes) -> 
     own = keyrings.fresh(arena, bytes(range(64, 96)))
     theirs = unlocked.body.slots[0]
     own.body = msgspec.structs.replace(own.body, keyring_id=unlocked.body.keyring_id)
-    place = Place(own.body.keyring_id, theirs.slot_id, theirs.commitment, own.body.key_version)
-    sealed = slots.seal(theirs.public_key, place, own.keyring_key.view)
-    mac = slots.mac(memoryview(mac_key), place, sealed)
+    binding = SlotBinding(own.body.keyring_id, theirs.slot_id, theirs.commitment, own.body.key_version)
+    sealed = slots.seal(theirs.public_key, binding, own.keyring_key.view)
+    mac = slots.mac(memoryview(mac_key), binding, sealed)
     slot = msgspec.structs.replace(theirs, sealed=sealed, mac=mac)
     return own.encode(msgspec.structs.replace(own.body, slots=(slot,)))
 

@@ -27,7 +27,6 @@ from minikms.api.errors import (
 )
 from minikms.custody.journal_format import Change
 from minikms.policy import Principal
-from minikms.service import access
 from tests.harness.limited import Limited, limited
 from tests.harness.vaults import create, opened_vault
 from tests.minikms.service.asking import NO_KEY
@@ -57,9 +56,6 @@ def test_a_foreign_key_costs_the_same_work_as_an_unknown_one(tmp_path: Path) -> 
             for key_id in foreign:
                 made.one.file(key_id).unlink()
             who = made.who(3)
-            assert requests(mine, mine).keys() == {verb for verb in api.VERBS if access.names_keys(verb)}, (
-                "every verb that names a key"
-            )
             for verb in requests(mine, mine):
                 texts, costs = set(), set()
                 for key_id in (*foreign, *unknown, NO_KEY, "k_7" + "z" * 25):
