@@ -32,7 +32,7 @@ import msgspec
 
 from minikms.api.errors import AuditUnavailableError, KmsRefusedError, StartError, StorageUnavailableError
 from minikms.audit import AuditKey, AuditLog, Event, ExpectedLog
-from minikms.audit.chain import KeyState, LocalSigner
+from minikms.audit.chain import KeyState, Signer
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, LogLimits
 from minikms.audit.queries import first_key
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, list_segments
@@ -46,6 +46,7 @@ from minikms.custody.backup import register
 from minikms.custody.files import DataDirLock, InUseError, make_private_directory, read_file_bounded
 from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
+from minikms.custody.log_directory import claim_log_directory, lock_log_directory, log_directory
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.keys import keyring, root_slots
@@ -76,13 +77,15 @@ _EPOCH: Final = re.compile(rb'"epoch":([0-9]{1,18})[,}]')
 
 class Options(NamedTuple):
     """How a start opens a data directory; see the flags of `minikms serve`. `if_restored`: what to do if the log
-    lacks the line `expect_audit_head`, as a sentence without a full stop.
+    lacks the line `expect_audit_head`, as a sentence without a full stop. `audit_dir`: the directory of the audit log;
+    None: the data directory. `lock_data_dir` was called with it.
     """
 
     accept_restore: bool = False
     accept_audit_loss: bool = False
     expect_audit_head: Head | None = None
     if_restored: str = IF_RESTORED
+    audit_dir: str | None = None
     audit_fsync: FsyncPolicy = "interval"
     audit_hash_thread_ids: bool = False
     audit_limits: LogLimits = DEFAULT_LIMITS
@@ -148,10 +151,11 @@ class DataDir:
 # --- for service --------------------------------------------------------------------------------------------------
 
 
-def lock_data_dir(directory: str) -> DataDirLock:
-    """Takes the lock, and makes the directory and its subdirectories where they are missing.
+def lock_data_dir(directory: str, audit_dir: str | None = None) -> DataDirLock:
+    """Takes the lock, and makes the directory and its subdirectories where they are missing. `audit_dir`: the directory
+    of the audit log, which is locked too.
 
-    Raises StartError, also when another process owns the directory, and OSError.
+    Raises StartError, also when another process owns the directory or the log does not lie there, and OSError.
     """
     try:
         lock = DataDirLock(directory)
@@ -159,6 +163,7 @@ def lock_data_dir(directory: str) -> DataDirLock:
         stop = "Stop that process first" + (f", with `kill {error.pid}`" if error.pid is not None else "")
         raise StartError(f"{error}. {stop}: only one may use a data directory") from None
     try:
+        claim_log_directory(lock, audit_dir)
         for name in (deks.DIRECTORY, backups.DIRECTORY):
             make_private_directory(os.path.join(lock.directory, name))
     except BaseException:
@@ -182,18 +187,19 @@ def open_for_service(
     Raises StartError, which names a file that can't be written and the reason, and OSError; nothing stays open then.
     """
     directory = lock.directory
+    log_dir = options.audit_dir or directory
     nonces = NonceSource()
     file = KeyringFile(lock.directory_fd, disk)
     with ExitStack() as undo:
         unlocked, slot, _ = open_keyring(directory, file, root, arena=arena, nonces=nonces, pin=options.pin)
         undo.callback(unlocked.release)
         epoch = unlocked.body.epoch
-        seen = highest_epoch(directory)
+        seen = highest_epoch(log_dir)
         if not options.accept_restore:
             _check_newest(epoch, seen)
-        with written_at_start(os.path.join(directory, LOG_NAME)):
+        with written_at_start(os.path.join(log_dir, LOG_NAME)):
             log = open_audit_log(
-                directory,
+                log_dir,
                 unlocked,
                 # Epoch 1: the keyring was made, and no start has come so far as to raise it.
                 expected=ExpectedLog(epoch > 1, options.expect_audit_head, options.if_restored),
@@ -208,7 +214,7 @@ def open_for_service(
         undo.callback(destroyed.close)
         if not options.accept_restore:
             _check_tombstones(destroyed, log)
-        body = keyring.without_audit_keys(body, before=_oldest_audit_key(directory, unlocked))
+        body = keyring.without_audit_keys(body, before=_oldest_audit_key(log_dir, unlocked))
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
             _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
         log.writer.state = lambda: KeyState(unlocked.body.epoch, destroyed.count)
@@ -334,7 +340,7 @@ def _check_is_new(directory: str) -> None:
     """The keyring is made before everything else, and restored after everything else but the audit log."""
     key_files = os.path.join(directory, deks.DIRECTORY)
     has_keys = os.path.isdir(key_files) and any(name.endswith(deks.SUFFIX) for name in os.listdir(key_files))
-    if has_keys or os.path.lexists(os.path.join(directory, LOG_NAME)):
+    if has_keys or os.path.lexists(os.path.join(log_directory(directory), LOG_NAME)):
         raise StartError(
             "keyring.json is missing, but the data directory holds keys or an audit log. A new keyring could not open "
             "them: restore keyring.json from a backup, or give an empty data directory"
@@ -403,7 +409,7 @@ def _close_unused(log: AuditLog) -> None:
 
 
 def open_audit_log(
-    directory: str,
+    log_dir: str,
     unlocked: UnlockedKeyring,
     *,
     expected: ExpectedLog,
@@ -420,7 +426,7 @@ def open_audit_log(
     current, former = audit_keys(unlocked)
     _, seed = unlocked.audit_key(current.version)
     return AuditLog.open(
-        directory,
+        log_dir,
         audit_key=current.mac_key,
         seed=seed,
         now_ns=now_ns,
@@ -446,7 +452,7 @@ def audit_keys(unlocked: UnlockedKeyring) -> AuditKeys:
 def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKey) -> AuditKey:
     mac_key, seed = unlocked.audit_key(key.version)
     since = Head(key.since_seq, key.since_sig) if key.since_seq else None
-    return AuditKey(key.version, mac_key, LocalSigner(seed), since)
+    return AuditKey(key.version, mac_key, Signer(seed), since)
 
 
 def highest_epoch(directory: str) -> int:
@@ -568,10 +574,11 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
             ) from None
         file = KeyringFile(lock.directory_fd, stack.enter_context(ThreadPoolExecutor(1)))
         unlocked = stack.enter_context(open_for_reading(directory, root))
+        log_dir = lock_log_directory(lock)
         # The new key raises the epoch, so an older keyring would pass for a newer one at the next start.
-        _check_newest(unlocked.body.epoch, highest_epoch(directory))
+        _check_newest(unlocked.body.epoch, highest_epoch(log_dir))
         # First the log as it is: an interrupted step is completed under the keys that the log knows.
-        log = open_audit_log(directory, unlocked, expected=ExpectedLog(exists=True))
+        log = open_audit_log(log_dir, unlocked, expected=ExpectedLog(exists=True))
         try:
             last = log.sign_and_sync()
             made = unlocked.make_audit_key(

@@ -129,10 +129,14 @@ def mount(*arguments: str) -> None:
 
 
 def isolate_files(lines: dict[str, str], writable: str) -> None:
-    """ProtectSystem=strict, PrivateDevices=, PrivateTmp=, ProtectProc= and ProcSubset=, as mounts."""
+    """ProtectSystem=strict with ReadWritePaths=, PrivateDevices=, PrivateTmp=, ProtectProc= and ProcSubset=, as
+    mounts.
+    """
     mount("--make-rprivate", "/")
+    named = [path.removeprefix("-") for path in lines.pop("ReadWritePaths", "").split()]
     if lines.pop("ProtectSystem") == "strict":
-        mount("--bind", writable, writable)
+        for path in (writable, *filter(os.path.exists, named)):
+            mount("--bind", path, path)
         mount("-o", "remount,bind,ro", "/")
     if lines.pop("PrivateDevices") == "yes":
         mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/dev")

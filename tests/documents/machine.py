@@ -33,6 +33,7 @@ from tests.harness.terminal import OnTerminal
 PROJECT = Path(__file__).resolve().parents[2]
 UNITS = PROJECT / "deploy" / "systemd"
 USERS = {"minikms": 54_321, "progressdb": 54_322}
+AUDITOR_GID = 54_323
 """None of them belongs to anybody on the machine."""
 SOCKET_UNIT = "minikms.socket"
 SOCKET = "/run/minikms/minikms.sock"
@@ -97,6 +98,9 @@ class Machine:
         """Commands of a document with the paths and the numbers of the users of this machine."""
         text = _PATH.sub(f"{self.base}/", text).replace("127.0.0.1:8080", f"127.0.0.1:{self.port}")
         text = text.replace("ADMIN_UIDS=0", f"ADMIN_UIDS={os.geteuid()}")
+        minikms, gid = self._uids["minikms"], AUDITOR_GID if self._three_users else os.getegid()
+        text = text.replace("-o minikms -g minikms-auditor", f"-o {minikms} -g {gid}")
+        text = text.replace("chown minikms:minikms-auditor", f"chown {minikms}:{gid}")
         for name, uid in self._uids.items():
             text = text.replace(f"$(id -u {name})", str(uid))
             text = text.replace(f"-o {name} -g {name}", f"-o {uid} -g {uid}").replace(

@@ -32,6 +32,10 @@ def _fields(kind: type[msgspec.Struct], key_id: str) -> dict[str, object]:
         "slot_id": "s1",
         "provider": "file",
         "root_hex": "",
+        "origin": "example.org/log",
+        "log_id": "",
+        "seq": 0,
+        "mac": "",
     }
     if "items" in kind.__struct_fields__:
         (item,) = get_args(get_type_hints(kind)["items"])

@@ -36,9 +36,9 @@ from tests.harness.vaults import key_file
 class Opener:
     """One process: a locked data directory and an arena, in which it may be opened again and again."""
 
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
+    def __init__(self, directory: Path, stack: ExitStack, audit_dir: str | None = None) -> None:
         self.directory = directory
-        self.lock = stack.enter_context(datadir.lock_data_dir(str(directory)))
+        self.lock = stack.enter_context(datadir.lock_data_dir(str(directory), audit_dir))
         self.arena = stack.enter_context(SecretArena(64, force_fallback=True))
         self._executor = stack.enter_context(ThreadPoolExecutor(1))
 
@@ -54,9 +54,9 @@ class Opener:
 
 
 @contextmanager
-def opener(directory: Path) -> Iterator[Opener]:
+def opener(directory: Path, audit_dir: str | None = None) -> Iterator[Opener]:
     with ExitStack() as stack:
-        yield Opener(directory, stack)
+        yield Opener(directory, stack, audit_dir)
 
 
 @pytest.fixture

@@ -62,6 +62,24 @@ class HeadStatus(msgspec.Struct, frozen=True):
     sig: str = ""
 
 
+class DurableStatus(msgspec.Struct, frozen=True):
+    """The last line of the audit log that is on the disk for certain: its number and its MAC in base64."""
+
+    seq: int = 0
+    mac: str = ""
+
+
+class PositionStatus(msgspec.Struct, frozen=True):
+    """How far an auditor has taken the audit log. `age_seconds`: of its last report; None before the first one since
+    the start. `lag_lines`: durable lines after its position; before its first report, durable lines since the start.
+    """
+
+    seq: int = 0
+    origin: str = ""
+    age_seconds: int | None = None
+    lag_lines: int = 0
+
+
 class UpkeepStatus(msgspec.Struct, frozen=True):
     """`faults`: the reason for each job that fails. `forwarded`: lines since the start; None without forwarding."""
 
@@ -70,9 +88,12 @@ class UpkeepStatus(msgspec.Struct, frozen=True):
 
 
 class AuditStatus(msgspec.Struct, frozen=True):
-    """The audit log. `unavailable_since` is Unix time in nanoseconds, 0 while the log can be written."""
+    """The audit log. `unavailable_since` is Unix time in nanoseconds, 0 while the log can be written. `position`: None
+    if no auditor was ever attached.
+    """
 
     head: HeadStatus = msgspec.field(default_factory=HeadStatus)
+    durable: DurableStatus = msgspec.field(default_factory=DurableStatus)
     writable: bool = False
     unavailable_reason: str = ""
     unavailable_since: int = 0
@@ -88,6 +109,7 @@ class AuditStatus(msgspec.Struct, frozen=True):
     fsync: str = ""
     synced: bool = False
     public_key: str = ""
+    position: PositionStatus | None = None
     upkeep: UpkeepStatus = msgspec.field(default_factory=UpkeepStatus)
 
 

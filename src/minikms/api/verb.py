@@ -1,8 +1,8 @@
 """The type of a verb: its name, path, roles, request, answer and possible refusals.
 
 Owns: what an entry of the verb table can say, and the form of an error. Invariants: no I/O; a request with an unknown
-field is refused. It must never know a particular verb: those are in `minikms.api.verbs`, `minikms.api.root_verbs` and
-`minikms.api.seal_verbs`.
+field is refused. It must never know a particular verb: those are in `minikms.api.verbs`, `minikms.api.root_verbs`,
+`minikms.api.seal_verbs` and `minikms.api.audit_verbs`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
 
-Role = Literal["create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor", "unseal"]
+Role = Literal["create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor", "unseal", "ship"]
 Purpose = Literal["thread", "data"]
 State = Literal["active", "retired", "destroyed"]
 Base64 = Annotated[str, "base64"]

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from minikms.api.audit_verbs import AUDIT_VERBS
 from minikms.api.contract import (
     CODE_CONFLICT,
     CODE_DECRYPTION_FAILED,
@@ -613,5 +614,8 @@ VERBS: Final[tuple[Verb[Any, Any], ...]] = (
     *(verb for verb in tuple(globals().values()) if isinstance(verb, Verb) and verb.roles),
     *ROOT_VERBS,
     *SEAL_VERBS,
+    *AUDIT_VERBS,
 )
-"""Every verb that is authorised and audited, in the order above, then those of root keys, then those that seal."""
+"""Every verb that is authorised, in the order above, then those of root keys, those that seal, and those of the audit
+log. Each use is audited, but for `REPORT_AUDIT_POSITION`.
+"""

@@ -10,7 +10,7 @@ their signatures cover, and the signer that makes those signatures. Rules:
    first line of a later file contains the SHA-256 of the previous line. So each signature covers all earlier lines, and
    the public key alone is enough to check them.
 3. The MAC key and the signing seed are views of the arena, and each call reads them again. An HMAC object holds
-   midstates that are enough to forge MACs, so `seal` frees it before it returns. Each call of `LocalSigner` makes and
+   midstates that are enough to forge MACs, so `seal` frees it before it returns. Each call of `Signer` makes and
    frees its own private key object. OpenSSL clears both when they are freed.
 
 It must never do I/O, read a clock, copy a key or keep a key object.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
@@ -44,31 +44,18 @@ _LINE_SIG: Final = record.LINE_MIDDLE
 _LINE_END: Final = record.LINE_SUFFIX + b"\n"
 
 
-class Signer(Protocol):
-    """Signs with Ed25519. A signer outside this process (an HSM, a cloud key) implements the same two methods.
-
-    Both may block. `sign` raises OSError when it can't reach the key; the log then writes no line.
-    """
-
-    def public_key(self) -> bytes:
-        """The 32 raw bytes of the public key."""
-        ...
-
-    def sign(self, message: bytes) -> bytes:
-        """The 64-byte signature of `message`."""
-        ...
-
-
-class LocalSigner:
-    """Signs with a 32-byte Ed25519 seed in the caller's arena."""
+class Signer:
+    """Signs with Ed25519, by a 32-byte seed in the caller's arena."""
 
     def __init__(self, seed: memoryview) -> None:
         self._seed = seed
 
     def public_key(self) -> bytes:
+        """The 32 raw bytes of the public key."""
         return Ed25519PrivateKey.from_private_bytes(self._seed).public_key().public_bytes_raw()
 
     def sign(self, message: bytes) -> bytes:
+        """The 64-byte signature of `message`."""
         return Ed25519PrivateKey.from_private_bytes(self._seed).sign(message)
 
 
@@ -213,10 +200,7 @@ def signed_line(
     state: KeyState,
     extra: Facts | None = None,
 ) -> tuple[bytes, Head]:
-    """A line after `head` of a type in `record.SIGNED_TYPES`, and the new head. `coverage`: the lines that it covers.
-
-    Raises OSError when the signer can't be reached.
-    """
+    """A line after `head` of a type in `record.SIGNED_TYPES`, and the new head. `coverage`: the lines it covers."""
     facts: Facts = {
         "epoch": state.epoch,
         "key": key.version,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Final, Literal, NoReturn
@@ -29,7 +30,7 @@ from minikms import api
 from minikms.api.errors import AuditUnavailableError
 from minikms.append_only import UNCONFIRMED_BYTES_MAX
 from minikms.audit import record
-from minikms.audit.chain import AuditKey, LocalSigner, Signer
+from minikms.audit.chain import AuditKey, Signer
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
 from minikms.audit.repair import AuditKeys, ExpectedLog, OpenedLog, open_log
 from minikms.audit.writer import RESERVE_BYTES, ChainWriter, Reserve
@@ -43,6 +44,8 @@ CHORES_NS: Final = 1_000_000_000
 """Time between two rounds of chores."""
 CHECKPOINT_AGE_NS: Final = 60 * 1_000_000_000
 """Lines older than this are signed, so that a verifier with only the public key can check them."""
+ATTENDED_CHECKPOINT_AGE_NS: Final = 3 * 1_000_000_000
+"""The same while an auditor takes the log. Up to two seconds come between two rounds of chores: 5 s in all."""
 
 _NO_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 
@@ -103,6 +106,10 @@ class AuditLog:
         # Only the wall clock knows the age of an earlier process's file. If it was set back since, the age begins now.
         self._segment_began_ns = started_ns - max(0, now_ns() - opened.segment_ts)
         self._closed = False
+        self._synced = opened.head
+        self._synced_lock = threading.Lock()
+        self.attended: Callable[[], bool] = lambda: False
+        """Whether an auditor takes the lines, as far as they are signed. Its owner may set it."""
 
     @classmethod
     def open(
@@ -117,7 +124,6 @@ class AuditLog:
         key_version: int = 1,
         former: tuple[AuditKey, ...] = (),
         since: Head | None = None,
-        signer: Signer | None = None,
         expected: ExpectedLog | None = None,
         accept_loss: bool = False,
         hash_thread_ids: bool = False,
@@ -126,16 +132,15 @@ class AuditLog:
         """Open the log in `directory`, or begin one.
 
         audit_key: 32 bytes; seed: 32 bytes (Ed25519); both are views of the arena that stay valid until `close`.
-        signer: used instead of `seed` if the signing key is elsewhere. now_ns: Unix time, for the lines.
-        monotonic_ns: schedules the chores. former: the earlier key versions, in any order. If the log ends under one of
-        them, this call completes the change of key; the log must then end at the line `since`, if that is given.
-        expected: what other files say about the log.
+        now_ns: Unix time, for the lines. monotonic_ns: schedules the chores. former: the earlier key versions, in any
+        order. If the log ends under one of them, this call completes the change of key; the log must then end at the
+        line `since`, if that is given. expected: what other files say about the log.
 
         Raises StartError if the log is altered, missing or shorter than expected, and AuditUnavailableError or OSError
         if the disk fails.
         """
         path = os.fspath(directory)
-        key = AuditKey(key_version, audit_key, LocalSigner(seed) if signer is None else signer, since)
+        key = AuditKey(key_version, audit_key, Signer(seed), since)
         opened = open_log(path, AuditKeys(key, former), expected or ExpectedLog(), now_ns(), accept_loss=accept_loss)
         log = cls(
             path,
@@ -365,7 +370,7 @@ class AuditLog:
                 self._signed_ns = now
             elif not writer.unsigned_lines:
                 self._signed_ns = now
-            elif now - self._signed_ns >= CHECKPOINT_AGE_NS:
+            elif now - self._signed_ns >= (ATTENDED_CHECKPOINT_AGE_NS if self.attended() else CHECKPOINT_AGE_NS):
                 writer.repair()
                 writer.checkpoint(self.now_ns())
                 self._signed_ns = now
@@ -417,10 +422,18 @@ class AuditLog:
 
         Raises AuditUnavailableError: then the log accepts no lines until a later call succeeds.
         """
+        head = self.writer.head  # before the sync begins: its line was appended before it became the head
         try:
             self.writer.file.sync()
         except OSError as error:
             raise AuditUnavailableError("the disk did not confirm the audit log") from error
+        with self._synced_lock:
+            self._synced = max(self._synced, head, key=lambda line: line.seq)
+
+    @property
+    def durable(self) -> Head:
+        """The last line that is on the disk for certain."""
+        return self._synced if self.dirty else self.writer.head
 
     # --- status ------------------------------------------------------------------------------------------------------
 
@@ -451,10 +464,11 @@ class AuditLog:
 
     def status(self) -> dict[str, object]:
         """For `/status` and metrics: the head, whether and why the log can't be written, sizes. Times are Unix ns."""
-        writer, failure = self.writer, self._failure
+        writer, failure, durable = self.writer, self._failure, self.durable
         unconfirmed = "the disk has not confirmed all lines" if writer.file.failed else ""
         return {
             "head": self.head,
+            "durable": {"seq": durable.seq, "mac": encode_text(durable.sig)},
             "writable": self.writable,
             "unavailable_reason": unconfirmed if failure is None else failure.reason,
             "unavailable_since": 0 if failure is None else failure.since,

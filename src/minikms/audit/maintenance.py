@@ -29,12 +29,12 @@ from minikms.audit import record
 from minikms.audit.log import AuditLog
 from minikms.audit.reader import (
     CHUNK_BYTES,
-    FILE_MODE,
     WINDOW_BYTES_MAX,
     DamagedSegmentError,
     each_segment,
     frame_fault,
     list_segments,
+    make_log_file,
     segment_name,
 )
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
@@ -172,9 +172,11 @@ def compress_closed(directory: str, *, below: int = sys.maxsize) -> list[str]:
 def _compress(directory: str, plain: str, compressed: str) -> None:
     target = os.path.join(directory, compressed)
     temporary = target + _TEMPORARY_SUFFIX
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        with _open(directory, plain) as source, open(os.open(temporary, flags, FILE_MODE), "r+b") as file:
+        with (
+            _open(directory, plain) as source,
+            open(make_log_file(temporary, os.O_RDWR | os.O_TRUNC), "r+b") as file,
+        ):
             zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True).copy_stream(source, file)
             file.flush()
             _compare(source, file)

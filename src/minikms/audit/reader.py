@@ -12,8 +12,8 @@ moment, with the same content; the plain one counts. Invariants:
   because a decompressor that reads a stream ends without an error where the file ends, also within a frame.
 - `Follower` returns whole lines only, each once, in the order of the files.
 
-It must never write, judge a line, take the lock of the data directory, wait for the log, follow a symbolic link, open
-what is not a regular file, or touch a file of another name.
+It must never write into a file, judge a line, take a lock, wait for the log, follow a symbolic link, open what is not a
+regular file, or touch a file of another name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ NEXT_NAME: Final = LOG_NAME + ".next"
 """The name of a new segment until it gets the log's name."""
 
 FILE_MODE: Final = 0o600
+GROUP_FILE_MODE: Final = 0o640
+"""Of the log's files in a directory that its group may read (`--audit-dir`)."""
 DIRECTORY_MODE: Final = 0o700
+GROUP_DIRECTORY_MODE: Final = 0o750
+_GROUP_BITS: Final = stat.S_ISGID | stat.S_IRGRP
 
 CHUNK_BYTES: Final = 1024 * 1024
 OPEN_ATTEMPTS: Final = 5
@@ -95,6 +99,25 @@ def frame_fault(fd: int) -> str:
 
 def segment_name(number: int, *, compressed: bool = False) -> str:
     return f"{LOG_NAME}.{number}{COMPRESSED_SUFFIX if compressed else ''}"
+
+
+def make_log_file(path: str, flags: int) -> int:
+    """A descriptor of a file of the log, which is created if it is missing; its group may read it if it may read the
+    directory. Raises OSError.
+    """
+    fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+    try:
+        if group_reads(os.path.dirname(path)):
+            os.fchmod(fd, GROUP_FILE_MODE)  # whatever the umask is
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def group_reads(directory: str) -> bool:
+    """Whether the files of this log directory are for its group too, which they get from it. Raises OSError."""
+    return os.stat(directory).st_mode & _GROUP_BITS == _GROUP_BITS
 
 
 def list_segments(directory: str) -> dict[int, list[str]]:

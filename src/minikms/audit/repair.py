@@ -34,12 +34,11 @@ import msgspec
 from minikms import append_only
 from minikms.api.errors import StartError
 from minikms.append_only import write_whole
-from minikms.audit import chain, record
+from minikms.audit import chain, reader, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.queries import line_of
 from minikms.audit.reader import (
     DIRECTORY_MODE,
-    FILE_MODE,
     LOG_NAME,
     NEXT_NAME,
     DamagedSegmentError,
@@ -402,8 +401,7 @@ def _create(
 def create_file(directory: str, blob: bytes) -> int:
     """Create the file `NEXT_NAME` durably with `blob` in it, open for appending. After an OSError there is no file."""
     path = os.path.join(directory, NEXT_NAME)
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(path, flags, FILE_MODE)
+    fd = reader.make_log_file(path, os.O_RDWR | os.O_APPEND | os.O_TRUNC)
     try:
         write_whole(fd, blob)
         sync_data(fd)
@@ -470,8 +468,8 @@ def _move_torn_aside(directory: str, fd: int, whole_bytes: int, *, seq: int) -> 
     held = b""
     with contextlib.suppress(FileNotFoundError), open(os.open(name, _READ_FLAGS), "rb") as file:
         held = file.read()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    aside = os.open(name + _TEMP_SUFFIX, flags, FILE_MODE)  # a fresh file: `held` may be in the page cache only
+    # A fresh file: `held` may be in the page cache only.
+    aside = reader.make_log_file(name + _TEMP_SUFFIX, os.O_WRONLY | os.O_TRUNC)
     with open(aside, "wb") as file:
         file.write(held if held.endswith(torn) else held + torn)
         file.flush()
@@ -511,6 +509,8 @@ def _set_aside(directory: str, ts: int) -> str:
         with contextlib.suppress(FileExistsError):
             os.mkdir(os.path.join(directory, aside), DIRECTORY_MODE)
             break
+    if reader.group_reads(directory):
+        os.chmod(os.path.join(directory, aside), reader.GROUP_DIRECTORY_MODE)
     for name in names:
         os.rename(os.path.join(directory, name), os.path.join(directory, aside, name))
     sync_directory(os.path.join(directory, aside))

@@ -13,8 +13,9 @@ syncs are those of `minikms.append_only`. Invariants:
 `ChainWriter.file`. It must never hold key bytes.
 
 A rotation writes and syncs the next file under another name; then it ends the old file with `segment_close`, after
-which it can't be undone; then it syncs the old file and renames it to its number; then it renames the next file to the
-log's name. `minikms.audit.repair` completes a rotation after a crash between any two of these steps.
+which it can't be undone; then it syncs the old file, renames it to its number and syncs the directory; then it renames
+the next file to the log's name. `minikms.audit.repair` completes a rotation after a crash between any two of these
+steps.
 """
 
 from __future__ import annotations
@@ -250,6 +251,8 @@ class ChainWriter:
                 os.rename(log_path, closed_path)
             except FileNotFoundError:  # an earlier attempt renamed it and reported an error nevertheless
                 os.stat(closed_path)
+            # Otherwise a power cut may keep the second rename without the first one, and lose the old file.
+            sync_directory(self._directory)
             following.old_renamed = True
         with contextlib.suppress(FileNotFoundError):  # an earlier attempt renamed it and failed later
             os.rename(os.path.join(self._directory, NEXT_NAME), log_path)

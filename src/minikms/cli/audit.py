@@ -262,12 +262,13 @@ def verify(
     or it was begun anew, give --tiles.
     """
     from minikms.audit.queries import verify_directory
+    from minikms.custody.log_directory import log_directory
     from minikms.datadir import audit_keys, open_for_reading
 
     def judge(trust: Trust) -> Report:
         with progress_bar(not json) as progress:
             return verify_directory(
-                directory, trust, expect_head=head, from_checkpoint=from_checkpoint, progress=progress
+                log_directory(directory), trust, expect_head=head, from_checkpoint=from_checkpoint, progress=progress
             )
 
     try:
@@ -374,14 +375,14 @@ def find(
         return missing(StartError("give something to find: --thread, --key, --actor, --request or --reads"))
     found = 0
     try:
-        directory = _log_directory(data_dir)
+        directory, keys = _log_directory(data_dir), chosen_data_dir(data_dir)
         with ExitStack() as stack:
             mac_keys: tuple[memoryview, ...] = ()
             root = chosen_root(master_key_file, master_key_fd, root_source)
             if thread and root is not None:
-                unlocked = stack.enter_context(open_for_reading(directory, root))
+                unlocked = stack.enter_context(open_for_reading(keys, root))
                 mac_keys = tuple(audit_keys(unlocked).trust().mac_keys.values())
-            of_thread = _keys_of_thread(directory, thread) if thread and not shows_every_creation(directory) else ()
+            of_thread = _keys_of_thread(keys, thread) if thread and not shows_every_creation(directory) else ()
             sought = query(
                 thread=thread,
                 thread_keys=of_thread,
@@ -457,10 +458,11 @@ def log_directory_of(data_dir: str) -> str:
 
 
 def _log_directory(given: str | None) -> str:
-    """The data directory. Raises StartError when no part of an audit log is in it."""
+    """The directory of the audit log. Raises StartError when no part of one is in it."""
     from minikms.audit.reader import LOG_NAME, list_segments
+    from minikms.custody.log_directory import log_directory
 
-    directory = chosen_data_dir(given)
+    directory = log_directory(chosen_data_dir(given))
     if not os.path.lexists(os.path.join(directory, LOG_NAME)) and not list_segments(directory):
         raise StartError(f"there is no audit log in {directory}")
     return directory

@@ -293,9 +293,10 @@ def _audit_head(directory: str) -> AuditHead | None:
     from minikms.audit.record import parse_line
     from minikms.base64 import encode_text
     from minikms.custody.backup.archive import AuditHead
+    from minikms.custody.log_directory import log_directory
 
     with contextlib.suppress(OSError, KmsRefusedError, ValueError):
-        for line in last_lines(directory, 1):
+        for line in last_lines(log_directory(directory), 1):
             event, _, sig = parse_line(line)
             return AuditHead(event.seq, encode_text(sig))
     return None

@@ -47,6 +47,7 @@ from minikms.custody import (
     tombstone_file,
 )
 from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded, unix_seconds
+from minikms.custody.log_directory import log_directory
 from minikms.custody.settled_keys import SettledKeys
 from minikms.datadir import opened_keyring, opened_root
 from minikms.keys import dek, keyring
@@ -265,7 +266,14 @@ def _root_keys(body: Body, now: float) -> Iterator[Diagnosis]:
 # --- the audit log ----------------------------------------------------------------------------------------------------
 
 
-def _audit_log(directory: str) -> Iterator[Diagnosis]:
+def _audit_log(data_dir: str) -> Iterator[Diagnosis]:
+    try:
+        directory = log_directory(data_dir)
+    except StartError as error:
+        yield problem("audit log", str(error), "write its path into that file, as --audit-dir of the daemon names it")
+        return
+    if directory != data_dir:
+        yield from _space(directory)
     if not os.path.lexists(os.path.join(directory, LOG_NAME)):
         yield problem(
             "audit log",

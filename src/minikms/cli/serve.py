@@ -80,6 +80,10 @@ def serve(
         bool,
         Parameter(help="Make the socket's directory if it is missing, mode 0750, of that group.", negative=()),
     ] = False,
+    audit_dir: Annotated[
+        PathText | None,
+        Parameter(help="Directory of the audit log, for an auditor: mode 2750, group of the auditor."),
+    ] = None,
     audit_fsync: Annotated[
         Literal["never", "interval", "turn"],
         Parameter(
@@ -178,6 +182,8 @@ def serve(
         root = DevelopmentKey(directory)
     policy_file = policy or os.environ.get(POLICY_VARIABLE)
     allowed = allowed_uids or os.environ.get(ALLOWED_UIDS_VARIABLE) or ("" if policy_file else str(os.geteuid()))
+    if audit_dir is not None and audit_fsync == "never":
+        raise StartError("--audit-dir is for an auditor, which takes durable lines only: not with --audit-fsync never")
     admins = admin_uids or os.environ.get(ADMIN_UIDS_VARIABLE) or ""
     process.run(
         Settings(
@@ -198,6 +204,7 @@ def serve(
                 accept_audit_loss=accept_audit_loss,
                 expect_audit_head=parse_head(expect_audit_head),
                 if_restored=IF_RESTORED if parent_fd is None else IF_RESTORED_UNDER_SERVER,
+                audit_dir=None if audit_dir is None else os.path.abspath(audit_dir),
                 audit_fsync=audit_fsync,
                 audit_hash_thread_ids=audit_hash_thread_ids,
                 audit_limits=LogLimits(

@@ -400,6 +400,15 @@ class Verbs:
         return One(api.UNSEAL, partial(calls.unsealing, root_hex, share), timeout_s=timeout_s)
 
     @method
+    def report_audit_position(self, *, origin: str, log_id: str, seq: int, mac: bytes) -> One[api.AuditPositionAnswer]:
+        """Reports the last line of the audit log that an auditor has taken; `seq` 0 and an empty `mac`: none. The first
+        report fixes `origin`. Raises ConflictError for another origin or log, and for a line that is not durable;
+        InvalidRequestError for a wrong `mac`.
+        """
+        request = api.ReportAuditPositionRequest(origin, log_id, seq, base64_text(mac))
+        return One(api.REPORT_AUDIT_POSITION, request)
+
+    @method
     def reload_policy(self) -> One[api.PolicyAnswer]:
         """Reads the policy file of the daemon again, and takes it into force. Raises InvalidPolicyError: the policy
         before it stays; ConflictError: the daemon was started without one.

@@ -569,13 +569,19 @@ class DataDirLock:
                 raise
         except OSError as error:
             raise StartError(f"the data directory {self.directory}: {error.strerror}") from None
+        self._held: list[int] = []
         self._open = True
+
+    def hold(self, descriptor: int) -> None:
+        """Keeps another lock of `lock_file` until `close`, which releases it first."""
+        self._held.append(descriptor)
 
     def close(self) -> None:
         """Releases the directory. Idempotent."""
         if self._open:
             self._open = False
-            unlock_file(self._descriptor)
+            for descriptor in (*self._held, self._descriptor):
+                unlock_file(descriptor)
             os.close(self.directory_fd)
 
     def __enter__(self) -> Self:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from minikms.audit import Event
 from minikms.audit.maintenance import Maintenance
+from minikms.audit.position import AuditorPosition
 from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import Head
 from minikms.audit.turns import TurnAudit
@@ -37,6 +38,7 @@ from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
 from minikms.roots.providers import KeyFile
 from minikms.service.access import Access
+from minikms.service.auditor import AuditorVerbs
 from minikms.service.base import VerbTable
 from minikms.service.keks import KekVerbs
 from minikms.service.keys import KeyVerbs
@@ -50,7 +52,8 @@ class Workers(NamedTuple):
     """`disk` changes key files and keyring, `reader` reads key files, the others are named after what they serve.
 
     `seal` writes the files of the sealed state, while the others may still wait for earlier work. `policy` reads
-    the policy file: no request of a caller whose rights are being revoked uses it.
+    the policy file: no request of a caller whose rights are being revoked uses it. `lookup` reads lines of the audit
+    log, in files that take seconds to decompress.
     """
 
     disk: ThreadPoolExecutor
@@ -59,6 +62,7 @@ class Workers(NamedTuple):
     upkeep: ThreadPoolExecutor
     seal: ThreadPoolExecutor
     policy: ThreadPoolExecutor
+    lookup: ThreadPoolExecutor
 
     @classmethod
     def start(cls) -> Workers:
@@ -86,6 +90,7 @@ class Parts:
         arena: SecretArena,
         measures: tuple[Measure, ...],
         policy: PolicyInForce,
+        position: AuditorPosition,
         started_ns: int,
         seal: Seal,
     ) -> None:
@@ -135,11 +140,21 @@ class Parts:
             in_use_slot_id=data.slot.slot_id,
             pin=settings.opening.pin,
         )
+        self._auditor = AuditorVerbs(
+            vault=self.vault,
+            table=table,
+            log=data.log,
+            position=position,
+            reader=workers.lookup,
+            has_directory=settings.opening.audit_dir is not None,
+        )
+        self.log_view = self._auditor.view
         self._page = StatusPage(
             settings=settings,
             data=data,
             from_source=bool(proved_slot_id),
             upkeep=self.upkeep,
+            position=lambda: position.status(self.log_view()),
             measures=measures,
             indexing=self.indexing,
             keks=self.keks,

@@ -83,7 +83,7 @@ def run(settings: Settings) -> None:
         log.warning("fewer connections than promised", why=too_few)
     with (
         SignalReader() as signals,
-        lock_data_dir(settings.data_dir) as lock,
+        lock_data_dir(settings.data_dir, settings.opening.audit_dir) as lock,
         listen(
             settings.socket,
             os.environ,
@@ -421,7 +421,8 @@ def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> t
 
 def _write_paths(settings: Settings, *, activated: bool) -> list[str]:
     """What the hardened process may write. `activated`: the service manager has made the socket."""
-    paths = [settings.data_dir, *settings.root.write_paths]
+    log_dir = settings.opening.audit_dir
+    paths = [settings.data_dir, *([] if log_dir is None else [log_dir]), *settings.root.write_paths]
     if not activated:
         paths.append(os.path.dirname(os.path.abspath(settings.socket)))
     return paths if settings.forwarder is None else [*paths, *settings.forwarder.write_paths]

@@ -1,9 +1,10 @@
 """The application of a sealed daemon, which has no key.
 
-Owns: what a sealed daemon answers. `/health`, `/ready`, `/status` and `/unseal` are served, and `/seal`, so that it can
-be repeated; everything else gets 503 `sealed` with `Retry-After`. Invariants: callers and roles are those of the
-unsealed daemon; nothing is audited, because there is no audit key (`minikms.daemon.seal_files` records the attempts to
-unseal); the text of a given key goes into the arena before anything else reads the body. It must never use a key.
+Owns: what a sealed daemon answers. `/health`, `/ready`, `/status` and `/unseal` are served, the reports of an auditor,
+and `/seal`, so that it can be repeated; everything else gets 503 `sealed` with `Retry-After`. Invariants: callers and
+roles are those of the unsealed daemon; nothing is audited, because there is no audit key (`minikms.daemon.seal_files`
+records the attempts to unseal); the text of a given key goes into the arena before anything else reads the body. It
+must never use a key.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SEALED_TEXT: Final = (
     "by itself"
 )
 _decode_unseal: Final = msgspec.json.Decoder(api.UnsealRequest)
+_decode_report: Final = msgspec.json.Decoder(api.ReportAuditPositionRequest)
 
 Answer = Reply | Awaitable[Reply]
 
@@ -50,6 +52,9 @@ class Unsealing(Protocol):
 
         The caller releases `given`.
         """
+
+    def report_audit_position(self, asked: api.ReportAuditPositionRequest) -> Awaitable[Reply]:
+        """Takes the report of an auditor that is known. Raises KmsRefusedError."""
 
     def status(self) -> dict[str, object]:
         """For `/status`."""
@@ -73,6 +78,7 @@ class SealedApplication(AdmittingApplication):
             api.STATUS.path: {"GET": self._status},
             api.SEAL.path: {"POST": self._seal},
             api.UNSEAL.path: {"GET": self._unseal_status, "POST": self._unseal},
+            api.REPORT_AUDIT_POSITION.path: {"POST": self._report_audit_position},
         }
 
     # --- the engine's side -------------------------------------------------------------------------------------------
@@ -110,6 +116,10 @@ class SealedApplication(AdmittingApplication):
     def _seal(self, who: Principal, request: Request) -> Answer:
         require(who, api.SEAL)
         return self._unsealing.seal(who)
+
+    def _report_audit_position(self, who: Principal, request: Request) -> Answer:
+        require(who, api.REPORT_AUDIT_POSITION)
+        return self._unsealing.report_audit_position(strictjson.decode(_decode_report, request.body))
 
     def _unseal(self, who: Principal, request: Request) -> Answer:
         require(who, api.UNSEAL)

@@ -40,6 +40,7 @@ from minikms.api.errors import (
     WrongShareError,
 )
 from minikms.audit import Event
+from minikms.audit.position import AuditorPosition, LogView, mac_of, view_on_disk
 from minikms.audit.record import TYPE_REFUSED, Head
 from minikms.crypto.aead import scrub
 from minikms.crypto.shares import ShareInfo
@@ -158,6 +159,9 @@ class Sealing:
         self._attempts = AttemptRecords([], 0)
         self._slow_down = SlowDown()
         self._shares = CollectedShares(process.arena)
+        self._position = AuditorPosition()
+        self._log_view: LogView | None = None
+        """Of the audit log while the daemon is sealed."""
 
     async def start(self) -> None:
         """Opens the data directory and writes the first audit line, unless the start is sealed. Raises StartError."""
@@ -182,7 +186,10 @@ class Sealing:
             self._serve(parts.app)
             parts.serve_on(self.server)
             return
-        keyring.parse_file(read_keyring(process.lock.directory))
+        body = keyring.parse_file(read_keyring(process.lock.directory))[0]
+        log_dir = process.settings.opening.audit_dir or process.lock.directory
+        view = self._log_view = view_on_disk(log_dir, body.audit_key.public_key, body.audit_origin)
+        self._position.begin(view.log_id, view.durable.seq)
         self._sealed = _Sealed(
             Marker(at=files.rfc3339(self._started_ns)) if marker is None else marker,
             durable=marker is not None,
@@ -295,6 +302,7 @@ class Sealing:
                 parts.seal()
             finally:
                 self._expected_head = parts.audit_head
+                self._log_view = parts.log_view()
                 self._source_slot_id = parts.keks.proved_slot_id or self._source_slot_id
                 self._closing = asyncio.ensure_future(self._abandon(parts, self._closing))
             self._process.log.warning("sealed", by=who.actor)
@@ -619,6 +627,7 @@ class Sealing:
             arena=process.arena,
             measures=process.measures,
             policy=process.policy,
+            position=self._position,
             started_ns=self._started_ns,
             seal=self.seal,
         )
@@ -634,6 +643,19 @@ class Sealing:
             on_internal_error=self._process.on_internal_error,
             limits=Limits(connections_max=self._process.connections_max),
         )
+
+    async def report_audit_position(self, asked: api.ReportAuditPositionRequest) -> Reply:
+        """What the log held at the seal; the auditor goes on with it. Its first report needs the keyring."""
+        mac, view = mac_of(asked), self._log_view
+        if view is None or not view.origin:
+            raise SealedError(SEALED_TEXT)
+        keyring.check_audit_origin(view.origin, asked.origin)
+        if asked.seq <= view.durable.seq:  # otherwise the disk lost the mark of what is durable: after the unseal
+            await asyncio.get_running_loop().run_in_executor(
+                self._process.workers.lookup, self._position.check, asked, view, mac
+            )
+            self._position.take(asked, mac)
+        return json_answer(view.answer())
 
     def status(self) -> dict[str, object]:
         """`/status` of the sealed daemon."""

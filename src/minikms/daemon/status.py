@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from minikms import api
@@ -40,6 +41,7 @@ class StatusPage:
         data: DataDir,
         from_source: bool,
         upkeep: Maintenance,
+        position: Callable[[], dict[str, object] | None],
         measures: tuple[Measure, ...],
         indexing: Indexing,
         keks: KekVerbs,
@@ -54,6 +56,7 @@ class StatusPage:
         self._vault = data.vault
         self._log = data.log
         self._upkeep = upkeep
+        self._position = position
         self._measures = measures
         self._indexing = indexing
         self._keks = keks
@@ -88,6 +91,7 @@ class StatusPage:
             "audit": {
                 **self._log.status(),
                 "public_key": body.audit_key.public_key.hex(),
+                "position": self._position(),
                 "upkeep": self._upkeep.status(),
             },
             "memory": {
@@ -114,9 +118,9 @@ class StatusPage:
             say("disk nearly full" if full else "disk has room again", disk_free_bytes=self._disk_free_bytes())
 
     def _disk_free_bytes(self) -> int:
-        """For the data directory, and for this user."""
-        room = os.statvfs(self._settings.data_dir)
-        return room.f_bavail * room.f_frsize
+        """For the data directory and the audit log, the lesser one, and for this user."""
+        rooms = map(os.statvfs, {self._settings.data_dir, self._log.directory})
+        return min(room.f_bavail * room.f_frsize for room in rooms)
 
     def _root(self) -> dict[str, object]:
         """`fingerprint`: of the root key that this run was started under, or of the one that has replaced it."""

@@ -199,6 +199,8 @@ class Body(_Part, frozen=True):
     rotation: Rotation | None = None
     retired_roots: tuple[RetiredRoot, ...] = ()
     revoking: tuple[RevokingRoot, ...] = ()
+    audit_origin: str = ""
+    """The tree of the auditor that was attached first; empty: none was."""
 
     def kek(self, version: int) -> Kek | None:
         """The KEK version, also a destroyed one; None if there was never one of this number."""
@@ -316,7 +318,8 @@ def _check_version(version: int) -> None:
 def check(body: Body) -> None:
     """Raises StartError if the body breaks an invariant of this module."""
     agree = _keks_agree(body) and _slots_agree(body) and _audit_keys_agree(body) and _tombstones_agree(body)
-    if not (agree and body.epoch >= 1):
+    origin = not body.audit_origin or api.ORIGIN_PATTERN.fullmatch(body.audit_origin) is not None
+    if not (agree and origin and body.epoch >= 1):
         raise StartError(f"the keyring is inconsistent; {WAY_OUT}")
 
 
@@ -426,6 +429,18 @@ def check_takes_audit_key(body: Body) -> None:
             "can be removed or replaced any more. A start forgets those whose lines were removed from the audit log, "
             "as --audit-keep-mib does"
         )
+
+
+def with_audit_origin(body: Body, origin: str, *, at: str) -> Body:
+    """Records the tree of the first auditor. Raises ConflictError if another one is recorded."""
+    check_audit_origin(body.audit_origin, origin)
+    return body if body.audit_origin else next_epoch(body, at=at, audit_origin=origin)
+
+
+def check_audit_origin(recorded: str, origin: str) -> None:
+    """Raises ConflictError if another one is recorded."""
+    if recorded not in ("", origin):
+        raise ConflictError(f"the audit log belongs to the origin {recorded}, and no other auditor can be attached")
 
 
 def begin_rotation(body: Body, *, kek: Kek, slot: Slot | None, stamp: str, at: str) -> Body:

@@ -15,7 +15,7 @@ room must never audit, and never hold a key.
 
 from minikms.policy.meters import Charge, Cost, Meters
 from minikms.policy.names import PRINCIPAL_CHARS_MAX, PrincipalNameError, parse_name
-from minikms.policy.policy import ADMIN_ONLY, UIDS_COUNT_MAX, FilePolicy, Policy, actor, parse_uids
+from minikms.policy.policy import ADMIN_ONLY, FILE_ONLY, UIDS_COUNT_MAX, FilePolicy, Policy, actor, parse_uids
 from minikms.policy.principal import Principal
 from minikms.policy.rules import (
     POLICY_BYTES_MAX,
@@ -32,6 +32,7 @@ from minikms.policy.rules import (
 
 __all__ = [
     "ADMIN_ONLY",
+    "FILE_ONLY",
     "POLICY_BYTES_MAX",
     "PRINCIPAL_CHARS_MAX",
     "PROXIED_ROLES",

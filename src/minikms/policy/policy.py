@@ -19,6 +19,8 @@ from minikms.policy.rules import ROLES, PolicyFileError, Proxy, Rules, Scope
 
 ADMIN_ONLY: Final[frozenset[Role]] = frozenset(("rotate", "destroy", "audit", "unseal"))
 """With `--admin-uids`, only those uids have these roles."""
+FILE_ONLY: Final[frozenset[Role]] = frozenset(("ship",))
+"""Only a policy file grants these roles."""
 
 UIDS_COUNT_MAX: Final = 64
 SCOPES_COUNT_MAX: Final = 4096
@@ -26,8 +28,8 @@ SCOPES_COUNT_MAX: Final = 4096
 
 
 class Policy:
-    """The allowed uids, without a policy file. Without `admin_uids` each has every role; with them, only those rotate,
-    destroy, audit and unseal.
+    """The allowed uids, without a policy file. Without `admin_uids` each has every role but `ship`; with them, only
+    those rotate, destroy, audit and unseal.
 
     generation: rises with every change of the rules. rules: the content of the policy file.
     """
@@ -42,8 +44,9 @@ class Policy:
         self.allowed = frozenset(allowed_uids) | admins
         if overflow_uid is not None and overflow_uid in self.allowed:
             raise StartError(_overflow(overflow_uid))
-        others = ROLES - ADMIN_ONLY if admins else ROLES
-        self._roles: dict[int, frozenset[Role]] = {uid: ROLES if uid in admins else others for uid in self.allowed}
+        every = ROLES - FILE_ONLY
+        others = every - ADMIN_ONLY if admins else every
+        self._roles: dict[int, frozenset[Role]] = {uid: every if uid in admins else others for uid in self.allowed}
 
     def is_proxy(self, uid: int) -> bool:
         """Whether the uid asks on behalf of others."""

@@ -6,11 +6,12 @@ charge of its limits, and the check of the policy after each wait (`minikms.serv
 before the caller was authorised; the audit line exists before the answer leaves. It must never answer after a failure.
 
 A method gets the request and the audit event, adds to the event what it learns, and returns the answer or raises a
-KmsRefusedError. There are three ways to add one to the table:
+KmsRefusedError. There are four ways to add one to the table:
 
 - `now`: it answers in the turn of the event loop in which it was called. The daemon writes the audit lines of a turn
   with one write before the answers of the turn leave.
 - `later`: it awaits something. Its audit line is written before its answer exists.
+- `unaudited`: as `later`, and only refusals leave a line. For reports about the audit log itself.
 - `hot`: `/encrypt`, which does all of this itself for a caller without limits and a key that is opened, because every
   call and look-up on its path was measured. For the others it calls what `now_on_keys` made.
 
@@ -139,6 +140,29 @@ class VerbTable:
     ) -> None:
         """Adds a method that awaits and uses keys of `vault`. `durable`: as for `later`."""
         self._later(verb, partial(act, vault), act, durable=durable)
+
+    def unaudited(self, verb: Verb[R, A], act: Callable[[R, Event, Permit], Awaitable[A]]) -> None:
+        """Adds a method that awaits and uses no keys, as `later`. Only its refusals are audited, and what it writes
+        itself.
+        """
+        frame = _Frame(verb)
+
+        async def perform(who: Principal, request: R, request_id: str) -> Reply:
+            event, permit = frame.event(who, request, request_id), permitted
+            try:
+                if who.scope is not None:
+                    keys = self._view(who, verb)
+                    keys.refresh()  # the task begins in a later step than the request
+                    who, permit = keys.who, keys.refresh
+                frame.require(who, request, event)
+                return _reply(await act(request, event, permit))
+            except Exception as error:
+                event.outcome = _outcome(error)
+                if not self._only_counted(event, error):
+                    await self.audit.add_written(event, durable=False)
+                raise
+
+        self._performs[verb] = perform
 
     def _now(
         self,

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from minikms.audit import AuditKey, AuditLog, Event, record
-from minikms.audit.chain import LocalSigner
+from minikms.audit.chain import Signer
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.queries import verify_directory
 from minikms.audit.record import Head
@@ -28,11 +28,11 @@ class Key:
         self.version = version
         self.mac_key = memoryview(bytearray([version] * 32))
         self.seed = memoryview(bytearray([100 + version] * 32))
-        self.public_key = LocalSigner(self.seed).public_key()
+        self.public_key = Signer(self.seed).public_key()
         self.since: Head | None = None
 
     def audit_key(self) -> AuditKey:
-        return AuditKey(self.version, self.mac_key, LocalSigner(self.seed), self.since)
+        return AuditKey(self.version, self.mac_key, Signer(self.seed), self.since)
 
 
 KEY1, KEY2 = Key(1), Key(2)
@@ -93,6 +93,13 @@ def make_log(directory: Path, count: int = 12, **options: object) -> AuditLog:
     write_events(log, count)
     log.close()
     return log
+
+
+def kill_log(directory: Path, *, torn: bytes) -> None:
+    """A log whose writer was killed, with bytes of an incomplete line at its end."""
+    write_events(open_log(directory), 3)
+    with (directory / LOG).open("ab") as file:
+        file.write(torn)
 
 
 def make_segments(directory: Path, count: int = 60) -> None:

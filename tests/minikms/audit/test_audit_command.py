@@ -27,7 +27,7 @@ from minikms.client import DecryptItem, ReencryptItem
 from minikms.crypto.aead import NonceSource
 from minikms.custody.files import DataDirLock
 from minikms.custody.keyring_file import KeyringFile
-from minikms.datadir import audit_keys, open_audit_log, open_for_reading, open_keyring, rotate_audit_key
+from minikms.datadir import open_audit_log, open_for_reading, open_keyring, rotate_audit_key
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import DevelopmentKey
 from tests.harness.live_daemon import LiveDaemon
@@ -263,24 +263,9 @@ def test_new_lines_are_followed_until_interrupted(data_dir: Path) -> None:
 def make_more(directory: Path) -> None:
     """One more line, as a daemon would write it."""
     with open_for_reading(str(directory), DevelopmentKey(str(directory))) as unlocked:
-        keys = audit_keys(unlocked).trust()
-        log = AuditLog.open(directory, audit_key=keys.mac_keys[1], seed=memoryview(bytes(32)), now_ns=lambda: START_NS,
-                            signer=StillSigner(next(iter(keys.public_keys))))  # fmt: skip
+        log = open_audit_log(str(directory), unlocked, expected=ExpectedLog(), now_ns=lambda: START_NS)
         log.add(Event(type="decrypt", actor="peer_uid:1000"))
         log.commit()
-
-
-class StillSigner:
-    """Knows its public key and never has to sign."""
-
-    def __init__(self, public_key: bytes) -> None:
-        self._public_key = public_key
-
-    def public_key(self) -> bytes:
-        return self._public_key
-
-    def sign(self, message: bytes) -> bytes:
-        raise OSError("not to be called")
 
 
 def test_lines_are_found_by_thread_key_actor_and_request(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

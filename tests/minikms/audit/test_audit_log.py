@@ -312,25 +312,6 @@ def test_a_failing_close_raises_and_closes(tmp_path: Path, faults: Faults) -> No
     assert verify(tmp_path).intact
 
 
-def test_a_commit_fails_when_the_signer_can_not_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Away:
-        def public_key(self) -> bytes:
-            return KEY1.public_key
-
-        def sign(self, message: bytes) -> bytes:
-            raise OSError(errno.ETIMEDOUT, "away")
-
-    monkeypatch.setattr(writer, "CHECKPOINT_LINES", 3)
-    log = open_log(tmp_path, signer=Away())
-    commit_one(log)
-    head = log.head
-    with pytest.raises(AuditUnavailableError):
-        commit_one(log)
-    assert log.head == head
-    with pytest.raises(AuditUnavailableError):
-        log.close()
-
-
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 

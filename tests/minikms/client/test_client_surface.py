@@ -41,6 +41,11 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
         (("health", {}), answer(b"ok"), b"GET /health"),
         (("ready", {}), answer(b"ready"), b"GET /ready"),
         (("reload_policy", {}), answer(b'{"sha256":"","generation":2}'), b"POST /policy/reload"),
+        (
+            ("report_audit_position", {"origin": "o", "log_id": "", "seq": 0, "mac": b""}),
+            answer(b'{"log_id":"","durable":{"seq":1,"mac":""},"public_key":""}'),
+            b"POST /audit/position",
+        ),
         (("seal", {}), answer(b'{"sealed":true,"since":""}'), b"POST /seal"),
         (("unseal_status", {}), answer(b'{"sealed":true}'), b"GET /unseal"),
         (("unseal", {"root_hex": "0" * 64}), answer(b'{"sealed":false}'), b"POST /unseal"),

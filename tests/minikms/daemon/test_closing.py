@@ -15,6 +15,7 @@ import structlog
 from minikms import datadir
 from minikms.api.errors import SealedError
 from minikms.audit import Event
+from minikms.audit.position import AuditorPosition
 from minikms.daemon.admission import Admission
 from minikms.daemon.parts import Parts, Workers
 from minikms.daemon.policy_file import PolicyInForce
@@ -51,6 +52,7 @@ def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Ite
                 policy=PolicyInForce(
                     policy, file=None, meters=None, executor=workers.reader, log=structlog.get_logger()
                 ),
+                position=AuditorPosition(),
                 started_ns=0,
                 seal=_no_seal,
             ),

@@ -36,7 +36,7 @@ threads = ["mine-*"]
 [[grant]]
 name = "chat"
 principals = ["spiffe://prod/chat/*", "dns:host.example"]
-roles = ["create", "encrypt", "decrypt", "data_key", "monitor", "rotate", "destroy", "unseal", "audit"]
+roles = ["create", "encrypt", "decrypt", "data_key", "monitor", "rotate", "destroy", "unseal", "audit", "ship"]
 threads = ["mine-*"]
 [[proxy]]
 principals = ["uid:{PROXY}"]
@@ -194,6 +194,7 @@ ADMIN: dict[str, tuple[str, str, object]] = {
     "unseal_status": ("GET", "/unseal", None),
     "policy_reload": ("POST", "/policy/reload", {}),
     "metrics": ("GET", "/metrics", None),
+    "report_audit_position": ("POST", "/audit/position", {"origin": "o", "log_id": "", "seq": 0, "mac": ""}),
 }
 
 

@@ -24,7 +24,7 @@ from tests.harness.verb_requests import example
 
 THREADS = ("mine-1", "theirs-1")
 FIRST_UID = 46_000
-ROLES = ("create", "encrypt", "decrypt", "data_key", "monitor", "destroy", "rotate", "unseal", "audit")
+ROLES = ("create", "encrypt", "decrypt", "data_key", "monitor", "destroy", "rotate", "unseal", "audit", "ship")
 
 
 def policy() -> str:
@@ -32,7 +32,7 @@ def policy() -> str:
     text = ROOT_GRANT
     for number, role in enumerate(ROLES):
         for scope, pattern in enumerate(("mine-*", "*")):
-            threads = f'threads = ["{pattern}"]' if role not in ("rotate", "unseal", "audit") else ""
+            threads = f'threads = ["{pattern}"]' if role not in ("rotate", "unseal", "audit", "ship") else ""
             principals = f'["uid:{FIRST_UID + 2 * number + scope}", "spiffe://prod/{role}/{scope}"]'
             text += f'[[grant]]\nprincipals = {principals}\nroles = ["{role}"]\n{threads}\n'
     every_role = ", ".join(f'"{role}"' for role in ROLES)
@@ -104,6 +104,7 @@ BY_NOTHING: dict[Verb[Any, Any], tuple[str, str, object]] = {
     api.UNSEAL_STATUS: ("GET", "/unseal", None),
     api.UNSEAL: ("POST", "/unseal", {"from_source": True}),
     api.RELOAD_POLICY: ("POST", "/policy/reload", {}),
+    api.REPORT_AUDIT_POSITION: ("POST", "/audit/position", {"origin": "o", "log_id": "", "seq": 0, "mac": ""}),
 }
 """Of verbs that name no key, made so that nothing changes when they are allowed."""
 NOT_ASKED = {api.SEAL, api.CREATE_DEK, api.GET_OR_CREATE_DEK}
@@ -125,7 +126,7 @@ def explained(rules: FilePolicy, uid: int, name: str | None, verb: Verb[Any, Any
     principal, via = (f"uid:{uid}", None) if name is None else (name, f"uid:{uid}")
     if name is not None and not verb.proxied and explain(rules, principal, "monitor", None, via).code != "unauthorized":
         return "forbidden"
-    of_thread = None if verb.roles[0] in ("rotate", "unseal") else thread
+    of_thread = None if verb.roles[0] in ("rotate", "unseal", "ship") else thread
     codes = [explain(rules, principal, role, of_thread, via).code for role in verb.roles]
     worst = next((code for wanted in REFUSALS for code in codes if code == wanted), "")
     lacks_role = any(explain(rules, principal, role, None, via).code for role in verb.roles)

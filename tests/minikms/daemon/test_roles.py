@@ -11,19 +11,19 @@ import pytest
 from minikms import Client, api
 from minikms.api import Role
 from minikms.api.errors import ForbiddenError, KmsError, StartError
-from minikms.policy import ADMIN_ONLY, ROLES, UIDS_COUNT_MAX, Policy, parse_uids
+from minikms.policy import ADMIN_ONLY, FILE_ONLY, ROLES, UIDS_COUNT_MAX, Policy, parse_uids
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.daemon import foreign
 from tests.minikms.service.asking import NO_KEY, post
 
 
-def test_without_admins_each_allowed_uid_has_every_role() -> None:
+def test_without_admins_each_allowed_uid_has_every_role_but_ship() -> None:
     policy = Policy([1000, 1001])
     for uid in (1000, 1001):
         principal = policy.principal(uid, 7)
         assert principal is not None
-        assert principal.roles == ROLES == set(get_args(Role))
+        assert principal.roles == ROLES - FILE_ONLY == set(get_args(Role)) - {"ship"}
         assert (principal.uid, principal.pid, principal.actor) == (uid, 7, f"peer_uid:{uid}")
 
 
@@ -31,8 +31,8 @@ def test_only_admins_may_rotate_destroy_audit_and_unseal() -> None:
     policy = Policy([1000], [1001])
     user, admin = policy.principal(1000, 0), policy.principal(1001, 0)
     assert user is not None and admin is not None
-    assert admin.roles == ROLES
-    assert ROLES - user.roles == ADMIN_ONLY == {"rotate", "destroy", "audit", "unseal"}
+    assert admin.roles == ROLES - FILE_ONLY
+    assert admin.roles - user.roles == ADMIN_ONLY == {"rotate", "destroy", "audit", "unseal"}
     for role in ADMIN_ONLY:
         admin.require(role)
         with pytest.raises(ForbiddenError, match=role):

@@ -1,0 +1,145 @@
+"""How far an auditor has taken the audit log, as it reports.
+
+Owns: the last report of this process, its checks, and what follows from it: whether an auditor is attached, and how
+many durable lines it has not taken. Invariants: a position names a line of the log by number and MAC; it never
+decreases in one process, and is kept over a seal; before the first report since the start nothing counts as taken. What
+it says is the auditor's word: a compromised auditor can report lines that it has not kept. It must never write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from minikms import api, append_only
+from minikms.api.errors import ConflictError, InvalidRequestError, KmsRefusedError, StorageUnavailableError
+from minikms.audit import record
+from minikms.audit.queries import line_of
+from minikms.audit.reader import LOG_NAME
+from minikms.audit.record import Head, MalformedLineError
+from minikms.base64 import decode_canonical
+
+ATTACHED_NS: Final = 30 * 1_000_000_000
+"""An auditor reports every 5 s. For this long after a report it counts as attached."""
+_NOTHING: Final = Head(0, b"")
+_NS: Final = 1_000_000_000
+_READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+class LogView(NamedTuple):
+    """What an auditor gets to know of a log, and what its reports are compared with. log_id: in hexadecimal, empty
+    where it is not known. durable: the last line that is on the disk for certain, `seq` 0 where that is not known.
+    """
+
+    directory: str
+    log_id: str
+    durable: Head
+    public_key: bytes
+    origin: str
+
+    def answer(self) -> api.AuditPositionAnswer:
+        durable = api.DurableLine(self.durable.seq, self.durable.sig)
+        return api.AuditPositionAnswer(self.log_id, durable, self.public_key)
+
+
+class AuditorPosition:
+    """The reports of one process. `monotonic_ns`: the clock of their age."""
+
+    def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._monotonic_ns = monotonic_ns
+        self._head = _NOTHING
+        self._log_id = ""
+        self._reported_ns: int | None = None
+        self._begin_seq: int | None = None
+
+    def begin(self, log_id: str, seq: int) -> None:
+        """A log was opened whose last line is `seq`. After a seal it is the same one, and nothing changes."""
+        if log_id != self._log_id:
+            self._log_id, self._head, self._begin_seq = log_id, _NOTHING, seq
+
+    def check(self, asked: api.ReportAuditPositionRequest, view: LogView, mac: bytes) -> None:
+        """Compares a report with the log. Reads the disk. Raises ConflictError, InvalidRequestError,
+        StorageUnavailableError.
+        """
+        if asked.seq == 0 or (view.log_id, asked.seq, mac) == (asked.log_id, *_pair(self._head)):
+            return
+        if asked.log_id != view.log_id:
+            raise ConflictError(f"the audit log has the id {view.log_id}: another one was begun")
+        if asked.seq < self._head.seq:
+            raise ConflictError(f"line {self._head.seq} was reported before, and a position never decreases")
+        if asked.seq > view.durable.seq:
+            raise ConflictError(f"line {asked.seq} is not durable: the last one is {view.durable.seq}")
+        try:
+            line = line_of(view.directory, asked.seq)
+            found = None if line is None else record.split_line(line)[1]
+        except (KmsRefusedError, OSError) as error:
+            raise StorageUnavailableError("the reported line can't be read") from error
+        if found is None:
+            raise ConflictError(f"the audit log has no line {asked.seq} any more")
+        if found != mac:
+            raise InvalidRequestError(f"line {asked.seq} of the audit log has another mac")
+
+    def take(self, asked: api.ReportAuditPositionRequest, mac: bytes) -> None:
+        """A report that `check` has let pass."""
+        self._reported_ns = self._monotonic_ns()
+        if asked.seq > self._head.seq:
+            self._head = Head(asked.seq, mac)
+
+    def attached(self) -> bool:
+        """Whether an auditor has reported lately."""
+        return self._reported_ns is not None and self._monotonic_ns() - self._reported_ns < ATTACHED_NS
+
+    @property
+    def seq(self) -> int:
+        """The last line that the auditor has taken; 0 before its first report since the start."""
+        return self._head.seq
+
+    def lag(self, durable_seq: int) -> int:
+        """How many durable lines it has not taken; before its first report, how many there are since the start."""
+        return max(0, durable_seq - (self._head.seq or self._begin_seq or 0))
+
+    def status(self, view: LogView) -> dict[str, object] | None:
+        """For `/status`; None if no auditor was ever attached."""
+        if not view.origin:
+            return None
+        reported = self._reported_ns
+        return {
+            "seq": self._head.seq,
+            "origin": view.origin,
+            "age_seconds": None if reported is None else (self._monotonic_ns() - reported) // _NS,
+            "lag_lines": self.lag(view.durable.seq),
+        }
+
+
+def mac_of(asked: api.ReportAuditPositionRequest) -> bytes:
+    """The MAC of a report, after the checks that need no log. Raises InvalidRequestError, TooLargeError."""
+    mac = decode_canonical(asked.mac, record.MAC_BYTES, "mac")
+    if api.ORIGIN_PATTERN.fullmatch(asked.origin) is None:
+        raise InvalidRequestError("origin is 1 to 128 characters of A-Z, a-z, 0-9 and ._/:-")
+    if not 0 <= asked.seq <= record.INTEGER_MAX:
+        raise InvalidRequestError("seq is the number of a line, or 0 for none")
+    if len(mac) != (record.MAC_BYTES if asked.seq else 0):
+        raise InvalidRequestError("mac is that of the line, 32 bytes, and empty for seq 0")
+    return mac
+
+
+def view_on_disk(directory: str, public_key: bytes, origin: str) -> LogView:
+    """The view of a log that was not opened since the start, because the daemon is sealed."""
+    view = LogView(directory, "", _NOTHING, public_key, origin)
+    path = os.path.join(directory, LOG_NAME)
+    with contextlib.suppress(OSError, MalformedLineError, KeyError), open(os.open(path, _READ_FLAGS), "rb") as file:
+        size = append_only.confirmed_bytes(path, file.fileno())
+        first, _, mac = record.parse_line(file.readline(record.LINE_BYTES_MAX).rstrip(b"\n"))
+        view = view._replace(log_id=str(first.facts["log_id"]), durable=Head(first.seq, mac))
+        begin = max(0, size - record.LINE_BYTES_MAX)
+        for line in os.pread(file.fileno(), size - begin, begin).split(b"\n")[-2:-1]:
+            last, _, mac = record.parse_line(line)
+            view = view._replace(durable=Head(last.seq, mac))
+    return view
+
+
+def _pair(head: Head) -> tuple[int, bytes]:
+    return head.seq, head.sig

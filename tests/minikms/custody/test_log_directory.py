@@ -1,0 +1,171 @@
+"""The directory of the audit log: `--audit-dir`, and every command that reads or changes the log."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minikms import datadir
+from minikms.api.errors import StartError
+from minikms.audit.maintenance import compress_closed
+from minikms.custody import log_directory as place
+from minikms.custody.files import InUseError, lock_file
+from tests import needs
+from tests.minikms.audit.logmaker import LOG, kill_log, make_segments, open_log
+from tests.minikms.test_datadir import opener
+
+AUDITOR_GID = 45_690
+"""A group that belongs to nobody on the machine."""
+
+
+@pytest.fixture
+def log_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "log"
+    directory.mkdir(mode=0o700)
+    return directory
+
+
+def options(log_dir: Path) -> datadir.Options:
+    return datadir.Options(audit_dir=str(log_dir))
+
+
+def start(data_dir: Path, log_dir: Path | None) -> None:
+    """One start of a daemon and its orderly stop."""
+    place_of_log = None if log_dir is None else str(log_dir)
+    with opener(data_dir, place_of_log) as one:
+        one.start(options=datadir.Options(audit_dir=place_of_log))
+
+
+def minikms(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from minikms.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_log_lies_in_its_own_directory_and_each_command_finds_it(tmp_path: Path, log_dir: Path) -> None:
+    data_dir = tmp_path / "d"
+    start(data_dir, log_dir)
+    assert not list(data_dir.glob("minikms-audit*"))
+    assert (log_dir / LOG).exists()
+    key = ("--master-key-file", f"{data_dir}.key")
+    given = ("--data-dir", data_dir)
+    assert minikms("audit", "verify", *given, *key).returncode == 0
+    assert minikms("audit", "tail", *given).stdout.count("\n") == 2
+    assert json.loads(minikms("audit", "stats", *given, "--json").stdout)["lines"] == 2
+    assert minikms("audit", "find", *given, "--actor", "minikms").returncode == 0
+    made = json.loads(minikms("audit", "rotate-key", *given, *key, "--json").stdout)
+    assert made["version"] == 2
+    backup = minikms("backup", "create", tmp_path / "archive", *given, *key, "--json")
+    assert json.loads(backup.stdout)["audit_head"]["seq"] == made["head"]["seq"], backup
+    found = minikms("doctor", *given, *key)
+    assert "minikms-audit.log is missing" not in found.stdout + found.stderr
+    (log_dir / LOG).rename(log_dir / "away")
+    assert "minikms-audit.log is missing" in minikms("doctor", *given, *key).stdout
+    with pytest.raises(StartError, match="is missing, but there was one"):
+        start(data_dir, log_dir)
+
+
+def test_a_start_that_names_another_place_of_the_log_is_refused(tmp_path: Path, log_dir: Path) -> None:
+    data_dir, other = tmp_path / "d", tmp_path / "other"
+    other.mkdir(mode=0o700)
+    start(data_dir, log_dir)
+    with pytest.raises(StartError, match=f"lies in {log_dir}: start with --audit-dir {log_dir}"):
+        start(data_dir, None)
+    with pytest.raises(StartError, match=f"lies in {log_dir}, not in {other}"):
+        start(data_dir, other)
+    start(data_dir, log_dir)
+    assert not os.listdir(other)
+
+
+def test_a_log_in_the_data_directory_is_moved_by_hand_and_then_continued(tmp_path: Path, log_dir: Path) -> None:
+    """The steps of docs/runbook.md."""
+    data_dir = tmp_path / "d"
+    start(data_dir, None)
+    with pytest.raises(StartError, match=f"move {data_dir}/minikms-audit\\.\\* to {log_dir} first"):
+        start(data_dir, log_dir)
+    assert not (data_dir / place.NAME).exists()
+    before = (data_dir / LOG).read_bytes()
+    for path in data_dir.glob("minikms-audit.*"):
+        shutil.move(path, log_dir)
+    start(data_dir, log_dir)
+    assert (log_dir / LOG).read_bytes().startswith(before)
+    assert minikms("audit", "verify", "--data-dir", data_dir, "--master-key-file", f"{data_dir}.key").returncode == 0
+
+
+@pytest.mark.parametrize("where", [".", "inside", ".."])
+def test_a_log_directory_in_or_above_the_data_directory_is_refused(tmp_path: Path, where: str) -> None:
+    data_dir = tmp_path / "d"
+    (data_dir / "inside").mkdir(mode=0o700, parents=True)
+    data_dir.chmod(0o700)
+    with (
+        pytest.raises(StartError, match="beside the data directory"),
+        opener(data_dir, os.path.normpath(data_dir / where)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o750, 0o2770, 0o2755, 0o777])
+def test_a_log_directory_with_other_rights_than_2750_is_refused(tmp_path: Path, log_dir: Path, mode: int) -> None:
+    log_dir.chmod(mode)
+    with pytest.raises(StartError, match=r"has mode 2?\d+.*install -d -m 2750"):
+        start(tmp_path / "d", log_dir)
+    log_dir.rmdir()
+    with pytest.raises(StartError, match="No such file or directory; make it with install -d"):
+        start(tmp_path / "d", log_dir)
+
+
+def test_two_data_directories_never_share_a_log_directory(tmp_path: Path, log_dir: Path) -> None:
+    with opener(tmp_path / "d", str(log_dir)), pytest.raises(InUseError, match=f"owns {log_dir}"):
+        start(tmp_path / "e", log_dir)
+    assert not (tmp_path / "e" / place.NAME).exists()
+
+
+def test_the_audit_key_does_not_change_while_the_log_is_locked(tmp_path: Path, log_dir: Path) -> None:
+    data_dir = tmp_path / "d"
+    start(data_dir, log_dir)
+    before = (data_dir / "keyring.json").read_bytes()
+    descriptor = os.open(log_dir, os.O_RDONLY)
+    held = lock_file(descriptor, "lock", "it")
+    done = minikms("audit", "rotate-key", "--data-dir", data_dir, "--master-key-file", f"{data_dir}.key")
+    os.close(held)
+    os.close(descriptor)
+    assert (done.returncode, (data_dir / "keyring.json").read_bytes()) == (2, before)
+    assert f"owns {log_dir}" in done.stderr
+
+
+def test_the_group_reads_what_rotation_recovery_and_a_loss_make(tmp_path: Path, log_dir: Path) -> None:
+    """With a umask of 0077, as services have it."""
+    needs.root()
+    os.chown(log_dir, 0, AUDITOR_GID)
+    log_dir.chmod(0o2750)
+    before = os.umask(0o077)
+    try:
+        make_segments(log_dir)
+        compress_closed(str(log_dir))
+        kill_log(log_dir, torn=b'{"event":{"seq":')
+        open_log(log_dir).close()
+        modes = {path.name: path.stat() for path in log_dir.glob(f"{LOG}*") if not path.name.endswith(".confirmed")}
+        assert any(".torn-" in name for name in modes) and any(name.endswith(".zst") for name in modes)
+        (log_dir / LOG).write_bytes(b"x\n")
+        open_log(log_dir, accept_loss=True).close()
+        [aside] = log_dir.glob("minikms-audit.aside-*")
+        modes |= {"new": (log_dir / LOG).stat()}
+    finally:
+        os.umask(before)
+    assert {(oct(status.st_mode & 0o7777), status.st_gid) for status in modes.values()} == {("0o640", AUDITOR_GID)}
+    assert (aside.stat().st_mode & 0o777, aside.stat().st_gid) == (0o750, AUDITOR_GID)
+
+
+def test_a_damaged_name_of_the_log_directory_is_refused(tmp_path: Path) -> None:
+    for content in (b"", b"\n", b"relative\n", b"/no/newline"):
+        (tmp_path / place.NAME).write_bytes(content)
+        with pytest.raises(StartError, match="is damaged"):
+            place.log_directory(str(tmp_path))
+    result: Any = minikms("audit", "tail", "--data-dir", tmp_path)
+    assert result.returncode == 2 and "is damaged" in result.stderr

@@ -1,0 +1,189 @@
+"""An auditor of the real daemon: its position, before and after a seal, a kill and a power cut."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minikms.audit.reader import LOG_NAME, each_segment
+from tests.harness.callers import OTHER, PROXY, ROOT_GRANT, USER, Caller, PolicyDaemon, Reply
+from tests.harness.waiting import wait_until
+
+ORIGIN = "example.org/log"
+POLICY = (
+    ROOT_GRANT
+    + f"""
+[[grant]]
+principals = ["uid:{USER}", "spiffe://prod/ship"]
+roles = ["ship"]
+[[grant]]
+principals = ["uid:{OTHER}"]
+roles = ["monitor"]
+threads = []
+[[proxy]]
+principals = ["uid:{PROXY}"]
+on_behalf_of = ["spiffe://prod/*"]
+"""
+)
+
+
+class AuditedDaemon(PolicyDaemon):
+    """A daemon whose log lies in a directory of its own, and whose user USER is the auditor."""
+
+    def __init__(self, base: Path, *flags: str) -> None:
+        self.log_dir = base / "audit"
+        self.log_dir.mkdir(mode=0o750)
+        os.chown(self.log_dir, 0, USER)
+        self.log_dir.chmod(0o2750)
+        super().__init__(base, POLICY, "--audit-dir", str(self.log_dir), *flags)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Every whole line of the log."""
+        return [json.loads(line) for file in each_segment(str(self.log_dir)) for line in file.lines()]
+
+    def audited(self, *types: str) -> list[dict[str, Any]]:
+        return [line["event"] for line in self.lines() if line["event"]["type"] in types]
+
+    def report(self, seq: int = 0, mac: str = "", *, uid: int = USER, **members: object) -> Reply:
+        caller = self.caller(uid)
+        try:
+            return send_report(caller, seq, mac, **members)
+        finally:
+            caller.close()
+
+    def shipped(self) -> dict[str, Any]:
+        """An auditor that takes every durable line. The answer to its last report."""
+        answer = self.report()
+        assert answer.status == 200, answer
+        log_id, durable = answer.body["log_id"], answer.body["durable"]
+        answer = self.report(durable["seq"], durable["mac"], log_id=log_id)
+        assert answer.status == 200, answer
+        return dict(answer.body)
+
+
+def send_report(caller: Caller, seq: int = 0, mac: str = "", **members: object) -> Reply:
+    return caller.post("/audit/position", {"origin": ORIGIN, "log_id": "", "seq": seq, "mac": mac} | members)
+
+
+@pytest.fixture
+def daemon(public: Path) -> Iterator[AuditedDaemon]:
+    with AuditedDaemon(public) as running:
+        yield running
+        assert "internal error" not in running.log.read_text()
+
+
+def test_an_auditor_learns_what_is_durable_and_reports_what_it_took(daemon: AuditedDaemon) -> None:
+    daemon.new_key("t")
+    assert daemon.status()["audit"]["position"] is None
+    answer = daemon.shipped()
+    durable, status = answer["durable"], daemon.status()["audit"]
+    assert base64.b64decode(answer["public_key"]).hex() == status["public_key"]
+    assert answer["log_id"] == status["log_id"]
+    line = daemon.lines()[durable["seq"] - 1]
+    assert (line["event"]["seq"], line["sig"]) == (durable["seq"], durable["mac"])
+    assert status["position"]["seq"] == durable["seq"] and status["position"]["origin"] == ORIGIN
+    assert status["durable"]["seq"] >= durable["seq"]
+    assert status["position"]["lag_lines"] == status["durable"]["seq"] - durable["seq"]
+
+
+def test_a_report_leaves_no_line_but_the_first_and_refused_ones(daemon: AuditedDaemon) -> None:
+    daemon.shipped()
+    first = daemon.audited("report_audit_position")
+    assert [event.get("detail", "") for event in first] == [f"begun: {ORIGIN}", ""]
+    assert first[1]["facts"] == {"epoch": daemon.status()["epoch"], "origin": ORIGIN}
+    for _ in range(5):
+        daemon.shipped()
+    assert len(daemon.audited("report_audit_position")) == 2
+    assert daemon.report(origin="example.org/another").code == "conflict"
+    assert daemon.report(1, base64.b64encode(bytes(32)).decode(), log_id=daemon.shipped()["log_id"]).status == 409
+    assert daemon.report(-1).status == 400
+    assert [event["outcome"] for event in daemon.audited("report_audit_position")[2:]] == [
+        "conflict",
+        "conflict",
+        "invalid_request",
+    ]
+
+
+def test_only_a_grant_of_the_policy_file_lets_anyone_report(daemon: AuditedDaemon) -> None:
+    for uid in (0, OTHER):
+        assert daemon.report(uid=uid).code == "forbidden"
+    assert send_report(daemon.caller(PROXY, "spiffe://prod/ship")).code == "forbidden"
+    assert daemon.status()["audit"]["position"] is None
+
+
+def test_the_origin_stays_after_a_restart_and_no_other_one_is_attached(daemon: AuditedDaemon) -> None:
+    daemon.shipped()
+    daemon.kill()
+    daemon.start()
+    position = daemon.status()["audit"]["position"]
+    assert (position["seq"], position["origin"], position["age_seconds"]) == (0, ORIGIN, None)
+    answer = daemon.report(origin="example.org/another")
+    assert (answer.code, answer.body["error"]) == (
+        "conflict",
+        f"the audit log belongs to the origin {ORIGIN}, and no other auditor can be attached",
+    )
+    daemon.shipped()
+
+
+def test_an_attached_auditor_gets_signed_lines_without_a_rush(daemon: AuditedDaemon) -> None:
+    """The lines of an idle daemon end: neither a report nor a checkpoint line calls for another checkpoint line."""
+    daemon.shipped()
+    daemon.new_key("t")
+    wait_until(lambda: daemon.lines()[-1]["event"]["type"] == "checkpoint")
+    count = len(daemon.lines())
+    wait_until(lambda: daemon.shipped()["durable"]["seq"] == count)
+    assert len(daemon.lines()) == count
+
+
+def test_without_a_directory_of_the_log_no_auditor_is_attached(public: Path) -> None:
+    with PolicyDaemon(public, POLICY) as daemon:
+        answer = send_report(daemon.caller(USER))
+        assert (answer.code, "--audit-dir" in answer.body["error"]) == ("conflict", True)
+
+
+# --- sealed ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sealed_daemon_answers_a_known_auditor_and_keeps_its_position(daemon: AuditedDaemon) -> None:
+    daemon.shipped()
+    daemon.new_key("t")
+    before = daemon.shipped()
+    operator = daemon.caller()
+    assert operator.post("/seal", {}).status == 200
+    count = len(daemon.lines())
+    sealed = daemon.shipped()
+    assert (sealed["log_id"], sealed["public_key"]) == (before["log_id"], before["public_key"])
+    assert before["durable"]["seq"] <= sealed["durable"]["seq"] <= count
+    assert daemon.report(origin="example.org/another").code == "conflict"
+    assert daemon.report(uid=OTHER).code == "forbidden"
+    assert len(daemon.lines()) == count
+    assert operator.post("/unseal", {"from_source": True}).status == 200
+    assert daemon.status()["audit"]["position"]["seq"] == sealed["durable"]["seq"]
+    assert daemon.shipped()["durable"]["seq"] > sealed["durable"]["seq"]
+
+
+def test_a_daemon_that_starts_sealed_answers_a_known_auditor(daemon: AuditedDaemon) -> None:
+    operator = daemon.caller()
+    assert operator.post("/seal", {}).status == 200
+    assert daemon.report().code == "sealed", "an origin can't be recorded without the keyring"
+    assert operator.post("/unseal", {"from_source": True}).status == 200
+    before = daemon.shipped()
+    assert operator.post("/seal", {}).status == 200
+    daemon.kill()
+    daemon.start()
+    answer = daemon.shipped()
+    assert (answer["log_id"], answer["public_key"]) == (before["log_id"], before["public_key"])
+    assert before["durable"]["seq"] <= answer["durable"]["seq"] <= len(daemon.lines())
+    (daemon.log_dir / f"{LOG_NAME}.confirmed").unlink()
+    daemon.kill()
+    daemon.start()
+    sealed = daemon.report(before["durable"]["seq"], before["durable"]["mac"], log_id=before["log_id"])
+    assert sealed.status == 200 and sealed.body["durable"]["seq"] == 1
+    assert daemon.caller().post("/unseal", {"from_source": True}).status == 200
+    daemon.shipped()
