@@ -47,9 +47,12 @@ _DEBIAN_PACKAGES = {
     "node": "nodejs",
     "npm": "npm",
     "openssl": "openssl",
+    "p11-kit": "p11-kit",
+    "pkcs11-tool": "opensc",
     "postgres": "postgresql",
     "promtool": "prometheus",
     "setpriv": "util-linux",
+    "softhsm2-util": "softhsm2",
     "strace": "strace",
     "systemd-analyze": "systemd",
     "umount": "mount",
@@ -58,7 +61,17 @@ _DEBIAN_PACKAGES = {
 """The Debian package of each program that a test may need."""
 _PROGRAM = "the program "
 _LIBRARY = "the Python library "
-_FRAMEWORKS = {"agents", "alembic", "kubernetes_validate", "langgraph", "psycopg", "sqlalchemy"}
+_FRAMEWORKS = {
+    "agents",
+    "alembic",
+    "botocore",
+    "kubernetes_validate",
+    "langgraph",
+    "moto",
+    "pkcs11",
+    "psycopg",
+    "sqlalchemy",
+}
 """Of the group `frameworks` in pyproject.toml."""
 PROBE_S_MAX = 60.0
 
@@ -81,6 +94,14 @@ def postgresql() -> str:
     """The directory of PostgreSQL's own programs. Debian has it out of PATH, one for each version."""
     found = sorted(glob.glob("/usr/lib/postgresql/*/bin/postgres"))
     return os.path.dirname(found[-1] if found else program("postgres"))
+
+
+def pkcs11_module(name: str) -> str:
+    """The full path of the PKCS#11 module `name`, such as `softhsm/libsofthsm2.so`."""
+    found = sorted(glob.glob(f"/usr/lib/{name}") + glob.glob(f"/usr/lib/*/{name}"))
+    if not found:
+        _missing(f"the PKCS#11 module {name}")
+    return found[0]
 
 
 def root() -> None:

@@ -1,0 +1,34 @@
+"""Signing keys in PKCS#11 tokens and in clouds, behind one interface.
+
+Owns: the choice of a kind of key by its URI, sessions with tokens and cloud services, their time limits, and how they
+are opened again. Invariants: a signature is verified before it is given out; a token that is away raises TokenError,
+and a later call connects again; no call waits longer than its limit; a PIN is read from a file, and is in no error,
+log, argument or repr. A library of a provider is loaded here and nowhere else of the project, and never in the key
+process: `minikms` imports nothing of this package. It must never make, export or delete a key.
+
+    open_signer("pkcs11:token=log;object=tree?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/etc/pin")
+    open_signer("aws-kms:arn:aws:kms:eu-central-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab")
+"""
+
+from __future__ import annotations
+
+from minikms_tokens.signing import Signer, TokenError
+
+__all__ = ["Signer", "TokenError", "open_signer"]
+
+
+def open_signer(uri: str) -> Signer:
+    """The key that `uri` names: `pkcs11:…` (RFC 7512) or `aws-kms:ARN`. Nothing is connected before the first call.
+
+    Raises TokenError for a URI of another form, and where the library for it is not installed.
+    """
+    scheme = uri.partition(":")[0]
+    if scheme == "pkcs11":
+        from minikms_tokens.pkcs11_token import Pkcs11Signer
+
+        return Pkcs11Signer(uri)
+    if scheme == "aws-kms":
+        from minikms_tokens.aws_kms import AwsKmsSigner
+
+        return AwsKmsSigner(uri)
+    raise TokenError("a signing key is named by pkcs11:… or aws-kms:ARN")
