@@ -163,15 +163,17 @@ def attempt(action):
         return type(error).__name__ + (str(error.errno) if type(error) is OSError else "")
     return "allowed"
 print(
-    attempt(lambda: os.stat("/etc/minikms/root-key")),
+    attempt(lambda: os.stat("/etc/minikms/root-key/minikms.key")),
     attempt(lambda: os.listdir("/var/lib/minikms")),
     attempt(lambda: os.rename("/run/minikms/private", "/run/minikms/other")),
     attempt(lambda: open("/new", "w")),
 )
 """
     done = running.run(SERVER, "python3", "-c", attempts)
-    missing, read_only = "FileNotFoundError", f"OSError{errno.EROFS}"
-    assert done.stdout.split() == [missing, missing, read_only, read_only], done.stdout + done.stderr
+    root_key, data, *writes = done.stdout.split()
+    assert root_key == "FileNotFoundError", done.stderr
+    assert data in ("FileNotFoundError", "PermissionError")  # the image has an empty directory there
+    assert writes == [f"OSError{errno.EROFS}"] * 2
     private = running.volumes.path("kms-socket") / "private"
     assert (private.stat().st_mode & 0o777, private.stat().st_uid, private.stat().st_gid) == (0o750, 10001, 10000)
 
@@ -229,16 +231,16 @@ def run_elsewhere(base: Path, rootfs: Path | None = None) -> None:
         # The kubelet replaces the links of volumes: another policy, another certificate, another token.
         policy = objects["configMap/minikms-policy"]
         policy["policy.toml"] += b"# changed\n"
-        kms.volumes.refresh("policy")
+        kms.refresh("policy")
         reloaded = kms.run(KEY_SERVICE, "minikms", "policy", "reload")
         assert reloaded.returncode == 0, reloaded.stderr
         assert status_of(kms)["policy"]["generation"] == 2
         renewed = authority.issue(dns=[host], extended=[SERVER_PURPOSE])
         objects["secret/minikms-gateway-tls"] |= {"tls.crt": renewed.chain, "tls.key": renewed.key}
-        kms.volumes.refresh("gateway")
+        kms.refresh("gateway")
         wait_until(lambda: served(gateway_port) == renewed.chain.split(b"-----END", 1)[0])
         mine["token"]["minikms"] = service_account_token(issuer)
-        own_pod.volumes.refresh("gateway")
+        own_pod.refresh("gateway")
         assert kms.stop("gateway") == 0
         kms.start("gateway")
         wait_until(lambda: talk.say() == 200)
