@@ -142,7 +142,7 @@ class _Steps(Coroutine[Any, Any, T]):
 def end_steps_with(end: Callable[[], None]) -> None:
     """From now on, `end` is called after each step of each new task of the running loop."""
 
-    def task(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], **options: Any) -> asyncio.Task[T]:
+    def task(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
         return asyncio.Task(_Steps(work, end), loop=loop, **options)
 
     asyncio.get_running_loop().set_task_factory(task)
