@@ -294,7 +294,7 @@ def verify(
                 report = judge(audit_keys(unlocked).trust())
         tree = None
         if checkpoint is not None and believed is not None:
-            tree = audit_tree.compare_with_tree(log_directory_of(directory), checkpoint, believed, max_age, tiles)
+            tree = audit_tree.compare_with_tree(log_directory(directory), checkpoint, believed, max_age, tiles)
     except (CommandError, KmsRefusedError, OSError) as error:
         return missing(error)
     if json:
@@ -451,10 +451,6 @@ app.command(audit_tree.verify_export, name="verify-export")
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
-
-
-def log_directory_of(data_dir: str) -> str:
-    return data_dir
 
 
 def _log_directory(given: str | None) -> str:

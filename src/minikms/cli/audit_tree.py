@@ -186,7 +186,8 @@ def export(
     standard error says how many those are. Exit status: 0 done, 1 a line is not the one in the tree, 2 the log or the
     tree is missing.
     """
-    from minikms.cli.audit import log_directory_of, missing
+    from minikms.cli.audit import missing
+    from minikms.custody.log_directory import log_directory
 
     try:
         if tiles is None:
@@ -195,7 +196,7 @@ def export(
         end = _nanoseconds(until, "--until") if until else record.INTEGER_MAX
         prover = exporting.open_tree(Path(tiles))
         log_id, left_out = "", 0
-        for seq, line in _lines(log_directory_of(chosen_data_dir(data_dir))):
+        for seq, line in _lines(log_directory(chosen_data_dir(data_dir))):
             log_id = log_id or _log_id(line)
             try:
                 event = record.parse_line(line)[0]
