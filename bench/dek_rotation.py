@@ -123,7 +123,7 @@ async def _rotate(directory: Path, socket: str) -> tuple[float, float, float]:
         await jobs.start()
         before, started = _resident_mib(), time.perf_counter()
         watching = asyncio.create_task(_most_resident())
-        job = await jobs.wait((await jobs.rotate(THREAD)).id)
+        job = await jobs.wait((await jobs.rotation.rotate(THREAD)).id)
         seconds = time.perf_counter() - started
         watching.cancel()
         (most,) = await asyncio.gather(watching, return_exceptions=False)

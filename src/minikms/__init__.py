@@ -10,102 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from minikms.api.errors import (
-        AuditUnavailableError,
-        ConflictError,
-        DecryptionError,
-        ForbiddenError,
-        InternalError,
-        InvalidPolicyError,
-        InvalidRequestError,
-        KeyDestroyedError,
-        KeyNotFoundError,
-        KeyRetiredError,
-        KeyUnreadableError,
-        KmsClosedError,
-        KmsCredentialsError,
-        KmsError,
-        KmsProtocolError,
-        KmsRefusedError,
-        KmsTimeoutError,
-        KmsUnavailableError,
-        KmsUntrustedServerError,
-        LastRootError,
-        LimitExceededError,
-        MethodNotAllowedError,
-        NotFoundError,
-        NotPinnedError,
-        NotSealedError,
-        NotTestedError,
-        RequestInterruptedError,
-        RequestTimeoutError,
-        SealedError,
-        ShuttingDownError,
-        StorageUnavailableError,
-        TooLargeError,
-        TooManyAttemptsError,
-        TooManyError,
-        UnauthorizedError,
-        UnsealFailedError,
-        WrongPurposeError,
-        WrongRootError,
-        WrongShareError,
-        WrongSlotError,
-        WrongThreadError,
-    )
-    from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem
+    from minikms.api.errors import *  # noqa: F403  the errors are named in that module alone
+    from minikms.client import AsyncClient as AsyncClient
+    from minikms.client import Client as Client
+    from minikms.client import DecryptItem as DecryptItem
+    from minikms.client import EncryptItem as EncryptItem
+    from minikms.client import ReencryptItem as ReencryptItem
 
     __version__: str
 
-__all__ = [
-    "AsyncClient",
-    "AuditUnavailableError",
-    "Client",
-    "ConflictError",
-    "DecryptItem",
-    "DecryptionError",
-    "EncryptItem",
-    "ForbiddenError",
-    "InternalError",
-    "InvalidPolicyError",
-    "InvalidRequestError",
-    "KeyDestroyedError",
-    "KeyNotFoundError",
-    "KeyRetiredError",
-    "KeyUnreadableError",
-    "KmsClosedError",
-    "KmsCredentialsError",
-    "KmsError",
-    "KmsProtocolError",
-    "KmsRefusedError",
-    "KmsTimeoutError",
-    "KmsUnavailableError",
-    "KmsUntrustedServerError",
-    "LastRootError",
-    "LimitExceededError",
-    "MethodNotAllowedError",
-    "NotFoundError",
-    "NotPinnedError",
-    "NotSealedError",
-    "NotTestedError",
-    "ReencryptItem",
-    "RequestInterruptedError",
-    "RequestTimeoutError",
-    "SealedError",
-    "ShuttingDownError",
-    "StorageUnavailableError",
-    "TooLargeError",
-    "TooManyAttemptsError",
-    "TooManyError",
-    "UnauthorizedError",
-    "UnsealFailedError",
-    "WrongPurposeError",
-    "WrongRootError",
-    "WrongShareError",
-    "WrongSlotError",
-    "WrongThreadError",
-    "__version__",
-]
+_CLIENT = frozenset({"AsyncClient", "Client", "DecryptItem", "EncryptItem", "ReencryptItem"})
 
 
 def __getattr__(name: str) -> object:
@@ -113,9 +27,12 @@ def __getattr__(name: str) -> object:
         from importlib import metadata
 
         return metadata.version("progressdb-minikms")
-    if name in __all__:
+    if name in _CLIENT:
         from minikms import client
+
+        return getattr(client, name)
+    if name.endswith("Error"):
         from minikms.api import errors
 
-        return getattr(errors if name.endswith("Error") else client, name)
+        return getattr(errors, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

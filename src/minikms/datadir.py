@@ -50,7 +50,7 @@ from minikms.custody.log_directory import claim_log_directory, lock_log_director
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.keys import keyring, root_slots
-from minikms.keys.unlocked import UnlockedKeyring
+from minikms.keys.unlocked import WRAPPING_KEYS_MAX, UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import RootProvider
@@ -58,12 +58,13 @@ from minikms.roots.providers import RootProvider
 KEYRING_SLOTS: Final = (
     2 * keyring.AUDIT_KEYS_COUNT_MAX
     + keyring.KEKS_OPEN_COUNT_MAX
+    + WRAPPING_KEYS_MAX
     + keyring.SLOTS_MAX
     + keyring.SLOTS_MAX * SHARES_COUNT_MAX
     + 64
 )
-"""Arena slots beside the cached DEKs: pairs of audit keys, KEK versions, the authentication keys of slots, given shares
-of every set, and 64 for root keys, keyring keys, the tombstone key and keys in the making.
+"""Arena slots beside the cached DEKs: pairs of audit keys, KEK versions and keys derived from them, the authentication
+keys of slots, given shares of every set, and 64 for root keys, keyring keys, the tombstone key and keys in the making.
 """
 SERVICE_SLOTS: Final = KEYRING_SLOTS + DERIVED_KEYS_MAX
 """Arena slots of a daemon beside the cached DEKs."""
@@ -96,14 +97,6 @@ class Options(NamedTuple):
 DEFAULT_OPTIONS: Final = Options()
 
 
-class OpenedKeyring(NamedTuple):
-    """`slot` is the one that the root key opened. `made`: there was no keyring before."""
-
-    unlocked: UnlockedKeyring
-    slot: keyring.Slot
-    made: bool
-
-
 class DataDir:
     """A data directory opened for service. Made by `open_for_service`."""
 
@@ -112,7 +105,7 @@ class DataDir:
         *,
         vault: Vault,
         log: AuditLog,
-        slot: keyring.Slot,
+        slot: keyring.RootSlot,
         epochs: tuple[int, int],
         replayed: Replayed,
     ) -> None:
@@ -125,13 +118,9 @@ class DataDir:
         self.found_epoch, self.seen_epoch = epochs
         """Before this start: the epoch of the keyring, and the highest one in the audit log."""
 
-    async def drain(self) -> None:
-        """Waits for the writes that have begun. No new ones may begin."""
-        await self.vault.drain()
-
     def close(self) -> None:
-        """Closes the files and zeroes the keys, after `drain`. Raises AuditUnavailableError when the end of the audit
-        log could not be written; everything is closed all the same.
+        """Closes the files and zeroes the keys, after `Vault.drain`. Raises AuditUnavailableError when the end of the
+        audit log could not be written; everything is closed all the same.
         """
         try:
             self.log.close()
@@ -143,7 +132,7 @@ class DataDir:
             self.vault.rotation_backups.close()
 
     def abandon(self) -> None:
-        """As `close`, after `Vault.seal` and `drain`: the audit log ends as after a crash, since it can't be signed."""
+        """As `close`, after `Vault.seal` and `Vault.drain`: the audit log ends as after a crash: it can't be signed."""
         self.log.abandon()
         self.close()
 
@@ -191,7 +180,7 @@ def open_for_service(
     nonces = NonceSource()
     file = KeyringFile(lock.directory_fd, disk)
     with ExitStack() as undo:
-        unlocked, slot, _ = open_keyring(directory, file, root, arena=arena, nonces=nonces, pin=options.pin)
+        unlocked, slot = open_keyring(directory, file, root, arena=arena, nonces=nonces, pin=options.pin)
         undo.callback(unlocked.release)
         epoch = unlocked.body.epoch
         seen = highest_epoch(log_dir)
@@ -258,7 +247,9 @@ def open_for_service(
     )
 
 
-def add_root(data: DataDir, root: SecretSlot, provider: str, shares: keyring.ShareSet | None = None) -> keyring.Slot:
+def add_root(
+    data: DataDir, root: SecretSlot, provider: str, shares: keyring.ShareSet | None = None
+) -> keyring.RootSlot:
     """Adds a root key to a directory that nothing else uses yet. The slot and its audit line are durable on return.
 
     Raises ConflictError, StorageUnavailableError, AuditUnavailableError: the slot may be stored then.
@@ -289,8 +280,9 @@ def open_keyring(
     arena: SecretArena,
     nonces: NonceSource,
     pin: PinFile | None = None,
-) -> OpenedKeyring:
-    """The first step: compares the root key with the pin file, then opens the keyring, or makes the first one.
+) -> tuple[UnlockedKeyring, keyring.RootSlot]:
+    """The first step: compares the root key with the pin file, then opens the keyring, or makes the first one. Returns
+    also the slot that the root key opens.
 
     Raises StartError; no keyring was made or changed then, but the source may have made its root key file.
     """
@@ -302,8 +294,7 @@ def open_keyring(
         if pin is not None:
             pin.check_opens(key.view, None if data is None else keyring.parse_file(data)[0].keyring_id)
         if data is not None:
-            unlocked, slot = UnlockedKeyring.open(arena, key.view, data, nonces=nonces.next)
-            return OpenedKeyring(unlocked, slot, made=False)
+            return UnlockedKeyring.open(arena, key.view, data, nonces=nonces.next)
         unlocked = UnlockedKeyring.create(
             arena,
             key.view,
@@ -319,7 +310,7 @@ def open_keyring(
     except BaseException:
         unlocked.release()
         raise
-    return OpenedKeyring(unlocked, unlocked.body.slots[0], made=True)
+    return unlocked, unlocked.body.slots[0]
 
 
 @contextmanager

@@ -167,7 +167,7 @@ async def _compose(
     options = Options(audit_fsync="never", cache_keys_max=CACHE_KEYS_MAX)
     data = open_for_service(lock, root, arena=arena, disk=executor, options=options)
     sync.callback(data.close)
-    cleaning.push_async_callback(data.drain)
+    cleaning.push_async_callback(data.vault.drain)
     vault, log = data.vault, data.log
     audit = _DirectAudit(log)
     table = VerbTable(audit)

@@ -1,23 +1,25 @@
-"""Shared by the commands `minikms`, `minikms-unlock` and `progressdb`: exit statuses, wrong usage, help, completion.
+"""Shared by all commands of this distribution: their frame, exit statuses, wrong usage, help, completion.
 
-Owns: the exit statuses, the variables that name the daemon, the sentence for a command line that can't be read, the
-panels of `--help`, and the completion scripts. Exit status 0: done, or a check passed. 1: a check failed, or the
-request was refused. 2: wrong usage, or something needed (a daemon, a file, a key) is missing. Invariants: the sentence
-is one line and names the command whose help describes it; a positional argument is shown by its name alone, although a
-flag of that name is accepted too. It must never import what only an error or a help page needs, because every start of
-a command imports it.
+Owns: how a command begins and ends (`new_app`, `run`), the exit statuses, the variables that name the daemon, the
+sentence for a command line that can't be read, the panels of `--help`, and the completion scripts. Exit status 0: done,
+or a check passed. 1: a check failed, or the request was refused. 2: wrong usage, or something needed (a daemon, a file,
+a key) is missing. Invariants: the sentence is one line and names the command whose help describes it; a positional
+argument is shown by its name alone, although a flag of that name is accepted too. It must never import what only an
+error or a help page needs, because every start of a command imports it.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
 if TYPE_CHECKING:
-    from cyclopts import App, Argument, CycloptsError
+    from cyclopts import Argument, CycloptsError
     from cyclopts.help import HelpPanel
     from rich.console import Console, ConsoleOptions
 
@@ -46,6 +48,83 @@ that takes a tenth of its start.
 SOCKET_VARIABLE: Final = "PROGRESSDB_KMS_SOCKET"
 SERVER_UIDS_VARIABLE: Final = "PROGRESSDB_KMS_SERVER_UIDS"
 UNTRUSTED_ADVICE: Final = f"If that user is meant to serve it, give --server-uid, or set {SERVER_UIDS_VARIABLE}"
+
+
+def new_app(name: str, about: str, epilogue: str) -> App:
+    """The command `name`. `about` and `epilogue`: the texts before and after the list of its subcommands."""
+    return App(
+        name=name,
+        help=about,
+        help_format="plaintext",  # what Markdown needs takes long to import
+        help_formatter=HelpPages(),
+        help_epilogue=epilogue,
+        version_flags=["--version"],
+        version=_version,
+    )
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    return metadata.version("progressdb-minikms")
+
+
+def new_helper(name: str, about: str, epilogue: str) -> App:
+    """The command of a process beside the daemon, with its subcommand `completion`."""
+    app = new_app(name, about, epilogue)
+
+    def completion(shell: Shell) -> int:
+        return print_completion(app, name, shell)
+
+    app.command(
+        completion,
+        name="completion",
+        help=f"Print the completion script of a shell. For bash: source <({name} completion bash)",
+    )
+    return app
+
+
+def run(program: str, command: Callable[[], Any], explain: Callable[[Exception], tuple[str, int]]) -> NoReturn:
+    """Runs a command and ends the process with its exit status. `explain`: the text and the exit status of an error; it
+    raises one that is a defect again.
+    """
+    try:
+        try:
+            sys.exit(command())
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output has left. Python flushes once more at exit, and must not report that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_READER_LEFT)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001  `explain` raises a defect again
+        text, exit_status = explain(error)
+        print(f"{program}: {text}", file=sys.stderr)
+        sys.exit(exit_status)
+
+
+def run_app(app: App, explain: Callable[[Exception], tuple[str, int]]) -> NoReturn:
+    """Runs the command line of a helper: see `run`."""
+
+    def command() -> Any:
+        words = sys.argv[1:]
+        show_whole_help(app, words)
+        return app(words, print_error=False, exit_on_error=False)
+
+    run(app.name[0], command, explain)
+
+
+def explained_system(error: Exception, program: str) -> str | None:
+    """The sentence for a command line that can't be read, or for an error of the system; None for another error."""
+    from cyclopts import CycloptsError
+
+    if isinstance(error, CycloptsError):
+        return explained(error, program)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return None
 
 
 def server_uids(given: int | None) -> frozenset[int] | None:

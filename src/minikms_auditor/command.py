@@ -7,28 +7,22 @@ else to standard error; what `check-config` accepts, a start accepts too, but fo
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from minikms import usage
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, HelpPages, Shell, print_completion
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, explained_system, new_helper, run_app
 
 if TYPE_CHECKING:
     from minikms_auditor.auditor import Status
 
-app = App(
-    name="minikms-auditor",
-    help="Makes the audit log into a tree that witnesses cosign. Without a command it runs.",
-    help_format="plaintext",
-    help_formatter=HelpPages(),
-    help_epilogue="Exit status: 0 done, 1 something is wrong or was refused, 2 wrong usage, or something is missing.",
-    version_flags=["--version"],
-    version="0.2.0",
+app = new_helper(
+    "minikms-auditor",
+    "Makes the audit log into a tree that witnesses cosign. Without a command it runs.",
+    "Exit status: 0 done, 1 something is wrong or was refused, 2 wrong usage, or something is missing.",
 )
 FRESH_SECONDS: Final = 60
 """A status that is older is one of a process that does not run."""
@@ -163,41 +157,19 @@ def accept_log(
     return EXIT_GOOD
 
 
-@app.command
-def completion(shell: Shell) -> int:
-    """Print the completion script of a shell. For bash: source <(minikms-auditor completion bash)"""
-    return print_completion(app, "minikms-auditor", shell)
-
-
 def main() -> None:
     """Runs the command line and ends the process."""
-    try:
-        words = sys.argv[1:]
-        usage.show_whole_help(app, words)
-        try:
-            sys.exit(app(words, print_error=False, exit_on_error=False))
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001  defects are raised again by `explained`
-        print(f"minikms-auditor: {explained(error)}", file=sys.stderr)
-        sys.exit(EXIT_MISSING)
+    run_app(app, lambda error: (explained(error), EXIT_MISSING))
 
 
 def explained(error: Exception) -> str:
     """The text of an error. An error that is a defect is raised again."""
-    from cyclopts import CycloptsError
-
     from minikms.api.errors import KmsError
 
-    if isinstance(error, CycloptsError):
-        return usage.explained(error, "minikms-auditor")
-    if isinstance(error, KmsError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    raise error
+    text = str(error) if isinstance(error, KmsError) else explained_system(error, "minikms-auditor")
+    if text is None:
+        raise error
+    return text
 
 
 def _show_pending(state_dir: str) -> int:

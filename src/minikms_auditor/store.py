@@ -30,7 +30,6 @@ from minikms.custody.files import (
     open_directory,
     read_file_bounded,
     replace_file,
-    swap_file,
     sweep_temps,
     write_files,
 )
@@ -163,7 +162,7 @@ class Store:
 
     def show(self, status: bytes) -> None:
         """Replace the status that `minikms-auditor status` reads. Raises OSError."""
-        swap_file(self._fd, STATUS_NAME, status)
+        replace_file(self._fd, STATUS_NAME, status)
 
     def accepted_keys(self) -> frozenset[bytes]:
         """Raises StartError."""

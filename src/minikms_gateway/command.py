@@ -6,23 +6,17 @@ else to standard error; what `check-config` accepts, a start accepts too, but fo
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from minikms import usage
-from minikms.usage import EXIT_GOOD, EXIT_INTERRUPTED, EXIT_MISSING, HelpPages, Shell, print_completion
+from minikms.usage import EXIT_GOOD, EXIT_MISSING, explained_system, new_helper, run_app
 
-app = App(
-    name="minikms-gateway",
-    help="The key service for other hosts, over TLS with client certificates and tokens. Without a command it serves.",
-    help_format="plaintext",
-    help_formatter=HelpPages(),
-    help_epilogue="Exit status: 0 done, 2 wrong usage, or the configuration is not valid.",
-    version_flags=["--version"],
-    version="0.2.0",
+app = new_helper(
+    "minikms-gateway",
+    "The key service for other hosts, over TLS with client certificates and tokens. Without a command it serves.",
+    "Exit status: 0 done, 2 wrong usage, or the configuration is not valid.",
 )
 _MISSING_LIBRARY: Final = "joserfc"
 
@@ -57,40 +51,20 @@ def check_config(*, config: Config) -> int:
     return EXIT_GOOD
 
 
-@app.command
-def completion(shell: Shell) -> int:
-    """Print the completion script of a shell. For bash: source <(minikms-gateway completion bash)"""
-    return print_completion(app, "minikms-gateway", shell)
-
-
 def main() -> None:
     """Runs the command line and ends the process."""
-    try:
-        words = sys.argv[1:]
-        usage.show_whole_help(app, words)
-        try:
-            sys.exit(app(words, print_error=False, exit_on_error=False))
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001  defects are raised again by `explained`
-        print(f"minikms-gateway: {explained(error)}", file=sys.stderr)
-        sys.exit(EXIT_MISSING)
+    run_app(app, lambda error: (explained(error), EXIT_MISSING))
 
 
 def explained(error: Exception) -> str:
     """The text of an error. An error that is a defect is raised again."""
-    from cyclopts import CycloptsError
-
     from minikms.api.errors import StartError
 
-    if isinstance(error, CycloptsError):
-        return usage.explained(error, "minikms-gateway")
     if isinstance(error, StartError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name == _MISSING_LIBRARY:
         return "the library joserfc is missing: pip install 'progressdb-minikms[gateway]'"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    raise error
+    text = explained_system(error, "minikms-gateway")
+    if text is None:
+        raise error
+    return text

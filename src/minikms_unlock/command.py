@@ -8,25 +8,23 @@ process is hardened. It must never report a key as taken before the daemon has a
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from minikms import usage
 from minikms.usage import (
     EXIT_FAILED,
     EXIT_GOOD,
-    EXIT_INTERRUPTED,
     EXIT_MISSING,
     SERVER_UIDS_VARIABLE,
     SOCKET_VARIABLE,
-    HelpPages,
     PassphraseSource,
     PathText,
-    Shell,
-    print_completion,
+    explained_system,
+    new_helper,
+    run_app,
 )
 
 if TYPE_CHECKING:
@@ -36,14 +34,10 @@ if TYPE_CHECKING:
 SOURCE: Final = "passphrase:"
 PROVIDER: Final = "passphrase"
 
-app = App(
-    name="minikms-unlock",
-    help="Give the running key service a root key that it can't fetch itself.",
-    help_format="plaintext",
-    help_formatter=HelpPages(),
-    help_epilogue="Exit status: 0 done, 1 refused, 2 wrong usage or something is missing.",
-    version_flags=["--version"],
-    version="0.2.0",
+app = new_helper(
+    "minikms-unlock",
+    "Give the running key service a root key that it can't fetch itself.",
+    "Exit status: 0 done, 1 refused, 2 wrong usage or something is missing.",
 )
 
 Source = Annotated[PassphraseSource, Parameter(show_choices=False, help=f"Where the root key comes from: `{SOURCE}`.")]
@@ -132,41 +126,25 @@ def test(
     return EXIT_GOOD
 
 
-@app.command
-def completion(shell: Shell) -> int:
-    """Print the completion script of a shell. For bash: source <(minikms-unlock completion bash)"""
-    return print_completion(app, "minikms-unlock", shell)
-
-
 def main() -> None:
-    """Runs the command line and ends the process. An error that is neither ours nor the system's is a defect."""
-    try:
-        sys.exit(app(sys.argv[1:], print_error=False, exit_on_error=False))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001  defects are raised again by `explained`
-        text, exit_status = explained(error)
-        print(f"minikms-unlock: {text}", file=sys.stderr)
-        sys.exit(exit_status)
+    """Runs the command line and ends the process."""
+    run_app(app, explained)
 
 
 def explained(error: Exception) -> tuple[str, int]:
     """The text and the exit status of an error. An error that is a defect is raised again."""
-    from cyclopts import CycloptsError
-
     from minikms.api import errors
 
-    if isinstance(error, CycloptsError):
-        return usage.explained(error, "minikms-unlock"), EXIT_MISSING
     if isinstance(error, errors.KmsUntrustedServerError):
         return f"{error}. {usage.UNTRUSTED_ADVICE}.", EXIT_FAILED
     if isinstance(error, errors.KmsError):
         missing = isinstance(error, errors.InvalidRequestError | errors.StartError)
         refused = isinstance(error, errors.KmsRefusedError) and not missing
         return str(error), EXIT_FAILED if refused else EXIT_MISSING
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else ""), EXIT_MISSING
-    raise error
+    text = explained_system(error, "minikms-unlock")
+    if text is None:
+        raise error
+    return text, EXIT_MISSING
 
 
 def _parameters(source: str, config: Path) -> Parameters:

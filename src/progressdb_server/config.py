@@ -429,13 +429,13 @@ def _convert(layer: Layer, source: str) -> Config:
         raise ConfigError(f"{source}: {str(error).replace('`$.', '`').replace(' - at ', ', at ')}") from None
 
 
-class Loaded(msgspec.Struct, frozen=True):
+class LoadedConfig(msgspec.Struct, frozen=True):
     config: Config
     sources: dict[str, str]
     """By path of each setting that is not a default: `flag`, `environment` or the file's path."""
 
 
-def load(flags: Mapping[str, object], environment: Mapping[str, str], *, with_data: bool = True) -> Loaded:
+def load(flags: Mapping[str, object], environment: Mapping[str, str], *, with_data: bool = True) -> LoadedConfig:
     """Read all layers and check the result. `flags` may contain `config`, the path of the file. Without `with_data` no
     data directory need be named.
 
@@ -452,7 +452,7 @@ def load(flags: Mapping[str, object], environment: Mapping[str, str], *, with_da
     sources.update(dict.fromkeys(_paths(from_environment), "environment"))
     sources.update(dict.fromkeys(_paths(from_flags), "flag"))
     check(config, with_data=with_data)
-    return Loaded(config=config, sources=sources)
+    return LoadedConfig(config=config, sources=sources)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------

@@ -31,10 +31,7 @@ def configure(
 ) -> None:
     """Set up logging for this process. `to` is standard error unless given."""
     stream = sys.stderr if to is None else to
-    processors: list[Any] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
+    processors: list[Any] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
     if log_format == "json":
         processors.append(structlog.processors.JSONRenderer())
     else:

@@ -156,9 +156,7 @@ class KmsMetrics(Collector):
         yield latency
         yield failures
         yield GaugeMetricFamily(
-            "progressdb_kms_up",
-            "1 when the key service said the last time that it serves.",
-            value=self._up,
+            "progressdb_kms_up", "1 when the key service said the last time that it serves.", value=self._up
         )
         yield GaugeMetricFamily(
             "progressdb_kms_sealed", "1 when the key service said the last time that it is sealed.", value=self._sealed

@@ -31,14 +31,12 @@ from progressdb_server.api.http.access import AccessControl
 from progressdb_server.api.http.listener import bind, check_tls, raise_descriptor_limit, serve_http
 from progressdb_server.api.http.shares import Shares
 from progressdb_server.api.routes import jobs as job_routes
-from progressdb_server.api.routes import orphans as orphan_routes
 from progressdb_server.api.routes import readiness as readiness_routes
 from progressdb_server.api.routes import store_backup
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError
-from progressdb_server.jobs.orphans import OrphanedKeys
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
@@ -179,9 +177,6 @@ async def _serve_until(
         jobs = Jobs(store, provider, config.rotation, exclusive=exclusive, destroys=destroys, stop=stop.asked)
         started.push_async_callback(jobs.close)
         await jobs.start()
-        orphans = OrphanedKeys(store, provider, jobs.has_job, exclusive=exclusive)
-        started.push_async_callback(orphans.close)
-        orphans.start()
         registry = CollectorRegistry()
         registry.register(store.metrics)
         if isinstance(provider, RemoteProvider):
@@ -194,8 +189,7 @@ async def _serve_until(
         viewer = Viewer(store, provider, jobs, readiness, access.keys, secure=bool(config.server.tls.cert_file))
         backup_routes = store_backup.operations(store, config.backups_dir)
         ready_routes = readiness_routes.operations(readiness)
-        routes_of_jobs = (*job_routes.operations(jobs), *orphan_routes.operations(orphans))
-        more = (*ready_routes, *routes_of_jobs, *backup_routes, *viewer.operations())
+        more = (*ready_routes, *job_routes.operations(jobs), *backup_routes, *viewer.operations())
         application = Application(store, access, ApiMetrics(registry), more=more)
         host, port = listener.getsockname()[:2]
         gc.freeze()  # the objects of the start live as long as the process: the collector need not visit them

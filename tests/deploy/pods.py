@@ -59,6 +59,9 @@ for capability in range(41):
 os.setgroups(how["groups"])
 os.setresgid(how["gid"], how["gid"], how["gid"])
 os.setresuid(how["uid"], how["uid"], how["uid"])
+header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+if libc.capset(header, none) != 0:  # the inheritable set too, as runtimes do
+    raise OSError(ctypes.get_errno(), "capset")
 prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 if how["filter"]:
     program = base64.b64decode(how["filter"])
@@ -201,6 +204,77 @@ def _files(spec: Document, objects: Objects) -> dict[str, tuple[bytes, int]]:
     return found
 
 
+class ComposeVolumes:
+    """The volumes, secrets and directories of compose.yaml, in `base`, by their sources there. An empty volume takes
+    owner and mode of its place in the image; files and directories of the host stay as they are.
+    """
+
+    def __init__(self, base: Path, services: Document, rootfs: Path, hosts: Mapping[str, Path]) -> None:
+        self._paths = dict(hosts)
+        for service in services.values():
+            for volume in service["volumes"]:
+                if volume["type"] == "volume" and volume["source"] not in self._paths:
+                    place = (rootfs / volume["target"].lstrip("/")).stat()
+                    path = self._paths[volume["source"]] = base / volume["source"]
+                    path.mkdir()
+                    os.chown(path, place.st_uid, place.st_gid)
+                    path.chmod(place.st_mode & 0o7777)
+        self._paths["scratch"] = base / "scratch"
+        self._paths["scratch"].mkdir()
+        self._paths["scratch"].chmod(0o1777)
+
+    def path(self, name: str) -> Path:
+        return self._paths[name]
+
+
+def as_pod(services: Document) -> Document:
+    """The services of compose.yaml as a pod: the same users, flags, variables and mounts."""
+    groups = {group for service in services.values() for group in service["group_add"]}
+    [group] = groups
+    containers = []
+    for name, service in services.items():
+        uid, gid = service["user"].split(":")
+        context: Document = {
+            "runAsUser": int(uid),
+            "runAsGroup": int(gid),
+            "allowPrivilegeEscalation": "no-new-privileges:true" not in service["security_opt"],
+            "readOnlyRootFilesystem": service["read_only"],
+            "capabilities": {"drop": service["cap_drop"]},
+        }
+        if any(option.startswith("seccomp=") for option in service["security_opt"]):
+            context["seccompProfile"] = {"type": "Localhost"}
+        mounts: list[Document] = [
+            {"name": volume["source"], "mountPath": volume["target"], "readOnly": volume.get("read_only", False)}
+            for volume in service["volumes"]
+        ]
+        mounts += [
+            {"name": secret["source"], "mountPath": f"/run/secrets/{secret['source']}", "readOnly": True}
+            for secret in service.get("secrets", ())
+        ]
+        mounts += [{"name": "scratch", "mountPath": entry.partition(":")[0]} for entry in service.get("tmpfs", ())]
+        containers.append(
+            {
+                "name": name,
+                "securityContext": context,
+                "volumeMounts": mounts,
+                "command": service["command"],
+                "env": [{"name": key, "value": value} for key, value in service.get("environment", {}).items()],
+                "startupProbe": {"exec": {"command": service["healthcheck"]["test"][1:]}},
+            }
+        )
+    return {
+        "securityContext": {
+            "runAsNonRoot": True,
+            "fsGroup": int(group),
+            "fsGroupChangePolicy": "",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "automountServiceAccountToken": False,
+        "containers": containers,
+        "volumes": [],
+    }
+
+
 class Pod:
     """The containers of a pod. `rootfs`: the files of the image; None: this machine's, read-only."""
 
@@ -213,8 +287,11 @@ class Pod:
         rootfs: Path | None = None,
         environ: Mapping[str, str] | None = None,
         hosts: Sequence[str] = (),
+        volumes: ComposeVolumes | None = None,
     ) -> None:
-        """`environ` replaces variables of the manifests: ports. `hosts`: names of this machine."""
+        """`environ` replaces variables of the manifests: ports. `hosts`: names of this machine. `volumes` are there
+        already.
+        """
         needs.root()
         needs.namespaces("mount", "pid", "ipc", "uts")
         self._bwrap = needs.program("bwrap")
@@ -225,12 +302,13 @@ class Pod:
         (base / "volumes").mkdir(mode=0o711)
         base.chmod(0o755)
         (base / "hosts").write_text(f"127.0.0.1 localhost {' '.join(hosts)}\n")
-        self.volumes = Volumes(base / "volumes", pod, objects)
+        self.volumes: Volumes | ComposeVolumes = volumes or Volumes(base / "volumes", pod, objects)
         self.specs: dict[str, Document] = {}
         self.order: list[str] = []
         for container in [*pod.get("initContainers", ()), *pod["containers"]]:
             self.specs[container["name"]] = container
             self.order.append(container["name"])
+        self._ending = {c["name"] for c in pod.get("initContainers", ()) if c.get("restartPolicy") != "Always"}
         self._running: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
         _check_pod(pod)
 
@@ -254,8 +332,12 @@ class Pod:
             assert select.select([info], [], [], STOP_S_MAX)[0], "bubblewrap says nothing"
             said = info.read()
         assert said, self.log(name).read_text()
+        if name in self._ending:  # the kubelet waits for its end
+            assert process.wait(STOP_S_MAX) == 0, self.log(name).read_text()
+            return
         self._running[name] = process, json.loads(said)["child-pid"]
-        wait_until(lambda: self._started(name))
+        if "startupProbe" in spec:
+            wait_until(lambda: self._started(name))
 
     def _started(self, name: str) -> bool:
         assert self._running[name][0].poll() is None, self.log(name).read_text()
@@ -314,6 +396,11 @@ class Pod:
         ]
         return subprocess.run([*command, url], timeout=STOP_S_MAX, check=False).returncode == 0
 
+    def refresh(self, volume: str) -> None:
+        """Takes up changed objects, as the kubelet does."""
+        assert isinstance(self.volumes, Volumes)
+        self.volumes.refresh(volume)
+
     def fails(self, name: str, kind: str) -> bool:
         return not self.probe(name, kind)
 
@@ -338,8 +425,10 @@ class Pod:
             words += [*_own_files(), *_directories(["/etc/hosts", *(place for place, _ in mounts)])]
         else:
             words += ["--ro-bind", str(self._rootfs), "/"]
-            for place in ["/etc/hosts", "/proc", "/dev", *(place for place, _ in mounts)]:
-                _mount_point(self._rootfs / place.lstrip("/"))
+            places = {"/etc/hosts": self.base / "hosts", "/proc": Path("/proc"), "/dev": Path("/dev")}
+            places |= {place: self.volumes.path(mount["name"]) for place, mount in mounts}
+            for place, source in places.items():
+                _mount_point(self._rootfs / place.lstrip("/"), source)
         words += ["--proc", "/proc", "--dev", "/dev", "--ro-bind", str(self.base / "hosts"), "/etc/hosts"]
         for place, mount in mounts:
             if set(mount) - {"name", "mountPath", "readOnly"}:
@@ -411,9 +500,8 @@ def _directories(places: Sequence[str]) -> list[str]:
     return [word for place in sorted(above - {"/"}) for word in ("--perms", "0755", "--dir", place)]
 
 
-def _mount_point(path: Path) -> None:
+def _mount_point(path: Path, source: Path) -> None:
     """As a runtime makes it in the image's files."""
-    if path.name == "hosts":
+    (path if source.is_dir() else path.parent).mkdir(parents=True, exist_ok=True)
+    if not source.is_dir():
         path.touch()
-    else:
-        path.mkdir(parents=True, exist_ok=True)

@@ -199,7 +199,7 @@ def keys_in(data_dir: Path, root: bytes) -> dict[str, bytes]:
         for key_id, content in files.items():
             record = dek.parse(content, key_id)
             with arena.allocate() as slot:
-                dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
+                dek.unwrap_into(record, unlocked.kek_cipher(record.kek_version), slot.view)
                 found[f"DEK {record.id}"] = bytes(slot.view)
             kek_used = found[f"KEK {record.kek_version}"]
             found[f"derived for DEK {record.id}"] = decryptor.derived(kek_used, record.wrapped[:12])

@@ -36,7 +36,7 @@ async def create(
 ) -> DekRecord:
     """A new key, as the verb makes it, with its file."""
     record = await vault.create_in_log(thread_id, purpose=purpose, replaces=replaces, permit=permit)
-    await vault.journal.file_made(record.id)
+    await vault.journal.file_written(record.id)
     return record
 
 
@@ -72,13 +72,10 @@ class OpenedVault:
         return {self.on_disk(key_id).kek_version for key_id in key_ids}
 
     def backups(self, key_id: str = "") -> list[bytes]:
-        """The contents of all rotation backups, or of those of a key: old contents of journals, and single ones."""
-        place = self.directory / "kms-deks-backup"
-        found: list[bytes] = []
-        for path in sorted(path for path in place.rglob("*") if path.is_file()):
-            content = path.read_bytes()
-            found.extend([each.old for each in decode(content).intact] if path.suffix == ".journal" else [content])
-        return [content for content in found if content.startswith(b'{"id":"%s' % key_id.encode())]
+        """The old contents in all rotation backups, or those of a key."""
+        paths = sorted((self.directory / "kms-deks-backup").rglob("*.journal"))
+        found = [each for path in paths if path.is_file() for each in decode(path.read_bytes()).intact]
+        return [each.old for each in found if each.old and key_id in ("", each.key_id)]
 
     def kek_states(self) -> dict[int, str]:
         return {kek.version: kek.state for kek in self.vault.keyring.body.keks}
@@ -177,5 +174,5 @@ async def opened_vault(
         try:
             yield OpenedVault(directory, data, used, reader=reader, disk=disk)
         finally:
-            await data.drain()
+            await data.vault.drain()
             data.close()

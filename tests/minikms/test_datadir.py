@@ -329,11 +329,8 @@ def test_the_newest_key_is_of_now_or_of_a_file_with_a_later_id(tmp_path: Path) -
     """An archive may hold each key up to it."""
     now_ms = time.time_ns() // 1_000_000
     assert newest_key_id(str(tmp_path)) >= make_key_id(now_ms, b"\xff" * 10)
-    for name in ("kms-deks", "kms-deks-backup"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "kms-deks").mkdir()
     (tmp_path / "kms-deks" / "z.json").touch()
-    ahead = [make_key_id(now_ms + 10_000_000 + number, bytes(10)) for number in range(2)]
-    (tmp_path / "kms-deks" / f"{ahead[0]}.json").touch()
-    assert newest_key_id(str(tmp_path)) == ahead[0]
-    (tmp_path / "kms-deks-backup" / f"{ahead[1]}.json.20260101T000000").touch()
-    assert newest_key_id(str(tmp_path)) == ahead[1]
+    ahead = make_key_id(now_ms + 10_000_000, bytes(10))
+    (tmp_path / "kms-deks" / f"{ahead}.json").touch()
+    assert newest_key_id(str(tmp_path)) == ahead

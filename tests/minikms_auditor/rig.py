@@ -161,6 +161,10 @@ class Rig:
         opened.callback(self.auditor.close)
         return self
 
+    def begin_in_child(self) -> None:
+        """After a fork: the memory of the parent's arena is not there, and must not be freed."""
+        self._parents_arena, self._arena = self._arena, SecretArena(8)
+
     def stop(self) -> None:
         self._opened.close()
         self.auditor = None

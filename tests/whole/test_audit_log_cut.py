@@ -11,7 +11,7 @@ from minikms.append_only import CONFIRMED_SUFFIX
 from minikms.audit import record
 from minikms.base64 import encode_text
 from progressdb_server.store import keyspace
-from progressdb_server.store.epoch import Remembered
+from progressdb_server.store.epoch import SeenState
 from progressdb_server.store.rocks import RocksEngine
 from tests.progressdb_server.api.real_server import real_server
 
@@ -21,7 +21,7 @@ def remember(store: Path, seq: int, sig: str) -> None:
     engine = RocksEngine(str(store))
     raw = engine.get(keyspace.EPOCH)
     assert raw is not None
-    known = msgspec.json.decode(raw, type=Remembered)
+    known = msgspec.json.decode(raw, type=SeenState)
     changed = msgspec.structs.replace(known, head_seq=seq, head_sig=sig)
     engine.write([(keyspace.EPOCH, msgspec.json.encode(changed))])
     engine.sync()

@@ -31,7 +31,6 @@ ACTOR_CHARS_MAX: Final = 600
 DETAIL_CHARS_MAX: Final = 1024
 LIST_ITEMS_MAX: Final = api.BATCH_ITEMS_MAX
 FACTS_COUNT_MAX: Final = 64
-INVALID_ID_CHARS_MAX: Final = 40
 
 MAC_BYTES: Final = 32
 MAC_CHARS: Final = 44
@@ -47,12 +46,9 @@ ACTOR_SELF: Final = "minikms"
 """The actor of events that the log and the daemon record about themselves."""
 
 TYPE_GENESIS: Final = "genesis"
-TYPE_START: Final = "start"
-TYPE_STOP: Final = "stop"
 TYPE_CHECKPOINT: Final = "checkpoint"
 TYPE_RECOVERY: Final = "recovery"
 TYPE_RESUMED: Final = "resumed"
-TYPE_CONFIG_CHANGE: Final = "config_change"
 TYPE_SEGMENT_OPEN: Final = "segment_open"
 TYPE_SEGMENT_CLOSE: Final = "segment_close"
 TYPE_AUDIT_KEY: Final = "audit_key"
@@ -147,11 +143,6 @@ def escape(text: str, chars_max: int = TEXT_CHARS_MAX) -> str:
 
 def _percent(match: re.Match[str]) -> str:
     return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass"))
-
-
-def shorten(text: str) -> str:
-    """An invalid id that a caller sent, escaped and truncated for an audit line."""
-    return escape(text, INVALID_ID_CHARS_MAX)
 
 
 def text_facts(event: Event) -> None:

@@ -11,22 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
-from cyclopts import App
-
-from minikms.cli.console import complain, explained
+from minikms import usage
+from minikms.cli.console import CommandError, explained
 from minikms.cli.rootkey import FLAG as MASTER_KEY_FLAG
 from minikms.cli.serve import serve
-from minikms.usage import (
-    EXIT_INTERRUPTED,
-    EXIT_MISSING,
-    EXIT_READER_LEFT,
-    HelpPages,
-    Shell,
-    print_completion,
-    show_whole_help,
-)
+from minikms.usage import Shell, new_app, print_completion, show_whole_help
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
@@ -58,17 +49,13 @@ WITHOUT_ROOT_KEY: Final = frozenset(
 HELPERS: Final = {"auditor": "minikms_auditor", "gateway": "minikms_gateway", "unlock": "minikms_unlock"}
 """Programs of this distribution that are processes of their own: `minikms NAME …` runs `minikms-NAME`, as git does."""
 
-app = App(
-    name="minikms",
-    help="A local, hardened key service. Without a command it runs `serve`.",
-    help_format="plaintext",  # what Markdown needs takes long to import
-    help_formatter=HelpPages(),
-    help_epilogue="`minikms unlock …` runs minikms-unlock: root keys from a passphrase. "
+app = new_app(
+    "minikms",
+    "A local, hardened key service. Without a command it runs `serve`.",
+    "`minikms unlock …` runs minikms-unlock: root keys from a passphrase. "
     "`minikms gateway …` runs minikms-gateway, for other hosts. `minikms auditor …` runs minikms-auditor, which has "
     "the audit log witnessed. "
     "Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
-    version_flags=["--version"],
-    version="0.2.0",
 )
 app.default(serve)
 app.command(serve, name="serve")
@@ -89,31 +76,18 @@ def run() -> None:
     """Runs the command line and ends the process. An error that is neither ours nor the system's is a defect: its
     traceback is shown.
     """
-    try:
-        words = sys.argv[1:]
-        if words and (words[0] in HELPERS or words[0] in WITHOUT_ROOT_KEY):
-            words = _without_root_key(words)
-        if words and words[0] in HELPERS:
-            _run_helper(words[0], words[1:])
-        mistyped = _mistyped(words)
-        if mistyped:
-            complain(mistyped)
-            sys.exit(EXIT_MISSING)
-        show_whole_help(app, words)
-        try:
-            sys.exit(app(words, print_error=False, exit_on_error=False))
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader closed the pipe. Python flushes once more at exit, and must not report that.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_READER_LEFT)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001  defects are raised again by `explained`
-        text, exit_status = explained(error)
-        complain(text)
-        sys.exit(exit_status)
+    usage.run("minikms", _command, explained)
+
+
+def _command() -> Any:
+    words = sys.argv[1:]
+    if words and (words[0] in HELPERS or words[0] in WITHOUT_ROOT_KEY):
+        words = _without_root_key(words)
+    if words and words[0] in HELPERS:
+        _run_helper(words[0], words[1:])
+    _check_first_word(words)
+    show_whole_help(app, words)
+    return app(words, print_error=False, exit_on_error=False)
 
 
 def _without_root_key(words: list[str]) -> list[str]:
@@ -130,12 +104,12 @@ def _run_helper(name: str, words: list[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-P", "-m", HELPERS[name], *words])  # noqa: S606  without a shell
 
 
-def _mistyped(words: list[str]) -> str:
-    """The error text for a first word that is no command: `serve` takes flags only, so it can't be an argument."""
+def _check_first_word(words: list[str]) -> None:
+    """Raises CommandError for a first word that is no command: `serve` takes flags only, so it can't be an argument."""
     if not words or words[0].startswith("-") or words[0] in ("serve", *COMMANDS):
-        return ""
+        return
     from difflib import get_close_matches
 
     close = get_close_matches(words[0], ["serve", *COMMANDS, *HELPERS], n=1)
     meant = f"Did you mean `minikms {close[0]}`?" if close else "`minikms --help` lists the commands."
-    return f"there is no command {words[0]!r}. {meant}"
+    raise CommandError(f"there is no command {words[0]!r}. {meant}")

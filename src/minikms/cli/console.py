@@ -52,21 +52,16 @@ def complain(text: str) -> None:
 
 def explained(error: Exception) -> tuple[str, int]:
     """The text and the exit status of an error that ends a command. An error that is a defect is raised again."""
-    from cyclopts import CycloptsError
-
     from minikms.api.errors import KmsError
 
     if isinstance(error, CommandError):
         return str(error), error.exit_status
-    if isinstance(error, CycloptsError):
-        return usage.explained(error, "minikms"), EXIT_MISSING
     if isinstance(error, KmsError):
         return _with_advice(error)
-    if isinstance(error, OSError) and error.strerror:
-        place = f": {error.filename}" if error.filename else ""
-        advice = f". {DATA_USER_ADVICE}." if isinstance(error, PermissionError) else ""
-        return f"{error.strerror}{place}{advice}", EXIT_MISSING
-    raise error
+    text = usage.explained_system(error, "minikms")
+    if text is None:
+        raise error
+    return text + (f". {DATA_USER_ADVICE}." if isinstance(error, PermissionError) else ""), EXIT_MISSING
 
 
 def _with_advice(error: KmsError) -> tuple[str, int]:

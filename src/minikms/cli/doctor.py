@@ -358,7 +358,7 @@ def _judge(record: DekRecord, body: Body, arena: SecretArena | None, unlocked: U
         raise StartError(f"it is wrapped under KEK version {record.kek_version}, which the keyring does not have")
     if arena is not None and unlocked is not None:
         with arena.allocate() as slot:
-            dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
+            dek.unwrap_into(record, unlocked.kek_cipher(record.kek_version), slot.view)
 
 
 def _read(directory: str, name: str, bytes_max: int) -> bytes | None:

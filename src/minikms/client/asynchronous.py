@@ -8,10 +8,9 @@ carries one request at a time; every wait is bounded. It must never use a connec
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
@@ -21,7 +20,7 @@ from minikms.api.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTim
 from minikms.client import calls
 from minikms.client.batching import Batcher
 from minikms.client.calls import Attempts, Call, check_proxied, make_call
-from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, TIMEOUT_S, WAIT_S, endpoint
+from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, BaseClient
 from minikms.client.connection import Connection
 from minikms.client.items import Batch, DecryptItem, EncryptItem, Outcome
 from minikms.client.verbs import AsyncRunner, Many, One, Operation, Verbs, ciphertext_of, plaintext_of
@@ -35,7 +34,7 @@ CHUNKS_AT_ONCE_MAX: Final = 2
 """Requests in flight of one call for many items: the daemon works on one while this side encodes and decodes others."""
 
 
-class AsyncClient(Verbs, AsyncRunner):
+class AsyncClient(BaseClient, Verbs, AsyncRunner):
     """A client of one miniKMS for one event loop.
 
     `address` is the path of the daemon's socket, or the URL of a gateway (docs/client.md). `timeout_s` bounds the wait
@@ -54,40 +53,17 @@ class AsyncClient(Verbs, AsyncRunner):
     KmsClosedError, or KmsRefusedError with `status` and `code` (KeyRetiredError, DecryptionError, …).
     """
 
-    def __init__(
-        self,
-        address: str | os.PathLike[str],
-        *,
-        server_uids: Collection[int] | None = None,
-        ca: str | os.PathLike[str] | None = None,
-        cert: str | os.PathLike[str] | None = None,
-        key: str | os.PathLike[str] | None = None,
-        token_file: str | os.PathLike[str] | None = None,
-        long_lived_cert: bool = False,
-        timeout_s: float = TIMEOUT_S,
-        wait_s: float = WAIT_S,
-        on_exchange: Callable[[bytes, float, bool], None] | None = None,
-    ) -> None:
-        """`on_exchange` is called after each exchange: its target, the seconds it took, whether the daemon answered."""
-        self._on_exchange = on_exchange
-        self._endpoint = endpoint(
-            address,
-            server_uids=server_uids,
-            ca=ca,
-            cert=cert,
-            key=key,
-            token_file=token_file,
-            long_lived_cert=long_lived_cert,
-        )
-        self._timeout_s = timeout_s
-        self._wait_s = wait_s
+    on_exchange: Callable[[bytes, float, bool], None] | None = None
+    """Called after each exchange: its target, the seconds it took, whether the daemon answered."""
+
+    def _start(self) -> None:
         self._idle: list[Connection] = []
         self._busy: set[Connection] = set()
         self._slots = asyncio.Semaphore(POOL_CONNECTIONS_MAX)
         self._batch_connections: dict[Verb[Any, Any], Connection] = {}
         self._closed = False
-        self._encrypts: Batcher[EncryptItem] = Batcher(self._send_encrypts, timeout_s + wait_s)
-        self._decrypts: Batcher[DecryptItem] = Batcher(self._send_decrypts, timeout_s + wait_s)
+        self._encrypts: Batcher[EncryptItem] = Batcher(self._send_encrypts, self._timeout_s + self._wait_s)
+        self._decrypts: Batcher[DecryptItem] = Batcher(self._send_decrypts, self._timeout_s + self._wait_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -96,11 +72,6 @@ class AsyncClient(Verbs, AsyncRunner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What an operator should change about the client's certificate, key and token; known after a call."""
-        return self._endpoint.warnings
 
     async def close(self) -> None:
         """Fails every open call and closes the connections. May be repeated."""
@@ -210,8 +181,8 @@ class AsyncClient(Verbs, AsyncRunner):
                 self._busy.discard(connection)
             answered = True
         finally:
-            if self._on_exchange is not None:
-                self._on_exchange(call.target, time.monotonic() - started_s, answered)
+            if self.on_exchange is not None:
+                self.on_exchange(call.target, time.monotonic() - started_s, answered)
         if batched is None:
             self._release(connection)
         return call.read(answer)

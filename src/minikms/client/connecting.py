@@ -1,10 +1,10 @@
 """Where a client connects to: the daemon's Unix socket, or a gateway by its URL; and the limits of both clients.
 
-Owns: `Endpoint`, what both clients need of either; `SocketEndpoint`, with the check of who serves the socket.
-`minikms.client.tls` has the other one. Invariants: no byte of a request is sent before the server was checked. The
-kernel names the process that called listen(2) (unix(7), SO_PEERCRED): with socket activation that is the service
-manager, so root is expected by default. It must never import asyncio or ssl, which the synchronous client and the
-commands do without.
+Owns: `Endpoint`, what both clients need of either; `BaseClient`, which chooses one; `SocketEndpoint`, with the check of
+who serves the socket. `minikms.client.tls` has the other one. Invariants: no byte of a request is sent before the
+server was checked. The kernel names the process that called listen(2) (unix(7), SO_PEERCRED): with socket activation
+that is the service manager, so root is expected by default. It must never import asyncio or ssl, which the synchronous
+client and the commands do without.
 """
 
 from __future__ import annotations
@@ -126,28 +126,6 @@ def connect(path: str, server_uids: Collection[int]) -> socket.socket:
     return sock
 
 
-def endpoint(
-    address: str | os.PathLike[str],
-    *,
-    server_uids: Collection[int] | None,
-    ca: str | os.PathLike[str] | None,
-    cert: str | os.PathLike[str] | None,
-    key: str | os.PathLike[str] | None,
-    token_file: str | os.PathLike[str] | None,
-    long_lived_cert: bool,
-) -> Endpoint:
-    """Of the arguments of a client. Raises ValueError for arguments that do not fit together."""
-    if not (isinstance(address, str) and "://" in address):
-        if ca or cert or key or token_file or long_lived_cert:
-            raise ValueError("`ca`, `cert`, `key`, `token_file` and `long_lived_cert` are for a URL, not for a socket")
-        return SocketEndpoint(address, server_uids)
-    if server_uids is not None:
-        raise ValueError("`server_uids` is for a socket: a gateway is known by its certificate")
-    from minikms.client.tls import TlsEndpoint
-
-    return TlsEndpoint(address, ca=ca, cert=cert, key=key, token_file=token_file, long_lived_cert=long_lived_cert)
-
-
 def server_uid(sock: socket.socket) -> int:
     """The effective uid of the process that listens at the other end. Raises KmsUntrustedServerError if unknown."""
     if sys.platform == "linux":
@@ -173,3 +151,47 @@ def overflow_uid() -> int | None:
         return int(Path(OVERFLOW_UID_FILE).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
+
+
+class BaseClient:
+    """What both clients are made of; `AsyncClient` describes the arguments. Raises ValueError for arguments that do not
+    fit together.
+    """
+
+    def __init__(
+        self,
+        address: str | os.PathLike[str],
+        *,
+        server_uids: Collection[int] | None = None,
+        ca: str | os.PathLike[str] | None = None,
+        cert: str | os.PathLike[str] | None = None,
+        key: str | os.PathLike[str] | None = None,
+        token_file: str | os.PathLike[str] | None = None,
+        long_lived_cert: bool = False,
+        timeout_s: float = TIMEOUT_S,
+        wait_s: float = WAIT_S,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._wait_s = wait_s
+        self._endpoint: Endpoint
+        if isinstance(address, str) and "://" in address:
+            if server_uids is not None:
+                raise ValueError("`server_uids` is for a socket: a gateway is known by its certificate")
+            from minikms.client.tls import TlsEndpoint
+
+            self._endpoint = TlsEndpoint(
+                address, ca=ca, cert=cert, key=key, token_file=token_file, long_lived_cert=long_lived_cert
+            )
+        elif ca or cert or key or token_file or long_lived_cert:
+            raise ValueError("`ca`, `cert`, `key`, `token_file` and `long_lived_cert` are for a URL, not for a socket")
+        else:
+            self._endpoint = SocketEndpoint(address, server_uids)
+        self._start()
+
+    def _start(self) -> None:
+        """Begins without connections."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What an operator should change about the client's certificate, key and token; known after a call."""
+        return self._endpoint.warnings

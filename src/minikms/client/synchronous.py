@@ -15,13 +15,12 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
 from minikms.api.errors import KmsClosedError, KmsError, KmsTimeoutError
 from minikms.client.calls import Attempts, Call, check_proxied
-from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, TIMEOUT_S, WAIT_S, endpoint
+from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, BaseClient
 from minikms.client.verbs import BlockingRunner, Many, One, Operation, Verbs
 from minikms.client.wire import Answer, AnswerParser, request_head
 
@@ -32,7 +31,7 @@ _RECEIVE_BYTES_MAX: Final = 256 * 1024
 _clients: Final[weakref.WeakSet[Client]] = weakref.WeakSet()
 
 
-class Client(Verbs, BlockingRunner):
+class Client(BaseClient, Verbs, BlockingRunner):
     """A client of one miniKMS, safe to share between threads.
 
         with Client("/run/minikms/minikms.sock") as kms:
@@ -43,30 +42,7 @@ class Client(Verbs, BlockingRunner):
     Arguments and errors are those of AsyncClient.
     """
 
-    def __init__(
-        self,
-        address: str | os.PathLike[str],
-        *,
-        server_uids: Collection[int] | None = None,
-        ca: str | os.PathLike[str] | None = None,
-        cert: str | os.PathLike[str] | None = None,
-        key: str | os.PathLike[str] | None = None,
-        token_file: str | os.PathLike[str] | None = None,
-        long_lived_cert: bool = False,
-        timeout_s: float = TIMEOUT_S,
-        wait_s: float = WAIT_S,
-    ) -> None:
-        self._endpoint = endpoint(
-            address,
-            server_uids=server_uids,
-            ca=ca,
-            cert=cert,
-            key=key,
-            token_file=token_file,
-            long_lived_cert=long_lived_cert,
-        )
-        self._timeout_s = timeout_s
-        self._wait_s = wait_s
+    def _start(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[tuple[float, socket.socket]] = []
         self._closed = False
@@ -79,11 +55,6 @@ class Client(Verbs, BlockingRunner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What an operator should change about the client's certificate, key and token; known after a call."""
-        return self._endpoint.warnings
 
     def close(self) -> None:
         """Closes the kept connections; calls in other threads end by themselves. May be repeated."""

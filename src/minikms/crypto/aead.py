@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections import OrderedDict
 from types import TracebackType
 from typing import Final, Self
 
@@ -27,6 +28,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from minikms.api.errors import DecryptionError
+from minikms.memory.arena import SecretArena, SecretSlot
 
 KEY_BYTES: Final = 32
 PREFIX_BYTES: Final = 12
@@ -137,16 +139,53 @@ class Kdf:
         self._k1[:] = bytes(_BLOCK_BYTES)
 
 
+class DerivedKeys:
+    """Derived keys that are kept in the arena: at most `count_max`; the oldest makes room. Each is in the dictionary of
+    the key that it was derived from, by its prefix.
+    """
+
+    __slots__ = ("_arena", "_count_max", "_kept")
+
+    def __init__(self, arena: SecretArena, *, count_max: int) -> None:
+        self._arena = arena
+        self._count_max = count_max
+        self._kept: OrderedDict[SecretSlot, tuple[dict[bytes, SecretSlot], bytes]] = OrderedDict()
+        """Oldest first."""
+
+    def add(self, of_key: dict[bytes, SecretSlot], prefix: bytes, kdf: Kdf) -> SecretSlot:
+        """A new one."""
+        if len(self._kept) >= self._count_max:
+            slot, (owner, former) = self._kept.popitem(last=False)
+            del owner[former]
+            slot.release()
+        slot = self._arena.allocate()
+        kdf.derive_into(prefix, slot.view)
+        of_key[prefix], self._kept[slot] = slot, (of_key, prefix)
+        return slot
+
+    def forget(self, of_key: dict[bytes, SecretSlot]) -> None:
+        """Zeroes those of a key."""
+        for slot in of_key.values():
+            del self._kept[slot]
+            slot.release()
+        of_key.clear()
+
+
 class XaesCipher:
     """A key's cipher for many texts, in a `with` block, which must end in the same turn of the event loop: until then
     it holds what a `Kdf` holds, and the schedule of the last derived key.
     """
 
-    __slots__ = ("_cipher", "_derived", "_kdf", "_prefix")
+    __slots__ = ("_cipher", "_derived", "_kdf", "_keep", "_key", "_prefix")
 
-    def __init__(self, key: memoryview) -> None:
-        self._kdf: Kdf | None = Kdf(key)
-        self._derived = bytearray(KEY_BYTES)
+    def __init__(
+        self, key: memoryview, derived: dict[bytes, SecretSlot] | None = None, keep: DerivedKeys | None = None
+    ) -> None:
+        """derived, keep: where derived keys are kept."""
+        self._key: memoryview | None = key
+        self._derived = {} if derived is None else derived
+        self._keep = keep
+        self._kdf: Kdf | None = None
         self._prefix = b""
         self._cipher: AESGCM | None = None
 
@@ -158,7 +197,7 @@ class XaesCipher:
 
     def close(self) -> None:
         """Drops what it holds. It can't be used any more."""
-        self._cipher = self._kdf = None
+        self._cipher = self._kdf = self._key = None
 
     def seal(self, nonce: bytes, plaintext: bytes | memoryview, aad: bytes) -> bytes:
         """nonce | ciphertext | tag. `plaintext` may be a view of the arena; it is not copied."""
@@ -185,15 +224,26 @@ class XaesCipher:
         """The cipher of the derived key, for the nonce at the beginning of `nonce`."""
         prefix = nonce[:PREFIX_BYTES]
         if self._cipher is None or prefix != self._prefix:
-            if self._kdf is None:
-                raise ValueError("the cipher was closed")
-            try:
-                self._kdf.derive_into(prefix, memoryview(self._derived))
-                self._cipher = AESGCM(self._derived)
-            finally:
-                self._derived[:] = bytes(KEY_BYTES)
+            self._cipher = self._made(prefix)
             self._prefix = prefix
         return self._cipher
+
+    def _made(self, prefix: bytes) -> AESGCM:
+        if self._key is None:
+            raise ValueError("the cipher was closed")
+        slot = self._derived.get(prefix)
+        if slot is not None:
+            return AESGCM(slot.view)
+        if self._kdf is None:
+            self._kdf = Kdf(self._key)
+        if self._keep is not None:
+            return AESGCM(self._keep.add(self._derived, prefix, self._kdf).view)
+        derived = bytearray(KEY_BYTES)
+        try:
+            self._kdf.derive_into(prefix, memoryview(derived))
+            return AESGCM(derived)
+        finally:
+            derived[:] = bytes(KEY_BYTES)
 
 
 def seal(key: memoryview, nonce: bytes, plaintext: bytes | memoryview, aad: bytes) -> bytes:

@@ -19,7 +19,6 @@ It must never do I/O, or return anything but an error for what does not open.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
@@ -31,6 +30,7 @@ from minikms.crypto.aead import (
     NONCE_BYTES,
     OVERHEAD_BYTES,
     PREFIX_BYTES,
+    DerivedKeys,
     Kdf,
     scrub,
 )
@@ -51,10 +51,7 @@ class RecordKeys:
     """What the opened DEKs of a run share. Each start and each unseal makes a new one, with a new prefix."""
 
     def __init__(self, arena: SecretArena) -> None:
-        self._arena = arena
-        self._derived_keys_max = min(DERIVED_KEYS_MAX, arena.slots // 2)
-        self._derived: OrderedDict[SecretSlot, tuple[RecordKey, bytes]] = OrderedDict()
-        """The derived keys, each with its DEK and prefix, oldest first."""
+        self.derived = DerivedKeys(arena, count_max=min(DERIVED_KEYS_MAX, arena.slots // 2))
         self.used: list[RecordKey] = []
         """The DEKs that have a cipher in this turn."""
         self.stack_used = False
@@ -91,22 +88,6 @@ class RecordKeys:
             key.drop_cipher()
         self.used.clear()
 
-    def derived(self, key: RecordKey, prefix: bytes, kdf: Kdf) -> SecretSlot:
-        """A new derived key."""
-        if len(self._derived) >= self._derived_keys_max:
-            slot, (owner, former) = self._derived.popitem(last=False)
-            del owner.derived[former]
-            slot.release()
-        slot = self._arena.allocate()
-        kdf.derive_into(prefix, slot.view)
-        self._derived[slot] = key, prefix
-        return slot
-
-    def release(self, slot: SecretSlot) -> None:
-        """Zeroes a derived key."""
-        del self._derived[slot]
-        slot.release()
-
 
 class RecordKey:
     """A DEK in the arena, which seals and opens records. `release` zeroes it and what was derived from it."""
@@ -117,7 +98,7 @@ class RecordKey:
         self.slot = slot
         self._keys = keys
         self.derived: dict[bytes, SecretSlot] = {}
-        """By prefix. `RecordKeys` bounds them."""
+        """By prefix. `RecordKeys.derived` bounds them."""
         self._prefix = b""
         """Of the records of `_cipher`; empty while there is none."""
         self._cipher: AESGCM
@@ -132,9 +113,7 @@ class RecordKey:
 
     def release(self) -> None:
         self.drop_cipher()
-        for slot in self.derived.values():
-            self._keys.release(slot)
-        self.derived.clear()
+        self._keys.derived.forget(self.derived)
         self.slot.release()
 
     def drop_cipher(self) -> None:
@@ -160,10 +139,8 @@ class RecordKey:
 
     def open(self, sealed: bytes, aad: bytes) -> bytes:
         """The plaintext of one record. Raises DecryptionError."""
-        if len(sealed) > _LONG_SEALED_BYTES:
-            self._keys.stack_used = True
-        elif len(sealed) < OVERHEAD_BYTES:
-            raise DecryptionError(_TOO_SHORT)
+        if not OVERHEAD_BYTES <= len(sealed) <= _LONG_SEALED_BYTES:
+            self._check_length(sealed)
         prefix = sealed[:PREFIX_BYTES]
         try:  # without a name for the cipher: whoever keeps the error would keep it in this frame
             return (self._cipher if prefix == self._prefix else self._other_cipher(prefix)).decrypt(
@@ -174,10 +151,8 @@ class RecordKey:
 
     def check(self, sealed: bytes, aad: bytes, scratch: memoryview) -> None:
         """Raises DecryptionError unless the record opens. Its plaintext is in `scratch`, which the caller zeroes."""
-        if len(sealed) > _LONG_SEALED_BYTES:
-            self._keys.stack_used = True
-        elif len(sealed) < OVERHEAD_BYTES:
-            raise DecryptionError(_TOO_SHORT)
+        if not OVERHEAD_BYTES <= len(sealed) <= _LONG_SEALED_BYTES:
+            self._check_length(sealed)
         prefix, target = sealed[:PREFIX_BYTES], scratch[: len(sealed) - OVERHEAD_BYTES]
         try:
             (self._cipher if prefix == self._prefix else self._other_cipher(prefix)).decrypt_into(
@@ -185,6 +160,11 @@ class RecordKey:
             )
         except InvalidTag:
             raise DecryptionError(_DOES_NOT_OPEN) from None
+
+    def _check_length(self, sealed: bytes) -> None:
+        if len(sealed) < OVERHEAD_BYTES:
+            raise DecryptionError(_TOO_SHORT)
+        self._keys.stack_used = True
 
     def _other_cipher(self, prefix: bytes) -> AESGCM:
         """The cipher of the derived key, kept until another is used or the turn ends. Making one costs twice as much as
@@ -197,7 +177,7 @@ class RecordKey:
             self._keys.stack_used = True
             if self._kdf is None:
                 self._kdf = Kdf(self.slot.view)
-            slot = self.derived[prefix] = self._keys.derived(self, prefix, self._kdf)
+            slot = self._keys.derived.add(self.derived, prefix, self._kdf)
         self._cipher = AESGCM(slot.view)
         self._prefix = prefix
         return self._cipher

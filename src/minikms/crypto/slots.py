@@ -40,7 +40,7 @@ COMMITMENT_BYTES: Final = 32
 _HASH_BYTES: Final = 32
 
 
-class Place(NamedTuple):
+class SlotBinding(NamedTuple):
     """Where a keyring key is sealed: it opens nowhere else. `key_number` is that of the keyring key."""
 
     keyring_id: str
@@ -60,31 +60,31 @@ def auth_key_into(root: memoryview, keyring_id: str, slot_id: str, target: memor
     _expand_into(root, labels.aad(labels.SLOT_AUTH, keyring_id.encode(), slot_id.encode()), target)
 
 
-def seal(public: bytes, place: Place, keyring_key: memoryview) -> bytes:
+def seal(public: bytes, binding: SlotBinding, keyring_key: memoryview) -> bytes:
     """The keyring key, sealed to the slot's public key. Raises DecryptionError if that is not a public key."""
-    return hpke.seal(public, _info(place), keyring_key)
+    return hpke.seal(public, _info(binding), keyring_key)
 
 
-def open_into(root: memoryview, place: Place, sealed: bytes, target: memoryview) -> None:
+def open_into(root: memoryview, binding: SlotBinding, sealed: bytes, target: memoryview) -> None:
     """Opens the keyring key into `target`. Call it after the MAC was compared. Raises DecryptionError."""
     if len(sealed) != SEALED_BYTES:
         raise DecryptionError("the sealed keyring key has the wrong length")
     opened: bytes | None = None
     with contextlib.suppress(InvalidTag, ValueError):
-        opened = _decrypted(root, place, sealed)
+        opened = _decrypted(root, binding, sealed)
     if opened is None:  # raised here: an error that is raised in an `except` keeps the frame of the first one alive
         raise DecryptionError("the sealed keyring key does not open")
     target[:] = opened
     zero_bytes(opened)
 
 
-def mac(auth_key: memoryview, place: Place, sealed: bytes) -> bytes:
+def mac(auth_key: memoryview, binding: SlotBinding, sealed: bytes) -> bytes:
     """Authenticates `sealed`, which HPKE does not: HMAC-SHA-256 under the slot's authentication key."""
     data = labels.aad(
         labels.SLOT_MAC,
-        place.keyring_id.encode(),
-        place.slot_id.encode(),
-        labels.number(place.key_number),
+        binding.keyring_id.encode(),
+        binding.slot_id.encode(),
+        labels.number(binding.key_number),
         hashlib.sha256(sealed).digest(),
     )
     return hmac.digest(auth_key, data, "sha256")
@@ -95,19 +95,19 @@ def archive_tag(auth_key: memoryview, slot_id: str, digest: bytes) -> bytes:
     return hmac.digest(auth_key, labels.aad(labels.ARCHIVE_SLOT, slot_id.encode(), digest), "sha256")
 
 
-def _decrypted(root: memoryview, place: Place, sealed: bytes) -> bytes:
-    private = MLKEM768X25519PrivateKey(*_private_key(root, place.keyring_id, place.slot_id))
+def _decrypted(root: memoryview, binding: SlotBinding, sealed: bytes) -> bytes:
+    private = MLKEM768X25519PrivateKey(*_private_key(root, binding.keyring_id, binding.slot_id))
     suite = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
-    return suite.decrypt(sealed, private, info=_info(place))
+    return suite.decrypt(sealed, private, info=_info(binding))
 
 
-def _info(place: Place) -> bytes:
+def _info(binding: SlotBinding) -> bytes:
     return labels.aad(
         labels.SLOT_SEALED,
-        place.keyring_id.encode(),
-        place.slot_id.encode(),
-        place.commitment,
-        labels.number(place.key_number),
+        binding.keyring_id.encode(),
+        binding.slot_id.encode(),
+        binding.commitment,
+        labels.number(binding.key_number),
     )
 
 

@@ -1,8 +1,7 @@
 """Backups of key files that a KEK rotation replaced: the journals of its batches, in `kms-deks-backup/`.
 
 Owns: `<stamp>/<first key id>-<last key id>.journal`, a journal that was renamed once its files were durable
-(docs/spec/journal.md), and single backups `<key id>.json.<stamp>`: damaged files that a replay has replaced. Names,
-listing, blanking and pruning. Invariants:
+(docs/spec/journal.md). Names, listing, blanking and pruning. Invariants:
 - The name of a journal has the first and the last of its keys, so those that may hold a key are found by name. A name
   is never used for two contents.
 - A record of a destroyed key is overwritten with zeros, in place and durably, before `blank` returns. After a failed
@@ -27,10 +26,9 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from minikms import api
 from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody import journal_format
-from minikms.custody.deks import SUFFIX, DekStore, file_name, list_names
+from minikms.custody.deks import DekStore, list_names
 from minikms.custody.files import (
     SYNCFS_FILES_MIN,
     make_private_directory,
@@ -43,28 +41,18 @@ from minikms.custody.files import (
     syncfs,
     syncfs_reports,
 )
-from minikms.custody.journal_format import BLANK, BYTES_MAX, RECORD_BYTES, RECORDS_MAX
+from minikms.custody.journal_format import BLANK, BYTES_MAX, RECORD_BYTES
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, key_id_to_bytes
 from minikms.sync import sync_directory, sync_file
 
 DIRECTORY: Final = "kms-deks-backup"
 SAME_NAME_MAX: Final = 100
 """Backups of one stamp with the same name."""
-STAMP_CHARS: Final = 15
 BLANK_FILES_MAX: Final = 32
 """Files that one job blanks: the other jobs of its thread wait for it."""
-_SUFFIX: Final = re.compile(r"[0-9]{8}T[0-9]{6}(?:-[0-9]{1,3})?", re.ASCII)
 _STAMP: Final = re.compile(r"[0-9]{8}T[0-9]{6}", re.ASCII)
 _ID: Final = r"k_[0-7][0-9a-hjkmnp-tv-z]{25}"
 _NAME: Final = re.compile(rf"({_ID})-({_ID})(?:\.[0-9]{{1,2}})?\.journal", re.ASCII)
-
-
-class RotationBackup(NamedTuple):
-    """A single backup. `suffix` is its stamp, with `-1`, `-2`, … where it was taken."""
-
-    name: str
-    key_id: str
-    suffix: str
 
 
 class JournalFile(NamedTuple):
@@ -83,9 +71,9 @@ class KeysWithin(NamedTuple):
     key_ids: Sequence[str]
 
 
-class Kept(NamedTuple):
-    """A record of a journal, not blank and of no create: the old content of the file of `key_id`. A damaged record has
-    no content, and no key id if it does not name one key.
+class BackupRecord(NamedTuple):
+    """A record of a journal that is not blank: the old content of the file of `key_id`, of a create the new one. A
+    damaged record has no content, and no key id if it does not name one key.
     """
 
     key_id: str
@@ -99,151 +87,12 @@ class RotationBackups:
     def __init__(self, data_dir: str) -> None:
         self.directory = os.path.join(data_dir, DIRECTORY)
         self.directory_fd = open_directory(self.directory)
-        self._suffixes: set[str] | None = None
         self._files: dict[str, list[JournalFile]] | None = None
         self._unsure: set[JournalFile] = set()
         """Files whose last write or sync failed: what the page cache has of them may not be on the disk."""
         self._swept = False
         self.unreadable: dict[str, str] = {}
         """For an operator: the files of which it is not known whether they hold a destroyed key, with the reasons."""
-
-    # --- single backups ----------------------------------------------------------------------------------------------
-
-    def keep(self, store: DekStore, key_id: str, stamp: str) -> bool:
-        """Links the key's current file under `stamp`; the caller calls `sync` before it replaces the file. False where
-        the file system has no second links: then only the damaged bytes are lost. Raises StorageUnavailableError.
-        """
-        try:
-            self._link(store, key_id, stamp)
-        except PermissionError:
-            return False
-        except OSError as error:
-            raise StorageUnavailableError("a backup of a damaged file can't be created") from error
-        return True
-
-    def add(self, key_id: str, content: bytes, stamp: str) -> None:
-        """Keeps a content that is not in the key's file, durably. Raises StorageUnavailableError."""
-        for number in range(SAME_NAME_MAX):
-            suffix = stamp if number == 0 else f"{stamp}-{number}"
-            name = f"{file_name(key_id)}.{suffix}"
-            try:
-                found = read_file_bounded(name, FILE_BYTES, dir_fd=self.directory_fd)
-            except StorageUnavailableError:
-                continue  # a damaged backup
-            if found in (None, content):
-                replace_file(self.directory_fd, name, content)
-                if self._suffixes is not None:
-                    self._suffixes.add(suffix)
-                return
-        raise StorageUnavailableError(f"a key has {SAME_NAME_MAX} rotation backups with the same stamp")
-
-    def _link(self, store: DekStore, key_id: str, stamp: str) -> None:
-        live = file_name(key_id)
-        for number in range(SAME_NAME_MAX):
-            suffix = stamp if number == 0 else f"{stamp}-{number}"
-            name = f"{live}.{suffix}"
-            try:
-                os.link(live, name, src_dir_fd=store.directory_fd, dst_dir_fd=self.directory_fd, follow_symlinks=False)
-            except FileExistsError:
-                if self._same_content(store, live, name):
-                    return
-                continue
-            except FileNotFoundError:
-                return  # destroyed meanwhile
-            if self._suffixes is not None:
-                self._suffixes.add(suffix)
-            return
-        raise StorageUnavailableError(f"a key has {SAME_NAME_MAX} rotation backups with the same stamp")
-
-    def _same_content(self, store: DekStore, live: str, name: str) -> bool:
-        try:
-            kept = read_file_bounded(name, FILE_BYTES, dir_fd=self.directory_fd)
-        except StorageUnavailableError:
-            return False  # a damaged backup: the file is linked under another name
-        return kept is not None and kept == read_file_bounded(live, FILE_BYTES, dir_fd=store.directory_fd)
-
-    def listed(self) -> Iterator[RotationBackup]:
-        """All single backups, in no order; other names are skipped. Raises StorageUnavailableError."""
-        for name in list_names(self.directory):
-            key_id, found, suffix = name.partition(SUFFIX + ".")
-            if found and api.KEY_ID_PATTERN.fullmatch(key_id) and _SUFFIX.fullmatch(suffix):
-                yield RotationBackup(name, key_id, suffix)
-
-    def read(self, backup: RotationBackup) -> bytes | None:
-        """The content of the file; None if it was removed since it was listed. Raises KeyUnreadableError."""
-        try:
-            return read_file_bounded(backup.name, FILE_BYTES, dir_fd=self.directory_fd)
-        except StorageUnavailableError as error:
-            raise KeyUnreadableError(f"a rotation backup of key {backup.key_id} can't be read: {error}") from None
-
-    def suffixes(self) -> set[str]:
-        """All suffixes of single backups in use. The first call reads the directory."""
-        if self._suffixes is None:
-            self._suffixes = {backup.suffix for backup in self.listed()}
-        return self._suffixes
-
-    def remove_of(self, key_ids: Sequence[str]) -> list[int]:
-        """Removes the single backups of destroyed keys, durably; the number removed of each. Raises
-        StorageUnavailableError.
-        """
-        suffixes = sorted(self.suffixes())
-        names = ([f"{file_name(key_id)}.{suffix}" for suffix in suffixes] for key_id in key_ids)
-        counts = [self._unlink(of_key) for of_key in names]
-        self.sync()
-        return counts
-
-    def remove_of_all(self, key_ids: Container[str]) -> int:
-        """As `remove_of`, for all destroyed keys; the number removed. It reads the directory."""
-        return self._remove([backup.name for backup in self.listed() if backup.key_id in key_ids])
-
-    def prune(
-        self, store: DekStore, *, before: str | None, spare: Container[str], destroyed: Container[str]
-    ) -> Iterator[int]:
-        """Removes the backups with a stamp before `before` (`YYYYMMDDTHHMMSS`; None: all), durably.
-
-        Each step removes the backups of up to RECORDS_MAX keys, and yields the number removed; others may use the
-        backups between two steps. It keeps the backups of the keys in `spare`, and of keys without a file that are not
-        in `destroyed`. Raises StorageUnavailableError.
-        """
-
-        def keeps(key_id: str) -> bool:
-            return key_id in spare or not (store.has(key_id) or key_id in destroyed)
-
-        older = [backup for backup in self.listed() if before is None or backup.suffix < before]
-        for first in range(0, len(older), RECORDS_MAX):
-            part = older[first : first + RECORDS_MAX]
-            count = self._remove([backup.name for backup in part if not keeps(backup.key_id)])
-            self._suffixes = None
-            yield count
-        yield from self._prune_journals(before=before, keeps=keeps)
-
-    def oldest_stamp_of(self, rotations: int) -> str | None:
-        """The oldest stamp of the newest `rotations` rotations; None if there are not more rotations than that."""
-        stamps = sorted({suffix[:STAMP_CHARS] for suffix in self.suffixes()}.union(self.stamps()))
-        return stamps[-rotations] if len(stamps) > rotations else None
-
-    def _remove(self, names: Iterable[str]) -> int:
-        count = self._unlink(names)
-        self.sync()
-        return count
-
-    def _unlink(self, names: Iterable[str]) -> int:
-        count = 0
-        try:
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=self.directory_fd)
-                    count += 1
-        except OSError as error:
-            raise StorageUnavailableError("a rotation backup can't be removed") from error
-        return count
-
-    def sync(self) -> None:
-        """Makes the single backups durable. Raises StorageUnavailableError."""
-        try:
-            sync_file(self.directory_fd)
-        except OSError as error:
-            raise StorageUnavailableError("the rotation backups can't be synced") from error
 
     def sweep_temps(self) -> None:
         """Removes the temporary files of earlier processes, once in a run. In any thread. Raises
@@ -261,24 +110,15 @@ class RotationBackups:
         """Closes the directory."""
         os.close(self.directory_fd)
 
-    # --- journals ----------------------------------------------------------------------------------------------------
-
-    def make_stamp(self, stamp: str) -> None:
-        """Makes the directory of a rotation, durably. Raises StorageUnavailableError."""
-        try:
-            make_private_directory(self._path(stamp))
-            if not self._by_stamp().get(stamp):
-                # The process that made the directory may have been killed before it synced.
-                sync_directory(self.directory)
-        except OSError as error:
-            raise StorageUnavailableError("a rotation backup can't be created") from error
-
     def adopt(self, directory_fd: int, name: str, stamp: str, first: str, last: str) -> None:
         """Renames a journal, whose files are durable, from the data directory to the backups of `stamp`; durable on
-        return. After `make_stamp`. Raises StorageUnavailableError; then call it again.
+        return. Raises StorageUnavailableError; then call it again.
         """
         files = self._by_stamp().setdefault(stamp, [])
         try:
+            make_private_directory(self._path(stamp))
+            if not files:  # the process that made the directory may have been killed before it synced
+                sync_directory(self.directory)
             with self._opened(stamp) as descriptor:
                 taken = set(os.listdir(descriptor))
                 for number in range(SAME_NAME_MAX):
@@ -299,10 +139,9 @@ class RotationBackups:
         """The stamps of all rotations with backups, in order. Raises StorageUnavailableError."""
         return sorted(self._by_stamp())
 
-    def journals(self) -> Iterator[JournalFile]:
+    def journals(self) -> list[JournalFile]:
         """All journals. Raises StorageUnavailableError."""
-        for stamp in list_stamps(self.directory):
-            yield from list_journals(self.directory, stamp)
+        return [file for stamp in list_stamps(self.directory) for file in list_journals(self.directory, stamp)]
 
     def _by_stamp(self) -> dict[str, list[JournalFile]]:
         if self._files is None:
@@ -313,7 +152,7 @@ class RotationBackups:
                 self.unreadable.pop(name, None)
         return self._files
 
-    def read_journal(self, file: JournalFile) -> list[Kept]:
+    def read_journal(self, file: JournalFile) -> list[BackupRecord]:
         """The records that are not blank; none of a file that was removed meanwhile. Raises KeyUnreadableError."""
         try:
             with self._opened(file.stamp) as descriptor:
@@ -322,7 +161,7 @@ class RotationBackups:
             return []
         except StorageUnavailableError as error:
             raise KeyUnreadableError(f"the backup {_place(file)} can't be read: {error}") from None
-        return _kept(content)
+        return _backup_records(content)
 
     def files_of(self, key_ids: Iterable[str]) -> list[KeysWithin]:
         """The files that may have records of these keys. Raises StorageUnavailableError."""
@@ -377,7 +216,7 @@ class RotationBackups:
                 del failure  # the traceback of an error leads to this frame
         return counts
 
-    def _patch(self, descriptor: int, file: JournalFile, going: Sequence[Kept], *, sync: bool) -> None:
+    def _patch(self, descriptor: int, file: JournalFile, going: Sequence[BackupRecord], *, sync: bool) -> None:
         self._unsure.add(file)
         patch_file(descriptor, file.name, [(record.offset, BLANK) for record in going], sync=sync)
         if sync:
@@ -390,7 +229,7 @@ class RotationBackups:
             raise StorageUnavailableError("rotation backups can't be synced") from error
         self._unsure.difference_update(patched)
 
-    def _write_anew(self, descriptor: int, file: JournalFile, content: bytes, going: Sequence[Kept]) -> None:
+    def _write_anew(self, descriptor: int, file: JournalFile, content: bytes, going: Sequence[BackupRecord]) -> None:
         fresh = bytearray(content)
         for record in going:
             fresh[record.offset : record.offset + RECORD_BYTES] = BLANK
@@ -420,16 +259,29 @@ class RotationBackups:
             self.unreadable[_place(file)] = str(error)
             raise
         self.unreadable.pop(_place(file), None)
-        found = sorted({key_id for named in map(_named, _records(content)) for key_id in named if key_id in destroyed})
+        found = sorted(key_id for key_id in journal_format.ids_in_journal(content) if key_id in destroyed)
         if found or file in self._unsure or _going(content, ()):
             return KeysWithin(file, found)
         return None
 
-    def _prune_journals(self, *, before: str | None, keeps: Callable[[str], bool]) -> Iterator[int]:
-        """Removes the records of stamps before `before` (None: all) except those of keys that `keeps` accepts, durably.
-        Each step is the work of one file, and yields the number of records removed; others may use the backups between
-        two steps. Raises StorageUnavailableError; then a part was removed.
+    def oldest_stamp_of(self, rotations: int) -> str | None:
+        """The oldest stamp of the newest `rotations` rotations; None if there are not more rotations than that."""
+        stamps = self.stamps()
+        return stamps[-rotations] if len(stamps) > rotations else None
+
+    def prune(
+        self, store: DekStore, *, before: str | None, spare: Container[str], destroyed: Container[str]
+    ) -> Iterator[int]:
+        """Removes the records of stamps before `before` (`YYYYMMDDTHHMMSS`; None: all), durably.
+
+        It keeps those of the keys in `spare`, and of keys without a file that are not in `destroyed`. Each step is the
+        work of one file, and yields the number of records removed; others may use the backups between two steps. Raises
+        StorageUnavailableError; then a part was removed.
         """
+
+        def keeps(key_id: str) -> bool:
+            return key_id in spare or not (store.has(key_id) or key_id in destroyed)
+
         for stamp in self.stamps():
             if before is not None and stamp >= before:
                 continue
@@ -451,7 +303,7 @@ class RotationBackups:
         except StorageUnavailableError as error:
             self.unreadable[_place(file)] = str(error)
             return 0
-        records = _kept(content)
+        records = _backup_records(content)
         going = [record for record in records if not (record.key_id and keeps(record.key_id))]
         if len(going) == len(records):
             remove_file(descriptor, file.name)
@@ -525,26 +377,20 @@ def _records(content: bytes) -> Iterator[tuple[int, bytes]]:
             yield offset, record
 
 
-def _named(at: tuple[int, bytes]) -> set[str]:
-    return journal_format.ids_in(at[1])
-
-
-def _kept(content: bytes) -> list[Kept]:
-    found: list[Kept] = []
+def _backup_records(content: bytes) -> list[BackupRecord]:
+    found: list[BackupRecord] = []
     for offset, record in _records(content):
         change = journal_format.parse(record)
-        if change is not None and not change.old:
-            continue  # a create: it replaced nothing
         named = journal_format.ids_in(record) if change is None else {change.key_id}
         key_id = next(iter(named)) if len(named) == 1 else ""
         # A damaged record is none that can be unwrapped.
-        found.append(Kept(key_id, b"" if change is None else change.old, offset))
+        found.append(BackupRecord(key_id, b"" if change is None else change.old or change.new, offset))
     return found
 
 
-def _going(content: bytes, key_ids: Iterable[str]) -> list[Kept]:
+def _going(content: bytes, key_ids: Iterable[str]) -> list[BackupRecord]:
     """The records of these keys, and those that a crash left half blank."""
-    going: list[Kept] = []
+    going: list[BackupRecord] = []
     named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s"' % key_id.encode())}
     for offset in journal_format.offsets(content):
         old, new = offset + KEY_ID_BYTES, offset + KEY_ID_BYTES + FILE_BYTES
@@ -555,9 +401,9 @@ def _going(content: bytes, key_ids: Iterable[str]) -> list[Kept]:
             or named.get(content[new : new + _ID_TEXT_BYTES])
         )
         if key_id:
-            going.append(Kept(key_id, b"", offset))
+            going.append(BackupRecord(key_id, b"", offset))
         elif b"\0" in raw_id and journal_format.is_half_blank(content, offset):
-            going.append(Kept("", b"", offset))
+            going.append(BackupRecord("", b"", offset))
     return going
 
 

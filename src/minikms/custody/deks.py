@@ -4,9 +4,8 @@ Owns: `kms-deks/`: names, bounded reads, durable writes, listing; which key file
 reasons that `/status` shows; who may change which key's file now. Invariants:
 - A file name is built only from a key id that matched `api.KEY_ID_PATTERN`. A listing streams, so a million files take
   no memory.
-- A file is replaced whole, overwritten in place under a journal, or made after its record is in the journal. While
-  files are being overwritten or made, reads of them in this process are answered from memory (`DekStore.answer_with`,
-  `DekStore.making`). Other processes use `read_settled`.
+- While files are being written, reads of them in this process are answered from memory
+  (`DekStore.answer_from_memory`). Other processes use `read_settled`.
 - A key is in `UnreadableKeys` from the first failure to read its file until the file was read well or the key was
   destroyed. The list is bounded.
 - A function that changes or removes a key's file takes the held lock of the key (`HeldKeys`). Only a new file, whose
@@ -110,43 +109,31 @@ class DekStore:
         self.directory = os.path.join(data_dir, DIRECTORY)
         self.directory_fd = open_directory(self.directory)
         self._answers: Mapping[str, bytes] = {}
-        self._making: dict[str, bytes] = {}
         self._swept = False
 
-    def answer_with(self, contents: Mapping[str, bytes]) -> None:
-        """From here on `read` answers for these keys from `contents`, and for all others from their files.
-
-        Called before the files of a batch are overwritten, and again without keys when that has ended. `contents` must
-        be a new object each time.
+    def answer_from_memory(self, contents: Mapping[str, bytes]) -> None:
+        """From here on `read` answers for these keys from `contents`, and for all others from their files. Called
+        before files are written, and again without keys when that has ended. `contents` must be a new object each time.
         """
         self._answers = contents
 
-    def making(self, contents: Mapping[str, bytes]) -> None:
-        """From here on, until `made`, `read` answers for these keys, whose files are being made, from `contents`."""
-        self._making.update(contents)
-
-    def made(self, key_ids: Iterable[str]) -> None:
-        """The files of these keys were made, or will not be. In any thread."""
-        for key_id in key_ids:
-            self._making.pop(key_id, None)
-
-    def read(self, key_id: str, *, of_making: bool = True) -> bytes:
-        """The content of the key's file, in any thread. Blocks on the disk. Without `of_making`, that of a file that is
-        being made is what is in it.
+    def read(self, key_id: str) -> bytes:
+        """The content of a key, in any thread: that of its file, or the one that is being written. Blocks on the disk.
 
         Raises KeyNotFoundError if there is none, KeyUnreadableError if it can't be read, and StorageUnavailableError if
         the cause is not the file.
         """
         while True:
             answers = self._answers
-            content = answers.get(key_id) or (self._making.get(key_id) if of_making else None)
+            content = answers.get(key_id)
             if content is not None:
                 return content
-            content = self._read(key_id)
-            if self._answers is answers:  # else the file may have been overwritten while it was read
+            content = self.read_file(key_id)
+            if self._answers is answers:  # else the file may have been written while it was read
                 return content
 
-    def _read(self, key_id: str) -> bytes:
+    def read_file(self, key_id: str) -> bytes:
+        """As `read`, but what is in the file now."""
         name = file_name(key_id)
         usual = read_file_of(name, FILE_BYTES, dir_fd=self.directory_fd)
         if usual is not None:

@@ -17,10 +17,10 @@ O_NOFOLLOW), sync it, rename it, sync the directory. Invariants:
   socket, and keep it until they end. `close` unlocks the file, and the kernel does when the process ends: no child
   inherits the descriptor through exec. The lock file is never removed, so there is one file to lock.
 
-A group of files takes two `syncfs(2)` calls instead of two syncs for each file; a group that is overwritten in place
-under a journal (`overwrite_files`) takes one. `syncfs` reports a failed write-back only since Linux 5.8 (for any file
-since the directory was opened), and a failure of the file system itself only since 5.17 (commit 5679897eb104); through
-overlayfs it reports nothing. Where it is not known to report every failure, each file is synced by itself.
+A group of files takes two `syncfs(2)` calls instead of two syncs for each file. `syncfs` reports a failed write-back
+only since Linux 5.8 (for any file since the directory was opened), and a failure of the file system itself only since
+5.17 (commit 5679897eb104); through overlayfs it reports nothing. Where it is not known to report every failure, each
+file is synced by itself.
 
 It must never put a path or a text of the kernel into an error that can reach a client, and never hold a raw key.
 """
@@ -39,11 +39,12 @@ import secrets
 import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Final, NamedTuple, Self
 
-from minikms.api.errors import ConflictError, InvalidRequestError, KmsRefusedError, StartError, StorageUnavailableError
+from minikms.api.errors import InvalidRequestError, StartError, StorageUnavailableError
 from minikms.sync import sync_file
 
 DIRECTORY_MODE: Final = 0o700
@@ -168,12 +169,7 @@ def replace_file_from(directory: int, name: str, chunks: Iterable[bytes]) -> Non
     """As `replace_file`, with the content in parts. An error of `chunks` passes through; then nothing has changed."""
     _check_name(name)
     with _storage_errors("a file cannot be written"):
-        temp = _write_temp(directory, chunks, sync=True)
-        try:
-            os.rename(temp, name, src_dir_fd=directory, dst_dir_fd=directory)
-        except BaseException:
-            _unlink_quietly(directory, temp)
-            raise
+        _rename_temp(directory, _write_temp(directory, chunks, sync=True), name)
         sync_file(directory)
 
 
@@ -271,18 +267,38 @@ def write_all_at(fd: int, data: bytes, offset: int) -> None:
         count += os.pwrite(fd, data[count:], offset + count)
 
 
-def make_file(directory: int, name: str, data: bytes) -> None:
-    """Makes a new file without a sync. Raises OSError, FileExistsError if the name is taken; then no file was made."""
-    _check_name(name)
-    _write_new(directory, name, (data,), sync=False)
-
-
-def swap_file(directory: int, name: str, data: bytes) -> None:
-    """As `replace_file` without a sync: after a power loss the content may be the old one, the new one or none. Raises
-    OSError.
+def make_file(directory: int, name: str, data: bytes, *, sync: bool) -> None:
+    """Makes a new file; its name is not synced. Raises OSError, FileExistsError if the name is taken; then no file was
+    made.
     """
     _check_name(name)
-    temp = _write_temp(directory, (data,), sync=False)
+    _write_new(directory, name, (data,), sync=sync)
+
+
+def overwrite_file(directory: int, name: str, data: bytes, *, sync: bool) -> None:
+    """Overwrites a file in place. A crash or a failure may leave any mixture of old and new bytes, so a journal must
+    hold the contents. A file with several links or another length is replaced by rename; an absent one stays absent.
+    Raises OSError; then the file must be replaced by a new one.
+    """
+    _check_name(name)
+    try:
+        fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return
+    try:
+        status = os.fstat(fd)
+        in_place = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == len(data)
+        if in_place:
+            write_all_at(fd, data, 0)
+            if sync:
+                sync_file(fd)
+    finally:
+        os.close(fd)
+    if not in_place:
+        _rename_temp(directory, _write_temp(directory, (data,), sync=sync), name)
+
+
+def _rename_temp(directory: int, temp: str, name: str) -> None:
     try:
         os.rename(temp, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
@@ -363,19 +379,13 @@ def remove_left_temps() -> None:
             os.close(left.directory)
 
 
-def _storage_error(text: str, cause: BaseException | None) -> StorageUnavailableError:
-    """The cause loses its traceback: it leads to frames that hold what was to be written, and may hold this error."""
-    error = StorageUnavailableError(text)
-    error.__cause__ = cause if cause is None else cause.with_traceback(None)
-    return error
-
-
 @contextlib.contextmanager
 def _storage_errors(text: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _storage_error(text, error) from error
+        # Without its traceback: it leads to frames that hold what was to be written.
+        raise StorageUnavailableError(text) from error.with_traceback(None)
 
 
 # --- writing groups of files ------------------------------------------------------------------------------------------
@@ -416,123 +426,38 @@ def syncfs(directory: int) -> None:
 
 
 class FileWrite(NamedTuple):
-    """One file of a group. With `exclusive` the name must not be taken."""
+    """One file of a group."""
 
     name: str
     data: bytes
-    exclusive: bool = False
 
 
 def write_files(directory: int, writes: Sequence[FileWrite]) -> None:
-    """`write_group`, which raises the first error instead. The other files of the group may have been written."""
-    for outcome in write_group(directory, writes):
-        if outcome is not None:
-            try:
-                raise outcome
-            finally:
-                del outcome  # the traceback of an error leads to this frame
+    """Replaces a group of files, durably: all temporary files, one sync, all renames, one sync. Blocks on the disk. The
+    last sync includes the directory, even if there are no writes.
 
-
-def write_group(directory: int, writes: Sequence[FileWrite]) -> list[KmsRefusedError | None]:
-    """Writes a group: all temporary files, one sync, all renames, one sync. Blocks on the disk. The last sync includes
-    the directory, even if there are no writes.
-
-    Returns for each write None if it is durable, or its error. A failure before the first rename fails all writes.
-    After that each write stands alone, so a crash leaves some files new and others old, each of them whole. A taken
-    name is a ConflictError of its own write. An exclusive file whose last sync fails is removed again.
+    Raises StorageUnavailableError. Then each file is whole: the old one or the new one.
     """
     for write in writes:
         _check_name(write.name)
-    outcomes: list[KmsRefusedError | None] = [None] * len(writes)
-    temps: list[str] = []
-    try:
-        by_syncfs = len(writes) >= SYNCFS_FILES_MIN and syncfs_reports(directory)
-        with _storage_errors("files cannot be written"):
+    temps: deque[str] = deque()
+    by_syncfs = len(writes) >= SYNCFS_FILES_MIN and syncfs_reports(directory)
+    with _storage_errors("files cannot be written"):
+        try:
             for write in writes:
                 temps.append(_write_temp(directory, (write.data,), sync=not by_syncfs))
             if by_syncfs:
                 syncfs(directory)
-        for index, write in enumerate(writes):
-            try:
-                _put_in_place(directory, temps[index], write)
-            except FileExistsError:
-                outcomes[index] = ConflictError("there is a file of this name already")
-            except OSError as error:
-                outcomes[index] = _storage_error("a file cannot be put in place", error)
-            else:
-                if not write.exclusive:
-                    temps[index] = ""
-    except StorageUnavailableError as error:
-        # A separate error object for each write: every waiter raises its own.
-        return [_storage_error(str(error), error.__cause__) for _ in writes]
-    finally:
-        for temp in temps:
-            if temp:
+            for write in writes:
+                os.rename(temps[0], write.name, src_dir_fd=directory, dst_dir_fd=directory)
+                temps.popleft()
+        finally:
+            for temp in temps:
                 _unlink_quietly(directory, temp)
-    try:
         if by_syncfs:
             syncfs(directory)
         else:
             sync_file(directory)
-    except OSError as error:
-        return [_unsynced_outcome(directory, *pair, error) for pair in zip(writes, outcomes, strict=True)]
-    return outcomes
-
-
-def _put_in_place(directory: int, temp: str, write: FileWrite) -> None:
-    if write.exclusive:
-        os.link(temp, write.name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
-    else:
-        os.rename(temp, write.name, src_dir_fd=directory, dst_dir_fd=directory)
-
-
-def _unsynced_outcome(
-    directory: int, write: FileWrite, outcome: KmsRefusedError | None, error: OSError
-) -> KmsRefusedError:
-    """The outcome of a write whose last sync failed."""
-    if outcome is not None:
-        return outcome
-    if write.exclusive:
-        _unlink_quietly(directory, write.name)
-    return _storage_error("a directory cannot be synced", error)
-
-
-def overwrite_files(directory: int, writes: Sequence[FileWrite]) -> list[FileWrite]:
-    """Overwrites existing files in place, durably on return. Blocks on the disk.
-
-    A crash or a failure leaves any mixture of old and new bytes, so a journal must hold the contents. Returns the
-    writes that were left out because the file has several links or another length. An absent file stays absent.
-
-    Raises StorageUnavailableError; then the files must be replaced by new ones.
-    """
-    for write in writes:
-        _check_name(write.name)
-    left: list[FileWrite] = []
-    with _storage_errors("files cannot be written"):
-        by_syncfs = len(writes) >= SYNCFS_FILES_MIN and syncfs_reports(directory)
-        for write in writes:
-            if not _overwrite(directory, write, sync=not by_syncfs):
-                left.append(write)
-        if by_syncfs:
-            syncfs(directory)
-    return left
-
-
-def _overwrite(directory: int, write: FileWrite, *, sync: bool) -> bool:
-    try:
-        fd = os.open(write.name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    except FileNotFoundError:
-        return True
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size != len(write.data):
-            return False
-        write_all_at(fd, write.data, 0)
-        if sync:
-            sync_file(fd)
-    finally:
-        os.close(fd)
-    return True
 
 
 # --- the data directory and its lock ----------------------------------------------------------------------------------

@@ -55,10 +55,13 @@ class GroupCommit(Generic[T, R]):
     async def drain(self) -> None:
         """Returns when no request is waiting or under way."""
         while self._waiting or self._running is not None:
-            if self._running is None:
-                await asyncio.sleep(0)
-            else:
-                await asyncio.wait([self._running])
+            await asyncio.sleep(0)
+            await self.group_ended()
+
+    async def group_ended(self) -> None:
+        """Returns when the group that is under way now has ended, if there is one."""
+        if self._running is not None:
+            await asyncio.wait([self._running])
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._scheduled and self._running is None:

@@ -1,28 +1,26 @@
 """The journal of key files: a change of a key's file is in `kms-journal` before the file changes
 (docs/spec/journal.md).
 
-Owns: the format of the journal and of the backups that it becomes, the replay table, the steps of a group of changes
-and of a batch of a rotation, and the replay at a start. The work on files runs in one thread, so at most one journal is
-live.
-- **Changes**: creates and retirements. Their records are appended, with one sync for a group; then they are durable,
-  and their files are made or replaced by rename, without a sync of their own. A full journal, the begin of a rotation
-  and a stop settle it: one `syncfs`, and the journal is removed.
-- **A batch** of a rotation: its journal is written, the files are overwritten in place with one `syncfs`, and the
-  journal is renamed into the directory of backups.
+Owns: the one way in which key files are made and changed, for creates, retirements and the batches of a rotation; the
+end of a journal; the replay at a start. The work on files runs in one thread, so at most one journal is live. A group
+of changes has these steps:
+1. Its records are appended to the journal, with one sync; then the changes are durable.
+2. Its files are made, or overwritten in place, without a sync of their own where `syncfs` reports every failure.
+3. `flush`, when the journal is full, before and after a batch of a rotation, and at a stop: one `syncfs`, and the
+   journal is removed. That of a batch is renamed into the directory of backups.
 
 Invariants:
 - A file changes only after its record is durable. The journal is removed or renamed only after every file that it has a
   record of is durable, and the directory of the files was synced.
-- While the disk thread writes a group, until its files are made, `DekStore.read` answers from memory. A file that the
-  disk refuses is written when the journal is settled; until then nothing else is changed.
-- The record of a change that was refused does not stay: the journal is settled at once, or in the background.
+- While the disk thread writes files, `DekStore.read` answers from memory. A file that the disk refuses is written by
+  `flush`, and answered from memory until then; until then nothing else is changed.
+- The record of a change that was refused does not stay: the journal is flushed at once, or in the background.
 - After a failed sync neither journal nor files are synced again: the contents are written to fresh files and renamed.
 - The records of a destroyed key are overwritten with zeros, durably, before `forget` returns.
 - A replay never writes a file of a destroyed key, never makes a file that a change found, and never replaces another
   valid content.
 
-While a rotation runs, and where `syncfs` does not report every failure, changes have no record: their files are synced
-by themselves. It must never hold an unwrapped key.
+It must never hold an unwrapped key.
 """
 
 from __future__ import annotations
@@ -36,7 +34,14 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Final, NamedTuple
 
-from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError, copy_of
+from minikms.api.errors import (
+    KeyNotFoundError,
+    KeyUnreadableError,
+    KmsRefusedError,
+    StartError,
+    StorageUnavailableError,
+    copy_of,
+)
 from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore, HeldKeys, file_name
 from minikms.custody.files import (
@@ -44,16 +49,14 @@ from minikms.custody.files import (
     FileWrite,
     make_file,
     open_directory,
-    overwrite_files,
+    overwrite_file,
     read_file_bounded,
     remove_file,
     replace_file_from,
-    swap_file,
     syncfs,
     syncfs_reports,
     write_all_at,
     write_files,
-    write_group,
 )
 from minikms.custody.journal_format import (
     BLANK,
@@ -62,58 +65,40 @@ from minikms.custody.journal_format import (
     PART_RECORDS,
     RECORD_BYTES,
     RECORDS_MAX,
-    Chain,
     Change,
     chains,
     decode,
     encode_records,
     ids_in_journal,
 )
-from minikms.keys import dek
-from minikms.sync import sync_data
+from minikms.keys.dek import KEY_ID_BYTES, bytes_to_key_id
+from minikms.sync import sync_data, sync_file
 
 NAME: Final = "kms-journal"
-CHANGES_MAX: Final = RECORDS_MAX
-"""Records of changes: a start writes at most this many files again."""
-CHANGES_BYTES: Final = BYTES_MAX
-"""A journal of changes begins with zeros for all records, so that a record changes no metadata of the file."""
 HANDOVER_SECONDS: Final = 0.0002
-"""The interpreter's switch interval while files are being made: each file takes three system calls, and after each of
-them this thread waits that long for the interpreter if the event loop is busy.
+"""The interpreter's switch interval while files are being written: each file takes three system calls, and after each
+of them this thread waits that long for the interpreter if the event loop is busy.
 """
 RETRY_SECONDS_MIN: Final = 0.25
 RETRY_SECONDS_MAX: Final = 5.0
 
 
-class Written(NamedTuple):
-    """What became of a group: None or the error of each change, and whether all of its files were made."""
-
-    outcomes: list[KmsRefusedError | None]
-    made: bool
-
-
 class Replayed(NamedTuple):
-    """What a replay did: `written` files that did not have their content; `set_aside`: keys whose damaged file was kept
-    as a single backup; `damaged` records; `obstructed`: keys whose file can't be written, since there is a directory of
-    its name. Their content was kept as a single backup.
-    """
+    """What a replay did: `written` files that did not have their content; `damaged` records."""
 
     written: int = 0
-    set_aside: tuple[str, ...] = ()
     damaged: int = 0
-    obstructed: tuple[str, ...] = ()
 
 
 class Journal:
-    """The journal of a data directory. `change` and what follows it are for the event loop's thread, `executor` runs
-    all else.
-    """
+    """The journal of a data directory. Its coroutines are for the event loop's thread, `executor` runs all else."""
 
     def __init__(self, directory_fd: int, store: DekStore, backups: RotationBackups, executor: Executor) -> None:
         self._directory_fd = directory_fd
         self._store = store
         self._backups = backups
         self._executor = executor
+        self._by_syncfs = syncfs_reports(store.directory_fd)
         self._fd: int | None = None
         self._files_fd: int | None = None
         """Of the key files' directory, opened before the first file of the journal is changed: on each descriptor,
@@ -121,160 +106,129 @@ class Journal:
         """
         self._records: list[Change | None] = []
         """Of the changes since the journal was begun, at their places; None: blanked."""
+        self._stamp = ""
+        """Of the rotation whose batch the journal has; empty: it has other changes."""
         self._failed = False
         """A write or sync of the journal failed, or the files could not be written."""
-        self._rotating = False
-        self._batch: Sequence[Change] = ()
-        self._overwriting = False
-        self.live = False
-        """Whether there may be the journal of a batch on disk."""
-        self._settling: asyncio.Task[None] | None = None
-        self._unmade: dict[str, list[asyncio.Future[None]]] = {}
-        """The keys whose groups have not ended, each with the waiters of its group."""
+        self._retrying: asyncio.Task[None] | None = None
+        self._unwritten: dict[str, asyncio.Future[None]] = {}
+        """The keys of the groups that have not ended, each with the end of its group."""
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
-    async def retire(self, held: HeldKeys, old: bytes, new: bytes) -> None:
-        """Changes the file of the one key whose lock is held; durable on return. Raises StorageUnavailableError."""
-        [key_id] = held.require()
-        await self.file_made(key_id)  # by the group that creates it
-        [outcome] = await self.change([Change(key_id, old, new)])
-        if outcome is not None:
-            try:
-                raise outcome
-            finally:
-                del outcome  # the traceback of an error leads to this frame
-        await self.file_made(key_id)  # for other processes, which read files
-
-    async def change(self, changes: Sequence[Change]) -> list[KmsRefusedError | None]:
-        """Makes or changes files; durable on return. Returns for each change None, or the error that refuses it. The
-        files may not be written yet: see `file_made`. Raises StorageUnavailableError if all are refused.
+    async def create(self, changes: Sequence[Change]) -> None:
+        """Makes the files of new keys; durable on return. The files may not be written yet: see `file_written`. Raises
+        StorageUnavailableError; then none of the keys is made.
         """
-        outcomes = self._begin_change(changes)
+        outcome = self._submit(changes, "")
         try:
-            return await outcomes
+            await outcome
         finally:
-            del outcomes  # the traceback of its error leads to this frame
+            del outcome  # the traceback of its error leads to this frame
 
-    def _begin_change(self, changes: Sequence[Change]) -> asyncio.Future[list[KmsRefusedError | None]]:
-        loop = asyncio.get_running_loop()
-        key_ids, waiting = [change.key_id for change in changes], list[asyncio.Future[None]]()
-        outcomes: asyncio.Future[list[KmsRefusedError | None]] = loop.create_future()
+    async def replace(self, held: HeldKeys, changes: Sequence[Change], stamp: str = "") -> None:
+        """Changes the files of keys whose locks are held; written and durable on return, or durable only, if the disk
+        refuses the files. `stamp`: of the rotation, for a batch, whose old contents are kept under it. At most
+        `journal_format.RECORDS_MAX` changes. Raises StorageUnavailableError; then none of the files is changed.
+        """
+        held.require(*(change.key_id for change in changes))
+        outcome = self._submit(changes, stamp)
+        try:
+            await outcome
+        finally:
+            del outcome  # the traceback of its error leads to this frame
+        await self.file_written(changes[0].key_id)  # for other processes, which read files
 
-        def answer() -> None:
-            if not outcomes.done():
-                outcomes.set_result([None] * len(changes))
-
-        def ended(job: asyncio.Future[Written]) -> None:
-            failure = asyncio.CancelledError() if job.cancelled() else job.exception()
-            if (failure is not None or not job.result().made) and (self._settling is None or self._settling.done()):
-                self._settling = loop.create_task(self._settle_failed())
-            for key_id in key_ids:
-                self._unmade.pop(key_id, None)
-            for made in waiting:
-                if not made.done():
-                    made.set_result(None)
-            if not outcomes.done():
-                if failure is None:
-                    outcomes.set_result(job.result().outcomes)
-                else:
-                    outcomes.set_exception(copy_of(failure) if isinstance(failure, KmsRefusedError) else failure)
-            elif failure is not None and not isinstance(failure, StorageUnavailableError):
-                raise failure  # a defect: the journal has the changes
-
-        self._unmade.update(dict.fromkeys(key_ids, waiting))
-        job = loop.run_in_executor(self._executor, self.write, changes, partial(loop.call_soon_threadsafe, answer))
-        job.add_done_callback(ended)
-        return outcomes
-
-    async def file_made(self, key_id: str) -> None:
+    async def file_written(self, key_id: str) -> None:
         """Returns when the file of a durable change was written, or when the disk has refused the file: then the
         journal has the content until it is written.
         """
-        waiting = self._unmade.get(key_id)
-        if waiting is not None:
-            made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            waiting.append(made)
-            await made
+        ended = self._unwritten.get(key_id)
+        if ended is not None:
+            await asyncio.shield(ended)
 
-    async def _settle_failed(self) -> None:
-        """Settles the journal after a failure, as soon as the disk accepts it: a start would make the refused changes
+    def _submit(self, changes: Sequence[Change], stamp: str) -> asyncio.Future[None]:
+        """Has the disk thread write a group. The result comes when the changes are durable."""
+        loop = asyncio.get_running_loop()
+        durable: asyncio.Future[None] = loop.create_future()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def acknowledge() -> None:
+            if not durable.done():
+                durable.set_result(None)
+
+        def end(job: asyncio.Future[bool]) -> None:
+            failure = asyncio.CancelledError() if job.cancelled() else job.exception()
+            if (failure is not None or not job.result()) and (self._retrying is None or self._retrying.done()):
+                self._retrying = loop.create_task(self._retry())
+            for change in changes:
+                self._unwritten.pop(change.key_id, None)
+            ended.set_result(None)
+            if failure is None:
+                acknowledge()
+            elif not durable.done():
+                durable.set_exception(copy_of(failure) if isinstance(failure, KmsRefusedError) else failure)
+            elif not isinstance(failure, StorageUnavailableError):
+                raise failure  # a defect: the journal has the changes
+
+        self._unwritten.update(dict.fromkeys((change.key_id for change in changes), ended))
+        write = partial(self.write, changes, partial(loop.call_soon_threadsafe, acknowledge), stamp)
+        loop.run_in_executor(self._executor, write).add_done_callback(end)
+        return durable
+
+    async def _retry(self) -> None:
+        """Flushes the journal after a failure, as soon as the disk accepts it: a start would make the refused changes
         that it has.
         """
-
-        def settle() -> None:
-            if self._failed:
-                self.settle()
-
         pause = RETRY_SECONDS_MIN
         while self._failed:
             await asyncio.sleep(pause)
-            with contextlib.suppress(StorageUnavailableError):
-                await asyncio.get_running_loop().run_in_executor(self._executor, settle)
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._flush_failed)
             pause = min(2 * pause, RETRY_SECONDS_MAX)
 
-    def write(self, changes: Sequence[Change], durable: Callable[[], object]) -> Written:
-        """Writes a group of changes and their files. Calls `durable` when all are durable; where there is no record,
-        the outcomes say which are. Raises StorageUnavailableError if all are refused.
+    def write(self, changes: Sequence[Change], durable: Callable[[], object], stamp: str = "") -> bool:
+        """Writes a group of changes, and calls `durable` when they are. Returns whether their files are written. Raises
+        StorageUnavailableError if the changes are refused.
         """
-        self._store.making({change.key_id: change.new for change in changes})
         try:
-            return self._write(changes, durable)
-        finally:
-            self._store.made([change.key_id for change in changes])
-            if self._failed:  # the files that could not be written are answered from memory until they are
-                self._store.making({change.key_id: change.new for change in self._records if change is not None})
-
-    def _write(self, changes: Sequence[Change], durable: Callable[[], object]) -> Written:
-        if self.live:
-            raise StorageUnavailableError(
-                "the disk has not accepted a batch of a KEK rotation; try again later, or if the rotation was stopped, "
-                "after a restart of the daemon"
-            )
-        if self._rotating or not syncfs_reports(self._store.directory_fd):
-            writes = [FileWrite(file_name(each.key_id), each.new, exclusive=not each.old) for each in changes]
-            return Written(write_group(self._store.directory_fd, writes), made=True)
-        try:
-            self._append(changes)
+            self._append(changes, stamp)
         except StorageUnavailableError:
-            self._settle_if_failed()
+            self._flush_failed()
             raise
+        self._store.answer_from_memory({change.key_id: change.new for change in changes})
         self._failed = True  # until all files are written: otherwise they are written again
         durable()
-        try:
-            with _quick_handover():
-                for change in changes:
-                    put = swap_file if change.old else make_file
-                    put(self._store.directory_fd, file_name(change.key_id), change.new)
-        except OSError:
-            self._settle_if_failed()
-        else:
+        with contextlib.suppress(OSError), _quick_handover() if not stamp else contextlib.nullcontext():
+            directory, sync = self._store.directory_fd, not self._by_syncfs
+            for change in changes:
+                put = overwrite_file if change.old else make_file
+                put(directory, file_name(change.key_id), change.new, sync=sync)
             self._failed = False
-        return Written([None] * len(changes), made=not self._failed)
-
-    def _settle_if_failed(self) -> None:
-        """So that no record of a refused change stays. What the disk refuses here is tried again in the background."""
         if self._failed:
-            with contextlib.suppress(StorageUnavailableError):
-                self.settle()
+            self._flush_failed()
+        else:
+            self._store.answer_from_memory({})
+        return not self._failed
 
-    def _append(self, changes: Sequence[Change]) -> None:
-        if self._failed or len(self._records) + len(changes) > CHANGES_MAX:
-            self.settle()
-        fd = self._begin() if self._fd is None else self._fd
-        self._put(fd, b"".join(encode_records(changes)), len(self._records))
+    def _append(self, changes: Sequence[Change], stamp: str) -> None:
+        """Writes the records, durably. A batch of a rotation has a journal of its own, since that becomes a backup."""
+        if self._failed or stamp or self._stamp or len(self._records) + len(changes) > RECORDS_MAX:
+            self.flush()
+        if self._fd is None:
+            self._begin(changes, stamp)
+        else:
+            self._put(self._fd, b"".join(encode_records(changes)), len(self._records))
         self._records += changes
 
-    def _begin(self) -> int:
-        replace_file_from(self._directory_fd, NAME, (MAGIC.ljust(CHANGES_BYTES, b"\0"),))
-        self._failed = True  # until both are open
+    def _begin(self, changes: Sequence[Change], stamp: str) -> None:
+        self._failed = True  # until it is durable and open
+        replace_file_from(self._directory_fd, NAME, _content_of(changes, padded=not stamp))
         try:
             self._files_fd = open_directory(self._store.directory)
             self._fd = os.open(NAME, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
         except OSError as error:
             raise StorageUnavailableError("the journal of key files can't be opened") from error
-        self._failed = False
-        return self._fd
+        self._stamp, self._failed = stamp, False
 
     def _put(self, fd: int, data: bytes, *numbers: int) -> None:
         """Writes `data` at each of these records, durably."""
@@ -291,35 +245,70 @@ class Journal:
         """Blanks the records of keys, durably. Raises StorageUnavailableError; then call it again."""
         going = set(key_ids)
         numbers = [at for at, change in enumerate(self._records) if change is not None and change.key_id in going]
-        for number in numbers:  # first: whatever fails, the journal is settled without these keys
+        for number in numbers:  # first: whatever fails, the journal is flushed without these keys
             self._records[number] = None
-        self._store.made(going)
         if self._failed:
-            self.settle()
+            self.flush()
         elif numbers and self._fd is not None:
             self._put(self._fd, BLANK, *numbers)
 
-    def settle(self) -> None:
-        """Makes the files of the journal durable, and removes it. Raises StorageUnavailableError; then call it
-        again.
+    # --- the end of a journal ----------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Makes the files of the journal durable, and removes it or keeps it as a backup. Raises
+        StorageUnavailableError; then call it again.
         """
         if self._fd is None and not self._failed:
             return
+        changes = [change for change in self._records if change is not None]
         if not self._failed and self._files_fd is not None:
             try:
-                syncfs(self._files_fd)
+                (syncfs if self._by_syncfs else sync_file)(self._files_fd)
             except OSError:
                 self._failed = True
         if self._failed:
-            _write_anew(self._store, chains(change for change in self._records if change is not None).values())
-        self._store.made({change.key_id for change in self._records if change is not None})
-        self._failed = True  # if the removal fails: what is written to a removed file is lost
-        remove_file(self._directory_fd, NAME)
-        self._close_files()
+            # Of what a failed sync left, the page cache may lose any part.
+            self._store.answer_from_memory({change.key_id: change.new for change in changes})
+            due = (chain for chain in chains(changes).values() if chain.is_due(_content(self._store, chain.key_id)))
+            _write_all(self._store, [FileWrite(file_name(chain.key_id), chain.contents[-1]) for chain in due])
+            self._store.answer_from_memory({})
+            if self._stamp and read_file_bounded(NAME, BYTES_MAX, dir_fd=self._directory_fd) is not None:
+                # Records that should be blank may be there still, and it becomes a backup.
+                replace_file_from(self._directory_fd, NAME, _content_of(changes, padded=False))
+        self._failed = True  # if this fails: what is written to a removed file is lost
+        if self._stamp and changes:
+            key_ids = [change.key_id for change in changes]
+            self._backups.adopt(self._directory_fd, NAME, self._stamp, min(key_ids), max(key_ids))
+        else:
+            remove_file(self._directory_fd, NAME)
+        self.close()
         self._records.clear()
-        self._failed = False
+        self._stamp, self._failed = "", False
 
-    def _close_files(self) -> None:
+    def _flush_failed(self) -> None:
+        """After a failure: no record of a refused change may stay. What the disk refuses here is left to `_retry`."""
+        if self._failed:
+            with contextlib.suppress(StorageUnavailableError):
+                self.flush()
+
+    async def drain(self) -> None:
+        """Returns when the journal is flushed. No change may be under way. What the disk refuses is left to the replay
+        of the next start.
+        """
+
+        def flush() -> None:
+            with contextlib.suppress(StorageUnavailableError):
+                self.flush()
+
+        while self._unwritten:
+            await self.file_written(next(iter(self._unwritten)))
+        if self._retrying is not None:
+            self._retrying.cancel()
+            await asyncio.wait([self._retrying])
+        await asyncio.get_running_loop().run_in_executor(self._executor, flush)
+
+    def close(self) -> None:
+        """Closes the files. After `drain`."""
         descriptors = (self._fd, self._files_fd)
         self._fd = self._files_fd = None  # first: the kernel frees a number even if its close fails
         for descriptor in descriptors:
@@ -327,84 +316,16 @@ class Journal:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
 
-    async def drain(self) -> None:
-        """Returns when the journal is settled. No change may be under way. What the disk refuses is left to the replay
-        of the next start.
-        """
 
-        def settle() -> None:
-            with contextlib.suppress(StorageUnavailableError):
-                self.settle()
-
-        while self._unmade:
-            await self.file_made(next(iter(self._unmade)))
-        if self._settling is not None:
-            self._settling.cancel()
-            await asyncio.wait([self._settling])
-        await asyncio.get_running_loop().run_in_executor(self._executor, settle)
-
-    def close(self) -> None:
-        """Closes the files, after `drain`."""
-        self._close_files()
-
-    # --- a rotation --------------------------------------------------------------------------------------------------
-
-    def begin_rotation(self) -> None:
-        """Settles the journal, which belongs to the batches of a rotation from here on. Raises
-        StorageUnavailableError.
-        """
-        self.settle()
-        self._rotating = True
-
-    def end_rotation(self) -> None:
-        """Changes are recorded again."""
-        self._rotating = False
-
-    def write_batch(self, held: HeldKeys, batch: Sequence[Change], stamp: str) -> None:
-        """Changes the files of a batch, durably on return, and keeps the journal as their backup. The locks of the keys
-        must stay held while `live` is true. At most `journal_format.RECORDS_MAX` changes.
-
-        Raises StorageUnavailableError. Then no file has changed, unless `live` is true: call `settle_batch` until it
-        returns.
-        """
-        held.require(*(change.key_id for change in batch))
-        if self.live:
-            raise StorageUnavailableError("the batch before is not settled, since the disk fails")
-        self._backups.make_stamp(stamp)
-        self._batch, self._overwriting, self.live, self._stamp = batch, False, True, stamp
-        parts = (batch[at : at + PART_RECORDS] for at in range(0, len(batch), PART_RECORDS))
-        encoded = (b"".join(encode_records(part)) for part in parts)
-        replace_file_from(self._directory_fd, NAME, _with_magic(encoded))
-        self._overwriting = True
-        writes = [FileWrite(file_name(change.key_id), change.new) for change in batch]
-        left = overwrite_files(self._store.directory_fd, writes)
-        write_files(self._store.directory_fd, left)
-        self._keep()
-
-    def settle_batch(self) -> bool:
-        """Completes or withdraws a batch whose `write_batch` failed, durably on return. Whether the files have changed.
-
-        Raises StorageUnavailableError; then call it again.
-        """
-        written = self._overwriting
-        if written:
-            present = [change for change in self._batch if self._store.has(change.key_id)]
-            write_files(self._store.directory_fd, [FileWrite(file_name(each.key_id), each.new) for each in present])
-            self._keep()
-        else:
-            remove_file(self._directory_fd, NAME)
-            self._batch, self.live = (), False
-        return written
-
-    def _keep(self) -> None:
-        key_ids = [change.key_id for change in self._batch]
-        self._backups.adopt(self._directory_fd, NAME, self._stamp, min(key_ids), max(key_ids))
-        self._batch, self._overwriting, self.live = (), False, False
-
-
-def _with_magic(parts: Iterator[bytes]) -> Iterator[bytes]:
+def _content_of(changes: Sequence[Change], *, padded: bool) -> Iterator[bytes]:
+    """The parts of a new journal. `padded`: with zeros for all records, so that one that follows changes no metadata of
+    the file.
+    """
     yield MAGIC
-    yield from parts
+    for at in range(0, len(changes), PART_RECORDS):
+        yield b"".join(encode_records(changes[at : at + PART_RECORDS]))
+    if padded:
+        yield bytes((RECORDS_MAX - len(changes)) * RECORD_BYTES)
 
 
 @contextlib.contextmanager
@@ -438,55 +359,23 @@ def replay(
     if content is None:
         return Replayed()
     found = decode(content)
-    of_keys = chains(change for change in found.intact if change.key_id not in destroyed)
-    done = _complete(store, backups, of_keys.values(), has_kek, stamp)
-    for change in found.damaged:
-        if change.key_id not in destroyed and not dek.is_valid(_content(store, change.key_id) or b"", change.key_id):
-            backups.add(change.key_id, change.new, stamp)
-    if any(change.old for change in found.intact):
-        named = sorted(ids_in_journal(content))
-        backups.make_stamp(stamp)
+    written = 0
+    writes: list[FileWrite] = []
+    for chain in chains(change for change in found.intact if change.key_id not in destroyed).values():
+        new, present = chain.usable(has_kek), _content(store, chain.key_id)
+        if new is None or not chain.is_due(present):
+            continue
+        if store.is_directory(chain.key_id):
+            raise StartError(f"{file_name(chain.key_id)} in kms-deks is a directory: move it away, then start again")
+        written += present != new
+        writes.append(FileWrite(file_name(chain.key_id), new))
+    _write_all(store, writes)
+    if found.damaged or any(change.old for change in found.intact):
+        named = sorted(ids_in_journal(content)) or [bytes_to_key_id(bytes(KEY_ID_BYTES))]
         backups.adopt(directory_fd, NAME, stamp, named[0], named[-1])
     else:
         remove_file(directory_fd, NAME)
-    return done._replace(damaged=len(found.damaged))
-
-
-def _complete(
-    store: DekStore, backups: RotationBackups, of_keys: Iterable[Chain], has_kek: Callable[[int], bool], stamp: str
-) -> Replayed:
-    writes: list[FileWrite] = []
-    set_aside: list[str] = []
-    obstructed: list[str] = []
-    written = 0
-    for chain in of_keys:
-        content, found = chain.usable(has_kek), _content(store, chain.key_id)
-        verdict = chain.verdict(found)
-        if content is None or verdict == "leave":
-            continue
-        if verdict == "set aside":
-            if store.is_directory(chain.key_id):
-                backups.add(chain.key_id, content, stamp)
-                obstructed.append(chain.key_id)
-                continue
-            if backups.keep(store, chain.key_id, stamp):
-                set_aside.append(chain.key_id)
-        written += found != content
-        writes.append(FileWrite(file_name(chain.key_id), content))
-    if set_aside:
-        backups.sync()
-    _write_all(store, writes)
-    return Replayed(written, tuple(set_aside), 0, tuple(obstructed))
-
-
-def _write_anew(store: DekStore, of_keys: Iterable[Chain]) -> None:
-    """Writes the last contents of keys to fresh files, except where the file has another valid content."""
-    writes = [
-        FileWrite(file_name(chain.key_id), chain.contents[-1])
-        for chain in of_keys
-        if chain.verdict(_content(store, chain.key_id)) != "leave"
-    ]
-    _write_all(store, writes)
+    return Replayed(written, found.damaged)
 
 
 def _write_all(store: DekStore, writes: Sequence[FileWrite]) -> None:
@@ -498,7 +387,7 @@ def _write_all(store: DekStore, writes: Sequence[FileWrite]) -> None:
 def _content(store: DekStore, key_id: str) -> bytes | None:
     """The content of a key's file; None if it is absent, empty if it can't be read."""
     try:
-        return store.read(key_id, of_making=False)
+        return store.read_file(key_id)
     except KeyNotFoundError:
         return None
     except KeyUnreadableError:

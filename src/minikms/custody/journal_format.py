@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 from minikms.api.errors import StartError
 from minikms.keys import dek
@@ -49,10 +49,10 @@ class Change(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The records of a journal: the intact ones, and damaged ones that a power loss does not explain."""
+    """The intact records of a journal, and the number of damaged ones, which a power loss does not explain."""
 
     intact: list[Change]
-    damaged: list[Change]
+    damaged: int
 
 
 def encode_records(changes: Iterable[Change]) -> Iterator[bytes]:
@@ -81,22 +81,23 @@ def decode(content: bytes) -> Decoded:
     """The records, without those that were not completely written or blanked. Raises StartError if another version of
     the program wrote them.
     """
-    found = Decoded([], [])
+    intact: list[Change] = []
+    damaged = 0
     for offset in offsets(content):
         record = content[offset : offset + RECORD_BYTES]
         if record == BLANK:
             continue
         change = parse(record)
         if change is not None:
-            found.intact.append(change)
+            intact.append(change)
         elif not has_empty_sector(content, offset):
-            found.damaged.append(_damaged(record))
-    if not found.intact and dek.is_other_version(content, MAGIC):
+            damaged += 1
+    if not intact and dek.is_other_version(content, MAGIC):
         raise StartError(
             "the journal of key files was written by another version of miniKMS, which did not stop in order; start "
             "the version that wrote it once and stop it, then start this one"
         )
-    return found
+    return Decoded(intact, damaged)
 
 
 def offsets(content: bytes) -> range:
@@ -141,24 +142,12 @@ def is_half_blank(content: bytes, offset: int) -> bool:
     return record != BLANK and parse(record) is None and has_empty_sector(content, offset)
 
 
-def _damaged(record: bytes) -> Change:
-    """A damaged record: its key has the id in the new content if that is valid, else the id in front of it."""
-    raw_id, old, new, checksum = _split(record)
-    named = dek.id_in(new)
-    if not named or not dek.is_valid(new, named):
-        named = bytes_to_key_id(raw_id)
-    return Change(named, old, new, checksum)
-
-
 def _split(record: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     old, new = KEY_ID_BYTES, KEY_ID_BYTES + FILE_BYTES
     return record[:old], record[old:new], record[new : new + FILE_BYTES], record[new + FILE_BYTES :]
 
 
 # --- the replay table -------------------------------------------------------------------------------------------------
-
-Verdict = Literal["leave", "write", "set aside"]
-"""`set aside`: the file is kept elsewhere before it is written."""
 
 
 class Chain(NamedTuple):
@@ -168,15 +157,13 @@ class Chain(NamedTuple):
     contents: tuple[bytes, ...]
     made: bool
 
-    def verdict(self, found: bytes | None) -> Verdict:
-        """What a replay does about the file with this content; None: it is absent."""
+    def is_due(self, found: bytes | None) -> bool:
+        """Whether a replay writes the file with this content (None: it is absent). It leaves another valid content, and
+        makes no file that was there before the first change.
+        """
         if found is None:
-            return "write" if self.made else "leave"
-        if self._is_mixture(found):
-            return "write"
-        if dek.is_valid(found, self.key_id):
-            return "leave"
-        return "write" if self.made else "set aside"
+            return self.made
+        return not dek.is_valid(found, self.key_id) or self._is_mixture(found)
 
     def _is_mixture(self, content: bytes) -> bool:
         """Whether each byte is that of one of the contents, at its place. The contents themselves are, too."""

@@ -1,12 +1,10 @@
 """The file `keyring.json`, and its changes while the daemon runs.
 
-Owns: the bounded read and the durable replacement of the file; the order of the keyring's changes; the number of DEK
-creations in progress under each KEK version. Invariants:
+Owns: the bounded read and the durable replacement of the file; the order of the keyring's changes. Invariants:
 - The old file stays until the new one is on disk. Changes run one at a time, each from the newest body. The body in
   memory is the newest durable one: a change takes effect in both or in neither, even if its caller is cancelled.
-- New DEKs are wrapped under the keyring's current wrapping KEK, never under an older version.
 
-`StoredKeyring` and `CreatesUnderWay` run in the event loop's thread; only the file I/O runs in an executor.
+`StoredKeyring` runs in the event loop's thread; only the file I/O runs in an executor.
 `KeyringFile` must never parse the bytes.
 """
 
@@ -160,35 +158,3 @@ class StoredKeyring:
         finally:
             del writing  # the traceback of its error leads to this frame
         self._unlocked.body = body
-
-
-class CreatesUnderWay:
-    """Counts the creations of DEKs in progress under each KEK version."""
-
-    def __init__(self, stored: StoredKeyring) -> None:
-        self._stored = stored
-        self._creating: dict[int, int] = {}
-        self._idle: dict[int, asyncio.Future[None]] = {}
-        """By version: resolved when no creation is in progress under it."""
-
-    def begin(self) -> int:
-        """The KEK version for a group of new DEKs. The caller wraps them before it awaits anything, and calls `end` in
-        every case.
-        """
-        version = self._stored.body.wrapping_kek.version
-        self._creating[version] = self._creating.get(version, 0) + 1
-        return version
-
-    def end(self, version: int) -> None:
-        """Ends a group that took `version`: its DEKs are on disk, or they failed."""
-        self._creating[version] -= 1
-        if not self._creating[version]:
-            del self._creating[version]
-            if (idle := self._idle.pop(version, None)) is not None:
-                idle.set_result(None)
-
-    async def done(self, version: int) -> None:
-        """Waits until no creation that took `version` is in progress."""
-        while self._creating.get(version, 0):
-            idle = self._idle.setdefault(version, asyncio.get_running_loop().create_future())
-            await asyncio.shield(idle)

@@ -1,9 +1,9 @@
 """New keys, made in groups: the creates of one step of the event loop share the cipher of the KEK and one record write.
 
 Owns: the making and wrapping of new keys. Invariants:
-- A KEK version is taken in the same step of the event loop in which the DEKs are wrapped. A rotation waits for the
-  groups that took the older version (`CreatesUnderWay.done`).
-- A key is answered only after `Journal.change` made it durable; then the index has it.
+- New keys are wrapped under the keyring's current wrapping KEK, which is taken in the step of the event loop in which
+  they are wrapped. A rotation waits for the group that took the older version (`NewKeys.group_ended`).
+- A key is answered only after `Journal.create` made it durable; then the index has it.
 - The cipher of the KEK, which has key schedules on the heap, is closed in the step in which it was made. Then the used
   part of the stack is overwritten.
 - `Wanted.permit` is called in the step in which the key is made. A refusal is an error of its own key.
@@ -20,12 +20,12 @@ from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
-from minikms.crypto.aead import NonceSource, XaesCipher
+from minikms.crypto.aead import NonceSource
 from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
-from minikms.custody.keyring_file import CreatesUnderWay
+from minikms.custody.keyring_file import StoredKeyring
 from minikms.keys import dek
 from minikms.keys.dek import (
     KEY_ID_RANDOM_BYTES,
@@ -60,14 +60,14 @@ class NewKeys:
         *,
         arena: SecretArena,
         unlocked: UnlockedKeyring,
-        under_way: CreatesUnderWay,
+        stored: StoredKeyring,
         journal: Journal,
         nonces: NonceSource,
         index: KeyIndex,
     ) -> None:
         self._arena = arena
         self._unlocked = unlocked
-        self._under_way = under_way
+        self._stored = stored
         self._journal = journal
         self._nonces = nonces
         self._index = index
@@ -77,25 +77,23 @@ class NewKeys:
         """A new key, durable on return. Raises the errors of its permit and of the journal, and ArenaFullError."""
         return await self._groups.submit(wanted)
 
+    async def group_ended(self) -> None:
+        """Returns when the group that is under way now has ended, if there is one."""
+        await self._groups.group_ended()
+
     async def drain(self) -> None:
         """Returns when no key is being made."""
         await self._groups.drain()
 
     async def _make_group(self, wanted: list[Wanted]) -> list[DekRecord | KmsRefusedError]:
-        version = self._under_way.begin()
-        try:
-            made = self._make_all(wanted, version)
-            keys = [Change(each.id, b"", dek.encode(each)) for each in made if isinstance(each, DekRecord)]
-            outcomes = iter(await self._journal.change(keys) if keys else ())
-        finally:
-            self._under_way.end(version)
-        results: list[DekRecord | KmsRefusedError] = []
+        made = self._make_all(wanted, self._stored.body.wrapping_kek.version)
+        keys = [Change(each.id, b"", dek.encode(each)) for each in made if isinstance(each, DekRecord)]
+        if keys:
+            await self._journal.create(keys)
         for each in made:
-            failure = each if isinstance(each, KmsRefusedError) else next(outcomes)
-            if failure is None and isinstance(each, DekRecord):
+            if isinstance(each, DekRecord):
                 self._index.put(each)
-            results.append(each if failure is None else failure)
-        return results
+        return made
 
     def _make_all(self, wanted: Sequence[Wanted], version: int) -> list[DekRecord | KmsRefusedError]:
         """Fresh wrapped keys, each made in the same slot of the arena, or the refusals."""
@@ -104,7 +102,7 @@ class NewKeys:
         first_ms = created_ns // 1_000_000
         random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
         made: list[DekRecord | KmsRefusedError] = []
-        with self._arena.allocate() as slot, XaesCipher(self._unlocked.kek(version)) as kek:
+        with self._arena.allocate() as slot, self._unlocked.kek_cipher(version) as kek:
             for number, one in enumerate(wanted):
                 try:
                     one.permit()

@@ -23,8 +23,7 @@ Invariants:
 - At any moment a crash leaves every key readable.
 - A rotation backup is durable before its file is replaced. A rewrapped key is unwrapped again and compared before it is
   written. A file that another request changes meanwhile is left for the next pass.
-- The locks of a batch are held until its journal is removed. If the disk fails after the journal was begun, they are
-  held, and the files are answered from memory, until the batch is settled or the daemon stops.
+- A version becomes active only after the files of every batch are durable.
 - A file that can't be read is listed and left as it is. It does not stop a rotation, but no KEK version is destroyed
   while there is one.
 - A KEK version is destroyed only after every key file and every rotation backup was read and unwrapped under another
@@ -117,7 +116,6 @@ class KekRotation:
         self._disk = disk
         self._around_passes = around_passes
         self._starting = asyncio.Lock()
-        self._cancelled = asyncio.Event()
         self.unread = 0
         """Keys whose files the last pass could not read. They may be under any KEK version."""
         self.rewrapped = 0
@@ -231,7 +229,7 @@ class KekRotation:
         pause = RETRY_SECONDS_MIN
         while (rotation := self.running) is not None:
             try:
-                await self._vault.creates_under_way.done(rotation.from_version)
+                await self._vault.new_keys.group_ended()
                 with self._around_passes():
                     await self._rewrap_all(rotation)
                 await self._vault.keyring.change(self._promoted)
@@ -313,8 +311,6 @@ class KekRotation:
         self, rotation: keyring.Rotation, listing: Callable[[int, set[str]], AsyncIterator[list[str]]]
     ) -> int:
         found = self.unread = 0
-        self._cancelled.clear()
-        await _run_in(self._disk, self._vault.journal.begin_rotation)
         with self._vault.locks.watch() as changed:
             key_ids = listing(rotation.to_version, changed)
             reading = asyncio.create_task(self._read_due(key_ids, rotation.to_version))
@@ -330,33 +326,15 @@ class KekRotation:
                     batch = await self._rewrap(due, rotation.to_version)
                     found += len(batch)
                     if writing is not None:
-                        await asyncio.shield(writing)
+                        await writing
                     writing = asyncio.create_task(self._write(batch, rotation.to_version, changed, rotation.stamp))
                 if writing is not None:
-                    await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                self._cancelled.set()  # a stop: the next start replays the journal
-                raise
+                    await writing
             finally:
-                await self._ended(reading, writing)
-                self._vault.journal.end_rotation()
+                await asyncio.gather(*filter(None, (reading, writing)), return_exceptions=True)
                 del reading, writing  # the traceback of an error of theirs leads to this frame
+        await _run_in(self._disk, self._vault.journal.flush)
         return found
-
-    async def _ended(self, *tasks: asyncio.Task[Any] | None) -> None:
-        """Waits for tasks, whatever their outcome, however often this is cancelled: while the disk thread writes a
-        batch, its locks must be held.
-        """
-        cancelled = False
-        while pending := [task for task in tasks if task is not None and not task.done()]:
-            try:
-                await asyncio.wait(pending)
-            except asyncio.CancelledError:
-                self._cancelled.set()
-                cancelled = True
-        await asyncio.gather(*filter(None, tasks), return_exceptions=True)
-        if cancelled:
-            raise asyncio.CancelledError
 
     async def _read_due(self, key_ids: AsyncIterator[list[str]], to_version: int) -> list[ReadFile] | None:
         """The next files that are not under the version; None after the last one.
@@ -387,7 +365,7 @@ class KekRotation:
         with (
             vault.arena.allocate() as key,
             vault.arena.allocate() as again,
-            dek.Rewrapper(vault.unlocked.kek, to_version, key=key.view, again=again.view) as rewrapper,
+            dek.Rewrapper(vault.unlocked.kek_cipher, to_version, key=key.view, again=again.view) as rewrapper,
         ):
             for key_id, data in part:
                 if key_id in vault.destroyed:
@@ -420,16 +398,7 @@ class KekRotation:
             batch = [each for each in batch if each.key_id not in changed and each.key_id not in vault.destroyed]
             if not batch:
                 return
-            vault.store.answer_with({change.key_id: change.new for change in batch})
-            try:
-                await _run_in(self._disk, lambda: vault.journal.write_batch(held, batch, stamp))
-            except Exception as error:
-                # Any error: while the journal is live, no batch can be written and no key destroyed.
-                if not vault.journal.live or not await self._settle(error):
-                    raise
-            finally:
-                if not vault.journal.live:
-                    vault.store.answer_with({})
+            await vault.journal.replace(held, batch, stamp)
             for start in range(0, len(batch), INDEXED_SLICE):
                 part = batch[start : start + INDEXED_SLICE]
                 raw_ids = [key_id_to_bytes(change.key_id) for change in part]
@@ -449,27 +418,6 @@ class KekRotation:
             yield items[at : at + pace.keys]
             at += pace.keys
             await asyncio.sleep(pace.pause_seconds)
-
-    async def _settle(self, error: Exception) -> bool:
-        """Settles the batch that failed with `error`, however often the disk fails; whether its files have changed.
-
-        Raises `error` if the daemon stops before.
-        """
-        pause = RETRY_SECONDS_MIN
-        while True:
-            try:
-                return await _run_in(self._disk, self._vault.journal.settle_batch)
-            except Exception as again:  # noqa: BLE001  see the caller
-                self.last_error = _error_text(again)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._cancelled.wait()
-            if self._cancelled.is_set():
-                try:
-                    raise error
-                finally:
-                    del error  # its traceback leads to this frame
-            pause = min(2 * pause, RETRY_SECONDS_MAX)
 
 
 def _error_text(error: Exception) -> str:
@@ -500,6 +448,7 @@ class Pruning:
         With `backups` it first removes the rotation backups with stamps before `before` (None: all). Raises
         StorageUnavailableError; then a part was done.
         """
+        await _run_in(self._disk, self._vault.journal.flush)  # a file that the disk has refused is in the journal only
         live = await self._live_census()
         permit()
         removed = await self._remove_backups(before, live.unreadable, permit) if backups else 0
@@ -557,33 +506,18 @@ class Pruning:
             return await self._census(lambda: store.read_many(itertools.islice(key_ids, SCAN_FILES)))
 
     async def _backup_census(self) -> Census:
-        store = self._vault.rotation_backups
-        backups = store.listed()
-        journals = store.journals()
+        backups = self._vault.rotation_backups
+        files = iter(await _run_in(self._reader, backups.journals))
 
         def read() -> list[ReadFile]:
-            return read_single() or read_batch()
-
-        def read_batch() -> list[ReadFile]:
-            for file in journals:
+            for file in files:
                 try:
-                    records = store.read_journal(file)
+                    records = backups.read_journal(file)
                 except KeyUnreadableError as error:
                     return [(file.first, error)]
                 if records:
                     return [(record.key_id, record.content) for record in records]
             return []
-
-        def read_single() -> list[ReadFile]:
-            found: list[ReadFile] = []
-            for backup in itertools.islice(backups, SCAN_FILES):
-                try:
-                    data = store.read(backup)
-                except KeyUnreadableError as error:
-                    found.append((backup.key_id, error))
-                else:
-                    found.append((backup.key_id, KeyNotFoundError("key not found") if data is None else data))
-            return found
 
         return await self._census(read)
 
@@ -603,7 +537,7 @@ class Pruning:
                 raise copy_of(data)
             record = dek.parse(data, key_id)
             with self._vault.arena.allocate() as key:
-                dek.unwrap_into(record, self._vault.unlocked.kek(record.kek_version), key.view)
+                dek.unwrap_into(record, self._vault.unlocked.kek_cipher(record.kek_version), key.view)
         except KeyNotFoundError:
             return  # removed since it was listed
         except KeyUnreadableError:

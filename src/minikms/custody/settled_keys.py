@@ -16,12 +16,11 @@ import os
 import time
 from typing import Final, NamedTuple, Self
 
-from minikms import api
 from minikms.api.errors import StorageUnavailableError
 from minikms.custody import journal
 from minikms.custody.backups import DIRECTORY as BACKUPS
 from minikms.custody.backups import list_journals, list_stamps
-from minikms.custody.deks import DIRECTORY, SUFFIX, file_name, list_key_ids, list_names, read_settled
+from minikms.custody.deks import DIRECTORY, file_name, list_key_ids, read_settled
 from minikms.custody.files import now_ns, open_directory, read_file_bounded
 from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode
 from minikms.keys import dek
@@ -91,7 +90,7 @@ class SettledKeys:
             if found is None or not dek.is_valid(found, key_id):
                 return self._read_file(key_id)  # it may have been made since, and the journal removed
             return found
-        if found in chain.contents or chain.verdict(found) == "leave":
+        if found in chain.contents or not chain.is_due(found):
             return found
         self.recovered += 1
         return chain.contents[-1]
@@ -134,10 +133,6 @@ def newest_key_id(data_dir: str) -> str:
     with SettledKeys(data_dir) as settled:
         newest = max([newest, *settled.key_ids()])
     path = os.path.join(data_dir, BACKUPS)
-    for name in list_names(path) if os.path.isdir(path) else ():
-        key_id = name.partition(SUFFIX)[0]
-        if key_id > newest and api.KEY_ID_PATTERN.fullmatch(key_id):
-            newest = key_id
     for stamp in list_stamps(path) if os.path.isdir(path) else ():
         newest = max([newest, *(file.last for file in list_journals(path, stamp))])
     return newest

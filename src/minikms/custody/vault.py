@@ -48,7 +48,8 @@ from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, Unrea
 from minikms.custody.destruction import Destruction
 from minikms.custody.files import now_rfc3339, remove_left_temps
 from minikms.custody.journal import Journal
-from minikms.custody.keyring_file import CreatesUnderWay, KeyringFile, StoredKeyring
+from minikms.custody.journal_format import Change
+from minikms.custody.keyring_file import KeyringFile, StoredKeyring
 from minikms.custody.new_keys import NewKeys, Wanted
 from minikms.custody.tombstone_file import Tombstones
 from minikms.keys import dek
@@ -128,7 +129,6 @@ class Vault:
         self.arena = arena
         self.unlocked = unlocked
         self.keyring = StoredKeyring(unlocked, keyring_file)
-        self.creates_under_way = CreatesUnderWay(self.keyring)
         self.store = store
         self.rotation_backups = rotation_backups
         self.journal = journal
@@ -143,10 +143,10 @@ class Vault:
             count_max=cache_keys_max, age_ns_max=CACHE_AGE_SECONDS_MAX * 1_000_000_000
         )
         self.index = KeyIndex()
-        self._new_keys = NewKeys(
+        self.new_keys = NewKeys(
             arena=arena,
             unlocked=unlocked,
-            under_way=self.creates_under_way,
+            stored=self.keyring,
             journal=journal,
             nonces=nonces,
             index=self.index,
@@ -175,7 +175,7 @@ class Vault:
         slot = self.arena.allocate()
         self.record_keys.stack_used = True
         try:
-            dek.unwrap_into(record, self.unlocked.kek(record.kek_version), slot.view)
+            dek.unwrap_into(record, self.unlocked.kek_cipher(record.kek_version), slot.view)
         except BaseException as error:
             slot.release()
             if isinstance(error, KeyUnreadableError):
@@ -202,7 +202,7 @@ class Vault:
         self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
     ) -> DekRecord:
         """A new key, durable on return. `replaces` names a key of the same thread, which is retired. The file of the
-        new key may still be under way on return: see `Journal.file_made`.
+        new key may still be under way on return: see `Journal.file_written`.
 
         A crash between the two files leaves both keys active, and the new record names the old one. The scan of the
         next start then retires the old one.
@@ -229,7 +229,7 @@ class Vault:
                 return newest.key_id, False
             later_than = "" if newest is None else newest.key_id
             key_id = (await self._create(thread_id, purpose, later_than=later_than, permit=permit)).id
-            await self.journal.file_made(key_id)  # with the lock: the line of the create is written before others'
+            await self.journal.file_written(key_id)  # with the lock: the line of the create is written before others'
             return key_id, True
 
     def _newest_active(self, thread_id: str, purpose: api.Purpose) -> OpenDek | None:
@@ -250,7 +250,7 @@ class Vault:
         permit()
         if replaces:
             self.check_replaces(self.record(replaces), thread_id, purpose)
-        record = await self._new_keys.make(Wanted(thread_id, purpose, permit, replaces, later_than))
+        record = await self.new_keys.make(Wanted(thread_id, purpose, permit, replaces, later_than))
         if replaces:
             try:
                 await self.retire(replaces, replaced_by=record.id, again=True)
@@ -287,13 +287,14 @@ class Vault:
     ) -> DekRecord:
         """Retires the key: it only decrypts from here on. With `again` a retired key is no error and stays as it is."""
         async with self.locks.hold((key_id,)) as held:
+            await self.journal.file_written(key_id)  # by the group that creates it
             permit()
             record = self.record(key_id)
             if again and record.state == "retired":
                 return record
             changed = dek.retired(record, at=now_rfc3339(), replaced_by=replaced_by)
             try:
-                await self.journal.retire(held, self.store.read(key_id), dek.encode(changed))
+                await self.journal.replace(held, [Change(key_id, self.store.read(key_id), dek.encode(changed))])
             except BaseException:
                 # The new file may be in place without being durable, so the next use of the key reads the file again.
                 self.cache.drop(key_id)
@@ -340,25 +341,20 @@ class Vault:
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         backups = self.rotation_backups
 
-        def begin() -> tuple[list[int], list[KeysWithin], frozenset[str]]:
-            if self.journal.live:
-                raise StorageUnavailableError(
-                    "the journal of a KEK rotation may hold the key and can't be removed, since the disk fails"
-                )
+        def begin() -> tuple[list[KeysWithin], frozenset[str]]:
             self.store.sweep_temps()
-            self.rotation_backups.sweep_temps()
+            backups.sweep_temps()
             remove_left_temps()
-            counts = self.rotation_backups.remove_of(key_ids)
             # A key without a file was removed completely.
             anew = frozenset(key_id for key_id in key_ids if key_id in repeated and self.store.has(key_id))
-            return counts, backups.files_of(key_ids), anew
+            return backups.files_of(key_ids), anew
 
         def end() -> None:
             # The files go last: while one exists, a later start or request knows that something is left to remove.
             self.journal.forget(key_ids)
             self.store.remove(*locks)
 
-        counts, files, anew = await self._on_disk(begin)
+        files, anew = await self._on_disk(begin)
         records: Counter[str] = Counter()
         failure: StorageUnavailableError | None = None
         for start in range(0, len(files), BLANK_FILES_MAX):
@@ -373,7 +369,7 @@ class Vault:
             finally:
                 del failure  # the traceback of an error leads to this frame
         await self._on_disk(end)
-        return [count + records[key_id] for key_id, count in zip(key_ids, counts, strict=True)]
+        return [records[key_id] for key_id in key_ids]
 
     async def blank_records(self, found: KeysWithin) -> None:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
@@ -385,7 +381,7 @@ class Vault:
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""
         await self._destruction.drain()
-        await self._new_keys.drain()
+        await self.new_keys.drain()
         await self.journal.drain()
 
     def expire(self) -> None:
@@ -479,19 +475,15 @@ class Indexing:
         every backup. What fails stops nothing else, and is tried again.
         """
         backups = self._vault.rotation_backups
-
-        def single() -> list[JournalFile]:
-            backups.remove_of_all(self._vault.destroyed)
-            return list(backups.journals())
-
-        key_ids, files = self._left, None
+        key_ids: Sequence[str] = self._left
+        files: Sequence[JournalFile] | None = None
         while True:
             key_ids = await self._failed(key_ids, self._remove_left)
             with contextlib.suppress(KmsRefusedError):
                 if files is None:
-                    files = await asyncio.get_running_loop().run_in_executor(self._executor, single)
+                    files = await asyncio.get_running_loop().run_in_executor(self._executor, backups.journals)
                 files = await self._failed(files, self._blank)
-            if not key_ids and not files and files is not None:
+            if not key_ids and files is not None and not files:
                 return
             await asyncio.sleep(REMOVAL_RETRY_SECONDS)
 

@@ -36,6 +36,7 @@ from minikms.http import HttpServer
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
+from minikms.roots.key_file import replace_key
 from minikms.roots.providers import KeyFile
 from minikms.service.access import Access
 from minikms.service.auditor import AuditorVerbs
@@ -203,8 +204,6 @@ class Parts:
         if replayed != Replayed():
             facts |= {
                 "files_completed": replayed.written,
-                "key_files_set_aside": len(replayed.set_aside),
-                "key_files_obstructed": len(replayed.obstructed),
                 "journal_damaged": replayed.damaged,
             }
         return facts
@@ -232,7 +231,7 @@ class Parts:
         try:
             await self.keks.stop()
             await self._removal.stop()
-            await self._data.drain()
+            await self.vault.drain()
             loop = asyncio.get_running_loop()
             for worker in (self.workers.disk, self.workers.reader, self.workers.audit):
                 await loop.run_in_executor(worker, int)
@@ -244,7 +243,7 @@ class Parts:
         """Waits for what is on its way to disk, closes the files and zeroes the keys. Raises AuditUnavailableError."""
         await self.keks.stop()
         await self._removal.stop()
-        await self._data.drain()
+        await self.vault.drain()
         loop = asyncio.get_running_loop()
         for worker in (self.workers.disk, self.workers.reader):
             await loop.run_in_executor(worker, int)  # after the jobs of requests that were cancelled
@@ -287,7 +286,7 @@ def _root_rewriter(
     file = settings.root
     if not isinstance(file, KeyFile) or not file.rewritable:
         return None
-    return lambda root: asyncio.ensure_future(file.replace(root, arena, workers.disk))
+    return lambda root: asyncio.ensure_future(replace_key(file.path, root, arena, workers.disk))
 
 
 def _worker(name: str) -> ThreadPoolExecutor:

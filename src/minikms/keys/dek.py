@@ -25,7 +25,7 @@ import msgspec
 
 from minikms import api
 from minikms.api.errors import ConflictError, DecryptionError, InvalidRequestError, KeyUnreadableError
-from minikms.crypto import aead, labels
+from minikms.crypto import labels
 from minikms.crypto.aead import XaesCipher
 from minikms.keys.keyring import VERSION_MAX as KEK_VERSION_MAX
 
@@ -265,10 +265,13 @@ def new(
     )
 
 
-def unwrap_into(record: DekRecord, kek: memoryview, target: memoryview) -> None:
-    """Writes the DEK into `target`, 32 bytes of the arena. Raises KeyUnreadableError."""
+def unwrap_into(record: DekRecord, kek: XaesCipher, target: memoryview) -> None:
+    """Writes the DEK into `target`, 32 bytes of the arena, and closes the cipher of the KEK. Raises
+    KeyUnreadableError.
+    """
     try:
-        aead.open_into(kek, record.wrapped, record.aad(record.kek_version), target)
+        with kek:
+            kek.open_into(record.wrapped, record.aad(record.kek_version), target)
     except DecryptionError:
         raise _does_not_unwrap(record) from None
 
@@ -285,9 +288,11 @@ class Rewrapper:
     """
 
     def __init__(
-        self, kek: Callable[[int], memoryview], kek_version: int, *, key: memoryview, again: memoryview
+        self, kek: Callable[[int], XaesCipher], kek_version: int, *, key: memoryview, again: memoryview
     ) -> None:
-        """kek: the KEK of a version, or KeyUnreadableError. key, again: two slots of the arena, 32 bytes each."""
+        """kek: a cipher of the KEK of a version, or KeyUnreadableError. key, again: two slots of the arena, 32 bytes
+        each.
+        """
         self._kek = kek
         self._kek_version = kek_version
         self._known: dict[int, tuple[XaesCipher, bytes]] = {}
@@ -329,7 +334,7 @@ class Rewrapper:
 
     def _of(self, kek_version: int) -> tuple[XaesCipher, bytes]:
         """The cipher of a KEK, and the last field of associated data under it."""
-        known = self._known[kek_version] = XaesCipher(self._kek(kek_version)), labels.kek_version_field(kek_version)
+        known = self._known[kek_version] = self._kek(kek_version), labels.kek_version_field(kek_version)
         return known
 
 

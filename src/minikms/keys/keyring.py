@@ -94,7 +94,7 @@ class ShareSet(_Part, frozen=True):
     digests: tuple[bytes, ...]
 
 
-class Slot(_Part, frozen=True):
+class RootSlot(_Part, frozen=True):
     """`sealed` is the keyring key, sealed to `public_key`; `mac` authenticates it under the slot's authentication key.
 
     Both keys are derived from the root key (`minikms.crypto.slots`); `wrapped_auth` is the authentication key under the
@@ -192,7 +192,7 @@ class Body(_Part, frozen=True):
     created_at: str
     updated_at: str
     key_version: int
-    slots: tuple[Slot, ...]
+    slots: tuple[RootSlot, ...]
     keks: tuple[Kek, ...]
     audit_keys: tuple[AuditKey, ...]
     tombstone_log: TombstoneLog
@@ -227,10 +227,10 @@ class Body(_Part, frozen=True):
         """The audit key in use."""
         return self.audit_keys[-1]
 
-    def slot(self, slot_id: str) -> Slot | None:
+    def slot(self, slot_id: str) -> RootSlot | None:
         return next((slot for slot in self.slots if slot.slot_id == slot_id), None)
 
-    def slot_for(self, fingerprint: str) -> Slot | None:
+    def slot_for(self, fingerprint: str) -> RootSlot | None:
         return next((slot for slot in self.slots if slot.fingerprint == fingerprint), None)
 
     @property
@@ -358,7 +358,7 @@ def _slots_agree(body: Body) -> bool:
     )
 
 
-def _slot_agrees(slot: Slot) -> bool:
+def _slot_agrees(slot: RootSlot) -> bool:
     return (
         api.SLOT_ID_PATTERN.fullmatch(slot.slot_id) is not None
         and PROVIDER.fullmatch(slot.provider) is not None
@@ -443,7 +443,7 @@ def check_audit_origin(recorded: str, origin: str) -> None:
         raise ConflictError(f"the audit log belongs to the origin {recorded}, and no other auditor can be attached")
 
 
-def begin_rotation(body: Body, *, kek: Kek, slot: Slot | None, stamp: str, at: str) -> Body:
+def begin_rotation(body: Body, *, kek: Kek, slot: RootSlot | None, stamp: str, at: str) -> Body:
     """Step 1 of a rotation: adds the pending KEK version and, if there is a new root key, its slot.
 
     Raises ConflictError if a bound of this module would be exceeded.

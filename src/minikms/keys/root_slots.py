@@ -22,7 +22,7 @@ from minikms.keys.keyring import (
     Kek,
     RetiredRoot,
     RevokingRoot,
-    Slot,
+    RootSlot,
     TombstoneLog,
     check_has_room,
     check_takes_audit_key,
@@ -53,7 +53,7 @@ def check_takes(body: Body, fingerprint: str) -> None:
     check_is_new(body, fingerprint)
 
 
-def add_slot(body: Body, slot: Slot, *, at: str) -> Body:
+def add_slot(body: Body, slot: RootSlot, *, at: str) -> Body:
     """Adds a root key. Raises the errors of `check_takes`."""
     check_takes(body, slot.fingerprint)
     return next_epoch(body, at=at, slots=(*body.slots, slot))
@@ -89,7 +89,7 @@ class Resealed(NamedTuple):
     """Everything that the keyring key seals, under a fresh one of number `key_version`."""
 
     key_version: int
-    slots: tuple[Slot, ...]
+    slots: tuple[RootSlot, ...]
     keks: tuple[Kek, ...]
     audit_keys: tuple[AuditKey, ...]
     tombstone_log: TombstoneLog

@@ -13,17 +13,22 @@ from __future__ import annotations
 import contextlib
 import hmac
 from collections.abc import Callable, Container, Iterator
+from typing import Final
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from minikms.api.errors import DecryptionError, KeyUnreadableError, StartError, UnknownRootError
 from minikms.crypto import aead, labels, roots, slots
-from minikms.crypto.slots import Place
+from minikms.crypto.aead import DerivedKeys, XaesCipher
+from minikms.crypto.slots import SlotBinding
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import KekState
 from minikms.keys.tombstones import Chain
 from minikms.memory.arena import SecretArena, SecretSlot
+
+WRAPPING_KEYS_MAX: Final = 1024
+"""Keys that are derived from KEKs and stay in the arena: those of half a million DEKs that were wrapped together."""
 
 Nonces = Callable[[], bytes]
 FillRandom = Callable[[memoryview], None]
@@ -37,6 +42,9 @@ class UnlockedKeyring:
         self._nonces = nonces
         self._keyring_keys: dict[int, SecretSlot] = {}
         self._keks: dict[int, SecretSlot] = {}
+        self._derived = DerivedKeys(arena, count_max=min(WRAPPING_KEYS_MAX, arena.slots // 4))
+        self._derived_of: dict[int, dict[bytes, SecretSlot]] = {}
+        """By KEK version."""
         self._audit: dict[int, tuple[SecretSlot, SecretSlot]] = {}
         self._tombstone: SecretSlot | None = None
         self._slot_auth: dict[str, SecretSlot] = {}
@@ -91,7 +99,7 @@ class UnlockedKeyring:
     @classmethod
     def open(
         cls, arena: SecretArena, root: memoryview, data: bytes, *, nonces: Nonces
-    ) -> tuple[UnlockedKeyring, keyring.Slot]:
+    ) -> tuple[UnlockedKeyring, keyring.RootSlot]:
         """The keyring in the bytes of its file, and the slot that `root` opened.
 
         Raises StartError: for another root key (it names both fingerprints), or for an altered or damaged file.
@@ -129,14 +137,14 @@ class UnlockedKeyring:
             self.release()
             raise
 
-    def _open_slot(self, root: memoryview, slot: keyring.Slot, target: memoryview) -> None:
+    def _open_slot(self, root: memoryview, slot: keyring.RootSlot, target: memoryview) -> None:
         """Opens the keyring key of a slot, whose MAC is compared first. Raises DecryptionError."""
-        place = self._place(slot, self.body.key_version)
+        binding = self._binding(slot, self.body.key_version)
         with self._arena.allocate() as auth:
-            slots.auth_key_into(root, place.keyring_id, place.slot_id, auth.view)
-            if not hmac.compare_digest(slots.mac(auth.view, place, slot.sealed), slot.mac):
+            slots.auth_key_into(root, binding.keyring_id, binding.slot_id, auth.view)
+            if not hmac.compare_digest(slots.mac(auth.view, binding, slot.sealed), slot.mac):
                 raise DecryptionError("the slot's MAC does not match")
-        slots.open_into(root, place, slot.sealed, target)
+        slots.open_into(root, binding, slot.sealed, target)
 
     def _new_keyring_key(self, version: int) -> memoryview:
         slot = self._keyring_keys[version] = self._arena.allocate()
@@ -168,9 +176,9 @@ class UnlockedKeyring:
         at: str,
         replaces: str = "",
         shares: keyring.ShareSet | None = None,
-    ) -> keyring.Slot:
+    ) -> keyring.RootSlot:
         """A slot for the root key, which was proved to open it. Call `settle` once it is known which body stays."""
-        slot = keyring.Slot(
+        slot = keyring.RootSlot(
             slot_id=slot_id,
             fingerprint=roots.fingerprint(root),
             provider=provider,
@@ -190,7 +198,7 @@ class UnlockedKeyring:
         self.check_opens(root, slot)
         return slot
 
-    def check_opens(self, root: memoryview, slot: keyring.Slot) -> None:
+    def check_opens(self, root: memoryview, slot: keyring.RootSlot) -> None:
         """Raises DecryptionError unless the root key opens the slot and gives the present keyring key."""
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
             raise DecryptionError("the slot belongs to another root key")
@@ -239,16 +247,16 @@ class UnlockedKeyring:
         for slot_id in self._slot_auth.keys() - {slot.slot_id for slot in self.body.slots}:
             self._slot_auth.pop(slot_id).release()
 
-    def _sealed_slot(self, slot: keyring.Slot, key_number: int) -> keyring.Slot:
+    def _sealed_slot(self, slot: keyring.RootSlot, key_number: int) -> keyring.RootSlot:
         """The slot with the keyring key of this number sealed to it."""
-        place = self._place(slot, key_number)
+        binding = self._binding(slot, key_number)
         keyring_key = self._keyring_keys[key_number].view
         auth = self._slot_auth[slot.slot_id].view
-        sealed = slots.seal(slot.public_key, place, keyring_key)
+        sealed = slots.seal(slot.public_key, binding, keyring_key)
         return msgspec.structs.replace(
             slot,
             sealed=sealed,
-            mac=slots.mac(auth, place, sealed),
+            mac=slots.mac(auth, binding, sealed),
             wrapped_auth=aead.seal(keyring_key, self._nonces(), auth, self._auth_aad(slot.slot_id)),
         )
 
@@ -309,7 +317,7 @@ class UnlockedKeyring:
 
     # --- using them --------------------------------------------------------------------------------------------------
 
-    def slot_auth_keys(self) -> list[tuple[keyring.Slot, memoryview]]:
+    def slot_auth_keys(self) -> list[tuple[keyring.RootSlot, memoryview]]:
         """The slots, each with its authentication key."""
         return [(slot, self._slot_auth[slot.slot_id].view) for slot in self.body.slots]
 
@@ -330,6 +338,10 @@ class UnlockedKeyring:
             )
         return slot.view
 
+    def kek_cipher(self, version: int) -> XaesCipher:
+        """The cipher of a KEK, for a `with` block. Raises as `kek`."""
+        return XaesCipher(self.kek(version), self._derived_of.setdefault(version, {}), self._derived)
+
     def audit_key(self, version: int) -> tuple[memoryview, memoryview]:
         """(HMAC key, Ed25519 seed) of an audit key version."""
         key, seed = self._audit[version]
@@ -349,6 +361,7 @@ class UnlockedKeyring:
         """Zeroes a KEK version that was destroyed, or that was made for a rotation that could not begin."""
         slot = self._keks.pop(version, None)
         if slot is not None:
+            self._derived.forget(self._derived_of.pop(version, {}))
             slot.release()
 
     def forget_audit_key(self, version: int) -> None:
@@ -358,6 +371,8 @@ class UnlockedKeyring:
 
     def release(self) -> None:
         """Zeroes every key."""
+        for derived in self._derived_of.values():
+            self._derived.forget(derived)
         pairs = (slot for pair in self._audit.values() for slot in pair)
         for slot in (*self._keyring_keys.values(), *self._keks.values(), *pairs, *self._slot_auth.values()):
             slot.release()
@@ -375,8 +390,8 @@ class UnlockedKeyring:
     def _open_under(self, wrapped: bytes, label: bytes, version: int, target: SecretSlot) -> None:
         aead.open_into(self.keyring_key.view, wrapped, self._versioned_aad(label, version), target.view)
 
-    def _place(self, slot: keyring.Slot, key_number: int) -> Place:
-        return Place(self.body.keyring_id, slot.slot_id, slot.commitment, key_number)
+    def _binding(self, slot: keyring.RootSlot, key_number: int) -> SlotBinding:
+        return SlotBinding(self.body.keyring_id, slot.slot_id, slot.commitment, key_number)
 
     def _auth_aad(self, slot_id: str) -> bytes:
         return labels.aad(labels.SLOT_AUTH_KEY, self.body.keyring_id.encode(), slot_id.encode())

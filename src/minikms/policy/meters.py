@@ -77,7 +77,7 @@ class Bucket:
         return max(self.empty_ns, now_ns - HOUR_NS) - (-uses * HOUR_NS // limit)  # rounded up
 
 
-class Key(NamedTuple):
+class BucketKey(NamedTuple):
     """Which bucket: of which grant or proxy, of whom, and of what. `who`: a principal's name, ALL or OTHERS."""
 
     identity: str
@@ -197,7 +197,7 @@ class Meters:
         """The second: when the buckets of an account that is not known were empty."""
         self._answered: list[Charge] = []
         """Of the requests that are answered in this turn."""
-        self._refused: dict[Key, tuple[Bucket, int]] = {}
+        self._refused: dict[BucketKey, tuple[Bucket, int]] = {}
         if saved is not None:
             self._load(saved)
 
@@ -309,10 +309,10 @@ class Meters:
         for kind, bucket, limit, uses in item.hourly():
             wait_ns = bucket.wait_ns(uses, limit, now_ns)
             if wait_ns:
-                self._refused[Key(*item.key, kind)] = (bucket, limit)
+                self._refused[BucketKey(*item.key, kind)] = (bucket, limit)
                 raise item.exceeded(_LIMIT_NAMES[kind], -(-wait_ns // SECOND_NS))
             if self._refused:
-                self._refused.pop(Key(*item.key, kind), None)  # its limit was raised, or the bucket has filled
+                self._refused.pop(BucketKey(*item.key, kind), None)  # its limit was raised, or the bucket has filled
 
     def _items(self, scope: Scope, costs: Mapping[Grant, Cost]) -> list[_Item]:
         items: list[_Item] = []

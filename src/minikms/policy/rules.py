@@ -188,10 +188,6 @@ class Scope:
         """
         return next((found for role in roles if (found := self._by_role.get(role))), self._grants)
 
-    def sees(self, thread_id: str) -> bool:
-        """Whether the principal may know of the keys of the thread: GET /keys lists them."""
-        return self.decide("monitor", thread_id) is not None
-
 
 def parse_policy(data: bytes) -> Rules:
     """The rules in the content of a policy file. Raises PolicyFileError."""

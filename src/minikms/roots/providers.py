@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal, NamedTuple, Protocol, cast, get_args
@@ -26,7 +25,6 @@ from minikms.roots.key_file import (
     read_key_descriptor,
     read_key_file,
     remove_leftover,
-    replace_key,
 )
 
 
@@ -98,13 +96,6 @@ class KeyFile(RootProvider):
 
     def read(self, arena: SecretArena) -> SecretSlot:
         return read_key_file(self.path, arena, any_owner=self.any_owner, shared=self.shared)
-
-    async def replace(self, root: SecretSlot, arena: SecretArena, executor: Executor) -> None:
-        """Makes `root` the key in the file. `executor` waits for the disk.
-
-        Raises OSError, and StartError when the file does not hold this key afterwards.
-        """
-        await replace_key(self.path, root, arena, executor)
 
 
 @dataclass(frozen=True)

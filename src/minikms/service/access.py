@@ -368,7 +368,9 @@ _NOT_THIS_THREAD: Final = "the policy does not let this principal use this threa
 
 
 class _Cursors:
-    """Encrypts the positions of listings under a key of this run. It is not in the arena: it protects nothing else."""
+    """Encrypts the positions of listings under a key of this run, with a cipher for each call. The key is not in the
+    arena: it protects nothing else.
+    """
 
     def __init__(self) -> None:
         self._key = memoryview(os.urandom(aead.KEY_BYTES))
@@ -387,12 +389,6 @@ class _Cursors:
                 "the cursor is not one that this run of the key service gave to this principal: begin the listing again"
             ) from None
         return bytes_to_key_id(raw)
-
-
-def names_keys(verb: Verb[Any, Any]) -> bool:
-    """Whether requests of a verb name keys."""
-    fields = set(verb.request.__struct_fields__)
-    return not fields.isdisjoint(("key_id", "from_key_id", "replaces")) or verb.roles_by_item
 
 
 def _named_keys(request: Any) -> Counter[str]:

@@ -422,7 +422,7 @@ def _reply(answer: object) -> Reply:
 
 def _refuse_items(request: Any, event: Event, error: KmsRefusedError) -> Reply:
     count_refused(event, len(request.items))
-    return encoding_of(request).items("", [refused_item(error)] * len(request.items))
+    return encoding_of(request).items("", [refused_item(error)] * len(request.items), len(request.items))
 
 
 def count_refused(event: Event, count: int) -> None:

@@ -48,12 +48,12 @@ InvalidRequestError, TooLargeError.
 class Encoding(NamedTuple):
     """How one request is read and answered.
 
-    read: the bytes of a field. items: the answer to a batch, from its outcomes and the name of the member that holds a
-    value. answer: the answer from any other struct.
+    read: the bytes of a field. items: the answer to a batch, from the name of the member that holds a value, the
+    outcomes, and how many of them are refusals. answer: the answer from any other struct.
     """
 
     read: ReadBytes
-    items: Callable[[str, Outcomes], Reply]
+    items: Callable[[str, Outcomes, int], Reply]
     answer: Callable[[msgspec.Struct], Reply]
 
 
@@ -62,9 +62,9 @@ def encoding_of(request: api.Request) -> Encoding:
     return _MSGPACK if api.is_array_form(request) else JSON
 
 
-def _json_items(member: str, outcomes: Outcomes) -> bytes:
+def _json_items(member: str, outcomes: Outcomes, refused_count: int) -> bytes:
     begin, end = b'{"%b":"' % member.encode("ascii"), b'"}'
-    if outcomes and set(map(type, outcomes)) == {bytes}:  # nearly always
+    if outcomes and not refused_count:  # nearly always
         values = (end + b"," + begin).join(map(encode, cast("list[bytes]", outcomes)))
         return b'{"items":[' + begin + values + end + b"]}"
     parts = [
@@ -80,7 +80,7 @@ def _checked(value: bytes, bytes_max: int, what: str) -> bytes:
     return value
 
 
-def _msgpack_items(member: str, outcomes: Outcomes) -> Response:
+def _msgpack_items(_member: str, outcomes: Outcomes, _refused_count: int) -> Response:
     return Response(200, _pack((outcomes,)), content_type=api.MSGPACK)  # a RefusedItem is an array too
 
 

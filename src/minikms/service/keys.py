@@ -47,7 +47,7 @@ class KeyVerbs:
         return AfterLine(partial(self._create_answer, record))
 
     async def _create_answer(self, record: DekRecord) -> api.CreateDekAnswer:
-        await self._vault.journal.file_made(record.id)
+        await self._vault.journal.file_written(record.id)
         return api.CreateDekAnswer(record.id, record.wrapped)
 
     async def get_or_create_dek_for_thread(

@@ -197,8 +197,9 @@ def _encrypt_event(who: Principal, opened: OpenDek, request_id: str) -> Event:
 
 def _items(encoding: Encoding, member: str, outcomes: list[bytes | RefusedItem], event: Event) -> Reply:
     """The answer to a batch; `member` holds an item's value. Adds to the event how many were refused."""
-    count_refused(event, list(map(type, outcomes)).count(RefusedItem))
-    return encoding.items(member, outcomes)
+    refused_count = list(map(type, outcomes)).count(RefusedItem)
+    count_refused(event, refused_count)
+    return encoding.items(member, outcomes, refused_count)
 
 
 def decode_aad(aad: str | UnsetType) -> bytes:

@@ -22,7 +22,7 @@ from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
 from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339
 from minikms.custody.vault import Permit, Vault
 from minikms.keys import keyring, root_slots
-from minikms.keys.keyring import Body, RevokingRoot, ShareSet, Slot
+from minikms.keys.keyring import Body, RevokingRoot, RootSlot, ShareSet
 from minikms.memory.arena import SecretSlot
 from minikms.roots.pin import PinFile
 from minikms.service.base import VerbTable, another_line
@@ -156,15 +156,15 @@ class RootVerbs:
     def _revoking(self, slot_id: str) -> RevokingRoot | None:
         return next((root for root in self._vault.keyring.body.revoking if root.slot_id == slot_id), None)
 
-    def _answer(self, slot: Slot, event: Event) -> api.RootAnswer:
+    def _answer(self, slot: RootSlot, event: Event) -> api.RootAnswer:
         event.facts = self._facts(slot)
         return self._describe(slot)
 
-    def _facts(self, slot: Slot | RevokingRoot) -> dict[str, str | int]:
+    def _facts(self, slot: RootSlot | RevokingRoot) -> dict[str, str | int]:
         epoch = self._vault.keyring.body.epoch
         return {"epoch": epoch, "slot_id": slot.slot_id, "fingerprint": slot.fingerprint, "provider": slot.provider}
 
-    def _describe(self, slot: Slot) -> api.RootAnswer:
+    def _describe(self, slot: RootSlot) -> api.RootAnswer:
         shares = slot.shares
         return api.RootAnswer(
             slot_id=slot.slot_id,
@@ -198,7 +198,7 @@ def _root_of(request: api.Request) -> SecretSlot:
     return root
 
 
-def _slot(body: Body, slot_id: str) -> Slot:
+def _slot(body: Body, slot_id: str) -> RootSlot:
     """Raises NotFoundError."""
     slot = body.slot(slot_id) if api.SLOT_ID_PATTERN.fullmatch(slot_id) else None
     if slot is None:
@@ -219,7 +219,7 @@ def _share_set(given: api.GivenShares | UnsetType) -> ShareSet | None:
     return shares
 
 
-def _wrong_slot_text(body: Body, slot: Slot, given: str) -> str:
+def _wrong_slot_text(body: Body, slot: RootSlot, given: str) -> str:
     other = body.slot_for(given)
     known = "it opens no slot" if other is None else f"it opens slot {other.slot_id}"
     return f"the root key {given} does not open slot {slot.slot_id}, which belongs to {slot.fingerprint}; {known}"

@@ -20,17 +20,19 @@ from typing import Final
 from minikms.api.errors import KmsError
 from minikms.logs import structlog
 from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.access import NOT_AUTHENTICATED, PROBE_PATHS, AccessControl
+from progressdb_server.api.http.access import PROBE_PATHS, AccessControl
 from progressdb_server.api.http.errors import ApiError, ClientGoneError, Header, internal
+from progressdb_server.api.http.keys import NOT_AUTHENTICATED
 from progressdb_server.api.http.request import Receive, Request, Scope, Send
 from progressdb_server.api.http.response import NO_CONTENT, Exchange, Response, error_response
+from progressdb_server.api.openapi.description import Operation
 from progressdb_server.api.routes import admin, messages, threads
 from progressdb_server.api.routes.documentation import with_documentation
 from progressdb_server.api.routes.errors import api_error
 from progressdb_server.api.routes.metrics import ApiMetrics
-from progressdb_server.api.routes.table import Operation, Routing
+from progressdb_server.api.routes.table import Routing
 from progressdb_server.api.viewer.routes import error_page
-from progressdb_server.kms.provider import READING, Reading
+from progressdb_server.kms.provider import READING, RequestReads
 from progressdb_server.store.model import ConversationStore, KeyServiceRefusedError, RecordUnreadableError
 
 _log: Final = structlog.get_logger("progressdb.api")
@@ -47,7 +49,6 @@ def operations(
             *admin.open_operations(),
             *messages.operations(store),
             *threads.operations(store),
-            *messages.thread_operations(store),
             *admin.operations(store),
             *metrics.operations(),
             *more,
@@ -81,7 +82,7 @@ class Application:
         started_s = self._clock()
         self._metrics.started()
         request = Request(scope, receive)
-        reading = Reading(request.request_id)
+        reading = RequestReads(request.request_id)
         READING.set(reading)  # for this request's task and the tasks that it starts
         common: tuple[Header, ...] = ((b"x-request-id", request.request_id.encode("ascii")),)
         if head.ORIGIN in request.headers:
@@ -92,11 +93,11 @@ class Application:
                 await exchange.respond(NO_CONTENT)
                 return
             client = request.client_address = self._access.proxies.client(request.address, scope["headers"])
-            request.principal, request.user = self._access.authorize(
+            request.caller, request.user = self._access.authorize(
                 request.path, request.headers, request.repeated_header, request.address, client, now_s=started_s
             )
             if request.direct is not None:
-                request.direct.identify(request.principal, request.user)
+                request.direct.identify(request.caller, request.user)
             resource = self._routing.hot(request)
             if resource is None:
                 await self._routing.route(exchange, scope)
@@ -116,7 +117,7 @@ class Application:
             if reading.opened:
                 _log_reading(request, reading)
             if exchange.status >= 400 or not exchange.status or self._debugging:
-                identified = request.principal is not NOT_AUTHENTICATED
+                identified = request.caller is not NOT_AUTHENTICATED
                 if exchange.status in _LOGGED_STATUSES and not identified:
                     self._refused.add(exchange.status, started_s)
                 _log_response(request, exchange.status, seconds, identified=identified)
@@ -146,7 +147,7 @@ def _error_of(error: Exception, request: Request) -> ApiError:
     return known
 
 
-def _log_reading(request: Request, reading: Reading) -> None:
+def _log_reading(request: Request, reading: RequestReads) -> None:
     """Who had records opened. The audit log of the key service has the same request id, with the keys and the time.
 
     `user` has signed, `author` is whom a holder of an API key acts for, by its own word.
@@ -160,7 +161,7 @@ def _log_reading(request: Request, reading: Reading) -> None:
         request_id=request.request_id,
         route=request.route,
         role=request.role.value,
-        key=request.principal.number or None,
+        key=request.caller.number or None,
         user=request.user,
         author=author,
         viewer_key=request.viewer_key or None,
@@ -216,6 +217,6 @@ def _log_response(request: Request, status: int, seconds: float, *, identified: 
         route=request.route or None,
         status=status,
         role=request.role.value,
-        key=request.principal.number or None,
+        key=request.caller.number or None,
         ms=round(seconds * 1000, 3),
     )

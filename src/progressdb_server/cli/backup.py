@@ -40,7 +40,8 @@ from progressdb_server.cli.flags import (
 )
 from progressdb_server.config import Config
 from progressdb_server.store import backup
-from progressdb_server.store.model import BackupRegister, StoreLockedError
+from progressdb_server.store.backup import Backups
+from progressdb_server.store.model import StoreLockedError
 
 KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
@@ -229,7 +230,7 @@ def restore(
 
 
 @asynccontextmanager
-async def _register(config: Config) -> AsyncIterator[BackupRegister]:
+async def _register(config: Config) -> AsyncIterator[Backups]:
     """The backups of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, BackupError."""
     logs.configure(config.logging.format, "error")  # the command itself prints what it has done
     async with backup.register_offline(str(config.store_dir)) as register:

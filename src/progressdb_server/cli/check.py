@@ -17,7 +17,7 @@ from minikms.client import Client
 from progressdb_server.cli.flags import CommandError, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
 from progressdb_server.kms.provider import RemoteProvider
-from progressdb_server.store.check import Finding, Report, repair_offline
+from progressdb_server.store.check import Problem, Report, repair_offline
 from progressdb_server.store.check import check as check_store
 from progressdb_server.store.model import FormatError, StoreLockedError, StoreUnavailableError
 
@@ -91,11 +91,11 @@ async def _examine(config: Config, path: str, *, with_key_service: bool) -> Repo
         return await check_store(path, provider)
 
 
-def _as_json(finding: Finding) -> dict[str, object]:
+def _as_json(finding: Problem) -> dict[str, object]:
     return {"kind": finding.kind, "key": finding.key, "detail": finding.detail, "repairable": bool(finding.fix)}
 
 
-def _print(fixed: list[Finding], found: list[Finding], counts: dict[str, int], *, opened: bool) -> None:
+def _print(fixed: list[Problem], found: list[Problem], counts: dict[str, int], *, opened: bool) -> None:
     for finding in fixed:
         print(f"repaired: {finding.kind}: {finding.key}: {finding.detail}")
     for finding in found:

@@ -9,21 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import CycloptsError, Parameter
 
-from minikms.usage import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_MISSING,
-    EXIT_READER_LEFT,
-    HelpPages,
-    Shell,
-    explained,
-    print_completion,
-    show_whole_help,
-)
+from minikms import usage
+from minikms.usage import EXIT_FAILED, EXIT_MISSING, Shell, explained, new_app, print_completion, show_whole_help
 from progressdb_server.cli.flags import Addr, CommandError, ConfigFile, Db, Dev, MasterKeyFd, MasterKeyFile, load_config
 
 COMMANDS: Final = {
@@ -46,20 +37,10 @@ FORMER_NAMES: Final = {"backups": "rotation-backups"}
 """Names that still work and that no help shows: `backups` was too easily taken for `backup`."""
 
 
-def _version() -> str:
-    from importlib import metadata
-
-    return metadata.version("progressdb-minikms")
-
-
-app = App(
-    name="progressdb",
-    help="The ProgressDB message server. Without a command it runs `serve`.",
-    help_format="plaintext",  # a Markdown renderer takes long to import
-    help_formatter=HelpPages(),
-    help_epilogue="Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
-    version=_version,
-    version_flags=["--version"],
+app = new_app(
+    "progressdb",
+    "The ProgressDB message server. Without a command it runs `serve`.",
+    "Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
 )
 for _name, (_place, _help) in COMMANDS.items():
     app.command(f"progressdb_server.cli.{_place}", name=_name, help=_help)
@@ -106,30 +87,24 @@ def completion(shell: Shell) -> int:
 def run(master_key_fd: int | None) -> None:
     """Run the command line and end the process. `master_key_fd` holds the root key that was in the environment; the
     command passes it to its child and closes it."""
-    try:
+
+    def run_command() -> Any:
         words = sys.argv[1:]
         words[:1] = [FORMER_NAMES.get(word, word) for word in words[:1]]
         _check_first_word(words)
         show_whole_help(app, words)
-        try:
-            command, bound, unparsed = app.parse_args(words, print_error=False, exit_on_error=False)
-            given = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}
-            if not given and master_key_fd is not None:
-                os.close(master_key_fd)  # this command needs no key
-            sys.exit(command(*bound.args, **bound.kwargs, **given))
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of our output has closed it. Python must not report that when it flushes once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_READER_LEFT)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001 - `_exit_status` raises a defect again
-        exit_status = _exit_status(error)
-        text = explained(error, "progressdb") if isinstance(error, CycloptsError) else str(error)
-        print(f"progressdb: {text}", file=sys.stderr)
-        sys.exit(exit_status)
+        command, bound, unparsed = app.parse_args(words, print_error=False, exit_on_error=False)
+        given = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}
+        if not given and master_key_fd is not None:
+            os.close(master_key_fd)  # this command needs no key
+        return command(*bound.args, **bound.kwargs, **given)
+
+    usage.run("progressdb", run_command, _explained)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    exit_status = _exit_status(error)
+    return explained(error, "progressdb") if isinstance(error, CycloptsError) else str(error), exit_status
 
 
 def _exit_status(error: Exception) -> int:

@@ -27,7 +27,7 @@ from progressdb_server.cli.flags import (
     MasterKeyFile,
     load_config,
 )
-from progressdb_server.config import Config, ConfigError, ConfigMissingError, Loaded, Tls
+from progressdb_server.config import Config, ConfigError, ConfigMissingError, LoadedConfig, Tls
 from progressdb_server.server import check_key_source
 
 CERTIFICATE_WARNING_SECONDS: Final = 14 * 24 * 3600
@@ -120,7 +120,7 @@ def tls_warning(tls: Tls, now_s: float) -> str:
     return ""
 
 
-def setting_lines(loaded: Loaded) -> Iterator[str]:
+def setting_lines(loaded: LoadedConfig) -> Iterator[str]:
     """One printed line for each setting."""
     for path, value in _settings(loaded.config):
         shown = f"{value} configured" if path in _counted(loaded.config) else encoder.dumps(value, ensure_ascii=False)

@@ -57,7 +57,7 @@ class DemoError(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class TourPaths:
     """The paths of the tour. Relative paths stay relative: they are printed in commands."""
 
     directory: Path
@@ -73,7 +73,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Server:
+class TourServer:
     """A running server, and its API keys for this run."""
 
     address: str
@@ -142,7 +142,7 @@ def demo(
     signal.signal(signal.SIGTERM, _interrupt)  # otherwise the server would outlive the tour
     try:
         with _socket_place(directory) as socket_path:
-            return _take(tour, Place(directory, socket_path))
+            return _take(tour, TourPaths(directory, socket_path))
     except DemoError as error:
         print(f"progressdb demo: {error}", file=sys.stderr)
         return 1
@@ -154,7 +154,7 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _take(tour: Tour, place: Place) -> int:
+def _take(tour: Tour, place: TourPaths) -> int:
     with _running(tour, place) as server:
         thread, earlier = _conversation(tour, server)
         planted = _write(tour, server, thread)
@@ -170,7 +170,7 @@ def _take(tour: Tour, place: Place) -> int:
 
 
 # --- the steps --------------------------------------------------------------------------------------------------
-def _conversation(tour: Tour, server: Server) -> tuple[str, list[dict[str, Any]]]:
+def _conversation(tour: Tour, server: TourServer) -> tuple[str, list[dict[str, Any]]]:
     """The tour's thread, and its messages of earlier runs."""
     query = urllib.parse.urlencode({"author": AUTHOR, "title": TITLE})
     threads = json.loads(server.call("GET", f"/v1/threads?{query}"))["threads"]
@@ -186,7 +186,7 @@ def _conversation(tour: Tour, server: Server) -> tuple[str, list[dict[str, Any]]
     return thread, []
 
 
-def _write(tour: Tour, server: Server, thread: str) -> list[str]:
+def _write(tour: Tour, server: TourServer, thread: str) -> list[str]:
     """Append this run's messages, each with a planted text that exists nowhere else. Returns the planted texts."""
     planted = [f"violet-heron-{secrets.token_hex(8)}", f"copper-otter-{secrets.token_hex(8)}"]
     said = [(AUTHOR, "user", f"The door code is {planted[0]}."), ("assistant", "assistant", f"Noted: {planted[1]}.")]
@@ -199,7 +199,7 @@ def _write(tour: Tour, server: Server, thread: str) -> list[str]:
 
 
 def _read_back(
-    tour: Tour, server: Server, thread: str, planted: list[str], earlier: list[dict[str, Any]]
+    tour: Tour, server: TourServer, thread: str, planted: list[str], earlier: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     target = f"/v1/messages?thread={thread}"
     tour.step("Read the conversation back", _curl(server, target))
@@ -214,7 +214,7 @@ def _read_back(
     return messages
 
 
-def _show_record(tour: Tour, server: Server, thread: str) -> tuple[str, bytes]:
+def _show_record(tour: Tour, server: TourServer, thread: str) -> tuple[str, bytes]:
     """The record's storage key and bytes."""
     prefix = f"thread:{thread}:msg:"
     keys = json.loads(server.call("GET", f"/admin/keys?prefix={urllib.parse.quote(prefix)}", admin=True))["keys"]
@@ -231,7 +231,7 @@ def _show_record(tour: Tour, server: Server, thread: str) -> tuple[str, bytes]:
     return key, raw
 
 
-def _rotate_kek(tour: Tour, place: Place) -> None:
+def _rotate_kek(tour: Tour, place: TourPaths) -> None:
     socket_path = shlex.quote(str(place.socket))
     tour.step(
         "Rotate the key-encryption key: every conversation's key is wrapped under the new one",
@@ -246,7 +246,7 @@ def _rotate_kek(tour: Tour, place: Place) -> None:
 
 
 def _rotate_dek(
-    tour: Tour, server: Server, thread: str, record: tuple[str, bytes], messages: list[dict[str, Any]]
+    tour: Tour, server: TourServer, thread: str, record: tuple[str, bytes], messages: list[dict[str, Any]]
 ) -> None:
     """Give the conversation a new key, and show the same message under both."""
     stored_key, before = record
@@ -267,7 +267,7 @@ def _rotate_dek(
     tour.check(again == messages, f"all {len(again)} messages read as before")
 
 
-def _show_status(tour: Tour, place: Place) -> str:
+def _show_status(tour: Tour, place: TourPaths) -> str:
     """Print the main figures. Returns the current head of the audit log, `seq:sig`."""
     tour.step(
         "Ask the key service for its status",
@@ -286,7 +286,7 @@ def _show_status(tour: Tour, place: Place) -> str:
     return f"{status.audit.head.seq}:{status.audit.head.sig}"
 
 
-def _search_disk(tour: Tour, place: Place, thread: str, planted: list[str], texts: list[str]) -> None:
+def _search_disk(tour: Tour, place: TourPaths, thread: str, planted: list[str], texts: list[str]) -> None:
     """Search after the stop, when the store has written its memory to disk."""
     tour.step(
         "Stop the server, and search every byte on disk: store, keys, audit log and the server's log",
@@ -309,7 +309,7 @@ def _search_disk(tour: Tour, place: Place, thread: str, planted: list[str], text
     )
 
 
-def _verify_audit(tour: Tour, place: Place, head: str) -> None:
+def _verify_audit(tour: Tour, place: TourPaths, head: str) -> None:
     command = ["audit", "verify", "--data-dir", str(place.kms_data), "--expect-head", head]
     tour.step("Verify the audit log: who did what with which key", shlex.join([_program("minikms"), *command]))
     done = subprocess.run(  # noqa: S603 - our own program, our own arguments
@@ -323,22 +323,16 @@ def _verify_audit(tour: Tour, place: Place, head: str) -> None:
     )
     for line in (done.stdout + done.stderr).splitlines():
         tour.line(line)
-    tour.check(
-        done.returncode == 0,
-        "every line is there, unaltered and in order, the head that /status named too",
-    )
+    tour.check(done.returncode == 0, "every line is there, unaltered and in order, the head that /status named too")
 
 
 # --- the server -------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _running(tour: Tour, place: Place) -> Iterator[Server]:
+def _running(tour: Tour, place: TourPaths) -> Iterator[TourServer]:
     """The real server, as a process that is stopped at the end. Raises DemoError if it does not start or stop."""
     _make_own_directory(place.directory)
-    server = Server(f"127.0.0.1:{_free_port()}", secrets.token_urlsafe(12), secrets.token_urlsafe(12))
-    tour.step(
-        "Start the server, which starts miniKMS, the key service",
-        _server_command(place, server),
-    )
+    server = TourServer(f"127.0.0.1:{_free_port()}", secrets.token_urlsafe(12), secrets.token_urlsafe(12))
+    tour.step("Start the server, which starts miniKMS, the key service", _server_command(place, server))
     with place.server_log.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - our own program, our own arguments
             [sys.executable, "-P", "-m", "progressdb_server", *_flags(place, server)],
@@ -375,7 +369,7 @@ def _make_own_directory(directory: Path) -> None:
             raise DemoError(f"{path} belongs to uid {owner}, and you are uid {os.geteuid()}; {OTHER_DIRECTORY}")
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], server: Server, place: Place) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], server: TourServer, place: TourPaths) -> None:
     end = time.monotonic() + READY_S_MAX
     while True:
         try:
@@ -389,18 +383,18 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: Server, place: P
         return
 
 
-def _flags(place: Place, server: Server) -> list[str]:
+def _flags(place: TourPaths, server: TourServer) -> list[str]:
     return ["--dev", "--addr", server.address, "--db", str(place.directory)]
 
 
-def _variables(place: Place, server: Server) -> dict[str, str]:
+def _variables(place: TourPaths, server: TourServer) -> dict[str, str]:
     variables = {"PROGRESSDB_API_BACKEND_KEYS": server.backend_key, "PROGRESSDB_API_ADMIN_KEYS": server.admin_key}
     if not place.socket.is_relative_to(place.directory):
         variables["PROGRESSDB_KMS_SOCKET"] = str(place.socket)
     return variables
 
 
-def _server_command(place: Place, server: Server) -> str:
+def _server_command(place: TourPaths, server: TourServer) -> str:
     variables = [f"{name}={shlex.quote(value)}" for name, value in _variables(place, server).items()]
     return " ".join([*variables, shlex.join([_program("progressdb"), *_flags(place, server)])])
 
@@ -447,7 +441,7 @@ def _kms_status(path: Path) -> api.StatusAnswer:
         raise DemoError(f"miniKMS did not say how it is: {error}") from None
 
 
-def _curl(server: Server, target: str, body: object = None, *, admin: bool = False) -> str:
+def _curl(server: TourServer, target: str, body: object = None, *, admin: bool = False) -> str:
     words = ["curl", "-s", "-H", f"X-API-Key: {server.admin_key if admin else server.backend_key}"]
     if body is not None:
         words += ["-d", json.dumps(body)]

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from minikms.usage import PathText
 
 if TYPE_CHECKING:
-    from progressdb_server.config import Loaded
+    from progressdb_server.config import LoadedConfig
 
 
 class CommandError(Exception):
@@ -36,8 +36,7 @@ MasterKeyFile = Annotated[
     Parameter(help="File with the root key for miniKMS: 64 hex characters [PROGRESSDB_MINIKMS_MASTER_KEY_FILE]."),
 ]
 Dev = Annotated[
-    bool | None,
-    Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].", negative=()),
+    bool | None, Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].", negative=())
 ]
 Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
 Url = Annotated[
@@ -59,7 +58,7 @@ def load_config(
     dev: bool | None = None,
     log_format: str | None = None,
     with_data: bool = True,
-) -> Loaded:
+) -> LoadedConfig:
     """The configuration of these flags, the environment and the file. Raises ConfigError."""
     from progressdb_server.config import load
 

@@ -13,26 +13,38 @@ The receipt is the audit line of the key service, whose request id is the job's 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection
 from typing import Final
 
 from minikms.api.errors import KmsRefusedError
 from minikms.logs import structlog
-from progressdb_server.jobs.states import Job, changed
-from progressdb_server.jobs.table import JobTable
+from progressdb_server.jobs.runner import Kind, Runner
+from progressdb_server.jobs.states import Job, JobError, changed
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
-from progressdb_server.store.model import Store
+from progressdb_server.store.conversations import Conversations
 
 CHUNK_RECORDS_MAX: Final = 256
 
 _log = structlog.get_logger("progressdb.jobs")
 
 
-class KeyDestruction:
-    def __init__(self, store: Store, provider: Provider, table: JobTable) -> None:
+class KeyDestruction(Kind):
+    def __init__(self, runner: Runner, store: Conversations, provider: Provider) -> None:
+        self._runner = runner
+        self._table = runner.table
         self._store = store
         self._provider = provider
-        self._table = table
+
+    async def begin(self) -> None:
+        """Destroy the old keys that are due. One that can't be destroyed does not delay the others."""
+        for page in self._table.pages():
+            for job in page:
+                if 0 < job.destroy_at_ns <= self._table.now_ns() and not self._runner.has_job(job.thread):
+                    with contextlib.suppress(JobError):  # a job on the thread was begun, or the row removed, meanwhile
+                        async with self._runner.alone(job):
+                            await self.attempt(job.id)
+            await asyncio.sleep(0)
 
     async def attempt(self, job_id: str) -> bool:
         """Destroy the old keys of a job if they are due. Returns whether it did. The caller makes sure that no other

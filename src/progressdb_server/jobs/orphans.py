@@ -15,6 +15,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Final, NamedTuple
@@ -22,8 +23,10 @@ from typing import Final, NamedTuple
 from minikms.api import KeyAnswer
 from minikms.api.errors import KmsError
 from minikms.logs import structlog
+from progressdb_server.jobs.runner import Kind
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
-from progressdb_server.store.model import Store, StoreUnavailableError
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import StoreUnavailableError
 
 ORPHAN_AGE_S: Final = 60
 """Longer than a create of a key may be on its way (`kms.provider`)."""
@@ -50,12 +53,12 @@ class Retired(NamedTuple):
     why: str
 
 
-class OrphanedKeys:
+class OrphanedKeys(Kind):
     """`has_job`: whether a job works on a thread. Belongs to one event loop."""
 
     def __init__(
         self,
-        store: Store,
+        store: Conversations,
         provider: Provider,
         has_job: Callable[[str], bool],
         *,
@@ -68,20 +71,23 @@ class OrphanedKeys:
         self._has_job = has_job
         self._exclusive = exclusive
         self._age_s = age_s
+        self.first_s = age_s  # every key of earlier runs is old enough then
         self._now_s = now_s
         self._walking = asyncio.Lock()
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Retire the orphans of earlier runs, in the background."""
         # Read now: what is written during this run says nothing about the age of the store.
-        made_before_s = min(self._now_s(), self._store.newest_ns / 1_000_000_000)
-        self._task = asyncio.get_running_loop().create_task(self._at_start(made_before_s))
+        self._made_before = _rfc3339(min(now_s(), store.newest_ns / 1_000_000_000))
 
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+    async def begin(self) -> None:
+        """Retire the orphans of earlier runs, in one walk."""
+        if self._exclusive:
+            self.every_s = RETRY_S
+            try:
+                await self.retire(made_before=self._made_before)
+            except KmsError as error:
+                if fault(error) is Fault.SERVICE:
+                    raise
+                _log.warning("orphaned_keys_not_retired", reason=str(error))  # it would refuse again
+        self.every_s = math.inf
 
     async def find(self) -> AsyncIterator[list[KeyAnswer]]:
         """The orphans, page by page. Raises KmsError, StoreUnavailableError."""
@@ -120,20 +126,6 @@ class OrphanedKeys:
                     _log.warning("orphaned_key_retired", key=key.key_id, thread=key.thread_id, made=key.created_at)
             why = "" if not left else SHARED if not self._exclusive else MORE
             return Retired(retired, left, why)
-
-    async def _at_start(self, made_before_s: float) -> None:
-        """One walk, once every key of earlier runs is old enough for it."""
-        pause_s = self._age_s
-        while self._exclusive:
-            await asyncio.sleep(pause_s)
-            try:
-                await self.retire(made_before=_rfc3339(made_before_s))
-                return
-            except (KmsError, StoreUnavailableError) as error:
-                _log.warning("orphaned_keys_not_retired", reason=str(error))
-                if isinstance(error, KmsError) and fault(error) is not Fault.SERVICE:
-                    return  # it would refuse again
-            pause_s = RETRY_S
 
 
 def _rfc3339(unix_s: float) -> str:

@@ -1,6 +1,8 @@
-"""The rotation of one thread's key, from any point at which an earlier run of it may have ended, and its pace.
+"""Rotations of threads' keys: which threads are due, and the steps of a job, from wherever an earlier run has ended.
 
-Owns: the steps, what is written in each, and when the next chunk may begin (`Pace`). Invariants:
+Owns: the rule for keys that are due (`Due`), the steps, what is written in each, and the backups that a job keeps.
+Invariants:
+- Only a thread's current key of purpose `thread` is ever due.
 - The row is stored, then the key is made, then the thread's key and the row are switched in one write. Until that write
   no pause or cancel is accepted (`Job.keying`): the old key may be retired already. Writes of the thread wait while an
   attempt makes and switches the key. Between two attempts, a write may give the thread another key; the next attempt
@@ -10,9 +12,6 @@ Owns: the steps, what is written in each, and when the next chunk may begin (`Pa
 - Plaintext does not leave the key service, neither while records are re-encrypted nor when they are read back.
 - A job ends as `done` only after a pass over the whole thread found every record under the new key and opened it, found
   as many backups as it has re-encrypted records, and left the thread one active key.
-- Over any longer time a job works at no more than its rate; of an idle time, or of a chunk that took long, no more than
-  BEHIND_S_MAX is made up for.
-What the store and the key service can't do now is tried again; what they refuse ends the job as `failed`.
 """
 
 from __future__ import annotations
@@ -21,25 +20,42 @@ import asyncio
 import contextlib
 import copy
 import time
-import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Final, NamedTuple
+
+import msgspec
 
 from minikms import api
-from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
+from minikms.api import KeyAnswer
+from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import ReencryptItem
 from minikms.logs import structlog
-from progressdb_server.jobs.states import AT_WORK, Failure, Job, changed, move, named, with_source
-from progressdb_server.jobs.table import JobTable, PendingRow, Row
-from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
+from progressdb_server.config import Rotation
+from progressdb_server.jobs.runner import Kind, Pace, Runner
+from progressdb_server.jobs.states import (
+    AT_WORK,
+    Failure,
+    Job,
+    JobConflictError,
+    JobFailedError,
+    changed,
+    move,
+    named,
+    with_source,
+)
+from progressdb_server.jobs.table import PendingRow, Row
+from progressdb_server.kms.provider import Fault, Provider, fault, is_permanent, key_pages
+from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     Chunk,
     ConditionFailedError,
     Record,
+    Restored,
     StaleRowError,
-    Store,
     StoreUnavailableError,
+    ThreadNotFoundError,
 )
 
 CHUNK_RECORDS_MAX: Final = 512
@@ -52,45 +68,37 @@ SCAN_COST: Final = 0.1
 VERIFY_COST: Final = 0.5
 """What reading a record that needs no re-encryption, and reading one back through the key service, counts against a
 rate of records."""
-RETRY_S_MIN: Final = 0.1
-RETRY_S_MAX: Final = 5.0
 PROGRESS_S: Final = 1.0
 """How often a verification stores its progress, which is also when it notices a pause."""
-
-BEHIND_S_MAX: Final = 0.1
-"""Beside requests every chunk begins a little late: without making up for that, a rate is never reached."""
+SWITCH_RETRY_S: Final = 0.1
+COUNTED_RECORDS: Final = 1024
+"""Records of a thread that are counted before other tasks get a turn."""
+PAGE_PAUSE_S: Final = 0.02
+"""Between two pages of keys, each of which the key service reads from files."""
+KEY_WAIT_S: Final = 5.0
+"""How long an answer waits for the new key. The job continues after that."""
 MALFORMED: Final = "malformed"
 
 _log = structlog.get_logger("progressdb.jobs")
 
 
-class RotationFailedError(Exception):
-    """The job can't go on; the text says why."""
+class Due(msgspec.Struct, frozen=True):
+    """A key is due when it is at least `age_s` old, when so many records were written under it (`uses`; those that a
+    rotation has moved to it don't count), or when it is under this KEK version; None: never for that reason.
+    """
+
+    age_s: int | None = None
+    uses: int | None = None
+    kek_version: int | None = None
+
+    def why(self, key: KeyAnswer, now_ns: int) -> str:
+        """The reason in a word, empty when the key is not due; `uses` aside."""
+        if self.age_s is not None and now_ns - _nanoseconds(key.created_at) >= self.age_s * 1_000_000_000:
+            return "age"
+        return "kek_version" if self.kek_version is not None and key.kek_version == self.kek_version else ""
 
 
-class Pace:
-    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """`per_second` 0: without a bound."""
-        self._per_second = per_second
-        self._clock = clock
-        self._free_at = 0.0
-
-    @property
-    def bounded(self) -> bool:
-        return self._per_second > 0
-
-    async def take(self, cost: float) -> None:
-        """Wait until work of this cost may begin; other tasks always get a turn."""
-        if not self.bounded:
-            await asyncio.sleep(0)
-            return
-        now = self._clock()
-        begins_at = max(now - BEHIND_S_MAX, self._free_at)
-        self._free_at = begins_at + cost / self._per_second
-        await asyncio.sleep(max(0.0, begins_at - now))
-
-
-class _Step(NamedTuple):
+class _Reencrypted(NamedTuple):
     """A chunk, re-encrypted: records with their new sealed parts, and the failures."""
 
     moved: list[tuple[Record, bytes]]
@@ -98,77 +106,155 @@ class _Step(NamedTuple):
     chunk: Chunk
 
 
-class KeyRotation:
-    def __init__(self, store: Store, provider: Provider, table: JobTable, *, exclusive: bool) -> None:
+class KeyRotation(Kind):
+    name: ClassVar[str] = "rotation"
+    every_s = 3600.0
+
+    def __init__(
+        self,
+        runner: Runner,
+        store: Conversations,
+        provider: Provider,
+        settings: Rotation,
+        *,
+        exclusive: bool,
+        destroys: bool,
+    ) -> None:
+        """`exclusive` and `destroys` as in `jobs.service.Jobs`."""
+        self._runner = runner
+        self._table = runner.table
         self._store = store
         self._provider = provider
-        self._table = table
+        self._settings = settings
         self._exclusive = exclusive
+        self._destroys = destroys
 
-    async def run(self, job_id: str, pace: Pace) -> None:
-        """Work on the job until it is finished, paused or cancelled."""
-        await self._persist(job_id, lambda: self._advance(job_id, pace))
+    # --- beginning ------------------------------------------------------------------------------------------------
+    async def rotate(
+        self,
+        thread: str,
+        *,
+        rate: int | None = None,
+        destroy_after_s: int = 0,
+        trigger: str = "admin",
+        later: bool = False,
+    ) -> Job:
+        """Start a rotation, or return the unfinished one. When this returns, the thread has the new key, unless the key
+        service is unavailable. With `later` it keeps its old key until a worker starts the job. Raises
+        ThreadNotFoundError, TooManyJobsError, JobConflictError, StoreUnavailableError."""
+        if destroy_after_s and not self._destroys:
+            raise JobConflictError("no gateway takes a request to destroy a key: leave destroy_old_after out")
+        self.require([thread])
+        fields = {"rate": rate, "destroy_after_s": destroy_after_s, "trigger": trigger, "keying": not later}
+        job = await self._runner.add(self, thread, **fields)
+        if not later:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(KEY_WAIT_S):
+                    async for now in self._runner.watch(job.id, pause_s=0):
+                        if not now.keying:
+                            break
+        return self._table.get(job.id)
 
-    async def switch_key(self, job_id: str) -> None:
-        """Give the thread its new key, unless that was done before. Tries until it has it or the job has failed."""
-        await self._persist(job_id, lambda: self._switch_key(job_id))
+    async def select(self, due: Due | None, *, rate: int | None = None, destroy_after_s: int = 0) -> AsyncIterator[Job]:
+        """Rotate every thread whose key is due, with None every thread. Yields each job when it is queued. Raises
+        KmsError for what the key service would refuse again."""
+        threads = (
+            self._store.threads_with_keys() if due is None else (found async for found, _ in self.due_threads(due))
+        )
+        try:
+            async for thread in threads:
+                yield await self.rotate(thread, rate=rate, destroy_after_s=destroy_after_s, later=True)
+        except KmsError as error:
+            if is_permanent(error):
+                raise
+            raise StoreUnavailableError("the key service can't list its keys now") from error
 
-    async def _persist(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
-        delay_s, at = RETRY_S_MIN, 0
-        while True:
-            try:
-                job = self._table.get(job_id)
-                if job.state not in AT_WORK:
-                    return
-                if job.updated_ns != at:
-                    delay_s, at = RETRY_S_MIN, job.updated_ns
-                try:
-                    await work()
-                    return
-                except RotationFailedError as error:
-                    await self._fail(job_id, str(error))
-                except (StaleRowError, StoreUnavailableError, ConditionFailedError):
-                    raise
-                except KmsError as error:
-                    if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
-                        raise
-                    await self._fail(job_id, f"the key service refused ({error.code})")
-                except Exception as error:  # noqa: BLE001  a defect ends this job, with a reason, and no other one
-                    lines = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-                    _log.error("job_broken", job=job_id, error=type(error).__qualname__, at=lines)
-                    await self._fail(job_id, f"internal error ({type(error).__qualname__})")
-            except StaleRowError:  # an operator changed it, or the disk took more than it reported: read the row again
-                await asyncio.sleep(0)
-            except (KmsError, StoreUnavailableError, ConditionFailedError) as error:
-                if isinstance(error, SealedError):
-                    self._store.halt_sealed()
-                wait_s = max(delay_s, error.retry_after_s) if isinstance(error, LimitExceededError) else delay_s
-                _log.warning("job_waits", job=job_id, reason=str(error), retry_s=wait_s)
-                await asyncio.sleep(wait_s)
-                delay_s = min(delay_s * 2, RETRY_S_MAX)
+    async def due_threads(self, due: Due) -> AsyncIterator[tuple[str, str]]:
+        """Each thread whose current key is due, with the reason. Raises KmsError."""
+        now_ns = self._table.now_ns()
+        async for page in key_pages(self._provider, state="active"):
+            for key in page.keys:
+                if key.purpose != "thread" or self._store.key_of_thread(key.thread_id) != key.key_id:
+                    continue
+                if why := due.why(key, now_ns) or await self._worn(key, due.uses):
+                    yield key.thread_id, why
+            if page.next_cursor is not None:
+                await asyncio.sleep(PAGE_PAUSE_S)
 
-    async def _fail(self, job_id: str, reason: str) -> None:
-        """The job has failed, unless somebody has paused or cancelled it meanwhile. Raises StaleRowError,
-        StoreUnavailableError; then the work fails again."""
-        row = self._table.row(job_id)
-        if row.job.state in AT_WORK:
-            await self._table.store(row, move(row.job, "fail", reason=reason, keying=False))
-            _log.error("job_failed", job=job_id, reason=reason)
+    async def _worn(self, key: KeyAnswer, uses: int | None) -> str:
+        """`uses` if so many records were written since the thread has the key; empty if not."""
+        left = uses
+        if left is None:
+            return ""
+        since_ns = _nanoseconds(key.created_at)
+        for count in self._store.count_records(key.thread_id, COUNTED_RECORDS, since_ns=since_ns):
+            left -= count
+            if left <= 0:
+                return "uses"
+            await asyncio.sleep(0)
+        return ""
 
-    async def _advance(self, job_id: str, pace: Pace) -> None:
-        await self._switch_key(job_id)
+    def require(self, threads: Iterable[str]) -> None:
+        """Raises ThreadNotFoundError unless each can be rotated."""
+        if any(self._store.key_of_thread(thread) is None for thread in threads):
+            raise ThreadNotFoundError
+
+    async def begin(self) -> None:
+        """Queue the threads whose keys have reached the configured age or number of records."""
+        settings = self._settings
+        due = Due(age_s=settings.max_age_s or None, uses=settings.max_uses or None)
+        if due == Due():
+            return
+        destroy_after_s = settings.destroy_old_after_s
+        async for thread, why in self.due_threads(due):
+            with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # tried again in an hour
+                await self.rotate(thread, destroy_after_s=destroy_after_s, trigger=f"max_{why}", later=True)
+
+    def resume(self, job: Job) -> Job:
+        if job.restored_ns:
+            raise JobConflictError("the job's backups were restored: rotate the thread's key again")
+        if job.new_key and self._store.key_of_thread(job.thread) != job.new_key:
+            raise JobConflictError("a later rotation has given the thread another key")
+        if job.state == "failed":
+            return move(job, "resume", cursor="", moved=0, failed=0, failures=(), reason="")
+        return move(job, "resume")
+
+    # --- backups --------------------------------------------------------------------------------------------------
+    async def restore(self, job_id: str) -> Restored:
+        """Put the old ciphertexts of the job's records back, and cancel the destruction of the old keys. Raises
+        JobConflictError."""
+        job = self._table.get(job_id)
+        async with self._runner.alone(job):
+            if job.destroyed_ns:
+                raise JobConflictError("the key of these backups was destroyed")
+            keeps = {"destroy_at_ns": 0, "destroy_after_s": 0, "census_ns": 0, "destroy_waits_for": ""}
+            await self._table.change(job_id, lambda now: changed(now, restored_ns=self._table.now_ns(), **keeps))
+            restored = await self._store.restore_kept(job_id)
+        _log.info("backups_restored", job=job_id, restored=restored.restored, kept=restored.kept)
+        return restored
+
+    async def drop_backups(self, job_id: str) -> int:
+        """Remove the job's backups; returns how many there were. Raises JobConflictError."""
+        async with self._runner.alone(self._table.get(job_id)):
+            dropped = await self._table.drop_backups(job_id)
+        _log.info("backups_dropped", job=job_id, dropped=dropped)
+        return dropped
+
+    # --- the steps ------------------------------------------------------------------------------------------------
+    async def step(self, job_id: str, pace: Pace) -> None:
+        await self.prepare(job_id)
         row = self._table.row(job_id)
         if row.job.state == "queued":
             row = await self._table.store(row, move(row.job, "start"))
         if self._key_of(row.job.thread) != row.job.new_key:
-            raise RotationFailedError("a later rotation has given the thread another key")
+            raise JobFailedError("a later rotation has given the thread another key")
         if not row.job.total:
             row = await self._table.store(row, changed(row.job, total=await self._count(row.job.thread)))
         while row.job.state in AT_WORK:
             if row.job.state == "running":
                 row = await self._migrate(row, pace)
                 if row.job.failed and not row.job.moved:
-                    raise RotationFailedError(f"{row.job.failed} records could not be re-encrypted")
+                    raise JobFailedError(f"{row.job.failed} records could not be re-encrypted")
                 row = await self._table.store(row, move(row.job, "verify", cursor="", verified=0))
             row = await self._verify(row, pace)
 
@@ -183,10 +269,11 @@ class KeyRotation:
     def _key_of(self, thread: str) -> str:
         key_id = self._store.key_of_thread(thread)
         if key_id is None:
-            raise RotationFailedError("the thread has no key")
+            raise JobFailedError("the thread has no key")
         return key_id
 
-    async def _switch_key(self, job_id: str) -> None:
+    async def prepare(self, job_id: str) -> None:
+        """Give the thread its new key, unless that was done before."""
         row = self._table.row(job_id)
         job = row.job
         if job.new_key:
@@ -210,7 +297,7 @@ class KeyRotation:
             except StaleRowError:
                 continue
             except StoreUnavailableError:  # the write may have succeeded: read the row again
-                await asyncio.sleep(RETRY_S_MIN)
+                await asyncio.sleep(SWITCH_RETRY_S)
             except ConditionFailedError:
                 with contextlib.suppress(KmsError):  # where it is exclusive, the next rotation retires it
                     await self._provider.retire_key(new, request_id=job_id)
@@ -247,7 +334,7 @@ class KeyRotation:
         their way to the disk; each is written after the one before it, or not at all. Whatever fails, the pass begins
         again at the stored cursor."""
         job = row.job
-        ahead: deque[asyncio.Task[_Step]] = deque()
+        ahead: deque[asyncio.Task[_Reencrypted]] = deque()
         writing: deque[PendingRow] = deque()
         chunks = self._store.record_chunks(job.thread, _chunk_records(pace), behind=job.cursor, to_now=True)
         try:
@@ -272,7 +359,7 @@ class KeyRotation:
             await _cancel(ahead)
             await asyncio.gather(*(pending.write.done for pending in writing), return_exceptions=True)
 
-    async def _reencrypt(self, job: Job, chunk: Chunk, left: Sequence[Record]) -> _Step:
+    async def _reencrypt(self, job: Job, chunk: Chunk, left: Sequence[Record]) -> _Reencrypted:
         self._store.check_halted()
         moved: list[tuple[Record, bytes]] = []
         failures = [Failure(_shown(key), MALFORMED) for key in chunk.malformed]
@@ -286,7 +373,7 @@ class KeyRotation:
                 else:
                     failures.append(_failure(found, outcome))
         self._store.check_halted()
-        return _Step(moved, failures, chunk)
+        return _Reencrypted(moved, failures, chunk)
 
     async def _reencrypt_from(
         self, job: Job, key_id: str, records: Sequence[Record]
@@ -297,12 +384,12 @@ class KeyRotation:
             if fault(error) is Fault.SERVICE:
                 raise
             if error.code == api.CODE_KEY_RETIRED:
-                raise RotationFailedError(f"the new key can't be used ({error.code})") from error
+                raise JobFailedError(f"the new key can't be used ({error.code})") from error
             # One of the two keys is at fault. If the new one encrypts, it is the one that the records are under.
             await self._provider.encrypt(job.new_key, b"", aad=job.id.encode(), thread_id=job.thread, request_id=job.id)
             return [copy.copy(error)] * len(records)  # without the traceback, which leads to the caller
 
-    def _write(self, row: Row, step: _Step) -> PendingRow:
+    def _write(self, row: Row, step: _Reencrypted) -> PendingRow:
         job = row.job
         sources = job.sources
         for key_id in {found.key_id for found, _ in step.moved}:
@@ -347,7 +434,7 @@ class KeyRotation:
             row = await self._table.store(
                 row, changed(row.job, failed=row.job.failed + len(broken), failures=named(row.job.failures, broken))
             )
-            raise RotationFailedError(f"{len(broken)} records do not open under the new key")
+            raise JobFailedError(f"{len(broken)} records do not open under the new key")
         if left:
             again = move(row.job, "again", cursor="", moved=0, failed=0, failures=(), verified=verified)
             return await self._table.store(row, again)
@@ -369,7 +456,7 @@ class KeyRotation:
             kept += entries
             await pace.take(SCAN_COST * entries)
         if kept != row.job.backups:
-            raise RotationFailedError(f"{row.job.backups} backups were made, {kept} are there")
+            raise JobFailedError(f"{row.job.backups} backups were made, {kept} are there")
         await self._retire_unused(row.job)
         job = row.job
         due_ns = self._table.now_ns() + job.destroy_after_s * 1_000_000_000 if job.destroy_after_s else 0
@@ -402,3 +489,9 @@ async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
 
 def _shown(key: bytes) -> str:
     return key.decode("ascii", errors="backslashreplace")
+
+
+def _nanoseconds(rfc3339: str) -> int:
+    moment = datetime.fromisoformat(rfc3339)
+    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
+    return (since.days * 86_400 + since.seconds) * 1_000_000_000 + since.microseconds * 1000

@@ -12,6 +12,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from progressdb_server.store.model import StatusError
+
 State = Literal["queued", "running", "paused", "verifying", "done", "failed", "cancelled"]
 Move = Literal["start", "verify", "again", "finish", "fail", "pause", "resume", "cancel"]
 
@@ -43,15 +45,14 @@ SOURCES_MAX: Final = 32
 """Keys that a job remembers to have found records under."""
 
 
-class JobError(Exception):
+class JobError(StatusError):
     """Base of the tree; never raised itself. Its texts may be shown to an operator."""
+
+    status = 409
 
 
 class JobNotFoundError(JobError):
-    """No job has this id."""
-
-    def __init__(self) -> None:
-        super().__init__("job not found")
+    status, text = 404, "job not found"
 
 
 class JobConflictError(JobError):
@@ -61,8 +62,12 @@ class JobConflictError(JobError):
 class TooManyJobsError(JobError):
     """The bound of unfinished jobs is reached."""
 
-    def __init__(self) -> None:
-        super().__init__("too many jobs are unfinished: wait for some of them")
+    status, text = 503, "too many jobs are unfinished: wait for some of them"
+    retry_after_s = 60
+
+
+class JobFailedError(JobError):
+    """The job can't go on; the text says why."""
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
@@ -73,7 +78,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Job(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One rotation of one thread's key; the row of a job (docs/spec/jobs.md).
+    """The row of a job (docs/spec/jobs.md). `kind` names its kind; keys and backups are those of a rotation.
 
     `keying`: the new key may have been made already and is not the thread's yet. `sources`: every key that records were
     found under. `cursor`: the last storage key that this pass has finished; `moved` and `failed` count in this pass,
@@ -107,6 +112,7 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     census_ns: int = 0
     destroyed_ns: int = 0
     destroy_waits_for: str = ""
+    kind: str = "rotation"
 
     @property
     def unfinished(self) -> bool:
@@ -146,26 +152,16 @@ def with_source(sources: tuple[str, ...], key_id: str) -> tuple[str, ...]:
     return sources if key_id in sources or len(sources) >= SOURCES_MAX else (*sources, key_id)
 
 
+_SHOWN_FIRST: Final = {"id": "job_id", "thread": "thread_id", "kind": "kind", "state": "status"}
+_NOT_SHOWN: Final = frozenset({"keying", "sources", "cursor", "moved", "rate", "census_ns", "destroy_after_s"})
+SHOWN: Final = _SHOWN_FIRST | {
+    name: name for name in Job.__struct_fields__ if name not in _NOT_SHOWN and name not in _SHOWN_FIRST
+}
+"""The fields of a row that an operator sees, and their names there."""
+
+
 def view(job: Job) -> dict[str, object]:
     """What an operator sees of a job."""
-    return {
-        "job_id": job.id,
-        "thread_id": job.thread,
-        "status": job.state,
-        "done": job.done,
-        "total": max(job.total, job.done + job.failed),
-        "failed": job.failed,
-        "old_key": job.old_key,
-        "new_key": job.new_key,
-        "verified": job.verified,
-        "backups": job.backups,
-        "reason": job.reason,
-        "failures": [{"key": failure.key, "code": failure.code} for failure in job.failures],
-        "trigger": job.trigger,
-        "created_ns": job.created_ns,
-        "updated_ns": job.updated_ns,
-        "restored_ns": job.restored_ns,
-        "destroy_at_ns": job.destroy_at_ns,
-        "destroy_waits_for": job.destroy_waits_for,
-        "destroyed_ns": job.destroyed_ns,
-    }
+    shown: dict[str, object] = {shown: getattr(job, name) for name, shown in SHOWN.items()}
+    failures = [msgspec.structs.asdict(failure) for failure in job.failures]
+    return {**shown, "total": max(job.total, job.done + job.failed), "failures": failures}

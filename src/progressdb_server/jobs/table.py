@@ -15,9 +15,10 @@ from typing import Final, NamedTuple
 import msgspec
 
 from progressdb_server.jobs.states import Job, JobNotFoundError, changed
-from progressdb_server.store.model import RowWrite, StaleRowError, Step, Store
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import RowWrite, StaleRowError, WriteSet
 
-_NOTHING: Final = Step()
+_NOTHING: Final = WriteSet()
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Job).decode
 
@@ -39,7 +40,7 @@ class PendingRow(NamedTuple):
 class JobTable:
     """The jobs of a store. `now_ns`: the wall clock, Unix nanoseconds."""
 
-    def __init__(self, store: Store, now_ns: Callable[[], int]) -> None:
+    def __init__(self, store: Conversations, now_ns: Callable[[], int]) -> None:
         self._store = store
         self.now_ns = now_ns
         self.changes = 0
@@ -94,7 +95,7 @@ class JobTable:
         await self._store.settle_row(self._store.write_row(job.id, None, _encode(job)))
         self._wake_waiters()
 
-    def submit(self, row: Row, job: Job, step: Step = _NOTHING) -> PendingRow:
+    def submit(self, row: Row, job: Job, step: WriteSet = _NOTHING) -> PendingRow:
         """Replace `row` by `job` and write the step, atomically. The caller may submit a change of the returned row at
         once: it is written after this one, and fails if this one fails."""
         stored = changed(job, updated_ns=self.now_ns())
@@ -102,12 +103,12 @@ class JobTable:
         return PendingRow(Row(raw, stored), self._store.write_row(job.id, row.raw, raw, step))
 
     async def settle(self, pending: PendingRow) -> Row:
-        """Wait until a submitted row is durable. Raises the errors of `Store.settle_row`."""
+        """Wait until a submitted row is durable. Raises the errors of `Conversations.settle_row`."""
         await self._store.settle_row(pending.write)
         self._wake_waiters()
         return pending.row
 
-    async def store(self, row: Row, job: Job, step: Step = _NOTHING) -> Row:
+    async def store(self, row: Row, job: Job, step: WriteSet = _NOTHING) -> Row:
         """Submit and settle."""
         return await self.settle(self.submit(row, job, step))
 

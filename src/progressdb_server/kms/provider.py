@@ -125,7 +125,7 @@ class Provider(Protocol):
     async def close(self) -> None: ...
 
 
-class Reading:
+class RequestReads:
     """A request of a client, for which records may be opened. `opened` is how many were."""
 
     __slots__ = ("opened", "request_id")
@@ -135,7 +135,7 @@ class Reading:
         self.opened = 0
 
 
-READING: Final[ContextVar[Reading | None]] = ContextVar("progressdb_reading", default=None)
+READING: Final[ContextVar[RequestReads | None]] = ContextVar("progressdb_reading", default=None)
 """The request that is being handled, so that every record that is opened for it gets its id in the audit log, however
 it is read (docs/decisions/0130-who-read-a-thread.md). None for work of the server's own."""
 
@@ -163,7 +163,8 @@ class RemoteProvider(AsyncClient):
 
     def __init__(self, address: str | os.PathLike[str], **arguments: Any) -> None:
         self.metrics = KmsMetrics()
-        super().__init__(address, timeout_s=TIMEOUT_S, wait_s=WAIT_S, on_exchange=self.metrics.exchanged, **arguments)
+        super().__init__(address, timeout_s=TIMEOUT_S, wait_s=WAIT_S, **arguments)
+        self.on_exchange = self.metrics.exchanged
 
     async def status(self) -> api.StatusAnswer:
         try:

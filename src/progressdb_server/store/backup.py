@@ -29,6 +29,7 @@ import msgspec
 
 from minikms.sync import sync_directory, sync_file
 from progressdb_server.store import directory, keyspace
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.model import (
@@ -36,7 +37,6 @@ from progressdb_server.store.model import (
     BackupError,
     BackupExistsError,
     BackupNotFoundError,
-    BackupRegister,
     BackupThereError,
     File,
     FormatError,
@@ -44,7 +44,6 @@ from progressdb_server.store.model import (
     Registered,
     StoreUnavailableError,
 )
-from progressdb_server.store.writer import Write
 
 MANIFEST: Final = "manifest.json"
 STORE: Final = "store"
@@ -55,14 +54,16 @@ _CURRENT: Final = "CURRENT"
 
 
 class Backups(OpenStore):
-    """See `store.model.BackupRegister`."""
+    """Backups of the store. Every method may raise StoreUnavailableError."""
 
     _backing_up = False
 
     async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
+        """Make a verified backup in the new directory `path`, beside running writes; it shares files with the backup
+        `previous`. The key service is backed up after this. Raises BackupError."""
         path = os.path.abspath(path)  # noqa: ASYNC240  no lookup
         if self._backing_up:
-            raise BackupBusyError("another backup is running: wait until it ends")
+            raise BackupBusyError
         if os.path.lexists(path):  # noqa: ASYNC240  one lookup, as short as the engine's own reads
             raise BackupExistsError(f"{path} exists already; a backup never overwrites one")
         self._backing_up = True
@@ -87,6 +88,7 @@ class Backups(OpenStore):
             self._backing_up = False
 
     async def backups(self) -> AsyncIterator[list[Registered]]:
+        """Those that were begun and are not forgotten, oldest first."""
         lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
         while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
@@ -101,6 +103,8 @@ class Backups(OpenStore):
         return msgspec.json.decode(newest, type=Registered).created_ns if newest else -math.inf
 
     async def forget_backup(self, name: str) -> list[Registered]:
+        """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it
+        had. Raises BackupNotFoundError, BackupThereError."""
         found = [known async for page in self.backups() for known in page if known.name == name]
         if not found:
             raise BackupNotFoundError(f"no backup {name} is registered")
@@ -114,7 +118,7 @@ class Backups(OpenStore):
 
 
 @asynccontextmanager
-async def register_offline(path: str) -> AsyncIterator[BackupRegister]:
+async def register_offline(path: str) -> AsyncIterator[Backups]:
     """The backups of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, BackupError."""
     try:
         with directory.open_offline(path) as engine:
@@ -154,13 +158,7 @@ def create(
 
 
 def _made(
-    engine: Engine,
-    path: str,
-    known: dict[str, File],
-    *,
-    created_ns: int,
-    previous: str | None,
-    stop: threading.Event,
+    engine: Engine, path: str, known: dict[str, File], *, created_ns: int, previous: str | None, stop: threading.Event
 ) -> Manifest:
     staging = os.path.join(path, "checkpoint")
     try:

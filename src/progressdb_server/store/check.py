@@ -30,11 +30,11 @@ from minikms.client import DecryptItem
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store import directory, keyspace, membership, record
 from progressdb_server.store.engine import Engine, Reader
-from progressdb_server.store.epoch import Remembered as KeyService
-from progressdb_server.store.idempotency import Remembered
+from progressdb_server.store.epoch import SeenState as KeyService
+from progressdb_server.store.idempotency import IdempotencyRecord
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import RecordUnreadableError, StoreUnavailableError
-from progressdb_server.store.writer import State
+from progressdb_server.store.writer import Counters
 
 CHUNK_ENTRIES: Final = 500
 REPAIR_PASSES_MAX: Final = 4
@@ -59,7 +59,7 @@ _THREAD_INDEXES: Final = {
 """Of each index: how many parts its keys have, and which of them is the thread."""
 
 
-class Finding(NamedTuple):
+class Problem(NamedTuple):
     """`fix`: the puts that repair it, empty if nothing can."""
 
     kind: Kind
@@ -79,7 +79,7 @@ class Checker:
         self._newest = Stamp(0, 0)
         """The highest stamp of a record. A later record must get a higher one."""
 
-    async def run(self) -> AsyncIterator[Finding]:
+    async def run(self) -> AsyncIterator[Problem]:
         lower = b""
         while entries := self._reader.scan(lower, keyspace.END, limit=CHUNK_ENTRIES):
             lower = keyspace.next_key(entries[-1][0])
@@ -92,7 +92,7 @@ class Checker:
         for finding in self._judge_counters():
             yield finding
 
-    def _judge(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> Iterator[Finding]:
+    def _judge(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> Iterator[Problem]:
         try:
             if key.startswith(keyspace.THREAD):
                 yield from self._judge_record(key, value, sealed)
@@ -112,12 +112,12 @@ class Checker:
             elif key == keyspace.EPOCH:
                 msgspec.json.decode(value, type=KeyService)
             elif key not in (keyspace.FORMAT, keyspace.STATE):
-                yield Finding("unknown", _shown(key), "the key belongs to no space of the store")
+                yield Problem("unknown", _shown(key), "the key belongs to no space of the store")
         except (msgspec.DecodeError, record.RecordFormatError, ValueError) as error:
-            yield Finding("damaged", _shown(key), str(error))
+            yield Problem("damaged", _shown(key), str(error))
 
     # --- records --------------------------------------------------------------------------------------------------
-    def _judge_record(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> Iterator[Finding]:
+    def _judge_record(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> Iterator[Problem]:
         parts = key.split(b":")
         if len(parts) == 3 and parts[2] == b"meta":
             self.counts["threads"] += 1
@@ -128,13 +128,13 @@ class Checker:
             sealed.append((key, value))
             yield from self._judge_message(key, value, keyspace.unpart(parts[1]), Stamp.parse(parts[3].decode()))
         else:
-            yield Finding("unknown", _shown(key), "the key is no record's")
+            yield Problem("unknown", _shown(key), "the key is no record's")
 
-    def _judge_meta(self, key: bytes, value: bytes, thread: str) -> Iterator[Finding]:
+    def _judge_meta(self, key: bytes, value: bytes, thread: str) -> Iterator[Problem]:
         header, _ = record.unpack_thread(value)
         self._newest = max(self._newest, Stamp.parse(header.created))
         if self._reader.get(keyspace.key_map(thread)) is None:
-            yield Finding(
+            yield Problem(
                 "keyless",
                 _shown(key),
                 "the thread has no key map",
@@ -150,13 +150,13 @@ class Checker:
             wanted.append(keyspace.closed(thread))
         yield from self._wanted(key, [(index, b"") for index in wanted])
 
-    def _judge_message(self, key: bytes, value: bytes, thread: str, stamp: Stamp) -> Iterator[Finding]:
+    def _judge_message(self, key: bytes, value: bytes, thread: str, stamp: Stamp) -> Iterator[Problem]:
         header, _ = record.unpack_message(value)
         self._newest = max(self._newest, stamp)
         first = Stamp.parse(header.first) if header.first else stamp
         own = stamp.text.encode()
         if self._reader.get(keyspace.meta(thread)) is None:
-            yield Finding("orphaned", _shown(key), "the record's thread has no metadata")
+            yield Problem("orphaned", _shown(key), "the record's thread has no metadata")
         if isinstance(header, record.LaterHeader) and header.content:
             yield from self._judge_content(key, header)
         wanted = [
@@ -172,9 +172,9 @@ class Checker:
         order = self._reader.get(place)
         if order is None or keyspace.latest(first.raw, order) < own:
             fix = keyspace.place(own, is_first=first == stamp, deleted=header.deleted)
-            yield Finding("unindexed", _shown(key), "the order index does not lead to this version", ((place, fix),))
+            yield Problem("unindexed", _shown(key), "the order index does not lead to this version", ((place, fix),))
 
-    def _judge_content(self, key: bytes, header: record.LaterHeader) -> Iterator[Finding]:
+    def _judge_content(self, key: bytes, header: record.LaterHeader) -> Iterator[Problem]:
         """Of a version that takes its content from another one."""
         stamp = Stamp.parse(header.content)
         place = key[: -keyspace.STAMP_BYTES] + stamp.raw
@@ -182,14 +182,14 @@ class Checker:
         content = record.unpack_message(raw)[0] if raw is not None else None
         is_of_another = content is None or (content.first or stamp.text) != header.first
         if is_of_another or (isinstance(content, record.LaterHeader) and content.content):
-            yield Finding("damaged", _shown(key), f"its content is missing: {_shown(place)} does not have it")
+            yield Problem("damaged", _shown(key), f"its content is missing: {_shown(place)} does not have it")
 
-    def _wanted(self, key: bytes, entries: list[tuple[bytes, bytes]]) -> Iterator[Finding]:
+    def _wanted(self, key: bytes, entries: list[tuple[bytes, bytes]]) -> Iterator[Problem]:
         for index, expected in entries:
             if self._reader.get(index) != expected:
-                yield Finding("unindexed", _shown(key), f"{_shown(index)} does not lead to it", ((index, expected),))
+                yield Problem("unindexed", _shown(key), f"{_shown(index)} does not lead to it", ((index, expected),))
 
-    async def _open(self, sealed: list[tuple[bytes, bytes]]) -> list[Finding]:
+    async def _open(self, sealed: list[tuple[bytes, bytes]]) -> list[Problem]:
         """Decrypt what was collected; what no longer parses was reported before."""
         if self._provider is None:
             return []
@@ -207,7 +207,7 @@ class Checker:
         answers = await self._provider.decrypt_batch(wanted) if wanted else []
         if any(isinstance(answer, KmsRefusedError) and answer.code == api.CODE_FORBIDDEN for answer in answers):
             raise StoreUnavailableError(MAY_NOT_DECRYPT)  # this says nothing about the records
-        findings: list[Finding] = []
+        findings: list[Problem] = []
         for item, raw, answer in zip(wanted, raws, answers, strict=False):
             found = _judge_opened(item, raw, answer)
             if found is not None:
@@ -215,7 +215,7 @@ class Checker:
         for item, answer in zip(wanted[len(raws) :], answers[len(raws) :], strict=True):
             if not isinstance(answer, KmsRefusedError) or answer.code != api.CODE_DECRYPTION_FAILED:
                 code = answer.code if isinstance(answer, KmsRefusedError) else "it opened"
-                findings.append(Finding("keyless", _shown(item.aad), f"the mapped key {item.key_id}: {code}"))
+                findings.append(Problem("keyless", _shown(item.aad), f"the mapped key {item.key_id}: {code}"))
         return findings
 
     def _key_probes(self, records: list[DecryptItem]) -> list[DecryptItem]:
@@ -234,7 +234,7 @@ class Checker:
         return probes
 
     # --- indexes --------------------------------------------------------------------------------------------------
-    def _judge_version(self, key: bytes, value: bytes) -> Iterator[Finding]:
+    def _judge_version(self, key: bytes, value: bytes) -> Iterator[Problem]:
         self.counts["versions"] += 1
         message, stamp = key[len(keyspace.VERSION) :].split(b":")
         first = keyspace.parse_message_id(message.decode())
@@ -242,16 +242,16 @@ class Checker:
         raw = self._reader.get(target)
         header = record.unpack_message(raw)[0] if raw is not None else None
         if header is None or first is None or (header.first or stamp.decode()) != first.text:
-            yield Finding("dangling", _shown(key), f"{_shown(target)} is no version of it", ((key, None),))
+            yield Problem("dangling", _shown(key), f"{_shown(target)} is no version of it", ((key, None),))
 
-    def _judge_order(self, key: bytes, value: bytes) -> Iterator[Finding]:
+    def _judge_order(self, key: bytes, value: bytes) -> Iterator[Problem]:
         self.counts["order"] += 1
         thread, first = (part for part in key[len(keyspace.ORDER) :].split(b":"))
         versions = keyspace.versions(keyspace.message_id(Stamp.parse(first.decode())))
         newest = self._reader.keys(versions, keyspace.after(versions), limit=1, reverse=True)
         if not newest:
             if self._reader.get(keyspace.message_of(thread, first)) is None:
-                yield Finding("dangling", _shown(key), "the message has no version", ((key, None),))
+                yield Problem("dangling", _shown(key), "the message has no version", ((key, None),))
             return  # else the record's own rule rebuilds its version entry first
         stamp = newest[0][len(versions) :]
         raw = self._reader.get(keyspace.message_of(thread, stamp))
@@ -260,44 +260,44 @@ class Checker:
         deleted = record.unpack_message(raw)[0].deleted
         expected = keyspace.place(stamp, is_first=stamp == first, deleted=deleted)
         if value != expected:
-            yield Finding("dangling", _shown(key), "it does not lead to the newest version", ((key, expected),))
+            yield Problem("dangling", _shown(key), "it does not lead to the newest version", ((key, expected),))
 
-    def _judge_thread_index(self, key: bytes, value: bytes) -> Iterator[Finding]:
+    def _judge_thread_index(self, key: bytes, value: bytes) -> Iterator[Problem]:
         self.counts["indexes"] += 1
         parts = key.split(b":")
         space = b":".join(parts[:2]) + b":"
         length, at = _THREAD_INDEXES.get(space, (0, 0))
         if len(parts) != length:
-            yield Finding("unknown", _shown(key), "the key is no index entry")
+            yield Problem("unknown", _shown(key), "the key is no index entry")
             return
         raw = self._reader.get(keyspace.meta_of(parts[at]))
         if raw is None:
-            yield Finding("dangling", _shown(key), "the thread has no metadata", ((key, None),))
+            yield Problem("dangling", _shown(key), "the thread has no metadata", ((key, None),))
         elif space == keyspace.CLOSED and not record.unpack_thread(raw)[0].deleted_ns:
-            yield Finding("dangling", _shown(key), "the thread is not deleted", ((key, None),))
+            yield Problem("dangling", _shown(key), "the thread is not deleted", ((key, None),))
         elif space == keyspace.WRITER and value not in (membership.MEMBER, membership.REMOVED):
             fix = ((key, membership.REMOVED),)  # the author of a damaged entry counts as removed until added again
-            yield Finding("damaged", _shown(key), "the entry says neither member nor removed", fix)
+            yield Problem("damaged", _shown(key), "the entry says neither member nor removed", fix)
 
-    def _judge_map(self, key: bytes, value: bytes) -> Iterator[Finding]:
+    def _judge_map(self, key: bytes, value: bytes) -> Iterator[Problem]:
         self.counts["maps"] += 1
         if _key_id(value) is None:
-            yield Finding("damaged", _shown(key), "the map does not hold the id of a key")
+            yield Problem("damaged", _shown(key), "the map does not hold the id of a key")
         if self._reader.get(keyspace.meta_of(key[len(keyspace.MAP) :])) is None:
-            yield Finding("orphaned", _shown(key), "the mapped thread has no metadata")
+            yield Problem("orphaned", _shown(key), "the mapped thread has no metadata")
 
-    def _judge_counters(self) -> Iterator[Finding]:
+    def _judge_counters(self) -> Iterator[Problem]:
         raw = self._reader.get(keyspace.STATE)
         threads, messages = self.counts["threads"], self.counts["messages"]
         try:
-            state = msgspec.msgpack.decode(raw, type=State) if raw else State()
+            state = msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
         except msgspec.DecodeError as error:
-            fixed = msgspec.msgpack.encode(State.of(threads, messages, self._newest))
-            yield Finding("miscounted", _shown(keyspace.STATE), f"damaged: {error}", ((keyspace.STATE, fixed),))
+            fixed = msgspec.msgpack.encode(Counters.of(threads, messages, self._newest))
+            yield Problem("miscounted", _shown(keyspace.STATE), f"damaged: {error}", ((keyspace.STATE, fixed),))
             return
         if (state.threads, state.messages) != (threads, messages):
             fixed = msgspec.msgpack.encode(msgspec.structs.replace(state, threads=threads, messages=messages))
-            yield Finding(
+            yield Problem(
                 "miscounted",
                 _shown(keyspace.STATE),
                 f"{state.threads} threads and {state.messages} messages stored, {threads} and {messages} counted",
@@ -308,7 +308,7 @@ class Checker:
 class Report(NamedTuple):
     """`counts`: entries of each space. `opened`: whether a key service was there to decrypt the records."""
 
-    findings: list[Finding]
+    findings: list[Problem]
     counts: dict[str, int]
     opened: bool
 
@@ -327,16 +327,16 @@ async def check(path: str, provider: Provider | None) -> Report:
         return Report(findings, dict(checker.counts), provider is not None)
 
 
-async def repair_offline(path: str) -> list[Finding]:
+async def repair_offline(path: str) -> list[Problem]:
     """Repair the store at `path`, which no server has open; returns what was fixed. Raises StoreLockedError,
     StoreUnavailableError, FormatError."""
     with directory.open_offline(path) as engine:
         return (await repair(engine))[0]
 
 
-async def repair(engine: Engine) -> tuple[list[Finding], list[Finding]]:
+async def repair(engine: Engine) -> tuple[list[Problem], list[Problem]]:
     """Applies every fix; returns what was fixed and what is left. Nobody else uses the engine meanwhile."""
-    fixed: list[Finding] = []
+    fixed: list[Problem] = []
     for _ in range(REPAIR_PASSES_MAX):
         findings = [finding async for finding in Checker(engine, None).run()]
         fixable = [finding for finding in findings if finding.fix]
@@ -349,16 +349,16 @@ async def repair(engine: Engine) -> tuple[list[Finding], list[Finding]]:
     return fixed, [finding async for finding in Checker(engine, None).run()]
 
 
-def _judge_retry(key: bytes, value: bytes) -> Iterator[Finding]:
+def _judge_retry(key: bytes, value: bytes) -> Iterator[Problem]:
     try:
-        Remembered.parse(key, value)
+        IdempotencyRecord.parse(key, value)
     except RecordUnreadableError:
-        yield Finding("damaged", _shown(key), "a retried create is refused by it", ((key, None),))
+        yield Problem("damaged", _shown(key), "a retried create is refused by it", ((key, None),))
 
 
-def _judge_opened(item: DecryptItem, raw: bytes, answer: bytes | KmsRefusedError) -> Finding | None:
+def _judge_opened(item: DecryptItem, raw: bytes, answer: bytes | KmsRefusedError) -> Problem | None:
     if isinstance(answer, KmsRefusedError):
-        return Finding("unreadable", _shown(item.aad), f"its key does not open it ({answer.code})")
+        return Problem("unreadable", _shown(item.aad), f"its key does not open it ({answer.code})")
     thread = item.thread_id or ""
     try:
         if item.aad.endswith(b":meta"):
@@ -369,7 +369,7 @@ def _judge_opened(item: DecryptItem, raw: bytes, answer: bytes | KmsRefusedError
             first = version.first or item.aad[-keyspace.STAMP_BYTES :].decode()
             record.open_message(version, item.aad, thread, first, answer)
     except record.RecordFormatError as error:
-        return Finding("unreadable", _shown(item.aad), str(error))
+        return Problem("unreadable", _shown(item.aad), str(error))
     return None
 
 

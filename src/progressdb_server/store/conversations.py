@@ -60,15 +60,11 @@ def _era_begun(before: Stamp, first: Stamp) -> None:
 
 
 class Conversations(Messages, Rekeying, Backups):
-    """See `store.model.Store`. Open it in the event loop that uses it."""
+    """The whole store: what routes use (`store.model.ConversationStore`), jobs, the viewer and commands. Open it in the
+    event loop that uses it."""
 
     def __init__(
-        self,
-        engine: Engine,
-        provider: Provider,
-        *,
-        rule: Rule = "members",
-        now_ns: Callable[[], int] = time.time_ns,
+        self, engine: Engine, provider: Provider, *, rule: Rule = "members", now_ns: Callable[[], int] = time.time_ns
     ) -> None:
         """Raises FormatError when the directory was written by a newer version, or encrypted where the provider does
         not encrypt, or the other way round; StoreUnavailableError."""
@@ -205,6 +201,8 @@ class Conversations(Messages, Rekeying, Backups):
                 self.sealer.halted = "the age of the key service's state could not be judged"
 
     async def check_writes(self) -> None:
+        """Returns if a write would be taken now; it writes nothing that lasts. Raises StoreUnavailableError, whose text
+        says why not."""
         self.sealer.check_halted()
         await asyncio.to_thread(self.engine.probe)
         await self.writer.check_writable()

@@ -8,9 +8,10 @@ opens no other. Other packages do not choose a storage engine.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 import msgspec
@@ -22,7 +23,7 @@ from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.rocks import RocksEngine, RocksReader, check_exists
 from progressdb_server.store.validators import Validators
-from progressdb_server.store.writer import NamedLocks, Writer
+from progressdb_server.store.writer import Writer
 
 FORMAT: Final = 3
 """The first one that was released, with version 0.2.0."""
@@ -111,6 +112,27 @@ def open_reader(path: str, *, encrypted: bool = True) -> Iterator[Reader]:
         yield reader
     finally:
         reader.close()
+
+
+class NamedLocks:
+    """Locks by name, for read-modify-write operations. The tasks that ask for one name run one after another, in the
+    order in which they asked. A lock exists only while a task holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self._locks: dict[bytes, asyncio.Lock] = {}
+        self._users: dict[bytes, int] = {}
+
+    @asynccontextmanager
+    async def hold(self, name: bytes) -> AsyncIterator[None]:
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        self._users[name] = self._users.get(name, 0) + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name], self._locks[name]
 
 
 class OpenStore:

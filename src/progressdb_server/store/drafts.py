@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from progressdb_server.store import keyspace, record
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import Message, Thread, json_text
-from progressdb_server.store.writer import Write
 
 Puts = Sequence[tuple[bytes, bytes | None]]
 

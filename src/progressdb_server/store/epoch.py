@@ -19,8 +19,9 @@ import msgspec
 
 from minikms import api
 from progressdb_server.store import keyspace
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import Reader
-from progressdb_server.store.writer import Write, Writer
+from progressdb_server.store.writer import Writer
 
 AUDIT_SETTLED_S: Final = 5.0
 WAY_OUT: Final = "If that is a deliberate restore or a new audit log, start once with --accept-restore."
@@ -36,7 +37,7 @@ class RestoredError(Exception):
     do."""
 
 
-class Remembered(msgspec.Struct):
+class SeenState(msgspec.Struct):
     epoch: int
     keyring_id: str
     head_seq: int
@@ -51,7 +52,7 @@ class EpochMemory:
         self._candidate: tuple[float, api.HeadStatus] | None = None
 
     @property
-    def remembered(self) -> Remembered | None:
+    def remembered(self) -> SeenState | None:
         return remembered(self._reader)
 
     async def observe(self, status: api.StatusAnswer, *, accept_restore: bool = False) -> None:
@@ -74,7 +75,7 @@ class EpochMemory:
         head = self._settled_head(seen)
         if head is None:
             head = api.HeadStatus(known.head_seq, known.head_sig) if known else api.HeadStatus(0, "")
-        new = Remembered(status.epoch, status.keyring_id, head.seq, head.sig)
+        new = SeenState(status.epoch, status.keyring_id, head.seq, head.sig)
         if new != known:
             await self._writer.commit(Write(((keyspace.EPOCH, msgspec.json.encode(new)),)))
 
@@ -91,11 +92,11 @@ class EpochMemory:
         return settled
 
 
-def remembered(reader: Reader) -> Remembered | None:
+def remembered(reader: Reader) -> SeenState | None:
     """Raises RestoredError when what is remembered can't be read; StoreUnavailableError."""
     raw = reader.get(keyspace.EPOCH)
     try:
-        return msgspec.json.decode(raw, type=Remembered) if raw else None
+        return msgspec.json.decode(raw, type=SeenState) if raw else None
     except msgspec.DecodeError:
         raise RestoredError(f"what this store remembers of the key service is damaged. {WAY_OUT}") from None
 
@@ -109,7 +110,7 @@ def audit_head(reader: Reader) -> str:
     return f"{known.head_seq}:{known.head_sig}" if known is not None and known.head_seq else ""
 
 
-def judge(known: Remembered, epoch: int, keyring_id: str, head_seq: int, head_sig: str) -> None:
+def judge(known: SeenState, epoch: int, keyring_id: str, head_seq: int, head_sig: str) -> None:
     """Raises RestoredError."""
     if keyring_id != known.keyring_id:
         raise RestoredError(

@@ -16,6 +16,7 @@ import msgspec
 
 from minikms.logs import structlog
 from progressdb_server.store import keyspace
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.model import (
     ConditionFailedError,
@@ -23,7 +24,7 @@ from progressdb_server.store.model import (
     IdempotencyConflictError,
     RecordUnreadableError,
 )
-from progressdb_server.store.writer import Write, Writer
+from progressdb_server.store.writer import Writer
 
 IDEMPOTENCY_AGE_S: Final = 24 * 3600
 DAMAGED: Final = (
@@ -33,7 +34,7 @@ DAMAGED: Final = (
 _log = structlog.get_logger("progressdb.store")
 
 
-class Remembered(msgspec.Struct, array_like=True, frozen=True):
+class IdempotencyRecord(msgspec.Struct, array_like=True, frozen=True):
     """`made`: the message's or the thread's id. `request`: keyed digest of what was asked."""
 
     made: str
@@ -41,7 +42,7 @@ class Remembered(msgspec.Struct, array_like=True, frozen=True):
     created_ns: int
 
     @classmethod
-    def parse(cls, key: bytes, raw: bytes) -> Remembered:
+    def parse(cls, key: bytes, raw: bytes) -> IdempotencyRecord:
         """Raises RecordUnreadableError."""
         try:
             return msgspec.msgpack.decode(raw, type=cls)
@@ -63,18 +64,18 @@ class Ticket:
         raw = engine.get(self.key)
         if raw is None:
             return None
-        remembered = Remembered.parse(self.key, raw)
+        remembered = IdempotencyRecord.parse(self.key, raw)
         if _expired(remembered, now_ns):
             return None
         if not hmac.compare_digest(remembered.request, self._request):
-            raise IdempotencyConflictError("the idempotency key was used before with another request")
+            raise IdempotencyConflictError
         return remembered.made
 
     def put(self, made: str, now_ns: int) -> tuple[bytes, bytes]:
-        return self.key, msgspec.msgpack.encode(Remembered(made, self._request, now_ns))
+        return self.key, msgspec.msgpack.encode(IdempotencyRecord(made, self._request, now_ns))
 
 
-def _expired(remembered: Remembered, now_ns: int) -> bool:
+def _expired(remembered: IdempotencyRecord, now_ns: int) -> bool:
     if now_ns < keyspace.NOW_NS_MIN:  # the clock is wrong now
         return False
     return abs(now_ns - remembered.created_ns) > IDEMPOTENCY_AGE_S * 1_000_000_000
@@ -89,7 +90,7 @@ async def sweep(engine: Engine, writer: Writer, now_ns: int) -> int:
         old: list[tuple[bytes, bytes]] = []
         for key, raw in entries:
             try:
-                if _expired(Remembered.parse(key, raw), now_ns):
+                if _expired(IdempotencyRecord.parse(key, raw), now_ns):
                     old.append((key, raw))
             except RecordUnreadableError:
                 damaged += 1

@@ -267,7 +267,7 @@ def versions(message: str) -> bytes:
 
 def order(thread: str) -> bytes:
     """Prefix of the thread's messages in order of creation; the first version's stamp follows. The value is a
-    `Place`."""
+    `OrderEntry`."""
     return b"index:order:%b:" % part(thread)
 
 
@@ -291,7 +291,7 @@ def ns_of(key: bytes) -> int:
     return int(key[-STAMP_BYTES:-7]) % ERA_NS
 
 
-class Place(NamedTuple):
+class OrderEntry(NamedTuple):
     """An entry of the order index: stamps of the message's first and latest version, and whether it is deleted.
 
     On disk: the latest stamp, empty when it is the first one; then `d` if the latest version is a tombstone.
@@ -302,7 +302,7 @@ class Place(NamedTuple):
     deleted: bool
 
     @classmethod
-    def parse(cls, key: bytes, value: bytes) -> Place:
+    def parse(cls, key: bytes, value: bytes) -> OrderEntry:
         """Raises ValueError."""
         first = key[-STAMP_BYTES:]
         if not value:
@@ -314,17 +314,17 @@ class Place(NamedTuple):
 
 
 def is_deleted(value: bytes) -> bool:
-    """Of the value of a `Place`."""
+    """Of the value of a `OrderEntry`."""
     return value.endswith(_DELETED)
 
 
 def latest(first: bytes, value: bytes) -> bytes:
-    """The stamp of the latest version, as the value of a `Place` has it, well-formed or not."""
+    """The stamp of the latest version, as the value of a `OrderEntry` has it, well-formed or not."""
     return value.removesuffix(_DELETED) or first
 
 
 def place(latest: bytes, *, is_first: bool, deleted: bool) -> bytes:
-    """The value of a `Place`."""
+    """The value of a `OrderEntry`."""
     return (b"" if is_first else latest) + (_DELETED if deleted else b"")
 
 

@@ -57,7 +57,7 @@ def check(rule: Rule, standing: Standing, act: Act) -> None:
         return
     if standing is Standing.OUTSIDER:
         if act is Act.READ:
-            raise AuthorNotInThreadError("author not found in any message in this thread")
+            raise AuthorNotInThreadError
         if rule == "open":
             return
-    raise NotAMemberError("author is not a member of this thread")
+    raise NotAMemberError

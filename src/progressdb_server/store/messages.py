@@ -124,13 +124,7 @@ class Messages(Reading):
         return await self._append_as(entry, state, new, ticket, request_id=request_id)
 
     async def _append_as(
-        self,
-        entry: bytes | None,
-        state: ThreadState,
-        new: NewMessage,
-        ticket: Ticket | None,
-        *,
-        request_id: str | None,
+        self, entry: bytes | None, state: ThreadState, new: NewMessage, ticket: Ticket | None, *, request_id: str | None
     ) -> Message:
         """`entry` is the author's entry among the members; without one the message makes the author a member. Raises
         NotAMemberError if the author was removed meanwhile."""
@@ -150,7 +144,7 @@ class Messages(Reading):
             await self.sealer.append(state, draft, request_id)
         except ConditionFailedError:
             state.writers.discard(new.author)
-            raise NotAMemberError("author is not a member of this thread") from None
+            raise NotAMemberError from None
         if entry != membership.REMOVED and new.author not in state.writers:
             state.remember_writer(new.author)
         return made[0]
@@ -196,13 +190,7 @@ class Messages(Reading):
         )
 
     async def set_reaction(
-        self,
-        message_id: str,
-        identity: str,
-        reaction: str,
-        *,
-        member: str | None = None,
-        request_id: str | None = None,
+        self, message_id: str, identity: str, reaction: str, *, member: str | None = None, request_id: str | None = None
     ) -> Message:
         def change(current: Message) -> dict[str, Any]:
             _refuse_deleted(current)
@@ -246,7 +234,7 @@ class Messages(Reading):
             first = Stamp.parse(place.first.decode())
             async with self.open_version(owner, place.first, place.latest) as current:
                 if author is not None and author != current.message.author:
-                    raise NotTheAuthorError("author does not match")
+                    raise NotTheAuthorError
                 expect: tuple[tuple[bytes, bytes | None], ...] = ()
                 if member is not None:
                     # Under both rules an outsider has no message here and can't read the message to react to.
@@ -269,7 +257,7 @@ class Messages(Reading):
                 try:
                     await self.sealer.append(state, draft, request_id)
                 except ConditionFailedError:
-                    raise NotAMemberError("author is not a member of this thread") from None
+                    raise NotAMemberError from None
                 return changed
 
 
@@ -283,4 +271,4 @@ def _check_bounds(before: record.Before, added: int) -> None:
 
 def _refuse_deleted(current: Message) -> None:
     if current.deleted:
-        raise MessageNotFoundError("message not found")
+        raise MessageNotFoundError

@@ -1,9 +1,9 @@
 """What the rest of the server knows of the store: data, errors, and the protocols by which it is used.
 
-Owns: `ConversationStore`, which the routes of the API use, and `Store`, which adds what jobs, the viewer and commands
-use. Invariants: nothing here shows an engine, a storage key or a write; authors, ids and timestamps are the only fields
-that a store may keep in plaintext. The text of a `StoreError` is a sentence for the client; the routes map each class
-to a status.
+Owns: the data, the errors, and `ConversationStore`, which the routes of the API use. Jobs, the viewer and commands use
+`store.conversations.Conversations`. Invariants: nothing here shows an engine, a storage key or a write; authors, ids
+and timestamps are the only fields that a store may keep in plaintext. Each error knows the status and the sentence of
+its HTTP response.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, TypeVar
 
 import msgspec
-
-from progressdb_server.metrics import StoreMetrics
 
 T = TypeVar("T")
 
@@ -108,70 +105,99 @@ class StaleRowError(Exception):
     """The row of a job is no longer what was read; nothing was written."""
 
 
-class StoreError(Exception):
-    """Base of the errors whose text a client may read; never raised itself."""
+class StatusError(Exception):
+    """Base of the errors that a client learns of; never raised itself. `status` and `text` are those of the HTTP
+    response; no status: a defect. Without a `text`, the error's own text is a sentence for clients."""
+
+    status: ClassVar[int] = 0
+    text: ClassVar[str] = ""
+    retry_after_s: int = 1
+    """Of a 503."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message or self.text)
+
+
+class StoreError(StatusError):
+    """Base of the store's errors; never raised itself."""
 
 
 class MessageNotFoundError(StoreError):
-    """404 `message not found`."""
+    status, text = 404, "message not found"
 
 
 class ThreadNotFoundError(StoreError):
-    """404 `thread not found`."""
+    status, text = 404, "thread not found"
 
 
 class ThreadDeletedError(StoreError):
-    """403 `thread deleted`."""
+    status, text = 403, "thread deleted"
 
 
 class NotTheAuthorError(StoreError):
-    """403 `author does not match`."""
+    status, text = 403, "author does not match"
 
 
 class AuthorNotInThreadError(StoreError):
-    """403 `author not found in any message in this thread`."""
+    status, text = 403, "author not found in any message in this thread"
 
 
 class NotAMemberError(StoreError):
-    """403 `author is not a member of this thread`."""
+    status, text = 403, "author is not a member of this thread"
 
 
 class TooManyMembersError(StoreError):
-    """409: the thread has as many members as it may have."""
+    status, text = 409, "the thread has too many members"
 
 
 class NoRoomToRemoveError(StoreError):
-    """409: the thread has as many members, removed ones counted, as it may have, so that the removal of somebody who is
-    none of them can't be recorded."""
+    status = 409
+    text = (
+        "the thread has as many members, removed ones counted, as it may have: the removal of somebody who is none of "
+        "them can't be recorded"
+    )
 
 
 class MemberIsAuthorError(StoreError):
-    """409: the author of a thread can't be removed from it."""
+    status, text = 409, "the author of a thread can't be removed from it"
 
 
 class InvalidThreadIdError(StoreError):
-    """400: a thread can't be made under the id that was asked for."""
+    """A thread can't be made under the id that was asked for."""
+
+    status, text = 400, "thread must be 1 to 128 letters, digits, dots, underscores or hyphens, and not . or .."
 
 
 class AmbiguousTimeError(StoreError):
-    """400: a time that does not say where a page of versions ends."""
+    """A time that does not say where a page of versions ends."""
+
+    status, text = 400, "before is a ts that does not name one version: send the older of a page of versions"
 
 
 class TooManyVersionsError(StoreError):
-    """409: the message has as many versions, or bytes of them, as it may have. It can still be deleted, and reactions
-    can still be removed."""
+    """The message has as many versions, or bytes of them, as it may have."""
+
+    status = 409
+    text = (
+        "the message has as many versions as it may have: post a new message; this one can still be deleted, and its "
+        "reactions removed"
+    )
 
 
 class TooManyReactionsError(StoreError):
-    """409: the message has reactions of REACTIONS_COUNT_MAX identities."""
+    """The message has reactions of REACTIONS_COUNT_MAX identities."""
+
+    status, text = 409, "too many reactions"
 
 
 class IdempotencyConflictError(StoreError):
-    """409: the idempotency key was used before with another request."""
+    status, text = 409, "this Idempotency-Key was used before with another request"
 
 
 class StoreUnavailableError(StoreError):
-    """503: the disk or the key service can't take the write now; `retry_after_s` is what to tell the client."""
+    """The disk or the key service can't take the write now; `retry_after_s` is what to tell the client."""
+
+    status = 503
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -187,16 +213,21 @@ class StoreLockedError(StoreUnavailableError):
 
 
 class RecordUnreadableError(StoreError):
-    """500: a stored record does not open (altered, misplaced, or its key is gone); names the record, never its
-    content."""
+    """A stored record does not open (altered, misplaced, or its key is gone); names the record, never its content."""
+
+    status = 500
 
 
 class ThreadKeyDestroyedError(StoreError):
-    """409: the key that the thread is written under is destroyed, so that nothing can be written."""
+    """The key that the thread is written under is destroyed, so that nothing can be written."""
+
+    status, text = 409, "the key of this thread is destroyed: nothing can be changed in it; use another thread"
 
 
 class KeyServiceRefusedError(StoreError):
-    """500: the key service refuses what the server asks, and would refuse it again; the text is for clients."""
+    """The key service refuses what the server asks, and would refuse it again; the text is for clients."""
+
+    status = 500
 
     def __init__(self, code: str) -> None:
         super().__init__(f"the key service refused what the server asked ({code}), and will until an operator mends it")
@@ -249,7 +280,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
 class Chunk(NamedTuple):
     """Consecutive entries of a thread. `malformed` are keys of entries that are no records, `last` is the storage key
-    of the last entry; `read_at` says when it was read, for `Store.rekeyed`."""
+    of the last entry; `read_at` says when it was read, for `Conversations.rekeyed`."""
 
     records: list[Record]
     malformed: list[bytes]
@@ -276,7 +307,7 @@ class Restored(NamedTuple):
     kept: int
 
 
-class Step(msgspec.Struct, frozen=True):
+class WriteSet(msgspec.Struct, frozen=True):
     """What is written together with the row of a job. Made by the store, opaque to everybody else.
 
     `puts`: storage key and value, None deletes. `expect`: stored values that the write relies on, None for absent;
@@ -355,24 +386,30 @@ class Registered(msgspec.Struct):
         return False
 
 
-class BackupError(Exception):
-    """The backup could not be made, or is not whole; the text says which file and what to do."""
+class BackupError(StatusError):
+    """The backup could not be made, or is not whole; its own text, for operators, says which file and what to do."""
+
+    status, text = 500, "the backup failed and its files were removed; the log has the reason with the request id"
 
 
 class BackupExistsError(BackupError):
     """Something of this name is there; nothing was begun."""
 
+    status, text = 409, "a backup of this name exists"
+
 
 class BackupBusyError(BackupError):
-    """Another backup is being made; nothing was begun."""
+    status, text = 409, "another backup is running: wait until it ends"
 
 
 class BackupThereError(BackupError):
     """The register forgets no backup that is there."""
 
+    status, text = 409, "the backup still exists: delete it and all its copies first"
+
 
 class BackupNotFoundError(BackupError):
-    """No backup of this name is registered."""
+    status, text = 404, "no backup of this name is registered"
 
 
 class ConversationStore(Protocol):
@@ -435,13 +472,7 @@ class ConversationStore(Protocol):
         ...
 
     async def set_reaction(
-        self,
-        message_id: str,
-        identity: str,
-        reaction: str,
-        *,
-        member: str | None = None,
-        request_id: str | None = None,
+        self, message_id: str, identity: str, reaction: str, *, member: str | None = None, request_id: str | None = None
     ) -> Message:
         """Raises TooManyReactionsError."""
         ...
@@ -546,155 +577,4 @@ class ConversationStore(Protocol):
 
     async def raw_value(self, key: str) -> bytes | None:
         """What is stored at a storage key, as it is stored."""
-        ...
-
-
-class BackupRegister(Protocol):
-    """Backups of the store. Every method may raise StoreUnavailableError."""
-
-    async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
-        """Make a verified backup in the new directory `path`, beside running writes; it shares files with the backup
-        `previous`. The key service is backed up after this. Raises BackupError."""
-        ...
-
-    def backups(self) -> AsyncIterator[list[Registered]]:
-        """Those that were begun and are not forgotten, oldest first."""
-        ...
-
-    async def forget_backup(self, name: str) -> list[Registered]:
-        """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it
-        had. Raises BackupNotFoundError, BackupThereError."""
-        ...
-
-
-class Store(ConversationStore, BackupRegister, Protocol):
-    """The whole store, as jobs and the viewer use it. Jobs own what is in their rows; the store owns where it is.
-
-    Walks are in chunks of at most `count_max` entries, each read when it is asked for.
-    """
-
-    metrics: StoreMetrics
-
-    async def check_writes(self) -> None:
-        """Returns if a write would be taken now; it writes nothing that lasts. Raises StoreUnavailableError, whose text
-        says why not."""
-        ...
-
-    # --- keys of threads ---
-    @property
-    def halted(self) -> str | None:
-        """Why nothing may be encrypted now (see store/epoch.py), None if it may."""
-        ...
-
-    def check_halted(self) -> None:
-        """Before a call that encrypts, and after it: if the key service was seen sealed meanwhile, the answer may be
-        that of an older one. Raises StoreUnavailableError if nothing may be encrypted now."""
-        ...
-
-    def halt_sealed(self) -> None:
-        """The key service was seen sealed: nothing may be encrypted until its epoch was judged."""
-        ...
-
-    def key_of_thread(self, thread_id: str) -> str | None:
-        """Id of the key that the thread is written under, None for an unknown thread."""
-        ...
-
-    def making_key(self, thread_id: str) -> bool:
-        """Whether a key that the thread does not name may become its own: the thread is being made, its key is being
-        renewed, or what a failed write has left is not known yet."""
-        ...
-
-    @property
-    def newest_ns(self) -> int:
-        """Time of the newest stamp, in Unix nanoseconds; 0 in an empty store."""
-        ...
-
-    def threads_with_keys(self) -> AsyncIterator[str]:
-        """Every thread."""
-        ...
-
-    def key_switched(self, thread_id: str, old: str, new: str) -> Step:
-        """The thread is written under `new` from here on. The condition fails unless it is under `old`."""
-        ...
-
-    def switching_key(self, thread_id: str) -> AbstractContextManager[None]:
-        """Held from before the thread's old key is retired until `key_switched` is written: writes of the thread wait
-        meanwhile. Otherwise a write that meets a retired key gives the thread another one."""
-        ...
-
-    def forget_key(self, thread_id: str) -> None:
-        """Read the thread's key again at its next use: it was switched."""
-        ...
-
-    # --- records ---
-    def record_chunks(
-        self, thread_id: str, count_max: int, *, behind: str = "", to_now: bool = False
-    ) -> Iterator[Chunk]:
-        """The thread's records, metadata included, in order of their storage keys, from the one behind the storage key
-        `behind`. `to_now`: without those that are created during the walk."""
-        ...
-
-    def count_records(self, thread_id: str, count_max: int, *, since_ns: int | None = None) -> Iterator[int]: ...
-
-    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
-        """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The
-        condition fails if a record was changed since it was read at `read_at`."""
-        ...
-
-    # --- what jobs have kept of records ---
-    def kept_records(self, job_id: str) -> Iterator[list[KeptRecord]]: ...
-
-    def count_kept(self, job_id: str, count_max: int) -> Iterator[int]: ...
-
-    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> Step:
-        """The kept records are removed."""
-        ...
-
-    async def restore_kept(self, job_id: str) -> Restored:
-        """Put the kept records back, each only where the same version of its record is stored, or none, or a damaged
-        one. What was put back until an error stays."""
-        ...
-
-    # --- rows of jobs ---
-    def new_job_id(self, now_ns: int) -> str:
-        """Ids sort by time."""
-        ...
-
-    def job_row(self, job_id: str) -> bytes | None:
-        """None also for a malformed id."""
-        ...
-
-    def job_rows(self, *, newest_first: bool = False) -> Iterator[list[bytes]]: ...
-
-    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: Step = ...) -> RowWrite:
-        """Replace the row `old` (None: there is none) and carry out the step, all or nothing. What is written later may
-        rely on it: it is written later, and not at all if this is not."""
-        ...
-
-    async def settle_row(self, write: RowWrite) -> None:
-        """Durable when it returns. Raises StaleRowError; ConditionFailedError for a condition of the step;
-        StoreUnavailableError, after which the write may or may not be there."""
-        ...
-
-    async def remove_rows(self, job_ids: Collection[str]) -> None: ...
-
-    # --- pages of the viewer ---
-    def thread_page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
-        """Ids of threads, newest first (by the beginning of an id: in the order of ids), and the cursor of the next
-        page, empty on the last."""
-        ...
-
-    async def message_page(
-        self, thread_id: str, *, before: str, after: str, limit: int, versions_max: int, opened: bool = True
-    ) -> tuple[list[StoredVersion], bool]:
-        """The most recent messages, or those next to a message id, in order of creation, up to a bound of bytes; and
-        whether there are more in that direction. A message that does not open has `error`. Without `opened` the key
-        service is not asked, and every message has `error`. Raises MessageNotFoundError for a malformed id."""
-        ...
-
-    async def version_page(
-        self, message_id: str, limit: int, *, opened: bool = True
-    ) -> tuple[list[StoredVersion], bool]:
-        """The newest versions, oldest first, up to a bound of bytes; and whether there are older ones. `opened` as for
-        `message_page`. Raises MessageNotFoundError."""
         ...

@@ -31,7 +31,7 @@ from minikms.client import DecryptItem
 from minikms.client.items import SEALED_BYTES_MAX
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
-from progressdb_server.store.keyspace import Place, Stamp
+from progressdb_server.store.keyspace import OrderEntry, Stamp
 from progressdb_server.store.model import (
     NOT_OPENED,
     RECORD_MALFORMED,
@@ -80,7 +80,7 @@ class Stored(msgspec.Struct, frozen=True, gc=False):
     error: str = ""
 
 
-class Loaded(msgspec.Struct, frozen=True, gc=False):
+class LoadedVersion(msgspec.Struct, frozen=True, gc=False):
     """A version that was read and not opened yet. `content` is the record that has its content, None if it has its own.
     `first`: stamp of the message that it must belong to."""
 
@@ -123,7 +123,7 @@ class NotOpened(NamedTuple):
 
 
 class Reading(Threads):
-    """See `store.model.ConversationStore` and `store.model.Store`."""
+    """See `store.model.ConversationStore`; and the pages of the viewer."""
 
     long_reads: asyncio.Semaphore
     """The turns of LONG_READS_COUNT_MAX versions."""
@@ -139,7 +139,7 @@ class Reading(Threads):
         async with self._open_one(thread, place.first, place.latest) as (loaded, found):
             return _listed(thread, loaded, found)
 
-    def _locate(self, message: str, thread: str | None) -> tuple[str, Place]:
+    def _locate(self, message: str, thread: str | None) -> tuple[str, OrderEntry]:
         """The message's thread, and its place there. Raises MessageNotFoundError, also when it is in another thread."""
         stamp = keyspace.parse_message_id(message)
         if stamp is not None:
@@ -152,7 +152,7 @@ class Reading(Threads):
                 if value is None:
                     raise RecordUnreadableError(f"the order entry of message {message} is missing")
                 return owner, _place(key, value)
-        raise MessageNotFoundError("message not found")
+        raise MessageNotFoundError
 
     @contextlib.asynccontextmanager
     async def open_version(self, thread: str, first: bytes, stamp: bytes) -> AsyncIterator[Version]:
@@ -168,7 +168,7 @@ class Reading(Threads):
     @contextlib.asynccontextmanager
     async def _open_one(
         self, thread: str, first: bytes, stamp: bytes
-    ) -> AsyncIterator[tuple[Loaded, Version | NotOpened]]:
+    ) -> AsyncIterator[tuple[LoadedVersion, Version | NotOpened]]:
         """As `open_version`; raises StoreUnavailableError only."""
         records = keyspace.messages(thread)
         loaded = self._load(records, stamp, first)
@@ -211,9 +211,9 @@ class Reading(Threads):
         records: bytes,
         stamp: bytes,
         first: bytes,
-        neighbour: Loaded | None = None,
+        neighbour: LoadedVersion | None = None,
         near: Mapping[bytes, bytes] = _NONE,
-    ) -> Loaded:
+    ) -> LoadedVersion:
         """The version at `stamp` of the message whose first version is at `first`; `records` is the prefix of its
         thread's. What the version shares with `neighbour`, or `near` holds, is not read again."""
         own = self._stored(records + stamp, near)
@@ -223,10 +223,10 @@ class Reading(Threads):
             if neighbour is not None:
                 content = next((one for one in (neighbour.content, neighbour.own) if one and one.key == key), None)
             content = content or self._stored(key, near)
-        return Loaded(own, content, first.decode())
+        return LoadedVersion(own, content, first.decode())
 
     async def _answers(
-        self, thread: str, batch: Sequence[Loaded], known: Collection[bytes] = (), used: set[str] | None = None
+        self, thread: str, batch: Sequence[LoadedVersion], known: Collection[bytes] = (), used: set[str] | None = None
     ) -> dict[bytes, bytes | KmsRefusedError]:
         """What the key service answers for each record of the batch that is not `known`, by storage keys. The ids of
         the keys are added to `used`. Raises StoreUnavailableError."""
@@ -241,7 +241,7 @@ class Reading(Threads):
         return dict(zip(wanted, await self.sealer.open_each(list(wanted.values())), strict=True))
 
     async def _open_each(
-        self, thread: str, batch: Sequence[Loaded], known: dict[bytes, record.Opened] | None = None
+        self, thread: str, batch: Sequence[LoadedVersion], known: dict[bytes, record.Opened] | None = None
     ) -> list[Version | NotOpened]:
         """In order. `known`: for a batch of one message's versions, what is left of the batch before it, by storage
         keys; it is replaced by the record that has the content of the last version. Raises StoreUnavailableError."""
@@ -290,7 +290,7 @@ class Reading(Threads):
                 older = keyspace.cursor(keyspace.stamp_of(lower))
         return VersionList(self._versions(thread, place.first, prefix, lower, upper), older)
 
-    def _end_of_page(self, prefix: bytes, place: Place, before: str) -> Stamp:
+    def _end_of_page(self, prefix: bytes, place: OrderEntry, before: str) -> Stamp:
         """The stamp that `before` names among the versions of the message at `place`. A time of no version counts too,
         if all of them are in one era, so that it orders them. Raises AmbiguousTimeError."""
         cursor = keyspace.parse_cursor(before)
@@ -304,17 +304,17 @@ class Reading(Threads):
         if len(found) == 1:
             return keyspace.stamp_of(found[0])
         if found or len(eras) > 1:
-            raise AmbiguousTimeError("before names no single version")
+            raise AmbiguousTimeError
         return Stamp(eras[0] * keyspace.ERA_NS + cursor, 0)
 
     async def _versions(
         self, thread: str, first: bytes, prefix: bytes, lower: bytes, upper: bytes
     ) -> AsyncIterator[list[Message]]:
         records = keyspace.messages(thread)
-        neighbour: Loaded | None = None
+        neighbour: LoadedVersion | None = None
         known: dict[bytes, record.Opened] = {}
         while entries := self.engine.scan(lower, upper, limit=LIST_MESSAGES_MAX):
-            batch: list[Loaded] = []
+            batch: list[LoadedVersion] = []
             size = 0
             for key, _ in entries:
                 lower = keyspace.next_key(key)
@@ -383,7 +383,7 @@ class Reading(Threads):
         finally:  # the reader went away, or a batch failed
             await _cancel(opening)
 
-    async def _list(self, thread: str, batch: Sequence[Loaded], given: Given) -> list[Message]:
+    async def _list(self, thread: str, batch: Sequence[LoadedVersion], given: Given) -> list[Message]:
         answers = await self._answers(thread, batch, used=given.key_ids)
         messages = [_latest(thread, loaded, answers) for loaded in batch]
         if [message for message in messages if message.error]:  # of a thousand, a list is faster than `any`
@@ -413,7 +413,7 @@ class Reading(Threads):
             return False
         return await self.sealer.has_keys(thread_id, key_ids | {state.key_id})
 
-    def _batches(self, thread: str, lower: bytes, upper: bytes, include_deleted: bool) -> Iterator[list[Loaded]]:
+    def _batches(self, thread: str, lower: bytes, upper: bytes, include_deleted: bool) -> Iterator[list[LoadedVersion]]:
         records = keyspace.messages(thread)
         count = LIST_MESSAGES_FIRST
         header: record.MessageHeader | None = None
@@ -433,14 +433,14 @@ class Reading(Threads):
             if not stamps:
                 continue
             near = self._near(records, [latest for latest, _ in stamps])
-            batch: list[Loaded] = []
+            batch: list[LoadedVersion] = []
             size = 0
             for latest, first in stamps:
                 key = records + latest
                 raw = near.get(key, b"")
                 if before and raw.startswith(before) and len(raw) <= SEALED_BYTES_MAX:
                     sealed = raw[len(before) :]
-                    loaded = Loaded(Stored(key, header, sealed), None, first.decode())
+                    loaded = LoadedVersion(Stored(key, header, sealed), None, first.decode())
                     size += len(sealed)
                 else:
                     loaded = self._load(records, latest, first, near=near)
@@ -469,6 +469,9 @@ class Reading(Threads):
     async def message_page(
         self, thread_id: str, *, before: str, after: str, limit: int, versions_max: int, opened: bool = True
     ) -> tuple[list[StoredVersion], bool]:
+        """The most recent messages, or those next to a message id, in order of creation, up to a bound of bytes; and
+        whether there are more in that direction. A message that does not open has `error`. Without `opened` the key
+        service is not asked, and every message has `error`. Raises MessageNotFoundError for a malformed id."""
         prefix = keyspace.order(thread_id)
         lower, upper = prefix, keyspace.after(prefix)
         if before:
@@ -490,6 +493,8 @@ class Reading(Threads):
     async def version_page(
         self, message_id: str, limit: int, *, opened: bool = True
     ) -> tuple[list[StoredVersion], bool]:
+        """The newest versions, oldest first, up to a bound of bytes; and whether there are older ones. `opened` as for
+        `message_page`. Raises MessageNotFoundError."""
         thread, place = self._locate(message_id, None)
         prefix = keyspace.versions(message_id)
         newest = self.engine.keys(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
@@ -505,7 +510,7 @@ class Reading(Threads):
         PAGE_BYTES_MAX; and whether that is all of them. They are opened in batches of LIST_BYTES_MAX, as lists are."""
         records = keyspace.messages(thread)
         shown: list[StoredVersion] = []
-        batch: list[Loaded] = []
+        batch: list[LoadedVersion] = []
         size = shown_bytes = 0
         for number, (stamp, first) in enumerate(stamps, start=1):
             batch.append(self._load(records, stamp, first))
@@ -539,13 +544,13 @@ def _opened(one: Stored, thread: str, first: str, answer: bytes | KmsRefusedErro
         return NotOpened(one.key, RECORD_MALFORMED)
 
 
-def _not_opened(loaded: Loaded) -> NotOpened:
+def _not_opened(loaded: LoadedVersion) -> NotOpened:
     """The version without asking the key service."""
     return NotOpened(loaded.own.key, loaded.own.error or NOT_OPENED)
 
 
 def _version(
-    loaded: Loaded, own: record.Opened | NotOpened, content: record.Opened | NotOpened | None
+    loaded: LoadedVersion, own: record.Opened | NotOpened, content: record.Opened | NotOpened | None
 ) -> Version | NotOpened:
     """`content` is the opened `loaded.content`."""
     if isinstance(own, NotOpened):
@@ -563,7 +568,7 @@ def _version(
     return Version(message, own.content, size, own.before)
 
 
-def _latest(thread: str, loaded: Loaded, answers: Mapping[bytes, bytes | KmsRefusedError]) -> Message:
+def _latest(thread: str, loaded: LoadedVersion, answers: Mapping[bytes, bytes | KmsRefusedError]) -> Message:
     """What a list shows of a version, from the answers of the key service by storage keys. As `_listed`."""
     own, content, first = loaded.own, loaded.content, loaded.first
     answer = answers.get(own.key)
@@ -577,7 +582,7 @@ def _latest(thread: str, loaded: Loaded, answers: Mapping[bytes, bytes | KmsRefu
     return _listed(thread, loaded, _version(loaded, opened, shown))
 
 
-def _listed(thread: str, loaded: Loaded, found: Version | NotOpened) -> Message:
+def _listed(thread: str, loaded: LoadedVersion, found: Version | NotOpened) -> Message:
     """What a list shows. Of a version that does not open, nothing but its header, which is not verified. Raises
     RecordUnreadableError if the index is malformed."""
     if isinstance(found, Version):
@@ -611,10 +616,10 @@ async def _no_messages() -> AsyncIterator[list[Message]]:
         yield chunk
 
 
-def _place(key: bytes, value: bytes) -> Place:
+def _place(key: bytes, value: bytes) -> OrderEntry:
     """Raises RecordUnreadableError."""
     try:
-        return Place.parse(key, value)
+        return OrderEntry.parse(key, value)
     except ValueError as error:
         raise RecordUnreadableError(f"the index entry {key.decode()} is malformed") from error
 
@@ -622,5 +627,5 @@ def _place(key: bytes, value: bytes) -> Place:
 def _first_stamp(message: str) -> bytes:
     first = keyspace.parse_message_id(message)
     if first is None:
-        raise MessageNotFoundError("message not found")
+        raise MessageNotFoundError
     return first.raw

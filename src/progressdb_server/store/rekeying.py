@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from typing import Final
 
 from progressdb_server.store import keyspace, record
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.model import (
@@ -26,45 +27,54 @@ from progressdb_server.store.model import (
     Restored,
     RowWrite,
     StaleRowError,
-    Step,
+    WriteSet,
 )
 from progressdb_server.store.sealer import Sealer
-from progressdb_server.store.writer import Write
 
 CHUNK_BYTES_MAX: Final = 1024 * 1024
 KEPT_CHUNK_MAX: Final = 256
 PAGE_ROWS: Final = 256
-_NOTHING: Final = Step()
+_NOTHING: Final = WriteSet()
 
 
 class Rekeying(OpenStore):
-    """See `store.model.Store`."""
+    """What jobs use. Jobs own what is in their rows; the store owns where it is. Walks are in chunks of at most
+    `count_max` entries, each read when it is asked for."""
 
     sealer: Sealer
 
     # --- keys of threads ------------------------------------------------------------------------------------------
     @property
     def halted(self) -> str | None:
+        """Why nothing may be encrypted now (see store/epoch.py), None if it may."""
         return self.sealer.halted
 
     def check_halted(self) -> None:
+        """Before a call that encrypts, and after it: if the key service was seen sealed meanwhile, the answer may be
+        that of an older one. Raises StoreUnavailableError if nothing may be encrypted now."""
         self.sealer.check_halted()
 
     def halt_sealed(self) -> None:
+        """The key service was seen sealed: nothing may be encrypted until its epoch was judged."""
         self.sealer.halt_sealed()
 
     def key_of_thread(self, thread_id: str) -> str | None:
+        """Id of the key that the thread is written under, None for an unknown thread."""
         raw = self.engine.get(keyspace.key_map(thread_id))
         return None if raw is None else raw.decode()
 
     def making_key(self, thread_id: str) -> bool:
+        """Whether a key that the thread does not name may become its own: the thread is being made, its key is being
+        renewed, or what a failed write has left is not known yet."""
         return self.sealer.making_key(thread_id) or not self.writer.available
 
     @property
     def newest_ns(self) -> int:
+        """Time of the newest stamp, in Unix nanoseconds; 0 in an empty store."""
         return self.writer.state.last.time_ns
 
     async def threads_with_keys(self) -> AsyncIterator[str]:
+        """Every thread."""
         lower, upper = keyspace.MAP, keyspace.after(keyspace.MAP)
         while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
@@ -72,20 +82,26 @@ class Rekeying(OpenStore):
                 yield keyspace.last_part(key)
             await asyncio.sleep(0)
 
-    def key_switched(self, thread_id: str, old: str, new: str) -> Step:
+    def key_switched(self, thread_id: str, old: str, new: str) -> WriteSet:
+        """The thread is written under `new` from here on. The condition fails unless it is under `old`."""
         key = keyspace.key_map(thread_id)
-        return Step(((key, new.encode()),), ((key, old.encode()),))
+        return WriteSet(((key, new.encode()),), ((key, old.encode()),))
 
     def switching_key(self, thread_id: str) -> AbstractContextManager[None]:
+        """Held from before the thread's old key is retired until `key_switched` is written: writes of the thread wait
+        meanwhile. Otherwise a write that meets a retired key gives the thread another one."""
         return self.sealer.switching(thread_id)
 
     def forget_key(self, thread_id: str) -> None:
+        """Read the thread's key again at its next use: it was switched."""
         self.sealer.forget(thread_id)
 
     # --- records --------------------------------------------------------------------------------------------------
     def record_chunks(
         self, thread_id: str, count_max: int, *, behind: str = "", to_now: bool = False
     ) -> Iterator[Chunk]:
+        """The thread's records, metadata included, in order of their storage keys, from the one behind the storage key
+        `behind`. `to_now`: without those that are created during the walk."""
         lower, upper = keyspace.records(thread_id)
         if to_now:  # records that are written later come after the newest one
             newest = self.engine.keys(lower, upper, limit=1, reverse=True)
@@ -120,7 +136,9 @@ class Rekeying(OpenStore):
             lower = keyspace.message_of(keyspace.part(thread_id), first.raw)
         return self._count(lower, upper, count_max)
 
-    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
+    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> WriteSet:
+        """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The
+        condition fails if a record was changed since it was read at `read_at`."""
         puts: list[tuple[bytes, bytes | None]] = []
         kept = keyspace.migrated(job_id)
         renewed: dict[tuple[int, bytes], bytes] = {}  # most records of a thread have one of a few headers
@@ -132,7 +150,7 @@ class Rekeying(OpenStore):
             puts.append((found.key, head + sealed))
         # Two runs of ascending keys: the engine finds the place of each entry beside the one before it.
         puts += [(kept + found.key, found.raw) for found, _ in moved]
-        return Step(puts, read=[(found.key, found.raw) for found, _ in moved], read_at=read_at)
+        return WriteSet(puts, read=[(found.key, found.raw) for found, _ in moved], read_at=read_at)
 
     def _count(self, lower: bytes, upper: bytes, count_max: int) -> Iterator[int]:
         while keys := self.engine.keys(lower, upper, limit=count_max):
@@ -148,11 +166,14 @@ class Rekeying(OpenStore):
         prefix = keyspace.migrated(job_id)
         return self._count(prefix, keyspace.after(prefix), count_max)
 
-    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> Step:
+    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> WriteSet:
+        """The kept records are removed."""
         prefix = keyspace.migrated(job_id)
-        return Step([(prefix + kept.key, None) for kept in dropped])
+        return WriteSet([(prefix + kept.key, None) for kept in dropped])
 
     async def restore_kept(self, job_id: str) -> Restored:
+        """Put the kept records back, each only where the same version of its record is stored, or none, or a damaged
+        one. What was put back until an error stays."""
         restored = kept = 0
         self.validators.forget()  # the records are under other keys from here on
         for entries in self._kept(job_id):
@@ -183,9 +204,11 @@ class Rekeying(OpenStore):
 
     # --- rows of jobs ---------------------------------------------------------------------------------------------
     def new_job_id(self, now_ns: int) -> str:
+        """Ids sort by time."""
         return keyspace.new_job_id(now_ns)
 
     def job_row(self, job_id: str) -> bytes | None:
+        """None also for a malformed id."""
         return self.engine.get(keyspace.job(job_id)) if keyspace.JOB_ID.fullmatch(job_id) else None
 
     def job_rows(self, *, newest_first: bool = False) -> Iterator[list[bytes]]:
@@ -197,12 +220,16 @@ class Rekeying(OpenStore):
                 lower = keyspace.next_key(entries[-1][0])
             yield [raw for _, raw in entries]
 
-    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: Step = _NOTHING) -> RowWrite:
+    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: WriteSet = _NOTHING) -> RowWrite:
+        """Replace the row `old` (None: there is none) and carry out the step, all or nothing. What is written later may
+        rely on it: it is written later, and not at all if this is not."""
         key = keyspace.job(job_id)
         puts, expect = ((key, new), *step.puts), ((key, old), *step.expect)
         return RowWrite(key, self.writer.commit(Write(puts, expect, step.read, step.read_at)))
 
     async def settle_row(self, write: RowWrite) -> None:
+        """Durable when it returns. Raises StaleRowError; ConditionFailedError for a condition of the step;
+        StoreUnavailableError, after which the write may or may not be there."""
         try:
             await write.done
         except ConditionFailedError as error:

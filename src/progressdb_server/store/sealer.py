@@ -42,6 +42,7 @@ from progressdb_server.kms.provider import (
 )
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.drafts import Draft
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.keyspace import Clock, Stamp
@@ -55,7 +56,7 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
     ThreadKeyDestroyedError,
 )
-from progressdb_server.store.writer import Write, Writer
+from progressdb_server.store.writer import Writer
 
 THREADS_CACHED_MAX: Final = 16_384
 WRITERS_CACHED_MAX: Final = 256
@@ -162,19 +163,19 @@ class Sealer:
         renewals = 0
         while True:
             if state.deleted:
-                raise ThreadDeletedError("thread deleted")
+                raise ThreadDeletedError
             try:
-                slot = self._writer.reserve(state.map_key)
+                pending = self._writer.reserve(state.map_key)
                 try:
                     made = draft(self._clock.next())
                     sealed = await self._seal(state.thread, state.key_id, made.secrets, request_id)
-                    done = self._writer.submit(slot, made.finish(state.key_id, sealed), state.stands)
+                    done = self._writer.submit(pending, made.finish(state.key_id, sealed), state.stands)
                 finally:
-                    self._writer.leave(slot)
+                    self._writer.leave(pending)
                 try:
                     await done
                 finally:
-                    del done, slot  # the traceback of the error leads to this frame
+                    del done, pending  # the traceback of the error leads to this frame
                 return
             except ConditionFailedError as error:
                 if error.key not in (state.map_key, state.closed_key):

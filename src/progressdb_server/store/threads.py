@@ -18,6 +18,7 @@ from minikms import api
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.store import drafts, keyspace, membership, record
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.drafts import Draft
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
@@ -40,7 +41,6 @@ from progressdb_server.store.model import (
     TooManyMembersError,
 )
 from progressdb_server.store.sealer import Sealer, ThreadState
-from progressdb_server.store.writer import Write
 
 LIST_THREADS_MAX: Final = 512
 """Of one chunk of a list."""
@@ -120,7 +120,7 @@ class Threads(OpenStore):
     def new_thread(self, *, author: str, title: str | None, name: str = "") -> tuple[Thread, Stamp]:
         """A thread that is not stored yet; `name` is the id asked for. Raises InvalidThreadIdError."""
         if name and (name in _DOTS or not api.THREAD_ID_PATTERN.fullmatch(name)):
-            raise InvalidThreadIdError("a thread id is 1 to 128 of A-Z, a-z, 0-9, '.', '_', '-', and not . or ..")
+            raise InvalidThreadIdError
         created = self.clock.next()
         thread = name or keyspace.thread_id(created)
         if title is None:
@@ -138,7 +138,7 @@ class Threads(OpenStore):
     ) -> Thread:
         others = sorted(set(members) - {author})
         if len(others) >= membership.MEMBERS_COUNT_MAX:
-            raise TooManyMembersError("the thread has too many members")
+            raise TooManyMembersError
         if idempotency is None:
             thread, created = self.new_thread(author=author, title=title)
             draft = drafts.new_thread(thread, created, _entries(thread.id, others))
@@ -216,7 +216,7 @@ class Threads(OpenStore):
     async def get_thread(self, thread_id: str) -> Thread:
         loaded = self._load_thread(thread_id)
         if loaded is None:
-            raise ThreadNotFoundError("thread not found")
+            raise ThreadNotFoundError
         return await self._open_thread(thread_id, *loaded)
 
     async def list_threads(
@@ -277,13 +277,13 @@ class Threads(OpenStore):
     async def remove_member(self, thread_id: str, member: str) -> None:
         async with self.locks.hold(keyspace.writers(thread_id)):
             if (await self.get_thread(thread_id)).author == member:
-                raise MemberIsAuthorError("the author of a thread can't be removed from it")
+                raise MemberIsAuthorError
             key = keyspace.writer(thread_id, member)
             if self.engine.get(key) is None:
                 try:
                     self.check_room(thread_id, 1)
                 except TooManyMembersError:
-                    raise NoRoomToRemoveError("the thread has no room to record the removal") from None
+                    raise NoRoomToRemoveError from None
             await self._change_members(thread_id, [(key, membership.REMOVED)])
 
     def check_room(self, thread_id: str, more: int) -> None:
@@ -293,19 +293,21 @@ class Threads(OpenStore):
         prefix = keyspace.writers(thread_id)
         left = membership.MEMBERS_COUNT_MAX - more
         if left < 0 or len(self.engine.keys(prefix, keyspace.after(prefix), limit=left + 1)) > left:
-            raise TooManyMembersError("the thread has too many members")
+            raise TooManyMembersError
 
     async def _change_members(self, thread_id: str, puts: Sequence[tuple[bytes, bytes]]) -> None:
         """Without a change it still waits for the disk: what it relies on may be visible and not durable yet."""
         map_key = keyspace.key_map(thread_id)
         if self.engine.get(map_key) is None:
-            raise ThreadNotFoundError("thread not found")
+            raise ThreadNotFoundError
         try:
             await self.writer.commit(Write(puts, ((keyspace.closed(thread_id), None),)))
         except ConditionFailedError:
-            raise ThreadNotFoundError("thread not found") from None
+            raise ThreadNotFoundError from None
 
     def thread_page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
+        """Ids of threads, newest first (by the beginning of an id: in the order of ids), and the cursor of the next
+        page, empty on the last."""
         if id_prefix:
             prefix = keyspace.MAP + keyspace.part(id_prefix)
             lower, upper = prefix, prefix + keyspace.END
@@ -331,11 +333,11 @@ class Threads(OpenStore):
         state = self.sealer.thread(thread)
         raw = self.engine.get(keyspace.meta(thread))
         if state is None or raw is None or state.deleted:
-            raise ThreadNotFoundError("thread not found")
+            raise ThreadNotFoundError
         header, sealed = _unpacked(thread, raw)
         current = await self._open_thread(thread, header, sealed)
         if author is not None and author != current.author:
-            raise NotTheAuthorError("author does not match")
+            raise NotTheAuthorError
         return state, raw, header, current
 
     async def update_thread(

@@ -62,7 +62,8 @@ def test_the_daemon_writes_a_known_answer_and_clients_read_it(known: dict[str, A
             bytes.fromhex(one[member]) if member in one else RefusedItem(one["error"], one["code"])
             for one in in_json["items"]
         ]
-        written = encoding.items(member, outcomes)
+        refused_count = sum(isinstance(outcome, RefusedItem) for outcome in outcomes)
+        written = encoding.items(member, outcomes, refused_count)
         for outcome, known_outcome in zip(calls.outcomes(read, len(outcomes)), outcomes, strict=True):
             if isinstance(known_outcome, bytes):
                 assert outcome == known_outcome

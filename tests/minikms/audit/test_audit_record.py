@@ -117,10 +117,6 @@ def test_a_full_batch_with_long_ids_is_not_cut() -> None:
     assert parsed.request_ids == ["r" * 128] * 1024
 
 
-def test_invalid_ids_are_cut_short() -> None:
-    assert len(record.shorten("x" * 100_000)) == record.INVALID_ID_CHARS_MAX
-
-
 @pytest.mark.parametrize("value", [-1, 2**63, 1.5, True, None, ["x"]])
 def test_a_fact_that_a_line_can_not_hold_becomes_text(value: object) -> None:
     event = Event(type="config_change", actor="minikms", facts={"bound": value})  # type: ignore[dict-item]  # the point

@@ -48,7 +48,7 @@ def replace(directory: int) -> None:
 
 
 def create(directory: int) -> None:
-    insist(lambda: write_files(directory, [FileWrite("g0", b"new", exclusive=True)]))
+    insist(lambda: write_files(directory, [FileWrite("g0", b"new")]))
     tell("told g0 new")
 
 
@@ -84,7 +84,7 @@ async def served() -> AsyncIterator[DataDir]:
         options = Options(audit_fsync="never", cache_keys_max=8)
         data = insist_on(lambda: open_for_service(lock, root, arena=arena, disk=worker, options=options))
         yield data
-        await data.drain()
+        await data.vault.drain()
         with contextlib.suppress(KmsRefusedError):
             data.close()
 
@@ -129,7 +129,7 @@ async def rotate_beside_changes() -> None:
 async def with_file(vault: Vault, thread_id: str) -> DekRecord:
     """A new key, as the verb makes it. This program runs without `tests.harness`."""
     made = await vault.create_in_log(thread_id)
-    await vault.journal.file_made(made.id)
+    await vault.journal.file_written(made.id)
     return made
 
 

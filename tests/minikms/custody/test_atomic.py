@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 
-from minikms.api.errors import ConflictError, InvalidRequestError, StorageUnavailableError
+from minikms.api.errors import InvalidRequestError, StorageUnavailableError
 from minikms.custody import files
 from minikms.custody.files import (
     FileWrite,
+    make_file,
     open_directory,
-    overwrite_files,
+    overwrite_file,
     read_file_bounded,
     remove_file,
     replace_file,
     replace_file_from,
     sweep_temps,
     write_files,
-    write_group,
 )
-from tests.minikms.custody.disk_faults import failing
+from tests.minikms.custody.disk_faults import failing, failing_os
 
 
 @pytest.fixture(params=["syncfs", "fsync"])
@@ -78,7 +78,7 @@ def test_short_writes_are_continued(tmp_path: Path, directory: int, monkeypatch:
     replace_file(directory, "f", b"ten bytes!")
     real_at = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real_at(fd, data[:3], at))
-    assert overwrite_files(directory, [FileWrite("f", b"10 others.")]) == []
+    overwrite_file(directory, "f", b"10 others.", sync=True)
     monkeypatch.undo()
     assert (tmp_path / "f").read_bytes() == b"10 others."
 
@@ -138,29 +138,24 @@ def test_after_a_failed_sync_the_retry_syncs_another_file(
     assert synced[0] != synced[1] == (tmp_path / "f").stat().st_ino
 
 
-def test_an_exclusive_file_is_made_once(tmp_path: Path, directory: int) -> None:
-    write_files(directory, [FileWrite("f", b"first", exclusive=True)])
-    with pytest.raises(ConflictError):
-        write_files(directory, [FileWrite("f", b"second", exclusive=True)])
-    assert (tmp_path / "f").read_bytes() == b"first"
+@pytest.mark.parametrize("taken_by", ["a file", "a dangling symbolic link"])
+def test_a_new_file_takes_no_name_that_is_taken(tmp_path: Path, directory: int, taken_by: str) -> None:
+    if taken_by == "a file":
+        make_file(directory, "f", b"first", sync=True)
+    else:
+        (tmp_path / "f").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        make_file(directory, "f", b"second", sync=True)
     assert names(tmp_path) == ["f"]
+    assert taken_by != "a file" or (tmp_path / "f").read_bytes() == b"first"
 
 
-def test_an_exclusive_name_taken_by_a_dangling_symlink_is_taken(tmp_path: Path, directory: int) -> None:
-    (tmp_path / "f").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConflictError):
-        write_files(directory, [FileWrite("f", b"content", exclusive=True)])
-    assert not (tmp_path / "elsewhere").exists()
-
-
-@pytest.mark.parametrize(("call", "at"), [("open", 1), ("write", 1), ("fsync", 1), ("link", 1), ("fsync", 2)])
-def test_an_exclusive_file_that_is_not_durable_is_not_there(
-    tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch, call: str, at: int
+@pytest.mark.parametrize("call", ["open", "write", "fsync"])
+def test_a_new_file_that_the_disk_refuses_is_not_there(
+    tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, failing(getattr(os, call), at=at))
-        with pytest.raises(StorageUnavailableError):
-            write_files(directory, [FileWrite("f", b"content", exclusive=True)])
+    with failing_os(monkeypatch, call), pytest.raises(OSError):
+        make_file(directory, "f", b"content", sync=True)
     assert names(tmp_path) == []
 
 
@@ -173,7 +168,7 @@ def test_a_group_replaces_all_its_files(tmp_path: Path, directory: int, sync_way
 
 
 def test_an_empty_group_is_nothing(tmp_path: Path, directory: int, sync_way: str) -> None:
-    assert write_group(directory, []) == []
+    write_files(directory, [])
     assert names(tmp_path) == []
 
 
@@ -213,46 +208,32 @@ def test_a_group_that_fails_before_the_renames_changes_nothing(
     assert all((tmp_path / write.name).read_bytes() == b"old" for write in writes)
 
 
-def test_a_file_that_cannot_be_put_in_place_fails_alone(
+def test_a_group_that_fails_at_a_rename_has_whole_files(
     tmp_path: Path, directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writes = [FileWrite(f"f{number}", b"new") for number in range(6)]
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", failing(os.rename, at=3, times=1))
-        outcomes = write_group(directory, writes)
-    assert [type(outcome) for outcome in outcomes] == [type(None)] * 2 + [StorageUnavailableError] + [type(None)] * 3
-    assert names(tmp_path) == ["f0", "f1", "f3", "f4", "f5"]
-
-
-def test_a_taken_name_in_a_group_fails_alone(tmp_path: Path, directory: int, sync_way: str) -> None:
-    replace_file(directory, "f2", b"old")
-    outcomes = write_group(directory, [FileWrite(f"f{number}", b"new", exclusive=True) for number in range(5)])
-    assert [type(outcome) for outcome in outcomes] == [type(None)] * 2 + [ConflictError] + [type(None)] * 2
-    assert (tmp_path / "f2").read_bytes() == b"old"
-    assert names(tmp_path) == [f"f{number}" for number in range(5)]
+        with pytest.raises(StorageUnavailableError):
+            write_files(directory, writes)
+    assert names(tmp_path) == ["f0", "f1"]
 
 
 def test_of_two_writes_to_a_name_in_a_group_the_later_holds(tmp_path: Path, directory: int, sync_way: str) -> None:
-    writes = [FileWrite("f", b"1"), FileWrite("f", b"2"), FileWrite("f", b"3", exclusive=True), FileWrite("g", b"4")]
-    outcomes = write_group(directory, writes)
-    assert [type(outcome) for outcome in outcomes] == [type(None), type(None), ConflictError, type(None)]
+    write_files(directory, [FileWrite("f", b"1"), FileWrite("f", b"2"), FileWrite("g", b"4")])
     assert (tmp_path / "f").read_bytes() == b"2"
 
 
-def test_if_the_last_sync_of_a_group_fails_all_writes_fail(
+def test_if_the_last_sync_of_a_group_fails_the_group_fails(
     tmp_path: Path, directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_file(directory, "f0", b"old")
-    writes = [FileWrite("f0", b"new"), *(FileWrite(f"n{number}", b"new", exclusive=True) for number in range(5))]
-    with monkeypatch.context() as patch:
+    writes = [FileWrite(f"f{number}", b"new") for number in range(6)]
+    with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
         if sync_way == "syncfs":
             patch.setattr(files, "syncfs", failing(files.syncfs, at=2))
         else:
             patch.setattr(os, "fsync", failing(os.fsync, at=len(writes) + 1))
-        outcomes = write_group(directory, writes)
-    assert all(isinstance(outcome, StorageUnavailableError) for outcome in outcomes)
-    assert len({id(outcome) for outcome in outcomes}) == len(writes), "each waiter raises an error of its own"
-    assert names(tmp_path) == ["f0"]
+        write_files(directory, writes)
 
 
 def test_syncfs_is_not_trusted_on_old_kernels_or_foreign_file_systems(
@@ -314,7 +295,8 @@ def test_only_temporary_files_of_earlier_processes_are_swept(
 def test_a_name_that_is_not_a_plain_file_name_touches_nothing(tmp_path: Path, directory: int, name: str) -> None:
     for call in (
         lambda: replace_file(directory, name, b""),
-        lambda: write_files(directory, [FileWrite(name, b"", exclusive=True)]),
+        lambda: make_file(directory, name, b"", sync=True),
+        lambda: overwrite_file(directory, name, b"", sync=True),
         lambda: write_files(directory, [FileWrite("good", b""), FileWrite(name, b"")]),
         lambda: remove_file(directory, name),
     ):

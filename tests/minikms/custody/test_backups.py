@@ -52,7 +52,6 @@ def opened(directory: Path) -> RotationBackups:
 
 def keep(backups: RotationBackups, stamp: str, *changes: Change) -> None:
     """As the journal does with a batch."""
-    backups.make_stamp(stamp)
     directory = open_directory(os.path.dirname(backups.directory))
     try:
         replace_file(directory, NAME, encode(changes))

@@ -12,65 +12,75 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import ConflictError, KmsRefusedError, StorageUnavailableError
-from minikms.custody import files, group_commit
-from minikms.custody.files import FileWrite, open_directory
+from minikms.custody import group_commit
+from minikms.custody.files import FileWrite, make_file, open_directory
 from minikms.custody.group_commit import GroupCommit
 
 ITEMS_MAX = 16
 
 
 class Disk:
-    """Replaces `write_group`: records the groups, and can hold or fail one."""
+    """Makes the files of a group: a taken name is an error of its own. It can hold or fail a group."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.groups: list[list[str]] = []
         self.threads: set[int] = set()
         self.go = threading.Event()
         self.go.set()
         self.failure: Exception | None = None
-        self._real = files.write_group
-        patch.setattr(files, "write_group", self.write_group)
 
-    def write_group(self, directory: int, writes: Sequence[FileWrite]) -> list[KmsRefusedError | None]:
+    def make_files(self, directory: int, writes: Sequence[FileWrite]) -> list[KmsRefusedError | None]:
         self.threads.add(threading.get_ident())
         self.groups.append([write.name for write in writes])
         assert self.go.wait(60)
         if self.failure is not None:
             raise self.failure
-        return self._real(directory, writes)
+        outcomes: list[KmsRefusedError | None] = []
+        for write in writes:
+            try:
+                make_file(directory, write.name, write.data, sync=True)
+            except FileExistsError:
+                outcomes.append(ConflictError("there is a file of this name already"))
+            except OSError as error:
+                raise StorageUnavailableError("the disk refuses") from error
+            else:
+                outcomes.append(None)
+        return outcomes
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    return Disk(monkeypatch)
+def disk() -> Disk:
+    return Disk()
 
 
 class FileGroups:
-    """Group commit of files, as `DekStore` makes it."""
+    """Group commit of new files."""
 
-    def __init__(self, directory: int, executor: ThreadPoolExecutor) -> None:
+    def __init__(self, directory: int, disk: Disk, executor: ThreadPoolExecutor) -> None:
         self._directory = directory
+        self._disk = disk
         self._executor = executor
         self._commit = GroupCommit(self._write, items_max=ITEMS_MAX)
         self.drain = self._commit.drain
+        self.group_ended = self._commit.group_ended
 
-    async def submit(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
-        await self._commit.submit(FileWrite(name, data, exclusive))
+    async def submit(self, name: str, data: bytes) -> None:
+        await self._commit.submit(FileWrite(name, data))
 
     async def _write(self, writes: list[FileWrite]) -> list[KmsRefusedError | None]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, files.write_group, self._directory, writes)
+        return await loop.run_in_executor(self._executor, self._disk.make_files, self._directory, writes)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[[Callable[[FileGroups], Awaitable[None]]], None]]:
+def run(tmp_path: Path, disk: Disk) -> Iterator[Callable[[Callable[[FileGroups], Awaitable[None]]], None]]:
     """Run a scenario against a group commit in `tmp_path`, and drain it at its end."""
     directory = open_directory(tmp_path)
 
     def run_scenario(scenario: Callable[[FileGroups], Awaitable[None]]) -> None:
         async def main() -> None:
             with ThreadPoolExecutor(max_workers=1) as executor:
-                group = FileGroups(directory, executor)
+                group = FileGroups(directory, disk, executor)
                 await scenario(group)
                 await group.drain()
 
@@ -111,6 +121,27 @@ def test_what_arrives_while_a_group_is_written_is_the_next_group(run: Run, disk:
     assert disk.groups == [["first"], ["b", "c", "d"]]
 
 
+def test_the_end_of_a_group_waits_for_no_later_one(run: Run, disk: Disk) -> None:
+    """So a rotation waits for the keys under the older KEK, however many are made under the new one."""
+
+    async def scenario(group: FileGroups) -> None:
+        disk.go.clear()
+        first = asyncio.create_task(group.submit("first", b""))
+        while not disk.groups:
+            await asyncio.sleep(0.001)
+        ended = asyncio.create_task(group.group_ended())
+        later = asyncio.create_task(group.submit("later", b""))
+        await asyncio.sleep(0)
+        assert not ended.done()
+        disk.go.set()
+        await ended
+        assert first.done() and not later.done()
+        await asyncio.gather(first, later)
+        await group.group_ended()
+
+    run(scenario)
+
+
 def test_groups_are_bounded(run: Run, disk: Disk) -> None:
     async def scenario(group: FileGroups) -> None:
         await asyncio.gather(*(group.submit(f"f{number}", b"") for number in range(2 * ITEMS_MAX + 1)))
@@ -124,7 +155,7 @@ def test_only_the_caller_of_a_taken_name_gets_the_conflict(run: Run, tmp_path: P
 
     async def scenario(group: FileGroups) -> None:
         results = await asyncio.gather(
-            *(group.submit(name, b"new", exclusive=True) for name in ("a", "taken", "b", "b")), return_exceptions=True
+            *(group.submit(name, b"new") for name in ("a", "taken", "b", "b")), return_exceptions=True
         )
         assert [type(result) for result in results] == [type(None), ConflictError, type(None), ConflictError]
 

@@ -46,7 +46,7 @@ def test_the_known_journal_is_read_and_written_in_the_same_bytes() -> None:
     content = bytes.fromhex(known["journal"])
     first, second = (file.encode() for file in known["files"])
     found = decode(content)
-    assert found.damaged == []
+    assert found.damaged == 0
     assert [each[:3] for each in found.intact] == [(known["key_id"], b"", first), (known["key_id"], first, second)]
     assert MAGIC + BLANK + encode(Change(*each[:3]) for each in found.intact)[len(MAGIC) :] == content
 
@@ -70,7 +70,7 @@ def test_a_damaged_record_is_left_out_and_no_other_one(at: int, bit: int) -> Non
     hit = (at - len(MAGIC)) // RECORD_BYTES
     found = decode(bytes(content))
     assert found.intact == (keys if hit < 0 else keys[:hit] + keys[hit + 1 :])
-    assert len(found.damaged) == (0 if hit < 0 else 1)
+    assert found.damaged == (0 if hit < 0 else 1)
 
 
 def test_a_log_of_another_version_is_refused() -> None:
@@ -89,18 +89,18 @@ def test_files_are_made_after_their_records_are_on_the_disk(tmp_path: Path, monk
     calls: list[str] = []
     synced, made = os.fdatasync, files.make_file
 
-    def sync(descriptor: int) -> None:
+    def synced_(descriptor: int) -> None:
         synced(descriptor)
         calls.append("sync")
 
-    def make(directory: int, name: str, data: bytes) -> None:
+    def make(directory: int, name: str, data: bytes, *, sync: bool) -> None:
         calls.append(name)
-        made(directory, name, data)
+        made(directory, name, data, sync=sync)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             await one.make(1)  # reserves wraps
-            monkeypatch.setattr(os, "fdatasync", sync)
+            monkeypatch.setattr(os, "fdatasync", synced_)
             monkeypatch.setattr(journal, "make_file", make)
             records = await asyncio.gather(*(create(one.vault, f"t{number}") for number in range(5)))
             key_ids = [record.id for record in records]
@@ -143,7 +143,7 @@ def test_a_key_whose_file_the_disk_refuses_is_in_the_log(tmp_path: Path, monkeyp
     asyncio.run(main())
 
 
-def refuse_file(_directory: int, _name: str, _data: bytes) -> None:
+def refuse_file(_directory: int, _name: str, _data: bytes, **_sync: bool) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -151,9 +151,9 @@ def test_a_key_is_durable_before_its_file_is_made(tmp_path: Path, monkeypatch: p
     """`Vault.create_in_log` returns then, so that the audit line is synced meanwhile. A change waits for the file."""
     going_on = threading.Event()
 
-    def slowly(directory: int, name: str, data: bytes) -> None:
+    def slowly(directory: int, name: str, data: bytes, *, sync: bool) -> None:
         going_on.wait(20)
-        files.make_file(directory, name, data)
+        files.make_file(directory, name, data, sync=sync)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -164,7 +164,7 @@ def test_a_key_is_durable_before_its_file_is_made(tmp_path: Path, monkeypatch: p
             assert record.id in logged(one)
             assert len(one.keys([record.id])) == 1
             retiring = asyncio.create_task(one.vault.retire(record.id))
-            made = asyncio.create_task(one.vault.journal.file_made(record.id))
+            made = asyncio.create_task(one.vault.journal.file_written(record.id))
             await asyncio.sleep(0)
             going_on.set()
             await made
@@ -176,7 +176,7 @@ def test_a_key_is_durable_before_its_file_is_made(tmp_path: Path, monkeypatch: p
 
 
 def test_a_stop_a_rotation_and_a_full_log_settle_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "CHANGES_MAX", 5)
+    monkeypatch.setattr(journal, "RECORDS_MAX", 5)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -193,14 +193,25 @@ def test_a_stop_a_rotation_and_a_full_log_settle_it(tmp_path: Path, monkeypatch:
     asyncio.run(main())
 
 
-def test_where_syncfs_is_not_strict_there_is_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_syncfs_is_not_strict_each_file_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: False)
+    monkeypatch.setattr(journal, "syncfs", refuse_sync)
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
+            monkeypatch.setattr(os, "fsync", sync)
             [key_id] = await one.make(1)
-            assert not (one.directory / NAME).exists()
-            assert one.file(key_id).exists()
+            await one.vault.retire(key_id)
+            assert synced.count(f"{key_id}.json") == 2
+            one.vault.journal.flush()
+            assert synced[-2:] == ["kms-deks", "d"], "the directory before the journal is removed"
+            assert one.on_disk(key_id).state == "retired"
 
     asyncio.run(main())
 
@@ -256,7 +267,7 @@ def test_after_a_failed_sync_the_files_of_the_log_are_written_anew(
             keys = one.keys(key_ids)
             inodes = [one.file(key_id).stat().st_ino for key_id in key_ids]
             monkeypatch.setattr(journal, "syncfs", failing)
-            one.vault.journal.settle()
+            one.vault.journal.flush()
             assert not (one.directory / NAME).exists()
             after = [one.file(key_id).stat().st_ino for key_id in key_ids]
             assert [new != old for new, old in zip(after, inodes, strict=True)] == [True, True, True, True]
@@ -420,7 +431,7 @@ def test_after_a_log_whose_removal_failed_a_create_begins_a_new_one(
             async with opened_vault(tmp_path / call) as one:
                 await one.make(2)
                 with failing_os(monkeypatch, call), pytest.raises(StorageUnavailableError):
-                    one.vault.journal.settle()
+                    one.vault.journal.flush()
                 key_ids = await one.make(1)
                 assert logged(one) == key_ids
 
@@ -462,7 +473,7 @@ def test_the_directory_is_synced_before_the_log_is_removed(tmp_path: Path, monke
             assert "kms-deks" in calls[: calls.index(NAME)]
             calls.clear()
             monkeypatch.setattr(journal, "syncfs", refuse_sync)
-            one.vault.journal.settle()
+            one.vault.journal.flush()
             assert "kms-deks" in calls[: calls.index(NAME)], "after a failed sync too"
 
     asyncio.run(main())
@@ -514,7 +525,7 @@ def test_a_group_that_ends_before_its_files_are_made_is_made_anew(tmp_path: Path
             key = new_key(1)
             with pytest.raises(RuntimeError):
                 one.vault.journal.write([key], fails)
-            one.vault.journal.settle()
+            one.vault.journal.flush()
             assert one.file(key.key_id).read_bytes() == key.new
 
     asyncio.run(main())
@@ -536,7 +547,7 @@ def test_after_a_failed_sync_a_key_whose_file_is_gone_is_made_again(
             one.file(victim).unlink()
             one.file(gone).unlink()
             monkeypatch.setattr(journal, "syncfs", refuse_sync)
-            one.vault.journal.settle()
+            one.vault.journal.flush()
             assert one.keys([gone]) == keys
             assert not one.file(victim).exists()
 
@@ -563,7 +574,7 @@ def test_a_close_that_fails_closes_no_number_a_second_time(tmp_path: Path, monke
 
 @pytest.mark.parametrize("damaged", ["the head", "an id", "a content", "a checksum"])
 def test_bit_rot_in_the_log_is_counted_and_stops_no_start(tmp_path: Path, damaged: str) -> None:
-    """A damaged record is kept as a rotation backup if its key has no valid file. It goes when the key is destroyed."""
+    """The journal is kept as a rotation backup, until the keys of damaged records are destroyed or pruned."""
     at = {
         "the head": 3,
         "an id": len(MAGIC) + 9,
@@ -584,11 +595,13 @@ def test_bit_rot_in_the_log_is_counted_and_stops_no_start(tmp_path: Path, damage
             head = damaged == "the head"
             assert after.replayed == Replayed(2) if head else Replayed(1, damaged=1)
             assert len(after.keys(others)) == 2
-            assert len(after.backups(first)) == (0 if head else 1)
+            kept = list((after.directory / "kms-deks-backup").rglob("*.journal"))
+            assert len(kept) == (0 if head else 1)
             if head:
                 return
-            content = after.backups(first)[0]
-            after.file(first).write_bytes(content)  # as an operator would
+            content = kept[0].read_bytes()
+            begin = content.index(b'{"id":"%s"' % first.encode())
+            after.file(first).write_bytes(content[begin : begin + FILE_BYTES])  # as an operator would
             if damaged != "a content":
                 assert len(after.keys([first])) == 1
                 await after.vault.retire(first)
@@ -605,7 +618,7 @@ def test_sectors_that_a_power_loss_took_are_no_damage(count: int, data: st.DataO
     content = encode([new_key(number) for number in range(count)]).ljust(len(MAGIC) + 5 * RECORD_BYTES, b"\0")
     begin = data.draw(st.integers(0, len(content) // SECTOR_BYTES)) * SECTOR_BYTES
     end = min(begin + SECTOR_BYTES, len(content))
-    assert decode(content[:begin] + bytes(end - begin) + content[end:]).damaged == []
+    assert decode(content[:begin] + bytes(end - begin) + content[end:]).damaged == 0
 
 
 # --- readers --------------------------------------------------------------------------------------------------------
@@ -628,7 +641,7 @@ def test_a_file_that_is_made_while_another_process_looks_for_it_is_found(
 
             def late(name: str, bytes_max: int, *, dir_fd: int) -> bytes | None:
                 one.file(key_id).write_bytes(content)
-                one.vault.journal.settle()
+                one.vault.journal.flush()
                 return files.read_file_bounded(name, bytes_max, dir_fd=dir_fd)
 
             monkeypatch.setattr(settled_keys, "read_file_bounded", late)
@@ -644,8 +657,8 @@ def test_no_reader_gets_a_part_of_a_file_that_is_being_made(tmp_path: Path, monk
     """
     wrong: list[str] = []
 
-    def slowly(directory: int, name: str, data: bytes) -> None:
-        files.make_file(directory, name, b"")
+    def slowly(directory: int, name: str, data: bytes, *, sync: bool) -> None:
+        files.make_file(directory, name, b"", sync=sync)
         key_id = name.removesuffix(".json")
         with SettledKeys(str(tmp_path / "d")) as settled:
             if (store[0].read(key_id), settled.read(key_id)) != (data, data):

@@ -68,12 +68,6 @@ def test_the_model_disk_notices_a_missing_sync(directory: int, monkeypatch: pyte
     assert seen > {b"old", b"new"}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_an_exclusive_file_is_absent_or_whole(directory: int, seed: int) -> None:
-    writes = [FileWrite("f", b"new", exclusive=True)]
-    check_at_every_call(directory, {"f": {None, b"new"}}, lambda: write_files(directory, writes), seed=seed)
-
-
 @pytest.mark.parametrize("way", ["syncfs", "fsync"])
 @pytest.mark.parametrize("seed", range(3))
 def test_files_of_a_group_are_old_or_new_and_new_on_return(

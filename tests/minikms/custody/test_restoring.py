@@ -23,7 +23,8 @@ from minikms.custody.backup.register import DIRECTORY as REGISTER
 from minikms.custody.backup.register import ArchiveRegister, Registered
 from minikms.custody.files import LOCK_NAME, DataDirLock
 from minikms.custody.keyring_file import KeyringFile
-from minikms.datadir import OpenedKeyring, open_keyring, opened_keyring, opened_root
+from minikms.datadir import open_keyring, opened_keyring, opened_root
+from minikms.keys import keyring
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import KeyFile
 from tests.harness.vaults import key_file, opened_vault
@@ -65,15 +66,16 @@ def restored(data_dir: Path, archive: Path, target: Path) -> None:
             restore.restore(str(archive), good, task, unlocked, place, at=AT)
 
 
-def start(data_dir: Path, target: Path) -> OpenedKeyring:
-    """Open the keyring of `target` as the daemon does when it starts."""
+def start(data_dir: Path, target: Path) -> str:
+    """Open the keyring of `target` as the daemon does when it starts; its id."""
     with (
         DataDirLock(str(target)) as lock,
         SecretArena(32, force_fallback=True) as arena,
         ThreadPoolExecutor(1) as executor,
     ):
         file = KeyringFile(lock.directory_fd, executor)
-        return open_keyring(str(target), file, KeyFile(key_file(data_dir)), arena=arena, nonces=NonceSource())
+        unlocked, _ = open_keyring(str(target), file, KeyFile(key_file(data_dir)), arena=arena, nonces=NonceSource())
+        return unlocked.body.keyring_id
 
 
 class PowerFailure(Exception):
@@ -121,7 +123,7 @@ def test_the_daemon_refuses_to_start_after_any_interrupted_restore(
             start(data_dir, target)
         refused += 1
     assert refused > 5
-    assert not start(data_dir, target).made
+    assert start(data_dir, target) == keyring.parse_file((data_dir / "keyring.json").read_bytes())[0].keyring_id
 
 
 def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_dir: Path, tmp_path: Path) -> None:

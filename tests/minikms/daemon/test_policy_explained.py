@@ -18,9 +18,9 @@ from minikms.api import Verb
 from minikms.client.calls import make_call
 from minikms.policy import FilePolicy, parse_policy
 from minikms.policy.explanation import explain
-from minikms.service.access import names_keys
 from tests.harness.callers import NOBODY, OTHER, PROXY, ROOT_GRANT, USER, PolicyDaemon
 from tests.harness.verb_requests import example
+from tests.minikms.service.limiting import names_keys
 
 THREADS = ("mine-1", "theirs-1")
 FIRST_UID = 46_000

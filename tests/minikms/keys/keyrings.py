@@ -40,7 +40,9 @@ def fresh(arena: SecretArena, root: bytes = ROOT) -> UnlockedKeyring:
     )
 
 
-def reopened(arena: SecretArena, unlocked: UnlockedKeyring, root: bytes = ROOT) -> tuple[UnlockedKeyring, keyring.Slot]:
+def reopened(
+    arena: SecretArena, unlocked: UnlockedKeyring, root: bytes = ROOT
+) -> tuple[UnlockedKeyring, keyring.RootSlot]:
     """The same from its file, under `root`."""
     return UnlockedKeyring.open(arena, memoryview(root), unlocked.encode(unlocked.body), nonces=NonceSource().next)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minikms.crypto import aead, labels, roots, slots
-from minikms.crypto.aead import NonceSource
+from minikms.crypto.aead import NonceSource, XaesCipher
 from minikms.keys import dek, keyring, tombstones
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
@@ -76,7 +76,7 @@ def test_dek_files_parse_unwrap_and_are_written_in_the_same_bytes() -> None:
         assert dek.encode(record) == text.encode()
         assert record.aad(version).hex() == known["associated_data"][version - 1]
         target = memoryview(bytearray(32))
-        dek.unwrap_into(record, view(KNOWN["keks"][str(version)]), target)
+        dek.unwrap_into(record, XaesCipher(view(KNOWN["keks"][str(version)])), target)
         assert bytes(target).hex() == known["key"]
 
 
@@ -89,7 +89,7 @@ def test_retiring_a_key_makes_the_retired_file() -> None:
 def test_a_rewrap_makes_the_second_file_of_the_first() -> None:
     first, second = (dek.parse(text.encode(), KNOWN["dek"]["key_id"]) for text in KNOWN["dek"]["files"])
     key, again = (memoryview(bytearray(32)) for _ in range(2))
-    rewrapper = dek.Rewrapper(lambda version: view(KNOWN["keks"][str(version)]), 2, key=key, again=again)
+    rewrapper = dek.Rewrapper(lambda version: XaesCipher(view(KNOWN["keks"][str(version)])), 2, key=key, again=again)
     assert rewrapper.rewrap(first, second.wrapped[: aead.NONCE_BYTES]) == second
     assert bytes(key).hex() == KNOWN["dek"]["key"]
 

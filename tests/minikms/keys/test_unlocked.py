@@ -11,8 +11,8 @@ import pytest
 
 from minikms.api.errors import ArenaFullError, ConflictError, DecryptionError, KeyUnreadableError, StartError
 from minikms.crypto import aead, labels, roots, slots
-from minikms.crypto.aead import NonceSource
-from minikms.crypto.slots import Place
+from minikms.crypto.aead import NONCE_BYTES, NonceSource
+from minikms.crypto.slots import SlotBinding
 from minikms.keys import keyring, root_slots
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random
@@ -20,7 +20,7 @@ from tests.minikms.keys import keyrings
 from tests.minikms.keys.keyrings import AT, NEW_ROOT, ROOT
 
 
-def open_bytes(arena: SecretArena, root: bytes, data: bytes) -> tuple[UnlockedKeyring, keyring.Slot]:
+def open_bytes(arena: SecretArena, root: bytes, data: bytes) -> tuple[UnlockedKeyring, keyring.RootSlot]:
     return UnlockedKeyring.open(arena, memoryview(root), data, nonces=NonceSource().next)
 
 
@@ -192,9 +192,9 @@ def forged(arena: SecretArena, unlocked: UnlockedKeyring, *, mac_key: bytes) -> 
     own = keyrings.fresh(arena, bytes(range(64, 96)))
     theirs = unlocked.body.slots[0]
     own.body = msgspec.structs.replace(own.body, keyring_id=unlocked.body.keyring_id)
-    place = Place(own.body.keyring_id, theirs.slot_id, theirs.commitment, own.body.key_version)
-    sealed = slots.seal(theirs.public_key, place, own.keyring_key.view)
-    mac = slots.mac(memoryview(mac_key), place, sealed)
+    binding = SlotBinding(own.body.keyring_id, theirs.slot_id, theirs.commitment, own.body.key_version)
+    sealed = slots.seal(theirs.public_key, binding, own.keyring_key.view)
+    mac = slots.mac(memoryview(mac_key), binding, sealed)
     slot = msgspec.structs.replace(theirs, sealed=sealed, mac=mac)
     return own.encode(msgspec.structs.replace(own.body, slots=(slot,)))
 
@@ -309,3 +309,33 @@ def test_nothing_shows_a_key_in_its_representation(arena: SecretArena) -> None:
     shown = repr(unlocked) + str(unlocked)
     assert bytes(unlocked.kek(1)).hex() not in shown
     assert unlocked.body.keyring_id in shown
+
+
+def test_derived_keys_of_a_kek_are_bounded_and_zeroed_with_it(
+    arena: SecretArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minikms.keys.unlocked.WRAPPING_KEYS_MAX", 3)
+    unlocked = keyrings.fresh(arena)
+    unlocked.make_kek(fill_random, version=2, state="pending", at=AT)
+    used = arena.in_use
+    nonces = [bytes([number]) * NONCE_BYTES for number in range(5)]
+    for version, nonce in [(1, nonces[0]), *((2, nonce) for nonce in nonces)] * 2:
+        with unlocked.kek_cipher(version) as kek:
+            sealed = kek.seal(nonce, b"text", b"")
+        assert aead.open_sealed(unlocked.kek(version), sealed, b"") == b"text"
+    assert arena.in_use == used + 3
+    unlocked.forget_kek(2)
+    assert arena.in_use == used - 1
+    with unlocked.kek_cipher(1) as kek:
+        assert kek.open_sealed(aead.seal(unlocked.kek(1), nonces[0], b"text", b""), b"") == b"text"
+    assert arena.in_use == used
+    unlocked.release()
+    assert arena.in_use == 0
+
+
+def test_the_cipher_of_a_kek_ends_with_its_block(arena: SecretArena) -> None:
+    unlocked = keyrings.fresh(arena)
+    with unlocked.kek_cipher(1) as kek:
+        kek.seal(bytes(NONCE_BYTES), b"", b"")
+    with pytest.raises(ValueError, match="closed"):
+        kek.seal(bytes([1]) * NONCE_BYTES, b"", b"")

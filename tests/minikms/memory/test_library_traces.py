@@ -71,7 +71,7 @@ CHILD = textwrap.dedent("""
 
     def rewrapped(kek):
         with arena.allocate() as key, arena.allocate() as again:
-            with dek.Rewrapper(lambda version: kek, 2, key=key.view, again=again.view) as rewrapper:
+            with dek.Rewrapper(lambda version: XaesCipher(kek), 2, key=key.view, again=again.view) as rewrapper:
                 for _ in range(3):
                     rewrapper.rewrap(record, bytes(24))
 
@@ -178,7 +178,8 @@ def test_an_x25519_key_that_is_kept_would_be_found() -> None:
 
 
 def test_a_rewrapper_whose_block_does_not_end_would_be_found() -> None:
-    use = "kept = dek.Rewrapper(lambda version: slot.view, 2, key=other.view, again=other.view)"
+    use = "kept = dek.Rewrapper(lambda version: XaesCipher(slot.view), 2, key=other.view, again=other.view)"
+    use += "; kept.rewrap(record, bytes(24))"
     assert traces_of(use, scrub=ALL_SCRUBBED) != set()
 
 

@@ -93,7 +93,7 @@ def test_a_scope_says_whether_the_thread_matters() -> None:
     assert anywhere is not None and anywhere.label == "grant 3 (readers)"
     assert scope.everywhere("monitor") is scope.anywhere("monitor") is anywhere
     assert scope.everywhere("rotate") is scope.anywhere("rotate") is scope.anywhere("encrypt") is None
-    assert scope.sees("anything")
+    assert scope.decide("monitor", "anything") is anywhere
 
 
 def test_a_proxied_principal_has_no_administrative_role() -> None:

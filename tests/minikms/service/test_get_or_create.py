@@ -22,6 +22,7 @@ from minikms.client import Client
 from minikms.custody import journal
 from minikms.custody.deks import HeldKeys
 from minikms.custody.files import make_file
+from minikms.custody.journal_format import Change
 from minikms.keys.dek import DekRecord
 from minikms.keys.index import SEARCHED_COUNT, KeyIndex
 from minikms.policy import ROLES, Principal
@@ -172,12 +173,12 @@ def test_a_retirement_that_is_not_known_to_be_durable_opens_one_key(
             await one.indexing.run()
             old, _ = await one.vault.get_or_create("t", purpose="thread")
 
-            async def in_place_only(held: HeldKeys, _: bytes, new: bytes) -> None:
-                one.file(*held.key_ids).write_bytes(new)
+            async def in_place_only(held: HeldKeys, changes: list[Change]) -> None:
+                one.file(*held.key_ids).write_bytes(changes[0].new)
                 raise StorageUnavailableError("a directory cannot be synced")
 
             with monkeypatch.context() as patch:
-                patch.setattr(one.vault.journal, "retire", in_place_only)
+                patch.setattr(one.vault.journal, "replace", in_place_only)
                 with pytest.raises(StorageUnavailableError):
                     await one.vault.retire(old)
             found = [await one.vault.get_or_create("t", purpose="thread") for _ in range(2)]
@@ -196,7 +197,7 @@ def test_a_create_that_is_refused_is_an_error(tmp_path: Path, monkeypatch: pytes
                 raise StorageUnavailableError("the disk is full")
 
             with monkeypatch.context() as patch:
-                patch.setattr(one.vault.journal, "change", full)
+                patch.setattr(one.vault.journal, "create", full)
                 with pytest.raises(StorageUnavailableError):
                     await one.vault.get_or_create("t", purpose="thread")
             assert (await one.vault.get_or_create("t", purpose="thread"))[1]
@@ -220,7 +221,7 @@ def test_a_new_key_is_not_found_before_it_has_replaced_the_old_one(
                 await may_fail.wait()
                 raise StorageUnavailableError("the disk is full")
 
-            monkeypatch.setattr(one.vault.journal, "retire", refused)
+            monkeypatch.setattr(one.vault.journal, "replace", refused)
             creating = asyncio.create_task(create(one.vault, "t", replaces=old))
             await retiring.wait()
             finding = asyncio.create_task(one.vault.get_or_create("t", purpose="thread"))
@@ -240,9 +241,9 @@ def test_the_line_of_a_create_is_written_before_another_gets_the_key(
     going_on = threading.Event()
     lines: list[str] = []
 
-    def slowly(directory: int, name: str, data: bytes) -> None:
+    def slowly(directory: int, name: str, data: bytes, *, sync: bool) -> None:
         going_on.wait(60)
-        make_file(directory, name, data)
+        make_file(directory, name, data, sync=sync)
 
     class Kept(SilentAudit):
         async def add_written(self, event: Event, *, durable: bool) -> None:

@@ -18,9 +18,10 @@ from typing import Any, Final
 from minikms import api
 from minikms.api.errors import refusal
 from progressdb_server.api.http.request import Request
-from progressdb_server.api.routes.table import Handler, Resource
+from progressdb_server.api.openapi.description import Handler
+from progressdb_server.api.routes.table import Resource
 from progressdb_server.cli import main
-from progressdb_server.jobs import service
+from progressdb_server.jobs import rotation, runner
 from progressdb_server.kms import provider
 from progressdb_server.store import messages
 from progressdb_server.store.engine import EngineUnavailableError
@@ -73,7 +74,7 @@ def handler(
         raise RuntimeError("private text of a defect")
     if now == GARBAGE:
         _PATH.write_text("\n".join([GARBAGE, *garbage.frames()]))
-    service.UNFINISHED_MAX = 0 if now == FULL else 65_536  # type: ignore[misc]  # final in production
+    runner.UNFINISHED_MAX = 0 if now == FULL else 65_536  # type: ignore[misc]  # final in production
     messages.VERSIONS_COUNT_MAX = 1 if now == CROWDED else 10_000  # type: ignore[misc]  # as above
     return real(resource, request)
 
@@ -100,8 +101,8 @@ for name in ("encrypt", "encrypt_batch"):
     setattr(provider.RemoteProvider, name, refusing(getattr(provider.RemoteProvider, name)))
 Resource.handler = handler  # type: ignore[assignment]  # as above
 hashlib.file_digest = file_digest  # type: ignore[assignment]  # as above
-service.TICK_S = TICK_S  # type: ignore[misc]  # final in production
-service.KEY_WAIT_S = provider.WAIT_S = KMS_WAIT_S  # type: ignore[misc]  # as above
+runner.Kind.first_s = runner.Kind.every_s = TICK_S
+rotation.KEY_WAIT_S = provider.WAIT_S = KMS_WAIT_S  # type: ignore[misc]  # final in production
 
 if __name__ == "__main__":
     garbage.switch_off()

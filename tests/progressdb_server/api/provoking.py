@@ -467,6 +467,7 @@ def beside_slow_job(world: World, operation: str) -> Reply:
 
 def while_restoring(world: World, operation: str) -> Reply:
     job = world.done_job()
+    world(Ask("GET", f"/admin/jobs/{job}/events"))  # ends when the job's end is durable, and its thread free
     thread = world.job(job)["thread_id"]
     key, value = ("thread_ids", [thread]) if operation.endswith("rotate_deks") else ("thread_id", thread)
     with ThreadPoolExecutor(1) as other:

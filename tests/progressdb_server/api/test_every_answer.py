@@ -19,9 +19,9 @@ import pytest
 
 from progressdb_server.api.http.limits import HEAD_BYTES_MAX
 from progressdb_server.api.openapi.document import document, error_texts
-from progressdb_server.api.routes.errors import THREAD_KEY_DESTROYED, TOO_MANY_VERSIONS
 from progressdb_server.config import BODY_BYTES_MIN
 from progressdb_server.kms.provider import SEALED
+from progressdb_server.store.model import ThreadKeyDestroyedError, TooManyVersionsError
 from tests.harness import documented
 from tests.harness.documented import Pair
 from tests.harness.live_daemon import LiveDaemon
@@ -74,8 +74,8 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     "invalid payload": provoking.bad_json,
     "invalid request": provoking.bad_json,
     "this Idempotency-Key was used before with another request": provoking.repeated_key,
-    TOO_MANY_VERSIONS: provoking.with_fault(fault_words.CROWDED),
-    THREAD_KEY_DESTROYED: provoking.of_destroyed_thread_key,
+    TooManyVersionsError.text: provoking.with_fault(fault_words.CROWDED),
+    ThreadKeyDestroyedError.text: provoking.of_destroyed_thread_key,
     "prefix too long": provoking.queried("prefix=" + "p" * 1025),
     **dict.fromkeys(("thread not found", "key not found", "job not found"), provoking.unknown),
     "message not found": provoking.unknown_message,

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import structlog.testing
 
-from progressdb_server.api.http.access import AllowList, KeyTable, Proxies
+from progressdb_server.api.http.access import AllowList, Proxies
+from progressdb_server.api.http.keys import KeyTable
 from progressdb_server.config import ApiKeys, Cors, RateLimit
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, KEYS, OTHER_BACKEND, SECURITY, Api, signed
 
@@ -176,8 +177,8 @@ def test_every_configured_key_is_compared_whichever_matches(monkeypatch: pytest.
 
 
 def test_no_key_is_in_a_repr() -> None:
-    principal = KeyTable(backend=("s3cret-key",)).find(b"s3cret-key")
-    assert "s3cret" not in repr(principal)
+    caller = KeyTable(backend=("s3cret-key",)).find(b"s3cret-key")
+    assert "s3cret" not in repr(caller)
     assert "s3cret" not in repr(ApiKeys(backend=("s3cret-key",)))
     assert "s3cret" not in str(ApiKeys(admin=("s3cret-key",)))
 

@@ -12,24 +12,18 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from progressdb_server.api.application import operations
-from progressdb_server.api.http.access import KeyTable, for_users
-from progressdb_server.api.openapi.description import JsonBody
+from progressdb_server.api.http.access import for_users
+from progressdb_server.api.http.keys import KeyTable
+from progressdb_server.api.openapi.description import JsonBody, Operation
 from progressdb_server.api.openapi.document import DescriptionError, document, documented_path, error_texts
 from progressdb_server.api.routes import jobs as job_routes
-from progressdb_server.api.routes import orphans as orphan_routes
 from progressdb_server.api.routes import readiness as readiness_routes
 from progressdb_server.api.routes import store_backup
 from progressdb_server.api.routes.admin import SignBody
-from progressdb_server.api.routes.errors import (
-    AMBIGUOUS_TIME,
-    NO_ROOM_TO_REMOVE,
-    THREAD_KEY_DESTROYED,
-    TOO_MANY_VERSIONS,
-)
 from progressdb_server.api.routes.messages import INVALID_VERSION
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
-from progressdb_server.api.routes.table import Operation, Resource
+from progressdb_server.api.routes.table import Resource
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
 from progressdb_server.kms.provider import SEALED
@@ -40,6 +34,7 @@ from progressdb_server.store.model import (
     AmbiguousTimeError,
     ConversationStore,
     MessageNotFoundError,
+    NoRoomToRemoveError,
     StoreUnavailableError,
     ThreadKeyDestroyedError,
     TooManyReactionsError,
@@ -70,8 +65,7 @@ def whole_table() -> tuple[Operation, ...]:
     readiness = Readiness(store, jobs, KmsMetrics())
     viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), secure=False)
     ready = readiness_routes.operations(readiness)
-    keys = orphan_routes.operations(jobs)
-    more = (*ready, *job_routes.operations(jobs), *keys, *backups, *viewer.operations())
+    more = (*ready, *job_routes.operations(jobs), *backups, *viewer.operations())
     return operations(api.store, ApiMetrics(CollectorRegistry()), more)
 
 
@@ -90,7 +84,7 @@ def described() -> dict[str, Any]:
 
 def test_a_described_property_that_no_handler_reads_is_an_error() -> None:
     body = JsonBody(SignBody, {"user": {}})
-    wrong = Operation("POST", "/sign", lambda request: None, tag="users", summary="Sign", body=body)  # type: ignore[arg-type, return-value]  # never called
+    wrong = Operation("POST", "/sign", lambda request: None, body=body)  # type: ignore[arg-type, return-value]  # never called
     with pytest.raises(DescriptionError, match="SignBody"):
         document((wrong,), "1")
 
@@ -353,15 +347,15 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "missing thread query parameter": lambda case: case(target="/v1/messages"),
     "limit must be a whole number that is not negative": lambda case: case(query="limit=-1"),
     "before must be a message id": lambda case: case(query="before=%20"),
-    AMBIGUOUS_TIME: _store_says(AmbiguousTimeError(), but="latest_version"),
+    AmbiguousTimeError.text: _store_says(AmbiguousTimeError(), but="latest_version"),
     INVALID_VERSION: lambda case: case(query="before=msg-1-000001"),
-    TOO_MANY_VERSIONS: _store_says(TooManyVersionsError(), but="get_message"),
+    TooManyVersionsError.text: _store_says(TooManyVersionsError(), but="get_message"),
     "include_deleted must be true or false": lambda case: case(query="include_deleted=maybe"),
     "author not found in any message in this thread": _other_user,
     "author is not a member of this thread": _removed,
     "the thread has too many members": _full,
-    NO_ROOM_TO_REMOVE: _full,
-    THREAD_KEY_DESTROYED: _store_says(ThreadKeyDestroyedError(), but="get_message"),
+    NoRoomToRemoveError.text: _full,
+    ThreadKeyDestroyedError.text: _store_says(ThreadKeyDestroyedError(), but="get_message"),
     "the author of a thread can't be removed from it": lambda case: case(
         target=case.target.replace("member=bob", "member=alice")
     ),

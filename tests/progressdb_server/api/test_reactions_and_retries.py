@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api.http.access import KeyTable
-from progressdb_server.api.routes.errors import INVALID_THREAD_ID
+from progressdb_server.api.http.keys import KeyTable
 from progressdb_server.store.model import (
     IdempotencyConflictError,
     InvalidThreadIdError,
@@ -123,7 +122,7 @@ def test_a_signed_user_reacts_only_as_itself() -> None:
         (StoreUnavailableError("the key service is not available", 3), 503, "the key service is not available"),
         (RecordUnreadableError("the record k can't be read"), 500, "the record k can't be read"),
         (IdempotencyConflictError(), 409, "this Idempotency-Key was used before with another request"),
-        (InvalidThreadIdError("x"), 400, INVALID_THREAD_ID),
+        (InvalidThreadIdError("x"), 400, InvalidThreadIdError.text),
         (StoreError("private text"), 500, "internal error"),
         (ValueError("private text"), 500, "internal error"),
         (RecursionError("private text"), 500, "internal error"),

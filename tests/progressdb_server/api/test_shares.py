@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import KeyTable, Principal
+from progressdb_server.api.http.keys import Caller, KeyTable
 from progressdb_server.api.http.shares import BodyAccount, Shares
 from progressdb_server.config import BODY_BYTES_MIN, Server
 from tests.harness.waiting import wait_until
@@ -31,16 +31,16 @@ def upload(user: str, sent: int, declared: int = MIB) -> bytes:
 
 
 # --- accounts ---------------------------------------------------------------------------------------------------
-def key(presented: str) -> Principal:
+def key(presented: str) -> Caller:
     found = KeyTable(backend=(BACKEND,), frontend=(FRONTEND,), admin=(ADMIN,)).find(presented.encode())
     assert found is not None
     return found
 
 
-def taken(shares: Shares, address: str, principal: Principal | None, user: str | None, presented: bytes = b"") -> int:
+def taken(shares: Shares, address: str, caller: Caller | None, user: str | None, presented: bytes = b"") -> int:
     """How many mebibytes bodies of one caller get."""
     count = 0
-    while BodyAccount(shares, shares.group(address), principal, user, presented).grow_to(MIB):
+    while BodyAccount(shares, shares.group(address), caller, user, presented).grow_to(MIB):
         count += 1
     return count
 

@@ -81,7 +81,7 @@ async def serve(directory: str, socket: str, when: str, at: int) -> None:
     jobs = Jobs(store, provider, Rotation(records_per_second=0), exclusive=True)
     await jobs.start()
     others = [asyncio.create_task(work(store)) for work in (write, read)]
-    job = await jobs.rotate(THREAD) if not _jobs(jobs) else _jobs(jobs)[-1]
+    job = await jobs.rotation.rotate(THREAD) if not _jobs(jobs) else _jobs(jobs)[-1]
     job = await jobs.wait(job.id)
     for task in others:
         task.cancel()

@@ -8,19 +8,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
+import pytest
 
 from minikms.api.errors import KmsRefusedError
 from minikms.client import ReencryptItem
 from progressdb_server.config import Rotation
 from progressdb_server.jobs import rotation
-from progressdb_server.jobs.service import Jobs
+from progressdb_server.jobs.rotation import KeyRotation
+from progressdb_server.jobs.runner import Kind
+from progressdb_server.jobs.service import Jobs, OldRows
 from progressdb_server.jobs.states import Job
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store import keyspace
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.model import Message, NewMessage, Registered
-from progressdb_server.store.writer import Write
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -114,6 +117,13 @@ async def check(store: Conversations, provider: Provider, expected: Sequence[Mes
     assert set(keys_of_records(store, thread).values()) == {mapped(store, thread)}
     page = await provider.list_keys(thread_id=thread, state="active", cursor=None, limit=None)
     assert [key.key_id for key in page.keys] == [mapped(store, thread)]
+
+
+def begin_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is due begins within milliseconds."""
+    for kind in (Kind, KeyRotation, OldRows):
+        monkeypatch.setattr(kind, "first_s", 0.01)
+        monkeypatch.setattr(kind, "every_s", 0.01)
 
 
 class Gate:

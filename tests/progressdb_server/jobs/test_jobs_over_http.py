@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.jobs.service import RUNNING_MAX
+from progressdb_server.jobs.runner import RUNNING_MAX
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND
 from tests.progressdb_server.api.real_server import RealServer, real_server
 
@@ -195,7 +195,7 @@ def test_the_commands_rotate_list_show_and_prune(server: RealServer) -> None:
     assert listed.returncode == 0
     assert listed.stdout.splitlines()[1].split()[1:7] == [thread, "done", "11", "11", "0", "11"]
     shown = command(server, "jobs", "show", jobs[0]["job_id"])
-    assert f"thread_id: {jobs[0]['thread_id']}\nstatus: done\n" in shown.stdout
+    assert f"thread_id: {jobs[0]['thread_id']}\nkind: rotation\nstatus: done\n" in shown.stdout
     watched = command(server, "jobs", "watch", jobs[0]["job_id"], "--json")
     assert json.loads(watched.stdout) == jobs[0]
 

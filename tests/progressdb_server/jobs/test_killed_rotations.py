@@ -146,7 +146,7 @@ def kill_the_key_service(directory: Path, records: int, kills: int) -> None:
         async with served(directory, daemon.socket, records // 2) as (store, jobs):
             await jobs.start()
             writing = asyncio.create_task(write(store, acknowledged))
-            rotating = asyncio.create_task(jobs.rotate(THREAD))
+            rotating = asyncio.create_task(jobs.rotation.rotate(THREAD))
             for _ in range(kills):
                 await asyncio.sleep(random.uniform(0, 0.3))
                 daemon.kill()
@@ -182,7 +182,7 @@ def test_everything_opens_after_a_kek_rotation_in_the_middle_of_a_job(
         acknowledged = await fill(tmp_path, daemon.socket, 100)
         async with served(tmp_path, daemon.socket, 50) as (_, jobs):
             await jobs.start()
-            begun = await jobs.rotate(THREAD)
+            begun = await jobs.rotation.rotate(THREAD)
             while not jobs.table.get(begun.id).done:
                 await asyncio.sleep(0.01)
             assert 0 < (await jobs.pause(begun.id)).done < 100

@@ -11,14 +11,14 @@ from structlog.testing import capture_logs
 from minikms import api
 from minikms.api.errors import KmsRefusedError, refusal
 from progressdb_server.config import Rotation
-from progressdb_server.jobs import service
-from progressdb_server.jobs.service import Due, Jobs
+from progressdb_server.jobs.rotation import Due
+from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job
 from progressdb_server.store import keyspace
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError
-from progressdb_server.store.writer import Write
-from tests.progressdb_server.jobs.rotating import Place, backups_of, chunks_of, mapped, register, write
+from tests.progressdb_server.jobs.rotating import Place, backups_of, begin_at_once, chunks_of, mapped, register, write
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of
 
@@ -26,7 +26,7 @@ DAY_NS = 86_400 * 1_000_000_000
 
 
 async def rotated(jobs: Jobs, thread: str = "t", destroy_after_s: int = 0) -> Job:
-    job = await jobs.wait((await jobs.rotate(thread, destroy_after_s=destroy_after_s)).id)
+    job = await jobs.wait((await jobs.rotation.rotate(thread, destroy_after_s=destroy_after_s)).id)
     assert job.state == "done"
     return job
 
@@ -37,11 +37,11 @@ def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 10)
         job = await rotated(jobs, destroy_after_s=86_400)
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert place.keys.destroyed == set()
         assert len(backups_of(store, job)) == 11
         place.clock.now += DAY_NS
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert place.keys.destroyed == {job.old_key}
         after = jobs.table.get(job.id)
         assert (after.destroyed_ns > 0, after.destroy_at_ns, after.backups) == (True, 0, 0)
@@ -57,14 +57,14 @@ def test_after_a_cancelled_rotation_the_next_one_ends_both_older_keys() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 30)
         place.keys.delay_s = 0.005
-        first = await jobs.rotate("t")
+        first = await jobs.rotation.rotate("t")
         while not 0 < jobs.table.get(first.id).done < 31:
             await asyncio.sleep(0.001)
         await jobs.cancel(first.id)
         place.keys.delay_s = 0
         second = await rotated(jobs, destroy_after_s=60)
         place.clock.now += DAY_NS
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert place.keys.destroyed == {first.old_key, second.old_key}
         assert backups_of(store, first) == backups_of(store, second) == {}
         assert await messages_of(store, "t") == messages
@@ -79,9 +79,9 @@ def test_a_restored_backup_keeps_the_old_key_for_good() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 5)
         job = await rotated(jobs, destroy_after_s=60)
-        await jobs.restore(job.id)
+        await jobs.rotation.restore(job.id)
         place.clock.now += DAY_NS
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert place.keys.destroyed == set()
         assert await messages_of(store, "t") == messages
 
@@ -98,7 +98,7 @@ def test_a_record_under_the_old_key_keeps_it_and_the_job_says_so() -> None:
         (key, raw), *_ = backups_of(store, job).items()
         store.engine.write([(key.encode(), raw)])
         place.clock.now += DAY_NS
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert place.keys.destroyed == set()
         assert "1 records are under it" in jobs.table.get(job.id).destroy_waits_for
         assert len(backups_of(store, job)) == 6, "nor were the backups touched"
@@ -117,12 +117,12 @@ def test_a_store_backup_older_than_the_census_keeps_the_old_key() -> None:
         job = await rotated(jobs, destroy_after_s=60)
         place.clock.now += DAY_NS
         for _ in range(2):
-            await jobs.destroy_due()
+            await jobs.destruction.begin()
             assert place.keys.destroyed == set()
         assert "/backups/one is older" in jobs.table.get(job.id).destroy_waits_for
         await register(store, "/backups/two", place.clock())  # after the census: it holds nothing under the key
         await store.writer.commit(Write([(known, None)]))
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert place.keys.destroyed == {job.old_key}
 
     place.run(body)
@@ -138,15 +138,15 @@ def test_a_backup_that_is_not_found_still_counts(tmp_path: Path) -> None:
         await register(store, str(tmp_path / "monday"), place.clock())
         job = await rotated(jobs, destroy_after_s=60)
         place.clock.now += DAY_NS
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert "monday is older" in (why := jobs.table.get(job.id).destroy_waits_for)
         assert "forget" not in why
         (tmp_path / "monday").rmdir()
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert place.keys.destroyed == set()
         assert jobs.table.get(job.id).destroy_waits_for.endswith("progressdb backup forget monday")
         await store.forget_backup("monday")
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert place.keys.destroyed == {job.old_key}
 
     place.run(body)
@@ -161,7 +161,7 @@ def test_a_clock_set_back_makes_no_backup_look_newer_than_the_census() -> None:
         job = await rotated(jobs, destroy_after_s=60)
         place.clock.now += DAY_NS
         for _ in range(2):
-            await jobs.destroy_due()
+            await jobs.destruction.begin()
         assert place.keys.destroyed == set()
         assert "/backups/one is older" in jobs.table.get(job.id).destroy_waits_for
 
@@ -173,8 +173,7 @@ def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
 ) -> None:
     """As where the role `destroy` is kept from the server: keys that are worn are rotated all the same."""
     place = Place(settings=Rotation(max_age="3650d", records_per_second=0))
-    monkeypatch.setattr(service, "TICK_S", 0.01)
-    monkeypatch.setattr(service, "SELECTION_S", 0.0)
+    begin_at_once(monkeypatch)
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         for thread in ("a", "b", "worn"):
@@ -202,8 +201,7 @@ def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
 
 def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(settings=Rotation(max_age="3650d", records_per_second=0))
-    monkeypatch.setattr(service, "TICK_S", 0.01)
-    monkeypatch.setattr(service, "SELECTION_S", 0.0)
+    begin_at_once(monkeypatch)
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 1)
@@ -213,7 +211,7 @@ def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: pytest.
         async def broken() -> None:
             raise KeyError("private text")
 
-        monkeypatch.setattr(jobs, "destroy_due", broken)
+        monkeypatch.setattr(jobs.destruction, "begin", broken)
         with capture_logs() as logs:
             async with asyncio.timeout(60):
                 while mapped(store) == worn:
@@ -235,12 +233,12 @@ def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:
         real = place.keys.destroy_key
 
         async def destroy(key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
-            await jobs.drop_backups(second.id)  # so that nothing is put back, and the census finds nothing
-            await jobs.restore(second.id)
+            await jobs.rotation.drop_backups(second.id)  # so that nothing is put back, and the census finds nothing
+            await jobs.rotation.restore(second.id)
             return await real(key_id, request_id=request_id)
 
         place.keys.destroy_key = destroy  # type: ignore[method-assign]  # an operator is faster
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert place.keys.destroyed == {first.old_key}
         assert jobs.table.get(second.id).destroy_at_ns == 0
 
@@ -255,7 +253,7 @@ def test_a_key_of_another_purpose_is_never_destroyed() -> None:
         job = await rotated(jobs, destroy_after_s=60)
         place.keys.retired.discard(job.old_key)  # somebody has use for it
         place.clock.now += DAY_NS
-        await jobs.destroy_due()
+        await jobs.destruction.begin()
         assert place.keys.destroyed == set()
         assert "is active" in jobs.table.get(job.id).destroy_waits_for
 
@@ -268,8 +266,8 @@ def test_backups_go_when_told_to_and_only_those_of_that_job() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 5)
         first, second = await rotated(jobs), await rotated(jobs)
-        assert await jobs.drop_backups(first.id) == 6
-        assert await jobs.drop_backups(first.id) == 0
+        assert await jobs.rotation.drop_backups(first.id) == 6
+        assert await jobs.rotation.drop_backups(first.id) == 0
         assert (jobs.table.get(first.id).backups, jobs.table.get(second.id).backups) == (0, 6)
         assert len(backups_of(store, second)) == 6
         assert await messages_of(store, "t") == messages
@@ -286,7 +284,7 @@ def test_a_resumption_that_the_disk_stored_and_reported_failed_is_done() -> None
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 10)
         place.keys.delay_s = 0.01
-        job = await jobs.rotate("t")
+        job = await jobs.rotation.rotate("t")
         await jobs.pause(job.id)
         engine.fail_sync = engine.survives = True
         with pytest.raises(StoreUnavailableError):
@@ -319,7 +317,7 @@ def test_keys_that_are_too_old_or_too_much_used_are_rotated_and_no_others() -> N
         place.keys.created_at = dict.fromkeys(keys.values(), "2026-09-20T00:00:00Z")
         place.keys.created_at[keys["old"]] = "2026-06-01T00:00:00.5Z"
         place.keys.born = "2026-09-30T00:00:00Z"
-        await jobs.rotate_due()
+        await jobs.rotation.begin()
         done = await settled(jobs)
         assert {(job.thread, job.trigger, job.state) for job in done} == {
             ("old", "max_age", "done"),
@@ -327,7 +325,7 @@ def test_keys_that_are_too_old_or_too_much_used_are_rotated_and_no_others() -> N
         }
         assert mapped(store, "fresh") == keys["fresh"]
         assert all(job.destroy_at_ns for job in done)
-        await jobs.rotate_due()
+        await jobs.rotation.begin()
         assert len(await settled(jobs)) == 2, "a rotated key is not due, though the old records are under it"
 
     place.run(body)
@@ -349,7 +347,7 @@ def test_many_threads_are_rotated_a_few_at_a_time() -> None:
             return await real(*given, **named)  # type: ignore[arg-type]  # passed on
 
         place.keys.reencrypt_batch = counted  # type: ignore[method-assign,assignment]  # the hook
-        begun = [job async for job in jobs.select(None)]
+        begun = [job async for job in jobs.rotation.select(None)]
         assert {job.thread for job in begun} == set(threads)
         assert {job.state for job in await settled(jobs)} == {"done"}
         assert max(at_work) == 2
@@ -365,20 +363,19 @@ def test_only_a_threads_current_key_counts() -> None:
         await write(store, 1)
         stray = (await place.keys.create_dek_for_thread("t")).key_id
         place.keys.created_at = {stray: "2020-01-01T00:00:00Z"}
-        assert [thread async for thread, _ in jobs.due_threads(Due(age_s=2 * 365 * 86_400))] == []
+        assert [thread async for thread, _ in jobs.rotation.due_threads(Due(age_s=2 * 365 * 86_400))] == []
 
     place.run(body)
 
 
 def test_rows_of_long_ago_are_removed_and_those_with_backups_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "TICK_S", 0.01)
-    monkeypatch.setattr(service, "SELECTION_S", 0.0)
+    begin_at_once(monkeypatch)
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 2)
         first, second = await rotated(jobs), await rotated(jobs)
-        await jobs.drop_backups(first.id)
+        await jobs.rotation.drop_backups(first.id)
         place.clock.now += 100 * DAY_NS
         async with asyncio.timeout(60):
             while [job.id for page in jobs.table.pages() for job in page] != [second.id]:
@@ -400,6 +397,6 @@ def test_a_list_of_keys_that_a_policy_forbids_is_not_tried_again() -> None:
 
             place.keys.list_keys = listed  # type: ignore[method-assign]  # the policy
             with pytest.raises(raised):
-                [job async for job in jobs.select(Due(uses=1))]
+                [job async for job in jobs.rotation.select(Due(uses=1))]
 
     place.run(body)

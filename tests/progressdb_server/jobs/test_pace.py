@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from progressdb_server.jobs.rotation import BEHIND_S_MAX, Pace
+from progressdb_server.jobs.runner import BEHIND_S_MAX, Pace
 
 RATE = 1000.0
 

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from minikms import api
 from minikms.api.errors import KmsRefusedError, KmsUnavailableError, refusal
 from minikms.client import ReencryptItem
-from progressdb_server.jobs import rotation
+from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import JobConflictError
 from progressdb_server.store.check import Checker
@@ -40,7 +40,7 @@ def test_a_rotation_moves_every_record_and_the_metadata_and_keeps_what_was() -> 
         messages = await write(store, 50)
         before = {key: store.engine.get(key.encode()) for key in keys_of_records(store)}
         old = mapped(store)
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         assert begun.new_key == mapped(store) != old
         job = await jobs.wait(begun.id)
         assert (job.state, job.done, job.total, job.failed, job.verified) == ("done", 51, 51, 0, 51)
@@ -60,7 +60,7 @@ def test_a_rotation_never_asks_for_plaintext() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 50)
         place.keys.calls.clear()
-        job = await jobs.wait((await jobs.rotate("t")).id)
+        job = await jobs.wait((await jobs.rotation.rotate("t")).id)
         assert (job.state, job.verified) == ("done", 51)
         assert place.keys.calls.keys() <= {"create", "reencrypt_batch", "check_batch", "list_keys"}
 
@@ -80,7 +80,7 @@ def test_a_record_damaged_after_its_reencryption_is_found_and_named() -> None:
             raise KmsUnavailableError("for now")
 
         place.keys.check_batch = damage_first  # type: ignore[method-assign]  # the hook: the verification has begun
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         while place.keys.check_batch != check_batch:
             await asyncio.sleep(0)
         raw = store.engine.get(key)
@@ -96,7 +96,7 @@ def test_a_record_damaged_after_its_reencryption_is_found_and_named() -> None:
 def test_a_thread_that_nobody_knows_is_refused() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         with pytest.raises(ThreadNotFoundError):
-            await jobs.rotate("nobody")
+            await jobs.rotation.rotate("nobody")
 
     Place().run(body)
 
@@ -108,7 +108,7 @@ def test_after_a_cancel_half_way_both_keys_are_readable() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 40)
         gate = Gate(place.keys, 3)
-        first = await jobs.rotate("t")
+        first = await jobs.rotation.rotate("t")
         await gate.reached.wait()
         assert (await jobs.cancel(first.id)).state == "cancelled"
         gate.open()
@@ -119,7 +119,7 @@ def test_after_a_cancel_half_way_both_keys_are_readable() -> None:
         cancelled = jobs.table.get(first.id)
         assert len(backups_of(store, cancelled)) == cancelled.done == list(under.values()).count(first.new_key)
 
-        second = await jobs.wait((await jobs.rotate("t")).id)
+        second = await jobs.wait((await jobs.rotation.rotate("t")).id)
         assert second.state == "done"
         assert set(second.sources) == {first.old_key, first.new_key}
         await check(store, place.keys, messages)
@@ -136,14 +136,14 @@ def test_a_pause_stops_the_work_and_a_resume_goes_on_where_it_was() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 80)
         gate = Gate(place.keys, 2)
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         await gate.reached.wait()
         while jobs.table.get(begun.id).done < 16:
             await asyncio.sleep(0.001)
         paused = await jobs.pause(begun.id)
         gate.open()
         assert (paused.state, paused.done) == ("paused", 16)
-        assert (await jobs.rotate("t")).id == begun.id, "the paused job keeps its thread"
+        assert (await jobs.rotation.rotate("t")).id == begun.id, "the paused job keeps its thread"
         await asyncio.sleep(0.02)
         assert jobs.table.get(begun.id) == paused
         await jobs.resume(begun.id)
@@ -163,7 +163,7 @@ def test_a_paused_job_stays_paused_over_a_restart_and_others_go_on() -> None:
         for thread in ("t", "u"):
             await write(store, 20, thread)
             gate = Gate(place.keys, 1)
-            ids.append((await jobs.rotate(thread)).id)
+            ids.append((await jobs.rotation.rotate(thread)).id)
             await gate.reached.wait()
         await jobs.pause(ids[0])
 
@@ -187,14 +187,14 @@ def test_restored_backups_open_and_the_next_rotation_moves_them_again() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 20)
         before = {key: store.engine.get(key.encode()) for key in keys_of_records(store)}
-        first = await jobs.wait((await jobs.rotate("t", destroy_after_s=60)).id)
+        first = await jobs.wait((await jobs.rotation.rotate("t", destroy_after_s=60)).id)
         assert first.destroy_at_ns
-        restored = await jobs.restore(first.id)
+        restored = await jobs.rotation.restore(first.id)
         assert restored == (21, 0)
         assert {key: store.engine.get(key.encode()) for key in before} == before
         assert await messages_of(store, "t") == messages
         assert jobs.table.get(first.id).destroy_at_ns == 0, "the old key is needed again"
-        assert (await jobs.wait((await jobs.rotate("t")).id)).state == "done"
+        assert (await jobs.wait((await jobs.rotation.rotate("t")).id)).state == "done"
         await check(store, place.keys, messages)
 
     place.run(body)
@@ -205,9 +205,9 @@ def test_a_restore_never_brings_an_older_title_back() -> None:
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 3)
-        job = await jobs.wait((await jobs.rotate("t")).id)
+        job = await jobs.wait((await jobs.rotation.rotate("t")).id)
         await store.update_thread("t", author=None, title="edited since")
-        assert await jobs.restore(job.id) == (3, 1)
+        assert await jobs.rotation.restore(job.id) == (3, 1)
         assert (await store.get_thread("t")).title == "edited since"
 
     place.run(body)
@@ -218,10 +218,10 @@ def test_a_restore_puts_back_what_was_lost_or_damaged() -> None:
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 3)
-        job = await jobs.wait((await jobs.rotate("t")).id)
+        job = await jobs.wait((await jobs.rotation.rotate("t")).id)
         lost, damaged, _ = [key.encode() for key in keys_of_records(store) if ":msg:" in key]
         store.engine.write([(lost, None), (damaged, b"\x07")])
-        assert await jobs.restore(job.id) == (4, 0)
+        assert await jobs.rotation.restore(job.id) == (4, 0)
         assert await messages_of(store, "t") == messages
 
     place.run(body)
@@ -233,7 +233,7 @@ def test_a_title_that_is_edited_in_the_middle_stays_edited() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 20)
         gate = Gate(place.keys, 0)  # the metadata is of the first batch: read, and not yet written
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         await gate.reached.wait()
         await store.update_thread("t", author=None, title="edited in the middle")
         gate.open()
@@ -254,7 +254,7 @@ def test_a_thread_deleted_during_its_rotation_stays_deleted() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 20)
         gate = Gate(place.keys, 1)
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         await gate.reached.wait()
         await store.delete_thread("t", author=None, by="ann")
         gate.open()
@@ -276,7 +276,7 @@ def test_what_is_written_in_the_middle_is_under_the_new_key_and_in_order() -> No
         place.keys.delay_s = 0.002  # so that writes are being sealed while the key is switched
         sealing = [asyncio.create_task(store.create_message(NewMessage("ann", "t", body=n))) for n in range(10)]
         await asyncio.sleep(0)
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         edited = await store.update_message(messages[3].id, author=None, body="edited", role=None, reply_to=None)
         made = [await task for task in sealing]
         made.append(await store.create_message(NewMessage("ann", "t", body="last")))
@@ -294,7 +294,7 @@ def test_a_second_request_joins_the_job_that_is_unfinished() -> None:
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 10)
-        begun = await asyncio.gather(*[jobs.rotate("t") for _ in range(5)])
+        begun = await asyncio.gather(*[jobs.rotation.rotate("t") for _ in range(5)])
         assert len({job.id for job in begun}) == 1
         assert (await jobs.wait(begun[0].id)).state == "done"
         assert len(place.keys.keys) == 2
@@ -308,7 +308,7 @@ def test_a_key_service_that_is_away_only_delays_the_job() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 20)
         place.keys.down = True
-        rotating = asyncio.create_task(jobs.rotate("t"))
+        rotating = asyncio.create_task(jobs.rotation.rotate("t"))
         await asyncio.sleep(0.05)
         place.keys.down = False
         begun = await rotating
@@ -336,7 +336,7 @@ def test_a_job_that_meets_a_limit_asks_again_when_the_limit_says() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 3)
         with capture_logs() as lines:
-            begun = await jobs.rotate("t")
+            begun = await jobs.rotation.rotate("t")
             async with asyncio.timeout(60):
                 while not (waits := [line for line in lines if line["event"] == "job_waits"]):
                     await asyncio.sleep(0.001)
@@ -359,7 +359,7 @@ def test_a_job_that_meets_a_seal_halts_all_encryption() -> None:
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 3)
-        await jobs.rotate("t")
+        await jobs.rotation.rotate("t")
         async with asyncio.timeout(60):
             while store.halted is None:
                 await asyncio.sleep(0.001)
@@ -383,7 +383,7 @@ def test_a_key_whose_answer_was_lost_is_retired_in_the_end() -> None:
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 5)
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         assert (await jobs.wait(begun.id)).state == "done"
         assert len(place.keys.keys) == 4
         await check(store, place.keys, messages)
@@ -399,7 +399,7 @@ def test_a_rotation_retires_foreign_keys_only_where_none_are_expected(exclusive:
     async def body(store: Conversations, jobs: Jobs) -> None:
         foreign = (await place.keys.create_dek_for_thread("t")).key_id
         await write(store, 1)
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         assert (await jobs.wait(begun.id)).state == "done"
         assert (foreign in place.keys.retired) is exclusive
 
@@ -444,7 +444,7 @@ def test_the_key_of_a_renewal_beside_the_end_of_a_rotation_stays_active() -> Non
         assert isinstance(provider, Renewing)
         messages = await write(store, 5)
         provider.ending = lambda: write(store, 1)
-        job = await jobs.wait((await jobs.rotate("t")).id)
+        job = await jobs.wait((await jobs.rotation.rotate("t")).id)
         assert (job.state, mapped(store)) == ("done", job.new_key)
         [renewed] = provider.renewed
         assert provider.keys_of("t") == [renewed], "the job has not retired it"
@@ -463,7 +463,7 @@ def test_no_pause_is_taken_while_the_key_is_being_switched() -> None:
 
     async def before(store: Conversations, jobs: Jobs) -> None:
         await write(store, 5)
-        rotating = asyncio.create_task(jobs.rotate("t"))
+        rotating = asyncio.create_task(jobs.rotation.rotate("t"))
         await asyncio.sleep(0)
         place.keys.down = True
         while place.keys.calls["create"] < 3:
@@ -495,7 +495,7 @@ def test_a_record_that_does_not_open_is_named_and_a_resume_retries_it() -> None:
         whole = [store.engine.get(key) for key in broken]
         assert whole[0] is not None
         store.engine.write([(broken[0], whole[0][:-1] + bytes([whole[0][-1] ^ 1])), (broken[1], b"\x07nonsense")])
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         failed = await jobs.wait(begun.id)
         assert (failed.state, failed.done, failed.failed) == ("failed", 19, 2)
         assert failed.reason == "2 records could not be re-encrypted"
@@ -519,7 +519,7 @@ def test_a_missing_source_key_fails_records_a_retired_new_key_the_job() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 4)
         gate = Gate(place.keys, 0)
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         await gate.reached.wait()
         place.keys.destroyed.add(begun.old_key)
         gate.open()
@@ -542,9 +542,9 @@ def test_a_failed_job_whose_key_was_replaced_since_is_not_resumed() -> None:
         key = record_key(messages[0].id)
         raw = store.engine.get(key)
         store.engine.write([(key, b"\x07")])
-        first = await jobs.wait((await jobs.rotate("t")).id)
+        first = await jobs.wait((await jobs.rotation.rotate("t")).id)
         store.engine.write([(key, raw)])
-        assert (await jobs.wait((await jobs.rotate("t")).id)).state == "done"
+        assert (await jobs.wait((await jobs.rotation.rotate("t")).id)).state == "done"
         with pytest.raises(JobConflictError, match="later rotation"):
             await jobs.resume(first.id)
         await check(store, place.keys, messages)
@@ -553,13 +553,13 @@ def test_a_failed_job_whose_key_was_replaced_since_is_not_resumed() -> None:
 
 
 def test_a_disk_that_refuses_a_step_only_delays_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation, "RETRY_S_MIN", 0.01)
+    monkeypatch.setattr(runner, "RETRY_S_MIN", 0.01)
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 30)
         gate = Gate(place.keys, 2)
-        begun = await jobs.rotate("t")
+        begun = await jobs.rotation.rotate("t")
         await gate.reached.wait()
         place.engine.fail_sync = True  # type: ignore[attr-defined]  # of the memory engine
         gate.open()

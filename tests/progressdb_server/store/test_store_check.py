@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem
 from progressdb_server.store import keyspace
-from progressdb_server.store.check import Checker, Finding, repair
+from progressdb_server.store.check import Checker, Problem, repair
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Reader
 from progressdb_server.store.model import FormatError, Idempotency, NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine, RocksReader
-from progressdb_server.store.writer import State
+from progressdb_server.store.writer import Counters
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import messages_of, opened, threads_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -39,7 +39,7 @@ async def populate(store: Conversations, name: str = "t") -> None:
     await store.delete_thread(f"{name}1", author=None, by="admin")
 
 
-async def findings(reader: Reader, provider: SealingProvider | None) -> list[Finding]:
+async def findings(reader: Reader, provider: SealingProvider | None) -> list[Problem]:
     return [finding async for finding in Checker(reader, provider).run()]
 
 
@@ -58,7 +58,7 @@ def test_a_sound_store_has_no_findings_and_everything_is_counted() -> None:
     engine, provider = populated()
     checker = Checker(engine, provider)
 
-    async def run() -> list[Finding]:
+    async def run() -> list[Problem]:
         return [finding async for finding in checker.run()]
 
     assert asyncio.run(run()) == []
@@ -121,7 +121,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "an index entry of an unknown thread": ("dangling", lambda e: (b"index:writer:gone:ann", b"")),
     "a living thread that is closed": ("dangling", lambda e: (b"index:closed:t0", b"")),
     "counters that do not parse": ("miscounted", lambda e: (keyspace.STATE, b"\xff")),
-    "a wrong count": ("miscounted", lambda e: (keyspace.STATE, msgspec.msgpack.encode(State(1, 1, 10**19, 0)))),
+    "a wrong count": ("miscounted", lambda e: (keyspace.STATE, msgspec.msgpack.encode(Counters(1, 1, 10**19, 0)))),
 }
 BEYOND_REPAIR = {"unknown", "damaged", "unreadable", "orphaned"}
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     MessageNotFoundError,
@@ -24,7 +25,6 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
     ThreadNotFoundError,
 )
-from progressdb_server.store.writer import Write
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, threads_of, versions_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider

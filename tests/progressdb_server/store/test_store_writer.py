@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from progressdb_server.metrics import StoreMetrics
+from progressdb_server.store import conditions
 from progressdb_server.store import writer as writing
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import ConditionFailedError, NotWrittenError, StoreUnavailableError
-from progressdb_server.store.writer import Write, Writer
+from progressdb_server.store.writer import Writer
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 
 FOREVER_S = 600.0
@@ -127,8 +129,8 @@ def test_a_group_has_the_same_effect_as_its_writes_one_by_one(
 ) -> None:
     model: dict[bytes, bytes] = {}
     expected: list[bool] = []
-    for puts, conditions in writes:
-        holds = all(model.get(key) == value for key, value in conditions)
+    for puts, expect in writes:
+        holds = all(model.get(key) == value for key, value in expect)
         expected.append(holds)
         if holds:
             for key, value in puts:
@@ -337,10 +339,10 @@ def test_after_a_failed_group_every_waiter_fails_and_the_writer_recovers(fault: 
 
 def test_an_expected_value_is_read_once_until_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values longer than KNOWN_BYTES_MAX are read each time, and at most KNOWN_MAX values are remembered."""
-    monkeypatch.setattr(writing, "KNOWN_MAX", 3)
+    monkeypatch.setattr(conditions, "KNOWN_MAX", 3)
 
     async def body(writer: Writer, engine: MemoryEngine) -> None:
-        long = b"x" * (writing.KNOWN_BYTES_MAX + 1)
+        long = b"x" * (conditions.KNOWN_BYTES_MAX + 1)
         await writer.commit(Write([(b"a", b"1"), (b"long", long)]))
         with mock.patch.object(engine, "get", wraps=engine.get) as get:
             for _ in range(5):
@@ -472,7 +474,7 @@ def test_a_write_commits_only_if_the_values_it_read_are_unchanged(
             assert isinstance(outcomes[1], ConditionFailedError)
             assert outcomes[1].key == different[0]
 
-    with mock.patch("progressdb_server.store.writer.KEYS_REMEMBERED_MAX", remembered):
+    with mock.patch("progressdb_server.store.conditions.KEYS_REMEMBERED_MAX", remembered):
         with_writer(body)
 
 

@@ -16,6 +16,7 @@ from progressdb_server.store import keyspace, record
 from progressdb_server.store import sealer as sealing
 from progressdb_server.store import writer as writing
 from progressdb_server.store.check import repair
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.epoch import EpochMemory, RestoredError, audit_head
@@ -26,7 +27,6 @@ from progressdb_server.store.model import (
     StoreUnavailableError,
     ThreadKeyDestroyedError,
 )
-from progressdb_server.store.writer import Write
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import becomes, keys_of, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_seal

@@ -16,6 +16,7 @@ from progressdb_server.store import keyspace, record
 from progressdb_server.store import messages as writing_room
 from progressdb_server.store import reading as reading_room
 from progressdb_server.store.check import Checker
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import (
@@ -28,7 +29,6 @@ from progressdb_server.store.model import (
     TooManyVersionsError,
     json_text,
 )
-from progressdb_server.store.writer import Write
 from tests.progressdb_server.jobs.rotating import Place, keys_of_records
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, versions_of, with_store
@@ -430,7 +430,7 @@ def test_a_rotation_of_the_threads_key_moves_versions_of_every_form() -> None:
         await store.delete_message(other, author="ann")
         seen.append(await versions_of(store, message) + await versions_of(store, other))
         old = set(keys_of_records(store).values())
-        job = await jobs.wait((await jobs.rotate("t")).id)
+        job = await jobs.wait((await jobs.rotation.rotate("t")).id)
         assert (job.state, job.failed) == ("done", 0)
         assert len(old) == 1
         assert old.isdisjoint(keys_of_records(store).values())

@@ -14,7 +14,7 @@ from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.keyspace import BACK_NS_MAX, ERA_MAX, ERA_NS, NOW_NS_MIN, Clock, Stamp
 from progressdb_server.store.model import Idempotency, NewMessage
-from progressdb_server.store.writer import State
+from progressdb_server.store.writer import Counters
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -35,13 +35,13 @@ def test_a_stamp_of_an_era_has_this_text_id_and_time() -> None:
     assert keyspace.parse_message_id("msg-11790000000000000000-000007") == stamp
     assert keyspace.message_id_of(stamp.text) == keyspace.message_id(stamp)
     assert keyspace.ns_of(keyspace.messages("t") + stamp.raw) == NOW_NS
-    assert msgspec.msgpack.encode(State.of(2, 3, stamp)).hex() == "950203cf18d75b8423f300000701"
+    assert msgspec.msgpack.encode(Counters.of(2, 3, stamp)).hex() == "950203cf18d75b8423f300000701"
     last = Stamp(ERA_MAX * ERA_NS + NOW_NS, 0)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(State.of(0, 0, last)), type=State).last == last
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(Counters.of(0, 0, last)), type=Counters).last == last
 
 
 def test_a_state_without_an_era_is_of_the_first_one() -> None:
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode([1, 2, NOW_NS, 3]), type=State).last == Stamp(NOW_NS, 3)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode([1, 2, NOW_NS, 3]), type=Counters).last == Stamp(NOW_NS, 3)
 
 
 def test_a_clock_that_comes_back_from_the_future_begins_an_era() -> None:

@@ -202,7 +202,7 @@ def _unwrap(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> N
             "not have, since KEKs were rotated and destroyed meanwhile; make the backup again"
         )
     try:
-        dek.unwrap_into(record, unlocked.kek(record.kek_version), slot.view)
+        dek.unwrap_into(record, unlocked.kek_cipher(record.kek_version), slot.view)
     except KmsRefusedError as error:
         raise KeyDoesNotUnwrapError(str(error)) from None
 

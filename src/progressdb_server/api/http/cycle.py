@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from minikms.logs import structlog
 from progressdb_server.api.http import framing, limits
-from progressdb_server.api.http.access import Principal, presented_key
 from progressdb_server.api.http.errors import CLOSE, Header
+from progressdb_server.api.http.keys import Caller, presented_key
 from progressdb_server.api.http.request import BODY_REFUSED
 from progressdb_server.api.http.shares import BodyAccount
 
@@ -43,7 +43,7 @@ class Cycle:
     _body: bytes | bytearray = b""
     _received_bytes = 0
     _account: BodyAccount | None = None
-    _caller: tuple[Principal, str | None] | None = None
+    _caller: tuple[Caller, str | None] | None = None
     _has_news = False
     _event: asyncio.Event | None = None
     _response_start: MutableMapping[str, Any] | None = None
@@ -84,10 +84,10 @@ class Cycle:
         self._event.clear()
         await self._event.wait()
 
-    def identify(self, principal: Principal, user: str | None) -> None:
+    def identify(self, caller: Caller, user: str | None) -> None:
         """See `request.DirectChannel`."""
-        self._caller = principal, user
-        if self._account is not None and not self._account.identify(principal, user):
+        self._caller = caller, user
+        if self._account is not None and not self._account.identify(caller, user):
             self._refuse_body()
 
     def release(self) -> None:
@@ -99,10 +99,10 @@ class Cycle:
     def _fits(self) -> bool:
         """Whether what was received of the body fits into the budget of bodies."""
         if self._account is None:
-            principal, user = self._caller or (None, None)
-            key = b"" if principal is not None else presented_key(dict(self.scope["headers"])) or b""
+            caller, user = self._caller or (None, None)
+            key = b"" if caller is not None else presented_key(dict(self.scope["headers"])) or b""
             connection = self.connection
-            self._account = BodyAccount(connection.serving.shares, connection.group, principal, user, key)
+            self._account = BodyAccount(connection.serving.shares, connection.group, caller, user, key)
         return self._account.grow_to(self._received_bytes)
 
     def _refuse_body(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from progressdb_server.api.http import access, head, limits
+from progressdb_server.api.http import head, keys, limits
 from progressdb_server.api.http.errors import (
     AUTHOR_REQUIRED,
     CLOSE_HEADERS,
@@ -27,10 +27,9 @@ from progressdb_server.api.http.errors import (
     Header,
     bad_request,
     bodies_full,
-    not_found,
     too_large,
 )
-from progressdb_server.store.model import Idempotency
+from progressdb_server.store.model import Idempotency, StoreError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -59,7 +58,7 @@ class DirectChannel(Protocol):
         """The request's body if all of it was received and none of it was read yet; otherwise None."""
         ...
 
-    def identify(self, principal: access.Principal, user: str | None) -> None:
+    def identify(self, caller: keys.Caller, user: str | None) -> None:
         """Say who the caller is, to whose share the body is charged (`shares`)."""
         ...
 
@@ -160,19 +159,19 @@ def _no_body(message: MutableMapping[str, Any]) -> Exception:
 
 
 class Request:
-    """One request. Access control sets `principal` and `user`, routing sets `path_params` and `route`."""
+    """One request. Access control sets `caller` and `user`, routing sets `path_params` and `route`."""
 
     __slots__ = (
         "_query_params",
         "_receive",
         "address",
+        "caller",
         "client_address",
         "direct",
         "headers",
         "method",
         "path",
         "path_params",
-        "principal",
         "query_string",
         "repeated_header",
         "request_id",
@@ -192,7 +191,7 @@ class Request:
         """By which the rates of one address count. Another one than `address` behind a proxy that is named."""
         self.headers, self.repeated_header = head.read_headers(scope["headers"])
         self.request_id = head.request_id(self.headers)
-        self.principal: access.Principal = access.NOT_AUTHENTICATED
+        self.caller: keys.Caller = keys.NOT_AUTHENTICATED
         self.user: str | None = None
         """The user whose signature was verified."""
         self.viewer_key = 0
@@ -215,18 +214,18 @@ class Request:
 
     # --- the caller ---------------------------------------------------------------------------------------------
     @property
-    def role(self) -> access.Role:
+    def role(self) -> keys.Role:
         """Of the key with which the request came, or with which the viewer's session began."""
-        return access.Role.ADMIN if self.viewer_key else self.principal.role
+        return keys.Role.ADMIN if self.viewer_key else self.caller.role
 
     @property
     def acting_user(self) -> str | None:
         """The signed user whose rights the request has; None if its key acts for anyone, also beside a signature."""
-        return None if self.principal.role in access.OPERATORS else self.user
+        return None if self.caller.role in keys.OPERATORS else self.user
 
     def author(self, body_author: str | None = None) -> str | None:
         """The author that the request acts for, or None. Raises ApiError 400, 403."""
-        return access.resolve_author(self.user, self.headers, self.query_params, body_author)
+        return keys.resolve_author(self.user, self.headers, self.query_params, body_author)
 
     def required_author(self, body_author: str | None = None) -> str:
         """Like `author`, but also raises ApiError 400 if there is no author."""
@@ -242,13 +241,13 @@ class Request:
             return None
         if not limits.IDEMPOTENCY_KEY_PATTERN.fullmatch(key):
             raise bad_request(INVALID_IDEMPOTENCY_KEY)
-        return Idempotency(scope=self.principal.scope(author), key=key.decode("ascii"))
+        return Idempotency(scope=self.caller.scope(author), key=key.decode("ascii"))
 
-    def id_from_path(self, name: str, missing: str) -> str:
-        """The id in the path parameter `name`. Raises ApiError 404 with the text `missing` if it is not a valid id."""
+    def id_from_path(self, name: str, missing: type[StoreError]) -> str:
+        """The id in the path parameter `name`. Raises `missing` if it is not a valid id."""
         value = self.path_params[name]
         if not limits.ID_PATTERN.fullmatch(value):
-            raise not_found(missing)
+            raise missing
         return value
 
     # --- the body -----------------------------------------------------------------------------------------------

@@ -25,8 +25,10 @@ from collections.abc import Awaitable, Hashable
 from typing import Final, NamedTuple, Protocol
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import Principal, Proxies, Role, address_group
+from progressdb_server.api.http.access import Proxies
 from progressdb_server.api.http.errors import ClientGoneError, lists_full
+from progressdb_server.api.http.keys import Caller, Role
+from progressdb_server.api.http.rates import address_group
 from progressdb_server.config import Server
 
 _DEFAULTS: Final = Server()
@@ -228,12 +230,12 @@ class BodyAccount:
 
     __slots__ = ("_bytes", "_charges", "_group", "_shares")
 
-    def __init__(self, shares: Shares, group: str, principal: Principal | None, user: str | None, key: bytes) -> None:
-        """`group`: see `Shares.group`. `principal` is None until the caller was identified."""
+    def __init__(self, shares: Shares, group: str, caller: Caller | None, user: str | None, key: bytes) -> None:
+        """`group`: see `Shares.group`. `caller` is None until the caller was identified."""
         self._shares = shares
         self._group = group
         self._bytes = 0
-        self._charges: Charges = self._of_unknown(key) if principal is None else self._of(principal, user)
+        self._charges: Charges = self._of_unknown(key) if caller is None else self._of(caller, user)
 
     def _of_address(self) -> Charges:
         return ((self._group, limits.ADDRESS_BODIES_SHARE),) if self._group else ()
@@ -242,10 +244,10 @@ class BodyAccount:
         caller = (self._group, hashlib.sha256(key).digest())
         return (*self._of_address(), (caller, limits.UNVERIFIED_BODIES_SHARE))
 
-    def _of(self, principal: Principal, user: str | None) -> Charges:
-        if principal.role in (Role.ADMIN, Role.BACKEND):
+    def _of(self, caller: Caller, user: str | None) -> Charges:
+        if caller.role in (Role.ADMIN, Role.BACKEND):
             return self._of_address()  # it acts for many users
-        return (*self._of_address(), ((principal.number, user), limits.USER_BODIES_SHARE))
+        return (*self._of_address(), ((caller.number, user), limits.USER_BODIES_SHARE))
 
     def grow_to(self, count: int) -> bool:
         """The body has `count` bytes so far. Returns False if they do not fit."""
@@ -256,11 +258,11 @@ class BodyAccount:
             self._bytes = count
         return True
 
-    def identify(self, principal: Principal, user: str | None) -> bool:
+    def identify(self, caller: Caller, user: str | None) -> bool:
         """Charge the caller, who is known now. Returns False if its share is used up."""
         count = self._bytes
         self.close()
-        self._charges = self._of(principal, user)
+        self._charges = self._of(caller, user)
         return self.grow_to(count)
 
     def close(self) -> None:

@@ -1,19 +1,23 @@
 """The types in which a route describes its operations, and the schemas that several routes use.
 
-Owns: `Description` and its parts. A description holds what no code says; what follows from the table of operations
-(roles, errors of the checks before routing) is added by `api.openapi.document`. Invariant: bounds come from
-`api.http.limits`. The module must never name an operation.
+Owns: `Operation` and its parts. It holds what no code says; what follows from the table of operations (roles, errors of
+the checks before routing) is added by `api.openapi.document`. Invariant: bounds come from `api.http.limits`. The module
+must never name an operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final, Literal
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import ANYONE, Role
+from progressdb_server.api.http.keys import ANYONE, Role
+from progressdb_server.api.http.request import Request
+from progressdb_server.api.http.response import AnyResponse
+from progressdb_server.store.model import StatusError
 
 Schema = dict[str, Any]
 
@@ -90,18 +94,23 @@ class JsonBody(msgspec.Struct, frozen=True):
     """Keywords for the object as a whole."""
 
 
-class _Place(msgspec.Struct, frozen=True):
+Handler = Callable[[Request], Awaitable[AnyResponse]]
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+async def _no_handler(request: Request) -> AnyResponse:
+    raise NotImplementedError
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """One method on one path: its handler, who may call it, what it takes and returns. It decorates the handler, whose
+    docstring begins with a summary for the users of the API."""
+
     method: str
     path: str
     """As a template of Starlette: `/admin/keys/{key:path}`."""
-
-
-class Description(_Place, frozen=True, kw_only=True):
-    """What an operation does, takes and returns, and who may call it."""
-
+    handler: Handler = _no_handler
     roles: frozenset[Role] = ANYONE
-    tag: str
-    summary: str
     response: Schema | None = None
     """Schema of the successful response; None if it has no body."""
     content_type: str = "application/json"
@@ -113,13 +122,57 @@ class Description(_Place, frozen=True, kw_only=True):
     body: JsonBody | None = None
     form: Schema | None = None
     parameters: tuple[Parameter, ...] = ()
+    """Beside CALLER, which every path for users takes."""
     path_schemas: dict[str, Schema] = {}
-    """By name of a path parameter. One that is not here may be any text but the empty one."""
+    """By name of a path parameter that is not in PATH_SCHEMAS. Any other may be any text but the empty one."""
     errors: Mapping[int, tuple[str, ...]] = {}
     """By status: the sentences that the operation itself sends. Each is one that the code sends; tests provoke it."""
+    raises: tuple[type[StatusError], ...] = ()
+    """Errors of other rooms, with their status and sentence."""
     needs: frozenset[Dependency] = BOTH
     """What the operation cannot respond without."""
 
+    def __call__(self, handler: Decorated) -> Decorated:
+        vars(handler).setdefault("operations", []).append(self)
+        return handler
+
+    @property
+    def summary(self) -> str:
+        """The first paragraph of the handler's docstring, in one line."""
+        return " ".join((self.handler.__doc__ or "").partition("\n\n")[0].split()).removesuffix(".")
+
+    @property
+    def tag(self) -> str:
+        return next(tag for tag, paths in _TAGS if paths.match(self.path))
+
+
+def operations_of(*handlers: object) -> tuple[Operation, ...]:
+    """The operations of decorated functions, and of the decorated methods of other objects, in the order of their
+    definition."""
+    found: list[Operation] = []
+    for owner in handlers:
+        functions = {"": owner} if callable(owner) else dict(vars(type(owner)))
+        for name, function in functions.items():  # never an attribute of the object itself, which could be computed
+            for operation in getattr(function, "operations", ()):
+                handler = getattr(owner, name) if name else owner
+                found.append(msgspec.structs.replace(operation, handler=handler))
+    return tuple(found)
+
+
+_TAGS: Final = tuple(
+    (tag, re.compile(pattern))
+    for tag, pattern in (
+        ("viewer", "/viewer"),
+        ("documentation", "/($|docs|openapi)"),
+        ("users", "/v1/_sign"),
+        ("reactions", "/v1/.*/reactions"),
+        ("messages", "/v1/.*messages"),
+        ("threads", "/v1/threads"),
+        ("operators", "/"),
+    )
+)
+"""By the first pattern that the beginning of a path matches."""
+PATH_SCHEMAS: Final = {"thread": ID, "message": ID}
 
 # --- what several route modules take ----------------------------------------------------------------------------
 CALLER: Final = (

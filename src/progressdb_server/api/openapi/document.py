@@ -14,7 +14,7 @@ import msgspec
 import yaml
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import PROBE_PATHS, Role, for_users, is_open
+from progressdb_server.api.http.access import PROBE_PATHS, for_users, is_open
 from progressdb_server.api.http.errors import (
     AUTHOR_CONTROL_CHARACTER,
     AUTHOR_TOO_LONG,
@@ -32,7 +32,8 @@ from progressdb_server.api.http.errors import (
     TOO_LARGE,
     UNAUTHORIZED,
 )
-from progressdb_server.api.openapi.description import Description, JsonBody, Parameter, Schema, ref
+from progressdb_server.api.http.keys import Role
+from progressdb_server.api.openapi.description import CALLER, PATH_SCHEMAS, JsonBody, Operation, Parameter, Schema, ref
 from progressdb_server.kms.provider import SEALED
 from progressdb_server.store.model import Message, Thread
 
@@ -109,13 +110,13 @@ class DescriptionError(Exception):
     """A description contradicts the code that it describes."""
 
 
-def document(operations: Iterable[Description], version: str) -> dict[str, Any]:
+def document(operations: Iterable[Operation], version: str) -> dict[str, Any]:
     """Raises DescriptionError if a description names a property that its struct does not have."""
     paths: dict[str, dict[str, Any]] = {}
-    for description in operations:
-        paths.setdefault(documented_path(description), {})[description.method.lower()] = _operation(description)
+    for operation in operations:
+        paths.setdefault(documented_path(operation), {})[operation.method.lower()] = _operation(operation)
     paths = {path: dict(sorted(methods.items())) for path, methods in paths.items()}
-    tags = {operation["tags"][0] for methods in paths.values() for operation in methods.values()}
+    tags = {described["tags"][0] for methods in paths.values() for described in methods.values()}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -165,38 +166,38 @@ def _schemas() -> dict[str, Any]:
     return {**components, "Error": error}
 
 
-def documented_path(description: Description) -> str:
+def documented_path(operation: Operation) -> str:
     """The path as OpenAPI writes it."""
-    return description.path.replace(":path}", "}")
+    return operation.path.replace(":path}", "}")
 
 
-def _operation(description: Description) -> dict[str, Any]:
-    path = documented_path(description)
+def _operation(operation: Operation) -> dict[str, Any]:
+    path = documented_path(operation)
     made: dict[str, Any] = {
-        "tags": [description.tag],
-        "summary": description.summary,
-        "operationId": _operation_id(description.method, path),
-        "description": f"Allowed callers: {_who(path, description.roles)}.",
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "operationId": _operation_id(operation.method, path),
+        "description": f"Allowed callers: {_who(path, operation.roles)}.",
     }
-    parameters = [_path_parameter(name, description) for name in _names_in(path)]
-    parameters += [_parameter(parameter) for parameter in description.parameters]
+    parameters = [_path_parameter(name, operation) for name in _names_in(path)]
+    parameters += [_parameter(parameter) for parameter in _taken(operation)]
     if parameters:
         made["parameters"] = parameters
-    if description.body is not None:
+    if operation.body is not None:
         made["requestBody"] = {
             "description": _BODY_BOUND.format(limits.REQUEST_BYTES_MAX),
             "required": True,
-            "content": {"application/json": {"schema": _body_schema(description.body)}},
+            "content": {"application/json": {"schema": _body_schema(operation.body)}},
         }
-    if description.form is not None:
+    if operation.form is not None:
         made["requestBody"] = {
             "description": _BODY_BOUND.format(limits.FORM_BYTES_MAX),
             "required": True,
-            "content": {"application/x-www-form-urlencoded": {"schema": description.form}},
+            "content": {"application/x-www-form-urlencoded": {"schema": operation.form}},
         }
-    made["responses"] = _responses(description)
+    made["responses"] = _responses(operation)
     if is_open(path):
-        made["security"] = [{"viewerSession": []}, {}] if description.tag == "viewer" else []
+        made["security"] = [{"viewerSession": []}, {}] if operation.tag == "viewer" else []
     elif not for_users(path):
         made["security"] = _KEYED
     return made
@@ -221,9 +222,13 @@ def _names_in(path: str) -> list[str]:
     return [part.strip("{}") for part in path.split("/") if part.startswith("{")]
 
 
-def _path_parameter(name: str, description: Description) -> dict[str, Any]:
-    schema = description.path_schemas.get(name, {"type": "string", "minLength": 1})
+def _path_parameter(name: str, operation: Operation) -> dict[str, Any]:
+    schema = operation.path_schemas.get(name) or PATH_SCHEMAS.get(name, {"type": "string", "minLength": 1})
     return {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _taken(operation: Operation) -> tuple[Parameter, ...]:
+    return (*CALLER, *operation.parameters) if for_users(operation.path) else operation.parameters
 
 
 def _parameter(parameter: Parameter) -> dict[str, Any]:
@@ -250,11 +255,11 @@ def _body_schema(body: JsonBody) -> Schema:
     return {**made, "required": required} if required else made
 
 
-def _responses(description: Description) -> dict[str, Any]:
-    made = {str(description.status): _response(description, description.status, description.response)}
-    for status, schema in description.other_responses.items():
-        made[str(status)] = _response(description, status, schema)
-    for status, sentences in sorted(error_texts(description).items()):
+def _responses(operation: Operation) -> dict[str, Any]:
+    made = {str(operation.status): _response(operation, operation.status, operation.response)}
+    for status, schema in operation.other_responses.items():
+        made[str(status)] = _response(operation, status, schema)
+    for status, sentences in sorted(error_texts(operation).items()):
         made[str(status)] = {
             "description": _STATUS_TEXTS[status],
             "headers": _response_headers(status),
@@ -266,22 +271,24 @@ def _responses(description: Description) -> dict[str, Any]:
                     },
                 },
                 # Under the viewer's path every error is a page, but for those of a request that could not be read.
-                **({"text/html": {"schema": {"type": "string"}}} if description.tag == "viewer" else {}),
+                **({"text/html": {"schema": {"type": "string"}}} if operation.tag == "viewer" else {}),
             },
         }
     return made
 
 
-def error_texts(description: Description) -> dict[int, tuple[str, ...]]:
+def error_texts(operation: Operation) -> dict[int, tuple[str, ...]]:
     """The sentences of all errors by status: those of the operation, and those of the checks before it."""
-    path = documented_path(description)
+    path = documented_path(operation)
     found: dict[int, list[str]] = {
-        status: list(sentences) for status, sentences in description.errors.items() if sentences
+        status: list(sentences) for status, sentences in operation.errors.items() if sentences
     }
 
     def add(status: int, *sentences: str) -> None:
         found.setdefault(status, []).extend(sentences)
 
+    for error in operation.raises:
+        add(error.status, error.text)
     add(400, "the header x-api-key is sent twice")
     add(403, FORBIDDEN)
     add(431, HEAD_TOO_LARGE)
@@ -290,30 +297,30 @@ def error_texts(description: Description) -> dict[int, tuple[str, ...]]:
     add(500, INTERNAL)
     if not is_open(path):
         add(401, UNAUTHORIZED, *((MISSING_SIGNATURE, INVALID_SIGNATURE) if for_users(path) else ()))
-    if "disk" in description.needs:
+    if "disk" in operation.needs:
         add(503, "the store's disk is not available now")
-    if "key service" in description.needs:
+    if "key service" in operation.needs:
         add(503, "the key service is not available now", SEALED)
-    if description.body is not None:
+    if operation.body is not None:
         if not any(sentence.startswith("invalid ") for sentence in found[400]):
             add(400, INVALID_JSON)
         add(413, TOO_LARGE)
         add(503, BODIES_FULL)
-    if description.form is not None or any(parameter.location == "query" for parameter in description.parameters):
+    if operation.form is not None or any(parameter.location == "query" for parameter in _taken(operation)):
         add(400, REPEATED_PARAMETER, INVALID_ENCODING)
-    if for_users(path) and any(parameter.name == "author" for parameter in description.parameters):
+    if for_users(path) and any(parameter.name == "author" for parameter in _taken(operation)):
         add(400, AUTHOR_TOO_LONG, AUTHOR_CONTROL_CHARACTER)
         add(403, OTHER_AUTHOR_IN_QUERY)
     return {status: tuple(sentences) for status, sentences in found.items()}
 
 
-def _response(description: Description, status: int, schema: Schema | None) -> dict[str, Any]:
+def _response(operation: Operation, status: int, schema: Schema | None) -> dict[str, Any]:
     made: dict[str, Any] = {
         "description": _STATUS_TEXTS[status],
-        "headers": _response_headers(status, *description.headers),
+        "headers": _response_headers(status, *operation.headers),
     }
     if schema is not None:
-        made["content"] = {description.content_type: {"schema": schema}}
+        made["content"] = {operation.content_type: {"schema": schema}}
     return made
 
 

@@ -11,8 +11,8 @@ from typing import Final
 import msgspec
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import ADMINS, BACKENDS, OPERATORS, checked_author
 from progressdb_server.api.http.errors import ApiError, bad_request, not_found
+from progressdb_server.api.http.keys import ADMINS, BACKENDS, OPERATORS, checked_author
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import JsonList, Response, json_response, octets_response
 from progressdb_server.api.openapi.description import (
@@ -23,12 +23,13 @@ from progressdb_server.api.openapi.description import (
     STORED_KEY,
     TEXT,
     JsonBody,
+    Operation,
     Parameter,
     list_of,
     object_of,
+    operations_of,
     texts,
 )
-from progressdb_server.api.routes.table import Operation
 from progressdb_server.api.routes.threads import THREAD_LIST
 from progressdb_server.store.model import ConversationStore
 
@@ -44,13 +45,23 @@ class SignBody(msgspec.Struct):
 _SIGN: Final = msgspec.json.Decoder(SignBody)
 
 
+@Operation("GET", "/healthz", response=texts("status"), needs=NOTHING)
 async def health(request: Request) -> Response:
-    """The server responds; needs no key."""
+    """Check that the server responds. No key is needed."""
     return json_response({"status": "ok"})
 
 
+@Operation(
+    "POST",
+    "/v1/_sign",
+    roles=BACKENDS,
+    response=texts("userId", "signature"),
+    body=JsonBody(SignBody, {"userId": {**AUTHOR, "minLength": 1}}),
+    errors={400: (INVALID_PAYLOAD,)},
+    needs=NOTHING,
+)
 async def sign(request: Request) -> Response:
-    """Sign a user id under the caller's own key."""
+    """Sign a user id with the caller's backend key."""
     sent = await request.json(_SIGN, INVALID_PAYLOAD)
     if not sent.user_id:
         raise bad_request(INVALID_PAYLOAD)
@@ -58,33 +69,59 @@ async def sign(request: Request) -> Response:
         checked_author(sent.user_id)
     except ApiError:
         raise bad_request(INVALID_PAYLOAD) from None
-    return json_response({"userId": sent.user_id, "signature": request.principal.sign(sent.user_id)})
+    return json_response({"userId": sent.user_id, "signature": request.caller.sign(sent.user_id)})
 
 
 class AdminHandlers:
     def __init__(self, store: ConversationStore) -> None:
         self._store = store
 
+    @Operation("GET", "/admin/health", roles=OPERATORS, response=texts("status", "service"), needs=NOTHING)
     async def health(self, request: Request) -> Response:
+        """Check that the server responds."""
         return json_response({"status": "ok", "service": "progressdb"})
 
+    @Operation(
+        "GET", "/admin/stats", roles=OPERATORS, response=object_of(threads=INTEGER, messages=INTEGER), needs=NOTHING
+    )
     async def stats(self, request: Request) -> Response:
-        """The number of threads, and of messages with every stored version."""
+        """Count the threads, and all stored versions of messages."""
         counts = await self._store.stats()
         return json_response({"threads": counts["threads"], "messages": counts["messages"]})
 
+    @Operation("GET", "/admin/threads", roles=ADMINS, response=THREAD_LIST)
     async def threads(self, request: Request) -> JsonList:
-        """The threads of all authors, including deleted ones."""
+        """List the threads of all authors, including deleted threads."""
         return JsonList(b'{"threads":[', self._store.list_threads(author=None, include_deleted=True))
 
+    @Operation(
+        "GET",
+        "/admin/keys",
+        roles=ADMINS,
+        response=list_of("keys", TEXT),
+        parameters=(Parameter("prefix", STORED_KEY, "Only keys that begin with this text."),),
+        errors={400: (PREFIX_TOO_LONG,)},
+        needs=DISK,
+    )
     async def keys(self, request: Request) -> JsonList:
+        """List the keys of stored entries."""
         prefix = request.query_params.get("prefix", "")
         if len(prefix.encode()) > limits.STORED_KEY_BYTES_MAX:
             raise bad_request(PREFIX_TOO_LONG)
         return JsonList(b'{"keys":[', self._store.stored_keys(prefix))
 
+    @Operation(
+        "GET",
+        "/admin/keys/{key:path}",
+        roles=ADMINS,
+        response={"type": "string", "format": "binary"},
+        content_type="application/octet-stream",
+        path_schemas={"key": {"type": "string", "minLength": 1}},
+        errors={404: (KEY_NOT_FOUND,)},
+        needs=DISK,
+    )
     async def value(self, request: Request) -> Response:
-        """One raw value, as it is stored."""
+        """Read one stored value. It is not decrypted."""
         key = request.path_params["key"]
         value = await self._store.raw_value(key) if len(key.encode()) <= limits.STORED_KEY_BYTES_MAX else None
         if value is None:
@@ -92,89 +129,10 @@ class AdminHandlers:
         return octets_response(value)
 
 
-# --- operations -------------------------------------------------------------------------------------------------
 def open_operations() -> tuple[Operation, ...]:
     """The operations that need no store."""
-    return (
-        Operation(
-            "GET",
-            "/healthz",
-            health,
-            tag="operators",
-            summary="Check that the server responds. No key is needed",
-            response=texts("status"),
-            needs=NOTHING,
-        ),
-        Operation(
-            "POST",
-            "/v1/_sign",
-            sign,
-            roles=BACKENDS,
-            tag="users",
-            summary="Sign a user id with the caller's backend key",
-            response=texts("userId", "signature"),
-            body=JsonBody(SignBody, {"userId": {**AUTHOR, "minLength": 1}}),
-            errors={400: (INVALID_PAYLOAD,)},
-            needs=NOTHING,
-        ),
-    )
+    return operations_of(health, sign)
 
 
 def operations(store: ConversationStore) -> tuple[Operation, ...]:
-    operators = AdminHandlers(store)
-    return (
-        Operation(
-            "GET",
-            "/admin/health",
-            operators.health,
-            roles=OPERATORS,
-            tag="operators",
-            summary="Check that the server responds",
-            response=texts("status", "service"),
-            needs=NOTHING,
-        ),
-        Operation(
-            "GET",
-            "/admin/stats",
-            operators.stats,
-            roles=OPERATORS,
-            tag="operators",
-            summary="Count the threads, and all stored versions of messages",
-            response=object_of(threads=INTEGER, messages=INTEGER),
-            needs=NOTHING,
-        ),
-        Operation(
-            "GET",
-            "/admin/threads",
-            operators.threads,
-            roles=ADMINS,
-            tag="operators",
-            summary="List the threads of all authors, including deleted threads",
-            response=THREAD_LIST,
-        ),
-        Operation(
-            "GET",
-            "/admin/keys",
-            operators.keys,
-            roles=ADMINS,
-            tag="operators",
-            summary="List the keys of stored entries",
-            response=list_of("keys", TEXT),
-            parameters=(Parameter("prefix", STORED_KEY, "Only keys that begin with this text."),),
-            errors={400: (PREFIX_TOO_LONG,)},
-            needs=DISK,
-        ),
-        Operation(
-            "GET",
-            "/admin/keys/{key:path}",
-            operators.value,
-            roles=ADMINS,
-            tag="operators",
-            summary="Read one stored value. It is not decrypted",
-            response={"type": "string", "format": "binary"},
-            content_type="application/octet-stream",
-            path_schemas={"key": {"type": "string", "minLength": 1}},
-            errors={404: (KEY_NOT_FOUND,)},
-            needs=DISK,
-        ),
-    )
+    return operations_of(AdminHandlers(store))

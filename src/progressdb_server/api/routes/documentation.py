@@ -14,65 +14,14 @@ from typing import Any, Final
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response, redirect
 from progressdb_server.api.openapi import document as openapi
-from progressdb_server.api.openapi.description import NOTHING, TEXT
+from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, operations_of
 from progressdb_server.api.routes import pages
-from progressdb_server.api.routes.table import Operation
 
 
 def with_documentation(operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
     """The table, and the operations that document all of it, including themselves."""
     documentation = Documentation()
-    own = (
-        Operation(
-            "GET",
-            "/",
-            documentation.root,
-            tag="documentation",
-            summary="A browser to the viewer, a program to this document",
-            status=303,
-            needs=NOTHING,
-        ),
-        Operation(
-            "GET",
-            "/openapi.yaml",
-            documentation.document,
-            tag="documentation",
-            summary="Read this document",
-            response={"type": "object"},
-            content_type=openapi.CONTENT_TYPE,
-            needs=NOTHING,
-        ),
-        Operation(
-            "GET",
-            "/docs",
-            documentation.to_page,
-            tag="documentation",
-            summary="Redirect to `/docs/`",
-            status=308,
-            needs=NOTHING,
-        ),
-        Operation(
-            "GET",
-            "/docs/",
-            documentation.page,
-            tag="documentation",
-            summary="Read this document as a web page",
-            response=TEXT,
-            content_type="text/html",
-            needs=NOTHING,
-        ),
-        Operation(
-            "GET",
-            "/docs/style.css",
-            documentation.style,
-            tag="documentation",
-            summary="The style sheet of the page",
-            response=TEXT,
-            content_type="text/css",
-            needs=NOTHING,
-        ),
-    )
-    documentation.operations = (*operations, *own)
+    documentation.operations = (*operations, *operations_of(documentation))
     return documentation.operations
 
 
@@ -80,23 +29,31 @@ class Documentation:
     def __init__(self) -> None:
         self.operations: tuple[Operation, ...] = ()
 
+    @Operation("GET", "/", status=303, needs=NOTHING)
     async def root(self, request: Request) -> Response:
-        """To /viewer/ if the request accepts `text/html`, else to /openapi.yaml."""
+        """A browser to the viewer, a program to this document."""
         accepted = request.headers.get(b"accept", b"").lower()
         place = "/viewer/" if b"text/html" in accepted else "/openapi.yaml"
         return redirect(303, place, ((b"vary", b"accept"),))
 
+    @Operation("GET", "/openapi.yaml", response={"type": "object"}, content_type=openapi.CONTENT_TYPE, needs=NOTHING)
     async def document(self, request: Request) -> Response:
-        """OpenAPI 3.1 as YAML (RFC 9512)."""
+        """Read this document."""
         return Response(200, self._yaml, (b"content-type", openapi.CONTENT_TYPE.encode("ascii")))
 
+    @Operation("GET", "/docs/", response=TEXT, content_type="text/html", needs=NOTHING)
     async def page(self, request: Request) -> Response:
+        """Read this document as a web page."""
         return pages.page_response(self._page)
 
+    @Operation("GET", "/docs", status=308, needs=NOTHING)
     async def to_page(self, request: Request) -> Response:
+        """Redirect to `/docs/`."""
         return redirect(308, "/docs/")
 
+    @Operation("GET", "/docs/style.css", response=TEXT, content_type="text/css", needs=NOTHING)
     async def style(self, request: Request) -> Response:
+        """The style sheet of the page."""
         return pages.asset_response("style.css")
 
     @cached_property

@@ -6,30 +6,35 @@ Owns: the JSON of these requests and responses, for admins only. The jobs room d
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Final
+from functools import partial
+from typing import Annotated, Final, get_args
 
 import msgspec
 
-from progressdb_server.api.http.access import ADMINS
 from progressdb_server.api.http.errors import ApiError, bad_request
+from progressdb_server.api.http.keys import ADMINS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import EventStream, JsonList, Response, encode_json, json_response
 from progressdb_server.api.openapi.description import (
+    BOTH,
     DISK,
     INTEGER,
     SWITCH,
     TEXT,
     JsonBody,
+    Operation,
     Parameter,
     Schema,
     list_of,
     object_of,
+    operations_of,
+    texts,
 )
-from progressdb_server.api.routes.errors import THREAD_NOT_FOUND
-from progressdb_server.api.routes.table import Handler, Operation
 from progressdb_server.config import duration_s
-from progressdb_server.jobs.service import Due, Jobs
-from progressdb_server.jobs.states import Job, view
+from progressdb_server.jobs.rotation import Due
+from progressdb_server.jobs.service import Jobs
+from progressdb_server.jobs.states import SHOWN, Job, JobNotFoundError, State, TooManyJobsError, view
+from progressdb_server.store.model import ThreadNotFoundError
 
 THREADS_NAMED_MAX: Final = 1024
 JOBS_NAMED_MAX: Final = 1000
@@ -91,100 +96,7 @@ def _selection(body: RotateThreads) -> Due | None:
     return Due(kek_version=int(body.kek_version)) if body.kek_version else None
 
 
-# --- handlers ---------------------------------------------------------------------------------------------------
-class JobHandlers:
-    def __init__(self, jobs: Jobs) -> None:
-        self._jobs = jobs
-
-    async def rotate_one(self, request: Request) -> Response:
-        """202 with the job, or with `wait=true` a response after its end."""
-        body = await request.json(_ONE, INVALID_REQUEST)
-        if not body.thread_id:
-            raise bad_request(THREAD_ID_MISSING)
-        wait = request.query_params.get("wait", "false")
-        if wait not in ("true", "false", "1", "0"):
-            raise bad_request(INVALID_WAIT)
-        after_s = _seconds(body.destroy_old_after)
-        job = await self._jobs.rotate(body.thread_id, rate=body.rate, destroy_after_s=after_s)
-        if wait in ("false", "0"):
-            return json_response({"job_id": job.id, "new_key": job.new_key, "status": job.state}, 202)
-        job = await self._jobs.wait(job.id)
-        if job.state == "done":
-            return json_response({"new_key": job.new_key, "status": "ok"})
-        reason = f": {job.reason}" if job.reason else ""
-        raise ApiError(500 if job.state == "failed" else 409, f"the job {job.id} is {job.state}{reason}")
-
-    async def rotate_many(self, request: Request) -> Response:
-        """202 with the number of jobs, and the ids of the first `JOBS_NAMED_MAX`."""
-        body = await request.json(_MANY, INVALID_REQUEST)
-        due = _selection(body)
-        after_s = _seconds(body.destroy_old_after)
-        if len(body.thread_ids) > THREADS_NAMED_MAX:
-            raise bad_request(TOO_MANY_THREADS)
-        ids: list[str] = []
-        count = 0
-        if body.thread_ids:
-            self._jobs.require(body.thread_ids)  # either all jobs are started or none
-            jobs = self._rotate_each(body.thread_ids, body.rate, after_s)
-        else:
-            jobs = self._jobs.select(due, rate=body.rate, destroy_after_s=after_s)
-        async for job in jobs:
-            count += 1
-            if len(ids) < JOBS_NAMED_MAX:
-                ids.append(job.id)
-        return json_response({"count": count, "job_ids": ids}, 202)
-
-    async def _rotate_each(self, threads: list[str], rate: int | None, after_s: int) -> AsyncIterator[Job]:
-        for thread in threads:
-            yield await self._jobs.rotate_later(thread, rate=rate, destroy_after_s=after_s)
-
-    async def jobs(self, request: Request) -> JsonList:
-        """Newest first. The parameter `status` selects one state."""
-        return JsonList(b'{"jobs":[', self._pages(request.query_params.get("status", ""), with_backups=False))
-
-    async def with_backups(self, request: Request) -> JsonList:
-        """The jobs that have backups, newest first."""
-        return JsonList(b'{"jobs":[', self._pages("", with_backups=True))
-
-    async def _pages(self, status: str, *, with_backups: bool) -> AsyncIterator[list[dict[str, object]]]:
-        for page in self._jobs.table.pages(newest_first=True):
-            yield [view(job) for job in page if status in ("", job.state) and (job.backups or not with_backups)]
-
-    async def read(self, request: Request) -> Response:
-        return json_response(view(self._job(request)))
-
-    async def events(self, request: Request) -> EventStream:
-        """An event `job` now and after each change, until the job no longer runs."""
-        return EventStream(self._events(self._job(request).id))
-
-    async def _events(self, job_id: str) -> AsyncIterator[bytes]:
-        async for job in self._jobs.watch(job_id):
-            yield b"event: job\ndata: %b\n\n" % encode_json(view(job))
-
-    def _job(self, request: Request) -> Job:
-        return self._jobs.table.get(request.path_params["job"])
-
-    async def pause(self, request: Request) -> Response:
-        return json_response(view(await self._jobs.pause(request.path_params["job"])))
-
-    async def resume(self, request: Request) -> Response:
-        return json_response(view(await self._jobs.resume(request.path_params["job"])))
-
-    async def cancel(self, request: Request) -> Response:
-        return json_response(view(await self._jobs.cancel(request.path_params["job"])))
-
-    async def restore(self, request: Request) -> Response:
-        """Restore the records that the job has re-encrypted."""
-        job_id = request.path_params["job"]
-        outcome = await self._jobs.restore(job_id)
-        return json_response({"job_id": job_id, "restored": outcome.restored, "kept": outcome.kept})
-
-    async def drop_backups(self, request: Request) -> Response:
-        job_id = request.path_params["job"]
-        return json_response({"job_id": job_id, "removed": await self._jobs.drop_backups(job_id)})
-
-
-# --- operations -------------------------------------------------------------------------------------------------
+# --- operations -------------------------------------------------------------------------------------------------------
 _DURATION: Final[Schema] = {
     "type": "string",
     "pattern": "^([1-9][0-9]{0,8}[smhd])?$",
@@ -197,204 +109,230 @@ _RATE: Final[Schema] = {
     "description": "Records to re-encrypt per second. 0: no limit. Null or absent: the limit of the server's "
     "configuration.",
 }
-_JOB: Final[Schema] = {
-    "type": "object",
-    "properties": {
-        "job_id": TEXT,
-        "thread_id": TEXT,
-        "status": {"enum": ["queued", "running", "paused", "verifying", "done", "failed", "cancelled"]},
-        "done": INTEGER,
-        "total": INTEGER,
-        "failed": INTEGER,
-        "old_key": TEXT,
-        "new_key": TEXT,
-        "verified": INTEGER,
-        "backups": INTEGER,
-        "reason": TEXT,
-        "failures": {"type": "array", "items": object_of(key=TEXT, code=TEXT)},
-        "trigger": TEXT,
-        "created_ns": INTEGER,
-        "updated_ns": INTEGER,
-        "restored_ns": INTEGER,
-        "destroy_at_ns": INTEGER,
-        "destroy_waits_for": TEXT,
-        "destroyed_ns": INTEGER,
-    },
-    "required": ["job_id", "thread_id", "status", "done", "total", "failed", "old_key", "new_key"],
-}
+_TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Job)}
+_JOB: Final = object_of(
+    **{shown: INTEGER if _TYPES[name] is int else TEXT for name, shown in SHOWN.items()}
+    | {"status": {"enum": list(get_args(State))}, "failures": {"type": "array", "items": texts("key", "code")}}
+)
 _SELECTIONS: Final[dict[str, Schema]] = {
     "all": {"const": True},
     "thread_ids": {"minItems": 1},
     "older_than": {"minLength": 1},
     "kek_version": {"not": {"const": 0}},
 }
-_JOB_NOT_FOUND: Final = {404: ("job not found",)}
 _UNFINISHED: Final = "a job on this thread is unfinished"
 _SWITCHING: Final = "the job is switching the thread's key: try again in a moment"
 _RESTORING: Final = "another operation is running on this thread: try again in a moment"
-_TOO_MANY_JOBS: Final = "too many jobs are unfinished: wait for some of them"
 _JOB_ID: Final = "job-01764000000000000000-0a1b2c3d"
 
 
-def _control(path: str, handler: Handler, summary: str, *conflicts: str) -> Operation:
+_for_admins: Final = partial(Operation, roles=ADMINS, needs=DISK)
+
+
+def _control(action: str, *conflicts: str) -> Operation:
     """An operation that changes the state of a job."""
-    errors = {**_JOB_NOT_FOUND, 409: conflicts}
-    return Operation(
-        "POST", path, handler, roles=ADMINS, tag="operators", summary=summary, response=_JOB, errors=errors, needs=DISK
-    )
+    path, errors = f"/admin/jobs/{{job}}/{action}", {409: conflicts}
+    return _for_admins("POST", path, response=_JOB, errors=errors, raises=(JobNotFoundError,))
 
 
-def operations(service: Jobs) -> tuple[Operation, ...]:
-    jobs = JobHandlers(service)
-    return (
-        Operation(
-            "POST",
-            "/admin/rotate_thread_dek",
-            jobs.rotate_one,
-            roles=ADMINS,
-            tag="operators",
-            summary="Rotate a thread's key: create a new key, and re-encrypt the records in a background job",
-            response=object_of(job_id=TEXT, new_key=TEXT, status=TEXT),
-            status=202,
-            other_responses={200: object_of(new_key=TEXT, status={"const": "ok"})},
-            body=JsonBody(
-                RotateThread,
-                {
-                    "thread_id": {"type": "string", "minLength": 1},
-                    "records_per_second": _RATE,
-                    "destroy_old_after": _DURATION,
-                },
-                ("thread_id",),
-            ),
-            parameters=(
-                Parameter("wait", SWITCH, "Respond with 200 at the end of the job instead of with 202 at its start."),
-            ),
-            errors={
-                400: (INVALID_REQUEST, THREAD_ID_MISSING, INVALID_WAIT),
-                404: (THREAD_NOT_FOUND,),
-                409: (_RESTORING, f"the job {_JOB_ID} is cancelled"),
-                500: (f"the job {_JOB_ID} is failed: 7 records could not be re-encrypted",),
-                503: (_TOO_MANY_JOBS, "the server is shutting down; the job continues after the next start"),
+# --- handlers ---------------------------------------------------------------------------------------------------
+class JobHandlers:
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+
+    @_for_admins(
+        "POST",
+        "/admin/rotate_thread_dek",
+        response=object_of(job_id=TEXT, new_key=TEXT, status=TEXT),
+        status=202,
+        other_responses={200: object_of(new_key=TEXT, status={"const": "ok"})},
+        body=JsonBody(
+            RotateThread,
+            {
+                "thread_id": {"type": "string", "minLength": 1},
+                "records_per_second": _RATE,
+                "destroy_old_after": _DURATION,
             },
-            needs=DISK,
+            ("thread_id",),
         ),
-        Operation(
-            "POST",
-            "/admin/rotate_deks",
-            jobs.rotate_many,
-            roles=ADMINS,
-            tag="operators",
-            summary="Queue key rotations of many threads",
-            response=object_of(count=INTEGER, job_ids={"type": "array", "items": TEXT, "maxItems": JOBS_NAMED_MAX}),
-            status=202,
-            body=JsonBody(
-                RotateThreads,
-                {
-                    "records_per_second": _RATE,
-                    "destroy_old_after": _DURATION,
-                    "older_than": _DURATION,
-                    "kek_version": {"type": "integer", "minimum": 0, "maximum": KEK_VERSION_MAX},
-                    "thread_ids": {"type": "array", "items": TEXT, "maxItems": THREADS_NAMED_MAX},
-                },
-                extra={
-                    "oneOf": [{"properties": {name: given}, "required": [name]} for name, given in _SELECTIONS.items()]
-                },
-            ),
-            errors={
-                400: (INVALID_REQUEST, TOO_MANY_THREADS),
-                404: (THREAD_NOT_FOUND,),
-                409: (_RESTORING,),
-                503: (_TOO_MANY_JOBS, "the key service can't list its keys now"),
-            },
-            needs=DISK,
+        parameters=(
+            Parameter("wait", SWITCH, "Respond with 200 at the end of the job instead of with 202 at its start."),
         ),
-        Operation(
-            "GET",
-            "/admin/jobs",
-            jobs.jobs,
-            roles=ADMINS,
-            tag="operators",
-            summary="List all jobs, newest first",
-            response=list_of("jobs", _JOB),
-            parameters=(Parameter("status", TEXT, "Only jobs in this state."),),
-            needs=DISK,
-        ),
-        Operation(
-            "GET",
-            "/admin/backups",
-            jobs.with_backups,
-            roles=ADMINS,
-            tag="operators",
-            summary="List the jobs that have backups of records, newest first",
-            response=list_of("jobs", _JOB),
-            needs=DISK,
-        ),
-        Operation(
-            "GET",
-            "/admin/jobs/{job}",
-            jobs.read,
-            roles=ADMINS,
-            tag="operators",
-            summary="Read a job",
-            response=_JOB,
-            errors=_JOB_NOT_FOUND,
-            needs=DISK,
-        ),
-        Operation(
-            "GET",
-            "/admin/jobs/{job}/events",
-            jobs.events,
-            roles=ADMINS,
-            tag="operators",
-            summary="Follow a job: a server-sent event `job` now and after each change, until the job no longer runs",
-            response=TEXT,
-            content_type="text/event-stream",
-            errors=_JOB_NOT_FOUND,
-            needs=DISK,
-        ),
-        _control(
-            "/admin/jobs/{job}/pause",
-            jobs.pause,
-            "Pause a job",
-            "a job that is done can't be paused",
-            _SWITCHING,
-        ),
-        _control(
-            "/admin/jobs/{job}/resume",
-            jobs.resume,
-            "Resume a paused or failed job",
-            "a job that is done can't be resumed",
-            "another job works on this thread",
-            "the job's backups were restored: rotate the thread's key again",
-            "a later rotation has given the thread another key",
-        ),
-        _control(
-            "/admin/jobs/{job}/cancel",
-            jobs.cancel,
-            "Cancel a job. Records that it has re-encrypted stay under the new key",
-            "a job that is done can't be cancelled",
-            _SWITCHING,
-        ),
-        Operation(
-            "POST",
-            "/admin/jobs/{job}/restore",
-            jobs.restore,
-            roles=ADMINS,
-            tag="operators",
-            summary="Restore the records that a job has re-encrypted from the job's backups",
-            response=object_of(job_id=TEXT, restored=INTEGER, kept=INTEGER),
-            errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED, "the key of these backups was destroyed")},
-            needs=DISK,
-        ),
-        Operation(
-            "DELETE",
-            "/admin/jobs/{job}/backups",
-            jobs.drop_backups,
-            roles=ADMINS,
-            tag="operators",
-            summary="Remove the backups of a job",
-            response=object_of(job_id=TEXT, removed=INTEGER),
-            errors={**_JOB_NOT_FOUND, 409: (_UNFINISHED,)},
-            needs=DISK,
-        ),
+        errors={
+            400: (INVALID_REQUEST, THREAD_ID_MISSING, INVALID_WAIT),
+            409: (_RESTORING, f"the job {_JOB_ID} is cancelled"),
+            500: (f"the job {_JOB_ID} is failed: 7 records could not be re-encrypted",),
+            503: ("the server is shutting down; the job continues after the next start",),
+        },
+        raises=(ThreadNotFoundError, TooManyJobsError),
     )
+    async def rotate_one(self, request: Request) -> Response:
+        """Rotate a thread's key: create a new key, and re-encrypt the records in a background job."""
+        body = await request.json(_ONE, INVALID_REQUEST)
+        if not body.thread_id:
+            raise bad_request(THREAD_ID_MISSING)
+        wait = request.query_params.get("wait", "false")
+        if wait not in ("true", "false", "1", "0"):
+            raise bad_request(INVALID_WAIT)
+        after_s = _seconds(body.destroy_old_after)
+        job = await self._jobs.rotation.rotate(body.thread_id, rate=body.rate, destroy_after_s=after_s)
+        if wait in ("false", "0"):
+            return json_response({"job_id": job.id, "new_key": job.new_key, "status": job.state}, 202)
+        job = await self._jobs.wait(job.id)
+        if job.state == "done":
+            return json_response({"new_key": job.new_key, "status": "ok"})
+        reason = f": {job.reason}" if job.reason else ""
+        raise ApiError(500 if job.state == "failed" else 409, f"the job {job.id} is {job.state}{reason}")
+
+    @_for_admins(
+        "POST",
+        "/admin/rotate_deks",
+        response=object_of(count=INTEGER, job_ids={"type": "array", "items": TEXT, "maxItems": JOBS_NAMED_MAX}),
+        status=202,
+        body=JsonBody(
+            RotateThreads,
+            {
+                "records_per_second": _RATE,
+                "destroy_old_after": _DURATION,
+                "older_than": _DURATION,
+                "kek_version": {"type": "integer", "minimum": 0, "maximum": KEK_VERSION_MAX},
+                "thread_ids": {"type": "array", "items": TEXT, "maxItems": THREADS_NAMED_MAX},
+            },
+            extra={"oneOf": [{"properties": {name: given}, "required": [name]} for name, given in _SELECTIONS.items()]},
+        ),
+        errors={
+            400: (INVALID_REQUEST, TOO_MANY_THREADS),
+            409: (_RESTORING,),
+            503: ("the key service can't list its keys now",),
+        },
+        raises=(ThreadNotFoundError, TooManyJobsError),
+    )
+    async def rotate_many(self, request: Request) -> Response:
+        """Queue key rotations of many threads."""
+        body = await request.json(_MANY, INVALID_REQUEST)
+        due = _selection(body)
+        after_s = _seconds(body.destroy_old_after)
+        if len(body.thread_ids) > THREADS_NAMED_MAX:
+            raise bad_request(TOO_MANY_THREADS)
+        ids: list[str] = []
+        count = 0
+        if body.thread_ids:
+            self._jobs.rotation.require(body.thread_ids)  # either all jobs are started or none
+            jobs = self._rotate_each(body.thread_ids, body.rate, after_s)
+        else:
+            jobs = self._jobs.rotation.select(due, rate=body.rate, destroy_after_s=after_s)
+        async for job in jobs:
+            count += 1
+            if len(ids) < JOBS_NAMED_MAX:
+                ids.append(job.id)
+        return json_response({"count": count, "job_ids": ids}, 202)
+
+    async def _rotate_each(self, threads: list[str], rate: int | None, after_s: int) -> AsyncIterator[Job]:
+        for thread in threads:
+            yield await self._jobs.rotation.rotate(thread, rate=rate, destroy_after_s=after_s, later=True)
+
+    @_for_admins(
+        "GET",
+        "/admin/jobs",
+        response=list_of("jobs", _JOB),
+        parameters=(Parameter("status", TEXT, "Only jobs in this state."),),
+    )
+    async def jobs(self, request: Request) -> JsonList:
+        """List all jobs, newest first."""
+        return JsonList(b'{"jobs":[', self._pages(request.query_params.get("status", ""), with_backups=False))
+
+    @_for_admins("GET", "/admin/backups", response=list_of("jobs", _JOB))
+    async def with_backups(self, request: Request) -> JsonList:
+        """List the jobs that have backups of records, newest first."""
+        return JsonList(b'{"jobs":[', self._pages("", with_backups=True))
+
+    async def _pages(self, status: str, *, with_backups: bool) -> AsyncIterator[list[dict[str, object]]]:
+        for page in self._jobs.table.pages(newest_first=True):
+            yield [view(job) for job in page if status in ("", job.state) and (job.backups or not with_backups)]
+
+    @_for_admins("GET", "/admin/jobs/{job}", response=_JOB, raises=(JobNotFoundError,))
+    async def read(self, request: Request) -> Response:
+        """Read a job."""
+        return json_response(view(self._job(request)))
+
+    @_for_admins(
+        "GET", "/admin/jobs/{job}/events", response=TEXT, content_type="text/event-stream", raises=(JobNotFoundError,)
+    )
+    async def events(self, request: Request) -> EventStream:
+        """Follow a job: a server-sent event `job` now and after each change, until the job no longer runs."""
+        return EventStream(self._events(self._job(request).id))
+
+    async def _events(self, job_id: str) -> AsyncIterator[bytes]:
+        async for job in self._jobs.watch(job_id):
+            yield b"event: job\ndata: %b\n\n" % encode_json(view(job))
+
+    def _job(self, request: Request) -> Job:
+        return self._jobs.table.get(request.path_params["job"])
+
+    @_control("pause", "a job that is done can't be paused", _SWITCHING)
+    async def pause(self, request: Request) -> Response:
+        """Pause a job."""
+        return json_response(view(await self._jobs.pause(request.path_params["job"])))
+
+    @_control(
+        "resume",
+        "a job that is done can't be resumed",
+        "another job works on this thread",
+        "the job's backups were restored: rotate the thread's key again",
+        "a later rotation has given the thread another key",
+    )
+    async def resume(self, request: Request) -> Response:
+        """Resume a paused or failed job."""
+        return json_response(view(await self._jobs.resume(request.path_params["job"])))
+
+    @_control("cancel", "a job that is done can't be cancelled", _SWITCHING)
+    async def cancel(self, request: Request) -> Response:
+        """Cancel a job. Records that it has re-encrypted stay under the new key."""
+        return json_response(view(await self._jobs.cancel(request.path_params["job"])))
+
+    @_for_admins(
+        "POST",
+        "/admin/jobs/{job}/restore",
+        response=object_of(job_id=TEXT, restored=INTEGER, kept=INTEGER),
+        raises=(JobNotFoundError,),
+        errors={409: (_UNFINISHED, "the key of these backups was destroyed")},
+    )
+    async def restore(self, request: Request) -> Response:
+        """Restore the records that a job has re-encrypted from the job's backups."""
+        job_id = request.path_params["job"]
+        outcome = await self._jobs.rotation.restore(job_id)
+        return json_response({"job_id": job_id, "restored": outcome.restored, "kept": outcome.kept})
+
+    @_for_admins(
+        "GET", "/admin/orphaned_keys", response=list_of("keys", texts("key_id", "thread_id", "created_at")), needs=BOTH
+    )
+    async def orphaned_keys(self, request: Request) -> JsonList:
+        """Active keys of the key service that no thread of this store names."""
+        return JsonList(b'{"keys":[', self._orphan_pages())
+
+    async def _orphan_pages(self) -> AsyncIterator[list[dict[str, str]]]:
+        async for page in self._jobs.orphans.find():
+            yield [{"key_id": key.key_id, "thread_id": key.thread_id, "created_at": key.created_at} for key in page]
+
+    @_for_admins(
+        "POST", "/admin/orphaned_keys/retire", response=object_of(retired=INTEGER, left=INTEGER, why=TEXT), needs=BOTH
+    )
+    async def retire_orphans(self, request: Request) -> Response:
+        """Retire them, if only this server makes keys of threads there; `why` says why some are left."""
+        return json_response((await self._jobs.orphans.retire())._asdict())
+
+    @_for_admins(
+        "DELETE",
+        "/admin/jobs/{job}/backups",
+        response=object_of(job_id=TEXT, removed=INTEGER),
+        raises=(JobNotFoundError,),
+        errors={409: (_UNFINISHED,)},
+    )
+    async def drop_backups(self, request: Request) -> Response:
+        """Remove the backups of a job."""
+        job_id = request.path_params["job"]
+        return json_response({"job_id": job_id, "removed": await self._jobs.rotation.drop_backups(job_id)})
+
+
+def operations(jobs: Jobs) -> tuple[Operation, ...]:
+    return operations_of(JobHandlers(jobs))

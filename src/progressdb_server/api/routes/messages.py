@@ -17,7 +17,6 @@ from typing import Any, Final
 import msgspec
 
 from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.access import Role, checked_author
 from progressdb_server.api.http.errors import (
     AUTHOR_REQUIRED,
     AUTHOR_TOO_LONG,
@@ -30,46 +29,45 @@ from progressdb_server.api.http.errors import (
     not_found,
     too_large,
 )
+from progressdb_server.api.http.keys import Role, checked_author
 from progressdb_server.api.http.request import Request, decode_json
 from progressdb_server.api.http.response import NO_CONTENT, AnyResponse, JsonList, Response, encode_json, json_response
 from progressdb_server.api.openapi.description import (
     AUTHOR,
-    CALLER,
     ID,
     IDEMPOTENCY,
     SWITCH,
     TEXT,
     JsonBody,
+    Operation,
     Parameter,
     Schema,
     list_of,
     nullable,
+    operations_of,
     ref,
     text,
     texts,
 )
-from progressdb_server.api.routes.errors import (
-    AMBIGUOUS_TIME,
-    AUTHOR_NOT_IN_THREAD,
-    IDEMPOTENCY_CONFLICT,
-    INVALID_THREAD_ID,
-    MESSAGE_NOT_FOUND,
-    NOT_A_MEMBER,
-    NOT_THE_AUTHOR,
-    THREAD_DELETED,
-    THREAD_KEY_DESTROYED,
-    THREAD_NOT_FOUND,
-    TOO_MANY_MEMBERS,
-    TOO_MANY_REACTIONS,
-    TOO_MANY_VERSIONS,
-)
-from progressdb_server.api.routes.table import THREAD_MESSAGES, Operation
+from progressdb_server.api.routes.table import THREAD_MESSAGES
 from progressdb_server.store.model import (
     RECORD_MISSING,
+    AmbiguousTimeError,
+    AuthorNotInThreadError,
     ConversationStore,
+    IdempotencyConflictError,
+    InvalidThreadIdError,
     Message,
     MessageNotFoundError,
     NewMessage,
+    NotAMemberError,
+    NotTheAuthorError,
+    ThreadDeletedError,
+    ThreadKeyDestroyedError,
+    ThreadNotFoundError,
+    TooManyMembersError,
+    TooManyReactionsError,
+    TooManyVersionsError,
     json_decoder,
 )
 
@@ -103,12 +101,12 @@ async def check_message(store: ConversationStore, request: Request, message: Mes
     """As `check_reader`, for a message that is asked for by its id. Raises MessageNotFoundError too, if its thread is
     deleted and no admin asks."""
     await check_reader(store, request, message.thread)
-    if request.principal.role is not Role.ADMIN and await store.thread_deleted(message.thread):
-        raise MessageNotFoundError("message not found")
+    if request.caller.role is not Role.ADMIN and await store.thread_deleted(message.thread):
+        raise MessageNotFoundError
 
 
 # --- lists ------------------------------------------------------------------------------------------------------
-class Page(msgspec.Struct, frozen=True):
+class MessageRange(msgspec.Struct, frozen=True):
     """The part of a thread's messages that a request asks for."""
 
     limit: int | None
@@ -117,9 +115,9 @@ class Page(msgspec.Struct, frozen=True):
     include_deleted: bool
 
 
-def read_page(query: dict[str, str]) -> Page:
+def read_range(query: dict[str, str]) -> MessageRange:
     """Reads `limit`, `before`, `after`, `include_deleted`. Raises ApiError 400."""
-    return Page(
+    return MessageRange(
         limit=_limit(query.get("limit")),
         before=_cursor(query, "before"),
         after=_cursor(query, "after"),
@@ -160,7 +158,9 @@ def _not_a_switch(name: str) -> str:
     return f"{name} must be true or false"
 
 
-async def list_of_messages(store: ConversationStore, request: Request, thread_id: str, page: Page) -> AnyResponse:
+async def list_of_messages(
+    store: ConversationStore, request: Request, thread_id: str, page: MessageRange
+) -> AnyResponse:
     """`{"thread", "messages": []}`, in the order of creation; 304 if the caller has this list, as `If-None-Match` says.
     The caller may read the thread."""
     limit, before, after, include_deleted = page.limit, page.before, page.after, page.include_deleted
@@ -241,7 +241,7 @@ def _reactions(request: Request, sent: MessageBody) -> dict[str, str]:
     if not sent.reactions:
         return {}
     if len(sent.reactions) > limits.REACTIONS_COUNT_MAX:
-        raise bad_request(TOO_MANY_REACTIONS)
+        raise bad_request(TooManyReactionsError.text)
     for by, value in sent.reactions.items():
         checked_reaction(value)
         if by:
@@ -249,183 +249,7 @@ def _reactions(request: Request, sent: MessageBody) -> dict[str, str]:
     return {by: value for by, value in sent.reactions.items() if by and value}
 
 
-# --- handlers ---------------------------------------------------------------------------------------------------
-class MessageHandlers:
-    """Each handler takes a request that access control has authorized."""
-
-    def __init__(self, store: ConversationStore) -> None:
-        self._store = store
-
-    async def create(self, request: Request) -> Response:
-        """The message is durable before the response."""
-        return await self._create(request, in_thread=False)
-
-    def create_in_thread(self, request: Request) -> Coroutine[Any, Any, Response]:
-        return self._create(request, in_thread=True)
-
-    async def _create(self, request: Request, *, in_thread: bool) -> Response:
-        sent = await _received(request)
-        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND) if in_thread else sent.thread or ""
-        author = request.required_author(sent.author)
-        if not in_thread and thread_id and not limits.ID_PATTERN.fullmatch(thread_id):
-            raise bad_request(INVALID_THREAD_ID)
-        if sent.body is None:
-            raise bad_request(BODY_REQUIRED)
-        new = NewMessage(
-            author=author,
-            thread=thread_id,
-            role=sent.role or "user",
-            body=sent.body,
-            reply_to=sent.reply_to or "",
-            reactions=_reactions(request, sent),
-            as_member=request.acting_user is not None,
-        )
-        message = await self._store.create_message(
-            new, idempotency=request.idempotency(author), request_id=request.request_id
-        )
-        return json_response(message)
-
-    async def list_by_query(self, request: Request) -> AnyResponse:
-        """List the messages of the thread in the parameter `thread`. A signed user must take part in the thread.
-
-        Only admins read a deleted thread.
-        """
-        request.author()
-        thread_id = request.query_params.get("thread", "")
-        if not thread_id:
-            raise bad_request(THREAD_PARAMETER_MISSING)
-        if not limits.ID_PATTERN.fullmatch(thread_id):
-            raise bad_request(INVALID_THREAD_ID)
-        page = read_page(request.query_params)
-        await check_reader(self._store, request, thread_id)
-        if request.principal.role is not Role.ADMIN and await self._store.thread_deleted(thread_id):
-            raise not_found(THREAD_NOT_FOUND)
-        return await list_of_messages(self._store, request, thread_id, page)
-
-    async def list_in_thread(self, request: Request) -> AnyResponse:
-        """The author must take part in the thread, whether signed or not."""
-        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
-        author = request.required_author()
-        page = read_page(request.query_params)
-        (thread,) = await self._store.listed_threads([thread_id], opened=False)
-        if thread.deleted or thread.error == RECORD_MISSING:
-            raise not_found(THREAD_NOT_FOUND)
-        await self._store.check_reader(thread_id, author)
-        return await list_of_messages(self._store, request, thread_id, page)
-
-    async def read(self, request: Request) -> Response:
-        """The latest version, also of a deleted message."""
-        thread_id = self._thread(request)
-        if thread_id is None:
-            request.author()
-        else:
-            request.required_author()
-        message = await self._store.get_message(request.id_from_path("message", MESSAGE_NOT_FOUND), thread_id=thread_id)
-        await check_message(self._store, request, message)
-        return json_response(message)
-
-    async def update(self, request: Request) -> Response:
-        """Append a version. The thread never changes."""
-        message_id = request.id_from_path("message", MESSAGE_NOT_FOUND)
-        thread_id = self._thread(request)
-        sent = await _received(request)
-        author = request.required_author(sent.author)
-        if sent.body is None:
-            raise bad_request(BODY_REQUIRED)
-        message = await self._store.update_message(
-            message_id,
-            author=author,
-            body=sent.body,
-            role=sent.role or None,
-            reply_to=sent.reply_to,
-            thread_id=thread_id,
-            member=request.acting_user,
-            request_id=request.request_id,
-        )
-        return json_response(message)
-
-    async def delete(self, request: Request) -> Response:
-        """Append a tombstone. An unsigned admin may delete any message."""
-        message_id = request.id_from_path("message", MESSAGE_NOT_FOUND)
-        thread_id = self._thread(request)
-        author = request.required_author()
-        acts_as = None if request.principal.role is Role.ADMIN and request.user is None else author
-        await self._store.delete_message(
-            message_id,
-            author=acts_as,
-            thread_id=thread_id,
-            member=request.acting_user,
-            request_id=request.request_id,
-        )
-        return NO_CONTENT
-
-    async def versions(self, request: Request) -> AnyResponse:
-        """Oldest first; an empty list for an unknown id. `older` is sent if there are versions before the page."""
-        request.author()
-        limit, before = _limit(request.query_params.get("limit")), request.query_params.get("before")
-        if before is not None and not limits.VERSION_PATTERN.fullmatch(before):
-            raise bad_request(INVALID_VERSION)
-        message_id = request.path_params["message"]
-        try:
-            latest = await self._store.latest_version(request.id_from_path("message", MESSAGE_NOT_FOUND))
-            await check_message(self._store, request, latest)
-        except (ApiError, MessageNotFoundError):
-            return json_response({"id": message_id, "versions": []})
-        found = await self._store.message_versions(message_id, limit=limit, before=before)
-        suffix = b'],"older":' + encode_json(found.older) + b"}" if found.older else b"]}"
-        return JsonList(b'{"id":' + encode_json(message_id) + b',"versions":[', found.chunks, suffix)
-
-    def _thread(self, request: Request) -> str | None:
-        """The thread in the path; None for a path without one."""
-        return request.id_from_path("thread", MESSAGE_NOT_FOUND) if "thread" in request.path_params else None
-
-
-class ReactionHandlers:
-    def __init__(self, store: ConversationStore) -> None:
-        self._store = store
-
-    async def list(self, request: Request) -> Response:
-        request.author()
-        message = await self._store.get_message(request.id_from_path("message", MESSAGE_NOT_FOUND))
-        await check_message(self._store, request, message)
-        listed = [{"id": by, "reaction": value} for by, value in message.reactions.items()]
-        return json_response({"id": message.id, "reactions": listed})
-
-    async def set(self, request: Request) -> Response:
-        """The identity is the body's `id` or else the header X-Identity. The response is the message."""
-        sent = await request.json(_REACTION_DECODER)
-        by = sent.id or head.header_text(request.headers.get(head.IDENTITY, b""), "X-Identity")
-        if not by or not sent.reaction:
-            raise bad_request(REACTION_INCOMPLETE)
-        checked_identity(request, by)
-        checked_reaction(sent.reaction)
-        request.author()
-        changed = await self._store.set_reaction(
-            request.id_from_path("message", MESSAGE_NOT_FOUND),
-            by,
-            sent.reaction,
-            member=request.acting_user,
-            request_id=request.request_id,
-        )
-        return json_response(changed)
-
-    async def remove(self, request: Request) -> Response:
-        """Succeeds even if there is no such reaction."""
-        identity = request.path_params["identity"]
-        if not identity:
-            raise not_found()
-        by = checked_identity(request, identity)
-        request.author()
-        await self._store.remove_reaction(
-            request.id_from_path("message", MESSAGE_NOT_FOUND),
-            by,
-            member=request.acting_user,
-            request_id=request.request_id,
-        )
-        return NO_CONTENT
-
-
-# --- operations -------------------------------------------------------------------------------------------------
+# --- operations -------------------------------------------------------------------------------------------------------
 _REQUIRED_BODY: Final[Schema] = {
     "not": {"type": "null"},
     "description": f"Any JSON value except null, of at most {limits.REQUEST_BYTES_MAX} bytes as the server encodes it.",
@@ -473,9 +297,9 @@ _HELD: Final = Parameter(
 )
 _PAGE_ERRORS: Final = (INVALID_LIMIT, _not_a_message_id("before"), _not_a_switch("include_deleted"))
 _MESSAGE_ERRORS: Final = (AUTHOR_REQUIRED, BODY_REQUIRED, ROLE_TOO_LONG, INVALID_REPLY_TO)
-_NEW_MESSAGE_ERRORS: Final = (*_MESSAGE_ERRORS, TOO_MANY_REACTIONS, REACTION_TOO_LONG, INVALID_IDEMPOTENCY_KEY)
-_NOT_A_READER: Final = (AUTHOR_NOT_IN_THREAD, NOT_A_MEMBER)
-_READ_ERRORS: Final = {403: _NOT_A_READER, 404: (MESSAGE_NOT_FOUND,)}
+_NEW_MESSAGE_ERRORS: Final = (*_MESSAGE_ERRORS, TooManyReactionsError.text, REACTION_TOO_LONG, INVALID_IDEMPOTENCY_KEY)
+_READER: Final = (AuthorNotInThreadError, NotAMemberError)
+"""Of a caller who may not read the thread."""
 _MESSAGE_LIST: Final = list_of("messages", ref("Message"), thread=ID)
 _VERSION: Final[Schema] = {"type": "string", "pattern": f"^{limits.VERSION_PATTERN.pattern}$"}
 _VERSION_LIST: Final = list_of("versions", ref("Message"), id=TEXT)
@@ -484,207 +308,331 @@ _VERSION_LIST["properties"]["older"] = {
     "description": "With `limit`, if there are older versions: `before` of the next page.",
 }
 _REACTION_LIST: Final = list_of("reactions", texts("id", "reaction"), id=ID)
-_MESSAGE_ID: Final[dict[str, Schema]] = {"message": ID}
+
+
+# --- handlers ---------------------------------------------------------------------------------------------------
+class MessageHandlers:
+    """Each handler takes a request that access control has authorized."""
+
+    def __init__(self, store: ConversationStore) -> None:
+        self._store = store
+
+    @Operation(
+        "POST",
+        "/v1/messages",
+        response=ref("Message"),
+        body=JsonBody(MessageBody, _MESSAGE, ("body",)),
+        parameters=(IDEMPOTENCY,),
+        errors={400: _NEW_MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID)},
+        raises=(
+            InvalidThreadIdError,
+            ThreadDeletedError,
+            NotAMemberError,
+            IdempotencyConflictError,
+            TooManyMembersError,
+            ThreadKeyDestroyedError,
+        ),
+    )
+    async def create(self, request: Request) -> Response:
+        """Append a message. It is durable before the response. Without `thread`, or with an unknown thread id, this
+        creates the thread. A signed user must be a member of a thread that exists."""
+        return await self._create(request, in_thread=False)
+
+    @Operation(
+        "POST",
+        THREAD_MESSAGES,
+        response=ref("Message"),
+        body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH}, ("body",)),
+        parameters=(IDEMPOTENCY,),
+        errors={400: _NEW_MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID)},
+        raises=(
+            ThreadDeletedError,
+            NotAMemberError,
+            ThreadNotFoundError,
+            IdempotencyConflictError,
+            TooManyMembersError,
+            ThreadKeyDestroyedError,
+        ),
+    )
+    def create_in_thread(self, request: Request) -> Coroutine[Any, Any, Response]:
+        """Append a message to a thread. It is durable before the response. A signed user must be a member."""
+        return self._create(request, in_thread=True)
+
+    async def _create(self, request: Request, *, in_thread: bool) -> Response:
+        sent = await _received(request)
+        thread_id = request.id_from_path("thread", ThreadNotFoundError) if in_thread else sent.thread or ""
+        author = request.required_author(sent.author)
+        if not in_thread and thread_id and not limits.ID_PATTERN.fullmatch(thread_id):
+            raise InvalidThreadIdError
+        if sent.body is None:
+            raise bad_request(BODY_REQUIRED)
+        new = NewMessage(
+            author=author,
+            thread=thread_id,
+            role=sent.role or "user",
+            body=sent.body,
+            reply_to=sent.reply_to or "",
+            reactions=_reactions(request, sent),
+            as_member=request.acting_user is not None,
+        )
+        message = await self._store.create_message(
+            new, idempotency=request.idempotency(author), request_id=request.request_id
+        )
+        return json_response(message)
+
+    @Operation(
+        "GET",
+        "/v1/messages",
+        response=_MESSAGE_LIST,
+        other_responses={304: None},
+        headers=_LIST_HEADERS,
+        parameters=(Parameter("thread", ID, "The thread.", required=True), *_PAGE, _HELD),
+        errors={400: (THREAD_PARAMETER_MISSING, *_PAGE_ERRORS)},
+        raises=(InvalidThreadIdError, *_READER, ThreadNotFoundError, MessageNotFoundError),
+    )
+    async def list_by_query(self, request: Request) -> AnyResponse:
+        """List the latest version of each message of a thread, in order of creation. Only an admin key lists a deleted
+        thread."""
+        request.author()
+        thread_id = request.query_params.get("thread", "")
+        if not thread_id:
+            raise bad_request(THREAD_PARAMETER_MISSING)
+        if not limits.ID_PATTERN.fullmatch(thread_id):
+            raise InvalidThreadIdError
+        page = read_range(request.query_params)
+        await check_reader(self._store, request, thread_id)
+        if request.caller.role is not Role.ADMIN and await self._store.thread_deleted(thread_id):
+            raise ThreadNotFoundError
+        return await list_of_messages(self._store, request, thread_id, page)
+
+    @Operation(
+        "GET",
+        THREAD_MESSAGES,
+        response=_MESSAGE_LIST,
+        other_responses={304: None},
+        headers=_LIST_HEADERS,
+        parameters=(*_PAGE, _HELD),
+        errors={400: (AUTHOR_REQUIRED, *_PAGE_ERRORS)},
+        raises=(*_READER, ThreadNotFoundError, MessageNotFoundError),
+    )
+    async def list_in_thread(self, request: Request) -> AnyResponse:
+        """List the messages of a thread. The author must own the thread or have written in it."""
+        thread_id = request.id_from_path("thread", ThreadNotFoundError)
+        author = request.required_author()
+        page = read_range(request.query_params)
+        (thread,) = await self._store.listed_threads([thread_id], opened=False)
+        if thread.deleted or thread.error == RECORD_MISSING:
+            raise ThreadNotFoundError
+        await self._store.check_reader(thread_id, author)
+        return await list_of_messages(self._store, request, thread_id, page)
+
+    @Operation("GET", "/v1/messages/{message}", response=ref("Message"), raises=(*_READER, MessageNotFoundError))
+    @Operation(
+        "GET",
+        f"{THREAD_MESSAGES}/{{message}}",
+        response=ref("Message"),
+        errors={400: (AUTHOR_REQUIRED,)},
+        raises=(*_READER, MessageNotFoundError),
+    )
+    async def read(self, request: Request) -> Response:
+        """Read the latest version of a message, even if it is deleted. Only an admin key reads in a deleted thread."""
+        thread_id = self._thread(request)
+        if thread_id is None:
+            request.author()
+        else:
+            request.required_author()
+        message = await self._store.get_message(
+            request.id_from_path("message", MessageNotFoundError), thread_id=thread_id
+        )
+        await check_message(self._store, request, message)
+        return json_response(message)
+
+    @Operation(
+        "PUT",
+        "/v1/messages/{message}",
+        response=ref("Message"),
+        body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH, "reactions": _NOT_CHANGED}, ("body",)),
+        errors={400: _MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY,)},
+        raises=(
+            NotTheAuthorError,
+            NotAMemberError,
+            MessageNotFoundError,
+            TooManyVersionsError,
+            ThreadKeyDestroyedError,
+        ),
+    )
+    @Operation(
+        "PUT",
+        f"{THREAD_MESSAGES}/{{message}}",
+        response=ref("Message"),
+        body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH, "reactions": _NOT_CHANGED}, ("body",)),
+        errors={400: _MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY,)},
+        raises=(
+            NotTheAuthorError,
+            NotAMemberError,
+            MessageNotFoundError,
+            TooManyVersionsError,
+            ThreadKeyDestroyedError,
+        ),
+    )
+    async def update(self, request: Request) -> Response:
+        """Change a message: append a new version."""
+        message_id = request.id_from_path("message", MessageNotFoundError)
+        thread_id = self._thread(request)
+        sent = await _received(request)
+        author = request.required_author(sent.author)
+        if sent.body is None:
+            raise bad_request(BODY_REQUIRED)
+        message = await self._store.update_message(
+            message_id,
+            author=author,
+            body=sent.body,
+            role=sent.role or None,
+            reply_to=sent.reply_to,
+            thread_id=thread_id,
+            member=request.acting_user,
+            request_id=request.request_id,
+        )
+        return json_response(message)
+
+    @Operation(
+        "DELETE",
+        "/v1/messages/{message}",
+        status=204,
+        errors={400: (AUTHOR_REQUIRED,)},
+        raises=(NotTheAuthorError, NotAMemberError, MessageNotFoundError, ThreadKeyDestroyedError),
+    )
+    @Operation(
+        "DELETE",
+        f"{THREAD_MESSAGES}/{{message}}",
+        status=204,
+        errors={400: (AUTHOR_REQUIRED,)},
+        raises=(NotTheAuthorError, NotAMemberError, MessageNotFoundError, ThreadKeyDestroyedError),
+    )
+    async def delete(self, request: Request) -> Response:
+        """Delete a message: append a tombstone. An admin key without a signed user deletes any message."""
+        message_id = request.id_from_path("message", MessageNotFoundError)
+        thread_id = self._thread(request)
+        author = request.required_author()
+        acts_as = None if request.caller.role is Role.ADMIN and request.user is None else author
+        await self._store.delete_message(
+            message_id, author=acts_as, thread_id=thread_id, member=request.acting_user, request_id=request.request_id
+        )
+        return NO_CONTENT
+
+    @Operation(
+        "GET",
+        "/v1/messages/{message}/versions",
+        response=_VERSION_LIST,
+        path_schemas={"message": {"type": "string", "minLength": 1}},
+        parameters=(
+            _LIMIT,
+            Parameter(
+                "before",
+                _VERSION,
+                "Only versions before this one: `older` of a page, or a `ts` that one version has.",
+            ),
+        ),
+        errors={400: (INVALID_LIMIT, INVALID_VERSION)},
+        raises=(AmbiguousTimeError, *_READER),
+    )
+    async def versions(self, request: Request) -> AnyResponse:
+        """List the versions of a message, oldest first. The list is empty for an unknown id, and unless an admin key
+        asks in a deleted thread."""
+        request.author()
+        limit, before = _limit(request.query_params.get("limit")), request.query_params.get("before")
+        if before is not None and not limits.VERSION_PATTERN.fullmatch(before):
+            raise bad_request(INVALID_VERSION)
+        message_id = request.path_params["message"]
+        try:
+            latest = await self._store.latest_version(request.id_from_path("message", MessageNotFoundError))
+            await check_message(self._store, request, latest)
+        except (ApiError, MessageNotFoundError):
+            return json_response({"id": message_id, "versions": []})
+        found = await self._store.message_versions(message_id, limit=limit, before=before)
+        suffix = b'],"older":' + encode_json(found.older) + b"}" if found.older else b"]}"
+        return JsonList(b'{"id":' + encode_json(message_id) + b',"versions":[', found.chunks, suffix)
+
+    def _thread(self, request: Request) -> str | None:
+        """The thread in the path; None for a path without one."""
+        return request.id_from_path("thread", MessageNotFoundError) if "thread" in request.path_params else None
+
+
+class ReactionHandlers:
+    def __init__(self, store: ConversationStore) -> None:
+        self._store = store
+
+    @Operation(
+        "GET", "/v1/messages/{message}/reactions", response=_REACTION_LIST, raises=(*_READER, MessageNotFoundError)
+    )
+    async def list(self, request: Request) -> Response:
+        """List the reactions to a message."""
+        request.author()
+        message = await self._store.get_message(request.id_from_path("message", MessageNotFoundError))
+        await check_message(self._store, request, message)
+        listed = [{"id": by, "reaction": value} for by, value in message.reactions.items()]
+        return json_response({"id": message.id, "reactions": listed})
+
+    @Operation(
+        "POST",
+        "/v1/messages/{message}/reactions",
+        response=ref("Message"),
+        body=JsonBody(
+            ReactionBody,
+            {"id": nullable(AUTHOR), "reaction": {**text(limits.REACTION_BYTES_MAX), "minLength": 1}},
+            ("reaction",),
+        ),
+        parameters=(Parameter("X-Identity", AUTHOR, "The identity that reacts, if the body has no `id`.", "header"),),
+        errors={400: (REACTION_INCOMPLETE, REACTION_TOO_LONG), 403: (OTHER_REACTION_ID,)},
+        raises=(
+            *_READER,
+            MessageNotFoundError,
+            TooManyVersionsError,
+            TooManyReactionsError,
+            ThreadKeyDestroyedError,
+        ),
+    )
+    async def set(self, request: Request) -> Response:
+        """Set the reaction of one identity. The response is the message."""
+        sent = await request.json(_REACTION_DECODER)
+        by = sent.id or head.header_text(request.headers.get(head.IDENTITY, b""), "X-Identity")
+        if not by or not sent.reaction:
+            raise bad_request(REACTION_INCOMPLETE)
+        checked_identity(request, by)
+        checked_reaction(sent.reaction)
+        request.author()
+        changed = await self._store.set_reaction(
+            request.id_from_path("message", MessageNotFoundError),
+            by,
+            sent.reaction,
+            member=request.acting_user,
+            request_id=request.request_id,
+        )
+        return json_response(changed)
+
+    @Operation(
+        "DELETE",
+        "/v1/messages/{message}/reactions/{identity:path}",
+        status=204,
+        path_schemas={"identity": {**AUTHOR, "minLength": 1}},
+        errors={400: (AUTHOR_TOO_LONG,), 403: (OTHER_REACTION_ID,)},
+        raises=(*_READER, MessageNotFoundError, ThreadKeyDestroyedError),
+    )
+    async def remove(self, request: Request) -> Response:
+        """Remove the reaction of one identity. Succeeds if there is none."""
+        identity = request.path_params["identity"]
+        if not identity:
+            raise not_found()
+        by = checked_identity(request, identity)
+        request.author()
+        await self._store.remove_reaction(
+            request.id_from_path("message", MessageNotFoundError),
+            by,
+            member=request.acting_user,
+            request_id=request.request_id,
+        )
+        return NO_CONTENT
 
 
 def operations(store: ConversationStore) -> tuple[Operation, ...]:
-    """Messages by their id, and reactions."""
-    messages, reactions = MessageHandlers(store), ReactionHandlers(store)
-    return (
-        Operation(
-            "GET",
-            "/v1/messages",
-            messages.list_by_query,
-            tag="messages",
-            summary="List the latest version of each message of a thread, in order of creation. Only an admin key "
-            "lists a deleted thread",
-            response=_MESSAGE_LIST,
-            other_responses={304: None},
-            headers=_LIST_HEADERS,
-            parameters=(Parameter("thread", ID, "The thread.", required=True), *CALLER, *_PAGE, _HELD),
-            errors={
-                400: (THREAD_PARAMETER_MISSING, INVALID_THREAD_ID, *_PAGE_ERRORS),
-                403: _NOT_A_READER,
-                404: (THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
-            },
-        ),
-        Operation(
-            "POST",
-            "/v1/messages",
-            messages.create,
-            tag="messages",
-            summary="Append a message. It is durable before the response. Without `thread`, or with an unknown "
-            "thread id, this creates the thread. A signed user must be a member of a thread that exists",
-            response=ref("Message"),
-            body=JsonBody(MessageBody, _MESSAGE, ("body",)),
-            parameters=(*CALLER, IDEMPOTENCY),
-            errors={
-                400: (*_NEW_MESSAGE_ERRORS, INVALID_THREAD_ID),
-                403: (THREAD_DELETED, NOT_A_MEMBER, OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID),
-                409: (IDEMPOTENCY_CONFLICT, TOO_MANY_MEMBERS, THREAD_KEY_DESTROYED),
-            },
-        ),
-        *_one_message("/v1/messages/{message}", messages, _MESSAGE_ID),
-        Operation(
-            "GET",
-            "/v1/messages/{message}/versions",
-            messages.versions,
-            tag="messages",
-            summary="List the versions of a message, oldest first. The list is empty for an unknown id, and unless an "
-            "admin key asks in a deleted thread",
-            response=_VERSION_LIST,
-            parameters=(
-                *CALLER,
-                _LIMIT,
-                Parameter(
-                    "before",
-                    _VERSION,
-                    "Only versions before this one: `older` of a page, or a `ts` that one version has.",
-                ),
-            ),
-            errors={400: (INVALID_LIMIT, INVALID_VERSION, AMBIGUOUS_TIME), 403: _NOT_A_READER},
-        ),
-        Operation(
-            "GET",
-            "/v1/messages/{message}/reactions",
-            reactions.list,
-            tag="reactions",
-            summary="List the reactions to a message",
-            response=_REACTION_LIST,
-            parameters=CALLER,
-            path_schemas=_MESSAGE_ID,
-            errors=_READ_ERRORS,
-        ),
-        Operation(
-            "POST",
-            "/v1/messages/{message}/reactions",
-            reactions.set,
-            tag="reactions",
-            summary="Set the reaction of one identity. The response is the message",
-            response=ref("Message"),
-            body=JsonBody(
-                ReactionBody,
-                {"id": nullable(AUTHOR), "reaction": {**text(limits.REACTION_BYTES_MAX), "minLength": 1}},
-                ("reaction",),
-            ),
-            parameters=(
-                *CALLER,
-                Parameter("X-Identity", AUTHOR, "The identity that reacts, if the body has no `id`.", "header"),
-            ),
-            path_schemas=_MESSAGE_ID,
-            errors={
-                400: (REACTION_INCOMPLETE, REACTION_TOO_LONG),
-                403: (OTHER_REACTION_ID, *_NOT_A_READER),
-                404: (MESSAGE_NOT_FOUND,),
-                409: (TOO_MANY_VERSIONS, TOO_MANY_REACTIONS, THREAD_KEY_DESTROYED),
-            },
-        ),
-        Operation(
-            "DELETE",
-            "/v1/messages/{message}/reactions/{identity:path}",
-            reactions.remove,
-            tag="reactions",
-            summary="Remove the reaction of one identity. Succeeds if there is none",
-            status=204,
-            parameters=CALLER,
-            path_schemas={**_MESSAGE_ID, "identity": {**AUTHOR, "minLength": 1}},
-            errors={
-                400: (AUTHOR_TOO_LONG,),
-                403: (OTHER_REACTION_ID, *_NOT_A_READER),
-                404: (MESSAGE_NOT_FOUND,),
-                409: (THREAD_KEY_DESTROYED,),
-            },
-        ),
-    )
-
-
-def thread_operations(store: ConversationStore) -> tuple[Operation, ...]:
-    """Messages within a thread that the path names."""
-    messages = MessageHandlers(store)
-    return (
-        Operation(
-            "GET",
-            THREAD_MESSAGES,
-            messages.list_in_thread,
-            tag="messages",
-            summary="List the messages of a thread. The author must own the thread or have written in it",
-            response=_MESSAGE_LIST,
-            other_responses={304: None},
-            headers=_LIST_HEADERS,
-            parameters=(*CALLER, *_PAGE, _HELD),
-            path_schemas={"thread": ID},
-            errors={
-                400: (AUTHOR_REQUIRED, *_PAGE_ERRORS),
-                403: _NOT_A_READER,
-                404: (THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
-            },
-        ),
-        Operation(
-            "POST",
-            THREAD_MESSAGES,
-            messages.create_in_thread,
-            tag="messages",
-            summary="Append a message to a thread. It is durable before the response. A signed user must be a member",
-            response=ref("Message"),
-            body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH}, ("body",)),
-            parameters=(*CALLER, IDEMPOTENCY),
-            path_schemas={"thread": ID},
-            errors={
-                400: _NEW_MESSAGE_ERRORS,
-                403: (THREAD_DELETED, NOT_A_MEMBER, OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID),
-                404: (THREAD_NOT_FOUND,),
-                409: (IDEMPOTENCY_CONFLICT, TOO_MANY_MEMBERS, THREAD_KEY_DESTROYED),
-            },
-        ),
-        *_one_message(f"{THREAD_MESSAGES}/{{message}}", messages, {"thread": ID, **_MESSAGE_ID}),
-    )
-
-
-def _one_message(path: str, messages: MessageHandlers, path_schemas: dict[str, Schema]) -> tuple[Operation, ...]:
-    return (
-        Operation(
-            "GET",
-            path,
-            messages.read,
-            tag="messages",
-            summary="Read the latest version of a message, even if it is deleted. Only an admin key reads in a deleted "
-            "thread",
-            response=ref("Message"),
-            parameters=CALLER,
-            path_schemas=path_schemas,
-            errors={400: (AUTHOR_REQUIRED,) if "thread" in path_schemas else (), **_READ_ERRORS},
-        ),
-        Operation(
-            "PUT",
-            path,
-            messages.update,
-            tag="messages",
-            summary="Change a message: append a new version",
-            response=ref("Message"),
-            body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH, "reactions": _NOT_CHANGED}, ("body",)),
-            parameters=CALLER,
-            path_schemas=path_schemas,
-            errors={
-                400: _MESSAGE_ERRORS,
-                403: (OTHER_AUTHOR_IN_BODY, NOT_THE_AUTHOR, NOT_A_MEMBER),
-                404: (MESSAGE_NOT_FOUND,),
-                409: (TOO_MANY_VERSIONS, THREAD_KEY_DESTROYED),
-            },
-        ),
-        Operation(
-            "DELETE",
-            path,
-            messages.delete,
-            tag="messages",
-            summary="Delete a message: append a tombstone. An admin key without a signed user deletes any message",
-            status=204,
-            parameters=CALLER,
-            path_schemas=path_schemas,
-            errors={
-                400: (AUTHOR_REQUIRED,),
-                403: (NOT_THE_AUTHOR, NOT_A_MEMBER),
-                404: (MESSAGE_NOT_FOUND,),
-                409: (THREAD_KEY_DESTROYED,),
-            },
-        ),
-    )
+    return operations_of(MessageHandlers(store), ReactionHandlers(store))

@@ -17,11 +17,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from progressdb_server.api.http.access import OPERATORS
+from progressdb_server.api.http.keys import OPERATORS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response
-from progressdb_server.api.openapi.description import NOTHING, TEXT
-from progressdb_server.api.routes.table import Operation
+from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, operations_of
 from progressdb_server.metrics import Histogram
 
 _LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -93,21 +92,10 @@ class ApiMetrics(Collector):
             "progressdb_http_requests_in_flight", "Requests that are being served.", value=self._in_flight
         )
 
+    @Operation("GET", "/metrics", roles=OPERATORS, response=TEXT, content_type="text/plain", needs=NOTHING)
     async def page(self, request: Request) -> Response:
-        """All metrics of the registry, in the text format of Prometheus."""
+        """Read the metrics in the text format of Prometheus."""
         return Response(200, generate_latest(self.registry), (b"content-type", CONTENT_TYPE_LATEST.encode("ascii")))
 
     def operations(self) -> tuple[Operation, ...]:
-        return (
-            Operation(
-                "GET",
-                "/metrics",
-                self.page,
-                roles=OPERATORS,
-                tag="operators",
-                summary="Read the metrics in the text format of Prometheus",
-                response=TEXT,
-                content_type="text/plain",
-                needs=NOTHING,
-            ),
-        )
+        return operations_of(self)

@@ -19,15 +19,15 @@ import msgspec
 from minikms import api
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError
 from minikms.logs import structlog
-from progressdb_server.api.http.access import OPERATORS
 from progressdb_server.api.http.errors import ApiError, retry_after
+from progressdb_server.api.http.keys import OPERATORS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response, json_response
-from progressdb_server.api.openapi.description import NOTHING, TEXT, object_of, texts
-from progressdb_server.api.routes.table import Operation
+from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, object_of, operations_of, texts
 from progressdb_server.kms.provider import Fault, fault
 from progressdb_server.metrics import KmsMetrics
-from progressdb_server.store.model import Store, StoreUnavailableError
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import StoreUnavailableError
 
 PROBE_AGE_S: Final = 5.0
 FAULT_AGE_S: Final = 1.0
@@ -99,7 +99,7 @@ class Readiness:
 
     def __init__(
         self,
-        store: Store,
+        store: Conversations,
         status: Callable[[], Awaitable[api.StatusAnswer]],
         kms: KmsMetrics,
         *,
@@ -145,12 +145,22 @@ class Readiness:
         return "" if status.status == "ok" else f"it reports {status.status or 'no status'}"
 
     # --- handlers -------------------------------------------------------------------------------------------------
+    @Operation("GET", READY_PATH, response=texts("status"), errors={503: (NOT_READY,)}, needs=NOTHING)
     async def ready(self, request: Request) -> Response:
+        """Whether writes and the key service work, and nothing more; needs no key."""
         if any(await self.problems()):
             raise ApiError(503, NOT_READY, (retry_after(int(FAULT_AGE_S)),))
         return json_response({"status": "ok"})
 
+    @Operation(
+        "GET",
+        "/admin/readiness",
+        roles=OPERATORS,
+        response=object_of(ready={"type": "boolean"}, writes=TEXT, key_service=TEXT),
+        needs=NOTHING,
+    )
     async def explained(self, request: Request) -> Response:
+        """The same, with what is wrong: an empty text where nothing is."""
         writes, key_service = await self.problems()
         return json_response(_Explained(not (writes or key_service), writes, key_service))
 
@@ -162,25 +172,4 @@ class _Explained(msgspec.Struct):
 
 
 def operations(readiness: Readiness) -> tuple[Operation, ...]:
-    return (
-        Operation(
-            "GET",
-            READY_PATH,
-            readiness.ready,
-            tag="operators",
-            summary="Whether writes and the key service work, and nothing more; needs no key",
-            response=texts("status"),
-            errors={503: (NOT_READY,)},
-            needs=NOTHING,
-        ),
-        Operation(
-            "GET",
-            "/admin/readiness",
-            readiness.explained,
-            roles=OPERATORS,
-            tag="operators",
-            summary="The same, with what is wrong: an empty text where nothing is",
-            response=object_of(ready={"type": "boolean"}, writes=TEXT, key_service=TEXT),
-            needs=NOTHING,
-        ),
-    )
+    return operations_of(readiness)

@@ -1,14 +1,14 @@
 """The table of operations: paths, methods, the roles that may call, and the handlers.
 
-Owns: the type of an entry, and finding the operation of a request. Invariants: a path that is not in the table is a
+Owns: finding the operation of a request. Invariants: a path that is not in the table is a
 404; a method that is not in its entry is a 405 with `Allow`; a role that an operation does not name is a 403 before the
-handler runs. No operation exists without a description. Paths without parameters, and the path that appends to and
+handler runs. Paths without parameters, and the path that appends to and
 lists a thread, are found without Starlette's router, which costs more than the rest of the routing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 from starlette.routing import Route, Router
@@ -16,16 +16,8 @@ from starlette.routing import Route, Router
 from progressdb_server.api.http import head
 from progressdb_server.api.http.errors import ApiError, forbidden, not_found
 from progressdb_server.api.http.request import Receive, Request, Scope, Send
-from progressdb_server.api.http.response import EXCHANGE, AnyResponse, Exchange
-from progressdb_server.api.openapi.description import Description
-
-Handler = Callable[[Request], Awaitable[AnyResponse]]
-
-
-class Operation(Description, frozen=True):
-    """One method on one path, its description and its handler."""
-
-    handler: Handler
+from progressdb_server.api.http.response import EXCHANGE, Exchange
+from progressdb_server.api.openapi.description import Handler, Operation
 
 
 class Resource:
@@ -50,7 +42,7 @@ class Resource:
         if operation is None:
             request.route = ""  # the method is a client's text, which must not become a label of the metrics
             raise ApiError(405, "method not allowed", (self._allow,))
-        if request.principal.role not in operation.roles:
+        if request.caller.role not in operation.roles:
             raise forbidden()
         return operation.handler
 

@@ -12,42 +12,41 @@ from typing import Any, Final
 import msgspec
 
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import Role, checked_author
 from progressdb_server.api.http.errors import (
     AUTHOR_REQUIRED,
     INVALID_IDEMPOTENCY_KEY,
     OTHER_AUTHOR_IN_BODY,
     bad_request,
-    forbidden,
-    not_found,
 )
+from progressdb_server.api.http.keys import Role, checked_author
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import NO_CONTENT, JsonList, Response, json_response
 from progressdb_server.api.openapi.description import (
     AUTHOR,
-    CALLER,
     ID,
     IDEMPOTENCY,
     TEXT,
     JsonBody,
+    Operation,
     Parameter,
     Schema,
     list_of,
     nullable,
+    operations_of,
     ref,
     text,
 )
-from progressdb_server.api.routes.errors import (
-    IDEMPOTENCY_CONFLICT,
-    MEMBER_IS_AUTHOR,
-    NO_ROOM_TO_REMOVE,
-    NOT_THE_AUTHOR,
-    THREAD_KEY_DESTROYED,
-    THREAD_NOT_FOUND,
-    TOO_MANY_MEMBERS,
+from progressdb_server.store.model import (
+    ConversationStore,
+    IdempotencyConflictError,
+    MemberIsAuthorError,
+    NoRoomToRemoveError,
+    NotTheAuthorError,
+    ThreadKeyDestroyedError,
+    ThreadNotFoundError,
+    TooManyMembersError,
+    json_decoder,
 )
-from progressdb_server.api.routes.table import Operation
-from progressdb_server.store.model import ConversationStore, json_decoder
 
 TITLE_TOO_LONG: Final = "title too long"
 TITLE_REQUIRED: Final = "title is required"
@@ -99,11 +98,45 @@ def checked_members(members: list[str]) -> list[str]:
     return [checked_author(member) for member in members]
 
 
+# --- operations -------------------------------------------------------------------------------------------------------
+_FIELDS: Final[dict[str, Schema]] = {"title": nullable(text(limits.TITLE_BYTES_MAX)), "author": nullable(AUTHOR)}
+_MEMBERS: Final[Schema] = {
+    "type": "array",
+    "maxItems": limits.NAMED_MEMBERS_COUNT_MAX,
+    "items": {**AUTHOR, "minLength": 1},
+}
+_MEMBER_LIST: Final = list_of("members", TEXT, thread=ID)
+THREAD_MEMBERS: Final = "/v1/threads/{thread}/members"
+THREAD_LIST: Final = list_of("threads", ref("Thread"))
+
+
 class ThreadHandlers:
     def __init__(self, store: ConversationStore) -> None:
         self._store = store
 
+    @Operation(
+        "POST",
+        "/v1/threads",
+        response=ref("Thread"),
+        body=JsonBody(
+            ThreadBody,
+            {
+                **_FIELDS,
+                "members": {
+                    **nullable(_MEMBERS),
+                    "description": "Members beside the author. Ignored unless a backend or admin key sends it.",
+                },
+            },
+        ),
+        parameters=(IDEMPOTENCY,),
+        errors={
+            400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, INVALID_MEMBERS, INVALID_IDEMPOTENCY_KEY),
+            403: (OTHER_AUTHOR_IN_BODY,),
+        },
+        raises=(IdempotencyConflictError,),
+    )
     async def create(self, request: Request) -> Response:
+        """Create a thread."""
         sent = await _received(request)
         author = request.required_author(sent.author)
         thread = await self._store.create_thread(
@@ -115,8 +148,22 @@ class ThreadHandlers:
         )
         return json_response(thread)
 
+    @Operation(
+        "GET",
+        "/v1/threads",
+        response=THREAD_LIST,
+        parameters=(
+            Parameter(
+                "title",
+                text(limits.TITLE_BYTES_MAX),
+                "Only threads whose title contains this text; upper and lower case are equal.",
+            ),
+            Parameter("slug", text(limits.SLUG_BYTES_MAX), "Only threads with this slug."),
+        ),
+        errors={400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, SLUG_TOO_LONG)},
+    )
     async def list(self, request: Request) -> JsonList:
-        """The threads of the author. `title` is part of a title, in any case; `slug` is a whole slug."""
+        """List the author's threads."""
         author = request.required_author()
         title, slug = request.query_params.get("title") or None, request.query_params.get("slug") or None
         if title is not None and len(title.encode()) > limits.TITLE_BYTES_MAX:
@@ -125,19 +172,39 @@ class ThreadHandlers:
             raise bad_request(SLUG_TOO_LONG)
         return JsonList(b'{"threads":[', self._store.list_threads(author=author, title=title, slug=slug))
 
+    @Operation(
+        "GET",
+        "/v1/threads/{thread}",
+        response=ref("Thread"),
+        errors={400: (AUTHOR_REQUIRED,)},
+        raises=(NotTheAuthorError, ThreadNotFoundError),
+    )
     async def read(self, request: Request) -> Response:
-        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
+        """Read a thread of the author. Only an admin key reads a deleted thread."""
+        thread_id = request.id_from_path("thread", ThreadNotFoundError)
         author = request.required_author()
         thread = await self._store.get_thread(thread_id)
-        if thread.deleted and request.principal.role is not Role.ADMIN:
-            raise not_found(THREAD_NOT_FOUND)
+        if thread.deleted and request.caller.role is not Role.ADMIN:
+            raise ThreadNotFoundError
         if thread.author != author:
-            raise forbidden(NOT_THE_AUTHOR)
+            raise NotTheAuthorError
         return json_response(thread)
 
+    @Operation(
+        "PUT",
+        "/v1/threads/{thread}",
+        response=ref("Thread"),
+        body=JsonBody(
+            ThreadBody,
+            {**_FIELDS, "title": text(limits.TITLE_BYTES_MAX), "members": {"description": "Ignored."}},
+            ("title",),
+        ),
+        errors={400: (AUTHOR_REQUIRED, TITLE_REQUIRED, TITLE_TOO_LONG), 403: (OTHER_AUTHOR_IN_BODY,)},
+        raises=(NotTheAuthorError, ThreadNotFoundError, ThreadKeyDestroyedError),
+    )
     async def update(self, request: Request) -> Response:
-        """Change the title, which makes a new slug."""
-        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
+        """Change a thread's title, and with it the slug."""
+        thread_id = request.id_from_path("thread", ThreadNotFoundError)
         sent = await _received(request)
         author = request.required_author(sent.author)
         if sent.title is None:
@@ -147,8 +214,16 @@ class ThreadHandlers:
         )
         return json_response(thread)
 
+    @Operation(
+        "DELETE",
+        "/v1/threads/{thread}",
+        status=204,
+        errors={400: (AUTHOR_REQUIRED,)},
+        raises=(NotTheAuthorError, ThreadNotFoundError, ThreadKeyDestroyedError),
+    )
     async def delete(self, request: Request) -> Response:
-        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
+        """Mark a thread as deleted."""
+        thread_id = request.id_from_path("thread", ThreadNotFoundError)
         author = request.required_author()
         await self._store.delete_thread(thread_id, author=author, by=author, request_id=request.request_id)
         return NO_CONTENT
@@ -156,31 +231,49 @@ class ThreadHandlers:
     # --- members --------------------------------------------------------------------------------------------------
     async def _administered(self, request: Request) -> str:
         """The thread of the path, if the caller may see and change its members. Raises ApiError 403, 404."""
-        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
+        thread_id = request.id_from_path("thread", ThreadNotFoundError)
         request.author()
         thread = await self._store.get_thread(thread_id)
         if thread.deleted:
-            raise not_found(THREAD_NOT_FOUND)
+            raise ThreadNotFoundError
         if request.acting_user is not None and request.acting_user != thread.author:
-            raise forbidden(NOT_THE_AUTHOR)
+            raise NotTheAuthorError
         return thread_id
 
     async def _members(self, thread_id: str) -> Response:
         return json_response({"thread": thread_id, "members": await self._store.members(thread_id)})
 
+    @Operation("GET", THREAD_MEMBERS, response=_MEMBER_LIST, raises=(NotTheAuthorError, ThreadNotFoundError))
     async def list_members(self, request: Request) -> Response:
+        """The members of a thread, its author included; for its author, backends and admins."""
         return await self._members(await self._administered(request))
 
+    @Operation(
+        "POST",
+        THREAD_MEMBERS,
+        response=_MEMBER_LIST,
+        body=JsonBody(MembersBody, {"members": _MEMBERS}),
+        errors={400: (INVALID_MEMBERS,)},
+        raises=(NotTheAuthorError, ThreadNotFoundError, TooManyMembersError),
+    )
     async def add_members(self, request: Request) -> Response:
-        """Also members who were removed. The response is the list of all members."""
+        """Add members to a thread, also removed ones again; answers all members."""
         sent = await request.json(_MEMBERS_DECODER)
         members = checked_members(sent.members)
         thread_id = await self._administered(request)
         await self._store.add_members(thread_id, members)
         return await self._members(thread_id)
 
+    @Operation(
+        "DELETE",
+        THREAD_MEMBERS,
+        status=204,
+        parameters=(Parameter("member", {**AUTHOR, "minLength": 1}, "Whom to remove.", required=True),),
+        errors={400: (MEMBER_MISSING,)},
+        raises=(NotTheAuthorError, ThreadNotFoundError, MemberIsAuthorError, NoRoomToRemoveError),
+    )
     async def remove_member(self, request: Request) -> Response:
-        """Succeeds also for somebody who is no member."""
+        """Remove somebody, member or not, who then can't post or read until added again."""
         member = request.query_params.get("member", "")
         if not member:
             raise bad_request(MEMBER_MISSING)
@@ -189,157 +282,5 @@ class ThreadHandlers:
         return NO_CONTENT
 
 
-# --- operations -------------------------------------------------------------------------------------------------
-_FIELDS: Final[dict[str, Schema]] = {"title": nullable(text(limits.TITLE_BYTES_MAX)), "author": nullable(AUTHOR)}
-_MEMBERS: Final[Schema] = {
-    "type": "array",
-    "maxItems": limits.NAMED_MEMBERS_COUNT_MAX,
-    "items": {**AUTHOR, "minLength": 1},
-}
-_MEMBER_LIST: Final = list_of("members", TEXT, thread=ID)
-_THREAD_ID: Final[dict[str, Schema]] = {"thread": ID}
-THREAD_MEMBERS: Final = "/v1/threads/{thread}/members"
-THREAD_LIST: Final = list_of("threads", ref("Thread"))
-
-
 def operations(store: ConversationStore) -> tuple[Operation, ...]:
-    threads = ThreadHandlers(store)
-    return (
-        Operation(
-            "GET",
-            "/v1/threads",
-            threads.list,
-            tag="threads",
-            summary="List the author's threads",
-            response=THREAD_LIST,
-            parameters=(
-                *CALLER,
-                Parameter(
-                    "title",
-                    text(limits.TITLE_BYTES_MAX),
-                    "Only threads whose title contains this text; upper and lower case are equal.",
-                ),
-                Parameter("slug", text(limits.SLUG_BYTES_MAX), "Only threads with this slug."),
-            ),
-            errors={400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, SLUG_TOO_LONG)},
-        ),
-        Operation(
-            "POST",
-            "/v1/threads",
-            threads.create,
-            tag="threads",
-            summary="Create a thread",
-            response=ref("Thread"),
-            body=JsonBody(
-                ThreadBody,
-                {
-                    **_FIELDS,
-                    "members": {
-                        **nullable(_MEMBERS),
-                        "description": "Members beside the author. Ignored unless a backend or admin key sends it.",
-                    },
-                },
-            ),
-            parameters=(*CALLER, IDEMPOTENCY),
-            errors={
-                400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, INVALID_MEMBERS, INVALID_IDEMPOTENCY_KEY),
-                403: (OTHER_AUTHOR_IN_BODY,),
-                409: (IDEMPOTENCY_CONFLICT,),
-            },
-        ),
-        Operation(
-            "GET",
-            "/v1/threads/{thread}",
-            threads.read,
-            tag="threads",
-            summary="Read a thread of the author. Only an admin key reads a deleted thread",
-            response=ref("Thread"),
-            parameters=CALLER,
-            path_schemas=_THREAD_ID,
-            errors={400: (AUTHOR_REQUIRED,), 403: (NOT_THE_AUTHOR,), 404: (THREAD_NOT_FOUND,)},
-        ),
-        Operation(
-            "PUT",
-            "/v1/threads/{thread}",
-            threads.update,
-            tag="threads",
-            summary="Change a thread's title, and with it the slug",
-            response=ref("Thread"),
-            body=JsonBody(
-                ThreadBody,
-                {**_FIELDS, "title": text(limits.TITLE_BYTES_MAX), "members": {"description": "Ignored."}},
-                ("title",),
-            ),
-            parameters=CALLER,
-            path_schemas=_THREAD_ID,
-            errors={
-                400: (AUTHOR_REQUIRED, TITLE_REQUIRED, TITLE_TOO_LONG),
-                403: (OTHER_AUTHOR_IN_BODY, NOT_THE_AUTHOR),
-                404: (THREAD_NOT_FOUND,),
-                409: (THREAD_KEY_DESTROYED,),
-            },
-        ),
-        Operation(
-            "DELETE",
-            "/v1/threads/{thread}",
-            threads.delete,
-            tag="threads",
-            summary="Mark a thread as deleted",
-            status=204,
-            parameters=CALLER,
-            path_schemas=_THREAD_ID,
-            errors={
-                400: (AUTHOR_REQUIRED,),
-                403: (NOT_THE_AUTHOR,),
-                404: (THREAD_NOT_FOUND,),
-                409: (THREAD_KEY_DESTROYED,),
-            },
-        ),
-        Operation(
-            "GET",
-            THREAD_MEMBERS,
-            threads.list_members,
-            tag="threads",
-            summary="The members of a thread, its author included; for its author, backends and admins",
-            response=_MEMBER_LIST,
-            parameters=CALLER,
-            path_schemas=_THREAD_ID,
-            errors={403: (NOT_THE_AUTHOR,), 404: (THREAD_NOT_FOUND,)},
-        ),
-        Operation(
-            "POST",
-            THREAD_MEMBERS,
-            threads.add_members,
-            tag="threads",
-            summary="Add members to a thread, also removed ones again; answers all members",
-            response=_MEMBER_LIST,
-            body=JsonBody(MembersBody, {"members": _MEMBERS}),
-            parameters=CALLER,
-            path_schemas=_THREAD_ID,
-            errors={
-                400: (INVALID_MEMBERS,),
-                403: (NOT_THE_AUTHOR,),
-                404: (THREAD_NOT_FOUND,),
-                409: (TOO_MANY_MEMBERS,),
-            },
-        ),
-        Operation(
-            "DELETE",
-            THREAD_MEMBERS,
-            threads.remove_member,
-            tag="threads",
-            summary="Remove somebody, member or not, who then can't post or read until added again",
-            status=204,
-            parameters=(
-                *CALLER,
-                Parameter("member", {**AUTHOR, "minLength": 1}, "Whom to remove.", required=True),
-            ),
-            path_schemas=_THREAD_ID,
-            errors={
-                400: (MEMBER_MISSING,),
-                403: (NOT_THE_AUTHOR,),
-                404: (THREAD_NOT_FOUND,),
-                409: (MEMBER_IS_AUTHOR, NO_ROOM_TO_REMOVE),
-            },
-        ),
-    )
+    return operations_of(ThreadHandlers(store))

@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 from minikms import api
 from minikms.api.errors import KmsError
 from progressdb_server.kms.provider import Provider, key_pages
-from progressdb_server.store.model import RECORD_MISSING, Message, Store, StoredVersion, Thread, ThreadNotFoundError
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import RECORD_MISSING, Message, StoredVersion, Thread, ThreadNotFoundError
 
 PAGE_THREADS: Final = 50
 PAGE_MESSAGES: Final = 50
@@ -72,7 +73,7 @@ class _Keys(NamedTuple):
 
 
 class Browser:
-    def __init__(self, store: Store, provider: Provider) -> None:
+    def __init__(self, store: Conversations, provider: Provider) -> None:
         self._store = store
         self._provider = provider
 
@@ -90,7 +91,7 @@ class Browser:
         """A thread that does not open has `error`. Raises ThreadNotFoundError."""
         (thread,) = await self._store.listed_threads([thread_id], opened=opened)
         if thread.error == RECORD_MISSING:
-            raise ThreadNotFoundError("thread not found")
+            raise ThreadNotFoundError
         return thread
 
     async def messages(self, thread: str, *, before: str = "", after: str = "", opened: bool = True) -> MessagePage:

@@ -13,12 +13,12 @@ import json
 import math
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial, wraps
 from itertools import islice
 from typing import Any, Final, TypeVar
 
 from minikms.logs import structlog
 from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.access import KeyTable, RateBuckets, Role, address_group
 from progressdb_server.api.http.errors import (
     TOO_LARGE,
     UNAUTHORIZED_HEADERS,
@@ -26,10 +26,11 @@ from progressdb_server.api.http.errors import (
     Header,
     bad_request,
     forbidden,
-    not_found,
     retry_after,
     too_large,
 )
+from progressdb_server.api.http.keys import KeyTable, Role
+from progressdb_server.api.http.rates import RateBuckets, address_group
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response, redirect
 from progressdb_server.api.openapi.description import (
@@ -39,20 +40,27 @@ from progressdb_server.api.openapi.description import (
     NOTHING,
     TEXT,
     Dependency,
+    Handler,
+    Operation,
     Parameter,
-    Schema,
     text,
 )
 from progressdb_server.api.routes import pages
-from progressdb_server.api.routes.errors import MESSAGE_NOT_FOUND, THREAD_NOT_FOUND
 from progressdb_server.api.routes.readiness import Readiness
-from progressdb_server.api.routes.table import Handler, Operation
 from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPage, VersionPage, format_time
-from progressdb_server.api.viewer.sessions import Session, Sessions, new_token, same
+from progressdb_server.api.viewer.sessions import Sessions, ViewerSession, new_token, same
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import UNFINISHED, Job
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store.model import KeyServiceRefusedError, Store, StoreUnavailableError, Thread
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import (
+    KeyServiceRefusedError,
+    MessageNotFoundError,
+    StatusError,
+    StoreUnavailableError,
+    Thread,
+    ThreadNotFoundError,
+)
 
 SESSION_COOKIE: Final = "progressdb_viewer"
 LOGIN_COOKIE: Final = "progressdb_login"
@@ -75,7 +83,7 @@ TWO_CURSORS: Final = "give before or after, not both"
 UNKNOWN_FIELD: Final = "the form has an unknown field"
 
 Shown = TypeVar("Shown")
-PageHandler = Callable[[Request, Session], Awaitable[Response]]
+PageHandler = Callable[[Request, ViewerSession], Awaitable[Response]]
 
 _log: Final = structlog.get_logger("progressdb.viewer")
 
@@ -83,7 +91,7 @@ _log: Final = structlog.get_logger("progressdb.viewer")
 class Viewer:
     def __init__(
         self,
-        store: Store,
+        store: Conversations,
         provider: Provider,
         jobs: Jobs,
         readiness: Readiness,
@@ -107,6 +115,7 @@ class Viewer:
     def _inside(self, page: PageHandler) -> Handler:
         """A page within a session. Without a session, the response redirects to the login."""
 
+        @wraps(page)
         async def guarded(request: Request) -> Response:
             session = self.sessions.find(_cookie(request, SESSION_COOKIE), self._clock())
             if session is None:
@@ -117,6 +126,7 @@ class Viewer:
         return guarded
 
     async def _login_form(self, request: Request) -> Response:
+        """Show the login form."""
         return self._login_page(200, "")
 
     def _login_page(self, status: int, problem: str, headers: tuple[Header, ...] = ()) -> Response:
@@ -125,7 +135,9 @@ class Viewer:
         return pages.page_response(page, status, (self._set_cookie(LOGIN_COOKIE, token, "/viewer/login"), *headers))
 
     async def _login(self, request: Request) -> Response:
-        """The form's token must match its cookie, so that no form of another site can log a user in."""
+        """Log in with an admin key. This starts a session.
+
+        The form's token must match its cookie, so that no form of another site can log a user in."""
         form = await _form(request, _LOGIN_FIELDS)
         address, now_s = address_group(request.client_address), self._clock()
         wait_s = self._attempts.wait_s(address, now_s)
@@ -133,13 +145,13 @@ class Viewer:
             return self._login_page(429, TOO_MANY_ATTEMPTS, (retry_after(math.ceil(wait_s)),))
         if not same(_cookie(request, LOGIN_COOKIE), form.get("csrf", "")):
             return self._login_page(403, OLD_FORM)
-        principal = self._keys.find(form.get("key", "").encode("utf-8", "surrogatepass"))
-        if principal is None or principal.role is not Role.ADMIN:
+        caller = self._keys.find(form.get("key", "").encode("utf-8", "surrogatepass"))
+        if caller is None or caller.role is not Role.ADMIN:
             self._attempts.take(address, now_s)
             _log.warning("viewer_login_refused", request_id=request.request_id)
             return self._login_page(401, INVALID_LOGIN, UNAUTHORIZED_HEADERS)
-        token = self.sessions.begin(principal.number, self._clock())
-        _log.info("viewer_login", request_id=request.request_id, key=principal.number)
+        token = self.sessions.begin(caller.number, self._clock())
+        _log.info("viewer_login", request_id=request.request_id, key=caller.number)
         return redirect(
             303,
             "/viewer/",
@@ -149,7 +161,8 @@ class Viewer:
             ),
         )
 
-    async def _logout(self, request: Request, session: Session) -> Response:
+    async def _logout(self, request: Request, session: ViewerSession) -> Response:
+        """Log out. This ends the session."""
         form = await _form(request, frozenset({"csrf"}))
         if not session.check(form.get("csrf", "")):
             raise forbidden(OTHER_SESSION)
@@ -164,13 +177,14 @@ class Viewer:
         return b"set-cookie", "; ".join(words).encode("ascii")
 
     # --- pages ------------------------------------------------------------------------------------------------------
-    async def _threads(self, request: Request, session: Session) -> Response:
+    async def _threads(self, request: Request, session: ViewerSession) -> Response:
+        """List threads, newest first. Search them by id and author."""
         wanted, author = request.query_params.get("q", "").strip(), request.query_params.get("author", "").strip()
         if len(wanted) > limits.STORED_KEY_BYTES_MAX or len(author) > limits.AUTHOR_BYTES_MAX:
             raise bad_request(SEARCH_TOO_LONG)
         if wanted.startswith("msg-"):
             if not limits.ID_PATTERN.fullmatch(wanted):
-                raise not_found(MESSAGE_NOT_FOUND)
+                raise MessageNotFoundError
             return redirect(303, f"/viewer/messages/{wanted}")
         cursor = request.query_params.get("cursor", "")
 
@@ -181,8 +195,9 @@ class Viewer:
         stats = await self._store.stats()
         return _page("threads", session, found=found, wanted=wanted, author=author, stats=stats, problem=problem)
 
-    async def _thread(self, request: Request, session: Session) -> Response:
-        thread_id = request.id_from_path("thread", THREAD_NOT_FOUND)
+    async def _thread(self, request: Request, session: ViewerSession) -> Response:
+        """Show a conversation, and the key that encrypts each message."""
+        thread_id = request.id_from_path("thread", ThreadNotFoundError)
         before, after = request.query_params.get("before", ""), request.query_params.get("after", "")
         await self._browser.thread(thread_id, opened=False)  # an unknown thread is a 404, whatever the query
         if before and after:
@@ -195,8 +210,9 @@ class Viewer:
         (thread, shown), problem = await self._opened(read)
         return _page("thread", session, thread=thread, shown=shown, problem=problem)
 
-    async def _message(self, request: Request, session: Session) -> Response:
-        message_id = request.id_from_path("message", MESSAGE_NOT_FOUND)
+    async def _message(self, request: Request, session: ViewerSession) -> Response:
+        """Show the versions of a message."""
+        message_id = request.id_from_path("message", MessageNotFoundError)
 
         async def read(opened: bool) -> VersionPage:
             return await self._browser.message(message_id, opened=opened)
@@ -204,8 +220,8 @@ class Viewer:
         found, problem = await self._opened(read)
         return _page("message", session, found=found, latest=found.versions[-1][0], problem=problem)
 
-    async def _jobs_page(self, request: Request, session: Session) -> Response:
-        """With `part=rows` only the table, for the page's script."""
+    async def _jobs_page(self, request: Request, session: ViewerSession) -> Response:
+        """Show the jobs and their progress."""
         listed = (job for page in self._jobs.table.pages(newest_first=True) for job in page)
         jobs = list(islice(listed, JOBS_SHOWN_MAX))
         if request.query_params.get("part") == "rows":
@@ -213,8 +229,8 @@ class Viewer:
         live = any(job.state in UNFINISHED for job in jobs)
         return _page("jobs", session, jobs=jobs, percent=_percent, live=live)
 
-    async def _status(self, request: Request, session: Session) -> Response:
-        """What the key service said last, also when it does not answer now."""
+    async def _status(self, request: Request, session: ViewerSession) -> Response:
+        """Show the status of the key service, or its last status."""
         problem = await self._readiness.key_service.problem()
         kms = self._readiness.kms
         return _page("status", session, status=kms.last_status, seen_ns=kms.last_status_ns, problem=problem)
@@ -236,99 +252,41 @@ class Viewer:
     # --- operations -------------------------------------------------------------------------------------------------
     def operations(self) -> tuple[Operation, ...]:
         inside = self._inside
+        asset = partial(Operation, "GET", response=TEXT, needs=NOTHING)
         return (
-            Operation(
-                "GET",
-                "/viewer",
-                _to_viewer,
-                tag="viewer",
-                summary="Redirect to `/viewer/`",
-                status=308,
-                needs=NOTHING,
-            ),
+            Operation("GET", "/viewer", _to_viewer, status=308, needs=NOTHING),
             _shown(
                 "/viewer/",
                 inside(self._threads),
-                "List threads, newest first. Search them by id and author",
-                parameters=(
-                    Parameter(
-                        "q",
-                        text(limits.STORED_KEY_BYTES_MAX),
-                        "The beginning of a thread id, or a whole message id.",
-                    ),
-                    Parameter("author", AUTHOR, "The author of the threads."),
-                    Parameter(
-                        "cursor", {"type": "string", "maxLength": 1024}, "The cursor of the previous page's link."
-                    ),
+                Parameter(
+                    "q", text(limits.STORED_KEY_BYTES_MAX), "The beginning of a thread id, or a whole message id."
                 ),
-                not_found=(MESSAGE_NOT_FOUND,),
-                bad_request=(SEARCH_TOO_LONG,),
+                Parameter("author", AUTHOR, "The author of the threads."),
+                Parameter("cursor", {"type": "string", "maxLength": 1024}, "The cursor of the previous page's link."),
+                raises=(MessageNotFoundError,),
+                errors={400: (SEARCH_TOO_LONG,)},
             ),
             _shown(
                 "/viewer/threads/{thread}",
                 inside(self._thread),
-                "Show a conversation, and the key that encrypts each message",
-                parameters=(
-                    Parameter("before", ID, "A message id. Shows the messages before it."),
-                    Parameter("after", ID, "A message id. Shows the messages after it."),
-                ),
-                path_schemas={"thread": ID},
-                not_found=(THREAD_NOT_FOUND, MESSAGE_NOT_FOUND),
-                bad_request=(TWO_CURSORS,),
+                Parameter("before", ID, "A message id. Shows the messages before it."),
+                Parameter("after", ID, "A message id. Shows the messages after it."),
+                raises=(ThreadNotFoundError, MessageNotFoundError),
+                errors={400: (TWO_CURSORS,)},
             ),
-            _shown(
-                "/viewer/messages/{message}",
-                inside(self._message),
-                "Show the versions of a message",
-                path_schemas={"message": ID},
-                not_found=(MESSAGE_NOT_FOUND,),
-            ),
-            _shown(
-                "/viewer/jobs",
-                inside(self._jobs_page),
-                "Show the jobs and their progress",
-                parameters=(Parameter("part", TEXT, "`rows`: only the table."),),
-            ),
-            _shown(
-                "/viewer/status",
-                inside(self._status),
-                "Show the status of the key service, or its last status",
-                needs=NOTHING,
-            ),
-            _without_session(
-                "/viewer/login",
-                self._login_form,
-                "Show the login form",
-                "text/html",
-            ),
+            _shown("/viewer/messages/{message}", inside(self._message), raises=(MessageNotFoundError,)),
+            _shown("/viewer/jobs", inside(self._jobs_page), Parameter("part", TEXT, "`rows`: only the table.")),
+            _shown("/viewer/status", inside(self._status), needs=NOTHING),
+            asset("/viewer/login", self._login_form, content_type="text/html"),
             _posted(
                 "/viewer/login",
                 self._login,
-                "Log in with an admin key. This starts a session",
                 {401: (INVALID_LOGIN,), 403: (OLD_FORM,), 429: (TOO_MANY_ATTEMPTS,)},
-                "csrf",
-                "key",
-                "username",
+                _LOGIN_FIELDS,
             ),
-            _posted(
-                "/viewer/logout",
-                inside(self._logout),
-                "Log out. This ends the session",
-                {403: (OTHER_SESSION,)},
-                "csrf",
-            ),
-            _without_session(
-                "/viewer/style.css",
-                _style,
-                "The style sheet of the pages",
-                "text/css",
-            ),
-            _without_session(
-                "/viewer/viewer.js",
-                _script,
-                "The script of the page that shows the jobs",
-                "text/javascript",
-            ),
+            _posted("/viewer/logout", inside(self._logout), {403: (OTHER_SESSION,)}, frozenset({"csrf"})),
+            asset("/viewer/style.css", _style, content_type="text/css"),
+            asset("/viewer/viewer.js", _script, content_type="text/javascript"),
         )
 
 
@@ -361,7 +319,7 @@ _HELPERS: Final[dict[str, Any]] = {
 }
 
 
-def _page(name: str, session: Session, **values: Any) -> Response:
+def _page(name: str, session: ViewerSession, **values: Any) -> Response:
     return pages.page_response(pages.render(f"viewer/{name}.html", session=session, active=name, **_HELPERS, **values))
 
 
@@ -373,14 +331,17 @@ def error_page(error: ApiError, request: Request) -> Response:
 
 
 async def _to_viewer(request: Request) -> Response:
+    """Redirect to `/viewer/`."""
     return redirect(308, "/viewer/")
 
 
 async def _style(request: Request) -> Response:
+    """The style sheet of the pages."""
     return pages.asset_response("style.css")
 
 
 async def _script(request: Request) -> Response:
+    """The script of the page that shows the jobs."""
     return pages.asset_response("viewer.js")
 
 
@@ -406,12 +367,9 @@ async def _form(request: Request, fields: frozenset[str]) -> dict[str, str]:
 def _shown(
     path: str,
     handler: Handler,
-    summary: str,
-    *,
-    parameters: tuple[Parameter, ...] = (),
-    path_schemas: dict[str, Schema] | None = None,
-    not_found: tuple[str, ...] = (),
-    bad_request: tuple[str, ...] = (),
+    *parameters: Parameter,
+    raises: tuple[type[StatusError], ...] = (),
+    errors: dict[int, tuple[str, ...]] | None = None,
     needs: frozenset[Dependency] = DISK,
 ) -> Operation:
     """An operation that shows a page, or redirects to the login."""
@@ -419,46 +377,23 @@ def _shown(
         "GET",
         path,
         handler,
-        tag="viewer",
-        summary=summary,
         response=TEXT,
         content_type="text/html",
         parameters=parameters,
-        path_schemas=path_schemas or {},
         other_responses={303: None},
-        errors={404: not_found, 400: bad_request},
+        errors=errors or {},
+        raises=raises,
         needs=needs,
     )
 
 
-def _posted(path: str, handler: Handler, summary: str, errors: dict[int, tuple[str, ...]], *fields: str) -> Operation:
+def _posted(path: str, handler: Handler, errors: dict[int, tuple[str, ...]], fields: frozenset[str]) -> Operation:
     """An operation that takes a form and redirects."""
-    return Operation(
-        "POST",
-        path,
-        handler,
-        tag="viewer",
-        summary=summary,
-        status=303,
-        form={
-            "type": "object",
-            "properties": {name: {"type": "string", "maxLength": 1000} for name in fields},
-            "required": [name for name in fields if name != "username"],
-            "additionalProperties": False,
-        },
-        errors={413: (TOO_LARGE,), 400: (UNKNOWN_FIELD,), **errors},
-        needs=NOTHING,
-    )
-
-
-def _without_session(path: str, handler: Handler, summary: str, content_type: str) -> Operation:
-    return Operation(
-        "GET",
-        path,
-        handler,
-        tag="viewer",
-        summary=summary,
-        response=TEXT,
-        content_type=content_type,
-        needs=NOTHING,
-    )
+    form = {
+        "type": "object",
+        "properties": {name: {"type": "string", "maxLength": 1000} for name in sorted(fields)},
+        "required": sorted(fields - {"username"}),
+        "additionalProperties": False,
+    }
+    errors = {413: (TOO_LARGE,), 400: (UNKNOWN_FIELD,), **errors}
+    return Operation("POST", path, handler, status=303, form=form, errors=errors, needs=NOTHING)

@@ -20,7 +20,7 @@ SESSIONS_COUNT_MAX: Final = 64
 TOKEN_BYTES: Final = 32
 
 
-class Session:
+class ViewerSession:
     __slots__ = ("csrf", "key_number", "started_s", "used_s")
 
     def __init__(self, key_number: int, now_s: float) -> None:
@@ -40,7 +40,7 @@ class Session:
 
 class Sessions:
     def __init__(self) -> None:
-        self._sessions: OrderedDict[bytes, Session] = OrderedDict()  # least recently used first
+        self._sessions: OrderedDict[bytes, ViewerSession] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -51,10 +51,10 @@ class Sessions:
         while len(self._sessions) >= SESSIONS_COUNT_MAX:
             self._sessions.popitem(last=False)
         token = new_token()
-        self._sessions[_digest(token)] = Session(key_number, now_s)
+        self._sessions[_digest(token)] = ViewerSession(key_number, now_s)
         return token
 
-    def find(self, token: str, now_s: float) -> Session | None:
+    def find(self, token: str, now_s: float) -> ViewerSession | None:
         """The session of a cookie, if it has not ended. Counts as a use."""
         digest = _digest(token)
         session = self._sessions.get(digest)

@@ -10,6 +10,7 @@ import pytest
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.custody.deks import KeyLocks
+from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
@@ -165,7 +166,7 @@ def test_a_file_is_changed_only_with_the_held_lock_of_its_key(tmp_path: Path) ->
                 assert elsewhere.require() == (key_id,)
             for no_lock in (held, elsewhere):
                 with pytest.raises(ValueError, match="without its lock"):
-                    await one.vault.journal.retire(no_lock, before, before)
+                    await one.vault.journal.replace(no_lock, [Change(key_id, before, before)])
             assert one.file(key_id).read_bytes() == before
 
     asyncio.run(main())
@@ -184,27 +185,5 @@ def test_a_watcher_sees_the_keys_of_other_holders_only() -> None:
         async with locks.hold(["after"]):
             pass
         assert changed == {"before", "a"}
-
-    asyncio.run(main())
-
-
-# --- creates ------------------------------------------------------------------------------------------------------
-
-
-def test_creates_done_waits_for_every_create_of_the_version(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            under_way = one.vault.creates_under_way
-            taken = [under_way.begin() for _ in range(3)]
-            drained = asyncio.create_task(under_way.done(1))
-            other = asyncio.create_task(under_way.done(2))
-            await other
-            for version in taken:
-                await asyncio.sleep(0)
-                assert not drained.done()
-                under_way.end(version)
-            async with asyncio.timeout(60):
-                await drained
-                await under_way.done(1)
 
     asyncio.run(main())

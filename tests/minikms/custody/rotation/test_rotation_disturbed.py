@@ -7,7 +7,7 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def test_an_unreadable_file_is_listed_and_does_not_stop_the_rotation(tmp_path: P
 
 def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = 0
-    write = RotationBackups.make_stamp
+    write = RotationBackups.adopt
 
     def failing(self: RotationBackups, *arguments: object) -> None:
         nonlocal attempts
@@ -74,7 +74,7 @@ def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatc
             refuse()
         write(self, *arguments)  # type: ignore[arg-type]  # passed on as they came
 
-    monkeypatch.setattr(RotationBackups, "make_stamp", failing)
+    monkeypatch.setattr(RotationBackups, "adopt", failing)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
@@ -116,6 +116,8 @@ def test_unconfirmed_overwrites_are_written_again_to_new_files(tmp_path: Path, m
             failing[0] -= 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
+
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(5)
@@ -123,8 +125,7 @@ def test_unconfirmed_overwrites_are_written_again_to_new_files(tmp_path: Path, m
             await one.begin(None)
             monkeypatch.setattr(os, "rename", noting)
             monkeypatch.setattr(os, "pwrite", overwriting)
-            monkeypatch.setattr(files, "syncfs", unconfirmed)
-            monkeypatch.setattr(files, "syncfs_reports", lambda _directory: True)
+            monkeypatch.setattr(journal, "syncfs", unconfirmed)
             await one.rotation.run()
             monkeypatch.undo()
             assert len(overwritten) == 5
@@ -137,7 +138,7 @@ def test_unconfirmed_overwrites_are_written_again_to_new_files(tmp_path: Path, m
     asyncio.run(main())
 
 
-def test_while_a_batch_is_unsettled_its_keys_open_and_can_not_be_changed(
+def test_while_a_batch_is_unwritten_its_keys_open_and_can_not_be_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the files hold a mixture, and the disk refuses every write until the end of the block."""
@@ -158,26 +159,30 @@ def test_while_a_batch_is_unsettled_its_keys_open_and_can_not_be_changed(
                 running = asyncio.create_task(one.rotation.run())
                 while not one.rotation.last_error:
                     await asyncio.sleep(0.001)
+                assert one.rotation.running is not None, "the version becomes active once the files are durable"
                 assert one.keys(key_ids) == keys
-                retiring = asyncio.create_task(one.vault.retire(key_ids[0]))
-                await asyncio.sleep(0.05)
-                assert not retiring.done()
-            await asyncio.gather(running, retiring)
+                with pytest.raises(StorageUnavailableError):
+                    await one.vault.retire(key_ids[0])
+            await running
             assert one.keks_on_disk(key_ids) == {2}
             assert one.keys(key_ids) == keys
+            await one.vault.retire(key_ids[0])
             assert one.on_disk(key_ids[0]).state == "retired"
 
     asyncio.run(main())
 
 
-def test_a_stop_leaves_an_unsettled_batch_to_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_leaves_an_unwritten_batch_to_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse_file(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(5)
-            keys = one.keys(key_ids)
-            await one.begin(None)
-            with monkeypatch.context() as patched:
-                patched.setattr(journal, "overwrite_files", refuse)
+        with monkeypatch.context() as patched:
+            async with opened_vault(tmp_path / "d") as one:
+                key_ids = await one.make(5)
+                keys = one.keys(key_ids)
+                await one.begin(None)
+                patched.setattr(journal, "overwrite_file", refuse_file)
                 patched.setattr(journal, "write_files", refuse)
                 running = asyncio.create_task(one.rotation.run())
                 while not one.rotation.last_error:
@@ -185,7 +190,7 @@ def test_a_stop_leaves_an_unsettled_batch_to_the_next_start(tmp_path: Path, monk
                 running.cancel()
                 await asyncio.wait([running], timeout=60)
                 assert running.cancelled()
-            assert (one.directory / journal.NAME).exists()
+        assert (one.directory / journal.NAME).exists()
         async with opened_vault(tmp_path / "d") as again:
             assert again.replayed.written == 5
             assert again.keys(key_ids) == keys
@@ -315,67 +320,39 @@ def test_a_rotation_is_not_promoted_while_passes_find_files(tmp_path: Path, monk
     asyncio.run(main())
 
 
-def test_a_stop_waits_for_the_disk_thread_however_often_it_is_cancelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A seal cancels the rotation, and so does the stop after it. The locks and answers last while files change."""
+def test_a_stop_waits_for_the_disk_thread_and_so_does_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seal cancels the rotation. Reads are answered from memory while files change."""
     overwriting, go_on = threading.Event(), threading.Event()
-    real = files.overwrite_files
+    real = files.overwrite_file
 
-    def slowly(directory: int, writes: Sequence[files.FileWrite]) -> list[files.FileWrite]:
+    def slowly(directory: int, name: str, data: bytes, *, sync: bool) -> None:
         overwriting.set()
         go_on.wait(60)
-        return real(directory, writes)
+        real(directory, name, data, sync=sync)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(4)
             keys = one.keys(key_ids)
             await one.begin(None)
-            monkeypatch.setattr(journal, "overwrite_files", slowly)
+            monkeypatch.setattr(journal, "overwrite_file", slowly)
             running = asyncio.create_task(one.rotation.run())
             while not overwriting.is_set():
                 await asyncio.sleep(0.001)
             for _ in range(3):
                 running.cancel()
                 await asyncio.sleep(0.005)
-            assert not running.done()
             retiring = asyncio.create_task(one.vault.retire(key_ids[0]))
             await asyncio.sleep(0.005)
             assert not retiring.done()
+            assert one.keys(key_ids) == keys
             go_on.set()
             await asyncio.wait([running])
             assert running.cancelled()
             await retiring
             assert one.keks_on_disk(key_ids) == {2}
+            assert one.on_disk(key_ids[0]).state == "retired"
             assert one.keys(key_ids) == keys
-            assert not (one.directory / journal.NAME).exists()
-
-    asyncio.run(main())
-
-
-def test_after_a_stop_on_a_failing_disk_no_key_of_the_batch_is_retired(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reads are answered from memory, so the key would go on as active after its retirement was answered."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(3)
-            await one.begin(None)
-            with monkeypatch.context() as patched:
-                patched.setattr(journal, "overwrite_files", refuse)
-                patched.setattr(journal, "write_files", refuse)
-                running = asyncio.create_task(one.rotation.run())
-                while not one.rotation.last_error:
-                    await asyncio.sleep(0.001)
-                running.cancel()
-                await asyncio.wait([running])
-            with pytest.raises(StorageUnavailableError, match="after a restart of the daemon"):
-                await one.vault.retire(key_ids[0])
-        async with opened_vault(tmp_path / "d") as again:
-            await again.vault.retire(key_ids[0])
-            assert again.on_disk(key_ids[0]).state == "retired"
 
     asyncio.run(main())
 
@@ -420,16 +397,16 @@ def test_a_key_that_is_destroyed_while_it_is_rewrapped_is_not_in_the_index(
         async with opened_vault(tmp_path / "d") as one:
             victim, unread, other = await one.make(3)
             await one.begin(None)
-            index, real = one.vault.index, journal.Journal.write_batch
+            index, real = one.vault.index, journal.Journal.replace
 
-            def meanwhile(*arguments: Any) -> None:
-                real(*arguments)
+            async def meanwhile(*arguments: Any) -> None:
+                await real(*arguments)
                 index.remove(victim)
                 index.remove(unread)
                 patched.setattr(one.vault, "destroyed", {victim})
 
             with monkeypatch.context() as patched:
-                patched.setattr(journal.Journal, "write_batch", meanwhile)
+                patched.setattr(journal.Journal, "replace", meanwhile)
                 await one.rotation.run()
             assert {key_id: index.kek_version(key_id) for key_id in (victim, unread, other)} == {
                 victim: None,
@@ -441,19 +418,19 @@ def test_a_key_that_is_destroyed_while_it_is_rewrapped_is_not_in_the_index(
 
 
 def test_a_defect_in_a_batch_blocks_no_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever fails once the journal is there: the batch is settled."""
+    """Whatever fails once the journal is there: the batch is flushed."""
     failures: list[type[Exception]] = [MemoryError, ValueError]
-    real = files.overwrite_files
+    real = files.overwrite_file
 
-    def failing(directory: int, writes: Sequence[files.FileWrite]) -> list[files.FileWrite]:
+    def failing(directory: int, name: str, data: bytes, *, sync: bool) -> None:
         if failures:
             raise failures.pop()
-        return real(directory, writes)
+        real(directory, name, data, sync=sync)
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(3)
-            monkeypatch.setattr(journal, "overwrite_files", failing)
+            monkeypatch.setattr(journal, "overwrite_file", failing)
             for kek in (2, 3, 4):
                 await one.rotate()
                 assert one.keks_on_disk(key_ids) == {kek}

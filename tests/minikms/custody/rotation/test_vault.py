@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minikms.api.errors import (
 from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import HeldKeys
 from minikms.custody.journal import Journal
+from minikms.custody.journal_format import Change
 from tests.harness.vaults import create, opened_vault
 from tests.minikms.custody.disk_faults import refuse
 
@@ -41,6 +43,7 @@ def test_creates_that_wait_for_the_disk_hold_no_slot_of_the_arena(tmp_path: Path
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d", slots=16, cache_keys_max=4) as one:
+            await one.make(1)  # it leaves the key that is derived from the KEK
             used = one.arena.in_use
             key_ids = await one.make(200)
             assert one.arena.in_use == used
@@ -116,14 +119,14 @@ def test_if_the_old_key_cannot_be_retired_the_new_one_is_removed(
 ) -> None:
     """The caller was told that nothing happened, so no start may retire the old key on the new one's word later."""
 
-    async def refuse(self: Journal, held: HeldKeys, old: bytes, new: bytes) -> None:
+    async def refuse(self: Journal, held: HeldKeys, changes: Sequence[Change], stamp: str = "") -> None:
         raise StorageUnavailableError("no space")
 
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:
             old = await create(one.vault, "t")
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(Journal, "retire", refuse)
+                patched.setattr(Journal, "replace", refuse)
                 await create(one.vault, "t", replaces=old.id)
             assert [path.stem for path in (one.directory / "kms-deks").iterdir()] == [old.id]
             assert len(one.vault.index) == 1
@@ -166,7 +169,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_a_repetition(
             await one.rotate()
             await one.vault.retire(key_id)
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(RotationBackups, "remove_of", refuse)
+                patched.setattr(RotationBackups, "blank", refuse)
                 await one.vault.destroy(key_id)
             with pytest.raises(KeyDestroyedError):
                 one.vault.opened(key_id)
@@ -187,7 +190,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_the_next_start(
             await one.rotate()
             await one.vault.retire(key_id)
             with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(RotationBackups, "remove_of", refuse)
+                patched.setattr(RotationBackups, "blank", refuse)
                 await one.vault.destroy(key_id)
             assert one.file(key_id).exists()
             if left == "the backups only":
@@ -233,13 +236,13 @@ def test_after_an_unconfirmed_retirement_the_file_decides(tmp_path: Path, monkey
         async with opened_vault(tmp_path / "d") as one:
             [key_id] = await one.make(1)
             assert one.vault.opened(key_id).state == "active"
-            retire = one.vault.journal.retire
+            replace = one.vault.journal.replace
 
             async def unconfirmed(*arguments: Any) -> None:
-                await retire(*arguments)
+                await replace(*arguments)
                 raise StorageUnavailableError("a directory cannot be synced")
 
-            monkeypatch.setattr(one.vault.journal, "retire", unconfirmed)
+            monkeypatch.setattr(one.vault.journal, "replace", unconfirmed)
             with pytest.raises(StorageUnavailableError):
                 await one.vault.retire(key_id)
             assert one.vault.opened(key_id).state == "retired"

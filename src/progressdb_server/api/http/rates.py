@@ -1,0 +1,100 @@
+"""Rates: token buckets of callers.
+
+Owns: the buckets, and which addresses share one. Invariants: a bucket holds at most `burst` tokens, and a table of
+buckets has a bound. No I/O, no clock: callers pass the time in, as seconds of a monotonic clock.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections import OrderedDict
+from collections.abc import Hashable
+
+
+class TokenBucket:
+    """Gains `rps` tokens a second, holds at most `burst`; each request takes one."""
+
+    __slots__ = ("_at_s", "_burst", "_rps", "_tokens")
+
+    def __init__(self, rps: float, burst: int) -> None:
+        self._rps = rps
+        self._burst = burst
+        self._tokens = float(burst)
+        self._at_s = -math.inf
+
+    def is_full(self, now_s: float) -> bool:
+        """Whether it holds as many tokens as a new bucket."""
+        return self._tokens + (now_s - self._at_s) * self._rps >= self._burst
+
+    def wait_s(self, now_s: float) -> float:
+        """The seconds until there is a token; 0.0 if there is one."""
+        tokens = self._tokens + max(0.0, now_s - self._at_s) * self._rps
+        return 0.0 if tokens >= 1 else (1 - tokens) / self._rps
+
+    def take(self, now_s: float) -> float:
+        """Take one token and return 0.0, or take none and return the seconds until there is one."""
+        if now_s > self._at_s:
+            if self._at_s > -math.inf:
+                self._tokens = min(self._burst, self._tokens + (now_s - self._at_s) * self._rps)
+            self._at_s = now_s
+        if self._tokens >= 1:
+            self._tokens -= 1
+            return 0.0
+        return (1 - self._tokens) / self._rps
+
+
+def address_group(address: str) -> str:
+    """The addresses that share one bucket: an IPv4 address, or the /64 from which an IPv6 host can choose addresses."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed)
+
+
+class RateBuckets:
+    """A token bucket for each caller. In a full table, the least recently used bucket makes room if it is full again,
+    because a new one is equal to it; otherwise all callers without a bucket share one."""
+
+    def __init__(self, rps: float, burst: int, *, count_max: int) -> None:
+        self._rps = rps
+        self._burst = burst
+        self._count_max = count_max
+        self._buckets: OrderedDict[Hashable, TokenBucket] = OrderedDict()  # least recently used first
+        self._shared = TokenBucket(rps, burst)
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def wait_s(self, caller: Hashable, now_s: float) -> float:
+        """As `TokenBucket.wait_s`."""
+        bucket = self._buckets.get(caller)
+        if bucket is None:
+            return self._shared.wait_s(now_s) if self._is_crowded(now_s) else 0.0
+        return bucket.wait_s(now_s)
+
+    def take(self, caller: Hashable, now_s: float) -> float:
+        """As `TokenBucket.take`."""
+        bucket = self._buckets.get(caller)
+        if bucket is None:
+            bucket = self._new(caller, now_s)
+        else:
+            self._buckets.move_to_end(caller)
+        return bucket.take(now_s)
+
+    def _new(self, caller: Hashable, now_s: float) -> TokenBucket:
+        if self._is_crowded(now_s):
+            return self._shared
+        if len(self._buckets) >= self._count_max:
+            self._buckets.popitem(last=False)
+        made = self._buckets[caller] = TokenBucket(self._rps, self._burst)
+        return made
+
+    def _is_crowded(self, now_s: float) -> bool:
+        """Whether the table is full and no bucket in it makes room."""
+        return len(self._buckets) >= self._count_max and not next(iter(self._buckets.values())).is_full(now_s)

@@ -1,0 +1,403 @@
+"""Runs jobs of every kind: starts, watches, pauses, resumes and cancels them, and begins what is due.
+
+Owns: what a kind of job is (`Kind`), the running jobs, the queue of waiting jobs, which job has which thread, and the
+pace of a job. Invariants: never two jobs, or a job and other work on its keys, on one thread; at most RUNNING_MAX jobs
+work at once, at most UNFINISHED_MAX are unfinished; a start of the server continues unfinished jobs, first those that
+were switching a key. The stored rows are the truth: a pause or a cancel is written to the row, and the job's worker
+reads it there. What the store and the key service can't do now is tried again; what they refuse ends the job as
+`failed`. Over any longer time a job works at no more than its rate; of an idle time, or of a chunk that took long, no
+more than BEHIND_S_MAX is made up for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar, Final
+
+from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
+from minikms.logs import structlog
+from progressdb_server.jobs.states import (
+    AT_WORK,
+    Job,
+    JobConflictError,
+    JobError,
+    JobFailedError,
+    Move,
+    TooManyJobsError,
+    changed,
+    move,
+)
+from progressdb_server.jobs.table import JobTable
+from progressdb_server.kms.provider import Fault, fault
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import ConditionFailedError, StaleRowError, StoreError, StoreUnavailableError
+
+RUNNING_MAX: Final = 2
+UNFINISHED_MAX: Final = 65_536
+WATCH_S: Final = 0.25
+"""The shortest time between two values that `Runner.watch` yields."""
+READ_RETRY_S: Final = 0.5
+RETRY_S_MIN: Final = 0.1
+RETRY_S_MAX: Final = 5.0
+BEHIND_S_MAX: Final = 0.1
+"""Beside requests every chunk begins a little late: without making up for that, a rate is never reached."""
+OTHER_WORK: Final = "other work"
+"""In the place of a job's id while a thread's backups are restored or removed, or its old keys destroyed."""
+
+_log = structlog.get_logger("progressdb.jobs")
+
+
+class Pace:
+    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`per_second` 0: without a bound."""
+        self._per_second = per_second
+        self._clock = clock
+        self._free_at = 0.0
+
+    @property
+    def bounded(self) -> bool:
+        return self._per_second > 0
+
+    async def take(self, cost: float) -> None:
+        """Wait until work of this cost may begin; other tasks always get a turn."""
+        if not self.bounded:
+            await asyncio.sleep(0)
+            return
+        now = self._clock()
+        begins_at = max(now - BEHIND_S_MAX, self._free_at)
+        self._free_at = begins_at + cost / self._per_second
+        await asyncio.sleep(max(0.0, begins_at - now))
+
+
+class Kind:
+    """One kind of job. A kind overrides what it has; the table of kinds is in `jobs.service`."""
+
+    name: ClassVar[str] = ""
+    """In the rows of its jobs (`Job.kind`); empty for a kind without rows of its own."""
+    first_s: float = 60.0
+    every_s: float = 60.0
+    """From a start until `begin` is called, and between two calls; `math.inf`: never again."""
+
+    async def begin(self) -> None:
+        """Begin what is due by now. An error is logged, and the next call is made nevertheless."""
+
+    async def prepare(self, job_id: str) -> None:
+        """For a row with `keying`: what comes before the job waits for its turn. Errors as in `step`."""
+
+    async def step(self, job_id: str, pace: Pace) -> None:
+        """Work on a job, from where its row says, until it has ended or is paused. Called again after an error of the
+        store or of the key service that can pass. Raises JobFailedError when the job can't go on."""
+
+    def resume(self, job: Job) -> Job:
+        """The row with which a paused or failed job goes on. Raises JobConflictError."""
+        return move(job, "resume")
+
+
+class Runner:
+    """Made in the event loop that uses it. `stop` is set when the server stops, which ends all waiting and watching."""
+
+    kinds: Sequence[Kind]
+
+    def __init__(self, store: Conversations, rate: float, stop: asyncio.Event, now_ns: Callable[[], int]) -> None:
+        """`rate`: records a second of all jobs without a rate of their own; 0: without a bound."""
+        self._store = store
+        self._stop = stop
+        self.table = JobTable(store, now_ns)
+        self._pace = Pace(rate)
+        self._beginning = asyncio.Lock()
+        self._queue: deque[str] = deque()
+        self._threads: dict[str, str] = {}
+        """Thread → id of the job that has it, or OTHER_WORK."""
+        self._workers: dict[str, asyncio.Task[None]] = {}
+        self._others: set[asyncio.Task[Any]] = set()
+        store.metrics.gauges["progressdb_jobs_running"] = ("Jobs at work.", lambda: len(self._workers))
+        store.metrics.gauges["progressdb_jobs_unfinished"] = ("Jobs not finished yet.", lambda: len(self._threads))
+        store.metrics.gauges["progressdb_jobs_records_left"] = (
+            "Records that the jobs at work have still to re-encrypt.",
+            lambda: sum(max(0, job.total - job.done - job.failed) for job in map(self.table.get, self._workers)),
+        )
+
+    async def start(self) -> None:
+        """Continue unfinished jobs, and start to look for work that is due."""
+        keying: list[str] = []
+        known = {kind.name for kind in self.kinds}
+        for page in self.table.pages():
+            for job in page:
+                if job.unfinished and job.thread in self._threads:
+                    # The disk reported an error for the write of this row and stored it nevertheless; then another job
+                    # was begun.
+                    twin = changed(job, keying=False, reason="begun twice")
+                    await self.table.store(self.table.row(job.id), move(twin, "cancel"))
+                elif job.unfinished:
+                    self._threads[job.thread] = job.id
+                    if job.state in AT_WORK and job.kind in known:
+                        (keying if job.keying else self._queue).append(job.id)
+            await asyncio.sleep(0)
+        for job_id in keying:  # the map of such a thread may name a retired key
+            self._spawn(self._prepare_then_queue(job_id))
+        self._pump()
+        for kind in self.kinds:
+            self._spawn(self._keep(kind))
+
+    async def close(self) -> None:
+        """Interrupts the work; the next start continues it."""
+        self._stop.set()
+        self._queue.clear()
+        tasks = [*self._workers.values(), *self._others]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def has_job(self, thread: str) -> bool:
+        """Whether a job on the thread is unfinished, or its keys are being destroyed."""
+        return thread in self._threads
+
+    def _kind(self, job: Job) -> Kind:
+        """Raises JobConflictError for a job of another version of the server."""
+        for kind in self.kinds:
+            if kind.name == job.kind:
+                return kind
+        raise JobConflictError(f"this version of the server has no jobs of kind {job.kind}")
+
+    # --- beginning ------------------------------------------------------------------------------------------------
+    async def add(self, kind: Kind, thread: str, **fields: Any) -> Job:
+        """Add a job, with these fields in its row, unless the thread has one of this kind; returns that one then.
+        Raises TooManyJobsError, JobConflictError, StoreUnavailableError."""
+        async with self._beginning:  # whoever joins a job finds its row
+            await self._ended(self._threads.get(thread, ""))
+            other = self._threads.get(thread)
+            if other == OTHER_WORK:
+                raise JobConflictError("another operation is running on this thread: try again in a moment")
+            if other is not None:
+                job = self.table.get(other)
+                if job.kind != kind.name:
+                    raise JobConflictError("another job works on this thread")
+                return job
+            if len(self._threads) >= UNFINISHED_MAX:
+                raise TooManyJobsError
+            now_ns = self.table.now_ns()
+            job = Job(self._store.new_job_id(now_ns), thread, now_ns, now_ns, kind=kind.name, **fields)
+            self._threads[thread] = job.id
+            try:
+                await self.table.add(job)
+            except BaseException:
+                del self._threads[thread]
+                raise
+        _log.info("job_begun", job=job.id, thread=thread, trigger=job.trigger)
+        if job.keying:
+            self._spawn(self._prepare_then_queue(job.id))
+        else:
+            self._enqueue(job.id)
+        return job
+
+    # --- working --------------------------------------------------------------------------------------------------
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)
+        return task
+
+    async def _prepare_then_queue(self, job_id: str) -> None:
+        kind = self._kind(self.table.get(job_id))
+        await self._persist(job_id, lambda: kind.prepare(job_id))
+        self._settle(job_id)
+        self._enqueue(job_id)
+
+    def _enqueue(self, job_id: str) -> None:
+        self._queue.append(job_id)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Start queued jobs, up to RUNNING_MAX."""
+        while self._queue and len(self._workers) < RUNNING_MAX and not self._stop.is_set():
+            job = self.table.get(self._queue[0])
+            job_id = self._queue.popleft()
+            if job.state in AT_WORK and job_id not in self._workers:
+                self._workers[job_id] = asyncio.get_running_loop().create_task(self._work(job))
+
+    async def _work(self, job: Job) -> None:
+        kind, pace = self._kind(job), self._pace if job.rate is None else Pace(job.rate)
+        try:
+            await self._persist(job.id, lambda: kind.step(job.id, pace))
+        finally:
+            # In the same turn as the job's last change, so that its thread is free for whoever waited for it.
+            del self._workers[job.id]
+            if not self._stop.is_set():
+                self._worked(job.id)
+
+    async def _persist(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
+        delay_s, at = RETRY_S_MIN, 0
+        while True:
+            try:
+                job = self.table.get(job_id)
+                if job.state not in AT_WORK:
+                    return
+                if job.updated_ns != at:
+                    delay_s, at = RETRY_S_MIN, job.updated_ns
+                try:
+                    await work()
+                    return
+                except JobFailedError as error:
+                    await self._fail(job_id, str(error))
+                except (StaleRowError, StoreUnavailableError, ConditionFailedError):
+                    raise
+                except KmsError as error:
+                    if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
+                        raise
+                    await self._fail(job_id, f"the key service refused ({error.code})")
+                except Exception as error:  # noqa: BLE001  a defect ends this job, with a reason, and no other one
+                    _log.error("job_broken", job=job_id, error=type(error).__qualname__, at=_lines(error))
+                    await self._fail(job_id, f"internal error ({type(error).__qualname__})")
+            except StaleRowError:  # an operator changed it, or the disk took more than it reported: read the row again
+                await asyncio.sleep(0)
+            except (KmsError, StoreUnavailableError, ConditionFailedError) as error:
+                if isinstance(error, SealedError):
+                    self._store.halt_sealed()
+                wait_s = max(delay_s, error.retry_after_s) if isinstance(error, LimitExceededError) else delay_s
+                _log.warning("job_waits", job=job_id, reason=str(error), retry_s=wait_s)
+                await asyncio.sleep(wait_s)
+                delay_s = min(delay_s * 2, RETRY_S_MAX)
+
+    async def _fail(self, job_id: str, reason: str) -> None:
+        """The job has failed, unless somebody has paused or cancelled it meanwhile. Raises StaleRowError,
+        StoreUnavailableError; then the work fails again."""
+        row = self.table.row(job_id)
+        if row.job.state in AT_WORK:
+            await self.table.store(row, move(row.job, "fail", reason=reason, keying=False))
+            _log.error("job_failed", job=job_id, reason=reason)
+
+    def _worked(self, job_id: str) -> None:
+        try:
+            self._settle(job_id)
+            if self.table.get(job_id).state == "queued":  # resumed while its worker was stopping
+                self._queue.append(job_id)
+            self._pump()
+        except StoreUnavailableError:  # unreadable for the moment
+            asyncio.get_running_loop().call_later(READ_RETRY_S, self._worked, job_id)
+
+    async def _ended(self, job_id: str) -> None:
+        """A job's end can be read before it is durable. Wait until it is durable and the job's thread is free."""
+        worker = self._workers.get(job_id)
+        if worker is not None and self.table.get(job_id).state not in AT_WORK:
+            await asyncio.wait({worker})
+
+    def _settle(self, job_id: str) -> None:
+        """Free the thread once its job is finished and no worker works on it."""
+        job = self.table.get(job_id)
+        if not job.unfinished and job_id not in self._workers and self._threads.get(job.thread) == job_id:
+            del self._threads[job.thread]
+
+    # --- changing -------------------------------------------------------------------------------------------------
+    async def pause(self, job_id: str) -> Job:
+        return await self._ordered(job_id, "pause")
+
+    async def cancel(self, job_id: str) -> Job:
+        """Re-encrypted records stay under the new key, and the old key stays retired. All records stay readable."""
+        return await self._ordered(job_id, "cancel")
+
+    async def _ordered(self, job_id: str, event: Move) -> Job:
+        def how(job: Job) -> Job:
+            moved = move(job, event)
+            if job.keying:
+                raise JobConflictError("the job is switching the thread's key: try again in a moment")
+            return moved
+
+        job = await self.table.change(job_id, how)
+        _log.info("job_ordered", job=job_id, order=event)
+        worker = self._workers.get(job_id)
+        if worker is not None:  # it may sleep; writes that it has queued fail, since the row has changed
+            worker.cancel()
+            await asyncio.wait({worker})
+            self._workers.pop(job_id, None)  # a worker that never began has not removed itself
+            self._pump()
+        self._settle(job_id)
+        return job
+
+    async def resume(self, job_id: str) -> Job:
+        """A failed job tries the failed records again. Raises JobConflictError also when another job has the thread, or
+        the kind of job can't go on."""
+        job = self.table.get(job_id)
+        move(job, "resume")
+        if self._threads.get(job.thread, job_id) != job_id:
+            raise JobConflictError("another job works on this thread")
+        kind = self._kind(job)
+        kind.resume(job)
+        self._threads[job.thread] = job_id
+        try:
+            job = await self.table.change(job_id, kind.resume)
+        except StoreUnavailableError:  # the write may have succeeded; then the job has to be queued
+            asyncio.get_running_loop().call_later(READ_RETRY_S, self._worked, job_id)
+            raise
+        except JobError:
+            self._settle(job_id)
+            raise
+        self._enqueue(job_id)
+        return job
+
+    # --- watching -------------------------------------------------------------------------------------------------
+    async def watch(self, job_id: str, *, pause_s: float = WATCH_S) -> AsyncIterator[Job]:
+        """Yields the job now and after each change, until no worker works on it or the server stops. Between two values
+        it waits at least `pause_s`."""
+        seen = self.table.changes
+        await self._ended(job_id)
+        last = self.table.get(job_id)
+        yield last
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            while last.state in AT_WORK and not self._stop.is_set():
+                change = asyncio.create_task(self.table.wait_for_change(seen))
+                await asyncio.wait({change, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                change.cancel()
+                seen = self.table.changes
+                await self._ended(job_id)
+                job = self.table.get(job_id)
+                if job != last:
+                    last = job
+                    yield last
+                if last.state in AT_WORK and pause_s:  # changes of other jobs wake a watcher too
+                    await asyncio.wait({stopping}, timeout=pause_s)
+        finally:
+            stopping.cancel()
+
+    async def wait(self, job_id: str) -> Job:
+        """Wait until no worker works on the job. Raises StoreUnavailableError if the server stops first."""
+        async for job in self.watch(job_id, pause_s=0):
+            if job.state not in AT_WORK:
+                return job
+        raise StoreUnavailableError("the server is shutting down; the job continues after the next start")
+
+    # --- other work -----------------------------------------------------------------------------------------------
+    @asynccontextmanager
+    async def alone(self, job: Job) -> AsyncIterator[None]:
+        """Let no other job use the job's thread meanwhile. Raises JobConflictError if one does."""
+        await self._ended(self._threads.get(job.thread, ""))
+        if job.thread in self._threads:
+            raise JobConflictError("a job on this thread is unfinished")
+        self._threads[job.thread] = OTHER_WORK
+        try:
+            yield
+        finally:
+            del self._threads[job.thread]
+
+    async def _keep(self, kind: Kind) -> None:
+        """Begin what is due of a kind, again and again."""
+        pause_s = kind.first_s
+        while pause_s < math.inf:
+            await asyncio.sleep(pause_s)
+            try:
+                await kind.begin()
+            except (StoreError, KmsError, JobError) as error:
+                _log.warning("jobs_tick_failed", kind=type(kind).__name__, reason=str(error))
+            except Exception as error:  # noqa: BLE001  a defect must not stop the rotation of worn keys; logged without its text
+                _log.error("jobs_tick_broken", error=type(error).__qualname__, at=_lines(error))
+            pause_s = kind.every_s
+
+
+def _lines(error: Exception) -> list[str]:
+    return [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
