@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from minikms import api
 from minikms.api.errors import StartError
 from minikms.audit.chain import PUBLIC_KEY_BYTES
 from minikms.audit.note import TYPE_COSIGNATURE, NoteError, VerifierKey, is_name, parse_vkey
@@ -126,7 +127,7 @@ def address(text: str) -> tuple[str, int]:
 
 
 def _check(config: Config) -> None:
-    if not is_name(config.origin) or len(config.origin) > 128:
+    if api.ORIGIN_PATTERN.fullmatch(config.origin) is None or not is_name(config.origin):
         raise StartError("origin is 1 to 128 characters of A-Z, a-z, 0-9 and ._/:-, such as kms.example.com/audit")
     if config.metrics:
         address(config.metrics)

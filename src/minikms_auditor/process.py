@@ -16,7 +16,7 @@ import socket
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import uvloop
 
@@ -30,7 +30,7 @@ from minikms.logs import service_logger, structlog
 from minikms.memory import SecretArena, SignalReader, harden, interpreter_paths
 from minikms.memory.process import name_thread
 from minikms.notify import Notifier
-from minikms_auditor.auditor import Auditor, Reporter
+from minikms_auditor.auditor import Auditor
 from minikms_auditor.config import Config, Files, address
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.signers import Signers, open_signers
@@ -91,7 +91,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         cleaning.callback(client.close)
         stopping = threading.Event()
         auditor = Auditor(
-            config, store, signers, witnesses, cast(Reporter, client),
+            config, store, signers, witnesses, client,
             log=lambda event, text: log.warning(event, why=text), stopping=stopping.is_set,
         )  # fmt: skip
         cleaning.callback(auditor.close)
