@@ -3,9 +3,10 @@
 Owns: which closed files may be removed, turning `minikms-audit.log.<n>` into `minikms-audit.log.<n>.zst`, and when and
 in which thread each of these jobs runs. Invariants:
 
-- Retention removes only the oldest files, one after the other, while all closed files together exceed `bytes_max`, and
-  no file that was closed less than `days_min` ago. A durable and signed `retention` line names each file, with its last
-  line, before it is deleted, so that a verifier can distinguish a removed file from a missing one.
+- Retention removes only the oldest files, one after the other, while all closed files together exceed `bytes_max`, no
+  file that was closed less than `days_min` ago, and none with a line that an auditor has not taken. A durable and
+  signed `retention` line names each file, with its last line, before it is deleted, so that a verifier can distinguish
+  a removed file from a missing one.
 - Compression deletes the plain file only after it has read back the compressed one and found it equal. That also holds
   for a compressed file that it did not write. So a complete copy of each segment is on disk at every moment.
 - `Maintenance.tick` belongs to the thread of the log, `Maintenance.work` to a worker thread of its own. Neither raises;
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from typing import BinaryIO, Final
 
 import msgspec
@@ -84,8 +86,12 @@ class RemovableSegment(msgspec.Struct, frozen=True):
         return Event(type=record.TYPE_RETENTION, actor=ACTOR_SELF, facts=facts)
 
 
-def removable_segments(directory: str, keep: Retention, now_ns: int) -> list[RemovableSegment]:
-    """The segments that `keep` no longer retains, oldest first. Raises OSError and DamagedSegmentError."""
+def removable_segments(
+    directory: str, keep: Retention, now_ns: int, taken_seq: int | None = None
+) -> list[RemovableSegment]:
+    """The segments that `keep` no longer retains, oldest first. `taken_seq`: the last line that an auditor has taken;
+    None: there is no auditor. Raises OSError and DamagedSegmentError.
+    """
     closed = list_segments(directory)
     total = sum(_size(directory, name) for names in closed.values() for name in names)
     removable = []
@@ -97,20 +103,21 @@ def removable_segments(directory: str, keep: Retention, now_ns: int) -> list[Rem
             break
         sig = decode_exact(following.facts.get("previous_sig"), record.MAC_BYTES)
         seq = following.facts.get("previous_seq")
-        if sig is None or not isinstance(seq, int):
+        if sig is None or not isinstance(seq, int) or (taken_seq is not None and seq > taken_seq):
             break
         removable.append(RemovableSegment(number, tuple(names), Head(seq, sig)))
         total -= sum(_size(directory, name) for name in names)
     return removable
 
 
-def remove_segments(log: AuditLog, keep: Retention) -> list[str]:
-    """Remove the segments that `keep` no longer retains, after durable and signed lines that name them.
+def remove_segments(log: AuditLog, keep: Retention, taken_seq: int | None = None) -> list[str]:
+    """Remove the segments that `keep` no longer retains, after durable and signed lines that name them. `taken_seq`: as
+    for `removable_segments`.
 
     Returns the names of the deleted files. Raises AuditUnavailableError, before anything is deleted, OSError and
     DamagedSegmentError.
     """
-    segments = removable_segments(log.directory, keep, log.now_ns())
+    segments = removable_segments(log.directory, keep, log.now_ns(), taken_seq)
     if not segments:
         return []
     for segment in segments:
@@ -227,10 +234,20 @@ def _compare(plain: BinaryIO, compressed: BinaryIO) -> None:
 
 
 class Maintenance:
-    """The maintenance of one open log. Without `keep` every file is kept; without a forwarder nothing is sent."""
+    """The maintenance of one open log. Without `keep` every file is kept; without a forwarder nothing is sent.
+    `taken_seq`: says which line an auditor has taken last, None where there is no auditor.
+    """
 
-    def __init__(self, log: AuditLog, *, keep: Retention | None = None, forwarder: Forwarder | None = None) -> None:
+    def __init__(
+        self,
+        log: AuditLog,
+        *,
+        keep: Retention | None = None,
+        forwarder: Forwarder | None = None,
+        taken_seq: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self._log = log
+        self._taken_seq = taken_seq
         self._keep = keep
         self._forwarding = None if forwarder is None else Forwarding(log.directory, forwarder)
         self._ticks = 0
@@ -245,7 +262,7 @@ class Maintenance:
         if self._keep is None or not due:
             return
         try:
-            remove_segments(self._log, self._keep)
+            remove_segments(self._log, self._keep, self._taken_seq())
         except (AuditUnavailableError, DamagedSegmentError, OSError) as error:
             self._faults["retention"] = _reason(error)
         else:

@@ -99,7 +99,12 @@ class Parts:
         self.workers = workers
         self.vault = data.vault
         self.audit = TurnAudit(data.log, workers.audit)
-        self.upkeep = Maintenance(data.log, keep=settings.audit_keep, forwarder=settings.forwarder)
+        self.upkeep = Maintenance(
+            data.log,
+            keep=settings.audit_keep,
+            forwarder=settings.forwarder,
+            taken_seq=lambda: position.seq if self.vault.keyring.body.audit_origin else None,
+        )
         self.indexing = Indexing(self.vault, workers.reader)
         rotation = KekRotation(
             self.vault,

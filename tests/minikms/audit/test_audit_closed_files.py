@@ -125,6 +125,19 @@ def test_days_min_counts_from_the_closing_of_a_file(altered: Path) -> None:
     log.close()
 
 
+def test_a_segment_that_an_auditor_has_not_taken_whole_stays(altered: Path) -> None:
+    last = [events_of(altered / f"{LOG}.{number}")[-1].seq for number in (1, 2)]
+    log = open_log(altered, clock=Clock(now=LATER))
+    upkeep, taken = Retention(bytes_max=1, days_min=0), 0
+    for taken, removed in ((0, []), (last[0] - 1, []), (last[0], [f"{LOG}.1"]), (last[1] - 1, [])):
+        assert remove_segments(log, upkeep, taken) == removed
+    maintenance = Maintenance(log, keep=upkeep, taken_seq=lambda: taken)
+    maintenance.tick()
+    assert next(iter(list_segments(str(altered)))) == 2
+    log.close()
+    assert verify(altered).intact
+
+
 def test_a_segment_that_was_named_but_not_deleted_is_no_finding(altered: Path) -> None:
     """Killed between the line and the deletion."""
     kept = (altered / f"{LOG}.1").read_bytes()

@@ -47,7 +47,9 @@ def test_an_unseal_that_waits_obeys_the_new_policy(tmp_path: Path, waits_for: st
             ChangingWorker(policy) as worker,
         ):
             process = SimpleNamespace(
-                settings=SimpleNamespace(root=KeyFile(key_file(tmp_path / "d")), sealed=True),
+                settings=SimpleNamespace(
+                    root=KeyFile(key_file(tmp_path / "d")), sealed=True, opening=datadir.DEFAULT_OPTIONS
+                ),
                 policy=SimpleNamespace(policy=policy, meters=None),
                 lock=lock,
                 arena=arena,
