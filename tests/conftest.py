@@ -1,6 +1,7 @@
-"""What every test shares: Hypothesis profiles, environment, process state, bytecode, time limits, the report of skips.
+"""What every test shares: Hypothesis profiles, environment, process state, bytecode, time limits, the report of skips,
+and a directory that other users can enter.
 
-Owns no fixture of a room; each room keeps its own beside its tests.
+Owns no other fixture; each room keeps its own beside its tests.
 Never start a process or touch the network here.
 """
 
@@ -10,6 +11,8 @@ import compileall
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,3 +87,11 @@ def pytest_terminal_summary(
     skipped = stats.get("skipped", [])
     for line in needs.report(report.longrepr[2] for report in skipped):
         terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """Not pytest's own temporary directory, whose parents are private."""
+    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)

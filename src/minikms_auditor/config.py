@@ -34,6 +34,9 @@ SIGNERS_COUNT_MAX: Final = 2
 RESUBMIT_SECONDS: Final = 300
 RESUBMIT_SECONDS_MAX: Final = 24 * 3600
 FILE_SCHEME: Final = "file:"
+CLOUD_SCHEME: Final = "aws-kms:"
+_SIGNER_SCHEMES: Final = (FILE_SCHEME, "pkcs11:", CLOUD_SCHEME)
+TOKEN_PATHS_COUNT_MAX: Final = 16
 _ADDRESS: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII)
 _URL: Final = re.compile(r"https?://[!-~]+", re.ASCII)
 
@@ -52,12 +55,15 @@ class Witness(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """token_paths: what the library of a token or a cloud reads and writes while the auditor runs."""
+
     version: Literal[1]
     origin: str
     kms_socket: str
     log_dir: str
     state_dir: str
     signers: tuple[str, ...]
+    token_paths: tuple[str, ...] = ()
     public_keys: tuple[str, ...] = ()
     kms_server_uids: tuple[int, ...] = (0,)
     metrics: str = ""
@@ -84,7 +90,8 @@ class Files:
         """Raises StartError."""
         config = parse_config(self.read(self.config_path, "configuration", CONFIG_BYTES_MAX), str(self.config_path))
         places = {name: str(self.path(getattr(config, name))) for name in ("kms_socket", "log_dir", "state_dir")}
-        return msgspec.structs.replace(config, **places)
+        tokens = tuple(str(self.path(each)) for each in config.token_paths)
+        return msgspec.structs.replace(config, **places, token_paths=tokens)
 
     def read(self, path: Path, what: str, bytes_max: int) -> bytes:
         """Raises StartError."""
@@ -135,6 +142,10 @@ def _check(config: Config) -> None:
         raise StartError("kms_server_uids must name a user")
     if not 0 < len(config.signers) <= SIGNERS_COUNT_MAX:
         raise StartError("signers has the signer of every tree checkpoint (Ed25519), and may have a second one")
+    if not all(uri.startswith(_SIGNER_SCHEMES) for uri in config.signers):
+        raise StartError("a signer is file:PATH, pkcs11:… or aws-kms:ARN")
+    if len(config.token_paths) > TOKEN_PATHS_COUNT_MAX:
+        raise StartError(f"there are more than {TOKEN_PATHS_COUNT_MAX} token_paths")
     if b"" in config.trusted_keys:
         raise StartError(
             "public_keys are those of the audit log: 44 characters of base64, as `minikms init` shows them"

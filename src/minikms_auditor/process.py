@@ -3,8 +3,8 @@
 Owns the order of the start: read the configuration and the private keys, lock and read the state directory, bind the
 listener, harden the process (it has one thread until here), run. One thread runs the steps of
 `minikms_auditor.auditor`; the event loop answers for metrics, signals and the service manager. Invariants: a stop waits
-for the step that runs, at most `STOP_SECONDS_MAX`; the hardened process can write in its state directory only. It must
-never start a step before the process is hardened.
+for the step that runs, at most `STOP_SECONDS_MAX`; the hardened process can write in its state directory only, and in
+the paths that tokens need. It must never start a step before the process is hardened.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from minikms.memory import SecretArena, SignalReader, harden, interpreter_paths
 from minikms.memory.process import name_thread
 from minikms.notify import Notifier
 from minikms_auditor.auditor import Auditor
-from minikms_auditor.config import Config, Files, address
+from minikms_auditor.config import CLOUD_SCHEME, Config, Files, address
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.signers import Signers, open_signers
 from minikms_auditor.store import Store
@@ -79,11 +79,11 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         signals = cleaning.enter_context(SignalReader())
         listener = cleaning.enter_context(_listen(config.metrics)) if config.metrics else None
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, config.log_dir]
-        if witnesses.clients:
+        network = bool(witnesses.clients) or any(uri.startswith(CLOUD_SCHEME) for uri in config.signers)
+        if network:
             read += [*_RESOLVER_PATHS, *_CA_PATHS]
-        measures = harden(
-            arena, read=read, write=[config.state_dir], allow_network=bool(witnesses.clients), require=require_hardening
-        )
+        write = [config.state_dir, *config.token_paths]
+        measures = harden(arena, read=read, write=write, allow_network=network, require=require_hardening)
         for measure in measures:
             if not measure.in_force:
                 log.warning("hardening measure not in force", measure=measure.name, why=measure.why)

@@ -1,17 +1,18 @@
 """The private keys that sign tree checkpoints.
 
-Owns: the local signer, whose key lies in a file, and the verifier key of each signer. Invariants: the local key lies in
-the arena, and each signature makes and frees its own key object; the first signer is an Ed25519 one, because witnesses
-need that. It must never show a private key.
+Owns: the local signer, whose key lies in a file, and the verifier key of each signer; keys in tokens and clouds are
+those of `minikms_tokens`. Invariants: the local key lies in the arena, and each signature makes and frees its own key
+object; the first signer is an Ed25519 one, because witnesses need that. It must never show a private key.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -21,35 +22,24 @@ from minikms.audit.note import Signature, VerifierKey
 from minikms.memory import SecretArena, SecretSlot, read_key_fd_into
 from minikms.trusted_file import ROOT_UID
 from minikms_auditor.config import FILE_SCHEME, Files
+from minikms_tokens import Algorithm, Signer, TokenError, open_signer
 
-ED25519: Final = "ed25519"
-_TYPES: Final = {ED25519: note.TYPE_ED25519, "ecdsa-p256-sha256": note.TYPE_ECDSA}
+_TYPES: Final[dict[Algorithm, int]] = {"ed25519": note.TYPE_ED25519, "ecdsa-p256-sha256": note.TYPE_ECDSA}
 
 
 class SignerError(Exception):
     """A signer can't sign now. Its text is for the operator."""
 
 
-class Key(Protocol):
-    """A private key, which may lie in a token or in a cloud. algorithm: a key of `_TYPES`."""
-
-    @property
-    def algorithm(self) -> str: ...
-
-    def public_key(self) -> bytes: ...
-
-    def sign(self, message: bytes) -> bytes: ...
-
-    def close(self) -> None: ...
-
-
-class LocalKey:
+class LocalKey(Signer):
     """An Ed25519 key whose 32 bytes lie in the arena."""
-
-    algorithm = ED25519
 
     def __init__(self, slot: SecretSlot) -> None:
         self._slot = slot
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return "ed25519"
 
     def public_key(self) -> bytes:
         return Ed25519PrivateKey.from_private_bytes(self._slot.view).public_key().public_bytes_raw()
@@ -62,9 +52,9 @@ class LocalKey:
 
 
 class Signers:
-    """All signers of a log, opened. `close` them when done."""
+    """All signers of a log, opened, with their public keys known. `close` them when done."""
 
-    def __init__(self, origin: str, keys: Sequence[Key]) -> None:
+    def __init__(self, origin: str, keys: Sequence[Signer]) -> None:
         self._keys = tuple(keys)
         self.verifiers = tuple(VerifierKey(origin, _TYPES[key.algorithm], key.public_key()) for key in self._keys)
         """Their verifier keys, in order. Their name is the origin."""
@@ -77,7 +67,7 @@ class Signers:
         for key, verifier in zip(self._keys, self.verifiers, strict=True):
             try:
                 signature = note.sign(verifier, key.sign(text.encode()))
-            except Exception as error:  # noqa: BLE001  whatever a token's library raises: the tree checkpoint waits
+            except TokenError as error:
                 raise SignerError(f"the signer {verifier.key_id.hex()} can't sign: {error}") from None
             if not verifier.verifies(text, signature):
                 raise SignerError(f"the signer {verifier.key_id.hex()} has made a signature that does not verify")
@@ -85,27 +75,36 @@ class Signers:
         return tuple(made)
 
     def close(self) -> None:
-        for key in self._keys:
-            key.close()
+        _close(self._keys)
 
 
 def open_signers(origin: str, uris: Sequence[str], files: Files, arena: SecretArena) -> Signers:
-    """Raises StartError."""
-    keys: list[Key] = []
+    """Raises StartError, also where a token or a cloud is away: a verifier key is made of its public key."""
+    keys: list[Signer] = []
     try:
         for uri in uris:
             keys.append(_open(uri, files, arena))
         return Signers(origin, keys)
     except BaseException:
-        for key in keys:
-            key.close()
+        _close(keys)
         raise
 
 
-def _open(uri: str, files: Files, arena: SecretArena) -> Key:
+def _close(keys: Sequence[Signer]) -> None:
+    for key in keys:
+        with contextlib.suppress(TokenError):  # a call that hangs ends with the process
+            key.close()
+
+
+def _open(uri: str, files: Files, arena: SecretArena) -> Signer:
     if uri.startswith(FILE_SCHEME):
         return LocalKey(_read_key(files.path(uri.removeprefix(FILE_SCHEME)), arena))
-    raise StartError(f"the signer {uri.partition(':')[0]!r} is not one of this version: {FILE_SCHEME}PATH")
+    try:
+        signer = open_signer(uri)
+        signer.public_key()  # from here on it is known
+    except TokenError as error:
+        raise StartError(f"the signer {uri.partition(':')[0]}: can't be used: {error}") from None
+    return signer
 
 
 def _read_key(path: Path, arena: SecretArena) -> SecretSlot:

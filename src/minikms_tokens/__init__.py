@@ -12,9 +12,9 @@ process: `minikms` imports nothing of this package. It must never make, export o
 
 from __future__ import annotations
 
-from minikms_tokens.signing import Signer, TokenError
+from minikms_tokens.signing import Algorithm, Signer, TokenError
 
-__all__ = ["Signer", "TokenError", "open_signer"]
+__all__ = ["Algorithm", "Signer", "TokenError", "open_signer"]
 
 
 def open_signer(uri: str) -> Signer:

@@ -11,14 +11,6 @@ import pytest
 from tests.harness.live_daemon import LiveDaemon
 
 
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """Not pytest's own temporary directory, whose parents are private."""
-    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[LiveDaemon]:
     with tempfile.TemporaryDirectory(prefix="minikms-test-") as name, LiveDaemon(Path(name)) as running:

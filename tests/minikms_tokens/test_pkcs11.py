@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,51 +21,11 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 from minikms_tokens import Signer, TokenError, open_signer, signing
 from minikms_tokens.signing import Bounded
 from tests import needs
+from tests.harness.hsm import PIN, RUN_S_MAX, Token, run
 from tests.harness.waiting import wait_until
 
-PIN, OTHER_PIN = "78931-pin", "wrong-pin-1"
+OTHER_PIN = "wrong-pin-1"
 MESSAGE = b"a tree checkpoint"
-RUN_S_MAX = 60.0
-
-
-def run(*command: str, **environ: str) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=RUN_S_MAX, check=False, env={**os.environ, **environ}
-    )
-    assert done.returncode == 0, done
-    return done.stdout
-
-
-class Token:
-    """A SoftHSM token with a key of each kind, in `base`. Its PIN file is `pin_file`."""
-
-    def __init__(self, base: Path) -> None:
-        needs.library("pkcs11")
-        self.module = needs.pkcs11_module("softhsm/libsofthsm2.so")
-        self.base = base
-        (base / "tokens").mkdir()
-        self.conf = base / "softhsm2.conf"
-        self.conf.write_text(f"directories.tokendir = {base}/tokens\nobjectstore.backend = file\nlog.level = ERROR\n")
-        self.environ = {"SOFTHSM2_CONF": str(self.conf)}
-        self.pin_file = base / "pin"
-        self.write_pin(PIN)
-        pins = ("--so-pin", "so-pin-123", "--pin", PIN)
-        run(needs.program("softhsm2-util"), "--init-token", "--free", "--label", "log", *pins, **self.environ)
-        for kind, number, label in (("EC:edwards25519", "01", "tree"), ("EC:prime256v1", "02", "second")):
-            self.make_key(kind, number, label)
-
-    def make_key(self, kind: str, number: str, label: str) -> None:
-        tool = (needs.program("pkcs11-tool"), "--module", self.module, "--token-label", "log", "--login", "--pin", PIN)
-        run(*tool, "--keypairgen", "--key-type", kind, "--id", number, "--label", label, **self.environ)
-
-    def write_pin(self, pin: str) -> None:
-        new = self.pin_file.with_name("new")
-        new.touch(0o600)
-        new.write_text(pin + "\n")
-        new.rename(self.pin_file)
-
-    def uri(self, key: str = "object=tree", module: str = "") -> str:
-        return f"pkcs11:token=log;{key}?module-path={module or self.module}&pin-source=file:{self.pin_file}"
 
 
 @pytest.fixture
@@ -310,14 +269,6 @@ try:
 except TokenError as error:
     sys.exit(str(error))
 """
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """Not pytest's own temporary directory, whose parents are private."""
-    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
-        Path(name).chmod(0o711)
-        yield Path(name)
 
 
 def test_a_user_signs_only_with_a_token_that_it_may_use(public: Path) -> None:

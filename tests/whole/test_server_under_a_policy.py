@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.harness.callers import PolicyDaemon
 from tests.harness.message_server import ADMIN, START_S_MAX, server
@@ -19,13 +15,6 @@ SHIPPED = Path(__file__).parents[2] / "deploy" / "policy.toml"
 
 def settings(daemon: PolicyDaemon) -> dict[str, str]:
     return {"KMS_SOCKET": str(daemon.socket), "KMS_SPAWN": "0", "KMS_EXCLUSIVE": "1"}
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """Not the temporary directory of pytest, whose parents are private."""
-    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
-        yield Path(name)
 
 
 def test_the_shipped_grant_is_enough_and_its_limit_is_a_503(public: Path) -> None:

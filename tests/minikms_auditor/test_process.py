@@ -1,0 +1,99 @@
+"""The auditor as a process under a user of its own, beside a real daemon, a witness and a token."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from tests import needs
+from tests.harness import witness
+from tests.harness.audited_daemon import ORIGIN, AuditedDaemon
+from tests.harness.callers import USER
+from tests.harness.hsm import RUN_S_MAX, Token
+from tests.harness.waiting import wait_until
+
+WITNESS = "witness.example/w1"
+
+
+class Auditor:
+    """The command of the user USER, with a configuration in `base`."""
+
+    def __init__(self, base: Path, token: Token) -> None:
+        self.config = base / "auditor.toml"
+        self._as_user = ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--")
+        self._environ = os.environ | token.environ
+
+    def command(self, *arguments: str) -> list[str]:
+        return [*self._as_user, sys.executable, "-P", "-m", "minikms_auditor", *arguments, f"--config={self.config}"]
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments), env=self._environ, capture_output=True, text=True, timeout=RUN_S_MAX, check=False
+        )
+
+    def start(self, log: Path) -> subprocess.Popen[bytes]:
+        with log.open("wb") as file:
+            return subprocess.Popen(self.command(), env=self._environ, stdout=file, stderr=file)
+
+    def tree_size(self) -> int:
+        """Of the newest tree checkpoint that is published; 0 without any."""
+        done = self.run("checkpoint")
+        return int(done.stdout.splitlines()[1]) if done.returncode == 0 else 0
+
+
+def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> None:
+    """Both keys are in the token. Their public keys and the cosignature verify the log, without its audit key."""
+    needs.interpreter_for(USER)
+    base = public / "token"
+    base.mkdir()
+    token = Token(base)
+    state = public / "state"
+    state.mkdir(mode=0o700)
+    for place, directories, files in os.walk(base):
+        for name in (place, *(os.path.join(place, each) for each in (*directories, *files))):
+            os.chown(name, USER, USER)
+    os.chown(state, USER, USER)
+    auditor = Auditor(public, token)
+    with AuditedDaemon(public) as daemon:
+        daemon.new_key("t")
+        signers = json.dumps([token.uri(), token.uri("object=second")])
+        settings = (
+            f'version = 1\norigin = "{ORIGIN}"\nkms_socket = "{daemon.socket}"\nlog_dir = "{daemon.log_dir}"\n'
+            f'state_dir = "{state}"\nsigners = {signers}\ntoken_paths = ["{base}"]\n'
+            f'public_keys = ["{daemon.shipped()["public_key"]}"]\n'
+        )
+        auditor.config.write_text(settings)
+        checked = auditor.run("check-config")
+        assert checked.returncode == 0, checked
+        vkeys = [line.split()[-1] for line in checked.stdout.splitlines()[1:]]
+        served = witness.Witness(str(public / "w1"), WITNESS, dict([witness.parse_vkey(vkeys[0])]))
+        server = witness.serve(served)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        auditor.config.write_text(f'{settings}quorum = 1\n[[witness]]\nurl = "{url}"\nkey = "{served.vkey}"\n')
+        running = auditor.start(public / "auditor.log")
+        try:
+            wait_until(lambda: auditor.tree_size() > 0)
+            first = auditor.tree_size()
+            daemon.new_key("u")
+            wait_until(lambda: auditor.tree_size() > first)
+            assert daemon.status()["audit"]["position"]["origin"] == ORIGIN
+            note = public / "tree-checkpoint"
+            note.write_text(auditor.run("checkpoint").stdout)
+            keys = [f"--log-key={vkey}" for vkey in vkeys]
+            trusted = (f"--witness={served.vkey}", "--quorum=1", "--max-age=1h", f"--checkpoint={note}")
+            verify = (sys.executable, "-P", "-m", "minikms", "audit", "verify", f"--data-dir={daemon.data_dir}")
+            verified = subprocess.run(
+                (*verify, *trusted, *keys), capture_output=True, text=True, timeout=RUN_S_MAX, check=False
+            )
+            assert verified.returncode == 0, verified
+            assert len(vkeys) == 2 and token.pin_file.read_text().strip() not in (public / "auditor.log").read_text()
+        finally:
+            running.terminate()
+            assert running.wait(RUN_S_MAX) == 0, (public / "auditor.log").read_text()
+            server.shutdown()
+            server.server_close()
