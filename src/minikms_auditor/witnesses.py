@@ -146,16 +146,16 @@ class Client:
                 self._connection = connection
             headers = {"Content-Type": "text/plain; charset=utf-8", "User-Agent": "minikms-auditor"}
             connection.request("POST", self._target, body, headers)
-            answer = connection.getresponse()
             content = b""
-            while not answer.isclosed():  # after its last byte the socket is closed, too
-                sock.settimeout(_left_s(ends_s))
-                part = answer.read1(_READ_BYTES)
-                if not part:
-                    break
-                content += part
-                if len(content) > ANSWER_BYTES_MAX:
-                    raise WitnessFailedError(f"its answer is larger than {ANSWER_BYTES_MAX} bytes")
+            with connection.getresponse() as answer:
+                while not answer.isclosed():  # after its last byte the socket is closed, too
+                    sock.settimeout(_left_s(ends_s))
+                    part = answer.read1(_READ_BYTES)
+                    if not part:
+                        break
+                    content += part
+                    if len(content) > ANSWER_BYTES_MAX:
+                        raise WitnessFailedError(f"its answer is larger than {ANSWER_BYTES_MAX} bytes")
             return answer.status, content
         finally:
             with self._lock:

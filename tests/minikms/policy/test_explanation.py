@@ -108,7 +108,7 @@ def test_the_last_change_of_an_explanation_allows_it(name: str, role: Role) -> N
             file = file.replace('on_behalf_of = ["spiffe', f'on_behalf_of = ["{name}", "spiffe')
         else:
             file += f"[[{table[1]}]]\n" + re.sub(r"\], ", "]\n", table[2].replace(" and ", ", ")) + "\n"
-    proxied_only = not name.startswith("uid:") and role in {"rotate", "destroy", "audit", "unseal"}
+    proxied_only = not name.startswith("uid:") and role in {"rotate", "destroy", "audit", "unseal", "ship"}
     assert found.decision == ("denied" if proxied_only else "allowed"), (found, file)
 
 
