@@ -111,26 +111,26 @@ def run(settings: Settings) -> None:
 
 
 class _Steps(Coroutine[Any, Any, T]):
-    """The coroutine of a task; `end` is called after each of its steps, in the frame that has run the step."""
+    """The coroutine of a task; `ended` is called after each of its steps."""
 
-    __slots__ = ("_end", "_work")
+    __slots__ = ("_ended", "_work")
 
-    def __init__(self, work: Coroutine[Any, Any, T], end: Callable[[], None]) -> None:
+    def __init__(self, work: Coroutine[Any, Any, T], ended: Callable[[], None]) -> None:
         self._work = work
-        self._end = end
+        self._ended = ended
 
     def send(self, value: Any, /) -> Any:
         try:
             return self._work.send(value)
         finally:
-            self._end()
+            self._ended()
 
     def throw(self, *error: Any) -> Any:
         try:
             return self._work.throw(*error)
         finally:
             del error  # its traceback leads to this frame
-            self._end()
+            self._ended()
 
     def close(self) -> None:
         self._work.close()
@@ -140,12 +140,26 @@ class _Steps(Coroutine[Any, Any, T]):
 
 
 def end_steps_with(end: Callable[[], None]) -> None:
-    """From now on, `end` is called after each step of each new task of the running loop."""
+    """From now on, `end` is called after the steps of each turn of the running loop, in tasks that are new: before the
+    loop waits, before an answer of one of them is written, and no deeper in the stack than they ran.
+    """
+    running = asyncio.get_running_loop()
+    due: list[asyncio.Handle] = []
+
+    def end_turn() -> None:
+        due.clear()
+        end()
+
+    def ended() -> None:
+        if not due:
+            due.append(running.call_soon(end_turn))
 
     def task(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
-        return asyncio.Task(_Steps(work, end), loop=loop, **options)
+        return asyncio.Task(_Steps(work, ended), loop=loop, **options)
 
-    asyncio.get_running_loop().set_task_factory(task)
+    running.set_task_factory(task)
+
+    running.set_task_factory(task)
 
 
 class Daemon:
