@@ -352,21 +352,18 @@ class KekRotation:
     async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Change]:
         """The changes to write."""
         batch: list[Change] = []
-        async for part in self._paced(due):
-            batch += self._rewrapped(part, to_version)
+        with self._vault.arena.allocate() as key, self._vault.arena.allocate() as again:
+            async for part in self._paced(due):
+                batch += self._rewrapped(part, to_version, key.view, again.view)
         return batch
 
-    def _rewrapped(self, part: Sequence[ReadFile], to_version: int) -> list[Change]:
+    def _rewrapped(self, part: Sequence[ReadFile], to_version: int, key: memoryview, again: memoryview) -> list[Change]:
         """The keys under the new version, without those that are there already, were destroyed, or can't be read (these
         are listed).
         """
         vault = self._vault
         found: list[Change] = []
-        with (
-            vault.arena.allocate() as key,
-            vault.arena.allocate() as again,
-            dek.Rewrapper(vault.unlocked.kek_cipher, to_version, key=key.view, again=again.view) as rewrapper,
-        ):
+        with dek.Rewrapper(vault.unlocked.kek_cipher, to_version, key=key, again=again) as rewrapper:
             for key_id, data in part:
                 if key_id in vault.destroyed:
                     continue  # a crash left the file, and the scan of this start removes it: don't write it again
