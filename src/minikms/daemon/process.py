@@ -159,8 +159,6 @@ def end_steps_with(end: Callable[[], None]) -> None:
 
     running.set_task_factory(task)
 
-    running.set_task_factory(task)
-
 
 class Daemon:
     """One run of the service. Made and used in the loop's thread."""
@@ -244,7 +242,7 @@ class Daemon:
             ),
             self,
         )
-        end_steps_with(sealing.end_step)
+        end_steps_with(sealing.end_steps)
         await asyncio.create_task(self._serve_and_close(sealing, policy))
 
     async def _serve_and_close(self, sealing: Sealing, policy: PolicyInForce) -> None:

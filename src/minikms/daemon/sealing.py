@@ -219,8 +219,8 @@ class Sealing:
     def is_sealed(self) -> bool:
         return self._sealed is not None
 
-    def end_step(self) -> None:
-        """Ends a step of a task: nothing of a key stays in an object of a library, in a register or on the stack."""
+    def end_steps(self) -> None:
+        """Ends the steps of tasks in a turn: nothing of a key stays in an object of a library, in a register or on the stack."""
         for parts in (self._parts, self._opening):
             if parts is not None:
                 parts.vault.record_keys.drop_ciphers()
