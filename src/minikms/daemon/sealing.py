@@ -220,7 +220,7 @@ class Sealing:
         return self._sealed is not None
 
     def end_steps(self) -> None:
-        """Ends the steps of tasks in a turn: nothing of a key stays in an object of a library, in a register or on the stack."""
+        """Ends the steps of tasks in a turn: no key stays in an object of a library, in a register or on the stack."""
         for parts in (self._parts, self._opening):
             if parts is not None:
                 parts.vault.record_keys.drop_ciphers()
