@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minikms.audit.reader import each_segment
+from tests import needs
 from tests.harness.callers import OTHER, PROXY, ROOT_GRANT, USER, Caller, PolicyDaemon, Reply
 
 ORIGIN = "example.org/log"
@@ -36,6 +37,7 @@ class AuditedDaemon(PolicyDaemon):
     """A daemon whose log lies in a directory of its own, and whose user USER is the auditor."""
 
     def __init__(self, base: Path, *flags: str) -> None:
+        needs.root()
         self.log_dir = base / "audit"
         self.log_dir.mkdir(mode=0o750)
         os.chown(self.log_dir, 0, USER)
