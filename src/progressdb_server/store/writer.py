@@ -1,7 +1,7 @@
 """Group commit: the writer commits concurrent writes as one group, with one atomic put and one fsync.
 
-Owns: the queue, the order of commits, the counters that are stored with every group, and the recovery of a failed
-engine. The conditions of writes are in `store.conditions`. Invariants:
+Owns: the queue, the order of commits, the counters that are stored with every group, the recovery of a failed engine,
+and the thread that calls fsync. The conditions of writes are in `store.conditions`. Invariants:
 - A caller gets the result of a write after the sync of its group. A write is applied as a whole or not at all. It is
   applied only if all stored values that it expects equal those that the earlier writes left.
 - Writes with one ordering key (a thread's) are applied in the order of their reservations, so that a message never
@@ -17,10 +17,13 @@ engine. The conditions of writes are in `store.conditions`. Invariants:
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import Final
 
 import msgspec
@@ -29,7 +32,6 @@ from minikms.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, PendingWrite, Write
-from progressdb_server.store.disk_thread import DiskThread, settle
 from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import ConditionFailedError, FormatError, NotWrittenError, StoreUnavailableError
@@ -49,6 +51,51 @@ REASON_CHARS_MAX: Final = 300
 """Longer texts of the engine's errors are cut in the log."""
 
 _log = structlog.get_logger("progressdb.store")
+
+
+class DiskThread:
+    """A thread for calls that wait for the disk, started at the first call. It replaces a ThreadPoolExecutor with one
+    worker and takes a third less processor time; the writer uses it once for each group. The calls run one after
+    another, in the order of `run`. A cancelled caller does not stop a call."""
+
+    def __init__(self) -> None:
+        self._works: SimpleQueue[tuple[Callable[[], None], asyncio.Future[None]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Callable[[], None]) -> asyncio.Future[None]:
+        """Returns a future of the running loop, with the work's outcome."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="store-disk", daemon=True)
+            self._thread.start()
+        future = asyncio.get_running_loop().create_future()
+        self._works.put((work, future))
+        return future
+
+    def close(self) -> None:
+        """Waits until all works are done."""
+        if self._thread is not None:
+            self._works.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        for work, future in iter(self._works.get, None):
+            error: BaseException | None = None
+            try:
+                work()
+            except BaseException as raised:  # noqa: BLE001  the caller gets any error
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and no caller waits
+                future.get_loop().call_soon_threadsafe(_settle, future, error)
+            del error  # its traceback leads to this frame
+
+
+def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
 
 
 class Counters(msgspec.Struct, array_like=True):
@@ -211,7 +258,7 @@ class Writer:
             self._queue.append(pending)
             self._queue_bytes += pending.size
             if self._gathered is not None and self._is_full():
-                settle(self._gathered, None)
+                _settle(self._gathered, None)
             if (
                 self._drain is None
             ):  # it starts in the loop's next iteration, so that the writes of this one form a group
@@ -251,7 +298,7 @@ class Writer:
         self._period += 1
         self._missing, self._reserved = self._reserved, 0
         self._gathered = loop.create_future()
-        timer = loop.call_later(GATHER_S_MAX, settle, self._gathered, None)
+        timer = loop.call_later(GATHER_S_MAX, _settle, self._gathered, None)
         try:
             await self._gathered
         finally:
@@ -264,7 +311,7 @@ class Writer:
         elif self._gathered is not None and period == self._period - 1:
             self._missing -= 1
             if not self._missing:
-                settle(self._gathered, None)
+                _settle(self._gathered, None)
 
     def _is_full(self) -> bool:
         return len(self._queue) >= GROUP_WRITES_MAX or self._queue_bytes >= GROUP_BYTES_MAX

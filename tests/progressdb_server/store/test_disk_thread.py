@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from progressdb_server.store.disk_thread import DiskThread
+from progressdb_server.store.writer import DiskThread
 
 
 def test_works_run_in_order_in_one_other_thread_and_their_errors_come_back() -> None:
