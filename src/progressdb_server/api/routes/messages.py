@@ -12,6 +12,7 @@ Owns: the JSON of messages and reactions as clients send it, who may read a mess
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -309,6 +310,24 @@ _VERSION_LIST["properties"]["older"] = {
 }
 _REACTION_LIST: Final = list_of("reactions", texts("id", "reaction"), id=ID)
 
+MESSAGE: Final = "/v1/messages/{message}"
+MESSAGE_IN_THREAD: Final = f"{THREAD_MESSAGES}/{{message}}"
+_update: Final = partial(
+    Operation,
+    "PUT",
+    response=ref("Message"),
+    body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH, "reactions": _NOT_CHANGED}, ("body",)),
+    errors={400: _MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY,)},
+    raises=(NotTheAuthorError, NotAMemberError, MessageNotFoundError, TooManyVersionsError, ThreadKeyDestroyedError),
+)
+_delete: Final = partial(
+    Operation,
+    "DELETE",
+    status=204,
+    errors={400: (AUTHOR_REQUIRED,)},
+    raises=(NotTheAuthorError, NotAMemberError, MessageNotFoundError, ThreadKeyDestroyedError),
+)
+
 
 # --- handlers ---------------------------------------------------------------------------------------------------
 class MessageHandlers:
@@ -426,10 +445,10 @@ class MessageHandlers:
         await self._store.check_reader(thread_id, author)
         return await list_of_messages(self._store, request, thread_id, page)
 
-    @Operation("GET", "/v1/messages/{message}", response=ref("Message"), raises=(*_READER, MessageNotFoundError))
+    @Operation("GET", MESSAGE, response=ref("Message"), raises=(*_READER, MessageNotFoundError))
     @Operation(
         "GET",
-        f"{THREAD_MESSAGES}/{{message}}",
+        MESSAGE_IN_THREAD,
         response=ref("Message"),
         errors={400: (AUTHOR_REQUIRED,)},
         raises=(*_READER, MessageNotFoundError),
@@ -447,34 +466,8 @@ class MessageHandlers:
         await check_message(self._store, request, message)
         return json_response(message)
 
-    @Operation(
-        "PUT",
-        "/v1/messages/{message}",
-        response=ref("Message"),
-        body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH, "reactions": _NOT_CHANGED}, ("body",)),
-        errors={400: _MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY,)},
-        raises=(
-            NotTheAuthorError,
-            NotAMemberError,
-            MessageNotFoundError,
-            TooManyVersionsError,
-            ThreadKeyDestroyedError,
-        ),
-    )
-    @Operation(
-        "PUT",
-        f"{THREAD_MESSAGES}/{{message}}",
-        response=ref("Message"),
-        body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH, "reactions": _NOT_CHANGED}, ("body",)),
-        errors={400: _MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY,)},
-        raises=(
-            NotTheAuthorError,
-            NotAMemberError,
-            MessageNotFoundError,
-            TooManyVersionsError,
-            ThreadKeyDestroyedError,
-        ),
-    )
+    @_update(MESSAGE)
+    @_update(MESSAGE_IN_THREAD)
     async def update(self, request: Request) -> Response:
         """Change a message: append a new version."""
         message_id = request.id_from_path("message", MessageNotFoundError)
@@ -495,20 +488,8 @@ class MessageHandlers:
         )
         return json_response(message)
 
-    @Operation(
-        "DELETE",
-        "/v1/messages/{message}",
-        status=204,
-        errors={400: (AUTHOR_REQUIRED,)},
-        raises=(NotTheAuthorError, NotAMemberError, MessageNotFoundError, ThreadKeyDestroyedError),
-    )
-    @Operation(
-        "DELETE",
-        f"{THREAD_MESSAGES}/{{message}}",
-        status=204,
-        errors={400: (AUTHOR_REQUIRED,)},
-        raises=(NotTheAuthorError, NotAMemberError, MessageNotFoundError, ThreadKeyDestroyedError),
-    )
+    @_delete(MESSAGE)
+    @_delete(MESSAGE_IN_THREAD)
     async def delete(self, request: Request) -> Response:
         """Delete a message: append a tombstone. An admin key without a signed user deletes any message."""
         message_id = request.id_from_path("message", MessageNotFoundError)
@@ -522,7 +503,7 @@ class MessageHandlers:
 
     @Operation(
         "GET",
-        "/v1/messages/{message}/versions",
+        f"{MESSAGE}/versions",
         response=_VERSION_LIST,
         path_schemas={"message": {"type": "string", "minLength": 1}},
         parameters=(
@@ -562,9 +543,7 @@ class ReactionHandlers:
     def __init__(self, store: ConversationStore) -> None:
         self._store = store
 
-    @Operation(
-        "GET", "/v1/messages/{message}/reactions", response=_REACTION_LIST, raises=(*_READER, MessageNotFoundError)
-    )
+    @Operation("GET", f"{MESSAGE}/reactions", response=_REACTION_LIST, raises=(*_READER, MessageNotFoundError))
     async def list(self, request: Request) -> Response:
         """List the reactions to a message."""
         request.author()
@@ -575,7 +554,7 @@ class ReactionHandlers:
 
     @Operation(
         "POST",
-        "/v1/messages/{message}/reactions",
+        f"{MESSAGE}/reactions",
         response=ref("Message"),
         body=JsonBody(
             ReactionBody,
@@ -612,7 +591,7 @@ class ReactionHandlers:
 
     @Operation(
         "DELETE",
-        "/v1/messages/{message}/reactions/{identity:path}",
+        f"{MESSAGE}/reactions/{{identity:path}}",
         status=204,
         path_schemas={"identity": {**AUTHOR, "minLength": 1}},
         errors={400: (AUTHOR_TOO_LONG,), 403: (OTHER_REACTION_ID,)},
