@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from progressdb_server.api.application import operations
 from progressdb_server.api.http.access import for_users
-from progressdb_server.api.http.keys import KeyTable
+from progressdb_server.api.http.keys import ADMINS, OPERATORS, KeyTable
 from progressdb_server.api.openapi.description import JsonBody, Operation
 from progressdb_server.api.openapi.document import DescriptionError, document, documented_path, error_texts
 from progressdb_server.api.routes import jobs as job_routes
@@ -87,6 +87,13 @@ def test_a_described_property_that_no_handler_reads_is_an_error() -> None:
     wrong = Operation("POST", "/sign", lambda request: None, body=body)  # type: ignore[arg-type, return-value]  # never called
     with pytest.raises(DescriptionError, match="SignBody"):
         document((wrong,), "1")
+
+
+def test_only_three_operations_of_admins_also_take_a_backend_key() -> None:
+    shared = {"GET /admin/health", "GET /admin/stats", "GET /admin/readiness"}
+    roles = {name: operation.roles for name, operation in OPERATIONS.items() if " /admin/" in name}
+    assert roles == {name: OPERATORS if name in shared else ADMINS for name in roles}
+    assert shared < roles.keys()
 
 
 def test_every_operation_has_a_name_of_its_own(described: dict[str, Any]) -> None:
