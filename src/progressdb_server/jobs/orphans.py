@@ -56,6 +56,8 @@ class Retired(NamedTuple):
 class OrphanedKeys(Kind):
     """`has_job`: whether a job works on a thread. Belongs to one event loop."""
 
+    every_s = RETRY_S
+
     def __init__(
         self,
         store: Conversations,
@@ -80,7 +82,6 @@ class OrphanedKeys(Kind):
     async def begin(self) -> None:
         """Retire the orphans of earlier runs, in one walk."""
         if self._exclusive:
-            self.every_s = RETRY_S
             try:
                 await self.retire(made_before=self._made_before)
             except KmsError as error:
