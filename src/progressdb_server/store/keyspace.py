@@ -266,7 +266,7 @@ def versions(message: str) -> bytes:
 
 
 def order(thread: str) -> bytes:
-    """Prefix of the thread's messages in order of creation; the first version's stamp follows. The value is a
+    """Prefix of the thread's messages in order of creation; the first version's stamp follows. The value is an
     `OrderEntry`."""
     return b"index:order:%b:" % part(thread)
 
@@ -314,17 +314,17 @@ class OrderEntry(NamedTuple):
 
 
 def is_deleted(value: bytes) -> bool:
-    """Of the value of a `OrderEntry`."""
+    """Of the value of an `OrderEntry`."""
     return value.endswith(_DELETED)
 
 
 def latest(first: bytes, value: bytes) -> bytes:
-    """The stamp of the latest version, as the value of a `OrderEntry` has it, well-formed or not."""
+    """The stamp of the latest version, as the value of an `OrderEntry` has it, well-formed or not."""
     return value.removesuffix(_DELETED) or first
 
 
 def place(latest: bytes, *, is_first: bool, deleted: bool) -> bytes:
-    """The value of a `OrderEntry`."""
+    """The value of an `OrderEntry`."""
     return (b"" if is_first else latest) + (_DELETED if deleted else b"")
 
 

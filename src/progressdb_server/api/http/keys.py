@@ -63,7 +63,7 @@ class Caller:
         self._scope_key = hmac.digest(scope_secret, b"progressdb scope key v1\0" + key, "sha256")
 
     def __repr__(self) -> str:
-        return f"Principal({self.role.value}, number={self.number})"
+        return f"Caller({self.role.value}, number={self.number})"
 
     def sign(self, user_id: str) -> str:
         """HMAC-SHA-256 of the user id under this key, in lower-case hex."""

@@ -252,7 +252,7 @@ class Viewer:
     # --- operations -------------------------------------------------------------------------------------------------
     def operations(self) -> tuple[Operation, ...]:
         inside = self._inside
-        asset = partial(Operation, "GET", response=TEXT, needs=NOTHING)
+        without_session = partial(Operation, "GET", response=TEXT, needs=NOTHING)
         return (
             Operation("GET", "/viewer", _to_viewer, status=308, needs=NOTHING),
             _shown(
@@ -277,7 +277,7 @@ class Viewer:
             _shown("/viewer/messages/{message}", inside(self._message), raises=(MessageNotFoundError,)),
             _shown("/viewer/jobs", inside(self._jobs_page), Parameter("part", TEXT, "`rows`: only the table.")),
             _shown("/viewer/status", inside(self._status), needs=NOTHING),
-            asset("/viewer/login", self._login_form, content_type="text/html"),
+            without_session("/viewer/login", self._login_form, content_type="text/html"),
             _posted(
                 "/viewer/login",
                 self._login,
@@ -285,8 +285,8 @@ class Viewer:
                 _LOGIN_FIELDS,
             ),
             _posted("/viewer/logout", inside(self._logout), {403: (OTHER_SESSION,)}, frozenset({"csrf"})),
-            asset("/viewer/style.css", _style, content_type="text/css"),
-            asset("/viewer/viewer.js", _script, content_type="text/javascript"),
+            without_session("/viewer/style.css", _style, content_type="text/css"),
+            without_session("/viewer/viewer.js", _script, content_type="text/javascript"),
         )
 
 
