@@ -47,7 +47,7 @@ SEALED_PIECE_BYTES_MAX: Final = PIECE_BYTES_MAX + api.SEAL_BYTES
 RECORD_BYTES_MAX: Final = 64 * PIECE_BYTES_MAX
 """Of a plaintext: 256 MiB."""
 KEYS_CACHED_MAX: Final = 4096
-"""Threads whose current key an adapter remembers, and names of threads that are not made again."""
+"""Threads whose current key an adapter remembers, and results of `thread_name` that are kept."""
 KEY_CHANGES_MAX: Final = 3
 """How often the key of a thread may be replaced during one call."""
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
