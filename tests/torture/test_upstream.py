@@ -72,6 +72,7 @@ def upstream(directory: Path, distribution: str, *arguments: str) -> tuple[set[s
             timeout=RUN_S_MAX,
             check=False,
         )
+        assert list(daemon.data_dir.glob("kms-deks/*.json")), "no record was encrypted"
     print(ran.stdout[-2000:])
     passed = re.search(r"(\d+) passed", ran.stdout)
     assert passed is not None
