@@ -27,6 +27,11 @@ from minikms.memory.landlock import restrict_filesystem
 from minikms.memory.seccomp import install_filter
 
 UMASK: Final = 0o077
+NETWORK_PATHS: Final = (
+    "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf", "/etc/gai.conf", "/run/systemd/resolve",
+    "/etc/ssl/certs", "/etc/pki", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates",
+)  # fmt: skip
+"""What a process reads that connects to other hosts by name, and checks their certificates with the machine's CAs."""
 JOINED_SECONDS_MAX: Final = 1.0
 JOINED_SECONDS: Final = 0.001
 """Between two looks at the threads."""
