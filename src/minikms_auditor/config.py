@@ -113,17 +113,18 @@ def _check(config: Config) -> None:
     if not (1 if config.witness else 0) <= config.quorum <= len(config.witness):
         raise StartError(f"quorum is 1 to the number of witnesses, {len(config.witness)}; 0 without any")
     for witness in config.witness:
-        parts = urlsplit(witness.url)
-        wrong = parts.username is not None or parts.query or parts.fragment or not parts.hostname
-        if _URL.fullmatch(witness.url) is None or wrong or _port(witness.url) is None:
+        if not _is_prefix(witness.url):
             raise StartError(f"{witness.url!r} is no URL of a witness, such as https://witness.example.com/w1")
-        if witness.ca and parts.scheme != "https":
+        if witness.ca and not witness.url.startswith("https:"):
             raise StartError(f"the witness {witness.url} has no TLS, so remove ca")
 
 
-def _port(url: str) -> int | None:
-    parts = urlsplit(url)
+def _is_prefix(url: str) -> bool:
+    """Whether this can be the submission prefix of a witness."""
     try:
-        return parts.port or (443 if parts.scheme == "https" else 80)
+        parts = urlsplit(url)
+        port = parts.port
     except ValueError:
-        return None
+        return False
+    more = parts.username is not None or parts.query or parts.fragment
+    return _URL.fullmatch(url) is not None and bool(parts.hostname) and port != 0 and not more
