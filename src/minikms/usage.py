@@ -31,6 +31,10 @@ else:  # cyclopts converts to the first type of a union, and completes files for
     RootSource = str | Literal["file:", "fd:", "dev:", "shares:"]
     PassphraseSource = str | Literal["passphrase:"]
 Shell = Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")]
+LogFormat = Annotated[Literal["text", "json"], Parameter(name="--log-format", help="The form of the log.")]
+RequireHardening = Annotated[
+    bool, Parameter(name="--require-hardening", help="Don't start unless all hardening is in force.", negative=())
+]
 
 EXIT_GOOD: Final = 0
 EXIT_FAILED: Final = 1

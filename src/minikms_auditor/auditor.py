@@ -21,10 +21,11 @@ from minikms.audit.note import Checkpoint, Note, NoteError, Policy, cosigned_at,
 from minikms.audit.record import Head
 from minikms.audit.tiles import Tiles
 from minikms_auditor.config import Config
-from minikms_auditor.signers import SignerError, Signers
+from minikms_auditor.signers import Signers
 from minikms_auditor.store import Line, Store, Witnessed
 from minikms_auditor.tail import Grown, LogFaultError, Tail, UnknownLogError
 from minikms_auditor.witnesses import Submission, Witnesses
+from minikms_tokens import TokenError
 
 REPORT_SECONDS: Final = 5.0
 """At most between two reports, also while the tree grows."""
@@ -156,7 +157,7 @@ class Auditor:
             self._stop(str(error))
         except (KmsRefusedError, OSError) as error:
             self._note_error("disk", str(getattr(error, "strerror", None) or error))
-        except SignerError as error:
+        except TokenError as error:
             self._note_error("signer", str(error))
         else:
             self._note_error("disk", "")
@@ -299,7 +300,7 @@ class Auditor:
         return bool(self._witnesses.clients) and time.monotonic() >= due_s
 
     def _submit(self) -> None:
-        """Sign the tree checkpoint, have it cosigned, and publish it with its quorum. Raises _AlarmError, SignerError,
+        """Sign the tree checkpoint, have it cosigned, and publish it with its quorum. Raises _AlarmError, TokenError,
         StorageUnavailableError.
         """
         state = self._store.state

@@ -10,11 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, explained_system, new_helper, run_app
+from minikms.usage import (
+    EXIT_FAILED,
+    EXIT_GOOD,
+    EXIT_MISSING,
+    LogFormat,
+    RequireHardening,
+    explained_system,
+    new_helper,
+    run_app,
+)
 
 if TYPE_CHECKING:
     from minikms_auditor.auditor import Status
@@ -28,19 +37,11 @@ FRESH_SECONDS: Final = 60
 """A status that is older is one of a process that does not run."""
 
 Config = Annotated[Path, Parameter(name="--config", help="The configuration (docs/spec/tree.md).")]
-LogFormat = Annotated[Literal["text", "json"], Parameter(name="--log-format", help="The form of the log.")]
 Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())]
 
 
 @app.default
-def run(
-    *,
-    config: Config,
-    log_format: LogFormat = "text",
-    require_hardening: Annotated[
-        bool, Parameter(name="--require-hardening", help="Don't start unless all hardening is in force.", negative=())
-    ] = False,
-) -> int:
+def run(*, config: Config, log_format: LogFormat = "text", require_hardening: RequireHardening = False) -> int:
     """Run until SIGTERM."""
     from minikms_auditor import process
 

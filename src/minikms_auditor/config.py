@@ -1,18 +1,12 @@
 """The configuration file of the auditor.
 
-Owns: the format of `auditor.toml` (docs/spec/tree.md), what its values may be, and how it and the files that it names
-are read: as policy files are, so that nobody but root and the auditor's own user can have written them. Invariants: a
-member that is unknown or of another type is refused; paths are relative to the directory of the file. It must never
-open a socket.
+Owns: the format of `auditor.toml` (docs/spec/tree.md), and what its values may be. Invariant: a member that is unknown
+or of another type is refused. It must never open a socket.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import re
-import tomllib
-from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
@@ -23,12 +17,8 @@ from minikms.api.errors import StartError
 from minikms.audit.chain import PUBLIC_KEY_BYTES
 from minikms.audit.note import TYPE_COSIGNATURE, NoteError, VerifierKey, is_name, parse_vkey
 from minikms.base64 import decode_exact
-from minikms.trusted_file import ROOT_UID, read_trusted
+from minikms.config_file import ConfigFiles, check_metrics, parse_toml
 
-CONFIG_BYTES_MAX: Final = 64 * 1024
-LINE_DOTS_MAX: Final = 256
-"""As in a policy file: for a key of n parts the parser takes n^2 steps."""
-PEM_BYTES_MAX: Final = 256 * 1024
 WITNESSES_COUNT_MAX: Final = 16
 SIGNERS_COUNT_MAX: Final = 2
 RESUBMIT_SECONDS: Final = 300
@@ -37,7 +27,6 @@ FILE_SCHEME: Final = "file:"
 CLOUD_SCHEME: Final = "aws-kms:"
 _SIGNER_SCHEMES: Final = (FILE_SCHEME, "pkcs11:", CLOUD_SCHEME)
 TOKEN_PATHS_COUNT_MAX: Final = 16
-_ADDRESS: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII)
 _URL: Final = re.compile(r"https?://[!-~]+", re.ASCII)
 
 
@@ -77,41 +66,20 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return frozenset(decode_exact(text, PUBLIC_KEY_BYTES) or b"" for text in self.public_keys)
 
 
-class Files:
-    """The configuration, and the files that it names. All paths are made absolute by `path`."""
-
-    def __init__(self, config_path: Path) -> None:
-        self.config_path = config_path.absolute()
-
-    def path(self, text: str) -> Path:
-        return self.config_path.parent / text
+class Files(ConfigFiles):
+    """The configuration of the auditor, and the files that it names."""
 
     def config(self) -> Config:
-        """Raises StartError."""
-        config = parse_config(self.read(self.config_path, "configuration", CONFIG_BYTES_MAX), str(self.config_path))
+        """With absolute paths of what the auditor opens. Raises StartError."""
+        config = parse_config(self.content(), str(self.config_path))
         places = {name: str(self.path(getattr(config, name))) for name in ("kms_socket", "log_dir", "state_dir")}
         tokens = tuple(str(self.path(each)) for each in config.token_paths)
         return msgspec.structs.replace(config, **places, token_paths=tokens)
 
-    def read(self, path: Path, what: str, bytes_max: int) -> bytes:
-        """Raises StartError."""
-        content = read_trusted(path, (ROOT_UID, os.geteuid()), what=what, bytes_max=bytes_max)
-        if len(content) > bytes_max:
-            raise StartError(f"the {what} {path} is larger than {bytes_max} bytes")
-        return content
-
 
 def parse_config(content: bytes, place: str) -> Config:
     """Raises StartError, which calls the file `place`."""
-    try:
-        text = content.decode("utf-8")
-        if any(line.count(".") > LINE_DOTS_MAX for line in text.splitlines()):
-            raise StartError(f"{place}: a line has more than {LINE_DOTS_MAX} dots")
-        config = msgspec.convert(tomllib.loads(text), Config, strict=True)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise StartError(f"{place} is not TOML in UTF-8: {error}") from None
-    except msgspec.ValidationError as error:
-        raise StartError(f"{place}: {error}") from None
+    config = parse_toml(content, Config, place)
     try:
         _check(config)
     except (StartError, NoteError) as error:
@@ -119,25 +87,10 @@ def parse_config(content: bytes, place: str) -> Config:
     return config
 
 
-def address(text: str) -> tuple[str, int]:
-    """Host and port of `127.0.0.1:9104`, which must be this host. Raises StartError."""
-    match = _ADDRESS.fullmatch(text)
-    if match is None or not 0 < int(match[3]) < 2**16:
-        raise StartError(f"metrics: {text!r} is no address and port, such as 127.0.0.1:9104")
-    try:
-        host = ipaddress.ip_address(match[1] or match[2])
-    except ValueError:
-        raise StartError(f"metrics: {text!r} has no IP address") from None
-    if not host.is_loopback:
-        raise StartError("metrics must be an address of this host, such as 127.0.0.1:9104")
-    return str(host), int(match[3])
-
-
 def _check(config: Config) -> None:
     if api.ORIGIN_PATTERN.fullmatch(config.origin) is None or not is_name(config.origin):
         raise StartError("origin is 1 to 128 characters of A-Z, a-z, 0-9 and ._/:-, such as kms.example.com/audit")
-    if config.metrics:
-        address(config.metrics)
+    check_metrics(config.metrics)
     if not config.kms_server_uids:
         raise StartError("kms_server_uids must name a user")
     if not 0 < len(config.signers) <= SIGNERS_COUNT_MAX:
@@ -160,17 +113,18 @@ def _check(config: Config) -> None:
     if not (1 if config.witness else 0) <= config.quorum <= len(config.witness):
         raise StartError(f"quorum is 1 to the number of witnesses, {len(config.witness)}; 0 without any")
     for witness in config.witness:
-        parts = urlsplit(witness.url)
-        wrong = parts.username is not None or parts.query or parts.fragment or not parts.hostname
-        if _URL.fullmatch(witness.url) is None or wrong or _port(witness.url) is None:
+        if not _is_prefix(witness.url):
             raise StartError(f"{witness.url!r} is no URL of a witness, such as https://witness.example.com/w1")
-        if witness.ca and parts.scheme != "https":
+        if witness.ca and not witness.url.startswith("https:"):
             raise StartError(f"the witness {witness.url} has no TLS, so remove ca")
 
 
-def _port(url: str) -> int | None:
-    parts = urlsplit(url)
+def _is_prefix(url: str) -> bool:
+    """Whether this can be the submission prefix of a witness."""
     try:
-        return parts.port or (443 if parts.scheme == "https" else 80)
+        parts = urlsplit(url)
+        port = parts.port
     except ValueError:
-        return None
+        return False
+    more = parts.username is not None or parts.query or parts.fragment
+    return _URL.fullmatch(url) is not None and bool(parts.hostname) and port != 0 and not more

@@ -20,18 +20,18 @@ from typing import Final, NamedTuple
 
 import uvloop
 
-from minikms.api.errors import StartError
 from minikms.client import Client
 from minikms.client.connecting import OVERFLOW_UID_FILE
+from minikms.config_file import address
 from minikms.http import HttpServer
-from minikms.http.accepting import ACCEPT_PAUSE_SECONDS, Acceptor
+from minikms.http.accepting import ACCEPT_PAUSE_SECONDS, Acceptor, listen_tcp
 from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.logs import service_logger, structlog
-from minikms.memory import SecretArena, SignalReader, harden, interpreter_paths
+from minikms.memory import NETWORK_PATHS, SecretArena, SignalReader, harden, interpreter_paths
 from minikms.memory.process import name_thread
 from minikms.notify import Notifier
 from minikms_auditor.auditor import Auditor
-from minikms_auditor.config import CLOUD_SCHEME, Config, Files, address
+from minikms_auditor.config import CLOUD_SCHEME, Config, Files
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.signers import Signers, open_signers
 from minikms_auditor.store import Store
@@ -40,13 +40,8 @@ from minikms_auditor.witnesses import Witnesses
 STEP_SECONDS: Final = 2.0
 """Between two steps. The daemon must hear of the auditor every 5 s."""
 STOP_SECONDS_MAX: Final = 20.0
-BACKLOG_COUNT: Final = 16
 ARENA_SLOTS: Final = 8
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-_RESOLVER_PATHS: Final = (
-    "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf", "/etc/gai.conf", "/run/systemd/resolve",
-)  # fmt: skip
-_CA_PATHS: Final = ("/etc/ssl/certs", "/etc/pki", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates")
 
 
 class Loaded(NamedTuple):
@@ -77,11 +72,11 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         store = Store(config.state_dir, config.origin)
         cleaning.callback(store.close)
         signals = cleaning.enter_context(SignalReader())
-        listener = cleaning.enter_context(_listen(config.metrics)) if config.metrics else None
+        listener = cleaning.enter_context(listen_tcp(*address(config.metrics))) if config.metrics else None
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, config.log_dir]
         network = bool(witnesses.clients) or any(uri.startswith(CLOUD_SCHEME) for uri in config.signers)
         if network:
-            read += [*_RESOLVER_PATHS, *_CA_PATHS]
+            read += NETWORK_PATHS
         write = [config.state_dir, *config.token_paths]
         measures = harden(arena, read=read, write=write, allow_network=network, require=require_hardening)
         for measure in measures:
@@ -178,18 +173,3 @@ class _Process:
 
     def _internal_error(self, what: str) -> None:
         self._log.error("internal error", what=what)
-
-
-def _listen(text: str) -> socket.socket:
-    """A listening, non-blocking TCP socket. Raises StartError."""
-    host, port = address(text)
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(BACKLOG_COUNT)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise StartError(f"can't listen on {text}: {error.strerror}") from None
-    return listener

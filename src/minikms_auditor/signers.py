@@ -27,10 +27,6 @@ from minikms_tokens import Algorithm, Signer, TokenError, open_signer
 _TYPES: Final[dict[Algorithm, int]] = {"ed25519": note.TYPE_ED25519, "ecdsa-p256-sha256": note.TYPE_ECDSA}
 
 
-class SignerError(Exception):
-    """A signer can't sign now. Its text is for the operator."""
-
-
 class LocalKey(Signer):
     """An Ed25519 key whose 32 bytes lie in the arena."""
 
@@ -60,17 +56,19 @@ class Signers:
         """Their verifier keys, in order. Their name is the origin."""
         if self.verifiers[0].type != note.TYPE_ED25519:
             raise StartError("the first signer must have an Ed25519 key, which witnesses verify")
+        if len({verifier.public_key for verifier in self.verifiers}) != len(self.verifiers):
+            raise StartError("two signers have the same key, which verifiers refuse")
 
     def sign(self, text: str) -> tuple[Signature, ...]:
-        """The signatures of all signers over the text of a note. Raises SignerError."""
+        """The signatures of all signers over the text of a note. Raises TokenError."""
         made = []
         for key, verifier in zip(self._keys, self.verifiers, strict=True):
             try:
                 signature = note.sign(verifier, key.sign(text.encode()))
             except TokenError as error:
-                raise SignerError(f"the signer {verifier.key_id.hex()} can't sign: {error}") from None
+                raise TokenError(f"the signer {verifier.key_id.hex()} can't sign: {error}") from None
             if not verifier.verifies(text, signature):
-                raise SignerError(f"the signer {verifier.key_id.hex()} has made a signature that does not verify")
+                raise TokenError(f"the signer {verifier.key_id.hex()} has made a signature that does not verify")
             made.append(signature)
         return tuple(made)
 
@@ -79,7 +77,9 @@ class Signers:
 
 
 def open_signers(origin: str, uris: Sequence[str], files: Files, arena: SecretArena) -> Signers:
-    """Raises StartError, also where a token or a cloud is away: a verifier key is made of its public key."""
+    """Raises StartError, also where a token or a cloud is away: a verifier key is made of its public key. The first
+    signature connects again, in the hardened process, so that a path that it lacks there shows at once.
+    """
     keys: list[Signer] = []
     try:
         for uri in uris:
@@ -102,8 +102,9 @@ def _open(uri: str, files: Files, arena: SecretArena) -> Signer:
     try:
         signer = open_signer(uri)
         signer.public_key()  # from here on it is known
+        signer.close()
     except TokenError as error:
-        raise StartError(f"the signer {uri.partition(':')[0]}: can't be used: {error}") from None
+        raise StartError(f"the signer {uri.partition(':')[0]}:… can't be used: {error}") from None
     return signer
 
 

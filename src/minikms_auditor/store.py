@@ -100,10 +100,6 @@ class Store:
                 f"the tiles in {self._tree} do not have the root that {STATE_NAME} names: restore both from one copy"
             )
 
-    @property
-    def tree_dir(self) -> str:
-        return self._tree
-
     def read(self, path: str) -> bytes | None:
         """A `tiles.Read` of the tree."""
         return read_file_bounded(os.path.join(self._tree, path), TILE_BYTES + 1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hmac
 from collections.abc import Collection
-from hashlib import sha256
 from typing import Final, NamedTuple
 
 from minikms.audit import record
@@ -20,7 +19,7 @@ from minikms.audit.queries import segment_before
 from minikms.audit.reader import DamagedSegmentError, Follower
 from minikms.audit.record import Event, Head, MalformedLineError
 from minikms.audit.rules import Trust
-from minikms.audit.tree import leaf_of
+from minikms.audit.tree import leaf_of, leaf_of_entry
 from minikms.audit.verify import Verifier
 from minikms.base64 import decode_exact, encode_text
 from minikms_auditor.store import Line
@@ -184,6 +183,6 @@ class Tail:
         if event.type == record.TYPE_SEGMENT_OPEN and event.seq == last.seq + 1:
             with contextlib.suppress(ValueError, TypeError):
                 entry = bytes.fromhex(str(event.facts.get("previous_sha256")))
-                if hmac.compare_digest(sha256(b"\x00" + entry).digest(), self._leaf):
+                if hmac.compare_digest(leaf_of_entry(entry), self._leaf):
                     return Verifier(Trust(public_keys=frozenset((last.public_key,))))
         raise LogFaultError(f"the log has no line {last.seq}, the last one of the tree: it goes on with {event.seq}")

@@ -25,7 +25,8 @@ from minikms.audit import tree
 from minikms.audit.note import Note, NoteError, Signature, VerifierKey, cosigned_at, parse_signatures
 from minikms.audit.tree import Node
 from minikms.base64 import encode_text
-from minikms_auditor.config import PEM_BYTES_MAX, Files, Witness
+from minikms.config_file import PEM_BYTES_MAX
+from minikms_auditor.config import Files, Witness
 
 ROUND_SECONDS_MAX: Final = 10.0
 """In which all witnesses must have answered: less than the time for which the daemon takes an auditor for attached."""
@@ -226,11 +227,10 @@ def _context(witness: Witness, files: Files) -> ssl.SSLContext:
     if not witness.ca:
         return ssl.create_default_context()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    path = files.path(witness.ca)
     try:
-        context.load_verify_locations(cadata=files.read(path, "file of CAs", PEM_BYTES_MAX).decode("ascii"))
+        context.load_verify_locations(cadata=files.read(witness.ca, "file of CAs", PEM_BYTES_MAX).decode("ascii"))
     except (ssl.SSLError, UnicodeDecodeError):
-        raise StartError(f"{path} is no file of certificates in PEM") from None
+        raise StartError(f"{files.path(witness.ca)} is no file of certificates in PEM") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
 

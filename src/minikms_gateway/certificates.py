@@ -30,8 +30,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID
 
 from minikms.api.errors import InvalidRequestError, StartError
+from minikms.config_file import PEM_BYTES_MAX
 from minikms.policy.names import parse_name
-from minikms_gateway.config import CRL_BYTES_MAX, PEM_BYTES_MAX, ClientCa, Config, Files
+from minikms_gateway.config import CRL_BYTES_MAX, ClientCa, Config, Files
 from minikms_gateway.reasons import RefusedCertificateError
 
 CRL_ISSUERS_COUNT_MAX: Final = 64

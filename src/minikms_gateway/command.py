@@ -7,11 +7,11 @@ else to standard error; what `check-config` accepts, a start accepts too, but fo
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 from cyclopts import Parameter
 
-from minikms.usage import EXIT_GOOD, EXIT_MISSING, explained_system, new_helper, run_app
+from minikms.usage import EXIT_GOOD, EXIT_MISSING, LogFormat, RequireHardening, explained_system, new_helper, run_app
 
 app = new_helper(
     "minikms-gateway",
@@ -21,18 +21,10 @@ app = new_helper(
 _MISSING_LIBRARY: Final = "joserfc"
 
 Config = Annotated[Path, Parameter(name="--config", help="The configuration (docs/spec/gateway.md).")]
-LogFormat = Annotated[Literal["text", "json"], Parameter(name="--log-format", help="The form of the log.")]
 
 
 @app.default
-def serve(
-    *,
-    config: Config,
-    log_format: LogFormat = "text",
-    require_hardening: Annotated[
-        bool, Parameter(name="--require-hardening", help="Don't start unless all hardening is in force.", negative=())
-    ] = False,
-) -> int:
+def serve(*, config: Config, log_format: LogFormat = "text", require_hardening: RequireHardening = False) -> int:
     """Serve until SIGTERM. SIGHUP reads all files again; changed ones are noticed without it."""
     from minikms_gateway.process import run
 

@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from minikms.api.errors import StartError
-from minikms_gateway.config import JWKS_BYTES_MAX, PEM_BYTES_MAX, Config, Files, Issuer
+from minikms.config_file import PEM_BYTES_MAX
+from minikms_gateway.config import JWKS_BYTES_MAX, Config, Files, Issuer
 from minikms_gateway.reasons import IssuerUnavailableError, RefusedTokenError
 from minikms_gateway.tokens import Key, Verified, bearer, check_binding, parse_keys, read, verify
 

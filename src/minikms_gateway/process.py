@@ -25,38 +25,35 @@ import uvloop
 
 from minikms.api.errors import StartError
 from minikms.client.connecting import OVERFLOW_UID_FILE
+from minikms.config_file import address
 from minikms.http import LIMITS, HttpServer
 from minikms.http.accepting import (
     ACCEPT_PAUSE_SECONDS,
     Acceptor,
     connections_bound,
+    listen_tcp,
     raise_descriptor_limit,
 )
 from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
 from minikms.logs import service_logger, structlog
-from minikms.memory import SignalReader, harden, interpreter_paths
+from minikms.memory import NETWORK_PATHS, SignalReader, harden, interpreter_paths
 from minikms.notify import Notifier
 from minikms.trusted_file import directory_read
 from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, Session, State
 from minikms_gateway.certificates import Trust, own_certificate_until, server_context
-from minikms_gateway.config import Config, Files, address
+from minikms_gateway.config import Config, Files
 from minikms_gateway.reasons import LINE_SECONDS, Refusals, of_handshake
 from minikms_gateway.upstream import CONNECTIONS_MAX, SWEEP_SECONDS, Upstream
 
 if TYPE_CHECKING:
     from minikms_gateway.issuers import Issuers
 
-BACKLOG_COUNT: Final = 1024
 DRAIN_SECONDS_MAX: Final = 10.0
 POLL_SECONDS: Final = 1.0
 """Between two looks at the files."""
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-_RESOLVER_PATHS: Final = (
-    "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf", "/etc/gai.conf", "/run/systemd/resolve",
-)  # fmt: skip
-_CA_PATHS: Final = ("/etc/ssl/certs", "/etc/pki", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates")
 
 Signature = tuple[tuple[int, int, int, int] | None, ...]
 
@@ -134,11 +131,11 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     others = CONNECTIONS_MAX + HANDSHAKES_COUNT_MAX  # that are open beside the clients'
     descriptors = raise_descriptor_limit(others)
     connections_max = connections_bound(descriptors - min(others, descriptors // 4))
-    with SignalReader() as signals, _listen(config.listen) as listener:
-        metrics_listener = _listen(config.metrics) if config.metrics else None
+    with SignalReader() as signals, listen_tcp(*address(config.listen)) as listener:
+        metrics_listener = listen_tcp(*address(config.metrics)) if config.metrics else None
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, *_directories(loader.files, config)]
         if config.fetches_keys:
-            read += [*_RESOLVER_PATHS, *_CA_PATHS]
+            read += NETWORK_PATHS
         measures = harden(None, read=read, write=[], allow_network=config.fetches_keys, require=require_hardening)
         for measure in measures:
             if not measure.in_force:
@@ -347,19 +344,3 @@ async def _every(seconds: float, chore: Callable[[], None]) -> None:
 def _directories(files: Files, config: Config) -> list[str]:
     """What the hardened process must be able to read: a file that replaces another one has another inode."""
     return sorted({str(directory_read(path)) for path in files.named(config)})
-
-
-def _listen(text: str) -> socket.socket:
-    """A listening, non-blocking TCP socket. Raises StartError."""
-    host, port = address(text)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(BACKLOG_COUNT)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise StartError(f"can't listen on {text}: {error.strerror}") from None
-    return listener

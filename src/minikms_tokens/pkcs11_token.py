@@ -2,8 +2,9 @@
 
 Owns: the URI of a key (RFC 7512), the PIN file, and the session. Invariants: exactly one token and one key match the
 URI; the key stays the same one over reconnections; a PIN that the token refused is not tried again until its file
-changes, since a token locks itself after a few wrong ones. The PIN is a Python string for the time of the login: the
-library takes nothing else. It must never put it into an error, nor what the token says.
+changes, since a token locks itself after a few wrong ones, and no PIN is tried if the next wrong one would lock it: a
+process that is started again does not know what the one before has tried. The PIN is a Python string for the time of
+the login: the library takes nothing else. It must never put it into an error, nor what the token says.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from minikms_tokens.signing import Algorithm, Bounded, TokenError, check_signatu
 
 try:
     import pkcs11
-    from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
+    from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
     from pkcs11.exceptions import (
         PinExpired,
         PinIncorrect,
@@ -48,6 +49,7 @@ _P256_POINT_BYTES: Final = 65
 _ED25519_BYTES: Final = 32
 _READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _OTHERS_READ: Final = stat.S_IRWXG | stat.S_IRWXO
+_LAST_TRY: Final = TokenFlag.USER_PIN_FINAL_TRY
 
 
 class KeyUri(NamedTuple):
@@ -213,6 +215,8 @@ class Pkcs11Signer:
         pin, version = _read_pin(self._uri.pin_file)
         if version == self._refused:
             raise TokenError("the PKCS#11 token refused the PIN: correct its file, and it is tried again")
+        if token.flags & _LAST_TRY:
+            raise TokenError("one more wrong PIN would lock the PKCS#11 token: log in to it with another program first")
         try:
             return token.open(user_pin=pin)
         except UserAlreadyLoggedIn:  # by another session of this process

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -20,12 +19,11 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from minikms.api.errors import StartError
+from minikms.config_file import ConfigFiles, parse_toml
 from minikms.memory import SLOT_BYTES
 from minikms.sync import sync_file
-from minikms.trusted_file import ROOT_UID, read_trusted
 
 VERSION: Final = 1
-CONFIG_BYTES_MAX: Final = 64 * 1024
 PASSPHRASE_BYTES_MIN: Final = 16
 """Of a new passphrase. Whoever has the keyring file can try passphrases."""
 PASSPHRASE_BYTES_MAX: Final = 400
@@ -82,14 +80,7 @@ def read_config(path: Path) -> Parameters:
     """Raises StartError, which says what is wrong with the file."""
     if not os.path.lexists(path):
         raise StartError(f"there is no {path}. For a new passphrase, make it with `minikms-unlock init-passphrase`")
-    data = read_trusted(path, (ROOT_UID, os.geteuid()), what="configuration", bytes_max=CONFIG_BYTES_MAX)
-    if len(data) > CONFIG_BYTES_MAX:
-        raise StartError(f"{path} is larger than {CONFIG_BYTES_MAX} bytes")
-    try:
-        document = tomllib.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise StartError(f"{path} is not TOML: {error}") from None
-    return _parameters(document, path)
+    return _parameters(parse_toml(ConfigFiles(path).content(), dict[str, Any], str(path)), path)
 
 
 def _parameters(document: dict[str, Any], path: Path) -> Parameters:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests import needs
@@ -45,8 +47,20 @@ class Auditor:
         return int(done.stdout.splitlines()[1]) if done.returncode == 0 else 0
 
 
+@contextlib.contextmanager
+def running_until_terminated(auditor: Auditor, log: Path) -> Iterator[None]:
+    running = auditor.start(log)
+    try:
+        yield
+    finally:
+        running.terminate()
+        assert running.wait(RUN_S_MAX) == 0, log.read_text()
+
+
 def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> None:
-    """Both keys are in the token. Their public keys and the cosignature verify the log, without its audit key."""
+    """Both keys are in the token. Their public keys and the cosignature verify the log, without its audit key. Hardened
+    it can't read a PIN file that is not below its token paths, and says so at the first signature.
+    """
     needs.interpreter_for(USER)
     base = public / "token"
     base.mkdir()
@@ -66,6 +80,9 @@ def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> 
             f'state_dir = "{state}"\nsigners = {signers}\ntoken_paths = ["{base}"]\n'
             f'public_keys = ["{daemon.shipped()["public_key"]}"]\n'
         )
+        auditor.config.write_text(settings.replace(f'["{base}"]', f'["{base}/tokens"]'))
+        with running_until_terminated(auditor, public / "first.log"):
+            wait_until(lambda: (state / "status.json").exists() and b"PIN file" in (state / "status.json").read_bytes())
         auditor.config.write_text(settings)
         checked = auditor.run("check-config")
         assert checked.returncode == 0, checked
@@ -75,8 +92,7 @@ def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> 
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
         auditor.config.write_text(f'{settings}quorum = 1\n[[witness]]\nurl = "{url}"\nkey = "{served.vkey}"\n')
-        running = auditor.start(public / "auditor.log")
-        try:
+        with running_until_terminated(auditor, public / "auditor.log"):
             wait_until(lambda: auditor.tree_size() > 0)
             first = auditor.tree_size()
             daemon.new_key("u")
@@ -92,8 +108,5 @@ def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> 
             )
             assert verified.returncode == 0, verified
             assert len(vkeys) == 2 and token.pin_file.read_text().strip() not in (public / "auditor.log").read_text()
-        finally:
-            running.terminate()
-            assert running.wait(RUN_S_MAX) == 0, (public / "auditor.log").read_text()
-            server.shutdown()
-            server.server_close()
+        server.shutdown()
+        server.server_close()

@@ -92,6 +92,24 @@ def test_a_wrong_pin_is_tried_once_until_its_file_changes(token: Token) -> None:
     is_valid(signer, signer.sign(MESSAGE))
 
 
+def test_no_pin_is_tried_when_a_wrong_one_would_lock_the_token(token: Token, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SoftHSM never locks itself. It sets the flag of the first wrong PIN, which stands for that of the last here."""
+    import pkcs11
+
+    from minikms_tokens import pkcs11_token
+
+    monkeypatch.setattr(pkcs11_token, "_LAST_TRY", pkcs11.TokenFlag.USER_PIN_COUNT_LOW)
+    token.write_pin(OTHER_PIN)
+    with pytest.raises(TokenError, match="refused the PIN"):
+        open_signer(token.uri()).sign(MESSAGE)
+    token.write_pin(PIN)
+    with pytest.raises(TokenError, match="would lock the PKCS#11 token"):
+        open_signer(token.uri()).sign(MESSAGE)
+    run("pkcs11-tool", "--module", token.module, "--login", "--pin", PIN, "--list-objects", **token.environ)
+    signer = open_signer(token.uri())
+    is_valid(signer, signer.sign(MESSAGE))
+
+
 def test_the_pin_is_in_no_error_repr_or_traceback(token: Token) -> None:
     token.write_pin(OTHER_PIN)
     signer = open_signer(token.uri())

@@ -109,6 +109,7 @@ def test_a_value_out_of_its_bounds_is_refused(tmp_path: Path, name: str, value: 
         (CONFIG.replace("lanes = 4", ""), "exactly"),
         ("version = [", "is not TOML"),
         ("[" * 30_000, "is not TOML"),
+        ("version = " + "1" * 5_000, "is not TOML"),
         ("#" * 70_000, "is larger than"),
     ],
 )

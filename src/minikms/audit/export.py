@@ -76,8 +76,8 @@ class Prover:
 
     def __init__(self, note: bytes, logs: Sequence[LogRange], read: Read) -> None:
         """Raises NoteError."""
-        self._note = note.decode()
         self.checkpoint = parse_checkpoint(parse_note(note).text)
+        self._note = note.decode()
         self._logs = logs
         self._tiles = Tiles(read, self.checkpoint.size)
 

@@ -20,8 +20,6 @@ from minikms.audit.tree import HASH_BYTES
 TILE_HEIGHT: Final = 8
 TILE_WIDTH: Final = 1 << TILE_HEIGHT
 TILE_BYTES: Final = TILE_WIDTH * HASH_BYTES
-LEVELS_MAX: Final = 8
-"""A tree of `tree.SIZE_MAX` leaves has no more levels of tiles."""
 TILES_CACHED_MAX: Final = 64
 NODES_CACHED_MAX: Final = 4096
 """The proofs of adjacent leaves share most of their hashes."""

@@ -1,9 +1,8 @@
-"""Merkle trees over audit lines (RFC 6962): hashes, roots, inclusion and consistency proofs.
+"""Merkle trees over audit lines (RFC 6962): hashes, inclusion and consistency proofs.
 
-Owns: the entry and the leaf of a line, and making and checking proofs. A proof is made from the hashes of complete
-subtrees, which the caller looks up (`Node`), and is checked by the algorithms of RFC 9162, sections 2.1.3.2 and
-2.1.4.2. Invariants: a check either returns or raises ProofError; work and memory of a check are bounded by
-`PROOF_HASHES_MAX`. It must never do I/O.
+Owns: the entry and the leaf of a line, making proofs, and checking one of inclusion; witnesses check one of
+consistency. A proof is made from the hashes of complete subtrees, which the caller looks up (`Node`). Invariants: a
+check either returns or raises ProofError; its work and memory are bounded by `PROOF_HASHES_MAX`. It must never do I/O.
 """
 
 from __future__ import annotations
@@ -39,7 +38,11 @@ def entry_of(line: bytes) -> bytes:
 
 def leaf_of(line: bytes) -> bytes:
     """The leaf hash of an audit line, given without its newline."""
-    return sha256(b"\x00" + sha256(line + b"\n").digest()).digest()
+    return leaf_of_entry(entry_of(line))
+
+
+def leaf_of_entry(entry: bytes) -> bytes:
+    return sha256(b"\x00" + entry).digest()
 
 
 def parent(left: bytes, right: bytes) -> bytes:
@@ -53,11 +56,6 @@ def complete_hash(hashes: Sequence[bytes]) -> bytes:
     while len(level) > 1:
         level = [parent(level[at], level[at + 1]) for at in range(0, len(level), 2)]
     return level[0]
-
-
-def root(node: Node, size: int) -> bytes:
-    """The root of the tree of the first `size` leaves."""
-    return _hash_of(node, 0, size) if size else EMPTY_ROOT
 
 
 def inclusion_proof(node: Node, index: int, size: int) -> list[bytes]:
@@ -119,41 +117,6 @@ def check_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], 
         last >>= 1
     if last or not hmac.compare_digest(found, expected_root):
         raise ProofError("the proof does not lead to the root")
-
-
-def check_consistency(old_size: int, old_root: bytes, size: int, new_root: bytes, proof: Sequence[bytes]) -> None:
-    """RFC 9162 section 2.1.4.2, and the two cases in which the proof is empty. Raises ProofError."""
-    if not 0 <= old_size <= size <= SIZE_MAX or len(proof) > PROOF_HASHES_MAX:
-        raise ProofError("the proof is not one of the trees' sizes")
-    if old_size in (0, size):
-        if proof or not hmac.compare_digest(old_root, EMPTY_ROOT if old_size == 0 else new_root):
-            raise ProofError("the trees are not consistent")
-        return
-    path = list(proof)
-    if old_size & (old_size - 1) == 0:
-        path.insert(0, old_root)
-    if not path:
-        raise ProofError("the proof is too short")
-    number, last = old_size - 1, size - 1
-    while number & 1:
-        number >>= 1
-        last >>= 1
-    old_found = new_found = path[0]
-    for sibling in path[1:]:
-        if last == 0:
-            raise ProofError("the proof is too long")
-        if number & 1 or number == last:
-            old_found = parent(sibling, old_found)
-            new_found = parent(sibling, new_found)
-            while not number & 1 and number:
-                number >>= 1
-                last >>= 1
-        else:
-            new_found = parent(new_found, sibling)
-        number >>= 1
-        last >>= 1
-    if last or not (hmac.compare_digest(old_found, old_root) and hmac.compare_digest(new_found, new_root)):
-        raise ProofError("the trees are not consistent")
 
 
 def _split(size: int) -> int:

@@ -1,10 +1,10 @@
 """Accepting connections within the limit of open files, and pausing when accept(2) fails.
 
-Owns: the limit of open files (RLIMIT_NOFILE), the bound on connections that follows from it, and the accept loop.
-Invariants: the soft limit is raised, never above the hard limit, before the process is hardened; a reserve of
-descriptors is left for files; when accept fails, the listening socket leaves the event loop for ACCEPT_PAUSE_SECONDS,
-so that the loop does not spin and the open connections are served. It must never answer a request or decide who may
-connect.
+Owns: the limit of open files (RLIMIT_NOFILE), the bound on connections that follows from it, the accept loop, and the
+TCP listeners of the processes beside the daemon. Invariants: the soft limit is raised, never above the hard limit,
+before the process is hardened; a reserve of descriptors is left for files; when accept fails, the listening socket
+leaves the event loop for ACCEPT_PAUSE_SECONDS, so that the loop does not spin and the open connections are served. It
+must never answer a request or decide who may connect.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ CONNECTIONS_COUNT_MIN: Final = 16
 """With a limit of open files that leaves fewer, the service does not start."""
 ACCEPTS_PER_TURN_COUNT_MAX: Final = 32
 """Of one turn of the event loop, so that a flood of new connections does not delay the open ones."""
+BACKLOG_COUNT: Final = 1024
 ACCEPT_PAUSE_SECONDS: Final = 0.5
 """How long nothing is accepted after accept(2) has failed."""
 
@@ -65,6 +66,20 @@ def bound_warning(connections_max: int) -> str | None:
         f"the limit of open files admits {connections_max} connections instead of {api.CONNECTIONS_MAX}: raise it to "
         f"{api.CONNECTIONS_MAX + DESCRIPTORS_RESERVED_COUNT} (ulimit -n, or LimitNOFILE= in the unit)"
     )
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """A listening, non-blocking socket. Raises StartError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG_COUNT)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise StartError(f"can't listen on {host}, port {port}: {error.strerror}") from None
+    return listener
 
 
 class Acceptor(Generic[S]):

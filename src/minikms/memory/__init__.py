@@ -16,10 +16,11 @@ from minikms.memory.arena import (
     zero,
     zero_bytes,
 )
-from minikms.memory.process import Measure, harden, interpreter_paths
+from minikms.memory.process import NETWORK_PATHS, Measure, harden, interpreter_paths
 from minikms.memory.signals import SignalReader, unblock_signals
 
 __all__ = [
+    "NETWORK_PATHS",
     "SLOT_BYTES",
     "Measure",
     "SecretArena",

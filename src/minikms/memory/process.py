@@ -15,6 +15,8 @@ import os
 import resource
 import struct
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
@@ -25,6 +27,14 @@ from minikms.memory.landlock import restrict_filesystem
 from minikms.memory.seccomp import install_filter
 
 UMASK: Final = 0o077
+NETWORK_PATHS: Final = (
+    "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf", "/etc/gai.conf", "/run/systemd/resolve",
+    "/etc/ssl/certs", "/etc/pki", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates",
+)  # fmt: skip
+"""What a process reads that connects to other hosts by name, and checks their certificates with the machine's CAs."""
+JOINED_SECONDS_MAX: Final = 1.0
+JOINED_SECONDS: Final = 0.001
+"""Between two looks at the threads."""
 
 # sys/mman.h: mlockall(2). ONFAULT: a page is locked when it is first used, so untouched thread stacks cost nothing.
 _MCL_CURRENT: Final = 1
@@ -151,13 +161,17 @@ def _measure_arena(arena: SecretArena) -> Measure:
 
 
 def _require_one_thread() -> None:
-    """Raise StartError if there are more threads: some measures would bind only this one."""
+    """Raise StartError if there are more threads: some measures would bind only this one. A thread that was joined may
+    still be about to end (CPython before 3.13).
+    """
+    ends_s = time.monotonic() + JOINED_SECONDS_MAX
     try:
-        count = len(os.listdir("/proc/self/task"))
+        while (count := len(os.listdir("/proc/self/task"))) != 1:
+            if threading.active_count() > 1 or time.monotonic() > ends_s:
+                raise StartError(f"the process must be hardened while it has one thread, and it has {count}")
+            time.sleep(JOINED_SECONDS)
     except OSError:  # no procfs
         return
-    if count != 1:
-        raise StartError(f"the process must be hardened while it has one thread, and it has {count}")
 
 
 def _forbid_core_dumps() -> None:

@@ -1,0 +1,81 @@
+"""The configuration file of a process beside the key service, in TOML, and the files that it names.
+
+Owns: how they are read, which is as policy files are, so that nobody but root and the user of the process can have
+written them; and the form of a listener's address. Invariants: what is read is bounded; paths are relative to the
+directory of the configuration. It must never open a socket, or keep what a file held.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from minikms.api.errors import StartError
+from minikms.trusted_file import ROOT_UID, read_trusted
+
+CONFIG_BYTES_MAX: Final = 64 * 1024
+LINE_DOTS_MAX: Final = 256
+"""As in a policy file: for a key of n parts the parser takes n^2 steps."""
+PEM_BYTES_MAX: Final = 256 * 1024
+_ADDRESS: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII)
+T = TypeVar("T")
+
+
+class ConfigFiles:
+    """The configuration at `config_path`, and the files that it names."""
+
+    def __init__(self, config_path: Path) -> None:
+        self.config_path = config_path.absolute()
+
+    def path(self, text: str) -> Path:
+        """The absolute path of a file that the configuration names."""
+        return self.config_path.parent / text
+
+    def read(self, text: str, what: str, bytes_max: int) -> bytes:
+        """The content of such a file. Raises StartError, whose text calls it `what`."""
+        path = self.path(text)
+        content = read_trusted(path, (ROOT_UID, os.geteuid()), what=what, bytes_max=bytes_max)
+        if len(content) > bytes_max:
+            raise StartError(f"the {what} {path} is larger than {bytes_max} bytes")
+        return content
+
+    def content(self) -> bytes:
+        """That of the configuration itself. Raises StartError."""
+        return self.read(str(self.config_path), "configuration", CONFIG_BYTES_MAX)
+
+
+def parse_toml(content: bytes, kind: type[T], place: str) -> T:
+    """A configuration of the type `kind`. Raises StartError, which calls the file `place`."""
+    try:
+        text = content.decode("utf-8")
+        if any(line.count(".") > LINE_DOTS_MAX for line in text.splitlines()):
+            raise StartError(f"{place}: a line has more than {LINE_DOTS_MAX} dots")
+        return msgspec.convert(tomllib.loads(text), kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise StartError(f"{place}: {error}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise StartError(f"{place} is not TOML in UTF-8: {error}") from None
+
+
+def address(text: str) -> tuple[str, int]:
+    """Host and port of `127.0.0.1:8443` or `[::1]:8443`. Raises StartError."""
+    wrong = StartError(f"{text!r} is no address and port, such as 127.0.0.1:8443 or [::1]:8443")
+    match = _ADDRESS.fullmatch(text)
+    if match is None or not 0 < int(match[3]) < 2**16:
+        raise wrong
+    try:
+        return str(ipaddress.ip_address(match[1] or match[2])), int(match[3])
+    except ValueError:
+        raise wrong from None
+
+
+def check_metrics(text: str) -> None:
+    """Raises StartError unless `text` is an address of this host, or empty: no listener."""
+    if text and not ipaddress.ip_address(address(text)[0]).is_loopback:
+        raise StartError("metrics must be an address of this host, such as 127.0.0.1:9103")

@@ -1,0 +1,71 @@
+"""The configuration of the auditor: what is refused, and the sentence that says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minikms.api.errors import StartError
+from minikms.memory import SecretArena
+from minikms_auditor.config import Files, parse_config
+from minikms_auditor.process import ARENA_SLOTS
+from minikms_auditor.signers import open_signers
+
+GOOD = """
+version = 1
+origin = "kms.example/audit"
+kms_socket = "s"
+log_dir = "log"
+state_dir = "state"
+signers = ["file:auditor.key"]
+"""
+KEY = "w.example+e533421d+BAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f"
+
+
+def witness(url: str, more: str = "", key: str = KEY) -> str:
+    return f'{GOOD}quorum = 1\n[[witness]]\nurl = "{url}"\nkey = "{key}"\n{more}'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD.replace("version = 1", "version = 2"), "version"),
+        (GOOD.replace("version = 1", "version = " + "1" * 5_000), "is not TOML"),
+        (GOOD + "colour = 1", "colour"),
+        (GOOD + "a" + ".a" * 300 + " = 1", "dots"),
+        (GOOD.replace("kms.example/audit", "a+b"), "origin is"),
+        (GOOD + 'metrics = "127.0.0.1"', "no address and port"),
+        (GOOD + 'metrics = "0.0.0.0:9104"', "an address of this host"),
+        (GOOD + "kms_server_uids = []", "must name a user"),
+        (GOOD.replace('"file:auditor.key"', ""), "signers has"),
+        (GOOD.replace('"file:auditor.key"', '"file:a", "file:b", "file:c"'), "signers has"),
+        (GOOD.replace("file:auditor.key", "auditor.key"), "a signer is"),
+        (GOOD + f"token_paths = {['/t'] * 17}", "token_paths"),
+        (GOOD + 'public_keys = ["AAAA"]', "44 characters"),
+        (GOOD + "resubmit_seconds = 0", "resubmit_seconds is"),
+        (GOOD + "quorum = 1", "quorum is"),
+        (witness("https://w.example", key=KEY.replace("AAB", "AAC")), "verifier key"),
+        (witness("https://w.example", f'[[witness]]\nurl = "https://v.example"\nkey = "{KEY}"'), "the same key"),
+        (witness("http://w.example", 'ca = "ca.pem"'), "has no TLS"),
+        *((witness(url), "no URL") for url in ("w.example", "ftp://w.example", "http://", "http://[w", "http://w:x")),
+        *((witness(url), "no URL") for url in ("http://u@w", "http://w?q", "http://w#f", "http://w:0", "http://w/ü")),
+    ],
+)
+def test_a_configuration_that_is_not_valid_is_refused(text: str, said: str) -> None:
+    with pytest.raises(StartError, match=f"^auditor.toml.*{said}"):
+        parse_config(text.encode(), "auditor.toml")
+
+
+def test_a_configuration_with_each_member_is_valid() -> None:
+    every = witness("https://w.example/w1", 'ca = "ca.pem"').replace("quorum", 'metrics = "[::1]:9104"\nquorum')
+    assert parse_config(every.encode(), "auditor.toml").metrics == "[::1]:9104"
+
+
+def test_two_signers_with_the_same_key_are_refused(tmp_path: Path) -> None:
+    key = tmp_path / "auditor.key"
+    key.write_text("5a" * 32)
+    key.chmod(0o600)
+    files = Files(tmp_path / "auditor.toml")
+    with SecretArena(ARENA_SLOTS) as arena, pytest.raises(StartError, match="two signers have the same key"):
+        open_signers("kms.example/audit", ["file:auditor.key"] * 2, files, arena)
