@@ -163,7 +163,7 @@ def test_the_group_reads_what_rotation_recovery_and_a_loss_make(tmp_path: Path, 
 
 
 def test_a_damaged_name_of_the_log_directory_is_refused(tmp_path: Path) -> None:
-    for content in (b"", b"\n", b"relative\n", b"/no/newline"):
+    for content in (b"", b"\n", b"relative\n", b"/no/newline", b"/a\0zero\n"):
         (tmp_path / place.NAME).write_bytes(content)
         with pytest.raises(StartError, match="is damaged"):
             place.log_directory(str(tmp_path))
