@@ -22,7 +22,7 @@ from minikms.usage import Shell, new_app, print_completion, show_whole_help
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
     "status": ("status:status", "Show the state of the running daemon."),
-    "ready": ("ready:ready", "Check that the running daemon serves; with --live, that it answers."),
+    "ready": ("status:ready", "Check that the running daemon serves; with --live, that it answers."),
     "keys": ("keys:app", "List, show, retire and destroy keys."),
     "rotate-kek": ("kek:rotate_kek", "Make a new KEK and wrap every key under it, while the daemon serves."),
     "kek": ("kek:app", "List key-encryption keys (KEKs), and destroy those that nothing needs."),

@@ -272,14 +272,16 @@ def _audit_log(data_dir: str) -> Iterator[Diagnosis]:
     except StartError as error:
         yield problem("audit log", str(error), "write its path into that file, as --audit-dir of the daemon names it")
         return
-    if directory != data_dir:
-        yield from _space(directory)
     if not os.path.lexists(os.path.join(directory, LOG_NAME)):
         yield problem(
             "audit log",
-            f"{LOG_NAME} is missing",
+            f"{LOG_NAME} is missing in {directory}",
             "put it back; to go on without it, start once with --accept-audit-loss",
         )
+    if not os.path.isdir(directory):
+        return
+    if directory != data_dir:
+        yield from _space(directory)
     with os.scandir(directory) as entries:
         torn = sorted(entry.name for entry in entries if ".torn-" in entry.name or ".aside-" in entry.name)
     if torn:

@@ -1,7 +1,8 @@
-"""`minikms status`: the state of the running daemon.
+"""`minikms status` and `minikms ready`: the state of the running daemon.
 
-Owns: the page for a person, and `--watch`. Invariants: everything shown comes from the daemon's answer; exit status 1
-when the daemon can't do its work. It must never interpret a missing figure as a good one.
+Owns: the page for a person, and `--watch`; the probe for a program. Invariants: everything shown comes from the
+daemon's answer; exit status 1 when the daemon can't do its work; a probe prints nothing when the answer is yes, and
+needs no role. It must never interpret a missing figure as a good one.
 """
 
 from __future__ import annotations
@@ -66,6 +67,27 @@ def status(
             sys.stdout.flush()
             time.sleep(interval)
             answer = kms.status()
+
+
+def ready(
+    *,
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+    live: Annotated[
+        bool, Parameter(help="Ask only whether it answers, as a sealed one does.", negative=(), show_default=False)
+    ] = False,
+) -> int:
+    """Check that the running daemon serves, as the probe of a container does.
+
+    It needs no role: the users of the daemon may ask, and the daemon's own user. With --live every user may.
+    Exit status: 0 yes, 1 it is sealed or can't write its audit log, 2 it does not answer.
+    """
+    with daemon_client(socket, server_uid, timeout_s=ANSWER_SECONDS) as kms:
+        if live:
+            kms.health()
+        else:
+            kms.ready()
+    return EXIT_GOOD
 
 
 def _watch(ask: Any, answer: api.StatusAnswer, interval: float) -> int:

@@ -153,7 +153,7 @@ class DerivedKeys:
         """Oldest first."""
 
     def add(self, of_key: dict[bytes, SecretSlot], prefix: bytes, kdf: Kdf) -> SecretSlot:
-        """A new one."""
+        """Derives the key of `prefix` and keeps it in `of_key`, the dictionary of the key that `kdf` is of."""
         if len(self._kept) >= self._count_max:
             slot, (owner, former) = self._kept.popitem(last=False)
             del owner[former]

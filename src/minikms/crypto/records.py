@@ -77,13 +77,13 @@ class RecordKeys:
         return self.suffixes.pop()
 
     def end_turn(self) -> None:
-        """Drops the ciphers of the turn (OpenSSL clears their memory) and overwrites the used part of the stack."""
+        """Drops the ciphers of the turn, and overwrites what they have left in registers and on the stack."""
         self.drop_ciphers()
         scrub(stack=self.stack_used)
         self.stack_used = False
 
     def drop_ciphers(self) -> None:
-        """A part of `end_turn`."""
+        """Drops the ciphers of the turn; OpenSSL clears their memory."""
         for key in self.used:
             key.drop_cipher()
         self.used.clear()

@@ -32,7 +32,7 @@ def log_directory(data_dir: str) -> str:
     if content is None:
         return data_dir
     path = os.fsdecode(content[:-1])
-    if not (content.endswith(b"\n") and os.path.isabs(path)):
+    if not (content.endswith(b"\n") and os.path.isabs(path) and "\0" not in path):
         raise StartError(f"{os.path.join(data_dir, NAME)} is damaged: it names the directory of the audit log")
     return path
 

@@ -140,19 +140,24 @@ class _Steps(Coroutine[Any, Any, T]):
 
 
 def end_steps_with(end: Callable[[], None]) -> None:
-    """From now on, `end` is called after the steps of each turn of the running loop, in tasks that are new: before the
-    loop waits, before an answer of one of them is written, and no deeper in the stack than they ran.
+    """Calls `end` once after the steps that new tasks make in a turn of the running loop.
+
+    The call comes before the loop waits, and before the callbacks of a task that has ended, so before its answer is
+    written. It is made less deep in the stack than the steps.
     """
     running = asyncio.get_running_loop()
-    due: list[asyncio.Handle] = []
+    due = False
 
     def end_turn() -> None:
-        due.clear()
+        nonlocal due
+        due = False
         end()
 
     def ended() -> None:
+        nonlocal due
         if not due:
-            due.append(running.call_soon(end_turn))
+            running.call_soon(end_turn)
+            due = True
 
     def task(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
         return asyncio.Task(_Steps(work, ended), loop=loop, **options)

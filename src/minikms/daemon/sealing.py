@@ -220,7 +220,7 @@ class Sealing:
         return self._sealed is not None
 
     def end_steps(self) -> None:
-        """Ends the steps of tasks in a turn: no key stays in an object of a library, in a register or on the stack."""
+        """Drops the ciphers that tasks have used in a turn, and overwrites registers and stack: see `aead.scrub`."""
         for parts in (self._parts, self._opening):
             if parts is not None:
                 parts.vault.record_keys.drop_ciphers()

@@ -35,6 +35,8 @@ PATH_BYTES_MAX: Final = 107 if sys.platform == "linux" else 103  # sun_path of u
 BACKLOG_COUNT: Final = 1024
 MODE_DEFAULT: Final = 0o600
 DIRECTORY_MODE: Final = 0o750
+MAKING_SUFFIX: Final = ".new"
+"""Of a directory that is being made."""
 LOCK_SUFFIX: Final = ".lock"
 _LISTEN_FDS_START: Final = 3  # SD_LISTEN_FDS_START
 PROBE_TIMEOUT_S: Final = 1.0
@@ -177,18 +179,21 @@ class _SocketEntry:
 
 
 def _make_directory(directory: str, gid: int | None) -> None:
-    """Makes the socket's directory, unless something is there, which `_open_directory` checks. Only this user enters it
-    before its group is set.
+    """Makes the socket's directory, unless something is there. It gets its name once its group and mode are set, and
+    the next start removes what a kill has left.
     """
-    try:
-        os.mkdir(directory, 0o700)
-    except FileExistsError:
+    if os.path.lexists(directory):
         return
-    descriptor = _open_directory(directory)
+    temporary = directory + MAKING_SUFFIX
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(temporary)
+    os.mkdir(temporary, 0o700)
+    descriptor = _open_directory(temporary)
     try:
         if gid is not None:
             os.fchown(descriptor, -1, gid)
         os.fchmod(descriptor, DIRECTORY_MODE)
+        os.rename(temporary, directory)
     finally:
         os.close(descriptor)
 

@@ -28,6 +28,7 @@ from minikms.api.errors import ConflictError, DecryptionError, InvalidRequestErr
 from minikms.crypto import labels
 from minikms.crypto.aead import XaesCipher
 from minikms.keys.keyring import VERSION_MAX as KEK_VERSION_MAX
+from minikms.memory.arena import zero
 
 # --- ids --------------------------------------------------------------------------------------------------------------
 
@@ -291,7 +292,7 @@ class Rewrapper:
         self, kek: Callable[[int], XaesCipher], kek_version: int, *, key: memoryview, again: memoryview
     ) -> None:
         """kek: a cipher of the KEK of a version, or KeyUnreadableError. key, again: two slots of the arena, 32 bytes
-        each.
+        each, which are zeroed at the end of the block.
         """
         self._kek = kek
         self._kek_version = kek_version
@@ -306,6 +307,8 @@ class Rewrapper:
     def __exit__(self, *_: object) -> None:
         for cipher, _field in self._known.values():
             cipher.close()
+        for slot in (self._key, self._again):
+            zero(slot)
 
     def rewrap(self, record: DekRecord, nonce: bytes) -> DekRecord:
         """The record wrapped under the KEK version; its `version` rises by one and nothing else changes, so `parse`

@@ -42,7 +42,7 @@ class AuditorVerbs:
         self._has_directory = has_directory
         position.begin(log.writer.log_id.hex(), log.durable.seq)
         log.attended = position.attached
-        table.unaudited(api.REPORT_AUDIT_POSITION, self.report)
+        table.later(api.REPORT_AUDIT_POSITION, self.report, audited=False)
 
     def view(self) -> LogView:
         body = self._vault.keyring.body

@@ -6,12 +6,11 @@ charge of its limits, and the check of the policy after each wait (`minikms.serv
 before the caller was authorised; the audit line exists before the answer leaves. It must never answer after a failure.
 
 A method gets the request and the audit event, adds to the event what it learns, and returns the answer or raises a
-KmsRefusedError. There are four ways to add one to the table:
+KmsRefusedError. There are three ways to add one to the table:
 
 - `now`: it answers in the turn of the event loop in which it was called. The daemon writes the audit lines of a turn
   with one write before the answers of the turn leave.
 - `later`: it awaits something. Its audit line is written before its answer exists.
-- `unaudited`: as `later`, and only refusals leave a line. For reports about the audit log itself.
 - `hot`: `/encrypt`, which does all of this itself for a caller without limits and a key that is opened, because every
   call and look-up on its path was measured. For the others it calls what `now_on_keys` made.
 
@@ -116,10 +115,12 @@ class VerbTable:
         act: Callable[[R, Event, Permit], Awaitable[A | Reply | AfterLine[A]]],
         *,
         durable: bool = False,
+        audited: bool = True,
     ) -> None:
         """Adds a method that awaits and uses no keys. It calls the `Permit` after each wait, before it changes
         anything. `durable`: it changes keys, so the audit log must be writable before it begins, and its audit line is
-        on disk before the answer.
+        on disk before the answer. `audited`: False for reports about the audit log itself, of which only refusals leave
+        a line.
         """
 
         def act_unscoped(request: R, event: Event) -> Awaitable[A | Reply | AfterLine[A]]:
@@ -128,7 +129,7 @@ class VerbTable:
         def act_scoped(keys: Keys, request: R, event: Event) -> Awaitable[A | Reply | AfterLine[A]]:
             return act(request, event, keys.refresh if isinstance(keys, ScopedKeys) else permitted)
 
-        self._later(verb, act_unscoped, act_scoped, durable=durable)
+        self._later(verb, act_unscoped, act_scoped, durable=durable, audited=audited)
 
     def later_on_keys(
         self,
@@ -140,29 +141,6 @@ class VerbTable:
     ) -> None:
         """Adds a method that awaits and uses keys of `vault`. `durable`: as for `later`."""
         self._later(verb, partial(act, vault), act, durable=durable)
-
-    def unaudited(self, verb: Verb[R, A], act: Callable[[R, Event, Permit], Awaitable[A]]) -> None:
-        """Adds a method that awaits and uses no keys, as `later`. Only its refusals are audited, and what it writes
-        itself.
-        """
-        frame = _Frame(verb)
-
-        async def perform(who: Principal, request: R, request_id: str) -> Reply:
-            event, permit = frame.event(who, request, request_id), permitted
-            try:
-                if who.scope is not None:
-                    keys = self._view(who, verb)
-                    keys.refresh()  # the task begins in a later step than the request
-                    who, permit = keys.who, keys.refresh
-                frame.require(who, request, event)
-                return _reply(await act(request, event, permit))
-            except Exception as error:
-                event.outcome = _outcome(error)
-                if not self._only_counted(event, error):
-                    await self.audit.add_written(event, durable=False)
-                raise
-
-        self._performs[verb] = perform
 
     def _now(
         self,
@@ -201,6 +179,7 @@ class VerbTable:
         act_scoped: Callable[[Keys, R, Event], Awaitable[A | Reply | AfterLine[A]]],
         *,
         durable: bool,
+        audited: bool = True,
     ) -> None:
         frame = _Frame(verb)
 
@@ -214,7 +193,7 @@ class VerbTable:
                 return await act(request, event)
 
             if who.scope is None:
-                return self.put_off(event, authorised, durable=durable)
+                return self.put_off(event, authorised, durable=durable, audited=audited)
 
             async def authorised_and_charged() -> A | Reply | AfterLine[A]:
                 keys.refresh()  # the task begins in a later step than the request
@@ -229,7 +208,7 @@ class VerbTable:
             except KmsRefusedError as error:
                 self.refused(event, error)
                 raise
-            return self.put_off(event, authorised_and_charged, durable=durable, keys=keys)
+            return self.put_off(event, authorised_and_charged, durable=durable, audited=audited, keys=keys)
 
         self._performs[verb] = perform
 
@@ -284,10 +263,11 @@ class VerbTable:
         act: Callable[[], Awaitable[A | Reply | AfterLine[A]]],
         *,
         durable: bool = False,
+        audited: bool = True,
         keys: ScopedKeys | None = None,
     ) -> Reply:
-        """The answer of `act`, in a later turn; its audit line is written first, whatever the outcome. `keys`: those of
-        a caller that a policy limits.
+        """The answer of `act`, in a later turn; its audit line is written first, whatever the outcome. `audited`: False
+        leaves the line out, unless it is of a refusal. `keys`: those of a caller that a policy limits.
         """
         try:
             answer = await act()
@@ -299,9 +279,11 @@ class VerbTable:
         except asyncio.CancelledError:
             # Cancelled at shutdown; its effects may already be durable.
             event.outcome = api.CODE_INTERRUPTED
-            self.audit.add(event)
+            if audited:
+                self.audit.add(event)
             raise
-        await self.audit.add_written(event, durable=durable)
+        if audited:
+            await self.audit.add_written(event, durable=durable)
         if keys is not None and keys.verb.answers_plaintext:
             try:
                 keys.check_still()

@@ -66,9 +66,11 @@ def test_the_log_lies_in_its_own_directory_and_each_command_finds_it(tmp_path: P
     found = minikms("doctor", *given, *key)
     assert "minikms-audit.log is missing" not in found.stdout + found.stderr
     (log_dir / LOG).rename(log_dir / "away")
-    assert "minikms-audit.log is missing" in minikms("doctor", *given, *key).stdout
+    assert f"minikms-audit.log is missing in {log_dir}" in minikms("doctor", *given, *key).stdout
     with pytest.raises(StartError, match="is missing, but there was one"):
         start(data_dir, log_dir)
+    log_dir.rename(tmp_path / "away")
+    assert f"minikms-audit.log is missing in {log_dir}" in minikms("doctor", *given, *key).stdout
 
 
 def test_a_start_that_names_another_place_of_the_log_is_refused(tmp_path: Path, log_dir: Path) -> None:
@@ -163,7 +165,7 @@ def test_the_group_reads_what_rotation_recovery_and_a_loss_make(tmp_path: Path, 
 
 
 def test_a_damaged_name_of_the_log_directory_is_refused(tmp_path: Path) -> None:
-    for content in (b"", b"\n", b"relative\n", b"/no/newline"):
+    for content in (b"", b"\n", b"relative\n", b"/no/newline", b"/a\0zero\n"):
         (tmp_path / place.NAME).write_bytes(content)
         with pytest.raises(StartError, match="is damaged"):
             place.log_directory(str(tmp_path))

@@ -129,6 +129,13 @@ def test_a_missing_directory_is_made_for_the_group_of_the_socket(public: Path, u
         os.umask(previous)
 
 
+def test_a_directory_that_a_kill_left_half_made_is_made_again(public: Path) -> None:
+    (public / "run.new").mkdir(mode=0o700)
+    with sockets.listen(str(public / "run" / "s"), {}, make_directory=True):
+        assert stat.S_IMODE((public / "run").stat().st_mode) == 0o750
+    assert os.listdir(public) == ["run"]
+
+
 def test_a_directory_that_another_user_made_is_not_taken(public: Path) -> None:
     public.chmod(0o777)
     foreign.run_as(foreign.UID, lambda: os.mkdir(public / "run", 0o750))

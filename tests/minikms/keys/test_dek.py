@@ -71,8 +71,8 @@ def test_a_key_of_another_installation_does_not_unwrap() -> None:
         unwrapped(made(), OTHER_KEK)
 
 
-def rewrapper() -> dek.Rewrapper:
-    key, again = (memoryview(bytearray(32)) for _ in range(2))
+def rewrapper(*slots: memoryview) -> dek.Rewrapper:
+    key, again = slots or (memoryview(bytearray(32)) for _ in range(2))
     return dek.Rewrapper(lambda version: XaesCipher({1: KEK, 2: OTHER_KEK}[version]), 2, key=key, again=again)
 
 
@@ -84,7 +84,11 @@ def test_a_file_that_does_not_unwrap_is_not_rewrapped(change: dict[str, Any]) ->
 
 def test_a_rewrap_changes_the_version_by_one_the_kek_and_nothing_else() -> None:
     before = dek.retired(made(), at=AT, replaced_by=OTHER_ID)
-    after = rewrapper().rewrap(before, bytes(24))
+    key, again = (memoryview(bytearray(32)) for _ in range(2))
+    with rewrapper(key, again) as opened:
+        after = opened.rewrap(before, bytes(24))
+        assert bytes(key) == bytes(again) == bytes(DEK)
+    assert not any((*key, *again)), "a slot keeps the key after the block"
     assert unwrapped(after, OTHER_KEK) == bytes(DEK)
     assert (after.version, after.kek_version) == (before.version + 1, 2)
     assert msgspec.structs.replace(after, version=before.version, kek_version=1, wrapped=before.wrapped) == before
