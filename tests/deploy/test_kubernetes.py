@@ -9,15 +9,11 @@ import json
 import os
 import re
 import ssl
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests import needs
 from tests.deploy import pods
@@ -33,13 +29,6 @@ API_KEY = "backend-key"
 SETTINGS = f"security: {{api_keys: {{backend: [{API_KEY}], admin: [admin-key]}}}}\n".encode()
 CLUSTER = "https://kubernetes.default.svc.cluster.local"
 SECRET_TEXT = "what only members of the thread read"
-
-
-@pytest.fixture
-def base() -> Iterator[Path]:
-    """A directory that every user reaches."""
-    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
-        yield Path(name)
 
 
 def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, Any]:
@@ -248,7 +237,7 @@ def run_elsewhere(base: Path, rootfs: Path | None = None) -> None:
         assert talk.is_whole()
 
 
-def test_an_auditor_in_the_pod_publishes_trees_of_the_log(base: Path) -> None:
+def test_an_auditor_in_the_pod_publishes_trees_of_the_log(public: Path) -> None:
     """It waits until an operator accepts the log."""
     needs.interpreter_for(10001)
     documents = pods.build("auditor")
@@ -263,7 +252,7 @@ def test_an_auditor_in_the_pod_publishes_trees_of_the_log(base: Path) -> None:
     }
     config = "--config=/etc/minikms/auditor/..data/auditor.toml"
     environ = {"PROGRESSDB_ADDR": f"127.0.0.1:{port}", "PORT_8080": str(port)}
-    with Pod(base, pods.pod_of(documents), objects, environ=environ) as running:
+    with Pod(public, pods.pod_of(documents), objects, environ=environ) as running:
         for name in running.order:
             running.start(name)
         state = running.volumes.path("auditor-state") / "state"
@@ -311,11 +300,11 @@ def served(port: int) -> bytes:
     return ssl.get_server_certificate(("127.0.0.1", port), timeout=60).encode().split(b"-----END", 1)[0]
 
 
-def test_a_server_elsewhere_proves_itself_with_its_service_account(base: Path) -> None:
+def test_a_server_elsewhere_proves_itself_with_its_service_account(public: Path) -> None:
     needs.interpreter_for(10001)
-    run_elsewhere(base)
+    run_elsewhere(public)
 
 
-def test_a_pod_serves_a_conversation_over_seals_and_restarts(base: Path) -> None:
+def test_a_pod_serves_a_conversation_over_seals_and_restarts(public: Path) -> None:
     needs.interpreter_for(10001)
-    run_a_conversation(base)
+    run_a_conversation(public)
