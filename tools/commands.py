@@ -29,7 +29,7 @@ commands in use.
 - Results go to standard output, everything else to standard error. An error is one sentence that begins with
   the name of the program. Colour, progress bars and questions appear only on a terminal; `NO_COLOR` is
   respected.
-- Every command but `serve`, `demo` and `completion` has `--json`, which prints complete values for programs.
+- Where a command has `--json`, that prints complete values for programs.
 - A flag has precedence over its environment variable, which `--help` names in brackets. An empty variable
   counts as unset.
 - No command takes a key in its arguments: root keys come from files or a terminal, API keys from the

@@ -124,7 +124,7 @@ class Auditor:
         self._tail: Tail | None = None
         self._faults = 0
         self._alarm = ""
-        self._alarm_s = 0.0
+        self._look_again_s = 0.0
         self._pending: PendingLog | None = None
         self._errors: dict[str, str] = {}
         self._confirmed = False
@@ -144,17 +144,17 @@ class Auditor:
 
     def step(self) -> None:
         """Do what there is to do."""
-        if self._alarm and time.monotonic() - self._alarm_s < ALARM_RETRY_SECONDS:
+        if self._alarm and time.monotonic() < self._look_again_s:
             self._report()
             self._show()
             return
         try:
             whole = self._act()
         except _AlarmError as error:
-            self._stop(str(error))
+            self._stop(str(error), ALARM_RETRY_SECONDS)
         except UnknownLogError as error:
             self._pending = PendingLog(error.log_id, error.public_key)
-            self._stop(str(error))
+            self._stop(str(error), 0.0)  # `accept-log` takes effect in the next step
         except (KmsRefusedError, OSError) as error:
             self._note_error("disk", str(getattr(error, "strerror", None) or error))
         except TokenError as error:
@@ -178,11 +178,11 @@ class Auditor:
             self._report()
         return whole
 
-    def _stop(self, why: str) -> None:
+    def _stop(self, why: str, pause_s: float) -> None:
         self._close_tail()
         if why != self._alarm:
             self._log("alarm", why)
-        self._alarm, self._alarm_s = why, time.monotonic()
+        self._alarm, self._look_again_s = why, time.monotonic() + pause_s
 
     def _note_error(self, what: str, text: str) -> None:
         if text and self._errors.get(what) != text:

@@ -154,7 +154,7 @@ def accept_log(
     if key is None:
         raise StartError("a public key is 32 bytes in base64: 44 characters")
     store.accept_key(state_dir, key)
-    print(f"A log may begin with {public_key}. The auditor looks again within half a minute.")
+    print(f"A log may begin with {public_key}. The auditor goes on within seconds.")
     return EXIT_GOOD
 
 

@@ -9,15 +9,11 @@ import json
 import os
 import re
 import ssl
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests import needs
 from tests.deploy import pods
@@ -33,13 +29,6 @@ API_KEY = "backend-key"
 SETTINGS = f"security: {{api_keys: {{backend: [{API_KEY}], admin: [admin-key]}}}}\n".encode()
 CLUSTER = "https://kubernetes.default.svc.cluster.local"
 SECRET_TEXT = "what only members of the thread read"
-
-
-@pytest.fixture
-def base() -> Iterator[Path]:
-    """A directory that every user reaches."""
-    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
-        yield Path(name)
 
 
 def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, Any]:
@@ -248,8 +237,9 @@ def run_elsewhere(base: Path, rootfs: Path | None = None) -> None:
         assert talk.is_whole()
 
 
-def run_audited(base: Path, rootfs: Path | None = None) -> None:
-    """The pod with an auditor: it waits for an operator to accept the log, and then publishes trees of it."""
+def test_an_auditor_in_the_pod_publishes_trees_of_the_log(public: Path) -> None:
+    """It waits until an operator accepts the log."""
+    needs.interpreter_for(10001)
     documents = pods.build("auditor")
     maps = {d["metadata"]["name"]: d["data"] for d in documents if d["kind"] == "ConfigMap"}
     port = free_port()
@@ -262,32 +252,26 @@ def run_audited(base: Path, rootfs: Path | None = None) -> None:
     }
     config = "--config=/etc/minikms/auditor/..data/auditor.toml"
     environ = {"PROGRESSDB_ADDR": f"127.0.0.1:{port}", "PORT_8080": str(port)}
-    with Pod(base, pods.pod_of(documents), objects, rootfs=rootfs, environ=environ) as running:
+    with Pod(public, pods.pod_of(documents), objects, environ=environ) as running:
         for name in running.order:
             running.start(name)
+        state = running.volumes.path("auditor-state") / "state"
         talk = Conversation(port)
         assert talk.say() == 200
-
-        def waiting() -> list[str]:
-            return re.findall(
-                r"[A-Za-z0-9+/]{43}=", running.run("auditor", "minikms-auditor", "accept-log", config).stdout
-            )
-
-        wait_until(lambda: bool(waiting()))
-        accepted = running.run("auditor", "minikms-auditor", "accept-log", waiting()[0], config)
+        status = state / "status.json"
+        wait_until(lambda: status.exists() and '"public_key"' in status.read_text())
+        shown = running.run("auditor", "minikms-auditor", "accept-log", config)
+        [key] = set(re.findall(r"[A-Za-z0-9+/]{43}=", shown.stdout))
+        accepted = running.run("auditor", "minikms-auditor", "accept-log", key, config)
         assert accepted.returncode == 0, accepted.stderr
-        wait_until(lambda: running.run("auditor", "minikms-auditor", "checkpoint", config).returncode == 0)
+        wait_until((state / "tree" / "checkpoint").exists)
+        assert running.run("auditor", "minikms-auditor", "checkpoint", config).returncode == 0
         assert running.stop("auditor") == 0
         running.start("auditor")
         position = status_of(running)["audit"]["position"]
         assert position["origin"] == "progressdb.progressdb.svc/audit"
         log = running.volumes.path("audit") / "log"
         assert (log.stat().st_mode & 0o7777, log.stat().st_uid, log.stat().st_gid) == (0o2750, 10001, 10000)
-
-
-def test_an_auditor_in_the_pod_publishes_trees_of_the_log(base: Path) -> None:
-    needs.interpreter_for(10001)
-    run_audited(base)
 
 
 def service_account_token(issuer: TokenIssuer) -> bytes:
@@ -316,11 +300,11 @@ def served(port: int) -> bytes:
     return ssl.get_server_certificate(("127.0.0.1", port), timeout=60).encode().split(b"-----END", 1)[0]
 
 
-def test_a_server_elsewhere_proves_itself_with_its_service_account(base: Path) -> None:
+def test_a_server_elsewhere_proves_itself_with_its_service_account(public: Path) -> None:
     needs.interpreter_for(10001)
-    run_elsewhere(base)
+    run_elsewhere(public)
 
 
-def test_a_pod_serves_a_conversation_over_seals_and_restarts(base: Path) -> None:
+def test_a_pod_serves_a_conversation_over_seals_and_restarts(public: Path) -> None:
     needs.interpreter_for(10001)
-    run_a_conversation(base)
+    run_a_conversation(public)

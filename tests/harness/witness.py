@@ -4,21 +4,15 @@ Owns: the witness's half of C2SP tlog-witness (`add-checkpoint`) with Ed25519 co
 code follows those texts, and RFC 9162 section 2.1.4.2 for consistency proofs. It shares nothing with `minikms`, so that
 it refuses a wrong proof or note of ours. Invariants: the newest checkpoint is durable before its cosignature leaves;
 check and update are one step under a lock. It must never cosign a smaller or another tree.
-
-Run it as a program. It prints its submission prefix and its verifier key, a line each, and serves until it is killed:
-
-    python tests/harness/witness.py --state DIR --name witness.example/w1 --log VKEY
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import http.server
 import json
 import os
-import sys
 import threading
 import time
 from typing import Final, NamedTuple
@@ -28,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 BODY_BYTES_MAX: Final = 64 * 1024
 PROOF_LINES_MAX: Final = 63
+STOP_CHECK_S: Final = 0.01
+"""How often a server looks whether it is to stop. The default is half a second, for each witness of each test."""
 
 _LOG_TYPE: Final = 0x01
 _COSIGNATURE_TYPE: Final = 0x04
@@ -226,7 +222,7 @@ class Witness:
 
 
 def serve(witness: Witness) -> http.server.ThreadingHTTPServer:
-    """A server on a port of the loopback interface that the kernel chose."""
+    """A server on a port of the loopback interface that the kernel chose, which serves until its `shutdown`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -259,21 +255,6 @@ def serve(witness: Witness) -> http.server.ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    return http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--state", required=True)
-    parser.add_argument("--name", default="witness.example/w1")
-    parser.add_argument("--log", action="append", required=True, help="verifier key of a log")
-    arguments = parser.parse_args()
-    witness = Witness(arguments.state, arguments.name, dict(parse_vkey(text) for text in arguments.log))
-    server = serve(witness)
-    sys.stdout.write(f"http://127.0.0.1:{server.server_address[1]}\n{witness.vkey}\n")
-    sys.stdout.flush()
-    server.serve_forever()
-
-
-if __name__ == "__main__":
-    main()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(STOP_CHECK_S,), daemon=True).start()
+    return server

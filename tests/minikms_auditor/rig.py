@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import threading
 from base64 import b64decode
 from collections.abc import Sequence
 from http.server import ThreadingHTTPServer
@@ -197,9 +196,7 @@ class Rig:
     def start_witness(self, name: str) -> None:
         directory = self.base / name.rpartition("/")[2]
         served = cosigning.Witness(str(directory), name, dict([cosigning.parse_vkey(self.vkey())]))
-        server = cosigning.serve(served)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        self._servers[name] = server
+        self._servers[name] = cosigning.serve(served)
         self._vkeys[name] = served.vkey
 
     def stop_witness(self, name: str) -> None:

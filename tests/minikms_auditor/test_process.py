@@ -7,10 +7,10 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from minikms_auditor.store import published
 from tests import needs
 from tests.harness import witness
 from tests.harness.audited_daemon import ORIGIN, AuditedDaemon
@@ -41,11 +41,6 @@ class Auditor:
         with log.open("wb") as file:
             return subprocess.Popen(self.command(), env=self._environ, stdout=file, stderr=file)
 
-    def tree_size(self) -> int:
-        """Of the newest tree checkpoint that is published; 0 without any."""
-        done = self.run("checkpoint")
-        return int(done.stdout.splitlines()[1]) if done.returncode == 0 else 0
-
 
 @contextlib.contextmanager
 def running_until_terminated(auditor: Auditor, log: Path) -> Iterator[None]:
@@ -72,6 +67,12 @@ def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> 
             os.chown(name, USER, USER)
     os.chown(state, USER, USER)
     auditor = Auditor(public, token)
+
+    def tree_size() -> int:
+        """Of the newest tree checkpoint that is published; 0 without any."""
+        content = published(str(state))
+        return 0 if content is None else int(content.splitlines()[1])
+
     with AuditedDaemon(public) as daemon:
         daemon.new_key("t")
         signers = json.dumps([token.uri(), token.uri("object=second")])
@@ -89,14 +90,13 @@ def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> 
         vkeys = [line.split()[-1] for line in checked.stdout.splitlines()[1:]]
         served = witness.Witness(str(public / "w1"), WITNESS, dict([witness.parse_vkey(vkeys[0])]))
         server = witness.serve(served)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
         auditor.config.write_text(f'{settings}quorum = 1\n[[witness]]\nurl = "{url}"\nkey = "{served.vkey}"\n')
         with running_until_terminated(auditor, public / "auditor.log"):
-            wait_until(lambda: auditor.tree_size() > 0)
-            first = auditor.tree_size()
+            wait_until(lambda: tree_size() > 0)
+            first = tree_size()
             daemon.new_key("u")
-            wait_until(lambda: auditor.tree_size() > first)
+            wait_until(lambda: tree_size() > first)
             assert daemon.status()["audit"]["position"]["origin"] == ORIGIN
             note = public / "tree-checkpoint"
             note.write_text(auditor.run("checkpoint").stdout)

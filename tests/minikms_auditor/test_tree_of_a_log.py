@@ -135,7 +135,7 @@ def test_a_log_under_an_unknown_key_waits_for_accept_log(rig: Rig) -> None:
     assert rig.start().steps().alarm == status.alarm
     assert rig.published() == (size, root)
     accept_key(str(rig.state_dir), KEY2.public_key)
-    status = rig.start().steps()
+    status = rig.steps()
     assert (status.alarm, status.pending, status.size) == ("", None, size + len(rig.lines()))
 
 

@@ -14,6 +14,7 @@ import pytest
 from minikms.audit.note import Policy, open_checkpoint, parse_vkey
 from minikms_auditor import witnesses as submitting
 from tests.harness.waiting import wait_until
+from tests.harness.witness import STOP_CHECK_S
 from tests.minikms_auditor.rig import Rig, root_of
 
 W1, W2, W3 = (f"witness.example/w{number}" for number in (1, 2, 3))
@@ -244,7 +245,7 @@ def test_a_faulty_witness_is_a_failure_with_a_bound(
     monkeypatch.setattr(submitting, "ROUND_SECONDS_MAX", 2.0)
     handler = type("Handler", (Answers,), {"answer": staticmethod(answer)})
     with Rig(tmp_path, witnesses=1) as rig, http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(STOP_CHECK_S,), daemon=True).start()
         genuine = rig.witness
         url = f"http://127.0.0.1:{server.server_address[1]}"
         monkeypatch.setattr(rig, "witness", lambda name: (url, genuine(name)[1]))

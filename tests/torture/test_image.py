@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -61,26 +60,19 @@ def rootfs() -> Iterator[Path]:
         run("buildah", "rm", container)
 
 
-@pytest.fixture
-def base() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
-        yield Path(name)
+def test_the_image_serves_a_conversation_under_its_filter(public: Path, rootfs: Path) -> None:
+    run_a_conversation(public, rootfs, seccomp=True)
 
 
-def test_the_image_serves_a_conversation_under_its_filter(base: Path, rootfs: Path) -> None:
-    run_a_conversation(base, rootfs, seccomp=True)
+def test_the_image_serves_a_server_elsewhere(public: Path, rootfs: Path) -> None:
+    run_elsewhere(public, rootfs)
 
 
-def test_the_image_serves_a_server_elsewhere(base: Path, rootfs: Path) -> None:
-    run_elsewhere(base, rootfs)
-
-
-def test_the_image_serves_a_conversation_under_compose(base: Path, rootfs: Path) -> None:
+def test_the_image_serves_a_conversation_under_compose(public: Path, rootfs: Path) -> None:
     """compose.yaml: volumes with the owners that the image gives them, secrets that belong to their users."""
     services = {name: pods.composed()["services"][name] for name in ("minikms", "progressdb")}
-    config = base / "config"
+    config = public / "config"
     (config / "policy").mkdir(parents=True)
-    base.chmod(0o755)
     shutil.copy(pods.COMPOSE.with_name("policy.toml"), config / "policy")
     for name, content, uid in (
         ("minikms.key", os.urandom(32).hex().encode() + b"\n", 10001),
@@ -89,7 +81,7 @@ def test_the_image_serves_a_conversation_under_compose(base: Path, rootfs: Path)
         (config / name).touch(0o600)
         (config / name).write_bytes(content)
         os.chown(config / name, uid, -1)
-    own = base / "compose"
+    own = public / "compose"
     own.mkdir()
     hosts = {
         "root-key": config / "minikms.key",
@@ -98,7 +90,7 @@ def test_the_image_serves_a_conversation_under_compose(base: Path, rootfs: Path)
     }
     port = free_port()
     with Pod(
-        base,
+        public,
         pods.as_pod(services),
         {},
         rootfs=rootfs,
