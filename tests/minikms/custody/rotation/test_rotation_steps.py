@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import threading
 from collections.abc import Callable
@@ -581,6 +582,16 @@ def stored_but_refused(self: KeyringFile, data: bytes, store_now: Callable[..., 
     refuse()
 
 
+def stored_once() -> Callable[[KeyringFile, bytes], None]:
+    """As `stored_but_refused`, and no later keyring reaches the disk: the repair may begin before the test goes on."""
+    calls = itertools.count()
+
+    def store(self: KeyringFile, data: bytes) -> None:
+        (refuse if next(calls) else stored_but_refused)(self, data)
+
+    return store
+
+
 def test_a_removal_whose_keyring_is_uncertain_holds_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If only the last sync fails, a crash may find the new keyring: the log must end where that one says."""
 
@@ -614,10 +625,9 @@ def test_a_seal_ends_the_repair_of_a_keyring_that_is_uncertain(tmp_path: Path, m
         async with opened_vault(tmp_path / "d") as one:
             await one.rotate(one.slot_of(NEW_ROOT))
             with monkeypatch.context() as patched:
-                patched.setattr(KeyringFile, "store_now", stored_but_refused)
+                patched.setattr(KeyringFile, "store_now", stored_once())
                 with pytest.raises(StorageUncertainError):
                     await remove(one, "s1")
-                patched.setattr(KeyringFile, "store_now", refuse)
                 await asyncio.sleep(0.01)
                 left = (one.directory / "keyring.json").read_bytes()
                 one.audit.seal()
@@ -641,10 +651,9 @@ def test_a_start_completes_a_removal_that_was_held(tmp_path: Path, monkeypatch: 
         with monkeypatch.context() as patched:
             async with opened_vault(tmp_path / "d") as one:
                 await one.rotate(one.slot_of(NEW_ROOT))
-                patched.setattr(KeyringFile, "store_now", stored_but_refused)
+                patched.setattr(KeyringFile, "store_now", stored_once())
                 with pytest.raises(StorageUncertainError):
                     await remove(one, "s1")
-                patched.setattr(KeyringFile, "store_now", refuse)
                 left = (one.directory / "keyring.json").read_bytes()
                 await one.removal.stop()
                 with pytest.raises(AuditUnavailableError):
