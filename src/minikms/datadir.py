@@ -46,6 +46,7 @@ from minikms.custody.backup import register
 from minikms.custody.files import DataDirLock, InUseError, make_private_directory, read_file_bounded
 from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
+from minikms.custody.log_directory import NAME as LOG_DIRECTORY_NAME
 from minikms.custody.log_directory import claim_log_directory, lock_log_directory, log_directory
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
@@ -152,7 +153,8 @@ def lock_data_dir(directory: str, audit_dir: str | None = None) -> DataDirLock:
         stop = "Stop that process first" + (f", with `kill {error.pid}`" if error.pid is not None else "")
         raise StartError(f"{error}. {stop}: only one may use a data directory") from None
     try:
-        claim_log_directory(lock, audit_dir)
+        with written_at_start(os.path.join(lock.directory, LOG_DIRECTORY_NAME)):
+            claim_log_directory(lock, audit_dir)
         for name in (deks.DIRECTORY, backups.DIRECTORY):
             make_private_directory(os.path.join(lock.directory, name))
     except BaseException:

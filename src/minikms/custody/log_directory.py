@@ -47,14 +47,16 @@ def lock_log_directory(lock: DataDirLock) -> str:
 
 def claim_log_directory(lock: DataDirLock, audit_dir: str | None) -> None:
     """As `lock_log_directory`, for a start that states where the log lies: `audit_dir` (absolute), or None for the data
-    directory. The first start with `audit_dir` records it. Raises StartError.
+    directory. The first start with `audit_dir` records it. Raises StartError,
+    StorageUnavailableError.
     """
     recorded = log_directory(lock.directory)
     if audit_dir is None:
         if recorded != lock.directory:
             raise StartError(f"the audit log of {lock.directory} lies in {recorded}: start with --audit-dir {recorded}")
         return
-    if os.path.commonpath((audit_dir, lock.directory)) in (audit_dir, lock.directory):
+    places = os.path.realpath(audit_dir), os.path.realpath(lock.directory)
+    if os.path.commonpath(places) in places:
         raise StartError(f"--audit-dir {audit_dir} must lie beside the data directory, not in it or above it")
     if recorded == lock.directory:
         if any(name.startswith(LOG_FILES) for name in os.listdir(lock.directory_fd)):

@@ -19,6 +19,7 @@ from minikms.custody import log_directory as place
 from minikms.custody.files import InUseError, lock_file
 from tests import needs
 from tests.minikms.audit.logmaker import LOG, kill_log, make_segments, open_log
+from tests.minikms.custody.disk_faults import failing_os
 from tests.minikms.test_datadir import opener
 
 AUDITOR_GID = 45_690
@@ -110,6 +111,24 @@ def test_a_log_directory_in_or_above_the_data_directory_is_refused(tmp_path: Pat
         opener(data_dir, os.path.normpath(data_dir / where)),
     ):
         pass
+
+
+def test_a_link_to_a_log_directory_is_followed_before_its_place_is_judged(tmp_path: Path) -> None:
+    (tmp_path / "d" / "inside").mkdir(mode=0o700, parents=True)
+    (tmp_path / "d").chmod(0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "d" / "inside")
+    with pytest.raises(StartError, match="beside the data directory"), opener(tmp_path / "d", str(tmp_path / "link")):
+        pass
+
+
+def test_a_full_disk_at_the_first_start_names_the_file(
+    tmp_path: Path, log_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = pytest.raises(StartError, match=f"{tmp_path}/d/{place.NAME} can't be .* written: No space left")
+    with failing_os(monkeypatch, "rename"), refused:
+        start(tmp_path / "d", log_dir)
+    assert not (tmp_path / "d" / place.NAME).exists()
+    start(tmp_path / "d", log_dir)
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o750, 0o2770, 0o2755, 0o777])
