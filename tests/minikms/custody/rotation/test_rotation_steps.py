@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +30,7 @@ from minikms.service import root_removal
 from minikms.service.base import VerbTable
 from minikms.service.keks import RotateToRoot
 from tests.harness.vaults import OpenedVault, SilentAudit, key_file, opened_vault
-from tests.minikms.custody.disk_faults import refuse
+from tests.minikms.custody.disk_faults import refuse, stored_but_refused, stored_once
 
 pytestmark = pytest.mark.usefixtures("quick_rotation")
 
@@ -574,22 +572,6 @@ def test_a_root_that_was_replaced_leaves_one_line(tmp_path: Path) -> None:
         assert await lines_of_a_start(tmp_path) == [("root_keys_dropped", old), ("root_removed", old)]
 
     asyncio.run(main())
-
-
-def stored_but_refused(self: KeyringFile, data: bytes, store_now: Callable[..., None] = KeyringFile.store_now) -> None:
-    """The disk has the keyring, and does not confirm it."""
-    store_now(self, data)
-    refuse()
-
-
-def stored_once() -> Callable[[KeyringFile, bytes], None]:
-    """As `stored_but_refused`, and no later keyring reaches the disk: the repair may begin before the test goes on."""
-    calls = itertools.count()
-
-    def store(self: KeyringFile, data: bytes) -> None:
-        (refuse if next(calls) else stored_but_refused)(self, data)
-
-    return store
 
 
 def test_a_removal_whose_keyring_is_uncertain_holds_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
