@@ -23,7 +23,7 @@ from minikms.audit.note import parse_checkpoint, parse_note
 from minikms.audit.reader import each_segment
 from minikms.base64 import encode_text
 from minikms.memory import SecretArena
-from minikms_auditor.auditor import Auditor, Status
+from minikms_auditor.auditor import Auditor, Reporter, Status
 from minikms_auditor.config import Files, parse_config
 from minikms_auditor.signers import open_signers
 from minikms_auditor.store import Store
@@ -91,6 +91,7 @@ class Rig:
         (base / "auditor.key").chmod(0o600)
         self.clock = Clock()
         self.daemon = Daemon(self.log_dir)
+        self.kms: Reporter = self.daemon
         self.logged: list[tuple[str, str]] = []
         self.auditor: Auditor | None = None
         self._arena = SecretArena(8)
@@ -146,7 +147,7 @@ class Rig:
         witnesses = Witnesses(config.witness, files)
         opened.callback(witnesses.close)
         self.auditor = Auditor(
-            config, store, signers, witnesses, self.daemon, log=lambda event, why: self.logged.append((event, why))
+            config, store, signers, witnesses, self.kms, log=lambda event, why: self.logged.append((event, why))
         )
         opened.callback(self.auditor.close)
         return self

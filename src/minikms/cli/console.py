@@ -120,6 +120,10 @@ ServerUid = Annotated[
 DataDir = Annotated[
     PathText | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
 ]
+AuditDir = Annotated[
+    PathText | None,
+    Parameter(name="--audit-dir", help="Directory of the audit log, for an auditor: mode 2750, group of the auditor."),
+]
 MasterKeyFile = Annotated[
     Path | None, Parameter(name="--master-key-file", help=f"File with the root key [{MASTER_KEY_FILE_VARIABLE}].")
 ]

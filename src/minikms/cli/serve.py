@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import Parameter, validators
 
-from minikms.cli.console import PIN_VARIABLE, DataDir, MasterKeyFd, Root, chosen_data_dir, chosen_root, chosen_socket
+from minikms.cli.console import (
+    PIN_VARIABLE,
+    AuditDir,
+    DataDir,
+    MasterKeyFd,
+    Root,
+    chosen_data_dir,
+    chosen_root,
+    chosen_socket,
+)
 from minikms.usage import PathText
 
 if TYPE_CHECKING:
@@ -82,10 +91,7 @@ def serve(
         bool,
         Parameter(help="Make the socket's directory if it is missing, mode 0750, of that group.", negative=()),
     ] = False,
-    audit_dir: Annotated[
-        PathText | None,
-        Parameter(help="Directory of the audit log, for an auditor: mode 2750, group of the auditor."),
-    ] = None,
+    audit_dir: AuditDir = None,
     refuse_when_unshipped: Annotated[
         int | None,
         Parameter(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import base64
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import StorageUnavailableError
 from minikms.audit.reader import LOG_NAME
+from minikms.datadir import detach_auditor
+from minikms.roots.providers import KeyFile
 from tests.harness.audited_daemon import ORIGIN, POLICY, AuditedDaemon, send_report
 from tests.harness.callers import OTHER, PROXY, USER, Caller, PolicyDaemon, Reply
 from tests.harness.waiting import wait_until
+from tests.minikms.custody.disk_faults import failing_os
 
 LINES_MAX = 100
 
@@ -74,6 +80,30 @@ def test_the_origin_stays_after_a_restart_and_no_other_one_is_attached(daemon: A
         f"the audit log belongs to the origin {ORIGIN}, and no other auditor can be attached",
     )
     daemon.shipped()
+
+
+def test_an_auditor_is_detached_while_the_daemon_is_stopped(
+    daemon: AuditedDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line about it is durable before the keyring changes: a crash between the two leaves the auditor attached."""
+    daemon.shipped()
+    directory, key = str(daemon.data_dir), ("--master-key-file", str(daemon.root_file))
+    detach = (sys.executable, "-P", "-m", "minikms", "audit", "detach", "--yes", "--data-dir", directory, *key)
+    beside = subprocess.run(detach, capture_output=True, text=True, check=False)
+    assert beside.returncode == 2 and "an auditor is detached only while the daemon is stopped" in beside.stderr
+    daemon.stop()
+    with failing_os(monkeypatch, "rename"), pytest.raises(StorageUnavailableError):
+        detach_auditor(directory, KeyFile(daemon.root_file))
+    daemon.start()
+    assert daemon.report(origin="example.org/another").code == "conflict"
+    daemon.stop()
+    done = subprocess.run(detach, capture_output=True, text=True, check=False)
+    assert (done.returncode, ORIGIN in done.stdout) == (0, True), done
+    assert "no auditor is attached" in subprocess.run(detach, capture_output=True, text=True, check=False).stderr
+    assert [event["facts"]["origin"] for event in daemon.audited("detach_auditor")] == [ORIGIN, ORIGIN]
+    daemon.start()
+    assert daemon.status()["audit"]["position"] is None
+    assert daemon.report(origin="example.org/another").status == 200
 
 
 def test_an_attached_auditor_gets_signed_lines_without_a_rush(daemon: AuditedDaemon) -> None:
