@@ -28,6 +28,7 @@ from tests.vectors import make_tree
 
 pytestmark = [pytest.mark.torture, pytest.mark.timeout(900)]
 
+GO = "go"  # not of .ci/run, which runs no torture
 DEBIAN_GO = Path("/usr/share/gocode")
 SQLITE_BUILD_S_MAX = 800
 """litewitness includes SQLite, whose Go takes the compiler minutes when it has nothing cached."""
@@ -36,7 +37,7 @@ WITNESS = "witness.example/lite"
 
 def source(package: str, debian: str) -> Path:
     """The directory of a package in Go that Debian installed."""
-    needs.program("go")  # not of .ci/run, which runs no torture
+    needs.program(GO)
     directory = DEBIAN_GO / "src" / package
     if not directory.exists():
         pytest.skip(f"needs the Debian package {debian}")
@@ -50,7 +51,7 @@ def build(target: Path, package: str, *gopath: Path, cwd: Path) -> Path:
         "GOPROXY": "off",
         "GOPATH": os.pathsep.join(map(str, (*gopath, DEBIAN_GO))),
     }
-    command = (needs.program("go"), "build", "-o", str(target), package)
+    command = (needs.program(GO), "build", "-o", str(target), package)
     built = subprocess.run(
         command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=SQLITE_BUILD_S_MAX, check=False
     )
