@@ -21,6 +21,7 @@ from minikms.api.errors import ConflictError, InvalidRequestError, KmsUnavailabl
 from minikms.audit import AuditLog
 from minikms.audit.note import parse_checkpoint, parse_note
 from minikms.audit.reader import each_segment
+from minikms.audit.record import peek_seq
 from minikms.base64 import encode_text
 from minikms.memory import SecretArena
 from minikms_auditor.auditor import Auditor, Reporter, Status
@@ -50,9 +51,10 @@ class Daemon:
     def report_audit_position(self, *, origin: str, log_id: str, seq: int, mac: bytes) -> AuditPositionAnswer:
         if self.away:
             raise KmsUnavailableError("no daemon")
-        lines = {event["seq"]: sig for event, sig in self._lines()}
+        own = self._lines()
+        lines = {peek_seq(line): line[-46:-2].decode() for line in own}
         last = max(lines) if self.durable_seq is None else self.durable_seq
-        own_id = self._log_id()
+        own_id = str(json.loads(own[0])["event"]["facts"]["log_id"])
         if seq:
             if log_id != own_id:
                 raise ConflictError("another log was begun")
@@ -64,16 +66,8 @@ class Daemon:
         durable = DurableLine(last, self.durable_mac or b64decode(lines[last]))
         return AuditPositionAnswer(own_id, durable, KEY1.public_key)
 
-    def _lines(self) -> list[tuple[dict[str, Any], str]]:
-        found = []
-        for file in each_segment(str(self.directory)):
-            for line in file.lines():
-                parsed = json.loads(line)
-                found.append((parsed["event"], parsed["sig"]))
-        return found
-
-    def _log_id(self) -> str:
-        return str(next(event["facts"]["log_id"] for event, _ in self._lines()))
+    def _lines(self) -> list[bytes]:
+        return [line for file in each_segment(str(self.directory)) for line in file.lines()]
 
 
 class Rig:
