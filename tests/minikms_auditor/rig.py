@@ -24,8 +24,9 @@ from minikms.audit.reader import each_segment
 from minikms.base64 import encode_text
 from minikms.memory import SecretArena
 from minikms_auditor.auditor import Auditor, Status
-from minikms_auditor.config import Files, parse_config
+from minikms_auditor.config import Config, Files, parse_config
 from minikms_auditor.signers import open_signers
+from minikms_auditor.sinks import Shipper
 from minikms_auditor.store import Store
 from minikms_auditor.witnesses import Witnesses
 from tests.harness import witness as cosigning
@@ -154,11 +155,17 @@ class Rig:
         opened.callback(store.close)
         witnesses = Witnesses(config.witness, files)
         opened.callback(witnesses.close)
-        self.auditor = Auditor(
-            config, store, signers, witnesses, self.daemon, log=lambda event, why: self.logged.append((event, why))
-        )
+        self.sinks = self.shippers(config, store)
+        self.auditor = Auditor(config, store, signers, witnesses, self.daemon, log=self.note, sinks=self.sinks)
         opened.callback(self.auditor.close)
         return self
+
+    def note(self, event: str, why: str) -> None:
+        self.logged.append((event, why))
+
+    def shippers(self, config: Config, store: Store) -> Sequence[Shipper]:
+        """The sinks of the auditor: none."""
+        return ()
 
     def begin_in_child(self) -> None:
         """After a fork: the memory of the parent's arena is not there, and must not be freed."""
