@@ -94,7 +94,7 @@ class Transport(ABC):
         """
 
     def check(self) -> None:  # noqa: B027  most have nothing to check
-        """Raises OSError if the receiver may have lost a batch that settles."""
+        """Raises OSError, ExchangeError if the receiver may have lost a batch that settles."""
 
     def reset(self) -> None:  # noqa: B027  most have nothing to give up
         """Nothing settles any more: the next batch begins anew."""
@@ -288,7 +288,7 @@ class Shipper:
             self._store_cursor(sent)
 
     def _settle(self) -> None:
-        """Let the cursor go on to what no receiver can lose any more. Raises OSError."""
+        """Let the cursor go on to what no receiver can lose any more. Raises OSError, ExchangeError."""
         if not self._settling:
             return
         now_s = time.monotonic()

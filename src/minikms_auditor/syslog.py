@@ -61,18 +61,15 @@ class Syslog(Transport):
         self._next = None
         with connection:
             self._next = self._connect(ends_s)
+            _check_open(connection)  # what is sent to a receiver that was killed before seems to be read
             connection.settimeout(seconds_left(ends_s))
             connection.sendall(b"".join([frame(each, self._host) for each in messages]))
             _end(connection, ends_s)
 
     def check(self) -> None:
-        """Raises OSError if the receiver has ended the connection that was opened last."""
-        if self._next is None:
-            raise ConnectionResetError("the receiver has ended a connection, and may have lost what it had read")
-        self._next.settimeout(0)
-        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
-            if not self._next.recv(_READ_BYTES):
-                raise ConnectionResetError("the receiver has ended a connection, and may have lost what it had read")
+        """Raises ExchangeError if the receiver has ended the connection that was opened last, and OSError."""
+        if self._next is not None:
+            _check_open(self._next)
 
     def reset(self) -> None:
         if self._next is not None:
@@ -89,6 +86,13 @@ class Syslog(Transport):
         except BaseException:
             connection.close()
             raise
+
+
+def _check_open(connection: socket.socket) -> None:
+    connection.settimeout(0)
+    with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+        if not connection.recv(_READ_BYTES):
+            raise ExchangeError("it has ended a connection, and may have lost what it had read")
 
 
 def _end(connection: socket.socket, ends_s: float) -> None:

@@ -18,6 +18,7 @@ from tests.harness.certificates import CLIENT, SERVER, Authority
 from tests.minikms.audit.logmaker import open_log
 from tests.minikms_auditor.receivers import Peer, Rsyslog, ShippingRig, take_frames
 
+SINKS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "spec" / "sinks.md"
 SETTLE_S = 0.1
 RFC5424 = re.compile(
     rb"<(1?[0-9]{1,2})>1 (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z) ([!-~]{1,255}) ([!-~]{1,48}) - ([!-~]{1,32}) - (.*)"
@@ -44,6 +45,18 @@ def ship_and_settle(rig: ShippingRig) -> str:
         time.sleep(SETTLE_S)
 
 
+def message_of(log_id: str, line: bytes) -> Message:
+    event, _, sig = record.parse_line(line)
+    return Message(log_id, event, line, sig, b'{"log_id":"%b","seq":%d,%b' % (log_id.encode(), event.seq, line[1:]))
+
+
+def test_the_frame_is_the_one_of_the_specification() -> None:
+    blocks = re.findall(r"```\n(.*?)\n(.*?)\n```", SINKS_PAGE.read_text("utf-8"))
+    [(line, framed)] = blocks
+    [log_id] = re.findall(r'"log_id":"([0-9a-f]{32})"', framed)
+    assert frame(message_of(log_id, line.encode()), b"kms1") == framed.encode()
+
+
 def test_no_text_can_end_a_frame_or_begin_another_line(tmp_path: Path) -> None:
     """Every byte in every text of an event, as a hostile caller would send it."""
     every = "".join(map(chr, range(0x100)))
@@ -60,11 +73,7 @@ def test_no_text_can_end_a_frame_or_begin_another_line(tmp_path: Path) -> None:
     log.close()
     lines = (tmp_path / "minikms-audit.log").read_bytes().split(b"\n")[:-1]
     assert len(lines) > 0x100 + 2
-    sent = []
-    for line in lines:
-        event, _, sig = record.parse_line(line)
-        body = b'{"log_id":"x","seq":%d,%b' % (event.seq, line[1:])
-        sent.append(Message("x", event, line, sig, body))
+    sent = [message_of("x", line) for line in lines]
     stream = b"".join(frame(each, b"host") for each in sent)
     found = take_frames(stream)
     assert len(found) == len(sent)
@@ -152,6 +161,22 @@ def test_a_receiver_that_is_killed_gets_its_lines_again(tmp_path: Path, taken: i
         peer.taken = None
         peer.received.clear()
         peer.start()
+        assert ship_and_settle(rig) == ""
+        assert bodies(peer) == rig.bodies()
+
+
+def test_a_receiver_that_is_killed_between_batches_gets_its_lines_again(tmp_path: Path) -> None:
+    """Another one listens in its place at once. The connection that was opened for the next batch has ended, and what
+    is sent on it would seem to be read.
+    """
+    with Peer() as peer, syslog_rig(tmp_path, peer.url) as rig:
+        rig.write(20)
+        rig.ship()
+        peer.kill()
+        peer.received.clear()
+        peer.start()
+        rig.write(20)
+        rig.ship()
         assert ship_and_settle(rig) == ""
         assert bodies(peer) == rig.bodies()
 

@@ -9,8 +9,10 @@ import itertools
 import json
 import os
 import random
+import select
 import signal
 import socket
+import struct
 import threading
 import time
 import warnings
@@ -39,7 +41,6 @@ class Cutter:
 
     def __init__(self, port: int, bytes_max: int) -> None:
         self._to, self._bytes_max = port, bytes_max
-        self.cuts = True
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = self._server.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -50,21 +51,17 @@ class Cutter:
                 threading.Thread(target=self._serve, args=(self._server.accept()[0],), daemon=True).start()
 
     def _serve(self, near: socket.socket) -> None:
-        try:
-            far = socket.create_connection(("127.0.0.1", self._to), 10)
-        except OSError:
-            _reset(near)
-            return
-        left = random.randrange(self._bytes_max) if self.cuts and random.random() < 0.5 else 1 << 40
-        back = threading.Thread(target=_copy, args=(far, near, 1 << 40), daemon=True)
-        back.start()
-        if _copy(near, far, left):
-            back.join(60)
-        else:
-            _reset(far)
-            _reset(near)
-        far.close()
-        near.close()
+        left = random.randrange(self._bytes_max) if random.random() < 0.5 else 1 << 40
+        with near:
+            try:
+                with socket.create_connection(("127.0.0.1", self._to), 10) as far:
+                    try:
+                        _relay(near, far, left)
+                    except OSError:  # also of a receiver that was killed
+                        _reset_at_close(far)
+                        raise
+            except OSError:
+                _reset_at_close(near)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -72,26 +69,24 @@ class Cutter:
         self._server.close()
 
 
-def _copy(source: socket.socket, to: socket.socket, left: int) -> bool:
-    """Whether the source ended by itself, within `left` bytes."""
-    try:
-        while left > 0:
-            part = source.recv(min(left, 4096))
-            if not part:
-                to.shutdown(socket.SHUT_WR)
-                return True
-            to.sendall(part)
-            left -= len(part)
-    except OSError:
-        _reset(to)
-        _reset(source)
-    return False
+def _relay(near: socket.socket, far: socket.socket, left: int) -> None:
+    """Until both have ended. Raises OSError, also after `left` bytes."""
+    to = {near: far, far: near}
+    while to:
+        for source in select.select(list(to), [], [])[0]:
+            part = source.recv(4096)
+            if part:
+                to[source].sendall(part[:left] if source is near else part)
+                left -= len(part) if source is near else 0
+                if left < 0:
+                    raise ConnectionResetError
+            else:
+                to.pop(source).shutdown(socket.SHUT_WR)
 
 
-def _reset(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        connection.shutdown(socket.SHUT_RDWR)
+def _reset_at_close(connection: socket.socket) -> None:
+    """As a network does that was cut, or a kernel with bytes that nobody has read: no orderly end."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 @contextlib.contextmanager
