@@ -15,7 +15,6 @@ import socket
 import struct
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from minikms_auditor.collectors import Collector as HttpTransport
 from minikms_auditor.config import HttpSink, SyslogSink
 from minikms_auditor.syslog import Syslog
 from tests.minikms.audit.logmaker import Clock
+from tests.minikms_auditor.killing import forked
 from tests.minikms_auditor.receivers import Collector, Rsyslog, ShippingRig
 
 ROUNDS = 40
@@ -93,18 +93,15 @@ def _reset_at_close(connection: socket.socket) -> None:
 def auditor_in_child(rig: ShippingRig) -> Iterator[None]:
     """Steps and attempts in a child, which is killed at the end."""
     rig.stop()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads: the child uses its own only
-        pid = os.fork()
-    if pid == 0:
-        try:
-            files._PROCESS_TEMP_PREFIX = f"{files.TEMP_PREFIX}{os.getpid():016x}-"  # type: ignore[misc]  # of a new process
-            rig.begin_in_child()
-            while True:
-                rig.steps()
-                rig.attempt()
-        except BaseException:  # noqa: BLE001  the child must not run the parent's tests
-            os._exit(1)
+
+    def run() -> None:
+        files._PROCESS_TEMP_PREFIX = f"{files.TEMP_PREFIX}{os.getpid():016x}-"  # type: ignore[misc]  # of a new process
+        rig.begin_in_child()
+        while True:
+            rig.steps()
+            rig.attempt()
+
+    pid = forked(run)
     try:
         yield
     finally:
