@@ -254,6 +254,8 @@ class Auditor:
         if line is not None and line.log_id == self._log_id:
             leaf = self._store.edge.last_leaf(self._store.read)
             tail = Tail(directory, self._log_id, line=line, leaf=leaf)
+        elif any(log.log_id == self._log_id for log in self._store.state.logs):
+            raise LogFaultError(f"the log {self._log_id} is an earlier one of the tree: an older copy was put back")
         else:
             trusted = {*self._config.trusted_keys, *self._store.state.keys, *self._store.accepted_keys()}
             tail = Tail(directory, self._log_id, line=None, trusted=trusted, may_be_cut=line is None)

@@ -25,8 +25,7 @@ SIGNERS_COUNT_MAX: Final = 2
 RESUBMIT_SECONDS: Final = 300
 RESUBMIT_SECONDS_MAX: Final = 24 * 3600
 FILE_SCHEME: Final = "file:"
-CLOUD_SCHEME: Final = "aws-kms:"
-_SIGNER_SCHEMES: Final = (FILE_SCHEME, "pkcs11:", CLOUD_SCHEME)
+_SIGNER_SCHEMES: Final = (FILE_SCHEME, "pkcs11:", "aws-kms:")
 TOKEN_PATHS_COUNT_MAX: Final = 16
 SINKS_COUNT_MAX: Final = 8
 _SINK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}", re.ASCII)
@@ -111,9 +110,9 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     @property
     def uses_network(self) -> bool:
-        """Whether it connects to other hosts."""
+        """Whether it connects to other hosts. A token may be a network HSM."""
         sinks = any(isinstance(sink, _NetworkSink) for sink in self.sink)
-        return sinks or bool(self.witness) or any(uri.startswith(CLOUD_SCHEME) for uri in self.signers)
+        return sinks or bool(self.witness) or not all(uri.startswith(FILE_SCHEME) for uri in self.signers)
 
     @property
     def trusted_keys(self) -> frozenset[bytes]:

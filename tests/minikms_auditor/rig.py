@@ -24,7 +24,7 @@ from minikms.audit.reader import each_segment
 from minikms.audit.record import peek_seq
 from minikms.base64 import encode_text
 from minikms.memory import SecretArena
-from minikms_auditor.auditor import Auditor, Status
+from minikms_auditor.auditor import Auditor, Reporter, Status
 from minikms_auditor.config import Config, Files, parse_config
 from minikms_auditor.signers import open_signers
 from minikms_auditor.sinks import Shipper
@@ -86,6 +86,7 @@ class Rig:
         (base / "auditor.key").chmod(0o600)
         self.clock = Clock()
         self.daemon = Daemon(self.log_dir)
+        self.kms: Reporter = self.daemon
         self.logged: list[tuple[str, str]] = []
         self.auditor: Auditor | None = None
         self._arena = SecretArena(8)
@@ -141,7 +142,7 @@ class Rig:
         witnesses = Witnesses(config.witness, files)
         opened.callback(witnesses.close)
         self.sinks = self.shippers(config, store)
-        self.auditor = Auditor(config, store, signers, witnesses, self.daemon, log=self.note, sinks=self.sinks)
+        self.auditor = Auditor(config, store, signers, witnesses, self.kms, log=self.note, sinks=self.sinks)
         opened.callback(self.auditor.close)
         return self
 
