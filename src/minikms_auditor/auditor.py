@@ -372,8 +372,10 @@ class Auditor:
     def _show(self) -> None:
         try:
             self._store.show(msgspec.json.format(msgspec.json.encode(self.status())))
-        except OSError as error:
-            self._note_error("disk", str(error.strerror))
+        except KmsRefusedError as error:
+            self._note_error("status.json", str(error))
+        else:
+            self._note_error("status.json", "")
 
     def close(self) -> None:
         self._close_tail()

@@ -166,7 +166,7 @@ class Store:
         return published(self._lock.directory)
 
     def show(self, status: bytes) -> None:
-        """Replace the status that `minikms-auditor status` reads. Raises OSError."""
+        """Replace the status that `minikms-auditor status` reads. Raises StorageUnavailableError."""
         replace_file(self._fd, STATUS_NAME, status)
 
     def accepted_keys(self) -> frozenset[bytes]:
