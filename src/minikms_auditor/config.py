@@ -179,6 +179,9 @@ def _check(config: Config) -> None:
         raise StartError(f"there are more than {SINKS_COUNT_MAX} sinks")
     if len({sink.name for sink in config.sink}) != len(config.sink):
         raise StartError("two sinks have the same name")
+    files = [sink.path for sink in config.sink if isinstance(sink, FileSink)]
+    if len(set(files)) != len(files):
+        raise StartError("two sinks have the same file")
     for sink in config.sink:
         _check_sink(sink)
 

@@ -26,11 +26,12 @@ from minikms.api.errors import KmsError
 from minikms.audit import ocsf, record
 from minikms.audit.export import LogRange, leaf_index
 from minikms.audit.queries import segment_before
-from minikms.audit.reader import Follower
+from minikms.audit.reader import Follower, each_segment
 from minikms.audit.record import Event
 from minikms.audit.shipping import FileForwarder
 from minikms.audit.tiles import Tiles
 from minikms.audit.tree import leaf_of
+from minikms.sync import sync_directory
 from minikms_auditor.config import FileSink, Sink
 from minikms_auditor.connecting import ExchangeError
 from minikms_auditor.store import Cursor, Line, SinkFiles, Store
@@ -87,6 +88,10 @@ class Transport(ABC):
         """`seq` of the last line that the receiver has; 0 if it can't say. Raises OSError."""
         return 0
 
+    def has_last(self, line: bytes) -> bool:
+        """Whether the line at its position is this one. Raises OSError."""
+        return True
+
     @abstractmethod
     def deliver(self, messages: Sequence[Message]) -> None:
         """Send messages, in order. Return when the receiver has them. Raises OSError, ExchangeError, LaterError,
@@ -113,6 +118,8 @@ class FileTransport(Transport):
         self._is_log = sink.format == "line"
         longest = record.LINE_BYTES_MAX if self._is_log else ocsf.EVENT_BYTES_MAX
         self._file = FileForwarder(sink.path, line_bytes_max=longest)
+        self._is_synced = False
+        """Whether the directory was synced since the file may have been made."""
 
     @property
     def write_paths(self) -> tuple[str, ...]:
@@ -121,12 +128,22 @@ class FileTransport(Transport):
     def position(self) -> int:
         return self._file.position()
 
+    def has_last(self, line: bytes) -> bool:
+        return self._file.ends_with(line)
+
     def deliver(self, messages: Sequence[Message]) -> None:
         self._file.deliver([each.line if self._is_log else each.body for each in messages])
+        if not self._is_synced:
+            sync_directory(os.path.dirname(self._path))
+            self._is_synced = True
+
+    def reset(self) -> None:
+        self._is_synced = False
 
     def begin_log(self, previous: str) -> None:
         if os.path.exists(self._path):
             os.rename(self._path, f"{self._path}.{previous}")
+        sync_directory(os.path.dirname(self._path))
 
 
 class SinkStatus(msgspec.Struct, frozen=True):
@@ -319,6 +336,8 @@ class Shipper:
                 return False
             self._transport.begin_log(sent.log_id)
         first = next((each.first_seq for each in logs if each.log_id == log_id), 1)
+        if sent is None:  # a new sink misses nothing that was removed before
+            first = max(first, _first_seq(self._log_dir))
         self._files.save(Cursor(1, log_id, first - 1, b"", 0 if sent is None else sent.rejected))
         self.rewind()
         return True
@@ -366,6 +385,8 @@ class Shipper:
             found = self._message(last.log_id, line)
             if sent.seq == seq and sent.sig and not hmac.compare_digest(found.sig, sent.sig):
                 raise _StoppedError(f"line {seq} of the log is not the one that was sent")
+            if sent.seq != seq and not self._transport.has_last(line):
+                raise _StoppedError(f"line {seq} of the copy is not the one of the log: forward to an empty copy")
             if sent.seq != seq or not sent.sig:
                 self._sent = sent = Cursor(1, last.log_id, seq, found.sig, sent.rejected)
                 self._files.save(sent)
@@ -447,6 +468,13 @@ class Shipper:
             waits_at=self._waits[1],
             rejected=0 if cursor is None else cursor.rejected,
         )
+
+
+def _first_seq(log_dir: str) -> int:
+    """Of the first line that the log has. Raises OSError, DamagedSegmentError."""
+    for file in each_segment(log_dir):
+        return record.peek_seq(file.first_line())
+    return 0
 
 
 def _with_log_id(log_id: str, seq: int, line: bytes) -> bytes:

@@ -71,6 +71,7 @@ def sink(*members: str) -> str:
         (sink('type = "file"', 'path = "f"', 'format = "cef"'), "format"),
         (sink('type = "file"', 'path = "f"').replace("siem", "../siem"), "a name is"),
         (sink('type = "file"', 'path = "f"') + '\n[[sink]]\nname = "siem"\ntype = "file"\npath = "g"', "same name"),
+        (sink('type = "file"', 'path = "f"') + '\n[[sink]]\nname = "s"\ntype = "file"\npath = "f"', "same file"),
         *((sink('type = "syslog"', f'url = "{url}"'), "no URL") for url in ("https://s:1", "tls://", "tls://s:1/p")),
         (sink('type = "syslog"', 'url = "tls://s"'), "must name a port"),
         (sink('type = "syslog"', 'url = "tcp://s:1"', 'ca = "c"'), "has no TLS"),

@@ -263,6 +263,20 @@ def test_lines_that_retention_removed_before_they_were_sent_are_named(tmp_path: 
         assert (kept["seq"], kept["last_seq"]) == (sent + 1, first - 1)
 
 
+def test_a_new_sink_begins_with_the_first_line_that_the_log_has(tmp_path: Path) -> None:
+    """Also a required one: what was removed before it was configured is not missing."""
+    rig, transport = kept_rig(tmp_path, required=True)
+    with rig:
+        rig.clock = Clock(step=CHORES_NS)
+        rig.write(60, limits=LogLimits(segment_bytes=3000, reserve_bytes=0))
+        rig.steps()
+        (rig.log_dir / "minikms-audit.log.1").unlink()
+        first = json.loads(rig.lines()[0])["event"]["seq"]
+        status = rig.ship()
+        assert (status.error, status.rejected) == ("", 0)
+        assert transport.got == list(range(first, status.seq + 1)) and first > 1
+
+
 def test_an_altered_line_is_never_sent(tmp_path: Path) -> None:
     """Its leaf is in the tree, so no receiver gets another line under its number."""
     rig, transport = kept_rig(tmp_path)
@@ -338,6 +352,17 @@ def test_a_copy_that_is_longer_than_the_log_stops_its_sink(tmp_path: Path) -> No
         assert "the copy has line 900 and the audit log ends at line" in status.error
         (tmp_path / "copy").unlink()
         assert rig.ship().error == ""
+
+
+def test_a_copy_of_another_log_stops_its_sink(tmp_path: Path) -> None:
+    """The state directory was lost: the number of its last line alone would let the sink go on after it."""
+    with file_rig(tmp_path) as rig:
+        rig.write(5)
+        (tmp_path / "copy").write_bytes(rig.lines()[2].replace(b'"r1"', b'"r9"') + b"\n")
+        assert "line 3 of the copy is not the one of the log" in rig.ship().error
+        (tmp_path / "copy").write_bytes(b"".join(line + b"\n" for line in rig.lines()[:3]))
+        assert rig.ship().error == ""
+        assert (tmp_path / "copy").read_bytes() == b"".join(line + b"\n" for line in rig.lines())
 
 
 def test_a_file_of_events_has_each_line(tmp_path: Path) -> None:

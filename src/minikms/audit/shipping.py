@@ -104,6 +104,12 @@ class FileForwarder(Forwarder):
             return 0
         return max((record.peek_seq(line) for line in tail.split(b"\n")[:-1]), default=0)
 
+    def ends_with(self, line: bytes) -> bool:
+        """Whether this is the last whole line of the file. Raises OSError."""
+        with self._open(os.O_RDONLY) as fd:
+            tail = os.pread(fd, self._tail_bytes, max(0, os.fstat(fd).st_size - self._tail_bytes))
+        return tail[: tail.rfind(b"\n") + 1].endswith(line + b"\n")
+
     def deliver(self, lines: Sequence[bytes]) -> None:
         blob = b"".join([line + b"\n" for line in lines])
         with self._open(os.O_RDWR | os.O_APPEND | os.O_CREAT) as fd:
