@@ -39,8 +39,6 @@ STATE_NAME: Final = "state.json"
 ACCEPTED_NAME: Final = "accepted-keys.json"
 STATUS_NAME: Final = "status.json"
 FILE_BYTES_MAX: Final = 4 * 1024 * 1024
-LOGS_COUNT_MAX: Final = 10_000
-KEYS_COUNT_MAX: Final = 10_000
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
