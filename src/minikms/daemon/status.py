@@ -44,6 +44,7 @@ class StatusPage:
         from_source: bool,
         upkeep: Maintenance,
         position: Callable[[], dict[str, object] | None],
+        lagging: Callable[[], str],
         measures: tuple[Measure, ...],
         indexing: Indexing,
         keks: KekVerbs,
@@ -59,6 +60,8 @@ class StatusPage:
         self._log = data.log
         self._upkeep = upkeep
         self._position = position
+        self._lagging = lagging
+        """Why verbs are refused because the auditor lags; empty if they are not."""
         self._measures = measures
         self._indexing = indexing
         self._keks = keks
@@ -73,7 +76,7 @@ class StatusPage:
         cache = self._vault.cache
         server = self.server
         return {
-            **self._log.service_status(),
+            **self._service_status(),
             "pid": os.getpid(),
             "uid": os.geteuid(),
             "uptime_seconds": _seconds_since(self._started_ns),
@@ -110,6 +113,11 @@ class StatusPage:
             "disk_free_bytes": self._disk_free_bytes(),
             "warnings": [*self._warnings(), *self._policy.warnings()],
         }
+
+    def _service_status(self) -> dict[str, str]:
+        """The members `status` and `reason`."""
+        lagging = self._lagging() if self._log.writable else ""
+        return {"status": api.CODE_AUDIT_LAGGING, "reason": lagging} if lagging else self._log.service_status()
 
     def watch_disk(self) -> None:
         """Logs when the disk has become nearly full, and when it has room again. Call this every second."""
