@@ -181,10 +181,10 @@ def document() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for verb, answer in ((api.HEALTH, "ok"), (api.READY, "ready")):
         success = {"description": "Success.", "content": {"text/plain": {"schema": {"const": answer}}}}
-        refused = {
-            str(errors.BY_CODE[code].status): {"description": f"`{code}`", "content": ERROR_CONTENT}
-            for code in verb.refusals
-        }
+        refused = {}
+        if verb.refusals:
+            codes = ", ".join(f"`{code}`" for code in sorted(verb.refusals))
+            refused["503"] = {"description": codes, "content": ERROR_CONTENT}
         operation_of = {"summary": verb.summary, "operationId": verb.name, "responses": {"200": success, **refused}}
         paths[verb.path] = {verb.method.lower(): operation_of}
     for verb in api.VERBS:

@@ -23,6 +23,7 @@ from tests.harness.certificates import Authority
 from tests.harness.ports import free_port
 from tests.harness.tokens import TokenIssuer
 from tests.harness.waiting import wait_until
+from tests.minikms_auditor.receivers import TOKEN, Collector
 
 SERVER, KEY_SERVICE = "progressdb", "minikms"
 API_KEY = "backend-key"
@@ -248,10 +249,20 @@ def accept_the_log(running: Pod, state: Path, config: str) -> None:
     wait_until((state / "tree" / "checkpoint").exists)
 
 
-def test_an_auditor_in_the_pod_publishes_trees_of_the_log(public: Path) -> None:
-    """It waits until an operator accepts the log."""
+def test_an_auditor_in_the_pod_publishes_trees_of_the_log_and_sends_it(public: Path) -> None:
+    """The overlay `siem`, which has the overlay `auditor` in it. It waits until an operator accepts the log."""
     needs.interpreter_for(10001)
-    documents = pods.build("auditor")
+    authority, collector_host = Authority("logging"), "collector.logging.svc"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(
+        *authority.issue(dns=[collector_host], extended=[SERVER_PURPOSE]).write(public, "collector")
+    )
+    with Collector(context) as collector:
+        _check_auditor(public, authority, collector_host, collector)
+
+
+def _check_auditor(public: Path, authority: Authority, collector_host: str, collector: Collector) -> None:
+    documents = pods.build("siem")
     maps = {d["metadata"]["name"]: d["data"] for d in documents if d["kind"] == "ConfigMap"}
     port = free_port()
     objects = {
@@ -261,9 +272,13 @@ def test_an_auditor_in_the_pod_publishes_trees_of_the_log(public: Path) -> None:
         f"configMap/{name}": {file: text.encode() for file, text in maps[name].items()}
         for name in ("minikms-policy", "minikms-auditor")
     }
+    objects["secret/minikms-siem"] = {"token": TOKEN.encode(), "ca.crt": authority.pem}
+    auditor_toml = objects["configMap/minikms-auditor"]["auditor.toml"]
+    collector_port = collector.url.rpartition(":")[2].encode()
+    objects["configMap/minikms-auditor"]["auditor.toml"] = auditor_toml.replace(b":8443", b":" + collector_port)
     config = "--config=/etc/minikms/auditor/..data/auditor.toml"
     environ = {"PROGRESSDB_ADDR": f"127.0.0.1:{port}", "PORT_8080": str(port)}
-    with Pod(public, pods.pod_of(documents), objects, environ=environ) as running:
+    with Pod(public, pods.pod_of(documents), objects, environ=environ, hosts=[collector_host]) as running:
         for name in running.order:
             running.start(name)
         state = running.volumes.path("auditor-state") / "state"
@@ -271,6 +286,8 @@ def test_an_auditor_in_the_pod_publishes_trees_of_the_log(public: Path) -> None:
         assert talk.say() == 200
         accept_the_log(running, state, config)
         assert running.run("auditor", "minikms-auditor", "checkpoint", config).returncode == 0
+        wait_until(lambda: any('"operation":"create_dek"' in line.decode() for line in collector.lines))
+        assert collector.requests[0][1]["Authorization"] == f"Bearer {TOKEN}"
         assert running.stop("auditor") == 0
         running.start("auditor")
         position = status_of(running)["audit"]["position"]

@@ -25,8 +25,9 @@ from minikms.audit.record import peek_seq
 from minikms.base64 import encode_text
 from minikms.memory import SecretArena
 from minikms_auditor.auditor import Auditor, Reporter, Status
-from minikms_auditor.config import Files, parse_config
+from minikms_auditor.config import Config, Files, parse_config
 from minikms_auditor.signers import open_signers
+from minikms_auditor.sinks import Shipper
 from minikms_auditor.store import Store
 from minikms_auditor.witnesses import Witnesses
 from tests.harness import witness as cosigning
@@ -140,11 +141,17 @@ class Rig:
         opened.callback(store.close)
         witnesses = Witnesses(config.witness, files)
         opened.callback(witnesses.close)
-        self.auditor = Auditor(
-            config, store, signers, witnesses, self.kms, log=lambda event, why: self.logged.append((event, why))
-        )
+        self.sinks = self.shippers(config, store)
+        self.auditor = Auditor(config, store, signers, witnesses, self.kms, log=self.note, sinks=self.sinks)
         opened.callback(self.auditor.close)
         return self
+
+    def note(self, event: str, why: str) -> None:
+        self.logged.append((event, why))
+
+    def shippers(self, config: Config, store: Store) -> Sequence[Shipper]:
+        """The sinks of the auditor: none."""
+        return ()
 
     def begin_in_child(self) -> None:
         """After a fork: the memory of the parent's arena is not there, and must not be freed."""

@@ -11,6 +11,7 @@ from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms_auditor.auditor import FAULTS_BEFORE_ALARM
 from tests.minikms.audit.logmaker import KEY1, KEY2, open_log, write_events
+from tests.minikms.custody.disk_faults import failing_os
 from tests.minikms_auditor.rig import Rig, root_of
 
 
@@ -242,3 +243,15 @@ def test_lines_are_not_skipped_while_the_log_cannot_be_read(rig: Rig) -> None:
     rig.daemon.directory = rig.log_dir
     status = rig.steps()
     assert (status.errors, status.size) == ((), len(rig.lines()))
+
+
+def test_a_full_disk_is_shown_and_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.write(10)
+    size = rig.steps().size
+    rig.write(10)
+    with failing_os(monkeypatch, "rename"):
+        status = rig.steps(2)
+    assert (status.alarm, status.published_size) == ("", size)
+    assert any(error.startswith("disk: ") for error in status.errors), status
+    status = rig.steps()
+    assert (status.errors, status.published_size) == ((), len(rig.lines()))

@@ -80,7 +80,7 @@ def ready(
     """Check that the running daemon serves, as the probe of a container does.
 
     It needs no role: the users of the daemon may ask, and the daemon's own user. With --live every user may.
-    Exit status: 0 yes, 1 it is sealed or can't write its audit log, 2 it does not answer.
+    Exit status: 0 yes, 1 it is sealed, can't write its audit log, or waits for its auditor, 2 it does not answer.
     """
     with daemon_client(socket, server_uid, timeout_s=ANSWER_SECONDS) as kms:
         if live:

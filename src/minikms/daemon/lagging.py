@@ -53,9 +53,8 @@ class LaggingApplication(AdmittingApplication):
         self._lag = lag
         self._lines_max = lines_max
         self._text = (
-            f"the auditor has still to take more than {lines_max:,} lines of the audit log, so the request was not "
-            "carried out: see that minikms-auditor runs, and what `minikms-auditor status` says; requests work again "
-            "once it has taken them"
+            f"more than {lines_max:,} lines of the audit log wait for the auditor, so no key is used: see that "
+            "minikms-auditor runs, and what `minikms-auditor status` says; requests work again once it has taken them"
         )
 
     @property
