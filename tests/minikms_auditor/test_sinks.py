@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms_auditor import command
+from minikms_auditor import command, sinks
 from minikms_auditor.collectors import Collector as HttpTransport
 from minikms_auditor.collectors import SplunkCollector
 from minikms_auditor.config import Files, FileSink, HttpSink, SplunkSink
@@ -47,12 +47,15 @@ class _Kept(Transport):
 
     def __init__(self, *refuses: int) -> None:
         self.got: list[int] = []
+        self.batches: list[int] = []
+        """Bytes of each."""
         self.refuses = refuses
 
     def deliver(self, messages: list[Message]) -> None:  # type: ignore[override]  # it gets one
         if any(each.event.seq in self.refuses for each in messages):
             raise RefusedError("it answers 400")
         self.got += [each.event.seq for each in messages]
+        self.batches.append(sum(len(each.body) for each in messages))
 
 
 def kept_rig(base: Path, *refuses: int, required: bool = False) -> tuple[ShippingRig, _Kept]:
@@ -275,6 +278,18 @@ def test_a_new_sink_begins_with_the_first_line_that_the_log_has(tmp_path: Path) 
         status = rig.ship()
         assert (status.error, status.rejected) == ("", 0)
         assert transport.got == list(range(first, status.seq + 1)) and first > 1
+
+
+def test_a_receiver_that_is_far_behind_gets_bounded_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "BATCH_BYTES_MAX", 5000)
+    rig, transport = kept_rig(tmp_path)
+    with rig:
+        for _ in range(3):
+            rig.write(100)
+        assert rig.ship().error == ""
+        longest = max(map(len, rig.bodies()))
+        assert len(transport.batches) > 10 and max(transport.batches) < 5000 + longest
+        assert transport.got == list(range(1, len(rig.lines()) + 1))
 
 
 def test_an_altered_line_is_never_sent(tmp_path: Path) -> None:
