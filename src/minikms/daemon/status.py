@@ -2,7 +2,7 @@
 
 Owns: the status object and its warnings, unsealed and sealed, and what a limited caller gets of it. Invariants: it
 contains no secret; every warning says what to do; a principal behind a proxy reads nothing of files, root keys and
-other principals. It must never do more than a few microseconds of work: it runs in the loop's thread.
+other principals. It must never do work that grows with the number of keys: it runs in the loop's thread.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _KEY_HIDDEN: Final = "k_…"
 
 
 class StatusPage:
+    """`build` makes the status of an unsealed daemon."""
+
     def __init__(
         self,
         *,
@@ -53,7 +55,7 @@ class StatusPage:
         self._settings = settings
         self._started_under = data.slot.fingerprint
         self._provider = settings.root.name if from_source else data.slot.provider
-        """Of a given root key: where it was said to come from when it was added."""
+        """Where the root key comes from; for one that a request gave, what its slot has recorded."""
         self._vault = data.vault
         self._log = data.log
         self._upkeep = upkeep
@@ -126,9 +128,9 @@ class StatusPage:
             say("disk nearly full" if full else "disk has room again", disk_free_bytes=self._disk_free_bytes())
 
     def _disk_free_bytes(self) -> int:
-        """For the data directory and the audit log, the lesser one, and for this user."""
-        rooms = map(os.statvfs, {self._settings.data_dir, self._log.directory})
-        return min(room.f_bavail * room.f_frsize for room in rooms)
+        """What this user may still write: the lesser one of data directory and directory of the audit log."""
+        disks = map(os.statvfs, {self._settings.data_dir, self._log.directory})
+        return min(disk.f_bavail * disk.f_frsize for disk in disks)
 
     def _root(self) -> dict[str, object]:
         """`fingerprint`: of the root key that this run was started under, or of the one that has replaced it."""
@@ -242,14 +244,14 @@ def reduced(status: dict[str, Any]) -> dict[str, object]:
 
 
 def without_key_files(status: dict[str, Any]) -> dict[str, object]:
-    """What a principal gets that may not know of every key: no key id, in the warnings neither."""
+    """What a principal gets that may not know of every key: no key id, also not in a warning."""
     status = without_policy_error(status)
     warnings = [api.KEY_ID_PATTERN.sub(_KEY_HIDDEN, text) for text in status["warnings"]]
     return {**status, "keys": {**status["keys"], "unreadable_files": {}}, "warnings": warnings}
 
 
 def without_policy_error(status: dict[str, Any]) -> dict[str, Any]:
-    """Why a reload failed quotes the policy file, which names other principals."""
+    """The error of the last reload is hidden: it quotes the policy file, which names other principals."""
     policy = status["policy"]
     if policy is None or not policy["last_error"]:
         return status
