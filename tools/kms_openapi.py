@@ -16,6 +16,7 @@ import yaml
 from minikms import api
 from minikms.api import Verb, errors
 from minikms.daemon import metrics
+from minikms.daemon.lagging import SERVED
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "minikms-openapi.yaml"
 Schema = dict[str, Any]
@@ -164,6 +165,8 @@ def refusals(verb: Verb[Any, Any]) -> set[tuple[int, str]]:
     found = EVERYWHERE | {(kind.status, kind.code) for kind in kinds if kind.code in verb.refusals}
     if verb not in SERVED_SEALED:
         found.add((errors.SealedError.status, errors.SealedError.code))
+    if verb not in SERVED:
+        found.add((errors.AuditLaggingError.status, errors.AuditLaggingError.code))
     if verb.has_body:
         found.add((errors.TooLargeError.status, errors.TooLargeError.code))
     if verb is api.SEAL:  # a limit never holds it up

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 import msgspec
 
+from minikms.api import AuditPositionAnswer
 from minikms.api.errors import ConflictError, InvalidRequestError, KmsError, KmsRefusedError
 from minikms.audit.export import LogRange
 from minikms.audit.note import Checkpoint, Note, NoteError, Policy, cosigned_at, open_checkpoint
@@ -34,28 +35,10 @@ FAULTS_BEFORE_ALARM: Final = 3
 ALARM_RETRY_SECONDS: Final = 30.0
 
 
-class DurableLine(Protocol):
-    @property
-    def seq(self) -> int: ...
-
-    @property
-    def mac(self) -> bytes: ...
-
-
-class PositionAnswer(Protocol):
-    """log_id: empty where the daemon does not know it. durable: seq 0 where it does not know that."""
-
-    @property
-    def log_id(self) -> str: ...
-
-    @property
-    def durable(self) -> DurableLine: ...
-
-
 class Reporter(Protocol):
     """What the auditor needs of `minikms.client.Client`."""
 
-    def report_audit_position(self, *, origin: str, log_id: str, seq: int, mac: bytes) -> PositionAnswer: ...
+    def report_audit_position(self, *, origin: str, log_id: str, seq: int, mac: bytes) -> AuditPositionAnswer: ...
 
 
 class WitnessStatus(msgspec.Struct, frozen=True):
@@ -206,7 +189,7 @@ class Auditor:
             self._durable = Head(answer.durable.seq, answer.durable.mac)
         return bool(answer.log_id) and answer.durable.seq > 0
 
-    def _ask(self, line: Line | None) -> PositionAnswer:
+    def _ask(self, line: Line | None) -> AuditPositionAnswer:
         report = partial(self._kms.report_audit_position, origin=self._config.origin)
         if line is not None:
             try:
@@ -252,6 +235,8 @@ class Auditor:
         if line is not None and line.log_id == self._log_id:
             leaf = self._store.edge.last_leaf(self._store.read)
             tail = Tail(directory, self._log_id, line=line, leaf=leaf)
+        elif any(log.log_id == self._log_id for log in self._store.state.logs):
+            raise LogFaultError(f"the log {self._log_id} is an earlier one of the tree: an older copy was put back")
         else:
             trusted = {*self._config.trusted_keys, *self._store.state.keys, *self._store.accepted_keys()}
             tail = Tail(directory, self._log_id, line=None, trusted=trusted, may_be_cut=line is None)

@@ -24,8 +24,7 @@ SIGNERS_COUNT_MAX: Final = 2
 RESUBMIT_SECONDS: Final = 300
 RESUBMIT_SECONDS_MAX: Final = 24 * 3600
 FILE_SCHEME: Final = "file:"
-CLOUD_SCHEME: Final = "aws-kms:"
-_SIGNER_SCHEMES: Final = (FILE_SCHEME, "pkcs11:", CLOUD_SCHEME)
+_SIGNER_SCHEMES: Final = (FILE_SCHEME, "pkcs11:", "aws-kms:")
 TOKEN_PATHS_COUNT_MAX: Final = 16
 _URL: Final = re.compile(r"https?://[!-~]+", re.ASCII)
 

@@ -31,7 +31,7 @@ from minikms.memory import NETWORK_PATHS, SecretArena, SignalReader, harden, int
 from minikms.memory.process import name_thread
 from minikms.notify import Notifier
 from minikms_auditor.auditor import Auditor
-from minikms_auditor.config import CLOUD_SCHEME, Config, Files
+from minikms_auditor.config import FILE_SCHEME, Config, Files
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.signers import Signers, open_signers
 from minikms_auditor.store import Store
@@ -74,7 +74,8 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         signals = cleaning.enter_context(SignalReader())
         listener = cleaning.enter_context(listen_tcp(*address(config.metrics))) if config.metrics else None
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, config.log_dir]
-        network = bool(witnesses.clients) or any(uri.startswith(CLOUD_SCHEME) for uri in config.signers)
+        # A token may be a network HSM.
+        network = bool(witnesses.clients) or any(not uri.startswith(FILE_SCHEME) for uri in config.signers)
         if network:
             read += NETWORK_PATHS
         write = [config.state_dir, *config.token_paths]

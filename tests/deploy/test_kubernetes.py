@@ -237,6 +237,17 @@ def run_elsewhere(base: Path, rootfs: Path | None = None) -> None:
         assert talk.is_whole()
 
 
+def accept_the_log(running: Pod, state: Path, config: str) -> None:
+    """As an operator does. The auditor publishes a tree then."""
+    status = state / "status.json"
+    wait_until(lambda: status.exists() and '"public_key"' in status.read_text())
+    shown = running.run("auditor", "minikms-auditor", "accept-log", config)
+    [key] = set(re.findall(r"[A-Za-z0-9+/]{43}=", shown.stdout))
+    accepted = running.run("auditor", "minikms-auditor", "accept-log", key, config)
+    assert accepted.returncode == 0, accepted.stderr
+    wait_until((state / "tree" / "checkpoint").exists)
+
+
 def test_an_auditor_in_the_pod_publishes_trees_of_the_log(public: Path) -> None:
     """It waits until an operator accepts the log."""
     needs.interpreter_for(10001)
@@ -258,13 +269,7 @@ def test_an_auditor_in_the_pod_publishes_trees_of_the_log(public: Path) -> None:
         state = running.volumes.path("auditor-state") / "state"
         talk = Conversation(port)
         assert talk.say() == 200
-        status = state / "status.json"
-        wait_until(lambda: status.exists() and '"public_key"' in status.read_text())
-        shown = running.run("auditor", "minikms-auditor", "accept-log", config)
-        [key] = set(re.findall(r"[A-Za-z0-9+/]{43}=", shown.stdout))
-        accepted = running.run("auditor", "minikms-auditor", "accept-log", key, config)
-        assert accepted.returncode == 0, accepted.stderr
-        wait_until((state / "tree" / "checkpoint").exists)
+        accept_the_log(running, state, config)
         assert running.run("auditor", "minikms-auditor", "checkpoint", config).returncode == 0
         assert running.stop("auditor") == 0
         running.start("auditor")

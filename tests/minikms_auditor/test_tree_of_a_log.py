@@ -111,6 +111,21 @@ def test_a_log_begun_anew_under_a_known_key_continues_the_tree(rig: Rig) -> None
     assert rig.start().steps().size == len(before) + len(rig.lines())
 
 
+def test_an_earlier_log_of_the_tree_that_is_put_back_stops_the_auditor(rig: Rig) -> None:
+    """It begins with a known key, and would enter the tree a second time."""
+    log = rig.log_dir / "minikms-audit.log"
+    rig.write(10)
+    rig.steps()
+    older = log.read_bytes()
+    log.unlink()
+    rig.write(7)
+    size = rig.steps().size
+    log.write_bytes(older)
+    status = rig.steps(3)
+    assert "is an earlier one of the tree" in status.alarm
+    assert (status.size, rig.published()[0]) == (size, size)
+
+
 def test_a_log_begun_anew_under_the_key_of_an_audit_key_line_continues(rig: Rig) -> None:
     rig.write(10)
     open_log(rig.log_dir, KEY2, former=(KEY1.audit_key(),), clock=rig.clock).close()

@@ -1,4 +1,4 @@
-"""The command tree of `minikms`, and the end of every command.
+"""The command tree of `minikms`.
 
 Owns: the names of the commands, and the one place in which an error becomes a sentence and an exit status. A new
 command is a module and an entry of COMMANDS. Invariants: a command that writes in the data directory takes its lock,
@@ -39,12 +39,12 @@ COMMANDS: Final = {
     "demo": ("demo:demo", "Run the commands on example data in a temporary directory."),
     "completion": ("command:completion", "Print the completion script of a shell."),
 }
-"""By name, each command beside `serve`: its module and function in `minikms.cli`, and its help in a line."""
+"""Each command beside `serve`: its module and function in `minikms.cli`, and one line of help."""
 
 WITHOUT_ROOT_KEY: Final = frozenset(
     {"status", "ready", "keys", "rotate-kek", "kek", "seal", "unseal", "root", "pin", "policy"}
 )
-"""Commands that use none from the environment."""
+"""Commands that take no root key from the environment: `_without_root_key` closes its descriptor."""
 
 HELPERS: Final = {"auditor": "minikms_auditor", "gateway": "minikms_gateway", "unlock": "minikms_unlock"}
 """Programs of this distribution that are processes of their own: `minikms NAME …` runs `minikms-NAME`, as git does."""
@@ -91,7 +91,7 @@ def _command() -> Any:
 
 
 def _without_root_key(words: list[str]) -> list[str]:
-    """The command line without the descriptor of a root key that came in the environment, which is closed."""
+    """The command line without `--master-key-fd`, the root key from the environment. Closes its descriptor."""
     if words[-2:-1] == [MASTER_KEY_FLAG] and words[-1].isdecimal():
         with contextlib.suppress(OSError):
             os.close(int(words[-1]))

@@ -122,6 +122,7 @@ def page(answer: api.StatusAnswer) -> Group:
         ("rotation", _rotation(answer.rotation)),
         ("keys", _keys(answer.keys)),
         ("audit", _audit(answer.audit)),
+        ("auditor", _auditor(answer.audit.position)),
     ]
     facts = [
         *([] if sealed else unlocked),  # a sealed daemon knows none of them
@@ -178,6 +179,14 @@ def _audit(audit: api.AuditStatus) -> str:
     head = audit.head
     state = "" if audit.writable else f"; CAN'T BE WRITTEN: {audit.unavailable_reason}"
     return f"line {head.seq:,}, head {head.seq}:{head.sig}{state}"
+
+
+def _auditor(position: api.PositionStatus | None) -> str:
+    if position is None:
+        return ""
+    age = position.age_seconds
+    reported = "no report since the start" if age is None else f"reported {duration(age)} ago"
+    return f"{position.origin}: line {position.seq:,}, {position.lag_lines:,} behind, {reported}"
 
 
 def _memory(memory: api.MemoryStatus) -> str:

@@ -109,3 +109,9 @@ def test_a_newer_format_wants_the_newer_program(stopped: LiveDaemon) -> None:
     refusal = refused(stopped.data_dir, "--master-key-file", str(stopped.root_file))
     assert "Start the newer version of miniKMS" in refusal
     assert helps(refusal) == []
+
+
+def test_a_bound_of_the_auditors_lag_needs_a_log_that_an_auditor_can_read(stopped: LiveDaemon) -> None:
+    key = ("--master-key-file", str(stopped.root_file))
+    assert helps(refused(stopped.data_dir, *key, "--refuse-when-unshipped", "1000"))[1:] == ["--audit-dir"]
+    assert "99" in refused(stopped.data_dir, *key, "--refuse-when-unshipped", "99", "--audit-dir", "/a")

@@ -177,6 +177,7 @@ def test_a_label_value_can_not_add_a_line() -> None:
         "rotation": {"rewrapped": 5, "total": None, "last_error": "the disk"},
         "audit": {
             "head": {"seq": 1}, "writable": False, "synced": True, "events_dropped": 0, "segment_bytes": 0,
+            "position": None,
             "reserve_bytes": 0,
         },
         "hardening": [{"measure": 'a"\n\\', "in_force": False}],
