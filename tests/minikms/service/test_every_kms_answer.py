@@ -23,14 +23,13 @@ from tests import needs
 from tests.harness import documented
 from tests.harness.documented import Pair
 from tests.harness.live_daemon import LiveDaemon
-from tests.harness.scripts import interpreter_words
 from tests.harness.unix_http import UnixConnection
 from tests.harness.verb_requests import example
 from tests.minikms.service import faulty_daemon
 from tests.minikms.service.asking import NO_KEY, b64
 
 DOCUMENT = documented.read((Path(__file__).parents[3] / "docs" / "minikms-openapi.yaml").read_text())
-LAUNCHER = interpreter_words("tests.minikms.service.faulty_daemon")
+LAUNCHER = ("-m", faulty_daemon.__name__)
 REFUSED_UID = "45678"
 POLICY = f"""
 version = 1

@@ -23,13 +23,12 @@ from urllib.parse import urlencode
 from progressdb_server.api.http.limits import NAMED_MEMBERS_COUNT_MAX
 from progressdb_server.store.membership import MEMBERS_COUNT_MAX
 from tests.harness.live_daemon import LiveDaemon
-from tests.harness.scripts import interpreter_words
 from tests.progressdb_server.api import fault_words
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND
 from tests.progressdb_server.api.real_server import RealServer, Reply
 from tests.progressdb_server.api.viewer_client import ViewerClient
 
-LAUNCHER = interpreter_words("tests.progressdb_server.api.faulty_server")
+LAUNCHER = ("-m", "tests.progressdb_server.api.faulty_server")
 NO_JOB = "job-00000000000000000001-00000000"
 SLOW_RECORDS = 40
 """Of a job at a record a second: it is at work for far longer than any provocation takes."""

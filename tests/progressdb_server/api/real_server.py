@@ -39,11 +39,11 @@ class RealServer:
         self,
         directory: Path,
         *more: str,
-        program: tuple[str, ...] = (),
+        program: tuple[str, ...] = ("-m", "progressdb_server"),
         environment: Mapping[str, str] = {},
     ) -> None:
-        """`more` words of the command line, and variables that are added. `program`: words for an interpreter that is
-        started; without them the command is forked.
+        """`more` words of the command line, `program` for the interpreter, and variables that are added. A program that
+        begins with `-m` is forked.
         """
         self.db = directory / "db"
         self.log_path = directory / "server.log"
@@ -61,13 +61,13 @@ class RealServer:
         self._process: Forked | subprocess.Popen[bytes]
         with self.log_path.open("ab") as log, Path(os.devnull).open("w") as nothing:
             start = log.tell()
-            if program:
+            if program[0] == "-m":
+                outputs = nothing.fileno(), log.fileno()
+                self._process = Forked([*program[1:], *words], None, *outputs, env=variables)
+            else:
                 self._process = subprocess.Popen(
                     [sys.executable, *program, *words], env=variables, stdin=nothing, stdout=nothing, stderr=log
                 )
-            else:
-                outputs = nothing.fileno(), log.fileno()
-                self._process = Forked(["progressdb_server", *words], None, *outputs, env=variables)
         self.port = self._port(start)
 
     def _port(self, start: int) -> int:
@@ -142,7 +142,7 @@ class RealServer:
 def real_server(
     directory: Path,
     *more: str,
-    program: tuple[str, ...] = (),
+    program: tuple[str, ...] = ("-m", "progressdb_server"),
     environment: Mapping[str, str] = {},
 ) -> Iterator[RealServer]:
     server = RealServer(directory, *more, program=program, environment=environment)
