@@ -139,7 +139,7 @@ async def _rotate(directory: Path, socket: str) -> tuple[float, float, float]:
 async def build(store: Conversations, provider: RemoteProvider, records: int) -> None:
     """The thread, with as many messages."""
     first = await store.create_message(NewMessage(author="bench", thread=THREAD, body=""))
-    key_id = store.key_of_thread(THREAD) or ""
+    key_id = await store.key_of_thread(THREAD) or ""
     new = NewMessage(author="bench", thread=THREAD, body={"text": secrets.token_hex(RECORD_BYTES // 2)[:-60]})
     for start in range(first.ts + 1, first.ts + 1 + records, BUILT_AT_ONCE):
         versions: list[drafts.Draft] = []

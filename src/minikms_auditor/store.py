@@ -48,8 +48,6 @@ REJECTED_BYTES_MAX: Final = 64 * 1024 * 1024
 """A file of rejected lines that is larger takes no more."""
 SKIPPED_COUNT_MAX: Final = 1000
 FILE_BYTES_MAX: Final = 4 * 1024 * 1024
-LOGS_COUNT_MAX: Final = 10_000
-KEYS_COUNT_MAX: Final = 10_000
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
 import select
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Final
@@ -33,15 +35,14 @@ BYTES_OF_A_REQUEST: Final = 1500
 
 
 class WitnessProcess:
-    """A witness in a process of its own, behind a wire that is cut, with or without a kill of the witness, after as
-    many bytes as `faults` says for the next connection.
-    """
+    """A witness in a process of its own, behind a wire, which `fault` cuts."""
 
     def __init__(self, directory: Path, logs: dict[str, bytes]) -> None:
         self._served = cosigning.Witness(str(directory), W1, logs)
         self.vkey = self._served.vkey
         self.fault: tuple[int, bool] | None = None
-        """Bytes until the cut, and whether the witness is killed there."""
+        """Bytes of a connection until it is cut, and whether the witness is killed then. None: no cut."""
+        self._carrying = threading.Lock()
         self._pid = 0
         self._port = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -51,11 +52,16 @@ class WitnessProcess:
         self._thread.start()
 
     def start(self) -> None:
-        if self._pid:
-            return
+        """Once the last connection has ended, unless the witness runs still."""
+        with self._carrying:
+            if not self._pid:
+                self._start()
+
+    def _start(self) -> None:
         told, tell = os.pipe()
 
         def serve() -> None:
+            sys.stderr = io.StringIO()  # where the server writes of each cut connection
             server = cosigning.serve(self._served)
             os.write(tell, str(server.server_address[1]).encode())
             signal.pause()
@@ -83,7 +89,8 @@ class WitnessProcess:
                 client = self._listener.accept()[0]
             except OSError:
                 return
-            with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port)) as server:
+            address = ("127.0.0.1", self._port)
+            with client, self._carrying, contextlib.suppress(OSError), socket.create_connection(address) as server:
                 self._carry(client, server)
 
     def _carry(self, client: socket.socket, server: socket.socket) -> None:
@@ -172,8 +179,8 @@ def check(base: Path, signed: Path, seed: int, rounds: int) -> None:
             assert rig.known_size(W1) <= member(rig.state_dir / "state.json", "size", 0), where
             assert member(rig.state_dir / "status.json", "alarm", "") == "", where
             kills, cuts = kills + killed, cuts + (rig.process.fault is not None)
-        rig.process.start()
         rig.process.fault = None
+        rig.process.start()
         status = rig.steps()
         lines = [truth[seq] for seq in range(1, len(truth) + 1)]
         assert (status.alarm, status.errors) == ("", ()), f"seed {seed}"

@@ -98,7 +98,7 @@ class AuditorPosition:
 
     def lag(self, durable_seq: int) -> int:
         """How many durable lines it has not taken; before its first report, all of them."""
-        return durable_seq - self._head.seq
+        return max(0, durable_seq - self._head.seq)
 
     def status(self, view: LogView) -> dict[str, object] | None:
         """For `/status`; None if no auditor was ever attached."""

@@ -38,7 +38,7 @@ class KeyDestruction(Kind):
 
     async def begin(self) -> None:
         """Destroy the old keys that are due. One that can't be destroyed does not delay the others."""
-        for page in self._table.pages():
+        async for page in self._table.pages():
             for job in page:
                 if 0 < job.destroy_at_ns <= self._table.now_ns() and not self._runner.has_job(job.thread):
                     with contextlib.suppress(JobError):  # a job on the thread was begun, or the row removed, meanwhile
@@ -52,7 +52,7 @@ class KeyDestruction(Kind):
 
         Raises JobNotFoundError, StoreUnavailableError; KmsError when the key service is not available.
         """
-        job = self._table.get(job_id)
+        job = await self._table.get(job_id)
         if not 0 < job.destroy_at_ns <= self._table.now_ns():  # cancelled since it was found due
             return False
         try:
@@ -90,7 +90,7 @@ class KeyDestruction(Kind):
         return job, await self._older_store_backup(job.census_ns) or await self._records_left(job)
 
     async def _obstacle(self, job: Job) -> str:
-        current = self._store.key_of_thread(job.thread)
+        current = await self._store.key_of_thread(job.thread)
         if current is None or current in job.sources:
             return "the key is the thread's current one"
         if left := await self._count_records(job.thread, job.sources):
@@ -106,7 +106,7 @@ class KeyDestruction(Kind):
         """The census: counts messages, metadata and the backups of jobs that are under the keys."""
         left = await self._count_records(job.thread, job.sources)
         for of_thread in await self._jobs_with_backups(job.thread):
-            for chunk in self._store.kept_records(of_thread):
+            async for chunk in self._store.kept_records(of_thread):
                 left += sum(kept.key_id in job.sources for kept in chunk)
                 await asyncio.sleep(0)
         return f"{left} records or backups are under it" if left else ""
@@ -114,7 +114,7 @@ class KeyDestruction(Kind):
     async def _count_records(self, thread: str, under: Collection[str]) -> int:
         """Malformed records count too, because their key is unknown."""
         left = 0
-        for chunk in self._store.record_chunks(thread, CHUNK_RECORDS_MAX):
+        async for chunk in self._store.record_chunks(thread, CHUNK_RECORDS_MAX):
             left += len(chunk.malformed) + sum(found.key_id in under for found in chunk.records)
             await asyncio.sleep(0)
         return left

@@ -97,14 +97,14 @@ class OrphanedKeys(Kind):
             if page.indexing:
                 raise StoreUnavailableError("the key service is still reading its keys", RETRY_AFTER_S)
             # The thread's key is looked up first, so that a failing disk is noticed whatever the keys are.
-            found = [key for key in page.keys if self._is_orphan(key) and key.created_at < before]
+            found = [key for key in page.keys if await self._is_orphan(key) and key.created_at < before]
             if found:
                 yield found
             await asyncio.sleep(0 if page.next_cursor is None else PAGE_PAUSE_S)
 
-    def _is_orphan(self, key: KeyAnswer) -> bool:
+    async def _is_orphan(self, key: KeyAnswer) -> bool:
         return (
-            self._store.key_of_thread(key.thread_id) != key.key_id
+            await self._store.key_of_thread(key.thread_id) != key.key_id
             and key.purpose == "thread"
             and not self._store.making_key(key.thread_id)
             and not self._has_job(key.thread_id)
@@ -120,7 +120,7 @@ class OrphanedKeys(Kind):
                     if not self._exclusive or retired == ORPHANS_MAX or (made_before and key.created_at >= made_before):
                         left += 1
                         continue
-                    if not self._is_orphan(key):  # asked again: other tasks ran meanwhile
+                    if not await self._is_orphan(key):  # asked again: other tasks ran meanwhile
                         continue
                     await self._provider.retire_key(key.key_id)
                     retired += 1

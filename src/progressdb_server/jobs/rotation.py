@@ -144,7 +144,7 @@ class KeyRotation(Kind):
         ThreadNotFoundError, TooManyJobsError, JobConflictError, StoreUnavailableError."""
         if destroy_after_s and not self._destroys:
             raise JobConflictError("no gateway takes a request to destroy a key: leave destroy_old_after out")
-        self.require([thread])
+        await self.require([thread])
         fields = {"rate": rate, "destroy_after_s": destroy_after_s, "trigger": trigger, "keying": not later}
         job = await self._runner.add(self, thread, **fields)
         if not later:
@@ -153,7 +153,7 @@ class KeyRotation(Kind):
                     async for now in self._runner.watch(job.id, pause_s=0):
                         if not now.keying:
                             break
-        return self._table.get(job.id)
+        return await self._table.get(job.id)
 
     async def select(self, due: Due | None, *, rate: int | None = None, destroy_after_s: int = 0) -> AsyncIterator[Job]:
         """Rotate every thread whose key is due, with None every thread. Yields each job when it is queued. Raises
@@ -174,7 +174,7 @@ class KeyRotation(Kind):
         now_ns = self._table.now_ns()
         async for page in key_pages(self._provider, state="active"):
             for key in page.keys:
-                if key.purpose != "thread" or self._store.key_of_thread(key.thread_id) != key.key_id:
+                if key.purpose != "thread" or await self._store.key_of_thread(key.thread_id) != key.key_id:
                     continue
                 if why := due.why(key, now_ns) or await self._worn(key, due.uses):
                     yield key.thread_id, why
@@ -187,17 +187,18 @@ class KeyRotation(Kind):
         if left is None:
             return ""
         since_ns = _nanoseconds(key.created_at)
-        for count in self._store.count_records(key.thread_id, COUNTED_RECORDS, since_ns=since_ns):
+        async for count in self._store.count_records(key.thread_id, COUNTED_RECORDS, since_ns=since_ns):
             left -= count
             if left <= 0:
                 return "uses"
             await asyncio.sleep(0)
         return ""
 
-    def require(self, threads: Iterable[str]) -> None:
+    async def require(self, threads: Iterable[str]) -> None:
         """Raises ThreadNotFoundError unless each can be rotated."""
-        if any(self._store.key_of_thread(thread) is None for thread in threads):
-            raise ThreadNotFoundError
+        for thread in threads:
+            if await self._store.key_of_thread(thread) is None:
+                raise ThreadNotFoundError
 
     async def begin(self) -> None:
         """Queue the threads whose keys have reached the configured age or number of records."""
@@ -210,10 +211,10 @@ class KeyRotation(Kind):
             with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # tried again in an hour
                 await self.rotate(thread, destroy_after_s=destroy_after_s, trigger=f"max_{why}", later=True)
 
-    def resume(self, job: Job) -> Job:
+    async def resume(self, job: Job) -> Job:
         if job.restored_ns:
             raise JobConflictError("the job's backups were restored: rotate the thread's key again")
-        if job.new_key and self._store.key_of_thread(job.thread) != job.new_key:
+        if job.new_key and await self._store.key_of_thread(job.thread) != job.new_key:
             raise JobConflictError("a later rotation has given the thread another key")
         if job.state == "failed":
             return move(job, "resume", cursor="", moved=0, failed=0, failures=(), reason="")
@@ -223,7 +224,7 @@ class KeyRotation(Kind):
     async def restore(self, job_id: str) -> Restored:
         """Put the old ciphertexts of the job's records back, and cancel the destruction of the old keys. Raises
         JobConflictError."""
-        job = self._table.get(job_id)
+        job = await self._table.get(job_id)
         async with self._runner.alone(job):
             if job.destroyed_ns:
                 raise JobConflictError("the key of these backups was destroyed")
@@ -235,7 +236,7 @@ class KeyRotation(Kind):
 
     async def drop_backups(self, job_id: str) -> int:
         """Remove the job's backups; returns how many there were. Raises JobConflictError."""
-        async with self._runner.alone(self._table.get(job_id)):
+        async with self._runner.alone(await self._table.get(job_id)):
             dropped = await self._table.drop_backups(job_id)
         _log.info("backups_dropped", job=job_id, dropped=dropped)
         return dropped
@@ -243,10 +244,10 @@ class KeyRotation(Kind):
     # --- the steps ------------------------------------------------------------------------------------------------
     async def step(self, job_id: str, pace: Pace) -> None:
         await self.prepare(job_id)
-        row = self._table.row(job_id)
+        row = await self._table.row(job_id)
         if row.job.state == "queued":
             row = await self._table.store(row, move(row.job, "start"))
-        if self._key_of(row.job.thread) != row.job.new_key:
+        if await self._key_of(row.job.thread) != row.job.new_key:
             raise JobFailedError("a later rotation has given the thread another key")
         if not row.job.total:
             row = await self._table.store(row, changed(row.job, total=await self._count(row.job.thread)))
@@ -260,26 +261,26 @@ class KeyRotation(Kind):
 
     async def _count(self, thread: str) -> int:
         total = 0
-        for entries in self._store.count_records(thread, CHUNK_RECORDS_MAX):
+        async for entries in self._store.count_records(thread, CHUNK_RECORDS_MAX):
             total += entries
             await asyncio.sleep(0)
         return total
 
     # --- the key --------------------------------------------------------------------------------------------------
-    def _key_of(self, thread: str) -> str:
-        key_id = self._store.key_of_thread(thread)
+    async def _key_of(self, thread: str) -> str:
+        key_id = await self._store.key_of_thread(thread)
         if key_id is None:
             raise JobFailedError("the thread has no key")
         return key_id
 
     async def prepare(self, job_id: str) -> None:
         """Give the thread its new key, unless that was done before."""
-        row = self._table.row(job_id)
+        row = await self._table.row(job_id)
         job = row.job
         if job.new_key:
             return
         self._store.check_halted()
-        old = self._key_of(job.thread)
+        old = await self._key_of(job.thread)
         if not job.keying or job.old_key != old:
             row = await self._table.store(row, changed(job, keying=True, old_key=old, sources=(old,)))
         with self._store.switching_key(job.thread):
@@ -289,9 +290,9 @@ class KeyRotation(Kind):
         _log.info("key_switched", job=job_id, thread=job.thread, old_key=old, new_key=made.key_id)
 
     async def _switch_to(self, job_id: str, old: str, new: str) -> None:
-        job = self._table.get(job_id)
+        job = await self._table.get(job_id)
         switch = self._store.key_switched(job.thread, old, new)
-        while not (row := self._table.row(job_id)).job.new_key:
+        while not (row := await self._table.row(job_id)).job.new_key:
             try:
                 await self._table.store(row, changed(row.job, new_key=new, keying=False), switch)
             except StaleRowError:
@@ -325,7 +326,7 @@ class KeyRotation(Kind):
             return
         for key_id in active:
             # The key of a renewal that runs now becomes the thread's own.
-            if key_id != self._key_of(job.thread) and not self._store.making_key(job.thread):
+            if key_id != await self._key_of(job.thread) and not self._store.making_key(job.thread):
                 await self._provider.retire_key(key_id, request_id=job.id)
 
     # --- re-encrypting --------------------------------------------------------------------------------------------
@@ -338,7 +339,7 @@ class KeyRotation(Kind):
         writing: deque[PendingRow] = deque()
         chunks = self._store.record_chunks(job.thread, _chunk_records(pace), behind=job.cursor, to_now=True)
         try:
-            for chunk in chunks:
+            async for chunk in chunks:
                 left = [found for found in chunk.records if found.key_id != job.new_key]
                 await pace.take(len(left) + SCAN_COST * (chunk.entries - len(left)))
                 if not left and not chunk.malformed:
@@ -362,7 +363,7 @@ class KeyRotation(Kind):
     async def _reencrypt(self, job: Job, chunk: Chunk, left: Sequence[Record]) -> _Reencrypted:
         self._store.check_halted()
         moved: list[tuple[Record, bytes]] = []
-        failures = [Failure(_shown(key), MALFORMED) for key in chunk.malformed]
+        failures = [Failure(name, MALFORMED) for name in chunk.malformed]
         by_key: dict[str, list[Record]] = {}
         for found in left:
             by_key.setdefault(found.key_id, []).append(found)
@@ -396,7 +397,7 @@ class KeyRotation(Kind):
             sources = with_source(sources, key_id)
         after = changed(
             job,
-            cursor=step.chunk.last,
+            cursor=step.chunk.cursor,
             sources=sources,
             done=job.done + len(step.moved),
             moved=job.moved + len(step.moved),
@@ -415,7 +416,7 @@ class KeyRotation(Kind):
         ahead: deque[asyncio.Task[list[Failure]]] = deque()
         chunks = self._store.record_chunks(job.thread, _chunk_records(pace), to_now=True)
         try:
-            for chunk in chunks:
+            async for chunk in chunks:
                 current = [found for found in chunk.records if found.key_id == job.new_key]
                 left += chunk.entries - len(current)
                 await pace.take(VERIFY_COST * chunk.entries)
@@ -452,7 +453,7 @@ class KeyRotation(Kind):
 
     async def _finish(self, row: Row, verified: int, pace: Pace) -> Row:
         kept = 0
-        for entries in self._store.count_kept(row.job.id, _chunk_records(pace)):
+        async for entries in self._store.count_kept(row.job.id, _chunk_records(pace)):
             kept += entries
             await pace.take(SCAN_COST * entries)
         if kept != row.job.backups:
@@ -471,24 +472,20 @@ def _chunk_records(pace: Pace) -> int:
 
 
 def _items(records: Sequence[Record]) -> list[ReencryptItem]:
-    return [ReencryptItem(ciphertext=found.sealed, aad=found.key) for found in records]
+    return [ReencryptItem(ciphertext=found.sealed, aad=found.aad) for found in records]
 
 
 def _failure(found: Record, refused: KmsRefusedError) -> Failure:
     """Raises the refusal if it says nothing about the record."""
     if fault(refused) is Fault.SERVICE:
         raise copy.copy(refused)  # the caller's frame, to which its traceback leads, has the first one
-    return Failure(_shown(found.key), refused.code)
+    return Failure(found.name, refused.code)
 
 
 async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _shown(key: bytes) -> str:
-    return key.decode("ascii", errors="backslashreplace")
 
 
 def _nanoseconds(rfc3339: str) -> int:

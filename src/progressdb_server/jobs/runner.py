@@ -94,7 +94,7 @@ class Kind:
         """Work on a job, from where its row says, until it has ended or is paused. Called again after an error of the
         store or of the key service that can pass. Raises JobFailedError when the job can't go on."""
 
-    def resume(self, job: Job) -> Job:
+    async def resume(self, job: Job) -> Job:
         """The row with which a paused or failed job goes on. Raises JobConflictError."""
         return move(job, "resume")
 
@@ -120,20 +120,20 @@ class Runner:
         store.metrics.gauges["progressdb_jobs_unfinished"] = ("Jobs not finished yet.", lambda: len(self._threads))
         store.metrics.gauges["progressdb_jobs_records_left"] = (
             "Records that the jobs at work have still to re-encrypt.",
-            lambda: sum(max(0, job.total - job.done - job.failed) for job in map(self.table.get, self._workers)),
+            lambda: sum(max(0, job.total - job.done - job.failed) for job in self.table.followed.values()),
         )
 
     async def start(self) -> None:
         """Continue unfinished jobs, and start to look for work that is due."""
         keying: list[str] = []
         known = {kind.name for kind in self.kinds}
-        for page in self.table.pages():
+        async for page in self.table.pages():
             for job in page:
                 if job.unfinished and job.thread in self._threads:
                     # The disk reported an error for the write of this row and stored it nevertheless; then another job
                     # was begun.
                     twin = changed(job, keying=False, reason="begun twice")
-                    await self.table.store(self.table.row(job.id), move(twin, "cancel"))
+                    await self.table.store(await self.table.row(job.id), move(twin, "cancel"))
                 elif job.unfinished:
                     self._threads[job.thread] = job.id
                     if job.state in AT_WORK and job.kind in known:
@@ -141,7 +141,7 @@ class Runner:
             await asyncio.sleep(0)
         for job_id in keying:  # the map of such a thread may name a retired key
             self._spawn(self._prepare_then_queue(job_id))
-        self._pump()
+        await self._pump()
         for kind in self.kinds:
             self._spawn(self._keep(kind))
 
@@ -175,7 +175,7 @@ class Runner:
             if other == OTHER_WORK:
                 raise JobConflictError("another operation is running on this thread: try again in a moment")
             if other is not None:
-                job = self.table.get(other)
+                job = await self.table.get(other)
                 if job.kind != kind.name:
                     raise JobConflictError("another job works on this thread")
                 return job
@@ -193,7 +193,7 @@ class Runner:
         if job.keying:
             self._spawn(self._prepare_then_queue(job.id))
         else:
-            self._enqueue(job.id)
+            await self._enqueue(job.id)
         return job
 
     # --- working --------------------------------------------------------------------------------------------------
@@ -204,22 +204,31 @@ class Runner:
         return task
 
     async def _prepare_then_queue(self, job_id: str) -> None:
-        kind = self._kind(self.table.get(job_id))
+        kind = self._kind(await self.table.get(job_id))
         await self._persist(job_id, lambda: kind.prepare(job_id))
-        self._settle(job_id)
-        self._enqueue(job_id)
+        await self._settle(job_id)
+        await self._enqueue(job_id)
 
-    def _enqueue(self, job_id: str) -> None:
+    async def _enqueue(self, job_id: str) -> None:
         self._queue.append(job_id)
-        self._pump()
+        await self._pump()
 
-    def _pump(self) -> None:
+    async def _pump(self) -> None:
         """Start queued jobs, up to RUNNING_MAX."""
         while self._queue and len(self._workers) < RUNNING_MAX and not self._stop.is_set():
-            job = self.table.get(self._queue[0])
             job_id = self._queue.popleft()
-            if job.state in AT_WORK and job_id not in self._workers:
-                self._workers[job_id] = asyncio.get_running_loop().create_task(self._work(job))
+            try:
+                job = await self.table.get(job_id)
+            except BaseException:
+                self._queue.appendleft(job_id)
+                raise
+            if job.state not in AT_WORK or job_id in self._workers:
+                continue
+            if len(self._workers) == RUNNING_MAX:  # another task has started one meanwhile
+                self._queue.appendleft(job_id)
+                return
+            self.table.followed[job_id] = job
+            self._workers[job_id] = asyncio.get_running_loop().create_task(self._work(job))
 
     async def _work(self, job: Job) -> None:
         kind, pace = self._kind(job), self._pace if job.rate is None else Pace(job.rate)
@@ -227,15 +236,15 @@ class Runner:
             await self._persist(job.id, lambda: kind.step(job.id, pace))
         finally:
             # In the same turn as the job's last change, so that its thread is free for whoever waited for it.
-            del self._workers[job.id]
+            del self._workers[job.id], self.table.followed[job.id]
             if not self._stop.is_set():
-                self._worked(job.id)
+                await self._worked(job.id)
 
     async def _persist(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
         delay_s, at = RETRY_S_MIN, 0
         while True:
             try:
-                job = self.table.get(job_id)
+                job = await self.table.get(job_id)
                 if job.state not in AT_WORK:
                     return
                 if job.updated_ns != at:
@@ -267,29 +276,38 @@ class Runner:
     async def _fail(self, job_id: str, reason: str) -> None:
         """The job has failed, unless somebody has paused or cancelled it meanwhile. Raises StaleRowError,
         StoreUnavailableError; then the work fails again."""
-        row = self.table.row(job_id)
+        row = await self.table.row(job_id)
         if row.job.state in AT_WORK:
             await self.table.store(row, move(row.job, "fail", reason=reason, keying=False))
             _log.error("job_failed", job=job_id, reason=reason)
 
-    def _worked(self, job_id: str) -> None:
+    async def _worked(self, job_id: str) -> None:
         try:
-            self._settle(job_id)
-            if self.table.get(job_id).state == "queued":  # resumed while its worker was stopping
+            await self._settle(job_id)
+            if (await self.table.get(job_id)).state == "queued":  # resumed while its worker was stopping
                 self._queue.append(job_id)
-            self._pump()
+            await self._pump()
         except StoreUnavailableError:  # unreadable for the moment
-            asyncio.get_running_loop().call_later(READ_RETRY_S, self._worked, job_id)
+            self._later(job_id)
+
+    def _later(self, job_id: str) -> None:
+        """Look again soon whether the job has to be queued."""
+
+        async def look() -> None:
+            await asyncio.sleep(READ_RETRY_S)
+            await self._worked(job_id)
+
+        self._spawn(look())
 
     async def _ended(self, job_id: str) -> None:
         """A job's end can be read before it is durable. Wait until it is durable and the job's thread is free."""
         worker = self._workers.get(job_id)
-        if worker is not None and self.table.get(job_id).state not in AT_WORK:
+        if worker is not None and (await self.table.get(job_id)).state not in AT_WORK:
             await asyncio.wait({worker})
 
-    def _settle(self, job_id: str) -> None:
+    async def _settle(self, job_id: str) -> None:
         """Free the thread once its job is finished and no worker works on it."""
-        job = self.table.get(job_id)
+        job = await self.table.get(job_id)
         if not job.unfinished and job_id not in self._workers and self._threads.get(job.thread) == job_id:
             del self._threads[job.thread]
 
@@ -314,30 +332,31 @@ class Runner:
         if worker is not None:  # it may sleep; writes that it has queued fail, since the row has changed
             worker.cancel()
             await asyncio.wait({worker})
-            self._workers.pop(job_id, None)  # a worker that never began has not removed itself
-            self._pump()
-        self._settle(job_id)
+            self._workers.pop(job_id, None)
+            self.table.followed.pop(job_id, None)  # a worker that never began has not removed itself
+            await self._pump()
+        await self._settle(job_id)
         return job
 
     async def resume(self, job_id: str) -> Job:
         """A failed job tries the failed records again. Raises JobConflictError also when another job has the thread, or
         the kind of job can't go on."""
-        job = self.table.get(job_id)
+        job = await self.table.get(job_id)
         move(job, "resume")
         if self._threads.get(job.thread, job_id) != job_id:
             raise JobConflictError("another job works on this thread")
         kind = self._kind(job)
-        kind.resume(job)
+        await kind.resume(job)
         self._threads[job.thread] = job_id
         try:
             job = await self.table.change(job_id, kind.resume)
         except StoreUnavailableError:  # the write may have succeeded; then the job has to be queued
-            asyncio.get_running_loop().call_later(READ_RETRY_S, self._worked, job_id)
+            self._later(job_id)
             raise
         except JobError:
-            self._settle(job_id)
+            await self._settle(job_id)
             raise
-        self._enqueue(job_id)
+        await self._enqueue(job_id)
         return job
 
     # --- watching -------------------------------------------------------------------------------------------------
@@ -346,7 +365,7 @@ class Runner:
         it waits at least `pause_s`."""
         seen = self.table.changes
         await self._ended(job_id)
-        last = self.table.get(job_id)
+        last = await self.table.get(job_id)
         yield last
         stopping = asyncio.create_task(self._stop.wait())
         try:
@@ -356,7 +375,7 @@ class Runner:
                 change.cancel()
                 seen = self.table.changes
                 await self._ended(job_id)
-                job = self.table.get(job_id)
+                job = await self.table.get(job_id)
                 if job != last:
                     last = job
                     yield last

@@ -32,7 +32,7 @@ class OldRows(Kind):
 
     async def begin(self) -> None:
         oldest_ns = self._table.now_ns() - ROW_AGE_S * 1_000_000_000
-        for page in self._table.pages():
+        async for page in self._table.pages():
             old = [
                 job
                 for job in page

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from progressdb_server.jobs.states import Job, JobNotFoundError, changed
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import RowWrite, StaleRowError, WriteSet
+from progressdb_server.store.model import RowWrite, StaleRowError, Step
 
-_NOTHING: Final = WriteSet()
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Job).decode
 
@@ -49,28 +48,30 @@ class JobTable:
         self._by_thread: dict[str, set[str]] = {}
         """Thread → ids of its jobs; complete once `_all_known`."""
         self._all_known = False
+        self.followed: dict[str, Job] = {}
+        """The jobs of workers, as this process has last written them."""
 
     # --- reading --------------------------------------------------------------------------------------------------
-    def row(self, job_id: str) -> Row:
+    async def row(self, job_id: str) -> Row:
         """Raises JobNotFoundError."""
-        raw = self._store.job_row(job_id)
+        raw = await self._store.job_row(job_id)
         if raw is None:
             raise JobNotFoundError
         return Row(raw, _decode(raw))
 
-    def get(self, job_id: str) -> Job:
+    async def get(self, job_id: str) -> Job:
         """Raises JobNotFoundError."""
-        return self.row(job_id).job
+        return (await self.row(job_id)).job
 
-    def pages(self, *, newest_first: bool = False) -> Iterator[list[Job]]:
+    async def pages(self, *, newest_first: bool = False) -> AsyncIterator[list[Job]]:
         """All jobs in the order of their creation. A page is read when the iterator reaches it."""
-        for rows in self._store.job_rows(newest_first=newest_first):
+        async for rows in self._store.job_rows(newest_first=newest_first):
             yield [_decode(raw) for raw in rows]
 
     async def of_thread(self, thread: str) -> list[Job]:
         """The thread's jobs, oldest first. Only the first call reads the whole table."""
         if not self._all_known:
-            for page in self.pages():
+            async for page in self.pages():
                 for job in page:
                     self._by_thread.setdefault(job.thread, set()).add(job.id)
                 await asyncio.sleep(0)
@@ -78,7 +79,7 @@ class JobTable:
         found: list[Job] = []
         for job_id in sorted(self._by_thread.get(thread, ())):
             with contextlib.suppress(JobNotFoundError):  # the write of its row failed
-                found.append(self.get(job_id))
+                found.append(await self.get(job_id))
         return found
 
     async def wait_for_change(self, changes: int) -> None:
@@ -95,11 +96,13 @@ class JobTable:
         await self._store.settle_row(self._store.write_row(job.id, None, _encode(job)))
         self._wake_waiters()
 
-    def submit(self, row: Row, job: Job, step: WriteSet = _NOTHING) -> PendingRow:
+    def submit(self, row: Row, job: Job, step: Step | None = None) -> PendingRow:
         """Replace `row` by `job` and write the step, atomically. The caller may submit a change of the returned row at
         once: it is written after this one, and fails if this one fails."""
         stored = changed(job, updated_ns=self.now_ns())
         raw = _encode(stored)
+        if job.id in self.followed:
+            self.followed[job.id] = stored
         return PendingRow(Row(raw, stored), self._store.write_row(job.id, row.raw, raw, step))
 
     async def settle(self, pending: PendingRow) -> Row:
@@ -108,17 +111,18 @@ class JobTable:
         self._wake_waiters()
         return pending.row
 
-    async def store(self, row: Row, job: Job, step: WriteSet = _NOTHING) -> Row:
+    async def store(self, row: Row, job: Job, step: Step | None = None) -> Row:
         """Submit and settle."""
         return await self.settle(self.submit(row, job, step))
 
-    async def change(self, job_id: str, how: Callable[[Job], Job]) -> Job:
+    async def change(self, job_id: str, how: Callable[[Job], Job | Awaitable[Job]]) -> Job:
         """Replace the job by `how(job)`; repeat it if the row was changed at the same time. Raises the errors of `how`,
         JobNotFoundError, StoreUnavailableError."""
         while True:
-            row = self.row(job_id)
+            row = await self.row(job_id)
+            job = how(row.job)
             try:
-                return (await self.store(row, how(row.job))).job
+                return (await self.store(row, job if isinstance(job, Job) else await job)).job
             except StaleRowError:
                 continue
 
@@ -126,10 +130,10 @@ class JobTable:
         """Remove the job's backup records, or only those under the given keys, and reduce its count of backups in the
         same writes. Returns the number of removed records. Raises StoreUnavailableError."""
         dropped = 0
-        for chunk in self._store.kept_records(job_id):
+        async for chunk in self._store.kept_records(job_id):
             gone = [kept for kept in chunk if under is None or kept.key_id in under]
             if gone:
-                row = self.row(job_id)
+                row = await self.row(job_id)
                 left = changed(row.job, backups=max(0, row.job.backups - len(gone)))
                 await self.store(row, left, self._store.kept_dropped(job_id, gone))
                 dropped += len(gone)

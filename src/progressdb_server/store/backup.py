@@ -90,7 +90,7 @@ class Backups(OpenStore):
     async def backups(self) -> AsyncIterator[list[Registered]]:
         """Those that were begun and are not forgotten, oldest first."""
         lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
-        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+        while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
             yield [msgspec.json.decode(value, type=Registered) for _, value in entries]
 

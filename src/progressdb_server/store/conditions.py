@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Final
 
 from progressdb_server.store.engine import Reader
-from progressdb_server.store.model import WriteSet
+from progressdb_server.store.model import Step
 
 KNOWN_MAX: Final = 32_768
 KNOWN_BYTES_MAX: Final = 64
@@ -25,10 +25,15 @@ KEYS_REMEMBERED_MAX: Final = 32_768
 Puts = dict[bytes, bytes | None]
 
 
-class Write(WriteSet, frozen=True):
-    """Puts that are applied together, with their conditions. `read_at` is the writer's `group` at the time when `read`
-    was read. `threads` and `messages` are added to the counters."""
+class Write(Step, frozen=True):
+    """Puts that are applied together (None deletes), with their conditions: stored values that the write relies on,
+    None for absent. `read` are more of these, and `read_at` is the writer's `group` at the time when they were read.
+    `threads` and `messages` are added to the counters."""
 
+    puts: Sequence[tuple[bytes, bytes | None]] = ()
+    expect: Sequence[tuple[bytes, bytes | None]] = ()
+    read: Sequence[tuple[bytes, bytes]] = ()
+    read_at: int = 0
     threads: int = 0
     messages: int = 0
 

@@ -70,7 +70,7 @@ class Conversations(Messages, Rekeying, Backups):
         not encrypt, or the other way round; StoreUnavailableError."""
         directory.claim(engine, encrypted=not isinstance(provider, EncryptsNothing))
         super().__init__(engine, now_ns=now_ns)
-        self.sealer = Sealer(engine, self.writer, provider, self.clock, self.metrics)
+        self.sealer = Sealer(self.reads, self.writer, provider, self.clock, self.metrics)
         self.rule = rule
         self.long_reads = asyncio.Semaphore(LONG_READS_COUNT_MAX)
         self.epoch = EpochMemory(engine, self.writer)
@@ -140,7 +140,7 @@ class Conversations(Messages, Rekeying, Backups):
     async def _sweep(self) -> None:
         while True:
             try:
-                await idempotency.sweep(self.engine, self.writer, self.clock.now_ns())
+                await idempotency.sweep(self.reads, self.writer, self.clock.now_ns())
             except Exception as error:  # noqa: BLE001 - whatever ends one sweep, the next one is made
                 _log.warning("sweep_failed", error=type(error).__qualname__, again_s=SWEEP_S)
             await asyncio.sleep(SWEEP_S)
@@ -214,9 +214,9 @@ class Conversations(Messages, Rekeying, Backups):
     async def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
         lower = prefix.encode()
         upper = keyspace.after(lower) if lower else keyspace.END
-        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+        while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
             yield [key.decode() for key, _ in entries]
 
     async def raw_value(self, key: str) -> bytes | None:
-        return self.engine.get(key.encode())
+        return await self.reads.get(key.encode())

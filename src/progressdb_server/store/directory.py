@@ -18,7 +18,7 @@ import msgspec
 
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.engine import Engine, Reader
+from progressdb_server.store.engine import Engine, LocalReads, Reader, Reads
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.rocks import RocksEngine, RocksReader, check_exists
@@ -141,6 +141,7 @@ class OpenStore:
     def __init__(self, engine: Engine, *, now_ns: Callable[[], int] = time.time_ns) -> None:
         """Raises FormatError when the counters are damaged, StoreUnavailableError."""
         self.engine = engine
+        self.reads: Reads = LocalReads(engine)
         self.metrics = StoreMetrics()
         self.clock = Clock(now_ns)
         self.writer = Writer(engine, self.clock, self.metrics, self.reopened)

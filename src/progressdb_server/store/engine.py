@@ -51,6 +51,38 @@ class Reader(Protocol):
         ...
 
 
+class Reads(Protocol):
+    """What the store's operations read through: see `Reader`. An engine of this process never suspends the caller, so
+    that what is read between two other awaits is one consistent view. What a write relies on is a condition of it
+    nevertheless (`store.conditions`)."""
+
+    async def get(self, key: bytes) -> bytes | None: ...
+
+    async def scan(
+        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
+    ) -> list[tuple[bytes, bytes]]: ...
+
+    async def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]: ...
+
+
+class LocalReads:
+    """`Reads` of an engine of this process."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    async def get(self, key: bytes) -> bytes | None:
+        return self._reader.get(key)
+
+    async def scan(
+        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        return self._reader.scan(lower, upper, limit=limit, reverse=reverse, bytes_max=bytes_max)
+
+    async def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
+        return self._reader.keys(lower, upper, limit=limit, reverse=reverse)
+
+
 class Engine(Reader, Protocol):
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Raises EngineBusyError, EngineUnavailableError."""

@@ -17,7 +17,7 @@ import msgspec
 from minikms.logs import structlog
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Reads
 from progressdb_server.store.model import (
     ConditionFailedError,
     Idempotency,
@@ -58,10 +58,10 @@ class Ticket:
         self.key = keyspace.idempotency(hmac.digest(scope, b"key:" + idempotency.key.encode(), "sha256"))
         self._request = hmac.digest(scope, b"request:" + msgspec.json.encode(request, order="sorted"), "sha256")
 
-    def recall(self, engine: Engine, now_ns: int) -> str | None:
+    async def recall(self, reads: Reads, now_ns: int) -> str | None:
         """The id that the first call made, None for a first call. Raises IdempotencyConflictError,
         RecordUnreadableError."""
-        raw = engine.get(self.key)
+        raw = await reads.get(self.key)
         if raw is None:
             return None
         remembered = IdempotencyRecord.parse(self.key, raw)
@@ -81,11 +81,11 @@ def _expired(remembered: IdempotencyRecord, now_ns: int) -> bool:
     return abs(now_ns - remembered.created_ns) > IDEMPOTENCY_AGE_S * 1_000_000_000
 
 
-async def sweep(engine: Engine, writer: Writer, now_ns: int) -> int:
+async def sweep(reads: Reads, writer: Writer, now_ns: int) -> int:
     """Delete the expired entries; returns how many. Logs how many are damaged."""
     swept = damaged = 0
     lower, upper = keyspace.IDEMPOTENCY, keyspace.after(keyspace.IDEMPOTENCY)
-    while entries := engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+    while entries := await reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
         lower = keyspace.next_key(entries[-1][0])
         old: list[tuple[bytes, bytes]] = []
         for key, raw in entries:

@@ -62,35 +62,35 @@ class Messages(Reading):
         asked = {name: getattr(new, name) for name in new.__struct_fields__ if name != "as_member"}
         ticket = Ticket(idempotency, ["message", asked])
         async with self.locks.hold(ticket.key):
-            made = ticket.recall(self.engine, self.clock.now_ns())
+            made = await ticket.recall(self.reads, self.clock.now_ns())
             if made is None:
                 return await self._create(new, ticket, request_id)
             await self.writer.barrier()  # what is answered must be durable
-            thread, place = self._locate(made, None)
+            thread, place = await self._locate(made, None)
             if new.as_member:
-                self.check_member(thread, new.author, Act.READ)
+                await self.check_member(thread, new.author, Act.READ)
             async with self.open_version(thread, place.first, place.first) as version:
                 return version.message
 
     def _create(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Coroutine[Any, Any, Message]:
         if not new.thread:
             return self._found(new, ticket, request_id)
-        state = self.sealer.thread(new.thread)
+        state = self.sealer.known(new.thread)
         if state is None:
             return self._found_or_append(new, ticket, request_id)
         return self._append(state, new, ticket, request_id)
 
     async def _found_or_append(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
-        state = None
+        state = await self.sealer.thread(new.thread)
         while state is None:
             # One at a time for each thread, so that a burst of first messages makes one key.
             async with self.locks.hold(keyspace.meta(new.thread)):
-                state = self.sealer.thread(new.thread)
+                state = await self.sealer.thread(new.thread)
                 if state is None:
                     try:
                         return await self._found(new, ticket, request_id)
                     except ConditionFailedError:
-                        state = self.sealer.thread(new.thread)
+                        state = await self.sealer.thread(new.thread)
         return await self._append(state, new, ticket, request_id)
 
     async def _found(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
@@ -109,18 +109,18 @@ class Messages(Reading):
         if new.author in state.writers:  # the condition of the write finds out if it is no longer true
             return await self._append_as(membership.MEMBER, state, new, ticket, request_id=request_id)
         key = keyspace.writer(state.thread, new.author)
-        entry = self.engine.get(key)
+        entry = await self.reads.get(key)
         if entry is None:
             async with self.locks.hold(keyspace.writers(state.thread)):
-                entry = self.engine.get(key)
+                entry = await self.reads.get(key)
                 if entry is None:
                     if new.as_member:
-                        self.check_member(state.thread, new.author, Act.WRITE)
+                        await self.check_member(state.thread, new.author, Act.WRITE)
                     if not state.deleted:  # else the write is refused for that reason
-                        self.check_room(state.thread, 1)
+                        await self.check_room(state.thread, 1)
                     return await self._append_as(None, state, new, ticket, request_id=request_id)
         if new.as_member:
-            self.check_member(state.thread, new.author, Act.WRITE)
+            await self.check_member(state.thread, new.author, Act.WRITE)
         return await self._append_as(entry, state, new, ticket, request_id=request_id)
 
     async def _append_as(
@@ -227,8 +227,8 @@ class Messages(Reading):
         version. Raises MessageNotFoundError, NotTheAuthorError, NotAMemberError, what `change` raises, and
         TooManyVersionsError unless the version may be `beyond_bounds`."""
         async with self.locks.hold(message.encode()):
-            owner, place = self._locate(message, thread)
-            state = self.sealer.thread(owner)
+            owner, place = await self._locate(message, thread)
+            state = await self.sealer.thread(owner)
             if state is None:
                 raise RecordUnreadableError(f"thread {owner} has no key")
             first = Stamp.parse(place.first.decode())
@@ -238,7 +238,7 @@ class Messages(Reading):
                 expect: tuple[tuple[bytes, bytes | None], ...] = ()
                 if member is not None:
                     # Under both rules an outsider has no message here and can't read the message to react to.
-                    self.check_member(owner, member, Act.READ)
+                    await self.check_member(owner, member, Act.READ)
                     expect = ((keyspace.writer(owner, member), membership.MEMBER),)
                 fields = change(current.message)
                 if fields is None:

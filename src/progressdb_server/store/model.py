@@ -26,6 +26,11 @@ NOT_OPENED: Final = "not_opened"
 """Values of `error` beside the codes of the key service."""
 
 
+def shown(name: bytes) -> str:
+    """The name of an entry, which may be damaged, for operators."""
+    return name.decode("ascii", errors="backslashreplace")
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
@@ -269,22 +274,28 @@ class NewMessage(msgspec.Struct):
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
-    """A stored record: its storage key, its bytes, its header, its key's id, and the part that only the key opens."""
+    """A stored record: the additional data that it is sealed under, its bytes, its header, its key's id, and the part
+    that only the key opens."""
 
-    key: bytes
+    aad: bytes
     raw: bytes
     head: bytes
     key_id: str
     sealed: bytes
 
+    @property
+    def name(self) -> str:
+        """For operators."""
+        return shown(self.aad)
+
 
 class Chunk(NamedTuple):
-    """Consecutive entries of a thread. `malformed` are keys of entries that are no records, `last` is the storage key
-    of the last entry; `read_at` says when it was read, for `Conversations.rekeyed`."""
+    """Consecutive entries of a thread. `malformed` are the names of entries that are no records. `cursor` is where the
+    next chunk begins; `read_at` says when this one was read, for `Conversations.rekeyed`."""
 
     records: list[Record]
-    malformed: list[bytes]
-    last: str
+    malformed: list[str]
+    cursor: str
     read_at: int
 
     @property
@@ -293,10 +304,10 @@ class Chunk(NamedTuple):
 
 
 class KeptRecord(NamedTuple):
-    """What a job has kept of a record that it re-encrypted: the record's storage key, and the id of the key that the
-    kept bytes are under (empty when they are malformed)."""
+    """What a job has kept of a record that it re-encrypted: the record's additional data, and the id of the key that
+    the kept bytes are under (empty when they are malformed)."""
 
-    key: bytes
+    aad: bytes
     key_id: str
 
 
@@ -307,23 +318,14 @@ class Restored(NamedTuple):
     kept: int
 
 
-class WriteSet(msgspec.Struct, frozen=True):
-    """What is written together with the row of a job. Made by the store, opaque to everybody else.
-
-    `puts`: storage key and value, None deletes. `expect`: stored values that the write relies on, None for absent;
-    `read`: more of these, which were read at `read_at`.
-    """
-
-    puts: Sequence[tuple[bytes, bytes | None]] = ()
-    expect: Sequence[tuple[bytes, bytes | None]] = ()
-    read: Sequence[tuple[bytes, bytes]] = ()
-    read_at: int = 0
+class Step(msgspec.Struct, frozen=True):
+    """What is written together with the row of a job. Only the store makes one and sees what is in it."""
 
 
 class RowWrite(NamedTuple):
-    """A row that is being written: its storage key, and the end of the write."""
+    """The row of a job that is being written, and the end of the write."""
 
-    key: bytes
+    job_id: str
     done: asyncio.Future[None]
 
 
@@ -496,7 +498,7 @@ class ConversationStore(Protocol):
         says that the next one has to wait. `tag`: the `list_tag` of these arguments, for `list_unchanged`."""
         ...
 
-    def list_tag(
+    async def list_tag(
         self, thread_id: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
     ) -> str:
         """An opaque text for this list as it is now. It changes with every change of the thread's messages and at each

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -130,25 +130,25 @@ class Reading(Threads):
 
     # --- one version ----------------------------------------------------------------------------------------------
     async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
-        thread, place = self._locate(message_id, thread_id)
+        thread, place = await self._locate(message_id, thread_id)
         async with self.open_version(thread, place.first, place.latest) as version:
             return version.message
 
     async def latest_version(self, message_id: str) -> Message:
-        thread, place = self._locate(message_id, None)
+        thread, place = await self._locate(message_id, None)
         async with self._open_one(thread, place.first, place.latest) as (loaded, found):
             return _listed(thread, loaded, found)
 
-    def _locate(self, message: str, thread: str | None) -> tuple[str, OrderEntry]:
+    async def _locate(self, message: str, thread: str | None) -> tuple[str, OrderEntry]:
         """The message's thread, and its place there. Raises MessageNotFoundError, also when it is in another thread."""
         stamp = keyspace.parse_message_id(message)
         if stamp is not None:
             first = stamp.raw
-            found = self.engine.get(keyspace.versions(message) + first)
+            found = await self.reads.get(keyspace.versions(message) + first)
             if found is not None and (thread is None or keyspace.part(thread) == found):
                 owner = keyspace.unpart(found)
                 key = keyspace.order(owner) + first
-                value = self.engine.get(key)
+                value = await self.reads.get(key)
                 if value is None:
                     raise RecordUnreadableError(f"the order entry of message {message} is missing")
                 return owner, _place(key, value)
@@ -171,7 +171,7 @@ class Reading(Threads):
     ) -> AsyncIterator[tuple[LoadedVersion, Version | NotOpened]]:
         """As `open_version`; raises StoreUnavailableError only."""
         records = keyspace.messages(thread)
-        loaded = self._load(records, stamp, first)
+        loaded = await self._load(records, stamp, first)
         if loaded.bytes <= READ_UNCOUNTED_BYTES_MAX:
             (found,) = await self._open_each(thread, [loaded])
             yield loaded, found
@@ -183,16 +183,16 @@ class Reading(Threads):
         except TimeoutError:
             raise StoreUnavailableError(LONG_READS_FULL, LONG_READS_RETRY_SECONDS) from None
         try:
-            loaded = self._load(records, stamp, first)
+            loaded = await self._load(records, stamp, first)
             (found,) = await self._open_each(thread, [loaded])
             yield loaded, found
         finally:
             self.long_reads.release()
 
     # --- records --------------------------------------------------------------------------------------------------
-    def _stored(self, key: bytes, near: Mapping[bytes, bytes] = _NONE) -> Stored:
+    async def _stored(self, key: bytes, near: Mapping[bytes, bytes] = _NONE) -> Stored:
         """`near`: what was read of the records already."""
-        raw = near.get(key) or self.engine.get(key)
+        raw = near.get(key) or await self.reads.get(key)
         if raw is None:
             return Stored(key, None, b"", RECORD_MISSING)
         try:
@@ -200,13 +200,13 @@ class Reading(Threads):
         except record.RecordFormatError:
             return Stored(key, None, b"", RECORD_MALFORMED)
 
-    def _near(self, records: bytes, stamps: Collection[bytes]) -> dict[bytes, bytes]:
+    async def _near(self, records: bytes, stamps: Collection[bytes]) -> dict[bytes, bytes]:
         """The records from the first to the last of these stamps, up to bounds: one pass over neighbours costs much
         less than finding each."""
         lower, upper = records + min(stamps), keyspace.next_key(records + max(stamps))
-        return dict(self.engine.scan(lower, upper, limit=2 * len(stamps), bytes_max=LIST_BYTES_MAX))
+        return dict(await self.reads.scan(lower, upper, limit=2 * len(stamps), bytes_max=LIST_BYTES_MAX))
 
-    def _load(
+    async def _load(
         self,
         records: bytes,
         stamp: bytes,
@@ -216,13 +216,13 @@ class Reading(Threads):
     ) -> LoadedVersion:
         """The version at `stamp` of the message whose first version is at `first`; `records` is the prefix of its
         thread's. What the version shares with `neighbour`, or `near` holds, is not read again."""
-        own = self._stored(records + stamp, near)
+        own = await self._stored(records + stamp, near)
         content: Stored | None = None
         if isinstance(own.header, record.LaterHeader) and own.header.content:
             key = records + own.header.content.encode()
             if neighbour is not None:
                 content = next((one for one in (neighbour.content, neighbour.own) if one and one.key == key), None)
-            content = content or self._stored(key, near)
+            content = content or await self._stored(key, near)
         return LoadedVersion(own, content, first.decode())
 
     async def _answers(
@@ -272,25 +272,25 @@ class Reading(Threads):
         self, message_id: str, *, limit: int | None = None, before: str | None = None
     ) -> VersionList:
         try:
-            thread, place = self._locate(message_id, None)
+            thread, place = await self._locate(message_id, None)
         except MessageNotFoundError:
             return VersionList(_no_messages(), "")
         prefix = keyspace.versions(message_id)
         lower, upper = prefix, keyspace.after(prefix)
         if before is not None:
-            upper = prefix + self._end_of_page(prefix, place, before).raw
-        newest = self.engine.keys(lower, upper, limit=1, reverse=True)
+            upper = prefix + (await self._end_of_page(prefix, place, before)).raw
+        newest = await self.reads.keys(lower, upper, limit=1, reverse=True)
         if not newest or limit == 0:
             return VersionList(_no_messages(), "")
         upper = keyspace.next_key(newest[0])  # versions that are written later are not in the list
         older = ""
         if limit is not None:
             lower = await self._start_of_last(limit, lower, upper, include_deleted=True)
-            if self.engine.keys(prefix, lower, limit=1, reverse=True):
+            if await self.reads.keys(prefix, lower, limit=1, reverse=True):
                 older = keyspace.cursor(keyspace.stamp_of(lower))
         return VersionList(self._versions(thread, place.first, prefix, lower, upper), older)
 
-    def _end_of_page(self, prefix: bytes, place: OrderEntry, before: str) -> Stamp:
+    async def _end_of_page(self, prefix: bytes, place: OrderEntry, before: str) -> Stamp:
         """The stamp that `before` names among the versions of the message at `place`. A time of no version counts too,
         if all of them are in one era, so that it orders them. Raises AmbiguousTimeError."""
         cursor = keyspace.parse_cursor(before)
@@ -300,7 +300,7 @@ class Reading(Threads):
         found: list[bytes] = []
         for era in eras:
             of_time = prefix + b"%020d-" % (era * keyspace.ERA_NS + cursor)
-            found += self.engine.keys(of_time, keyspace.after(of_time), limit=2)
+            found += await self.reads.keys(of_time, keyspace.after(of_time), limit=2)
         if len(found) == 1:
             return keyspace.stamp_of(found[0])
         if found or len(eras) > 1:
@@ -313,12 +313,12 @@ class Reading(Threads):
         records = keyspace.messages(thread)
         neighbour: LoadedVersion | None = None
         known: dict[bytes, record.Opened] = {}
-        while entries := self.engine.scan(lower, upper, limit=LIST_MESSAGES_MAX):
+        while entries := await self.reads.scan(lower, upper, limit=LIST_MESSAGES_MAX):
             batch: list[LoadedVersion] = []
             size = 0
             for key, _ in entries:
                 lower = keyspace.next_key(key)
-                loaded = self._load(records, key[len(prefix) :], first, neighbour)
+                loaded = await self._load(records, key[len(prefix) :], first, neighbour)
                 shared = neighbour is not None and loaded.content in (neighbour.content, neighbour.own)
                 size += len(loaded.own.sealed) if shared else loaded.bytes
                 batch.append(loaded)
@@ -355,7 +355,7 @@ class Reading(Threads):
             lower = keyspace.next_key(prefix + _first_stamp(after))
         if before is not None:
             upper = prefix + _first_stamp(before)
-        newest = self.engine.keys(lower, upper, limit=1, reverse=True)
+        newest = await self.reads.keys(lower, upper, limit=1, reverse=True)
         if not newest or limit == 0:
             return
         upper = keyspace.next_key(newest[0])
@@ -365,19 +365,22 @@ class Reading(Threads):
         opening: deque[asyncio.Task[list[Message]]] = deque()
         given = Given()
         try:
-            for batch in self._batches(thread_id, lower, upper, include_deleted):
-                opening.append(loop.create_task(self._list(thread_id, batch, given)))
-                if len(opening) > LIST_BATCHES_AHEAD:
-                    yield await opening.popleft()
-                    yield []  # the next one has to wait for the key service
-                else:
-                    await asyncio.sleep(0)  # so that it is on its way while the next one is read
+            async with contextlib.aclosing(self._batches(thread_id, lower, upper, include_deleted)) as batches:
+                async for batch in batches:
+                    opening.append(loop.create_task(self._list(thread_id, batch, given)))
+                    if len(opening) > LIST_BATCHES_AHEAD:
+                        yield await opening.popleft()
+                        yield []  # the next one has to wait for the key service
+                    else:
+                        await asyncio.sleep(0)  # so that it is on its way while the next one is read
             while opening:
                 yield await opening.popleft()
                 if opening:
                     yield []
             if tag is not None and given.whole:
-                now = self.list_tag(thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted)
+                now = await self.list_tag(
+                    thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted
+                )
                 if tag == now:
                     self.validators.remember(tag, given.key_ids)
         finally:  # the reader went away, or a batch failed
@@ -390,12 +393,12 @@ class Reading(Threads):
             given.whole = False
         return messages
 
-    def list_tag(
+    async def list_tag(
         self, thread_id: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
     ) -> str:
         prefix = keyspace.messages(thread_id)
-        newest = self.engine.keys(prefix, keyspace.after(prefix), limit=1, reverse=True)
-        state = self.sealer.thread(thread_id)
+        newest = await self.reads.keys(prefix, keyspace.after(prefix), limit=1, reverse=True)
+        state = await self.sealer.thread(thread_id)
         return self.validators.tag(
             thread_id.encode(),
             newest[0] if newest else None,
@@ -408,17 +411,19 @@ class Reading(Threads):
 
     async def list_unchanged(self, thread_id: str, tag: str) -> bool:
         key_ids = self.validators.keys_of(tag)
-        state = self.sealer.thread(thread_id)
+        state = await self.sealer.thread(thread_id)
         if key_ids is None or state is None:
             return False
         return await self.sealer.has_keys(thread_id, key_ids | {state.key_id})
 
-    def _batches(self, thread: str, lower: bytes, upper: bytes, include_deleted: bool) -> Iterator[list[LoadedVersion]]:
+    async def _batches(
+        self, thread: str, lower: bytes, upper: bytes, include_deleted: bool
+    ) -> AsyncGenerator[list[LoadedVersion], None]:
         records = keyspace.messages(thread)
         count = LIST_MESSAGES_FIRST
         header: record.MessageHeader | None = None
         before = b""  # how each record with this `header` begins; empty if the last one has none to share
-        while entries := self.engine.scan(lower, upper, limit=count):
+        while entries := await self.reads.scan(lower, upper, limit=count):
             lower = keyspace.next_key(entries[-1][0])
             count = LIST_MESSAGES_MAX
             stamps: list[tuple[bytes, bytes]] = []
@@ -432,7 +437,7 @@ class Reading(Threads):
                     stamps.append((first, first))
             if not stamps:
                 continue
-            near = self._near(records, [latest for latest, _ in stamps])
+            near = await self._near(records, [latest for latest, _ in stamps])
             batch: list[LoadedVersion] = []
             size = 0
             for latest, first in stamps:
@@ -443,7 +448,7 @@ class Reading(Threads):
                     loaded = LoadedVersion(Stored(key, header, sealed), None, first.decode())
                     size += len(sealed)
                 else:
-                    loaded = self._load(records, latest, first, near=near)
+                    loaded = await self._load(records, latest, first, near=near)
                     header = loaded.own.header
                     before = raw[: -len(loaded.own.sealed)] if type(header) is record.MessageHeader else b""
                     size += loaded.bytes
@@ -455,7 +460,7 @@ class Reading(Threads):
 
     async def _start_of_last(self, limit: int, lower: bytes, upper: bytes, include_deleted: bool) -> bytes:
         """The key of the first of the last `limit` messages."""
-        while entries := self.engine.scan(lower, upper, limit=min(limit + 64, SCAN_ENTRIES_MAX), reverse=True):
+        while entries := await self.reads.scan(lower, upper, limit=min(limit + 64, SCAN_ENTRIES_MAX), reverse=True):
             for key, value in entries:
                 upper = key
                 if include_deleted or not keyspace.is_deleted(value):
@@ -478,7 +483,7 @@ class Reading(Threads):
             upper = prefix + _first_stamp(before)
         if after:
             lower = keyspace.next_key(prefix + _first_stamp(after))
-        entries = self.engine.scan(lower, upper, limit=limit + 1, reverse=not after)
+        entries = await self.reads.scan(lower, upper, limit=limit + 1, reverse=not after)
         more = len(entries) > limit
         entries = entries[:limit]
         places = [_place(key, value) for key, value in entries]
@@ -487,7 +492,7 @@ class Reading(Threads):
         if not after:
             shown.reverse()
         return [
-            version._replace(versions=self._count_versions(version.message.id, versions_max)) for version in shown
+            version._replace(versions=await self._count_versions(version.message.id, versions_max)) for version in shown
         ], more or not all_shown
 
     async def version_page(
@@ -495,9 +500,9 @@ class Reading(Threads):
     ) -> tuple[list[StoredVersion], bool]:
         """The newest versions, oldest first, up to a bound of bytes; and whether there are older ones. `opened` as for
         `message_page`. Raises MessageNotFoundError."""
-        thread, place = self._locate(message_id, None)
+        thread, place = await self._locate(message_id, None)
         prefix = keyspace.versions(message_id)
-        newest = self.engine.keys(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
+        newest = await self.reads.keys(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
         stamps = [(key[len(prefix) :], place.first) for key in newest[:limit]]
         shown, all_shown = await self._show(thread, stamps, opened)
         shown.reverse()
@@ -513,7 +518,7 @@ class Reading(Threads):
         batch: list[LoadedVersion] = []
         size = shown_bytes = 0
         for number, (stamp, first) in enumerate(stamps, start=1):
-            batch.append(self._load(records, stamp, first))
+            batch.append(await self._load(records, stamp, first))
             size += batch[-1].bytes
             shown_bytes += batch[-1].bytes
             is_full = shown_bytes > PAGE_BYTES_MAX
@@ -527,9 +532,9 @@ class Reading(Threads):
                 break
         return shown, len(shown) == len(stamps)
 
-    def _count_versions(self, message: str, versions_max: int) -> int:
+    async def _count_versions(self, message: str, versions_max: int) -> int:
         prefix = keyspace.versions(message)
-        return len(self.engine.keys(prefix, keyspace.after(prefix), limit=versions_max))
+        return len(await self.reads.keys(prefix, keyspace.after(prefix), limit=versions_max))
 
 
 def _opened(one: Stored, thread: str, first: str, answer: bytes | KmsRefusedError | None) -> record.Opened | NotOpened:

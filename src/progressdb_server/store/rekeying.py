@@ -11,7 +11,7 @@ Owns: the entries `keyspace.JOBS` and `keyspace.MIGRATED`, whose meaning the job
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Final
 
@@ -27,14 +27,14 @@ from progressdb_server.store.model import (
     Restored,
     RowWrite,
     StaleRowError,
-    WriteSet,
+    Step,
+    shown,
 )
 from progressdb_server.store.sealer import Sealer
 
 CHUNK_BYTES_MAX: Final = 1024 * 1024
 KEPT_CHUNK_MAX: Final = 256
 PAGE_ROWS: Final = 256
-_NOTHING: Final = WriteSet()
 
 
 class Rekeying(OpenStore):
@@ -58,9 +58,9 @@ class Rekeying(OpenStore):
         """The key service was seen sealed: nothing may be encrypted until its epoch was judged."""
         self.sealer.halt_sealed()
 
-    def key_of_thread(self, thread_id: str) -> str | None:
+    async def key_of_thread(self, thread_id: str) -> str | None:
         """Id of the key that the thread is written under, None for an unknown thread."""
-        raw = self.engine.get(keyspace.key_map(thread_id))
+        raw = await self.reads.get(keyspace.key_map(thread_id))
         return None if raw is None else raw.decode()
 
     def making_key(self, thread_id: str) -> bool:
@@ -76,16 +76,16 @@ class Rekeying(OpenStore):
     async def threads_with_keys(self) -> AsyncIterator[str]:
         """Every thread."""
         lower, upper = keyspace.MAP, keyspace.after(keyspace.MAP)
-        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+        while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
             for key, _ in entries:
                 yield keyspace.last_part(key)
             await asyncio.sleep(0)
 
-    def key_switched(self, thread_id: str, old: str, new: str) -> WriteSet:
+    def key_switched(self, thread_id: str, old: str, new: str) -> Step:
         """The thread is written under `new` from here on. The condition fails unless it is under `old`."""
         key = keyspace.key_map(thread_id)
-        return WriteSet(((key, new.encode()),), ((key, old.encode()),))
+        return Write(((key, new.encode()),), ((key, old.encode()),))
 
     def switching_key(self, thread_id: str) -> AbstractContextManager[None]:
         """Held from before the thread's old key is retired until `key_switched` is written: writes of the thread wait
@@ -97,21 +97,21 @@ class Rekeying(OpenStore):
         self.sealer.forget(thread_id)
 
     # --- records --------------------------------------------------------------------------------------------------
-    def record_chunks(
+    async def record_chunks(
         self, thread_id: str, count_max: int, *, behind: str = "", to_now: bool = False
-    ) -> Iterator[Chunk]:
-        """The thread's records, metadata included, in order of their storage keys, from the one behind the storage key
+    ) -> AsyncIterator[Chunk]:
+        """The thread's records, its metadata first, then in order of their stamps, from the one behind the cursor
         `behind`. `to_now`: without those that are created during the walk."""
         lower, upper = keyspace.records(thread_id)
         if to_now:  # records that are written later come after the newest one
-            newest = self.engine.keys(lower, upper, limit=1, reverse=True)
+            newest = await self.reads.keys(lower, upper, limit=1, reverse=True)
             upper = keyspace.next_key(newest[0]) if newest else lower
         if behind:
             lower = keyspace.next_key(behind.encode())
-        while entries := self.engine.scan(lower, upper, limit=count_max, bytes_max=CHUNK_BYTES_MAX):
+        while entries := await self.reads.scan(lower, upper, limit=count_max, bytes_max=CHUNK_BYTES_MAX):
             read_at = self.writer.group
             records: list[Record] = []
-            malformed: list[bytes] = []
+            malformed: list[str] = []
             before = head = b""
             key_id = ""
             for key, raw in entries:
@@ -121,7 +121,7 @@ class Rekeying(OpenStore):
                         key_id = record.key_of(head)
                     except record.RecordFormatError:
                         before = b""
-                        malformed.append(key)
+                        malformed.append(shown(key))
                         continue
                     before = raw[: len(raw) - len(sealed)]  # neighbours mostly have the same
                 records.append(Record(key, raw, head, key_id, raw[len(before) :]))
@@ -129,14 +129,14 @@ class Rekeying(OpenStore):
             lower = keyspace.next_key(last)
             yield Chunk(records, malformed, last.decode(), read_at)
 
-    def count_records(self, thread_id: str, count_max: int, *, since_ns: int | None = None) -> Iterator[int]:
+    def count_records(self, thread_id: str, count_max: int, *, since_ns: int | None = None) -> AsyncIterator[int]:
         lower, upper = keyspace.records(thread_id)
         if since_ns is not None:
             first = keyspace.Stamp(self.writer.state.last.era * keyspace.ERA_NS + since_ns, 0)
             lower = keyspace.message_of(keyspace.part(thread_id), first.raw)
         return self._count(lower, upper, count_max)
 
-    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> WriteSet:
+    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
         """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The
         condition fails if a record was changed since it was read at `read_at`."""
         puts: list[tuple[bytes, bytes | None]] = []
@@ -147,41 +147,41 @@ class Rekeying(OpenStore):
             head = renewed.get((form, found.head))
             if head is None:
                 head = renewed[form, found.head] = record.rekeyed(form, found.head, key_id)
-            puts.append((found.key, head + sealed))
+            puts.append((found.aad, head + sealed))
         # Two runs of ascending keys: the engine finds the place of each entry beside the one before it.
-        puts += [(kept + found.key, found.raw) for found, _ in moved]
-        return WriteSet(puts, read=[(found.key, found.raw) for found, _ in moved], read_at=read_at)
+        puts += [(kept + found.aad, found.raw) for found, _ in moved]
+        return Write(puts, read=[(found.aad, found.raw) for found, _ in moved], read_at=read_at)
 
-    def _count(self, lower: bytes, upper: bytes, count_max: int) -> Iterator[int]:
-        while keys := self.engine.keys(lower, upper, limit=count_max):
+    async def _count(self, lower: bytes, upper: bytes, count_max: int) -> AsyncIterator[int]:
+        while keys := await self.reads.keys(lower, upper, limit=count_max):
             lower = keyspace.next_key(keys[-1])
             yield len(keys)
 
     # --- what jobs have kept --------------------------------------------------------------------------------------
-    def kept_records(self, job_id: str) -> Iterator[list[KeptRecord]]:
-        for entries in self._kept(job_id):
+    async def kept_records(self, job_id: str) -> AsyncIterator[list[KeptRecord]]:
+        async for entries in self._kept(job_id):
             yield [KeptRecord(key, _key_of(raw)) for key, raw in entries]
 
-    def count_kept(self, job_id: str, count_max: int) -> Iterator[int]:
+    def count_kept(self, job_id: str, count_max: int) -> AsyncIterator[int]:
         prefix = keyspace.migrated(job_id)
         return self._count(prefix, keyspace.after(prefix), count_max)
 
-    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> WriteSet:
+    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> Step:
         """The kept records are removed."""
         prefix = keyspace.migrated(job_id)
-        return WriteSet([(prefix + kept.key, None) for kept in dropped])
+        return Write([(prefix + kept.aad, None) for kept in dropped])
 
     async def restore_kept(self, job_id: str) -> Restored:
         """Put the kept records back, each only where the same version of its record is stored, or none, or a damaged
         one. What was put back until an error stays."""
         restored = kept = 0
         self.validators.forget()  # the records are under other keys from here on
-        for entries in self._kept(job_id):
+        async for entries in self._kept(job_id):
             while True:
                 wanted: list[tuple[bytes, bytes]] = []
                 found: list[tuple[bytes, bytes | None]] = []
                 for key, raw in entries:
-                    current = self.engine.get(key)
+                    current = await self.reads.get(key)
                     if current is None or record.same_version(raw, current):
                         wanted.append((key, raw))
                         found.append((key, current))
@@ -194,11 +194,11 @@ class Rekeying(OpenStore):
                 break
         return Restored(restored, kept)
 
-    def _kept(self, job_id: str) -> Iterator[list[tuple[bytes, bytes]]]:
+    async def _kept(self, job_id: str) -> AsyncIterator[list[tuple[bytes, bytes]]]:
         """Storage keys of records, with their kept bytes; each chunk is read when it is asked for."""
         prefix = keyspace.migrated(job_id)
         lower, upper = prefix, keyspace.after(prefix)
-        while entries := self.engine.scan(lower, upper, limit=KEPT_CHUNK_MAX, bytes_max=CHUNK_BYTES_MAX):
+        while entries := await self.reads.scan(lower, upper, limit=KEPT_CHUNK_MAX, bytes_max=CHUNK_BYTES_MAX):
             lower = keyspace.next_key(entries[-1][0])
             yield [(key[len(prefix) :], raw) for key, raw in entries]
 
@@ -207,25 +207,28 @@ class Rekeying(OpenStore):
         """Ids sort by time."""
         return keyspace.new_job_id(now_ns)
 
-    def job_row(self, job_id: str) -> bytes | None:
+    async def job_row(self, job_id: str) -> bytes | None:
         """None also for a malformed id."""
-        return self.engine.get(keyspace.job(job_id)) if keyspace.JOB_ID.fullmatch(job_id) else None
+        return await self.reads.get(keyspace.job(job_id)) if keyspace.JOB_ID.fullmatch(job_id) else None
 
-    def job_rows(self, *, newest_first: bool = False) -> Iterator[list[bytes]]:
+    async def job_rows(self, *, newest_first: bool = False) -> AsyncIterator[list[bytes]]:
         lower, upper = keyspace.JOBS, keyspace.after(keyspace.JOBS)
-        while entries := self.engine.scan(lower, upper, limit=PAGE_ROWS, reverse=newest_first):
+        while entries := await self.reads.scan(lower, upper, limit=PAGE_ROWS, reverse=newest_first):
             if newest_first:
                 upper = entries[-1][0]
             else:
                 lower = keyspace.next_key(entries[-1][0])
             yield [raw for _, raw in entries]
 
-    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: WriteSet = _NOTHING) -> RowWrite:
+    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: Step | None = None) -> RowWrite:
         """Replace the row `old` (None: there is none) and carry out the step, all or nothing. What is written later may
         rely on it: it is written later, and not at all if this is not."""
+        write = Write() if step is None else step
+        if not isinstance(write, Write):
+            raise TypeError("only the store makes steps")
         key = keyspace.job(job_id)
-        puts, expect = ((key, new), *step.puts), ((key, old), *step.expect)
-        return RowWrite(key, self.writer.commit(Write(puts, expect, step.read, step.read_at)))
+        puts, expect = ((key, new), *write.puts), ((key, old), *write.expect)
+        return RowWrite(job_id, self.writer.commit(Write(puts, expect, write.read, write.read_at)))
 
     async def settle_row(self, write: RowWrite) -> None:
         """Durable when it returns. Raises StaleRowError; ConditionFailedError for a condition of the step;
@@ -234,7 +237,7 @@ class Rekeying(OpenStore):
             await write.done
         except ConditionFailedError as error:
             error.__traceback__ = None  # it leads to this frame, whose `write` has the future that keeps the error
-            if error.key == write.key:
+            if error.key == keyspace.job(write.job_id):
                 raise StaleRowError from None
             raise
 

@@ -44,7 +44,7 @@ from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.drafts import Draft
-from progressdb_server.store.engine import Engine
+from progressdb_server.store.engine import Reads
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import (
     ConditionFailedError,
@@ -114,8 +114,8 @@ class ThreadState:
 
 
 class Sealer:
-    def __init__(self, engine: Engine, writer: Writer, provider: Provider, clock: Clock, metrics: StoreMetrics) -> None:
-        self._engine = engine
+    def __init__(self, reads: Reads, writer: Writer, provider: Provider, clock: Clock, metrics: StoreMetrics) -> None:
+        self._reads = reads
         self._writer = writer
         self._provider = provider
         self._clock = clock
@@ -132,17 +132,23 @@ class Sealer:
         """Set each time the key service is seen sealed; whoever judges the epoch clears it before."""
 
     # --- threads and their keys -----------------------------------------------------------------------------------
-    def thread(self, thread: str) -> ThreadState | None:
-        """None for an unknown thread."""
+    def known(self, thread: str) -> ThreadState | None:
+        """What is remembered of the thread, None for nothing."""
         state = self._threads.get(thread)
         if state is not None:
             self._metrics.cache_hits += 1
+        return state
+
+    async def thread(self, thread: str) -> ThreadState | None:
+        """None for an unknown thread."""
+        state = self.known(thread)
+        if state is not None:
             return state
         self._metrics.cache_misses += 1
-        key_raw = self._engine.get(keyspace.key_map(thread))
+        key_raw = await self._reads.get(keyspace.key_map(thread))
         if key_raw is None:
             return None
-        state = ThreadState(thread, key_raw, self._engine.get(keyspace.closed(thread)) is not None)
+        state = ThreadState(thread, key_raw, await self._reads.get(keyspace.closed(thread)) is not None)
         if len(self._threads) >= THREADS_CACHED_MAX:
             del self._threads[next(iter(self._threads))]
         self._threads[thread] = state
@@ -191,7 +197,7 @@ class Sealer:
                     await self._renew(state)
             # The key was switched, or is being switched: the stored map decides.
             self.forget(state.thread)
-            renewed = self.thread(state.thread)
+            renewed = await self.thread(state.thread)
             if renewed is None:
                 raise StoreUnavailableError("the thread is being changed")
             if renewed.key_raw == state.key_raw and not renewed.deleted:
@@ -230,7 +236,7 @@ class Sealer:
     async def _replace_key(self, state: ThreadState) -> None:
         self.check_halted()
         await self._writer.check_writable()
-        if self._engine.get(state.map_key) != state.key_raw:
+        if await self._reads.get(state.map_key) != state.key_raw:
             return  # replaced meanwhile
         # The old key is retired last: after a crash in between, the thread's key is still one that makes another.
         unused = ""

@@ -146,7 +146,7 @@ class Threads(OpenStore):
             return thread
         ticket = Ticket(idempotency, ["thread", author, title, *([others] if others else [])])
         async with self.locks.hold(ticket.key):
-            made = ticket.recall(self.engine, self.clock.now_ns())
+            made = await ticket.recall(self.reads, self.clock.now_ns())
             if made is not None:
                 await self.writer.barrier()
                 created_ts = (await self.get_thread(made)).created_ts
@@ -158,8 +158,8 @@ class Threads(OpenStore):
             return thread
 
     # --- reading --------------------------------------------------------------------------------------------------
-    def _load_thread(self, thread: str) -> tuple[record.ThreadHeader, bytes] | None:
-        raw = self.engine.get(keyspace.meta(thread))
+    async def _load_thread(self, thread: str) -> tuple[record.ThreadHeader, bytes] | None:
+        raw = await self.reads.get(keyspace.meta(thread))
         if raw is None:
             return None
         return _unpacked(thread, raw)
@@ -168,19 +168,19 @@ class Threads(OpenStore):
         """Raises StoreUnavailableError, RecordUnreadableError."""
         (plaintext,) = await self.sealer.open([_to_open(name, header, sealed)])
         try:
-            return self._opened(name, header, plaintext)
+            return await self._opened(name, header, plaintext)
         except record.RecordFormatError as error:
             raise RecordUnreadableError(f"the metadata of thread {name} is malformed") from error
 
-    def _opened(self, name: str, header: record.ThreadHeader, plaintext: bytes) -> Thread:
+    async def _opened(self, name: str, header: record.ThreadHeader, plaintext: bytes) -> Thread:
         """Raises RecordFormatError."""
         thread = record.open_thread(header, name, plaintext)
-        thread.updated_ts = max(thread.updated_ts, self._last_touch(name))
+        thread.updated_ts = max(thread.updated_ts, await self._last_touch(name))
         return thread
 
-    def _load_listed(self, thread: str) -> Listed:
+    async def _load_listed(self, thread: str) -> Listed:
         try:
-            found = self._load_thread(thread)
+            found = await self._load_thread(thread)
         except RecordUnreadableError:
             return Listed(thread, None, b"", RECORD_MALFORMED)
         return Listed(thread, None, b"", RECORD_MISSING) if found is None else Listed(thread, *found)
@@ -199,22 +199,22 @@ class Threads(OpenStore):
                 threads.append(one.unopened(answer.code))
                 continue
             try:
-                threads.append(self._opened(one.thread, one.header, answer))
+                threads.append(await self._opened(one.thread, one.header, answer))
             except record.RecordFormatError:
                 threads.append(one.unopened(RECORD_MALFORMED))
         return threads
 
     async def listed_threads(self, thread_ids: Sequence[str], *, opened: bool = True) -> list[Thread]:
-        listed = [self._load_listed(thread) for thread in thread_ids]
+        listed = [await self._load_listed(thread) for thread in thread_ids]
         return await self._open_listed(listed) if opened else [one.unopened(one.error or NOT_OPENED) for one in listed]
 
-    def _last_touch(self, thread: str) -> int:
+    async def _last_touch(self, thread: str) -> int:
         prefix = keyspace.messages(thread)
-        newest = self.engine.keys(prefix, keyspace.after(prefix), limit=1, reverse=True)
+        newest = await self.reads.keys(prefix, keyspace.after(prefix), limit=1, reverse=True)
         return keyspace.stamp_of(newest[0]).time_ns if newest else 0
 
     async def get_thread(self, thread_id: str) -> Thread:
-        loaded = self._load_thread(thread_id)
+        loaded = await self._load_thread(thread_id)
         if loaded is None:
             raise ThreadNotFoundError
         return await self._open_thread(thread_id, *loaded)
@@ -225,12 +225,12 @@ class Threads(OpenStore):
         prefix = keyspace.CREATED if author is None else keyspace.authored(author)
         lower, upper = prefix, keyspace.after(prefix)
         needle = title.casefold() if title else ""
-        while entries := self.engine.scan(lower, upper, limit=LIST_THREADS_MAX):
+        while entries := await self.reads.scan(lower, upper, limit=LIST_THREADS_MAX):
             listed: list[Listed] = []
             size = 0
             for key, _ in entries:
                 lower = keyspace.next_key(key)
-                one = self._load_listed(keyspace.last_part(key))
+                one = await self._load_listed(keyspace.last_part(key))
                 if one.header is not None and one.header.deleted_ns and not include_deleted:
                     continue
                 listed.append(one)
@@ -245,24 +245,24 @@ class Threads(OpenStore):
             yield chunk  # an empty one too: the client may be gone
 
     async def thread_deleted(self, thread_id: str) -> bool:
-        return self.engine.get(keyspace.closed(thread_id)) is not None
+        return await self.reads.get(keyspace.closed(thread_id)) is not None
 
     # --- members --------------------------------------------------------------------------------------------------
-    def check_member(self, thread_id: str, author: str, act: Act) -> bytes | None:
+    async def check_member(self, thread_id: str, author: str, act: Act) -> bytes | None:
         """The entry from which it was decided that the author may do this. Raises NotAMemberError,
         AuthorNotInThreadError."""
-        entry = self.engine.get(keyspace.writer(thread_id, author))
+        entry = await self.reads.get(keyspace.writer(thread_id, author))
         membership.check(self.rule, membership.standing_of(entry), act)
         return entry
 
     async def check_reader(self, thread_id: str, author: str) -> None:
-        self.check_member(thread_id, author, Act.READ)
+        await self.check_member(thread_id, author, Act.READ)
 
     async def members(self, thread_id: str) -> list[str]:
         prefix = keyspace.writers(thread_id)
         lower, upper = prefix, keyspace.after(prefix)
         found: list[str] = []
-        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+        while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
             found += [keyspace.last_part(key) for key, entry in entries if entry == membership.MEMBER]
         return found
@@ -270,42 +270,43 @@ class Threads(OpenStore):
     async def add_members(self, thread_id: str, members: Sequence[str]) -> None:
         async with self.locks.hold(keyspace.writers(thread_id)):
             keys = {keyspace.writer(thread_id, member) for member in members}
-            changed = [key for key in sorted(keys) if self.engine.get(key) != membership.MEMBER]
-            self.check_room(thread_id, sum(self.engine.get(key) is None for key in changed))
-            await self._change_members(thread_id, [(key, membership.MEMBER) for key in changed])
+            found = [(key, await self.reads.get(key)) for key in sorted(keys)]
+            changed = [(key, entry) for key, entry in found if entry != membership.MEMBER]
+            await self.check_room(thread_id, sum(entry is None for _, entry in changed))
+            await self._change_members(thread_id, [(key, membership.MEMBER) for key, _ in changed])
 
     async def remove_member(self, thread_id: str, member: str) -> None:
         async with self.locks.hold(keyspace.writers(thread_id)):
             if (await self.get_thread(thread_id)).author == member:
                 raise MemberIsAuthorError
             key = keyspace.writer(thread_id, member)
-            if self.engine.get(key) is None:
+            if await self.reads.get(key) is None:
                 try:
-                    self.check_room(thread_id, 1)
+                    await self.check_room(thread_id, 1)
                 except TooManyMembersError:
                     raise NoRoomToRemoveError from None
             await self._change_members(thread_id, [(key, membership.REMOVED)])
 
-    def check_room(self, thread_id: str, more: int) -> None:
+    async def check_room(self, thread_id: str, more: int) -> None:
         """Raises TooManyMembersError unless `more` entries can be added. The caller holds the lock of the entries."""
         if not more:
             return
         prefix = keyspace.writers(thread_id)
         left = membership.MEMBERS_COUNT_MAX - more
-        if left < 0 or len(self.engine.keys(prefix, keyspace.after(prefix), limit=left + 1)) > left:
+        if left < 0 or len(await self.reads.keys(prefix, keyspace.after(prefix), limit=left + 1)) > left:
             raise TooManyMembersError
 
     async def _change_members(self, thread_id: str, puts: Sequence[tuple[bytes, bytes]]) -> None:
         """Without a change it still waits for the disk: what it relies on may be visible and not durable yet."""
         map_key = keyspace.key_map(thread_id)
-        if self.engine.get(map_key) is None:
+        if await self.reads.get(map_key) is None:
             raise ThreadNotFoundError
         try:
             await self.writer.commit(Write(puts, ((keyspace.closed(thread_id), None),)))
         except ConditionFailedError:
             raise ThreadNotFoundError from None
 
-    def thread_page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
+    async def thread_page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """Ids of threads, newest first (by the beginning of an id: in the order of ids), and the cursor of the next
         page, empty on the last."""
         if id_prefix:
@@ -313,13 +314,13 @@ class Threads(OpenStore):
             lower, upper = prefix, prefix + keyspace.END
             if cursor:
                 lower = keyspace.next_key(keyspace.key_map(cursor))
-            keys = self.engine.keys(lower, upper, limit=limit + 1)
+            keys = await self.reads.keys(lower, upper, limit=limit + 1)
         else:
             prefix = keyspace.authored(author) if author else keyspace.CREATED
             lower, upper = prefix, keyspace.after(prefix)
             if cursor:
                 upper = prefix + cursor.encode()
-            keys = self.engine.keys(lower, upper, limit=limit + 1, reverse=True)
+            keys = await self.reads.keys(lower, upper, limit=limit + 1, reverse=True)
         ids = [keyspace.last_part(key) for key in keys[:limit]]
         if len(keys) <= limit:
             return ids, ""
@@ -330,8 +331,8 @@ class Threads(OpenStore):
         self, thread: str, author: str | None
     ) -> tuple[ThreadState, bytes, record.ThreadHeader, Thread]:
         """What a change is based on. Raises ThreadNotFoundError (also when deleted), NotTheAuthorError."""
-        state = self.sealer.thread(thread)
-        raw = self.engine.get(keyspace.meta(thread))
+        state = await self.sealer.thread(thread)
+        raw = await self.reads.get(keyspace.meta(thread))
         if state is None or raw is None or state.deleted:
             raise ThreadNotFoundError
         header, sealed = _unpacked(thread, raw)

@@ -91,7 +91,10 @@ def test_after_a_rotation_all_lines_are_durable(tmp_path: Path) -> None:
     log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=LogLimits(segment_bytes=1000, reserve_bytes=0))
     while log.segment < 3:
         write_events(log, 1)
-    assert log.durable == head_of(log)
+    durable = head_of(log)
+    assert log.durable == durable
+    write_events(log, 1)
+    assert log.durable == durable, "and stay so when another line is written"
     log.close()
 
 

@@ -6,12 +6,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.service.asking import new_key
 
@@ -22,13 +21,7 @@ COMMAND = re.compile(r"`([^`]+)`")
 def refused(directory: Path, *flags: str) -> str:
     """The error text of a start of the data directory."""
     places = ["--socket", str(directory.parent / "other"), "--data-dir", str(directory)]
-    done = subprocess.run(
-        [sys.executable, "-m", "minikms", *places, *flags],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = forked.run("minikms", *places, *flags)
     assert done.returncode == 2, done
     assert not (directory.parent / "other").exists()
     return " ".join(done.stderr.split())

@@ -237,7 +237,7 @@ class MemoryStore(ConversationStore):
         self._check()
         return [self.threads.get(name) or Thread(id=name, error=RECORD_MISSING) for name in thread_ids]
 
-    def list_tag(
+    async def list_tag(
         self, thread_id: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
     ) -> str:
         newest = max((v[-1].ts for v in self.versions.values() if v[-1].thread == thread_id), default=0)

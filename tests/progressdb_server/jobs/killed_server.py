@@ -81,7 +81,7 @@ async def serve(directory: str, socket: str, when: str, at: int) -> None:
     jobs = Jobs(store, provider, Rotation(records_per_second=0), exclusive=True)
     await jobs.start()
     others = [asyncio.create_task(work(store)) for work in (write, read)]
-    job = await jobs.rotation.rotate(THREAD) if not _jobs(jobs) else _jobs(jobs)[-1]
+    job = await jobs.rotation.rotate(THREAD) if not (begun := await _jobs(jobs)) else begun[-1]
     job = await jobs.wait(job.id)
     for task in others:
         task.cancel()
@@ -94,8 +94,8 @@ async def serve(directory: str, socket: str, when: str, at: int) -> None:
     await provider.close()
 
 
-def _jobs(jobs: Jobs) -> list[Job]:
-    return [job for page in jobs.table.pages() for job in page]
+async def _jobs(jobs: Jobs) -> list[Job]:
+    return [job async for page in jobs.table.pages() for job in page]
 
 
 def main(directory: str, socket: str, chunk: int) -> None:

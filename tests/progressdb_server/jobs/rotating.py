@@ -75,9 +75,9 @@ async def write(store: Conversations, count: int, thread: str = "t") -> list[Mes
     return [await store.create_message(message) for message in new]
 
 
-def keys_of_records(store: Conversations, thread: str = "t") -> dict[str, str]:
+async def keys_of_records(store: Conversations, thread: str = "t") -> dict[str, str]:
     """Storage key → key id, of every record of the thread."""
-    return {found.key.decode(): found.key_id for chunk in store.record_chunks(thread, 100) for found in chunk.records}
+    return {found.name: found.key_id async for chunk in store.record_chunks(thread, 100) for found in chunk.records}
 
 
 def record_key(message: str, thread: str = "t") -> bytes:
@@ -114,7 +114,7 @@ async def register(store: Conversations, path: str, created_ns: int) -> bytes:
 async def check(store: Conversations, provider: Provider, expected: Sequence[Message], thread: str = "t") -> None:
     """Everything reads back as it was, none twice; everything is under the thread's key, the only active one."""
     assert await messages_of(store, thread, include_deleted=True) == list(expected)
-    assert set(keys_of_records(store, thread).values()) == {mapped(store, thread)}
+    assert set((await keys_of_records(store, thread)).values()) == {mapped(store, thread)}
     page = await provider.list_keys(thread_id=thread, state="active", cursor=None, limit=None)
     assert [key.key_id for key in page.keys] == [mapped(store, thread)]
 

@@ -73,10 +73,10 @@ async def verify(directory: Path, socket: Path, acknowledged: Acknowledged) -> N
         assert [finding async for finding in Checker(store.engine, provider).run()] == []
         active = await provider.list_keys(thread_id=THREAD, state="active")
         await provider.close()
-        (job,) = [job for page in jobs.table.pages() for job in page]
+        (job,) = [job async for page in jobs.table.pages() for job in page]
         assert (job.state, job.failed) == ("done", 0)
         assert [key.key_id for key in active.keys] == [job.new_key]
-        assert set(keys_of_records(store, THREAD).values()) == {mapped(store, THREAD)} == {job.new_key}
+        assert set((await keys_of_records(store, THREAD)).values()) == {mapped(store, THREAD)} == {job.new_key}
         kept = backups_of(store, job)
         assert len(kept) == job.backups == job.done
         lower, upper = keyspace.records(THREAD)
@@ -183,7 +183,7 @@ def test_everything_opens_after_a_kek_rotation_in_the_middle_of_a_job(
         async with served(tmp_path, daemon.socket, 50) as (_, jobs):
             await jobs.start()
             begun = await jobs.rotation.rotate(THREAD)
-            while not jobs.table.get(begun.id).done:
+            while not (await jobs.table.get(begun.id)).done:
                 await asyncio.sleep(0.01)
             assert 0 < (await jobs.pause(begun.id)).done < 100
             with daemon.client() as kms:

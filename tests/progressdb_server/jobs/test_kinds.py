@@ -30,7 +30,7 @@ class Counting(Kind):
         self.begun += 1
 
     async def step(self, job_id: str, pace: Pace) -> None:
-        row = self._jobs.table.row(job_id)
+        row = await self._jobs.table.row(job_id)
         if row.job.state == "queued":
             row = await self._jobs.table.store(row, move(row.job, "start"))
         while row.job.done < COUNT:
@@ -81,11 +81,11 @@ def test_a_start_continues_a_job_of_a_known_kind_and_leaves_another_alone() -> N
     async def first(store: Conversations, jobs: Jobs) -> None:
         job = await jobs.add(with_counting(jobs), "t", rate=1)
         ids.append(job.id)
-        while not jobs.table.get(job.id).done:
+        while not (await jobs.table.get(job.id)).done:
             await asyncio.sleep(0.001)
 
     async def older_version(store: Conversations, jobs: Jobs) -> None:
-        assert jobs.table.get(ids[0]).state == "running"
+        assert (await jobs.table.get(ids[0])).state == "running"
         assert jobs.has_job("t")
         await jobs.pause(ids[0])
         with pytest.raises(JobConflictError, match="no jobs of kind counting"):
@@ -94,7 +94,7 @@ def test_a_start_continues_a_job_of_a_known_kind_and_leaves_another_alone() -> N
     async def newer_version(store: Conversations, jobs: Jobs) -> None:
         with_counting(jobs)
         await jobs.resume(ids[0])
-        done = jobs.table.get(ids[0]).done
+        done = (await jobs.table.get(ids[0])).done
         assert 0 < done < COUNT, "it goes on where it was"
 
     place.run(first)

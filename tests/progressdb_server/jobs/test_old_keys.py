@@ -43,7 +43,7 @@ def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before() -> None:
         place.clock.now += DAY_NS
         await jobs.destruction.begin()
         assert place.keys.destroyed == {job.old_key}
-        after = jobs.table.get(job.id)
+        after = await jobs.table.get(job.id)
         assert (after.destroyed_ns > 0, after.destroy_at_ns, after.backups) == (True, 0, 0)
         assert backups_of(store, job) == {}
         assert await messages_of(store, "t") == messages
@@ -58,7 +58,7 @@ def test_after_a_cancelled_rotation_the_next_one_ends_both_older_keys() -> None:
         messages = await write(store, 30)
         place.keys.delay_s = 0.005
         first = await jobs.rotation.rotate("t")
-        while not 0 < jobs.table.get(first.id).done < 31:
+        while not 0 < (await jobs.table.get(first.id)).done < 31:
             await asyncio.sleep(0.001)
         await jobs.cancel(first.id)
         place.keys.delay_s = 0
@@ -100,7 +100,7 @@ def test_a_record_under_the_old_key_keeps_it_and_the_job_says_so() -> None:
         place.clock.now += DAY_NS
         await jobs.destruction.begin()
         assert place.keys.destroyed == set()
-        assert "1 records are under it" in jobs.table.get(job.id).destroy_waits_for
+        assert "1 records are under it" in (await jobs.table.get(job.id)).destroy_waits_for
         assert len(backups_of(store, job)) == 6, "nor were the backups touched"
         assert await messages_of(store, "t") == messages
 
@@ -119,7 +119,7 @@ def test_a_store_backup_older_than_the_census_keeps_the_old_key() -> None:
         for _ in range(2):
             await jobs.destruction.begin()
             assert place.keys.destroyed == set()
-        assert "/backups/one is older" in jobs.table.get(job.id).destroy_waits_for
+        assert "/backups/one is older" in (await jobs.table.get(job.id)).destroy_waits_for
         await register(store, "/backups/two", place.clock())  # after the census: it holds nothing under the key
         await store.writer.commit(Write([(known, None)]))
         await jobs.destruction.begin()
@@ -139,12 +139,12 @@ def test_a_backup_that_is_not_found_still_counts(tmp_path: Path) -> None:
         job = await rotated(jobs, destroy_after_s=60)
         place.clock.now += DAY_NS
         await jobs.destruction.begin()
-        assert "monday is older" in (why := jobs.table.get(job.id).destroy_waits_for)
+        assert "monday is older" in (why := (await jobs.table.get(job.id)).destroy_waits_for)
         assert "forget" not in why
         (tmp_path / "monday").rmdir()
         await jobs.destruction.begin()
         assert place.keys.destroyed == set()
-        assert jobs.table.get(job.id).destroy_waits_for.endswith("progressdb backup forget monday")
+        assert (await jobs.table.get(job.id)).destroy_waits_for.endswith("progressdb backup forget monday")
         await store.forget_backup("monday")
         await jobs.destruction.begin()
         assert place.keys.destroyed == {job.old_key}
@@ -163,7 +163,7 @@ def test_a_clock_set_back_makes_no_backup_look_newer_than_the_census() -> None:
         for _ in range(2):
             await jobs.destruction.begin()
         assert place.keys.destroyed == set()
-        assert "/backups/one is older" in jobs.table.get(job.id).destroy_waits_for
+        assert "/backups/one is older" in (await jobs.table.get(job.id)).destroy_waits_for
 
     place.run(body)
 
@@ -194,7 +194,7 @@ def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
             while mapped(store, "worn") == worn or not place.keys.destroyed:
                 await asyncio.sleep(0.01)
         assert place.keys.destroyed == {gone.old_key}
-        assert jobs.table.get(kept.id).destroy_waits_for == "the key service refused (forbidden)"
+        assert (await jobs.table.get(kept.id)).destroy_waits_for == "the key service refused (forbidden)"
 
     place.run(body)
 
@@ -240,7 +240,7 @@ def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:
         place.keys.destroy_key = destroy  # type: ignore[method-assign]  # an operator is faster
         await jobs.destruction.begin()
         assert place.keys.destroyed == {first.old_key}
-        assert jobs.table.get(second.id).destroy_at_ns == 0
+        assert (await jobs.table.get(second.id)).destroy_at_ns == 0
 
     place.run(body)
 
@@ -255,7 +255,7 @@ def test_a_key_of_another_purpose_is_never_destroyed() -> None:
         place.clock.now += DAY_NS
         await jobs.destruction.begin()
         assert place.keys.destroyed == set()
-        assert "is active" in jobs.table.get(job.id).destroy_waits_for
+        assert "is active" in (await jobs.table.get(job.id)).destroy_waits_for
 
     place.run(body)
 
@@ -268,7 +268,7 @@ def test_backups_go_when_told_to_and_only_those_of_that_job() -> None:
         first, second = await rotated(jobs), await rotated(jobs)
         assert await jobs.rotation.drop_backups(first.id) == 6
         assert await jobs.rotation.drop_backups(first.id) == 0
-        assert (jobs.table.get(first.id).backups, jobs.table.get(second.id).backups) == (0, 6)
+        assert ((await jobs.table.get(first.id)).backups, (await jobs.table.get(second.id)).backups) == (0, 6)
         assert len(backups_of(store, second)) == 6
         assert await messages_of(store, "t") == messages
 
@@ -290,7 +290,7 @@ def test_a_resumption_that_the_disk_stored_and_reported_failed_is_done() -> None
         with pytest.raises(StoreUnavailableError):
             await jobs.resume(job.id)
         async with asyncio.timeout(60):
-            while jobs.table.get(job.id).state != "done":
+            while (await jobs.table.get(job.id)).state != "done":
                 await asyncio.sleep(0.01)
 
     with chunks_of(2):
@@ -299,7 +299,7 @@ def test_a_resumption_that_the_disk_stored_and_reported_failed_is_done() -> None
 
 # --- by itself ----------------------------------------------------------------------------------------------------
 async def settled(jobs: Jobs) -> list[Job]:
-    found = [job for page in jobs.table.pages() for job in page]
+    found = [job async for page in jobs.table.pages() for job in page]
     return [await jobs.wait(job.id) for job in found]
 
 
@@ -343,7 +343,7 @@ def test_many_threads_are_rotated_a_few_at_a_time() -> None:
         real = place.keys.reencrypt_batch
 
         async def counted(*given: object, **named: object) -> object:
-            at_work.append(sum(job.state == "running" for page in jobs.table.pages() for job in page))
+            at_work.append(len([job async for page in jobs.table.pages() for job in page if job.state == "running"]))
             return await real(*given, **named)  # type: ignore[arg-type]  # passed on
 
         place.keys.reencrypt_batch = counted  # type: ignore[method-assign,assignment]  # the hook
@@ -378,7 +378,7 @@ def test_rows_of_long_ago_are_removed_and_those_with_backups_stay(monkeypatch: p
         await jobs.rotation.drop_backups(first.id)
         place.clock.now += 100 * DAY_NS
         async with asyncio.timeout(60):
-            while [job.id for page in jobs.table.pages() for job in page] != [second.id]:
+            while [job.id async for page in jobs.table.pages() for job in page] != [second.id]:
                 await asyncio.sleep(0.01)
         assert store.engine.get(keyspace.key_map("t")) == second.new_key.encode()
 

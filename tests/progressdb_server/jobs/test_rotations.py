@@ -38,7 +38,7 @@ def test_a_rotation_moves_every_record_and_the_metadata_and_keeps_what_was() -> 
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 50)
-        before = {key: store.engine.get(key.encode()) for key in keys_of_records(store)}
+        before = {key: store.engine.get(key.encode()) for key in await keys_of_records(store)}
         old = mapped(store)
         begun = await jobs.rotation.rotate("t")
         assert begun.new_key == mapped(store) != old
@@ -112,11 +112,11 @@ def test_after_a_cancel_half_way_both_keys_are_readable() -> None:
         await gate.reached.wait()
         assert (await jobs.cancel(first.id)).state == "cancelled"
         gate.open()
-        under = keys_of_records(store)
+        under = await keys_of_records(store)
         assert set(under.values()) == {first.old_key, first.new_key}
         assert place.keys.keys_of("t") == [first.new_key]
         assert await messages_of(store, "t") == messages
-        cancelled = jobs.table.get(first.id)
+        cancelled = await jobs.table.get(first.id)
         assert len(backups_of(store, cancelled)) == cancelled.done == list(under.values()).count(first.new_key)
 
         second = await jobs.wait((await jobs.rotation.rotate("t")).id)
@@ -138,14 +138,14 @@ def test_a_pause_stops_the_work_and_a_resume_goes_on_where_it_was() -> None:
         gate = Gate(place.keys, 2)
         begun = await jobs.rotation.rotate("t")
         await gate.reached.wait()
-        while jobs.table.get(begun.id).done < 16:
+        while (await jobs.table.get(begun.id)).done < 16:
             await asyncio.sleep(0.001)
         paused = await jobs.pause(begun.id)
         gate.open()
         assert (paused.state, paused.done) == ("paused", 16)
         assert (await jobs.rotation.rotate("t")).id == begun.id, "the paused job keeps its thread"
         await asyncio.sleep(0.02)
-        assert jobs.table.get(begun.id) == paused
+        assert await jobs.table.get(begun.id) == paused
         await jobs.resume(begun.id)
         job = await jobs.wait(begun.id)
         assert (job.state, job.done, len(backups_of(store, job))) == ("done", 81, 81)
@@ -169,7 +169,7 @@ def test_a_paused_job_stays_paused_over_a_restart_and_others_go_on() -> None:
 
     async def after(store: Conversations, jobs: Jobs) -> None:
         assert (await jobs.wait(ids[1])).state == "done"
-        assert jobs.table.get(ids[0]).state == "paused"
+        assert (await jobs.table.get(ids[0])).state == "paused"
         await jobs.resume(ids[0])
         assert (await jobs.wait(ids[0])).state == "done"
         for thread in ("t", "u"):
@@ -186,14 +186,14 @@ def test_restored_backups_open_and_the_next_rotation_moves_them_again() -> None:
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 20)
-        before = {key: store.engine.get(key.encode()) for key in keys_of_records(store)}
+        before = {key: store.engine.get(key.encode()) for key in await keys_of_records(store)}
         first = await jobs.wait((await jobs.rotation.rotate("t", destroy_after_s=60)).id)
         assert first.destroy_at_ns
         restored = await jobs.rotation.restore(first.id)
         assert restored == (21, 0)
         assert {key: store.engine.get(key.encode()) for key in before} == before
         assert await messages_of(store, "t") == messages
-        assert jobs.table.get(first.id).destroy_at_ns == 0, "the old key is needed again"
+        assert (await jobs.table.get(first.id)).destroy_at_ns == 0, "the old key is needed again"
         assert (await jobs.wait((await jobs.rotation.rotate("t")).id)).state == "done"
         await check(store, place.keys, messages)
 
@@ -219,7 +219,7 @@ def test_a_restore_puts_back_what_was_lost_or_damaged() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 3)
         job = await jobs.wait((await jobs.rotation.rotate("t")).id)
-        lost, damaged, _ = [key.encode() for key in keys_of_records(store) if ":msg:" in key]
+        lost, damaged, _ = [key.encode() for key in await keys_of_records(store) if ":msg:" in key]
         store.engine.write([(lost, None), (damaged, b"\x07")])
         assert await jobs.rotation.restore(job.id) == (4, 0)
         assert await messages_of(store, "t") == messages
@@ -468,7 +468,7 @@ def test_no_pause_is_taken_while_the_key_is_being_switched() -> None:
         place.keys.down = True
         while place.keys.calls["create"] < 3:
             await asyncio.sleep(0.01)
-        (job,) = [job for page in jobs.table.pages() for job in page]
+        (job,) = [job async for page in jobs.table.pages() for job in page]
         assert job.keying
         with pytest.raises(JobConflictError, match="the job is switching"):
             await jobs.pause(job.id)
@@ -477,7 +477,7 @@ def test_no_pause_is_taken_while_the_key_is_being_switched() -> None:
         rotating.cancel()
 
     async def after(store: Conversations, jobs: Jobs) -> None:
-        (job,) = [job for page in jobs.table.pages() for job in page]
+        (job,) = [job async for page in jobs.table.pages() for job in page]
         assert (await jobs.wait(job.id)).state == "done"
         await check(store, place.keys, await messages_of(store, "t"))
 

@@ -117,11 +117,11 @@ def test_keys_are_remembered_across_a_restart_and_forgotten_after_a_day() -> Non
         await store.create_message(new(1, "t"), idempotency=RETRY)
         assert len(await messages_of(store, "t")) == 1
         clock.now += (room.IDEMPOTENCY_AGE_S + 1) * 10**9
-        assert await room.sweep(engine, store.writer, clock()) == 1
+        assert await room.sweep(store.reads, store.writer, clock()) == 1
         assert await keys_of(store, "idem:") == []
         await store.create_message(new(1, "t"), idempotency=RETRY)
         assert len(await messages_of(store, "t")) == 2
-        assert await room.sweep(engine, store.writer, clock()) == 0
+        assert await room.sweep(store.reads, store.writer, clock()) == 0
 
     with_store(first, engine, provider, clock)
     with_store(second, engine, provider, clock)
@@ -142,7 +142,7 @@ def test_a_damaged_entry_stays_and_hinders_no_other(damage: bytes) -> None:
             await store.create_message(new(1, "t"), idempotency=RETRY)
         clock.now += (room.IDEMPOTENCY_AGE_S + 1) * 10**9
         with capture_logs() as logs:
-            assert await room.sweep(engine, store.writer, clock()) == 5
+            assert await room.sweep(store.reads, store.writer, clock()) == 5
         assert [(line["event"], line["count"]) for line in logs] == [("retry_entries_damaged", 1)]
         assert await keys_of(store, "idem:") == [key]
 

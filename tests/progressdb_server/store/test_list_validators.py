@@ -19,13 +19,13 @@ from tests.progressdb_server.store.sealing_provider import SealingProvider
 EVERYTHING: dict[str, Any] = {"limit": None, "before": None, "after": None, "include_deleted": False}
 
 
-def tag_of(store: Conversations, thread: str = "t", **asked: Any) -> str:
-    return store.list_tag(thread, **(EVERYTHING | asked))
+async def tag_of(store: Conversations, thread: str = "t", **asked: Any) -> str:
+    return await store.list_tag(thread, **(EVERYTHING | asked))
 
 
 async def read(store: Conversations, thread: str = "t", **asked: Any) -> str:
     """Reads the whole list under its tag."""
-    tag = tag_of(store, thread, **asked)
+    tag = await tag_of(store, thread, **asked)
     async for _ in store.list_messages(thread, **(EVERYTHING | asked), tag=tag):
         pass
     return tag
@@ -43,7 +43,7 @@ def test_a_list_that_was_given_is_unchanged_and_opens_nothing() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
         tag = await read(store)
         opened = provider.calls["decrypt_batch"]
-        assert tag_of(store) == tag
+        assert await tag_of(store) == tag
         assert await store.list_unchanged("t", tag)
         assert provider.calls["decrypt_batch"] == opened
 
@@ -61,10 +61,10 @@ def test_every_change_of_a_thread_changes_the_tags_of_its_lists() -> None:
             lambda: store.delete_message(made.id, author="ann"),
             lambda: store.delete_thread("t", author="ann", by="ann"),
         ]
-        seen = {tag_of(store)}
+        seen = {await tag_of(store)}
         for change in changes:
             await change()
-            seen.add(tag_of(store))
+            seen.add(await tag_of(store))
         assert len(seen) == len(changes) + 1
 
     with_filled(run, SealingProvider())
@@ -94,7 +94,7 @@ def test_a_tag_and_the_last_change_of_a_thread_read_no_message() -> None:
     async def run(store: Conversations) -> None:
         await store.create_message(NewMessage(author="ann", thread="t", body="x" * 100_000))
         engine.read_bytes = 0
-        tag_of(store)
+        await tag_of(store)
         await store.listed_threads(["t"], opened=False)
 
     with_store(run, engine)
@@ -111,12 +111,12 @@ def test_every_parameter_has_a_tag_of_its_own() -> None:
             {"after": "msg-1-000000"},
             {"include_deleted": True},
         ]
-        tags = [tag_of(store, **one) for one in asked]
+        tags = [await tag_of(store, **one) for one in asked]
         assert len(set(tags)) == len(asked)
         await store.create_message(NewMessage(author="ann", thread="other", body="x"))
-        assert tag_of(store, "other") not in tags
+        assert await tag_of(store, "other") not in tags
         limited = await read(store, limit=1)
-        assert not await store.list_unchanged("t", tag_of(store))
+        assert not await store.list_unchanged("t", await tag_of(store))
         assert await store.list_unchanged("t", limited)
 
     with_filled(run, SealingProvider())
@@ -126,7 +126,7 @@ def test_a_list_that_was_not_read_to_its_end_counts_as_changed(monkeypatch: pyte
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
 
     async def run(store: Conversations, provider: SealingProvider) -> None:
-        tag = tag_of(store)
+        tag = await tag_of(store)
         async for _ in store.list_messages("t", tag=tag):
             break
         assert not await store.list_unchanged("t", tag)
@@ -138,7 +138,7 @@ def test_a_list_that_was_written_to_meanwhile_counts_as_changed(monkeypatch: pyt
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
 
     async def run(store: Conversations, provider: SealingProvider) -> None:
-        tag = tag_of(store)
+        tag = await tag_of(store)
         async for _ in store.list_messages("t", tag=tag):
             await store.create_message(NewMessage(author="ann", thread="t", body="late"))
         assert not await store.list_unchanged("t", tag)
@@ -148,7 +148,7 @@ def test_a_list_that_was_written_to_meanwhile_counts_as_changed(monkeypatch: pyt
 
 def test_a_list_with_an_item_that_does_not_open_counts_as_changed() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
-        key_id = store.key_of_thread("t")
+        key_id = await store.key_of_thread("t")
         assert key_id is not None
         provider.destroyed.add(key_id)
         tag = await read(store)
@@ -161,10 +161,10 @@ def test_a_list_with_an_item_that_does_not_open_counts_as_changed() -> None:
 def test_a_list_whose_key_is_gone_counts_as_changed() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
         tag = await read(store)
-        key_id = store.key_of_thread("t")
+        key_id = await store.key_of_thread("t")
         assert key_id is not None
         provider.destroyed.add(key_id)
-        assert tag_of(store) == tag
+        assert await tag_of(store) == tag
         assert not await store.list_unchanged("t", tag)
 
     with_filled(run, SealingProvider())
@@ -197,7 +197,7 @@ def test_a_restart_changes_every_tag() -> None:
     async def run(store: Conversations) -> None:
         if not tags:
             await fill(store, 1)
-        tags.append(tag_of(store))
+        tags.append(await tag_of(store))
 
     with_store(run, engine, provider)
     with_store(run, engine, provider)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from progressdb_server.store import keyspace, record
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import with_store
@@ -34,11 +35,11 @@ def test_a_chunk_has_each_record_as_it_is_by_itself() -> None:
     async def run(store: Conversations) -> None:
         engine.write(entries)
         for count in (1, 2, 1000):
-            found = [each for chunk in store.record_chunks("t", count) for each in chunk.records]
-            malformed = [key for chunk in store.record_chunks("t", count) for key in chunk.malformed]
-            assert malformed == [key for key, raw in entries if raw in BROKEN]
+            found = [each async for chunk in store.record_chunks("t", count) for each in chunk.records]
+            malformed = [key async for chunk in store.record_chunks("t", count) for key in chunk.malformed]
+            assert malformed == [key.decode() for key, raw in entries if raw in BROKEN]
             whole = [(key, raw) for key, raw in entries if raw in RECORDS]
-            assert [(each.key, each.raw) for each in found] == whole
+            assert [(each.aad, each.raw) for each in found] == whole
             assert [(each.head, each.sealed) for each in found] == [record.split(raw) for _, raw in whole]
             assert [(each.key_id, each.sealed) for each in found] == [record.unpack_sealed(raw) for _, raw in whole]
 
@@ -52,8 +53,9 @@ def test_a_step_has_the_new_records_and_then_what_they_were() -> None:
 
     async def run(store: Conversations) -> None:
         engine.write(entries)
-        [chunk] = store.record_chunks("t", 100)
+        [chunk] = [each async for each in store.record_chunks("t", 100)]
         step = store.rekeyed("job", NEW, [(found, b"new" + found.sealed) for found in chunk.records], chunk.read_at)
+        assert isinstance(step, Write)
         written, kept = step.puts[: len(RECORDS)], step.puts[len(RECORDS) :]
         assert [key for key, _ in written] == [key for key, _ in entries]
         for (_, now), raw in zip(written, RECORDS, strict=True):

@@ -288,10 +288,10 @@ def test_the_cache_of_threads_is_bounded_and_an_evicted_one_is_read_again(monkey
                 await store.create_message(NewMessage(author=f"u{author}", thread=f"t{thread}", body=1))
         misses = store.metrics.cache_misses
         for thread in (3, 4, 5):
-            state = store.sealer.thread(f"t{thread}")
+            state = await store.sealer.thread(f"t{thread}")
             assert state is not None and len(state.writers) <= 2
         assert store.metrics.cache_misses == misses
-        assert store.sealer.thread("t2") is not None
+        assert await store.sealer.thread("t2") is not None
         assert store.metrics.cache_misses == misses + 1
         assert len(await keys_of(store, "index:writer:")) == 24
 
@@ -511,7 +511,7 @@ def test_an_older_store_whose_keys_were_rotated_since_takes_writes() -> None:
         newer = (await provider.create_dek_for_thread("t", replaces=old)).key_id
         await store.create_message(new(1))
         assert [m.value for m in await messages_of(store, "t")] == [0, 1]
-        assert store.key_of_thread("t") not in (old, newer)
+        assert await store.key_of_thread("t") not in (old, newer)
 
     with_store(before, engine, provider)
     with_store(after, engine, provider)

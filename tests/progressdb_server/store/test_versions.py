@@ -429,11 +429,11 @@ def test_a_rotation_of_the_threads_key_moves_versions_of_every_form() -> None:
         other = await post(store, "other")
         await store.delete_message(other, author="ann")
         seen.append(await versions_of(store, message) + await versions_of(store, other))
-        old = set(keys_of_records(store).values())
+        old = set((await keys_of_records(store)).values())
         job = await jobs.wait((await jobs.rotation.rotate("t")).id)
         assert (job.state, job.failed) == ("done", 0)
         assert len(old) == 1
-        assert old.isdisjoint(keys_of_records(store).values())
+        assert old.isdisjoint((await keys_of_records(store)).values())
         place.keys.destroyed |= old
         assert await versions_of(store, message) + await versions_of(store, other) == seen[0]
         await store.set_reaction(message, "bob", "3")

@@ -136,9 +136,9 @@ def test_a_retry_record_from_the_future_expires_too() -> None:
             times.now = NOW_NS + YEAR_NS
             await store.create_thread(author="ada", title="x", idempotency=Idempotency(scope="s", key="other"))
             times.now = 1000
-            assert await idempotency.sweep(engine, store.writer, times()) == 0
+            assert await idempotency.sweep(store.reads, store.writer, times()) == 0
             times.now = NOW_NS
-            assert await idempotency.sweep(engine, store.writer, times()) == 1
+            assert await idempotency.sweep(store.reads, store.writer, times()) == 1
 
     asyncio.run(body())
 

@@ -217,7 +217,7 @@ class JobHandlers:
         ids: list[str] = []
         count = 0
         if body.thread_ids:
-            self._jobs.rotation.require(body.thread_ids)  # either all jobs are started or none
+            await self._jobs.rotation.require(body.thread_ids)  # either all jobs are started or none
             jobs = self._rotate_each(body.thread_ids, body.rate, after_s)
         else:
             jobs = self._jobs.rotation.select(due, rate=body.rate, destroy_after_s=after_s)
@@ -247,27 +247,27 @@ class JobHandlers:
         return JsonList(b'{"jobs":[', self._pages("", with_backups=True))
 
     async def _pages(self, status: str, *, with_backups: bool) -> AsyncIterator[list[dict[str, object]]]:
-        for page in self._jobs.table.pages(newest_first=True):
+        async for page in self._jobs.table.pages(newest_first=True):
             yield [view(job) for job in page if status in ("", job.state) and (job.backups or not with_backups)]
 
     @_for_admins("GET", "/admin/jobs/{job}", response=_JOB, raises=(JobNotFoundError,))
     async def read(self, request: Request) -> Response:
         """Read a job."""
-        return json_response(view(self._job(request)))
+        return json_response(view(await self._job(request)))
 
     @_for_admins(
         "GET", "/admin/jobs/{job}/events", response=TEXT, content_type="text/event-stream", raises=(JobNotFoundError,)
     )
     async def events(self, request: Request) -> EventStream:
         """Follow a job: a server-sent event `job` now and after each change, until the job no longer runs."""
-        return EventStream(self._events(self._job(request).id))
+        return EventStream(self._events((await self._job(request)).id))
 
     async def _events(self, job_id: str) -> AsyncIterator[bytes]:
         async for job in self._jobs.watch(job_id):
             yield b"event: job\ndata: %b\n\n" % encode_json(view(job))
 
-    def _job(self, request: Request) -> Job:
-        return self._jobs.table.get(request.path_params["job"])
+    async def _job(self, request: Request) -> Job:
+        return await self._jobs.table.get(request.path_params["job"])
 
     @_control("pause", "a job that is done can't be paused", _SWITCHING)
     async def pause(self, request: Request) -> Response:

@@ -165,7 +165,7 @@ async def list_of_messages(
     """`{"thread", "messages": []}`, in the order of creation; 304 if the caller has this list, as `If-None-Match` says.
     The caller may read the thread."""
     limit, before, after, include_deleted = page.limit, page.before, page.after, page.include_deleted
-    tag = store.list_tag(thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted)
+    tag = await store.list_tag(thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted)
     headers: tuple[Header, ...] = ((b"etag", b'W/"%b"' % tag.encode()), _REVALIDATED)
     held = request.headers.get(head.IF_NONE_MATCH)
     if held is not None and head.names_tag(held, tag.encode()) and await store.list_unchanged(thread_id, tag):

@@ -79,7 +79,7 @@ class Browser:
 
     async def threads(self, *, author: str, id_prefix: str, cursor: str, opened: bool = True) -> ThreadPage:
         """Threads, newest first. With `id_prefix`: the threads whose ids begin with it, in the order of ids."""
-        ids, next_cursor = self._store.thread_page(
+        ids, next_cursor = await self._store.thread_page(
             author=author, id_prefix=id_prefix, cursor=cursor, limit=PAGE_THREADS
         )
         threads = await self._store.listed_threads(ids, opened=opened)

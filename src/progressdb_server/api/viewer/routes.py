@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial, wraps
-from itertools import islice
 from typing import Any, Final, TypeVar
 
 from minikms.logs import structlog
@@ -222,8 +221,12 @@ class Viewer:
 
     async def _jobs_page(self, request: Request, session: ViewerSession) -> Response:
         """Show the jobs and their progress."""
-        listed = (job for page in self._jobs.table.pages(newest_first=True) for job in page)
-        jobs = list(islice(listed, JOBS_SHOWN_MAX))
+        jobs: list[Job] = []
+        async for page in self._jobs.table.pages(newest_first=True):
+            jobs += page
+            if len(jobs) >= JOBS_SHOWN_MAX:
+                break
+        jobs = jobs[:JOBS_SHOWN_MAX]
         if request.query_params.get("part") == "rows":
             return pages.page_response(pages.render("viewer/jobs_rows.html", jobs=jobs, percent=_percent, **_HELPERS))
         live = any(job.state in UNFINISHED for job in jobs)
