@@ -352,7 +352,7 @@ class Run:
 
     def _start(self) -> None:
         """With one of the root keys that an operator may still have; the newest that opens is kept in mind."""
-        tries = self.roots[-2:] if self.random.random() < 0.5 else self.roots[-2:][::-1]
+        tries = [*self.roots] if self.random.random() < 0.5 else self.roots[::-1]
         for root in tries:
             self._write_root(root)
             if self.daemon.start():
