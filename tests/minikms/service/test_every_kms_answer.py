@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 from minikms import api
+from minikms.cli.serve import UNSHIPPED_LINES_MIN
 from tests import needs
 from tests.harness import documented
 from tests.harness.documented import Pair
@@ -96,8 +97,8 @@ ROOTS_MAX = 8
 
 
 class World:
-    """A daemon with faults on demand, one that does not know us, one for which we have no role, a sealed one, and one
-    whose policy file allows us a request a second.
+    """A daemon with faults on demand, one that does not know us, one for which we have no role, a sealed one, one whose
+    policy file allows us a request a second, and one whose auditor is away.
     """
 
     def __init__(
@@ -109,9 +110,10 @@ class World:
         roleless: LiveDaemon,
         keyless: LiveDaemon,
         limited: LiveDaemon,
+        lagging: LiveDaemon,
     ) -> None:
         self.daemon, self.refusing, self.roleless, self.keyless = daemon, refusing, roleless, keyless
-        self.limited = limited
+        self.limited, self.lagging = limited, lagging
         assert self(Ask("POST", "/seal"), keyless).status == 200
         self._fault = directory / "fault"
         self._damaged: tuple[Path, bytes] | None = None
@@ -538,6 +540,7 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     api.CODE_TOO_LARGE: too_large,
     api.CODE_TOO_MANY: too_many,
     api.CODE_AUDIT_UNAVAILABLE: unwritten,
+    api.CODE_AUDIT_LAGGING: lambda world, operation: world(world.good(operation), world.lagging),
     api.CODE_STORAGE_UNAVAILABLE: under(faulty_daemon.DISK, 503, api.CODE_STORAGE_UNAVAILABLE),
     api.CODE_INTERRUPTED: while_stopping,
 }
@@ -546,7 +549,7 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     at = tmp_path_factory.mktemp("every")
-    places = [at / name for name in ("daemon", "refusing", "roleless", "keyless", "limited")]
+    places = [at / name for name in ("daemon", "refusing", "roleless", "keyless", "limited", "lagging")]
     for place in places:
         place.mkdir()
     policy = places[4] / "policy" / "policy.toml"
@@ -554,6 +557,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     policy.write_text(POLICY)
     run = places[4] / "run"  # of the socket, where the daemon may write
     run.mkdir()
+    shipped = places[5] / "audit"
+    shipped.mkdir(mode=0o700)
+    unshipped = ("--audit-dir", str(shipped), "--refuse-when-unshipped", str(UNSHIPPED_LINES_MIN))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(faulty_daemon.FAULT_FILE, str(places[0] / "fault"))
         with (
@@ -561,11 +567,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             LiveDaemon(places[1], "file", "--allowed-uids", REFUSED_UID) as refusing,
             LiveDaemon(places[3]) as keyless,
             LiveDaemon(places[4], "file", "--policy", str(policy), socket=run / "s") as limited,
+            LiveDaemon(places[5], "file", *unshipped) as lagging,
         ):
             patch.setenv(faulty_daemon.ROLELESS, "1")
             with LiveDaemon(places[2], "file", "--admin-uids", REFUSED_UID, launcher=LAUNCHER) as roleless:
                 patch.delenv(faulty_daemon.ROLELESS)
-                made = World(places[0], daemon, refusing=refusing, roleless=roleless, keyless=keyless, limited=limited)
+                made = World(
+                    places[0],
+                    daemon,
+                    refusing=refusing,
+                    roleless=roleless,
+                    keyless=keyless,
+                    limited=limited,
+                    lagging=lagging,
+                )
+                for _ in range(UNSHIPPED_LINES_MIN):
+                    made(Ask("GET", "/status"), lagging)
+                made.until(lambda: made(Ask("POST", "/random", {"count": 1}), lagging).status == 503)
                 yield made
                 assert made.kept_frames() == []
 
