@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from minikms.custody import files
 from tests.minikms_auditor.rig import Rig
 
 CALLS: Final = ("open", "write", "pwrite", "rename", "unlink", "rmdir", "mkdir", "ftruncate", "fsync", "fdatasync")
@@ -64,7 +63,6 @@ def killed_before_call(number: int, action: Callable[[], object], *reports: tupl
             watch(owner, name, twice=True)
         for name in CALLS:
             watch(os, name, twice=False)
-        files._PROCESS_TEMP_PREFIX = f"{files.TEMP_PREFIX}{os.getpid():016x}-"  # type: ignore[misc]  # of a new process
         action()
 
     status = os.waitpid(forked(run), 0)[1]

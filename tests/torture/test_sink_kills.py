@@ -23,7 +23,6 @@ import pytest
 from minikms.audit import record
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.reader import each_segment
-from minikms.custody import files
 from minikms_auditor.collectors import Collector as HttpTransport
 from minikms_auditor.config import HttpSink, SyslogSink
 from minikms_auditor.syslog import Syslog
@@ -95,7 +94,6 @@ def auditor_in_child(rig: ShippingRig) -> Iterator[None]:
     rig.stop()
 
     def run() -> None:
-        files._PROCESS_TEMP_PREFIX = f"{files.TEMP_PREFIX}{os.getpid():016x}-"  # type: ignore[misc]  # of a new process
         rig.begin_in_child()
         while True:
             rig.steps()

@@ -11,8 +11,9 @@ O_NOFOLLOW), sync it, rename it, sync the directory. Invariants:
   error, and a retry writes the file again.
 - After a failed sync the same file is never synced again: the kernel has marked the failed pages clean, so a second
   sync would succeed without them (https://wiki.postgresql.org/wiki/Fsync_Errors). A retry writes a new temporary file.
-- Temporary names contain a token of this process, so `sweep_temps` can run while other files are being written. A
-  temporary file of this process that could not be removed is remembered for `remove_left_temps`.
+- Temporary names contain a token of this process (a forked child makes its own), so `sweep_temps` can run while other
+  files are being written. A temporary file of this process that could not be removed is remembered for
+  `remove_left_temps`.
 - One process owns a data directory. Daemon and offline writers take the lock before they touch the keyring or the
   socket, and keep it until they end. `close` unlocks the file, and the kernel does when the process ends: no child
   inherits the descriptor through exec. The lock file is never removed, so there is one file to lock.
@@ -57,10 +58,19 @@ LOCK_NAME: Final = "lock"
 
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 _READ_BYTES: Final = 1024 * 1024
-_PROCESS_TEMP_PREFIX: Final = f"{TEMP_PREFIX}{secrets.token_hex(8)}-"
 _TEMP_NAME: Final = re.compile(re.escape(TEMP_PREFIX) + r"[0-9a-f]{16}-[0-9]+", re.ASCII)
 _PID_BYTES_MAX: Final = 20
 _temp_numbers: Final = itertools.count()
+_process_temp_prefix = ""
+
+
+def _begin_process() -> None:
+    global _process_temp_prefix  # noqa: PLW0603 - one for each process
+    _process_temp_prefix = f"{TEMP_PREFIX}{secrets.token_hex(8)}-"
+
+
+_begin_process()
+os.register_at_fork(after_in_child=_begin_process)
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------
@@ -223,7 +233,7 @@ def is_stale_temp(name: str) -> bool:
     """Whether `name` is a temporary file of an earlier process."""
     return (
         name.startswith(TEMP_PREFIX)  # first, for directories of a million other names
-        and not name.startswith(_PROCESS_TEMP_PREFIX)
+        and not name.startswith(_process_temp_prefix)
         and _TEMP_NAME.fullmatch(name) is not None
     )
 
@@ -307,7 +317,7 @@ def _rename_temp(directory: int, temp: str, name: str) -> None:
 
 
 def _write_temp(directory: int, chunks: Iterable[bytes], *, sync: bool) -> str:
-    name = f"{_PROCESS_TEMP_PREFIX}{next(_temp_numbers)}"
+    name = f"{_process_temp_prefix}{next(_temp_numbers)}"
     _write_new(directory, name, chunks, sync=sync)
     return name
 
