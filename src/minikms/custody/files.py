@@ -57,7 +57,8 @@ GROUP_FILES_MAX: Final = 512
 LOCK_NAME: Final = "lock"
 
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
-_READ_BYTES: Final = 1024 * 1024
+_READ_BYTES_MIN: Final = 64 * 1024
+"""Of one read: a file may say that it has no size."""
 _TEMP_NAME: Final = re.compile(re.escape(TEMP_PREFIX) + r"[0-9a-f]{16}-[0-9]+", re.ASCII)
 _PID_BYTES_MAX: Final = 20
 _temp_numbers: Final = itertools.count()
@@ -138,7 +139,8 @@ def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: i
             raise StorageUnavailableError("a file is not a regular file")
         parts = []
         left = bytes_max + 1
-        while left > 0 and (part := os.read(fd, min(left, _READ_BYTES))):
+        part_bytes = max(status.st_size + 1, _READ_BYTES_MIN)  # one read, mostly: joining two copies them
+        while left > 0 and (part := os.read(fd, min(left, part_bytes))):
             parts.append(part)
             left -= len(part)
     except OSError as error:
