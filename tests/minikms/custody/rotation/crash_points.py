@@ -37,7 +37,7 @@ STATE_CALLS = (
     "ftruncate",
 )
 """The system calls that change what is on disk (openat: with O_CREAT among others)."""
-THREADS = ("main", "disk", "reader", "audit", "journal")
+THREADS = ("main", "disk", "reader", "audit")
 DEADLINE_SECONDS = 60.0
 HELD = "delay_enter=120000000"
 """The action that lasts until `Injection.end`, in microseconds: longer than any test waits."""
