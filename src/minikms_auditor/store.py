@@ -12,8 +12,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -35,6 +34,8 @@ from minikms.custody.files import (
     write_files,
 )
 from minikms.sync import sync_directory
+
+T = TypeVar("T")
 
 TREE_NAME: Final = "tree"
 STATE_NAME: Final = "state.json"
@@ -122,7 +123,7 @@ class Store:
         for directory, group in groups.items():
             self._write(directory, group)
         if state.logs != self.state.logs:
-            self._replace_in(self._tree, INDEX_NAME, msgspec.json.encode(state.logs))
+            _replace_in(self._tree, INDEX_NAME, msgspec.json.encode(state.logs))
         self.save(state)
         self.edge = edge
         self._remove_partial(made)
@@ -156,7 +157,7 @@ class Store:
 
     def publish(self, note: bytes, witnessed: Witnessed) -> None:
         """Publish a tree checkpoint, and then record that. Raises StorageUnavailableError."""
-        self._replace_in(self._tree, CHECKPOINT_NAME, note)
+        _replace_in(self._tree, CHECKPOINT_NAME, note)
         if witnessed != self.state.witnessed:
             self.save(msgspec.structs.replace(self.state, witnessed=witnessed))
 
@@ -173,13 +174,6 @@ class Store:
 
     def close(self) -> None:
         self._lock.close()
-
-    def _replace_in(self, path: str, name: str, content: bytes) -> None:
-        fd = open_directory(path)
-        try:
-            replace_file(fd, name, content)
-        finally:
-            os.close(fd)
 
     def _load(self, origin: str) -> State:
         content = read_file_bounded(STATE_NAME, FILE_BYTES_MAX, dir_fd=self._fd)
@@ -228,7 +222,7 @@ class SinkFiles:
         self._state_dir = state_dir
         self.directory = os.path.join(state_dir, SINKS_NAME, name)
         make_private_directory(self.directory)
-        with self._opened() as fd:
+        with _opened(self.directory) as fd:
             sweep_temps(fd)
             content = read_file_bounded(CURSOR_NAME, FILE_BYTES_MAX, dir_fd=fd)
         self.cursor: Cursor | None = None
@@ -240,8 +234,7 @@ class SinkFiles:
 
     def save(self, cursor: Cursor) -> None:
         """Raises StorageUnavailableError."""
-        with self._opened() as fd:
-            replace_file(fd, CURSOR_NAME, msgspec.json.encode(cursor))
+        _replace_in(self.directory, CURSOR_NAME, msgspec.json.encode(cursor))
         self.cursor = cursor
 
     def reject(self, entry: bytes) -> None:
@@ -262,14 +255,6 @@ class SinkFiles:
         """Whether an operator lets sinks go on without this line. Raises StartError."""
         return SkippedLine(log_id, seq) in skipped_lines(self._state_dir)
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
-        fd = open_directory(self.directory)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
 
 # --- for commands beside the running auditor --------------------------------------------------------------------------
 
@@ -286,39 +271,47 @@ def shown(state_dir: str) -> bytes | None:
 
 def accepted_keys(state_dir: str) -> list[bytes]:
     """Public keys that an operator has accepted. Raises StartError."""
-    path = os.path.join(state_dir, ACCEPTED_NAME)
-    content = read_file_bounded(path, FILE_BYTES_MAX)
-    try:
-        return [] if content is None else msgspec.json.decode(content, type=list[bytes])
-    except (msgspec.MsgspecError, RecursionError):
-        raise StartError(f"{path} is damaged: remove it, and accept the log's key again") from None
-
-
-def skipped_lines(state_dir: str) -> list[SkippedLine]:
-    """Lines that an operator has let sinks go on without. Raises StartError."""
-    path = os.path.join(state_dir, SKIPPED_NAME)
-    content = read_file_bounded(path, FILE_BYTES_MAX)
-    try:
-        return [] if content is None else msgspec.json.decode(content, type=list[SkippedLine])
-    except (msgspec.MsgspecError, RecursionError):
-        raise StartError(f"{path} is damaged: remove it, and skip the line again") from None
-
-
-def skip_line(state_dir: str, log_id: str, seq: int) -> None:
-    """Let the sinks that wait at this line go on without it. Raises StartError, StorageUnavailableError."""
-    kept = [*skipped_lines(state_dir), SkippedLine(log_id, seq)][-SKIPPED_COUNT_MAX:]
-    fd = open_directory(Path(state_dir))
-    try:
-        replace_file(fd, SKIPPED_NAME, msgspec.json.encode(kept))
-    finally:
-        os.close(fd)
+    return _listed(state_dir, ACCEPTED_NAME, bytes, "accept the log's key again")
 
 
 def accept_key(state_dir: str, key: bytes) -> None:
     """Accept a public key that a log may begin with. Raises StartError, StorageUnavailableError."""
-    kept = accepted_keys(state_dir)
-    fd = open_directory(Path(state_dir))
+    kept = [*(each for each in accepted_keys(state_dir) if each != key), key]
+    _replace_in(state_dir, ACCEPTED_NAME, msgspec.json.encode(kept))
+
+
+def skipped_lines(state_dir: str) -> list[SkippedLine]:
+    """Lines that an operator has let sinks go on without. Raises StartError."""
+    return _listed(state_dir, SKIPPED_NAME, SkippedLine, "skip the line again")
+
+
+def skip_line(state_dir: str, log_id: str, seq: int) -> None:
+    """Let the sinks that wait at this line go on without it. Raises StartError, StorageUnavailableError."""
+    kept = [*skipped_lines(state_dir), SkippedLine(log_id, seq)]
+    _replace_in(state_dir, SKIPPED_NAME, msgspec.json.encode(kept[-SKIPPED_COUNT_MAX:]))
+
+
+def _listed(state_dir: str, name: str, kind: type[T], remedy: str) -> list[T]:
+    path = os.path.join(state_dir, name)
+    content = read_file_bounded(path, FILE_BYTES_MAX)
     try:
-        replace_file(fd, ACCEPTED_NAME, msgspec.json.encode([*(each for each in kept if each != key), key]))
+        return [] if content is None else msgspec.json.decode(content, type=list[kind])  # type: ignore[valid-type]
+    except (msgspec.MsgspecError, RecursionError):
+        raise StartError(f"{path} is damaged: remove it, and {remedy}") from None
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _replace_in(directory: str, name: str, content: bytes) -> None:
+    with _opened(directory) as fd:
+        replace_file(fd, name, content)
+
+
+@contextlib.contextmanager
+def _opened(directory: str) -> Iterator[int]:
+    fd = open_directory(directory)
+    try:
+        yield fd
     finally:
         os.close(fd)
