@@ -295,7 +295,9 @@ def _listed(state_dir: str, name: str, kind: type[T], remedy: str) -> list[T]:
     path = os.path.join(state_dir, name)
     content = read_file_bounded(path, FILE_BYTES_MAX)
     try:
-        return [] if content is None else msgspec.json.decode(content, type=list[kind])  # type: ignore[valid-type]
+        if content is None:
+            return []
+        return msgspec.json.decode(content, type=list[kind])  # type: ignore[valid-type]  # a type known only here
     except (msgspec.MsgspecError, RecursionError):
         raise StartError(f"{path} is damaged: remove it, and {remedy}") from None
 
