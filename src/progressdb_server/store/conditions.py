@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 from typing import Final
 
-from progressdb_server.store.engine import Reader
-from progressdb_server.store.model import Step
+from progressdb_server.store.keyspace import Stamp
+from progressdb_server.store.model import ConditionFailedError, Step
 
 KNOWN_MAX: Final = 32_768
 KNOWN_BYTES_MAX: Final = 64
 """Bounds of the cache of stored values: their number, and the length of one."""
 KEYS_REMEMBERED_MAX: Final = 32_768
 """About thirty chunks of a rotation, more than are ever in progress."""
+
+
+class LateStampError(ConditionFailedError):
+    """Another server has written a version whose stamp is not below this write's. `last`: the last one of the thread,
+    if that is known."""
+
+    def __init__(self, key: bytes, last: Stamp | None) -> None:
+        super().__init__(key)
+        self.last = last
+
 
 Puts = dict[bytes, bytes | None]
 
@@ -88,8 +98,9 @@ class RecentKeys:
 class Conditions:
     """Belongs to one writer."""
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    def __init__(self, get: Callable[[bytes], bytes | None]) -> None:
+        """`get` reads a stored value."""
+        self._get = get
         self.recent = RecentKeys()
         self._known: Puts = {}
         """A cache of small stored values. All writes of a thread have conditions on the same two."""
@@ -100,7 +111,7 @@ class Conditions:
         staged: Puts = {}
         read: Puts = {}
         failed: dict[PendingWrite, bytes] = {}
-        get, known = self._reader.get, self._known
+        get, known = self._get, self._known
         threads = messages = 0
         for pending in group:
             write = pending.write

@@ -20,10 +20,10 @@ from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import Engine, LocalReads, Reader, Reads
 from progressdb_server.store.keyspace import Clock
-from progressdb_server.store.model import FormatError
+from progressdb_server.store.model import FormatError, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine, RocksReader, check_exists
 from progressdb_server.store.validators import Validators
-from progressdb_server.store.writer import Writer
+from progressdb_server.store.writer import Counters, GroupCommit, SharedEngine, Writer
 
 FORMAT: Final = 3
 """The first one that was released, with version 0.2.0."""
@@ -138,15 +138,43 @@ class NamedLocks:
 class OpenStore:
     """The engine, the writer and the locks of an open store, for one event loop. Its subclasses add the operations."""
 
-    def __init__(self, engine: Engine, *, now_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, engine: Engine | SharedEngine, *, now_ns: Callable[[], int] = time.time_ns) -> None:
         """Raises FormatError when the counters are damaged, StoreUnavailableError."""
-        self.engine = engine
-        self.reads: Reads = LocalReads(engine)
+        self._engine = engine
         self.metrics = StoreMetrics()
         self.clock = Clock(now_ns)
-        self.writer = Writer(engine, self.clock, self.metrics, self.reopened)
+        self.reads: Reads
+        self.writer: GroupCommit
+        if isinstance(engine, SharedEngine):
+            self.reads = engine.reads
+            self.writer = engine.writer(self.clock, self.metrics, self.reopened)
+        else:
+            self.reads = LocalReads(engine)
+            self.writer = Writer(engine, self.clock, self.metrics, self.reopened)
         self.locks = NamedLocks()
         self.validators = Validators()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers may change what is stored."""
+        return isinstance(self._engine, SharedEngine)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of this process. Raises StoreUnavailableError where there is none."""
+        if isinstance(self._engine, SharedEngine):
+            raise StoreUnavailableError("this can't be done with a store in a database")
+        return self._engine
+
+    async def counted(self) -> Counters:
+        return await self._engine.counted() if isinstance(self._engine, SharedEngine) else self.writer.state
+
+    async def probe(self) -> None:
+        """As `store.engine.Engine.probe`."""
+        if isinstance(self._engine, SharedEngine):
+            await self._engine.probe()
+        else:
+            await asyncio.to_thread(self._engine.probe)
 
     def reopened(self) -> None:
         """Called after the engine was reopened after a failure. Writes that were read before may have been lost."""
@@ -154,4 +182,7 @@ class OpenStore:
     async def close(self) -> None:
         """Commits the queued writes, then closes the engine."""
         await self.writer.close()
-        self.engine.close()
+        if isinstance(self._engine, SharedEngine):
+            await self._engine.close()
+        else:
+            self._engine.close()

@@ -9,8 +9,8 @@ error code and hides no other.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -35,12 +35,16 @@ from progressdb_server.store.model import (
     MemberIsAuthorError,
     NoRoomToRemoveError,
     NotTheAuthorError,
+    OutcomeUnknownError,
     RecordUnreadableError,
+    StoreUnavailableError,
     Thread,
     ThreadNotFoundError,
     TooManyMembersError,
 )
 from progressdb_server.store.sealer import Sealer, ThreadState
+
+T = TypeVar("T")
 
 LIST_THREADS_MAX: Final = 512
 """Of one chunk of a list."""
@@ -145,17 +149,39 @@ class Threads(OpenStore):
             await self.sealer.found(thread.id, draft, request_id)
             return thread
         ticket = Ticket(idempotency, ["thread", author, title, *([others] if others else [])])
-        async with self.locks.hold(ticket.key):
-            made = await ticket.recall(self.reads, self.clock.now_ns())
-            if made is not None:
-                await self.writer.barrier()
-                created_ts = (await self.get_thread(made)).created_ts
-                return _new(made, author, title, created_ts)
+
+        async def create() -> Thread:
             thread, created = self.new_thread(author=author, title=title)
             extra = (*_entries(thread.id, others), ticket.put(thread.id, created.time_ns))
-            draft = drafts.new_thread(thread, created, extra)
+            draft = drafts.new_thread(thread, created, extra, (ticket.condition,))
             await self.sealer.found(thread.id, draft, request_id)
             return thread
+
+        async with self.locks.hold(ticket.key):
+            made, new = await self.once(ticket, create)
+            if new is not None:
+                return new
+            created_ts = (await self.get_thread(made)).created_ts
+            return _new(made, author, title, created_ts)
+
+    async def once(self, ticket: Ticket, create: Callable[[], Coroutine[Any, Any, T]]) -> tuple[str, T | None]:
+        """What `create` makes; or the id of what was made before, which is durable then. If the outcome of `create` is
+        unknown, or another server is making the same, it is looked up again, and made if it is not there. The caller
+        holds the lock of the ticket."""
+        for again in (True, True, False):
+            made = await ticket.recall(self.reads, self.clock.now_ns())
+            if made is not None:
+                await self.writer.barrier()  # what is answered must be durable
+                return made, None
+            try:
+                return "", await create()
+            except OutcomeUnknownError:
+                if not (again and self.shared):
+                    raise
+            except ConditionFailedError as error:
+                if error.key != ticket.key or not again:
+                    raise
+        raise StoreUnavailableError("another server is making the same")
 
     # --- reading --------------------------------------------------------------------------------------------------
     async def _load_thread(self, thread: str) -> tuple[record.ThreadHeader, bytes] | None:

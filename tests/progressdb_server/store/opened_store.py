@@ -6,11 +6,17 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from urllib.parse import quote
+
+import asyncpg
 
 from progressdb_server.kms.provider import Provider
+from progressdb_server.store import postgres
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.model import Message, NewMessage, Thread
+from progressdb_server.store.postgres import PostgresEngine
+from progressdb_server.store.writer import SharedEngine
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
@@ -29,13 +35,36 @@ class TickingClock:
         return self.now
 
 
+database: list[str] = []
+"""The URL of the PostgreSQL that is opened, emptied, where a test names no engine."""
+
+
+def url_of(settings: str) -> str:
+    """Of what `tests.harness.postgres.running` gives."""
+    given = dict(one.split("=", 1) for one in settings.split())
+    return f"postgresql://{given['user']}@/{given['dbname']}?host={quote(given['host'], safe='')}"
+
+
+async def emptied(url: str) -> PostgresEngine:
+    """The store of a database, as `progressdb store init` makes it."""
+    connection = await asyncpg.connect(url)
+    try:
+        if await connection.fetchval("SELECT to_regclass('store_entry')") is None:
+            await postgres.init(url)
+        await connection.execute("TRUNCATE store_entry, store_head, store_counter")
+    finally:
+        await connection.close()
+    return await postgres.open_engine(url, single_node=True)
+
+
 @asynccontextmanager
 async def opened(
-    engine: Engine | None = None, provider: Provider | None = None, now_ns: Callable[[], int] | None = None
+    engine: Engine | SharedEngine | None = None, provider: Provider | None = None, now_ns: Callable[[], int] | None = None
 ) -> AsyncIterator[Conversations]:
     if isinstance(engine, MemoryEngine):
         engine.reopen()  # as after a power failure: what was not synced is gone
-    store = Conversations(engine or MemoryEngine(), provider or SealingProvider(), now_ns=now_ns or TickingClock())
+    used = engine or (await emptied(database[0]) if database else MemoryEngine())
+    store = Conversations(used, provider or SealingProvider(), now_ns=now_ns or TickingClock())
     try:
         yield store
     finally:
