@@ -35,6 +35,7 @@ from progressdb_server.store.model import (
     NotAMemberError,
     NotTheAuthorError,
     RecordUnreadableError,
+    Thread,
     TooManyReactionsError,
     TooManyVersionsError,
     json_text,
@@ -96,14 +97,20 @@ class Messages(Reading):
 
     async def _found(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
         """Make the thread, with its first message."""
-        thread, created = self.new_thread(author=new.author, title=None, name=new.thread)
-        stamp = self.clock.next()
-        message = new.first_version(keyspace.message_id(stamp), thread.id, stamp.time_ns)
-        extra = (ticket.put(message.id, stamp.time_ns),) if ticket else ()
-        expect = (ticket.condition,) if ticket else ()
-        draft = drafts.joined(drafts.new_thread(thread, created, extra, expect), drafts.first_version(message, stamp))
-        await self.sealer.found(thread.id, draft, request_id)
-        return message
+        made: list[Message] = []
+
+        def drafted() -> tuple[Thread, Draft]:
+            thread, created = self.new_thread(author=new.author, title=None, name=new.thread)
+            stamp = self.clock.next()
+            message = new.first_version(keyspace.message_id(stamp), thread.id, stamp.time_ns)
+            made[:] = (message,)
+            extra = (ticket.put(message.id, stamp.time_ns),) if ticket else ()
+            expect = (ticket.condition,) if ticket else ()
+            founding = drafts.new_thread(thread, created, extra, expect)
+            return thread, drafts.joined(founding, drafts.first_version(message, stamp))
+
+        await self.found(drafted, request_id, named=bool(new.thread))
+        return made[0]
 
     async def _append(
         self, state: ThreadState, new: NewMessage, ticket: Ticket | None, request_id: str | None

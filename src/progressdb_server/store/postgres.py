@@ -34,7 +34,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, LateStampError, PendingWrite, Puts
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, EngineUnavailableError, Reads
 from progressdb_server.store.keyspace import Clock, Stamp
-from progressdb_server.store.model import ConditionFailedError, FormatError, StoreUnavailableError
+from progressdb_server.store.model import ConditionFailedError, FormatError
 from progressdb_server.store.writer import Counters, GroupCommit, SharedEngine
 
 SCHEMA: Final = 1
@@ -63,9 +63,15 @@ CREATE INDEX store_entry_retries ON store_entry (key) WHERE key >= 'idem:'::byte
 MIGRATIONS: Final[Mapping[int, str]] = {}
 """The statements that lead to each number after the first."""
 
-_BEGIN: Final = (
-    f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE"  # noqa: S608
+_UP_TO: Final = (
+    "SELECT key, value FROM (SELECT key, value, sum(octet_length(value)) OVER (ORDER BY key) - octet_length(value)"
+    " AS before FROM ({}) AS few) AS summed WHERE before < ${} ORDER BY key"
 )
+_VALUES: Final = (
+    "SELECT entry.key, entry.value FROM unnest($1::bytea[], $2::bytea[]) AS wanted (tkey, key)"
+    " JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key ORDER BY entry.tkey, entry.key"
+)
+_BEGIN: Final = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE"  # noqa: S608
 _AGAIN: Final = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
 _FAILURES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 
@@ -232,11 +238,7 @@ class PostgresReads:
             return []
         statement, values = range_
         if bytes_max is not None:  # the last entry is the one that reaches the bound
-            statement = (
-                "SELECT key, value FROM (SELECT key, value, sum(octet_length(value)) OVER (ORDER BY key)"
-                f" - octet_length(value) AS before FROM ({statement}) AS few) AS summed"
-                f" WHERE before < ${len(values) + 1} ORDER BY key"
-            )
+            statement = _UP_TO.format(statement, len(values) + 1)
             values = [*values, bytes_max]
         return [(key, value) for key, value in await self._fetch(statement, *values)]
 
@@ -263,7 +265,7 @@ class PostgresReads:
                 last = keyspace.after(first)
                 where += f" AND key >= '{first.decode()}'::bytea AND key < '{last.decode()}'::bytea"
         order = "DESC" if reverse else "ASC"
-        return f"SELECT {columns} FROM store_entry WHERE {where} ORDER BY key {order} LIMIT $3", values
+        return f"SELECT {columns} FROM store_entry WHERE {where} ORDER BY key {order} LIMIT $3", values  # noqa: S608  constants
 
 
 class PostgresEngine(SharedEngine):
@@ -429,8 +431,11 @@ class PostgresWriter(GroupCommit):
     async def _end(self, connection: asyncpg.Connection[Any], counters: tuple[int, int]) -> None:
         """The counters change with every group, so that a group without puts waits for the standby too."""
         threads, messages = counters
-        count = f"UPDATE store_counter SET threads = threads + {threads}, messages = messages + {messages}"
-        if await connection.execute(f"{count} WHERE id = {self._counter}; COMMIT") != "COMMIT" or self._warned:
+        count = (  # a statement without parameters can be sent together with the next one
+            f"UPDATE store_counter SET threads = threads + {threads:d}, messages = messages + {messages:d}"  # noqa: S608
+            f" WHERE id = {self._counter:d}"
+        )
+        if await connection.execute(f"{count}; COMMIT") != "COMMIT" or self._warned:
             _log.error("store_commit_in_doubt", reason=self._warned)
             raise asyncpg.InterfaceError(UNKNOWN)
 
@@ -499,15 +504,10 @@ async def _read(connection: asyncpg.Connection[Any], keys: Iterable[bytes]) -> d
     """The values of those that are stored. An entry of no thread stays locked."""
     places = sorted((tkey(key), key) for key in keys)
     found: dict[bytes, bytes] = {}
-    for of_threads, lock in ((True, ""), (False, "FOR UPDATE OF entry")):
+    for of_threads, lock in ((True, ""), (False, " FOR UPDATE OF entry")):
         some = [place for place in places if _is_thread(place[0]) is of_threads]
         if some:
-            rows = await connection.fetch(
-                "SELECT entry.key, entry.value FROM unnest($1::bytea[], $2::bytea[]) AS wanted (tkey, key)"
-                " JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key"
-                f" ORDER BY entry.tkey, entry.key {lock}",
-                *zip(*some, strict=True),
-            )
+            rows = await connection.fetch(_VALUES + lock, *zip(*some, strict=True))
             found |= {row[0]: row[1] for row in rows}
     return found
 

@@ -16,7 +16,6 @@ from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.model import Message, NewMessage, Thread
 from progressdb_server.store.postgres import PostgresEngine
-from progressdb_server.store.writer import SharedEngine
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
@@ -59,7 +58,9 @@ async def emptied(url: str) -> PostgresEngine:
 
 @asynccontextmanager
 async def opened(
-    engine: Engine | SharedEngine | None = None, provider: Provider | None = None, now_ns: Callable[[], int] | None = None
+    engine: Engine | None = None,
+    provider: Provider | None = None,
+    now_ns: Callable[[], int] | None = None,
 ) -> AsyncIterator[Conversations]:
     if isinstance(engine, MemoryEngine):
         engine.reopen()  # as after a power failure: what was not synced is gone
