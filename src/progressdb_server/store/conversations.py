@@ -133,7 +133,12 @@ class Conversations(Messages, Rekeying, Backups):
         self._judge_clock()
         self._background = [
             loop.create_task(work)
-            for work in (self._sweep(), self._watch_epoch(accept_restore=accept_restore), self._watch_clock())
+            for work in (
+                self._sweep(),
+                self.claims.keep(),
+                self._watch_epoch(accept_restore=accept_restore),
+                self._watch_clock(),
+            )
         ]
 
     async def close(self) -> None:

@@ -12,12 +12,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final
+from types import ModuleType
+from typing import Final, TypeAlias
 
 import msgspec
 
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
+from progressdb_server.store.claims import Claims
 from progressdb_server.store.engine import Engine, LocalReads, Reader, Reads
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError, StoreUnavailableError
@@ -29,6 +31,10 @@ FORMAT: Final = 3
 """The first one that was released, with version 0.2.0."""
 UNENCRYPTED: Final = "unencrypted-1"
 """A string, so that no version can mistake it for one of its format numbers."""
+
+
+AnyEngine: TypeAlias = Engine | SharedEngine
+DRIVER_MISSING: Final = "a store in PostgreSQL needs its driver: install progressdb-minikms[postgresql]"
 
 
 class _Format(msgspec.Struct):
@@ -90,6 +96,44 @@ def open_engine(path: str, *, encrypted: bool = True) -> Engine:
     return engine
 
 
+def _postgres() -> ModuleType:
+    """Raises FormatError where the driver is missing."""
+    try:
+        from progressdb_server.store import postgres  # only here: it needs an extra
+    except ImportError:
+        raise FormatError(DRIVER_MISSING) from None
+    return postgres
+
+
+async def open_shared(url: str, *, single_node: bool) -> SharedEngine:
+    """Open the store of a database. The caller closes it. Raises FormatError, StoreUnavailableError."""
+    engine: SharedEngine = await _postgres().open_engine(url, single_node=single_node)
+    return engine
+
+
+async def make_shared(url: str, role: str) -> None:
+    """See `store.postgres.init`."""
+    await _postgres().init(url, role)
+
+
+async def upgrade_shared(url: str) -> tuple[int, int]:
+    """See `store.postgres.upgrade`."""
+    numbers: tuple[int, int] = await _postgres().upgrade(url)
+    return numbers
+
+
+def local(engine: AnyEngine) -> Engine | None:
+    """The engine if it is of this process alone."""
+    return None if isinstance(engine, SharedEngine) else engine
+
+
+async def close_engine(engine: AnyEngine) -> None:
+    if isinstance(engine, SharedEngine):
+        await engine.close()
+    else:
+        engine.close()
+
+
 @contextmanager
 def open_offline(path: str) -> Iterator[Engine]:
     """Open a store for changes, without a server. Raises StoreLockedError, StoreUnavailableError, FormatError."""
@@ -138,7 +182,7 @@ class NamedLocks:
 class OpenStore:
     """The engine, the writer and the locks of an open store, for one event loop. Its subclasses add the operations."""
 
-    def __init__(self, engine: Engine | SharedEngine, *, now_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, engine: AnyEngine, *, now_ns: Callable[[], int] = time.time_ns) -> None:
         """Raises FormatError when the counters are damaged, StoreUnavailableError."""
         self._engine = engine
         self.metrics = StoreMetrics()
@@ -151,6 +195,7 @@ class OpenStore:
         else:
             self.reads = LocalReads(engine)
             self.writer = Writer(engine, self.clock, self.metrics, self.reopened)
+        self.claims = Claims(engine if isinstance(engine, SharedEngine) else None, self.writer)
         self.locks = NamedLocks()
         self.validators = Validators()
 
@@ -182,7 +227,4 @@ class OpenStore:
     async def close(self) -> None:
         """Commits the queued writes, then closes the engine."""
         await self.writer.close()
-        if isinstance(self._engine, SharedEngine):
-            await self._engine.close()
-        else:
-            self._engine.close()
+        await close_engine(self._engine)

@@ -335,6 +335,16 @@ def job(job_id: str) -> bytes:
     return JOBS + job_id.encode()
 
 
+def claim(thread: str) -> bytes:
+    """Which server works on the thread's keys (`store.claims`)."""
+    return b"claim:" + part(thread)
+
+
+def server(server_id: str) -> bytes:
+    """Until when the claims of a server hold."""
+    return b"server:" + server_id.encode()
+
+
 def migrated(job_id: str) -> bytes:
     """Prefix of the records that the job has replaced; the record's whole key follows."""
     return b"%b%b:" % (MIGRATED, job_id.encode())

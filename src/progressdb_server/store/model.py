@@ -330,6 +330,7 @@ class RowWrite(NamedTuple):
     """The row of a job that is being written, and the end of the write."""
 
     job_id: str
+    thread_id: str
     done: asyncio.Future[None]
 
 

@@ -95,6 +95,8 @@ def _owner(key: bytes) -> tuple[bytes, bytes]:
             return b"thread:" + thread, key
         case b"kms", [b"map", b"thread", thread]:
             return b"thread:" + thread, key
+        case b"claim", [thread]:
+            return b"thread:" + thread, key
         case b"index", [b"author", author, *_]:
             return b"author:" + author, b"index:author:%b:" % author
         case b"index", [b"created", *_]:
@@ -292,6 +294,12 @@ class PostgresEngine(SharedEngine):
         except _FAILURES as error:
             raise EngineUnavailableError(UNAVAILABLE) from error
         return Counters(int(row[0]), int(row[1])) if row else Counters()
+
+    async def now_ns(self) -> int:
+        try:
+            return int(await self._pool.fetchval("SELECT (extract(epoch FROM clock_timestamp()) * 1000000000)::bigint"))
+        except _FAILURES as error:
+            raise EngineUnavailableError(UNAVAILABLE) from error
 
     async def probe(self) -> None:
         connection = await _connect(self._url)

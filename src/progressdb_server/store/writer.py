@@ -403,6 +403,10 @@ class SharedEngine(ABC):
         """Of all servers."""
 
     @abstractmethod
+    async def now_ns(self) -> int:
+        """Unix nanoseconds by the clock that all servers share."""
+
+    @abstractmethod
     async def probe(self) -> None: ...
 
     @abstractmethod

@@ -20,6 +20,7 @@ from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 T = TypeVar("T")
+NOW_NS = 1_800_000_000 * 10**9
 
 
 class TickingClock:
@@ -70,6 +71,21 @@ async def opened(
         yield store
     finally:
         await store.close()
+
+
+@asynccontextmanager
+async def servers(url: str, provider: Provider, *ahead_ns: int) -> AsyncIterator[list[Conversations]]:
+    """Several servers on one database, which is emptied; each clock is ahead by so much."""
+    await (await emptied(url)).close()
+    made = [
+        Conversations(await postgres.open_engine(url, single_node=True), provider, now_ns=TickingClock(NOW_NS + one))
+        for one in ahead_ns
+    ]
+    try:
+        yield made
+    finally:
+        for store in made:
+            await store.close()
 
 
 def with_store(

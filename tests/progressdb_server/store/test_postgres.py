@@ -24,32 +24,15 @@ from progressdb_server.store.model import (
     StoreUnavailableError,
     ThreadDeletedError,
 )
-from tests.progressdb_server.store.opened_store import TickingClock, bodies, emptied, fill, messages_of, versions_of
+from tests.progressdb_server.store.opened_store import bodies, emptied, fill, messages_of, servers, versions_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 HOUR_NS = 3600 * 10**9
-NOW_NS = 1_800_000_000 * 10**9
-
-
-@asynccontextmanager
-async def servers(url: str, *ahead_ns: int) -> AsyncIterator[list[Conversations]]:
-    """On one database and one key service; each clock is ahead by so much."""
-    provider = SealingProvider()
-    await (await emptied(url)).close()
-    made = [
-        Conversations(await postgres.open_engine(url, single_node=True), provider, now_ns=TickingClock(NOW_NS + one))
-        for one in ahead_ns
-    ]
-    try:
-        yield made
-    finally:
-        for store in made:
-            await store.close()
 
 
 def with_two(url: str, body: Callable[[Conversations, Conversations], Awaitable[None]], ahead_ns: int = 0) -> None:
     async def run() -> None:
-        async with servers(url, 0, ahead_ns) as (one, two):
+        async with servers(url, SealingProvider(), 0, ahead_ns) as (one, two):
             await body(one, two)
 
     asyncio.run(run())
