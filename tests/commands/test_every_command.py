@@ -173,7 +173,6 @@ def test_every_command_with_a_result_has_json(words: tuple[str, ...], app: App) 
         ("progressdb", "rotate-dek", "t", "--url", "nonsense"),
         ("progressdb", "jobs", "list"),
         ("progressdb", "rotation-backups", "prune"),
-        ("progressdb", "backups", "prune"),
         ("progressdb", "backup", "forget", "name", "--db", "somewhere"),
         ("progressdb", "backup", "create", "../name", "--db", "somewhere"),
         ("progressdb", "nonsense"),
@@ -203,12 +202,6 @@ def test_wrong_usage_and_missing_things_have_status_2(tmp_path: Path, words: tup
     program = "-".join(words[:2]) if words[1:2] in (("auditor",), ("gateway",), ("unlock",)) else words[0]
     assert_one_sentence(run(*words, where=tmp_path), program)
     assert not list(tmp_path.iterdir()), "nothing was made"
-
-
-def test_the_former_name_of_a_command_still_works() -> None:
-    done = run("progressdb", "backups", "--help")
-    assert done.returncode == 0
-    assert "progressdb rotation-backups" in done.stdout
 
 
 @pytest.mark.parametrize(

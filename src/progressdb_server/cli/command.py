@@ -34,9 +34,6 @@ COMMANDS: Final = {
 entry here.
 """
 
-FORMER_NAMES: Final = {"backups": "rotation-backups"}
-"""Names that still work and that no help shows: `backups` was too easily taken for `backup`."""
-
 
 app = new_app(
     "progressdb",
@@ -91,7 +88,6 @@ def run(master_key_fd: int | None) -> None:
 
     def run_command() -> Any:
         words = sys.argv[1:]
-        words[:1] = [FORMER_NAMES.get(word, word) for word in words[:1]]
         _check_first_word(words)
         show_whole_help(app, words)
         command, bound, unparsed = app.parse_args(words, print_error=False, exit_on_error=False)

@@ -200,15 +200,15 @@ def test_the_commands_rotate_list_show_and_prune(server: RealServer) -> None:
     assert json.loads(watched.stdout) == jobs[0]
 
     of_other = next(job["job_id"] for job in jobs if job["thread_id"] == other)
-    restored = command(server, "backups", "restore", of_other)
+    restored = command(server, "rotation-backups", "restore", of_other)
     assert restored.stdout == "4 records restored, 0 left: they were changed since\n"
     assert bodies(server, other) == list(range(3))
-    unasked = command(server, "backups", "prune", of_other)
+    unasked = command(server, "rotation-backups", "prune", of_other)
     assert (unasked.returncode, unasked.stdout) == (2, "")
     assert "nothing was removed" in unasked.stderr and "--yes" in unasked.stderr
-    pruned = command(server, "backups", "prune", of_other, "--yes")
+    pruned = command(server, "rotation-backups", "prune", of_other, "--yes")
     assert pruned.stdout == "4 backups of 1 jobs removed\n"
-    assert of_other not in command(server, "backups", "list").stdout
+    assert of_other not in command(server, "rotation-backups", "list").stdout
     assert bodies(server, other) == list(range(3))
 
 
@@ -239,7 +239,7 @@ def test_the_commands_steer_a_job(server: RealServer) -> None:
         (["jobs", "list", "--api-key-file", "/nonexistent/key"], ADMIN, 2, "the key file /nonexistent/key does not"),
         (["jobs", "list", "--url", "ftp://x"], ADMIN, 2, "ftp://x is no address of a server"),
         (["jobs", "list", "--url", "http://127.0.0.1:1"], ADMIN, 2, "did not answer: Connection refused"),
-        (["backups", "prune"], ADMIN, 2, "name jobs, or give one of --older-than and --all"),
+        (["rotation-backups", "prune"], ADMIN, 2, "name jobs, or give one of --older-than and --all"),
     ],
 )
 def test_what_the_commands_refuse_they_say_in_a_sentence(
