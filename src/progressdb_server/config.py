@@ -480,9 +480,9 @@ def check(config: Config, *, with_data: bool = True) -> None:
         raise ConfigError("server.port must be from 0 to 65535")
     if with_data and not config.storage.db_path:
         raise ConfigMissingError("no data directory is given: use --db DIR, PROGRESSDB_DB_PATH or storage.db_path")
-    if config.store.url:
+    if config.store.url and with_data:  # else no server runs with it
         _check_store(config)
-    elif config.store.single_node:
+    elif config.store.single_node and not config.store.url:
         raise ConfigError("store.single_node is for a store in a database: give its store.url too")
     if bool(config.server.tls.cert_file) != bool(config.server.tls.key_file):
         raise ConfigError("TLS needs both server.tls.cert_file and server.tls.key_file")

@@ -158,7 +158,7 @@ class Runner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for thread in self._threads:
+        for thread in list(self._threads):
             await self._store.claims.release(thread)
 
     def has_job(self, thread: str) -> bool:
