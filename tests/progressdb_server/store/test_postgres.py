@@ -275,6 +275,36 @@ def test_one_disk_is_enough_only_where_that_is_said(database: str) -> None:
     asyncio.run(run())
 
 
+def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> None:
+    own, of_server = database.replace("/postgres?", "/own?"), database.replace("test@/postgres?", "server@/own?")
+
+    async def run() -> None:
+        connection = await asyncpg.connect(database)
+        await connection.execute("CREATE ROLE server LOGIN")
+        await connection.execute("CREATE DATABASE own")
+        await connection.close()
+        with pytest.raises(FormatError, match="run progressdb store init"):
+            await postgres.open_engine(own, single_node=True)
+        await postgres.init(own, "server")
+        store = Conversations(await postgres.open_engine(of_server, single_node=True), SealingProvider())
+        try:
+            await fill(store, 2)
+            assert len(await messages_of(store, "t")) == 2
+        finally:
+            await store.close()
+        connection = await asyncpg.connect(of_server)
+        for refused in (
+            "UPDATE store_schema SET number = 2",
+            "ALTER TABLE store_entry ADD x int",
+            "DROP TABLE store_head",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(refused)
+        await connection.close()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("url", "why"),
     [
