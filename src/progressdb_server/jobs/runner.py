@@ -29,6 +29,7 @@ from progressdb_server.jobs.states import (
     JobConflictError,
     JobError,
     JobFailedError,
+    JobNotFoundError,
     Move,
     TooManyJobsError,
     changed,
@@ -158,8 +159,8 @@ class Runner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for thread in list(self._threads):
-            await self._store.claims.release(thread)
+        for thread, job_id in list(self._threads.items()):
+            await self._store.claims.release(thread, "" if job_id == OTHER_WORK else job_id)
 
     def has_job(self, thread: str) -> bool:
         """Whether a job on the thread is unfinished, or its keys are being destroyed."""
@@ -187,11 +188,11 @@ class Runner:
     async def _take(self, job: Job) -> bool:
         """Queue the job, unless another server works on its thread."""
         async with self._beginning:
-            if job.thread in self._threads or not await self._store.claims.claim(job.thread):
+            if job.thread in self._threads or not await self._store.claims.claim(job.thread, job.id, job.id):
                 return False
             job = await self.table.get(job.id)
             if job.state not in AT_WORK:
-                await self._store.claims.release(job.thread)
+                await self._store.claims.release(job.thread, job.id if job.unfinished else "")
                 return False
             self._threads[job.thread] = job.id
         if job.keying:
@@ -200,11 +201,13 @@ class Runner:
             await self._enqueue(job.id)
         return True
 
-    async def _other(self, thread: str) -> Job | None:
-        """An unfinished job on the thread, which another server may have begun."""
-        if not self._store.shared:
-            return None
-        return next((job for job in await self.table.of_thread(thread) if job.unfinished), None)
+    async def _other(self, thread: str) -> tuple[Job | None, str]:
+        """An unfinished job on the thread, which another server may have begun; and the job that its claim names."""
+        last = await self._store.claims.job_of(thread)
+        job = None
+        with contextlib.suppress(JobNotFoundError):  # of an entry that names a job whose row was never written
+            job = await self.table.get(last) if last else None
+        return (job if job is not None and job.unfinished else None), last
 
     # --- beginning ------------------------------------------------------------------------------------------------
     async def add(self, kind: Kind, thread: str, **fields: Any) -> Job:
@@ -222,18 +225,15 @@ class Runner:
                 return job
             if len(self._threads) >= UNFINISHED_MAX:
                 raise TooManyJobsError
-            claimed = await self._store.claims.claim(thread)
-            unfinished = await self._other(thread)
+            unfinished, last = await self._other(thread)
             if unfinished is not None:
-                if claimed:
-                    await self._store.claims.release(thread)
                 if unfinished.kind != kind.name:
                     raise JobConflictError("another job works on this thread")
                 return unfinished
-            if not claimed:
-                raise JobConflictError(BUSY)
             now_ns = self.table.now_ns()
             job = Job(self._store.new_job_id(now_ns), thread, now_ns, now_ns, kind=kind.name, **fields)
+            if not await self._store.claims.claim(thread, job.id, last):
+                raise JobConflictError(BUSY)
             self._threads[thread] = job.id
             try:
                 await self.table.add(job)
@@ -366,7 +366,7 @@ class Runner:
         ended = job.state not in AT_WORK or not await self._store.claims.holds(job.thread)
         if ended if self._store.shared else not job.unfinished:
             del self._threads[job.thread]
-            await self._store.claims.release(job.thread)
+            await self._store.claims.release(job.thread, job_id if job.unfinished else "")
 
     # --- changing -------------------------------------------------------------------------------------------------
     async def pause(self, job_id: str) -> Job:
@@ -404,7 +404,7 @@ class Runner:
             raise JobConflictError("another job works on this thread")
         kind = self._kind(job)
         await kind.resume(job)
-        if not await self._store.claims.claim(job.thread):
+        if not await self._store.claims.claim(job.thread, job_id, job_id if job.unfinished else ""):
             raise JobConflictError(BUSY)
         self._threads[job.thread] = job_id
         try:
@@ -459,10 +459,11 @@ class Runner:
             raise JobConflictError("a job on this thread is unfinished")
         self._threads[job.thread] = OTHER_WORK
         try:
-            if not await self._store.claims.claim(job.thread):
-                raise JobConflictError(BUSY)
-            if await self._other(job.thread) is not None:
+            unfinished, last = await self._other(job.thread)
+            if unfinished is not None:
                 raise JobConflictError("a job on this thread is unfinished")
+            if not await self._store.claims.claim(job.thread, "", last):
+                raise JobConflictError(BUSY)
             yield
         finally:
             del self._threads[job.thread]

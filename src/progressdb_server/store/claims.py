@@ -3,6 +3,7 @@
 Owns: the entries `keyspace.claim` and `keyspace.server`. Invariants:
 - A claim names a server and is void once that server has not renewed its own entry for LEASE_S, by the clock of the
   database. Clocks of servers decide nothing.
+- The entry names the thread's job until that has ended, whoever works on it, or nobody does while it is paused.
 - Taking a claim over changes its entry. Each step of a job expects the entry that its server wrote, so that a server
   which has lost a claim changes nothing, however late it notices.
 - A store of one process claims everything and writes nothing.
@@ -34,21 +35,30 @@ class Claims:
         self._server = secrets.token_hex(8)
         self._held: dict[str, bytes] = {}
 
-    async def claim(self, thread: str) -> bool:
-        """Whether this server has the thread now. Raises StoreUnavailableError."""
+    async def job_of(self, thread: str) -> str:
+        """The id of the thread's job, empty for none. Raises StoreUnavailableError."""
+        raw = None if self._engine is None else await self._engine.reads.get(keyspace.claim(thread))
+        return "" if raw is None else raw.split(b"-", 2)[2].decode()
+
+    async def claim(self, thread: str, job_id: str, last: str) -> bool:
+        """Whether this server has the thread now, for a job; `last` is `job_of` the thread. Raises
+        StoreUnavailableError."""
         if self._engine is None or await self.holds(thread):
             return True
         key, reads = keyspace.claim(thread), self._engine.reads
-        expect = [(key, await reads.get(key))]
-        owner = expect[0][1]
-        if owner is not None:
-            lease_key = keyspace.server(owner.partition(b"-")[0].decode())
+        entry = await reads.get(key)
+        expect = [(key, entry)]
+        owner, _, found = (entry or b"--").split(b"-", 2)
+        if found.decode() != last:
+            return False
+        if owner:
+            lease_key = keyspace.server(owner.decode())
             lease = await reads.get(lease_key)
             if lease is not None and int(lease) > await self._engine.now_ns():
                 return False
             expect.append((lease_key, lease))
         await self.renew()
-        mine = f"{self._server}-{secrets.token_hex(8)}".encode()
+        mine = f"{self._server}-{secrets.token_hex(8)}-{job_id}".encode()
         try:
             await self._writer.commit(Write(((key, mine),), expect))
         except ConditionFailedError:
@@ -68,12 +78,14 @@ class Claims:
         self._held.pop(thread, None)
         return False
 
-    async def release(self, thread: str) -> None:
+    async def release(self, thread: str, job_id: str = "") -> None:
+        """`job_id`: of the thread's job that has not ended."""
         mine = self._held.pop(thread, None)
         if mine is not None:
             key = keyspace.claim(thread)
+            left = f"--{job_id}".encode() if job_id else None
             with contextlib.suppress(ConditionFailedError, StoreUnavailableError):  # else it ends with the lease
-                await self._writer.commit(Write(((key, None),), ((key, mine),)))
+                await self._writer.commit(Write(((key, left),), ((key, mine),)))
 
     def condition(self, thread: str) -> tuple[tuple[bytes, bytes | None], ...]:
         """Of what is written for work on the thread."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
-from typing import Final
+from typing import Final, Protocol
 
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import ConditionFailedError, Step
@@ -95,12 +95,15 @@ class RecentKeys:
         return all(self._groups[-number].isdisjoint(keys) for number in range(1, later + 1))
 
 
+class Stored(Protocol):
+    def get(self, key: bytes, /) -> bytes | None: ...
+
+
 class Conditions:
     """Belongs to one writer."""
 
-    def __init__(self, get: Callable[[bytes], bytes | None]) -> None:
-        """`get` reads a stored value."""
-        self._get = get
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
         self.recent = RecentKeys()
         self._known: Puts = {}
         """A cache of small stored values. All writes of a thread have conditions on the same two."""
@@ -111,7 +114,7 @@ class Conditions:
         staged: Puts = {}
         read: Puts = {}
         failed: dict[PendingWrite, bytes] = {}
-        get, known = self._get, self._known
+        get, known = self._stored.get, self._known
         threads = messages = 0
         for pending in group:
             write = pending.write

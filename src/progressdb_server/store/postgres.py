@@ -461,7 +461,7 @@ class PostgresWriter(GroupCommit):
                 if stamp <= last or version in found:
                     failed[pending] = LateStampError(version, Stamp.parse(last.decode()) if last else None)
         rest = [pending for pending in group if pending not in failed]
-        staged, refused, threads, messages = Conditions(found.get).stage(rest)
+        staged, refused, threads, messages = Conditions(found).stage(rest)
         failed |= {pending: ConditionFailedError(key) for pending, key in refused.items()}
         fresh |= {key for key in _expected(group) if key not in found}
         await _put(connection, staged, fresh)

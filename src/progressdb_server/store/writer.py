@@ -421,7 +421,7 @@ class Writer(GroupCommit):
         super().__init__(clock, metrics, on_reopen)
         self._engine = engine
         self._disk = DiskThread()
-        self._conditions = Conditions(engine.get)
+        self._conditions = Conditions(engine)
         self.load_state()
 
     def load_state(self) -> None:
