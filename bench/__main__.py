@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench import (
     agents,
+    audited,
     create,
     dek_rotation,
     encrypt,
@@ -34,6 +35,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "encrypt_fsync": encrypt.encrypt_fsync,
     "encrypt_batch": encrypt.encrypt_batch,
     "gateway": gateway.encrypt,
+    "audited": audited.encrypt,
     "append": messages.append,
     "append_added": messages.append_added,
     "list": messages.listing,

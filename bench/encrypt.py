@@ -123,11 +123,11 @@ def encrypt_fsync() -> list[Row]:
             own = started.enter_context(programs.workplace())
             path = started.enter_context(programs.minikms(own, "--audit-fsync", policy))
             targets[policy] = target(policy, path, own)
-            _requests_per_second(targets[policy], FSYNC_CONNECTIONS, REQUESTS_TO_WARM_UP)
+            rate(targets[policy], FSYNC_CONNECTIONS, REQUESTS_TO_WARM_UP)
         turns: dict[str, list[float]] = {policy: [] for policy in FSYNC_POLICIES}
         for turn in range(FSYNC_TURNS):
             for policy, one in targets.items():
-                turns[policy].append(_requests_per_second(one, FSYNC_CONNECTIONS, FSYNC_REQUESTS))
+                turns[policy].append(rate(one, FSYNC_CONNECTIONS, FSYNC_REQUESTS))
             rates = ", ".join(f"{policy} {figure(rates[-1])}/s" for policy, rates in turns.items())
             say(f"encrypt by fsync policy, turn {turn + 1}: {rates}")
     what = f"`/encrypt`, {PLAINTEXT_BYTES} B, {FSYNC_CONNECTIONS} connections, `--audit-fsync"
@@ -195,12 +195,12 @@ def _compared(
     ours: Target, theirs: Target, connections: int, floor: float | None = None, goal: float | None = None
 ) -> Row:
     for one in (ours, theirs):
-        _requests_per_second(one, connections, REQUESTS_TO_WARM_UP)
+        rate(one, connections, REQUESTS_TO_WARM_UP)
     requests = REQUESTS_PER_TURN if connections > 1 else REQUESTS_PER_TURN_OF_ONE
     turns: dict[Target, list[float]] = {ours: [], theirs: []}
     for turn in range(TURNS):
         for one in (ours, theirs):
-            turns[one].append(_requests_per_second(one, connections, requests))
+            turns[one].append(rate(one, connections, requests))
         say(
             f"encrypt, {_counted(connections)}, turn {turn + 1}: "
             f"{figure(turns[ours][-1])}/s, {theirs.name} {figure(turns[theirs][-1])}/s"
@@ -220,7 +220,8 @@ def _counted(connections: int) -> str:
     return "1 connection" if connections == 1 else f"{connections} connections"
 
 
-def _requests_per_second(one: Target, connections: int, requests: int) -> float:
+def rate(one: Target, connections: int, requests: int) -> float:
+    """Requests per second of h2load. Raises BenchError unless every one got 2xx."""
     command = ["h2load", "--h1", "-n", str(requests), "-c", str(connections), "-t", "1", "-d", str(one.body)]
     command += ["-H", "content-type: application/json"]
     if isinstance(one.address, str):
@@ -229,10 +230,10 @@ def _requests_per_second(one: Target, connections: int, requests: int) -> float:
         host, port = one.address
         command.append(f"http://{f'[{host}]' if ':' in host else host}:{port}/encrypt")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    rate = re.search(r"finished in .*?, ([0-9.]+) req/s", done.stdout)
+    found = re.search(r"finished in .*?, ([0-9.]+) req/s", done.stdout)
     succeeded = re.search(r"status codes: (\d+) 2xx", done.stdout)
-    if rate is None or succeeded is None or int(succeeded[1]) != requests:
+    if found is None or succeeded is None or int(succeeded[1]) != requests:
         raise BenchError(
             f"not every request of h2load was answered with 2xx:\n{done.stdout[-600:]}{done.stderr[-600:]}"
         )
-    return float(rate[1])
+    return float(found[1])

@@ -111,6 +111,14 @@ def minikms(
 
 
 @contextlib.contextmanager
+def auditor(config: Path, ready: Callable[[], bool]) -> Iterator[None]:
+    """The auditor with this configuration."""
+    command = [_installed("minikms-auditor"), "--config", str(config)]
+    with _running(command, lambda _: ready()):
+        yield
+
+
+@contextlib.contextmanager
 def progressdb(directory: Path, *, encrypting: bool = True, checkout: Path | None = None) -> Iterator[tuple[str, int]]:
     """The message server with the key service that it spawns, or not `encrypting` and alone. `checkout`: of another
     version of this project, with a `.venv`. Yields the address it listens on.

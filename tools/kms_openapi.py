@@ -16,6 +16,7 @@ import yaml
 from minikms import api
 from minikms.api import Verb, errors
 from minikms.daemon import metrics
+from minikms.daemon.lagging import SERVED
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "minikms-openapi.yaml"
 Schema = dict[str, Any]
@@ -164,6 +165,8 @@ def refusals(verb: Verb[Any, Any]) -> set[tuple[int, str]]:
     found = EVERYWHERE | {(kind.status, kind.code) for kind in kinds if kind.code in verb.refusals}
     if verb not in SERVED_SEALED:
         found.add((errors.SealedError.status, errors.SealedError.code))
+    if verb not in SERVED:
+        found.add((errors.AuditLaggingError.status, errors.AuditLaggingError.code))
     if verb.has_body:
         found.add((errors.TooLargeError.status, errors.TooLargeError.code))
     if verb is api.SEAL:  # a limit never holds it up
@@ -178,10 +181,10 @@ def document() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for verb, answer in ((api.HEALTH, "ok"), (api.READY, "ready")):
         success = {"description": "Success.", "content": {"text/plain": {"schema": {"const": answer}}}}
-        refused = {
-            str(errors.BY_CODE[code].status): {"description": f"`{code}`", "content": ERROR_CONTENT}
-            for code in verb.refusals
-        }
+        refused = {}
+        if verb.refusals:
+            codes = ", ".join(f"`{code}`" for code in sorted(verb.refusals))
+            refused["503"] = {"description": codes, "content": ERROR_CONTENT}
         operation_of = {"summary": verb.summary, "operationId": verb.name, "responses": {"200": success, **refused}}
         paths[verb.path] = {verb.method.lower(): operation_of}
     for verb in api.VERBS:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import stat
 import tomllib
 from pathlib import Path
 from typing import Final, TypeVar
@@ -44,6 +45,13 @@ class ConfigFiles:
         if len(content) > bytes_max:
             raise StartError(f"the {what} {path} is larger than {bytes_max} bytes")
         return content
+
+    def check_private(self, text: str, what: str = "private key") -> None:
+        """Raises StartError unless only its owner, root or a group of this process can read such a file."""
+        self.read(text, what, PEM_BYTES_MAX)
+        path = self.path(text)
+        if path.stat().st_mode & stat.S_IRWXO:
+            raise StartError(f"other users can read the {what} {path}: chmod o-rwx it")
 
     def content(self) -> bytes:
         """That of the configuration itself. Raises StartError."""

@@ -6,7 +6,8 @@ Owns the order in which its parts are opened, for each mode:
   then the vault. The daemon, `minikms.embedded` and `minikms init` open so. It may be called again in the
   same process: a failure or `DataDir.close` gives everything back but the lock and the arena, which are the caller's.
 - `open_for_reading`, without the lock, beside a running daemon: the keyring only, and nothing changes.
-- `rotate_audit_key`, under the lock while no daemon runs: keyring and audit log, changed together.
+- `rotate_audit_key` and `detach_auditor`, under the lock while no daemon runs: keyring and audit log, changed
+  together.
 
 Invariants: each step is a precondition of the next; the root key is released as soon as the keyring is open; a missing
 keyring beside existing keys is refused, never made again; every start raises the epoch, durably, before a request is
@@ -46,6 +47,7 @@ from minikms.custody.backup import register
 from minikms.custody.files import DataDirLock, InUseError, make_private_directory, read_file_bounded
 from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
+from minikms.custody.log_directory import NAME as LOG_DIRECTORY_NAME
 from minikms.custody.log_directory import claim_log_directory, lock_log_directory, log_directory
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
@@ -152,7 +154,8 @@ def lock_data_dir(directory: str, audit_dir: str | None = None) -> DataDirLock:
         stop = "Stop that process first" + (f", with `kill {error.pid}`" if error.pid is not None else "")
         raise StartError(f"{error}. {stop}: only one may use a data directory") from None
     try:
-        claim_log_directory(lock, audit_dir)
+        with written_at_start(os.path.join(lock.directory, LOG_DIRECTORY_NAME)):
+            claim_log_directory(lock, audit_dir)
         for name in (deks.DIRECTORY, backups.DIRECTORY):
             make_private_directory(os.path.join(lock.directory, name))
     except BaseException:
@@ -551,8 +554,49 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
     """Makes a new audit key and uses it from the next line on. The daemon must not be running.
 
     The keyring holds the new key durably before the log names it; the next start completes what a crash between the two
-    leaves. Raises StartError when the directory is in use, its keyring is older than its log, or the log can't be
-    continued; StorageUnavailableError and AuditUnavailableError when the disk fails.
+    leaves. Raises as `_opened_offline`.
+    """
+    with _opened_offline(directory, root, "the audit key changes") as (file, unlocked, log):
+        last = log.sign_and_sync()
+        made = unlocked.make_audit_key(
+            fill_random,
+            version=unlocked.body.audit_key.version + 1,
+            at=_now(),
+            since_seq=last.seq,
+            since_sig=last.sig,
+        )
+        body = keyring.add_audit_key(unlocked.body, made, at=_now())
+        file.store_now(unlocked.encode(body))
+        unlocked.body = body
+        log.change_key(audit_keys(unlocked).current)
+        log.fdatasync()
+        return NewAuditKey(made.version, made.public_key, log.head)
+
+
+def detach_auditor(directory: str, root: RootProvider) -> str:
+    """Forgets the origin of the auditor, which is returned. The daemon must not be running.
+
+    The line about it is durable before the keyring changes; a crash between the two leaves the auditor attached, and
+    the line is written again. Raises as `_opened_offline`, and StartError when there is no origin.
+    """
+    with _opened_offline(directory, root, "an auditor is detached") as (file, unlocked, log):
+        origin = unlocked.body.audit_origin
+        if not origin:
+            raise StartError("no auditor is attached")
+        log.add(Event(type="detach_auditor", actor="minikms", pid=os.getpid(), facts={"origin": origin}))
+        log.sign_and_sync()
+        file.store_now(unlocked.encode(keyring.without_audit_origin(unlocked.body, at=_now())))
+        return origin
+
+
+@contextmanager
+def _opened_offline(
+    directory: str, root: RootProvider, change: str
+) -> Iterator[tuple[KeyringFile, UnlockedKeyring, AuditLog]]:
+    """Keyring and audit log, for a change of both while no daemon runs. `change`: what happens, as subject and verb.
+
+    The body of the keyring counts every tombstone. Raises StartError when the directory is in use, its keyring is older
+    than its log, or the log can't be continued; StorageUnavailableError and AuditUnavailableError when the disk fails.
     """
     read_keyring(directory)  # before the lock, which would make a missing directory
     with ExitStack() as stack:
@@ -560,36 +604,21 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
             lock = stack.enter_context(DataDirLock(directory))
         except InUseError as error:
             raise StartError(
-                f"{error}; the audit key changes only while the daemon is stopped: stop it, or the message server that "
+                f"{error}; {change} only while the daemon is stopped: stop it, or the message server that "
                 "started it and would start it again, run this again, and start it"
             ) from None
         file = KeyringFile(lock.directory_fd, stack.enter_context(ThreadPoolExecutor(1)))
         unlocked = stack.enter_context(open_for_reading(directory, root))
         log_dir = lock_log_directory(lock)
-        # The new key raises the epoch, so an older keyring would pass for a newer one at the next start.
+        # The change raises the epoch, so an older keyring would pass for a newer one at the next start.
         _check_newest(unlocked.body.epoch, highest_epoch(log_dir))
         # First the log as it is: an interrupted step is completed under the keys that the log knows.
         log = open_audit_log(log_dir, unlocked, expected=ExpectedLog(exists=True))
-        try:
-            last = log.sign_and_sync()
-            made = unlocked.make_audit_key(
-                fill_random,
-                version=unlocked.body.audit_key.version + 1,
-                at=_now(),
-                since_seq=last.seq,
-                since_sig=last.sig,
-            )
-            destroyed, body = open_tombstones(lock.directory_fd, unlocked)
-            destroyed.close()
-            _check_tombstones(destroyed, log)
-            body = keyring.add_audit_key(body, made, at=_now())
-            file.store_now(unlocked.encode(body))
-            unlocked.body = body
-            log.change_key(audit_keys(unlocked).current)
-            log.fdatasync()
-        finally:
-            log.close()
-        return NewAuditKey(made.version, made.public_key, log.head)
+        stack.callback(log.close)
+        destroyed, unlocked.body = open_tombstones(lock.directory_fd, unlocked)
+        destroyed.close()
+        _check_tombstones(destroyed, log)
+        yield file, unlocked, log
 
 
 def _now() -> str:

@@ -2,19 +2,21 @@
 
 Owns: the order of a step, which is the order of the rules in `minikms_auditor`, and what stops it. A step reports the
 position and learns which line is durable; lets the tree grow; signs its tree checkpoint, has it cosigned and publishes
-it. Invariants: whatever stops a step is in `status` by then; while there is an alarm nothing is signed, so the
-published tree checkpoint gets old. It must never forget an alarm before a whole step went well.
+it. The position is the last line that the published tree and every required sink have. Invariants: whatever stops a
+step is in `status` by then; while there is an alarm nothing is signed, so the published tree checkpoint gets old. It
+must never forget an alarm before a whole step went well.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, Protocol
 
 import msgspec
 
+from minikms.api import AuditPositionAnswer
 from minikms.api.errors import ConflictError, InvalidRequestError, KmsError, KmsRefusedError
 from minikms.audit.export import LogRange
 from minikms.audit.note import Checkpoint, Note, NoteError, Policy, cosigned_at, open_checkpoint
@@ -22,7 +24,8 @@ from minikms.audit.record import Head
 from minikms.audit.tiles import Tiles
 from minikms_auditor.config import Config
 from minikms_auditor.signers import Signers
-from minikms_auditor.store import Line, Store, Witnessed
+from minikms_auditor.sinks import Shipper, SinkStatus
+from minikms_auditor.store import Cursor, Store, Witnessed
 from minikms_auditor.tail import Grown, LogFaultError, Tail, UnknownLogError
 from minikms_auditor.witnesses import Submission, Witnesses
 from minikms_tokens import TokenError
@@ -34,28 +37,10 @@ FAULTS_BEFORE_ALARM: Final = 3
 ALARM_RETRY_SECONDS: Final = 30.0
 
 
-class DurableLine(Protocol):
-    @property
-    def seq(self) -> int: ...
-
-    @property
-    def mac(self) -> bytes: ...
-
-
-class PositionAnswer(Protocol):
-    """log_id: empty where the daemon does not know it. durable: seq 0 where it does not know that."""
-
-    @property
-    def log_id(self) -> str: ...
-
-    @property
-    def durable(self) -> DurableLine: ...
-
-
 class Reporter(Protocol):
     """What the auditor needs of `minikms.client.Client`."""
 
-    def report_audit_position(self, *, origin: str, log_id: str, seq: int, mac: bytes) -> PositionAnswer: ...
+    def report_audit_position(self, *, origin: str, log_id: str, seq: int, mac: bytes) -> AuditPositionAnswer: ...
 
 
 class WitnessStatus(msgspec.Struct, frozen=True):
@@ -94,6 +79,7 @@ class Status(msgspec.Struct, frozen=True):
     quorum: int = 0
     witnesses: tuple[WitnessStatus, ...] = ()
     pending: PendingLog | None = None
+    sinks: tuple[SinkStatus, ...] = ()
 
 
 class _AlarmError(Exception):
@@ -112,6 +98,7 @@ class Auditor:
         kms: Reporter,
         *,
         log: Callable[[str, str], None],
+        sinks: Sequence[Shipper] = (),
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
@@ -120,6 +107,7 @@ class Auditor:
         self._witnesses = witnesses
         self._kms = kms
         self._log = log
+        self._sinks = sinks
         self._stopping = stopping
         self._tail: Tail | None = None
         self._faults = 0
@@ -193,10 +181,9 @@ class Auditor:
 
     def _report(self) -> bool:
         """Report the position. Whether the answer says which line of which log is durable."""
-        witnessed = self._store.state.witnessed
         self._reported_s = time.monotonic()
         try:
-            answer = self._ask(None if witnessed is None else witnessed.line)
+            answer = self._ask(self._taken())
         except KmsError as error:
             self._note_error("key service", str(error))
             return False
@@ -206,7 +193,22 @@ class Auditor:
             self._durable = Head(answer.durable.seq, answer.durable.mac)
         return bool(answer.log_id) and answer.durable.seq > 0
 
-    def _ask(self, line: Line | None) -> PositionAnswer:
+    def _taken(self) -> Cursor | None:
+        """The last line that both the published tree and every required sink have; None if there is none."""
+        witnessed = self._store.state.witnessed
+        if witnessed is None:
+            return None
+        line = witnessed.line
+        taken = Cursor(1, line.log_id, line.seq, line.sig)
+        for sink in self._sinks:
+            if sink.required:
+                cursor = sink.cursor
+                if cursor is None or cursor.log_id != taken.log_id or not cursor.sig:
+                    return None
+                taken = min(taken, cursor, key=lambda each: each.seq)
+        return taken
+
+    def _ask(self, line: Cursor | None) -> AuditPositionAnswer:
         report = partial(self._kms.report_audit_position, origin=self._config.origin)
         if line is not None:
             try:
@@ -252,6 +254,8 @@ class Auditor:
         if line is not None and line.log_id == self._log_id:
             leaf = self._store.edge.last_leaf(self._store.read)
             tail = Tail(directory, self._log_id, line=line, leaf=leaf)
+        elif any(log.log_id == self._log_id for log in self._store.state.logs):
+            raise LogFaultError(f"the log {self._log_id} is an earlier one of the tree: an older copy was put back")
         else:
             trusted = {*self._config.trusted_keys, *self._store.state.keys, *self._store.accepted_keys()}
             tail = Tail(directory, self._log_id, line=None, trusted=trusted, may_be_cut=line is None)
@@ -362,13 +366,16 @@ class Auditor:
                 for client in self._witnesses.clients
             ),
             pending=self._pending,
+            sinks=tuple(sink.status() for sink in self._sinks),
         )
 
     def _show(self) -> None:
         try:
             self._store.show(msgspec.json.format(msgspec.json.encode(self.status())))
-        except OSError as error:
-            self._note_error("disk", str(error.strerror))
+        except KmsRefusedError as error:
+            self._note_error("status.json", str(error))
+        else:
+            self._note_error("status.json", "")
 
     def close(self) -> None:
         self._close_tail()

@@ -2,7 +2,7 @@
 
 Owns: its subcommands and flags, and the sentence for each error. Invariants: results go to standard output, everything
 else to standard error; what `check-config` accepts, a start accepts too, but for its sockets and its state; only
-`accept-log` writes, and only the list of accepted keys.
+`accept-log` and `skip` write, and only the list of accepted keys or of skipped lines.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from minikms.usage import (
 
 if TYPE_CHECKING:
     from minikms_auditor.auditor import Status
+    from minikms_auditor.config import Sink
 
 app = new_helper(
     "minikms-auditor",
@@ -57,12 +58,14 @@ def check_config(*, config: Config) -> int:
     from minikms_auditor.process import ARENA_SLOTS, load
 
     with SecretArena(ARENA_SLOTS) as arena:
-        found, signers, witnesses = load(Files(config), arena)
+        found, signers, witnesses, _ = load(Files(config), arena)
         vkeys = [key.text() for key in signers.verifiers]
         signers.close()
     print(f"{config}: valid; a quorum of {found.quorum} of {len(witnesses.clients)} witnesses")
     for vkey in vkeys:
         print(f"  log key  {vkey}")
+    for sink in found.sink:
+        print(f"  sink     {sink.name}: {sink.format}{', required' if sink.required else ''}; {_receiver_must(sink)}")
     return EXIT_GOOD
 
 
@@ -84,7 +87,8 @@ def status(*, config: Config, json: Json = False) -> int:
     found = msgspec.json.decode(content, type=Status)
     age_s = int(time.time()) - found.updated_at
     print(content.decode() if json else "\n".join(_status_lines(found, age_s)))
-    return EXIT_FAILED if found.alarm or found.errors or age_s > FRESH_SECONDS else EXIT_GOOD
+    wrong = found.alarm or found.errors or any(sink.error for sink in found.sinks)
+    return EXIT_FAILED if wrong or age_s > FRESH_SECONDS else EXIT_GOOD
 
 
 @app.command
@@ -158,6 +162,36 @@ def accept_log(
     return EXIT_GOOD
 
 
+@app.command
+def skip(
+    line: Annotated[int, Parameter(help="The number of the line that a sink waits at.")], *, config: Config
+) -> int:
+    """Let the sinks that wait at a line go on without it. It is kept in their files `rejected`.
+
+    Exit status: 0 done, 1 no sink waits there, 2 the auditor never ran.
+    """
+    import msgspec
+
+    from minikms.api.errors import StartError
+    from minikms_auditor import store
+    from minikms_auditor.auditor import Status
+    from minikms_auditor.config import Files
+
+    state_dir = Files(config).config().state_dir
+    content = store.shown(state_dir)
+    if content is None:
+        raise StartError("the auditor has not run with this configuration yet")
+    sinks = msgspec.json.decode(content, type=Status).sinks
+    waiting = {sink.name: sink.waits_log_id for sink in sinks if sink.waits_at == line > 0}
+    if not waiting:
+        print(f"No sink waits at line {line}.")
+        return EXIT_FAILED
+    for log_id in sorted(set(waiting.values())):
+        store.skip_line(state_dir, log_id, line)
+    print(f"Line {line} is skipped by {', '.join(waiting)}, which go on within seconds.")
+    return EXIT_GOOD
+
+
 def main() -> None:
     """Runs the command line and ends the process."""
     run_app(app, lambda error: (explained(error), EXIT_MISSING))
@@ -190,11 +224,26 @@ def _show_pending(state_dir: str) -> int:
     return EXIT_FAILED
 
 
+def _receiver_must(sink: Sink) -> str:
+    from minikms.audit.ocsf import EVENT_BYTES_MAX
+    from minikms_auditor.config import FileSink
+
+    if isinstance(sink, FileSink):
+        return f"the directory {Path(sink.path).parent} must be there"
+    warning = "" if sink.has_tls else ", without TLS"
+    return f"its receiver must take messages of {EVENT_BYTES_MAX >> 20} MiB{warning}"
+
+
 def _status_lines(found: Status, age_s: int) -> Iterator[str]:
+    from minikms_auditor.store import REJECTED_NAME, SINKS_NAME
+
     if found.alarm:
         yield f"STOPPED: {found.alarm}"
     for error in found.errors:
         yield f"FAILS: {error}"
+    for sink in found.sinks:
+        if sink.error:
+            yield f"FAILS: the sink {sink.name}{', which is required' if sink.required else ''}: {sink.error}"
     if age_s > FRESH_SECONDS:
         yield f"The auditor does not run: this is its status of {age_s} s ago."
     yield f"  origin     {found.origin}"
@@ -207,6 +256,11 @@ def _status_lines(found: Status, age_s: int) -> Iterator[str]:
         yield f"  cosigned   by {found.quorum} of {len(found.witnesses)} witnesses, last {at}"
     else:
         yield "  cosigned   by nobody: no witness is configured"
+    for sink in found.sinks:
+        at = f"last {_time(sink.delivered_at)}" if sink.delivered_at else "nothing sent since the start"
+        yield f"  sink       {sink.name}: line {sink.seq}, {sink.lag_lines} to come, {at}, {sink.failures} failures"
+        if sink.rejected:
+            yield f"             {sink.rejected} lines rejected: {SINKS_NAME}/{sink.name}/{REJECTED_NAME}"
     for witness in found.witnesses:
         state = witness.error or (f"last {_time(witness.cosigned_at)}" if witness.cosigned_at else "not asked yet")
         yield f"  witness    {witness.name}: {state}"

@@ -6,6 +6,7 @@ or of another type is refused. It must never open a socket.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Final, Literal
 from urllib.parse import urlsplit
@@ -24,9 +25,11 @@ SIGNERS_COUNT_MAX: Final = 2
 RESUBMIT_SECONDS: Final = 300
 RESUBMIT_SECONDS_MAX: Final = 24 * 3600
 FILE_SCHEME: Final = "file:"
-CLOUD_SCHEME: Final = "aws-kms:"
-_SIGNER_SCHEMES: Final = (FILE_SCHEME, "pkcs11:", CLOUD_SCHEME)
+_SIGNER_SCHEMES: Final = (FILE_SCHEME, "pkcs11:", "aws-kms:")
 TOKEN_PATHS_COUNT_MAX: Final = 16
+SINKS_COUNT_MAX: Final = 8
+_SINK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}", re.ASCII)
+_SINK_URL: Final = re.compile(r"[a-z]+://[!-~]+", re.ASCII)
 _URL: Final = re.compile(r"https?://[!-~]+", re.ASCII)
 
 
@@ -41,6 +44,50 @@ class Witness(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     def verifier(self) -> VerifierKey:
         """Raises NoteError."""
         return parse_vkey(self.key, (TYPE_COSIGNATURE,))
+
+
+class _Sink(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, tag_field="type"):
+    """name: of its directory and in status. required: nothing counts as taken before this sink has it."""
+
+    name: str
+    format: Literal["line", "ocsf"] = "line"
+    required: bool = False
+
+
+class _NetworkSink(_Sink, frozen=True, kw_only=True):
+    """ca: of the receiver's certificate, if not one of the machine. cert, key: the client's own, if it needs one."""
+
+    url: str
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+
+    @property
+    def has_tls(self) -> bool:
+        return self.url.startswith(("https:", "tls:"))
+
+
+class SyslogSink(_NetworkSink, frozen=True, kw_only=True, tag="syslog"):
+    """url: `tls://HOST:PORT` or `tcp://HOST:PORT`."""
+
+
+class HttpSink(_NetworkSink, frozen=True, kw_only=True, tag="http"):
+    """token: the file of a bearer token, if the receiver needs one."""
+
+    token: str = ""
+
+
+class SplunkSink(_NetworkSink, frozen=True, kw_only=True, tag="splunk"):
+    """url: of the HTTP Event Collector, without a path. token: the file of its token."""
+
+    token: str
+
+
+class FileSink(_Sink, frozen=True, kw_only=True, tag="file"):
+    path: str
+
+
+Sink = SyslogSink | HttpSink | SplunkSink | FileSink
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -59,6 +106,13 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     witness: tuple[Witness, ...] = ()
     quorum: int = 0
     resubmit_seconds: int = RESUBMIT_SECONDS
+    sink: tuple[Sink, ...] = ()
+
+    @property
+    def uses_network(self) -> bool:
+        """Whether it connects to other hosts. A token may be a network HSM."""
+        sinks = any(isinstance(sink, _NetworkSink) for sink in self.sink)
+        return sinks or bool(self.witness) or not all(uri.startswith(FILE_SCHEME) for uri in self.signers)
 
     @property
     def trusted_keys(self) -> frozenset[bytes]:
@@ -74,7 +128,11 @@ class Files(ConfigFiles):
         config = parse_config(self.content(), str(self.config_path))
         places = {name: str(self.path(getattr(config, name))) for name in ("kms_socket", "log_dir", "state_dir")}
         tokens = tuple(str(self.path(each)) for each in config.token_paths)
-        return msgspec.structs.replace(config, **places, token_paths=tokens)
+        sinks = tuple(
+            msgspec.structs.replace(sink, path=str(self.path(sink.path))) if isinstance(sink, FileSink) else sink
+            for sink in config.sink
+        )
+        return msgspec.structs.replace(config, **places, token_paths=tokens, sink=sinks)
 
 
 def parse_config(content: bytes, place: str) -> Config:
@@ -117,6 +175,50 @@ def _check(config: Config) -> None:
             raise StartError(f"{witness.url!r} is no URL of a witness, such as https://witness.example.com/w1")
         if witness.ca and not witness.url.startswith("https:"):
             raise StartError(f"the witness {witness.url} has no TLS, so remove ca")
+    if len(config.sink) > SINKS_COUNT_MAX:
+        raise StartError(f"there are more than {SINKS_COUNT_MAX} sinks")
+    if len({sink.name for sink in config.sink}) != len(config.sink):
+        raise StartError("two sinks have the same name")
+    files = [sink.path for sink in config.sink if isinstance(sink, FileSink)]
+    if len(set(files)) != len(files):
+        raise StartError("two sinks have the same file")
+    for sink in config.sink:
+        _check_sink(sink)
+
+
+def _check_sink(sink: Sink) -> None:
+    name = f"the sink {sink.name!r}"
+    if _SINK_NAME.fullmatch(sink.name) is None:
+        raise StartError(f"{name}: a name is 1 to 32 characters of a-z, 0-9 and -")
+    if isinstance(sink, FileSink):
+        return
+    schemes = ("tls", "tcp") if isinstance(sink, SyslogSink) else ("https", "http")
+    try:
+        parts = urlsplit(sink.url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        parts, host, port = urlsplit(""), "", None
+    more = parts.username is not None or parts.fragment or (parts.query and not isinstance(sink, HttpSink))
+    if isinstance(sink, SyslogSink | SplunkSink):
+        more = more or parts.path.strip("/")
+    if parts.scheme not in schemes or _SINK_URL.fullmatch(sink.url) is None or not host or port == 0 or more:
+        example = "tls://siem.example.com:6514" if isinstance(sink, SyslogSink) else "https://siem.example.com:8088"
+        raise StartError(f"{name}: {sink.url!r} is no URL of its type, such as {example}")
+    if isinstance(sink, SyslogSink) and port is None:
+        raise StartError(f"{name}: the URL must name a port, such as 6514")
+    if not sink.has_tls and (sink.ca or sink.cert):
+        raise StartError(f"{name} has no TLS, so remove ca and cert")
+    if not sink.has_tls and not isinstance(sink, SyslogSink) and not _is_loopback(host):
+        raise StartError(f"{name}: plain HTTP is for receivers on this host, such as http://127.0.0.1:8080")
+    if bool(sink.cert) != bool(sink.key):
+        raise StartError(f"{name}: cert and key belong together")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _is_prefix(url: str) -> bool:

@@ -6,11 +6,21 @@ Owns: their names (docs/metrics.md). No label may hold what a peer sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from minikms_auditor.auditor import Status
+from minikms_auditor.sinks import SinkStatus
+
+_SINK_GAUGES: Final[tuple[tuple[str, str, Callable[[SinkStatus], float]], ...]] = (
+    ("minikms_auditor_sink_lag_lines", "Lines of the tree that the receiver does not have.", lambda it: it.lag_lines),
+    ("minikms_auditor_sink_delivered_seconds", "Unix time of its last success.", lambda it: it.delivered_at),
+    ("minikms_auditor_sink_failures", "Failed attempts since the start.", lambda it: it.failures),
+    ("minikms_auditor_sink_rejected_lines", "Lines in its file of rejected lines.", lambda it: it.rejected),
+    ("minikms_auditor_sink_waits", "1 while it waits for `minikms-auditor skip`.", lambda it: bool(it.waits_at)),
+)
 
 
 class AuditorCollector(Collector):
@@ -29,6 +39,11 @@ class AuditorCollector(Collector):
         for witness in status.witnesses:  # named by the configuration
             cosigned.add_metric([witness.name], witness.cosigned_at)
         yield cosigned
+        for name, text, of in _SINK_GAUGES:
+            family = GaugeMetricFamily(name, text, labels=["sink"])
+            for sink in status.sinks:  # named by the configuration
+                family.add_metric([sink.name], of(sink))
+            yield family
 
 
 def _gauges(status: Status) -> Iterable[tuple[str, str, float]]:

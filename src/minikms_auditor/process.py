@@ -2,9 +2,10 @@
 
 Owns the order of the start: read the configuration and the private keys, lock and read the state directory, bind the
 listener, harden the process (it has one thread until here), run. One thread runs the steps of
-`minikms_auditor.auditor`; the event loop answers for metrics, signals and the service manager. Invariants: a stop waits
-for the step that runs, at most `STOP_SECONDS_MAX`; the hardened process can write in its state directory only, and in
-the paths that tokens need. It must never start a step before the process is hardened.
+`minikms_auditor.auditor`, and each sink has one; the event loop answers for metrics, signals and the service manager.
+Invariants: a stop waits for the step that runs, at most `STOP_SECONDS_MAX`, and for no sink; the hardened process can
+write in its state directory only, in the paths that tokens need, and beside the file of a sink. It must never start a
+step before the process is hardened.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -31,10 +34,13 @@ from minikms.memory import NETWORK_PATHS, SecretArena, SignalReader, harden, int
 from minikms.memory.process import name_thread
 from minikms.notify import Notifier
 from minikms_auditor.auditor import Auditor
-from minikms_auditor.config import CLOUD_SCHEME, Config, Files
+from minikms_auditor.collectors import Collector, SplunkCollector
+from minikms_auditor.config import Config, Files, FileSink, HttpSink, Sink, SplunkSink, SyslogSink
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.signers import Signers, open_signers
-from minikms_auditor.store import Store
+from minikms_auditor.sinks import FileTransport, Shipper, Transport
+from minikms_auditor.store import SinkFiles, Store
+from minikms_auditor.syslog import Syslog
 from minikms_auditor.witnesses import Witnesses
 
 STEP_SECONDS: Final = 2.0
@@ -45,18 +51,33 @@ _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 class Loaded(NamedTuple):
-    """A configuration, and the private and public keys that it names."""
+    """A configuration, and what the keys and certificates that it names make."""
 
     config: Config
     signers: Signers
     witnesses: Witnesses
+    transports: tuple[Transport, ...]
 
 
 def load(files: Files, arena: SecretArena) -> Loaded:
     """Read everything but the state. Raises StartError."""
     config = files.config()
     witnesses = Witnesses(config.witness, files)
-    return Loaded(config, open_signers(config.origin, config.signers, files, arena), witnesses)
+    transports = tuple(_transport(sink, files) for sink in config.sink)
+    return Loaded(config, open_signers(config.origin, config.signers, files, arena), witnesses, transports)
+
+
+def _transport(sink: Sink, files: Files) -> Transport:
+    """Raises StartError."""
+    match sink:
+        case SyslogSink():
+            return Syslog(sink, files)
+        case HttpSink():
+            return Collector(sink, files)
+        case SplunkSink():
+            return SplunkCollector(sink, files)
+        case FileSink():
+            return FileTransport(sink)
 
 
 def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
@@ -66,7 +87,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     files = Files(config_path)
     with ExitStack() as cleaning:
         arena = cleaning.enter_context(SecretArena(ARENA_SLOTS))
-        config, signers, witnesses = load(files, arena)
+        config, signers, witnesses, transports = load(files, arena)
         cleaning.callback(signers.close)
         cleaning.callback(witnesses.close)
         store = Store(config.state_dir, config.origin)
@@ -74,26 +95,34 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         signals = cleaning.enter_context(SignalReader())
         listener = cleaning.enter_context(listen_tcp(*address(config.metrics))) if config.metrics else None
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, config.log_dir]
-        network = bool(witnesses.clients) or any(uri.startswith(CLOUD_SCHEME) for uri in config.signers)
-        if network:
+        if config.uses_network:
             read += NETWORK_PATHS
-        write = [config.state_dir, *config.token_paths]
-        measures = harden(arena, read=read, write=write, allow_network=network, require=require_hardening)
+        write = [config.state_dir, *config.token_paths, *(path for each in transports for path in each.write_paths)]
+        measures = harden(arena, read=read, write=write, allow_network=config.uses_network, require=require_hardening)
         for measure in measures:
             if not measure.in_force:
                 log.warning("hardening measure not in force", measure=measure.name, why=measure.why)
         client = Client(config.kms_socket, server_uids=config.kms_server_uids)
         cleaning.callback(client.close)
         stopping = threading.Event()
+
+        def warn(event: str, text: str) -> None:
+            log.warning(event, why=text)
+
+        sinks = [
+            Shipper(sink, transport, SinkFiles(config.state_dir, sink.name), store, config.log_dir, log=warn)
+            for sink, transport in zip(config.sink, transports, strict=True)
+        ]
         auditor = Auditor(
-            config, store, signers, witnesses, client,
-            log=lambda event, text: log.warning(event, why=text), stopping=stopping.is_set,
+            config, store, signers, witnesses, client, log=warn, sinks=sinks, stopping=stopping.is_set
         )  # fmt: skip
         cleaning.callback(auditor.close)
         log.info(
             "running", origin=config.origin, size=store.state.size, vkeys=[key.text() for key in signers.verifiers]
         )
-        process = _Process(auditor, stopping=stopping, listener=listener, signals=signals, notifier=notifier, log=log)
+        process = _Process(
+            auditor, sinks, stopping=stopping, listener=listener, signals=signals, notifier=notifier, log=log
+        )
         uvloop.run(process.serve())
 
 
@@ -103,6 +132,7 @@ class _Process:
     def __init__(
         self,
         auditor: Auditor,
+        sinks: Sequence[Shipper],
         *,
         stopping: threading.Event,
         listener: socket.socket | None,
@@ -111,6 +141,7 @@ class _Process:
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self._auditor = auditor
+        self._sinks = sinks
         self._halt = stopping
         self._listener = listener
         self._signals = signals
@@ -132,8 +163,11 @@ class _Process:
                 limits=PAGE_LIMITS,
             )
             acceptor = Acceptor(self._listener, page, on_failure=self._accept_failed)
-        steps = threading.Thread(target=self._run_steps, args=(loop,), name="steps", daemon=True)
+        steps = threading.Thread(target=self._run, args=("steps", self._run_steps), daemon=True)
         steps.start()
+        for number, sink in enumerate(self._sinks):  # a stop does not wait for them: they may be killed at any time
+            ship = partial(sink.run, self._halt)
+            threading.Thread(target=self._run, args=(f"sink {number + 1}", ship), daemon=True).start()
         self._notifier.ready(f"tree of {self._status.size} leaves")
         watchdog_s = self._notifier.watchdog_interval_s
         while not self._stopping.is_set():
@@ -150,15 +184,18 @@ class _Process:
         await loop.run_in_executor(None, steps.join, STOP_SECONDS_MAX)
         self._log.info("stopped", why=self._why)
 
-    def _run_steps(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The thread of the steps. A defect ends the process: the service manager starts it again."""
-        name_thread("steps")
+    def _run(self, name: str, work: Callable[[], None]) -> None:
+        """A thread. A defect ends the process: the service manager starts it again."""
+        name_thread(name)
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  a thread must not end unseen
+            self._internal_error(f"{type(error).__name__} in the thread {name!r}")
+            os._exit(1)
+
+    def _run_steps(self) -> None:
         while not self._halt.is_set():
-            try:
-                self._auditor.step()
-            except BaseException as error:  # noqa: BLE001  a step must not end unseen
-                self._internal_error(f"{type(error).__name__} in a step")
-                os._exit(1)
+            self._auditor.step()
             self._status = self._auditor.status()
             self._halt.wait(STEP_SECONDS)
 

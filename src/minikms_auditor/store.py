@@ -2,8 +2,8 @@
 
 Owns: every file below the directory (docs/spec/tree.md), and the order in which they change. Invariants: the tiles of a
 tree are durable before the state that names its size, and the state is durable before `commit` returns; a file is
-replaced whole or not at all; tiles beyond the state's size are of a commit that did not end, and are written again. It
-must never sign, or judge a line.
+replaced whole or not at all, but for `rejected`, which grows; tiles beyond the state's size are of a commit that did
+not end, and are written again. It must never sign, or judge a line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,7 @@ from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.audit import tiles
 from minikms.audit.export import INDEX_NAME, LogRange
 from minikms.audit.note import NOTE_BYTES_MAX
+from minikms.audit.shipping import FileForwarder
 from minikms.audit.tiles import CHECKPOINT_NAME, TILE_BYTES, RightEdge, Tile
 from minikms.audit.tree import EMPTY_ROOT
 from minikms.custody.files import (
@@ -33,14 +34,20 @@ from minikms.custody.files import (
     sweep_temps,
     write_files,
 )
+from minikms.sync import sync_directory
 
 TREE_NAME: Final = "tree"
 STATE_NAME: Final = "state.json"
 ACCEPTED_NAME: Final = "accepted-keys.json"
 STATUS_NAME: Final = "status.json"
+SINKS_NAME: Final = "sinks"
+CURSOR_NAME: Final = "cursor.json"
+REJECTED_NAME: Final = "rejected"
+SKIPPED_NAME: Final = "skipped-lines.json"
+REJECTED_BYTES_MAX: Final = 64 * 1024 * 1024
+"""A file of rejected lines that is larger takes no more."""
+SKIPPED_COUNT_MAX: Final = 1000
 FILE_BYTES_MAX: Final = 4 * 1024 * 1024
-LOGS_COUNT_MAX: Final = 10_000
-KEYS_COUNT_MAX: Final = 10_000
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -157,7 +164,7 @@ class Store:
         return published(self._lock.directory)
 
     def show(self, status: bytes) -> None:
-        """Replace the status that `minikms-auditor status` reads. Raises OSError."""
+        """Replace the status that `minikms-auditor status` reads. Raises StorageUnavailableError."""
         replace_file(self._fd, STATUS_NAME, status)
 
     def accepted_keys(self) -> frozenset[bytes]:
@@ -193,6 +200,77 @@ class Store:
         return state
 
 
+# --- the sinks --------------------------------------------------------------------------------------------------------
+
+
+class Cursor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The last line that a sink has. sig: its MAC, empty if it has no line of this log. rejected: lines in its file of
+    those that it does not have.
+    """
+
+    version: int
+    log_id: str
+    seq: int
+    sig: bytes = b""
+    rejected: int = 0
+
+
+class SkippedLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    log_id: str
+    seq: int
+
+
+class SinkFiles:
+    """The files of one sink, which only its thread writes: its cursor, and the lines that it does not have."""
+
+    def __init__(self, state_dir: str, name: str) -> None:
+        """Only while the `Store` of the directory is open. Raises StartError, StorageUnavailableError."""
+        self._state_dir = state_dir
+        self.directory = os.path.join(state_dir, SINKS_NAME, name)
+        make_private_directory(self.directory)
+        with self._opened() as fd:
+            sweep_temps(fd)
+            content = read_file_bounded(CURSOR_NAME, FILE_BYTES_MAX, dir_fd=fd)
+        self.cursor: Cursor | None = None
+        try:
+            self.cursor = None if content is None else msgspec.json.decode(content, type=Cursor)
+        except (msgspec.MsgspecError, RecursionError):
+            raise StartError(f"{self.directory}/{CURSOR_NAME} is damaged: restore it, or remove it") from None
+        self._rejected = FileForwarder(os.path.join(self.directory, REJECTED_NAME))
+
+    def save(self, cursor: Cursor) -> None:
+        """Raises StorageUnavailableError."""
+        with self._opened() as fd:
+            replace_file(fd, CURSOR_NAME, msgspec.json.encode(cursor))
+        self.cursor = cursor
+
+    def reject(self, entry: bytes) -> None:
+        """Keep a JSON object about a line that the sink does not get, durably. A crash may repeat it. Raises OSError,
+        StorageUnavailableError.
+        """
+        self._rejected.deliver([entry])
+        sync_directory(self.directory)
+
+    def may_reject(self) -> bool:
+        """Whether there is room for another line. Raises OSError."""
+        try:
+            return os.stat(os.path.join(self.directory, REJECTED_NAME)).st_size < REJECTED_BYTES_MAX
+        except FileNotFoundError:
+            return True
+
+    def is_skipped(self, log_id: str, seq: int) -> bool:
+        """Whether an operator lets sinks go on without this line. Raises StartError."""
+        return SkippedLine(log_id, seq) in skipped_lines(self._state_dir)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        fd = open_directory(self.directory)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
 # --- for commands beside the running auditor --------------------------------------------------------------------------
 
 
@@ -214,6 +292,26 @@ def accepted_keys(state_dir: str) -> list[bytes]:
         return [] if content is None else msgspec.json.decode(content, type=list[bytes])
     except (msgspec.MsgspecError, RecursionError):
         raise StartError(f"{path} is damaged: remove it, and accept the log's key again") from None
+
+
+def skipped_lines(state_dir: str) -> list[SkippedLine]:
+    """Lines that an operator has let sinks go on without. Raises StartError."""
+    path = os.path.join(state_dir, SKIPPED_NAME)
+    content = read_file_bounded(path, FILE_BYTES_MAX)
+    try:
+        return [] if content is None else msgspec.json.decode(content, type=list[SkippedLine])
+    except (msgspec.MsgspecError, RecursionError):
+        raise StartError(f"{path} is damaged: remove it, and skip the line again") from None
+
+
+def skip_line(state_dir: str, log_id: str, seq: int) -> None:
+    """Let the sinks that wait at this line go on without it. Raises StartError, StorageUnavailableError."""
+    kept = [*skipped_lines(state_dir), SkippedLine(log_id, seq)][-SKIPPED_COUNT_MAX:]
+    fd = open_directory(Path(state_dir))
+    try:
+        replace_file(fd, SKIPPED_NAME, msgspec.json.encode(kept))
+    finally:
+        os.close(fd)
 
 
 def accept_key(state_dir: str, key: bytes) -> None:

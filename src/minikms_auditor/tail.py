@@ -133,7 +133,6 @@ class Tail:
 
     def _feed(self, line: bytes, durable: Head) -> Line | None:
         """Verify the next line. Returns it if it is a signed one, which covers all that were pending."""
-        seq = record.peek_seq(line)
         begins = self._verifier is None
         verifier = self._verifier or self._begin(line)
         self._verifier = verifier
@@ -142,8 +141,9 @@ class Tail:
         if verifier.findings:
             raise LogFaultError(f"the log is not intact: {verifier.findings[0].text}")
         head = verifier.head
-        if head is None or head.seq != seq or verifier.log_id != self.log_id:
-            raise LogFaultError(f"line {seq} is one of the log {verifier.log_id}, and the daemon writes {self.log_id}")
+        if head is None or verifier.log_id != self.log_id:
+            raise LogFaultError(f"the log is {verifier.log_id}, and the daemon writes {self.log_id}")
+        seq = head.seq
         if seq == durable.seq and not hmac.compare_digest(head.sig, durable.sig):
             raise LogFaultError(f"line {seq} of the log is not the line that the daemon has written")
         self.seq = seq

@@ -1,41 +1,33 @@
 """Submitting tree checkpoints to witnesses (C2SP tlog-witness).
 
 Owns: the request `add-checkpoint` and its answers, what each witness is known to have, and the round in which all of
-them are asked at once. Invariants: what a witness answers is bounded in size and time, and a redirect is not followed;
-a cosignature is used only if it verifies; a witness that knows another or a larger tree raises WitnessAlarmError, which
-is never only a failure. It must never send anything but a tree checkpoint and a consistency proof.
+them are asked at once. Invariants: a round is bounded in time; a cosignature is used only if it verifies; a witness
+that knows another or a larger tree raises WitnessAlarmError, which is never only a failure. It must never send anything
+but a tree checkpoint and a consistency proof.
 """
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import re
-import socket
-import ssl
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final, NamedTuple
-from urllib.parse import urlsplit
 
-from minikms.api.errors import StartError
 from minikms.audit import tree
 from minikms.audit.note import Note, NoteError, Signature, VerifierKey, cosigned_at, parse_signatures
 from minikms.audit.tree import Node
 from minikms.base64 import encode_text
-from minikms.config_file import PEM_BYTES_MAX
 from minikms_auditor.config import Files, Witness
+from minikms_auditor.connecting import ExchangeError, HttpClient, tls_context
 
 ROUND_SECONDS_MAX: Final = 10.0
 """In which all witnesses must have answered: less than the time for which the daemon takes an auditor for attached."""
-ANSWER_BYTES_MAX: Final = 64 * 1024
 ATTEMPTS: Final = 3
 BACKOFF_SECONDS_MAX: Final = 60.0
 CLOCK_SECONDS_MAX: Final = 300
 """How far ahead the clock of a witness may be."""
-_READ_BYTES: Final = 16 * 1024
 _SIZE: Final = re.compile(rb"(0|[1-9][0-9]{0,18})\n")
 
 
@@ -71,19 +63,14 @@ class Client:
         self.retry_s = 0.0
         """Monotonic seconds before which it is not asked."""
         self._failures = 0
-        parts = urlsplit(witness.url)
-        self._host, self._tls = parts.hostname or "", parts.scheme == "https"
-        self._port = parts.port or (443 if self._tls else 80)
-        self._target = parts.path.rstrip("/") + "/add-checkpoint"
-        self._context = _context(witness, files) if self._tls else None
-        self._connection: http.client.HTTPConnection | None = None
-        self._lock = threading.Lock()
+        context = tls_context(files, ca=witness.ca) if witness.url.startswith("https:") else None
+        self._http = HttpClient(witness.url, context)
 
     def submit(self, sent: Submission, ends_s: float) -> Signature:
         """Its cosignature. Raises WitnessAlarmError, WitnessFailedError."""
         try:
             made = self._submit(sent, ends_s)
-        except (WitnessFailedError, OSError, http.client.HTTPException, ValueError) as error:
+        except (WitnessFailedError, ExchangeError, OSError, http.client.HTTPException, ValueError) as error:
             self._failures += 1
             self.retry_s = time.monotonic() + min(2.0**self._failures, BACKOFF_SECONDS_MAX)
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -101,7 +88,9 @@ class Client:
         for _ in range(ATTEMPTS):
             proof = tree.consistency_proof(sent.node, old, sent.size)
             lines = [f"old {old}", *map(encode_text, proof), "", ""]
-            status, body = self._post("\n".join(lines).encode() + sent.note.encode(), ends_s)
+            content = "\n".join(lines).encode() + sent.note.encode()
+            headers = {"Content-Type": "text/plain; charset=utf-8"}
+            status, body, _ = self._http.post(f"{self._http.path}/add-checkpoint", content, headers, ends_s)
             if status == 200:
                 return self._cosignature(sent.note.text, body)
             if status == 422:
@@ -132,43 +121,9 @@ class Client:
                 return signature
         raise WitnessFailedError("its answer has no valid cosignature by its key")
 
-    def _post(self, body: bytes, ends_s: float) -> tuple[int, bytes]:
-        """Status and body of the answer. Raises OSError, http.client.HTTPException, ValueError."""
-        left_s = _left_s(ends_s)
-        connection = (
-            http.client.HTTPConnection(self._host, self._port, timeout=left_s)
-            if self._context is None
-            else http.client.HTTPSConnection(self._host, self._port, timeout=left_s, context=self._context)
-        )
-        try:
-            connection.connect()
-            sock = connection.sock  # which the answer goes on reading, if the witness closes the connection after it
-            with self._lock:
-                self._connection = connection
-            headers = {"Content-Type": "text/plain; charset=utf-8", "User-Agent": "minikms-auditor"}
-            connection.request("POST", self._target, body, headers)
-            content = b""
-            with connection.getresponse() as answer:
-                while not answer.isclosed():  # after its last byte the socket is closed, too
-                    sock.settimeout(_left_s(ends_s))
-                    part = answer.read1(_READ_BYTES)
-                    if not part:
-                        break
-                    content += part
-                    if len(content) > ANSWER_BYTES_MAX:
-                        raise WitnessFailedError(f"its answer is larger than {ANSWER_BYTES_MAX} bytes")
-            return answer.status, content
-        finally:
-            with self._lock:
-                self._connection = None
-            connection.close()
-
     def abort(self) -> None:
-        """End an exchange that takes too long, from another thread: its time-outs begin anew with each byte."""
-        with self._lock:
-            if self._connection is not None and self._connection.sock is not None:
-                with contextlib.suppress(OSError):
-                    self._connection.sock.shutdown(socket.SHUT_RDWR)
+        """End an exchange, from another thread."""
+        self._http.abort()
 
 
 class Round(NamedTuple):
@@ -221,22 +176,3 @@ class Witnesses:
         for client in self.clients:
             client.abort()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _context(witness: Witness, files: Files) -> ssl.SSLContext:
-    if not witness.ca:
-        return ssl.create_default_context()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    try:
-        context.load_verify_locations(cadata=files.read(witness.ca, "file of CAs", PEM_BYTES_MAX).decode("ascii"))
-    except (ssl.SSLError, UnicodeDecodeError):
-        raise StartError(f"{files.path(witness.ca)} is no file of certificates in PEM") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
-
-
-def _left_s(ends_s: float) -> float:
-    left_s = ends_s - time.monotonic()
-    if left_s <= 0:
-        raise TimeoutError("no answer in time")
-    return left_s

@@ -6,14 +6,13 @@ unknown or of another type is refused. It must never open a socket, or keep what
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
 
 from minikms.api.errors import InvalidRequestError, StartError
-from minikms.config_file import PEM_BYTES_MAX, ConfigFiles, address, check_metrics, parse_toml
+from minikms.config_file import ConfigFiles, address, check_metrics, parse_toml
 from minikms.policy.names import parse_name
 
 CRL_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -85,13 +84,6 @@ class Files(ConfigFiles):
     def config(self) -> Config:
         """Raises StartError."""
         return parse_config(self.content(), str(self.config_path))
-
-    def check_private(self, text: str) -> None:
-        """Raises StartError unless only its owner, root or the gateway's group can read the file of the private key."""
-        self.read(text, "private key", PEM_BYTES_MAX)
-        path = self.path(text)
-        if path.stat().st_mode & stat.S_IRWXO:
-            raise StartError(f"other users can read the private key {path}: chmod o-rwx it")
 
     def named(self, config: Config) -> list[Path]:
         """Every file that the gateway reads, the configuration itself included."""

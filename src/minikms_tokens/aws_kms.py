@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from minikms_tokens.signing import Algorithm, Bounded, TokenError, check_p256, check_signature
+from minikms_tokens.signing import Algorithm, TimedCalls, TokenError, check_p256, check_signature
 
 try:
     import botocore.session
@@ -41,18 +41,18 @@ class AwsKmsSigner:
         if found is None:
             raise TokenError("aws-kms: is followed by the ARN of a key: arn:aws:kms:REGION:ACCOUNT:key/ID, no alias")
         self._region = found[1]
-        self._bounded = Bounded("AWS KMS")
+        self._calls = TimedCalls("AWS KMS")
         self._client: Any = None
         self._public_key = b""
 
     def public_key(self) -> bytes:
-        return self._public_key or self._bounded.call(self._learn)
+        return self._public_key or self._calls.call(self._learn)
 
     def sign(self, message: bytes) -> bytes:
-        return self._bounded.call(lambda: self._sign(message))
+        return self._calls.call(lambda: self._sign(message))
 
     def close(self) -> None:
-        self._bounded.call(self._drop)
+        self._calls.call(self._drop)
 
     # --- in the thread of the call -----------------------------------------------------------------------------------
 

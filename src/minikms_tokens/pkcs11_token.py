@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurv
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from minikms_tokens.signing import Algorithm, Bounded, TokenError, check_signature
+from minikms_tokens.signing import Algorithm, TimedCalls, TokenError, check_signature
 
 try:
     import pkcs11
@@ -118,7 +118,7 @@ class Pkcs11Signer:
 
     def __init__(self, uri: str) -> None:
         self._uri = parse_uri(uri)
-        self._bounded = Bounded("the PKCS#11 token")
+        self._calls = TimedCalls("the PKCS#11 token")
         self._session: _Session | None = None
         self._known: tuple[Algorithm, bytes] | None = None
         self._refused: _PinFile | None = None
@@ -128,16 +128,16 @@ class Pkcs11Signer:
 
     @property
     def algorithm(self) -> Algorithm:
-        return (self._known or self._bounded.call(self._learn))[0]
+        return (self._known or self._calls.call(self._learn))[0]
 
     def public_key(self) -> bytes:
-        return (self._known or self._bounded.call(self._learn))[1]
+        return (self._known or self._calls.call(self._learn))[1]
 
     def sign(self, message: bytes) -> bytes:
-        return self._bounded.call(lambda: self._sign(message))
+        return self._calls.call(lambda: self._sign(message))
 
     def close(self) -> None:
-        self._bounded.call(self._drop)
+        self._calls.call(self._drop)
 
     # --- in the thread of the call -----------------------------------------------------------------------------------
 

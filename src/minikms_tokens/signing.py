@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 CALL_SECONDS_MAX: Final = 20.0
-"""For which a caller waits for a token or a service."""
+"""How long a caller waits for a token or a service."""
 
 Algorithm = Literal["ed25519", "ecdsa-p256-sha256"]
 T = TypeVar("T")
@@ -47,8 +47,8 @@ class Signer(Protocol):
         ...
 
 
-class Bounded:
-    """Calls that may block, one at a time. `what`: how errors name the other side."""
+class TimedCalls:
+    """Calls that may block, one at a time and with a time limit. `what`: how errors name the other side."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -87,7 +87,7 @@ def check_signature(algorithm: Algorithm, public_key: bytes, signature: bytes, m
         else:
             _p256(public_key).verify(signature, message, ECDSA(SHA256()))
     except (InvalidSignature, ValueError):
-        raise TokenError("the token made a signature that its public key does not verify") from None
+        raise TokenError("the signature does not verify under the public key of the key that made it") from None
 
 
 def check_p256(public_key: bytes) -> None:

@@ -9,10 +9,11 @@ passphrase or a key.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ VERSION: Final = 1
 PASSPHRASE_BYTES_MIN: Final = 16
 """Of a new passphrase. Whoever has the keyring file can try passphrases."""
 PASSPHRASE_BYTES_MAX: Final = 400
-"""Longer ones are not overwritten in the heap: see `derive_into`."""
+"""So that the library's copy of it is shorter than `_FREED_BLOCK_BYTES_MAX`."""
 SALT_CHARS_MIN: Final = 16
 SALT_CHARS_MAX: Final = 64
 MEMORY_KIB_MIN: Final = 64 * 1024
@@ -38,9 +39,9 @@ ITERATIONS_MAX: Final = 64
 LANES_MAX: Final = 16
 
 _SALT: Final = re.compile(rf"[0-9A-Za-z]{{{SALT_CHARS_MIN},{SALT_CHARS_MAX}}}", re.ASCII)
-_MEMORY_KIB_OF_A_LANE: Final = 8
-"""The least that Argon2 allows."""
-_OVERWRITES_COUNT: Final = 8
+_FREED_BLOCK_BYTES_MAX: Final = 2048
+_FREED_BLOCKS_COUNT: Final = 32
+"""Of one size: more than the C library keeps for the next requests of their size."""
 _CONFIG_MODE: Final = 0o644
 _CONFIG: Final = """\
 # How `minikms-unlock` derives a root key from a passphrase. This is no secret, and without it the passphrase opens
@@ -106,19 +107,34 @@ def _parameters(document: dict[str, Any], path: Path) -> Parameters:
 def derive_into(passphrase: memoryview, parameters: Parameters, root: memoryview) -> None:
     """Writes the root key of the passphrase into `root`. Raises StartError when the machine lacks the memory.
 
-    The library passes the passphrase to OpenSSL in a block of its heap, which it frees with its content. A derivation
-    of zeros of the same size gets the same block, and overwrites it: the C library keeps freed blocks of up to 1,032
-    bytes for the next request of their size.
+    The library passes the passphrase to OpenSSL in a block of its heap, which it frees with its content.
     """
     try:
         _argon2id(parameters).derive_into(passphrase, root)  # type: ignore[arg-type]  # any buffer of bytes
-        cheap = replace(parameters, memory_kib=_MEMORY_KIB_OF_A_LANE * parameters.lanes, iterations=1)
-        for _ in range(_OVERWRITES_COUNT):
-            _argon2id(cheap).derive(bytes(len(passphrase)))
     except MemoryError:
         raise StartError(
             f"the derivation needs {parameters.memory_kib // 1024} MiB of memory, which this machine does not give"
         ) from None
+    finally:
+        _overwrite_freed_blocks()
+
+
+def _overwrite_freed_blocks() -> None:
+    """Overwrites what the C library has freed: it takes blocks of every size, all before the first one is given back.
+    One block of the same size is not enough, since the library may take another one that was freed before.
+    """
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    library.malloc.argtypes = (ctypes.c_size_t,)
+    library.free.argtypes = (ctypes.c_void_p,)
+    taken: list[int] = []
+    for size in range(16, _FREED_BLOCK_BYTES_MAX + 1, 16):
+        for _ in range(_FREED_BLOCKS_COUNT):
+            if address := library.malloc(size):
+                ctypes.memset(address, 0, size)
+                taken.append(address)
+    for address in taken:
+        library.free(address)
 
 
 def _argon2id(parameters: Parameters) -> Argon2id:

@@ -24,6 +24,7 @@ from minikms_unlock.command import app as unlock
 from minikms_unlock.command import main as unlock_main
 from progressdb_server.cli import main as progressdb_main
 from progressdb_server.cli.command import app as progressdb
+from tests.harness import forked
 from tests.harness.waiting import wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,7 @@ WITHOUT_JSON = {
     ("minikms-auditor", "checkpoint"),
     ("minikms-auditor", "completion"),
     ("minikms-auditor", "prove"),
+    ("minikms-auditor", "skip"),
     ("minikms-gateway", "check-config"),
     ("minikms-gateway", "completion"),
     ("minikms-unlock", "completion"),
@@ -79,15 +81,7 @@ each_command = pytest.mark.parametrize(("words", "app"), COMMANDS, ids=NAMES)
 
 def run(*words: str, where: Path | None = None) -> subprocess.CompletedProcess[str]:
     package = {"progressdb": "progressdb_server"}.get(words[0], words[0].replace("-", "_"))
-    return subprocess.run(
-        (sys.executable, "-m", package, *words[1:]),
-        cwd=where,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=RUN_SECONDS_MAX,
-        check=False,
-    )
+    return forked.run(package, *words[1:], cwd=where or ".")
 
 
 class Here:

@@ -206,7 +206,7 @@ def _files(spec: Document, objects: Objects) -> dict[str, tuple[bytes, int]]:
 
 class ComposeVolumes:
     """The volumes, secrets and directories of compose.yaml, in `base`, by their sources there. An empty volume takes
-    owner and mode of its place in the image; files and directories of the host stay as they are.
+    owner, mode and content of its place in the image; files and directories of the host stay as they are.
     """
 
     def __init__(self, base: Path, services: Document, rootfs: Path, hosts: Mapping[str, Path]) -> None:
@@ -214,11 +214,8 @@ class ComposeVolumes:
         for service in services.values():
             for volume in service["volumes"]:
                 if volume["type"] == "volume" and volume["source"] not in self._paths:
-                    place = (rootfs / volume["target"].lstrip("/")).stat()
                     path = self._paths[volume["source"]] = base / volume["source"]
-                    path.mkdir()
-                    os.chown(path, place.st_uid, place.st_gid)
-                    path.chmod(place.st_mode & 0o7777)
+                    subprocess.run(["cp", "--archive", rootfs / volume["target"].lstrip("/"), path], check=True)
         self._paths["scratch"] = base / "scratch"
         self._paths["scratch"].mkdir()
         self._paths["scratch"].chmod(0o1777)
@@ -252,16 +249,16 @@ def as_pod(services: Document) -> Document:
             for secret in service.get("secrets", ())
         ]
         mounts += [{"name": "scratch", "mountPath": entry.partition(":")[0]} for entry in service.get("tmpfs", ())]
-        containers.append(
-            {
-                "name": name,
-                "securityContext": context,
-                "volumeMounts": mounts,
-                "command": service["command"],
-                "env": [{"name": key, "value": value} for key, value in service.get("environment", {}).items()],
-                "startupProbe": {"exec": {"command": service["healthcheck"]["test"][1:]}},
-            }
-        )
+        container = {
+            "name": name,
+            "securityContext": context,
+            "volumeMounts": mounts,
+            "command": service["command"],
+            "env": [{"name": key, "value": value} for key, value in service.get("environment", {}).items()],
+        }
+        if "healthcheck" in service:
+            container["startupProbe"] = {"exec": {"command": service["healthcheck"]["test"][1:]}}
+        containers.append(container)
     return {
         "securityContext": {
             "runAsNonRoot": True,

@@ -23,6 +23,7 @@ from tests.harness.certificates import Authority
 from tests.harness.ports import free_port
 from tests.harness.tokens import TokenIssuer
 from tests.harness.waiting import wait_until
+from tests.minikms_auditor.receivers import TOKEN, Collector
 
 SERVER, KEY_SERVICE = "progressdb", "minikms"
 API_KEY = "backend-key"
@@ -237,10 +238,31 @@ def run_elsewhere(base: Path, rootfs: Path | None = None) -> None:
         assert talk.is_whole()
 
 
-def test_an_auditor_in_the_pod_publishes_trees_of_the_log(public: Path) -> None:
-    """It waits until an operator accepts the log."""
+def accept_the_log(running: Pod, state: Path, config: str) -> None:
+    """As an operator does. The auditor publishes a tree then."""
+    status = state / "status.json"
+    wait_until(lambda: status.exists() and '"public_key"' in status.read_text())
+    shown = running.run("auditor", "minikms-auditor", "accept-log", config)
+    [key] = set(re.findall(r"[A-Za-z0-9+/]{43}=", shown.stdout))
+    accepted = running.run("auditor", "minikms-auditor", "accept-log", key, config)
+    assert accepted.returncode == 0, accepted.stderr
+    wait_until((state / "tree" / "checkpoint").exists)
+
+
+def test_an_auditor_in_the_pod_publishes_trees_of_the_log_and_sends_it(public: Path) -> None:
+    """The overlay `siem`, which has the overlay `auditor` in it. It waits until an operator accepts the log."""
     needs.interpreter_for(10001)
-    documents = pods.build("auditor")
+    authority, collector_host = Authority("logging"), "collector.logging.svc"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(
+        *authority.issue(dns=[collector_host], extended=[SERVER_PURPOSE]).write(public, "collector")
+    )
+    with Collector(context) as collector:
+        _check_auditor(public, authority, collector_host, collector)
+
+
+def _check_auditor(public: Path, authority: Authority, collector_host: str, collector: Collector) -> None:
+    documents = pods.build("siem")
     maps = {d["metadata"]["name"]: d["data"] for d in documents if d["kind"] == "ConfigMap"}
     port = free_port()
     objects = {
@@ -250,22 +272,22 @@ def test_an_auditor_in_the_pod_publishes_trees_of_the_log(public: Path) -> None:
         f"configMap/{name}": {file: text.encode() for file, text in maps[name].items()}
         for name in ("minikms-policy", "minikms-auditor")
     }
+    objects["secret/minikms-siem"] = {"token": TOKEN.encode(), "ca.crt": authority.pem}
+    auditor_toml = objects["configMap/minikms-auditor"]["auditor.toml"]
+    collector_port = collector.url.rpartition(":")[2].encode()
+    objects["configMap/minikms-auditor"]["auditor.toml"] = auditor_toml.replace(b":8443", b":" + collector_port)
     config = "--config=/etc/minikms/auditor/..data/auditor.toml"
     environ = {"PROGRESSDB_ADDR": f"127.0.0.1:{port}", "PORT_8080": str(port)}
-    with Pod(public, pods.pod_of(documents), objects, environ=environ) as running:
+    with Pod(public, pods.pod_of(documents), objects, environ=environ, hosts=[collector_host]) as running:
         for name in running.order:
             running.start(name)
         state = running.volumes.path("auditor-state") / "state"
         talk = Conversation(port)
         assert talk.say() == 200
-        status = state / "status.json"
-        wait_until(lambda: status.exists() and '"public_key"' in status.read_text())
-        shown = running.run("auditor", "minikms-auditor", "accept-log", config)
-        [key] = set(re.findall(r"[A-Za-z0-9+/]{43}=", shown.stdout))
-        accepted = running.run("auditor", "minikms-auditor", "accept-log", key, config)
-        assert accepted.returncode == 0, accepted.stderr
-        wait_until((state / "tree" / "checkpoint").exists)
+        accept_the_log(running, state, config)
         assert running.run("auditor", "minikms-auditor", "checkpoint", config).returncode == 0
+        wait_until(lambda: any('"operation":"create_dek"' in line.decode() for line in collector.lines))
+        assert collector.requests[0][1]["Authorization"] == f"Bearer {TOKEN}"
         assert running.stop("auditor") == 0
         running.start("auditor")
         position = status_of(running)["audit"]["position"]

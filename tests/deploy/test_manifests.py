@@ -66,6 +66,9 @@ def test_compose_accepts_its_file_and_shares_the_socket_only() -> None:
     }
     assert sources["minikms"] & sources["progressdb"] == {"kms-socket"}
     assert sources["minikms"] & sources["gateway"] == {"kms-socket"}
+    assert sources["minikms"] & sources["auditor"] == {"kms-socket", "audit"}
+    writable = {volume["source"] for volume in services["auditor"]["volumes"] if not volume.get("read_only")}
+    assert writable == {"auditor-state"}
     assert not {secret["source"] for secret in services["minikms"]["secrets"]} & {
         secret["source"] for secret in services["progressdb"]["secrets"]
     }
@@ -89,9 +92,8 @@ def test_compose_and_kubernetes_name_the_same_users() -> None:
     for overlay in OVERLAYS:
         pod = pods.pod_of(pods.build(overlay))
         for container in [*pod.get("initContainers", ()), *pod["containers"]]:
-            if container in ending(pod) or container["name"] == "auditor":  # which compose.yaml does not have
-                continue
-            assert users[container["name"]] == str(container["securityContext"]["runAsUser"])
+            if container not in ending(pod):
+                assert users[container["name"]] == str(container["securityContext"]["runAsUser"])
 
 
 def test_the_filter_of_the_key_service_permits_its_own_hardening() -> None:

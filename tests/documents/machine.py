@@ -1,4 +1,4 @@
-"""A machine with both services, set up as deploy/systemd/README.md and the units say.
+"""A machine with both services, and an auditor where a test enables one, as deploy/systemd/README.md and the units say.
 
 Owns: what the service manager does with the units (users, groups, directories, environment, the socket that root passes
 on, the notification that a service is ready), and the programs `runuser` and `journalctl` for users without a passwd
@@ -32,8 +32,7 @@ from tests.harness.terminal import OnTerminal
 
 PROJECT = Path(__file__).resolve().parents[2]
 UNITS = PROJECT / "deploy" / "systemd"
-USERS = {"minikms": 54_321, "progressdb": 54_322}
-AUDITOR_GID = 54_323
+USERS = {"minikms": 54_321, "progressdb": 54_322, "minikms-auditor": 54_323}
 """None of them belongs to anybody on the machine."""
 SOCKET_UNIT = "minikms.socket"
 SOCKET = "/run/minikms/minikms.sock"
@@ -77,11 +76,12 @@ class Machine:
         (base / "tmp").chmod(0o1777)
         (base / "root").chmod(0o700)
         become = 'setpriv --reuid="$uid" --regid="$uid" --clear-groups' if three_users else ""
-        uids = "; ".join(f"{name}={uid}" for name, uid in self._uids.items())
+        uids = " ".join(f"{name}) uid={uid};;" for name, uid in self._uids.items())
         for name, script in {
             "opt/progressdb/bin/minikms": f'exec {sys.executable} -P -m minikms "$@"',
             "opt/progressdb/bin/progressdb": f'exec {sys.executable} -P -m progressdb_server "$@"',
-            "usr/bin/runuser": f'{uids}; eval "uid=\\$$2"; shift 3; exec {become} "$@"',  # -u USER -- COMMAND …
+            "opt/progressdb/bin/minikms-auditor": f'exec {sys.executable} -P -m minikms_auditor "$@"',
+            "usr/bin/runuser": f'case "$2" in {uids} esac; shift 3; exec {become} "$@"',  # -u USER -- COMMAND …
             "usr/bin/journalctl": f'exec cat {base}/journal/"$2"',  # -u UNIT …
             "usr/bin/systemctl": f'echo "$*" > {base}/asked; read -r status < {base}/answered; exit "$status"',
         }.items():
@@ -98,7 +98,7 @@ class Machine:
         """Commands of a document with the paths and the numbers of the users of this machine."""
         text = _PATH.sub(f"{self.base}/", text).replace("127.0.0.1:8080", f"127.0.0.1:{self.port}")
         text = text.replace("ADMIN_UIDS=0", f"ADMIN_UIDS={os.geteuid()}")
-        minikms, gid = self._uids["minikms"], AUDITOR_GID if self._three_users else os.getegid()
+        minikms, gid = self._uids["minikms"], self._uids["minikms-auditor"] if self._three_users else os.getegid()
         text = text.replace("-o minikms -g minikms-auditor", f"-o {minikms} -g {gid}")
         text = text.replace("chown minikms:minikms-auditor", f"chown {minikms}:{gid}")
         for name, uid in self._uids.items():
@@ -155,7 +155,7 @@ class Machine:
     def _systemctl(self, words: list[str]) -> int:
         """Does what a script has asked of the service manager: 0 if that was possible, 1 if not."""
         try:
-            getattr(self, f"_{words[0]}_units")(words[1:])
+            getattr(self, f"_{words[0].replace('-', '_')}_units")(words[1:])
         except ServiceError as error:
             print(error, file=sys.stderr)  # pytest shows it if the test fails
             return 1
@@ -217,14 +217,15 @@ class Machine:
                 self._start_units(self._ran)
 
     def _running(self) -> list[str]:
-        return [SOCKET_UNIT, *(name for name in USERS if name not in self.ended())]
+        return [SOCKET_UNIT, *(name for name, process in self._services.items() if process.poll() is None)]
 
     def _places(self) -> list[Path]:
         return [place for place in (self.base / name for name in ("etc", "var", "root", "backup")) if place.exists()]
 
     def ended(self) -> list[str]:
-        """The services that don't run."""
-        return [name for name in USERS if name not in self._services or self._services[name].poll() is not None]
+        """The enabled services that don't run."""
+        enabled = [unit.removesuffix(".service") for unit in self._enabled if unit != SOCKET_UNIT]
+        return [name for name in enabled if name not in self._running()]
 
     def misplaced(self) -> list[str]:
         """The files that do not belong to their service, and the flags of a start that were left. Nothing runs."""
@@ -253,6 +254,18 @@ class Machine:
                 self._socket_is_started = True
             elif unit.removesuffix(".service") not in self._services:
                 self._start(unit.removesuffix(".service"))
+
+    def _daemon_reload_units(self, units: list[str]) -> None:
+        """The units are read at each start."""
+
+    def _enable_units(self, units: list[str]) -> None:
+        assert units[0] == "--now"
+        self._enabled += units[1:]
+        self._start_units(units[1:])
+
+    def _reload_units(self, units: list[str]) -> None:
+        for unit in units:
+            self._services[unit.removesuffix(".service")].send_signal(signal.SIGHUP)
 
     def _stop_units(self, units: list[str]) -> None:
         for unit in units:
@@ -346,7 +359,7 @@ class Machine:
         finally:
             process.kill()
         unit = dict(restricted.directives(str(UNITS / f"{name}.service")))
-        last = self.here(unit["ExecStopPost"])
+        last = self.here(unit.get("ExecStopPost", "+true"))
         assert last.startswith("+"), "the service's own user can't remove files in /run"
         subprocess.run(shlex.split(last[1:]), check=True)
         if name == "minikms":

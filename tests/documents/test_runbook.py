@@ -25,10 +25,14 @@ from tests.harness.waiting import wait_until
 
 LINES_MIN = 20
 """More than a restored key service writes until the server has judged it."""
+AUDITOR_TOML = "/etc/progressdb/auditor/auditor.toml"
 RUNBOOK = Path(__file__).resolve().parents[2] / "docs" / "runbook.md"
+OF_THE_AUDITOR = {"The SIEM is away"}
+"""Sections whose commands are run beside an auditor: `tests/minikms_auditor/test_runbook_of_sinks.py`."""
 SECTIONS = {
     title: re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for title, text in re.findall(r"(?m)^## (.+)\n((?:(?!## ).*\n?)*)", RUNBOOK.read_text("utf-8"))
+    if title not in OF_THE_AUDITOR
 }
 
 
@@ -80,9 +84,11 @@ def follow(made: Machine, title: str) -> str:
 
 
 def with_names(made: Machine, block: str, said: str) -> str:
-    """SLOT is that of the root key which the block before it has added, KEY_ID that of a key file without content."""
+    """SLOT and LOG-KEY are those that the block before it has shown, KEY_ID that of a key file without content."""
     if "SLOT" in block:
         block = block.replace("SLOT", re.findall(r"(?m)^Slot (s[0-9]+):", said)[-1])
+    if "LOG-KEY" in block:
+        block = block.replace("LOG-KEY", re.findall(r"log key +(\S+)", said)[0])
     if "KEY_ID" in block:
         [key_id] = [file.stem for file in key_files(made) if not file.read_bytes()]
         block = block.replace("KEY_ID", key_id)
@@ -174,6 +180,20 @@ def a_limit_is_used_up(made: Machine) -> None:
     assert made.run("minikms decrypt plain.kms --output -")[0] == 1
 
 
+def an_auditor_is_attached(made: Machine) -> None:
+    """As deploy/systemd/README.md says. Its tree has the lines that there were."""
+    a_policy_holds(made)
+    follow(made, "Give the audit log a directory of its own")
+    [block] = [block for block in blocks(UNITS / "README.md") if "signer.key" in block]
+    made.do(block.partition("\n")[2])  # without that which copies the unit
+    asked = f"runuser -u minikms-auditor -- minikms-auditor {{}} --config {AUDITOR_TOML}"
+    waiting = re.compile(r"accept-log (\S{44})")
+    wait_until(lambda: waiting.search(made.run(asked.format("accept-log"))[1]), seconds=120)
+    [key] = waiting.findall(made.run(asked.format("accept-log"))[1])
+    made.do(asked.format(f"accept-log {key}"))
+    wait_until(lambda: made.run(asked.format("checkpoint"))[0] == 0, seconds=120)
+
+
 HAPPENED: dict[str, Callable[[Machine], None]] = {
     "It does not answer": both_are_down,
     "A key has leaked": the_root_key_was_changed,
@@ -186,6 +206,9 @@ HAPPENED: dict[str, Callable[[Machine], None]] = {
     "Who read a thread": a_thread_was_read,
     "Change the policy": a_policy_holds,
     "A limit is used up": a_limit_is_used_up,
+    "The auditor is away": an_auditor_is_attached,
+    "A witness refuses": an_auditor_is_attached,
+    "Prove a line": an_auditor_is_attached,
 }
 
 

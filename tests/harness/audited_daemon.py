@@ -36,13 +36,13 @@ on_behalf_of = ["spiffe://prod/*"]
 class AuditedDaemon(PolicyDaemon):
     """A daemon whose log lies in a directory of its own, and whose user USER is the auditor."""
 
-    def __init__(self, base: Path, *flags: str) -> None:
+    def __init__(self, base: Path, *flags: str, policy: str = POLICY) -> None:
         needs.root()
         self.log_dir = base / "audit"
         self.log_dir.mkdir(mode=0o750)
         os.chown(self.log_dir, 0, USER)
         self.log_dir.chmod(0o2750)
-        super().__init__(base, POLICY, "--audit-dir", str(self.log_dir), *flags)
+        super().__init__(base, policy, "--audit-dir", str(self.log_dir), *flags)
 
     def lines(self) -> list[dict[str, Any]]:
         """Every whole line of the log."""

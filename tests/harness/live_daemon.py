@@ -1,8 +1,9 @@
 """A real `minikms` process for the proofs, and the keys that it must not show.
 
 Owns: starting the daemon in each way in which it gets its root key, and computing from its files and that root key
-every key it holds. Invariants: the daemon is the command that a user types, with nothing changed in it; the keys are
-computed in the test's own process and never sent to the daemon.
+every key it holds. Invariants: the daemon is the command that a user types, with nothing changed in it, and has a
+process of its own; for a claim about that process, an interpreter starts it (`forked=False`). The keys are computed in
+the test's own process and never sent to the daemon.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory import SecretArena
 from tests import needs
 from tests.harness import decryptor
+from tests.harness.forked import Forked, start
 from tests.harness.waiting import WAIT_S_MAX, wait_until
 
 START_SECONDS_MAX = 60.0
@@ -50,13 +52,14 @@ class LiveDaemon:
         limits: Mapping[int, tuple[int, int]] | None = None,
         root: bytes | None = None,
         server_uids: Collection[int] | None = None,
+        forked: bool = True,
     ) -> None:
         """Start it in `base`, which is opened to all users.
 
         `program`: what runs the interpreter, such as `unshare --user`. `launcher`: what the interpreter runs first,
         which is to replace itself by the interpreter with its arguments. `limits`: soft and hard, by the number of
         the resource (setrlimit(2)). `root`: its root key, else a random one. `server_uids`: of the clients made here,
-        as in `minikms.Client`.
+        as in `minikms.Client`. `forked`: by `tests.harness.forked`, unless another argument needs an interpreter.
         """
         base.chmod(0o755)
         self.data_dir = base / "data"
@@ -69,6 +72,7 @@ class LiveDaemon:
         self._pass_fds = pass_fds
         self._limits = dict(limits or {})
         self._server_uids = server_uids
+        self._forked = forked and not (pass_fds or limits)
         if root_kind == "dev":
             self.command += ["--dev"]
         else:
@@ -82,17 +86,23 @@ class LiveDaemon:
 
     def start(self, *under: str) -> None:
         """Start it again, after it has ended, `under` a program such as strace; returns when it answers."""
+        self.process: Forked | subprocess.Popen[bytes]
+        command = [*under, *self.command]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*under, *self.command],
-                env=self.environ,
-                stdout=log,
-                stderr=log,
-                pass_fds=self._pass_fds,
-                preexec_fn=self._set_limits if self._limits else None,
-            )
+            if self._forked:
+                self.process = start(command, log, self.environ)
+            else:
+                limited = self._set_limits if self._limits else None
+                self.process = subprocess.Popen(
+                    command, env=self.environ, stdout=log, stderr=log, pass_fds=self._pass_fds, preexec_fn=limited
+                )
         self.pid = self.process.pid
         self._wait()
+
+    @property
+    def words(self) -> list[str]:
+        """Its command line from `minikms` on."""
+        return self.command[self.command.index("minikms") :]
 
     def _set_limits(self) -> None:
         for number, limit in self._limits.items():

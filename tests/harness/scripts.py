@@ -9,6 +9,8 @@ import textwrap
 from pathlib import Path
 from typing import Any, Final
 
+from tests.harness import forked
+
 PROJECT: Final = Path(__file__).resolve().parents[2]
 
 
@@ -39,7 +41,6 @@ def answer_of(prologue: str, code: str, *arguments: str) -> Any:
 
 def verify_audit(data_dir: Path, key_file: str | Path | None = None) -> None:
     """`minikms audit verify` finds the log intact. Without `key_file` it looks for the key beside the directory."""
-    command = [sys.executable, "-m", "minikms", "audit", "verify", "--data-dir", str(data_dir)]
-    key = [] if key_file is None else ["--master-key-file", str(key_file)]
-    done = subprocess.run([*command, *key], capture_output=True, text=True, timeout=120, check=False)
+    key = [] if key_file is None else ["--master-key-file", key_file]
+    done = forked.run("minikms", "audit", "verify", "--data-dir", data_dir, *key)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,34 +16,26 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
+from minikms.api import AuditPositionAnswer, DurableLine
 from minikms.api.errors import ConflictError, InvalidRequestError, KmsUnavailableError
 from minikms.audit import AuditLog
-from minikms.audit.chain import PUBLIC_KEY_BYTES
 from minikms.audit.note import parse_checkpoint, parse_note
 from minikms.audit.reader import each_segment
+from minikms.audit.record import peek_seq
 from minikms.base64 import encode_text
 from minikms.memory import SecretArena
-from minikms_auditor.auditor import Auditor, Status
-from minikms_auditor.config import Files, parse_config
+from minikms_auditor.auditor import Auditor, Reporter, Status
+from minikms_auditor.config import Config, Files, parse_config
 from minikms_auditor.signers import open_signers
+from minikms_auditor.sinks import Shipper
 from minikms_auditor.store import Store
 from minikms_auditor.witnesses import Witnesses
 from tests.harness import witness as cosigning
 from tests.minikms.audit.logmaker import KEY1, Clock, Key, open_log, write_events
+from tests.vectors import make_tree
 
 ORIGIN = "kms.example/audit"
 SIGNING_KEY = "5a" * 32
-
-
-class Answer:
-    """A `minikms_auditor.auditor.PositionAnswer`."""
-
-    def __init__(self, log_id: str, seq: int, mac: bytes) -> None:
-        self.log_id = log_id
-        self.durable = self
-        self.seq = seq
-        self.mac = mac
-        self.public_key = bytes(PUBLIC_KEY_BYTES)
 
 
 class Daemon:
@@ -57,12 +49,13 @@ class Daemon:
         self.away = False
         self.reports: list[int] = []
 
-    def report_audit_position(self, *, origin: str, log_id: str, seq: int, mac: bytes) -> Answer:
+    def report_audit_position(self, *, origin: str, log_id: str, seq: int, mac: bytes) -> AuditPositionAnswer:
         if self.away:
             raise KmsUnavailableError("no daemon")
-        lines = {event["seq"]: sig for event, sig in self._lines()}
+        own = self._lines()
+        lines = {peek_seq(line): line[-46:-2].decode() for line in own}
         last = max(lines) if self.durable_seq is None else self.durable_seq
-        own_id = self._log_id()
+        own_id = str(json.loads(own[0])["event"]["facts"]["log_id"])
         if seq:
             if log_id != own_id:
                 raise ConflictError("another log was begun")
@@ -71,18 +64,11 @@ class Daemon:
             if encode_text(mac) != lines[seq]:
                 raise InvalidRequestError("another mac")
         self.reports.append(seq)
-        return Answer(own_id, last, self.durable_mac or b64decode(lines[last]))
+        durable = DurableLine(last, self.durable_mac or b64decode(lines[last]))
+        return AuditPositionAnswer(own_id, durable, KEY1.public_key)
 
-    def _lines(self) -> list[tuple[dict[str, Any], str]]:
-        found = []
-        for file in each_segment(str(self.directory)):
-            for line in file.lines():
-                parsed = json.loads(line)
-                found.append((parsed["event"], parsed["sig"]))
-        return found
-
-    def _log_id(self) -> str:
-        return str(next(event["facts"]["log_id"] for event, _ in self._lines()))
+    def _lines(self) -> list[bytes]:
+        return [line for file in each_segment(str(self.directory)) for line in file.lines()]
 
 
 class Rig:
@@ -100,6 +86,7 @@ class Rig:
         (base / "auditor.key").chmod(0o600)
         self.clock = Clock()
         self.daemon = Daemon(self.log_dir)
+        self.kms: Reporter = self.daemon
         self.logged: list[tuple[str, str]] = []
         self.auditor: Auditor | None = None
         self._arena = SecretArena(8)
@@ -154,11 +141,17 @@ class Rig:
         opened.callback(store.close)
         witnesses = Witnesses(config.witness, files)
         opened.callback(witnesses.close)
-        self.auditor = Auditor(
-            config, store, signers, witnesses, self.daemon, log=lambda event, why: self.logged.append((event, why))
-        )
+        self.sinks = self.shippers(config, store)
+        self.auditor = Auditor(config, store, signers, witnesses, self.kms, log=self.note, sinks=self.sinks)
         opened.callback(self.auditor.close)
         return self
+
+    def note(self, event: str, why: str) -> None:
+        self.logged.append((event, why))
+
+    def shippers(self, config: Config, store: Store) -> Sequence[Shipper]:
+        """The sinks of the auditor: none."""
+        return ()
 
     def begin_in_child(self) -> None:
         """After a fork: the memory of the parent's arena is not there, and must not be freed."""
@@ -229,13 +222,5 @@ class Rig:
 
 
 def root_of(lines: Sequence[bytes]) -> bytes:
-    """RFC 6962 section 2.1, over audit lines without their newlines."""
-    leaves = [hashlib.sha256(b"\x00" + hashlib.sha256(line + b"\n").digest()).digest() for line in lines]
-    return _mth(leaves)
-
-
-def _mth(leaves: Sequence[bytes]) -> bytes:
-    if len(leaves) < 2:
-        return leaves[0] if leaves else hashlib.sha256().digest()
-    split = 1 << ((len(leaves) - 1).bit_length() - 1)
-    return hashlib.sha256(b"\x01" + _mth(leaves[:split]) + _mth(leaves[split:])).digest()
+    """The root of the tree over audit lines without their newlines."""
+    return make_tree.root_of([make_tree.leaf_of(line + b"\n") for line in lines])

@@ -57,6 +57,35 @@ def test_a_configuration_that_is_not_valid_is_refused(text: str, said: str) -> N
         parse_config(text.encode(), "auditor.toml")
 
 
+def sink(*members: str) -> str:
+    return GOOD + '[[sink]]\nname = "siem"\n' + "\n".join(members)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (sink('type = "carrier-pigeon"'), "type"),
+        (sink('type = "http"'), "url"),
+        (sink('type = "splunk"', 'url = "https://s"'), "token"),
+        (sink('type = "file"', 'path = "f"', 'token = "t"'), "token"),
+        (sink('type = "file"', 'path = "f"', 'format = "cef"'), "format"),
+        (sink('type = "file"', 'path = "f"').replace("siem", "../siem"), "a name is"),
+        (sink('type = "file"', 'path = "f"') + '\n[[sink]]\nname = "siem"\ntype = "file"\npath = "g"', "same name"),
+        (sink('type = "file"', 'path = "f"') + '\n[[sink]]\nname = "s"\ntype = "file"\npath = "f"', "same file"),
+        *((sink('type = "syslog"', f'url = "{url}"'), "no URL") for url in ("https://s:1", "tls://", "tls://s:1/p")),
+        (sink('type = "syslog"', 'url = "tls://s"'), "must name a port"),
+        (sink('type = "syslog"', 'url = "tcp://s:1"', 'ca = "c"'), "has no TLS"),
+        (sink('type = "syslog"', 'url = "tls://s:1"', 'cert = "c"'), "belong together"),
+        *((sink('type = "http"', f'url = "{url}"'), "no URL") for url in ("ftp://s", "https://u@s", "https://s/#f")),
+        (sink('type = "http"', 'url = "http://s.example"'), "on this host"),
+        (sink('type = "splunk"', 'url = "https://s/path"', 'token = "t"'), "no URL"),
+    ],
+)
+def test_a_sink_that_is_not_valid_is_refused(text: str, said: str) -> None:
+    with pytest.raises(StartError, match=f"^auditor.toml.*{said}"):
+        parse_config(text.encode(), "auditor.toml")
+
+
 def test_a_configuration_with_each_member_is_valid() -> None:
     every = witness("https://w.example/w1", 'ca = "ca.pem"').replace("quorum", 'metrics = "[::1]:9104"\nquorum')
     assert parse_config(every.encode(), "auditor.toml").metrics == "[::1]:9104"

@@ -1,68 +1,35 @@
-"""The auditor is killed before each call that changes the disk: no tree checkpoint is lost, or ahead of its state."""
+"""The auditor is killed before each call that changes something: no tree checkpoint is lost, or ahead of its state."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from minikms.custody import files
+from minikms_auditor import store
+from tests.minikms.audit.logmaker import KEY1, KEY2
+from tests.minikms_auditor.killing import InFile, a_step, killed_before_call
 from tests.minikms_auditor.rig import Rig, root_of
 
-CALLS = ("open", "write", "pwrite", "rename", "unlink", "rmdir", "mkdir", "ftruncate", "fsync", "fdatasync")
 W1 = "witness.example/w1"
-
-
-def killed_before_call(rig: Rig, number: int) -> bool:
-    """Run a step in a child that is killed before its `number`-th call that changes the disk. False: it made fewer."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads: the child uses its own only
-        pid = os.fork()
-    if pid == 0:
-        left = number
-        for name in CALLS:
-            real = getattr(os, name)
-
-            def call(*arguments: Any, real: Any = real, name: str = name, **options: Any) -> Any:
-                nonlocal left
-                if name != "open" or arguments[1] & os.O_CREAT:
-                    left -= 1
-                    if left == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                return real(*arguments, **options)
-
-            setattr(os, name, call)
-        files._PROCESS_TEMP_PREFIX = f"{files.TEMP_PREFIX}{os.getpid():016x}-"  # type: ignore[misc]  # of a new process
-        try:
-            rig.begin_in_child()
-            rig.steps()
-        except BaseException:  # noqa: BLE001  the child must not run the parent's tests
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    killed = os.WIFSIGNALED(status)
-    assert (os.WTERMSIG(status) == signal.SIGKILL) if killed else os.WEXITSTATUS(status) == 0
-    return killed
 
 
 @pytest.mark.parametrize("lines", [3, 150])
 def test_a_kill_at_any_call_leaves_one_tree(tmp_path: Path, lines: int) -> None:
-    """With 150 lines most steps fill a tile of the lowest level."""
+    """With 150 lines most steps fill a tile of the lowest level. A reported position is published before."""
     with Rig(tmp_path, witnesses=1) as rig:
+        rig.daemon.reports = reported = InFile(tmp_path / "reports")
         rig.write(40)
         rig.steps()
         rig.stop()
         number = 1
         while True:
             rig.write(lines)
-            killed = killed_before_call(rig, number)
+            killed = killed_before_call(number, a_step(rig), (rig.daemon, "report_audit_position"))
             state = json.loads((rig.state_dir / "state.json").read_text())
             assert rig.known_size(W1) <= state["size"], "a signature left before the state was durable"
+            assert reported.newest() <= rig.published()[0], "a position was reported before its tree was published"
             written = rig.lines()
             status = rig.steps()
             rig.stop()
@@ -72,3 +39,17 @@ def test_a_kill_at_any_call_leaves_one_tree(tmp_path: Path, lines: int) -> None:
                 break
             number += 1
         assert number > 15
+
+
+def test_a_kill_of_accept_log_keeps_what_was_accepted(tmp_path: Path) -> None:
+    first, second = KEY1.public_key, KEY2.public_key
+    number, killed = 1, True
+    while killed:
+        (tmp_path / store.ACCEPTED_NAME).unlink(missing_ok=True)
+        store.accept_key(str(tmp_path), first)
+        killed = killed_before_call(number, lambda: store.accept_key(str(tmp_path), second))
+        assert store.accepted_keys(str(tmp_path)) in ([first], [first, second])
+        store.accept_key(str(tmp_path), second)
+        assert store.accepted_keys(str(tmp_path)) == [first, second]
+        number += 1
+    assert number > 3

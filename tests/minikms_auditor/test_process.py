@@ -17,6 +17,7 @@ from tests.harness.audited_daemon import ORIGIN, AuditedDaemon
 from tests.harness.callers import USER
 from tests.harness.hsm import RUN_S_MAX, Token
 from tests.harness.waiting import wait_until
+from tests.minikms_auditor.receivers import Collector
 
 WITNESS = "witness.example/w1"
 
@@ -53,8 +54,9 @@ def running_until_terminated(auditor: Auditor, log: Path) -> Iterator[None]:
 
 
 def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> None:
-    """Both keys are in the token. Their public keys and the cosignature verify the log, without its audit key. Hardened
-    it can't read a PIN file that is not below its token paths, and says so at the first signature.
+    """It sends the log to two sinks, too. Both keys are in the token. Their public keys and the cosignature verify the
+    log, without its audit key. Hardened it can't read a PIN file that is not below its token paths, and says so at the
+    first signature.
     """
     needs.interpreter_for(USER)
     base = public / "token"
@@ -73,7 +75,7 @@ def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> 
         content = published(str(state))
         return 0 if content is None else int(content.splitlines()[1])
 
-    with AuditedDaemon(public) as daemon:
+    with AuditedDaemon(public) as daemon, contextlib.ExitStack() as exits:
         daemon.new_key("t")
         signers = json.dumps([token.uri(), token.uri("object=second")])
         settings = (
@@ -91,13 +93,25 @@ def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> 
         served = witness.Witness(str(public / "w1"), WITNESS, dict([witness.parse_vkey(vkeys[0])]))
         server = witness.serve(served)
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        auditor.config.write_text(f'{settings}quorum = 1\n[[witness]]\nurl = "{url}"\nkey = "{served.vkey}"\n')
+        collector = exits.enter_context(Collector())
+        copies = public / "copies"
+        copies.mkdir()
+        os.chown(copies, USER, USER)
+        auditor.config.write_text(
+            f'{settings}quorum = 1\n[[witness]]\nurl = "{url}"\nkey = "{served.vkey}"\n'
+            f'[[sink]]\ntype = "http"\nname = "siem"\nurl = "{collector.url}"\nrequired = true\n'
+            f'[[sink]]\ntype = "file"\nname = "copy"\npath = "{copies}/copy"\n'
+        )
         with running_until_terminated(auditor, public / "auditor.log"):
             wait_until(lambda: tree_size() > 0)
             first = tree_size()
             daemon.new_key("u")
             wait_until(lambda: tree_size() > first)
             assert daemon.status()["audit"]["position"]["origin"] == ORIGIN
+            sent = daemon.lines()[-1]["event"]["seq"]
+            wait_until(lambda: daemon.status()["audit"]["position"]["seq"] >= sent)
+            assert len(collector.lines) >= sent
+            wait_until(lambda: (copies / "copy").read_bytes().count(b"\n") >= sent)
             note = public / "tree-checkpoint"
             note.write_text(auditor.run("checkpoint").stdout)
             keys = [f"--log-key={vkey}" for vkey in vkeys]

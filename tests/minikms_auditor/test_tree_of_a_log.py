@@ -11,6 +11,7 @@ from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms_auditor.auditor import FAULTS_BEFORE_ALARM
 from tests.minikms.audit.logmaker import KEY1, KEY2, open_log, write_events
+from tests.minikms.custody.disk_faults import failing_os
 from tests.minikms_auditor.rig import Rig, root_of
 
 
@@ -109,6 +110,21 @@ def test_a_log_begun_anew_under_a_known_key_continues_the_tree(rig: Rig) -> None
     assert rig.published() == (len(lines), root_of(lines))
     rig.write(7)
     assert rig.start().steps().size == len(before) + len(rig.lines())
+
+
+def test_an_earlier_log_of_the_tree_that_is_put_back_stops_the_auditor(rig: Rig) -> None:
+    """It begins with a known key, and would enter the tree a second time."""
+    log = rig.log_dir / "minikms-audit.log"
+    rig.write(10)
+    rig.steps()
+    older = log.read_bytes()
+    log.unlink()
+    rig.write(7)
+    size = rig.steps().size
+    log.write_bytes(older)
+    status = rig.steps(3)
+    assert "is an earlier one of the tree" in status.alarm
+    assert (status.size, rig.published()[0]) == (size, size)
 
 
 def test_a_log_begun_anew_under_the_key_of_an_audit_key_line_continues(rig: Rig) -> None:
@@ -227,3 +243,15 @@ def test_lines_are_not_skipped_while_the_log_cannot_be_read(rig: Rig) -> None:
     rig.daemon.directory = rig.log_dir
     status = rig.steps()
     assert (status.errors, status.size) == ((), len(rig.lines()))
+
+
+def test_a_full_disk_is_shown_and_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.write(10)
+    size = rig.steps().size
+    rig.write(10)
+    with failing_os(monkeypatch, "rename"):
+        status = rig.steps(2)
+    assert (status.alarm, status.published_size) == ("", size)
+    assert any(error.startswith("disk: ") for error in status.errors), status
+    status = rig.steps()
+    assert (status.errors, status.published_size) == ((), len(rig.lines()))

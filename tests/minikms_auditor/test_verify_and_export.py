@@ -279,6 +279,17 @@ def test_an_altered_export_is_refused(rig: Rig, export: Callable[..., tuple[int,
     assert check(rig, path) == 2
 
 
+def test_exported_events_hold_line_and_proof(rig: Rig, export: Callable[..., tuple[int, Path]], tmp_path: Path) -> None:
+    rig.write(20)
+    rig.steps()
+    status, path = export(format="ocsf")
+    events = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert status == 0 and [event["raw_data"].encode() for event in events] == rig.lines()
+    proven = [{"line": event["raw_data"], "proof": event["unmapped"]["proof"]} for event in events]
+    (tmp_path / "proven").write_text("\n".join(map(json.dumps, proven)))
+    assert check(rig, tmp_path / "proven") == 0
+
+
 def test_a_line_that_is_not_the_one_in_the_tree_is_not_exported(
     rig: Rig, export: Callable[..., tuple[int, Path]]
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from minikms.audit.note import Policy, open_checkpoint, parse_vkey
 from minikms_auditor import witnesses as submitting
+from minikms_auditor.connecting import ANSWER_BYTES_MAX
 from tests.harness.waiting import wait_until
 from tests.harness.witness import STOP_CHECK_S
 from tests.minikms_auditor.rig import Rig, root_of
@@ -232,7 +233,7 @@ def drip(handler: http.server.BaseHTTPRequestHandler) -> None:
         (respond(200), "no cosignature"),
         (respond(200, b"\xff\n"), "no cosignature"),
         (respond(200, "— witness.example/w1 AAAAAAAA\n".encode()), "no valid cosignature"),
-        (respond(200, b"x" * (submitting.ANSWER_BYTES_MAX + 1)), "is larger than"),
+        (respond(200, b"x" * (ANSWER_BYTES_MAX + 1)), "is larger than"),
         (drip, ""),
     ],
 )

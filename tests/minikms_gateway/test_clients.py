@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 
 import minikms
 from minikms.api.errors import KmsCredentialsError, KmsUntrustedServerError, UnauthorizedError
+from tests.harness import forked
 from tests.harness.certificates import Authority, replace
 from tests.harness.gateways import Pair
 from tests.harness.tokens import ISSUER, TokenIssuer
@@ -104,10 +104,7 @@ def test_the_command_uses_the_gateway_that_its_environment_names(pair: Pair, tmp
     environ = {"PATH": os.environ["PATH"], "PROGRESSDB_KMS_URL": url(pair), **files}
 
     def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "minikms", *words]
-        return subprocess.run(
-            command, env=environ | more, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
-        )
+        return forked.run("minikms", *words, env=environ | more, cwd=tmp_path)
 
     status = run("status")
     assert (status.returncode, status.stdout.startswith("well: up ")) == (0, True), status

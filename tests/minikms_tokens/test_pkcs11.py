@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from minikms_tokens import Signer, TokenError, open_signer, signing
-from minikms_tokens.signing import Bounded
+from minikms_tokens.signing import TimedCalls
 from tests import needs
 from tests.harness.hsm import PIN, RUN_S_MAX, Token, run
 from tests.harness.waiting import wait_until
@@ -326,6 +326,6 @@ def test_what_a_library_says_is_not_in_an_error(monkeypatch: pytest.MonkeyPatch)
         raise ValueError(PIN)
 
     with pytest.raises(TokenError) as caught:
-        Bounded("the token").call(fails)
+        TimedCalls("the token").call(fails)
     assert str(caught.value) == "the token failed: ValueError"
     assert caught.value.__context__ is None

@@ -38,6 +38,19 @@ print("ready", flush=True)
 sys.stdin.readline()
 """
 
+FREED_BEFORE = """
+import ctypes, random
+drawn, library, held = random.Random(1), ctypes.CDLL(None), []
+library.malloc.restype, library.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+for _ in range(20_000):
+    if held and drawn.random() < 0.5:
+        library.free(held.pop(drawn.randrange(len(held))))
+    else:
+        held.append(library.malloc(drawn.randrange(16, 2000)))
+for _ in range(len(held) // 2):
+    library.free(held.pop(drawn.randrange(len(held))))
+"""
+
 
 def traces_of(derive: str, size: int) -> set[str]:
     """The names of what root finds in a process that derived a root key from a passphrase of `size` bytes."""
@@ -63,6 +76,11 @@ def test_neither_passphrase_nor_root_key_is_left(size: int) -> None:
     assert traces_of("derive_into", size) == set()
 
 
+def test_blocks_that_were_freed_before_do_not_keep_the_passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "CHILD", FREED_BEFORE + CHILD)
+    assert traces_of("derive_into", 200) == set()
+
+
 def test_the_copy_of_the_library_has_to_be_overwritten() -> None:
-    """If this fails, the library clears its copy, and the derivations of zeros can go."""
+    """If this fails, the library clears its copy, and `_overwrite_freed_blocks` can go."""
     assert traces_of("library_alone", 60) == {"passphrase"}

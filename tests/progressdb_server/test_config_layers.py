@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from progressdb_server.config import VARIABLES, Config, ConfigError, ConfigMissingError, load, split_address
 from progressdb_server.server import check_key_source
+from tests.harness import forked
 
 DB = {"storage.db_path": "/srv/db"}
 YAML = """
@@ -374,9 +374,7 @@ def test_a_long_data_directory_needs_a_socket_of_its_own() -> None:
 
 # --- the commands -----------------------------------------------------------------------------------------------
 def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from progressdb_server.cli import main; main()", *words]
-    variables = {"PATH": os.environ["PATH"], **environment}
-    return subprocess.run(program, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    return forked.run("progressdb_server", *words, env={"PATH": os.environ["PATH"], **environment})
 
 
 def test_config_check_exits_0_if_good_1_if_bad_and_2_if_missing(tmp_path: Path) -> None:

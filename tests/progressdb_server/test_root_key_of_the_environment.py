@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from tests import needs
+from tests.harness import forked
 from tests.harness.descriptors import open_files
 from tests.progressdb_server.api.real_server import RealServer, real_server
 
@@ -77,7 +76,6 @@ def test_a_backup_command_passes_the_key_to_the_key_service_s_command(tmp_path: 
         ["create", "one", "--db", str(server.db)],
         ["verify", "--backup", str(server.db / "backups" / "one")],
     ):
-        command = [sys.executable, "-m", "progressdb_server", "backup", *words]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        ended = forked.run("progressdb_server", "backup", *words, env=environment)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert KEY not in ended.stdout + ended.stderr

@@ -18,7 +18,15 @@ import pytest
 from tests import needs
 from tests.deploy import pods
 from tests.deploy.pods import ComposeVolumes, Pod
-from tests.deploy.test_kubernetes import SETTINGS, Conversation, holds, run_a_conversation, run_elsewhere, status_of
+from tests.deploy.test_kubernetes import (
+    SETTINGS,
+    Conversation,
+    accept_the_log,
+    holds,
+    run_a_conversation,
+    run_elsewhere,
+    status_of,
+)
 from tests.harness.ports import free_port
 from tests.harness.waiting import wait_until
 
@@ -69,14 +77,18 @@ def test_the_image_serves_a_server_elsewhere(public: Path, rootfs: Path) -> None
 
 
 def test_the_image_serves_a_conversation_under_compose(public: Path, rootfs: Path) -> None:
-    """compose.yaml: volumes with the owners that the image gives them, secrets that belong to their users."""
-    services = {name: pods.composed()["services"][name] for name in ("minikms", "progressdb")}
+    """compose.yaml: volumes with the owners that the image gives them, secrets that belong to their users. The auditor
+    publishes a tree once an operator has accepted the log.
+    """
+    services = {name: pods.composed()["services"][name] for name in ("minikms", "progressdb", "auditor")}
     config = public / "config"
-    (config / "policy").mkdir(parents=True)
-    shutil.copy(pods.COMPOSE.with_name("policy.toml"), config / "policy")
+    for name in ("policy", "auditor"):
+        (config / name).mkdir(parents=True)
+        shutil.copy(pods.COMPOSE.with_name(f"{name}.toml"), config / name)
     for name, content, uid in (
         ("minikms.key", os.urandom(32).hex().encode() + b"\n", 10001),
         ("progressdb.yaml", SETTINGS, 10002),
+        ("auditor/signer.key", os.urandom(32).hex().encode() + b"\n", 10004),
     ):
         (config / name).touch(0o600)
         (config / name).write_bytes(content)
@@ -87,6 +99,7 @@ def test_the_image_serves_a_conversation_under_compose(public: Path, rootfs: Pat
         "root-key": config / "minikms.key",
         "progressdb-config": config / "progressdb.yaml",
         "/etc/progressdb/policy": config / "policy",
+        "/etc/progressdb/auditor": config / "auditor",
     }
     port = free_port()
     with Pod(
@@ -108,6 +121,10 @@ def test_the_image_serves_a_conversation_under_compose(public: Path, rootfs: Pat
         wait_until(partial(talk.is_whole))
         assert not holds(running.volumes.path("store"), talk.texts[0])
         assert status_of(running)["memory"]["arena"] == "memfd_secret"
+        running.start("auditor")
+        state = running.volumes.path("auditor-state") / "state"
+        accept_the_log(running, state, "--config=/etc/minikms/auditor/auditor.toml")
+        assert running.stop("auditor") == 0
 
 
 def test_every_program_of_the_image_starts(rootfs: Path) -> None:

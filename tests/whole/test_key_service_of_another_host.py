@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests import needs
+from tests.harness import forked
 from tests.harness.certificates import Authority
 from tests.harness.gateways import Pair
 from tests.harness.message_server import ADMIN, Server, server
@@ -44,8 +45,7 @@ def remote_server(pair: Pair) -> Iterator[tuple[Server, Path]]:
 
 
 def run(progressdb: Server, base: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "progressdb_server", *words, "--db", str(base / "db")]
-    return subprocess.run(command, env=progressdb.environ, capture_output=True, text=True, timeout=120, check=False)
+    return forked.run("progressdb_server", *words, "--db", base / "db", env=progressdb.environ)
 
 
 def test_messages_are_appended_and_rotated_through_a_gateway() -> None:

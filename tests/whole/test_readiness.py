@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from minikms import Client
 from tests import needs
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.asgi_client import ADMIN
@@ -32,14 +32,8 @@ READY, NOT_READY = (200, b'{"status":"ok"}'), (503, b'{"error":"not ready"}')
 
 
 def status(server: RealServer, **more: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "progressdb_server", "status", "--addr", f"127.0.0.1:{server.port}"],
-        env={"PROGRESSDB_API_ADMIN_KEYS": ADMIN, "PROGRESSDB_DB_PATH": str(server.db), **more},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    environment = {"PROGRESSDB_API_ADMIN_KEYS": ADMIN, "PROGRESSDB_DB_PATH": str(server.db), **more}
+    done = forked.run("progressdb_server", "status", "--addr", f"127.0.0.1:{server.port}", env=environment)
     return done.returncode, done.stdout
 
 

@@ -20,6 +20,7 @@ from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.rocks import RocksReader
 from progressdb_server.unencrypted import MARK, VALUE, VARIABLE, UnencryptedProvider, check_allowed
+from tests.harness import forked
 from tests.progressdb_server.api.asgi_client import ADMIN
 from tests.progressdb_server.api.real_server import RealServer, real_server
 from tests.progressdb_server.store.memory_engine import MemoryEngine
@@ -47,10 +48,7 @@ def encrypted_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def progressdb(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "progressdb_server", *words]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
-    )
+    return forked.run("progressdb_server", *words, env={**os.environ, **environment})
 
 
 def refusal(db: Path, *words: str, addr: str = "127.0.0.1:0", **environment: str) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from tests.harness import forked
 from tests.progressdb_server.api.asgi_client import ADMIN, FRONTEND, signed
 from tests.progressdb_server.api.real_server import RealServer, real_server
 from tests.progressdb_server.api.viewer_client import ViewerClient
@@ -15,8 +14,7 @@ from tests.progressdb_server.api.viewer_client import ViewerClient
 
 def reads_of(server: RealServer, thread: str) -> list[str]:
     """The ids of the requests for which the thread was read, as the documented command shows them."""
-    words = ["-m", "minikms", "audit", "find", "--data-dir", str(server.db / "kms"), "--thread", thread, "--reads"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60, check=False)
+    done = forked.run("minikms", "audit", "find", "--data-dir", server.db / "kms", "--thread", thread, "--reads")
     return re.findall(r" request=(\S+)", done.stdout)
 
 

@@ -32,6 +32,8 @@ SHARE_BYTES_MAX: Final = 256
 """Of the text of a share as somebody types it, with spaces and hyphens anywhere."""
 SEALED_RETRY_SECONDS: Final = 5
 """`Retry-After` of a refusal because the service is sealed."""
+AUDIT_LAGGING_RETRY_SECONDS: Final = 5
+"""`Retry-After` of a refusal because the auditor lags: it reports this often."""
 
 INDEXING_RETRY_SECONDS: Final = 2
 """`Retry-After` of a refusal because key files are still being read after the start."""
@@ -76,6 +78,7 @@ CODE_NOT_TESTED: Final = "not_tested"
 CODE_NOT_PINNED: Final = "not_pinned"
 CODE_INVALID_POLICY: Final = "invalid_policy"
 CODE_AUDIT_UNAVAILABLE: Final = "audit_unavailable"
+CODE_AUDIT_LAGGING: Final = "audit_lagging"
 CODE_STORAGE_UNAVAILABLE: Final = "storage_unavailable"
 CODE_SHUTTING_DOWN: Final = "shutting_down"
 CODE_INTERRUPTED: Final = "interrupted"

@@ -218,6 +218,14 @@ class AuditUnavailableError(KmsRefusedError):
     code = contract.CODE_AUDIT_UNAVAILABLE
 
 
+class AuditLaggingError(KmsRefusedError):
+    """The auditor has not taken too many lines of the audit log. The request was not carried out."""
+
+    status = 503
+    code = contract.CODE_AUDIT_LAGGING
+    retry_after_s = contract.AUDIT_LAGGING_RETRY_SECONDS
+
+
 class StorageUnavailableError(KmsRefusedError):
     """The disk failed to write. What was durable before still is."""
 

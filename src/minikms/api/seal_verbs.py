@@ -12,6 +12,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from minikms.api.contract import (
+    CODE_AUDIT_LAGGING,
+    CODE_AUDIT_UNAVAILABLE,
     CODE_CONFLICT,
     CODE_INTERRUPTED,
     CODE_NOT_SEALED,
@@ -31,9 +33,9 @@ READY: Final = Verb(
     (),
     Request,
     str,
-    "Check that the daemon serves: 503 while it is sealed or can't write its audit log. Allowed users and the daemon's "
-    "own user may ask",
-    (CODE_SEALED,),
+    "Check that the daemon serves: 503 while it is sealed, can't write its audit log, or waits for its auditor. "
+    "Allowed users and the daemon's own user may ask",
+    (CODE_AUDIT_LAGGING, CODE_AUDIT_UNAVAILABLE, CODE_SEALED),
     repeatable=True,
 )
 """Not in `VERBS`: it asks for no role, and it is not audited."""

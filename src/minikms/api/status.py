@@ -71,7 +71,7 @@ class DurableStatus(msgspec.Struct, frozen=True):
 
 class PositionStatus(msgspec.Struct, frozen=True):
     """How far an auditor has taken the audit log. `age_seconds`: of its last report; None before the first one since
-    the start. `lag_lines`: durable lines after its position; before its first report, durable lines since the start.
+    the start. `lag_lines`: durable lines after its position; before its first report, all durable lines.
     """
 
     seq: int = 0

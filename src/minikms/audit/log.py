@@ -427,13 +427,18 @@ class AuditLog:
             self.writer.file.sync()
         except OSError as error:
             raise AuditUnavailableError("the disk did not confirm the audit log") from error
+        self._confirm(head)
+
+    def _confirm(self, head: Head) -> None:
         with self._synced_lock:
             self._synced = max(self._synced, head, key=lambda line: line.seq)
 
     @property
     def durable(self) -> Head:
-        """The last line that is on the disk for certain."""
-        return self._synced if self.dirty else self.writer.head
+        """The last line that is on the disk for certain. It never decreases: a rotation syncs by itself."""
+        if not self.dirty:
+            self._confirm(self.writer.head)
+        return self._synced
 
     # --- status ------------------------------------------------------------------------------------------------------
 

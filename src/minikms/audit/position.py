@@ -53,12 +53,11 @@ class AuditorPosition:
         self._head = _NOTHING
         self._log_id = ""
         self._reported_ns: int | None = None
-        self._begin_seq: int | None = None
 
-    def begin(self, log_id: str, seq: int) -> None:
-        """A log was opened whose last line is `seq`. After a seal it is the same one, and nothing changes."""
+    def begin(self, log_id: str) -> None:
+        """A log was opened. After a seal it is the same one, and nothing changes."""
         if log_id != self._log_id:
-            self._log_id, self._head, self._begin_seq = log_id, _NOTHING, seq
+            self._log_id, self._head = log_id, _NOTHING
 
     def check(self, asked: api.ReportAuditPositionRequest, view: LogView, mac: bytes) -> None:
         """Compares a report with the log. Reads the disk. Raises ConflictError, InvalidRequestError,
@@ -98,8 +97,8 @@ class AuditorPosition:
         return self._head.seq
 
     def lag(self, durable_seq: int) -> int:
-        """How many durable lines it has not taken; before its first report, how many there are since the start."""
-        return max(0, durable_seq - (self._head.seq or self._begin_seq or 0))
+        """How many durable lines it has not taken; before its first report, all of them."""
+        return max(0, durable_seq - self._head.seq)
 
     def status(self, view: LogView) -> dict[str, object] | None:
         """For `/status`; None if no auditor was ever attached."""

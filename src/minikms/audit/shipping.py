@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
 from minikms.append_only import write_whole
 from minikms.audit import record
 from minikms.audit.reader import FILE_MODE, LINES_AT_A_TIME, DamagedSegmentError, Follower
 from minikms.sync import sync_data
-
-_TAIL_BYTES: Final = 2 * record.LINE_BYTES_MAX
 
 
 class Forwarder(Protocol):
@@ -80,10 +78,14 @@ class Forwarding:
 
 
 class FileForwarder(Forwarder):
-    """Appends to a file, for example on another disk, after removing an incomplete last line. For one process only."""
+    """Appends to a file, for example on another disk, after removing an incomplete last line. For one process only.
 
-    def __init__(self, path: str) -> None:
+    line_bytes_max: of the longest line, where those are not of the log itself; the position is 0 then.
+    """
+
+    def __init__(self, path: str, *, line_bytes_max: int = record.LINE_BYTES_MAX) -> None:
         self._path = path
+        self._tail_bytes = 2 * line_bytes_max
         self._stored: int | None = None
         """Size of the file before a step that failed, until it is truncated to it: its lines may not be on the disk."""
 
@@ -97,17 +99,23 @@ class FileForwarder(Forwarder):
             with self._open(os.O_RDWR | os.O_APPEND) as fd:
                 self._truncate(fd)
                 size = os.fstat(fd).st_size
-                tail = os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+                tail = os.pread(fd, self._tail_bytes, max(0, size - self._tail_bytes))
         except FileNotFoundError:
             return 0
         return max((record.peek_seq(line) for line in tail.split(b"\n")[:-1]), default=0)
+
+    def ends_with(self, line: bytes) -> bool:
+        """Whether this is the last whole line of the file. Raises OSError."""
+        with self._open(os.O_RDONLY) as fd:
+            tail = os.pread(fd, self._tail_bytes, max(0, os.fstat(fd).st_size - self._tail_bytes))
+        return tail[: tail.rfind(b"\n") + 1].endswith(line + b"\n")
 
     def deliver(self, lines: Sequence[bytes]) -> None:
         blob = b"".join([line + b"\n" for line in lines])
         with self._open(os.O_RDWR | os.O_APPEND | os.O_CREAT) as fd:
             self._truncate(fd)
             size = os.fstat(fd).st_size
-            tail = os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+            tail = os.pread(fd, self._tail_bytes, max(0, size - self._tail_bytes))
             whole = size - (len(tail) - tail.rfind(b"\n") - 1)
             if whole < size:
                 os.ftruncate(fd, whole)

@@ -336,27 +336,26 @@ class Verifier:
 
     def _check_place(self, event: Event) -> None:
         """Rule 3: the first line of each file, and no other line, opens the segment of the file's name."""
-        if not self._file or (self._line == 1) == (event.type in _OPENING_TYPES):
-            wrong = self._line == 1 and self._file_number not in (0, whole_number(event.facts, "segment"))
-            text = f"{self._file} holds segment {whole_number(event.facts, 'segment')}"
+        first = self._line == 1
+        if self._file and first and event.type not in _OPENING_TYPES:
+            text = f"{self._file} does not begin with the first line of a segment"
+        elif self._file and not first and event.type in _OPENING_TYPES:
+            text = f"line {event.seq} opens a segment within a file"
+        elif first and self._file_number not in (0, segment := whole_number(event.facts, "segment")):
+            text = f"{self._file} holds segment {segment}"
         else:
-            wrong = True
-            text = (
-                f"{self._file} does not begin with the first line of a segment"
-                if self._line == 1
-                else f"line {event.seq} opens a segment within a file"
-            )
-        if wrong:
-            self._file_has_finding = True
-            self._add_finding("segment", event.seq, text)
+            return
+        self._file_has_finding = True
+        self._add_finding("segment", event.seq, text)
 
     # --- after each line ---------------------------------------------------------------------------------------------
 
     def _finish_line(self, event: Event, line: bytes, sig: bytes) -> None:
         """Add the line to the coverage of the next signed line, and compare it with the expected head."""
-        if event.type in record.SIGNED_TYPES:
+        signed = event.type in record.SIGNED_TYPES
+        if signed:
             self._begin_coverage()
-        if event.type in record.SIGNED_TYPES or event.type == record.TYPE_SEGMENT_OPEN:
+        if signed or event.type == record.TYPE_SEGMENT_OPEN:
             self.state = KeyState(whole_number(event.facts, "epoch"), whole_number(event.facts, "tombstones"))
         self.coverage.add(line + b"\n", 1)
         if self._expect_head is not None and event.seq == self._expect_head.seq:

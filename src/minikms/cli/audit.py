@@ -37,9 +37,11 @@ from minikms.cli.console import (
     MasterKeyFd,
     MasterKeyFile,
     Root,
+    Yes,
     chosen_data_dir,
     chosen_root,
     complain,
+    confirm,
     needed_root,
 )
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING
@@ -443,6 +445,36 @@ def rotate_key(
         print(f"The audit key is now version {made.version}.")
         print(f"  public key  {public_key}   keep it outside the data directory")
         print(f"  head        {made.head['seq']}:{made.head['sig']}")
+    return EXIT_GOOD
+
+
+@app.command
+def detach(
+    *,
+    data_dir: DataDir = None,
+    master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
+    yes: Yes = False,
+    json: Json = False,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Forget the auditor, so that another origin can be attached. A line says so. The daemon must be stopped.
+
+    Until then retention deletes nothing that the auditor has not taken. Exit status: 0 done, 2 refused.
+    """
+    from minikms.datadir import detach_auditor
+
+    try:
+        directory = chosen_data_dir(data_dir)
+        root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+        confirm("Detach the auditor? Lines that it has not taken may be deleted then.", yes=yes)
+        origin = detach_auditor(directory, root)
+    except (CommandError, KmsRefusedError, OSError) as error:
+        return missing(error)
+    if json:
+        print(as_json({"origin": origin}))
+        return EXIT_GOOD
+    print(f"Detached {origin}. Remove the grant of its auditor from the policy file, or it attaches itself again.")
     return EXIT_GOOD
 
 

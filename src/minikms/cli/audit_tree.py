@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, BinaryIO, Final
+from typing import Annotated, BinaryIO, Final, Literal
 
 import msgspec
 from cyclopts import Parameter, validators
 
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit import export as exporting
-from minikms.audit import note, record
+from minikms.audit import note, ocsf, record
 from minikms.audit.export import Exported, ProofChecker, TreeFault
 from minikms.audit.note import Opened, Policy, open_checkpoint, parse_vkey
 from minikms.audit.reader import each_segment
@@ -179,10 +179,14 @@ def export(
     ] = "",
     until: Annotated[str, Parameter(help="Only lines before this time.")] = "",
     tiles: TreeDir = None,
+    format: Annotated[
+        Literal["line", "ocsf"],
+        Parameter(name="--format", help="ocsf: events of the class API Activity, with the proof in `unmapped`."),
+    ] = "line",
 ) -> int:
     """Print lines of the log as JSON, each with the proof that it is under the newest tree checkpoint.
 
-    `minikms audit verify-export` checks them without the log. A line that no tree checkpoint has yet is left out, and
+    `minikms audit verify-export` checks lines without the log. A line that no tree checkpoint has yet is left out, and
     standard error says how many those are. Exit status: 0 done, 1 a line is not the one in the tree, 2 the log or the
     tree is missing.
     """
@@ -209,7 +213,9 @@ def export(
             except exporting.NotInTreeError:
                 left_out += 1
                 continue
-            sys.stdout.buffer.write(msgspec.json.encode(proven) + b"\n")
+            is_event = format == "ocsf"
+            content = ocsf.encode(log_id, event, line, proven.proof) if is_event else msgspec.json.encode(proven)
+            sys.stdout.buffer.write(content + b"\n")
         sys.stdout.flush()
     except ProofError as error:
         missing(error)

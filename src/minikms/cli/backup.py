@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import App, Parameter, validators
 
 from minikms.cli.console import (
+    AuditDir,
     CommandError,
     DataDir,
     Json,
@@ -141,6 +142,7 @@ def restore(
         Path | None,
         Parameter(name="--newer-master-key-file", help="The root key of that keyring, if it is another one."),
     ] = None,
+    audit_dir: AuditDir = None,
     master_key_file: MasterKeyFile = None,
     root_source: Root = None,
     yes: Yes = False,
@@ -156,6 +158,7 @@ def restore(
     from minikms.custody.backup import restore as restoring
     from minikms.custody.backup.create import verify as verify_archive
     from minikms.custody.files import DataDirLock
+    from minikms.custody.log_directory import claim_log_directory
 
     directory = chosen_data_dir(data_dir, must_exist=False)
     root = needed_root(master_key_file, master_key_fd, root_source)
@@ -173,11 +176,12 @@ def restore(
         good = verify_archive(str(archive), task)
         with DataDirLock(directory) as lock, task.open_keyring(good.keyring) as unlocked:
             restoring.check_empty(lock.directory_fd, directory)
+            log_dir = claim_log_directory(lock, audit_dir, empty=True)
             tombstones = restoring.all_tombstones(unlocked.body.keyring_id, good.tombstones, newer)
             target = restoring.Target(directory, lock.directory_fd, tombstones, _registered(archive, good.manifest))
             now = files.rfc3339(files.now_ns())
             done = restoring.restore(str(archive), good, task, unlocked, target, at=now, newer=newer)
-            _begin_log(directory, unlocked, good.manifest)
+            _begin_log(log_dir, unlocked, good.manifest)
     if json:
         print_json({"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()})
         return EXIT_GOOD
@@ -302,7 +306,7 @@ def _audit_head(directory: str) -> AuditHead | None:
     return None
 
 
-def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) -> None:
+def _begin_log(log_dir: str, unlocked: UnlockedKeyring, manifest: Manifest) -> None:
     """A new audit log. Its first line names the head of the old one, its second what was restored."""
     from minikms.audit import Event, ExpectedLog
     from minikms.audit.record import MAC_BYTES, Head
@@ -312,7 +316,7 @@ def _begin_log(directory: str, unlocked: UnlockedKeyring, manifest: Manifest) ->
     head = manifest.audit_head
     sig = None if head is None else decode_exact(head.sig, MAC_BYTES)
     expected = ExpectedLog(exists=True, head=None if head is None or sig is None else Head(head.seq, sig))
-    log = open_audit_log(directory, unlocked, expected=expected, accept_loss=True)
+    log = open_audit_log(log_dir, unlocked, expected=expected, accept_loss=True)
     try:
         facts: dict[str, str | int] = {"archive": manifest.archive_id, "epoch": unlocked.body.epoch}
         log.add(Event(type="restore", actor="minikms", pid=os.getpid(), facts=facts))

@@ -1,4 +1,4 @@
-"""The command tree of `minikms`, and the end of every command.
+"""The command tree of `minikms`.
 
 Owns: the names of the commands, and the one place in which an error becomes a sentence and an exit status. A new
 command is a module and an entry of COMMANDS. Invariants: a command that writes in the data directory takes its lock,
@@ -9,6 +9,7 @@ takes a fifth of a second at most.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 from typing import Any, Final, NoReturn
@@ -39,12 +40,9 @@ COMMANDS: Final = {
     "demo": ("demo:demo", "Run the commands on example data in a temporary directory."),
     "completion": ("command:completion", "Print the completion script of a shell."),
 }
-"""By name, each command beside `serve`: its module and function in `minikms.cli`, and its help in a line."""
+"""Each command beside `serve`: its module and function in `minikms.cli`, and one line of help."""
 
-WITHOUT_ROOT_KEY: Final = frozenset(
-    {"status", "ready", "keys", "rotate-kek", "kek", "seal", "unseal", "root", "pin", "policy"}
-)
-"""Commands that use none from the environment."""
+MASTER_KEY_PARAMETER: Final = MASTER_KEY_FLAG.removeprefix("--").replace("-", "_")
 
 HELPERS: Final = {"auditor": "minikms_auditor", "gateway": "minikms_gateway", "unlock": "minikms_unlock"}
 """Programs of this distribution that are processes of their own: `minikms NAME …` runs `minikms-NAME`, as git does."""
@@ -80,9 +78,7 @@ def run() -> None:
 
 
 def _command() -> Any:
-    words = sys.argv[1:]
-    if words and (words[0] in HELPERS or words[0] in WITHOUT_ROOT_KEY):
-        words = _without_root_key(words)
+    words = _with_needed_root_key(sys.argv[1:])
     if words and words[0] in HELPERS:
         _run_helper(words[0], words[1:])
     _check_first_word(words)
@@ -90,13 +86,22 @@ def _command() -> Any:
     return app(words, print_error=False, exit_on_error=False)
 
 
-def _without_root_key(words: list[str]) -> list[str]:
-    """The command line without the descriptor of a root key that came in the environment, which is closed."""
-    if words[-2:-1] == [MASTER_KEY_FLAG] and words[-1].isdecimal():
-        with contextlib.suppress(OSError):
-            os.close(int(words[-1]))
-        return words[:-2]
-    return words
+def _with_needed_root_key(words: list[str]) -> list[str]:
+    """The command line. If a root key from the environment ends it and the command takes none, its descriptor is closed
+    and left out.
+    """
+    if words[-2:-1] != [MASTER_KEY_FLAG] or not words[-1].isdecimal() or _takes_root_key(words[:-2]):
+        return words
+    with contextlib.suppress(OSError):
+        os.close(int(words[-1]))
+    return words[:-2]
+
+
+def _takes_root_key(words: list[str]) -> bool:
+    if words and words[0] in HELPERS:
+        return False
+    command = app.parse_commands(words)[1][-1].default_command
+    return command is not None and MASTER_KEY_PARAMETER in inspect.signature(command).parameters
 
 
 def _run_helper(name: str, words: list[str]) -> NoReturn:

@@ -76,6 +76,7 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
         errors.UnauthorizedError: "Run this as a user of the daemon's --allowed-uids, or of a grant of its policy file",
         errors.ForbiddenError: "Run this as a user of the daemon's --admin-uids, or of a grant of its policy file",
         errors.AuditUnavailableError: "Free space on the file system of the audit log; see docs/runbook.md",
+        errors.AuditLaggingError: "See docs/runbook.md",
         errors.KeyNotFoundError: "List the keys with `minikms keys list`",
     }
     next_step = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")
@@ -118,6 +119,10 @@ ServerUid = Annotated[
 ]
 DataDir = Annotated[
     PathText | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
+]
+AuditDir = Annotated[
+    PathText | None,
+    Parameter(name="--audit-dir", help="Directory of the audit log, for an auditor: mode 2750, group of the auditor."),
 ]
 MasterKeyFile = Annotated[
     Path | None, Parameter(name="--master-key-file", help=f"File with the root key [{MASTER_KEY_FILE_VARIABLE}].")

@@ -395,7 +395,8 @@ def doctor(
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Look for problems, and say what to do about each. --data-dir examines the files and the machine, even while the
-    daemon runs; --socket examines the running daemon. Without either, both are examined where the package has them.
+    daemon runs; --socket examines the running daemon. Without either, both are examined at the paths of the systemd
+    units.
 
     With the root key it also opens every key. Exit status: 0 no problem, 1 a problem, 2 there is nothing to examine.
     """

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 from cyclopts import Parameter
 
 from minikms.cli.console import (
+    AuditDir,
     CommandError,
     DataDir,
     Json,
@@ -65,6 +66,7 @@ def init(
         ),
     ] = None,
     shares_dir: SharesDir = None,
+    audit_dir: AuditDir = None,
     yes: Yes = False,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
@@ -77,6 +79,7 @@ def init(
     """
     recovery = _recovery(recovery_shares, shares_dir, yes=yes)
     directory = chosen_data_dir(data_dir, must_exist=False)
+    audit_dir = None if audit_dir is None else os.path.abspath(audit_dir)
     key_file = chosen_key_file(master_key_file, master_key_fd)
     root = chosen_root(master_key_file, master_key_fd)
     if root is None:
@@ -88,7 +91,7 @@ def init(
     if recovery is not None:
         check_can_hand_out(recovery.directory, data_dir=directory)
     makes_key = key_file is not None and not os.path.lexists(key_file)
-    made, failure = _make(directory, root, key_file if makes_key else None, recovery)
+    made, failure = _make(directory, audit_dir, root, key_file if makes_key else None, recovery)
     if failure:
         complain(f"{directory} was made, but without recovery shares: {failure}. {ADD_LATER}")
     if json:
@@ -109,6 +112,8 @@ def init(
     if "shares" in made:
         _print_shares(made["shares"])
     source = f" --master-key-file {shlex.quote(os.path.abspath(key_file))}" if key_file is not None else ""
+    if audit_dir is not None:
+        source += f" --audit-dir {shlex.quote(audit_dir)}"
     program, sockets = _program(), os.path.dirname(directory)
     print("Start it, and look at it on another terminal:")
     if os.stat(sockets).st_mode & _WRITABLE_BY_OTHERS:  # the daemon refuses such a directory
@@ -145,7 +150,11 @@ def _print_shares(shares: dict[str, Any]) -> None:
 
 
 def _make(
-    directory: str, root: RootProvider, new_key_file: Path | None, recovery: Recovery | None
+    directory: str,
+    audit_dir: str | None,
+    root: RootProvider,
+    new_key_file: Path | None,
+    recovery: Recovery | None,
 ) -> tuple[dict[str, Any], str]:
     """Opens the directory as a first start does, adds recovery shares, and closes it. Raises StartError and
     StorageUnavailableError. Returns what was made, and why there are no shares; empty if there are, or need not be.
@@ -154,16 +163,20 @@ def _make(
 
     from minikms.base64 import encode_text
     from minikms.custody import keyring_file
-    from minikms.datadir import KEYRING_SLOTS, lock_data_dir, open_for_service
+    from minikms.datadir import KEYRING_SLOTS, Options, lock_data_dir, open_for_service
     from minikms.memory.arena import SecretArena
     from minikms.roots.key_file import make_key_file
 
-    with lock_data_dir(directory) as lock, SecretArena(KEYRING_SLOTS) as arena, ThreadPoolExecutor(1) as executor:
+    with (
+        lock_data_dir(directory, audit_dir) as lock,
+        SecretArena(KEYRING_SLOTS) as arena,
+        ThreadPoolExecutor(1) as executor,
+    ):
         if os.path.lexists(os.path.join(directory, keyring_file.NAME)):
             raise CommandError(f"{directory} has a keyring already; nothing was changed", EXIT_FAILED)
         if new_key_file is not None:
             make_key_file(new_key_file, arena)
-        data = open_for_service(lock, root, arena=arena, disk=executor)
+        data = open_for_service(lock, root, arena=arena, disk=executor, options=Options(audit_dir=audit_dir))
         body = data.vault.keyring.body
         made = {
             "keyring_id": body.keyring_id,

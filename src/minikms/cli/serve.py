@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import Parameter, validators
 
-from minikms.cli.console import PIN_VARIABLE, DataDir, MasterKeyFd, Root, chosen_data_dir, chosen_root, chosen_socket
+from minikms.cli.console import (
+    PIN_VARIABLE,
+    AuditDir,
+    DataDir,
+    MasterKeyFd,
+    Root,
+    chosen_data_dir,
+    chosen_root,
+    chosen_socket,
+)
 from minikms.usage import PathText
 
 if TYPE_CHECKING:
@@ -25,6 +34,8 @@ ADMIN_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ADMIN_UIDS"
 POLICY_VARIABLE: Final = "PROGRESSDB_MINIKMS_POLICY"
 MIB_BYTES: Final = 1024 * 1024
 DAY_SECONDS: Final = 24 * 3600
+UNSHIPPED_LINES_MIN: Final = 100
+"""An auditor that works takes lines about ten seconds after they were written."""
 IF_RESTORED_UNDER_SERVER: Final = (
     "If you restored a copy on purpose, start the message server once with --accept-restore (docs/runbook.md)"
 )
@@ -80,9 +91,13 @@ def serve(
         bool,
         Parameter(help="Make the socket's directory if it is missing, mode 0750, of that group.", negative=()),
     ] = False,
-    audit_dir: Annotated[
-        PathText | None,
-        Parameter(help="Directory of the audit log, for an auditor: mode 2750, group of the auditor."),
+    audit_dir: AuditDir = None,
+    refuse_when_unshipped: Annotated[
+        int | None,
+        Parameter(
+            help="Use no key while the auditor has not taken more lines of the audit log than this.",
+            validator=validators.Number(gte=UNSHIPPED_LINES_MIN),
+        ),
     ] = None,
     audit_fsync: Annotated[
         Literal["never", "interval", "turn"],
@@ -184,6 +199,8 @@ def serve(
     allowed = allowed_uids or os.environ.get(ALLOWED_UIDS_VARIABLE) or ("" if policy_file else str(os.geteuid()))
     if audit_dir is not None and audit_fsync == "never":
         raise StartError("--audit-dir is for an auditor, which takes durable lines only: not with --audit-fsync never")
+    if refuse_when_unshipped is not None and audit_dir is None:
+        raise StartError("--refuse-when-unshipped needs --audit-dir: without it no auditor can take a line")
     admins = admin_uids or os.environ.get(ADMIN_UIDS_VARIABLE) or ""
     process.run(
         Settings(
@@ -215,6 +232,7 @@ def serve(
             ),
             audit_keep=Retention(bytes_max=audit_keep_mib * MIB_BYTES, days_min=audit_keep_days),
             forwarder=None if audit_copy is None else FileForwarder(os.path.abspath(audit_copy)),
+            refuse_when_unshipped=refuse_when_unshipped,
             log_format=log_format,
         )
     )

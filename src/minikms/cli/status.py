@@ -80,7 +80,7 @@ def ready(
     """Check that the running daemon serves, as the probe of a container does.
 
     It needs no role: the users of the daemon may ask, and the daemon's own user. With --live every user may.
-    Exit status: 0 yes, 1 it is sealed or can't write its audit log, 2 it does not answer.
+    Exit status: 0 yes, 1 it is sealed, can't write its audit log, or waits for its auditor, 2 it does not answer.
     """
     with daemon_client(socket, server_uid, timeout_s=ANSWER_SECONDS) as kms:
         if live:
@@ -122,6 +122,7 @@ def page(answer: api.StatusAnswer) -> Group:
         ("rotation", _rotation(answer.rotation)),
         ("keys", _keys(answer.keys)),
         ("audit", _audit(answer.audit)),
+        ("auditor", _auditor(answer.audit.position)),
     ]
     facts = [
         *([] if sealed else unlocked),  # a sealed daemon knows none of them
@@ -178,6 +179,14 @@ def _audit(audit: api.AuditStatus) -> str:
     head = audit.head
     state = "" if audit.writable else f"; CAN'T BE WRITTEN: {audit.unavailable_reason}"
     return f"line {head.seq:,}, head {head.seq}:{head.sig}{state}"
+
+
+def _auditor(position: api.PositionStatus | None) -> str:
+    if position is None:
+        return ""
+    age = position.age_seconds
+    reported = "no report since the start" if age is None else f"reported {duration(age)} ago"
+    return f"{position.origin}: line {position.seq:,}, {position.lag_lines:,} behind, {reported}"
 
 
 def _memory(memory: api.MemoryStatus) -> str:

@@ -173,7 +173,7 @@ class Verbs:
     @method
     def ready(self) -> One[bool]:
         """Whether the daemon serves: True, or an error. Needs no role and writes no audit line. Raises SealedError,
-        AuditUnavailableError.
+        AuditUnavailableError, AuditLaggingError.
         """
         return One(api.READY, api.Request()).then(calls.is_ready)
 

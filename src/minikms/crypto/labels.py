@@ -1,11 +1,11 @@
 """Labels, and the associated data that binds a wrapped DEK or a record to its place.
 
 Owns: one label per use of a key, `aad`, which is the only encoding of associated data, and the fields that wrapped DEKs
-and records are bound to. Invariants: no label is a prefix of another (each ends in its only NUL); every
-field is length-prefixed, so two different lists of fields never have the same encoding; a wrapped DEK is bound to key
-id, thread id, purpose, algorithm and KEK version; a record is bound to its format version, key id, the key's thread id
-and the caller's aad, so it does not open at another place or under another key. docs/spec/formats.md has the bytes. A
-label must never be used for two purposes.
+and records are bound to. Invariants: no label is a prefix of another (each ends in its only NUL); every field is
+length-prefixed, so two different lists of fields never have the same encoding; a wrapped DEK is bound to key id, thread
+id, purpose, algorithm and KEK version; a record is bound to its format version, key id, the key's thread id and the
+caller's aad, so it does not open at another place or under another key. docs/spec/formats.md has the bytes. A label
+must never be used for two purposes.
 """
 
 from __future__ import annotations

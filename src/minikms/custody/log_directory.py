@@ -45,16 +45,19 @@ def lock_log_directory(lock: DataDirLock) -> str:
     return path
 
 
-def claim_log_directory(lock: DataDirLock, audit_dir: str | None) -> None:
-    """As `lock_log_directory`, for a start that states where the log lies: `audit_dir` (absolute), or None for the data
-    directory. The first start with `audit_dir` records it. Raises StartError.
+def claim_log_directory(lock: DataDirLock, audit_dir: str | None, *, empty: bool = False) -> str:
+    """As `lock_log_directory`, for a start that states where the log lies: `audit_dir`, or None for the data directory.
+    The first start with `audit_dir` records it. `empty`: there must be no log yet. Raises StartError,
+    StorageUnavailableError.
     """
     recorded = log_directory(lock.directory)
     if audit_dir is None:
         if recorded != lock.directory:
             raise StartError(f"the audit log of {lock.directory} lies in {recorded}: start with --audit-dir {recorded}")
-        return
-    if os.path.commonpath((audit_dir, lock.directory)) in (audit_dir, lock.directory):
+        return recorded
+    audit_dir = os.path.abspath(audit_dir)
+    places = os.path.realpath(audit_dir), os.path.realpath(lock.directory)
+    if os.path.commonpath(places) in places:
         raise StartError(f"--audit-dir {audit_dir} must lie beside the data directory, not in it or above it")
     if recorded == lock.directory:
         if any(name.startswith(LOG_FILES) for name in os.listdir(lock.directory_fd)):
@@ -68,8 +71,11 @@ def claim_log_directory(lock: DataDirLock, audit_dir: str | None) -> None:
             f"{recorded}, or move it (docs/runbook.md)"
         )
     _lock(lock, audit_dir)
+    if empty and any(name.startswith(LOG_FILES) for name in os.listdir(audit_dir)):
+        raise StartError(f"{audit_dir} holds an audit log: move its files {LOG_FILES}* away first")
     if recorded == lock.directory:
         replace_file(lock.directory_fd, NAME, os.fsencode(audit_dir) + b"\n")
+    return audit_dir
 
 
 def _lock(lock: DataDirLock, path: str) -> None:

@@ -50,6 +50,9 @@ KEPT_CONNECTIONS_SHARE: Final = 8
 SEALER_CONNECTIONS_MAX: Final = 4
 """A uid that may seal and has fewer connections gets one of those that are kept."""
 
+LAGGING_WINDOW_NS: Final = 60 * 1_000_000_000
+"""Refusals because the auditor lags are counted for this long: each line about them makes the lag larger."""
+
 _HEADER_NAME: Final = "X-MiniKMS-Principal"
 _ROOT_PATHS: Final = (api.UNSEAL.path, api.ADD_ROOT.path)
 ROOT_BODY_TEXT: Final = f"the body of this request has at most {api.ROOT_BODY_BYTES_MAX} bytes"
@@ -86,6 +89,7 @@ class Admission:
         self._too_large = RefusalAggregator(api.CODE_TOO_LARGE, others=ACTOR_OTHERS)
         self._limited_users = RefusalAggregator(api.CODE_LIMIT_EXCEEDED, others=ACTOR_OTHERS)
         self._limited = RefusalAggregator(api.CODE_LIMIT_EXCEEDED, others=PRINCIPALS_OTHERS)
+        self._lagging = RefusalAggregator(api.CODE_AUDIT_LAGGING, others=ACTOR_OTHERS, window_ns=LAGGING_WINDOW_NS)
         self._by_uid: Counter[int] = Counter()
         self._uid_max = connections_max // UID_CONNECTIONS_SHARE
         self._free_max = connections_max - min(KEPT_CONNECTIONS_MAX, connections_max // KEPT_CONNECTIONS_SHARE)
@@ -202,8 +206,12 @@ class Admission:
         refusals = self._limited if via else self._limited_users
         self._report(refusals.note(event.actor, time.monotonic_ns(), via=via))
 
+    def lagging(self, session: Session) -> None:
+        """A request of this session was refused because the auditor lags."""
+        self._report(self._lagging.note(actor(session.peer.uid), time.monotonic_ns()))
+
     def refusals_due(self) -> list[Event]:
-        """The events that stand for the refusals of the past second."""
+        """The events that stand for the refusals of the windows that have ended."""
         now_ns = time.monotonic_ns()
         return [event for refusals in self._aggregators() for event in refusals.due(now_ns)]
 
@@ -212,7 +220,8 @@ class Admission:
         return [event for refusals in self._aggregators() for event in refusals.flush()]
 
     def _aggregators(self) -> tuple[RefusalAggregator, ...]:
-        return self._unauthorised_peers, self._wrong_proxies, self._too_large, self._limited_users, self._limited
+        users = self._unauthorised_peers, self._wrong_proxies, self._too_large, self._limited_users, self._lagging
+        return *users, self._limited
 
     def _turn_away(self, session: Session) -> Response:
         self._refuse(session.peer)

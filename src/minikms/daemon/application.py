@@ -298,7 +298,7 @@ def visible_status(status: dict[str, object], keys: ScopedKeys) -> dict[str, obj
 
 def _is_unavailable(status: dict[str, object]) -> bool:
     """Whether the answer says that the log could not be written before this turn: then its own line may be missing."""
-    return status["status"] != "ok"
+    return status["status"] == api.CODE_AUDIT_UNAVAILABLE
 
 
 def _reader(verb: Verb[Any, Any]) -> Read:

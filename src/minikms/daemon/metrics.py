@@ -157,7 +157,7 @@ def page(
     _add_requests(made, status, times, batches)
     _add_keys(made, status)
     _add_rotation(made, status["rotation"])
-    _add_audit(made, status["audit"])
+    _add_audit(made, status["audit"], status["uptime_seconds"])
     _add_policy(made, status["policy"] or {}, policy_refusals)
     _add_process(made, status)
     return made.encode()
@@ -203,13 +203,18 @@ def _add_rotation(made: _Page, rotation: Mapping[str, Any] | None) -> None:
     made.one("minikms_kek_rotation_failing", "gauge", "1 while the one that runs is held up by an error.", failing)
 
 
-def _add_audit(made: _Page, audit: Mapping[str, Any]) -> None:
+def _add_audit(made: _Page, audit: Mapping[str, Any], uptime_seconds: int) -> None:
     made.one("minikms_audit_lines_total", "counter", "Lines of the audit log.", audit["head"]["seq"])
     made.one("minikms_audit_writable", "gauge", "1 while the audit log can be written.", audit["writable"])
     made.one("minikms_audit_synced", "gauge", "1 when all of it is on the disk.", audit["synced"])
     dropped = audit["events_dropped"]
     made.one("minikms_audit_dropped_total", "counter", "Events that could not be written.", dropped)
     made.one("minikms_audit_segment_bytes", "gauge", "Size of the current segment.", audit["segment_bytes"])
+    position = audit["position"] or {"seq": 0, "age_seconds": 0, "lag_lines": 0}
+    made.one("minikms_audit_position_line", "gauge", "Last line that an auditor has taken.", position["seq"])
+    age = uptime_seconds if position["age_seconds"] is None else position["age_seconds"]
+    made.one("minikms_audit_position_age_seconds", "gauge", "Since its last report, or since the start.", age)
+    made.one("minikms_audit_lag_lines", "gauge", "Durable lines that it has not taken.", position["lag_lines"])
     made.one("minikms_audit_reserve_bytes", "gauge", "Disk space reserved for its last lines.", audit["reserve_bytes"])
 
 
@@ -235,8 +240,6 @@ def _add_process(made: _Page, status: Mapping[str, Any]) -> None:
     made.one("minikms_disk_free_bytes", "gauge", "Free for the data directory.", status["disk_free_bytes"])
     made.one("minikms_root_slots", "gauge", "Root keys that open the keyring.", len(status["root"]["slots"]))
     made.one("minikms_epoch", "gauge", "Rises with every start and keyring write.", status["epoch"])
-    made.one(
-        "minikms_up", "gauge", "1 when it serves, 0 while only status and metrics answer.", status.get("status") == "ok"
-    )
+    made.one("minikms_up", "gauge", "1 when it serves, 0 while verbs are refused.", status.get("status") == "ok")
     made.one("minikms_uptime_seconds", "gauge", "Seconds since the start.", status["uptime_seconds"])
     made.one("minikms_warnings", "gauge", "Warnings in /status.", len(status["warnings"]))

@@ -28,11 +28,13 @@ from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Indexing
 from minikms.daemon.admission import Admission, Session
 from minikms.daemon.application import Application, Seal
+from minikms.daemon.lagging import CHECK_SECONDS, LaggingApplication
 from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.settings import Settings
 from minikms.daemon.status import StatusPage
 from minikms.datadir import DataDir, written_at_start
 from minikms.http import HttpServer
+from minikms.logs import structlog
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
@@ -161,6 +163,7 @@ class Parts:
             from_source=bool(proved_slot_id),
             upkeep=self.upkeep,
             position=lambda: position.status(self.log_view()),
+            lagging=lambda: "" if self._lagging_app is None else self._lagging_app.why,
             measures=measures,
             indexing=self.indexing,
             keks=self.keks,
@@ -177,14 +180,42 @@ class Parts:
             seal=seal,
             reload=policy.reload,
         )
+        self._lagging_app: LaggingApplication | None = None
+        if settings.refuse_when_unshipped is not None:
+            self._lagging_app = LaggingApplication(
+                self.app,
+                admission=admission,
+                meters=policy.meters,
+                lag=lambda: position.lag(data.log.durable.seq),
+                lines_max=settings.refuse_when_unshipped,
+            )
+        self._server: HttpServer[Session] | None = None
 
     def watch_disk(self) -> None:
         """Logs when the disk has become nearly full."""
         self._page.watch_disk()
 
     def serve_on(self, server: HttpServer[Session]) -> None:
-        """Named to `/status`, which counts its connections."""
-        self._page.server = server
+        """`server` serves `app`. It is named to `/status`, which counts its connections."""
+        self._page.server = self._server = server
+        self._check_lag()
+
+    async def watch_lag(self) -> None:
+        """Refuses verbs while the auditor lags, until it is cancelled. Without a bound it returns."""
+        while self._lagging_app is not None:
+            await asyncio.sleep(CHECK_SECONDS)
+            self._check_lag()
+
+    def _check_lag(self) -> None:
+        server, lagging = self._server, self._lagging_app
+        if server is None or lagging is None:
+            return
+        why = lagging.why
+        if bool(why) is (server.app is lagging):
+            return
+        server.replace_app(lagging if why else self.app, None)
+        logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+        logger.warning("refusing requests" if why else "serving again", why=why or "the auditor has caught up")
 
     async def begin(self, events: Sequence[Event]) -> None:
         """Writes the first lines of this run, durably. Raises StartError when they can't be written."""

@@ -339,6 +339,7 @@ class Daemon:
             lambda: _every(HOUSEKEEPING_SECONDS, parts.vault.expire),
             lambda: _every(HOUSEKEEPING_SECONDS, parts.upkeep.tick),
             lambda: _every(HOUSEKEEPING_SECONDS, parts.watch_disk),
+            parts.watch_lag,
             lambda: sweep_temps_again(
                 parts.vault, self._lock.directory, self._log, reader=workers.reader, disk=workers.disk
             ),

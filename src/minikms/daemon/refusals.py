@@ -1,10 +1,10 @@
 """Rate-limits the audit events of refusals that a caller can repeat at no cost.
 
 Owns: merging many refusals of one kind into few events. Rules: the first refusal of an actor is an event at once; those
-of the following second are counted, and become one event at its end. At most `ACTORS_COUNT_MAX` actors are counted
-separately at a time; all others share one count, or one for each of the first `PROXIES_COUNT_MAX` proxies that asked
-for them. So refusals of one kind add at most `ACTORS_COUNT_MAX` + `PROXIES_COUNT_MAX` + 1 lines a second to the audit
-log. It must never read a clock: time is passed in.
+of the window that follows, a second by default, are counted, and become one event at its end. At most
+`ACTORS_COUNT_MAX` actors are counted separately at a time; all others share one count, or one for each of the first
+`PROXIES_COUNT_MAX` proxies that asked for them. So refusals of one kind add at most `ACTORS_COUNT_MAX` +
+`PROXIES_COUNT_MAX` + 1 lines a window to the audit log. It must never read a clock: time is passed in.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ class _Actor(NamedTuple):
 
 class RefusalAggregator:
     """Of refusals with the error code `outcome`. Call `note` for each of them and `due` once a second, and queue every
-    event that they return. `others`: the name of actors beyond the bound.
+    event that they return. `others`: the name of actors beyond the bound. `window_ns`: for which refusals are counted.
     """
 
-    def __init__(self, outcome: str, *, others: str) -> None:
+    def __init__(self, outcome: str, *, others: str, window_ns: int = WINDOW_NS) -> None:
         self._outcome = outcome
         self._others = others
+        self._window_ns = window_ns
         self._windows: dict[_Actor, _Window] = {}
 
     def note(self, name: str, now_ns: int, *, via: str = "") -> Event | None:
@@ -56,7 +57,7 @@ class RefusalAggregator:
                 actor = _Actor(self._others)
         window = self._windows.get(actor)
         if window is None:
-            self._windows[actor] = _Window(now_ns + WINDOW_NS)
+            self._windows[actor] = _Window(now_ns + self._window_ns)
             return self._event(actor, 1)
         window.pending += 1
         return None
@@ -66,7 +67,7 @@ class RefusalAggregator:
         return sum(actor.name != self._others for actor in self._windows)
 
     def due(self, now_ns: int) -> list[Event]:
-        """Events for the seconds that have ended by `now_ns`. An actor that was not refused meanwhile is forgotten."""
+        """Events for the windows that have ended by `now_ns`. An actor that was not refused meanwhile is forgotten."""
         events = []
         for actor, window in list(self._windows.items()):
             if now_ns < window.ends_ns:
@@ -76,7 +77,7 @@ class RefusalAggregator:
                 continue
             events.append(self._event(actor, window.pending))
             window.pending = 0
-            window.ends_ns = now_ns + WINDOW_NS
+            window.ends_ns = now_ns + self._window_ns
         return events
 
     def flush(self) -> list[Event]:

@@ -189,7 +189,7 @@ class Sealing:
         body = keyring.parse_file(read_keyring(process.lock.directory))[0]
         log_dir = process.settings.opening.audit_dir or process.lock.directory
         view = self._log_view = view_on_disk(log_dir, body.audit_key.public_key, body.audit_origin)
-        self._position.begin(view.log_id, view.durable.seq)
+        self._position.begin(view.log_id)
         self._sealed = _Sealed(
             Marker(at=files.rfc3339(self._started_ns)) if marker is None else marker,
             durable=marker is not None,
@@ -268,7 +268,7 @@ class Sealing:
                 self._process.log.warning("not audited, because the daemon is sealed", lines=len(self._owed))
             return
         try:
-            for event in self._owed:
+            for event in (*self._owed, *self._admission.refusals_so_far()):
                 parts.audit.add(event)
             if why:
                 await parts.end(why)

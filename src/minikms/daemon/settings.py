@@ -21,6 +21,7 @@ LogFormat = Literal["json", "console"]
 class Settings:
     """`data_dir` is an absolute path. The daemon stops at the end of file of `parent_fd`. `sealed`: every start waits
     for an unseal. `allowed_uids`: with a policy file None means the uids that it names; otherwise they narrow those.
+    `refuse_when_unshipped`: no key is used while an auditor has left more durable lines of the audit log.
     """
 
     socket: str
@@ -38,4 +39,5 @@ class Settings:
     opening: Options = DEFAULT_OPTIONS
     audit_keep: Retention = KEEP_ALL
     forwarder: Forwarder | None = None
+    refuse_when_unshipped: int | None = None
     log_format: LogFormat = "console"

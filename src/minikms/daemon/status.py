@@ -2,7 +2,7 @@
 
 Owns: the status object and its warnings, unsealed and sealed, and what a limited caller gets of it. Invariants: it
 contains no secret; every warning says what to do; a principal behind a proxy reads nothing of files, root keys and
-other principals. It must never do more than a few microseconds of work: it runs in the loop's thread.
+other principals. It must never do work that grows with the number of keys: it runs in the loop's thread.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _KEY_HIDDEN: Final = "k_…"
 
 
 class StatusPage:
+    """`build` makes the status of an unsealed daemon."""
+
     def __init__(
         self,
         *,
@@ -42,6 +44,7 @@ class StatusPage:
         from_source: bool,
         upkeep: Maintenance,
         position: Callable[[], dict[str, object] | None],
+        lagging: Callable[[], str],
         measures: tuple[Measure, ...],
         indexing: Indexing,
         keks: KekVerbs,
@@ -52,11 +55,13 @@ class StatusPage:
         self._settings = settings
         self._started_under = data.slot.fingerprint
         self._provider = settings.root.name if from_source else data.slot.provider
-        """Of a given root key: where it was said to come from when it was added."""
+        """Where the root key comes from; for one that a request gave, what its slot has recorded."""
         self._vault = data.vault
         self._log = data.log
         self._upkeep = upkeep
         self._position = position
+        self._lagging = lagging
+        """Why verbs are refused because the auditor lags; empty if they are not."""
         self._measures = measures
         self._indexing = indexing
         self._keks = keks
@@ -71,7 +76,7 @@ class StatusPage:
         cache = self._vault.cache
         server = self.server
         return {
-            **self._log.service_status(),
+            **self._service_status(),
             "pid": os.getpid(),
             "uid": os.geteuid(),
             "uptime_seconds": _seconds_since(self._started_ns),
@@ -109,6 +114,11 @@ class StatusPage:
             "warnings": [*self._warnings(), *self._policy.warnings()],
         }
 
+    def _service_status(self) -> dict[str, str]:
+        """The members `status` and `reason`."""
+        lagging = self._lagging() if self._log.writable else ""
+        return {"status": api.CODE_AUDIT_LAGGING, "reason": lagging} if lagging else self._log.service_status()
+
     def watch_disk(self) -> None:
         """Logs when the disk has become nearly full, and when it has room again. Call this every second."""
         full = self._disk_free_bytes() < api.DISK_FREE_BYTES_MIN
@@ -118,9 +128,9 @@ class StatusPage:
             say("disk nearly full" if full else "disk has room again", disk_free_bytes=self._disk_free_bytes())
 
     def _disk_free_bytes(self) -> int:
-        """For the data directory and the audit log, the lesser one, and for this user."""
-        rooms = map(os.statvfs, {self._settings.data_dir, self._log.directory})
-        return min(room.f_bavail * room.f_frsize for room in rooms)
+        """What this user may still write: the lesser one of data directory and directory of the audit log."""
+        disks = map(os.statvfs, {self._settings.data_dir, self._log.directory})
+        return min(disk.f_bavail * disk.f_frsize for disk in disks)
 
     def _root(self) -> dict[str, object]:
         """`fingerprint`: of the root key that this run was started under, or of the one that has replaced it."""
@@ -234,14 +244,14 @@ def reduced(status: dict[str, Any]) -> dict[str, object]:
 
 
 def without_key_files(status: dict[str, Any]) -> dict[str, object]:
-    """What a principal gets that may not know of every key: no key id, in the warnings neither."""
+    """What a principal gets that may not know of every key: no key id, also not in a warning."""
     status = without_policy_error(status)
     warnings = [api.KEY_ID_PATTERN.sub(_KEY_HIDDEN, text) for text in status["warnings"]]
     return {**status, "keys": {**status["keys"], "unreadable_files": {}}, "warnings": warnings}
 
 
 def without_policy_error(status: dict[str, Any]) -> dict[str, Any]:
-    """Why a reload failed quotes the policy file, which names other principals."""
+    """The error of the last reload is hidden: it quotes the policy file, which names other principals."""
     policy = status["policy"]
     if policy is None or not policy["last_error"]:
         return status

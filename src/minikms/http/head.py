@@ -2,15 +2,15 @@
 
 Owns: which heads are accepted (RFC 9112 and RFC 9110, narrowed), what the engine learns from them, and the decoding of
 a query. Rules, in the order in which they are checked:
-1. The head and its target are bounded.
-2. The whole head matches the grammar in this module: lines end in CR LF, no line is folded, and there is no control
-   character, bare CR or LF, or NUL. Only then httptools (llhttp) parses it, and both must find the same headers.
-3. The version is 1.1 or 1.0, the method is one of RFC 9110 (without CONNECT and TRACE), the target is a path.
+1. The head is bounded.
+2. The version is 1.1 or 1.0, the method is one of RFC 9110 (without CONNECT and TRACE), the target is a bounded path.
+3. The headers match the grammar in this module: lines end in CR LF, no line is folded, and there is no control
+   character but a tab. Only then httptools (llhttp) parses the head, and both must find the same headers.
 4. Host occurs exactly once (1.0: at most once), other single-valued headers at most once.
-5. The body has exactly one possible length: from one Content-Length, or from `Transfer-Encoding: chunked` in 1.1. A
-   method with a body needs one of the two. Both together, or anything else, are refused: two parsers could disagree.
-6. The engine refuses what it does not support, and never ignores it: Upgrade, Trailer, other expectations, compressed
+5. The engine refuses what it does not support, and never ignores it: Upgrade, Trailer, other expectations, compressed
    bodies.
+6. The body has exactly one possible length: from one Content-Length, or from `Transfer-Encoding: chunked` in 1.1. A
+   method with a body needs one of the two. Both together, or anything else, are refused: two parsers could disagree.
 7. A query is `name=value` pairs joined by `&`, percent-encoded UTF-8. A repeated name, a malformed escape or invalid
    UTF-8 is refused.
 Pure: bytes in, a value or an error out. It must never see a body.
@@ -301,7 +301,7 @@ class HeadCache:
     def parse(self, raw: bytes) -> ParsedHead:
         """Parse a head that `get` does not have, and cache it if it is cacheable. Raises RefusedError."""
         head = parse_head(raw, self._limits)
-        if head.cacheable and len(raw) < CACHED_HEAD_BYTES_MAX:
+        if head.cacheable and len(raw) <= CACHED_HEAD_BYTES_MAX:
             if len(self._heads) >= CACHED_HEADS_COUNT_MAX:
                 self._heads.clear()
             self._heads[raw] = head

@@ -28,15 +28,15 @@ CACHED_HEAD_BYTES_MAX: Final = 1024
 QUERY_PARAMETERS_COUNT_MAX: Final = 32
 
 RECEIVE_BUFFER_BYTES: Final = 256 * 1024
-"""Size of the buffer that all connections share. More than a Unix socket's default queue (208 KiB)."""
+"""Size of the buffer that all connections share. It exceeds a Unix socket's default queue (208 KiB)."""
 BUFFERED_BYTES_MAX: Final = 256 * 1024 * 1024
 """Bound of the incomplete requests of all connections: without it, 2,048 connections could hold 32 GiB."""
 UNREAD_GROUP_BYTES_MAX: Final = 32 * 1024 * 1024
 """Bound of the requests that are answered later and of the answers that wait to be read, on all connections of a group
-(`Application.group`). Beyond it, none of them is read or starts a request before half of the bound is free. More than
-the largest answer, 22 MiB."""
+(`Application.group`). Beyond it, none of them is read or starts a request before half of the bound is free. It
+exceeds the largest answer, 22 MiB."""
 UNREAD_BYTES_MAX: Final = 256 * 1024 * 1024
-"""The same of all groups. Beyond it, a group goes on once it has none of its own."""
+"""The same bound of all groups together. Beyond it, a group is read again only when it has no such bytes itself."""
 
 HEAD_SECONDS_MAX: Final = 10.0
 BODY_SECONDS_MAX: Final = 60.0

@@ -437,6 +437,11 @@ def with_audit_origin(body: Body, origin: str, *, at: str) -> Body:
     return body if body.audit_origin else next_epoch(body, at=at, audit_origin=origin)
 
 
+def without_audit_origin(body: Body, *, at: str) -> Body:
+    """Forgets the tree of the auditor, so that another one can be attached."""
+    return next_epoch(body, at=at, audit_origin="")
+
+
 def check_audit_origin(recorded: str, origin: str) -> None:
     """Raises ConflictError if another one is recorded."""
     if recorded not in ("", origin):

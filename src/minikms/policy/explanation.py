@@ -114,7 +114,7 @@ def explain(policy: FilePolicy, principal: str, role: Role, thread: str | None, 
 
 
 def _first_proxy(policy: FilePolicy, principal: str) -> int | None:
-    """The first that may name the principal, and connect if one of them may."""
+    """Of the proxies that may name the principal, the first that may connect; if none may, the first."""
     uids = [uid for proxy in policy.rules.proxies if proxy.may_name(principal) for uid in sorted(proxy.uids)]
     return next((uid for uid in uids if uid in policy.allowed), next(iter(uids), None))
 
@@ -133,13 +133,11 @@ def _explain_role(question: _Question, scope: Scope, *, is_proxy: bool) -> Expla
         return question.denied(api.CODE_FORBIDDEN, why, _more_grants(question), proxy)
     grant = scope.decide(role, question.thread)
     if grant is None:
-        why = f"no grant gives {name} the role {role}{question.where}, so its keys look unknown (key_not_found)"
-        code = api.CODE_KEY_NOT_FOUND
+        why = f"no grant gives {name} the role {role}{question.where}"
         if role == "create":
-            code = api.CODE_FORBIDDEN
-            why = (
-                f"no grant gives {name} the role {role}{question.where}: a new key is forbidden, and keys look unknown"
-            )
+            code, why = api.CODE_FORBIDDEN, f"{why}: a new key is forbidden, and keys look unknown"
+        else:
+            code, why = api.CODE_KEY_NOT_FOUND, f"{why}, so its keys look unknown (key_not_found)"
         return question.denied(code, why, _more_grants(question), proxy)
     where = question.where
     if question.thread is None and role in THREAD_ROLES:
@@ -166,6 +164,7 @@ def _more_proxies(rules: Rules, name: Name, uid: int | None = None) -> Iterator[
 
 
 def _connecting(question: _Question, uid: int) -> Iterator[str]:
+    """What would let the uid connect."""
     rules = question.policy.rules
     if uid in rules.granted_uids | rules.proxy_uids:
         yield f"add {uid} to ALLOWED_UIDS, which leaves it out"

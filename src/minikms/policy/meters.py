@@ -1,4 +1,4 @@
-"""GrantLimits: how much each principal, grant and proxy uses, and the refusal of more.
+"""The limits in use: how much each principal, grant and proxy has used, and the refusal of more.
 
 Owns: the accounts of all limits, the charge of a request, until when a request counts as concurrent, and what of the
 hourly limits a stop keeps for the next start (docs/spec/policy.md). Invariants:

@@ -40,7 +40,7 @@ class AuditorVerbs:
         self._position = position
         self._reader = reader
         self._has_directory = has_directory
-        position.begin(log.writer.log_id.hex(), log.durable.seq)
+        position.begin(log.writer.log_id.hex())
         log.attended = position.attached
         table.later(api.REPORT_AUDIT_POSITION, self.report, audited=False)
 

@@ -1,8 +1,8 @@
 """The verbs that hand out keys: create, find or create, read the wrapped form, data keys, random bytes.
 
-Owns: what each of them answers. Invariant: `generate_data_key` is the only verb whose answer may
-hold key bytes, at the caller's request; they are made in the arena, and the answer is not kept. It must never answer a
-key that a power loss would remove.
+Owns: what each of them answers. Invariant: `generate_data_key` is the only verb whose answer may hold key bytes, at the
+caller's request; they are made in the arena, and the answer is not kept. It must never answer a key that a power loss
+would remove.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ STAGING_SUFFIX: Final = "~minikms-migration"
 STAGED_NAMESPACE: Final = "minikms-migration"
 """Its checkpoint says that the staging thread is complete."""
 FORMAT_OF_CHECKPOINTS: Final = 4
-"""The stored `v`. For an older one a saver looks for sends in the writes of the parent, which it can't read."""
+"""The stored `v` is at least this. With a lower one, a saver looks for sends in the parent's encrypted writes."""
 
 
 class Write(NamedTuple):
@@ -250,13 +250,8 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     def _opened(self, spot: _Spot, found: CheckpointTuple, plaintexts: Iterator[bytes]) -> Opened:
         (head,) = self._load(next(plaintexts))
-        stored, versions, parent = (
-            found.checkpoint["channel_values"],
-            head["header"]["channel_versions"],
-            head["parent"],
-        )
         self._check_head(spot, found, head)
-        values = {channel: self._load(next(plaintexts))[0] for channel in stored}
+        values = {channel: self._load(next(plaintexts))[0] for channel in found.checkpoint["channel_values"]}
         writes = [
             Write(task_id, channel, *self._load(next(plaintexts))) for task_id, channel, _ in found.pending_writes or ()
         ]
@@ -267,29 +262,29 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         return Opened(
             CheckpointTuple(
                 config=spot.config,
-                checkpoint=cast(
-                    "Checkpoint", {**head["header"], "channel_versions": versions, "channel_values": ordered}
-                ),
+                checkpoint=cast("Checkpoint", {**head["header"], "channel_values": ordered}),
                 metadata=head["metadata"],
-                parent_config=found.parent_config and _config(spot.thread_id, spot.namespace, parent),
+                parent_config=found.parent_config and _config(spot.thread_id, spot.namespace, head["parent"]),
                 pending_writes=[(write.task_id, write.channel, write.value) for write in writes],
             ),
             writes,
-            parent,
+            head["parent"],
         )
 
     def _check_head(self, spot: _Spot, found: CheckpointTuple, head: Mapping[str, Any]) -> None:
-        """That the stored row says what the head says, as far as values were found by it."""
+        """Raises WrongPlaceError unless the stored row has the id, parent, channels, versions and plain metadata that
+        the head has.
+        """
         stored, versions = found.checkpoint, head["header"]["channel_versions"]
         parent = get_checkpoint_id(found.parent_config) if found.parent_config else head["parent"]
         plain = {name: value for name, value in head["metadata"].items() if name in self._plain}
-        claimed = {name: value for name, value in found.metadata.items() if name in self._plain}
+        stored_plain = {name: value for name, value in found.metadata.items() if name in self._plain}
         if (
             not get_checkpoint_id(found.config) == spot.checkpoint_id == head["header"]["id"]
             or parent != head["parent"]
             or set(stored["channel_values"]) != set(head["channels"])
             or any(str(stored["channel_versions"].get(name)) != str(versions.get(name)) for name in head["channels"])
-            or (plain != claimed and _as_json(plain) != _as_json(claimed))
+            or (plain != stored_plain and _as_json(plain) != _as_json(stored_plain))
         ):
             raise WrongPlaceError(spot.head().record)
 

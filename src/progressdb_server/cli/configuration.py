@@ -102,7 +102,7 @@ def check(config: Config, *, has_master_key: bool) -> None:
 
 
 def tls_warning(tls: Tls, now_s: float) -> str:
-    """What is to be known of the certificate's dates; empty if they are good. The file can be read."""
+    """A warning if the certificate is not valid yet, has expired or expires soon; otherwise empty."""
     if not tls.cert_file:
         return ""
     from cryptography import x509  # the server itself does without

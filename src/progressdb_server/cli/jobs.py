@@ -36,7 +36,7 @@ backups = App(name="rotation-backups", help="List, restore and remove the backup
 
 # --- rotate-dek ---------------------------------------------------------------------------------------------------
 def rotate_dek(
-    *threads: Annotated[str, Parameter(help="Ids of the threads.")],
+    *threads: Annotated[str, Parameter(name="THREAD", help="Ids of the threads.")],
     all_threads: Annotated[bool, Parameter(name="--all", help="Every thread.", negative=())] = False,
     older_than: Annotated[str, Parameter(help="Threads whose key is at least this old, as in 90d.")] = "",
     kek_version: Annotated[int, Parameter(help="Threads whose key is wrapped under this KEK version.")] = 0,
@@ -163,7 +163,7 @@ def list_backups(*, as_json: Json = False, url: Url = None, api_key_file: KeyFil
 
 @backups.command(name="prune")
 def prune(
-    *job_ids: Annotated[str, Parameter(help="Ids of the jobs.")],
+    *job_ids: Annotated[str, Parameter(name="JOB-ID", help="Ids of the jobs.")],
     older_than: Annotated[
         str, Parameter(help="The backups of jobs that ended at least this long ago, as in 30d.")
     ] = "",

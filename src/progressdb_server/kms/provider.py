@@ -42,6 +42,7 @@ _CODES_OF_THE_SERVICE: Final = frozenset(
     {
         api.CODE_UNAUTHORIZED,
         api.CODE_AUDIT_UNAVAILABLE,
+        api.CODE_AUDIT_LAGGING,
         api.CODE_STORAGE_UNAVAILABLE,
         api.CODE_SHUTTING_DOWN,
         api.CODE_INTERRUPTED,

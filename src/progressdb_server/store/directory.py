@@ -1,9 +1,9 @@
 """A store's directory: its format record, the functions that open it, and the parts of an open store.
 
 Invariants: a program version opens only a directory whose format it supports. The format record is the first write to
-an empty directory. A store with plaintext records, made for a benchmark
-(progressdb_server/unencrypted.py), has its own format: only a server without encryption opens it, and such a server
-opens no other. Other packages do not choose a storage engine.
+an empty directory. A store with plaintext records, made for a benchmark (progressdb_server/unencrypted.py), has its own
+format: only a server without encryption opens it, and such a server opens no other. Other packages do not choose a
+storage engine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from progressdb_server.store.writer import Counters, GroupCommit, SharedEngine, 
 FORMAT: Final = 3
 """The first one that was released, with version 0.2.0."""
 UNENCRYPTED: Final = "unencrypted-1"
-"""A string, so that no version can mistake it for one of its format numbers."""
+"""A string, so that no version takes it for a format number."""
 
 
 AnyEngine: TypeAlias = Engine | SharedEngine

@@ -30,6 +30,7 @@ from minikms.custody.keyring_file import KeyringFile
 from minikms.datadir import open_audit_log, open_for_reading, open_keyring, rotate_audit_key
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import DevelopmentKey
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.audit.logmaker import open_log
 
@@ -75,9 +76,7 @@ def command(*arguments: object) -> list[str]:
 
 def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
     """(exit status, standard output, standard error)"""
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment}
-    )
+    done = forked.run("minikms", "audit", *arguments, env={**os.environ, **environment})
     return done.returncode, done.stdout, done.stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ from minikms.api.errors import KmsRefusedError
 from minikms.client import Client, DecryptItem, EncryptItem
 from minikms.crypto.aead import NONCE_BYTES, PREFIX_BYTES
 from minikms.keys import dek
-from tests.harness import decryptor
+from tests.harness import decryptor, forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.waiting import wait_until
 
@@ -25,8 +24,7 @@ ROUNDS = 10
 
 
 def minikms(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "minikms", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return forked.run("minikms", *words)
 
 
 def churn(socket: Path, stop: threading.Event) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 
 
 def findings(*places: str) -> list[str]:
     """The areas of what it finds."""
-    done = subprocess.run(
-        [sys.executable, "-m", "minikms", "doctor", "--json", *places], capture_output=True, text=True, check=False
-    )
+    done = forked.run("minikms", "doctor", "--json", *places)
     assert done.returncode in (0, 1), done.stderr
     return [finding["area"] for finding in json.loads(done.stdout)["findings"]]
 

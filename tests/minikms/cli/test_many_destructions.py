@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from minikms.api.errors import KeyDestroyedError
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 
 
 def minikms(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "minikms", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False)
+    return forked.run("minikms", *arguments)
 
 
 def retired(daemon: LiveDaemon, count: int, thread: str = "t") -> list[str]:

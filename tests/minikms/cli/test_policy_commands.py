@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from minikms.cli.policy import check, explain
 from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
 from minikms.policy import PolicyFileError
+from tests.harness import forked
 
 FILE = """\
 version = 1
@@ -107,12 +106,6 @@ def test_an_invalid_file_explains_nothing(file: Path) -> None:
     ],
 )
 def test_the_exit_status_says_what_happened(file: Path, words: list[str], status: int, said: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "minikms", "policy", *(word.replace("FILE", str(file)) for word in words)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = forked.run("minikms", "policy", *(word.replace("FILE", str(file)) for word in words))
     assert done.returncode == status, done
     assert said in done.stdout + done.stderr

@@ -6,12 +6,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.service.asking import new_key
 
@@ -22,13 +21,7 @@ COMMAND = re.compile(r"`([^`]+)`")
 def refused(directory: Path, *flags: str) -> str:
     """The error text of a start of the data directory."""
     places = ["--socket", str(directory.parent / "other"), "--data-dir", str(directory)]
-    done = subprocess.run(
-        [sys.executable, "-m", "minikms", *places, *flags],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = forked.run("minikms", *places, *flags)
     assert done.returncode == 2, done
     assert not (directory.parent / "other").exists()
     return " ".join(done.stderr.split())
@@ -116,3 +109,9 @@ def test_a_newer_format_wants_the_newer_program(stopped: LiveDaemon) -> None:
     refusal = refused(stopped.data_dir, "--master-key-file", str(stopped.root_file))
     assert "Start the newer version of miniKMS" in refusal
     assert helps(refusal) == []
+
+
+def test_a_bound_of_the_auditors_lag_needs_a_log_that_an_auditor_can_read(stopped: LiveDaemon) -> None:
+    key = ("--master-key-file", str(stopped.root_file))
+    assert helps(refused(stopped.data_dir, *key, "--refuse-when-unshipped", "1000"))[1:] == ["--audit-dir"]
+    assert "99" in refused(stopped.data_dir, *key, "--refuse-when-unshipped", "99", "--audit-dir", "/a")

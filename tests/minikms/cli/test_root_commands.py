@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.terminal import OnTerminal
 from tests.minikms.custody.rotation.crash_points import Daemon
@@ -26,15 +27,10 @@ def key_file(directory: Path, name: str) -> Path:
 
 
 def run(*words: str | Path, pass_fds: tuple[int, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "minikms", *map(str, words)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        pass_fds=pass_fds,
-    )
+    if not pass_fds:
+        return forked.run("minikms", *words)
+    command = [sys.executable, "-m", "minikms", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, pass_fds=pass_fds)
 
 
 def done(*words: str | Path, pass_fds: tuple[int, ...] = ()) -> str:

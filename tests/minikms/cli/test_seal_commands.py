@@ -14,6 +14,7 @@ import pytest
 
 from minikms.api import errors
 from minikms.daemon import seal_files
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.terminal import OnTerminal
 from tests.minikms.service.asking import post
@@ -32,7 +33,7 @@ class Kit:
         return [sys.executable, "-m", "minikms", *words, "--socket", str(self.daemon.socket)]
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(*words), capture_output=True, text=True, check=False, timeout=60)
+        return forked.run("minikms", *words, "--socket", self.daemon.socket)
 
     def terminal(self, *words: str) -> OnTerminal:
         return OnTerminal(self.command("unseal", *words))

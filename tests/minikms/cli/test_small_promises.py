@@ -13,6 +13,7 @@ import pytest
 from minikms.cli import console
 from minikms.cli.doctor import doctor
 from minikms.usage import SOCKET_VARIABLE
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.terminal import OnTerminal
 
@@ -20,8 +21,7 @@ MINIKMS = (sys.executable, "-P", "-m", "minikms")
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [*MINIKMS, *map(str, words)]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    return forked.run("minikms", *words)
 
 
 def test_only_an_explicit_dash_decrypts_to_a_terminal(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import NoReturn
 import pytest
 
 from minikms.api.errors import StorageUnavailableError
+from minikms.custody.keyring_file import KeyringFile
 
 
 def key(number: int) -> bytes:
@@ -59,3 +60,15 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
 def refuse(*_: object, **__: object) -> NoReturn:
     """In the place of a write."""
     raise StorageUnavailableError("the disk refuses")
+
+
+def stored_but_refused(self: KeyringFile, data: bytes, store_now: Callable[..., None] = KeyringFile.store_now) -> None:
+    """The disk has the keyring, and does not confirm it."""
+    store_now(self, data)
+    refuse()
+
+
+def stored_once() -> Callable[[KeyringFile, bytes], None]:
+    """As `stored_but_refused`, and no later keyring reaches the disk: the repair may begin before the test goes on."""
+    stores = iter([stored_but_refused])
+    return lambda *stored: next(stores, refuse)(*stored)  # noqa: PLW0108 - a step of `stores` for each call

@@ -19,6 +19,7 @@ from minikms.custody import log_directory as place
 from minikms.custody.files import InUseError, lock_file
 from tests import needs
 from tests.minikms.audit.logmaker import LOG, kill_log, make_segments, open_log
+from tests.minikms.custody.disk_faults import failing_os
 from tests.minikms.test_datadir import opener
 
 AUDITOR_GID = 45_690
@@ -112,6 +113,24 @@ def test_a_log_directory_in_or_above_the_data_directory_is_refused(tmp_path: Pat
         pass
 
 
+def test_a_link_to_a_log_directory_is_followed_before_its_place_is_judged(tmp_path: Path) -> None:
+    (tmp_path / "d" / "inside").mkdir(mode=0o700, parents=True)
+    (tmp_path / "d").chmod(0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "d" / "inside")
+    with pytest.raises(StartError, match="beside the data directory"), opener(tmp_path / "d", str(tmp_path / "link")):
+        pass
+
+
+def test_a_full_disk_at_the_first_start_names_the_file(
+    tmp_path: Path, log_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = pytest.raises(StartError, match=f"{tmp_path}/d/{place.NAME} can't be .* written: No space left")
+    with failing_os(monkeypatch, "rename"), refused:
+        start(tmp_path / "d", log_dir)
+    assert not (tmp_path / "d" / place.NAME).exists()
+    start(tmp_path / "d", log_dir)
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o750, 0o2770, 0o2755, 0o777])
 def test_a_log_directory_with_other_rights_than_2750_is_refused(tmp_path: Path, log_dir: Path, mode: int) -> None:
     log_dir.chmod(mode)
@@ -128,17 +147,42 @@ def test_two_data_directories_never_share_a_log_directory(tmp_path: Path, log_di
     assert not (tmp_path / "e" / place.NAME).exists()
 
 
-def test_the_audit_key_does_not_change_while_the_log_is_locked(tmp_path: Path, log_dir: Path) -> None:
+@pytest.mark.parametrize("command", [("rotate-key",), ("detach", "--yes")])
+def test_keyring_and_log_do_not_change_while_the_log_is_locked(
+    tmp_path: Path, log_dir: Path, command: tuple[str, ...]
+) -> None:
     data_dir = tmp_path / "d"
     start(data_dir, log_dir)
     before = (data_dir / "keyring.json").read_bytes()
     descriptor = os.open(log_dir, os.O_RDONLY)
     held = lock_file(descriptor, "lock", "it")
-    done = minikms("audit", "rotate-key", "--data-dir", data_dir, "--master-key-file", f"{data_dir}.key")
+    done = minikms("audit", *command, "--data-dir", data_dir, "--master-key-file", f"{data_dir}.key")
     os.close(held)
     os.close(descriptor)
     assert (done.returncode, (data_dir / "keyring.json").read_bytes()) == (2, before)
     assert f"owns {log_dir}" in done.stderr
+
+
+def test_a_new_or_restored_directory_begins_its_log_in_the_given_place(tmp_path: Path, log_dir: Path) -> None:
+    """A place that holds a log is refused, and nothing is changed."""
+    data_dir, again, key = tmp_path / "d", tmp_path / "again", tmp_path / "key"
+    given = ("--master-key-file", key, "--audit-dir")
+    made = minikms("init", "--data-dir", data_dir, *given, log_dir)
+    assert made.returncode == 0 and f"--audit-dir {log_dir}" in made.stdout, made
+    archive = tmp_path / "archive"
+    archived = minikms("backup", "create", archive, "--data-dir", data_dir, "--master-key-file", key)
+    assert archived.returncode == 0, archived
+    restore = ("backup", "restore", archive, "--data-dir", again, "--yes", *given)
+    refused = minikms(*restore, log_dir)
+    assert refused.returncode == 2 and f"{log_dir} holds an audit log" in refused.stderr, refused
+    other = tmp_path / "other"
+    other.mkdir(mode=0o700)
+    restored = minikms(*restore, other)
+    assert restored.returncode == 0, restored
+    assert place.log_directory(str(again)) == str(other)
+    assert not list(again.glob("minikms-audit*"))
+    verified = minikms("audit", "verify", "--data-dir", again, "--master-key-file", key)
+    assert verified.returncode == 0, verified
 
 
 def test_the_group_reads_what_rotation_recovery_and_a_loss_make(tmp_path: Path, log_dir: Path) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import base64
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import StorageUnavailableError
 from minikms.audit.reader import LOG_NAME
+from minikms.datadir import detach_auditor
+from minikms.roots.providers import KeyFile
 from tests.harness.audited_daemon import ORIGIN, POLICY, AuditedDaemon, send_report
-from tests.harness.callers import OTHER, PROXY, USER, PolicyDaemon
+from tests.harness.callers import OTHER, PROXY, USER, Caller, PolicyDaemon, Reply
 from tests.harness.waiting import wait_until
+from tests.minikms.custody.disk_faults import failing_os
+
+LINES_MAX = 100
 
 
 @pytest.fixture
@@ -74,6 +82,30 @@ def test_the_origin_stays_after_a_restart_and_no_other_one_is_attached(daemon: A
     daemon.shipped()
 
 
+def test_an_auditor_is_detached_while_the_daemon_is_stopped(
+    daemon: AuditedDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line about it is durable before the keyring changes: a crash between the two leaves the auditor attached."""
+    daemon.shipped()
+    directory, key = str(daemon.data_dir), ("--master-key-file", str(daemon.root_file))
+    detach = (sys.executable, "-P", "-m", "minikms", "audit", "detach", "--yes", "--data-dir", directory, *key)
+    beside = subprocess.run(detach, capture_output=True, text=True, check=False)
+    assert beside.returncode == 2 and "an auditor is detached only while the daemon is stopped" in beside.stderr
+    daemon.stop()
+    with failing_os(monkeypatch, "rename"), pytest.raises(StorageUnavailableError):
+        detach_auditor(directory, KeyFile(daemon.root_file))
+    daemon.start()
+    assert daemon.report(origin="example.org/another").code == "conflict"
+    daemon.stop()
+    done = subprocess.run(detach, capture_output=True, text=True, check=False)
+    assert (done.returncode, ORIGIN in done.stdout) == (0, True), done
+    assert "no auditor is attached" in subprocess.run(detach, capture_output=True, text=True, check=False).stderr
+    assert [event["facts"]["origin"] for event in daemon.audited("detach_auditor")] == [ORIGIN, ORIGIN]
+    daemon.start()
+    assert daemon.status()["audit"]["position"] is None
+    assert daemon.report(origin="example.org/another").status == 200
+
+
 def test_an_attached_auditor_gets_signed_lines_without_a_rush(daemon: AuditedDaemon) -> None:
     """The lines of an idle daemon end: neither a report nor a checkpoint line calls for another checkpoint line."""
     daemon.shipped()
@@ -88,6 +120,78 @@ def test_without_a_directory_of_the_log_no_auditor_is_attached(public: Path) -> 
     with PolicyDaemon(public, POLICY) as daemon:
         answer = send_report(daemon.caller(USER))
         assert (answer.code, "--audit-dir" in answer.body["error"]) == ("conflict", True)
+
+
+# --- an auditor that lags --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bounded(public: Path) -> Iterator[AuditedDaemon]:
+    """Refuses requests while more than LINES_MAX lines are not reported."""
+    with AuditedDaemon(public, "--refuse-when-unshipped", str(LINES_MAX)) as running:
+        yield running
+        assert "internal error" not in running.log.read_text()
+
+
+def refused(daemon: AuditedDaemon, caller: Caller) -> Reply:
+    """The first refusal because the auditor lags, after requests that add a line each."""
+    for _ in range(100 * LINES_MAX):
+        answer = caller.post("/create_dek_for_thread", {})
+        if answer.code == "audit_lagging":
+            return answer
+        assert answer.code == "invalid_request"
+    raise AssertionError("it serves")
+
+
+def test_no_key_is_used_while_the_auditor_lags(bounded: AuditedDaemon) -> None:
+    """Also if none was ever attached. What an operator needs is served: the state, a seal, reports, the policy."""
+    caller = bounded.caller()
+    made = caller.post("/create_dek_for_thread", {"thread_id": "t"}).body["key_id"]
+    asked = {"key_id": made, "plaintext": "AA=="}
+    answer = refused(bounded, caller)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+    assert "minikms-auditor" in answer.body["error"] and str(LINES_MAX) in answer.body["error"]
+    for path in ("/encrypt", "/rotate_kek", "/no-such-path"):
+        assert caller.post(path, asked).code == "audit_lagging"
+    assert caller.get("/ready").code == "audit_lagging"
+    assert caller.get("/health").status == 200
+    status = bounded.status()
+    assert (status["status"], status["reason"]) == ("audit_lagging", answer.body["error"])
+    assert bounded.metric("minikms_up") == 0
+    assert caller.post("/policy/reload", {}).status == 200
+    bounded.shipped()
+    wait_until(lambda: caller.post("/encrypt", asked).status == 200)
+    status = bounded.status()
+    assert (status["status"], status["audit"]["position"]["lag_lines"] < LINES_MAX) == ("ok", True)
+    assert bounded.metric("minikms_audit_lag_lines") < LINES_MAX
+    assert bounded.metric("minikms_audit_position_line") == status["audit"]["position"]["seq"]
+    refused(bounded, caller)
+    assert caller.post("/seal", {}).status == 200
+    assert caller.post("/encrypt", asked).code == "sealed"
+    assert caller.post("/unseal", {"from_source": True}).status == 200
+    assert caller.post("/encrypt", asked).code == "audit_lagging"
+
+
+def test_refusals_of_a_lag_are_counted_in_few_lines(bounded: AuditedDaemon) -> None:
+    caller = bounded.caller()
+    refused(bounded, caller)
+    for _ in range(LINES_MAX):
+        assert caller.post("/encrypt", {}).code == "audit_lagging"
+    bounded.stop()
+    counts = [event["count"] for event in bounded.audited("refused") if event["outcome"] == "audit_lagging"]
+    assert counts == [1, LINES_MAX]
+
+
+def test_a_restart_is_no_way_around_the_bound_of_a_lag(bounded: AuditedDaemon) -> None:
+    caller = bounded.caller()
+    refused(bounded, caller)
+    bounded.shipped()
+    wait_until(lambda: caller.post("/encrypt", {}).code == "invalid_request")
+    bounded.kill()
+    bounded.start()
+    assert bounded.caller().post("/encrypt", {}).code == "audit_lagging"
+    bounded.shipped()
+    wait_until(lambda: bounded.caller().post("/encrypt", {}).code == "invalid_request")
 
 
 # --- sealed ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from minikms.api import Verb
 from minikms.client.calls import make_call
 from minikms.policy import FilePolicy, parse_policy
 from minikms.policy.explanation import explain
+from tests.harness import forked
 from tests.harness.callers import NOBODY, OTHER, PROXY, ROOT_GRANT, USER, PolicyDaemon
 from tests.harness.verb_requests import example
 from tests.minikms.service.limiting import names_keys
@@ -172,8 +173,7 @@ def test_the_command_says_the_same(daemon: PolicyDaemon) -> None:
         (("--principal", f"uid:{USER}", "--role", "decrypt", "--thread", "theirs-1"), 1),
         (("--principal", "spiffe://prod/all", "--role", "rotate", "--via", f"uid:{PROXY}"), 1),
     ):
-        command = [sys.executable, "-m", "minikms", "policy", "explain", "--policy", str(daemon.policy), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = forked.run("minikms", "policy", "explain", "--policy", daemon.policy, *words)
         assert done.returncode == status, done
 
 

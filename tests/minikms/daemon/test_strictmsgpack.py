@@ -171,7 +171,7 @@ def test_a_request_does_not_show_its_plaintext() -> None:
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_more_items_than_a_batch_takes_are_counted_and_not_decoded(name: str) -> None:
-    """The frame of the verbs refuses them as it does in JSON. A body of four million items is no larger in memory."""
+    """`VerbTable` refuses the request by their number, as it does in JSON. The decoder takes no memory for them."""
     count = 1_000_000
     before = {"reencrypt_batch": b"\x93\xa1k\xa1l", "check_batch": b"\x93\xa1k"}.get(name, b"\x91")
     after = b"\xc0" if name == "check_batch" else b""
@@ -183,7 +183,7 @@ def test_more_items_than_a_batch_takes_are_counted_and_not_decoded(name: str) ->
     finally:
         tracemalloc.stop()
     assert request.items == range(count)
-    assert encoding_of(request) is not encoding_of(BATCHES["encrypt_batch"].request([]))
+    assert encoding_of(request) is not encoding_of(BATCHES["encrypt_batch"].request([])), "answered in MessagePack"
     assert DECODE["encrypt_batch"](b"\x91\xdc\x04\x01" + b"\xc0" * 1025).items == range(1025)
     with pytest.raises(InvalidRequestError, match="expected form"):
         DECODE["encrypt_batch"](b"\x91\xdc\x04\x00" + b"\xc0" * 1024)

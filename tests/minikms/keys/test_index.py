@@ -151,7 +151,7 @@ def test_the_index_knows_the_thread_of_each_key(
         thread, known = index.thread_near(record(number).id)
         assert known == (record(number).id in model)
         assert not known or thread == f"t{number % 3}"
-        assert bool(thread) == bool(model), "a key beside it, for an unknown one"
+        assert bool(thread) == bool(model), "for an unknown key, the thread of its neighbour"
     visible = sorted(one.id for one in model.values() if one.thread_id != "t1")
     found: list[str] = []
     after = ""

@@ -54,7 +54,7 @@ class SharedDaemon(LiveDaemon):
         subprocess.run(command, check=True, capture_output=True)
         self.texts = [file.read_text("ascii").strip() for file in sorted((base / "shares").iterdir())]
         self._made = (base / "made").read_text()
-        super().__init__(base, launcher=launcher)
+        super().__init__(base, launcher=launcher, forked=False)
 
     def start(self, *under: str) -> None:
         self.root_file.write_text(self._made)

@@ -245,7 +245,7 @@ def storm_of_signals(pid: int) -> Iterator[None]:
 
 def test_after_heavy_use_root_finds_no_key_in_memory_or_core(tmp_path: Path) -> None:
     """10,000 operations over 100 keys, many errors and many signals; then memory, environment and a gcore."""
-    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+    with LiveDaemon(tmp_path, "file", forked=False) as daemon, daemon.client() as client:
         key_ids = make_keys(client, THREADS_COUNT)
         use_mixed(client, key_ids, OPERATIONS_COUNT)
         keys = live_a_keys_life(daemon, client)
@@ -279,7 +279,7 @@ def core_of(pid: int, directory: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["environment", "dev"])
 def test_the_root_key_is_not_found_whatever_its_source(tmp_path: Path, kind: live_daemon.RootKind) -> None:
-    with LiveDaemon(tmp_path, kind) as daemon, daemon.client() as client:
+    with LiveDaemon(tmp_path, kind, forked=False) as daemon, daemon.client() as client:
         use_mixed(client, make_keys(client, 10), 500)
         keys = daemon.keys()
         assert_unreachable(daemon, keys)
@@ -291,7 +291,7 @@ def test_rotations_of_both_forms_leave_no_old_and_no_new_key_in_memory(tmp_path:
     """The KEK alone, then the root key too, given as text in the request and written to the key file as text; and
     texts that were refused.
     """
-    with LiveDaemon(tmp_path, "file", "--rewrite-master-key-file") as daemon, daemon.client() as client:
+    with LiveDaemon(tmp_path, "file", "--rewrite-master-key-file", forked=False) as daemon, daemon.client() as client:
         key_ids = make_keys(client, 20)
         keys = {f"before: {name}": key for name, key in daemon.keys().items()}
         assert client.rotate_kek().status == "ok"
@@ -311,7 +311,7 @@ def test_rotations_of_both_forms_leave_no_old_and_no_new_key_in_memory(tmp_path:
 
 def test_adding_testing_and_removing_roots_leaves_no_key_in_memory(tmp_path: Path) -> None:
     """Neither a root key, nor what is derived from one or sealed to one; also of roots that were refused."""
-    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+    with LiveDaemon(tmp_path, "file", forked=False) as daemon, daemon.client() as client:
         key_ids = make_keys(client, 20)
         first, spare, refused = daemon.root(), os.urandom(32), os.urandom(32)
         keys = {f"before: {name}": key for name, key in daemon.keys().items()} | {"refused root": refused}
@@ -348,7 +348,7 @@ def test_a_text_of_any_length_leaves_no_power_of_the_hash_key(tmp_path: Path, si
         assert isinstance(sealed, bytes)
         return sealed
 
-    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+    with LiveDaemon(tmp_path, "file", forked=False) as daemon, daemon.client() as client:
         first, *others = make_keys(client, 7)
         source = client.create_dek_for_thread("thread-1").key_id
         sealed = {key_id: client.encrypt(key_id, text) for key_id in (*others, source)}
@@ -382,7 +382,7 @@ def test_a_text_of_any_length_leaves_no_power_of_the_hash_key(tmp_path: Path, si
 @pytest.mark.torture
 def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
     """A scan after each: what one verb leaves, the next must not have the chance to overwrite."""
-    with LiveDaemon(tmp_path, "file", "--cache-keys", "2") as daemon, daemon.client() as client:
+    with LiveDaemon(tmp_path, "file", "--cache-keys", "2", forked=False) as daemon, daemon.client() as client:
         first, second, third = make_keys(client, 3)
         data = client.create_dek_for_thread("data", purpose="data").key_id
         sealed = {key_id: client.encrypt(key_id, b"text") for key_id in (first, second, third)}
@@ -434,7 +434,7 @@ def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
 
 def test_evicted_keys_leave_no_copy(tmp_path: Path) -> None:
     """Room for four keys and a hundred in use: nearly every operation opens one and evicts another."""
-    with LiveDaemon(tmp_path, "file", "--cache-keys", "4") as daemon, daemon.client() as client:
+    with LiveDaemon(tmp_path, "file", "--cache-keys", "4", forked=False) as daemon, daemon.client() as client:
         key_ids = make_keys(client, THREADS_COUNT)
         use_mixed(client, key_ids, 2_000)
         memory = client.status().memory
@@ -480,7 +480,7 @@ def test_without_memfd_secret_keys_are_only_in_the_arena(tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", live_daemon.ROOT_KINDS)
 def test_the_daemon_binds_its_symbols_before_it_reads_a_key(tmp_path: Path, kind: live_daemon.RootKind) -> None:
     """Else the linker could save registers with a key schedule on the stack, at the first call of a function."""
-    with LiveDaemon(tmp_path, kind) as daemon:
+    with LiveDaemon(tmp_path, kind, forked=False) as daemon:
         assert f"{BIND_VARIABLE}=1" in Path(f"/proc/{daemon.pid}/environ").read_text().split("\0")
 
 
@@ -491,7 +491,7 @@ def test_required_hardening_refuses_a_machine_where_something_is_missing(tmp_pat
 
 
 def test_status_names_the_measures_in_force(tmp_path: Path) -> None:
-    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+    with LiveDaemon(tmp_path, "file", forked=False) as daemon, daemon.client() as client:
         told = client.status().hardening
         kernel = Path(f"/proc/{daemon.pid}/status").read_text()
     missing = {entry.measure: entry.why for entry in told if not entry.in_force}
@@ -502,7 +502,7 @@ def test_status_names_the_measures_in_force(tmp_path: Path) -> None:
 
 def test_the_proof_would_fail_if_a_key_were_left(tmp_path: Path) -> None:
     """The same scan, of a process that opens the keyring as the daemon does but copies one key out of the arena."""
-    with LiveDaemon(tmp_path, "file") as daemon, daemon.client() as client:
+    with LiveDaemon(tmp_path, "file", forked=False) as daemon, daemon.client() as client:
         make_keys(client, 1)
         keys = daemon.keys()
         root = daemon.root_file

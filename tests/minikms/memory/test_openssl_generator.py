@@ -83,7 +83,7 @@ class Seen(NamedTuple):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     needs.root()
-    with LiveDaemon(tmp_path_factory.mktemp("daemon"), "file") as daemon, daemon.client() as client:
+    with LiveDaemon(tmp_path_factory.mktemp("daemon"), "file", forked=False) as daemon, daemon.client() as client:
         key_id = client.create_dek_for_thread("t").key_id
         client.decrypt(key_id, client.encrypt(key_id, b"text"))
         first = add_root(client)  # so that each generator that a seal uses has been made

@@ -73,9 +73,11 @@ PROMPT = "of the shell> "
 
 
 def in_a_shell(tmp_path: Path) -> OnTerminal:
-    """A shell with job control, which leaves the modes of the terminal as the program does, and a prompt in it."""
+    """A shell with job control, which leaves the modes of the terminal as the program does, and a prompt in it. It does
+    not ignore SIGHUP, also under nohup(1).
+    """
     (tmp_path / "reads.py").write_text(READS)
-    shell = OnTerminal(["sh", "-i"], env={**os.environ, "PS1": PROMPT, "ENV": ""})
+    shell = OnTerminal(["env", "--default-signal=HUP", "sh", "-i"], env={**os.environ, "PS1": PROMPT, "ENV": ""})
     shell.wait_for(PROMPT)
     shell.type(f"{sys.executable} {tmp_path / 'reads.py'} 1")
     shell.wait_for("Secret: ")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.service.asking import encrypted, new_key, post, status, status_once
 
@@ -28,8 +28,7 @@ def opens(daemon: LiveDaemon, key_id: str, sealed: str) -> bool:
 
 def refused_start(daemon: LiveDaemon, *flags: str) -> str:
     """What a start says that is refused; it must end by itself."""
-    command = [*daemon.command, *flags]
-    done = subprocess.run(command, env=daemon.environ, capture_output=True, text=True, timeout=60, check=False)
+    done = forked.run(*daemon.words, *flags, env=daemon.environ)
     assert done.returncode == 2, done.stderr
     return done.stderr
 

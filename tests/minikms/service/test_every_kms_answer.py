@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 
 from minikms import api
@@ -24,6 +25,7 @@ from tests.harness.documented import Pair
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import interpreter_words
 from tests.harness.unix_http import UnixConnection
+from tests.harness.verb_requests import example
 from tests.minikms.service import faulty_daemon
 from tests.minikms.service.asking import NO_KEY, b64
 
@@ -52,6 +54,7 @@ def _said(pair: Pair) -> Any:
     return DOCUMENT["paths"][path][method.lower()]["responses"][str(pair.status)]
 
 
+VERB_OF = {f"{verb.method} {verb.path}": verb for verb in api.VERBS}
 SEALING = {"GET /ready", "POST /seal", "GET /unseal", "POST /unseal", "POST /audit/position"}
 """tests/minikms/daemon/test_sealing.py provokes their answers: a sealed daemon would refuse all others. Those of the
 last one need an auditor: tests/minikms/daemon/test_auditor.py.
@@ -330,22 +333,17 @@ class World:
         key_id = key_id or self.key()
         if path == "/get_wrapped":
             return Ask(method, f"{path}?key_id={key_id}")
-        bodies = {
-            "/encrypt": {"key_id": key_id, "plaintext": b64(b"text")},
-            "/decrypt": {"key_id": key_id, "ciphertext": ""},
-            "/encrypt_batch": {"items": [{"key_id": key_id, "plaintext": b64(b"text")}]},
-            "/decrypt_batch": {"items": [{"key_id": key_id, "ciphertext": ""}]},
-            "/reencrypt_batch": {"from_key_id": key_id, "to_key_id": key_id, "items": [{"ciphertext": ""}]},
-            "/check_batch": {"key_id": key_id, "items": [{"ciphertext": ""}]},
-        }
-        body: Any = bodies.get(path)
+        verb = VERB_OF[operation]
+        body: Any = msgspec.to_builtins(example(verb, key_id)) if verb.has_body else None
+        if given:
+            return Ask(method, path.format(key_id=key_id), body)
         if path in ("/decrypt", "/decrypt_batch"):
             item = body if path == "/decrypt" else body["items"][0]
-            item["ciphertext"] = _JUNK if given else self.sealed(key_id)
-        elif path == "/reencrypt_batch" and not given:
+            item["ciphertext"] = self.sealed(key_id)
+        elif path == "/reencrypt_batch":
             body["items"][0]["ciphertext"] = self.sealed(key_id)
             body["to_key_id"] = self.key()
-        elif path == "/check_batch" and not given:
+        elif path == "/check_batch":
             body["items"].append({"ciphertext": self.sealed(key_id)})
         return Ask(method, path.format(key_id=key_id), body)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.harness.forked import Forked
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, OTHER_BACKEND
 
 START_S_MAX = 60.0
@@ -38,10 +39,12 @@ class RealServer:
         self,
         directory: Path,
         *more: str,
-        program: tuple[str, ...] = ("-m", "progressdb_server"),
+        program: tuple[str, ...] = (),
         environment: Mapping[str, str] = {},
     ) -> None:
-        """`more` words of the command line, `program` for the interpreter, and variables that are added."""
+        """`more` words of the command line, and variables that are added. `program`: words for an interpreter that is
+        started; without them the command is forked.
+        """
         self.db = directory / "db"
         self.log_path = directory / "server.log"
         variables = {
@@ -55,15 +58,16 @@ class RealServer:
         }
         words = ["--addr", "127.0.0.1:0", "--db", str(self.db), "--dev", "--log-format", "json", *more]
         # The server writes to the file itself, so that a line is there once its request is answered.
-        with self.log_path.open("ab") as log:
+        self._process: Forked | subprocess.Popen[bytes]
+        with self.log_path.open("ab") as log, Path(os.devnull).open("w") as nothing:
             start = log.tell()
-            self._process = subprocess.Popen(
-                [sys.executable, *program, *words],
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-            )
+            if program:
+                self._process = subprocess.Popen(
+                    [sys.executable, *program, *words], env=variables, stdin=nothing, stdout=nothing, stderr=log
+                )
+            else:
+                outputs = nothing.fileno(), log.fileno()
+                self._process = Forked(["progressdb_server", *words], None, *outputs, env=variables)
         self.port = self._port(start)
 
     def _port(self, start: int) -> int:
@@ -138,7 +142,7 @@ class RealServer:
 def real_server(
     directory: Path,
     *more: str,
-    program: tuple[str, ...] = ("-m", "progressdb_server"),
+    program: tuple[str, ...] = (),
     environment: Mapping[str, str] = {},
 ) -> Iterator[RealServer]:
     server = RealServer(directory, *more, program=program, environment=environment)

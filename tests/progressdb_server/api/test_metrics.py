@@ -17,6 +17,7 @@ from minikms.daemon.metrics import BATCH_SIZES, Histogram, VerbTimes, page
 from minikms.http.page import metrics_page
 from minikms_auditor.auditor import Status, WitnessStatus
 from minikms_auditor.metrics import AuditorCollector
+from minikms_auditor.sinks import SinkStatus
 from minikms_gateway.metrics import GatewayCollector, Values
 from progressdb_server.metrics import KmsMetrics
 from tests import needs
@@ -61,7 +62,8 @@ def pages(server: RealServer) -> dict[str, str]:
         crl_until=0,
     )
     gateway = metrics_page(GatewayCollector(lambda: counted))
-    seen = Status("kms.example/audit", (), witnesses=(WitnessStatus("witness.example/w1", "http://w1", 0, ""),))
+    witnesses = (WitnessStatus("witness.example/w1", "http://w1", 0, ""),)
+    seen = Status("kms.example/audit", (), witnesses=witnesses, sinks=(SinkStatus("siem", required=True),))
     return {
         "progressdb": server("GET", "/metrics").body.decode(),
         "minikms": daemon.body.decode(),
@@ -177,6 +179,7 @@ def test_a_label_value_can_not_add_a_line() -> None:
         "rotation": {"rewrapped": 5, "total": None, "last_error": "the disk"},
         "audit": {
             "head": {"seq": 1}, "writable": False, "synced": True, "events_dropped": 0, "segment_bytes": 0,
+            "position": None,
             "reserve_bytes": 0,
         },
         "hardening": [{"measure": 'a"\n\\', "in_force": False}],

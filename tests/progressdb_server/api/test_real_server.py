@@ -364,7 +364,7 @@ def test_metrics_of_the_server_and_of_its_store_are_served(server: RealServer) -
 
 def test_the_memory_of_large_bodies_returns_to_the_system(tmp_path: Path) -> None:
     """glibc alone keeps 130 MiB after these."""
-    with real_server(tmp_path) as server:
+    with real_server(tmp_path, program=("-m", "progressdb_server")) as server:
 
         def resident_mib() -> int:
             found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())

@@ -125,12 +125,12 @@ def test_the_whole_server_sends_a_304_until_the_thread_changes(server: RealServe
     made = server("POST", "/v1/messages", {"author": "alice", "body": "hello"}).json
     target = f"/v1/messages?thread={made['thread']}"
 
-    def held(etag: str) -> Any:
+    def conditional(etag: str) -> Any:
         return server("GET", target, headers={"If-None-Match": etag})
 
     first = server("GET", target)
-    wait_until(lambda: held(first.headers["etag"]).status == 304)  # the key service has read its files
+    wait_until(lambda: conditional(first.headers["etag"]).status == 304)  # the key service has read its files
     server("POST", f"/v1/messages/{made['id']}/reactions", {"id": "bob", "reaction": "+1"})
-    second = held(first.headers["etag"])
+    second = conditional(first.headers["etag"])
     assert (second.status, second.json["messages"][0]["reactions"]) == (200, {"bob": "+1"})
-    assert held(second.headers["etag"]).status == 304
+    assert conditional(second.headers["etag"]).status == 304

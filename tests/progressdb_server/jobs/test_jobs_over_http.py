@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 
 from progressdb_server.jobs.runner import RUNNING_MAX
+from tests.harness import forked
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND
 from tests.progressdb_server.api.real_server import RealServer, real_server
 
@@ -62,19 +61,8 @@ def ended(server: RealServer, job: str) -> Any:
 
 
 def command(server: RealServer, *words: str, key: str = ADMIN) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "progressdb_server", *words],
-        env={
-            "PATH": os.environ["PATH"],
-            "PROGRESSDB_URL": f"http://127.0.0.1:{server.port}",
-            "PROGRESSDB_API_ADMIN_KEYS": key,
-        },
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    url = f"http://127.0.0.1:{server.port}"
+    return forked.run("progressdb_server", *words, env={"PROGRESSDB_URL": url, "PROGRESSDB_API_ADMIN_KEYS": key})
 
 
 def test_a_rotation_answers_at_once_with_the_new_key_and_ends_done(server: RealServer) -> None:

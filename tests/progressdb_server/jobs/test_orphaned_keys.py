@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -19,6 +17,7 @@ from progressdb_server.config import Config, Kms, Storage
 from progressdb_server.jobs.orphans import SHARED, OrphanedKeys
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage
+from tests.harness import forked
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.asgi_client import ADMIN
 from tests.progressdb_server.api.real_server import RealServer, real_server
@@ -185,14 +184,8 @@ def named_keys(server: RealServer) -> set[str]:
 
 
 def doctor(server: RealServer, *words: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "progressdb_server", "doctor", *words, "--addr", f"127.0.0.1:{server.port}"],
-        env={"PROGRESSDB_API_ADMIN_KEYS": ADMIN, "PROGRESSDB_DB_PATH": str(server.db)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    environment = {"PROGRESSDB_API_ADMIN_KEYS": ADMIN, "PROGRESSDB_DB_PATH": str(server.db)}
+    done = forked.run("progressdb_server", "doctor", *words, "--addr", f"127.0.0.1:{server.port}", env=environment)
     return done.returncode, done.stdout
 
 

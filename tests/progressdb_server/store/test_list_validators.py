@@ -122,7 +122,7 @@ def test_every_parameter_has_a_tag_of_its_own() -> None:
     with_filled(run, SealingProvider())
 
 
-def test_a_list_that_was_not_read_to_its_end_is_not_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_that_was_not_read_to_its_end_counts_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
 
     async def run(store: Conversations, provider: SealingProvider) -> None:
@@ -134,7 +134,7 @@ def test_a_list_that_was_not_read_to_its_end_is_not_unchanged(monkeypatch: pytes
     with_filled(run, SealingProvider())
 
 
-def test_a_list_that_was_written_to_meanwhile_is_not_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_that_was_written_to_meanwhile_counts_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
 
     async def run(store: Conversations, provider: SealingProvider) -> None:
@@ -146,7 +146,7 @@ def test_a_list_that_was_written_to_meanwhile_is_not_unchanged(monkeypatch: pyte
     with_filled(run, SealingProvider())
 
 
-def test_a_list_with_an_item_that_does_not_open_is_not_unchanged() -> None:
+def test_a_list_with_an_item_that_does_not_open_counts_as_changed() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
         key_id = await store.key_of_thread("t")
         assert key_id is not None
@@ -158,7 +158,7 @@ def test_a_list_with_an_item_that_does_not_open_is_not_unchanged() -> None:
     with_filled(run, SealingProvider())
 
 
-def test_a_list_whose_key_is_gone_is_not_unchanged() -> None:
+def test_a_list_whose_key_is_gone_counts_as_changed() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
         tag = await read(store)
         key_id = await store.key_of_thread("t")
@@ -170,7 +170,7 @@ def test_a_list_whose_key_is_gone_is_not_unchanged() -> None:
     with_filled(run, SealingProvider())
 
 
-def test_a_list_is_not_unchanged_while_the_key_service_is_away() -> None:
+def test_a_list_counts_as_changed_while_the_key_service_is_away() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
         tag = await read(store)
         provider.down = True
@@ -181,7 +181,7 @@ def test_a_list_is_not_unchanged_while_the_key_service_is_away() -> None:
     with_filled(run, SealingProvider())
 
 
-def test_no_list_is_unchanged_after_the_engine_was_reopened() -> None:
+def test_every_list_counts_as_changed_after_the_engine_was_reopened() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
         tag = await read(store)
         store.reopened()

@@ -41,8 +41,6 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 DIRECT: Final = "progressdb.direct"
 """Key of a `DirectChannel` in the ASGI scope. Only this project's own server sets it."""
-
-
 BODY_REFUSED: Final = "progressdb.body_refused"
 """Type of the ASGI message that comes in the place of a body for which there is no room. Only this project's own server
 sends it."""
@@ -67,11 +65,11 @@ class DirectChannel(Protocol):
         ...
 
     def begin_list(self) -> Awaitable[None] | None:
-        """Take the turn in which a list is read and sent (`shares.Lists`). The result is None, or has to be awaited."""
+        """Begin the turn in which a list is read and sent (`shares.Lists`). Await the result unless it is None."""
         ...
 
     def end_list(self) -> None:
-        """Give the turn back."""
+        """End that turn."""
         ...
 
 
@@ -186,9 +184,9 @@ class Request:
         self.query_string: bytes = scope["query_string"]
         client = scope.get("client")
         self.address: str = client[0] if client else ""
-        """Of the peer of the connection."""
+        """The address of the connection's peer."""
         self.client_address = self.address
-        """By which the rates of one address count. Another one than `address` behind a proxy that is named."""
+        """The address whose rate the request counts for: behind a configured proxy, the one that the proxy names."""
         self.headers, self.repeated_header = head.read_headers(scope["headers"])
         self.request_id = head.request_id(self.headers)
         self.caller: keys.Caller = keys.NOT_AUTHENTICATED
@@ -199,9 +197,8 @@ class Request:
         self.path_params: dict[str, str] = {}
         self.route = ""
         """The path template, for logs and metrics. It contains no client input."""
-        self.direct: DirectChannel | None = scope.pop(
-            DIRECT, None
-        )  # it refers to the scope, and a reference cycle is freed late
+        # Popped, since it refers to the scope, and a reference cycle is freed late.
+        self.direct: DirectChannel | None = scope.pop(DIRECT, None)
         self._receive = receive
         self._query_params: dict[str, str] | None = None
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import minikms
 from minikms.api.errors import KmsError
 from tests import needs
+from tests.harness.forked import Forked, start
 from tests.harness.scripts import verify_audit
 
 STATE_CALLS = (
@@ -62,12 +63,12 @@ class Daemon:
         self.key_file = base / "key"
         self.command = [sys.executable, "-m", "minikms", "--socket", str(base / "s"), "--data-dir", str(base / "data")]
         self.command += ["--master-key-file", str(self.key_file), *flags]
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Forked | subprocess.Popen[bytes] | None = None
 
     def start(self) -> bool:
         """False when it refuses to start (as under a root key that is not the keyring's)."""
         with (self.base / "log").open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+            self.process = start(self.command, log)
         deadline = time.monotonic() + DEADLINE_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ from minikms.service import root_removal
 from minikms.service.base import VerbTable
 from minikms.service.keks import RotateToRoot
 from tests.harness.vaults import OpenedVault, SilentAudit, key_file, opened_vault
-from tests.minikms.custody.disk_faults import refuse
+from tests.minikms.custody.disk_faults import refuse, stored_but_refused, stored_once
 
 pytestmark = pytest.mark.usefixtures("quick_rotation")
 
@@ -575,12 +574,6 @@ def test_a_root_that_was_replaced_leaves_one_line(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def stored_but_refused(self: KeyringFile, data: bytes, store_now: Callable[..., None] = KeyringFile.store_now) -> None:
-    """The disk has the keyring, and does not confirm it."""
-    store_now(self, data)
-    refuse()
-
-
 def test_a_removal_whose_keyring_is_uncertain_holds_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If only the last sync fails, a crash may find the new keyring: the log must end where that one says."""
 
@@ -614,10 +607,9 @@ def test_a_seal_ends_the_repair_of_a_keyring_that_is_uncertain(tmp_path: Path, m
         async with opened_vault(tmp_path / "d") as one:
             await one.rotate(one.slot_of(NEW_ROOT))
             with monkeypatch.context() as patched:
-                patched.setattr(KeyringFile, "store_now", stored_but_refused)
+                patched.setattr(KeyringFile, "store_now", stored_once())
                 with pytest.raises(StorageUncertainError):
                     await remove(one, "s1")
-                patched.setattr(KeyringFile, "store_now", refuse)
                 await asyncio.sleep(0.01)
                 left = (one.directory / "keyring.json").read_bytes()
                 one.audit.seal()
@@ -641,10 +633,9 @@ def test_a_start_completes_a_removal_that_was_held(tmp_path: Path, monkeypatch: 
         with monkeypatch.context() as patched:
             async with opened_vault(tmp_path / "d") as one:
                 await one.rotate(one.slot_of(NEW_ROOT))
-                patched.setattr(KeyringFile, "store_now", stored_but_refused)
+                patched.setattr(KeyringFile, "store_now", stored_once())
                 with pytest.raises(StorageUncertainError):
                     await remove(one, "s1")
-                patched.setattr(KeyringFile, "store_now", refuse)
                 left = (one.directory / "keyring.json").read_bytes()
                 await one.removal.stop()
                 with pytest.raises(AuditUnavailableError):

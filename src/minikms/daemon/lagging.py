@@ -1,0 +1,79 @@
+"""The application while the auditor lags: more lines than `--refuse-when-unshipped` allows are on the disk, and the
+auditor has not reported them.
+
+Owns: whether it lags, and what is served meanwhile. Invariants: no key is used and none is changed; what an operator
+needs to see and end the lag is served as always, and so is a seal; before the first report since the start nothing
+counts as taken, so a restart is no way around the bound. It must never write a line for each refusal: each line makes
+the lag larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from minikms import api
+from minikms.api.errors import AuditLaggingError
+from minikms.daemon.admission import Admission, AdmittingApplication, Session
+from minikms.daemon.application import Application
+from minikms.http import Request, Response, raised_response
+from minikms.policy import Meters
+from minikms.service.encoding import Reply
+
+CHECK_SECONDS: Final = 0.1
+"""How often the lag is compared with its bound. Lines become durable at this pace."""
+SERVED: Final = (
+    api.STATUS,
+    api.METRICS,
+    api.SEAL,
+    api.UNSEAL,
+    api.UNSEAL_STATUS,
+    api.REPORT_AUDIT_POSITION,
+    api.RELOAD_POLICY,  # a policy may lack the grant of the auditor
+)
+_SERVED: Final = frozenset((verb.method, verb.path) for verb in SERVED)
+
+
+class LaggingApplication(AdmittingApplication):
+    """The engine's application in the place of `app`: see `minikms.http`. `lag`: durable lines that the auditor has not
+    reported. `lines_max`: its bound.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        *,
+        admission: Admission,
+        meters: Meters | None,
+        lag: Callable[[], int],
+        lines_max: int,
+    ) -> None:
+        super().__init__(admission, meters)
+        self._app = app
+        self._lag = lag
+        self._lines_max = lines_max
+        self._text = (
+            f"more than {lines_max:,} lines of the audit log wait for the auditor, so no key is used: see that "
+            "minikms-auditor runs, and what `minikms-auditor status` says; requests work again once it has taken them"
+        )
+
+    @property
+    def why(self) -> str:
+        """Why verbs are refused now; empty if the auditor does not lag."""
+        return self._text if self._lag() > self._lines_max else ""
+
+    def handle(self, session: Session, request: Request) -> Reply | Awaitable[Reply]:
+        head = request.head
+        if (head.method, head.path) in _SERVED:
+            return self._app.handle(session, request)
+        who = self._admission.caller(session, head, self._refused)
+        if isinstance(who, Response):
+            return who
+        self._admission.lagging(session)
+        return self._refused()
+
+    def commit(self) -> bool | None:
+        return self._app.commit()
+
+    def _refused(self) -> Response:
+        return raised_response(AuditLaggingError(self._text))

@@ -1,0 +1,169 @@
+"""Collectors over HTTP: batches of JSON lines, and the HTTP Event Collector of Splunk.
+
+Owns: the request of a batch, and what an answer means. Invariants: a batch counts as stored by a 2xx answer, at Splunk
+only once its indexers have acknowledged it; only an answer that blames the content refuses a line. It must never log
+a token, or send one over plain HTTP to another host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import msgspec
+
+from minikms.api.errors import StartError
+from minikms_auditor.config import Files, HttpSink, SplunkSink
+from minikms_auditor.connecting import Answer, ExchangeError, HttpClient, tls_context
+from minikms_auditor.sinks import LaterError, Message, RefusedError, Transport
+
+EXCHANGE_SECONDS_MAX: Final = 30.0
+ACKNOWLEDGED_SECONDS_MAX: Final = 300.0
+"""After this time without an acknowledgement a batch is sent again."""
+POLL_SECONDS: Final = 1.0
+TOKEN_BYTES_MAX: Final = 4096
+_TOKEN: Final = re.compile(rb"[!-~]+")
+_REFUSES_CONTENT: Final = frozenset({400, 413, 422})
+_SPLUNK_REFUSES_CONTENT: Final = frozenset({6, 12, 13, 15})
+"""Codes of Splunk: invalid data format, event missing, event blank, indexed fields. All others blame the request."""
+_GZIP_LEVEL: Final = 6
+
+
+class Collector(Transport):
+    """JSON lines with a bearer token."""
+
+    scheme = "Bearer"
+    content_type = "application/x-ndjson"
+
+    def __init__(
+        self, sink: HttpSink | SplunkSink, files: Files, *, exchange_seconds: float = EXCHANGE_SECONDS_MAX
+    ) -> None:
+        """Raises StartError."""
+        context = tls_context(files, ca=sink.ca, cert=sink.cert, key=sink.key) if sink.has_tls else None
+        self._http = HttpClient(sink.url, context)
+        self._exchange_seconds = exchange_seconds
+        self._headers = {"Content-Type": self.content_type, "Content-Encoding": "gzip"}
+        if sink.token:
+            self._headers["Authorization"] = f"{self.scheme} {_token(files, sink.token)}"
+
+    def deliver(self, messages: Sequence[Message]) -> None:
+        answer = self._post(self._http.target, b"".join([each.body + b"\n" for each in messages]))
+        if not 200 <= answer.status < 300:
+            raise self._failure(answer)
+
+    def _post(self, target: str, body: bytes) -> Answer:
+        """Raises OSError, ExchangeError."""
+        content = gzip.compress(body, _GZIP_LEVEL, mtime=0)
+        with self._bounded(), _as_exchange_errors():
+            return self._http.post(target, content, self._headers, time.monotonic() + self._exchange_seconds)
+
+    @contextlib.contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """A receiver that sends a byte at a time begins each time-out of a socket anew."""
+        timer = threading.Timer(self._exchange_seconds, self._http.abort)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _failure(self, answer: Answer) -> Exception:
+        if answer.status in _REFUSES_CONTENT:
+            return RefusedError(f"it answers {answer.status}")
+        return LaterError(f"it answers {answer.status}", answer.retry_after)
+
+
+class _SplunkAnswer(msgspec.Struct):
+    code: int = 0
+    ackId: int | None = None
+    acks: dict[str, bool] = {}
+
+
+class SplunkCollector(Collector):
+    """The HTTP Event Collector, whose token must have indexer acknowledgement."""
+
+    scheme = "Splunk"
+    content_type = "application/json"
+
+    def __init__(
+        self,
+        sink: SplunkSink,
+        files: Files,
+        *,
+        exchange_seconds: float = EXCHANGE_SECONDS_MAX,
+        acknowledged_seconds: float = ACKNOWLEDGED_SECONDS_MAX,
+        poll_seconds: float = POLL_SECONDS,
+    ) -> None:
+        super().__init__(sink, files, exchange_seconds=exchange_seconds)
+        self._acknowledged_seconds = acknowledged_seconds
+        self._poll_seconds = poll_seconds
+        # Acknowledgements are counted for a channel, which one client has for itself.
+        self._headers["X-Splunk-Request-Channel"] = str(uuid.uuid4())
+
+    def deliver(self, messages: Sequence[Message]) -> None:
+        answer = self._post("/services/collector/event", b"".join([_event(each) for each in messages]))
+        found = _decoded(answer)
+        if answer.status != 200:
+            raise self._failure(answer)
+        if found.ackId is None:
+            raise LaterError("its token has no indexer acknowledgement: enable it (useACK)")
+        ends_s = time.monotonic() + self._acknowledged_seconds
+        asked = msgspec.json.encode({"acks": [found.ackId]})
+        while True:
+            answer = self._post("/services/collector/ack", asked)
+            if answer.status != 200:
+                raise LaterError(f"it answers {answer.status} to a question for an acknowledgement")
+            if _decoded(answer).acks.get(str(found.ackId)):
+                return
+            if time.monotonic() >= ends_s:
+                raise LaterError("it has not acknowledged what it was sent")
+            time.sleep(self._poll_seconds)
+
+    def _failure(self, answer: Answer) -> Exception:
+        code = _decoded(answer).code
+        if answer.status == 413 or (answer.status == 400 and code in _SPLUNK_REFUSES_CONTENT):
+            return RefusedError(f"it answers {answer.status} with the code {code}")
+        return LaterError(f"it answers {answer.status} with the code {code}", answer.retry_after)
+
+
+def _event(message: Message) -> bytes:
+    """RFC 8259 allows no comma between events, and Splunk wants none."""
+    seconds, rest_ns = divmod(message.event.ts, 1_000_000_000)
+    head = b'{"time":%d.%06d,"source":"minikms","sourcetype":"minikms:audit","event":' % (seconds, rest_ns // 1000)
+    return head + message.body + b"}\n"
+
+
+def _decoded(answer: Answer) -> _SplunkAnswer:
+    """Empty for one that is none."""
+    try:
+        return msgspec.json.decode(answer.body, type=_SplunkAnswer)
+    except (msgspec.MsgspecError, RecursionError):
+        return _SplunkAnswer()
+
+
+def _token(files: Files, text: str) -> str:
+    """Raises StartError."""
+    files.check_private(text, "token")
+    token = files.read(text, "token", TOKEN_BYTES_MAX).strip()
+    if _TOKEN.fullmatch(token) is None:
+        raise StartError(f"the token {files.path(text)} is not one line of printable ASCII")
+    return token.decode("ascii")
+
+
+@contextlib.contextmanager
+def _as_exchange_errors() -> Iterator[None]:
+    """What a receiver that speaks no HTTP makes of an exchange. The text of such an error may hold what it sent."""
+    try:
+        yield
+    except OSError:  # first: the error of a wrong certificate is a ValueError too
+        raise
+    except (http.client.HTTPException, ValueError) as error:
+        raise ExchangeError(f"it does not speak HTTP ({type(error).__name__})") from None

@@ -1,0 +1,494 @@
+"""Sinks: sending the lines of the tree to receivers, each with a cursor of its own.
+
+Owns: `Transport`, which each kind of receiver implements; the order of a step; what a failure, a refused line and a
+missing line lead to. Each sink has a thread. Invariants: lines arrive in order, each at least once; only lines of the
+tree are sent, which are durable, signed, and equal to their leaves; the cursor is durable, and goes on only after the
+receiver has a line, or after the line is durable in the file `rejected`; memory is bounded by a batch and
+`READ_LINES` lines. It must never skip a line of a required sink unless an operator says so.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hmac
+import os
+import random
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+
+from minikms.api.errors import KmsError
+from minikms.audit import ocsf, record
+from minikms.audit.export import LogRange, leaf_index
+from minikms.audit.queries import segment_before
+from minikms.audit.reader import Follower, each_segment
+from minikms.audit.record import Event
+from minikms.audit.shipping import FileForwarder
+from minikms.audit.tiles import Tiles
+from minikms.audit.tree import leaf_of
+from minikms.sync import sync_directory
+from minikms_auditor.config import FileSink, Sink
+from minikms_auditor.connecting import ExchangeError
+from minikms_auditor.store import Cursor, Line, SinkFiles, Store
+
+BATCH_BYTES_MAX: Final = 1024 * 1024
+"""A batch takes no more lines once it has so many bytes."""
+BATCH_LINES_MAX: Final = 4096
+READ_LINES: Final = 64
+"""Read at once: lines may have 1 MiB."""
+STEP_SECONDS: Final = 1.0
+BACKOFF_SECONDS_MAX: Final = 60.0
+REFUSED_IN_A_ROW_MAX: Final = 8
+"""A receiver that refuses so many lines in a row has another fault than theirs."""
+
+
+class LaterError(Exception):
+    """The receiver does not take a batch now. `seconds`: how long it asks to wait, 0 if it does not say."""
+
+    def __init__(self, text: str, seconds: int = 0) -> None:
+        super().__init__(text)
+        self.seconds = seconds
+
+
+class RefusedError(Exception):
+    """The receiver refuses something in a batch, and would refuse it again."""
+
+
+class _StoppedError(Exception):
+    """The sink waits for an operator."""
+
+
+class Message(NamedTuple):
+    """A line of the log, and what is sent of it: one JSON object of printable ASCII."""
+
+    log_id: str
+    event: Event
+    line: bytes
+    sig: bytes
+    body: bytes
+
+
+class Transport(ABC):
+    """How lines reach a receiver."""
+
+    settle_seconds: float = 0.0
+    """For how long after a batch the receiver may still lose it; `check` says whether it has."""
+
+    @property
+    def write_paths(self) -> tuple[str, ...]:
+        """Directories that the hardened process must still be able to write in."""
+        return ()
+
+    def position(self) -> int:
+        """`seq` of the last line that the receiver has; 0 if it can't say. Raises OSError."""
+        return 0
+
+    def has_last(self, line: bytes) -> bool:
+        """Whether the line at its position is this one. Raises OSError."""
+        return True
+
+    @abstractmethod
+    def deliver(self, messages: Sequence[Message]) -> None:
+        """Send messages, in order. Return when the receiver has them. Raises OSError, ExchangeError, LaterError,
+        RefusedError.
+        """
+
+    def check(self) -> None:  # noqa: B027  most have nothing to check
+        """Raises OSError, ExchangeError if the receiver may have lost a batch that settles."""
+
+    def reset(self) -> None:  # noqa: B027  most have nothing to give up
+        """Nothing settles any more: the next batch begins anew."""
+
+    def begin_log(self, previous: str) -> None:  # noqa: B027  most have nothing to do
+        """The next line is the first one of another log than `previous`. Raises OSError."""
+
+
+class FileTransport(Transport):
+    """Appends to a file: lines as they are in the log, or OCSF events. A file holds lines of one log: when another one
+    begins, it gets the old one's id as suffix.
+    """
+
+    def __init__(self, sink: FileSink) -> None:
+        self._path = sink.path
+        self._is_log = sink.format == "line"
+        longest = record.LINE_BYTES_MAX if self._is_log else ocsf.EVENT_BYTES_MAX
+        self._file = FileForwarder(sink.path, line_bytes_max=longest)
+        self._is_synced = False
+        """Whether the directory was synced since the file may have been made."""
+
+    @property
+    def write_paths(self) -> tuple[str, ...]:
+        return self._file.write_paths
+
+    def position(self) -> int:
+        return self._file.position()
+
+    def has_last(self, line: bytes) -> bool:
+        return self._file.ends_with(line)
+
+    def deliver(self, messages: Sequence[Message]) -> None:
+        self._file.deliver([each.line if self._is_log else each.body for each in messages])
+        if not self._is_synced:
+            sync_directory(os.path.dirname(self._path))
+            self._is_synced = True
+
+    def reset(self) -> None:
+        self._is_synced = False
+
+    def begin_log(self, previous: str) -> None:
+        if os.path.exists(self._path):
+            os.rename(self._path, f"{self._path}.{previous}")
+        sync_directory(os.path.dirname(self._path))
+
+
+class SinkStatus(msgspec.Struct, frozen=True):
+    """What `minikms-auditor status` shows of a sink. delivered_at: Unix seconds of its last success since the start, 0
+    without one. failures: since the start. error: empty if all is well. waits_at: the line that an operator must skip,
+    0 if none. rejected: lines in its file of those.
+    """
+
+    name: str
+    required: bool
+    log_id: str = ""
+    seq: int = 0
+    lag_lines: int = 0
+    delivered_at: int = 0
+    failures: int = 0
+    error: str = ""
+    waits_log_id: str = ""
+    waits_at: int = 0
+    rejected: int = 0
+
+
+class _Missing(NamedTuple):
+    """Lines that the log does not have any more."""
+
+    log_id: str
+    first: int
+    last: int
+    why: str
+
+
+class Shipper:
+    """Sends the lines of the tree to one sink. `run` is its thread; `cursor` and `status` may be read in others."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        transport: Transport,
+        files: SinkFiles,
+        store: Store,
+        log_dir: str,
+        *,
+        log: Callable[[str, str], None],
+    ) -> None:
+        self.name = sink.name
+        self.required = sink.required
+        self._format = sink.format
+        self._transport = transport
+        self._files = files
+        self._store = store
+        self._log_dir = log_dir
+        self._log = log
+        self._sent: Cursor | None = files.cursor
+        """The last line that was sent; beyond the cursor while batches settle."""
+        self._settling: collections.deque[tuple[float, Cursor]] = collections.deque()
+        self._follower: Follower | None = None
+        self._held: collections.deque[bytes] = collections.deque()
+        """Lines that were read and not sent."""
+        self._checked: tuple[int, Tiles] | None = None
+        self._lines_max = BATCH_LINES_MAX
+        self._refused_in_a_row = 0
+        self._failures = self._failures_in_a_row = 0
+        self._delivered_at = 0
+        self._error = ""
+        self._waits: tuple[str, int] = ("", 0)
+
+    @property
+    def cursor(self) -> Cursor | None:
+        """The last line that the receiver certainly has."""
+        return self._files.cursor
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def run(self, stopping: threading.Event) -> None:
+        while not stopping.is_set():
+            pause_s = self.attempt()
+            ends_s = time.monotonic() + pause_s
+            while pause_s > 0 and not stopping.wait(min(pause_s, STEP_SECONDS)) and not self._may_go_on():
+                pause_s = ends_s - time.monotonic()
+
+    def attempt(self) -> float:
+        """One step. How long to wait until the next one, in seconds."""
+        try:
+            return 0.0 if self._step() else STEP_SECONDS
+        except (LaterError, _StoppedError, ExchangeError, KmsError, OSError) as error:
+            text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            asked_s = error.seconds if isinstance(error, LaterError) else 0
+            if not isinstance(error, _StoppedError):
+                self._waits = ("", 0)
+        self.rewind()
+        self._failures += 1
+        self._failures_in_a_row += 1
+        if text != self._error:
+            self._log("sink failed", f"{self.name}: {text}")
+        self._error = text
+        longest_s = min(2.0 ** min(self._failures_in_a_row, 16), BACKOFF_SECONDS_MAX)
+        # Half of it at random, so that auditors that lost one receiver don't come back at once.
+        return max(random.uniform(longest_s / 2, longest_s), min(asked_s, BACKOFF_SECONDS_MAX))  # noqa: S311 - no secret
+
+    def _works(self) -> None:
+        if self._error:
+            self._log("sink works again", self.name)
+        self._error, self._failures_in_a_row = "", 0
+
+    def _may_go_on(self) -> bool:
+        """Whether an operator has skipped the line that the sink waits at."""
+        with contextlib.suppress(KmsError):  # the next step shows it
+            return self._is_skipped(*self._waits)
+        return False
+
+    def rewind(self) -> None:
+        """Close what is open. What is not certain is sent again."""
+        self._settling.clear()
+        self._sent = self._files.cursor
+        self._held.clear()
+        self._transport.reset()
+        if self._follower is not None:
+            self._follower.close()
+        self._follower = None
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        """Send a batch. Whether there is more to do at once."""
+        self._settle()
+        state = self._store.state
+        line = state.line
+        if line is None:
+            return False
+        if self._sent is None or self._sent.log_id != line.log_id:
+            return self._begin(line.log_id, state.logs, state.size)
+        batch = self._batch(line, self._sent)
+        if isinstance(batch, _Missing):
+            return self._pass_over(batch)
+        if not batch:
+            if not self._settling:
+                self._works()
+            return False
+        try:
+            self._transport.deliver(batch)
+        except RefusedError as error:
+            if len(batch) > 1:
+                self._lines_max = len(batch) // 2
+                self.rewind()
+            else:
+                self._give_up(batch[0].event.seq, str(error), batch[0])
+            return True
+        self._lines_max = min(2 * self._lines_max, BATCH_LINES_MAX)
+        self._refused_in_a_row = 0
+        self._delivered(batch[-1])
+        return True
+
+    def _delivered(self, last: Message) -> None:
+        rejected = 0 if self._files.cursor is None else self._files.cursor.rejected
+        sent = Cursor(1, last.log_id, last.event.seq, last.sig, rejected)
+        self._sent = sent
+        if self._transport.settle_seconds:
+            self._settling.append((time.monotonic() + self._transport.settle_seconds, sent))
+        else:
+            self._store_cursor(sent)
+
+    def _settle(self) -> None:
+        """Let the cursor go on to what no receiver can lose any more. Raises OSError, ExchangeError."""
+        if not self._settling:
+            return
+        now_s = time.monotonic()
+        self._transport.check()
+        settled: Cursor | None = None
+        while self._settling and self._settling[0][0] <= now_s:
+            settled = self._settling.popleft()[1]
+        if settled is not None:
+            self._store_cursor(settled)
+        if not self._settling:
+            self._transport.reset()
+
+    def _store_cursor(self, cursor: Cursor) -> None:
+        self._files.save(cursor)
+        self._waits = ("", 0)
+        self._delivered_at = int(time.time())
+        self._works()
+
+    # --- the log ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, log_id: str, logs: Sequence[LogRange], size: int) -> bool:
+        """Go on with another log than before, or with the first one."""
+        sent = self._sent
+        if sent is not None:
+            for lost in _unsent(sent, logs, size):
+                return self._pass_over(lost)
+            if self._settling:
+                return False
+            self._transport.begin_log(sent.log_id)
+        first = next((each.first_seq for each in logs if each.log_id == log_id), 1)
+        if sent is None:  # a new sink misses nothing that was removed before
+            first = max(first, _first_seq(self._log_dir))
+        self._files.save(Cursor(1, log_id, first - 1, b"", 0 if sent is None else sent.rejected))
+        self.rewind()
+        return True
+
+    def _batch(self, last: Line, sent: Cursor) -> list[Message] | _Missing:
+        """The lines after `sent`, up to `last`."""
+        if self._follower is None:
+            # The line before is read too: its MAC is reported, and a file may have more lines than its cursor.
+            seq = max(sent.seq, self._transport.position())
+            if seq > last.seq:
+                raise _StoppedError(
+                    f"the copy has line {seq} and the audit log ends at line {last.seq}: run `minikms audit verify`, "
+                    "and forward to an empty copy"
+                )
+            after = max(0, seq - 1)
+            number = segment_before(self._log_dir, after + 1)
+            self._follower = Follower(self._log_dir, after_seq=after, after_segment=number)
+            if seq:
+                sent = self._recalled(seq, last, sent)
+        batch: list[Message] = []
+        held_bytes = 0
+        for line in self._lines(last.seq):
+            seq = record.peek_seq(line)
+            due = sent.seq + len(batch) + 1
+            if seq != due:
+                self._held.appendleft(line)
+                if batch:
+                    break
+                return _Missing(last.log_id, due, seq - 1, "the log does not have the lines any more")
+            message = self._message(last.log_id, line)
+            batch.append(message)
+            held_bytes += len(message.body)
+            if held_bytes >= BATCH_BYTES_MAX or len(batch) >= self._lines_max:
+                break
+        if not batch and sent.seq < last.seq:
+            raise _StoppedError(f"the log has no line {sent.seq + 1}, and the tree has it")
+        return batch
+
+    def _recalled(self, seq: int, last: Line, sent: Cursor) -> Cursor:
+        """The cursor at line `seq`, which the receiver has last, once it was compared with the log, if that has it."""
+        for line in self._lines(seq):
+            if record.peek_seq(line) != seq:
+                self._held.appendleft(line)
+                break
+            found = self._message(last.log_id, line)
+            if sent.seq == seq and sent.sig and not hmac.compare_digest(found.sig, sent.sig):
+                raise _StoppedError(f"line {seq} of the log is not the one that was sent")
+            if sent.seq != seq and not self._transport.has_last(line):
+                raise _StoppedError(f"line {seq} of the copy is not the one of the log: forward to an empty copy")
+            if sent.seq != seq or not sent.sig:
+                self._sent = sent = Cursor(1, last.log_id, seq, found.sig, sent.rejected)
+                self._files.save(sent)
+            break
+        return sent
+
+    def _lines(self, until: int) -> Iterator[bytes]:
+        while self._follower is not None:
+            if not self._held:
+                self._held.extend(self._follower.read(READ_LINES))
+            if not self._held or record.peek_seq(self._held[0]) > until:
+                return
+            yield self._held.popleft()
+
+    def _message(self, log_id: str, line: bytes) -> Message:
+        """Raises MalformedLineError, NotInTreeError, TilesError, _StoppedError."""
+        event, _, sig = record.parse_line(line)
+        state = self._store.state
+        if self._checked is None or self._checked[0] != state.size:
+            self._checked = (state.size, Tiles(self._store.read, state.size))
+        index = leaf_index(state.logs, log_id, event.seq, state.size)
+        if not hmac.compare_digest(self._checked[1].node(0, index), leaf_of(line)):
+            raise _StoppedError(f"line {event.seq} of the log is not the one in the tree")
+        body = ocsf.encode(log_id, event, line) if self._format == "ocsf" else _with_log_id(log_id, event.seq, line)
+        return Message(log_id, event, line, sig, body)
+
+    # --- lines that the receiver does not get -------------------------------------------------------------------------
+
+    def _pass_over(self, lost: _Missing) -> bool:
+        """As `_give_up`, for lines that nobody can read any more; once what was sent before has settled."""
+        if self._settling:
+            return False
+        self._give_up(lost.last, lost.why, lost)
+        return True
+
+    def _give_up(self, seq: int, why: str, what: _Missing | Message) -> None:
+        """Go on after line `seq` without it. Raises _StoppedError."""
+        text = f"line {seq}: {why}"
+        if not self._is_skipped(what.log_id, seq):
+            wrong = ""
+            if self.required:
+                wrong = "the sink is required"
+            elif self._refused_in_a_row >= REFUSED_IN_A_ROW_MAX:
+                wrong = f"{self._refused_in_a_row} lines before it were refused too"
+            elif not self._files.may_reject():
+                wrong = "the file of rejected lines is full"
+            if wrong:
+                self._waits = (what.log_id, seq)
+                raise _StoppedError(f"{text}; {wrong}, so it waits for `minikms-auditor skip {seq}`")
+        first, line, sig = (seq, what.line, what.sig) if isinstance(what, Message) else (what.first, b"null", b"")
+        entry = {"log_id": what.log_id, "seq": first, "last_seq": seq, "why": why, "line": msgspec.Raw(line)}
+        self._files.reject(msgspec.json.encode(entry))
+        self._log("line rejected", f"{self.name}: {text}")
+        self._refused_in_a_row += isinstance(what, Message)
+        rejected = 0 if self._files.cursor is None else self._files.cursor.rejected
+        self._files.save(Cursor(1, what.log_id, seq, sig, rejected + seq - first + 1))
+        self._waits = ("", 0)
+        self.rewind()
+
+    def _is_skipped(self, log_id: str, seq: int) -> bool:
+        return seq > 0 and self._files.is_skipped(log_id, seq)
+
+    # --- status -------------------------------------------------------------------------------------------------------
+
+    def status(self) -> SinkStatus:
+        cursor, line = self._files.cursor, self._store.state.line
+        has_log = cursor is not None and line is not None and cursor.log_id == line.log_id
+        seq = cursor.seq if cursor is not None and has_log else 0
+        return SinkStatus(
+            name=self.name,
+            required=self.required,
+            log_id="" if cursor is None else cursor.log_id,
+            seq=0 if cursor is None else cursor.seq,
+            lag_lines=0 if line is None else max(0, line.seq - seq),
+            delivered_at=self._delivered_at,
+            failures=self._failures,
+            error=self._error,
+            waits_log_id=self._waits[0],
+            waits_at=self._waits[1],
+            rejected=0 if cursor is None else cursor.rejected,
+        )
+
+
+def _first_seq(log_dir: str) -> int:
+    """Of the first line that the log has. Raises OSError, DamagedSegmentError."""
+    for file in each_segment(log_dir):
+        return record.peek_seq(file.first_line())
+    return 0
+
+
+def _with_log_id(log_id: str, seq: int, line: bytes) -> bytes:
+    """The line's JSON object with two more members before its own, which are left as they are."""
+    return b'{"log_id":"%b","seq":%d,%b' % (log_id.encode("ascii"), seq, line[1:])
+
+
+def _unsent(sent: Cursor, logs: Sequence[LogRange], size: int) -> Iterator[_Missing]:
+    """Lines of the log of `sent` and of later logs but the newest, which no reader finds any more."""
+    known = False
+    for each, end in zip(logs[:-1], [following.first_leaf for following in logs[1:]], strict=True):
+        last = each.first_seq + min(end, size) - each.first_leaf - 1
+        first = each.first_seq
+        if each.log_id == sent.log_id:
+            known, first = True, sent.seq + 1
+        if known and first <= last:
+            yield _Missing(each.log_id, first, last, "another log was begun before these lines were sent")

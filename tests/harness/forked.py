@@ -1,0 +1,198 @@
+"""The programs in processes of their own, forked from one that has imported them: a start costs a tenth.
+
+Owns: the process that forks, one for each process of the tests, and a test's view of a forked program. Invariants: the
+program has the arguments, environment, directory and standard descriptors that the caller gives, and no other
+descriptors. Never use it for a claim about a program's memory, its name in the process table, or the start or end of
+its process: those tests start an interpreter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, Final, NoReturn
+
+from minikms.cli.rootkey import BIND_VARIABLE
+
+PROJECT: Final = Path(__file__).resolve().parents[2]
+REQUEST_BYTES_MAX: Final = 200_000
+"""Of arguments and environment: the kernel sends them in one packet."""
+DESCRIPTORS: Final = 4
+"""Of a request: the socket for the answers, then input, output and errors of the program."""
+RUN_S_MAX: Final = 120.0
+
+
+class Forked:
+    """A running program, with methods of `subprocess.Popen`."""
+
+    def __init__(
+        self,
+        words: list[str],
+        stdin: int | None,
+        stdout: int,
+        stderr: int,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | Path = ".",
+    ) -> None:
+        """`words`: a package that `python -m` runs, such as `minikms`, and its arguments. `stdin`: a descriptor, as the
+        next two; None for empty input.
+        """
+        environ = {BIND_VARIABLE: "1", **(os.environ if env is None else env)}
+        request = json.dumps({"words": words, "env": environ, "cwd": str(Path(cwd).resolve())})
+        self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet for each
+        with theirs, Path(os.devnull).open() as empty:
+            given = empty.fileno() if stdin is None else stdin
+            socket.send_fds(_forker(), [request.encode()], [theirs.fileno(), given, stdout, stderr])
+        self.args = words
+        self.pid = int(self._answers.recv(16))
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self._answers.settimeout(timeout)
+            try:
+                status = self._answers.recv(16)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+            self._answers.close()
+            self.returncode = os.waitstatus_to_exitcode(int(status))
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(command: list[str], log: IO[bytes], env: Mapping[str, str] | None = None) -> Forked | subprocess.Popen[bytes]:
+    """Starts `command` with its output in `log`: forked if it is one of our programs under nothing else."""
+    if command[:2] == [sys.executable, "-m"]:
+        return Forked(command[2:], None, log.fileno(), log.fileno(), env=env)
+    return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+def run(
+    *words: object, stdin: str = "", env: Mapping[str, str] | None = None, cwd: str | Path = "."
+) -> subprocess.CompletedProcess[str]:
+    """Like `subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, input=stdin, …)`."""
+    with contextlib.ExitStack() as stack:
+        given, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+        given.write(stdin)
+        given.seek(0)
+        descriptors = given.fileno(), out.fileno(), err.fileno()
+        program = Forked([*map(str, words)], *descriptors, env=env, cwd=cwd)
+        try:
+            status = program.wait(RUN_S_MAX)
+        finally:
+            program.kill()
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(program.args, status, out.read(), err.read())
+
+
+@cache
+def _forker() -> socket.socket:
+    """The socket for requests to the process that forks."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=theirs.fileno(), cwd=PROJECT, env={**os.environ, BIND_VARIABLE: "1"}
+        )
+
+    @atexit.register
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    return ours
+
+
+# --- the process that forks -----------------------------------------------------------------------------------------
+def _forked_request() -> dict[str, Any]:
+    """Forks for each request, until the tests end. Returns in each forked process, with its request."""
+    requests = socket.socket(fileno=os.dup(0))
+    while True:
+        packet, descriptors, *_ = socket.recv_fds(requests, REQUEST_BYTES_MAX, DESCRIPTORS)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if not packet:
+            sys.exit()
+        request: dict[str, Any] = json.loads(packet)
+        _import_all(request["words"][0])
+        if not os.fork():
+            break
+        for descriptor in descriptors:
+            os.close(descriptor)
+    answers = socket.socket(fileno=descriptors[0])
+    if program := os.fork():
+        for number in (0, 1, 2, requests.fileno(), *descriptors[1:]):
+            os.close(number)
+        answers.send(str(program).encode())
+        answers.send(str(os.waitpid(program, 0)[1]).encode())
+        os._exit(0)
+    for number, descriptor in enumerate(descriptors[1:]):
+        os.dup2(descriptor, number)
+    requests.detach()
+    answers.detach()
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    return request
+
+
+@cache
+def _import_all(package: str) -> None:
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    gc.collect()
+    gc.freeze()
+
+
+def _become(request: dict[str, Any]) -> NoReturn:
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    module, *arguments = request["words"]
+    sys.argv = [module, *arguments]
+    sys.orig_argv = [sys.executable, "-m", *sys.argv]
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace")
+    status = 1
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:  # noqa: BLE001  as an interpreter does
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)  # an interpreter's clean-up would copy every page of what was imported
+
+
+if __name__ == "__main__":
+    _become(_forked_request())
