@@ -24,6 +24,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from struct import Struct
 from typing import Final, NamedTuple
 
 from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
@@ -392,20 +393,17 @@ def _going(content: bytes, key_ids: Iterable[str]) -> list[BackupRecord]:
     """The records of these keys, and those that a crash left half blank."""
     going: list[BackupRecord] = []
     named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s"' % key_id.encode())}
-    for offset in journal_format.offsets(content):
-        old, new = offset + KEY_ID_BYTES, offset + KEY_ID_BYTES + FILE_BYTES
-        raw_id = content[offset:old]
-        key_id = (
-            named.get(raw_id)
-            or named.get(content[old : old + _ID_TEXT_BYTES])
-            or named.get(content[new : new + _ID_TEXT_BYTES])
-        )
-        if key_id:
-            going.append(BackupRecord(key_id, b"", offset))
-        elif b"\0" in raw_id and journal_format.is_half_blank(content, offset):
+    found = _IDS.iter_unpack(memoryview(content)[len(journal_format.MAGIC) :])
+    for offset, ids in zip(journal_format.offsets(content), found, strict=True):
+        if not named.keys().isdisjoint(ids):
+            going.append(BackupRecord(next(named[name] for name in ids if name in named), b"", offset))
+        elif b"\0" in ids[0] and journal_format.is_half_blank(content, offset):
             going.append(BackupRecord("", b"", offset))
     return going
 
 
 _ID_TEXT_BYTES: Final = len(b'{"id":"k_01jd0000000000000000000000"')
 """How a content names its key."""
+_CONTENT: Final = f"{_ID_TEXT_BYTES}s{FILE_BYTES - _ID_TEXT_BYTES}x"
+_IDS: Final = Struct(f"{KEY_ID_BYTES}s{_CONTENT}{_CONTENT}{journal_format.CHECKSUM_BYTES}x")
+"""The three places of a record that name its key."""
