@@ -71,7 +71,7 @@ _VALUES: Final = (
     "SELECT entry.key, entry.value FROM unnest($1::bytea[], $2::bytea[]) AS wanted (tkey, key)"
     " JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key ORDER BY entry.tkey, entry.key"
 )
-_BEGIN: Final = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE"  # noqa: S608
+_BEGIN: Final = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE"  # noqa: S608  a constant
 _AGAIN: Final = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
 _FAILURES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 
@@ -440,7 +440,7 @@ class PostgresWriter(GroupCommit):
         """The counters change with every group, so that a group without puts waits for the standby too."""
         threads, messages = counters
         count = (  # a statement without parameters can be sent together with the next one
-            f"UPDATE store_counter SET threads = threads + {threads:d}, messages = messages + {messages:d}"  # noqa: S608
+            f"UPDATE store_counter SET threads = threads + {threads:d}, messages = messages + {messages:d}"  # noqa: S608  integers
             f" WHERE id = {self._counter:d}"
         )
         if await connection.execute(f"{count}; COMMIT") != "COMMIT" or self._warned:
