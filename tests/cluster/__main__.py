@@ -82,7 +82,8 @@ def _break(made: Cluster, names: list[str], seed: int, *, upgrade: bool) -> int:
         print(f"recovery from {name}: {seconds:.1f} s")
     print(f"{len(history)} operations in {time.monotonic() - began:.0f} s, {load.rotations} rotations of a key")
     print(f"answers by status: {dict(sorted(load.statuses.items()))}")
-    broken = [*violations(history), *too_slow(history), *load.errors]
+    failed = [f"{load.statuses[500]} requests were answered 500"] if 500 in load.statuses else []
+    broken = [*violations(history), *too_slow(history), *failed, *load.errors]
     if broken:
         for log in sorted(BASE.glob("*.log")):
             (Path("/tmp") / f"cluster-{log.name}").write_bytes(log.read_bytes())

@@ -77,14 +77,15 @@ def _deletes(operations: Iterable[Operation]) -> dict[int, Operation]:
 def _kept(operations: list[Operation]) -> Iterator[str]:
     """What was acknowledged, or seen, is in each later list unless it was deleted. What was deleted is in none."""
     deletes = _deletes(operations)
-    since = {one.number: one.end for one in _appends(operations).values() if one.outcome == "ok"}
+    since = {one.number: ("acknowledged", one.end) for one in _appends(operations).values() if one.outcome == "ok"}
     for listed in sorted(_lists(operations), key=lambda one: one.end):
         for number, _ in listed.listed:
-            since[number] = min(since.get(number, listed.end), listed.end)
+            if number not in since or listed.end < since[number][1]:
+                since[number] = "seen", listed.end
     reported: set[int] = set()
     for listed in _lists(operations):
         there = {number for number, _ in listed.listed}
-        for number, at in since.items():
+        for number, (how, at) in since.items():
             delete = deletes.get(number)
             if number in there:
                 if delete and delete.outcome == "ok" and delete.end < listed.begin and number not in reported:
@@ -92,7 +93,7 @@ def _kept(operations: list[Operation]) -> Iterator[str]:
                     yield f"{number} was deleted at {delete.end:.2f} and is listed at {listed.begin:.2f}"
             elif at < listed.begin and not (delete and delete.begin < listed.end) and number not in reported:
                 reported.add(number)
-                yield f"{number} was acknowledged or seen at {at:.2f} and is not listed at {listed.begin:.2f}"
+                yield f"{number} was {how} at {at:.2f} and is not listed at {listed.begin:.2f}"
 
 
 def _once(operations: list[Operation]) -> Iterator[str]:

@@ -30,7 +30,7 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         Variant(synchronous_mode="off", single_node=True),
         (),
         ("--faults", "unreplicated_host_killed"),
-        "was acknowledged or seen",
+        "was acknowledged at",
     ),
     "fence-outside": Mutant(
         Variant(),
@@ -72,7 +72,7 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
             ),
         ),
         ("--faults", "unreplicated_waits_ended"),
-        "was acknowledged or seen",
+        "was acknowledged at",
     ),
 }
 

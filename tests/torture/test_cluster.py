@@ -17,9 +17,9 @@ from tests import needs
 from tests.cluster.faults import PARTS
 from tests.cluster.mutants import MUTANTS
 
-pytestmark = pytest.mark.torture
+pytestmark = [pytest.mark.torture, pytest.mark.timeout(900)]
 PROJECT = Path(__file__).parents[2]
-RUN_S_MAX = 900
+RUN_S_MAX = 800
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
