@@ -187,7 +187,7 @@ def tables_upgraded(cluster: Cluster, load: Load) -> None:
         begin = time.monotonic()
         cluster.sql(
             "BEGIN; UPDATE store_schema SET number = number + 1;"
-            " CREATE TABLE held AS SELECT key, md5(value) AS value FROM store_entry; COMMIT"
+            " CREATE TABLE held AS SELECT key, md5(value) AS value FROM store_entry; SELECT pg_sleep(0.2); COMMIT"
         )
         end = time.monotonic()
         time.sleep(1)

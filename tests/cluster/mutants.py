@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 from tests.cluster.machines import Variant
 
 SOURCE: Final = Path(__file__).parents[2] / "src"
+WRITER: Final = "store/postgres_writer.py"
 
 
 class Mutant(NamedTuple):
@@ -35,12 +36,14 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
     "fence-outside": Mutant(
         Variant(),
         (
+            (WRITER, "(SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE),", "(SELECT 1),"),
+            (WRITER, "SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE", "SELECT 1"),
             (
-                "store/postgres.py",
-                "if await connection.execute(_BEGIN) !=",
-                'number = await connection.execute(f"SELECT 1 FROM store_schema WHERE number = {SCHEMA}")\n'
-                '            await connection.execute("BEGIN")\n'
-                "            if number !=",
+                WRITER,
+                "        if usual is not None:\n            self._committing = True\n",
+                '        if not await connection.fetch(f"SELECT 1 FROM store_schema WHERE number = {SCHEMA}"):\n'
+                '            raise NotWrittenError("the database was upgraded")\n'
+                "        if usual is not None:\n            self._committing = True\n",
             ),
         ),
         ("--upgrade",),
@@ -61,6 +64,12 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         ),
         ("--faults", "quiet"),
         "was removed at",
+    ),
+    "no-lease": Mutant(
+        Variant(),
+        (("store/nodes.py", "now_s() > self._until_s):", "False):"),),
+        ("--faults", "host_stopped"),
+        "and is not listed at",
     ),
     "retry-reads": Mutant(
         Variant(),
