@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--upgrade", action="store_true", help="also change the number of the tables for a moment")
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS), help="of a version that breaks a rule")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--logs", type=Path, help="copy the logs of all programs into this directory at the end")
     given = parser.parse_args()
     if INSIDE not in os.environ:
         _enter()
@@ -41,7 +43,12 @@ def main() -> int:
     variant = mutants.variant(given.mutant, BASE / "source") if given.mutant else Variant()
     made = started(variant._replace(ahead_s=CLOCKS_S))
     if given.faults or given.upgrade:
-        return _break(made, [one for one in given.faults.split(",") if one], given.seed, upgrade=given.upgrade)
+        names = [one for one in given.faults.split(",") if one]
+        try:
+            return _break(made, names, given.seed, upgrade=given.upgrade)
+        finally:
+            if given.logs:
+                shutil.copytree(BASE, given.logs, ignore=lambda _, found: [n for n in found if not n.endswith(".log")])
     _describe(made)
     with contextlib.suppress(KeyboardInterrupt):
         signal.pause()
@@ -78,15 +85,12 @@ def _break(made: Cluster, names: list[str], seed: int, *, upgrade: bool) -> int:
         if upgrade:
             faults.tables_upgraded(made, load)
     history = load.history
-    for name, seconds in recoveries(history):
-        print(f"recovery from {name}: {seconds:.1f} s")
+    for name, seconds, slowest in recoveries(history):
+        print(f"recovery from {name}: {seconds:.1f} s ({slowest})")
     print(f"{len(history)} operations in {time.monotonic() - began:.0f} s, {load.rotations} rotations of a key")
     print(f"answers by status: {dict(sorted(load.statuses.items()))}")
     failed = [f"{load.statuses[500]} requests were answered 500"] if 500 in load.statuses else []
     broken = [*violations(history), *too_slow(history), *failed, *load.errors]
-    if broken:
-        for log in sorted(BASE.glob("*.log")):
-            (Path("/tmp") / f"cluster-{log.name}").write_bytes(log.read_bytes())
     print("\n".join([f"VIOLATION {one}" for one in broken] or ["no violation"]), flush=True)
     return 1 if broken else 0
 

@@ -183,20 +183,21 @@ _RULES: Final = (_kept, _once, _ordered, _edited, _members)
 
 
 # --- recovery ---------------------------------------------------------------------------------------------------------
-def recoveries(history: Sequence[Operation]) -> list[tuple[str, float]]:
-    """Of each fault, until when operations that met it were delayed: seconds from its begin. One meets the latest fault
-    that had begun, so that faults begin when the service has recovered from the one before."""
+def recoveries(history: Sequence[Operation]) -> list[tuple[str, float, str]]:
+    """Of each fault, until when operations that met it were delayed: seconds from its begin, and the kind of the
+    slowest one. One meets the latest fault that had begun, so that faults begin when the service has recovered from
+    the one before."""
     faults = sorted((one for one in history if one.kind.startswith(FAULT)), key=lambda one: one.begin)
     ends = [one.begin for one in faults[1:]] + [float("inf")]
     served = [one for one in history if one.thread]
     found = []
     for fault, end in zip(faults, ends, strict=False):
         waits = [
-            float("inf") if one.outcome == "unknown" else one.end - max(one.begin, fault.begin)
+            (float("inf") if one.outcome == "unknown" else one.end - max(one.begin, fault.begin), one.kind)
             for one in served
             if one.end > fault.begin and one.begin < end
         ]
-        found.append((fault.kind.removeprefix(FAULT), max(waits, default=0.0)))
+        found.append((fault.kind.removeprefix(FAULT), *max(waits, default=(0.0, "none"))))
     return found
 
 
@@ -204,6 +205,6 @@ def too_slow(history: Sequence[Operation]) -> list[str]:
     """A sentence for each fault after which the service was not back in time."""
     return [
         f"recovery from {name} took {seconds:.1f} s"
-        for name, seconds in recoveries(history)
+        for name, seconds, _ in recoveries(history)
         if seconds > (SWITCHOVER_S_MAX if FAULT + name == SWITCHOVER else RECOVERY_S_MAX)
     ]

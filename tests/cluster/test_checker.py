@@ -116,7 +116,7 @@ def test_recovery_lasts_until_the_last_operation_that_met_the_fault() -> None:
         Operation(f"fault {name}", "", begin, begin + 10, "ok") for name, begin in (("switchover", 10), ("x", 90))
     ]
     served = [op("append", 5, 12, number=1), op("append", 30, 45, number=2), op("append", 95, 100, number=3)]
-    assert recoveries([*served, *faults]) == [("switchover", 15), ("x", 5)]
+    assert recoveries([*served, *faults]) == [("switchover", 15, "append"), ("x", 5, "append")]
     assert too_slow([*served, *faults]) == []
     slow = op("append", 11, 50, number=4)
     assert too_slow([*served, slow, *faults]) == ["recovery from switchover took 39.0 s"]
