@@ -78,6 +78,15 @@ class Storage(_Section, frozen=True):
     db_path: str = ""
 
 
+class Store(_Section, frozen=True):
+    """A database in the place of the store's files, for several servers."""
+
+    url: str = ""
+    """`postgresql://…`, without a password."""
+    single_node: bool = False
+    """Whether it is enough that one disk has what was acknowledged."""
+
+
 class Cors(_Section, frozen=True):
     allowed_origins: tuple[str, ...] = ()
 
@@ -162,6 +171,7 @@ class Logging(_Section, frozen=True):
 class Config(_Section, frozen=True):
     server: Server = Server()
     storage: Storage = Storage()
+    store: Store = Store()
     security: Security = Security()
     kms: Kms = Kms()
     rotation: Rotation = Rotation()
@@ -190,6 +200,12 @@ class Config(_Section, frozen=True):
         if self.kms.exclusive is not None:
             return self.kms.exclusive
         return not (self.kms.socket or self.kms.data_dir or self.kms.url)
+
+    @property
+    def destroys_keys(self) -> bool:
+        """Whether keys can be destroyed: no gateway takes a request for it, and of a database's backups nothing is
+        registered here."""
+        return not (self.kms.url or self.store.url)
 
     @property
     def kms_client(self) -> dict[str, Any]:
@@ -257,6 +273,8 @@ VARIABLES: Final = (
     Variable("TLS_CERT", "server.tls.cert_file", _text),
     Variable("TLS_KEY", "server.tls.key_file", _text),
     Variable("DB_PATH", "storage.db_path", _text),
+    Variable("STORE_URL", "store.url", _text),
+    Variable("STORE_SINGLE_NODE", "store.single_node", _boolean),
     Variable("CORS_ORIGINS", "security.cors.allowed_origins", _comma_separated),
     Variable("RATE_RPS", "security.rate_limit.rps", _number),
     Variable("RATE_BURST", "security.rate_limit.burst", _integer),
@@ -462,6 +480,10 @@ def check(config: Config, *, with_data: bool = True) -> None:
         raise ConfigError("server.port must be from 0 to 65535")
     if with_data and not config.storage.db_path:
         raise ConfigMissingError("no data directory is given: use --db DIR, PROGRESSDB_DB_PATH or storage.db_path")
+    if config.store.url and with_data:  # else no server runs with it
+        _check_store(config)
+    elif config.store.single_node and not config.store.url:
+        raise ConfigError("store.single_node is for a store in a database: give its store.url too")
     if bool(config.server.tls.cert_file) != bool(config.server.tls.key_file):
         raise ConfigError("TLS needs both server.tls.cert_file and server.tls.key_file")
     rate = config.security.rate_limit
@@ -490,6 +512,18 @@ def check(config: Config, *, with_data: bool = True) -> None:
         raise ConfigError(
             f"the path of the key service's socket has {socket_bytes} bytes, and the limit is {UNIX_PATH_BYTES_MAX}: "
             "give a shorter one with PROGRESSDB_KMS_SOCKET or kms.socket"
+        )
+
+
+def _check_store(config: Config) -> None:
+    if not config.kms.url and (config.kms.spawn or not config.kms.socket):
+        raise ConfigError(
+            "store.url is for several servers, which share one key service: give its kms.url, or its kms.socket with "
+            "kms.spawn = false"
+        )
+    if config.rotation.destroy_old_after:
+        raise ConfigError(
+            "rotation.destroy_old_after needs a register of the store's backups, and a database has none: leave it out"
         )
 
 

@@ -173,7 +173,7 @@ async def _serve_until(
             return
         store, provider = opened
         exclusive = encrypting and config.kms_is_exclusive
-        destroys = not config.kms.url
+        destroys = config.destroys_keys
         jobs = Jobs(store, provider, config.rotation, exclusive=exclusive, destroys=destroys, stop=stop.asked)
         started.push_async_callback(jobs.close)
         await jobs.start()
@@ -239,9 +239,13 @@ async def _open_store(
 ) -> tuple[Conversations, Provider]:
     """The key service, then the store; each is closed by `started`. Raises ServeError."""
     try:
+        engine: directory.AnyEngine
         os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
         # first, so that no key service is started for a store that is refused
-        engine = directory.open_engine(str(config.store_dir), encrypted=encrypting)
+        if config.store.url:
+            engine = await directory.open_shared(config.store.url, single_node=config.store.single_node)
+        else:
+            engine = directory.open_engine(str(config.store_dir), encrypted=encrypting)
     except OSError as error:
         raise ServeError(f"can't make the data directory {config.storage.db_path}: {error.strerror}") from None
     except (StoreUnavailableError, FormatError) as error:
@@ -249,7 +253,8 @@ async def _open_store(
     opened = False
     try:
         # A restore is accepted for the whole run: it may have put back another audit log.
-        audit_head = str if accept_restore else partial(epoch.audit_head, engine)
+        local = None if accept_restore else directory.local(engine)
+        audit_head = str if local is None else partial(epoch.audit_head, local)
         provider = await _open_provider(config, master_key_fd, encrypting, audit_head, started, on_lost=on_lost)
         store = Conversations(engine, provider, rule=config.security.threads)
         opened = True
@@ -257,7 +262,7 @@ async def _open_store(
         raise ServeError(str(error)) from None
     finally:
         if not opened:
-            engine.close()
+            await directory.close_engine(engine)
     started.push_async_callback(store.close)
     try:
         await store.start(accept_restore=accept_restore)

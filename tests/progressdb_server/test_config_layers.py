@@ -213,6 +213,33 @@ def test_what_does_not_fit_a_gateway_stops_the_start(name: str, text: str, reaso
     assert reason in refusal_of(DB, {**GATEWAY, f"PROGRESSDB_{name}": text})
 
 
+DATABASE = {
+    "PROGRESSDB_STORE_URL": "postgresql:///progressdb?host=/run/postgresql",
+    "PROGRESSDB_STORE_SINGLE_NODE": "1",
+    "PROGRESSDB_KMS_SOCKET": "/run/minikms.sock",
+    "PROGRESSDB_KMS_SPAWN": "0",
+}
+
+
+def test_a_store_in_a_database_shares_its_key_service() -> None:
+    config = config_of(environment=DATABASE)
+    assert (config.store.url, config.store.single_node) == (DATABASE["PROGRESSDB_STORE_URL"], True)
+    assert not config.destroys_keys
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("KMS_SPAWN", "1", "share one key service"),
+        ("KMS_SOCKET", "", "share one key service"),
+        ("ROTATION_DESTROY_OLD_AFTER", "7d", "a database has none"),
+        ("STORE_URL", "", "give its store.url too"),
+    ],
+)
+def test_what_does_not_fit_a_store_in_a_database_stops_the_start(name: str, text: str, reason: str) -> None:
+    assert reason in refusal_of(DB, {**DATABASE, f"PROGRESSDB_{name}": text})
+
+
 def test_a_root_key_beside_a_gateway_stops_the_start() -> None:
     with pytest.raises(ConfigError, match="PROGRESSDB_MINIKMS_MASTER_KEY"):
         check_key_source(config_of(environment=GATEWAY), has_master_key=True)
@@ -221,7 +248,7 @@ def test_a_root_key_beside_a_gateway_stops_the_start() -> None:
 
 def test_every_variable_is_in_the_table_above() -> None:
     tested = {name for name, *_ in ENVIRONMENT} | {"TLS_CERT", "TLS_KEY"}
-    tested |= {name.removeprefix("PROGRESSDB_") for name in GATEWAY}
+    tested |= {name.removeprefix("PROGRESSDB_") for name in {**GATEWAY, **DATABASE}}
     assert tested - {"ADDR"} == {variable.name for variable in VARIABLES}
 
 

@@ -49,6 +49,11 @@ CREATE_S_MAX: Final = 3600.0
 
 BackupDirectory = Annotated[Path, Parameter(name="--backup", help="The backup's directory.")]
 
+IN_A_DATABASE: Final = (
+    "the store is in a database: back it up with pg_basebackup or pgBackRest, then the key service with "
+    "`minikms backup create FILE`"
+)
+
 app = App(name="backup", help="Back up store and key service, verify and restore backups.", version_flags=[])
 
 
@@ -76,6 +81,8 @@ def create(
     chosen = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file).config
     if NAME.fullmatch(name) is None:
         raise CommandError(INVALID_NAME, missing=True)
+    if chosen.store.url:
+        raise CommandError(IN_A_DATABASE, missing=True)
     path = chosen.backups_dir / name
 
     async def offline() -> None:

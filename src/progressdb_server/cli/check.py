@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json as encoder
-from typing import Annotated
+from typing import Annotated, Final
 
 from cyclopts import Parameter
 
@@ -20,6 +20,8 @@ from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store.check import Problem, Report, repair_offline
 from progressdb_server.store.check import check as check_store
 from progressdb_server.store.model import FormatError, StoreLockedError, StoreUnavailableError
+
+IN_A_DATABASE: Final = "the store is in a database, which this command does not examine: use `progressdb doctor`"
 
 
 def check(
@@ -42,6 +44,8 @@ def check(
     """
     chosen = load_config(db=db, config=config).config
     path = str(chosen.store_dir)
+    if chosen.store.url:
+        raise CommandError(IN_A_DATABASE, missing=True)
     try:
         fixed = asyncio.run(repair_offline(path)) if repair else []
         reachable = chosen.kms.provider != "local" and _has_key_service(chosen)

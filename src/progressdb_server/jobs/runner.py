@@ -12,6 +12,7 @@ more than BEHIND_S_MAX is made up for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 import traceback
@@ -28,6 +29,7 @@ from progressdb_server.jobs.states import (
     JobConflictError,
     JobError,
     JobFailedError,
+    JobNotFoundError,
     Move,
     TooManyJobsError,
     changed,
@@ -47,6 +49,8 @@ RETRY_S_MIN: Final = 0.1
 RETRY_S_MAX: Final = 5.0
 BEHIND_S_MAX: Final = 0.1
 """Beside requests every chunk begins a little late: without making up for that, a rate is never reached."""
+ADOPT_S: Final = 10.0
+BUSY: Final = "another server works on this thread: try again in a moment"
 OTHER_WORK: Final = "other work"
 """In the place of a job's id while a thread's backups are restored or removed, or its old keys destroyed."""
 
@@ -134,7 +138,7 @@ class Runner:
                     # was begun.
                     twin = changed(job, keying=False, reason="begun twice")
                     await self.table.store(await self.table.row(job.id), move(twin, "cancel"))
-                elif job.unfinished:
+                elif job.unfinished and not self._store.shared:  # else see `_adopt`
                     self._threads[job.thread] = job.id
                     if job.state in AT_WORK and job.kind in known:
                         (keying if job.keying else self._queue).append(job.id)
@@ -144,6 +148,8 @@ class Runner:
         await self._pump()
         for kind in self.kinds:
             self._spawn(self._keep(kind))
+        if self._store.shared:
+            self._spawn(self._adopt())
 
     async def close(self) -> None:
         """Interrupts the work; the next start continues it."""
@@ -153,6 +159,8 @@ class Runner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for thread, job_id in list(self._threads.items()):
+            await self._store.claims.release(thread, "" if job_id == OTHER_WORK else job_id)
 
     def has_job(self, thread: str) -> bool:
         """Whether a job on the thread is unfinished, or its keys are being destroyed."""
@@ -164,6 +172,42 @@ class Runner:
             if kind.name == job.kind:
                 return kind
         raise JobConflictError(f"this version of the server has no jobs of kind {job.kind}")
+
+    # --- beside other servers ---------------------------------------------------------------------------------------
+    async def _adopt(self) -> None:
+        """Work on unfinished jobs that no server works on, again and again."""
+        known = {kind.name for kind in self.kinds}
+        while True:
+            with contextlib.suppress(StoreUnavailableError):
+                async for page in self.table.pages():
+                    for job in page:
+                        if job.state in AT_WORK and job.kind in known and job.thread not in self._threads:
+                            await self._take(job)
+            await asyncio.sleep(ADOPT_S)
+
+    async def _take(self, job: Job) -> bool:
+        """Queue the job, unless another server works on its thread."""
+        async with self._beginning:
+            if job.thread in self._threads or not await self._store.claims.claim(job.thread, job.id, job.id):
+                return False
+            job = await self.table.get(job.id)
+            if job.state not in AT_WORK:
+                await self._store.claims.release(job.thread, job.id if job.unfinished else "")
+                return False
+            self._threads[job.thread] = job.id
+        if job.keying:
+            self._spawn(self._prepare_then_queue(job.id))
+        else:
+            await self._enqueue(job.id)
+        return True
+
+    async def _other(self, thread: str) -> tuple[Job | None, str]:
+        """An unfinished job on the thread, which another server may have begun; and the job that its claim names."""
+        last = await self._store.claims.job_of(thread)
+        job = None
+        with contextlib.suppress(JobNotFoundError):  # of an entry that names a job whose row was never written
+            job = await self.table.get(last) if last else None
+        return (job if job is not None and job.unfinished else None), last
 
     # --- beginning ------------------------------------------------------------------------------------------------
     async def add(self, kind: Kind, thread: str, **fields: Any) -> Job:
@@ -181,13 +225,21 @@ class Runner:
                 return job
             if len(self._threads) >= UNFINISHED_MAX:
                 raise TooManyJobsError
+            unfinished, last = await self._other(thread)
+            if unfinished is not None:
+                if unfinished.kind != kind.name:
+                    raise JobConflictError("another job works on this thread")
+                return unfinished
             now_ns = self.table.now_ns()
             job = Job(self._store.new_job_id(now_ns), thread, now_ns, now_ns, kind=kind.name, **fields)
+            if not await self._store.claims.claim(thread, job.id, last):
+                raise JobConflictError(BUSY)
             self._threads[thread] = job.id
             try:
                 await self.table.add(job)
             except BaseException:
                 del self._threads[thread]
+                await self._store.claims.release(thread)
                 raise
         _log.info("job_begun", job=job.id, thread=thread, trigger=job.trigger)
         if job.keying:
@@ -245,7 +297,7 @@ class Runner:
         while True:
             try:
                 job = await self.table.get(job_id)
-                if job.state not in AT_WORK:
+                if job.state not in AT_WORK or not await self._store.claims.holds(job.thread):
                     return
                 if job.updated_ns != at:
                     delay_s, at = RETRY_S_MIN, job.updated_ns
@@ -308,8 +360,13 @@ class Runner:
     async def _settle(self, job_id: str) -> None:
         """Free the thread once its job is finished and no worker works on it."""
         job = await self.table.get(job_id)
-        if not job.unfinished and job_id not in self._workers and self._threads.get(job.thread) == job_id:
+        if job_id in self._workers or self._threads.get(job.thread) != job_id:
+            return
+        # Beside other servers, each of them may resume a job that is paused.
+        ended = job.state not in AT_WORK or not await self._store.claims.holds(job.thread)
+        if ended if self._store.shared else not job.unfinished:
             del self._threads[job.thread]
+            await self._store.claims.release(job.thread, job_id if job.unfinished else "")
 
     # --- changing -------------------------------------------------------------------------------------------------
     async def pause(self, job_id: str) -> Job:
@@ -347,6 +404,8 @@ class Runner:
             raise JobConflictError("another job works on this thread")
         kind = self._kind(job)
         await kind.resume(job)
+        if not await self._store.claims.claim(job.thread, job_id, job_id if job.unfinished else ""):
+            raise JobConflictError(BUSY)
         self._threads[job.thread] = job_id
         try:
             job = await self.table.change(job_id, kind.resume)
@@ -400,9 +459,15 @@ class Runner:
             raise JobConflictError("a job on this thread is unfinished")
         self._threads[job.thread] = OTHER_WORK
         try:
+            unfinished, last = await self._other(job.thread)
+            if unfinished is not None:
+                raise JobConflictError("a job on this thread is unfinished")
+            if not await self._store.claims.claim(job.thread, "", last):
+                raise JobConflictError(BUSY)
             yield
         finally:
             del self._threads[job.thread]
+            await self._store.claims.release(job.thread)
 
     async def _keep(self, kind: Kind) -> None:
         """Begin what is due of a kind, again and again."""

@@ -70,7 +70,7 @@ class JobTable:
 
     async def of_thread(self, thread: str) -> list[Job]:
         """The thread's jobs, oldest first. Only the first call reads the whole table."""
-        if not self._all_known:
+        if not self._all_known or self._store.shared:  # other servers add jobs too
             async for page in self.pages():
                 for job in page:
                     self._by_thread.setdefault(job.thread, set()).add(job.id)
@@ -93,7 +93,7 @@ class JobTable:
     async def add(self, job: Job) -> None:
         """Add a row; it is durable on return. Raises StoreUnavailableError."""
         self._by_thread.setdefault(job.thread, set()).add(job.id)
-        await self._store.settle_row(self._store.write_row(job.id, None, _encode(job)))
+        await self._store.settle_row(self._store.write_row(job.id, job.thread, None, _encode(job)))
         self._wake_waiters()
 
     def submit(self, row: Row, job: Job, step: Step | None = None) -> PendingRow:
@@ -103,7 +103,7 @@ class JobTable:
         raw = _encode(stored)
         if job.id in self.followed:
             self.followed[job.id] = stored
-        return PendingRow(Row(raw, stored), self._store.write_row(job.id, row.raw, raw, step))
+        return PendingRow(Row(raw, stored), self._store.write_row(job.id, job.thread, row.raw, raw, step))
 
     async def settle(self, pending: PendingRow) -> Row:
         """Wait until a submitted row is durable. Raises the errors of `Conversations.settle_row`."""

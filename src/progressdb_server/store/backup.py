@@ -61,6 +61,8 @@ class Backups(OpenStore):
     async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
         """Make a verified backup in the new directory `path`, beside running writes; it shares files with the backup
         `previous`. The key service is backed up after this. Raises BackupError."""
+        if self.shared:
+            raise BackupError("the store is in a database: back it up with pg_basebackup or pgBackRest")
         path = os.path.abspath(path)  # noqa: ASYNC240  no lookup
         if self._backing_up:
             raise BackupBusyError

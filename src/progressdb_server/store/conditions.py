@@ -11,16 +11,26 @@ import asyncio
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
-from typing import Final
+from typing import Final, Protocol
 
-from progressdb_server.store.engine import Reader
-from progressdb_server.store.model import Step
+from progressdb_server.store.keyspace import Stamp
+from progressdb_server.store.model import ConditionFailedError, Step
 
 KNOWN_MAX: Final = 32_768
 KNOWN_BYTES_MAX: Final = 64
 """Bounds of the cache of stored values: their number, and the length of one."""
 KEYS_REMEMBERED_MAX: Final = 32_768
 """About thirty chunks of a rotation, more than are ever in progress."""
+
+
+class LateStampError(ConditionFailedError):
+    """Another server has written a version whose stamp is not below this write's. `last`: the last one of the thread,
+    if that is known."""
+
+    def __init__(self, key: bytes, last: Stamp | None) -> None:
+        super().__init__(key)
+        self.last = last
+
 
 Puts = dict[bytes, bytes | None]
 
@@ -85,11 +95,15 @@ class RecentKeys:
         return all(self._groups[-number].isdisjoint(keys) for number in range(1, later + 1))
 
 
+class Stored(Protocol):
+    def get(self, key: bytes, /) -> bytes | None: ...
+
+
 class Conditions:
     """Belongs to one writer."""
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
         self.recent = RecentKeys()
         self._known: Puts = {}
         """A cache of small stored values. All writes of a thread have conditions on the same two."""
@@ -100,7 +114,7 @@ class Conditions:
         staged: Puts = {}
         read: Puts = {}
         failed: dict[PendingWrite, bytes] = {}
-        get, known = self._reader.get, self._known
+        get, known = self._stored.get, self._known
         threads = messages = 0
         for pending in group:
             write = pending.write

@@ -23,10 +23,11 @@ from progressdb_server.store.epoch import OLDER_STATE, EpochMemory, RestoredErro
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.membership import Rule
 from progressdb_server.store.messages import Messages
-from progressdb_server.store.model import StoreError, StoreUnavailableError
+from progressdb_server.store.model import FormatError, StoreError, StoreUnavailableError
 from progressdb_server.store.reading import LONG_READS_COUNT_MAX
 from progressdb_server.store.rekeying import Rekeying
 from progressdb_server.store.sealer import Sealer, store_error
+from progressdb_server.store.writer import SharedEngine
 
 SWEEP_S: Final = 3600
 EPOCH_S: Final = 10
@@ -64,16 +65,24 @@ class Conversations(Messages, Rekeying, Backups):
     event loop that uses it."""
 
     def __init__(
-        self, engine: Engine, provider: Provider, *, rule: Rule = "members", now_ns: Callable[[], int] = time.time_ns
+        self,
+        engine: Engine | SharedEngine,
+        provider: Provider,
+        *,
+        rule: Rule = "members",
+        now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         """Raises FormatError when the directory was written by a newer version, or encrypted where the provider does
         not encrypt, or the other way round; StoreUnavailableError."""
-        directory.claim(engine, encrypted=not isinstance(provider, EncryptsNothing))
+        if not isinstance(engine, SharedEngine):
+            directory.claim(engine, encrypted=not isinstance(provider, EncryptsNothing))
+        elif isinstance(provider, EncryptsNothing):
+            raise FormatError("a store in a database is always encrypted: `--kms none` needs a directory")
         super().__init__(engine, now_ns=now_ns)
         self.sealer = Sealer(self.reads, self.writer, provider, self.clock, self.metrics)
         self.rule = rule
         self.long_reads = asyncio.Semaphore(LONG_READS_COUNT_MAX)
-        self.epoch = EpochMemory(engine, self.writer)
+        self.epoch = EpochMemory(self.reads, self.writer)
         self._provider = provider
         self._background: list[asyncio.Task[None]] = []
         self.metrics.gauges["progressdb_store_queued_writes"] = (
@@ -85,10 +94,11 @@ class Conversations(Messages, Rekeying, Backups):
             "How far the newest stamp is ahead of the system clock.",
             lambda: self.clock.ahead_ns / 1_000_000_000,
         )
-        self.metrics.gauges["progressdb_store_backup_age_seconds"] = (
-            "Since the newest registered backup was begun.",
-            lambda: (self.clock.now_ns() - self.newest_backup_ns()) / 1_000_000_000,
-        )
+        if not self.shared:
+            self.metrics.gauges["progressdb_store_backup_age_seconds"] = (
+                "Since the newest registered backup was begun.",
+                lambda: (self.clock.now_ns() - self.newest_backup_ns()) / 1_000_000_000,
+            )
         self.metrics.gauges["progressdb_store_available"] = (
             "1 when the store takes writes.",
             lambda: self.writer.available,
@@ -123,7 +133,12 @@ class Conversations(Messages, Rekeying, Backups):
         self._judge_clock()
         self._background = [
             loop.create_task(work)
-            for work in (self._sweep(), self._watch_epoch(accept_restore=accept_restore), self._watch_clock())
+            for work in (
+                self._sweep(),
+                self.claims.keep(),
+                self._watch_epoch(accept_restore=accept_restore),
+                self._watch_clock(),
+            )
         ]
 
     async def close(self) -> None:
@@ -204,12 +219,13 @@ class Conversations(Messages, Rekeying, Backups):
         """Returns if a write would be taken now; it writes nothing that lasts. Raises StoreUnavailableError, whose text
         says why not."""
         self.sealer.check_halted()
-        await asyncio.to_thread(self.engine.probe)
+        await self.probe()
         await self.writer.check_writable()
 
     # --- for operators --------------------------------------------------------------------------------------------
     async def stats(self) -> dict[str, int]:
-        return {"threads": self.writer.state.threads, "messages": self.writer.state.messages}
+        counted = await self.counted()
+        return {"threads": counted.threads, "messages": counted.messages}
 
     async def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
         lower = prefix.encode()

@@ -12,23 +12,29 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final
+from types import ModuleType
+from typing import Final, TypeAlias
 
 import msgspec
 
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
+from progressdb_server.store.claims import Claims
 from progressdb_server.store.engine import Engine, LocalReads, Reader, Reads
 from progressdb_server.store.keyspace import Clock
-from progressdb_server.store.model import FormatError
+from progressdb_server.store.model import FormatError, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine, RocksReader, check_exists
 from progressdb_server.store.validators import Validators
-from progressdb_server.store.writer import Writer
+from progressdb_server.store.writer import Counters, GroupCommit, SharedEngine, Writer
 
 FORMAT: Final = 3
 """The first one that was released, with version 0.2.0."""
 UNENCRYPTED: Final = "unencrypted-1"
 """A string, so that no version takes it for a format number."""
+
+
+AnyEngine: TypeAlias = Engine | SharedEngine
+DRIVER_MISSING: Final = "a store in PostgreSQL needs its driver: install progressdb-minikms[postgresql]"
 
 
 class _Format(msgspec.Struct):
@@ -90,6 +96,44 @@ def open_engine(path: str, *, encrypted: bool = True) -> Engine:
     return engine
 
 
+def _postgres() -> ModuleType:
+    """Raises FormatError where the driver is missing."""
+    try:
+        from progressdb_server.store import postgres  # only here: it needs an extra
+    except ImportError:
+        raise FormatError(DRIVER_MISSING) from None
+    return postgres
+
+
+async def open_shared(url: str, *, single_node: bool) -> SharedEngine:
+    """Open the store of a database. The caller closes it. Raises FormatError, StoreUnavailableError."""
+    engine: SharedEngine = await _postgres().open_engine(url, single_node=single_node)
+    return engine
+
+
+async def make_shared(url: str, role: str) -> None:
+    """See `store.postgres.init`."""
+    await _postgres().init(url, role)
+
+
+async def upgrade_shared(url: str) -> tuple[int, int]:
+    """See `store.postgres.upgrade`."""
+    numbers: tuple[int, int] = await _postgres().upgrade(url)
+    return numbers
+
+
+def local(engine: AnyEngine) -> Engine | None:
+    """The engine if it is of this process alone."""
+    return None if isinstance(engine, SharedEngine) else engine
+
+
+async def close_engine(engine: AnyEngine) -> None:
+    if isinstance(engine, SharedEngine):
+        await engine.close()
+    else:
+        engine.close()
+
+
 @contextmanager
 def open_offline(path: str) -> Iterator[Engine]:
     """Open a store for changes, without a server. Raises StoreLockedError, StoreUnavailableError, FormatError."""
@@ -138,15 +182,44 @@ class NamedLocks:
 class OpenStore:
     """The engine, the writer and the locks of an open store, for one event loop. Its subclasses add the operations."""
 
-    def __init__(self, engine: Engine, *, now_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, engine: AnyEngine, *, now_ns: Callable[[], int] = time.time_ns) -> None:
         """Raises FormatError when the counters are damaged, StoreUnavailableError."""
-        self.engine = engine
-        self.reads: Reads = LocalReads(engine)
+        self._engine = engine
         self.metrics = StoreMetrics()
         self.clock = Clock(now_ns)
-        self.writer = Writer(engine, self.clock, self.metrics, self.reopened)
+        self.reads: Reads
+        self.writer: GroupCommit
+        if isinstance(engine, SharedEngine):
+            self.reads = engine.reads
+            self.writer = engine.writer(self.clock, self.metrics, self.reopened)
+        else:
+            self.reads = LocalReads(engine)
+            self.writer = Writer(engine, self.clock, self.metrics, self.reopened)
+        self.claims = Claims(engine if isinstance(engine, SharedEngine) else None, self.writer)
         self.locks = NamedLocks()
         self.validators = Validators()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers may change what is stored."""
+        return isinstance(self._engine, SharedEngine)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of this process. Raises StoreUnavailableError where there is none."""
+        if isinstance(self._engine, SharedEngine):
+            raise StoreUnavailableError("this can't be done with a store in a database")
+        return self._engine
+
+    async def counted(self) -> Counters:
+        return await self._engine.counted() if isinstance(self._engine, SharedEngine) else self.writer.state
+
+    async def probe(self) -> None:
+        """As `store.engine.Engine.probe`."""
+        if isinstance(self._engine, SharedEngine):
+            await self._engine.probe()
+        else:
+            await asyncio.to_thread(self._engine.probe)
 
     def reopened(self) -> None:
         """Called after the engine was reopened after a failure. Writes that were read before may have been lost."""
@@ -154,4 +227,4 @@ class OpenStore:
     async def close(self) -> None:
         """Commits the queued writes, then closes the engine."""
         await self.writer.close()
-        self.engine.close()
+        await close_engine(self._engine)

@@ -100,8 +100,8 @@ def deletion_event(thread: str, by: str, stamp: Stamp) -> Draft:
     return first_version(message, stamp)
 
 
-def new_thread(thread: Thread, created: Stamp, extra: Puts = ()) -> Draft:
-    """Key map, metadata and index entries. The condition: nobody else has made the thread."""
+def new_thread(thread: Thread, created: Stamp, extra: Puts = (), expect: Puts = ()) -> Draft:
+    """Key map, metadata and index entries. The conditions: nobody else has made the thread, and `expect`."""
     key, map_key = keyspace.meta(thread.id), keyspace.key_map(thread.id)
     entry = keyspace.created(created, thread.id)
 
@@ -116,7 +116,7 @@ def new_thread(thread: Thread, created: Stamp, extra: Puts = ()) -> Draft:
                 (keyspace.writer(thread.id, thread.author), b""),
                 *extra,
             ),
-            ((map_key, None), (key, None)),
+            ((map_key, None), (key, None), *expect),
             threads=1,
         )
 

@@ -11,6 +11,7 @@ looks for it in its log.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Final
@@ -20,8 +21,9 @@ import msgspec
 from minikms import api
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import Reader
-from progressdb_server.store.writer import Writer
+from progressdb_server.store.engine import Reader, Reads
+from progressdb_server.store.model import ConditionFailedError
+from progressdb_server.store.writer import GroupCommit
 
 AUDIT_SETTLED_S: Final = 5.0
 WAY_OUT: Final = "If that is a deliberate restore or a new audit log, start once with --accept-restore."
@@ -45,15 +47,11 @@ class SeenState(msgspec.Struct):
 
 
 class EpochMemory:
-    def __init__(self, reader: Reader, writer: Writer, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._reader = reader
+    def __init__(self, reads: Reads, writer: GroupCommit, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._reads = reads
         self._writer = writer
         self._monotonic = monotonic
         self._candidate: tuple[float, api.HeadStatus] | None = None
-
-    @property
-    def remembered(self) -> SeenState | None:
-        return remembered(self._reader)
 
     async def observe(self, status: api.StatusAnswer, *, accept_restore: bool = False) -> None:
         """Judge an answer to the key service's `/status`, and remember what it shows.
@@ -61,7 +59,8 @@ class EpochMemory:
         A provider without epochs (development) is not judged, unless the store has seen one. Raises RestoredError,
         StoreUnavailableError.
         """
-        known = None if accept_restore else self.remembered
+        raw = await self._reads.get(keyspace.EPOCH)
+        known = None if accept_restore else _parse(raw)
         if not (status.epoch and status.keyring_id):
             if known is not None:
                 raise RestoredError(f"the key service does not report its epoch, which it did before. {WAY_OUT}")
@@ -77,7 +76,10 @@ class EpochMemory:
             head = api.HeadStatus(known.head_seq, known.head_sig) if known else api.HeadStatus(0, "")
         new = SeenState(status.epoch, status.keyring_id, head.seq, head.sig)
         if new != known:
-            await self._writer.commit(Write(((keyspace.EPOCH, msgspec.json.encode(new)),)))
+            with contextlib.suppress(ConditionFailedError):  # another server was first: the next look judges by that
+                await self._writer.commit(
+                    Write(((keyspace.EPOCH, msgspec.json.encode(new)),), ((keyspace.EPOCH, raw),))
+                )
 
     def _settled_head(self, head: api.HeadStatus) -> api.HeadStatus | None:
         """A head that was seen AUDIT_SETTLED_S ago, which is on the key service's disk; None if there is no new one."""
@@ -94,7 +96,11 @@ class EpochMemory:
 
 def remembered(reader: Reader) -> SeenState | None:
     """Raises RestoredError when what is remembered can't be read; StoreUnavailableError."""
-    raw = reader.get(keyspace.EPOCH)
+    return _parse(reader.get(keyspace.EPOCH))
+
+
+def _parse(raw: bytes | None) -> SeenState | None:
+    """Raises RestoredError."""
     try:
         return msgspec.json.decode(raw, type=SeenState) if raw else None
     except msgspec.DecodeError:

@@ -24,7 +24,7 @@ from progressdb_server.store.model import (
     IdempotencyConflictError,
     RecordUnreadableError,
 )
-from progressdb_server.store.writer import Writer
+from progressdb_server.store.writer import GroupCommit
 
 IDEMPOTENCY_AGE_S: Final = 24 * 3600
 DAMAGED: Final = (
@@ -56,12 +56,13 @@ class Ticket:
     def __init__(self, idempotency: Idempotency, request: object) -> None:
         scope = idempotency.scope.encode()
         self.key = keyspace.idempotency(hmac.digest(scope, b"key:" + idempotency.key.encode(), "sha256"))
+        self._found: bytes | None = None
         self._request = hmac.digest(scope, b"request:" + msgspec.json.encode(request, order="sorted"), "sha256")
 
     async def recall(self, reads: Reads, now_ns: int) -> str | None:
         """The id that the first call made, None for a first call. Raises IdempotencyConflictError,
         RecordUnreadableError."""
-        raw = await reads.get(self.key)
+        raw = self._found = await reads.get(self.key)
         if raw is None:
             return None
         remembered = IdempotencyRecord.parse(self.key, raw)
@@ -70,6 +71,11 @@ class Ticket:
         if not hmac.compare_digest(remembered.request, self._request):
             raise IdempotencyConflictError
         return remembered.made
+
+    @property
+    def condition(self) -> tuple[bytes, bytes | None]:
+        """Of the write that is made once: nobody else has made it since `recall`."""
+        return self.key, self._found
 
     def put(self, made: str, now_ns: int) -> tuple[bytes, bytes]:
         return self.key, msgspec.msgpack.encode(IdempotencyRecord(made, self._request, now_ns))
@@ -81,7 +87,7 @@ def _expired(remembered: IdempotencyRecord, now_ns: int) -> bool:
     return abs(now_ns - remembered.created_ns) > IDEMPOTENCY_AGE_S * 1_000_000_000
 
 
-async def sweep(reads: Reads, writer: Writer, now_ns: int) -> int:
+async def sweep(reads: Reads, writer: GroupCommit, now_ns: int) -> int:
     """Delete the expired entries; returns how many. Logs how many are damaged."""
     swept = damaged = 0
     lower, upper = keyspace.IDEMPOTENCY, keyspace.after(keyspace.IDEMPOTENCY)

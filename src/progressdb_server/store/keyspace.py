@@ -292,7 +292,8 @@ def ns_of(key: bytes) -> int:
 
 
 class OrderEntry(NamedTuple):
-    """An entry of the order index: stamps of the message's first and latest version, and whether it is deleted.
+    """An entry of the order index: stamps of the message's first and latest version, whether it is deleted, and the
+    stored value.
 
     On disk: the latest stamp, empty when it is the first one; then `d` if the latest version is a tombstone.
     """
@@ -300,17 +301,18 @@ class OrderEntry(NamedTuple):
     first: bytes
     latest: bytes
     deleted: bool
+    value: bytes
 
     @classmethod
     def parse(cls, key: bytes, value: bytes) -> OrderEntry:
         """Raises ValueError."""
         first = key[-STAMP_BYTES:]
         if not value:
-            return cls(first, first, False)
+            return cls(first, first, False, value)
         found = latest(first, value)
         if len(found) != STAMP_BYTES:
             raise ValueError("the index entry is malformed")
-        return cls(first, found, is_deleted(value))
+        return cls(first, found, is_deleted(value), value)
 
 
 def is_deleted(value: bytes) -> bool:
@@ -331,6 +333,16 @@ def place(latest: bytes, *, is_first: bool, deleted: bool) -> bytes:
 # --- jobs and backups -------------------------------------------------------------------------------------------------
 def job(job_id: str) -> bytes:
     return JOBS + job_id.encode()
+
+
+def claim(thread: str) -> bytes:
+    """Which server works on the thread's keys (`store.claims`)."""
+    return b"claim:" + part(thread)
+
+
+def server(server_id: str) -> bytes:
+    """Until when the claims of a server hold."""
+    return b"server:" + server_id.encode()
 
 
 def migrated(job_id: str) -> bytes:

@@ -35,6 +35,7 @@ from progressdb_server.store.model import (
     NotAMemberError,
     NotTheAuthorError,
     RecordUnreadableError,
+    Thread,
     TooManyReactionsError,
     TooManyVersionsError,
     json_text,
@@ -62,10 +63,9 @@ class Messages(Reading):
         asked = {name: getattr(new, name) for name in new.__struct_fields__ if name != "as_member"}
         ticket = Ticket(idempotency, ["message", asked])
         async with self.locks.hold(ticket.key):
-            made = await ticket.recall(self.reads, self.clock.now_ns())
-            if made is None:
-                return await self._create(new, ticket, request_id)
-            await self.writer.barrier()  # what is answered must be durable
+            made, message = await self.once(ticket, lambda: self._create(new, ticket, request_id))
+            if message is not None:
+                return message
             thread, place = await self._locate(made, None)
             if new.as_member:
                 await self.check_member(thread, new.author, Act.READ)
@@ -89,19 +89,28 @@ class Messages(Reading):
                 if state is None:
                     try:
                         return await self._found(new, ticket, request_id)
-                    except ConditionFailedError:
+                    except ConditionFailedError as error:
+                        if ticket is not None and error.key == ticket.key:
+                            raise
                         state = await self.sealer.thread(new.thread)
         return await self._append(state, new, ticket, request_id)
 
     async def _found(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
         """Make the thread, with its first message."""
-        thread, created = self.new_thread(author=new.author, title=None, name=new.thread)
-        stamp = self.clock.next()
-        message = new.first_version(keyspace.message_id(stamp), thread.id, stamp.time_ns)
-        extra = (ticket.put(message.id, stamp.time_ns),) if ticket else ()
-        draft = drafts.joined(drafts.new_thread(thread, created, extra), drafts.first_version(message, stamp))
-        await self.sealer.found(thread.id, draft, request_id)
-        return message
+        made: list[Message] = []
+
+        def drafted() -> tuple[Thread, Draft]:
+            thread, created = self.new_thread(author=new.author, title=None, name=new.thread)
+            stamp = self.clock.next()
+            message = new.first_version(keyspace.message_id(stamp), thread.id, stamp.time_ns)
+            made[:] = (message,)
+            extra = (ticket.put(message.id, stamp.time_ns),) if ticket else ()
+            expect = (ticket.condition,) if ticket else ()
+            founding = drafts.new_thread(thread, created, extra, expect)
+            return thread, drafts.joined(founding, drafts.first_version(message, stamp))
+
+        await self.found(drafted, request_id, named=bool(new.thread))
+        return made[0]
 
     async def _append(
         self, state: ThreadState, new: NewMessage, ticket: Ticket | None, request_id: str | None
@@ -131,6 +140,8 @@ class Messages(Reading):
         made: list[Message] = []
         key = keyspace.writer(state.thread, new.author)
         expect = ((key, entry),) if new.as_member or entry is None else ()
+        if ticket:
+            expect = (*expect, ticket.condition)
 
         def draft(stamp: Stamp) -> Draft:
             message = new.first_version(keyspace.message_id(stamp), state.thread, stamp.time_ns)
@@ -142,7 +153,9 @@ class Messages(Reading):
 
         try:
             await self.sealer.append(state, draft, request_id)
-        except ConditionFailedError:
+        except ConditionFailedError as error:
+            if error.key != key:
+                raise
             state.writers.discard(new.author)
             raise NotAMemberError from None
         if entry != membership.REMOVED and new.author not in state.writers:
@@ -227,38 +240,67 @@ class Messages(Reading):
         version. Raises MessageNotFoundError, NotTheAuthorError, NotAMemberError, what `change` raises, and
         TooManyVersionsError unless the version may be `beyond_bounds`."""
         async with self.locks.hold(message.encode()):
-            owner, place = await self._locate(message, thread)
-            state = await self.sealer.thread(owner)
-            if state is None:
-                raise RecordUnreadableError(f"thread {owner} has no key")
-            first = Stamp.parse(place.first.decode())
-            async with self.open_version(owner, place.first, place.latest) as current:
-                if author is not None and author != current.message.author:
-                    raise NotTheAuthorError
-                expect: tuple[tuple[bytes, bytes | None], ...] = ()
-                if member is not None:
-                    # Under both rules an outsider has no message here and can't read the message to react to.
-                    await self.check_member(owner, member, Act.READ)
-                    expect = ((keyspace.writer(owner, member), membership.MEMBER),)
-                fields = change(current.message)
-                if fields is None:
-                    return current.message
-                changed = msgspec.structs.replace(current.message, **fields)
-                content = "" if "body" in fields else current.content
-                before = record.Before(current.before.versions + 1, current.before.bytes + current.bytes)
-                secret = record.later_secret(changed, first.text, content, before)
-                if not beyond_bounds:
-                    _check_bounds(before, len(secret) + api.SEAL_BYTES)
-
-                def draft(stamp: Stamp) -> Draft:
-                    changed.ts = stamp.time_ns
-                    return drafts.later_version(changed, first, stamp, content, secret, expect=expect)
-
+            while True:
                 try:
-                    await self.sealer.append(state, draft, request_id)
-                except ConditionFailedError:
-                    raise NotAMemberError from None
-                return changed
+                    return await self._changed(
+                        message,
+                        thread,
+                        author,
+                        change,
+                        member=member,
+                        request_id=request_id,
+                        beyond_bounds=beyond_bounds,
+                    )
+                except ConditionFailedError:  # another server has changed the message meanwhile
+                    continue
+
+    async def _changed(
+        self,
+        message: str,
+        thread: str | None,
+        author: str | None,
+        change: Callable[[Message], dict[str, Any] | None],
+        *,
+        member: str | None,
+        request_id: str | None,
+        beyond_bounds: bool,
+    ) -> Message:
+        """As `_change`. Raises ConditionFailedError if the message is not what it was when it was read."""
+        owner, place = await self._locate(message, thread)
+        state = await self.sealer.thread(owner)
+        if state is None:
+            raise RecordUnreadableError(f"thread {owner} has no key")
+        first = Stamp.parse(place.first.decode())
+        async with self.open_version(owner, place.first, place.latest) as current:
+            if author is not None and author != current.message.author:
+                raise NotTheAuthorError
+            order_key = keyspace.order(owner) + place.first
+            expect: tuple[tuple[bytes, bytes | None], ...] = ((order_key, place.value),)
+            if member is not None:
+                # Under both rules an outsider has no message here and can't read the message to react to.
+                await self.check_member(owner, member, Act.READ)
+                expect = (*expect, (keyspace.writer(owner, member), membership.MEMBER))
+            fields = change(current.message)
+            if fields is None:
+                return current.message
+            changed = msgspec.structs.replace(current.message, **fields)
+            content = "" if "body" in fields else current.content
+            before = record.Before(current.before.versions + 1, current.before.bytes + current.bytes)
+            secret = record.later_secret(changed, first.text, content, before)
+            if not beyond_bounds:
+                _check_bounds(before, len(secret) + api.SEAL_BYTES)
+
+            def draft(stamp: Stamp) -> Draft:
+                changed.ts = stamp.time_ns
+                return drafts.later_version(changed, first, stamp, content, secret, expect=expect)
+
+            try:
+                await self.sealer.append(state, draft, request_id)
+            except ConditionFailedError as error:
+                if error.key == order_key:
+                    raise
+                raise NotAMemberError from None
+            return changed
 
 
 def _check_bounds(before: record.Before, added: int) -> None:

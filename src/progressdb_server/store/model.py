@@ -209,6 +209,10 @@ class StoreUnavailableError(StoreError):
         self.retry_after_s = retry_after_s
 
 
+class OutcomeUnknownError(StoreUnavailableError):
+    """The write is stored as a whole, or not at all."""
+
+
 class NotWrittenError(StoreUnavailableError):
     """Nothing of the write is stored, nor will be."""
 
@@ -326,6 +330,7 @@ class RowWrite(NamedTuple):
     """The row of a job that is being written, and the end of the write."""
 
     job_id: str
+    thread_id: str
     done: asyncio.Future[None]
 
 

@@ -410,6 +410,8 @@ class Reading(Threads):
         )
 
     async def list_unchanged(self, thread_id: str, tag: str) -> bool:
+        if self.shared:  # another server may have put records back under other keys
+            return False
         key_ids = self.validators.keys_of(tag)
         state = await self.sealer.thread(thread_id)
         if key_ids is None or state is None:

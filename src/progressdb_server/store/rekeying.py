@@ -220,15 +220,18 @@ class Rekeying(OpenStore):
                 lower = keyspace.next_key(entries[-1][0])
             yield [raw for _, raw in entries]
 
-    def write_row(self, job_id: str, old: bytes | None, new: bytes, step: Step | None = None) -> RowWrite:
-        """Replace the row `old` (None: there is none) and carry out the step, all or nothing. What is written later may
-        rely on it: it is written later, and not at all if this is not."""
+    def write_row(
+        self, job_id: str, thread_id: str, old: bytes | None, new: bytes, step: Step | None = None
+    ) -> RowWrite:
+        """Replace the row `old` (None: there is none) and carry out the step, all or nothing; not at all if this server
+        has claimed the thread and lost it since. What is written later may rely on it: it is written later, and not at
+        all if this is not."""
         write = Write() if step is None else step
         if not isinstance(write, Write):
             raise TypeError("only the store makes steps")
         key = keyspace.job(job_id)
-        puts, expect = ((key, new), *write.puts), ((key, old), *write.expect)
-        return RowWrite(job_id, self.writer.commit(Write(puts, expect, write.read, write.read_at)))
+        puts, expect = ((key, new), *write.puts), ((key, old), *self.claims.condition(thread_id), *write.expect)
+        return RowWrite(job_id, thread_id, self.writer.commit(Write(puts, expect, write.read, write.read_at)))
 
     async def settle_row(self, write: RowWrite) -> None:
         """Durable when it returns. Raises StaleRowError; ConditionFailedError for a condition of the step;
@@ -237,7 +240,7 @@ class Rekeying(OpenStore):
             await write.done
         except ConditionFailedError as error:
             error.__traceback__ = None  # it leads to this frame, whose `write` has the future that keeps the error
-            if error.key == keyspace.job(write.job_id):
+            if error.key in (keyspace.job(write.job_id), keyspace.claim(write.thread_id)):
                 raise StaleRowError from None
             raise
 

@@ -42,7 +42,7 @@ from progressdb_server.kms.provider import (
 )
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.conditions import Write
+from progressdb_server.store.conditions import LateStampError, Write
 from progressdb_server.store.drafts import Draft
 from progressdb_server.store.engine import Reads
 from progressdb_server.store.keyspace import Clock, Stamp
@@ -56,7 +56,7 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
     ThreadKeyDestroyedError,
 )
-from progressdb_server.store.writer import Writer
+from progressdb_server.store.writer import GroupCommit
 
 THREADS_CACHED_MAX: Final = 16_384
 WRITERS_CACHED_MAX: Final = 256
@@ -114,7 +114,9 @@ class ThreadState:
 
 
 class Sealer:
-    def __init__(self, reads: Reads, writer: Writer, provider: Provider, clock: Clock, metrics: StoreMetrics) -> None:
+    def __init__(
+        self, reads: Reads, writer: GroupCommit, provider: Provider, clock: Clock, metrics: StoreMetrics
+    ) -> None:
         self._reads = reads
         self._writer = writer
         self._provider = provider
@@ -183,6 +185,10 @@ class Sealer:
                 finally:
                     del done, pending  # the traceback of the error leads to this frame
                 return
+            except LateStampError as error:
+                if error.last is not None:
+                    self._clock.recover(error.last)
+                continue
             except ConditionFailedError as error:
                 if error.key not in (state.map_key, state.closed_key):
                     raise

@@ -9,8 +9,8 @@ error code and hides no other.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -18,7 +18,7 @@ from minikms import api
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.store import drafts, keyspace, membership, record
-from progressdb_server.store.conditions import Write
+from progressdb_server.store.conditions import LateStampError, Write
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.drafts import Draft
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
@@ -35,12 +35,16 @@ from progressdb_server.store.model import (
     MemberIsAuthorError,
     NoRoomToRemoveError,
     NotTheAuthorError,
+    OutcomeUnknownError,
     RecordUnreadableError,
+    StoreUnavailableError,
     Thread,
     ThreadNotFoundError,
     TooManyMembersError,
 )
 from progressdb_server.store.sealer import Sealer, ThreadState
+
+T = TypeVar("T")
 
 LIST_THREADS_MAX: Final = 512
 """Of one chunk of a list."""
@@ -140,22 +144,60 @@ class Threads(OpenStore):
         if len(others) >= membership.MEMBERS_COUNT_MAX:
             raise TooManyMembersError
         if idempotency is None:
-            thread, created = self.new_thread(author=author, title=title)
-            draft = drafts.new_thread(thread, created, _entries(thread.id, others))
-            await self.sealer.found(thread.id, draft, request_id)
-            return thread
+
+            def drafted() -> tuple[Thread, Draft]:
+                thread, created = self.new_thread(author=author, title=title)
+                return thread, drafts.new_thread(thread, created, _entries(thread.id, others))
+
+            return await self.found(drafted, request_id)
         ticket = Ticket(idempotency, ["thread", author, title, *([others] if others else [])])
-        async with self.locks.hold(ticket.key):
-            made = await ticket.recall(self.reads, self.clock.now_ns())
-            if made is not None:
-                await self.writer.barrier()
-                created_ts = (await self.get_thread(made)).created_ts
-                return _new(made, author, title, created_ts)
+
+        def drafted_once() -> tuple[Thread, Draft]:
             thread, created = self.new_thread(author=author, title=title)
             extra = (*_entries(thread.id, others), ticket.put(thread.id, created.time_ns))
-            draft = drafts.new_thread(thread, created, extra)
-            await self.sealer.found(thread.id, draft, request_id)
-            return thread
+            return thread, drafts.new_thread(thread, created, extra, (ticket.condition,))
+
+        async with self.locks.hold(ticket.key):
+            made, new = await self.once(ticket, lambda: self.found(drafted_once, request_id))
+            if new is not None:
+                return new
+            created_ts = (await self.get_thread(made)).created_ts
+            return _new(made, author, title, created_ts)
+
+    async def found(
+        self, drafted: Callable[[], tuple[Thread, Draft]], request_id: str | None, *, named: bool = False
+    ) -> Thread:
+        """Make the key of a new thread, then the thread. It is drafted again if another server has used one of its
+        stamps. Raises ConditionFailedError if the thread was `named` and exists, or for another condition."""
+        while True:
+            thread, draft = drafted()
+            try:
+                await self.sealer.found(thread.id, draft, request_id)
+                return thread
+            except LateStampError:
+                continue
+            except ConditionFailedError as error:
+                if named or error.key not in (keyspace.key_map(thread.id), keyspace.meta(thread.id)):
+                    raise
+
+    async def once(self, ticket: Ticket, create: Callable[[], Coroutine[Any, Any, T]]) -> tuple[str, T | None]:
+        """What `create` makes; or the id of what was made before, which is durable then. If the outcome of `create` is
+        unknown, or another server is making the same, it is looked up again, and made if it is not there. The caller
+        holds the lock of the ticket."""
+        for again in (True, True, False):
+            made = await ticket.recall(self.reads, self.clock.now_ns())
+            if made is not None:
+                await self.writer.barrier()  # what is answered must be durable
+                return made, None
+            try:
+                return "", await create()
+            except OutcomeUnknownError:
+                if not (again and self.shared):
+                    raise
+            except ConditionFailedError as error:
+                if error.key != ticket.key or not again:
+                    raise
+        raise StoreUnavailableError("another server is making the same")
 
     # --- reading --------------------------------------------------------------------------------------------------
     async def _load_thread(self, thread: str) -> tuple[record.ThreadHeader, bytes] | None:

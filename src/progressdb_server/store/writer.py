@@ -21,8 +21,9 @@ import contextlib
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Final
 
@@ -32,9 +33,15 @@ from minikms.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, PendingWrite, Write
-from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError
+from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError, Reads
 from progressdb_server.store.keyspace import Clock, Stamp
-from progressdb_server.store.model import ConditionFailedError, FormatError, NotWrittenError, StoreUnavailableError
+from progressdb_server.store.model import (
+    ConditionFailedError,
+    FormatError,
+    NotWrittenError,
+    OutcomeUnknownError,
+    StoreUnavailableError,
+)
 
 GROUP_WRITES_MAX: Final = 512
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -117,14 +124,17 @@ class Counters(msgspec.Struct, array_like=True):
         return Stamp(self.era * keyspace.ERA_NS + self.last_ns, self.last_seq)
 
 
-class Writer:
-    def __init__(self, engine: Engine, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
+class GroupCommit(ABC):
+    """Queue, order and groups. A subclass commits a group, and recovers after a failure."""
+
+    unconfirmed = "the store's disk did not take the write"
+    """To whoever waits for a group that failed."""
+
+    def __init__(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
         """`on_reopen` is called after a recovery: cached values may be out of date."""
-        self._engine = engine
         self._clock = clock
         self._metrics = metrics
         self._on_reopen = on_reopen
-        self._disk = DiskThread()
         self._ordered: dict[bytes, deque[PendingWrite]] = {}
         self._queue: deque[PendingWrite] = deque()
         self._queue_bytes = 0
@@ -140,9 +150,23 @@ class Writer:
         self._recovery: asyncio.Task[None] | None = None
         self._closed = False
         self._last_group_failed = False
-        self._conditions = Conditions(engine)
         self.state = Counters()
-        self.load_state()
+        """What this process has counted, beside what was stored when it began."""
+
+    # --- of an engine ---------------------------------------------------------------------------------------------
+    @abstractmethod
+    async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, ConditionFailedError]:
+        """The group is durable when it returns, without the writes that it names. Raises EngineBusyError if nothing was
+        written. After any other error the group may be durable, and `_reopen` is called until it succeeds."""
+
+    @abstractmethod
+    async def _reopen(self) -> None:
+        """What is readable afterwards is durable."""
+
+    @property
+    @abstractmethod
+    def group(self) -> int:
+        """The number of the latest group: see `Write.read_at`."""
 
     # --- what callers use -----------------------------------------------------------------------------------------
     @property
@@ -150,22 +174,8 @@ class Writer:
         return self._recovery is None and not self._closed
 
     @property
-    def group(self) -> int:
-        """The number of the latest group: see `Write.read_at`."""
-        return self._conditions.recent.group
-
-    @property
     def queued(self) -> int:
         return len(self._queue)
-
-    def load_state(self) -> None:
-        """Raises FormatError."""
-        raw = self._engine.get(keyspace.STATE)
-        try:
-            self.state = msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
-        except msgspec.DecodeError as error:
-            raise FormatError("the store's counters are damaged: run progressdb check --repair") from error
-        self._clock.recover(self.state.last)
 
     def reserve(self, order_key: bytes) -> PendingWrite:
         """Take the next position in the order of the key. Later writes of this key wait until the caller passes the
@@ -237,7 +247,6 @@ class Writer:
         while self._drain is not None:
             await asyncio.wait((self._drain,))
         self._refuse_queue("the server is shutting down")
-        await asyncio.to_thread(self._disk.close)
 
     # --- order and queue ------------------------------------------------------------------------------------------
     def _advance(self, pending: PendingWrite) -> None:
@@ -335,9 +344,7 @@ class Writer:
     async def _commit_group(self, group: list[PendingWrite]) -> None:
         started = time.perf_counter()
         try:
-            failed = await self._put(group)
-            if len(failed) < len(group):
-                await self._disk.run(self._engine.sync)
+            failed = await self._commit(group)
         except EngineBusyError:
             self._last_group_failed = True
             for pending in group:
@@ -352,12 +359,95 @@ class Writer:
             future = pending.future
             if not future.done():  # its caller may have been cancelled
                 if failed and pending in failed:
-                    future.set_exception(ConditionFailedError(failed[pending]))
+                    future.set_exception(failed[pending])
                 else:
                     future.set_result(None)
 
-    async def _put(self, group: list[PendingWrite]) -> dict[PendingWrite, bytes]:
-        """Write the group. Returns the writes whose conditions failed, each with the key of the failed condition."""
+    # --- failure --------------------------------------------------------------------------------------------------
+    def _fail(self, group: list[PendingWrite], error: Exception) -> None:
+        _log.error("store_write_failed", **_reason(error), writes=len(group))
+        self._metrics.failures += 1
+        self._last_group_failed = True
+        self._recovery = asyncio.get_running_loop().create_task(self._recover())
+        for pending in group:
+            self._refuse(pending, OutcomeUnknownError(self.unconfirmed))
+        self._refuse_queue("the store's disk is not available now")
+
+    async def _recover(self) -> None:
+        delay = REOPEN_RETRY_S_MIN
+        while True:
+            try:
+                await self._reopen()
+                break
+            except Exception as error:  # noqa: BLE001  recovery goes on until it succeeds
+                _log.warning("store_reopen_failed", **_reason(error), retry_s=delay)
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, REOPEN_RETRY_S_MAX)
+        self._on_reopen()
+        self._recovery = None
+        _log.info("store_reopened")
+
+
+class SharedEngine(ABC):
+    """An engine that other servers use too. See `store.engine.Engine` for what is asked of one."""
+
+    @property
+    @abstractmethod
+    def reads(self) -> Reads: ...
+
+    @abstractmethod
+    def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> GroupCommit: ...
+
+    @abstractmethod
+    async def counted(self) -> Counters:
+        """Of all servers."""
+
+    @abstractmethod
+    async def now_ns(self) -> int:
+        """Unix nanoseconds by the clock that all servers share."""
+
+    @abstractmethod
+    async def probe(self) -> None: ...
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+
+class Writer(GroupCommit):
+    """Commits to an engine of this process."""
+
+    def __init__(self, engine: Engine, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
+        """As `GroupCommit`. Raises FormatError."""
+        super().__init__(clock, metrics, on_reopen)
+        self._engine = engine
+        self._disk = DiskThread()
+        self._conditions = Conditions(engine)
+        self.load_state()
+
+    def load_state(self) -> None:
+        """Raises FormatError."""
+        raw = self._engine.get(keyspace.STATE)
+        try:
+            self.state = msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
+        except msgspec.DecodeError as error:
+            raise FormatError("the store's counters are damaged: run progressdb check --repair") from error
+        self._clock.recover(self.state.last)
+
+    @property
+    def group(self) -> int:
+        return self._conditions.recent.group
+
+    async def close(self) -> None:
+        await super().close()
+        await asyncio.to_thread(self._disk.close)
+
+    async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, ConditionFailedError]:
+        failed = await self._put(group)
+        if len(failed) < len(group):
+            await self._disk.run(self._engine.sync)
+        return failed
+
+    async def _put(self, group: list[PendingWrite]) -> dict[PendingWrite, ConditionFailedError]:
         deadline = time.monotonic() + BUSY_S_MAX
         while True:
             staged, failed, threads, messages = self._conditions.stage(group)
@@ -368,37 +458,16 @@ class Writer:
                     self._engine.write(staged.items())
                     self._conditions.written(staged)
                     self.state = state
-                return failed
+                return {pending: ConditionFailedError(key) for pending, key in failed.items()}
             except EngineBusyError:
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(BUSY_RETRY_S)
 
-    # --- failure --------------------------------------------------------------------------------------------------
-    def _fail(self, group: list[PendingWrite], error: Exception) -> None:
-        _log.error("store_write_failed", **_reason(error), writes=len(group))
-        self._metrics.failures += 1
-        self._last_group_failed = True
-        self._recovery = asyncio.get_running_loop().create_task(self._recover())
-        for pending in group:
-            self._refuse(pending, StoreUnavailableError("the store's disk did not take the write"))
-        self._refuse_queue("the store's disk is not available now")
-
-    async def _recover(self) -> None:
-        delay = REOPEN_RETRY_S_MIN
-        while True:
-            try:
-                await self._disk.run(self._engine.reopen)
-                self._conditions.forget()
-                self.load_state()
-                break
-            except Exception as error:  # noqa: BLE001  recovery goes on until it succeeds
-                _log.warning("store_reopen_failed", **_reason(error), retry_s=delay)
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, REOPEN_RETRY_S_MAX)
-        self._on_reopen()
-        self._recovery = None
-        _log.info("store_reopened")
+    async def _reopen(self) -> None:
+        await self._disk.run(self._engine.reopen)
+        self._conditions.forget()
+        self.load_state()
 
 
 def _reason(error: Exception) -> dict[str, object]:

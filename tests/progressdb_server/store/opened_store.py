@@ -6,15 +6,21 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from urllib.parse import quote
+
+import asyncpg
 
 from progressdb_server.kms.provider import Provider
+from progressdb_server.store import postgres
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.model import Message, NewMessage, Thread
+from progressdb_server.store.postgres import PostgresEngine
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 T = TypeVar("T")
+NOW_NS = 1_800_000_000 * 10**9
 
 
 class TickingClock:
@@ -29,17 +35,57 @@ class TickingClock:
         return self.now
 
 
+database: list[str] = []
+"""The URL of the PostgreSQL that is opened, emptied, where a test names no engine."""
+
+
+def url_of(settings: str) -> str:
+    """Of what `tests.harness.postgres.running` gives."""
+    given = dict(one.split("=", 1) for one in settings.split())
+    return f"postgresql://{given['user']}@/{given['dbname']}?host={quote(given['host'], safe='')}"
+
+
+async def emptied(url: str) -> PostgresEngine:
+    """The store of a database, as `progressdb store init` makes it."""
+    connection = await asyncpg.connect(url)
+    try:
+        if await connection.fetchval("SELECT to_regclass('store_entry')") is None:
+            await postgres.init(url)
+        await connection.execute("TRUNCATE store_entry, store_head, store_counter")
+    finally:
+        await connection.close()
+    return await postgres.open_engine(url, single_node=True)
+
+
 @asynccontextmanager
 async def opened(
-    engine: Engine | None = None, provider: Provider | None = None, now_ns: Callable[[], int] | None = None
+    engine: Engine | None = None,
+    provider: Provider | None = None,
+    now_ns: Callable[[], int] | None = None,
 ) -> AsyncIterator[Conversations]:
     if isinstance(engine, MemoryEngine):
         engine.reopen()  # as after a power failure: what was not synced is gone
-    store = Conversations(engine or MemoryEngine(), provider or SealingProvider(), now_ns=now_ns or TickingClock())
+    used = engine or (await emptied(database[0]) if database else MemoryEngine())
+    store = Conversations(used, provider or SealingProvider(), now_ns=now_ns or TickingClock())
     try:
         yield store
     finally:
         await store.close()
+
+
+@asynccontextmanager
+async def servers(url: str, provider: Provider, *ahead_ns: int) -> AsyncIterator[list[Conversations]]:
+    """Several servers on one database, which is emptied; each clock is ahead by so much."""
+    await (await emptied(url)).close()
+    made = [
+        Conversations(await postgres.open_engine(url, single_node=True), provider, now_ns=TickingClock(NOW_NS + one))
+        for one in ahead_ns
+    ]
+    try:
+        yield made
+    finally:
+        for store in made:
+            await store.close()
 
 
 def with_store(

@@ -22,6 +22,8 @@ from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, keys_of, messages_of, threads_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
+pytestmark = pytest.mark.usefixtures("both_engines")
+
 RETRY = Idempotency(scope="a-digest-under-a-secret", key="order 66 for ann@example.org")
 
 

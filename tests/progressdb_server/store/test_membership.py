@@ -27,6 +27,8 @@ from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import messages_of, opened, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
+pytestmark = pytest.mark.usefixtures("both_engines")
+
 
 def post(store: Conversations, author: str, thread: str, *, signed: bool = True) -> asyncio.Future[Message]:
     return asyncio.ensure_future(

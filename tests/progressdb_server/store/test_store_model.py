@@ -20,8 +20,8 @@ from progressdb_server.store.model import (
     MessageNotFoundError,
     NewMessage,
     NotTheAuthorError,
+    OutcomeUnknownError,
     StoreError,
-    StoreUnavailableError,
     ThreadDeletedError,
     ThreadNotFoundError,
 )
@@ -215,7 +215,7 @@ class StoreMachine(RuleBasedStateMachine):
     def the_disk_fails_once(self, survives: bool) -> None:
         self.engine.survives = survives
         self.engine.fail_sync = True
-        assert self.refusal(self.store.writer.barrier()) is StoreUnavailableError
+        assert self.refusal(self.store.writer.barrier()) is OutcomeUnknownError
 
         async def recovered() -> None:
             while not self.store.writer.available:

@@ -19,7 +19,7 @@ from progressdb_server.store.check import repair
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
-from progressdb_server.store.epoch import EpochMemory, RestoredError, audit_head
+from progressdb_server.store.epoch import EpochMemory, RestoredError, SeenState, audit_head, remembered
 from progressdb_server.store.model import (
     KeyServiceRefusedError,
     NewMessage,
@@ -30,6 +30,13 @@ from progressdb_server.store.model import (
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import becomes, keys_of, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_seal
+
+
+def seen(store: Conversations) -> SeenState:
+    """What the store remembers of the key service."""
+    found = remembered(store.engine)
+    assert found is not None
+    return found
 
 
 def new(body: object, thread: str = "t") -> NewMessage:
@@ -308,7 +315,7 @@ def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> Non
     now = [0.0]
 
     async def run(store: Conversations) -> None:
-        memory = EpochMemory(store.engine, store.writer, lambda: now[0])
+        memory = EpochMemory(store.reads, store.writer, lambda: now[0])
         await memory.observe(status(5, 100))
         now[0] = 10
         await memory.observe(status(6, 200))
@@ -322,11 +329,10 @@ def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> Non
             with pytest.raises(RestoredError, match=why) as refused:
                 await memory.observe(older)
             assert "--accept-restore" in str(refused.value)
-        assert memory.remembered is not None
-        assert memory.remembered.epoch == 6
+        assert seen(store).epoch == 6
         await memory.observe(status(3, 10), accept_restore=True)
         await memory.observe(status(3, 11))
-        assert memory.remembered.epoch == 3
+        assert seen(store).epoch == 3
 
     with_store(run)
 
@@ -336,7 +342,7 @@ def test_an_audit_head_counts_only_once_it_is_old_enough_to_be_on_the_disk() -> 
     now = [0.0]
 
     async def run(store: Conversations) -> None:
-        memory = EpochMemory(store.engine, store.writer, lambda: now[0])
+        memory = EpochMemory(store.reads, store.writer, lambda: now[0])
         await memory.observe(status(5, 100))
         now[0] = 1
         await memory.observe(status(5, 200))
@@ -350,7 +356,7 @@ def test_the_remembered_line_has_the_form_that_the_key_service_accepts() -> None
 
     async def run(store: Conversations) -> None:
         assert audit_head(store.engine) == ""
-        memory = EpochMemory(store.engine, store.writer, lambda: now[0])
+        memory = EpochMemory(store.reads, store.writer, lambda: now[0])
         await memory.observe(status(5, 100, "sig"))
         assert audit_head(store.engine) == "", "it is not old enough yet"
         now[0] = 10
@@ -364,7 +370,7 @@ def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> 
     """A memory that is damaged, and a key service that no longer tells its epoch, pass nobody off as the right one."""
 
     async def run(store: Conversations) -> None:
-        memory = EpochMemory(store.engine, store.writer)
+        memory = EpochMemory(store.reads, store.writer)
         await memory.observe(api.StatusAnswer(status="ok"))
         await memory.observe(status(5, 100))
         with pytest.raises(RestoredError, match="does not report its epoch"):
@@ -374,7 +380,7 @@ def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> 
             with pytest.raises(RestoredError, match="damaged"):
                 await ask()
         await memory.observe(status(5, 100), accept_restore=True)
-        assert memory.remembered is not None and memory.remembered.epoch == 5
+        assert seen(store).epoch == 5
 
     with_store(run)
 
@@ -564,13 +570,12 @@ def test_a_faulty_key_service_is_judged_and_its_log_not_remembered() -> None:
     now = [0.0]
 
     async def run(store: Conversations) -> None:
-        memory = EpochMemory(store.engine, store.writer, lambda: now[0])
+        memory = EpochMemory(store.reads, store.writer, lambda: now[0])
         await memory.observe(status(5, 100))
         for seconds in (10, 20, 30):
             now[0] = seconds
             await memory.observe(replace(status(5, 200), status="audit_unavailable", reason="no space"))
-        assert memory.remembered is not None
-        assert memory.remembered.head_seq == 0
+        assert seen(store).head_seq == 0
         with pytest.raises(RestoredError):
             await memory.observe(replace(status(4, 200), status="audit_unavailable"))
 

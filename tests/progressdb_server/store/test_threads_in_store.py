@@ -30,6 +30,8 @@ from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import keys_of, messages_of, threads_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_open
 
+pytestmark = pytest.mark.usefixtures("both_engines")
+
 
 def test_a_thread_reads_back() -> None:
     async def run(store: Conversations) -> None:

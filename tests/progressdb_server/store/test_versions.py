@@ -34,6 +34,8 @@ from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, versions_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
+pytestmark = pytest.mark.usefixtures("both_engines")
+
 MEGABYTE = "x" * 1_000_000
 
 

@@ -1,0 +1,30 @@
+"""Runs the tests that ask for `both_engines` on the engine in memory and on PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness import postgres
+from tests.progressdb_server.store import opened_store
+
+
+@pytest.fixture(scope="session")
+def database() -> Iterator[str]:
+    """The URL of a PostgreSQL of this session."""
+    with postgres.running() as (settings, _):
+        yield opened_store.url_of(settings)
+
+
+@pytest.fixture(params=["memory", "postgresql"])
+def both_engines(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What `opened` opens where a test names no engine."""
+    if request.param == "memory":
+        yield
+        return
+    opened_store.database.append(request.getfixturevalue("database"))
+    try:
+        yield
+    finally:
+        opened_store.database.clear()

@@ -1,0 +1,328 @@
+"""Several servers on one PostgreSQL: one truth, and nothing is acknowledged that may be lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+
+from progressdb_server.store import postgres
+from progressdb_server.store.conditions import Write
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import (
+    AuthorNotInThreadError,
+    FormatError,
+    Idempotency,
+    Message,
+    NewMessage,
+    NotAMemberError,
+    OutcomeUnknownError,
+    StoreUnavailableError,
+    ThreadDeletedError,
+)
+from tests.progressdb_server.store.opened_store import bodies, emptied, fill, messages_of, servers, versions_of
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+HOUR_NS = 3600 * 10**9
+
+
+def with_two(url: str, body: Callable[[Conversations, Conversations], Awaitable[None]], ahead_ns: int = 0) -> None:
+    async def run() -> None:
+        async with servers(url, SealingProvider(), 0, ahead_ns) as (one, two):
+            await body(one, two)
+
+    asyncio.run(run())
+
+
+def of(author: str, body: object, *, member: bool = False) -> NewMessage:
+    return NewMessage(author=author, thread="t", body=body, as_member=member)
+
+
+# --- one truth --------------------------------------------------------------------------------------------------------
+def test_a_member_removed_by_one_server_is_refused_by_the_other(database: str) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        await one.create_message(of("ann", 0))
+        await one.add_members("t", ["bob"])
+        await two.create_message(of("bob", 1, member=True))  # the other server knows bob as a member now
+        await two.check_reader("t", "bob")
+        await one.remove_member("t", "bob")
+        with pytest.raises(NotAMemberError):
+            await two.create_message(of("bob", 2, member=True))
+        with pytest.raises(NotAMemberError):
+            await two.check_reader("t", "bob")
+        assert await two.members("t") == ["ann"]
+        with pytest.raises(AuthorNotInThreadError):
+            await two.check_reader("t", "eve")
+
+    with_two(database, run)
+
+
+def test_what_one_server_has_deleted_the_other_does_not_serve(database: str) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        first, second = await fill(one, 2)
+        assert len(await messages_of(two, "t")) == 2
+        given = await two.list_tag("t", limit=None, before=None, after=None, include_deleted=False)
+        async for _ in two.list_messages("t", tag=given):
+            pass
+        await one.delete_message(first.id, author="ann")
+        assert not await two.list_unchanged("t", given)
+        assert [m.id for m in await messages_of(two, "t")] == [second.id]
+        await one.delete_thread("t", author="ann", by="ann")
+        assert await two.thread_deleted("t")
+        with pytest.raises(ThreadDeletedError):
+            await two.create_message(of("ann", 2))
+
+    with_two(database, run)
+
+
+def test_appends_of_two_clocks_keep_one_order_and_all_are_there(database: str) -> None:
+    """The clock of one server is an hour ahead of the other's."""
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        await fill(one, 1)
+        made: list[Message] = []
+        for number in range(5):
+            made += await asyncio.gather(
+                *[store.create_message(of("ann", n)) for store in (one, two) for n in range(number, number + 4)]
+            )
+            await two.create_message(of("ann", "last"))
+            after = await one.create_message(of("ann", "after"))
+            stored = await messages_of(one, "t")
+            assert stored[-1].id == after.id, "an append that begins later is later in the list"
+        stored = await messages_of(two, "t")
+        ids = [message.id for message in stored]
+        assert ids == sorted(set(ids))
+        assert {message.id for message in made} <= set(ids)
+        assert len(ids) == 1 + len(made) + 10
+        assert (await one.stats())["messages"] == (await two.stats())["messages"] == len(ids)
+
+    with_two(database, run, HOUR_NS)
+
+
+def test_changes_of_one_message_by_two_servers_build_on_each_other(database: str) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        (message,) = await fill(one, 1)
+        await asyncio.gather(
+            *[store.set_reaction(message.id, f"{n}{at}", "ok") for n, store in enumerate((one, two)) for at in range(8)]
+        )
+        assert len((await one.get_message(message.id)).reactions) == 16
+        assert [len(version.reactions) for version in await versions_of(two, message.id)] == list(range(17))
+
+    with_two(database, run)
+
+
+def test_a_retry_at_another_server_makes_nothing_twice(database: str) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        for thread in ("", "t"):
+            retries = [Idempotency("scope", f"{thread}{n}") for n in range(4)]
+            new = NewMessage(author="ann", thread=thread, body="x")
+            made = await asyncio.gather(
+                *[store.create_message(new, idempotency=key) for key in retries for store in (one, two)]
+            )
+            assert len({message.id for message in made}) == len(retries)
+        assert bodies(await messages_of(two, "t")) == ["x"] * 4
+        threads = await asyncio.gather(
+            *[
+                store.create_thread(author="ann", title="a", idempotency=Idempotency("scope", "thread"))
+                for store in (one, two)
+            ]
+        )
+        assert threads[0].id == threads[1].id
+
+    with_two(database, run)
+
+
+def test_a_thread_that_two_servers_make_at_once_has_one_key(database: str) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        await asyncio.gather(*[store.create_message(of("ann", n)) for n in range(3) for store in (one, two)])
+        assert len(await messages_of(one, "t")) == 6
+        assert await one.key_of_thread("t") == await two.key_of_thread("t")
+
+    with_two(database, run)
+
+
+# --- nothing acknowledged is lost -------------------------------------------------------------------------------------
+@asynccontextmanager
+async def no_standby(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """Every commit waits for a standby that does not exist; a connection whose own commits do not wait."""
+    connection = await asyncpg.connect(url, server_settings={"synchronous_commit": "local"})
+    try:
+        await connection.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        await connection.execute("SELECT pg_reload_conf()")
+        while await connection.fetchval("SHOW synchronous_standby_names") != "nobody":
+            await asyncio.sleep(0.01)
+        yield connection
+    finally:
+        await connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        await connection.execute("SELECT pg_reload_conf()")
+        await connection.close()
+
+
+async def end_the_wait(connection: asyncpg.Connection[Any], how: str) -> None:
+    waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    while not (pids := await connection.fetch(waiting)):
+        await asyncio.sleep(0.01)
+    for (pid,) in pids:
+        await connection.execute(f"SELECT {how}({pid})")
+
+
+@pytest.mark.parametrize("how", ["pg_cancel_backend", "pg_terminate_backend"])
+def test_a_write_whose_wait_for_the_standby_ends_is_not_acknowledged(database: str, how: str) -> None:
+    """A cancelled wait ends with success and a warning. What was written is visible, and may be lost."""
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        await fill(one, 1)
+        async with no_standby(database) as connection:
+            pending = asyncio.ensure_future(one.create_message(of("ann", "doubtful")))
+            await end_the_wait(connection, how)
+            with pytest.raises(OutcomeUnknownError, match="may be stored"):
+                await pending
+        assert bodies(await messages_of(two, "t")) == [0, "doubtful"]
+        async with asyncio.timeout(60):
+            while not one.writer.available:
+                await asyncio.sleep(0.01)
+        await one.create_message(of("ann", "later"))
+
+    with_two(database, run)
+
+
+def test_a_retry_after_an_unknown_outcome_waits_until_it_is_replicated(database: str) -> None:
+    """It finds what it has made, and must not acknowledge it by reading alone."""
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        await fill(one, 1)
+        retry = Idempotency("scope", "key")
+        async with no_standby(database) as connection:
+            first = asyncio.ensure_future(one.create_message(of("ann", 1), idempotency=retry))
+            await end_the_wait(connection, "pg_terminate_backend")
+            again = asyncio.ensure_future(two.create_message(of("ann", 1), idempotency=retry))
+            await asyncio.wait({again}, timeout=0.3)
+            assert not again.done(), "a retry that only reads would acknowledge what no standby has"
+        made = await again
+        assert bodies(await messages_of(one, "t")) == [0, 1]
+        with pytest.raises(StoreUnavailableError):
+            raise (await asyncio.gather(first, return_exceptions=True))[0] or made  # type: ignore[misc]
+
+    with_two(database, run)
+
+
+def test_a_lost_connection_before_the_commit_costs_no_write(database: str) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        await fill(one, 1)
+        connection = await asyncpg.connect(database)
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND application_name"
+            " = 'progressdb' AND query LIKE '%COMMIT'"
+        )
+        await connection.close()
+        await one.create_message(of("ann", 1))
+        assert bodies(await messages_of(two, "t")) == [0, 1]
+
+    with_two(database, run)
+
+
+def test_a_server_of_another_schema_writes_nothing_and_does_not_start(database: str) -> None:
+    async def run(one: Conversations, _: Conversations) -> None:
+        await fill(one, 1)
+        connection = await asyncpg.connect(database)
+        await connection.execute("UPDATE store_schema SET number = number + 1")
+        try:
+            with pytest.raises(StoreUnavailableError):
+                await one.create_message(of("ann", 1))
+            with pytest.raises(FormatError, match="has schema 2, this version has 1: start the version"):
+                await postgres.open_engine(database, single_node=True)
+            with pytest.raises(FormatError, match="has schema 2"):
+                await postgres.upgrade(database)
+        finally:
+            await connection.execute("UPDATE store_schema SET number = number - 1")
+            await connection.close()
+        assert bodies(await messages_of(one, "t")) == [0]
+
+    with_two(database, run)
+
+
+def test_a_group_keeps_the_writes_whose_conditions_hold(database: str) -> None:
+    async def run(one: Conversations, _: Conversations) -> None:
+        writes = [
+            Write([(b"job:a", b"1")], [(b"job:a", None)]),
+            Write([(b"job:a", b"2")], [(b"job:a", b"1")]),
+            Write([(b"job:a", b"3")], [(b"job:a", b"1")]),
+            Write([(b"job:a", None), (b"job:b", b"x")], [(b"job:a", b"2")]),
+        ]
+        outcomes = await asyncio.gather(*[one.writer.commit(write) for write in writes], return_exceptions=True)
+        assert [type(outcome).__name__ for outcome in outcomes] == [
+            "NoneType", "NoneType", "ConditionFailedError", "NoneType",
+        ]  # fmt: skip
+        assert await one.reads.scan(b"job:", b"job;", limit=9) == [(b"job:b", b"x")]
+
+    with_two(database, run)
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+def test_one_disk_is_enough_only_where_that_is_said(database: str) -> None:
+    async def run() -> None:
+        await (await emptied(database)).close()
+        with pytest.raises(FormatError, match="set synchronous_standby_names there, or"):
+            await postgres.open_engine(database, single_node=False)
+        with pytest.raises(FormatError, match="holds a store already"):
+            await postgres.init(database)
+        assert await postgres.upgrade(database) == (1, 1)
+
+    asyncio.run(run())
+
+
+def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> None:
+    own, of_server = database.replace("/postgres?", "/own?"), database.replace("test@/postgres?", "server@/own?")
+
+    async def run() -> None:
+        connection = await asyncpg.connect(database)
+        await connection.execute("CREATE ROLE server LOGIN")
+        await connection.execute("CREATE DATABASE own")
+        await connection.close()
+        with pytest.raises(FormatError, match="run progressdb store init"):
+            await postgres.open_engine(own, single_node=True)
+        await postgres.init(own, "server")
+        store = Conversations(await postgres.open_engine(of_server, single_node=True), SealingProvider())
+        try:
+            await fill(store, 2)
+            assert len(await messages_of(store, "t")) == 2
+        finally:
+            await store.close()
+        connection = await asyncpg.connect(of_server)
+        for refused in (
+            "UPDATE store_schema SET number = 2",
+            "ALTER TABLE store_entry ADD x int",
+            "DROP TABLE store_head",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(refused)
+        await connection.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("mysql://db", "begin with postgresql://"),
+        ("postgresql://db/x", "sslmode=verify-full"),
+        ("postgresql://db/x?sslmode=require", "sslmode=verify-full"),
+        ("postgresql:///x", "sslmode=verify-full"),
+        ("postgresql:///x?host=/run/postgresql&host=db", "sslmode=verify-full"),
+        ("postgresql://user:secret@db/x?sslmode=verify-full", "password file"),
+        ("postgresql://db/x?sslmode=verify-full&password=secret", "password file"),
+    ],
+)
+def test_a_url_that_does_not_check_the_server_or_holds_a_secret_is_refused(url: str, why: str) -> None:
+    with pytest.raises(FormatError, match=why) as refused:
+        postgres.check_url(url)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_url_with_checked_names_or_a_socket_is_taken() -> None:
+    postgres.check_url("postgresql://user@a:5432,b:5432/x?sslmode=verify-full&sslrootcert=/etc/ca.pem")
+    postgres.check_url("postgresql:///x?host=/run/postgresql")
