@@ -104,7 +104,7 @@ _VALUES: Final = (
     "SELECT entry.key, entry.value FROM unnest($1::bytea[], $2::bytea[]) AS wanted (tkey, key)"
     " JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key ORDER BY entry.tkey, entry.key"
 )
-_BEGIN: Final = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE"  # noqa: S608
+_BEGIN: Final = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE"  # noqa: S608  a constant
 _NEVER: Final = b"\xff"
 """Above every stamp."""
 _IN_DOUBT: Final = ("08", "57P", "40003", "58", "XX")

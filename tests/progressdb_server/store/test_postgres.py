@@ -205,7 +205,7 @@ def test_a_retry_after_an_unknown_outcome_waits_until_it_is_replicated(database:
         made = await again
         assert bodies(await messages_of(one, "t")) == [0, 1]
         with pytest.raises(StoreUnavailableError):
-            raise (await asyncio.gather(first, return_exceptions=True))[0] or made  # type: ignore[misc]
+            raise (await asyncio.gather(first, return_exceptions=True))[0] or made  # type: ignore[misc]  # it is the error
 
     with_two(database, run)
 
