@@ -371,11 +371,13 @@ class Manifest(msgspec.Struct):
         return sum(file.bytes for file in self.files)
 
 
-class Registered(msgspec.Struct):
-    """A backup that was begun and is not forgotten."""
+class Registered(msgspec.Struct, omit_defaults=True):
+    """A backup that was begun and is not forgotten. One of a database is made by other programs: its path is its
+    label, and nothing here can find it."""
 
     path: str
     created_ns: int
+    of_database: bool = False
 
     @property
     def name(self) -> str:
@@ -384,6 +386,8 @@ class Registered(msgspec.Struct):
     @property
     def gone(self) -> bool:
         """Whether nothing is found at its path; a path that can't be looked at counts as there."""
+        if self.of_database:
+            return True
         try:
             os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -391,6 +395,17 @@ class Registered(msgspec.Struct):
         except OSError:
             return False
         return False
+
+
+class Database(msgspec.Struct):
+    """What a command has found of the database of a store."""
+
+    schema: int
+    standbys: str
+    """`synchronous_standby_names`: without any, one disk has what was acknowledged."""
+    tls: str
+    """The protocol's version, empty on a Unix socket."""
+    problems: list[str]
 
 
 class BackupError(StatusError):
