@@ -1,7 +1,7 @@
 """Writes docs/commands.md from the command trees themselves: `python tools/commands.py`.
 
-Owns: the page's form, a row for each command. What a flag means is said by `--help` alone. A test compares the page
-with what this makes.
+Owns: the page's form, a row for each command. Its arguments and flags are said by `--help` alone. A test compares the
+page with what this makes.
 """
 
 from __future__ import annotations
@@ -11,25 +11,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cyclopts import App, Argument
-
-from minikms.usage import label
+from cyclopts import App
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 OPENING = """\
 # Commands
 
-`tools/commands.py` generates this page from the programs, and a test in `tests/commands` compares the two. `--help`
-after a command says all that it does, and what each flag means. [Transcripts](../tests/commands/transcripts) show the
-commands in use.
+`tools/commands.py` generates this page. `--help` after a command says all that it does, its arguments and its flags.
+[Transcripts](../tests/commands/transcripts) show the commands in use.
 
 - Exit statuses: **0** done, or a check passed; **1** a check failed, or the request was refused; **2** wrong
   usage, or a required file, key or service is missing; **130** interrupted; **141** the reader of a pipe
   closed it.
 - Results go to standard output, everything else to standard error. An error is one sentence that begins with
   the name of the program. Colour, progress bars and questions appear only on a terminal; `NO_COLOR` is
-  respected.
-- Where a command has `--json`, that prints complete values for programs.
+  respected. `--json` prints complete values for programs.
 - A flag has precedence over its environment variable, which `--help` names in brackets. An empty variable
   counts as unset.
 - No command takes a key in its arguments: root keys come from files or a terminal, API keys from the
@@ -50,7 +46,7 @@ def page() -> str:
 
 
 def _section(app: App, words: str) -> Iterator[str]:
-    yield f"\n## {words}\n\n{_escaped(app.help)}\n\n| command | what it does | arguments and flags |\n|---|---|---|\n"
+    yield f"\n## {words}\n\n{_escaped(app.help)}\n\n| command | what it does |\n|---|---|\n"
     yield from _rows(app, words)
 
 
@@ -60,26 +56,13 @@ def _rows(app: App, words: str) -> Iterator[str]:
         rows = list(_rows(inner, called))
         yield from rows
         if not rows:
-            yield f"| `{called}` | {_escaped(_summary(inner))} | {', '.join(_arguments(inner))} |\n"
+            yield f"| `{called}` | {_escaped(_summary(inner))} |\n"
 
 
 def _summary(app: App) -> str:
     """The first paragraph of its docstring."""
     text = inspect.getdoc(app.default_command) if app.default_command is not None else None
     return " ".join((text or app.help).partition("\n\n")[0].split())
-
-
-def _arguments(app: App) -> list[str]:
-    return [_names(argument) for argument in app.assemble_argument_collection() if argument.show]
-
-
-def _names(argument: Argument) -> str:
-    """A positional argument as in `--help`: KEY-ID, [SOURCE], [THREADS...]."""
-    name = label(argument)
-    if name is None:
-        return ", ".join(f"`{name}`" for name in argument.names if not name.startswith("--no-"))
-    several = "..." if argument.is_var_positional() else ""
-    return f"`{name}{several}`" if argument.required else f"`[{name}{several}]`"
 
 
 def _escaped(text: str) -> str:

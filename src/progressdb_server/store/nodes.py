@@ -54,7 +54,7 @@ _NODE: Final = "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 """The timeline. A node that is promoted begins a new one."""
 
 
-class Connection(asyncpg.Connection):  # type: ignore[type-arg]
+class Connection(asyncpg.Connection):
     """One to `node`, the empty string if the store has a single one."""
 
     __slots__ = ("node", "warned")

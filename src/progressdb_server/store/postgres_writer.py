@@ -226,6 +226,7 @@ def _columns(count: int, rows: Sequence[tuple[bytes, ...]]) -> Sequence[Sequence
 async def bounded(connection: Connection, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
     """The result of the work. At the deadline its connection is terminated, which ends it; nobody cancels it."""
     task = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where nobody waits for it any more
     done, _ = await asyncio.wait({task}, timeout=timeout_s)
     if not done:
         connection.terminate()

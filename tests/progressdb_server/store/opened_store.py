@@ -53,7 +53,7 @@ async def emptied(url: str) -> PostgresEngine:
     try:
         if await connection.fetchval("SELECT to_regclass('store_entry')") is None:
             await postgres.init(url)
-        await connection.execute("TRUNCATE store_entry, store_head, store_counter")
+        await connection.execute("DELETE FROM store_entry; DELETE FROM store_head; DELETE FROM store_counter")
         await connection.execute("UPDATE store_schema SET number = $1", postgres.SCHEMA)
     finally:
         await connection.close()
