@@ -248,7 +248,9 @@ async def _open_store(
             engine = directory.open_engine(str(config.store_dir), encrypted=encrypting)
     except OSError as error:
         raise ServeError(f"can't make the data directory {config.storage.db_path}: {error.strerror}") from None
-    except (StoreUnavailableError, FormatError) as error:
+    except StoreUnavailableError as error:
+        raise ServeError(error.explained) from None
+    except FormatError as error:
         raise ServeError(str(error)) from None
     opened = False
     try:

@@ -50,7 +50,9 @@ def check(
         raise CommandError(
             "the server has the store open: stop it for a repair, or check without --repair", missing=True
         ) from None
-    except (FormatError, StoreUnavailableError) as error:
+    except StoreUnavailableError as error:
+        raise CommandError(error.explained, missing=True) from None
+    except FormatError as error:
         raise CommandError(str(error), missing=True) from None
     if json:
         page = {

@@ -101,7 +101,11 @@ def run(master_key_fd: int | None) -> None:
 
 def _explained(error: Exception) -> tuple[str, int]:
     exit_status = _exit_status(error)
-    return explained(error, "progressdb") if isinstance(error, CycloptsError) else str(error), exit_status
+    from progressdb_server.store.model import StoreUnavailableError
+
+    if isinstance(error, CycloptsError):
+        return explained(error, "progressdb"), exit_status
+    return error.explained if isinstance(error, StoreUnavailableError) else str(error), exit_status
 
 
 def _exit_status(error: Exception) -> int:

@@ -66,7 +66,9 @@ def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
     page: dict[str, Any] = {}
     try:
         page = msgspec.to_builtins(asyncio.run(directory.examine_shared(store.url, single_node=store.single_node)))
-    except (FormatError, StoreUnavailableError) as error:
+    except StoreUnavailableError as error:
+        page["problems"] = [error.explained]
+    except FormatError as error:
         page["problems"] = [str(error)]
     if shown and "schema" in page:
         standbys = f"synchronous standbys {page['standbys']}" if page["standbys"] else "no synchronous standby"

@@ -35,24 +35,26 @@ def init(
         str, Parameter(help="The role of the message servers, which may not change the tables.", show_default=False)
     ] = "",
     config: ConfigFile = None,
+    json: Json = False,
 ) -> int:
     """Make the tables in an empty database."""
     try:
         asyncio.run(directory.make_shared(_url(url, config), role))
     except FormatError as error:
         raise CommandError(str(error), missing=True) from None
-    print("the store is made")
+    print(encoder.dumps({"made": True}) if json else "the store is made")
     return 0
 
 
 @app.command(name="upgrade")
-def upgrade(*, url: Url = None, config: ConfigFile = None) -> int:
+def upgrade(*, url: Url = None, config: ConfigFile = None, json: Json = False) -> int:
     """Bring the tables to this version. Servers of an earlier version write nothing from then on."""
     try:
         before, after = asyncio.run(directory.upgrade_shared(_url(url, config)))
     except FormatError as error:
         raise CommandError(str(error), missing=True) from None
-    print(f"the store has schema {after}" + ("" if after == before else f", and had {before}"))
+    said = f"the store has schema {after}" + ("" if after == before else f", and had {before}")
+    print(encoder.dumps({"schema": after, "before": before}) if json else said)
     return 0
 
 

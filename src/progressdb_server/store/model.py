@@ -208,6 +208,12 @@ class StoreUnavailableError(StoreError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    @property
+    def explained(self) -> str:
+        """With the first line of the cause: for an operator's terminal, not for clients."""
+        cause = (str(self.__cause__ or "").splitlines() or [""])[0]
+        return f"{self}: {cause}" if cause and cause not in str(self) else str(self)
+
 
 class OutcomeUnknownError(StoreUnavailableError):
     """The write is stored as a whole, or not at all."""

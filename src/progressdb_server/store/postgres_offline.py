@@ -65,7 +65,7 @@ class PostgresEntries(PostgresReads):
         try:
             return await self._connection.fetch(statement, *values)
         except FAILURES as error:
-            raise EngineUnavailableError(f"the database refused: {_first_line(error)}") from error
+            raise EngineUnavailableError("the database refused") from error
 
     async def get(self, key: bytes) -> bytes | None:
         return await self._counters() if key == keyspace.STATE else await super().get(key)
@@ -178,7 +178,3 @@ def _check(number: int) -> None:
     """Raises FormatError."""
     if number != SCHEMA:
         raise FormatError(other_schema(number))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

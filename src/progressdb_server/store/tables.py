@@ -96,7 +96,7 @@ async def connected(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     try:
         yield connection
     except FAILURES as error:
-        raise EngineUnavailableError(f"the database refused: {str(error).splitlines()[0]}") from error
+        raise EngineUnavailableError("the database refused") from error
     finally:
         connection.terminate()
 
