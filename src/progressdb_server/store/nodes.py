@@ -49,6 +49,14 @@ FAILURES: Final = (
     EOFError,
 )
 """What the driver raises for a database that refuses, or is away."""
+PLANS: Final = {
+    "jit": "off",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "plan_cache_mode": "force_generic_plan",
+}
+"""Statements find few rows by their keys. A plan from when a table was small would read all of it later."""
 
 _NODE: Final = "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 """The timeline. A node that is promoted begins a new one."""
@@ -180,7 +188,7 @@ class Nodes:
             timeout=CONNECT_S_MAX,
             target_session_attrs=SessionAttribute.read_write,
             connection_class=Connection,
-            server_settings={"application_name": "progressdb", "jit": "off", **settings},
+            server_settings={"application_name": "progressdb", **PLANS, **settings},
         )
         connection.warned = ""
         try:

@@ -92,7 +92,7 @@ class PostgresReads:
         await self._pool.release(connection)
 
     async def get(self, key: bytes) -> bytes | None:
-        found = await self._fetch("SELECT value FROM store_entry WHERE tkey = $1 AND key = $2", tkey(key), key)
+        found = await self.fetch("SELECT value FROM store_entry WHERE tkey = $1 AND key = $2", tkey(key), key)
         return found[0][0] if found else None
 
     async def scan(
@@ -105,14 +105,14 @@ class PostgresReads:
         if bytes_max is not None:  # the last entry is the one that reaches the bound
             statement = _UP_TO.format(statement, len(values) + 1)
             values = [*values, bytes_max]
-        return [(key, value) for key, value in await self._fetch(statement, *values)]
+        return [(key, value) for key, value in await self.fetch(statement, *values)]
 
     async def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
         range_ = self._range("key", lower, upper, limit, reverse=reverse)
         if range_ is None:
             return []
         statement, values = range_
-        return [key for (key,) in await self._fetch(statement, *values)]
+        return [key for (key,) in await self.fetch(statement, *values)]
 
     def _range(
         self, columns: str, lower: bytes, upper: bytes, limit: int, *, reverse: bool
