@@ -203,9 +203,8 @@ class Config(_Section, frozen=True):
 
     @property
     def destroys_keys(self) -> bool:
-        """Whether keys can be destroyed: no gateway takes a request for it, and of a database's backups nothing is
-        registered here."""
-        return not (self.kms.url or self.store.url)
+        """Whether keys can be destroyed: no gateway takes a request for it."""
+        return not self.kms.url
 
     @property
     def kms_client(self) -> dict[str, Any]:
