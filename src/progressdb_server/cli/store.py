@@ -67,8 +67,8 @@ def copy(
 ) -> int:
     """Copy a whole store into an empty one, and compare both. No server may run on either.
 
-    The same call continues a copy that was interrupted. Exit status: 0 copied, 1 not copied, 2 there is no store or no
-    room for one.
+    The same call continues a copy that was interrupted. Exit status: 0 copied, 1 not copied, 2 there is no store, the
+    target holds another one, or a server runs.
     """
     old, new = (place if offline.is_url(place) else str(Path(place).absolute() / "store") for place in (source, target))
     try:

@@ -73,8 +73,7 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
     if source == target:
         raise FormatError("source and target are the same")
     async with offline.alone(source) as old, offline.filled(target, source) as new:
-        state = await old.get(keyspace.STATE)
-        counted = msgspec.msgpack.decode(state, type=Counters) if state else Counters()
+        counted = await _counters(old)
         sent, changed = await _bring(old, new, lambda done: progress(done, counted.messages))
         found = await _digest(new)
         if found != sent:
@@ -84,6 +83,15 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
         if found != sent:
             raise CopyError(f"the copy has {found.count:,} entries that differ from the {sent.count:,} of the source")
     return Copied(sent.count, sent.text, changed, counted)
+
+
+async def _counters(old: View) -> Counters:
+    """Raises FormatError."""
+    raw = await old.get(keyspace.STATE)
+    try:
+        return msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
+    except msgspec.DecodeError:
+        raise FormatError("the store's counters are damaged: run progressdb check --repair") from None
 
 
 async def _bring(old: View, new: Entries, progress: Callable[[int], None]) -> tuple[Digest, int]:
