@@ -347,6 +347,11 @@ def claim(thread: str) -> bytes:
     return CLAIMS + part(thread)
 
 
+def room(thread: str) -> bytes:
+    """Counts the additions to the members of a thread that several servers may change."""
+    return b"claim:%b:room" % part(thread)
+
+
 def server(server_id: str) -> bytes:
     """Until when the claims of a server hold."""
     return SERVERS + server_id.encode()

@@ -42,6 +42,7 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.reading import Reading
 from progressdb_server.store.sealer import ThreadState
+from progressdb_server.store.threads import Room
 
 VERSIONS_COUNT_MAX: Final = 10_000
 VERSIONS_BYTES_MAX: Final = 256 * 1024 * 1024
@@ -121,22 +122,33 @@ class Messages(Reading):
         entry = await self.reads.get(key)
         if entry is None:
             async with self.locks.hold(keyspace.writers(state.thread)):
-                entry = await self.reads.get(key)
-                if entry is None:
+                while (entry := await self.reads.get(key)) is None:
                     if new.as_member:
                         await self.check_member(state.thread, new.author, Act.WRITE)
+                    room: Room = ((), ())
                     if not state.deleted:  # else the write is refused for that reason
-                        await self.check_room(state.thread, 1)
-                    return await self._append_as(None, state, new, ticket, request_id=request_id)
+                        room = await self.check_room(state.thread, 1)
+                    try:
+                        return await self._append_as(None, state, new, ticket, request_id=request_id, room=room)
+                    except ConditionFailedError as error:  # another server has added members meanwhile
+                        if error.key != keyspace.room(state.thread):
+                            raise
         if new.as_member:
             await self.check_member(state.thread, new.author, Act.WRITE)
         return await self._append_as(entry, state, new, ticket, request_id=request_id)
 
     async def _append_as(
-        self, entry: bytes | None, state: ThreadState, new: NewMessage, ticket: Ticket | None, *, request_id: str | None
+        self,
+        entry: bytes | None,
+        state: ThreadState,
+        new: NewMessage,
+        ticket: Ticket | None,
+        *,
+        request_id: str | None,
+        room: Room = ((), ()),
     ) -> Message:
-        """`entry` is the author's entry among the members; without one the message makes the author a member. Raises
-        NotAMemberError if the author was removed meanwhile."""
+        """`entry` is the author's entry among the members; without one the message makes the author a member, for which
+        there is `room`. Raises NotAMemberError if the author was removed meanwhile."""
         made: list[Message] = []
         key = keyspace.writer(state.thread, new.author)
         expect = ((key, entry),) if new.as_member or entry is None else ()
@@ -148,8 +160,8 @@ class Messages(Reading):
             made[:] = (message,)
             extra: list[tuple[bytes, bytes | None]] = [ticket.put(message.id, stamp.time_ns)] if ticket else []
             if entry is None:
-                extra.append((key, membership.MEMBER))
-            return drafts.first_version(message, stamp, extra, expect)
+                extra += ((key, membership.MEMBER), *room[0])
+            return drafts.first_version(message, stamp, extra, (*expect, *room[1]))
 
         try:
             await self.sealer.append(state, draft, request_id)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 import asyncpg
@@ -48,6 +48,20 @@ READ_S_MAX: Final = 10
 _UP_TO: Final = (
     "SELECT key, value FROM (SELECT key, value, sum(octet_length(value)) OVER (ORDER BY key) - octet_length(value)"
     " AS before FROM ({}) AS few) AS summed WHERE before < ${} ORDER BY key"
+)
+_BYTES_MAX: Final = 2**62
+_VALUES: Final = (
+    "SELECT key, value FROM (SELECT entry.key, entry.value, wanted.number, sum(octet_length(entry.value))"
+    " OVER (ORDER BY wanted.number) - octet_length(entry.value) AS before"
+    " FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY AS wanted (tkey, key, number)"
+    " JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key) AS summed"
+    " WHERE before < $3::bigint ORDER BY number"
+)
+_NEWEST: Final = (
+    "SELECT (SELECT entry.key FROM store_entry AS entry WHERE entry.tkey = wanted.tkey AND entry.key >= wanted.lower"
+    " AND entry.key < wanted.upper ORDER BY entry.key DESC LIMIT 1)"
+    " FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) WITH ORDINALITY AS wanted (tkey, lower, upper, number)"
+    " ORDER BY wanted.number"
 )
 _COUNTED: Final = "SELECT coalesce(sum(threads), 0), coalesce(sum(messages), 0) FROM store_counter"
 _NOW: Final = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000000)::bigint"
@@ -113,6 +127,18 @@ class PostgresReads:
             return []
         statement, values = range_
         return [key for (key,) in await self.fetch(statement, *values)]
+
+    async def values(self, keys: Collection[bytes], *, bytes_max: int | None = None) -> dict[bytes, bytes]:
+        if not keys:
+            return {}
+        places = [tkey(key) for key in keys]
+        return dict(await self.fetch(_VALUES, places, list(keys), _BYTES_MAX if bytes_max is None else bytes_max))
+
+    async def newest(self, prefixes: Sequence[bytes]) -> list[bytes | None]:
+        if not prefixes:
+            return []
+        ranges = [(tkey(prefix), prefix, keyspace.after(prefix)) for prefix in prefixes]
+        return [key for (key,) in await self.fetch(_NEWEST, *zip(*ranges, strict=True))]
 
     def _range(
         self, columns: str, lower: bytes, upper: bytes, limit: int, *, reverse: bool

@@ -52,7 +52,7 @@ def _owner(key: bytes) -> tuple[bytes, bytes]:
             return b"thread:" + thread, key
         case b"kms", [b"map", b"thread", thread]:
             return b"thread:" + thread, key
-        case b"claim", [thread]:
+        case b"claim", [thread, *_]:
             return b"thread:" + thread, key
         case b"index", [b"author", author, *_]:
             return b"author:" + author, b"index:author:%b:" % author

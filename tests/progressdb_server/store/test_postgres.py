@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import asyncpg
 import pytest
 
-from progressdb_server.store import postgres
+from progressdb_server.store import membership, postgres
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
@@ -21,6 +21,7 @@ from progressdb_server.store.model import (
     OutcomeUnknownError,
     StoreUnavailableError,
     ThreadDeletedError,
+    TooManyMembersError,
 )
 from tests.progressdb_server.store.failing_database import end_the_wait, no_standby
 from tests.progressdb_server.store.opened_store import bodies, emptied, fill, messages_of, servers, versions_of
@@ -56,6 +57,23 @@ def test_a_member_removed_by_one_server_is_refused_by_the_other(database: str) -
         assert await two.members("t") == ["ann"]
         with pytest.raises(AuthorNotInThreadError):
             await two.check_reader("t", "eve")
+
+    with_two(database, run)
+
+
+def test_two_servers_together_keep_the_bound_on_members(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "MEMBERS_COUNT_MAX", 6)
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        one.rule = two.rule = "open"
+        await fill(one, 1)
+        outcomes = await asyncio.gather(
+            *[store.add_members("t", [f"{n}-{number}"]) for n, store in enumerate((one, two)) for number in range(3)],
+            *[store.create_message(of(f"{n}", 1, member=True)) for n, store in enumerate((one, two))],
+            return_exceptions=True,
+        )
+        assert [type(outcome) for outcome in outcomes if isinstance(outcome, Exception)] == [TooManyMembersError] * 3
+        assert len(await two.members("t")) == 6
 
     with_two(database, run)
 
