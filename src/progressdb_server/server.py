@@ -103,8 +103,8 @@ def check_key_source(config: Config, *, has_master_key: bool) -> None:
         raise ConfigError("the root key is given twice: in PROGRESSDB_MINIKMS_MASTER_KEY and as a key file; use one")
     if has_master_key or kms.master_key_file or config.server.dev or kms.socket or not kms.spawn:
         return
-    made = api.development_key_path(config.kms_data_dir)
-    way_out = f"--master-key-file {made}" if made.exists() else "--dev, to have one made beside the data"
+    path = api.development_key_path(config.kms_data_dir)
+    way_out = f"--master-key-file {path}" if path.exists() else "--dev, to have one made beside the data"
     raise ConfigError(
         "there is no root key for the key service: give --master-key-file FILE (64 hex characters, mode 0600), "
         f"or set PROGRESSDB_MINIKMS_MASTER_KEY; on a development machine: {way_out}"

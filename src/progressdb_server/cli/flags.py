@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from minikms import usage
 from minikms.usage import PathText
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ MasterKeyFile = Annotated[
 Dev = Annotated[
     bool | None, Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].", negative=())
 ]
-Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
+Json = usage.Json
 Url = Annotated[
     str | None, Parameter(name="--url", help="The running server [PROGRESSDB_URL, or that of PROGRESSDB_ADDR].")
 ]
