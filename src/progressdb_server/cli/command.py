@@ -22,7 +22,7 @@ COMMANDS: Final = {
     "status": ("status:status", "Show the server and its key service on one page."),
     "doctor": ("doctor:doctor", "Ask the running server what is wrong, and retire keys that no thread names."),
     "check": ("check:check", "Examine the whole store, also while the server runs."),
-    "store": ("store:app", "Make or upgrade the tables of a store in PostgreSQL."),
+    "store": ("store:app", "Make or upgrade the tables of a store in PostgreSQL, or copy a store."),
     "backup": ("backup:app", "Back up store and key service, verify and restore backups."),
     "config": ("configuration:app", "Check or show the configuration that the server would run with."),
     "rotate-dek": ("jobs:rotate_dek", "Give threads new keys and re-encrypt their records."),
@@ -102,7 +102,11 @@ def run(master_key_fd: int | None) -> None:
 
 def _explained(error: Exception) -> tuple[str, int]:
     exit_status = _exit_status(error)
-    return explained(error, "progressdb") if isinstance(error, CycloptsError) else str(error), exit_status
+    from progressdb_server.store.model import StoreUnavailableError
+
+    if isinstance(error, CycloptsError):
+        return explained(error, "progressdb"), exit_status
+    return error.explained if isinstance(error, StoreUnavailableError) else str(error), exit_status
 
 
 def _exit_status(error: Exception) -> int:

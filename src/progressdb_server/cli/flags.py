@@ -16,7 +16,7 @@ from minikms import usage
 from minikms.usage import PathText
 
 if TYPE_CHECKING:
-    from progressdb_server.config import LoadedConfig
+    from progressdb_server.config import Config, LoadedConfig
 
 
 class CommandError(Exception):
@@ -72,6 +72,13 @@ def load_config(
         "logging.format": log_format,
     }
     return load(flags, os.environ, with_data=with_data)
+
+
+def load_for_store(*, addr: str | None = None, db: str | None = None, config: str | None = None) -> Config:
+    """The configuration for a command that opens the store itself. What only a server needs may be missing beside the
+    URL of a database. Raises ConfigError."""
+    chosen = load_config(addr=addr, db=db, config=config, with_data=False).config
+    return chosen if chosen.store.url else load_config(addr=addr, db=db, config=config).config
 
 
 def existing_directory(path: Path) -> Path:

@@ -92,7 +92,10 @@ class BackupHandlers:
                 name=TEXT,
                 path=TEXT,
                 created_ns=INTEGER,
-                gone={"type": "boolean", "description": "Whether no file exists at the path."},
+                gone={
+                    "type": "boolean",
+                    "description": "Whether no file exists at the path, or it is a backup of a database.",
+                },
             ),
         ),
         needs=DISK,
