@@ -30,10 +30,6 @@ class View(Reads, Protocol):
 
 
 class Entries(View, Protocol):
-    async def values(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-        """Of those that are stored."""
-        ...
-
     async def put(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Raises EngineBusyError, EngineUnavailableError."""
         ...
@@ -59,10 +55,6 @@ class LocalEntries(LocalView):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self._engine = engine
-
-    async def values(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-        found = ((key, self._engine.get(key)) for key in keys)
-        return {key: value for key, value in found if value is not None}
 
     async def put(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         batch = list(puts)

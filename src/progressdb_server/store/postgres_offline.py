@@ -41,9 +41,6 @@ SELECT tkey, key, value FROM (
     SELECT tkey, key, value, sum(octet_length(value)) OVER (ORDER BY tkey, key) - octet_length(value) AS before
     FROM (SELECT tkey, key, value FROM store_entry WHERE (tkey, key) > ($1, $2) ORDER BY tkey, key LIMIT $3) AS few
 ) AS summed WHERE before < $4 ORDER BY tkey, key"""
-_VALUES: Final = """
-SELECT entry.key, entry.value FROM unnest($1::bytea[], $2::bytea[]) AS wanted (tkey, key)
-JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key"""
 _PUT: Final = """
 INSERT INTO store_entry (tkey, key, value) SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::bytea[])
 ON CONFLICT (tkey, key) DO UPDATE SET value = excluded.value"""
@@ -86,10 +83,6 @@ class PostgresEntries(PostgresReads):
         while rows := await self._fetch(_WALK, *after, SCAN_ENTRIES_MAX, WALK_BYTES_MAX):
             yield [(key, value) for _, key, value in rows]
             after = (rows[-1][0], rows[-1][1])
-
-    async def values(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-        places = [(tkey(key), key) for key in keys]
-        return dict(await self._fetch(_VALUES, *zip(*places, strict=True))) if places else {}
 
     async def put(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         values: list[tuple[bytes, bytes, bytes]] = []
