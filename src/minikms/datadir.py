@@ -12,7 +12,7 @@ Owns the order in which its parts are opened, for each mode:
 Invariants: each step is a precondition of the next; the root key is released as soon as the keyring is open; a missing
 keyring beside existing keys is refused, never made again; every start raises the epoch, durably, before a request is
 served; a keyring older than the audit log is refused unless the restore is accepted. That check is no proof that a
-keyring is the newest: whoever puts back an old log too passes it, and is found only by clients that remember the epoch.
+keyring is the newest: an old log that was put back too passes it, and only clients that remember the epoch find that.
 It must never keep or copy a root key.
 """
 

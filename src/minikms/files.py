@@ -119,7 +119,7 @@ def read_file_of(name: str, bytes_exact: int, *, dir_fd: int) -> bytes | None:
     """The content of a file of exactly `bytes_exact` bytes, in three system calls; None if it is absent, has another
     length, or can't be read.
 
-    For files that are read by the million: whoever needs the reason calls `read_file_bounded`.
+    For files that are read by the million. For the reason of a failure call `read_file_bounded`.
     """
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)

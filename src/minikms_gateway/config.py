@@ -23,7 +23,7 @@ NAMES_COUNT_MAX: Final = 64
 """Trust domains, or DNS suffixes, of one CA."""
 
 Algorithm = Literal["ES256", "ES384", "ES512", "EdDSA", "Ed25519", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]
-"""Never one with a shared secret: whoever can verify such a token could make one."""
+"""Never one with a shared secret: a verifier of such a token could make one."""
 SVID_ALGORITHMS: Final = frozenset({"ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
 """Those that a JWT-SVID may have."""
 

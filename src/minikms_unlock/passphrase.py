@@ -1,8 +1,8 @@
 """The root key source `passphrase:`: Argon2id (RFC 9106) of a passphrase that a person types.
 
 Owns: the configuration file (docs/spec/unlock.md), its bounds, and the derivation. Invariants: salt and parameters come
-from the configuration only, which nobody but root and this user could have written. They are bounded: whoever writes it
-can't weaken a new passphrase below the lower bounds. The upper bounds, 4 GiB of memory and 64 passes, can still cost
+from the configuration only, which nobody but root and this user could have written. They are bounded: nobody can
+weaken a new passphrase below the lower bounds. The upper bounds, 4 GiB of memory and 64 passes, can still cost
 minutes, or more memory than a small machine has. The derived key is written into the arena. It must never keep a
 passphrase or a key.
 """

@@ -3,8 +3,8 @@
 Owns: the layout (`tile/<level>/<index>[.p/<width>]`), which tiles a tree of a size has, and the right edge of a tree,
 from which it grows. Invariants: memory is bounded by one tile for each level, and for a reader by `TILES_CACHED_MAX`
 and `NODES_CACHED_MAX`; a tile of another size than its width is refused. Entry bundles are not part of it: the entry of
-a line is its SHA-256, which whoever has the line computes. It must never do I/O; a reader gets a function that returns
-the content of a path.
+a line is its SHA-256, which any holder of the line can compute. It must never do I/O; a reader gets a function that
+returns the content of a path.
 """
 
 from __future__ import annotations

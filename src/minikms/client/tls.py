@@ -295,8 +295,8 @@ class TlsEndpoint(Endpoint):
         else:
             what = f"the certificate {self._pair[0]}: replace it, or have its CA added to the gateway's [[client_ca]]"
         also = "".join(f". Beside that, {trouble}" for trouble in self._troubles())
-        told = alert.lower().replace("_", " ")
-        return KmsCredentialsError(f"{self._url} refuses this client ({told}), which has {what}{also}")
+        meaning = alert.lower().replace("_", " ")
+        return KmsCredentialsError(f"{self._url} refuses this client ({meaning}), which has {what}{also}")
 
 
 class TlsSocket(ssl.SSLSocket):

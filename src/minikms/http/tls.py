@@ -103,6 +103,7 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
         "_connection",
         "_ended",
         "_eof",
+        "_eof_reported",
         "_failed",
         "_incoming",
         "_outgoing",
@@ -110,7 +111,6 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
         "_raw",
         "_server",
         "_tls",
-        "_told",
     )
 
     _raw: asyncio.Transport
@@ -125,8 +125,8 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
         self._ended = False
         """This side has sent its last byte: input is discarded."""
         self._eof = False
-        """The peer has closed its side of the TCP connection. OpenSSL is not told: it would end the other side too."""
-        self._told = False
+        """The peer has closed its side of the TCP connection. OpenSSL must not know: it would end the other side."""
+        self._eof_reported = False
         """The engine knows that the peer sends nothing more."""
         self._failed = False
         """The handshake has failed, and that was reported."""
@@ -150,7 +150,7 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
         return self._server.ciphertext
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._ended or self._told:
+        if self._ended or self._eof_reported:
             return
         self._incoming.write(self._server.ciphertext[:nbytes])
         if self._connection is None:
@@ -221,7 +221,7 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
     def _read(self) -> None:
         """Decrypt what has arrived into the engine's buffer, until it is used up or the engine pauses."""
         connection = self._connection
-        if connection is None or self._told:
+        if connection is None or self._eof_reported:
             return
         waits = False
         ended = False
@@ -244,7 +244,7 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
             if filled:
                 connection.buffer_updated(filled)
             if ended and not self._ended:
-                self._told = True
+                self._eof_reported = True
                 if not connection.eof_received():
                     self.close()
         self._flush()  # the answer to a key update

@@ -1,6 +1,6 @@
 """The pin file: which root keys may open which keyring, as root has decided.
 
-Whoever can write in the data directory could put a keyring of his own there, with a root key of his own. The pin file
+A writer of the data directory could put a keyring of his own there, with a root key of his own. The pin file
 lies outside the data directory and belongs to root. It names the keyring, and each root key by HMAC(root key, label),
 which only the holder of the root key can make and which reveals nothing about it. Beside each stands the fingerprint,
 which shows which root keys of the keyring are pinned.

@@ -131,7 +131,7 @@ def _print(page: dict[str, Any]) -> None:
     if "epoch" in kms:
         by_state = kms["keys"]["by_state"].items() if "keys" in kms else ()  # a gateway does not tell
         counts = ", ".join(f"{count:,} {state}" for state, count in by_state) or (
-            "none" if "keys" in kms else "not told"
+            "none" if "keys" in kms else "not shown"
         )
         print(f"  keys       {counts}; epoch {kms['epoch']}, keyring {kms['keyring_id']}")
     if "error" in kms:

@@ -3,8 +3,8 @@
 Owns: the move of `PROGRESSDB_MINIKMS_MASTER_KEY` into a sealed memfd that this process never maps, and the
 re-execution without the variable. Invariants: the process that continues never had the key in its memory (execve(2)
 replaces the address space in which the variable was); its `/proc/<pid>/environ` has no key; the memfd's content can't
-be changed (F_SEAL_*), and only the child that it is passed to inherits it. Whoever takes the descriptor passes it to
-one child and closes it, because /proc/<pid>/fd shows the key as long as it is open. Only miniKMS checks the key, so
+be changed (F_SEAL_*), and only the child that it is passed to inherits it. The caller of `take` passes it to one
+child and closes it, because /proc/<pid>/fd shows the key as long as it is open. Only miniKMS checks the key, so
 that this process never reads it. `main` calls `take` before it imports other modules; this module imports only what the
 interpreter has loaded already.
 """

@@ -76,13 +76,13 @@ class Messages(Reading):
 
     def _create(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Coroutine[Any, Any, Message]:
         if not new.thread:
-            return self._found(new, ticket, request_id)
+            return self._create_in_new_thread(new, ticket, request_id)
         state = self.sealer.known(new.thread)
         if state is None:
-            return self._found_or_append(new, ticket, request_id)
+            return self._create_or_append(new, ticket, request_id)
         return self._append(state, new, ticket, request_id)
 
-    async def _found_or_append(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
+    async def _create_or_append(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
         state = await self.sealer.thread(new.thread)
         while state is None:
             # One at a time for each thread, so that a burst of first messages makes one key.
@@ -90,29 +90,29 @@ class Messages(Reading):
                 state = await self.sealer.thread(new.thread)
                 if state is None:
                     try:
-                        return await self._found(new, ticket, request_id)
+                        return await self._create_in_new_thread(new, ticket, request_id)
                     except ConditionFailedError as error:
                         if ticket is not None and error.key == ticket.key:
                             raise
                         state = await self.sealer.thread(new.thread)
         return await self._append(state, new, ticket, request_id)
 
-    async def _found(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
+    async def _create_in_new_thread(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
         """Make the thread, with its first message."""
-        made: list[Message] = []
+        first: list[Message] = []
 
         def drafted() -> tuple[Thread, Draft]:
             thread, created = self.new_thread(author=new.author, title=None, name=new.thread)
             stamp = self.clock.next()
             message = new.first_version(keyspace.message_id(stamp), thread.id, stamp.time_ns)
-            made[:] = (message,)
+            first[:] = (message,)
             extra = (ticket.put(message.id, stamp.time_ns),) if ticket else ()
             expect = (ticket.condition,) if ticket else ()
-            founding = drafts.new_thread(thread, created, extra, expect)
-            return thread, drafts.joined(founding, drafts.first_version(message, stamp))
+            new_thread = drafts.new_thread(thread, created, extra, expect)
+            return thread, drafts.joined(new_thread, drafts.first_version(message, stamp))
 
-        await self.found(drafted, request_id, named=bool(new.thread))
-        return made[0]
+        await self.make_thread(drafted, request_id, named=bool(new.thread))
+        return first[0]
 
     async def _append(
         self, state: ThreadState, new: NewMessage, ticket: Ticket | None, request_id: str | None
@@ -150,7 +150,7 @@ class Messages(Reading):
     ) -> Message:
         """`entry` is the author's entry among the members; without one the message makes the author a member, for which
         there is `room`. Raises NotAMemberError if the author was removed meanwhile."""
-        made: list[Message] = []
+        first: list[Message] = []
         key = keyspace.writer(state.thread, new.author)
         expect = ((key, entry),) if new.as_member or entry is None else ()
         if ticket:
@@ -158,7 +158,7 @@ class Messages(Reading):
 
         def draft(stamp: Stamp) -> Draft:
             message = new.first_version(keyspace.message_id(stamp), state.thread, stamp.time_ns)
-            made[:] = (message,)
+            first[:] = (message,)
             extra: list[tuple[bytes, bytes | None]] = [ticket.put(message.id, stamp.time_ns)] if ticket else []
             if entry is None:
                 extra += ((key, membership.MEMBER), *room[0])
@@ -173,7 +173,7 @@ class Messages(Reading):
             raise NotAMemberError from None
         if entry != membership.REMOVED and new.author not in state.writers:
             state.remember_writer(new.author)
-        return made[0]
+        return first[0]
 
     # --- changing -------------------------------------------------------------------------------------------------
     async def update_message(
@@ -290,7 +290,7 @@ class Messages(Reading):
             order_key = keyspace.order(owner) + place.first
             expect: tuple[tuple[bytes, bytes | None], ...] = ((order_key, place.value),)
             if member is not None:
-                # Under both rules an outsider has no message here and can't read the message to react to.
+                # Only a member may, under either rule: an outsider has no message here, and can't read one to react to.
                 await self.check_member(owner, member, Act.READ)
                 expect = (*expect, (keyspace.writer(owner, member), membership.MEMBER))
             fields = change(current.message)

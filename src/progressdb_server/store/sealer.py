@@ -121,7 +121,7 @@ class Sealer:
         self._clock = clock
         self._metrics = metrics
         self._threads: dict[str, ThreadState] = {}
-        self.founding: Counter[str] = Counter()
+        self.creates: Counter[str] = Counter()
         """Threads that are being made, with the number of creates."""
         self._renewals: dict[str, asyncio.Task[None]] = {}
         self._switching: Counter[str] = Counter()
@@ -263,22 +263,22 @@ class Sealer:
                 with contextlib.suppress(KmsError):  # else the key service lists it as one that no record uses
                     await self._provider.retire_key(unused)
 
-    async def found(self, thread: str, draft: Draft, request_id: str | None) -> None:
+    async def make_thread(self, thread: str, draft: Draft, request_id: str | None) -> None:
         """Make the key of a new thread, then seal and commit under it. Raises StoreUnavailableError;
         ConditionFailedError when somebody else made the thread first.
 
         No key is made while the writer refuses writes. If the key turns out to be unused, it is retired. If that fails,
         or the create is cut off, the key is an orphan, which `jobs.orphans` retires. The key stays active after a
         commit that failed halfway, because its records may be stored."""
-        self.founding[thread] += 1
+        self.creates[thread] += 1
         try:
-            await self._found(thread, draft, request_id)
+            await self._make_key_and_commit(thread, draft, request_id)
         finally:
-            self.founding[thread] -= 1
-            if not self.founding[thread]:
-                del self.founding[thread]
+            self.creates[thread] -= 1
+            if not self.creates[thread]:
+                del self.creates[thread]
 
-    async def _found(self, thread: str, draft: Draft, request_id: str | None) -> None:
+    async def _make_key_and_commit(self, thread: str, draft: Draft, request_id: str | None) -> None:
         self.check_halted()
         await self._writer.check_writable()
         try:
@@ -365,7 +365,7 @@ class Sealer:
 
     def making_key(self, thread: str) -> bool:
         """Whether a key is being made that the thread's map may name soon."""
-        return thread in self.founding or thread in self._renewals
+        return thread in self.creates or thread in self._renewals
 
     async def has_keys(self, thread: str, key_ids: Collection[str]) -> bool:
         """Whether the key service says now that it has all of these keys of the thread. No record is opened. It is also

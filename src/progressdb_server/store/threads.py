@@ -153,7 +153,7 @@ class Threads(OpenStore):
                 thread, created = self.new_thread(author=author, title=title)
                 return thread, drafts.new_thread(thread, created, _entries(thread.id, others))
 
-            return await self.found(drafted, request_id)
+            return await self.make_thread(drafted, request_id)
         ticket = Ticket(idempotency, ["thread", author, title, *([others] if others else [])])
 
         def drafted_once() -> tuple[Thread, Draft]:
@@ -162,13 +162,13 @@ class Threads(OpenStore):
             return thread, drafts.new_thread(thread, created, extra, (ticket.condition,))
 
         async with self.locks.hold(ticket.key):
-            made, new = await self.once(ticket, lambda: self.found(drafted_once, request_id))
+            made, new = await self.once(ticket, lambda: self.make_thread(drafted_once, request_id))
             if new is not None:
                 return new
             created_ts = (await self.get_thread(made)).created_ts
             return _new(made, author, title, created_ts)
 
-    async def found(
+    async def make_thread(
         self, drafted: Callable[[], tuple[Thread, Draft]], request_id: str | None, *, named: bool = False
     ) -> Thread:
         """Make the key of a new thread, then the thread. It is drafted again if another server has used one of its
@@ -176,7 +176,7 @@ class Threads(OpenStore):
         while True:
             thread, draft = drafted()
             try:
-                await self.sealer.found(thread.id, draft, request_id)
+                await self.sealer.make_thread(thread.id, draft, request_id)
                 return thread
             except LateStampError:
                 continue

@@ -7,7 +7,7 @@ adds the headers that every response carries. Invariants:
 - An error before the first byte was sent becomes an error response. A later one ends the connection before the list's
   end, so that no client takes a part for the whole.
 - A client that stops reading does not keep an iterator of the store open.
-- Every response has its CORS headers and request id, and its status is recorded, whoever sends it.
+- Every response has its CORS headers and request id, and its status is recorded.
 """
 
 from __future__ import annotations
