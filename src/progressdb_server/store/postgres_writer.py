@@ -38,6 +38,7 @@ from progressdb_server.store.nodes import (
     Connection,
     Nodes,
     now_s,
+    warn,
 )
 from progressdb_server.store.tables import SCHEMA, is_thread, tkey
 from progressdb_server.store.writer import Counters, GroupCommit
@@ -249,6 +250,7 @@ async def find(nodes: Nodes) -> Connection:
         lock_timeout=str(LOCK_S_MAX * 1000),
         idle_in_transaction_session_timeout=str(IDLE_S_MAX * 1000),
     )
+    connection.add_log_listener(warn)
     if not nodes.waits_for_standbys(connection):
         connection.terminate()
         _log.error("store_node_without_standbys", reason="synchronous_standby_names is empty there")
