@@ -367,21 +367,24 @@ class Cluster:
                 return json.loads(content or b"true")
         return None
 
-    def members(self) -> list[dict[str, Any]]:
+    def members(self, but: str = "") -> list[dict[str, Any]]:
+        """As a host other than this one says."""
         for host in DATABASES:
-            if found := self.patroni(host, "/cluster"):
+            if host != but and (found := self.patroni(host, "/cluster")):
                 return list(found["members"])
         return []
+
+    def leader(self, but: str = "") -> str:
+        """The host that has the leader key, as a host other than `but` says; empty if none has it."""
+        return next((str(one["name"]) for one in self.members(but) if one["role"] == "leader"), "")
 
     def primary(self) -> str:
         """The host that has the leader key. AssertionError if none has it for a minute."""
         end = time.monotonic() + WAIT_S_MAX
-        while time.monotonic() < end:
-            for member in self.members():
-                if member["role"] == "leader":
-                    return str(member["name"])
+        while not (found := self.leader()):
+            assert time.monotonic() < end, "no host is the primary"
             time.sleep(0.1)
-        raise AssertionError("no host is the primary")
+        return found
 
     def whole(self) -> bool:
         """A primary, and standbys that stream from it, of which each may be counted."""
