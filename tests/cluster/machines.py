@@ -53,7 +53,6 @@ class Variant(NamedTuple):
     synchronous_mode: str = "quorum"
     single_node: bool = False
     """The message servers do not ask for standbys."""
-    watchdog: bool = True
     source: Path | None = None
     """Of another version of the project."""
     ahead_s: Mapping[str, int] = MappingProxyType({})
@@ -342,9 +341,8 @@ class Cluster:
         for host in APPLICATIONS:
             self.start_application(host)
         wait_until(self.serves, seconds=START_S_MAX)
-        if self.variant.watchdog:
-            for host in DATABASES:
-                threading.Thread(target=self._watch, args=(host,), daemon=True).start()
+        for host in DATABASES:
+            threading.Thread(target=self._watch, args=(host,), daemon=True).start()
 
     def _watch(self, host: str) -> None:
         """As a watchdog of hardware, which resets a host whose Patroni does not write to it."""

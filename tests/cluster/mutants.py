@@ -71,7 +71,6 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         ("--faults", "host_stopped"),
         "and is not listed at",
     ),
-    "no-watchdog": Mutant(Variant(watchdog=False), (), ("--faults", "patroni_stopped"), "was acknowledged at"),
     "retry-reads": Mutant(
         Variant(),
         (
