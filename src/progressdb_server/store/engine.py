@@ -15,9 +15,10 @@ It must never interpret a key or a value.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final, Protocol
 
+from progressdb_server.store import keyspace
 from progressdb_server.store.model import StoreUnavailableError
 
 SCAN_ENTRIES_MAX: Final = 4096
@@ -64,6 +65,15 @@ class Reads(Protocol):
 
     async def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]: ...
 
+    async def values(self, keys: Collection[bytes], *, bytes_max: int | None = None) -> dict[bytes, bytes]:
+        """Those of the keys that are stored, in one round trip; no more, in their order, after the values together have
+        `bytes_max`."""
+        ...
+
+    async def newest(self, prefixes: Sequence[bytes]) -> list[bytes | None]:
+        """The last key under each prefix, in one round trip."""
+        ...
+
 
 class LocalReads:
     """`Reads` of an engine of this process."""
@@ -81,6 +91,22 @@ class LocalReads:
 
     async def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
         return self._reader.keys(lower, upper, limit=limit, reverse=reverse)
+
+    async def values(self, keys: Collection[bytes], *, bytes_max: int | None = None) -> dict[bytes, bytes]:
+        found: dict[bytes, bytes] = {}
+        size = 0
+        for key in keys:
+            value = self._reader.get(key)
+            if value is not None:
+                found[key] = value
+                size += len(value)
+                if bytes_max is not None and size >= bytes_max:
+                    break
+        return found
+
+    async def newest(self, prefixes: Sequence[bytes]) -> list[bytes | None]:
+        found = [self._reader.keys(prefix, keyspace.after(prefix), limit=1, reverse=True) for prefix in prefixes]
+        return [keys[0] if keys else None for keys in found]
 
 
 class Engine(Reader, Protocol):

@@ -340,6 +340,11 @@ def claim(thread: str) -> bytes:
     return b"claim:" + part(thread)
 
 
+def room(thread: str) -> bytes:
+    """Counts the additions to the members of a thread that several servers may change."""
+    return b"claim:%b:room" % part(thread)
+
+
 def server(server_id: str) -> bytes:
     """Until when the claims of a server hold."""
     return b"server:" + server_id.encode()

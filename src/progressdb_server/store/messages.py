@@ -14,13 +14,14 @@ Owns: what a next version becomes, and how many versions and bytes a message may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 import msgspec
 
 from minikms import api
 from progressdb_server.store import drafts, keyspace, membership, record
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.drafts import Draft
 from progressdb_server.store.idempotency import Ticket
 from progressdb_server.store.keyspace import Stamp
@@ -42,6 +43,7 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.reading import Reading
 from progressdb_server.store.sealer import ThreadState
+from progressdb_server.store.threads import Room
 
 VERSIONS_COUNT_MAX: Final = 10_000
 VERSIONS_BYTES_MAX: Final = 256 * 1024 * 1024
@@ -121,22 +123,33 @@ class Messages(Reading):
         entry = await self.reads.get(key)
         if entry is None:
             async with self.locks.hold(keyspace.writers(state.thread)):
-                entry = await self.reads.get(key)
-                if entry is None:
+                while (entry := await self.reads.get(key)) is None:
                     if new.as_member:
                         await self.check_member(state.thread, new.author, Act.WRITE)
+                    room: Room = ((), ())
                     if not state.deleted:  # else the write is refused for that reason
-                        await self.check_room(state.thread, 1)
-                    return await self._append_as(None, state, new, ticket, request_id=request_id)
+                        room = await self.check_room(state.thread, 1)
+                    try:
+                        return await self._append_as(None, state, new, ticket, request_id=request_id, room=room)
+                    except ConditionFailedError as error:  # another server has added members meanwhile
+                        if error.key != keyspace.room(state.thread):
+                            raise
         if new.as_member:
             await self.check_member(state.thread, new.author, Act.WRITE)
         return await self._append_as(entry, state, new, ticket, request_id=request_id)
 
     async def _append_as(
-        self, entry: bytes | None, state: ThreadState, new: NewMessage, ticket: Ticket | None, *, request_id: str | None
+        self,
+        entry: bytes | None,
+        state: ThreadState,
+        new: NewMessage,
+        ticket: Ticket | None,
+        *,
+        request_id: str | None,
+        room: Room = ((), ()),
     ) -> Message:
-        """`entry` is the author's entry among the members; without one the message makes the author a member. Raises
-        NotAMemberError if the author was removed meanwhile."""
+        """`entry` is the author's entry among the members; without one the message makes the author a member, for which
+        there is `room`. Raises NotAMemberError if the author was removed meanwhile."""
         made: list[Message] = []
         key = keyspace.writer(state.thread, new.author)
         expect = ((key, entry),) if new.as_member or entry is None else ()
@@ -148,8 +161,8 @@ class Messages(Reading):
             made[:] = (message,)
             extra: list[tuple[bytes, bytes | None]] = [ticket.put(message.id, stamp.time_ns)] if ticket else []
             if entry is None:
-                extra.append((key, membership.MEMBER))
-            return drafts.first_version(message, stamp, extra, expect)
+                extra += ((key, membership.MEMBER), *room[0])
+            return drafts.first_version(message, stamp, extra, (*expect, *room[1]))
 
         try:
             await self.sealer.append(state, draft, request_id)
@@ -281,7 +294,8 @@ class Messages(Reading):
                 await self.check_member(owner, member, Act.READ)
                 expect = (*expect, (keyspace.writer(owner, member), membership.MEMBER))
             fields = change(current.message)
-            if fields is None:
+            if fields is None:  # what is answered must be durable, and on the node that answers
+                await self._under(self.writer.commit(Write((), expect)), order_key)
                 return current.message
             changed = msgspec.structs.replace(current.message, **fields)
             content = "" if "body" in fields else current.content
@@ -294,13 +308,17 @@ class Messages(Reading):
                 changed.ts = stamp.time_ns
                 return drafts.later_version(changed, first, stamp, content, secret, expect=expect)
 
-            try:
-                await self.sealer.append(state, draft, request_id)
-            except ConditionFailedError as error:
-                if error.key == order_key:
-                    raise
-                raise NotAMemberError from None
+            await self._under(self.sealer.append(state, draft, request_id), order_key)
             return changed
+
+    async def _under(self, writing: Awaitable[None], order_key: bytes) -> None:
+        """Raises ConditionFailedError for the message's place, and NotAMemberError for the only other condition."""
+        try:
+            await writing
+        except ConditionFailedError as error:
+            if error.key == order_key:
+                raise
+            raise NotAMemberError from None
 
 
 def _check_bounds(before: record.Before, added: int) -> None:

@@ -206,6 +206,20 @@ class Reading(Threads):
         lower, upper = records + min(stamps), keyspace.next_key(records + max(stamps))
         return dict(await self.reads.scan(lower, upper, limit=2 * len(stamps), bytes_max=LIST_BYTES_MAX))
 
+    async def _with_far(
+        self, records: bytes, stamps: Collection[bytes], near: Mapping[bytes, bytes] = _NONE
+    ) -> Mapping[bytes, bytes]:
+        """`near`, and what else the versions at these stamps need, their contents too, up to bounds, in two round
+        trips. An engine of this process finds each of them as fast."""
+        if not self.shared:
+            return near
+        found = dict(near)
+        own = [records + stamp for stamp in stamps]
+        found |= await self.reads.values([key for key in own if key not in found], bytes_max=LIST_BYTES_MAX)
+        contents = dict.fromkeys(_content_key(records, found[key]) for key in own if key in found)
+        wanted = [key for key in contents if key and key not in found]
+        return found | await self.reads.values(wanted, bytes_max=LIST_BYTES_MAX)
+
     async def _load(
         self,
         records: bytes,
@@ -314,11 +328,12 @@ class Reading(Threads):
         neighbour: LoadedVersion | None = None
         known: dict[bytes, record.Opened] = {}
         while entries := await self.reads.scan(lower, upper, limit=LIST_MESSAGES_MAX):
+            near = await self._with_far(records, [key[len(prefix) :] for key, _ in entries])
             batch: list[LoadedVersion] = []
             size = 0
             for key, _ in entries:
                 lower = keyspace.next_key(key)
-                loaded = await self._load(records, key[len(prefix) :], first, neighbour)
+                loaded = await self._load(records, key[len(prefix) :], first, neighbour, near)
                 shared = neighbour is not None and loaded.content in (neighbour.content, neighbour.own)
                 size += len(loaded.own.sealed) if shared else loaded.bytes
                 batch.append(loaded)
@@ -439,7 +454,8 @@ class Reading(Threads):
                     stamps.append((first, first))
             if not stamps:
                 continue
-            near = await self._near(records, [latest for latest, _ in stamps])
+            latest_stamps = [latest for latest, _ in stamps]
+            near = await self._with_far(records, latest_stamps, await self._near(records, latest_stamps))
             batch: list[LoadedVersion] = []
             size = 0
             for latest, first in stamps:
@@ -519,8 +535,9 @@ class Reading(Threads):
         shown: list[StoredVersion] = []
         batch: list[LoadedVersion] = []
         size = shown_bytes = 0
+        near = await self._with_far(records, [stamp for stamp, _ in stamps])
         for number, (stamp, first) in enumerate(stamps, start=1):
-            batch.append(await self._load(records, stamp, first))
+            batch.append(await self._load(records, stamp, first, near=near))
             size += batch[-1].bytes
             shown_bytes += batch[-1].bytes
             is_full = shown_bytes > PAGE_BYTES_MAX
@@ -629,6 +646,15 @@ def _place(key: bytes, value: bytes) -> OrderEntry:
         return OrderEntry.parse(key, value)
     except ValueError as error:
         raise RecordUnreadableError(f"the index entry {key.decode()} is malformed") from error
+
+
+def _content_key(records: bytes, raw: bytes) -> bytes:
+    """Of the record that has the content of this one; empty if that is itself."""
+    try:
+        header, _ = record.unpack_message(raw)
+    except record.RecordFormatError:
+        return b""
+    return records + header.content.encode() if isinstance(header, record.LaterHeader) and header.content else b""
 
 
 def _first_stamp(message: str) -> bytes:

@@ -46,7 +46,7 @@ def _owner(key: bytes) -> tuple[bytes, bytes]:
             return b"thread:" + thread, key
         case b"kms", [b"map", b"thread", thread]:
             return b"thread:" + thread, key
-        case b"claim", [thread]:
+        case b"claim", [thread, *_]:
             return b"thread:" + thread, key
         case b"index", [b"author", author, *_]:
             return b"author:" + author, b"index:author:%b:" % author
@@ -112,6 +112,8 @@ async def upgrade(url: str) -> tuple[int, int]:
     """Bring the tables to this version's number; the numbers before and after. Two upgrades wait for each other.
     Raises FormatError, StoreUnavailableError."""
     async with _one(url) as connection, connection.transaction():
+        # Servers that share the row one after another would keep out whoever waits for the row alone.
+        await connection.execute("LOCK TABLE store_schema IN EXCLUSIVE MODE")
         before = await number_of(connection, "FOR UPDATE")
         if before > SCHEMA:
             raise FormatError(other_schema(before))

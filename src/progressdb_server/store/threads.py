@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -71,6 +71,10 @@ def _to_open(thread: str, header: record.ThreadHeader, sealed: bytes) -> Decrypt
 
 def _entries(thread: str, members: Sequence[str]) -> tuple[tuple[bytes, bytes], ...]:
     return tuple((keyspace.writer(thread, member), membership.MEMBER) for member in members)
+
+
+Room: TypeAlias = tuple[Sequence[tuple[bytes, bytes]], Sequence[tuple[bytes, bytes | None]]]
+"""Puts and conditions of a write that adds members."""
 
 
 class Listed(NamedTuple):
@@ -186,10 +190,10 @@ class Threads(OpenStore):
         holds the lock of the ticket."""
         for again in (True, True, False):
             made = await ticket.recall(self.reads, self.clock.now_ns())
-            if made is not None:
-                await self.writer.barrier()  # what is answered must be durable
-                return made, None
             try:
+                if made is not None:  # what is answered must be durable, and on the node that answers
+                    await self.writer.commit(Write((), (ticket.condition,)))
+                    return made, None
                 return "", await create()
             except OutcomeUnknownError:
                 if not (again and self.shared):
@@ -203,36 +207,43 @@ class Threads(OpenStore):
     # --- reading --------------------------------------------------------------------------------------------------
     async def _load_thread(self, thread: str) -> tuple[record.ThreadHeader, bytes] | None:
         raw = await self.reads.get(keyspace.meta(thread))
-        if raw is None:
-            return None
-        return _unpacked(thread, raw)
+        return None if raw is None else _unpacked(thread, raw)
 
     async def _open_thread(self, name: str, header: record.ThreadHeader, sealed: bytes) -> Thread:
         """Raises StoreUnavailableError, RecordUnreadableError."""
         (plaintext,) = await self.sealer.open([_to_open(name, header, sealed)])
         try:
-            return await self._opened(name, header, plaintext)
+            thread = record.open_thread(header, name, plaintext)
         except record.RecordFormatError as error:
             raise RecordUnreadableError(f"the metadata of thread {name} is malformed") from error
-
-    async def _opened(self, name: str, header: record.ThreadHeader, plaintext: bytes) -> Thread:
-        """Raises RecordFormatError."""
-        thread = record.open_thread(header, name, plaintext)
-        thread.updated_ts = max(thread.updated_ts, await self._last_touch(name))
+        await self._touch([thread])
         return thread
 
-    async def _load_listed(self, thread: str) -> Listed:
-        try:
-            found = await self._load_thread(thread)
-        except RecordUnreadableError:
-            return Listed(thread, None, b"", RECORD_MALFORMED)
-        return Listed(thread, None, b"", RECORD_MISSING) if found is None else Listed(thread, *found)
+    async def _load_listed(self, threads: Sequence[str]) -> list[Listed]:
+        """In order, up to LIST_BYTES_MAX, which one may exceed."""
+        found = await self.reads.values([keyspace.meta(thread) for thread in threads], bytes_max=LIST_BYTES_MAX)
+        listed: list[Listed] = []
+        size = 0
+        for thread in threads:
+            if size >= LIST_BYTES_MAX:
+                break
+            raw = found.get(keyspace.meta(thread))
+            if raw is None:
+                listed.append(Listed(thread, None, b"", RECORD_MISSING))
+                continue
+            size += len(raw)
+            try:
+                listed.append(Listed(thread, *_unpacked(thread, raw)))
+            except RecordUnreadableError:
+                listed.append(Listed(thread, None, b"", RECORD_MALFORMED))
+        return listed
 
     async def _open_listed(self, listed: Sequence[Listed]) -> list[Thread]:
         """In order; one that does not open has `error`. Raises StoreUnavailableError."""
         items = [_to_open(one.thread, one.header, one.sealed) for one in listed if one.header is not None]
         answers = iter(await self.sealer.open_each(items))
         threads: list[Thread] = []
+        opened: list[Thread] = []
         for one in listed:
             if one.header is None:
                 threads.append(one.unopened(one.error))
@@ -242,19 +253,28 @@ class Threads(OpenStore):
                 threads.append(one.unopened(answer.code))
                 continue
             try:
-                threads.append(await self._opened(one.thread, one.header, answer))
+                opened.append(record.open_thread(one.header, one.thread, answer))
+                threads.append(opened[-1])
             except record.RecordFormatError:
                 threads.append(one.unopened(RECORD_MALFORMED))
+        await self._touch(opened)
         return threads
 
     async def listed_threads(self, thread_ids: Sequence[str], *, opened: bool = True) -> list[Thread]:
-        listed = [await self._load_listed(thread) for thread in thread_ids]
-        return await self._open_listed(listed) if opened else [one.unopened(one.error or NOT_OPENED) for one in listed]
+        threads: list[Thread] = []
+        while len(threads) < len(thread_ids):
+            listed = await self._load_listed(thread_ids[len(threads) :])
+            threads += (
+                await self._open_listed(listed) if opened else [one.unopened(one.error or NOT_OPENED) for one in listed]
+            )
+        return threads
 
-    async def _last_touch(self, thread: str) -> int:
-        prefix = keyspace.messages(thread)
-        newest = await self.reads.keys(prefix, keyspace.after(prefix), limit=1, reverse=True)
-        return keyspace.stamp_of(newest[0]).time_ns if newest else 0
+    async def _touch(self, threads: Sequence[Thread]) -> None:
+        """The last change of a thread is the later of its metadata's and its newest record's."""
+        newest = await self.reads.newest([keyspace.messages(thread.id) for thread in threads])
+        for thread, key in zip(threads, newest, strict=True):
+            if key is not None:
+                thread.updated_ts = max(thread.updated_ts, keyspace.stamp_of(key).time_ns)
 
     async def get_thread(self, thread_id: str) -> Thread:
         loaded = await self._load_thread(thread_id)
@@ -269,17 +289,9 @@ class Threads(OpenStore):
         lower, upper = prefix, keyspace.after(prefix)
         needle = title.casefold() if title else ""
         while entries := await self.reads.scan(lower, upper, limit=LIST_THREADS_MAX):
-            listed: list[Listed] = []
-            size = 0
-            for key, _ in entries:
-                lower = keyspace.next_key(key)
-                one = await self._load_listed(keyspace.last_part(key))
-                if one.header is not None and one.header.deleted_ns and not include_deleted:
-                    continue
-                listed.append(one)
-                size += len(one.sealed)
-                if size > LIST_BYTES_MAX:
-                    break
+            loaded = await self._load_listed([keyspace.last_part(key) for key, _ in entries])
+            lower = keyspace.next_key(entries[len(loaded) - 1][0])
+            listed = [one for one in loaded if include_deleted or one.header is None or not one.header.deleted_ns]
             chunk = [
                 thread
                 for thread in await self._open_listed(listed)
@@ -312,42 +324,55 @@ class Threads(OpenStore):
 
     async def add_members(self, thread_id: str, members: Sequence[str]) -> None:
         async with self.locks.hold(keyspace.writers(thread_id)):
-            keys = {keyspace.writer(thread_id, member) for member in members}
-            found = [(key, await self.reads.get(key)) for key in sorted(keys)]
-            changed = [(key, entry) for key, entry in found if entry != membership.MEMBER]
-            await self.check_room(thread_id, sum(entry is None for _, entry in changed))
-            await self._change_members(thread_id, [(key, membership.MEMBER) for key, _ in changed])
+            keys = sorted({keyspace.writer(thread_id, member) for member in members})
+            while True:
+                found = await self.reads.values(keys)
+                changed = [key for key in keys if found.get(key) != membership.MEMBER]
+                more, expect = await self.check_room(thread_id, sum(key not in found for key in changed))
+                room = more, [*expect, *((key, found[key]) for key in keys if key not in changed)]
+                if await self._change_members(thread_id, [(key, membership.MEMBER) for key in changed], room):
+                    return
 
     async def remove_member(self, thread_id: str, member: str) -> None:
         async with self.locks.hold(keyspace.writers(thread_id)):
             if (await self.get_thread(thread_id)).author == member:
                 raise MemberIsAuthorError
             key = keyspace.writer(thread_id, member)
-            if await self.reads.get(key) is None:
+            while True:
                 try:
-                    await self.check_room(thread_id, 1)
+                    room = await self.check_room(thread_id, int(await self.reads.get(key) is None))
                 except TooManyMembersError:
                     raise NoRoomToRemoveError from None
-            await self._change_members(thread_id, [(key, membership.REMOVED)])
+                if await self._change_members(thread_id, [(key, membership.REMOVED)], room):
+                    return
 
-    async def check_room(self, thread_id: str, more: int) -> None:
-        """Raises TooManyMembersError unless `more` entries can be added. The caller holds the lock of the entries."""
+    async def check_room(self, thread_id: str, more: int) -> Room:
+        """Under what condition `more` entries can be added, and a put with which no other server adds some meanwhile.
+        The caller holds the lock of the entries. Raises TooManyMembersError."""
         if not more:
-            return
+            return (), ()
+        key = keyspace.room(thread_id)
+        raw = await self.reads.get(key) if self.shared else None
         prefix = keyspace.writers(thread_id)
         left = membership.MEMBERS_COUNT_MAX - more
         if left < 0 or len(await self.reads.keys(prefix, keyspace.after(prefix), limit=left + 1)) > left:
             raise TooManyMembersError
+        return (((key, b"%d" % (int(raw or b"0") + 1)),), ((key, raw),)) if self.shared else ((), ())
 
-    async def _change_members(self, thread_id: str, puts: Sequence[tuple[bytes, bytes]]) -> None:
-        """Without a change it still waits for the disk: what it relies on may be visible and not durable yet."""
+    async def _change_members(self, thread_id: str, puts: Sequence[tuple[bytes, bytes]], room: Room) -> bool:
+        """False if one of the conditions of `room` does not hold. Without a change it still waits for the disk: what it
+        relies on may be visible and not durable yet."""
         map_key = keyspace.key_map(thread_id)
         if await self.reads.get(map_key) is None:
             raise ThreadNotFoundError
+        more, expect = room
         try:
-            await self.writer.commit(Write(puts, ((keyspace.closed(thread_id), None),)))
-        except ConditionFailedError:
+            await self.writer.commit(Write((*puts, *more), ((keyspace.closed(thread_id), None), *expect)))
+        except ConditionFailedError as error:
+            if error.key != keyspace.closed(thread_id):
+                return False
             raise ThreadNotFoundError from None
+        return True
 
     async def thread_page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """Ids of threads, newest first (by the beginning of an id: in the order of ids), and the cursor of the next

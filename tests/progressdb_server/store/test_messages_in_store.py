@@ -413,20 +413,25 @@ def test_a_message_in_encryption_when_its_thread_is_deleted_is_refused() -> None
 def test_a_message_during_the_write_of_its_threads_deletion_is_refused() -> None:
     class SlowDeletion(SealingProvider):
         async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]:
-            await asyncio.sleep(self.wait_s)
+            reached.set()
+            await go.wait()
             return await super().encrypt_batch(items)
 
-        wait_s = 0.0
-
+    reached, go = asyncio.Event(), asyncio.Event()
     provider = SlowDeletion()
 
     async def run(store: Conversations) -> None:
+        go.set()
         await fill(store, 1)
-        provider.wait_s = 0.05
+        go.clear()
+        reached.clear()
         deleting = asyncio.create_task(store.delete_thread("t", author=None, by="admin"))
-        await asyncio.sleep(0.02)
+        await reached.wait()
+        late = asyncio.create_task(store.create_message(NewMessage(author="ann", thread="t", body="late")))
+        await asyncio.sleep(0)
+        go.set()
         with pytest.raises(ThreadDeletedError):
-            await store.create_message(NewMessage(author="ann", thread="t", body="late"))
+            await late
         await deleting
         assert bodies(await messages_of(store, "t")) == [0]
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import asyncpg
 import pytest
 
-from progressdb_server.store import postgres
+from progressdb_server.store import membership, postgres
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
@@ -21,6 +21,7 @@ from progressdb_server.store.model import (
     OutcomeUnknownError,
     StoreUnavailableError,
     ThreadDeletedError,
+    TooManyMembersError,
 )
 from tests.progressdb_server.store.failing_database import end_the_wait, no_standby
 from tests.progressdb_server.store.opened_store import bodies, emptied, fill, messages_of, servers, versions_of
@@ -56,6 +57,23 @@ def test_a_member_removed_by_one_server_is_refused_by_the_other(database: str) -
         assert await two.members("t") == ["ann"]
         with pytest.raises(AuthorNotInThreadError):
             await two.check_reader("t", "eve")
+
+    with_two(database, run)
+
+
+def test_two_servers_together_keep_the_bound_on_members(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "MEMBERS_COUNT_MAX", 6)
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        one.rule = two.rule = "open"
+        await fill(one, 1)
+        outcomes = await asyncio.gather(
+            *[store.add_members("t", [f"{n}-{number}"]) for n, store in enumerate((one, two)) for number in range(3)],
+            *[store.create_message(of(f"{n}", 1, member=True)) for n, store in enumerate((one, two))],
+            return_exceptions=True,
+        )
+        assert [type(outcome) for outcome in outcomes if isinstance(outcome, Exception)] == [TooManyMembersError] * 3
+        assert len(await two.members("t")) == 6
 
     with_two(database, run)
 
@@ -179,6 +197,52 @@ def test_a_retry_after_an_unknown_outcome_waits_until_it_is_replicated(database:
             assert not (first.done() or again.done()), "a retry that only reads would acknowledge what no standby has"
         assert (await again).id == (await first).id
         assert bodies(await messages_of(one, "t")) == [0, 1]
+
+    with_two(database, run)
+
+
+def test_a_retry_on_a_node_without_the_first_write_makes_it_again(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read what was made, and the node that takes writes has changed since."""
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        await fill(one, 1)
+        retry = Idempotency("scope", "key")
+        first = await one.create_message(of("ann", 1), idempotency=retry)
+        connection = await asyncpg.connect(database)
+        real = two.reads.get
+
+        async def then_lost(key: bytes) -> bytes | None:
+            found = await real(key)
+            if key.startswith(b"idem:"):
+                await connection.execute(
+                    "DELETE FROM store_entry WHERE key LIKE 'idem:%' OR key LIKE $1", f"%{first.id[4:]}".encode()
+                )
+            return found
+
+        monkeypatch.setattr(two.reads, "get", then_lost)
+        again = await two.create_message(of("ann", 1), idempotency=retry)
+        assert again.id != first.id
+        assert again.id in [message.id for message in await messages_of(one, "t")]
+        await connection.close()
+
+    with_two(database, run)
+
+
+def test_what_was_done_before_is_acknowledged_once_it_is_replicated(database: str) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        first, _ = await fill(one, 2)
+        await one.add_members("t", ["bob"])
+        await one.delete_message(first.id, author="ann")
+        async with no_standby(database):
+            again = [
+                asyncio.ensure_future(two.delete_message(first.id, author="ann")),
+                asyncio.ensure_future(two.add_members("t", ["bob"])),
+            ]
+            done, _ = await asyncio.wait(again, timeout=0.5)
+            assert not done
+        await asyncio.gather(*again)
 
     with_two(database, run)
 
