@@ -27,7 +27,7 @@ BEFORE_S: Final = 10.0
 REPLACED_S_MAX: Final = 45.0
 QUIET_S: Final = 3.0
 """Without a fault, between two."""
-WHOLE_S_MAX: Final = 150.0
+WHOLE_S_MAX: Final = 90.0
 Fault = Callable[[Cluster], None]
 
 

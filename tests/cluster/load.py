@@ -23,7 +23,7 @@ from tests.cluster.machines import ADMIN, BACKEND, FRONTEND, PORT
 ATTEMPT_S_MAX: Final = 8.0
 """Then a client asks another server."""
 RETRY_S: Final = 0.2
-GIVE_UP_S: Final = 120.0
+GIVE_UP_S: Final = 90.0
 PAUSE_S_MAX: Final = 0.1
 """Between two operations of a client."""
 MESSAGES_MAX: Final = 60
