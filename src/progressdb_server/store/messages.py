@@ -14,13 +14,14 @@ Owns: what a next version becomes, and how many versions and bytes a message may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 import msgspec
 
 from minikms import api
 from progressdb_server.store import drafts, keyspace, membership, record
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.drafts import Draft
 from progressdb_server.store.idempotency import Ticket
 from progressdb_server.store.keyspace import Stamp
@@ -293,7 +294,8 @@ class Messages(Reading):
                 await self.check_member(owner, member, Act.READ)
                 expect = (*expect, (keyspace.writer(owner, member), membership.MEMBER))
             fields = change(current.message)
-            if fields is None:
+            if fields is None:  # what is answered must be durable, and on the node that answers
+                await self._under(self.writer.commit(Write((), expect)), order_key)
                 return current.message
             changed = msgspec.structs.replace(current.message, **fields)
             content = "" if "body" in fields else current.content
@@ -306,13 +308,17 @@ class Messages(Reading):
                 changed.ts = stamp.time_ns
                 return drafts.later_version(changed, first, stamp, content, secret, expect=expect)
 
-            try:
-                await self.sealer.append(state, draft, request_id)
-            except ConditionFailedError as error:
-                if error.key == order_key:
-                    raise
-                raise NotAMemberError from None
+            await self._under(self.sealer.append(state, draft, request_id), order_key)
             return changed
+
+    async def _under(self, writing: Awaitable[None], order_key: bytes) -> None:
+        """Raises ConditionFailedError for the message's place, and NotAMemberError for the only other condition."""
+        try:
+            await writing
+        except ConditionFailedError as error:
+            if error.key == order_key:
+                raise
+            raise NotAMemberError from None
 
 
 def _check_bounds(before: record.Before, added: int) -> None:

@@ -4,8 +4,8 @@ Owns: the rules for the URL, connecting, and the lease on the node in use (docs/
 Invariants:
 - A server uses the node that takes writes; if two do, the one of the later timeline.
 - A node is read only within LEASE_S of the beginning of a commit on it that its standbys have confirmed.
-- A server neither reads a node nor acknowledges a write there before WAIT_S have passed since its own first confirmed
-  commit on the node. By then no server may read the node before it.
+- A server neither reads a node nor acknowledges a write there until it has had the lease for WAIT_S without a gap. By
+  then no server may read another node.
 - Nothing waits for a node without a deadline.
 
 It must never send a cancel request for a commit, and it knows no table.
@@ -58,15 +58,17 @@ PLANS: Final = {
 }
 """Statements find few rows by their keys. A plan from when a table was small would read all of it later."""
 
-_NODE: Final = "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)"
+_NODE: Final = "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8), current_setting('synchronous_standby_names')"
 """The timeline. A node that is promoted begins a new one."""
 
 
 class Connection(asyncpg.Connection):
     """One to `node`, the empty string if the store has a single one."""
 
-    __slots__ = ("node", "warned")
+    __slots__ = ("node", "standbys", "warned")
     node: str
+    standbys: str
+    """Which ones the node waits for; empty for none, or where nobody asks."""
     warned: str
     """The last warning: a wait for the standby that was cancelled ends with one, and with success."""
 
@@ -133,9 +135,12 @@ class Nodes:
         self._replicated = replicated
         self._places = places_of(url)
         self._place = self._places[0]
-        self.node: str | None = None
+        self.node: str | None = None if replicated else ""
         """The one in use, None before the first."""
         self._until_s = 0.0
+        """When the lease on it ends."""
+        self._since_s = 0.0
+        """When the first commit was confirmed of those since when the lease has not ended."""
 
     # --- connecting -----------------------------------------------------------------------------------------------
     async def find(self, **settings: str) -> Connection:
@@ -190,36 +195,40 @@ class Nodes:
             connection_class=Connection,
             server_settings={"application_name": "progressdb", **PLANS, **settings},
         )
-        connection.warned = ""
+        connection.node = connection.standbys = connection.warned = ""
         try:
-            connection.node = await connection.fetchval(_NODE, timeout=CONNECT_S_MAX) if self._replicated else ""
+            if self._replicated:
+                row = await connection.fetchrow(_NODE, timeout=CONNECT_S_MAX)
+                connection.node, connection.standbys = row or ("", "")
         except BaseException:
             connection.terminate()
             raise
         return connection
 
     # --- the lease ------------------------------------------------------------------------------------------------
-    async def enter(self, node: str) -> None:
-        """Use the node from now on. The caller has seen a commit on it confirmed. Raises EngineUnavailableError for one
-        of an earlier timeline."""
-        if self.node is not None and _timeline(node) < _timeline(self.node):
-            raise EngineUnavailableError(UNAVAILABLE)
-        if self.node != node and self._replicated:
-            await asyncio.sleep(WAIT_S)
-        if self.node != node:
-            self.node = node
-            self._until_s = 0.0
+    def waits_for_standbys(self, connection: Connection) -> bool:
+        """Whether a commit is on more than one disk where that is asked for."""
+        return not self._replicated or connection.standbys != ""
 
-    def confirmed(self, node: str, began_s: float) -> bool:
-        """A commit on the node that began then was confirmed. Whether it may be acknowledged."""
+    def confirmed(self, node: str, began_s: float) -> None:
+        """A commit on the node that began then was confirmed: it is the one in use."""
         if self.node != node:
-            return False
+            self.node, self._until_s = node, 0.0
+        if now_s() > self._until_s:
+            self._since_s = now_s()
         self._until_s = max(self._until_s, began_s + LEASE_S)
-        return True
+
+    async def settled(self, node: str) -> bool:
+        """Returns as soon as a commit that was confirmed on the node may be acknowledged; False if it may not be."""
+        if not self._replicated:
+            return True
+        while self.node == node and (left_s := self._since_s + WAIT_S - now_s()) > 0:  # noqa: ASYNC110  for a time, which may move
+            await asyncio.sleep(left_s)
+        return self.node == node
 
     def check(self, node: str) -> None:
         """Raises EngineUnavailableError unless what was read on the node just now may be answered."""
-        if self.node != node or (self._replicated and now_s() > self._until_s):
+        if self.node != node or (self._replicated and not self._since_s + WAIT_S <= now_s() <= self._until_s):
             raise EngineUnavailableError(UNAVAILABLE)
 
     @property

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
@@ -25,7 +24,7 @@ from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableEr
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.nodes import CONNECT_S_MAX, FAILURES, UNAVAILABLE, Connection, Nodes, check_url
-from progressdb_server.store.postgres_writer import COUNTERS_COUNT, Lanes, find
+from progressdb_server.store.postgres_writer import Lanes, keep_lease
 from progressdb_server.store.tables import (
     ONE_DISK,
     SCHEMA,
@@ -49,6 +48,9 @@ _UP_TO: Final = (
     "SELECT key, value FROM (SELECT key, value, sum(octet_length(value)) OVER (ORDER BY key) - octet_length(value)"
     " AS before FROM ({}) AS few) AS summed WHERE before < ${} ORDER BY key"
 )
+START_S_MAX: Final = 30.0
+"""Of the first lease of a server that starts."""
+START_POLL_S: Final = 0.1
 _BYTES_MAX: Final = 2**62
 _VALUES: Final = (
     "SELECT key, value FROM (SELECT entry.key, entry.value, wanted.number, sum(octet_length(entry.value))"
@@ -91,17 +93,21 @@ class PostgresReads:
             if node == self._nodes.node:
                 break
             await self._end(connection)
+        # The driver's own timeout would send a cancel request, and wait for a node that does not answer.
+        timer = asyncio.get_running_loop().call_later(READ_S_MAX, connection.terminate)
         try:
-            found: list[Any] = await connection.fetch(statement, *values, timeout=READ_S_MAX)
+            found: list[Any] = await connection.fetch(statement, *values)
         except BaseException:
             await self._end(connection)
             raise
+        finally:
+            timer.cancel()
         await self._pool.release(connection)
         self._nodes.check(node)
         return found
 
     async def _end(self, connection: Any) -> None:
-        """The pool makes another one in its place. Nothing waits for a cancel request."""
+        """The pool makes another one in its place."""
         connection.terminate()
         await self._pool.release(connection)
 
@@ -162,7 +168,10 @@ class PostgresReads:
 class PostgresEngine(SharedEngine):
     """Made by `open_engine`."""
 
-    def __init__(self, nodes: Nodes, pool: asyncpg.Pool[Any], counted: Counters) -> None:
+    def __init__(
+        self, nodes: Nodes, pool: asyncpg.Pool[Any], counted: Counters, leasing: asyncio.Task[None] | None
+    ) -> None:
+        self._leasing = leasing
         self._nodes = nodes
         self._pool = pool
         self._counted = counted
@@ -186,6 +195,9 @@ class PostgresEngine(SharedEngine):
         await self._reads.fetch("SELECT 1")
 
     async def close(self) -> None:
+        if self._leasing is not None:
+            self._leasing.cancel()
+            await asyncio.wait({self._leasing})
         with contextlib.suppress(*FAILURES):
             async with asyncio.timeout(CONNECT_S_MAX):
                 await self._pool.close()
@@ -207,22 +219,29 @@ async def open_engine(url: str, *, single_node: bool) -> PostgresEngine:
             number = await number_of(connection)
             if number != SCHEMA:
                 raise FormatError(other_schema(number))
-            if not single_node and not await connection.fetchval("SHOW synchronous_standby_names"):
+            if not nodes.waits_for_standbys(connection):
                 raise FormatError(ONE_DISK)
             counted = _counters(await connection.fetch(_COUNTED))
     except FAILURES as error:
         raise EngineUnavailableError(UNAVAILABLE) from error
     finally:
         connection.terminate()
-    (await find(nodes, secrets.randbelow(COUNTERS_COUNT))).terminate()
+    leasing = asyncio.get_running_loop().create_task(keep_lease(nodes)) if nodes.is_due else None
 
     async def connect(*_: object, **__: object) -> Connection:
         return await nodes.again(statement_timeout=str(READ_S_MAX * 1000))
 
     try:
-        pool = await asyncpg.create_pool(
-            url, min_size=1, max_size=READ_CONNECTIONS_MAX, connection_class=Connection, connect=connect
-        )
-    except FAILURES as error:
-        raise EngineUnavailableError(UNAVAILABLE) from error
-    return PostgresEngine(nodes, pool, counted)
+        async with asyncio.timeout(START_S_MAX):
+            while leasing is not None and not await nodes.settled(nodes.node or ""):  # noqa: ASYNC110  the lease is kept there
+                await asyncio.sleep(START_POLL_S)
+            pool = await asyncpg.create_pool(
+                url, min_size=1, max_size=READ_CONNECTIONS_MAX, connection_class=Connection, connect=connect
+            )
+    except BaseException as error:
+        if leasing is not None:
+            leasing.cancel()
+        if isinstance(error, FAILURES):
+            raise EngineUnavailableError(UNAVAILABLE) from error
+        raise
+    return PostgresEngine(nodes, pool, counted, leasing)

@@ -16,7 +16,6 @@ Owns: the locks, the conditions and the commit of a group, and the outcome of a 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
@@ -243,35 +242,46 @@ def _may_be_stored(error: BaseException) -> bool:
     return code is None or code.startswith(_IN_DOUBT)
 
 
-async def find(nodes: Nodes, counter: int) -> Connection:
-    """A connection to the node that takes writes, which is in use then. Raises EngineUnavailableError."""
+async def find(nodes: Nodes) -> Connection:
+    """A connection to the node that takes writes. Raises EngineUnavailableError."""
     connection = await nodes.find(
         synchronous_commit="on",
         lock_timeout=str(LOCK_S_MAX * 1000),
         idle_in_transaction_session_timeout=str(IDLE_S_MAX * 1000),
     )
-    try:
-        if nodes.node != connection.node:
-            await _touch(connection, counter)
-            await nodes.enter(connection.node)
-        if nodes.is_due:
-            began_s = now_s()
-            await _touch(connection, counter)
-            nodes.confirmed(connection.node, began_s)
-    except FAILURES as error:
+    if not nodes.waits_for_standbys(connection):
         connection.terminate()
-        raise EngineUnavailableError(UNAVAILABLE) from error
-    except BaseException:
-        connection.terminate()
-        raise
+        _log.error("store_node_without_standbys", reason="synchronous_standby_names is empty there")
+        raise EngineUnavailableError(UNAVAILABLE)
     return connection
 
 
-async def _touch(connection: Connection, counter: int) -> None:
-    """A commit that changes nothing but waits for the standby."""
-    await bounded(connection, connection.execute(COUNT, counter, 0, 0), COMMIT_S_MAX)
-    if connection.warned:
-        raise asyncpg.InterfaceError(connection.warned)
+async def keep_lease(nodes: Nodes) -> None:
+    """Empty commits on a connection of its own, while there are no others."""
+    counter = secrets.randbelow(COUNTERS_COUNT)
+    connection: Connection | None = None
+    try:
+        while True:
+            if nodes.is_due:
+                try:
+                    if connection is None or connection.is_closed() or connection.node != nodes.node:
+                        if connection is not None:
+                            connection.terminate()
+                        connection = await find(nodes)
+                    began_s = now_s()
+                    await bounded(connection, connection.execute(COUNT, counter, 0, 0), COMMIT_S_MAX)
+                    if connection.warned:
+                        connection.terminate()
+                    else:
+                        nodes.confirmed(connection.node, began_s)
+                except (*FAILURES, StoreUnavailableError) as error:
+                    if connection is not None:
+                        connection.terminate()
+                    _log.warning("store_lease_not_renewed", error=type(error).__name__)
+            await asyncio.sleep(BEAT_S / 2)
+    finally:
+        if connection is not None:
+            connection.terminate()
 
 
 class PostgresWriter(GroupCommit):
@@ -313,7 +323,7 @@ class PostgresWriter(GroupCommit):
         if connection is None or connection.is_closed() or connection.node != self._nodes.node:
             self._disconnect()
             try:
-                connection = self._connection = await find(self._nodes, self._counter)
+                connection = self._connection = await find(self._nodes)
             except StoreUnavailableError as error:
                 raise NotWrittenError(UNAVAILABLE) from error
         return connection
@@ -337,7 +347,8 @@ class PostgresWriter(GroupCommit):
                     _log.error("store_commit_in_doubt", reason=connection.warned or type(error).__name__)
                     raise EngineUnavailableError(UNKNOWN) from error
             else:
-                if self._nodes.confirmed(connection.node, began_s):
+                self._nodes.confirmed(connection.node, began_s)
+                if await self._nodes.settled(connection.node):
                     return failed
                 connection.terminate()
                 raise EngineUnavailableError(UNKNOWN)
@@ -496,15 +507,13 @@ async def _advance(connection: Connection, heads: Mapping[bytes, bytes], advance
 
 # --- lanes ------------------------------------------------------------------------------------------------------------
 class Lanes:
-    """The writer of a server (`store.writer.Commits`): a group in flight in each lane. Keeps the lease too."""
+    """The writer of a server (`store.writer.Commits`): a group in flight in each lane."""
 
     def __init__(
         self, nodes: Nodes, counted: Counters, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]
     ) -> None:
-        self._nodes = nodes
         self._counted = counted
         self._lanes = [PostgresWriter(nodes, clock, metrics, on_reopen) for _ in range(LANES_COUNT)]
-        self._beating = asyncio.get_running_loop().create_task(self._beat())
 
     def _of(self, key: bytes | None) -> PostgresWriter:
         return self._lanes[0 if key is None else tkey(key)[0] % LANES_COUNT]
@@ -553,13 +562,4 @@ class Lanes:
             await lane.settled()
 
     async def close(self) -> None:
-        self._beating.cancel()
-        await asyncio.wait({self._beating})
         await asyncio.gather(*(lane.close() for lane in self._lanes))
-
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(BEAT_S / 2)
-            if self._nodes.is_due:
-                with contextlib.suppress(StoreUnavailableError):  # the lane has logged it, and connects again
-                    await self.barrier()

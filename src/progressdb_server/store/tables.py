@@ -122,6 +122,8 @@ async def upgrade(url: str) -> tuple[int, int]:
     """Bring the tables to this version's number; the numbers before and after. Two upgrades wait for each other.
     Raises FormatError, StoreUnavailableError."""
     async with connected(url) as connection, connection.transaction():
+        # Servers that share the row one after another would keep out whoever waits for the row alone.
+        await connection.execute("LOCK TABLE store_schema IN EXCLUSIVE MODE")
         before = await number_of(connection, "FOR UPDATE")
         if before > SCHEMA or before == COPYING:
             raise FormatError(other_schema(before))

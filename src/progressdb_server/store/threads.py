@@ -190,10 +190,10 @@ class Threads(OpenStore):
         holds the lock of the ticket."""
         for again in (True, True, False):
             made = await ticket.recall(self.reads, self.clock.now_ns())
-            if made is not None:
-                await self.writer.barrier()  # what is answered must be durable
-                return made, None
             try:
+                if made is not None:  # what is answered must be durable, and on the node that answers
+                    await self.writer.commit(Write((), (ticket.condition,)))
+                    return made, None
                 return "", await create()
             except OutcomeUnknownError:
                 if not (again and self.shared):
@@ -328,7 +328,8 @@ class Threads(OpenStore):
             while True:
                 found = await self.reads.values(keys)
                 changed = [key for key in keys if found.get(key) != membership.MEMBER]
-                room = await self.check_room(thread_id, sum(key not in found for key in changed))
+                more, expect = await self.check_room(thread_id, sum(key not in found for key in changed))
+                room = more, [*expect, *((key, found[key]) for key in keys if key not in changed)]
                 if await self._change_members(thread_id, [(key, membership.MEMBER) for key in changed], room):
                     return
 
@@ -359,7 +360,7 @@ class Threads(OpenStore):
         return (((key, b"%d" % (int(raw or b"0") + 1)),), ((key, raw),)) if self.shared else ((), ())
 
     async def _change_members(self, thread_id: str, puts: Sequence[tuple[bytes, bytes]], room: Room) -> bool:
-        """False if another server has added members meanwhile. Without a change it still waits for the disk: what it
+        """False if one of the conditions of `room` does not hold. Without a change it still waits for the disk: what it
         relies on may be visible and not durable yet."""
         map_key = keyspace.key_map(thread_id)
         if await self.reads.get(map_key) is None:
@@ -368,7 +369,7 @@ class Threads(OpenStore):
         try:
             await self.writer.commit(Write((*puts, *more), ((keyspace.closed(thread_id), None), *expect)))
         except ConditionFailedError as error:
-            if error.key == keyspace.room(thread_id):
+            if error.key != keyspace.closed(thread_id):
                 return False
             raise ThreadNotFoundError from None
         return True

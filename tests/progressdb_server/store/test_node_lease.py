@@ -11,6 +11,7 @@ import pytest
 
 from progressdb_server.store import nodes, postgres, postgres_writer
 from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotAMemberError, StoreUnavailableError
 from tests.harness import postgres as harness
 from tests.progressdb_server.store.failing_database import with_setting
@@ -51,7 +52,7 @@ async def until(store: Conversations, *, answered: bool) -> None:
             await asyncio.sleep(0.02)
 
 
-def test_a_node_whose_standbys_confirm_nothing_is_not_read() -> None:
+def test_a_node_without_standbys_is_neither_read_nor_written() -> None:
     async def run(settings: str) -> None:
         url = url_of(settings)
         await (await emptied(url)).close()
@@ -68,10 +69,52 @@ def test_a_node_whose_standbys_confirm_nothing_is_not_read() -> None:
             await until(store, answered=True)
             await store.create_message(NewMessage(author="ann", thread="t", body=1))
             assert bodies(await messages_of(store, "t")) == [0, 1]
+            connection = await asyncpg.connect(url)
+            await with_setting(connection, "synchronous_standby_names", "")
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'progressdb'"
+            )
+            await connection.close()
+            await asyncio.sleep(nodes.LEASE_S)
+            with pytest.raises(StoreUnavailableError):
+                await store.create_message(NewMessage(author="ann", thread="t", body=2))
             await store.close()
 
     with harness.running() as (settings, _):
         asyncio.run(run(settings))
+
+
+def test_a_node_is_read_after_an_unbroken_lease_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever timeline it is of: a failover may go back to the earlier one."""
+    now_s = 100.0
+    monkeypatch.setattr(nodes, "now_s", lambda: now_s)
+    found = nodes.Nodes("postgresql:///x?host=/run", replicated=True)
+
+    def confirmed(node: str, steps: int) -> None:
+        nonlocal now_s
+        for _ in range(steps):
+            now_s += nodes.LEASE_S / 2
+            found.confirmed(node, now_s)
+
+    def is_read(node: str) -> bool:
+        try:
+            found.check(node)
+        except EngineUnavailableError:
+            return False
+        return True
+
+    for node in ("00000002", "00000001"):
+        confirmed(node, 1)
+        assert not is_read(node)
+        confirmed(node, 3)
+        assert is_read(node)
+    assert not is_read("00000002")
+    now_s += 2 * nodes.LEASE_S
+    assert not is_read("00000001")
+    confirmed("00000001", 1)
+    assert not is_read("00000001"), "after a gap it waits again"
+    confirmed("00000001", 3)
+    assert is_read("00000001")
 
 
 @pytest.mark.torture

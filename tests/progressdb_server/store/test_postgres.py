@@ -201,6 +201,52 @@ def test_a_retry_after_an_unknown_outcome_waits_until_it_is_replicated(database:
     with_two(database, run)
 
 
+def test_a_retry_on_a_node_without_the_first_write_makes_it_again(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read what was made, and the node that takes writes has changed since."""
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        await fill(one, 1)
+        retry = Idempotency("scope", "key")
+        first = await one.create_message(of("ann", 1), idempotency=retry)
+        connection = await asyncpg.connect(database)
+        real = two.reads.get
+
+        async def then_lost(key: bytes) -> bytes | None:
+            found = await real(key)
+            if key.startswith(b"idem:"):
+                await connection.execute(
+                    "DELETE FROM store_entry WHERE key LIKE 'idem:%' OR key LIKE $1", f"%{first.id[4:]}".encode()
+                )
+            return found
+
+        monkeypatch.setattr(two.reads, "get", then_lost)
+        again = await two.create_message(of("ann", 1), idempotency=retry)
+        assert again.id != first.id
+        assert again.id in [message.id for message in await messages_of(one, "t")]
+        await connection.close()
+
+    with_two(database, run)
+
+
+def test_what_was_done_before_is_acknowledged_once_it_is_replicated(database: str) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        first, _ = await fill(one, 2)
+        await one.add_members("t", ["bob"])
+        await one.delete_message(first.id, author="ann")
+        async with no_standby(database):
+            again = [
+                asyncio.ensure_future(two.delete_message(first.id, author="ann")),
+                asyncio.ensure_future(two.add_members("t", ["bob"])),
+            ]
+            done, _ = await asyncio.wait(again, timeout=0.5)
+            assert not done
+        await asyncio.gather(*again)
+
+    with_two(database, run)
+
+
 def test_a_lost_connection_before_the_commit_costs_no_write(database: str) -> None:
     async def run(one: Conversations, two: Conversations) -> None:
         await fill(one, 1)
