@@ -7,6 +7,7 @@ page with what this makes.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,9 +61,9 @@ def _rows(app: App, words: str) -> Iterator[str]:
 
 
 def _summary(app: App) -> str:
-    """The first paragraph of its docstring."""
+    """The first sentence of its docstring."""
     text = inspect.getdoc(app.default_command) if app.default_command is not None else None
-    return " ".join((text or app.help).partition("\n\n")[0].split())
+    return re.split(r"(?<=[.])\s", " ".join((text or app.help).split()))[0]
 
 
 def _escaped(text: str) -> str:

@@ -104,7 +104,7 @@ def schemas() -> dict[str, Schema]:
                 schema["properties"][field]["maxItems"] = maximum
         if "backups_before" in schema.get("properties", {}):
             schema["properties"]["backups_before"] = {"type": "string", "pattern": "^[0-9]{8}T[0-9]{6}$"}
-    made["ProveRootRequest"]["properties"].pop(api.TEST_ROOT.path_field)  # the path names it
+    made["RootTestRequest"]["properties"].pop(api.TEST_ROOT.path_field)  # the path names it
     made["ErrorAnswer"]["properties"]["code"] = {"enum": sorted(errors.BY_CODE)}
     return made
 

@@ -116,7 +116,7 @@ class DataDir:
         self.vault = vault
         self.log = log
         self.replayed = replayed
-        """What this start did with the journal of a run that was interrupted."""
+        """The result of this start's replay of the journal of an interrupted run."""
         self.slot = slot
         """The slot of the keyring that the root key opened."""
         self.found_epoch, self.seen_epoch = epochs
@@ -560,19 +560,19 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
     """
     with _opened_offline(directory, root, "the audit key changes") as (file, unlocked, log):
         last = log.sign_and_sync()
-        made = unlocked.make_audit_key(
+        key = unlocked.make_audit_key(
             fill_random,
             version=unlocked.body.audit_key.version + 1,
             at=_now(),
             since_seq=last.seq,
             since_sig=last.sig,
         )
-        body = keyring.add_audit_key(unlocked.body, made, at=_now())
+        body = keyring.add_audit_key(unlocked.body, key, at=_now())
         file.store_now(unlocked.encode(body))
         unlocked.body = body
         log.change_key(audit_keys(unlocked).current)
         log.fdatasync()
-        return NewAuditKey(made.version, made.public_key, log.head)
+        return NewAuditKey(key.version, key.public_key, log.head)
 
 
 def detach_auditor(directory: str, root: RootProvider) -> str:

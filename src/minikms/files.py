@@ -106,6 +106,15 @@ def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: i
     return b"".join(parts)
 
 
+def read_file_in(directory: str, name: str, bytes_max: int) -> bytes | None:
+    """The same, of a file in the directory."""
+    descriptor = open_directory(directory)
+    try:
+        return read_file_bounded(name, bytes_max, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_file_of(name: str, bytes_exact: int, *, dir_fd: int) -> bytes | None:
     """The content of a file of exactly `bytes_exact` bytes, in three system calls; None if it is absent, has another
     length, or can't be read.

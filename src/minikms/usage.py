@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 
@@ -52,6 +52,16 @@ that takes a tenth of its start.
 SOCKET_VARIABLE: Final = "PROGRESSDB_KMS_SOCKET"
 SERVER_UIDS_VARIABLE: Final = "PROGRESSDB_KMS_SERVER_UIDS"
 UNTRUSTED_ADVICE: Final = f"If that user is meant to serve it, give --server-uid, or set {SERVER_UIDS_VARIABLE}"
+
+Socket = Annotated[PathText | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
+ServerUid = Annotated[
+    int | None,
+    Parameter(
+        name="--server-uid",
+        help=f"The user that must serve the socket; default: this one or root [{SERVER_UIDS_VARIABLE}].",
+    ),
+]
+Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
 
 
 def new_app(name: str, about: str, epilogue: str) -> App:
@@ -120,15 +130,28 @@ def run_app(app: App, explain: Callable[[Exception], tuple[str, int]]) -> NoRetu
     run(app.name[0], command, explain)
 
 
-def explained_system(error: Exception, program: str) -> str | None:
-    """The sentence for a command line that can't be read, or for an error of the system; None for another error."""
+def explained_system(error: Exception, program: str) -> str:
+    """The sentence for a command line that can't be read, or for an error of the system. Raises another error again."""
     from cyclopts import CycloptsError
 
     if isinstance(error, CycloptsError):
         return explained(error, program)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
-    return None
+    raise error
+
+
+def unknown_command(program: str, words: list[str], commands: Sequence[str]) -> str:
+    """The sentence for a first word that is no command; empty otherwise. `serve` takes flags only, so it can't be an
+    argument.
+    """
+    if not words or words[0].startswith("-") or words[0] in commands:
+        return ""
+    from difflib import get_close_matches
+
+    close = get_close_matches(words[0], commands, n=1)
+    meant = f"Did you mean `{program} {close[0]}`?" if close else f"`{program} --help` lists the commands."
+    return f"there is no command {words[0]!r}. {meant}"
 
 
 def server_uids(given: int | None) -> frozenset[int] | None:

@@ -49,7 +49,7 @@ class NotSearchableError(AdapterError):
 
 
 class NotSupportedError(AdapterError):
-    """What lies underneath can't do this."""
+    """The inner saver, session or store can't do this."""
 
 
 class NotReadyError(AdapterError):

@@ -36,9 +36,9 @@ class Owned(str):
     __slots__ = ("owner",)
 
     def __new__(cls, text: str, owner: object) -> Owned:
-        made = super().__new__(cls, text)
-        made.owner = str(owner)
-        return made
+        value = super().__new__(cls, text)
+        value.owner = str(owner)
+        return value
 
     owner: str
 

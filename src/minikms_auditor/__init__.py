@@ -7,7 +7,7 @@ A process and a user of its own, which reads the log's directory and holds no ke
    before. So no tree checkpoint is inconsistent with an earlier one, whenever the process is killed.
 3. After a start nothing is added before a quorum of witnesses has cosigned the tree checkpoint of the state. A witness
    that knows another or a larger tree stops the auditor.
-4. What stops it has a name in status, log and metrics, and is looked at again; nothing is ever skipped.
+4. Status, log and metrics name the reason why it stops. It checks that reason again, and skips no line.
 
 Modules, each importing only earlier ones: `config`, `signers`, `store`, `tail`, `witnesses`, `auditor`, `metrics`,
 `process`, `command`.

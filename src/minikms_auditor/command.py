@@ -201,10 +201,7 @@ def explained(error: Exception) -> str:
     """The text of an error. An error that is a defect is raised again."""
     from minikms.api.errors import KmsError
 
-    text = str(error) if isinstance(error, KmsError) else explained_system(error, "minikms-auditor")
-    if text is None:
-        raise error
-    return text
+    return str(error) if isinstance(error, KmsError) else explained_system(error, "minikms-auditor")
 
 
 def _show_pending(state_dir: str) -> int:

@@ -61,7 +61,7 @@ class Signers:
 
     def sign(self, text: str) -> tuple[Signature, ...]:
         """The signatures of all signers over the text of a note. Raises TokenError."""
-        made = []
+        signatures = []
         for key, verifier in zip(self._keys, self.verifiers, strict=True):
             try:
                 signature = note.sign(verifier, key.sign(text.encode()))
@@ -69,8 +69,8 @@ class Signers:
                 raise TokenError(f"the signer {verifier.key_id.hex()} can't sign: {error}") from None
             if not verifier.verifies(text, signature):
                 raise TokenError(f"the signer {verifier.key_id.hex()} has made a signature that does not verify")
-            made.append(signature)
-        return tuple(made)
+            signatures.append(signature)
+        return tuple(signatures)
 
     def close(self) -> None:
         _close(self._keys)

@@ -254,7 +254,7 @@ class Shipper:
         return False
 
     def rewind(self) -> None:
-        """Close what is open. What is not certain is sent again."""
+        """Close files and connections. Lines without an acknowledgement are sent again."""
         self._settling.clear()
         self._sent = self._files.cursor
         self._held.clear()

@@ -108,9 +108,9 @@ class Store:
         """Make a larger tree durable: first its tiles, then its state. Raises StorageUnavailableError; then the tree is
         still the one before.
         """
-        made = edge.take_tiles()
+        new_tiles = edge.take_tiles()
         groups: dict[str, list[Tile]] = {}
-        for tile in made:
+        for tile in new_tiles:
             groups.setdefault(os.path.dirname(tile.path), []).append(tile)
         for directory, group in groups.items():
             self._write(directory, group)
@@ -118,7 +118,7 @@ class Store:
             _replace_in(self._tree, INDEX_NAME, msgspec.json.encode(state.logs))
         self.save(state)
         self.edge = edge
-        self._remove_partial(made)
+        self._remove_partial(new_tiles)
 
     def _write(self, directory: str, group: Iterable[Tile]) -> None:
         path = os.path.join(self._tree, directory)
@@ -136,7 +136,7 @@ class Store:
             os.close(fd)
 
     def _remove_partial(self, made: Iterable[Tile]) -> None:
-        """Partial tiles of tiles that are full now: readers find the full one. What a failure leaves is never read."""
+        """Partial tiles of tiles that are full now: readers find the full one. Nobody reads leftovers."""
         for tile in made:
             if tile.width == tiles.TILE_WIDTH:
                 with contextlib.suppress(OSError):

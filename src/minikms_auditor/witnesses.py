@@ -69,7 +69,7 @@ class Client:
     def submit(self, sent: Submission, ends_s: float) -> Signature:
         """Its cosignature. Raises WitnessAlarmError, WitnessFailedError."""
         try:
-            made = self._submit(sent, ends_s)
+            signature = self._submit(sent, ends_s)
         except (WitnessFailedError, ExchangeError, OSError, http.client.HTTPException, ValueError) as error:
             self._failures += 1
             self.retry_s = time.monotonic() + min(2.0**self._failures, BACKOFF_SECONDS_MAX)
@@ -80,8 +80,8 @@ class Client:
             self.error = str(error)
             raise
         self._failures, self.error, self.known_size = 0, "", sent.size
-        self.cosigned_at = cosigned_at(made) or 0
-        return made
+        self.cosigned_at = cosigned_at(signature) or 0
+        return signature
 
     def _submit(self, sent: Submission, ends_s: float) -> Signature:
         old = min(self.known_size, sent.size)
@@ -115,7 +115,7 @@ class Client:
         except (NoteError, UnicodeDecodeError):
             raise WitnessFailedError("its answer is no cosignature") from None
         for signature in signatures:
-            if self.key.made(signature) and self.key.verifies(text, signature):
+            if self.key.is_named_by(signature) and self.key.verifies(text, signature):
                 if (cosigned_at(signature) or 0) > time.time() + CLOCK_SECONDS_MAX:
                     raise WitnessFailedError("its clock is ahead")
                 return signature

@@ -1,4 +1,4 @@
-"""Who a client's certificate is for, and whether it still is.
+"""The principal of a client's certificate, and whether the certificate still counts.
 
 Owns: the TLS contexts, and the rules for certificates, in this order:
 1. OpenSSL verifies the chain up to a CA of the configuration, its validity and its purpose, in the handshake, in TLS
@@ -115,7 +115,7 @@ class _Authority(NamedTuple):
 
 
 class Trust:
-    """Whose certificates are accepted, in one state of the configuration. `cas`: their certificates in PEM."""
+    """The CAs whose certificates are accepted, in one state of the configuration. `cas`: their certificates in PEM."""
 
     def __init__(self, config: Config, files: Files) -> None:
         """Blocks on the disk. Raises StartError."""

@@ -56,7 +56,4 @@ def explained(error: Exception) -> str:
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name == _MISSING_LIBRARY:
         return "the library joserfc is missing: pip install 'progressdb-minikms[gateway]'"
-    text = explained_system(error, "minikms-gateway")
-    if text is None:
-        raise error
-    return text
+    return explained_system(error, "minikms-gateway")

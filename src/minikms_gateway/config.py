@@ -74,7 +74,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return any(not issuer.jwks_file for issuer in self.issuer)
 
     def fixed(self) -> tuple[object, ...]:
-        """What a running process can't take up: its sockets, and whether it may open connections."""
+        """The settings that need a restart: its sockets, and whether it may open connections."""
         return self.listen, self.kms_socket, self.kms_server_uids, self.metrics, self.fetches_keys
 
 

@@ -204,7 +204,11 @@ class _Process:
             self._app, loop=loop, on_internal_error=self._internal_error, limits=limits
         )
         self._server = server
-        self._tls = TlsServer(server, self._loaded.context, on_failed=self._handshake_failed)
+        self._tls = TlsServer(
+            server,
+            self._loaded.context,
+            on_failed=lambda error, peer: self._refusals.add(of_handshake(error), peer),
+        )
         acceptors = [
             Acceptor(
                 self._listener, server, on_failure=self._accept_failed, protocol_factory=self._tls.protocol_factory
@@ -325,9 +329,6 @@ class _Process:
             elif number == signal.SIGHUP:
                 self._hangup.set()
 
-    def _handshake_failed(self, error: Exception | None, peer: str) -> None:
-        self._refusals.add(of_handshake(error), peer)
-
     def _accept_failed(self, why: str) -> None:
         self._log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
 
@@ -342,5 +343,5 @@ async def _every(seconds: float, chore: Callable[[], None]) -> None:
 
 
 def _directories(files: Files, config: Config) -> list[str]:
-    """What the hardened process must be able to read: a file that replaces another one has another inode."""
+    """The paths that the hardened process must read: a file that replaces another one has another inode."""
     return sorted({str(directory_read(path)) for path in files.named(config)})

@@ -1,4 +1,4 @@
-"""Who a token is for.
+"""The principal of a token.
 
 Owns: the rules for bearer tokens, in this order; the first that is broken refuses the token:
 1. A compact JWS (RFC 7515) of at most TOKEN_BYTES_MAX, without `crit`, of a type that is an access token's or a

@@ -18,10 +18,11 @@ from minikms.usage import (
     EXIT_FAILED,
     EXIT_GOOD,
     EXIT_MISSING,
-    SERVER_UIDS_VARIABLE,
     SOCKET_VARIABLE,
+    Json,
     PassphraseSource,
-    PathText,
+    ServerUid,
+    Socket,
     explained_system,
     new_helper,
     run_app,
@@ -42,15 +43,6 @@ app = new_helper(
 
 Source = Annotated[PassphraseSource, Parameter(show_choices=False, help=f"Where the root key comes from: `{SOURCE}`.")]
 Config = Annotated[Path, Parameter(name="--config", help="File with the parameters of the passphrase.")]
-Socket = Annotated[PathText | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
-ServerUid = Annotated[
-    int | None,
-    Parameter(
-        name="--server-uid",
-        help=f"The user that must serve the socket; default: this one or root [{SERVER_UIDS_VARIABLE}].",
-    ),
-]
-Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
 
 
 @app.command(name="init-passphrase")
@@ -141,10 +133,7 @@ def explained(error: Exception) -> tuple[str, int]:
         missing = isinstance(error, errors.InvalidRequestError | errors.StartError)
         refused = isinstance(error, errors.KmsRefusedError) and not missing
         return str(error), EXIT_FAILED if refused else EXIT_MISSING
-    text = explained_system(error, "minikms-unlock")
-    if text is None:
-        raise error
-    return text, EXIT_MISSING
+    return explained_system(error, "minikms-unlock"), EXIT_MISSING
 
 
 def _parameters(source: str, config: Path) -> Parameters:

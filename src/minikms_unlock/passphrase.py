@@ -26,7 +26,7 @@ from minikms.sync import sync_file
 
 VERSION: Final = 1
 PASSPHRASE_BYTES_MIN: Final = 16
-"""Of a new passphrase. Whoever has the keyring file can try passphrases."""
+"""Of a new passphrase. A holder of the keyring file can try passphrases."""
 PASSPHRASE_BYTES_MAX: Final = 400
 """So that the library's copy of it is shorter than `_FREED_BLOCK_BYTES_MAX`."""
 SALT_CHARS_MIN: Final = 16

@@ -203,9 +203,8 @@ class Config(_Section, frozen=True):
 
     @property
     def destroys_keys(self) -> bool:
-        """Whether keys can be destroyed: no gateway takes a request for it, and of a database's backups nothing is
-        registered here."""
-        return not (self.kms.url or self.store.url)
+        """Whether keys can be destroyed: no gateway takes a request for it."""
+        return not self.kms.url
 
     @property
     def kms_client(self) -> dict[str, Any]:
@@ -478,7 +477,7 @@ def check(config: Config, *, with_data: bool = True) -> None:
     """Check every rule that a type cannot express. Reads no file. Raises ConfigError for the first broken rule."""
     if not 0 <= config.server.port <= 65535:
         raise ConfigError("server.port must be from 0 to 65535")
-    if with_data and not config.storage.db_path:
+    if with_data and not (config.storage.db_path or config.store.url):
         raise ConfigMissingError("no data directory is given: use --db DIR, PROGRESSDB_DB_PATH or storage.db_path")
     if config.store.url and with_data:  # else no server runs with it
         _check_store(config)
@@ -520,10 +519,6 @@ def _check_store(config: Config) -> None:
         raise ConfigError(
             "store.url is for several servers, which share one key service: give its kms.url, or its kms.socket with "
             "kms.spawn = false"
-        )
-    if config.rotation.destroy_old_after:
-        raise ConfigError(
-            "rotation.destroy_old_after needs a register of the store's backups, and a database has none: leave it out"
         )
 
 

@@ -103,8 +103,8 @@ def check_key_source(config: Config, *, has_master_key: bool) -> None:
         raise ConfigError("the root key is given twice: in PROGRESSDB_MINIKMS_MASTER_KEY and as a key file; use one")
     if has_master_key or kms.master_key_file or config.server.dev or kms.socket or not kms.spawn:
         return
-    made = api.development_key_path(config.kms_data_dir)
-    way_out = f"--master-key-file {made}" if made.exists() else "--dev, to have one made beside the data"
+    path = api.development_key_path(config.kms_data_dir)
+    way_out = f"--master-key-file {path}" if path.exists() else "--dev, to have one made beside the data"
     raise ConfigError(
         "there is no root key for the key service: give --master-key-file FILE (64 hex characters, mode 0600), "
         f"or set PROGRESSDB_MINIKMS_MASTER_KEY; on a development machine: {way_out}"
@@ -240,15 +240,17 @@ async def _open_store(
     """The key service, then the store; each is closed by `started`. Raises ServeError."""
     try:
         engine: directory.AnyEngine
-        os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
         # first, so that no key service is started for a store that is refused
         if config.store.url:
             engine = await directory.open_shared(config.store.url, single_node=config.store.single_node)
         else:
+            os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
             engine = directory.open_engine(str(config.store_dir), encrypted=encrypting)
     except OSError as error:
         raise ServeError(f"can't make the data directory {config.storage.db_path}: {error.strerror}") from None
-    except (StoreUnavailableError, FormatError) as error:
+    except StoreUnavailableError as error:
+        raise ServeError(error.explained) from None
+    except FormatError as error:
         raise ServeError(str(error)) from None
     opened = False
     try:
@@ -333,7 +335,7 @@ def _announce(config: Config, host: str, port: int) -> str:
     scheme = "https" if config.server.tls.cert_file else "http"
     shown = f"[{host}]" if ":" in host else host
     url = f"{scheme}://{shown}:{port}"
-    _log.info("listening", url=url, db=config.storage.db_path)
+    _log.info("listening", url=url, db=config.storage.db_path or None)
     login = (
         "log in with a key of PROGRESSDB_API_ADMIN_KEYS"
         if keys.admin

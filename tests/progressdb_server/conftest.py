@@ -17,7 +17,13 @@ def database() -> Iterator[str]:
         yield opened_store.url_of(settings)
 
 
-@pytest.fixture(params=["memory", "postgresql"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "both_engines" in metafunc.fixturenames:
+        one = metafunc.definition.get_closest_marker("one_engine") is not None
+        metafunc.parametrize("both_engines", ["memory"] if one else ["memory", "postgresql"], indirect=True)
+
+
+@pytest.fixture
 def both_engines(request: pytest.FixtureRequest) -> Iterator[None]:
     """What `opened` opens where a test names no engine."""
     if request.param == "memory":
@@ -28,3 +34,5 @@ def both_engines(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
     finally:
         opened_store.database.clear()
+        while opened_store.closing:
+            opened_store.closing.pop()()

@@ -224,7 +224,7 @@ DATABASE = {
 def test_a_store_in_a_database_shares_its_key_service() -> None:
     config = config_of(environment=DATABASE)
     assert (config.store.url, config.store.single_node) == (DATABASE["PROGRESSDB_STORE_URL"], True)
-    assert not config.destroys_keys
+    assert config.destroys_keys
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,6 @@ def test_a_store_in_a_database_shares_its_key_service() -> None:
     [
         ("KMS_SPAWN", "1", "share one key service"),
         ("KMS_SOCKET", "", "share one key service"),
-        ("ROTATION_DESTROY_OLD_AFTER", "7d", "a database has none"),
         ("STORE_URL", "", "give its store.url too"),
     ],
 )

@@ -227,7 +227,7 @@ class AuditLaggingError(KmsRefusedError):
 
 
 class StorageUnavailableError(KmsRefusedError):
-    """The disk failed to write. What was durable before still is."""
+    """The disk failed to write. Earlier durable data still is."""
 
     status = 503
     code = contract.CODE_STORAGE_UNAVAILABLE

@@ -64,8 +64,8 @@ def _array_form(kind: type[StructT], *, bounded: bool) -> type[StructT]:
         if get_origin(form) is list:
             form = Annotated[form, _BATCH_BOUND] if bounded else msgspec.Raw
         fields.append((name, form) if field.required else (name, form | None, None))
-    made = msgspec.defstruct(f"{kind.__name__}Array", fields, bases=(kind,), module=__name__, array_like=True)
-    return cast(type[StructT], made)
+    array_type = msgspec.defstruct(f"{kind.__name__}Array", fields, bases=(kind,), module=__name__, array_like=True)
+    return cast(type[StructT], array_type)
 
 
 def _type_of(hint: Any) -> Any:

@@ -51,14 +51,14 @@ class SlotRequest(Request):
     slot_id: str
 
 
-class ProveRootRequest(Request):
+class RootTestRequest(Request):
     """`root_hex` is the root key, 64 hex characters. The path names the slot, the body does not."""
 
     root_hex: str
     slot_id: str | UnsetType = UNSET
 
     def __repr__(self) -> str:
-        return f"ProveRootRequest(slot_id={self.slot_id!r})"
+        return f"RootTestRequest(slot_id={self.slot_id!r})"
 
 
 class RootShares(msgspec.Struct, frozen=True):
@@ -119,9 +119,9 @@ TEST_ROOT: Final = Verb(
     "POST",
     "/roots/{slot_id}/test",
     ("rotate",),
-    ProveRootRequest,
+    RootTestRequest,
     RootAnswer,
-    "Prove that a root key opens the keyring",
+    "Test whether a root key opens the keyring",
     (CODE_INTERNAL, CODE_NOT_FOUND, CODE_WRONG_SLOT, *_WRITE),
     repeatable=True,
     root_field="root_hex",

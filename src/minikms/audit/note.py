@@ -89,7 +89,7 @@ class VerifierKey(msgspec.Struct, frozen=True):
         """The vkey: `<name>+<key id in hex>+<base64 of type and key>`."""
         return f"{self.name}+{self.key_id.hex()}+{encode_text(bytes([self.type]) + self.public_key)}"
 
-    def made(self, signature: Signature) -> bool:
+    def is_named_by(self, signature: Signature) -> bool:
         """Whether the signature names this key."""
         return (signature.name, signature.key_id) == (self.name, self.key_id)
 
@@ -166,7 +166,7 @@ class Note(msgspec.Struct, frozen=True):
         found: dict[VerifierKey, Signature] = {}
         for key in keys:
             for signature in self.signatures:
-                if key.made(signature):
+                if key.is_named_by(signature):
                     if not key.verifies(self.text, signature):
                         raise NoteError(f"the signature by {key.name} is not valid")
                     found[key] = signature

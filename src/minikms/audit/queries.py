@@ -43,7 +43,7 @@ NEEDLES_MAX: Final = 32
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):
-    """What an event must match: every field that is not empty.
+    """The conditions of a search: an event must match every field that is not empty.
 
     threads: the recorded forms of one thread id. thread_keys: ids of the thread's keys that are known already; an event
     that names one of them is about the thread. types, outcomes: one of these.

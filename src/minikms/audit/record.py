@@ -78,10 +78,6 @@ class MalformedLineError(KmsRefusedError):
     code = "audit_malformed"
 
 
-def _outcome_ok() -> str:
-    return "ok"
-
-
 class Event(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     """One audit event. An empty optional field is absent from the line. The writer sets `seq` and `ts`.
 
@@ -102,7 +98,7 @@ class Event(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fie
     thread_id: str = ""
     count: NonNegative = 0
     # `omit_defaults` does not apply to this factory: "ok" is written out, and a line without an outcome is rejected.
-    outcome: str = msgspec.field(default_factory=_outcome_ok)
+    outcome: str = msgspec.field(default_factory=lambda: "ok")
     request_id: str = ""
     request_ids: list[str] = []
     detail: str = ""

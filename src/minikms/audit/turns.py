@@ -49,7 +49,7 @@ class TurnAudit:
 
     def seal(self) -> None:
         """The audit keys are zeroed: no further event is written, and the callers of durable ones that wait for the end
-        of their step get a SealedError. What was written is still synced.
+        of their step get a SealedError. Written lines are still synced.
         """
         self._sealed = True
 

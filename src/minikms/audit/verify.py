@@ -6,9 +6,9 @@ same list):
  1. The line has the exact frame, at most `LINE_BYTES_MAX` bytes, printable ASCII only, and ends in one newline.
  2. The event is valid and canonical, with a `seq` and a `ts`.
  3. The first line is `genesis` with seq 1, or `segment_open` of segment 2 or higher (rule 10), or the signed line that
-    the caller starts from; it names the format, the log's id, a known audit key version and a trusted public key. It is
-    also the first line of its file, as is every `segment_open`, and no other line is; its segment is that of the file's
-    name.
+    the caller starts from. It names the format, the log's id, a known audit key version and a trusted public key. The
+    first line of each file is `genesis` or `segment_open`, and no other line is. Its segment is that of the
+    file's name.
  4. `seq` is one more than that of the previous line: no line is missing, repeated or moved.
  5. With the audit key: the MAC is that of the previous MAC and this event, under the active key version.
  6. `genesis` is only the first line. `segment_open` follows each `segment_close`, and no other line; it names the next

@@ -14,19 +14,16 @@ import select
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 from cyclopts import App, Parameter, validators
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit import record
-from minikms.audit.queries import Progress, Totals
+from minikms.audit.queries import Totals
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
 from minikms.base64 import encode_text
@@ -43,6 +40,7 @@ from minikms.cli.console import (
     complain,
     confirm,
     needed_root,
+    progress_bar,
 )
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING
 
@@ -53,19 +51,6 @@ if TYPE_CHECKING:
 
 _SHOWN_COUNT_MAX = 20
 """Rows of one table of `stats`; --json has them all."""
-
-
-@contextmanager
-def progress_bar(wanted: bool) -> Iterator[Progress | None]:
-    """A progress bar on standard error, if that is a terminal."""
-    if not (wanted and sys.stderr.isatty()):
-        yield None
-        return
-    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Bar(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("Verifying", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def report_json(report: Report, tree: audit_tree.TreeReport | None = None) -> str:
@@ -268,7 +253,7 @@ def verify(
     from minikms.datadir import audit_keys, open_for_reading
 
     def judge(trust: Trust) -> Report:
-        with progress_bar(not json) as progress:
+        with progress_bar("Verifying", shown=not json, in_bytes=True) as progress:
             return verify_directory(
                 log_directory(directory), trust, expect_head=head, from_checkpoint=from_checkpoint, progress=progress
             )
@@ -435,16 +420,16 @@ def rotate_key(
 
     try:
         directory = chosen_data_dir(data_dir)
-        made = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, root_source, data_dir=directory))
+        key = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, root_source, data_dir=directory))
     except (CommandError, KmsRefusedError, OSError) as error:
         return missing(error)
-    public_key = encode_text(made.public_key)
+    public_key = encode_text(key.public_key)
     if json:
-        print(as_json({"version": made.version, "public_key": public_key, "head": made.head}))
+        print(as_json({"version": key.version, "public_key": public_key, "head": key.head}))
     else:
-        print(f"The audit key is now version {made.version}.")
+        print(f"The audit key is now version {key.version}.")
         print(f"  public key  {public_key}   keep it outside the data directory")
-        print(f"  head        {made.head['seq']}:{made.head['sig']}")
+        print(f"  head        {key.head['seq']}:{key.head['sig']}")
     return EXIT_GOOD
 
 

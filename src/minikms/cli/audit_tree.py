@@ -80,9 +80,9 @@ def policy(log_keys: Sequence[str] | None, witnesses: Sequence[str] | None, quor
         raise StartError("give the verifier key of the tree's log with --log-key")
     keys = tuple(parse_vkey(text, _LOG_TYPES) for text in log_keys)
     cosigners = tuple(parse_vkey(text, (note.TYPE_COSIGNATURE,)) for text in witnesses or ())
-    made = Policy(keys, cosigners, len(cosigners) if quorum is None else quorum)
-    made.check()
-    return made
+    believed = Policy(keys, cosigners, len(cosigners) if quorum is None else quorum)
+    believed.check()
+    return believed
 
 
 def compare_with_tree(

@@ -37,13 +37,13 @@ from minikms.cli.console import (
     print_facts,
     print_json,
     print_table,
-    terminal,
+    progress_bar,
 )
 from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
     from minikms.custody.backup.archive import AuditHead, Manifest
-    from minikms.custody.backup.create import Progress, Task
+    from minikms.custody.backup.create import Task
     from minikms.custody.backup.register import Registered
     from minikms.custody.backup.restore import NewerKeyring
     from minikms.keys.unlocked import UnlockedKeyring
@@ -91,9 +91,9 @@ def create(
             raise
     size = os.path.getsize(archive)
     ended_ms = time.time_ns() // 1_000_000
-    made = good.manifest
+    manifest = good.manifest
     register.put(
-        Registered(entry.archive_id, entry.path, entry.begun_ms, ended_ms, made.keys, size, made.newest_key_id)
+        Registered(entry.archive_id, entry.path, entry.begun_ms, ended_ms, manifest.keys, size, manifest.newest_key_id)
     )
     _print_manifest(good.manifest, archive, json=json, done="made, read back, every key opened")
     if good.manifest.unreadable:
@@ -276,18 +276,8 @@ def _task(root: RootProvider, what: str, *, bar: bool) -> Iterator[Task]:
     from minikms.custody.backup.create import Task
     from minikms.datadir import opened_keyring, opened_root
 
-    with opened_root(root) as (arena, key), _progress(what, bar=bar) as progress:
+    with opened_root(root) as (arena, key), progress_bar(what, shown=bar) as progress:
         yield Task(arena, key, lambda data: opened_keyring(arena, key, data), progress)
-
-
-@contextmanager
-def _progress(what: str, *, bar: bool) -> Iterator[Progress]:
-    from rich.progress import Progress as Bar
-
-    console = terminal(errors=True)
-    with Bar(console=console, disable=not (bar and console.is_terminal), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _audit_head(directory: str) -> AuditHead | None:

@@ -18,7 +18,7 @@ from minikms import usage
 from minikms.cli.console import CommandError, explained
 from minikms.cli.rootkey import FLAG as MASTER_KEY_FLAG
 from minikms.cli.serve import serve
-from minikms.usage import Shell, new_app, print_completion, show_whole_help
+from minikms.usage import Shell, new_app, print_completion, show_whole_help, unknown_command
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
@@ -81,7 +81,8 @@ def _command() -> Any:
     words = _with_needed_root_key(sys.argv[1:])
     if words and words[0] in HELPERS:
         _run_helper(words[0], words[1:])
-    _check_first_word(words)
+    if unknown := unknown_command("minikms", words, ["serve", *COMMANDS, *HELPERS]):
+        raise CommandError(unknown)
     show_whole_help(app, words)
     return app(words, print_error=False, exit_on_error=False)
 
@@ -107,14 +108,3 @@ def _takes_root_key(words: list[str]) -> bool:
 def _run_helper(name: str, words: list[str]) -> NoReturn:
     """Replaces this process by the helper of this installation. -P: never one from the working directory."""
     os.execv(sys.executable, [sys.executable, "-P", "-m", HELPERS[name], *words])  # noqa: S606  without a shell
-
-
-def _check_first_word(words: list[str]) -> None:
-    """Raises CommandError for a first word that is no command: `serve` takes flags only, so it can't be an argument."""
-    if not words or words[0].startswith("-") or words[0] in ("serve", *COMMANDS):
-        return
-    from difflib import get_close_matches
-
-    close = get_close_matches(words[0], ["serve", *COMMANDS, *HELPERS], n=1)
-    meant = f"Did you mean `minikms {close[0]}`?" if close else "`minikms --help` lists the commands."
-    raise CommandError(f"there is no command {words[0]!r}. {meant}")

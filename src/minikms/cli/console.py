@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -59,8 +60,6 @@ def explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, KmsError):
         return _with_advice(error)
     text = usage.explained_system(error, "minikms")
-    if text is None:
-        raise error
     return text + (f". {DATA_USER_ADVICE}." if isinstance(error, PermissionError) else ""), EXIT_MISSING
 
 
@@ -109,14 +108,9 @@ DAEMON_WAIT_SECONDS: Final = 0.5
 """For a daemon that is starting; a person notices a longer wait."""
 ANSWER_SECONDS: Final = 10.0
 
-Socket = Annotated[PathText | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
-ServerUid = Annotated[
-    int | None,
-    Parameter(
-        name="--server-uid",
-        help="The user that must serve the socket; default: this one or root [PROGRESSDB_KMS_SERVER_UIDS].",
-    ),
-]
+Socket = usage.Socket
+ServerUid = usage.ServerUid
+Json = usage.Json
 DataDir = Annotated[
     PathText | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
 ]
@@ -137,7 +131,6 @@ Root = Annotated[
     ),
 ]
 MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
-Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
 Yes = Annotated[bool, Parameter(name=("--yes", "-y"), help="Don't ask.", negative=(), show_default=False)]
 
 
@@ -394,23 +387,34 @@ def duration(seconds: int) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
-def confirm(question: str, *, yes: bool) -> None:
-    """Returns when the answer is yes. Raises CommandError when it is no, or when standard input is no terminal."""
+@contextmanager
+def progress_bar(what: str, *, shown: bool, in_bytes: bool = False) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on standard error, if it is `shown` and that is a terminal. It is moved by a call with the number of things
+    or bytes that are done, and of all.
+    """
+    from rich import progress
+
+    console = terminal(errors=True)
+    counts = (
+        [progress.DownloadColumn(), progress.TransferSpeedColumn()] if in_bytes else [progress.MofNCompleteColumn()]
+    )
+    name = progress.TextColumn("{task.description}", markup=False)
+    columns = (name, progress.BarColumn(), *counts, progress.TimeRemainingColumn())
+    disable = not (shown and console.is_terminal)
+    with progress.Progress(*columns, console=console, disable=disable, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def confirm(question: str, *, yes: bool, number: int | None = None) -> None:
+    """Returns when the answer is yes, or of an action on many things their number. Raises CommandError when it is
+    another, or when standard input is no terminal.
+    """
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise CommandError("this needs a confirmation, and there is no terminal to ask on: confirm with --yes")
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise CommandError("nothing was done", EXIT_FAILED)
-
-
-def confirm_number(question: str, number: int, *, yes: bool) -> None:
-    """As `confirm`, for an action on many things: the answer is their number."""
-    if yes:
-        return
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise CommandError("this needs a confirmation, and there is no terminal to ask on: confirm with --yes")
-    print(f"{question} Type their number, {number}, to go on: ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip() != str(number):
+    how = "[y/N]" if number is None else f"Type their number, {number}, to go on:"
+    print(f"{question} {how} ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in (("y", "yes") if number is None else (str(number),)):
         raise CommandError("nothing was done", EXIT_FAILED)

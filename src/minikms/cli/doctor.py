@@ -50,7 +50,7 @@ from minikms.custody import (
 from minikms.custody.log_directory import log_directory
 from minikms.custody.settled_keys import SettledKeys
 from minikms.datadir import opened_keyring, opened_root
-from minikms.files import is_stale_temp, open_directory, read_file_bounded
+from minikms.files import is_stale_temp, read_file_in
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
 from minikms.keys.keyring import Body
@@ -98,7 +98,7 @@ def examine(directory: str, root: RootProvider | None, *, now: float) -> Iterato
     yield from _seal(directory)
     body: Body | None = None
     try:
-        data = _read(directory, keyring_file.NAME, keyring.FILE_BYTES_MAX)
+        data = read_file_in(directory, keyring_file.NAME, keyring.FILE_BYTES_MAX)
         if data is None:
             yield problem(
                 "keyring", "keyring.json is missing", "restore it: minikms backup restore; new here? minikms init"
@@ -241,7 +241,7 @@ def _keyring(directory: str, body: Body, now: float) -> Iterator[Diagnosis]:
 
 
 def _root_keys(body: Body, now: float) -> Iterator[Diagnosis]:
-    """What a lost root key would do, and which root keys nobody has tested recently."""
+    """The effect of a lost root key, and the root keys that nobody has tested recently."""
     if len(body.slots) == 1:
         yield advice(
             "root key",
@@ -301,7 +301,7 @@ def _keys(
 ) -> Iterator[Diagnosis]:
     destroyed: set[bytes] = set()
     try:
-        content = _read(directory, tombstone_file.NAME, TOMBSTONES_BYTES_MAX)
+        content = read_file_in(directory, tombstone_file.NAME, TOMBSTONES_BYTES_MAX)
         key = None if unlocked is None else unlocked.tombstone_key
         destroyed.update(tombstone_file.read_tombstones(content, body, key).keys())
     except KmsRefusedError as error:
@@ -362,14 +362,6 @@ def _judge(record: DekRecord, body: Body, arena: SecretArena | None, unlocked: U
     if arena is not None and unlocked is not None:
         with arena.allocate() as slot:
             dek.unwrap_into(record, unlocked.kek_cipher(record.kek_version), slot.view)
-
-
-def _read(directory: str, name: str, bytes_max: int) -> bytes | None:
-    descriptor = open_directory(directory)
-    try:
-        return read_file_bounded(name, bytes_max, dir_fd=descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _named(names: list[str]) -> str:

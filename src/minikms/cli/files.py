@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
 
 from cyclopts import Parameter
 
-from minikms.cli.console import CommandError, Json, ServerUid, Socket, daemon_client, print_json, terminal
+from minikms.cli.console import CommandError, Json, ServerUid, Socket, daemon_client, print_json, progress_bar
 from minikms.sync import sync_file
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, PathText
 
@@ -211,17 +211,13 @@ def _private(path: str, flags: int) -> int:
 
 def _parts(file: BinaryIO, source: str) -> Iterator[bytes]:
     """The file, part by part; with a progress bar if it is a regular file and standard error is a terminal."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
     status = os.fstat(file.fileno())
-    console = terminal(errors=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    shown = console.is_terminal and stat.S_ISREG(status.st_mode)
-    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
-        task = progress.add_task(Path(source).name, total=status.st_size)
+    done = 0
+    with progress_bar(Path(source).name, shown=stat.S_ISREG(status.st_mode), in_bytes=True) as progress:
         while part := file.read(READ_BYTES):
             yield part
-            progress.advance(task, len(part))
+            done += len(part)
+            progress(done, status.st_size)
 
 
 def _copy(parts: Iterable[bytes], writing: BinaryIO) -> int:

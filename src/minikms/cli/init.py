@@ -178,7 +178,7 @@ def _make(
             make_key_file(new_key_file, arena)
         data = open_for_service(lock, root, arena=arena, disk=executor, options=Options(audit_dir=audit_dir))
         body = data.vault.keyring.body
-        made = {
+        answer = {
             "keyring_id": body.keyring_id,
             "epoch": body.epoch,
             "root_fingerprint": data.slot.fingerprint,
@@ -187,15 +187,15 @@ def _make(
         failure = ""
         try:
             if recovery is not None:
-                made["shares"] = _add_shares(data, recovery, arena)
-                made["epoch"] = data.vault.keyring.body.epoch
+                answer["shares"] = _add_shares(data, recovery, arena)
+                answer["epoch"] = data.vault.keyring.body.epoch
         except KeyboardInterrupt:
             failure = "it was interrupted"
         except Exception as error:  # noqa: BLE001  a defect is raised again by `explained`
             failure = explained(error)[0]
         finally:
             data.close()
-        return made, failure
+        return answer, failure
 
 
 def _add_shares(data: OpenedDataDir, recovery: Recovery, arena: SecretArena) -> dict[str, Any]:

@@ -7,6 +7,7 @@ a rotation goes on in the daemon when this command is interrupted. It must never
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
@@ -24,7 +25,7 @@ from minikms.cli.console import (
     daemon_client,
     print_json,
     print_table,
-    terminal,
+    progress_bar,
 )
 from minikms.cli.key_text import key_text
 from minikms.usage import EXIT_FAILED, EXIT_GOOD
@@ -112,21 +113,11 @@ def _wait(kms: Client, version: int, *, bar: bool) -> api.StatusAnswer:
 
     Raises CommandError when an older KEK is active then.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("rewrapping"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = terminal(errors=True)
-    with Progress(*columns, console=console, disable=not (bar and console.is_terminal), transient=True) as progress:
-        task = progress.add_task("", total=None)
-        while True:
-            status = kms.status()
-            rotation = status.rotation
-            if rotation is None:
-                break
-            failing = rotation.last_error
-            if failing and console.is_terminal:
-                progress.console.print(f"the daemon tries again after: {failing}", soft_wrap=True)
-            progress.update(task, total=rotation.total, completed=rotation.rewrapped)
+    with progress_bar("rewrapping", shown=bar) as progress:
+        while (rotation := (status := kms.status()).rotation) is not None:
+            if rotation.last_error and sys.stderr.isatty():
+                print(f"the daemon tries again after: {rotation.last_error}", file=sys.stderr)
+            progress(rotation.rewrapped, rotation.total)
             time.sleep(POLL_SECONDS)
     active = [kek.version for kek in status.keks if kek.state == "active"]
     if len(active) != 1 or active[0] < version:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple
 
@@ -29,11 +28,11 @@ from minikms.cli.console import (
     clean,
     complain,
     confirm,
-    confirm_number,
     daemon_client,
     print_facts,
     print_json,
     print_table,
+    progress_bar,
     terminal,
 )
 from minikms.usage import EXIT_FAILED, EXIT_GOOD
@@ -117,7 +116,7 @@ def show_key(key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = No
 def retire(
     key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
 ) -> int:
-    """Retire a key: it only decrypts from then on. What it encrypted stays readable."""
+    """Retire a key: it only decrypts from then on. Data encrypted under it stays readable."""
     with daemon_client(socket, server_uid) as kms:
         before = kms.get_key(key_id)
         if before.state == "active":
@@ -163,8 +162,10 @@ def destroy(
         else:
             kms.health()  # ends the command if the daemon is away or is another user's, before anything is destroyed
     if chosen:
-        confirm_number(
-            f"Destroy {len(chosen):,} retired keys? What they encrypted can never be read again.", len(chosen), yes=yes
+        confirm(
+            f"Destroy {len(chosen):,} retired keys? What they encrypted can never be read again.",
+            number=len(chosen),
+            yes=yes,
         )
     import asyncio
 
@@ -270,21 +271,11 @@ async def _destroy_all(
                 outcome.not_tried.extend(reversed(left))
                 left.clear()
                 raise
-            advance()
+            progress(len(outcome.destroyed) + len(outcome.failed), len(key_ids))
 
-    with _progress(len(key_ids), bar=bar) as advance:
+    with progress_bar("destroying keys", shown=bar) as progress:
         async with AsyncClient(chosen_socket(socket), server_uids=server_uids, wait_s=DAEMON_WAIT_SECONDS) as client:
             await asyncio.gather(*(work(client) for _ in range(min(DESTROYED_AT_ONCE, len(key_ids)))))
-
-
-@contextmanager
-def _progress(total: int, *, bar: bool) -> Iterator[Callable[[], None]]:
-    from rich.progress import Progress
-
-    console = terminal(errors=True)
-    with Progress(console=console, disable=not (bar and console.is_terminal), transient=True) as progress:
-        task = progress.add_task("destroying keys", total=total)
-        yield lambda: progress.advance(task)
 
 
 def _print_outcome(outcome: _Outcome, *, json: bool) -> None:

@@ -108,15 +108,15 @@ def add_shares(
     with SecretArena(SLOTS_COUNT_MAX + 1) as arena, arena.allocate() as root:
         keyring_id = kms.status().keyring_id
         fill_random(root.view)
-        made = hand_out(root, keyring_id, counts, directory, arena, yes=yes)
-        given = api.GivenShares(made.set_id, made.threshold, [encode_text(digest) for digest in made.digests])
+        shares = hand_out(root, keyring_id, counts, directory, arena, yes=yes)
+        given = api.GivenShares(shares.set_id, shares.threshold, [encode_text(digest) for digest in shares.digests])
         try:
             if pin is not None:
                 PinFile(pin).add(root.view, keyring_id)
             with slot_text(root) as text:
-                return kms.add_root(text, provider=TypedShares.name, shares=given), made
+                return kms.add_root(text, provider=TypedShares.name, shares=given), shares
         except BaseException:
-            complain(f"the shares of the set {made.set_id} open nothing unless `minikms root list` shows that set")
+            complain(f"the shares of the set {shares.set_id} open nothing unless `minikms root list` shows that set")
             raise
 
 

@@ -240,7 +240,7 @@ def serve(
 
 
 def _no_root_text(directory: str) -> str:
-    """What to do about a start without a root key: it depends on what there is already."""
+    """The advice for a start without a root key: it depends on the files that exist already."""
     from minikms.api import development_key_path
 
     key_file = development_key_path(directory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter, validators
 
@@ -52,10 +52,10 @@ def status(
 ) -> int:
     """Show the state of the running daemon. Exit status: 0 it works, 1 it can't work, 2 it does not answer."""
     with daemon_client(socket, server_uid, timeout_s=ANSWER_SECONDS) as kms:
-        answer = kms.status()
-        if watch and not json and sys.stdout.isatty():
-            return _watch(kms.status, answer, interval)
         while True:
+            answer = kms.status()
+            if watch and not json and sys.stdout.isatty():
+                print("\x1b[H\x1b[2J", end="")  # the next page takes the place of the one before
             if json:
                 print_json(answer)
             else:
@@ -66,7 +66,6 @@ def status(
                 return EXIT_GOOD if answer.status == "ok" else EXIT_FAILED
             sys.stdout.flush()
             time.sleep(interval)
-            answer = kms.status()
 
 
 def ready(
@@ -88,15 +87,6 @@ def ready(
         else:
             kms.ready()
     return EXIT_GOOD
-
-
-def _watch(ask: Any, answer: api.StatusAnswer, interval: float) -> int:
-    from rich.live import Live
-
-    with Live(page(answer), console=terminal(), screen=True, auto_refresh=False) as live:
-        while True:
-            time.sleep(interval)
-            live.update(page(ask()), refresh=True)
 
 
 def page(answer: api.StatusAnswer) -> Group:

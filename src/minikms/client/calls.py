@@ -176,7 +176,7 @@ def new_root(root_hex: bytes | bytearray | str, provider: str, shares: api.Given
     return _with_secret(before + b',"root_hex":"', _checked_hex(root_hex, "root_hex"))
 
 
-def proof(root_hex: bytes | bytearray | str) -> bytearray:
+def root_test(root_hex: bytes | bytearray | str) -> bytearray:
     """The body of TEST_ROOT."""
     return _with_secret(b'{"root_hex":"', _checked_hex(root_hex, "root_hex"))
 

@@ -351,7 +351,7 @@ def parse_url(url: str) -> tuple[str, int]:
 
 
 def _signature(path: str) -> _Signature | None:
-    """What changes when a file is replaced or written; None if there is none."""
+    """Status of a file that changes when it is replaced or written; None if there is none."""
     try:
         found = os.stat(path)
     except OSError:

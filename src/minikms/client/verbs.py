@@ -363,7 +363,7 @@ class Verbs:
         self, slot_id: str, root_hex: bytes | bytearray | str, *, request_id: str | None = None
     ) -> One[api.RootAnswer]:
         """Proves that the root key opens the slot. Raises WrongSlotError, NotFoundError."""
-        return One(api.TEST_ROOT, partial(calls.proof, root_hex), request_id, named=slot_id)
+        return One(api.TEST_ROOT, partial(calls.root_test, root_hex), request_id, named=slot_id)
 
     @method
     def remove_root(self, slot_id: str, *, request_id: str | None = None) -> One[api.RootAnswer]:

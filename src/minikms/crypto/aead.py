@@ -39,7 +39,7 @@ OVERHEAD_BYTES: Final = NONCE_BYTES + TAG_BYTES
 
 LONG_TEXT_BYTES: Final = 256
 """For a longer text OpenSSL's code for AVX-512 makes up to 48 powers of the hash key of GCM on the stack, and leaves
-them. Whoever has one can forge records under the key, but read none. Associated data leaves none, however long it is.
+them. With one of them records can be forged under the key, but not read. Associated data of any length leaves none.
 """
 
 _BLOCK_BYTES: Final = 16

@@ -284,7 +284,7 @@ class Journal:
         self._stamp, self._failed = "", False
 
     def _flush_failed(self) -> None:
-        """After a failure: no record of a refused change may stay. What the disk refuses here is left to `_retry`."""
+        """After a failure: no record of a refused change may stay. `_retry` takes over when the disk refuses."""
         if self._failed:
             with contextlib.suppress(StorageUnavailableError):
                 self.flush()

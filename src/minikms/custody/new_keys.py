@@ -86,14 +86,14 @@ class NewKeys:
         await self._groups.drain()
 
     async def _make_group(self, wanted: list[Wanted]) -> list[DekRecord | KmsRefusedError]:
-        made = self._make_all(wanted, self._stored.body.wrapping_kek.version)
-        keys = [Change(each.id, b"", dek.encode(each)) for each in made if isinstance(each, DekRecord)]
+        new_keys = self._make_all(wanted, self._stored.body.wrapping_kek.version)
+        keys = [Change(each.id, b"", dek.encode(each)) for each in new_keys if isinstance(each, DekRecord)]
         if keys:
             await self._journal.create(keys)
-        for each in made:
+        for each in new_keys:
             if isinstance(each, DekRecord):
                 self._index.put(each)
-        return made
+        return new_keys
 
     def _make_all(self, wanted: Sequence[Wanted], version: int) -> list[DekRecord | KmsRefusedError]:
         """Fresh wrapped keys, each made in the same slot of the arena, or the refusals."""

@@ -290,7 +290,7 @@ def _only_in_path(verb: Verb[Any, Any], given: dict[str, Any], request: Request)
 
 
 def visible_status(status: dict[str, object], keys: ScopedKeys) -> dict[str, object]:
-    """What a caller that a policy limits may see of the status."""
+    """The part of the status that a caller which a policy limits may see."""
     if keys.who.via:
         return reduced(status)
     return status if keys.sees_all else without_key_files(status)

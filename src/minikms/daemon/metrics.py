@@ -153,14 +153,14 @@ def page(
     policy_refusals: Mapping[str, int],
 ) -> bytes:
     """`status` is what `minikms.daemon.status.StatusPage.build` returns; `batches`: sizes of batches by verb."""
-    made = _Page()
-    _add_requests(made, status, times, batches)
-    _add_keys(made, status)
-    _add_rotation(made, status["rotation"])
-    _add_audit(made, status["audit"], status["uptime_seconds"])
-    _add_policy(made, status["policy"] or {}, policy_refusals)
-    _add_process(made, status)
-    return made.encode()
+    page = _Page()
+    _add_requests(page, status, times, batches)
+    _add_keys(page, status)
+    _add_rotation(page, status["rotation"])
+    _add_audit(page, status["audit"], status["uptime_seconds"])
+    _add_policy(page, status["policy"] or {}, policy_refusals)
+    _add_process(page, status)
+    return page.encode()
 
 
 def _add_requests(made: _Page, status: Mapping[str, Any], times: VerbTimes, batches: Mapping[str, Histogram]) -> None:

@@ -39,7 +39,7 @@ class PolicyFile:
 
     @property
     def directory(self) -> str:
-        """What the hardened process must be able to read: a file that replaces this one has another inode."""
+        """The paths that the hardened process must read: a file that replaces this one has another inode."""
         return str(directory_read(self.path))
 
     def check_apart(self, *, written: Iterable[str], of_root_key: Iterable[str]) -> None:

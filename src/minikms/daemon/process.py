@@ -439,7 +439,7 @@ def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> t
 
 
 def _write_paths(settings: Settings, *, activated: bool) -> list[str]:
-    """What the hardened process may write. `activated`: the service manager has made the socket."""
+    """The paths that the hardened process may write. `activated`: the service manager has made the socket."""
     log_dir = settings.opening.audit_dir
     paths = [settings.data_dir, *([] if log_dir is None else [log_dir]), *settings.root.write_paths]
     if not activated:

@@ -8,7 +8,7 @@ how much wrong attempts are slowed down. Invariants:
   repeats lines; a repeated line has the same `attempt` id.
 - Both files are bounded. Of more than ATTEMPTS_KEPT records the oldest are dropped, and counted; those of wrong root
   keys and shares after all others, so that other attempts don't push them out.
-- Nothing authenticates the files. Whoever can write in the data directory can alter them before the unseal. A record
+- Nothing authenticates the files. A writer of the data directory can alter them before the unseal. A record
   that does not have the expected form is dropped, and counted.
 
 They must never hold a root key, a share, or text of a caller.

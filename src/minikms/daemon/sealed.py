@@ -40,7 +40,7 @@ Answer = Reply | Awaitable[Reply]
 
 
 class Unsealing(Protocol):
-    """What a sealed daemon can do."""
+    """The actions of a sealed daemon."""
 
     def seal(self, who: Principal) -> Awaitable[Reply]:
         """Again: writes the marker, if it is not on disk."""

@@ -128,7 +128,7 @@ class StatusPage:
             say("disk nearly full" if full else "disk has room again", disk_free_bytes=self._disk_free_bytes())
 
     def _disk_free_bytes(self) -> int:
-        """What this user may still write: the lesser one of data directory and directory of the audit log."""
+        """Bytes that this user may still write: the lesser of data directory and directory of the audit log."""
         disks = map(os.statvfs, {self._settings.data_dir, self._log.directory})
         return min(disk.f_bavail * disk.f_frsize for disk in disks)
 
@@ -234,7 +234,7 @@ _REDUCED_AUDIT: Final = ("head", "writable", "synced")
 
 
 def reduced(status: dict[str, Any]) -> dict[str, object]:
-    """What a principal behind a proxy gets: enough to see that the service works and is not an older one."""
+    """The status for a principal behind a proxy: enough to see that the service works and is not an older one."""
     shown: dict[str, object] = {name: status[name] for name in _REDUCED if name in status}
     if "keys" in status:
         shown["keys"] = {"indexing": status["keys"]["indexing"]}
@@ -244,7 +244,7 @@ def reduced(status: dict[str, Any]) -> dict[str, object]:
 
 
 def without_key_files(status: dict[str, Any]) -> dict[str, object]:
-    """What a principal gets that may not know of every key: no key id, also not in a warning."""
+    """The status for a principal that may not know of every key: no key id, also not in a warning."""
     status = without_policy_error(status)
     warnings = [api.KEY_ID_PATTERN.sub(_KEY_HIDDEN, text) for text in status["warnings"]]
     return {**status, "keys": {**status["keys"], "unreadable_files": {}}, "warnings": warnings}

@@ -7,7 +7,7 @@ Rules of the room; docs/spec/http.md is the specification:
 2. A named constant in `limits` bounds everything that a peer can make grow or wait.
 3. Received bytes stay in the engine's memory, which it zeroes; it never copies a body with Content-Length.
 4. Answers leave in the order of the requests, at the end of the event-loop turn, after `Application.commit`.
-5. The engine knows bytes and HTTP. Who may do what is decided by the application (`exchange.Application`).
+5. The engine knows bytes and HTTP. The application (`exchange.Application`) authorises.
 
 Modules, each importing only earlier ones: `limits` (bounds and refusals), `head` (heads and query strings), `reader`
 (receiving, chunked bodies, complete requests), `exchange` (requests, answers), `connection`, `server`, `tls`,

@@ -253,7 +253,7 @@ WAY_OUT: Final = (
     "restore keyring.json from a backup: `minikms backup list` shows the backups, docs/runbook.md has the steps, and "
     "`minikms doctor` checks every file"
 )
-"""What to do about a keyring that can't be used. Ends the text of a StartError."""
+"""The advice about a keyring that can't be used. Ends the text of a StartError."""
 
 _body_decoder = msgspec.json.Decoder(Body)
 _encoder = msgspec.json.Encoder()

@@ -74,13 +74,13 @@ class Chain:
 
     def append(self, mac_key: memoryview, stones: Iterable[Tombstone]) -> bytes:
         """Adds new records under the tombstone key `mac_key`; returns their bytes, RECORD_BYTES each."""
-        made = bytearray()
+        records = bytearray()
         for stone in stones:
             body = stone.key + stone.unix_s.to_bytes(8, "big")
             record = body + self._tag(mac_key, body)
             self.take(record)
-            made += record
-        return bytes(made)
+            records += record
+        return bytes(records)
 
     def is_next(self, mac_key: memoryview, record: bytes) -> bool:
         """Whether the tag of the record, RECORD_BYTES, is valid after the last record of the chain."""

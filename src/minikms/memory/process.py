@@ -131,7 +131,7 @@ def name_thread(name: str) -> None:
 
 
 def interpreter_paths() -> list[str]:
-    """What the interpreter may still read after the start: modules and shared libraries that it loads on first use."""
+    """Paths that the interpreter may read after the start: modules and shared libraries that it loads on first use."""
     # `python -m` adds the working directory to the module path. It may be any directory; that of a service is the root.
     try:
         here = os.getcwd()

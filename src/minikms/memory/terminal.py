@@ -4,7 +4,7 @@ Owns: the controlling terminal, and its modes while a secret is typed. Invariant
 and slots of the arena by `readv(2)` and `writev(2)`, and never becomes a Python object. However the reading ends, but
 for SIGKILL and SIGSTOP, the modes are restored and typed bytes are thrown away before a signal that came meanwhile has
 its effect; after a stop the prompt comes again, without echo. Before a prompt the process forbids core dumps of itself,
-and other processes of its user to read its memory. What was typed before the prompt is thrown away, and so is the rest
+and other processes of its user to read its memory. Input from before the prompt is thrown away, and so is the rest
 of a line that is too long. It must never take standard input or output for the terminal: they may be a pipe, or a file
 on a disk.
 """

@@ -1,4 +1,4 @@
-"""Who may do what: principals, their roles and scopes, the policy file, and limits.
+"""Authorisation: principals, their roles and scopes, the policy file, and limits.
 
 Owns: the names of principals, the patterns and the format of a policy file, the decision which grant allows a request,
 and how much of each limit is used. docs/spec/policy.md is the specification. Rules of the room:

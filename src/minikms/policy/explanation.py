@@ -106,7 +106,8 @@ def explain(policy: FilePolicy, principal: str, role: Role, thread: str | None, 
     try:
         who = policy.principal(uid, 0, None if proxy_uid is None else principal)
     except ForbiddenError as error:
-        return question.denied(api.CODE_FORBIDDEN, _cut(str(error)), _more_proxies(rules, name, uid))
+        without_advice = str(error).partition(";")[0]
+        return question.denied(api.CODE_FORBIDDEN, without_advice, _more_proxies(rules, name, uid))
     if who is None:
         return question.denied(api.CODE_UNAUTHORIZED, f"uid:{uid} may not connect", _connecting(question, uid))
     scope = who.scope or Scope(principal, (), proxy=None, generation=0)
@@ -197,8 +198,3 @@ def _limits(limits: GrantLimits, whose: str) -> Iterator[str]:
     given = ", ".join(f"{name} = {value}" for name, value in asdict(limits).items() if value is not None)
     if given:
         yield f"{whose}: {given}"
-
-
-def _cut(text: str) -> str:
-    """The text of an error for a client, without its advice."""
-    return text.partition(";")[0]

@@ -13,7 +13,7 @@ from minikms.policy.rules import NO_LIMITS, PROXIED_ROLES, THREAD_ROLES, Grant, 
 
 
 def warnings(rules: Rules) -> list[str]:
-    """What a valid file says and nobody is likely to mean."""
+    """Warnings of statements in a valid file that nobody is likely to mean."""
     found = [] if rules.grants else ["the file has no grant, so it allows nothing"]
     for number, grant in enumerate(rules.grants):
         found += _of_grant(grant, rules)

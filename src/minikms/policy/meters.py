@@ -116,7 +116,7 @@ class Account:
 
 
 class Charge:
-    """What one request has taken of `requests_per_second` and `concurrent`, until `Meters.end_turn`."""
+    """The share of one request in `requests_per_second` and `concurrent`, until `Meters.end_turn`."""
 
     __slots__ = ("_taken_ns",)
 

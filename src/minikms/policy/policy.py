@@ -1,4 +1,4 @@
-"""Who may do what: from a peer's uid, and the principal that a proxy names, to a principal with its roles.
+"""Authorisation: from a peer's uid, and the principal that a proxy names, to a principal with its roles.
 
 Owns: which uids may connect, the roles of a uid without a policy file, and the principals under one. `minikms.api` says
 which roles a verb needs. Invariants: a uid that is not allowed has no principal; the kernel's overflow uid is never

@@ -140,7 +140,7 @@ class Rules:
 
 
 class Scope:
-    """What one principal may do under the rules of one generation.
+    """The rights of one principal under the rules of one generation.
 
     name: of the principal. proxy: the one that asks on its behalf; None: it asks itself.
     """

@@ -31,7 +31,7 @@ KnownSets = tuple[str, Sequence[KnownSet]]
 class TypedShares(RootProvider):
     """`keyring_file` reads the keyring that is to be opened; without it the shares of a set have to agree only.
 
-    The keyring is not authenticated then. What it says decides only which shares are refused.
+    The keyring is not authenticated then. It decides only which shares are refused.
     """
 
     name: ClassVar[str] = "shares"

@@ -10,7 +10,7 @@ limits; both again after a wait. Invariants:
 - A key whose thread nobody knows (unreadable, destroyed before this run) is visible only to principals that may use
   every thread.
 - The limits of all keys of a request are charged together, before the first of them is used.
-- What is counted of keys that are refused does not tell whether they exist.
+- Counters of refused keys do not reveal whether they exist.
 It must never decide for a caller that no policy limits: that one gets the vault itself.
 """
 

@@ -133,7 +133,7 @@ class RecordVerbs:
         last_key_id = ""
         opened: OpenDek | None = None
         for item in request.items:
-            # What the verbs share is written out here: it saves calls for each item.
+            # The verbs repeat this code in place of a shared function: it saves calls for each item.
             try:
                 if opened is None or item.key_id != last_key_id:
                     opened = keys.opened(check_key_id(item.key_id))

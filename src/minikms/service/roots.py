@@ -44,7 +44,7 @@ class AddGivenRoot(api.AddRootRequest):
     root: SecretSlot | None = None
 
 
-class ProveGivenRoot(api.ProveRootRequest):
+class GivenRootTest(api.RootTestRequest):
     """A request whose root key was taken out of the body into the arena. The caller releases `root`."""
 
     root: SecretSlot | None = None
@@ -53,7 +53,7 @@ class ProveGivenRoot(api.ProveRootRequest):
 WITH_ROOT: Final[dict[api.Verb[Any, Any], type[api.Request]]] = {
     api.ROTATE_KEK: RotateToRoot,
     api.ADD_ROOT: AddGivenRoot,
-    api.TEST_ROOT: ProveGivenRoot,
+    api.TEST_ROOT: GivenRootTest,
 }
 """What the daemon makes of the request of each verb with a `root_field`."""
 
@@ -108,7 +108,7 @@ class RootVerbs:
         body = await self._vault.keyring.change(add)
         return self._answer(body.slots[-1], event)
 
-    async def test_root(self, request: api.ProveRootRequest, event: Event, permit: Permit) -> api.RootAnswer:
+    async def test_root(self, request: api.RootTestRequest, event: Event, permit: Permit) -> api.RootAnswer:
         """Proves that the root key opens the slot, and writes when."""
         root = _root_of(request)
         slot_id = "" if request.slot_id is UNSET else request.slot_id
@@ -192,7 +192,7 @@ class RootVerbs:
 
 def _root_of(request: api.Request) -> SecretSlot:
     """The root key of a request that the daemon has read. Raises InvalidRequestError if it names none."""
-    root = request.root if isinstance(request, (AddGivenRoot, ProveGivenRoot)) else None
+    root = request.root if isinstance(request, (AddGivenRoot, GivenRootTest)) else None
     if root is None:
         raise InvalidRequestError("missing root_hex")
     return root

@@ -37,11 +37,12 @@ from progressdb_server.cli.flags import (
     MasterKeyFile,
     existing_directory,
     load_config,
+    load_for_store,
 )
 from progressdb_server.config import Config
 from progressdb_server.store import backup
 from progressdb_server.store.backup import Backups
-from progressdb_server.store.model import StoreLockedError
+from progressdb_server.store.model import Registered, StoreLockedError
 
 KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
@@ -50,9 +51,10 @@ CREATE_S_MAX: Final = 3600.0
 BackupDirectory = Annotated[Path, Parameter(name="--backup", help="The backup's directory.")]
 
 IN_A_DATABASE: Final = (
-    "the store is in a database: back it up with pg_basebackup or pgBackRest, then the key service with "
-    "`minikms backup create FILE`"
+    "the store is in a database: run progressdb backup register LABEL, back the database up with pg_basebackup or "
+    "pgBackRest, then the key service with minikms backup create FILE (docs/several-servers.md)"
 )
+OF_A_DATABASE: Final = "the store is in a database: restore that with the program that backed it up"
 
 app = App(name="backup", help="Back up store and key service, verify and restore backups.", version_flags=[])
 
@@ -78,11 +80,11 @@ def create(
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Back up the store, then the key service, also while they serve. Neither backup contains the root key."""
+    if load_for_store(addr=addr, db=db, config=config).store.url:
+        raise CommandError(IN_A_DATABASE, missing=True)
     chosen = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file).config
     if NAME.fullmatch(name) is None:
         raise CommandError(INVALID_NAME, missing=True)
-    if chosen.store.url:
-        raise CommandError(IN_A_DATABASE, missing=True)
     path = chosen.backups_dir / name
 
     async def offline() -> None:
@@ -103,6 +105,46 @@ def create(
     return _minikms(words, chosen, master_key_fd, page if json else None)
 
 
+@app.command(name="register")
+def register(
+    label: Annotated[str, Parameter(help="The label of the backup, as it is given to the program that makes it.")],
+    *,
+    begun: Annotated[
+        str | None, Parameter(help="When a backup that exists was begun: 2026-01-31T23:00:00Z; without it, now.")
+    ] = None,
+    config: ConfigFile = None,
+    json: Json = False,
+) -> int:
+    """Register a backup of the database before it is made with another program. No key that it needs is destroyed.
+
+    Once the backup and the log that restores it have expired: `progressdb backup forget LABEL`.
+    """
+    chosen = load_for_store(config=config)
+    if NAME.fullmatch(label) is None:
+        raise CommandError(INVALID_NAME, missing=True)
+    begun_ns = None if begun is None else _unix_ns(begun)
+
+    async def registered() -> Registered:
+        async with _register(chosen) as register:
+            return await register.register_backup(label, begun_ns)
+
+    known = asyncio.run(registered())
+    _say(f"{label} is registered: begin it now" if begun is None else f"{label} is registered",
+         {"registered": label, "created_ns": known.created_ns}, json=json)  # fmt: skip
+    return 0
+
+
+def _unix_ns(text: str) -> int:
+    """Raises CommandError."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise CommandError("--begun must be a time such as 2026-01-31T23:00:00Z", missing=True) from None
+    if moment.tzinfo is None or moment > datetime.now(UTC):
+        raise CommandError("--begun must have a time zone, such as Z, and not be in the future", missing=True)
+    return int(moment.timestamp()) * 1_000_000_000
+
+
 @app.command(name="list")
 def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
     """List the registered backups of the store. The server destroys no key that a registered backup needs.
@@ -111,12 +153,18 @@ def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = No
 
     A backup whose directory is not found stays in the list.
     """
-    chosen = load_config(addr=addr, db=db, config=config).config
+    chosen = load_for_store(addr=addr, db=db, config=config)
 
     async def offline() -> list[dict[str, Any]]:
         async with _register(chosen) as register:
             return [
-                {"name": known.name, "path": known.path, "created_ns": known.created_ns, "gone": known.gone}
+                {
+                    "name": known.name,
+                    "path": known.path,
+                    "created_ns": known.created_ns,
+                    "gone": known.gone,
+                    "of_database": known.of_database,
+                }
                 async for page in register.backups()
                 for known in page
             ]
@@ -130,7 +178,8 @@ def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = No
         return 0
     for known in found:
         when = datetime.fromtimestamp(known["created_ns"] / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        print(f"{known['name']}  {when}  {known['path']}{'  not found there' if known['gone'] else ''}")
+        place = known["path"] + ("  not found there" if known["gone"] else "")
+        print(f"{known['name']}  {when}  {'of the database' if known.get('of_database') else place}")
     if not found:
         print("no backup is registered")
     return 0
@@ -150,7 +199,7 @@ def forget(
     json: Json = False,
 ) -> int:
     """Forget a deleted backup, so that keys which only it needs can be destroyed. Refused while the backup exists."""
-    chosen = load_config(addr=addr, db=db, config=config).config
+    chosen = load_for_store(addr=addr, db=db, config=config)
     if not yes:
         raise CommandError(
             "nothing was forgotten: keys that this backup needs may be destroyed then; if it was deleted, with every "
@@ -214,6 +263,8 @@ def restore(
 ) -> int:
     """Restore into the directories of the configuration, which must be empty. Nothing is overwritten."""
     path = existing_directory(backup_path)
+    if load_for_store(db=db, config=config).store.url:
+        raise CommandError(OF_A_DATABASE, missing=True)
     chosen = load_config(db=db, config=config, master_key_file=master_key_file).config
     backup.verify(str(path))
     if os.path.isdir(chosen.store_dir) and os.listdir(chosen.store_dir):
@@ -238,8 +289,13 @@ def restore(
 
 @asynccontextmanager
 async def _register(config: Config) -> AsyncIterator[Backups]:
-    """The backups of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, BackupError."""
+    """The backups of a store in a database, or of one that no server has open. Raises StoreLockedError,
+    StoreUnavailableError, BackupError."""
     logs.configure(config.logging.format, "error")  # the command itself prints what it has done
+    if config.store.url:
+        async with backup.register_shared(config.store.url, single_node=config.store.single_node) as register:
+            yield register
+        return
     async with backup.register_offline(str(config.store_dir)) as register:
         yield register
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import json as encoder
-from typing import Annotated, Final
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from minikms.api.errors import KmsError, KmsUnavailableError
 from minikms.client import Client
-from progressdb_server.cli.flags import CommandError, ConfigFile, Db, Json, load_config
+from progressdb_server.cli.flags import CommandError, ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Config
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store.check import Problem, Report, repair_offline
 from progressdb_server.store.check import check as check_store
 from progressdb_server.store.model import FormatError, StoreLockedError, StoreUnavailableError
-
-IN_A_DATABASE: Final = "the store is in a database, which this command does not examine: use `progressdb doctor`"
 
 
 def check(
@@ -42,10 +40,8 @@ def check(
 
     Exit status: 0 nothing is wrong, 1 something is wrong, 2 there is no store, or this user may not decrypt.
     """
-    chosen = load_config(db=db, config=config).config
-    path = str(chosen.store_dir)
-    if chosen.store.url:
-        raise CommandError(IN_A_DATABASE, missing=True)
+    chosen = load_for_store(db=db, config=config)
+    path = chosen.store.url or str(chosen.store_dir)
     try:
         fixed = asyncio.run(repair_offline(path)) if repair else []
         reachable = chosen.kms.provider != "local" and _has_key_service(chosen)
@@ -54,7 +50,9 @@ def check(
         raise CommandError(
             "the server has the store open: stop it for a repair, or check without --repair", missing=True
         ) from None
-    except (FormatError, StoreUnavailableError) as error:
+    except StoreUnavailableError as error:
+        raise CommandError(error.explained, missing=True) from None
+    except FormatError as error:
         raise CommandError(str(error), missing=True) from None
     if json:
         page = {

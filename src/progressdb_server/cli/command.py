@@ -22,7 +22,7 @@ COMMANDS: Final = {
     "status": ("status:status", "Show the server and its key service on one page."),
     "doctor": ("doctor:doctor", "Ask the running server what is wrong, and retire keys that no thread names."),
     "check": ("check:check", "Examine the whole store, also while the server runs."),
-    "store": ("store:app", "Make or upgrade the tables of a store in PostgreSQL."),
+    "store": ("store:app", "Make or upgrade the tables of a store in PostgreSQL, or copy a store."),
     "backup": ("backup:app", "Back up store and key service, verify and restore backups."),
     "config": ("configuration:app", "Check or show the configuration that the server would run with."),
     "rotate-dek": ("jobs:rotate_dek", "Give threads new keys and re-encrypt their records."),
@@ -88,7 +88,8 @@ def run(master_key_fd: int | None) -> None:
 
     def run_command() -> Any:
         words = sys.argv[1:]
-        _check_first_word(words)
+        if unknown := usage.unknown_command("progressdb", words, ["serve", *COMMANDS]):
+            raise CommandError(unknown, missing=True)
         show_whole_help(app, words)
         command, bound, unparsed = app.parse_args(words, print_error=False, exit_on_error=False)
         given = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}
@@ -101,7 +102,11 @@ def run(master_key_fd: int | None) -> None:
 
 def _explained(error: Exception) -> tuple[str, int]:
     exit_status = _exit_status(error)
-    return explained(error, "progressdb") if isinstance(error, CycloptsError) else str(error), exit_status
+    from progressdb_server.store.model import StoreUnavailableError
+
+    if isinstance(error, CycloptsError):
+        return explained(error, "progressdb"), exit_status
+    return error.explained if isinstance(error, StoreUnavailableError) else str(error), exit_status
 
 
 def _exit_status(error: Exception) -> int:
@@ -116,15 +121,3 @@ def _exit_status(error: Exception) -> int:
     if isinstance(error, (BackupError, StoreUnavailableError)):
         return EXIT_FAILED
     raise error
-
-
-def _check_first_word(words: list[str]) -> None:
-    """Raises CommandError for a first word that is no command: `serve` takes only flags, so it is no argument."""
-    commands = ["serve", *COMMANDS]
-    if not words or words[0].startswith("-") or words[0] in commands:
-        return
-    from difflib import get_close_matches
-
-    close = get_close_matches(words[0], commands, n=1)
-    hint = f"Did you mean `progressdb {close[0]}`?" if close else "`progressdb --help` lists the commands."
-    raise CommandError(f"there is no command {words[0]!r}. {hint}", missing=True)

@@ -7,13 +7,18 @@ records. Invariant: nothing is changed without `--repair`.
 
 from __future__ import annotations
 
+import asyncio
 import json as encoder
 from typing import Annotated, Any, Final
 
+import msgspec
 from cyclopts import Parameter
 
 from progressdb_server.cli.admin_client import AdminClient
-from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_config
+from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_for_store
+from progressdb_server.config import Store
+from progressdb_server.store import directory
+from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 REPAIR_S_MAX: Final = 3600.0
 """A walk over a million keys takes some minutes."""
@@ -31,14 +36,18 @@ def doctor(
     json: Json = False,
 ) -> int:
     """Ask the running server what is wrong: whether it takes writes, whether its key service works, and which active
-    keys no thread names (of creates that were refused or interrupted).
+    keys no thread names (of creates that were refused or interrupted). A database (store.url) is examined first.
 
     With --repair these keys are retired: they only decrypt from then on. Do not use it on an older copy of the store,
     which does not have the newer threads. Exit status: 0 nothing is wrong now, 1 something is, 2 the server does not
     answer.
     """
-    client = AdminClient.from_config(load_config(addr=addr, db=db, config=config).config)
-    page: dict[str, Any] = {"readiness": client.call("GET", "/admin/readiness")}
+    chosen = load_for_store(addr=addr, db=db, config=config)
+    page: dict[str, Any] = {}
+    if chosen.store.url:
+        page["database"] = _examined(chosen.store, shown=not json)
+    client = AdminClient.from_config(chosen)
+    page["readiness"] = client.call("GET", "/admin/readiness")
     wrong = [page["readiness"][name] for name in ("writes", "key_service") if page["readiness"][name]]
     if not page["readiness"]["key_service"]:
         if repair:
@@ -48,7 +57,25 @@ def doctor(
         print(encoder.dumps(page, indent=2))
     else:
         _print(page, wrong)
-    return 1 if wrong or page["orphaned_keys"] else 0
+    damaged = page.get("database", {}).get("problems")
+    return 1 if wrong or damaged or page.get("orphaned_keys") else 0
+
+
+def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
+    """The page of the database, printed at once: the server may not answer."""
+    page: dict[str, Any] = {}
+    try:
+        page = msgspec.to_builtins(asyncio.run(directory.examine_shared(store.url, single_node=store.single_node)))
+    except StoreUnavailableError as error:
+        page["problems"] = [error.explained]
+    except FormatError as error:
+        page["problems"] = [str(error)]
+    if shown and "schema" in page:
+        standbys = f"synchronous standbys {page['standbys']}" if page["standbys"] else "no synchronous standby"
+        print(f"database: schema {page['schema']}, takes writes, {standbys}, {page['tls'] or 'a Unix socket'}")
+    for problem in page["problems"] if shown else ():
+        print(f"problem: {problem}")
+    return page
 
 
 def _print(page: dict[str, Any], wrong: list[str]) -> None:
@@ -64,5 +91,5 @@ def _print(page: dict[str, Any], wrong: list[str]) -> None:
         print(f"and {len(orphans) - SHOWN_MAX:,} more")
     if orphans:
         print(f"  do: {repaired['why'] if repaired and repaired['why'] else 'progressdb doctor --repair'}")
-    elif not wrong:
+    elif not (wrong or page.get("database", {}).get("problems")):
         print("nothing is wrong")

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from minikms import usage
 from minikms.usage import PathText
 
 if TYPE_CHECKING:
-    from progressdb_server.config import LoadedConfig
+    from progressdb_server.config import Config, LoadedConfig
 
 
 class CommandError(Exception):
@@ -38,7 +39,7 @@ MasterKeyFile = Annotated[
 Dev = Annotated[
     bool | None, Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].", negative=())
 ]
-Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
+Json = usage.Json
 Url = Annotated[
     str | None, Parameter(name="--url", help="The running server [PROGRESSDB_URL, or that of PROGRESSDB_ADDR].")
 ]
@@ -71,6 +72,13 @@ def load_config(
         "logging.format": log_format,
     }
     return load(flags, os.environ, with_data=with_data)
+
+
+def load_for_store(*, addr: str | None = None, db: str | None = None, config: str | None = None) -> Config:
+    """The configuration for a command that opens the store itself. What only a server needs may be missing beside the
+    URL of a database. Raises ConfigError."""
+    chosen = load_config(addr=addr, db=db, config=config, with_data=False).config
+    return chosen if chosen.store.url else load_config(addr=addr, db=db, config=config).config
 
 
 def existing_directory(path: Path) -> Path:

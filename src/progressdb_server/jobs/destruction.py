@@ -5,7 +5,8 @@ Owns: the conditions and their order. Invariants:
 - Only retired keys of purpose `thread` are destroyed.
 - A key is destroyed only after a census found no record of the thread and no job's backup under the key. This census is
   later than the rotation's own, and is repeated directly before the destruction, which can't be undone.
-- A key is kept while a registered backup of the store is older than that census, because it may hold such records.
+- A key is kept while a registered backup of the store is older than that census, because it may hold such records. A
+  database is backed up by other programs: without any registered backup it is not known what they hold.
 - If a condition fails, the key stays, and the job's row names the reason (`destroy_waits_for`).
 The receipt is the audit line of the key service, whose request id is the job's id.
 """
@@ -128,9 +129,15 @@ class KeyDestruction(Kind):
         return max(self._table.now_ns(), *known, 0)
 
     async def _older_store_backup(self, census_ns: int) -> str:
+        none = True
         async for page in self._store.backups():
             for known in page:
+                none = False
                 if known.created_ns < census_ns:
                     why = f"the store's backup {known.path} is older than the census and needs the key"
+                    if known.of_database:
+                        return f"{why}; once it has expired: progressdb backup forget {known.name}"
                     return f"{why}; it is not found there: progressdb backup forget {known.name}" if known.gone else why
+        if none and self._store.shared:
+            return "no backup of the database is registered: progressdb backup register"
         return ""

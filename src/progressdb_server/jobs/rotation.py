@@ -284,10 +284,10 @@ class KeyRotation(Kind):
         if not job.keying or job.old_key != old:
             row = await self._table.store(row, changed(job, keying=True, old_key=old, sources=(old,)))
         with self._store.switching_key(job.thread):
-            made = await self._provider.create_dek_for_thread(job.thread, replaces=old, request_id=job.id)
+            key = await self._provider.create_dek_for_thread(job.thread, replaces=old, request_id=job.id)
             self._store.check_halted()
-            await self._switch_to(job_id, old, made.key_id)
-        _log.info("key_switched", job=job_id, thread=job.thread, old_key=old, new_key=made.key_id)
+            await self._switch_to(job_id, old, key.key_id)
+        _log.info("key_switched", job=job_id, thread=job.thread, old_key=old, new_key=key.key_id)
 
     async def _switch_to(self, job_id: str, old: str, new: str) -> None:
         job = await self._table.get(job_id)

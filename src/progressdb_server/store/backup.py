@@ -38,6 +38,7 @@ from progressdb_server.store.model import (
     BackupExistsError,
     BackupNotFoundError,
     BackupThereError,
+    ConditionFailedError,
     File,
     FormatError,
     Manifest,
@@ -89,6 +90,21 @@ class Backups(OpenStore):
         finally:
             self._backing_up = False
 
+    async def register_backup(self, label: str, begun_ns: int | None = None) -> Registered:
+        """Add a backup of the database, which is made by another program: it is begun after this, or was at `begun_ns`.
+        Raises BackupExistsError; BackupError for a store in files."""
+        if not self.shared:
+            raise BackupError("only backups of a database are registered: progressdb backup create makes this one")
+        if label in [known.name async for page in self.backups() for known in page]:
+            raise BackupExistsError(f"a backup {label} is registered already")
+        known = Registered(label, await self.now_ns() if begun_ns is None else begun_ns, of_database=True)
+        entry = keyspace.backup(known.created_ns)
+        try:
+            await self.writer.commit(Write(((entry, msgspec.json.encode(known)),), ((entry, None),)))
+        except ConditionFailedError:
+            raise BackupExistsError("another backup was begun at that time") from None
+        return known
+
     async def backups(self) -> AsyncIterator[list[Registered]]:
         """Those that were begun and are not forgotten, oldest first."""
         lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
@@ -117,6 +133,19 @@ class Backups(OpenStore):
 
     async def _forget(self, found: Sequence[Registered]) -> None:
         await self.writer.commit(Write([(keyspace.backup(known.created_ns), None) for known in found]))
+
+
+@asynccontextmanager
+async def register_shared(url: str, *, single_node: bool) -> AsyncIterator[Backups]:
+    """The backups of a store in a database, beside its servers. Raises StoreUnavailableError, BackupError."""
+    try:
+        store = Backups(await directory.open_shared(url, single_node=single_node))
+    except FormatError as error:
+        raise BackupError(str(error)) from error
+    try:
+        yield store
+    finally:
+        await store.close()
 
 
 @asynccontextmanager

@@ -28,12 +28,12 @@ from minikms import api
 from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store import directory, keyspace, membership, record
-from progressdb_server.store.engine import Engine, Reader
+from progressdb_server.store import keyspace, membership, offline, record
 from progressdb_server.store.epoch import SeenState as KeyService
 from progressdb_server.store.idempotency import IdempotencyRecord
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import RecordUnreadableError, StoreUnavailableError
+from progressdb_server.store.offline import Entries, View
 from progressdb_server.store.writer import Counters
 
 CHUNK_ENTRIES: Final = 500
@@ -47,7 +47,7 @@ MAY_NOT_DECRYPT: Final = (
 
 Kind = Literal["unknown", "damaged", "unreadable", "orphaned", "keyless", "unindexed", "dangling", "miscounted"]
 
-_OTHER_SPACES: Final = (keyspace.JOBS, keyspace.MIGRATED, keyspace.BACKUPS)
+_OTHER_SPACES: Final = (keyspace.JOBS, keyspace.MIGRATED, keyspace.BACKUPS, keyspace.CLAIMS, keyspace.SERVERS)
 """Counted, not checked."""
 
 _THREAD_INDEXES: Final = {
@@ -71,42 +71,47 @@ class Problem(NamedTuple):
 class Checker:
     """One walk. `counts` is how many entries of each space were seen."""
 
-    def __init__(self, reader: Reader, provider: Provider | None) -> None:
+    def __init__(self, view: View, provider: Provider | None) -> None:
         """Without a provider nothing is decrypted and no key is looked up."""
-        self._reader = reader
+        self._view = view
         self._provider = provider
         self.counts: Counter[str] = Counter()
         self._newest = Stamp(0, 0)
         """The highest stamp of a record. A later record must get a higher one."""
 
     async def run(self) -> AsyncIterator[Problem]:
-        lower = b""
-        while entries := self._reader.scan(lower, keyspace.END, limit=CHUNK_ENTRIES):
-            lower = keyspace.next_key(entries[-1][0])
-            sealed: list[tuple[bytes, bytes]] = []
-            for key, value in entries:
-                for finding in self._judge(key, value, sealed):
+        async for page in self._view.walk():
+            for start in range(0, len(page), CHUNK_ENTRIES):
+                sealed: list[tuple[bytes, bytes]] = []
+                for key, value in page[start : start + CHUNK_ENTRIES]:
+                    async for finding in self._judge(key, value, sealed):
+                        yield finding
+                for finding in await self._open(sealed):
                     yield finding
-            for finding in await self._open(sealed):
-                yield finding
-        for finding in self._judge_counters():
+        async for finding in self._judge_counters():
             yield finding
 
-    def _judge(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> Iterator[Problem]:
+    async def _judge(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> AsyncIterator[Problem]:
         try:
             if key.startswith(keyspace.THREAD):
-                yield from self._judge_record(key, value, sealed)
+                async for finding in self._judge_record(key, value, sealed):
+                    yield finding
             elif key.startswith(keyspace.VERSION):
-                yield from self._judge_version(key, value)
+                async for finding in self._judge_version(key, value):
+                    yield finding
             elif key.startswith(keyspace.ORDER):
-                yield from self._judge_order(key, value)
+                async for finding in self._judge_order(key, value):
+                    yield finding
             elif key.startswith(keyspace.INDEX):
-                yield from self._judge_thread_index(key, value)
+                async for finding in self._judge_thread_index(key, value):
+                    yield finding
             elif key.startswith(keyspace.MAP):
-                yield from self._judge_map(key, value)
+                async for finding in self._judge_map(key, value):
+                    yield finding
             elif key.startswith(keyspace.IDEMPOTENCY):
                 self.counts["idempotency"] += 1
-                yield from _judge_retry(key, value)
+                for finding in _judge_retry(key, value):
+                    yield finding
             elif key.startswith(_OTHER_SPACES):
                 self.counts["other"] += 1
             elif key == keyspace.EPOCH:
@@ -117,23 +122,29 @@ class Checker:
             yield Problem("damaged", _shown(key), str(error))
 
     # --- records --------------------------------------------------------------------------------------------------
-    def _judge_record(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> Iterator[Problem]:
+    async def _judge_record(
+        self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]
+    ) -> AsyncIterator[Problem]:
         parts = key.split(b":")
         if len(parts) == 3 and parts[2] == b"meta":
             self.counts["threads"] += 1
             sealed.append((key, value))
-            yield from self._judge_meta(key, value, keyspace.unpart(parts[1]))
+            async for finding in self._judge_meta(key, value, keyspace.unpart(parts[1])):
+                yield finding
         elif len(parts) == 4 and parts[2] == b"msg":
             self.counts["messages"] += 1
             sealed.append((key, value))
-            yield from self._judge_message(key, value, keyspace.unpart(parts[1]), Stamp.parse(parts[3].decode()))
+            async for finding in self._judge_message(
+                key, value, keyspace.unpart(parts[1]), Stamp.parse(parts[3].decode())
+            ):
+                yield finding
         else:
             yield Problem("unknown", _shown(key), "the key is no record's")
 
-    def _judge_meta(self, key: bytes, value: bytes, thread: str) -> Iterator[Problem]:
+    async def _judge_meta(self, key: bytes, value: bytes, thread: str) -> AsyncIterator[Problem]:
         header, _ = record.unpack_thread(value)
         self._newest = max(self._newest, Stamp.parse(header.created))
-        if self._reader.get(keyspace.key_map(thread)) is None:
+        if await self._view.get(keyspace.key_map(thread)) is None:
             yield Problem(
                 "keyless",
                 _shown(key),
@@ -148,45 +159,48 @@ class Checker:
         ]
         if header.deleted_ns:
             wanted.append(keyspace.closed(thread))
-        yield from self._wanted(key, [(index, b"") for index in wanted])
+        async for finding in self._wanted(key, [(index, b"") for index in wanted]):
+            yield finding
 
-    def _judge_message(self, key: bytes, value: bytes, thread: str, stamp: Stamp) -> Iterator[Problem]:
+    async def _judge_message(self, key: bytes, value: bytes, thread: str, stamp: Stamp) -> AsyncIterator[Problem]:
         header, _ = record.unpack_message(value)
         self._newest = max(self._newest, stamp)
         first = Stamp.parse(header.first) if header.first else stamp
         own = stamp.text.encode()
-        if self._reader.get(keyspace.meta(thread)) is None:
+        if await self._view.get(keyspace.meta(thread)) is None:
             yield Problem("orphaned", _shown(key), "the record's thread has no metadata")
         if isinstance(header, record.LaterHeader) and header.content:
-            yield from self._judge_content(key, header)
+            async for finding in self._judge_content(key, header):
+                yield finding
         wanted = [
             (keyspace.versions(keyspace.message_id(first)) + own, keyspace.part(thread)),
             (keyspace.writer(thread, header.author), b""),
         ]
-        entry = self._reader.get(wanted[1][0])
+        entry = await self._view.get(wanted[1][0])
         if entry is not None or (header.deleted and first == stamp):
             # A removed author, or the event of a thread's deletion, whose author may not have written in it
             wanted.pop()
-        yield from self._wanted(key, wanted)
+        async for finding in self._wanted(key, wanted):
+            yield finding
         place = keyspace.order(thread) + first.text.encode()
-        order = self._reader.get(place)
+        order = await self._view.get(place)
         if order is None or keyspace.latest(first.raw, order) < own:
             fix = keyspace.place(own, is_first=first == stamp, deleted=header.deleted)
             yield Problem("unindexed", _shown(key), "the order index does not lead to this version", ((place, fix),))
 
-    def _judge_content(self, key: bytes, header: record.LaterHeader) -> Iterator[Problem]:
+    async def _judge_content(self, key: bytes, header: record.LaterHeader) -> AsyncIterator[Problem]:
         """Of a version that takes its content from another one."""
         stamp = Stamp.parse(header.content)
         place = key[: -keyspace.STAMP_BYTES] + stamp.raw
-        raw = self._reader.get(place)
+        raw = await self._view.get(place)
         content = record.unpack_message(raw)[0] if raw is not None else None
         is_of_another = content is None or (content.first or stamp.text) != header.first
         if is_of_another or (isinstance(content, record.LaterHeader) and content.content):
             yield Problem("damaged", _shown(key), f"its content is missing: {_shown(place)} does not have it")
 
-    def _wanted(self, key: bytes, entries: list[tuple[bytes, bytes]]) -> Iterator[Problem]:
+    async def _wanted(self, key: bytes, entries: list[tuple[bytes, bytes]]) -> AsyncIterator[Problem]:
         for index, expected in entries:
-            if self._reader.get(index) != expected:
+            if await self._view.get(index) != expected:
                 yield Problem("unindexed", _shown(key), f"{_shown(index)} does not lead to it", ((index, expected),))
 
     async def _open(self, sealed: list[tuple[bytes, bytes]]) -> list[Problem]:
@@ -203,7 +217,7 @@ class Checker:
                 continue
             wanted.append(DecryptItem(key_id=key_id, ciphertext=ciphertext, aad=key, thread_id=thread))
             raws.append(raw)
-        wanted += self._key_probes(wanted)
+        wanted += await self._key_probes(wanted)
         answers = await self._provider.decrypt_batch(wanted) if wanted else []
         if any(isinstance(answer, KmsRefusedError) and answer.code == api.CODE_FORBIDDEN for answer in answers):
             raise StoreUnavailableError(MAY_NOT_DECRYPT)  # this says nothing about the records
@@ -218,14 +232,14 @@ class Checker:
                 findings.append(Problem("keyless", _shown(item.aad), f"the mapped key {item.key_id}: {code}"))
         return findings
 
-    def _key_probes(self, records: list[DecryptItem]) -> list[DecryptItem]:
+    async def _key_probes(self, records: list[DecryptItem]) -> list[DecryptItem]:
         """For threads whose metadata is not under the mapped key: a ciphertext that no key opens. The code of its
         refusal shows whether the mapped key exists."""
         probes: list[DecryptItem] = []
         for item in records:
             if item.aad.endswith(b":meta"):
                 map_key = keyspace.key_map(item.thread_id or "")
-                mapped = _key_id(self._reader.get(map_key) or b"")
+                mapped = _key_id(await self._view.get(map_key) or b"")
                 if mapped is not None and mapped != item.key_id:
                     probe = DecryptItem(
                         key_id=mapped, ciphertext=bytes(api.SEAL_BYTES), aad=map_key, thread_id=item.thread_id
@@ -234,27 +248,27 @@ class Checker:
         return probes
 
     # --- indexes --------------------------------------------------------------------------------------------------
-    def _judge_version(self, key: bytes, value: bytes) -> Iterator[Problem]:
+    async def _judge_version(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
         self.counts["versions"] += 1
         message, stamp = key[len(keyspace.VERSION) :].split(b":")
         first = keyspace.parse_message_id(message.decode())
         target = keyspace.message_of(value, stamp)
-        raw = self._reader.get(target)
+        raw = await self._view.get(target)
         header = record.unpack_message(raw)[0] if raw is not None else None
         if header is None or first is None or (header.first or stamp.decode()) != first.text:
             yield Problem("dangling", _shown(key), f"{_shown(target)} is no version of it", ((key, None),))
 
-    def _judge_order(self, key: bytes, value: bytes) -> Iterator[Problem]:
+    async def _judge_order(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
         self.counts["order"] += 1
         thread, first = (part for part in key[len(keyspace.ORDER) :].split(b":"))
         versions = keyspace.versions(keyspace.message_id(Stamp.parse(first.decode())))
-        newest = self._reader.keys(versions, keyspace.after(versions), limit=1, reverse=True)
+        newest = await self._view.keys(versions, keyspace.after(versions), limit=1, reverse=True)
         if not newest:
-            if self._reader.get(keyspace.message_of(thread, first)) is None:
+            if await self._view.get(keyspace.message_of(thread, first)) is None:
                 yield Problem("dangling", _shown(key), "the message has no version", ((key, None),))
             return  # else the record's own rule rebuilds its version entry first
         stamp = newest[0][len(versions) :]
-        raw = self._reader.get(keyspace.message_of(thread, stamp))
+        raw = await self._view.get(keyspace.message_of(thread, stamp))
         if raw is None:
             return  # the version entry dangles, which is reported there; the next pass sees the one before it
         deleted = record.unpack_message(raw)[0].deleted
@@ -262,7 +276,7 @@ class Checker:
         if value != expected:
             yield Problem("dangling", _shown(key), "it does not lead to the newest version", ((key, expected),))
 
-    def _judge_thread_index(self, key: bytes, value: bytes) -> Iterator[Problem]:
+    async def _judge_thread_index(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
         self.counts["indexes"] += 1
         parts = key.split(b":")
         space = b":".join(parts[:2]) + b":"
@@ -270,7 +284,7 @@ class Checker:
         if len(parts) != length:
             yield Problem("unknown", _shown(key), "the key is no index entry")
             return
-        raw = self._reader.get(keyspace.meta_of(parts[at]))
+        raw = await self._view.get(keyspace.meta_of(parts[at]))
         if raw is None:
             yield Problem("dangling", _shown(key), "the thread has no metadata", ((key, None),))
         elif space == keyspace.CLOSED and not record.unpack_thread(raw)[0].deleted_ns:
@@ -279,15 +293,15 @@ class Checker:
             fix = ((key, membership.REMOVED),)  # the author of a damaged entry counts as removed until added again
             yield Problem("damaged", _shown(key), "the entry says neither member nor removed", fix)
 
-    def _judge_map(self, key: bytes, value: bytes) -> Iterator[Problem]:
+    async def _judge_map(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
         self.counts["maps"] += 1
         if _key_id(value) is None:
             yield Problem("damaged", _shown(key), "the map does not hold the id of a key")
-        if self._reader.get(keyspace.meta_of(key[len(keyspace.MAP) :])) is None:
+        if await self._view.get(keyspace.meta_of(key[len(keyspace.MAP) :])) is None:
             yield Problem("orphaned", _shown(key), "the mapped thread has no metadata")
 
-    def _judge_counters(self) -> Iterator[Problem]:
-        raw = self._reader.get(keyspace.STATE)
+    async def _judge_counters(self) -> AsyncIterator[Problem]:
+        raw = await self._view.get(keyspace.STATE)
         threads, messages = self.counts["threads"], self.counts["messages"]
         try:
             state = msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
@@ -313,40 +327,40 @@ class Report(NamedTuple):
     opened: bool
 
 
-async def check(path: str, provider: Provider | None) -> Report:
-    """Walk the store at `path`, also beside the server that has it open; its records are decrypted if the key service
-    answers. Raises FormatError, KmsError, StoreUnavailableError, even if this user may not decrypt."""
-    with directory.open_reader(path) as reader:
+async def check(place: str, provider: Provider | None) -> Report:
+    """Walk the store at `place`, a path or the URL of a database, also beside servers that have it open; its records
+    are decrypted if the key service answers. Raises FormatError, KmsError, StoreUnavailableError, even if this user may
+    not decrypt."""
+    async with offline.viewed(place) as view:
         if provider is not None:
             try:
                 await provider.status()
             except KmsError:
                 provider = None
-        checker = Checker(reader, provider)
+        checker = Checker(view, provider)
         findings = [finding async for finding in checker.run()]
         return Report(findings, dict(checker.counts), provider is not None)
 
 
-async def repair_offline(path: str) -> list[Problem]:
-    """Repair the store at `path`, which no server has open; returns what was fixed. Raises StoreLockedError,
+async def repair_offline(place: str) -> list[Problem]:
+    """Repair the store at `place`, which no server has open; returns what was fixed. Raises StoreLockedError,
     StoreUnavailableError, FormatError."""
-    with directory.open_offline(path) as engine:
-        return (await repair(engine))[0]
+    async with offline.alone(place) as entries:
+        return (await repair(entries))[0]
 
 
-async def repair(engine: Engine) -> tuple[list[Problem], list[Problem]]:
-    """Applies every fix; returns what was fixed and what is left. Nobody else uses the engine meanwhile."""
+async def repair(entries: Entries) -> tuple[list[Problem], list[Problem]]:
+    """Applies every fix; returns what was fixed and what is left. Nobody else uses the store meanwhile."""
     fixed: list[Problem] = []
     for _ in range(REPAIR_PASSES_MAX):
-        findings = [finding async for finding in Checker(engine, None).run()]
+        findings = [finding async for finding in Checker(entries, None).run()]
         fixable = [finding for finding in findings if finding.fix]
         if not fixable:
             break
         for start in range(0, len(fixable), CHUNK_ENTRIES):
-            engine.write([put for finding in fixable[start : start + CHUNK_ENTRIES] for put in finding.fix])
-        engine.sync()
+            await entries.put([put for finding in fixable[start : start + CHUNK_ENTRIES] for put in finding.fix])
         fixed += fixable
-    return fixed, [finding async for finding in Checker(engine, None).run()]
+    return fixed, [finding async for finding in Checker(entries, None).run()]
 
 
 def _judge_retry(key: bytes, value: bytes) -> Iterator[Problem]:

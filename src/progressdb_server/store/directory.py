@@ -22,7 +22,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.claims import Claims
 from progressdb_server.store.engine import Engine, LocalReads, Reader, Reads
 from progressdb_server.store.keyspace import Clock
-from progressdb_server.store.model import FormatError, StoreUnavailableError
+from progressdb_server.store.model import Database, FormatError, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine, RocksReader, check_exists
 from progressdb_server.store.validators import Validators
 from progressdb_server.store.writer import Commits, Counters, SharedEngine, Writer
@@ -31,14 +31,18 @@ FORMAT: Final = 3
 """The first one that was released, with version 0.2.0."""
 UNENCRYPTED: Final = "unencrypted-1"
 """A string, so that no version takes it for a format number."""
+COPYING: Final = "copying"
+"""Until a copy into the directory has ended."""
 
 
 AnyEngine: TypeAlias = Engine | SharedEngine
 DRIVER_MISSING: Final = "a store in PostgreSQL needs its driver: install progressdb-minikms[postgresql]"
 
 
-class _Format(msgspec.Struct):
+class _Format(msgspec.Struct, omit_defaults=True):
     format: int | str
+    source: str = ""
+    """Of a copy that has not ended."""
 
 
 def check(reader: Reader, *, encrypted: bool = True) -> int | str:
@@ -51,6 +55,8 @@ def check(reader: Reader, *, encrypted: bool = True) -> int | str:
         found = msgspec.json.decode(raw, type=_Format).format
     except msgspec.DecodeError as error:
         raise FormatError("the store's format record is damaged: restore a backup") from error
+    if found == COPYING:
+        raise FormatError("a copy into the directory has not ended: run the same progressdb store copy again")
     if encrypted and isinstance(found, str):
         raise FormatError(
             "nothing in this store is encrypted, because `progressdb --kms none` made it: use another directory, and "
@@ -96,7 +102,7 @@ def open_engine(path: str, *, encrypted: bool = True) -> Engine:
     return engine
 
 
-def _postgres() -> ModuleType:
+def postgres() -> ModuleType:
     """Raises FormatError where the driver is missing."""
     try:
         from progressdb_server.store import postgres  # only here: it needs an extra
@@ -107,19 +113,25 @@ def _postgres() -> ModuleType:
 
 async def open_shared(url: str, *, single_node: bool) -> SharedEngine:
     """Open the store of a database. The caller closes it. Raises FormatError, StoreUnavailableError."""
-    engine: SharedEngine = await _postgres().open_engine(url, single_node=single_node)
+    engine: SharedEngine = await postgres().open_engine(url, single_node=single_node)
     return engine
 
 
 async def make_shared(url: str, role: str) -> None:
     """See `store.postgres.init`."""
-    await _postgres().init(url, role)
+    await postgres().init(url, role)
 
 
 async def upgrade_shared(url: str) -> tuple[int, int]:
     """See `store.postgres.upgrade`."""
-    numbers: tuple[int, int] = await _postgres().upgrade(url)
+    numbers: tuple[int, int] = await postgres().upgrade(url)
     return numbers
+
+
+async def examine_shared(url: str, *, single_node: bool) -> Database:
+    """See `store.tables.examine`."""
+    found: Database = await postgres().examine(url, single_node=single_node)
+    return found
 
 
 def local(engine: AnyEngine) -> Engine | None:
@@ -142,6 +154,30 @@ def open_offline(path: str) -> Iterator[Engine]:
     try:
         check(engine)
         yield engine
+    finally:
+        engine.close()
+
+
+def begun_copy(source: str) -> bytes:
+    """The format record until a copy of `source` has ended."""
+    return msgspec.json.encode(_Format(COPYING, source))
+
+
+@contextmanager
+def open_copy(path: str, begun: bytes) -> Iterator[Engine]:
+    """Open the target of a copy, whose format record is `begun`; it gets that of a store at the end. Raises
+    StoreLockedError, StoreUnavailableError, FormatError for a directory that holds something else."""
+    engine = RocksEngine(path)
+    try:
+        found = engine.get(keyspace.FORMAT)
+        if found is None and not engine.scan(b"", keyspace.END, limit=1):
+            engine.write([(keyspace.FORMAT, begun)])
+            engine.sync()
+        elif found != begun:
+            raise FormatError(f"{path} holds another store, or another copy that has not ended")
+        yield engine
+        engine.write([(keyspace.FORMAT, msgspec.json.encode(_Format(FORMAT)))])
+        engine.sync()
     finally:
         engine.close()
 
@@ -213,6 +249,10 @@ class OpenStore:
 
     async def counted(self) -> Counters:
         return await self._engine.counted() if isinstance(self._engine, SharedEngine) else self.writer.state
+
+    async def now_ns(self) -> int:
+        """Unix nanoseconds, by the clock that all servers of the store share."""
+        return await self._engine.now_ns() if isinstance(self._engine, SharedEngine) else self.clock.now_ns()
 
     async def probe(self) -> None:
         """As `store.engine.Engine.probe`."""

@@ -36,6 +36,8 @@ IDEMPOTENCY: Final = b"idem:"
 INDEX: Final = b"index:"
 JOBS: Final = b"job:"
 MIGRATED: Final = b"backup:migrate:"
+CLAIMS: Final = b"claim:"
+SERVERS: Final = b"server:"
 
 END: Final = b"\xff"
 """Above every key."""
@@ -271,6 +273,11 @@ def order(thread: str) -> bytes:
     return b"index:order:%b:" % part(thread)
 
 
+def is_version(key: bytes) -> bool:
+    """Whether it is the key of the record of a version."""
+    return key.startswith(THREAD) and key[-STAMP_BYTES - 5 : -STAMP_BYTES] == b":msg:"
+
+
 def version_keys(thread_part: bytes, message: str, first: bytes, own: bytes) -> tuple[bytes, bytes, bytes]:
     """Of one version: its record, its version entry, and the order entry of its message. `message` is an id of this
     server, `first` and `own` are stamps."""
@@ -337,7 +344,7 @@ def job(job_id: str) -> bytes:
 
 def claim(thread: str) -> bytes:
     """Which server works on the thread's keys (`store.claims`)."""
-    return b"claim:" + part(thread)
+    return CLAIMS + part(thread)
 
 
 def room(thread: str) -> bytes:
@@ -347,7 +354,7 @@ def room(thread: str) -> bytes:
 
 def server(server_id: str) -> bytes:
     """Until when the claims of a server hold."""
-    return b"server:" + server_id.encode()
+    return SERVERS + server_id.encode()
 
 
 def migrated(job_id: str) -> bytes:

@@ -208,6 +208,12 @@ class StoreUnavailableError(StoreError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    @property
+    def explained(self) -> str:
+        """With the first line of the cause: for an operator's terminal, not for clients."""
+        cause = (str(self.__cause__ or "").splitlines() or [""])[0]
+        return f"{self}: {cause}" if cause and cause not in str(self) else str(self)
+
 
 class OutcomeUnknownError(StoreUnavailableError):
     """The write is stored as a whole, or not at all."""
@@ -371,11 +377,13 @@ class Manifest(msgspec.Struct):
         return sum(file.bytes for file in self.files)
 
 
-class Registered(msgspec.Struct):
-    """A backup that was begun and is not forgotten."""
+class Registered(msgspec.Struct, omit_defaults=True):
+    """A backup that was begun and is not forgotten. One of a database is made by other programs: its path is its
+    label, and nothing here can find it."""
 
     path: str
     created_ns: int
+    of_database: bool = False
 
     @property
     def name(self) -> str:
@@ -384,6 +392,8 @@ class Registered(msgspec.Struct):
     @property
     def gone(self) -> bool:
         """Whether nothing is found at its path; a path that can't be looked at counts as there."""
+        if self.of_database:
+            return True
         try:
             os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -391,6 +401,17 @@ class Registered(msgspec.Struct):
         except OSError:
             return False
         return False
+
+
+class Database(msgspec.Struct):
+    """What a command has found of the database of a store."""
+
+    schema: int
+    standbys: str
+    """`synchronous_standby_names`: without any, one disk has what was acknowledged."""
+    tls: str
+    """The protocol's version, empty on a Unix socket."""
+    problems: list[str]
 
 
 class BackupError(StatusError):

@@ -25,10 +25,20 @@ from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.nodes import CONNECT_S_MAX, FAILURES, UNAVAILABLE, Connection, Nodes, check_url
 from progressdb_server.store.postgres_writer import Writers, keep_lease
-from progressdb_server.store.tables import SCHEMA, init, number_of, other_schema, tkey, upgrade, within
+from progressdb_server.store.tables import (
+    ONE_DISK,
+    SCHEMA,
+    examine,
+    init,
+    number_of,
+    other_schema,
+    tkey,
+    upgrade,
+    within,
+)
 from progressdb_server.store.writer import Commits, Counters, SharedEngine
 
-__all__ = ["SCHEMA", "PostgresEngine", "check_url", "init", "open_engine", "upgrade"]
+__all__ = ["SCHEMA", "PostgresEngine", "check_url", "examine", "init", "open_engine", "upgrade"]
 
 READ_CONNECTIONS_MAX: Final = 8
 READ_S_MAX: Final = 10
@@ -210,10 +220,7 @@ async def open_engine(url: str, *, single_node: bool) -> PostgresEngine:
             if number != SCHEMA:
                 raise FormatError(other_schema(number))
             if not nodes.waits_for_standbys(connection):
-                raise FormatError(
-                    "the database acknowledges what one disk alone has: set synchronous_standby_names there, or "
-                    "store.single_node = true if one disk is enough"
-                )
+                raise FormatError(ONE_DISK)
             counted = _counters(await connection.fetch(_COUNTED))
     except FAILURES as error:
         raise EngineUnavailableError(UNAVAILABLE) from error

@@ -15,11 +15,17 @@ import asyncpg
 
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import EngineUnavailableError
-from progressdb_server.store.model import FormatError
+from progressdb_server.store.model import Database, FormatError
 from progressdb_server.store.nodes import FAILURES, Nodes
 
 SCHEMA: Final = 1
 """The number of the tables below. `upgrade` adds what a later number needs."""
+ONE_DISK: Final = (
+    "the database acknowledges what one disk alone has: set synchronous_standby_names there, or store.single_node = "
+    "true if one disk is enough"
+)
+COPYING: Final = 0
+"""The number until a copy into the tables has ended."""
 TABLES: Final = """
 CREATE TABLE store_schema (id integer PRIMARY KEY CHECK (id = 0), number integer NOT NULL);
 CREATE TABLE store_entry (tkey bytea, key bytea, value bytea NOT NULL, PRIMARY KEY (tkey, key));
@@ -56,6 +62,8 @@ def _owner(key: bytes) -> tuple[bytes, bytes]:
             return b"version:" + message, b"version:msg:%b:" % message
         case b"backup", [_, job, *_]:
             return b"kept:" + job, b"backup:migrate:%b:" % job
+        case b"store", [b"backup", *_]:
+            return b"backups", keyspace.BACKUPS
         case b"job", _:
             return b"job", keyspace.JOBS
         case _:
@@ -81,12 +89,14 @@ def within(lower: bytes, upper: bytes) -> bytes | None:
 
 # --- making them ------------------------------------------------------------------------------------------------------
 @asynccontextmanager
-async def _one(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
-    connection = await Nodes(url, replicated=False).find(synchronous_commit="on")
+async def connected(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """For a command. Raises FormatError, EngineUnavailableError."""
+    nodes = Nodes(url, replicated=False)
+    connection = await nodes.find(synchronous_commit="on", application_name="progressdb-store")
     try:
         yield connection
     except FAILURES as error:
-        raise EngineUnavailableError(f"the database refused: {str(error).splitlines()[0]}") from error
+        raise EngineUnavailableError("the database refused") from error
     finally:
         connection.terminate()
 
@@ -94,7 +104,7 @@ async def _one(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
 async def init(url: str, role: str = "") -> None:
     """Make the tables; `role` is the one of the message servers, which may not change them. Raises FormatError,
     StoreUnavailableError."""
-    async with _one(url) as connection:
+    async with connected(url) as connection:
         if await connection.fetchval("SELECT to_regclass('store_schema')") is not None:
             raise FormatError("the database holds a store already")
         async with connection.transaction():
@@ -111,16 +121,33 @@ async def init(url: str, role: str = "") -> None:
 async def upgrade(url: str) -> tuple[int, int]:
     """Bring the tables to this version's number; the numbers before and after. Two upgrades wait for each other.
     Raises FormatError, StoreUnavailableError."""
-    async with _one(url) as connection, connection.transaction():
+    async with connected(url) as connection, connection.transaction():
         # Servers that share the row one after another would keep out whoever waits for the row alone.
         await connection.execute("LOCK TABLE store_schema IN EXCLUSIVE MODE")
         before = await number_of(connection, "FOR UPDATE")
-        if before > SCHEMA:
+        if before > SCHEMA or before == COPYING:
             raise FormatError(other_schema(before))
         for number in range(before + 1, SCHEMA + 1):
             await connection.execute(MIGRATIONS[number])
         await connection.execute("UPDATE store_schema SET number = $1", SCHEMA)
         return before, SCHEMA
+
+
+async def examine(url: str, *, single_node: bool) -> Database:
+    """Raises FormatError, EngineUnavailableError."""
+    async with connected(url) as connection:
+        number = await number_of(connection)
+        standbys = await connection.fetchval("SHOW synchronous_standby_names")
+        tls = await connection.fetchval("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+        problems = [] if number == SCHEMA else [other_schema(number)]
+        if not (standbys or single_node):
+            problems.append(ONE_DISK)
+        problems += [
+            f"the database has {name} = off: a power failure there loses what was acknowledged"
+            for name in ("fsync", "full_page_writes")
+            if await connection.fetchval(f"SHOW {name}") == "off"
+        ]
+        return Database(number, standbys, tls or "", problems)
 
 
 async def number_of(connection: asyncpg.Connection[Any], lock: str = "") -> int:
@@ -132,5 +159,7 @@ async def number_of(connection: asyncpg.Connection[Any], lock: str = "") -> int:
 
 
 def other_schema(found: int) -> str:
+    if found == COPYING:
+        return "a copy into the database has not ended: run the same progressdb store copy again"
     way_out = "run progressdb store upgrade" if found < SCHEMA else "start the version that upgraded it, or a newer one"
     return f"the database has schema {found}, this version has {SCHEMA}: {way_out}"

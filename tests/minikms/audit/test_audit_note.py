@@ -133,7 +133,9 @@ def test_a_wrong_signature_of_a_known_key_refuses_the_note() -> None:
             wrong = note.sign(signer.public, changed or b"x")
             damaged = Note(
                 CHECKPOINT.text(),
-                tuple(wrong if signer.public.made(each) else each for each in cosigned(100, 200, 300).signatures),
+                tuple(
+                    wrong if signer.public.is_named_by(each) else each for each in cosigned(100, 200, 300).signatures
+                ),
             )
             with pytest.raises(NoteError, match="is not valid"):
                 open_checkpoint(damaged.encode(), POLICY)

@@ -278,7 +278,9 @@ def test_a_request_id_that_could_break_the_head_is_refused() -> None:
 
 def test_a_key_id_never_leaves_its_place_in_a_path() -> None:
     assert make_call(api.GET_KEY, api.KeyRequest("../x?y#z")).target == b"/keys/..%2Fx%3Fy%23z"
-    assert make_call(api.TEST_ROOT, calls.proof("ab" * 32), named="../x?y#z").target == b"/roots/..%2Fx%3Fy%23z/test"
+    assert (
+        make_call(api.TEST_ROOT, calls.root_test("ab" * 32), named="../x?y#z").target == b"/roots/..%2Fx%3Fy%23z/test"
+    )
     assert make_call(api.GET_WRAPPED, api.KeyRequest("a&b=c")).target == b"/get_wrapped?key_id=a%26b%3Dc"
 
 
@@ -308,9 +310,9 @@ def test_nothing_that_carries_a_secret_shows_it() -> None:
             api.RandomAnswer(SECRET),
             api.RotateKekRequest(new_kek_hex=hexadecimal),
             api.AddRootRequest("file", hexadecimal),
-            api.ProveRootRequest(hexadecimal),
+            api.RootTestRequest(hexadecimal),
             make_call(api.ADD_ROOT, calls.new_root(hexadecimal, "file", None)),
-            make_call(api.TEST_ROOT, calls.proof(hexadecimal), named="s1"),
+            make_call(api.TEST_ROOT, calls.root_test(hexadecimal), named="s1"),
             make_call(api.ENCRYPT, EncryptItem(key_id=KEY, plaintext=SECRET)),
             make_call(api.ROTATE_KEK, calls.rotation(hexadecimal, True, [sample])),
             Answer(200, b'{"plaintext":"%b"}' % base64_text.encode(), True),
@@ -325,7 +327,7 @@ def test_nothing_that_carries_a_secret_shows_it() -> None:
 )
 def test_a_key_in_a_request_that_is_refused_before_it_is_sent_is_wiped(slot: Any, request_id: Any) -> None:
     """A slot in a path may be an argument of a command, which need not be Unicode."""
-    body = calls.proof("ab" * 32)
+    body = calls.root_test("ab" * 32)
     with pytest.raises((errors.InvalidRequestError, TypeError)):
         make_call(api.TEST_ROOT, body, request_id, slot)
     assert body == bytes(len(body))

@@ -13,7 +13,7 @@ from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import ForbiddenError, KmsRefusedError, UnauthorizedError
 from minikms.audit import Event
-from minikms.service.roots import AddGivenRoot, ProveGivenRoot
+from minikms.service.roots import AddGivenRoot, GivenRootTest
 from tests.harness.limited import Limited, limited
 
 OTHERS = '[[grant]]\nprincipals = ["uid:2"]\nroles = ["monitor"]\nthreads = ["*"]\n'
@@ -78,7 +78,7 @@ def test_a_change_that_waits_for_the_keyring_obeys_the_new_policy(
             with made.one.slot_of(root) as given:
                 request = {
                     api.ROTATE_KEK: api.RotateKekRequest(),
-                    api.TEST_ROOT: ProveGivenRoot("", made.one.slot.slot_id, root=given),
+                    api.TEST_ROOT: GivenRootTest("", made.one.slot.slot_id, root=given),
                 }[verb]
                 async with made.one.vault.keyring.held():
                     waiting = await made.until_waiting(made.who(1), verb, request)

@@ -18,7 +18,7 @@ from minikms.custody.vault import permitted
 from minikms.keys import root_slots
 from minikms.service import roots as service_roots
 from minikms.service.base import VerbTable
-from minikms.service.roots import AddGivenRoot, ProveGivenRoot, RootVerbs
+from minikms.service.roots import AddGivenRoot, GivenRootTest, RootVerbs
 from tests.harness import decryptor
 from tests.harness.live_daemon import LiveDaemon, keys_in
 from tests.harness.vaults import SilentAudit, opened_vault
@@ -276,7 +276,7 @@ def test_a_root_is_removed_only_if_another_was_tested_recently(tmp_path: Path, m
                 with pytest.raises(NotTestedError, match="last 90 days"):
                     await verbs.remove_root(api.SlotRequest(slot_id), event, permitted)
                 patched.setattr(service_roots, "now_rfc3339", lambda: rfc3339(later))
-                await verbs.test_root(ProveGivenRoot("", added.slot_id, root=spare), event, permitted)
+                await verbs.test_root(GivenRootTest("", added.slot_id, root=spare), event, permitted)
                 removed = await verbs.remove_root(api.SlotRequest(slot_id), event, permitted)
             assert removed.state == "revoking"
             await keks.stop()

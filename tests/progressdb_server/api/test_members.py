@@ -8,6 +8,8 @@ import pytest
 
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, Api, Reply, signed
 
+pytestmark = pytest.mark.usefixtures("both_engines")
+
 NOT_A_MEMBER = (403, "author is not a member of this thread")
 NOT_FOUND_IN_IT = (403, "author not found in any message in this thread")
 
@@ -134,6 +136,7 @@ def test_members_of_a_new_thread_from_a_front_end_are_ignored_as_in_0_1(members:
 
 
 @pytest.mark.parametrize("members", BAD_MEMBERS)
+@pytest.mark.one_engine("refused before the store is asked")
 def test_malformed_members_are_refused_and_nothing_is_made(members: Any) -> None:
     api = Api()
     assert api("POST", "/v1/threads", {"title": "T", "author": "ann", "members": members}).status == 400

@@ -9,6 +9,8 @@ import pytest
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, Api, signed
 from tests.progressdb_server.api.memory_store import START_NS
 
+pytestmark = pytest.mark.usefixtures("both_engines")
+
 
 # --- create -----------------------------------------------------------------------------------------------------
 def test_a_message_has_the_fields_of_the_contract_and_no_empty_ones() -> None:
@@ -50,6 +52,7 @@ def test_any_json_but_null_is_a_body_and_comes_back_as_it_was(body: object) -> N
 
 @pytest.mark.parametrize("sent", [{"author": "a"}, {"author": "a", "body": None}])
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/threads/t/messages"])
+@pytest.mark.one_engine("refused before the store is asked")
 def test_a_body_is_required(path: str, sent: dict[str, Any]) -> None:
     api = Api()
     reply = api("POST", path, sent)
@@ -124,6 +127,7 @@ def test_a_limit_keeps_the_most_recent(limit: str, bodies: list[int]) -> None:
 
 @pytest.mark.parametrize("limit", ["-1", "+1", "1.0", "x", "", "%20", "1_0", "0x10", "1e3", "%D9%A3", "%C2%B2"])
 @pytest.mark.parametrize("path", ["/v1/messages?thread={t}&", "/v1/threads/{t}/messages?author=alice&"])
+@pytest.mark.one_engine("refused before the store is asked")
 def test_a_limit_that_is_negative_or_no_number_is_refused(path: str, limit: str) -> None:
     api, thread, _ = filled(1)
     reply = api("GET", path.format(t=thread) + f"limit={limit}")
@@ -149,6 +153,7 @@ def test_paging_backwards_reads_every_message_once() -> None:
 
 
 @pytest.mark.parametrize("query", ["before=", "after=a:b", "before=%00", "after=a%2Fb", "include_deleted=maybe"])
+@pytest.mark.one_engine("refused before the store is asked")
 def test_a_malformed_cursor_or_switch_is_refused(query: str) -> None:
     api, thread, _ = filled(1)
     assert api("GET", f"/v1/messages?thread={thread}&{query}").status == 400
@@ -369,6 +374,7 @@ def test_versions_are_paged_backwards_with_what_the_page_before_says() -> None:
 
 
 @pytest.mark.parametrize("query", ["before=", "before=x", "before=1-1", "before=" + "9" * 21, "limit=-1", "limit=x"])
+@pytest.mark.one_engine("refused before the store is asked")
 def test_a_malformed_page_of_versions_is_refused(query: str) -> None:
     api = Api()
     assert api("GET", f"/v1/messages/{api.message()['id']}/versions?{query}").status == 400

@@ -17,6 +17,8 @@ from progressdb_server.store.model import (
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, Api, signed
 from tests.progressdb_server.api.http_server import running
 
+pytestmark = pytest.mark.usefixtures("both_engines")
+
 
 # --- reactions --------------------------------------------------------------------------------------------------
 def test_reactions_are_set_listed_and_removed() -> None:
@@ -35,6 +37,7 @@ def test_reactions_are_set_listed_and_removed() -> None:
 
 
 @pytest.mark.parametrize("path", ["team/bob", "team%2Fbob", "%74eam/bob"])
+@pytest.mark.one_engine("its server has an event loop of its own")
 def test_an_identity_with_a_slash_is_removed_by_its_path(path: str) -> None:
     with running() as server:
         message = server.api.message("alice")
@@ -46,6 +49,7 @@ def test_an_identity_with_a_slash_is_removed_by_its_path(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["%ff", "%c3", "a%ed%a0%80", ""])
+@pytest.mark.one_engine("refused before the store is asked")
 def test_a_path_that_is_no_text_names_no_identity(path: str) -> None:
     """The bytes that are no UTF-8 are read as U+FFFD, which is another identity."""
     with running() as server:
@@ -64,6 +68,7 @@ def request(method: str, target: str) -> bytes:
 @pytest.mark.parametrize(
     "sent", [{}, {"id": "bob"}, {"reaction": "+1"}, {"id": "", "reaction": "+1"}, {"id": "bob", "reaction": ""}]
 )
+@pytest.mark.one_engine("refused before the store is asked")
 def test_a_reaction_needs_an_identity_and_a_value(sent: dict[str, str]) -> None:
     api = Api()
     message = api.message("alice")
@@ -89,6 +94,7 @@ def test_reactions_of_an_unknown_message_are_a_404(method: str, tail: str, body:
         ({"b" * 129: "+1"}, "author too long"),
     ],
 )
+@pytest.mark.one_engine("refused before the store is asked")
 def test_a_new_message_with_a_reaction_that_is_too_long_is_refused(reactions: dict[str, str], error: str) -> None:
     api = Api()
     reply = api("POST", "/v1/messages", {"author": "alice", "body": 1, "reactions": reactions})
@@ -128,6 +134,7 @@ def test_a_signed_user_reacts_only_as_itself() -> None:
         (RecursionError("private text"), 500, "internal error"),
     ],
 )  # fmt: skip
+@pytest.mark.one_engine("the test replaces what the store answers")
 def test_a_store_s_error_becomes_a_sentence(
     error: Exception, status: int, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +184,7 @@ def test_an_idempotency_key_counts_for_one_api_key_and_one_author() -> None:
     assert len(signed_ids - made) == 1  # the backend's call as alice is the one from above
 
 
+@pytest.mark.one_engine("the test replaces what the store answers")
 def test_the_scope_that_the_store_sees_gives_away_neither_key_nor_author() -> None:
     api = Api()
     api("POST", "/v1/messages", {"author": "alice", "body": 1}, headers={"Idempotency-Key": "k"})
@@ -200,6 +208,7 @@ def test_idempotency_scopes_cannot_be_derived_from_a_front_end_key() -> None:
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "é", "a\x7f"])
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/threads"])
+@pytest.mark.one_engine("refused before the store is asked")
 def test_a_malformed_idempotency_key_is_refused(path: str, key: str) -> None:
     api = Api()
     reply = api("POST", path, {"author": "a", **TWO_FIELDS}, headers={"Idempotency-Key": key})

@@ -8,6 +8,8 @@ import pytest
 
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, Api, signed
 
+pytestmark = pytest.mark.usefixtures("both_engines")
+
 
 def test_a_thread_has_the_fields_of_the_contract_and_no_empty_ones() -> None:
     thread = Api()("POST", "/v1/threads", {"title": "Général Talk!", "author": "alice", "id": "mine", "x": 1}).json
@@ -162,6 +164,7 @@ def test_an_admin_sees_everybody_s_threads_deleted_ones_too() -> None:
     assert [(thread["title"], thread.get("deleted", False)) for thread in listed] == [("Gone", True), ("There", False)]
 
 
+@pytest.mark.one_engine("the test reads what only the store in memory keeps")
 def test_an_admin_lists_stored_keys_and_reads_raw_values() -> None:
     api = Api()
     thread = api.thread("alice")
@@ -177,6 +180,7 @@ def test_an_admin_lists_stored_keys_and_reads_raw_values() -> None:
     assert api("GET", f"/admin/keys?prefix={'x' * 1025}", key=ADMIN).status == 400
 
 
+@pytest.mark.one_engine("nothing is stored")
 def test_metrics_count_by_route_and_never_by_what_a_client_sent() -> None:
     api = Api()
     api.message("alice")

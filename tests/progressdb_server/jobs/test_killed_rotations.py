@@ -24,6 +24,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError, json_text
+from progressdb_server.store.offline import LocalView
 from progressdb_server.store.rocks import RocksEngine
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import interpreter_words
@@ -70,7 +71,7 @@ async def verify(directory: Path, socket: Path, acknowledged: Acknowledged) -> N
             assert len(stored) <= len(versions) + 1, "one more may have been on its way"
 
         provider = RemoteProvider(socket)
-        assert [finding async for finding in Checker(store.engine, provider).run()] == []
+        assert [finding async for finding in Checker(LocalView(store.engine), provider).run()] == []
         active = await provider.list_keys(thread_id=THREAD, state="active")
         await provider.close()
         (job,) = [job async for page in jobs.table.pages() for job in page]

@@ -15,9 +15,9 @@ from progressdb_server.kms.provider import key_pages
 from progressdb_server.store import claims, keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import StaleRowError
+from progressdb_server.store.model import BackupExistsError, StaleRowError
 from tests.progressdb_server.jobs.rotating import UNBOUNDED, Gate, chunks_of, keys_of_records, write
-from tests.progressdb_server.store.opened_store import messages_of, servers
+from tests.progressdb_server.store.opened_store import TickingClock, messages_of, servers
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 Body = Callable[[list[Conversations], list[Jobs], SealingProvider], Awaitable[None]]
@@ -141,5 +141,38 @@ def test_a_job_paused_at_one_server_is_resumed_at_another(database: str) -> None
                 await asyncio.sleep(0.02)
         await jobs[1].resume(job.id)
         assert (await jobs[1].wait(job.id)).state == "done"
+
+    with_two(database, body)
+
+
+def test_an_old_key_waits_for_the_registered_backups_of_the_database(database: str) -> None:
+    """Without any, nobody knows what the backups need. Whichever server is asked."""
+
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        await write(stores[0], 5)
+        before = stores[0].clock.now_ns()
+        job = await jobs[0].rotation.rotate("t", destroy_after_s=1)
+        assert (await jobs[0].wait(job.id)).state == "done"
+        for store in stores:
+            assert isinstance(store.clock.now_ns, TickingClock)
+            store.clock.now_ns.now += 10**12
+
+        async def kept(why: str) -> None:
+            for one in jobs:
+                await one.destruction.begin()
+            assert why in (await jobs[1].table.get(job.id)).destroy_waits_for
+            assert provider.destroyed == set()
+
+        await kept("no backup of the database is registered")
+        await stores[1].register_backup("old", before)
+        await kept("progressdb backup forget old")
+        with pytest.raises(BackupExistsError):
+            await stores[0].register_backup("old")
+        await stores[0].register_backup("new", stores[0].clock.now_ns() + 10**12)
+        await kept("progressdb backup forget old")
+        await stores[0].forget_backup("old")
+        assert [known.name async for page in stores[1].backups() for known in page] == ["new"]
+        await jobs[1].destruction.begin()
+        assert provider.destroyed == {job.old_key}
 
     with_two(database, body)

@@ -37,6 +37,8 @@ class TickingClock:
 
 database: list[str] = []
 """The URL of the PostgreSQL that is opened, emptied, where a test names no engine."""
+closing: list[Callable[[], None]] = []
+"""What is called at the end of such a test."""
 
 
 def url_of(settings: str) -> str:
@@ -51,7 +53,8 @@ async def emptied(url: str) -> PostgresEngine:
     try:
         if await connection.fetchval("SELECT to_regclass('store_entry')") is None:
             await postgres.init(url)
-        await connection.execute("TRUNCATE store_entry, store_head, store_counter")
+        await connection.execute("DELETE FROM store_entry; DELETE FROM store_head; DELETE FROM store_counter")
+        await connection.execute("UPDATE store_schema SET number = $1", postgres.SCHEMA)
     finally:
         await connection.close()
     return await postgres.open_engine(url, single_node=True)

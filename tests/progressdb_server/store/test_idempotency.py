@@ -18,6 +18,7 @@ from progressdb_server.store.model import (
     RecordUnreadableError,
     StoreUnavailableError,
 )
+from progressdb_server.store.offline import LocalEntries
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, keys_of, messages_of, threads_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -150,7 +151,7 @@ def test_a_damaged_entry_stays_and_hinders_no_other(damage: bytes) -> None:
 
     with_store(run, engine, now_ns=clock)
     engine.reopen()
-    fixed, left = asyncio.run(repair(engine))
+    fixed, left = asyncio.run(repair(LocalEntries(engine)))
     assert ([finding.kind for finding in fixed], left) == (["damaged"], [])
 
 

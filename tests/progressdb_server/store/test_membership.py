@@ -23,6 +23,7 @@ from progressdb_server.store.model import (
     ThreadNotFoundError,
     TooManyMembersError,
 )
+from progressdb_server.store.offline import LocalEntries
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import messages_of, opened, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -109,7 +110,7 @@ def test_a_repair_makes_nobody_a_member_who_was_removed_without_an_entry() -> No
         async with opened(engine, provider) as store:
             await store.remove_member("t", "bob")
         engine.reopen()
-        assert (await repair(engine))[1] == []
+        assert (await repair(LocalEntries(engine)))[1] == []
         async with opened(engine, provider) as store:
             assert await store.members("t") == ["ann"]
             with pytest.raises(NotAMemberError):
@@ -290,10 +291,10 @@ def test_a_repair_makes_no_removed_author_a_member() -> None:
                 await post(store, name, "t", signed=False)
             await store.remove_member("t", "bob")
         engine.reopen()
-        assert await repair(engine) == ([], [])
+        assert await repair(LocalEntries(engine)) == ([], [])
         engine.write([(keyspace.writer("t", name), b"?") for name in ("ann", "cid")])
         engine.sync()
-        assert (await repair(engine))[1] == []
+        assert (await repair(LocalEntries(engine)))[1] == []
         async with opened(engine, provider) as store:
             assert await store.members("t") == ["ann"]
 

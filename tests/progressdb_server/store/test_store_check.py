@@ -18,6 +18,7 @@ from progressdb_server.store.check import Checker, Problem, repair
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Reader
 from progressdb_server.store.model import FormatError, Idempotency, NewMessage, StoreUnavailableError
+from progressdb_server.store.offline import LocalEntries, LocalView
 from progressdb_server.store.rocks import RocksEngine, RocksReader
 from progressdb_server.store.writer import Counters
 from tests.progressdb_server.store.memory_engine import MemoryEngine
@@ -40,7 +41,7 @@ async def populate(store: Conversations, name: str = "t") -> None:
 
 
 async def findings(reader: Reader, provider: SealingProvider | None) -> list[Problem]:
-    return [finding async for finding in Checker(reader, provider).run()]
+    return [finding async for finding in Checker(LocalView(reader), provider).run()]
 
 
 def populated() -> tuple[MemoryEngine, SealingProvider]:
@@ -56,7 +57,7 @@ def everything(engine: MemoryEngine) -> dict[bytes, bytes]:
 
 def test_a_sound_store_has_no_findings_and_everything_is_counted() -> None:
     engine, provider = populated()
-    checker = Checker(engine, provider)
+    checker = Checker(LocalView(engine), provider)
 
     async def run() -> list[Problem]:
         return [finding async for finding in checker.run()]
@@ -137,11 +138,11 @@ def test_damage_is_found_and_repaired_where_it_can_be(name: str) -> None:
     assert kind in {finding.kind for finding in found}
     if kind in BEYOND_REPAIR or name.startswith("a map to a key"):
         before = everything(engine)
-        asyncio.run(repair(engine))
+        asyncio.run(repair(LocalEntries(engine)))
         records = [k for k in before if k.startswith((b"thread:", b"kms:map:"))]
         assert {k: engine.get(k) for k in records} == {k: before[k] for k in records}
         return
-    fixed, left = asyncio.run(repair(engine))
+    fixed, left = asyncio.run(repair(LocalEntries(engine)))
     assert fixed
     assert left == []
     assert asyncio.run(findings(engine, provider)) == []
@@ -158,7 +159,7 @@ def test_every_index_is_rebuilt_from_the_records(random: object) -> None:
     dropped = random.sample(lost, random.randint(1, len(lost)))  # type: ignore[attr-defined]  # Hypothesis's Random
     try:
         engine.write([(key, None) for key in dropped])
-        _, left = asyncio.run(repair(engine))
+        _, left = asyncio.run(repair(LocalEntries(engine)))
         assert left == []
         assert everything(engine) == sound
     finally:
@@ -181,7 +182,7 @@ def test_a_repaired_store_serves_as_before() -> None:
     before = with_store(shown, engine, provider)
     engine.reopen()
     engine.write([(k, None) for k in everything(engine) if k.startswith((b"index:", b"version:"))])
-    asyncio.run(repair(engine))
+    asyncio.run(repair(LocalEntries(engine)))
     assert with_store(shown, engine, provider) == before
 
 
@@ -193,7 +194,7 @@ def test_it_walks_beside_a_running_server_and_sees_one_moment(tmp_path: Path) ->
             await populate(store)
             reader = RocksReader(path)
             try:
-                walk = Checker(reader, provider).run()
+                walk = Checker(LocalView(reader), provider).run()
                 writing = [asyncio.create_task(populate(store, f"n{number}-")) for number in range(5)]
                 assert [finding async for finding in walk] == []
                 await asyncio.gather(*writing)
@@ -212,7 +213,7 @@ def test_after_damaged_counters_were_rebuilt_no_stamp_is_given_out_twice() -> No
     engine.sync()
     with pytest.raises(FormatError, match="check --repair"):
         with_store(populate, engine, provider)
-    asyncio.run(repair(engine))
+    asyncio.run(repair(LocalEntries(engine)))
     newest = max(key[-27:] for key, _ in engine.scan(b"thread:", b"thread;", limit=4000) if b":msg:" in key)
 
     async def body(store: Conversations) -> None:

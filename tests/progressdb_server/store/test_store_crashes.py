@@ -20,6 +20,7 @@ import pytest
 
 from progressdb_server.store.check import Checker
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError, json_text
+from progressdb_server.store.offline import LocalView
 from progressdb_server.store.rocks import RocksEngine
 from tests import needs
 from tests.harness.scripts import interpreter_words
@@ -51,7 +52,7 @@ async def verify(directory: Path, acknowledged: Acknowledged, refused: int = 0) 
     which was being written, and one for each refusal, which may or may not have reached the disk."""
     provider = KeyFileProvider(str(directory / "keys"))
     async with opened(RocksEngine(str(directory / "db")), provider) as store:
-        findings = [finding async for finding in Checker(store.engine, provider).run()]
+        findings = [finding async for finding in Checker(LocalView(store.engine), provider).run()]
         assert findings == []
         for message, versions in acknowledged.items():
             stored = await versions_of(store, message)

@@ -25,6 +25,7 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
     ThreadNotFoundError,
 )
+from progressdb_server.store.offline import LocalView
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, threads_of, versions_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -272,7 +273,7 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def the_store_is_sound(self) -> None:
         async def findings() -> list[object]:
-            return [finding async for finding in Checker(self.engine, self.provider).run()]
+            return [finding async for finding in Checker(LocalView(self.engine), self.provider).run()]
 
         assert self.run(findings()) == []
 

@@ -27,6 +27,7 @@ from progressdb_server.store.model import (
     StoreUnavailableError,
     ThreadKeyDestroyedError,
 )
+from progressdb_server.store.offline import LocalEntries
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import becomes, keys_of, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_seal
@@ -539,7 +540,7 @@ def test_a_lost_map_that_is_rebuilt_after_a_renewal_takes_writes() -> None:
     engine.reopen()
     engine.write([(keyspace.key_map("t"), None)])
     engine.sync()
-    assert [finding.kind for finding in asyncio.run(repair(engine))[0]] == ["keyless"]
+    assert [finding.kind for finding in asyncio.run(repair(LocalEntries(engine)))[0]] == ["keyless"]
     with_store(repaired, engine, provider)
 
 

@@ -29,6 +29,7 @@ from progressdb_server.store.model import (
     TooManyVersionsError,
     json_text,
 )
+from progressdb_server.store.offline import LocalView
 from tests.progressdb_server.jobs.rotating import Place, keys_of_records
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, versions_of, with_store
@@ -56,7 +57,7 @@ def record_keys(engine: MemoryEngine) -> list[bytes]:
 
 
 async def findings(engine: MemoryEngine, provider: SealingProvider) -> list[str]:
-    return [finding.kind async for finding in Checker(engine, provider).run()]
+    return [finding.kind async for finding in Checker(LocalView(engine), provider).run()]
 
 
 # --- what they cost ---------------------------------------------------------------------------------------------------

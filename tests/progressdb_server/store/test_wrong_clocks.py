@@ -14,6 +14,7 @@ from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.keyspace import BACK_NS_MAX, ERA_MAX, ERA_NS, NOW_NS_MIN, Clock, Stamp
 from progressdb_server.store.model import Idempotency, NewMessage
+from progressdb_server.store.offline import LocalView
 from progressdb_server.store.writer import Counters
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, opened
@@ -120,7 +121,7 @@ def test_after_a_future_times_are_true_and_lists_keep_their_order() -> None:
             threads = [one async for chunk in store.list_threads(author="ada") for one in chunk]
             assert [one.id for one in threads] == ["t", future.id, thread.id]
             assert (await store.get_thread("t")).updated_ts == made[-1].ts
-        assert [finding async for finding in Checker(engine, provider).run()] == []
+        assert [finding async for finding in Checker(LocalView(engine), provider).run()] == []
 
     asyncio.run(body())
 

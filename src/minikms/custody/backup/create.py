@@ -38,7 +38,7 @@ from minikms.custody.backup.archive import (
 )
 from minikms.custody.settled_keys import SettledKeys, newest_key_id
 from minikms.custody.tombstone_file import read_tombstones
-from minikms.files import open_directory, read_file_bounded
+from minikms.files import read_file_in
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord, bytes_to_key_id
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
@@ -224,11 +224,11 @@ def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
             writer.add(dek_entry_name(key_id), data)
             keys += 1
             task.progress(number, len(key_ids))
-    data = _read(data_dir, keyring_file.NAME, keyring.FILE_BYTES_MAX)
+    data = read_file_in(data_dir, keyring_file.NAME, keyring.FILE_BYTES_MAX)
     if data is None:
         raise StartError(f"there is no keyring in {data_dir}")
     writer.add(keyring_file.NAME, data)
-    stones = _read(data_dir, tombstone_file.NAME, TOMBSTONES_BYTES_MAX)
+    stones = read_file_in(data_dir, tombstone_file.NAME, TOMBSTONES_BYTES_MAX)
     if stones is not None:
         writer.add(tombstone_file.NAME, stones)
     with task.open_keyring(data) as unlocked:
@@ -252,14 +252,6 @@ def parsed_dek(content: bytes, key_id: str) -> DekRecord:
         return dek.parse(content, key_id)
     except KmsRefusedError as error:
         raise ArchiveError(str(error)) from None
-
-
-def _read(directory: str, name: str, bytes_max: int) -> bytes | None:
-    descriptor = open_directory(directory)
-    try:
-        return read_file_bounded(name, bytes_max, dir_fd=descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _private(path: str, flags: int) -> int:

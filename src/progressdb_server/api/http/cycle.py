@@ -33,7 +33,7 @@ _WITHOUT_BODY: Final = frozenset({204, 304})
 
 
 class Cycle:
-    # What is the same for most requests is set on the class, which costs a request nothing.
+    # Values that most requests share are set on the class, which costs a request nothing.
     more_body = True
     body_refused = False
     disconnected = False

@@ -164,7 +164,7 @@ class Chunks:
     def __init__(self) -> None:
         self.complete = False
         self.starved = True
-        """What was given is used; more has to be received."""
+        """The given bytes are used; more have to be received."""
         self._count = 0
         self._left = 0
         """Bytes of the chunk that are missing, with the CR LF after it."""

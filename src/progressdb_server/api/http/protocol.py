@@ -1,7 +1,7 @@
 """HTTP/1.1 on one connection: requests for an ASGI application, one at a time, and their responses.
 
 Owns: what a connection may cost before a request is whole, and when it ends. `cycle` has each request. Rules:
-1. `framing` says where a request ends. What it refuses gets a 4xx, and the connection ends.
+1. `framing` says where a request ends. A refusal is a 4xx, and the connection ends.
 2. A request begins only when the response before it was written and the client takes it. Requests that came meanwhile
    stay bytes, at most one read of the event loop; no more is read until they are used. These bytes count as a body.
 3. A request is whole within `REQUEST_SECONDS_MAX` of its first byte. A new connection sends one within the same time.

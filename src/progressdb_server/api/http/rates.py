@@ -92,8 +92,8 @@ class RateBuckets:
             return self._shared
         if len(self._buckets) >= self._count_max:
             self._buckets.popitem(last=False)
-        made = self._buckets[caller] = TokenBucket(self._rps, self._burst)
-        return made
+        bucket = self._buckets[caller] = TokenBucket(self._rps, self._burst)
+        return bucket
 
     def _is_crowded(self, now_s: float) -> bool:
         """Whether the table is full and no bucket in it makes room."""

@@ -256,11 +256,11 @@ def _body_schema(body: JsonBody) -> Schema:
 
 
 def _responses(operation: Operation) -> dict[str, Any]:
-    made = {str(operation.status): _response(operation, operation.status, operation.response)}
+    responses = {str(operation.status): _response(operation, operation.status, operation.response)}
     for status, schema in operation.other_responses.items():
-        made[str(status)] = _response(operation, status, schema)
+        responses[str(status)] = _response(operation, status, schema)
     for status, sentences in sorted(error_texts(operation).items()):
-        made[str(status)] = {
+        responses[str(status)] = {
             "description": _STATUS_TEXTS[status],
             "headers": _response_headers(status),
             "content": {
@@ -274,7 +274,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
                 **({"text/html": {"schema": {"type": "string"}}} if operation.tag == "viewer" else {}),
             },
         }
-    return made
+    return responses
 
 
 def error_texts(operation: Operation) -> dict[int, tuple[str, ...]]:

@@ -74,13 +74,13 @@ class BackupHandlers:
         if NAME.fullmatch(name) is None:
             raise bad_request(INVALID_NAME)
         try:
-            made = await self._store.back_up(str((self._directory / name).absolute()))
+            copy = await self._store.back_up(str((self._directory / name).absolute()))
         except (BackupExistsError, BackupBusyError):
             raise
         except BackupError as error:  # its text names files of this machine: it is logged and not sent
             _log.error("backup_failed", request_id=request.request_id, reason=str(error))
             raise
-        return json_response({"name": name, "files": len(made.files), "bytes": made.bytes})
+        return json_response({"name": name, "files": len(copy.files), "bytes": copy.bytes})
 
     @Operation(
         "GET",
@@ -92,7 +92,10 @@ class BackupHandlers:
                 name=TEXT,
                 path=TEXT,
                 created_ns=INTEGER,
-                gone={"type": "boolean", "description": "Whether no file exists at the path."},
+                gone={
+                    "type": "boolean",
+                    "description": "Whether no file exists at the path, or it is a backup of a database.",
+                },
             ),
         ),
         needs=DISK,

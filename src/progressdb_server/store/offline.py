@@ -1,0 +1,119 @@
+"""A store that a command examines or changes by itself, whatever holds it.
+
+Owns: `View`, which `store.check` and `store.copying` read, and `Entries`, which they change; both for the files of
+RocksDB. `store.postgres_offline` has them for a database. Invariants: a view does not change while it is read; nobody
+else uses the store while entries are put.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from types import ModuleType
+from typing import Final, Protocol
+
+from progressdb_server.store import directory, keyspace
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineBusyError, LocalReads, Reader, Reads
+
+WALK_BYTES_MAX: Final = 8 * 1024 * 1024
+"""Of the values of one page, without its last one."""
+BUSY_RETRY_S: Final = 0.05
+BUSY_S_MAX: Final = 60.0
+
+
+class View(Reads, Protocol):
+    def walk(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        """All entries once, in any order. Raises EngineUnavailableError."""
+        ...
+
+
+class Entries(View, Protocol):
+    async def put(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
+        """Raises EngineBusyError, EngineUnavailableError."""
+        ...
+
+
+class LocalView(LocalReads):
+    """See `View`."""
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__(reader)
+        self._walked = reader
+
+    async def walk(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        lower = b""
+        while page := self._walked.scan(lower, keyspace.END, limit=SCAN_ENTRIES_MAX, bytes_max=WALK_BYTES_MAX):
+            yield page
+            lower = keyspace.next_key(page[-1][0])
+
+
+class LocalEntries(LocalView):
+    """See `Entries`. What was put is durable."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._engine = engine
+
+    async def put(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
+        batch = list(puts)
+        deadline = time.monotonic() + BUSY_S_MAX
+        while True:
+            try:
+                self._engine.write(batch)
+                break
+            except EngineBusyError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(BUSY_RETRY_S)
+        self._engine.sync()
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+def is_url(place: str) -> bool:
+    """Whether it names a database, and no directory."""
+    return "://" in place
+
+
+@asynccontextmanager
+async def viewed(place: str) -> AsyncIterator[View]:
+    """A view of a store that servers may have open. Raises FormatError, StoreUnavailableError."""
+    if is_url(place):
+        async with _postgres().view(place) as view:
+            yield view
+    else:
+        with directory.open_reader(place) as reader:
+            yield LocalView(reader)
+
+
+@asynccontextmanager
+async def alone(place: str) -> AsyncIterator[Entries]:
+    """The entries of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, FormatError."""
+    if is_url(place):
+        async with _postgres().alone(place) as entries:
+            yield entries
+    else:
+        with directory.open_offline(place) as engine:
+            yield LocalEntries(engine)
+
+
+@asynccontextmanager
+async def filled(place: str, source: str) -> AsyncIterator[Entries]:
+    """The entries of a new store, or of one into which a copy of `source` has begun. It becomes a store at the end.
+    Raises StoreLockedError, StoreUnavailableError, FormatError for a place that holds something else."""
+    begun = directory.begun_copy(source)
+    if is_url(place):
+        async with _postgres().filled(place, begun) as entries:
+            yield entries
+    else:
+        with directory.open_copy(place, begun) as engine:
+            yield LocalEntries(engine)
+
+
+def _postgres() -> ModuleType:
+    """Raises FormatError where the driver is missing."""
+    directory.postgres()
+    from progressdb_server.store import postgres_offline
+
+    return postgres_offline
