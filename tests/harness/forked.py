@@ -1,9 +1,9 @@
 """The programs in processes of their own, forked from one that has imported them: a start costs a tenth.
 
-Owns: the process that forks, one for each process of the tests, and a test's view of a forked program. Invariants: the
-program has the arguments, environment, directory and standard descriptors that the caller gives, and no other
-descriptors. Never use it for a claim about a program's memory, its name in the process table, or the start or end of
-its process: those tests start an interpreter.
+Owns: the process that forks, one for each process of the tests, a test's view of a forked program, and what makes the
+programs of a shell forked ones. Invariants: the program has the arguments, environment, directory and standard
+descriptors that the caller gives, no other descriptors, and the caller's user. Never use it for a claim about a
+program's memory, its name in the process table, or the start or end of its process: those tests start an interpreter.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import atexit
 import contextlib
 import gc
 import importlib
-import json
+import marshal
 import os
 import pkgutil
+import re
 import runpy
+import shlex
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import IO, Any, Final, NoReturn
 
 from minikms.cli.rootkey import BIND_VARIABLE
+from minikms.memory import libc
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
 REQUEST_BYTES_MAX: Final = 200_000
@@ -35,6 +39,9 @@ REQUEST_BYTES_MAX: Final = 200_000
 DESCRIPTORS: Final = 4
 """Of a request: the socket for the answers, then input, output and errors of the program."""
 RUN_S_MAX: Final = 120.0
+UMASK: Final = 0o022
+PR_SET_DUMPABLE: Final = 4
+"""linux/prctl.h"""
 
 
 class Forked:
@@ -54,11 +61,11 @@ class Forked:
         next two; None for empty input.
         """
         environ = {BIND_VARIABLE: "1", **(os.environ if env is None else env)}
-        request = json.dumps({"words": words, "env": environ, "cwd": str(Path(cwd).resolve())})
+        request = {"words": words, "env": environ, "cwd": str(Path(cwd).resolve())}
         self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet for each
         with theirs, Path(os.devnull).open() as empty:
             given = empty.fileno() if stdin is None else stdin
-            socket.send_fds(_forker(), [request.encode()], [theirs.fileno(), given, stdout, stderr])
+            socket.send_fds(_forker(), [marshal.dumps(request)], [theirs.fileno(), given, stdout, stderr])
         self.args = words
         self.pid = int(self._answers.recv(16))
         self.returncode: int | None = None
@@ -97,6 +104,21 @@ def start(command: list[str], log: IO[bytes], env: Mapping[str, str] | None = No
     return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
+def script(module: str) -> str:
+    """Lines for a shell that do what `python -P -m MODULE "$@"` does: forked in a shell that has what `for_shells`
+    gives, else in an interpreter.
+    """
+    launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), module]
+    interpreter = [sys.executable, "-P", "-m", module]
+    return f'[ "$FORKER" ] || exec {shlex.join(interpreter)} "$@"\nexec {shlex.join(launcher)} "$@"'
+
+
+def for_shells() -> tuple[dict[str, str], tuple[int, ...]]:
+    """Variables for a shell, and descriptors that it is to inherit, so that each `script` in it runs forked."""
+    forker = _forker().fileno()
+    return {"FORKER": str(forker), BIND_VARIABLE: "1"}, (forker,)
+
+
 def run(
     *words: object, stdin: str = "", env: Mapping[str, str] | None = None, cwd: str | Path = "."
 ) -> subprocess.CompletedProcess[str]:
@@ -127,7 +149,7 @@ def _forker() -> socket.socket:
 
     @atexit.register
     def end() -> None:
-        ours.close()
+        ours.shutdown(socket.SHUT_RDWR)  # a shell may have it too
         process.wait()
 
     return ours
@@ -144,7 +166,7 @@ def _forked_request() -> dict[str, Any]:
                 pass
         if not packet:
             sys.exit()
-        request: dict[str, Any] = json.loads(packet)
+        request: dict[str, Any] = marshal.loads(packet)
         package = request["words"][0].partition(".")[0]
         for each in ("minikms", "progressdb_server") if package == "tests" else (package,):  # a program with faults
             _import_all(each)
@@ -159,12 +181,23 @@ def _forked_request() -> dict[str, Any]:
         answers.send(str(program).encode())
         answers.send(str(os.waitpid(program, 0)[1]).encode())
         os._exit(0)
+    _take_user(*struct.unpack("3i", answers.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))))
     for number, descriptor in enumerate(descriptors[1:]):
         os.dup2(descriptor, number)
     requests.detach()
     answers.detach()
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     return request
+
+
+def _take_user(pid: int, uid: int, gid: int) -> None:
+    """Become the user of the process that asked, with its groups."""
+    if uid != os.getuid():
+        status = Path(f"/proc/{pid}/status").read_text()
+        os.setgroups([int(group) for group in re.findall(r"(?m)^Groups:(.*)", status)[0].split()])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        libc.prctl("prctl(PR_SET_DUMPABLE)", PR_SET_DUMPABLE, 1)  # as after execve(2); else /proc/self is root's
 
 
 @cache
@@ -178,6 +211,7 @@ def _import_all(package: str) -> None:
 
 def _become(request: dict[str, Any]) -> NoReturn:
     os.chdir(request["cwd"])
+    os.umask(request.get("umask", UMASK))
     os.environ.clear()
     os.environ.update(request["env"])
     module, *arguments = request["words"]
@@ -185,13 +219,14 @@ def _become(request: dict[str, Any]) -> NoReturn:
     sys.orig_argv = [sys.executable, "-m", *sys.argv]
     sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace")
-    status = 1
+    status = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = int(end.code or 0)
     except BaseException:  # noqa: BLE001  as an interpreter does
         traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     os._exit(status)  # an interpreter's clean-up would copy every page of what was imported
 
