@@ -15,17 +15,15 @@ import importlib
 import marshal
 import os
 import pkgutil
-import re
 import runpy
 import shlex
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn
@@ -44,6 +42,10 @@ PR_SET_DUMPABLE: Final = 4
 """linux/prctl.h"""
 
 
+User = tuple[int, int, Sequence[int]]
+"""Numbers of a user, its group and its other groups."""
+
+
 class Forked:
     """A running program, with methods of `subprocess.Popen`."""
 
@@ -56,12 +58,15 @@ class Forked:
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | Path = ".",
+        user: User | None = None,
+        session: bool = False,
     ) -> None:
         """`words`: a module that `python -m` runs, such as `minikms`, and its arguments. `stdin`: a descriptor, as the
-        next two; None for empty input.
+        next two; None for empty input. `user`: this process's, unless told. `session`: it has one of its own,
+        and so no terminal.
         """
         environ = {BIND_VARIABLE: "1", **(os.environ if env is None else env)}
-        request = {"words": words, "env": environ, "cwd": str(Path(cwd).resolve())}
+        request = {"words": words, "env": environ, "cwd": str(Path(cwd).resolve()), "user": user, "session": session}
         self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet for each
         with theirs, Path(os.devnull).open() as empty:
             given = empty.fileno() if stdin is None else stdin
@@ -120,7 +125,11 @@ def for_shells() -> tuple[dict[str, str], tuple[int, ...]]:
 
 
 def run(
-    *words: object, stdin: str = "", env: Mapping[str, str] | None = None, cwd: str | Path = "."
+    *words: object,
+    stdin: str = "",
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path = ".",
+    user: User | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Like `subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, input=stdin, …)`."""
     with contextlib.ExitStack() as stack:
@@ -128,7 +137,7 @@ def run(
         given.write(stdin)
         given.seek(0)
         descriptors = given.fileno(), out.fileno(), err.fileno()
-        program = Forked([*map(str, words)], *descriptors, env=env, cwd=cwd)
+        program = Forked([*map(str, words)], *descriptors, env=env, cwd=cwd, user=user, session=True)
         try:
             status = program.wait(RUN_S_MAX)
         finally:
@@ -150,6 +159,7 @@ def _forker() -> socket.socket:
     @atexit.register
     def end() -> None:
         ours.shutdown(socket.SHUT_RDWR)  # a shell may have it too
+        ours.close()
         process.wait()
 
     return ours
@@ -181,7 +191,6 @@ def _forked_request() -> dict[str, Any]:
         answers.send(str(program).encode())
         answers.send(str(os.waitpid(program, 0)[1]).encode())
         os._exit(0)
-    _take_user(*struct.unpack("3i", answers.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))))
     for number, descriptor in enumerate(descriptors[1:]):
         os.dup2(descriptor, number)
     requests.detach()
@@ -190,11 +199,9 @@ def _forked_request() -> dict[str, Any]:
     return request
 
 
-def _take_user(pid: int, uid: int, gid: int) -> None:
-    """Become the user of the process that asked, with its groups."""
+def _take_user(uid: int, gid: int, groups: Sequence[int]) -> None:
     if uid != os.getuid():
-        status = Path(f"/proc/{pid}/status").read_text()
-        os.setgroups([int(group) for group in re.findall(r"(?m)^Groups:(.*)", status)[0].split()])
+        os.setgroups(groups)
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
         libc.prctl("prctl(PR_SET_DUMPABLE)", PR_SET_DUMPABLE, 1)  # as after execve(2); else /proc/self is root's
@@ -210,8 +217,12 @@ def _import_all(package: str) -> None:
 
 
 def _become(request: dict[str, Any]) -> NoReturn:
-    os.chdir(request["cwd"])
     os.umask(request.get("umask", UMASK))
+    if request.get("session"):
+        os.setsid()
+    if request["user"]:
+        _take_user(*request["user"])
+    os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
     module, *arguments = request["words"]

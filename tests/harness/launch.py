@@ -20,8 +20,8 @@ FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 def main() -> None:
     forker = socket.socket(fileno=int(os.environ.pop("FORKER")))
     answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    umask = os.umask(0)
-    request = {"words": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd(), "umask": umask}
+    request = {"words": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd(), "umask": os.umask(0)}
+    request["user"] = os.getuid(), os.getgid(), os.getgroups()
     descriptors = b"".join(number.to_bytes(4, sys.byteorder) for number in (theirs.fileno(), 0, 1, 2))
     forker.sendmsg([marshal.dumps(request)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
     theirs.close()
