@@ -225,6 +225,7 @@ def _become(request: dict[str, Any]) -> NoReturn:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    gc.unfreeze = lambda: None  # a collection would copy every page of what was imported
     module, *arguments = request["words"]
     sys.argv = [module, *arguments]
     sys.orig_argv = [sys.executable, "-m", *sys.argv]
@@ -239,7 +240,7 @@ def _become(request: dict[str, Any]) -> NoReturn:
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
-    os._exit(status)  # an interpreter's clean-up would copy every page of what was imported
+    os._exit(status)  # an interpreter's clean-up would copy those pages too
 
 
 if __name__ == "__main__":
