@@ -24,7 +24,7 @@ IMAGE_FLAGS ?=
 BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
 STAMP := $(VENV)/.installed
 
-.PHONY: help run test venv frameworks lint bench torture image image-base
+.PHONY: help run test venv frameworks lint bench torture cluster image image-base
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo 'make lint     style, types, and import rules between packages'
 	@echo 'make bench    measure speed; SAVE=1 also writes docs/benchmarks.md'
 	@echo 'make torture  tests that take minutes'
+	@echo 'make cluster  as root, run three message servers on a PostgreSQL of Patroni; Ctrl-C ends it'
 	@echo 'make image    build the container image with buildah; IMAGE=name, BASE=image (docs/containers.md)'
 
 run: venv
@@ -65,6 +66,9 @@ bench: venv
 
 torture: venv
 	$(VENV)/bin/python -m pytest -m torture --verbose --capture=no --durations=10 $(ARGS)
+
+cluster: venv
+	@$(VENV)/bin/python -m tests.cluster $(ARGS)
 
 image:
 	buildah build --file Containerfile $(if $(BASE),--build-arg BASE='$(BASE)') $(IMAGE_FLAGS) --tag '$(IMAGE)' .

@@ -53,11 +53,11 @@ def _append(connections: int, floor: float | None = None, goal: float | None = N
         programs.progressdb(directory) as address,
         Connection(address) as connection,
     ):
-        threads = [_new_thread(connection, n) for n in range(connections)]
+        threads = [new_thread(connection, n) for n in range(connections)]
         appends = _appends_of_h2load if h2load.installed() else _appends_of_python
         rates, latencies_ms, generator = appends(address, threads, directory)
         acknowledged = len(latencies_ms)
-        _check_stored(connection, threads, acknowledged)
+        check_stored(connection, threads, acknowledged)
     measured_ms = sorted(latencies_ms)
     half, most = figure(statistics.median(measured_ms)), figure(measured_ms[len(measured_ms) * 99 // 100])
     note = f"median of {len(rates)} turns under {generator}; half answered in {half} ms, 99 % in {most} ms"
@@ -78,7 +78,7 @@ def append_added() -> list[Row]:
         Connection(bare) as to_bare,
     ):
         connections = {encrypting: to_encrypting, bare: to_bare}
-        threads = {address: [_new_thread(each, n) for n in range(CONNECTIONS)] for address, each in connections.items()}
+        threads = {address: [new_thread(each, n) for n in range(CONNECTIONS)] for address, each in connections.items()}
         acknowledged = dict.fromkeys(connections, 0)
         medians_ms: dict[tuple[str, int], list[float]] = {address: [] for address in connections}
         for turn in range(ADDED_TURNS + 1):
@@ -88,7 +88,7 @@ def append_added() -> list[Row]:
                 if turn:  # the one before the first warms up
                     medians_ms[address].append(statistics.median(latencies_ms))
         for address, connection in connections.items():
-            _check_stored(connection, threads[address], acknowledged[address])
+            check_stored(connection, threads[address], acknowledged[address])
     added_ms = [with_it - without for with_it, without in zip(medians_ms[encrypting], medians_ms[bare], strict=True)]
     with_it, without = (figure(statistics.median(medians_ms[address])) for address in (encrypting, bare))
     say(f"append: half answered in {with_it} ms, {without} ms without encryption")
@@ -115,7 +115,7 @@ def _append_against(checkout: Path, connections: int, floor: float | None = None
     ):
         places = {here: own, there: other}
         to = {here: to_here, there: to_there}
-        threads = {address: [_new_thread(each, n) for n in range(connections)] for address, each in to.items()}
+        threads = {address: [new_thread(each, n) for n in range(connections)] for address, each in to.items()}
         rates: dict[tuple[str, int], list[float]] = {here: [], there: []}
         for turn in range(AGAINST_TURNS + 1):
             for address in (here, there) if turn % 2 else (there, here):
@@ -143,13 +143,13 @@ def list_against(checkout: Path) -> list[Row]:
         Connection(there) as to_there,
     ):
         pairs = [
-            (connection, _filled_thread(connection, address))
+            (connection, filled_thread(connection, address))
             for connection, address in ((to_here, here), (to_there, there))
         ]
         medians_ms: list[list[float]] = [[], []]
         for turn in range(AGAINST_TURNS + 1):
             for which in (0, 1) if turn % 2 else (1, 0):
-                took_ms = _list_times(*pairs[which])
+                took_ms = list_times(*pairs[which])
                 if turn:  # the one before the first warms up
                     medians_ms[which].append(statistics.median(took_ms))
     ratio = statistics.median(theirs / ours for ours, theirs in zip(*medians_ms, strict=True))
@@ -161,7 +161,7 @@ def list_against(checkout: Path) -> list[Row]:
 def _rate(address: tuple[str, int], threads: list[str], directory: Path) -> float:
     """Appends per second, each connection with a thread of its own."""
     if h2load.installed():
-        return _under_h2load(address, threads, directory, AGAINST_REQUESTS).per_second
+        return under_h2load(address, threads, directory, AGAINST_REQUESTS).per_second
     return load.generate(address, [_append_request(thread) for thread in threads], AGAINST_SECONDS).per_second
 
 
@@ -172,17 +172,17 @@ def _generator() -> str:
 def _one_turn(address: tuple[str, int], threads: list[str], directory: Path) -> list[float]:
     """The milliseconds of each append."""
     if h2load.installed():
-        return _under_h2load(address, threads, directory, ADDED_REQUESTS).latencies_ms
+        return under_h2load(address, threads, directory, ADDED_REQUESTS).latencies_ms
     return load.generate(address, [_append_request(thread) for thread in threads], ADDED_SECONDS).latencies_ms
 
 
-def _under_h2load(address: tuple[str, int], threads: list[str], directory: Path, requests: int) -> h2load.Run:
+def under_h2load(address: tuple[str, int], threads: list[str], directory: Path, requests: int) -> h2load.Run:
     uris = [f"http://{address[0]}:{address[1]}/v1/threads/{thread}/messages" for thread in threads]
     headers = {"X-API-Key": BACKEND_KEY, "X-User-ID": "bench", "Content-Type": "application/json"}
     return h2load.post(uris, _body(), headers, connections=len(threads), requests=requests, directory=directory)
 
 
-def _check_stored(connection: Connection, threads: list[str], acknowledged: int) -> None:
+def check_stored(connection: Connection, threads: list[str], acknowledged: int) -> None:
     stored = sum(len(_messages(connection, thread)) for thread in threads)
     if stored != acknowledged:
         raise BenchError(f"{acknowledged} appends were acknowledged, {stored} messages are there")
@@ -194,7 +194,7 @@ def _appends_of_h2load(
     """The rates of the turns, and the milliseconds of every append, those of the warm-up too."""
     runs = []
     for turn, requests in enumerate([WARM_UP_REQUESTS, *[APPEND_REQUESTS] * APPEND_TURNS]):
-        runs.append(_under_h2load(address, threads, directory, requests))
+        runs.append(under_h2load(address, threads, directory, requests))
         _say_turn(len(threads), turn, runs[-1].per_second)
     return [run.per_second for run in runs[1:]], [ms for run in runs for ms in run.latencies_ms], _generator()
 
@@ -222,7 +222,7 @@ def listing() -> list[Row]:
         programs.progressdb(directory) as address,
         Connection(address) as connection,
     ):
-        took_ms = _list_times(connection, _filled_thread(connection, address))
+        took_ms = list_times(connection, filled_thread(connection, address))
     median = statistics.median(took_ms)
     say(f"list: {figure(median)} ms")
     what = f"list {LIST_MESSAGES:,} messages of {BODY_CHARS} B"
@@ -230,9 +230,9 @@ def listing() -> list[Row]:
     return [Row(what, median, "ms", 8, 5, less_is_better=True, note=note)]
 
 
-def _filled_thread(connection: Connection, address: tuple[str, int]) -> str:
+def filled_thread(connection: Connection, address: tuple[str, int]) -> str:
     """A thread of LIST_MESSAGES messages."""
-    thread = _new_thread(connection, 0)
+    thread = new_thread(connection, 0)
     stored = 0
     while stored < LIST_MESSAGES:
         count = min(SETUP_CONNECTIONS, LIST_MESSAGES - stored)
@@ -240,7 +240,7 @@ def _filled_thread(connection: Connection, address: tuple[str, int]) -> str:
     return thread
 
 
-def _list_times(connection: Connection, thread: str) -> list[float]:
+def list_times(connection: Connection, thread: str) -> list[float]:
     """The milliseconds of each of LIST_TURNS lists."""
     took_ms = []
     for _ in range(LIST_TURNS):
@@ -252,7 +252,7 @@ def _list_times(connection: Connection, thread: str) -> list[float]:
     return took_ms
 
 
-def _new_thread(connection: Connection, number: int) -> str:
+def new_thread(connection: Connection, number: int) -> str:
     thread: str = connection.call("POST", "/v1/threads", {"title": f"bench {number}"})["id"]
     return thread
 

@@ -119,9 +119,12 @@ def auditor(config: Path, ready: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progressdb(directory: Path, *, encrypting: bool = True, checkout: Path | None = None) -> Iterator[tuple[str, int]]:
+def progressdb(
+    directory: Path, *, encrypting: bool = True, checkout: Path | None = None, database: str = ""
+) -> Iterator[tuple[str, int]]:
     """The message server with the key service that it spawns, or not `encrypting` and alone. `checkout`: of another
-    version of this project, with a `.venv`. Yields the address it listens on.
+    version of this project, with a `.venv`. `database`: the URL of its store; `minikms` runs in the directory then.
+    Yields the address it listens on.
     """
     environment = {
         "PROGRESSDB_API_BACKEND_KEYS": BACKEND_KEY,
@@ -134,8 +137,15 @@ def progressdb(directory: Path, *, encrypting: bool = True, checkout: Path | Non
         environment |= {
             "PROGRESSDB_KMS_SOCKET": str(directory / "kms.sock"),
             "PROGRESSDB_KMS_DATA_DIR": str(directory / "kms"),
-            "PROGRESSDB_MINIKMS_MASTER_KEY_FILE": str(directory / "root-key"),
         }
+        if database:
+            environment |= {
+                "PROGRESSDB_STORE_URL": database,
+                "PROGRESSDB_STORE_SINGLE_NODE": "1",
+                "PROGRESSDB_KMS_SPAWN": "0",
+            }
+        else:
+            environment["PROGRESSDB_MINIKMS_MASTER_KEY_FILE"] = str(directory / "root-key")
     else:
         command += ["--db", str(directory / "unencrypted-db"), "--kms", "none"]
         environment["PROGRESSDB_BENCHMARK"] = "store-everything-in-plaintext"

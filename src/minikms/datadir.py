@@ -31,6 +31,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from minikms import clock, files
 from minikms.api.errors import AuditUnavailableError, KmsRefusedError, StartError, StorageUnavailableError
 from minikms.audit import AuditKey, AuditLog, Event, ExpectedLog
 from minikms.audit.chain import KeyState, Signer
@@ -42,15 +43,16 @@ from minikms.audit.repair import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import DERIVED_KEYS_MAX
 from minikms.crypto.shares import SHARES_COUNT_MAX
-from minikms.custody import backups, deks, files, journal, keyring_file, tombstone_file
+from minikms.custody import backups, deks, journal, keyring_file, tombstone_file
 from minikms.custody.backup import register
-from minikms.custody.files import DataDirLock, InUseError, make_private_directory, read_file_bounded
 from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.log_directory import NAME as LOG_DIRECTORY_NAME
 from minikms.custody.log_directory import claim_log_directory, lock_log_directory, log_directory
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
+from minikms.directory_lock import DataDirLock, InUseError, make_private_directory
+from minikms.files import read_file_bounded
 from minikms.keys import keyring, root_slots
 from minikms.keys.unlocked import WRAPPING_KEYS_MAX, UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
@@ -218,7 +220,7 @@ def open_for_service(
             files.sweep_temps(lock.directory_fd)
             with contextlib.suppress(StorageUnavailableError):  # then no key is destroyed
                 kept.sweep_temps()
-        stamp = files.stamp(files.now_ns())
+        stamp = clock.stamp(clock.now_ns())
         with written_at_start(os.path.join(directory, journal.NAME)):
             replayed = journal.replay(
                 lock.directory_fd,
@@ -411,7 +413,7 @@ def open_audit_log(
     fsync: FsyncPolicy = "interval",
     hash_thread_ids: bool = False,
     limits: LogLimits = DEFAULT_LIMITS,
-    now_ns: Callable[[], int] = files.now_ns,
+    now_ns: Callable[[], int] = clock.now_ns,
 ) -> AuditLog:
     """The audit log under the audit keys of the keyring, which must stay unlocked until the log is closed.
 
@@ -622,4 +624,4 @@ def _opened_offline(
 
 
 def _now() -> str:
-    return files.rfc3339(files.now_ns())
+    return clock.rfc3339(clock.now_ns())

@@ -10,17 +10,18 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests import needs
 
 NOBODY = 65534
-SETTINGS = ("fsync=off", "full_page_writes=off", "max_connections=64", "shared_buffers=16MB", "listen_addresses=")
+SETTINGS = ("max_connections=64", "shared_buffers=16MB", "listen_addresses=")
+FORGETFUL = ("fsync=off", "full_page_writes=off")
 
 
 @contextlib.contextmanager
-def running() -> Iterator[tuple[str, Path]]:
+def running(settings: Sequence[str] = FORGETFUL) -> Iterator[tuple[str, Path]]:
     """A connection string, and the directory that holds what is on disk."""
     programs = Path(needs.postgresql())
     base = Path(tempfile.mkdtemp(prefix="pg"))
@@ -30,7 +31,7 @@ def running() -> Iterator[tuple[str, Path]]:
         if user is not None:
             os.chown(base, user, user)
         _run([programs / "initdb", "-D", data, "-A", "trust", "-U", "test", "-E", "UTF8", "--no-sync"], user)
-        options = " ".join(f"-c {setting}" for setting in (*SETTINGS, f"unix_socket_directories={base}"))
+        options = " ".join(f"-c {setting}" for setting in (*SETTINGS, *settings, f"unix_socket_directories={base}"))
         _run([programs / "pg_ctl", "-D", data, "-w", "-t", "60", "-l", base / "log", "-o", options, "start"], user)
         try:
             yield f"host={base} user=test dbname=postgres", data
@@ -38,6 +39,42 @@ def running() -> Iterator[tuple[str, Path]]:
             _run([programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop"], user)
     finally:
         shutil.rmtree(base)
+
+
+@contextlib.contextmanager
+def standby(primary: str, name: str) -> Iterator[str]:
+    """A connection string to a node that replicates the one at `primary`, as the standby `name`."""
+    programs = Path(needs.postgresql())
+    base = Path(tempfile.mkdtemp(prefix="pg"))
+    user = NOBODY if os.geteuid() == 0 else None
+    data = base / "data"
+    try:
+        if user is not None:
+            os.chown(base, user, user)
+        source = primary.replace("dbname=postgres", f"application_name={name}")
+        _run([programs / "pg_basebackup", "-d", source, "-D", data, "-R", "-c", "fast", "--no-sync"], user)
+        options = " ".join(f"-c {setting}" for setting in (*SETTINGS, *FORGETFUL, f"unix_socket_directories={base}"))
+        _run([programs / "pg_ctl", "-D", data, "-w", "-t", "60", "-l", base / "log", "-o", options, "start"], user)
+        try:
+            yield f"host={base} user=test dbname=postgres"
+        finally:
+            _run([programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop"], user)
+    finally:
+        shutil.rmtree(base)
+
+
+@contextlib.contextmanager
+def receiver(primary: str, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that confirms to the primary what it has written, as a synchronous standby `name` does."""
+    source = primary.replace("dbname=postgres", f"application_name={name}")
+    with tempfile.TemporaryDirectory() as target:
+        command = [f"{needs.postgresql()}/pg_receivewal", "-D", target, "-d", source, "--synchronous"]
+        process = subprocess.Popen(command, cwd="/", stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _run(command: list[str | Path], user: int | None) -> None:

@@ -1,13 +1,15 @@
-"""What tests of several rooms share: a directory for all users, and a daemon for the tests of a module."""
+"""What tests of several rooms share: an open directory, and a daemon for the tests of a module."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from minikms.files import open_directory
 from tests.harness.live_daemon import LiveDaemon
 
 
@@ -15,3 +17,11 @@ from tests.harness.live_daemon import LiveDaemon
 def daemon() -> Iterator[LiveDaemon]:
     with tempfile.TemporaryDirectory(prefix="minikms-test-") as name, LiveDaemon(Path(name)) as running:
         yield running
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[int]:
+    """A descriptor of `tmp_path`."""
+    fd = open_directory(tmp_path)
+    yield fd
+    os.close(fd)

@@ -14,9 +14,9 @@ from minikms import append_only
 from minikms.api.errors import AuditUnavailableError
 from minikms.append_only import UNCONFIRMED_SUFFIX, AppendOnlyFile
 from minikms.sync import sync_directory
+from tests.harness.disk_faults import failing
 from tests.harness.failing_disk import failing_disk
 from tests.minikms.audit.logmaker import LOG, lines_of, open_log, types_of, verify, write_events
-from tests.minikms.custody.disk_faults import failing
 
 FILE_SYSTEMS = ("ext4", "btrfs")
 

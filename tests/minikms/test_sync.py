@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import minikms
+from minikms import sync
 from minikms.audit.log import LogLimits
 from minikms.sync import sync_data, sync_file
 from tests.minikms.audit.logmaker import make_log, verify
@@ -72,3 +73,23 @@ def test_no_other_module_calls_the_syncs_of_the_system() -> None:
     source = Path(minikms.__file__).parents[1]
     callers = {path.name for path in source.rglob("*.py") if re.search(r"os\.f(data)?sync\b", path.read_text())}
     assert callers == {"sync.py"}
+
+
+def test_syncfs_is_not_trusted_on_old_kernels_or_foreign_file_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.uname()
+    for release, trusted in (("5.4.0-generic", False), ("5.16.20", False), ("5.17.0", True), ("6.1.0-13", True)):
+        fake = os.uname_result((real[0], real[1], release, real[3], real[4]))
+        monkeypatch.setattr(os, "uname", lambda fake=fake: fake)
+        sync.syncfs_is_strict.cache_clear()
+        assert sync.syncfs_is_strict() is trusted
+    monkeypatch.undo()
+    sync.syncfs_is_strict.cache_clear()
+    proc = os.open("/proc", os.O_RDONLY)
+    assert sync.syncfs_reports(proc) is False
+    os.close(proc)
+
+
+def test_a_failing_syncfs_says_why() -> None:
+    with pytest.raises(OSError) as refused:
+        sync.syncfs(-1)
+    assert refused.value.errno == errno.EBADF

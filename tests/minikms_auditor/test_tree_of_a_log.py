@@ -10,8 +10,8 @@ import pytest
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms_auditor.auditor import FAULTS_BEFORE_ALARM
+from tests.harness.disk_faults import failing_os
 from tests.minikms.audit.logmaker import KEY1, KEY2, open_log, write_events
-from tests.minikms.custody.disk_faults import failing_os
 from tests.minikms_auditor.rig import Rig, root_of
 
 

@@ -72,7 +72,7 @@ def create(
     keyring now opens the archive. For a message server, first back up its store (progressdb backup create). Exit
     status: 0 made and read back, 1 made, but some key files could not be read, 2 not made.
     """
-    from minikms.custody import files
+    from minikms import clock
     from minikms.custody.backup.create import NewArchive
     from minikms.custody.backup.create import create as create_archive
     from minikms.custody.backup.register import ArchiveRegister, Registered, new_archive_id
@@ -84,7 +84,7 @@ def create(
     with _task(root, "copying keys", bar=not json) as task:
         register.put(entry)
         try:
-            new = NewArchive(entry.archive_id, files.rfc3339(files.now_ns()), lambda: _audit_head(directory))
+            new = NewArchive(entry.archive_id, clock.rfc3339(clock.now_ns()), lambda: _audit_head(directory))
             good = create_archive(directory, str(archive), task, new)
         except BaseException:
             register.forget(entry.archive_id)
@@ -154,11 +154,11 @@ def restore(
     It needs a root key that opened the keyring when the archive was made. A new audit log begins, which names the last
     line of the old one. Exit status: 0 restored, 1 refused or the archive is not good, 2 something is missing.
     """
-    from minikms.custody import files
+    from minikms import clock
     from minikms.custody.backup import restore as restoring
     from minikms.custody.backup.create import verify as verify_archive
-    from minikms.custody.files import DataDirLock
     from minikms.custody.log_directory import claim_log_directory
+    from minikms.directory_lock import DataDirLock
 
     directory = chosen_data_dir(data_dir, must_exist=False)
     root = needed_root(master_key_file, master_key_fd, root_source)
@@ -179,7 +179,7 @@ def restore(
             log_dir = claim_log_directory(lock, audit_dir, empty=True)
             tombstones = restoring.all_tombstones(unlocked.body.keyring_id, good.tombstones, newer)
             target = restoring.Target(directory, lock.directory_fd, tombstones, _registered(archive, good.manifest))
-            now = files.rfc3339(files.now_ns())
+            now = clock.rfc3339(clock.now_ns())
             done = restoring.restore(str(archive), good, task, unlocked, target, at=now, newer=newer)
             _begin_log(log_dir, unlocked, good.manifest)
     if json:
@@ -342,9 +342,9 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
 
     It gets an arena of its own, because two keyrings may not have room in one. Raises StartError, OSError.
     """
+    from minikms import files
     from minikms.api.errors import UnknownRootError
     from minikms.crypto import roots
-    from minikms.custody import files
     from minikms.custody.backup.restore import NewerKeyring
     from minikms.custody.tombstone_file import load, read_tombstones
     from minikms.datadir import KEYRING_SLOTS, opened_keyring, opened_root
@@ -410,9 +410,9 @@ def _as_dict(manifest: Manifest) -> dict[str, object]:
 
 
 def _when(entry: Registered) -> str:
-    from minikms.custody import files
+    from minikms import clock
 
-    return files.rfc3339(entry.begun_ms * 1_000_000) if entry.ended_ms else "interrupted"
+    return clock.rfc3339(entry.begun_ms * 1_000_000) if entry.ended_ms else "interrupted"
 
 
 def _where(entry: Registered) -> str:

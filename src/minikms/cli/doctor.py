@@ -39,6 +39,7 @@ from minikms.cli.console import (
     print_json,
     terminal,
 )
+from minikms.clock import unix_seconds
 from minikms.custody import (
     backups,
     deks,
@@ -46,10 +47,10 @@ from minikms.custody import (
     keyring_file,
     tombstone_file,
 )
-from minikms.custody.files import is_stale_temp, open_directory, read_file_bounded, unix_seconds
 from minikms.custody.log_directory import log_directory
 from minikms.custody.settled_keys import SettledKeys
 from minikms.datadir import opened_keyring, opened_root
+from minikms.files import is_stale_temp, open_directory, read_file_bounded
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
 from minikms.keys.keyring import Body

@@ -5,7 +5,7 @@ Owns: `<stamp>/<first key id>-<last key id>.journal`, a journal that was renamed
 - The name of a journal has the first and the last of its keys, so those that may hold a key are found by name. A name
   is never used for two contents.
 - A record of a destroyed key is overwritten with zeros, in place and durably, before `blank` returns. After a failed
-  sync the content is written to a new file, and the old file is never synced again (`minikms.custody.files`).
+  sync the content is written to a new file, and the old file is never synced again (`minikms.files`).
 - A file that can't be read is an error of the keys that it may hold, and stops no other work. No one removes it: it may
   hold the last copy of a key.
 - Records that the caller keeps are not pruned; a journal with such records stays, and its other records become blank.
@@ -24,26 +24,25 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from struct import Struct
 from typing import Final, NamedTuple
 
 from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody import journal_format
 from minikms.custody.deks import DekStore, list_names
-from minikms.custody.files import (
+from minikms.custody.journal_format import BLANK, BYTES_MAX, RECORD_BYTES
+from minikms.directory_lock import make_private_directory
+from minikms.files import (
     SYNCFS_FILES_MIN,
-    make_private_directory,
     open_directory,
     patch_file,
     read_file_bounded,
     remove_file,
     replace_file,
     sweep_temps,
-    syncfs,
-    syncfs_reports,
 )
-from minikms.custody.journal_format import BLANK, BYTES_MAX, RECORD_BYTES
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, key_id_to_bytes
-from minikms.sync import sync_directory, sync_file
+from minikms.sync import sync_directory, sync_file, syncfs, syncfs_reports
 
 DIRECTORY: Final = "kms-deks-backup"
 SAME_NAME_MAX: Final = 100
@@ -392,20 +391,17 @@ def _going(content: bytes, key_ids: Iterable[str]) -> list[BackupRecord]:
     """The records of these keys, and those that a crash left half blank."""
     going: list[BackupRecord] = []
     named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s"' % key_id.encode())}
-    for offset in journal_format.offsets(content):
-        old, new = offset + KEY_ID_BYTES, offset + KEY_ID_BYTES + FILE_BYTES
-        raw_id = content[offset:old]
-        key_id = (
-            named.get(raw_id)
-            or named.get(content[old : old + _ID_TEXT_BYTES])
-            or named.get(content[new : new + _ID_TEXT_BYTES])
-        )
-        if key_id:
-            going.append(BackupRecord(key_id, b"", offset))
-        elif b"\0" in raw_id and journal_format.is_half_blank(content, offset):
+    found = _IDS.iter_unpack(memoryview(content)[len(journal_format.MAGIC) :])
+    for offset, ids in zip(journal_format.offsets(content), found, strict=True):
+        if not named.keys().isdisjoint(ids):
+            going.append(BackupRecord(next(named[name] for name in ids if name in named), b"", offset))
+        elif b"\0" in ids[0] and journal_format.is_half_blank(content, offset):
             going.append(BackupRecord("", b"", offset))
     return going
 
 
 _ID_TEXT_BYTES: Final = len(b'{"id":"k_01jd0000000000000000000000"')
 """How a content names its key."""
+_CONTENT: Final = f"{_ID_TEXT_BYTES}s{FILE_BYTES - _ID_TEXT_BYTES}x"
+_IDS: Final = Struct(f"{KEY_ID_BYTES}s{_CONTENT}{_CONTENT}{journal_format.CHECKSUM_BYTES}x")
+"""The three places of a record that name its key."""

@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Final
 
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
+from minikms.clock import now_ns, rfc3339
 from minikms.custody.deks import HeldKeys
-from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.keyring_file import StoredKeyring
 from minikms.custody.tombstone_file import Staged, Tombstones

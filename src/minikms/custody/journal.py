@@ -44,20 +44,6 @@ from minikms.api.errors import (
 )
 from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore, HeldKeys, file_name
-from minikms.custody.files import (
-    GROUP_FILES_MAX,
-    FileWrite,
-    make_file,
-    open_directory,
-    overwrite_file,
-    read_file_bounded,
-    remove_file,
-    replace_file_from,
-    syncfs,
-    syncfs_reports,
-    write_all_at,
-    write_files,
-)
 from minikms.custody.journal_format import (
     BLANK,
     BYTES_MAX,
@@ -71,8 +57,20 @@ from minikms.custody.journal_format import (
     encode_records,
     ids_in_journal,
 )
+from minikms.files import (
+    GROUP_FILES_MAX,
+    FileWrite,
+    make_file,
+    open_directory,
+    overwrite_file,
+    read_file_bounded,
+    remove_file,
+    replace_file_from,
+    write_all_at,
+    write_files,
+)
 from minikms.keys.dek import KEY_ID_BYTES, bytes_to_key_id
-from minikms.sync import sync_data, sync_file
+from minikms.sync import sync_data, sync_file, syncfs, syncfs_reports
 
 NAME: Final = "kms-journal"
 HANDOVER_SECONDS: Final = 0.0002

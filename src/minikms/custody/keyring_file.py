@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from minikms.api.errors import SealedError, StartError, StorageUnavailableError, StorageUncertainError
-from minikms.custody.files import read_file_bounded, replace_file
+from minikms.files import read_file_bounded, replace_file
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
 from minikms.keys.unlocked import UnlockedKeyring
 

@@ -20,8 +20,8 @@ from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
+from minikms.clock import now_ns, rfc3339
 from minikms.crypto.aead import NonceSource
-from minikms.custody.files import now_ns, rfc3339
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change

@@ -55,9 +55,9 @@ from minikms.api.errors import (
     StorageUnavailableError,
     copy_of,
 )
+from minikms.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339, stamp
 from minikms.crypto import roots
 from minikms.custody.deks import SCAN_FILES
-from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339, stamp
 from minikms.custody.journal_format import Change
 from minikms.custody.vault import Permit, Vault, permitted
 from minikms.keys import dek, keyring, root_slots

@@ -17,12 +17,13 @@ import time
 from typing import Final, NamedTuple, Self
 
 from minikms.api.errors import StorageUnavailableError
+from minikms.clock import now_ns
 from minikms.custody import journal
 from minikms.custody.backups import DIRECTORY as BACKUPS
 from minikms.custody.backups import list_journals, list_stamps
 from minikms.custody.deks import DIRECTORY, file_name, list_key_ids, read_settled
-from minikms.custody.files import now_ns, open_directory, read_file_bounded
 from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode
+from minikms.files import open_directory, read_file_bounded
 from minikms.keys import dek
 from minikms.keys.dek import KEY_ID_RANDOM_BYTES, make_key_id
 

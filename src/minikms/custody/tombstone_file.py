@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.errors import StartError, StorageUnavailableError
-from minikms.custody.files import read_file_bounded, replace_file_from, write_all_at
+from minikms.files import read_file_bounded, replace_file_from, write_all_at
 from minikms.keys import keyring, tombstones
 from minikms.keys.dek import key_id_to_bytes
 from minikms.keys.tombstones import (

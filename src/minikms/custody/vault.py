@@ -40,18 +40,19 @@ from minikms.api.errors import (
     WrongThreadError,
     copy_of,
 )
+from minikms.clock import now_rfc3339
 from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import RecordKey, RecordKeys
 from minikms.custody.backups import BLANK_FILES_MAX, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
 from minikms.custody.destruction import Destruction
-from minikms.custody.files import now_rfc3339, remove_left_temps
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
 from minikms.custody.new_keys import NewKeys, Wanted
 from minikms.custody.tombstone_file import Tombstones
+from minikms.files import remove_left_temps
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache
 from minikms.keys.dek import DekRecord, DekState, move_dek

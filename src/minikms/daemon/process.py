@@ -27,7 +27,6 @@ from minikms.api.errors import InvalidPolicyError, KmsRefusedError, StartError, 
 from minikms.audit import Event
 from minikms.audit.log import FSYNC_INTERVAL_MS
 from minikms.custody.backup.register import ArchiveRegister
-from minikms.custody.files import DataDirLock, read_file_bounded, remove_file, remove_left_temps, replace_file
 from minikms.custody.vault import Vault
 from minikms.daemon.parts import Parts, Workers
 from minikms.daemon.peer import overflow_uid
@@ -36,6 +35,8 @@ from minikms.daemon.sealing import RunContext, Sealing
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir, written_at_start
+from minikms.directory_lock import DataDirLock
+from minikms.files import read_file_bounded, remove_file, remove_left_temps, replace_file
 from minikms.http.accepting import (
     ACCEPT_PAUSE_SECONDS,
     Acceptor,

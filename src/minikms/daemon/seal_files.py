@@ -26,8 +26,9 @@ import msgspec
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.record import Facts
+from minikms.clock import now_ns, rfc3339
 from minikms.crypto.shares import SHARES_COUNT_MAX
-from minikms.custody.files import now_ns, read_file_bounded, remove_file, replace_file, rfc3339
+from minikms.files import read_file_bounded, remove_file, replace_file
 from minikms.policy import Principal
 
 MARKER_NAME: Final = "sealed.json"

@@ -23,7 +23,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple, Protocol
 
-from minikms import api
+from minikms import api, clock
 from minikms.api.errors import (
     AuditUnavailableError,
     ConflictError,
@@ -44,8 +44,6 @@ from minikms.audit.position import AuditorPosition, LogView, mac_of, view_on_dis
 from minikms.audit.record import TYPE_REFUSED, Head
 from minikms.crypto.aead import scrub
 from minikms.crypto.shares import ShareInfo
-from minikms.custody import files
-from minikms.custody.files import DataDirLock
 from minikms.daemon import seal_files
 from minikms.daemon.admission import Admission, Session
 from minikms.daemon.keybody import SecretText
@@ -56,6 +54,7 @@ from minikms.daemon.sealed import SEALED_TEXT, SealedApplication, sealed_respons
 from minikms.daemon.settings import Settings
 from minikms.daemon.status import sealed_status
 from minikms.datadir import open_for_service, read_keyring
+from minikms.directory_lock import DataDirLock
 from minikms.http import Application, HttpServer, Limits
 from minikms.keys import keyring
 from minikms.keys.collected_shares import COLLECT_SECONDS_MAX, CollectedShares
@@ -191,7 +190,7 @@ class Sealing:
         view = self._log_view = view_on_disk(log_dir, body.audit_key.public_key, body.audit_origin)
         self._position.begin(view.log_id)
         self._sealed = _Sealed(
-            Marker(at=files.rfc3339(self._started_ns)) if marker is None else marker,
+            Marker(at=clock.rfc3339(self._started_ns)) if marker is None else marker,
             durable=marker is not None,
             asked=marker is not None,
         )
@@ -495,7 +494,7 @@ class Sealing:
             set_id=self._shares.set_id,
             numbers=list(self._shares.numbers),
             threshold=self._shares.threshold,
-            expires_at=files.rfc3339(files.now_ns() + left_ns),
+            expires_at=clock.rfc3339(clock.now_ns() + left_ns),
         )
 
     @property

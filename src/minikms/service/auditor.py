@@ -14,7 +14,7 @@ from minikms import api
 from minikms.api.errors import ConflictError
 from minikms.audit import AuditLog, Event
 from minikms.audit.position import AuditorPosition, LogView, mac_of
-from minikms.custody.files import now_rfc3339
+from minikms.clock import now_rfc3339
 from minikms.custody.vault import Permit, Vault
 from minikms.keys import keyring
 from minikms.keys.keyring import Body

@@ -30,7 +30,7 @@ from minikms.api.errors import (
 )
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
-from minikms.custody.files import now_rfc3339
+from minikms.clock import now_rfc3339
 from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Vault, permitted
 from minikms.http import Response

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 from minikms.api.errors import SealedError, StorageUnavailableError, StorageUncertainError
 from minikms.audit import AuditKey
 from minikms.audit.record import Head
-from minikms.custody.files import now_rfc3339
+from minikms.clock import now_rfc3339
 from minikms.custody.vault import Vault
 from minikms.datadir import audit_keys
 from minikms.keys import root_slots

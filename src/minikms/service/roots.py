@@ -17,9 +17,9 @@ from minikms import api
 from minikms.api.errors import DecryptionError, InvalidRequestError, NotFoundError, NotTestedError, WrongSlotError
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
+from minikms.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339
 from minikms.crypto import roots
 from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
-from minikms.custody.files import HOUR_NS, now_ns, now_rfc3339, rfc3339
 from minikms.custody.vault import Permit, Vault
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import Body, RevokingRoot, RootSlot, ShareSet

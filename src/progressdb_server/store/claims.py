@@ -20,7 +20,7 @@ from minikms.logs import structlog
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.model import ConditionFailedError, StoreUnavailableError
-from progressdb_server.store.writer import GroupCommit, SharedEngine
+from progressdb_server.store.writer import Commits, SharedEngine
 
 LEASE_S: Final = 30
 RENEW_S: Final = 5.0
@@ -29,7 +29,7 @@ _log = structlog.get_logger("progressdb.store")
 
 
 class Claims:
-    def __init__(self, engine: SharedEngine | None, writer: GroupCommit) -> None:
+    def __init__(self, engine: SharedEngine | None, writer: Commits) -> None:
         self._engine = engine
         self._writer = writer
         self._server = secrets.token_hex(8)

@@ -25,7 +25,7 @@ from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine, RocksReader, check_exists
 from progressdb_server.store.validators import Validators
-from progressdb_server.store.writer import Counters, GroupCommit, SharedEngine, Writer
+from progressdb_server.store.writer import Commits, Counters, SharedEngine, Writer
 
 FORMAT: Final = 3
 """The first one that was released, with version 0.2.0."""
@@ -188,7 +188,7 @@ class OpenStore:
         self.metrics = StoreMetrics()
         self.clock = Clock(now_ns)
         self.reads: Reads
-        self.writer: GroupCommit
+        self.writer: Commits
         if isinstance(engine, SharedEngine):
             self.reads = engine.reads
             self.writer = engine.writer(self.clock, self.metrics, self.reopened)

@@ -23,7 +23,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import Reader, Reads
 from progressdb_server.store.model import ConditionFailedError
-from progressdb_server.store.writer import GroupCommit
+from progressdb_server.store.writer import Commits
 
 AUDIT_SETTLED_S: Final = 5.0
 WAY_OUT: Final = "If that is a deliberate restore or a new audit log, start once with --accept-restore."
@@ -47,7 +47,7 @@ class SeenState(msgspec.Struct):
 
 
 class EpochMemory:
-    def __init__(self, reads: Reads, writer: GroupCommit, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, reads: Reads, writer: Commits, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._reads = reads
         self._writer = writer
         self._monotonic = monotonic

@@ -24,7 +24,7 @@ from progressdb_server.store.model import (
     IdempotencyConflictError,
     RecordUnreadableError,
 )
-from progressdb_server.store.writer import GroupCommit
+from progressdb_server.store.writer import Commits
 
 IDEMPOTENCY_AGE_S: Final = 24 * 3600
 DAMAGED: Final = (
@@ -87,7 +87,7 @@ def _expired(remembered: IdempotencyRecord, now_ns: int) -> bool:
     return abs(now_ns - remembered.created_ns) > IDEMPOTENCY_AGE_S * 1_000_000_000
 
 
-async def sweep(reads: Reads, writer: GroupCommit, now_ns: int) -> int:
+async def sweep(reads: Reads, writer: Commits, now_ns: int) -> int:
     """Delete the expired entries; returns how many. Logs how many are damaged."""
     swept = damaged = 0
     lower, upper = keyspace.IDEMPOTENCY, keyspace.after(keyspace.IDEMPOTENCY)

@@ -56,7 +56,7 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
     ThreadKeyDestroyedError,
 )
-from progressdb_server.store.writer import GroupCommit
+from progressdb_server.store.writer import Commits
 
 THREADS_CACHED_MAX: Final = 16_384
 WRITERS_CACHED_MAX: Final = 256
@@ -114,9 +114,7 @@ class ThreadState:
 
 
 class Sealer:
-    def __init__(
-        self, reads: Reads, writer: GroupCommit, provider: Provider, clock: Clock, metrics: StoreMetrics
-    ) -> None:
+    def __init__(self, reads: Reads, writer: Commits, provider: Provider, clock: Clock, metrics: StoreMetrics) -> None:
         self._reads = reads
         self._writer = writer
         self._provider = provider

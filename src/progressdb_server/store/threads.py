@@ -194,6 +194,7 @@ class Threads(OpenStore):
             except OutcomeUnknownError:
                 if not (again and self.shared):
                     raise
+                await self.writer.settled()
             except ConditionFailedError as error:
                 if error.key != ticket.key or not again:
                     raise

@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -54,6 +54,7 @@ BUSY_RETRY_S: Final = 0.005
 BUSY_S_MAX: Final = 10.0
 REOPEN_RETRY_S_MIN: Final = 0.1
 REOPEN_RETRY_S_MAX: Final = 5.0
+SETTLE_S_MAX: Final = 10.0
 REASON_CHARS_MAX: Final = 300
 """Longer texts of the engine's errors are cut in the log."""
 
@@ -124,11 +125,47 @@ class Counters(msgspec.Struct, array_like=True):
         return Stamp(self.era * keyspace.ERA_NS + self.last_ns, self.last_seq)
 
 
+class Commits(Protocol):
+    """What callers use of a writer: see `GroupCommit`."""
+
+    @property
+    def available(self) -> bool: ...
+
+    @property
+    def queued(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def state(self) -> Counters: ...
+
+    def reserve(self, order_key: bytes) -> PendingWrite: ...
+
+    def submit(
+        self, pending: PendingWrite, write: Write, expect: Sequence[tuple[bytes, bytes | None]] = ()
+    ) -> asyncio.Future[None]: ...
+
+    def leave(self, pending: PendingWrite) -> None: ...
+
+    def commit(self, write: Write) -> asyncio.Future[None]: ...
+
+    async def barrier(self) -> None: ...
+
+    async def check_writable(self) -> None: ...
+
+    async def settled(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 class GroupCommit(ABC):
     """Queue, order and groups. A subclass commits a group, and recovers after a failure."""
 
     unconfirmed = "the store's disk did not take the write"
     """To whoever waits for a group that failed."""
+    away = "the store's disk is not available now"
+    busy = "the disk can't keep up with the writes"
 
     def __init__(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
         """`on_reopen` is called after a recovery: cached values may be out of date."""
@@ -157,7 +194,8 @@ class GroupCommit(ABC):
     @abstractmethod
     async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, ConditionFailedError]:
         """The group is durable when it returns, without the writes that it names. Raises EngineBusyError if nothing was
-        written. After any other error the group may be durable, and `_reopen` is called until it succeeds."""
+        written. After any other error `_reopen` is called until it succeeds; the group may be durable unless the error
+        is NotWrittenError."""
 
     @abstractmethod
     async def _reopen(self) -> None:
@@ -239,6 +277,11 @@ class GroupCommit(ABC):
         if self._last_group_failed:
             await self.barrier()
 
+    async def settled(self) -> None:
+        """Returns after the recovery that runs, at most SETTLE_S_MAX later."""
+        if self._recovery is not None:
+            await asyncio.wait({self._recovery}, timeout=SETTLE_S_MAX)
+
     async def close(self) -> None:
         """Commits the queued writes and refuses later ones."""
         self._closed = True
@@ -276,7 +319,7 @@ class GroupCommit(ABC):
     def _refusal(self, size: int) -> str:
         """Why a write of `size` bytes is refused now; empty if it is accepted."""
         if self._recovery is not None or self._closed:
-            return "the store's disk is not available now"
+            return self.away
         if len(self._queue) >= QUEUE_WRITES_MAX or self._queue_bytes + size > QUEUE_BYTES_MAX:
             return "too many writes are waiting"
         return ""
@@ -348,7 +391,7 @@ class GroupCommit(ABC):
         except EngineBusyError:
             self._last_group_failed = True
             for pending in group:
-                self._refuse(pending, StoreUnavailableError("the disk can't keep up with the writes"))
+                self._refuse(pending, StoreUnavailableError(self.busy))
             return
         except Exception as error:  # noqa: BLE001  after any error the waiters must get a result and the engine must recover
             self._fail(group, error)
@@ -370,8 +413,9 @@ class GroupCommit(ABC):
         self._last_group_failed = True
         self._recovery = asyncio.get_running_loop().create_task(self._recover())
         for pending in group:
-            self._refuse(pending, OutcomeUnknownError(self.unconfirmed))
-        self._refuse_queue("the store's disk is not available now")
+            known = isinstance(error, NotWrittenError)
+            self._refuse(pending, NotWrittenError(str(error)) if known else OutcomeUnknownError(self.unconfirmed))
+        self._refuse_queue(self.away)
 
     async def _recover(self) -> None:
         delay = REOPEN_RETRY_S_MIN
@@ -396,7 +440,7 @@ class SharedEngine(ABC):
     def reads(self) -> Reads: ...
 
     @abstractmethod
-    def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> GroupCommit: ...
+    def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> Commits: ...
 
     @abstractmethod
     async def counted(self) -> Counters:

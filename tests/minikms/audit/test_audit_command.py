@@ -25,9 +25,9 @@ from minikms.base64 import encode_text
 from minikms.cli import audit
 from minikms.client import DecryptItem, ReencryptItem
 from minikms.crypto.aead import NonceSource
-from minikms.custody.files import DataDirLock
 from minikms.custody.keyring_file import KeyringFile
 from minikms.datadir import open_audit_log, open_for_reading, open_keyring, rotate_audit_key
+from minikms.directory_lock import DataDirLock
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import DevelopmentKey
 from tests.harness import forked

@@ -16,8 +16,8 @@ from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import Maintenance, compress_closed
 from minikms.audit.reader import DamagedSegmentError, Follower, last_lines, list_segments
 from minikms.audit.shipping import FileForwarder, Forwarder, Forwarding
+from tests.harness.disk_faults import failing
 from tests.minikms.audit.logmaker import KEY1, LOG, Clock, encrypt_event, lines_of, make_log, open_log, write_events
-from tests.minikms.custody.disk_faults import failing
 
 SMALL_SEGMENTS = LogLimits(segment_bytes=3000, reserve_bytes=0)
 

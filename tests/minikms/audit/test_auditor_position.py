@@ -16,6 +16,7 @@ from minikms.audit.maintenance import compress_closed
 from minikms.audit.position import ATTACHED_NS, AuditorPosition, LogView, mac_of, view_on_disk
 from minikms.audit.reader import each_segment
 from minikms.audit.record import Head
+from tests.harness.disk_faults import failing
 from tests.minikms.audit.logmaker import (
     LOG,
     SECOND,
@@ -25,7 +26,6 @@ from tests.minikms.audit.logmaker import (
     types_of,
     write_events,
 )
-from tests.minikms.custody.disk_faults import failing
 
 ORIGIN = "example.org/log"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minikms.cli.doctor import examine
-from minikms.custody.files import unix_seconds
+from minikms.clock import unix_seconds
 from minikms.keys.keyring import ROOT_TEST_DAYS_MAX, ShareSet
 from minikms.memory.arena import SecretArena
 from tests.minikms.keys import keyrings

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 from minikms.api.errors import ConflictError, KmsRefusedError, StorageUnavailableError
 from minikms.custody import rotation
-from minikms.custody.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.custody.vault import Vault
 from minikms.datadir import DataDir, Options, lock_data_dir, open_for_service
+from minikms.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import KeyFile

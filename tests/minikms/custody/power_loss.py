@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from minikms.custody import files
+from minikms import files, sync
 
 
 class Inode:
@@ -62,7 +62,7 @@ class Disk:
         self._durable_names = dict(self._names)
         for name in ("open", "close", "write", "pwrite", "fsync", "fdatasync", "rename", "link", "unlink"):
             patch.setattr(os, name, self._recorded(getattr(os, name), getattr(self, f"_{name}")))
-        patch.setattr(files, "syncfs", self._recorded(files.syncfs, self._syncfs))
+        patch.setattr(files, "syncfs", self._recorded(sync.syncfs, self._syncfs))
         self._watching = True
 
     def images(self, rng: random.Random, samples: int) -> Iterator[dict[str, bytes]]:

@@ -16,17 +16,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms import sync
 from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody import backups as backups_module
-from minikms.custody import files, vault
+from minikms.custody import vault
 from minikms.custody.backups import KeysWithin, RotationBackups
 from minikms.custody.deks import DekStore
-from minikms.custody.files import open_directory, replace_file
 from minikms.custody.journal_format import BLANK, BYTES_MAX, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, encode
 from minikms.custody.settled_keys import newest_key_id
+from minikms.files import open_directory, replace_file
 from minikms.keys.dek import FILE_BYTES
+from tests.harness.disk_faults import failing, failing_os, flip, quick_directory, refuse
 from tests.harness.vaults import OpenedVault, opened_vault
-from tests.minikms.custody.disk_faults import failing, failing_os, flip, quick_directory, refuse
 
 STAMP, LATER = "20260101T000000", "20260201T000000"
 NAME = "a-journal"
@@ -173,7 +174,7 @@ def test_a_file_whose_sync_failed_is_written_anew(
         keep(backups, stamp, record(1), record(2))
     before = inodes(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
-        patch.setattr(backups_module, "syncfs", failing(files.syncfs, at=1))
+        patch.setattr(backups_module, "syncfs", failing(sync.syncfs, at=1))
         patch.setattr(os, "fsync", failing(os.fsync, at=1))
         blank(backups, key_id(1))
     assert in_all_files(tmp_path, 1) == 0, "in the page cache"

@@ -22,8 +22,8 @@ import pytest
 
 import minikms
 from minikms.custody import journal
-from minikms.custody.files import open_directory, sweep_temps
 from minikms.custody.journal_format import Change, encode
+from minikms.files import open_directory, sweep_temps
 from tests import needs
 from tests.harness.vaults import opened_vault
 

@@ -14,16 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms import files, sync
 from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableError
-from minikms.custody import deks, files, journal, settled_keys
+from minikms.custody import deks, journal, settled_keys
 from minikms.custody.deks import DekStore
-from minikms.custody.files import open_directory
 from minikms.custody.journal import NAME, Journal, Replayed, replay
 from minikms.custody.journal_format import BLANK, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, decode, encode
 from minikms.custody.settled_keys import SettledKeys, newest_key_id
+from minikms.files import open_directory
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, make_key_id
+from tests.harness.disk_faults import failing_os, flip, refuse
 from tests.harness.vaults import OpenedVault, copied_vault, create, opened_vault
-from tests.minikms.custody.disk_faults import failing_os, flip, refuse
 
 VECTORS = Path(__file__).parents[2] / "vectors"
 
@@ -254,7 +255,7 @@ def test_after_a_failed_sync_the_files_of_the_log_are_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel has marked the failed pages clean, so a second sync would prove nothing."""
-    real = files.syncfs
+    real = sync.syncfs
 
     def failing(directory: int) -> None:
         real(directory)

@@ -14,14 +14,14 @@ import pytest
 
 from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.custody import deks, journal, settled_keys
-from minikms.custody.files import open_directory
 from minikms.custody.journal import NAME, Journal, Replayed, replay
 from minikms.custody.journal_format import Change, Decoded, decode, encode
 from minikms.custody.settled_keys import SettledKeys
+from minikms.files import open_directory
 from minikms.keys import dek
 from minikms.keys.dek import FILE_BYTES
+from tests.harness.disk_faults import failing_os, refuse
 from tests.harness.vaults import OpenedVault, opened_vault
-from tests.minikms.custody.disk_faults import failing_os, refuse
 
 STAMP = "20260101T000000"
 

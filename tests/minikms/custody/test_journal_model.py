@@ -17,13 +17,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from minikms import files, sync
 from minikms.api.errors import StorageUnavailableError
-from minikms.custody import files, journal
+from minikms.custody import journal
 from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore, KeyLocks
-from minikms.custody.files import open_directory
 from minikms.custody.journal import Journal, replay
 from minikms.custody.journal_format import SECTOR_BYTES, Change
+from minikms.files import open_directory
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
 from tests.minikms.custody.power_loss import Inode
@@ -81,7 +82,7 @@ class Tree:
     def begin(self, patch: pytest.MonkeyPatch) -> None:
         for name in ("open", "write", "pwrite", "fsync", "fdatasync", "rename", "link", "unlink"):
             patch.setattr(os, name, self._recorded(getattr(os, name), getattr(self, f"_{name}")))
-        recorded = self._recorded(files.syncfs, self._syncfs)
+        recorded = self._recorded(sync.syncfs, self._syncfs)
         patch.setattr(files, "syncfs", recorded)
         patch.setattr(journal, "syncfs", recorded)
 

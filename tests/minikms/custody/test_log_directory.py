@@ -15,11 +15,11 @@ from minikms import datadir
 from minikms.api.errors import StartError
 from minikms.audit.maintenance import compress_closed
 from minikms.custody import log_directory as place
-from minikms.custody.files import InUseError, lock_file
+from minikms.directory_lock import InUseError, lock_file
 from tests import needs
 from tests.harness import forked
+from tests.harness.disk_faults import failing_os
 from tests.minikms.audit.logmaker import LOG, kill_log, make_segments, open_log
-from tests.minikms.custody.disk_faults import failing_os
 from tests.minikms.test_datadir import opener
 
 AUDITOR_GID = 45_690

@@ -8,14 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from minikms.custody import files
-from minikms.custody.files import (
-    TEMP_PREFIX,
-    FileWrite,
-    remove_file,
-    replace_file,
-    write_files,
-)
+from minikms import files
+from minikms.files import TEMP_PREFIX, FileWrite, remove_file, replace_file, write_files
 from tests.minikms.custody.power_loss import Disk
 
 SAMPLES = 25

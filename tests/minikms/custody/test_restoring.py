@@ -21,9 +21,9 @@ from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveW
 from minikms.custody.backup.create import NewArchive, Task, remove_leftover, staging_path
 from minikms.custody.backup.register import DIRECTORY as REGISTER
 from minikms.custody.backup.register import ArchiveRegister, Registered
-from minikms.custody.files import LOCK_NAME, DataDirLock
 from minikms.custody.keyring_file import KeyringFile
 from minikms.datadir import open_keyring, opened_keyring, opened_root
+from minikms.directory_lock import LOCK_NAME, DataDirLock
 from minikms.keys import keyring
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import KeyFile

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from minikms import files
 from minikms.api.errors import KeyDestroyedError, StartError, StorageUnavailableError
-from minikms.custody import files, tombstone_file
+from minikms.custody import tombstone_file
 from minikms.custody.keyring_file import KeyringFile
 from minikms.keys.tombstones import HEADER_BYTES, RECORD_BYTES
+from tests.harness.disk_faults import failing_os, flip
 from tests.harness.vaults import OpenedVault, opened_vault
-from tests.minikms.custody.disk_faults import failing_os, flip
 from tests.minikms.custody.tombstones import tombstone_path
 
 

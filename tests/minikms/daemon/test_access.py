@@ -179,7 +179,7 @@ def test_a_client_sends_nothing_to_a_squatted_socket(public: Path) -> None:
 
 
 def test_of_two_daemons_on_one_directory_exactly_one_serves(public: Path) -> None:
-    """On one socket, and on two different ones; the error names the owner. (`test_lock.py` repeats the race.)"""
+    """On one socket, and on two different ones; the error names the owner."""
     for round_number in range(4):
         base = public / str(round_number)
         base.mkdir(0o755)

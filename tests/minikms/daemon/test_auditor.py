@@ -15,8 +15,8 @@ from minikms.roots.providers import KeyFile
 from tests.harness import forked
 from tests.harness.audited_daemon import ORIGIN, POLICY, AuditedDaemon, send_report
 from tests.harness.callers import OTHER, PROXY, USER, Caller, PolicyDaemon, Reply
+from tests.harness.disk_faults import failing_os
 from tests.harness.waiting import wait_until
-from tests.minikms.custody.disk_faults import failing_os
 
 LINES_MAX = 100
 

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from minikms import files
 from minikms.api.errors import ArenaFullError
-from minikms.custody import files, rotation
+from minikms.custody import rotation
 from minikms.daemon.application import Application
 from minikms.keys import root_slots
 from minikms.memory.arena import SecretArena

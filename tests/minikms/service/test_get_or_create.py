@@ -21,8 +21,8 @@ from minikms.audit import Event
 from minikms.client import Client
 from minikms.custody import journal
 from minikms.custody.deks import HeldKeys
-from minikms.custody.files import make_file
 from minikms.custody.journal_format import Change
+from minikms.files import make_file
 from minikms.keys.dek import DekRecord
 from minikms.keys.index import SEARCHED_COUNT, KeyIndex
 from minikms.policy import ROLES, Principal

@@ -36,9 +36,9 @@ from minikms.custody.backup.archive import (
     dek_entry_name,
     open_archive,
 )
-from minikms.custody.files import open_directory, read_file_bounded
 from minikms.custody.settled_keys import SettledKeys, newest_key_id
 from minikms.custody.tombstone_file import read_tombstones
+from minikms.files import open_directory, read_file_bounded
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord, bytes_to_key_id
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX

@@ -19,14 +19,8 @@ from typing import Final
 import msgspec
 
 from minikms.api.errors import StorageUnavailableError
-from minikms.custody.files import (
-    make_private_directory,
-    open_directory,
-    read_file_bounded,
-    remove_file,
-    replace_file,
-    sweep_temps,
-)
+from minikms.directory_lock import make_private_directory
+from minikms.files import open_directory, read_file_bounded, remove_file, replace_file, sweep_temps
 from minikms.keys.dek import key_id_unix_ms
 
 DIRECTORY: Final = "kms-archives"

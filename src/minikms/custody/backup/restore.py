@@ -19,16 +19,9 @@ from minikms.custody import backups, deks, keyring_file
 from minikms.custody.backup.archive import ArchiveError, AuditHead
 from minikms.custody.backup.create import CHANGED, Task, VerifiedArchive, reread_entries
 from minikms.custody.backup.register import ArchiveRegister, Registered
-from minikms.custody.files import (
-    GROUP_FILES_MAX,
-    LOCK_NAME,
-    FileWrite,
-    make_private_directory,
-    open_directory,
-    replace_file,
-    write_files,
-)
 from minikms.custody.tombstone_file import write_tombstones
+from minikms.directory_lock import LOCK_NAME, make_private_directory
+from minikms.files import GROUP_FILES_MAX, FileWrite, open_directory, replace_file, write_files
 from minikms.keys import keyring, root_slots
 from minikms.keys.dek import bytes_to_key_id
 from minikms.keys.tombstones import Tombstone

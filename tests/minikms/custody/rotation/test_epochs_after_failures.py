@@ -20,8 +20,8 @@ from minikms.service import lifecycle
 from minikms.service.base import VerbTable
 from minikms.service.encoding import Reply
 from minikms.service.lifecycle import LifecycleVerbs
+from tests.harness.disk_faults import refuse
 from tests.harness.vaults import SilentAudit, opened_vault
-from tests.minikms.custody.disk_faults import refuse
 
 
 class KeptAudit(SilentAudit):

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from minikms import files
 from minikms.api.errors import KeyUnreadableError
-from minikms.custody import backups, deks, files, rotation
+from minikms.custody import backups, deks, rotation
 from minikms.custody.journal_format import Change
 from minikms.keys import dek
 from tests.harness.vaults import OpenedVault, opened_vault

@@ -14,17 +14,18 @@ from typing import Any
 import msgspec
 import pytest
 
+from minikms import files, sync
 from minikms.api.errors import ArenaFullError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import XaesCipher
-from minikms.custody import deks, files, journal, rotation
+from minikms.custody import deks, journal, rotation
 from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore
 from minikms.custody.rotation import KekRotation
 from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
+from tests.harness.disk_faults import refuse
 from tests.harness.vaults import opened_vault
 from tests.minikms.custody import watched_cipher
-from tests.minikms.custody.disk_faults import refuse
 from tests.minikms.custody.watched_cipher import WatchedCipher
 
 pytestmark = pytest.mark.usefixtures("quick_rotation")
@@ -99,7 +100,7 @@ def test_unconfirmed_overwrites_are_written_again_to_new_files(tmp_path: Path, m
     failing = [1]
     overwritten: list[int] = []
     placed: list[str] = []
-    rename, pwrite, syncfs = os.rename, os.pwrite, files.syncfs
+    rename, pwrite, syncfs = os.rename, os.pwrite, sync.syncfs
 
     def noting(temp: str, name: str, **directories: int) -> None:
         if name.endswith(".json") and name.startswith("k_"):

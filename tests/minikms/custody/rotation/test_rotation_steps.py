@@ -23,14 +23,14 @@ from minikms.api.errors import (
     WrongSlotError,
 )
 from minikms.audit import Event, turns
-from minikms.custody.files import now_rfc3339
+from minikms.clock import now_rfc3339
 from minikms.custody.keyring_file import KeyringFile
 from minikms.keys import keyring, root_slots
 from minikms.service import root_removal
 from minikms.service.base import VerbTable
 from minikms.service.keks import RotateToRoot
+from tests.harness.disk_faults import refuse, stored_but_refused, stored_once
 from tests.harness.vaults import OpenedVault, SilentAudit, key_file, opened_vault
-from tests.minikms.custody.disk_faults import refuse, stored_but_refused, stored_once
 
 pytestmark = pytest.mark.usefixtures("quick_rotation")
 

@@ -22,8 +22,8 @@ from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import HeldKeys
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
+from tests.harness.disk_faults import refuse
 from tests.harness.vaults import create, opened_vault
-from tests.minikms.custody.disk_faults import refuse
 
 
 def test_a_key_is_on_disk_before_its_id_is_answered(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""Files of the data directory: durable, atomic writes, bounded reads, and the lock on the directory.
+"""Files of the data directory: durable, atomic writes, and bounded reads.
 
-Owns: every write below the data directory except those to the journal of changes and the audit log; the wall clock and
-the two ways to write a time (both in UTC, both sort as text); the creation of private directories; the lock.
+Owns: every write below the data directory except those to the journal of changes, the lock and the audit log.
 Callers pass the descriptor of an open directory (`open_directory`) and plain file names.
 
 A file is replaced in four steps, always in this order: write a temporary file in the same directory (O_EXCL,
@@ -14,14 +13,8 @@ O_NOFOLLOW), sync it, rename it, sync the directory. Invariants:
 - Temporary names contain a token of this process (a forked child makes its own), so `sweep_temps` can run while other
   files are being written. A temporary file of this process that could not be removed is remembered for
   `remove_left_temps`.
-- One process owns a data directory. Daemon and offline writers take the lock before they touch the keyring or the
-  socket, and keep it until they end. `close` unlocks the file, and the kernel does when the process ends: no child
-  inherits the descriptor through exec. The lock file is never removed, so there is one file to lock.
 
-A group of files takes two `syncfs(2)` calls instead of two syncs for each file. `syncfs` reports a failed write-back
-only since Linux 5.8 (for any file since the directory was opened), and a failure of the file system itself only since
-5.17 (commit 5679897eb104); through overlayfs it reports nothing. Where it is not known to report every failure, each
-file is synced by itself.
+A group of files takes two `syncfs(2)` calls instead of two syncs for each file, where `syncfs` reports every failure.
 
 It must never put a path or a text of the kernel into an error that can reach a client, and never hold a raw key.
 """
@@ -29,38 +22,30 @@ It must never put a path or a text of the kernel into an error that can reach a 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import fcntl
-import functools
 import itertools
 import os
 import re
 import secrets
 import stat
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
-from minikms.api.errors import InvalidRequestError, StartError, StorageUnavailableError
-from minikms.sync import sync_file
+from minikms.api.errors import InvalidRequestError, StorageUnavailableError
+from minikms.clock import now_ns
+from minikms.sync import sync_file, syncfs, syncfs_reports
 
-DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
 TEMP_PREFIX: Final = ".tmp-"
 SYNCFS_FILES_MIN: Final = 4
 """A group of at least this many files uses `syncfs`, which also waits for the writes of other programs."""
 GROUP_FILES_MAX: Final = 512
-LOCK_NAME: Final = "lock"
 
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 _READ_BYTES_MIN: Final = 64 * 1024
 """Of one read: a file may say that it has no size."""
 _TEMP_NAME: Final = re.compile(re.escape(TEMP_PREFIX) + r"[0-9a-f]{16}-[0-9]+", re.ASCII)
-_PID_BYTES_MAX: Final = 20
 _temp_numbers: Final = itertools.count()
 _process_temp_prefix = ""
 
@@ -72,37 +57,6 @@ def _begin_process() -> None:
 
 _begin_process()
 os.register_at_fork(after_in_child=_begin_process)
-
-
-# --- the clock --------------------------------------------------------------------------------------------------------
-
-
-HOUR_NS: Final = 3600 * 1_000_000_000
-
-
-def now_ns() -> int:
-    """The wall clock, in Unix nanoseconds."""
-    return time.time_ns()
-
-
-def rfc3339(ns: int) -> str:
-    """`2026-11-24T15:00:00Z` (RFC 3339), from Unix nanoseconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ns // 1_000_000_000))
-
-
-def unix_seconds(text: str) -> int:
-    """Unix seconds, from the text that `rfc3339` makes. Raises ValueError."""
-    return int(datetime.fromisoformat(text).timestamp())
-
-
-def stamp(ns: int) -> str:
-    """`20261124T150000`, the suffix of a rotation backup, from Unix nanoseconds."""
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(ns // 1_000_000_000))
-
-
-def now_rfc3339() -> str:
-    """The wall clock as records carry it."""
-    return rfc3339(now_ns())
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -402,40 +356,6 @@ def _storage_errors(text: str) -> Iterator[None]:
 
 # --- writing groups of files ------------------------------------------------------------------------------------------
 
-_SYNCFS_LINUX_MIN: Final = (5, 17)
-# linux/magic.h: ext4, XFS, Btrfs, F2FS, tmpfs
-_SYNCFS_FILE_SYSTEMS: Final = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994})
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-@functools.cache
-def syncfs_is_strict() -> bool:
-    """Whether this kernel has a `syncfs` that reports every failure."""
-    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    if os.uname().sysname != "Linux" or release is None:
-        return False
-    return (int(release[1]), int(release[2])) >= _SYNCFS_LINUX_MIN and hasattr(_libc(), "syncfs")
-
-
-def syncfs_reports(directory: int) -> bool:
-    """Whether `syncfs` on the file system of this open directory is known to report every failure."""
-    if not syncfs_is_strict():
-        return False
-    # struct statfs begins with the magic number of the file system, a long; 256 bytes hold it on every platform.
-    buffer = (ctypes.c_long * 32)()
-    return _libc().fstatfs(directory, buffer) == 0 and buffer[0] in _SYNCFS_FILE_SYSTEMS
-
-
-def syncfs(directory: int) -> None:
-    """Returns when everything that was written to the file system is on disk. Raises OSError."""
-    if _libc().syncfs(directory) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
 
 class FileWrite(NamedTuple):
     """One file of a group."""
@@ -470,131 +390,3 @@ def write_files(directory: int, writes: Sequence[FileWrite]) -> None:
             syncfs(directory)
         else:
             sync_file(directory)
-
-
-# --- the data directory and its lock ----------------------------------------------------------------------------------
-
-
-class InUseError(StartError):
-    """Another process holds the lock. `pid` is None if the holder has not written it yet."""
-
-    def __init__(self, what: str, pid: int | None) -> None:
-        holder = "" if pid is None else f" (pid {pid})"
-        super().__init__(f"another process{holder} owns {what}")
-        self.pid = pid
-
-
-class DataDirLock:
-    """The exclusive ownership of a data directory, from construction to `close`.
-
-    A missing directory is created, 0700, with its missing parents; each is durable in its parent.
-
-    Raises:
-        InUseError: another process owns the directory; the text has its pid.
-        StartError: the directory is not private to this user, or can't be opened.
-    """
-
-    def __init__(self, directory: str) -> None:
-        self.directory = os.path.abspath(directory)
-        try:
-            make_private_directory(self.directory)
-            self.directory_fd = _open_private_directory(self.directory)
-            try:
-                self._descriptor = lock_file(self.directory_fd, LOCK_NAME, self.directory)
-            except BaseException:
-                os.close(self.directory_fd)
-                raise
-        except OSError as error:
-            raise StartError(f"the data directory {self.directory}: {error.strerror}") from None
-        self._held: list[int] = []
-        self._open = True
-
-    def hold(self, descriptor: int) -> None:
-        """Keeps another lock of `lock_file` until `close`, which releases it first."""
-        self._held.append(descriptor)
-
-    def close(self) -> None:
-        """Releases the directory. Idempotent."""
-        if self._open:
-            self._open = False
-            for descriptor in (*self._held, self._descriptor):
-                unlock_file(descriptor)
-            os.close(self.directory_fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def make_private_directory(path: str) -> None:
-    """Creates `path` (absolute) and its missing parents, 0700, and syncs each directory that got an entry."""
-    if os.path.isdir(path):
-        return
-    parent = os.path.dirname(path)
-    make_private_directory(parent)
-    try:
-        os.mkdir(path, DIRECTORY_MODE)
-    except FileExistsError:  # another process created it, or it is not a directory: then opening it fails
-        return
-    descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sync_file(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _open_private_directory(path: str) -> int:
-    """A descriptor of the directory. Raises OSError, and StartError if another user has any access to it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    status = os.fstat(descriptor)
-    if status.st_uid != os.geteuid():
-        os.close(descriptor)
-        raise StartError(f"the directory {path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}")
-    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        os.close(descriptor)
-        mode = stat.S_IMODE(status.st_mode)
-        raise StartError(f"the directory {path} has mode {mode:04o}: others must have no access (chmod 0700)")
-    return descriptor
-
-
-def lock_file(directory_fd: int, name: str, what: str) -> int:
-    """Locks the file `name`, created 0600 if missing, and writes our pid into it; the descriptor that holds the lock.
-
-    Args:
-        directory_fd: the directory of the file. No other user may be able to write in it.
-        what: what the lock protects, for the error text.
-
-    Raises:
-        InUseError: another process holds the lock.
-        OSError: the file cannot be created or opened. A symbolic link is not followed.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(name, flags, FILE_MODE, dir_fd=directory_fd)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
-    except OSError as error:
-        holder = _holder(descriptor)
-        os.close(descriptor)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        raise InUseError(what, holder) from None
-    return descriptor
-
-
-def unlock_file(descriptor: int) -> None:
-    """Ends the lock that `lock_file` took, and closes its descriptor.
-
-    Closing alone is not enough: a child that another thread has forked, and that has not called exec yet, has a copy of
-    the descriptor, and the lock lasts until that is closed too (flock(2)).
-    """
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
-
-
-def _holder(descriptor: int) -> int | None:
-    text = os.pread(descriptor, _PID_BYTES_MAX, 0).strip()
-    return int(text) if text.isdigit() else None

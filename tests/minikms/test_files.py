@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from minikms import files, sync
 from minikms.api.errors import InvalidRequestError, StorageUnavailableError
-from minikms.custody import files
-from minikms.custody.files import (
+from minikms.files import (
     FileWrite,
     make_file,
     open_directory,
@@ -25,7 +25,7 @@ from minikms.custody.files import (
     sweep_temps,
     write_files,
 )
-from tests.minikms.custody.disk_faults import failing, failing_os
+from tests.harness.disk_faults import failing, failing_os
 
 
 @pytest.fixture(params=["syncfs", "fsync"])
@@ -174,7 +174,7 @@ def test_an_empty_group_is_nothing(tmp_path: Path, directory: int, sync_way: str
 
 def test_a_large_group_costs_two_syncs(directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs: list[str] = []
-    real_fsync, real_syncfs = os.fsync, files.syncfs
+    real_fsync, real_syncfs = os.fsync, sync.syncfs
 
     def fsync(fd: int) -> None:
         syncs.append("fsync")
@@ -198,7 +198,7 @@ def test_a_group_that_fails_before_the_renames_changes_nothing(
     write_files(directory, [write._replace(data=b"old") for write in writes])
     with monkeypatch.context() as patch:
         if call == "first sync" and sync_way == "syncfs":
-            patch.setattr(files, "syncfs", failing(files.syncfs, at=at))
+            patch.setattr(files, "syncfs", failing(sync.syncfs, at=at))
         else:
             name = "fsync" if call == "first sync" else call
             patch.setattr(os, name, failing(getattr(os, name), at=at))
@@ -230,32 +230,10 @@ def test_if_the_last_sync_of_a_group_fails_the_group_fails(
     writes = [FileWrite(f"f{number}", b"new") for number in range(6)]
     with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
         if sync_way == "syncfs":
-            patch.setattr(files, "syncfs", failing(files.syncfs, at=2))
+            patch.setattr(files, "syncfs", failing(sync.syncfs, at=2))
         else:
             patch.setattr(os, "fsync", failing(os.fsync, at=len(writes) + 1))
         write_files(directory, writes)
-
-
-def test_syncfs_is_not_trusted_on_old_kernels_or_foreign_file_systems(
-    directory: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.uname()
-    for release, trusted in (("5.4.0-generic", False), ("5.16.20", False), ("5.17.0", True), ("6.1.0-13", True)):
-        fake = os.uname_result((real[0], real[1], release, real[3], real[4]))
-        monkeypatch.setattr(os, "uname", lambda fake=fake: fake)
-        files.syncfs_is_strict.cache_clear()
-        assert files.syncfs_is_strict() is trusted
-    monkeypatch.undo()
-    files.syncfs_is_strict.cache_clear()
-    proc = open_directory("/proc")
-    assert files.syncfs_reports(proc) is False
-    os.close(proc)
-
-
-def test_a_failing_syncfs_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OSError) as refused:
-        files.syncfs(-1)
-    assert refused.value.errno == errno.EBADF
 
 
 def test_removing_is_durable_and_repeatable(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,242 @@
+"""The nodes of a PostgreSQL: which of them a server uses, and until when it may read there.
+
+Owns: the rules for the URL, connecting, and the lease on the node in use (docs/decisions/0252-reads-need-a-lease.md).
+Invariants:
+- A server uses the node that takes writes; if two do, the one of the later timeline.
+- A node is read only within LEASE_S of the beginning of a commit on it that its standbys have confirmed.
+- A server neither reads a node nor acknowledges a write there before WAIT_S have passed since its own first confirmed
+  commit on the node. By then no server may read the node before it.
+- Nothing waits for a node without a deadline.
+
+It must never send a cancel request for a commit, and it knows no table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Final, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import asyncpg
+from asyncpg.connect_utils import SessionAttribute
+
+from progressdb_server.store.engine import EngineUnavailableError
+from progressdb_server.store.model import FormatError
+
+CONNECT_S_MAX: Final = 5.0
+"""Of one connection to one host."""
+LATER_NODE_S: Final = 0.5
+"""How long a connection that was made waits for one to a node of a later timeline."""
+HOSTS_COUNT_MAX: Final = 16
+LEASE_S: Final = 5.0
+WAIT_S: Final = 6.0
+"""Longer than a lease by a fifth, more than clocks of two machines differ in their rates."""
+BEAT_S: Final = 1.0
+"""A server that has begun no commit for so long makes an empty one."""
+LOCK_S_MAX: Final = 10
+"""A statement waits for the locks of another server at most this long."""
+IDLE_S_MAX: Final = 15
+"""A server that stops within a transaction keeps its locks at most this long."""
+UNAVAILABLE: Final = "the store's database is not available now"
+
+FAILURES: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+    EOFError,
+)
+"""What the driver raises for a database that refuses, or is away."""
+PLANS: Final = {
+    "jit": "off",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "plan_cache_mode": "force_generic_plan",
+}
+"""Statements find few rows by their keys. A plan from when a table was small would read all of it later."""
+
+_NODE: Final = "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)"
+"""The timeline. A node that is promoted begins a new one."""
+
+
+class Connection(asyncpg.Connection):
+    """One to `node`, the empty string if the store has a single one."""
+
+    __slots__ = ("node", "warned")
+    node: str
+    warned: str
+    """The last warning: a wait for the standby that was cancelled ends with one, and with success."""
+
+    def get_reset_query(self) -> str:
+        """None: nothing that a read leaves in a session lasts longer than its statement."""
+        return ""
+
+
+class Place(NamedTuple):
+    """A host and port of the URL, None for the driver's own choice."""
+
+    host: str | None = None
+    port: int | None = None
+
+
+def check_url(url: str) -> None:
+    """Raises FormatError for a URL that has a password, or that does not check the server's name over TCP."""
+    try:
+        parts = urlsplit(url)
+        query = parse_qs(parts.query)
+        places = places_of(url)
+    except ValueError:
+        raise FormatError("store.url is no URL of PostgreSQL") from None
+    if parts.scheme not in ("postgresql", "postgres"):
+        raise FormatError("store.url must begin with postgresql://")
+    if parts.password is not None or "password" in query:
+        raise FormatError("store.url must not hold a password: use a client certificate or a password file (passfile=)")
+    local = all((place.host or "").startswith("/") for place in places)
+    if not local and query.get("sslmode") != ["verify-full"]:
+        raise FormatError("store.url must have sslmode=verify-full, or the directory of a Unix socket as host=")
+    if len(places) > HOSTS_COUNT_MAX:
+        raise FormatError(f"store.url must not name more than {HOSTS_COUNT_MAX} hosts")
+
+
+def places_of(url: str) -> list[Place]:
+    """The hosts that a URL names. Raises ValueError."""
+    parts = urlsplit(url)
+    query = parse_qs(parts.query)
+    named = parts.netloc.rpartition("@")[2] or (query.get("host") or [""])[-1]
+    ports = [int(port) for port in ",".join(query.get("port", ())).split(",") if port]
+    places: list[Place] = []
+    for number, one in enumerate(unquote(named).split(",")):
+        port = ports[number if number < len(ports) else -1] if ports else None
+        if one.startswith("/"):
+            places.append(Place(one, port))
+        else:
+            split = urlsplit(f"//{one}")
+            places.append(Place(split.hostname, split.port or port))
+    return places
+
+
+def now_s() -> float:
+    """Of a clock that goes on while the machine sleeps, and that nobody sets."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Nodes:
+    """The nodes that a URL names. `replicated`: more than one may believe that it takes the writes."""
+
+    def __init__(self, url: str, *, replicated: bool) -> None:
+        """Raises FormatError."""
+        check_url(url)
+        self._url = url
+        self._replicated = replicated
+        self._places = places_of(url)
+        self._place = self._places[0]
+        self.node: str | None = None
+        """The one in use, None before the first."""
+        self._until_s = 0.0
+
+    # --- connecting -----------------------------------------------------------------------------------------------
+    async def find(self, **settings: str) -> Connection:
+        """A connection to the node that takes writes. Raises EngineUnavailableError."""
+        tasks = {asyncio.create_task(self._open(place, settings)): place for place in self._places}
+        pending: set[asyncio.Task[Connection]] = set(tasks)
+        made: list[tuple[Connection, Place]] = []
+        failure: BaseException | None = None
+        try:
+            while pending:
+                timeout = LATER_NODE_S if made else None
+                done, pending = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    break
+                for task in done:
+                    failure = task.exception() or failure
+                    if task.exception() is None:
+                        made.append((task.result(), tasks[task]))
+            if not made:
+                raise EngineUnavailableError(UNAVAILABLE) from failure
+            made.sort(key=lambda one: _timeline(one[0].node))
+            connection, self._place = made.pop()
+            connection.add_log_listener(_warn)
+            return connection
+        finally:
+            for other, _ in made:
+                other.terminate()
+            for task in pending:
+                task.add_done_callback(_terminate)
+                task.cancel()
+            del failure
+
+    async def again(self, **settings: str) -> Connection:
+        """Another connection to the node in use. Raises EngineUnavailableError."""
+        try:
+            connection = await self._open(self._place, settings)
+        except FAILURES as error:
+            raise EngineUnavailableError(UNAVAILABLE) from error
+        if connection.node != self.node:
+            connection.terminate()
+            raise EngineUnavailableError(UNAVAILABLE)
+        return connection
+
+    async def _open(self, place: Place, settings: dict[str, str]) -> Connection:
+        """Raises one of FAILURES."""
+        connection: Connection = await asyncpg.connect(
+            self._url,
+            host=place.host,
+            port=place.port,
+            timeout=CONNECT_S_MAX,
+            target_session_attrs=SessionAttribute.read_write,
+            connection_class=Connection,
+            server_settings={"application_name": "progressdb", **PLANS, **settings},
+        )
+        connection.warned = ""
+        try:
+            connection.node = await connection.fetchval(_NODE, timeout=CONNECT_S_MAX) if self._replicated else ""
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
+
+    # --- the lease ------------------------------------------------------------------------------------------------
+    async def enter(self, node: str) -> None:
+        """Use the node from now on. The caller has seen a commit on it confirmed. Raises EngineUnavailableError for one
+        of an earlier timeline."""
+        if self.node is not None and _timeline(node) < _timeline(self.node):
+            raise EngineUnavailableError(UNAVAILABLE)
+        if self.node != node and self._replicated:
+            await asyncio.sleep(WAIT_S)
+        if self.node != node:
+            self.node = node
+            self._until_s = 0.0
+
+    def confirmed(self, node: str, began_s: float) -> bool:
+        """A commit on the node that began then was confirmed. Whether it may be acknowledged."""
+        if self.node != node:
+            return False
+        self._until_s = max(self._until_s, began_s + LEASE_S)
+        return True
+
+    def check(self, node: str) -> None:
+        """Raises EngineUnavailableError unless what was read on the node just now may be answered."""
+        if self.node != node or (self._replicated and now_s() > self._until_s):
+            raise EngineUnavailableError(UNAVAILABLE)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the lease is to be renewed by an empty commit."""
+        return self._replicated and now_s() > self._until_s - LEASE_S + BEAT_S
+
+
+def _terminate(task: asyncio.Task[Connection]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().terminate()
+
+
+def _warn(connection: Any, message: Any) -> None:
+    if getattr(message, "severity_en", None) == "WARNING":
+        connection.warned = str(message)
+
+
+def _timeline(node: str) -> int:
+    return int(node or "0", 16)

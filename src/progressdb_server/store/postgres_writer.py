@@ -1,0 +1,565 @@
+"""Group commit to PostgreSQL: one statement for a usual group, a transaction for any other.
+
+Owns: the locks, the conditions and the commit of a group, and the outcome of a failure. Invariants:
+- Whoever changes an entry of a thread locks the thread's head and counts the change there. Heads are locked in the
+  order of their `tkey`, before any entry. An entry of no thread is locked itself, or only ever inserted.
+- `USUAL` reads entries as they were when the statement began. That is what the locks protect only if no head has
+  changed in between, which the statement checks; else it writes nothing and is sent again.
+- A head has the last stamp of its thread. A version whose stamp is not above it is not written (`LateStampError`).
+- The number of the schema is read FOR SHARE in each transaction: a server whose schema was changed writes nothing.
+- A commit that may not be replicated is never reported as one: not after a lost connection, a deadline, or a warning.
+  Its connection is terminated, because a cancelled wait for the standby would report success. The task that commits is
+  never cancelled.
+- Each commit changes a counter, so that one without puts waits for the standby too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
+
+import asyncpg
+
+from minikms.logs import structlog
+from progressdb_server.metrics import StoreMetrics
+from progressdb_server.store import keyspace
+from progressdb_server.store.conditions import Conditions, LateStampError, PendingWrite, Puts, Write
+from progressdb_server.store.engine import EngineBusyError, EngineUnavailableError
+from progressdb_server.store.keyspace import Clock, Stamp
+from progressdb_server.store.model import ConditionFailedError, NotWrittenError, StoreUnavailableError
+from progressdb_server.store.nodes import (
+    BEAT_S,
+    FAILURES,
+    IDLE_S_MAX,
+    LOCK_S_MAX,
+    UNAVAILABLE,
+    Connection,
+    Nodes,
+    now_s,
+)
+from progressdb_server.store.tables import SCHEMA, is_thread, tkey
+from progressdb_server.store.writer import Counters, GroupCommit
+
+T = TypeVar("T")
+
+COMMIT_S_MAX: Final = 15.0
+"""Of one group, with the wait for the standby. Then its outcome is unknown."""
+TRIES_MAX: Final = 8
+"""Of a group that met a deadlock, a serialization failure, an entry that somebody else has inserted, or a node that
+takes no writes any more."""
+USUAL_TRIES_MAX: Final = 3
+"""Of one statement, whose threads another server is changing."""
+COUNTERS_COUNT: Final = 1024
+"""Rows of counters. Each lane of a server takes one of them, so that no two wait for each other's, mostly."""
+LANES_COUNT: Final = 2
+"""Groups of one server that are committed at a time. A thread is always in the same one."""
+UNKNOWN: Final = "the store's database did not confirm the write, which may be stored"
+BUSY: Final = "the store's database is too busy"
+
+USUAL: Final = f"""
+WITH fence AS MATERIALIZED (SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE),
+head AS MATERIALIZED (
+    SELECT tkey, last, changes FROM store_head WHERE tkey = ANY($1::bytea[]) ORDER BY tkey FOR UPDATE),
+lone AS MATERIALIZED (
+    SELECT 1 FROM unnest($2::bytea[], $3::bytea[], $4::bytea[]) AS wanted (tkey, key, value) JOIN store_entry AS entry
+    ON entry.tkey = wanted.tkey AND entry.key = wanted.key AND entry.value = wanted.value
+    ORDER BY entry.tkey, entry.key FOR UPDATE OF entry),
+still AS MATERIALIZED (
+    SELECT count(*) = cardinality($1::bytea[]) AS yes FROM head JOIN store_head AS seen USING (tkey, changes)),
+ok AS MATERIALIZED (SELECT (SELECT yes FROM still)
+    AND (SELECT count(*) FROM fence) = 1
+    AND (SELECT count(*) FROM lone) = cardinality($2::bytea[])
+    AND (SELECT count(*) FROM unnest($5::bytea[], $6::bytea[], $7::bytea[]) AS wanted (tkey, key, value)
+        JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key
+        WHERE entry.value = wanted.value) = cardinality($5::bytea[])
+    AND NOT EXISTS (SELECT 1 FROM unnest($8::bytea[], $9::bytea[]) AS wanted (tkey, key)
+        JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key)
+    AND NOT EXISTS (SELECT 1 FROM unnest($10::bytea[], $11::bytea[]) AS new (tkey, first)
+        JOIN head ON head.tkey = new.tkey WHERE head.last >= new.first)
+    AS yes),
+advanced AS (UPDATE store_head AS head SET last = greatest(head.last, new.last), changes = head.changes + 1
+    FROM unnest($10::bytea[], $12::bytea[]) AS new (tkey, last) WHERE head.tkey = new.tkey AND (SELECT yes FROM ok)),
+made AS (INSERT INTO store_head (tkey, last)
+    SELECT new.tkey, new.last FROM unnest($13::bytea[], $14::bytea[]) AS new (tkey, last) WHERE (SELECT yes FROM ok)),
+fresh AS (INSERT INTO store_entry SELECT new.* FROM unnest($15::bytea[], $16::bytea[], $17::bytea[])
+    AS new (tkey, key, value) WHERE (SELECT yes FROM ok)),
+put AS (INSERT INTO store_entry SELECT new.* FROM unnest($18::bytea[], $19::bytea[], $20::bytea[])
+    AS new (tkey, key, value) WHERE (SELECT yes FROM ok)
+    ON CONFLICT (tkey, key) DO UPDATE SET value = excluded.value),
+gone AS (DELETE FROM store_entry AS entry USING unnest($21::bytea[], $22::bytea[]) AS old (tkey, key)
+    WHERE entry.tkey = old.tkey AND entry.key = old.key AND (SELECT yes FROM ok)),
+counted AS (INSERT INTO store_counter SELECT $23::integer, $24::bigint, $25::bigint WHERE (SELECT yes FROM ok)
+    ON CONFLICT (id) DO UPDATE SET threads = store_counter.threads + excluded.threads,
+    messages = store_counter.messages + excluded.messages)
+SELECT ok.yes, still.yes FROM ok, still
+"""  # noqa: S608  a constant
+COUNT: Final = (
+    "INSERT INTO store_counter VALUES ($1, $2, $3) ON CONFLICT (id) DO UPDATE SET"
+    " threads = store_counter.threads + excluded.threads, messages = store_counter.messages + excluded.messages"
+)
+_VALUES: Final = (
+    "SELECT entry.key, entry.value FROM unnest($1::bytea[], $2::bytea[]) AS wanted (tkey, key)"
+    " JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key ORDER BY entry.tkey, entry.key"
+)
+_BEGIN: Final = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE"  # noqa: S608  a constant
+_NEVER: Final = b"\xff"
+"""Above every stamp."""
+_IN_DOUBT: Final = ("08", "57P", "40003", "58", "XX")
+"""How the codes of errors begin after which a commit may be stored (PostgreSQL, appendix A): a lost connection, a
+database that stops, an unknown completion, the system, an internal error."""
+
+_log = structlog.get_logger("progressdb.store")
+
+
+class _AgainError(Exception):
+    """Somebody else has changed one of the entries meanwhile: nothing was written."""
+
+
+_AGAIN: Final = (
+    _AgainError,
+    asyncpg.SerializationError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.UniqueViolationError,
+)
+
+
+# --- a group ----------------------------------------------------------------------------------------------------------
+class _Assumed:
+    """The stored values if every write of a group is right about them."""
+
+    def __init__(self, group: Iterable[PendingWrite]) -> None:
+        self._values: dict[bytes, bytes | None] = {}
+        for pending in group:
+            for key, value in _expected(pending):
+                self._values.setdefault(key, value)
+        self.relied: dict[bytes, bytes | None] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        value = self.relied[key] = self._values[key]
+        return value
+
+
+def _expected(pending: PendingWrite) -> Iterable[tuple[bytes, bytes | None]]:
+    write = pending.write
+    if write is not None:
+        yield from pending.expect
+        yield from write.expect
+        yield from write.read
+
+
+def _new_versions(pending: PendingWrite) -> dict[bytes, tuple[bytes, bytes]]:
+    """The version entries of new versions, each with the `tkey` of its thread and its stamp."""
+    write = pending.write
+    if write is None or not write.messages:
+        return {}
+    found: dict[bytes, tuple[bytes, bytes]] = {}
+    for key, value in write.puts:
+        if key.startswith(keyspace.VERSION) and value is not None:
+            found[key] = tkey(b"thread:%b:" % value), key[-keyspace.STAMP_BYTES :]
+    return found
+
+
+class _Usual(NamedTuple):
+    """A group for `USUAL`: its arguments but the counter, and what it adds to that."""
+
+    arguments: tuple[Sequence[bytes], ...]
+    threads: int
+    messages: int
+
+    @classmethod
+    def of(cls, group: Sequence[PendingWrite]) -> _Usual | None:
+        """None if one of the writes contradicts an earlier one, or relies on the absence of an entry of no thread that
+        it does not put."""
+        assumed = _Assumed(group)
+        staged, failed, threads, messages = Conditions(assumed).stage(group)
+        if failed:
+            return None
+        relied = assumed.relied
+        stamps: dict[bytes, list[bytes]] = {}
+        fresh = {key for key, value in relied.items() if value is None}
+        for pending in group:
+            for key, (thread, stamp) in _new_versions(pending).items():
+                stamps.setdefault(thread, []).append(stamp)
+                fresh.add(key)
+        places = {key: tkey(key) for key in (*relied, *staged)}
+        changed = {places[key] for key in staged if is_thread(places[key])}
+        made = {places[key] for key in staged if key.startswith(keyspace.MAP) and relied.get(key, b"") is None}
+        locked = sorted({place for place in places.values() if is_thread(place)} - made)
+        lone: list[tuple[bytes, bytes, bytes]] = []
+        present: list[tuple[bytes, bytes, bytes]] = []
+        absent: list[tuple[bytes, bytes]] = []
+        for key, value in relied.items():
+            of_thread = is_thread(places[key])
+            if value is not None:
+                (present if of_thread else lone).append((places[key], key, value))
+            elif of_thread:
+                absent.append((places[key], key))
+            elif staged.get(key) is None:
+                return None
+        old = sorted(changed - made)
+        puts = sorted((places[key], key, value) for key, value in staged.items() if value is not None)
+        arguments = (
+            locked,
+            *_columns(3, sorted(lone)),
+            *_columns(3, present),
+            *_columns(2, absent),
+            old,
+            [min(stamps.get(thread, (_NEVER,))) for thread in old],
+            [max(stamps.get(thread, (b"",))) for thread in old],
+            sorted(made),
+            [max(stamps.get(thread, (b"",))) for thread in sorted(made)],
+            *_columns(3, [put for put in puts if put[1] in fresh]),
+            *_columns(3, [put for put in puts if put[1] not in fresh]),
+            *_columns(2, sorted((places[key], key) for key, value in staged.items() if value is None)),
+        )
+        return cls(arguments, threads, messages)
+
+
+def _columns(count: int, rows: Sequence[tuple[bytes, ...]]) -> Sequence[Sequence[bytes]]:
+    return list(zip(*rows, strict=True)) or [()] * count
+
+
+# --- the commit -------------------------------------------------------------------------------------------------------
+async def bounded(connection: Connection, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    """The result of the work. At the deadline its connection is terminated, which ends it; nobody cancels it."""
+    task = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where nobody waits for it any more
+    done, _ = await asyncio.wait({task}, timeout=timeout_s)
+    if not done:
+        connection.terminate()
+        await asyncio.wait({task})
+    try:
+        return task.result()
+    finally:
+        del task  # the traceback of its error leads to this frame
+
+
+def _may_be_stored(error: BaseException) -> bool:
+    """After an error of a commit."""
+    code = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
+    return code is None or code.startswith(_IN_DOUBT)
+
+
+async def find(nodes: Nodes, counter: int) -> Connection:
+    """A connection to the node that takes writes, which is in use then. Raises EngineUnavailableError."""
+    connection = await nodes.find(
+        synchronous_commit="on",
+        lock_timeout=str(LOCK_S_MAX * 1000),
+        idle_in_transaction_session_timeout=str(IDLE_S_MAX * 1000),
+    )
+    try:
+        if nodes.node != connection.node:
+            await _touch(connection, counter)
+            await nodes.enter(connection.node)
+        if nodes.is_due:
+            began_s = now_s()
+            await _touch(connection, counter)
+            nodes.confirmed(connection.node, began_s)
+    except FAILURES as error:
+        connection.terminate()
+        raise EngineUnavailableError(UNAVAILABLE) from error
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
+
+
+async def _touch(connection: Connection, counter: int) -> None:
+    """A commit that changes nothing but waits for the standby."""
+    await bounded(connection, connection.execute(COUNT, counter, 0, 0), COMMIT_S_MAX)
+    if connection.warned:
+        raise asyncpg.InterfaceError(connection.warned)
+
+
+class PostgresWriter(GroupCommit):
+    """One lane."""
+
+    unconfirmed = UNKNOWN
+    away = UNAVAILABLE
+    busy = BUSY
+
+    def __init__(self, nodes: Nodes, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
+        super().__init__(clock, metrics, on_reopen)
+        self._nodes = nodes
+        self._connection: Connection | None = None
+        self._counter = secrets.randbelow(COUNTERS_COUNT)
+        self._committing = False
+        """From when on the transaction may be stored."""
+
+    @property
+    def group(self) -> int:
+        """Before every group: what was read is always compared again."""
+        return -1
+
+    async def close(self) -> None:
+        await super().close()
+        self._disconnect()
+
+    async def _reopen(self) -> None:
+        self._disconnect()
+        await self._connected()
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
+
+    async def _connected(self) -> Connection:
+        """Raises NotWrittenError."""
+        connection = self._connection
+        if connection is None or connection.is_closed() or connection.node != self._nodes.node:
+            self._disconnect()
+            try:
+                connection = self._connection = await find(self._nodes, self._counter)
+            except StoreUnavailableError as error:
+                raise NotWrittenError(UNAVAILABLE) from error
+        return connection
+
+    async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, ConditionFailedError]:
+        until_s = now_s() + COMMIT_S_MAX
+        usual = _Usual.of(group)
+        for number in range(TRIES_MAX):
+            connection = await self._connected()
+            began_s = now_s()
+            connection.warned, self._committing = "", False
+            try:
+                failed = await bounded(connection, self._attempt(connection, group, usual), until_s - began_s)
+            except _AGAIN:
+                usual = None
+            except asyncpg.LockNotAvailableError:
+                break
+            except FAILURES as error:  # also of a node that takes no writes any more
+                connection.terminate()
+                if self._committing and _may_be_stored(error):
+                    _log.error("store_commit_in_doubt", reason=connection.warned or type(error).__name__)
+                    raise EngineUnavailableError(UNKNOWN) from error
+            else:
+                if self._nodes.confirmed(connection.node, began_s):
+                    return failed
+                connection.terminate()
+                raise EngineUnavailableError(UNKNOWN)
+            if now_s() > until_s:
+                break
+            await asyncio.sleep(0.001 * secrets.randbelow(2 ** (number + 2)))
+        raise EngineBusyError(BUSY)
+
+    async def _attempt(
+        self, connection: Connection, group: Sequence[PendingWrite], usual: _Usual | None
+    ) -> Mapping[PendingWrite, ConditionFailedError]:
+        if usual is not None:
+            self._committing = True
+            for _ in range(USUAL_TRIES_MAX):
+                row = await connection.fetchrow(USUAL, *usual.arguments, self._counter, usual.threads, usual.messages)
+                done, still = row or (False, False)
+                if done:
+                    self._confirm(connection, usual.threads, usual.messages)
+                    return {}
+                if still:
+                    break
+            self._committing = False
+        return await self._transaction(connection, group)
+
+    def _confirm(self, connection: Connection, threads: int, messages: int) -> None:
+        """After the commit. A wait for the standby that was cancelled has ended with success and a warning."""
+        if connection.warned:
+            raise asyncpg.InterfaceError(UNKNOWN)
+        self.state = Counters(self.state.threads + threads, self.state.messages + messages)
+
+    async def _transaction(
+        self, connection: Connection, group: Sequence[PendingWrite]
+    ) -> Mapping[PendingWrite, ConditionFailedError]:
+        try:
+            if await connection.execute(_BEGIN) != "SELECT 1":
+                raise NotWrittenError("the database was upgraded: start the version of the server that did it")  # noqa: TRY301  it has to end the transaction
+            failed, threads, messages = await _write(connection, group)
+            await connection.execute(COUNT, self._counter, threads, messages)
+        except BaseException:
+            if not connection.is_closed():
+                await connection.execute("ROLLBACK")
+            raise
+        self._committing = True
+        if await connection.execute("COMMIT") != "COMMIT":
+            raise asyncpg.InterfaceError(UNKNOWN)
+        self._confirm(connection, threads, messages)
+        return failed
+
+
+async def _write(
+    connection: Connection, group: Sequence[PendingWrite]
+) -> tuple[dict[PendingWrite, ConditionFailedError], int, int]:
+    """Of the group, the writes that fail, and how many threads and messages the others add."""
+    stamps = {pending: _new_versions(pending) for pending in group}
+    expected = {key for pending in group for key, _ in _expected(pending)}
+    touched = {tkey(key) for pending in group if pending.write for key, _ in pending.write.puts} | set(
+        map(tkey, expected)
+    )
+    heads = await _lock_heads(connection, sorted(filter(is_thread, touched)))
+    fresh = {key for versions in stamps.values() for key in versions}
+    found = await _read(connection, expected | fresh)
+    failed: dict[PendingWrite, ConditionFailedError] = {}
+    for pending, versions in stamps.items():
+        for version, (thread, stamp) in versions.items():
+            last = heads.get(thread, b"")
+            if stamp <= last or version in found:
+                failed[pending] = LateStampError(version, Stamp.parse(last.decode()) if last else None)
+    rest = [pending for pending in group if pending not in failed]
+    staged, refused, threads, messages = Conditions(found).stage(rest)
+    failed |= {pending: ConditionFailedError(key) for pending, key in refused.items()}
+    await _put(connection, staged, fresh | {key for key in expected if key not in found})
+    # A new thread has a head, although nothing may be in it yet.
+    made = {tkey(key) for key in staged if key.startswith(keyspace.MAP)}
+    advanced = {place: b"" for place in map(tkey, staged) if place in heads or place in made}
+    for pending in rest:
+        if pending not in refused:
+            for thread, stamp in stamps[pending].values():
+                advanced[thread] = max(advanced.get(thread, b""), stamp)
+    await _advance(connection, heads, advanced)
+    return failed, threads, messages
+
+
+async def _lock_heads(connection: Connection, threads: Sequence[bytes]) -> dict[bytes, bytes]:
+    """The last stamps, by `tkey`."""
+    if not threads:
+        return {}
+    rows = await connection.fetch(
+        "SELECT tkey, last FROM store_head WHERE tkey = ANY($1::bytea[]) ORDER BY tkey FOR UPDATE", threads
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+async def _read(connection: Connection, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+    """The values of those that are stored. An entry of no thread stays locked."""
+    places = sorted((tkey(key), key) for key in keys)
+    found: dict[bytes, bytes] = {}
+    for of_threads, lock in ((True, ""), (False, " FOR UPDATE OF entry")):
+        some = [place for place in places if is_thread(place[0]) is of_threads]
+        if some:
+            rows = await connection.fetch(_VALUES + lock, *zip(*some, strict=True))
+            found |= {row[0]: row[1] for row in rows}
+    return found
+
+
+async def _put(connection: Connection, staged: Puts, fresh: set[bytes]) -> None:
+    """Entries that nobody has are inserted, the others are replaced. Raises _AgainError for one of `fresh` that
+    somebody else has inserted, or one that somebody else has deleted."""
+    values = sorted((tkey(key), key, value) for key, value in staged.items() if value is not None)
+    gone = sorted((tkey(key), key) for key, value in staged.items() if value is None)
+    if values:
+        inserted = await connection.fetch(
+            "INSERT INTO store_entry SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::bytea[])"
+            " ON CONFLICT (tkey, key) DO NOTHING RETURNING key",
+            *zip(*values, strict=True),
+        )
+        if len(inserted) < len(values):
+            new = {row[0] for row in inserted}
+            there = [entry for entry in values if entry[1] not in new]
+            if any(key in fresh for _, key, _ in there):
+                raise _AgainError
+            replaced = await connection.fetch(
+                "UPDATE store_entry AS entry SET value = new.value"
+                " FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS new (tkey, key, value)"
+                " WHERE entry.tkey = new.tkey AND entry.key = new.key RETURNING entry.key",
+                *zip(*there, strict=True),
+            )
+            if len(replaced) < len(there):
+                raise _AgainError
+    if gone:
+        await connection.execute(
+            "DELETE FROM store_entry AS entry USING unnest($1::bytea[], $2::bytea[]) AS old (tkey, key)"
+            " WHERE entry.tkey = old.tkey AND entry.key = old.key",
+            *zip(*gone, strict=True),
+        )
+
+
+async def _advance(connection: Connection, heads: Mapping[bytes, bytes], advanced: Mapping[bytes, bytes]) -> None:
+    """Counts a change of each thread, with its last stamp. Raises _AgainError if somebody else has made one of them."""
+    old = sorted((thread, last) for thread, last in advanced.items() if thread in heads)
+    new = sorted((thread, last) for thread, last in advanced.items() if thread not in heads)
+    if old:
+        await connection.execute(
+            "UPDATE store_head AS head SET last = greatest(head.last, new.last), changes = head.changes + 1"
+            " FROM unnest($1::bytea[], $2::bytea[]) AS new (tkey, last) WHERE head.tkey = new.tkey",
+            *zip(*old, strict=True),
+        )
+    if new:
+        made = await connection.fetch(
+            "INSERT INTO store_head (tkey, last) SELECT * FROM unnest($1::bytea[], $2::bytea[])"
+            " ON CONFLICT (tkey) DO NOTHING RETURNING tkey",
+            *zip(*new, strict=True),
+        )
+        if len(made) < len(new):
+            raise _AgainError
+
+
+# --- lanes ------------------------------------------------------------------------------------------------------------
+class Lanes:
+    """The writer of a server (`store.writer.Commits`): a group in flight in each lane. Keeps the lease too."""
+
+    def __init__(
+        self, nodes: Nodes, counted: Counters, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]
+    ) -> None:
+        self._nodes = nodes
+        self._counted = counted
+        self._lanes = [PostgresWriter(nodes, clock, metrics, on_reopen) for _ in range(LANES_COUNT)]
+        self._beating = asyncio.get_running_loop().create_task(self._beat())
+
+    def _of(self, key: bytes | None) -> PostgresWriter:
+        return self._lanes[0 if key is None else tkey(key)[0] % LANES_COUNT]
+
+    @property
+    def available(self) -> bool:
+        return all(lane.available for lane in self._lanes)
+
+    @property
+    def queued(self) -> int:
+        return sum(lane.queued for lane in self._lanes)
+
+    @property
+    def group(self) -> int:
+        return self._lanes[0].group
+
+    @property
+    def state(self) -> Counters:
+        counted = [self._counted, *(lane.state for lane in self._lanes)]
+        return Counters(sum(one.threads for one in counted), sum(one.messages for one in counted))
+
+    def reserve(self, order_key: bytes) -> PendingWrite:
+        return self._of(order_key).reserve(order_key)
+
+    def submit(
+        self, pending: PendingWrite, write: Write, expect: Sequence[tuple[bytes, bytes | None]] = ()
+    ) -> asyncio.Future[None]:
+        return self._of(pending.order_key).submit(pending, write, expect)
+
+    def leave(self, pending: PendingWrite) -> None:
+        self._of(pending.order_key).leave(pending)
+
+    def commit(self, write: Write) -> asyncio.Future[None]:
+        return self._of(write.puts[0][0] if write.puts else None).commit(write)
+
+    async def barrier(self) -> None:
+        """One commit waits for all that were made before it."""
+        await self._lanes[0].barrier()
+
+    async def check_writable(self) -> None:
+        for lane in self._lanes:
+            await lane.check_writable()
+
+    async def settled(self) -> None:
+        for lane in self._lanes:
+            await lane.settled()
+
+    async def close(self) -> None:
+        self._beating.cancel()
+        await asyncio.wait({self._beating})
+        await asyncio.gather(*(lane.close() for lane in self._lanes))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S / 2)
+            if self._nodes.is_due:
+                with contextlib.suppress(StoreUnavailableError):  # the lane has logged it, and connects again
+                    await self.barrier()

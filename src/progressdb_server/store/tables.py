@@ -1,0 +1,134 @@
+"""The tables of a store in PostgreSQL, and where a key lies in them (docs/spec/store.md, "On PostgreSQL").
+
+Owns: the tables, their numbers, making and upgrading them, and the first part of the primary key. Invariants: all
+entries of a thread have the same `tkey`. No table needs a sequence, an advisory lock, NOTIFY or a foreign key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import asyncpg
+
+from progressdb_server.store import keyspace
+from progressdb_server.store.engine import EngineUnavailableError
+from progressdb_server.store.model import FormatError
+from progressdb_server.store.nodes import FAILURES, Nodes
+
+SCHEMA: Final = 1
+"""The number of the tables below. `upgrade` adds what a later number needs."""
+TABLES: Final = """
+CREATE TABLE store_schema (id integer PRIMARY KEY CHECK (id = 0), number integer NOT NULL);
+CREATE TABLE store_entry (tkey bytea, key bytea, value bytea NOT NULL, PRIMARY KEY (tkey, key));
+CREATE TABLE store_head (tkey bytea PRIMARY KEY, last bytea NOT NULL, changes bigint NOT NULL DEFAULT 0);
+CREATE TABLE store_counter (id integer PRIMARY KEY, threads bigint NOT NULL, messages bigint NOT NULL);
+CREATE INDEX store_entry_maps ON store_entry (key)
+    WHERE key >= 'kms:map:thread:'::bytea AND key < 'kms:map:thread;'::bytea;
+CREATE INDEX store_entry_retries ON store_entry (key) WHERE key >= 'idem:'::bytea AND key < 'idem;'::bytea;
+"""
+MIGRATIONS: Final[Mapping[int, str]] = {}
+"""The statements that lead to each number after the first."""
+
+
+# --- where a key lies -------------------------------------------------------------------------------------------------
+def _owner(key: bytes) -> tuple[bytes, bytes]:
+    """What a key belongs to, and how all keys begin that are beside it under the same `tkey`."""
+    parts = key.split(b":")
+    match parts[0], parts[1:]:
+        case b"thread", [thread, *_]:
+            return b"thread:" + thread, b"thread:%b:" % thread
+        case b"index", [b"order" | b"writer" as kind, thread, *_]:
+            return b"thread:" + thread, b"index:%b:%b:" % (kind, thread)
+        case b"index", [b"closed", thread]:
+            return b"thread:" + thread, key
+        case b"kms", [b"map", b"thread", thread]:
+            return b"thread:" + thread, key
+        case b"claim", [thread]:
+            return b"thread:" + thread, key
+        case b"index", [b"author", author, *_]:
+            return b"author:" + author, b"index:author:%b:" % author
+        case b"index", [b"created", *_]:
+            return b"created", keyspace.CREATED
+        case b"version", [_, message, *_]:
+            return b"version:" + message, b"version:msg:%b:" % message
+        case b"backup", [_, job, *_]:
+            return b"kept:" + job, b"backup:migrate:%b:" % job
+        case b"job", _:
+            return b"job", keyspace.JOBS
+        case _:
+            return key, key
+
+
+def tkey(key: bytes) -> bytes:
+    """The first part of the primary key: two bytes of a hash, then what the key belongs to."""
+    owner, _ = _owner(key)
+    return hashlib.sha256(owner).digest()[:2] + owner
+
+
+def is_thread(tkey: bytes) -> bool:
+    return tkey.startswith(b"thread:", 2)
+
+
+def within(lower: bytes, upper: bytes) -> bytes | None:
+    """The `tkey` of all keys of the range, None if there is no single one."""
+    _, beside = _owner(lower)
+    one = upper <= lower + b"\0" if beside == lower and not lower.endswith(b":") else upper <= keyspace.after(beside)
+    return tkey(lower) if one and lower.startswith(beside) and not lower.startswith((keyspace.MAP, b"idem:")) else None
+
+
+# --- making them ------------------------------------------------------------------------------------------------------
+@asynccontextmanager
+async def _one(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    connection = await Nodes(url, replicated=False).find(synchronous_commit="on")
+    try:
+        yield connection
+    except FAILURES as error:
+        raise EngineUnavailableError(f"the database refused: {str(error).splitlines()[0]}") from error
+    finally:
+        connection.terminate()
+
+
+async def init(url: str, role: str = "") -> None:
+    """Make the tables; `role` is the one of the message servers, which may not change them. Raises FormatError,
+    StoreUnavailableError."""
+    async with _one(url) as connection:
+        if await connection.fetchval("SELECT to_regclass('store_schema')") is not None:
+            raise FormatError("the database holds a store already")
+        async with connection.transaction():
+            await connection.execute(TABLES)
+            await connection.execute("INSERT INTO store_schema VALUES (0, $1)", SCHEMA)
+            if role:
+                quoted = await connection.fetchval("SELECT quote_ident($1)", role)
+                tables = "store_entry, store_head, store_counter"
+                await connection.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} TO {quoted}")
+                # A row is locked FOR SHARE only by a role that may update some column.
+                await connection.execute(f"GRANT SELECT, UPDATE (id) ON store_schema TO {quoted}")
+
+
+async def upgrade(url: str) -> tuple[int, int]:
+    """Bring the tables to this version's number; the numbers before and after. Two upgrades wait for each other.
+    Raises FormatError, StoreUnavailableError."""
+    async with _one(url) as connection, connection.transaction():
+        before = await number_of(connection, "FOR UPDATE")
+        if before > SCHEMA:
+            raise FormatError(other_schema(before))
+        for number in range(before + 1, SCHEMA + 1):
+            await connection.execute(MIGRATIONS[number])
+        await connection.execute("UPDATE store_schema SET number = $1", SCHEMA)
+        return before, SCHEMA
+
+
+async def number_of(connection: asyncpg.Connection[Any], lock: str = "") -> int:
+    """Raises FormatError."""
+    if await connection.fetchval("SELECT to_regclass('store_schema')") is None:
+        raise FormatError("the database holds no store: run progressdb store init")
+    number: int = await connection.fetchval(f"SELECT number FROM store_schema {lock}")  # noqa: S608  a constant
+    return number
+
+
+def other_schema(found: int) -> str:
+    way_out = "run progressdb store upgrade" if found < SCHEMA else "start the version that upgraded it, or a newer one"
+    return f"the database has schema {found}, this version has {SCHEMA}: {way_out}"

@@ -1,0 +1,99 @@
+"""Versions of the cluster that break a rule, which the checker must find. The product has no switch for any of it.
+
+Owns: each change of the source, as a text that is replaced in a copy of it, and the faults that show it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from tests.cluster.machines import Variant
+
+SOURCE: Final = Path(__file__).parents[2] / "src"
+WRITER: Final = "store/postgres_writer.py"
+
+
+class Mutant(NamedTuple):
+    variant: Variant
+    changes: tuple[tuple[str, str, str], ...]
+    """Module, text, what is in its place."""
+    arguments: tuple[str, ...]
+    """Of `python -m tests.cluster`."""
+    found: str
+    """A part of a violation that it causes."""
+
+
+MUTANTS: Final[Mapping[str, Mutant]] = {
+    "asynchronous": Mutant(
+        Variant(synchronous_mode="off", single_node=True),
+        (),
+        ("--faults", "unreplicated_host_killed"),
+        "was acknowledged at",
+    ),
+    "fence-outside": Mutant(
+        Variant(),
+        (
+            (WRITER, "(SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE),", "(SELECT 1),"),
+            (WRITER, "SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE", "SELECT 1"),
+            (
+                WRITER,
+                "        if usual is not None:\n            self._committing = True\n",
+                '        if not await connection.fetch(f"SELECT 1 FROM store_schema WHERE number = {SCHEMA}"):\n'
+                '            raise NotWrittenError("the database was upgraded")\n'
+                "        if usual is not None:\n            self._committing = True\n",
+            ),
+        ),
+        ("--upgrade",),
+        "written after the upgrade of the tables",
+    ),
+    "membership-cached": Mutant(
+        Variant(),
+        (
+            (
+                "store/postgres.py",
+                "        return found[0][0] if found else None\n",
+                "        value = found[0][0] if found else None\n"
+                '        if key.startswith(b"index:writer:"):\n'
+                '            self.__dict__.setdefault("cached", {}).setdefault(key, value)\n'
+                '            return self.__dict__["cached"][key]\n'
+                "        return value\n",
+            ),
+        ),
+        ("--faults", "quiet"),
+        "was removed at",
+    ),
+    "no-lease": Mutant(
+        Variant(),
+        (("store/nodes.py", "now_s() > self._until_s):", "False):"),),
+        ("--faults", "host_stopped"),
+        "and is not listed at",
+    ),
+    "no-watchdog": Mutant(Variant(watchdog=False), (), ("--faults", "patroni_stopped"), "was acknowledged at"),
+    "retry-reads": Mutant(
+        Variant(),
+        (
+            (
+                "store/threads.py",
+                "await self.writer.barrier()  # what is answered must be durable",
+                "pass",
+            ),
+        ),
+        ("--faults", "unreplicated_waits_ended"),
+        "was acknowledged at",
+    ),
+}
+
+
+def variant(name: str, copy: Path) -> Variant:
+    """With a copy of the source that has the mutant's changes."""
+    mutant = MUTANTS[name]
+    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for module, text, replaced in mutant.changes:
+        path = copy / "progressdb_server" / module
+        content = path.read_text()
+        assert content.count(text) == 1, f"{module} was changed: {text!r}"
+        path.write_text(content.replace(text, replaced))
+    return mutant.variant._replace(source=copy if mutant.changes else None)

@@ -1,0 +1,165 @@
+"""What a failing PostgreSQL does to a write: it is made again, refused, or its outcome is unknown."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from progressdb_server.store import nodes, postgres, postgres_writer
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.engine import EngineUnavailableError
+from progressdb_server.store.model import NewMessage, NotWrittenError, OutcomeUnknownError, StoreUnavailableError
+from tests.progressdb_server.store.failing_database import (
+    end_the_wait,
+    no_standby,
+    raising,
+    waiting,
+    with_setting,
+)
+from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, servers
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+
+def with_one(url: str, body: Callable[[Conversations], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with servers(url, SealingProvider(), 0) as (store,):
+            await fill(store, 1)
+            await body(store)
+
+    asyncio.run(run())
+
+
+def of(body: object) -> NewMessage:
+    return NewMessage(author="ann", thread="t", body=body)
+
+
+@pytest.mark.parametrize("code", ["40001", "40P01", "25006", "53100"])
+def test_a_group_that_the_database_refuses_is_written_again(database: str, code: str) -> None:
+    """Also where its node takes no writes any more: another connection leads to the one that does."""
+
+    async def run(store: Conversations) -> None:
+        async with raising(database, code, 2):
+            await store.create_message(of(1))
+        assert bodies(await messages_of(store, "t")) == [0, 1]
+
+    with_one(database, run)
+
+
+def test_a_group_is_tried_a_bounded_number_of_times(database: str) -> None:
+    async def run(store: Conversations) -> None:
+        async with raising(database, "40001", 1000) as connection:
+            with pytest.raises(StoreUnavailableError, match="too busy"):
+                await store.create_message(of(1))
+            tries = await connection.fetchval("SELECT last_value FROM raised")
+            assert tries <= postgres_writer.TRIES_MAX
+        assert bodies(await messages_of(store, "t")) == [0]
+        await store.create_message(of(2))
+
+    with_one(database, run)
+
+
+@pytest.mark.parametrize("code", ["57P01", "40003", "08006", "XX000"])
+def test_an_error_may_leave_the_commit_in_doubt(database: str, code: str) -> None:
+    async def run(store: Conversations) -> None:
+        async with raising(database, code, 1):
+            with pytest.raises(OutcomeUnknownError, match="may be stored"):
+                await store.create_message(of(1))
+        await becomes(lambda: store.writer.available)
+        await store.create_message(of(2))
+        assert bodies(await messages_of(store, "t")) == [0, 2]
+
+    with_one(database, run)
+
+
+def test_a_session_that_is_ended_within_a_group_leaves_it_in_doubt(database: str) -> None:
+    async def run(store: Conversations) -> None:
+        connection = await asyncpg.connect(database)
+        async with connection.transaction():
+            await connection.execute("SELECT FROM store_head FOR UPDATE")
+            writing = asyncio.ensure_future(store.create_message(of(1)))
+            await end_the_wait(connection, "pg_terminate_backend", "transactionid")
+            with pytest.raises(OutcomeUnknownError):
+                await writing
+        await connection.close()
+        await becomes(lambda: store.writer.available)
+        await store.create_message(of(2))
+        assert bodies(await messages_of(store, "t")) == [0, 2]
+
+    with_one(database, run)
+
+
+def test_no_writable_node_refuses_writes_until_there_is_one(database: str) -> None:
+    async def run(store: Conversations) -> None:
+        connection = await asyncpg.connect(database)
+        await with_setting(connection, "default_transaction_read_only", "on")
+        try:
+            with pytest.raises(NotWrittenError, match="not available"):
+                await store.create_message(of(1))
+        finally:
+            await with_setting(connection, "default_transaction_read_only", "")
+            await connection.close()
+        await becomes(lambda: store.writer.available)
+        await store.create_message(of(2))
+        assert bodies(await messages_of(store, "t")) == [0, 2]
+
+    with_one(database, run)
+
+
+def test_a_commit_without_a_standby_ends_at_its_deadline(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session is left to wait: had it been cancelled, what was written would be visible."""
+    monkeypatch.setattr(postgres_writer, "COMMIT_S_MAX", 0.3)
+
+    async def run(store: Conversations) -> None:
+        async with no_standby(database) as connection:
+            with pytest.raises(OutcomeUnknownError, match="may be stored"):
+                await store.create_message(of(1))
+            assert await waiting(connection)
+            count = await connection.fetchval("SELECT count(*) FROM store_entry WHERE key LIKE 'thread:t:msg:%'")
+            assert count == 1
+            async with asyncio.timeout(60):
+                await store.writer.close()  # a server can stop meanwhile
+        assert bodies(await messages_of(store, "t")) == [0, 1]
+
+    with_one(database, run)
+
+
+def test_a_request_that_is_given_up_does_not_cancel_its_commit(database: str) -> None:
+    async def run(store: Conversations) -> None:
+        async with no_standby(database) as connection:
+            writing = asyncio.ensure_future(store.create_message(of(1)))
+            before = await waiting(connection)
+            writing.cancel()
+            await asyncio.wait({writing})
+            await asyncio.sleep(0.2)
+            assert await waiting(connection) == before
+        await store.create_message(of(2))
+        assert bodies(await messages_of(store, "t")) == [0, 1, 2]
+
+    with_one(database, run)
+
+
+def test_a_host_that_does_not_answer_delays_no_other(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose processes are stopped: the kernel takes the connection, and nobody reads it."""
+    monkeypatch.setattr(nodes, "CONNECT_S_MAX", 0.5)
+
+    async def run() -> None:
+        await (await emptied(database)).close()
+        silent = socket.socket(socket.AF_UNIX)
+        silent.bind(str(tmp_path / ".s.PGSQL.5432"))
+        silent.listen()
+        both = database.replace("host=", f"host={tmp_path},")
+        store = Conversations(await postgres.open_engine(both, single_node=True), SealingProvider())
+        await fill(store, 1)
+        await store.close()
+        with pytest.raises(EngineUnavailableError, match="not available now"):
+            await postgres.open_engine(f"postgresql://test@/postgres?host={tmp_path}", single_node=True)
+        silent.close()
+
+    asyncio.run(run())
