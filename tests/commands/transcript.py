@@ -26,8 +26,8 @@ from pathlib import Path
 
 from minikms.api.errors import KmsError
 from minikms.client import Client
+from tests.harness import forked
 from tests.harness.ports import free_port
-from tests.harness.terminal import OnTerminal
 
 READY_SECONDS_MAX = 60.0
 RUN_SECONDS_MAX = 60.0
@@ -76,18 +76,19 @@ class Session:
         self.place = place
         programs = place / "bin"
         programs.mkdir()
-        for name, words in {
-            "minikms": ["-P", "-m", "minikms"],
-            "progressdb": ["-P", "-m", "progressdb_server"],
-            "make-key": [str(Path(__file__).with_name("make_key.py"))],
-            "post-message": [str(Path(__file__).with_name("post_message.py"))],
+        for name, module in {
+            "minikms": "minikms",
+            "progressdb": "progressdb_server",
+            "make-key": "tests.commands.make_key",
+            "post-message": "tests.commands.post_message",
         }.items():
-            launcher = programs / name
-            launcher.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, *words])} "$@"\n')
-            launcher.chmod(0o700)
+            program = programs / name
+            program.write_text(f"#!/bin/sh\n{forked.script(module)}\n")
+            program.chmod(0o700)
         (place / "work").mkdir(mode=0o700)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
-        self._environ = kept | {"PATH": f"{programs}:{kept.get('PATH', os.defpath)}", "NO_COLOR": "1"}
+        variables, self._inherited = forked.for_shells()
+        self._environ = kept | variables | {"PATH": f"{programs}:{kept.get('PATH', os.defpath)}", "NO_COLOR": "1"}
         self.port = free_port()
         self._environ["PORT"] = str(self.port)
         self._started: list[subprocess.Popen[bytes]] = []
@@ -118,6 +119,7 @@ class Session:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            pass_fds=self._inherited,
             timeout=RUN_SECONDS_MAX,
             check=False,
         )
@@ -125,11 +127,6 @@ class Session:
         if said and not said.endswith("\n"):
             said += "\n"
         return said + (f"[exit {done.returncode}]\n" if done.returncode else "")
-
-    def on_terminal(self, command: str) -> OnTerminal:
-        """A command that asks on its terminal. The caller types."""
-        work = shlex.quote(str(self.place / "work"))
-        return OnTerminal(["sh", "-c", f"cd {work} && exec {command}"], env=self._environ)
 
     def normal(self, text: str) -> str:
         """The text without what differs from run to run."""
@@ -149,6 +146,7 @@ class Session:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                pass_fds=self._inherited,
             )
         self._started.append(process)
         end = time.monotonic() + READY_SECONDS_MAX

@@ -27,6 +27,7 @@ from typing import Any
 
 from tests import needs
 from tests.deploy import restricted, service_manager
+from tests.harness import forked
 from tests.harness.ports import free_port
 from tests.harness.terminal import OnTerminal
 
@@ -78,9 +79,9 @@ class Machine:
         become = 'setpriv --reuid="$uid" --regid="$uid" --clear-groups' if three_users else ""
         uids = " ".join(f"{name}) uid={uid};;" for name, uid in self._uids.items())
         for name, script in {
-            "opt/progressdb/bin/minikms": f'exec {sys.executable} -P -m minikms "$@"',
-            "opt/progressdb/bin/progressdb": f'exec {sys.executable} -P -m progressdb_server "$@"',
-            "opt/progressdb/bin/minikms-auditor": f'exec {sys.executable} -P -m minikms_auditor "$@"',
+            "opt/progressdb/bin/minikms": forked.script("minikms"),
+            "opt/progressdb/bin/progressdb": forked.script("progressdb_server"),
+            "opt/progressdb/bin/minikms-auditor": forked.script("minikms_auditor"),
             "usr/bin/runuser": f'case "$2" in {uids} esac; shift 3; exec {become} "$@"',  # -u USER -- COMMAND …
             "usr/bin/journalctl": f'exec cat {base}/journal/"$2"',  # -u UNIT …
             "usr/bin/systemctl": f'echo "$*" > {base}/asked; read -r status < {base}/answered; exit "$status"',
@@ -115,6 +116,7 @@ class Machine:
     def run(self, script: str) -> tuple[int, str]:
         """The exit status and all output of the operator's commands."""
         end = time.monotonic() + RUN_S_MAX
+        variables, inherited = forked.for_shells()
         # RDWR: each pipe always has a writer, so that no reader sees its end, and no opening waits.
         asked, answered = (os.open(self.base / pipe, os.O_RDWR | os.O_NONBLOCK) for pipe in ("asked", "answered"))
         try:
@@ -123,10 +125,11 @@ class Machine:
                 subprocess.Popen(
                     ["bash", "-c", self.here(script)],
                     cwd=self.base / "tmp",
-                    env=self.environ,
+                    env=self.environ | variables,
                     stdin=subprocess.DEVNULL,
                     stdout=said,
                     stderr=subprocess.STDOUT,
+                    pass_fds=inherited,
                     start_new_session=True,
                 ) as process,
             ):
@@ -165,7 +168,8 @@ class Machine:
         """Runs commands that set variables for all later ones."""
         ended, said = self.run(f"{script}\nenv -0")
         assert ended == 0, said
-        self.environ = dict(line.split("=", 1) for line in said.split("\0") if line)
+        environ = dict(line.split("=", 1) for line in said.split("\0") if line)
+        self.environ = {name: value for name, value in environ.items() if name not in forked.for_shells()[0]}
 
     def on_terminal(self, command: str) -> OnTerminal:
         """Commands that ask on their terminal. The caller types."""

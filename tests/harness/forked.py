@@ -1,9 +1,9 @@
 """The programs in processes of their own, forked from one that has imported them: a start costs a tenth.
 
-Owns: the process that forks, one for each process of the tests, and a test's view of a forked program. Invariants: the
-program has the arguments, environment, directory and standard descriptors that the caller gives, and no other
-descriptors. Never use it for a claim about a program's memory, its name in the process table, or the start or end of
-its process: those tests start an interpreter.
+Owns: the process that forks, one for each process of the tests, a test's view of a forked program, and what makes the
+programs of a shell forked ones. Invariants: the program has the arguments, environment, directory and standard
+descriptors that the caller gives, no other descriptors, and the caller's user. Never use it for a claim about a
+program's memory, its name in the process table, or the start or end of its process: those tests start an interpreter.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ import atexit
 import contextlib
 import gc
 import importlib
-import json
+import marshal
 import os
 import pkgutil
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn
 
 from minikms.cli.rootkey import BIND_VARIABLE
+from minikms.memory import libc
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
 REQUEST_BYTES_MAX: Final = 200_000
@@ -35,6 +37,13 @@ REQUEST_BYTES_MAX: Final = 200_000
 DESCRIPTORS: Final = 4
 """Of a request: the socket for the answers, then input, output and errors of the program."""
 RUN_S_MAX: Final = 120.0
+UMASK: Final = 0o022
+PR_SET_DUMPABLE: Final = 4
+"""linux/prctl.h"""
+
+
+User = tuple[int, int, Sequence[int]]
+"""Numbers of a user, its group and its other groups."""
 
 
 class Forked:
@@ -49,16 +58,19 @@ class Forked:
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | Path = ".",
+        user: User | None = None,
+        session: bool = False,
     ) -> None:
         """`words`: a module that `python -m` runs, such as `minikms`, and its arguments. `stdin`: a descriptor, as the
-        next two; None for empty input.
+        next two; None for empty input. `user`: this process's, unless told. `session`: it has one of its own,
+        and so no terminal.
         """
         environ = {BIND_VARIABLE: "1", **(os.environ if env is None else env)}
-        request = json.dumps({"words": words, "env": environ, "cwd": str(Path(cwd).resolve())})
+        request = {"words": words, "env": environ, "cwd": str(Path(cwd).resolve()), "user": user, "session": session}
         self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a packet for each
         with theirs, Path(os.devnull).open() as empty:
             given = empty.fileno() if stdin is None else stdin
-            socket.send_fds(_forker(), [request.encode()], [theirs.fileno(), given, stdout, stderr])
+            socket.send_fds(_forker(), [marshal.dumps(request)], [theirs.fileno(), given, stdout, stderr])
         self.args = words
         self.pid = int(self._answers.recv(16))
         self.returncode: int | None = None
@@ -97,8 +109,27 @@ def start(command: list[str], log: IO[bytes], env: Mapping[str, str] | None = No
     return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
+def script(module: str) -> str:
+    """Lines for a shell that do what `python -P -m MODULE "$@"` does: forked in a shell that has what `for_shells`
+    gives, else in an interpreter.
+    """
+    launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")), module]
+    interpreter = [sys.executable, "-P", "-m", module]
+    return f'[ "$FORKER" ] || exec {shlex.join(interpreter)} "$@"\nexec {shlex.join(launcher)} "$@"'
+
+
+def for_shells() -> tuple[dict[str, str], tuple[int, ...]]:
+    """Variables for a shell, and descriptors that it is to inherit, so that each `script` in it runs forked."""
+    forker = _forker().fileno()
+    return {"FORKER": str(forker), BIND_VARIABLE: "1"}, (forker,)
+
+
 def run(
-    *words: object, stdin: str = "", env: Mapping[str, str] | None = None, cwd: str | Path = "."
+    *words: object,
+    stdin: str = "",
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path = ".",
+    user: User | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Like `subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, input=stdin, …)`."""
     with contextlib.ExitStack() as stack:
@@ -106,7 +137,7 @@ def run(
         given.write(stdin)
         given.seek(0)
         descriptors = given.fileno(), out.fileno(), err.fileno()
-        program = Forked([*map(str, words)], *descriptors, env=env, cwd=cwd)
+        program = Forked([*map(str, words)], *descriptors, env=env, cwd=cwd, user=user, session=True)
         try:
             status = program.wait(RUN_S_MAX)
         finally:
@@ -127,6 +158,7 @@ def _forker() -> socket.socket:
 
     @atexit.register
     def end() -> None:
+        ours.shutdown(socket.SHUT_RDWR)  # a shell may have it too
         ours.close()
         process.wait()
 
@@ -144,7 +176,7 @@ def _forked_request() -> dict[str, Any]:
                 pass
         if not packet:
             sys.exit()
-        request: dict[str, Any] = json.loads(packet)
+        request: dict[str, Any] = marshal.loads(packet)
         package = request["words"][0].partition(".")[0]
         for each in ("minikms", "progressdb_server") if package == "tests" else (package,):  # a program with faults
             _import_all(each)
@@ -167,6 +199,14 @@ def _forked_request() -> dict[str, Any]:
     return request
 
 
+def _take_user(uid: int, gid: int, groups: Sequence[int]) -> None:
+    if uid != os.getuid():
+        os.setgroups(groups)
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        libc.prctl("prctl(PR_SET_DUMPABLE)", PR_SET_DUMPABLE, 1)  # as after execve(2); else /proc/self is root's
+
+
 @cache
 def _import_all(package: str) -> None:
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
@@ -177,23 +217,30 @@ def _import_all(package: str) -> None:
 
 
 def _become(request: dict[str, Any]) -> NoReturn:
+    os.umask(request.get("umask", UMASK))
+    if request.get("session"):
+        os.setsid()
+    if request["user"]:
+        _take_user(*request["user"])
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    gc.unfreeze = lambda: None  # a collection would copy every page of what was imported
     module, *arguments = request["words"]
     sys.argv = [module, *arguments]
     sys.orig_argv = [sys.executable, "-m", *sys.argv]
     sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace")
-    status = 1
+    status = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = int(end.code or 0)
     except BaseException:  # noqa: BLE001  as an interpreter does
         traceback.print_exc()
+        status = 1
     sys.stdout.flush()
-    os._exit(status)  # an interpreter's clean-up would copy every page of what was imported
+    os._exit(status)  # an interpreter's clean-up would copy those pages too
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import stat
 import subprocess
@@ -15,7 +14,7 @@ from minikms.api.errors import StartError
 from minikms.directory_lock import LOCK_NAME, DataDirLock, make_private_directory
 from tests import needs
 from tests.minikms.daemon import foreign
-from tests.minikms.daemon.races import race
+from tests.minikms.daemon.races import check_races
 
 
 def test_a_missing_directory_is_made_private_with_its_parents(tmp_path: Path) -> None:
@@ -157,6 +156,4 @@ def test_the_death_of_the_owner_by_sigkill_frees_the_directory(tmp_path: Path) -
 
 def test_of_two_starts_exactly_one_owns_the_directory(tmp_path: Path) -> None:
     """The directory does not exist before."""
-    for round_number in range(60):
-        directory = str(tmp_path / str(round_number) / "d")
-        assert race(functools.partial(DataDirLock, directory)) == ["refused", "won"], f"round {round_number}"
+    check_races(lambda number: DataDirLock(str(tmp_path / str(number) / "d")), rounds=60)

@@ -13,7 +13,8 @@ from tests import needs
 
 PROJECT = Path(__file__).resolve().parents[2]
 MAKEFILE = (
-    "test:\n\t@$(PYTHON) -m pytest -p no:cacheprovider --import-mode=importlib -n $(WORKERS) $(ARGS)\nWORKERS ?= 1\n"
+    "test:\n\t@$(PYTHON) -m pytest -p xdist.plugin -p no:cacheprovider --import-mode=importlib -n $(WORKERS) $(ARGS)\n"
+    "WORKERS ?= 1\nexport PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1\n"
 )
 CONFTEST = f"""
 import sys

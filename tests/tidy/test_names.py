@@ -69,17 +69,22 @@ class Index:
     """Every module of the project by its dotted name, and every class by its name."""
 
     modules: dict[str, Scope] = field(default_factory=dict)
+    ends: dict[str, list[Scope]] = field(default_factory=lambda: defaultdict(list))
+    """Of the modules whose dotted name has these last parts."""
     classes: dict[str, list[Scope]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, parts: list[str], scope: Scope) -> None:
+        self.modules[".".join(parts)] = scope
+        for begin in range(len(parts)):
+            self.ends[".".join(parts[begin:])].append(scope)
 
     def roots(self, parts: list[str]) -> Iterator[tuple[Scope, list[str]]]:
         """Modules and classes that the first parts may mean, each with the parts that remain."""
         for scope in self.classes.get(parts[0], []):
             yield scope, parts[1:]
         for count in range(len(parts), 0, -1):
-            wanted = ".".join(parts[:count])
-            for dotted, scope in self.modules.items():
-                if dotted == wanted or dotted.endswith(f".{wanted}"):
-                    yield scope, parts[count:]
+            for scope in self.ends.get(".".join(parts[:count]), []):
+                yield scope, parts[count:]
 
     def has(self, scope: Scope, parts: list[str], seen: frozenset[int] = frozenset()) -> bool:
         if not parts:
@@ -112,7 +117,7 @@ def index() -> Index:
     for path in python_files():
         inside = path.relative_to(PROJECT / "src") if name(path).startswith("src/") else path.relative_to(PROJECT)
         parts = [part for part in inside.with_suffix("").parts if part != "__init__"]
-        made.modules[".".join(parts)] = scope_of(tree_of(path).body, made, parts)
+        made.add(parts, scope_of(tree_of(path).body, made, parts))
     for dotted in list(made.modules):
         parent, _, last = dotted.rpartition(".")
         if parent in made.modules:
@@ -236,12 +241,12 @@ def test_each_dotted_name_resolves() -> None:
 
 
 def test_each_single_name_is_one_of_the_code() -> None:
+    known = OF_OTHERS | sys.stdlib_module_names | words_of_code()
     missing = [
         f"{places(path, line, above)}: {quoted}"
         for path, line, text in prose()
         for above, quoted in backquoted(text)
-        if re.fullmatch(rf"{IDENTIFIER}(\(\))?", quoted)
-        and not spellings(quoted.removesuffix("()")) & (OF_OTHERS | sys.stdlib_module_names | words_of_code())
+        if re.fullmatch(rf"{IDENTIFIER}(\(\))?", quoted) and not spellings(quoted.removesuffix("()")) & known
     ]
     none(missing)
 

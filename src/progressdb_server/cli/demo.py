@@ -44,6 +44,9 @@ from progressdb_server.store.record import unpack_sealed
 READY_S_MAX: Final = 60.0
 STOP_S_MAX: Final = 15.0
 CALL_TIMEOUT_S: Final = 10.0
+PORTS: Final = range(20_000, 32_000)
+"""Below the ports that the kernel gives to connections."""
+PORT_TRIES: Final = 100
 AUTHOR: Final = "ada"
 TITLE: Final = "The guided tour"
 KEY_CHARS_SHOWN: Final = 46
@@ -427,9 +430,12 @@ def _socket_place(directory: Path) -> Iterator[Path]:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """One that no outgoing connection takes before the server has it. Raises DemoError."""
+    for _ in range(PORT_TRIES):
+        port = PORTS[secrets.randbelow(len(PORTS))]
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise DemoError("no port of 127.0.0.1 is free for the server")
 
 
 def _kms_status(path: Path) -> api.StatusAnswer:

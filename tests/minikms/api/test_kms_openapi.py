@@ -26,6 +26,9 @@ pytestmark = pytest.mark.timeout(TEST_S_MAX)
 PROJECT = Path(__file__).resolve().parents[3]
 DOCUMENT = PROJECT / "docs" / "minikms-openapi.yaml"
 RUN_S_MAX = 480.0
+EXAMPLES = 1
+"""Random ones of each operation, beside the bounds that Schemathesis derives; torture draws more."""
+EXAMPLES_IN_TORTURE = 6
 SEED = 1
 """Seed of the generated requests in `make test`. Schemathesis prints the seed of a failed run."""
 CONFIGURATION = """
@@ -106,16 +109,16 @@ def test_base64_of_a_batch_is_bin_in_messagepack() -> None:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_running_daemon_conforms_to_the_document(tmp_path: Path, run: str) -> None:
-    check(tmp_path, run, SEED)
+    check(tmp_path, run, SEED, EXAMPLES)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("run", RUNS)
 def test_a_running_daemon_conforms_to_the_document_for_random_requests(tmp_path: Path, run: str) -> None:
-    check(tmp_path, run, random.getrandbits(32))
+    check(tmp_path, run, random.getrandbits(32), EXAMPLES_IN_TORTURE)
 
 
-def check(tmp_path: Path, run: str, seed: int) -> None:
+def check(tmp_path: Path, run: str, seed: int, examples: int) -> None:
     configuration = tmp_path / "schemathesis.toml"
     configuration.write_text(PATIENCE + CONFIGURATION)
     program = environment("schemathesis-4.32.5", ("schemathesis==4.32.5",)).with_name("schemathesis")
@@ -128,7 +131,7 @@ def check(tmp_path: Path, run: str, seed: int) -> None:
             "--phases",
             "coverage,fuzzing",
             "--max-examples",
-            "6",
+            str(examples),
             "--checks",
             "all",
         ]

@@ -8,8 +8,6 @@ import os
 import re
 import resource
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +17,13 @@ import pytest
 
 from minikms.api.errors import StartError
 from minikms.cli.serve import parse_head
+from tests.harness import forked
+from tests.harness.forked import Forked
 from tests.harness.unix_http import answers
 from tests.harness.waiting import wait_until
 from tests.minikms.audit.logmaker import events_of
 
 LOG = "minikms-audit.log"
-PROGRAM = [sys.executable, "-c", "from minikms.cli import main; main()"]
 
 
 class Daemon:
@@ -32,6 +31,7 @@ class Daemon:
         self.data_dir = directory / "data"
         self.socket = directory / "s"
         self.pid = 0
+        self.places = ("--dev", "--socket", str(self.socket), "--data-dir", str(self.data_dir))
 
     def text(self, method: str, path: str) -> str:
         return self._exchange(method, path, b"")[1].decode()
@@ -54,18 +54,16 @@ class Daemon:
         return int(head_bytes.split()[1]), answered
 
     def verify(self) -> tuple[int, str]:
-        done = subprocess.run(
-            [*PROGRAM, "audit", "verify", "--data-dir", str(self.data_dir)], capture_output=True, text=True, timeout=60,
-            check=False,
-        )  # fmt: skip
+        done = forked.run("minikms", "audit", "verify", "--data-dir", self.data_dir)
         return done.returncode, done.stdout + done.stderr
 
 
 @contextmanager
 def serving(directory: Path, *flags: object) -> Iterator[Daemon]:
     daemon = Daemon(directory)
-    command = [*PROGRAM, "--dev", "--socket", str(daemon.socket)]
-    process = subprocess.Popen([*command, "--data-dir", str(daemon.data_dir), *map(str, flags)])
+    words = ["minikms", *daemon.places, *map(str, flags)]
+    with (directory / "log").open("ab") as log:
+        process = Forked(words, None, log.fileno(), log.fileno())
     daemon.pid = process.pid
     try:
         wait_until(lambda: answers(daemon.socket))
@@ -113,13 +111,7 @@ def test_only_status_and_metrics_answer_while_the_log_is_not_writable(tmp_path: 
         code, status = daemon.ask("GET", "/status")
         assert (code, status["status"]) == (200, "audit_unavailable")
         assert status["reason"] == f"the audit log can't be written: {os.strerror(errno.EFBIG)}"
-        shown = subprocess.run(
-            [*PROGRAM, "status", "--socket", str(daemon.socket)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        shown = forked.run("minikms", "status", "--socket", daemon.socket)
         assert shown.returncode == 1
         assert status["reason"] in shown.stdout
         page = daemon.text("GET", "/metrics")
@@ -167,8 +159,7 @@ def test_an_altered_log_prevents_a_start_until_the_loss_is_accepted(tmp_path: Pa
         daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
     content = (daemon.data_dir / LOG).read_bytes()
     (daemon.data_dir / LOG).write_bytes(content[:-3] + b"\n")
-    command = [*PROGRAM, "--dev", "--socket", str(daemon.socket), "--data-dir", str(daemon.data_dir)]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    refused = forked.run("minikms", *daemon.places)
     assert refused.returncode != 0
     assert "--accept-audit-loss" in refused.stderr
     with serving(tmp_path, "--accept-audit-loss") as daemon:
@@ -187,15 +178,14 @@ def test_a_log_without_the_expected_line_is_refused(tmp_path: Path) -> None:
     lines = (daemon.data_dir / LOG).read_bytes().split(b"\n")
     (daemon.data_dir / LOG).write_bytes(b"\n".join(lines[: head["seq"] - 1]) + b"\n")
     (daemon.data_dir / f"{LOG}.confirmed").unlink()
-    command = [*PROGRAM, "--dev", "--socket", str(daemon.socket), "--data-dir", str(daemon.data_dir)]
-    command += ["--expect-audit-head", expected]
+    command = ("minikms", *daemon.places, "--expect-audit-head", expected)
     # The epochs of the keyring show the cut too, unless those who cut put back an older keyring with it.
-    refused = subprocess.run([*command, "--accept-restore"], capture_output=True, text=True, timeout=60, check=False)
+    refused = forked.run(*command, "--accept-restore")
     assert refused.returncode != 0
     assert f"the audit log ends at line {head['seq'] - 1}, but line {head['seq']} was written" in refused.stderr
     with serving(tmp_path, "--accept-restore") as daemon:
         daemon.ask("GET", "/status")
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    refused = forked.run(*command)
     assert refused.returncode != 0
     assert f"line {head['seq']} of the audit log is not the one that was written" in refused.stderr
 

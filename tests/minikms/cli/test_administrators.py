@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests import needs
+from tests.harness import forked
+from tests.harness.forked import Forked
 from tests.harness.terminal import OnTerminal
 from tests.harness.unix_http import answers
 from tests.harness.waiting import wait_until
@@ -36,18 +38,7 @@ class Place:
         self, *words: str, uid: int, groups: tuple[int, ...] = (), **variables: str
     ) -> subprocess.CompletedProcess[str]:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
-        return subprocess.run(
-            (sys.executable, "-m", "minikms", *words),
-            user=uid,
-            group=uid,
-            extra_groups=groups,
-            env=environ | variables,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return forked.run("minikms", *words, env=environ | variables, user=(uid, uid, groups))
 
     def status(self, *flags: str, uid: int, groups: tuple[int, ...] = (), **variables: str) -> tuple[int, str]:
         done = self.run("status", "--socket", str(self.socket), *flags, uid=uid, groups=groups, **variables)
@@ -91,14 +82,8 @@ def serving(base: Path, *, allowed: tuple[int, ...], admins: tuple[int, ...]) ->
     flags += ["--master-key-file", str(place.key_file), "--socket-mode", "0660", "--socket-group", str(GROUP_ID)]
     flags += ["--allowed-uids", ",".join(map(str, allowed)), "--admin-uids", ",".join(map(str, admins))]
     with (base / "log").open("wb") as log:
-        daemon = subprocess.Popen(
-            [sys.executable, "-m", "minikms", *flags],
-            user=SERVICE_UID,
-            group=SERVICE_UID,
-            extra_groups=[GROUP_ID],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+        daemon = Forked(
+            ["minikms", *flags], None, log.fileno(), log.fileno(), user=(SERVICE_UID, SERVICE_UID, [GROUP_ID])
         )
     try:
         wait_until(lambda: answers(place.socket) or daemon.poll() is not None)

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import pytest
 
 from minikms.api.errors import KeyDestroyedError
 from minikms.cli.console import CommandError, chosen_server_uids
 from tests import needs
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 
 OTHER_UID = 54321
 
 
 def run(*words: str, uid: int | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        (sys.executable, "-m", "minikms", *words),
-        user=uid,
-        group=uid,
-        extra_groups=None if uid is None else [],
-        env={**os.environ, **variables},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return forked.run("minikms", *words, env={**os.environ, **variables}, user=None if uid is None else (uid, uid, ()))
 
 
 def test_the_variable_names_the_users_that_may_serve_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from tests import needs
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 
 OTHER_UID = 54321
 
 
 def ready(socket: Path, *words: str, uid: int | None = None) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "minikms", "ready", "--socket", str(socket), *words],
-        user=uid,
+    done = forked.run(
+        *("minikms", "ready", "--socket", socket, *words),
         env={**os.environ, "PROGRESSDB_KMS_SERVER_UIDS": str(os.geteuid())},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        user=None if uid is None else (uid, os.getegid(), ()),
     )
     assert done.stdout == ""
     return done.returncode, done.stderr

@@ -20,6 +20,7 @@ from minikms.keys import keyring
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from tests import needs
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import verify_audit
 from tests.harness.terminal import OnTerminal
@@ -28,21 +29,17 @@ SHARE = re.compile(r"mks1(?:-[0-9a-z]{5}){19}")
 RUN_SECONDS_MAX = 60
 
 
+def init_words(place: Path, *flags: str) -> list[str]:
+    return ["minikms", "init", "--data-dir", str(place / "data"), "--master-key-file", str(place / "key"), *flags]
+
+
 def init_command(place: Path, *flags: str) -> list[str]:
-    command = [sys.executable, "-m", "minikms", "init", "--data-dir", str(place / "data")]
-    return [*command, "--master-key-file", str(place / "key"), *flags]
+    return [sys.executable, "-m", *init_words(place, *flags)]
 
 
 def init(place: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Without a terminal."""
-    return subprocess.run(
-        init_command(place, *flags),
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-        timeout=RUN_SECONDS_MAX,
-        check=False,
-    )
+    return forked.run(*init_words(place, *flags))
 
 
 def body_of(place: Path) -> keyring.Body:
@@ -200,14 +197,7 @@ def test_a_file_that_does_not_hold_its_share_stores_nothing(tmp_path: Path, monk
 
 
 def minikms(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "minikms", *map(str, words)],
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-        timeout=RUN_SECONDS_MAX,
-        check=False,
-    )
+    return forked.run("minikms", *words)
 
 
 def type_shares(program: OnTerminal, texts: list[str]) -> None:

@@ -41,10 +41,8 @@ class Kit:
 
 @pytest.fixture
 def kit(public: Path) -> Iterator[Kit]:
-    command = [sys.executable, "-m", "minikms", "init", "--data-dir", str(public / "data")]
-    command += ["--master-key-file", str(public / "first")]
-    command += ["--recovery-shares", "2/3", "--shares-dir", str(public / "shares")]
-    subprocess.run(command, check=True, capture_output=True)
+    words = ("--master-key-file", public / "first", "--recovery-shares", "2/3", "--shares-dir", public / "shares")
+    forked.run("minikms", "init", "--data-dir", public / "data", *words).check_returncode()
     texts = [file.read_text("ascii").strip() for file in sorted((public / "shares").iterdir())]
     key = (public / "first").read_text()
     (public / "data.master-key").touch(0o600)
@@ -156,9 +154,8 @@ def test_two_operators_enter_their_shares_on_two_terminals(kit: Kit) -> None:
 
 
 def test_shares_are_collected_through_the_socket(kit: Kit, tmp_path: Path) -> None:
-    other = [sys.executable, "-m", "minikms", "init", "--data-dir", str(tmp_path / "d")]
-    other += ["--master-key-file", str(tmp_path / "k"), "--recovery-shares", "2/2", "--shares-dir", str(tmp_path / "s")]
-    subprocess.run(other, check=True, capture_output=True)
+    words = ("--master-key-file", tmp_path / "k", "--recovery-shares", "2/2", "--shares-dir", tmp_path / "s")
+    forked.run("minikms", "init", "--data-dir", tmp_path / "d", *words).check_returncode()
     foreign_text = sorted((tmp_path / "s").iterdir())[0].read_text("ascii").strip()
     with kit.daemon.client() as client:
         client.seal()

@@ -32,6 +32,7 @@ from tests.minikms.custody.power_loss import Inode
 VECTORS = Path(__file__).parents[2] / "vectors"
 STAMP = "20260101T0000%02d"
 STEPS = 12
+SEEDS_IN_TORTURE = 20
 SYNC_FAILURES = 0.1
 At = tuple[int, str]
 
@@ -314,15 +315,36 @@ class Keys:
         self.insist(self.journal.flush)
 
 
-@pytest.mark.parametrize("failing", [False, True], ids=["a sound disk", "a disk whose syncs fail"])
-@pytest.mark.parametrize("seed", range(8))
+DISKS = pytest.mark.parametrize("failing", [False, True], ids=["a sound disk", "a disk whose syncs fail"])
+
+
+@DISKS
+@pytest.mark.parametrize("seed", range(4))
 def test_no_acknowledged_change_is_lost_by_a_power_loss(
     tmp_path: Path, seed: int, failing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert check(tmp_path, seed, failing, monkeypatch) > 50
+
+
+@pytest.mark.torture
+@DISKS
+def test_no_acknowledged_change_is_lost_by_a_power_loss_in_new_orders(
+    tmp_path: Path, failing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(SEEDS_IN_TORTURE):
+        seed = random.getrandbits(32)
+        print(f"seed {seed}")  # pytest shows it if the test fails
+        place = tmp_path / str(seed)
+        place.mkdir()
+        check(place, seed, failing, monkeypatch)
+
+
+def check(tmp_path: Path, seed: int, failing: bool, monkeypatch: pytest.MonkeyPatch) -> int:
+    """After how many system calls the power was lost."""
     monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
     monkeypatch.setattr(journal, "RECORDS_MAX", 6)
 
-    async def main() -> None:
+    async def main() -> int:
         keys = Keys(tmp_path, seed)
         with monkeypatch.context() as patch:
             keys.disk.begin(patch)
@@ -332,6 +354,6 @@ def test_no_acknowledged_change_is_lost_by_a_power_loss(
                 step = keys.rng.choice([keys.create, keys.create, keys.retire, keys.rotate, keys.destroy, keys.flush])
                 await step()
                 keys.disk.check()
-        assert keys.disk.events > 50
+        return keys.disk.events
 
-    asyncio.run(main())
+    return asyncio.run(main())

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from minikms.audit.maintenance import compress_closed
 from minikms.custody import log_directory as place
 from minikms.directory_lock import InUseError, lock_file
 from tests import needs
+from tests.harness import forked
 from tests.harness.disk_faults import failing_os
 from tests.minikms.audit.logmaker import LOG, kill_log, make_segments, open_log
 from tests.minikms.test_datadir import opener
@@ -45,8 +45,7 @@ def start(data_dir: Path, log_dir: Path | None) -> None:
 
 
 def minikms(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from minikms.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return forked.run("minikms", *arguments)
 
 
 def test_the_log_lies_in_its_own_directory_and_each_command_finds_it(tmp_path: Path, log_dir: Path) -> None:

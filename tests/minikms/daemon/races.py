@@ -1,60 +1,80 @@
 """Two processes that try the same thing at the same moment.
 
-Owns: running a race. Invariants: both processes are forks that spin until the same moment; the winner holds what it
-won until both have reported; an error other than StartError counts as `failed`.
+Owns: running races. Invariants: both processes are forks that spin until the same moment; the winner holds what it won
+until both have reported; an error other than StartError counts as `failed`.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 from minikms.api.errors import StartError
 
-HEAD_START_SECONDS = 0.005
+HEAD_START_S = 0.005
 WON, REFUSED, FAILED = b"w", b"r", b"f"
+MOMENT = struct.Struct("d")
 
 
 class Closable(Protocol):
     def close(self) -> None: ...
 
 
-def race(take: Callable[[], Closable]) -> list[str]:
-    """The two results, sorted: `won` if `take` returned, `refused` if it raised StartError, else `failed`."""
-    start_at = time.monotonic() + HEAD_START_SECONDS
+def check_races(take: Callable[[int], Closable], rounds: int) -> None:
+    """In each round, which is the argument of `take`, it returns in one process and raises StartError in the other."""
     results, reporting = os.pipe()
-    held, release = os.pipe()  # the end of file tells the winner to release
-    children = []
-    for _ in range(2):
-        child = os.fork()
-        if child == 0:
-            os.close(release)
-            _run(take, start_at, reporting, held)
-        children.append(child)
-    os.close(reporting)
-    os.close(held)
-    words = [os.read(results, 1) for _ in children]
-    os.close(release)
-    os.close(results)
-    for child in children:
-        os.waitpid(child, 0)
-    return sorted({WON: "won", REFUSED: "refused"}.get(word, "failed") for word in words)
-
-
-def _run(take: Callable[[], Closable], start_at: float, reporting: int, held: int) -> None:
-    """In the child; it does not return."""
+    orders: list[int] = []
+    children: list[int] = []
     try:
-        while time.monotonic() < start_at:
-            pass
-        won = take()
-        os.write(reporting, WON)
-        os.read(held, 1)
-        won.close()
-    except StartError:
-        os.write(reporting, REFUSED)
-    except BaseException:  # noqa: BLE001 - reported to the parent, whatever it is
-        os.write(reporting, FAILED)
+        for _ in range(2):
+            received, order = os.pipe()
+            orders.append(order)
+            children.append(os.fork())
+            if children[-1] == 0:
+                for each in orders:
+                    os.close(each)
+                _run(take, reporting, received)
+            os.close(received)
+        os.close(reporting)
+        for number in range(rounds):
+            moment = MOMENT.pack(time.monotonic() + HEAD_START_S)
+            for order in orders:
+                os.write(order, moment)
+            words = [os.read(results, 1) for _ in children]
+            assert sorted(words) == [REFUSED, WON], f"round {number}: {words}"
+            for order in orders:
+                os.write(order, b"\n")  # the winner releases
+    finally:
+        for order in orders:
+            os.close(order)
+        os.close(results)
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def _run(take: Callable[[int], Closable], reporting: int, received: int) -> None:
+    """In a child, until the orders end; it does not return."""
+    try:
+        number = 0
+        while order := os.read(received, MOMENT.size):
+            (start_at,) = MOMENT.unpack(order)
+            won = None
+            while time.monotonic() < start_at:
+                pass
+            try:
+                won = take(number)
+                word = WON
+            except StartError:
+                word = REFUSED
+            except BaseException:  # noqa: BLE001 - reported to the parent, whatever it is
+                word = FAILED
+            os.write(reporting, word)
+            os.read(received, 1)
+            if won is not None:
+                won.close()
+            number += 1
     finally:
         os._exit(0)

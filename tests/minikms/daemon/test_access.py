@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from minikms.daemon.admission import UNAUTHORISED_CONNECTIONS_MAX
 from minikms.memory import libc
 from minikms.policy import Policy
 from tests import needs
+from tests.harness.forked import Forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.daemon import foreign
 
@@ -204,10 +204,10 @@ def test_of_two_daemons_on_one_directory_exactly_one_serves(public: Path) -> Non
                 starter.wait()
 
 
-def start_for_a_race(base: Path, socket_name: str, number: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "minikms", "--data-dir", str(base / "data"), "--socket", str(base / socket_name)]
+def start_for_a_race(base: Path, socket_name: str, number: int) -> Forked:
+    words = ["minikms", "--data-dir", str(base / "data"), "--socket", str(base / socket_name)]
     with (base / f"log{number}").open("wb") as log:
-        return subprocess.Popen([*command, "--master-key-file", str(base / "key")], stderr=log)
+        return Forked([*words, "--master-key-file", str(base / "key")], None, log.fileno(), log.fileno())
 
 
 def test_a_stop_removes_the_socket_and_a_start_replaces_a_stale_one(public: Path) -> None:

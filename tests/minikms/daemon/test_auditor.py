@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from minikms.api.errors import StorageUnavailableError
 from minikms.audit.reader import LOG_NAME
 from minikms.datadir import detach_auditor
 from minikms.roots.providers import KeyFile
+from tests.harness import forked
 from tests.harness.audited_daemon import ORIGIN, POLICY, AuditedDaemon, send_report
 from tests.harness.callers import OTHER, PROXY, USER, Caller, PolicyDaemon, Reply
 from tests.harness.disk_faults import failing_os
@@ -88,8 +87,8 @@ def test_an_auditor_is_detached_while_the_daemon_is_stopped(
     """The line about it is durable before the keyring changes: a crash between the two leaves the auditor attached."""
     daemon.shipped()
     directory, key = str(daemon.data_dir), ("--master-key-file", str(daemon.root_file))
-    detach = (sys.executable, "-P", "-m", "minikms", "audit", "detach", "--yes", "--data-dir", directory, *key)
-    beside = subprocess.run(detach, capture_output=True, text=True, check=False)
+    detach = ("minikms", "audit", "detach", "--yes", "--data-dir", directory, *key)
+    beside = forked.run(*detach)
     assert beside.returncode == 2 and "an auditor is detached only while the daemon is stopped" in beside.stderr
     daemon.stop()
     with failing_os(monkeypatch, "rename"), pytest.raises(StorageUnavailableError):
@@ -97,9 +96,9 @@ def test_an_auditor_is_detached_while_the_daemon_is_stopped(
     daemon.start()
     assert daemon.report(origin="example.org/another").code == "conflict"
     daemon.stop()
-    done = subprocess.run(detach, capture_output=True, text=True, check=False)
+    done = forked.run(*detach)
     assert (done.returncode, ORIGIN in done.stdout) == (0, True), done
-    assert "no auditor is attached" in subprocess.run(detach, capture_output=True, text=True, check=False).stderr
+    assert "no auditor is attached" in forked.run(*detach).stderr
     assert [event["facts"]["origin"] for event in daemon.audited("detach_auditor")] == [ORIGIN, ORIGIN]
     daemon.start()
     assert daemon.status()["audit"]["position"] is None

@@ -19,7 +19,7 @@ from minikms.api.errors import StartError
 from minikms.daemon import sockets
 from tests import needs
 from tests.minikms.daemon import foreign
-from tests.minikms.daemon.races import race
+from tests.minikms.daemon.races import check_races
 
 
 @pytest.fixture
@@ -294,16 +294,17 @@ def test_no_descriptor_is_left_by_a_refused_start(directory: Path) -> None:
 def test_of_two_starts_on_one_path_exactly_one_serves(directory: Path) -> None:
     """From a free path and from a stale socket in turn; the one that serves can be reached."""
 
-    def start(path: Path) -> sockets.UnixListener:
+    rounds = 30
+    for number in range(1, rounds, 2):
+        stale_socket(directory / f"s{number}")
+
+    def start(number: int) -> sockets.UnixListener:
+        path = directory / f"s{number}"
         listener = sockets.listen(str(path), {})
         assert reach(path)
         return listener
 
-    for round_number in range(30):
-        path = directory / f"s{round_number}"
-        if round_number % 2:
-            stale_socket(path)
-        assert race(functools.partial(start, path)) == ["refused", "won"], f"round {round_number}"
+    check_races(start, rounds)
 
 
 # --- rule 1 -------------------------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ import resource
 import select
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from minikms.daemon.sealing import OWED_LINES_MAX
 from minikms.http import Refusal
 from minikms.policy import POLICY_BYTES_MAX, FilePolicy, parse_policy
 from tests import needs
+from tests.harness import forked
 from tests.harness.callers import NOBODY, OTHER, PROXY, ROOT_GRANT, USER, Caller, PolicyDaemon
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.service.asking import b64
@@ -331,9 +330,15 @@ def test_reloads_of_a_sealed_daemon_are_few_lines_with_their_count(daemon: Polic
 
 def refused(base: Path, policy: Path, *flags: str) -> str:
     """What a start says that is refused; nothing was made."""
-    command = [sys.executable, "-m", "minikms", "--socket", str(base / "run" / "s"), "--data-dir", str(base / "data")]
-    command += ["--master-key-file", str(base / "key" / "root.key"), "--policy", str(policy), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    words = (
+        "--socket",
+        base / "run" / "s",
+        "--data-dir",
+        base / "data",
+        "--master-key-file",
+        base / "key" / "root.key",
+    )
+    done = forked.run("minikms", *words, "--policy", policy, *flags)
     assert done.returncode == 2, done.stderr
     assert not (base / "data").exists()
     return done.stderr

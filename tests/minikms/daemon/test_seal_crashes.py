@@ -121,10 +121,10 @@ def test_no_system_call_of_the_change_loses_anything(prepared: Prepared, tmp_pat
 @pytest.mark.parametrize(
     ("change", "point"),
     [
-        ("seal", Point("seal", "rename,renameat,renameat2", 1)),
-        ("unseal", Point("seal", "unlink,unlinkat", 1)),
-        ("unseal", Point("main", "rename,renameat,renameat2", 1)),
-        ("unseal", Point("audit", "fdatasync", 1)),
+        ("seal", Point("seal", "rename,renameat,renameat2", 1, '"sealed.json"')),
+        ("unseal", Point("seal", "unlink,unlinkat", 1, "unseal-attempts.json")),
+        ("unseal", Point("main", "rename,renameat,renameat2", 1, '"keyring.json"')),
+        ("unseal", Point("audit", "fdatasync", 1, "/minikms-audit.log")),
     ],
     ids=str,
 )

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from minikms.api import errors
 from minikms.daemon import seal_files
 from tests import needs
 from tests.deploy import service_manager
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import verify_audit
 from tests.harness.unix_http import unix_request
@@ -245,9 +245,8 @@ def test_the_flag_seals_every_start(public: Path) -> None:
 def test_a_sealed_start_without_a_keyring_is_refused(public: Path) -> None:
     (public / "root").touch(0o600)
     (public / "root").write_text("0" * 64)
-    command = [sys.executable, "-m", "minikms", "--socket", str(public / "s"), "--data-dir", str(public / "d")]
-    command += ["--master-key-file", str(public / "root"), "--sealed"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    words = ("--socket", public / "s", "--data-dir", public / "d", "--master-key-file", public / "root", "--sealed")
+    done = forked.run("minikms", *words)
     assert done.returncode != 0 and "there is no keyring" in done.stderr and "`minikms init`" in done.stderr
     assert not (public / "d" / "keyring.json").exists()
 
@@ -257,7 +256,7 @@ def test_a_sealed_start_on_a_directory_of_another_version_is_refused(public: Pat
         daemon.stop()
         file = daemon.data_dir / "keyring.json"
         file.write_bytes(file.read_bytes().replace(b'"version":5', b'"version":4', 1))
-        done = subprocess.run([*daemon.command, "--sealed"], capture_output=True, text=True, check=False, timeout=60)
+        done = forked.run(*daemon.words, "--sealed")
         assert done.returncode != 0 and "made before version 0.2.0" in done.stderr
 
 
@@ -367,8 +366,8 @@ def test_a_root_key_that_is_not_pinned_does_not_unseal(public: Path) -> None:
     pin = public / "pin"
     with LiveDaemon(public) as daemon:
         daemon.stop()
-        words = ["pin", "add", f"file:{daemon.root_file}", "--pin", str(pin), "--data-dir", str(daemon.data_dir)]
-        subprocess.run([sys.executable, "-m", "minikms", *words], check=True, capture_output=True)
+        words = ("pin", "add", f"file:{daemon.root_file}", "--pin", pin, "--data-dir", daemon.data_dir)
+        forked.run("minikms", *words).check_returncode()
         daemon.command += ["--pin", str(pin)]
         daemon.start()
         with daemon.client() as client:
@@ -476,7 +475,9 @@ def test_a_full_disk_does_not_hold_up_a_seal(public: Path, calls: str) -> None:
         client.encrypt(key_id, b"text")
 
 
-@pytest.mark.parametrize("point", [Point("seal", "unlink,unlinkat", 2), Point("seal", "fsync", 4)], ids=str)
+@pytest.mark.parametrize(
+    "point", [Point("seal", "unlink,unlinkat", 2, "sealed.json"), Point("seal", "fsync", 4, "/data>")], ids=str
+)
 def test_a_marker_that_cannot_be_removed_leaves_the_daemon_sealed(public: Path, point: Point) -> None:
     """Also if it is gone already, and only that is not durable: it is written again."""
     with prepared(public) as daemon, daemon.client() as client:

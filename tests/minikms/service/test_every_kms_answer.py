@@ -43,13 +43,13 @@ limits = {{ requests_per_second = 1 }}
 WAIT_S_MAX = 60.0
 
 
-class Told(NamedTuple):
+class Refusal(NamedTuple):
     operation: str
     status: int
     code: str
 
 
-def _said(pair: Pair) -> Any:
+def _response(pair: Pair) -> Any:
     method, path = pair.operation.split(" ", 1)
     return DOCUMENT["paths"][path][method.lower()]["responses"][str(pair.status)]
 
@@ -60,14 +60,14 @@ SEALING = {"GET /ready", "POST /seal", "GET /unseal", "POST /unseal", "POST /aud
 last one need an auditor: tests/minikms/daemon/test_auditor.py.
 """
 PAIRS = sorted(pair for pair in documented.pairs(DOCUMENT) if pair.operation not in SEALING)
-TOLD = sorted(
+REFUSALS = sorted(
     (
-        Told(pair.operation, pair.status, code)
+        Refusal(pair.operation, pair.status, code)
         for pair in PAIRS
         if pair.status >= 400
-        for code in re.findall(r"`([a-z_]+)`", _said(pair)["description"])
+        for code in re.findall(r"`([a-z_]+)`", _response(pair)["description"])
     ),
-    key=lambda told: (told.code, told.status, told.operation),
+    key=lambda one: (one.code, one.status, one.operation),
 )
 """Refusals of one kind follow each other: they share one damaged key, or one restart."""
 VERBS = sorted({pair.operation for pair in PAIRS} - {"GET /health"})
@@ -490,7 +490,7 @@ def under(word: str, status: int, code: str) -> Callable[[World, str], Reply]:
         if word == faulty_daemon.DEFECT:
             ask = world.good(operation)
         else:
-            alike = [told.operation for told in TOLD if told[1:] == (status, code) and _USES_ONE_KEY(told.operation)]
+            alike = [one.operation for one in REFUSALS if one[1:] == (status, code) and _USES_ONE_KEY(one.operation)]
             ask = world.prepared(word, operation, alike if operation in alike else [operation])
         with world.fault(word):
             return world(ask)
@@ -590,7 +590,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 LEFT_OUT = {
     **{
-        Told(f"POST /{name}", 503, api.CODE_INTERRUPTED): "told or cut off, by which of two timers is first; it is "
+        Refusal(f"POST /{name}", 503, api.CODE_INTERRUPTED): "told or cut off, by which of two timers is first; it is "
         "provoked of rotate_kek, which is stopped by the same lines"
         for name in (
             "create_dek_for_thread",
@@ -604,15 +604,18 @@ LEFT_OUT = {
             "roots/{slot_id}/remove",
         )
     },
-    Told("POST /roots/{slot_id}/remove", 409, api.CODE_CONFLICT): "answered where the keyring has no room for another "
-    "KEK version; see tests/minikms/keys/test_keyring.py",
-    Told("POST /roots/{slot_id}/remove", 409, api.CODE_NOT_TESTED): "answered after 90 days; see test_roots.py",
+    Refusal(
+        "POST /roots/{slot_id}/remove", 409, api.CODE_CONFLICT
+    ): "answered where the keyring has no room for another KEK version; see tests/minikms/keys/test_keyring.py",
+    Refusal("POST /roots/{slot_id}/remove", 409, api.CODE_NOT_TESTED): "answered after 90 days; see test_roots.py",
     **{
-        Told(f"POST /{name}", 409, api.CODE_NOT_PINNED): "answered where there is a pin file; test_roots.py has one"
+        Refusal(f"POST /{name}", 409, api.CODE_NOT_PINNED): "answered where there is a pin file; test_roots.py has one"
         for name in ("roots", "rotate_kek")
     },
     **{
-        Told(verb, 503, api.CODE_SHUTTING_DOWN): "told to a connection that was made in the moment of the stop, before "
+        Refusal(
+            verb, 503, api.CODE_SHUTTING_DOWN
+        ): "told to a connection that was made in the moment of the stop, before "
         "it is read; tests/minikms/http/test_http_deadlines.py holds that moment"
         for verb in VERBS
     },
@@ -640,12 +643,12 @@ def test_at_the_limit_of_connections_every_call_gets_that_error(world: World) ->
     reply = world.crowded()
     assert (reply.status, reply.code) == CROWDED
     for operation in VERBS:
-        assert (operation, *CROWDED) in TOLD
+        assert (operation, *CROWDED) in REFUSALS
         check(operation, reply)
 
 
 @pytest.mark.parametrize(
-    ("operation", "status", "code"), [told for told in TOLD if told[1:] != CROWDED and told not in LEFT_OUT]
+    ("operation", "status", "code"), [one for one in REFUSALS if one[1:] != CROWDED and one not in LEFT_OUT]
 )
 def test_every_refusal_appears(world: World, operation: str, status: int, code: str) -> None:
     provoke = PROVOKED.get(code)
@@ -671,10 +674,10 @@ def test_another_method_than_the_described_one_is_a_405_that_names_it(world: Wor
 
 def test_each_pair_left_out_is_documented_and_provoked_otherwise() -> None:
     """Its status is provoked with another refusal of the same operation."""
-    assert set(LEFT_OUT) <= set(TOLD)
+    assert set(LEFT_OUT) <= set(REFUSALS)
     for operation, status, _ in LEFT_OUT:
-        assert any(told not in LEFT_OUT for told in TOLD if told[:2] == (operation, status))
+        assert any(one not in LEFT_OUT for one in REFUSALS if one[:2] == (operation, status))
 
 
 def test_every_pair_of_operation_and_status_is_walked() -> None:
-    assert {pair for pair in PAIRS if pair.status >= 400} == {Pair(told.operation, told.status) for told in TOLD}
+    assert {pair for pair in PAIRS if pair.status >= 400} == {Pair(one.operation, one.status) for one in REFUSALS}

@@ -45,14 +45,17 @@ HELD_AFTER = HELD.replace("enter", "exit")
 
 
 class Point(NamedTuple):
-    """The `number`-th call of `calls` by `thread` after the injection has started."""
+    """The `number`-th call of `calls` by `thread` after the injection has started, which concerns `what`."""
 
     thread: str
     calls: str
     number: int
+    what: str = ""
+    """A part of the call's line in the log of strace: a file or its content. The injection fails at another call."""
 
     def __str__(self) -> str:
-        return f"{self.calls.split(',')[0]} no. {self.number} of the {self.thread} thread"
+        call = self.calls.split(",")[0]
+        return f"{call} of {self.what}" if self.what else f"{call} no. {self.number} of the {self.thread} thread"
 
 
 class Daemon:
@@ -143,6 +146,7 @@ class Injection:
         needs.program("strace")
         needs.root()  # the daemon is not dumpable
         self._daemon = daemon
+        self._point = point
         self._kills = action == "signal=KILL"
         self._log = daemon.base / "strace"
         tid = daemon.thread_ids()[point.thread]
@@ -152,7 +156,7 @@ class Injection:
         only = ["-e", f"trace-fds=!{','.join(daemon.event_fds())}"] if files else []
         self._process = subprocess.Popen(
             [
-                *("strace", "-o", str(self._log), "-p", str(tid), *only),
+                *("strace", "-y", "-s", "4096", "-o", str(self._log), "-p", str(tid), *only),
                 *("-e", f"trace={point.calls}", "-e", f"inject={point.calls}:{action}:when={point.number}"),
             ],
             stdout=subprocess.DEVNULL,
@@ -174,8 +178,13 @@ class Injection:
 
     def happened(self) -> bool:
         """Whether the thread reached the point."""
-        text = self._log.read_text() if self._log.exists() else ""
-        return "killed by SIGKILL" in text or "INJECTED" in text
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        if lines and "killed by SIGKILL" in lines[-1]:
+            reached = lines[-2]
+        else:
+            reached = next((line for line in lines if "INJECTED" in line), "")
+        assert not reached or self._point.what in reached, f"not {self._point} was reached, but {reached}"
+        return bool(reached)
 
 
 class Prepared:

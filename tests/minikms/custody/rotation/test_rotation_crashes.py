@@ -15,37 +15,38 @@ from tests.minikms.custody.rotation.crash_points import STATE_CALLS, THREADS, Po
 from tests.minikms.custody.rotation.interrupted_changes import CHANGES, Change, InterruptedChange
 
 KEYS = 50
+RENAME = "rename,renameat,renameat2"
 KILL_SAMPLE = (
-    Point("disk", "fsync", 1),  # the keyring's temporary file
-    Point("disk", "rename,renameat,renameat2", 1),  # renaming it to the keyring
-    Point("main", "write", 1),  # the line about the start of the rotation
-    Point("disk", "rename,renameat,renameat2", 2),  # the journal
-    Point("disk", "pwrite64", 25),  # after half of the key files
-    Point("disk", "syncfs", 1),
-    Point("disk", "rename,renameat,renameat2", 3),  # the journal becomes the backup
-    Point("audit", "fdatasync", 2),  # the line about the end of the rotation
+    Point("disk", "fsync", 1, "/.tmp-"),  # the keyring's temporary file
+    Point("disk", RENAME, 1, '"keyring.json"'),
+    Point("main", "write", 1, "rotate_kek"),  # the line about its start
+    Point("disk", RENAME, 2, '"kms-journal"'),
+    Point("disk", "pwrite64", 25, "/kms-deks/k_"),  # after half of the key files
+    Point("disk", "syncfs", 1, "/kms-deks"),
+    Point("disk", RENAME, 3, '.journal"'),  # the journal becomes the backup
+    Point("audit", "fdatasync", 2, "/minikms-audit.log"),  # the line about its end
 )
 ADD_SAMPLE = (
-    Point("disk", "rename,renameat,renameat2", 1),  # the keyring
-    Point("main", "write", 2),  # the line about it
+    Point("disk", RENAME, 1, '"keyring.json"'),
+    Point("main", "write", 2, "add_root"),
 )
 REMOVAL_SAMPLE = (
-    Point("audit", "fdatasync", 2),  # the signed line, after which the audit log is held
-    Point("disk", "rename,renameat,renameat2", 1),  # the keyring
-    Point("main", "write", 4),  # the line that announces the new audit key
-    Point("disk", "pwrite64", 20),  # key files of the KEK rotation
+    Point("audit", "fdatasync", 2, "/minikms-audit.log"),  # the signed line, after which the audit log is held
+    Point("disk", RENAME, 1, '"keyring.json"'),
+    Point("main", "write", 4, "checkpoint"),  # and the line that announces the new audit key
+    Point("disk", "pwrite64", 20, "/kms-deks/k_"),  # of the KEK rotation
 )
 REMOVAL_FAULTS = (
-    (Point("disk", "fsync", 2), "error=EIO"),  # the directory: the new keyring may be on disk
-    (Point("main", "write", 4), "error=ENOSPC"),
-    (Point("audit", "fdatasync", 3), "error=EIO"),
+    (Point("disk", "fsync", 2, "/data>"), "error=EIO"),  # the new keyring may be on disk
+    (Point("main", "write", 4, "checkpoint"), "error=ENOSPC"),
+    (Point("audit", "fdatasync", 3, "/minikms-audit.log"), "error=EIO"),
 )
 DISK_FAULTS = (
-    (Point("disk", "write", 4), "error=ENOSPC"),  # the journal
-    (Point("disk", "rename,renameat,renameat2", 3), "error=EIO"),  # the journal becomes the backup
-    (Point("disk", "pwrite64", 20), "error=EIO"),
-    (Point("disk", "syncfs", 1), "error=EIO"),
-    (Point("audit", "fdatasync", 1), "error=EIO"),
+    (Point("disk", "write", 4, "/.tmp-"), "error=ENOSPC"),  # the journal's temporary file
+    (Point("disk", RENAME, 3, '.journal"'), "error=EIO"),  # the journal becomes the backup
+    (Point("disk", "pwrite64", 20, "/kms-deks/k_"), "error=EIO"),
+    (Point("disk", "syncfs", 1, "/kms-deks"), "error=EIO"),
+    (Point("audit", "fdatasync", 1, "/minikms-audit.log"), "error=EIO"),
 )
 
 
