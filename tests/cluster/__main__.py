@@ -79,11 +79,14 @@ def _break(made: Cluster, names: list[str], seed: int, *, upgrade: bool) -> int:
     began = time.monotonic()
     with load.running():
         time.sleep(faults.BEFORE_S)
-        for name in names:
-            if name != "quiet":
-                faults.inflict(faults.FAULTS[name], made, load)
-        if upgrade:
-            faults.tables_upgraded(made, load)
+        try:
+            for name in names:
+                if name != "quiet":
+                    faults.inflict(faults.FAULTS[name], made, load)
+            if upgrade:
+                faults.tables_upgraded(made, load)
+        except AssertionError as error:
+            load.errors.append(f"the cluster was not whole again: {error}")
     history = load.history
     for name, seconds, slowest in recoveries(history):
         print(f"recovery from {name}: {seconds:.1f} s ({slowest})")

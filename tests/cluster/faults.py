@@ -20,19 +20,28 @@ from tests.harness.waiting import wait_until
 
 KILL, STOP, CONTINUE = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
 LONG_S: Final = TTL_S + 10.0
-"""Another host is the primary by then."""
+"""Another host could be the primary by then."""
 SHORT_S: Final = 8.0
 BEFORE_S: Final = 10.0
 """Without a fault, before the first one."""
+REPLACED_S_MAX: Final = 45.0
 QUIET_S: Final = 3.0
 """Without a fault, between two."""
-WHOLE_S_MAX: Final = 150.0
+WHOLE_S_MAX: Final = 90.0
 Fault = Callable[[Cluster], None]
 
 
 def _others(cluster: Cluster, host: str, *, databases_only: bool = False) -> list[str]:
     everybody = DATABASES if databases_only else (*DATABASES, *APPLICATIONS)
     return [one for one in everybody if one != host]
+
+
+def _until_replaced(cluster: Cluster, host: str) -> None:
+    """Returns when another host has been the primary for some time, or none becomes it."""
+    end = time.monotonic() + REPLACED_S_MAX
+    while cluster.leader(host) in ("", host) and time.monotonic() < end:
+        time.sleep(0.2)
+    time.sleep(SHORT_S)
 
 
 @contextmanager
@@ -59,8 +68,9 @@ def postgres_stopped(cluster: Cluster) -> None:
 
 
 def host_killed(cluster: Cluster) -> None:
-    with _gone(cluster, cluster.primary()):
-        time.sleep(LONG_S)
+    host = cluster.primary()
+    with _gone(cluster, host):
+        _until_replaced(cluster, host)
 
 
 def host_stopped(cluster: Cluster) -> None:
@@ -69,7 +79,7 @@ def host_stopped(cluster: Cluster) -> None:
     pids = [pid for program in ("patroni", "postgres", "etcd") for pid in cluster.pids(host, program)]
     cluster.unwatched.add(host)
     send(pids, STOP)
-    time.sleep(LONG_S)
+    _until_replaced(cluster, host)
     send(pids, CONTINUE)
     cluster.unwatched.remove(host)
 
@@ -77,14 +87,14 @@ def host_stopped(cluster: Cluster) -> None:
 def patroni_killed(cluster: Cluster) -> None:
     host = cluster.primary()
     cluster.signal(host, "patroni", KILL)
-    time.sleep(LONG_S)
+    _until_replaced(cluster, host)
     cluster.start_patroni(host)
 
 
 def patroni_stopped(cluster: Cluster) -> None:
     host = cluster.primary()
     cluster.signal(host, "patroni", STOP)
-    time.sleep(LONG_S)
+    _until_replaced(cluster, host)
     cluster.signal(host, "patroni", CONTINUE)
 
 
@@ -122,35 +132,38 @@ def switchover(cluster: Cluster) -> None:
 
 # --- the network ------------------------------------------------------------------------------------------------------
 def primary_alone(cluster: Cluster) -> None:
-    _cut(cluster, cluster.primary(), LONG_S)
+    _cut(cluster, cluster.primary())
 
 
 def primary_unheard(cluster: Cluster) -> None:
     """Nothing that the primary sends arrives."""
-    _cut(cluster, cluster.primary(), LONG_S, incoming=False)
+    _cut(cluster, cluster.primary(), incoming=False)
 
 
 def primary_deaf(cluster: Cluster) -> None:
     """Nothing arrives at the primary."""
-    _cut(cluster, cluster.primary(), LONG_S, outgoing=False)
+    _cut(cluster, cluster.primary(), outgoing=False)
 
 
 def primary_from_databases(cluster: Cluster) -> None:
     """The message servers still reach the primary, which another one replaces."""
-    _cut(cluster, cluster.primary(), LONG_S, databases_only=True)
+    _cut(cluster, cluster.primary(), databases_only=True)
 
 
 def server_alone(cluster: Cluster) -> None:
-    _cut(cluster, "app3", SHORT_S)
+    _cut(cluster, "app3")
 
 
 def _cut(
-    cluster: Cluster, host: str, seconds: float, *, incoming: bool = True, outgoing: bool = True,
+    cluster: Cluster, host: str, *, incoming: bool = True, outgoing: bool = True,
     databases_only: bool = False,
 ) -> None:  # fmt: skip
     others = _others(cluster, host, databases_only=databases_only)
     cluster.cut(host, others, incoming=incoming, outgoing=outgoing)
-    time.sleep(seconds)
+    if host in DATABASES:
+        _until_replaced(cluster, host)
+    else:
+        time.sleep(SHORT_S)
     cluster.mend(host)
 
 
@@ -162,7 +175,7 @@ def unreplicated_host_killed(cluster: Cluster) -> None:
     time.sleep(3)
     with _gone(cluster, host):
         cluster.mend(host)
-        time.sleep(LONG_S)
+        _until_replaced(cluster, host)
 
 
 def unreplicated_waits_ended(cluster: Cluster) -> None:
@@ -176,7 +189,7 @@ def unreplicated_waits_ended(cluster: Cluster) -> None:
         cluster.sql(waiting, host=host)
     with _gone(cluster, host):
         cluster.mend(host)
-        time.sleep(LONG_S)
+        _until_replaced(cluster, host)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

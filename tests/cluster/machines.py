@@ -53,7 +53,6 @@ class Variant(NamedTuple):
     synchronous_mode: str = "quorum"
     single_node: bool = False
     """The message servers do not ask for standbys."""
-    watchdog: bool = True
     source: Path | None = None
     """Of another version of the project."""
     ahead_s: Mapping[str, int] = MappingProxyType({})
@@ -342,9 +341,8 @@ class Cluster:
         for host in APPLICATIONS:
             self.start_application(host)
         wait_until(self.serves, seconds=START_S_MAX)
-        if self.variant.watchdog:
-            for host in DATABASES:
-                threading.Thread(target=self._watch, args=(host,), daemon=True).start()
+        for host in DATABASES:
+            threading.Thread(target=self._watch, args=(host,), daemon=True).start()
 
     def _watch(self, host: str) -> None:
         """As a watchdog of hardware, which resets a host whose Patroni does not write to it."""
@@ -367,21 +365,24 @@ class Cluster:
                 return json.loads(content or b"true")
         return None
 
-    def members(self) -> list[dict[str, Any]]:
+    def members(self, but: str = "") -> list[dict[str, Any]]:
+        """As a host other than this one says."""
         for host in DATABASES:
-            if found := self.patroni(host, "/cluster"):
+            if host != but and (found := self.patroni(host, "/cluster")):
                 return list(found["members"])
         return []
+
+    def leader(self, but: str = "") -> str:
+        """The host that has the leader key, as a host other than `but` says; empty if none has it."""
+        return next((str(one["name"]) for one in self.members(but) if one["role"] == "leader"), "")
 
     def primary(self) -> str:
         """The host that has the leader key. AssertionError if none has it for a minute."""
         end = time.monotonic() + WAIT_S_MAX
-        while time.monotonic() < end:
-            for member in self.members():
-                if member["role"] == "leader":
-                    return str(member["name"])
+        while not (found := self.leader()):
+            assert time.monotonic() < end, "no host is the primary"
             time.sleep(0.1)
-        raise AssertionError("no host is the primary")
+        return found
 
     def whole(self) -> bool:
         """A primary, and standbys that stream from it, of which each may be counted."""

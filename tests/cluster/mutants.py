@@ -65,19 +65,12 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         ("--faults", "quiet"),
         "was removed at",
     ),
-    "no-lease": Mutant(
-        Variant(),
-        (("store/nodes.py", "now_s() > self._until_s):", "False):"),),
-        ("--faults", "host_stopped"),
-        "and is not listed at",
-    ),
-    "no-watchdog": Mutant(Variant(watchdog=False), (), ("--faults", "patroni_stopped"), "was acknowledged at"),
     "retry-reads": Mutant(
         Variant(),
         (
             (
                 "store/threads.py",
-                "await self.writer.barrier()  # what is answered must be durable",
+                "await self.writer.commit(Write((), (ticket.condition,)))",
                 "pass",
             ),
         ),

@@ -163,7 +163,6 @@ class Nodes:
                 raise EngineUnavailableError(UNAVAILABLE) from failure
             made.sort(key=lambda one: _timeline(one[0].node))
             connection, self._place = made.pop()
-            connection.add_log_listener(_warn)
             return connection
         finally:
             for other, _ in made:
@@ -174,7 +173,10 @@ class Nodes:
             del failure
 
     async def again(self, **settings: str) -> Connection:
-        """Another connection to the node in use. Raises EngineUnavailableError."""
+        """Another connection to the node in use. Without replication that is any which takes writes. Raises
+        EngineUnavailableError."""
+        if not self._replicated:
+            return await self.find(**settings)
         try:
             connection = await self._open(self._place, settings)
         except FAILURES as error:
@@ -242,7 +244,8 @@ def _terminate(task: asyncio.Task[Connection]) -> None:
         task.result().terminate()
 
 
-def _warn(connection: Any, message: Any) -> None:
+def warn(connection: Any, message: Any) -> None:
+    """A listener of what the database reports."""
     if getattr(message, "severity_en", None) == "WARNING":
         connection.warned = str(message)
 

@@ -24,7 +24,7 @@ from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableEr
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.nodes import CONNECT_S_MAX, FAILURES, UNAVAILABLE, Connection, Nodes, check_url
-from progressdb_server.store.postgres_writer import Lanes, keep_lease
+from progressdb_server.store.postgres_writer import Writers, keep_lease
 from progressdb_server.store.tables import (
     ONE_DISK,
     SCHEMA,
@@ -182,7 +182,7 @@ class PostgresEngine(SharedEngine):
         return self._reads
 
     def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> Commits:
-        return Lanes(self._nodes, self._counted, clock, metrics, on_reopen)
+        return Writers(self._nodes, self._counted, clock, metrics, on_reopen)
 
     async def counted(self) -> Counters:
         return _counters(await self._reads.fetch(_COUNTED))

@@ -38,6 +38,7 @@ from progressdb_server.store.nodes import (
     Connection,
     Nodes,
     now_s,
+    warn,
 )
 from progressdb_server.store.tables import SCHEMA, is_thread, tkey
 from progressdb_server.store.writer import Counters, GroupCommit
@@ -52,8 +53,8 @@ takes no writes any more."""
 USUAL_TRIES_MAX: Final = 3
 """Of one statement, whose threads another server is changing."""
 COUNTERS_COUNT: Final = 1024
-"""Rows of counters. Each lane of a server takes one of them, so that no two wait for each other's, mostly."""
-LANES_COUNT: Final = 2
+"""Rows of counters. Each writer of a server takes one of them, so that no two wait for each other's, mostly."""
+WRITERS_COUNT: Final = 2
 """Groups of one server that are committed at a time. A thread is always in the same one."""
 UNKNOWN: Final = "the store's database did not confirm the write, which may be stored"
 BUSY: Final = "the store's database is too busy"
@@ -249,6 +250,7 @@ async def find(nodes: Nodes) -> Connection:
         lock_timeout=str(LOCK_S_MAX * 1000),
         idle_in_transaction_session_timeout=str(IDLE_S_MAX * 1000),
     )
+    connection.add_log_listener(warn)
     if not nodes.waits_for_standbys(connection):
         connection.terminate()
         _log.error("store_node_without_standbys", reason="synchronous_standby_names is empty there")
@@ -285,7 +287,7 @@ async def keep_lease(nodes: Nodes) -> None:
 
 
 class PostgresWriter(GroupCommit):
-    """One lane."""
+    """One of those of a server."""
 
     unconfirmed = UNKNOWN
     away = UNAVAILABLE
@@ -505,34 +507,34 @@ async def _advance(connection: Connection, heads: Mapping[bytes, bytes], advance
             raise _AgainError
 
 
-# --- lanes ------------------------------------------------------------------------------------------------------------
-class Lanes:
-    """The writer of a server (`store.writer.Commits`): a group in flight in each lane."""
+# --- several writers --------------------------------------------------------------------------------------------------
+class Writers:
+    """The writer of a server (`store.writer.Commits`): each of several has a group in flight."""
 
     def __init__(
         self, nodes: Nodes, counted: Counters, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]
     ) -> None:
         self._counted = counted
-        self._lanes = [PostgresWriter(nodes, clock, metrics, on_reopen) for _ in range(LANES_COUNT)]
+        self._writers = [PostgresWriter(nodes, clock, metrics, on_reopen) for _ in range(WRITERS_COUNT)]
 
     def _of(self, key: bytes | None) -> PostgresWriter:
-        return self._lanes[0 if key is None else tkey(key)[0] % LANES_COUNT]
+        return self._writers[0 if key is None else tkey(key)[0] % WRITERS_COUNT]
 
     @property
     def available(self) -> bool:
-        return all(lane.available for lane in self._lanes)
+        return all(writer.available for writer in self._writers)
 
     @property
     def queued(self) -> int:
-        return sum(lane.queued for lane in self._lanes)
+        return sum(writer.queued for writer in self._writers)
 
     @property
     def group(self) -> int:
-        return self._lanes[0].group
+        return self._writers[0].group
 
     @property
     def state(self) -> Counters:
-        counted = [self._counted, *(lane.state for lane in self._lanes)]
+        counted = [self._counted, *(writer.state for writer in self._writers)]
         return Counters(sum(one.threads for one in counted), sum(one.messages for one in counted))
 
     def reserve(self, order_key: bytes) -> PendingWrite:
@@ -551,15 +553,15 @@ class Lanes:
 
     async def barrier(self) -> None:
         """One commit waits for all that were made before it."""
-        await self._lanes[0].barrier()
+        await self._writers[0].barrier()
 
     async def check_writable(self) -> None:
-        for lane in self._lanes:
-            await lane.check_writable()
+        for writer in self._writers:
+            await writer.check_writable()
 
     async def settled(self) -> None:
-        for lane in self._lanes:
-            await lane.settled()
+        for writer in self._writers:
+            await writer.settled()
 
     async def close(self) -> None:
-        await asyncio.gather(*(lane.close() for lane in self._lanes))
+        await asyncio.gather(*(writer.close() for writer in self._writers))

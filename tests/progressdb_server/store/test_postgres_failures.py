@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import pytest
@@ -14,6 +15,7 @@ from progressdb_server.store import nodes, postgres, postgres_writer
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotWrittenError, OutcomeUnknownError, StoreUnavailableError
+from tests.harness.round_trips import PORT_NAME, counted
 from tests.progressdb_server.store.failing_database import (
     end_the_wait,
     no_standby,
@@ -143,6 +145,32 @@ def test_a_request_that_is_given_up_does_not_cancel_its_commit(database: str) ->
     with_one(database, run)
 
 
+def test_a_server_without_replication_reads_whichever_host_takes_writes(database: str, tmp_path: Path) -> None:
+    """It reads first, and has no lease whose renewal would look for another host."""
+
+    async def run() -> None:
+        await (await emptied(database)).close()
+        (real,) = parse_qs(urlsplit(database).query)["host"]
+        first, second = tmp_path / "1", tmp_path / "2"
+        first.mkdir()
+        second.mkdir()
+        url = f"postgresql://test@/postgres?host={first},{second}"
+        async with counted(Path(real), first):
+            store = Conversations(await postgres.open_engine(url, single_node=True), SealingProvider())
+            await fill(store, 1)
+        (first / PORT_NAME).unlink(missing_ok=True)
+        connection = await asyncpg.connect(database)
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'progressdb'"
+        )
+        await connection.close()
+        async with counted(Path(real), second):
+            assert bodies(await messages_of(store, "t")) == [0]
+            await store.close()
+
+    asyncio.run(run())
+
+
 def test_a_host_that_does_not_answer_delays_no_other(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +185,7 @@ def test_a_host_that_does_not_answer_delays_no_other(
         both = database.replace("host=", f"host={tmp_path},")
         store = Conversations(await postgres.open_engine(both, single_node=True), SealingProvider())
         await fill(store, 1)
+        assert bodies(await messages_of(store, "t")) == [0]
         await store.close()
         with pytest.raises(EngineUnavailableError, match="not available now"):
             await postgres.open_engine(f"postgresql://test@/postgres?host={tmp_path}", single_node=True)

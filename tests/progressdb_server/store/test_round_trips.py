@@ -46,7 +46,7 @@ async def measured(trips: RoundTrips, operation: Callable[[int], Awaitable[objec
 
 
 def test_each_operation_takes_its_known_number_of_round_trips(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres_writer, "LANES_COUNT", 1)  # so that statements are prepared after the first time
+    monkeypatch.setattr(postgres_writer, "WRITERS_COUNT", 1)  # so that statements are prepared after the first time
 
     async def run(directory: Path) -> None:
         await (await emptied(database)).close()
