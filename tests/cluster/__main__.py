@@ -65,7 +65,8 @@ def _enter() -> None:
 
 def _describe(made: Cluster) -> None:
     for host in APPLICATIONS:
-        print(f"{host}: curl -H 'X-API-Key: {BACKEND}' http://{made.address(host)}:{PORT}/v1/threads  (admin: {ADMIN})")
+        url = f"http://{made.address(host)}:{PORT}/v1/threads?author=ada"
+        print(f"{host}: curl -H 'X-API-Key: {BACKEND}' '{url}'  (admin: {ADMIN})")
     print(f"hosts of the database: {', '.join(f'{host} {made.address(host)}' for host in DATABASES)}")
     print("a shell beside the programs: nsenter --all --target $(pgrep --full '^sh -c trap.*tests.cluster')")
     print(f"the logs are there in {BASE}")
@@ -94,6 +95,8 @@ def _break(made: Cluster, names: list[str], seed: int, *, upgrade: bool) -> int:
     print(f"answers by status: {dict(sorted(load.statuses.items()))}")
     failed = [f"{load.statuses[500]} requests were answered 500"] if 500 in load.statuses else []
     broken = [*violations(history), *too_slow(history), *failed, *load.errors]
+    if faults.unreplicated_waits_ended.__name__ in names:  # what it makes readable may be seen, and lost
+        broken = [one for one in broken if " was seen at " not in one]
     print("\n".join([f"VIOLATION {one}" for one in broken] or ["no violation"]), flush=True)
     return 1 if broken else 0
 

@@ -179,7 +179,8 @@ def unreplicated_host_killed(cluster: Cluster) -> None:
 
 
 def unreplicated_waits_ended(cluster: Cluster) -> None:
-    """As before; and an operator ends the sessions that wait for a standby, which makes their writes readable."""
+    """As before; and an operator ends the sessions that wait for a standby. PostgreSQL makes their writes readable
+    then, so that a reader may see what is lost with the primary; nobody acknowledged it."""
     host = cluster.primary()
     standbys = _others(cluster, host, databases_only=True)
     cluster.cut(host, standbys, incoming=False)
@@ -196,6 +197,7 @@ def unreplicated_waits_ended(cluster: Cluster) -> None:
 def tables_upgraded(cluster: Cluster, load: Load) -> None:
     """The tables get a later number, and a copy of what they held then. A server of this version writes nothing until
     the number is the earlier one again."""
+    started = time.monotonic()
     for _ in range(4):
         begin = time.monotonic()
         cluster.sql(
@@ -211,6 +213,7 @@ def tables_upgraded(cluster: Cluster, load: Load) -> None:
         cluster.sql("DROP TABLE held; UPDATE store_schema SET number = number - 1")
         load.record(Operation("upgrade", "", begin, end, "ok", note=json.dumps(later) if later else ""))
         time.sleep(1)
+    load.record(Operation(FAULT + tables_upgraded.__name__, "", started, time.monotonic(), "ok"))
 
 
 PARTS: Final[Mapping[str, Sequence[Fault]]] = {
