@@ -73,6 +73,7 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
                 "await self.writer.commit(Write((), (ticket.condition,)))",
                 "pass",
             ),
+            ("store/threads.py", "                await self.writer.settled()\n", ""),
         ),
         ("--faults", "unreplicated_waits_ended"),
         "was acknowledged at",

@@ -17,9 +17,10 @@ from tests import needs
 from tests.cluster.faults import PARTS
 from tests.cluster.mutants import MUTANTS
 
-pytestmark = [pytest.mark.torture, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.torture, pytest.mark.timeout(1800)]
 PROJECT = Path(__file__).parents[2]
 RUN_S_MAX = 800
+MUTANT_RUNS_MAX = 6
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +45,9 @@ def test_no_fault_of_the_cluster_breaks_a_rule(part: str) -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_checker_finds_each_mutant(mutant: str) -> None:
-    done = run("--mutant", mutant, *MUTANTS[mutant].arguments)
-    assert done.returncode == 1
-    assert MUTANTS[mutant].found in done.stdout
+    """In one of some runs: a retry has to meet the moment in which its first attempt is on one disk alone."""
+    for seed in range(MUTANT_RUNS_MAX):
+        done = run("--mutant", mutant, *MUTANTS[mutant].arguments, "--seed", str(seed))
+        if done.returncode == 1 and MUTANTS[mutant].found in done.stdout:
+            return
+    pytest.fail("no run has found it")
