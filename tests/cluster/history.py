@@ -77,21 +77,24 @@ def _deletes(operations: Iterable[Operation]) -> dict[int, Operation]:
 def _kept(operations: list[Operation]) -> Iterator[str]:
     """What was acknowledged, or seen, is in each later list unless it was deleted. What was deleted is in none."""
     deletes = _deletes(operations)
-    since = {one.number: ("acknowledged", one.end) for one in _appends(operations).values() if one.outcome == "ok"}
+    since = [(one.number, "acknowledged", one.end) for one in _appends(operations).values() if one.outcome == "ok"]
+    seen: dict[int, float] = {}
     for listed in sorted(_lists(operations), key=lambda one: one.end):
         for number, _ in listed.listed:
-            if number not in since or listed.end < since[number][1]:
-                since[number] = "seen", listed.end
+            seen.setdefault(number, listed.end)
+    since += [(number, "seen", at) for number, at in seen.items()]
     reported: set[int] = set()
     for listed in _lists(operations):
         there = {number for number, _ in listed.listed}
-        for number, (how, at) in since.items():
+        for number, how, at in since:
             delete = deletes.get(number)
+            if number in reported:
+                continue
             if number in there:
-                if delete and delete.outcome == "ok" and delete.end < listed.begin and number not in reported:
+                if delete and delete.outcome == "ok" and delete.end < listed.begin:
                     reported.add(number)
                     yield f"{number} was deleted at {delete.end:.2f} and is listed at {listed.begin:.2f}"
-            elif at < listed.begin and not (delete and delete.begin < listed.end) and number not in reported:
+            elif at < listed.begin and not (delete and delete.begin < listed.end):
                 reported.add(number)
                 yield f"{number} was {how} at {at:.2f} and is not listed at {listed.begin:.2f}"
 

@@ -58,6 +58,10 @@ def test_a_message_that_a_reader_saw_stays() -> None:
     assert "seen at 2.50 and is not listed" in only([unanswered, listed(2, 1), listed(3), listed(9, 1)])
 
 
+def test_an_acknowledged_message_is_lost_even_if_it_was_seen_before() -> None:
+    assert "acknowledged at 4.00" in only([op("append", 1, 4, number=1), listed(2, 1), listed(5)])
+
+
 def test_a_message_is_listed_once_and_was_written_by_somebody() -> None:
     assert only([ONE, listed(5, 1, 1)]) == "t: 1 is listed 2 times at 5.00"
     assert "before anybody wrote it" in only([listed(5, 7)])
