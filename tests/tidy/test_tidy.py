@@ -7,7 +7,7 @@ import collections
 import re
 from pathlib import Path
 
-from tests.tidy.project_tree import PROJECT, name, none, python_files, text_of, texts, tokens_of, tree_of
+from tests.tidy.project_tree import PROJECT, documents, name, none, python_files, text_of, texts, tokens_of, tree_of
 
 LINES_MAX = 700
 TEST_NAME_CHARACTERS_MAX = 70
@@ -164,6 +164,17 @@ def test_links_between_documents_resolve() -> None:
             elif anchor and linked.suffix == ".md" and anchor not in anchors(linked.read_text("utf-8")):
                 broken.append(f"{name(path)} → {target}: no such heading")
     none(broken)
+
+
+def test_no_code_span_of_a_document_breaks() -> None:
+    """On a terminal the two lines of a command would run as two commands."""
+    none(
+        f"{name(path)}: {span[2]}"
+        for path in documents()
+        for paragraph in re.sub(r"```.*?```", "", text_of(path), flags=re.DOTALL).split("\n\n")
+        for span in re.finditer(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", paragraph, flags=re.DOTALL)
+        if "\n" in span[2]
+    )
 
 
 def anchors(markdown: str) -> set[str]:
