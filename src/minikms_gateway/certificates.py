@@ -1,6 +1,6 @@
 """The principal of a client's certificate, and whether the certificate still counts.
 
-Owns: the TLS contexts, and the rules for certificates, in this order:
+Owns: the TLS contexts, and the rules for certificates:
 1. OpenSSL verifies the chain up to a CA of the configuration, its validity and its purpose, in the handshake, in TLS
    1.3 only, without tickets, so that no session outlives its certificate. Its strict rules for CAs (RFC 5280) hold.
 2. The CA is the one nearest to the client's certificate in the verified chain. It limits the identity.

@@ -449,8 +449,8 @@ Priority = Literal["low", "normal", "high"]
 
 
 class RotateKekRequest(Request):
-    """`new_kek_hex` (64 hex characters) is the new root key. Without it, the root key stays the same. `priority`: of
-    the rotation against requests, `normal` by default; that of a rotation that runs is changed.
+    """`new_kek_hex` (64 hex characters) is the new root key. Without it, the root key stays the same. `priority`:
+    whether the rotation or other requests go first, `normal` by default. A rotation that already runs takes it too.
     """
 
     new_kek_hex: str | UnsetType = UNSET
@@ -616,6 +616,6 @@ VERBS: Final[tuple[Verb[Any, Any], ...]] = (
     *SEAL_VERBS,
     *AUDIT_VERBS,
 )
-"""Every verb that is authorised, in the order above, then those of root keys, those that seal, and those of the audit
-log. Each use is audited, but for `REPORT_AUDIT_POSITION`.
+"""Every verb that needs a role. Each use leaves an audit line; of `REPORT_AUDIT_POSITION` only the first report and
+refused ones do (docs/spec/api.md).
 """

@@ -303,7 +303,7 @@ def tail(
     ] = False,
     json: JsonLines = False,
 ) -> int:
-    """Show the last lines of the log. It does not verify them."""
+    """Show the last lines of the log, without verifying them."""
     from minikms.audit.reader import Follower, last_lines
     from minikms.audit.record import peek_seq
 
@@ -341,8 +341,8 @@ def find(
     json: JsonLines = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Show the lines about a thread, key, actor or request. With several of them, a line must match all. It does not
-    verify the lines.
+    """Show the lines about a thread, key, actor or request, without verifying them. With several of these, a line
+    must match all.
 
     A line is about a thread if it names the thread or one of its keys, older ones included. `--thread ID --reads` shows
     when the thread was read, and the ids of the requests; the log of the message server names who sent a request. Where
@@ -389,7 +389,7 @@ def find(
 
 @app.command
 def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
-    """Count the log's lines by type, outcome and actor. It does not verify them."""
+    """Count the log's lines by type, outcome and actor, without verifying them."""
     from minikms.audit.queries import totals
 
     try:
@@ -412,7 +412,7 @@ def rotate_key(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Make a new audit key; the log names it in a line signed with the old one. The daemon must be stopped.
+    """Make a new audit key while the daemon is stopped; the log names it in a line signed with the old one.
 
     Keep the new public key where you keep the old one. Exit status: 0 done, 2 refused.
     """
@@ -443,7 +443,7 @@ def detach(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Forget the auditor, so that another origin can be attached. A line says so. The daemon must be stopped.
+    """Forget the auditor while the daemon is stopped, so that another origin can be attached. A line says so.
 
     Until then retention deletes nothing that the auditor has not taken. Exit status: 0 done, 2 refused.
     """

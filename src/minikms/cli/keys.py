@@ -106,7 +106,7 @@ def _pages(kms: Client, thread: str | None, state: api.State | None, limit: int)
 
 @app.command(name="show")
 def show_key(key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
-    """Show the thread, state, KEK version and uses of one key."""
+    """Show the thread, state and KEK version of one key."""
     with daemon_client(socket, server_uid) as kms:
         _print_key(kms.get_key(key_id), json=json)
     return EXIT_GOOD

@@ -113,7 +113,7 @@ def test_a_large_file_is_compressed_and_read_back(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     for number in range(3):
         for item in range(8):
-            log.add(encrypt_event(item, detail=os.urandom(500).hex() * 1, request_ids=[os.urandom(120).hex()] * 1000))
+            log.add(encrypt_event(item, detail=os.urandom(500).hex(), request_ids=[os.urandom(120).hex()] * 1000))
         log.commit()
         log.writer.rotate(10**18 + number)
     log.close()

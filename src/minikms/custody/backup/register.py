@@ -32,7 +32,8 @@ _NAME: Final = re.compile(r"(a_[0-9a-f]{16})\.json", re.ASCII)
 
 class Registered(msgspec.Struct, frozen=True):
     """An archive of the register. Times are in Unix ms; `ended_ms` is 0 while the archive is being made and after an
-    interruption. No key in the archive has a larger id than `newest_key_id`.
+    interruption. No key in the archive has a larger id than `newest_key_id`; a finished entry without it is of an
+    earlier version.
     """
 
     archive_id: str
