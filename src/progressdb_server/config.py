@@ -520,6 +520,11 @@ def _check_store(config: Config) -> None:
             "store.url is for several servers, which share one key service: give its kms.url, or its kms.socket with "
             "kms.spawn = false"
         )
+    if config.kms_is_exclusive:
+        raise ConfigError(
+            "store.url is for several servers, which all make keys of threads: leave kms.exclusive out, because one of "
+            "them could retire a key that another one has just made"
+        )
 
 
 def _check_url(config: Config) -> None:

@@ -174,7 +174,15 @@ async def _serve_until(
         store, provider = opened
         exclusive = encrypting and config.kms_is_exclusive
         destroys = config.destroys_keys
-        jobs = Jobs(store, provider, config.rotation, exclusive=exclusive, destroys=destroys, stop=stop.asked)
+        jobs = Jobs(
+            store,
+            provider,
+            config.rotation,
+            exclusive=exclusive,
+            destroys=destroys,
+            stop=stop.asked,
+            now_ns=store.clock.now_ns,
+        )
         started.push_async_callback(jobs.close)
         await jobs.start()
         registry = CollectorRegistry()

@@ -232,6 +232,7 @@ def test_a_store_in_a_database_shares_its_key_service() -> None:
     [
         ("KMS_SPAWN", "1", "share one key service"),
         ("KMS_SOCKET", "", "share one key service"),
+        ("KMS_EXCLUSIVE", "1", "leave kms.exclusive out"),
         ("STORE_URL", "", "give its store.url too"),
     ],
 )

@@ -1,7 +1,7 @@
 """The whole store of a running server: the parts of a store with a key service, and the work that it does by itself.
 
 Owns: the composition, the format check at opening, the hourly sweep of retries, and the watches over the key service's
-epoch and the system clock.
+epoch and the clock.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ SEALED_S: Final = 1
 """The same, while the key service is sealed."""
 
 CLOCK_S: Final = 10
-"""Between two looks at the system clock."""
+"""Between two looks at the clock."""
 CLOCK_JUMP_S: Final = 60
 """A step of the system clock, or a distance of it to the newest stamp, that is worth a warning."""
 
+CLOCK_DIFFERS: Final = (
+    "the clocks of this machine and of the database differ: set the wrong one. The server takes the database's time"
+)
 CLOCK_BEHIND: Final = (
     "the newest record is from the future of the system clock: the clock was ahead before, or is behind now. Check it. "
     "Ids and lists keep their order"
@@ -84,6 +87,7 @@ class Conversations(Messages, Rekeying, Backups):
         self.long_reads = asyncio.Semaphore(LONG_READS_COUNT_MAX)
         self.epoch = EpochMemory(self.reads, self.writer)
         self._provider = provider
+        self._offset_ns = 0
         self._background: list[asyncio.Task[None]] = []
         self.metrics.gauges["progressdb_store_queued_writes"] = (
             "Writes that wait for the next group.",
@@ -113,6 +117,7 @@ class Conversations(Messages, Rekeying, Backups):
         Raises RestoredError when the key service's state is older than what this store has seen, unless
         `accept_restore`; StoreUnavailableError when it does not answer, or says that it can't serve.
         """
+        offset_ns = await self._take_time()
         try:
             status = await self._provider.status()
             if status.status == api.CODE_SEALED:
@@ -137,7 +142,7 @@ class Conversations(Messages, Rekeying, Backups):
                 self._sweep(),
                 self.claims.keep(),
                 self._watch_epoch(accept_restore=accept_restore),
-                self._watch_clock(),
+                self._watch_clock(offset_ns),
             )
         ]
 
@@ -160,18 +165,39 @@ class Conversations(Messages, Rekeying, Backups):
                 _log.warning("sweep_failed", error=type(error).__qualname__, again_s=SWEEP_S)
             await asyncio.sleep(SWEEP_S)
 
+    async def _take_time(self) -> int:
+        """How far the clock is ahead of CLOCK_BOOTTIME, which no one sets and which goes on while the machine sleeps.
+
+        On a database that several servers share, it is the database's clock, from here on also for stamps and for
+        what expires: one server with a wrong clock would delete what the others have just made, and move their stamps
+        into the future. Raises StoreUnavailableError."""
+        offset_ns = await self.now_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        if self.shared:
+            self._offset_ns = offset_ns
+            self.clock.now_ns = self._database_ns
+        return offset_ns
+
+    def _database_ns(self) -> int:
+        return self._offset_ns + time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
     def _judge_clock(self) -> None:
-        """Warn if the newest stamp is in the future: the clock was there before, or is wrong now."""
+        """Warn if the newest stamp is in the future: the clock was there before, or is wrong now. Warn if the machine
+        has another time than the database."""
+        differs_s = (time.time_ns() - self.clock.now_ns()) // 1_000_000_000
+        if self.shared and abs(differs_s) > CLOCK_JUMP_S:
+            _log.warning("clock_differs_from_database", seconds=differs_s, reason=CLOCK_DIFFERS)
         ahead_s = self.clock.ahead_ns // 1_000_000_000
         if ahead_s > CLOCK_JUMP_S:
             _log.warning("clock_behind_store", seconds=ahead_s, reason=CLOCK_BEHIND)
 
-    async def _watch_clock(self) -> None:
-        """Warn when the system clock is set. CLOCK_BOOTTIME goes on while the machine sleeps."""
-        offset_ns = self.clock.now_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    async def _watch_clock(self, offset_ns: int) -> None:
+        """Warn when the clock is set."""
         while True:
             await asyncio.sleep(CLOCK_S)
-            now_ns = self.clock.now_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            try:
+                now_ns = await self._take_time()
+            except StoreUnavailableError:
+                continue  # the clock goes on as it was
             jump_s = (now_ns - offset_ns) // 1_000_000_000
             offset_ns = now_ns
             if abs(jump_s) > CLOCK_JUMP_S:

@@ -131,8 +131,8 @@ class Messages(Reading):
                         room = await self.check_room(state.thread, 1)
                     try:
                         return await self._append_as(None, state, new, ticket, request_id=request_id, room=room)
-                    except ConditionFailedError as error:  # another server has added members meanwhile
-                        if error.key != keyspace.room(state.thread):
+                    except ConditionFailedError as error:  # somebody else has changed the members meanwhile
+                        if error.key not in (key, keyspace.room(state.thread)):
                             raise
         if new.as_member:
             await self.check_member(state.thread, new.author, Act.WRITE)
@@ -154,7 +154,7 @@ class Messages(Reading):
         key = keyspace.writer(state.thread, new.author)
         expect = ((key, entry),) if new.as_member or entry is None else ()
         if ticket:
-            expect = (*expect, ticket.condition)
+            expect = (ticket.condition, *expect)  # first: the entry may be of the same create, at another server
 
         def draft(stamp: Stamp) -> Draft:
             message = new.first_version(keyspace.message_id(stamp), state.thread, stamp.time_ns)
@@ -167,7 +167,7 @@ class Messages(Reading):
         try:
             await self.sealer.append(state, draft, request_id)
         except ConditionFailedError as error:
-            if error.key != key:
+            if error.key != key or entry is None:
                 raise
             state.writers.discard(new.author)
             raise NotAMemberError from None

@@ -50,6 +50,8 @@ LIST_THREADS_MAX: Final = 512
 """Of one chunk of a list."""
 LIST_BYTES_MAX: Final = 4 * 1024 * 1024
 """Of sealed parts in one chunk, exceeded by one record at most."""
+MAKE_TRIES_MAX: Final = 8
+"""Of a new thread, each with a key of its own."""
 SLUG_SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
 
 
@@ -172,17 +174,22 @@ class Threads(OpenStore):
         self, drafted: Callable[[], tuple[Thread, Draft]], request_id: str | None, *, named: bool = False
     ) -> Thread:
         """Make the key of a new thread, then the thread. It is drafted again if another server has used one of its
-        stamps. Raises ConditionFailedError if the thread was `named` and exists, or for another condition."""
-        while True:
+        stamps. Raises ConditionFailedError if the thread was `named` and exists, or for another condition;
+        StoreUnavailableError after MAKE_TRIES_MAX drafts."""
+        for _ in range(MAKE_TRIES_MAX):
             thread, draft = drafted()
             try:
                 await self.sealer.make_thread(thread.id, draft, request_id)
                 return thread
-            except LateStampError:
-                continue
+            except LateStampError as error:
+                if error.last is not None:  # the thread exists
+                    self.clock.recover(error.last)
+                    if named:
+                        raise
             except ConditionFailedError as error:
                 if named or error.key not in (keyspace.key_map(thread.id), keyspace.meta(thread.id)):
                     raise
+        raise StoreUnavailableError("other servers are making threads at the same time")
 
     async def once(self, ticket: Ticket, create: Callable[[], Coroutine[Any, Any, T]]) -> tuple[str, T | None]:
         """What `create` makes; or the id of what was made before, which is durable then. If the outcome of `create` is

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import asyncpg
 import pytest
 
-from progressdb_server.store import membership, postgres
+from progressdb_server.store import idempotency, membership, postgres
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
@@ -160,6 +161,65 @@ def test_a_thread_that_two_servers_make_at_once_has_one_key(database: str) -> No
         assert await one.key_of_thread("t") == await two.key_of_thread("t")
 
     with_two(database, run)
+
+
+def test_a_thread_made_meanwhile_by_a_server_ahead_costs_one_key(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = SealingProvider()
+    make = provider.create_dek_for_thread
+    made: list[str] = []
+
+    async def run() -> None:
+        async with servers(database, provider, 0, HOUR_NS) as (one, two):
+
+            async def meanwhile(thread: str, **more: Any) -> Any:
+                made.append(thread)
+                if len(made) == 1:
+                    await two.create_message(of("ann", "first"))
+                return await make(thread, **more)
+
+            monkeypatch.setattr(provider, "create_dek_for_thread", meanwhile)
+            async with asyncio.timeout(60):
+                await one.create_message(of("ann", "second"))
+            assert bodies(await messages_of(two, "t")) == ["first", "second"]
+            assert made == ["t", "t"]
+            assert len(provider.retired) == 1
+
+    asyncio.run(run())
+
+
+def test_two_first_messages_of_an_author_at_two_servers_are_both_posted(database: str) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        one.rule = two.rule = "open"
+        await fill(one, 1)
+        await fill(two, 1)
+        for number in range(8):
+            author, member = f"author-{number}", bool(number % 2)
+            retry = Idempotency("scope", f"{number}") if number < 4 else None
+            made = await asyncio.gather(
+                *[store.create_message(of(author, number, member=member), idempotency=retry) for store in (one, two)]
+            )
+            assert len({message.id for message in made}) == (1 if retry else 2)
+
+    with_two(database, run)
+
+
+def test_the_clock_of_a_server_may_be_wrong_by_days(database: str) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        await one.start()
+        await two.start()
+        now_ns = await one.now_ns()
+        retry = Idempotency("scope", "key")
+        message = await one.create_message(of("ann", 0), idempotency=retry)
+        assert await idempotency.sweep(two.reads, two.writer, two.clock.now_ns()) == 0
+        assert (await two.create_message(of("ann", 0), idempotency=retry)).id == message.id
+        for number in range(1, 15):
+            message = await (one, two)[number % 2].create_message(of("ann", number))
+            assert abs(message.ts - now_ns) < HOUR_NS
+        assert (one.clock.last.era, two.clock.last.era) == (0, 0)
+
+    with_two(database, run, 25 * HOUR_NS)
 
 
 # --- nothing acknowledged is lost -------------------------------------------------------------------------------------
