@@ -143,7 +143,7 @@ class KeyRotation(Kind):
         service is unavailable. With `later` it keeps its old key until a worker starts the job. Raises
         ThreadNotFoundError, TooManyJobsError, JobConflictError, StoreUnavailableError."""
         if destroy_after_s and not self._destroys:
-            raise JobConflictError("this server destroys no keys (docs/dek-rotation.md): leave destroy_old_after out")
+            raise JobConflictError("no gateway takes a request to destroy a key: leave destroy_old_after out")
         await self.require([thread])
         fields = {"rate": rate, "destroy_after_s": destroy_after_s, "trigger": trigger, "keying": not later}
         job = await self._runner.add(self, thread, **fields)
