@@ -174,8 +174,8 @@ def unreplicated_host_killed(cluster: Cluster) -> None:
     cluster.cut(host, _others(cluster, host, databases_only=True), incoming=False)
     time.sleep(3)
     with _gone(cluster, host):
-        cluster.mend(host)
         _until_replaced(cluster, host)
+        cluster.mend(host)  # only now: until then its kernel would send what its programs had written
 
 
 def unreplicated_waits_ended(cluster: Cluster) -> None:
@@ -189,8 +189,8 @@ def unreplicated_waits_ended(cluster: Cluster) -> None:
         time.sleep(0.5)
         cluster.sql(waiting, host=host)
     with _gone(cluster, host):
-        cluster.mend(host)
         _until_replaced(cluster, host)
+        cluster.mend(host)  # only now: until then its kernel would send what its programs had written
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
