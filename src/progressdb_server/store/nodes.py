@@ -3,6 +3,7 @@
 Owns: the rules for the URL, connecting, and the lease on the node in use (docs/decisions/0252-reads-need-a-lease.md).
 Invariants:
 - A server uses the node that takes writes; if two do, the one of the later timeline.
+- Two nodes are never taken for one, even if both were promoted from the same timeline.
 - A node is read only within LEASE_S of the beginning of a commit on it that its standbys have confirmed.
 - A server neither reads a node nor acknowledges a write there until it has had the lease for WAIT_S without a gap. By
   then no server may read another node.
@@ -32,6 +33,8 @@ HOSTS_COUNT_MAX: Final = 16
 LEASE_S: Final = 5.0
 WAIT_S: Final = 6.0
 """Longer than a lease by a fifth, more than clocks of two machines differ in their rates."""
+SETTLE_S_MAX: Final = 10.0
+"""How long a commit that is confirmed waits until it may be acknowledged: a WAIT_S, and some of another."""
 BEAT_S: Final = 1.0
 """A server that has begun no commit for so long makes an empty one."""
 LOCK_S_MAX: Final = 10
@@ -58,8 +61,13 @@ PLANS: Final = {
 }
 """Statements find few rows by their keys. A plan from when a table was small would read all of it later."""
 
-_NODE: Final = "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8), current_setting('synchronous_standby_names')"
-"""The timeline. A node that is promoted begins a new one."""
+_NODE: Final = (
+    "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8) || ' ' || extract(epoch FROM pg_postmaster_start_time()),"
+    " current_setting('synchronous_standby_names')"
+)
+"""The timeline, then when its PostgreSQL was started (Unix seconds, to the microsecond). A node that is promoted begins
+a new timeline, but two standbys that are promoted apart from each other begin the same."""
+_STANDBYS: Final = "SELECT current_setting('synchronous_standby_names')"
 
 
 class Connection(asyncpg.Connection):
@@ -68,7 +76,7 @@ class Connection(asyncpg.Connection):
     __slots__ = ("node", "standbys", "warned")
     node: str
     standbys: str
-    """Which ones the node waits for; empty for none, or where nobody asks."""
+    """Which ones the node waited for when it was last asked; empty for none, or where nobody asks."""
     warned: str
     """The last warning: a wait for the standby that was cancelled ends with one, and with success."""
 
@@ -94,7 +102,7 @@ def check_url(url: str) -> None:
         raise FormatError("store.url is no URL of PostgreSQL") from None
     if parts.scheme not in ("postgresql", "postgres"):
         raise FormatError("store.url must begin with postgresql://")
-    if parts.password is not None or "password" in query:
+    if parts.password is not None or "password" in query or "sslpassword" in query:
         raise FormatError("store.url must not hold a password: use a client certificate or a password file (passfile=)")
     local = all((place.host or "").startswith("/") for place in places)
     if not local and query.get("sslmode") != ["verify-full"]:
@@ -161,7 +169,7 @@ class Nodes:
                         made.append((task.result(), tasks[task]))
             if not made:
                 raise EngineUnavailableError(UNAVAILABLE) from failure
-            made.sort(key=lambda one: _timeline(one[0].node))
+            made.sort(key=lambda one: (_timeline(one[0].node), one[0].node == self.node))
             connection, self._place = made.pop()
             return connection
         finally:
@@ -212,6 +220,14 @@ class Nodes:
         """Whether a commit is on more than one disk where that is asked for."""
         return not self._replicated or connection.standbys != ""
 
+    async def still_waits(self, connection: Connection) -> bool:
+        """As `waits_for_standbys`, for the commit that has just ended on the connection. When the setting is emptied,
+        the commits that wait for a standby end with success. PostgreSQL signals its sessions first, so that the next
+        statement of such a session sees the empty setting. Raises one of FAILURES."""
+        if self._replicated:
+            connection.standbys = await connection.fetchval(_STANDBYS)
+        return self.waits_for_standbys(connection)
+
     def confirmed(self, node: str, began_s: float) -> None:
         """A commit on the node that began then was confirmed: it is the one in use."""
         if self.node != node:
@@ -221,12 +237,16 @@ class Nodes:
         self._until_s = max(self._until_s, began_s + LEASE_S)
 
     async def settled(self, node: str) -> bool:
-        """Returns as soon as a commit that was confirmed on the node may be acknowledged; False if it may not be."""
+        """Returns as soon as a commit that was confirmed on the node may be acknowledged; False if it may not be, and
+        after SETTLE_S_MAX."""
         if not self._replicated:
             return True
-        while self.node == node and (left_s := self._since_s + WAIT_S - now_s()) > 0:  # noqa: ASYNC110  for a time, which may move
+        end_s = now_s() + SETTLE_S_MAX
+        while self.node == node and (left_s := self._since_s + WAIT_S - now_s()) > 0:
+            if (left_s := min(left_s, end_s - now_s())) <= 0:
+                return False
             await asyncio.sleep(left_s)
-        return self.node == node
+        return self.node == node and now_s() <= self._until_s
 
     def check(self, node: str) -> None:
         """Raises EngineUnavailableError unless what was read on the node just now may be answered."""
@@ -251,4 +271,4 @@ def warn(connection: Any, message: Any) -> None:
 
 
 def _timeline(node: str) -> int:
-    return int(node or "0", 16)
+    return int(node.partition(" ")[0] or "0", 16)

@@ -4,7 +4,7 @@ Owns: reads, and opening. `store.tables` has the tables, `store.postgres_writer`
 the lease on it. Invariants:
 - Reads are of the node that takes writes. Nothing is answered from memory.
 - What a read found is answered only if the lease on its node still holds after it.
-- A read has a deadline, with its wait for a connection, and at most READ_CONNECTIONS_MAX run at a time.
+- A read has one deadline, with its waits for a connection, and at most READ_CONNECTIONS_MAX run at a time.
 
 It must never interpret a value.
 """
@@ -42,7 +42,7 @@ __all__ = ["SCHEMA", "PostgresEngine", "check_url", "examine", "init", "open_eng
 
 READ_CONNECTIONS_MAX: Final = 8
 READ_S_MAX: Final = 10
-"""Of one statement that reads, and of the wait for a connection."""
+"""Of one read: the waits for a connection and all tries of the statement together."""
 
 _UP_TO: Final = (
     "SELECT key, value FROM (SELECT key, value, sum(octet_length(value)) OVER (ORDER BY key) - octet_length(value)"
@@ -78,23 +78,28 @@ class PostgresReads:
 
     async def fetch(self, statement: str, *values: object) -> list[Any]:
         """Raises EngineUnavailableError."""
+        end_s = asyncio.get_running_loop().time() + READ_S_MAX
         for last in (False, True):
             try:
-                return await self._fetch(statement, *values)
+                return await self._fetch(end_s, statement, *values)
             except FAILURES as error:
                 if last or isinstance(error, TimeoutError):
                     raise EngineUnavailableError(UNAVAILABLE) from error
         raise EngineUnavailableError(UNAVAILABLE)
 
-    async def _fetch(self, statement: str, *values: object) -> list[Any]:
+    async def _fetch(self, end_s: float, statement: str, *values: object) -> list[Any]:
+        loop = asyncio.get_running_loop()
         while True:
-            connection: Any = await self._pool.acquire(timeout=READ_S_MAX)  # stands for a Connection
+            left_s = end_s - loop.time()
+            if left_s <= 0:
+                raise TimeoutError
+            connection: Any = await self._pool.acquire(timeout=left_s)  # stands for a Connection
             node = connection.node
             if node == self._nodes.node:
                 break
             await self._end(connection)
         # The driver's own timeout would send a cancel request, and wait for a node that does not answer.
-        timer = asyncio.get_running_loop().call_later(READ_S_MAX, connection.terminate)
+        timer = loop.call_at(end_s, connection.terminate)
         try:
             found: list[Any] = await connection.fetch(statement, *values)
         except BaseException:

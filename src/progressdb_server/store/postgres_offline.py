@@ -58,7 +58,7 @@ class PostgresEntries(PostgresReads):
     def __init__(self, connection: asyncpg.Connection[Any]) -> None:
         self._connection = connection
 
-    async def _fetch(self, statement: str, *values: object) -> list[Any]:
+    async def fetch(self, statement: str, *values: object) -> list[Any]:
         try:
             return await self._connection.fetch(statement, *values)
         except FAILURES as error:
@@ -68,10 +68,10 @@ class PostgresEntries(PostgresReads):
         return await self._counters() if key == keyspace.STATE else await super().get(key)
 
     async def _counters(self) -> bytes:
-        ((threads, messages),) = await self._fetch(
+        ((threads, messages),) = await self.fetch(
             "SELECT coalesce(sum(threads), 0), coalesce(sum(messages), 0) FROM store_counter"
         )
-        heads = await self._fetch("SELECT last FROM store_head ORDER BY last DESC LIMIT 1")
+        heads = await self.fetch("SELECT last FROM store_head ORDER BY last DESC LIMIT 1")
         created = await self.keys(keyspace.CREATED, keyspace.after(keyspace.CREATED), limit=1, reverse=True)
         stamps = [last for (last,) in heads if last]
         stamps += [key[len(keyspace.CREATED) :][: keyspace.STAMP_BYTES] for key in created]
@@ -80,7 +80,7 @@ class PostgresEntries(PostgresReads):
 
     async def walk(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
         after = (b"", b"")
-        while rows := await self._fetch(_WALK, *after, SCAN_ENTRIES_MAX, WALK_BYTES_MAX):
+        while rows := await self.fetch(_WALK, *after, SCAN_ENTRIES_MAX, WALK_BYTES_MAX):
             yield [(key, value) for _, key, value in rows]
             after = (rows[-1][0], rows[-1][1])
 
@@ -91,8 +91,8 @@ class PostgresEntries(PostgresReads):
         for key, value in dict(puts).items():
             if key == keyspace.STATE:
                 state = msgspec.msgpack.decode(value or b"", type=Counters)
-                await self._fetch("DELETE FROM store_counter")
-                await self._fetch("INSERT INTO store_counter VALUES (0, $1, $2)", state.threads, state.messages)
+                await self.fetch("DELETE FROM store_counter")
+                await self.fetch("INSERT INTO store_counter VALUES (0, $1, $2)", state.threads, state.messages)
             elif value is None:
                 gone.append((tkey(key), key))
             else:
@@ -103,11 +103,11 @@ class PostgresEntries(PostgresReads):
                 elif key.startswith(keyspace.THREAD) and keyspace.is_version(key):
                     heads[place] = max(heads.get(place, b""), key[-keyspace.STAMP_BYTES :])
         if gone:
-            await self._fetch(_DELETE, *zip(*gone, strict=True))
+            await self.fetch(_DELETE, *zip(*gone, strict=True))
         if values:
-            await self._fetch(_PUT, *zip(*values, strict=True))
+            await self.fetch(_PUT, *zip(*values, strict=True))
         if heads:
-            await self._fetch(_HEADS, list(heads), list(heads.values()))
+            await self.fetch(_HEADS, list(heads), list(heads.values()))
 
 
 @asynccontextmanager

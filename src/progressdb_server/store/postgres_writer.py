@@ -7,9 +7,9 @@ Owns: the locks, the conditions and the commit of a group, and the outcome of a 
   changed in between, which the statement checks; else it writes nothing and is sent again.
 - A head has the last stamp of its thread. A version whose stamp is not above it is not written (`LateStampError`).
 - The number of the schema is read FOR SHARE in each transaction: a server whose schema was changed writes nothing.
-- A commit that may not be replicated is never reported as one: not after a lost connection, a deadline, or a warning.
-  Its connection is terminated, because a cancelled wait for the standby would report success. The task that commits is
-  never cancelled.
+- A commit that may not be replicated is never reported as one: not after a lost connection, a deadline, or a warning,
+  and not if the node waits for no standby any more, which is asked after each commit. Its connection is terminated,
+  because a cancelled wait for the standby would report success. The task that commits is never cancelled.
 - Each commit changes a counter, so that one without puts waits for the standby too.
 """
 
@@ -56,8 +56,16 @@ COUNTERS_COUNT: Final = 1024
 """Rows of counters. Each writer of a server takes one of them, so that no two wait for each other's, mostly."""
 WRITERS_COUNT: Final = 2
 """Groups of one server that are committed at a time. A thread is always in the same one."""
+NO_STANDBYS: Final = "synchronous_standby_names is empty there"
 UNKNOWN: Final = "the store's database did not confirm the write, which may be stored"
 BUSY: Final = "the store's database is too busy"
+REFUSED: Final[Mapping[str, str]] = {
+    "42": "the store's database refused the write: a table is missing, or a right of the servers' role",
+    "53": "the store's database has no room for the write, on its disk or in its memory",
+}
+"""By the class of an error that another try would meet again; but not of TOO_MANY, which end by themselves."""
+TOO_MANY: Final = "53300"
+"""Connections."""
 
 USUAL: Final = f"""
 WITH fence AS MATERIALIZED (SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE),
@@ -243,6 +251,25 @@ def _may_be_stored(error: BaseException) -> bool:
     return code is None or code.startswith(_IN_DOUBT)
 
 
+def _refusal(error: BaseException) -> str:
+    """Why no other try is made; empty if one is."""
+    code = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
+    return "" if code is None or code == TOO_MANY else REFUSED.get(code[:2], "")
+
+
+async def confirm(nodes: Nodes, connection: Connection) -> None:
+    """After each commit. A wait for the standby that was cancelled has ended with success and a warning, one that the
+    setting has ended without. Raises InterfaceError unless the commit is known to be on more than one disk: an error
+    of the question says nothing about the commit, which must not be made again for it."""
+    try:
+        if not connection.warned and not await nodes.still_waits(connection):
+            connection.warned = NO_STANDBYS
+    except FAILURES as error:
+        raise asyncpg.InterfaceError(UNKNOWN) from error
+    if connection.warned:
+        raise asyncpg.InterfaceError(UNKNOWN)
+
+
 async def find(nodes: Nodes) -> Connection:
     """A connection to the node that takes writes. Raises EngineUnavailableError."""
     connection = await nodes.find(
@@ -253,7 +280,7 @@ async def find(nodes: Nodes) -> Connection:
     connection.add_log_listener(warn)
     if not nodes.waits_for_standbys(connection):
         connection.terminate()
-        _log.error("store_node_without_standbys", reason="synchronous_standby_names is empty there")
+        _log.error("store_node_without_standbys", reason=NO_STANDBYS)
         raise EngineUnavailableError(UNAVAILABLE)
     return connection
 
@@ -271,19 +298,23 @@ async def keep_lease(nodes: Nodes) -> None:
                             connection.terminate()
                         connection = await find(nodes)
                     began_s = now_s()
-                    await bounded(connection, connection.execute(COUNT, counter, 0, 0), COMMIT_S_MAX)
-                    if connection.warned:
-                        connection.terminate()
-                    else:
-                        nodes.confirmed(connection.node, began_s)
+                    await bounded(connection, _beat(nodes, connection, counter), COMMIT_S_MAX)
+                    nodes.confirmed(connection.node, began_s)
                 except (*FAILURES, StoreUnavailableError) as error:
+                    reason = type(error).__name__
                     if connection is not None:
                         connection.terminate()
-                    _log.warning("store_lease_not_renewed", error=type(error).__name__)
+                        reason = connection.warned or reason
+                    _log.warning("store_lease_not_renewed", reason=reason)
             await asyncio.sleep(BEAT_S / 2)
     finally:
         if connection is not None:
             connection.terminate()
+
+
+async def _beat(nodes: Nodes, connection: Connection, counter: int) -> None:
+    await connection.execute(COUNT, counter, 0, 0)
+    await confirm(nodes, connection)
 
 
 class PostgresWriter(GroupCommit):
@@ -348,6 +379,12 @@ class PostgresWriter(GroupCommit):
                 if self._committing and _may_be_stored(error):
                     _log.error("store_commit_in_doubt", reason=connection.warned or type(error).__name__)
                     raise EngineUnavailableError(UNKNOWN) from error
+                why = _refusal(error)
+                _log.warning(
+                    "store_commit_refused", error=type(error).__name__, sqlstate=getattr(error, "sqlstate", None)
+                )
+                if why:
+                    raise NotWrittenError(why) from error
             else:
                 self._nodes.confirmed(connection.node, began_s)
                 if await self._nodes.settled(connection.node):
@@ -368,17 +405,15 @@ class PostgresWriter(GroupCommit):
                 row = await connection.fetchrow(USUAL, *usual.arguments, self._counter, usual.threads, usual.messages)
                 done, still = row or (False, False)
                 if done:
-                    self._confirm(connection, usual.threads, usual.messages)
+                    await self._confirm(connection, usual.threads, usual.messages)
                     return {}
                 if still:
                     break
             self._committing = False
         return await self._transaction(connection, group)
 
-    def _confirm(self, connection: Connection, threads: int, messages: int) -> None:
-        """After the commit. A wait for the standby that was cancelled has ended with success and a warning."""
-        if connection.warned:
-            raise asyncpg.InterfaceError(UNKNOWN)
+    async def _confirm(self, connection: Connection, threads: int, messages: int) -> None:
+        await confirm(self._nodes, connection)
         self.state = Counters(self.state.threads + threads, self.state.messages + messages)
 
     async def _transaction(
@@ -396,7 +431,7 @@ class PostgresWriter(GroupCommit):
         self._committing = True
         if await connection.execute("COMMIT") != "COMMIT":
             raise asyncpg.InterfaceError(UNKNOWN)
-        self._confirm(connection, threads, messages)
+        await self._confirm(connection, threads, messages)
         return failed
 
 

@@ -6,6 +6,7 @@ entries of a thread have the same `tkey`. No table needs a sequence, an advisory
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -24,6 +25,8 @@ ONE_DISK: Final = (
     "the database acknowledges what one disk alone has: set synchronous_standby_names there, or store.single_node = "
     "true if one disk is enough"
 )
+COMMAND_S_MAX: Final = 600.0
+"""Of one statement of a command, with the command's own work before it."""
 COPYING: Final = 0
 """The number until a copy into the tables has ended."""
 TABLES: Final = """
@@ -90,14 +93,26 @@ def within(lower: bytes, upper: bytes) -> bytes | None:
 # --- making them ------------------------------------------------------------------------------------------------------
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
-    """For a command. Raises FormatError, EngineUnavailableError."""
+    """For a command. A statement that takes longer than COMMAND_S_MAX loses its connection: the driver's own timeout
+    would send a cancel request. Raises FormatError, EngineUnavailableError."""
     nodes = Nodes(url, replicated=False)
     connection = await nodes.find(synchronous_commit="on", application_name="progressdb-store")
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(COMMAND_S_MAX, connection.terminate)
+
+    def ended(_: object) -> None:
+        nonlocal timer
+        timer.cancel()
+        timer = loop.call_later(COMMAND_S_MAX, connection.terminate)
+
+    connection.add_query_logger(ended)
     try:
         yield connection
     except FAILURES as error:
         raise EngineUnavailableError("the database refused") from error
     finally:
+        connection.remove_query_logger(ended)
+        timer.cancel()
         connection.terminate()
 
 

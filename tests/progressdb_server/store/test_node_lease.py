@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import asyncpg
 import pytest
@@ -12,10 +12,10 @@ import pytest
 from progressdb_server.store import nodes, postgres, postgres_writer
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
-from progressdb_server.store.model import NewMessage, NotAMemberError, StoreUnavailableError
+from progressdb_server.store.model import NewMessage, NotAMemberError, OutcomeUnknownError, StoreUnavailableError
 from tests.harness import postgres as harness
-from tests.progressdb_server.store.failing_database import with_setting
-from tests.progressdb_server.store.opened_store import bodies, emptied, fill, messages_of, url_of
+from tests.progressdb_server.store.failing_database import waiting, with_setting
+from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, url_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 STANDBY = "standby"
@@ -69,19 +69,112 @@ def test_a_node_without_standbys_is_neither_read_nor_written() -> None:
             await until(store, answered=True)
             await store.create_message(NewMessage(author="ann", thread="t", body=1))
             assert bodies(await messages_of(store, "t")) == [0, 1]
-            connection = await asyncpg.connect(url)
-            await with_setting(connection, "synchronous_standby_names", "")
-            await connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'progressdb'"
-            )
-            await connection.close()
-            await asyncio.sleep(nodes.LEASE_S)
-            with pytest.raises(StoreUnavailableError):
-                await store.create_message(NewMessage(author="ann", thread="t", body=2))
             await store.close()
 
     with harness.running() as (settings, _):
         asyncio.run(run(settings))
+
+
+def test_no_commit_is_acknowledged_once_its_node_waits_for_no_standby() -> None:
+    """Patroni empties the setting when it has no standby left: a commit that waits then ends with success."""
+
+    async def run(settings: str) -> None:
+        url = url_of(settings)
+        await (await emptied(url)).close()
+        await with_standby(settings)
+        with harness.receiver(settings, STANDBY) as standby:
+            store = Conversations(await postgres.open_engine(url, single_node=False), SealingProvider())
+            await fill(store, 1)
+            await store.add_members("t", ["bob"])
+            assert await reads(store)
+            standby.send_signal(signal.SIGSTOP)
+            writing = asyncio.ensure_future(store.create_message(NewMessage(author="ann", thread="t", body=1)))
+            connection = await asyncpg.connect(url)
+            async with asyncio.timeout(60):
+                while len(await waiting(connection)) < 2:  # the write, and the beat
+                    await asyncio.sleep(0.01)
+            await with_setting(connection, "synchronous_standby_names", "")
+            with pytest.raises(OutcomeUnknownError, match="may be stored"):
+                await writing
+            await until(store, answered=False)
+            with pytest.raises(StoreUnavailableError):
+                await store.create_message(NewMessage(author="ann", thread="t", body=2))
+            assert not await reads(store)
+            await with_setting(connection, "synchronous_standby_names", STANDBY)
+            standby.send_signal(signal.SIGCONT)
+            await until(store, answered=True)
+            assert bodies(await messages_of(store, "t")) == [0, 1]
+            await connection.close()
+            await store.close()
+
+    with harness.running() as (settings, _):
+        asyncio.run(run(settings))
+
+
+def test_a_commit_whose_node_does_not_say_its_standbys_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the error: it is not made again."""
+
+    async def run(settings: str) -> None:
+        url = url_of(settings)
+        await (await emptied(url)).close()
+        await with_standby(settings)
+        with harness.receiver(settings, STANDBY):
+            store = Conversations(await postgres.open_engine(url, single_node=False), SealingProvider())
+            await fill(store, 1)
+            await store.add_members("t", ["bob"])
+            with monkeypatch.context() as patch:
+                patch.setattr(nodes, "_STANDBYS", "SELECT (1 / 0)::text")
+                with pytest.raises(OutcomeUnknownError, match="may be stored"):
+                    await store.create_message(NewMessage(author="ann", thread="t", body=1))
+            await becomes(lambda: store.writer.available)
+            await until(store, answered=True)
+            assert bodies(await messages_of(store, "t")) == [0, 1]
+            await store.close()
+
+    with harness.running() as (settings, _):
+        asyncio.run(run(settings))
+
+
+def test_a_commit_that_is_confirmed_without_a_lease_is_not_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each commit takes longer than a lease, so that the wait for an unbroken one would have no end."""
+    monkeypatch.setattr(nodes, "SETTLE_S_MAX", 1.0)
+    found = nodes.Nodes("postgresql:///x?host=/run", replicated=True)
+
+    async def run() -> None:
+        async def late() -> None:
+            while True:
+                found.confirmed("1", nodes.now_s() - 2 * nodes.LEASE_S)
+                await asyncio.sleep(nodes.WAIT_S / 4)
+
+        confirming = asyncio.ensure_future(late())
+        await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            assert not await found.settled("1"), "it waits at most so long"
+        confirming.cancel()
+        async with asyncio.timeout(60):
+            assert not await found.settled("1"), "the lease has ended"
+
+    asyncio.run(run())
+
+
+def test_a_node_is_known_by_its_timeline_and_its_start() -> None:
+    """Two standbys that are promoted apart from each other begin the same timeline."""
+
+    async def run(settings: Sequence[str]) -> None:
+        found = nodes.Nodes(",".join([url_of(settings[0]), url_of(settings[1]).partition("host=")[2]]), replicated=True)
+        first = await found.find()
+        found.confirmed(first.node, nodes.now_s())
+        again = await found.find()
+        assert again.node == first.node, "of two with one timeline it keeps the one in use"
+        others = [await nodes.Nodes(url_of(one), replicated=True).find() for one in settings]
+        seen = {other.node for other in others}
+        assert {node.partition(" ")[0] for node in seen} == {"00000001"}
+        assert len(seen) == 2
+        for connection in (first, again, *others):
+            connection.terminate()
+
+    with harness.running() as (one, _), harness.running() as (two, _):
+        asyncio.run(run([one, two]))
 
 
 def test_a_node_is_read_after_an_unbroken_lease_on_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -416,6 +416,7 @@ def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> Non
         ("postgresql://db:many/x?sslmode=verify-full", "no URL"),
         ("postgresql://user:secret@db/x?sslmode=verify-full", "password file"),
         ("postgresql://db/x?sslmode=verify-full&password=secret", "password file"),
+        ("postgresql://db/x?sslmode=verify-full&sslpassword=secret", "must not hold a password"),
     ],
 )
 def test_a_url_that_does_not_check_the_server_or_holds_a_secret_is_refused(url: str, why: str) -> None:

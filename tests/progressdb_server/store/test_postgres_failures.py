@@ -6,12 +6,14 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
-from progressdb_server.store import nodes, postgres, postgres_writer
+from progressdb_server.store import nodes, postgres, postgres_writer, tables
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotWrittenError, OutcomeUnknownError, StoreUnavailableError
@@ -40,7 +42,7 @@ def of(body: object) -> NewMessage:
     return NewMessage(author="ann", thread="t", body=body)
 
 
-@pytest.mark.parametrize("code", ["40001", "40P01", "25006", "53100"])
+@pytest.mark.parametrize("code", ["40001", "40P01", "25006", "53300"])
 def test_a_group_that_the_database_refuses_is_written_again(database: str, code: str) -> None:
     """Also where its node takes no writes any more: another connection leads to the one that does."""
 
@@ -48,6 +50,21 @@ def test_a_group_that_the_database_refuses_is_written_again(database: str, code:
         async with raising(database, code, 2):
             await store.create_message(of(1))
         assert bodies(await messages_of(store, "t")) == [0, 1]
+
+    with_one(database, run)
+
+
+@pytest.mark.parametrize(("code", "why"), [("42501", "right of the servers' role"), ("53100", "no room")])
+def test_a_missing_right_and_a_full_disk_are_said_at_once(database: str, code: str, why: str) -> None:
+    async def run(store: Conversations) -> None:
+        async with raising(database, code, 1000) as connection:
+            with capture_logs() as logs, pytest.raises(NotWrittenError, match=why):
+                await store.create_message(of(1))
+            assert await connection.fetchval("SELECT last_value FROM raised") == 1
+        assert {line.get("sqlstate") for line in logs if line["event"] == "store_commit_refused"} == {code}
+        await becomes(lambda: store.writer.available)
+        await store.create_message(of(2))
+        assert bodies(await messages_of(store, "t")) == [0, 2]
 
     with_one(database, run)
 
@@ -128,6 +145,41 @@ def test_a_commit_without_a_standby_ends_at_its_deadline(database: str, monkeypa
         assert bodies(await messages_of(store, "t")) == [0, 1]
 
     with_one(database, run)
+
+
+def test_a_read_that_met_its_deadline_is_not_sent_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "READ_S_MAX", 0.5)
+
+    async def run(store: Conversations) -> None:
+        reads: Any = store.reads
+        connection = await asyncpg.connect(database)
+        await connection.execute("CREATE SEQUENCE tries")
+        try:
+            with pytest.raises(EngineUnavailableError):
+                await reads.fetch("SELECT nextval('tries'), pg_sleep(60)")
+            assert await connection.fetchval("SELECT last_value FROM tries") == 1
+        finally:
+            await connection.execute("DROP SEQUENCE tries")
+            await connection.close()
+
+    with_one(database, run)
+
+
+def test_a_command_does_not_wait_for_a_database_without_end(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "COMMAND_S_MAX", 0.5)
+
+    async def run() -> None:
+        await (await emptied(database)).close()
+        connection = await asyncpg.connect(database)
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE store_schema")
+            async with asyncio.timeout(60):
+                with pytest.raises(EngineUnavailableError):
+                    await postgres.upgrade(database)
+        await connection.close()
+        assert await postgres.upgrade(database) == (1, 1)
+
+    asyncio.run(run())
 
 
 def test_a_request_that_is_given_up_does_not_cancel_its_commit(database: str) -> None:
