@@ -50,6 +50,7 @@ from progressdb_server.kms.provider import Fault, Provider, fault, is_permanent,
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     Chunk,
+    ClaimLostError,
     ConditionFailedError,
     Record,
     Restored,
@@ -295,6 +296,8 @@ class KeyRotation(Kind):
         while not (row := await self._table.row(job_id)).job.new_key:
             try:
                 await self._table.store(row, changed(row.job, new_key=new, keying=False), switch)
+            except ClaimLostError:
+                raise
             except StaleRowError:
                 continue
             except StoreUnavailableError:  # the write may have succeeded: read the row again

@@ -31,6 +31,7 @@ from progressdb_server.jobs.states import (
     JobFailedError,
     JobNotFoundError,
     Move,
+    ThreadBusyError,
     TooManyJobsError,
     changed,
     move,
@@ -50,7 +51,8 @@ RETRY_S_MAX: Final = 5.0
 BEHIND_S_MAX: Final = 0.1
 """Beside requests every chunk begins a little late: without making up for that, a rate is never reached."""
 ADOPT_S: Final = 10.0
-BUSY: Final = "another server works on this thread: try again in a moment"
+SHARED_READ_S: Final = 1.0
+"""Beside other servers, the longest time in which `Runner.watch` does not read the row."""
 OTHER_WORK: Final = "other work"
 """In the place of a job's id while a thread's backups are restored or removed, or its old keys destroyed."""
 
@@ -159,8 +161,7 @@ class Runner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for thread, job_id in list(self._threads.items()):
-            await self._store.claims.release(thread, "" if job_id == OTHER_WORK else job_id)
+        await self._store.claims.stop()
 
     def has_job(self, thread: str) -> bool:
         """Whether a job on the thread is unfinished, or its keys are being destroyed."""
@@ -176,30 +177,40 @@ class Runner:
     # --- beside other servers ---------------------------------------------------------------------------------------
     async def _adopt(self) -> None:
         """Work on unfinished jobs that no server works on, again and again."""
-        known = {kind.name for kind in self.kinds}
+        known, claims = {kind.name for kind in self.kinds}, self._store.claims
+        first = True
         while True:
             with contextlib.suppress(StoreUnavailableError):
                 async for page in self.table.pages():
                     for job in page:
-                        if job.state in AT_WORK and job.kind in known and job.thread not in self._threads:
-                            await self._take(job)
+                        if not job.unfinished or job.kind not in known or job.thread in self._threads:
+                            continue
+                        # `store copy` copies no claims: a paused job gets its entry here.
+                        if job.state in AT_WORK or (first and not await claims.job_of(job.thread)):
+                            with contextlib.suppress(JobNotFoundError):  # removed since the page was read
+                                await self._take(job)
+                first = False
             await asyncio.sleep(ADOPT_S)
 
-    async def _take(self, job: Job) -> bool:
-        """Queue the job, unless another server works on its thread."""
+    async def _take(self, job: Job) -> None:
+        """Queue the job if it is at work, unless another server works on its thread."""
+        claims = self._store.claims
         async with self._beginning:
-            if job.thread in self._threads or not await self._store.claims.claim(job.thread, job.id, job.id):
-                return False
-            job = await self.table.get(job.id)
+            if job.thread in self._threads or not await claims.claim(job.thread, job.id, job.id):
+                return
+            try:
+                job = await self.table.get(job.id)
+            except (JobNotFoundError, StoreUnavailableError):
+                await claims.release(job.thread, job.id)
+                raise
             if job.state not in AT_WORK:
-                await self._store.claims.release(job.thread, job.id if job.unfinished else "")
-                return False
+                await claims.release(job.thread, job.id if job.unfinished else "")
+                return
             self._threads[job.thread] = job.id
         if job.keying:
             self._spawn(self._prepare_then_queue(job.id))
         else:
             await self._enqueue(job.id)
-        return True
 
     async def _other(self, thread: str) -> tuple[Job | None, str]:
         """An unfinished job on the thread, which another server may have begun; and the job that its claim names."""
@@ -233,13 +244,13 @@ class Runner:
             now_ns = self.table.now_ns()
             job = Job(self._store.new_job_id(now_ns), thread, now_ns, now_ns, kind=kind.name, **fields)
             if not await self._store.claims.claim(thread, job.id, last):
-                raise JobConflictError(BUSY)
+                raise ThreadBusyError
             self._threads[thread] = job.id
             try:
                 await self.table.add(job)
             except BaseException:
                 del self._threads[thread]
-                await self._store.claims.release(thread)
+                await self._store.claims.release(thread, job.id)  # the row may be there
                 raise
         _log.info("job_begun", job=job.id, thread=thread, trigger=job.trigger)
         if job.keying:
@@ -256,10 +267,14 @@ class Runner:
         return task
 
     async def _prepare_then_queue(self, job_id: str) -> None:
-        kind = self._kind(await self.table.get(job_id))
-        await self._persist(job_id, lambda: kind.prepare(job_id))
-        await self._settle(job_id)
-        await self._enqueue(job_id)
+        try:
+            kind = self._kind(await self.table.get(job_id))
+            await self._persist(job_id, lambda: kind.prepare(job_id))
+            await self._settle(job_id)
+        except StoreUnavailableError:
+            self._later(job_id)
+        else:
+            await self._enqueue(job_id)
 
     async def _enqueue(self, job_id: str) -> None:
         self._queue.append(job_id)
@@ -271,10 +286,14 @@ class Runner:
             job_id = self._queue.popleft()
             try:
                 job = await self.table.get(job_id)
+            except StoreUnavailableError:
+                self._queue.appendleft(job_id)
+                self._later(job_id)
+                return
             except BaseException:
                 self._queue.appendleft(job_id)
                 raise
-            if job.state not in AT_WORK or job_id in self._workers:
+            if job.state not in AT_WORK or job_id in self._workers or self._threads.get(job.thread) != job_id:
                 continue
             if len(self._workers) == RUNNING_MAX:  # another task has started one meanwhile
                 self._queue.appendleft(job_id)
@@ -336,7 +355,8 @@ class Runner:
     async def _worked(self, job_id: str) -> None:
         try:
             await self._settle(job_id)
-            if (await self.table.get(job_id)).state == "queued":  # resumed while its worker was stopping
+            job = await self.table.get(job_id)
+            if job.state == "queued" and self._threads.get(job.thread) == job_id:  # resumed while its worker stopped
                 self._queue.append(job_id)
             await self._pump()
         except StoreUnavailableError:  # unreadable for the moment
@@ -383,8 +403,17 @@ class Runner:
                 raise JobConflictError("the job is switching the thread's key: try again in a moment")
             return moved
 
-        job = await self.table.change(job_id, how)
+        try:
+            job = await self.table.change(job_id, how)
+        except ThreadBusyError:
+            await self._stop_work(job_id)
+            raise
         _log.info("job_ordered", job=job_id, order=event)
+        await self._stop_work(job_id)
+        return job
+
+    async def _stop_work(self, job_id: str) -> None:
+        """The job is no longer at work, or no longer this server's."""
         worker = self._workers.get(job_id)
         if worker is not None:  # it may sleep; writes that it has queued fail, since the row has changed
             worker.cancel()
@@ -393,7 +422,6 @@ class Runner:
             self.table.followed.pop(job_id, None)  # a worker that never began has not removed itself
             await self._pump()
         await self._settle(job_id)
-        return job
 
     async def resume(self, job_id: str) -> Job:
         """A failed job tries the failed records again. Raises JobConflictError also when another job has the thread, or
@@ -404,8 +432,11 @@ class Runner:
             raise JobConflictError("another job works on this thread")
         kind = self._kind(job)
         await kind.resume(job)
-        if not await self._store.claims.claim(job.thread, job_id, job_id if job.unfinished else ""):
-            raise JobConflictError(BUSY)
+        other, last = await self._other(job.thread)
+        if other is not None and other.id != job_id:
+            raise JobConflictError("another job works on this thread")
+        if not await self._store.claims.claim(job.thread, job_id, last):
+            raise ThreadBusyError
         self._threads[job.thread] = job_id
         try:
             job = await self.table.change(job_id, kind.resume)
@@ -422,6 +453,7 @@ class Runner:
     async def watch(self, job_id: str, *, pause_s: float = WATCH_S) -> AsyncIterator[Job]:
         """Yields the job now and after each change, until no worker works on it or the server stops. Between two values
         it waits at least `pause_s`."""
+        longest_s = SHARED_READ_S if self._store.shared else None  # another server may work on it
         seen = self.table.changes
         await self._ended(job_id)
         last = await self.table.get(job_id)
@@ -430,7 +462,7 @@ class Runner:
         try:
             while last.state in AT_WORK and not self._stop.is_set():
                 change = asyncio.create_task(self.table.wait_for_change(seen))
-                await asyncio.wait({change, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({change, stopping}, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 seen = self.table.changes
                 await self._ended(job_id)
@@ -463,8 +495,10 @@ class Runner:
             if unfinished is not None:
                 raise JobConflictError("a job on this thread is unfinished")
             if not await self._store.claims.claim(job.thread, "", last):
-                raise JobConflictError(BUSY)
+                raise ThreadBusyError
             yield
+        except StaleRowError:
+            raise ThreadBusyError from None
         finally:
             del self._threads[job.thread]
             await self._store.claims.release(job.thread)

@@ -59,6 +59,10 @@ class JobConflictError(JobError):
     """The job, or another one on its thread, is in a state that forbids this."""
 
 
+class ThreadBusyError(JobConflictError):
+    text = "another server works on this thread: try again in a moment"
+
+
 class TooManyJobsError(JobError):
     """The bound of unfinished jobs is reached."""
 

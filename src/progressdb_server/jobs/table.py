@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from progressdb_server.jobs.states import Job, JobNotFoundError, changed
+from progressdb_server.jobs.states import Job, JobNotFoundError, ThreadBusyError, changed
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import RowWrite, StaleRowError, Step
+from progressdb_server.store.model import ClaimLostError, RowWrite, StaleRowError, Step
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Job).decode
@@ -117,12 +117,14 @@ class JobTable:
 
     async def change(self, job_id: str, how: Callable[[Job], Job | Awaitable[Job]]) -> Job:
         """Replace the job by `how(job)`; repeat it if the row was changed at the same time. Raises the errors of `how`,
-        JobNotFoundError, StoreUnavailableError."""
+        JobNotFoundError, ThreadBusyError, StoreUnavailableError."""
         while True:
             row = await self.row(job_id)
             job = how(row.job)
             try:
                 return (await self.store(row, job if isinstance(job, Job) else await job)).job
+            except ClaimLostError:  # it stays lost
+                raise ThreadBusyError from None
             except StaleRowError:
                 continue
 

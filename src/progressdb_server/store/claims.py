@@ -2,7 +2,7 @@
 
 Owns: the entries `keyspace.claim` and `keyspace.server`. Invariants:
 - A claim names a server and is void once that server has not renewed its own entry for LEASE_S, by the clock of the
-  database. Clocks of servers decide nothing.
+  database, or has removed it because it stops. Clocks of servers decide nothing.
 - The entry names the thread's job until that has ended, whoever works on it, or nobody does while it is paused.
 - Taking a claim over changes its entry. Each step of a job expects the entry that its server wrote, so that a server
   which has lost a claim changes nothing, however late it notices.
@@ -24,6 +24,7 @@ from progressdb_server.store.writer import Commits, SharedEngine
 
 LEASE_S: Final = 30
 RENEW_S: Final = 5.0
+STOP_S: Final = 5.0
 
 _log = structlog.get_logger("progressdb.store")
 
@@ -34,6 +35,8 @@ class Claims:
         self._writer = writer
         self._server = secrets.token_hex(8)
         self._held: dict[str, bytes] = {}
+        self._claiming: set[str] = set()
+        self._renewed = False
 
     async def job_of(self, thread: str) -> str:
         """The id of the thread's job, empty for none. Raises StoreUnavailableError."""
@@ -41,20 +44,29 @@ class Claims:
         return "" if raw is None else raw.split(b"-", 2)[2].decode()
 
     async def claim(self, thread: str, job_id: str, last: str) -> bool:
-        """Whether this server has the thread now, for a job; `last` is `job_of` the thread. Raises
-        StoreUnavailableError."""
+        """Whether this server has the thread now, for a job; `last` is the thread's job as the caller knows it. A
+        thread without an entry is free: the caller reads the job's row again. Raises StoreUnavailableError."""
         if self._engine is None or await self.holds(thread):
             return True
-        key, reads = keyspace.claim(thread), self._engine.reads
+        if thread in self._claiming:
+            return False
+        self._claiming.add(thread)
+        try:
+            return await self._claim(self._engine, thread, job_id, last)
+        finally:
+            self._claiming.discard(thread)
+
+    async def _claim(self, engine: SharedEngine, thread: str, job_id: str, last: str) -> bool:
+        key, reads = keyspace.claim(thread), engine.reads
         entry = await reads.get(key)
         expect = [(key, entry)]
         owner, _, found = (entry or b"--").split(b"-", 2)
-        if found.decode() != last:
+        if entry is not None and found.decode() != last:
             return False
-        if owner:
+        if owner and owner.decode() != self._server:  # its own is left of a release that failed
             lease_key = keyspace.server(owner.decode())
             lease = await reads.get(lease_key)
-            if lease is not None and int(lease) > await self._engine.now_ns():
+            if lease is not None and int(lease) > await engine.now_ns():
                 return False
             expect.append((lease_key, lease))
         await self.renew()
@@ -75,7 +87,8 @@ class Claims:
             return False
         if await self._engine.reads.get(keyspace.claim(thread)) == mine:
             return True
-        self._held.pop(thread, None)
+        if self._held.get(thread) == mine:
+            del self._held[thread]
         return False
 
     async def release(self, thread: str, job_id: str = "") -> None:
@@ -87,6 +100,14 @@ class Claims:
             with contextlib.suppress(ConditionFailedError, StoreUnavailableError):  # else it ends with the lease
                 await self._writer.commit(Write(((key, left),), ((key, mine),)))
 
+    async def stop(self) -> None:
+        """Nothing works for this server any more: all its claims are void at once."""
+        self._held.clear()
+        if self._renewed:
+            with contextlib.suppress(StoreUnavailableError, TimeoutError):  # else they end with the lease
+                async with asyncio.timeout(STOP_S):
+                    await self._writer.commit(Write(((keyspace.server(self._server), None),)))
+
     def condition(self, thread: str) -> tuple[tuple[bytes, bytes | None], ...]:
         """Of what is written for work on the thread."""
         mine = self._held.get(thread)
@@ -95,6 +116,7 @@ class Claims:
     async def renew(self) -> None:
         """Raises StoreUnavailableError."""
         if self._engine is not None:
+            self._renewed = True
             until = await self._engine.now_ns() + LEASE_S * 1_000_000_000
             await self._writer.commit(Write(((keyspace.server(self._server), b"%d" % until),)))
 

@@ -110,6 +110,10 @@ class StaleRowError(Exception):
     """The row of a job is no longer what was read; nothing was written."""
 
 
+class ClaimLostError(StaleRowError):
+    """Another server has claimed the job's thread; nothing was written."""
+
+
 class StatusError(Exception):
     """Base of the errors that a client learns of; never raised itself. `status` and `text` are those of the HTTP
     response; no status: a defect. Without a `text`, the error's own text is a sentence for clients."""

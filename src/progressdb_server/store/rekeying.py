@@ -21,6 +21,7 @@ from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.model import (
     Chunk,
+    ClaimLostError,
     ConditionFailedError,
     KeptRecord,
     Record,
@@ -234,13 +235,15 @@ class Rekeying(OpenStore):
         return RowWrite(job_id, thread_id, self.writer.commit(Write(puts, expect, write.read, write.read_at)))
 
     async def settle_row(self, write: RowWrite) -> None:
-        """Durable when it returns. Raises StaleRowError; ConditionFailedError for a condition of the step;
-        StoreUnavailableError, after which the write may or may not be there."""
+        """Durable when it returns. Raises StaleRowError, ClaimLostError; ConditionFailedError for a condition of the
+        step; StoreUnavailableError, after which the write may or may not be there."""
         try:
             await write.done
         except ConditionFailedError as error:
             error.__traceback__ = None  # it leads to this frame, whose `write` has the future that keeps the error
-            if error.key in (keyspace.job(write.job_id), keyspace.claim(write.thread_id)):
+            if error.key == keyspace.claim(write.thread_id):
+                raise ClaimLostError from None
+            if error.key == keyspace.job(write.job_id):
                 raise StaleRowError from None
             raise
 

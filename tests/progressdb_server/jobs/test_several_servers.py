@@ -10,12 +10,12 @@ import pytest
 
 from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.jobs.states import JobConflictError
+from progressdb_server.jobs.states import Job, JobConflictError, JobNotFoundError, ThreadBusyError
 from progressdb_server.kms.provider import key_pages
 from progressdb_server.store import claims, keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import BackupExistsError, StaleRowError
+from progressdb_server.store.model import BackupExistsError, StaleRowError, StoreUnavailableError
 from tests.progressdb_server.jobs.rotating import UNBOUNDED, Gate, chunks_of, keys_of_records, write
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, servers
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -29,6 +29,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "LEASE_S", 1)
     monkeypatch.setattr(claims, "RENEW_S", 0.1)
     monkeypatch.setattr(runner, "ADOPT_S", 0.05)
+    monkeypatch.setattr(runner, "SHARED_READ_S", 0.05)
+    monkeypatch.setattr(runner, "READ_RETRY_S", 0.05)
 
 
 @asynccontextmanager
@@ -65,8 +67,15 @@ async def ended(store: Conversations, provider: SealingProvider, old: str) -> No
     assert active == [key]
 
 
-def _taken_over(thread: str) -> Write:
-    return Write(((keyspace.claim(thread), b"another-1-"),))
+def _taken_over(thread: str, job_id: str = "") -> Write:
+    """By a server whose claims hold."""
+    claim = (keyspace.claim(thread), b"another-1-" + job_id.encode())
+    return Write((claim, (keyspace.server("another"), b"9" * 19)))
+
+
+async def _ends(jobs: Jobs, job_id: str) -> Job:
+    async with asyncio.timeout(20):
+        return await jobs.wait(job_id)
 
 
 def test_a_rotation_asked_of_two_servers_is_one_job(database: str) -> None:
@@ -175,5 +184,178 @@ def test_an_old_key_waits_for_the_registered_backups_of_the_database(database: s
         assert [known.name async for page in stores[1].backups() for known in page] == ["new"]
         await jobs[1].destruction.begin()
         assert provider.destroyed == {job.old_key}
+
+    with_two(database, body)
+
+
+def test_a_job_without_a_claim_is_continued(database: str) -> None:
+    """As after `store copy`. A paused one still has its thread."""
+
+    async def run() -> None:
+        provider = SealingProvider()
+        async with servers(database, provider, 0, 0) as stores:
+            jobs = Jobs(stores[0], provider, UNBOUNDED, exclusive=False)
+            for thread in ("t", "u"):
+                await write(stores[0], 5, thread)
+            queued = Job(stores[0].new_job_id(1), "t", 1, 1, kind="rotation", keying=True)
+            paused = Job(stores[0].new_job_id(1), "u", 1, 1, kind="rotation", state="paused")
+            for job in (queued, paused):
+                await jobs.table.add(job)
+            async with started(stores, provider) as made:
+                assert (await _ends(made[1], queued.id)).state == "done"
+                async with asyncio.timeout(20):
+                    while await stores[0].reads.get(keyspace.claim("u")) != b"--" + paused.id.encode():
+                        await asyncio.sleep(0.02)
+                assert (await made[0].rotation.rotate("u")).id == paused.id
+
+    asyncio.run(run())
+
+
+def test_a_job_whose_beginning_was_not_confirmed_is_continued(database: str) -> None:
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        await write(stores[0], 5)
+        real, added = jobs[0].table.add, []
+
+        async def add(job: Job) -> None:
+            await real(job)
+            added.append(job.id)
+            raise StoreUnavailableError("not confirmed")
+
+        jobs[0].table.add = add  # type: ignore[method-assign]  # the hook
+        with pytest.raises(StoreUnavailableError, match="not confirmed"):
+            await jobs[0].rotation.rotate("t")
+        assert (await _ends(jobs[1], added[0])).state == "done"
+        assert [job.id async for page in jobs[1].table.pages() for job in page] == added
+
+    with_two(database, body)
+
+
+def test_each_server_sees_the_end_of_a_job_of_another(database: str) -> None:
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        await write(stores[0], 5)
+        gate = Gate(provider, 0)
+        job = await jobs[0].rotation.rotate("t")
+        await gate.reached.wait()
+        waiting = asyncio.ensure_future(_ends(jobs[1], job.id))
+        await asyncio.sleep(0.1)
+        gate.open()
+        assert (await waiting).state == "done"
+
+    with_two(database, body)
+
+
+def test_an_order_without_the_claim_is_answered(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queued job whose thread another server has claimed meanwhile; the next order is one of any other server."""
+
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        await write(stores[0], 5)
+        monkeypatch.setattr(runner, "RUNNING_MAX", 0)
+        job = await jobs[0].rotation.rotate("t", later=True)
+        await stores[1].writer.commit(_taken_over("t", job.id))
+        async with asyncio.timeout(20):
+            with pytest.raises(ThreadBusyError):
+                await jobs[0].cancel(job.id)
+            assert not jobs[0].has_job("t")
+            assert (await jobs[0].cancel(job.id)).state == "cancelled"
+
+    with_two(database, body)
+
+
+def test_other_work_that_loses_its_claim_is_refused(database: str) -> None:
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        await write(stores[0], 5)
+        job = await jobs[0].rotation.rotate("t")
+        await _ends(jobs[0], job.id)
+        row = await jobs[0].table.row(job.id)
+        for change in (
+            lambda: jobs[0].table.change(job.id, lambda now: now),
+            lambda: jobs[0].table.store(row, row.job),
+        ):
+            with pytest.raises(ThreadBusyError):
+                async with jobs[0].alone(job):
+                    await stores[1].writer.commit(_taken_over("t"))
+                    await change()
+            await stores[1].writer.commit(Write(((keyspace.claim("t"), None),)))
+        assert await jobs[0].table.row(job.id) == row
+
+    with_two(database, body)
+
+
+def _fails_once(jobs: Jobs, error: Exception) -> asyncio.Event:
+    """The next read of a row by its id fails; the event is set then."""
+    real, met = jobs.table.get, asyncio.Event()
+
+    async def get(job_id: str) -> Job:
+        if not met.is_set():
+            met.set()
+            raise error
+        return await real(job_id)
+
+    jobs.table.get = get  # type: ignore[method-assign]  # the hook
+    return met
+
+
+@pytest.mark.parametrize("keying", [True, False])
+def test_a_failed_read_strands_no_job(database: str, keying: bool) -> None:
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        await write(stores[0], 5)
+        met = _fails_once(jobs[0], StoreUnavailableError("one read"))
+        job = await jobs[0].add(jobs[0].rotation, "t", keying=keying)
+        async with asyncio.timeout(20):
+            await met.wait()
+        assert (await _ends(jobs[1], job.id)).state == "done"
+
+    with_two(database, body)
+
+
+def test_a_row_removed_while_it_is_adopted_stops_no_adoption(database: str) -> None:
+    async def run() -> None:
+        provider = SealingProvider()
+        async with servers(database, provider, 0) as stores, started(stores, provider) as jobs:
+            await write(stores[0], 5)
+            met = _fails_once(jobs[0], JobNotFoundError())
+            job = Job(stores[0].new_job_id(1), "t", 1, 1, kind="rotation", keying=True)
+            await jobs[0].table.add(job)
+            async with asyncio.timeout(20):
+                await met.wait()
+            assert (await _ends(jobs[0], job.id)).state == "done"
+
+    asyncio.run(run())
+
+
+def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str) -> None:
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        mine = stores[0].claims
+        assert await mine.claim("u", "job-1", "")
+        real = stores[0].writer.commit
+
+        def commit(write: Write) -> asyncio.Future[None]:
+            raise StoreUnavailableError("not written")
+
+        stores[0].writer.commit = commit  # type: ignore[method-assign]  # the hook
+        await mine.release("u")
+        stores[0].writer.commit = real  # type: ignore[method-assign]  # the hook
+        await mine.renew()
+        assert not await stores[1].claims.claim("u", "job-2", "job-1")
+        assert await mine.claim("u", "job-2", "job-1")
+
+    with_two(database, body)
+
+
+def test_a_server_that_stops_ends_all_its_claims_at_once(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "LEASE_S", 10_000)
+
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        await write(stores[0], 5)
+        gate = Gate(provider, 0)
+        job = await jobs[0].rotation.rotate("t")
+        await gate.reached.wait()
+        before = await stores[0].reads.get(keyspace.claim("t"))
+        with monkeypatch.context() as patched:
+            patched.setattr(stores[1].claims, "claim", lambda *_: asyncio.sleep(0, False))
+            await jobs[0].close()
+            assert await stores[1].reads.get(keyspace.claim("t")) == before
+        gate.open()
+        assert (await _ends(jobs[1], job.id)).state == "done"
 
     with_two(database, body)
