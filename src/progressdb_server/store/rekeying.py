@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from typing import Final
 
 from progressdb_server.store import keyspace, record
@@ -29,6 +30,7 @@ from progressdb_server.store.model import (
     RowWrite,
     StaleRowError,
     Step,
+    StoreUnavailableError,
     shown,
 )
 from progressdb_server.store.sealer import Sealer
@@ -239,13 +241,15 @@ class Rekeying(OpenStore):
         step; StoreUnavailableError, after which the write may or may not be there."""
         try:
             await write.done
-        except ConditionFailedError as error:
+        except (ConditionFailedError, StoreUnavailableError) as error:
             error.__traceback__ = None  # it leads to this frame, whose `write` has the future that keeps the error
+            if not isinstance(error, ConditionFailedError):
+                raise copy(error) from error.__cause__
             if error.key == keyspace.claim(write.thread_id):
                 raise ClaimLostError from None
             if error.key == keyspace.job(write.job_id):
                 raise StaleRowError from None
-            raise
+            raise ConditionFailedError(error.key) from None
 
     async def remove_rows(self, job_ids: Collection[str]) -> None:
         await self.writer.commit(Write([(keyspace.job(job_id), None) for job_id in job_ids]))
