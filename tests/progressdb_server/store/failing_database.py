@@ -36,10 +36,26 @@ async def no_standby(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     connection = await asyncpg.connect(url, server_settings={"synchronous_commit": "local"})
     try:
         await with_setting(connection, "synchronous_standby_names", "nobody")
+        await _until_a_commit_waits(url, connection)
         yield connection
     finally:
         await with_setting(connection, "synchronous_standby_names", "")
         await connection.close()
+
+
+async def _until_a_commit_waits(url: str, connection: asyncpg.Connection[Any]) -> None:
+    """The checkpointer reads the setting later than a session does."""
+    async with asyncio.timeout(60):
+        while True:
+            other = await asyncpg.connect(url)
+            pid = other.get_server_pid()
+            commit = asyncio.ensure_future(other.execute("SELECT pg_logical_emit_message(true, 'test', '')"))
+            while not commit.done():
+                if await connection.fetchval("SELECT wait_event = 'SyncRep' FROM pg_stat_activity WHERE pid = $1", pid):
+                    other.terminate()
+                    await asyncio.gather(commit, return_exceptions=True)
+                    return
+            await other.close()
 
 
 async def waiting(connection: asyncpg.Connection[Any], for_what: str = "SyncRep") -> list[int]:
