@@ -234,7 +234,9 @@ class Peer:
             while True:
                 connection = server.accept()[0]
                 self._opened.append(connection)
-                if self._reads:
+                if server.fileno() < 0:  # killed since it was accepted
+                    connection.close()
+                elif self._reads:
                     threading.Thread(target=self._read, args=(connection,), daemon=True).start()
 
     def _read(self, connection: socket.socket) -> None:
