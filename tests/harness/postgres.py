@@ -23,27 +23,22 @@ FORGETFUL = ("fsync=off", "full_page_writes=off")
 @contextlib.contextmanager
 def running(settings: Sequence[str] = FORGETFUL) -> Iterator[tuple[str, Path]]:
     """A connection string, and the directory that holds what is on disk."""
-    programs = Path(needs.postgresql())
-    base = Path(tempfile.mkdtemp(prefix="pg"))
-    user = NOBODY if os.geteuid() == 0 else None
-    data = base / "data"
-    try:
-        if user is not None:
-            os.chown(base, user, user)
-        _run([programs / "initdb", "-D", data, "-A", "trust", "-U", "test", "-E", "UTF8", "--no-sync"], user)
-        options = " ".join(f"-c {setting}" for setting in (*SETTINGS, *settings, f"unix_socket_directories={base}"))
-        _run([programs / "pg_ctl", "-D", data, "-w", "-t", "60", "-l", base / "log", "-o", options, "start"], user)
-        try:
-            yield f"host={base} user=test dbname=postgres", data
-        finally:
-            _run([programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop"], user)
-    finally:
-        shutil.rmtree(base)
+    command = ("initdb", "-A", "trust", "-U", "test", "-E", "UTF8", "--no-sync")
+    with _started(command, settings) as (url, data):
+        yield url, data
 
 
 @contextlib.contextmanager
 def standby(primary: str, name: str) -> Iterator[str]:
     """A connection string to a node that replicates the one at `primary`, as the standby `name`."""
+    source = primary.replace("dbname=postgres", f"application_name={name}")
+    with _started(("pg_basebackup", "-d", source, "-R", "-c", "fast", "--no-sync"), FORGETFUL) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def _started(command: Sequence[str], settings: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """A PostgreSQL whose files the command makes in the directory of its option -D."""
     programs = Path(needs.postgresql())
     base = Path(tempfile.mkdtemp(prefix="pg"))
     user = NOBODY if os.geteuid() == 0 else None
@@ -51,12 +46,11 @@ def standby(primary: str, name: str) -> Iterator[str]:
     try:
         if user is not None:
             os.chown(base, user, user)
-        source = primary.replace("dbname=postgres", f"application_name={name}")
-        _run([programs / "pg_basebackup", "-d", source, "-D", data, "-R", "-c", "fast", "--no-sync"], user)
-        options = " ".join(f"-c {setting}" for setting in (*SETTINGS, *FORGETFUL, f"unix_socket_directories={base}"))
+        _run([programs / command[0], *command[1:], "-D", data], user)
+        options = " ".join(f"-c {setting}" for setting in (*SETTINGS, *settings, f"unix_socket_directories={base}"))
         _run([programs / "pg_ctl", "-D", data, "-w", "-t", "60", "-l", base / "log", "-o", options, "start"], user)
         try:
-            yield f"host={base} user=test dbname=postgres"
+            yield f"host={base} user=test dbname=postgres", data
         finally:
             _run([programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop"], user)
     finally:

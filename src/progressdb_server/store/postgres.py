@@ -26,6 +26,7 @@ from progressdb_server.store.model import FormatError
 from progressdb_server.store.nodes import CONNECT_S_MAX, FAILURES, UNAVAILABLE, Connection, Nodes, check_url
 from progressdb_server.store.postgres_writer import Writers, keep_lease
 from progressdb_server.store.tables import (
+    COUNTED,
     ONE_DISK,
     SCHEMA,
     examine,
@@ -65,7 +66,6 @@ _NEWEST: Final = (
     " FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) WITH ORDINALITY AS wanted (tkey, lower, upper, number)"
     " ORDER BY wanted.number"
 )
-_COUNTED: Final = "SELECT coalesce(sum(threads), 0), coalesce(sum(messages), 0) FROM store_counter"
 _NOW: Final = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000000)::bigint"
 
 
@@ -190,7 +190,7 @@ class PostgresEngine(SharedEngine):
         return Writers(self._nodes, self._counted, clock, metrics, on_reopen)
 
     async def counted(self) -> Counters:
-        return _counters(await self._reads.fetch(_COUNTED))
+        return _counters(await self._reads.fetch(COUNTED))
 
     async def now_ns(self) -> int:
         ((now,),) = await self._reads.fetch(_NOW)
@@ -226,7 +226,7 @@ async def open_engine(url: str, *, single_node: bool) -> PostgresEngine:
                 raise FormatError(other_schema(number))
             if not nodes.waits_for_standbys(connection):
                 raise FormatError(ONE_DISK)
-            counted = _counters(await connection.fetch(_COUNTED))
+            counted = _counters(await connection.fetch(COUNTED))
     except FAILURES as error:
         raise EngineUnavailableError(UNAVAILABLE) from error
     finally:

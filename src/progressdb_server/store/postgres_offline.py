@@ -26,7 +26,7 @@ from progressdb_server.store.model import FormatError, StoreLockedError
 from progressdb_server.store.nodes import FAILURES
 from progressdb_server.store.offline import WALK_BYTES_MAX
 from progressdb_server.store.postgres import PostgresReads
-from progressdb_server.store.tables import COPYING, SCHEMA, connected, number_of, other_schema, tkey
+from progressdb_server.store.tables import COPYING, COUNTED, DELETE, SCHEMA, connected, number_of, other_schema, tkey
 from progressdb_server.store.writer import Counters
 
 LOCK_S_MAX: Final = 20
@@ -44,9 +44,6 @@ SELECT tkey, key, value FROM (
 _PUT: Final = """
 INSERT INTO store_entry (tkey, key, value) SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::bytea[])
 ON CONFLICT (tkey, key) DO UPDATE SET value = excluded.value"""
-_DELETE: Final = """
-DELETE FROM store_entry AS entry USING unnest($1::bytea[], $2::bytea[]) AS old (tkey, key)
-WHERE entry.tkey = old.tkey AND entry.key = old.key"""
 _HEADS: Final = """
 INSERT INTO store_head (tkey, last) SELECT * FROM unnest($1::bytea[], $2::bytea[])
 ON CONFLICT (tkey) DO UPDATE SET last = greatest(store_head.last, excluded.last)"""
@@ -68,9 +65,7 @@ class PostgresEntries(PostgresReads):
         return await self._counters() if key == keyspace.STATE else await super().get(key)
 
     async def _counters(self) -> bytes:
-        ((threads, messages),) = await self.fetch(
-            "SELECT coalesce(sum(threads), 0), coalesce(sum(messages), 0) FROM store_counter"
-        )
+        ((threads, messages),) = await self.fetch(COUNTED)
         heads = await self.fetch("SELECT last FROM store_head ORDER BY last DESC LIMIT 1")
         created = await self.keys(keyspace.CREATED, keyspace.after(keyspace.CREATED), limit=1, reverse=True)
         stamps = [last for (last,) in heads if last]
@@ -103,7 +98,7 @@ class PostgresEntries(PostgresReads):
                 elif key.startswith(keyspace.THREAD) and keyspace.is_version(key):
                     heads[place] = max(heads.get(place, b""), key[-keyspace.STAMP_BYTES :])
         if gone:
-            await self.fetch(_DELETE, *zip(*gone, strict=True))
+            await self.fetch(DELETE, *zip(*gone, strict=True))
         if values:
             await self.fetch(_PUT, *zip(*values, strict=True))
         if heads:

@@ -40,7 +40,7 @@ from progressdb_server.store.nodes import (
     now_s,
     warn,
 )
-from progressdb_server.store.tables import SCHEMA, is_thread, tkey
+from progressdb_server.store.tables import DELETE, SCHEMA, is_thread, tkey
 from progressdb_server.store.writer import Counters, GroupCommit
 
 T = TypeVar("T")
@@ -515,11 +515,7 @@ async def _put(connection: Connection, staged: Puts, fresh: set[bytes]) -> None:
             if len(replaced) < len(there):
                 raise _AgainError
     if gone:
-        await connection.execute(
-            "DELETE FROM store_entry AS entry USING unnest($1::bytea[], $2::bytea[]) AS old (tkey, key)"
-            " WHERE entry.tkey = old.tkey AND entry.key = old.key",
-            *zip(*gone, strict=True),
-        )
+        await connection.execute(DELETE, *zip(*gone, strict=True))
 
 
 async def _advance(connection: Connection, heads: Mapping[bytes, bytes], advanced: Mapping[bytes, bytes]) -> None:

@@ -38,6 +38,11 @@ CREATE INDEX store_entry_maps ON store_entry (key)
     WHERE key >= 'kms:map:thread:'::bytea AND key < 'kms:map:thread;'::bytea;
 CREATE INDEX store_entry_retries ON store_entry (key) WHERE key >= 'idem:'::bytea AND key < 'idem;'::bytea;
 """
+COUNTED: Final = "SELECT coalesce(sum(threads), 0), coalesce(sum(messages), 0) FROM store_counter"
+DELETE: Final = (
+    "DELETE FROM store_entry AS entry USING unnest($1::bytea[], $2::bytea[]) AS old (tkey, key)"
+    " WHERE entry.tkey = old.tkey AND entry.key = old.key"
+)
 MIGRATIONS: Final[Mapping[int, str]] = {}
 """The statements that lead to each number after the first."""
 
