@@ -10,6 +10,8 @@ import asyncpg
 import pytest
 
 from progressdb_server.store import idempotency, membership, postgres
+from progressdb_server.store import messages as changing_messages
+from progressdb_server.store import threads as changing_threads
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
@@ -19,13 +21,14 @@ from progressdb_server.store.model import (
     Message,
     NewMessage,
     NotAMemberError,
+    NotWrittenError,
     OutcomeUnknownError,
     StoreUnavailableError,
     ThreadDeletedError,
     TooManyMembersError,
 )
 from tests.progressdb_server.store.failing_database import end_the_wait, no_standby
-from tests.progressdb_server.store.opened_store import bodies, emptied, fill, messages_of, servers, versions_of
+from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, servers, versions_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 HOUR_NS = 3600 * 10**9
@@ -131,6 +134,36 @@ def test_changes_of_one_message_by_two_servers_build_on_each_other(database: str
         assert [len(version.reactions) for version in await versions_of(two, message.id)] == list(range(17))
 
     with_two(database, run)
+
+
+def test_a_change_that_other_servers_always_precede_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is stored."""
+    for room in (changing_messages, changing_threads):
+        monkeypatch.setattr(room, "CHANGE_TRIES_MAX", 1)
+    provider = SealingProvider()
+
+    async def run() -> None:
+        async with servers(database, provider, 0, 0) as (one, two):
+            (message,) = await fill(one, 1)
+
+            async def preceded(change: Awaitable[object], by: Awaitable[object]) -> None:
+                provider.holds, provider.held, provider.go_on = {"encrypt"}, 0, asyncio.Event()
+                late = asyncio.ensure_future(change)
+                await becomes(lambda: provider.held == 1)
+                provider.holds = set()
+                await by
+                provider.go_on.set()
+                with pytest.raises(NotWrittenError, match="at the same time"):
+                    await late
+
+            await preceded(one.set_reaction(message.id, "late", "ok"), two.set_reaction(message.id, "early", "ok"))
+            assert list((await one.get_message(message.id)).reactions) == ["early"]
+            await preceded(
+                one.update_thread("t", author="ann", title="late"), two.update_thread("t", author="ann", title="early")
+            )
+            assert (await one.get_thread("t")).title == "early"
+
+    asyncio.run(run())
 
 
 def test_a_retry_at_another_server_makes_nothing_twice(database: str) -> None:
