@@ -9,7 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from progressdb_server.store import idempotency, membership, postgres
+from progressdb_server.store import idempotency, membership, nodes, postgres, tables
 from progressdb_server.store import messages as changing_messages
 from progressdb_server.store import threads as changing_threads
 from progressdb_server.store.conditions import Write
@@ -366,7 +366,7 @@ def test_a_server_of_another_schema_writes_nothing_and_does_not_start(database: 
             with pytest.raises(FormatError, match="has schema 2, this version has 1: start the version"):
                 await postgres.open_engine(database, single_node=True)
             with pytest.raises(FormatError, match="has schema 2"):
-                await postgres.upgrade(database)
+                await tables.upgrade(database)
         finally:
             await connection.execute("UPDATE store_schema SET number = number - 1")
             await connection.close()
@@ -399,8 +399,8 @@ def test_one_disk_is_enough_only_where_that_is_said(database: str) -> None:
         with pytest.raises(FormatError, match="set synchronous_standby_names there, or"):
             await postgres.open_engine(database, single_node=False)
         with pytest.raises(FormatError, match="holds a store already"):
-            await postgres.init(database)
-        assert await postgres.upgrade(database) == (1, 1)
+            await tables.init(database)
+        assert await tables.upgrade(database) == (1, 1)
 
     asyncio.run(run())
 
@@ -415,7 +415,7 @@ def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> Non
         await connection.close()
         with pytest.raises(FormatError, match="run progressdb store init"):
             await postgres.open_engine(own, single_node=True)
-        await postgres.init(own, "server")
+        await tables.init(own, "server")
         store = Conversations(await postgres.open_engine(of_server, single_node=True), SealingProvider())
         try:
             await fill(store, 2)
@@ -454,10 +454,10 @@ def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> Non
 )
 def test_a_url_that_does_not_check_the_server_or_holds_a_secret_is_refused(url: str, why: str) -> None:
     with pytest.raises(FormatError, match=why) as refused:
-        postgres.check_url(url)
+        nodes.check_url(url)
     assert "secret" not in str(refused.value)
 
 
 def test_a_url_with_checked_names_or_a_socket_is_taken() -> None:
-    postgres.check_url("postgresql://user@a:5432,b:5432/x?sslmode=verify-full&sslrootcert=/etc/ca.pem")
-    postgres.check_url("postgresql:///x?host=/run/postgresql")
+    nodes.check_url("postgresql://user@a:5432,b:5432/x?sslmode=verify-full&sslrootcert=/etc/ca.pem")
+    nodes.check_url("postgresql:///x?host=/run/postgresql")
