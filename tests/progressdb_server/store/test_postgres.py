@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
 import pytest
 
-from progressdb_server.store import idempotency, membership, postgres
+from progressdb_server.store import conversations, idempotency, membership, postgres
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
@@ -25,7 +26,7 @@ from progressdb_server.store.model import (
     TooManyMembersError,
 )
 from tests.progressdb_server.store.failing_database import end_the_wait, no_standby
-from tests.progressdb_server.store.opened_store import bodies, emptied, fill, messages_of, servers, versions_of
+from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, servers, versions_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 HOUR_NS = 3600 * 10**9
@@ -220,6 +221,22 @@ def test_the_clock_of_a_server_may_be_wrong_by_days(database: str) -> None:
         assert (one.clock.last.era, two.clock.last.era) == (0, 0)
 
     with_two(database, run, 25 * HOUR_NS)
+
+
+def test_each_server_tells_the_age_of_the_newest_registered_backup(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversations, "CLOCK_S", 0.02)
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        await one.start()
+        _, age_s = one.metrics.gauges["progressdb_store_backup_age_seconds"]
+        assert age_s() == math.inf
+        await two.register_backup("new")
+        await two.register_backup("old", 1)
+        await becomes(lambda: age_s() < 3600)
+
+    with_two(database, run)
 
 
 # --- nothing acknowledged is lost -------------------------------------------------------------------------------------
