@@ -40,14 +40,14 @@ def store() -> list[Row]:
 @contextlib.contextmanager
 def _both() -> Iterator[tuple[tuple[str, int], tuple[str, int]]]:
     try:
-        from progressdb_server.store import postgres  # here: it needs an extra
+        from progressdb_server.store import tables  # here: it needs an extra
     except ImportError:
         raise MissingProgramError("needs asyncpg (the extra `postgresql`)") from None
     with contextlib.ExitStack() as started:
         own, other = (started.enter_context(programs.workplace()) for _ in range(2))
         settings, _ = started.enter_context(harness.running(MEMORY))
         url = url_of(settings)
-        asyncio.run(postgres.init(url))
+        asyncio.run(tables.init(url))
         started.enter_context(programs.minikms(other))
         rocks = started.enter_context(programs.progressdb(own))
         yield rocks, started.enter_context(programs.progressdb(other, database=url))

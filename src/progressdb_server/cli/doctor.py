@@ -65,7 +65,8 @@ def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
     """The page of the database, printed at once: the server may not answer."""
     page: dict[str, Any] = {}
     try:
-        page = msgspec.to_builtins(asyncio.run(directory.examine_shared(store.url, single_node=store.single_node)))
+        tables = directory.of_database("tables")
+        page = msgspec.to_builtins(asyncio.run(tables.examine(store.url, single_node=store.single_node)))
     except StoreUnavailableError as error:
         page["problems"] = [error.explained]
     except FormatError as error:

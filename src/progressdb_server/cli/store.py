@@ -39,7 +39,7 @@ def init(
 ) -> int:
     """Make the tables in an empty database."""
     try:
-        asyncio.run(directory.make_shared(_url(url, config), role))
+        asyncio.run(directory.of_database("tables").init(_url(url, config), role))
     except FormatError as error:
         raise CommandError(str(error), missing=True) from None
     print(encoder.dumps({"made": True}) if json else "the store is made")
@@ -50,7 +50,7 @@ def init(
 def upgrade(*, url: Url = None, config: ConfigFile = None, json: Json = False) -> int:
     """Bring the tables to this version. Servers of an earlier version write nothing from then on."""
     try:
-        before, after = asyncio.run(directory.upgrade_shared(_url(url, config)))
+        before, after = asyncio.run(directory.of_database("tables").upgrade(_url(url, config)))
     except FormatError as error:
         raise CommandError(str(error), missing=True) from None
     said = f"the store has schema {after}" + ("" if after == before else f", and had {before}")

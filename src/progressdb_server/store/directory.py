@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from importlib import import_module
 from types import ModuleType
 from typing import Final, TypeAlias
 
@@ -22,7 +23,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.claims import Claims
 from progressdb_server.store.engine import Engine, LocalReads, Reader, Reads
 from progressdb_server.store.keyspace import Clock
-from progressdb_server.store.model import Database, FormatError, StoreUnavailableError
+from progressdb_server.store.model import FormatError, StoreUnavailableError
 from progressdb_server.store.rocks import RocksEngine, RocksReader, check_exists
 from progressdb_server.store.validators import Validators
 from progressdb_server.store.writer import Commits, Counters, SharedEngine, Writer
@@ -102,36 +103,18 @@ def open_engine(path: str, *, encrypted: bool = True) -> Engine:
     return engine
 
 
-def postgres() -> ModuleType:
-    """Raises FormatError where the driver is missing."""
+def of_database(module: str) -> ModuleType:
+    """The module of this package, which needs the driver of PostgreSQL. Raises FormatError where that is missing."""
     try:
-        from progressdb_server.store import postgres  # only here: it needs an extra
+        return import_module(f"progressdb_server.store.{module}")  # only here: the driver is an extra
     except ImportError:
         raise FormatError(DRIVER_MISSING) from None
-    return postgres
 
 
 async def open_shared(url: str, *, single_node: bool) -> SharedEngine:
     """Open the store of a database. The caller closes it. Raises FormatError, StoreUnavailableError."""
-    engine: SharedEngine = await postgres().open_engine(url, single_node=single_node)
+    engine: SharedEngine = await of_database("postgres").open_engine(url, single_node=single_node)
     return engine
-
-
-async def make_shared(url: str, role: str) -> None:
-    """See `store.postgres.init`."""
-    await postgres().init(url, role)
-
-
-async def upgrade_shared(url: str) -> tuple[int, int]:
-    """See `store.postgres.upgrade`."""
-    numbers: tuple[int, int] = await postgres().upgrade(url)
-    return numbers
-
-
-async def examine_shared(url: str, *, single_node: bool) -> Database:
-    """See `store.tables.examine`."""
-    found: Database = await postgres().examine(url, single_node=single_node)
-    return found
 
 
 def local(engine: AnyEngine) -> Engine | None:

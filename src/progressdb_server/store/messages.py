@@ -14,8 +14,9 @@ Owns: what a next version becomes, and how many versions and bytes a message may
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -35,6 +36,7 @@ from progressdb_server.store.model import (
     NewMessage,
     NotAMemberError,
     NotTheAuthorError,
+    NotWrittenError,
     RecordUnreadableError,
     Thread,
     TooManyReactionsError,
@@ -43,11 +45,23 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.reading import Reading
 from progressdb_server.store.sealer import ThreadState
-from progressdb_server.store.threads import Room
+from progressdb_server.store.threads import CHANGE_TRIES_MAX, Room
 
 VERSIONS_COUNT_MAX: Final = 10_000
 VERSIONS_BYTES_MAX: Final = 256 * 1024 * 1024
 """Of one message: stored versions, and the bytes of their sealed parts."""
+
+
+class _Change(NamedTuple):
+    """`replaced` gives the fields to replace in the current version, None for no change. With `thread`, `author` or
+    `member` it is refused unless the message is there or theirs; `beyond_bounds`: the version may be one too many."""
+
+    replaced: Callable[[Message], dict[str, Any] | None]
+    member: str | None
+    request_id: str | None
+    thread: str | None = None
+    author: str | None = None
+    beyond_bounds: bool = False
 
 
 class Messages(Reading):
@@ -188,7 +202,7 @@ class Messages(Reading):
         member: str | None = None,
         request_id: str | None = None,
     ) -> Message:
-        def change(current: Message) -> dict[str, Any]:
+        def replaced(current: Message) -> dict[str, Any]:
             _refuse_deleted(current)
             fields: dict[str, Any] = {"body": json_text(body)}
             if role is not None:
@@ -197,7 +211,7 @@ class Messages(Reading):
                 fields["reply_to"] = reply_to
             return fields
 
-        return await self._change(message_id, thread_id, author, change, member=member, request_id=request_id)
+        return await self._change(message_id, _Change(replaced, member, request_id, thread_id, author))
 
     async def delete_message(
         self,
@@ -208,92 +222,61 @@ class Messages(Reading):
         member: str | None = None,
         request_id: str | None = None,
     ) -> None:
-        def change(current: Message) -> dict[str, Any] | None:
+        def replaced(current: Message) -> dict[str, Any] | None:
             return None if current.deleted else {"deleted": True}
 
-        await self._change(
-            message_id, thread_id, author, change, member=member, request_id=request_id, beyond_bounds=True
-        )
+        await self._change(message_id, _Change(replaced, member, request_id, thread_id, author, beyond_bounds=True))
 
     async def set_reaction(
         self, message_id: str, identity: str, reaction: str, *, member: str | None = None, request_id: str | None = None
     ) -> Message:
-        def change(current: Message) -> dict[str, Any]:
+        def replaced(current: Message) -> dict[str, Any]:
             _refuse_deleted(current)
             reactions = {**current.reactions, identity: reaction}
             if len(reactions) > max(REACTIONS_COUNT_MAX, len(current.reactions)):
                 raise TooManyReactionsError(f"the message has reactions of {REACTIONS_COUNT_MAX} identities")
             return {"reactions": reactions}
 
-        return await self._change(message_id, None, None, change, member=member, request_id=request_id)
+        return await self._change(message_id, _Change(replaced, member, request_id))
 
     async def remove_reaction(
         self, message_id: str, identity: str, *, member: str | None = None, request_id: str | None = None
     ) -> None:
-        def change(current: Message) -> dict[str, Any] | None:
+        def replaced(current: Message) -> dict[str, Any] | None:
             _refuse_deleted(current)
             if identity not in current.reactions:
                 return None
             return {"reactions": {who: what for who, what in current.reactions.items() if who != identity}}
 
-        await self._change(message_id, None, None, change, member=member, request_id=request_id, beyond_bounds=True)
+        await self._change(message_id, _Change(replaced, member, request_id, beyond_bounds=True))
 
-    async def _change(
-        self,
-        message: str,
-        thread: str | None,
-        author: str | None,
-        change: Callable[[Message], dict[str, Any] | None],
-        *,
-        member: str | None,
-        request_id: str | None,
-        beyond_bounds: bool = False,
-    ) -> Message:
-        """Append a version. `change(current)` gives the fields to replace, None if nothing changes. Returns the latest
-        version. Raises MessageNotFoundError, NotTheAuthorError, NotAMemberError, what `change` raises, and
-        TooManyVersionsError unless the version may be `beyond_bounds`."""
+    async def _change(self, message: str, change: _Change) -> Message:
+        """Append a version, and return the latest one. Raises MessageNotFoundError, NotTheAuthorError, NotAMemberError,
+        what the change raises, and TooManyVersionsError; NotWrittenError if other servers have changed the message
+        before each of CHANGE_TRIES_MAX tries."""
         async with self.locks.hold(message.encode()):
-            while True:
-                try:
-                    return await self._changed(
-                        message,
-                        thread,
-                        author,
-                        change,
-                        member=member,
-                        request_id=request_id,
-                        beyond_bounds=beyond_bounds,
-                    )
-                except ConditionFailedError:  # another server has changed the message meanwhile
-                    continue
+            for _ in range(CHANGE_TRIES_MAX):
+                with contextlib.suppress(ConditionFailedError):
+                    return await self._try_change(message, change)
+        raise NotWrittenError("other servers are changing the message at the same time")
 
-    async def _changed(
-        self,
-        message: str,
-        thread: str | None,
-        author: str | None,
-        change: Callable[[Message], dict[str, Any] | None],
-        *,
-        member: str | None,
-        request_id: str | None,
-        beyond_bounds: bool,
-    ) -> Message:
+    async def _try_change(self, message: str, change: _Change) -> Message:
         """As `_change`. Raises ConditionFailedError if the message is not what it was when it was read."""
-        owner, place = await self._locate(message, thread)
+        owner, place = await self._locate(message, change.thread)
         state = await self.sealer.thread(owner)
         if state is None:
             raise RecordUnreadableError(f"thread {owner} has no key")
         first = Stamp.parse(place.first.decode())
         async with self.open_version(owner, place.first, place.latest) as current:
-            if author is not None and author != current.message.author:
+            if change.author not in (None, current.message.author):
                 raise NotTheAuthorError
             order_key = keyspace.order(owner) + place.first
             expect: tuple[tuple[bytes, bytes | None], ...] = ((order_key, place.value),)
-            if member is not None:
+            if change.member is not None:
                 # Only a member may, under either rule: an outsider has no message here, and can't read one to react to.
-                await self.check_member(owner, member, Act.READ)
-                expect = (*expect, (keyspace.writer(owner, member), membership.MEMBER))
-            fields = change(current.message)
+                await self.check_member(owner, change.member, Act.READ)
+                expect = (*expect, (keyspace.writer(owner, change.member), membership.MEMBER))
+            fields = change.replaced(current.message)
             if fields is None:  # what is answered must be durable, and on the node that answers
                 await self._under(self.writer.commit(Write((), expect)), order_key)
                 return current.message
@@ -301,14 +284,14 @@ class Messages(Reading):
             content = "" if "body" in fields else current.content
             before = record.Before(current.before.versions + 1, current.before.bytes + current.bytes)
             secret = record.later_secret(changed, first.text, content, before)
-            if not beyond_bounds:
+            if not change.beyond_bounds:
                 _check_bounds(before, len(secret) + api.SEAL_BYTES)
 
             def draft(stamp: Stamp) -> Draft:
                 changed.ts = stamp.time_ns
                 return drafts.later_version(changed, first, stamp, content, secret, expect=expect)
 
-            await self._under(self.sealer.append(state, draft, request_id), order_key)
+            await self._under(self.sealer.append(state, draft, change.request_id), order_key)
             return changed
 
     async def _under(self, writing: Awaitable[None], order_key: bytes) -> None:

@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from types import ModuleType
 from typing import Final, Protocol
 
 from progressdb_server.store import directory, keyspace
@@ -80,7 +79,7 @@ def is_url(place: str) -> bool:
 async def viewed(place: str) -> AsyncIterator[View]:
     """A view of a store that servers may have open. Raises FormatError, StoreUnavailableError."""
     if is_url(place):
-        async with _postgres().view(place) as view:
+        async with directory.of_database("postgres_offline").view(place) as view:
             yield view
     else:
         with directory.open_reader(place) as reader:
@@ -91,7 +90,7 @@ async def viewed(place: str) -> AsyncIterator[View]:
 async def alone(place: str) -> AsyncIterator[Entries]:
     """The entries of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, FormatError."""
     if is_url(place):
-        async with _postgres().alone(place) as entries:
+        async with directory.of_database("postgres_offline").alone(place) as entries:
             yield entries
     else:
         with directory.open_offline(place) as engine:
@@ -104,16 +103,8 @@ async def filled(place: str, source: str) -> AsyncIterator[Entries]:
     Raises StoreLockedError, StoreUnavailableError, FormatError for a place that holds something else."""
     begun = directory.begun_copy(source)
     if is_url(place):
-        async with _postgres().filled(place, begun) as entries:
+        async with directory.of_database("postgres_offline").filled(place, begun) as entries:
             yield entries
     else:
         with directory.open_copy(place, begun) as engine:
             yield LocalEntries(engine)
-
-
-def _postgres() -> ModuleType:
-    """Raises FormatError where the driver is missing."""
-    directory.postgres()
-    from progressdb_server.store import postgres_offline
-
-    return postgres_offline

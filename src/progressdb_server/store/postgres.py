@@ -23,23 +23,10 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError, Reads
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError
-from progressdb_server.store.nodes import CONNECT_S_MAX, FAILURES, UNAVAILABLE, Connection, Nodes, check_url
+from progressdb_server.store.nodes import CONNECT_S_MAX, FAILURES, UNAVAILABLE, Connection, Nodes
 from progressdb_server.store.postgres_writer import Writers, keep_lease
-from progressdb_server.store.tables import (
-    COUNTED,
-    ONE_DISK,
-    SCHEMA,
-    examine,
-    init,
-    number_of,
-    other_schema,
-    tkey,
-    upgrade,
-    within,
-)
+from progressdb_server.store.tables import COUNTED, ONE_DISK, SCHEMA, number_of, other_schema, tkey, within
 from progressdb_server.store.writer import Commits, Counters, SharedEngine
-
-__all__ = ["SCHEMA", "PostgresEngine", "check_url", "examine", "init", "open_engine", "upgrade"]
 
 READ_CONNECTIONS_MAX: Final = 8
 READ_S_MAX: Final = 10

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import asyncpg
 
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store import postgres
+from progressdb_server.store import postgres, tables
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.model import Message, NewMessage, Thread
@@ -52,9 +52,9 @@ async def emptied(url: str) -> PostgresEngine:
     connection = await asyncpg.connect(url)
     try:
         if await connection.fetchval("SELECT to_regclass('store_entry')") is None:
-            await postgres.init(url)
+            await tables.init(url)
         await connection.execute("DELETE FROM store_entry; DELETE FROM store_head; DELETE FROM store_counter")
-        await connection.execute("UPDATE store_schema SET number = $1", postgres.SCHEMA)
+        await connection.execute("UPDATE store_schema SET number = $1", tables.SCHEMA)
     finally:
         await connection.close()
     return await postgres.open_engine(url, single_node=True)

@@ -10,7 +10,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-from progressdb_server.store import conversations, idempotency, membership, postgres
+from progressdb_server.store import conversations, idempotency, membership, nodes, postgres, tables
+from progressdb_server.store import messages as changing_messages
+from progressdb_server.store import threads as changing_threads
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
@@ -20,6 +22,7 @@ from progressdb_server.store.model import (
     Message,
     NewMessage,
     NotAMemberError,
+    NotWrittenError,
     OutcomeUnknownError,
     StoreUnavailableError,
     ThreadDeletedError,
@@ -132,6 +135,36 @@ def test_changes_of_one_message_by_two_servers_build_on_each_other(database: str
         assert [len(version.reactions) for version in await versions_of(two, message.id)] == list(range(17))
 
     with_two(database, run)
+
+
+def test_a_change_that_other_servers_always_precede_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is stored."""
+    for room in (changing_messages, changing_threads):
+        monkeypatch.setattr(room, "CHANGE_TRIES_MAX", 1)
+    provider = SealingProvider()
+
+    async def run() -> None:
+        async with servers(database, provider, 0, 0) as (one, two):
+            (message,) = await fill(one, 1)
+
+            async def preceded(change: Awaitable[object], by: Awaitable[object]) -> None:
+                provider.holds, provider.held, provider.go_on = {"encrypt"}, 0, asyncio.Event()
+                late = asyncio.ensure_future(change)
+                await becomes(lambda: provider.held == 1)
+                provider.holds = set()
+                await by
+                provider.go_on.set()
+                with pytest.raises(NotWrittenError, match="at the same time"):
+                    await late
+
+            await preceded(one.set_reaction(message.id, "late", "ok"), two.set_reaction(message.id, "early", "ok"))
+            assert list((await one.get_message(message.id)).reactions) == ["early"]
+            await preceded(
+                one.update_thread("t", author="ann", title="late"), two.update_thread("t", author="ann", title="early")
+            )
+            assert (await one.get_thread("t")).title == "early"
+
+    asyncio.run(run())
 
 
 def test_a_retry_at_another_server_makes_nothing_twice(database: str) -> None:
@@ -350,7 +383,7 @@ def test_a_server_of_another_schema_writes_nothing_and_does_not_start(database: 
             with pytest.raises(FormatError, match="has schema 2, this version has 1: start the version"):
                 await postgres.open_engine(database, single_node=True)
             with pytest.raises(FormatError, match="has schema 2"):
-                await postgres.upgrade(database)
+                await tables.upgrade(database)
         finally:
             await connection.execute("UPDATE store_schema SET number = number - 1")
             await connection.close()
@@ -383,8 +416,8 @@ def test_one_disk_is_enough_only_where_that_is_said(database: str) -> None:
         with pytest.raises(FormatError, match="set synchronous_standby_names there, or"):
             await postgres.open_engine(database, single_node=False)
         with pytest.raises(FormatError, match="holds a store already"):
-            await postgres.init(database)
-        assert await postgres.upgrade(database) == (1, 1)
+            await tables.init(database)
+        assert await tables.upgrade(database) == (1, 1)
 
     asyncio.run(run())
 
@@ -399,7 +432,7 @@ def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> Non
         await connection.close()
         with pytest.raises(FormatError, match="run progressdb store init"):
             await postgres.open_engine(own, single_node=True)
-        await postgres.init(own, "server")
+        await tables.init(own, "server")
         store = Conversations(await postgres.open_engine(of_server, single_node=True), SealingProvider())
         try:
             await fill(store, 2)
@@ -438,10 +471,10 @@ def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> Non
 )
 def test_a_url_that_does_not_check_the_server_or_holds_a_secret_is_refused(url: str, why: str) -> None:
     with pytest.raises(FormatError, match=why) as refused:
-        postgres.check_url(url)
+        nodes.check_url(url)
     assert "secret" not in str(refused.value)
 
 
 def test_a_url_with_checked_names_or_a_socket_is_taken() -> None:
-    postgres.check_url("postgresql://user@a:5432,b:5432/x?sslmode=verify-full&sslrootcert=/etc/ca.pem")
-    postgres.check_url("postgresql:///x?host=/run/postgresql")
+    nodes.check_url("postgresql://user@a:5432,b:5432/x?sslmode=verify-full&sslrootcert=/etc/ca.pem")
+    nodes.check_url("postgresql:///x?host=/run/postgresql")

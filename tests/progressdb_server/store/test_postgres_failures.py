@@ -175,9 +175,9 @@ def test_a_command_does_not_wait_for_a_database_without_end(database: str, monke
             await connection.execute("LOCK TABLE store_schema")
             async with asyncio.timeout(60):
                 with pytest.raises(EngineUnavailableError):
-                    await postgres.upgrade(database)
+                    await tables.upgrade(database)
         await connection.close()
-        assert await postgres.upgrade(database) == (1, 1)
+        assert await tables.upgrade(database) == (1, 1)
 
     asyncio.run(run())
 
