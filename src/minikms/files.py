@@ -75,32 +75,47 @@ def open_directory(path: str | os.PathLike[str]) -> int:
         raise StorageUnavailableError("a directory cannot be opened") from error
 
 
-def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: int | None = None) -> bytes | None:
-    """The content of a regular file of at most `bytes_max` bytes; None if there is no such file.
+@contextlib.contextmanager
+def opened_file(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> Iterator[tuple[int, int]]:
+    """The descriptor of a regular file, for reading, and its length. Symbolic links are not followed, and a FIFO does
+    not block.
 
-    It must not be used for raw keys, because the bytes can't be zeroed. Symbolic links are not followed, and a FIFO
-    does not block. Raises StorageUnavailableError if the file is longer, is not a regular file, or can't be read.
+    Raises FileNotFoundError, and StorageUnavailableError if it is not a regular file, or if it or what the block reads
+    of it can't be read.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     except FileNotFoundError:
-        return None
+        raise
     except OSError as error:
         raise StorageUnavailableError("a file cannot be opened") from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise StorageUnavailableError("a file is not a regular file")
-        parts = []
-        left = bytes_max + 1
-        part_bytes = max(status.st_size + 1, _READ_BYTES_MIN)  # one read, mostly: joining two copies them
-        while left > 0 and (part := os.read(fd, min(left, part_bytes))):
-            parts.append(part)
-            left -= len(part)
+        yield fd, status.st_size
     except OSError as error:
         raise StorageUnavailableError("a file cannot be read") from error
     finally:
         os.close(fd)
+
+
+def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: int | None = None) -> bytes | None:
+    """The content of a regular file of at most `bytes_max` bytes; None if there is no such file.
+
+    It must not be used for raw keys, because the bytes can't be zeroed. Raises StorageUnavailableError as
+    `opened_file`, and if the file is longer.
+    """
+    try:
+        with opened_file(path, dir_fd=dir_fd) as (fd, length):
+            parts = []
+            left = bytes_max + 1
+            part_bytes = max(length + 1, _READ_BYTES_MIN)  # one read, mostly: joining two copies them
+            while left > 0 and (part := os.read(fd, min(left, part_bytes))):
+                parts.append(part)
+                left -= len(part)
+    except FileNotFoundError:
+        return None
     if left <= 0:
         raise StorageUnavailableError("a file is longer than the limit for its kind")
     return b"".join(parts)

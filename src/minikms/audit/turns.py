@@ -100,8 +100,7 @@ class TurnAudit:
                 synced.cancel()
             raise
         else:
-            syncing = asyncio.ensure_future(self.sync())
-            syncing.add_done_callback(partial(_synced, waiting))
+            self._sync_begun().add_done_callback(partial(_synced, waiting))
 
     def _require_keys(self) -> None:
         if self._sealed:
@@ -168,9 +167,13 @@ class TurnAudit:
 
     async def sync(self) -> None:
         """Returns when everything written so far is on disk. Raises AuditUnavailableError."""
+        await asyncio.shield(self._sync_begun())
+
+    def _sync_begun(self) -> asyncio.Task[None]:
+        """The sync of everything written so far."""
         if self._next_sync is None:
             self._next_sync = asyncio.ensure_future(self._sync_after(self._syncing))
-        await asyncio.shield(self._next_sync)
+        return self._next_sync
 
     async def _sync_after(self, running: asyncio.Task[None] | None) -> None:
         """One `fdatasync` that begins after the running one has ended; later callers wait for the next one."""

@@ -30,11 +30,12 @@ from typing import Final, NamedTuple
 from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody import journal_format
 from minikms.custody.deks import DekStore, list_names
-from minikms.custody.journal_format import BLANK, BYTES_MAX, RECORD_BYTES
+from minikms.custody.journal_format import BLANK, BYTES_MAX, MAGIC, RECORD_BYTES
 from minikms.directory_lock import make_private_directory
 from minikms.files import (
     SYNCFS_FILES_MIN,
     open_directory,
+    opened_file,
     patch_file,
     read_file_bounded,
     remove_file,
@@ -155,12 +156,11 @@ class RotationBackups:
         """The records that are not blank; none of a file that was removed meanwhile. Raises KeyUnreadableError."""
         try:
             with self._opened(file.stamp) as descriptor:
-                content = _content(descriptor, file.name)
+                return _backup_records(descriptor, file.name)
         except FileNotFoundError:
             return []
         except StorageUnavailableError as error:
             raise KeyUnreadableError(f"the backup {_place(file)} can't be read: {error}") from None
-        return _backup_records(content)
 
     def files_of(self, key_ids: Iterable[str]) -> list[KeysWithin]:
         """The files that may have records of these keys. Raises StorageUnavailableError."""
@@ -190,10 +190,9 @@ class RotationBackups:
                 fresh = file in self._unsure or any(key_id in anew for key_id in key_ids)
                 try:
                     with self._opened(file.stamp) as descriptor:
-                        content = _content(descriptor, file.name)
-                        going = _going(content, key_ids)
+                        going = _going(descriptor, file.name, key_ids)
                         if fresh:
-                            self._write_anew(descriptor, file, content, going)
+                            self._write_anew(descriptor, file, going)
                         elif going:
                             patched.append(file)
                             self._patch(descriptor, file, going, sync=not by_syncfs)
@@ -228,8 +227,8 @@ class RotationBackups:
             raise StorageUnavailableError("rotation backups can't be synced") from error
         self._unsure.difference_update(patched)
 
-    def _write_anew(self, descriptor: int, file: JournalFile, content: bytes, going: Sequence[BackupRecord]) -> None:
-        fresh = bytearray(content)
+    def _write_anew(self, descriptor: int, file: JournalFile, going: Sequence[BackupRecord]) -> None:
+        fresh = bytearray(read_file_bounded(file.name, BYTES_MAX, dir_fd=descriptor) or b"")
         for record in going:
             fresh[record.offset : record.offset + RECORD_BYTES] = BLANK
         replace_file(descriptor, file.name, bytes(fresh))
@@ -249,18 +248,21 @@ class RotationBackups:
         """The keys of `destroyed` that have a record in the file, for `blank`; None if it needs no blanking. It reads
         the whole file. Raises StorageUnavailableError.
         """
+        found: set[str] = set()
+        half_blank = False
         try:
             with self._opened(file.stamp) as descriptor:
-                content = _content(descriptor, file.name)
+                for offset, record in _records(descriptor, file.name):
+                    found.update(key_id for key_id in journal_format.ids_in(record) if key_id in destroyed)
+                    half_blank = half_blank or journal_format.is_half_blank(record, offset)
         except FileNotFoundError:
-            content = b""
+            pass
         except StorageUnavailableError as error:
             self.unreadable[_place(file)] = str(error)
             raise
         self.unreadable.pop(_place(file), None)
-        found = sorted(key_id for key_id in journal_format.ids_in_journal(content) if key_id in destroyed)
-        if found or file in self._unsure or _going(content, ()):
-            return KeysWithin(file, found)
+        if found or half_blank or file in self._unsure:
+            return KeysWithin(file, sorted(found))
         return None
 
     def oldest_stamp_of(self, rotations: int) -> str | None:
@@ -298,16 +300,15 @@ class RotationBackups:
 
     def _prune_file(self, descriptor: int, file: JournalFile, keeps: Callable[[str], bool]) -> int:
         try:
-            content = _content(descriptor, file.name)
+            records = _backup_records(descriptor, file.name)
         except StorageUnavailableError as error:
             self.unreadable[_place(file)] = str(error)
             return 0
-        records = _backup_records(content)
         going = [record for record in records if not (record.key_id and keeps(record.key_id))]
         if len(going) == len(records):
             remove_file(descriptor, file.name)
         elif file in self._unsure:
-            self._write_anew(descriptor, file, content, going)
+            self._write_anew(descriptor, file, going)
         elif going:
             self._patch(descriptor, file, going, sync=True)
         return len(going)
@@ -360,25 +361,31 @@ def _place(file: JournalFile) -> str:
     return f"{file.stamp}/{file.name}"
 
 
-def _content(descriptor: int, name: str) -> bytes:
-    content = read_file_bounded(name, BYTES_MAX, dir_fd=descriptor)
-    if content is None:
-        raise FileNotFoundError
-    if (len(content) - len(journal_format.MAGIC)) % RECORD_BYTES:
-        raise StorageUnavailableError("a part of it is missing")
-    return content
+def _parts(descriptor: int, name: str) -> Iterator[tuple[int, bytes]]:
+    """The records of a journal, PART_RECORDS at a time, each part with its offset. Raises FileNotFoundError,
+    StorageUnavailableError.
+    """
+    with opened_file(name, dir_fd=descriptor) as (fd, length):
+        if length > BYTES_MAX or (length - len(MAGIC)) % RECORD_BYTES:
+            raise StorageUnavailableError("it is longer than a journal, or a part of it is missing")
+        for offset in range(len(MAGIC), length, _PART_BYTES):
+            part = os.pread(fd, _PART_BYTES, offset)
+            if len(part) != min(_PART_BYTES, length - offset):
+                raise StorageUnavailableError("a part of it is missing")
+            yield offset, part
 
 
-def _records(content: bytes) -> Iterator[tuple[int, bytes]]:
-    for offset in journal_format.offsets(content):
-        record = content[offset : offset + RECORD_BYTES]
-        if record != BLANK:
-            yield offset, record
+def _records(descriptor: int, name: str) -> Iterator[tuple[int, bytes]]:
+    for start, part in _parts(descriptor, name):
+        for place in range(0, len(part), RECORD_BYTES):
+            record = part[place : place + RECORD_BYTES]
+            if record != BLANK:
+                yield start + place, record
 
 
-def _backup_records(content: bytes) -> list[BackupRecord]:
+def _backup_records(descriptor: int, name: str) -> list[BackupRecord]:
     found: list[BackupRecord] = []
-    for offset, record in _records(content):
+    for offset, record in _records(descriptor, name):
         change = journal_format.parse(record)
         named = journal_format.ids_in(record) if change is None else {change.key_id}
         key_id = next(iter(named)) if len(named) == 1 else ""
@@ -387,19 +394,28 @@ def _backup_records(content: bytes) -> list[BackupRecord]:
     return found
 
 
-def _going(content: bytes, key_ids: Iterable[str]) -> list[BackupRecord]:
+def _going(descriptor: int, name: str, key_ids: Iterable[str]) -> list[BackupRecord]:
     """The records of these keys, and those that a crash left half blank."""
     going: list[BackupRecord] = []
     named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s"' % key_id.encode())}
-    found = _IDS.iter_unpack(memoryview(content)[len(journal_format.MAGIC) :])
-    for offset, ids in zip(journal_format.offsets(content), found, strict=True):
-        if not named.keys().isdisjoint(ids):
-            going.append(BackupRecord(next(named[name] for name in ids if name in named), b"", offset))
-        elif b"\0" in ids[0] and journal_format.is_half_blank(content, offset):
-            going.append(BackupRecord("", b"", offset))
+    forms = named.keys()
+    for start, part in _parts(descriptor, name):
+        # The first or the last byte of a half blank id is zero.
+        may_be_half_blank = 0 in part[::RECORD_BYTES] or 0 in part[KEY_ID_BYTES - 1 :: RECORD_BYTES]
+        if not may_be_half_blank and forms.isdisjoint(itertools.chain.from_iterable(_IDS.iter_unpack(part))):
+            continue
+        for place, ids in zip(range(0, len(part), RECORD_BYTES), _IDS.iter_unpack(part), strict=True):
+            if not forms.isdisjoint(ids):
+                key_id = next(named[form] for form in ids if form in named)
+            elif 0 in ids[0] and journal_format.is_half_blank(part[place : place + RECORD_BYTES], start + place):
+                key_id = ""
+            else:
+                continue
+            going.append(BackupRecord(key_id, b"", start + place))
     return going
 
 
+_PART_BYTES: Final = journal_format.PART_RECORDS * RECORD_BYTES
 _ID_TEXT_BYTES: Final = len(b'{"id":"k_01jd0000000000000000000000"')
 """How a content names its key."""
 _CONTENT: Final = f"{_ID_TEXT_BYTES}s{FILE_BYTES - _ID_TEXT_BYTES}x"

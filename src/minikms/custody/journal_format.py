@@ -21,7 +21,7 @@ RECORD_BYTES: Final = KEY_ID_BYTES + 2 * FILE_BYTES + CHECKSUM_BYTES
 RECORDS_MAX: Final = 2048
 BYTES_MAX: Final = len(MAGIC) + RECORDS_MAX * RECORD_BYTES
 PART_RECORDS: Final = 32
-"""Records that are written at a time. The allocator maps new pages for parts of more than 128 KiB."""
+"""Records that are read or written at a time. The allocator maps new pages for parts of more than 128 KiB."""
 SECTOR_BYTES: Final = 512
 """The smallest unit that a disk writes whole."""
 BLANK: Final = bytes(RECORD_BYTES)
@@ -90,7 +90,7 @@ def decode(content: bytes) -> Decoded:
         change = parse(record)
         if change is not None:
             intact.append(change)
-        elif not has_empty_sector(content, offset):
+        elif not has_empty_sector(record, offset):
             damaged += 1
     if not intact and dek.is_other_version(content, MAGIC):
         raise StartError(
@@ -113,11 +113,12 @@ def parse(record: bytes) -> Change | None:
     return Change(bytes_to_key_id(raw_id), b"" if old == _NONE else old, new, checksum)
 
 
-def has_empty_sector(content: bytes, offset: int) -> bool:
-    """Whether a sector of the record is zeros: a power loss came while it was written over zeros, or blanked."""
-    end = offset + RECORD_BYTES
-    starts = range(offset - offset % SECTOR_BYTES, end, SECTOR_BYTES)
-    return any(not any(content[max(start, offset) : min(start + SECTOR_BYTES, end)]) for start in starts)
+def has_empty_sector(record: bytes, offset: int) -> bool:
+    """Whether a sector of the record at this offset of its file is zeros: a power loss came while it was written over
+    zeros, or blanked.
+    """
+    starts = range(-(offset % SECTOR_BYTES), RECORD_BYTES, SECTOR_BYTES)
+    return any(not any(record[max(start, 0) : start + SECTOR_BYTES]) for start in starts)
 
 
 def ids_in(record: bytes) -> set[str]:
@@ -131,15 +132,13 @@ def ids_in_journal(content: bytes) -> set[str]:
     return set().union(*(ids_in(content[offset : offset + RECORD_BYTES]) for offset in offsets(content)))
 
 
-def is_half_blank(content: bytes, offset: int) -> bool:
+def is_half_blank(record: bytes, offset: int) -> bool:
     """Whether a crash came while the record was blanked, and took the key id in front or a part of it."""
-    end = offset + KEY_ID_BYTES
-    boundary = min(offset - offset % SECTOR_BYTES + SECTOR_BYTES, end)
-    parts = (content[offset:boundary], content[boundary:end])
+    boundary = SECTOR_BYTES - offset % SECTOR_BYTES
+    parts = (record[: min(boundary, KEY_ID_BYTES)], record[boundary:KEY_ID_BYTES])
     if all(any(part) or not part for part in parts):
         return False
-    record = content[offset : offset + RECORD_BYTES]
-    return record != BLANK and parse(record) is None and has_empty_sector(content, offset)
+    return record != BLANK and parse(record) is None and has_empty_sector(record, offset)
 
 
 def _split(record: bytes) -> tuple[bytes, bytes, bytes, bytes]:

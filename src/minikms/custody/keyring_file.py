@@ -11,7 +11,7 @@ Owns: the bounded read and the durable replacement of the file; the order of the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Final
@@ -42,7 +42,7 @@ class KeyringFile:
         """Replaces the file; it is durable on return. Blocks on disk I/O. Raises StorageUnavailableError."""
         replace_file(self._directory_fd, NAME, data)
 
-    async def store(self, data: bytes, first: Callable[[], None] | None = None) -> None:
+    def store(self, data: bytes, first: Callable[[], None] | None = None) -> asyncio.Future[None]:
         """Calls `first`, then `store_now`, in the executor. Raises the errors of both."""
 
         def write() -> None:
@@ -50,9 +50,9 @@ class KeyringFile:
                 first()
             self.store_now(data)
 
-        await asyncio.get_running_loop().run_in_executor(self._executor, write)
+        return asyncio.get_running_loop().run_in_executor(self._executor, write)
 
-    async def store_or_know(self, data: bytes) -> None:
+    def store_or_know(self, data: bytes) -> asyncio.Future[None]:
         """`store_now` in the executor. Raises StorageUncertainError if the new file may be on the disk, and another
         StorageUnavailableError if the former file is still there.
         """
@@ -65,7 +65,7 @@ class KeyringFile:
                     raise StorageUncertainError("the disk did not confirm the keyring") from error
                 raise
 
-        await asyncio.get_running_loop().run_in_executor(self._executor, write)
+        return asyncio.get_running_loop().run_in_executor(self._executor, write)
 
     def _may_hold(self, data: bytes) -> bool:
         """Whether the file has this content, or can't be read."""
@@ -144,9 +144,8 @@ class StoredKeyring:
     async def _store(self, body: Body, first: Callable[[], None] | None) -> None:
         await self._stored(self._file.store(self._unlocked.encode(body), first), body)
 
-    async def _stored(self, write: Coroutine[None, None, None], body: Body) -> None:
+    async def _stored(self, writing: asyncio.Future[None], body: Body) -> None:
         """Waits for the write of `body`, then makes it the one in memory."""
-        writing = asyncio.ensure_future(write)
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:

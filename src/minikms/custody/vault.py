@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Executor
 from functools import partial
@@ -336,40 +336,40 @@ class Vault:
         """Removes the rotation backups and the files of the destroyed keys with these locks, durably; the number of
         backups of each. It removes temporary files first, which may hold their bytes.
 
-        `repeated`: those whose removal may have been interrupted. The disk thread gets many short jobs. Raises
-        StorageUnavailableError; then the files of the keys may be there.
+        `repeated`: those whose removal may have been interrupted. The disk thread gets a job for each BLANK_FILES_MAX
+        backups. Raises StorageUnavailableError; then the files of the keys may be there.
         """
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         backups = self.rotation_backups
+        records: Counter[str] = Counter()
 
-        def begin() -> tuple[list[KeysWithin], frozenset[str]]:
+        def jobs() -> Iterator[bool]:
             self.store.sweep_temps()
             backups.sweep_temps()
             remove_left_temps()
             # A key without a file was removed completely.
             anew = frozenset(key_id for key_id in key_ids if key_id in repeated and self.store.has(key_id))
-            return backups.files_of(key_ids), anew
-
-        def end() -> None:
+            files = backups.files_of(key_ids)
+            failure: StorageUnavailableError | None = None
+            for start in range(0, len(files), BLANK_FILES_MAX):
+                if start:
+                    yield True
+                try:
+                    records.update(backups.blank(files[start : start + BLANK_FILES_MAX], anew=anew))
+                except StorageUnavailableError as error:
+                    failure = failure or error
+            if failure is not None:
+                try:
+                    raise failure
+                finally:
+                    del failure  # the traceback of an error leads to this frame
             # The files go last: while one exists, a later start or request knows that something is left to remove.
             self.journal.forget(key_ids)
             self.store.remove(*locks)
 
-        files, anew = await self._on_disk(begin)
-        records: Counter[str] = Counter()
-        failure: StorageUnavailableError | None = None
-        for start in range(0, len(files), BLANK_FILES_MAX):
-            part = files[start : start + BLANK_FILES_MAX]
-            try:
-                records += await self._on_disk(partial(backups.blank, part, anew=anew))
-            except StorageUnavailableError as error:
-                failure = failure or error
-        if failure is not None:
-            try:
-                raise failure
-            finally:
-                del failure  # the traceback of an error leads to this frame
-        await self._on_disk(end)
+        more = partial(next, jobs(), False)
+        while await self._on_disk(more):
+            pass
         return [records[key_id] for key_id in key_ids]
 
     async def blank_records(self, found: KeysWithin) -> None:

@@ -219,7 +219,11 @@ class Sealing:
         return self._sealed is not None
 
     def end_steps(self) -> None:
-        """Drops the ciphers that tasks have used in a turn, and overwrites registers and stack: see `aead.scrub`."""
+        """Drops the ciphers that tasks have used in a turn, and overwrites registers and stack: see `aead.scrub`. Most
+        turns of a task that waits for the disk used no key.
+        """
+        if not self._process.arena.take_used():
+            return
         for parts in (self._parts, self._opening):
             if parts is not None:
                 parts.vault.record_keys.drop_ciphers()

@@ -90,6 +90,13 @@ class SecretArena:
         self._live: dict[int, memoryview] = {}
         self._lent: set[int] = set()
         self._closed = False
+        self.used = False
+        """Whether the view of a slot was asked for since the last `take_used`."""
+
+    def take_used(self) -> bool:
+        """`used`, which is False from here on."""
+        used, self.used = self.used, False
+        return used
 
     @property
     def slots(self) -> int:
@@ -257,14 +264,19 @@ class SecretArena:
 class SecretSlot:
     """32 writable bytes of an arena, until `release`. The destructor zeroes and frees a slot that was not released."""
 
-    __slots__ = ("_arena", "_index", "_released", "view")
+    __slots__ = ("_arena", "_index", "_released", "_view")
 
     def __init__(self, arena: SecretArena, index: int, view: memoryview) -> None:
         self._arena = arena
         self._index = index
         self._released = False
-        self.view = view
+        self._view = view
+
+    @property
+    def view(self) -> memoryview:
         """The bytes. After `release` each use of it raises ValueError. Release its slices before."""
+        self._arena.used = True
+        return self._view
 
     def release(self) -> None:
         """Zero the slot and free it. Idempotent.
@@ -274,7 +286,7 @@ class SecretSlot:
         """
         if not self._released:
             self._released = True
-            self._arena._free_slot(self._index, self.view)
+            self._arena._free_slot(self._index, self._view)
 
     def lend(self) -> None:
         """A worker thread writes the content out: `SecretArena.zero_all` leaves it, or zeros would be written.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,7 @@ import uvloop
 
 from minikms import datadir
 from minikms.api.errors import StartError
+from minikms.daemon import sealing
 from minikms.daemon.process import Daemon, end_steps_with
 from minikms.daemon.sealing import Sealing
 from minikms.daemon.settings import Settings
@@ -125,3 +127,17 @@ def test_the_start_of_a_daemon_is_a_task_whose_steps_end(tmp_path: Path, monkeyp
         with pytest.raises(StartError, match="missing"):
             uvloop.run(daemon.serve())
     assert ended
+
+
+def test_the_end_of_a_turn_scrubs_after_each_use_of_a_key_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    scrubbed: list[str] = []
+    monkeypatch.setattr(sealing, "scrub", lambda: scrubbed.append("scrub"))
+    with SecretArena(2, force_fallback=True) as arena, arena.allocate() as slot:
+        parts = cast("Any", SimpleNamespace(_process=SimpleNamespace(arena=arena), _parts=None, _opening=None))
+        Sealing.end_steps(parts)
+        assert scrubbed == []
+        for _ in range(2):
+            assert not any(slot.view)
+            Sealing.end_steps(parts)
+            Sealing.end_steps(parts)
+    assert scrubbed == ["scrub"] * 2

@@ -1,4 +1,4 @@
-"""How long a connection is kept: by its one timer, through many requests."""
+"""A connection is closed by its own deadline: idle, or in the middle of a request; never during an answer."""
 
 from __future__ import annotations
 
