@@ -53,6 +53,15 @@ SOCKET_VARIABLE: Final = "PROGRESSDB_KMS_SOCKET"
 SERVER_UIDS_VARIABLE: Final = "PROGRESSDB_KMS_SERVER_UIDS"
 UNTRUSTED_ADVICE: Final = f"If that user is meant to serve it, give --server-uid, or set {SERVER_UIDS_VARIABLE}"
 
+
+class CommandError(Exception):
+    """Ends the command; the text is for the person who ran it."""
+
+    def __init__(self, text: str, exit_status: int = EXIT_MISSING) -> None:
+        super().__init__(text)
+        self.exit_status = exit_status
+
+
 Socket = Annotated[PathText | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
 ServerUid = Annotated[
     int | None,

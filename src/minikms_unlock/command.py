@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
 from minikms import usage
+from minikms.output import print_result
 from minikms.usage import (
     EXIT_FAILED,
     EXIT_GOOD,
@@ -51,7 +52,7 @@ def init_passphrase(*, config: Config, json: Json = False) -> int:
     from minikms_unlock.passphrase import make_config
 
     parameters = make_config(config)
-    _print(
+    print_result(
         {"config": str(config), **vars(parameters)},
         f"Made {config}. Keep a copy of it with the passphrase: without it the passphrase opens nothing.\n"
         f"Add the passphrase with: minikms-unlock add {SOURCE} --config {config}",
@@ -71,7 +72,7 @@ def unseal(
     with _client(socket, server_uid) as kms, root_of_passphrase(parameters, new=False) as root:
         kms.unseal(root_hex=root.text)
         fingerprint = root.fingerprint
-    _print({"status": "ok", "fingerprint": fingerprint}, "The key service is unsealed, and serves.", json=json)
+    print_result({"status": "ok", "fingerprint": fingerprint}, "The key service is unsealed, and serves.", json=json)
     return EXIT_GOOD
 
 
@@ -85,7 +86,7 @@ def add(
     parameters = _parameters(source, config)
     with _client(socket, server_uid) as kms, root_of_passphrase(parameters, new=True) as root:
         slot = kms.add_root(root.text, provider=PROVIDER)
-    _print(
+    print_result(
         {"slot_id": slot.slot_id, "fingerprint": slot.fingerprint},
         f"The passphrase opens the keyring now: slot {slot.slot_id}. Test it from time to time with:\n"
         f"minikms-unlock test {slot.slot_id} {SOURCE} --config {config}",
@@ -110,7 +111,7 @@ def test(
     parameters = _parameters(source, config)
     with _client(socket, server_uid) as kms, root_of_passphrase(parameters, new=False) as root:
         proved = kms.test_root(slot, root.text)
-    _print(
+    print_result(
         {"slot_id": proved.slot_id, "tested_at": proved.tested_at},
         f"The passphrase opens slot {proved.slot_id}.",
         json=json,
@@ -161,9 +162,3 @@ def _client(socket: str | None, server_uid: int | None) -> Client:
     except ValueError as error:
         raise StartError(str(error)) from None
     return client
-
-
-def _print(values: dict[str, Any], text: str, *, json: bool) -> None:
-    import msgspec
-
-    print(msgspec.json.format(msgspec.json.encode(values), indent=2).decode() if json else text)

@@ -29,7 +29,6 @@ from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
 from minikms.base64 import encode_text
 from minikms.cli import audit_tree
 from minikms.cli.console import (
-    CommandError,
     DataDir,
     MasterKeyFd,
     MasterKeyFile,
@@ -37,11 +36,10 @@ from minikms.cli.console import (
     Yes,
     chosen_data_dir,
     chosen_root,
-    confirm,
     needed_root,
-    progress_bar,
 )
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING
+from minikms.output import confirm, progress_bar
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head

@@ -28,8 +28,8 @@ from minikms.audit.reader import each_segment
 from minikms.audit.record import MalformedLineError
 from minikms.audit.tiles import Tiles
 from minikms.audit.tree import ProofError
-from minikms.cli.console import CommandError, DataDir, chosen_data_dir, complain
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING
+from minikms.cli.console import DataDir, chosen_data_dir, complain
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
 
 P = ParamSpec("P")
 

@@ -22,7 +22,6 @@ from cyclopts import App, Parameter, validators
 
 from minikms.cli.console import (
     AuditDir,
-    CommandError,
     DataDir,
     Json,
     MasterKeyFd,
@@ -30,16 +29,11 @@ from minikms.cli.console import (
     Root,
     Yes,
     chosen_data_dir,
-    clean,
     complain,
-    confirm,
     needed_root,
-    print_facts,
-    print_json,
-    print_table,
-    progress_bar,
 )
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.output import clean, confirm, print_facts, print_json, print_table, progress_bar
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.custody.backup.archive import AuditHead, Manifest

@@ -1,14 +1,10 @@
-"""What the commands share: flags, the daemon's client, and how results are shown.
+"""What the commands share: flags, and the daemon's client.
 
-Owns:
-- the rule from an error to its text and exit status (`minikms.usage`).
-- the flags of several commands: names, help, environment variables.
-- the console, tables, and JSON.
+Owns: the rule from an error to its text and exit status (`minikms.usage`), and the flags of several commands: names,
+help, environment variables. `minikms.output` shows results.
 
 Invariants: an error text says what happened, why, and what to do next; it goes to standard error and holds no key. A
 flag wins over its variable, an empty variable counts as unset; no flag takes a key itself, only the path of its file.
-Colour only on a terminal and never under NO_COLOR; nothing is wrapped or cut where the output is no terminal; text from
-elsewhere is shown without control characters and never taken for markup; questions are asked on a terminal only.
 
 It must never turn an error into a success, use the files of a data directory in the place of a daemon that does not
 answer, or import what makes a start slow.
@@ -18,8 +14,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -27,23 +21,13 @@ from cyclopts import Parameter
 
 from minikms import usage
 from minikms.cli.rootkey import VARIABLE as MASTER_KEY_VARIABLE
-from minikms.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE, PathText, RootSource
+from minikms.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE, CommandError, PathText, RootSource
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from minikms.api.errors import KmsError
     from minikms.client import Client
     from minikms.roots.key_file import FileOwner
     from minikms.roots.providers import RootProvider
-
-
-class CommandError(Exception):
-    """Ends the command; the text is for the person who ran it."""
-
-    def __init__(self, text: str, exit_status: int = EXIT_MISSING) -> None:
-        super().__init__(text)
-        self.exit_status = exit_status
 
 
 def complain(text: str) -> None:
@@ -315,106 +299,3 @@ def _gateway_client(url: str, timeout_s: float) -> Client:
     except ValueError as error:
         names = ", ".join(f"PROGRESSDB_KMS_{name.upper()}" for name in URL_FILES)
         raise CommandError(f"{error} ({URL_VARIABLE}, {names})") from None
-
-
-_PIPE_COLUMNS: Final = 4096
-"""Wider than any line: a program that reads a pipe needs whole lines."""
-
-
-def as_json(value: object) -> str:
-    """Indented; msgspec's structs as objects, bytes as base64."""
-    import msgspec
-
-    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-
-
-def print_json(value: object) -> None:
-    print(as_json(value))
-
-
-def terminal(*, errors: bool = False) -> Console:
-    from rich.console import Console
-
-    stream = sys.stderr if errors else sys.stdout
-    width = None if stream.isatty() else _PIPE_COLUMNS
-    return Console(stderr=errors, highlight=False, markup=False, emoji=False, width=width)
-
-
-def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*titles, box=None, pad_edge=False, header_style="bold")
-    for column, title in zip(table.columns, titles, strict=True):
-        column.overflow = "fold"  # a truncated id can't be used
-        if title in right:
-            column.justify = "right"
-    for row in rows:
-        table.add_row(*(Text(clean(str(cell))) for cell in row))
-    terminal().print(table)
-
-
-def print_facts(facts: Iterable[tuple[str, object]], *, indent: int = 0) -> None:
-    """Names and values, one pair a line, the values aligned."""
-    lines = [(name, clean(str(value))) for name, value in facts]
-    width = max((len(name) for name, _ in lines), default=0)
-    for name, value in lines:
-        terminal().print(" " * indent + f"{name.ljust(width)}  {value}", soft_wrap=True)
-
-
-def clean(text: str) -> str:
-    """The text without control characters, which a terminal could obey."""
-    return "".join(char if char.isprintable() else "?" for char in text)
-
-
-def byte_count(size: int) -> str:
-    """`1,234 bytes`, `12.3 MiB`."""
-    amount = float(size)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if amount < 10_000:
-            return f"{size:,} bytes" if unit == "bytes" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:,.1f} TiB"
-
-
-def duration(seconds: int) -> str:
-    """`3 d 4 h`, `5 min`, `42 s`: the two largest parts."""
-    parts = []
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
-        count, seconds = divmod(seconds, size)
-        if count:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"
-
-
-@contextmanager
-def progress_bar(what: str, *, shown: bool, in_bytes: bool = False) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on standard error, if it is `shown` and that is a terminal. It is moved by a call with the number of things
-    or bytes that are done, and of all.
-    """
-    from rich import progress
-
-    console = terminal(errors=True)
-    counts = (
-        [progress.DownloadColumn(), progress.TransferSpeedColumn()] if in_bytes else [progress.MofNCompleteColumn()]
-    )
-    name = progress.TextColumn("{task.description}", markup=False)
-    columns = (name, progress.BarColumn(), *counts, progress.TimeRemainingColumn())
-    disable = not (shown and console.is_terminal)
-    with progress.Progress(*columns, console=console, disable=disable, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def confirm(question: str, *, yes: bool, number: int | None = None) -> None:
-    """Returns when the answer is yes, or of an action on many things their number. Raises CommandError when it is
-    another, or when standard input is no terminal.
-    """
-    if yes:
-        return
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise CommandError("this needs a confirmation, and there is no terminal to ask on: confirm with --yes")
-    how = "[y/N]" if number is None else f"Type their number, {number}, to go on:"
-    print(f"{question} {how} ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in (("y", "yes") if number is None else (str(number),)):
-        raise CommandError("nothing was done", EXIT_FAILED)

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from minikms.cli.console import CommandError, terminal
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.output import terminal
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from rich.console import Console

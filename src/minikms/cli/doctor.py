@@ -21,7 +21,6 @@ from minikms import api
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.console import (
-    CommandError,
     DataDir,
     Json,
     MasterKeyFd,
@@ -31,13 +30,10 @@ from minikms.cli.console import (
     Socket,
     chosen_data_dir,
     chosen_root,
-    clean,
     daemon_client,
     explained,
     found_data_dir,
     found_socket,
-    print_json,
-    terminal,
 )
 from minikms.clock import unix_seconds
 from minikms.custody import (
@@ -57,8 +53,9 @@ from minikms.keys.keyring import Body
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
+from minikms.output import clean, print_json, terminal
 from minikms.roots.providers import KEPT_BY_PEOPLE
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.roots.providers import RootProvider

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
 
 from cyclopts import Parameter
 
-from minikms.cli.console import CommandError, Json, ServerUid, Socket, daemon_client, print_json, progress_bar
+from minikms.cli.console import Json, ServerUid, Socket, daemon_client
+from minikms.output import print_json, progress_bar
 from minikms.sync import sync_file
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, PathText
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError, PathText
 
 if TYPE_CHECKING:
     from minikms.client import Client

@@ -20,7 +20,6 @@ from cyclopts import Parameter
 
 from minikms.cli.console import (
     AuditDir,
-    CommandError,
     DataDir,
     Json,
     MasterKeyFd,
@@ -31,11 +30,10 @@ from minikms.cli.console import (
     chosen_root,
     complain,
     explained,
-    print_facts,
-    print_json,
 )
 from minikms.cli.recovery import SharesDir, check_can_hand_out, hand_out
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.output import print_facts, print_json
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.datadir import DataDir as OpenedDataDir

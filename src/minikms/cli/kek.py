@@ -14,21 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import App, Parameter
 
-from minikms.cli.console import (
-    CommandError,
-    Json,
-    ServerUid,
-    Socket,
-    Yes,
-    complain,
-    confirm,
-    daemon_client,
-    print_json,
-    print_table,
-    progress_bar,
-)
+from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
 from minikms.cli.key_text import key_text
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.output import confirm, print_json, print_table, progress_bar
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms import api

@@ -18,24 +18,17 @@ from cyclopts import App, Parameter, validators
 from minikms import api
 from minikms.cli.console import (
     DAEMON_WAIT_SECONDS,
-    CommandError,
     Json,
     ServerUid,
     Socket,
     Yes,
     chosen_server_uids,
     chosen_socket,
-    clean,
     complain,
-    confirm,
     daemon_client,
-    print_facts,
-    print_json,
-    print_table,
-    progress_bar,
-    terminal,
 )
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.output import clean, confirm, print_facts, print_json, print_table, progress_bar, terminal
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.client import Client

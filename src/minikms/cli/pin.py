@@ -13,19 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from minikms.cli.console import (
-    PIN_VARIABLE,
-    CommandError,
-    DataDir,
-    Json,
-    Yes,
-    chosen_data_dir,
-    complain,
-    confirm,
-    named_root,
-    print_json,
-)
-from minikms.usage import EXIT_GOOD, RootSource
+from minikms.cli.console import PIN_VARIABLE, DataDir, Json, Yes, chosen_data_dir, complain, named_root
+from minikms.output import confirm, print_json
+from minikms.usage import EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
     from minikms.roots.pin import PinFile

@@ -14,19 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Final, get_args
 from cyclopts import App, Parameter
 
 from minikms.api import Role
-from minikms.cli.console import (
-    CommandError,
-    Json,
-    ServerUid,
-    Socket,
-    clean,
-    complain,
-    daemon_client,
-    print_facts,
-    print_json,
-)
+from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
 from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.output import clean, print_facts, print_json
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.policy import Rules

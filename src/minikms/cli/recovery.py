@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from minikms.cli.console import CommandError, complain
-from minikms.usage import EXIT_FAILED
+from minikms.cli.console import complain
+from minikms.usage import EXIT_FAILED, CommandError
 
 if TYPE_CHECKING:
     from minikms import api

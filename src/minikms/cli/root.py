@@ -12,20 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from minikms.cli.console import (
-    CommandError,
-    Json,
-    ServerUid,
-    Socket,
-    Yes,
-    complain,
-    confirm,
-    daemon_client,
-    print_json,
-    print_table,
-)
+from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
 from minikms.cli.recovery import SharesDir, add_shares, check_can_hand_out, check_can_pin
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, RootSource
+from minikms.output import confirm, print_json, print_table
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
     from minikms import api

@@ -13,18 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from minikms.cli.console import (
-    Json,
-    ServerUid,
-    Socket,
-    Yes,
-    clean,
-    complain,
-    confirm,
-    daemon_client,
-    print_facts,
-    print_json,
-)
+from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
+from minikms.output import clean, confirm, print_facts, print_json
 from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:

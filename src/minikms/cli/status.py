@@ -13,18 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter, validators
 
-from minikms.cli.console import (
-    Json,
-    ServerUid,
-    Socket,
-    byte_count,
-    clean,
-    complain,
-    daemon_client,
-    duration,
-    print_json,
-    terminal,
-)
+from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
+from minikms.output import byte_count, clean, duration, print_json, terminal
 from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from progressdb_server.cli.flags import CommandError
+from minikms.usage import EXIT_FAILED, EXIT_MISSING, CommandError
 from progressdb_server.config import Config, split_address
 
 TIMEOUT_S: Final = 60.0
@@ -58,7 +58,7 @@ class AdminClient:
         self.url = url
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise CommandError(f"{url} is no address of a server: use http://HOST:PORT", missing=True)
+            raise CommandError(f"{url} is no address of a server: use http://HOST:PORT")
         self._tls = ssl.create_default_context(cafile=trusted) if parts.scheme == "https" else None
         self._host, self._port = parts.hostname, parts.port
         self._headers = {"X-API-Key": key} if key else {}
@@ -92,7 +92,7 @@ class AdminClient:
         with self._response(method, target, body, timeout_s) as response:
             raw = response.read(RESPONSE_BYTES_MAX + 1)
             if len(raw) > RESPONSE_BYTES_MAX:
-                raise AdminError(f"the server at {self.url} sent more than {RESPONSE_BYTES_MAX} bytes")
+                raise AdminError(f"the server at {self.url} sent more than {RESPONSE_BYTES_MAX} bytes", EXIT_FAILED)
             return json.loads(raw)
 
     def events(self, target: str) -> Iterator[Any]:
@@ -117,7 +117,7 @@ class AdminClient:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UnreachableError(
                 f"the server at {self.url} did not answer: {reason}; check that it runs and listens there",
-                missing=_NO_RESPONSE in self._missing,
+                self._exit_status(_NO_RESPONSE),
             ) from None
         finally:
             connection.close()
@@ -140,7 +140,10 @@ class AdminClient:
             hint = " (is the key one of the server's admin keys?)"
         elif status == 403:
             hint = " (an admin key is needed)"
-        return AdminError(f"the server refused: {sentence}{hint}", missing=status in self._missing)
+        return AdminError(f"the server refused: {sentence}{hint}", self._exit_status(status))
+
+    def _exit_status(self, status: int) -> int:
+        return EXIT_MISSING if status in self._missing else EXIT_FAILED
 
 
 def _url_of(address: str) -> str:
@@ -150,7 +153,7 @@ def _url_of(address: str) -> str:
     try:
         host, port = split_address(address)
     except ValueError as error:
-        raise CommandError(f"PROGRESSDB_ADDR {error}", missing=True) from None
+        raise CommandError(f"PROGRESSDB_ADDR {error}") from None
     return f"http://{_bracketed(_REACHABLE.get(host, host))}:{port}"
 
 
@@ -167,10 +170,10 @@ def _admin_key(file: Path | None) -> str:
             with file.open("rb") as opened:
                 listed = opened.read(KEY_FILE_BYTES_MAX).decode("ascii")
         except FileNotFoundError:
-            raise CommandError(f"the key file {file} does not exist", missing=True) from None
+            raise CommandError(f"the key file {file} does not exist") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise CommandError(f"the key file {file} cannot be read: {type(error).__name__}", missing=True) from None
+            raise CommandError(f"the key file {file} cannot be read: {type(error).__name__}") from None
     key = listed.split(",")[0].strip()
     if not key or not all("!" <= char <= "~" for char in key):
-        raise CommandError("no admin key: set PROGRESSDB_API_ADMIN_KEYS or give --api-key-file FILE", missing=True)
+        raise CommandError("no admin key: set PROGRESSDB_API_ADMIN_KEYS or give --api-key-file FILE")
     return key

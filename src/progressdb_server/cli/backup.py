@@ -10,7 +10,7 @@ this process. Nothing here deletes a backup: `forget` removes the entry of a del
 from __future__ import annotations
 
 import asyncio
-import json as encoder
+import json as decoder
 import os
 import subprocess
 import sys
@@ -24,12 +24,13 @@ from urllib.parse import quote
 from cyclopts import App, Parameter
 
 from minikms import api
+from minikms.output import print_json, print_result
+from minikms.usage import EXIT_FAILED, CommandError
 from progressdb_server import logs
 from progressdb_server.api.routes.store_backup import INVALID_NAME, NAME
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import (
     Addr,
-    CommandError,
     ConfigFile,
     Db,
     Json,
@@ -81,10 +82,10 @@ def create(
 ) -> int:
     """Back up the store, then the key service, also while they serve. Neither backup contains the root key."""
     if load_for_store(addr=addr, db=db, config=config).store.url:
-        raise CommandError(IN_A_DATABASE, missing=True)
+        raise CommandError(IN_A_DATABASE)
     chosen = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file).config
     if NAME.fullmatch(name) is None:
-        raise CommandError(INVALID_NAME, missing=True)
+        raise CommandError(INVALID_NAME)
     path = chosen.backups_dir / name
 
     async def offline() -> None:
@@ -96,10 +97,11 @@ def create(
     except StoreLockedError:
         client = AdminClient.from_config(chosen)
         client.call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
-    _say(f"{path}: the store is backed up and was read back", json=json)
+    if not json:
+        print(f"{path}: the store is backed up and was read back")
     page: dict[str, Any] = {"backup": str(path), "key_service": None}
     if store_only or chosen.kms.provider == "local":
-        _say("Now back up the key service, as its user: minikms backup create FILE", page, json=json)
+        print_result(page, "Now back up the key service, as its user: minikms backup create FILE", json=json)
         return 0
     words = ["create", str(path / KMS_ARCHIVE), "--data-dir", str(chosen.kms_data_dir)]
     return _minikms(words, chosen, master_key_fd, page if json else None)
@@ -121,7 +123,7 @@ def register(
     """
     chosen = load_for_store(config=config)
     if NAME.fullmatch(label) is None:
-        raise CommandError(INVALID_NAME, missing=True)
+        raise CommandError(INVALID_NAME)
     begun_ns = None if begun is None else _unix_ns(begun)
 
     async def registered() -> Registered:
@@ -129,8 +131,8 @@ def register(
             return await register.register_backup(label, begun_ns)
 
     known = asyncio.run(registered())
-    _say(f"{label} is registered: begin it now" if begun is None else f"{label} is registered",
-         {"registered": label, "created_ns": known.created_ns}, json=json)  # fmt: skip
+    said = f"{label} is registered" + (": begin it now" if begun is None else "")
+    print_result({"registered": label, "created_ns": known.created_ns}, said, json=json)
     return 0
 
 
@@ -139,9 +141,9 @@ def _unix_ns(text: str) -> int:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise CommandError("--begun must be a time such as 2026-01-31T23:00:00Z", missing=True) from None
+        raise CommandError("--begun must be a time such as 2026-01-31T23:00:00Z") from None
     if moment.tzinfo is None or moment > datetime.now(UTC):
-        raise CommandError("--begun must have a time zone, such as Z, and not be in the future", missing=True)
+        raise CommandError("--begun must have a time zone, such as Z, and not be in the future")
     return int(moment.timestamp()) * 1_000_000_000
 
 
@@ -173,15 +175,12 @@ def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = No
         found = asyncio.run(offline())
     except StoreLockedError:
         found = AdminClient.from_config(chosen).call("GET", "/admin/store_backups")["backups"]
-    if json:
-        print(encoder.dumps(found, indent=2))
-        return 0
+    lines = []
     for known in found:
         when = datetime.fromtimestamp(known["created_ns"] / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         place = known["path"] + ("  not found there" if known["gone"] else "")
-        print(f"{known['name']}  {when}  {'of the database' if known.get('of_database') else place}")
-    if not found:
-        print("no backup is registered")
+        lines.append(f"{known['name']}  {when}  {'of the database' if known.get('of_database') else place}")
+    print_result(found, lines or "no backup is registered", json=json)
     return 0
 
 
@@ -203,8 +202,7 @@ def forget(
     if not yes:
         raise CommandError(
             "nothing was forgotten: keys that this backup needs may be destroyed then; if it was deleted, with every "
-            "copy of it, give --yes",
-            missing=True,
+            "copy of it, give --yes"
         )
 
     async def offline() -> None:
@@ -215,7 +213,7 @@ def forget(
         asyncio.run(offline())
     except StoreLockedError:
         AdminClient.from_config(chosen).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
-    _say(f"{name} is forgotten: it keeps no old key any more", {"forgotten": name}, json=json)
+    print_result({"forgotten": name}, f"{name} is forgotten: it keeps no old key any more", json=json)
     return 0
 
 
@@ -233,7 +231,8 @@ def verify(
     path = existing_directory(backup_path)
     chosen = load_config(db=db or ".", config=config, master_key_file=master_key_file).config
     manifest = backup.verify(str(path))
-    _say(f"{path}: the store is whole: {len(manifest.files)} files, {manifest.bytes:,} bytes", json=json)
+    if not json:
+        print(f"{path}: the store is whole: {len(manifest.files)} files, {manifest.bytes:,} bytes")
     page: dict[str, Any] = {
         "backup": str(path),
         "files": len(manifest.files),
@@ -242,7 +241,7 @@ def verify(
     }
     if not (path / KMS_ARCHIVE).exists():
         text = f"no {KMS_ARCHIVE} in it: verify the key service's archive by itself, with minikms backup verify"
-        _say(text, page, json=json)
+        print_result(page, text, json=json)
         return 0
     return _minikms(["verify", str(path / KMS_ARCHIVE)], chosen, master_key_fd, page if json else None)
 
@@ -264,11 +263,11 @@ def restore(
     """Restore into the directories of the configuration, which must be empty. Nothing is overwritten."""
     path = existing_directory(backup_path)
     if load_for_store(db=db, config=config).store.url:
-        raise CommandError(OF_A_DATABASE, missing=True)
+        raise CommandError(OF_A_DATABASE)
     chosen = load_config(db=db, config=config, master_key_file=master_key_file).config
     backup.verify(str(path))
     if os.path.isdir(chosen.store_dir) and os.listdir(chosen.store_dir):
-        raise CommandError(f"{chosen.store_dir} is not empty: move its files away first")
+        raise CommandError(f"{chosen.store_dir} is not empty: move its files away first", EXIT_FAILED)
     archive = path / KMS_ARCHIVE
     page: dict[str, Any] = {"backup": str(path), "restored": str(chosen.store_dir), "key_service": None}
     if archive.exists():  # the key service first: it may refuse its archive
@@ -279,11 +278,11 @@ def restore(
         if refused:
             return refused
     backup.restore(str(path), str(chosen.store_dir))
-    if json:
-        print(encoder.dumps(page, indent=2))
-        return 0
-    print(f"Restored the store into {chosen.store_dir}. Start the server; if it says that it remembers a")
-    print("later state of the key service, once with --accept-restore.")
+    lines = (
+        f"Restored the store into {chosen.store_dir}. Start the server; if it says that it remembers a",
+        "later state of the key service, once with --accept-restore.",
+    )
+    print_result(page, lines, json=json)
     return 0
 
 
@@ -300,20 +299,12 @@ async def _register(config: Config) -> AsyncIterator[Backups]:
         yield register
 
 
-def _say(sentence: str, page: dict[str, Any] | None = None, *, json: bool) -> None:
-    """Print the sentence, or with `json` the page, which only the last call of a command has."""
-    if not json:
-        print(sentence)
-    elif page is not None:
-        print(encoder.dumps(page, indent=2))
-
-
 def _minikms(words: list[str], config: Config, master_key_fd: int | None, page: dict[str, Any] | None) -> int:
     """Run `minikms backup …` as the last step. With a page, its result becomes part of it, and the page is printed."""
     found, exit_status = _run_minikms(words, config, master_key_fd, json=page is not None)
     if page is not None:
         page["key_service"] = found
-        print(encoder.dumps(page, indent=2))
+        print_json(page)
     return exit_status
 
 
@@ -336,7 +327,7 @@ def _run_minikms(
         if master_key_fd is not None:
             os.close(master_key_fd)
         output, _ = process.communicate()
-    return encoder.loads(output) if output else None, process.returncode
+    return decoder.loads(output) if output else None, process.returncode
 
 
 def _development_key(config: Config) -> str:

@@ -7,19 +7,21 @@ written; a repair needs exclusive use of the store. The rules of a sound store a
 from __future__ import annotations
 
 import asyncio
-import json as encoder
+from collections.abc import Iterator
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from minikms.api.errors import KmsError, KmsUnavailableError
 from minikms.client import Client
-from progressdb_server.cli.flags import CommandError, ConfigFile, Db, Json, load_for_store
+from minikms.output import print_result
+from minikms.usage import CommandError
+from progressdb_server.cli.flags import ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Config
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store.check import Problem, Report, repair_offline
 from progressdb_server.store.check import check as check_store
-from progressdb_server.store.model import FormatError, StoreLockedError, StoreUnavailableError
+from progressdb_server.store.model import StoreLockedError, StoreUnavailableError
 
 
 def check(
@@ -47,23 +49,16 @@ def check(
         reachable = chosen.kms.provider != "local" and _has_key_service(chosen)
         found, counts, opened = asyncio.run(_examine(chosen, path, with_key_service=reachable))
     except StoreLockedError:
-        raise CommandError(
-            "the server has the store open: stop it for a repair, or check without --repair", missing=True
-        ) from None
+        raise CommandError("the server has the store open: stop it for a repair, or check without --repair") from None
     except StoreUnavailableError as error:
-        raise CommandError(error.explained, missing=True) from None
-    except FormatError as error:
-        raise CommandError(str(error), missing=True) from None
-    if json:
-        page = {
-            "records_opened": opened,
-            "counts": counts,
-            "repaired": [_as_json(finding) for finding in fixed],
-            "findings": [_as_json(finding) for finding in found],
-        }
-        print(encoder.dumps(page, indent=2))
-    else:
-        _print(fixed, found, counts, opened=opened)
+        raise CommandError(error.explained) from None
+    page = {
+        "records_opened": opened,
+        "counts": counts,
+        "repaired": [_as_json(finding) for finding in fixed],
+        "findings": [_as_json(finding) for finding in found],
+    }
+    print_result(page, _lines(fixed, found, counts, opened=opened), json=json)
     return 1 if found else 0
 
 
@@ -77,8 +72,7 @@ def _has_key_service(config: Config) -> bool:
         if isinstance(error.__cause__, PermissionError):
             raise CommandError(
                 f"permission denied: this user may not use the key service at {config.kms_socket}, so no record can be "
-                "opened; run the command as the user of the server",
-                missing=True,
+                "opened; run the command as the user of the server"
             ) from None
         return False
     except (KmsError, ValueError):
@@ -97,13 +91,13 @@ def _as_json(finding: Problem) -> dict[str, object]:
     return {"kind": finding.kind, "key": finding.key, "detail": finding.detail, "repairable": bool(finding.fix)}
 
 
-def _print(fixed: list[Problem], found: list[Problem], counts: dict[str, int], *, opened: bool) -> None:
+def _lines(fixed: list[Problem], found: list[Problem], counts: dict[str, int], *, opened: bool) -> Iterator[str]:
     for finding in fixed:
-        print(f"repaired: {finding.kind}: {finding.key}: {finding.detail}")
+        yield f"repaired: {finding.kind}: {finding.key}: {finding.detail}"
     for finding in found:
         way_out = "; progressdb check --repair mends it" if finding.fix else ""
-        print(f"{finding.kind}: {finding.key}: {finding.detail}{way_out}")
-    print(f"{counts.get('threads', 0):,} threads, {counts.get('messages', 0):,} stored versions of messages")
+        yield f"{finding.kind}: {finding.key}: {finding.detail}{way_out}"
+    yield f"{counts.get('threads', 0):,} threads, {counts.get('messages', 0):,} stored versions of messages"
     if not opened:
-        print("no key service answered: the records were not opened; start the server to have them checked too")
-    print(f"{len(found)} finding(s)" if found else "all is right")
+        yield "no key service answered: the records were not opened; start the server to have them checked too"
+    yield f"{len(found)} finding(s)" if found else "all is right"

@@ -14,8 +14,17 @@ from typing import Annotated, Any, Final, Literal
 from cyclopts import CycloptsError, Parameter
 
 from minikms import usage
-from minikms.usage import EXIT_FAILED, EXIT_MISSING, Shell, explained, new_app, print_completion, show_whole_help
-from progressdb_server.cli.flags import Addr, CommandError, ConfigFile, Db, Dev, MasterKeyFd, MasterKeyFile, load_config
+from minikms.usage import (
+    EXIT_FAILED,
+    EXIT_MISSING,
+    CommandError,
+    Shell,
+    explained,
+    new_app,
+    print_completion,
+    show_whole_help,
+)
+from progressdb_server.cli.flags import Addr, ConfigFile, Db, Dev, MasterKeyFd, MasterKeyFile, load_config
 
 COMMANDS: Final = {
     "demo": ("demo:demo", "Take a guided tour: store, read back, search the disk, verify."),
@@ -73,7 +82,7 @@ def serve(
     try:
         server.run(loaded.config, master_key_fd, accept_restore=accept_restore, encrypting=kms is None)
     except server.ServeError as error:
-        raise CommandError(str(error)) from None
+        raise CommandError(str(error), EXIT_FAILED) from None
     return 0
 
 
@@ -89,7 +98,7 @@ def run(master_key_fd: int | None) -> None:
     def run_command() -> Any:
         words = sys.argv[1:]
         if unknown := usage.unknown_command("progressdb", words, ["serve", *COMMANDS]):
-            raise CommandError(unknown, missing=True)
+            raise CommandError(unknown)
         show_whole_help(app, words)
         command, bound, unparsed = app.parse_args(words, print_error=False, exit_on_error=False)
         given = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}
@@ -112,11 +121,11 @@ def _explained(error: Exception) -> tuple[str, int]:
 def _exit_status(error: Exception) -> int:
     """Of an error whose text is written for users. Raises any other: it is a defect."""
     from progressdb_server.config import ConfigError
-    from progressdb_server.store.model import BackupError, StoreUnavailableError
+    from progressdb_server.store.model import BackupError, FormatError, StoreUnavailableError
 
     if isinstance(error, CommandError):
-        return EXIT_MISSING if error.missing else EXIT_FAILED
-    if isinstance(error, (CycloptsError, ConfigError)):
+        return error.exit_status
+    if isinstance(error, (CycloptsError, ConfigError, FormatError)):
         return EXIT_MISSING
     if isinstance(error, (BackupError, StoreUnavailableError)):
         return EXIT_FAILED

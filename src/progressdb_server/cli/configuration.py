@@ -15,10 +15,11 @@ from typing import Any, Final
 import msgspec
 from cyclopts import App
 
+from minikms.output import print_result
+from minikms.usage import EXIT_FAILED, CommandError
 from progressdb_server.api.http.listener import check_tls
 from progressdb_server.cli.flags import (
     Addr,
-    CommandError,
     ConfigFile,
     Db,
     Dev,
@@ -57,14 +58,11 @@ def check_configuration(
     except ConfigMissingError:
         raise
     except ConfigError as error:
-        raise CommandError(str(error)) from None
+        raise CommandError(str(error), EXIT_FAILED) from None
     warning = tls_warning(loaded.config.server.tls, time.time())
-    if json:
-        print(encoder.dumps({"valid": True, "warnings": [warning] if warning else []}))
-    else:
-        if warning:
-            print(f"warning: {warning}")
-        print("the configuration is valid")
+    warnings = [warning] if warning else []
+    lines = [*(f"warning: {one}" for one in warnings), "the configuration is valid"]
+    print_result({"valid": True, "warnings": warnings}, lines, json=json)
     return 0
 
 
@@ -80,14 +78,11 @@ def show_configuration(
 ) -> int:
     """Print every setting with its value and its source. API keys are not printed, only their number."""
     loaded = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
-    if json:
-        settings = {
-            path: {"value": value, "source": loaded.sources.get(path, "default")}
-            for path, value in _settings(loaded.config)
-        }
-        print(encoder.dumps(settings, indent=2))
-    else:
-        print("\n".join(setting_lines(loaded)))
+    settings = {
+        path: {"value": value, "source": loaded.sources.get(path, "default")}
+        for path, value in _settings(loaded.config)
+    }
+    print_result(settings, setting_lines(loaded), json=json)
     return 0
 
 

@@ -8,12 +8,13 @@ records. Invariant: nothing is changed without `--repair`.
 from __future__ import annotations
 
 import asyncio
-import json as encoder
+from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
 import msgspec
 from cyclopts import Parameter
 
+from minikms.output import print_result
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Store
@@ -53,10 +54,7 @@ def doctor(
         if repair:
             page["repaired"] = client.call("POST", "/admin/orphaned_keys/retire", timeout_s=REPAIR_S_MAX)
         page["orphaned_keys"] = client.call("GET", "/admin/orphaned_keys", timeout_s=REPAIR_S_MAX)["keys"]
-    if json:
-        print(encoder.dumps(page, indent=2))
-    else:
-        _print(page, wrong)
+    print_result(page, _lines(page, wrong), json=json)
     damaged = page.get("database", {}).get("problems")
     return 1 if wrong or damaged or page.get("orphaned_keys") else 0
 
@@ -79,18 +77,18 @@ def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
     return page
 
 
-def _print(page: dict[str, Any], wrong: list[str]) -> None:
+def _lines(page: dict[str, Any], wrong: list[str]) -> Iterator[str]:
     for problem in wrong:
-        print(f"problem: {problem}")
-        print("  do: see `It does not answer` and `The disk is full` in docs/runbook.md")
+        yield f"problem: {problem}"
+        yield "  do: see `It does not answer` and `The disk is full` in docs/runbook.md"
     repaired, orphans = page.get("repaired"), page.get("orphaned_keys", [])
     if repaired and repaired["retired"]:
-        print(f"retired: {repaired['retired']:,} keys that no thread names")
+        yield f"retired: {repaired['retired']:,} keys that no thread names"
     for key in orphans[:SHOWN_MAX]:
-        print(f"orphaned key: {key['key_id']} of thread {key['thread_id']}, made {key['created_at']}")
+        yield f"orphaned key: {key['key_id']} of thread {key['thread_id']}, made {key['created_at']}"
     if len(orphans) > SHOWN_MAX:
-        print(f"and {len(orphans) - SHOWN_MAX:,} more")
+        yield f"and {len(orphans) - SHOWN_MAX:,} more"
     if orphans:
-        print(f"  do: {repaired['why'] if repaired and repaired['why'] else 'progressdb doctor --repair'}")
+        yield f"  do: {repaired['why'] if repaired and repaired['why'] else 'progressdb doctor --repair'}"
     elif not (wrong or page.get("database", {}).get("problems")):
-        print("nothing is wrong")
+        yield "nothing is wrong"

@@ -1,7 +1,7 @@
 """Flags that several commands have, and the configuration that they give.
 
-Owns: the text of each shared flag, and `CommandError`. A command raises it, or an error of another room; `command.run`
-prints the text and ends with the status. Invariant: no flag takes a key.
+Owns: the text of each shared flag. A command raises `minikms.usage.CommandError`, or an error of another room;
+`command.run` prints the text and ends with the status. Invariant: no flag takes a key.
 """
 
 from __future__ import annotations
@@ -13,18 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from minikms import usage
-from minikms.usage import PathText
+from minikms.usage import CommandError, PathText
 
 if TYPE_CHECKING:
     from progressdb_server.config import Config, LoadedConfig
-
-
-class CommandError(Exception):
-    """A command cannot do its work; the text says why and what to do. `missing`: something that it needs is missing."""
-
-    def __init__(self, message: str, *, missing: bool = False) -> None:
-        super().__init__(message)
-        self.missing = missing
 
 
 Addr = Annotated[str | None, Parameter(help="Where to listen, host:port; default 127.0.0.1:8080 [PROGRESSDB_ADDR].")]
@@ -84,5 +76,5 @@ def load_for_store(*, addr: str | None = None, db: str | None = None, config: st
 def existing_directory(path: Path) -> Path:
     """The path. Raises CommandError unless it is a directory."""
     if not path.is_dir():
-        raise CommandError(f"there is no directory {path}", missing=True)
+        raise CommandError(f"there is no directory {path}")
     return path

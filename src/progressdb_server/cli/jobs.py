@@ -7,21 +7,17 @@ file. Invariants: `--json` prints only JSON, one object or list; progress bars a
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 from cyclopts import App, Parameter
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
+from minikms.output import confirm, print_result, print_table, progress_bar
+from minikms.usage import CommandError
 from progressdb_server.cli.admin_client import AdminClient
-from progressdb_server.cli.flags import CommandError, Json, KeyFile, Url
+from progressdb_server.cli.flags import Json, KeyFile, Url
 from progressdb_server.config import duration_s
 
 ROTATE_TIMEOUT_S: Final = 600.0
@@ -61,7 +57,7 @@ def rotate_dek(
     }
     chosen = {name: value for name, value in asked.items() if value}
     if len(chosen) != 1:
-        raise CommandError("name threads, or give one of --all, --older-than and --kek-version", missing=True)
+        raise CommandError("name threads, or give one of --all, --older-than and --kek-version")
     client = AdminClient.from_flags(url, api_key_file)
     how: dict[str, object] = {}
     if destroy_old_after:
@@ -75,18 +71,13 @@ def rotate_dek(
         begun = client.call("POST", "/admin/rotate_deks", {**chosen, **how}, timeout_s=ROTATE_TIMEOUT_S)
         ids, count = begun["job_ids"], begun["count"]
     if not wait:
-        _print(begun, as_json, f"{count} jobs started: {' '.join(ids[:10])}{' …' if count > 10 else ''}")
+        print_result(begun, f"{count} jobs started: {' '.join(ids[:10])}{' …' if count > 10 else ''}", json=as_json)
         return 0
-    ended = [_watched(client, job_id, as_json) for job_id in ids]
-    if as_json:
-        print(json.dumps(ended))
-    else:
-        for job in ended:
-            print(_sentence(job))
-        if count > len(ids):
-            print(f"{count - len(ids)} more jobs are in the queue: progressdb jobs list")
-        if not count:
-            print("no thread's key is due")
+    ended = [_watch(client, job_id, as_json) for job_id in ids]
+    lines = [_sentence(job) for job in ended]
+    if count > len(ids):
+        lines.append(f"{count - len(ids)} more jobs are in the queue: progressdb jobs list")
+    print_result(ended, lines if count else "no thread's key is due", json=as_json)
     return 0 if all(job["status"] == "done" for job in ended) else 1
 
 
@@ -108,24 +99,21 @@ def list_jobs(
 def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Show a job, with the records that it could not re-encrypt."""
     job = AdminClient.from_flags(url, api_key_file).call("GET", _target(job_id))
-    if as_json:
-        print(json.dumps(job))
-        return 0
-    for name, value in job.items():
-        if name.endswith("_ns"):
-            print(f"{name[:-3]}: {_moment(value)}")
-        elif name != "failures":
-            print(f"{name}: {value}")
-    for failure in job["failures"]:
-        print(f"failed: {failure['key']} ({failure['code']})")
+    lines = [
+        f"{name[:-3]}: {_moment(value)}" if name.endswith("_ns") else f"{name}: {value}"
+        for name, value in job.items()
+        if name != "failures"
+    ]
+    lines += [f"failed: {failure['key']} ({failure['code']})" for failure in job["failures"]]
+    print_result(job, lines, json=as_json)
     return 0
 
 
 @app.command(name="watch")
 def watch(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Follow a job until it no longer runs."""
-    job = _watched(AdminClient.from_flags(url, api_key_file), job_id, as_json)
-    _print(job, as_json, _sentence(job))
+    job = _watch(AdminClient.from_flags(url, api_key_file), job_id, as_json)
+    print_result(job, _sentence(job), json=as_json)
     return 0 if job["status"] == "done" else 1
 
 
@@ -149,7 +137,7 @@ def cancel(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_fil
 
 def _control(job_id: str, action: str, as_json: bool, client: AdminClient) -> int:
     job = client.call("POST", f"{_target(job_id)}/{action}")
-    _print(job, as_json, _sentence(job))
+    print_result(job, _sentence(job), json=as_json)
     return 0
 
 
@@ -175,16 +163,16 @@ def prune(
 ) -> int:
     """Remove backups permanently. The records themselves do not change."""
     if sum(map(bool, (job_ids, older_than, every))) != 1:
-        raise CommandError("name jobs, or give one of --older-than and --all", missing=True)
+        raise CommandError("name jobs, or give one of --older-than and --all")
     client = AdminClient.from_flags(url, api_key_file)
     chosen = list(job_ids)
     if not chosen:
         chosen = [job["job_id"] for job in client.call("GET", "/admin/backups")["jobs"] if _old(job, older_than)]
-    if chosen and not yes:
-        _confirm(f"Remove the backups of {len(chosen)} jobs for good?")
+    if chosen:
+        confirm(f"Remove the backups of {len(chosen)} jobs for good?", yes=yes)
     removed = [client.call("DELETE", f"{_target(job)}/backups", timeout_s=ROTATE_TIMEOUT_S) for job in chosen]
     total = sum(one["removed"] for one in removed)
-    _print(removed, as_json, f"{total} backups of {len(removed)} jobs removed")
+    print_result(removed, f"{total} backups of {len(removed)} jobs removed", json=as_json)
     return 0
 
 
@@ -193,7 +181,8 @@ def restore(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_fi
     """Restore the records that a job re-encrypted. The planned destruction of the old key is cancelled."""
     client = AdminClient.from_flags(url, api_key_file)
     outcome = client.call("POST", f"{_target(job_id)}/restore", timeout_s=ROTATE_TIMEOUT_S)
-    _print(outcome, as_json, f"{outcome['restored']} records restored, {outcome['kept']} left: they were changed since")
+    said = f"{outcome['restored']} records restored, {outcome['kept']} left: they were changed since"
+    print_result(outcome, said, json=as_json)
     return 0
 
 
@@ -203,41 +192,22 @@ def _old(job: dict[str, Any], older_than: str) -> bool:
     try:
         limit_s = duration_s(older_than) if older_than else 0
     except ValueError as error:
-        raise CommandError(f"--older-than {error}", missing=True) from None
+        raise CommandError(f"--older-than {error}") from None
     return bool(time.time() - job["updated_ns"] / 1e9 >= limit_s)
 
 
-def _confirm(question: str) -> None:
-    """Return when the answer is yes. Raises CommandError when it is no, or when there is no terminal."""
-    if not sys.stdin.isatty():
-        raise CommandError(
-            "nothing was removed: this needs a confirmation, and there is no terminal to ask on: confirm with --yes",
-            missing=True,
-        )
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise CommandError("nothing was removed")
-
-
 # --- printing -----------------------------------------------------------------------------------------------------
-class _Rate(ProgressColumn):
-    def render(self, task: Any) -> Text:
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
-
-
-def _watched(client: AdminClient, job_id: str, as_json: bool) -> dict[str, Any]:
-    """The job in the end. With a progress bar on a terminal: re-encrypting first, reading back second."""
+def _watch(client: AdminClient, job_id: str, as_json: bool) -> dict[str, Any]:
+    """The job in the end. With a progress bar on a terminal: first of re-encrypting, then of reading back."""
     job: dict[str, Any] = client.call("GET", _target(job_id))
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=as_json or not console.is_terminal, transient=True) as progress:
-        moving = progress.add_task(f"{job['thread_id']}: re-encrypting", total=None)
-        reading = progress.add_task(f"{job['thread_id']}: reading back", total=None, visible=False)
+    thread = job["thread_id"]
+    with progress_bar(f"{thread}: re-encrypting", shown=not as_json) as progress:
         while job["status"] not in _OVER:
             for job in client.events(f"{_target(job_id)}/events"):
-                progress.update(moving, completed=job["done"] + job["failed"], total=job["total"] or None)
-                verifying = job["status"] == "verifying"
-                progress.update(reading, completed=job["verified"], total=job["total"] or None, visible=verifying)
+                if job["status"] == "verifying":
+                    progress(job["verified"], job["total"] or None, f"{thread}: reading back")
+                else:
+                    progress(job["done"] + job["failed"], job["total"] or None)
     return job
 
 
@@ -255,27 +225,18 @@ def _sentence(job: dict[str, Any]) -> str:
 
 
 def _listed(jobs: list[dict[str, Any]], as_json: bool, none: str) -> int:
-    if as_json:
-        print(json.dumps(jobs))
-    elif not jobs:
-        print(none)
-    else:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("job", "thread", "status", "done", "total", "failed", "backups", "changed", "note"):
-            table.add_column(heading, justify="right" if heading in ("done", "total", "failed", "backups") else "left")
-        for job in jobs:
-            counts = [str(job[name]) for name in ("done", "total", "failed", "backups")]
-            note = job["reason"] or (job["destroy_waits_for"] and f"old key kept: {job['destroy_waits_for']}")
-            words = [job["job_id"], job["thread_id"], job["status"], *counts, _moment(job["updated_ns"]), note]
-            table.add_row(*(Text(word) for word in words))
-        wide = None if sys.stdout.isatty() else 10_000  # a pipe gets whole lines
-        Console(width=wide, highlight=False).print(table)
+    if as_json or not jobs:
+        print_result(jobs, none, json=as_json)
+        return 0
+    counts = ("done", "total", "failed", "backups")
+    rows = [
+        [job["job_id"], job["thread_id"], job["status"], *(job[name] for name in counts), _moment(job["updated_ns"]),
+         job["reason"] or (job["destroy_waits_for"] and f"old key kept: {job['destroy_waits_for']}")]
+        for job in jobs
+    ]  # fmt: skip
+    print_table(("job", "thread", "status", *counts, "changed", "note"), rows, right=counts)
     return 0
 
 
 def _moment(ns: int) -> str:
     return datetime.fromtimestamp(ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if ns else "never"
-
-
-def _print(value: object, as_json: bool, sentence: str) -> None:
-    print(json.dumps(value) if as_json else sentence)

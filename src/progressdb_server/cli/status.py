@@ -6,9 +6,9 @@ takes writes, it reaches its key service, and the key service reports no fault.
 
 from __future__ import annotations
 
-import json as encoder
 import sys
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -17,6 +17,7 @@ from cyclopts import Parameter, validators
 from minikms import api
 from minikms.api.errors import KmsError
 from minikms.client import Client
+from minikms.output import print_result
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
@@ -54,10 +55,7 @@ def status(
         page, exit_status = _ask(chosen)
         if watch and not json and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")  # the next page takes the place of the one before
-        if json:
-            print(encoder.dumps(page, indent=2))
-        else:
-            _print(page)
+        print_result(page, _lines(page), json=json)
         if not watch:
             return exit_status
         sys.stdout.flush()
@@ -117,24 +115,24 @@ def _ask_key_service(config: Config, section: dict[str, Any]) -> int:
     return 0 if answer.status == "ok" else 1
 
 
-def _print(page: dict[str, Any]) -> None:
+def _lines(page: dict[str, Any]) -> Iterator[str]:
     server, kms = page["server"], page["key_service"]
-    print(f"server       {server.get('status', 'refuses')}: {server['url']}")
+    yield f"server       {server.get('status', 'refuses')}: {server['url']}"
     if "threads" in server:
-        print(f"  holds      {server['threads']:,} threads, {server['messages']:,} messages")
+        yield f"  holds      {server['threads']:,} threads, {server['messages']:,} messages"
     for problem in server.get("problems", ()):
-        print(f"  problem    {problem}")
+        yield f"  problem    {problem}"
     if "error" in server:
-        print(f"  error      {server['error']}")
+        yield f"  error      {server['error']}"
     place = kms.get("url") or kms.get("socket")
-    print(f"key service  {kms['status']}" + (f": {place}" if place else ""))
+    yield f"key service  {kms['status']}" + (f": {place}" if place else "")
     if "epoch" in kms:
         by_state = kms["keys"]["by_state"].items() if "keys" in kms else ()  # a gateway does not tell
         counts = ", ".join(f"{count:,} {state}" for state, count in by_state) or (
             "none" if "keys" in kms else "not shown"
         )
-        print(f"  keys       {counts}; epoch {kms['epoch']}, keyring {kms['keyring_id']}")
+        yield f"  keys       {counts}; epoch {kms['epoch']}, keyring {kms['keyring_id']}"
     if "error" in kms:
-        print(f"  error      {kms['error']}")
+        yield f"  error      {kms['error']}"
     for warning in kms.get("warnings", ()):
-        print(f"  warning    {warning}")
+        yield f"  warning    {warning}"

@@ -8,7 +8,8 @@ import subprocess
 import pytest
 
 from minikms.api.errors import KeyDestroyedError
-from minikms.cli.console import CommandError, chosen_server_uids
+from minikms.cli.console import chosen_server_uids
+from minikms.usage import CommandError
 from tests import needs
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon

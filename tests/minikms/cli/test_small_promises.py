@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from minikms import usage
 from minikms.cli import console
 from minikms.cli.doctor import doctor
 from minikms.usage import SOCKET_VARIABLE
@@ -66,7 +67,7 @@ def test_without_flags_commands_look_where_the_units_are_and_say_so(
     monkeypatch.setattr(console, "PACKAGE_SOCKET", str(tmp_path / "s"))
     monkeypatch.setattr(console, "PACKAGE_DATA_DIR", str(tmp_path / "d"))
     for choose in (console.chosen_socket, console.chosen_data_dir):
-        with pytest.raises(console.CommandError, match="name the"):
+        with pytest.raises(usage.CommandError, match="name the"):
             choose(None)
     (tmp_path / "s").touch()
     (tmp_path / "d").mkdir()
@@ -74,7 +75,7 @@ def test_without_flags_commands_look_where_the_units_are_and_say_so(
     assert console.chosen_data_dir(None) == str(tmp_path / "d")
     said = capsys.readouterr().err
     assert f"{tmp_path}/s is used" in said and f"{tmp_path}/d is used" in said
-    with pytest.raises(console.CommandError, match="name the daemon's socket"):
+    with pytest.raises(usage.CommandError, match="name the daemon's socket"):
         console.chosen_socket(None, must_exist=False)
 
 
@@ -87,7 +88,7 @@ def test_doctor_without_flags_examines_what_the_units_have(
     directory, path = tmp_path / "d", tmp_path / "s"
     monkeypatch.setattr(console, "PACKAGE_SOCKET", str(path))
     monkeypatch.setattr(console, "PACKAGE_DATA_DIR", str(directory))
-    with pytest.raises(console.CommandError, match="say what to examine"):
+    with pytest.raises(usage.CommandError, match="say what to examine"):
         doctor()
     directory.mkdir(0o700)
     path.touch()
