@@ -445,7 +445,7 @@ def audit_keys(unlocked: UnlockedKeyring) -> AuditKeys:
     return AuditKeys(current=current, former=tuple(former))
 
 
-def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKey) -> AuditKey:
+def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKeyEntry) -> AuditKey:
     mac_key, seed = unlocked.audit_key(key.version)
     since = Head(key.since_seq, key.since_sig) if key.since_seq else None
     return AuditKey(key.version, mac_key, Signer(seed), since)

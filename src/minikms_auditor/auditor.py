@@ -19,7 +19,7 @@ import msgspec
 from minikms.api import AuditPositionAnswer
 from minikms.api.errors import ConflictError, InvalidRequestError, KmsError, KmsRefusedError
 from minikms.audit.export import LogRange
-from minikms.audit.note import Checkpoint, Note, NoteError, Policy, cosigned_at, open_checkpoint
+from minikms.audit.note import Checkpoint, Note, NoteError, WitnessPolicy, cosigned_at, open_checkpoint
 from minikms.audit.record import Head
 from minikms.audit.tiles import Tiles
 from minikms_auditor.config import Config
@@ -335,7 +335,7 @@ class Auditor:
         if content is None:
             return
         try:
-            opened = open_checkpoint(content, Policy(self._signers.verifiers, keys, self._config.quorum))
+            opened = open_checkpoint(content, WitnessPolicy(self._signers.verifiers, keys, self._config.quorum))
         except NoteError:  # other signers or witnesses since
             return
         self._witnessed_at = opened.quorum_time(self._config.quorum) or 0

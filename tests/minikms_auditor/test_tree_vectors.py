@@ -18,7 +18,7 @@ from minikms.audit import tree
 from minikms.audit.export import Exported, ProofChecker
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import Retention, remove_segments
-from minikms.audit.note import Policy, open_checkpoint, parse_vkey
+from minikms.audit.note import WitnessPolicy, open_checkpoint, parse_vkey
 from minikms.audit.tiles import RightEdge, Tiles, tile_path
 from minikms.base64 import encode_text
 from minikms.cli import audit, audit_tree
@@ -29,7 +29,7 @@ from tests.vectors import make_tree as independent
 KNOWN: dict[str, Any] = json.loads(independent.FILE.read_text())
 LINES = independent.vector_lines(max(independent.SIZES))
 NOTE: bytes = KNOWN["checkpoint"].encode()
-POLICY = Policy(
+POLICY = WitnessPolicy(
     tuple(map(parse_vkey, (KNOWN["log_key"], KNOWN["second_key"]))), tuple(map(parse_vkey, KNOWN["witness_keys"])), 2
 )
 KEYS = ([KNOWN["log_key"], KNOWN["second_key"]], KNOWN["witness_keys"], 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.audit.note import Policy, open_checkpoint, parse_vkey
+from minikms.audit.note import WitnessPolicy, open_checkpoint, parse_vkey
 from minikms_auditor import witnesses as submitting
 from minikms_auditor.connecting import ANSWER_BYTES_MAX
 from tests.harness.waiting import wait_until
@@ -27,9 +27,9 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         yield rig
 
 
-def policy(rig: Rig, quorum: int) -> Policy:
+def policy(rig: Rig, quorum: int) -> WitnessPolicy:
     keys = tuple(parse_vkey(rig.witness(name)[1]) for name in (W1, W2, W3))
-    return Policy((parse_vkey(rig.vkey()),), keys, quorum)
+    return WitnessPolicy((parse_vkey(rig.vkey()),), keys, quorum)
 
 
 def test_all_witnesses_cosign_every_tree_checkpoint(rig: Rig) -> None:

@@ -2,8 +2,8 @@
 
 Owns: the index of a tree (`logs.json`), which maps a line of a log to its leaf; the form of an exported line; and the
 comparison of a whole log with a tree. Invariants: the index is a hint, which proofs or the tree's root confirm; an
-exported line proves itself, with nothing but the keys of a `note.Policy`. It must never call a line proven before its
-leaf leads to the root of a tree checkpoint whose signatures were checked.
+exported line proves itself, with nothing but the keys of a `note.WitnessPolicy`. It must never call a line proven
+before its leaf leads to the root of a tree checkpoint whose signatures were checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import msgspec
 
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import tree
-from minikms.audit.note import NOTE_BYTES_MAX, Opened, Policy, open_checkpoint, parse_checkpoint, parse_note
+from minikms.audit.note import (
+    NOTE_BYTES_MAX,
+    VerifiedCheckpoint,
+    WitnessPolicy,
+    open_checkpoint,
+    parse_checkpoint,
+    parse_note,
+)
 from minikms.audit.record import LINE_BYTES_MAX
 from minikms.audit.tiles import CHECKPOINT_NAME, TILE_BYTES, Read, RightEdge, Tiles
 from minikms.audit.tree import HASH_BYTES, PROOF_HASHES_MAX, ProofError, leaf_of
@@ -130,18 +137,18 @@ class Proven(msgspec.Struct, frozen=True):
 
     line: bytes
     index: int
-    opened: Opened
+    opened: VerifiedCheckpoint
 
 
 class ProofChecker:
     """Checks exported lines. The signatures of a tree checkpoint are checked once."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: WitnessPolicy) -> None:
         """Raises NoteError."""
         policy.check()
         self._policy = policy
         self.quorum = policy.quorum
-        self._opened: dict[str, Opened] = {}
+        self._opened: dict[str, VerifiedCheckpoint] = {}
 
     def check(self, exported: Exported) -> Proven:
         """Raises ProofError, NoteError."""
@@ -166,7 +173,7 @@ class ProofChecker:
         tree.check_inclusion(leaf_of(line), int(number), checkpoint.size, found, checkpoint.root)
         return Proven(line, int(number), opened)
 
-    def _open(self, note: str) -> Opened:
+    def _open(self, note: str) -> VerifiedCheckpoint:
         opened = self._opened.get(note)
         if opened is None:
             opened = open_checkpoint(note.encode("utf-8", "replace"), self._policy)

@@ -232,7 +232,7 @@ def parse_checkpoint(text: str) -> Checkpoint:
     return Checkpoint(origin, int(size), root, tuple(extensions))
 
 
-class Policy(msgspec.Struct, frozen=True):
+class WitnessPolicy(msgspec.Struct, frozen=True):
     """Who must have signed a tree checkpoint: the log, and a quorum of witnesses.
 
     log_keys: every one of them; their name is the origin. witnesses: keys of the type `TYPE_COSIGNATURE`.
@@ -259,7 +259,7 @@ class Policy(msgspec.Struct, frozen=True):
         return self.log_keys[0].name
 
 
-class Opened(msgspec.Struct, frozen=True):
+class VerifiedCheckpoint(msgspec.Struct, frozen=True):
     """A tree checkpoint whose signatures were checked. cosigned: witnesses' names, with their times in Unix seconds."""
 
     checkpoint: Checkpoint
@@ -272,7 +272,7 @@ class Opened(msgspec.Struct, frozen=True):
         return times[quorum - 1] if 0 < quorum <= len(times) else None
 
 
-def open_checkpoint(content: bytes, policy: Policy) -> Opened:
+def open_checkpoint(content: bytes, policy: WitnessPolicy) -> VerifiedCheckpoint:
     """The tree checkpoint in a note, if all keys of the log have signed it, and a quorum has cosigned it.
 
     Raises NoteError.
@@ -288,7 +288,7 @@ def open_checkpoint(content: bytes, policy: Policy) -> Opened:
     if len(cosigned) < policy.quorum:
         raise NoteError(f"the tree checkpoint has {len(cosigned)} cosignatures of the {policy.quorum} that are needed")
     times = ((key.name, cosigned_at(signature) or 0) for key, signature in cosigned.items())
-    return Opened(checkpoint, note, tuple(times))
+    return VerifiedCheckpoint(checkpoint, note, tuple(times))
 
 
 def shown(text: str) -> str:

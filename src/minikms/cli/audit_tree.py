@@ -23,7 +23,7 @@ from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit import export as exporting
 from minikms.audit import note, ocsf, record
 from minikms.audit.export import Exported, ProofChecker, TreeFault
-from minikms.audit.note import Opened, Policy, open_checkpoint, parse_vkey
+from minikms.audit.note import VerifiedCheckpoint, WitnessPolicy, open_checkpoint, parse_vkey
 from minikms.audit.reader import each_segment
 from minikms.audit.record import MalformedLineError
 from minikms.audit.tiles import Tiles
@@ -95,19 +95,19 @@ class TreeReport(msgspec.Struct, frozen=True):
     faults: tuple[TreeFault, ...]
 
 
-def policy(log_keys: Sequence[str] | None, witnesses: Sequence[str] | None, quorum: int | None) -> Policy:
+def policy(log_keys: Sequence[str] | None, witnesses: Sequence[str] | None, quorum: int | None) -> WitnessPolicy:
     """Raises StartError."""
     if not log_keys:
         raise StartError("give the verifier key of the tree's log with --log-key")
     keys = tuple(parse_vkey(text, _LOG_TYPES) for text in log_keys)
     cosigners = tuple(parse_vkey(text, (note.TYPE_COSIGNATURE,)) for text in witnesses or ())
-    believed = Policy(keys, cosigners, len(cosigners) if quorum is None else quorum)
+    believed = WitnessPolicy(keys, cosigners, len(cosigners) if quorum is None else quorum)
     believed.check()
     return believed
 
 
 def compare_with_tree(
-    log_directory: str, checkpoint: str, believed: Policy, max_age: str, tree_dir: str | None
+    log_directory: str, checkpoint: str, believed: WitnessPolicy, max_age: str, tree_dir: str | None
 ) -> TreeReport:
     """Raises KmsRefusedError, for example if the tree checkpoint can't be believed, and OSError."""
     age_max_s = _seconds(max_age)
@@ -129,7 +129,7 @@ def compare_with_tree(
     return TreeReport(origin, size, opened.cosigned, at, None if at is None else max(0, now - at), tuple(faults))
 
 
-def _compared(log_directory: str, opened: Opened, tree_dir: str | None) -> list[TreeFault]:
+def _compared(log_directory: str, opened: VerifiedCheckpoint, tree_dir: str | None) -> list[TreeFault]:
     size, root = opened.checkpoint.size, opened.checkpoint.root
     lines = _lines(log_directory)
     if tree_dir is None:

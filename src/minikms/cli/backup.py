@@ -38,7 +38,7 @@ from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 if TYPE_CHECKING:
     from minikms.custody.backup.archive import AuditHead, Manifest
     from minikms.custody.backup.create import Task
-    from minikms.custody.backup.register import Registered
+    from minikms.custody.backup.register import RegisteredArchive
     from minikms.custody.backup.restore import NewerKeyring
     from minikms.keys.unlocked import UnlockedKeyring
     from minikms.roots.providers import RootProvider
@@ -69,12 +69,12 @@ def create(
     from minikms import clock
     from minikms.custody.backup.create import NewArchive
     from minikms.custody.backup.create import create as create_archive
-    from minikms.custody.backup.register import ArchiveRegister, Registered, new_archive_id
+    from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive, new_archive_id
 
     directory = chosen_data_dir(data_dir)
     root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
     register = ArchiveRegister(directory)
-    entry = Registered(new_archive_id(), os.path.abspath(archive), time.time_ns() // 1_000_000)
+    entry = RegisteredArchive(new_archive_id(), os.path.abspath(archive), time.time_ns() // 1_000_000)
     with _task(root, "copying keys", bar=not json) as task:
         register.put(entry)
         try:
@@ -87,7 +87,9 @@ def create(
     ended_ms = time.time_ns() // 1_000_000
     manifest = good.manifest
     register.put(
-        Registered(entry.archive_id, entry.path, entry.begun_ms, ended_ms, manifest.keys, size, manifest.newest_key_id)
+        RegisteredArchive(
+            entry.archive_id, entry.path, entry.begun_ms, ended_ms, manifest.keys, size, manifest.newest_key_id
+        )
     )
     _print_manifest(good.manifest, archive, json=json, done="made, read back, every key opened")
     if good.manifest.unreadable:
@@ -309,15 +311,15 @@ def _begin_log(log_dir: str, unlocked: UnlockedKeyring, manifest: Manifest) -> N
         log.close()
 
 
-def _registered(archive: Path, manifest: Manifest) -> Registered:
+def _registered(archive: Path, manifest: Manifest) -> RegisteredArchive:
     """The entry for the archive in the register of the restored directory: it may hold each of its keys."""
-    from minikms.custody.backup.register import Registered
+    from minikms.custody.backup.register import RegisteredArchive
 
     now_ms = time.time_ns() // 1_000_000
     begun_ms = int(datetime.fromisoformat(manifest.created_at).timestamp() * 1000)
     size = os.path.getsize(archive)
     path, newest = os.path.abspath(archive), manifest.newest_key_id
-    return Registered(manifest.archive_id, path, begun_ms, now_ms, manifest.keys, size, newest)
+    return RegisteredArchive(manifest.archive_id, path, begun_ms, now_ms, manifest.keys, size, newest)
 
 
 @contextmanager
@@ -360,7 +362,7 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
         yield NewerKeyring(unlocked, read_tombstones(content, unlocked.body, unlocked.tombstone_key).stones())
 
 
-def _remove_archive(entry: Registered) -> None:
+def _remove_archive(entry: RegisteredArchive) -> None:
     """Removes the file if it is an archive. Raises CommandError otherwise."""
     from minikms.custody.backup.archive import MAGIC, is_archive
 
@@ -393,13 +395,13 @@ def _as_dict(manifest: Manifest) -> dict[str, object]:
     return msgspec.structs.asdict(manifest)
 
 
-def _when(entry: Registered) -> str:
+def _when(entry: RegisteredArchive) -> str:
     from minikms import clock
 
     return clock.rfc3339(entry.begun_ms * 1_000_000) if entry.ended_ms else "interrupted"
 
 
-def _where(entry: Registered) -> str:
+def _where(entry: RegisteredArchive) -> str:
     return entry.path if os.path.isfile(entry.path) else f"{entry.path} (missing)"
 
 

@@ -35,7 +35,7 @@ def demo() -> int:
     """Run the commands on example data in a temporary directory, then remove it. Exit status: 0 all succeeded."""
     signal.signal(signal.SIGTERM, _interrupt)  # so that the daemon is stopped too
     with tempfile.TemporaryDirectory(prefix="minikms-demo-") as place:
-        tour = Tour(terminal(), Path(place))
+        tour = Shell(terminal(), Path(place))
         tour.say("Make a data directory, and a root key to lock it with")
         tour.run("minikms init --data-dir keys --master-key-file root.key")
         tour.say("Serve it on a Unix socket, to this user only")
@@ -63,7 +63,9 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-class Tour:
+class Shell:
+    """Prints and runs lines, and serves."""
+
     def __init__(self, console: Console, place: Path) -> None:
         self._console = console
         self._place = place

@@ -30,9 +30,9 @@ from minikms.keys.tombstones import (
     FILE_BYTES_MAX,
     HEADER_BYTES,
     RECORD_BYTES,
-    Chain,
     ReadTombstones,
     Tombstone,
+    TombstoneChain,
     TombstoneFormatError,
     keys_of,
 )
@@ -46,7 +46,7 @@ class Staged(NamedTuple):
     """Records that follow the last one of the file, and the chain after them."""
 
     records: bytes
-    chain: Chain
+    chain: TombstoneChain
 
 
 class Tombstones:
@@ -189,7 +189,7 @@ def write_tombstones(directory_fd: int, unlocked: UnlockedKeyring, stones: Seque
     It also replaces a file that another keyring has left. Raises StorageUnavailableError.
     """
     body = unlocked.body
-    chain = Chain(body.keyring_id)
+    chain = TombstoneChain(body.keyring_id)
     content = tombstones.HEADER + chain.append(unlocked.tombstone_key, stones)
     replace_file_from(directory_fd, NAME, (content,))
     made = Tombstones(directory_fd, ReadTombstones(content, chain, 0, 0), intact=True)

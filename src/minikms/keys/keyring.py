@@ -127,7 +127,7 @@ class Kek(_Part, frozen=True):
     destroyed_at: str = ""
 
 
-class AuditKey(_Part, frozen=True):
+class AuditKeyEntry(_Part, frozen=True):
     """`since_seq` and `since_sig` name the last line of the audit log under the version before; empty for the first.
 
     They limit an earlier key to the lines up to there: it can't be used to write a different log.
@@ -194,7 +194,7 @@ class Body(_Part, frozen=True):
     key_version: int
     slots: tuple[RootSlot, ...]
     keks: tuple[Kek, ...]
-    audit_keys: tuple[AuditKey, ...]
+    audit_keys: tuple[AuditKeyEntry, ...]
     tombstone_log: TombstoneLog
     rotation: Rotation | None = None
     retired_roots: tuple[RetiredRoot, ...] = ()
@@ -223,7 +223,7 @@ class Body(_Part, frozen=True):
         return kek
 
     @property
-    def audit_key(self) -> AuditKey:
+    def audit_key(self) -> AuditKeyEntry:
         """The audit key in use."""
         return self.audit_keys[-1]
 
@@ -409,7 +409,7 @@ def next_epoch(body: Body, *, at: str, **changes: object) -> Body:
     return changed
 
 
-def add_audit_key(body: Body, key: AuditKey, *, at: str) -> Body:
+def add_audit_key(body: Body, key: AuditKeyEntry, *, at: str) -> Body:
     """Adds the audit key for all further lines of the log. Raises ConflictError if there are too many."""
     check_takes_audit_key(body)
     return next_epoch(body, at=at, audit_keys=(*body.audit_keys, key))

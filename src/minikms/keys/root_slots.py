@@ -17,7 +17,7 @@ from minikms.keys.keyring import (
     AUDIT_KEYS_COUNT_MAX,
     RETIRED_ROOTS_MAX,
     SLOTS_MAX,
-    AuditKey,
+    AuditKeyEntry,
     Body,
     Kek,
     RetiredRoot,
@@ -91,11 +91,11 @@ class Resealed(NamedTuple):
     key_version: int
     slots: tuple[RootSlot, ...]
     keks: tuple[Kek, ...]
-    audit_keys: tuple[AuditKey, ...]
+    audit_keys: tuple[AuditKeyEntry, ...]
     tombstone_log: TombstoneLog
 
 
-def remove_slots(body: Body, resealed: Resealed, audit_key: AuditKey, *, at: str, proved: str = "") -> Body:
+def remove_slots(body: Body, resealed: Resealed, audit_key: AuditKeyEntry, *, at: str, proved: str = "") -> Body:
     """Removes every slot that `resealed` does not have. Their root keys are `revoking` until a rotation to a KEK
     version that does not exist yet has ended. `audit_key`: the key of all further lines of the log. `proved`: the slot
     that others are removed for, which those that would have replaced them replace now; then lines are owed.
@@ -183,7 +183,7 @@ def removed_by(body: Body, later: Body) -> tuple[RevokingRoot, ...]:
     return tuple(root for root in gone.values() if root.fingerprint not in stay)
 
 
-def with_slots_of(body: Body, later: Body, resealed: Resealed, audit_key: AuditKey) -> Body:
+def with_slots_of(body: Body, later: Body, resealed: Resealed, audit_key: AuditKeyEntry) -> Body:
     """The body of a restored keyring with the root keys of `later`, a later state of it. `resealed` has the slots of
     `later`. `audit_key`: the key of the new log. The epoch stays, and the former audit keys as far as there is room.
     """

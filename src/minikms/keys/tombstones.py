@@ -44,7 +44,7 @@ class Tombstone(NamedTuple):
     unix_s: int
 
 
-class Chain:
+class TombstoneChain:
     """The running hash over a file: its header and `count` records. `head`: SHA-256 of them."""
 
     def __init__(self, keyring_id: str) -> None:
@@ -52,12 +52,12 @@ class Chain:
         self._hash = hashlib.sha256(HEADER)
         self.count = 0
 
-    def copy(self) -> Chain:
-        other = Chain.__new__(Chain)
+    def copy(self) -> TombstoneChain:
+        other = TombstoneChain.__new__(TombstoneChain)
         other._keyring_id, other._hash, other.count = self._keyring_id, self._hash.copy(), self.count
         return other
 
-    def fresh(self) -> Chain:
+    def fresh(self) -> TombstoneChain:
         """The chain of the same keyring without a record."""
         other = self.copy()
         other._hash, other.count = hashlib.sha256(HEADER), 0
@@ -99,7 +99,7 @@ class ReadTombstones(NamedTuple):
     """
 
     content: bytes
-    chain: Chain
+    chain: TombstoneChain
     adopted: int
     torn_bytes: int
 
@@ -129,7 +129,7 @@ def read(
     Without `mac_key` the records beyond `count` are left out. Raises TombstoneFormatError if one of the counted records
     is missing or altered, or if more follows than one torn append.
     """
-    chain = Chain(keyring_id)
+    chain = TombstoneChain(keyring_id)
     if not content and count == 0:
         return ReadTombstones(HEADER, chain, 0, 0)
     if content is None:

@@ -24,7 +24,7 @@ from minikms.crypto.aead import DerivedKeys, XaesCipher
 from minikms.crypto.slots import SlotBinding
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import KekState
-from minikms.keys.tombstones import Chain
+from minikms.keys.tombstones import TombstoneChain
 from minikms.memory.arena import SecretArena, SecretSlot
 
 WRAPPING_KEYS_MAX: Final = 1024
@@ -89,7 +89,7 @@ class UnlockedKeyring:
             tombstone = unlocked._tombstone = arena.allocate()
             fill_random(tombstone.view)
             wrapped = unlocked._seal_under(unlocked.keyring_key.view, labels.TOMBSTONE_KEY, 1, tombstone)
-            log = keyring.TombstoneLog(0, Chain(keyring_id).head, wrapped)
+            log = keyring.TombstoneLog(0, TombstoneChain(keyring_id).head, wrapped)
             unlocked.body = msgspec.structs.replace(
                 empty, slots=(slot,), keks=(kek,), audit_keys=(audit_key,), tombstone_log=log
             )
@@ -266,7 +266,7 @@ class UnlockedKeyring:
         wrapped = self._seal_under(sealing, labels.KEK, kek.version, self._keks[kek.version])
         return msgspec.structs.replace(kek, wrapped=wrapped)
 
-    def _resealed_audit_key(self, sealing: memoryview, key: keyring.AuditKey) -> keyring.AuditKey:
+    def _resealed_audit_key(self, sealing: memoryview, key: keyring.AuditKeyEntry) -> keyring.AuditKeyEntry:
         mac_key, seed = self._audit[key.version]
         return msgspec.structs.replace(
             key,
@@ -294,7 +294,7 @@ class UnlockedKeyring:
         since_seq: int = 0,
         since_sig: bytes = b"",
         key_version: int | None = None,
-    ) -> keyring.AuditKey:
+    ) -> keyring.AuditKeyEntry:
         """A fresh audit key and a checkpoint seed (Ed25519, RFC 8032), both wrapped, with the public key in the clear.
 
         since_seq, since_sig: the last line of the audit log under the version before; empty for the first version.
@@ -305,7 +305,7 @@ class UnlockedKeyring:
         fill_random(seed.view)
         public = Ed25519PrivateKey.from_private_bytes(seed.view).public_key().public_bytes_raw()
         sealing = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
-        return keyring.AuditKey(
+        return keyring.AuditKeyEntry(
             version=version,
             created_at=at,
             public_key=public,

@@ -43,7 +43,7 @@ from progressdb_server.cli.flags import (
 from progressdb_server.config import Config
 from progressdb_server.store import backup
 from progressdb_server.store.backup import Backups
-from progressdb_server.store.model import Registered, StoreLockedError
+from progressdb_server.store.model import RegisteredBackup, StoreLockedError
 
 KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
@@ -126,7 +126,7 @@ def register(
         raise CommandError(INVALID_NAME)
     begun_ns = None if begun is None else _unix_ns(begun)
 
-    async def registered() -> Registered:
+    async def registered() -> RegisteredBackup:
         async with _register(chosen) as register:
             return await register.register_backup(label, begun_ns)
 

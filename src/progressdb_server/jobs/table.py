@@ -16,7 +16,7 @@ import msgspec
 
 from progressdb_server.jobs.states import Job, JobNotFoundError, ThreadBusyError, changed
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import ClaimLostError, RowWrite, StaleRowError, Step
+from progressdb_server.store.model import ClaimLostError, OpaqueWrite, RowWrite, StaleRowError
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Job).decode
@@ -101,7 +101,7 @@ class JobTable:
         await self._store.settle_row(self._store.write_row(job.id, job.thread, None, _encode(job)))
         self._wake_waiters()
 
-    def submit(self, row: Row, job: Job, step: Step | None = None) -> PendingRow:
+    def submit(self, row: Row, job: Job, step: OpaqueWrite | None = None) -> PendingRow:
         """Replace `row` by `job` and write the step, atomically. The caller may submit a change of the returned row at
         once: it is written after this one, and fails if this one fails."""
         stored = changed(job, updated_ns=self.now_ns())
@@ -116,7 +116,7 @@ class JobTable:
         self._wake_waiters()
         return pending.row
 
-    async def store(self, row: Row, job: Job, step: Step | None = None) -> Row:
+    async def store(self, row: Row, job: Job, step: OpaqueWrite | None = None) -> Row:
         """Submit and settle."""
         return await self.settle(self.submit(row, job, step))
 

@@ -36,13 +36,13 @@ from progressdb_server.store.model import (
     BackupBusyError,
     BackupError,
     BackupExistsError,
+    BackupFile,
     BackupNotFoundError,
     BackupThereError,
     ConditionFailedError,
-    File,
     FormatError,
     Manifest,
-    Registered,
+    RegisteredBackup,
     StoreUnavailableError,
 )
 
@@ -72,7 +72,7 @@ class Backups(OpenStore):
             raise BackupExistsError(f"{path} exists already; a backup never overwrites one")
         self._backing_up = True
         try:
-            known = Registered(path, self.clock.now_ns())
+            known = RegisteredBackup(path, self.clock.now_ns())
             await self.writer.commit(Write(((keyspace.backup(known.created_ns), msgspec.json.encode(known)),)))
             stop = threading.Event()
             copy = asyncio.ensure_future(
@@ -91,14 +91,14 @@ class Backups(OpenStore):
         finally:
             self._backing_up = False
 
-    async def register_backup(self, label: str, begun_ns: int | None = None) -> Registered:
+    async def register_backup(self, label: str, begun_ns: int | None = None) -> RegisteredBackup:
         """Add a backup of the database, which is made by another program: it is begun after this, or was at `begun_ns`.
         Raises BackupExistsError; BackupError for a store in files."""
         if not self.shared:
             raise BackupError("only backups of a database are registered: progressdb backup create makes this one")
         if label in [known.name async for page in self.backups() for known in page]:
             raise BackupExistsError(f"a backup {label} is registered already")
-        known = Registered(label, await self.now_ns() if begun_ns is None else begun_ns, of_database=True)
+        known = RegisteredBackup(label, await self.now_ns() if begun_ns is None else begun_ns, of_database=True)
         entry = keyspace.backup(known.created_ns)
         try:
             await self.writer.commit(Write(((entry, msgspec.json.encode(known)),), ((entry, None),)))
@@ -106,12 +106,12 @@ class Backups(OpenStore):
             raise BackupExistsError("another backup was begun at that time") from None
         return known
 
-    async def backups(self) -> AsyncIterator[list[Registered]]:
+    async def backups(self) -> AsyncIterator[list[RegisteredBackup]]:
         """Those that were begun and are not forgotten, oldest first."""
         lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
         while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
-            yield [msgspec.json.decode(value, type=Registered) for _, value in entries]
+            yield [msgspec.json.decode(value, type=RegisteredBackup) for _, value in entries]
 
     async def look_at_newest_backup(self) -> None:
         """In a database: for `newest_backup_ns`, which can't ask it. Raises StoreUnavailableError."""
@@ -124,7 +124,7 @@ class Backups(OpenStore):
         found = [self._newest] if self.shared else self.engine.keys(keyspace.BACKUPS, upper, limit=1, reverse=True)
         return int(found[0][len(keyspace.BACKUPS) :]) if found and found[0] else -math.inf
 
-    async def forget_backup(self, name: str) -> list[Registered]:
+    async def forget_backup(self, name: str) -> list[RegisteredBackup]:
         """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it
         had. Raises BackupNotFoundError, BackupThereError."""
         found = [known async for page in self.backups() for known in page if known.name == name]
@@ -135,7 +135,7 @@ class Backups(OpenStore):
         await self._forget(found)
         return found
 
-    async def _forget(self, found: Sequence[Registered]) -> None:
+    async def _forget(self, found: Sequence[RegisteredBackup]) -> None:
         await self.writer.commit(Write([(keyspace.backup(known.created_ns), None) for known in found]))
 
 
@@ -174,7 +174,7 @@ def create(
     Blocks for as long as the copying takes: call it in a worker thread. When it fails, or `stop` is set before the next
     file, the directory is removed again. Raises BackupError, StoreUnavailableError.
     """
-    known: dict[str, File] = {}
+    known: dict[str, BackupFile] = {}
     try:
         directory.check(engine)
     except FormatError as error:
@@ -193,13 +193,19 @@ def create(
 
 
 def _made(
-    engine: Engine, path: str, known: dict[str, File], *, created_ns: int, previous: str | None, stop: threading.Event
+    engine: Engine,
+    path: str,
+    known: dict[str, BackupFile],
+    *,
+    created_ns: int,
+    previous: str | None,
+    stop: threading.Event,
 ) -> Manifest:
     staging = os.path.join(path, "checkpoint")
     try:
         engine.checkpoint(staging)
         os.mkdir(os.path.join(path, STORE), mode=0o700)
-        files: list[File] = []
+        files: list[BackupFile] = []
         for name in sorted(os.listdir(staging)):
             if stop.is_set():
                 raise BackupError(f"the backup {path} was cancelled")
@@ -273,14 +279,14 @@ def restore(path: str, target: str) -> Manifest:
     return manifest
 
 
-def _take(source: str, target: str, known: File | None, previous: str | None) -> File:
+def _take(source: str, target: str, known: BackupFile | None, previous: str | None) -> BackupFile:
     name = os.path.basename(source)
     size, digest = _digest(source)
     if known is not None and previous is not None and (known.bytes, known.sha256) == (size, digest):
         os.link(os.path.join(previous, STORE, name), target)
     else:
         _copy(source, target)
-    return File(name, size, digest)
+    return BackupFile(name, size, digest)
 
 
 def _copy(source: str, target: str) -> None:

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Final, Protocol
 
 from progressdb_server.store.keyspace import Stamp
-from progressdb_server.store.model import ConditionFailedError, Step
+from progressdb_server.store.model import ConditionFailedError, OpaqueWrite
 
 KNOWN_MAX: Final = 32_768
 KNOWN_BYTES_MAX: Final = 64
@@ -35,7 +35,7 @@ class LateStampError(ConditionFailedError):
 Puts = dict[bytes, bytes | None]
 
 
-class Write(Step, frozen=True):
+class Write(OpaqueWrite, frozen=True):
     """Puts that are applied together (None deletes), with their conditions: stored values that the write relies on,
     None for absent. `read` are more of these, and `read_at` is the writer's `group` at the time when they were read.
     `threads` and `messages` are added to the counters."""
@@ -95,14 +95,14 @@ class RecentKeys:
         return all(self._groups[-number].isdisjoint(keys) for number in range(1, later + 1))
 
 
-class Stored(Protocol):
+class StoredValues(Protocol):
     def get(self, key: bytes, /) -> bytes | None: ...
 
 
 class Conditions:
     """Belongs to one writer."""
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, stored: StoredValues) -> None:
         self._stored = stored
         self.recent = RecentKeys()
         self._known: Puts = {}

@@ -332,7 +332,7 @@ class Restored(NamedTuple):
     kept: int
 
 
-class Step(msgspec.Struct, frozen=True):
+class OpaqueWrite(msgspec.Struct, frozen=True):
     """What is written together with the row of a job. Only the store makes one and sees what is in it."""
 
 
@@ -361,7 +361,7 @@ class StoredVersion(NamedTuple):
     versions: int
 
 
-class File(msgspec.Struct):
+class BackupFile(msgspec.Struct):
     """Of a backup."""
 
     name: str
@@ -374,14 +374,14 @@ class Manifest(msgspec.Struct):
 
     format: int
     created_ns: int
-    files: list[File]
+    files: list[BackupFile]
 
     @property
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 
 
-class Registered(msgspec.Struct, omit_defaults=True):
+class RegisteredBackup(msgspec.Struct, omit_defaults=True):
     """A backup that was begun and is not forgotten. One of a database is made by other programs: its path is its
     label, and nothing here can find it."""
 

@@ -85,7 +85,7 @@ class Connection(asyncpg.Connection):
         return ""
 
 
-class Place(NamedTuple):
+class HostPort(NamedTuple):
     """A host and port of the URL, None for the driver's own choice."""
 
     host: str | None = None
@@ -111,20 +111,20 @@ def check_url(url: str) -> None:
         raise FormatError(f"store.url must not name more than {HOSTS_COUNT_MAX} hosts")
 
 
-def places_of(url: str) -> list[Place]:
+def places_of(url: str) -> list[HostPort]:
     """The hosts that a URL names. Raises ValueError."""
     parts = urlsplit(url)
     query = parse_qs(parts.query)
     named = parts.netloc.rpartition("@")[2] or (query.get("host") or [""])[-1]
     ports = [int(port) for port in ",".join(query.get("port", ())).split(",") if port]
-    places: list[Place] = []
+    places: list[HostPort] = []
     for number, one in enumerate(unquote(named).split(",")):
         port = ports[number if number < len(ports) else -1] if ports else None
         if one.startswith("/"):
-            places.append(Place(one, port))
+            places.append(HostPort(one, port))
         else:
             split = urlsplit(f"//{one}")
-            places.append(Place(split.hostname, split.port or port))
+            places.append(HostPort(split.hostname, split.port or port))
     return places
 
 
@@ -155,7 +155,7 @@ class Nodes:
         """A connection to the node that takes writes. Raises EngineUnavailableError."""
         tasks = {asyncio.create_task(self._open(place, settings)): place for place in self._places}
         pending: set[asyncio.Task[Connection]] = set(tasks)
-        made: list[tuple[Connection, Place]] = []
+        made: list[tuple[Connection, HostPort]] = []
         failure: BaseException | None = None
         try:
             while pending:
@@ -194,7 +194,7 @@ class Nodes:
             raise EngineUnavailableError(UNAVAILABLE)
         return connection
 
-    async def _open(self, place: Place, settings: dict[str, str]) -> Connection:
+    async def _open(self, place: HostPort, settings: dict[str, str]) -> Connection:
         """Raises one of FAILURES."""
         connection: Connection = await asyncpg.connect(
             self._url,

@@ -96,7 +96,7 @@ class LoadedVersion(msgspec.Struct, frozen=True, gc=False):
 
 class Version(NamedTuple):
     """A version that was opened. `content`: the stamp of the version that has its content, perhaps its own; `bytes`: of
-    its own sealed part. `before` as in `record.Opened`."""
+    its own sealed part. `before` as in `record.OpenedVersion`."""
 
     message: Message
     content: str
@@ -255,15 +255,15 @@ class Reading(Threads):
         return dict(zip(wanted, await self.sealer.open_each(list(wanted.values())), strict=True))
 
     async def _open_each(
-        self, thread: str, batch: Sequence[LoadedVersion], known: dict[bytes, record.Opened] | None = None
+        self, thread: str, batch: Sequence[LoadedVersion], known: dict[bytes, record.OpenedVersion] | None = None
     ) -> list[Version | NotOpened]:
         """In order. `known`: for a batch of one message's versions, what is left of the batch before it, by storage
         keys; it is replaced by the record that has the content of the last version. Raises StoreUnavailableError."""
         before = {} if known is None else known.copy()
         answers = await self._answers(thread, batch, before)
-        opened: dict[tuple[bytes, str], record.Opened | NotOpened] = {}
+        opened: dict[tuple[bytes, str], record.OpenedVersion | NotOpened] = {}
 
-        def open_record(one: Stored, first: str) -> record.Opened | NotOpened:
+        def open_record(one: Stored, first: str) -> record.OpenedVersion | NotOpened:
             found = before.get(one.key) or opened.get((one.key, first))
             if found is None:
                 found = opened[one.key, first] = _opened(one, thread, first, answers.get(one.key))
@@ -277,7 +277,7 @@ class Reading(Threads):
             if known is not None:
                 known.clear()
                 last = own if content is None else content
-                if isinstance(last, record.Opened):
+                if isinstance(last, record.OpenedVersion):
                     known[(loaded.content or loaded.own).key] = last
         return found
 
@@ -326,7 +326,7 @@ class Reading(Threads):
     ) -> AsyncIterator[list[Message]]:
         records = keyspace.messages(thread)
         neighbour: LoadedVersion | None = None
-        known: dict[bytes, record.Opened] = {}
+        known: dict[bytes, record.OpenedVersion] = {}
         while entries := await self.reads.scan(lower, upper, limit=LIST_MESSAGES_MAX):
             near = await self._with_far(records, [key[len(prefix) :] for key, _ in entries])
             batch: list[LoadedVersion] = []
@@ -556,7 +556,9 @@ class Reading(Threads):
         return len(await self.reads.keys(prefix, keyspace.after(prefix), limit=versions_max))
 
 
-def _opened(one: Stored, thread: str, first: str, answer: bytes | KmsRefusedError | None) -> record.Opened | NotOpened:
+def _opened(
+    one: Stored, thread: str, first: str, answer: bytes | KmsRefusedError | None
+) -> record.OpenedVersion | NotOpened:
     """`answer`: of the key service, None if it was not asked."""
     if one.header is None or answer is None:
         return NotOpened(one.key, one.error)
@@ -574,7 +576,7 @@ def _not_opened(loaded: LoadedVersion) -> NotOpened:
 
 
 def _version(
-    loaded: LoadedVersion, own: record.Opened | NotOpened, content: record.Opened | NotOpened | None
+    loaded: LoadedVersion, own: record.OpenedVersion | NotOpened, content: record.OpenedVersion | NotOpened | None
 ) -> Version | NotOpened:
     """`content` is the opened `loaded.content`."""
     if isinstance(own, NotOpened):

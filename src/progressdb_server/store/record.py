@@ -113,7 +113,7 @@ class LaterSecret(msgspec.Struct, array_like=True, frozen=True):
     own: tuple[str, msgspec.Raw, str] | None
 
 
-class Opened(NamedTuple):
+class OpenedVersion(NamedTuple):
     """A version as its own record has it. `content`: the stamp of the version from which it takes its content, empty
     when `message` is whole."""
 
@@ -254,17 +254,17 @@ def thread_secret(thread: Thread) -> bytes:
     return _to_secret(ThreadSecret(thread.author, thread.deleted, thread.title, thread.slug))
 
 
-def open_message(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Opened:
+def open_message(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> OpenedVersion:
     """The version that is stored at `key`; `first` is the stamp of the message that the reader expects there. Raises
     RecordFormatError."""
     if not isinstance(header, LaterHeader):
-        return Opened(open_first(header, key, thread, first, plaintext), "", _NOTHING_BEFORE)
+        return OpenedVersion(open_first(header, key, thread, first, plaintext), "", _NOTHING_BEFORE)
     secret = _decoded(_later_secret, plaintext, "the sealed part is not a later version's")
     if secret.content != header.content or (secret.own is None) != bool(secret.content):
         raise RecordFormatError("the header is not the one that was sealed")
     role, body, reply_to = secret.own or ("", None, "")
     message = _message(header, secret, key, thread, first, role=role, body=body, reply_to=reply_to)
-    return Opened(message, secret.content, Before(secret.versions, secret.bytes))
+    return OpenedVersion(message, secret.content, Before(secret.versions, secret.bytes))
 
 
 def open_first(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Message:
@@ -308,7 +308,7 @@ def _message(
         raise RecordFormatError("the record's place names no stamp") from error
 
 
-def with_content(version: Opened, content: Opened) -> Message:
+def with_content(version: OpenedVersion, content: OpenedVersion) -> Message:
     """The whole message of a version that takes its content from `content`. Raises RecordFormatError."""
     source = content.message
     if content.content or source.id != version.message.id:

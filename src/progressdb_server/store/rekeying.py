@@ -25,11 +25,11 @@ from progressdb_server.store.model import (
     ClaimLostError,
     ConditionFailedError,
     KeptRecord,
+    OpaqueWrite,
     Record,
     Restored,
     RowWrite,
     StaleRowError,
-    Step,
     StoreUnavailableError,
     shown,
 )
@@ -85,7 +85,7 @@ class Rekeying(OpenStore):
                 yield keyspace.last_part(key)
             await asyncio.sleep(0)
 
-    def key_switched(self, thread_id: str, old: str, new: str) -> Step:
+    def key_switched(self, thread_id: str, old: str, new: str) -> OpaqueWrite:
         """The thread is written under `new` from here on. The condition fails unless it is under `old`."""
         key = keyspace.key_map(thread_id)
         return Write(((key, new.encode()),), ((key, old.encode()),))
@@ -139,7 +139,7 @@ class Rekeying(OpenStore):
             lower = keyspace.message_of(keyspace.part(thread_id), first.raw)
         return self._count(lower, upper, count_max)
 
-    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> Step:
+    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> OpaqueWrite:
         """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The
         condition fails if a record was changed since it was read at `read_at`."""
         puts: list[tuple[bytes, bytes | None]] = []
@@ -169,7 +169,7 @@ class Rekeying(OpenStore):
         prefix = keyspace.migrated(job_id)
         return self._count(prefix, keyspace.after(prefix), count_max)
 
-    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> Step:
+    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> OpaqueWrite:
         """The kept records are removed."""
         prefix = keyspace.migrated(job_id)
         return Write([(prefix + kept.aad, None) for kept in dropped])
@@ -231,7 +231,7 @@ class Rekeying(OpenStore):
             yield list((await self.reads.values(keys)).values())
 
     def write_row(
-        self, job_id: str, thread_id: str, old: bytes | None, new: bytes, step: Step | None = None
+        self, job_id: str, thread_id: str, old: bytes | None, new: bytes, step: OpaqueWrite | None = None
     ) -> RowWrite:
         """Replace the row `old` (None: there is none) and carry out the step, all or nothing; not at all if this server
         has claimed the thread and lost it since. What is written later may rely on it: it is written later, and not at

@@ -16,9 +16,9 @@ from minikms.audit.note import (
     Checkpoint,
     Note,
     NoteError,
-    Policy,
     Signature,
     VerifierKey,
+    WitnessPolicy,
     open_checkpoint,
     parse_checkpoint,
     parse_note,
@@ -64,7 +64,7 @@ class Key:
 
 LOG = Key("audit.example/kms", 1)
 WITNESSES = [Key(f"witness.example/w{number}", number, TYPE_COSIGNATURE) for number in (2, 3, 4)]
-POLICY = Policy((LOG.public,), tuple(witness.public for witness in WITNESSES), 2)
+POLICY = WitnessPolicy((LOG.public,), tuple(witness.public for witness in WITNESSES), 2)
 
 
 def cosigned(*times: int) -> Note:
@@ -115,12 +115,12 @@ def test_a_quorum_opens_a_tree_checkpoint_and_dates_it() -> None:
 def test_a_tree_checkpoint_without_its_quorum_is_refused() -> None:
     with pytest.raises(NoteError, match="1 cosignatures of the 2"):
         open_checkpoint(cosigned(100).encode(), POLICY)
-    assert open_checkpoint(cosigned().encode(), Policy((LOG.public,))).cosigned == ()
+    assert open_checkpoint(cosigned().encode(), WitnessPolicy((LOG.public,))).cosigned == ()
 
 
 def test_every_key_of_the_log_must_have_signed() -> None:
     second = Key("audit.example/kms", 9)
-    policy = Policy((LOG.public, second.public))
+    policy = WitnessPolicy((LOG.public, second.public))
     with pytest.raises(NoteError, match="no signature by the log's key"):
         open_checkpoint(cosigned().encode(), policy)
     both = cosigned().with_signatures([second.sign(CHECKPOINT.text())])
@@ -175,16 +175,16 @@ def test_a_newer_cosignature_takes_the_place_of_the_older() -> None:
 @pytest.mark.parametrize(
     "policy",
     [
-        Policy(()),
-        Policy((LOG.public, Key("other.example", 9).public)),
-        Policy((LOG.public,), (WITNESSES[0].public, WITNESSES[0].public), 2),
-        Policy((LOG.public,), (WITNESSES[0].public, Key("again.example", 2, TYPE_COSIGNATURE).public), 2),
-        Policy((LOG.public,), (WITNESSES[0].public,), 2),
-        Policy((LOG.public,), (WITNESSES[0].public,), 0),
-        Policy((LOG.public,), (), -1),
+        WitnessPolicy(()),
+        WitnessPolicy((LOG.public, Key("other.example", 9).public)),
+        WitnessPolicy((LOG.public,), (WITNESSES[0].public, WITNESSES[0].public), 2),
+        WitnessPolicy((LOG.public,), (WITNESSES[0].public, Key("again.example", 2, TYPE_COSIGNATURE).public), 2),
+        WitnessPolicy((LOG.public,), (WITNESSES[0].public,), 2),
+        WitnessPolicy((LOG.public,), (WITNESSES[0].public,), 0),
+        WitnessPolicy((LOG.public,), (), -1),
     ],
 )
-def test_a_policy_that_counts_a_key_twice_or_none_is_refused(policy: Policy) -> None:
+def test_a_policy_that_counts_a_key_twice_or_none_is_refused(policy: WitnessPolicy) -> None:
     with pytest.raises(NoteError):
         policy.check()
 

@@ -9,7 +9,7 @@ import pytest
 
 from minikms.cli.backup import prune
 from minikms.custody.backup.create import staging_path
-from minikms.custody.backup.register import ArchiveRegister, Registered
+from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def interrupted(tmp_path: Path) -> tuple[ArchiveRegister, Path]:
     """The register of a data directory, and what an interrupted backup has left."""
     data_dir = tmp_path / "d"
     data_dir.mkdir(mode=0o700)
-    entry = Registered("a_0123456789abcdef", str(tmp_path / "archive"), begun_ms=1)
+    entry = RegisteredArchive("a_0123456789abcdef", str(tmp_path / "archive"), begun_ms=1)
     register = ArchiveRegister(str(data_dir))
     register.put(entry)
     leftover = Path(staging_path(entry.path, entry.archive_id))

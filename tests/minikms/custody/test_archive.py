@@ -26,7 +26,7 @@ from minikms.custody.backup.archive import (
     TagKey,
     dek_entry_name,
 )
-from minikms.custody.backup.register import ArchiveRegister, Registered
+from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
 from minikms.custody.backup.restore import NewerKeyring, all_tombstones
 from minikms.custody.keyring_file import NAME as KEYRING
 from minikms.custody.tombstone_file import NAME as TOMBSTONES
@@ -213,9 +213,11 @@ def test_an_archive_of_another_version_is_refused() -> None:
 # --- the register ---------------------------------------------------------------------------------------------------
 
 
-def entry(number: int, newest: str = "") -> Registered:
+def entry(number: int, newest: str = "") -> RegisteredArchive:
     """Finished if `newest` is given."""
-    return Registered(f"a_{number:016x}", f"/backup/{number}", number, 500_000 if newest else 0, newest_key_id=newest)
+    return RegisteredArchive(
+        f"a_{number:016x}", f"/backup/{number}", number, 500_000 if newest else 0, newest_key_id=newest
+    )
 
 
 def test_an_archive_may_hold_the_keys_that_were_made_before_it_ended(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from minikms.custody.backup import create, restore
 from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
 from minikms.custody.backup.create import NewArchive, Task, remove_leftover, staging_path
 from minikms.custody.backup.register import DIRECTORY as REGISTER
-from minikms.custody.backup.register import ArchiveRegister, Registered
+from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
 from minikms.custody.keyring_file import KeyringFile
 from minikms.datadir import open_keyring, opened_keyring, opened_root
 from minikms.directory_lock import LOCK_NAME, DataDirLock
@@ -61,7 +61,7 @@ def restored(data_dir: Path, archive: Path, target: Path) -> None:
         good = create.verify(str(archive), task)
         with DataDirLock(str(target)) as lock, task.open_keyring(good.keyring) as unlocked:
             restore.check_empty(lock.directory_fd, str(target))
-            source = Registered(ARCHIVE_ID, str(archive), 1, 2, KEYS, 3)
+            source = RegisteredArchive(ARCHIVE_ID, str(archive), 1, 2, KEYS, 3)
             place = restore.Target(str(target), lock.directory_fd, good.tombstones, source)
             restore.restore(str(archive), good, task, unlocked, place, at=AT)
 
@@ -131,7 +131,7 @@ def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_d
     made(data_dir, archive)
     newest = max(path.stem for path in (data_dir / "kms-deks").iterdir())
     restored(data_dir, archive, tmp_path / "restored")
-    source = Registered(ARCHIVE_ID, str(archive), 1, 2**48, KEYS, 3, newest)
+    source = RegisteredArchive(ARCHIVE_ID, str(archive), 1, 2**48, KEYS, 3, newest)
     register = ArchiveRegister(str(tmp_path / "restored"))
     assert [entry.path for entry in register.listed()] == [str(archive)]
     register.put(source)

@@ -57,7 +57,7 @@ def test_counted_tombstones_are_read_and_the_next_one_is_adopted(arena: SecretAr
         content, keyring_id=unlocked.body.keyring_id, count=log.count, head=log.head, mac_key=unlocked.tombstone_key
     )
     assert (log.count, read.adopted, read.torn_bytes, read.content) == (known["counted"], 1, 0, content)
-    chain = tombstones.Chain(unlocked.body.keyring_id)
+    chain = tombstones.TombstoneChain(unlocked.body.keyring_id)
     assert tombstones.HEADER + chain.append(unlocked.tombstone_key, read.stones()) == content
 
 

@@ -23,7 +23,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
-from progressdb_server.store.model import Message, NewMessage, Registered
+from progressdb_server.store.model import Message, NewMessage, RegisteredBackup
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -107,7 +107,7 @@ def backups_of(store: Conversations, job: Job) -> dict[str, bytes]:
 async def register(store: Conversations, path: str, created_ns: int) -> bytes:
     """A backup of the store that was begun at that time; the storage key of its entry."""
     key = keyspace.backup(created_ns)
-    await store.writer.commit(Write([(key, msgspec.json.encode(Registered(path, created_ns)))]))
+    await store.writer.commit(Write([(key, msgspec.json.encode(RegisteredBackup(path, created_ns)))]))
     return key
 
 

@@ -35,7 +35,7 @@ def test_metadata_of_a_thread_is_written_and_read_as_the_answer() -> None:
     assert record.thread_secret(thread).decode() == known["plaintext"]
 
 
-def opened(name: str) -> tuple[record.MessageHeader, record.Opened]:
+def opened(name: str) -> tuple[record.MessageHeader, record.OpenedVersion]:
     known = RECORDS[name]
     header, sealed = record.unpack_message(bytes.fromhex(known["record"]))
     assert sealed == SEALED

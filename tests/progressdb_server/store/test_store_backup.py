@@ -23,7 +23,7 @@ from progressdb_server.store.model import (
     BackupThereError,
     Manifest,
     NewMessage,
-    Registered,
+    RegisteredBackup,
 )
 from progressdb_server.store.offline import LocalView
 from progressdb_server.store.rocks import RocksEngine
@@ -254,8 +254,8 @@ def test_a_deleted_backup_is_registered_until_it_is_forgotten(tmp_path: Path) ->
 
 def test_a_place_that_can_not_be_looked_at_counts_as_there(tmp_path: Path) -> None:
     """Such as one whose file system does not answer: only what is surely not found can be forgotten."""
-    assert Registered(str(tmp_path / "none"), 1).gone
-    assert Registered(str(tmp_path / "none" / "deeper"), 1).gone
+    assert RegisteredBackup(str(tmp_path / "none"), 1).gone
+    assert RegisteredBackup(str(tmp_path / "none" / "deeper"), 1).gone
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert not Registered(str(tmp_path / "loop" / "one"), 1).gone
-    assert not Registered(str(tmp_path / "loop"), 1).gone
+    assert not RegisteredBackup(str(tmp_path / "loop" / "one"), 1).gone
+    assert not RegisteredBackup(str(tmp_path / "loop"), 1).gone

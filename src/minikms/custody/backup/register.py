@@ -29,7 +29,7 @@ TEMP_AGE_NS_MIN: Final = 3600 * 1_000_000_000
 _NAME: Final = re.compile(r"(a_[0-9a-f]{16})\.json", re.ASCII)
 
 
-class Registered(msgspec.Struct, frozen=True):
+class RegisteredArchive(msgspec.Struct, frozen=True):
     """An archive of the register. Times are in Unix ms; `ended_ms` is 0 while the archive is being made and after an
     interruption. No key in a finished archive has a larger id than `newest_key_id`.
     """
@@ -59,7 +59,7 @@ class ArchiveRegister:
         self._data_dir = data_dir
         self._directory = os.path.join(data_dir, DIRECTORY)
 
-    def put(self, entry: Registered) -> None:
+    def put(self, entry: RegisteredArchive) -> None:
         """Adds or replaces an entry, durably. Raises OSError, StorageUnavailableError."""
         owner = os.stat(self._data_dir)
         make_private_directory(self._directory)
@@ -87,7 +87,7 @@ class ArchiveRegister:
         finally:
             os.close(descriptor)
 
-    def listed(self) -> list[Registered]:
+    def listed(self) -> list[RegisteredArchive]:
         """The entries, oldest first, without unreadable ones. Raises OSError, StorageUnavailableError."""
         return _oldest_first(self._read_all())
 
@@ -103,13 +103,13 @@ class ArchiveRegister:
         unknown = [f"unknown: {DIRECTORY}/{name} can't be read" for name in sorted(found) if found[name] is None]
         return [*(entry.path for entry in _oldest_first(found) if entry.may_hold(key_id)), *unknown]
 
-    def _read_all(self) -> dict[str, Registered | None]:
+    def _read_all(self) -> dict[str, RegisteredArchive | None]:
         """The entries by file name; None for an unreadable one."""
         try:
             descriptor = open_directory(self._directory)
         except FileNotFoundError:
             return {}
-        found: dict[str, Registered | None] = {}
+        found: dict[str, RegisteredArchive | None] = {}
         try:
             for name in os.listdir(descriptor):
                 match = _NAME.fullmatch(name)
@@ -129,15 +129,15 @@ class ArchiveRegister:
             os.close(descriptor)
 
 
-def _read(descriptor: int, name: str) -> Registered | None:
+def _read(descriptor: int, name: str) -> RegisteredArchive | None:
     try:
         data = read_file_bounded(name, ENTRY_BYTES_MAX, dir_fd=descriptor)
-        return None if data is None else msgspec.json.decode(data, type=Registered)
+        return None if data is None else msgspec.json.decode(data, type=RegisteredArchive)
     except (StorageUnavailableError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 
-def _oldest_first(found: dict[str, Registered | None]) -> list[Registered]:
+def _oldest_first(found: dict[str, RegisteredArchive | None]) -> list[RegisteredArchive]:
     readable = (entry for entry in found.values() if entry is not None)
     return sorted(readable, key=lambda entry: (entry.begun_ms, entry.archive_id))
 

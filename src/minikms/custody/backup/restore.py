@@ -18,7 +18,7 @@ from minikms.base64 import decode_exact
 from minikms.custody import backups, deks, keyring_file
 from minikms.custody.backup.archive import ArchiveError, AuditHead
 from minikms.custody.backup.create import CHANGED, Task, VerifiedArchive, reread_entries
-from minikms.custody.backup.register import ArchiveRegister, Registered
+from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
 from minikms.custody.tombstone_file import write_tombstones
 from minikms.directory_lock import LOCK_NAME, make_private_directory
 from minikms.files import GROUP_FILES_MAX, FileWrite, open_directory, replace_file, write_files
@@ -35,7 +35,7 @@ class Target(NamedTuple):
     directory: str
     directory_fd: int
     tombstones: Sequence[Tombstone]
-    source: Registered
+    source: RegisteredArchive
 
 
 class Restored(NamedTuple):
