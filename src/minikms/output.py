@@ -17,6 +17,8 @@ from minikms.usage import EXIT_FAILED, CommandError
 if TYPE_CHECKING:
     from rich.console import Console
 
+NAMED_COUNT_MAX: Final = 20
+"""Of things that one sentence names."""
 _PIPE_COLUMNS: Final = 4096
 """Wider than any line: a program that reads a pipe needs whole lines."""
 
@@ -74,6 +76,12 @@ def print_facts(facts: Iterable[tuple[str, object]], *, indent: int = 0) -> None
 def clean(text: str) -> str:
     """The text without control characters, which a terminal could obey."""
     return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def name_list(names: Sequence[str]) -> str:
+    """The first NAMED_COUNT_MAX names, and how many more there are."""
+    more = f" and {len(names) - NAMED_COUNT_MAX} more" if len(names) > NAMED_COUNT_MAX else ""
+    return ", ".join(clean(name) for name in names[:NAMED_COUNT_MAX]) + more
 
 
 def byte_count(size: int) -> str:

@@ -142,7 +142,7 @@ def the_server_has_seen_a_longer_audit_log(made: Machine) -> None:
     def remembered_lines() -> int:
         time.sleep(1)  # a look takes a tenth of a second of the processor
         with directory.open_reader(str(made.at("/var/lib/progressdb/db/store"))) as reader:
-            known = epoch.remembered(reader)
+            known = epoch.seen_state(reader)
         return known.head_seq if known else 0
 
     wait_until(lambda: remembered_lines() >= LINES_MIN, seconds=120)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter, validators
 
@@ -32,7 +32,7 @@ from minikms.cli.console import (
     complain,
     needed_root,
 )
-from minikms.output import clean, confirm, print_facts, print_json, print_table, progress_bar
+from minikms.output import clean, confirm, name_list, print_facts, print_json, print_table, progress_bar
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from minikms.keys.unlocked import UnlockedKeyring
     from minikms.roots.providers import RootProvider
 
-NAMED_COUNT_MAX: Final = 20
 
 app = App(name="backup", help="Create, verify, restore, list and prune backup archives.", version_flags=[])
 
@@ -93,7 +92,7 @@ def create(
     )
     _print_manifest(good.manifest, archive, json=json, done="made, read back, every key opened")
     if good.manifest.unreadable:
-        unreadable = _named(good.manifest.unreadable)
+        unreadable = name_list(good.manifest.unreadable)
         complain(f"the archive lacks these keys, whose files can't be read: {unreadable}; see `minikms doctor`")
         return EXIT_FAILED
     return EXIT_GOOD
@@ -174,7 +173,7 @@ def restore(
             restoring.check_empty(lock.directory_fd, directory)
             log_dir = claim_log_directory(lock, audit_dir, empty=True)
             tombstones = restoring.all_tombstones(unlocked.body.keyring_id, good.tombstones, newer)
-            target = restoring.Target(directory, lock.directory_fd, tombstones, _registered(archive, good.manifest))
+            target = restoring.Target(directory, lock.directory_fd, tombstones, _register_entry(archive, good.manifest))
             now = clock.rfc3339(clock.now_ns())
             done = restoring.restore(str(archive), good, task, unlocked, target, at=now, newer=newer)
             _begin_log(log_dir, unlocked, good.manifest)
@@ -241,7 +240,7 @@ def prune(
     missing = [entry for entry in listed if not os.path.isfile(entry.path)]
     removed = present[:-keep]
     if removed:
-        confirm(f"Remove {_named([entry.path for entry in removed])}?", yes=yes)
+        confirm(f"Remove {name_list([entry.path for entry in removed])}?", yes=yes)
     for entry in removed:
         _remove_archive(entry)
         register.forget(entry.archive_id)
@@ -311,7 +310,7 @@ def _begin_log(log_dir: str, unlocked: UnlockedKeyring, manifest: Manifest) -> N
         log.close()
 
 
-def _registered(archive: Path, manifest: Manifest) -> RegisteredArchive:
+def _register_entry(archive: Path, manifest: Manifest) -> RegisteredArchive:
     """The entry for the archive in the register of the restored directory: it may hold each of its keys."""
     from minikms.custody.backup.register import RegisteredArchive
 
@@ -403,8 +402,3 @@ def _when(entry: RegisteredArchive) -> str:
 
 def _where(entry: RegisteredArchive) -> str:
     return entry.path if os.path.isfile(entry.path) else f"{entry.path} (missing)"
-
-
-def _named(names: list[str] | tuple[str, ...]) -> str:
-    more = f" and {len(names) - NAMED_COUNT_MAX} more" if len(names) > NAMED_COUNT_MAX else ""
-    return ", ".join(clean(name) for name in names[:NAMED_COUNT_MAX]) + more

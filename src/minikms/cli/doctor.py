@@ -53,7 +53,7 @@ from minikms.keys.keyring import Body
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
-from minikms.output import clean, print_json, terminal
+from minikms.output import NAMED_COUNT_MAX, clean, name_list, print_json, terminal
 from minikms.roots.providers import KEPT_BY_PEOPLE
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
@@ -82,7 +82,6 @@ FREE_BYTES_ADVISED: Final = 1024 * 1024 * 1024
 FREE_FILES_MIN: Final = 10_000
 KEY_AGE_DAYS_MAX: Final = 365
 CLOCK_SECONDS_MAX: Final = 60
-NAMED_COUNT_MAX: Final = 20
 _UNSEAL: Final = "when nobody needs the seal any more: minikms unseal"
 _DAY_SECONDS: Final = 86_400
 _OTHERS_MASK: Final = 0o077
@@ -139,11 +138,11 @@ def _permissions(directory: str) -> Iterator[Diagnosis]:
         elif entry.st_uid != owner:
             foreign.append(path)
     if bad:
-        yield problem("permissions", f"others have access to {_named(bad)}", f"chmod -R go= {directory}")
+        yield problem("permissions", f"others have access to {name_list(bad)}", f"chmod -R go= {directory}")
     if foreign:
         yield problem(
             "permissions",
-            f"not owned by the directory's user, uid {owner}: {_named(foreign)}",
+            f"not owned by the directory's user, uid {owner}: {name_list(foreign)}",
             f"chown -R {owner} {directory}",
         )
     if temporary > NAMED_COUNT_MAX:
@@ -253,7 +252,7 @@ def _root_keys(body: Body, now: float) -> Iterator[Diagnosis]:
         )
     untested = [slot for slot in body.slots if _age_days(slot.tested_at, now) >= keyring.ROOT_TEST_DAYS_MAX]
     if untested:
-        names = _named([f"{slot.slot_id} ({slot.provider}, last on {slot.tested_at[:10]})" for slot in untested])
+        names = name_list([f"{slot.slot_id} ({slot.provider}, last on {slot.tested_at[:10]})" for slot in untested])
         yield advice(
             "root key",
             f"not tested for {keyring.ROOT_TEST_DAYS_MAX} days: {names}",
@@ -285,7 +284,7 @@ def _audit_log(data_dir: str) -> Iterator[Diagnosis]:
     if torn:
         yield advice(
             "audit log",
-            f"parts were set aside after a crash or a loss: {_named(torn)}",
+            f"parts were set aside after a crash or a loss: {name_list(torn)}",
             "the log has a line about each: minikms audit verify; then archive them",
         )
 
@@ -343,7 +342,7 @@ def _keys(
     if orphans:
         yield advice(
             "orphaned keys",
-            f"more than one active key for the thread of {_named(orphans)}: a request was interrupted, and perhaps "
+            f"more than one active key for the thread of {name_list(orphans)}: a request was interrupted, and perhaps "
             "nothing uses them",
             "the message server knows which ones: progressdb doctor --repair",
         )
@@ -359,11 +358,6 @@ def _judge(record: DekRecord, body: Body, arena: SecretArena | None, unlocked: U
     if arena is not None and unlocked is not None:
         with arena.allocate() as slot:
             dek.unwrap_into(record, unlocked.kek_cipher(record.kek_version), slot.view)
-
-
-def _named(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED_COUNT_MAX} more" if len(names) > NAMED_COUNT_MAX else ""
-    return ", ".join(names[:NAMED_COUNT_MAX]) + more
 
 
 def _seconds(text: str) -> float:

@@ -149,7 +149,7 @@ def destroy(
     made_before = None if older_than is None else time.time() - _age_seconds(older_than)
     with daemon_client(socket, server_uid) as kms:
         if by_filter:
-            chosen = _retired(kms, thread, made_before)
+            chosen = _retired_keys(kms, thread, made_before)
             if not chosen and thread is not None and older_than is None:
                 _refuse_active(kms, thread)
         else:
@@ -222,7 +222,7 @@ def _age_seconds(text: str) -> int:
     return int(match[1]) * _AGE_SECONDS[match[2]]
 
 
-def _retired(kms: Client, thread: str | None, made_before: float | None) -> list[str]:
+def _retired_keys(kms: Client, thread: str | None, made_before: float | None) -> list[str]:
     """The ids of all retired keys, or of those that were chosen. Raises CommandError while some may be missing."""
     chosen: list[str] = []
     for page in _pages(kms, thread, "retired", 0):

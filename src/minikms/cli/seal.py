@@ -88,7 +88,7 @@ def _ask_until_unsealed(kms: Client, state: api.UnsealStatusAnswer, *, quiet: bo
         while state.sealed:
             if not quiet and state.shares is not None:
                 print(_progress(state.shares))
-            secret = _typed(arena, waits=state.shares is not None)
+            secret = _read_typed(arena, waits=state.shares is not None)
             try:
                 if not secret:
                     state = _wait(kms, state, quiet=quiet)
@@ -108,7 +108,7 @@ def _ask_until_unsealed(kms: Client, state: api.UnsealStatusAnswer, *, quiet: bo
     return state
 
 
-def _typed(arena: SecretArena, *, waits: bool) -> bytearray:
+def _read_typed(arena: SecretArena, *, waits: bool) -> bytearray:
     """What a person types, without blanks around it. The caller zeroes it."""
     from minikms import api
     from minikms.memory.terminal import typed_secret

@@ -224,11 +224,11 @@ class XaesCipher:
         """The cipher of the derived key, for the nonce at the beginning of `nonce`."""
         prefix = nonce[:PREFIX_BYTES]
         if self._cipher is None or prefix != self._prefix:
-            self._cipher = self._made(prefix)
+            self._cipher = self._new_cipher(prefix)
             self._prefix = prefix
         return self._cipher
 
-    def _made(self, prefix: bytes) -> AESGCM:
+    def _new_cipher(self, prefix: bytes) -> AESGCM:
         if self._key is None:
             raise ValueError("the cipher was closed")
         slot = self._derived.get(prefix)

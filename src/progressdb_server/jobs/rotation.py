@@ -40,9 +40,9 @@ from progressdb_server.jobs.states import (
     Job,
     JobConflictError,
     JobFailedError,
+    add_failures,
     changed,
     move,
-    named,
     with_source,
 )
 from progressdb_server.jobs.table import PendingRow, Row
@@ -292,7 +292,7 @@ class KeyRotation(Kind):
 
     async def _switch_to(self, job_id: str, old: str, new: str) -> None:
         job = await self._table.get(job_id)
-        switch = self._store.key_switched(job.thread, old, new)
+        switch = self._store.key_switch(job.thread, old, new)
         while not (row := await self._table.row(job_id)).job.new_key:
             try:
                 await self._table.store(row, changed(row.job, new_key=new, keying=False), switch)
@@ -406,9 +406,9 @@ class KeyRotation(Kind):
             moved=job.moved + len(step.moved),
             backups=job.backups + len(step.moved),
             failed=job.failed + len(step.failures),
-            failures=named(job.failures, step.failures),
+            failures=add_failures(job.failures, step.failures),
         )
-        return self._table.submit(row, after, self._store.rekeyed(job.id, job.new_key, step.moved, step.chunk.read_at))
+        return self._table.submit(row, after, self._store.moves(job.id, job.new_key, step.moved, step.chunk.read_at))
 
     # --- verifying ------------------------------------------------------------------------------------------------
     async def _verify(self, row: Row, pace: Pace) -> Row:
@@ -436,7 +436,8 @@ class KeyRotation(Kind):
             await _cancel(ahead)
         if broken:
             row = await self._table.store(
-                row, changed(row.job, failed=row.job.failed + len(broken), failures=named(row.job.failures, broken))
+                row,
+                changed(row.job, failed=row.job.failed + len(broken), failures=add_failures(row.job.failures, broken)),
             )
             raise JobFailedError(f"{len(broken)} records do not open under the new key")
         if left:

@@ -242,7 +242,7 @@ class Runner:
         """Add a job, with these fields in its row, unless the thread has one of this kind; returns that one then.
         Raises TooManyJobsError, JobConflictError, StoreUnavailableError."""
         async with self._beginning:  # whoever joins a job finds its row
-            await self._ended(self._threads.get(thread, ""))
+            await self._wait_for_end(self._threads.get(thread, ""))
             other = self._threads.get(thread)
             if other == OTHER_WORK:
                 raise JobConflictError("another operation is running on this thread: try again in a moment")
@@ -326,7 +326,7 @@ class Runner:
             # In the same turn as the job's last change, so that its thread is free for whoever waited for it.
             del self._workers[job.id], self.table.followed[job.id]
             if not self._stop.is_set():
-                await self._worked(job.id)
+                await self._after_work(job.id)
 
     async def _persist(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
         delay_s, at = RETRY_S_MIN, 0
@@ -369,7 +369,7 @@ class Runner:
             await self.table.store(row, move(row.job, "fail", reason=reason, keying=False))
             _log.error("job_failed", job=job_id, reason=reason)
 
-    async def _worked(self, job_id: str) -> None:
+    async def _after_work(self, job_id: str) -> None:
         try:
             await self._settle(job_id)
             job = await self.table.get(job_id)
@@ -384,11 +384,11 @@ class Runner:
 
         async def look() -> None:
             await asyncio.sleep(READ_RETRY_S)
-            await self._worked(job_id)
+            await self._after_work(job_id)
 
         self._spawn(look())
 
-    async def _ended(self, job_id: str) -> None:
+    async def _wait_for_end(self, job_id: str) -> None:
         """A job's end can be read before it is durable. Wait until it is durable and the job's thread is free."""
         worker = self._workers.get(job_id)
         if worker is not None and (await self.table.get(job_id)).state not in AT_WORK:
@@ -407,13 +407,13 @@ class Runner:
 
     # --- changing -------------------------------------------------------------------------------------------------
     async def pause(self, job_id: str) -> Job:
-        return await self._ordered(job_id, "pause")
+        return await self._order(job_id, "pause")
 
     async def cancel(self, job_id: str) -> Job:
         """Re-encrypted records stay under the new key, and the old key stays retired. All records stay readable."""
-        return await self._ordered(job_id, "cancel")
+        return await self._order(job_id, "cancel")
 
-    async def _ordered(self, job_id: str, event: Move) -> Job:
+    async def _order(self, job_id: str, event: Move) -> Job:
         def how(job: Job) -> Job:
             moved = move(job, event)
             if job.keying:
@@ -472,7 +472,7 @@ class Runner:
         it waits at least `pause_s`."""
         longest_s = SHARED_READ_S if self._store.shared else None  # another server may work on it
         seen = self.table.changes
-        await self._ended(job_id)
+        await self._wait_for_end(job_id)
         last = await self.table.get(job_id)
         yield last
         stopping = asyncio.create_task(self._stop.wait())
@@ -482,7 +482,7 @@ class Runner:
                 await asyncio.wait({change, stopping}, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 seen = self.table.changes
-                await self._ended(job_id)
+                await self._wait_for_end(job_id)
                 job = await self.table.get(job_id)
                 if job != last:
                     last = job
@@ -503,7 +503,7 @@ class Runner:
     @asynccontextmanager
     async def alone(self, job: Job) -> AsyncIterator[None]:
         """Let no other job use the job's thread meanwhile. Raises JobConflictError if one does."""
-        await self._ended(self._threads.get(job.thread, ""))
+        await self._wait_for_end(self._threads.get(job.thread, ""))
         if job.thread in self._threads:
             raise JobConflictError("a job on this thread is unfinished")
         self._threads[job.thread] = OTHER_WORK

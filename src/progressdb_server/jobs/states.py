@@ -148,7 +148,7 @@ def changed(job: Job, **changes: Any) -> Job:
     return msgspec.structs.replace(job, **changes)
 
 
-def named(failures: tuple[Failure, ...], more: list[Failure]) -> tuple[Failure, ...]:
+def add_failures(failures: tuple[Failure, ...], more: list[Failure]) -> tuple[Failure, ...]:
     """The list with more failures, up to the bound."""
     return (*failures, *more[: FAILURES_NAMED_MAX - len(failures)]) if more else failures
 

@@ -142,7 +142,7 @@ class JobTable:
             if gone:
                 row = await self.row(job_id)
                 left = changed(row.job, backups=max(0, row.job.backups - len(gone)))
-                await self.store(row, left, self._store.kept_dropped(job_id, gone))
+                await self.store(row, left, self._store.kept_drop(job_id, gone))
                 dropped += len(gone)
             await asyncio.sleep(0)
         return dropped

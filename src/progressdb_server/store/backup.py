@@ -186,13 +186,13 @@ def create(
     except OSError as error:
         raise BackupError(f"the backup {path} failed: {error.strerror} ({error.filename})") from error
     try:
-        return _made(engine, path, known, created_ns=created_ns, previous=previous, stop=stop or threading.Event())
+        return _make(engine, path, known, created_ns=created_ns, previous=previous, stop=stop or threading.Event())
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
 
 
-def _made(
+def _make(
     engine: Engine,
     path: str,
     known: dict[str, BackupFile],

@@ -151,14 +151,14 @@ class Checker:
                 "the thread has no key map",
                 ((keyspace.key_map(thread), header.key_id.encode()),),
             )
-        entry = keyspace.created(Stamp.parse(header.created), thread)
+        entry = keyspace.creation(Stamp.parse(header.created), thread)
         wanted = [
             keyspace.CREATED + entry,
-            keyspace.authored(header.author) + entry,
+            keyspace.author_threads(header.author) + entry,
             keyspace.writer(thread, header.author),
         ]
         if header.deleted_ns:
-            wanted.append(keyspace.closed(thread))
+            wanted.append(keyspace.closed_key(thread))
         async for finding in self._wanted(key, [(index, b"") for index in wanted]):
             yield finding
 
@@ -331,7 +331,7 @@ async def check(place: str, provider: Provider | None) -> Report:
     """Walk the store at `place`, a path or the URL of a database, also beside servers that have it open; its records
     are decrypted if the key service answers. Raises FormatError, KmsError, StoreUnavailableError, even if this user may
     not decrypt."""
-    async with offline.viewed(place) as view:
+    async with offline.open_view(place) as view:
         if provider is not None:
             try:
                 await provider.status()

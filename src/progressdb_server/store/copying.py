@@ -72,7 +72,7 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
     """
     if source == target:
         raise FormatError("source and target are the same")
-    async with offline.alone(source) as old, offline.filled(target, source) as new:
+    async with offline.alone(source) as old, offline.open_copy(target, source) as new:
         counted = await _counters(old)
         sent, changed = await _bring(old, new, lambda done: progress(done, counted.messages))
         found = await _digest(new)

@@ -103,7 +103,7 @@ def deletion_event(thread: str, by: str, stamp: Stamp) -> Draft:
 def new_thread(thread: Thread, created: Stamp, extra: Puts = (), expect: Puts = ()) -> Draft:
     """Key map, metadata and index entries. The conditions: nobody else has made the thread, and `expect`."""
     key, map_key = keyspace.meta(thread.id), keyspace.key_map(thread.id)
-    entry = keyspace.created(created, thread.id)
+    entry = keyspace.creation(created, thread.id)
 
     def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
         header = record.ThreadHeader(key_id, thread.author, created.text, created.time_ns, 0)
@@ -112,7 +112,7 @@ def new_thread(thread: Thread, created: Stamp, extra: Puts = (), expect: Puts = 
                 (map_key, key_id.encode()),
                 (key, record.pack(header, sealed[0])),
                 (keyspace.CREATED + entry, b""),
-                (keyspace.authored(thread.author) + entry, b""),
+                (keyspace.author_threads(thread.author) + entry, b""),
                 (keyspace.writer(thread.id, thread.author), b""),
                 *extra,
             ),
@@ -129,7 +129,7 @@ def changed_thread(thread: Thread, raw: bytes, old: record.ThreadHeader) -> Draf
 
     def finish(key_id: str, sealed: Sequence[bytes]) -> Write:
         header = record.ThreadHeader(key_id, old.author, old.created, thread.updated_ts, thread.deleted_ts)
-        closed = ((keyspace.closed(thread.id), b""),) if thread.deleted else ()
+        closed = ((keyspace.closed_key(thread.id), b""),) if thread.deleted else ()
         return Write(((key, record.pack(header, sealed[0])), *closed), ((key, raw),))
 
     return Draft(((key, record.thread_secret(thread)),), finish)

@@ -94,7 +94,7 @@ class EpochMemory:
         return settled
 
 
-def remembered(reader: Reader) -> SeenState | None:
+def seen_state(reader: Reader) -> SeenState | None:
     """Raises RestoredError when what is remembered can't be read; StoreUnavailableError."""
     return _parse(reader.get(keyspace.EPOCH))
 
@@ -112,7 +112,7 @@ def audit_head(reader: Reader) -> str:
 
     Raises RestoredError, StoreUnavailableError.
     """
-    known = remembered(reader)
+    known = seen_state(reader)
     return f"{known.head_seq}:{known.head_sig}" if known is not None and known.head_seq else ""
 
 

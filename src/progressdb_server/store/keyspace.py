@@ -219,7 +219,7 @@ def key_map(thread: str) -> bytes:
     return MAP + part(thread)
 
 
-def closed(thread: str) -> bytes:
+def closed_key(thread: str) -> bytes:
     """Present when the thread is deleted."""
     return CLOSED + part(thread)
 
@@ -235,18 +235,18 @@ def writers(thread: str) -> bytes:
     return b"index:writer:%b:" % part(thread)
 
 
-def authored(author: str) -> bytes:
-    """Prefix of the author's threads; `created(...)` follows."""
+def author_threads(author: str) -> bytes:
+    """Prefix of the author's threads; `creation(...)` follows."""
     return b"index:author:%b:" % part(author)
 
 
-def created(stamp: Stamp, thread: str) -> bytes:
-    """What follows `CREATED` and `authored(...)`."""
+def creation(stamp: Stamp, thread: str) -> bytes:
+    """What follows `CREATED` and `author_threads(...)`."""
     return b"%b:%b" % (stamp.raw, part(thread))
 
 
 def last_part(key: bytes) -> str:
-    """The thread of an entry of `CREATED`, `authored(...)` or `MAP`; the author of one of `writers(...)`."""
+    """The thread of an entry of `CREATED`, `author_threads(...)` or `MAP`; the author of one of `writers(...)`."""
     return unpart(key[key.rindex(b":") + 1 :])
 
 
@@ -362,7 +362,7 @@ def server(server_id: str) -> bytes:
     return SERVERS + server_id.encode()
 
 
-def migrated(job_id: str) -> bytes:
+def replaced_records(job_id: str) -> bytes:
     """Prefix of the records that the job has replaced; the record's whole key follows."""
     return b"%b%b:" % (MIGRATED, job_id.encode())
 

@@ -76,7 +76,7 @@ def is_url(place: str) -> bool:
 
 
 @asynccontextmanager
-async def viewed(place: str) -> AsyncIterator[View]:
+async def open_view(place: str) -> AsyncIterator[View]:
     """A view of a store that servers may have open. Raises FormatError, StoreUnavailableError."""
     if is_url(place):
         async with directory.of_database("postgres_offline").view(place) as view:
@@ -98,12 +98,12 @@ async def alone(place: str) -> AsyncIterator[Entries]:
 
 
 @asynccontextmanager
-async def filled(place: str, source: str) -> AsyncIterator[Entries]:
+async def open_copy(place: str, source: str) -> AsyncIterator[Entries]:
     """The entries of a new store, or of one into which a copy of `source` has begun. It becomes a store at the end.
     Raises StoreLockedError, StoreUnavailableError, FormatError for a place that holds something else."""
     begun = directory.begun_copy(source)
     if is_url(place):
-        async with directory.of_database("postgres_offline").filled(place, begun) as entries:
+        async with directory.of_database("postgres_offline").open_copy(place, begun) as entries:
             yield entries
     else:
         with directory.open_copy(place, begun) as engine:

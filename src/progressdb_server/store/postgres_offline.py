@@ -123,7 +123,7 @@ async def alone(url: str) -> AsyncIterator[PostgresEntries]:
 
 
 @asynccontextmanager
-async def filled(url: str, begun: bytes) -> AsyncIterator[PostgresEntries]:
+async def open_copy(url: str, begun: bytes) -> AsyncIterator[PostgresEntries]:
     """For a copy, whose own format record is `begun`. Raises StoreLockedError, FormatError for tables that hold
     something else, EngineUnavailableError."""
     async with connected(url) as connection:

@@ -205,7 +205,7 @@ def unpack_sealed(raw: bytes) -> tuple[str, bytes]:
     return key_of(head), sealed
 
 
-def rekeyed(form: int, head: bytes, key_id: str) -> bytes:
+def rekey(form: int, head: bytes, key_id: str) -> bytes:
     """What comes before the sealed part of a record of this form whose header was `head`, under another key.
 
     Raises RecordFormatError.

@@ -85,13 +85,13 @@ class Rekeying(OpenStore):
                 yield keyspace.last_part(key)
             await asyncio.sleep(0)
 
-    def key_switched(self, thread_id: str, old: str, new: str) -> OpaqueWrite:
+    def key_switch(self, thread_id: str, old: str, new: str) -> OpaqueWrite:
         """The thread is written under `new` from here on. The condition fails unless it is under `old`."""
         key = keyspace.key_map(thread_id)
         return Write(((key, new.encode()),), ((key, old.encode()),))
 
     def switching_key(self, thread_id: str) -> AbstractContextManager[None]:
-        """Held from before the thread's old key is retired until `key_switched` is written: writes of the thread wait
+        """Held from before the thread's old key is retired until `key_switch` is written: writes of the thread wait
         meanwhile. Otherwise a write that meets a retired key gives the thread another one."""
         return self.sealer.switching(thread_id)
 
@@ -139,17 +139,17 @@ class Rekeying(OpenStore):
             lower = keyspace.message_of(keyspace.part(thread_id), first.raw)
         return self._count(lower, upper, count_max)
 
-    def rekeyed(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> OpaqueWrite:
+    def moves(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> OpaqueWrite:
         """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The
         condition fails if a record was changed since it was read at `read_at`."""
         puts: list[tuple[bytes, bytes | None]] = []
-        kept = keyspace.migrated(job_id)
+        kept = keyspace.replaced_records(job_id)
         renewed: dict[tuple[int, bytes], bytes] = {}  # most records of a thread have one of a few headers
         for found, sealed in moved:
             form = found.raw[0]
             head = renewed.get((form, found.head))
             if head is None:
-                head = renewed[form, found.head] = record.rekeyed(form, found.head, key_id)
+                head = renewed[form, found.head] = record.rekey(form, found.head, key_id)
             puts.append((found.aad, head + sealed))
         # Two runs of ascending keys: the engine finds the place of each entry beside the one before it.
         puts += [(kept + found.aad, found.raw) for found, _ in moved]
@@ -166,12 +166,12 @@ class Rekeying(OpenStore):
             yield [KeptRecord(key, _key_of(raw)) for key, raw in entries]
 
     def count_kept(self, job_id: str, count_max: int) -> AsyncIterator[int]:
-        prefix = keyspace.migrated(job_id)
+        prefix = keyspace.replaced_records(job_id)
         return self._count(prefix, keyspace.after(prefix), count_max)
 
-    def kept_dropped(self, job_id: str, dropped: Collection[KeptRecord]) -> OpaqueWrite:
+    def kept_drop(self, job_id: str, dropped: Collection[KeptRecord]) -> OpaqueWrite:
         """The kept records are removed."""
-        prefix = keyspace.migrated(job_id)
+        prefix = keyspace.replaced_records(job_id)
         return Write([(prefix + kept.aad, None) for kept in dropped])
 
     async def restore_kept(self, job_id: str) -> Restored:
@@ -199,7 +199,7 @@ class Rekeying(OpenStore):
 
     async def _kept(self, job_id: str) -> AsyncIterator[list[tuple[bytes, bytes]]]:
         """Storage keys of records, with their kept bytes; each chunk is read when it is asked for."""
-        prefix = keyspace.migrated(job_id)
+        prefix = keyspace.replaced_records(job_id)
         lower, upper = prefix, keyspace.after(prefix)
         while entries := await self.reads.scan(lower, upper, limit=KEPT_CHUNK_MAX, bytes_max=CHUNK_BYTES_MAX):
             lower = keyspace.next_key(entries[-1][0])

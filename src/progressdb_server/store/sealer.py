@@ -101,7 +101,7 @@ class ThreadState:
         self.key_id = key_raw.decode()
         self.deleted = deleted
         self.map_key = keyspace.key_map(thread)
-        self.closed_key = keyspace.closed(thread)
+        self.closed_key = keyspace.closed_key(thread)
         self.stands = ((self.map_key, key_raw), (self.closed_key, None))
         """The conditions of every write of the thread."""
         self.writers: set[str] = set()
@@ -148,7 +148,7 @@ class Sealer:
         key_raw = await self._reads.get(keyspace.key_map(thread))
         if key_raw is None:
             return None
-        state = ThreadState(thread, key_raw, await self._reads.get(keyspace.closed(thread)) is not None)
+        state = ThreadState(thread, key_raw, await self._reads.get(keyspace.closed_key(thread)) is not None)
         if len(self._threads) >= THREADS_CACHED_MAX:
             del self._threads[next(iter(self._threads))]
         self._threads[thread] = state

@@ -296,7 +296,7 @@ class Threads(OpenStore):
     async def list_threads(
         self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False
     ) -> AsyncIterator[list[Thread]]:
-        prefix = keyspace.CREATED if author is None else keyspace.authored(author)
+        prefix = keyspace.CREATED if author is None else keyspace.author_threads(author)
         lower, upper = prefix, keyspace.after(prefix)
         needle = title.casefold() if title else ""
         while entries := await self.reads.scan(lower, upper, limit=LIST_THREADS_MAX):
@@ -311,7 +311,7 @@ class Threads(OpenStore):
             yield chunk  # an empty one too: the client may be gone
 
     async def thread_deleted(self, thread_id: str) -> bool:
-        return await self.reads.get(keyspace.closed(thread_id)) is not None
+        return await self.reads.get(keyspace.closed_key(thread_id)) is not None
 
     # --- members --------------------------------------------------------------------------------------------------
     async def check_member(self, thread_id: str, author: str, act: Act) -> bytes | None:
@@ -378,9 +378,9 @@ class Threads(OpenStore):
             raise ThreadNotFoundError
         more, expect = room
         try:
-            await self.writer.commit(Write((*puts, *more), ((keyspace.closed(thread_id), None), *expect)))
+            await self.writer.commit(Write((*puts, *more), ((keyspace.closed_key(thread_id), None), *expect)))
         except ConditionFailedError as error:
-            if error.key != keyspace.closed(thread_id):
+            if error.key != keyspace.closed_key(thread_id):
                 return False
             raise ThreadNotFoundError from None
         return True
@@ -395,7 +395,7 @@ class Threads(OpenStore):
                 lower = keyspace.next_key(keyspace.key_map(cursor))
             keys = await self.reads.keys(lower, upper, limit=limit + 1)
         else:
-            prefix = keyspace.authored(author) if author else keyspace.CREATED
+            prefix = keyspace.author_threads(author) if author else keyspace.CREATED
             lower, upper = prefix, keyspace.after(prefix)
             if cursor:
                 upper = prefix + cursor.encode()

@@ -7,7 +7,7 @@ from collections import Counter
 
 from progressdb_server.store import keyspace
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.offline import viewed
+from progressdb_server.store.offline import open_view
 from tests.progressdb_server.store.opened_store import TickingClock, emptied
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
@@ -31,7 +31,7 @@ class DatabaseStore(Conversations):
 
     def _keys(self) -> list[bytes]:
         async def found() -> list[bytes]:
-            async with viewed(self.url) as view:
+            async with open_view(self.url) as view:
                 return [key async for page in view.walk() for key, _ in page]
 
         return self.loop.run_until_complete(found())

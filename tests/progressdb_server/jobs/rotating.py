@@ -95,7 +95,7 @@ def mapped(store: Conversations, thread: str = "t") -> str:
 
 def backups_of(store: Conversations, job: Job) -> dict[str, bytes]:
     """The records that the job kept, by their storage keys. A scan returns a bounded number of entries."""
-    prefix = keyspace.migrated(job.id)
+    prefix = keyspace.replaced_records(job.id)
     kept: dict[str, bytes] = {}
     lower = prefix
     while entries := store.engine.scan(lower, keyspace.after(prefix), limit=SCAN_ENTRIES_MAX):

@@ -20,8 +20,8 @@ from progressdb_server.jobs.states import (
     JobConflictError,
     Move,
     State,
+    add_failures,
     move,
-    named,
     view,
     with_source,
 )
@@ -64,7 +64,7 @@ def test_no_walk_through_the_table_is_done_without_a_verification(events: list[M
 
 def test_failures_and_sources_are_bounded() -> None:
     many = [Failure(str(n), "decryption_failed") for n in range(FAILURES_NAMED_MAX)]
-    assert len(named(named((), many[:60]), many)) == FAILURES_NAMED_MAX
+    assert len(add_failures(add_failures((), many[:60]), many)) == FAILURES_NAMED_MAX
     sources: tuple[str, ...] = ()
     for n in range(SOURCES_MAX + 9):
         sources = with_source(with_source(sources, f"k{n}"), f"k{n}")

@@ -54,14 +54,14 @@ def test_a_step_has_the_new_records_and_then_what_they_were() -> None:
     async def run(store: Conversations) -> None:
         engine.write(entries)
         [chunk] = [each async for each in store.record_chunks("t", 100)]
-        step = store.rekeyed("job", NEW, [(found, b"new" + found.sealed) for found in chunk.records], chunk.read_at)
+        step = store.moves("job", NEW, [(found, b"new" + found.sealed) for found in chunk.records], chunk.read_at)
         assert isinstance(step, Write)
         written, kept = step.puts[: len(RECORDS)], step.puts[len(RECORDS) :]
         assert [key for key, _ in written] == [key for key, _ in entries]
         for (_, now), raw in zip(written, RECORDS, strict=True):
             assert now is not None and record.unpack_sealed(now) == (NEW, b"new" + record.split(raw)[1])
             assert record.same_version(raw, now)
-        assert list(kept) == [(keyspace.migrated("job") + key, raw) for key, raw in entries]
+        assert list(kept) == [(keyspace.replaced_records("job") + key, raw) for key, raw in entries]
         assert list(step.read) == entries
 
     with_store(run, engine, SealingProvider())

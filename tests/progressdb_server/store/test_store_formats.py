@@ -101,16 +101,16 @@ def test_records_read_back_and_rekeying_changes_the_key_alone(
     assert record.unpack_sealed(raw) == (key_id, sealed)
     head, rest = record.split(raw)
     assert (record.key_of(head), rest) == (key_id, sealed)
-    again = record.rekeyed(raw[0], head, new_key) + b"other"
+    again = record.rekey(raw[0], head, new_key) + b"other"
     assert record.unpack_message(again) == (record.MessageHeader(new_key, first, author, deleted), b"other")
     thread = record.ThreadHeader(key_id, author, first, 5, 6)
     assert record.unpack_thread(record.pack(thread, sealed)) == (thread, sealed)
-    again = record.rekeyed(1, record.split(record.pack(thread, sealed))[0], new_key) + b"other"
+    again = record.rekey(1, record.split(record.pack(thread, sealed))[0], new_key) + b"other"
     assert record.unpack_thread(again) == (record.ThreadHeader(new_key, author, first, 5, 6), b"other")
     later = record.LaterHeader(key_id, first, author, deleted, "c")
     raw = record.pack(later, sealed)
     assert record.unpack_message(raw) == (later, sealed)
-    again = record.rekeyed(raw[0], record.split(raw)[0], new_key) + b"other"
+    again = record.rekey(raw[0], record.split(raw)[0], new_key) + b"other"
     assert record.unpack_message(again) == (record.LaterHeader(new_key, first, author, deleted, "c"), b"other")
     with pytest.raises(record.RecordFormatError):
         record.unpack_thread(raw)

@@ -19,7 +19,7 @@ from progressdb_server.store.check import repair
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
-from progressdb_server.store.epoch import EpochMemory, RestoredError, SeenState, audit_head, remembered
+from progressdb_server.store.epoch import EpochMemory, RestoredError, SeenState, audit_head, seen_state
 from progressdb_server.store.model import (
     KeyServiceRefusedError,
     NewMessage,
@@ -35,7 +35,7 @@ from tests.progressdb_server.store.sealing_provider import SealingProvider, to_s
 
 def seen(store: Conversations) -> SeenState:
     """What the store remembers of the key service."""
-    found = remembered(store.engine)
+    found = seen_state(store.engine)
     assert found is not None
     return found
 

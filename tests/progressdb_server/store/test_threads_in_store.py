@@ -199,7 +199,7 @@ def test_metadata_rewritten_by_a_rotation_meanwhile_is_read_again() -> None:
         [plaintext] = await provider.decrypt_batch([to_open(key_id, sealed, key, thread)])
         assert isinstance(plaintext, bytes)
         again = await provider.encrypt(key_id, plaintext, aad=key, thread_id=thread)
-        engine.write([(key, record.rekeyed(raw[0], record.split(raw)[0], key_id) + again)])
+        engine.write([(key, record.rekey(raw[0], record.split(raw)[0], key_id) + again)])
         provider.go_on.set()
         await renaming
         assert (await store.get_thread(thread)).title == "new"
