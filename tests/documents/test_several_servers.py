@@ -53,7 +53,7 @@ class Host:
 def test_the_commands_for_several_servers_do_what_the_page_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_up, move, back_up, forget, look = blocks(PAGE)
+    set_up, move, alone, back_up, forget, look = blocks(PAGE)
     for name in ("kms", "one", "two"):
         (tmp_path / name).mkdir()
     with postgres.running() as (given, _), LiveDaemon(tmp_path / "kms") as daemon:
@@ -64,6 +64,7 @@ def test_the_commands_for_several_servers_do_what_the_page_says(
         assert host.run(set_up) == "the store is made\n"
         copied = host.run(move)
         assert "are the same on both sides" in copied and copied.endswith("all is right\n")
+        host.run(alone)
         listed = host.run(back_up)
         assert "monday is registered: begin it now" in listed and "of the database" in listed
         assert (tmp_path / "monday" / "PG_VERSION").exists()

@@ -13,13 +13,14 @@ The rules, each with the kind of its finding:
 
 Invariants: records are the truth and are never changed here; a fix only puts or deletes index entries and counters,
 all of which follow from records, and deletes damaged entries of retries (`store.idempotency`), which nothing can
-rebuild. Memory is bounded: the walk reads chunks.
+rebuild. Memory is bounded: the walk reads chunks, and what their rules look up is read together up to a bound.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Coroutine, Generator, Iterator, Sequence
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -68,6 +69,17 @@ class Problem(NamedTuple):
     fix: tuple[tuple[bytes, bytes | None], ...] = ()
 
 
+class _Lookup(NamedTuple):
+    """What a rule awaits: the value at a key or, with `newest`, the last key that begins so. `Checker._judge_all`
+    reads it, no event loop."""
+
+    key: bytes
+    newest: bool = False
+
+    def __await__(self) -> Generator[_Lookup, bytes | None, bytes | None]:
+        return (yield self)
+
+
 class Checker:
     """One walk. `counts` is how many entries of each space were seen."""
 
@@ -83,13 +95,44 @@ class Checker:
         async for page in self._view.walk():
             for start in range(0, len(page), CHUNK_ENTRIES):
                 sealed: list[tuple[bytes, bytes]] = []
-                for key, value in page[start : start + CHUNK_ENTRIES]:
-                    async for finding in self._judge(key, value, sealed):
-                        yield finding
+                for finding in await self._judge_all(page[start : start + CHUNK_ENTRIES], sealed):
+                    yield finding
                 for finding in await self._open(sealed):
                     yield finding
         async for finding in self._judge_counters():
             yield finding
+
+    async def _judge_all(
+        self, chunk: Sequence[tuple[bytes, bytes]], sealed: list[tuple[bytes, bytes]]
+    ) -> list[Problem]:
+        """The rules of all entries side by side, so that a round trip answers what they look up at a time."""
+        findings: list[list[Problem]] = [[] for _ in chunk]
+        begun = [self._collect(*entry, sealed, into) for entry, into in zip(chunk, findings, strict=True)]
+        ready: dict[Coroutine[_Lookup, bytes | None, None], bytes | None] = dict.fromkeys(begun)
+        waiting: dict[Coroutine[_Lookup, bytes | None, None], _Lookup] = {}
+        while ready:
+            for judging, answer in ready.items():
+                with contextlib.suppress(StopIteration):
+                    waiting[judging] = judging.send(answer)
+            answers = await self._answers(dict.fromkeys(waiting.values()))
+            ready = {judging: answers[asked] for judging, asked in waiting.items() if asked in answers}
+            waiting = {judging: asked for judging, asked in waiting.items() if asked not in answers}
+        return [finding for of_entry in findings for finding in of_entry]
+
+    async def _answers(self, lookups: Collection[_Lookup]) -> dict[_Lookup, bytes | None]:
+        """Of one at least; no more after the values together have WALK_BYTES_MAX."""
+        prefixes = [asked for asked in lookups if asked.newest]
+        keys = [asked.key for asked in lookups if not asked.newest]
+        answers = dict(zip(prefixes, await self._view.newest([asked.key for asked in prefixes]), strict=True))
+        found = await self._view.values(keys, bytes_max=offline.WALK_BYTES_MAX)
+        if sum(map(len, found.values())) >= offline.WALK_BYTES_MAX:
+            keys = keys[: keys.index(next(reversed(found))) + 1]
+        return answers | {_Lookup(key): found.get(key) for key in keys}
+
+    async def _collect(
+        self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]], findings: list[Problem]
+    ) -> None:
+        findings += [finding async for finding in self._judge(key, value, sealed)]
 
     async def _judge(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> AsyncIterator[Problem]:
         try:
@@ -144,7 +187,7 @@ class Checker:
     async def _judge_meta(self, key: bytes, value: bytes, thread: str) -> AsyncIterator[Problem]:
         header, _ = record.unpack_thread(value)
         self._newest = max(self._newest, Stamp.parse(header.created))
-        if await self._view.get(keyspace.key_map(thread)) is None:
+        if await _Lookup(keyspace.key_map(thread)) is None:
             yield Problem(
                 "keyless",
                 _shown(key),
@@ -167,7 +210,7 @@ class Checker:
         self._newest = max(self._newest, stamp)
         first = Stamp.parse(header.first) if header.first else stamp
         own = stamp.text.encode()
-        if await self._view.get(keyspace.meta(thread)) is None:
+        if await _Lookup(keyspace.meta(thread)) is None:
             yield Problem("orphaned", _shown(key), "the record's thread has no metadata")
         if isinstance(header, record.LaterHeader) and header.content:
             async for finding in self._judge_content(key, header):
@@ -176,14 +219,14 @@ class Checker:
             (keyspace.versions(keyspace.message_id(first)) + own, keyspace.part(thread)),
             (keyspace.writer(thread, header.author), b""),
         ]
-        entry = await self._view.get(wanted[1][0])
+        entry = await _Lookup(wanted[1][0])
         if entry is not None or (header.deleted and first == stamp):
             # A removed author, or the event of a thread's deletion, whose author may not have written in it
             wanted.pop()
         async for finding in self._wanted(key, wanted):
             yield finding
         place = keyspace.order(thread) + first.text.encode()
-        order = await self._view.get(place)
+        order = await _Lookup(place)
         if order is None or keyspace.latest(first.raw, order) < own:
             fix = keyspace.place(own, is_first=first == stamp, deleted=header.deleted)
             yield Problem("unindexed", _shown(key), "the order index does not lead to this version", ((place, fix),))
@@ -192,7 +235,7 @@ class Checker:
         """Of a version that takes its content from another one."""
         stamp = Stamp.parse(header.content)
         place = key[: -keyspace.STAMP_BYTES] + stamp.raw
-        raw = await self._view.get(place)
+        raw = await _Lookup(place)
         content = record.unpack_message(raw)[0] if raw is not None else None
         is_of_another = content is None or (content.first or stamp.text) != header.first
         if is_of_another or (isinstance(content, record.LaterHeader) and content.content):
@@ -200,7 +243,7 @@ class Checker:
 
     async def _wanted(self, key: bytes, entries: list[tuple[bytes, bytes]]) -> AsyncIterator[Problem]:
         for index, expected in entries:
-            if await self._view.get(index) != expected:
+            if await _Lookup(index) != expected:
                 yield Problem("unindexed", _shown(key), f"{_shown(index)} does not lead to it", ((index, expected),))
 
     async def _open(self, sealed: list[tuple[bytes, bytes]]) -> list[Problem]:
@@ -236,15 +279,14 @@ class Checker:
         """For threads whose metadata is not under the mapped key: a ciphertext that no key opens. The code of its
         refusal shows whether the mapped key exists."""
         probes: list[DecryptItem] = []
-        for item in records:
-            if item.aad.endswith(b":meta"):
-                map_key = keyspace.key_map(item.thread_id or "")
-                mapped = _key_id(await self._view.get(map_key) or b"")
-                if mapped is not None and mapped != item.key_id:
-                    probe = DecryptItem(
-                        key_id=mapped, ciphertext=bytes(api.SEAL_BYTES), aad=map_key, thread_id=item.thread_id
-                    )
-                    probes.append(probe)
+        maps = {keyspace.key_map(item.thread_id or ""): item for item in records if item.aad.endswith(b":meta")}
+        for map_key, raw in (await self._view.values(maps)).items():
+            item, mapped = maps[map_key], _key_id(raw)
+            if mapped is not None and mapped != item.key_id:
+                probe = DecryptItem(
+                    key_id=mapped, ciphertext=bytes(api.SEAL_BYTES), aad=map_key, thread_id=item.thread_id
+                )
+                probes.append(probe)
         return probes
 
     # --- indexes --------------------------------------------------------------------------------------------------
@@ -253,7 +295,7 @@ class Checker:
         message, stamp = key[len(keyspace.VERSION) :].split(b":")
         first = keyspace.parse_message_id(message.decode())
         target = keyspace.message_of(value, stamp)
-        raw = await self._view.get(target)
+        raw = await _Lookup(target)
         header = record.unpack_message(raw)[0] if raw is not None else None
         if header is None or first is None or (header.first or stamp.decode()) != first.text:
             yield Problem("dangling", _shown(key), f"{_shown(target)} is no version of it", ((key, None),))
@@ -262,13 +304,13 @@ class Checker:
         self.counts["order"] += 1
         thread, first = (part for part in key[len(keyspace.ORDER) :].split(b":"))
         versions = keyspace.versions(keyspace.message_id(Stamp.parse(first.decode())))
-        newest = await self._view.keys(versions, keyspace.after(versions), limit=1, reverse=True)
-        if not newest:
-            if await self._view.get(keyspace.message_of(thread, first)) is None:
+        newest = await _Lookup(versions, newest=True)
+        if newest is None:
+            if await _Lookup(keyspace.message_of(thread, first)) is None:
                 yield Problem("dangling", _shown(key), "the message has no version", ((key, None),))
             return  # else the record's own rule rebuilds its version entry first
-        stamp = newest[0][len(versions) :]
-        raw = await self._view.get(keyspace.message_of(thread, stamp))
+        stamp = newest[len(versions) :]
+        raw = await _Lookup(keyspace.message_of(thread, stamp))
         if raw is None:
             return  # the version entry dangles, which is reported there; the next pass sees the one before it
         deleted = record.unpack_message(raw)[0].deleted
@@ -284,7 +326,7 @@ class Checker:
         if len(parts) != length:
             yield Problem("unknown", _shown(key), "the key is no index entry")
             return
-        raw = await self._view.get(keyspace.meta_of(parts[at]))
+        raw = await _Lookup(keyspace.meta_of(parts[at]))
         if raw is None:
             yield Problem("dangling", _shown(key), "the thread has no metadata", ((key, None),))
         elif space == keyspace.CLOSED and not record.unpack_thread(raw)[0].deleted_ns:
@@ -297,7 +339,7 @@ class Checker:
         self.counts["maps"] += 1
         if _key_id(value) is None:
             yield Problem("damaged", _shown(key), "the map does not hold the id of a key")
-        if await self._view.get(keyspace.meta_of(key[len(keyspace.MAP) :])) is None:
+        if await _Lookup(keyspace.meta_of(key[len(keyspace.MAP) :])) is None:
             yield Problem("orphaned", _shown(key), "the mapped thread has no metadata")
 
     async def _judge_counters(self) -> AsyncIterator[Problem]:

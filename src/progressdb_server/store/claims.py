@@ -113,12 +113,8 @@ class Claims:
     async def _end_lease(self) -> None:
         """Raises StoreUnavailableError."""
         if self._renewed:
-            self._renewed = False
-            try:
-                await self._writer.commit(Write(((keyspace.server(self._server), None),)))
-            except BaseException:
-                self._renewed = True
-                raise
+            await self._writer.commit(Write(((keyspace.server(self._server), None),)))
+            self._renewed = bool(self._held or self._claiming)  # since then
 
     def condition(self, thread: str) -> tuple[tuple[bytes, bytes | None], ...]:
         """Of what is written for work on the thread."""

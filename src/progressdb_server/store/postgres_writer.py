@@ -296,6 +296,7 @@ async def keep_lease(nodes: Nodes) -> None:
                     if connection is None or connection.is_closed() or connection.node != nodes.node:
                         if connection is not None:
                             connection.terminate()
+                            connection = None
                         connection = await find(nodes)
                     began_s = now_s()
                     await bounded(connection, _beat(nodes, connection, counter), COMMIT_S_MAX)

@@ -162,6 +162,8 @@ async def examine(url: str, *, single_node: bool) -> Database:
         problems = [] if number == SCHEMA else [other_schema(number)]
         if not (standbys or single_node):
             problems.append(ONE_DISK)
+        if standbys and not await connection.fetchval("SELECT count(*) FROM pg_stat_replication"):
+            problems.append("no standby is connected to the database: no write is confirmed until one is")
         problems += [
             f"the database has {name} = off: a power failure there loses what was acknowledged"
             for name in ("fsync", "full_page_writes")

@@ -381,6 +381,8 @@ def test_what_was_done_before_is_acknowledged_once_it_is_replicated(database: st
             ]
             done, _ = await asyncio.wait(again, timeout=0.5)
             assert not done
+            (problem, *_) = (await tables.examine(database, single_node=False)).problems
+            assert problem.startswith("no standby is connected")
         await asyncio.gather(*again)
 
     with_two(database, run)

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from progressdb_server.store import postgres, postgres_writer
+from progressdb_server.store import check, postgres, postgres_writer
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Idempotency, Message, NewMessage
 from tests.harness.round_trips import RoundTrips, counted
@@ -52,12 +52,17 @@ def test_each_operation_takes_its_known_number_of_round_trips(database: str, mon
         await (await emptied(database)).close()
         (real,) = parse_qs(urlsplit(database).query)["host"]
         async with counted(Path(real), directory) as trips:
-            engine = await postgres.open_engine(f"postgresql://test@/postgres?host={directory}", single_node=True)
+            url = f"postgresql://test@/postgres?host={directory}"
+            engine = await postgres.open_engine(url, single_node=True)
             store = Conversations(engine, SealingProvider())
             try:
                 assert await _all(store, trips) == ROUND_TRIPS
             finally:
                 await store.close()
+            before = trips.count
+            report = await check.check(url, None)
+            assert (report.findings, report.counts["messages"] > COUNT) == ([], True)
+            assert trips.count - before < COUNT, "a few for each chunk of entries, not for each entry"
 
     with tempfile.TemporaryDirectory() as directory:
         asyncio.run(run(Path(directory)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem
-from progressdb_server.store import keyspace
+from progressdb_server.store import keyspace, offline
 from progressdb_server.store.check import Checker, Problem, repair
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Reader
@@ -55,7 +55,12 @@ def everything(engine: MemoryEngine) -> dict[bytes, bytes]:
     return dict(engine.scan(b"", b"\xff", limit=4000))
 
 
-def test_a_sound_store_has_no_findings_and_everything_is_counted() -> None:
+@pytest.mark.parametrize("bytes_max", [1, offline.WALK_BYTES_MAX])
+def test_a_sound_store_has_no_findings_and_everything_is_counted(
+    monkeypatch: pytest.MonkeyPatch, bytes_max: int
+) -> None:
+    """Also if each look-up and each page is as short as can be."""
+    monkeypatch.setattr(offline, "WALK_BYTES_MAX", bytes_max)
     engine, provider = populated()
     checker = Checker(LocalView(engine), provider)
 
