@@ -305,7 +305,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
 class Chunk(NamedTuple):
     """Consecutive entries of a thread. `malformed` are the names of entries that are no records. `cursor` is where the
-    next chunk begins; `read_at` says when this one was read, for `Conversations.rekeyed`."""
+    next chunk begins; `read_at` says when this one was read, for `Conversations.moves`."""
 
     records: list[Record]
     malformed: list[str]

@@ -16,7 +16,7 @@ Invariants:
 - A record of one form does not open as the other form, although the form byte is not sealed: the types of the two
   sealed arrays differ.
 - A version without content names, in its sealed part, a version of the same message that has content of its own.
-- Message records are never rewritten but by a key rotation; `rekeyed` is how.
+- Message records are never rewritten but by a key rotation; `rekey` is how.
 """
 
 from __future__ import annotations
