@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 
 if TYPE_CHECKING:
     from cyclopts import Argument, CycloptsError
@@ -71,6 +71,11 @@ ServerUid = Annotated[
     ),
 ]
 Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
+Watch = Annotated[
+    bool, Parameter(name=("--watch", "-w"), help="Repeat until interrupted.", negative=(), show_default=False)
+]
+Interval = Annotated[float, Parameter(help="Seconds between two requests.", validator=validators.Number(gte=0.1))]
+INTERVAL_SECONDS: Final = 2.0
 
 
 def new_app(name: str, about: str, epilogue: str) -> App:

@@ -11,11 +11,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Final
 
-from cyclopts import Parameter, validators
+from cyclopts import Parameter
 
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
 from minikms.output import byte_count, clean, duration, print_json, terminal
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, INTERVAL_SECONDS, Interval, Watch
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from minikms import api
 
-INTERVAL_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 3.0
 """A daemon that works answers at once."""
 
@@ -32,12 +31,8 @@ def status(
     *,
     socket: Socket = None,
     server_uid: ServerUid = None,
-    watch: Annotated[
-        bool, Parameter(name=("--watch", "-w"), help="Repeat until interrupted.", negative=(), show_default=False)
-    ] = False,
-    interval: Annotated[
-        float, Parameter(help="Seconds between two requests.", validator=validators.Number(gte=0.1))
-    ] = INTERVAL_SECONDS,
+    watch: Watch = False,
+    interval: Interval = INTERVAL_SECONDS,
     json: Json = False,
 ) -> int:
     """Show the state of the running daemon. Exit status: 0 it works, 1 it can't work, 2 it does not answer."""

@@ -9,21 +9,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import msgspec
-from cyclopts import Parameter, validators
 
 from minikms import api
 from minikms.api.errors import KmsError
 from minikms.client import Client
 from minikms.output import print_result
+from minikms.usage import INTERVAL_SECONDS, Interval, Watch
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config
 
 KMS_WAIT_S: Final = 0.5
-INTERVAL_SECONDS: Final = 2.0
 KMS_TIMEOUT_S: Final = 3.0
 """A key service that hangs must not make this command hang."""
 
@@ -36,12 +35,8 @@ def status(
     addr: Addr = None,
     db: Db = None,
     config: ConfigFile = None,
-    watch: Annotated[
-        bool, Parameter(name=("--watch", "-w"), help="Repeat until interrupted.", negative=(), show_default=False)
-    ] = False,
-    interval: Annotated[
-        float, Parameter(help="Seconds between two requests.", validator=validators.Number(gte=0.1))
-    ] = INTERVAL_SECONDS,
+    watch: Watch = False,
+    interval: Interval = INTERVAL_SECONDS,
     json: Json = False,
 ) -> int:
     """Show the server and its key service on one page. The configuration must be the one of the server.

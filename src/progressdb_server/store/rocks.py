@@ -123,7 +123,54 @@ def _refuse_root_for_another(path: str) -> None:
         )
 
 
-class RocksEngine:
+class _Reads:
+    """See `store.engine.Reader`."""
+
+    _db: Any
+
+    def get(self, key: bytes) -> bytes | None:
+        try:
+            value: bytes | None = self._db.get(key)
+        except Exception as error:
+            raise EngineUnavailableError from error
+        return value
+
+    def scan(
+        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        limit = min(limit, SCAN_ENTRIES_MAX)
+        if lower >= upper or limit <= 0:
+            return []
+        try:
+            if reverse:
+                entries = self._db.items(backwards=True, from_key=upper)
+                found = takewhile(lambda entry: entry[0] >= lower, entries)
+                taken = list(islice(found, limit + 1))
+                if taken and taken[0][0] == upper:
+                    del taken[0]
+                return taken[:limit]
+            forwards = islice(self._db.items(from_key=lower, read_opt=_up_to(upper, cached=bytes_max is None)), limit)
+            return list(forwards) if bytes_max is None else _until(forwards, bytes_max)
+        except Exception as error:
+            raise EngineUnavailableError from error
+
+    def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
+        limit = min(limit, SCAN_ENTRIES_MAX)
+        if lower >= upper or limit <= 0:
+            return []
+        try:
+            if reverse:
+                found = takewhile(lambda key: key >= lower, self._db.keys(backwards=True, from_key=upper))
+                taken = list(islice(found, limit + 1))
+                if taken and taken[0] == upper:
+                    del taken[0]
+                return taken[:limit]
+            return list(islice(self._db.keys(from_key=lower, read_opt=_up_to(upper, cached=False)), limit))
+        except Exception as error:
+            raise EngineUnavailableError from error
+
+
+class RocksEngine(_Reads):
     """See `store.engine.Engine`."""
 
     def __init__(self, path: str) -> None:
@@ -135,7 +182,7 @@ class RocksEngine:
         self._write_options.no_slowdown = True
         self._failed = False
         self._sync_lock = threading.Lock()  # the handle must not be closed while `sync` uses it
-        self._db: Any = self._open()
+        self._db = self._open()
 
     @property
     def path(self) -> str:
@@ -148,17 +195,6 @@ class RocksEngine:
             if "LOCK:" in str(error):
                 raise StoreLockedError(_in_use(self._path)) from error
             raise EngineUnavailableError(f"cannot open {self._path}: {error}") from error
-
-    def get(self, key: bytes) -> bytes | None:
-        return _get(self._db, key)
-
-    def scan(
-        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
-    ) -> list[tuple[bytes, bytes]]:
-        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max=bytes_max)
-
-    def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
-        return _keys(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse)
 
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         if self._failed:
@@ -241,7 +277,7 @@ class RocksEngine:
             self._db.close()
 
 
-class RocksReader:
+class RocksReader(_Reads):
     """A read-only view of a directory that a server may have open; it does not change until `refresh`. See
     `store.engine.Reader`."""
 
@@ -251,7 +287,7 @@ class RocksReader:
         try:
             options = _options()
             options.set_max_open_files(-1)  # files that the server deletes meanwhile stay readable
-            self._db: Any = Rdict(path, options, access_type=AccessType.secondary(self._scratch.name))
+            self._db = Rdict(path, options, access_type=AccessType.secondary(self._scratch.name))
         except Exception as error:
             self._scratch.cleanup()
             raise EngineUnavailableError(f"cannot read {path}: {error}") from error
@@ -259,63 +295,10 @@ class RocksReader:
     def refresh(self) -> None:
         self._db.try_catch_up_with_primary()
 
-    def get(self, key: bytes) -> bytes | None:
-        return _get(self._db, key)
-
-    def scan(
-        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
-    ) -> list[tuple[bytes, bytes]]:
-        return _scan(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse, bytes_max=bytes_max)
-
-    def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
-        return _keys(self._db, lower, upper, min(limit, SCAN_ENTRIES_MAX), reverse)
-
     def close(self) -> None:
         self._db.close()
         with contextlib.suppress(OSError):
             self._scratch.cleanup()
-
-
-def _get(db: Any, key: bytes) -> bytes | None:
-    try:
-        value: bytes | None = db.get(key)
-    except Exception as error:
-        raise EngineUnavailableError from error
-    return value
-
-
-def _scan(
-    db: Any, lower: bytes, upper: bytes, limit: int, reverse: bool, *, bytes_max: int | None = None
-) -> list[tuple[bytes, bytes]]:
-    if lower >= upper or limit <= 0:
-        return []
-    try:
-        if reverse:
-            entries = db.items(backwards=True, from_key=upper)
-            found = takewhile(lambda entry: entry[0] >= lower, entries)
-            taken = list(islice(found, limit + 1))
-            if taken and taken[0][0] == upper:
-                del taken[0]
-            return taken[:limit]
-        forwards = islice(db.items(from_key=lower, read_opt=_up_to(upper, cached=bytes_max is None)), limit)
-        return list(forwards) if bytes_max is None else _until(forwards, bytes_max)
-    except Exception as error:
-        raise EngineUnavailableError from error
-
-
-def _keys(db: Any, lower: bytes, upper: bytes, limit: int, reverse: bool) -> list[bytes]:
-    if lower >= upper or limit <= 0:
-        return []
-    try:
-        if reverse:
-            found = takewhile(lambda key: key >= lower, db.keys(backwards=True, from_key=upper))
-            taken = list(islice(found, limit + 1))
-            if taken and taken[0] == upper:
-                del taken[0]
-            return taken[:limit]
-        return list(islice(db.keys(from_key=lower, read_opt=_up_to(upper, cached=False)), limit))
-    except Exception as error:
-        raise EngineUnavailableError from error
 
 
 def _up_to(upper: bytes, *, cached: bool) -> ReadOptions:
