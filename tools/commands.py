@@ -1,7 +1,7 @@
 """Writes docs/commands.md from the command trees themselves: `python tools/commands.py`.
 
-Owns: the page's form, a row for each command. Its arguments and flags are said by `--help` alone. A test compares the
-page with what this makes.
+Owns: the page's form, a row for each command but `completion`, which every program has. Its arguments and flags are
+said by `--help` alone. A test compares the page with what this makes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ OPENING = """\
   counts as unset.
 - No command takes a key in its arguments: root keys come from files or a terminal, API keys from the
   configuration or a file.
+- Each program also has `completion`, which prints the completion script of a shell.
 """
 
 
@@ -56,7 +57,7 @@ def _rows(app: App, words: str) -> Iterator[str]:
         inner, called = app[name], f"{words} {name}"
         rows = list(_rows(inner, called))
         yield from rows
-        if not rows:
+        if not rows and name != "completion":
             yield f"| `{called}` | {_escaped(_summary(inner))} |\n"
 
 

@@ -10,7 +10,8 @@ Invariants:
 - At most DERIVED_KEYS_MAX derived keys are in the arena, and no more than take half of it. One goes with its DEK
   (`RecordKey.release`).
 - A cipher object and a `Kdf` hold key schedules, so `RecordKeys.end_turn` drops them, and so does `release`. A DEK has
-  one cipher at a time: that of its last record.
+  one cipher at a time: that of its last record. It is kept for the turn, about a millisecond under load, because making
+  it takes 0.7 µs and using it 0.4 µs, and clients send several requests for one key in a turn.
 - A `RecordKey` may have been released as soon as another key is opened; then each use of it raises.
 
 It must never do I/O, or return anything but an error for what does not open.

@@ -7,7 +7,7 @@ and the thread that calls fsync. The conditions of writes are in `store.conditio
 - Writes with one ordering key (a thread's) are applied in the order of their reservations, so that a message never
   appears before one that a reader has already seen. A write that fails is skipped.
 - A group waits for the writes that the key service is sealing, at most `GATHER_S_MAX`. No two groups wait for the same
-  write, so that a slow one delays the others once (docs/decisions/0205-a-group-waits-for-sealing.md).
+  write, so that a slow one delays the others once (docs/decisions/0020-the-store.md).
 - The queue is bounded in writes and in bytes. A write that does not fit is refused at once.
 - After a failed write or sync, every waiter gets StoreUnavailableError (its write may be durable), and nothing is
   written until the engine is reopened.
