@@ -88,9 +88,14 @@ def test_a_rotation_asked_of_two_servers_is_one_job(database: str) -> None:
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         sent = await write(stores[0], 20)
         old = await stores[0].key_of_thread("t") or ""
+        gate = Gate(provider, 0)
         begun = [await server.rotation.rotate("t") for server in jobs]
         assert begun[0].id == begun[1].id
+        gate.open()
         assert (await jobs[0].wait(begun[0].id)).state == "done"
+        async with asyncio.timeout(20):
+            while await stores[1].claims.job_of("t"):
+                await asyncio.sleep(0.01)
         await ended(stores[1], provider, old)
         assert await messages_of(stores[1], "t") == sent
         again = await jobs[1].rotation.rotate("t")
