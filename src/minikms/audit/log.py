@@ -433,9 +433,9 @@ class AuditLog:
         with self._synced_lock:
             self._synced = max(self._synced, head, key=lambda line: line.seq)
 
-    @property
-    def durable(self) -> Head:
-        """The last line that is on the disk for certain. It never decreases: a rotation syncs by itself."""
+    def durable_line(self) -> Head:
+        """The last line that is on the disk for certain. Records it, so that a later call gives no earlier line: a
+        rotation syncs by itself."""
         if not self.dirty:
             self._confirm(self.writer.head)
         return self._synced
@@ -469,7 +469,7 @@ class AuditLog:
 
     def status(self) -> dict[str, object]:
         """For `/status` and metrics: the head, whether and why the log can't be written, sizes. Times are Unix ns."""
-        writer, failure, durable = self.writer, self._failure, self.durable
+        writer, failure, durable = self.writer, self._failure, self.durable_line()
         unconfirmed = "the disk has not confirmed all lines" if writer.file.failed else ""
         return {
             "head": self.head,

@@ -37,7 +37,6 @@ from minikms.cli.console import (
     Yes,
     chosen_data_dir,
     chosen_root,
-    complain,
     confirm,
     needed_root,
     progress_bar,
@@ -197,6 +196,7 @@ JsonLines = Annotated[bool, Parameter(name="--json", help="The lines as they are
 
 
 @app.command
+@audit_tree.judging
 def verify(
     *,
     data_dir: DataDir = None,
@@ -258,32 +258,29 @@ def verify(
                 log_directory(directory), trust, expect_head=head, from_checkpoint=from_checkpoint, progress=progress
             )
 
-    try:
-        directory = chosen_data_dir(data_dir)
-        if checkpoint is None and (log_key or witness or quorum or tiles):
+    directory = chosen_data_dir(data_dir)
+    if checkpoint is None and (log_key or witness or quorum or tiles):
+        raise StartError(
+            "--log-key, --witness, --quorum and --tiles say what a tree checkpoint must be: give --checkpoint"
+        )
+    believed = None if checkpoint is None else audit_tree.policy(log_key, witness, quorum)
+    head = None if expect_head is None else _head(expect_head)
+    if head is not None and head.seq < from_checkpoint:
+        raise StartError(f"--from-checkpoint {from_checkpoint} leaves out line {head.seq}, which is expected")
+    if public_key:
+        report = judge(_public_trust(public_key))
+    else:
+        root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+        if root is None:
             raise StartError(
-                "--log-key, --witness, --quorum and --tiles say what a tree checkpoint must be: give --checkpoint"
+                "give the root key with --master-key-file, or only the log's public key with --public-key: "
+                "the one that was shown when the data directory was made"
             )
-        believed = None if checkpoint is None else audit_tree.policy(log_key, witness, quorum)
-        head = None if expect_head is None else _head(expect_head)
-        if head is not None and head.seq < from_checkpoint:
-            raise StartError(f"--from-checkpoint {from_checkpoint} leaves out line {head.seq}, which is expected")
-        if public_key:
-            report = judge(_public_trust(public_key))
-        else:
-            root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
-            if root is None:
-                raise StartError(
-                    "give the root key with --master-key-file, or only the log's public key with --public-key: "
-                    "the one that was shown when the data directory was made"
-                )
-            with open_for_reading(directory, root) as unlocked:
-                report = judge(audit_keys(unlocked).trust())
-        tree = None
-        if checkpoint is not None and believed is not None:
-            tree = audit_tree.compare_with_tree(log_directory(directory), checkpoint, believed, max_age, tiles)
-    except (CommandError, KmsRefusedError, OSError) as error:
-        return missing(error)
+        with open_for_reading(directory, root) as unlocked:
+            report = judge(audit_keys(unlocked).trust())
+    tree = None
+    if checkpoint is not None and believed is not None:
+        tree = audit_tree.compare_with_tree(log_directory(directory), checkpoint, believed, max_age, tiles)
     if json:
         print(report_json(report, tree))
     else:
@@ -294,6 +291,7 @@ def verify(
 
 
 @app.command
+@audit_tree.judging
 def tail(
     *,
     data_dir: DataDir = None,
@@ -307,25 +305,23 @@ def tail(
     from minikms.audit.reader import Follower, last_lines
     from minikms.audit.record import peek_seq
 
-    try:
-        directory = _log_directory(data_dir)
-        shown = last_lines(directory, lines) if lines else []
-        _print_lines(shown, json=json)
-        if follow:
-            newest = shown or last_lines(directory, 1)
-            follower = Follower(directory, after_seq=peek_seq(newest[-1]) if newest else 0)
-            reader = select.poll()
-            reader.register(sys.stdout, 0)  # POLLERR and POLLHUP are always reported
-            while True:
-                _print_lines(follower.read(), json=json)
-                if reader.poll(FOLLOW_SECONDS * 1000):
-                    raise BrokenPipeError
-    except (CommandError, KmsRefusedError, OSError) as error:
-        return missing(error)
+    directory = _log_directory(data_dir)
+    shown = last_lines(directory, lines) if lines else []
+    _print_lines(shown, json=json)
+    if follow:
+        newest = shown or last_lines(directory, 1)
+        follower = Follower(directory, after_seq=peek_seq(newest[-1]) if newest else 0)
+        reader = select.poll()
+        reader.register(sys.stdout, 0)  # POLLERR and POLLHUP are always reported
+        while True:
+            _print_lines(follower.read(), json=json)
+            if reader.poll(FOLLOW_SECONDS * 1000):
+                raise BrokenPipeError
     return EXIT_GOOD
 
 
 @app.command
+@audit_tree.judging
 def find(
     *,
     data_dir: DataDir = None,
@@ -359,43 +355,38 @@ def find(
     from minikms.datadir import audit_keys, open_for_reading
 
     if not (thread or key or actor or request or reads):
-        return missing(StartError("give something to find: --thread, --key, --actor, --request or --reads"))
+        raise CommandError("give something to find: --thread, --key, --actor, --request or --reads")
     found = 0
-    try:
-        directory, keys = _log_directory(data_dir), chosen_data_dir(data_dir)
-        with ExitStack() as stack:
-            mac_keys: tuple[memoryview, ...] = ()
-            root = chosen_root(master_key_file, master_key_fd, root_source)
-            if thread and root is not None:
-                unlocked = stack.enter_context(open_for_reading(keys, root))
-                mac_keys = tuple(audit_keys(unlocked).trust().mac_keys.values())
-            of_thread = _keys_of_thread(keys, thread) if thread and not shows_every_creation(directory) else ()
-            sought = query(
-                thread=thread,
-                thread_keys=of_thread,
-                key=key,
-                actor=actor,
-                request=request,
-                reads=reads,
-                audit_keys=mac_keys,
-            )
-            for line in find_lines(directory, sought):
-                _print_lines([line], json=json)
-                found += 1
-    except (CommandError, KmsRefusedError, OSError) as error:
-        return missing(error)
+    directory, keys = _log_directory(data_dir), chosen_data_dir(data_dir)
+    with ExitStack() as stack:
+        mac_keys: tuple[memoryview, ...] = ()
+        root = chosen_root(master_key_file, master_key_fd, root_source)
+        if thread and root is not None:
+            unlocked = stack.enter_context(open_for_reading(keys, root))
+            mac_keys = tuple(audit_keys(unlocked).trust().mac_keys.values())
+        of_thread = _keys_of_thread(keys, thread) if thread and not shows_every_creation(directory) else ()
+        sought = query(
+            thread=thread,
+            thread_keys=of_thread,
+            key=key,
+            actor=actor,
+            request=request,
+            reads=reads,
+            audit_keys=mac_keys,
+        )
+        for line in find_lines(directory, sought):
+            _print_lines([line], json=json)
+            found += 1
     return EXIT_GOOD if found else EXIT_FAILED
 
 
 @app.command
+@audit_tree.judging
 def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
     """Count the log's lines by type, outcome and actor, without verifying them."""
     from minikms.audit.queries import totals
 
-    try:
-        counted = totals(_log_directory(data_dir))
-    except (CommandError, KmsRefusedError, OSError) as error:
-        return missing(error)
+    counted = totals(_log_directory(data_dir))
     if json:
         print(as_json(counted))
     else:
@@ -404,6 +395,7 @@ def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
 
 
 @app.command(name="rotate-key")
+@audit_tree.judging
 def rotate_key(
     *,
     data_dir: DataDir = None,
@@ -418,11 +410,8 @@ def rotate_key(
     """
     from minikms.datadir import rotate_audit_key
 
-    try:
-        directory = chosen_data_dir(data_dir)
-        key = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, root_source, data_dir=directory))
-    except (CommandError, KmsRefusedError, OSError) as error:
-        return missing(error)
+    directory = chosen_data_dir(data_dir)
+    key = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, root_source, data_dir=directory))
     public_key = encode_text(key.public_key)
     if json:
         print(as_json({"version": key.version, "public_key": public_key, "head": key.head}))
@@ -434,6 +423,7 @@ def rotate_key(
 
 
 @app.command
+@audit_tree.judging
 def detach(
     *,
     data_dir: DataDir = None,
@@ -449,13 +439,10 @@ def detach(
     """
     from minikms.datadir import detach_auditor
 
-    try:
-        directory = chosen_data_dir(data_dir)
-        root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
-        confirm("Detach the auditor? Lines that it has not taken may be deleted then.", yes=yes)
-        origin = detach_auditor(directory, root)
-    except (CommandError, KmsRefusedError, OSError) as error:
-        return missing(error)
+    directory = chosen_data_dir(data_dir)
+    root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+    confirm("Detach the auditor? Lines that it has not taken may be deleted then.", yes=yes)
+    origin = detach_auditor(directory, root)
     if json:
         print(as_json({"origin": origin}))
         return EXIT_GOOD
@@ -540,11 +527,3 @@ def _print_lines(lines: Sequence[bytes], *, json: bool) -> None:
         print(raw_line(line) if json else event_line(line))
     if lines:
         sys.stdout.flush()
-
-
-def missing(error: Exception) -> int:
-    if isinstance(error, BrokenPipeError):
-        raise error  # the reader of the output has left: `command.run` ends the process
-    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
-    complain(text)
-    return EXIT_MISSING

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, BinaryIO, Final, Literal
+from typing import Annotated, BinaryIO, Final, Literal, ParamSpec
 
 import msgspec
 from cyclopts import Parameter, validators
@@ -27,8 +28,10 @@ from minikms.audit.reader import each_segment
 from minikms.audit.record import MalformedLineError
 from minikms.audit.tiles import Tiles
 from minikms.audit.tree import ProofError
-from minikms.cli.console import CommandError, DataDir, chosen_data_dir
+from minikms.cli.console import CommandError, DataDir, chosen_data_dir, complain
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING
+
+P = ParamSpec("P")
 
 MAX_AGE: Final = "1h"
 CLOCK_SECONDS_MAX: Final = 300
@@ -59,6 +62,24 @@ TreeDir = Annotated[
     str | None,
     Parameter(name="--tiles", help="The tree's directory, as the auditor has it in `tree/` of its state directory."),
 ]
+
+
+def judging(command: Callable[P, int]) -> Callable[P, int]:
+    """A command whose exit status judges the log: 1 for a line that is not proven, 2 where something to judge by is
+    missing."""
+
+    @wraps(command)
+    def judge(*args: P.args, **flags: P.kwargs) -> int:
+        try:
+            return command(*args, **flags)
+        except BrokenPipeError:
+            raise  # the reader of the output has left: `command.run` ends the process
+        except (CommandError, KmsRefusedError, OSError) as error:
+            named = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else ""
+            complain(named or str(error))
+            return EXIT_FAILED if isinstance(error, ProofError) else EXIT_MISSING
+
+    return judge
 
 
 class TreeReport(msgspec.Struct, frozen=True):
@@ -171,6 +192,7 @@ def tree_lines(report: TreeReport) -> Iterator[str]:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
+@judging
 def export(
     *,
     data_dir: DataDir = None,
@@ -190,38 +212,31 @@ def export(
     standard error says how many those are. Exit status: 0 done, 1 a line is not the one in the tree, 2 the log or the
     tree is missing.
     """
-    from minikms.cli.audit import missing
     from minikms.custody.log_directory import log_directory
 
-    try:
-        if tiles is None:
-            raise StartError("name the tree's directory with --tiles")
-        begin = _nanoseconds(since, "--since") if since else 0
-        end = _nanoseconds(until, "--until") if until else record.INTEGER_MAX
-        prover = exporting.open_tree(Path(tiles))
-        log_id, left_out = "", 0
-        for seq, line in _lines(log_directory(chosen_data_dir(data_dir))):
-            log_id = log_id or _log_id(line)
-            try:
-                event = record.parse_line(line)[0]
-            except MalformedLineError as error:
-                raise ProofError(f"line {seq} of the log is not an audit line: {error}") from None
-            if not begin <= event.ts < end:
-                continue
-            try:
-                proven = prover.prove(log_id, seq, line)
-            except exporting.NotInTreeError:
-                left_out += 1
-                continue
-            is_event = format == "ocsf"
-            content = ocsf.encode(log_id, event, line, proven.proof) if is_event else msgspec.json.encode(proven)
-            sys.stdout.buffer.write(content + b"\n")
-        sys.stdout.flush()
-    except ProofError as error:
-        missing(error)
-        return EXIT_FAILED
-    except (CommandError, KmsRefusedError, OSError) as error:
-        return missing(error)
+    if tiles is None:
+        raise StartError("name the tree's directory with --tiles")
+    begin = _nanoseconds(since, "--since") if since else 0
+    end = _nanoseconds(until, "--until") if until else record.INTEGER_MAX
+    prover = exporting.open_tree(Path(tiles))
+    log_id, left_out = "", 0
+    for seq, line in _lines(log_directory(chosen_data_dir(data_dir))):
+        log_id = log_id or _log_id(line)
+        try:
+            event = record.parse_line(line)[0]
+        except MalformedLineError as error:
+            raise ProofError(f"line {seq} of the log is not an audit line: {error}") from None
+        if not begin <= event.ts < end:
+            continue
+        try:
+            proven = prover.prove(log_id, seq, line)
+        except exporting.NotInTreeError:
+            left_out += 1
+            continue
+        is_event = format == "ocsf"
+        content = ocsf.encode(log_id, event, line, proven.proof) if is_event else msgspec.json.encode(proven)
+        sys.stdout.buffer.write(content + b"\n")
+    sys.stdout.flush()
     if left_out:
         print(f"minikms: {left_out} line(s) are not under the tree checkpoint yet and were left out", file=sys.stderr)
     return EXIT_GOOD
@@ -238,6 +253,7 @@ class ExportReport(msgspec.Struct):
     witnessed_at: int | None = None
 
 
+@judging
 def verify_export(
     file: Annotated[
         str, Parameter(help="What `minikms audit export` or `minikms-auditor prove` printed; - reads standard input.")
@@ -253,24 +269,16 @@ def verify_export(
     It says from which line to which, and whether a line between them is missing. Exit status: 0 every line is proven, 1
     one is not, 2 a key or the file is missing, or there is no line.
     """
-    from minikms.cli.audit import as_json, missing
-
     found = ExportReport()
-    try:
-        checker = ProofChecker(policy(log_key, witness, quorum))
-        with _opened(file) as source:
-            previous = -1
-            while raw := source.readline(exporting.EXPORTED_BYTES_MAX):
-                index = _check(checker, raw, found)
-                found.complete = found.complete and previous in (-1, index - 1)
-                previous = index
-    except ProofError as error:
-        missing(error)
-        return EXIT_FAILED
-    except (CommandError, KmsRefusedError, OSError) as error:
-        return missing(error)
+    checker = ProofChecker(policy(log_key, witness, quorum))
+    with _opened(file) as source:
+        previous = -1
+        while raw := source.readline(exporting.EXPORTED_BYTES_MAX):
+            index = _check(checker, raw, found)
+            found.complete = found.complete and previous in (-1, index - 1)
+            previous = index
     if json:
-        print(as_json(found))
+        print(msgspec.json.encode(found).decode())
     elif found.lines:
         print(f"{found.lines} line(s) are proven: lines {found.first_seq} to {found.last_seq} of {found.origin}.")
         print("  No line between them is missing." if found.complete else "  Lines between them were left out.")

@@ -37,7 +37,6 @@ from minikms.files import (
     open_directory,
     opened_file,
     patch_file,
-    read_file_bounded,
     remove_file,
     replace_file,
     sweep_temps,
@@ -156,7 +155,7 @@ class RotationBackups:
         """The records that are not blank; none of a file that was removed meanwhile. Raises KeyUnreadableError."""
         try:
             with self._opened(file.stamp) as descriptor:
-                return _backup_records(descriptor, file.name)
+                return _backup_records(_parts(descriptor, file.name))
         except FileNotFoundError:
             return []
         except StorageUnavailableError as error:
@@ -188,11 +187,12 @@ class RotationBackups:
             by_syncfs = len(files) >= SYNCFS_FILES_MIN and syncfs_reports(root)
             for file, key_ids in files:
                 fresh = file in self._unsure or any(key_id in anew for key_id in key_ids)
+                copy = bytearray() if fresh else None
                 try:
                     with self._opened(file.stamp) as descriptor:
-                        going = _going(descriptor, file.name, key_ids)
-                        if fresh:
-                            self._write_anew(descriptor, file, going)
+                        going = _going(_parts(descriptor, file.name, copy), key_ids)
+                        if copy is not None:
+                            self._write_anew(descriptor, file, copy, going)
                         elif going:
                             patched.append(file)
                             self._patch(descriptor, file, going, sync=not by_syncfs)
@@ -227,11 +227,15 @@ class RotationBackups:
             raise StorageUnavailableError("rotation backups can't be synced") from error
         self._unsure.difference_update(patched)
 
-    def _write_anew(self, descriptor: int, file: JournalFile, going: Sequence[BackupRecord]) -> None:
-        fresh = bytearray(read_file_bounded(file.name, BYTES_MAX, dir_fd=descriptor) or b"")
+    def _write_anew(
+        self, descriptor: int, file: JournalFile, content: bytearray, going: Sequence[BackupRecord]
+    ) -> None:
+        """`content`: as it was read when `going` was found. A second read may find a record again that was blank: after
+        a failed sync the kernel may drop the pages.
+        """
         for record in going:
-            fresh[record.offset : record.offset + RECORD_BYTES] = BLANK
-        replace_file(descriptor, file.name, bytes(fresh))
+            content[record.offset : record.offset + RECORD_BYTES] = BLANK
+        replace_file(descriptor, file.name, bytes(content))
         self._unsure.discard(file)
 
     def _failed(self, file: JournalFile, error: StorageUnavailableError) -> StorageUnavailableError:
@@ -252,7 +256,7 @@ class RotationBackups:
         half_blank = False
         try:
             with self._opened(file.stamp) as descriptor:
-                for offset, record in _records(descriptor, file.name):
+                for offset, record in _records(_parts(descriptor, file.name)):
                     found.update(key_id for key_id in journal_format.ids_in(record) if key_id in destroyed)
                     half_blank = half_blank or journal_format.is_half_blank(record, offset)
         except FileNotFoundError:
@@ -299,16 +303,17 @@ class RotationBackups:
             self._files = None
 
     def _prune_file(self, descriptor: int, file: JournalFile, keeps: Callable[[str], bool]) -> int:
+        copy = bytearray() if file in self._unsure else None
         try:
-            records = _backup_records(descriptor, file.name)
+            records = _backup_records(_parts(descriptor, file.name, copy))
         except StorageUnavailableError as error:
             self.unreadable[_place(file)] = str(error)
             return 0
         going = [record for record in records if not (record.key_id and keeps(record.key_id))]
         if len(going) == len(records):
             remove_file(descriptor, file.name)
-        elif file in self._unsure:
-            self._write_anew(descriptor, file, going)
+        elif copy is not None:
+            self._write_anew(descriptor, file, copy, going)
         elif going:
             self._patch(descriptor, file, going, sync=True)
         return len(going)
@@ -361,31 +366,35 @@ def _place(file: JournalFile) -> str:
     return f"{file.stamp}/{file.name}"
 
 
-def _parts(descriptor: int, name: str) -> Iterator[tuple[int, bytes]]:
-    """The records of a journal, PART_RECORDS at a time, each part with its offset. Raises FileNotFoundError,
-    StorageUnavailableError.
+def _parts(descriptor: int, name: str, copy: bytearray | None = None) -> Iterator[tuple[int, bytes]]:
+    """The records of a journal, PART_RECORDS at a time, each part with its offset. `copy` gets all that is read. Raises
+    FileNotFoundError, StorageUnavailableError.
     """
     with opened_file(name, dir_fd=descriptor) as (fd, length):
         if length > BYTES_MAX or (length - len(MAGIC)) % RECORD_BYTES:
             raise StorageUnavailableError("it is longer than a journal, or a part of it is missing")
+        if copy is not None:
+            copy += os.pread(fd, len(MAGIC), 0)
         for offset in range(len(MAGIC), length, _PART_BYTES):
             part = os.pread(fd, _PART_BYTES, offset)
             if len(part) != min(_PART_BYTES, length - offset):
                 raise StorageUnavailableError("a part of it is missing")
+            if copy is not None:
+                copy += part
             yield offset, part
 
 
-def _records(descriptor: int, name: str) -> Iterator[tuple[int, bytes]]:
-    for start, part in _parts(descriptor, name):
+def _records(parts: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    for start, part in parts:
         for place in range(0, len(part), RECORD_BYTES):
             record = part[place : place + RECORD_BYTES]
             if record != BLANK:
                 yield start + place, record
 
 
-def _backup_records(descriptor: int, name: str) -> list[BackupRecord]:
+def _backup_records(parts: Iterable[tuple[int, bytes]]) -> list[BackupRecord]:
     found: list[BackupRecord] = []
-    for offset, record in _records(descriptor, name):
+    for offset, record in _records(parts):
         change = journal_format.parse(record)
         named = journal_format.ids_in(record) if change is None else {change.key_id}
         key_id = next(iter(named)) if len(named) == 1 else ""
@@ -394,12 +403,12 @@ def _backup_records(descriptor: int, name: str) -> list[BackupRecord]:
     return found
 
 
-def _going(descriptor: int, name: str, key_ids: Iterable[str]) -> list[BackupRecord]:
+def _going(parts: Iterable[tuple[int, bytes]], key_ids: Iterable[str]) -> list[BackupRecord]:
     """The records of these keys, and those that a crash left half blank."""
     going: list[BackupRecord] = []
     named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s"' % key_id.encode())}
     forms = named.keys()
-    for start, part in _parts(descriptor, name):
+    for start, part in parts:
         # The first or the last byte of a half blank id is zero.
         may_be_half_blank = 0 in part[::RECORD_BYTES] or 0 in part[KEY_ID_BYTES - 1 :: RECORD_BYTES]
         if not may_be_half_blank and forms.isdisjoint(itertools.chain.from_iterable(_IDS.iter_unpack(part))):

@@ -7,7 +7,7 @@ code and sentence of each refusal. Invariants:
   "unlimited". `Limits` lets tests use smaller bounds; the daemon uses the defaults.
 - A refusal of a peer's input is 4xx, because a 5xx tells an operator that the service has failed. The 5xx here say that
   the service is full, stopping, or has failed itself.
-- A sentence never repeats what the peer sent. docs/spec/http.md has the same table; a test compares the two.
+- A sentence never repeats what the peer sent. docs/spec/http.md has the other columns; a test compares.
 """
 
 from __future__ import annotations

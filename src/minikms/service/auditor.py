@@ -48,7 +48,7 @@ class AuditorVerbs:
         body = self._vault.keyring.body
         log = self._log
         return LogView(
-            log.directory, log.writer.log_id.hex(), log.durable, body.audit_key.public_key, body.audit_origin
+            log.directory, log.writer.log_id.hex(), log.durable_line(), body.audit_key.public_key, body.audit_origin
         )
 
     async def report(

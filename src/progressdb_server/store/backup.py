@@ -58,6 +58,7 @@ class Backups(OpenStore):
     """Backups of the store. Every method may raise StoreUnavailableError."""
 
     _backing_up = False
+    _newest: bytes | None = None
 
     async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
         """Make a verified backup in the new directory `path`, beside running writes; it shares files with the backup
@@ -112,13 +113,16 @@ class Backups(OpenStore):
             lower = keyspace.next_key(entries[-1][0])
             yield [msgspec.json.decode(value, type=Registered) for _, value in entries]
 
+    async def look_at_newest_backup(self) -> None:
+        """In a database: for `newest_backup_ns`, which can't ask it. Raises StoreUnavailableError."""
+        if self.shared:
+            (self._newest,) = await self.reads.newest([keyspace.BACKUPS])
+
     def newest_backup_ns(self) -> float:
         """When the newest registered backup was begun, in Unix ns; minus infinity without one."""
-        lower, upper, newest = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS), b""
-        while entries := self.engine.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-            newest = entries[-1][1]
-            lower = keyspace.next_key(entries[-1][0])
-        return msgspec.json.decode(newest, type=Registered).created_ns if newest else -math.inf
+        upper = keyspace.after(keyspace.BACKUPS)
+        found = [self._newest] if self.shared else self.engine.keys(keyspace.BACKUPS, upper, limit=1, reverse=True)
+        return int(found[0][len(keyspace.BACKUPS) :]) if found and found[0] else -math.inf
 
     async def forget_backup(self, name: str) -> list[Registered]:
         """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it

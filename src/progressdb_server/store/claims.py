@@ -3,7 +3,9 @@
 Owns: the entries `keyspace.claim` and `keyspace.server`. Invariants:
 - A claim names a server and is void once that server has not renewed its own entry for LEASE_S, by the clock of the
   database, or has removed it because it stops. Clocks of servers decide nothing.
-- The entry names the thread's job until that has ended, whoever works on it, or nobody does while it is paused.
+- A server has an entry only while it claims something. Of a killed one, whoever takes a claim over removes it.
+- The entry of a claim names the thread's job until that has ended, whoever works on it, or nobody does while it is
+  paused.
 - Taking a claim over changes its entry. Each step of a job expects the entry that its server wrote, so that a server
   which has lost a claim changes nothing, however late it notices.
 - A store of one process claims everything and writes nothing.
@@ -71,8 +73,9 @@ class Claims:
             expect.append((lease_key, lease))
         await self.renew()
         mine = f"{self._server}-{secrets.token_hex(8)}-{job_id}".encode()
+        ended = [(lease_key, None) for lease_key, lease in expect[1:] if lease is not None]
         try:
-            await self._writer.commit(Write(((key, mine),), expect))
+            await self._writer.commit(Write(((key, mine), *ended), expect))
         except ConditionFailedError:
             return False
         self._held[thread] = mine
@@ -103,10 +106,19 @@ class Claims:
     async def stop(self) -> None:
         """Nothing works for this server any more: all its claims are void at once."""
         self._held.clear()
+        with contextlib.suppress(StoreUnavailableError, TimeoutError):  # else they end with the lease
+            async with asyncio.timeout(STOP_S):
+                await self._end_lease()
+
+    async def _end_lease(self) -> None:
+        """Raises StoreUnavailableError."""
         if self._renewed:
-            with contextlib.suppress(StoreUnavailableError, TimeoutError):  # else they end with the lease
-                async with asyncio.timeout(STOP_S):
-                    await self._writer.commit(Write(((keyspace.server(self._server), None),)))
+            self._renewed = False
+            try:
+                await self._writer.commit(Write(((keyspace.server(self._server), None),)))
+            except BaseException:
+                self._renewed = True
+                raise
 
     def condition(self, thread: str) -> tuple[tuple[bytes, bytes | None], ...]:
         """Of what is written for work on the thread."""
@@ -121,11 +133,13 @@ class Claims:
             await self._writer.commit(Write(((keyspace.server(self._server), b"%d" % until),)))
 
     async def keep(self) -> None:
-        """Renew the lease, again and again, while something is claimed."""
+        """Renew the lease, again and again, while something is claimed; then remove it."""
         while self._engine is not None:
             await asyncio.sleep(RENEW_S)
-            if self._held:
-                try:
+            try:
+                if self._held:
                     await self.renew()
-                except StoreUnavailableError as error:
-                    _log.warning("claims_not_renewed", reason=str(error))
+                elif not self._claiming:
+                    await self._end_lease()
+            except StoreUnavailableError as error:
+                _log.warning("claims_not_renewed", reason=str(error))

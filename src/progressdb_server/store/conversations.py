@@ -98,11 +98,10 @@ class Conversations(Messages, Rekeying, Backups):
             "How far the newest stamp is ahead of the system clock.",
             lambda: self.clock.ahead_ns / 1_000_000_000,
         )
-        if not self.shared:
-            self.metrics.gauges["progressdb_store_backup_age_seconds"] = (
-                "Since the newest registered backup was begun.",
-                lambda: (self.clock.now_ns() - self.newest_backup_ns()) / 1_000_000_000,
-            )
+        self.metrics.gauges["progressdb_store_backup_age_seconds"] = (
+            "Since the newest registered backup was begun.",
+            lambda: (self.clock.now_ns() - self.newest_backup_ns()) / 1_000_000_000,
+        )
         self.metrics.gauges["progressdb_store_available"] = (
             "1 when the store takes writes.",
             lambda: self.writer.available,
@@ -118,6 +117,7 @@ class Conversations(Messages, Rekeying, Backups):
         `accept_restore`; StoreUnavailableError when it does not answer, or says that it can't serve.
         """
         offset_ns = await self._take_time()
+        await self.look_at_newest_backup()
         try:
             status = await self._provider.status()
             if status.status == api.CODE_SEALED:
@@ -191,11 +191,12 @@ class Conversations(Messages, Rekeying, Backups):
             _log.warning("clock_behind_store", seconds=ahead_s, reason=CLOCK_BEHIND)
 
     async def _watch_clock(self, offset_ns: int) -> None:
-        """Warn when the clock is set."""
+        """Warn when the clock is set. Look whether somebody has registered a backup."""
         while True:
             await asyncio.sleep(CLOCK_S)
             try:
                 now_ns = await self._take_time()
+                await self.look_at_newest_backup()
             except StoreUnavailableError:
                 continue  # the clock goes on as it was
             jump_s = (now_ns - offset_ns) // 1_000_000_000

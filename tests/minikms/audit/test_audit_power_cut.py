@@ -62,7 +62,7 @@ def lines_in(directory: Path) -> list[bytes]:
 
 def takes(log: AuditLog) -> list[bytes]:
     """What an auditor takes now: the lines that are durable and covered by a signed line."""
-    durable = lines_in(Path(log.directory))[: log.durable.seq]
+    durable = lines_in(Path(log.directory))[: log.durable_line().seq]
     while durable and record.parse_line(durable[-1])[0].type not in record.SIGNED_TYPES:
         durable.pop()
     return durable

@@ -35,7 +35,7 @@ def head_of(log: AuditLog) -> Head:
 
 
 def view_of(log: AuditLog) -> LogView:
-    return LogView(log.directory, log.writer.log_id.hex(), log.durable, b"", ORIGIN)
+    return LogView(log.directory, log.writer.log_id.hex(), log.durable_line(), b"", ORIGIN)
 
 
 def report(view: LogView, seq: int, mac: bytes) -> api.ReportAuditPositionRequest:
@@ -54,16 +54,16 @@ def tell(position: AuditorPosition, view: LogView, seq: int, mac: bytes) -> None
 def test_a_line_is_durable_once_the_disk_has_confirmed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = open_log(tmp_path)
     first = head_of(log)
-    assert log.durable == first, "a start waits for the disk"
+    assert log.durable_line() == first, "a start waits for the disk"
     write_events(log, 1)
-    assert log.durable == first
+    assert log.durable_line() == first
     with monkeypatch.context() as faults:
         faults.setattr(os, "fdatasync", failing(os.fdatasync, at=1))
         with pytest.raises(AuditUnavailableError):
             log.fdatasync()
-    assert log.durable == first
+    assert log.durable_line() == first
     log.fdatasync()
-    assert log.durable == head_of(log) != first
+    assert log.durable_line() == head_of(log) != first
     log.abandon()
 
 
@@ -81,7 +81,7 @@ def test_a_line_that_is_written_during_a_sync_is_not_durable_by_it(
 
     monkeypatch.setattr(os, "fdatasync", write_meanwhile)
     log.fdatasync()
-    assert log.durable == before
+    assert log.durable_line() == before
     assert head_of(log).seq == before.seq + 1
     monkeypatch.setattr(os, "fdatasync", sync)
     log.close()
@@ -92,9 +92,9 @@ def test_after_a_rotation_all_lines_are_durable(tmp_path: Path) -> None:
     while log.segment < 3:
         write_events(log, 1)
     durable = head_of(log)
-    assert log.durable == durable
+    assert log.durable_line() == durable
     write_events(log, 1)
-    assert log.durable == durable, "and stay so when another line is written"
+    assert log.durable_line() == durable, "and stay so when another line is written"
     log.close()
 
 
@@ -145,7 +145,7 @@ def test_a_position_is_a_durable_line_of_this_log_and_never_decreases(tmp_path: 
     write_events(log, 20)
     log.fdatasync()
     compress_closed(str(tmp_path))
-    while log.durable == log.writer.head:  # a rotation waits for the disk
+    while log.durable_line() == log.writer.head:  # a rotation waits for the disk
         write_events(log, 1)
     lines = [line for file in each_segment(str(tmp_path)) for line in file.lines()]
     macs = {number: record.split_line(line)[1] for number, line in enumerate(lines, 1)}
@@ -203,7 +203,7 @@ def test_of_a_log_that_is_not_opened_the_confirmed_lines_are_known(tmp_path: Pat
     log = open_log(tmp_path)
     write_events(log, 5)
     log.fdatasync()
-    durable = log.durable
+    durable = log.durable_line()
     write_events(log, 5)
     log.abandon()
     view = view_on_disk(str(tmp_path), b"", ORIGIN)

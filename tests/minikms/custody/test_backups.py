@@ -198,6 +198,34 @@ def test_a_removal_that_an_earlier_run_began_writes_the_files_anew(tmp_path: Pat
     assert path.read_bytes() == blanked
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_file_that_is_written_anew_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pruned: bool
+) -> None:
+    """After a failed sync the kernel may drop the pages, so that a second read finds what the disk has."""
+    backups = opened(tmp_path)
+    keep(backups, STAMP, record(1), record(2), record(3))
+    [path] = journals(tmp_path)
+    on_disk = path.read_bytes()
+    with failing_os(monkeypatch, "fsync"), pytest.raises(StorageUnavailableError):
+        blank(backups, key_id(1))
+    opens = 0
+
+    def dropped(name: str, *args: Any, open_now: Callable[..., int] = os.open, **named: Any) -> int:
+        nonlocal opens
+        opens += name == path.name
+        if opens == 2:
+            path.write_bytes(on_disk)
+        return open_now(name, *args, **named)
+
+    monkeypatch.setattr(os, "open", dropped)
+    if pruned:
+        assert prune(backups, before=None, spare=(key_id(2),)) == 1
+    else:
+        assert blank(backups, key_id(3)) == [1]
+    assert [in_all_files(tmp_path, number) for number in (1, 2, 3)] == [0, 1, 0]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 40), st.sets(st.integers(0, 5)))
 def test_a_torn_blank_record_is_blanked_by_the_next_start(number: int, lost: set[int]) -> None:

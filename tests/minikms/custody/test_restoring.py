@@ -131,7 +131,7 @@ def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_d
     made(data_dir, archive)
     newest = max(path.stem for path in (data_dir / "kms-deks").iterdir())
     restored(data_dir, archive, tmp_path / "restored")
-    source = Registered(ARCHIVE_ID, str(archive), 1, 2**48, KEYS, 3)
+    source = Registered(ARCHIVE_ID, str(archive), 1, 2**48, KEYS, 3, newest)
     register = ArchiveRegister(str(tmp_path / "restored"))
     assert [entry.path for entry in register.listed()] == [str(archive)]
     register.put(source)

@@ -91,9 +91,10 @@ def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
 
 
 def test_the_specification_lists_every_refusal() -> None:
-    """docs/spec/http.md and the table of the engine are the same."""
-    rows = re.findall(r"^\| `([A-Z_0-9]+)` \| ([0-9]{3}) \| `([a-z_]+)` \| (.+) \|$", SPECIFICATION.read_text(), re.M)
-    assert {name: limits.Refusal(int(status), code, sentence) for name, status, code, sentence in rows} == limits.TABLE
+    """docs/spec/http.md and the table of the engine have the same names, statuses and codes."""
+    rows = re.findall(r"^\| ([0-9]{3}) \| `([a-z_]+)` \| (`[A-Z_`, ]+`) \|$", SPECIFICATION.read_text(), re.M)
+    listed = [(name, int(status), code) for status, code, names in rows for name in re.findall(r"[A-Z_]+", names)]
+    assert sorted(listed) == sorted((name, row.status, row.code) for name, row in limits.TABLE.items())
 
 
 def test_the_specification_states_every_bound() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import asyncpg
 import pytest
 
 from progressdb_server.jobs import runner
@@ -99,6 +100,8 @@ def test_a_rotation_asked_of_two_servers_is_one_job(database: str) -> None:
 
 
 def test_a_job_of_a_server_that_is_gone_is_continued_by_another(database: str) -> None:
+    """Neither of them leaves an entry of its own."""
+
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         await write(stores[0], 20)
         old = await stores[0].key_of_thread("t") or ""
@@ -121,8 +124,20 @@ def test_a_job_of_a_server_that_is_gone_is_continued_by_another(database: str) -
             while (await jobs[1].table.get(job.id)).state != "done":
                 await asyncio.sleep(0.02)
         await ended(stores[1], provider, old)
+        async with asyncio.timeout(60):
+            while await _leases(database):
+                await asyncio.sleep(0.02)
 
     with_two(database, body)
+
+
+async def _leases(url: str) -> int:
+    connection = await asyncpg.connect(url)
+    try:
+        found = await connection.fetchval("SELECT count(*) FROM store_entry WHERE key >= 'server:' AND key < 'server;'")
+        return int(found)
+    finally:
+        await connection.close()
 
 
 def test_a_server_that_has_lost_its_claim_changes_nothing(database: str) -> None:

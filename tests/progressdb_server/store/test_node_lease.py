@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import asyncpg
 import pytest
@@ -36,6 +37,24 @@ async def with_standby(settings: str) -> None:
     await connection.close()
 
 
+def with_leased(body: Callable[[str, subprocess.Popen[bytes], Conversations], Awaitable[None]]) -> None:
+    """A node's URL, the process of its one standby, and a server on it, with a message and the member bob."""
+
+    async def run(settings: str) -> None:
+        url = url_of(settings)
+        await (await emptied(url)).close()
+        await with_standby(settings)
+        with harness.receiver(settings, STANDBY) as standby:
+            store = Conversations(await postgres.open_engine(url, single_node=False), SealingProvider())
+            await fill(store, 1)
+            await store.add_members("t", ["bob"])
+            await body(url, standby, store)
+            await store.close()
+
+    with harness.running() as (settings, _):
+        asyncio.run(run(settings))
+
+
 async def reads(store: Conversations) -> bool:
     try:
         await store.check_reader("t", "bob")
@@ -53,86 +72,59 @@ async def until(store: Conversations, *, answered: bool) -> None:
 
 
 def test_a_node_without_standbys_is_neither_read_nor_written() -> None:
-    async def run(settings: str) -> None:
-        url = url_of(settings)
-        await (await emptied(url)).close()
-        await with_standby(settings)
-        with harness.receiver(settings, STANDBY) as standby:
-            store = Conversations(await postgres.open_engine(url, single_node=False), SealingProvider())
-            await fill(store, 1)
-            await store.add_members("t", ["bob"])
-            await asyncio.sleep(2 * nodes.LEASE_S)
-            assert await reads(store), "an idle server renews its lease"
-            standby.send_signal(signal.SIGSTOP)
-            await until(store, answered=False)
-            standby.send_signal(signal.SIGCONT)
-            await until(store, answered=True)
-            await store.create_message(NewMessage(author="ann", thread="t", body=1))
-            assert bodies(await messages_of(store, "t")) == [0, 1]
-            await store.close()
+    async def run(_: str, standby: subprocess.Popen[bytes], store: Conversations) -> None:
+        await asyncio.sleep(2 * nodes.LEASE_S)
+        assert await reads(store), "an idle server renews its lease"
+        standby.send_signal(signal.SIGSTOP)
+        await until(store, answered=False)
+        standby.send_signal(signal.SIGCONT)
+        await until(store, answered=True)
+        await store.create_message(NewMessage(author="ann", thread="t", body=1))
+        assert bodies(await messages_of(store, "t")) == [0, 1]
 
-    with harness.running() as (settings, _):
-        asyncio.run(run(settings))
+    with_leased(run)
 
 
 def test_no_commit_is_acknowledged_once_its_node_waits_for_no_standby() -> None:
     """Patroni empties the setting when it has no standby left: a commit that waits then ends with success."""
 
-    async def run(settings: str) -> None:
-        url = url_of(settings)
-        await (await emptied(url)).close()
-        await with_standby(settings)
-        with harness.receiver(settings, STANDBY) as standby:
-            store = Conversations(await postgres.open_engine(url, single_node=False), SealingProvider())
-            await fill(store, 1)
-            await store.add_members("t", ["bob"])
-            assert await reads(store)
-            standby.send_signal(signal.SIGSTOP)
-            writing = asyncio.ensure_future(store.create_message(NewMessage(author="ann", thread="t", body=1)))
-            connection = await asyncpg.connect(url)
-            async with asyncio.timeout(60):
-                while len(await waiting(connection)) < 2:  # the write, and the beat
-                    await asyncio.sleep(0.01)
-            await with_setting(connection, "synchronous_standby_names", "")
-            with pytest.raises(OutcomeUnknownError, match="may be stored"):
-                await writing
-            await until(store, answered=False)
-            with pytest.raises(StoreUnavailableError):
-                await store.create_message(NewMessage(author="ann", thread="t", body=2))
-            assert not await reads(store)
-            await with_setting(connection, "synchronous_standby_names", STANDBY)
-            standby.send_signal(signal.SIGCONT)
-            await until(store, answered=True)
-            assert bodies(await messages_of(store, "t")) == [0, 1]
-            await connection.close()
-            await store.close()
+    async def run(url: str, standby: subprocess.Popen[bytes], store: Conversations) -> None:
+        assert await reads(store)
+        standby.send_signal(signal.SIGSTOP)
+        writing = asyncio.ensure_future(store.create_message(NewMessage(author="ann", thread="t", body=1)))
+        connection = await asyncpg.connect(url)
+        async with asyncio.timeout(60):
+            while len(await waiting(connection)) < 2:  # the write, and the beat
+                await asyncio.sleep(0.01)
+        await with_setting(connection, "synchronous_standby_names", "")
+        with pytest.raises(OutcomeUnknownError, match="may be stored"):
+            await writing
+        await until(store, answered=False)
+        with pytest.raises(StoreUnavailableError):
+            await store.create_message(NewMessage(author="ann", thread="t", body=2))
+        assert not await reads(store)
+        await with_setting(connection, "synchronous_standby_names", STANDBY)
+        standby.send_signal(signal.SIGCONT)
+        await until(store, answered=True)
+        assert bodies(await messages_of(store, "t")) == [0, 1]
+        await connection.close()
 
-    with harness.running() as (settings, _):
-        asyncio.run(run(settings))
+    with_leased(run)
 
 
 def test_a_commit_whose_node_does_not_say_its_standbys_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the error: it is not made again."""
 
-    async def run(settings: str) -> None:
-        url = url_of(settings)
-        await (await emptied(url)).close()
-        await with_standby(settings)
-        with harness.receiver(settings, STANDBY):
-            store = Conversations(await postgres.open_engine(url, single_node=False), SealingProvider())
-            await fill(store, 1)
-            await store.add_members("t", ["bob"])
-            with monkeypatch.context() as patch:
-                patch.setattr(nodes, "_STANDBYS", "SELECT (1 / 0)::text")
-                with pytest.raises(OutcomeUnknownError, match="may be stored"):
-                    await store.create_message(NewMessage(author="ann", thread="t", body=1))
-            await becomes(lambda: store.writer.available)
-            await until(store, answered=True)
-            assert bodies(await messages_of(store, "t")) == [0, 1]
-            await store.close()
+    async def run(_: str, __: subprocess.Popen[bytes], store: Conversations) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(nodes, "_STANDBYS", "SELECT (1 / 0)::text")
+            with pytest.raises(OutcomeUnknownError, match="may be stored"):
+                await store.create_message(NewMessage(author="ann", thread="t", body=1))
+        await becomes(lambda: store.writer.available)
+        await until(store, answered=True)
+        assert bodies(await messages_of(store, "t")) == [0, 1]
 
-    with harness.running() as (settings, _):
-        asyncio.run(run(settings))
+    with_leased(run)
 
 
 def test_a_commit_that_is_confirmed_without_a_lease_is_not_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
 import pytest
 
-from progressdb_server.store import idempotency, membership, nodes, postgres, tables
+from progressdb_server.store import conversations, idempotency, membership, nodes, postgres, tables
 from progressdb_server.store import messages as changing_messages
 from progressdb_server.store import threads as changing_threads
 from progressdb_server.store.conditions import Write
@@ -253,6 +254,22 @@ def test_the_clock_of_a_server_may_be_wrong_by_days(database: str) -> None:
         assert (one.clock.last.era, two.clock.last.era) == (0, 0)
 
     with_two(database, run, 25 * HOUR_NS)
+
+
+def test_each_server_tells_the_age_of_the_newest_registered_backup(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversations, "CLOCK_S", 0.02)
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        await one.start()
+        _, age_s = one.metrics.gauges["progressdb_store_backup_age_seconds"]
+        assert age_s() == math.inf
+        await two.register_backup("new")
+        await two.register_backup("old", 1)
+        await becomes(lambda: age_s() < 3600)
+
+    with_two(database, run)
 
 
 # --- nothing acknowledged is lost -------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import msgspec
 from minikms.api.errors import StorageUnavailableError
 from minikms.directory_lock import make_private_directory
 from minikms.files import open_directory, read_file_bounded, remove_file, replace_file, sweep_temps
-from minikms.keys.dek import key_id_unix_ms
 
 DIRECTORY: Final = "kms-archives"
 ENTRY_BYTES_MAX: Final = 16 * 1024
@@ -32,8 +31,7 @@ _NAME: Final = re.compile(r"(a_[0-9a-f]{16})\.json", re.ASCII)
 
 class Registered(msgspec.Struct, frozen=True):
     """An archive of the register. Times are in Unix ms; `ended_ms` is 0 while the archive is being made and after an
-    interruption. No key in the archive has a larger id than `newest_key_id`; a finished entry without it is of an
-    earlier version.
+    interruption. No key in a finished archive has a larger id than `newest_key_id`.
     """
 
     archive_id: str
@@ -45,10 +43,8 @@ class Registered(msgspec.Struct, frozen=True):
     newest_key_id: str = ""
 
     def may_hold(self, key_id: str) -> bool:
-        """Whether the archive may contain the key. It compares ids first, since the clock may have been set back."""
-        if not self.ended_ms or key_id <= self.newest_key_id:
-            return True
-        return not self.newest_key_id and self.ended_ms >= key_id_unix_ms(key_id)
+        """Whether the archive may contain the key. It compares ids, since the clock may have been set back."""
+        return not self.ended_ms or key_id <= self.newest_key_id
 
 
 def new_archive_id() -> str:
