@@ -58,16 +58,18 @@ class Service:
         self.process.wait()
 
 
-@pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    """Each test makes keys of its own, and leaves it running."""
     needs.library("moto")
     port = free_port()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "for-tests-only")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", f"http://127.0.0.1:{port}")
-    running = Service(port)
-    yield running
-    running.stop()
+    with pytest.MonkeyPatch.context() as environ:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environ.setenv(name, "for-tests-only")
+        environ.setenv("AWS_ENDPOINT_URL_KMS", f"http://127.0.0.1:{port}")
+        running = Service(port)
+        yield running
+        running.stop()
 
 
 def test_a_key_in_aws_kms_signs_and_its_signature_verifies(service: Service) -> None:

@@ -71,7 +71,13 @@ def traces_of(derive: str, size: int) -> set[str]:
     return {hit.name for hit in hits}
 
 
-@pytest.mark.parametrize("size", [16, 17, 24, 33, 60, 64, 100, 200, 300, PASSPHRASE_BYTES_MAX])
+@pytest.mark.parametrize(
+    "size",
+    [
+        *(16, 33, 100, PASSPHRASE_BYTES_MAX),
+        *(pytest.param(size, marks=pytest.mark.torture) for size in (17, 24, 60, 64, 200, 300)),
+    ],
+)
 def test_neither_passphrase_nor_root_key_is_left(size: int) -> None:
     assert traces_of("derive_into", size) == set()
 
