@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 from cyclopts import App, Parameter, validators
-from rich.console import Console
-from rich.table import Table
 
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit import record
@@ -38,7 +36,7 @@ from minikms.cli.console import (
     chosen_root,
     needed_root,
 )
-from minikms.output import confirm, progress_bar
+from minikms.output import confirm, print_table, progress_bar
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
 
 if TYPE_CHECKING:
@@ -167,20 +165,14 @@ def _time(ts: int) -> str:
 
 
 def print_totals(totals: Totals) -> None:
-    # Without markup: an actor's name such as [/bold] must be shown, not interpreted.
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(f"{totals.lines} lines in {totals.files} file(s), {totals.disk_bytes} bytes on disk")
+    print(f"{totals.lines} lines in {totals.files} file(s), {totals.disk_bytes} bytes on disk")
     if totals.lines:
-        console.print(f"from {_time(totals.first_ts)} to {_time(totals.last_ts)}; {totals.items} items")
+        print(f"from {_time(totals.first_ts)} to {_time(totals.last_ts)}; {totals.items} items")
     if totals.malformed:
-        console.print(f"{totals.malformed} lines are not audit lines: run `minikms audit verify`")
+        print(f"{totals.malformed} lines are not audit lines: run `minikms audit verify`")
     for title, counts in (("type", totals.types), ("outcome", totals.outcomes), ("actor", totals.actors)):
-        table = Table(title, "lines", box=None, pad_edge=False)
-        table.columns[1].justify = "right"
-        for name, count in list(counts.items())[:_SHOWN_COUNT_MAX]:
-            table.add_row(name, str(count))
-        console.print()
-        console.print(table)
+        print()
+        print_table((title, "lines"), list(counts.items())[:_SHOWN_COUNT_MAX], right=("lines",))
 
 
 TAIL_LINES_MAX: Final = 100_000
