@@ -86,10 +86,13 @@ def run(place: Path, scenario: str, *options: str) -> subprocess.CompletedProces
             assert ours.recv(1)  # it waits
             if options:
                 tracing.enter_context(attached(driver.pid, *options))
-        driver.wait(RUN_S_MAX)
+        try:
+            status = driver.wait(RUN_S_MAX)
+        finally:
+            driver.kill()  # else strace would never end
         out.seek(0)
         err.seek(0)
-        return subprocess.CompletedProcess(driver.args, driver.wait(), out.read(), err.read())
+        return subprocess.CompletedProcess(driver.args, status, out.read(), err.read())
 
 
 @contextlib.contextmanager
