@@ -55,10 +55,11 @@ _COLLECTED_OBJECTS_MIN: Final = 50_000
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _TRIM_THRESHOLD_BYTES: Final = 4 * 1024 * 1024
-_MMAP_THRESHOLD_BYTES: Final = 1024 * 1024
-"""Of mallopt(3): a larger block has pages of its own, which go back to the system when it is freed; of smaller ones
-TRIM_THRESHOLD_BYTES stay. Both are fixed by being set: otherwise one large body raises them to as much as 64 MiB for
-good. With glibc's defaults, 128 KiB, each list of 1,000 messages would ask the system for new pages."""
+_MMAP_THRESHOLD_BYTES: Final = 320 * 1024
+"""Of mallopt(3): a larger block, such as a large body, has pages of its own, which go back to the system when it is
+freed; of smaller ones, such as the buffer of a list, TRIM_THRESHOLD_BYTES stay, and what is below a block in use. Both
+are fixed by being set: otherwise one large body raises them to as much as 64 MiB for good. With glibc's defaults,
+128 KiB, each list of 1,000 messages would ask the system for new pages."""
 
 STATUS_TIMEOUT_S: Final = 2.0
 STATUS_WAIT_S: Final = 0.3
