@@ -8,6 +8,7 @@ Never start a process or touch the network here.
 from __future__ import annotations
 
 import compileall
+import gc
 import os
 import signal
 import sys
@@ -60,6 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("random" if config.getoption("markexpr") == "torture" else "repeatable")
+    gc.disable()  # what the collection makes stays to the end of the run
     if not hasattr(config, "workerinput"):  # once, before xdist starts its processes
         compileall.compile_dir(SOURCE, quiet=2)
 
@@ -69,6 +71,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("torture") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(TORTURE_S_MAX))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(

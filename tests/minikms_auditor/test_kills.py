@@ -15,9 +15,11 @@ from tests.minikms_auditor.rig import Rig, root_of
 W1 = "witness.example/w1"
 
 
-@pytest.mark.parametrize("lines", [3, 150])
-def test_a_kill_at_any_call_leaves_one_tree(tmp_path: Path, lines: int) -> None:
-    """With 150 lines most steps fill a tile of the lowest level. A reported position is published before."""
+@pytest.mark.parametrize(("lines", "every"), [(3, 1), (150, 4), pytest.param(150, 1, marks=pytest.mark.torture)])
+def test_a_kill_at_any_call_leaves_one_tree(tmp_path: Path, lines: int, every: int) -> None:
+    """With 150 lines most steps fill a tile of the lowest level. A reported position is published before. `every`: at
+    how many calls there is one kill.
+    """
     with Rig(tmp_path, witnesses=1) as rig:
         rig.daemon.reports = reported = InFile(tmp_path / "reports")
         rig.write(40)
@@ -37,7 +39,7 @@ def test_a_kill_at_any_call_leaves_one_tree(tmp_path: Path, lines: int) -> None:
             assert rig.published() == (len(written), root_of(written))
             if not killed:
                 break
-            number += 1
+            number += every
         assert number > 15
 
 

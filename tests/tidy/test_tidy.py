@@ -33,14 +33,15 @@ FOREIGN = tuple(
 
 
 def test_every_module_has_a_docstring() -> None:
-    without = [name(path) for path in python_files() if not ast.get_docstring(tree_of(path))]
+    unclear = python_files(having=r'\A(?!"""\w)')
+    without = [name(path) for path in unclear if not ast.get_docstring(tree_of(path))]
     none(without)
 
 
 def test_no_check_in_the_source_is_an_assert_statement() -> None:
     asserting = [
         f"{name(path)}:{node.lineno}"
-        for path in python_files("src/")
+        for path in python_files("src/", having=r"\bassert\b")
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Assert)
     ]
@@ -74,7 +75,7 @@ def test_no_module_has_a_vague_name() -> None:
 def test_no_test_uses_a_private_attribute_of_another_object() -> None:
     """Not even as a text for `setattr`, or in code for another process."""
     used = []
-    for path in python_files("tests/"):
+    for path in python_files("tests/", having=r"(?<!self)(?<!cls)(?<!super\(\))\._[a-z]|[gs]etattr\("):
         for node in ast.walk(tree_of(path)):
             match node:
                 case ast.Attribute(value=ast.Name(id="self" | "cls") | ast.Call(func=ast.Name(id="super"))):
@@ -101,7 +102,7 @@ def test_no_test_uses_a_private_attribute_of_another_object() -> None:
 def test_every_lint_and_type_exception_names_its_rule_and_its_reason() -> None:
     """`# noqa: CODE (reason)` or `# noqa: CODE - reason`; `# type: ignore[code]  # reason`."""
     unexplained = []
-    for path in python_files():
+    for path in python_files(having=r"#\s*(noqa|type:\s*ignore)\b"):
         for line, _, comment in tokens_of(path).comments:
             noqa = re.search(r"#\s*noqa\b(?P<codes>:\s*[A-Z]+[0-9]+(?:\s*,\s*[A-Z]+[0-9]+)*)?(?P<reason>.*)", comment)
             ignore = re.search(r"#\s*type:\s*ignore\b(?P<codes>\[[a-z, -]+\])?(?P<reason>.*)", comment)
@@ -131,7 +132,7 @@ def test_no_comment_postpones_work() -> None:
     marks = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X")) + r")\b")
     left = [
         f"{name(path)}:{line}: {text}"
-        for path in python_files()
+        for path in python_files(having=marks.pattern)
         for line, _, text in tokens_of(path).comments
         if marks.search(text)
     ]

@@ -25,6 +25,7 @@ from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, Se
 from minikms.logs import structlog
 from progressdb_server.jobs.states import (
     AT_WORK,
+    FINAL,
     Job,
     JobConflictError,
     JobError,
@@ -51,6 +52,11 @@ RETRY_S_MAX: Final = 5.0
 BEHIND_S_MAX: Final = 0.1
 """Beside requests every chunk begins a little late: without making up for that, a rate is never reached."""
 ADOPT_S: Final = 10.0
+ADOPT_LOOKS: Final = 360
+"""Looks for jobs of other servers, of which the first one reads all rows: one in an hour."""
+LATE_ROWS_NS: Final = 600 * 1_000_000_000
+"""How much older than a look the id of a row may be that is stored after it: the write may wait, and the database's
+clock may be another one after a failover."""
 SHARED_READ_S: Final = 1.0
 """Beside other servers, the longest time in which `Runner.watch` does not read the row."""
 OTHER_WORK: Final = "other work"
@@ -176,12 +182,23 @@ class Runner:
 
     # --- beside other servers ---------------------------------------------------------------------------------------
     async def _adopt(self) -> None:
-        """Work on unfinished jobs that no server works on, again and again."""
+        """Work on unfinished jobs that no server works on, again and again. Between two looks at all rows, only those
+        that are new or had not ended are read."""
         known, claims = {kind.name for kind in self.kinds}, self._store.claims
+        open_ids: set[str] = set()
+        since_ns = looks = 0
         first = True
         while True:
             with contextlib.suppress(StoreUnavailableError):
-                async for page in self.table.pages():
+                began_ns = self.table.now_ns()
+                if not since_ns:
+                    open_ids.clear()  # rows may have been removed
+                async for page in self.table.pages(since_ns=since_ns):
+                    open_ids.update(job.id for job in page if job.state not in FINAL)
+                looks = (looks + 1) % ADOPT_LOOKS
+                since_ns = began_ns - LATE_ROWS_NS if looks else 0
+                async for page in self.table.pages_of(sorted(open_ids)):
+                    open_ids.difference_update(job.id for job in page if job.state in FINAL)
                     for job in page:
                         if not job.unfinished or job.kind not in known or job.thread in self._threads:
                             continue

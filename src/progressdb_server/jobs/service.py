@@ -16,6 +16,7 @@ from progressdb_server.jobs.destruction import KeyDestruction
 from progressdb_server.jobs.orphans import OrphanedKeys
 from progressdb_server.jobs.rotation import KeyRotation
 from progressdb_server.jobs.runner import Kind, Runner
+from progressdb_server.jobs.states import FINAL
 from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store.conversations import Conversations
@@ -36,7 +37,7 @@ class OldRows(Kind):
             old = [
                 job
                 for job in page
-                if (job.state in ("done", "cancelled") or (job.state == "failed" and not job.new_key))
+                if (job.state in FINAL or (job.state == "failed" and not job.new_key))
                 and job.updated_ns < oldest_ns
                 and not (job.backups or job.destroy_at_ns)
             ]

@@ -38,6 +38,7 @@ MOVES: Final[dict[tuple[State, Move], State]] = {
 UNFINISHED: Final[frozenset[State]] = frozenset({"queued", "running", "verifying", "paused"})
 AT_WORK: Final[frozenset[State]] = frozenset({"queued", "running", "verifying"})
 """States in which the server works on a job."""
+FINAL: Final[frozenset[State]] = frozenset({"cancelled", "done"})
 
 FAILURES_NAMED_MAX: Final = 100
 """Records that a job names; it counts all."""

@@ -63,9 +63,14 @@ class JobTable:
         """Raises JobNotFoundError."""
         return (await self.row(job_id)).job
 
-    async def pages(self, *, newest_first: bool = False) -> AsyncIterator[list[Job]]:
-        """All jobs in the order of their creation. A page is read when the iterator reaches it."""
-        async for rows in self._store.job_rows(newest_first=newest_first):
+    async def pages(self, *, newest_first: bool = False, since_ns: int = 0) -> AsyncIterator[list[Job]]:
+        """All jobs since then, in the order of their creation. A page is read when the iterator reaches it."""
+        async for rows in self._store.job_rows(newest_first=newest_first, since_ns=since_ns):
+            yield [_decode(raw) for raw in rows]
+
+    async def pages_of(self, job_ids: Sequence[str]) -> AsyncIterator[list[Job]]:
+        """Those of the jobs whose rows are there. A page is read when the iterator reaches it."""
+        async for rows in self._store.job_rows_of(job_ids):
             yield [_decode(raw) for raw in rows]
 
     async def of_thread(self, thread: str) -> list[Job]:

@@ -16,9 +16,9 @@ from minikms import api
 from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, SealedError
 from minikms.logs import structlog
 from progressdb_server.kms.provider import SEALED, EncryptsNothing, Fault, Provider, fault
-from progressdb_server.store import directory, idempotency, keyspace
+from progressdb_server.store import directory, idempotency
 from progressdb_server.store.backup import Backups
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
+from progressdb_server.store.engine import Engine
 from progressdb_server.store.epoch import OLDER_STATE, EpochMemory, RestoredError
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.membership import Rule
@@ -255,11 +255,8 @@ class Conversations(Messages, Rekeying, Backups):
         return {"threads": counted.threads, "messages": counted.messages}
 
     async def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
-        lower = prefix.encode()
-        upper = keyspace.after(lower) if lower else keyspace.END
-        while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-            lower = keyspace.next_key(entries[-1][0])
-            yield [key.decode() for key, _ in entries]
+        async for keys in self.reads.walk_keys(prefix.encode()):
+            yield [key.decode() for key in keys]
 
     async def raw_value(self, key: str) -> bytes | None:
         return await self.reads.get(key.encode())

@@ -15,7 +15,7 @@ It must never interpret a key or a value.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from typing import Final, Protocol
 
 from progressdb_server.store import keyspace
@@ -74,6 +74,10 @@ class Reads(Protocol):
         """The last key under each prefix, in one round trip."""
         ...
 
+    def walk_keys(self, prefix: bytes) -> AsyncIterator[list[bytes]]:
+        """All keys that begin so, in the order of an index. A page is read when the iterator reaches it."""
+        ...
+
 
 class LocalReads:
     """`Reads` of an engine of this process."""
@@ -107,6 +111,17 @@ class LocalReads:
     async def newest(self, prefixes: Sequence[bytes]) -> list[bytes | None]:
         found = [self._reader.keys(prefix, keyspace.after(prefix), limit=1, reverse=True) for prefix in prefixes]
         return [keys[0] if keys else None for keys in found]
+
+    def walk_keys(self, prefix: bytes) -> AsyncIterator[list[bytes]]:
+        return in_order(self, prefix)
+
+
+async def in_order(reads: Reads, prefix: bytes) -> AsyncIterator[list[bytes]]:
+    """See `Reads.walk_keys`, by the keys."""
+    lower, upper = prefix, keyspace.after(prefix) if prefix else keyspace.END
+    while keys := await reads.keys(lower, upper, limit=SCAN_ENTRIES_MAX):
+        lower = keyspace.next_key(keys[-1])
+        yield keys
 
 
 class Engine(Reader, Protocol):

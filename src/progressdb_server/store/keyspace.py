@@ -201,6 +201,11 @@ def new_job_id(now_ns: int) -> str:
     return f"job-{now_ns:020d}-{os.urandom(4).hex()}"
 
 
+def jobs_since(ns: int) -> bytes:
+    """Not above the keys of jobs whose ids were made from then on."""
+    return b"%bjob-%020d" % (JOBS, ns)
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------
 def meta(thread: str) -> bytes:
     return meta_of(part(thread))

@@ -604,7 +604,7 @@ class ConversationStore(Protocol):
         ...
 
     def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
-        """Storage keys in order, for an operator."""
+        """Storage keys, for an operator."""
         ...
 
     async def raw_value(self, key: str) -> bytes | None:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any, Final
 
 import asyncpg
 
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError, Reads
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError, Reads, in_order
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.nodes import CONNECT_S_MAX, FAILURES, UNAVAILABLE, Connection, Nodes
@@ -53,6 +53,9 @@ _NEWEST: Final = (
     " FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) WITH ORDINALITY AS wanted (tkey, lower, upper, number)"
     " ORDER BY wanted.number"
 )
+_KEYS: Final = "SELECT tkey, key FROM store_entry WHERE (tkey, key) > ($1, $2) ORDER BY tkey, key LIMIT $3"
+_BY_KEY: Final = (keyspace.MAP, keyspace.IDEMPOTENCY)
+"""Of these the keys have an index, without `tkey`."""
 _NOW: Final = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000000)::bigint"
 
 
@@ -138,6 +141,16 @@ class PostgresReads:
         ranges = [(tkey(prefix), prefix, keyspace.after(prefix)) for prefix in prefixes]
         return [key for (key,) in await self.fetch(_NEWEST, *zip(*ranges, strict=True))]
 
+    async def walk_keys(self, prefix: bytes) -> AsyncIterator[list[bytes]]:
+        if prefix and (prefix.startswith(_BY_KEY) or within(prefix, keyspace.after(prefix)) is not None):
+            async for page in in_order(self, prefix):
+                yield page
+            return
+        place = (b"", b"")
+        while rows := await self.fetch(_KEYS, *place, SCAN_ENTRIES_MAX):
+            place = (rows[-1][0], rows[-1][1])
+            yield [key for _, key in rows if key.startswith(prefix)]
+
     def _range(
         self, columns: str, lower: bytes, upper: bytes, limit: int, *, reverse: bool
     ) -> tuple[str, list[object]] | None:
@@ -149,7 +162,7 @@ class PostgresReads:
         if shard is not None:
             values.append(shard)
             where += " AND tkey = $4"
-        for first in (keyspace.MAP, keyspace.IDEMPOTENCY):
+        for first in _BY_KEY:
             if lower.startswith(first):  # literally, so that the partial index is used
                 last = keyspace.after(first)
                 where += f" AND key >= '{first.decode()}'::bytea AND key < '{last.decode()}'::bytea"

@@ -214,14 +214,21 @@ class Rekeying(OpenStore):
         """None also for a malformed id."""
         return await self.reads.get(keyspace.job(job_id)) if keyspace.JOB_ID.fullmatch(job_id) else None
 
-    async def job_rows(self, *, newest_first: bool = False) -> AsyncIterator[list[bytes]]:
-        lower, upper = keyspace.JOBS, keyspace.after(keyspace.JOBS)
+    async def job_rows(self, *, newest_first: bool = False, since_ns: int = 0) -> AsyncIterator[list[bytes]]:
+        """`since_ns`: of jobs whose ids are not older."""
+        lower, upper = keyspace.jobs_since(since_ns), keyspace.after(keyspace.JOBS)
         while entries := await self.reads.scan(lower, upper, limit=PAGE_ROWS, reverse=newest_first):
             if newest_first:
                 upper = entries[-1][0]
             else:
                 lower = keyspace.next_key(entries[-1][0])
             yield [raw for _, raw in entries]
+
+    async def job_rows_of(self, job_ids: Sequence[str]) -> AsyncIterator[list[bytes]]:
+        """Those that are stored."""
+        for start in range(0, len(job_ids), PAGE_ROWS):
+            keys = [keyspace.job(job_id) for job_id in job_ids[start : start + PAGE_ROWS]]
+            yield list((await self.reads.values(keys)).values())
 
     def write_row(
         self, job_id: str, thread_id: str, old: bytes | None, new: bytes, step: OpaqueWrite | None = None

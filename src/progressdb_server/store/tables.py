@@ -48,8 +48,8 @@ MIGRATIONS: Final[Mapping[int, str]] = {}
 
 
 # --- where a key lies -------------------------------------------------------------------------------------------------
-def _owner(key: bytes) -> tuple[bytes, bytes]:
-    """What a key belongs to, and how all keys begin that are beside it under the same `tkey`."""
+def _owner(key: bytes) -> tuple[bytes, bytes | None]:
+    """What a key belongs to, and how all keys begin that are beside it under the same `tkey`; None for no others."""
     parts = key.split(b":")
     match parts[0], parts[1:]:
         case b"thread", [thread, *_]:
@@ -57,11 +57,11 @@ def _owner(key: bytes) -> tuple[bytes, bytes]:
         case b"index", [b"order" | b"writer" as kind, thread, *_]:
             return b"thread:" + thread, b"index:%b:%b:" % (kind, thread)
         case b"index", [b"closed", thread]:
-            return b"thread:" + thread, key
+            return b"thread:" + thread, None
         case b"kms", [b"map", b"thread", thread]:
-            return b"thread:" + thread, key
+            return b"thread:" + thread, None
         case b"claim", [thread, *_]:
-            return b"thread:" + thread, key
+            return b"thread:" + thread, None
         case b"index", [b"author", author, *_]:
             return b"author:" + author, b"index:author:%b:" % author
         case b"index", [b"created", *_]:
@@ -75,7 +75,7 @@ def _owner(key: bytes) -> tuple[bytes, bytes]:
         case b"job", _:
             return b"job", keyspace.JOBS
         case _:
-            return key, key
+            return key, None
 
 
 def tkey(key: bytes) -> bytes:
@@ -91,8 +91,8 @@ def is_thread(tkey: bytes) -> bool:
 def within(lower: bytes, upper: bytes) -> bytes | None:
     """The `tkey` of all keys of the range, None if there is no single one."""
     _, beside = _owner(lower)
-    one = upper <= lower + b"\0" if beside == lower and not lower.endswith(b":") else upper <= keyspace.after(beside)
-    return tkey(lower) if one and lower.startswith(beside) and not lower.startswith((keyspace.MAP, b"idem:")) else None
+    one = upper <= lower + b"\0" if beside is None else lower.startswith(beside) and upper <= keyspace.after(beside)
+    return tkey(lower) if one and not lower.startswith((keyspace.MAP, b"idem:")) else None
 
 
 # --- making them ------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 All of it runs in one thread, so that a system call has one number.
 
-`crash_driver.py SCENARIO DIRECTORY` writes "begin" to stderr after its preparations. To stdout it writes each promise
-after the call returned: "told", a name and its content; or
-"destroyed" and a key. After an error it writes "refused" and tries once more.
+Its input is a socket. It sends a byte there and waits for an answer or the end, so that strace can be attached, and
+then writes "begin" to stderr. To stdout it writes each promise after the call returned: "told", a name and its content;
+or "destroyed" and a key. After an error it writes "refused" and tries once more.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ from minikms.custody.vault import Vault
 from minikms.datadir import DataDir, Options, lock_data_dir, open_for_service
 from minikms.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.keys.dek import DekRecord
+from minikms.memory import libc
 from minikms.memory.arena import SecretArena
 from minikms.roots.providers import KeyFile
 
+PR_SET_PTRACER = 0x59616D61
+PR_SET_PTRACER_ANY = -1
+"""linux/prctl.h"""
 T = TypeVar("T")
 
 
@@ -208,6 +212,10 @@ SCENARIOS = {
 if __name__ == "__main__":
     scenario = SCENARIOS[sys.argv[1]]
     opened = open_directory(sys.argv[2])
+    with contextlib.suppress(OSError):  # a kernel without Yama
+        libc.prctl("prctl(PR_SET_PTRACER)", PR_SET_PTRACER, PR_SET_PTRACER_ANY)
+    os.write(0, b"?")
+    os.read(0, 1)
     os.write(2, b"begin\n")
     scenario(opened)
     tell("end")

@@ -6,27 +6,32 @@ The normal suite takes a part of the points; `-m torture` takes all of them and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-import minikms
 from minikms.custody import journal
 from minikms.custody.journal_format import Change, encode
 from minikms.files import open_directory, sweep_temps
 from tests import needs
+from tests.harness.forked import Forked
 from tests.harness.vaults import opened_vault
 
+DRIVER = "tests.minikms.custody.crash_driver"
+RUN_S_MAX = 60.0
 CALLS = (
     "openat",
     "mkdir",
@@ -66,29 +71,47 @@ SLICE = {
 
 
 class Point(NamedTuple):
-    """The call number `nth` of its name since the process began."""
+    """The call number `nth` of its name since the driver began."""
 
     call: str
     nth: int
 
 
-def driver(scenario: str, place: Path) -> list[str]:
-    return [sys.executable, "-B", str(Path(__file__).with_name("crash_driver.py")), scenario, str(place)]
-
-
 def run(place: Path, scenario: str, *options: str) -> subprocess.CompletedProcess[bytes]:
-    strace = needs.program("strace")
-    return subprocess.run(
-        # Without --seccomp-bpf, under which strace 6.13 delivers no injected signal.
-        [strace, "-f", "-qq", "-e", "signal=none", "-e", TRACE, *options, *driver(scenario, place)],
-        env={"PYTHONPATH": str(Path(minikms.__file__).parents[1]), "PATH": os.defpath},
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+    """The driver; under strace, which is attached before its first step, if there are options."""
+    ours, theirs = socket.socketpair()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, contextlib.ExitStack() as tracing:
+        with ours, theirs:
+            driver = Forked([DRIVER, scenario, str(place)], theirs.fileno(), out.fileno(), err.fileno())
+            assert ours.recv(1)  # it waits
+            if options:
+                tracing.enter_context(attached(driver.pid, *options))
+        driver.wait(RUN_S_MAX)
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(driver.args, driver.wait(), out.read(), err.read())
+
+
+@contextlib.contextmanager
+def attached(pid: int, *options: str) -> Iterator[None]:
+    # Without --seccomp-bpf, under which strace 6.13 delivers no injected signal.
+    words = [needs.program("strace"), "-f", "-e", "signal=none", "-e", TRACE, *options, "-p", str(pid)]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as tracer:
+        assert tracer.stderr is not None
+        line = tracer.stderr.readline()
+        assert b"attached" in line, line
+        yield  # it ends with the process
 
 
 def prepare(place: Path, scenario: str) -> None:
+    """Once for all points of a test, which begin with copies."""
+    prepared = place.with_name("prepared")
+    if not prepared.exists():
+        make(prepared, scenario)
+    shutil.copytree(prepared, place)
+
+
+def make(place: Path, scenario: str) -> None:
     place.mkdir()
     if scenario in ("rewrap", "replay"):
         asyncio.run(keys_to_rewrap(place, interrupted=scenario == "replay"))
@@ -287,17 +310,11 @@ def kill_at(tmp_path: Path, scenario: str, point: Point) -> None:
     place = tmp_path / f"{scenario}-kill-{point.call}-{point.nth}"
     prepare(place, scenario)
     done = run(place, scenario, "-o", "/dev/null", f"--inject={point.call}:signal=KILL:when={point.nth}")
-    assert done.returncode in {-signal.SIGKILL, 128 + signal.SIGKILL}, (point, done)
+    assert done.returncode == -signal.SIGKILL, (point, done)
     assert b"begin" in done.stderr
     assert b"end" not in done.stdout.splitlines()  # as a line: a key id may contain it
     check(place, scenario, done.stdout, temps=True)
-    again = subprocess.run(
-        driver(scenario, place),
-        env={"PYTHONPATH": str(Path(minikms.__file__).parents[1])},
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+    again = run(place, scenario)
     # A new name that was in place before the kill is a conflict now; everything else is simply done.
     assert again.returncode == 0 or (scenario == "create" and b"ConflictError" in again.stderr), again.stderr
     check(place, scenario, again.stdout, temps=False)

@@ -34,7 +34,6 @@ from tests.minikms.memory import scanner
 pytestmark = pytest.mark.usefixtures("as_root")
 
 THREADS_COUNT = 100
-OPERATIONS_COUNT = 10_000
 HARMLESS_SIGNALS = (
     signal.SIGUSR1,
     signal.SIGUSR2,
@@ -243,16 +242,17 @@ def storm_of_signals(pid: int) -> Iterator[None]:
         sender.join()
 
 
-def test_after_heavy_use_root_finds_no_key_in_memory_or_core(tmp_path: Path) -> None:
-    """10,000 operations over 100 keys, many errors and many signals; then memory, environment and a gcore."""
+@pytest.mark.parametrize("operations", [2_000, pytest.param(10_000, marks=pytest.mark.torture)])
+def test_after_heavy_use_root_finds_no_key_in_memory_or_core(tmp_path: Path, operations: int) -> None:
+    """Operations over 100 keys, many errors and many signals; then memory, environment and a gcore."""
     with LiveDaemon(tmp_path, "file", forked=False) as daemon, daemon.client() as client:
         key_ids = make_keys(client, THREADS_COUNT)
-        use_mixed(client, key_ids, OPERATIONS_COUNT)
+        use_mixed(client, key_ids, operations)
         keys = live_a_keys_life(daemon, client)
         storm_of_errors(client, daemon.socket, key_ids)
         with storm_of_signals(daemon.pid):
-            use_mixed(client, key_ids, OPERATIONS_COUNT // 10, seed=2)
-            use_batches_in_json(daemon.socket, key_ids, OPERATIONS_COUNT // 20)
+            use_mixed(client, key_ids, operations // 10, seed=2)
+            use_batches_in_json(daemon.socket, key_ids, operations // 20)
         keys |= daemon.keys()
         keys |= record_keys(keys, prefix_of(client, key_ids[0]))
         assert len(set(keys.values())) > THREADS_COUNT
@@ -338,7 +338,7 @@ def test_adding_testing_and_removing_roots_leaves_no_key_in_memory(tmp_path: Pat
         assert_unreachable(daemon, keys)
 
 
-@pytest.mark.parametrize("size", [1, LONG_TEXT_BYTES + 1, 1_000_000])
+@pytest.mark.parametrize("size", [1, pytest.param(LONG_TEXT_BYTES + 1, marks=pytest.mark.torture), 1_000_000])
 def test_a_text_of_any_length_leaves_no_power_of_the_hash_key(tmp_path: Path, size: int) -> None:
     """Who has one can forge records. A scan after each verb, each with a key of its own."""
     text = os.urandom(size)
@@ -436,10 +436,10 @@ def test_evicted_keys_leave_no_copy(tmp_path: Path) -> None:
     """Room for four keys and a hundred in use: nearly every operation opens one and evicts another."""
     with LiveDaemon(tmp_path, "file", "--cache-keys", "4", forked=False) as daemon, daemon.client() as client:
         key_ids = make_keys(client, THREADS_COUNT)
-        use_mixed(client, key_ids, 2_000)
+        use_mixed(client, key_ids, 500)
         memory = client.status().memory
         assert memory.keys_in_memory <= 4
-        assert memory.cache_evictions > 1_000
+        assert memory.cache_evictions > 250
         keys = daemon.keys()
         assert_unreachable(daemon, keys | record_keys(keys, prefix_of(client, key_ids[0])))
 

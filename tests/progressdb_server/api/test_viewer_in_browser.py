@@ -112,9 +112,9 @@ def test_a_running_job_is_followed_without_reloading(server: RealServer, page: B
     assert begun.json["new_key"] in page.evaluate("document.querySelector('article footer').textContent")
 
 
-@pytest.mark.parametrize("width", [320, 390, 1200])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (390, "dark"), (1200, "light")])
 def test_every_page_fits_and_can_be_read(server: RealServer, page: Browser, width: int, scheme: str) -> None:
+    """Colours depend on the scheme alone, places on the width alone."""
     thread = hostile_thread(server)
     page.size(width, 800)
     page.scheme(scheme)

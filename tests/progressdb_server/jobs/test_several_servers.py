@@ -11,7 +11,8 @@ import pytest
 
 from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.jobs.states import Job, JobConflictError, JobNotFoundError, ThreadBusyError
+from progressdb_server.jobs.states import Job, JobConflictError, JobNotFoundError, ThreadBusyError, move
+from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import key_pages
 from progressdb_server.store import claims, keyspace
 from progressdb_server.store.conditions import Write
@@ -230,6 +231,36 @@ def test_a_job_without_a_claim_is_continued(database: str) -> None:
     asyncio.run(run())
 
 
+def test_rows_of_jobs_that_ended_long_ago_are_not_read_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old one that was paused still is: another server may resume it, and die."""
+
+    async def run() -> None:
+        provider = SealingProvider()
+        async with servers(database, provider, 0) as stores:
+            jobs = Jobs(stores[0], provider, UNBOUNDED, exclusive=False)
+            await write(stores[0], 5)
+            paused = Job(stores[0].new_job_id(1), "t", 1, 1, kind="rotation", state="paused", keying=True)
+            await jobs.table.add(paused)
+            looks: list[int] = []
+            real = JobTable.pages
+
+            def pages(table: JobTable, *, newest_first: bool = False, since_ns: int = 0) -> AsyncIterator[list[Job]]:
+                looks.append(since_ns)
+                return real(table, newest_first=newest_first, since_ns=since_ns)
+
+            monkeypatch.setattr(JobTable, "pages", pages)
+            async with started(stores, provider) as made:
+                async with asyncio.timeout(20):
+                    while len(looks) < 5:
+                        await asyncio.sleep(0.02)
+                assert looks[:2] == [0, 0], "of the start, and of the first look"
+                assert min(looks[2:]) > 1
+                await jobs.table.change(paused.id, lambda job: move(job, "resume"))
+                assert (await _ends(made[0], paused.id)).state == "done"
+
+    asyncio.run(run())
+
+
 def test_a_job_whose_beginning_was_not_confirmed_is_continued(database: str) -> None:
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         await write(stores[0], 5)
@@ -333,7 +364,7 @@ def test_a_row_removed_while_it_is_adopted_stops_no_adoption(database: str) -> N
         async with servers(database, provider, 0) as stores, started(stores, provider) as jobs:
             await write(stores[0], 5)
             met = _fails_once(jobs[0], JobNotFoundError())
-            job = Job(stores[0].new_job_id(1), "t", 1, 1, kind="rotation", keying=True)
+            job = Job(stores[0].new_job_id(stores[0].clock.now_ns()), "t", 1, 1, kind="rotation", keying=True)
             await jobs[0].table.add(job)
             async with asyncio.timeout(20):
                 await met.wait()

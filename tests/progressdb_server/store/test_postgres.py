@@ -29,7 +29,16 @@ from progressdb_server.store.model import (
     TooManyMembersError,
 )
 from tests.progressdb_server.store.failing_database import end_the_wait, no_standby
-from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, servers, versions_of
+from tests.progressdb_server.store.opened_store import (
+    becomes,
+    bodies,
+    emptied,
+    fill,
+    keys_of,
+    messages_of,
+    servers,
+    versions_of,
+)
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 HOUR_NS = 3600 * 10**9
@@ -268,6 +277,26 @@ def test_each_server_tells_the_age_of_the_newest_registered_backup(
         await two.register_backup("new")
         await two.register_backup("old", 1)
         await becomes(lambda: age_s() < 3600)
+
+    with_two(database, run)
+
+
+def test_an_admin_sees_every_key_under_any_prefix(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "SCAN_ENTRIES_MAX", 7)
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        await fill(one, 5)
+        await fill(one, 5, "u")
+        await one.create_message(of("bob", 1), idempotency=Idempotency("scope", "key"))
+        await one.delete_thread("u", author="ann", by="ann")
+        await one.register_backup("monday")
+        assert await one.claims.claim("t0", "job-1", "")
+        connection = await asyncpg.connect(database)
+        stored = {key.decode() for (key,) in await connection.fetch("SELECT key FROM store_entry")}
+        await connection.close()
+        for prefix in {key[:length] for key in stored for length in range(20)} | stored:
+            found = await keys_of(two, prefix)
+            assert (len(found), set(found)) == (len(set(found)), {key for key in stored if key.startswith(prefix)})
 
     with_two(database, run)
 
