@@ -17,14 +17,13 @@ class RoundTrips:
 
     async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """From the client. The first message has no type."""
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
             head = await reader.readexactly(4)
             while True:
                 length = int.from_bytes(head[-4:]) - 4
                 writer.write(head + await reader.readexactly(length))
                 self.count += head[:1] in (b"S", b"Q") and len(head) == 5
                 head = await reader.readexactly(5)
-        writer.close()
 
 
 @asynccontextmanager
@@ -34,10 +33,9 @@ async def counted(real: Path, directory: Path) -> AsyncIterator[RoundTrips]:
     tasks: set[asyncio.Task[None]] = set()
 
     async def back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError), contextlib.closing(writer):
             while data := await reader.read(65536):
                 writer.write(data)
-        writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_server, to_server = await asyncio.open_unix_connection(real / PORT_NAME)
