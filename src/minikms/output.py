@@ -24,10 +24,13 @@ _PIPE_COLUMNS: Final = 4096
 
 
 def as_json(value: object) -> str:
-    """Indented; msgspec's structs as objects, bytes as base64."""
+    """Indented, in ASCII; msgspec's structs as objects, bytes as base64. A file name that is no UTF-8 keeps its
+    surrogates, which msgspec's own encoder refuses."""
+    import json
+
     import msgspec
 
-    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    return json.dumps(msgspec.to_builtins(value), indent=2)
 
 
 def print_json(value: object) -> None:
