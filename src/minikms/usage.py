@@ -113,8 +113,8 @@ def new_helper(name: str, about: str, epilogue: str) -> App:
 
 
 def run(program: str, command: Callable[[], Any], explain: Callable[[Exception], tuple[str, int]]) -> NoReturn:
-    """Runs a command and ends the process with its exit status. `explain`: the text and the exit status of an error; it
-    raises one that is a defect again.
+    """Runs a command and ends the process with its exit status. `explain`: the text and the exit status of an error. It
+    raises again an error that is a defect of the program.
     """
     try:
         try:
@@ -156,8 +156,8 @@ def explained_system(error: Exception, program: str) -> str:
 
 
 def unknown_command(program: str, words: list[str], commands: Sequence[str]) -> str:
-    """The sentence for a first word that is no command; empty otherwise. `serve` takes flags only, so it can't be an
-    argument.
+    """The sentence for a first word that is no command; empty otherwise. `serve`, which runs without a
+    command, takes flags only, so the word can't be its argument.
     """
     if not words or words[0].startswith("-") or words[0] in commands:
         return ""
@@ -209,8 +209,8 @@ def explained(error: CycloptsError, program: str) -> str:
 
 
 def show_whole_help(app: App, words: list[str]) -> None:
-    """If the command line asks for the help of one command, this makes it the whole docstring, with the exit statuses,
-    instead of the line that the list of commands has.
+    """If the command line asks for the help of one command, that help becomes the whole docstring, with the exit
+    statuses; without this it is the one line of the list of commands.
     """
     if not words or words[0].startswith("-") or not {"--help", "-h"} & set(words[1:]):
         return

@@ -62,6 +62,7 @@ class PendingLog(msgspec.Struct, frozen=True):
 class Status(msgspec.Struct, frozen=True):
     """What `minikms-auditor status` shows. Times are Unix seconds. alarm: why nothing is signed. errors: of the key
     service, a signer, the disk. witnessed_at: when a quorum knew no larger tree than the published one; 0 without it.
+    position_seq: the last line under the published tree; the reported position may be lower, that of a required sink.
     """
 
     origin: str

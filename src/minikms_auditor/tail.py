@@ -1,9 +1,9 @@
 """Reading the log: from lines that the daemon calls durable to leaves that may enter the tree.
 
-Owns: where reading begins, the verification on the way, and the faults that stop it. Invariants: no line is read beyond
-the last durable one, because a daemon may still take it back; a leaf is given out only if a valid signature covers its
-line, so the last line given out is a signed one; a continued tree begins at the line of its last leaf, which must be
-the same one; memory is bounded by `PENDING_LINES_MAX` hashes and by `LEAVES_AT_A_TIME`. It must never write.
+Owns: where reading begins, the verification on the way, and the faults that stop it. Invariants: no line beyond the
+last durable one is given out, because a daemon may still take it back; a leaf is given out only if a valid signature
+covers its line, so the last line given out is a signed one; a continued tree begins at the line of its last leaf, which
+must be the same one; memory is bounded by `PENDING_LINES_MAX` hashes and by `LEAVES_AT_A_TIME`. It must never write.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The principal of a token.
 
 Owns: the rules for bearer tokens, in this order; the first that is broken refuses the token:
-1. A compact JWS (RFC 7515) of at most TOKEN_BYTES_MAX, without `crit`, of a type that is an access token's or a
+1. A compact JWS (RFC 7515) of at most TOKEN_BYTES_MAX, without `crit`, of a type that is an access token's or an
    SVID's, whose header names a key (`kid`) and an algorithm.
 2. The issuer is chosen by the claims, which nothing has proven yet: by `iss`, or by the trust domain of a SPIFFE id in
    `sub`. Everything after that is decided by that issuer's table alone.
@@ -52,8 +52,8 @@ Key = RSAKey | ECKey | OKPKey
 
 
 class Verified(NamedTuple):
-    """What a token proves: a name, until a time in Unix seconds, and with `thumbprint` only to whom has the private key
-    of that certificate. `issuer`: its index in the configuration, `kid`: the key that has signed it.
+    """What a token proves: a name, until a time in Unix seconds, and with `thumbprint` only for the holder of that
+    certificate's private key. `issuer`: its index in the configuration, `kid`: the key that has signed it.
     """
 
     name: str

@@ -1,11 +1,10 @@
-"""The memory that unfinished uploads and large bodies take in the real server."""
+"""The memory that unfinished uploads take in the real server."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import socket
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,22 +53,3 @@ def test_unfinished_uploads_take_no_more_memory_than_the_budget(tmp_path: Path, 
         assert server("GET", "/healthz").status == 200
         if share == 1 / 8:
             wait_until(lambda: server("POST", "/v1/messages", {"author": "ann", "body": "x" * 500_000}).status == 200)
-
-
-@pytest.mark.torture
-def test_the_memory_of_large_bodies_goes_back_to_the_system(tmp_path: Path) -> None:
-    """They are not in a heap, where smaller blocks keep the pages between them."""
-    with real_server(tmp_path) as server:
-        thread = server("POST", "/v1/threads", {"title": "t", "author": "ann"}).json["id"]
-        before = resident_bytes(server.pid)
-
-        def append_and_list(_: int) -> None:
-            message = {"thread": thread, "author": "ann", "body": "x" * 900_000}
-            assert server("POST", "/v1/messages", message).status == 200
-            assert server("GET", f"/v1/messages?thread={thread}&limit=10").status == 200
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(append_and_list, range(50)))
-        grown = resident_bytes(server.pid) - before
-        print(f"50 bodies of 900 KB: {grown / MIB:.0f} MiB more memory")
-        assert grown < OVERHEAD_BYTES

@@ -21,7 +21,7 @@ from progressdb_server.config import Config
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store.check import Problem, Report, repair_offline
 from progressdb_server.store.check import check as check_store
-from progressdb_server.store.model import StoreLockedError, StoreUnavailableError
+from progressdb_server.store.model import StoreLockedError
 
 
 def check(
@@ -50,8 +50,6 @@ def check(
         found, counts, opened = asyncio.run(_examine(chosen, path, with_key_service=reachable))
     except StoreLockedError:
         raise CommandError("the server has the store open: stop it for a repair, or check without --repair") from None
-    except StoreUnavailableError as error:
-        raise CommandError(error.explained) from None
     page = {
         "records_opened": opened,
         "counts": counts,

@@ -125,8 +125,8 @@ def _exit_status(error: Exception) -> int:
 
     if isinstance(error, CommandError):
         return error.exit_status
-    if isinstance(error, (CycloptsError, ConfigError, FormatError)):
+    if isinstance(error, (CycloptsError, ConfigError, FormatError, StoreUnavailableError)):
         return EXIT_MISSING
-    if isinstance(error, (BackupError, StoreUnavailableError)):
+    if isinstance(error, BackupError):
         return EXIT_FAILED
     raise error

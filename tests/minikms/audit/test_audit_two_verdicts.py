@@ -46,16 +46,18 @@ TEXTS = ("", " ", "[]", "{}", "genesis", "segment_open", "checkpoint", "A" * 44,
 BYTES = (b"\x00", b"\n", b"\r\n", b"\r", b"\\", b"\\u006f", b"\x7f", b"\xff", b'"', b"{", b",", b" ", b"\x1b[2J", b"%")
 
 
-def told(directory: Path, until: int) -> list[bytes]:
+def lines_until(directory: Path, until: int) -> list[bytes]:
     """The log's lines up to that number."""
     lines = [line for file in each_segment(str(directory)) for line in file.lines()]
     return [line for line in lines if record.peek_seq(line) <= until]
 
 
 class Original:
-    """A log in several files whose key changed, and another end that it might have taken."""
+    """A log in several files whose key changed, and another end that it might have taken. Not `whole`: its first files
+    were removed by retention.
+    """
 
-    def __init__(self, directory: Path, *, compressed: bool, begun: bool) -> None:
+    def __init__(self, directory: Path, *, compressed: bool, whole: bool) -> None:
         self.directory = directory / "log"
         self.other = directory / "other"
         self.directory.mkdir(parents=True)
@@ -71,7 +73,7 @@ class Original:
             log = open_log(place, KEY2, former=(KEY1.audit_key(),), clock=Clock(ts), limits=LogLimits(reserve_bytes=0))
             write_events(log, 2)
             log.writer.rotate(ts)
-            if not begun:
+            if not whole:
                 remove_segments(log, Retention(bytes_max=1, days_min=0))
             log.add(encrypt_event(7, thread_id="t", key_ids=["k"], detail="a word"))
             log.close()
@@ -79,16 +81,16 @@ class Original:
             compress_closed(str(self.directory))
         known = lines_of(self.directory)[-2]
         self.head = Head(record.peek_seq(known), record.split_line(known)[1])
-        self.keys = (KEY1, KEY2) if begun else (KEY2, KEY1)
-        self.told = told(self.directory, self.head.seq)
+        self.keys = (KEY1, KEY2) if whole else (KEY2, KEY1)
+        self.lines = lines_until(self.directory, self.head.seq)
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Original]:
     place = tmp_path_factory.mktemp("originals")
     return [
-        Original(place / name, compressed=compressed, begun=begun)
-        for name, compressed, begun in (("plain", False, True), ("compressed", True, True), ("shortened", False, False))
+        Original(place / name, compressed=compressed, whole=whole)
+        for name, compressed, whole in (("plain", False, True), ("compressed", True, True), ("shortened", False, False))
     ]
 
 
@@ -279,6 +281,7 @@ ALTERATIONS: tuple[Callable[[Draw, Path, Original], None], ...] = (
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_two_verifiers_agree_on_whatever_was_altered(originals: list[Original], data: st.DataObject) -> None:
+    """`verify` of `logmaker` asks both and compares them."""
     original = data.draw(st.sampled_from(originals))
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(shutil.copytree(original.directory, Path(temporary) / "log"))
@@ -305,4 +308,4 @@ def test_no_alteration_without_a_key_is_accepted(originals: list[Original], data
         if not (directory / LOG).exists() and not list_segments(str(directory)):
             return
         if verify(directory, *original.keys, since={2: original.since}, expect_head=original.head).intact:
-            assert told(directory, original.head.seq) == original.told
+            assert lines_until(directory, original.head.seq) == original.lines

@@ -148,7 +148,9 @@ def test_wrong_flags_make_nothing(tmp_path: Path, flags: list[str], match: str) 
 
 
 def test_a_full_disk_leaves_no_share_and_no_slot(tmp_path: Path) -> None:
-    """The limit on the size of files is below that of a share's text, and above nothing: SIGXFSZ is ignored."""
+    """A limit on the size of files stands for the disk: the text of a share is longer. SIGXFSZ is ignored, so the write
+    fails.
+    """
     place = tmp_path / "shares"
     place.mkdir(0o700)
     code = (

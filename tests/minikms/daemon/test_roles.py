@@ -90,8 +90,8 @@ def test_without_the_role_nothing_is_rotated_or_destroyed(public: Path) -> None:
         assert admin.rotate_kek().status == "ok"
 
 
-def test_without_the_role_a_destruction_is_forbidden_whatever_its_body(public: Path) -> None:
-    """An attempt without the role is audited as one, not as a mistyped request."""
+def test_the_role_is_checked_before_the_repeated_id_of_a_destruction(public: Path) -> None:
+    """An attempt without the role is audited as one, not as a mistyped request. A body without an id is malformed."""
     needs.root()
     flags = ("--socket-mode", "0666", "--allowed-uids", str(foreign.UID), "--admin-uids", str(os.geteuid()))
     with LiveDaemon(public, "file", *flags) as daemon:
