@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -33,6 +34,11 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "ADOPT_S", 0.05)
     monkeypatch.setattr(runner, "SHARED_READ_S", 0.05)
     monkeypatch.setattr(runner, "READ_RETRY_S", 0.05)
+
+
+@pytest.fixture
+def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "LEASE_S", 10_000)
 
 
 @asynccontextmanager
@@ -72,7 +78,7 @@ async def ended(store: Conversations, provider: SealingProvider, old: str) -> No
 def _taken_over(thread: str, job_id: str = "") -> Write:
     """By a server whose claims hold."""
     claim = (keyspace.claim(thread), b"another-1-" + job_id.encode())
-    return Write((claim, (keyspace.server("another"), b"9" * 19)))
+    return Write((claim, (keyspace.server("another"), b"%d" % (time.time_ns() + 10**12))))
 
 
 async def _ends(jobs: Jobs, job_id: str) -> Job:
@@ -146,6 +152,7 @@ async def _leases(url: str) -> int:
         await connection.close()
 
 
+@pytest.mark.usefixtures("long_leases")
 def test_a_server_that_has_lost_its_claim_changes_nothing(database: str) -> None:
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         await write(stores[0], 20)
@@ -158,6 +165,14 @@ def test_a_server_that_has_lost_its_claim_changes_nothing(database: str) -> None
             await jobs[0].table.store(row, row.job)
         assert await jobs[0].table.row(job.id) == row
         gate.open()
+
+    with_two(database, body)
+
+
+def test_a_lease_from_a_clock_that_was_set_back_since_holds_no_thread(database: str) -> None:
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        await stores[0].writer.commit(_taken_over("u", "job-1"))
+        assert await stores[1].claims.claim("u", "job-2", "job-1")
 
     with_two(database, body)
 
@@ -299,6 +314,7 @@ def test_each_server_sees_the_end_of_a_job_of_another(database: str) -> None:
     with_two(database, body)
 
 
+@pytest.mark.usefixtures("long_leases")
 def test_an_order_without_the_claim_is_answered(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A queued job whose thread another server has claimed meanwhile; the next order is one of any other server."""
 
@@ -316,6 +332,7 @@ def test_an_order_without_the_claim_is_answered(database: str, monkeypatch: pyte
     with_two(database, body)
 
 
+@pytest.mark.usefixtures("long_leases")
 def test_other_work_that_loses_its_claim_is_refused(database: str) -> None:
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         await write(stores[0], 5)
