@@ -126,9 +126,10 @@ class Claims:
     async def renew(self) -> None:
         """Raises StoreUnavailableError."""
         if self._engine is not None:
-            self._renewed = True
             until = await self._engine.now_ns() + LEASE_S * 1_000_000_000
-            await self._writer.commit(Write(((keyspace.server(self._server), b"%d" % until),)))
+            if self._held or self._claiming:  # else it has stopped meanwhile
+                self._renewed = True
+                await self._writer.commit(Write(((keyspace.server(self._server), b"%d" % until),)))
 
     async def keep(self) -> None:
         """Renew the lease, again and again, while something is claimed; then remove it."""

@@ -19,6 +19,7 @@ from progressdb_server.store import claims, keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import BackupExistsError, StaleRowError, StoreUnavailableError
+from progressdb_server.store.postgres import PostgresEngine
 from tests.progressdb_server.jobs.rotating import UNBOUNDED, Gate, chunks_of, keys_of_records, write
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, servers
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -415,6 +416,28 @@ def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str, m
         assert await mine.claim("u", "job-2", "job-1")
 
     with_two(database, body)
+
+
+def test_a_server_that_stops_while_it_renews_its_lease_has_none(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked, go_on = PostgresEngine.now_ns, asyncio.Event(), asyncio.Event()
+
+    async def now_ns(engine: PostgresEngine) -> int:
+        asked.set()
+        await go_on.wait()
+        return await real(engine)
+
+    async def run() -> None:
+        async with servers(database, SealingProvider(), 0) as (store,):
+            assert await store.claims.claim("t", "job-1", "")
+            monkeypatch.setattr(PostgresEngine, "now_ns", now_ns)
+            renewing = asyncio.ensure_future(store.claims.renew())
+            await asked.wait()
+            await store.claims.stop()
+            go_on.set()
+            await renewing
+            assert not await _leases(database)
+
+    asyncio.run(run())
 
 
 def test_a_server_that_stops_ends_all_its_claims_at_once(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
