@@ -42,8 +42,9 @@ def print_result(value: object, text: str | Iterable[str], *, json: bool) -> Non
     if json:
         print_json(value)
         return
-    for line in [text] if isinstance(text, str) else text:
-        print(line)
+    for part in [text] if isinstance(text, str) else text:
+        for line in part.split("\n"):
+            print(clean(line))
 
 
 def terminal(*, errors: bool = False) -> Console:
