@@ -189,7 +189,7 @@ class Runner:
         since_ns = looks = 0
         first = True
         while True:
-            with contextlib.suppress(StoreUnavailableError):
+            try:
                 began_ns = self.table.now_ns()
                 if not since_ns:
                     open_ids.clear()  # rows may have been removed
@@ -207,6 +207,10 @@ class Runner:
                             with contextlib.suppress(JobNotFoundError):  # removed since the page was read
                                 await self._take(job)
                 first = False
+            except StoreUnavailableError:
+                pass
+            except Exception as error:  # noqa: BLE001  as in `_keep`: a damaged row, for example, until it is repaired
+                _log.error("jobs_tick_broken", error=type(error).__qualname__, at=_lines(error))
             await asyncio.sleep(ADOPT_S)
 
     async def _take(self, job: Job) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import asyncpg
 import pytest
@@ -391,6 +392,36 @@ def test_a_row_removed_while_it_is_adopted_stops_no_adoption(database: str) -> N
             await jobs[0].table.add(job)
             async with asyncio.timeout(20):
                 await met.wait()
+            assert (await _ends(jobs[0], job.id)).state == "done"
+
+    asyncio.run(run())
+
+
+def test_a_damaged_row_ends_no_search_for_jobs(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the row is repaired, jobs are continued again."""
+    real, met = JobTable.pages, asyncio.Event()
+
+    async def pages(table: JobTable, **which: Any) -> AsyncIterator[list[Job]]:
+        try:
+            async for page in real(table, **which):
+                yield page
+        except ValueError:
+            met.set()
+            raise
+
+    monkeypatch.setattr(JobTable, "pages", pages)
+
+    async def run() -> None:
+        provider = SealingProvider()
+        async with servers(database, provider, 0) as stores, started(stores, provider) as jobs:
+            await write(stores[0], 5)
+            damaged = keyspace.job(stores[0].new_job_id(stores[0].clock.now_ns()))
+            await stores[0].writer.commit(Write(((damaged, b"{"),)))
+            async with asyncio.timeout(20):
+                await met.wait()
+            await stores[0].writer.commit(Write(((damaged, None),)))
+            job = Job(stores[0].new_job_id(stores[0].clock.now_ns()), "t", 1, 1, kind="rotation", keying=True)
+            await jobs[0].table.add(job)
             assert (await _ends(jobs[0], job.id)).state == "done"
 
     asyncio.run(run())
