@@ -283,7 +283,7 @@ def test_rows_of_jobs_that_ended_long_ago_are_not_read_again(database: str, monk
     asyncio.run(run())
 
 
-def test_a_job_whose_beginning_was_not_confirmed_is_continued(database: str) -> None:
+def test_a_job_whose_beginning_was_not_confirmed_is_continued(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         await write(stores[0], 5)
         real, added = jobs[0].table.add, []
@@ -293,7 +293,7 @@ def test_a_job_whose_beginning_was_not_confirmed_is_continued(database: str) -> 
             added.append(job.id)
             raise StoreUnavailableError("not confirmed")
 
-        jobs[0].table.add = add  # type: ignore[method-assign]  # the hook
+        monkeypatch.setattr(jobs[0].table, "add", add)
         with pytest.raises(StoreUnavailableError, match="not confirmed"):
             await jobs[0].rotation.rotate("t")
         assert (await _ends(jobs[1], added[0])).state == "done"
@@ -355,7 +355,7 @@ def test_other_work_that_loses_its_claim_is_refused(database: str) -> None:
     with_two(database, body)
 
 
-def _fails_once(jobs: Jobs, error: Exception) -> asyncio.Event:
+def _fails_once(jobs: Jobs, error: Exception, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     """The next read of a row by its id fails; the event is set then."""
     real, met = jobs.table.get, asyncio.Event()
 
@@ -365,15 +365,15 @@ def _fails_once(jobs: Jobs, error: Exception) -> asyncio.Event:
             raise error
         return await real(job_id)
 
-    jobs.table.get = get  # type: ignore[method-assign]  # the hook
+    monkeypatch.setattr(jobs.table, "get", get)
     return met
 
 
 @pytest.mark.parametrize("keying", [True, False])
-def test_a_failed_read_strands_no_job(database: str, keying: bool) -> None:
+def test_a_failed_read_strands_no_job(database: str, keying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         await write(stores[0], 5)
-        met = _fails_once(jobs[0], StoreUnavailableError("one read"))
+        met = _fails_once(jobs[0], StoreUnavailableError("one read"), monkeypatch)
         job = await jobs[0].add(jobs[0].rotation, "t", keying=keying)
         async with asyncio.timeout(20):
             await met.wait()
@@ -382,12 +382,12 @@ def test_a_failed_read_strands_no_job(database: str, keying: bool) -> None:
     with_two(database, body)
 
 
-def test_a_row_removed_while_it_is_adopted_stops_no_adoption(database: str) -> None:
+def test_a_row_removed_while_it_is_adopted_stops_no_adoption(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         provider = SealingProvider()
         async with servers(database, provider, 0) as stores, started(stores, provider) as jobs:
             await write(stores[0], 5)
-            met = _fails_once(jobs[0], JobNotFoundError())
+            met = _fails_once(jobs[0], JobNotFoundError(), monkeypatch)
             job = Job(stores[0].new_job_id(stores[0].clock.now_ns()), "t", 1, 1, kind="rotation", keying=True)
             await jobs[0].table.add(job)
             async with asyncio.timeout(20):
@@ -434,14 +434,13 @@ def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str, m
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         mine = stores[0].claims
         assert await mine.claim("u", "job-1", "")
-        real = stores[0].writer.commit
 
         def commit(write: Write) -> asyncio.Future[None]:
             raise StoreUnavailableError("not written")
 
-        stores[0].writer.commit = commit  # type: ignore[method-assign]  # the hook
-        await mine.release("u")
-        stores[0].writer.commit = real  # type: ignore[method-assign]  # the hook
+        with monkeypatch.context() as patched:
+            patched.setattr(stores[0].writer, "commit", commit)
+            await mine.release("u")
         await mine.renew()
         assert not await stores[1].claims.claim("u", "job-2", "job-1")
         assert await mine.claim("u", "job-2", "job-1")
