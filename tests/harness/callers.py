@@ -19,6 +19,7 @@ from minikms.policy.meters import SAVED_NAME
 from tests import needs
 from tests.harness.limited import FULL_BUCKETS
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.waiting import receive_more
 
 USER, OTHER, PROXY, NOBODY = 45_678, 45_679, 45_680, 45_681
 """Uids that belong to nobody on the machine."""
@@ -63,21 +64,15 @@ class Caller:
 
     def receive(self) -> Reply:
         while b"\r\n\r\n" not in self._data:
-            self._read()
+            self._data += receive_more(self.sock)
         head, _, self._data = self._data.partition(b"\r\n\r\n")
         status_line, *lines = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
         length = int(headers["content-length"])
         while len(self._data) < length:
-            self._read()
+            self._data += receive_more(self.sock)
         body, self._data = self._data[:length], self._data[length:]
         return Reply(int(status_line.split()[1]), headers, json.loads(body) if body[:1] in (b"{", b"[") else body)
-
-    def _read(self) -> None:
-        data = self.sock.recv(65536)
-        if not data:
-            raise ConnectionResetError("the daemon has closed the connection")
-        self._data += data
 
     def ask(self, method: str, target: str, body: object = None, *, headers: tuple[str, ...] = ()) -> Reply:
         self.send(method, target, body, headers=headers)
@@ -126,7 +121,7 @@ def connected_as(uid: int, path: Path) -> socket.socket:
     received.settimeout(WAIT_S)
     answer = b""
     while not answer.endswith(b"ok"):
-        answer += received.recv(4096)
+        answer += receive_more(received)
     ours.close()
     os.waitpid(child, 0)
     return received

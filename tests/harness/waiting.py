@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 
@@ -15,3 +16,11 @@ def wait_until(holds: Callable[[], object], *, seconds: float = WAIT_S_MAX) -> N
     while not holds():
         assert time.monotonic() < end, f"not true within {seconds} s"
         time.sleep(0.02)
+
+
+def receive_more(connection: socket.socket) -> bytes:
+    """At least one byte. Raises `ConnectionResetError` at the end of the stream, where a loop would wait for ever."""
+    part = connection.recv(1 << 16)
+    if not part:
+        raise ConnectionResetError("the other side has closed the connection")
+    return part

@@ -19,6 +19,8 @@ from typing import Self
 
 import msgspec
 
+from tests.harness.waiting import receive_more
+
 CLOSE = "close"
 SILENT = "silent"
 Step = bytes | str
@@ -44,7 +46,7 @@ def read_request(connection: socket.socket) -> bytes:
     head, _, body = data.partition(b"\r\n\r\n")
     length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
     while len(body) < length:
-        body += connection.recv(1 << 20)
+        body += receive_more(connection)
     return head + b"\r\n\r\n" + body
 
 

@@ -26,6 +26,7 @@ from tests.harness.documented import Pair
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.unix_http import UnixConnection
 from tests.harness.verb_requests import example
+from tests.harness.waiting import receive_more
 from tests.minikms.service import faulty_daemon
 from tests.minikms.service.asking import NO_KEY, b64
 
@@ -142,12 +143,12 @@ class World:
             connection.sendall(wire)
             data = b""
             while data.count(b"HTTP/1.1 ") < len(asks):
-                data += connection.recv(65536)
+                data += receive_more(connection)
             head, _, body = data[data.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
             lines = head.decode().split("\r\n")
             headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
             while len(body) < int(headers["content-length"]):
-                body += connection.recv(65536)
+                body += receive_more(connection)
             return Reply(int(lines[0].split()[1]), headers, body)
 
     def reloaded(self, text: str) -> Reply:

@@ -13,7 +13,7 @@ import uvloop
 from progressdb_server.api.http.listener import bind, serve_http
 from progressdb_server.api.http.shares import Shares
 from progressdb_server.config import Server, Tls
-from tests.harness.waiting import WAIT_S_MAX
+from tests.harness.waiting import WAIT_S_MAX, receive_more
 from tests.progressdb_server.api.asgi_client import Api
 from tests.progressdb_server.api.real_server import Reply
 
@@ -103,7 +103,7 @@ def read_response(connection: socket.socket) -> Reply:
     """The one response that is expected, from a connection that stays open."""
     data = b""
     while True:
-        data += connection.recv(1 << 16)
+        data += receive_more(connection)
         head, _, body = data.partition(b"\r\n\r\n")
         length = next((int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:")), None)
         if length is not None and len(body) >= length:

@@ -40,7 +40,7 @@ class OneResponse(Connection):
 
 def made(transport: Transport, method: str = "GET", keep_alive: bool = True, waits: bool = False) -> Cycle:
     loop: Any = None  # no test here waits for a time
-    connection = OneResponse(Serving(application, Shares(), loop))
+    connection = OneResponse(Serving(application, Shares(), loop), lambda: None)
     connection.serving.date = b"date: today\r\n"
     connection.transport = transport  # type: ignore[assignment]  # all that is called
     head = framing.Head("GET", b"/", b"", "1.1", [], keep_alive, framing.CHUNKED, waits)

@@ -20,7 +20,7 @@ from progressdb_server.api.http.cycle import Cycle
 from progressdb_server.api.http.protocol import Connection
 from progressdb_server.api.http.shares import Shares
 from progressdb_server.config import BODY_BYTES_MIN, Server
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import receive_more, wait_until
 from tests.progressdb_server.api.asgi_client import BACKEND, Api
 from tests.progressdb_server.api.certificates import self_signed
 from tests.progressdb_server.api.http_server import HttpServer, closed_within, read_response, running
@@ -103,7 +103,7 @@ def test_pipelined_requests_stay_bytes_until_their_turn(held: Held) -> None:
         held.go_on.set()
         data = b""
         while data.count(b"HTTP/1.1 200 OK") < 2001:
-            data += connection.recv(1 << 16)
+            data += receive_more(connection)
         wait_until(lambda: server.shares.bodies_bytes == 0)
 
 
@@ -158,7 +158,7 @@ def test_a_body_in_short_chunks_lets_other_connections_in_between(*, ended: bool
             connection.shutdown(socket.SHUT_WR)
         data = b""
         while data.count(b"HTTP/1.1 200 OK") < 2:
-            data += connection.recv(1 << 16)
+            data += receive_more(connection)
         assert text.encode() in data
 
 

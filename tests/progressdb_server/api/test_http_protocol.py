@@ -17,8 +17,9 @@ import httptools
 import pytest
 
 from progressdb_server.api.http import framing, limits, listener, protocol
+from progressdb_server.api.http.protocol import Connection
 from progressdb_server.store.model import MessageNotFoundError
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import WAIT_S_MAX, receive_more, wait_until
 from tests.progressdb_server.api.asgi_client import BACKEND, Api
 from tests.progressdb_server.api.certificates import self_signed
 from tests.progressdb_server.api.http_server import (
@@ -287,7 +288,7 @@ def test_head_is_refused_without_a_body(server: HttpServer) -> None:
         connection.sendall(request("HEAD", "/healthz", b"") + GET)
         data = b""
         while b'{"status":"ok"}' not in data:
-            data += connection.recv(1 << 16)
+            data += receive_more(connection)
     first, second, body = data.split(b"\r\n\r\n")
     assert first.startswith(b"HTTP/1.1 405")
     assert second.startswith(b"HTTP/1.1 200")
@@ -382,6 +383,27 @@ def test_more_connections_than_the_bound_are_closed_and_the_others_served(monkey
             assert closed_within(one_more, 60)
         held[0].sendall(GET)
         assert read_response(held[0]).status == 200
+
+
+def test_a_connection_counts_once_while_it_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CONNECTIONS_COUNT_MAX", 2)
+    first_is_made, second_waits = threading.Event(), threading.Event()
+    made = Connection.connection_made
+
+    def connection_made(connection: Connection, transport: asyncio.BaseTransport) -> None:
+        made(connection, transport)
+        first_is_made.set()
+        assert second_waits.wait(WAIT_S_MAX)
+
+    monkeypatch.setattr(Connection, "connection_made", connection_made)
+    with running() as server:
+        held = [server.connect()]
+        assert first_is_made.wait(WAIT_S_MAX)
+        held.append(server.connect())
+        second_waits.set()
+        for connection in held:
+            connection.sendall(GET)
+            assert read_response(connection).status == 200
 
 
 def test_many_half_open_connections_do_not_keep_a_good_client_waiting() -> None:

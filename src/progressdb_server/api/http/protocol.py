@@ -21,6 +21,7 @@ import contextlib
 import math
 import socket
 import urllib.parse
+from collections.abc import Callable
 from email.utils import formatdate
 from typing import Any, Final
 
@@ -120,12 +121,16 @@ class Connection(asyncio.Protocol):
     _timer: asyncio.TimerHandle | None = None
     _timer_at_s = math.inf
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, made: Callable[[], None]) -> None:
+        """`made` is called once, when the transport is there: from then on the connection is one of `serving`."""
         self.serving = serving
+        self._made = made
 
     # --- the transport's calls ----------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]  # of a stream
+        self._made()
+        del self._made
         self.serving.connections.add(self)
         self.transport.set_write_buffer_limits(high=limits.WRITE_BUFFER_BYTES_MAX)
         self._client = _address(transport.get_extra_info("peername"))
