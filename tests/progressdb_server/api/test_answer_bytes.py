@@ -43,8 +43,8 @@ def made(transport: Transport, method: str = "GET", keep_alive: bool = True, wai
     connection = OneResponse(Serving(application, Shares(), loop), lambda: None)
     connection.serving.date = b"date: today\r\n"
     connection.transport = transport  # type: ignore[assignment]  # all that is called
-    head = framing.Head("GET", b"/", b"", "1.1", [], keep_alive, framing.CHUNKED, waits)
-    return Cycle(connection, {"method": method, "http_version": "1.1"}, head)
+    fields = framing.Fields(b"", "1.1", [], keep_alive, framing.CHUNKED, waits)
+    return Cycle(connection, {"method": method, "http_version": "1.1"}, fields)
 
 
 def answered(*messages: dict[str, Any], method: str = "GET", keep_alive: bool = True) -> Transport:

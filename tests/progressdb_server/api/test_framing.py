@@ -10,7 +10,7 @@ import httptools
 import pytest
 
 from progressdb_server.api.http import framing, limits
-from progressdb_server.api.http.framing import CHUNKED, Chunks, Head, HttpError, check_beginning
+from progressdb_server.api.http.framing import CHUNKED, Chunks, Fields, Head, HttpError
 
 HEAD = b"POST /v1/m?a=b HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nX-Key:  a\tb \r\nConnection: keep-alive\r\n\r\n"
 CHUNKED_HEAD = b"PUT http://x/a?b HTTP/1.1\r\nhost: x\r\nTransfer-Encoding: Chunked\r\nExpect: 100-continue\r\n\r\n"
@@ -31,8 +31,11 @@ PIECES = (
 """What the mutations below insert."""
 
 
-def parse_head(raw: bytes) -> Head:
-    return framing.parse_head(b"before" + raw + b"after\r\n", 6, 6 + len(raw))
+def parse_head(raw: bytes, last: Fields | None = None) -> Head:
+    head = framing.parse_head(b"before" + raw + b"after\r\n", 6, last)
+    assert head is not None
+    assert head.end == 6 + len(raw)
+    return head
 
 
 class Other:
@@ -54,21 +57,22 @@ class Other:
 
 def test_a_head_is_read_as_it_is_written() -> None:
     head = parse_head(HEAD)
-    assert (head.method, head.path, head.query, head.length) == ("POST", b"/v1/m", b"a=b", 5)
-    assert head.headers[2] == (b"x-key", b"a\tb")
-    assert (head.keep_alive, head.expects_continue) == (True, False)
+    assert (head.method, head.path, head.query, head.fields.length) == ("POST", b"/v1/m", b"a=b", 5)
+    assert head.fields.headers[2] == (b"x-key", b"a\tb")
+    assert (head.fields.keep_alive, head.fields.expects_continue) == (True, False)
     chunked = parse_head(CHUNKED_HEAD)
-    assert (chunked.path, chunked.query, chunked.length, chunked.expects_continue) == (b"/a", b"b", CHUNKED, True)
+    assert (chunked.path, chunked.query) == (b"/a", b"b")
+    assert (chunked.fields.length, chunked.fields.expects_continue) == (CHUNKED, True)
 
 
 @pytest.mark.parametrize("tokens", [b"close", b"keep-alive, Close", b"upgrade\r\nConnection: close"])
 def test_a_head_that_says_close_ends_the_connection(tokens: bytes) -> None:
-    assert not parse_head(HEAD.replace(b"keep-alive", tokens)).keep_alive
+    assert not parse_head(HEAD.replace(b"keep-alive", tokens)).fields.keep_alive
 
 
 def test_an_upgrade_changes_neither_length_nor_connection() -> None:
-    head = parse_head(HEAD.replace(b"keep-alive", b"Upgrade\r\nUpgrade: websocket"))
-    assert (head.length, head.keep_alive) == (5, True)
+    fields = parse_head(HEAD.replace(b"keep-alive", b"Upgrade\r\nUpgrade: websocket")).fields
+    assert (fields.length, fields.keep_alive) == (5, True)
 
 
 @pytest.mark.parametrize("raw", [HEAD, CHUNKED_HEAD])
@@ -83,15 +87,15 @@ def test_a_mutated_head_is_refused_or_read_like_another_parser_reads_it(raw: byt
         given = bytes(mutated)
         given = given[: given.find(b"\r\n\r\n") + 4]
         try:
-            head = parse_head(given)
+            fields = parse_head(given).fields
         except HttpError:
             continue
         try:
             other = Other(given)
         except httptools.HttpParserInvalidMethodError:
             continue  # any word is a method: the routes answer 405
-        assert head.headers == other.headers, given
-        assert head.keep_alive == other.parser.should_keep_alive() or head.version == "1.0", given
+        assert fields.headers == other.headers, given
+        assert fields.keep_alive == other.parser.should_keep_alive() or fields.version == "1.0", given
         accepted += 1
     assert accepted > 400
 
@@ -161,9 +165,19 @@ def test_a_body_has_a_bounded_number_of_chunks_and_bytes_of_trailers() -> None:
 
 
 def test_an_empty_line_before_a_head_may_be_split() -> None:
-    check_beginning(b"\r")
+    assert framing.parse_head(b"\r", 0) is None
     with pytest.raises(HttpError):
-        check_beginning(b"\rG")
+        framing.parse_head(b"\rG", 0)
+
+
+def test_fields_recur_only_byte_for_byte() -> None:
+    fields = parse_head(HEAD).fields
+    other = parse_head(HEAD.replace(b"/v1/m", b"/"), fields)
+    assert (other.path, other.fields is fields) == (b"/", True)
+    for changed in (HEAD.replace(b"HTTP/1.1", b"HTTP/1.0"), HEAD.replace(b"5", b"6"), HEAD[:-2] + b"A: b\r\n\r\n"):
+        assert parse_head(changed, fields).fields == parse_head(changed).fields != fields
+    with pytest.raises(HttpError):
+        parse_head(HEAD.replace(b"/v1/m", b"/" * limits.HEAD_BYTES_MAX), fields)
 
 
 def test_many_short_chunks_are_decoded_in_many_turns() -> None:

@@ -52,11 +52,11 @@ class Cycle:
     """Of a response without a length to a client of HTTP/1.0, which knows no chunks (RFC 9112, section 6.1)."""
     _length_left = 0
 
-    def __init__(self, connection: Connection, scope: MutableMapping[str, Any], head: framing.Head) -> None:
+    def __init__(self, connection: Connection, scope: MutableMapping[str, Any], fields: framing.Fields) -> None:
         self.connection = connection
         self.scope = scope
-        self.keep_alive = head.keep_alive
-        self.waits_for_continue = head.expects_continue
+        self.keep_alive = fields.keep_alive
+        self.waits_for_continue = fields.expects_continue
 
     async def run(self) -> None:
         connection = self.connection

@@ -24,12 +24,14 @@ from progressdb_server.api.http.errors import Header
 _TOKEN: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _TEXT: Final = bytes({*range(256)} - {*range(32), 127} | {9})
 """The bytes of a head beside its line ends."""
-_ABSOLUTE: Final = re.compile(rb"(https?://[^/?#]+)?(/[^?#]*)?(?:\?([^#]*))?(?:#.*)?")
+_REQUEST_LINE: Final = re.compile(
+    rb"([A-Z]{1,32}) (?=[/h][!-~]* )(?:https?://[^/?# ]+)?(/[^?# ]*)?(?:\?([^# ]*))?(?:#[^ ]*)? HTTP/1\.[01]"
+)
+"""Method, path and query. Only a target that names a host may have no path."""
+_OPTIONS_OF_ALL: Final = re.compile(rb"(OPTIONS) (\*)() HTTP/1\.[01]")
 _CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t -~\x80-\xff]*)?")
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[!$%&'()*+,\-.;=_~0-9A-Za-z]*)(?::[0-9]*)?")
 _SINGLE: Final = (b"host", b"content-length", b"transfer-encoding", b"expect")
-_VERSIONS: Final = {b"HTTP/1.1": "1.1", b"HTTP/1.0": "1.0"}
-_METHOD_BYTES_MAX: Final = 32
 _LENGTH_DIGITS_MAX: Final = 18
 _NAMES_COUNT_MAX: Final = 256
 _NAME_BYTES_MAX: Final = 64
@@ -37,7 +39,7 @@ _names: Final[dict[bytes, bytes]] = {}
 """Names of headers as they were sent, and in lower case: they were found to be tokens. Longer ones are not kept."""
 
 CHUNKED: Final = -1
-"""`Head.length` of a chunked body."""
+"""`Fields.length` of a chunked body."""
 
 
 class HttpError(Exception):
@@ -48,28 +50,70 @@ class HttpError(Exception):
         self.status = status
 
 
-class Head(msgspec.Struct, frozen=True, gc=False):
-    method: str
-    path: bytes
-    query: bytes
+class Fields(msgspec.Struct, frozen=True, gc=False):
+    """What follows the target of a head. The next head of a connection often has the same."""
+
+    raw: bytes
+    """From the digits of the version to the empty line."""
     version: str
     headers: list[Header]
-    """Names in lower case; values without the white space around them. Not to be changed: the head may recur."""
+    """Names in lower case; values without the white space around them. Not to be changed: they may recur."""
     keep_alive: bool
     length: int
     """Of the body; `CHUNKED` if only its chunks tell."""
     expects_continue: bool
 
 
-def parse_head(data: bytes, at: int, end: int) -> Head:
-    """Parse the head in `data` from `at` to `end`, from the method to the empty line inclusive."""
-    if end - at > limits.HEAD_BYTES_MAX:
-        raise HttpError(431)
-    raw = data[at : end - 4]
-    lines = raw.split(b"\r\n")
-    if raw.translate(None, _TEXT) != b"\r\n" * (len(lines) - 1):  # a bare CR or LF, or a control character
+class Head(msgspec.Struct, frozen=True, gc=False):
+    method: str
+    path: bytes
+    query: bytes
+    fields: Fields
+    end: int
+    """Where the head ends."""
+
+
+def parse_head(data: bytes, at: int, last: Fields | None = None) -> Head | None:
+    """Parse the head that begins at `at`; None if its end is missing. `last`: those of an earlier head, which are not
+    parsed again if they recur."""
+    stop = data.find(b"\r\n", at)
+    if stop < 0:
+        _check_beginning(data[at:])
+        return None
+    line = _REQUEST_LINE.fullmatch(data, at, stop) or _OPTIONS_OF_ALL.fullmatch(data, at, stop)
+    if line is None:
         raise HttpError(400)
-    method, path, query, version = _request_line(lines[0])
+    version_at = stop - 3
+    if last is not None and data.startswith(last.raw, version_at):
+        fields = last
+    else:
+        end = data.find(b"\r\n\r\n", stop) + 4
+        _check_length((len(data) if end < 4 else end) - at)
+        if end < 4:
+            return None
+        fields = _parse_fields(data[version_at:end])
+    end = version_at + len(fields.raw)
+    _check_length(end - at)
+    method, path, query = line.groups(b"")
+    return Head(method.decode("ascii"), path or b"/", query, fields, end)
+
+
+def _check_beginning(line: bytes) -> None:
+    """Raise HttpError if this can't be the beginning of a request line, or of an empty line before it."""
+    _check_length(len(line))
+    if line not in (b"", b"\r") and (not line[:1].isupper() or b"\n" in line):
+        raise HttpError(400)
+
+
+def _check_length(count: int) -> None:
+    if count > limits.HEAD_BYTES_MAX:
+        raise HttpError(431)
+
+
+def _parse_fields(raw: bytes) -> Fields:
+    lines = raw[:-4].split(b"\r\n")
+    if raw.translate(None, _TEXT) != b"\r\n" * (len(lines) + 1):  # a bare CR or LF, or a control character
+        raise HttpError(400)
     if len(lines) - 1 > limits.HEADERS_COUNT_MAX:
         raise HttpError(431)
     headers: list[Header] = []
@@ -83,6 +127,7 @@ def parse_head(data: bytes, at: int, end: int) -> Head:
         names = [name for name, _ in headers]
         if any(names.count(name) > 1 for name in _SINGLE):
             raise HttpError(400)
+    version = lines[0].decode("ascii")
     is_1_1 = version == "1.1"
     host = named.get(b"host", None if is_1_1 else b"")
     if host is None or _HOST.fullmatch(host) is None:
@@ -100,30 +145,7 @@ def parse_head(data: bytes, at: int, end: int) -> Head:
         raise HttpError(400)
     keep_alive = is_1_1 and (b"connection" not in named or not _closes(headers))
     expects_continue = is_1_1 and b"expect" in named and named[b"expect"].lower() == b"100-continue"
-    return Head(method, path, query, version, headers, keep_alive, body_length, expects_continue)
-
-
-def _request_line(line: bytes) -> tuple[str, bytes, bytes, str]:
-    """Method, path, query, version."""
-    words = line.split(b" ")
-    version = _VERSIONS.get(words[-1])
-    if len(words) != 3 or version is None:
-        raise HttpError(400)
-    method, target, _ = words
-    if not (method.isalpha() and method.isupper()) or len(method) > _METHOD_BYTES_MAX:
-        raise HttpError(400)
-    if not target.isascii() or b"\t" in target:
-        raise HttpError(400)
-    if target == b"*" and method == b"OPTIONS":
-        path, query = target, b""
-    elif target.startswith(b"/") and b"#" not in target:
-        path, _, query = target.partition(b"?")
-    else:
-        found = _ABSOLUTE.fullmatch(target)
-        if found is None or not (found[1] or found[2]):
-            raise HttpError(400)
-        path, query = found[2] or b"/", found[3] or b""
-    return method.decode("ascii"), path, query, version
+    return Fields(raw, version, headers, keep_alive, body_length, expects_continue)
 
 
 def _name(name: bytes) -> bytes:
@@ -134,21 +156,6 @@ def _name(name: bytes) -> bytes:
     if len(_names) < _NAMES_COUNT_MAX and len(name) <= _NAME_BYTES_MAX:
         _names[name] = lower
     return lower
-
-
-def check_beginning(data: bytes) -> None:
-    """Raise HttpError if these bytes, which do not end, can't be the beginning of an acceptable head."""
-    if len(data) > limits.HEAD_BYTES_MAX:
-        raise HttpError(431)
-    if data == b"\r":
-        return  # of an empty line before the head
-    if not data[:1].isupper():
-        raise HttpError(400)
-    line, end, _ = data.partition(b"\r\n")
-    if end:
-        _request_line(line)
-    elif b"\n" in line:
-        raise HttpError(400)
 
 
 def _closes(headers: list[Header]) -> bool:

@@ -33,8 +33,8 @@ from progressdb_server.api.http.shares import BodyAccount, Shares
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
 _BODY_WAITING_BYTES_MAX: Final = 64 * 1024
 """Of a body, received and not read by the application: no more is received meanwhile."""
-_RECURRING_HEAD_BYTES_MAX: Final = 1024
-"""A head up to this length is kept, because the next one of the connection may be the same."""
+_RECURRING_FIELDS_BYTES_MAX: Final = 1024
+"""Fields of a head up to this length are kept, because those of the connection's next head may be the same."""
 _STOP_POLL_SECONDS: Final = 0.05
 CANCEL_SECONDS_MAX: Final = 5
 """For cancelled requests to end, such as a write whose disk hangs."""
@@ -97,9 +97,8 @@ class Connection(asyncio.Protocol):
     _input = b""
     """Received; used up to `_at`."""
     _at = 0
-    _last_raw = b""
-    _last_head: framing.Head | None = None
-    """The last head, and its bytes."""
+    _last_fields: framing.Fields | None = None
+    """Of the last head."""
     _held: BodyAccount | None = None
     """What `_input` takes from the budget of bodies while a request before it is handled."""
     _in_body = False
@@ -376,21 +375,13 @@ class Connection(asyncio.Protocol):
         data, at = self._input, self._at
         while data.startswith(b"\r\n", at):  # RFC 9112, section 2.2
             at += 2
-        head = self._last_head
-        if head is not None and data.startswith(self._last_raw, at):  # as of a client that polls
-            end = at + len(self._last_raw)
-        else:
-            end = data.find(b"\r\n\r\n", at) + 4
-            if end < 4:
-                self._use(at)
-                if self._input:
-                    framing.check_beginning(data[at:])
-                return False
-            head = framing.parse_head(data, at, end)
-            if end - at <= _RECURRING_HEAD_BYTES_MAX:
-                self._last_head = head
-                self._last_raw = data[at:end]
-        self._use(end)
+        head = framing.parse_head(data, at, self._last_fields)
+        if head is None:
+            self._use(at)
+            return False
+        if len(head.fields.raw) <= _RECURRING_FIELDS_BYTES_MAX:
+            self._last_fields = head.fields
+        self._use(head.end)
         self._begin(head)
         return True
 
@@ -402,12 +393,13 @@ class Connection(asyncio.Protocol):
             self._at = 0
 
     def _begin(self, head: framing.Head) -> None:
+        fields = head.fields
         raw_path = head.path
         path = raw_path.decode("ascii")
         scope: dict[str, Any] = {
             "type": "http",
             "asgi": _ASGI,
-            "http_version": head.version,
+            "http_version": fields.version,
             "server": self._server,
             "client": self._client,
             "scheme": self.scheme,
@@ -416,14 +408,14 @@ class Connection(asyncio.Protocol):
             "path": urllib.parse.unquote(path) if "%" in path else path,
             "raw_path": raw_path,
             "query_string": head.query,
-            "headers": head.headers,
+            "headers": fields.headers,
         }
-        self._cycle = cycle = Cycle(self, scope, head)
+        self._cycle = cycle = Cycle(self, scope, fields)
         scope[DIRECT] = cycle
-        if head.length:
+        if fields.length:
             self._in_body = True
-            self._chunks = framing.Chunks() if head.length == framing.CHUNKED else None
-            self._body_left = head.length
+            self._chunks = framing.Chunks() if fields.length == framing.CHUNKED else None
+            self._body_left = fields.length
             if self._input:
                 self._take_body()
             if self._in_body and self._eof and not self._continues:
