@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Any, Final, Self, TypeVar
 
 from minikms import api
 from minikms.api import Verb
@@ -23,7 +23,7 @@ from minikms.client.calls import Attempts, Call, check_proxied, make_call
 from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, BaseClient
 from minikms.client.connection import Connection
 from minikms.client.items import Batch, DecryptItem, EncryptItem, Outcome
-from minikms.client.verbs import AsyncRunner, Many, One, Operation, Verbs, ciphertext_of, plaintext_of
+from minikms.client.verbs import AsyncRunner, Many, One, Verbs, ciphertext_of, plaintext_of
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -62,8 +62,11 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
         self._slots = asyncio.Semaphore(POOL_CONNECTIONS_MAX)
         self._batch_connections: dict[Verb[Any, Any], Connection] = {}
         self._closed = False
-        self._encrypts: Batcher[EncryptItem] = Batcher(self._send_encrypts, self._timeout_s + self._wait_s)
-        self._decrypts: Batcher[DecryptItem] = Batcher(self._send_decrypts, self._timeout_s + self._wait_s)
+        wait_s_max = self._timeout_s + self._wait_s
+        self._batchers: dict[Verb[Any, Any], Batcher[Any]] = {
+            api.ENCRYPT: Batcher(self._send_encrypts, wait_s_max),
+            api.DECRYPT: Batcher(self._send_decrypts, wait_s_max),
+        }
 
     async def __aenter__(self) -> Self:
         return self
@@ -76,23 +79,19 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
     async def close(self) -> None:
         """Fails every open call and closes the connections. May be repeated."""
         self._closed = True
-        await self._encrypts.close()
-        await self._decrypts.close()
+        for batcher in self._batchers.values():
+            await batcher.close()
         for connection in [*self._idle, *self._busy, *self._batch_connections.values()]:
             connection.close()
         self._idle.clear()
         self._batch_connections.clear()
         await asyncio.sleep(0)  # let the transports close their sockets
 
-    def _run(self, operation: Operation[T]) -> Coroutine[Any, Any, T]:
+    def _run(self, operation: Any) -> Coroutine[Any, Any, Any]:
         if isinstance(operation, Many):
-            return cast("Coroutine[Any, Any, T]", self._run_many(operation))
-        one = cast("One[T]", operation)
-        if one.verb is api.ENCRYPT:
-            return cast("Coroutine[Any, Any, T]", self._encrypts.submit(cast("EncryptItem", one.request)))
-        if one.verb is api.DECRYPT:
-            return cast("Coroutine[Any, Any, T]", self._decrypts.submit(cast("DecryptItem", one.request)))
-        return self._run_one(one)
+            return self._run_many(operation)
+        batcher = self._batchers.get(operation.verb)
+        return self._run_one(operation) if batcher is None else batcher.submit(operation.request)
 
     async def _run_one(self, one: One[T]) -> T:
         if self._endpoint.proxied:

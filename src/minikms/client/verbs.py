@@ -12,7 +12,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 from minikms import api
 from minikms.api import Verb
@@ -65,13 +65,12 @@ class One(Operation[T]):
         self.request_id = request_id
         self.named = named
         self.timeout_s = timeout_s
-        self.read: Callable[[Any], T] | None = None
+        self.read: Callable[[Any], Any] | None = None
 
     def then(self, read: Callable[[T], V]) -> One[V]:
         """The same request, whose value is that of `read`."""
-        one = cast("One[V]", self)
-        one.read = cast("Callable[[Any], V]", read)
-        return one
+        self.read = read
+        return self  # type: ignore[return-value]  # of a One[V] from here on
 
     def call(self, *, msgpack: bool = True) -> Call[Any]:
         """The request as it is sent; the caller wipes it. Raises InvalidRequestError."""
@@ -80,7 +79,8 @@ class One(Operation[T]):
 
     def value(self, answer: Any) -> T:
         """The value of the method. Raises KmsProtocolError for an answer that can't be one."""
-        return cast("T", answer) if self.read is None else self.read(answer)
+        value: T = answer if self.read is None else self.read(answer)
+        return value
 
 
 class Many(Operation[list[T]]):
