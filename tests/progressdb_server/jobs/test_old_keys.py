@@ -18,7 +18,16 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError
-from tests.progressdb_server.jobs.rotating import Place, backups_of, begin_at_once, chunks_of, mapped, register, write
+from tests.progressdb_server.jobs.rotating import (
+    Gate,
+    Place,
+    backups_of,
+    begin_at_once,
+    chunks_of,
+    mapped,
+    register,
+    write,
+)
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of
 
@@ -56,12 +65,11 @@ def test_after_a_cancelled_rotation_the_next_one_ends_both_older_keys() -> None:
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 30)
-        place.keys.delay_s = 0.005
+        gate = Gate(place.keys, 3)
         first = await jobs.rotation.rotate("t")
-        while not 0 < (await jobs.table.get(first.id)).done < 31:
-            await asyncio.sleep(0.001)
+        await gate.reached.wait()
         await jobs.cancel(first.id)
-        place.keys.delay_s = 0
+        gate.open()
         second = await rotated(jobs, destroy_after_s=60)
         place.clock.now += DAY_NS
         await jobs.destruction.begin()
