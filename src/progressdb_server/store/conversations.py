@@ -119,12 +119,10 @@ class Conversations(Messages, Rekeying, Backups):
         offset_ns = await self._take_time()
         await self.look_at_newest_backup()
         try:
-            status = await self._provider.status()
+            status = await self.epoch.observe(self._provider.status, accept_restore=accept_restore)
             if status.status == api.CODE_SEALED:
                 _log.warning("kms_sealed", reason=SEALED)
                 self.sealer.halt_sealed()
-            else:
-                await self.epoch.observe(status, accept_restore=accept_restore)
             if status.status not in ("ok", api.CODE_SEALED):
                 why = status.reason or status.status or "it reports no status"
                 raise StoreUnavailableError(f"the key service can't serve: {why}")
@@ -220,11 +218,10 @@ class Conversations(Messages, Rekeying, Backups):
                         await seen_sealed.wait()
             seen_sealed.clear()
             try:
-                status = await self._provider.status()
+                status = await self.epoch.observe(self._provider.status, accept_restore=accept_restore and not judged)
                 if status.status == api.CODE_SEALED:
                     self.sealer.halt_sealed()
                     continue
-                await self.epoch.observe(status, accept_restore=accept_restore and not judged)
                 if not seen_sealed.is_set():  # else the answer may be older than the seal
                     self.sealer.halted = None
                     judged = True
