@@ -40,12 +40,14 @@ async def rotated(jobs: Jobs, thread: str = "t", destroy_after_s: int = 0) -> Jo
     return job
 
 
-def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before() -> None:
+def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row of another job is read for it."""
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 10)
         job = await rotated(jobs, destroy_after_s=86_400)
+        monkeypatch.setattr(store, "job_rows", None)
         await jobs.destruction.begin()
         assert place.keys.destroyed == set()
         assert len(backups_of(store, job)) == 11
@@ -56,6 +58,27 @@ def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before() -> None:
         assert (after.destroyed_ns > 0, after.destroy_at_ns, after.backups) == (True, 0, 0)
         assert backups_of(store, job) == {}
         assert await messages_of(store, "t") == messages
+
+    place.run(body)
+
+
+def test_no_old_key_is_destroyed_while_a_row_is_damaged() -> None:
+    """It may be one of the thread, with backups under the key."""
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1)
+        job = await rotated(jobs, destroy_after_s=1)
+        damaged = store.new_job_id(place.clock.now)
+        await store.writer.commit(Write(((keyspace.job(damaged), b"{"),)))
+        assert [one.id async for page in jobs.table.pages() for one in page] == [job.id]
+        place.clock.now += DAY_NS
+        await jobs.destruction.begin()
+        assert place.keys.destroyed == set()
+        assert (await jobs.table.get(job.id)).destroy_waits_for == f"the row of job {damaged} is damaged"
+        await store.writer.commit(Write(((keyspace.job(damaged), None),)))
+        await jobs.destruction.begin()
+        assert place.keys.destroyed == {job.old_key}
 
     place.run(body)
 
