@@ -1,7 +1,7 @@
 """The whole store of a running server: the parts of a store with a key service, and the work that it does by itself.
 
-Owns: the composition, the format check at opening, the hourly sweep of retries, and the watches over the key service's
-epoch and the clock.
+Owns: the composition, the format check at opening, the hourly sweep of retries and of the leases of killed servers, and
+the watches over the key service's epoch and the clock.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ class Conversations(Messages, Rekeying, Backups):
     async def _sweep(self) -> None:
         while True:
             try:
+                await self.claims.sweep()
                 await idempotency.sweep(self.reads, self.writer, self.clock.now_ns())
             except Exception as error:  # noqa: BLE001 - whatever ends one sweep, the next one is made
                 _log.warning("sweep_failed", error=type(error).__qualname__, again_s=SWEEP_S)

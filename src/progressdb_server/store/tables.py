@@ -74,6 +74,8 @@ def _owner(key: bytes) -> tuple[bytes, bytes | None]:
             return b"backups", keyspace.BACKUPS
         case b"job", _:
             return b"job", keyspace.JOBS
+        case b"server", _:
+            return b"server", keyspace.SERVERS
         case _:
             return key, None
 

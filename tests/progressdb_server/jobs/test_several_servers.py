@@ -149,6 +149,24 @@ def test_a_job_of_a_server_that_is_gone_is_continued_by_another(database: str) -
     with_two(database, body)
 
 
+@pytest.mark.usefixtures("long_leases")
+def test_the_entry_that_a_killed_server_left_is_removed(database: str) -> None:
+    """Without a claim, which another server would take over; also a damaged one. That of a server that runs stays."""
+
+    async def run() -> None:
+        async with servers(database, SealingProvider(), 0, 0) as (one, two):
+            left = {"killed": b"1", "damaged": b"?", "later": b"9" * 5000}
+            await one.writer.commit(Write([(keyspace.server(name), value) for name, value in left.items()]))
+            assert await one.claims.claim("t", "job-1", "")
+            await two.start()
+            async with asyncio.timeout(20):
+                while await _leases(database) != 1:
+                    await asyncio.sleep(0.02)
+            assert not await two.claims.claim("t", "job-2", "job-1")
+
+    asyncio.run(run())
+
+
 async def _leases(url: str) -> int:
     connection = await asyncpg.connect(url)
     try:
@@ -458,6 +476,21 @@ def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str, m
         await mine.renew()
         assert not await stores[1].claims.claim("u", "job-2", "job-1")
         assert await mine.claim("u", "job-2", "job-1")
+
+    with_two(database, body)
+
+
+@pytest.mark.usefixtures("long_leases")
+def test_a_failed_release_is_repeated_while_the_server_works_on(database: str) -> None:
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        mine, other = (store.claims for store in stores)
+        for thread in ("u", "v"):
+            assert await mine.claim(thread, "job-1", "")
+        await _not_released(stores[0], "u")
+        async with asyncio.timeout(20):
+            while not await other.claim("u", "job-2", ""):
+                await asyncio.sleep(0.02)
+        assert not await other.claim("v", "job-2", "job-1")
 
     with_two(database, body)
 
