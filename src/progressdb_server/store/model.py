@@ -413,6 +413,8 @@ class Database(msgspec.Struct):
     schema: int
     standbys: str
     """`synchronous_standby_names`: without any, one disk has what was acknowledged."""
+    connected: int | None
+    """How many of them confirm commits now, None if the role may not see that (`pg_read_all_stats`)."""
     tls: str
     """The protocol's version, empty on a Unix socket."""
     problems: list[str]

@@ -28,7 +28,8 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
     TooManyMembersError,
 )
-from tests.progressdb_server.store.failing_database import end_the_wait, no_standby
+from tests.harness import postgres as harness
+from tests.progressdb_server.store.failing_database import end_the_wait, no_standby, with_setting
 from tests.progressdb_server.store.opened_store import (
     becomes,
     bodies,
@@ -381,11 +382,40 @@ def test_what_was_done_before_is_acknowledged_once_it_is_replicated(database: st
             ]
             done, _ = await asyncio.wait(again, timeout=0.5)
             assert not done
-            (problem, *_) = (await tables.examine(database, single_node=False)).problems
-            assert problem.startswith("no standby is connected")
         await asyncio.gather(*again)
 
     with_two(database, run)
+
+
+def test_only_a_standby_that_confirms_commits_is_counted(database: str) -> None:
+    """Others are connected too: `doctor` says that no write is confirmed, and how to mend it."""
+    settings = f"host={nodes.places_of(database)[0].host} user=test dbname=postgres"
+
+    async def found(connection: asyncpg.Connection[Any], names: str, wanted: int) -> list[str]:
+        await with_setting(connection, "synchronous_standby_names", names)
+        async with asyncio.timeout(60):
+            while (page := await tables.examine(database, single_node=False)).connected != wanted:
+                await asyncio.sleep(0.02)
+        return [problem for problem in page.problems if "synchronous_standby_names" in problem]
+
+    async def run() -> None:
+        await (await emptied(database)).close()
+        connection = await asyncpg.connect(database, server_settings={"synchronous_commit": "local"})
+        try:
+            assert await found(connection, "one", 1) == []
+            for names, connected, wanted in (("ANY 2 (one, two)", 1, 2), ("two", 0, 1)):
+                (problem,) = await found(connection, names, connected)
+                assert f"{connected} of those in synchronous_standby_names ({names}), and {wanted} must" in problem
+            await connection.execute("CREATE ROLE plain LOGIN; GRANT SELECT ON store_schema TO plain")
+            page = await tables.examine(database.replace("test@", "plain@"), single_node=False)
+            assert page.connected is None
+            await connection.execute("DROP OWNED BY plain; DROP ROLE plain")
+        finally:
+            await with_setting(connection, "synchronous_standby_names", "")
+            await connection.close()
+
+    with harness.standby(settings, "one"):
+        asyncio.run(run())
 
 
 def test_a_lost_connection_before_the_commit_costs_no_write(database: str) -> None:
