@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -175,6 +176,49 @@ def test_a_change_that_other_servers_always_precede_is_refused(database: str, mo
             assert (await one.get_thread("t")).title == "early"
 
     asyncio.run(run())
+
+
+def test_an_append_whose_stamp_is_always_late_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is stored."""
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        (first,) = await fill(two, 1)
+        monkeypatch.setattr(one.clock, "recover", lambda last: None)  # a stamp of the other server precedes each try
+        async with asyncio.timeout(60):
+            with pytest.raises(NotWrittenError, match="at the same time"):
+                await one.create_message(of("ann", "late"))
+        assert [message.id for message in await messages_of(one, "t")] == [first.id]
+
+    with_two(database, run, HOUR_NS)
+
+
+def test_members_that_other_servers_always_change_first_are_not_changed(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        await fill(one, 1)
+        real = one.check_room
+
+        async def preceded(thread: str, more: int) -> changing_threads.Room:
+            room = await real(thread, more)
+            await two.add_members(thread, [f"of two {secrets.token_hex(8)}"])
+            return room
+
+        monkeypatch.setattr(one, "check_room", preceded)
+        monkeypatch.setattr(changing_threads, "CHANGE_TRIES_MAX", 3)
+        monkeypatch.setattr(changing_messages, "CHANGE_TRIES_MAX", 3)
+        one.rule = "open"
+        async with asyncio.timeout(60):
+            for change in (
+                one.add_members("t", ["bob"]),
+                one.remove_member("t", "bob"),
+                one.create_message(of("bob", 1)),
+            ):
+                with pytest.raises(NotWrittenError, match="at the same time"):
+                    await change
+        assert "bob" not in await one.members("t")
+
+    with_two(database, run)
 
 
 def test_a_retry_at_another_server_makes_nothing_twice(database: str) -> None:

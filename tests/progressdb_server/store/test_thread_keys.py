@@ -546,6 +546,22 @@ def test_an_older_store_whose_keys_were_rotated_since_takes_writes() -> None:
     with_store(after, engine, provider)
 
 
+def test_a_message_into_a_thread_that_has_lost_its_map_is_refused() -> None:
+    """It makes one key at most."""
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0))
+        await store.writer.commit(Write(((keyspace.key_map("t"), None),)))
+        store.sealer.forget()
+        async with asyncio.timeout(20):
+            with pytest.raises(RecordUnreadableError, match="has no key"):
+                await store.create_message(new(1))
+        assert len(provider.keys) <= 2
+
+    with_store(run, provider=provider)
+
+
 def test_a_lost_map_that_is_rebuilt_after_a_renewal_takes_writes() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
 
