@@ -436,6 +436,12 @@ class BackupBusyError(BackupError):
     status, text = 409, "another backup is running: wait until it ends"
 
 
+class BackupOfDatabaseError(BackupError):
+    """Other programs back up a database."""
+
+    status, text = 409, "the store is in a database: back it up with pg_basebackup or pgBackRest"
+
+
 class BackupThereError(BackupError):
     """The register forgets no backup that is there."""
 

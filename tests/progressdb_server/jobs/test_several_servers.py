@@ -20,6 +20,7 @@ from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     BackupExistsError,
+    BackupOfDatabaseError,
     RecordUnreadableError,
     StaleRowError,
     StoreUnavailableError,
@@ -253,6 +254,8 @@ def test_an_old_key_waits_for_the_registered_backups_of_the_database(
             assert provider.destroyed == set()
 
         await kept("no backup of the database is registered")
+        with pytest.raises(BackupOfDatabaseError):
+            await stores[1].back_up("/nowhere")
         await stores[1].register_backup("old", before)
         await kept("progressdb backup forget old")
         with pytest.raises(BackupExistsError):
