@@ -175,7 +175,7 @@ def test_a_file_whose_sync_failed_is_written_anew(
     before = inodes(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
         patch.setattr(backups_module, "syncfs", failing(sync.syncfs, at=1))
-        patch.setattr(os, "fsync", failing(os.fsync, at=1))
+        patch.setattr(os, "fdatasync", failing(os.fdatasync, at=1))
         blank(backups, key_id(1))
     assert in_all_files(tmp_path, 1) == 0, "in the page cache"
     assert blank(backups, key_id(1)) == [0]
@@ -207,7 +207,7 @@ def test_a_file_that_is_written_anew_is_read_once(
     keep(backups, STAMP, record(1), record(2), record(3))
     [path] = journals(tmp_path)
     on_disk = path.read_bytes()
-    with failing_os(monkeypatch, "fsync"), pytest.raises(StorageUnavailableError):
+    with failing_os(monkeypatch, "fdatasync"), pytest.raises(StorageUnavailableError):
         blank(backups, key_id(1))
     opens = 0
 
