@@ -40,7 +40,7 @@ class KeyDestruction(Kind):
 
     async def begin(self) -> None:
         """Destroy the old keys that are due. One that can't be destroyed does not delay the others."""
-        for job in await self._table.due():
+        async for job in self._table.due():
             if not self._runner.has_job(job.thread):
                 with contextlib.suppress(JobError):  # a job on the thread was begun, or the row removed, meanwhile
                     async with self._runner.alone(job):

@@ -141,12 +141,14 @@ class JobTable:
     def _unknown_since_ns(self) -> int:
         return max(0, self._all_read_ns - LATE_ROWS_NS)
 
-    async def due(self) -> list[Job]:
+    async def due(self) -> AsyncIterator[Job]:
         """The jobs whose old keys are to be destroyed by now, as far as their rows were read or written here: one of
         another server is, once OldRows or the search for its jobs has read it. Raises StoreUnavailableError."""
         now_ns = self.now_ns()
-        ids = sorted(job_id for job_id, at_ns in self._due.items() if at_ns <= now_ns)
-        return [job async for page in self.pages_of(ids) for job in page if 0 < job.destroy_at_ns <= now_ns]
+        async for page in self.pages_of(sorted(job_id for job_id, at_ns in self._due.items() if at_ns <= now_ns)):
+            for job in page:
+                if 0 < job.destroy_at_ns <= now_ns:
+                    yield job
 
     async def of_thread(self, thread: str) -> list[Job]:
         """The thread's jobs, oldest first. Only the first call reads the whole table. Raises RecordUnreadableError
