@@ -407,21 +407,16 @@ def _going(parts: Iterable[tuple[int, bytes]], key_ids: Iterable[str]) -> list[B
     """The records of these keys, and those that a crash left half blank."""
     going: list[BackupRecord] = []
     named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s' % key_id.encode())}
-    forms = named.keys()
-    marks = {0, *(form[-1] for form in forms)}  # the first or the last byte of a half blank id is zero
+    marks = {0, *(form[-1] for form in named)}  # the id of a half blank record is zero
     for start, part in parts:
         marked = zip(*(part[mark::RECORD_BYTES] for mark in _MARKS), strict=True)
         for place, apart in zip(range(0, len(part), RECORD_BYTES), map(marks.isdisjoint, marked), strict=True):
             if apart or part.startswith(BLANK, place):
                 continue
-            ids = _IDS.unpack_from(part, place)
-            if not forms.isdisjoint(ids):
-                key_id = next(named[form] for form in ids if form in named)
-            elif 0 in ids[0] and journal_format.is_half_blank(part[place : place + RECORD_BYTES], start + place):
-                key_id = ""
-            else:
-                continue
-            going.append(BackupRecord(key_id, b"", start + place))
+            raw_id, old, new = _IDS.unpack_from(part, place)
+            key_id = named.get(raw_id) or named.get(old) or named.get(new, "")
+            if key_id or journal_format.is_half_blank(part[place : place + RECORD_BYTES], start + place):
+                going.append(BackupRecord(key_id, b"", start + place))
     return going
 
 
@@ -432,7 +427,5 @@ _CONTENT: Final = f"{_ID_TEXT_BYTES}s{FILE_BYTES - _ID_TEXT_BYTES}x"
 _IDS: Final = Struct(f"{KEY_ID_BYTES}s{_CONTENT}{_CONTENT}{journal_format.CHECKSUM_BYTES}x")
 """The three places of a record that name its key."""
 _OLD_MARK: Final = KEY_ID_BYTES + _ID_TEXT_BYTES - 1
-_MARKS: Final = (0, KEY_ID_BYTES - 1, _OLD_MARK, _OLD_MARK + FILE_BYTES)
-"""Of the first and the last byte of the first of them, and of the last byte of the others. Only a record with such
-a byte of a wanted id is unpacked.
-"""
+_MARKS: Final = (KEY_ID_BYTES - 1, _OLD_MARK, _OLD_MARK + FILE_BYTES)
+"""Of their last bytes. Only a record that has the last byte of a wanted id there is unpacked."""

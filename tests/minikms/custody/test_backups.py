@@ -25,7 +25,7 @@ from minikms.custody.deks import DekStore
 from minikms.custody.journal_format import BLANK, BYTES_MAX, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, encode
 from minikms.custody.settled_keys import newest_key_id
 from minikms.files import open_directory, replace_file
-from minikms.keys.dek import FILE_BYTES
+from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES
 from tests.harness.disk_faults import failing, failing_os, flip, quick_directory, refuse
 from tests.harness.vaults import OpenedVault, opened_vault
 
@@ -144,6 +144,23 @@ def test_a_destroyed_key_is_in_no_record_and_its_neighbours_stay(tmp_path: Path)
     assert [in_all_files(tmp_path, number) for number in (1, 2, 3, 4, 5)] == [2, 0, 2, 2, 0]
     assert sum(path.stat().st_size for path in journals(tmp_path)) == before
     assert contents(backups) == [[key_id(1), key_id(3)], [key_id(4)]] * 2
+
+
+def test_a_damaged_record_is_blanked_if_one_of_three_places_names_its_key(tmp_path: Path) -> None:
+    backups = opened(tmp_path)
+    keep(backups, STAMP, record(1), record(2), record(3))
+    [path] = journals(tmp_path)
+    whole = path.read_bytes()
+    begin = AT + RECORD_BYTES
+    places = {0: KEY_ID_BYTES, KEY_ID_BYTES: 40, KEY_ID_BYTES + FILE_BYTES: 40}
+    for intact in places:
+        damaged = bytearray(whole)
+        for place, length in places.items():
+            if place != intact:
+                damaged[begin + place : begin + place + length] = b"?" * length
+        path.write_bytes(damaged)
+        assert blank(backups, key_id(2)) == [1]
+        assert path.read_bytes() == whole[:begin] + BLANK + whole[begin + RECORD_BYTES :]
 
 
 def test_a_record_that_cannot_be_blanked_is_an_error_until_it_can(
