@@ -382,7 +382,7 @@ class Vault:
         await self._on_disk(partial(self.rotation_backups.blank, [found]))
 
     async def _on_disk(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return await asyncio.wrap_future(self._executor.submit(work))  # uvloop's `run_in_executor` inspects it first
 
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""
