@@ -64,7 +64,7 @@ def first_version(message: Message, stamp: Stamp, extra: Puts = (), expect: Puts
             messages=1,
         )
 
-    return Draft(((key, record.message_secret(message, stamp.text)),), finish)
+    return Draft(((key, record.message_secret(message, own.decode())),), finish)
 
 
 def later_version(

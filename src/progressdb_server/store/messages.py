@@ -94,6 +94,8 @@ class Messages(Reading):
         state = self.sealer.known(new.thread)
         if state is None:
             return self._create_or_append(new, ticket, request_id)
+        if new.author in state.writers:  # the condition of the write finds out if it is no longer true
+            return self._append_as(membership.MEMBER, state, new, ticket, request_id=request_id)
         return self._append(state, new, ticket, request_id)
 
     async def _create_or_append(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
@@ -131,8 +133,6 @@ class Messages(Reading):
     async def _append(
         self, state: ThreadState, new: NewMessage, ticket: Ticket | None, request_id: str | None
     ) -> Message:
-        if new.author in state.writers:  # the condition of the write finds out if it is no longer true
-            return await self._append_as(membership.MEMBER, state, new, ticket, request_id=request_id)
         key = keyspace.writer(state.thread, new.author)
         entry = await self.reads.get(key)
         if entry is None:

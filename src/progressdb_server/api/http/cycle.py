@@ -33,30 +33,28 @@ _WITHOUT_BODY: Final = frozenset({204, 304})
 
 
 class Cycle:
-    # Values that most requests share are set on the class, which costs a request nothing.
-    more_body = True
-    body_refused = False
-    disconnected = False
-    response_started = False
-    response_complete = False
-    task: asyncio.Task[None] | None = None
-    _body: bytes | bytearray = b""
-    _received_bytes = 0
-    _account: BodyAccount | None = None
-    _caller: tuple[Caller, str | None] | None = None
-    _has_news = False
-    _event: asyncio.Event | None = None
-    _response_start: MutableMapping[str, Any] | None = None
-    _chunked: bool | None = None
-    _ends_with_connection = False
-    """Of a response without a length to a client of HTTP/1.0, which knows no chunks (RFC 9112, section 6.1)."""
-    _length_left = 0
-
     def __init__(self, connection: Connection, scope: MutableMapping[str, Any], fields: framing.Fields) -> None:
         self.connection = connection
         self.scope = scope
         self.keep_alive = fields.keep_alive
         self.waits_for_continue = fields.expects_continue
+        self.task: asyncio.Task[None] | None = None
+        self.disconnected = False
+        self.more_body = True
+        self.body_refused = False
+        self._body: bytes | bytearray = b""
+        self._received_bytes = 0
+        self._account: BodyAccount | None = None
+        self._caller: tuple[Caller, str | None] | None = None
+        self._has_news = False
+        self._event: asyncio.Event | None = None
+        self.response_started = False
+        self.response_complete = False
+        self._response_start: MutableMapping[str, Any] | None = None
+        self._chunked: bool | None = None
+        self._ends_with_connection = False
+        """Of a response without a length to a client of HTTP/1.0, which knows no chunks (RFC 9112, section 6.1)."""
+        self._length_left = 0
 
     async def run(self) -> None:
         connection = self.connection

@@ -25,9 +25,10 @@ _TOKEN: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _TEXT: Final = bytes({*range(256)} - {*range(32), 127} | {9})
 """The bytes of a head beside its line ends."""
 _REQUEST_LINE: Final = re.compile(
-    rb"([A-Z]{1,32}) (?=[/h][!-~]* )(?:https?://[^/?# ]+)?(/[^?# ]*)?(?:\?([^# ]*))?(?:#[^ ]*)? HTTP/1\.[01]"
+    rb'([A-Z]{1,32}) (?=[/h])(?:https?://[!-"$-.0->@-~]+)?(/[!-"$->@-~]*)?(?:\?([!-"$-~]*))?(?:#[!-~]*)? HTTP/1\.[01]'
 )
-"""Method, path and query. Only a target that names a host may have no path."""
+"""Method, path and query. Each part has printable characters except those that begin the next. A target without a path
+names a host."""
 _OPTIONS_OF_ALL: Final = re.compile(rb"(OPTIONS) (\*)() HTTP/1\.[01]")
 _CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t -~\x80-\xff]*)?")
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[!$%&'()*+,\-.;=_~0-9A-Za-z]*)(?::[0-9]*)?")

@@ -86,44 +86,44 @@ class Connection(asyncio.Protocol):
     """The bounds and rules above, on the transport of one client."""
 
     transport: asyncio.Transport
-    group = ""
-    """By what the bounds of one address are counted."""
-    scheme = "http"
-    write_paused = False
-    _client: tuple[str, int] | None = None
-    _server: tuple[str, int] | None = None
-    _cycle: Cycle | None = None
-    """The request that was begun last."""
-    _input = b""
-    """Received; used up to `_at`."""
-    _at = 0
-    _last_fields: framing.Fields | None = None
-    """Of the last head."""
-    _held: BodyAccount | None = None
-    """What `_input` takes from the budget of bodies while a request before it is handled."""
-    _in_body = False
-    _body_left = 0
-    _chunks: framing.Chunks | None = None
-    _continues = False
-    """More of the received chunks are decoded in the next turn of the event loop. Nothing is read meanwhile."""
-    _ended = False
-    """No further request is begun."""
-    _linger_bytes_left: int | None = None
-    """Of what is received and dropped before the connection is closed; None if it does not linger."""
-    _eof = False
-    _read_paused = False
-    _drained: asyncio.Future[None] | None = None
-    _expecting = False
-    """Whether the client is expected to send: a request has begun or the connection is new, and it is not whole."""
-    _deadline_s = math.inf
-    """When the connection is closed unless something happens, on the loop's clock."""
-    _timer: asyncio.TimerHandle | None = None
-    _timer_at_s = math.inf
 
     def __init__(self, serving: Serving, made: Callable[[], None]) -> None:
         """`made` is called once, when the transport is there: from then on the connection is one of `serving`."""
         self.serving = serving
         self._made = made
+        self.group = ""
+        """By what the bounds of one address are counted."""
+        self.scheme = "http"
+        self.write_paused = False
+        self._client: tuple[str, int] | None = None
+        self._server: tuple[str, int] | None = None
+        self._cycle: Cycle | None = None
+        """The request that was begun last."""
+        self._input = b""
+        """Received; used up to `_at`."""
+        self._at = 0
+        self._last_fields: framing.Fields | None = None
+        """Of the last head."""
+        self._held: BodyAccount | None = None
+        """What `_input` takes from the budget of bodies while a request before it is handled."""
+        self._in_body = False
+        self._body_left = 0
+        self._chunks: framing.Chunks | None = None
+        self._continues = False
+        """More of the received chunks are decoded in the next turn of the event loop. Nothing is read meanwhile."""
+        self._ended = False
+        """No further request is begun."""
+        self._linger_bytes_left: int | None = None
+        """Of what is received and dropped before the connection is closed; None if it does not linger."""
+        self._eof = False
+        self._read_paused = False
+        self._drained: asyncio.Future[None] | None = None
+        self._expecting = False
+        """Whether the client is expected to send: a request has begun or the connection is new, and it is not whole."""
+        self._deadline_s = math.inf
+        """When the connection is closed unless something happens, on the loop's clock."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at_s = math.inf
 
     # --- the transport's calls ----------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
