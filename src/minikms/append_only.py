@@ -56,6 +56,7 @@ class AppendOnlyFile:
     def __init__(self, path: str, fd: int, size: int) -> None:
         self._path = path
         self._fd = fd
+        self._inode = os.fstat(fd).st_ino
         self._confirmed = size
         self._held: collections.deque[bytes] = collections.deque()
         """The appends that are not confirmed."""
@@ -126,7 +127,7 @@ class AppendOnlyFile:
         """Store what is confirmed. Without it the next process only takes an alteration for damage."""
         if self._mark_fd >= 0:
             with contextlib.suppress(OSError):
-                os.pwrite(self._mark_fd, _MARK.pack(os.fstat(self._fd).st_ino, self._confirmed), 0)
+                os.pwrite(self._mark_fd, _MARK.pack(self._inode, self._confirmed), 0)
 
     def _append_anew(self) -> None:
         blob = b"".join(self._held)
@@ -140,8 +141,9 @@ class AppendOnlyFile:
     def switch(self, fd: int, size: int) -> None:
         """Continue with a file whose first `size` bytes are on disk. The previous file must have been synced."""
         with self._lock:
+            inode = os.fstat(fd).st_ino
             os.close(self._fd)
-            self._fd = fd
+            self._fd, self._inode = fd, inode
             self.size = self._confirmed = size
             self._mark()
 

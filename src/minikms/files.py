@@ -34,7 +34,7 @@ from typing import Final, NamedTuple
 
 from minikms.api.errors import InvalidRequestError, StorageUnavailableError
 from minikms.clock import now_ns
-from minikms.sync import sync_file, syncfs, syncfs_reports
+from minikms.sync import sync_data, sync_file, syncfs, syncfs_reports
 
 FILE_MODE: Final = 0o600
 TEMP_PREFIX: Final = ".tmp-"
@@ -179,7 +179,7 @@ def patch_file(directory: int, name: str, patches: Sequence[tuple[int, bytes]], 
             for offset, data in patches:
                 write_all_at(fd, data, offset)
             if sync:
-                sync_file(fd)
+                sync_data(fd)  # the file keeps its length and its blocks
         finally:
             os.close(fd)
 

@@ -7,9 +7,7 @@ of items is the inner session's: a record does not say where it stood.
 
 from __future__ import annotations
 
-import binascii
 import json
-from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -23,9 +21,11 @@ from minikms_adapters.records import (
     Runner,
     Sealer,
     Steps,
+    as_json,
     ask,
     ask_inner,
     asynchronous,
+    from_json,
     thread_name,
 )
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from agents.items import TResponseInputItem
     from agents.memory.session_settings import SessionSettings
 
-RECORD_FIELD: Final = "minikms"
-"""The only member of a stored item: the record, in base64."""
 ITEMS_MAX: Final = 1_000_000
 """Of a session that can be re-encrypted."""
 REPLACE_TRIES_MAX: Final = 10
@@ -127,11 +125,11 @@ class EncryptedSession(SessionABC):
     def _seal(self, items: Sequence[TResponseInputItem]) -> Steps[list[TResponseInputItem]]:
         values = [(self._place(), json.dumps(item, default=_as_dict, ensure_ascii=False).encode()) for item in items]
         records = yield from self._sealer.seal(values)
-        sealed = [{RECORD_FIELD: b64encode(record).decode("ascii")} for record in records]
+        sealed = [as_json(record) for record in records]
         return cast("list[TResponseInputItem]", sealed)
 
     def _open(self, items: Sequence[object]) -> Steps[list[TResponseInputItem]]:
-        records = [(self._place(index), _record(item)) for index, item in enumerate(items)]
+        records = [(self._place(index), from_json(item)) for index, item in enumerate(items)]
         return [json.loads(value) for value in (yield from self._sealer.open(records))]
 
 
@@ -140,13 +138,3 @@ def _as_dict(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return value.model_dump()
     raise TypeError(f"a session can't hold a value of type {type(value).__name__}: it has no form in JSON")
-
-
-def _record(item: object) -> object:
-    """The record of a stored item, or what is there in its place."""
-    if not isinstance(item, dict) or set(item) != {RECORD_FIELD}:
-        return item
-    try:
-        return b64decode(item[RECORD_FIELD], validate=True)
-    except (binascii.Error, TypeError, ValueError):
-        return item

@@ -10,10 +10,12 @@ could not open.
 from __future__ import annotations
 
 import asyncio
+import binascii
 import functools
 import hashlib
 import inspect
 import re
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeGuard, TypeVar, cast
 
@@ -50,6 +52,8 @@ KEYS_CACHED_MAX: Final = 4096
 """Threads whose current key an adapter remembers, and results of `thread_name` that are kept."""
 KEY_CHANGES_MAX: Final = 3
 """How often the key of a thread may be replaced during one call."""
+_JSON_FIELD: Final = "minikms"
+"""The only member of a stored JSON value: the record, in base64."""
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
 
 KmsClient = Client | AsyncClient
@@ -202,6 +206,21 @@ def _aads(place: Place, pieces_count: int) -> list[bytes]:
 def is_sealed(value: object) -> TypeGuard[bytes]:
     """Whether a stored value has the form of a record; only `Sealer.open` says whether it is one."""
     return isinstance(value, bytes) and value.startswith(MAGIC) and len(value) >= HEAD_BYTES + api.SEAL_BYTES
+
+
+def as_json(record: bytes) -> dict[str, str]:
+    """For a database that stores JSON."""
+    return {_JSON_FIELD: b64encode(record).decode("ascii")}
+
+
+def from_json(value: object) -> object:
+    """The record of a stored JSON value, or what is there in its place."""
+    if not isinstance(value, dict) or set(value) != {_JSON_FIELD}:
+        return value
+    try:
+        return b64decode(value[_JSON_FIELD], validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        return value
 
 
 def key_of(record: bytes) -> str:

@@ -107,15 +107,18 @@ class _Source:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"Accept": "application/json", "User-Agent": "minikms-gateway"})
             sock = connection.sock  # which the answer goes on reading, if the issuer closes the connection after it
-            answer = connection.getresponse()
-            if answer.status != 200:
-                raise StartError(f"it answers {answer.status}")
             content = b""
-            while part := answer.read1(_READ_BYTES):
-                content += part
-                if len(content) > bytes_max:
-                    raise StartError(f"its answer is larger than {bytes_max} bytes")
-                sock.settimeout(_left_s(ends_s))
+            with connection.getresponse() as answer:
+                if answer.status != 200:
+                    raise StartError(f"it answers {answer.status}")
+                while not answer.isclosed():  # after its last byte the socket is closed, too
+                    sock.settimeout(_left_s(ends_s))
+                    part = answer.read1(_READ_BYTES)
+                    if not part:
+                        break
+                    content += part
+                    if len(content) > bytes_max:
+                        raise StartError(f"its answer is larger than {bytes_max} bytes")
             return content
         except ValueError:
             raise StartError("it names a URL that can't be asked for") from None

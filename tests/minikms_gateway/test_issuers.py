@@ -109,7 +109,13 @@ async def principal(made: Issuers, token: str) -> str:
     return found.name
 
 
-def test_keys_are_discovered_for_the_first_token(server: IssuerServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("states_lengths", [True, False])
+def test_keys_are_discovered_for_the_first_token(server: IssuerServer, tmp_path: Path, *, states_lengths: bool) -> None:
+    """The issuer closes the connection after each answer, whose length it states or not."""
+    if states_lengths:
+        for _, headers, body in server.answers.values():
+            headers["Content-Length"] = str(len(body))
+
     async def check(made: Issuers, why: list[str]) -> None:
         assert await principal(made, server.tokens.token()) == f"oidc:{server.url}|service-7"
         assert await principal(made, server.tokens.token()) == f"oidc:{server.url}|service-7"

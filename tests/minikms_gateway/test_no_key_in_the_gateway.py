@@ -78,3 +78,6 @@ def test_daemon_gateway_and_client_are_three_users_and_trust_by_uid(pair: Pair) 
         assert caller.post("/random", {"count": 1}).status == 503
     assert len(pair.audited()) == lines
     assert pair.gateway.metric("kms_reachable") == 0
+    pair.gateway.configure(good)
+    pair.gateway.stop()
+    pair.gateway.start()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -195,7 +196,13 @@ class Remote:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wait_until(self.socket.exists)
+        wait_until(self._listens)
+
+    def _listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.socket))
+            return True
+        return False
 
     def signal(self, number: int) -> None:
         """To the server, and to its child for each connection."""

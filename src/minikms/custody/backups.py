@@ -406,27 +406,26 @@ def _backup_records(parts: Iterable[tuple[int, bytes]]) -> list[BackupRecord]:
 def _going(parts: Iterable[tuple[int, bytes]], key_ids: Iterable[str]) -> list[BackupRecord]:
     """The records of these keys, and those that a crash left half blank."""
     going: list[BackupRecord] = []
-    named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s"' % key_id.encode())}
-    forms = named.keys()
+    named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s' % key_id.encode())}
+    marks = {0, *(form[-1] for form in named)}  # the id of a half blank record is zero
     for start, part in parts:
-        # The first or the last byte of a half blank id is zero.
-        may_be_half_blank = 0 in part[::RECORD_BYTES] or 0 in part[KEY_ID_BYTES - 1 :: RECORD_BYTES]
-        if not may_be_half_blank and forms.isdisjoint(itertools.chain.from_iterable(_IDS.iter_unpack(part))):
-            continue
-        for place, ids in zip(range(0, len(part), RECORD_BYTES), _IDS.iter_unpack(part), strict=True):
-            if not forms.isdisjoint(ids):
-                key_id = next(named[form] for form in ids if form in named)
-            elif 0 in ids[0] and journal_format.is_half_blank(part[place : place + RECORD_BYTES], start + place):
-                key_id = ""
-            else:
+        marked = zip(*(part[mark::RECORD_BYTES] for mark in _MARKS), strict=True)
+        for place, apart in zip(range(0, len(part), RECORD_BYTES), map(marks.isdisjoint, marked), strict=True):
+            if apart or part.startswith(BLANK, place):
                 continue
-            going.append(BackupRecord(key_id, b"", start + place))
+            raw_id, old, new = _IDS.unpack_from(part, place)
+            key_id = named.get(raw_id) or named.get(old) or named.get(new, "")
+            if key_id or journal_format.is_half_blank(part[place : place + RECORD_BYTES], start + place):
+                going.append(BackupRecord(key_id, b"", start + place))
     return going
 
 
 _PART_BYTES: Final = journal_format.PART_RECORDS * RECORD_BYTES
-_ID_TEXT_BYTES: Final = len(b'{"id":"k_01jd0000000000000000000000"')
+_ID_TEXT_BYTES: Final = len(b'{"id":"k_01jd0000000000000000000000')
 """How a content names its key."""
 _CONTENT: Final = f"{_ID_TEXT_BYTES}s{FILE_BYTES - _ID_TEXT_BYTES}x"
 _IDS: Final = Struct(f"{KEY_ID_BYTES}s{_CONTENT}{_CONTENT}{journal_format.CHECKSUM_BYTES}x")
 """The three places of a record that name its key."""
+_OLD_MARK: Final = KEY_ID_BYTES + _ID_TEXT_BYTES - 1
+_MARKS: Final = (KEY_ID_BYTES - 1, _OLD_MARK, _OLD_MARK + FILE_BYTES)
+"""Of their last bytes. Only a record that has the last byte of a wanted id there is unpacked."""

@@ -14,7 +14,7 @@ durable.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Container, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.clock import now_ns, rfc3339
@@ -30,12 +30,19 @@ GROUP_KEYS_MAX: Final = 512
 """Fewer than `minikms.keys.tombstones.APPEND_RECORDS_MAX`."""
 
 
+class Removed(NamedTuple):
+    """What a receipt says of a destroyed key: the number of its rotation backups, and the archives that may hold it."""
+
+    backups: int
+    archives: list[str]
+
+
 class Destruction:
     """The destructions of a data directory.
 
     `forget` drops what the caller keeps of a destroyed key in memory. `remove_files` removes the files of the keys with
-    these locks, durably, and returns the number of rotation backups of each; its second argument has those of the keys
-    that were destroyed before, so that their removal may have been interrupted.
+    these locks, durably; its second argument has those of the keys that were destroyed before, so that their removal
+    may have been interrupted.
     """
 
     def __init__(
@@ -45,7 +52,7 @@ class Destruction:
         stored: StoredKeyring,
         *,
         forget: Callable[[str], None],
-        remove_files: Callable[[Sequence[HeldKeys], Container[str]], Awaitable[list[int]]],
+        remove_files: Callable[[Sequence[HeldKeys], Container[str]], Awaitable[list[Removed]]],
     ) -> None:
         self._tombstones = tombstones
         self._unlocked = unlocked
@@ -56,8 +63,8 @@ class Destruction:
         self.unfinished: set[str] = set()
         """Destroyed keys whose tombstone could not be counted, or whose bytes could not be removed."""
 
-    async def destroy(self, held: HeldKeys) -> int:
-        """Destroys the one key whose lock is held, durably on return; the number of its rotation backups.
+    async def destroy(self, held: HeldKeys) -> Removed:
+        """Destroys the one key whose lock is held, durably on return.
 
         Raises StorageUnavailableError, ConflictError; a repeated call completes what failed. If the caller is cancelled
         after its group has begun, the group goes on without the lock.
@@ -69,16 +76,16 @@ class Destruction:
         """Returns when no destruction is waiting or under way."""
         await self._group.drain()
 
-    async def _destroy(self, locks: list[HeldKeys]) -> Sequence[int | KmsRefusedError]:
+    async def _destroy(self, locks: list[HeldKeys]) -> Sequence[Removed | KmsRefusedError]:
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         repeated = frozenset(key_id for key_id in key_ids if key_id in self._tombstones)
         try:
             await self._write_tombstones(key_ids)
-            counts = await self._remove_files(locks, repeated)
+            removed = await self._remove_files(locks, repeated)
         except StorageUnavailableError as error:
             return [self._failed(key_id, error) for key_id in key_ids]
         self.unfinished.difference_update(key_ids)
-        return counts
+        return removed
 
     def _failed(self, key_id: str, error: StorageUnavailableError) -> StorageUnavailableError:
         if key_id in self._tombstones:

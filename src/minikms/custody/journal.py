@@ -171,7 +171,7 @@ class Journal:
 
         self._unwritten.update(dict.fromkeys((change.key_id for change in changes), ended))
         write = partial(self.write, changes, partial(loop.call_soon_threadsafe, acknowledge), stamp)
-        loop.run_in_executor(self._executor, write).add_done_callback(end)
+        asyncio.wrap_future(self._executor.submit(write)).add_done_callback(end)
         return durable
 
     async def _retry(self) -> None:

@@ -133,12 +133,10 @@ def ids_in_journal(content: bytes) -> set[str]:
 
 
 def is_half_blank(record: bytes, offset: int) -> bool:
-    """Whether a crash came while the record was blanked, and took the key id in front or a part of it."""
-    boundary = SECTOR_BYTES - offset % SECTOR_BYTES
-    parts = (record[: min(boundary, KEY_ID_BYTES)], record[boundary:KEY_ID_BYTES])
-    if all(any(part) or not part for part in parts):
+    """Whether a crash came while the record was blanked, and took the key id in front. No sector ends in a key id."""
+    if any(record[:KEY_ID_BYTES]) or record == BLANK:
         return False
-    return record != BLANK and parse(record) is None and has_empty_sector(record, offset)
+    return parse(record) is None and has_empty_sector(record, offset)
 
 
 def _split(record: bytes) -> tuple[bytes, bytes, bytes, bytes]:

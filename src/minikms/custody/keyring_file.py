@@ -50,7 +50,7 @@ class KeyringFile:
                 first()
             self.store_now(data)
 
-        return asyncio.get_running_loop().run_in_executor(self._executor, write)
+        return asyncio.wrap_future(self._executor.submit(write))  # uvloop's `run_in_executor` inspects it first
 
     def store_or_know(self, data: bytes) -> asyncio.Future[None]:
         """`store_now` in the executor. Raises StorageUncertainError if the new file may be on the disk, and another

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
@@ -44,9 +45,10 @@ from minikms.clock import now_rfc3339
 from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import RecordKey, RecordKeys
+from minikms.custody.backup.register import ArchiveRegister
 from minikms.custody.backups import BLANK_FILES_MAX, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
-from minikms.custody.destruction import Destruction
+from minikms.custody.destruction import Destruction, Removed
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
@@ -154,6 +156,7 @@ class Vault:
         )
         self.unreadable = UnreadableKeys()
         self.destroyed = destroyed
+        self._archives = ArchiveRegister(os.path.dirname(store.directory))
         self._destruction = Destruction(
             destroyed,
             unlocked,
@@ -310,11 +313,11 @@ class Vault:
         if key_id not in self.destroyed:
             move_dek(self.record(key_id).state, "destroy")
 
-    async def destroy(self, key_id: str, *, permit: Permit = permitted) -> int:
+    async def destroy(self, key_id: str, *, permit: Permit = permitted) -> Removed:
         """Destroys a retired key: first the tombstone, then its rotation backups, then its file.
 
-        Returns the number of rotation backups removed. A repeated call removes what an interrupted one left. Raises
-        ConflictError for an active key, and StorageUnavailableError, which says whether the key is destroyed.
+        A repeated call removes what an interrupted one left. Raises ConflictError for an active key, and
+        StorageUnavailableError, which says whether the key is destroyed.
         """
         async with self.locks.hold((key_id,)) as held:
             permit()
@@ -332,9 +335,9 @@ class Vault:
         self.index.remove(key_id)
         self.unreadable.remove(key_id)
 
-    async def remove_files(self, locks: Sequence[HeldKeys], repeated: Container[str]) -> list[int]:
-        """Removes the rotation backups and the files of the destroyed keys with these locks, durably; the number of
-        backups of each. It removes temporary files first, which may hold their bytes.
+    async def remove_files(self, locks: Sequence[HeldKeys], repeated: Container[str]) -> list[Removed]:
+        """Removes the rotation backups and the files of the destroyed keys with these locks, durably. It removes
+        temporary files first, which may hold their bytes.
 
         `repeated`: those whose removal may have been interrupted. The disk thread gets a job for each BLANK_FILES_MAX
         backups. Raises StorageUnavailableError; then the files of the keys may be there.
@@ -342,6 +345,7 @@ class Vault:
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         backups = self.rotation_backups
         records: Counter[str] = Counter()
+        archives: list[list[str]] = []
 
         def jobs() -> Iterator[bool]:
             self.store.sweep_temps()
@@ -366,18 +370,19 @@ class Vault:
             # The files go last: while one exists, a later start or request knows that something is left to remove.
             self.journal.forget(key_ids)
             self.store.remove(*locks)
+            archives.extend(self._archives.may_hold(key_ids))  # an archive that is begun later does not hold the keys
 
         more = partial(next, jobs(), False)
         while await self._on_disk(more):
             pass
-        return [records[key_id] for key_id in key_ids]
+        return [Removed(records[key_id], found) for key_id, found in zip(key_ids, archives, strict=True)]
 
     async def blank_records(self, found: KeysWithin) -> None:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
         await self._on_disk(partial(self.rotation_backups.blank, [found]))
 
     async def _on_disk(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return await asyncio.wrap_future(self._executor.submit(work))  # uvloop's `run_in_executor` inspects it first
 
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
@@ -19,7 +18,6 @@ from msgspec import UNSET
 from minikms import api
 from minikms.api.errors import AuditUnavailableError, InvalidRequestError, KmsRefusedError
 from minikms.audit import Event
-from minikms.custody.backup.register import ArchiveRegister
 from minikms.custody.vault import REMOVAL_RETRY_SECONDS, Indexing, Vault
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord, check_key_id
@@ -38,7 +36,6 @@ class LifecycleVerbs:
         self._audit = table.audit
         self._indexing = indexing
         self._reader = reader
-        self._archives = ArchiveRegister(os.path.dirname(vault.store.directory))
         table.later_on_keys(api.LIST_KEYS, vault, self.list_keys)
         table.now_on_keys(api.GET_KEY, vault, self.get_key)
         table.later_on_keys(api.RETIRE_KEY, vault, self.retire, durable=True)
@@ -105,14 +102,13 @@ class LifecycleVerbs:
         keys.check_destroyable(key_id)
         await self._audit.add_written(another_line(event, "begun"), durable=True)
         try:
-            backups_removed = await keys.destroy(key_id)
+            removed = await keys.destroy(key_id)
         except KmsRefusedError:
             # The tombstone may be on disk even then. With its epoch in the log, no older keyring is accepted.
             event.facts = {"epoch": self._vault.keyring.body.epoch}
             raise
-        archives = await self._in_reader(self._archives.may_hold, key_id)
-        event.facts = {"backups_removed": backups_removed, "epoch": self._vault.keyring.body.epoch}
-        return api.DestroyKeyAnswer(key_id, "destroyed", backups_removed, archives)
+        event.facts = {"backups_removed": removed.backups, "epoch": self._vault.keyring.body.epoch}
+        return api.DestroyKeyAnswer(key_id, "destroyed", removed.backups, removed.archives)
 
     async def complete_destructions(self) -> None:
         """Tries again, until it is cancelled, what the disk refused after a key's tombstone was written."""
@@ -123,7 +119,8 @@ class LifecycleVerbs:
                     continue  # a request completed it
                 with contextlib.suppress(KmsRefusedError):
                     self._audit.require_writable()
-                    await self._write_completed(key_id, await self._vault.destroy(key_id))
+                    removed = await self._vault.destroy(key_id)
+                    await self._write_completed(key_id, removed.backups)
 
     async def _write_completed(self, key_id: str, backups_removed: int) -> None:
         """Tries again until the log can be written: the line is the only one that says that the bytes are removed."""

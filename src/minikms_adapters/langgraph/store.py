@@ -6,9 +6,7 @@ of another namespace; nothing is indexed, filtered or ranked by a value. Namespa
 
 from __future__ import annotations
 
-import binascii
 import json
-from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -22,13 +20,13 @@ from minikms_adapters.records import (
     Runner,
     Sealer,
     Steps,
+    as_json,
     ask_inner,
     both,
+    from_json,
     thread_name,
 )
 
-RECORD_FIELD: Final = "minikms"
-"""The only member of a stored value: the record, in base64."""
 PAGE_ITEMS: Final = 100
 """Items that a deletion of a namespace asks for at once."""
 
@@ -65,14 +63,14 @@ class EncryptedStore(BaseStore):
         values = [(_place(op.namespace, op.key), json.dumps(op.value, ensure_ascii=False).encode()) for op in puts]
         records = iter((yield from self._sealer.seal(values)))
         stored = [
-            op._replace(value={RECORD_FIELD: b64encode(next(records)).decode("ascii")}, index=False)
+            op._replace(value=as_json(next(records)), index=False)
             if isinstance(op, PutOp) and op.value is not None
             else op
             for op in ops
         ]
         results = yield ask_inner("batch", stored)
         found = [_found(op, result) for op, result in zip(ops, results, strict=True)]
-        places = [(_place(item.namespace, item.key), _record(item.value)) for items in found for item in items]
+        places = [(_place(item.namespace, item.key), from_json(item.value)) for items in found for item in items]
         opened = iter((yield from self._sealer.open(places)))
         return [_opened(result, opened) for result in results]
 
@@ -126,13 +124,3 @@ def _with_value(item: Item, plaintext: bytes) -> Any:
     if isinstance(item, SearchItem):
         members["score"] = item.score
     return type(item)(value=json.loads(plaintext), **members)
-
-
-def _record(value: object) -> object:
-    """The record of a stored value, or what is there in its place."""
-    if not isinstance(value, dict) or set(value) != {RECORD_FIELD}:
-        return value
-    try:
-        return b64decode(value[RECORD_FIELD], validate=True)
-    except (binascii.Error, TypeError, ValueError):
-        return value

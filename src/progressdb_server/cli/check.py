@@ -18,6 +18,7 @@ from minikms.output import print_result
 from minikms.usage import CommandError
 from progressdb_server.cli.flags import ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Config
+from progressdb_server.jobs.table import parse
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store.check import Problem, Report, repair_offline
 from progressdb_server.store.check import check as check_store
@@ -80,9 +81,9 @@ def _has_key_service(config: Config) -> bool:
 
 async def _examine(config: Config, path: str, *, with_key_service: bool) -> Report:
     if not with_key_service:
-        return await check_store(path, None)
+        return await check_store(path, None, parse)
     async with RemoteProvider(**config.kms_client) as provider:
-        return await check_store(path, provider)
+        return await check_store(path, provider, parse)
 
 
 def _as_json(finding: Problem) -> dict[str, object]:

@@ -24,6 +24,7 @@ from progressdb_server.store.model import FormatError, StoreUnavailableError
 REPAIR_S_MAX: Final = 3600.0
 """A walk over a million keys takes some minutes."""
 SHOWN_MAX: Final = 20
+NOT_SEEN: Final = "only a role with pg_read_all_stats sees which are connected"
 
 
 def doctor(
@@ -71,6 +72,9 @@ def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
         page["problems"] = [str(error)]
     if shown and "schema" in page:
         standbys = f"synchronous standbys {page['standbys']}" if page["standbys"] else "no synchronous standby"
+        if page["standbys"]:
+            known = page["connected"] is not None
+            standbys += f" ({page['connected']} connected)" if known else f" ({NOT_SEEN})"
         print(f"database: schema {page['schema']}, takes writes, {standbys}, {page['tls'] or 'a Unix socket'}")
     for problem in page["problems"] if shown else ():
         print(f"problem: {problem}")

@@ -24,6 +24,7 @@ from progressdb_server.jobs.runner import Kind, Runner
 from progressdb_server.jobs.states import Job, JobError, changed
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
 from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import RecordUnreadableError
 
 CHUNK_RECORDS_MAX: Final = 256
 
@@ -39,12 +40,11 @@ class KeyDestruction(Kind):
 
     async def begin(self) -> None:
         """Destroy the old keys that are due. One that can't be destroyed does not delay the others."""
-        async for page in self._table.pages():
-            for job in page:
-                if 0 < job.destroy_at_ns <= self._table.now_ns() and not self._runner.has_job(job.thread):
-                    with contextlib.suppress(JobError):  # a job on the thread was begun, or the row removed, meanwhile
-                        async with self._runner.alone(job):
-                            await self.attempt(job.id)
+        async for job in self._table.due():
+            if not self._runner.has_job(job.thread):
+                with contextlib.suppress(JobError):  # a job on the thread was begun, or the row removed, meanwhile
+                    async with self._runner.alone(job):
+                        await self.attempt(job.id)
             await asyncio.sleep(0)
 
     async def attempt(self, job_id: str) -> bool:
@@ -66,6 +66,8 @@ class KeyDestruction(Kind):
             if fault(error) is Fault.SERVICE:
                 raise
             why = f"the key service refused ({error.code})"
+        except RecordUnreadableError as error:
+            why = str(error)
         if why:
             if why != job.destroy_waits_for:
                 _log.warning("old_key_kept", job=job_id, reason=why)

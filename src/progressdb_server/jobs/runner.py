@@ -37,7 +37,7 @@ from progressdb_server.jobs.states import (
     changed,
     move,
 )
-from progressdb_server.jobs.table import JobTable
+from progressdb_server.jobs.table import LATE_ROWS_NS, JobTable
 from progressdb_server.kms.provider import Fault, fault
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import ConditionFailedError, StaleRowError, StoreError, StoreUnavailableError
@@ -54,9 +54,6 @@ BEHIND_S_MAX: Final = 0.1
 ADOPT_S: Final = 10.0
 ADOPT_LOOKS: Final = 360
 """Looks for jobs of other servers, of which the first one reads all rows: one in an hour."""
-LATE_ROWS_NS: Final = 600 * 1_000_000_000
-"""How much older than a look the id of a row may be that is stored after it: the write may wait, and the database's
-clock may be another one after a failover."""
 SHARED_READ_S: Final = 1.0
 """Beside other servers, the longest time in which `Runner.watch` does not read the row."""
 OTHER_WORK: Final = "other work"
@@ -184,7 +181,7 @@ class Runner:
     async def _adopt(self) -> None:
         """Work on unfinished jobs that no server works on, again and again. Between two looks at all rows, only those
         that are new or had not ended are read."""
-        known, claims = {kind.name for kind in self.kinds}, self._store.claims
+        known = {kind.name for kind in self.kinds}
         open_ids: set[str] = set()
         since_ns = looks = 0
         first = True
@@ -200,18 +197,27 @@ class Runner:
                 async for page in self.table.pages_of(sorted(open_ids)):
                     open_ids.difference_update(job.id for job in page if job.state in FINAL)
                     for job in page:
-                        if not job.unfinished or job.kind not in known or job.thread in self._threads:
-                            continue
-                        # `store copy` copies no claims: a paused job gets its entry here.
-                        if job.state in AT_WORK or (first and not await claims.job_of(job.thread)):
-                            with contextlib.suppress(JobNotFoundError):  # removed since the page was read
-                                await self._take(job)
+                        if job.unfinished and job.kind in known and job.thread not in self._threads:
+                            await self._adopt_one(job, paused=first)
                 first = False
             except StoreUnavailableError:
                 pass
-            except Exception as error:  # noqa: BLE001  as in `_keep`: a damaged row, for example, until it is repaired
+            except Exception as error:  # noqa: BLE001  as in `_keep`
                 _log.error("jobs_tick_broken", error=type(error).__qualname__, at=_lines(error))
             await asyncio.sleep(ADOPT_S)
+
+    async def _adopt_one(self, job: Job, *, paused: bool) -> None:
+        """`paused`: `store copy` copies no claims, so that a paused job gets its entry here. Raises
+        StoreUnavailableError."""
+        try:
+            if job.state in AT_WORK or (paused and not await self._store.claims.job_of(job.thread)):
+                await self._take(job)
+        except JobNotFoundError:  # removed since the page was read
+            pass
+        except StoreUnavailableError:
+            raise
+        except Exception as error:  # noqa: BLE001  a damaged claim, for example, delays no other job
+            _log.error("job_not_adopted", job=job.id, error=type(error).__qualname__, at=_lines(error))
 
     async def _take(self, job: Job) -> None:
         """Queue the job if it is at work, unless another server works on its thread."""

@@ -1,8 +1,9 @@
 """The job table: one row for each job. A row and the records of the same step change in one compare-and-put.
 
-Owns: how a row is read and written, and the future that wakes tasks which wait for a change. Invariants: a row is
-replaced only if it is still equal to the row that was read, so a job's worker and an operator never overwrite each
-other's change. A read returns the last written row, even if it is not durable yet.
+Owns: how a row is read and written, what is known of all rows without reading them again, and the future that wakes
+tasks which wait for a change. Invariants: a row is replaced only if it is still equal to the row that was read, so a
+job's worker and an operator never overwrite each other's change. A read returns the last written row, even if it is not
+durable yet. A damaged row is never changed, and hides no other one.
 """
 
 from __future__ import annotations
@@ -10,16 +11,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
+from minikms.logs import structlog
 from progressdb_server.jobs.states import Job, JobNotFoundError, ThreadBusyError, changed
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import ClaimLostError, OpaqueWrite, RowWrite, StaleRowError
+from progressdb_server.store.model import (
+    ClaimLostError,
+    OpaqueWrite,
+    RecordUnreadableError,
+    RowWrite,
+    StaleRowError,
+)
+
+LATE_ROWS_NS: Final = 600 * 1_000_000_000
+"""How much older than a read of all rows the id of a row may be that is stored after it: the write may wait, and the
+database's clock may be another one after a failover. OldRows reads all rows again each hour."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Job).decode
+_log = structlog.get_logger("progressdb.jobs")
+
+
+def parse(job_id: str, raw: bytes) -> Job:
+    """Raises RecordUnreadableError."""
+    try:
+        job = _decode(raw)
+    except msgspec.DecodeError:
+        job = None
+    if job is None or job.id != job_id:
+        raise RecordUnreadableError(f"the row of job {job_id} is damaged")
+    return job
 
 
 class Row(NamedTuple):
@@ -46,41 +70,95 @@ class JobTable:
         """How often this process has added or changed a row; removals do not count."""
         self._change_made: asyncio.Future[None] | None = None
         self._by_thread: dict[str, set[str]] = {}
-        """Thread → ids of its jobs; complete once `_all_known`."""
-        self._all_known = False
+        """Thread → ids of its jobs."""
+        self._all_read_ns = 0
+        """When this process last began to read all rows that it did not know, 0 for never."""
+        self._due: dict[str, int] = {}
+        """Ids of jobs whose old keys are to be destroyed, and when."""
+        self._damaged: set[str] = set()
         self.followed: dict[str, Job] = {}
         """The jobs of workers, as this process has last written them."""
 
     # --- reading --------------------------------------------------------------------------------------------------
     async def row(self, job_id: str) -> Row:
-        """Raises JobNotFoundError."""
+        """Raises JobNotFoundError, RecordUnreadableError."""
         raw = await self._store.job_row(job_id)
         if raw is None:
+            self._forget(job_id)
             raise JobNotFoundError
-        return Row(raw, _decode(raw))
+        return Row(raw, self._read(job_id, raw))
 
     async def get(self, job_id: str) -> Job:
-        """Raises JobNotFoundError."""
+        """As `row`."""
         return (await self.row(job_id)).job
 
+    def _read(self, job_id: str, raw: bytes) -> Job:
+        """Raises RecordUnreadableError."""
+        self._forget(job_id)
+        try:
+            job = parse(job_id, raw)
+        except RecordUnreadableError:
+            self._damaged.add(job_id)
+            raise
+        self._note(job)
+        return job
+
+    def _note(self, job: Job) -> None:
+        self._by_thread.setdefault(job.thread, set()).add(job.id)
+        if job.destroy_at_ns:
+            self._due[job.id] = job.destroy_at_ns
+
+    def _forget(self, job_id: str) -> None:
+        self._due.pop(job_id, None)
+        self._damaged.discard(job_id)
+
+    def _readable(self, rows: Sequence[tuple[str, bytes]]) -> list[Job]:
+        jobs: list[Job] = []
+        for job_id, raw in rows:
+            known = job_id in self._damaged
+            try:
+                jobs.append(self._read(job_id, raw))
+            except RecordUnreadableError as error:
+                if not known:
+                    _log.error("job_row_damaged", job=job_id, reason=str(error))
+        return jobs
+
     async def pages(self, *, newest_first: bool = False, since_ns: int = 0) -> AsyncIterator[list[Job]]:
-        """All jobs since then, in the order of their creation. A page is read when the iterator reaches it."""
+        """All jobs since then whose rows are not damaged, in the order of their creation. A page is read when the
+        iterator reaches it."""
+        began_ns = self.now_ns()
         async for rows in self._store.job_rows(newest_first=newest_first, since_ns=since_ns):
-            yield [_decode(raw) for raw in rows]
+            yield self._readable(rows)
+        if since_ns <= self._unknown_since_ns:
+            self._all_read_ns = began_ns
 
     async def pages_of(self, job_ids: Sequence[str]) -> AsyncIterator[list[Job]]:
-        """Those of the jobs whose rows are there. A page is read when the iterator reaches it."""
+        """Those of the jobs whose rows are there and not damaged. A page is read when the iterator reaches it."""
         async for rows in self._store.job_rows_of(job_ids):
-            yield [_decode(raw) for raw in rows]
+            yield self._readable(rows)
+
+    @property
+    def _unknown_since_ns(self) -> int:
+        return max(0, self._all_read_ns - LATE_ROWS_NS)
+
+    async def due(self) -> AsyncIterator[Job]:
+        """The jobs whose old keys are to be destroyed by now, as far as their rows were read or written here: one of
+        another server is, once OldRows or the search for its jobs has read it. Raises StoreUnavailableError."""
+        now_ns = self.now_ns()
+        async for page in self.pages_of(sorted(job_id for job_id, at_ns in self._due.items() if at_ns <= now_ns)):
+            for job in page:
+                if 0 < job.destroy_at_ns <= now_ns:
+                    yield job
 
     async def of_thread(self, thread: str) -> list[Job]:
-        """The thread's jobs, oldest first. Only the first call reads the whole table."""
-        if not self._all_known or self._store.shared:  # other servers add jobs too
-            async for page in self.pages():
-                for job in page:
-                    self._by_thread.setdefault(job.thread, set()).add(job.id)
+        """The thread's jobs, oldest first. Only the first call reads the whole table. Raises RecordUnreadableError
+        while any row is damaged, which may be one of the thread."""
+        if not self._all_read_ns or self._store.shared:  # other servers add jobs too
+            async for _ in self.pages(since_ns=self._unknown_since_ns):
                 await asyncio.sleep(0)
-            self._all_known = True
+        for job_id in sorted(self._damaged):
+            with contextlib.suppress(JobNotFoundError):  # removed meanwhile
+                await self.row(job_id)
         found: list[Job] = []
         for job_id in sorted(self._by_thread.get(thread, ())):
             with contextlib.suppress(JobNotFoundError):  # the write of its row failed
@@ -97,7 +175,7 @@ class JobTable:
     # --- changing -------------------------------------------------------------------------------------------------
     async def add(self, job: Job) -> None:
         """Add a row; it is durable on return. Raises StoreUnavailableError."""
-        self._by_thread.setdefault(job.thread, set()).add(job.id)
+        self._note(job)
         await self._store.settle_row(self._store.write_row(job.id, job.thread, None, _encode(job)))
         self._wake_waiters()
 
@@ -106,6 +184,7 @@ class JobTable:
         once: it is written after this one, and fails if this one fails."""
         stored = changed(job, updated_ns=self.now_ns())
         raw = _encode(stored)
+        self._note(stored)
         if job.id in self.followed:
             self.followed[job.id] = stored
         return PendingRow(Row(raw, stored), self._store.write_row(job.id, job.thread, row.raw, raw, step))
@@ -151,6 +230,7 @@ class JobTable:
         """Remove the rows of `jobs`. Does not wake the tasks that wait for a change."""
         await self._store.remove_rows([job.id for job in jobs])
         for job in jobs:
+            self._forget(job.id)
             known = self._by_thread.get(job.thread, set())
             known.discard(job.id)
             if not known:

@@ -38,6 +38,7 @@ from progressdb_server.store.model import (
     BackupExistsError,
     BackupFile,
     BackupNotFoundError,
+    BackupOfDatabaseError,
     BackupThereError,
     ConditionFailedError,
     FormatError,
@@ -64,7 +65,7 @@ class Backups(OpenStore):
         """Make a verified backup in the new directory `path`, beside running writes; it shares files with the backup
         `previous`. The key service is backed up after this. Raises BackupError."""
         if self.shared:
-            raise BackupError("the store is in a database: back it up with pg_basebackup or pgBackRest")
+            raise BackupOfDatabaseError
         path = os.path.abspath(path)  # noqa: ASYNC240  no lookup
         if self._backing_up:
             raise BackupBusyError

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Coroutine, Generator, Iterator, Sequence
-from typing import Final, Literal, NamedTuple
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Generator, Iterator, Sequence
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -46,9 +46,15 @@ MAY_NOT_DECRYPT: Final = (
     "the time of the check, or run it as the server's user"
 )
 
+ParseJob: TypeAlias = Callable[[str, bytes], object]
+"""Of a job's id and row; raises RecordUnreadableError."""
+JOB_DAMAGED: Final = (
+    "the job does not go on, and no old key is destroyed; restore the entry from a backup, or delete it"
+)
+
 Kind = Literal["unknown", "damaged", "unreadable", "orphaned", "keyless", "unindexed", "dangling", "miscounted"]
 
-_OTHER_SPACES: Final = (keyspace.JOBS, keyspace.MIGRATED, keyspace.BACKUPS, keyspace.CLAIMS, keyspace.SERVERS)
+_OTHER_SPACES: Final = (keyspace.MIGRATED, keyspace.BACKUPS, keyspace.CLAIMS, keyspace.SERVERS)
 """Counted, not checked."""
 
 _THREAD_INDEXES: Final = {
@@ -83,9 +89,10 @@ class _Lookup(NamedTuple):
 class Checker:
     """One walk. `counts` is how many entries of each space were seen."""
 
-    def __init__(self, view: View, provider: Provider | None) -> None:
-        """Without a provider nothing is decrypted and no key is looked up."""
+    def __init__(self, view: View, provider: Provider | None, parse_job: ParseJob | None = None) -> None:
+        """Without a provider nothing is decrypted and no key is looked up; without `parse_job` no row is examined."""
         self._view = view
+        self._parse_job = parse_job
         self._provider = provider
         self.counts: Counter[str] = Counter()
         self._newest = Stamp(0, 0)
@@ -155,6 +162,10 @@ class Checker:
                 self.counts["idempotency"] += 1
                 for finding in _judge_retry(key, value):
                     yield finding
+            elif key.startswith(keyspace.JOBS):
+                self.counts["other"] += 1
+                for finding in self._judge_job(key, value):
+                    yield finding
             elif key.startswith(_OTHER_SPACES):
                 self.counts["other"] += 1
             elif key == keyspace.EPOCH:
@@ -163,6 +174,13 @@ class Checker:
                 yield Problem("unknown", _shown(key), "the key belongs to no space of the store")
         except (msgspec.DecodeError, record.RecordFormatError, ValueError) as error:
             yield Problem("damaged", _shown(key), str(error))
+
+    def _judge_job(self, key: bytes, value: bytes) -> Iterator[Problem]:
+        try:
+            if self._parse_job is not None:
+                self._parse_job(_shown(key[len(keyspace.JOBS) :]), value)
+        except RecordUnreadableError as error:
+            yield Problem("damaged", _shown(key), f"{error}: {JOB_DAMAGED}")
 
     # --- records --------------------------------------------------------------------------------------------------
     async def _judge_record(
@@ -369,7 +387,7 @@ class Report(NamedTuple):
     opened: bool
 
 
-async def check(place: str, provider: Provider | None) -> Report:
+async def check(place: str, provider: Provider | None, parse_job: ParseJob | None) -> Report:
     """Walk the store at `place`, a path or the URL of a database, also beside servers that have it open; its records
     are decrypted if the key service answers. Raises FormatError, KmsError, StoreUnavailableError, even if this user may
     not decrypt."""
@@ -379,7 +397,7 @@ async def check(place: str, provider: Provider | None) -> Report:
                 await provider.status()
             except KmsError:
                 provider = None
-        checker = Checker(view, provider)
+        checker = Checker(view, provider, parse_job)
         findings = [finding async for finding in checker.run()]
         return Report(findings, dict(checker.counts), provider is not None)
 

@@ -3,7 +3,8 @@
 Owns: the entries `keyspace.claim` and `keyspace.server`. Invariants:
 - A claim names a server and is void once that server has not renewed its own entry for LEASE_S, by the clock of the
   database, or has removed it because it stops. Clocks of servers decide nothing.
-- A server has an entry only while it claims something. Of a killed one, whoever takes a claim over removes it.
+- A server has an entry only while it claims something. Of a killed one, whoever takes a claim over removes it, or the
+  next sweep.
 - The entry of a claim names the thread's job until that has ended, whoever works on it, or nobody does while it is
   paused.
 - Taking a claim over changes its entry. Each step of a job expects the entry that its server wrote, so that a server
@@ -21,10 +22,13 @@ from typing import Final
 from minikms.logs import structlog
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.model import ConditionFailedError, StoreUnavailableError
 from progressdb_server.store.writer import Commits, SharedEngine
 
 LEASE_S: Final = 30
+LEASE_DIGITS: Final = 19
+"""Of a lease's end."""
 RENEW_S: Final = 5.0
 STOP_S: Final = 5.0
 
@@ -38,6 +42,8 @@ class Claims:
         self._server = secrets.token_hex(8)
         self._held: dict[str, bytes] = {}
         self._claiming: set[str] = set()
+        self._unreleased: dict[str, tuple[bytes, bytes | None]] = {}
+        """Thread → what its entry is as far as this server knows, and is to be."""
         self._renewed = False
 
     async def job_of(self, thread: str) -> str:
@@ -68,9 +74,7 @@ class Claims:
         if owner and owner.decode() != self._server:  # its own is left of a release that failed
             lease_key = keyspace.server(owner.decode())
             lease = await reads.get(lease_key)
-            left_ns = 0 if lease is None else int(lease) - await engine.now_ns()
-            # More is left only if the clock was set back since. A server that still runs will soon renew its lease.
-            if 0 < left_ns <= 2 * LEASE_S * 1_000_000_000:
+            if lease is not None and _holds(lease, await engine.now_ns()):
                 return False
             expect.append((lease_key, lease))
         await self.renew()
@@ -100,10 +104,16 @@ class Claims:
         """`job_id`: of the thread's job that has not ended."""
         mine = self._held.pop(thread, None)
         if mine is not None:
-            key = keyspace.claim(thread)
-            left = f"--{job_id}".encode() if job_id else None
-            with contextlib.suppress(ConditionFailedError, StoreUnavailableError):  # else it ends with the lease
-                await self._writer.commit(Write(((key, left),), ((key, mine),)))
+            await self._leave(thread, mine, f"--{job_id}".encode() if job_id else None)
+
+    async def _leave(self, thread: str, mine: bytes, left: bytes | None) -> None:
+        key = keyspace.claim(thread)
+        try:
+            await self._writer.commit(Write(((key, left),), ((key, mine),)))
+        except ConditionFailedError:
+            pass
+        except StoreUnavailableError:  # other work of this server may renew the lease for long
+            self._unreleased[thread] = mine, left
 
     async def stop(self) -> None:
         """Nothing works for this server any more: all its claims are void at once."""
@@ -117,6 +127,18 @@ class Claims:
         if self._renewed:
             await self._writer.commit(Write(((keyspace.server(self._server), None),)))
             self._renewed = bool(self._held or self._claiming)  # since then
+
+    async def sweep(self) -> None:
+        """Remove the leases that have ended. Raises StoreUnavailableError."""
+        if self._engine is not None:
+            leases = await self._engine.reads.scan(
+                keyspace.SERVERS, keyspace.after(keyspace.SERVERS), limit=SCAN_ENTRIES_MAX
+            )
+            now_ns = await self._engine.now_ns()
+            for key, lease in leases:
+                if not _holds(lease, now_ns):
+                    with contextlib.suppress(ConditionFailedError):  # it was renewed
+                        await self._writer.commit(Write(((key, None),), ((key, lease),)))
 
     def condition(self, thread: str) -> tuple[tuple[bytes, bytes | None], ...]:
         """Of what is written for work on the thread."""
@@ -132,9 +154,12 @@ class Claims:
                 await self._writer.commit(Write(((keyspace.server(self._server), b"%d" % until),)))
 
     async def keep(self) -> None:
-        """Renew the lease, again and again, while something is claimed; then remove it."""
+        """Renew the lease, again and again, while something is claimed; then remove it. Repeat releases that failed."""
         while self._engine is not None:
             await asyncio.sleep(RENEW_S)
+            for thread, (mine, left) in list(self._unreleased.items()):
+                del self._unreleased[thread]
+                await self._leave(thread, mine, left)
             try:
                 if self._held:
                     await self.renew()
@@ -142,3 +167,9 @@ class Claims:
                     await self._end_lease()
             except StoreUnavailableError as error:
                 _log.warning("claims_not_renewed", reason=str(error))
+
+
+def _holds(lease: bytes, now_ns: int) -> bool:
+    """More is left only if the clock was set back since. A server that still runs will soon renew its lease, also one
+    that was damaged."""
+    return lease.isdigit() and len(lease) <= LEASE_DIGITS and 0 < int(lease) - now_ns <= 2 * LEASE_S * 1_000_000_000

@@ -1,7 +1,7 @@
 """The whole store of a running server: the parts of a store with a key service, and the work that it does by itself.
 
-Owns: the composition, the format check at opening, the hourly sweep of retries, and the watches over the key service's
-epoch and the clock.
+Owns: the composition, the format check at opening, the hourly sweep of retries and of the leases of killed servers, and
+the watches over the key service's epoch and the clock.
 """
 
 from __future__ import annotations
@@ -119,12 +119,10 @@ class Conversations(Messages, Rekeying, Backups):
         offset_ns = await self._take_time()
         await self.look_at_newest_backup()
         try:
-            status = await self._provider.status()
+            status = await self.epoch.observe(self._provider.status, accept_restore=accept_restore)
             if status.status == api.CODE_SEALED:
                 _log.warning("kms_sealed", reason=SEALED)
                 self.sealer.halt_sealed()
-            else:
-                await self.epoch.observe(status, accept_restore=accept_restore)
             if status.status not in ("ok", api.CODE_SEALED):
                 why = status.reason or status.status or "it reports no status"
                 raise StoreUnavailableError(f"the key service can't serve: {why}")
@@ -160,6 +158,7 @@ class Conversations(Messages, Rekeying, Backups):
     async def _sweep(self) -> None:
         while True:
             try:
+                await self.claims.sweep()
                 await idempotency.sweep(self.reads, self.writer, self.clock.now_ns())
             except Exception as error:  # noqa: BLE001 - whatever ends one sweep, the next one is made
                 _log.warning("sweep_failed", error=type(error).__qualname__, again_s=SWEEP_S)
@@ -220,11 +219,10 @@ class Conversations(Messages, Rekeying, Backups):
                         await seen_sealed.wait()
             seen_sealed.clear()
             try:
-                status = await self._provider.status()
+                status = await self.epoch.observe(self._provider.status, accept_restore=accept_restore and not judged)
                 if status.status == api.CODE_SEALED:
                     self.sealer.halt_sealed()
                     continue
-                await self.epoch.observe(status, accept_restore=accept_restore and not judged)
                 if not seen_sealed.is_set():  # else the answer may be older than the seal
                     self.sealer.halted = None
                     judged = True

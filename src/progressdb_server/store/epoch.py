@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -53,24 +53,30 @@ class EpochMemory:
         self._monotonic = monotonic
         self._candidate: tuple[float, api.HeadStatus] | None = None
 
-    async def observe(self, status: api.StatusAnswer, *, accept_restore: bool = False) -> None:
-        """Judge an answer to the key service's `/status`, and remember what it shows.
+    async def observe(
+        self, ask: Callable[[], Awaitable[api.StatusAnswer]], *, accept_restore: bool = False
+    ) -> api.StatusAnswer:
+        """Ask for the key service's `/status`, judge the answer, and remember what it shows.
 
-        A provider without epochs (development) is not judged, unless the store has seen one. Raises RestoredError,
-        StoreUnavailableError.
+        What is remembered is read before: another server may remember what is later than the answer. A sealed key
+        service is not judged, nor a provider without epochs (development), unless the store has seen one. Raises
+        RestoredError, StoreUnavailableError, KmsError.
         """
         raw = await self._reads.get(keyspace.EPOCH)
+        status = await ask()
+        if status.status == api.CODE_SEALED:
+            return status
         known = None if accept_restore else _parse(raw)
         if not (status.epoch and status.keyring_id):
             if known is not None:
                 raise RestoredError(f"the key service does not report its epoch, which it did before. {WAY_OUT}")
-            return
+            return status
         seen = status.audit.head
         if known is not None:
             judge(known, status.epoch, status.keyring_id, seen.seq, seen.sig)
         if status.status != "ok":  # the audit log can't be written: its newest lines may never be durable
             self._candidate = None
-            return
+            return status
         head = self._settled_head(seen)
         if head is None:
             head = api.HeadStatus(known.head_seq, known.head_sig) if known else api.HeadStatus(0, "")
@@ -80,6 +86,7 @@ class EpochMemory:
                 await self._writer.commit(
                     Write(((keyspace.EPOCH, msgspec.json.encode(new)),), ((keyspace.EPOCH, raw),))
                 )
+        return status
 
     def _settled_head(self, head: api.HeadStatus) -> api.HeadStatus | None:
         """A head that was seen AUDIT_SETTLED_S ago, which is on the key service's disk; None if there is no new one."""

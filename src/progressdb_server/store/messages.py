@@ -45,7 +45,7 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.reading import Reading
 from progressdb_server.store.sealer import ThreadState
-from progressdb_server.store.threads import CHANGE_TRIES_MAX, Room
+from progressdb_server.store.threads import CHANGE_TRIES_MAX, MEMBERS_CHANGING, Room
 
 VERSIONS_COUNT_MAX: Final = 10_000
 VERSIONS_BYTES_MAX: Final = 256 * 1024 * 1024
@@ -100,7 +100,7 @@ class Messages(Reading):
 
     async def _create_or_append(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
         state = await self.sealer.thread(new.thread)
-        while state is None:
+        if state is None:
             # One at a time for each thread, so that a burst of first messages makes one key.
             async with self.locks.hold(keyspace.meta(new.thread)):
                 state = await self.sealer.thread(new.thread)
@@ -110,7 +110,7 @@ class Messages(Reading):
                     except ConditionFailedError as error:
                         if ticket is not None and error.key == ticket.key:
                             raise
-                        state = await self.sealer.thread(new.thread)
+                        state = await self._thread_with_key(new.thread)  # made meanwhile
         return await self._append(state, new, ticket, request_id)
 
     async def _create_in_new_thread(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
@@ -137,7 +137,9 @@ class Messages(Reading):
         entry = await self.reads.get(key)
         if entry is None:
             async with self.locks.hold(keyspace.writers(state.thread)):
-                while (entry := await self.reads.get(key)) is None:
+                for _ in range(CHANGE_TRIES_MAX):
+                    if (entry := await self.reads.get(key)) is not None:
+                        break
                     if new.as_member:
                         await self.check_member(state.thread, new.author, Act.WRITE)
                     room: Room = ((), ())
@@ -148,6 +150,8 @@ class Messages(Reading):
                     except ConditionFailedError as error:  # somebody else has changed the members meanwhile
                         if error.key not in (key, keyspace.room(state.thread)):
                             raise
+                else:
+                    raise NotWrittenError(MEMBERS_CHANGING)
         if new.as_member:
             await self.check_member(state.thread, new.author, Act.WRITE)
         return await self._append_as(entry, state, new, ticket, request_id=request_id)
@@ -263,9 +267,7 @@ class Messages(Reading):
     async def _try_change(self, message: str, change: _Change) -> Message:
         """As `_change`. Raises ConditionFailedError if the message is not what it was when it was read."""
         owner, place = await self._locate(message, change.thread)
-        state = await self.sealer.thread(owner)
-        if state is None:
-            raise RecordUnreadableError(f"thread {owner} has no key")
+        state = await self._thread_with_key(owner)
         first = Stamp.parse(place.first.decode())
         async with self.open_version(owner, place.first, place.latest) as current:
             if change.author not in (None, current.message.author):
@@ -293,6 +295,13 @@ class Messages(Reading):
 
             await self._under(self.sealer.append(state, draft, change.request_id), order_key)
             return changed
+
+    async def _thread_with_key(self, thread: str) -> ThreadState:
+        """Raises RecordUnreadableError for a thread that has lost its key map."""
+        state = await self.sealer.thread(thread)
+        if state is None:
+            raise RecordUnreadableError(f"thread {thread} has no key")
+        return state
 
     async def _under(self, writing: Awaitable[None], order_key: bytes) -> None:
         """Raises ConditionFailedError for the message's place, and NotAMemberError for the only other condition."""

@@ -413,6 +413,8 @@ class Database(msgspec.Struct):
     schema: int
     standbys: str
     """`synchronous_standby_names`: without any, one disk has what was acknowledged."""
+    connected: int | None
+    """How many of them confirm commits now, None if the role may not see that (`pg_read_all_stats`)."""
     tls: str
     """The protocol's version, empty on a Unix socket."""
     problems: list[str]
@@ -432,6 +434,12 @@ class BackupExistsError(BackupError):
 
 class BackupBusyError(BackupError):
     status, text = 409, "another backup is running: wait until it ends"
+
+
+class BackupOfDatabaseError(BackupError):
+    """Other programs back up a database."""
+
+    status, text = 409, "the store is in a database: back it up with pg_basebackup or pgBackRest"
 
 
 class BackupThereError(BackupError):

@@ -214,21 +214,23 @@ class Rekeying(OpenStore):
         """None also for a malformed id."""
         return await self.reads.get(keyspace.job(job_id)) if keyspace.JOB_ID.fullmatch(job_id) else None
 
-    async def job_rows(self, *, newest_first: bool = False, since_ns: int = 0) -> AsyncIterator[list[bytes]]:
-        """`since_ns`: of jobs whose ids are not older."""
+    async def job_rows(
+        self, *, newest_first: bool = False, since_ns: int = 0
+    ) -> AsyncIterator[list[tuple[str, bytes]]]:
+        """Ids and rows. `since_ns`: of jobs whose ids are not older."""
         lower, upper = keyspace.jobs_since(since_ns), keyspace.after(keyspace.JOBS)
         while entries := await self.reads.scan(lower, upper, limit=PAGE_ROWS, reverse=newest_first):
             if newest_first:
                 upper = entries[-1][0]
             else:
                 lower = keyspace.next_key(entries[-1][0])
-            yield [raw for _, raw in entries]
+            yield [(_id_of(key), raw) for key, raw in entries]
 
-    async def job_rows_of(self, job_ids: Sequence[str]) -> AsyncIterator[list[bytes]]:
+    async def job_rows_of(self, job_ids: Sequence[str]) -> AsyncIterator[list[tuple[str, bytes]]]:
         """Those that are stored."""
         for start in range(0, len(job_ids), PAGE_ROWS):
             keys = [keyspace.job(job_id) for job_id in job_ids[start : start + PAGE_ROWS]]
-            yield list((await self.reads.values(keys)).values())
+            yield [(_id_of(key), raw) for key, raw in (await self.reads.values(keys)).items()]
 
     def write_row(
         self, job_id: str, thread_id: str, old: bytes | None, new: bytes, step: OpaqueWrite | None = None
@@ -260,6 +262,10 @@ class Rekeying(OpenStore):
 
     async def remove_rows(self, job_ids: Collection[str]) -> None:
         await self.writer.commit(Write([(keyspace.job(job_id), None) for job_id in job_ids]))
+
+
+def _id_of(row_key: bytes) -> str:
+    return shown(row_key[len(keyspace.JOBS) :])
 
 
 def _key_of(raw: bytes) -> str:

@@ -66,6 +66,8 @@ KEY_SWITCH_S_MAX: Final = 2.0
 KEY_SWITCH_POLL_S: Final = 0.02
 RENEWALS_MAX: Final = 2
 """New keys for one write, whose thread's key is retired."""
+LATE_TRIES_MAX: Final = 64
+"""Of a write that meets a later version of another server each time, as CHANGE_TRIES_MAX of a change."""
 
 RETRY_AFTER_S: Final = 2
 """How long a client should wait before a retry while the key service is away."""
@@ -166,7 +168,7 @@ class Sealer:
         """Seal and commit under the thread's current key, at a new stamp. Raises ThreadDeletedError,
         StoreUnavailableError; ConditionFailedError for a condition of the draft's own."""
         deadline: float | None = None
-        renewals = 0
+        renewals = late = 0
         while True:
             if state.deleted:
                 raise ThreadDeletedError
@@ -184,6 +186,9 @@ class Sealer:
                     del done, pending  # the traceback of the error leads to this frame
                 return
             except LateStampError as error:
+                late += 1
+                if late == LATE_TRIES_MAX:
+                    raise NotWrittenError("other servers are writing into the thread at the same time") from None
                 if error.last is not None:
                     self._clock.recover(error.last)
                 continue

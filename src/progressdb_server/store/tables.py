@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -47,6 +48,13 @@ MIGRATIONS: Final[Mapping[int, str]] = {}
 """The statements that lead to each number after the first."""
 
 
+_CONFIRMING: Final = (
+    "SELECT count(*) FILTER (WHERE sync_state IN ('sync', 'quorum')), count(*) FILTER (WHERE sync_state IS NULL)"
+    " FROM pg_stat_replication"
+)
+"""Standbys that a commit waits for; and all, for a role that may not see which of them these are."""
+
+
 # --- where a key lies -------------------------------------------------------------------------------------------------
 def _owner(key: bytes) -> tuple[bytes, bytes | None]:
     """What a key belongs to, and how all keys begin that are beside it under the same `tkey`; None for no others."""
@@ -74,6 +82,8 @@ def _owner(key: bytes) -> tuple[bytes, bytes | None]:
             return b"backups", keyspace.BACKUPS
         case b"job", _:
             return b"job", keyspace.JOBS
+        case b"server", _:
+            return b"server", keyspace.SERVERS
         case _:
             return key, None
 
@@ -162,14 +172,25 @@ async def examine(url: str, *, single_node: bool) -> Database:
         problems = [] if number == SCHEMA else [other_schema(number)]
         if not (standbys or single_node):
             problems.append(ONE_DISK)
-        if standbys and not await connection.fetchval("SELECT count(*) FROM pg_stat_replication"):
-            problems.append("no standby is connected to the database: no write is confirmed until one is")
+        ((confirming, hidden),) = await connection.fetch(_CONFIRMING)
+        wanted = _wanted(standbys)
+        if confirming + hidden < wanted:
+            problems.append(
+                f"too few standbys are connected: {confirming} of those in synchronous_standby_names ({standbys}), and "
+                f"{wanted} must confirm each write. Others do not count: start one that is named there"
+            )
         problems += [
             f"the database has {name} = off: a power failure there loses what was acknowledged"
             for name in ("fsync", "full_page_writes")
             if await connection.fetchval(f"SHOW {name}") == "off"
         ]
-        return Database(number, standbys, tls or "", problems)
+        return Database(number, standbys, None if hidden else confirming, tls or "", problems)
+
+
+def _wanted(standbys: str) -> int:
+    """How many must confirm a commit: `ANY 2 (…)`, `FIRST 2 (…)`, `2 (…)`, or names alone."""
+    found = re.match(r"\s*(?:(?:ANY|FIRST)\s+)?(\d+)\s*\(", standbys, re.IGNORECASE)
+    return int(found[1]) if found else int(standbys != "")
 
 
 async def number_of(connection: asyncpg.Connection[Any], lock: str = "") -> int:

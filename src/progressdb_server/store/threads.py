@@ -56,6 +56,7 @@ MAKE_TRIES_MAX: Final = 8
 CHANGE_TRIES_MAX: Final = 64
 """Of a change of a message or thread that other servers change too. One server makes one at a time, so that of three
 servers one fails so often once in 10^11 changes, unless the others are nearer to the database."""
+MEMBERS_CHANGING: Final = "other servers are changing the members of the thread at the same time"
 SLUG_SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
 
 
@@ -336,26 +337,28 @@ class Threads(OpenStore):
     async def add_members(self, thread_id: str, members: Sequence[str]) -> None:
         async with self.locks.hold(keyspace.writers(thread_id)):
             keys = sorted({keyspace.writer(thread_id, member) for member in members})
-            while True:
+            for _ in range(CHANGE_TRIES_MAX):
                 found = await self.reads.values(keys)
                 changed = [key for key in keys if found.get(key) != membership.MEMBER]
                 more, expect = await self.check_room(thread_id, sum(key not in found for key in changed))
                 room = more, [*expect, *((key, found[key]) for key in keys if key not in changed)]
                 if await self._change_members(thread_id, [(key, membership.MEMBER) for key in changed], room):
                     return
+        raise NotWrittenError(MEMBERS_CHANGING)
 
     async def remove_member(self, thread_id: str, member: str) -> None:
         async with self.locks.hold(keyspace.writers(thread_id)):
             if (await self.get_thread(thread_id)).author == member:
                 raise MemberIsAuthorError
             key = keyspace.writer(thread_id, member)
-            while True:
+            for _ in range(CHANGE_TRIES_MAX):
                 try:
                     room = await self.check_room(thread_id, int(await self.reads.get(key) is None))
                 except TooManyMembersError:
                     raise NoRoomToRemoveError from None
                 if await self._change_members(thread_id, [(key, membership.REMOVED)], room):
                     return
+        raise NotWrittenError(MEMBERS_CHANGING)
 
     async def check_room(self, thread_id: str, more: int) -> Room:
         """Under what condition `more` entries can be added, and a put with which no other server adds some meanwhile.

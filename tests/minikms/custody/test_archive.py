@@ -223,12 +223,12 @@ def entry(number: int, newest: str = "") -> RegisteredArchive:
 def test_an_archive_may_hold_the_keys_that_were_made_before_it_ended(tmp_path: Path) -> None:
     """Ids are compared, whatever the clock said at the end."""
     register = ArchiveRegister(str(tmp_path))
-    assert register.may_hold(KEY_ID) == []
+    assert register.may_hold([KEY_ID]) == [[]]
     for number, newest in enumerate((make_key_id(999_999, bytes(10)), KEY_ID, OTHER_KEY_ID, ""), start=1):
         register.put(entry(number, newest))
-    assert register.may_hold(KEY_ID) == ["/backup/2", "/backup/3", "/backup/4"]
+    assert register.may_hold([KEY_ID]) == [["/backup/2", "/backup/3", "/backup/4"]]
     register.forget("a_" + "0" * 15 + "3")
-    assert register.may_hold(KEY_ID) == ["/backup/2", "/backup/4"]
+    assert register.may_hold([KEY_ID]) == [["/backup/2", "/backup/4"]]
 
 
 def test_invalid_register_entries_are_not_listed(tmp_path: Path) -> None:
@@ -246,15 +246,15 @@ def test_a_receipt_says_which_entries_of_the_register_cannot_be_read(tmp_path: P
     register = ArchiveRegister(str(tmp_path))
     register.put(entry(1))
     (tmp_path / "kms-archives" / "a_00000000000000ff.json").write_text("{")
-    assert register.may_hold(KEY_ID) == ["/backup/1", "unknown: kms-archives/a_00000000000000ff.json can't be read"]
+    assert register.may_hold([KEY_ID]) == [["/backup/1", "unknown: kms-archives/a_00000000000000ff.json can't be read"]]
 
 
 def test_an_unreadable_register_does_not_fail_a_destruction(tmp_path: Path) -> None:
     """The key is destroyed already; only the list of archives is incomplete."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "kms-archives").symlink_to(tmp_path / "elsewhere")
-    assert ArchiveRegister(str(tmp_path)).may_hold(KEY_ID) == [
-        "unknown: kms-archives in the data directory can't be read"
+    assert ArchiveRegister(str(tmp_path)).may_hold([KEY_ID]) == [
+        ["unknown: kms-archives in the data directory can't be read"]
     ]
 
 

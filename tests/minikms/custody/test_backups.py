@@ -25,7 +25,7 @@ from minikms.custody.deks import DekStore
 from minikms.custody.journal_format import BLANK, BYTES_MAX, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, encode
 from minikms.custody.settled_keys import newest_key_id
 from minikms.files import open_directory, replace_file
-from minikms.keys.dek import FILE_BYTES
+from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES
 from tests.harness.disk_faults import failing, failing_os, flip, quick_directory, refuse
 from tests.harness.vaults import OpenedVault, opened_vault
 
@@ -146,6 +146,23 @@ def test_a_destroyed_key_is_in_no_record_and_its_neighbours_stay(tmp_path: Path)
     assert contents(backups) == [[key_id(1), key_id(3)], [key_id(4)]] * 2
 
 
+def test_a_damaged_record_is_blanked_if_one_of_three_places_names_its_key(tmp_path: Path) -> None:
+    backups = opened(tmp_path)
+    keep(backups, STAMP, record(1), record(2), record(3))
+    [path] = journals(tmp_path)
+    whole = path.read_bytes()
+    begin = AT + RECORD_BYTES
+    places = {0: KEY_ID_BYTES, KEY_ID_BYTES: 40, KEY_ID_BYTES + FILE_BYTES: 40}
+    for intact in places:
+        damaged = bytearray(whole)
+        for place, length in places.items():
+            if place != intact:
+                damaged[begin + place : begin + place + length] = b"?" * length
+        path.write_bytes(damaged)
+        assert blank(backups, key_id(2)) == [1]
+        assert path.read_bytes() == whole[:begin] + BLANK + whole[begin + RECORD_BYTES :]
+
+
 def test_a_record_that_cannot_be_blanked_is_an_error_until_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +192,7 @@ def test_a_file_whose_sync_failed_is_written_anew(
     before = inodes(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
         patch.setattr(backups_module, "syncfs", failing(sync.syncfs, at=1))
-        patch.setattr(os, "fsync", failing(os.fsync, at=1))
+        patch.setattr(os, "fdatasync", failing(os.fdatasync, at=1))
         blank(backups, key_id(1))
     assert in_all_files(tmp_path, 1) == 0, "in the page cache"
     assert blank(backups, key_id(1)) == [0]
@@ -207,7 +224,7 @@ def test_a_file_that_is_written_anew_is_read_once(
     keep(backups, STAMP, record(1), record(2), record(3))
     [path] = journals(tmp_path)
     on_disk = path.read_bytes()
-    with failing_os(monkeypatch, "fsync"), pytest.raises(StorageUnavailableError):
+    with failing_os(monkeypatch, "fdatasync"), pytest.raises(StorageUnavailableError):
         blank(backups, key_id(1))
     opens = 0
 
@@ -333,7 +350,7 @@ def test_a_receipt_counts_the_records_and_none_is_left(tmp_path: Path) -> None:
                 keep_in_batch(one, key_ids, stamp)
             gone, *others = key_ids
             await one.vault.retire(gone)
-            assert await one.vault.destroy(gone) == 2
+            assert (await one.vault.destroy(gone)).backups == 2
             files = [path for path in (tmp_path / "d" / "kms-deks-backup").rglob("*") if path.is_file()]
             assert len(files) == 2
             for path in files:
@@ -379,10 +396,10 @@ def test_a_repeated_destruction_trusts_no_sync_that_failed(tmp_path: Path, monke
                     patch.setattr(RotationBackups, "blank", fails_after(RotationBackups.blank))
                     await one.vault.destroy(key_id)
             inode = path.stat().st_ino
-            assert await one.vault.destroy(key_ids[0]) == 0
+            assert (await one.vault.destroy(key_ids[0])).backups == 0
             assert path.stat().st_ino != inode
             inode = path.stat().st_ino
-            assert await one.vault.destroy(key_ids[0]) == 0
+            assert (await one.vault.destroy(key_ids[0])).backups == 0
             assert path.stat().st_ino == inode, "its removal was completed"
         async with opened_vault(tmp_path / "d") as again:
             await again.indexing.run()
@@ -520,7 +537,7 @@ def test_the_batches_of_a_rotation_beside_the_scan_are_all_blanked(
             await asyncio.to_thread(keep_in_batch, one, [key_id])
             written.set()
             await scan
-            assert await one.vault.destroy(key_id) == 1
+            assert (await one.vault.destroy(key_id)).backups == 1
             assert one.backups(key_id) == []
 
     asyncio.run(main())
@@ -544,7 +561,7 @@ def test_a_large_group_of_destructions_is_many_short_jobs(tmp_path: Path, monkey
             for key_id in key_ids:
                 keep_in_batch(one, [key_id])
                 await one.vault.retire(key_id)
-            assert await asyncio.gather(*map(one.vault.destroy, key_ids)) == [1] * 5
+            assert await asyncio.gather(*map(one.vault.destroy, key_ids)) == [(1, [])] * 5
             assert jobs == [2, 2, 1]
             assert one.backups() == []
 

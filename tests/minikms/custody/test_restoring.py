@@ -135,7 +135,7 @@ def test_a_restored_directory_names_the_archive_that_still_holds_its_keys(data_d
     register = ArchiveRegister(str(tmp_path / "restored"))
     assert [entry.path for entry in register.listed()] == [str(archive)]
     register.put(source)
-    assert register.may_hold(newest) == [str(archive)]
+    assert register.may_hold([newest]) == [[str(archive)]]
 
 
 # --- verification -------------------------------------------------------------------------------------------------

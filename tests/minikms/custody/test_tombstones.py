@@ -108,9 +108,9 @@ def test_destructions_of_one_turn_share_one_write_of_the_keyring(
     async def scenario(one: OpenedVault, key_ids: list[str]) -> None:
         await one.rotate()
         monkeypatch.setattr(KeyringFile, "store_now", counting)
-        counts = await asyncio.gather(*map(one.vault.destroy, key_ids))
-        assert (counts, len(writes), counted(one)) == ([1] * 6, 1, 6)
-        assert await one.vault.destroy(key_ids[0]) == 0, "a repeated one writes nothing"
+        removed = await asyncio.gather(*map(one.vault.destroy, key_ids))
+        assert (removed, len(writes), counted(one)) == ([(1, [])] * 6, 1, 6)
+        assert (await one.vault.destroy(key_ids[0])).backups == 0, "a repeated one writes nothing"
         assert len(writes) == 1
 
     run(tmp_path / "d", scenario)

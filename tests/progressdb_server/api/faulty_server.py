@@ -24,11 +24,14 @@ from progressdb_server.cli import main
 from progressdb_server.jobs import rotation, runner
 from progressdb_server.kms import provider
 from progressdb_server.store import messages
+from progressdb_server.store.backup import Backups
 from progressdb_server.store.engine import EngineUnavailableError
+from progressdb_server.store.model import BackupOfDatabaseError
 from progressdb_server.store.rocks import RocksEngine
 from tests.harness import garbage
 from tests.progressdb_server.api.fault_words import (
     CROWDED,
+    DATABASE,
     DEFECT,
     DESTROYED,
     DISK,
@@ -88,6 +91,12 @@ def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+async def back_up(store: Backups, path: str, real: Callable[..., Any] = Backups.back_up) -> Any:
+    if fault() == DATABASE:
+        raise BackupOfDatabaseError
+    return await real(store, path)
+
+
 def file_digest(file: Any, name: str, real: Callable[..., Any] = hashlib.file_digest) -> Any:
     """Of the store's files in a backup another one than they have."""
     digest = real(file, name)
@@ -100,6 +109,7 @@ RocksEngine.sync = sync  # type: ignore[assignment]  # the seam of the fault
 for name in ("encrypt", "encrypt_batch"):
     setattr(provider.RemoteProvider, name, refusing(getattr(provider.RemoteProvider, name)))
 Resource.handler = handler  # type: ignore[assignment]  # as above
+Backups.back_up = back_up  # type: ignore[assignment,method-assign]  # as above
 hashlib.file_digest = file_digest  # type: ignore[assignment]  # as above
 runner.Kind.first_s = runner.Kind.every_s = TICK_S
 rotation.KEY_WAIT_S = provider.WAIT_S = KMS_WAIT_S  # type: ignore[misc]  # final in production

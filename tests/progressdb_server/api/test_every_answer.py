@@ -21,7 +21,7 @@ from progressdb_server.api.http.limits import HEAD_BYTES_MAX
 from progressdb_server.api.openapi.document import document, error_texts
 from progressdb_server.config import BODY_BYTES_MIN
 from progressdb_server.kms.provider import SEALED
-from progressdb_server.store.model import ThreadKeyDestroyedError, TooManyVersionsError
+from progressdb_server.store.model import BackupOfDatabaseError, ThreadKeyDestroyedError, TooManyVersionsError
 from tests.harness import documented
 from tests.harness.documented import Pair
 from tests.harness.live_daemon import LiveDaemon
@@ -108,6 +108,7 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     "the backup failed and its files were removed; the log has the reason with the request id": provoking.with_fault(
         fault_words.ROTTEN
     ),
+    BackupOfDatabaseError.text: provoking.with_fault(fault_words.DATABASE),
     "no backup of this name is registered": provoking.unknown,
     "the backup still exists: delete it and all its copies first": provoking.backup_still_there,
     # the viewer

@@ -338,8 +338,6 @@ def test_a_request_that_does_not_come_to_its_end_is_given_up(monkeypatch: pytest
     with running() as server:
         with server.connect() as slow:
             slow.sendall(sent)
-            (response,) = server.exchange(GET)
-            assert response.status == 200
             assert closed_within(slow, 60)
         assert server.api.store.empty
 

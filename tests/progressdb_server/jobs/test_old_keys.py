@@ -18,7 +18,16 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError
-from tests.progressdb_server.jobs.rotating import Place, backups_of, begin_at_once, chunks_of, mapped, register, write
+from tests.progressdb_server.jobs.rotating import (
+    Gate,
+    Place,
+    backups_of,
+    begin_at_once,
+    chunks_of,
+    mapped,
+    register,
+    write,
+)
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of
 
@@ -31,12 +40,14 @@ async def rotated(jobs: Jobs, thread: str = "t", destroy_after_s: int = 0) -> Jo
     return job
 
 
-def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before() -> None:
+def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row of another job is read for it."""
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 10)
         job = await rotated(jobs, destroy_after_s=86_400)
+        monkeypatch.setattr(store, "job_rows", None)
         await jobs.destruction.begin()
         assert place.keys.destroyed == set()
         assert len(backups_of(store, job)) == 11
@@ -51,17 +62,37 @@ def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before() -> None:
     place.run(body)
 
 
+def test_no_old_key_is_destroyed_while_a_row_is_damaged() -> None:
+    """It may be one of the thread, with backups under the key."""
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1)
+        job = await rotated(jobs, destroy_after_s=1)
+        damaged = store.new_job_id(place.clock.now)
+        await store.writer.commit(Write(((keyspace.job(damaged), b"{"),)))
+        assert [one.id async for page in jobs.table.pages() for one in page] == [job.id]
+        place.clock.now += DAY_NS
+        await jobs.destruction.begin()
+        assert place.keys.destroyed == set()
+        assert (await jobs.table.get(job.id)).destroy_waits_for == f"the row of job {damaged} is damaged"
+        await store.writer.commit(Write(((keyspace.job(damaged), None),)))
+        await jobs.destruction.begin()
+        assert place.keys.destroyed == {job.old_key}
+
+    place.run(body)
+
+
 def test_after_a_cancelled_rotation_the_next_one_ends_both_older_keys() -> None:
     place = Place()
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 30)
-        place.keys.delay_s = 0.005
+        gate = Gate(place.keys, 3)
         first = await jobs.rotation.rotate("t")
-        while not 0 < (await jobs.table.get(first.id)).done < 31:
-            await asyncio.sleep(0.001)
+        await gate.reached.wait()
         await jobs.cancel(first.id)
-        place.keys.delay_s = 0
+        gate.open()
         second = await rotated(jobs, destroy_after_s=60)
         place.clock.now += DAY_NS
         await jobs.destruction.begin()

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import asyncpg
 import pytest
@@ -19,7 +18,13 @@ from progressdb_server.kms.provider import key_pages
 from progressdb_server.store import claims, keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import BackupExistsError, StaleRowError, StoreUnavailableError
+from progressdb_server.store.model import (
+    BackupExistsError,
+    BackupOfDatabaseError,
+    RecordUnreadableError,
+    StaleRowError,
+    StoreUnavailableError,
+)
 from progressdb_server.store.postgres import PostgresEngine
 from tests.progressdb_server.jobs.rotating import UNBOUNDED, Gate, chunks_of, keys_of_records, write
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, servers
@@ -145,6 +150,24 @@ def test_a_job_of_a_server_that_is_gone_is_continued_by_another(database: str) -
     with_two(database, body)
 
 
+@pytest.mark.usefixtures("long_leases")
+def test_the_entry_that_a_killed_server_left_is_removed(database: str) -> None:
+    """Without a claim, which another server would take over; also a damaged one. That of a server that runs stays."""
+
+    async def run() -> None:
+        async with servers(database, SealingProvider(), 0, 0) as (one, two):
+            left = {"killed": b"1", "damaged": b"?", "later": b"9" * 5000}
+            await one.writer.commit(Write([(keyspace.server(name), value) for name, value in left.items()]))
+            assert await one.claims.claim("t", "job-1", "")
+            await two.start()
+            async with asyncio.timeout(20):
+                while await _leases(database) != 1:
+                    await asyncio.sleep(0.02)
+            assert not await two.claims.claim("t", "job-2", "job-1")
+
+    asyncio.run(run())
+
+
 async def _leases(url: str) -> int:
     connection = await asyncpg.connect(url)
     try:
@@ -196,7 +219,22 @@ def test_a_job_paused_at_one_server_is_resumed_at_another(database: str) -> None
     with_two(database, body)
 
 
-def test_an_old_key_waits_for_the_registered_backups_of_the_database(database: str) -> None:
+def looks_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From when on each read of rows reads them."""
+    looks: list[int] = []
+    real = JobTable.pages
+
+    def pages(table: JobTable, *, newest_first: bool = False, since_ns: int = 0) -> AsyncIterator[list[Job]]:
+        looks.append(since_ns)
+        return real(table, newest_first=newest_first, since_ns=since_ns)
+
+    monkeypatch.setattr(JobTable, "pages", pages)
+    return looks
+
+
+def test_an_old_key_waits_for_the_registered_backups_of_the_database(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without any, nobody knows what the backups need. Whichever server is asked."""
 
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
@@ -216,6 +254,8 @@ def test_an_old_key_waits_for_the_registered_backups_of_the_database(database: s
             assert provider.destroyed == set()
 
         await kept("no backup of the database is registered")
+        with pytest.raises(BackupOfDatabaseError):
+            await stores[1].back_up("/nowhere")
         await stores[1].register_backup("old", before)
         await kept("progressdb backup forget old")
         with pytest.raises(BackupExistsError):
@@ -224,7 +264,10 @@ def test_an_old_key_waits_for_the_registered_backups_of_the_database(database: s
         await kept("progressdb backup forget old")
         await stores[0].forget_backup("old")
         assert [known.name async for page in stores[1].backups() for known in page] == ["new"]
-        await jobs[1].destruction.begin()
+        with monkeypatch.context() as patched:
+            looks = looks_of(patched)
+            await jobs[1].destruction.begin()
+        assert looks and min(looks) > 0, "all rows are read"
         assert provider.destroyed == {job.old_key}
 
     with_two(database, body)
@@ -263,14 +306,7 @@ def test_rows_of_jobs_that_ended_long_ago_are_not_read_again(database: str, monk
             await write(stores[0], 5)
             paused = Job(stores[0].new_job_id(1), "t", 1, 1, kind="rotation", state="paused", keying=True)
             await jobs.table.add(paused)
-            looks: list[int] = []
-            real = JobTable.pages
-
-            def pages(table: JobTable, *, newest_first: bool = False, since_ns: int = 0) -> AsyncIterator[list[Job]]:
-                looks.append(since_ns)
-                return real(table, newest_first=newest_first, since_ns=since_ns)
-
-            monkeypatch.setattr(JobTable, "pages", pages)
+            looks = looks_of(monkeypatch)
             async with started(stores, provider) as made:
                 async with asyncio.timeout(20):
                     while len(looks) < 5:
@@ -397,34 +433,39 @@ def test_a_row_removed_while_it_is_adopted_stops_no_adoption(database: str, monk
     asyncio.run(run())
 
 
-def test_a_damaged_row_ends_no_search_for_jobs(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the row is repaired, jobs are continued again."""
-    real, met = JobTable.pages, asyncio.Event()
-
-    async def pages(table: JobTable, **which: Any) -> AsyncIterator[list[Job]]:
-        try:
-            async for page in real(table, **which):
-                yield page
-        except ValueError:
-            met.set()
-            raise
-
-    monkeypatch.setattr(JobTable, "pages", pages)
-
+def test_a_damaged_row_or_claim_delays_no_other_job(database: str) -> None:
     async def run() -> None:
         provider = SealingProvider()
         async with servers(database, provider, 0) as stores, started(stores, provider) as jobs:
-            await write(stores[0], 5)
-            damaged = keyspace.job(stores[0].new_job_id(stores[0].clock.now_ns()))
-            await stores[0].writer.commit(Write(((damaged, b"{"),)))
-            async with asyncio.timeout(20):
-                await met.wait()
-            await stores[0].writer.commit(Write(((damaged, None),)))
-            job = Job(stores[0].new_job_id(stores[0].clock.now_ns()), "t", 1, 1, kind="rotation", keying=True)
-            await jobs[0].table.add(job)
-            assert (await _ends(jobs[0], job.id)).state == "done"
+            for thread in ("t", "u"):
+                await write(stores[0], 5, thread)
+            now_ns = stores[0].clock.now_ns()
+            of_t, of_u, *broken = (stores[0].new_job_id(now_ns - number) for number in range(4))
+            of_another = b'{"id":"another","thread":"t","created_ns":1,"updated_ns":1}'
+            damaged = dict(zip(broken, (b"{", of_another), strict=True))
+            left = [(keyspace.job(job_id), raw) for job_id, raw in damaged.items()]
+            await stores[0].writer.commit(Write([*left, (keyspace.claim("u"), b"?")]))
+            for job_id, thread in ((of_u, "u"), (of_t, "t")):
+                await jobs[0].table.add(Job(job_id, thread, 1, 1, kind="rotation", keying=True))
+            assert (await _ends(jobs[0], of_t)).state == "done"
+            assert (await jobs[0].table.get(of_u)).state == "queued"
+            for job_id, raw in damaged.items():
+                with pytest.raises(RecordUnreadableError, match=job_id):
+                    await jobs[0].table.get(job_id)
+                assert await stores[0].job_row(job_id) == raw
 
     asyncio.run(run())
+
+
+async def _not_released(store: Conversations, thread: str) -> None:
+    """As when the store is not available for a moment."""
+
+    def commit(write: Write) -> asyncio.Future[None]:
+        raise StoreUnavailableError("not written")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store.writer, "commit", commit)
+        await store.claims.release(thread)
 
 
 def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,16 +475,25 @@ def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str, m
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         mine = stores[0].claims
         assert await mine.claim("u", "job-1", "")
-
-        def commit(write: Write) -> asyncio.Future[None]:
-            raise StoreUnavailableError("not written")
-
-        with monkeypatch.context() as patched:
-            patched.setattr(stores[0].writer, "commit", commit)
-            await mine.release("u")
+        await _not_released(stores[0], "u")
         await mine.renew()
         assert not await stores[1].claims.claim("u", "job-2", "job-1")
         assert await mine.claim("u", "job-2", "job-1")
+
+    with_two(database, body)
+
+
+@pytest.mark.usefixtures("long_leases")
+def test_a_failed_release_is_repeated_while_the_server_works_on(database: str) -> None:
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        mine, other = (store.claims for store in stores)
+        for thread in ("u", "v"):
+            assert await mine.claim(thread, "job-1", "")
+        await _not_released(stores[0], "u")
+        async with asyncio.timeout(20):
+            while not await other.claim("u", "job-2", ""):
+                await asyncio.sleep(0.02)
+        assert not await other.claim("v", "job-2", "job-1")
 
     with_two(database, body)
 

@@ -70,7 +70,7 @@ def test_a_copy_to_a_database_and_back_is_the_same_store(tmp_path: Path, databas
         await empty(database)
         there = await copied(one, database)
         assert there.counted.messages == 2 * MESSAGES + 2
-        assert (await check(database, provider)).findings == []
+        assert (await check(database, provider, None)).findings == []
         back = await copied(database, two)
         assert (back.entries, back.digest, back.changed) == (*there[:2], there.entries)
         assert await all_of(two) == await all_of(one)
@@ -177,10 +177,10 @@ def test_a_store_in_a_database_is_checked_and_repaired(tmp_path: Path, database:
         await connection.execute("UPDATE store_counter SET messages = messages + 5")
         await connection.execute("INSERT INTO store_entry VALUES ('x', 'no:such', '')")
         await connection.close()
-        found = (await check(database, None)).findings
+        found = (await check(database, None, None)).findings
         assert {problem.kind for problem in found} == {"unindexed", "miscounted", "unknown"}
         fixed = await repair_offline(database)
         assert {problem.kind for problem in fixed} == {"unindexed", "miscounted"}
-        assert [problem.kind for problem in (await check(database, None)).findings] == ["unknown"]
+        assert [problem.kind for problem in (await check(database, None, None)).findings] == ["unknown"]
 
     asyncio.run(run())

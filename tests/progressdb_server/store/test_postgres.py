@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
     TooManyMembersError,
 )
-from tests.progressdb_server.store.failing_database import end_the_wait, no_standby
+from tests.harness import postgres as harness
+from tests.progressdb_server.store.failing_database import end_the_wait, no_standby, with_setting
 from tests.progressdb_server.store.opened_store import (
     becomes,
     bodies,
@@ -174,6 +176,49 @@ def test_a_change_that_other_servers_always_precede_is_refused(database: str, mo
             assert (await one.get_thread("t")).title == "early"
 
     asyncio.run(run())
+
+
+def test_an_append_whose_stamp_is_always_late_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is stored."""
+
+    async def run(one: Conversations, two: Conversations) -> None:
+        (first,) = await fill(two, 1)
+        monkeypatch.setattr(one.clock, "recover", lambda last: None)  # a stamp of the other server precedes each try
+        async with asyncio.timeout(60):
+            with pytest.raises(NotWrittenError, match="at the same time"):
+                await one.create_message(of("ann", "late"))
+        assert [message.id for message in await messages_of(one, "t")] == [first.id]
+
+    with_two(database, run, HOUR_NS)
+
+
+def test_members_that_other_servers_always_change_first_are_not_changed(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(one: Conversations, two: Conversations) -> None:
+        await fill(one, 1)
+        real = one.check_room
+
+        async def preceded(thread: str, more: int) -> changing_threads.Room:
+            room = await real(thread, more)
+            await two.add_members(thread, [f"of two {secrets.token_hex(8)}"])
+            return room
+
+        monkeypatch.setattr(one, "check_room", preceded)
+        monkeypatch.setattr(changing_threads, "CHANGE_TRIES_MAX", 3)
+        monkeypatch.setattr(changing_messages, "CHANGE_TRIES_MAX", 3)
+        one.rule = "open"
+        async with asyncio.timeout(60):
+            for change in (
+                one.add_members("t", ["bob"]),
+                one.remove_member("t", "bob"),
+                one.create_message(of("bob", 1)),
+            ):
+                with pytest.raises(NotWrittenError, match="at the same time"):
+                    await change
+        assert "bob" not in await one.members("t")
+
+    with_two(database, run)
 
 
 def test_a_retry_at_another_server_makes_nothing_twice(database: str) -> None:
@@ -381,11 +426,40 @@ def test_what_was_done_before_is_acknowledged_once_it_is_replicated(database: st
             ]
             done, _ = await asyncio.wait(again, timeout=0.5)
             assert not done
-            (problem, *_) = (await tables.examine(database, single_node=False)).problems
-            assert problem.startswith("no standby is connected")
         await asyncio.gather(*again)
 
     with_two(database, run)
+
+
+def test_only_a_standby_that_confirms_commits_is_counted(database: str) -> None:
+    """Others are connected too: `doctor` says that no write is confirmed, and how to mend it."""
+    settings = f"host={nodes.places_of(database)[0].host} user=test dbname=postgres"
+
+    async def found(connection: asyncpg.Connection[Any], names: str, wanted: int) -> list[str]:
+        await with_setting(connection, "synchronous_standby_names", names)
+        async with asyncio.timeout(60):
+            while (page := await tables.examine(database, single_node=False)).connected != wanted:
+                await asyncio.sleep(0.02)
+        return [problem for problem in page.problems if "synchronous_standby_names" in problem]
+
+    async def run() -> None:
+        await (await emptied(database)).close()
+        connection = await asyncpg.connect(database, server_settings={"synchronous_commit": "local"})
+        try:
+            assert await found(connection, "one", 1) == []
+            for names, connected, wanted in (("ANY 2 (one, two)", 1, 2), ("two", 0, 1)):
+                (problem,) = await found(connection, names, connected)
+                assert f"{connected} of those in synchronous_standby_names ({names}), and {wanted} must" in problem
+            await connection.execute("CREATE ROLE plain LOGIN; GRANT SELECT ON store_schema TO plain")
+            page = await tables.examine(database.replace("test@", "plain@"), single_node=False)
+            assert page.connected is None
+            await connection.execute("DROP OWNED BY plain; DROP ROLE plain")
+        finally:
+            await with_setting(connection, "synchronous_standby_names", "")
+            await connection.close()
+
+    with harness.standby(settings, "one"):
+        asyncio.run(run())
 
 
 def test_a_lost_connection_before_the_commit_costs_no_write(database: str) -> None:

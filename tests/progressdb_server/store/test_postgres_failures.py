@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -131,10 +131,22 @@ def test_no_writable_node_refuses_writes_until_there_is_one(database: str) -> No
 
 def test_a_commit_without_a_standby_ends_at_its_deadline(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its session is left to wait: had it been cancelled, what was written would be visible."""
-    monkeypatch.setattr(postgres_writer, "COMMIT_S_MAX", 0.3)
+    real = postgres_writer.bounded
 
     async def run(store: Conversations) -> None:
         async with no_standby(database) as connection:
+
+            async def bounded(session: Any, work: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
+                """Its deadline comes when it waits."""
+                assert 0 < timeout_s <= postgres_writer.COMMIT_S_MAX
+                committing = asyncio.ensure_future(work)
+                await waiting(connection)
+                return await real(session, ended(committing), 0)
+
+            async def ended(task: asyncio.Future[Any]) -> Any:
+                return await task
+
+            monkeypatch.setattr(postgres_writer, "bounded", bounded)
             with pytest.raises(OutcomeUnknownError, match="may be stored"):
                 await store.create_message(of(1))
             assert await waiting(connection)
@@ -166,16 +178,16 @@ def test_a_read_that_met_its_deadline_is_not_sent_again(database: str, monkeypat
 
 
 def test_a_command_does_not_wait_for_a_database_without_end(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "COMMAND_S_MAX", 0.5)
-
     async def run() -> None:
         await (await emptied(database)).close()
         connection = await asyncpg.connect(database)
         async with connection.transaction():
             await connection.execute("LOCK TABLE store_schema")
-            async with asyncio.timeout(60):
-                with pytest.raises(EngineUnavailableError):
-                    await tables.upgrade(database)
+            with monkeypatch.context() as patched:
+                patched.setattr(tables, "COMMAND_S_MAX", 0.5)
+                async with asyncio.timeout(60):
+                    with pytest.raises(EngineUnavailableError):
+                        await tables.upgrade(database)
         await connection.close()
         assert await tables.upgrade(database) == (1, 1)
 
@@ -227,7 +239,6 @@ def test_a_host_that_does_not_answer_delays_no_other(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one whose processes are stopped: the kernel takes the connection, and nobody reads it."""
-    monkeypatch.setattr(nodes, "CONNECT_S_MAX", 0.5)
 
     async def run() -> None:
         await (await emptied(database)).close()
@@ -239,6 +250,7 @@ def test_a_host_that_does_not_answer_delays_no_other(
         await fill(store, 1)
         assert bodies(await messages_of(store, "t")) == [0]
         await store.close()
+        monkeypatch.setattr(nodes, "CONNECT_S_MAX", 0.5)
         with pytest.raises(EngineUnavailableError, match="not available now"):
             await postgres.open_engine(f"postgresql://test@/postgres?host={tmp_path}", single_node=True)
         silent.close()

@@ -60,7 +60,7 @@ def test_each_operation_takes_its_known_number_of_round_trips(database: str, mon
             finally:
                 await store.close()
             before = trips.count
-            report = await check.check(url, None)
+            report = await check.check(url, None, None)
             assert (report.findings, report.counts["messages"] > COUNT) == ([], True)
             assert trips.count - before < COUNT, "a few for each chunk of entries, not for each entry"
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem
+from progressdb_server.jobs.table import parse
 from progressdb_server.store import keyspace, offline
 from progressdb_server.store.check import Checker, Problem, repair
 from progressdb_server.store.conversations import Conversations
@@ -41,7 +42,7 @@ async def populate(store: Conversations, name: str = "t") -> None:
 
 
 async def findings(reader: Reader, provider: SealingProvider | None) -> list[Problem]:
-    return [finding async for finding in Checker(LocalView(reader), provider).run()]
+    return [finding async for finding in Checker(LocalView(reader), provider, parse).run()]
 
 
 def populated() -> tuple[MemoryEngine, SealingProvider]:
@@ -97,6 +98,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "a record cut short": ("damaged", lambda e: (k := first(e, "thread:t0:msg:"), (e.get(k) or b"")[:20])),
     "a stamp that is none": ("damaged", lambda e: (b"thread:t0:msg:now", b"x")),
     "a retried create that does not parse": ("damaged", lambda e: (first(e, "idem:"), b"\xff")),
+    "a job's row that does not parse": ("damaged", lambda e: (b"job:job-1", b"{")),
     "a flipped bit in a sealed part": (
         "unreadable",
         lambda e: (k := first(e, "thread:t0:msg:"), (v := e.get(k) or b"")[:-1] + bytes((v[-1] ^ 1,))),

@@ -20,6 +20,7 @@ from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import ConditionFailedError, NotWrittenError, StoreUnavailableError
 from progressdb_server.store.writer import Writer
 from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import becomes
 
 FOREVER_S = 600.0
 """A bound that no test reaches."""
@@ -60,7 +61,7 @@ def test_writes_during_a_sync_form_the_next_group() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         engine.gate.clear()
         first = writer.commit(Write([(b"a", b"1")]))
-        await asyncio.sleep(0.02)
+        await becomes(lambda: engine.writes == 1)
         rest = [writer.commit(Write([(b"%d" % n, b"x")])) for n in range(50)]
         await asyncio.sleep(0.02)
         assert not first.done()
@@ -75,8 +76,8 @@ def test_no_write_is_answered_before_its_sync() -> None:
     async def body(writer: Writer, engine: MemoryEngine) -> None:
         engine.gate.clear()
         done = writer.commit(Write([(b"a", b"1")]))
+        await becomes(lambda: engine.get(b"a") == b"1")
         await asyncio.sleep(0.05)
-        assert engine.get(b"a") == b"1"
         assert not done.done()
         engine.gate.set()
         await done

@@ -312,15 +312,37 @@ def status(epoch: int, seq: int, sig: str = "", keyring: str = "one") -> api.Sta
     return api.StatusAnswer(status="ok", epoch=epoch, keyring_id=keyring, audit=audit)
 
 
+async def judge(memory: EpochMemory, answer: api.StatusAnswer, *, accept_restore: bool = False) -> None:
+    async def ask() -> api.StatusAnswer:
+        return answer
+
+    await memory.observe(ask, accept_restore=accept_restore)
+
+
+def test_an_answer_that_another_server_overtakes_is_not_an_older_one() -> None:
+    async def run(store: Conversations) -> None:
+        one, another = EpochMemory(store.reads, store.writer), EpochMemory(store.reads, store.writer)
+        await judge(one, status(5, 100))
+
+        async def ask() -> api.StatusAnswer:
+            await judge(another, status(6, 101))
+            return status(5, 100)
+
+        await one.observe(ask)
+        assert seen(store).epoch == 6
+
+    with_store(run)
+
+
 def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> None:
     now = [0.0]
 
     async def run(store: Conversations) -> None:
         memory = EpochMemory(store.reads, store.writer, lambda: now[0])
-        await memory.observe(status(5, 100))
+        await judge(memory, status(5, 100))
         now[0] = 10
-        await memory.observe(status(6, 200))
-        await memory.observe(status(6, 150))
+        await judge(memory, status(6, 200))
+        await judge(memory, status(6, 150))
         for older, why in [
             (status(5, 300), "epoch 5, this store has seen 6"),
             (status(6, 99), "ends at line 99, this store has seen line 100"),
@@ -328,11 +350,11 @@ def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> Non
             (status(7, 300, keyring="two"), "another keyring"),
         ]:
             with pytest.raises(RestoredError, match=why) as refused:
-                await memory.observe(older)
+                await judge(memory, older)
             assert "--accept-restore" in str(refused.value)
         assert seen(store).epoch == 6
-        await memory.observe(status(3, 10), accept_restore=True)
-        await memory.observe(status(3, 11))
+        await judge(memory, status(3, 10), accept_restore=True)
+        await judge(memory, status(3, 11))
         assert seen(store).epoch == 3
 
     with_store(run)
@@ -344,10 +366,10 @@ def test_an_audit_head_counts_only_once_it_is_old_enough_to_be_on_the_disk() -> 
 
     async def run(store: Conversations) -> None:
         memory = EpochMemory(store.reads, store.writer, lambda: now[0])
-        await memory.observe(status(5, 100))
+        await judge(memory, status(5, 100))
         now[0] = 1
-        await memory.observe(status(5, 200))
-        await memory.observe(status(6, 90))
+        await judge(memory, status(5, 200))
+        await judge(memory, status(6, 90))
 
     with_store(run)
 
@@ -358,10 +380,10 @@ def test_the_remembered_line_has_the_form_that_the_key_service_accepts() -> None
     async def run(store: Conversations) -> None:
         assert audit_head(store.engine) == ""
         memory = EpochMemory(store.reads, store.writer, lambda: now[0])
-        await memory.observe(status(5, 100, "sig"))
+        await judge(memory, status(5, 100, "sig"))
         assert audit_head(store.engine) == "", "it is not old enough yet"
         now[0] = 10
-        await memory.observe(status(6, 200))
+        await judge(memory, status(6, 200))
         assert audit_head(store.engine) == "100:sig"
 
     with_store(run)
@@ -372,15 +394,15 @@ def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> 
 
     async def run(store: Conversations) -> None:
         memory = EpochMemory(store.reads, store.writer)
-        await memory.observe(api.StatusAnswer(status="ok"))
-        await memory.observe(status(5, 100))
+        await judge(memory, api.StatusAnswer(status="ok"))
+        await judge(memory, status(5, 100))
         with pytest.raises(RestoredError, match="does not report its epoch"):
-            await memory.observe(api.StatusAnswer(status="ok"))
+            await judge(memory, api.StatusAnswer(status="ok"))
         store.engine.write([(keyspace.EPOCH, b"{")])
-        for ask in (lambda: memory.observe(status(5, 100)), lambda: asyncio.to_thread(audit_head, store.engine)):
+        for ask in (lambda: judge(memory, status(5, 100)), lambda: asyncio.to_thread(audit_head, store.engine)):
             with pytest.raises(RestoredError, match="damaged"):
                 await ask()
-        await memory.observe(status(5, 100), accept_restore=True)
+        await judge(memory, status(5, 100), accept_restore=True)
         assert seen(store).epoch == 5
 
     with_store(run)
@@ -524,6 +546,22 @@ def test_an_older_store_whose_keys_were_rotated_since_takes_writes() -> None:
     with_store(after, engine, provider)
 
 
+def test_a_message_into_a_thread_that_has_lost_its_map_is_refused() -> None:
+    """It makes one key at most."""
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        await store.create_message(new(0))
+        await store.writer.commit(Write(((keyspace.key_map("t"), None),)))
+        store.sealer.forget()
+        async with asyncio.timeout(20):
+            with pytest.raises(RecordUnreadableError, match="has no key"):
+                await store.create_message(new(1))
+        assert len(provider.keys) <= 2
+
+    with_store(run, provider=provider)
+
+
 def test_a_lost_map_that_is_rebuilt_after_a_renewal_takes_writes() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
 
@@ -572,13 +610,13 @@ def test_a_faulty_key_service_is_judged_and_its_log_not_remembered() -> None:
 
     async def run(store: Conversations) -> None:
         memory = EpochMemory(store.reads, store.writer, lambda: now[0])
-        await memory.observe(status(5, 100))
+        await judge(memory, status(5, 100))
         for seconds in (10, 20, 30):
             now[0] = seconds
-            await memory.observe(replace(status(5, 200), status="audit_unavailable", reason="no space"))
+            await judge(memory, replace(status(5, 200), status="audit_unavailable", reason="no space"))
         assert seen(store).head_seq == 0
         with pytest.raises(RestoredError):
-            await memory.observe(replace(status(4, 200), status="audit_unavailable"))
+            await judge(memory, replace(status(4, 200), status="audit_unavailable"))
 
     with_store(run)
 

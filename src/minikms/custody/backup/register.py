@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -91,17 +92,18 @@ class ArchiveRegister:
         """The entries, oldest first, without unreadable ones. Raises OSError, StorageUnavailableError."""
         return _oldest_first(self._read_all())
 
-    def may_hold(self, key_id: str) -> list[str]:
-        """The paths of the archives that may contain the key.
+    def may_hold(self, key_ids: Sequence[str]) -> list[list[str]]:
+        """For each key the paths of the archives that may contain it.
 
         An unreadable register or entry is not an error, since the key is destroyed already; a text takes its place.
         """
         try:
             found = self._read_all()
         except (OSError, StorageUnavailableError):
-            return [f"unknown: {DIRECTORY} in the data directory can't be read"]
+            return [[f"unknown: {DIRECTORY} in the data directory can't be read"]] * len(key_ids)
         unknown = [f"unknown: {DIRECTORY}/{name} can't be read" for name in sorted(found) if found[name] is None]
-        return [*(entry.path for entry in _oldest_first(found) if entry.may_hold(key_id)), *unknown]
+        readable = _oldest_first(found)
+        return [[*(entry.path for entry in readable if entry.may_hold(key_id)), *unknown] for key_id in key_ids]
 
     def _read_all(self) -> dict[str, RegisteredArchive | None]:
         """The entries by file name; None for an unreadable one."""

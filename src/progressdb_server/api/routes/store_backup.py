@@ -36,6 +36,7 @@ from progressdb_server.store.model import (
     BackupError,
     BackupExistsError,
     BackupNotFoundError,
+    BackupOfDatabaseError,
     BackupThereError,
 )
 
@@ -66,7 +67,7 @@ class BackupHandlers:
         body=JsonBody(BackupBody, {"name": {"type": "string", "pattern": f"^{NAME.pattern}$"}}),
         errors={400: (INVALID_NAME, INVALID_REQUEST)},
         needs=DISK,
-        raises=(BackupExistsError, BackupBusyError, BackupError),
+        raises=(BackupExistsError, BackupBusyError, BackupOfDatabaseError, BackupError),
     )
     async def create(self, request: Request) -> Response:
         """Back up the store while the server runs. Back up the key service after it, not before."""
@@ -75,7 +76,7 @@ class BackupHandlers:
             raise bad_request(INVALID_NAME)
         try:
             copy = await self._store.back_up(str((self._directory / name).absolute()))
-        except (BackupExistsError, BackupBusyError):
+        except (BackupExistsError, BackupBusyError, BackupOfDatabaseError):
             raise
         except BackupError as error:  # its text names files of this machine: it is logged and not sent
             _log.error("backup_failed", request_id=request.request_id, reason=str(error))

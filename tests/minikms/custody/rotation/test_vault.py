@@ -146,7 +146,7 @@ def test_only_a_retired_key_is_destroyed_and_it_stays_destroyed(tmp_path: Path) 
             await one.vault.retire(key_id)
             one.vault.opened(key_id)
             assert len(one.backups(key_id)) == 1
-            assert await one.vault.destroy(key_id) == 1
+            assert (await one.vault.destroy(key_id)).backups == 1
             assert not one.file(key_id).exists()
             assert one.backups(key_id) == []
             with pytest.raises(KeyDestroyedError):
@@ -173,7 +173,7 @@ def test_a_destruction_that_was_cut_short_is_finished_by_a_repetition(
                 await one.vault.destroy(key_id)
             with pytest.raises(KeyDestroyedError):
                 one.vault.opened(key_id)
-            assert await one.vault.destroy(key_id) == 1
+            assert (await one.vault.destroy(key_id)).backups == 1
             assert one.backups() == []
             assert not one.file(key_id).exists()
 
