@@ -8,6 +8,7 @@ removes the network and the files, which are in a tmpfs. So nothing here cleans 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -26,6 +27,7 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
+from progressdb_server.store import tables
 from tests import needs
 from tests.harness.certificates import CLIENT, HOUR, SERVER, Authority
 from tests.harness.waiting import WAIT_S_MAX, wait_until
@@ -338,6 +340,8 @@ class Cluster:
         local = f"postgresql://superuser@/progressdb?host={BASE}/{primary}"
         init = [sys.executable, "-P", "-m", "progressdb_server", "store", "init", "--url", local]
         run(*init, "--role", "progressdb", host=primary, user="postgres")
+        counted = asyncio.run(tables.examine(local, single_node=True)).connected
+        assert counted == (0 if self.variant.synchronous_mode == "off" else 2), "what doctor counts"
         for host in APPLICATIONS:
             self.start_application(host)
         wait_until(self.serves, seconds=START_S_MAX)

@@ -458,7 +458,7 @@ def test_only_a_standby_that_confirms_commits_is_counted(database: str) -> None:
             await with_setting(connection, "synchronous_standby_names", "")
             await connection.close()
 
-    with harness.standby(settings, "one"):
+    with harness.receiver(settings, "one"):
         asyncio.run(run())
 
 
