@@ -40,7 +40,13 @@ from progressdb_server.jobs.states import (
 from progressdb_server.jobs.table import LATE_ROWS_NS, JobTable
 from progressdb_server.kms.provider import Fault, fault
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import ConditionFailedError, StaleRowError, StoreError, StoreUnavailableError
+from progressdb_server.store.model import (
+    ConditionFailedError,
+    RecordUnreadableError,
+    StaleRowError,
+    StoreError,
+    StoreUnavailableError,
+)
 
 RUNNING_MAX: Final = 2
 UNFINISHED_MAX: Final = 65_536
@@ -227,7 +233,7 @@ class Runner:
                 return
             try:
                 job = await self.table.get(job.id)
-            except (JobNotFoundError, StoreUnavailableError):
+            except Exception:
                 await claims.release(job.thread, job.id)
                 raise
             if job.state not in AT_WORK:
@@ -317,6 +323,8 @@ class Runner:
                 self._queue.appendleft(job_id)
                 self._later(job_id)
                 return
+            except RecordUnreadableError:  # it delays no other job
+                continue
             except BaseException:
                 self._queue.appendleft(job_id)
                 raise
@@ -363,6 +371,8 @@ class Runner:
                     await self._fail(job_id, f"internal error ({type(error).__qualname__})")
             except StaleRowError:  # an operator changed it, or the disk took more than it reported: read the row again
                 await asyncio.sleep(0)
+            except RecordUnreadableError:  # of the job's row
+                return
             except (KmsError, StoreUnavailableError, ConditionFailedError) as error:
                 if isinstance(error, SealedError):
                     self._store.halt_sealed()
@@ -381,10 +391,11 @@ class Runner:
 
     async def _after_work(self, job_id: str) -> None:
         try:
-            await self._settle(job_id)
-            job = await self.table.get(job_id)
-            if job.state == "queued" and self._threads.get(job.thread) == job_id:  # resumed while its worker stopped
-                self._queue.append(job_id)
+            with contextlib.suppress(RecordUnreadableError):
+                await self._settle(job_id)
+                job = await self.table.get(job_id)
+                if job.state == "queued" and self._threads.get(job.thread) == job_id:
+                    self._queue.append(job_id)  # resumed while its worker stopped
             await self._pump()
         except StoreUnavailableError:  # unreadable for the moment
             self._later(job_id)

@@ -39,7 +39,7 @@ def parse(job_id: str, raw: bytes) -> Job:
     """Raises RecordUnreadableError."""
     try:
         job = _decode(raw)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         job = None
     if job is None or job.id != job_id:
         raise RecordUnreadableError(f"the row of job {job_id} is damaged")
@@ -94,11 +94,14 @@ class JobTable:
 
     def _read(self, job_id: str, raw: bytes) -> Job:
         """Raises RecordUnreadableError."""
+        known = job_id in self._damaged
         self._forget(job_id)
         try:
             job = parse(job_id, raw)
-        except RecordUnreadableError:
+        except RecordUnreadableError as error:
             self._damaged.add(job_id)
+            if not known:
+                _log.error("job_row_damaged", job=job_id, reason=str(error))
             raise
         self._note(job)
         return job
@@ -115,12 +118,8 @@ class JobTable:
     def _readable(self, rows: Sequence[tuple[str, bytes]]) -> list[Job]:
         jobs: list[Job] = []
         for job_id, raw in rows:
-            known = job_id in self._damaged
-            try:
+            with contextlib.suppress(RecordUnreadableError):
                 jobs.append(self._read(job_id, raw))
-            except RecordUnreadableError as error:
-                if not known:
-                    _log.error("job_row_damaged", job=job_id, reason=str(error))
         return jobs
 
     async def pages(self, *, newest_first: bool = False, since_ns: int = 0) -> AsyncIterator[list[Job]]:

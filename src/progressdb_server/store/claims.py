@@ -157,9 +157,8 @@ class Claims:
         """Renew the lease, again and again, while something is claimed; then remove it. Repeat releases that failed."""
         while self._engine is not None:
             await asyncio.sleep(RENEW_S)
-            for thread, (mine, left) in list(self._unreleased.items()):
-                del self._unreleased[thread]
-                await self._leave(thread, mine, left)
+            for thread in list(self._unreleased):
+                await self._leave(thread, *self._unreleased.pop(thread))
             try:
                 if self._held:
                     await self.renew()

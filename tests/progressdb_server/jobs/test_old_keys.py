@@ -62,7 +62,8 @@ def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before(monkeypatc
     place.run(body)
 
 
-def test_no_old_key_is_destroyed_while_a_row_is_damaged() -> None:
+@pytest.mark.parametrize("raw", [b"{", b'{"id":"\xff"}', b'{"":' + b"[" * 100_000], ids=["cut", "no UTF-8", "nested"])
+def test_no_old_key_is_destroyed_while_a_row_is_damaged(raw: bytes) -> None:
     """It may be one of the thread, with backups under the key."""
     place = Place()
 
@@ -70,7 +71,7 @@ def test_no_old_key_is_destroyed_while_a_row_is_damaged() -> None:
         await write(store, 1)
         job = await rotated(jobs, destroy_after_s=1)
         damaged = store.new_job_id(place.clock.now)
-        await store.writer.commit(Write(((keyspace.job(damaged), b"{"),)))
+        await store.writer.commit(Write(((keyspace.job(damaged), raw),)))
         assert [one.id async for page in jobs.table.pages() for one in page] == [job.id]
         place.clock.now += DAY_NS
         await jobs.destruction.begin()

@@ -15,7 +15,9 @@ from minikms.client import ReencryptItem
 from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import JobConflictError
+from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker
+from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage, StoreUnavailableError, ThreadNotFoundError
 from progressdb_server.store.offline import LocalView
@@ -319,6 +321,29 @@ def test_a_key_service_that_is_away_only_delays_the_job() -> None:
 
     with chunks_of(4):
         place.run(body)
+
+
+def test_a_row_that_is_damaged_at_work_or_in_the_queue_delays_no_other_job() -> None:
+    place = Place()
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        gate = Gate(place.keys, 0)
+        for thread in "tuvw":
+            await write(store, 1, thread)
+            await jobs.rotation.rotate(thread)
+        at_work: list[str] = []
+        queued: list[str] = []
+        while len(at_work) < runner.RUNNING_MAX or len(queued) < 2:
+            await asyncio.sleep(0.001)
+            made = [job async for page in jobs.table.pages() for job in page]
+            at_work = [job.id for job in made if job.state == "running"]
+            queued = [job.id for job in made if job.state == "queued" and not job.keying]
+        await store.writer.commit(Write([(keyspace.job(job_id), b"{") for job_id in (at_work[0], queued[0])]))
+        gate.open()
+        for job_id in (at_work[1], queued[1]):
+            assert (await jobs.wait(job_id)).state == "done"
+
+    place.run(body)
 
 
 def test_a_job_that_meets_a_limit_asks_again_when_the_limit_says() -> None:
