@@ -242,10 +242,11 @@ def test_invalid_register_entries_are_not_listed(tmp_path: Path) -> None:
     assert register.listed() == [entry(1)]
 
 
-def test_a_receipt_says_which_entries_of_the_register_cannot_be_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", '{"":' + "[" * 10_000], ids=["cut", "nested"])
+def test_a_receipt_says_which_entries_of_the_register_cannot_be_read(tmp_path: Path, text: str) -> None:
     register = ArchiveRegister(str(tmp_path))
     register.put(entry(1))
-    (tmp_path / "kms-archives" / "a_00000000000000ff.json").write_text("{")
+    (tmp_path / "kms-archives" / "a_00000000000000ff.json").write_text(text)
     assert register.may_hold([KEY_ID]) == [["/backup/1", "unknown: kms-archives/a_00000000000000ff.json can't be read"]]
 
 

@@ -135,7 +135,7 @@ def _read(descriptor: int, name: str) -> RegisteredArchive | None:
     try:
         data = read_file_bounded(name, ENTRY_BYTES_MAX, dir_fd=descriptor)
         return None if data is None else msgspec.json.decode(data, type=RegisteredArchive)
-    except (StorageUnavailableError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (StorageUnavailableError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
 
