@@ -21,6 +21,7 @@ from minikms.api.errors import AuditUnavailableError, SealedError, StorageUncert
 from minikms.audit.chain import AuditKey
 from minikms.audit.log import AuditLog
 from minikms.audit.record import Event, Head
+from minikms.workers import in_worker
 
 HELD_SECONDS_MAX: Final = 5.0
 """Seconds for which the answers of a turn wait for a change of the audit key; then they are refused."""
@@ -181,8 +182,7 @@ class TurnAudit:
             await asyncio.wait([running])
         self._syncing, self._next_sync = self._next_sync, None
         try:
-            # uvloop's `run_in_executor` first inspects whether the function is a coroutine's: 5 to 15 µs.
-            await asyncio.wrap_future(self._executor.submit(self._log.fdatasync))
+            await in_worker(self._executor, self._log.fdatasync)
         finally:
             if self._syncing is asyncio.current_task():
                 self._syncing = None

@@ -71,6 +71,7 @@ from minikms.files import (
 )
 from minikms.keys.dek import KEY_ID_BYTES, bytes_to_key_id
 from minikms.sync import sync_data, sync_file, syncfs, syncfs_reports
+from minikms.workers import in_worker
 
 NAME: Final = "kms-journal"
 HANDOVER_SECONDS: Final = 0.0002
@@ -171,7 +172,7 @@ class Journal:
 
         self._unwritten.update(dict.fromkeys((change.key_id for change in changes), ended))
         write = partial(self.write, changes, partial(loop.call_soon_threadsafe, acknowledge), stamp)
-        asyncio.wrap_future(self._executor.submit(write)).add_done_callback(end)
+        in_worker(self._executor, write).add_done_callback(end)
         return durable
 
     async def _retry(self) -> None:
@@ -181,7 +182,7 @@ class Journal:
         pause = RETRY_SECONDS_MIN
         while self._failed:
             await asyncio.sleep(pause)
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._flush_failed)
+            await in_worker(self._executor, self._flush_failed)
             pause = min(2 * pause, RETRY_SECONDS_MAX)
 
     def write(self, changes: Sequence[Change], durable: Callable[[], object], stamp: str = "") -> bool:
@@ -303,7 +304,7 @@ class Journal:
         if self._retrying is not None:
             self._retrying.cancel()
             await asyncio.wait([self._retrying])
-        await asyncio.get_running_loop().run_in_executor(self._executor, flush)
+        await in_worker(self._executor, flush)
 
     def close(self) -> None:
         """Closes the files. After `drain`."""

@@ -20,6 +20,7 @@ from minikms.api.errors import SealedError, StartError, StorageUnavailableError,
 from minikms.files import read_file_bounded, replace_file
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
 from minikms.keys.unlocked import UnlockedKeyring
+from minikms.workers import in_worker
 
 NAME: Final = "keyring.json"
 
@@ -50,7 +51,7 @@ class KeyringFile:
                 first()
             self.store_now(data)
 
-        return asyncio.wrap_future(self._executor.submit(write))  # uvloop's `run_in_executor` inspects it first
+        return in_worker(self._executor, write)
 
     def store_or_know(self, data: bytes) -> asyncio.Future[None]:
         """`store_now` in the executor. Raises StorageUncertainError if the new file may be on the disk, and another
@@ -65,7 +66,7 @@ class KeyringFile:
                     raise StorageUncertainError("the disk did not confirm the keyring") from error
                 raise
 
-        return asyncio.get_running_loop().run_in_executor(self._executor, write)
+        return in_worker(self._executor, write)
 
     def _may_hold(self, data: bytes) -> bool:
         """Whether the file has this content, or can't be read."""

@@ -63,6 +63,7 @@ from minikms.custody.vault import Permit, Vault, permitted
 from minikms.keys import dek, keyring, root_slots
 from minikms.keys.dek import key_id_to_bytes
 from minikms.memory.arena import SecretSlot, fill_random
+from minikms.workers import in_worker
 
 BATCH_FILES: Final = 1024
 UNWRAPS_SLICE: Final = 32
@@ -300,7 +301,7 @@ class KekRotation:
         key_ids = self._vault.store.list_ids(changed=changed)
         kek_version = self._vault.index.kek_version
         due: list[str] = []
-        while chunk := await _run_in(self._reader, lambda: list(itertools.islice(key_ids, SCAN_FILES))):
+        while chunk := await in_worker(self._reader, lambda: list(itertools.islice(key_ids, SCAN_FILES))):
             due += [key_id for key_id in chunk if reads_all or kek_version(key_id) != to_version]
             if len(due) >= BATCH_FILES:
                 yield list(dict.fromkeys(due))
@@ -333,7 +334,7 @@ class KekRotation:
             finally:
                 await asyncio.gather(*filter(None, (reading, writing)), return_exceptions=True)
                 del reading, writing  # the traceback of an error of theirs leads to this frame
-        await _run_in(self._disk, self._vault.journal.flush)
+        await in_worker(self._disk, self._vault.journal.flush)
         return found
 
     async def _read_due(self, key_ids: AsyncIterator[list[str]], to_version: int) -> list[ReadFile] | None:
@@ -345,7 +346,7 @@ class KekRotation:
         async for chunk in key_ids:
             if not chunk:
                 continue
-            found = await _run_in(self._reader, partial(self._vault.store.read_many, chunk))
+            found = await in_worker(self._reader, partial(self._vault.store.read_many, chunk))
             return [(key_id, data) for key_id, data in found if isinstance(data, KmsRefusedError) or marker not in data]
         return None
 
@@ -445,7 +446,8 @@ class Pruning:
         With `backups` it first removes the rotation backups with stamps before `before` (None: all). Raises
         StorageUnavailableError; then a part was done.
         """
-        await _run_in(self._disk, self._vault.journal.flush)  # a file that the disk has refused is in the journal only
+        # A file that the disk has refused is in the journal only.
+        await in_worker(self._disk, self._vault.journal.flush)
         live = await self._live_census()
         permit()
         removed = await self._remove_backups(before, live.unreadable, permit) if backups else 0
@@ -469,7 +471,7 @@ class Pruning:
         Call it right after a rotation, which has read every file: then all unreadable keys are known, unless there are
         too many for the list.
         """
-        before = await _run_in(self._disk, lambda: self._vault.rotation_backups.oldest_stamp_of(count))
+        before = await in_worker(self._disk, lambda: self._vault.rotation_backups.oldest_stamp_of(count))
         if before is None or not self._vault.unreadable.complete:
             return 0
         return await self._remove_backups(before, self._vault.unreadable.key_ids(), permitted)
@@ -481,7 +483,7 @@ class Pruning:
         removed = 0
         while True:
             permit()
-            count = await _run_in(self._disk, lambda: next(steps, None))
+            count = await in_worker(self._disk, lambda: next(steps, None))
             if count is None:
                 return removed
             removed += count
@@ -504,7 +506,7 @@ class Pruning:
 
     async def _backup_census(self) -> Census:
         backups = self._vault.rotation_backups
-        files = iter(await _run_in(self._reader, backups.journals))
+        files = iter(await in_worker(self._reader, backups.journals))
 
         def read() -> list[ReadFile]:
             for file in files:
@@ -521,7 +523,7 @@ class Pruning:
     async def _census(self, read: Callable[[], list[ReadFile]]) -> Census:
         """Unwraps the files that `read` returns; it is called in the reader until it returns none."""
         census = Census(set(), set())
-        while chunk := await _run_in(self._reader, read):
+        while chunk := await in_worker(self._reader, read):
             for number, (key_id, data) in enumerate(chunk):
                 self._count(census, key_id, data)
                 if number % UNWRAPS_SLICE == UNWRAPS_SLICE - 1:
@@ -557,7 +559,3 @@ def _why_kept(version: int, live: Census, backups: Census) -> str:
 async def _these(key_ids: list[str], _to_version: int, _changed: set[str]) -> AsyncIterator[list[str]]:
     """These keys, as a listing of a pass."""
     yield key_ids
-
-
-async def _run_in(executor: Executor, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(executor, work)

@@ -61,6 +61,7 @@ from minikms.keys.dek import DekRecord, DekState, move_dek
 from minikms.keys.index import KeyIndex
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.workers import in_worker
 
 CACHE_KEYS_MAX: Final = 16_384
 CACHE_AGE_SECONDS_MAX: Final = 3600
@@ -282,7 +283,7 @@ class Vault:
         with contextlib.suppress(KmsRefusedError):
             async with self.locks.hold((key_id,)) as held:
                 try:
-                    await asyncio.get_running_loop().run_in_executor(self._executor, remove)
+                    await in_worker(self._executor, remove)
                 finally:
                     self.index.remove(key_id)  # it may have no file, and the log forgets it in any case
 
@@ -373,16 +374,13 @@ class Vault:
             archives.extend(self._archives.may_hold(key_ids))  # an archive that is begun later does not hold the keys
 
         more = partial(next, jobs(), False)
-        while await self._on_disk(more):
+        while await in_worker(self._executor, more):
             pass
         return [Removed(records[key_id], found) for key_id, found in zip(key_ids, archives, strict=True)]
 
     async def blank_records(self, found: KeysWithin) -> None:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
-        await self._on_disk(partial(self.rotation_backups.blank, [found]))
-
-    async def _on_disk(self, work: Callable[[], T]) -> T:
-        return await asyncio.wrap_future(self._executor.submit(work))  # uvloop's `run_in_executor` inspects it first
+        await in_worker(self._executor, partial(self.rotation_backups.blank, [found]))
 
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""
@@ -462,13 +460,12 @@ class Indexing:
 
     async def _scan(self) -> None:
         vault = self._vault
-        loop = asyncio.get_running_loop()
-        key_ids = await loop.run_in_executor(self._executor, self._newest_first)
+        key_ids = await in_worker(self._executor, self._newest_first)
         replacing: list[DekRecord] = []
         self._left = []
         while key_ids:
             chunk = [key_ids.pop() for _ in range(min(SCAN_FILES, len(key_ids)))]
-            for key_id, data in await loop.run_in_executor(self._executor, vault.store.read_many, chunk):
+            for key_id, data in await in_worker(self._executor, partial(vault.store.read_many, chunk)):
                 record = self._add(key_id, data)
                 if record is not None and record.replaces:
                     replacing.append(record)
@@ -487,7 +484,7 @@ class Indexing:
             key_ids = await self._failed(key_ids, self._remove_left)
             with contextlib.suppress(KmsRefusedError):
                 if files is None:
-                    files = await asyncio.get_running_loop().run_in_executor(self._executor, backups.journals)
+                    files = await in_worker(self._executor, backups.journals)
                 files = await self._failed(files, self._blank)
             if not key_ids and files is not None and not files:
                 return
@@ -510,8 +507,7 @@ class Indexing:
 
     async def _blank(self, file: JournalFile) -> None:
         backups, destroyed = self._vault.rotation_backups, self._vault.destroyed
-        work = partial(backups.destroyed_in, file, destroyed)
-        found = await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        found = await in_worker(self._executor, partial(backups.destroyed_in, file, destroyed))
         if found is not None:
             await self._vault.blank_records(found)
 

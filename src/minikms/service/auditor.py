@@ -7,8 +7,8 @@ refused. It must never write a line about a later report: that line would be ano
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import Executor
+from functools import partial
 
 from minikms import api
 from minikms.api.errors import ConflictError
@@ -19,6 +19,7 @@ from minikms.custody.vault import Permit, Vault
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
 from minikms.service.base import VerbTable, another_line
+from minikms.workers import in_worker
 
 
 class AuditorVerbs:
@@ -60,7 +61,7 @@ class AuditorVerbs:
             raise ConflictError("the daemon was started without --audit-dir, so no auditor can be attached")
         view = self.view()
         keyring.check_audit_origin(view.origin, request.origin)
-        await asyncio.get_running_loop().run_in_executor(self._reader, self._position.check, request, view, mac)
+        await in_worker(self._reader, partial(self._position.check, request, view, mac))
         permit()
         if not view.origin:
             await self._record(request.origin, event, permit)

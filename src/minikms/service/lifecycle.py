@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import TypeVar
+from functools import partial
 
 from msgspec import UNSET
 
@@ -23,9 +22,7 @@ from minikms.keys import dek
 from minikms.keys.dek import DekRecord, check_key_id
 from minikms.service.access import Keys, ScopedKeys
 from minikms.service.base import AUDIT_RETRY_SECONDS, VerbTable, another_line
-
-A = TypeVar("A")
-T = TypeVar("T")
+from minikms.workers import in_worker
 
 
 class LifecycleVerbs:
@@ -56,7 +53,7 @@ class LifecycleVerbs:
         else:
             after = check_key_id(cursor) if cursor else ""
             page = keys.index.page(after=after, limit=limit, thread_id=thread_id, state=state)
-        described = await self._in_reader(self._describe_all, page.key_ids)
+        described = await in_worker(self._reader, partial(self._describe_all, page.key_ids))
         found = [key for key in described if thread_id is None or key.thread_id == thread_id]
         if isinstance(keys, ScopedKeys):  # by the policy in force now, and the threads in the files
             found = [key for key in found if keys.allows_thread(key.thread_id)]
@@ -133,6 +130,3 @@ class LifecycleVerbs:
                 await asyncio.sleep(AUDIT_RETRY_SECONDS)
             else:
                 return
-
-    async def _in_reader(self, work: Callable[[A], T], argument: A) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._reader, work, argument)

@@ -13,6 +13,7 @@ from minikms import api
 from minikms.api import Verb
 from minikms.audit import Event
 from minikms.policy import Policy
+from minikms.service import lifecycle
 from minikms.service.base import VerbTable
 from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
@@ -72,7 +73,7 @@ def test_a_verb_that_is_cancelled_at_shutdown_is_audited_as_interrupted(
             assert who is not None
             for owner, name in (
                 (one.vault, "create_in_log"), (one.vault, "retire"), (one.vault, "destroy"),
-                (LifecycleVerbs, "_in_reader"), (one.rotation, "begin"),
+                (lifecycle, "in_worker"), (one.rotation, "begin"),
                 (one.pruning, "prune"),
             ):  # fmt: skip
                 monkeypatch.setattr(owner, name, hang)
