@@ -149,7 +149,7 @@ class DekStore:
             try:
                 found.append((key_id, self.read(key_id)))
             except KmsRefusedError as error:
-                found.append((key_id, error))
+                found.append((key_id, error.with_traceback(None)))  # this frame has the list: a reference cycle
         return found
 
     def remove(self, *locks: HeldKeys) -> None:

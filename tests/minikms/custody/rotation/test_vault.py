@@ -64,6 +64,18 @@ def test_making_many_keys_leaves_the_opened_ones_in_the_cache(tmp_path: Path) ->
     asyncio.run(main())
 
 
+def test_an_error_among_the_files_read_keeps_no_frame(tmp_path: Path) -> None:
+    """The frame that caught it has the list that it is in: a cycle that only the collector would free."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            [(_, error)] = one.vault.store.read_many(["k_00000000000000000000000000"])
+            assert isinstance(error, KeyNotFoundError)
+            assert error.__traceback__ is None
+
+    asyncio.run(main())
+
+
 def test_a_full_arena_does_not_make_a_key_unreadable(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d", slots=12) as one:
