@@ -145,7 +145,7 @@ def _decoded(answer: Answer) -> _SplunkAnswer:
     """Empty for one that is none."""
     try:
         return msgspec.json.decode(answer.body, type=_SplunkAnswer)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return _SplunkAnswer()
 
 

@@ -175,7 +175,7 @@ class Store:
             return State(1, origin, 0, EMPTY_ROOT)
         try:
             state = msgspec.json.decode(content, type=State)
-        except (msgspec.MsgspecError, RecursionError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise StartError(f"{self._lock.directory}/{STATE_NAME} is damaged: restore it") from None
         if state.version != 1 or (state.size > 0) != (state.line is not None):
             raise StartError(f"{self._lock.directory}/{STATE_NAME} is not one of this version")
@@ -220,7 +220,7 @@ class SinkFiles:
         self.cursor: Cursor | None = None
         try:
             self.cursor = None if content is None else msgspec.json.decode(content, type=Cursor)
-        except (msgspec.MsgspecError, RecursionError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise StartError(f"{self.directory}/{CURSOR_NAME} is damaged: restore it, or remove it") from None
         self._rejected = FileForwarder(os.path.join(self.directory, REJECTED_NAME))
 
@@ -290,7 +290,7 @@ def _listed(state_dir: str, name: str, kind: type[T], remedy: str) -> list[T]:
         if content is None:
             return []
         return msgspec.json.decode(content, type=list[kind])  # type: ignore[valid-type]  # a type known only here
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise StartError(f"{path} is damaged: remove it, and {remedy}") from None
 
 

@@ -90,7 +90,7 @@ class _Source:
         document = self._get(self.issuer.issuer.rstrip("/") + _DISCOVERY, DISCOVERY_BYTES_MAX, ends_s)
         try:
             found = msgspec.json.decode(document, type=_Discovery)
-        except (msgspec.MsgspecError, RecursionError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise StartError("its discovery document is none") from None
         if found.issuer != self.issuer.issuer:
             raise StartError("its discovery document is another issuer's")

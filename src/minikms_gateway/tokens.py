@@ -152,7 +152,7 @@ def parse_keys(content: bytes) -> dict[str, Key]:
     """
     try:
         given = msgspec.json.decode(content, type=dict[str, Any]).get("keys")
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         given = None
     if not isinstance(given, list) or len(given) > KEYS_COUNT_MAX:
         raise StartError(f"no JWK set of at most {KEYS_COUNT_MAX} keys")

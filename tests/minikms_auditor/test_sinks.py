@@ -191,6 +191,7 @@ def test_splunk_has_a_line_once_it_has_acknowledged_it(tmp_path: Path) -> None:
         (400, b'{"text":"Incorrect index","code":7}', "400 with the code 7"),
         (503, b'{"text":"Server is busy","code":9}', "503 with the code 9"),
         (200, b"<html>", "useACK"),
+        (200, b'{"acks":{"\xff":true}}', "useACK"),
     ],
 )
 def test_splunk_refuses_no_line_by_a_fault_of_the_request(tmp_path: Path, status: int, body: bytes, said: str) -> None:

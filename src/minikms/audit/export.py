@@ -64,7 +64,7 @@ def parse_index(content: bytes) -> tuple[LogRange, ...]:
     """Raises NotInTreeError."""
     try:
         return msgspec.json.decode(content, type=tuple[LogRange, ...])
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise NotInTreeError(f"{INDEX_NAME} of the tree is damaged") from None
 
 

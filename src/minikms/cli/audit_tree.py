@@ -300,7 +300,7 @@ def _check(checker: ProofChecker, raw: bytes, found: ExportReport) -> int:
         exported = msgspec.json.decode(raw, type=Exported)
         proven = checker.check(exported)
         seq = record.parse_line(proven.line)[0].seq
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise ProofError(f"{place} is not one of `minikms audit export`") from None
     except (ProofError, note.NoteError, MalformedLineError) as error:
         raise ProofError(f"{place}: {error}") from None

@@ -110,7 +110,7 @@ def _parse(raw: bytes | None) -> SeenState | None:
     """Raises RestoredError."""
     try:
         return msgspec.json.decode(raw, type=SeenState) if raw else None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise RestoredError(f"what this store remembers of the key service is damaged. {WAY_OUT}") from None
 
 

@@ -398,7 +398,7 @@ def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> 
         await judge(memory, status(5, 100))
         with pytest.raises(RestoredError, match="does not report its epoch"):
             await judge(memory, api.StatusAnswer(status="ok"))
-        store.engine.write([(keyspace.EPOCH, b"{")])
+        store.engine.write([(keyspace.EPOCH, b'{"keyring_id":"\xff"}')])
         for ask in (lambda: judge(memory, status(5, 100)), lambda: asyncio.to_thread(audit_head, store.engine)):
             with pytest.raises(RestoredError, match="damaged"):
                 await ask()
