@@ -83,7 +83,7 @@ class KeyDestruction(Kind):
         if why:
             return job, why
         if not job.census_ns:
-            for of_thread in await self._jobs_with_backups(job.thread):
+            for of_thread in await self._table.with_backups(job.thread):
                 await self._table.drop_backups(of_thread, under=job.sources)
             why = await self._records_left(job)
             if why:
@@ -108,7 +108,7 @@ class KeyDestruction(Kind):
     async def _records_left(self, job: Job) -> str:
         """The census: counts messages, metadata and the backups of jobs that are under the keys."""
         left = await self._count_records(job.thread, job.sources)
-        for of_thread in await self._jobs_with_backups(job.thread):
+        for of_thread in await self._table.with_backups(job.thread):
             async for chunk in self._store.kept_records(of_thread):
                 left += sum(kept.key_id in job.sources for kept in chunk)
                 await asyncio.sleep(0)
@@ -121,9 +121,6 @@ class KeyDestruction(Kind):
             left += len(chunk.malformed) + sum(found.key_id in under for found in chunk.records)
             await asyncio.sleep(0)
         return left
-
-    async def _jobs_with_backups(self, thread: str) -> list[str]:
-        return [job.id for job in await self._table.of_thread(thread) if job.backups]
 
     async def _after_every_backup(self) -> int:
         """The current time, or a later one if the clock was set back: later than every registered backup."""

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from minikms.logs import structlog
-from progressdb_server.jobs.states import Job, JobNotFoundError, ThreadBusyError, changed
+from progressdb_server.jobs.states import FINAL, Job, JobNotFoundError, ThreadBusyError, changed
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     ClaimLostError,
@@ -70,7 +70,7 @@ class JobTable:
         """How often this process has added or changed a row; removals do not count."""
         self._change_made: asyncio.Future[None] | None = None
         self._by_thread: dict[str, set[str]] = {}
-        """Thread → ids of its jobs."""
+        """Thread → ids of its jobs; beside other servers without those that have ended and left nothing."""
         self._all_read_ns = 0
         """When this process last began to read all rows that it did not know, 0 for never."""
         self._due: dict[str, int] = {}
@@ -103,13 +103,22 @@ class JobTable:
             if not known:
                 _log.error("job_row_damaged", job=job_id, reason=str(error))
             raise
-        self._note(job)
+        if self._store.shared and job.state in FINAL and not (job.backups or job.destroy_at_ns):
+            self._drop(job)  # any server may remove the row
+        else:
+            self._note(job)
         return job
 
     def _note(self, job: Job) -> None:
         self._by_thread.setdefault(job.thread, set()).add(job.id)
         if job.destroy_at_ns:
             self._due[job.id] = job.destroy_at_ns
+
+    def _drop(self, job: Job) -> None:
+        known = self._by_thread.get(job.thread, set())
+        known.discard(job.id)
+        if not known:
+            self._by_thread.pop(job.thread, None)
 
     def _forget(self, job_id: str) -> None:
         self._due.pop(job_id, None)
@@ -149,19 +158,20 @@ class JobTable:
                 if 0 < job.destroy_at_ns <= now_ns:
                     yield job
 
-    async def of_thread(self, thread: str) -> list[Job]:
-        """The thread's jobs, oldest first. Only the first call reads the whole table. Raises RecordUnreadableError
-        while any row is damaged, which may be one of the thread."""
+    async def with_backups(self, thread: str) -> list[str]:
+        """Ids of the thread's jobs that have backups, oldest first. Only the first call reads the whole table. Raises
+        RecordUnreadableError while any row is damaged, which may be one of the thread."""
         if not self._all_read_ns or self._store.shared:  # other servers add jobs too
             async for _ in self.pages(since_ns=self._unknown_since_ns):
                 await asyncio.sleep(0)
         for job_id in sorted(self._damaged):
             with contextlib.suppress(JobNotFoundError):  # removed meanwhile
                 await self.row(job_id)
-        found: list[Job] = []
+        found: list[str] = []
         for job_id in sorted(self._by_thread.get(thread, ())):
             with contextlib.suppress(JobNotFoundError):  # the write of its row failed
-                found.append(await self.get(job_id))
+                if (await self.get(job_id)).backups:
+                    found.append(job_id)
         return found
 
     async def wait_for_change(self, changes: int) -> None:
@@ -230,10 +240,7 @@ class JobTable:
         await self._store.remove_rows([job.id for job in jobs])
         for job in jobs:
             self._forget(job.id)
-            known = self._by_thread.get(job.thread, set())
-            known.discard(job.id)
-            if not known:
-                self._by_thread.pop(job.thread, None)
+            self._drop(job)
 
     def _wake_waiters(self) -> None:
         self.changes += 1

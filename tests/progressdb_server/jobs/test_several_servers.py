@@ -12,7 +12,7 @@ import pytest
 
 from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.jobs.states import Job, JobConflictError, JobNotFoundError, ThreadBusyError, move
+from progressdb_server.jobs.states import Job, JobConflictError, JobNotFoundError, ThreadBusyError, changed, move
 from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import key_pages
 from progressdb_server.store import claims, keyspace
@@ -479,6 +479,22 @@ def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str, m
         await mine.renew()
         assert not await stores[1].claims.claim("u", "job-2", "job-1")
         assert await mine.claim("u", "job-2", "job-1")
+
+    with_two(database, body)
+
+
+def test_a_job_that_another_server_ended_is_found_while_it_has_backups(database: str) -> None:
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        now_ns = stores[0].clock.now_ns()
+        begun = [Job(stores[0].new_job_id(now_ns + number), "t", 1, 1, state="failed") for number in range(2)]
+        for job in begun:
+            await jobs[0].table.add(job)
+        assert await jobs[1].table.with_backups("t") == []
+        for job, backups in zip(begun, (0, 3), strict=True):
+            row = await jobs[0].table.row(job.id)
+            await jobs[0].table.store(row, changed(job, state="done", backups=backups))
+        for _ in range(2):
+            assert await jobs[1].table.with_backups("t") == [begun[1].id]
 
     with_two(database, body)
 
