@@ -428,4 +428,4 @@ _IDS: Final = Struct(f"{KEY_ID_BYTES}s{_CONTENT}{_CONTENT}{journal_format.CHECKS
 """The three places of a record that name its key."""
 _OLD_MARK: Final = KEY_ID_BYTES + _ID_TEXT_BYTES - 1
 _MARKS: Final = (KEY_ID_BYTES - 1, _OLD_MARK, _OLD_MARK + FILE_BYTES)
-"""Of their last bytes. Only a record that has the last byte of a wanted id there is unpacked."""
+"""The places of their last bytes. Only a record that has the last byte of a wanted id at one of them is unpacked."""

@@ -27,8 +27,8 @@ from progressdb_server.store.model import (
 )
 
 LATE_ROWS_NS: Final = 600 * 1_000_000_000
-"""How much older than a read of all rows the id of a row may be that is stored after it: the write may wait, and the
-database's clock may be another one after a failover. OldRows reads all rows again each hour."""
+"""Of a row that is stored after a read of all rows, the id may be older than that read, by this much at most: its write
+may wait, and the clock is another one after a failover of the database. OldRows reads all rows again each hour."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Job).decode
@@ -150,8 +150,8 @@ class JobTable:
         return max(0, self._all_read_ns - LATE_ROWS_NS)
 
     async def due(self) -> AsyncIterator[Job]:
-        """The jobs whose old keys are to be destroyed by now, as far as their rows were read or written here: one of
-        another server is, once OldRows or the search for its jobs has read it. Raises StoreUnavailableError."""
+        """The jobs whose old keys are to be destroyed by now. A row that another server wrote counts once this process
+        has read it: OldRows reads all rows each hour. Raises StoreUnavailableError."""
         now_ns = self.now_ns()
         async for page in self.pages_of(sorted(job_id for job_id, at_ns in self._due.items() if at_ns <= now_ns)):
             for job in page:

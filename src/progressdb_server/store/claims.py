@@ -43,7 +43,7 @@ class Claims:
         self._held: dict[str, bytes] = {}
         self._claiming: set[str] = set()
         self._unreleased: dict[str, tuple[bytes, bytes | None]] = {}
-        """Thread → what its entry is as far as this server knows, and is to be."""
+        """Thread → its entry when a release failed, and the entry that replaces it; None for no entry."""
         self._renewed = False
 
     async def job_of(self, thread: str) -> str:
@@ -169,6 +169,6 @@ class Claims:
 
 
 def _holds(lease: bytes, now_ns: int) -> bool:
-    """More is left only if the clock was set back since. A server that still runs will soon renew its lease, also one
-    that was damaged."""
+    """Whether the lease has not ended. More than 2 * LEASE_S is left only if the clock was set back since: it counts as
+    ended, as a damaged one does. A server that still runs soon renews its lease."""
     return lease.isdigit() and len(lease) <= LEASE_DIGITS and 0 < int(lease) - now_ns <= 2 * LEASE_S * 1_000_000_000

@@ -52,7 +52,7 @@ _CONFIRMING: Final = (
     "SELECT count(*) FILTER (WHERE sync_state IN ('sync', 'quorum')), count(*) FILTER (WHERE sync_state IS NULL)"
     " FROM pg_stat_replication"
 )
-"""Standbys that a commit waits for; and all, for a role that may not see which of them these are."""
+"""The number of standbys that a commit waits for, and of those whose state the role may not see."""
 
 
 # --- where a key lies -------------------------------------------------------------------------------------------------
