@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError
 from minikms_auditor.config import Files, HttpSink, SplunkSink
 from minikms_auditor.connecting import Answer, ExchangeError, HttpClient, tls_context
@@ -145,7 +146,7 @@ def _decoded(answer: Answer) -> _SplunkAnswer:
     """Empty for one that is none."""
     try:
         return msgspec.json.decode(answer.body, type=_SplunkAnswer)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return _SplunkAnswer()
 
 

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.audit import tiles
 from minikms.audit.export import INDEX_NAME, LogRange
@@ -175,7 +176,7 @@ class Store:
             return State(1, origin, 0, EMPTY_ROOT)
         try:
             state = msgspec.json.decode(content, type=State)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             raise StartError(f"{self._lock.directory}/{STATE_NAME} is damaged: restore it") from None
         if state.version != 1 or (state.size > 0) != (state.line is not None):
             raise StartError(f"{self._lock.directory}/{STATE_NAME} is not one of this version")
@@ -220,7 +221,7 @@ class SinkFiles:
         self.cursor: Cursor | None = None
         try:
             self.cursor = None if content is None else msgspec.json.decode(content, type=Cursor)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             raise StartError(f"{self.directory}/{CURSOR_NAME} is damaged: restore it, or remove it") from None
         self._rejected = FileForwarder(os.path.join(self.directory, REJECTED_NAME))
 
@@ -290,7 +291,7 @@ def _listed(state_dir: str, name: str, kind: type[T], remedy: str) -> list[T]:
         if content is None:
             return []
         return msgspec.json.decode(content, type=list[kind])  # type: ignore[valid-type]  # a type known only here
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         raise StartError(f"{path} is damaged: remove it, and {remedy}") from None
 
 

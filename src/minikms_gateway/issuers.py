@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError
 from minikms.config_file import PEM_BYTES_MAX
 from minikms_gateway.config import JWKS_BYTES_MAX, Config, Files, Issuer
@@ -90,7 +91,7 @@ class _Source:
         document = self._get(self.issuer.issuer.rstrip("/") + _DISCOVERY, DISCOVERY_BYTES_MAX, ends_s)
         try:
             found = msgspec.json.decode(document, type=_Discovery)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             raise StartError("its discovery document is none") from None
         if found.issuer != self.issuer.issuer:
             raise StartError("its discovery document is another issuer's")

@@ -31,6 +31,7 @@ from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, KeySet, OKPKey, RSAKey
 from joserfc.jws import JWSRegistry
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import InvalidRequestError, StartError
 from minikms.policy.names import parse_name
 from minikms_gateway.config import Issuer
@@ -152,7 +153,7 @@ def parse_keys(content: bytes) -> dict[str, Key]:
     """
     try:
         given = msgspec.json.decode(content, type=dict[str, Any]).get("keys")
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         given = None
     if not isinstance(given, list) or len(given) > KEYS_COUNT_MAX:
         raise StartError(f"no JWK set of at most {KEYS_COUNT_MAX} keys")
@@ -190,7 +191,7 @@ def _object(part: str) -> dict[str, Any]:
     try:
         data = base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
         return msgspec.json.decode(data, type=dict[str, Any])
-    except (binascii.Error, ValueError, msgspec.MsgspecError, RecursionError):
+    except UNDECODABLE:
         raise RefusedTokenError("token_malformed") from None
 
 

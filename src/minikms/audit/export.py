@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import tree
 from minikms.audit.note import (
@@ -64,7 +65,7 @@ def parse_index(content: bytes) -> tuple[LogRange, ...]:
     """Raises NotInTreeError."""
     try:
         return msgspec.json.decode(content, type=tuple[LogRange, ...])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         raise NotInTreeError(f"{INDEX_NAME} of the tree is damaged") from None
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Final
 import msgspec
 
 from minikms import api
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsRefusedError
 from minikms.base64 import decode_exact, encode
 
@@ -198,7 +199,7 @@ def decode_event(event_bytes: bytes) -> Event:
     """The event that these canonical bytes encode. Raises MalformedLineError for any other encoding of an event."""
     try:
         event = _decode_event(event_bytes)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise MalformedLineError(f"the event is not valid: {error}") from None
     if encode_event(event) != event_bytes:
         raise MalformedLineError("the event is not in canonical form")

@@ -19,6 +19,7 @@ from typing import Annotated, BinaryIO, Final, Literal, ParamSpec
 import msgspec
 from cyclopts import Parameter, validators
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit import export as exporting
 from minikms.audit import note, ocsf, record
@@ -300,7 +301,7 @@ def _check(checker: ProofChecker, raw: bytes, found: ExportReport) -> int:
         exported = msgspec.json.decode(raw, type=Exported)
         proven = checker.check(exported)
         seq = record.parse_line(proven.line)[0].seq
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         raise ProofError(f"{place} is not one of `minikms audit export`") from None
     except (ProofError, note.NoteError, MalformedLineError) as error:
         raise ProofError(f"{place}: {error}") from None

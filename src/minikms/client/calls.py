@@ -21,6 +21,7 @@ from msgspec import UNSET, UnsetType
 
 from minikms import api
 from minikms.api import Verb
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import (
     ForbiddenError,
     KmsError,
@@ -79,7 +80,7 @@ class Call(NamedTuple, Generic[A]):
                 value: A = decode(answer.body)
                 return value
             refused = _decode_error(answer.body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             text = f"the key service's answer ({answer.status}) to {self.verb.name} does not have the expected form"
             raise KmsProtocolError(text) from error
         raise refusal(refused.code, refused.error, answer.status, answer.retry_after_s)

@@ -23,6 +23,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.record import Facts
@@ -104,7 +105,7 @@ def read_marker(directory: int) -> Marker | None:
         return None
     try:
         marker = msgspec.json.decode(data, type=Marker)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return Marker()
     known = (marker.format, marker.version) == (MARKER_FORMAT, VERSION)
     if not known or _TIME.fullmatch(marker.at) is None or _ACTOR.fullmatch(marker.actor) is None:
@@ -143,7 +144,7 @@ class AttemptRecords:
             if data is None:
                 return cls([], 0)
             file = msgspec.json.decode(data, type=_AttemptFile)
-        except (StorageUnavailableError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except (StorageUnavailableError, *UNDECODABLE):
             return cls([], 1)
         if (file.format, file.version) != (ATTEMPTS_FORMAT, VERSION):
             return cls([], 1)

@@ -24,6 +24,7 @@ from typing import Final, Literal, Self
 import msgspec
 
 from minikms import api
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import ConflictError, DecryptionError, InvalidRequestError, KeyUnreadableError
 from minikms.crypto import labels
 from minikms.crypto.aead import XaesCipher
@@ -167,7 +168,7 @@ def parse(data: bytes, key_id: str) -> DekRecord:
         )
     try:
         record = _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         raise KeyUnreadableError(
             f"the file of key {key_id} is damaged or of an unknown format version; {_WAY_OUT}"
         ) from None

@@ -25,6 +25,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from minikms import api
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import ConflictError, StartError
 from minikms.crypto.aead import KEY_BYTES, OVERHEAD_BYTES
 from minikms.crypto.hpke import PUBLIC_KEY_BYTES
@@ -273,7 +274,7 @@ def parse_file(data: bytes) -> tuple[Body, bytes, bytes]:
         file = _file_decoder.decode(data)
         body_bytes = bytes(file.body)
         body = _body_decoder.decode(body_bytes)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         _check_version(_version_of(data))
         raise StartError(f"the keyring is damaged or of an unknown format version; {WAY_OUT}") from None
     if body.format != FORMAT:
@@ -296,7 +297,7 @@ def _version_of(data: bytes) -> int:
     """The format version of a keyring whose other members this program may not know; VERSION if it has none."""
     try:
         body = msgspec.json.decode(data, type=_VersionedFile).body
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return VERSION
     return body.version if body.format == FORMAT else VERSION
 

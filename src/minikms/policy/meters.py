@@ -28,6 +28,7 @@ from typing import Annotated, Final, Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import LimitExceededError, TooManyError
 from minikms.policy.rules import NO_LIMITS, Grant, GrantLimits, LimitName, Scope
 
@@ -292,7 +293,7 @@ class Meters:
     def _load(self, saved: bytes) -> None:
         try:
             found = msgspec.json.decode(saved, type=_Saved)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             return
         now_ns = self._now_ns()
         self._empty_ns = now_ns - found.others_ns

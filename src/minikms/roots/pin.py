@@ -20,6 +20,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import NotPinnedError, StartError, UnknownRootError
 from minikms.crypto import roots
 from minikms.sync import sync_file
@@ -179,7 +180,7 @@ class PinFile:
     def _parsed(self, data: bytes) -> Pins:
         try:
             pins = msgspec.json.decode(data, type=Pins)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             raise DamagedPinError(
                 f"the pin file {self.path} is damaged: run `minikms pin add` again for each root key"
             ) from None

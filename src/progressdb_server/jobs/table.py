@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.logs import structlog
 from progressdb_server.jobs.states import FINAL, Job, JobNotFoundError, ThreadBusyError, changed
 from progressdb_server.store.conversations import Conversations
@@ -39,7 +40,7 @@ def parse(job_id: str, raw: bytes) -> Job:
     """Raises RecordUnreadableError."""
     try:
         job = _decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         job = None
     if job is None or job.id != job_id:
         raise RecordUnreadableError(f"the row of job {job_id} is damaged")

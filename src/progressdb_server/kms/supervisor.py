@@ -41,6 +41,7 @@ from typing import Any, Final
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError, KmsRefusedError, KmsUnavailableError, KmsUntrustedServerError
 from minikms.client import AsyncClient
 from minikms.logs import structlog
@@ -433,7 +434,7 @@ class Supervisor:
         try:
             event = msgspec.json.decode(line, type=dict[str, Any])
             name, level = str(event.pop("event")), logging.getLevelNamesMapping()[str(event.pop("level")).upper()]
-        except (msgspec.DecodeError, msgspec.ValidationError, KeyError):
+        except (*UNDECODABLE, KeyError):
             self._log.info("miniKMS", line=line)
             return
         event.pop("timestamp", None)

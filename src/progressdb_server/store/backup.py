@@ -27,6 +27,7 @@ from typing import Final
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.sync import sync_directory, sync_file
 from progressdb_server.store import directory, keyspace
 from progressdb_server.store.conditions import Write
@@ -229,7 +230,7 @@ def read_manifest(path: str) -> Manifest:
             manifest = msgspec.json.decode(file.read(), type=Manifest)
     except OSError as error:
         raise BackupError(f"{path} is no complete backup: {error.strerror} ({MANIFEST})") from error
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise BackupError(f"{path}: the manifest is damaged") from error
     if manifest.format != FORMAT:
         raise BackupError(f"{path} has backup format {manifest.format}, this version reads {FORMAT}")

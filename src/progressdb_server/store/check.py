@@ -26,6 +26,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 import msgspec
 
 from minikms import api
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.kms.provider import Provider
@@ -172,7 +173,7 @@ class Checker:
                 msgspec.json.decode(value, type=KeyService)
             elif key not in (keyspace.FORMAT, keyspace.STATE):
                 yield Problem("unknown", _shown(key), "the key belongs to no space of the store")
-        except (msgspec.DecodeError, record.RecordFormatError, ValueError) as error:
+        except (*UNDECODABLE, record.RecordFormatError) as error:
             yield Problem("damaged", _shown(key), str(error))
 
     def _judge_job(self, key: bytes, value: bytes) -> Iterator[Problem]:
@@ -365,7 +366,7 @@ class Checker:
         threads, messages = self.counts["threads"], self.counts["messages"]
         try:
             state = msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
-        except msgspec.DecodeError as error:
+        except UNDECODABLE as error:
             fixed = msgspec.msgpack.encode(Counters.of(threads, messages, self._newest))
             yield Problem("miscounted", _shown(keyspace.STATE), f"damaged: {error}", ((keyspace.STATE, fixed),))
             return

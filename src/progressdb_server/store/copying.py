@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from progressdb_server.store import keyspace, offline
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.offline import Entries, View
@@ -90,7 +91,7 @@ async def _counters(old: View) -> Counters:
     raw = await old.get(keyspace.STATE)
     try:
         return msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         raise FormatError("the store's counters are damaged: run progressdb check --repair") from None
 
 

@@ -18,6 +18,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.claims import Claims
@@ -54,7 +55,7 @@ def check(reader: Reader, *, encrypted: bool = True) -> int | str:
         raise FormatError("the directory holds no ProgressDB store")
     try:
         found = msgspec.json.decode(raw, type=_Format).format
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise FormatError("the store's format record is damaged: restore a backup") from error
     if found == COPYING:
         raise FormatError("a copy into the directory has not ended: run the same progressdb store copy again")

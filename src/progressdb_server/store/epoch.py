@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 
 from minikms import api
+from minikms.api.decoding import UNDECODABLE
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import Reader, Reads
@@ -110,7 +111,7 @@ def _parse(raw: bytes | None) -> SeenState | None:
     """Raises RestoredError."""
     try:
         return msgspec.json.decode(raw, type=SeenState) if raw else None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         raise RestoredError(f"what this store remembers of the key service is damaged. {WAY_OUT}") from None
 
 

@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.logs import structlog
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
@@ -46,7 +47,7 @@ class IdempotencyRecord(msgspec.Struct, array_like=True, frozen=True):
         """Raises RecordUnreadableError."""
         try:
             return msgspec.msgpack.decode(raw, type=cls)
-        except (msgspec.DecodeError, ValueError):
+        except UNDECODABLE:
             raise RecordUnreadableError(f"the entry {key.decode(errors='backslashreplace')} is malformed") from None
 
 

@@ -28,6 +28,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from minikms import api
+from minikms.api.decoding import UNDECODABLE
 from minikms.client.items import SEALED_BYTES_MAX
 from progressdb_server.store import keyspace
 from progressdb_server.store.keyspace import Stamp
@@ -38,9 +39,6 @@ FORM_LATER: Final = 2
 _PREFIX_BYTES: Final = 3
 HEADERS_CACHED_MAX: Final = 1024
 """Decoded headers in FORM_FIRST. All first versions of an author under one key have the same header."""
-
-_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""msgspec raises the latter two unwrapped."""
 
 T = TypeVar("T")
 
@@ -162,7 +160,7 @@ def split(raw: bytes) -> tuple[bytes, bytes]:
 def _decoded(decode: Callable[[bytes], T], raw: bytes, what: str) -> T:
     try:
         return decode(raw)
-    except _UNREADABLE as error:
+    except UNDECODABLE as error:
         raise RecordFormatError(what) from error
 
 
@@ -171,7 +169,7 @@ def unpack_message(raw: bytes) -> tuple[MessageHeader, bytes]:
     head, sealed = split(raw)
     try:
         header = (_later_header if raw[0] == FORM_LATER else _message_header)(head)
-    except _UNREADABLE as error:
+    except UNDECODABLE as error:
         raise RecordFormatError("the header is not a message's") from error
     _check_sendable(header.key_id, sealed)
     return header, sealed
@@ -273,7 +271,7 @@ def open_first(header: MessageHeader, key: bytes, thread: str, first: str, plain
         raise RecordFormatError("a later version in the form of a first one")
     try:
         secret = _message_secret(plaintext)
-    except _UNREADABLE as error:
+    except UNDECODABLE as error:
         raise RecordFormatError("the sealed part is not a message's") from error
     return _message(header, secret, key, thread, first, role=secret.role, body=secret.body, reply_to=secret.reply_to)
 

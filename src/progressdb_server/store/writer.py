@@ -29,6 +29,7 @@ from typing import Final, Protocol
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
@@ -473,7 +474,7 @@ class Writer(GroupCommit):
         raw = self._engine.get(keyspace.STATE)
         try:
             self.state = msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
-        except msgspec.DecodeError as error:
+        except UNDECODABLE as error:
             raise FormatError("the store's counters are damaged: run progressdb check --repair") from error
         self._clock.recover(self.state.last)
 

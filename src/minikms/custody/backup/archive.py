@@ -20,6 +20,7 @@ from typing import BinaryIO, Final, NamedTuple
 import msgspec
 
 from minikms import api
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsRefusedError
 from minikms.crypto import roots, slots
 from minikms.custody.deks import DIRECTORY as DEKS
@@ -255,7 +256,7 @@ def _bytes_max(name: str) -> int:
 def _manifest(content: bytes) -> Manifest:
     try:
         return msgspec.json.decode(content, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         raise ArchiveError("the backup's manifest is damaged, or of another version of miniKMS") from None
 
 

@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StorageUnavailableError
 from minikms.directory_lock import make_private_directory
 from minikms.files import open_directory, read_file_bounded, remove_file, replace_file, sweep_temps
@@ -135,7 +136,7 @@ def _read(descriptor: int, name: str) -> RegisteredArchive | None:
     try:
         data = read_file_bounded(name, ENTRY_BYTES_MAX, dir_fd=descriptor)
         return None if data is None else msgspec.json.decode(data, type=RegisteredArchive)
-    except (StorageUnavailableError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except (StorageUnavailableError, *UNDECODABLE):
         return None
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from progressdb_server.api.http import head, keys, limits
 from progressdb_server.api.http.errors import (
     AUTHOR_REQUIRED,
@@ -146,8 +147,7 @@ def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body], refusal: str = 
         if not raw.isascii():
             raw.decode("utf-8")  # the decoder doesn't check the UTF-8 of fields that it skips
         return decoder.decode(raw)
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        # ValueError: text that is not UTF-8, or a number with more digits than Python converts
+    except UNDECODABLE:
         raise bad_request(refusal) from None
 
 
