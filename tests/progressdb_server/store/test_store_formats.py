@@ -164,6 +164,14 @@ def test_a_store_of_before_0_2_0_is_refused() -> None:
             directory.claim(engine)
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"format":3,"source":"\xff"}', b'{"x":' + b"[" * 20_000])
+def test_a_damaged_format_record_is_refused_with_the_way_out(content: bytes) -> None:
+    engine = MemoryEngine()
+    engine.write([(keyspace.FORMAT, content)])
+    with pytest.raises(FormatError, match="damaged: restore a backup"):
+        directory.check(engine)
+
+
 def test_a_directory_that_holds_something_else_is_not_claimed() -> None:
     engine = MemoryEngine()
     engine.write([(b"foreign", b"1")])
