@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from progressdb_server.store.model import (
 from tests.harness import postgres as harness
 from tests.progressdb_server.store.failing_database import end_the_wait, no_standby, with_setting
 from tests.progressdb_server.store.opened_store import (
+    NOW_NS,
     becomes,
     bodies,
     emptied,
@@ -190,6 +192,31 @@ def test_an_append_whose_stamp_is_always_late_is_refused(database: str, monkeypa
         assert [message.id for message in await messages_of(one, "t")] == [first.id]
 
     with_two(database, run, HOUR_NS)
+
+
+def test_a_slow_server_writes_into_a_thread_beside_a_busy_one(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The busy one writes while the other encrypts, at each of its tries."""
+    provider = SealingProvider()
+
+    async def run() -> None:
+        async with servers(database, provider, 0, 0) as (slow, busy):
+            await fill(busy, 1)
+            real = provider.encrypt
+
+            async def preceded(*args: Any, **kwargs: Any) -> bytes:
+                with monkeypatch.context() as alone:
+                    alone.setattr(provider, "encrypt", real)
+                    await busy.create_message(of("ann", "busy"))
+                return await real(*args, **kwargs)
+
+            monkeypatch.setattr(provider, "encrypt", preceded)
+            for store in (slow, busy):
+                monkeypatch.setattr(store.clock, "now_ns", lambda: NOW_NS + time.monotonic_ns())
+            async with asyncio.timeout(60):
+                await slow.create_message(of("ann", "slow"))
+            assert bodies(await messages_of(busy, "t"))[-1] == "slow"
+
+    asyncio.run(run())
 
 
 def test_members_that_other_servers_always_change_first_are_not_changed(
