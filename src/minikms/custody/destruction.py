@@ -30,7 +30,7 @@ GROUP_KEYS_MAX: Final = 512
 """Fewer than `minikms.keys.tombstones.APPEND_RECORDS_MAX`."""
 
 
-class Removed(NamedTuple):
+class Removal(NamedTuple):
     """What a receipt says of a destroyed key: the number of its rotation backups, and the archives that may hold it."""
 
     backups: int
@@ -52,7 +52,7 @@ class Destruction:
         stored: StoredKeyring,
         *,
         forget: Callable[[str], None],
-        remove_files: Callable[[Sequence[HeldKeys], Container[str]], Awaitable[list[Removed]]],
+        remove_files: Callable[[Sequence[HeldKeys], Container[str]], Awaitable[list[Removal]]],
     ) -> None:
         self._tombstones = tombstones
         self._unlocked = unlocked
@@ -63,7 +63,7 @@ class Destruction:
         self.unfinished: set[str] = set()
         """Destroyed keys whose tombstone could not be counted, or whose bytes could not be removed."""
 
-    async def destroy(self, held: HeldKeys) -> Removed:
+    async def destroy(self, held: HeldKeys) -> Removal:
         """Destroys the one key whose lock is held, durably on return.
 
         Raises StorageUnavailableError, ConflictError; a repeated call completes what failed. If the caller is cancelled
@@ -76,7 +76,7 @@ class Destruction:
         """Returns when no destruction is waiting or under way."""
         await self._group.drain()
 
-    async def _destroy(self, locks: list[HeldKeys]) -> Sequence[Removed | KmsRefusedError]:
+    async def _destroy(self, locks: list[HeldKeys]) -> Sequence[Removal | KmsRefusedError]:
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         repeated = frozenset(key_id for key_id in key_ids if key_id in self._tombstones)
         try:

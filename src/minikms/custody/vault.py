@@ -48,7 +48,7 @@ from minikms.crypto.records import RecordKey, RecordKeys
 from minikms.custody.backup.register import ArchiveRegister
 from minikms.custody.backups import BLANK_FILES_MAX, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
-from minikms.custody.destruction import Destruction, Removed
+from minikms.custody.destruction import Destruction, Removal
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
@@ -314,7 +314,7 @@ class Vault:
         if key_id not in self.destroyed:
             move_dek(self.record(key_id).state, "destroy")
 
-    async def destroy(self, key_id: str, *, permit: Permit = permitted) -> Removed:
+    async def destroy(self, key_id: str, *, permit: Permit = permitted) -> Removal:
         """Destroys a retired key: first the tombstone, then its rotation backups, then its file.
 
         A repeated call removes what an interrupted one left. Raises ConflictError for an active key, and
@@ -336,7 +336,7 @@ class Vault:
         self.index.remove(key_id)
         self.unreadable.remove(key_id)
 
-    async def remove_files(self, locks: Sequence[HeldKeys], repeated: Container[str]) -> list[Removed]:
+    async def remove_files(self, locks: Sequence[HeldKeys], repeated: Container[str]) -> list[Removal]:
         """Removes the rotation backups and the files of the destroyed keys with these locks, durably. It removes
         temporary files first, which may hold their bytes.
 
@@ -376,7 +376,7 @@ class Vault:
         more = partial(next, jobs(), False)
         while await in_worker(self._executor, more):
             pass
-        return [Removed(records[key_id], found) for key_id, found in zip(key_ids, archives, strict=True)]
+        return [Removal(records[key_id], found) for key_id, found in zip(key_ids, archives, strict=True)]
 
     async def blank_records(self, found: KeysWithin) -> None:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""

@@ -33,7 +33,7 @@ from minikms.api.errors import (
 )
 from minikms.audit import Event
 from minikms.crypto import aead
-from minikms.custody.destruction import Removed
+from minikms.custody.destruction import Removal
 from minikms.custody.vault import Indexing, OpenDek, Vault
 from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes
 from minikms.keys.index import Page
@@ -331,7 +331,7 @@ class ScopedKeys:
         """As `Vault.retire`."""
         return await self._access.vault.retire(key_id, again=again, permit=lambda: self._permit_key(key_id))
 
-    async def destroy(self, key_id: str) -> Removed:
+    async def destroy(self, key_id: str) -> Removal:
         """As `Vault.destroy`."""
         self._access.keep_thread(key_id)
         return await self._access.vault.destroy(key_id, permit=lambda: self._permit_key(key_id))

@@ -98,18 +98,18 @@ class _Opening:
     async def _open(self) -> None:
         serving, context = self._acceptor.serving, self._acceptor.context
         await serving.loop.connect_accepted_socket(
-            partial(Connection, serving, self._ended),
+            partial(Connection, serving, self._forget),
             self._connection,
             ssl=context,
             ssl_handshake_timeout=None if context is None else limits.HANDSHAKE_SECONDS_MAX,
         )
 
-    def _ended(self) -> None:
+    def _forget(self) -> None:
         self._acceptor.opening.discard(self)
         self._acceptor.serving.shares.busy(self._group, self)
 
     def _opened(self, task: asyncio.Task[None]) -> None:
-        self._ended()
+        self._forget()
         if task.cancelled() or task.exception() is not None:  # it is gone, does not speak TLS, or takes too long
             self._connection.close()
 

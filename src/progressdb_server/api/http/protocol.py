@@ -87,10 +87,10 @@ class Connection(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, serving: Serving, made: Callable[[], None]) -> None:
-        """`made` is called once, when the transport is there: from then on the connection is one of `serving`."""
+    def __init__(self, serving: Serving, on_open: Callable[[], None]) -> None:
+        """`on_open` is called once, when the transport is there. From then on the connection is one of `serving`."""
         self.serving = serving
-        self._made = made
+        self._on_open = on_open
         self.group = ""
         """By what the bounds of one address are counted."""
         self.scheme = "http"
@@ -128,8 +128,8 @@ class Connection(asyncio.Protocol):
     # --- the transport's calls ----------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]  # of a stream
-        self._made()
-        del self._made
+        self._on_open()
+        del self._on_open
         self.serving.connections.add(self)
         self.transport.set_write_buffer_limits(high=limits.WRITE_BUFFER_BYTES_MAX)
         self._client = _address(transport.get_extra_info("peername"))
