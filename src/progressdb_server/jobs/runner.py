@@ -213,8 +213,8 @@ class Runner:
             await asyncio.sleep(ADOPT_S)
 
     async def _adopt_one(self, job: Job, *, paused: bool) -> None:
-        """`paused`: `store copy` copies no claims, so that a paused job gets its entry here. Raises
-        StoreUnavailableError."""
+        """Take the job if it is at work; with `paused` also if it is paused and has no claim, as after `store copy`.
+        Raises StoreUnavailableError."""
         try:
             if job.state in AT_WORK or (paused and not await self._store.claims.job_of(job.thread)):
                 await self._take(job)
@@ -233,7 +233,7 @@ class Runner:
                 return
             try:
                 job = await self.table.get(job.id)
-            except Exception:
+            except Exception:  # whatever it is, nobody works on the thread
                 await claims.release(job.thread, job.id)
                 raise
             if job.state not in AT_WORK:

@@ -28,8 +28,8 @@ from progressdb_server.store.model import (
 )
 
 LATE_ROWS_NS: Final = 600 * 1_000_000_000
-"""Of a row that is stored after a read of all rows, the id may be older than that read, by this much at most: its write
-may wait, and the clock is another one after a failover of the database. OldRows reads all rows again each hour."""
+"""How much older than a read of all rows the id of a row may be that is stored after that read: its write may wait, and
+the clock is another one after a failover of the database. OldRows reads all rows again each hour."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Job).decode
