@@ -68,7 +68,7 @@ class _NetworkSink(_Sink, frozen=True, kw_only=True):
 
 
 class SyslogSink(_NetworkSink, frozen=True, kw_only=True, tag="syslog"):
-    """url: `tls://HOST:PORT` or `tcp://HOST:PORT`."""
+    """url: `tls://HOST:PORT` or `tcp://HOST:PORT`. Never required: nothing proves that a line is stored."""
 
 
 class HttpSink(_NetworkSink, frozen=True, kw_only=True, tag="http"):
@@ -204,6 +204,11 @@ def _check_sink(sink: Sink) -> None:
     if parts.scheme not in schemes or _SINK_URL.fullmatch(sink.url) is None or not host or port == 0 or more:
         example = "tls://siem.example.com:6514" if isinstance(sink, SyslogSink) else "https://siem.example.com:8088"
         raise StartError(f"{name}: {sink.url!r} is no URL of its type, such as {example}")
+    if isinstance(sink, SyslogSink) and sink.required:
+        raise StartError(
+            f"{name}: nothing proves that a receiver of syslog has stored a line, so remove `required`, and require a "
+            "sink of the type http, splunk or file"
+        )
     if isinstance(sink, SyslogSink) and port is None:
         raise StartError(f"{name}: the URL must name a port, such as 6514")
     if not sink.has_tls and (sink.ca or sink.cert):

@@ -1,6 +1,7 @@
 """Syslog: RFC 5424 messages with octet counting, over TCP (RFC 6587) or TLS (RFC 5425).
 
-Owns: the message of a line, its frame, and finding out whether the receiver has read it. Syslog has no acknowledgement.
+Owns: the message of a line, its frame, and finding out whether the receiver has read it. Nothing says that it has
+stored it, so such a sink can't be `required`. Syslog has no acknowledgement.
 So a batch has a connection of its own, whose end is one: the client closes its half, and the receiver closes the other
 only once it has read everything; with unread bytes its kernel resets the connection. A receiver that was killed closes
 it too. So the next connection is opened before anything is sent, and must live for `settle_seconds` after the end.

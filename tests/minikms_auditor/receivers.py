@@ -161,12 +161,14 @@ class _Hec(msgspec.Struct, forbid_unknown_fields=True):
 class Rsyslog:
     """`rsyslogd` in the foreground, as docs/siem.md configures it, with or without TLS."""
 
-    def __init__(self, base: Path, *, tls: tuple[Path, Path, Path] | None = None) -> None:
-        """tls: CA, certificate and key of the receiver, who asks for the certificate of auditor.example.com."""
+    def __init__(self, base: Path, *, tls: tuple[Path, Path, Path] | None = None, out: Path | None = None) -> None:
+        """tls: CA, certificate and key of the receiver, who asks for the certificate of auditor.example.com. out: where
+        it writes, if not below `base`.
+        """
         self._program = needs.program("rsyslogd")
         base.mkdir(exist_ok=True)
         self.base, self.port = base, free_port()
-        self.out = base / "out"
+        self.out = out or base / "out"
         text = RECIPE.findall(SIEM_PAGE.read_text("utf-8"))[0]
         if tls is None:
             text = re.sub(r"global\(default.*?\)\n|\n *streamDriver[^)]*", "", text, flags=re.DOTALL)

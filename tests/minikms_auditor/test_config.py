@@ -75,6 +75,7 @@ def sink(*members: str) -> str:
         *((sink('type = "syslog"', f'url = "{url}"'), "no URL") for url in ("https://s:1", "tls://", "tls://s:1/p")),
         (sink('type = "syslog"', 'url = "tls://s"'), "must name a port"),
         (sink('type = "syslog"', 'url = "tcp://s:1"', 'ca = "c"'), "has no TLS"),
+        (sink('type = "syslog"', 'url = "tcp://s:1"', "required = true"), "of the type http, splunk or file"),
         (sink('type = "syslog"', 'url = "tls://s:1"', 'cert = "c"'), "belong together"),
         *((sink('type = "http"', f'url = "{url}"'), "no URL") for url in ("ftp://s", "https://u@s", "https://s/#f")),
         (sink('type = "http"', 'url = "http://s.example"'), "on this host"),

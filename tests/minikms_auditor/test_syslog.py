@@ -111,6 +111,19 @@ def test_rsyslog_writes_every_line_also_the_longest(tmp_path: Path) -> None:
         assert receiver.lines() == rig.bodies()[-len(receiver.lines()) :]
 
 
+def test_rsyslog_on_a_full_disk_loses_what_it_has_read(tmp_path: Path) -> None:
+    """All is well for the sink meanwhile. RELP is no better: imrelp acknowledges such messages too, also with a synced
+    disk queue (tried with 8.2504). So a sink of syslog can't be required.
+    """
+    full = Path("/dev/full")
+    receiver = Rsyslog(tmp_path / "rsyslog", out=full)
+    with receiver, syslog_rig(tmp_path, f"tcp://127.0.0.1:{receiver.port}") as rig:
+        rig.write(20)
+        assert ship_and_settle(rig) == ""
+        assert rig.sinks[0].status().seq == len(rig.lines())
+        assert "No space left on device" in (tmp_path / "rsyslog" / "log").read_text()
+
+
 def test_rsyslog_over_tls_takes_lines_of_a_known_certificate(tmp_path: Path) -> None:
     ours, others = Authority("ours"), Authority("others")
     base = tmp_path / "rsyslog"
