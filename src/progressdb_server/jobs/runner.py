@@ -44,6 +44,7 @@ from progressdb_server.store.model import (
     ConditionFailedError,
     RecordUnreadableError,
     StaleRowError,
+    StoreDamagedError,
     StoreError,
     StoreUnavailableError,
 )
@@ -359,6 +360,8 @@ class Runner:
                     await work()
                     return
                 except JobFailedError as error:
+                    await self._fail(job_id, str(error))
+                except StoreDamagedError as error:  # trying again would find the same
                     await self._fail(job_id, str(error))
                 except (StaleRowError, StoreUnavailableError, ConditionFailedError):
                     raise

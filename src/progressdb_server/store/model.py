@@ -231,6 +231,17 @@ class StoreLockedError(StoreUnavailableError):
     """Another process has the store open."""
 
 
+class StoreDamagedError(StoreUnavailableError):
+    """A file of the store lost what was written to it, or is missing: what it held can't be read, and the same request
+    fails again. `file` is its name, empty if it is not known."""
+
+    status = 500
+
+    def __init__(self, file: str, directory: str = "the store") -> None:
+        super().__init__(f"{directory} is damaged" + (f": the file {file}" if file else ""))
+        self.file = file
+
+
 class RecordUnreadableError(StoreError):
     """A stored record does not open (altered, misplaced, or its key is gone); names the record, never its content."""
 

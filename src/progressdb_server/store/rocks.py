@@ -6,11 +6,12 @@ Owns: the options, the one database handle, recovery by reopening. Invariants:
   up the interpreter lock while it does, so it belongs in a worker thread (docs/decisions/0020-the-store.md).
 - A pass over much, that is a scan with a bound of bytes or of keys alone, puts nothing into the cache, where it would
   only take the place of what requests read.
+- A read gives all that is stored in its range, or raises: StoreDamagedError names the file.
 - Writes that would have to wait for compaction fail at once (`no_slowdown`) instead of stopping the event loop.
 
 Known of rocksdict 0.3.29, each the reason for a line here: `set_iterate_lower_bound` sets the upper bound, so it is
 never used; a reverse iterator starts at its key inclusively; an iterator that is still alive keeps the lock after
-`close`.
+`close`; `items` and `keys` end at an error as they do at the end, and only `RdictIter.status` tells which it was.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any, Final
 
 from rocksdict import (
@@ -41,7 +43,8 @@ from rocksdict import (
 
 from minikms.sync import sync_file
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, EngineUnavailableError
-from progressdb_server.store.model import StoreLockedError
+from progressdb_server.store.keyspace import next_key
+from progressdb_server.store.model import StoreDamagedError, StoreLockedError, StoreUnavailableError
 
 BLOCK_CACHE_BYTES: Final = 32 * 1024 * 1024
 WRITE_BUFFER_BYTES: Final = 16 * 1024 * 1024
@@ -61,6 +64,7 @@ BLOOM_BITS_PER_KEY: Final = 10
 PROBE_BYTES: Final = 4 * 1024 * 1024
 """Space that must be free for a disk to count as one that takes writes; before a reopening is tried, the size of the
 log must be free too."""
+_FILE: Final = re.compile(r"\b(?:\d+\.(?:sst|log)|MANIFEST-\d+|CURRENT)\b")
 
 
 def _options() -> Options:
@@ -132,7 +136,7 @@ class _Reads:
         try:
             value: bytes | None = self._db.get(key)
         except Exception as error:
-            raise EngineUnavailableError from error
+            raise _failure(error) from error
         return value
 
     def scan(
@@ -143,16 +147,11 @@ class _Reads:
             return []
         try:
             if reverse:
-                entries = self._db.items(backwards=True, from_key=upper)
-                found = takewhile(lambda entry: entry[0] >= lower, entries)
-                taken = list(islice(found, limit + 1))
-                if taken and taken[0][0] == upper:
-                    del taken[0]
-                return taken[:limit]
-            forwards = islice(self._db.items(from_key=lower, read_opt=_up_to(upper, cached=bytes_max is None)), limit)
-            return list(forwards) if bytes_max is None else _until(forwards, bytes_max)
+                return [(key, walk.value()) for key, walk in self._downwards(lower, upper, limit)]
+            return self._upwards(lower, upper, limit, bytes_max)
         except Exception as error:
-            raise EngineUnavailableError from error
+            error.__traceback__ = None  # it leads to iterators
+            raise _failure(error) from error
 
     def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
         limit = min(limit, SCAN_ENTRIES_MAX)
@@ -160,14 +159,54 @@ class _Reads:
             return []
         try:
             if reverse:
-                found = takewhile(lambda key: key >= lower, self._db.keys(backwards=True, from_key=upper))
-                taken = list(islice(found, limit + 1))
-                if taken and taken[0] == upper:
-                    del taken[0]
-                return taken[:limit]
-            return list(islice(self._db.keys(from_key=lower, read_opt=_up_to(upper, cached=False)), limit))
+                return [key for key, _ in self._downwards(lower, upper, limit)]
+            return self._keys_upwards(lower, upper, limit)
         except Exception as error:
-            raise EngineUnavailableError from error
+            error.__traceback__ = None
+            raise _failure(error) from error
+
+    def _upwards(self, lower: bytes, upper: bytes, limit: int, bytes_max: int | None) -> list[tuple[bytes, bytes]]:
+        bounds = _up_to(upper, cached=bytes_max is None)
+        entries = islice(self._db.items(from_key=lower, read_opt=bounds), limit)
+        if bytes_max is None:
+            taken, full = list(entries), False
+        else:
+            taken, full = _until(entries, bytes_max)
+        if len(taken) < limit and not full:
+            self._check_end(next_key(taken[-1][0]) if taken else lower, bounds)
+        return taken
+
+    def _keys_upwards(self, lower: bytes, upper: bytes, limit: int) -> list[bytes]:
+        bounds = _up_to(upper, cached=False)
+        taken = list(islice(self._db.keys(from_key=lower, read_opt=bounds), limit))
+        if len(taken) < limit:
+            self._check_end(next_key(taken[-1]) if taken else lower, bounds)
+        return taken
+
+    def _downwards(self, lower: bytes, upper: bytes, limit: int) -> Iterator[tuple[bytes, Any]]:
+        """Keys, with the iterator that is there."""
+        walk = self._db.iter()
+        walk.seek_for_prev(upper)
+        while walk.valid():
+            key: bytes = walk.key()
+            if key < lower:
+                return
+            if key < upper:
+                yield key, walk
+                limit -= 1
+                if not limit:
+                    return
+            walk.prev()
+        walk.status()
+
+    def _check_end(self, lower: bytes, bounds: ReadOptions) -> None:
+        """Raises unless nothing is stored from `lower` on: a second look costs less than a whole walk with an iterator
+        that has a status."""
+        left = self._db.iter(bounds)
+        left.seek(lower)
+        left.status()
+        if left.valid():
+            raise OSError("IO error: a scan ended before the end of its range")
 
 
 class RocksEngine(_Reads):
@@ -194,7 +233,7 @@ class RocksEngine(_Reads):
         except Exception as error:
             if "LOCK:" in str(error):
                 raise StoreLockedError(_in_use(self._path)) from error
-            raise EngineUnavailableError(f"cannot open {self._path}: {error}") from error
+            raise _not_opened(self._path, error) from error
 
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         if self._failed:
@@ -212,7 +251,7 @@ class RocksEngine(_Reads):
             if "Write stall" in str(error):
                 raise EngineBusyError from error
             self._failed = True
-            raise EngineUnavailableError from error
+            raise _failure(error) from error
 
     def sync(self) -> None:
         with self._sync_lock:
@@ -220,7 +259,7 @@ class RocksEngine(_Reads):
                 self._db.flush_wal(True)
             except Exception as error:
                 self._failed = True
-                raise EngineUnavailableError from error
+                raise _failure(error) from error
 
     def reopen(self) -> None:
         """Opening replays the log into new files and syncs them, so what is readable afterwards is durable. Before
@@ -260,7 +299,7 @@ class RocksEngine(_Reads):
         try:
             Checkpoint(self._db).create_checkpoint(path)
         except Exception as error:
-            raise EngineUnavailableError from error
+            raise _failure(error) from error
 
     def compact(self) -> None:
         """Rewrites everything; blocks for as long as that takes."""
@@ -290,10 +329,13 @@ class RocksReader(_Reads):
             self._db = Rdict(path, options, access_type=AccessType.secondary(self._scratch.name))
         except Exception as error:
             self._scratch.cleanup()
-            raise EngineUnavailableError(f"cannot read {path}: {error}") from error
+            raise _not_opened(path, error) from error
 
     def refresh(self) -> None:
-        self._db.try_catch_up_with_primary()
+        try:
+            self._db.try_catch_up_with_primary()
+        except Exception as error:
+            raise _failure(error) from error
 
     def close(self) -> None:
         self._db.close()
@@ -308,14 +350,31 @@ def _up_to(upper: bytes, *, cached: bool) -> ReadOptions:
     return bounds
 
 
-def _until(entries: Iterator[tuple[bytes, bytes]], bytes_max: int) -> list[tuple[bytes, bytes]]:
+def _until(entries: Iterator[tuple[bytes, bytes]], bytes_max: int) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """Also whether the values together have `bytes_max`."""
     taken: list[tuple[bytes, bytes]] = []
     for entry in entries:
         taken.append(entry)
         bytes_max -= len(entry[1])
         if bytes_max <= 0:
-            break
-    return taken
+            return taken, True
+    return taken, False
+
+
+def _failure(error: Exception) -> StoreUnavailableError:
+    """What an error of RocksDB says: its text begins with its kind and names the file. A missing file is damage."""
+    text = str(error)
+    if text.startswith("Corruption") or "No such file" in text:
+        named = _FILE.search(text)
+        return StoreDamagedError(named.group() if named else "")
+    return EngineUnavailableError()
+
+
+def _not_opened(path: str, error: Exception) -> StoreUnavailableError:
+    failure = _failure(error)
+    if isinstance(failure, StoreDamagedError):
+        return StoreDamagedError(failure.file, path)
+    return EngineUnavailableError(f"cannot open {path}: {error}")
 
 
 def _reserve(descriptor: int, wanted_bytes: int) -> None:

@@ -41,6 +41,7 @@ from progressdb_server.store.model import (
     FormatError,
     NotWrittenError,
     OutcomeUnknownError,
+    StoreDamagedError,
     StoreUnavailableError,
 )
 
@@ -518,7 +519,7 @@ class Writer(GroupCommit):
 def _reason(error: Exception) -> dict[str, object]:
     """Fields for the log. An error of the engine or the kernel is logged with its text. Of any other error only the
     type and the place are logged, because its text could contain a key or a user's data."""
-    if isinstance(error, EngineUnavailableError) and error.__cause__ is not None:
+    if isinstance(error, (EngineUnavailableError, StoreDamagedError)) and error.__cause__ is not None:
         return {"error": f"{type(error.__cause__).__name__}: {error.__cause__}"[:REASON_CHARS_MAX]}
     lines = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
     return {"error": type(error).__name__, "at": lines}

@@ -11,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineUnavailableError
+from progressdb_server.store.model import StoreDamagedError
 from progressdb_server.store.rocks import RocksEngine
+from tests.harness.disk_faults import flip
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "rocks": lambda path: RocksEngine(str(path / "db")),
     "memory": lambda path: MemoryEngine(),
 }
+NUMBERED = 4000
 
 
 @pytest.fixture(params=sorted(ENGINES))
@@ -128,6 +131,52 @@ def test_a_closed_engine_refuses_to_write(engine: Engine) -> None:
     engine.close()
     with pytest.raises(EngineUnavailableError):
         engine.write([(b"a", b"1")])
+
+
+@pytest.fixture(params=["byte", "cut"])
+def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[RocksEngine, str]]:
+    """Entries NUMBERED in one file, part of which is damaged; and the file's name."""
+    path = tmp_path / "db"
+    engine = RocksEngine(str(path))
+    engine.write([(b"%06d" % number, b"%06d" % number * 20) for number in range(NUMBERED)])
+    engine.compact()
+    engine.close()
+    (file,) = path.glob("*.sst")
+    if request.param == "byte":
+        flip(file, file.stat().st_size // 2)
+    else:
+        with file.open("r+b") as content:  # what a bad sector may read as
+            content.seek(file.stat().st_size // 2)
+            content.write(bytes(4096))
+    engine = RocksEngine(str(path))
+    yield engine, file.name
+    engine.close()
+
+
+def test_a_read_that_meets_damage_raises_and_names_the_file(damaged: tuple[RocksEngine, str]) -> None:
+    engine, file = damaged
+    reads: list[Callable[[], object]] = [
+        lambda: engine.scan(b"0", b"9", limit=SCAN_ENTRIES_MAX),
+        lambda: engine.scan(b"0", b"9", limit=SCAN_ENTRIES_MAX, bytes_max=10**9),
+        lambda: engine.scan(b"0", b"9", limit=SCAN_ENTRIES_MAX, reverse=True),
+        lambda: engine.keys(b"0", b"9", limit=SCAN_ENTRIES_MAX),
+        lambda: engine.keys(b"0", b"9", limit=SCAN_ENTRIES_MAX, reverse=True),
+        lambda: [engine.get(b"%06d" % number) for number in range(NUMBERED)],
+    ]
+    errors = []
+    for read in reads:
+        with pytest.raises(StoreDamagedError) as raised:
+            read()
+        errors.append(raised.value)
+    assert [error.file for error in errors] == [file] * len(reads)
+    engine.reopen()  # the errors, which somebody may keep, have no iterator
+
+
+def test_entries_before_and_behind_damage_are_read(damaged: tuple[RocksEngine, str]) -> None:
+    engine, _ = damaged
+    quarter = NUMBERED // 4
+    assert len(engine.scan(b"0", b"%06d" % quarter, limit=SCAN_ENTRIES_MAX)) == quarter
+    assert len(engine.keys(b"%06d" % (3 * quarter), b"9", limit=SCAN_ENTRIES_MAX, reverse=True)) == quarter
 
 
 @given(
