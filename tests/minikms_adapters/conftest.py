@@ -1,6 +1,6 @@
 """One daemon for all tests of the adapters in a process, and clients of it.
 
-Where a framework is not installed, the tests of all of them are left out, and `test_frameworks.py` says why.
+Where a framework is not installed, its tests are left out, and `test_frameworks.py` says why.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import pytest
 from minikms import Client
 from tests.harness.live_daemon import LiveDaemon
 
-FRAMEWORKS = ("agents", "alembic", "langgraph", "psycopg", "sqlalchemy")
+NEEDS = {
+    "langgraph": ("langchain_core", "langgraph", "psycopg"),
+    "test_openai_agents.py": ("agents", "openai"),
+    "test_pages.py": ("agents", "langgraph", "sqlalchemy"),
+    "test_sqlalchemy.py": ("alembic", "sqlalchemy"),
+}
+"""What each module or directory imports that `make venv` does not install."""
 
-if any(importlib.util.find_spec(name) is None for name in FRAMEWORKS):
-    collect_ignore = ["langgraph", "test_openai_agents.py", "test_pages.py", "test_sqlalchemy.py"]
+collect_ignore = [name for name, needed in NEEDS.items() if any(importlib.util.find_spec(it) is None for it in needed)]
 
 
 @pytest.fixture(scope="session")

@@ -45,9 +45,8 @@ class Service:
         return True
 
     def client(self) -> Any:
-        import botocore.session
-
-        return botocore.session.get_session().create_client("kms", region_name=REGION)
+        session = needs.library("botocore.session")
+        return session.get_session().create_client("kms", region_name=REGION)
 
     def new_key(self, **members: str) -> str:
         asked = {"KeySpec": "ECC_NIST_P256", "KeyUsage": "SIGN_VERIFY"} | members

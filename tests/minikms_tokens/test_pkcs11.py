@@ -31,7 +31,7 @@ MESSAGE = b"a tree checkpoint"
 
 @pytest.fixture
 def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Token]:
-    import pkcs11
+    pkcs11 = needs.library("pkcs11")
 
     made = Token(tmp_path)
     monkeypatch.setenv("SOFTHSM2_CONF", str(made.conf))
@@ -95,7 +95,7 @@ def test_a_wrong_pin_is_tried_once_until_its_file_changes(token: Token) -> None:
 
 def test_no_pin_is_tried_when_a_wrong_one_would_lock_the_token(token: Token, monkeypatch: pytest.MonkeyPatch) -> None:
     """SoftHSM never locks itself. It sets the flag of the first wrong PIN, which stands for that of the last here."""
-    import pkcs11
+    pkcs11 = needs.library("pkcs11")
 
     from minikms_tokens import pkcs11_token
 
@@ -216,7 +216,7 @@ class Remote:
 
 @pytest.fixture
 def remote(token: Token, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
-    import pkcs11
+    pkcs11 = needs.library("pkcs11")
 
     made = Remote(token)
     monkeypatch.setenv("P11_KIT_SERVER_ADDRESS", f"unix:path={made.socket}")
@@ -270,7 +270,7 @@ def test_a_token_that_hangs_holds_up_no_call_for_long(
 
 
 def test_a_key_that_was_replaced_under_its_name_is_refused(token: Token) -> None:
-    import pkcs11
+    pkcs11 = needs.library("pkcs11")
 
     signer = open_signer(token.uri())
     is_valid(signer, signer.sign(MESSAGE))

@@ -2,14 +2,82 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import resource
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests import needs
+from tests.minikms_adapters.conftest import NEEDS
+from tests.tidy.project_tree import PROJECT, name, none, python_files, tree_of
 
 NO_PROGRAM = "no-such-program"
+ADAPTERS = PROJECT / "tests" / "minikms_adapters"
+ELSEWHERE = ("tests/progressdb_server/api/sdk_driver.py", "tests/torture/upstream_plugin.py")
+"""They run in environments of their own, whose packages the tests that start them ask for."""
+
+
+def imports_of_make_venv() -> set[str]:
+    """The modules that an environment of `make venv` can import, the project's own and those of the tests included."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    requirements = [
+        Requirement(text) for text in project["project"]["dependencies"] + project["dependency-groups"]["dev"]
+    ]
+    installed = {canonicalize_name(project["project"]["name"])}
+    while requirements:
+        required = requirements.pop()
+        distributed = canonicalize_name(required.name)
+        if distributed in installed:
+            continue
+        installed.add(distributed)
+        further = [Requirement(text) for text in distribution(distributed).requires or ()]
+        requirements += [it for it in further if it.marker is None or it.marker.evaluate({"extra": ""})]
+    modules = packages_distributions().items()
+    named = {module for module, found in modules if installed.intersection(map(canonicalize_name, found))}
+    own = {*project["tool"]["importlinter"]["root_packages"], "bench", "tests", "tools"}
+    return named | sys.stdlib_module_names | own
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """The line and the first name of each import that is executed, in functions too."""
+    for_types = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and isinstance(branch.test, ast.Name) and branch.test.id == "TYPE_CHECKING"
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.lineno, node.module.partition(".")[0]
+
+
+def allowed_beside(path: Path) -> tuple[str, ...]:
+    """The names without which pytest leaves the module out."""
+    return NEEDS.get(path.relative_to(ADAPTERS).parts[0], ()) if path.is_relative_to(ADAPTERS) else ()
+
+
+def test_a_package_that_make_venv_lacks_is_imported_through_needs() -> None:
+    """Otherwise the tests of whoever ran `make test` alone fail in place of being skipped."""
+    there = imports_of_make_venv()
+    none(
+        f'{name(path)}:{line}: {module} is not installed by `make venv`: use needs.library("{module}")'
+        for path in python_files("tests")
+        for line, module in imported(tree_of(path))
+        if name(path) not in ELSEWHERE and module not in there and module not in allowed_beside(path)
+    )
 
 
 def test_a_missing_program_skips_and_fails_under_ci(monkeypatch: pytest.MonkeyPatch) -> None:
