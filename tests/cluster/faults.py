@@ -181,10 +181,19 @@ def unreplicated_host_killed(cluster: Cluster) -> None:
 def unreplicated_waits_ended(cluster: Cluster) -> None:
     """As before; and an operator ends the sessions that wait for a standby. PostgreSQL makes their writes readable
     then, so that a reader may see what is lost with the primary; nobody acknowledged it."""
+    _end_unreplicated_waits(cluster, "pg_terminate_backend")
+
+
+def unreplicated_waits_cancelled(cluster: Cluster) -> None:
+    """As before, but their waits alone end, with success and a warning."""
+    _end_unreplicated_waits(cluster, "pg_cancel_backend")
+
+
+def _end_unreplicated_waits(cluster: Cluster, how: str) -> None:
     host = cluster.primary()
     standbys = _others(cluster, host, databases_only=True)
     cluster.cut(host, standbys, incoming=False)
-    waiting = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    waiting = f"SELECT count({how}(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
     for _ in range(6):
         time.sleep(0.5)
         cluster.sql(waiting, host=host)
@@ -221,7 +230,7 @@ PARTS: Final[Mapping[str, Sequence[Fault]]] = {
     "processes": (postgres_killed, patroni_killed, etcd_leader_killed, server_killed, host_killed, switchover),
     "stops": (server_stopped, etcd_leader_stopped, patroni_stopped, postgres_stopped, host_stopped),
     "network": (server_alone, primary_alone, primary_unheard, primary_deaf, primary_from_databases),
-    "replication": (unreplicated_host_killed, unreplicated_waits_ended, switchover),
+    "replication": (unreplicated_host_killed, unreplicated_waits_ended, unreplicated_waits_cancelled, switchover),
 }
 """What a run of the torture test does, in this order."""
 FAULTS: Final[Mapping[str, Fault]] = {one.__name__: one for part in PARTS.values() for one in part}

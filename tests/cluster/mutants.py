@@ -65,6 +65,12 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         ("--faults", "quiet"),
         "was removed at",
     ),
+    "warnings-hidden": Mutant(
+        Variant(),
+        (("store/nodes.py", '"client_min_messages": "warning"', '"client_min_messages": "error"'),),
+        ("--faults", "unreplicated_waits_cancelled"),
+        "was acknowledged at",
+    ),
     "retry-reads": Mutant(
         Variant(),
         (

@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
+from minikms.logs import structlog
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import FormatError
 
@@ -52,6 +53,13 @@ FAILURES: Final = (
     EOFError,
 )
 """What the driver raises for a database that refuses, or is away."""
+SAFE: Final = {
+    "client_min_messages": "warning",
+    "default_transaction_isolation": "read committed",
+    "synchronous_commit": "on",
+}
+"""What an acknowledged commit rests on, whatever the defaults of the role and the database are: a wait for the standby
+that was cancelled is known by its warning alone."""
 PLANS: Final = {
     "jit": "off",
     "enable_seqscan": "off",
@@ -67,7 +75,10 @@ _NODE: Final = (
 )
 """The timeline, then when its PostgreSQL was started (Unix seconds, to the microsecond). A node that is promoted begins
 a new timeline, but two standbys that are promoted apart from each other begin the same."""
+_SAFE: Final = "SELECT " + ", ".join(f"current_setting('{name}')" for name in SAFE)
 _STANDBYS: Final = "SELECT current_setting('synchronous_standby_names')"
+
+_log = structlog.get_logger("progressdb.store")
 
 
 class Connection(asyncpg.Connection):
@@ -85,6 +96,10 @@ class Connection(asyncpg.Connection):
         return ""
 
 
+class _UnsafeError(asyncpg.InterfaceError):
+    """A session without what SAFE says, such as one of a connection pooler; the text says which."""
+
+
 class HostPort(NamedTuple):
     """A host and port of the URL, None for the driver's own choice."""
 
@@ -93,7 +108,8 @@ class HostPort(NamedTuple):
 
 
 def check_url(url: str) -> None:
-    """Raises FormatError for a URL that has a password, or that does not check the server's name over TCP."""
+    """Raises FormatError for a URL that has a password, that sets what the server sets (SAFE), or that does not check
+    the server's name over TCP."""
     try:
         parts = urlsplit(url)
         query = parse_qs(parts.query)
@@ -104,6 +120,9 @@ def check_url(url: str) -> None:
         raise FormatError("store.url must begin with postgresql://")
     if parts.password is not None or "password" in query or "sslpassword" in query:
         raise FormatError("store.url must not hold a password: use a client certificate or a password file (passfile=)")
+    for name in query:
+        if name.lower() in SAFE or name == "options":
+            raise FormatError(f"store.url must not hold {name}: the server sets what acknowledged writes rest on")
     local = all((place.host or "").startswith("/") for place in places)
     if not local and query.get("sslmode") != ["verify-full"]:
         raise FormatError("store.url must have sslmode=verify-full, or the directory of a Unix socket as host=")
@@ -168,7 +187,9 @@ class Nodes:
                     if task.exception() is None:
                         made.append((task.result(), tasks[task]))
             if not made:
-                raise EngineUnavailableError(UNAVAILABLE) from failure
+                raise EngineUnavailableError(
+                    str(failure) if isinstance(failure, _UnsafeError) else UNAVAILABLE
+                ) from failure
             made.sort(key=lambda one: (_timeline(one[0].node), one[0].node == self.node))
             connection, self._place = made.pop()
             return connection
@@ -195,7 +216,7 @@ class Nodes:
         return connection
 
     async def _open(self, place: HostPort, settings: dict[str, str]) -> Connection:
-        """Raises one of FAILURES."""
+        """Raises one of FAILURES, of which one is _UnsafeError."""
         connection: Connection = await asyncpg.connect(
             self._url,
             host=place.host,
@@ -203,10 +224,17 @@ class Nodes:
             timeout=CONNECT_S_MAX,
             target_session_attrs=SessionAttribute.read_write,
             connection_class=Connection,
-            server_settings={"application_name": "progressdb", **PLANS, **settings},
+            server_settings={"application_name": "progressdb", **PLANS, **settings, **SAFE},
         )
         connection.node = connection.standbys = connection.warned = ""
         try:
+            for (name, wanted), found in zip(
+                SAFE.items(), await connection.fetchrow(_SAFE, timeout=CONNECT_S_MAX) or (), strict=True
+            ):
+                if found != wanted:
+                    why = f"a session of the database has {name} = {found}, not {wanted}: connect without a pooler"
+                    _log.error("store_session_unsafe", reason=why)
+                    raise _UnsafeError(why)  # noqa: TRY301  it has to end the connection
             if self._replicated:
                 row = await connection.fetchrow(_NODE, timeout=CONNECT_S_MAX)
                 connection.node, connection.standbys = row or ("", "")

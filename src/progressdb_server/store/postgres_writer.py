@@ -273,7 +273,6 @@ async def confirm(nodes: Nodes, connection: Connection) -> None:
 async def find(nodes: Nodes) -> Connection:
     """A connection to the node that takes writes. Raises EngineUnavailableError."""
     connection = await nodes.find(
-        synchronous_commit="on",
         lock_timeout=str(LOCK_S_MAX * 1000),
         idle_in_transaction_session_timeout=str(IDLE_S_MAX * 1000),
     )
@@ -359,7 +358,7 @@ class PostgresWriter(GroupCommit):
             try:
                 connection = self._connection = await find(self._nodes)
             except StoreUnavailableError as error:
-                raise NotWrittenError(UNAVAILABLE) from error
+                raise NotWrittenError(str(error)) from error
         return connection
 
     async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, ConditionFailedError]:

@@ -111,7 +111,7 @@ async def connected(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     """For a command. A statement that takes longer than COMMAND_S_MAX loses its connection: the driver's own timeout
     would send a cancel request. Raises FormatError, EngineUnavailableError."""
     nodes = Nodes(url, replicated=False)
-    connection = await nodes.find(synchronous_commit="on", application_name="progressdb-store")
+    connection = await nodes.find(application_name="progressdb-store")
     loop = asyncio.get_running_loop()
     timer = loop.call_later(COMMAND_S_MAX, connection.terminate)
 

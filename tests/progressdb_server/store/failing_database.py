@@ -31,6 +31,21 @@ async def with_setting(connection: asyncpg.Connection[Any], name: str, value: st
 
 
 @asynccontextmanager
+async def hidden_warnings(url: str) -> AsyncIterator[None]:
+    """The defaults of the role and of the database hide what a cancelled wait for the standby says."""
+    connection = await asyncpg.connect(url)
+    owners = ("ROLE test", "DATABASE postgres", "ROLE test IN DATABASE postgres")
+    for owner in owners:
+        await connection.execute(f"ALTER {owner} SET client_min_messages = 'error'")
+    try:
+        yield
+    finally:
+        for owner in owners:
+            await connection.execute(f"ALTER {owner} RESET client_min_messages")
+        await connection.close()
+
+
+@asynccontextmanager
 async def no_standby(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     """Every commit waits for a standby that does not exist; a connection whose own commits do not wait."""
     connection = await asyncpg.connect(url, server_settings={"synchronous_commit": "local"})

@@ -17,6 +17,7 @@ from progressdb_server.store import messages as changing_messages
 from progressdb_server.store import threads as changing_threads
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import (
     AuthorNotInThreadError,
     FormatError,
@@ -31,7 +32,7 @@ from progressdb_server.store.model import (
     TooManyMembersError,
 )
 from tests.harness import postgres as harness
-from tests.progressdb_server.store.failing_database import end_the_wait, no_standby, with_setting
+from tests.progressdb_server.store.failing_database import end_the_wait, hidden_warnings, no_standby, with_setting
 from tests.progressdb_server.store.opened_store import (
     NOW_NS,
     becomes,
@@ -376,7 +377,8 @@ def test_an_admin_sees_every_key_under_any_prefix(database: str, monkeypatch: py
 # --- nothing acknowledged is lost -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("how", ["pg_cancel_backend", "pg_terminate_backend"])
 def test_a_write_whose_wait_for_the_standby_ends_is_not_acknowledged(database: str, how: str) -> None:
-    """A cancelled wait ends with success and a warning. What was written is visible, and may be lost."""
+    """A cancelled wait ends with success and a warning, which no default of the role or the database hides. What was
+    written is visible, and may be lost."""
 
     async def run(one: Conversations, two: Conversations) -> None:
         await fill(one, 1)
@@ -391,7 +393,28 @@ def test_a_write_whose_wait_for_the_standby_ends_is_not_acknowledged(database: s
                 await asyncio.sleep(0.01)
         await one.create_message(of("ann", "later"))
 
-    with_two(database, run)
+    async def hidden() -> None:
+        async with hidden_warnings(database), servers(database, SealingProvider(), 0, 0) as (one, two):
+            await run(one, two)
+
+    asyncio.run(hidden())
+
+
+def test_a_session_without_what_commits_rest_on_is_not_used(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a connection pooler, which drops what the server sets."""
+    real = asyncpg.connect
+
+    async def dropping(*args: Any, server_settings: object = None, **more: Any) -> Any:
+        return await real(*args, **more)
+
+    async def run() -> None:
+        async with hidden_warnings(database):
+            monkeypatch.setattr(asyncpg, "connect", dropping)
+            with pytest.raises(EngineUnavailableError, match="has client_min_messages = error, not warning"):
+                await postgres.open_engine(database, single_node=True)
+            monkeypatch.undo()
+
+    asyncio.run(run())
 
 
 def test_a_retry_after_an_unknown_outcome_waits_until_it_is_replicated(database: str) -> None:
@@ -595,6 +618,9 @@ def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> Non
         ("postgresql:///x?host=/run/postgresql,db", "sslmode=verify-full"),
         ("postgresql://%2Frun,db/x", "sslmode=verify-full"),
         ("postgresql://" + ",".join("abcdefghijklmnopq") + "/x?sslmode=verify-full", "more than 16 hosts"),
+        ("postgresql:///x?host=/run&client_min_messages=error", "must not hold client_min_messages"),
+        ("postgresql:///x?host=/run&Synchronous_Commit=off", "must not hold Synchronous_Commit"),
+        ("postgresql:///x?host=/run&options=-c%20client_min_messages%3Derror", "must not hold options"),
         ("postgresql://db:many/x?sslmode=verify-full", "no URL"),
         ("postgresql://user:secret@db/x?sslmode=verify-full", "password file"),
         ("postgresql://db/x?sslmode=verify-full&password=secret", "password file"),
