@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 import time
 
+from minikms.printable import clean
+
 _HIDDEN = "rich"
 
 if _HIDDEN in sys.modules:
@@ -22,21 +24,26 @@ else:
     finally:
         del sys.modules[_HIDDEN]
 
-__all__ = ["service_logger", "structlog"]
+__all__ = ["clean_values", "service_logger", "structlog"]
+
+
+def clean_values(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """The processor before a renderer of text; JSON escapes by itself."""
+    return {name: clean(value) if isinstance(value, str) else value for name, value in event.items()}
 
 
 def service_logger(log_format: str) -> structlog.stdlib.BoundLogger:
     """The log of a process that serves, on standard error: one event a line, as JSON or as `key=value`."""
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
+    renderers: list[structlog.typing.Processor] = (
+        [structlog.processors.JSONRenderer()]
         if log_format == "json"
-        else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
+        else [clean_values, structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])]
     )
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
+            *renderers,
         ],
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,

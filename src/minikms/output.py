@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
+from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, CommandError
 
 if TYPE_CHECKING:
@@ -75,11 +76,6 @@ def print_facts(facts: Iterable[tuple[str, object]], *, indent: int = 0) -> None
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
         terminal().print(" " * indent + f"{name.ljust(width)}  {value}", soft_wrap=True)
-
-
-def clean(text: str) -> str:
-    """The text without control characters, which a terminal could obey."""
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def name_list(names: Sequence[str]) -> str:

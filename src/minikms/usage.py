@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 
 from cyclopts import App, Parameter, validators
 
+from minikms.printable import clean
+
 if TYPE_CHECKING:
     from cyclopts import Argument, CycloptsError
     from cyclopts.help import HelpPanel
@@ -129,7 +131,7 @@ def run(program: str, command: Callable[[], Any], explain: Callable[[Exception],
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001  `explain` raises a defect again
         text, exit_status = explain(error)
-        print(f"{program}: {text}", file=sys.stderr)
+        print(f"{program}: {clean(text)}", file=sys.stderr)
         sys.exit(exit_status)
 
 

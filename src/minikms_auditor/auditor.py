@@ -22,6 +22,7 @@ from minikms.audit.export import LogRange
 from minikms.audit.note import Checkpoint, Note, NoteError, WitnessPolicy, cosigned_at, open_checkpoint
 from minikms.audit.record import Head
 from minikms.audit.tiles import Tiles
+from minikms.output import as_json
 from minikms_auditor.config import Config
 from minikms_auditor.signers import Signers
 from minikms_auditor.sinks import Shipper, SinkStatus
@@ -372,7 +373,7 @@ class Auditor:
 
     def _show(self) -> None:
         try:
-            self._store.show(msgspec.json.format(msgspec.json.encode(self.status())))
+            self._store.show(as_json(self.status()).encode())  # ASCII: a terminal shows it as it is
         except KmsRefusedError as error:
             self._note_error("status.json", str(error))
         else:

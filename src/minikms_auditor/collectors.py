@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import http.client
 import re
 import threading
 import time
@@ -22,7 +21,7 @@ import msgspec
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError
 from minikms_auditor.config import Files, HttpSink, SplunkSink
-from minikms_auditor.connecting import Answer, ExchangeError, HttpClient, tls_context
+from minikms_auditor.connecting import Answer, HttpClient, tls_context
 from minikms_auditor.sinks import LaterError, Message, RefusedError, Transport
 
 EXCHANGE_SECONDS_MAX: Final = 30.0
@@ -62,7 +61,7 @@ class Collector(Transport):
     def _post(self, target: str, body: bytes) -> Answer:
         """Raises OSError, ExchangeError."""
         content = gzip.compress(body, _GZIP_LEVEL, mtime=0)
-        with self._bounded(), _as_exchange_errors():
+        with self._bounded():
             return self._http.post(target, content, self._headers, time.monotonic() + self._exchange_seconds)
 
     @contextlib.contextmanager
@@ -157,14 +156,3 @@ def _token(files: Files, text: str) -> str:
     if _TOKEN.fullmatch(token) is None:
         raise StartError(f"the token {files.path(text)} is not one line of printable ASCII")
     return token.decode("ascii")
-
-
-@contextlib.contextmanager
-def _as_exchange_errors() -> Iterator[None]:
-    """What a receiver that speaks no HTTP makes of an exchange. The text of such an error may hold what it sent."""
-    try:
-        yield
-    except OSError:  # first: the error of a wrong certificate is a ValueError too
-        raise
-    except (http.client.HTTPException, ValueError) as error:
-        raise ExchangeError(f"it does not speak HTTP ({type(error).__name__})") from None

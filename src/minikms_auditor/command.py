@@ -77,6 +77,7 @@ def status(*, config: Config, json: Json = False) -> int:
     import msgspec
 
     from minikms.api.errors import StartError
+    from minikms.output import print_result
     from minikms_auditor import store
     from minikms_auditor.auditor import Status
     from minikms_auditor.config import Files
@@ -86,7 +87,7 @@ def status(*, config: Config, json: Json = False) -> int:
         raise StartError("the auditor has not run with this configuration yet")
     found = msgspec.json.decode(content, type=Status)
     age_s = int(time.time()) - found.updated_at
-    print(content.decode() if json else "\n".join(_status_lines(found, age_s)))
+    print_result(found, _status_lines(found, age_s), json=json)
     wrong = found.alarm or found.errors or any(sink.error for sink in found.sinks)
     return EXIT_FAILED if wrong or age_s > FRESH_SECONDS else EXIT_GOOD
 

@@ -2,7 +2,7 @@
 
 Owns: the only HTTP client of the auditor, which witnesses and collectors share. Invariants: a certificate is always
 verified, with its name; an answer is bounded in size and time; a redirect is not followed. It must never try twice, or
-put what it sends into an error.
+put what it sends or gets into an error.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class HttpClient:
         self._lock = threading.Lock()
 
     def post(self, target: str, body: bytes, headers: Mapping[str, str], ends_s: float) -> Answer:
-        """`ends_s`: when it must have answered, monotonic. Raises OSError, http.client.HTTPException, ValueError,
-        ExchangeError.
-        """
+        """`ends_s`: when it must have answered, monotonic. Raises OSError, ExchangeError."""
         left_s = seconds_left(ends_s)
         connection = (
             http.client.HTTPConnection(self._host, self._port, timeout=left_s)
@@ -78,6 +76,10 @@ class HttpClient:
                         raise ExchangeError(f"its answer is larger than {ANSWER_BYTES_MAX} bytes")
             is_number = retry_after.isascii() and retry_after.isdigit() and len(retry_after) < 10
             return Answer(answer.status, content, int(retry_after) if is_number else 0)
+        except OSError:  # first: the error of a wrong certificate is a ValueError too
+            raise
+        except (http.client.HTTPException, ValueError) as error:  # their texts hold what was sent or answered
+            raise ExchangeError(f"it does not speak HTTP ({type(error).__name__})") from None
         finally:
             with self._lock:
                 self._connection = None

@@ -8,7 +8,6 @@ but a tree checkpoint and a consistency proof.
 
 from __future__ import annotations
 
-import http.client
 import re
 import time
 from collections.abc import Sequence
@@ -70,7 +69,7 @@ class Client:
         """Its cosignature. Raises WitnessAlarmError, WitnessFailedError."""
         try:
             signature = self._submit(sent, ends_s)
-        except (WitnessFailedError, ExchangeError, OSError, http.client.HTTPException, ValueError) as error:
+        except (WitnessFailedError, ExchangeError, OSError) as error:
             self._failures += 1
             self.retry_s = time.monotonic() + min(2.0**self._failures, BACKOFF_SECONDS_MAX)
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -23,6 +23,20 @@ def test_rich_can_be_imported_afterwards() -> None:
     assert run("import minikms.logs, rich.console; print(rich.console.Console().width > 0)").stdout == "True\n"
 
 
+@pytest.mark.parametrize("module", ["minikms.logs", "progressdb_server.logs"])
+def test_a_log_of_text_cannot_command_the_terminal(module: str) -> None:
+    """A peer chose the value: a witness, an issuer, a database."""
+    program = f"""
+from {module} import *
+from {module} import structlog
+service_logger("text") if {module!r} == "minikms.logs" else configure("console", "info")
+structlog.get_logger().warning("failed", why="\\x1b[2J \\x9b31m \\r all is well")
+"""
+    log = run(program).stderr
+    assert "?[2J ?31m ? all is well" in log
+    assert log.rstrip("\n").isprintable()
+
+
 @pytest.mark.parametrize("first", ["", "import rich.console, structlog"], ids=["without rich", "with rich"])
 def test_a_traceback_in_the_servers_log_shows_no_values_of_variables(first: str) -> None:
     """With rich, structlog would show the local variables of every frame."""

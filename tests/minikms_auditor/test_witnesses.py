@@ -223,6 +223,10 @@ def drip(handler: http.server.BaseHTTPRequestHandler) -> None:
         return
 
 
+def draw(handler: http.server.BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"\x1b[2J\x1b]0;owned\x07\x1b[31m all is well\r\n")
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -234,6 +238,7 @@ def drip(handler: http.server.BaseHTTPRequestHandler) -> None:
         (respond(200, b"\xff\n"), "no cosignature"),
         (respond(200, "— witness.example/w1 AAAAAAAA\n".encode()), "no valid cosignature"),
         (respond(200, b"x" * (ANSWER_BYTES_MAX + 1)), "is larger than"),
+        (draw, "does not speak HTTP (BadStatusLine)"),
         (drip, ""),
     ],
 )

@@ -21,6 +21,7 @@ import re
 from typing import Final, TypeVar
 
 from minikms.api import contract
+from minikms.printable import clean
 
 MESSAGE_CHARS_MAX: Final = 512
 """Of a text that a daemon sent."""
@@ -372,7 +373,7 @@ def refusal(code: str, message: str, status: int | None = None, retry_after_s: i
     if _CODE.fullmatch(code) is None:
         code = contract.CODE_INTERNAL
     kind = BY_CODE.get(code, KmsRefusedError)
-    error = kind("".join(char if char.isprintable() else "?" for char in message[:MESSAGE_CHARS_MAX]))
+    error = kind(clean(message[:MESSAGE_CHARS_MAX]))
     error.code = code
     error.status = kind.status if status is None else status
     error.retry_after_s = retry_after_s

@@ -32,7 +32,8 @@ from minikms.cli.console import (
     complain,
     needed_root,
 )
-from minikms.output import clean, confirm, name_list, print_facts, print_json, print_table, progress_bar
+from minikms.output import confirm, name_list, print_facts, print_json, print_table, progress_bar
+from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:

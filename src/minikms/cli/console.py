@@ -21,6 +21,7 @@ from cyclopts import Parameter
 
 from minikms import usage
 from minikms.cli.rootkey import VARIABLE as MASTER_KEY_VARIABLE
+from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE, CommandError, PathText, RootSource
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 def complain(text: str) -> None:
     """One sentence on standard error."""
-    print(f"minikms: {text}", file=sys.stderr)
+    print(f"minikms: {clean(text)}", file=sys.stderr)
 
 
 def explained(error: Exception) -> tuple[str, int]:

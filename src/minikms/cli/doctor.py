@@ -53,7 +53,8 @@ from minikms.keys.keyring import Body
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
-from minikms.output import NAMED_COUNT_MAX, clean, name_list, print_json, terminal
+from minikms.output import NAMED_COUNT_MAX, name_list, print_json, terminal
+from minikms.printable import clean
 from minikms.roots.providers import KEPT_BY_PEOPLE
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 

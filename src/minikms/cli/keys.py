@@ -27,7 +27,8 @@ from minikms.cli.console import (
     complain,
     daemon_client,
 )
-from minikms.output import clean, confirm, print_facts, print_json, print_table, progress_bar, terminal
+from minikms.output import confirm, print_facts, print_json, print_table, progress_bar, terminal
+from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from cyclopts import App, Parameter
 from minikms.api import Role
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
 from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
-from minikms.output import clean, print_facts, print_json
+from minikms.output import print_facts, print_json
+from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:

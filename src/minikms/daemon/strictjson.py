@@ -18,6 +18,7 @@ import msgspec
 from msgspec import NODEFAULT, UNSET
 
 from minikms.api.errors import InvalidRequestError
+from minikms.printable import clean
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: memoryview | bytes) -> T:
 
 def refused_sentence(what: str, error: Exception) -> str:
     """`what: reason.` with msgspec's reason, printable and truncated: it may repeat a field name of the caller."""
-    reason = "".join(char if char.isprintable() else "?" for char in str(error)[:_REASON_CHARS_MAX])
+    reason = clean(str(error)[:_REASON_CHARS_MAX])
     return f"{what}: {reason}."
 
 

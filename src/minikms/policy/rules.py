@@ -22,6 +22,7 @@ from typing import Final, Literal, TypeVar, get_args
 from minikms.api import Role
 from minikms.api.errors import InvalidRequestError, StartError
 from minikms.policy.patterns import PrincipalPattern, ThreadPattern
+from minikms.printable import clean
 
 VERSION: Final = 1
 POLICY_BYTES_MAX: Final = 64 * 1024
@@ -219,7 +220,7 @@ def _decoded(data: bytes) -> Mapping[str, object]:
     except UnicodeDecodeError:
         raise PolicyFileError("the file is not UTF-8 text") from None
     except tomllib.TOMLDecodeError as error:
-        raise PolicyFileError(f"the file is not TOML: {_printable(str(error))}") from None
+        raise PolicyFileError(f"the file is not TOML: {clean(str(error))}") from None
     except (RecursionError, ValueError):
         # Tables in tables, dates that don't exist, and numbers of thousands of digits.
         raise PolicyFileError("the file is not TOML of the form that docs/spec/policy.md describes") from None
@@ -393,8 +394,4 @@ def _check_whole(rules: Rules) -> None:
 
 
 def _quoted(text: str) -> str:
-    return f'"{_printable(text[:80])}"'
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return f'"{clean(text[:80])}"'

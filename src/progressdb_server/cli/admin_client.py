@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_MISSING, CommandError
 from progressdb_server.config import Config, split_address
 
@@ -132,7 +133,7 @@ class AdminClient:
             sentence = str(json.loads(body)["error"])
         except (ValueError, KeyError, TypeError):
             sentence = f"status {status}"
-        sentence = "".join(char if char.isprintable() else "?" for char in sentence)
+        sentence = clean(sentence)
         hint = ""
         if status in (401, 403) and not self._headers:
             hint = ": give the server's configuration (--config), or its PROGRESSDB_API_ADMIN_KEYS"

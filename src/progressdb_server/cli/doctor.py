@@ -15,6 +15,7 @@ import msgspec
 from cyclopts import Parameter
 
 from minikms.output import print_result
+from minikms.printable import clean
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Store
@@ -77,7 +78,7 @@ def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
             standbys += f" ({page['connected']} connected)" if known else f" ({NOT_SEEN})"
         print(f"database: schema {page['schema']}, takes writes, {standbys}, {page['tls'] or 'a Unix socket'}")
     for problem in page["problems"] if shown else ():
-        print(f"problem: {problem}")
+        print(f"problem: {clean(problem)}")
     return page
 
 
