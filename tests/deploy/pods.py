@@ -419,7 +419,7 @@ class Pod:
         words += [word for name in ("SETUID", "SETGID", "SETPCAP") for word in ("--cap-add", f"CAP_{name}")]
         mounts = [(mount["mountPath"], mount) for mount in spec["volumeMounts"]]
         if self._rootfs is None:
-            words += [*_own_files(), *_directories(["/etc/hosts", *(place for place, _ in mounts)])]
+            words += [*_system_files(), *_directories(["/etc/hosts", *(place for place, _ in mounts)])]
         else:
             words += ["--ro-bind", str(self._rootfs), "/"]
             places = {"/etc/hosts": self.base / "hosts", "/proc": Path("/proc"), "/dev": Path("/dev")}
@@ -432,6 +432,8 @@ class Pod:
                 raise AssertionError(f"fields that this test does not know: {mount}")
             bind = "--ro-bind" if mount.get("readOnly") else "--bind"
             words += [bind, str(self.volumes.path(mount["name"])), place]
+        if self._rootfs is None:
+            words += _own_files()  # last: the project may lie below the place of a volume, such as /tmp
         return [*words, "--remount-ro", "/", "--chdir", "/"]
 
     def _interpreter(self) -> list[str]:
@@ -478,17 +480,22 @@ def _check_pod(pod: Document) -> None:
     assert not {"hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace", "hostUsers"} & set(pod)
 
 
-def _own_files() -> list[str]:
-    """This machine's programs and libraries, the interpreter and the project, read-only."""
+def _system_files() -> list[str]:
+    """This machine's programs and libraries, read-only."""
     words = ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib64"):
         words += ["--symlink", f"usr/{name}", f"/{name}"]
+    return words + _read_only("/etc/ld.so.cache")
+
+
+def _own_files() -> list[str]:
+    """The interpreter and the project, read-only."""
     places = {sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1]), str(PROJECT)}
-    outside = sorted(place for place in places if not place.startswith("/usr"))
-    words += _directories([*outside, "/etc/ld.so.cache"])
-    for place in [*outside, "/etc/ld.so.cache"]:
-        words += ["--ro-bind-try", place, place]
-    return words
+    return _read_only(*sorted(place for place in places if not place.startswith("/usr")))
+
+
+def _read_only(*places: str) -> list[str]:
+    return [*_directories(places), *(word for place in places for word in ("--ro-bind-try", place, place))]
 
 
 def _directories(places: Sequence[str]) -> list[str]:
