@@ -42,7 +42,7 @@ say() {{ printf '== %s\\n' "$*"; }}
 unstable=()
 eval "$(grep -E '^unstable_max=' {script})"
 eval "$(sed -n '/^run_tests() {{/,/^}}/p' {script})"
-run_tests make --no-print-directory -C {project} PYTHON={python}
+run_tests {project} make --no-print-directory -C {project} PYTHON={python}
 printf 'unstable: %s\\n' "${{unstable[@]}}"
 """
 
