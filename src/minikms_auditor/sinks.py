@@ -22,12 +22,13 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError
 from minikms.audit import ocsf, record
-from minikms.audit.export import LogRange, leaf_index
+from minikms.audit.export import LogRange, NotInTreeError, leaf_index
 from minikms.audit.queries import segment_before
 from minikms.audit.reader import Follower, each_segment
-from minikms.audit.record import Event
+from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.shipping import FileForwarder
 from minikms.audit.tiles import Tiles
 from minikms.audit.tree import leaf_of
@@ -84,13 +85,9 @@ class Transport(ABC):
         """Directories that the hardened process must still be able to write in."""
         return ()
 
-    def position(self) -> int:
-        """`seq` of the last line that the receiver has; 0 if it can't say. Raises OSError."""
-        return 0
-
-    def has_last(self, line: bytes) -> bool:
-        """Whether the line at its position is this one. Raises OSError."""
-        return True
+    def last_line(self) -> bytes | None:
+        """The last line of the log that the receiver has; None if it can't say. Raises OSError."""
+        return None
 
     @abstractmethod
     def deliver(self, messages: Sequence[Message]) -> None:
@@ -106,6 +103,10 @@ class Transport(ABC):
 
     def begin_log(self, previous: str) -> None:  # noqa: B027  most have nothing to do
         """The next line is the first one of another log than `previous`. Raises OSError."""
+
+
+class _Ocsf(msgspec.Struct):
+    raw_data: str
 
 
 class FileTransport(Transport):
@@ -125,11 +126,14 @@ class FileTransport(Transport):
     def write_paths(self) -> tuple[str, ...]:
         return self._file.write_paths
 
-    def position(self) -> int:
-        return self._file.position()
-
-    def has_last(self, line: bytes) -> bool:
-        return self._file.ends_with(line)
+    def last_line(self) -> bytes | None:
+        found = self._file.last_line()
+        if found is None or self._is_log:
+            return found
+        try:
+            return msgspec.json.decode(found, type=_Ocsf).raw_data.encode()
+        except UNDECODABLE:
+            return found  # no line of any log
 
     def deliver(self, messages: Sequence[Message]) -> None:
         self._file.deliver([each.line if self._is_log else each.body for each in messages])
@@ -199,6 +203,8 @@ class Shipper:
         """The last line that was sent; beyond the cursor while batches settle."""
         self._settling: collections.deque[tuple[float, Cursor]] = collections.deque()
         self._follower: Follower | None = None
+        self._is_recalled = False
+        """Whether the receiver was asked for its last line, since the start and since the last failure."""
         self._held: collections.deque[bytes] = collections.deque()
         """Lines that were read and not sent."""
         self._checked: tuple[int, Tiles] | None = None
@@ -233,6 +239,7 @@ class Shipper:
             if not isinstance(error, _StoppedError):
                 self._waits = ("", 0)
         self.rewind()
+        self._is_recalled = False
         self._failures += 1
         self._failures_in_a_row += 1
         if text != self._error:
@@ -345,18 +352,8 @@ class Shipper:
     def _batch(self, last: Line, sent: Cursor) -> list[Message] | _Missing:
         """The lines after `sent`, up to `last`."""
         if self._follower is None:
-            # The line before is read too: its MAC is reported, and a file may have more lines than its cursor.
-            seq = max(sent.seq, self._transport.position())
-            if seq > last.seq:
-                raise _StoppedError(
-                    f"the copy has line {seq} and the audit log ends at line {last.seq}: run `minikms audit verify`, "
-                    "and forward to an empty copy"
-                )
-            after = max(0, seq - 1)
-            number = segment_before(self._log_dir, after + 1)
-            self._follower = Follower(self._log_dir, after_seq=after, after_segment=number)
-            if seq:
-                sent = self._recalled(seq, last, sent)
+            sent = self._begin_reading(last, sent if self._is_recalled else self._recalled(last, sent))
+            self._is_recalled = True
         batch: list[Message] = []
         held_bytes = 0
         for line in self._lines(last.seq):
@@ -376,22 +373,50 @@ class Shipper:
             raise _StoppedError(f"the log has no line {sent.seq + 1}, and the tree has it")
         return batch
 
-    def _recalled(self, seq: int, last: Line, sent: Cursor) -> Cursor:
-        """The cursor at line `seq`, which the receiver has last, once it was compared with the log, if that has it."""
-        for line in self._lines(seq):
-            if record.peek_seq(line) != seq:
+    def _recalled(self, last: Line, sent: Cursor) -> Cursor:
+        """The cursor, or the last line of the receiver's own file, which must be in the tree. A file that ends before
+        the cursor has lost lines; not if the cursor has no MAC, since it is then behind lines that no sink got.
+        """
+        line = self._transport.last_line()
+        if line is None:
+            return sent
+        seq = record.peek_seq(line)
+        if seq > last.seq:
+            raise _StoppedError(
+                f"the copy has line {seq} and the audit log ends at line {last.seq}: run `minikms audit verify`, and "
+                "forward to an empty copy"
+            )
+        try:
+            found = self._message(last.log_id, line)
+        except (MalformedLineError, NotInTreeError, _StoppedError):
+            raise _StoppedError(
+                f"the last line of the copy, line {seq}, is not the one of the log: forward to an empty copy"
+            ) from None
+        if seq > sent.seq or (seq < sent.seq and sent.sig):
+            return self._moved(sent, found)
+        return sent
+
+    def _begin_reading(self, last: Line, sent: Cursor) -> Cursor:
+        """Read from the line of the cursor on, if the log has it still: it must be the one that was sent, and its MAC
+        is reported.
+        """
+        after = max(0, sent.seq - 1)
+        number = segment_before(self._log_dir, after + 1)
+        self._follower = Follower(self._log_dir, after_seq=after, after_segment=number)
+        for line in self._lines(sent.seq):
+            if record.peek_seq(line) != sent.seq:
                 self._held.appendleft(line)
                 break
             found = self._message(last.log_id, line)
-            if sent.seq == seq and sent.sig and not hmac.compare_digest(found.sig, sent.sig):
-                raise _StoppedError(f"line {seq} of the log is not the one that was sent")
-            if sent.seq != seq and not self._transport.has_last(line):
-                raise _StoppedError(f"line {seq} of the copy is not the one of the log: forward to an empty copy")
-            if sent.seq != seq or not sent.sig:
-                self._sent = sent = Cursor(1, last.log_id, seq, found.sig, sent.rejected)
-                self._files.save(sent)
-            break
+            if sent.sig and not hmac.compare_digest(found.sig, sent.sig):
+                raise _StoppedError(f"line {sent.seq} of the log is not the one that was sent")
+            return sent if sent.sig else self._moved(sent, found)
         return sent
+
+    def _moved(self, sent: Cursor, to: Message) -> Cursor:
+        self._sent = moved = Cursor(1, to.log_id, to.event.seq, to.sig, sent.rejected)
+        self._files.save(moved)
+        return moved
 
     def _lines(self, until: int) -> Iterator[bytes]:
         while self._follower is not None:

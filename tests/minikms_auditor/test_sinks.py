@@ -375,10 +375,72 @@ def test_a_copy_of_another_log_stops_its_sink(tmp_path: Path) -> None:
     with file_rig(tmp_path) as rig:
         rig.write(5)
         (tmp_path / "copy").write_bytes(rig.lines()[2].replace(b'"r1"', b'"r9"') + b"\n")
-        assert "line 3 of the copy is not the one of the log" in rig.ship().error
+        assert "last line of the copy, line 3, is not the one of the log" in rig.ship().error
         (tmp_path / "copy").write_bytes(b"".join(line + b"\n" for line in rig.lines()[:3]))
         assert rig.ship().error == ""
         assert (tmp_path / "copy").read_bytes() == b"".join(line + b"\n" for line in rig.lines())
+
+
+@pytest.mark.parametrize("text", ["line", "ocsf"])
+@pytest.mark.parametrize("kept", [-40, -1, -3000, 1], ids=["torn", "one gone", "many gone", "one left"])
+def test_a_file_that_is_behind_its_cursor_gets_the_lines_again(
+    tmp_path: Path, text: Literal["line", "ocsf"], kept: int
+) -> None:
+    """kept: how many bytes of it, up to a whole line but for the torn one."""
+    with file_rig(tmp_path, text) as rig:
+        rig.write(30)
+        rig.ship()
+        rig.stop()
+        copy = tmp_path / "copy"
+        whole = copy.read_bytes()
+        end = kept if kept == -40 else whole[:kept].rfind(b"\n") + 1 if kept < 0 else whole.find(b"\n") + 1
+        copy.write_bytes(whole[:end])
+        assert rig.ship().error == ""
+        assert copy.read_bytes() == whole
+        rig.stop()
+        copy.unlink()
+        rig.write(5)
+        assert rig.ship().error == "", "a log rotation moved it"
+        assert copy.read_bytes().count(b"\n") == len(rig.lines()) - whole.count(b"\n")
+
+
+@pytest.mark.parametrize("text", ["line", "ocsf"])
+@pytest.mark.parametrize("change", ["forged", "foreign", "empty"])
+def test_a_file_whose_last_line_was_changed_stops_its_sink(
+    tmp_path: Path, text: Literal["line", "ocsf"], change: str
+) -> None:
+    with file_rig(tmp_path, text) as rig:
+        rig.write(5)
+        rig.ship()
+        rig.stop()
+        copy = tmp_path / "copy"
+        before, last = copy.read_bytes()[:-1].rsplit(b"\n", 1)
+        content = {
+            "forged": before + b"\n" + last.replace(b"checkpoint", b"Checkpoint") + b"\n",
+            "foreign": before + b"\n" + last + b"\nso long\n",
+            "empty": before + b"\n" + last + b"\n\n",
+        }[change]
+        copy.write_bytes(content)
+        rig.write(5)
+        assert "is not the one of the log: forward to an empty copy" in rig.ship().error
+        assert copy.read_bytes() == content
+
+
+def test_lines_that_file_and_log_have_lost_are_named(tmp_path: Path) -> None:
+    with file_rig(tmp_path) as rig:
+        rig.clock = Clock(step=CHORES_NS)
+        rig.write(60, limits=LogLimits(segment_bytes=3000, reserve_bytes=0))
+        rig.ship()
+        rig.stop()
+        copy = tmp_path / "copy"
+        copy.write_bytes(copy.read_bytes().partition(b"\n")[0] + b"\n")
+        (rig.log_dir / "minikms-audit.log.1").unlink()
+        first = json.loads(rig.lines()[0])["event"]["seq"]
+        for _ in range(2):
+            assert (rig.ship().error, rig.ship().rejected) == ("", first - 2)
+            assert [(each["seq"], each["last_seq"]) for each in rig.rejected()] == [(2, first - 1)]
+            assert copy.read_bytes().splitlines()[1:] == rig.lines()
+            rig.stop()
 
 
 def test_a_file_of_events_has_each_line(tmp_path: Path) -> None:

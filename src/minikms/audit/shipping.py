@@ -94,6 +94,15 @@ class FileForwarder(Forwarder):
         return (os.path.dirname(os.path.abspath(self._path)),)
 
     def position(self) -> int:
+        return max(map(record.peek_seq, self._whole_lines()), default=0)
+
+    def last_line(self) -> bytes | None:
+        """The last whole line of the file; None without one. Raises OSError."""
+        lines = self._whole_lines()
+        return lines[-1] if lines else None
+
+    def _whole_lines(self) -> list[bytes]:
+        """At the end of the file. The first may be the rest of one."""
         try:
             # O_APPEND: a file whose attributes allow appending only is opened in no other way for writing.
             with self._open(os.O_RDWR | os.O_APPEND) as fd:
@@ -101,14 +110,8 @@ class FileForwarder(Forwarder):
                 size = os.fstat(fd).st_size
                 tail = os.pread(fd, self._tail_bytes, max(0, size - self._tail_bytes))
         except FileNotFoundError:
-            return 0
-        return max((record.peek_seq(line) for line in tail.split(b"\n")[:-1]), default=0)
-
-    def ends_with(self, line: bytes) -> bool:
-        """Whether this is the last whole line of the file. Raises OSError."""
-        with self._open(os.O_RDONLY) as fd:
-            tail = os.pread(fd, self._tail_bytes, max(0, os.fstat(fd).st_size - self._tail_bytes))
-        return tail[: tail.rfind(b"\n") + 1].endswith(line + b"\n")
+            return []
+        return tail.split(b"\n")[:-1]
 
     def deliver(self, lines: Sequence[bytes]) -> None:
         blob = b"".join([line + b"\n" for line in lines])
