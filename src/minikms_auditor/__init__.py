@@ -9,6 +9,6 @@ A process and a user of its own, which reads the log's directory and holds no ke
    that knows another or a larger tree stops the auditor.
 4. Status, log and metrics name the reason why it stops. It checks that reason again, and skips no line.
 
-Modules, each importing only earlier ones: `config`, `signers`, `store`, `tail`, `connecting`, `witnesses`, `sinks`,
+Modules, each importing only earlier ones: `config`, `signers`, `store`, `tail`, `witnesses`, `sinks`,
 `syslog`, `collectors`, `auditor`, `metrics`, `process`, `command`.
 """

@@ -7,21 +7,20 @@ a token, or send one over plain HTTP to another host.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import re
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError
+from minikms.http_client import Answer, HttpClient
+from minikms.tls_files import client_context
 from minikms_auditor.config import Files, HttpSink, SplunkSink
-from minikms_auditor.connecting import Answer, HttpClient, tls_context
 from minikms_auditor.sinks import LaterError, Message, RefusedError, Transport
 
 EXCHANGE_SECONDS_MAX: Final = 30.0
@@ -46,8 +45,8 @@ class Collector(Transport):
         self, sink: HttpSink | SplunkSink, files: Files, *, exchange_seconds: float = EXCHANGE_SECONDS_MAX
     ) -> None:
         """Raises StartError."""
-        context = tls_context(files, ca=sink.ca, cert=sink.cert, key=sink.key) if sink.has_tls else None
-        self._http = HttpClient(sink.url, context)
+        context = client_context(files, ca=sink.ca, cert=sink.cert, key=sink.key) if sink.has_tls else None
+        self._http = HttpClient(sink.url, context, agent="minikms-auditor")
         self._exchange_seconds = exchange_seconds
         self._headers = {"Content-Type": self.content_type, "Content-Encoding": "gzip"}
         if sink.token:
@@ -61,19 +60,7 @@ class Collector(Transport):
     def _post(self, target: str, body: bytes) -> Answer:
         """Raises OSError, ExchangeError."""
         content = gzip.compress(body, _GZIP_LEVEL, mtime=0)
-        with self._bounded():
-            return self._http.post(target, content, self._headers, time.monotonic() + self._exchange_seconds)
-
-    @contextlib.contextmanager
-    def _bounded(self) -> Iterator[None]:
-        """A receiver that sends a byte at a time begins each time-out of a socket anew."""
-        timer = threading.Timer(self._exchange_seconds, self._http.abort)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+        return self._http.post(target, content, self._headers, time.monotonic() + self._exchange_seconds)
 
     def _failure(self, answer: Answer) -> Exception:
         if answer.status in _REFUSES_CONTENT:

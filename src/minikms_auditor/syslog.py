@@ -22,8 +22,9 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from minikms.audit.record import Event
+from minikms.http_client import ExchangeError, seconds_left
+from minikms.tls_files import client_context
 from minikms_auditor.config import Files, SyslogSink
-from minikms_auditor.connecting import ExchangeError, seconds_left, tls_context
 from minikms_auditor.sinks import Message, Transport
 
 SETTLE_SECONDS: Final = 5.0
@@ -49,7 +50,7 @@ class Syslog(Transport):
         """Raises StartError."""
         parts = urlsplit(sink.url)
         self._address = (parts.hostname or "", parts.port or 0)
-        self._context = tls_context(files, ca=sink.ca, cert=sink.cert, key=sink.key) if sink.has_tls else None
+        self._context = client_context(files, ca=sink.ca, cert=sink.cert, key=sink.key) if sink.has_tls else None
         self._host = _NOT_PRINTABLE.sub("_", socket.gethostname())[:255].encode() or b"-"
         self._exchange_seconds = exchange_seconds
         self.settle_seconds = settle_seconds

@@ -18,8 +18,9 @@ from minikms.audit import tree
 from minikms.audit.note import Note, NoteError, Signature, VerifierKey, cosigned_at, parse_signatures
 from minikms.audit.tree import Node
 from minikms.base64 import encode_text
+from minikms.http_client import ExchangeError, HttpClient
+from minikms.tls_files import client_context
 from minikms_auditor.config import Files, Witness
-from minikms_auditor.connecting import ExchangeError, HttpClient, tls_context
 
 ROUND_SECONDS_MAX: Final = 10.0
 """In which all witnesses must have answered: less than the time for which the daemon takes an auditor for attached."""
@@ -62,8 +63,8 @@ class Client:
         self.retry_s = 0.0
         """Monotonic seconds before which it is not asked."""
         self._failures = 0
-        context = tls_context(files, ca=witness.ca) if witness.url.startswith("https:") else None
-        self._http = HttpClient(witness.url, context)
+        context = client_context(files, ca=witness.ca) if witness.url.startswith("https:") else None
+        self._http = HttpClient(witness.url, context, agent="minikms-auditor")
 
     def submit(self, sent: Submission, ends_s: float) -> Signature:
         """Its cosignature. Raises WitnessAlarmError, WitnessFailedError."""

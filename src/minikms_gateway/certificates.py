@@ -21,7 +21,6 @@ import itertools
 import ssl
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Final, NamedTuple, cast
 
 from cryptography import x509
@@ -32,6 +31,7 @@ from cryptography.x509.oid import ExtensionOID
 from minikms.api.errors import InvalidRequestError, StartError
 from minikms.config_file import PEM_BYTES_MAX
 from minikms.policy.names import parse_name
+from minikms.tls_files import load_pair
 from minikms_gateway.config import CRL_BYTES_MAX, ClientCa, Config, Files
 from minikms_gateway.reasons import RefusedCertificateError
 
@@ -181,8 +181,10 @@ def chain_of(tls: ssl.SSLObject) -> Chain | None:
     return Chain(certificates, hashlib.sha256(own).digest())
 
 
-def server_context(config: Config, files: Files, trust: Trust) -> ssl.SSLContext:
-    """A context with the gateway's own certificate, for clients of `trust`. Blocks on the disk. Raises StartError."""
+def server_context(config: Config, files: Files, trust: Trust) -> tuple[ssl.SSLContext, float]:
+    """A context with the gateway's own certificate, for clients of `trust`, and when that certificate expires. Blocks
+    on the disk. Raises StartError.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.num_tickets = 0
@@ -193,24 +195,8 @@ def server_context(config: Config, files: Files, trust: Trust) -> ssl.SSLContext
         context.verify_mode = ssl.CERT_OPTIONAL if config.issuer else ssl.CERT_REQUIRED
         context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
         context.load_verify_locations(cadata=trust.cas)
-    files.check_private(config.tls.key)
-    files.read(config.tls.cert, "certificate", PEM_BYTES_MAX)  # for the check of who may write it
-    cert, key = files.path(config.tls.cert), files.path(config.tls.key)
-    try:
-        context.load_cert_chain(cert, key, password=lambda: b"")
-    except (ssl.SSLError, ValueError):
-        raise StartError(f"{cert} and {key} are no certificate and its private key, without a passphrase") from None
-    except OSError as error:
-        raise StartError(f"{cert} or {key}: {error.strerror}") from None
-    return context
-
-
-def own_certificate_until(path: Path) -> float:
-    """When the certificate in this file, which was read before, expires. Blocks on the disk. Raises StartError."""
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc.timestamp()
-    except (OSError, ValueError):
-        raise StartError(f"{path} is no certificate in PEM") from None
+    own = load_pair(context, files, config.tls.cert, config.tls.key)
+    return context, own.not_valid_after_utc.timestamp()
 
 
 def _signed(crl: x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:

@@ -1,8 +1,9 @@
 """The issuers of tokens: their keys, when they are fetched, and the tokens that were verified lately.
 
 Owns: the keys of each issuer, from a file or by OpenID Connect discovery over TLS. Invariants: an issuer is asked at
-most once in FETCH_SECONDS_MIN, however many tokens name a key that nobody knows; what it answers is bounded in size and
-time, a redirect is not followed, and a damaged answer leaves the keys as they were. Keys that could not be fetched
+most once in FETCH_SECONDS_MIN, however many tokens name a key that nobody knows; nobody waits for it for longer than
+FETCH_SECONDS_MAX, and no issuer, and no stop of the process, for another one; a redirect is not followed, and a damaged
+answer leaves the keys as they were. Keys that could not be fetched
 again for KEYS_SECONDS_MAX are forgotten. A token is remembered by its SHA-256 only, at most TOKENS_COUNT_MAX of them,
 and forgotten with the key that signed it. It must never send a token anywhere.
 """
@@ -10,12 +11,12 @@ and forgotten with the key that signed it. It must never send a token anywhere.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-import http.client
 import ssl
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -23,7 +24,8 @@ import msgspec
 
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError
-from minikms.config_file import PEM_BYTES_MAX
+from minikms.http_client import ExchangeError, HttpClient
+from minikms.tls_files import client_context
 from minikms_gateway.config import JWKS_BYTES_MAX, Config, Files, Issuer
 from minikms_gateway.reasons import IssuerUnavailableError, RefusedTokenError
 from minikms_gateway.tokens import Key, Verified, bearer, check_binding, parse_keys, read, verify
@@ -37,7 +39,6 @@ FETCH_SECONDS_MAX: Final = 10.0
 DISCOVERY_BYTES_MAX: Final = 64 * 1024
 TOKENS_COUNT_MAX: Final = 4096
 _DISCOVERY: Final = "/.well-known/openid-configuration"
-_READ_BYTES: Final = 16 * 1024
 
 
 class _Discovery(msgspec.Struct):
@@ -55,38 +56,38 @@ class _Source:
         self.fetched_s = float("-inf")
         self.asked_s = float("-inf")
         self.running: asyncio.Future[None] | None = None
+        self.asking = False
+        """A thread asks it. It can outlive the fetch: only the resolver knows when it gives up."""
         self._context: ssl.SSLContext | None = None
-        self._cas = ""
         if issuer.jwks_file:
             try:
                 self.keys = parse_keys(files.read(issuer.jwks_file, "JWK set", JWKS_BYTES_MAX))
             except StartError as error:
                 raise StartError(f"{files.path(issuer.jwks_file)}: {error}") from None
             return
-        self._context = ssl.create_default_context()
-        if issuer.ca:
-            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            try:
-                self._cas = files.read(issuer.ca, "file of CAs", PEM_BYTES_MAX).decode("ascii")
-                self._context.load_verify_locations(cadata=self._cas)
-            except (ssl.SSLError, UnicodeDecodeError):
-                raise StartError(f"{files.path(issuer.ca)} is no file of certificates in PEM") from None
-        self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._context = client_context(files, ca=issuer.ca)
 
     @property
     def fetches(self) -> bool:
         return self._context is not None
 
+    def may_ask(self, pause_s: float) -> bool:
+        """Whether it may be asked now, which it was not in the last `pause_s`."""
+        return not self.asking and time.monotonic() - self.asked_s >= pause_s
+
     def take_over(self, other: _Source) -> None:
         """Of the same issuer, before the configuration was read again. With other CAs, its keys prove nothing."""
-        if self._cas != other._cas:
+        if self._cas() != other._cas():
             return
         self.keys, self.fetched_s = other.keys, other.fetched_s
         if other.running is None:  # otherwise the answer goes to `other`
             self.asked_s = other.asked_s
 
+    def _cas(self) -> list[bytes]:
+        return [] if self._context is None else self._context.get_ca_certs(binary_form=True)
+
     def fetch(self) -> dict[str, Key]:
-        """The keys that the issuer publishes. Raises StartError, OSError, http.client.HTTPException."""
+        """The keys that the issuer publishes. Raises StartError, ExchangeError, OSError."""
         ends_s = time.monotonic() + FETCH_SECONDS_MAX
         document = self._get(self.issuer.issuer.rstrip("/") + _DISCOVERY, DISCOVERY_BYTES_MAX, ends_s)
         try:
@@ -101,47 +102,23 @@ class _Source:
         parts = urlsplit(url)
         if parts.scheme != "https" or not parts.hostname or parts.username or parts.password:
             raise StartError("its keys are not at an https URL")
-        connection = http.client.HTTPSConnection(
-            parts.hostname, parts.port or 443, timeout=_left_s(ends_s), context=self._context
-        )
         try:
-            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            connection.request("GET", target, headers={"Accept": "application/json", "User-Agent": "minikms-gateway"})
-            sock = connection.sock  # which the answer goes on reading, if the issuer closes the connection after it
-            content = b""
-            with connection.getresponse() as answer:
-                if answer.status != 200:
-                    raise StartError(f"it answers {answer.status}")
-                while not answer.isclosed():  # after its last byte the socket is closed, too
-                    sock.settimeout(_left_s(ends_s))
-                    part = answer.read1(_READ_BYTES)
-                    if not part:
-                        break
-                    content += part
-                    if len(content) > bytes_max:
-                        raise StartError(f"its answer is larger than {bytes_max} bytes")
-            return content
+            client = HttpClient(url, self._context, agent="minikms-gateway")
         except ValueError:
             raise StartError("it names a URL that can't be asked for") from None
-        finally:
-            connection.close()
-
-
-def _left_s(ends_s: float) -> float:
-    left_s = ends_s - time.monotonic()
-    if left_s <= 0:
-        raise TimeoutError
-    return left_s
+        answer = client.get({"Accept": "application/json"}, ends_s, bytes_max=bytes_max)
+        if answer.status != 200:
+            raise StartError(f"it answers {answer.status}")
+        return answer.body
 
 
 class Issuers:
     """The issuers of one state of the configuration. Used in the loop's thread."""
 
-    def __init__(self, config: Config, files: Files, *, executor: Executor, log: Callable[[str, str], None]) -> None:
+    def __init__(self, config: Config, files: Files, *, log: Callable[[str, str], None]) -> None:
         """Blocks on the disk. `log` gets an issuer, and why its keys could not be fetched. Raises StartError."""
         self._issuers = config.issuer
         self._sources = [_Source(issuer, files) for issuer in config.issuer]
-        self._executor = executor
         self._log = log
         self._verified: dict[bytes, Verified] = {}
 
@@ -169,7 +146,7 @@ class Issuers:
         key = source.keys.get(token.kid)
         if key is None:
             if source.fetches:
-                if source.running is None and time.monotonic() - source.asked_s >= FETCH_SECONDS_MIN:
+                if source.may_ask(FETCH_SECONDS_MIN):
                     self._fetch(source)
                 if source.running is not None:
                     return source.running
@@ -190,33 +167,47 @@ class Issuers:
                 continue
             if now_s - source.fetched_s > KEYS_SECONDS_MAX:
                 source.keys = {}
-            due_s = REFRESH_SECONDS if source.keys else FETCH_SECONDS_MIN
-            if source.running is None and now_s - source.asked_s >= due_s:
+            if source.may_ask(REFRESH_SECONDS if source.keys else FETCH_SECONDS_MIN):
                 self._fetch(source)
 
     def _still_good(self, known: Verified, now: float) -> bool:
         return now < known.until and known.kid in self._sources[known.issuer].keys
 
     def _fetch(self, source: _Source) -> None:
+        """Ask the issuer in a thread of its own, which nothing waits for."""
         loop = asyncio.get_running_loop()
         source.asked_s = time.monotonic()
         done: asyncio.Future[None] = loop.create_future()
-        source.running = done
-        fetching = loop.run_in_executor(self._executor, source.fetch)
 
-        def fetched(fetching: asyncio.Future[dict[str, Key]]) -> None:
+        def settle(keys: dict[str, Key], why: str) -> None:
+            if done.done():
+                return
+            late.cancel()
             source.running = None
-            error = None if fetching.cancelled() else fetching.exception()
-            if not fetching.cancelled() and error is None:
-                keys = fetching.result()
+            if why:
+                self._log(source.issuer.issuer, why)
+            else:
                 if keys.keys() != source.keys.keys() or any(keys[kid] != key for kid, key in source.keys.items()):
                     self._verified.clear()
                 source.keys, source.fetched_s = keys, time.monotonic()
-            elif isinstance(error, StartError):
-                self._log(source.issuer.issuer, str(error))
-            elif error is not None:
-                self._log(source.issuer.issuer, getattr(error, "strerror", None) or type(error).__name__)
-            if not done.done():
-                done.set_result(None)
+            done.set_result(None)
 
-        fetching.add_done_callback(fetched)
+        def answered(keys: dict[str, Key], why: str) -> None:
+            source.asking = False
+            settle(keys, why)
+
+        def fetch() -> None:
+            keys: dict[str, Key] = {}
+            why = ""
+            try:
+                keys = source.fetch()
+            except (StartError, ExchangeError, TimeoutError) as error:
+                why = str(error)
+            except Exception as error:  # noqa: BLE001  whatever it is, nobody may wait for this thread
+                why = getattr(error, "strerror", None) or type(error).__name__
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(answered, keys, why)
+
+        threading.Thread(target=fetch, name="fetch", daemon=True).start()
+        source.asking, source.running = True, done
+        late = loop.call_later(FETCH_SECONDS_MAX, settle, {}, "no answer in time")

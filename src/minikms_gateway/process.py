@@ -42,7 +42,7 @@ from minikms.notify import Notifier
 from minikms.trusted_file import directory_read
 from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, Session, State
-from minikms_gateway.certificates import Trust, own_certificate_until, server_context
+from minikms_gateway.certificates import Trust, server_context
 from minikms_gateway.config import Config, Files
 from minikms_gateway.reasons import LINE_SECONDS, Refusals, of_handshake
 from minikms_gateway.upstream import CONNECTIONS_MAX, SWEEP_SECONDS, Upstream
@@ -76,15 +76,13 @@ class Loader:
         """`log` gets an issuer and why its keys could not be fetched."""
         self.files = Files(path)
         self._log = log
-        self._fetcher: ThreadPoolExecutor | None = None
 
     def load(self) -> Loaded:
         """Blocks on the disk. Raises StartError."""
         signature = self.signature(self.files.config())
         config = self.files.config()  # once more: what changes from here on has another signature
         trust = Trust(config, self.files)
-        context = server_context(config, self.files, trust)
-        until = own_certificate_until(self.files.path(config.tls.cert))
+        context, until = server_context(config, self.files, trust)
         return Loaded(config, trust, self._issuers(config), context, until, signature)
 
     def signature(self, config: Config) -> Signature:
@@ -112,13 +110,7 @@ class Loader:
             return None
         from minikms_gateway.issuers import Issuers  # with joserfc, which only tokens need
 
-        if self._fetcher is None:
-            self._fetcher = ThreadPoolExecutor(2, "fetch")  # starts no thread before it is used
-        return Issuers(config, self.files, executor=self._fetcher, log=self._log)
-
-    def close(self) -> None:
-        if self._fetcher is not None:
-            self._fetcher.shutdown(wait=False, cancel_futures=True)
+        return Issuers(config, self.files, log=self._log)
 
 
 def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
@@ -153,7 +145,6 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         try:
             uvloop.run(process.serve())
         finally:
-            loader.close()
             if metrics_listener is not None:
                 metrics_listener.close()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from minikms_gateway.config import JWKS_BYTES_MAX, Config, Files, parse_config
 from minikms_gateway.issuers import Issuers
 from minikms_gateway.reasons import IssuerUnavailableError, RefusedTokenError
 from tests.harness.certificates import SERVER, Authority
+from tests.harness.gateways import Pair
 from tests.harness.tokens import TokenIssuer
+from tests.minikms.http.http_harness import get
 
 
 class IssuerServer:
@@ -76,26 +78,27 @@ def server(tmp_path: Path) -> Iterator[IssuerServer]:
     made.close()
 
 
-def configuration(server: IssuerServer) -> Config:
-    return parse_config(
-        f'version = 1\nlisten = "127.0.0.1:1"\nkms_socket = "/s"\ntls = {{ cert = "a", key = "b" }}\n'
-        f'[[issuer]]\nkind = "oidc"\nissuer = "{server.url}"\naudience = "minikms"\nalgorithms = ["ES256"]\n'
-        f'ca = "ca.pem"\n'.encode(),
-        "test",
+def tables(*urls: str) -> str:
+    return "".join(
+        f'[[issuer]]\nkind = "oidc"\nissuer = "{url}"\naudience = "minikms"\nalgorithms = ["ES256"]\nca = "ca.pem"\n'
+        for url in urls
     )
 
 
-def with_issuers(server: IssuerServer, directory: Path, check: Callable[[Issuers, list[str]], Any]) -> None:
+def configuration(server: IssuerServer, *others: str) -> Config:
+    start = 'version = 1\nlisten = "127.0.0.1:1"\nkms_socket = "/s"\ntls = { cert = "a", key = "b" }\n'
+    return parse_config((start + tables(server.url, *others)).encode(), "test")
+
+
+def with_issuers(
+    server: IssuerServer, directory: Path, check: Callable[[Issuers, list[str]], Any], *others: str
+) -> None:
     """Runs `check` with the issuers of a configuration, and the reasons why nothing was fetched."""
     why: list[str] = []
 
     async def run() -> None:
-        with ThreadPoolExecutor(2) as executor:
-            files = Files(directory / "gateway.toml")
-            made = Issuers(
-                configuration(server), files, executor=executor, log=lambda issuer, reason: why.append(reason)
-            )
-            await check(made, why)
+        files = Files(directory / "gateway.toml")
+        await check(Issuers(configuration(server, *others), files, log=lambda issuer, reason: why.append(reason)), why)
 
     asyncio.run(run())
 
@@ -122,6 +125,63 @@ def test_keys_are_discovered_for_the_first_token(server: IssuerServer, tmp_path:
         assert server.asked == ["/.well-known/openid-configuration", "/keys"]
 
     with_issuers(server, tmp_path, check)
+
+
+@pytest.fixture
+def hanging() -> Iterator[list[str]]:
+    """Issuers that accept a connection, and never say a word."""
+    with contextlib.ExitStack() as opened:
+        listeners = [opened.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        yield [f"https://localhost:{listener.getsockname()[1]}" for listener in listeners]
+
+
+def test_issuers_that_hang_hold_no_other_one_back(server: IssuerServer, tmp_path: Path, hanging: list[str]) -> None:
+    async def check(made: Issuers, why: list[str]) -> None:
+        waiting = [asyncio.ensure_future(principal(made, TokenIssuer(url).token())) for url in hanging]
+        await asyncio.sleep(0)
+        assert await principal(made, server.tokens.token()) == f"oidc:{server.url}|service-7"
+        assert not any(each.done() for each in waiting)
+        for each in waiting:
+            each.cancel()
+
+    with_issuers(server, tmp_path, check, *hanging)
+
+
+@pytest.mark.parametrize("hangs", ["issuer", "resolver"])
+def test_a_fetch_that_hangs_is_given_up(
+    server: IssuerServer, tmp_path: Path, hanging: list[str], monkeypatch: pytest.MonkeyPatch, hangs: str
+) -> None:
+    """The issuer is asked again only when the thread has ended, which no time limit holds for in the resolver."""
+    monkeypatch.setattr(issuers, "FETCH_SECONDS_MAX", 0.3)
+    asked: list[str] = []
+    resolved = threading.Event()
+
+    def resolve(host: str, *_: Any, **__: Any) -> list[Any]:
+        asked.append(host)
+        resolved.wait()
+        return []
+
+    if hangs == "resolver":
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+    async def check(made: Issuers, why: list[str]) -> None:
+        for _ in range(2):
+            with pytest.raises(IssuerUnavailableError):
+                await principal(made, TokenIssuer(hanging[0]).token())
+            if hangs == "resolver":
+                monkeypatch.setattr(issuers, "FETCH_SECONDS_MIN", 0.0)
+        assert why == ["no answer in time"]
+        assert len(asked) == (hangs == "resolver")
+        resolved.set()
+
+    with_issuers(server, tmp_path, check, hanging[0])
+
+
+def test_a_stop_does_not_wait_for_an_issuer(hanging: list[str]) -> None:
+    files = {"ca.pem": Authority("root").pem}
+    with Pair(tables=tables(hanging[0]), files=files) as pair, pair.gateway.connect() as waiting:
+        waiting.sendall(get("/ready", f"Authorization: Bearer {TokenIssuer(hanging[0]).token()}"))
+        pair.gateway.stop()
 
 
 def test_a_flood_of_unknown_kids_asks_the_issuer_once(server: IssuerServer, tmp_path: Path) -> None:
@@ -230,14 +290,12 @@ def test_files_that_change_keep_the_keys_that_their_ca_vouches_for(
             await principal(made, token)
         if when == "fetched, and now another CA":
             (tmp_path / "ca.pem").write_bytes(Authority("another root").pem)
-        with ThreadPoolExecutor(1) as executor:
-            files = Files(tmp_path / "gateway.toml")
-            new = Issuers(configuration(server), files, executor=executor, log=lambda issuer, reason: None)
-            new.take_over(made)
-            if when == "fetched, and now another CA":
-                with pytest.raises(IssuerUnavailableError):
-                    await principal(new, token)
-            else:
-                assert await principal(new, token) == f"oidc:{server.url}|service-7"
+        new = Issuers(configuration(server), Files(tmp_path / "gateway.toml"), log=lambda issuer, reason: None)
+        new.take_over(made)
+        if when == "fetched, and now another CA":
+            with pytest.raises(IssuerUnavailableError):
+                await principal(new, token)
+        else:
+            assert await principal(new, token) == f"oidc:{server.url}|service-7"
 
     with_issuers(server, tmp_path, check)

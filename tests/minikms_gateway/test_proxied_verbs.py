@@ -188,7 +188,7 @@ def test_check_config_reads_what_a_start_reads(pair: Pair) -> None:
             good + "\n[extra]\n": "unknown field `extra`",
             good.replace('"server.key"', '"missing.key"'): "No such file",
             good.replace("version = 1", "version = 2"): "version",
-            good.replace('"server.pem"', '"clients.pem"'): "no certificate and its private key",
+            good.replace('"server.pem"', '"clients.pem"'): "is not the private key of the certificate",
             good.replace('"prod"', '"PROD"'): "trust_domains",
             good.replace(f'metrics = "127.0.0.1:{pair.gateway.metrics_port}"', 'metrics = "0.0.0.0:9103"'): "metrics",
         }.items():
