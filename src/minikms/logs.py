@@ -1,4 +1,7 @@
-"""structlog, imported without rich: `from minikms.logs import structlog`; and the log of a service.
+"""structlog, imported without rich: `from minikms.logs import structlog`; and how a service writes its log.
+
+A log that nobody reads must not stop a service: a line that its pipe or socket can't take at once is dropped and
+counted, and the next line that fits says how many were. No write waits.
 
 structlog imports rich and its colouring of source code wherever they are installed. That is a sixth of the start of the
 daemon and of the server, and neither uses it. Only commands that print tables import rich, by themselves. Invariant:
@@ -8,8 +11,13 @@ where the log is configured.
 
 from __future__ import annotations
 
+import io
+import os
+import select
 import sys
+import threading
 import time
+from typing import Final, TextIO, cast
 
 from minikms.printable import clean
 
@@ -24,12 +32,71 @@ else:
     finally:
         del sys.modules[_HIDDEN]
 
-__all__ = ["clean_values", "service_logger", "structlog"]
+__all__ = ["clean_values", "log_lines", "service_logger", "structlog"]
+
+_PART_BYTES: Final = select.PIPE_BUF
+"""A pipe that poll(2) calls writable has room for so much. A socket's room is larger."""
 
 
 def clean_values(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """The processor before a renderer of text; JSON escapes by itself."""
     return {name: clean(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+class _LogLines(io.TextIOBase):
+    """The end of a log. `processors` render the line about dropped lines. Used by any thread."""
+
+    def __init__(self, stream: TextIO, processors: list[structlog.typing.Processor]) -> None:
+        self._stream = stream  # so that its descriptor stays open
+        self._descriptor = stream.fileno()
+        self._processors = processors
+        self._poll = select.poll()
+        self._poll.register(self._descriptor, select.POLLOUT)
+        self._lock = threading.Lock()
+        self._dropped = 0
+        self._is_cut = False
+        """The last line was written in part."""
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            if self._dropped and self._put(self._line_of_dropped()):
+                self._dropped = 0
+            if self._dropped or not self._put(text):
+                self._dropped += 1
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing waits in this process."""
+
+    def _line_of_dropped(self) -> str:
+        event: structlog.typing.EventDict = {"event": "log lines dropped", "count": self._dropped}
+        *processors, renderer = self._processors
+        for processor in processors:
+            event = cast(structlog.typing.EventDict, processor(None, "warning", event))
+        return cast(str, renderer(None, "warning", event)) + "\n"
+
+    def _put(self, text: str) -> bool:
+        """Whether all of it was written."""
+        rest = memoryview(("\n" * self._is_cut + text).encode("utf-8", "backslashreplace"))
+        size = len(rest)
+        try:
+            while rest and self._poll.poll(0):
+                rest = rest[os.write(self._descriptor, rest[:_PART_BYTES]) :]
+        except OSError:  # a reader that has gone, a full disk: neither may stop the service
+            pass
+        if len(rest) < size:
+            self._is_cut = bool(rest)
+        return not rest
+
+
+def log_lines(
+    stream: TextIO, processors: list[structlog.typing.Processor]
+) -> structlog.WriteLoggerFactory | structlog.PrintLoggerFactory:
+    """The factory of loggers that write to `stream` and never wait for its reader. The last processor renders."""
+    try:
+        return structlog.WriteLoggerFactory(cast(TextIO, _LogLines(stream, processors)))
+    except io.UnsupportedOperation:  # no descriptor: it is in memory
+        return structlog.PrintLoggerFactory(stream)
 
 
 def service_logger(log_format: str) -> structlog.stdlib.BoundLogger:
@@ -39,13 +106,14 @@ def service_logger(log_format: str) -> structlog.stdlib.BoundLogger:
         if log_format == "json"
         else [clean_values, structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])]
     )
+    processors: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        *renderers,
+    ]
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *renderers,
-        ],
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        processors=processors,
+        logger_factory=log_lines(sys.stderr, processors),
         cache_logger_on_first_use=True,
     )
     logger: structlog.stdlib.BoundLogger = structlog.get_logger("minikms", started_at=time.time_ns() // 1_000_000_000)

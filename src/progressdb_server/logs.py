@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import Any, Final, Literal, TextIO
 
-from minikms.logs import clean_values, structlog
+from minikms.logs import clean_values, log_lines, structlog
 
 _LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -42,7 +42,7 @@ def configure(
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(file=stream),
+        logger_factory=log_lines(stream, processors),
         cache_logger_on_first_use=True,
     )
     root = logging.getLogger()

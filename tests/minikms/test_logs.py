@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import socket
 import subprocess
 import sys
 
@@ -55,3 +58,60 @@ except ZeroDivisionError:
     assert "broken" in log
     assert "ZeroDivisionError" in log
     assert "zx9-secret" not in log
+
+
+LINES_COUNT = 20_000
+LOGGERS = {
+    "a service, as text": "logs.service_logger('text')",
+    "a service, as JSON": "logs.service_logger('json')",
+    "the message server": "(server_logs.configure('console', 'info'), logs.structlog.get_logger())[1]",
+}
+
+
+@pytest.mark.parametrize("logger", LOGGERS)
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_log_that_nobody_reads_holds_nothing_back(logger: str, kind: str) -> None:
+    """Lines are dropped whole, and counted by the first line that fits again."""
+    program = f"""
+from minikms import logs
+from progressdb_server import logs as server_logs
+log = {LOGGERS[logger]}
+for number in range({LINES_COUNT}):
+    log.info("line", number=number)
+print("done", flush=True)
+input()
+log.info("last")
+"""
+    reader, writer = socket.socketpair()
+    with reader, writer, contextlib.ExitStack() as stack:
+        errors = subprocess.PIPE if kind == "pipe" else writer.fileno()
+        process = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+            )
+        )
+        writer.close()
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"done\n"
+        stream = process.stderr or stack.enter_context(reader.makefile("rb"))
+        first = stream.readline()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        lines = [first, *stream]
+    [count] = [int(found[1]) for line in lines if (found := re.search(rb"lines dropped.*count\W+(\d+)", line))]
+    assert b"last" in lines[-1]
+    assert len([line for line in lines if b"number" in line]) == LINES_COUNT - count
+
+
+def test_a_log_whose_reader_has_gone_raises_nothing() -> None:
+    program = "import os; from minikms import logs; log = logs.service_logger('text'); os.read(0, 1); log.info('x')"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stderr is not None
+        process.stderr.close()
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+def test_a_line_longer_than_a_pipe_takes_at_once_is_written() -> None:
+    written = run(f"from minikms import logs; logs.service_logger('text').info('x' * {LINES_COUNT})").stderr
+    assert "x" * LINES_COUNT in written
