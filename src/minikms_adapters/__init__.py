@@ -8,6 +8,7 @@ not open is an error, never a value and never a gap. Imports `minikms.client` an
 from minikms_adapters.errors import (
     AdapterError,
     DestroyedRecordError,
+    MigrationError,
     NotReadyError,
     NotSearchableError,
     NotSupportedError,
@@ -19,6 +20,7 @@ from minikms_adapters.errors import (
 __all__ = [
     "AdapterError",
     "DestroyedRecordError",
+    "MigrationError",
     "NotReadyError",
     "NotSearchableError",
     "NotSupportedError",

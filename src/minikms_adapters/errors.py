@@ -44,6 +44,17 @@ class DestroyedRecordError(RecordError):
     reason = "can't be read any more, because its key was destroyed"
 
 
+class MigrationError(AdapterError):
+    """Some threads can't be read. `failed` has the reason of each; `rewritten` is the number of the others that were
+    rewritten.
+    """
+
+    def __init__(self, failed: dict[str, str], rewritten: int) -> None:
+        super().__init__(f"{len(failed)} threads can't be read; the first: {next(iter(failed.values()))}")
+        self.failed = failed
+        self.rewritten = rewritten
+
+
 class NotSearchableError(AdapterError):
     """A search, filter or order by something that the database holds encrypted."""
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import contextlib
 import functools
 import hashlib
 import inspect
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Sequence
 from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeGuard, TypeVar, cast
 
 from minikms import api
@@ -35,6 +36,7 @@ from minikms_adapters.errors import (
     DestroyedRecordError,
     NotReadyError,
     PlaintextRecordError,
+    RecordError,
     WrongPlaceError,
 )
 
@@ -67,6 +69,10 @@ class Step(NamedTuple):
     method: str | Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    of: object = None
+    """Takes the place of the object that the adapter wraps."""
+    each: Callable[[Any], Any] | None = None
+    """Of an iterator: the step gives a list of what this makes of its elements."""
 
 
 Steps = Generator[Step, Any, T]
@@ -121,21 +127,27 @@ class Runner:
             return cast("T", end.value)
 
     async def _call(self, step: Step) -> Any:
-        return self._function(step)(*step.args, **step.kwargs)
+        found = self._function(step)(*step.args, **step.kwargs)
+        return found if step.each is None else [step.each(element) for element in found]
 
     async def _call_async(self, step: Step) -> Any:
         if step.kms and self._blocking:
             return await asyncio.to_thread(self._function(step), *step.args, **step.kwargs)
         found = self._function(step, self._prefix)(*step.args, **step.kwargs)
         if hasattr(found, "__aiter__"):
-            return [each async for each in found]
+            each = step.each or _unchanged
+            return [each(element) async for element in found]
         return await found if inspect.isawaitable(found) else found
 
     def _function(self, step: Step, prefix: str = "") -> Callable[..., Any]:
         if callable(step.method):
             return step.method
-        found = getattr(self._kms, step.method) if step.kms else getattr(self._inner, prefix + step.method)
+        found = getattr(self._kms, step.method) if step.kms else getattr(step.of or self._inner, prefix + step.method)
         return cast("Callable[..., Any]", found)
+
+
+def _unchanged(element: T) -> T:
+    return element
 
 
 def asynchronous(
@@ -200,6 +212,15 @@ def _aads(place: Place, pieces_count: int) -> list[bytes]:
     return [bound + index.to_bytes(4, "big") + bytes([index == pieces_count - 1]) for index in range(pieces_count)]
 
 
+@contextlib.contextmanager
+def malformed(record: str) -> Iterator[None]:
+    """While a stored row is read that nothing has authenticated: an error of its form becomes a RecordError."""
+    try:
+        yield
+    except (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise RecordError(record) from error
+
+
 # --- sealing and opening ----------------------------------------------------------------------------------------------
 
 
@@ -234,20 +255,22 @@ class Sealer:
     def __init__(self) -> None:
         self._keys: dict[str, str] = {}
 
-    def seal(self, values: Sequence[tuple[Place, bytes]]) -> Steps[list[bytes]]:
-        """A record for each value, in order, under the current keys of their threads."""
+    def seal(self, values: Sequence[tuple[Place, bytes]], after: Collection[str] = ()) -> Steps[list[bytes]]:
+        """A record for each value, in order, under the current keys of their threads. `after`: keys of the thread that
+        sealed what the values follow from; raises KeyDestroyedError if one of them was destroyed.
+        """
         if any(len(value) > RECORD_BYTES_MAX for _, value in values):
             raise AdapterError(f"a value has at most {RECORD_BYTES_MAX} bytes")
         for attempts_left in reversed(range(KEY_CHANGES_MAX + 1)):
             try:
-                return (yield from self._seal_once(values))
-            except (KeyRetiredError, KeyDestroyedError, KeyNotFoundError):
+                return (yield from self._seal_once(values, after))
+            except (KeyRetiredError, KeyDestroyedError, KeyNotFoundError) as error:
                 self.forget(*(place.thread for place, _ in values))
-                if not attempts_left:
+                if not attempts_left or (after and isinstance(error, KeyDestroyedError)):
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    def _seal_once(self, values: Sequence[tuple[Place, bytes]]) -> Steps[list[bytes]]:
+    def _seal_once(self, values: Sequence[tuple[Place, bytes]], after: Collection[str]) -> Steps[list[bytes]]:
         items: list[EncryptItem] = []
         named: list[tuple[str, int]] = []
         for place, value in values:
@@ -261,7 +284,15 @@ class Sealer:
             named.append((key_id, len(pieces)))
         if not items:
             return []
-        outcomes = iter(_values((yield ask_kms("encrypt_batch", items))))
+        used = {key_id for key_id, _ in named}
+        probes = [
+            EncryptItem(key_id=key, plaintext=b"", thread_id=values[0][0].thread) for key in after if key not in used
+        ]
+        answered = yield ask_kms("encrypt_batch", items + probes)
+        for outcome in answered[len(items) :]:  # a retired key refuses in another way
+            if isinstance(outcome, KeyDestroyedError):
+                raise outcome
+        outcomes = iter(_values(answered[: len(items)]))
         return [
             b"".join([MAGIC, key_id.encode("ascii"), *(next(outcomes) for _ in range(count))])
             for key_id, count in named
@@ -307,7 +338,16 @@ class Sealer:
 
     def destroy(self, thread: str) -> Steps[list[Receipt]]:
         """Destroys every data key of the thread, and with them all its records. Gives a receipt for each key."""
+        receipts: list[Receipt] = []
+        while keys := (yield from self._data_keys(thread)):  # again, since a write may have made another one
+            for key in keys:
+                if key.state == "active":
+                    yield ask_kms("retire_key", key.key_id)
+                receipts.append((yield ask_kms("destroy_key", key.key_id)))
         self.forget(thread)
+        return receipts
+
+    def _data_keys(self, thread: str) -> Steps[list[api.KeyAnswer]]:
         keys: list[api.KeyAnswer] = []
         cursor: str | None = None
         while True:
@@ -317,13 +357,7 @@ class Sealer:
             keys += [key for key in page.keys if key.purpose == "data"]
             cursor = page.next_cursor
             if cursor is None:
-                break
-        receipts: list[Receipt] = []
-        for key in keys:
-            if key.state == "active":
-                yield ask_kms("retire_key", key.key_id)
-            receipts.append((yield ask_kms("destroy_key", key.key_id)))
-        return receipts
+                return keys
 
 
 def _values(outcomes: Sequence[bytes | KmsRefusedError]) -> list[bytes]:

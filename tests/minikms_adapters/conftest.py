@@ -14,7 +14,7 @@ from minikms import Client
 from tests.harness.live_daemon import LiveDaemon
 
 NEEDS = {
-    "langgraph": ("langchain_core", "langgraph", "psycopg"),
+    "langgraph": ("langchain_core", "langgraph", "ormsgpack", "psycopg"),
     "test_openai_agents.py": ("agents", "openai"),
     "test_pages.py": ("agents", "langgraph", "sqlalchemy"),
     "test_sqlalchemy.py": ("alembic", "sqlalchemy"),

@@ -5,15 +5,16 @@ parent, names of the channels) in one field of the metadata, each channel value,
 value is bound to thread, namespace, channel and version; a head to thread, namespace and checkpoint; a write to these
 and its task and channel. The head says which values and versions belong to the checkpoint, so that none can be swapped,
 set back or left out. What is stored in plaintext too (ids, names and versions of channels, `PLAIN_METADATA`) comes from
-the head. It must never give the inner saver a value, or the caller's config, in plaintext.
+the head. It must never give the inner saver a value, or the caller's config, in plaintext, and never deserialise with
+the program's serializer what is not authenticated; only `migrate` does that.
 """
 
 from __future__ import annotations
 
-import binascii
 import json
-from base64 import b64decode, b64encode
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from base64 import b64encode
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final, NamedTuple, cast
 
@@ -35,24 +36,45 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 
-from minikms_adapters.errors import NotSearchableError, PlaintextRecordError, WrongPlaceError
+from minikms.api.errors import KeyDestroyedError
+from minikms_adapters.errors import (
+    DestroyedRecordError,
+    MigrationError,
+    NotSearchableError,
+    PlaintextRecordError,
+    RecordError,
+    WrongPlaceError,
+)
+from minikms_adapters.langgraph.rows import (
+    HEAD_FIELD,
+    Spot,
+    check_asked,
+    closed,
+    config_of,
+    head_of,
+    inner_config,
+    records_of,
+)
 from minikms_adapters.records import (
+    KEYS_CACHED_MAX,
     KmsClient,
     Place,
     Receipt,
     Runner,
     Sealer,
+    Step,
     Steps,
+    T,
+    ask,
     ask_inner,
     ask_kms,
     both,
     is_sealed,
     key_of,
+    malformed,
     thread_name,
 )
 
-HEAD_FIELD: Final = "minikms"
-"""Of the stored metadata: the head, in base64."""
 PLAIN_METADATA: Final = frozenset(
     {"source", "step", "parents", "run_id", "counters_since_delta_snapshot", "delta_writes_versioned"}
 )
@@ -84,40 +106,12 @@ class Opened(NamedTuple):
     writes: list[Write]
     parent: str | None
 
-
-class _Spot(NamedTuple):
-    """The ids of a checkpoint, and the places of its records."""
-
-    thread_id: str
-    namespace: str
-    checkpoint_id: str
-
-    @classmethod
-    def of(cls, config: RunnableConfig, checkpoint_id: str, thread_id: str | None = None) -> _Spot:
-        """`thread_id`: in the place of the one in the config."""
-        given = config["configurable"]
-        return cls(
-            str(given["thread_id"]) if thread_id is None else thread_id, given.get("checkpoint_ns", ""), checkpoint_id
-        )
-
-    @property
-    def config(self) -> RunnableConfig:
-        return _config(self.thread_id, self.namespace, self.checkpoint_id)
-
-    def _place(self, what: str, *parts: str, record: str = "") -> Place:
-        checkpoint = f"thread {self.thread_id}, namespace {self.namespace!r}, checkpoint {self.checkpoint_id}"
-        thread = thread_name("langgraph", self.thread_id)
-        return Place(thread, ("langgraph", what, self.thread_id, self.namespace, *parts), checkpoint + record)
-
-    def head(self) -> Place:
-        return self._place("head", self.checkpoint_id)
-
-    def value(self, channel: str, version: object) -> Place:
-        return self._place("value", channel, str(version), record=f", channel {channel!r}, version {version}")
-
-    def write(self, task_id: str, channel: str) -> Place:
-        record = f", write of task {task_id} to channel {channel!r}"
-        return self._place("write", self.checkpoint_id, task_id, channel, record=record)
+    def tasks(self) -> Iterator[tuple[tuple[str, str], list[tuple[str, Any]]]]:
+        """The writes of each task, by its id and path, in the order in which they were made."""
+        for task in dict.fromkeys((write.task_id, write.task_path) for write in self.writes):
+            writes = [write for write in self.writes if (write.task_id, write.task_path) == task]
+            writes.sort(key=lambda write: (write.channel in WRITES_IDX_MAP, write.position))
+            yield task, [(write.channel, write.value) for write in writes]
 
 
 class EncryptedSaver(BaseCheckpointSaver[Any]):
@@ -137,10 +131,14 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
     ) -> None:
         serde = inner.serde
         super().__init__(serde=serde.serde if isinstance(serde, EncryptedSerializer) else serde)
-        self._inner = inner
+        self._given = inner
+        self._inner = closed(inner)
         self._plain = PLAIN_METADATA | set(plain_metadata)
         self._sealer = Sealer()
-        self._runner = Runner(kms, inner, prefix="a")
+        self._runner = Runner(kms, self._inner, prefix="a")
+        self._keys: OrderedDict[tuple[str, str, object], str] = (
+            OrderedDict()
+        )  # of checkpoints that were put or read last
 
     @property
     def config_specs(self) -> list[Any]:
@@ -158,67 +156,86 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
     ) -> Steps[RunnableConfig]:
-        spot = _Spot.of(config, checkpoint["id"])
-        yield from self._store_checkpoint(spot.thread_id, config, checkpoint, metadata, new_versions)
+        spot = Spot.of(config, checkpoint["id"])
+        parent = get_checkpoint_id(config)
+        metadata = get_checkpoint_metadata(config, metadata)
+        before = {**(metadata.get("parents") or {}), spot.namespace: parent}
+        records = yield from self._seal_after(spot, before, self._contents(spot, parent, checkpoint, metadata))
+        self._remember(spot, records[0])
+        yield self._ask_put(spot, parent, checkpoint, metadata, new_versions, records=iter(records))
         return spot.config
 
     put, aput = both(_put)
 
-    def _store_checkpoint(
-        self,
-        stored_in: str,
-        config: RunnableConfig,
-        checkpoint: Checkpoint,
-        metadata: CheckpointMetadata,
-        new_versions: ChannelVersions,
-    ) -> Steps[None]:
-        """`stored_in`: the thread in whose rows it is stored, which is not its own during a migration."""
-        spot = _Spot.of(config, checkpoint["id"])
-        parent = get_checkpoint_id(config)
-        metadata = get_checkpoint_metadata(config, metadata)
-        values, versions = checkpoint["channel_values"], checkpoint["channel_versions"]
-        header = {name: value for name, value in checkpoint.items() if name != "channel_values"}
-        records = yield from self._sealer.seal(
-            [
-                (
-                    spot.head(),
-                    self._dump({"header": header, "metadata": metadata, "parent": parent, "channels": [*values]}),
-                ),
-                *((spot.value(channel, versions.get(channel)), self._dump(value)) for channel, value in values.items()),
-            ]
-        )
-        sealed = {
-            channel: _DeltaSnapshot(record) if isinstance(value, _DeltaSnapshot) else record
-            for (channel, value), record in zip(values.items(), records[1:], strict=True)
-        }
-        stored = {**checkpoint, "v": max(checkpoint["v"], FORMAT_OF_CHECKPOINTS), "channel_values": sealed}
-        plain = {name: value for name, value in metadata.items() if name in self._plain}
-        plain[HEAD_FIELD] = b64encode(records[0]).decode("ascii")
-        yield ask_inner("put", _config(stored_in, spot.namespace, parent), stored, plain, new_versions)
-
     def _put_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> Steps[None]:
-        spot = _Spot.of(config, str(get_checkpoint_id(config)))
-        yield from self._store_writes(spot.thread_id, spot, writes, task_id, task_path)
+        spot = Spot.of(config, str(get_checkpoint_id(config)))
+        contents = self._contents_of_writes(spot, writes, task_id, task_path)
+        records = yield from self._seal_after(spot, {spot.namespace: spot.checkpoint_id}, contents)
+        yield _ask_put_writes(spot, writes, task_id, task_path, iter(records))
 
     put_writes, aput_writes = both(_put_writes)
 
-    def _store_writes(
-        self, stored_in: str, spot: _Spot, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str
-    ) -> Steps[None]:
-        records = yield from self._sealer.seal(
-            [
-                (
-                    spot.write(task_id, channel),
-                    self._dump(value, WRITES_IDX_MAP.get(channel, index), task_path),
-                )
-                for index, (channel, value) in enumerate(writes)
-            ]
-        )
-        sealed = [(channel, record) for (channel, _), record in zip(writes, records, strict=True)]
-        where = _config(stored_in, spot.namespace, spot.checkpoint_id)
-        yield ask_inner("put_writes", where, sealed, task_id, task_path)
+    def _seal_after(
+        self, spot: Spot, before: Mapping[str, object], contents: Sequence[tuple[Place, bytes]]
+    ) -> Steps[list[bytes]]:
+        """Records of a state that follows from the checkpoints `before`, by namespace. Raises DestroyedRecordError if
+        the key of one of them was destroyed: a run that goes on beside a deletion would bring its thread back.
+        """
+        keys = {self._keys.get((spot.thread_id, *each), "") for each in before.items()} - {""}
+        try:
+            return (yield from self._sealer.seal(contents, after=keys))
+        except KeyDestroyedError as error:
+            raise DestroyedRecordError(spot.head().record) from error
+
+    def _remember(self, spot: Spot, head: bytes) -> None:
+        self._keys[spot] = key_of(head)
+        self._keys.move_to_end(spot)
+        if len(self._keys) > KEYS_CACHED_MAX:
+            self._keys.popitem(last=False)
+
+    def _contents(
+        self, spot: Spot, parent: str | None, checkpoint: Checkpoint, metadata: CheckpointMetadata
+    ) -> list[tuple[Place, bytes]]:
+        values, versions = checkpoint["channel_values"], checkpoint["channel_versions"]
+        header = {name: value for name, value in checkpoint.items() if name != "channel_values"}
+        head = {"header": header, "metadata": metadata, "parent": parent, "channels": [*values]}
+        return [
+            (spot.head(), self._dump(head)),
+            *((spot.value(channel, versions.get(channel)), self._dump(value)) for channel, value in values.items()),
+        ]
+
+    def _ask_put(
+        self,
+        stored_at: Spot,
+        parent: str | None,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+        *,
+        records: Iterator[bytes],
+    ) -> Step:
+        """Takes the records of `_contents`. `stored_at` has the thread in whose rows it is stored, which is not its own
+        during a migration.
+        """
+        plain: dict[str, Any] = {name: value for name, value in metadata.items() if name in self._plain}
+        plain[HEAD_FIELD] = b64encode(next(records)).decode("ascii")
+        sealed = {
+            channel: _DeltaSnapshot(next(records)) if isinstance(value, _DeltaSnapshot) else next(records)
+            for channel, value in checkpoint["channel_values"].items()
+        }
+        stored = {**checkpoint, "v": max(checkpoint["v"], FORMAT_OF_CHECKPOINTS), "channel_values": sealed}
+        where = config_of(stored_at.thread_id, stored_at.namespace, parent)
+        return ask_inner("put", where, stored, plain, new_versions)
+
+    def _contents_of_writes(
+        self, spot: Spot, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str
+    ) -> list[tuple[Place, bytes]]:
+        return [
+            (spot.write(task_id, channel), self._dump(value, WRITES_IDX_MAP.get(channel, index), task_path))
+            for index, (channel, value) in enumerate(writes)
+        ]
 
     def _dump(self, value: object, *order: object) -> bytes:
         return msgspec.msgpack.encode((*self.serde.dumps_typed(value), *order))
@@ -231,24 +248,35 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
     # --- reading ---
 
     def _get_tuple(self, config: RunnableConfig) -> Steps[CheckpointTuple | None]:
-        found = yield ask_inner("get_tuple", _inner_config(config))
-        return None if found is None else (yield from self._open([found]))[0].found
+        found = yield from self._row(config)
+        if found is None:
+            return None
+        [opened] = yield from self._open([found])
+        self._remember(Spot.of(found.config, opened.found.checkpoint["id"]), cast("bytes", head_of(found)))
+        return opened.found
 
     get_tuple, aget_tuple = both(_get_tuple)
 
+    def _row(self, config: RunnableConfig, of: object = None) -> Steps[CheckpointTuple | None]:
+        """The stored checkpoint of a config. `of`: the saver that reads it."""
+        asked = inner_config(config)
+        with malformed(f"thread {asked['configurable']['thread_id']}"):
+            found: CheckpointTuple | None = yield ask_inner("get_tuple", asked)._replace(of=of)
+            if found is not None:
+                check_asked(asked, found)
+        return found
+
     def _open(self, stored: Sequence[CheckpointTuple], thread_id: str | None = None) -> Steps[list[Opened]]:
         """All records of these checkpoints, with one batch. `thread_id`: their thread, if they are staged."""
+        spots = [Spot.of(found.config, str(get_checkpoint_id(found.config)), thread_id) for found in stored]
         records: list[tuple[Place, object]] = []
-        for found in stored:
-            spot = _Spot.of(found.config, found.checkpoint["id"], thread_id)
-            records += _records(spot, found)
+        for spot, found in zip(spots, stored, strict=True):
+            with malformed(spot.head().record):
+                records += records_of(spot, found)
         plaintexts = iter((yield from self._sealer.open(records)))
-        return [
-            self._opened(_Spot.of(found.config, found.checkpoint["id"], thread_id), found, plaintexts)
-            for found in stored
-        ]
+        return [self._opened(spot, found, plaintexts) for spot, found in zip(spots, stored, strict=True)]
 
-    def _opened(self, spot: _Spot, found: CheckpointTuple, plaintexts: Iterator[bytes]) -> Opened:
+    def _opened(self, spot: Spot, found: CheckpointTuple, plaintexts: Iterator[bytes]) -> Opened:
         (head,) = self._load(next(plaintexts))
         self._check_head(spot, found, head)
         values = {channel: self._load(next(plaintexts))[0] for channel in found.checkpoint["channel_values"]}
@@ -264,14 +292,14 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
                 config=spot.config,
                 checkpoint=cast("Checkpoint", {**head["header"], "channel_values": ordered}),
                 metadata=head["metadata"],
-                parent_config=found.parent_config and _config(spot.thread_id, spot.namespace, head["parent"]),
+                parent_config=found.parent_config and config_of(spot.thread_id, spot.namespace, head["parent"]),
                 pending_writes=[(write.task_id, write.channel, write.value) for write in writes],
             ),
             writes,
             head["parent"],
         )
 
-    def _check_head(self, spot: _Spot, found: CheckpointTuple, head: Mapping[str, Any]) -> None:
+    def _check_head(self, spot: Spot, found: CheckpointTuple, head: Mapping[str, Any]) -> None:
         """Raises WrongPlaceError unless the stored row has the id, parent, channels, versions and plain metadata that
         the head has.
         """
@@ -280,7 +308,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         plain = {name: value for name, value in head["metadata"].items() if name in self._plain}
         stored_plain = {name: value for name, value in found.metadata.items() if name in self._plain}
         if (
-            not get_checkpoint_id(found.config) == spot.checkpoint_id == head["header"]["id"]
+            not stored.get("id") == spot.checkpoint_id == head["header"]["id"]
             or parent != head["parent"]
             or set(stored["channel_values"]) != set(head["channels"])
             or any(str(stored["channel_versions"].get(name)) != str(versions.get(name)) for name in head["channels"])
@@ -300,23 +328,24 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
             return {}
         chain: dict[str | None, CheckpointTuple] = {}
         missing = set(channels)
-        found = yield ask_inner("get_tuple", _inner_config(config))
+        found = yield from self._row(config)
         if found is not None:
             chain[get_checkpoint_id(found.config)] = found
         while found is not None and found.parent_config is not None and missing:
-            parent = get_checkpoint_id(found.parent_config)
-            if parent in chain:
+            spot = Spot.of(found.config, str(get_checkpoint_id(found.parent_config)))
+            if spot.checkpoint_id in chain:
                 break  # a cycle: a program put a checkpoint twice, or the database was altered
-            found = yield ask_inner("get_tuple", found.parent_config)
+            found = yield from self._row(spot.config)
             if found is None:
                 break
-            chain[parent] = found
-            missing -= found.checkpoint["channel_values"].keys()
+            chain[spot.checkpoint_id] = found
+            with malformed(spot.head().record):
+                missing -= found.checkpoint["channel_values"].keys()
         opened = yield from self._open([*chain.values()])
         ends = {None, *(each.found.checkpoint["id"] for each in opened)}
         if opened and missing and opened[-1].parent not in ends:
             last = opened[-1].found
-            raise WrongPlaceError(f"{_Spot.of(last.config, last.checkpoint['id']).head().record}: no parent")
+            raise WrongPlaceError(f"{Spot.of(last.config, last.checkpoint['id']).head().record}: no parent")
         return {channel: _history_of(channel, opened[1:]) for channel in channels}
 
     get_delta_channel_history, aget_delta_channel_history = both(_get_delta_channel_history)
@@ -333,8 +362,9 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     def _copy_thread(self, source_thread_id: str, target_thread_id: str) -> Steps[None]:
         """Encrypts every checkpoint of the source under the target's key."""
-        found = yield ask_inner("list", {"configurable": {"thread_id": str(source_thread_id)}})
-        yield from self._store(str(target_thread_id), (yield from self._open(list(found))))
+        for page in _pages((yield from self._spots(str(source_thread_id)))):
+            opened = yield from self._open((yield from self._rows(page)))
+            yield from self._store(str(target_thread_id), opened)
 
     copy_thread, acopy_thread = both(_copy_thread)
 
@@ -353,42 +383,118 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     delete_for_runs, adelete_for_runs = both(_delete_for_runs)
 
-    def _store(self, thread_id: str, checkpoints: Sequence[Opened], stored_in: str | None = None) -> Steps[None]:
-        """Seals checkpoints for a thread, parents before children. `stored_in`: as `_store_checkpoint`."""
-        where = stored_in or thread_id
-        for opened in sorted(checkpoints, key=lambda each: each.found.checkpoint["id"]):
-            spot = _Spot.of(opened.found.config, opened.found.checkpoint["id"], thread_id)
+    def _spots(self, thread_id: str) -> Steps[list[Spot]]:
+        """The checkpoints of a thread, parents before children."""
+        asked = config_of(thread_id, "", None)
+        del asked["configurable"]["checkpoint_ns"]
+
+        def spot(found: CheckpointTuple) -> Spot:
+            check_asked(asked, found)
+            return Spot.of(found.config, str(get_checkpoint_id(found.config)))
+
+        with malformed(f"thread {thread_id}"):
+            spots: list[Spot] = yield ask_inner("list", asked)._replace(each=spot)
+        return sorted(spots, key=lambda each: each.checkpoint_id)
+
+    def _rows(self, page: Sequence[Spot], of: object = None) -> Steps[list[CheckpointTuple]]:
+        """`of`: as `_row`."""
+        rows = []
+        for spot in page:
+            found = yield from self._row(spot.config, of)
+            if found is None:
+                raise WrongPlaceError(spot.head().record)
+            rows.append(found)
+        return rows
+
+    def _store(self, thread_id: str, page: Sequence[Opened], stored_in: str | None = None) -> Steps[None]:
+        """Seals checkpoints for a thread, with one batch. `stored_in`: the thread in whose rows they are stored."""
+        spots = [Spot.of(opened.found.config, opened.found.checkpoint["id"], thread_id) for opened in page]
+        contents: list[tuple[Place, bytes]] = []
+        for spot, opened in zip(spots, page, strict=True):
+            contents += self._contents(spot, opened.parent, opened.found.checkpoint, opened.found.metadata)
+            for task, writes in opened.tasks():
+                contents += self._contents_of_writes(spot, writes, *task)
+        records = iter((yield from self._sealer.seal(contents)))
+        for spot, opened in zip(spots, page, strict=True):
+            stored_at = spot._replace(thread_id=stored_in or thread_id)
             checkpoint = opened.found.checkpoint
-            parent = _config(thread_id, spot.namespace, opened.parent)
             versions = checkpoint["channel_versions"]
-            yield from self._store_checkpoint(where, parent, checkpoint, opened.found.metadata, versions)
-            for task in dict.fromkeys((write.task_id, write.task_path) for write in opened.writes):
-                writes = [write for write in opened.writes if (write.task_id, write.task_path) == task]
-                writes.sort(key=lambda write: (write.channel in WRITES_IDX_MAP, write.position))
-                pairs = [(write.channel, write.value) for write in writes]
-                yield from self._store_writes(where, spot, pairs, *task)
+            yield self._ask_put(stored_at, opened.parent, checkpoint, opened.found.metadata, versions, records=records)
+            for task, writes in opened.tasks():
+                yield _ask_put_writes(stored_at, writes, *task, records)
 
     # --- migration ---
 
     def _keys_of(self, found: CheckpointTuple) -> set[str]:
         """The keys that the records of a stored checkpoint name; empty text for a record in plaintext."""
-        spot = _Spot.of(found.config, found.checkpoint["id"])
-        return {key_of(record) if is_sealed(record) else "" for _, record in _records(spot, found)}
+        spot = Spot.of(found.config, str(get_checkpoint_id(found.config)))
+        with malformed(spot.head().record):
+            return {key_of(record) if is_sealed(record) else "" for _, record in records_of(spot, found)}
 
-    def _migrate(self, thread_id: str, keys: set[str]) -> Steps[bool]:
+    def _migrate(self) -> Steps[int]:
+        """Encrypts what is stored in plaintext, and what is under a retired key, anew. Gives the number of threads that
+        it rewrote. Needs that no agent writes meanwhile; after a crash, call it again before one does. The inner
+        saver's own serializer reads the plaintext, which may run code that a writer of the database chose.
+
+        Raises MigrationError at its end if some threads can't be read.
+        """
+        keys: dict[str, set[str]] = {}
+
+        def note(found: CheckpointTuple) -> None:
+            named = keys.setdefault(str(found.config["configurable"]["thread_id"]), set())
+            try:
+                named |= self._keys_of(found)
+            except RecordError:
+                named.add("")
+
+        yield ask_inner("list", None)._replace(each=note)
+        rewritten = 0
+        failed: dict[str, str] = {}
+        for stored_in in sorted(keys):
+            thread_id = stored_in
+            try:
+                if stored_in.endswith(STAGING_SUFFIX) and (yield from self._is_staging(stored_in)):
+                    thread_id = stored_in.removesuffix(STAGING_SUFFIX)
+                    if thread_id in keys:
+                        continue
+                rewritten += yield from self._migrate_thread(thread_id, keys.get(thread_id, set()))
+            except RecordError as error:
+                failed[thread_id] = str(error)
+        if failed:
+            raise MigrationError(failed, rewritten)
+        return rewritten
+
+    migrate, amigrate = both(_migrate)
+
+    def _is_staging(self, thread_id: str) -> Steps[bool]:
+        """Whether each checkpoint that is stored in the thread is one that a migration of another thread staged."""
+        spots = yield from self._spots(thread_id)
+        if any(spot.namespace == STAGED_NAMESPACE for spot in spots):
+            return True
+        try:
+            for page in _pages(spots):
+                yield from self._open((yield from self._rows(page)), thread_id.removesuffix(STAGING_SUFFIX))
+        except (PlaintextRecordError, WrongPlaceError):
+            return False
+        return True
+
+    def _migrate_thread(self, thread_id: str, keys: set[str]) -> Steps[bool]:
         """Rewrites a thread through a staging thread, unless all is under its current key. True if it did."""
         staging = thread_id + STAGING_SUFFIX
-        staged = list((yield ask_inner("list", {"configurable": {"thread_id": staging}})))
-        mark = _config(staging, STAGED_NAMESPACE, None)
-        if not any(found.config["configurable"]["checkpoint_ns"] == STAGED_NAMESPACE for found in staged):
+        if not (yield from self._is_staging(staging)):
+            raise WrongPlaceError(f"thread {staging}")
+        staged = yield from self._spots(staging)
+        if not any(spot.namespace == STAGED_NAMESPACE for spot in staged):
+            if staged:
+                yield ask_inner("delete_thread", staging)
             if len(keys) == 1 and "" not in keys:
                 kms_thread = thread_name("langgraph", thread_id)
                 answer = yield ask_kms("get_or_create_dek_for_thread", kms_thread, purpose="data")
                 if keys == {answer.key_id}:
                     return False
-            yield ask_inner("delete_thread", staging)
-            stored = list((yield ask_inner("list", {"configurable": {"thread_id": thread_id}})))
-            yield from self._store(thread_id, (yield from self._open_any(stored)), stored_in=staging)
+            for page in _pages((yield from self._spots(thread_id))):
+                opened = yield from self._open_any((yield from self._rows(page, of=self._given)))
+                yield from self._store(thread_id, opened, stored_in=staging)
             empty = Checkpoint(
                 v=FORMAT_OF_CHECKPOINTS,
                 id=STAGED_NAMESPACE,
@@ -398,43 +504,42 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
                 versions_seen={},
                 updated_channels=None,
             )
-            yield ask_inner("put", mark, empty, {}, {})
-            staged = list((yield ask_inner("list", {"configurable": {"thread_id": staging}})))
-        rows = [found for found in staged if found.config["configurable"]["checkpoint_ns"] != STAGED_NAMESPACE]
-        opened = yield from self._open(rows, thread_id)
+            yield ask_inner("put", config_of(staging, STAGED_NAMESPACE, None), empty, {}, {})
+            staged = yield from self._spots(staging)
+        pages = [*_pages([spot for spot in staged if spot.namespace != STAGED_NAMESPACE])]
+        for page in pages:  # nothing is deleted before all of it was opened
+            yield from self._open((yield from self._rows(page)), thread_id)
         yield ask_inner("delete_thread", thread_id)
-        yield from self._store(thread_id, opened)
+        for page in pages:
+            yield from self._store(thread_id, (yield from self._open((yield from self._rows(page)), thread_id)))
         yield ask_inner("delete_thread", staging)
+        self._keys.clear()
         return True
 
     def _open_any(self, stored: Sequence[CheckpointTuple]) -> Steps[list[Opened]]:
         """Opens checkpoints that are encrypted, and takes those that are not as they are."""
-        sealed = [found for found in stored if "" not in self._keys_of(found)]
-        for found in stored:
-            if (keys := self._keys_of(found)) != {""} and "" in keys:
-                raise PlaintextRecordError(_Spot.of(found.config, found.checkpoint["id"]).head().record)
-        opened = yield from self._open(sealed)
-        plain = [_as_found(found) for found in stored if self._keys_of(found) == {""}]
-        return [*opened, *plain]
-
-    def migrate(self) -> int:
-        """Encrypts what is stored in plaintext, and what is under a retired key, anew. Gives the number of threads that
-        it rewrote. Needs that no agent writes meanwhile; after a crash, call it again before one does.
-        """
-        keys = _keys_by_thread((found, self._keys_of(found)) for found in self._inner.list(None))
-        return sum(self._runner.run(self._migrate(thread_id, keys[thread_id])) for thread_id in sorted(keys))
-
-    async def amigrate(self) -> int:
-        """As `migrate`."""
-        keys = _keys_by_thread([(found, self._keys_of(found)) async for found in self._inner.alist(None)])
-        return sum([await self._runner.run_async(self._migrate(thread, keys[thread])) for thread in sorted(keys)])
+        named = [self._keys_of(found) for found in stored]
+        for found, keys in zip(stored, named, strict=True):
+            if "" in keys and keys != {""}:
+                raise PlaintextRecordError(Spot.of(found.config, found.checkpoint["id"]).head().record)
+        sealed = [found for found, keys in zip(stored, named, strict=True) if "" not in keys]
+        opened = iter((yield from self._open(sealed)))
+        return [_as_found(found) if "" in keys else next(opened) for found, keys in zip(stored, named, strict=True)]
 
     # --- listings ---
 
     def _query(self, config: RunnableConfig | None, filter_by: Mapping[str, Any] | None) -> dict[str, Any]:
         if sealed := sorted(set(filter_by or ()) - self._plain):
             raise NotSearchableError(f"metadata that is encrypted can't be filtered by: {', '.join(sealed)}")
-        return {"config": None if config is None else _inner_config(config), "filter": filter_by}
+        return {"config": None if config is None else inner_config(config), "filter": filter_by}
+
+    def _page(self, config: RunnableConfig | None, take: Callable[[], Any]) -> Steps[list[Opened]]:
+        """Opens the next checkpoints of a listing, which `take` gives."""
+        with malformed("a list of checkpoints"):
+            stored: list[CheckpointTuple] = yield ask(take)
+            for found in stored:
+                check_asked(config, found)
+        return (yield from self._open(stored))
 
     def list(
         self,
@@ -445,8 +550,8 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         limit: int | None = None,
     ) -> Iterator[CheckpointTuple]:
         found = iter(self._inner.list(**self._query(config, filter), before=before, limit=limit))
-        while page := [*islice(found, PAGE_CHECKPOINTS)]:
-            for opened in self._runner.run(self._open(page)):
+        while page := self._runner.run(self._page(config, lambda: [*islice(found, PAGE_CHECKPOINTS)])):
+            for opened in page:
                 yield opened.found
 
     async def alist(
@@ -457,55 +562,37 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[CheckpointTuple]:
-        page: list[CheckpointTuple] = []
-        async for found in self._inner.alist(**self._query(config, filter), before=before, limit=limit):
-            page.append(found)
-            if len(page) == PAGE_CHECKPOINTS:
-                for opened in await self._runner.run_async(self._open(page)):
-                    yield opened.found
-                page.clear()
-        for opened in await self._runner.run_async(self._open(page)):
-            yield opened.found
+        found = self._inner.alist(**self._query(config, filter), before=before, limit=limit)
+        while page := await self._runner.run_async(self._page(config, lambda: _first(found, PAGE_CHECKPOINTS))):
+            for opened in page:
+                yield opened.found
 
 
-def _config(thread_id: str, namespace: str, checkpoint_id: str | None) -> RunnableConfig:
-    named = {} if checkpoint_id is None else {"checkpoint_id": checkpoint_id}
-    return {"configurable": {"thread_id": thread_id, "checkpoint_ns": namespace, **named}}
+async def _first(found: AsyncIterator[T], count: int) -> Sequence[T]:
+    """At most `count` elements. The rest stays in the iterator."""
+    page: list[T] = []
+    async for each in found:
+        page.append(each)
+        if len(page) == count:
+            break
+    return page
 
 
-def _inner_config(config: RunnableConfig) -> RunnableConfig:
-    """The ids alone: a saver stores other members of a config, which may hold what a user typed."""
-    given = config["configurable"]
-    named = {name: given[name] for name in ("checkpoint_ns", "checkpoint_id") if given.get(name) is not None}
-    return {"configurable": {"thread_id": str(given["thread_id"]), **named}}
+def _pages(spots: Sequence[Spot]) -> Iterator[Sequence[Spot]]:
+    return (spots[start : start + PAGE_CHECKPOINTS] for start in range(0, len(spots), PAGE_CHECKPOINTS))
 
 
-def _records(spot: _Spot, found: CheckpointTuple) -> list[tuple[Place, object]]:
-    """The records of a stored checkpoint with their places: head, values, writes."""
-    versions = found.checkpoint["channel_versions"]
-    values = found.checkpoint["channel_values"].items()
-    head = found.metadata.get(HEAD_FIELD)
-    return [
-        (spot.head(), _decoded(head)),
-        *(
-            (spot.value(name, versions.get(name)), v.value if isinstance(v, _DeltaSnapshot) else v)
-            for name, v in values
-        ),
-        *((spot.write(task_id, channel), value) for task_id, channel, value in found.pending_writes or ()),
-    ]
+def _ask_put_writes(
+    stored_at: Spot, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str, records: Iterator[bytes]
+) -> Step:
+    """Takes the record of each write."""
+    sealed = [(channel, next(records)) for channel, _ in writes]
+    return ask_inner("put_writes", stored_at.config, sealed, task_id, task_path)
 
 
 def _as_json(plain: Mapping[str, Any]) -> Any:
     """Plain metadata as a database gives it that stores JSON."""
     return json.loads(json.dumps(plain, default=str))
-
-
-def _decoded(head: object) -> object:
-    """The record of a head, or what was there in its place."""
-    try:
-        return b64decode(head, validate=True) if isinstance(head, str) else head
-    except (binascii.Error, ValueError):
-        return head
 
 
 def _history_of(channel: str, ancestors: Sequence[Opened]) -> DeltaChannelHistory:
@@ -529,13 +616,3 @@ def _as_found(found: CheckpointTuple) -> Opened:
         order = tasks.setdefault(task_id, len(tasks))
         writes.append(Write(task_id, channel, value, WRITES_IDX_MAP.get(channel, index), f"{order:08}"))
     return Opened(found, writes, get_checkpoint_id(found.parent_config) if found.parent_config else None)
-
-
-def _keys_by_thread(found: Iterable[tuple[CheckpointTuple, set[str]]]) -> dict[str, set[str]]:
-    """The keys that the records of each thread name. A thread that a migration left staged is named too."""
-    keys: dict[str, set[str]] = {}
-    for each, named in found:
-        thread_id = str(each.config["configurable"]["thread_id"])
-        staged = thread_id.endswith(STAGING_SUFFIX)
-        keys.setdefault(thread_id.removesuffix(STAGING_SUFFIX), set()).update(set() if staged else named)
-    return keys

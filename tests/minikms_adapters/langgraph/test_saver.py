@@ -29,29 +29,9 @@ from minikms_adapters import (
     WrongPlaceError,
 )
 from minikms_adapters.langgraph import EncryptedSaver
-from minikms_adapters.langgraph.saver import STAGING_SUFFIX
 from tests.harness.live_daemon import LiveDaemon
-from tests.minikms_adapters.langgraph.conftest import TYPED, conversation
+from tests.minikms_adapters.langgraph.conftest import TYPED, State, config_of, conversation, history, put
 from tests.minikms_adapters.test_records import Counting
-
-
-def config_of(thread: str, **named: str) -> RunnableConfig:
-    return {"configurable": {"thread_id": thread, "checkpoint_ns": "", **named}}
-
-
-def put(saver: BaseCheckpointSaver[Any], thread: str, version: int, value: object, **named: str) -> RunnableConfig:
-    """One checkpoint with one channel."""
-    checkpoint = empty_checkpoint()
-    checkpoint["channel_values"] = {"messages": value}
-    checkpoint["channel_versions"] = {"messages": version}
-    metadata = {"source": "loop", "step": version, "parents": {}, "note": f"{value}"}
-    return saver.put(config_of(thread, **named), checkpoint, metadata, {"messages": version})  # type: ignore[arg-type]  # has an own field
-
-
-def history(saver: BaseCheckpointSaver[Any], thread: str) -> list[Any]:
-    """All that a thread holds, comparable."""
-    found = saver.list({"configurable": {"thread_id": thread}})
-    return [(each.config, each.checkpoint, each.metadata, each.parent_config, each.pending_writes) for each in found]
 
 
 @pytest.fixture
@@ -224,7 +204,7 @@ def prepared(kms: Client, thread: str) -> tuple[InMemorySaver, EncryptedSaver, s
 def test_a_record_of_another_place_is_an_error_with_its_id(kms: Client, thread: str, attack: Attack) -> None:
     memory, saver, other, _ = prepared(kms, thread)
     before = history(saver, thread)
-    untouched = copy.deepcopy(dict(memory.blobs)), copy.deepcopy(memory.storage)
+    untouched = copy.deepcopy((dict(memory.blobs), dict(memory.storage)))
     attack(memory, thread, other)
     with pytest.raises(WrongPlaceError, match=f"thread {thread}.*checkpoint") as refused:
         saver.get_tuple(config_of(thread))
@@ -232,7 +212,8 @@ def test_a_record_of_another_place_is_an_error_with_its_id(kms: Client, thread: 
     with pytest.raises(WrongPlaceError, match=f"thread {thread}"):
         list(saver.list(config_of(thread)))
     if attack not in (swap_writes, repeated_write, older_checkpoint):
-        memory.blobs, memory.storage = untouched[0], untouched[1]
+        memory.blobs.update(untouched[0])
+        memory.storage.update(untouched[1])
         assert history(saver, thread) == before
 
 
@@ -285,15 +266,15 @@ def copy_of(file: Path) -> sqlite3.Connection:
 
 
 def test_a_deletion_that_was_cut_off_can_be_repeated(
-    saver: EncryptedSaver, sqlite: SqliteSaver, thread: str, monkeypatch: pytest.MonkeyPatch
+    saver: EncryptedSaver, thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(saver, thread, 1, "a")
 
-    def fail(thread_id: str) -> None:
+    def fail(_: SqliteSaver, thread_id: str) -> None:
         raise sqlite3.OperationalError("disk I/O error")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sqlite, "delete_thread", fail)
+        patched.setattr(SqliteSaver, "delete_thread", fail)
         with pytest.raises(sqlite3.OperationalError):
             saver.delete_thread(thread)
     with pytest.raises(DestroyedRecordError):
@@ -323,70 +304,85 @@ def test_a_pruned_thread_loses_its_keys_too(saver: EncryptedSaver, thread: str) 
         saver.prune([thread])
 
 
-# --- migration --------------------------------------------------------------------------------------------------------
+# --- a deletion beside a run ------------------------------------------------------------------------------------------
 
 
-class CutOff(Exception):
-    """What ends a migration at one of its steps."""
+def parent_of(config: RunnableConfig) -> str:
+    return str(config["configurable"]["checkpoint_id"])
 
 
-class Fragile:
-    """A saver that fails at the call `left` after the first one that writes."""
-
-    def __init__(self, inner: SqliteSaver, left: int) -> None:
-        self._inner = inner
-        self._left = left
-        self.serde = inner.serde
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("put", "put_writes", "delete_thread"):
-            self._left -= 1
-            if self._left < 0:
-                raise CutOff
-        return getattr(self._inner, name)
-
-
-def plain_thread(sqlite: SqliteSaver, thread: str) -> list[Any]:
-    graph = conversation().compile(checkpointer=sqlite)
-    graph.invoke({"messages": [TYPED], "approved": False}, config_of(thread))
-    stored = next(sqlite.list(config_of(thread))).config
-    sqlite.put_writes(stored, [("z", 1), ("a", 2)], "0-last", "~path-b")
-    sqlite.put_writes(stored, [("a", 3)], "9-first", "~path-a")
-    return history(sqlite, thread)
-
-
-def test_a_migration_that_is_cut_off_anywhere_goes_on(kms: Client, tmp_path: Path) -> None:
-    cuts = 0
-    while True:
-        thread = str(uuid.uuid4())
-        with SqliteSaver.from_conn_string(str(tmp_path / f"{cuts}.sqlite")) as sqlite:
-            before = plain_thread(sqlite, thread)
-            try:
-                EncryptedSaver(Fragile(sqlite, cuts), kms).migrate()  # type: ignore[arg-type]  # it stands for a saver
-            except CutOff:
-                finished = False
-            else:
-                finished = True
-            saver = EncryptedSaver(sqlite, kms)
-            assert saver.migrate() == (0 if finished else 1)
-            assert history(saver, thread) == before
-            assert history(sqlite, thread + STAGING_SUFFIX) == []
-            assert saver.migrate() == 0
-        if finished:
-            break
-        cuts += 1
-    assert cuts > 10
-
-
-def test_a_migration_leaves_a_retired_key_without_records(saver: EncryptedSaver, kms: Client, thread: str) -> None:
-    put(saver, thread, 1, "a")
-    old = kms.get_or_create_dek_for_thread(f"langgraph.{thread}", purpose="data").key_id
-    kms.create_dek_for_thread(f"langgraph.{thread}", replaces=old, purpose="data")
-    put(saver, thread, 2, "b")
+@pytest.mark.parametrize("same_saver", [True, False])
+@pytest.mark.parametrize("begun_anew", [True, False])
+def test_a_run_does_not_bring_back_a_thread_that_was_deleted(
+    sqlite: SqliteSaver, kms: Client, thread: str, same_saver: bool, begun_anew: bool
+) -> None:
+    """Neither where the thread already began anew, under another key."""
+    saver = EncryptedSaver(sqlite, kms)
+    stored = put(saver, thread, 1, "old")
+    (saver if same_saver else EncryptedSaver(sqlite, kms)).delete_thread(thread)
+    if begun_anew:
+        put(saver, thread, 1, "new")
     before = history(saver, thread)
-    assert saver.migrate() == 1
-    kms.destroy_key(old)
+    child: RunnableConfig = {"configurable": {**stored["configurable"], "checkpoint_ns": "child"}}
+    del child["configurable"]["checkpoint_id"]
+    metadata: Any = {"source": "loop", "step": 0, "parents": {"": parent_of(stored)}}
+    writes: list[Callable[[], object]] = [
+        lambda: put(saver, thread, 2, "old", checkpoint_id=parent_of(stored)),
+        lambda: saver.put_writes(stored, [("messages", "old")], "task"),
+        lambda: saver.put(child, empty_checkpoint(), metadata, {}),
+    ]
+    for write in writes:
+        with pytest.raises(DestroyedRecordError, match=f"thread {thread}"):
+            write()
     assert history(saver, thread) == before
+    assert len(before) == begun_anew
+
+
+def test_a_run_ends_at_the_deletion_of_its_thread(sqlite: SqliteSaver, kms: Client, thread: str) -> None:
+    saver = EncryptedSaver(sqlite, kms)
+
+    def delete(state: State) -> dict[str, Any]:
+        if state["messages"][-1] == "delete":
+            EncryptedSaver(sqlite, kms).delete_thread(thread)
+        return {"messages": ["done"]}
+
+    graph = StateGraph(State).add_node(delete).add_edge(START, "delete").compile(checkpointer=saver)
+    graph.invoke({"messages": [TYPED], "approved": False}, config_of(thread))
+    with pytest.raises(DestroyedRecordError):
+        graph.invoke({"messages": ["delete"], "approved": False}, config_of(thread))
+    assert graph.get_state(config_of(thread)).values == {}
+    graph.invoke({"messages": ["new"], "approved": False}, config_of(thread))
+    assert graph.get_state(config_of(thread)).values["messages"] == ["new", "done"]
+
+
+def test_a_run_goes_on_after_its_key_was_replaced(saver: EncryptedSaver, kms: Client, thread: str) -> None:
+    stored = put(saver, thread, 1, "one")
+    for version in (2, 3):
+        old = kms.get_or_create_dek_for_thread(f"langgraph.{thread}", purpose="data").key_id
+        kms.create_dek_for_thread(f"langgraph.{thread}", replaces=old, purpose="data")
+        saver.put_writes(stored, [("messages", "a write")], "task")
+        put(saver, thread, version, "next", checkpoint_id=parent_of(stored))
+    assert len(history(saver, thread)) == 3
+
+
+def test_a_key_that_a_write_makes_during_a_deletion_is_destroyed(sqlite: SqliteSaver, kms: Client, thread: str) -> None:
+    class Writing(Counting):
+        """Puts a checkpoint between the retirement and the destruction of a key."""
+
+        def destroy_key(self, key_id: str) -> Any:
+            if not self.calls:
+                self.calls.append("put")
+                put(writer, thread, 2, "old", checkpoint_id=parent_of(stored))
+            return kms.destroy_key(key_id)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(kms, name)
+
+    writer = EncryptedSaver(sqlite, kms)
+    stored = put(writer, thread, 1, "old")
+    receipts = EncryptedSaver(sqlite, Writing(kms)).delete_thread(thread)  # type: ignore[arg-type]  # as a client
+    assert len(receipts) == 2
+    assert history(writer, thread) == []
 
 
 # --- delta channels ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,169 @@
+"""Rows of an inner saver, of which nothing is authenticated yet.
+
+Owns: the serializer that the inner saver gets, the ids of a checkpoint, and its records with their places. Invariants:
+reading a row imports no module and calls no object that the row names; a row of another checkpoint than the one that
+was asked for is an error. It must never give a row to the serializer of the program.
+"""
+
+from __future__ import annotations
+
+import binascii
+import copy
+from base64 import b64decode
+from typing import Any, Final, NamedTuple
+
+import ormsgpack
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
+from langgraph.checkpoint.serde.jsonplus import EXT_DELTA_SNAPSHOT
+from langgraph.checkpoint.serde.types import _DeltaSnapshot
+
+from minikms_adapters.errors import WrongPlaceError
+from minikms_adapters.records import Place, thread_name
+
+HEAD_FIELD: Final = "minikms"
+"""Of the stored metadata: the head, in base64."""
+
+
+class Unreadable:
+    """Stands for a stored value that no record is: a type of the program, or bytes of another format."""
+
+
+class ClosedSerializer(SerializerProtocol):
+    """Stores bytes, text, numbers, lists, maps and snapshots of delta channels, in LangGraph's own format.
+
+    Anything else that is stored reads as `Unreadable`.
+    """
+
+    def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
+        if obj is None:
+            return "null", b""
+        if isinstance(obj, bytes):
+            return "bytes", obj
+        return "msgpack", _packed(obj)
+
+    def loads_typed(self, data: tuple[str, bytes]) -> Any:
+        kind, stored = data
+        if kind == "null":
+            return None
+        if kind == "bytes":
+            return stored
+        try:
+            return _unpacked(stored) if kind == "msgpack" else Unreadable()
+        except (ValueError, TypeError, RecursionError):
+            return Unreadable()
+
+
+def _packed(value: object) -> bytes:
+    options = ormsgpack.OPT_NON_STR_KEYS | ormsgpack.OPT_REPLACE_SURROGATES
+    packed: bytes = ormsgpack.packb(value, default=_extension, option=options | ormsgpack.OPT_PASSTHROUGH_DATACLASS)
+    return packed
+
+
+def _extension(value: object) -> Any:
+    if isinstance(value, _DeltaSnapshot):
+        return ormsgpack.Ext(EXT_DELTA_SNAPSHOT, _packed(value.value))
+    raise TypeError(f"a value of type {type(value).__name__} can't be stored in plaintext")
+
+
+def _unpacked(stored: bytes) -> Any:
+    return ormsgpack.unpackb(stored, ext_hook=_extended, option=ormsgpack.OPT_NON_STR_KEYS)
+
+
+def _extended(code: int, stored: bytes) -> Any:
+    return _DeltaSnapshot(_unpacked(stored)) if code == EXT_DELTA_SNAPSHOT else Unreadable()
+
+
+def closed(inner: BaseCheckpointSaver[Any]) -> BaseCheckpointSaver[Any]:
+    """A saver of the same database, with `ClosedSerializer`. It keeps the cipher of an `EncryptedSerializer`, under
+    which older versions of this module stored their rows.
+    """
+    clone = copy.copy(inner)
+    serde: SerializerProtocol = ClosedSerializer()
+    if isinstance(inner.serde, EncryptedSerializer):
+        serde = EncryptedSerializer(inner.serde.cipher, serde)
+    clone.serde = serde
+    return clone
+
+
+class Spot(NamedTuple):
+    """The ids of a checkpoint, and the places of its records."""
+
+    thread_id: str
+    namespace: str
+    checkpoint_id: str
+
+    @classmethod
+    def of(cls, config: RunnableConfig, checkpoint_id: str, thread_id: str | None = None) -> Spot:
+        """`thread_id`: in the place of the one in the config."""
+        given = config["configurable"]
+        return cls(
+            str(given["thread_id"]) if thread_id is None else thread_id, given.get("checkpoint_ns", ""), checkpoint_id
+        )
+
+    @property
+    def config(self) -> RunnableConfig:
+        return config_of(self.thread_id, self.namespace, self.checkpoint_id)
+
+    def _place(self, what: str, *parts: str, record: str = "") -> Place:
+        checkpoint = f"thread {self.thread_id}, namespace {self.namespace!r}, checkpoint {self.checkpoint_id}"
+        thread = thread_name("langgraph", self.thread_id)
+        ids = (self.thread_id, self.namespace, *parts)
+        return Place(thread, ("langgraph", what, *map(str, ids)), checkpoint + record)
+
+    def head(self) -> Place:
+        return self._place("head", self.checkpoint_id)
+
+    def value(self, channel: str, version: object) -> Place:
+        return self._place("value", channel, str(version), record=f", channel {channel!r}, version {version}")
+
+    def write(self, task_id: str, channel: str) -> Place:
+        record = f", write of task {task_id} to channel {channel!r}"
+        return self._place("write", self.checkpoint_id, task_id, channel, record=record)
+
+
+def config_of(thread_id: str, namespace: str, checkpoint_id: str | None) -> RunnableConfig:
+    named = {} if checkpoint_id is None else {"checkpoint_id": checkpoint_id}
+    return {"configurable": {"thread_id": thread_id, "checkpoint_ns": namespace, **named}}
+
+
+def inner_config(config: RunnableConfig) -> RunnableConfig:
+    """The ids alone: a saver stores other members of a config, which may hold what a user typed."""
+    given = config["configurable"]
+    named = {name: given[name] for name in ("checkpoint_ns", "checkpoint_id") if given.get(name) is not None}
+    return {"configurable": {"thread_id": str(given["thread_id"]), **named}}
+
+
+def check_asked(asked: RunnableConfig | None, found: CheckpointTuple) -> None:
+    """Raises WrongPlaceError for a row of another thread, namespace or checkpoint than `asked` names."""
+    if asked is None:
+        return
+    given = found.config["configurable"]
+    for name, value in inner_config(asked)["configurable"].items():
+        if str(given.get(name)) != str(value):
+            raise WrongPlaceError(Spot.of(found.config, str(given.get("checkpoint_id"))).head().record)
+
+
+def records_of(spot: Spot, found: CheckpointTuple) -> list[tuple[Place, object]]:
+    """The records of a stored checkpoint with their places: head, values, writes."""
+    versions = found.checkpoint["channel_versions"]
+    values = found.checkpoint["channel_values"].items()
+    return [
+        (spot.head(), head_of(found)),
+        *(
+            (spot.value(name, versions.get(name)), v.value if isinstance(v, _DeltaSnapshot) else v)
+            for name, v in values
+        ),
+        *((spot.write(task_id, channel), value) for task_id, channel, value in found.pending_writes or ()),
+    ]
+
+
+def head_of(found: CheckpointTuple) -> object:
+    """The record of a head, or what is there in its place."""
+    head = found.metadata.get(HEAD_FIELD)
+    try:
+        return b64decode(head, validate=True) if isinstance(head, str) else head
+    except (binascii.Error, ValueError):
+        return head
