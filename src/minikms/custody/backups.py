@@ -23,8 +23,9 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from struct import Struct
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
@@ -68,6 +69,15 @@ class KeysWithin(NamedTuple):
 
     file: JournalFile
     key_ids: Sequence[str]
+
+
+class FoundRecords(NamedTuple):
+    """Of keys that are to be destroyed: their records by file, and the keys that a file may hold that can't be read or
+    written, each with the reason.
+    """
+
+    files: dict[JournalFile, list[BackupRecord]]
+    unreadable: dict[str, StorageUnavailableError]
 
 
 class BackupRecord(NamedTuple):
@@ -171,11 +181,36 @@ class RotationBackups:
                 found.append(KeysWithin(file, within))
         return found
 
-    def blank(self, files: Sequence[KeysWithin], *, anew: Container[str] = ()) -> Counter[str]:
+    def find(self, within: KeysWithin) -> list[BackupRecord]:
+        """The records of these keys in the file, for `blank`. Raises StorageUnavailableError if it can't be read, or
+        has some and can't be written.
+        """
+        file, key_ids = within
+        try:
+            with self._opened(file.stamp) as descriptor:
+                found = _going(_parts(descriptor, file.name), key_ids)
+                writable = not found or os.access(file.name, os.W_OK, dir_fd=descriptor)
+        except FileNotFoundError:
+            found, writable = [], True  # it was removed
+        except StorageUnavailableError as error:
+            raise self._failed(file, error) from error.__cause__
+        if not writable:
+            raise self._failed(file, StorageUnavailableError("it can't be written"))
+        self.unreadable.pop(_place(file), None)
+        return found
+
+    def blank(
+        self,
+        files: Sequence[KeysWithin],
+        *,
+        found: Mapping[JournalFile, Sequence[BackupRecord]] = MappingProxyType({}),
+        anew: Container[str] = (),
+    ) -> Counter[str]:
         """Overwrites the records of destroyed keys, durably on return. Returns the number of records of each key.
 
-        `anew`: keys whose removal an earlier run or request may have begun. A blank record of them may be blank in the
-        page cache only, so their files are replaced by new ones.
+        `found`: what `find` has read; other files are read. A record never moves within its file. `anew`: keys whose
+        removal an earlier run or request may have begun. A blank record of them may be blank in the page cache only, so
+        their files are replaced by new ones.
 
         Raises StorageUnavailableError if a file can't be read or written. The others are blanked even then.
         """
@@ -190,7 +225,10 @@ class RotationBackups:
                 copy = bytearray() if fresh else None
                 try:
                     with self._opened(file.stamp) as descriptor:
-                        going = _going(_parts(descriptor, file.name, copy), key_ids)
+                        if fresh or file not in found:
+                            going = _going(_parts(descriptor, file.name, copy), key_ids)
+                        else:  # it may have records of keys whose destruction was refused
+                            going = [each for each in found[file] if not each.key_id or each.key_id in key_ids]
                         if copy is not None:
                             self._write_anew(descriptor, file, copy, going)
                         elif going:

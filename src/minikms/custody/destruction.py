@@ -2,10 +2,11 @@
 
 Owns: the order in which keys are destroyed. `minikms.custody.group_commit` forms the groups. A group has three steps,
 each durable before the next: the records are appended to `kms-tombstones`, the keyring counts them, the rotation
-backups and the files of the keys are removed. Invariants: an answer comes after the third step. From the first step on
-a key is destroyed in this run too, whatever becomes of the others: its record is on disk, and the next start would
-adopt it. An error says whether the key is destroyed. A repeated request completes what failed; `Destruction.unfinished`
-has the keys that need one.
+backups and the files of the keys are removed. Invariants: what the third step needs is read before the first one, and
+a key whose rotation backups can't be read or written is refused there and stays as it is. An answer comes after the
+third step. From the first step on a key is destroyed in this run too, whatever becomes of the others: its record is on
+disk, and the next start would adopt it. An error says whether the key is destroyed. A repeated request completes what
+failed; `Destruction.unfinished` has the keys that need one.
 
 It runs in the event loop's thread; the disk is used in an executor. It must never remove a file before its tombstone is
 durable.
@@ -18,6 +19,7 @@ from typing import Final, NamedTuple
 
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.clock import now_ns, rfc3339
+from minikms.custody.backups import FoundRecords
 from minikms.custody.deks import HeldKeys
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.keyring_file import StoredKeyring
@@ -40,9 +42,10 @@ class Removal(NamedTuple):
 class Destruction:
     """The destructions of a data directory.
 
-    `forget` drops what the caller keeps of a destroyed key in memory. `remove_files` removes the files of the keys with
-    these locks, durably; its second argument has those of the keys that were destroyed before, so that their removal
-    may have been interrupted.
+    `find_records` prepares `remove_files`, and raises StorageUnavailableError if no key can be destroyed. `forget`
+    drops what the caller keeps of a destroyed key in memory. `remove_files` removes the files of the keys with these
+    locks, durably; its second argument has those of the keys that were destroyed before, so that their removal may have
+    been interrupted.
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class Destruction:
         unlocked: UnlockedKeyring,
         stored: StoredKeyring,
         *,
+        find_records: Callable[[Sequence[str]], Awaitable[FoundRecords]],
         forget: Callable[[str], None],
-        remove_files: Callable[[Sequence[HeldKeys], Container[str]], Awaitable[list[Removal]]],
+        remove_files: Callable[[Sequence[HeldKeys], Container[str], FoundRecords], Awaitable[list[Removal]]],
     ) -> None:
         self._tombstones = tombstones
         self._unlocked = unlocked
         self._stored = stored
+        self._find_records = find_records
         self._forget = forget
         self._remove_files = remove_files
         self._group = GroupCommit(self._destroy, items_max=GROUP_KEYS_MAX)
@@ -80,19 +85,46 @@ class Destruction:
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         repeated = frozenset(key_id for key_id in key_ids if key_id in self._tombstones)
         try:
-            await self._write_tombstones(key_ids)
-            removed = await self._remove_files(locks, repeated)
+            found = await self._find_records(key_ids)
         except StorageUnavailableError as error:
-            return [self._failed(key_id, error) for key_id in key_ids]
-        self.unfinished.difference_update(key_ids)
-        return removed
+            return [self._failed(key_id, error, begun=False) for key_id in key_ids]
+        outcomes: dict[str, Removal | KmsRefusedError] = {
+            key_id: self._failed(key_id, error, begun=False) for key_id, error in found.unreadable.items()
+        }
+        going = [held for held in locks if found.unreadable.keys().isdisjoint(held.key_ids)]
+        # Destroyed before: they fail again, but their other backups are blanked.
+        stuck = [held for held in locks if not (found.unreadable.keys() & repeated).isdisjoint(held.key_ids)]
+        try:
+            await self._write_tombstones([key_id for held in (*going, *stuck) for key_id in held.key_ids])
+        except StorageUnavailableError as error:
+            return [outcomes.get(key_id) or self._failed(key_id, error) for key_id in key_ids]
+        for part in (going, stuck):
+            outcomes.update(await self._remove(part, repeated, found))
+        return [outcomes[key_id] for key_id in key_ids]
 
-    def _failed(self, key_id: str, error: StorageUnavailableError) -> StorageUnavailableError:
+    async def _remove(
+        self, locks: Sequence[HeldKeys], repeated: Container[str], found: FoundRecords
+    ) -> dict[str, Removal | KmsRefusedError]:
+        """The third step."""
+        key_ids = [key_id for held in locks for key_id in held.key_ids]
+        if not key_ids:
+            return {}
+        try:
+            removed = await self._remove_files(locks, repeated, found)
+        except StorageUnavailableError as error:
+            return {key_id: self._failed(key_id, error) for key_id in key_ids}
+        self.unfinished.difference_update(key_ids)
+        return dict(zip(key_ids, removed, strict=True))
+
+    def _failed(self, key_id: str, error: StorageUnavailableError, *, begun: bool = True) -> StorageUnavailableError:
+        """`begun`: its tombstone may have been written."""
         if key_id in self._tombstones:
             self.unfinished.add(key_id)
             text = f"the key is destroyed and opens no more, but its bytes may stay: {error}; miniKMS tries again"
-        else:
+        elif begun:
             text = f"{error}; the key opens as before, but the next start may find it destroyed: try again"
+        else:
+            text = f"{error}; the key is not destroyed, and opens as before"
         failure = StorageUnavailableError(text)
         failure.__cause__ = error.with_traceback(None)
         return failure

@@ -531,6 +531,8 @@ class Pruning:
         return census
 
     def _count(self, census: Census, key_id: str, data: bytes | KmsRefusedError) -> None:
+        if isinstance(data, bytes) and key_id in self._vault.destroyed:
+            return  # what is left of it needs no KEK
         try:
             if isinstance(data, KmsRefusedError):
                 raise copy_of(data)
@@ -552,7 +554,7 @@ def _why_kept(version: int, live: Census, backups: Census) -> str:
     if version in backups.versions:
         return "a rotation backup of a key is wrapped under it; prune the rotation backups"
     if live.unreadable or backups.unreadable:
-        return "a key's file or rotation backup can't be read and may need it; see keys.unreadable_files in /status"
+        return "a key's file or rotation backup can't be read and may need it; see the warnings of /status"
     return ""
 
 

@@ -46,7 +46,7 @@ from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import RecordKey, RecordKeys
 from minikms.custody.backup.register import ArchiveRegister
-from minikms.custody.backups import BLANK_FILES_MAX, JournalFile, KeysWithin, RotationBackups
+from minikms.custody.backups import BLANK_FILES_MAX, FoundRecords, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
 from minikms.custody.destruction import Destruction, Removal
 from minikms.custody.journal import Journal
@@ -162,6 +162,7 @@ class Vault:
             destroyed,
             unlocked,
             self.keyring,
+            find_records=self._find_records,
             forget=self._forget,
             remove_files=self.remove_files,
         )
@@ -318,7 +319,8 @@ class Vault:
         """Destroys a retired key: first the tombstone, then its rotation backups, then its file.
 
         A repeated call removes what an interrupted one left. Raises ConflictError for an active key, and
-        StorageUnavailableError, which says whether the key is destroyed.
+        StorageUnavailableError, which says whether the key is destroyed; it is not if a rotation backup that may hold
+        it could not be read before.
         """
         async with self.locks.hold((key_id,)) as held:
             permit()
@@ -336,22 +338,44 @@ class Vault:
         self.index.remove(key_id)
         self.unreadable.remove(key_id)
 
-    async def remove_files(self, locks: Sequence[HeldKeys], repeated: Container[str]) -> list[Removal]:
+    async def _find_records(self, key_ids: Sequence[str]) -> FoundRecords:
+        """The records of keys in rotation backups. Raises StorageUnavailableError if no key can be destroyed now, for a
+        reason that does not come from one backup.
+        """
+        backups = self.rotation_backups
+        found = FoundRecords({}, {})
+
+        def jobs() -> Iterator[bool]:
+            self._sweep_temps()
+            self.journal.forget(())  # a journal that could not be written refuses
+            for number, within in enumerate(backups.files_of(key_ids), 1):
+                try:
+                    found.files[within.file] = backups.find(within)
+                except StorageUnavailableError as error:
+                    found.unreadable.update(dict.fromkeys(within.key_ids, error.with_traceback(None)))
+                if number % BLANK_FILES_MAX == 0:
+                    yield True
+
+        await self._in_short_jobs(jobs())
+        return found
+
+    async def remove_files(
+        self, locks: Sequence[HeldKeys], repeated: Container[str], found: FoundRecords | None = None
+    ) -> list[Removal]:
         """Removes the rotation backups and the files of the destroyed keys with these locks, durably. It removes
         temporary files first, which may hold their bytes.
 
-        `repeated`: those whose removal may have been interrupted. The disk thread gets a job for each BLANK_FILES_MAX
-        backups. Raises StorageUnavailableError; then the files of the keys may be there.
+        `repeated`: those whose removal may have been interrupted. `found`: the records that were read before. Raises
+        StorageUnavailableError; then the files of the keys may be there.
         """
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         backups = self.rotation_backups
         records: Counter[str] = Counter()
         archives: list[list[str]] = []
+        read = {} if found is None else found.files
 
         def jobs() -> Iterator[bool]:
-            self.store.sweep_temps()
-            backups.sweep_temps()
-            remove_left_temps()
+            self._sweep_temps()
             # A key without a file was removed completely.
             anew = frozenset(key_id for key_id in key_ids if key_id in repeated and self.store.has(key_id))
             files = backups.files_of(key_ids)
@@ -360,7 +384,7 @@ class Vault:
                 if start:
                     yield True
                 try:
-                    records.update(backups.blank(files[start : start + BLANK_FILES_MAX], anew=anew))
+                    records.update(backups.blank(files[start : start + BLANK_FILES_MAX], found=read, anew=anew))
                 except StorageUnavailableError as error:
                     failure = failure or error
             if failure is not None:
@@ -373,10 +397,19 @@ class Vault:
             self.store.remove(*locks)
             archives.extend(self._archives.may_hold(key_ids))  # an archive that is begun later does not hold the keys
 
-        more = partial(next, jobs(), False)
+        await self._in_short_jobs(jobs())
+        return [Removal(records[key_id], of_key) for key_id, of_key in zip(key_ids, archives, strict=True)]
+
+    def _sweep_temps(self) -> None:
+        self.store.sweep_temps()
+        self.rotation_backups.sweep_temps()
+        remove_left_temps()
+
+    async def _in_short_jobs(self, jobs: Iterator[bool]) -> None:
+        """Has the disk thread do the work, with a job for each BLANK_FILES_MAX backups."""
+        more = partial(next, jobs, False)
         while await in_worker(self._executor, more):
             pass
-        return [Removal(records[key_id], found) for key_id, found in zip(key_ids, archives, strict=True)]
 
     async def blank_records(self, found: KeysWithin) -> None:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
