@@ -76,6 +76,23 @@ class DataDirLock:
         self.close()
 
 
+def is_owned(directory: str) -> bool:
+    """Whether a process owns the data directory. A start in the same instant may find it owned by this one. Raises
+    OSError.
+    """
+    try:
+        descriptor = os.open(os.path.join(directory, LOCK_NAME), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def make_private_directory(path: str) -> None:
     """Creates `path` (absolute) and its missing parents, 0700, and syncs each directory that got an entry."""
     if os.path.isdir(path):

@@ -39,13 +39,12 @@ def print_json(value: object) -> None:
 
 
 def print_result(value: object, text: str | Iterable[str], *, json: bool) -> None:
-    """The value as JSON, or the text or its lines."""
+    """The value as JSON, or the text or its lines. A line may quote others: it stays one line."""
     if json:
         print_json(value)
         return
-    for part in [text] if isinstance(text, str) else text:
-        for line in part.split("\n"):
-            print(clean(line))
+    for line in text.split("\n") if isinstance(text, str) else text:
+        print(clean(line))
 
 
 def terminal(*, errors: bool = False) -> Console:

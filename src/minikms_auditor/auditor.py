@@ -243,6 +243,7 @@ class Auditor:
             self._commit(grown)
             if time.monotonic() - self._reported_s > REPORT_SECONDS:
                 self._report()
+                self._show()
         return False
 
     def _opened_tail(self) -> Tail:

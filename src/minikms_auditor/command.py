@@ -7,6 +7,7 @@ else to standard error; what `check-config` accepts, a start accepts too, but fo
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +35,10 @@ app = new_helper(
     "Makes the audit log into a tree that witnesses cosign. Without a command it runs.",
     "Exit status: 0 done, 1 something is wrong or was refused, 2 wrong usage, or something is missing.",
 )
-FRESH_SECONDS: Final = 60
-"""A status that is older is one of a process that does not run."""
+FRESH_SECONDS: Final = 15
+"""A process that runs writes its status more often: a round of witnesses takes 10 s."""
+FREE_BYTES_MIN: Final = 16 * 1024 * 1024
+"""Of the file system of the state directory: more than one step writes."""
 
 Config = Annotated[Path, Parameter(name="--config", help="The configuration (docs/spec/tree.md).")]
 Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())]
@@ -82,14 +85,15 @@ def status(*, config: Config, json: Json = False) -> int:
     from minikms_auditor.auditor import Status
     from minikms_auditor.config import Files
 
-    content = store.shown(Files(config).config().state_dir)
+    state_dir = Files(config).config().state_dir
+    content = store.shown(state_dir)
     if content is None:
         raise StartError("the auditor has not run with this configuration yet")
     found = msgspec.json.decode(content, type=Status)
     age_s = int(time.time()) - found.updated_at
+    found = msgspec.structs.replace(found, errors=(*_unseen(state_dir, age_s), *found.errors))
     print_result(found, _status_lines(found, age_s), json=json)
-    wrong = found.alarm or found.errors or any(sink.error for sink in found.sinks)
-    return EXIT_FAILED if wrong or age_s > FRESH_SECONDS else EXIT_GOOD
+    return EXIT_FAILED if found.alarm or found.errors or any(sink.error for sink in found.sinks) else EXIT_GOOD
 
 
 @app.command
@@ -232,6 +236,21 @@ def _receiver_must(sink: Sink) -> str:
     return f"its receiver must take messages of {EVENT_BYTES_MAX >> 20} MiB{warning}"
 
 
+def _unseen(state_dir: str, age_s: int) -> Iterator[str]:
+    """What the auditor can't write into its status: that it does not run, or that its disk is full."""
+    from minikms.directory_lock import is_owned
+    from minikms.output import byte_count
+
+    if not is_owned(state_dir):
+        yield "process: the auditor does not run"
+    elif not 0 <= age_s <= FRESH_SECONDS:
+        yield f"process: the auditor has written no status for {age_s} s"
+    disk = os.statvfs(state_dir)
+    free = disk.f_bavail * disk.f_frsize
+    if free < FREE_BYTES_MIN:
+        yield f"disk: {byte_count(free)} are free in {state_dir}"
+
+
 def _status_lines(found: Status, age_s: int) -> Iterator[str]:
     from minikms_auditor.store import REJECTED_NAME, SINKS_NAME
 
@@ -242,8 +261,7 @@ def _status_lines(found: Status, age_s: int) -> Iterator[str]:
     for sink in found.sinks:
         if sink.error:
             yield f"FAILS: the sink {sink.name}{', which is required' if sink.required else ''}: {sink.error}"
-    if age_s > FRESH_SECONDS:
-        yield f"The auditor does not run: this is its status of {age_s} s ago."
+    yield f"  as of      {_time(found.updated_at)}, {age_s} s ago"
     yield f"  origin     {found.origin}"
     for vkey in found.vkeys:
         yield f"  log key    {vkey}"

@@ -43,6 +43,8 @@ BATCH_LINES_MAX: Final = 4096
 READ_LINES: Final = 64
 """Read at once: lines may have 1 MiB."""
 STEP_SECONDS: Final = 1.0
+HANGS_SECONDS: Final = 3.0
+"""An attempt of a required sink that takes longer is named: it holds the position back."""
 BACKOFF_SECONDS_MAX: Final = 60.0
 REFUSED_IN_A_ROW_MAX: Final = 8
 """A receiver that refuses so many lines in a row has another fault than theirs."""
@@ -213,6 +215,8 @@ class Shipper:
         self._failures = self._failures_in_a_row = 0
         self._delivered_at = 0
         self._error = ""
+        self._began_s: float | None = None
+        """When the attempt that runs began, monotonic."""
         self._waits: tuple[str, int] = ("", 0)
 
     @property
@@ -231,8 +235,11 @@ class Shipper:
 
     def attempt(self) -> float:
         """One step. How long to wait until the next one, in seconds."""
+        self._began_s = time.monotonic()
         try:
-            return 0.0 if self._step() else STEP_SECONDS
+            again = self._step()
+            self._began_s = None
+            return 0.0 if again else STEP_SECONDS
         except (LaterError, _StoppedError, ExchangeError, KmsError, OSError) as error:
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
             asked_s = error.seconds if isinstance(error, LaterError) else 0
@@ -244,7 +251,7 @@ class Shipper:
         self._failures_in_a_row += 1
         if text != self._error:
             self._log("sink failed", f"{self.name}: {text}")
-        self._error = text
+        self._error, self._began_s = text, None
         longest_s = min(2.0 ** min(self._failures_in_a_row, 16), BACKOFF_SECONDS_MAX)
         # Half of it at random, so that auditors that lost one receiver don't come back at once.
         return max(random.uniform(longest_s / 2, longest_s), min(asked_s, BACKOFF_SECONDS_MAX))  # noqa: S311 - no secret
@@ -477,7 +484,10 @@ class Shipper:
     # --- status -------------------------------------------------------------------------------------------------------
 
     def status(self) -> SinkStatus:
-        cursor, line = self._files.cursor, self._store.state.line
+        cursor, line, began_s = self._files.cursor, self._store.state.line, self._began_s
+        error = self._error
+        if self.required and not error and began_s is not None and time.monotonic() - began_s > HANGS_SECONDS:
+            error = f"it has not answered for {time.monotonic() - began_s:.0f} s"
         has_log = cursor is not None and line is not None and cursor.log_id == line.log_id
         seq = cursor.seq if cursor is not None and has_log else 0
         return SinkStatus(
@@ -488,7 +498,7 @@ class Shipper:
             lag_lines=0 if line is None else max(0, line.seq - seq),
             delivered_at=self._delivered_at,
             failures=self._failures,
-            error=self._error,
+            error=error,
             waits_log_id=self._waits[0],
             waits_at=self._waits[1],
             rejected=0 if cursor is None else cursor.rejected,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import StartError
-from minikms.directory_lock import LOCK_NAME, DataDirLock, make_private_directory
+from minikms.directory_lock import LOCK_NAME, DataDirLock, is_owned, make_private_directory
 from tests import needs
 from tests.minikms.daemon import foreign
 from tests.minikms.daemon.races import check_races
@@ -47,6 +47,17 @@ def test_a_second_owner_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> 
         DataDirLock(str(tmp_path / "d"))
     with DataDirLock(str(tmp_path / "d")):
         pass  # free again
+
+
+def test_whether_a_process_owns_a_directory_can_be_asked(tmp_path: Path) -> None:
+    """As often as one likes: the question leaves no lock, and makes no file."""
+    directory = str(tmp_path / "d")
+    assert not is_owned(directory)
+    with DataDirLock(directory):
+        assert is_owned(directory) and is_owned(directory)
+    assert not is_owned(directory)
+    with DataDirLock(directory):
+        pass
 
 
 def test_a_copy_of_the_descriptor_does_not_keep_a_closed_lock(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ def test_a_result_that_names_a_file_whose_name_is_no_text_is_json(capsys: pytest
 
 def test_a_result_in_text_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """`progressdb check` names keys that somebody else may have written into the database."""
-    output.print_result({}, ("damaged: job:\x1b[2J\udcff: why", "two\nlines"), json=False)
-    assert capsys.readouterr().out == "damaged: job:?[2J?: why\ntwo\nlines\n"
+    output.print_result({}, ("damaged: job:\x1b[2J\udcff: why", "job:\nall is well"), json=False)
+    output.print_result({}, "two\nlines", json=False)
+    assert capsys.readouterr().out == "damaged: job:?[2J?: why\njob:?all is well\ntwo\nlines\n"
 
 
 def test_the_sentence_of_an_error_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
