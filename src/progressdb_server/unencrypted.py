@@ -123,7 +123,9 @@ class UnencryptedProvider(EncryptsNothing):
     ) -> api.KeyListAnswer:
         return api.KeyListAnswer([])
 
-    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
+    async def destroy_key(
+        self, key_id: str, *, thread_id: str | None = None, request_id: str | None = None
+    ) -> api.DestroyKeyAnswer:
         raise _no_keys()
 
     async def status(self) -> api.StatusAnswer:

@@ -586,7 +586,10 @@ RETIRE_KEY: Final = Verb(
 
 
 class DestroyKeyRequest(KeyRequest):
-    """`key_id` repeats the key id of the path, so that a mistyped path destroys no key."""
+    """`key_id` repeats the key id of the path, so that a mistyped path destroys no key. With `thread_id` only a key of
+    that thread is destroyed; a key that is destroyed already has none."""
+
+    thread_id: str | UnsetType = UNSET
 
 
 class DestroyKeyAnswer(msgspec.Struct, frozen=True):
@@ -606,7 +609,7 @@ DESTROY_KEY: Final = Verb(
     DestroyKeyRequest,
     DestroyKeyAnswer,
     "Destroy a retired key. Nothing can decrypt its ciphertexts after that",
-    (CODE_KEY_NOT_FOUND, CODE_KEY_UNREADABLE, CODE_CONFLICT, *_WRITE),
+    (CODE_KEY_NOT_FOUND, CODE_KEY_UNREADABLE, CODE_WRONG_THREAD, CODE_CONFLICT, *_WRITE),
     key_id_in_body=True,
 )
 

@@ -439,9 +439,12 @@ class Verbs:
         return One(api.RETIRE_KEY, api.KeyRequest(key_id), request_id)
 
     @method
-    def destroy_key(self, key_id: str, *, request_id: str | None = None) -> One[api.DestroyKeyAnswer]:
-        """Destroys a retired key permanently; returns the receipt. Raises ConflictError for an active key."""
-        return One(api.DESTROY_KEY, api.DestroyKeyRequest(key_id), request_id)
+    def destroy_key(
+        self, key_id: str, *, thread_id: str | None = None, request_id: str | None = None
+    ) -> One[api.DestroyKeyAnswer]:
+        """Destroys a retired key permanently; returns the receipt. Raises ConflictError for an active key, and
+        WrongThreadError for a key of another thread than `thread_id`."""
+        return One(api.DESTROY_KEY, api.DestroyKeyRequest(key_id, optional(thread_id)), request_id)
 
     @method
     def prune_kek(

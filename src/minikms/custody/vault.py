@@ -310,10 +310,14 @@ class Vault:
                 opened.state = changed.state
         return changed
 
-    def check_destroyable(self, key_id: str) -> None:
-        """Raises unless the key is retired, or destroyed already: ConflictError for an active key."""
+    def check_destroyable(self, key_id: str, of_thread: str | None = None) -> None:
+        """Raises unless the key is retired, or destroyed already: ConflictError for an active key, WrongThreadError
+        for a key of another thread than the named one."""
         if key_id not in self.destroyed:
-            move_dek(self.record(key_id).state, "destroy")
+            record = self.record(key_id)
+            if of_thread not in (None, record.thread_id):
+                raise WrongThreadError("the key belongs to another thread")
+            move_dek(record.state, "destroy")
 
     async def destroy(self, key_id: str, *, permit: Permit = permitted) -> Removal:
         """Destroys a retired key: first the tombstone, then its rotation backups, then its file.

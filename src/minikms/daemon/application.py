@@ -311,17 +311,18 @@ def _reader(verb: Verb[Any, Any]) -> Read:
 
 
 def _path_reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
-    """Beside the id in the path a body holds nothing, or the key id again."""
+    """Beside the id in the path a body holds nothing, or the key id again with the other fields."""
     decoder = Decoder(verb.request if verb.has_body else api.Request)
 
     def read(who: Principal, request: Request) -> Any:
         named = request.path.split("/")[2]
         if verb.has_body:
-            repeated = decode(decoder, request.body).key_id
+            found = decode(decoder, request.body)
             require(who, verb)  # first: an attempt without the role is answered and audited as `forbidden`
-            if repeated != named:
+            if found.key_id != named:
                 raise InvalidRequestError("the key id in the body must repeat the one in the path")
-        elif verb.method == "POST" and request.body:
+            return found
+        if verb.method == "POST" and request.body:
             decode(decoder, request.body)
         return verb.request(**{verb.path_field: named})
 

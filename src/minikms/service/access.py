@@ -302,11 +302,11 @@ class ScopedKeys:
         self._check_record(key_id, decision, record.thread_id)
         return record
 
-    def check_destroyable(self, key_id: str) -> None:
+    def check_destroyable(self, key_id: str, of_thread: str | None) -> None:
         """As `Vault.check_destroyable`."""
         self.refresh()
         self._allowed(key_id)
-        self._access.vault.check_destroyable(key_id)
+        self._access.vault.check_destroyable(key_id, of_thread)
 
     async def create_in_log(self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "") -> DekRecord:
         """As `Vault.create_in_log`. Raises ForbiddenError for a thread that is out of scope."""

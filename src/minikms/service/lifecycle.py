@@ -96,7 +96,7 @@ class LifecycleVerbs:
     async def destroy(self, keys: Keys, request: api.DestroyKeyRequest, event: Event) -> api.DestroyKeyAnswer:
         """Destroys the key and its backups permanently; answers a receipt."""
         key_id = event.key_id = check_key_id(request.key_id)
-        keys.check_destroyable(key_id)
+        keys.check_destroyable(key_id, None if request.thread_id is UNSET else request.thread_id)
         await self._audit.add_written(another_line(event, "begun"), durable=True)
         try:
             removed = await keys.destroy(key_id)

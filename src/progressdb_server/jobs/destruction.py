@@ -2,9 +2,11 @@
 them are destroyed.
 
 Owns: the conditions and their order. Invariants:
-- Only retired keys of purpose `thread` are destroyed.
+- Only retired keys of purpose `thread` are destroyed, and only those of the row's thread: the key service says so, and
+  compares again. A row of a database is not believed.
 - A key is destroyed only after a census found no record of the thread and no job's backup under the key. This census is
-  later than the rotation's own, and is repeated directly before the destruction, which can't be undone.
+  later than the rotation's own, and is repeated directly before the destruction, which can't be undone. A row whose
+  census was before the key's successor was made is not believed either.
 - A key is kept while a registered backup of the store is older than that census, because it may hold such records. A
   database is backed up by other programs: without any registered backup it is not known what they hold.
 - If a condition fails, the key stays, and the job's row names the reason (`destroy_waits_for`).
@@ -15,14 +17,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
+from minikms.api import CODE_KEY_DESTROYED, SEAL_BYTES, KeyAnswer
 from minikms.api.errors import KmsRefusedError
+from minikms.client import DecryptItem
 from minikms.logs import structlog
 from progressdb_server.jobs.runner import Kind, Runner
 from progressdb_server.jobs.states import Job, JobError, changed
-from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
+from progressdb_server.kms.provider import Fault, Provider, created_ns, fault, key_pages
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import RecordUnreadableError
 
@@ -60,7 +65,7 @@ class KeyDestruction(Kind):
             job, why = await self._check_conditions(job)
             if not why:
                 for key_id in job.sources:
-                    await self._provider.destroy_key(key_id, request_id=job_id)
+                    await self._provider.destroy_key(key_id, thread_id=job.thread, request_id=job_id)
                     _log.info("old_key_destroyed", job=job_id, thread=job.thread, key=key_id)
         except KmsRefusedError as error:
             if fault(error) is Fault.SERVICE:
@@ -79,10 +84,14 @@ class KeyDestruction(Kind):
 
     async def _check_conditions(self, job: Job) -> tuple[Job, str]:
         """Returns the job, with the time of its census, and the failed condition (empty if all hold)."""
-        why = await self._older_store_backup(job.census_ns) or await self._obstacle(job)
+        why = await self._older_store_backup(job.census_ns)
         if why:
             return job, why
-        if not job.census_ns:
+        keys = {key.key_id: key async for page in key_pages(self._provider, thread_id=job.thread) for key in page.keys}
+        why = await self._obstacle(job, keys)
+        if why:
+            return job, why
+        if job.census_ns <= _replaced_ns(job.sources, keys.values()):
             for of_thread in await self._table.with_backups(job.thread):
                 await self._table.drop_backups(of_thread, under=job.sources)
             why = await self._records_left(job)
@@ -92,18 +101,26 @@ class KeyDestruction(Kind):
             job = await self._table.change(job.id, lambda now: changed(now, census_ns=moment))
         return job, await self._older_store_backup(job.census_ns) or await self._records_left(job)
 
-    async def _obstacle(self, job: Job) -> str:
+    async def _obstacle(self, job: Job, keys: Mapping[str, KeyAnswer]) -> str:
+        """`keys`: of the job's thread, those that are not destroyed."""
         current = await self._store.key_of_thread(job.thread)
         if current is None or current in job.sources:
             return "the key is the thread's current one"
         if left := await self._count_records(job.thread, job.sources):
             return f"{left} records are under it: rotate the thread's key again"
-        wanted = set(job.sources)
-        async for page in key_pages(self._provider, thread_id=job.thread):
-            for key in page.keys:
-                if key.key_id in wanted and (key.purpose != "thread" or key.state != "retired"):
-                    return f"the key {key.key_id} has purpose {key.purpose} and is {key.state}"
+        for key_id in job.sources:
+            key = keys.get(key_id)
+            if key is None and not await self._is_destroyed(key_id):
+                return f"the key {key_id} is not listed among those of the thread"
+            if key is not None and (key.purpose != "thread" or key.state != "retired"):
+                return f"the key {key_id} has purpose {key.purpose} and is {key.state}"
         return ""
+
+    async def _is_destroyed(self, key_id: str) -> bool:
+        """Such as by an attempt that was interrupted. The ciphertext is one that no key opens."""
+        probe = DecryptItem(key_id=key_id, ciphertext=bytes(SEAL_BYTES), aad=b"")
+        (answer,) = await self._provider.decrypt_batch([probe])
+        return isinstance(answer, KmsRefusedError) and answer.code == CODE_KEY_DESTROYED
 
     async def _records_left(self, job: Job) -> str:
         """The census: counts messages, metadata and the backups of jobs that are under the keys."""
@@ -140,3 +157,13 @@ class KeyDestruction(Kind):
         if none and self._store.shared:
             return "no backup of the database is registered: progressdb backup register"
         return ""
+
+
+def _replaced_ns(sources: Collection[str], keys: Iterable[KeyAnswer]) -> float:
+    """When the thread's next key was made, for the last of `sources`: its census must be later. 0 if all are destroyed,
+    infinity if there is no next one."""
+    made = {key.key_id: created_ns(key) for key in keys}
+    later = [ns for key_id, ns in made.items() if key_id not in sources]
+    return max(
+        (min((ns for ns in later if ns >= made[key]), default=math.inf) for key in sources if key in made), default=0
+    )

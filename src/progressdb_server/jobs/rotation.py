@@ -22,7 +22,6 @@ import copy
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Any, ClassVar, Final, NamedTuple
 
 import msgspec
@@ -46,7 +45,7 @@ from progressdb_server.jobs.states import (
     with_source,
 )
 from progressdb_server.jobs.table import PendingRow, Row
-from progressdb_server.kms.provider import Fault, Provider, fault, is_permanent, key_pages
+from progressdb_server.kms.provider import Fault, Provider, created_ns, fault, is_permanent, key_pages
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     Chunk,
@@ -94,7 +93,7 @@ class Due(msgspec.Struct, frozen=True):
 
     def why(self, key: KeyAnswer, now_ns: int) -> str:
         """The reason in a word, empty when the key is not due; `uses` aside."""
-        if self.age_s is not None and now_ns - _nanoseconds(key.created_at) >= self.age_s * 1_000_000_000:
+        if self.age_s is not None and now_ns - created_ns(key) >= self.age_s * 1_000_000_000:
             return "age"
         return "kek_version" if self.kek_version is not None and key.kek_version == self.kek_version else ""
 
@@ -187,7 +186,7 @@ class KeyRotation(Kind):
         left = uses
         if left is None:
             return ""
-        since_ns = _nanoseconds(key.created_at)
+        since_ns = created_ns(key)
         async for count in self._store.count_records(key.thread_id, COUNTED_RECORDS, since_ns=since_ns):
             left -= count
             if left <= 0:
@@ -490,9 +489,3 @@ async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _nanoseconds(rfc3339: str) -> int:
-    moment = datetime.fromisoformat(rfc3339)
-    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
-    return (since.days * 86_400 + since.seconds) * 1_000_000_000 + since.microseconds * 1000

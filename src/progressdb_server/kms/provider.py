@@ -13,6 +13,7 @@ import enum
 import os
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
 from minikms import api
@@ -119,7 +120,9 @@ class Provider(Protocol):
         self, *, thread_id: str | None, state: api.State | None, cursor: str | None, limit: int | None
     ) -> api.KeyListAnswer: ...
 
-    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer: ...
+    async def destroy_key(
+        self, key_id: str, *, thread_id: str | None = None, request_id: str | None = None
+    ) -> api.DestroyKeyAnswer: ...
 
     async def status(self) -> api.StatusAnswer: ...
 
@@ -157,6 +160,13 @@ async def key_pages(
         cursor = page.next_cursor
         if cursor is None:
             return
+
+
+def created_ns(key: api.KeyAnswer) -> int:
+    """Unix nanoseconds."""
+    moment = datetime.fromisoformat(key.created_at)
+    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
+    return (since.days * 86_400 + since.seconds) * 1_000_000_000 + since.microseconds * 1000
 
 
 class RemoteProvider(AsyncClient):

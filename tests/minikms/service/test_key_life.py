@@ -27,8 +27,8 @@ def listed(daemon: LiveDaemon, query: str = "", limit: int = 1000) -> list[dict[
             return found
 
 
-def destroy(daemon: LiveDaemon, key_id: str) -> Answer:
-    return post(daemon, f"/keys/{key_id}/destroy", {"key_id": key_id})
+def destroy(daemon: LiveDaemon, key_id: str, **given: str) -> Answer:
+    return post(daemon, f"/keys/{key_id}/destroy", {"key_id": key_id, **given})
 
 
 def test_a_new_key_is_on_disk_when_its_id_is_answered_and_says_what_it_is(daemon: LiveDaemon) -> None:
@@ -99,6 +99,16 @@ def in_backups(daemon: LiveDaemon, key_id: str) -> int:
     """In how many records; each names the key twice."""
     needle = b'"id":"%s"' % key_id.encode()
     return sum(path.read_bytes().count(needle) for path in (daemon.data_dir / "kms-deks-backup").glob("*/*")) // 2
+
+
+def test_a_key_is_destroyed_only_for_the_thread_that_is_named(daemon: LiveDaemon) -> None:
+    key_id = new_key(daemon, "victim")
+    post(daemon, f"/keys/{key_id}/retire", {})
+    refused = destroy(daemon, key_id, thread_id="other")
+    assert (refused.status, refused.code) == (403, "wrong_thread")
+    assert ask(daemon, "GET", f"/keys/{key_id}").body["state"] == "retired"
+    assert destroy(daemon, key_id, thread_id="victim").status == 200
+    assert destroy(daemon, key_id, thread_id="victim").status == 200  # a repeated request completes an interrupted one
 
 
 def test_a_destroyed_key_is_gone_with_its_backups_and_a_receipt_says_so(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -213,10 +214,10 @@ def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
         kept, gone = await rotated(jobs, "a", destroy_after_s=60), await rotated(jobs, "b", destroy_after_s=60)
         real = place.keys.destroy_key
 
-        async def destroy(key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
+        async def destroy(key_id: str, **given: Any) -> api.DestroyKeyAnswer:
             if key_id == kept.old_key:
                 raise refusal("forbidden", "not you")
-            return await real(key_id, request_id=request_id)
+            return await real(key_id, **given)
 
         place.keys.destroy_key = destroy  # type: ignore[method-assign]  # the policy
         worn = mapped(store, "worn")
@@ -264,10 +265,10 @@ def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:
         place.clock.now += DAY_NS
         real = place.keys.destroy_key
 
-        async def destroy(key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
+        async def destroy(key_id: str, **given: Any) -> api.DestroyKeyAnswer:
             await jobs.rotation.drop_backups(second.id)  # so that nothing is put back, and the census finds nothing
             await jobs.rotation.restore(second.id)
-            return await real(key_id, request_id=request_id)
+            return await real(key_id, **given)
 
         place.keys.destroy_key = destroy  # type: ignore[method-assign]  # an operator is faster
         await jobs.destruction.begin()

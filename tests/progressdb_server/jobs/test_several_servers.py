@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import asyncpg
+import msgspec
 import pytest
 
 from progressdb_server.jobs import runner
@@ -269,6 +270,67 @@ def test_an_old_key_waits_for_the_registered_backups_of_the_database(
             await jobs[1].destruction.begin()
         assert looks and min(looks) > 0, "all rows are read"
         assert provider.destroyed == {job.old_key}
+
+    with_two(database, body)
+
+
+@pytest.mark.parametrize("thread", ["other", "t"])
+def test_a_forged_row_destroys_no_key_that_a_backup_needs(database: str, thread: str) -> None:
+    """Whoever writes into the database makes the row of a job with an early census: of another thread than the key's,
+    or of its own."""
+
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        (one, _), (runs, _) = stores, jobs
+        await write(one, 5)
+        await write(one, 1, "other")
+        began = await runs.rotation.rotate("t")
+        await one.register_backup("monday", one.clock.now_ns())
+        provider.created_at[provider.keys_of("t")[0]] = "2027-06-01T00:00:00Z"  # the new key
+        job = await runs.wait(began.id)
+        assert isinstance(one.clock.now_ns, TickingClock)
+        one.clock.now_ns.now += 365 * 86_400 * 10**9
+        forged = Job(
+            one.new_job_id(one.clock.now_ns()), thread, 1, 1, state="done", old_key=job.old_key,
+            sources=(job.old_key,), destroy_at_ns=1, census_ns=1,
+        )  # fmt: skip
+        await one.writer.commit(Write([(keyspace.job(forged.id), msgspec.json.encode(forged))]))
+        async for _ in runs.table.pages():
+            pass
+        await runs.destruction.begin()
+        assert provider.destroyed == set()
+        waits = (await runs.table.get(forged.id)).destroy_waits_for
+        assert ("not listed among those of the thread" if thread == "other" else "monday is older") in waits
+        assert len(await messages_of(one, "t")) == 5
+
+    with_two(database, body)
+
+
+def test_a_destruction_that_was_interrupted_goes_on(database: str) -> None:
+    """One of its keys is destroyed already, and no longer listed."""
+
+    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+        (one, _), (runs, _) = stores, jobs
+        await write(one, 5)
+        await runs.wait((await runs.rotation.rotate("t")).id)
+        first = (await runs.table.get(max([job.id async for page in runs.table.pages() for job in page]))).old_key
+        job = await runs.wait((await runs.rotation.rotate("t", destroy_after_s=1)).id)
+        both = changed(job, sources=(first, job.old_key))
+        await runs.table.change(job.id, lambda _: both)
+        await one.register_backup("old", one.clock.now_ns())
+        assert isinstance(one.clock.now_ns, TickingClock)
+        one.clock.now_ns.now += 10**12
+
+        async def until(condition: Callable[[Job], bool]) -> None:
+            async with asyncio.timeout(60):
+                while not condition(await runs.table.get(job.id)):
+                    await runs.destruction.begin()
+
+        await until(lambda now: now.census_ns > 0)
+        await provider.destroy_key(first)
+        await one.register_backup("new", one.clock.now_ns() + 10**13)
+        await one.forget_backup("old")
+        await until(lambda now: now.destroyed_ns > 0)
+        assert provider.destroyed == {first, job.old_key}
 
     with_two(database, body)
 

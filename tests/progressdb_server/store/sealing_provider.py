@@ -49,7 +49,7 @@ class SealingProvider:
         self.keys: dict[str, tuple[str, AESGCM]] = {}
         self.retired: set[str] = set()
         self.destroyed: set[str] = set()
-        self.born = "2026-01-01T00:00:00Z"
+        self.born = "2023-01-01T00:00:00Z"
         self.created_at: dict[str, str] = {}
         self.page = 2
         self.calls: Counter[str] = Counter()
@@ -180,8 +180,12 @@ class SealingProvider:
         more = found[self.page : self.page + 1]
         return api.KeyListAnswer(found[: self.page], found[self.page - 1].key_id if more else None)
 
-    async def destroy_key(self, key_id: str, *, request_id: str | None = None) -> api.DestroyKeyAnswer:
+    async def destroy_key(
+        self, key_id: str, *, thread_id: str | None = None, request_id: str | None = None
+    ) -> api.DestroyKeyAnswer:
         await self._answer("destroy_key")
+        if thread_id is not None and key_id not in self.destroyed:
+            self._key(key_id, thread_id)
         if key_id not in self.retired:
             raise refusal("conflict", "a key that is active can't be destroyed")
         self.destroyed.add(key_id)
