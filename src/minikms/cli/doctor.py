@@ -328,11 +328,25 @@ def _keys(
                 oldest = min(oldest, _seconds(record.created_at))
                 if record.purpose == "thread":
                     active.setdefault(record.thread_id, []).append(key_id)
+        lost, nameless = _lost(settled, destroyed.union(map(dek.key_id_to_bytes, key_ids)))
+    if settled.unread:
+        yield problem(
+            "rotation backups",
+            f"can't be read, or were cut: {name_list(settled.unread)}",
+            'docs/runbook.md, "A rotation backup or the journal can\'t be read"',
+        )
+    if lost or nameless:
+        yield problem(
+            "keys",
+            f"damaged records of {journal.NAME} or of rotation backups name keys that have neither file nor tombstone: "
+            f"{name_list(sorted(lost)) or 'none'}; {nameless} such records name no key",
+            'restore the keys from a backup: docs/runbook.md, "One key file is damaged"',
+        )
     if settled.recovered:
         yield advice(
             "keys",
-            f"the files of {settled.recovered:,} keys are missing or half written, as after a crash; their contents "
-            f"are in {journal.NAME}",
+            f"the files of {settled.recovered:,} keys are missing, half written or outdated, as after a crash; their "
+            f"contents are in {journal.NAME}",
             "start the daemon, which completes the files; leave that file where it is",
         )
     for text in bad[:NAMED_COUNT_MAX]:
@@ -350,6 +364,19 @@ def _keys(
     days = int((now - oldest) // _DAY_SECONDS)
     if days > KEY_AGE_DAYS_MAX:
         yield advice("key ages", f"the oldest active key is {days} days old", "progressdb rotate-dek THREAD")
+
+
+def _lost(settled: SettledKeys, known: set[bytes]) -> tuple[set[str], int]:
+    """The keys that damaged records name, without those of a record that names a known one; and the number of damaged
+    records that name no key.
+    """
+    lost: set[str] = set()
+    nameless = 0
+    for named in settled.damaged():
+        nameless += not named
+        if known.isdisjoint(map(dek.key_id_to_bytes, named)):
+            lost |= named
+    return lost, nameless
 
 
 def _judge(record: DekRecord, body: Body, arena: SecretArena | None, unlocked: UnlockedKeyring | None) -> None:

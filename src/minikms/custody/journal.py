@@ -18,7 +18,7 @@ Invariants:
 - After a failed sync neither journal nor files are synced again: the contents are written to fresh files and renamed.
 - The records of a destroyed key are overwritten with zeros, durably, before `forget` returns.
 - A replay never writes a file of a destroyed key, never makes a file that a change found, and never replaces another
-  valid content.
+  valid content. A journal with damaged records is kept, with whole records, as a backup.
 
 It must never hold an unwrapped key.
 """
@@ -53,9 +53,11 @@ from minikms.custody.journal_format import (
     RECORDS_MAX,
     Change,
     chains,
+    completed,
     decode,
     encode_records,
     ids_in_journal,
+    is_whole,
 )
 from minikms.files import (
     GROUP_FILES_MAX,
@@ -361,8 +363,9 @@ def replay(
     written = 0
     writes: list[FileWrite] = []
     for chain in chains(change for change in found.intact if change.key_id not in destroyed).values():
-        new, present = chain.usable(has_kek), _content(store, chain.key_id)
-        if new is None or not chain.is_due(present):
+        present = _content(store, chain.key_id)
+        new = chain.due(present, has_kek)
+        if new is None:
             continue
         if store.is_directory(chain.key_id):
             raise StartError(f"{file_name(chain.key_id)} in kms-deks is a directory: move it away, then start again")
@@ -370,11 +373,14 @@ def replay(
         writes.append(FileWrite(file_name(chain.key_id), new))
     _write_all(store, writes)
     if found.damaged or any(change.old for change in found.intact):
+        if not is_whole(content):
+            content = completed(content)
+            replace_file_from(directory_fd, NAME, (content,))
         named = sorted(ids_in_journal(content)) or [bytes_to_key_id(bytes(KEY_ID_BYTES))]
         backups.adopt(directory_fd, NAME, stamp, named[0], named[-1])
     else:
         remove_file(directory_fd, NAME)
-    return Replayed(written, found.damaged)
+    return Replayed(written, len(found.damaged))
 
 
 def _write_all(store: DekStore, writes: Sequence[FileWrite]) -> None:

@@ -26,6 +26,7 @@ SECTOR_BYTES: Final = 512
 """The smallest unit that a disk writes whole."""
 BLANK: Final = bytes(RECORD_BYTES)
 """A record that is unused, or was that of a destroyed key."""
+_NO_IDS: Final = {"", bytes_to_key_id(bytes(KEY_ID_BYTES)), bytes_to_key_id(b"\xff" * KEY_ID_BYTES)}
 _NONE: Final = b"\xff" * FILE_BYTES
 """The old content where there was no file. Not zeros: a sector of zeros was not written."""
 
@@ -49,10 +50,10 @@ class Change(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The intact records of a journal, and the number of damaged ones, which a power loss does not explain."""
+    """The intact records of a journal; of each damaged one, which a power loss does not explain, the key ids in it."""
 
     intact: list[Change]
-    damaged: int
+    damaged: list[set[str]]
 
 
 def encode_records(changes: Iterable[Change]) -> Iterator[bytes]:
@@ -81,8 +82,9 @@ def decode(content: bytes) -> Decoded:
     """The records, without those that were not completely written or blanked. Raises StartError if another version of
     the program wrote them.
     """
+    content = completed(content)
     intact: list[Change] = []
-    damaged = 0
+    damaged: list[set[str]] = []
     for offset in offsets(content):
         record = content[offset : offset + RECORD_BYTES]
         if record == BLANK:
@@ -91,13 +93,29 @@ def decode(content: bytes) -> Decoded:
         if change is not None:
             intact.append(change)
         elif not has_empty_sector(record, offset):
-            damaged += 1
+            damaged.append(ids_in(record))
     if not intact and dek.is_other_version(content, MAGIC):
         raise StartError(
             "the journal of key files was written by another version of miniKMS, which did not stop in order; start "
             "the version that wrote it once and stop it, then start this one"
         )
     return Decoded(intact, damaged)
+
+
+def is_whole(content: bytes) -> bool:
+    """Whether a journal has its first bytes and whole records."""
+    return len(content) >= len(MAGIC) and not (len(content) - len(MAGIC)) % RECORD_BYTES
+
+
+def completed(content: bytes) -> bytes:
+    """The journal with whole records only. What is left of one that was cut is filled with bytes of 0xff, so that it
+    counts as damaged; without a whole key id it names none.
+    """
+    if is_whole(content):
+        return content
+    rest = max(0, len(content) - len(MAGIC)) % RECORD_BYTES
+    left = content[len(content) - rest :] if rest >= KEY_ID_BYTES else b""
+    return content[: len(content) - rest].ljust(len(MAGIC), b"\xff") + left.ljust(RECORD_BYTES, b"\xff")
 
 
 def offsets(content: bytes) -> range:
@@ -124,7 +142,7 @@ def has_empty_sector(record: bytes, offset: int) -> bool:
 def ids_in(record: bytes) -> set[str]:
     """The key ids that a record names, even if parts of it are zeros or damaged."""
     raw_id, old, new, _ = _split(record)
-    return {bytes_to_key_id(raw_id), dek.id_in(old), dek.id_in(new)} - {"", bytes_to_key_id(bytes(KEY_ID_BYTES))}
+    return {bytes_to_key_id(raw_id), dek.id_in(old), dek.id_in(new)} - _NO_IDS
 
 
 def ids_in_journal(content: bytes) -> set[str]:
@@ -154,9 +172,23 @@ class Chain(NamedTuple):
     contents: tuple[bytes, ...]
     made: bool
 
+    def due(self, found: bytes | None, has_kek: Callable[[int], bool]) -> bytes | None:
+        """What a replay writes into the file with this content (None: it is absent); None: nothing. `has_kek`: whether
+        the keyring can use a KEK version.
+
+        It is the newest content that opens under the keyring. If none does, it is the last one, for a keyring that is
+        put back, but nothing for a new key, which that keyring never knew.
+        """
+        if not self.is_due(found):
+            return None
+        for content in reversed(self.contents):
+            if dek.is_usable(content, self.key_id, has_kek):
+                return content
+        return None if self.made else self.contents[-1]
+
     def is_due(self, found: bytes | None) -> bool:
-        """Whether a replay writes the file with this content (None: it is absent). It leaves another valid content, and
-        makes no file that was there before the first change.
+        """Whether a replay may write the file. It leaves another valid content, and makes no file that was there before
+        the first change.
         """
         if found is None:
             return self.made
@@ -169,15 +201,6 @@ class Chain(NamedTuple):
         return len(content) == FILE_BYTES and all(
             byte in column for byte, *column in zip(content, *self.contents, strict=True)
         )
-
-    def usable(self, has_kek: Callable[[int], bool]) -> bytes | None:
-        """The newest content that opens under the keyring. If none does, the last one, for a keyring that is put back;
-        None for a new key, which that keyring never knew.
-        """
-        for content in reversed(self.contents):
-            if dek.is_usable(content, self.key_id, has_kek):
-                return content
-        return None if self.made else self.contents[-1]
 
 
 def chains(changes: Iterable[Change]) -> dict[str, Chain]:

@@ -1,8 +1,8 @@
 """DEK files as another process reads them: a backup, `minikms doctor` and `minikms audit`, beside the daemon or after a
 crash.
 
-Owns: which keys a data directory has, and the content of each, from the key's file and the journal: what the next start
-would make of them. Invariants:
+Owns: which keys a data directory has, the content of each, from the key's file and the journal: what the next start
+would make of them; and which keys damaged records name. Invariants:
 - A file that the daemon overwrites or makes meanwhile is read again until it is whole (`read_settled`).
 - The journal is parsed once for each change of it, not once for each key.
 
@@ -14,17 +14,18 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, Self
 
-from minikms.api.errors import StorageUnavailableError
+from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.clock import now_ns
-from minikms.custody import journal
+from minikms.custody import journal, keyring_file
 from minikms.custody.backups import DIRECTORY as BACKUPS
 from minikms.custody.backups import list_journals, list_stamps
 from minikms.custody.deks import DIRECTORY, file_name, list_key_ids, read_settled
-from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode
+from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode, is_whole
 from minikms.files import open_directory, read_file_bounded
-from minikms.keys import dek
+from minikms.keys import dek, keyring
 from minikms.keys.dek import KEY_ID_RANDOM_BYTES, make_key_id
 
 CLOCK_TICK_NS: Final = 1_000_000_000
@@ -41,11 +42,23 @@ class _Version(NamedTuple):
     changed_ns: int
 
 
+class _Journal(NamedTuple):
+    """`has_kek`: of the keyring that was read after it."""
+
+    chains: dict[str, Chain]
+    damaged: list[set[str]]
+    has_kek: Callable[[int], bool]
+
+
+_NO_JOURNAL: Final = _Journal({}, [], lambda _version: False)
+
+
 class SettledKeys:
     """The keys of a data directory. A context manager; used in one thread. Raises StorageUnavailableError."""
 
     def __init__(self, data_dir: str) -> None:
         self._files = os.path.join(data_dir, DIRECTORY)
+        self._backups = os.path.join(data_dir, BACKUPS)
         with contextlib.ExitStack() as undo:
             self._directory_fd = open_directory(data_dir)
             undo.callback(os.close, self._directory_fd)
@@ -55,7 +68,9 @@ class SettledKeys:
             undo.pop_all()
         self.recovered = 0
         """Keys that `read` answered from the journal."""
-        self._journal: tuple[_Version | None, dict[str, Chain]] = (None, {})
+        self.unread: list[str] = []
+        """Rotation backups that `damaged` could not read, or that were cut."""
+        self._journal: tuple[_Version | None, _Journal] = (None, _NO_JOURNAL)
 
     def close(self) -> None:
         """Closes the directories."""
@@ -75,26 +90,45 @@ class SettledKeys:
         Raises StorageUnavailableError, StartError.
         """
         # First: a journal is removed only after the files of its keys were made.
-        created = {key_id for key_id, chain in self._journalled().items() if chain.made}
+        created = {key_id for key_id, chain in self._journalled().chains.items() if chain.made}
         listings = LISTINGS_COUNT if self._files_fd is not None else 0
         return sorted({key_id for _ in range(listings) for key_id in list_key_ids(self._files)}.union(created))
 
     def read(self, key_id: str) -> bytes | None:
         """The content of a key's file; None if there is none.
 
-        After a crash the file may be missing, empty, or hold a mixture until the next start: then what a replay would
-        write is returned. Raises StorageUnavailableError, KeyNotFoundError, StartError.
+        After a crash the file may be missing, empty, or hold an earlier content or a mixture until the next start: what
+        a replay would write is returned. Raises StorageUnavailableError, KeyNotFoundError, StartError.
         """
         found = self._read_file(key_id)
-        chain = self._journalled().get(key_id)
+        journalled = self._journalled()
+        chain = journalled.chains.get(key_id)
         if chain is None:
             if found is None or not dek.is_valid(found, key_id):
                 return self._read_file(key_id)  # it may have been made since, and the journal removed
             return found
-        if found in chain.contents or not chain.is_due(found):
+        due = chain.due(found, journalled.has_kek)
+        if due is None:
             return found
-        self.recovered += 1
-        return chain.contents[-1]
+        self.recovered += due != found
+        return due
+
+    def damaged(self) -> Iterator[set[str]]:
+        """Of each damaged record of the journal and the rotation backups, the key ids in it. Afterwards `unread` has
+        the backups that could not be read. Raises StorageUnavailableError, StartError.
+        """
+        yield from self._journalled().damaged
+        for stamp in list_stamps(self._backups) if os.path.isdir(self._backups) else ():
+            for file in list_journals(self._backups, stamp):
+                place = os.path.join(stamp, file.name)
+                try:
+                    content = read_file_bounded(os.path.join(self._backups, place), BYTES_MAX)
+                    yield from () if content is None else decode(content).damaged
+                except (StorageUnavailableError, StartError):
+                    self.unread.append(place)
+                else:
+                    if content is not None and not is_whole(content):
+                        self.unread.append(place)
 
     def _read_file(self, key_id: str) -> bytes | None:
         name = file_name(key_id)
@@ -102,16 +136,24 @@ class SettledKeys:
             return None
         return read_settled(name, dir_fd=self._files_fd, is_valid=lambda data: dek.is_valid(data, key_id))
 
-    def _journalled(self) -> dict[str, Chain]:
+    def _journalled(self) -> _Journal:
         version = self._version(journal.NAME)
         before, found = self._journal
         if version is None or version != before:
             content = read_file_bounded(journal.NAME, BYTES_MAX, dir_fd=self._directory_fd)
-            found = {} if content is None else chains(decode(content).intact)
+            found = _NO_JOURNAL
+            if content is not None:
+                intact, damaged = decode(content)
+                found = _Journal(chains(intact), damaged, self._has_kek())
             # Records are written in place: one may follow within the same tick of the clock.
             is_settled = version is not None and time.time_ns() - version.changed_ns > CLOCK_TICK_NS
             self._journal = (version if is_settled else None, found)
         return found
+
+    def _has_kek(self) -> Callable[[int], bool]:
+        """Of the keyring, which is not authenticated here. Raises StorageUnavailableError, StartError."""
+        data = read_file_bounded(keyring_file.NAME, keyring.FILE_BYTES_MAX, dir_fd=self._directory_fd)
+        return _NO_JOURNAL.has_kek if data is None else keyring.parse_file(data)[0].has_kek
 
     def _version(self, name: str) -> _Version | None:
         """None if there is no such file."""

@@ -218,7 +218,12 @@ class Parts:
         logger.warning("refusing requests" if why else "serving again", why=why or "the auditor has caught up")
 
     async def begin(self, events: Sequence[Event]) -> None:
-        """Writes the first lines of this run, durably. Raises StartError when they can't be written."""
+        """Writes the first lines of this run, durably, and logs what the replay of the journal could not read. Raises
+        StartError when they can't be written.
+        """
+        if damaged := self._data.replayed.damaged:
+            logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+            logger.warning("journal damaged", records=damaged, do="run minikms doctor")
         *before, last = events
         for event in before:
             self.audit.add(event)

@@ -57,6 +57,7 @@ class StatusPage:
         self._provider = settings.root.name if from_source else data.slot.provider
         """Where the root key comes from; for one that a request gave, what its slot has recorded."""
         self._vault = data.vault
+        self._damaged_records = data.replayed.damaged
         self._log = data.log
         self._upkeep = upkeep
         self._position = position
@@ -198,6 +199,11 @@ class StatusPage:
             found.append(
                 f"{self._vault.unreadable.count} key files can't be read, see keys.unreadable_files; restore them "
                 "from a backup"
+            )
+        if self._damaged_records:
+            found.append(
+                f"{self._damaged_records} records of the journal of key files were damaged at the start, and keys that "
+                "only they had are lost; run minikms doctor, and restore the keys that it names from a backup"
             )
         unreadable = sorted(self._vault.rotation_backups.unreadable)
         if unreadable:

@@ -50,6 +50,42 @@ def test_keys_that_only_the_journal_has_are_judged_and_named(tmp_path: Path) -> 
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_keys_that_only_a_damaged_record_had_are_named(tmp_path: Path, started: bool) -> None:
+    """Before the start that reads the journal, and after it, in the journal that it has kept. A key that has a file, or
+    was destroyed, is not.
+    """
+    killed = tmp_path / "killed"
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            lost, destroyed, usual = await one.make(3)
+            copied_vault(one, killed)
+            journalled = (killed / journal.NAME).read_bytes()
+        async with opened_vault(killed) as after:
+            await after.vault.retire(destroyed)
+            await after.vault.destroy(destroyed)
+            after.file(lost).unlink()
+        damaged = bytearray(journalled)
+        for number in range(3):  # in the checksum
+            damaged[len(journal_format.MAGIC) + (number + 1) * journal_format.RECORD_BYTES - 1] ^= 1
+        (killed / journal.NAME).write_bytes(damaged)
+        if started:
+            async with opened_vault(killed) as after:
+                assert after.replayed.damaged == 3
+        [found] = findings(killed)
+        assert found.level == "problem"
+        assert lost in found.what
+        assert usual not in found.what
+        assert destroyed not in found.what
+        if started:
+            [kept] = (killed / "kms-deks-backup").glob("*/*.journal")
+            kept.write_bytes(damaged[:-700])
+            assert any(kept.name in found.what for found in examine(str(killed), None, now=time.time()))
+
+    asyncio.run(main())
+
+
 def test_a_journal_of_another_version_is_a_problem(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened_vault(tmp_path / "d") as one:

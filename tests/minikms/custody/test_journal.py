@@ -47,7 +47,7 @@ def test_the_known_journal_is_read_and_written_in_the_same_bytes() -> None:
     content = bytes.fromhex(known["journal"])
     first, second = (file.encode() for file in known["files"])
     found = decode(content)
-    assert found.damaged == 0
+    assert found.damaged == []
     assert [each[:3] for each in found.intact] == [(known["key_id"], b"", first), (known["key_id"], first, second)]
     assert MAGIC + BLANK + encode(Change(*each[:3]) for each in found.intact)[len(MAGIC) :] == content
 
@@ -71,7 +71,7 @@ def test_a_damaged_record_is_left_out_and_no_other_one(at: int, bit: int) -> Non
     hit = (at - len(MAGIC)) // RECORD_BYTES
     found = decode(bytes(content))
     assert found.intact == (keys if hit < 0 else keys[:hit] + keys[hit + 1 :])
-    assert found.damaged == (0 if hit < 0 else 1)
+    assert len(found.damaged) == (0 if hit < 0 else 1)
 
 
 def test_a_log_of_another_version_is_refused() -> None:
@@ -619,7 +619,7 @@ def test_sectors_that_a_power_loss_took_are_no_damage(count: int, data: st.DataO
     content = encode([new_key(number) for number in range(count)]).ljust(len(MAGIC) + 5 * RECORD_BYTES, b"\0")
     begin = data.draw(st.integers(0, len(content) // SECTOR_BYTES)) * SECTOR_BYTES
     end = min(begin + SECTOR_BYTES, len(content))
-    assert decode(content[:begin] + bytes(end - begin) + content[end:]).damaged == 0
+    assert decode(content[:begin] + bytes(end - begin) + content[end:]).damaged == []
 
 
 # --- readers --------------------------------------------------------------------------------------------------------

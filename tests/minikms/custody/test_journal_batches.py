@@ -15,13 +15,13 @@ import pytest
 from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.custody import deks, journal, settled_keys
 from minikms.custody.journal import NAME, Journal, Replayed, replay
-from minikms.custody.journal_format import Change, Decoded, decode, encode
+from minikms.custody.journal_format import MAGIC, RECORD_BYTES, Change, Decoded, decode, encode
 from minikms.custody.settled_keys import SettledKeys
 from minikms.files import open_directory
 from minikms.keys import dek
 from minikms.keys.dek import FILE_BYTES
 from tests.harness.disk_faults import failing_os, refuse
-from tests.harness.vaults import OpenedVault, opened_vault
+from tests.harness.vaults import OpenedVault, copied_vault, opened_vault
 
 STAMP = "20260101T000000"
 
@@ -242,7 +242,8 @@ def test_a_reader_beside_the_daemon_parses_the_journal_once(tmp_path: Path, monk
             one.file(key_ids[3]).unlink()
             with SettledKeys(str(one.directory)) as settled:
                 assert settled.key_ids() == sorted(key_ids)
-                assert [settled.read(key_id) for key_id in key_ids] == [rewrap.old for rewrap in batch]
+                latest = [*(rewrap.new for rewrap in batch[:2]), *(rewrap.old for rewrap in batch[2:])]
+                assert [settled.read(key_id) for key_id in key_ids] == latest
                 assert len(parsed) == 1
                 put_journal(one, batch)
                 one.file(key_ids[2]).write_bytes(b"")
@@ -357,6 +358,72 @@ def test_after_a_crash_a_reader_beside_the_daemon_finds_whole_contents(tmp_path:
                 found = [settled.read(rewrap.key_id) for rewrap in batch]
                 assert settled.recovered == 2
             assert found == [torn.new, zeros.new, other.old, bytes(FILE_BYTES)]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("newest_kek", [1, 2])
+@pytest.mark.parametrize("made", [False, True])
+def test_a_backup_takes_what_the_replay_writes(tmp_path: Path, newest_kek: int, made: bool) -> None:
+    """Whatever the file has, also if the keyring is older than the journal and lacks the KEK of its last content."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            older = (one.directory / "keyring.json").read_bytes()
+            [rewrap] = await rewraps(one, await one.make(1))
+            file = one.file(rewrap.key_id)
+            retired = dek.encode(dek.retired(dek.parse(rewrap.old, rewrap.key_id), at="2026-01-01T00:00:00Z"))
+            if newest_kek == 1:
+                (one.directory / "keyring.json").write_bytes(older)
+            taken, left = [], []
+            directory = open_directory(one.directory)
+            for content in (None, b"", rewrap.old, rewrap.new, mixture(rewrap), retired):
+                put_journal(one, [Change.summed(rewrap.key_id, b"", rewrap.old), rewrap] if made else [rewrap])
+                file.unlink(missing_ok=True)
+                if content is not None:
+                    file.write_bytes(content)
+                with SettledKeys(str(one.directory)) as settled:
+                    taken.append(settled.read(rewrap.key_id))
+                replay(
+                    directory,
+                    one.vault.store,
+                    one.vault.rotation_backups,
+                    destroyed=(),
+                    has_kek=lambda version: version <= newest_kek,
+                    stamp=STAMP,
+                )
+                left.append(file.read_bytes() if file.exists() else None)
+            os.close(directory)
+            newest = rewrap.new if newest_kek == 2 else rewrap.old
+            assert left == [newest if made else None, newest, newest, newest, newest, retired]
+            assert taken == left
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("left", [5, len(MAGIC) + 2 * RECORD_BYTES + 700, len(MAGIC) + 2 * RECORD_BYTES + 9])
+def test_a_journal_that_was_cut_is_damaged_and_kept_with_whole_records(tmp_path: Path, left: int) -> None:
+    """A kept one can be read when a key is destroyed. What is left of the cut record names its key."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            key_ids = [(await one.make(1))[0] for _ in range(3)]
+            copied_vault(one, tmp_path / "after")
+        for key_id in key_ids:
+            (tmp_path / "after" / "kms-deks" / f"{key_id}.json").unlink()
+        os.truncate(tmp_path / "after" / NAME, left)
+        whole = max(0, (left - len(MAGIC)) // RECORD_BYTES)
+        async with opened_vault(tmp_path / "after") as after:
+            assert after.replayed == Replayed(whole, damaged=1)
+            assert len(after.keys(key_ids[:whole])) == whole
+            [kept] = (after.directory / "kms-deks-backup").rglob("*.journal")
+            assert kept.stat().st_size == len(MAGIC) + (whole + 1) * RECORD_BYTES
+            with SettledKeys(str(after.directory)) as settled:
+                assert list(settled.damaged()) == [{key_ids[2]} if (left - len(MAGIC)) % RECORD_BYTES == 700 else set()]
+            for key_id in key_ids[:whole]:
+                await after.vault.retire(key_id)
+                await after.vault.destroy(key_id)
+            assert after.vault.rotation_backups.unreadable == {}
 
     asyncio.run(main())
 

@@ -99,6 +99,22 @@ def test_each_kind_of_damage_is_named_and_no_other_key_is_harmed(tmp_path: Path)
         assert status(daemon)["keys"]["unreadable"] == 0
 
 
+def test_an_operator_learns_that_a_journal_was_damaged(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path) as daemon:
+        key_id = new_key(daemon)
+        daemon.kill()
+        (daemon.data_dir / "kms-deks" / f"{key_id}.json").unlink()
+        journal = daemon.data_dir / "kms-journal"
+        content = bytearray(journal.read_bytes())
+        content[2000] ^= 1
+        journal.write_bytes(content)
+        daemon.start()
+        assert any("1 records of the journal of key files were damaged" in text for text in status(daemon)["warnings"])
+        assert "journal damaged" in daemon.log.read_text()
+        told = forked.run("minikms", "doctor", "--data-dir", daemon.data_dir)
+        assert (told.returncode, key_id in told.stdout) == (1, True)
+
+
 def test_a_link_or_a_pipe_in_place_of_a_key_is_not_opened(tmp_path: Path) -> None:
     """It blocks nothing."""
     with LiveDaemon(tmp_path) as daemon:
