@@ -18,7 +18,7 @@ from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError
 from minikms.client import calls
-from minikms.client.batching import Batcher
+from minikms.client.batching import Batcher, OneLoop
 from minikms.client.calls import Attempts, Call, check_proxied, make_call
 from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, BaseClient
 from minikms.client.connection import Connection
@@ -35,7 +35,7 @@ CHUNKS_AT_ONCE_MAX: Final = 2
 
 
 class AsyncClient(BaseClient, Verbs, AsyncRunner):
-    """A client of one miniKMS for one event loop.
+    """A client of one miniKMS for one event loop; in another one its methods raise RuntimeError.
 
     `address` is the path of the daemon's socket, or the URL of a gateway (docs/client.md). `timeout_s` bounds the wait
     for an answer, `wait_s` how long a call waits for a daemon that is away (0: not at all) before KmsUnavailableError.
@@ -62,10 +62,11 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
         self._slots = asyncio.Semaphore(POOL_CONNECTIONS_MAX)
         self._batch_connections: dict[Verb[Any, Any], Connection] = {}
         self._closed = False
+        self._loop = OneLoop()
         wait_s_max = self._timeout_s + self._wait_s
         self._batchers: dict[Verb[Any, Any], Batcher[Any]] = {
-            api.ENCRYPT: Batcher(self._send_encrypts, wait_s_max),
-            api.DECRYPT: Batcher(self._send_decrypts, wait_s_max),
+            api.ENCRYPT: Batcher(self._send_encrypts, wait_s_max, self._loop),
+            api.DECRYPT: Batcher(self._send_decrypts, wait_s_max, self._loop),
         }
 
     async def __aenter__(self) -> Self:
@@ -94,6 +95,7 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
         return self._run_one(operation) if batcher is None else batcher.submit(operation.request)
 
     async def _run_one(self, one: One[T]) -> T:
+        self._loop.running()
         if self._endpoint.proxied:
             check_proxied(one.verb)
         call = one.call()

@@ -30,6 +30,22 @@ QUEUE_BYTES_MAX: Final = 256 * 1024 * 1024
 ItemT = TypeVar("ItemT", EncryptItem, DecryptItem)
 
 
+class OneLoop:
+    """The event loop in which a client was first used."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def running(self) -> asyncio.AbstractEventLoop:
+        """Raises RuntimeError in another one, whose calls would wait for the tasks of the first."""
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise RuntimeError("this AsyncClient was used in another event loop: make one for each event loop")
+        return loop
+
+
 class _Waiting(Generic[ItemT]):
     __slots__ = ("cost_bytes", "future", "item", "until_s")
 
@@ -43,9 +59,12 @@ class _Waiting(Generic[ItemT]):
 class Batcher(Generic[ItemT]):
     """The queue of one verb. `send` sends a batch to the daemon and returns one outcome for each item."""
 
-    def __init__(self, send: Callable[[list[ItemT]], Awaitable[list[Outcome]]], wait_s_max: float) -> None:
+    def __init__(
+        self, send: Callable[[list[ItemT]], Awaitable[list[Outcome]]], wait_s_max: float, loop: OneLoop
+    ) -> None:
         self._send: Callable[[list[ItemT]], Awaitable[list[Outcome]]] = send
         self._wait_s_max = wait_s_max
+        self._loop = loop
         self._queue: deque[_Waiting[ItemT]] = deque()
         self._queue_bytes = 0
         self._task: asyncio.Task[None] | None = None
@@ -55,10 +74,10 @@ class Batcher(Generic[ItemT]):
         """Queues the item and waits for its outcome. Raises KmsError."""
         if self._closed:
             raise KmsClosedError("the client is closed")
+        loop = self._loop.running()
         cost = checked_cost_bytes(item)
         if len(self._queue) >= QUEUE_ITEMS_MAX or self._queue_bytes + cost > QUEUE_BYTES_MAX:
             raise KmsUnavailableError("too many calls are waiting for the key service; make fewer at once")
-        loop = asyncio.get_running_loop()
         future: asyncio.Future[bytes] = loop.create_future()
         self._queue.append(_Waiting(item, cost, loop.time() + self._wait_s_max, future))
         self._queue_bytes += cost

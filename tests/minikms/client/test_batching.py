@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minikms import api
 from minikms.api import errors
 from minikms.client import AsyncClient, asynchronous, batching
-from minikms.client.batching import Batcher
+from minikms.client.batching import Batcher, OneLoop
 from minikms.client.items import EncryptItem, Outcome, checked_cost_bytes
 from tests.minikms.client.hostile import SILENT, answer, array_answer, hostile
 
@@ -48,7 +48,7 @@ class Daemon:
 def run(test: Callable[[Daemon, Batcher[EncryptItem]], Awaitable[None]]) -> None:
     async def main() -> None:
         daemon = Daemon()
-        batcher = Batcher(daemon.send, 5.0)
+        batcher = Batcher(daemon.send, 5.0, OneLoop())
         try:
             await test(daemon, batcher)
         finally:
@@ -177,7 +177,7 @@ def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch
 def test_an_item_that_waited_too_long_fails_and_is_not_sent() -> None:
     async def main() -> None:
         daemon = Daemon()
-        batcher = Batcher(daemon.send, 1.0)
+        batcher = Batcher(daemon.send, 1.0, OneLoop())
         first = asyncio.create_task(batcher.submit(item(b"first")))
         await turns()
         late = asyncio.create_task(batcher.submit(item(b"late")))

@@ -237,3 +237,26 @@ def test_a_uid_that_is_not_allowed_gets_an_error_that_says_so() -> None:
         finally:
             process.terminate()
             process.wait()
+
+
+def test_a_call_in_another_event_loop_is_refused_at_once(daemon_socket: str) -> None:
+    client = AsyncClient(daemon_socket)
+
+    async def create() -> str:
+        return (await client.create_dek_for_thread("thread-1")).key_id
+
+    with asyncio.Runner() as first:
+        key_id = first.run(create())
+        calls = (
+            lambda: client.get_key(key_id),
+            lambda: client.encrypt(key_id, b"hello"),
+            lambda: client.encrypt_batch([EncryptItem(key_id=key_id, plaintext=b"hello")] * 2),
+        )
+
+        async def use(call: Any) -> None:
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await call()
+
+        for call in calls:
+            asyncio.run(use(call))
+        first.run(client.close())
