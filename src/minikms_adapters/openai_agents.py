@@ -26,6 +26,7 @@ from minikms_adapters.records import (
     ask_inner,
     asynchronous,
     from_json,
+    json_bytes,
     thread_name,
 )
 
@@ -123,7 +124,7 @@ class EncryptedSession(SessionABC):
         return Place(self._thread, ("openai-agents", "item", self.session_id), record)
 
     def _seal(self, items: Sequence[TResponseInputItem]) -> Steps[list[TResponseInputItem]]:
-        values = [(self._place(), json.dumps(item, default=_as_dict, ensure_ascii=False).encode()) for item in items]
+        values = [(self._place(), json_bytes(item, _as_dict)) for item in items]
         records = yield from self._sealer.seal(values)
         sealed = [as_json(record) for record in records]
         return cast("list[TResponseInputItem]", sealed)

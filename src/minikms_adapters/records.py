@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import json
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Sequence
@@ -227,6 +228,11 @@ def malformed(record: str) -> Iterator[None]:
 def is_sealed(value: object) -> TypeGuard[bytes]:
     """Whether a stored value has the form of a record; only `Sealer.open` says whether it is one."""
     return isinstance(value, bytes) and value.startswith(MAGIC) and len(value) >= HEAD_BYTES + api.SEAL_BYTES
+
+
+def json_bytes(value: object, default: Callable[[Any], Any] | None = None) -> bytes:
+    """A plaintext that `json.loads` reads. Half a surrogate pair, as cut text of a model has, stays what it is."""
+    return json.dumps(value, default=default, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def as_json(record: bytes) -> dict[str, str]:

@@ -64,6 +64,7 @@ def test_items_come_back_as_from_the_inner_session(file: Path, session_id: str, 
         found: list[Any] = [await session.get_items(), await session.pop_item()]
         await session.add_items([])
         await session.add_items([said(f"{number} ✓") for number in range(5)])
+        await session.add_items([said("half a pair \ud83d")])
         await session.add_items([{"type": "function_call", "name": "f", "arguments": "{}", "call_id": "c"}])
         found += [await session.get_items(), await session.get_items(limit=2), await session.get_items(limit=0)]
         found += [await session.pop_item(), await session.pop_item(), await session.get_items()]
@@ -76,7 +77,7 @@ def test_items_come_back_as_from_the_inner_session(file: Path, session_id: str, 
     with opened(file, session_id, kms) as session:
         expected = asyncio.run(use(plain))
         assert asyncio.run(use(session)) == expected
-        assert len(expected[2]) == 6
+        assert len(expected[2]) == 7
     plain.close()
 
 

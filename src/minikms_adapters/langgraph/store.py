@@ -10,7 +10,18 @@ import json
 from collections.abc import Iterable
 from typing import Any, Final
 
-from langgraph.store.base import BaseStore, GetOp, Item, Op, PutOp, Result, SearchItem, SearchOp, TTLConfig
+from langgraph.store.base import (
+    BaseStore,
+    GetOp,
+    InvalidNamespaceError,
+    Item,
+    Op,
+    PutOp,
+    Result,
+    SearchItem,
+    SearchOp,
+    TTLConfig,
+)
 
 from minikms_adapters.errors import NotSearchableError, WrongPlaceError
 from minikms_adapters.records import (
@@ -24,6 +35,7 @@ from minikms_adapters.records import (
     ask_inner,
     both,
     from_json,
+    json_bytes,
     thread_name,
 )
 
@@ -60,7 +72,9 @@ class EncryptedStore(BaseStore):
         puts = [op for op in ops if isinstance(op, PutOp) and op.value is not None]
         if any(isinstance(op, SearchOp) and (op.query or op.filter) for op in ops) or any(op.index for op in puts):
             raise NotSearchableError("values are encrypted: they can't be indexed, filtered or searched")
-        values = [(_place(op.namespace, op.key), json.dumps(op.value, ensure_ascii=False).encode()) for op in puts]
+        for op in puts:
+            _check_namespace(op.namespace)
+        values = [(_place(op.namespace, op.key), json_bytes(op.value)) for op in puts]
         records = iter((yield from self._sealer.seal(values)))
         stored = [
             op._replace(value=as_json(next(records)), index=False)
@@ -78,6 +92,7 @@ class EncryptedStore(BaseStore):
 
     def _delete_namespace(self, namespace: Namespace) -> Steps[list[Receipt]]:
         """Destroys the keys of one namespace, then deletes its items. Gives the receipts. May be repeated."""
+        _check_namespace(namespace)
         receipts = yield from self._sealer.destroy(thread_name("store", *namespace))
         offset = 0
         while True:
@@ -91,6 +106,14 @@ class EncryptedStore(BaseStore):
                 return receipts
 
     delete_namespace, adelete_namespace = both(_delete_namespace)
+
+
+def _check_namespace(namespace: Namespace) -> None:
+    """Raises InvalidNamespaceError for a part with a dot, which LangGraph's own methods refuse too: it would have the
+    key of the parts before and after the dot.
+    """
+    if any("." in part for part in namespace):
+        raise InvalidNamespaceError(f"no part of a namespace has a dot: {namespace}")
 
 
 def _place(namespace: Namespace, key: str) -> Place:

@@ -122,6 +122,17 @@ def test_types_of_the_program_come_back(sqlite: SqliteSaver, kms: Client, thread
     assert found.pending_writes == [("task", "messages", {"1": message})]
 
 
+def test_half_a_surrogate_pair_is_stored_as_by_the_inner_saver(kms: Client, thread: str) -> None:
+    found = []
+    for saver in (InMemorySaver(), EncryptedSaver(InMemorySaver(), kms)):
+        stored = put(saver, thread, 1, "half a pair \ud83d")
+        saver.put_writes(stored, [("messages", ["\ude00"])], "task")
+        row = saver.get_tuple(stored)
+        assert row is not None
+        found.append((row.checkpoint["channel_values"], row.metadata, row.pending_writes))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("value", [None, b"bytes", {"a": [1, 2.5, "ü", True, None]}, _DeltaSnapshot(b"x"), {1: b"y"}])
 def test_the_closed_serializer_has_the_format_of_langgraph(value: object) -> None:
     assert ClosedSerializer().dumps_typed(value) == JsonPlusSerializer().dumps_typed(value)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langgraph.store.base import BaseStore, Op, PutOp, Result
+from langgraph.store.base import BaseStore, GetOp, InvalidNamespaceError, Op, PutOp, Result
 from langgraph.store.memory import InMemoryStore
 from langgraph.store.sqlite import SqliteStore
 
 from minikms import AsyncClient, Client
 from minikms_adapters import DestroyedRecordError, NotSearchableError, PlaintextRecordError, WrongPlaceError
 from minikms_adapters.langgraph import EncryptedStore
+from minikms_adapters.records import Place, Runner, Sealer, as_json
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms_adapters.test_records import Counting
 
@@ -104,6 +105,33 @@ def test_a_value_of_another_place_is_an_error(
         store.get(("memories", user), "a")
     with pytest.raises(error):
         store.search(("memories", user))
+
+
+def test_half_a_surrogate_pair_is_stored_as_by_the_inner_store(kms: Client, user: str) -> None:
+    for store in (InMemoryStore(), EncryptedStore(InMemoryStore(), kms)):
+        store.put(("memories", user), "a", {"note": "\ud83d"})
+        assert plain(store.get(("memories", user), "a"))[2] == {"note": "\ud83d"}
+
+
+def test_one_part_of_a_namespace_does_not_stand_for_two(kms: Client, user: str) -> None:
+    inner = InMemoryStore()
+    store = EncryptedStore(inner, kms)
+    store.put(("memories", user), "a", {"note": TYPED})
+    dotted = (f"memories.{user}",)
+    with pytest.raises(InvalidNamespaceError):
+        store.delete_namespace(dotted)
+    with pytest.raises(InvalidNamespaceError):
+        store.batch([PutOp(dotted, "a", {"note": TYPED})])
+    assert plain(store.get(("memories", user), "a"))[2] == {"note": TYPED}
+
+
+def test_what_an_older_version_stored_under_a_dotted_part_is_read(kms: Client, user: str) -> None:
+    inner, part = InMemoryStore(), f"memories.{user}"
+    place = Place(f"store.{part}", ("langgraph", "item", "a", part), "")
+    [record] = Runner(kms).run(Sealer().seal([(place, b'{"note": "old"}')]))
+    inner.batch([PutOp((part,), "a", as_json(record))])
+    [item] = EncryptedStore(inner, kms).batch([GetOp((part,), "a")])
+    assert plain(item)[2] == {"note": "old"}
 
 
 class Misleading(InMemoryStore):
