@@ -160,6 +160,7 @@ class Auditor:
     def _act(self) -> bool:
         """Whether it was a whole step: the log was looked at, and a quorum has cosigned since the start."""
         answered = self._report()
+        self._heed(self._witnesses.collect().alarm)  # of one that answered late
         if not self._confirmed:
             self._confirm()
         whole = self._confirmed and answered and self._grow()
@@ -317,10 +318,8 @@ class Auditor:
             text = Checkpoint(self._config.origin, state.size, state.root).text()
             self._note = Note(text, self._signers.sign(text))
         node = Tiles(self._store.read, state.size).node
-        answers = self._witnesses.submit(Submission(self._note, state.size, node))
-        if answers.alarm:
-            self._confirmed = False
-            raise _AlarmError(answers.alarm)
+        answers = self._witnesses.submit(Submission(self._note, state.size, node), self._config.quorum)
+        self._heed(answers.alarm)
         self._note = self._note.with_signatures(answers.signatures)
         times = sorted((cosigned_at(each) or 0 for each in answers.signatures), reverse=True)
         quorum = self._config.quorum
@@ -330,6 +329,12 @@ class Auditor:
         self._confirmed = True
         self._submitted_s = time.monotonic()
         self._witnessed_at = times[quorum - 1] if quorum else 0
+
+    def _heed(self, alarm: str) -> None:
+        """Raises _AlarmError for what a witness knows."""
+        if alarm:
+            self._confirmed = False
+            raise _AlarmError(alarm)
 
     def _recall_published(self) -> None:
         """The times of the tree checkpoint that was published before the start."""

@@ -2,8 +2,8 @@
 
 Owns: the request `add-checkpoint` and its answers, what each witness is known to have, and the round in which all of
 them are asked at once. Invariants: a round is bounded in time; a cosignature is used only if it verifies; a witness
-that knows another or a larger tree raises WitnessAlarmError, which is never only a failure. It must never send anything
-but a tree checkpoint and a consistency proof.
+that knows another or a larger tree raises WitnessAlarmError, which is never only a failure, also if it comes after the
+round. It must never send anything but a tree checkpoint and a consistency proof.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Final, NamedTuple
 
 from minikms.audit import tree
@@ -24,6 +24,8 @@ from minikms_auditor.config import Files, Witness
 
 ROUND_SECONDS_MAX: Final = 10.0
 """In which all witnesses must have answered: less than the time for which the daemon takes an auditor for attached."""
+GRACE_SECONDS: Final = 1.0
+"""How much longer the others may take once a quorum has answered: one of them may know another tree."""
 ATTEMPTS: Final = 3
 BACKOFF_SECONDS_MAX: Final = 60.0
 CLOCK_SECONDS_MAX: Final = 300
@@ -84,7 +86,7 @@ class Client:
         return signature
 
     def _submit(self, sent: Submission, ends_s: float) -> Signature:
-        old = min(self.known_size, sent.size)
+        old, is_disputed = min(self.known_size, sent.size), False
         for _ in range(ATTEMPTS):
             proof = tree.consistency_proof(sent.node, old, sent.size)
             lines = [f"old {old}", *map(encode_text, proof), "", ""]
@@ -96,13 +98,17 @@ class Client:
             if status == 422:
                 raise WitnessAlarmError(f"the witness {self.key.name} knows a tree that this one does not extend")
             found = _SIZE.fullmatch(body) if status == 409 else None
+            if status == 409 and found is None and old == sent.size and not is_disputed:
+                # It knows another tree of this size, or this is no answer of a witness. One names its size here:
+                old, is_disputed = 0, True
+                continue
             known = int(found[1]) if found else old
             if known > sent.size:
                 raise WitnessAlarmError(
                     f"the witness {self.key.name} knows a tree of {known} leaves, and this one has {sent.size}: the "
                     "state of the auditor or the log is an older copy"
                 )
-            if status == 409 and known == old == sent.size:
+            if found and known == sent.size and (is_disputed or old == known):
                 raise WitnessAlarmError(f"the witness {self.key.name} knows another tree of {known} leaves")
             if known == old:
                 raise WitnessFailedError(f"it answers {status}")
@@ -127,7 +133,7 @@ class Client:
 
 
 class Round(NamedTuple):
-    """What the witnesses answered. alarm: the text of the first alarm, else empty."""
+    """What witnesses answered. alarm: the text of the first alarm, else empty."""
 
     signatures: tuple[Signature, ...]
     alarm: str
@@ -140,24 +146,41 @@ class Witnesses:
         """Raises StartError."""
         self.clients = tuple(Client(witness, files) for witness in configured)
         self._threads = ThreadPoolExecutor(max(1, len(self.clients)), "witness")
-        self._running: dict[Client, Future[Signature]] = {}
+        self._running: dict[Client, tuple[Future[Signature], Submission, float]] = {}
+        """Those that were asked, and when they must have answered."""
 
-    def submit(self, sent: Submission) -> Round:
-        """Ask all witnesses that are due, at once, and wait for at most `ROUND_SECONDS_MAX`."""
-        ends_s = time.monotonic() + ROUND_SECONDS_MAX
-        asked: dict[Client, Future[Signature]] = {}
+    def submit(self, sent: Submission, quorum: int) -> Round:
+        """Ask all witnesses that are due, at once, and wait for at most `ROUND_SECONDS_MAX`; once a quorum has
+        cosigned, for at most `GRACE_SECONDS` longer. `collect` gets an alarm of the others then.
+        """
+        until_s = ends_s = time.monotonic() + ROUND_SECONDS_MAX
+        late: set[Future[Signature]] = set()
         for client in filter(self._is_due, self.clients):
-            asked[client] = self._threads.submit(client.submit, sent, ends_s)
-        self._running = {**self._running, **asked}
-        _, late = wait(asked.values(), ROUND_SECONDS_MAX)
+            answer = self._threads.submit(client.submit, sent, ends_s)
+            self._running[client] = answer, sent, ends_s
+            late.add(answer)
+        cosigned = 0
+        while late and (left_s := until_s - time.monotonic()) > 0:
+            done, late = wait(late, left_s, FIRST_COMPLETED)
+            cosigned += sum(answer.exception() is None for answer in done)
+            if cosigned >= quorum and until_s == ends_s:
+                until_s = min(ends_s, time.monotonic() + GRACE_SECONDS)
+        return self.collect(sent)
+
+    def collect(self, sent: Submission | None = None) -> Round:
+        """What was answered since the last call: alarms, and cosignatures of `sent`. Ends what takes too long."""
         signatures: list[Signature] = []
         alarm = ""
-        for client, answer in asked.items():
-            if answer in late:
-                client.abort()
+        for client, (answer, asked, ends_s) in list(self._running.items()):
+            if not answer.done():
+                if time.monotonic() >= ends_s:
+                    client.abort()
                 continue
+            del self._running[client]
             try:
-                signatures.append(answer.result())
+                signature = answer.result()
+                if asked is sent:
+                    signatures.append(signature)
             except WitnessAlarmError as error:
                 alarm = alarm or str(error)
             except WitnessFailedError:
@@ -169,8 +192,7 @@ class Witnesses:
         return sum(map(self._is_due, self.clients)) >= quorum
 
     def _is_due(self, client: Client) -> bool:
-        running = self._running.get(client)
-        return time.monotonic() >= client.retry_s and (running is None or running.done())
+        return client not in self._running and time.monotonic() >= client.retry_s
 
     def close(self) -> None:
         for client in self.clients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import shutil
 import threading
@@ -32,7 +33,8 @@ def policy(rig: Rig, quorum: int) -> WitnessPolicy:
     return WitnessPolicy((parse_vkey(rig.vkey()),), keys, quorum)
 
 
-def test_all_witnesses_cosign_every_tree_checkpoint(rig: Rig) -> None:
+def test_all_witnesses_cosign_every_tree_checkpoint(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitting, "GRACE_SECONDS", 30.0)  # the disk of the third may be slow
     for count in (20, 300, 1):
         rig.write(count)
         began = int(time.time())
@@ -227,6 +229,54 @@ def draw(handler: http.server.BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"\x1b[2J\x1b]0;owned\x07\x1b[31m all is well\r\n")
 
 
+@contextlib.contextmanager
+def answered(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, name: str, answer: Callable[[http.server.BaseHTTPRequestHandler], None]
+) -> Iterator[None]:
+    """The witness `name` answers so meanwhile, after the auditor's next start."""
+    handler = type("Handler", (Answers,), {"answer": staticmethod(answer)})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, monkeypatch.context() as patch:
+        threading.Thread(target=server.serve_forever, args=(STOP_CHECK_S,), daemon=True).start()
+        genuine = rig.witness
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        patch.setattr(rig, "witness", lambda each: (url if each == name else genuine(each)[0], genuine(each)[1]))
+        yield
+        server.shutdown()
+
+
+def test_a_witness_that_hangs_does_not_delay_a_publication(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it answers late is heeded: another tree that it knows stops the auditor."""
+    monkeypatch.setattr(submitting, "ROUND_SECONDS_MAX", 300.0)
+    monkeypatch.setattr(submitting, "GRACE_SECONDS", 0.0)
+    released = threading.Event()
+
+    def hang(handler: http.server.BaseHTTPRequestHandler) -> None:
+        released.wait()
+        respond(409, b"1000000\n")(handler)
+
+    with answered(rig, monkeypatch, W1, hang):
+        for _ in range(3):
+            rig.write(20)
+            status = rig.steps()
+            assert (status.published_size, status.alarm) == (len(rig.lines()), "")
+        released.set()
+        wait_until(lambda: "knows a tree of 1000000 leaves" in rig.steps().alarm)
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>busy</html>", b"-5\n", b"9" * 5000 + b"\n", b"13"])
+def test_a_conflict_that_names_no_size_is_an_error_of_that_witness(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    """A proxy may answer so. A witness that knows another tree of this size names it when it is asked again."""
+    rig.write(20)
+    rig.steps()
+    with answered(rig, monkeypatch, W1, respond(409, body)):
+        status = rig.start().steps()
+        assert status.alarm == ""
+        wait_until(lambda: rig.steps().witnesses[0].error)
+        assert rig.steps().witnesses[0].error == f"the witness {W1}: it answers 409"
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -250,16 +300,10 @@ def test_a_faulty_witness_is_a_failure_with_a_bound(
 ) -> None:
     if answer is drip:
         monkeypatch.setattr(submitting, "ROUND_SECONDS_MAX", 2.0)
-    handler = type("Handler", (Answers,), {"answer": staticmethod(answer)})
-    with Rig(tmp_path, witnesses=1) as rig, http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(STOP_CHECK_S,), daemon=True).start()
-        genuine = rig.witness
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        monkeypatch.setattr(rig, "witness", lambda name: (url, genuine(name)[1]))
+    with Rig(tmp_path, witnesses=1) as rig, answered(rig, monkeypatch, W1, answer):
         rig.write(20)
         status = rig.steps()
         assert (status.alarm, status.published_size) == ("", 0)
         wait_until(lambda: rig.steps().witnesses[0].error)
         error = rig.steps().witnesses[0].error
         assert error.startswith("the witness witness.example/w1: ") and said in error, error
-        server.shutdown()
