@@ -19,7 +19,11 @@ import json
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Sequence
+from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
 from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeGuard, TypeVar, cast
+from uuid import UUID
 
 from minikms import api
 from minikms.api.errors import (
@@ -30,12 +34,13 @@ from minikms.api.errors import (
     KmsRefusedError,
     WrongThreadError,
 )
-from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem
 from minikms.client.verbs import AsyncRunner
 from minikms_adapters.errors import (
     AdapterError,
     DestroyedRecordError,
     NotReadyError,
+    NotSupportedError,
     PlaintextRecordError,
     RecordError,
     WrongPlaceError,
@@ -222,6 +227,53 @@ def malformed(record: str) -> Iterator[None]:
         raise RecordError(record) from error
 
 
+# --- values of columns ------------------------------------------------------------------------------------------------
+
+_TEXTS: Final[dict[type, tuple[Callable[[Any], str], Callable[[str], Any]]]] = {
+    str: (str, str),
+    bool: (json.dumps, {"true": True, "false": False}.__getitem__),
+    int: (str, int),
+    float: (repr, float),
+    Decimal: (str, Decimal),
+    UUID: (str, UUID),
+    date: (date.isoformat, date.fromisoformat),
+    datetime: (datetime.isoformat, datetime.fromisoformat),
+    time: (time.isoformat, time.fromisoformat),
+    object: (json.dumps, json.loads),
+}
+"""How a value becomes text, and back. `object` is a value of JSON."""
+
+
+class Codec(NamedTuple):
+    """Values of one Python type as the plaintext of a record."""
+
+    kind: type
+    to_text: Callable[[Any], str]
+    from_text: Callable[[str], Any]
+
+    def encode(self, value: Any) -> bytes:
+        subclass = (self.kind is int and isinstance(value, bool)) or (self.kind is date and isinstance(value, datetime))
+        if not isinstance(value, self.kind) or subclass:
+            raise TypeError(f"the value of this encrypted column is a {self.kind.__name__}")
+        return value if isinstance(value, bytes) else self.to_text(value).encode("utf-8", "surrogatepass")
+
+    def decode(self, plaintext: bytes, record: str) -> Any:
+        """Raises RecordError if the record holds a value of another type."""
+        try:
+            return plaintext if self.kind is bytes else self.from_text(plaintext.decode("utf-8", "surrogatepass"))
+        except (ArithmeticError, LookupError, RecursionError, ValueError):
+            raise RecordError(record) from None
+
+
+def codec_of(kind: type) -> Codec:
+    """`object` stands for values of JSON."""
+    if issubclass(kind, Enum):
+        return Codec(kind, lambda value: str(value.name), kind.__getitem__)
+    if kind is not bytes and kind not in _TEXTS:
+        raise NotSupportedError(f"a column of {kind.__name__} can't be encrypted")
+    return Codec(kind, *_TEXTS.get(kind, _TEXTS[str]))
+
+
 # --- sealing and opening ----------------------------------------------------------------------------------------------
 
 
@@ -320,15 +372,7 @@ class Sealer:
         items: list[DecryptItem] = []
         counts: list[int] = []
         for place, record in records:
-            if not is_sealed(record):
-                raise PlaintextRecordError(place.record)
-            key_id = key_of(record)
-            if api.KEY_ID_PATTERN.fullmatch(key_id) is None or len(record) > 2 * RECORD_BYTES_MAX:
-                raise WrongPlaceError(place.record)
-            pieces = [
-                record[at : at + SEALED_PIECE_BYTES_MAX]
-                for at in range(HEAD_BYTES, len(record), SEALED_PIECE_BYTES_MAX)
-            ]
+            key_id, pieces = _pieces(place, record)
             items += [
                 DecryptItem(key_id=key_id, ciphertext=piece, aad=aad, thread_id=place.thread)
                 for piece, aad in zip(pieces, _aads(place, len(pieces)), strict=True)
@@ -341,6 +385,35 @@ class Sealer:
             _whole(place, [next(outcomes) for _ in range(count)])
             for (place, _), count in zip(records, counts, strict=True)
         ]
+
+    def move(self, records: Sequence[tuple[Place, object]]) -> Steps[list[bytes | None]]:
+        """The records that are under a replaced key, under the current one. None for the others, and for those whose
+        key was destroyed. The plaintext does not leave the key service.
+        """
+        self.forget(*(place.thread for place, _ in records))
+        groups: dict[tuple[str, str], list[tuple[int, list[ReencryptItem]]]] = {}
+        for index, (place, record) in enumerate(records):
+            old, pieces = _pieces(place, record)
+            new = self._keys.get(place.thread) or (yield from self._current_key(place.thread))
+            if old != new:
+                items = [
+                    ReencryptItem(ciphertext=piece, aad=aad)
+                    for piece, aad in zip(pieces, _aads(place, len(pieces)), strict=True)
+                ]
+                groups.setdefault((old, new), []).append((index, items))
+        moved: list[bytes | None] = [None] * len(records)
+        for (old, new), group in groups.items():
+            pieces_of_all = [item for _, items in group for item in items]
+            try:
+                outcomes = iter((yield ask_kms("reencrypt_batch", old, new, pieces_of_all)))
+            except KeyDestroyedError:
+                continue
+            except (KeyNotFoundError, WrongThreadError) as error:
+                raise WrongPlaceError(records[group[0][0]][0].record) from error
+            for index, items in group:
+                piece = _whole(records[index][0], [next(outcomes) for _ in items])
+                moved[index] = MAGIC + new.encode("ascii") + piece
+        return moved
 
     def destroy(self, thread: str) -> Steps[list[Receipt]]:
         """Destroys every data key of the thread, and with them all its records. Gives a receipt for each key."""
@@ -364,6 +437,17 @@ class Sealer:
             cursor = page.next_cursor
             if cursor is None:
                 return keys
+
+
+def _pieces(place: Place, record: object) -> tuple[str, list[bytes]]:
+    """The key that a record names, and its pieces. Raises RecordError for what is no record."""
+    if not is_sealed(record):
+        raise PlaintextRecordError(place.record)
+    key_id = key_of(record)
+    if api.KEY_ID_PATTERN.fullmatch(key_id) is None or len(record) > 2 * RECORD_BYTES_MAX:
+        raise WrongPlaceError(place.record)
+    starts = range(HEAD_BYTES, len(record), SEALED_PIECE_BYTES_MAX)
+    return key_id, [record[start : start + SEALED_PIECE_BYTES_MAX] for start in starts]
 
 
 def _values(outcomes: Sequence[bytes | KmsRefusedError]) -> list[bytes]:
