@@ -2,32 +2,53 @@
 
 Owns: the type `Encrypted`, with one key for the column or one for each owner of a row, and the events that make
 batches: what a statement sends is encrypted just before the driver gets it, and what a result holds is decrypted when
-it was fetched. Invariants: a value is bound to table, column and owner; a parameter that was not encrypted is an object
-that no driver takes; a value can't be compared, ordered or searched in the database. It must never return what it can't
-open.
+it was fetched. Invariants: a value is bound to schema, table, column and owner; a parameter that was not encrypted is
+an object that no driver takes; `sql_guard` decides what a statement may do with the column; no error of SQLAlchemy
+shows a parameter of an engine that has such columns. It must never return what it can't open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Column, ColumnElement, Engine, LargeBinary, event, inspect
+import sqlalchemy as sa
+from sqlalchemy import Column, ColumnElement, Connection, Engine, LargeBinary, Text, event, inspect
+from sqlalchemy.dialects.mysql import LONGBLOB
 from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
-from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.engine.interfaces import Dialect, ExecuteStyle
 from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import flag_modified
 from sqlalchemy.sql import operators
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import JSON, TypeDecorator, TypeEngine, to_instance
 from sqlalchemy.util import await_only
 
 from minikms.client.verbs import AsyncRunner
 from minikms_adapters.errors import NotSearchableError, NotSupportedError, PlaintextRecordError, WrongPlaceError
-from minikms_adapters.records import KmsClient, Place, Receipt, Runner, Sealer, Steps, T, thread_name
+from minikms_adapters.records import (
+    Codec,
+    KmsClient,
+    Place,
+    Receipt,
+    Runner,
+    Sealer,
+    Steps,
+    T,
+    codec_of,
+    thread_name,
+)
+from minikms_adapters.sql_guard import Opaque, check_column
 
 OWNER_BYTES_MAX: Final = 1024
 OWNED_MAGIC: Final = b"mKo1"
 """Begins a value with an owner: then the length of the owner's text (2 bytes), the text, and the record."""
+REENCRYPT_ROWS: Final = 500
+"""Rows that `reencrypt` reads at a time."""
+_MYSQL: Final = ("mysql", "mariadb")
+
+_hiding: weakref.WeakSet[Dialect] = weakref.WeakSet()
+"""Dialects with encrypted columns."""
 
 
 class Owned(str):
@@ -42,11 +63,15 @@ class Owned(str):
 
     owner: str
 
+    def __reduce__(self) -> tuple[type[Owned], tuple[str, str]]:
+        return Owned, (str(self), self.owner)
 
-class Encrypted(TypeDecorator[str]):
-    """A column of text that the database holds encrypted, as bytes.
+
+class Encrypted(Opaque):
+    """A column that the database holds encrypted, as bytes.
 
     Either `key` names the key of all its values, or `key_of` the attribute of the mapped class that names the owner.
+    `of` is the type of the values, such as `Date` or `Enum(Color)`; with `key_of` it is text.
     `kms` is a `minikms.Client`, or with an asyncio engine a `minikms.AsyncClient`.
 
         notes: Mapped[str] = mapped_column(Encrypted(kms, key="customers.notes"))
@@ -55,19 +80,29 @@ class Encrypted(TypeDecorator[str]):
     impl = LargeBinary
     cache_ok = True
 
-    def __init__(self, kms: KmsClient, *, key: str | None = None, key_of: str | None = None) -> None:
+    def __init__(
+        self,
+        kms: KmsClient,
+        *,
+        key: str | None = None,
+        key_of: str | None = None,
+        of: TypeEngine[Any] | type[TypeEngine[Any]] = Text,
+    ) -> None:
         if (key is None) == (key_of is None):
             raise TypeError("give either key or key_of")
         super().__init__()
         self.kms = kms
         self.key = key
         self.key_of = key_of
-        self._column: Column[Any] | None = None
+        self.of = to_instance(of)
+        self._codec: Codec = codec_of(object if isinstance(self.of, JSON) else self.of.python_type)
+        if key_of is not None and self._codec.kind is not str:
+            raise NotSupportedError("a column with the keys of owners holds text")
         self._sealer = Sealer()
         self._runner = Runner(kms)
 
-    class Comparator(TypeDecorator.Comparator[str]):
-        """Only NULL can be asked for. SQLAlchemy itself compares columns in its dictionaries."""
+    class Comparator(TypeDecorator.Comparator[Any]):
+        """The guard refuses what passes here. SQLAlchemy itself compares columns in its dictionaries."""
 
         def operate(self, op: Any, *other: Any, **kwargs: Any) -> Any:
             equality = op in (operators.eq, operators.ne) and (other[0] is None or isinstance(other[0], ColumnElement))
@@ -81,20 +116,33 @@ class Encrypted(TypeDecorator[str]):
     comparator_factory = Comparator
 
     @property
-    def python_type(self) -> type[str]:
-        return str
+    def python_type(self) -> type[Any]:
+        return self.of.python_type
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        _hiding.add(dialect)
+        # MySQL's BLOB ends at 64 KiB.
+        return dialect.type_descriptor(LONGBLOB() if dialect.name in _MYSQL else LargeBinary())
 
     def _set_parent(self, parent: Any, outer: bool = False, **kwargs: Any) -> None:
-        """SQLAlchemy says here which column the type belongs to."""
+        """SQLAlchemy says here which column has the type."""
         super()._set_parent(parent, outer=outer, **kwargs)
-        if isinstance(parent, Column):
-            self._column = parent
+        if not isinstance(parent, Column) or parent.type is not self or self._variant_mapping:
+            raise NotSupportedError("an encrypted type is the whole type of a column, without variants")
+        parent._on_table_attach(self._set_table)
+
+    def _set_table(self, column: Column[Any], table: Any) -> None:
+        """Gives the column a type of its own, so that several columns can be made with one."""
+        check_column(column)
+        own = self.copy()
+        own.place = (*([table.schema] if table.schema else []), table.name, column.name)
+        column.type = own
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
         return self._pending
 
     def _pending(self, value: Any) -> Any:
-        """Checks nothing: SQLAlchemy shows the parameters in an error that is raised here."""
+        """Checks nothing: a statement that fails later shows this object only."""
         return None if value is None else _Pending(self, value)
 
     def literal_processor(self, dialect: Dialect) -> Callable[[Any], str]:
@@ -107,11 +155,9 @@ class Encrypted(TypeDecorator[str]):
         """Most values were opened with their result; a streamed one is opened here, alone."""
         if value is None:
             return None
-        if isinstance(value, _Opened):
-            return value.text
-        return self.run(self.open([value]))[0]
+        return value.value if isinstance(value, _Opened) else _open([(self, value)])[0]
 
-    # --- steps ---
+    # --- values ---
 
     def run(self, steps: Steps[T]) -> T:
         """With an asyncio client only where SQLAlchemy runs in the greenlet of an asyncio engine."""
@@ -120,58 +166,100 @@ class Encrypted(TypeDecorator[str]):
             return found
         return self._runner.run(steps)
 
-    def seal(self, texts: list[str]) -> Steps[list[bytes]]:
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError("the value of an encrypted column is a str")
-        if self.key_of is not None and not all(isinstance(text, Owned) for text in texts):
+    def encode(self, value: Any) -> tuple[bytes, Place, bytes]:
+        """What stands before the record, its place, and its plaintext."""
+        if self.key_of is None:
+            return b"", self._place_of(None), self._codec.encode(value)
+        plaintext = self._codec.encode(value)
+        if not isinstance(value, Owned):
             raise NotSupportedError("outside of a session's flush, give the value as Owned(text, owner)")
-        values = [(self._place(text), text.encode("utf-8", "surrogatepass")) for text in texts]
-        records = yield from self._sealer.seal(values)
-        prefixes = [b"" if self.key_of is None else _owner_prefix(text) for text in texts]
-        return [prefix + record for prefix, record in zip(prefixes, records, strict=True)]
+        return _owner_prefix(value.owner), self._place_of(value.owner), plaintext
 
-    def open(self, values: list[Any]) -> Steps[list[str]]:
-        named = [_split(bytes(value)) if isinstance(value, (bytes, memoryview)) else (None, value) for value in values]
-        if any((owner is None) != (self.key_of is None) for owner, _ in named):
-            raise PlaintextRecordError(self._name)
-        texts = yield from self._sealer.open([(self._place_of(owner), record) for owner, record in named])
-        decoded = [text.decode("utf-8", "surrogatepass") for text in texts]
-        return [text if owner is None else Owned(text, owner) for text, (owner, _) in zip(decoded, named, strict=True)]
+    def locate(self, stored: Any) -> tuple[Place, Any]:
+        """Where a stored value has to be from, and its record."""
+        owner, record = _split(bytes(stored)) if isinstance(stored, (bytes, memoryview)) else (None, stored)
+        place = self._place_of(owner)
+        if (owner is None) != (self.key_of is None):
+            raise PlaintextRecordError(place.record)
+        return place, record
 
-    def _place(self, text: str) -> Place:
-        return self._place_of(text.owner if isinstance(text, Owned) and self.key_of is not None else None)
+    def decode(self, place: Place, plaintext: bytes) -> Any:
+        value = self._codec.decode(plaintext, place.record)
+        return value if self.key_of is None else Owned(value, place.parts[-1])
 
     def _place_of(self, owner: str | None) -> Place:
-        thread = thread_name("sql", str(self.key)) if owner is None else thread_name("sql-owner", owner)
-        record = self._name if owner is None else f"{self._name} of owner {owner}"
-        return Place(thread, ("sqlalchemy", *self._name.split(".", 1), *(() if owner is None else (owner,))), record)
-
-    @property
-    def _name(self) -> str:
-        if self._column is None or self._column.table is None:
+        if self.place is None:
             raise NotSupportedError("an encrypted type belongs to the column of a table")
-        return f"{self._column.table.name}.{self._column.name}"
+        name = ".".join(self.place)
+        if owner is None:
+            return Place(thread_name("sql", str(self.key)), ("sqlalchemy", *self.place), name)
+        thread = thread_name("sql-owner", owner)
+        return Place(thread, ("sqlalchemy", *self.place, owner), f"{name} of owner {owner}")
+
+    def move(self, stored: Sequence[Any]) -> list[bytes | None]:
+        """The stored values that are under a replaced key, under the current one; None for the others."""
+        located = [self.locate(value) for value in stored]
+        moved = self.run(self._sealer.move(located))
+        return [
+            None if record is None else bytes(value)[: len(value) - len(before)] + record
+            for value, (_, before), record in zip(stored, located, moved, strict=True)
+        ]
 
 
 def destroy_key(kms: KmsClient, *, key: str | None = None, owner: object = None) -> list[Receipt]:
     """Destroys the key of a column, or of an owner; what it encrypted can't be read any more. Gives the receipts."""
+    return Runner(kms).run(Sealer().destroy(_thread(key, owner)))
+
+
+async def adestroy_key(kms: KmsClient, *, key: str | None = None, owner: object = None) -> list[Receipt]:
+    """The same, with either client."""
+    return await Runner(kms).run_async(Sealer().destroy(_thread(key, owner)))
+
+
+def _thread(key: str | None, owner: object) -> str:
     if (key is None) == (owner is None):
         raise TypeError("give either key or owner")
-    thread = thread_name("sql", key) if key is not None else thread_name("sql-owner", str(owner))
-    return Runner(kms).run(Sealer().destroy(thread))
+    return thread_name("sql", key) if key is not None else thread_name("sql-owner", str(owner))
 
 
-def render_item(kind: str, item: object, context: object) -> str | bool:
+def reencrypt(connection: Connection, column: Any) -> int:
+    """Encrypts the values that are under a replaced key under the current one, and gives their number. The plaintext
+    does not leave the key service. A value whose key was destroyed stays. With an asyncio engine:
+    `await connection.run_sync(reencrypt, Customer.notes)`.
+    """
+    column = column.__clause_element__() if hasattr(column, "__clause_element__") else column
+    kind: Encrypted = column.type
+    keys = [sa.column(each.name, each.type) for each in column.table.primary_key]
+    stored = sa.column(column.name, LargeBinary())
+    table = sa.table(column.table.name, *keys, stored, schema=column.table.schema)
+    page = sa.select(*keys, stored).select_from(table).where(stored.is_not(None)).order_by(*keys).limit(REENCRYPT_ROWS)
+    count = 0
+    rows = connection.execute(page).all()
+    while rows:
+        for row, moved in zip(rows, kind.move([row[-1] for row in rows]), strict=True):
+            if moved is not None:
+                same = [each == value for each, value in zip((*keys, stored), row, strict=True)]
+                count += connection.execute(sa.update(table).where(*same).values({stored: moved})).rowcount
+        rows = connection.execute(page.where(sa.tuple_(*keys) > sa.tuple_(*rows[-1][:-1]))).all()
+    return count
+
+
+def render_item(kind: str, item: object, context: Any) -> str | bool:
     """For the `render_item` of Alembic's `context.configure`: migrations get an ordinary binary column."""
-    return "sa.LargeBinary()" if kind == "type" and isinstance(item, Encrypted) else False
+    if kind != "type" or not isinstance(item, Encrypted):
+        return False
+    if context.dialect is None or context.dialect.name not in _MYSQL:
+        return "sa.LargeBinary()"
+    context.imports.add("from sqlalchemy.dialects import mysql")
+    return "mysql.LONGBLOB()"
 
 
 class _Pending:
     """A parameter that has to be encrypted. No driver knows how to send it."""
 
-    def __init__(self, kind: Encrypted, text: str) -> None:
+    def __init__(self, kind: Encrypted, value: Any) -> None:
         self.kind = kind
-        self.text = text
+        self.value = value
         self.sealed: bytes | None = None
 
     def __repr__(self) -> str:
@@ -181,14 +269,12 @@ class _Pending:
 class _Opened:
     """A value of a result that was decrypted."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
-def _owner_prefix(text: str) -> bytes:
-    if not isinstance(text, Owned):
-        return b""
-    owner = text.owner.encode()
+def _owner_prefix(name: str) -> bytes:
+    owner = name.encode()
     if len(owner) > OWNER_BYTES_MAX:
         raise NotSupportedError(f"an owner has at most {OWNER_BYTES_MAX} bytes")
     return OWNED_MAGIC + len(owner).to_bytes(2, "big") + owner
@@ -209,17 +295,37 @@ def _split(value: bytes) -> tuple[str | None, bytes]:
 def _encrypt_parameters(  # noqa: PLR0917 - the arguments are SQLAlchemy's
     connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
 ) -> tuple[str, Any]:
-    """All values of a statement, with one batch for each column, also where the database gets row after row."""
+    """All values of a statement with one batch, also where the database gets row after row."""
     found = list(_each(parameters))
     if any(each.sealed is None for each in found):
-        waiting: dict[int, list[_Pending]] = {}
-        for each in {id(each): each for each in (*found, *_each(context.parameters))}.values():
-            waiting.setdefault(id(each.kind), []).append(each)
-        for group in waiting.values():
-            kind = group[0].kind
-            for each, sealed in zip(group, kind.run(kind.seal([each.text for each in group])), strict=True):
-                each.sealed = sealed
+        _seal({id(each): each for each in (*found, *_each(context.parameters))}.values())
     return statement, _replaced(parameters) if found else parameters
+
+
+def _seal(pending: Any) -> None:
+    for kind, group in _by_client([(each.kind, each) for each in pending]):
+        encoded = [each.kind.encode(each.value) for each in group]
+        records = kind.run(kind._sealer.seal([(place, plaintext) for _, place, plaintext in encoded]))
+        for each, (prefix, _, _), record in zip(group, encoded, records, strict=True):
+            each.sealed = prefix + record
+
+
+def _open(stored: Sequence[tuple[Encrypted, Any]]) -> list[Any]:
+    """The values, in order."""
+    values: dict[int, Any] = {}
+    for kind, indexes in _by_client([(each, index) for index, (each, _) in enumerate(stored)]):
+        located = [stored[index][0].locate(stored[index][1]) for index in indexes]
+        texts = kind.run(kind._sealer.open(located))
+        for index, (place, _), text in zip(indexes, located, texts, strict=True):
+            values[index] = stored[index][0].decode(place, text)
+    return [values[index] for index in range(len(stored))]
+
+
+def _by_client(each: Sequence[tuple[Encrypted, Any]]) -> list[tuple[Encrypted, list[Any]]]:
+    groups: dict[int, tuple[Encrypted, list[Any]]] = {}
+    for kind, item in each:
+        groups.setdefault(id(kind.kms), (kind, []))[1].append(item)
+    return list(groups.values())
 
 
 def _each(parameters: Any) -> Iterator[_Pending]:
@@ -246,18 +352,44 @@ def _replaced(parameters: Any) -> Any:
 def _decrypt_result(  # noqa: PLR0917 - the arguments are SQLAlchemy's
     connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
 ) -> None:
-    """All values of a result, with one batch for each column. A result that is streamed is left to `_result`."""
-    columns = getattr(getattr(context, "compiled", None), "_result_columns", None) or ()
-    kinds = {index: each.type for index, each in enumerate(columns) if isinstance(each.type, Encrypted)}
-    if not kinds or executemany or context._is_server_side or len(cursor.description or ()) != len(columns):
+    """All values of a result with one batch. A result that is streamed is left to `_result`."""
+    kinds = _kinds(context, cursor)
+    if not kinds or context._is_server_side:
         return
-    rows = [list(row) for row in cursor.fetchall()]
-    for index, kind in kinds.items():
-        stored = [row for row in rows if row[index] is not None]
-        for row, text in zip(stored, kind.run(kind.open([row[index] for row in stored])), strict=True):
-            row[index] = _Opened(text)
-    buffer = [tuple(row) for row in rows]
-    context.cursor_fetch_strategy = FullyBufferedCursorFetchStrategy(cursor, cursor.description, buffer)
+    if context.execute_style is ExecuteStyle.INSERTMANYVALUES:
+        opened = _opened(type(context).fetchall_for_returning(context, cursor), kinds)
+        context.fetchall_for_returning = lambda cursor: opened
+    elif not executemany:
+        rows = _opened(cursor.fetchall(), kinds)
+        context.cursor_fetch_strategy = FullyBufferedCursorFetchStrategy(cursor, cursor.description, rows)
+
+
+def _kinds(context: Any, cursor: Any) -> dict[int, Encrypted]:
+    """The encrypted columns of a result, by their positions."""
+    compiled: Any = getattr(context, "compiled", None)
+    columns = getattr(compiled, "_result_columns", None) or ()
+    named = {each.keyname: each.type for each in columns if isinstance(each.type, Encrypted)}
+    if not named or not cursor.description:
+        return {}
+    if compiled._ordered_columns or compiled._textual_ordered_columns:
+        return {index: each.type for index, each in enumerate(columns) if isinstance(each.type, Encrypted)}
+    names = [each[0] for each in cursor.description]
+    return {index: named[name] for index, name in enumerate(names) if name in named}
+
+
+def _opened(rows: Sequence[Any], kinds: dict[int, Encrypted]) -> list[tuple[Any, ...]]:
+    lists = [list(row) for row in rows]
+    places = [(row, index) for index in kinds for row in lists if row[index] is not None]
+    values = _open([(kinds[index], row[index]) for row, index in places])
+    for (row, index), value in zip(places, values, strict=True):
+        row[index] = _Opened(value)
+    return [tuple(row) for row in lists]
+
+
+@event.listens_for(Engine, "handle_error")
+def _hide_parameters(context: Any) -> None:
+    if context.dialect in _hiding and context.sqlalchemy_exception is not None:
+        context.sqlalchemy_exception.hide_parameters = True
 
 
 # --- owners -----------------------------------------------------------------------------------------------------------
@@ -269,6 +401,13 @@ def _owned_attributes(mapper: Mapper[Any]) -> list[tuple[str, str]]:
     return [(key, kind.key_of) for key, kind in found if isinstance(kind, Encrypted) and kind.key_of is not None]
 
 
+@event.listens_for(Mapper, "mapper_configured")
+def _load_owner_before_a_change(mapper: Mapper[Any], owning: type[Any]) -> None:
+    """So that the owner in the database is known when a row changes its owner."""
+    for _, key_of in _owned_attributes(mapper):
+        event.listen(getattr(owning, key_of), "set", lambda *_: None, active_history=True)
+
+
 @event.listens_for(Mapper, "before_insert")
 @event.listens_for(Mapper, "before_update")
 def _name_owner(mapper: Mapper[Any], connection: object, target: Any) -> None:
@@ -277,11 +416,13 @@ def _name_owner(mapper: Mapper[Any], connection: object, target: Any) -> None:
         state = inspect(target)
         moved = state.persistent and state.attrs[key_of].history.has_changes()
         text = getattr(target, name) if moved else target.__dict__.get(name)
-        if text is None:
+        if not isinstance(text, str):
             continue
         owner = getattr(target, key_of)
         if owner is None:
             raise NotSupportedError(f"{name} can't be encrypted: the row has no {key_of}")
+        if moved and name not in state.committed_state:
+            _check(target, must_know=True)
         target.__dict__[name] = Owned(text, owner)
         if moved:
             flag_modified(target, name)
@@ -297,10 +438,15 @@ def _check_owner_again(target: Any, context: object, attributes: object) -> None
     _check(target)
 
 
-def _check(target: Any) -> None:
-    """That each loaded value is of the row's owner, as far as that one is loaded."""
-    mapper = inspect(type(target))
+def _check(target: Any, *, must_know: bool = False) -> None:
+    """That each loaded text is of the row's owner in the database, as far as that one is loaded."""
+    mapper, state = inspect(type(target)), inspect(target)
     for name, key_of in _owned_attributes(mapper):
-        text, owner = target.__dict__.get(name), target.__dict__.get(key_of)
-        if isinstance(text, Owned) and owner is not None and text.owner != str(owner) and not inspect(target).modified:
+        text = target.__dict__.get(name)
+        if not isinstance(text, Owned) or name in state.committed_state:
+            continue
+        history = state.attrs[key_of].history
+        known = history.deleted or history.unchanged
+        if text.owner != str(known[0]) if known else must_know:
+            owner = known[0] if known else None
             raise WrongPlaceError(f"{mapper.local_table.name}.{name} of owner {owner}")

@@ -17,6 +17,7 @@ NEEDS = {
     "langgraph": ("langchain_core", "langgraph", "ormsgpack", "psycopg"),
     "test_openai_agents.py": ("agents", "openai"),
     "test_pages.py": ("agents", "langgraph", "sqlalchemy"),
+    "test_sql_guard.py": ("sqlalchemy",),
     "test_sqlalchemy.py": ("alembic", "sqlalchemy"),
 }
 """What each module or directory imports that `make venv` does not install."""
