@@ -5,8 +5,9 @@ Owns: the conditions and their order. Invariants:
 - Only retired keys of purpose `thread` are destroyed, and only those of the row's thread: the key service says so, and
   compares again. A row of a database is not believed.
 - A key is destroyed only after a census found no record of the thread and no job's backup under the key. This census is
-  later than the rotation's own, and is repeated directly before the destruction, which can't be undone. A row whose
-  census was before the key's successor was made is not believed either.
+  later than the rotation's own, and is repeated directly before the destruction, which can't be undone. It must find as
+  many records as the indexes name, and as many backups as the jobs' rows say. A row whose census was before the key's
+  successor was made is not believed either.
 - A key is kept while a registered backup of the store is older than that census, because it may hold such records. A
   database is backed up by other programs: without any registered backup it is not known what they hold.
 - If a condition fails, the key stays, and the job's row names the reason (`destroy_waits_for`).
@@ -19,7 +20,6 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Final
 
 from minikms.api import CODE_KEY_DESTROYED, SEAL_BYTES, KeyAnswer
 from minikms.api.errors import KmsRefusedError
@@ -29,9 +29,7 @@ from progressdb_server.jobs.runner import Kind, Runner
 from progressdb_server.jobs.states import Job, JobError, changed
 from progressdb_server.kms.provider import Fault, Provider, created_ns, fault, key_pages
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.model import RecordUnreadableError
-
-CHUNK_RECORDS_MAX: Final = 256
+from progressdb_server.store.model import RecordUnreadableError, StoreDamagedError
 
 _log = structlog.get_logger("progressdb.jobs")
 
@@ -71,7 +69,7 @@ class KeyDestruction(Kind):
             if fault(error) is Fault.SERVICE:
                 raise
             why = f"the key service refused ({error.code})"
-        except RecordUnreadableError as error:
+        except (RecordUnreadableError, StoreDamagedError) as error:
             why = str(error)
         if why:
             if why != job.destroy_waits_for:
@@ -106,7 +104,7 @@ class KeyDestruction(Kind):
         current = await self._store.key_of_thread(job.thread)
         if current is None or current in job.sources:
             return "the key is the thread's current one"
-        if left := await self._count_records(job.thread, job.sources):
+        if left := await self._store.count_under(job.thread, job.sources):
             return f"{left} records are under it: rotate the thread's key again"
         for key_id in job.sources:
             key = keys.get(key_id)
@@ -124,20 +122,16 @@ class KeyDestruction(Kind):
 
     async def _records_left(self, job: Job) -> str:
         """The census: counts messages, metadata and the backups of jobs that are under the keys."""
-        left = await self._count_records(job.thread, job.sources)
+        left = await self._store.count_under(job.thread, job.sources)
         for of_thread in await self._table.with_backups(job.thread):
+            kept = 0
             async for chunk in self._store.kept_records(of_thread):
-                left += sum(kept.key_id in job.sources for kept in chunk)
+                kept += len(chunk)
+                left += sum(one.key_id in job.sources for one in chunk)
                 await asyncio.sleep(0)
+            if kept != (made := (await self._table.get(of_thread)).backups):
+                return f"job {of_thread} has {made} backups, and {kept} are found"
         return f"{left} records or backups are under it" if left else ""
-
-    async def _count_records(self, thread: str, under: Collection[str]) -> int:
-        """Malformed records count too, because their key is unknown."""
-        left = 0
-        async for chunk in self._store.record_chunks(thread, CHUNK_RECORDS_MAX):
-            left += len(chunk.malformed) + sum(found.key_id in under for found in chunk.records)
-            await asyncio.sleep(0)
-        return left
 
     async def _after_every_backup(self) -> int:
         """The current time, or a later one if the clock was set back: later than every registered backup."""

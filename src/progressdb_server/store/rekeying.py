@@ -19,7 +19,7 @@ from typing import Final
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.directory import OpenStore
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, in_order
 from progressdb_server.store.model import (
     Chunk,
     ClaimLostError,
@@ -27,6 +27,7 @@ from progressdb_server.store.model import (
     KeptRecord,
     OpaqueWrite,
     Record,
+    RecordUnreadableError,
     Restored,
     RowWrite,
     StaleRowError,
@@ -37,6 +38,7 @@ from progressdb_server.store.sealer import Sealer
 
 CHUNK_BYTES_MAX: Final = 1024 * 1024
 KEPT_CHUNK_MAX: Final = 256
+CENSUS_CHUNK_MAX: Final = 256
 PAGE_ROWS: Final = 256
 
 
@@ -138,6 +140,66 @@ class Rekeying(OpenStore):
             first = keyspace.Stamp(self.writer.state.last.era * keyspace.ERA_NS + since_ns, 0)
             lower = keyspace.message_of(keyspace.part(thread_id), first.raw)
         return self._count(lower, upper, count_max)
+
+    async def count_under(self, thread_id: str, key_ids: Collection[str]) -> int:
+        """Records of the thread under one of the keys; a malformed one counts, because its key is unknown. Each record
+        is looked for twice: where the indexes of order and versions name it, and in a walk over all records. Raises
+        RecordUnreadableError unless the two find the same number."""
+        lower, upper = keyspace.records(thread_id)
+        newest = await self.reads.keys(lower, upper, limit=1, reverse=True)
+        last = newest[0] if newest else lower  # what is written from here on is not compared
+        left = named = walked = 0
+        async for found in self._named_records(thread_id):
+            left += sum(not key_id or key_id in key_ids for key_id in found.values())
+            named += sum(key <= last for key in found)
+            await asyncio.sleep(0)
+        if left:
+            return left
+        async for chunk in self.record_chunks(thread_id, CENSUS_CHUNK_MAX):
+            left += len(chunk.malformed) + sum(one.key_id in key_ids for one in chunk.records)
+            walked += sum(one.aad <= last for one in chunk.records)
+            await asyncio.sleep(0)
+        if not left and named != walked:
+            raise RecordUnreadableError(
+                f"of {named} records that indexes name, {walked} are found: run progressdb check"
+            )
+        return left
+
+    async def _named_records(self, thread_id: str) -> AsyncIterator[dict[bytes, str]]:
+        """The storage keys of the thread's metadata and of each version that the indexes name, with the ids of the keys
+        that the records are under, empty for a malformed one. Raises RecordUnreadableError for one that is not there.
+        """
+        yield await self._key_ids([keyspace.meta(thread_id)])
+        prefix = keyspace.messages(thread_id)
+        lower = keyspace.order(thread_id)
+        upper = keyspace.after(lower)
+        while entries := await self.reads.scan(lower, upper, limit=CENSUS_CHUNK_MAX):
+            lower = keyspace.next_key(entries[-1][0])
+            stamps: dict[bytes, None] = {}
+            for key, value in entries:
+                try:
+                    place = keyspace.OrderEntry.parse(key, value)
+                    message = keyspace.message_id_of(place.first.decode())
+                except ValueError:
+                    raise RecordUnreadableError(f"the entry {shown(key)} is malformed") from None
+                stamps[place.first] = stamps[place.latest] = None
+                if place.latest != place.first:
+                    async for keys in in_order(self.reads, keyspace.versions(message)):
+                        stamps |= dict.fromkeys(key[-keyspace.STAMP_BYTES :] for key in keys)
+            named = [prefix + stamp for stamp in stamps]
+            for start in range(0, len(named), CENSUS_CHUNK_MAX):
+                yield await self._key_ids(named[start : start + CENSUS_CHUNK_MAX])
+
+    async def _key_ids(self, keys: Sequence[bytes]) -> dict[bytes, str]:
+        found: dict[bytes, str] = {}
+        left = keys
+        while left:
+            raws = await self.reads.values(left, bytes_max=CHUNK_BYTES_MAX)
+            if not raws:
+                raise RecordUnreadableError(f"the record {shown(left[0])} is missing")
+            found |= {key: _key_of(raw) for key, raw in raws.items()}
+            left = [key for key in left if key not in found]
+        return found
 
     def moves(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> OpaqueWrite:
         """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+
+import pytest
 
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import RecordUnreadableError
+from tests.progressdb_server.store.faulty_reads import FaultyReads
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import with_store
+from tests.progressdb_server.store.opened_store import fill, keys_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 OLD, OTHER, NEW = "k_old", "k_two", "k_newer"
@@ -65,3 +70,56 @@ def test_a_step_has_the_new_records_and_then_what_they_were() -> None:
         assert list(step.read) == entries
 
     with_store(run, engine, SealingProvider())
+
+
+@pytest.mark.usefixtures("both_engines")
+def test_a_record_under_a_key_is_counted_whichever_entry_is_not_found() -> None:
+    """Each record alone under the key, and each entry not found in turn, by walks or by reads of single entries: the
+    count is never 0."""
+
+    async def run(store: Conversations) -> None:
+        messages = await fill(store, 3)
+        await store.set_reaction(messages[1].id, "bob", "+1")
+        await store.delete_message(messages[2].id, author="ann")
+        entries = [key.encode() for key in await keys_of(store)]
+        records = [key for key in entries if key.startswith(keyspace.records("t")[0])]
+        assert len(records) == 6
+        current = await store.key_of_thread("t") or ""
+        assert await store.count_under("t", [current]) == 6
+        assert await store.count_under("t", [OLD]) == 0
+        store.reads = faulty = FaultyReads(store.reads)
+        for key in records:
+            raw = await store.reads.get(key) or b""
+            head, sealed = record.split(raw)
+            await store.writer.commit(Write([(key, record.rekey(raw[0], head, OLD) + sealed)]))
+            for missed in (faulty.walked, faulty.single):
+                for entry in entries:
+                    missed.add(entry)
+                    with contextlib.suppress(RecordUnreadableError):
+                        assert await store.count_under("t", [OLD]) > 0, (key, entry)
+                    missed.clear()
+            await store.writer.commit(Write([(key, raw)]))
+
+    with_store(run)
+
+
+@pytest.mark.usefixtures("both_engines")
+@pytest.mark.parametrize("lost", ["message", "order", "middle version", "metadata"])
+def test_records_that_indexes_do_not_name_or_that_are_lost_raise(lost: str) -> None:
+    async def run(store: Conversations) -> None:
+        messages = await fill(store, 2)
+        for reaction in "+-":
+            await store.set_reaction(messages[1].id, "bob", reaction)
+        entries = [key.encode() for key in await keys_of(store)]
+        prefix, at = {
+            "message": (keyspace.messages("t"), 0),
+            "order": (keyspace.order("t"), 0),
+            "middle version": (keyspace.versions(messages[1].id), 1),
+            "metadata": (keyspace.meta("t"), 0),
+        }[lost]
+        gone = [key for key in entries if key.startswith(prefix)][at]
+        await store.writer.commit(Write([(gone, None)]))
+        with pytest.raises(RecordUnreadableError):
+            await store.count_under("t", [OLD])
+
+    with_store(run)

@@ -1,0 +1,105 @@
+"""A rotation with destruction on a disk that fails reads, or does not find what it has."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from progressdb_server.jobs import runner
+from progressdb_server.jobs.service import Jobs
+from progressdb_server.jobs.states import JobError
+from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.model import StoreError
+from tests.progressdb_server.jobs.rotating import Place, chunks_of, keys_of_records, mapped, write
+from tests.progressdb_server.store.faulty_reads import FaultyReads
+from tests.progressdb_server.store.opened_store import keys_of, messages_of
+
+DAY_NS = 86_400 * 1_000_000_000
+TRIES = 20
+FAILING_S = 0.3
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RETRY_S_MIN", "READ_RETRY_S", "WATCH_S"):
+        monkeypatch.setattr(runner, name, 0.001)
+
+
+def lying(reads_of: Callable[[FaultyReads, Sequence[bytes]], None]) -> tuple[int, bool]:
+    """A rotation whose old key is destroyed when due, with what `reads_of` does to the reads until then. No record
+    is lost. Returns the number of reads, and whether the old key was destroyed."""
+    place = Place()
+    counts: list[int] = []
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        messages = await write(store, 3)
+        await store.set_reaction(messages[1].id, "bob", "+1")
+        await store.delete_message(messages[2].id, author="ann")
+        expected = await messages_of(store, "t", include_deleted=True)
+        old = mapped(store)
+        reads = store.reads
+        store.reads = faulty = FaultyReads(reads)
+        reads_of(faulty, [key.encode() for key in await keys_of(store)])
+        faulty.count = 0
+        with contextlib.suppress(JobError, TimeoutError):
+            async with asyncio.timeout(None if faulty.fails == 1 else FAILING_S):  # the job may wait for ever
+                await ended(jobs)
+            place.clock.now += DAY_NS
+            for _ in range(TRIES):
+                with contextlib.suppress(StoreError):
+                    await jobs.destruction.begin()
+                if place.keys.destroyed:
+                    break
+                await asyncio.sleep(0.001)
+        counts.append(faulty.count)
+        store.reads = reads
+        assert not place.keys.destroyed & set((await keys_of_records(store)).values())
+        assert await messages_of(store, "t", include_deleted=True) == expected
+        assert place.keys.destroyed <= {old}
+
+    with chunks_of(2):
+        place.run(body)
+    return counts[0], bool(place.keys.destroyed)
+
+
+async def ended(jobs: Jobs) -> None:
+    """As far as the reads allow it."""
+    job_id = ""
+    for _ in range(TRIES):
+        try:
+            job_id = job_id or (await jobs.rotation.rotate("t", destroy_after_s=60)).id
+            await jobs.wait(job_id)
+            return
+        except StoreError:
+            await asyncio.sleep(0.001)
+
+
+def test_a_read_that_fails_once_delays_the_destruction_and_loses_nothing() -> None:
+    """Each read in turn. A count of reads on a sound disk says how many there are."""
+    count, destroyed = lying(lambda reads, keys: None)
+    assert destroyed
+    for number in range(1, count + 1):
+        assert lying(lambda reads, keys, number=number: setattr(reads, "fails_at", number))[1], number
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_a_disk_that_fails_for_good_destroys_no_key_that_is_needed(part: int) -> None:
+    """From each eighth of the reads on."""
+    count, _ = lying(lambda reads, keys: None)
+
+    def fails(reads: FaultyReads, keys: Sequence[bytes]) -> None:
+        reads.fails_at, reads.fails = 1 + part * count // 8, 10**9
+
+    assert not lying(fails)[1]
+
+
+@pytest.mark.parametrize("way", ["walked", "single"])
+def test_an_entry_that_is_not_found_destroys_no_key_that_is_needed(way: str) -> None:
+    """Each entry in turn, by walks or by reads of single entries."""
+    entries: list[bytes] = []
+    lying(lambda reads, keys: entries.extend(keys))
+    for number in range(len(entries)):
+        lying(lambda reads, keys, number=number: getattr(reads, way).add(keys[number]))
