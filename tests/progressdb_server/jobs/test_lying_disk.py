@@ -20,6 +20,8 @@ from tests.progressdb_server.store.opened_store import keys_of, messages_of
 DAY_NS = 86_400 * 1_000_000_000
 TRIES = 20
 FAILING_S = 0.3
+Fault = Callable[[FaultyReads, Sequence[bytes]], None]
+"""Called with the reads and all keys of the store."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +30,8 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runner, name, 0.001)
 
 
-def lying(reads_of: Callable[[FaultyReads, Sequence[bytes]], None]) -> tuple[int, bool]:
-    """A rotation whose old key is destroyed when due, with what `reads_of` does to the reads until then. No record
+def lying(fault: Fault) -> tuple[int, bool]:
+    """A rotation whose old key is destroyed when due, with the fault in the reads until then. No record
     is lost. Returns the number of reads, and whether the old key was destroyed."""
     place = Place()
     counts: list[int] = []
@@ -42,7 +44,7 @@ def lying(reads_of: Callable[[FaultyReads, Sequence[bytes]], None]) -> tuple[int
         old = mapped(store)
         reads = store.reads
         store.reads = faulty = FaultyReads(reads)
-        reads_of(faulty, [key.encode() for key in await keys_of(store)])
+        fault(faulty, [key.encode() for key in await keys_of(store)])
         faulty.count = 0
         with contextlib.suppress(JobError, TimeoutError):
             async with asyncio.timeout(None if faulty.fails == 1 else FAILING_S):  # the job may wait for ever
@@ -77,29 +79,43 @@ async def ended(jobs: Jobs) -> None:
             await asyncio.sleep(0.001)
 
 
+def sound(reads: FaultyReads, keys: Sequence[bytes]) -> None:
+    pass
+
+
+def failing(at: int, reads_count: int = 1) -> Fault:
+    def fault(reads: FaultyReads, keys: Sequence[bytes]) -> None:
+        reads.fails_at, reads.fails = at, reads_count
+
+    return fault
+
+
+def hiding(way: str, number: int) -> Fault:
+    def fault(reads: FaultyReads, keys: Sequence[bytes]) -> None:
+        getattr(reads, way).add(keys[number])
+
+    return fault
+
+
 def test_a_read_that_fails_once_delays_the_destruction_and_loses_nothing() -> None:
-    """Each read in turn. A count of reads on a sound disk says how many there are."""
-    count, destroyed = lying(lambda reads, keys: None)
+    """Each read in turn."""
+    count, destroyed = lying(sound)
     assert destroyed
     for number in range(1, count + 1):
-        assert lying(lambda reads, keys, number=number: setattr(reads, "fails_at", number))[1], number
+        assert lying(failing(number))[1], number
 
 
 @pytest.mark.parametrize("part", range(8))
 def test_a_disk_that_fails_for_good_destroys_no_key_that_is_needed(part: int) -> None:
     """From each eighth of the reads on."""
-    count, _ = lying(lambda reads, keys: None)
-
-    def fails(reads: FaultyReads, keys: Sequence[bytes]) -> None:
-        reads.fails_at, reads.fails = 1 + part * count // 8, 10**9
-
-    assert not lying(fails)[1]
+    count, _ = lying(sound)
+    assert not lying(failing(1 + part * count // 8, 10**9))[1]
 
 
 @pytest.mark.parametrize("way", ["walked", "single"])
 def test_an_entry_that_is_not_found_destroys_no_key_that_is_needed(way: str) -> None:
     """Each entry in turn, by walks or by reads of single entries."""
     entries: list[bytes] = []
-    lying(lambda reads, keys: entries.extend(keys))
+    lying(lambda _, keys: entries.extend(keys))
     for number in range(len(entries)):
-        lying(lambda reads, keys, number=number: getattr(reads, way).add(keys[number]))
+        lying(hiding(way, number))
