@@ -15,9 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from minikms.policy.meters import SAVED_NAME
 from tests import needs
-from tests.harness.limited import FULL_BUCKETS
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.waiting import receive_more
 
@@ -142,7 +140,6 @@ class PolicyDaemon(LiveDaemon):
         run.mkdir(mode=0o755)
         others.setdefault("socket", run / "s")
         (base / "data").mkdir(mode=0o700)
-        (base / "data" / SAVED_NAME).write_bytes(FULL_BUCKETS)
         if uid:
             own = f"cd {base} && chown -R {uid} run data data.master-key && cd / && exec setpriv --reuid={uid}"
             others["program"] = ("sh", "-c", f'{own} --clear-groups "$@"', "sh")

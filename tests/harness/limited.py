@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -29,8 +29,9 @@ from minikms.service.records import RecordVerbs
 from minikms.service.roots import RootVerbs
 from tests.harness.vaults import OpenedVault, opened_vault
 
-FULL_BUCKETS: Final = b'{"version":1,"others_ns":3600000000000,"buckets":[]}'
-"""What a stop saves where no hourly limit was used for an hour."""
+
+async def keep_nothing(_content: bytes) -> None:
+    """No disk."""
 
 
 class KeptAudit:
@@ -113,13 +114,18 @@ class Limited:
 
 @asynccontextmanager
 async def limited(
-    directory: Path, policy: str, *, boot_ms: Callable[[], int] = lambda: 10_000
+    directory: Path,
+    policy: str,
+    *,
+    boot_ms: Callable[[], int] = lambda: 10_000,
+    keep: Callable[[bytes], Awaitable[None]] = keep_nothing,
 ) -> AsyncIterator[Limited]:
     """A start under a policy, with all key files read. `policy`: the content of the file, without its version.
-    `boot_ms`: the clock of the limits. Without it the clock stands still, so that no limit has room again.
+    `boot_ms`: the clock of the limits. Without it the clock stands still, so that no limit has room again. `keep`:
+    makes their file durable.
     """
     rules = parse_policy(b"version = 1\n" + policy.encode())
-    meters = Meters(FULL_BUCKETS, now_ns=lambda: boot_ms() * 1_000_000)
+    meters = Meters(keep=keep, now_ns=lambda: boot_ms() * 1_000_000)
     async with opened_vault(directory) as one:
         one.vault.index.keep_threads()
         await one.indexing.run()

@@ -75,6 +75,23 @@ def identities() -> list[dict[str, object]]:
     ]
 
 
+HOUR_NS = 3600 * 10**9
+LEVELS = [
+    ("grant:chat", "uid:1", "decrypts", 0),
+    ("grant:chat", "uid:1", "reencrypts", HOUR_NS // 2 + 1),
+    ("grant:chat", "*", "decrypts", HOUR_NS - 1),
+    ("grant:chat", "+", "decrypts", HOUR_NS // 20),
+]
+
+
+def bucket_file(reserved_ns: int) -> str:
+    """The file where the other buckets are full."""
+    others_ns = HOUR_NS - reserved_ns
+    left = [(identity, who, kind, max(0, filled_ns - reserved_ns)) for identity, who, kind, filled_ns in LEVELS]
+    listed = [one for one in left if one[3] < others_ns]
+    return json.dumps({"version": 1, "others_ns": others_ns, "buckets": listed}, separators=(",", ":"))
+
+
 def vectors() -> str:
     content = {
         "about": "docs/spec/policy.md",
@@ -94,6 +111,7 @@ def vectors() -> str:
         ],
         "matches": match_vectors(),
         "identities": identities(),
+        "buckets": {"stopped": bucket_file(0), "reserved": bucket_file(HOUR_NS // 10)},
     }
     return json.dumps(content, indent=1) + "\n"
 

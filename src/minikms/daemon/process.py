@@ -11,13 +11,13 @@ must never serve a verb before the epoch of this start is durable, or after the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import uvloop
@@ -34,9 +34,9 @@ from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.sealing import RunContext, Sealing
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
-from minikms.datadir import SERVICE_SLOTS, lock_data_dir, written_at_start
+from minikms.datadir import SERVICE_SLOTS, lock_data_dir
 from minikms.directory_lock import DataDirLock
-from minikms.files import read_file_bounded, remove_file, remove_left_temps, replace_file
+from minikms.files import read_file_bounded, remove_left_temps, replace_file
 from minikms.http.accepting import (
     ACCEPT_PAUSE_SECONDS,
     Acceptor,
@@ -50,7 +50,8 @@ from minikms.memory.process import Measure, harden, interpreter_paths
 from minikms.memory.signals import SignalReader
 from minikms.notify import Notifier
 from minikms.policy import FilePolicy, Meters, Policy
-from minikms.policy.meters import SAVED_BYTES_MAX, SAVED_NAME
+from minikms.policy.meters import REFRESH_SECONDS, SAVED_BYTES_MAX, SAVED_NAME
+from minikms.workers import in_worker
 
 DRAIN_SECONDS_MAX: Final = 10.0
 HOUSEKEEPING_SECONDS: Final = 1.0
@@ -205,7 +206,7 @@ class Daemon:
             policy = self._policy_in_force(workers)
             await self._serve(workers, policy)
             if policy.meters is not None:
-                self._save(policy.meters)
+                await self._save(policy.meters, workers)
         finally:
             workers.shutdown()
         self._log.info("stopped", why=self._why)
@@ -214,23 +215,26 @@ class Daemon:
         """Raises StartError."""
         meters = None
         if self._settings.policy is not None:
-            # Removed before anything is used: after a crash it would give the same uses again.
-            with written_at_start(os.path.join(self._lock.directory, SAVED_NAME)):
-                saved = None
-                with contextlib.suppress(StorageUnavailableError):
-                    saved = read_file_bounded(SAVED_NAME, SAVED_BYTES_MAX, dir_fd=self._lock.directory_fd)
-                remove_file(self._lock.directory_fd, SAVED_NAME)
-            meters = Meters(saved)
+            try:
+                saved = read_file_bounded(SAVED_NAME, SAVED_BYTES_MAX, dir_fd=self._lock.directory_fd)
+            except StorageUnavailableError as error:
+                self._log.warning("hourly limits can't be read: they start empty", why=str(error))
+                saved = b""
+            meters = Meters(saved, keep=partial(self._keep_limits, workers))
         return PolicyInForce(
             self._policy, file=self._settings.policy, meters=meters, executor=workers.policy, log=self._log
         )
 
-    def _save(self, meters: Meters) -> None:
-        """Keeps what is left of the hourly limits for the next start. If the disk refuses, that starts with nothing."""
+    def _keep_limits(self, workers: Workers, content: bytes) -> asyncio.Future[None]:
+        """For the next start, durably; one after the other. Raises StorageUnavailableError."""
+        return in_worker(workers.policy, partial(replace_file, self._lock.directory_fd, SAVED_NAME, content))
+
+    async def _save(self, meters: Meters, workers: Workers) -> None:
+        """Keeps what is left of the hourly limits for the next start. If the disk refuses, that is as after a crash."""
         try:
-            replace_file(self._lock.directory_fd, SAVED_NAME, meters.save())
-        except KmsRefusedError as error:
-            self._log.warning("hourly limits not saved: they start empty", why=str(error))
+            await self._keep_limits(workers, meters.save())
+        except StorageUnavailableError as error:
+            self._log.warning("hourly limits not saved: the next start has a tenth less", why=str(error))
 
     async def _serve(self, workers: Workers, policy: PolicyInForce) -> None:
         sealing = Sealing(
@@ -275,6 +279,8 @@ class Daemon:
             asyncio.ensure_future(self._keep(self._notify_watchdog)),
             asyncio.ensure_future(self._keep(lambda: self._reload_at_hangup(sealing, policy))),
         ]
+        if (meters := policy.meters) is not None:
+            own.append(asyncio.ensure_future(self._keep(lambda: _every(REFRESH_SECONDS, meters.refresh))))
         if sealing.parts is not None:
             self.start(sealing.parts)
         gc.set_threshold(*GC_THRESHOLDS)

@@ -13,7 +13,7 @@ Modules, each importing only earlier ones: `names`, `patterns`, `rules` (the fil
 room must never audit, and never hold a key.
 """
 
-from minikms.policy.meters import Charge, Cost, Meters
+from minikms.policy.meters import Charge, Cost, Meters, Taken
 from minikms.policy.names import PRINCIPAL_CHARS_MAX, PrincipalNameError, parse_name
 from minikms.policy.policy import ADMIN_ONLY, FILE_ONLY, UIDS_COUNT_MAX, FilePolicy, Policy, actor, parse_uids
 from minikms.policy.principal import Principal
@@ -51,6 +51,7 @@ __all__ = [
     "Proxy",
     "Rules",
     "Scope",
+    "Taken",
     "actor",
     "parse_name",
     "parse_policy",

@@ -1,7 +1,7 @@
 """The limits in use: how much each principal, grant and proxy has used, and the refusal of more.
 
 Owns: the accounts of all limits, the charge of a request, until when a request counts as concurrent, and what of the
-hourly limits a stop keeps for the next start (docs/spec/policy.md). Invariants:
+hourly limits is kept for the next start (docs/spec/policy.md). Invariants:
 - A request is charged as one request before anything else is done for it: to the proxy that asks, and to the first of
   the caller's grants that has room. Once it is decided, that moves to the grants that decide. So a request that is
   refused, for whatever reason, was charged too.
@@ -9,14 +9,16 @@ hourly limits a stop keeps for the next start (docs/spec/policy.md). Invariants:
   line is written. That never depends on when an object is collected.
 - Hourly limits are charged to the grants that decide, for their principal and in all, and to the proxy. All limits of
   a request are checked before any of these is charged.
-- An hourly limit is a bucket that fills at its rate and holds an hour's worth. An orderly stop saves how full each is.
-  After anything else all are empty, so a crash or a kill gives nothing.
+- An hourly limit is a bucket that fills at its rate and holds an hour's worth; a new one is full.
+- What is taken from a bucket is used only while a durable file gives the next start no more than the bucket still
+  holds. Where it would give more, `Meters.reserve` first writes one that gives a tenth less than that. So a crash gives
+  nothing back, and costs a tenth. An orderly stop saves what is left.
 - Names that a file does not spell out share one account once PRINCIPALS_COUNT_MAX others are in use, so that invented
   names take neither memory nor a limit of their own. Accounts belong to a grant by its identity: a reload keeps them.
 
-Everything runs in the event loop's thread, without a disk, by a clock that nobody sets. `Retry-After` says when there
-is room, if nobody else asks; a batch with more items than an hourly limit never has room, and is refused in another
-way. It must never tell a caller to wait for room that never comes.
+Everything but the write of the file runs in the event loop's thread, by a clock that nobody sets. `Retry-After` says
+when there is room, if nobody else asks; a batch with more items than an hourly limit never has room, and is refused in
+another way. It must never tell a caller to wait for room that never comes.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Annotated, Final, Literal, NamedTuple, TypeVar, get_args
 import msgspec
 
 from minikms.api.decoding import UNDECODABLE
-from minikms.api.errors import LimitExceededError, TooManyError
+from minikms.api.errors import LimitExceededError, StorageUnavailableError, TooManyError, copy_of
 from minikms.policy.rules import NO_LIMITS, Grant, GrantLimits, LimitName, Scope
 
 PRINCIPALS_COUNT_MAX: Final = 4096
@@ -38,9 +40,13 @@ SWEEP_NS: Final = 10_000_000_000
 """A full table is searched for accounts that are as new at most once in this time."""
 SECOND_NS: Final = 1_000_000_000
 HOUR_NS: Final = 3600 * SECOND_NS
+RESERVED_NS: Final = HOUR_NS // 10
+"""How much of an hour's worth is reserved at a time."""
+REFRESH_SECONDS: Final = 60
+"""How often the file is written again for what the buckets have filled since."""
 SAVED_NAME: Final = "policy-buckets.json"
 SAVED_BYTES_MAX: Final = 16 * 1024 * 1024
-"""An account takes at most 2 KiB of it, mostly for a long name. More accounts than fit are not saved."""
+"""An account takes at most 2 KiB of it, mostly for a long name. If not all fit, all are saved as empty."""
 ALL: Final = "*"
 """The holder of an account that all principals of a grant or a proxy share."""
 OTHERS: Final = "+"
@@ -66,6 +72,10 @@ class Bucket:
     def __init__(self, empty_ns: int) -> None:
         self.empty_ns = empty_ns
 
+    def filled_ns(self, now_ns: int) -> int:
+        """For how long it has filled since it was empty, at most HOUR_NS."""
+        return min(HOUR_NS, now_ns - self.empty_ns)
+
     def wait_ns(self, uses: int, limit: int, now_ns: int) -> int:
         """Nanoseconds until it holds `uses`, at most `limit`, if nobody else takes any; 0: now."""
         return max(0, self._after(uses, limit, now_ns) - now_ns)
@@ -87,8 +97,8 @@ class BucketKey(NamedTuple):
 
 
 class _Saved(msgspec.Struct, forbid_unknown_fields=True):
-    """`others_ns`, and the last member of each bucket: for how long it has filled since it was empty, at most HOUR_NS.
-    `others_ns` is that of every bucket that is not listed.
+    """`others_ns`, and the last member of each bucket: what the next start gives it, as the time for which it has
+    filled since it was empty, at most HOUR_NS. `others_ns` is that of every bucket that is not listed.
     """
 
     version: Literal[1]
@@ -96,11 +106,28 @@ class _Saved(msgspec.Struct, forbid_unknown_fields=True):
     buckets: list[tuple[str, str, Kind, Annotated[int, msgspec.Meta(ge=0, le=HOUR_NS)]]]
 
 
+class _Kept(NamedTuple):
+    """What a file gives to the next start: as `_Saved`."""
+
+    others_ns: int
+    buckets: dict[BucketKey, int]
+
+    def of(self, key: BucketKey) -> int:
+        return self.buckets.get(key, self.others_ns)
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(_Saved(1, self.others_ns, [(*key, ns) for key, ns in self.buckets.items()]))
+
+
 class Cost(NamedTuple):
     """What a request uses of a grant, beside being one request: items of verbs, by their `charged_as`."""
 
     decrypts: int = 0
     reencrypts: int = 0
+
+
+Taken = dict[BucketKey, Bucket]
+"""The buckets from which a request takes."""
 
 
 class Account:
@@ -186,16 +213,28 @@ class _Item(NamedTuple):
 
 
 class Meters:
-    """The accounts of a run. `saved`: what `save` returned at the stop of the run before, if that was orderly; anything
-    else is as if there were none. `now_ns`: a clock that nobody sets.
+    """The accounts of a run. `saved`: what `keep` or `save` got in the run before; None: nothing, since there was none.
+    One that can't be read is as one of empty buckets. `keep` makes the file of the next start durable, and raises
+    StorageUnavailableError. `now_ns`: a clock that nobody sets.
     """
 
-    def __init__(self, saved: bytes | None = None, *, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self,
+        saved: bytes | None = None,
+        *,
+        keep: Callable[[bytes], Awaitable[None]],
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self._now_ns = now_ns
+        self._keep = keep
         self._accounts: dict[tuple[str, str], Account] = {}
         self._unnamed = 0
-        self._swept_ns = self._empty_ns = now_ns()
-        """The second: when the buckets of an account that is not known were empty."""
+        self._swept_ns = now_ns()
+        self._empty_ns = self._swept_ns - HOUR_NS
+        """When the buckets of an account that is not known were empty."""
+        self._kept = [_Kept(HOUR_NS + 1, {})]
+        """What the file may have. First that of another run: it gives more than any bucket holds once it is used."""
+        self._keeping: asyncio.Future[StorageUnavailableError | None] | None = None
         self._answered: list[Charge] = []
         """Of the requests that are answered in this turn."""
         self._refused: dict[BucketKey, tuple[Bucket, int]] = {}
@@ -255,14 +294,15 @@ class Meters:
                 charge.release()
             answered.clear()
 
-    def charge(self, scope: Scope | None, costs: Mapping[Grant, Cost], entered: Charge) -> None:
-        """Charges what a request uses, once it is decided, and moves `entered` to the grants that decide.
+    def charge(self, scope: Scope | None, costs: Mapping[Grant, Cost], entered: Charge) -> Taken:
+        """Charges what a request uses, once it is decided, and moves `entered` to the grants that decide. Unless the
+        result is empty, it may be used only after `reserve`.
 
         costs: of each grant that decided about the request or one of its items. Raises LimitExceededError, and
         TooManyError where there is never room; then `entered` is unchanged.
         """
         if scope is None:
-            return
+            return {}
         items = self._items(scope, costs)
         for item in items:
             item.check_size()
@@ -272,29 +312,77 @@ class Meters:
             if name is not None:
                 raise item.exceeded(name, SOON_S)
             self._check_hourly(item, now_ns)
+        taken: Taken = {}
         for item in items:
             entered.take(item.account, item.limits, now_ns)
-            for _, bucket, limit, uses in item.hourly():
+            for kind, bucket, limit, uses in item.hourly():
                 bucket.take(uses, limit, now_ns)
+                taken[BucketKey(*item.key, kind)] = bucket
         entered.give_back_others({item.account for item in items})
+        return taken if self._is_beyond(taken) else {}
+
+    # --- the file ----------------------------------------------------------------------------------------------------
+
+    async def reserve(self, taken: Taken) -> None:
+        """Returns when a durable file gives no more than these buckets hold. One write serves all who wait for it.
+        Raises StorageUnavailableError.
+        """
+        while self._is_beyond(taken):
+            if self._keeping is None:
+                self._keeping = asyncio.ensure_future(self._keep_reserved())
+            error = await asyncio.shield(self._keeping)
+            if error is not None:
+                raise copy_of(error)
+
+    def refresh(self) -> None:
+        """Writes the file again for what has filled since. Call it every REFRESH_SECONDS. The next use tells of an
+        error.
+        """
+        if self._keeping is None and self._kept != [self._left(RESERVED_NS)]:
+            self._keeping = asyncio.ensure_future(self._keep_reserved())
+
+    def _is_beyond(self, taken: Taken) -> bool:
+        """Whether the file may give more than one of these buckets holds."""
+        now_ns = self._now_ns()
+        return any(bucket.filled_ns(now_ns) < max(kept.of(key) for kept in self._kept) for key, bucket in taken.items())
+
+    async def _keep_reserved(self) -> StorageUnavailableError | None:
+        kept = self._left(RESERVED_NS)
+        content = kept.encode()
+        if len(content) > SAVED_BYTES_MAX:
+            kept = _Kept(0, {})
+            content = kept.encode()
+        self._kept.append(kept)  # it may be on the disk before this knows, or after an error
+        try:
+            await self._keep(content)
+        except StorageUnavailableError as error:
+            return error.with_traceback(None)
+        finally:
+            self._keeping = None
+        self._kept = [kept]
+        return None
 
     def save(self) -> bytes:
-        """What `__init__` takes over, after the last request of an orderly stop. Empty if it is too long to keep."""
+        """What `__init__` takes over, after the last request of an orderly stop."""
+        content = self._left(0).encode()
+        return content if len(content) <= SAVED_BYTES_MAX else _Kept(0, {}).encode()
+
+    def _left(self, reserved_ns: int) -> _Kept:
+        """What each bucket holds, without what is reserved."""
         now_ns = self._now_ns()
-        buckets = [
-            (*key, kind, max(0, now_ns - bucket.empty_ns))
+        others_ns = max(0, now_ns - self._new_ns(now_ns) - reserved_ns)
+        left = {
+            BucketKey(*key, kind): max(0, bucket.filled_ns(now_ns) - reserved_ns)
             for key, account in self._accounts.items()
             for kind, bucket in account.buckets.items()
-            if bucket.empty_ns > self._new_ns(now_ns)
-        ]
-        saved = msgspec.json.encode(_Saved(1, now_ns - self._new_ns(now_ns), buckets))
-        return saved if len(saved) <= SAVED_BYTES_MAX else b""
+        }
+        return _Kept(others_ns, {key: ns for key, ns in left.items() if ns < others_ns})
 
     def _load(self, saved: bytes) -> None:
         try:
             found = msgspec.json.decode(saved, type=_Saved)
         except UNDECODABLE:
-            return
+            found = _Saved(1, 0, [])  # whoever damages it gains nothing
         now_ns = self._now_ns()
         self._empty_ns = now_ns - found.others_ns
         for identity, who, kind, filled_ns in found.buckets:

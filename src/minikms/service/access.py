@@ -37,7 +37,7 @@ from minikms.custody.destruction import Removal
 from minikms.custody.vault import Indexing, OpenDek, Vault
 from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes
 from minikms.keys.index import Page
-from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope
+from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope, Taken
 
 DESTROYED_COUNT_MAX: Final = 4096
 _NO_THREAD_CHAR: Final = "?"
@@ -251,15 +251,20 @@ class ScopedKeys:
 
     # --- limits ------------------------------------------------------------------------------------------------------
 
-    def charge(self, request: Any) -> None:
-        """Takes what the request needs from the limits of the grants that decide it. Keys that are not allowed are left
-        out: a request for no other keys counts as one request of the first grant with the role. Raises
-        LimitExceededError, KeysNotReadError.
+    def charge(self, request: Any) -> Taken:
+        """Takes what the request needs from the limits of the grants that decide it; unless the result is empty, no key
+        may be used before `reserve`. Keys that are not allowed are left out: a request for no other keys counts as one
+        request of the first grant with the role. Raises LimitExceededError, KeysNotReadError.
         """
-        self._access.meters.charge(self.who.scope, self._costs(request), self._entered)
+        taken = self._access.meters.charge(self.who.scope, self._costs(request), self._entered)
         # A request that a limit refused has no answer that concerns the keys that were refused.
         self._access.refusals["unknown_key"] += self._not_counted or 0
         self._not_counted = None
+        return taken
+
+    async def reserve(self, taken: Taken) -> None:
+        """As `Meters.reserve`."""
+        await self._access.meters.reserve(taken)
 
     def _costs(self, request: Any) -> dict[Grant, Cost]:
         self.refresh()

@@ -35,7 +35,7 @@ from minikms.api.errors import ForbiddenError, KmsRefusedError, LimitExceededErr
 from minikms.audit import Event
 from minikms.custody.vault import Permit, Vault, permitted
 from minikms.http import Response
-from minikms.policy import Principal
+from minikms.policy import Principal, Taken
 from minikms.service.access import Access, Keys, ScopedKeys, require
 from minikms.service.encoding import Reply, encoding_of, json_answer, refused_item
 
@@ -200,7 +200,8 @@ class VerbTable:
                 frame.require(keys.who, request, event)
                 if durable:
                     self.audit.require_writable()
-                keys.charge(request)
+                if taken := keys.charge(request):
+                    await keys.reserve(taken)
                 return await act_scoped(keys, request, event)
 
             try:
@@ -216,6 +217,11 @@ class VerbTable:
         """What `now_on_keys` does for a caller that a policy limits."""
         frame = _Frame(verb)
 
+        async def act_reserved(keys: ScopedKeys, taken: Taken, request: R, event: Event) -> Reply:
+            await keys.reserve(taken)
+            answer = act(keys, request, event)
+            return await answer.act() if isinstance(answer, Later) else _reply(answer)
+
         def perform(who: Principal, request: R, request_id: str) -> Reply | Awaitable[Reply]:
             event = frame.event(who, request, request_id)
             try:
@@ -224,8 +230,11 @@ class VerbTable:
                 if forbidden is not None:
                     answer: A | Reply | Later = _refuse_items(request, event, forbidden)
                 else:
-                    keys.charge(request)
-                    answer = act(keys, request, event)
+                    taken = keys.charge(request)
+                    if taken:
+                        answer = Later(partial(act_reserved, keys, taken, request, event))
+                    else:
+                        answer = act(keys, request, event)
                     if isinstance(answer, Later):
                         return self.put_off(event, answer.act, keys=keys)
             except Exception as error:

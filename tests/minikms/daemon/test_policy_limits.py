@@ -61,7 +61,7 @@ def filled(limit: int, begun: float) -> int:
 
 
 def test_a_client_that_drains_a_store_is_stopped(public: Path) -> None:
-    """Others go on until the limit of all is reached. An orderly stop keeps what is left, and a kill nothing."""
+    """Others go on until the limit of all is reached. An orderly stop and a kill give nothing back."""
     with PolicyDaemon(public, ROOT_GRANT + READERS) as daemon:
         store, begun = Store(daemon), time.monotonic()
         user, other = daemon.caller(USER), daemon.caller(OTHER)
@@ -76,7 +76,6 @@ def test_a_client_that_drains_a_store_is_stopped(public: Path) -> None:
         daemon.stop()
         assert (daemon.data_dir / SAVED_NAME).exists()
         daemon.start()
-        assert not (daemon.data_dir / SAVED_NAME).exists(), "or a kill would give it again"
         user, other = daemon.caller(USER), daemon.caller(OTHER)
         assert store.decrypt(user, 50).status == 429
         assert store.drain(other, 40, tries=1) == 40
@@ -84,8 +83,7 @@ def test_a_client_that_drains_a_store_is_stopped(public: Path) -> None:
         assert store.decrypt(user, 50).status == 429, "nor does a reload give anything"
         daemon.kill()
         daemon.start()
-        begun = time.monotonic()
-        assert store.drain(daemon.caller(OTHER), 1, tries=100) <= filled(200, begun)
+        assert store.drain(daemon.caller(OTHER), 1, tries=30) <= 300 - used - 90 + filled(300, begun)
         assert daemon.caller().post("/decrypt", store.item).status == 200, "other grants have limits of their own"
 
 

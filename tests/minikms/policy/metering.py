@@ -1,6 +1,9 @@
-"""A machine for meters: a clock that the test sets, orderly stops and crashes."""
+"""A machine for meters: a clock that the test sets, a file, orderly stops and crashes."""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
 
 from minikms.api.errors import KmsRefusedError, LimitExceededError
 from minikms.policy import Charge, Cost, FilePolicy, Meters, Scope, parse_policy
@@ -10,26 +13,42 @@ HOUR_MS = 3_600_000
 
 
 class Machine:
-    """`now_ms`: of the clock. The buckets of the first run are full."""
+    """`now_ms`: of the clock. `file`: what is durable. `writes`: how often it was written. `keep` writes it."""
 
     def __init__(self, rules: str) -> None:
         self.now_ms = 1_000 * HOUR_MS
         self.policy = FilePolicy(parse_policy(rules.encode()))
+        self.file: bytes | None = None
+        self.writes = 0
+        self.keep: Callable[[bytes], Awaitable[None]] = self._keep
         self.crash()
-        self.now_ms += HOUR_MS
 
     def crash(self) -> None:
-        """Another process starts, with nothing."""
-        self._start(None)
+        """Another process starts, with what is durable."""
+        self.meters = Meters(self.file, keep=self._write, now_ns=lambda: self.now_ms * 1_000_000)
 
     def restart(self, *, after_ms: int = 0) -> None:
         """An orderly stop, and a start after some time."""
-        saved = self.meters.save()
+        self.file = self.meters.save()
         self.now_ms += after_ms
-        self._start(saved)
+        self.crash()
 
-    def _start(self, saved: bytes | None) -> None:
-        self.meters = Meters(saved, now_ns=lambda: self.now_ms * 1_000_000)
+    def refresh(self) -> None:
+        """As every minute."""
+
+        async def main() -> None:
+            self.meters.refresh()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+        asyncio.run(main())
+
+    async def _write(self, content: bytes) -> None:
+        await self.keep(content)
+
+    async def _keep(self, content: bytes) -> None:
+        self.file = content
+        self.writes += 1
 
     def scope(self, name: str) -> Scope:
         """Of a uid by itself, of any other name through uid 992."""
@@ -53,7 +72,8 @@ class Machine:
         """
         scope, costs = self.scope(name), self.costs(name, decrypts, reencrypts)
         entered = self.meters.enter(scope, costs)
-        self.meters.charge(scope, costs, entered)
+        if taken := self.meters.charge(scope, costs, entered):
+            asyncio.run(self.meters.reserve(taken))
         return entered
 
     def charge(self, *requests: tuple[str, int]) -> list[Charge | KmsRefusedError]:

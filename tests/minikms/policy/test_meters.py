@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.api.errors import LimitExceededError, TooManyError
+from minikms.api.errors import LimitExceededError, StorageUnavailableError, TooManyError
 from minikms.policy import Charge, Policy, meters, parse_policy
 from tests.minikms.policy.metering import HOUR_MS, Machine
 
@@ -263,22 +264,89 @@ def test_an_hourly_limit_fills_at_its_rate_and_holds_an_hour() -> None:
     machine.refused("uid:1")
 
 
-def test_a_crash_leaves_every_bucket_empty_and_a_stop_as_it_was() -> None:
-    """Whoever could make the service crash would have a full one otherwise. While it is stopped, nothing fills."""
+def test_a_new_bucket_is_full_and_a_stop_keeps_every_one() -> None:
+    """While the service is stopped, nothing fills."""
     machine = Machine(rules("decrypts_per_hour = 60"))
     machine.passes("uid:1", 50)
     machine.restart(after_ms=9 * HOUR_MS)
     machine.refused("uid:1", 11)
     machine.passes("uid:1", 10)
-    machine.passes("uid:2", 60)
-    machine.crash()
+    for name in ("uid:2", "spiffe://prod/never-seen"):
+        machine.passes(name, 60)
+    machine.restart()
     for name in ("uid:1", "uid:2", "spiffe://prod/never-seen"):
         machine.refused(name)
-    machine.now_ms += HOUR_MS // 2
-    machine.restart()
-    for name in ("uid:1", "spiffe://prod/never-seen"):
-        machine.refused(name, 31)
-        machine.passes(name, 30)
+
+
+def left(machine: Machine, name: str) -> int:
+    """How much of a limit of 1,000 is left."""
+    return next(uses for uses in range(1000, -1, -1) if isinstance(machine.charge((name, uses))[0], Charge))
+
+
+@given(st.integers(0, 1000), st.integers(0, 60), st.booleans())
+def test_a_crash_costs_a_tenth_and_gives_nothing_back(used: int, minutes: int, refreshed: bool) -> None:
+    """And what has filled in the minute since the file was written last."""
+    machine = Machine(rules("decrypts_per_hour = 1000"))
+    for part in (used // 3, used // 3, used - 2 * (used // 3)):
+        machine.passes("uid:1", part)
+    for _ in range(minutes):
+        machine.now_ms += HOUR_MS // 60
+        if refreshed:
+            machine.refresh()
+    held = min(1000, 1000 - used + minutes * 1000 // 60)
+    machine.crash()
+    found = left(machine, "uid:1")
+    assert found <= held
+    if refreshed:
+        assert found >= held - 100 - 17
+    machine.crash()
+    assert left(machine, "uid:1") == 0, "what was used before a crash is used"
+    assert left(machine, "uid:2") >= 800
+
+
+def test_each_tenth_of_a_limit_is_one_write() -> None:
+    machine = Machine(rules("decrypts_per_hour = 1000"))
+    for _ in range(1000):
+        machine.passes("uid:1")
+    assert machine.writes == 10
+    machine.refused("uid:1")
+    assert machine.writes == 10
+
+
+@pytest.mark.parametrize("landed", [False, True])
+def test_nothing_is_used_before_its_reservation_is_durable(landed: bool) -> None:
+    """Requests that come while the file is written wait for the same write, and for an error too. It may have reached
+    the disk all the same.
+    """
+    machine = Machine(rules("decrypts_per_hour = 100"))
+
+    async def main() -> None:
+        writing, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slowly(content: bytes) -> None:
+            writing.set()
+            await go_on.wait()
+            if landed:
+                machine.file = content
+            raise StorageUnavailableError("full")
+
+        machine.keep = slowly
+        scope, costs = machine.scope("uid:1"), machine.costs("uid:1", 1)
+        waiting = []
+        for _ in range(3):
+            taken = machine.meters.charge(scope, costs, machine.meters.enter(scope, costs))
+            waiting.append(asyncio.create_task(machine.meters.reserve(taken)))
+            await writing.wait()
+        assert not any(task.done() for task in waiting)
+        go_on.set()
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(error, StorageUnavailableError) for error in errors)
+        assert len(set(map(id, errors))) == 3
+        taken = machine.meters.charge(scope, costs, machine.meters.enter(scope, costs))
+        with pytest.raises(StorageUnavailableError):
+            await machine.meters.reserve(taken)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
@@ -292,9 +360,19 @@ def test_a_crash_leaves_every_bucket_empty_and_a_stop_as_it_was() -> None:
         b'{"version":1,"others_ns":3600000000000,"buckets":[["grant:chat","uid:1","other",0]]}',
     ],
 )
-def test_a_damaged_file_is_as_none(saved: bytes) -> None:
+def test_after_a_damaged_file_every_bucket_is_empty(saved: bytes) -> None:
     machine = Machine(rules("decrypts_per_hour = 60"))
-    machine.meters = meters.Meters(saved, now_ns=lambda: machine.now_ms * 1_000_000)
+    machine.file = saved
+    machine.crash()
+    machine.refused("uid:1")
+
+
+def test_a_file_that_is_too_long_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(rules("decrypts_per_hour = 60"))
+    monkeypatch.setattr(meters, "SAVED_BYTES_MAX", 100)
+    machine.passes("uid:1", 30)
+    machine.passes("uid:2", 30)
+    machine.crash()
     machine.refused("uid:1")
 
 
@@ -302,7 +380,7 @@ NAMES = ("uid:1", "uid:2", "spiffe://prod/a", "spiffe://prod/b")
 STEPS = st.one_of(
     st.tuples(st.just("use"), st.sampled_from(NAMES), st.integers(1, 60)),
     st.tuples(st.sampled_from(["wait", "stop"]), st.just(""), st.integers(0, 2 * HOUR_MS)),
-    st.tuples(st.just("crash"), st.just(""), st.just(0)),
+    st.tuples(st.sampled_from(["crash", "refresh"]), st.just(""), st.just(0)),
 )
 
 
@@ -321,6 +399,8 @@ def test_no_60_minutes_see_more_than_two_hours_worth(steps: list[tuple[str, str,
             machine.now_ms += number
         elif kind == "stop":
             machine.restart(after_ms=number)
+        elif kind == "refresh":
+            machine.refresh()
         else:
             machine.crash()
         hour = [(who, uses) for at_ms, who, uses in used if at_ms > machine.now_ms - HOUR_MS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minikms.policy import PrincipalNameError, parse_name, parse_policy
+from minikms.policy import Meters, PrincipalNameError, parse_name, parse_policy
 from minikms.policy.patterns import PrincipalPattern, ThreadPattern
 
 PLACE = Path(__file__).parents[2] / "vectors"
@@ -48,3 +49,21 @@ def test_a_table_has_the_identity_of_the_page(vector: dict[str, Any]) -> None:
     rules = parse_policy(text.encode())
     found = [*(one.identity for one in rules.grants), *(one.identity for one in rules.proxies)]
     assert found == [vector["identity"]]
+
+
+def test_the_bucket_files_of_a_stop_and_of_a_crash_are_those_of_the_page() -> None:
+    files = {when: content.encode() for when, content in VECTORS["buckets"].items()}
+    kept: list[bytes] = []
+
+    async def main() -> None:
+        async def keep(content: bytes) -> None:
+            kept.append(content)
+
+        meters = Meters(files["stopped"], keep=keep, now_ns=lambda: 0)
+        assert meters.save() == files["stopped"]
+        meters.refresh()
+        await asyncio.sleep(0)
+        assert kept == [files["reserved"]]
+        assert Meters(files["reserved"], keep=keep, now_ns=lambda: 0).save() == files["reserved"]
+
+    asyncio.run(main())

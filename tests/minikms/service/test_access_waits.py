@@ -1,4 +1,4 @@
-"""Verbs without keys that wait for a line or a lock while the policy changes."""
+"""Verbs that wait for a line, a lock or the file of the limits while the policy changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from minikms import api
 from minikms.api import Verb
-from minikms.api.errors import ForbiddenError, KmsRefusedError, UnauthorizedError
+from minikms.api.errors import ForbiddenError, KmsRefusedError, StorageUnavailableError, UnauthorizedError
 from minikms.audit import Event
 from minikms.service.roots import AddGivenRoot, GivenRootTest
 from tests.harness.limited import Limited, limited
@@ -86,5 +86,51 @@ def test_a_change_that_waits_for_the_keyring_obeys_the_new_policy(
                 with pytest.raises(refused):
                     await waiting
             assert made.one.vault.keyring.body == before
+
+    asyncio.run(main())
+
+
+READER = '[[grant]]\nprincipals = ["uid:1"]\nroles = ["decrypt", "encrypt", "create"]\nthreads = ["*"]\n'
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "a policy without the role", "a full disk"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_no_key_is_used_before_the_file_of_the_limits_is_durable(tmp_path: Path, meanwhile: str, batch: bool) -> None:
+    """No other request waits meanwhile, and after the wait the policy in force decides."""
+
+    async def main() -> None:
+        begun, durable = asyncio.Event(), asyncio.Event()
+
+        async def keep(_content: bytes) -> None:
+            begun.set()
+            await durable.wait()
+            if meanwhile == "a full disk":
+                raise StorageUnavailableError("full")
+
+        policy = READER + "limits = { decrypts_per_hour = 100 }\n"
+        async with limited(tmp_path / "d", OTHERS + policy, keep=keep) as made:
+            [key_id] = await made.one.make(1)
+            who = made.who(1)
+            sealed = await made.ask(who, api.ENCRYPT, api.EncryptItem(key_id, ""))
+            item = api.DecryptItem(key_id, sealed["ciphertext"])
+            made.one.vault.cache.clear()
+            waiting = asyncio.create_task(
+                made.ask(who, api.DECRYPT_BATCH, api.DecryptBatchRequest([item]))
+                if batch
+                else made.ask(who, api.DECRYPT, api.DecryptItem(key_id, sealed["ciphertext"]))
+            )
+            await begun.wait()
+            assert len(made.one.vault.cache) == 0
+            await made.ask(who, api.ENCRYPT, api.EncryptItem(key_id, ""))
+            made.one.vault.cache.clear()
+            if meanwhile == "a policy without the role":
+                made.change(OTHERS)
+            durable.set()
+            if meanwhile == "nothing":
+                assert await waiting
+            else:
+                with pytest.raises(StorageUnavailableError if meanwhile == "a full disk" else UnauthorizedError):
+                    await waiting
+            assert len(made.one.vault.cache) == (1 if meanwhile == "nothing" else 0)
 
     asyncio.run(main())
