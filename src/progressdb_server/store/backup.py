@@ -5,12 +5,12 @@ Invariants:
 - A backup holds nothing that the store's directory does not: sealed records, ids and stamps. It is of use only
   together with one of the key service that was made after it: the store first, the key service second.
 - A backup is registered before its checkpoint is taken, so that whoever destroys keys knows of it; a backup is complete
-  when its manifest exists, which is written last.
+  when its manifest exists, which is written last: after each file and each block of RocksDB was read back.
 - A backup that fails or is cancelled leaves nothing behind and is then removed from the register. Otherwise an entry is
   removed only when an operator says so: a directory that is not found may be on a disk that is not mounted, or may have
   been moved. A cancelled call returns when nothing uses the engine any more.
 - Files of an earlier backup with the same content are linked, not copied: RocksDB's tables never change.
-- Restoring verifies every file first and never writes into a directory that holds something.
+- Restoring reads every file and block first and never writes into a directory that holds something.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from progressdb_server.store.model import (
     RegisteredBackup,
     StoreUnavailableError,
 )
+from progressdb_server.store.offline import WALK_BYTES_MAX
 
 MANIFEST: Final = "manifest.json"
 STORE: Final = "store"
@@ -209,17 +210,16 @@ def _make(
         os.mkdir(os.path.join(path, STORE), mode=0o700)
         files: list[BackupFile] = []
         for name in sorted(os.listdir(staging)):
-            if stop.is_set():
-                raise BackupError(f"the backup {path} was cancelled")
+            _go_on(path, stop)
             files.append(_take(os.path.join(staging, name), os.path.join(path, STORE, name), known.get(name), previous))
         shutil.rmtree(staging)
         manifest = Manifest(FORMAT, created_ns, files)
         sync_directory(os.path.join(path, STORE))
+        _read_back(path, manifest, stop)
         _write(os.path.join(path, MANIFEST), msgspec.json.format(msgspec.json.encode(manifest)))
         sync_directory(path)
     except OSError as error:
         raise BackupError(f"the backup {path} failed: {error.strerror} ({error.filename})") from error
-    verify(path)
     return manifest
 
 
@@ -240,11 +240,15 @@ def read_manifest(path: str) -> Manifest:
 
 
 def verify(path: str) -> Manifest:
-    """Every file against the manifest, then the store itself: it opens and has a format that this version reads.
-
-    Raises BackupError.
-    """
+    """Every file against the manifest, then the store itself: it opens, has a format that this version reads, and each
+    block of it can be read. No record is opened. Raises BackupError."""
     manifest = read_manifest(path)
+    _read_back(path, manifest, threading.Event())
+    return manifest
+
+
+def _read_back(path: str, manifest: Manifest, stop: threading.Event) -> None:
+    """Raises BackupError, also when `stop` is set."""
     store = os.path.join(path, STORE)
     try:
         extra = set(os.listdir(store)) - {file.name for file in manifest.files}
@@ -256,11 +260,20 @@ def verify(path: str) -> Manifest:
     if extra:
         raise BackupError(f"{path} holds files that the manifest does not name: {', '.join(sorted(extra))}")
     try:
-        with directory.open_reader(store):
-            pass
-    except (StoreUnavailableError, FormatError) as error:
+        with directory.open_reader(store) as reader:
+            lower = b""
+            while page := reader.scan(lower, keyspace.END, limit=SCAN_ENTRIES_MAX, bytes_max=WALK_BYTES_MAX):
+                lower = keyspace.next_key(page[-1][0])
+                _go_on(path, stop)
+    except StoreUnavailableError as error:
+        raise BackupError(f"{path}: {error.explained}") from error
+    except FormatError as error:
         raise BackupError(f"{path}: {error}") from error
-    return manifest
+
+
+def _go_on(path: str, stop: threading.Event) -> None:
+    if stop.is_set():
+        raise BackupError(f"the backup {path} was cancelled")
 
 
 def restore(path: str, target: str) -> Manifest:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import os
 import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from progressdb_server.store import backup
@@ -19,6 +21,7 @@ from progressdb_server.store.model import (
     BackupBusyError,
     BackupError,
     BackupExistsError,
+    BackupFile,
     BackupNotFoundError,
     BackupThereError,
     Manifest,
@@ -27,6 +30,7 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.offline import LocalView
 from progressdb_server.store.rocks import RocksEngine
+from tests.harness.disk_faults import flip
 from tests.progressdb_server.store.opened_store import messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
@@ -259,3 +263,41 @@ def test_a_place_that_can_not_be_looked_at_counts_as_there(tmp_path: Path) -> No
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert not RegisteredBackup(str(tmp_path / "loop" / "one"), 1).gone
     assert not RegisteredBackup(str(tmp_path / "loop"), 1).gone
+
+
+def damaged_table(directory: Path) -> Path:
+    table = max(directory.glob("*.sst"), key=lambda file: file.stat().st_size)
+    flip(table, table.stat().st_size // 2)
+    return table
+
+
+def test_no_backup_is_made_of_a_store_with_a_damaged_block(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            await write(store, 200)
+        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+            good = await back_up(store, tmp_path / "good")
+            table = damaged_table(tmp_path / "db")
+            with pytest.raises(BackupError, match=table.name):
+                await back_up(store, tmp_path / "bad", tmp_path / "good")
+            assert not (tmp_path / "bad").exists()
+            assert [known.name async for page in store.backups() for known in page] == ["good"]
+        assert backup.verify(str(tmp_path / "good")) == good
+
+    asyncio.run(run())
+
+
+def test_a_damaged_block_that_was_backed_up_is_found(tmp_path: Path) -> None:
+    """As by a version that compared files only."""
+    path = made(tmp_path)
+    table = damaged_table(path / "store")
+    manifest = path / "manifest.json"
+    known = backup.read_manifest(str(path))
+    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    files = [BackupFile(file.name, file.bytes, digest) if file.name == table.name else file for file in known.files]
+    manifest.write_bytes(msgspec.json.encode(msgspec.structs.replace(known, files=files)))
+    with pytest.raises(BackupError, match=f"the file {table.name}"):
+        backup.verify(str(path))
+    with pytest.raises(BackupError, match=f"the file {table.name}"):
+        backup.restore(str(path), str(tmp_path / "restored"))
+    assert not (tmp_path / "restored").exists()
