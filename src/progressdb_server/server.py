@@ -273,6 +273,8 @@ async def _open_store(
         provider = await _open_provider(config, master_key_fd, encrypting, audit_head, started, on_lost=on_lost)
         store = Conversations(engine, provider, rule=config.security.threads)
         opened = True
+    except StoreUnavailableError as error:
+        raise ServeError(error.explained) from None
     except (SupervisorError, FormatError, RestoredError) as error:
         raise ServeError(str(error)) from None
     finally:
@@ -281,7 +283,9 @@ async def _open_store(
     started.push_async_callback(store.close)
     try:
         await store.start(accept_restore=accept_restore)
-    except (RestoredError, StoreUnavailableError) as error:
+    except StoreUnavailableError as error:
+        raise ServeError(error.explained) from None
+    except RestoredError as error:
         raise ServeError(str(error)) from None
     return store, provider
 

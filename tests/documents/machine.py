@@ -76,13 +76,16 @@ class Machine:
             (base / directory).mkdir(parents=True)
         (base / "tmp").chmod(0o1777)
         (base / "root").chmod(0o700)
-        become = 'setpriv --reuid="$uid" --regid="$uid" --clear-groups' if three_users else ""
+        become = 'setpriv --reuid="$uid" --regid="$uid" $groups' if three_users else ""
+        groups = f'[ "$3" = -g ] && groups=--groups={self._uids["minikms"]} || groups=--clear-groups'
+        command = 'while [ "$1" != -- ]; do shift; done; shift'
         uids = " ".join(f"{name}) uid={uid};;" for name, uid in self._uids.items())
         for name, script in {
             "opt/progressdb/bin/minikms": forked.script("minikms"),
             "opt/progressdb/bin/progressdb": forked.script("progressdb_server"),
             "opt/progressdb/bin/minikms-auditor": forked.script("minikms_auditor"),
-            "usr/bin/runuser": f'case "$2" in {uids} esac; shift 3; exec {become} "$@"',  # -u USER -- COMMAND …
+            # -u USER [-g USER -G minikms] -- COMMAND …
+            "usr/bin/runuser": f'case "$2" in {uids} esac; {groups}; {command}; exec {become} "$@"',
             "usr/bin/journalctl": f'exec cat {base}/journal/"$2"',  # -u UNIT …
             "usr/bin/systemctl": f'echo "$*" > {base}/asked; read -r status < {base}/answered; exit "$status"',
         }.items():

@@ -111,6 +111,18 @@ def a_key_file_is_damaged(made: Machine) -> None:
     key_files(made)[0].write_bytes(b"")
 
 
+def a_block_is_damaged(made: Machine) -> None:
+    """Of a file, which a start makes of the log."""
+    for number in range(10):
+        call_server(made, f"/v1/threads/thread-{number}/messages", {"body": "x" * 4000})
+    made.do("systemctl restart progressdb")
+    made.do("systemctl stop progressdb")
+    table = max(made.at("/var/lib/progressdb/db/store").glob("*.sst"), key=lambda file: file.stat().st_size)
+    with table.open("r+b") as file:
+        file.seek(table.stat().st_size // 2)
+        file.write(b"damage")
+
+
 def the_keyring_is_damaged(made: Machine) -> None:
     made.at("/var/lib/progressdb/minikms/keyring.json").write_bytes(b"{")
 
@@ -199,6 +211,7 @@ HAPPENED: dict[str, Callable[[Machine], None]] = {
     "A key has leaked": the_root_key_was_changed,
     "Only the keyring is damaged": the_keyring_is_damaged,
     "One key file is damaged": a_key_file_is_damaged,
+    "The store is damaged": a_block_is_damaged,
     "Restore": the_server_has_seen_a_longer_audit_log,
     "The key file is lost, shares are left": the_key_file_is_lost,
     "Unseal": somebody_sealed_it,

@@ -33,7 +33,12 @@ from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.table import Routing
 from progressdb_server.api.viewer.routes import error_page
 from progressdb_server.kms.provider import READING, RequestReads
-from progressdb_server.store.model import ConversationStore, KeyServiceRefusedError, RecordUnreadableError
+from progressdb_server.store.model import (
+    ConversationStore,
+    KeyServiceRefusedError,
+    RecordUnreadableError,
+    StoreDamagedError,
+)
 
 _log: Final = structlog.get_logger("progressdb.api")
 _CLIENT_GONE: Final = 499
@@ -142,6 +147,8 @@ def _error_of(error: Exception, request: Request) -> ApiError:
         return internal()
     if isinstance(error, RecordUnreadableError):
         _log.error("record unreadable", request_id=request.request_id, reason=str(error))
+    if isinstance(error, StoreDamagedError):
+        _log.error("store_damaged", request_id=request.request_id, route=request.route, reason=error.explained)
     if isinstance(error, (KmsError, KeyServiceRefusedError)) and known.status == 500:
         _log.error("key_service_refused", request_id=request.request_id, route=request.route, reason=known.text)
     return known

@@ -29,6 +29,7 @@ from minikms.usage import EXIT_FAILED, CommandError
 from progressdb_server import logs
 from progressdb_server.api.routes.store_backup import INVALID_NAME, NAME
 from progressdb_server.cli.admin_client import AdminClient
+from progressdb_server.cli.check import examine
 from progressdb_server.cli.flags import (
     Addr,
     ConfigFile,
@@ -41,9 +42,12 @@ from progressdb_server.cli.flags import (
     load_for_store,
 )
 from progressdb_server.config import Config
+from progressdb_server.jobs.table import parse
 from progressdb_server.store import backup
 from progressdb_server.store.backup import Backups
-from progressdb_server.store.model import RegisteredBackup, StoreLockedError
+from progressdb_server.store.check import Report
+from progressdb_server.store.check import check as check_store
+from progressdb_server.store.model import RegisteredBackup, StoreLockedError, StoreUnavailableError
 
 KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
@@ -98,7 +102,7 @@ def create(
         client = AdminClient.from_config(chosen)
         client.call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
     if not json:
-        print(f"{path}: the store is backed up and was read back")
+        print(f"{path}: the store is backed up, and each block was read back")
     page: dict[str, Any] = {"backup": str(path), "key_service": None}
     if store_only or chosen.kms.provider == "local":
         print_result(page, "Now back up the key service, as its user: minikms backup create FILE", json=json)
@@ -227,23 +231,51 @@ def verify(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Read back every file and every key of a backup. Exit status: 0 good, 1 damaged, 2 it does not exist."""
+    """Read back every file, every block of the store and every key of a backup; open every record if a key service
+    answers.
+
+    A record whose key was destroyed is no damage. Exit status: 0 good, 1 damaged, 2 it does not exist.
+    """
     path = existing_directory(backup_path)
     chosen = load_config(db=db or ".", config=config, master_key_file=master_key_file).config
     manifest = backup.verify(str(path))
+    findings, counts, opened = _records(chosen, str(path / backup.STORE))
+    records = counts.get("threads", 0) + counts.get("messages", 0)
+    unread = [finding for finding in findings if finding.kind in ("damaged", "unreadable")]
+    refused = sum(finding.kind == "unreadable" for finding in unread)
+    damaged = [finding for finding in unread if api.CODE_KEY_DESTROYED not in finding.detail]
     if not json:
-        print(f"{path}: the store is whole: {len(manifest.files)} files, {manifest.bytes:,} bytes")
+        print(f"{path}: each block of the store was read: {len(manifest.files)} files, {manifest.bytes:,} bytes")
+        print(
+            f"{records - refused:,} of {records:,} records were opened"
+            if opened
+            else f"none of {records:,} records was opened: no key service answered this user"
+        )
     page: dict[str, Any] = {
         "backup": str(path),
         "files": len(manifest.files),
         "bytes": manifest.bytes,
+        "records": records,
+        "records_opened": records - refused if opened else 0,
+        "damaged": [f"{finding.key}: {finding.detail}" for finding in damaged],
         "key_service": None,
     }
+    if damaged:
+        print_result(page, page["damaged"], json=json)
+        return EXIT_FAILED
     if not (path / KMS_ARCHIVE).exists():
         text = f"no {KMS_ARCHIVE} in it: verify the key service's archive by itself, with minikms backup verify"
         print_result(page, text, json=json)
         return 0
     return _minikms(["verify", str(path / KMS_ARCHIVE)], chosen, master_key_fd, page if json else None)
+
+
+def _records(config: Config, store: str) -> Report:
+    """Of a store that was read back. Without a key service that this user may ask, no record is opened."""
+    try:
+        return asyncio.run(examine(config, store))
+    except (CommandError, StoreUnavailableError):
+        return asyncio.run(check_store(store, None, parse))
 
 
 @app.command(name="restore")

@@ -7,22 +7,28 @@ written; a repair needs exclusive use of the store. The rules of a sound store a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Final
 
 from cyclopts import Parameter
 
 from minikms.api.errors import KmsError, KmsUnavailableError
 from minikms.client import Client
 from minikms.output import print_result
-from minikms.usage import CommandError
+from minikms.usage import EXIT_FAILED, CommandError
 from progressdb_server.cli.flags import ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Config
 from progressdb_server.jobs.table import parse
-from progressdb_server.kms.provider import RemoteProvider
+from progressdb_server.kms.provider import Provider, RemoteProvider
 from progressdb_server.store.check import Problem, Report, repair_offline
 from progressdb_server.store.check import check as check_store
-from progressdb_server.store.model import StoreLockedError
+from progressdb_server.store.model import StoreDamagedError, StoreLockedError
+
+WAYS_OUT: Final = (
+    "restore a backup, or stop the server and give --repair --drop-damaged: see `The store is damaged` in "
+    "docs/runbook.md"
+)
 
 
 def check(
@@ -35,29 +41,46 @@ def check(
             show_default=False,
         ),
     ] = False,
+    drop_damaged: Annotated[
+        bool,
+        Parameter(
+            name="--drop-damaged",
+            help="With --repair, if files of the store are damaged: make a store of what can be read.",
+            negative=(),
+            show_default=False,
+        ),
+    ] = False,
     db: Db = None,
     config: ConfigFile = None,
     json: Json = False,
 ) -> int:
     """Examine the whole store, also while the server runs. If a key service answers, every record is decrypted.
 
-    Exit status: 0 nothing is wrong, 1 something is wrong, 2 there is no store, or this user may not decrypt.
+    The damaged store that --drop-damaged replaces is set aside beside the new one, and registered as a backup. Exit
+    status: 0 nothing is wrong, 1 something is wrong, 2 there is no store, or this user may not decrypt.
     """
     chosen = load_for_store(db=db, config=config)
     path = chosen.store.url or str(chosen.store_dir)
+    if drop_damaged and not repair:
+        raise CommandError("--drop-damaged is for a repair: give --repair, too")
+    dropped: list[Problem] = []
+    fixed: list[Problem] = []
     try:
-        fixed = asyncio.run(repair_offline(path)) if repair else []
-        reachable = chosen.kms.provider != "local" and _has_key_service(chosen)
-        found, counts, opened = asyncio.run(_examine(chosen, path, with_key_service=reachable))
+        if repair:
+            dropped, fixed = asyncio.run(_repair(chosen, path, drop=drop_damaged))
+        found, counts, opened = asyncio.run(examine(chosen, path))
     except StoreLockedError:
         raise CommandError("the server has the store open: stop it for a repair, or check without --repair") from None
+    except StoreDamagedError as error:
+        raise CommandError(f"{error}. {WAYS_OUT}", EXIT_FAILED) from None
     page = {
         "records_opened": opened,
         "counts": counts,
+        "dropped": [_as_json(finding) for finding in dropped],
         "repaired": [_as_json(finding) for finding in fixed],
         "findings": [_as_json(finding) for finding in found],
     }
-    print_result(page, _lines(fixed, found, counts, opened=opened), json=json)
+    print_result(page, _lines(dropped, fixed, found, counts, opened=opened), json=json)
     return 1 if found else 0
 
 
@@ -79,23 +102,43 @@ def _has_key_service(config: Config) -> bool:
     return True
 
 
-async def _examine(config: Config, path: str, *, with_key_service: bool) -> Report:
-    if not with_key_service:
-        return await check_store(path, None, parse)
+@asynccontextmanager
+async def _key_service(config: Config) -> AsyncIterator[Provider | None]:
+    if config.kms.provider == "local" or not _has_key_service(config):
+        yield None
+        return
     async with RemoteProvider(**config.kms_client) as provider:
+        yield provider
+
+
+async def examine(config: Config, path: str) -> Report:
+    """Of the store at the path or URL. Raises FormatError, StoreUnavailableError, CommandError for a user who may not
+    use the key service."""
+    async with _key_service(config) as provider:
         return await check_store(path, provider, parse)
+
+
+async def _repair(config: Config, path: str, *, drop: bool) -> tuple[list[Problem], list[Problem]]:
+    async with _key_service(config) as provider:
+        return await repair_offline(path, provider, drop=drop)
 
 
 def _as_json(finding: Problem) -> dict[str, object]:
     return {"kind": finding.kind, "key": finding.key, "detail": finding.detail, "repairable": bool(finding.fix)}
 
 
-def _lines(fixed: list[Problem], found: list[Problem], counts: dict[str, int], *, opened: bool) -> Iterator[str]:
+def _lines(
+    dropped: list[Problem], fixed: list[Problem], found: list[Problem], counts: dict[str, int], *, opened: bool
+) -> Iterator[str]:
+    for finding in dropped:
+        yield f"dropped: {finding.key}: {finding.detail}"
     for finding in fixed:
         yield f"repaired: {finding.kind}: {finding.key}: {finding.detail}"
     for finding in found:
         way_out = "; progressdb check --repair mends it" if finding.fix else ""
         yield f"{finding.kind}: {finding.key}: {finding.detail}{way_out}"
+    if any(finding.kind == "lost" for finding in found):
+        yield WAYS_OUT
     yield f"{counts.get('threads', 0):,} threads, {counts.get('messages', 0):,} stored versions of messages"
     if not opened:
         yield "no key service answered: the records were not opened; start the server to have them checked too"

@@ -25,6 +25,8 @@ from progressdb_server.store.model import FormatError, StoreUnavailableError
 REPAIR_S_MAX: Final = 3600.0
 """A walk over a million keys takes some minutes."""
 SHOWN_MAX: Final = 20
+RUNBOOK: Final = "`It does not answer` and `The disk is full`"
+RUNBOOK_DAMAGED: Final = "`The store is damaged`"
 NOT_SEEN: Final = "only a role with pg_read_all_stats sees which are connected"
 
 
@@ -38,8 +40,9 @@ def doctor(
     config: ConfigFile = None,
     json: Json = False,
 ) -> int:
-    """Ask the running server what is wrong: whether it takes writes, whether its key service works, and which active
-    keys no thread names (of creates that were refused or interrupted). A database (store.url) is examined first.
+    """Ask the running server what is wrong: whether it takes writes, whether its key service works, whether it has met
+    damage in the store, and which active keys no thread names (of creates that were refused or interrupted). A database
+    (store.url) is examined first.
 
     With --repair these keys are retired: they only decrypt from then on. Do not use it on an older copy of the store,
     which does not have the newer threads. Exit status: 0 nothing is wrong now, 1 something is, 2 the server does not
@@ -51,7 +54,7 @@ def doctor(
         page["database"] = _examined(chosen.store, shown=not json)
     client = AdminClient.from_config(chosen)
     page["readiness"] = client.call("GET", "/admin/readiness")
-    wrong = [page["readiness"][name] for name in ("writes", "key_service") if page["readiness"][name]]
+    wrong = [page["readiness"][name] for name in ("writes", "key_service", "damage") if page["readiness"][name]]
     if not page["readiness"]["key_service"]:
         if repair:
             page["repaired"] = client.call("POST", "/admin/orphaned_keys/retire", timeout_s=REPAIR_S_MAX)
@@ -85,7 +88,7 @@ def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
 def _lines(page: dict[str, Any], wrong: list[str]) -> Iterator[str]:
     for problem in wrong:
         yield f"problem: {problem}"
-        yield "  do: see `It does not answer` and `The disk is full` in docs/runbook.md"
+        yield f"  do: see {RUNBOOK_DAMAGED if 'damaged' in problem else RUNBOOK} in docs/runbook.md"
     repaired, orphans = page.get("repaired"), page.get("orphaned_keys", [])
     if repaired and repaired["retired"]:
         yield f"retired: {repaired['retired']:,} keys that no thread names"

@@ -9,11 +9,14 @@ The rules, each with the kind of its finding:
 - keyless: a thread without a key map, or whose mapped key the key service does not have;
 - unindexed: a record that no index entry leads to;
 - dangling: an index entry that leads to nothing, or not to the newest version;
-- miscounted: a counter that differs from what was counted.
+- miscounted: a counter that differs from what was counted, or a last stamp that is older than a record's;
+- lost: a part of a file of RocksDB that can't be read, and each entry that it seems to hold.
 
 Invariants: records are the truth and are never changed here; a fix only puts or deletes index entries and counters,
 all of which follow from records, and deletes damaged entries of retries (`store.idempotency`), which nothing can
-rebuild. Memory is bounded: the walk reads chunks, and what their rules look up is read together up to a bound.
+rebuild. What a rule can't look up, because a file is damaged there, is no finding. A damaged store is repaired only as
+`store.salvage.rebuild` makes another one of it. Memory is bounded: the walk reads chunks, and what their rules look up
+is read together up to a bound.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store import keyspace, membership, offline, record
+from progressdb_server.store import keyspace, membership, offline, record, salvage
 from progressdb_server.store.epoch import SeenState as KeyService
 from progressdb_server.store.idempotency import IdempotencyRecord
 from progressdb_server.store.keyspace import Stamp
-from progressdb_server.store.model import RecordUnreadableError, StoreUnavailableError
+from progressdb_server.store.model import RecordUnreadableError, StoreDamagedError, StoreUnavailableError
 from progressdb_server.store.offline import Entries, View
+from progressdb_server.store.salvage import Lost
 from progressdb_server.store.writer import Counters
 
 CHUNK_ENTRIES: Final = 500
@@ -53,7 +57,7 @@ JOB_DAMAGED: Final = (
     "the job does not go on, and no old key is destroyed; restore the entry from a backup, or delete it"
 )
 
-Kind = Literal["unknown", "damaged", "unreadable", "orphaned", "keyless", "unindexed", "dangling", "miscounted"]
+Kind = Literal["unknown", "damaged", "unreadable", "orphaned", "keyless", "unindexed", "dangling", "miscounted", "lost"]
 
 _OTHER_SPACES: Final = (keyspace.MIGRATED, keyspace.BACKUPS, keyspace.CLAIMS, keyspace.SERVERS)
 """Counted, not checked."""
@@ -87,6 +91,9 @@ class _Lookup(NamedTuple):
         return (yield self)
 
 
+_Answer: TypeAlias = bytes | StoreDamagedError | None
+
+
 class Checker:
     """One walk. `counts` is how many entries of each space were seen."""
 
@@ -116,22 +123,45 @@ class Checker:
         """The rules of all entries side by side, so that a round trip answers what they look up at a time."""
         findings: list[list[Problem]] = [[] for _ in chunk]
         begun = [self._collect(*entry, sealed, into) for entry, into in zip(chunk, findings, strict=True)]
-        ready: dict[Coroutine[_Lookup, bytes | None, None], bytes | None] = dict.fromkeys(begun)
+        ready: dict[Coroutine[_Lookup, bytes | None, None], _Answer] = dict.fromkeys(begun)
         waiting: dict[Coroutine[_Lookup, bytes | None, None], _Lookup] = {}
-        while ready:
-            for judging, answer in ready.items():
-                with contextlib.suppress(StopIteration):
-                    waiting[judging] = judging.send(answer)
-            answers = await self._answers(dict.fromkeys(waiting.values()))
-            ready = {judging: answers[asked] for judging, asked in waiting.items() if asked in answers}
-            waiting = {judging: asked for judging, asked in waiting.items() if asked not in answers}
+        try:
+            while ready:
+                for judging, answer in ready.items():
+                    with contextlib.suppress(StopIteration):
+                        if isinstance(answer, StoreDamagedError):
+                            judging.throw(answer)  # that entry's rules end there
+                        else:
+                            waiting[judging] = judging.send(answer)
+                answers = await self._answers(dict.fromkeys(waiting.values()))
+                ready = {judging: answers[asked] for judging, asked in waiting.items() if asked in answers}
+                waiting = {judging: asked for judging, asked in waiting.items() if asked not in answers}
+        finally:
+            for judging in begun:
+                judging.close()
         return [finding for of_entry in findings for finding in of_entry]
 
-    async def _answers(self, lookups: Collection[_Lookup]) -> dict[_Lookup, bytes | None]:
+    async def _answers(self, lookups: Collection[_Lookup]) -> dict[_Lookup, _Answer]:
         """Of one at least; no more after the values together have WALK_BYTES_MAX."""
+        try:
+            return await self._answered(lookups)
+        except StoreDamagedError as error:
+            if len(lookups) == 1:
+                return dict.fromkeys(lookups, error)
+        answers: dict[_Lookup, _Answer] = {}
+        size = 0
+        for asked in lookups:
+            answers |= await self._answers([asked])
+            size += len(answer) if isinstance(answer := answers[asked], bytes) else 0
+            if size >= offline.WALK_BYTES_MAX:
+                break
+        return answers
+
+    async def _answered(self, lookups: Collection[_Lookup]) -> dict[_Lookup, _Answer]:
         prefixes = [asked for asked in lookups if asked.newest]
         keys = [asked.key for asked in lookups if not asked.newest]
-        answers = dict(zip(prefixes, await self._view.newest([asked.key for asked in prefixes]), strict=True))
+        newest = await self._view.newest([asked.key for asked in prefixes])
+        answers: dict[_Lookup, _Answer] = dict(zip(prefixes, newest, strict=True))
         found = await self._view.values(keys, bytes_max=offline.WALK_BYTES_MAX)
         if sum(map(len, found.values())) >= offline.WALK_BYTES_MAX:
             keys = keys[: keys.index(next(reversed(found))) + 1]
@@ -140,7 +170,9 @@ class Checker:
     async def _collect(
         self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]], findings: list[Problem]
     ) -> None:
-        findings += [finding async for finding in self._judge(key, value, sealed)]
+        with contextlib.suppress(StoreDamagedError):
+            async for finding in self._judge(key, value, sealed):
+                findings.append(finding)
 
     async def _judge(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> AsyncIterator[Problem]:
         try:
@@ -269,26 +301,17 @@ class Checker:
         """Decrypt what was collected; what no longer parses was reported before."""
         if self._provider is None:
             return []
-        wanted: list[DecryptItem] = []
-        raws: list[bytes] = []
-        for key, raw in sealed:
-            try:
-                key_id, ciphertext = record.unpack_sealed(raw)
-                thread = keyspace.unpart(key.split(b":")[1])
-            except (record.RecordFormatError, ValueError):
-                continue
-            wanted.append(DecryptItem(key_id=key_id, ciphertext=ciphertext, aad=key, thread_id=thread))
-            raws.append(raw)
-        wanted += await self._key_probes(wanted)
-        answers = await self._provider.decrypt_batch(wanted) if wanted else []
-        if any(isinstance(answer, KmsRefusedError) and answer.code == api.CODE_FORBIDDEN for answer in answers):
-            raise StoreUnavailableError(MAY_NOT_DECRYPT)  # this says nothing about the records
+        records = _items(sealed)
+        wanted = [item for item, _ in records]
+        with contextlib.suppress(StoreDamagedError):
+            wanted += await self._key_probes(wanted)
+        answers = await _decrypted(self._provider, wanted)
         findings: list[Problem] = []
-        for item, raw, answer in zip(wanted, raws, answers, strict=False):
+        for (item, raw), answer in zip(records, answers, strict=False):
             found = _judge_opened(item, raw, answer)
             if found is not None:
                 findings.append(found)
-        for item, answer in zip(wanted[len(raws) :], answers[len(raws) :], strict=True):
+        for item, answer in zip(wanted[len(records) :], answers[len(records) :], strict=True):
             if not isinstance(answer, KmsRefusedError) or answer.code != api.CODE_DECRYPTION_FAILED:
                 code = answer.code if isinstance(answer, KmsRefusedError) else "it opened"
                 findings.append(Problem("keyless", _shown(item.aad), f"the mapped key {item.key_id}: {code}"))
@@ -362,22 +385,22 @@ class Checker:
             yield Problem("orphaned", _shown(key), "the mapped thread has no metadata")
 
     async def _judge_counters(self) -> AsyncIterator[Problem]:
-        raw = await self._view.get(keyspace.STATE)
         threads, messages = self.counts["threads"], self.counts["messages"]
         try:
+            raw = await self._view.get(keyspace.STATE)
             state = msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
+        except StoreDamagedError:
+            return
         except UNDECODABLE as error:
             fixed = msgspec.msgpack.encode(Counters.of(threads, messages, self._newest))
             yield Problem("miscounted", _shown(keyspace.STATE), f"damaged: {error}", ((keyspace.STATE, fixed),))
             return
-        if (state.threads, state.messages) != (threads, messages):
-            fixed = msgspec.msgpack.encode(msgspec.structs.replace(state, threads=threads, messages=messages))
-            yield Problem(
-                "miscounted",
-                _shown(keyspace.STATE),
-                f"{state.threads} threads and {state.messages} messages stored, {threads} and {messages} counted",
-                ((keyspace.STATE, fixed),),
-            )
+        if (state.threads, state.messages) != (threads, messages) or state.last < self._newest:
+            fixed = msgspec.msgpack.encode(Counters.of(threads, messages, max(state.last, self._newest)))
+            counted = f"{state.threads} threads and {state.messages} messages stored, {threads} and {messages} counted"
+            older = "the last stamp is older than a record's"
+            detail = counted if state.last >= self._newest else older
+            yield Problem("miscounted", _shown(keyspace.STATE), detail, ((keyspace.STATE, fixed),))
 
 
 class Report(NamedTuple):
@@ -390,24 +413,92 @@ class Report(NamedTuple):
 
 async def check(place: str, provider: Provider | None, parse_job: ParseJob | None) -> Report:
     """Walk the store at `place`, a path or the URL of a database, also beside servers that have it open; its records
-    are decrypted if the key service answers. Raises FormatError, KmsError, StoreUnavailableError, even if this user may
-    not decrypt."""
-    async with offline.open_view(place) as view:
-        if provider is not None:
-            try:
-                await provider.status()
-            except KmsError:
-                provider = None
-        checker = Checker(view, provider, parse_job)
-        findings = [finding async for finding in checker.run()]
-        return Report(findings, dict(checker.counts), provider is not None)
+    are decrypted if the key service answers. Of a damaged store, all that can be read. Raises FormatError, KmsError,
+    StoreUnavailableError, even if this user may not decrypt."""
+    provider = await _answering(provider)
+    try:
+        async with offline.open_view(place) as view:
+            return await _checked(view, provider, parse_job)
+    except StoreDamagedError:
+        if offline.is_url(place):
+            raise
+        with salvage.open_remains(place) as remains:
+            report = await _checked(remains, provider, parse_job)
+            judged = [finding for finding in report.findings if finding.kind != "miscounted"]
+            return report._replace(findings=[*_named(remains.lost), *judged])
 
 
-async def repair_offline(place: str) -> list[Problem]:
-    """Repair the store at `place`, which no server has open; returns what was fixed. Raises StoreLockedError,
-    StoreUnavailableError, FormatError."""
+async def _checked(view: View, provider: Provider | None, parse_job: ParseJob | None) -> Report:
+    checker = Checker(view, provider, parse_job)
+    findings = [finding async for finding in checker.run()]
+    return Report(findings, dict(checker.counts), provider is not None)
+
+
+async def _answering(provider: Provider | None) -> Provider | None:
+    if provider is not None:
+        try:
+            await provider.status()
+        except KmsError:
+            return None
+    return provider
+
+
+def _named(damaged: Sequence[Lost]) -> list[Problem]:
+    problems: list[Problem] = []
+    for lost in damaged:
+        place = (
+            f"entries from {_shown(lost.lower)} to {_shown(lost.upper)}" if lost.upper else "some of the last writes"
+        )
+        problems.append(Problem("lost", lost.file, f"the file is damaged: {place}"))
+        for key, _ in lost.seen:
+            problems.append(Problem("lost", _shown(key), f"the entry is in the damaged part of {lost.file}"))
+    return problems
+
+
+async def repair_offline(
+    place: str, provider: Provider | None = None, *, drop: bool = False
+) -> tuple[list[Problem], list[Problem]]:
+    """Repair the store at `place`, which no server has open; returns what was dropped and what was fixed. Only with
+    `drop` a damaged store is replaced by what can be read of it: a record of a damaged part stays if its key opens it.
+    Raises StoreLockedError, StoreDamagedError, StoreUnavailableError, FormatError."""
+    dropped: list[Problem] = []
+    try:
+        return dropped, await _repaired(place)
+    except StoreDamagedError:
+        if not drop or offline.is_url(place):
+            raise
+    provider = await _answering(provider)
+    kept: set[str] = set()
+
+    async def prove(seen: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        proved = await _proved(provider, seen)
+        kept.update(_shown(key) for key, _ in proved)
+        return proved
+
+    lost = await salvage.rebuild(place, prove)
+    dropped = [problem for problem in _named(lost) if problem.key not in kept]
+    return dropped, await _repaired(place)
+
+
+async def _repaired(place: str) -> list[Problem]:
     async with offline.alone(place) as entries:
         return (await repair(entries))[0]
+
+
+async def _proved(provider: Provider | None, seen: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The records that their keys open: what the key service opens at its place is what was sealed for it."""
+    if provider is None:
+        return []
+    proved: list[tuple[bytes, bytes]] = []
+    for start in range(0, len(seen), CHUNK_ENTRIES):
+        records = _items([entry for entry in seen[start : start + CHUNK_ENTRIES] if _is_record(entry[0])])
+        answers = await _decrypted(provider, [item for item, _ in records])
+        proved += [
+            (item.aad, raw)
+            for (item, raw), answer in zip(records, answers, strict=True)
+            if _judge_opened(item, raw, answer) is None
+        ]
+    return proved
 
 
 async def repair(entries: Entries) -> tuple[list[Problem], list[Problem]]:
@@ -422,6 +513,29 @@ async def repair(entries: Entries) -> tuple[list[Problem], list[Problem]]:
             await entries.put([put for finding in fixable[start : start + CHUNK_ENTRIES] for put in finding.fix])
         fixed += fixable
     return fixed, [finding async for finding in Checker(entries, None).run()]
+
+
+def _is_record(key: bytes) -> bool:
+    return keyspace.is_version(key) or (key.startswith(keyspace.THREAD) and key.endswith(b":meta"))
+
+
+def _items(sealed: Sequence[tuple[bytes, bytes]]) -> list[tuple[DecryptItem, bytes]]:
+    """What opens the records, beside each record. Without those that are none."""
+    items: list[tuple[DecryptItem, bytes]] = []
+    for key, raw in sealed:
+        with contextlib.suppress(record.RecordFormatError, ValueError):
+            key_id, ciphertext = record.unpack_sealed(raw)
+            thread = keyspace.unpart(key.split(b":")[1])
+            items.append((DecryptItem(key_id=key_id, ciphertext=ciphertext, aad=key, thread_id=thread), raw))
+    return items
+
+
+async def _decrypted(provider: Provider, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
+    """Raises StoreUnavailableError if this user may not decrypt: that says nothing about the records."""
+    answers = await provider.decrypt_batch(items) if items else []
+    if any(isinstance(answer, KmsRefusedError) and answer.code == api.CODE_FORBIDDEN for answer in answers):
+        raise StoreUnavailableError(MAY_NOT_DECRYPT)
+    return answers
 
 
 def _judge_retry(key: bytes, value: bytes) -> Iterator[Problem]:

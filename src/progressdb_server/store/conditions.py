@@ -11,10 +11,10 @@ import asyncio
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from progressdb_server.store.keyspace import Stamp
-from progressdb_server.store.model import ConditionFailedError, OpaqueWrite
+from progressdb_server.store.model import ConditionFailedError, OpaqueWrite, StoreDamagedError
 
 KNOWN_MAX: Final = 32_768
 KNOWN_BYTES_MAX: Final = 64
@@ -60,6 +60,9 @@ class PendingWrite:
         self.write: Write | None = None
         self.expect: Sequence[tuple[bytes, bytes | None]] = ()
         self.size = 0
+
+
+Failed: TypeAlias = dict[PendingWrite, ConditionFailedError | StoreDamagedError]
 
 
 class RecentKeys:
@@ -108,12 +111,12 @@ class Conditions:
         self._known: Puts = {}
         """A cache of small stored values. All writes of a thread have conditions on the same two."""
 
-    def stage(self, group: Sequence[PendingWrite]) -> tuple[Puts, dict[PendingWrite, bytes], int, int]:
-        """Check the conditions of each write after the writes before it. Returns the puts of those that pass, the key
-        of the failed condition of each other one, and how many threads and messages the writes add."""
+    def stage(self, group: Sequence[PendingWrite]) -> tuple[Puts, Failed, int, int]:
+        """Check the conditions of each write after the writes before it. Returns the puts of those that pass, why each
+        other one fails, and how many threads and messages the writes add."""
         staged: Puts = {}
         read: Puts = {}
-        failed: dict[PendingWrite, bytes] = {}
+        failed: Failed = {}
         get, known = self._stored.get, self._known
         threads = messages = 0
         for pending in group:
@@ -131,9 +134,13 @@ class Conditions:
                 elif key in read:
                     found = read[key]
                 else:
-                    found = read[key] = get(key)
+                    try:
+                        found = read[key] = get(key)
+                    except StoreDamagedError as error:  # it is that write's alone
+                        failed[pending] = error
+                        break
                 if found != expected:
-                    failed[pending] = key
+                    failed[pending] = ConditionFailedError(key)
                     break
             else:
                 staged.update(write.puts)

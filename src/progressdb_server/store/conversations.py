@@ -102,6 +102,10 @@ class Conversations(Messages, Rekeying, Backups):
             "Since the newest registered backup was begun.",
             lambda: (self.clock.now_ns() - self.newest_backup_ns()) / 1_000_000_000,
         )
+        self.metrics.gauges["progressdb_store_damaged_files"] = (
+            "Files of the store in which damage was met since the start.",
+            lambda: len(self.damaged),
+        )
         self.metrics.gauges["progressdb_store_available"] = (
             "1 when the store takes writes.",
             lambda: self.writer.available,

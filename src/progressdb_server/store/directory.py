@@ -231,6 +231,11 @@ class OpenStore:
             raise StoreUnavailableError("this can't be done with a store in a database")
         return self._engine
 
+    @property
+    def damaged(self) -> list[str]:
+        """The names of the files in which this process has met damage."""
+        return [] if isinstance(self._engine, SharedEngine) else sorted(self._engine.damaged)
+
     async def counted(self) -> Counters:
         return await self._engine.counted() if isinstance(self._engine, SharedEngine) else self.writer.state
 

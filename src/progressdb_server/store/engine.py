@@ -125,6 +125,9 @@ async def in_order(reads: Reads, prefix: bytes) -> AsyncIterator[list[bytes]]:
 
 
 class Engine(Reader, Protocol):
+    damaged: set[str]
+    """The names of the files in which damage was met."""
+
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Raises EngineBusyError, EngineUnavailableError."""
         ...

@@ -23,7 +23,7 @@ from minikms.api.decoding import UNDECODABLE
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import Reader, Reads
-from progressdb_server.store.model import ConditionFailedError
+from progressdb_server.store.model import ConditionFailedError, StoreReadOnlyError
 from progressdb_server.store.writer import Commits
 
 AUDIT_SETTLED_S: Final = 5.0
@@ -83,7 +83,8 @@ class EpochMemory:
             head = api.HeadStatus(known.head_seq, known.head_sig) if known else api.HeadStatus(0, "")
         new = SeenState(status.epoch, status.keyring_id, head.seq, head.sig)
         if new != known:
-            with contextlib.suppress(ConditionFailedError):  # another server was first: the next look judges by that
+            # Another server was first: the next look judges by that. A store that takes no writes is still read.
+            with contextlib.suppress(ConditionFailedError, StoreReadOnlyError):
                 await self._writer.commit(
                     Write(((keyspace.EPOCH, msgspec.json.encode(new)),), ((keyspace.EPOCH, raw),))
                 )

@@ -227,6 +227,12 @@ class NotWrittenError(StoreUnavailableError):
     """Nothing of the write is stored, nor will be."""
 
 
+class StoreReadOnlyError(NotWrittenError):
+    """The store is damaged, and RocksDB takes no writes any more: the same request fails until it is repaired."""
+
+    status = 500
+
+
 class StoreLockedError(StoreUnavailableError):
     """Another process has the store open."""
 
@@ -240,6 +246,10 @@ class StoreDamagedError(StoreUnavailableError):
     def __init__(self, file: str, directory: str = "the store") -> None:
         super().__init__(f"{directory} is damaged" + (f": the file {file}" if file else ""))
         self.file = file
+
+    @property
+    def explained(self) -> str:
+        return f"{super().explained}; progressdb check says what can't be read (The store is damaged, docs/runbook.md)"
 
 
 class RecordUnreadableError(StoreError):

@@ -25,10 +25,15 @@ import asyncpg
 from minikms.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.conditions import Conditions, LateStampError, PendingWrite, Puts, Write
+from progressdb_server.store.conditions import Conditions, Failed, LateStampError, PendingWrite, Puts, Write
 from progressdb_server.store.engine import EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import Clock, Stamp
-from progressdb_server.store.model import ConditionFailedError, NotWrittenError, StoreUnavailableError
+from progressdb_server.store.model import (
+    ConditionFailedError,
+    NotWrittenError,
+    StoreDamagedError,
+    StoreUnavailableError,
+)
 from progressdb_server.store.nodes import (
     BEAT_S,
     FAILURES,
@@ -361,7 +366,9 @@ class PostgresWriter(GroupCommit):
                 raise NotWrittenError(str(error)) from error
         return connection
 
-    async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, ConditionFailedError]:
+    async def _commit(
+        self, group: list[PendingWrite]
+    ) -> Mapping[PendingWrite, ConditionFailedError | StoreDamagedError]:
         until_s = now_s() + COMMIT_S_MAX
         usual = _Usual.of(group)
         for number in range(TRIES_MAX):
@@ -398,7 +405,7 @@ class PostgresWriter(GroupCommit):
 
     async def _attempt(
         self, connection: Connection, group: Sequence[PendingWrite], usual: _Usual | None
-    ) -> Mapping[PendingWrite, ConditionFailedError]:
+    ) -> Mapping[PendingWrite, ConditionFailedError | StoreDamagedError]:
         if usual is not None:
             self._committing = True
             for _ in range(USUAL_TRIES_MAX):
@@ -418,7 +425,7 @@ class PostgresWriter(GroupCommit):
 
     async def _transaction(
         self, connection: Connection, group: Sequence[PendingWrite]
-    ) -> Mapping[PendingWrite, ConditionFailedError]:
+    ) -> Mapping[PendingWrite, ConditionFailedError | StoreDamagedError]:
         try:
             if await connection.execute(_BEGIN) != "SELECT 1":
                 raise NotWrittenError("the database was upgraded: start the version of the server that did it")  # noqa: TRY301  it has to end the transaction
@@ -435,9 +442,7 @@ class PostgresWriter(GroupCommit):
         return failed
 
 
-async def _write(
-    connection: Connection, group: Sequence[PendingWrite]
-) -> tuple[dict[PendingWrite, ConditionFailedError], int, int]:
+async def _write(connection: Connection, group: Sequence[PendingWrite]) -> tuple[Failed, int, int]:
     """Of the group, the writes that fail, and how many threads and messages the others add."""
     stamps = {pending: _new_versions(pending) for pending in group}
     expected = {key for pending in group for key, _ in _expected(pending)}
@@ -447,7 +452,7 @@ async def _write(
     heads = await _lock_heads(connection, sorted(filter(is_thread, touched)))
     fresh = {key for versions in stamps.values() for key in versions}
     found = await _read(connection, expected | fresh)
-    failed: dict[PendingWrite, ConditionFailedError] = {}
+    failed: Failed = {}
     for pending, versions in stamps.items():
         for version, (thread, stamp) in versions.items():
             last = heads.get(thread, b"")
@@ -455,7 +460,7 @@ async def _write(
                 failed[pending] = LateStampError(version, Stamp.parse(last.decode()) if last else None)
     rest = [pending for pending in group if pending not in failed]
     staged, refused, threads, messages = Conditions(found).stage(rest)
-    failed |= {pending: ConditionFailedError(key) for pending, key in refused.items()}
+    failed |= refused
     await _put(connection, staged, fresh | {key for key in expected if key not in found})
     # A new thread has a head, although nothing may be in it yet.
     made = {tkey(key) for key in staged if key.startswith(keyspace.MAP)}

@@ -67,7 +67,7 @@ log must be free too."""
 _FILE: Final = re.compile(r"\b(?:\d+\.(?:sst|log)|MANIFEST-\d+|CURRENT)\b")
 
 
-def _options() -> Options:
+def engine_options() -> Options:
     table = BlockBasedOptions()
     table.set_block_cache(Cache(BLOCK_CACHE_BYTES))
     table.set_block_size(BLOCK_BYTES)
@@ -110,33 +110,50 @@ def _in_use(path: str) -> str:
     return f"{path} is in use by another process"
 
 
-def _refuse_root_for_another(path: str) -> None:
+@contextlib.contextmanager
+def exclusive(path: str) -> Iterator[None]:
+    """Nobody opens the store for writing meanwhile. Raises StoreLockedError, FileNotFoundError."""
+    with open(os.path.join(path, "LOCK"), "r+b") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as RocksDB does
+        except BlockingIOError:
+            raise StoreLockedError(_in_use(path)) from None
+        yield
+
+
+def refuse_root_for_another(path: str) -> None:
     """Root would leave files that the directory's user can't open.
 
     Raises EngineUnavailableError, or StoreLockedError if that user's process has the store open.
     """
     owner = os.stat(path).st_uid
     if os.geteuid() == 0 and owner != 0:
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(path, "LOCK"), "r+b") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as RocksDB does
-            except BlockingIOError:
-                raise StoreLockedError(_in_use(path)) from None
+        with contextlib.suppress(FileNotFoundError), exclusive(path):
+            pass
         raise EngineUnavailableError(
             f"{path} belongs to uid {owner}, who could not open the files that root makes there: run this as that user"
         )
 
 
-class _Reads:
+class RocksRead:
     """See `store.engine.Reader`."""
 
     _db: Any
+
+    def __init__(self) -> None:
+        self.damaged: set[str] = set()
+
+    def _failure(self, error: Exception) -> StoreUnavailableError:
+        known = failure(error)
+        if isinstance(known, StoreDamagedError):
+            self.damaged.add(known.file)
+        return known
 
     def get(self, key: bytes) -> bytes | None:
         try:
             value: bytes | None = self._db.get(key)
         except Exception as error:
-            raise _failure(error) from error
+            raise self._failure(error) from error
         return value
 
     def scan(
@@ -151,7 +168,7 @@ class _Reads:
             return self._upwards(lower, upper, limit, bytes_max)
         except Exception as error:
             error.__traceback__ = None  # it leads to iterators
-            raise _failure(error) from error
+            raise self._failure(error) from error
 
     def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
         limit = min(limit, SCAN_ENTRIES_MAX)
@@ -163,10 +180,10 @@ class _Reads:
             return self._keys_upwards(lower, upper, limit)
         except Exception as error:
             error.__traceback__ = None
-            raise _failure(error) from error
+            raise self._failure(error) from error
 
     def _upwards(self, lower: bytes, upper: bytes, limit: int, bytes_max: int | None) -> list[tuple[bytes, bytes]]:
-        bounds = _up_to(upper, cached=bytes_max is None)
+        bounds = up_to(upper, cached=bytes_max is None)
         entries = islice(self._db.items(from_key=lower, read_opt=bounds), limit)
         if bytes_max is None:
             taken, full = list(entries), False
@@ -177,7 +194,7 @@ class _Reads:
         return taken
 
     def _keys_upwards(self, lower: bytes, upper: bytes, limit: int) -> list[bytes]:
-        bounds = _up_to(upper, cached=False)
+        bounds = up_to(upper, cached=False)
         taken = list(islice(self._db.keys(from_key=lower, read_opt=bounds), limit))
         if len(taken) < limit:
             self._check_end(next_key(taken[-1]) if taken else lower, bounds)
@@ -209,14 +226,15 @@ class _Reads:
             raise OSError("IO error: a scan ended before the end of its range")
 
 
-class RocksEngine(_Reads):
+class RocksEngine(RocksRead):
     """See `store.engine.Engine`."""
 
     def __init__(self, path: str) -> None:
         """Raises StoreLockedError, EngineUnavailableError."""
+        super().__init__()
         self._path = path
         os.makedirs(path, mode=0o700, exist_ok=True)
-        _refuse_root_for_another(path)
+        refuse_root_for_another(path)
         self._write_options = WriteOptions()
         self._write_options.no_slowdown = True
         self._failed = False
@@ -229,11 +247,11 @@ class RocksEngine(_Reads):
 
     def _open(self) -> Any:
         try:
-            return Rdict(self._path, _options())
+            return Rdict(self._path, engine_options())
         except Exception as error:
             if "LOCK:" in str(error):
                 raise StoreLockedError(_in_use(self._path)) from error
-            raise _not_opened(self._path, error) from error
+            raise not_opened(self._path, error) from error
 
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         if self._failed:
@@ -251,7 +269,7 @@ class RocksEngine(_Reads):
             if "Write stall" in str(error):
                 raise EngineBusyError from error
             self._failed = True
-            raise _failure(error) from error
+            raise self._failure(error) from error
 
     def sync(self) -> None:
         with self._sync_lock:
@@ -259,7 +277,7 @@ class RocksEngine(_Reads):
                 self._db.flush_wal(True)
             except Exception as error:
                 self._failed = True
-                raise _failure(error) from error
+                raise self._failure(error) from error
 
     def reopen(self) -> None:
         """Opening replays the log into new files and syncs them, so what is readable afterwards is durable. Before
@@ -299,7 +317,7 @@ class RocksEngine(_Reads):
         try:
             Checkpoint(self._db).create_checkpoint(path)
         except Exception as error:
-            raise _failure(error) from error
+            raise self._failure(error) from error
 
     def compact(self) -> None:
         """Rewrites everything; blocks for as long as that takes."""
@@ -316,26 +334,32 @@ class RocksEngine(_Reads):
             self._db.close()
 
 
-class RocksReader(_Reads):
+class RocksReader(RocksRead):
     """A read-only view of a directory that a server may have open; it does not change until `refresh`. See
     `store.engine.Reader`."""
 
     def __init__(self, path: str) -> None:
+        super().__init__()
         check_exists(path)
         self._scratch = tempfile.TemporaryDirectory(prefix="progressdb-reader-")
         try:
-            options = _options()
+            options = engine_options()
             options.set_max_open_files(-1)  # files that the server deletes meanwhile stay readable
+            named = _tables(path)
             self._db = Rdict(path, options, access_type=AccessType.secondary(self._scratch.name))
         except Exception as error:
             self._scratch.cleanup()
-            raise _not_opened(path, error) from error
+            raise not_opened(path, error) from error
+        # A secondary takes the newest state whose files all open: without one of them, that may be an empty one.
+        if (named - _names(self._db)) & _tables(path):
+            self.close()
+            raise _refusal(path)
 
     def refresh(self) -> None:
         try:
             self._db.try_catch_up_with_primary()
         except Exception as error:
-            raise _failure(error) from error
+            raise self._failure(error) from error
 
     def close(self) -> None:
         self._db.close()
@@ -343,7 +367,31 @@ class RocksReader(_Reads):
             self._scratch.cleanup()
 
 
-def _up_to(upper: bytes, *, cached: bool) -> ReadOptions:
+def _refusal(path: str) -> StoreUnavailableError:
+    """Why not all files of the store open."""
+    try:
+        Rdict(path, engine_options(), access_type=AccessType.read_only(False)).close()
+    except Exception as error:  # noqa: BLE001  rocksdict raises no other class
+        return not_opened(path, error)
+    return EngineUnavailableError(f"{path} is being changed: try again")
+
+
+def _tables(path: str) -> set[str]:
+    """The files that the manifest names, whatever is left of them."""
+    options = engine_options()
+    options.set_paranoid_checks(False)  # else a file that is missing or cut is an error
+    reader = Rdict(path, options, access_type=AccessType.read_only(False))
+    try:
+        return _names(reader)
+    finally:
+        reader.close()
+
+
+def _names(db: Any) -> set[str]:
+    return {str(file["name"]).lstrip("/") for file in db.live_files()}
+
+
+def up_to(upper: bytes, *, cached: bool) -> ReadOptions:
     bounds = ReadOptions()
     bounds.set_iterate_upper_bound(upper)
     bounds.fill_cache(cached)  # type: ignore[call-arg]  # the stub lacks the argument
@@ -361,7 +409,7 @@ def _until(entries: Iterator[tuple[bytes, bytes]], bytes_max: int) -> tuple[list
     return taken, False
 
 
-def _failure(error: Exception) -> StoreUnavailableError:
+def failure(error: Exception) -> StoreUnavailableError:
     """What an error of RocksDB says: its text begins with its kind and names the file. A missing file is damage."""
     text = str(error)
     if text.startswith("Corruption") or "No such file" in text:
@@ -370,10 +418,10 @@ def _failure(error: Exception) -> StoreUnavailableError:
     return EngineUnavailableError()
 
 
-def _not_opened(path: str, error: Exception) -> StoreUnavailableError:
-    failure = _failure(error)
-    if isinstance(failure, StoreDamagedError):
-        return StoreDamagedError(failure.file, path)
+def not_opened(path: str, error: Exception) -> StoreUnavailableError:
+    known = failure(error)
+    if isinstance(known, StoreDamagedError):
+        return StoreDamagedError(known.file, path)
     return EngineUnavailableError(f"cannot open {path}: {error}")
 
 

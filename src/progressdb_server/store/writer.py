@@ -11,6 +11,8 @@ and the thread that calls fsync. The conditions of writes are in `store.conditio
 - The queue is bounded in writes and in bytes. A write that does not fit is refused at once.
 - After a failed write or sync, every waiter gets StoreUnavailableError (its write may be durable), and nothing is
   written until the engine is reopened.
+- After damage that RocksDB has met in the background, such as in a compaction, it takes no writes, and opening it again
+  leads to the same: writes are refused for good (StoreReadOnlyError), and reads go on.
 - All methods run in the event loop's thread, except the engine's `sync` and `reopen`, which run in the disk thread.
 """
 
@@ -33,7 +35,7 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.conditions import Conditions, PendingWrite, Write
+from progressdb_server.store.conditions import Conditions, Failed, PendingWrite, Write
 from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError, Reads
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import (
@@ -42,6 +44,7 @@ from progressdb_server.store.model import (
     NotWrittenError,
     OutcomeUnknownError,
     StoreDamagedError,
+    StoreReadOnlyError,
     StoreUnavailableError,
 )
 
@@ -57,6 +60,7 @@ BUSY_S_MAX: Final = 10.0
 REOPEN_RETRY_S_MIN: Final = 0.1
 REOPEN_RETRY_S_MAX: Final = 5.0
 SETTLE_S_MAX: Final = 10.0
+READ_ONLY: Final = "nothing is written until it is repaired"
 REASON_CHARS_MAX: Final = 300
 """Longer texts of the engine's errors are cut in the log."""
 
@@ -188,13 +192,16 @@ class GroupCommit(ABC):
         """Reservations of the previous period that the next group still waits for."""
         self._recovery: asyncio.Task[None] | None = None
         self._closed = False
+        self._read_only = ""
         self._last_group_failed = False
         self.state = Counters()
         """What this process has counted, beside what was stored when it began."""
 
     # --- of an engine ---------------------------------------------------------------------------------------------
     @abstractmethod
-    async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, ConditionFailedError]:
+    async def _commit(
+        self, group: list[PendingWrite]
+    ) -> Mapping[PendingWrite, StoreDamagedError | ConditionFailedError]:
         """The group is durable when it returns, without the writes that it names. Raises EngineBusyError if nothing was
         written. After any other error `_reopen` is called until it succeeds; the group may be durable unless the error
         is NotWrittenError."""
@@ -211,7 +218,7 @@ class GroupCommit(ABC):
     # --- what callers use -----------------------------------------------------------------------------------------
     @property
     def available(self) -> bool:
-        return self._recovery is None and not self._closed
+        return self._recovery is None and not self._closed and not self._read_only
 
     @property
     def queued(self) -> int:
@@ -275,7 +282,7 @@ class GroupCommit(ABC):
         the store calls this before it. If the last group failed, this makes an empty write to test the disk."""
         why = self._refusal(0)
         if why:
-            raise NotWrittenError(why)
+            raise self._refused(why)
         if self._last_group_failed:
             await self.barrier()
 
@@ -307,7 +314,7 @@ class GroupCommit(ABC):
     def _enqueue(self, pending: PendingWrite) -> None:
         why = self._refusal(pending.size)
         if why:
-            self._refuse(pending, NotWrittenError(why))
+            self._refuse(pending, self._refused(why))
         else:
             self._queue.append(pending)
             self._queue_bytes += pending.size
@@ -320,11 +327,16 @@ class GroupCommit(ABC):
 
     def _refusal(self, size: int) -> str:
         """Why a write of `size` bytes is refused now; empty if it is accepted."""
+        if self._read_only:
+            return self._read_only
         if self._recovery is not None or self._closed:
             return self.away
         if len(self._queue) >= QUEUE_WRITES_MAX or self._queue_bytes + size > QUEUE_BYTES_MAX:
             return "too many writes are waiting"
         return ""
+
+    def _refused(self, why: str) -> NotWrittenError:
+        return StoreReadOnlyError(why) if self._read_only else NotWrittenError(why)
 
     def _refuse(self, pending: PendingWrite, error: StoreUnavailableError) -> None:
         if not pending.future.done():
@@ -332,7 +344,7 @@ class GroupCommit(ABC):
 
     def _refuse_queue(self, why: str) -> None:
         while self._queue:
-            self._refuse(self._queue.popleft(), NotWrittenError(why))
+            self._refuse(self._queue.popleft(), self._refused(why))
         self._queue_bytes = 0
 
     # --- groups ---------------------------------------------------------------------------------------------------
@@ -413,11 +425,16 @@ class GroupCommit(ABC):
         _log.error("store_write_failed", **_reason(error), writes=len(group))
         self._metrics.failures += 1
         self._last_group_failed = True
-        self._recovery = asyncio.get_running_loop().create_task(self._recover())
+        if isinstance(error, StoreReadOnlyError):
+            self._read_only = str(error)
+        elif isinstance(error, StoreDamagedError):
+            self._read_only = f"{error}: {READ_ONLY}"
+        else:
+            self._recovery = asyncio.get_running_loop().create_task(self._recover())
         for pending in group:
             known = isinstance(error, NotWrittenError)
-            self._refuse(pending, NotWrittenError(str(error)) if known else OutcomeUnknownError(self.unconfirmed))
-        self._refuse_queue(self.away)
+            self._refuse(pending, self._refused(str(error)) if known else OutcomeUnknownError(self.unconfirmed))
+        self._refuse_queue(self._read_only or self.away)
 
     async def _recover(self) -> None:
         delay = REOPEN_RETRY_S_MIN
@@ -487,13 +504,15 @@ class Writer(GroupCommit):
         await super().close()
         await asyncio.to_thread(self._disk.close)
 
-    async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, ConditionFailedError]:
+    async def _commit(
+        self, group: list[PendingWrite]
+    ) -> Mapping[PendingWrite, StoreDamagedError | ConditionFailedError]:
         failed = await self._put(group)
         if len(failed) < len(group):
             await self._disk.run(self._engine.sync)
         return failed
 
-    async def _put(self, group: list[PendingWrite]) -> dict[PendingWrite, ConditionFailedError]:
+    async def _put(self, group: list[PendingWrite]) -> Failed:
         deadline = time.monotonic() + BUSY_S_MAX
         while True:
             staged, failed, threads, messages = self._conditions.stage(group)
@@ -504,7 +523,9 @@ class Writer(GroupCommit):
                     self._engine.write(staged.items())
                     self._conditions.written(staged)
                     self.state = state
-                return {pending: ConditionFailedError(key) for pending, key in failed.items()}
+                return failed
+            except StoreDamagedError as error:  # RocksDB looks for one of the background before it writes
+                raise StoreReadOnlyError(f"{error}: {READ_ONLY}") from error
             except EngineBusyError:
                 if time.monotonic() > deadline:
                     raise
@@ -519,7 +540,10 @@ class Writer(GroupCommit):
 def _reason(error: Exception) -> dict[str, object]:
     """Fields for the log. An error of the engine or the kernel is logged with its text. Of any other error only the
     type and the place are logged, because its text could contain a key or a user's data."""
-    if isinstance(error, (EngineUnavailableError, StoreDamagedError)) and error.__cause__ is not None:
+    if (
+        isinstance(error, (EngineUnavailableError, StoreDamagedError, StoreReadOnlyError))
+        and error.__cause__ is not None
+    ):
         return {"error": f"{type(error.__cause__).__name__}: {error.__cause__}"[:REASON_CHARS_MAX]}
     lines = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
     return {"error": type(error).__name__, "at": lines}

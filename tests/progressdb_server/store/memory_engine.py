@@ -21,6 +21,7 @@ class MemoryEngine:
         self._durable: dict[bytes, bytes] = {}
         self._lock = threading.Lock()
         self._failed = False
+        self.damaged: set[str] = set()
         self.fail_write = False
         self.fail_sync = False
         self.fail_reopen = 0

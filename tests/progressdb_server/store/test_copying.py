@@ -179,7 +179,7 @@ def test_a_store_in_a_database_is_checked_and_repaired(tmp_path: Path, database:
         await connection.close()
         found = (await check(database, None, None)).findings
         assert {problem.kind for problem in found} == {"unindexed", "miscounted", "unknown"}
-        fixed = await repair_offline(database)
+        _, fixed = await repair_offline(database)
         assert {problem.kind for problem in fixed} == {"unindexed", "miscounted"}
         assert [problem.kind for problem in (await check(database, None, None)).findings] == ["unknown"]
 

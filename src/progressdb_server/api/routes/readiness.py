@@ -3,8 +3,8 @@
 Owns: `Probe`, a question that is asked at most once at a time and whose answer is kept for a moment; the two questions;
 `/readyz` and `/admin/readiness`. Invariants: however many callers ask, the key service and the disk are asked at most
 every FAULT_AGE_S; a caller waits at most PROBE_S_MAX, and at most KNOWN_S_MAX once a problem is known; no answer counts
-that is older than PROBE_AGE_S after its time; a caller without an API key learns ready or not ready, and never why; the
-log has each change of an answer and no single probe. `/healthz` stays the liveness of this process alone.
+that is older than PROBE_AGE_S after its time; a caller without an API key learns ready, damaged or not ready, and never
+why; the log has each change of an answer and no single probe. `/healthz` stays the liveness of this process alone.
 """
 
 from __future__ import annotations
@@ -144,31 +144,38 @@ class Readiness:
             return "it is sealed: an operator has to unseal it with `minikms unseal`"
         return "" if status.status == "ok" else f"it reports {status.status or 'no status'}"
 
+    def damage(self) -> str:
+        """What is damaged; some threads can't be read then, and the others are served. Empty if nothing is."""
+        files = self._store.damaged
+        return f"the store is damaged: {', '.join(files)}" if files else ""
+
     # --- handlers -------------------------------------------------------------------------------------------------
     @Operation("GET", READY_PATH, response=texts("status"), errors={503: (NOT_READY,)}, needs=NOTHING)
     async def ready(self, request: Request) -> Response:
-        """Whether writes and the key service work, and nothing more; needs no key."""
+        """Whether writes and the key service work, whether damage was met in the store, and nothing more; needs no
+        key."""
         if any(await self.problems()):
             raise ApiError(503, NOT_READY, (retry_after(int(FAULT_AGE_S)),))
-        return json_response({"status": "ok"})
+        return json_response({"status": "damaged" if self.damage() else "ok"})
 
     @Operation(
         "GET",
         "/admin/readiness",
         roles=OPERATORS,
-        response=object_of(ready={"type": "boolean"}, writes=TEXT, key_service=TEXT),
+        response=object_of(ready={"type": "boolean"}, writes=TEXT, key_service=TEXT, damage=TEXT),
         needs=NOTHING,
     )
     async def explained(self, request: Request) -> Response:
         """The same, with what is wrong: an empty text where nothing is."""
         writes, key_service = await self.problems()
-        return json_response(_Explained(not (writes or key_service), writes, key_service))
+        return json_response(_Explained(not (writes or key_service), writes, key_service, self.damage()))
 
 
 class _Explained(msgspec.Struct):
     ready: bool
     writes: str
     key_service: str
+    damage: str
 
 
 def operations(readiness: Readiness) -> tuple[Operation, ...]:
