@@ -333,19 +333,21 @@ def written_at_start(path: str) -> Iterator[None]:
 
 
 def _check_is_new(directory: str) -> None:
-    """The keyring is made before everything else, and restored after everything else but the audit log."""
+    """The keyring is made before everything else, and restored after everything else."""
     key_files = os.path.join(directory, deks.DIRECTORY)
     has_keys = os.path.isdir(key_files) and any(name.endswith(deks.SUFFIX) for name in os.listdir(key_files))
-    if has_keys or os.path.lexists(os.path.join(log_directory(directory), LOG_NAME)):
-        raise StartError(
-            "keyring.json is missing, but the data directory holds keys or an audit log. A new keyring could not open "
-            "them: restore keyring.json from a backup, or give an empty data directory"
-        )
-    archives = os.path.join(directory, register.DIRECTORY)
-    if os.path.isdir(archives) and os.listdir(archives):
+    has_log = os.path.lexists(os.path.join(log_directory(directory), LOG_NAME))
+    has_archives = os.path.lexists(os.path.join(directory, register.DIRECTORY))
+    if has_archives and not has_log:
         raise StartError(
             "keyring.json is missing, but the data directory holds a part of a restored backup: the restore was "
             "interrupted. Move what is there away and restore again, or give an empty data directory"
+        )
+    if has_keys or has_log:
+        raise StartError(
+            "keyring.json is missing, but the data directory holds keys or an audit log. A new keyring could not open "
+            "them: restore keyring.json from a backup, or give an empty data directory. After a restore that was "
+            "interrupted, move what is there away and restore again"
         )
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,7 @@ from minikms.cli.console import (
     Yes,
     chosen_data_dir,
     complain,
+    explained,
     needed_root,
 )
 from minikms.output import confirm, name_list, print_facts, print_json, print_table, progress_bar
@@ -64,10 +66,12 @@ def create(
 
     It holds wrapped keys, but no root key and no audit log: copy the log separately. Each root key that opens the
     keyring now opens the archive. For a message server, first back up its store (progressdb backup create). Exit
-    status: 0 made and read back, 1 made, but some key files could not be read, 2 not made.
+    status: 0 made and read back, 1 made, but some key files could not be read or its entry in the register was not
+    completed, 2 not made.
     """
     from minikms import clock
-    from minikms.custody.backup.create import NewArchive
+    from minikms.api.errors import StorageUnavailableError
+    from minikms.custody.backup.create import NewArchive, remove_failed, remove_leftover
     from minikms.custody.backup.create import create as create_archive
     from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive, new_archive_id
 
@@ -81,17 +85,29 @@ def create(
             new = NewArchive(entry.archive_id, clock.rfc3339(clock.now_ns()), lambda: _audit_head(directory))
             good = create_archive(directory, str(archive), task, new)
         except BaseException:
-            register.forget(entry.archive_id)
+            with contextlib.suppress(OSError, StorageUnavailableError):  # then the register names it
+                if remove_failed(str(archive), entry.archive_id):
+                    register.forget(entry.archive_id)
             raise
-    size = os.path.getsize(archive)
-    ended_ms = time.time_ns() // 1_000_000
     manifest = good.manifest
-    register.put(
-        RegisteredArchive(
-            entry.archive_id, entry.path, entry.begun_ms, ended_ms, manifest.keys, size, manifest.newest_key_id
+    incomplete = ""
+    try:
+        remove_leftover(str(archive), entry.archive_id)
+        size, ended_ms = os.path.getsize(archive), time.time_ns() // 1_000_000
+        register.put(
+            RegisteredArchive(
+                entry.archive_id, entry.path, entry.begun_ms, ended_ms, manifest.keys, size, manifest.newest_key_id
+            )
         )
-    )
+    except (OSError, StorageUnavailableError) as error:
+        incomplete = explained(error)[0]
     _print_manifest(good.manifest, archive, json=json, done="made, read back, every key opened")
+    if incomplete:
+        complain(
+            f"the archive is made and good, but its entry in kms-archives could not be completed: {incomplete}. Until "
+            "it is pruned, the receipt of every destroyed key names it"
+        )
+        return EXIT_FAILED
     if good.manifest.unreadable:
         unreadable = name_list(good.manifest.unreadable)
         complain(f"the archive lacks these keys, whose files can't be read: {unreadable}; see `minikms doctor`")
@@ -176,8 +192,10 @@ def restore(
             tombstones = restoring.all_tombstones(unlocked.body.keyring_id, good.tombstones, newer)
             target = restoring.Target(directory, lock.directory_fd, tombstones, _register_entry(archive, good.manifest))
             now = clock.rfc3339(clock.now_ns())
-            done = restoring.restore(str(archive), good, task, unlocked, target, at=now, newer=newer)
-            _begin_log(log_dir, unlocked, good.manifest)
+            begin_log = partial(_begin_log, log_dir, unlocked, good.manifest)
+            done = restoring.restore(
+                str(archive), good, task, unlocked, target, begin_log=begin_log, at=now, newer=newer
+            )
     if json:
         print_json({"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()})
         return EXIT_GOOD
@@ -244,7 +262,8 @@ def prune(
         confirm(f"Remove {name_list([entry.path for entry in removed])}?", yes=yes)
     for entry in removed:
         _remove_archive(entry)
-        register.forget(entry.archive_id)
+        if remove_leftover(entry.path, entry.archive_id):
+            register.forget(entry.archive_id)
     forgotten = [
         entry
         for entry in missing

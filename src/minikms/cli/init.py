@@ -8,6 +8,7 @@ shares that were not handed out.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -32,7 +33,7 @@ from minikms.cli.console import (
     explained,
 )
 from minikms.cli.recovery import SharesDir, check_can_hand_out, hand_out
-from minikms.output import print_facts, print_json
+from minikms.output import name_list, print_facts, print_json
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from minikms.memory.arena import SecretArena
     from minikms.roots.providers import RootProvider
 
-ADD_LATER: Final = "Add them with `minikms root add shares:3/5` while the daemon serves"
+ADD_LATER: Final = "Add them with `minikms root add shares:{}/{}` while the daemon serves"
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -85,13 +86,15 @@ def init(
             "say where the root key is, or is to be made: --master-key-file FILE, better not beside the data directory"
         )
     if os.path.lexists(os.path.join(directory, "keyring.json")):
-        raise CommandError(f"{directory} has a keyring already; nothing was changed", EXIT_FAILED)
+        void = "" if recovery is None else _void_shares(directory, recovery)
+        raise CommandError(f"{directory} has a keyring already; nothing was changed{void}", EXIT_FAILED)
     if recovery is not None:
         check_can_hand_out(recovery.directory, data_dir=directory)
     makes_key = key_file is not None and not os.path.lexists(key_file)
     made, failure = _make(directory, audit_dir, root, key_file if makes_key else None, recovery)
-    if failure:
-        complain(f"{directory} was made, but without recovery shares: {failure}. {ADD_LATER}")
+    if recovery is not None and failure:
+        later = ADD_LATER.format(*recovery.counts)
+        complain(f"{directory} was made, but without recovery shares: {failure}. {later}")
     if json:
         print_json({**made, "data_dir": directory, "master_key_made": makes_key})
         return EXIT_FAILED if failure else EXIT_GOOD
@@ -139,6 +142,23 @@ def _recovery(counts: str | None, directory: Path | None, *, yes: bool) -> Recov
             raise CommandError("--shares-dir says where shares go; say how many with --recovery-shares, such as 3/5")
         return None
     return Recovery(parse_counts(counts), directory, yes)
+
+
+def _void_shares(data_dir: str, recovery: Recovery) -> str:
+    """A sentence about the files of shares that an interrupted `init` left, and that open nothing; or empty."""
+    from minikms.api.errors import KmsRefusedError
+    from minikms.datadir import read_keyring
+    from minikms.keys.keyring import parse_file
+
+    void: list[str] = []
+    with contextlib.suppress(OSError, KmsRefusedError):
+        body = parse_file(read_keyring(data_dir))[0]
+        known = tuple(f"{body.keyring_id}-{slot.shares.set_id}-" for slot in body.slots if slot.shares is not None)
+        names = os.listdir(recovery.directory) if recovery.directory is not None else ()
+        void += (name for name in names if name.startswith(f"{body.keyring_id}-") and not name.startswith(known))
+    if not void:
+        return ""
+    return f". These shares open nothing: remove {name_list(sorted(void))}. {ADD_LATER.format(*recovery.counts)}"
 
 
 def _print_shares(shares: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ def test_shares_that_were_not_written_down_are_not_stored(tmp_path: Path, answer
         assert program.wait() == 1
     shown = program.shown.decode()
     assert "was made, but without recovery shares" in shown
-    assert "minikms root add shares:3/5" in shown
+    assert "minikms root add shares:2/3" in shown
     assert "audit log" in shown, "what a person must keep is shown all the same"
     assert [slot.shares for slot in body_of(tmp_path).slots] == [None]
     verify_audit(tmp_path / "data", tmp_path / "key")
@@ -317,6 +317,20 @@ def test_an_init_killed_at_a_rename_leaves_no_slot_without_shares(tmp_path: Path
     needs.program("strace")
     assert init_killed(tmp_path / "it", KILLED_AT[0], number)
     judge_killed(tmp_path / "it")
+
+
+def test_shares_of_an_interrupted_init_are_named_void(tmp_path: Path) -> None:
+    """They were written, and their slot was not: a second init names them, and no shares of a slot."""
+    flags = ("--recovery-shares", "2/2", "--shares-dir", str(tmp_path / "shares"))
+    assert init(tmp_path, *flags).returncode == 0
+    good, _ = sorted((tmp_path / "shares").iterdir())
+    body = body_of(tmp_path)
+    void = good.with_name(f"{body.keyring_id}-s_0123456789abcdef-share-1.txt")
+    void.touch()
+    said = init(tmp_path, *flags).stderr
+    assert "has a keyring already" in said
+    assert "root add shares:2/2" in said
+    assert (void.name in said, good.name in said) == (True, False)
 
 
 @pytest.mark.torture

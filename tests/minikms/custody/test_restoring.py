@@ -18,8 +18,7 @@ from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableEr
 from minikms.crypto.aead import NonceSource
 from minikms.custody.backup import create, restore
 from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
-from minikms.custody.backup.create import NewArchive, Task, remove_leftover, staging_path
-from minikms.custody.backup.register import DIRECTORY as REGISTER
+from minikms.custody.backup.create import NewArchive, Task, remove_failed, remove_leftover, staging_path
 from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
 from minikms.custody.keyring_file import KeyringFile
 from minikms.datadir import open_keyring, opened_keyring, opened_root
@@ -53,7 +52,9 @@ def task_for(data_dir: Path) -> Iterator[Task]:
 
 def made(data_dir: Path, path: Path) -> Manifest:
     with task_for(data_dir) as task:
-        return create.create(str(data_dir), str(path), task, NEW).manifest
+        manifest = create.create(str(data_dir), str(path), task, NEW).manifest
+    assert remove_leftover(str(path), NEW.archive_id)
+    return manifest
 
 
 def restored(data_dir: Path, archive: Path, target: Path) -> None:
@@ -63,7 +64,8 @@ def restored(data_dir: Path, archive: Path, target: Path) -> None:
             restore.check_empty(lock.directory_fd, str(target))
             source = RegisteredArchive(ARCHIVE_ID, str(archive), 1, 2, KEYS, 3)
             place = restore.Target(str(target), lock.directory_fd, good.tombstones, source)
-            restore.restore(str(archive), good, task, unlocked, place, at=AT)
+            log = target / "minikms-audit.log"
+            restore.restore(str(archive), good, task, unlocked, place, begin_log=log.touch, at=AT)
 
 
 def start(data_dir: Path, target: Path) -> str:
@@ -117,12 +119,13 @@ def test_the_daemon_refuses_to_start_after_any_interrupted_restore(
             restored(data_dir, archive, target)
             break
         found = {path.name for path in target.rglob("*") if not path.name.startswith(".tmp-")}
-        if found <= {LOCK_NAME, REGISTER}:
+        if found <= {LOCK_NAME}:
             continue  # nothing was restored yet: the directory counts as empty
-        with pytest.raises(StartError, match=r"keyring\.json is missing"):
+        with pytest.raises(StartError, match=r"keyring\.json is missing.* restore (that )?was interrupted"):
             start(data_dir, target)
         refused += 1
     assert refused > 5
+    assert (target / "minikms-audit.log").exists(), "a directory that starts has the line about its restore"
     assert start(data_dir, target) == keyring.parse_file((data_dir / "keyring.json").read_bytes())[0].keyring_id
 
 
@@ -246,8 +249,13 @@ def test_an_archive_without_a_durable_name_is_removed(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(create, "sync_file", fails_for_directories)
+    path = str(tmp_path / "archive")
     with pytest.raises(StorageUnavailableError):
         made(data_dir, tmp_path / "archive")
+    with pytest.raises(StorageUnavailableError):
+        remove_failed(path, ARCHIVE_ID)
+    monkeypatch.undo()
+    assert remove_failed(path, ARCHIVE_ID)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.key"]
 
 

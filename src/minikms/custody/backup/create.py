@@ -4,7 +4,8 @@ Owns: the order of copying, and the conditions under which an archive is good. I
 - The DEK files are copied before the keyring, so the keyring has every KEK that a copied DEK is wrapped under. If a KEK
   was destroyed meanwhile, the verification fails and everything is copied again. The file of tombstones, which only
   grows, is copied after the keyring, so it has every record that the keyring counts.
-- An archive gets its name only after it was read back and every key in it was unwrapped.
+- An archive gets its name only after it was read back and every key in it was unwrapped. Until then, and until
+  `remove_leftover`, it has the name `staging_path`.
 - Before the tag of an archive was checked, its content is read with bounds and not parsed.
 - A key file that the daemon overwrites meanwhile is read again until it is whole (`minikms.custody.settled_keys`).
 - The message server's store is backed up before the key service, so every key that the store needs is in the archive.
@@ -92,24 +93,19 @@ class Task(NamedTuple):
 
 
 def create(data_dir: str, path: str, task: Task, new: NewArchive) -> VerifiedArchive:
-    """Creates the archive `path`, which must not exist. Raises ArchiveError, StartError, OSError; then it is absent."""
+    """Creates the archive `path`, which must not exist, durably. Call `remove_leftover` afterwards, or `remove_failed`
+    if it raises ArchiveError, StartError, StorageUnavailableError, OSError.
+    """
     if os.path.lexists(path):
         raise StartError(f"{path} exists already; a backup never overwrites one")
     staging = staging_path(path, new.archive_id)
     with open(staging, "xb", opener=_private) as file:
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed: see `remove_leftover`
-            good = _write_verified(file, staging, data_dir, task, new)
-            os.link(staging, path)
-            try:
-                _sync(os.path.dirname(os.path.abspath(path)))
-            except BaseException:
-                os.unlink(path)
-                raise
-            return good
-        finally:
-            os.unlink(staging)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed: see `remove_leftover`
+        good = _write_verified(file, staging, data_dir, task, new)
+        os.link(staging, path)
+        _sync(path)
+        return good
 
 
 def _write_verified(file: BinaryIO, staging: str, data_dir: str, task: Task, new: NewArchive) -> VerifiedArchive:
@@ -133,8 +129,18 @@ def staging_path(path: str, archive_id: str) -> str:
     return f"{path}.{archive_id}.new"
 
 
+def remove_failed(path: str, archive_id: str) -> bool:
+    """Removes what a failed `create` left under both names, as `remove_leftover`."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samefile(staging_path(path, archive_id), path):
+            os.unlink(path)
+    return remove_leftover(path, archive_id)
+
+
 def remove_leftover(path: str, archive_id: str) -> bool:
-    """Removes the file that an interrupted `create` left; False if `create` is still running. Raises OSError."""
+    """Removes the file that an interrupted `create` left, durably; False if `create` is still running. Raises OSError,
+    StorageUnavailableError.
+    """
     staging = staging_path(path, archive_id)
     try:
         descriptor = os.open(staging, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -147,6 +153,7 @@ def remove_leftover(path: str, archive_id: str) -> bool:
         return False
     finally:
         os.close(descriptor)
+    _sync(staging)
     return True
 
 
@@ -258,8 +265,9 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def _sync(directory: str) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: str) -> None:
+    """The directory of the path."""
+    descriptor = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         sync_file(descriptor)
     except OSError as error:

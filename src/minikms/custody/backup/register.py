@@ -2,10 +2,11 @@
 
 Owns: the list of the archives that were made of this data directory. The receipt of a destroyed key names those that
 may still contain it. Invariants: an archive is registered before its first byte is copied, and stays registered until
-it is known to be removed. A restore registers its archive before it writes anything else, so an interrupted restore is
-not taken for a new data directory. Each archive has a file of its own, so a backup beside a live daemon changes no file
-of the daemon. The entries are neither secret nor authenticated: they only name files. It must never remove an archive,
-and never pass silently over an entry that it can't read when a receipt is written.
+it is known to be removed, durably and under both of its names. A restore registers its archive before it writes
+anything else, so an interrupted restore is not taken for a new data directory. Each archive has a file of its own, so a
+backup beside a live daemon changes no file of the daemon. The entries are neither secret nor authenticated: they only
+name files. It must never remove an archive, and never pass silently over an entry that it can't read when a receipt is
+written.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Owns: the order of the writes. The caller holds the lock of the target directory. Invariants: nothing is written before
 the whole archive was verified. Nothing is overwritten. The archive is registered first and the keyring is written last,
-so after an interrupted restore the daemon neither starts nor creates a new keyring. A key with a tombstone, in the
+after the first lines of the audit log, so after an interrupted restore the daemon neither starts nor creates a new
+keyring. A key with a tombstone, in the
 archive or beside a newer keyring, is not restored. If a newer keyring is given, the restored keyring opens under the
 root keys of the newer one only.
 """
@@ -10,7 +11,7 @@ root keys of the newer one only.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from minikms.api.errors import ConflictError
@@ -88,10 +89,12 @@ def restore(
     unlocked: UnlockedKeyring,
     target: Target,
     *,
+    begin_log: Callable[[], None],
     at: str,
     newer: NewerKeyring | None = None,
 ) -> Restored:
-    """Writes the archive at `path` into `target`. `unlocked` is the keyring of the archive.
+    """Writes the archive at `path` into `target`. `unlocked` is the keyring of the archive. `begin_log` writes the
+    first lines of the audit log, durably, under the keyring that is stored next.
 
     Raises ArchiveError, StorageUnavailableError, StartError; then the target is incomplete, and the daemon refuses it.
     """
@@ -102,9 +105,9 @@ def restore(
     removed = [] if newer is None else _take_root_keys(unlocked, newer.unlocked, good.manifest.audit_head, at=at)
     written = write_tombstones(target.directory_fd, unlocked, target.tombstones)
     written.tombstones.close()
-    body = keyring.next_epoch(written.body, at=at)
+    unlocked.body = body = keyring.next_epoch(written.body, at=at)
+    begin_log()
     replace_file(target.directory_fd, keyring_file.NAME, unlocked.encode(body))
-    unlocked.body = body
     roots = [slot.fingerprint for slot in body.slots]
     return Restored(keys, good.manifest.keys - keys, body.epoch, roots, removed)
 

@@ -1,0 +1,61 @@
+"""`minikms backup create` on a disk that refuses: no archive is left that the register does not name."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from minikms.api.errors import KmsRefusedError
+from minikms.cli.backup import create, prune, verify
+from minikms.custody.backup.register import ArchiveRegister
+from tests.harness.disk_faults import failing
+from tests.harness.vaults import key_file, opened_vault
+
+
+@pytest.mark.parametrize("times", [1, 1_000])
+@pytest.mark.parametrize("call", ["unlink", "link", "rename", "fsync", "mkdir"])
+def test_each_archive_that_is_left_is_in_the_register(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str, times: int
+) -> None:
+    """At each call of this kind in turn. Status 0 and 1 say that the archive is good, and an error that it is not."""
+
+    async def main() -> None:
+        async with opened_vault(tmp_path / "d") as one:
+            await one.make(2)
+
+    asyncio.run(main())
+    directory, key = tmp_path / "d", key_file(tmp_path / "d")
+    kept = {path.name for path in tmp_path.iterdir()}
+    register = ArchiveRegister(str(directory))
+    statuses: list[int | None] = []
+    for at in range(1, 20):
+        archive = tmp_path / f"archive-{at}"
+        status: int | None = None
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing(getattr(os, call), at=at, times=times))
+            try:
+                status = create(archive, data_dir=str(directory), master_key_file=key)
+            except (KmsRefusedError, OSError):
+                assert status is None
+        said = capsys.readouterr().err
+        entries = {entry.path: entry for entry in register.listed()}
+        entry = entries.get(str(archive))
+        found = {path.name for path in tmp_path.iterdir()} - kept
+        if status is None:
+            assert not found or (entry is not None and not entry.ended_ms)
+        else:
+            assert verify(archive, master_key_file=key) == 0
+            assert entry is not None
+            assert entry.ended_ms or status == 1
+            assert ("the archive is made and good" in said) is (status == 1)
+        statuses.append(status)
+        archive.unlink(missing_ok=True)
+        prune(keep=1, forget_missing=True, data_dir=str(directory), yes=True)
+        assert register.listed() == []
+        assert {path.name for path in tmp_path.iterdir()} == kept
+        if status == 0:
+            break
+    assert statuses[-1] == 0
