@@ -26,9 +26,8 @@ from minikms.audit import Event
 from minikms.daemon.peer import PID_UNKNOWN, Peer, is_overflow_uid, read_peer
 from minikms.daemon.refusals import ACTOR_OTHERS, PRINCIPALS_OTHERS, RefusalAggregator
 from minikms.http import (
-    TOO_MANY_CONNECTIONS,
+    GroupFull,
     ParsedHead,
-    Refusal,
     Request,
     Response,
     error_response,
@@ -101,10 +100,8 @@ class Admission:
         """Of the policy in force."""
         return self._policy.generation
 
-    def open_session(self, connection: socket.socket) -> Session | Refusal | None:
-        """None closes the connection: its peer is unknown, or too many unauthorised peers are connected already. A
-        refusal: there is no place for its uid.
-        """
+    def open_session(self, connection: socket.socket) -> Session | GroupFull | None:
+        """None closes the connection: its peer is unknown, or too many unauthorised peers are connected already."""
         try:
             peer = read_peer(connection)
         except OSError:
@@ -114,7 +111,7 @@ class Admission:
             self._refuse(peer)
             return None
         if not self._has_place(peer.uid, principal):
-            return TOO_MANY_CONNECTIONS
+            return GroupFull(peer.uid)
         self._by_uid[peer.uid] += 1
         if principal is None:
             self._unauthorised += 1
@@ -258,7 +255,7 @@ class AdmittingApplication:
         self._admission = admission
         self._meters = meters
 
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> Session | Refusal | None:
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> Session | GroupFull | None:
         return self._admission.open_session(sock)
 
     def group(self, session: Session) -> int:

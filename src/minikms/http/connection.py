@@ -457,6 +457,25 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         """Close at once and drop everything that is pending."""
         self._transport.abort()
 
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for its client: for a request, for the rest of one, or for the end."""
+        return not self._answers and not self._blocked & ~_CLOSING
+
+    @property
+    def since(self) -> float:
+        """For how long, to half a second: since this value of `HttpServer.now`."""
+        return self._since
+
+    def give_place(self) -> None:
+        """Close the connection, which waits for its client, and forget it at once."""
+        self._blocked |= _CLOSING
+        self._reader.discard()
+        if self._opened:
+            self._opened = False
+            self._server.close(self, self._session, self._group)
+        self._transport.close()
+
     def close_if_idle(self) -> None:
         """Close unless a request is being received or answered."""
         if not self._blocked and not self._answers and not self._reader.holds_input:

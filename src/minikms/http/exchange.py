@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Awaitable, Hashable
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -117,12 +117,20 @@ def raised_response(error: KmsRefusedError) -> Response:
     return response
 
 
+class GroupFull(NamedTuple):
+    """There is no place for one more connection of this group."""
+
+    group: Hashable
+
+
 class Application(Protocol[S]):
     """What an application implements. The engine calls all methods in the loop's thread; they must not block."""
 
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> S | Refusal | None:
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> S | GroupFull | Refusal | None:
         """Accept a new connection, before a byte of it is read. A refusal is answered, and the connection closed;
-        `None`: it is closed without an answer. `tls`: of a connection of a `TlsServer`, after the handshake.
+        `None`: it is closed without an answer. `GroupFull`: the connection of that group that has waited longest for
+        its client is closed, and this is asked again; if none waits, the new one is refused. `tls`: of a connection of
+        a `TlsServer`, after the handshake.
         """
 
     def group(self, session: S) -> Hashable:

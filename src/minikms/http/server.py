@@ -18,7 +18,7 @@ from typing import Final, Generic
 
 from minikms.api.errors import KmsRefusedError
 from minikms.http.connection import Connection, Group
-from minikms.http.exchange import AnswerEncoder, Application, Response, S, raised_response, refusal_response
+from minikms.http.exchange import AnswerEncoder, Application, GroupFull, Response, S, raised_response, refusal_response
 from minikms.http.head import ParsedHead
 from minikms.http.limits import INTERNAL, INTERRUPTED, LIMITS, SHUTTING_DOWN, TOO_MANY_CONNECTIONS, Limits, Refusal
 from minikms.http.reader import Phase, Shared
@@ -133,9 +133,7 @@ class HttpServer(Generic[S]):
             session = TOO_MANY_CONNECTIONS
         else:
             try:
-                session = self.app.open_session(
-                    transport.get_extra_info("socket"), transport.get_extra_info("ssl_object")
-                )
+                session = self._session(transport)
             except Exception as error:  # noqa: BLE001 - a connection without a session is closed, whatever the reason
                 self.failed(error)
                 session = None
@@ -153,6 +151,17 @@ class HttpServer(Generic[S]):
         group = self._groups.setdefault(key, Group(key))
         group.connections.add(connection)
         return session, group
+
+    def _session(self, transport: asyncio.Transport) -> S | Refusal | None:
+        given = transport.get_extra_info("socket"), transport.get_extra_info("ssl_object")
+        session = self.app.open_session(*given)
+        if isinstance(session, GroupFull):
+            group = self._groups.get(session.group)
+            waiting = [] if group is None else [each for each in group.connections if each.waits]
+            if waiting:
+                min(waiting, key=lambda each: each.since).give_place()
+                session = self.app.open_session(*given)
+        return TOO_MANY_CONNECTIONS if isinstance(session, GroupFull) else session
 
     def count_unread(self, group: Group[S], change: int) -> None:
         """`change` more bytes of requests and answers of a group are kept, or fewer if it is negative."""

@@ -22,7 +22,7 @@ from minikms.api.errors import StartError
 from minikms.daemon.admission import Admission, Session
 from minikms.daemon.policy_file import PolicyFile
 from minikms.daemon.sealing import OWED_LINES_MAX
-from minikms.http import Refusal
+from minikms.http import GroupFull
 from minikms.policy import POLICY_BYTES_MAX, FilePolicy, parse_policy
 from tests import needs
 from tests.harness import forked
@@ -118,7 +118,7 @@ def test_a_connection_gives_back_its_place_under_any_policy() -> None:
             ours, theirs = socket.socketpair()
             pairs.enter_context(ours)
             session = admission.open_session(pairs.enter_context(theirs))
-            assert not isinstance(session, Refusal)
+            assert not isinstance(session, GroupFull)
             return session
 
         for _ in range(3):

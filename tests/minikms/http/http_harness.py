@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import uvloop
 
 from minikms.api.errors import ConflictError, UnauthorizedError
-from minikms.http import LIMITS, HttpServer, Limits, ParsedHead, Request, Response, parse_query
+from minikms.http import LIMITS, GroupFull, HttpServer, Limits, ParsedHead, Request, Response, parse_query
 from minikms.http.limits import RefusedError
 from minikms.http.reader import RequestReader, Shared
 
@@ -46,15 +46,18 @@ class EchoApp:
     commit_succeeds: bool = True
     accepts: bool = True
     groups: int = 1
+    places: int = 2**16
     dismissed: set[int] = field(default_factory=set)
     admitted: list[str] = field(default_factory=list)
     running: int = 0
     release: asyncio.Event = field(default_factory=asyncio.Event)
     kept: Any = None
 
-    def open_session(self, sock: Any, tls: Any) -> Session | None:
+    def open_session(self, sock: Any, tls: Any) -> Session | GroupFull | None:
         if not self.accepts:
             return None
+        if sum(not session.closed for session in self.sessions) >= self.places:
+            return GroupFull(0)
         self.sessions.append(Session(len(self.sessions)))
         return self.sessions[-1]
 

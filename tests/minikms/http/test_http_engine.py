@@ -310,6 +310,42 @@ def test_the_body_is_released_when_the_handler_returns() -> None:
     run(check())
 
 
+def test_a_full_group_loses_the_connection_that_waited_longest() -> None:
+    """Idle, or in the middle of a request, but never one whose request is being answered."""
+
+    async def check() -> None:
+        async with serving(dataclasses.replace(LIMITS, sweep_seconds=0.01)) as running:
+            running.app.places = 3
+            busy, begun, idle = [await running.peer() for _ in range(3)]
+            for peer in (busy, begun, idle):
+                peer.send(get("/echo"))
+                assert (await peer.answer()).status == 200
+                await asyncio.sleep(0.05)
+            busy.send(get("/hold"))
+            begun.send(b"GET /echo HT")
+            await asyncio.sleep(0.05)
+            idle.send(get("/echo"))
+            assert (await idle.answer()).status == 200
+            new = await running.peer()
+            new.send(get("/echo"))
+            assert (await new.answer()).status == 200
+            assert await begun.rest() == b""
+            for peer in (idle, new):
+                peer.send(get("/hold"))
+            await asyncio.sleep(0.05)
+            refused = await running.peer()
+            assert (await refused.answer()).status == 503
+            running.app.release.set()
+            for peer in (busy, idle, new):
+                assert (await peer.answer()).status == 200
+            assert running.http.connections_count == 3
+            assert running.app.sessions[1].closed
+            for peer in (busy, begun, idle, new, refused):
+                await peer.close()
+
+    run(check())
+
+
 def test_memory_for_incomplete_requests_is_bounded() -> None:
     """One more connection than the budget allows gets 503; when the others are gone there is room again."""
 
