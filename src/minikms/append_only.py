@@ -45,9 +45,12 @@ _DIGEST_BYTES: Final = 32
 
 
 def write_whole(fd: int, blob: bytes) -> None:
-    """Write `blob` with one call. Raises OSError when it fails or is short; the file may then hold a part of it."""
-    if os.write(fd, blob) != len(blob):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    """Write all of `blob`, with one call unless that is short, as on a network file system at a signal. Raises OSError;
+    the file may then hold a part of it.
+    """
+    done = os.write(fd, blob)
+    while done < len(blob):
+        done += os.write(fd, memoryview(blob)[done:])
 
 
 class AppendOnlyFile:
@@ -213,9 +216,7 @@ def _open_mark(path: str) -> int:
 def _replace_end(fd: int, offset: int, blob: bytes) -> None:
     """Replace everything after `offset` by `blob`, which `_save` has made durable; it is on disk on return."""
     os.ftruncate(fd, offset)
-    done = 0
-    while done < len(blob):
-        done += os.write(fd, memoryview(blob)[done:])
+    write_whole(fd, blob)
     sync_data(fd)
 
 
@@ -231,10 +232,7 @@ def _save(path: str, offset: int, blob: bytes | None) -> None:
         if blob is None:
             write_whole(fd, head)
             return
-        content = head + hashlib.sha256(head + blob).digest() + blob
-        done = 0
-        while done < len(content):
-            done += os.write(fd, memoryview(content)[done:])
+        write_whole(fd, head + hashlib.sha256(head + blob).digest() + blob)
         sync_data(fd)
     finally:
         os.close(fd)

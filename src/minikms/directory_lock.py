@@ -145,6 +145,7 @@ def lock_file(directory_fd: int, name: str, what: str) -> int:
         holder = _holder(descriptor)
         os.close(descriptor)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            error.filename = name
             raise
         raise InUseError(what, holder) from None
     return descriptor

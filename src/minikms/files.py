@@ -158,7 +158,7 @@ def replace_file(directory: int, name: str, data: bytes) -> None:
 def replace_file_from(directory: int, name: str, chunks: Iterable[bytes]) -> None:
     """As `replace_file`, with the content in parts. An error of `chunks` passes through; then nothing has changed."""
     _check_name(name)
-    with _storage_errors("a file cannot be written"):
+    with _storage_errors("a file cannot be written", name):
         _rename_temp(directory, _write_temp(directory, chunks, sync=True), name)
         sync_file(directory)
 
@@ -170,7 +170,7 @@ def patch_file(directory: int, name: str, patches: Sequence[tuple[int, bytes]], 
     StorageUnavailableError; then the file must be replaced by a new one.
     """
     _check_name(name)
-    with _storage_errors("a file cannot be written"):
+    with _storage_errors("a file cannot be written", name):
         try:
             fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         except FileNotFoundError:
@@ -187,7 +187,7 @@ def patch_file(directory: int, name: str, patches: Sequence[tuple[int, bytes]], 
 def remove_file(directory: int, name: str) -> bool:
     """Removes `name` durably; False if it was absent. Raises StorageUnavailableError."""
     _check_name(name)
-    with _storage_errors("a file cannot be removed"):
+    with _storage_errors("a file cannot be removed", name):
         try:
             os.unlink(name, dir_fd=directory)
             found = True
@@ -313,7 +313,9 @@ def _write_new(directory: int, name: str, chunks: Iterable[bytes], *, sync: bool
                 sync_file(fd)
         finally:
             os.close(fd)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = name
         _unlink_quietly(directory, name)
         raise
 
@@ -370,10 +372,12 @@ def remove_left_temps() -> None:
 
 
 @contextlib.contextmanager
-def _storage_errors(text: str) -> Iterator[None]:
+def _storage_errors(text: str, name: str | None = None) -> Iterator[None]:
+    """`name`: of the file, for an operator; a client gets `text` only."""
     try:
         yield
     except OSError as error:
+        error.filename = name or error.filename
         # Without its traceback: it leads to frames that hold what was to be written.
         raise StorageUnavailableError(text) from error.with_traceback(None)
 

@@ -5,8 +5,8 @@ Owns: the choice of the call that makes written data survive a power loss. Linux
 systems without fdatasync: fsync(2). For a group of files, syncfs(2), which reports a failed write-back only since Linux
 5.8 (for any file since the directory was opened), and a failure of the file system itself only since 5.17 (commit
 5679897eb104); through overlayfs it reports nothing. `syncfs_reports` says where it reports every failure.
-Invariant: a wait that fails raises OSError; there is no weaker call to fall back to. It must never return before the
-system says that the data is on the disk.
+Invariant: a wait that fails raises OSError, which names the file; there is no weaker call to fall back to. It must
+never return before the system says that the data is on the disk.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from typing import Final
 
 def sync_data(descriptor: int) -> None:
     """Wait for the data of a file, and for the size that is needed to read it. Raises OSError."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
+    if hasattr(fcntl, "F_FULLFSYNC") or not hasattr(os, "fdatasync"):
         sync_file(descriptor)
-    elif hasattr(os, "fdatasync"):
+        return
+    try:
         os.fdatasync(descriptor)
-    else:
-        os.fsync(descriptor)
+    except OSError as error:
+        raise _named(error, descriptor) from None
 
 
 def sync_file(descriptor: int) -> None:
     """Wait for a file with its metadata, or for a directory with its entries. Raises OSError."""
     full: int | None = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is None:
-        os.fsync(descriptor)
-    else:
-        fcntl.fcntl(descriptor, full)
+    try:
+        if full is None:
+            os.fsync(descriptor)
+        else:
+            fcntl.fcntl(descriptor, full)
+    except OSError as error:
+        raise _named(error, descriptor) from None
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
@@ -45,6 +49,15 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
         sync_file(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _named(error: OSError, descriptor: int) -> OSError:
+    """The error of a wait, which the system gives no name, with the path of the file where /proc has it."""
+    try:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        path = None
+    return OSError(error.errno, f"{error.strerror}, at its sync", path)
 
 
 _SYNCFS_LINUX_MIN: Final = (5, 17)
@@ -79,4 +92,4 @@ def syncfs(directory: int) -> None:
     """Returns when everything that was written to the file system is on disk. Raises OSError."""
     if _libc().syncfs(directory) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise _named(OSError(number, os.strerror(number)), directory)

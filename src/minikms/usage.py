@@ -153,8 +153,13 @@ def explained_system(error: Exception, program: str) -> str:
     if isinstance(error, CycloptsError):
         return explained(error, program)
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
+        return system_error(error)
     raise error
+
+
+def system_error(error: OSError) -> str:
+    """What the system says, and the file."""
+    return (error.strerror or "") + (f": {error.filename}" if error.filename else "")
 
 
 def unknown_command(program: str, words: list[str], commands: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from minikms import files, sync
 from minikms.api.errors import InvalidRequestError, StorageUnavailableError
+from minikms.cli.console import explained
 from minikms.files import (
     FileWrite,
     make_file,
@@ -25,6 +26,7 @@ from minikms.files import (
     sweep_temps,
     write_files,
 )
+from minikms.usage import EXIT_MISSING
 from tests.harness.disk_faults import failing, failing_os
 
 
@@ -34,6 +36,28 @@ def sync_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     way: str = request.param
     monkeypatch.setattr(files, "syncfs_reports", lambda _directory: way == "syncfs")
     return way
+
+
+@pytest.mark.parametrize("call", ["write", "rename", "fsync", "open"])
+def test_an_operator_reads_which_file_and_a_client_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    directory = open_directory(tmp_path)
+    with failing_os(monkeypatch, call), pytest.raises(StorageUnavailableError) as caught:
+        replace_file(directory, "secret", b"new")
+    os.close(directory)
+    assert explained(caught.value) == (
+        f"a file cannot be written: No space left on device{', at its sync' if call == 'fsync' else ''}: secret",
+        EXIT_MISSING,
+    )
+    assert str(caught.value) == "a file cannot be written"
+
+
+def test_a_failed_sync_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for call, wait in (("fsync", sync.sync_directory), ("fdatasync", lambda path: sync.sync_data(os.open(path, 0)))):
+        with failing_os(monkeypatch, call), pytest.raises(OSError, match="at its sync") as caught:
+            wait(tmp_path)
+        assert caught.value.filename == str(tmp_path)
 
 
 def names(tmp_path: Path) -> list[str]:

@@ -75,7 +75,10 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
     judged = isinstance(error, errors.KmsRefusedError | errors.KmsUntrustedServerError) and not isinstance(
         error, missing
     )
-    return f"{error}. {next_step}." if next_step else str(error), EXIT_FAILED if judged else EXIT_MISSING
+    text = str(error)
+    if isinstance(error, errors.StorageUnavailableError) and isinstance(error.__cause__, OSError):
+        text += f": {usage.system_error(error.__cause__)}"
+    return f"{text}. {next_step}." if next_step else text, EXIT_FAILED if judged else EXIT_MISSING
 
 
 DATA_USER_ADVICE: Final = "The files of a key service are its user's alone: run this as that user, or as root"

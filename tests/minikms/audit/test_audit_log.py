@@ -245,11 +245,11 @@ def test_a_failed_write_changes_nothing_and_the_next_commit_tries_again(
 
 
 @pytest.mark.parametrize("length", [0, 1, 150, 400])
-def test_a_short_write_is_truncated(tmp_path: Path, faults: Faults, length: int) -> None:
+def test_a_short_write_that_the_disk_refuses_to_end_is_truncated(tmp_path: Path, faults: Faults, length: int) -> None:
     log = open_log(tmp_path)
     commit_one(log)
     before = (tmp_path / LOG).read_bytes()
-    faults.short = [length]
+    faults.short, faults.write = [length], [errno.ENOSPC]
     log.add(encrypt_event(1))
     log.add(encrypt_event(2))
     log.add(encrypt_event(3))
@@ -261,9 +261,19 @@ def test_a_short_write_is_truncated(tmp_path: Path, faults: Faults, length: int)
     assert verify(tmp_path).intact
 
 
+def test_a_short_write_goes_on(tmp_path: Path, faults: Faults) -> None:
+    """It is no full disk: a network file system may write short at a signal."""
+    log = open_log(tmp_path)
+    faults.short = [1, 100]
+    commit_one(log)
+    log.close()
+    assert types_of(tmp_path) == ["genesis", "encrypt", "checkpoint"]
+    assert verify(tmp_path).intact
+
+
 def test_a_failed_truncation_is_repeated_before_the_next_write(tmp_path: Path, faults: Faults) -> None:
     log = open_log(tmp_path)
-    faults.short, faults.ftruncate = [100], [errno.EIO, errno.EIO]
+    faults.short, faults.write, faults.ftruncate = [100], [errno.ENOSPC], [errno.EIO, errno.EIO]
     with pytest.raises(AuditUnavailableError):
         commit_one(log)
     assert (tmp_path / LOG).read_bytes()[-1:] != b"\n"

@@ -300,9 +300,16 @@ def test_the_file_forwarder_keeps_a_copy_that_goes_on_after_a_restart(tmp_path: 
 def test_the_file_forwarder_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_log(tmp_path / "log", 5)
     copy = tmp_path / "copy"
-    real_write = os.write
+    real_write, full = os.write, failing(os.write, at=1, number=errno.ENOSPC)
+    begun = False
+
+    def short(fd: int, data: bytes) -> object:
+        nonlocal begun
+        begun, before = True, begun
+        return full(fd, data) if before else real_write(fd, data[:300])
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda fd, data: real_write(fd, data[:300]))
+        patch.setattr(os, "write", short)
         with pytest.raises(OSError, match="No space"):
             forward_all(tmp_path / "log", copy)
     assert copy.read_bytes() == b""
