@@ -2,7 +2,8 @@
 
 Owns: hardening the process, the prompt for a passphrase, and the order of both. Invariants: the process is hardened
 before a secret is typed, and has one thread then; passphrase and root key lie in the arena; the hexadecimal text of the
-root key lies in one buffer of its final size, which is zeroed after the request. It must never show a secret.
+root key lies in one buffer of its final size, which is zeroed when the request is made, and the request when its last
+byte is sent. It must never show a secret.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from minikms.api.errors import StartError
+from minikms.client.calls import OneTimeKey
 from minikms.client.connecting import OVERFLOW_UID_FILE
 from minikms.crypto import roots
 from minikms.crypto.aead import scrub
@@ -25,7 +27,7 @@ _LINE_SLOTS = -(-(PASSPHRASE_BYTES_MAX + 1) // SLOT_BYTES)
 class RootText:
     """The root key as the daemon takes it: 64 hex characters in `text`. `fingerprint` is no secret."""
 
-    def __init__(self, text: bytearray, fingerprint: str) -> None:
+    def __init__(self, text: OneTimeKey, fingerprint: str) -> None:
         self.text = text
         self.fingerprint = fingerprint
 
@@ -57,7 +59,7 @@ def root_of_passphrase(parameters: Parameters, *, new: bool) -> Iterator[RootTex
         with keys.allocate() as root:
             derive_into(passphrase[:size], parameters, root.view)
             zero(passphrase)
-            text = bytearray(2 * SLOT_BYTES)
+            text = OneTimeKey(2 * SLOT_BYTES)
             try:
                 with memoryview(text) as view:
                     hex_encode_into(root.view, view)

@@ -49,9 +49,13 @@ _MSGPACK: Final = api.MSGPACK.encode("ascii")
 _decode_error: Final = msgspec.json.Decoder(api.ErrorAnswer).decode
 
 
+class OneTimeKey(bytearray):
+    """The hexadecimal characters of a root key, which are zeroed once the body of a request has them."""
+
+
 class Call(NamedTuple, Generic[A]):
-    """One request. `body` is None for a GET; a `bytearray` holds a key: wipe it once the call has ended. `msgpack`:
-    request and answer are MessagePack, not JSON.
+    """One request. `body` is None for a GET; a `bytearray` holds a key: wipe it once it is sent, and when the call has
+    ended. `msgpack`: request and answer are MessagePack, not JSON.
     """
 
     verb: Verb[Any, A]
@@ -67,6 +71,11 @@ class Call(NamedTuple, Generic[A]):
         """Zeroes a body that holds a key."""
         if isinstance(self.body, bytearray):
             self.body[:] = bytes(len(self.body))
+
+    @property
+    def is_wiped(self) -> bool:
+        """Whether it can't be sent again."""
+        return isinstance(self.body, bytearray) and not any(self.body)
 
     @property
     def content_type(self) -> bytes:
@@ -209,6 +218,8 @@ def _with_secret(before: bytes, secret: bytes | bytearray) -> bytearray:
     body[: len(before)] = before
     body[len(before) : -2] = secret
     body[-2:] = b'"}'
+    if isinstance(secret, OneTimeKey):
+        secret[:] = bytes(len(secret))
     return body
 
 

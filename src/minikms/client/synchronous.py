@@ -91,7 +91,7 @@ class Client(BaseClient, Verbs, BlockingRunner):
                 try:
                     return one.value(call.read(self._exchange(call, timeout_s)))
                 except KmsError as error:
-                    pause_s = attempts.pause_s(error, time.monotonic())
+                    pause_s = None if call.is_wiped else attempts.pause_s(error, time.monotonic())
                     if pause_s is None:
                         raise
                 time.sleep(pause_s)
@@ -153,6 +153,7 @@ def _exchange(sock: socket.socket, call: Call[Any], until_s: float, origin: byte
     length = None if call.body is None else len(call.body)
     head = request_head(call.target, length, call.request_id, call.content_type, origin)
     _send(sock, head, call.body or b"", until_s)
+    call.wipe()
     parser = AnswerParser()
     while True:
         sock.settimeout(_left_s(until_s))

@@ -393,6 +393,40 @@ def test_closing_an_asynchronous_client_ends_what_is_under_way() -> None:
         asyncio.run(main(server.path))
 
 
+def test_a_key_is_wiped_while_the_answer_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the blocking client."""
+    bodies: list[bytearray] = []
+    new_root = calls.new_root
+
+    def noting(*given: Any) -> bytearray:
+        bodies.append(new_root(*given))
+        return bodies[-1]
+
+    def ask() -> None:
+        with suppress(errors.KmsError):
+            client.add_root(key, provider="file")
+
+    monkeypatch.setattr(calls, "new_root", noting)
+    key = calls.OneTimeKey(b"ab" * 32)
+    with hostile([SILENT]) as server, Client(server.path, timeout_s=1, wait_s=0) as client:
+        asking = threading.Thread(target=ask)
+        asking.start()
+        wait_until(lambda: bool(server.requests))
+        wait_until(lambda: bodies[0] == bytes(len(bodies[0])))
+        assert asking.is_alive()
+        assert not any(key)
+        asking.join()
+
+
+def test_a_request_with_a_key_is_not_repeated() -> None:
+    """Even if the daemon has certainly not carried it out: it was wiped."""
+    stopping = answer(b'{"error":"later","code":"shutting_down"}', status=503)
+    with hostile([stopping, stopping]) as server, Client(server.path, wait_s=WAIT_S) as client:
+        with pytest.raises(errors.ShuttingDownError):
+            client.add_root("ab" * 32, provider="file")
+        assert len(server.requests) == 1
+
+
 def test_a_key_is_wiped_also_when_the_call_never_gets_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotations without an answer, for which a client waits long, have all of its connections."""
     bodies: list[bytearray] = []
