@@ -27,7 +27,7 @@ from minikms.usage import (
 )
 
 if TYPE_CHECKING:
-    from minikms_auditor.auditor import Status
+    from minikms_auditor.auditor import PendingLog, Status
     from minikms_auditor.config import Sink
 
 app = new_helper(
@@ -67,6 +67,10 @@ def check_config(*, config: Config) -> int:
     print(f"{config}: valid; a quorum of {found.quorum} of {len(witnesses.clients)} witnesses")
     for vkey in vkeys:
         print(f"  log key  {vkey}")
+    if any(uri.startswith("pkcs11:") for uri in found.signers):
+        print("  signer   token_paths must name the PKCS#11 library's configuration, its tokens, and the PIN file")
+    if not os.path.isdir(found.log_dir):
+        print(f"  log_dir  {found.log_dir} is not there yet")
     for sink in found.sink:
         print(f"  sink     {sink.name}: {sink.format}{', required' if sink.required else ''}; {_receiver_must(sink)}")
     return EXIT_GOOD
@@ -162,8 +166,11 @@ def accept_log(
     key = decode_exact(public_key, PUBLIC_KEY_BYTES)
     if key is None:
         raise StartError("a public key is 32 bytes in base64: 44 characters")
+    pending = _pending(state_dir)
     store.accept_key(state_dir, key)
-    print(f"A log may begin with {public_key}. The auditor goes on within seconds.")
+    waits = pending is not None and pending.public_key == key
+    then = "The auditor goes on within seconds." if waits else "No log that begins with it waits now."
+    print(f"A log may begin with {public_key}. {then}")
     return EXIT_GOOD
 
 
@@ -209,15 +216,20 @@ def explained(error: Exception) -> str:
     return str(error) if isinstance(error, KmsError) else explained_system(error, "minikms-auditor")
 
 
-def _show_pending(state_dir: str) -> int:
+def _pending(state_dir: str) -> PendingLog | None:
     import msgspec
 
-    from minikms.base64 import encode_text
     from minikms_auditor import store
     from minikms_auditor.auditor import Status
 
     content = store.shown(state_dir)
-    pending = None if content is None else msgspec.json.decode(content, type=Status).pending
+    return None if content is None else msgspec.json.decode(content, type=Status).pending
+
+
+def _show_pending(state_dir: str) -> int:
+    from minikms.base64 import encode_text
+
+    pending = _pending(state_dir)
     if pending is None:
         print("No log waits to be accepted.")
         return EXIT_MISSING

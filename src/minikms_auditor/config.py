@@ -7,7 +7,9 @@ or of another type is refused. It must never open a socket.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
@@ -132,7 +134,15 @@ class Files(ConfigFiles):
             msgspec.structs.replace(sink, path=str(self.path(sink.path))) if isinstance(sink, FileSink) else sink
             for sink in config.sink
         )
+        for sink in sinks:
+            for own in (places["state_dir"], places["log_dir"]):
+                if isinstance(sink, FileSink) and _is_below(sink.path, own):
+                    raise StartError(f"{self.config_path}: the file of the sink {sink.name!r} lies in {own}")
         return msgspec.structs.replace(config, **places, token_paths=tokens, sink=sinks)
+
+
+def _is_below(path: str, directory: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
 
 
 def parse_config(content: bytes, place: str) -> Config:

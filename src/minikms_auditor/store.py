@@ -91,6 +91,8 @@ class Store:
             self.state = self._load(origin)
             self.edge = RightEdge.load(self.read, self.state.size)
             self._check_root()
+            self.accepted_keys()
+            self._mend_index()
         except BaseException:
             self._lock.close()
             raise
@@ -100,6 +102,12 @@ class Store:
             raise StartError(
                 f"the tiles in {self._tree} do not have the root that {STATE_NAME} names: restore both from one copy"
             )
+
+    def _mend_index(self) -> None:
+        """Where it is damaged, or names a log of a commit that did not end."""
+        index = msgspec.json.encode(self.state.logs)
+        if self.state.size and read_file_bounded(os.path.join(self._tree, INDEX_NAME), FILE_BYTES_MAX) != index:
+            _replace_in(self._tree, INDEX_NAME, index)
 
     def read(self, path: str) -> bytes | None:
         """A `tiles.Read` of the tree."""

@@ -106,7 +106,7 @@ class Tail:
         until = max(durable.seq, 0 if self._line is None else self._line.seq)
         while self.seq < until and len(leaves) < LEAVES_AT_A_TIME:
             try:
-                for line in self._lines(until):
+                for line in self._lines(until, durable):
                     signed = self._feed(line, durable)
                     if signed is not None:
                         leaves += self._pending
@@ -122,11 +122,16 @@ class Tail:
         keys, self._keys = tuple(self._keys), []
         return Grown(last.seq - len(leaves) + 1, leaves, last, keys)
 
-    def _lines(self, until: int) -> list[bytes]:
+    def _lines(self, until: int, durable: Head) -> list[bytes]:
         try:
             lines = self._follower.read(min(until - self.seq, READ_LINES))
         except DamagedSegmentError as error:
             raise LogFaultError(str(error)) from None
+        if not lines and until > durable.seq:
+            raise LogFaultError(
+                f"the log has no line {self.seq + 1}, the tree has line {until}, and the daemon has written line "
+                f"{durable.seq}: log and keys are an older copy"
+            )
         if not lines:
             raise LogFaultError(f"the log has no line {self.seq + 1}, and the daemon has written line {until}")
         return lines

@@ -122,6 +122,7 @@ class Pkcs11Signer:
         self._session: _Session | None = None
         self._known: tuple[Algorithm, bytes] | None = None
         self._refused: _PinFile | None = None
+        self._was_closed = False
 
     def __repr__(self) -> str:
         return "<Pkcs11Signer>"
@@ -137,7 +138,11 @@ class Pkcs11Signer:
         return self._calls.call(lambda: self._sign(message))
 
     def close(self) -> None:
+        """A later call initializes the library anew: a process that was hardened since learns at once whether it can
+        read its configuration still.
+        """
         self._calls.call(self._drop)
+        self._was_closed = True
 
     # --- in the thread of the call -----------------------------------------------------------------------------------
 
@@ -172,9 +177,10 @@ class Pkcs11Signer:
     def _connected(self) -> _Session:
         if self._session is None:
             why = ""
-            for again in (False, True):
+            for again in (self._was_closed, True):
                 try:
                     self._session = self._open(initialize=again)
+                    self._was_closed = False
                     break
                 except PKCS11Error as error:
                     why = type(error).__name__

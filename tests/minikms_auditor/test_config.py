@@ -87,6 +87,18 @@ def test_a_sink_that_is_not_valid_is_refused(text: str, said: str) -> None:
         parse_config(text.encode(), "auditor.toml")
 
 
+@pytest.mark.parametrize(
+    "path", ["state/state.json", "state", "log/minikms-audit.log", "other/../state/x", "link/status.json"]
+)
+def test_a_file_of_a_sink_among_the_auditors_own_is_refused(tmp_path: Path, path: str) -> None:
+    (tmp_path / "link").symlink_to("state")
+    (tmp_path / "auditor.toml").write_text(sink('type = "file"', f'path = "{path}"'))
+    with pytest.raises(StartError, match="the file of the sink 'siem' lies in"):
+        Files(tmp_path / "auditor.toml").config()
+    (tmp_path / "auditor.toml").write_text(sink('type = "file"', 'path = "statement"'))
+    Files(tmp_path / "auditor.toml").config()
+
+
 def test_a_configuration_with_each_member_is_valid() -> None:
     every = witness("https://w.example/w1", 'ca = "ca.pem"').replace("quorum", 'metrics = "[::1]:9104"\nquorum')
     assert parse_config(every.encode(), "auditor.toml").metrics == "[::1]:9104"

@@ -55,8 +55,8 @@ def running_until_terminated(auditor: Auditor, log: Path) -> Iterator[None]:
 
 def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> None:
     """It sends the log to two sinks, too. Both keys are in the token. Their public keys and the cosignature verify the
-    log, without its audit key. Hardened it can't read a PIN file that is not below its token paths, and says so at the
-    first signature.
+    log, without its audit key. Hardened it can't read the library's configuration, or a PIN file, that is not below its
+    token paths, and says so at the first signature.
     """
     needs.interpreter_for(USER)
     base = public / "token"
@@ -83,13 +83,16 @@ def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> 
             f'state_dir = "{state}"\nsigners = {signers}\ntoken_paths = ["{base}"]\n'
             f'public_keys = ["{daemon.shipped()["public_key"]}"]\n'
         )
-        auditor.config.write_text(settings.replace(f'["{base}"]', f'["{base}/tokens"]'))
-        with running_until_terminated(auditor, public / "first.log"):
-            wait_until(lambda: (state / "status.json").exists() and b"PIN file" in (state / "status.json").read_bytes())
+        for more, said in ((token.pin_file, b"is away"), (token.conf, b"PIN file")):
+            auditor.config.write_text(settings.replace(f'["{base}"]', f'["{base}/tokens", "{more}"]'))
+            with running_until_terminated(auditor, public / "first.log"):
+                shown = state / "status.json"
+                wait_until(lambda: shown.exists() and said in shown.read_bytes())  # noqa: B023  within its round
         auditor.config.write_text(settings)
         checked = auditor.run("check-config")
         assert checked.returncode == 0, checked
-        vkeys = [line.split()[-1] for line in checked.stdout.splitlines()[1:]]
+        vkeys = [line.split()[-1] for line in checked.stdout.splitlines() if "log key" in line]
+        assert "token_paths must name the PKCS#11 library's configuration" in checked.stdout
         served = witness.Witness(str(public / "w1"), WITNESS, dict([witness.parse_vkey(vkeys[0])]))
         server = witness.serve(served)
         url = f"http://127.0.0.1:{server.server_address[1]}"

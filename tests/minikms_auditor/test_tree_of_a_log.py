@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import StartError
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms_auditor.auditor import FAULTS_BEFORE_ALARM
@@ -176,6 +177,34 @@ def test_a_log_that_was_cut_stops_the_auditor(rig: Rig, restarted: bool) -> None
     path = rig.log_dir / "minikms-audit.log"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-4]))
     assert "no line" in stopped(rig, restarted=restarted)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_older_copy_of_the_log_beside_its_daemon_is_named_truly(rig: Rig, restarted: bool) -> None:
+    rig.write(5)
+    path = rig.log_dir / "minikms-audit.log"
+    older = path.read_bytes()
+    rig.write(20)
+    rig.steps()
+    size, written = len(rig.lines()), older.count(b"\n")
+    path.write_bytes(older)
+    said = stopped(rig, restarted=restarted)
+    assert f"the tree has line {size}, and the daemon has written line {written}" in said
+
+
+def test_damaged_files_of_the_state_directory_are_noticed_at_a_start(rig: Rig) -> None:
+    rig.write(20)
+    rig.steps()
+    index = rig.state_dir / "tree" / "logs.json"
+    good = index.read_bytes()
+    for content in (b"garbage", None):
+        index.unlink() if content is None else index.write_bytes(content)
+        rig.start()
+        assert index.read_bytes() == good
+    rig.stop()
+    (rig.state_dir / "accepted-keys.json").write_bytes(b"garbage")
+    with pytest.raises(StartError, match=r"accepted-keys\.json is damaged"):
+        rig.start()
 
 
 @pytest.mark.parametrize("restarted", [False, True])

@@ -13,6 +13,7 @@ import pytest
 
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import Retention, compress_closed, remove_segments
+from minikms.audit.tiles import TilesError
 from minikms.base64 import encode_text
 from minikms.cli import audit, audit_tree
 from minikms_auditor import command
@@ -279,6 +280,16 @@ def test_an_altered_export_is_refused(rig: Rig, export: Callable[..., tuple[int,
     assert check(rig, path) == 2
 
 
+def test_an_export_counts_each_line_once_and_in_order(rig: Rig, export: Callable[..., tuple[int, Path]]) -> None:
+    rig.write(20)
+    rig.steps()
+    path = export()[1]
+    lines = path.read_bytes().splitlines(keepends=True)
+    for rows in ([1, 0, 2, 3], [0, 1, 1, 2], [0, 1, 0]):
+        path.write_bytes(b"".join(lines[row] for row in rows))
+        assert check(rig, path) == 1, rows
+
+
 def test_exported_events_hold_line_and_proof(rig: Rig, export: Callable[..., tuple[int, Path]], tmp_path: Path) -> None:
     rig.write(20)
     rig.steps()
@@ -298,6 +309,23 @@ def test_a_line_that_is_not_the_one_in_the_tree_is_not_exported(
     path = rig.log_dir / "minikms-audit.log"
     path.write_bytes(path.read_bytes().replace(b'"pid":77', b'"pid":78', 1))
     assert export()[0] == 1
+
+
+def test_an_altered_tile_is_accused_and_not_the_log(
+    rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By whoever reads it: also before a witness gets a proof that it would take for that of another tree."""
+    rig.write(300)
+    rig.steps()
+    tile = rig.state_dir / "tree" / "tile" / "0" / "000"
+    content = tile.read_bytes()
+    tile.write_bytes(content[:320] + bytes(32) + content[352:])
+    config = tmp_path / "auditor.toml"
+    config.write_bytes(rig.config())
+    for line in (1, 11):
+        with pytest.raises(TilesError, match="the tile tile/0/000 is not the one that the tile above it names"):
+            command.prove(line, config=config)
+    capsys.readouterr()
 
 
 def test_prove_prints_one_line_of_an_export(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,6 +357,9 @@ def test_the_commands_of_an_operator(rig: Rig, tmp_path: Path, capsys: pytest.Ca
     assert command.accept_log(config=config) == 1
     key = encode_text(KEY2.public_key)
     assert key in capsys.readouterr().out
+    assert command.accept_log(encode_text(bytes(32)), config=config) == 0
+    assert "No log that begins with it waits now" in capsys.readouterr().out
     assert command.accept_log(key, config=config) == 0
+    assert "goes on within seconds" in capsys.readouterr().out
     assert rig.start().steps().alarm == ""
     assert command.accept_log(config=config) == 2

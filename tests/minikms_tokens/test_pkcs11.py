@@ -61,6 +61,18 @@ def test_a_key_in_a_token_signs_and_its_signature_verifies(token: Token, key: st
         signer.close()
 
 
+def test_after_its_end_a_signer_needs_the_librarys_configuration_again(token: Token) -> None:
+    """A hardened process that can't read it learns that at its first signature, not when the token was away once."""
+    signer = open_signer(token.uri())
+    signer.public_key()
+    signer.close()
+    hidden = token.conf.rename(token.conf.with_name("hidden"))
+    with pytest.raises(TokenError, match="is away"):
+        signer.sign(MESSAGE)
+    hidden.rename(token.conf)
+    is_valid(signer, signer.sign(MESSAGE))
+
+
 def test_two_keys_of_one_token_sign_side_by_side(token: Token) -> None:
     """The login belongs to the process: the end of one session ends that of the other, which logs in again."""
     first, second = open_signer(token.uri()), open_signer(token.uri("object=second"))

@@ -150,8 +150,8 @@ class Tiles:
     def __init__(self, read: Read, size: int) -> None:
         self._read = read
         self._size = size
-        self.tile = functools.lru_cache(TILES_CACHED_MAX)(self._tile)
-        """The content of a tile, by level and index. Raises TilesError."""
+        self.tile = functools.lru_cache(TILES_CACHED_MAX)(self._checked)
+        """The content of a tile, by level and index; of a full one as the tile above it names it. Raises TilesError."""
         self.node: tree.Node = functools.lru_cache(NODES_CACHED_MAX)(self._node)
 
     def _tile(self, level: int, index: int) -> bytes:
@@ -165,6 +165,13 @@ class Tiles:
             raise TilesError(f"the tile {path} of the tree is missing")
         if len(content) != width * HASH_BYTES:
             raise TilesError(f"the tile {path} does not hold {width} hashes")
+        return content
+
+    def _checked(self, level: int, index: int) -> bytes:
+        content = self._tile(level, index)
+        is_full = len(content) == TILE_BYTES
+        if is_full and tree.complete_hash(_hashes(content)) != self._node(TILE_HEIGHT * (level + 1), index):
+            raise TilesError(f"the tile {tile_path(level, index)} is not the one that the tile above it names")
         return content
 
     def _node(self, level: int, index: int) -> bytes:

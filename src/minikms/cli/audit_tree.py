@@ -276,6 +276,8 @@ def verify_export(
         previous = -1
         while raw := source.readline(exporting.EXPORTED_BYTES_MAX):
             index = _check(checker, raw, found)
+            if index <= previous:
+                raise ProofError(f"line {found.lines} of the export is not after the one before: sort them, each once")
             found.complete = found.complete and previous in (-1, index - 1)
             previous = index
     if json:
