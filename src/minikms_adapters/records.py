@@ -56,6 +56,9 @@ PIECE_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX
 SEALED_PIECE_BYTES_MAX: Final = PIECE_BYTES_MAX + api.SEAL_BYTES
 RECORD_BYTES_MAX: Final = 64 * PIECE_BYTES_MAX
 """Of a plaintext: 256 MiB."""
+OWNER_BYTES_MAX: Final = 1024
+OWNED_MAGIC: Final = b"mKo1"
+"""Begins a value with an owner: then the length of the owner's text (2 bytes), the text, and the record."""
 KEYS_CACHED_MAX: Final = 4096
 """Threads whose current key an adapter remembers, and results of `thread_name` that are kept."""
 KEY_CHANGES_MAX: Final = 3
@@ -272,6 +275,81 @@ def codec_of(kind: type) -> Codec:
     if kind is not bytes and kind not in _TEXTS:
         raise NotSupportedError(f"a column of {kind.__name__} can't be encrypted")
     return Codec(kind, *_TEXTS.get(kind, _TEXTS[str]))
+
+
+class Owned(str):
+    """A text with the owner of its row, whose key encrypts it."""
+
+    __slots__ = ("owner",)
+
+    def __new__(cls, text: str, owner: object) -> Owned:
+        value = super().__new__(cls, text)
+        value.owner = str(owner)
+        return value
+
+    owner: str
+
+    def __reduce__(self) -> tuple[type[Owned], tuple[str, str]]:
+        return Owned, (str(self), self.owner)
+
+
+def column_thread(prefix: str, key: str | None, owner: object) -> str:
+    """The thread of the key service for a column's key, or for an owner's."""
+    if (key is None) == (owner is None):
+        raise TypeError("give either key or owner")
+    return thread_name(prefix, key) if key is not None else thread_name(f"{prefix}-owner", str(owner))
+
+
+class ColumnValues(NamedTuple):
+    """The values of a column of a database: their form, and which key encrypts them."""
+
+    framework: str
+    prefix: str
+    """Of the key service's threads."""
+    codec: Codec
+    key: str | None
+    """The name of the key of all values, or None if each row has an owner with a key."""
+
+    def check(self, key_of: str | None) -> None:
+        if (self.key is None) == (key_of is None):
+            raise TypeError("give either key or key_of")
+        if key_of is not None and self.codec.kind is not str:
+            raise NotSupportedError("a column with the keys of owners holds text")
+
+    def place(self, names: Sequence[str], owner: str | None) -> Place:
+        """`names` are those of table and column."""
+        thread = column_thread(self.prefix, self.key, owner)
+        joined = ".".join(names)
+        if owner is None:
+            return Place(thread, (self.framework, *names), joined)
+        return Place(thread, (self.framework, *names, owner), f"{joined} of owner {owner}")
+
+    def encode(self, names: Sequence[str], value: Any) -> tuple[bytes, Place, bytes]:
+        """What stands before the record, its place, and its plaintext."""
+        plaintext = self.codec.encode(value)
+        if self.key is not None:
+            return b"", self.place(names, None), plaintext
+        if not isinstance(value, Owned):
+            raise NotSupportedError("outside of a flush or save, give the value as Owned(text, owner)")
+        owner = value.owner.encode()
+        if len(owner) > OWNER_BYTES_MAX:
+            raise NotSupportedError(f"an owner has at most {OWNER_BYTES_MAX} bytes")
+        return OWNED_MAGIC + len(owner).to_bytes(2, "big") + owner, self.place(names, value.owner), plaintext
+
+    def locate(self, names: Sequence[str], stored: object) -> tuple[Place, object]:
+        """Where a stored value has to be from, and its record. Its owner is a claim until the record is opened."""
+        record, owner = bytes(stored) if isinstance(stored, (bytes, memoryview)) else stored, None
+        if isinstance(record, bytes) and record.startswith(OWNED_MAGIC):
+            start = len(OWNED_MAGIC) + 2
+            end = start + int.from_bytes(record[len(OWNED_MAGIC) : start], "big")
+            owner, record = record[start:end].decode(errors="replace"), record[end:]
+        if (owner is None) != (self.key is not None):
+            raise PlaintextRecordError(".".join(names))
+        return self.place(names, owner), record
+
+    def decode(self, place: Place, plaintext: bytes) -> Any:
+        value = self.codec.decode(plaintext, place.record)
+        return value if self.key is not None else Owned(value, place.parts[-1])
 
 
 # --- sealing and opening ----------------------------------------------------------------------------------------------

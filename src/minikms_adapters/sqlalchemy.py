@@ -25,10 +25,11 @@ from sqlalchemy.types import JSON, TypeDecorator, TypeEngine, to_instance
 from sqlalchemy.util import await_only
 
 from minikms.client.verbs import AsyncRunner
-from minikms_adapters.errors import NotSearchableError, NotSupportedError, PlaintextRecordError, WrongPlaceError
+from minikms_adapters.errors import NotSearchableError, NotSupportedError, WrongPlaceError
 from minikms_adapters.records import (
-    Codec,
+    ColumnValues,
     KmsClient,
+    Owned,
     Place,
     Receipt,
     Runner,
@@ -36,35 +37,18 @@ from minikms_adapters.records import (
     Steps,
     T,
     codec_of,
-    thread_name,
+    column_thread,
 )
 from minikms_adapters.sql_guard import Opaque, check_column
 
-OWNER_BYTES_MAX: Final = 1024
-OWNED_MAGIC: Final = b"mKo1"
-"""Begins a value with an owner: then the length of the owner's text (2 bytes), the text, and the record."""
+__all__ = ["Encrypted", "Owned", "adestroy_key", "destroy_key", "reencrypt", "render_item"]
+
 REENCRYPT_ROWS: Final = 500
 """Rows that `reencrypt` reads at a time."""
 _MYSQL: Final = ("mysql", "mariadb")
 
 _hiding: weakref.WeakSet[Dialect] = weakref.WeakSet()
 """Dialects with encrypted columns."""
-
-
-class Owned(str):
-    """A text with the owner of its row. A session makes it from the row; other statements must be given one."""
-
-    __slots__ = ("owner",)
-
-    def __new__(cls, text: str, owner: object) -> Owned:
-        value = super().__new__(cls, text)
-        value.owner = str(owner)
-        return value
-
-    owner: str
-
-    def __reduce__(self) -> tuple[type[Owned], tuple[str, str]]:
-        return Owned, (str(self), self.owner)
 
 
 class Encrypted(Opaque):
@@ -88,16 +72,14 @@ class Encrypted(Opaque):
         key_of: str | None = None,
         of: TypeEngine[Any] | type[TypeEngine[Any]] = Text,
     ) -> None:
-        if (key is None) == (key_of is None):
-            raise TypeError("give either key or key_of")
         super().__init__()
         self.kms = kms
         self.key = key
         self.key_of = key_of
         self.of = to_instance(of)
-        self._codec: Codec = codec_of(object if isinstance(self.of, JSON) else self.of.python_type)
-        if key_of is not None and self._codec.kind is not str:
-            raise NotSupportedError("a column with the keys of owners holds text")
+        codec = codec_of(object if isinstance(self.of, JSON) else self.of.python_type)
+        self._values = ColumnValues("sqlalchemy", "sql", codec, key)
+        self._values.check(key_of)
         self._sealer = Sealer()
         self._runner = Runner(kms)
 
@@ -167,34 +149,19 @@ class Encrypted(Opaque):
         return self._runner.run(steps)
 
     def encode(self, value: Any) -> tuple[bytes, Place, bytes]:
-        """What stands before the record, its place, and its plaintext."""
-        if self.key_of is None:
-            return b"", self._place_of(None), self._codec.encode(value)
-        plaintext = self._codec.encode(value)
-        if not isinstance(value, Owned):
-            raise NotSupportedError("outside of a session's flush, give the value as Owned(text, owner)")
-        return _owner_prefix(value.owner), self._place_of(value.owner), plaintext
+        return self._values.encode(self._names, value)
 
     def locate(self, stored: Any) -> tuple[Place, Any]:
-        """Where a stored value has to be from, and its record."""
-        owner, record = _split(bytes(stored)) if isinstance(stored, (bytes, memoryview)) else (None, stored)
-        place = self._place_of(owner)
-        if (owner is None) != (self.key_of is None):
-            raise PlaintextRecordError(place.record)
-        return place, record
+        return self._values.locate(self._names, stored)
 
     def decode(self, place: Place, plaintext: bytes) -> Any:
-        value = self._codec.decode(plaintext, place.record)
-        return value if self.key_of is None else Owned(value, place.parts[-1])
+        return self._values.decode(place, plaintext)
 
-    def _place_of(self, owner: str | None) -> Place:
+    @property
+    def _names(self) -> tuple[str, ...]:
         if self.place is None:
             raise NotSupportedError("an encrypted type belongs to the column of a table")
-        name = ".".join(self.place)
-        if owner is None:
-            return Place(thread_name("sql", str(self.key)), ("sqlalchemy", *self.place), name)
-        thread = thread_name("sql-owner", owner)
-        return Place(thread, ("sqlalchemy", *self.place, owner), f"{name} of owner {owner}")
+        return self.place
 
     def move(self, stored: Sequence[Any]) -> list[bytes | None]:
         """The stored values that are under a replaced key, under the current one; None for the others."""
@@ -208,18 +175,12 @@ class Encrypted(Opaque):
 
 def destroy_key(kms: KmsClient, *, key: str | None = None, owner: object = None) -> list[Receipt]:
     """Destroys the key of a column, or of an owner; what it encrypted can't be read any more. Gives the receipts."""
-    return Runner(kms).run(Sealer().destroy(_thread(key, owner)))
+    return Runner(kms).run(Sealer().destroy(column_thread("sql", key, owner)))
 
 
 async def adestroy_key(kms: KmsClient, *, key: str | None = None, owner: object = None) -> list[Receipt]:
     """The same, with either client."""
-    return await Runner(kms).run_async(Sealer().destroy(_thread(key, owner)))
-
-
-def _thread(key: str | None, owner: object) -> str:
-    if (key is None) == (owner is None):
-        raise TypeError("give either key or owner")
-    return thread_name("sql", key) if key is not None else thread_name("sql-owner", str(owner))
+    return await Runner(kms).run_async(Sealer().destroy(column_thread("sql", key, owner)))
 
 
 def reencrypt(connection: Connection, column: Any) -> int:
@@ -271,21 +232,6 @@ class _Opened:
 
     def __init__(self, value: Any) -> None:
         self.value = value
-
-
-def _owner_prefix(name: str) -> bytes:
-    owner = name.encode()
-    if len(owner) > OWNER_BYTES_MAX:
-        raise NotSupportedError(f"an owner has at most {OWNER_BYTES_MAX} bytes")
-    return OWNED_MAGIC + len(owner).to_bytes(2, "big") + owner
-
-
-def _split(value: bytes) -> tuple[str | None, bytes]:
-    if not value.startswith(OWNED_MAGIC):
-        return None, value
-    start = len(OWNED_MAGIC) + 2
-    end = start + int.from_bytes(value[len(OWNED_MAGIC) : start], "big")
-    return value[start:end].decode(errors="replace"), value[end:]
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from minikms import Client
 from tests.harness.live_daemon import LiveDaemon
 
 NEEDS = {
+    "test_django.py": ("django",),
     "langgraph": ("langchain_core", "langgraph", "ormsgpack", "psycopg"),
     "test_openai_agents.py": ("agents", "openai"),
     "test_pages.py": ("agents", "langgraph", "sqlalchemy"),
