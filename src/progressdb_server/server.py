@@ -203,7 +203,7 @@ async def _serve_until(
         backup_routes = store_backup.operations(store, config.backups_dir)
         ready_routes = readiness_routes.operations(readiness)
         more = (*ready_routes, *job_routes.operations(jobs), *backup_routes, *viewer.operations())
-        application = Application(store, access, ApiMetrics(registry), more=more)
+        application = Application(store, access, ApiMetrics(registry), more=more, on_unreadable=store.note_unreadable)
         host, port = listener.getsockname()[:2]
         gc.freeze()  # the objects of the start live as long as the process: the collector need not visit them
         gc.set_threshold(_COLLECTED_OBJECTS_MIN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from pathlib import Path
 
 from progressdb_server.store.model import StoreDamagedError
@@ -35,6 +34,10 @@ def test_one_damaged_block_leaves_the_other_threads_served(tmp_path: Path) -> No
         for number in range(THREADS):
             sent = {"thread": f"t{number}", "author": "ada", "body": "x" * 1000}
             assert server("POST", "/v1/messages", sent).status == 200
+        status, said = command(server, "backup", "create", "good", "--store-only", "--addr", f"127.0.0.1:{server.port}")
+        assert (status, "each block was read back" in said) == (0, True), said
+        status, said = command(server, "backup", "verify", str(server.db / "backups" / "good"), "--db", str(server.db))
+        assert (status, f"{2 * THREADS} of {2 * THREADS} records were opened" in said) == (0, True), said
     store = server.db / "store"
     engine = RocksEngine(str(store))
     engine.compact()
@@ -83,13 +86,15 @@ def test_one_damaged_block_leaves_the_other_threads_served(tmp_path: Path) -> No
         assert (status, f"{table.name}: nothing is written" in said) == (1, True), said
     with real_server(tmp_path) as server:
         assert lists(server) == found
-    shutil.rmtree(server.db / "backups", ignore_errors=True)
-
     status, said = command(server, "check", "--repair")
     assert (status, "--drop-damaged" in said) == (1, True), said
     status, said = command(server, "check", "--repair", "--drop-damaged")
     assert f"dropped: {table.name}: the file is damaged" in said, said
     assert (server.db / f"store{DAMAGED}1").exists()
+    engine = RocksEngine(str(store))
+    altered, raw = next(entry for entry in engine.scan(b"thread:new:msg:", b"thread:new:msg;", limit=1))
+    engine.write([(altered, raw[:-1] + bytes([raw[-1] ^ 1]))])
+    engine.close()
     with real_server(tmp_path) as server:
         repaired = lists(server)
         assert {thread for thread, status in found.items() if status == 200} <= {
@@ -97,4 +102,10 @@ def test_one_damaged_block_leaves_the_other_threads_served(tmp_path: Path) -> No
         }
         assert 500 not in repaired.values()
         assert server("GET", "/readyz", key=None).json == {"status": "ok"}
+        message = "msg-" + altered.decode().rpartition(":")[2].lstrip("0")
+        reply = server("GET", f"/v1/messages/{message}?author=ada")
+        assert (reply.status, altered.decode() in reply.json["error"]) == (500, True), reply
+        assert server("GET", "/readyz", key=None).json == {"status": "damaged"}
+        assert b"progressdb_store_unreadable_records 1.0" in server("GET", "/metrics", key=ADMIN).body
+        assert altered.decode() in server("GET", "/admin/readiness", key=ADMIN).json["damage"]
         assert server("POST", "/v1/messages", {"thread": "new", "author": "ada", "body": 1}).status == 200

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
+from minikms import api
 from minikms.api.errors import KmsError
 from minikms.logs import structlog
 from progressdb_server.api.http import head, limits
@@ -62,7 +63,8 @@ def operations(
 
 
 class Application:
-    """Serves one store. `more` are operations beside those of the store."""
+    """Serves one store. `more` are operations beside those of the store; `on_unreadable` is called with the sentence
+    about a record that can't be read, unless its key was destroyed."""
 
     def __init__(
         self,
@@ -71,8 +73,10 @@ class Application:
         metrics: ApiMetrics,
         *,
         more: tuple[Operation, ...] = (),
+        on_unreadable: Callable[[str], None] = lambda record: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._on_unreadable = on_unreadable
         self._access = access
         self._metrics = metrics
         self.operations = operations(store, metrics, more)
@@ -113,6 +117,8 @@ class Application:
         except ClientGoneError:
             return
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets a response
+            if isinstance(error, RecordUnreadableError) and error.code != api.CODE_KEY_DESTROYED:
+                self._on_unreadable(str(error))
             refusal = _refusal(_error_of(error, request), request)  # no error: its traceback leads to this frame
             if not exchange.status:  # once begun, a response can only be left unfinished
                 await exchange.respond(refusal)

@@ -35,6 +35,8 @@ EPOCH_S: Final = 10
 SEALED_S: Final = 1
 """The same, while the key service is sealed."""
 
+UNREADABLE_MAX: Final = 1000
+"""Records that could not be read, and are counted."""
 CLOCK_S: Final = 10
 """Between two looks at the clock."""
 CLOCK_JUMP_S: Final = 60
@@ -86,6 +88,8 @@ class Conversations(Messages, Rekeying, Backups):
         self.rule = rule
         self.long_reads = asyncio.Semaphore(LONG_READS_COUNT_MAX)
         self.epoch = EpochMemory(self.reads, self.writer)
+        self.unreadable: dict[str, None] = {}
+        """What was said of records that could not be read, UNREADABLE_MAX at most."""
         self._provider = provider
         self._offset_ns = 0
         self._background: list[asyncio.Task[None]] = []
@@ -101,6 +105,10 @@ class Conversations(Messages, Rekeying, Backups):
         self.metrics.gauges["progressdb_store_backup_age_seconds"] = (
             "Since the newest registered backup was begun.",
             lambda: (self.clock.now_ns() - self.newest_backup_ns()) / 1_000_000_000,
+        )
+        self.metrics.gauges["progressdb_store_unreadable_records"] = (
+            "Records that could not be read since the start, without those whose key was destroyed.",
+            lambda: len(self.unreadable),
         )
         self.metrics.gauges["progressdb_store_damaged_files"] = (
             "Files of the store in which damage was met since the start.",
@@ -243,6 +251,10 @@ class Conversations(Messages, Rekeying, Backups):
             except Exception as error:  # noqa: BLE001 - whatever ends one look, the next one is made
                 _log.error("kms_epoch_unknown", reason=type(error).__qualname__)
                 self.sealer.halted = "the age of the key service's state could not be judged"
+
+    def note_unreadable(self, record: str) -> None:
+        if len(self.unreadable) < UNREADABLE_MAX:
+            self.unreadable[record] = None
 
     async def check_writes(self) -> None:
         """Returns if a write would be taken now; it writes nothing that lasts. Raises StoreUnavailableError, whose text

@@ -257,6 +257,11 @@ class RecordUnreadableError(StoreError):
 
     status = 500
 
+    def __init__(self, message: str, code: str = "") -> None:
+        """`code`: that of the key service, if it refused to open the record."""
+        super().__init__(message)
+        self.code = code
+
 
 class ThreadKeyDestroyedError(StoreError):
     """The key that the thread is written under is destroyed, so that nothing can be written."""

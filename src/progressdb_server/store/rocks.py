@@ -64,6 +64,8 @@ BLOOM_BITS_PER_KEY: Final = 10
 PROBE_BYTES: Final = 4 * 1024 * 1024
 """Space that must be free for a disk to count as one that takes writes; before a reopening is tried, the size of the
 log must be free too."""
+OPENINGS: Final = 3
+"""How often a reader is opened before a file that is missing counts as damage."""
 _FILE: Final = re.compile(r"\b(?:\d+\.(?:sst|log)|MANIFEST-\d+|CURRENT)\b")
 
 
@@ -341,6 +343,16 @@ class RocksReader(RocksRead):
     def __init__(self, path: str) -> None:
         super().__init__()
         check_exists(path)
+        for attempt in reversed(range(OPENINGS)):  # a server may delete a file between its listing and its opening
+            try:
+                self._open(path)
+            except StoreDamagedError:
+                if not attempt:
+                    raise
+            else:
+                break
+
+    def _open(self, path: str) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="progressdb-reader-")
         try:
             options = engine_options()

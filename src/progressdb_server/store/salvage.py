@@ -220,7 +220,7 @@ def _end(part: Any, lower: bytes, upper: bytes, reason: str) -> bytes:
 
 
 def _seen(part: Any, lower: bytes, upper: bytes, others: Any) -> list[Entry]:
-    """What a damaged part holds that the others do not, read without checksums."""
+    """What a damaged part holds that the others do not, read without checksums and as far as that goes."""
     unchecked = up_to(upper, cached=False)
     unchecked.set_verify_checksums(False)
     seen: list[Entry] = []

@@ -86,7 +86,7 @@ def store_error(error: KmsError, record_key: bytes | None = None) -> StoreError:
     if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
         return StoreUnavailableError("the key service is not available now", RETRY_AFTER_S)
     if record_key is not None and fault(error) is Fault.REQUEST:
-        return RecordUnreadableError(f"the record {record_key.decode()} does not open ({error.code})")
+        return RecordUnreadableError(f"the record {record_key.decode()} does not open ({error.code})", error.code)
     if error.code == api.CODE_KEY_DESTROYED:
         return ThreadKeyDestroyedError("the thread's key is destroyed")
     if is_permanent(error):

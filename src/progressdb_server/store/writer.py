@@ -525,7 +525,7 @@ class Writer(GroupCommit):
                     self.state = state
                 return failed
             except StoreDamagedError as error:  # RocksDB looks for one of the background before it writes
-                raise StoreReadOnlyError(f"{error}: {READ_ONLY}") from error
+                raise StoreReadOnlyError(f"{error}: {READ_ONLY}") from error.__cause__
             except EngineBusyError:
                 if time.monotonic() > deadline:
                     raise

@@ -146,8 +146,10 @@ class Readiness:
 
     def damage(self) -> str:
         """What is damaged; some threads can't be read then, and the others are served. Empty if nothing is."""
-        files = self._store.damaged
-        return f"the store is damaged: {', '.join(files)}" if files else ""
+        found = [f"the store is damaged: {', '.join(files)}"] if (files := self._store.damaged) else []
+        if records := self._store.unreadable:
+            found.append(f"{len(records):,} damaged or unreadable records were met, such as: {next(iter(records))}")
+        return "; ".join(found)
 
     # --- handlers -------------------------------------------------------------------------------------------------
     @Operation("GET", READY_PATH, response=texts("status"), errors={503: (NOT_READY,)}, needs=NOTHING)
