@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,15 @@ def interpreter_words(module: str) -> tuple[str, str]:
         f"import runpy, sys; sys.path.insert(0, {str(PROJECT)!r}); runpy.run_module({module!r}, run_name='__main__')"
     )
     return "-c", start
+
+
+def python_program(path: Path, source: str, *options: str) -> None:
+    """Make `path` a program of these lines of Python. The path of the interpreter may have spaces and be longer than a
+    kernel takes behind `#!`."""
+    module = path.with_name(f"{path.name}-program.py")  # which no import finds
+    module.write_text(source)
+    path.write_text(f'#!/bin/sh\nunset PWD\nexec {shlex.join([sys.executable, *options, str(module)])} "$@"\n')
+    path.chmod(0o755)
 
 
 def answer_of(prologue: str, code: str, *arguments: str) -> Any:

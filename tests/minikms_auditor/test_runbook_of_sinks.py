@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ class _Refusing(Transport):
 
 
 def run(rig: ShippingRig, block: str) -> str:
-    command = f"{sys.executable} -P -m minikms_auditor"
+    command = f"{shlex.quote(sys.executable)} -P -m minikms_auditor"
     block = block.replace("runuser -u minikms-auditor -- minikms-auditor", command).replace("skip 1234", "skip 7")
     block = block.replace("/etc/progressdb/auditor", str(rig.base)).replace(
         "/var/lib/progressdb/auditor", f"{rig.state_dir}"

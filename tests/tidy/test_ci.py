@@ -5,6 +5,7 @@ The script's own function runs a small project with the real make, pytest and xd
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from tests import needs
 
 PROJECT = Path(__file__).resolve().parents[2]
 MAKEFILE = (
-    "test:\n\t@$(PYTHON) -m pytest -p xdist.plugin -p no:cacheprovider --import-mode=importlib -n $(WORKERS) $(ARGS)\n"
+    "test:\n\t@'$(PYTHON)' -m pytest -p xdist.plugin -p no:cacheprovider "
+    "--import-mode=importlib -n $(WORKERS) $(ARGS)\n"
     "WORKERS ?= 1\nexport PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1\n"
 )
 CONFTEST = f"""
@@ -38,11 +40,12 @@ def test_good():
 SCRIPT = """
 set -euo pipefail
 unset CI
+python={python}
 say() {{ printf '== %s\\n' "$*"; }}
 unstable=()
 eval "$(grep -E '^unstable_max=' {script})"
 eval "$(sed -n '/^run_tests() {{/,/^}}/p' {script})"
-run_tests {project} make --no-print-directory -C {project} PYTHON={python}
+run_tests {project} make --no-print-directory -C {project} PYTHON="$python"
 printf 'unstable: %s\\n' "${{unstable[@]}}"
 """
 
@@ -53,7 +56,8 @@ def run(project: Path, *, unstable: int, broken: bool = False, interrupted: bool
     (project / "Makefile").write_text(MAKEFILE)
     (project / "conftest.py").write_text(CONFTEST)
     (project / "test_sample.py").write_text(TESTS.format(unstable=unstable, broken=broken, interrupted=interrupted))
-    script = SCRIPT.format(script=PROJECT / ".ci" / "run", project=project, python=sys.executable)
+    places = {"script": PROJECT / ".ci" / "run", "project": project, "python": sys.executable}
+    script = SCRIPT.format(**{name: shlex.quote(str(place)) for name, place in places.items()})
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=120, cwd=project)
     return done.returncode, done.stdout + done.stderr
 

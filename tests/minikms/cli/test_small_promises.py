@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from minikms.cli.doctor import doctor
 from minikms.usage import SOCKET_VARIABLE
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.scripts import python_program
 from tests.harness.terminal import OnTerminal
 
 MINIKMS = (sys.executable, "-P", "-m", "minikms")
@@ -34,7 +36,7 @@ def test_only_an_explicit_dash_decrypts_to_a_terminal(tmp_path: Path) -> None:
         words = [*MINIKMS, "decrypt", f"{note}.kms", "--output", "-", *place]
         with OnTerminal(words, env=dict(os.environ)) as terminal:
             assert terminal.wait() == 0 and b"the door code is 4711" in terminal.shown
-        piped = f"{' '.join(MINIKMS)} decrypt {' '.join(place)} < {note}.kms"
+        piped = f"{shlex.join(MINIKMS)} decrypt {' '.join(place)} < {note}.kms"
         with OnTerminal(["sh", "-c", piped], env=dict(os.environ)) as terminal:
             assert terminal.wait() == 2 and b"insist with --output -" in terminal.shown
 
@@ -104,8 +106,7 @@ def test_doctor_without_flags_examines_what_the_units_have(
 def test_init_prints_the_next_commands_to_paste(tmp_path: Path) -> None:
     """With the path of a program that PATH does not have, and a private directory for the socket."""
     script = tmp_path / "minikms"
-    script.write_text(f"#!{sys.executable} -P\nfrom minikms.cli import main\nmain()\n")
-    script.chmod(0o755)
+    python_program(script, f"import sys\nsys.argv[0] = {str(script)!r}\nfrom minikms.cli import main\nmain()\n", "-P")
     words = ("init", "--data-dir", "d", "--master-key-file", "k")
     elsewhere = subprocess.run(
         ("./minikms", *words), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True

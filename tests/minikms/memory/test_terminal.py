@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def in_a_shell(tmp_path: Path) -> OnTerminal:
     (tmp_path / "reads.py").write_text(READS)
     shell = OnTerminal(["env", "--default-signal=HUP", "sh", "-i"], env={**os.environ, "PS1": PROMPT, "ENV": ""})
     shell.wait_for(PROMPT)
-    shell.type(f"{sys.executable} {tmp_path / 'reads.py'} 1")
+    shell.type(f"{shlex.quote(sys.executable)} {tmp_path / 'reads.py'} 1")
     shell.wait_for("Secret: ")
     assert not shell.echoes()
     shell.type_unfinished(b"half-typed")

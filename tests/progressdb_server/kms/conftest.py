@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from progressdb_server.kms.supervisor import ChildOptions
+from tests.harness.scripts import python_program
 
 FAKE = Path(__file__).with_name("fake_minikms.py")
 
@@ -45,8 +45,7 @@ def directory() -> Iterator[Path]:
 @pytest.fixture
 def place(directory: Path) -> Place:
     binary = directory / "minikms"
-    binary.write_text(f"#!{sys.executable}\nimport runpy\nrunpy.run_path({str(FAKE)!r}, run_name='__main__')\n")
-    binary.chmod(0o700)
+    python_program(binary, f"import runpy\nrunpy.run_path({str(FAKE)!r}, run_name='__main__')\n")
     (directory / "run").mkdir(mode=0o700)
     (directory / "data").mkdir(mode=0o700)
     return Place(directory, str(binary))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from progressdb_server.kms.supervisor import LAST_LINES_MAX, LINE_BYTES_MAX, Child, ChildOptions, Lines, environment
 from tests.harness.descriptors import open_files
+from tests.harness.scripts import python_program
 from tests.progressdb_server.kms.conftest import Place
 
 
@@ -128,11 +129,11 @@ def test_a_child_that_does_not_stop_is_killed_and_its_last_words_are_kept(
 ) -> None:
     monkeypatch.setattr("progressdb_server.kms.supervisor.STOP_S_MAX", 0.3)
     stubborn = place.directory / "stubborn"
-    stubborn.write_text(
-        f"#!{sys.executable}\nimport signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "for n in range(9): print('line', n, file=sys.stderr, flush=True)\ntime.sleep(60)\n"
+    python_program(
+        stubborn,
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "for n in range(9): print('line', n, file=sys.stderr, flush=True)\ntime.sleep(60)\n",
     )
-    stubborn.chmod(0o700)
     heard: list[str] = []
 
     async def main() -> None:
