@@ -243,8 +243,9 @@ class StoreDamagedError(StoreUnavailableError):
 
     status = 500
 
-    def __init__(self, file: str, directory: str = "the store") -> None:
-        super().__init__(f"{directory} is damaged" + (f": the file {file}" if file else ""))
+    def __init__(self, file: str, directory: str = "the store", why: str = "") -> None:
+        what = why or (f"the file {file}" if file else "")
+        super().__init__(f"{directory} is damaged" + (f": {what}" if what else ""))
         self.file = file
 
     @property

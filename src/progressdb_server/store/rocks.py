@@ -34,6 +34,7 @@ from rocksdict import (
     Cache,
     Checkpoint,
     DBCompressionType,
+    DBRecoveryMode,
     Options,
     Rdict,
     ReadOptions,
@@ -42,6 +43,8 @@ from rocksdict import (
 )
 
 from minikms.sync import sync_file
+from progressdb_server.store import acknowledged
+from progressdb_server.store.acknowledged import Acknowledged
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import next_key
 from progressdb_server.store.model import StoreDamagedError, StoreLockedError, StoreUnavailableError
@@ -67,6 +70,8 @@ log must be free too."""
 OPENINGS: Final = 3
 """How often a reader is opened before a file that is missing counts as damage."""
 _FILE: Final = re.compile(r"\b(?:\d+\.(?:sst|log)|MANIFEST-\d+|CURRENT)\b")
+_DROPPED: Final = re.compile(rb"(\d+\.log): dropping ")
+LOG_TAIL_BYTES: Final = 64 * 1024
 
 
 def engine_options() -> Options:
@@ -99,6 +104,8 @@ def engine_options() -> Options:
     options.set_keep_log_file_num(LOG_FILES_MAX)
     options.set_stats_dump_period_sec(0)
     options.set_paranoid_checks(True)
+    # A start is refused where the log is damaged, except at an end that a kill or a power failure has torn.
+    options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
     return options
 
 
@@ -248,12 +255,24 @@ class RocksEngine(RocksRead):
         return self._path
 
     def _open(self) -> Any:
+        known = acknowledged.last(self._path)
         try:
-            return Rdict(self._path, engine_options())
+            try:
+                db = Rdict(self._path, engine_options())
+            except Exception as error:
+                if "LOCK:" in str(error) or not _has_all(self._path, known):
+                    raise
+                db = Rdict(self._path, _to_the_damage())
         except Exception as error:
             if "LOCK:" in str(error):
                 raise StoreLockedError(_in_use(self._path)) from error
             raise not_opened(self._path, error) from error
+        if db.latest_sequence_number() < known:
+            db.close()
+            raise _cut(self._path)
+        self._acknowledged = Acknowledged(self._path)
+        self._acknowledged.note(db.latest_sequence_number())
+        return db
 
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         if self._failed:
@@ -276,10 +295,12 @@ class RocksEngine(RocksRead):
     def sync(self) -> None:
         with self._sync_lock:
             try:
+                last = self._db.latest_sequence_number()
                 self._db.flush_wal(True)
             except Exception as error:
                 self._failed = True
                 raise self._failure(error) from error
+            self._acknowledged.note(last)
 
     def reopen(self) -> None:
         """Opening replays the log into new files and syncs them, so what is readable afterwards is durable. Before
@@ -332,6 +353,7 @@ class RocksEngine(RocksRead):
             self._close()
 
     def _close(self) -> None:
+        self._acknowledged.close()
         with contextlib.suppress(Exception):  # after a failed log this fails again, but releases handle and lock
             self._db.close()
 
@@ -343,7 +365,7 @@ class RocksReader(RocksRead):
     def __init__(self, path: str) -> None:
         super().__init__()
         check_exists(path)
-        for attempt in reversed(range(OPENINGS)):  # a server may delete a file between its listing and its opening
+        for attempt in reversed(range(OPENINGS)):  # a server may delete or write a file meanwhile
             try:
                 self._open(path)
             except StoreDamagedError:
@@ -353,6 +375,7 @@ class RocksReader(RocksRead):
                 break
 
     def _open(self, path: str) -> None:
+        known = acknowledged.last(path)
         self._scratch = tempfile.TemporaryDirectory(prefix="progressdb-reader-")
         try:
             options = engine_options()
@@ -366,6 +389,9 @@ class RocksReader(RocksRead):
         if (named - _names(self._db)) & _tables(path):
             self.close()
             raise _refusal(path)
+        if self._db.latest_sequence_number() < known:
+            self.close()
+            raise _cut(path)
 
     def refresh(self) -> None:
         try:
@@ -430,10 +456,47 @@ def failure(error: Exception) -> StoreUnavailableError:
     return EngineUnavailableError()
 
 
+def _to_the_damage() -> Options:
+    """Opens a store with what its log has before the first damage."""
+    options = engine_options()
+    options.set_wal_recovery_mode(DBRecoveryMode.point_in_time())
+    return options
+
+
+def _has_all(path: str, known: int) -> bool:
+    """Whether a store that does not open has, before the damage in its log, all that was acknowledged: the damage is
+    what a power failure has left of a write that was not synced. Changes nothing."""
+    if not known:
+        return False
+    try:
+        view = Rdict(path, _to_the_damage(), access_type=AccessType.read_only(False))
+    except Exception:  # noqa: BLE001  whatever it is, it is not the end of the log
+        return False
+    try:
+        return bool(view.latest_sequence_number() >= known)
+    finally:
+        view.close()
+
+
+def _cut(path: str) -> StoreDamagedError:
+    return StoreDamagedError("", path, "its log is cut or missing, with writes that were acknowledged")
+
+
+def _damaged_log(path: str) -> str:
+    """The log that was read last, as RocksDB's own log says; empty if it does not."""
+    try:
+        with open(os.path.join(path, "LOG"), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL_BYTES))
+            found = _DROPPED.findall(file.read(LOG_TAIL_BYTES))
+    except OSError:
+        return ""
+    return found[-1].decode() if found else ""
+
+
 def not_opened(path: str, error: Exception) -> StoreUnavailableError:
     known = failure(error)
     if isinstance(known, StoreDamagedError):
-        return StoreDamagedError(known.file, path)
+        return StoreDamagedError(known.file or _damaged_log(path), path)
     return EngineUnavailableError(f"cannot open {path}: {error}")
 
 

@@ -1,0 +1,48 @@
+"""How far the log of a RocksDB database must reach: the number of the last write that was synced.
+
+RocksDB takes a log that was cut, or is missing, for one that ends there. Owns: the file ACKNOWLEDGED in its directory.
+Invariants:
+- A number is written after the sync of its write and is not synced itself, so it is never ahead of the log. A killed
+  server leaves the last one, a power failure perhaps an older one.
+- A file that is missing or malformed says nothing: every log is long enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from typing import Final
+
+NAME: Final = "ACKNOWLEDGED"
+_NUMBER: Final = re.compile(rb"[0-9]{20}")
+
+
+def last(directory: str) -> int:
+    """The number of the last write that the database must have; 0 if that is not known."""
+    try:
+        with open(os.path.join(directory, NAME), "rb") as file:
+            raw = file.read(21)
+    except OSError:
+        return 0
+    return int(raw) if _NUMBER.fullmatch(raw) else 0
+
+
+class Acknowledged:
+    """The open file."""
+
+    def __init__(self, directory: str) -> None:
+        self._file: int | None = None
+        with contextlib.suppress(OSError):
+            self._file = os.open(os.path.join(directory, NAME), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def note(self, number: int) -> None:
+        """All writes up to this number are synced. Without room for the file, an older number stays."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._file, b"%020d" % number, 0)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
