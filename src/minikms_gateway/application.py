@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlencode
 
 from minikms import api
+from minikms.addresses import Places, address_group
 from minikms.api import Verb
 from minikms.api.errors import InvalidRequestError, KmsRefusedError, UnauthorizedError
 from minikms.http import (
     TOO_MANY_CONNECTIONS,
+    Link,
     ParsedHead,
     Refusal,
     Request,
@@ -69,17 +71,33 @@ class State(NamedTuple):
 
 
 class Session:
-    """One connection. `identity`: what its certificate proves under the state of `generation`. `refused`: why it
+    """One connection, as the engine closes and counts it by `link`. `group`: its name once it has one, before that
+    its addresses. `identity`: what its certificate proves under the state of `generation`. `refused`: why it
     proves nothing any more. `proven`: it has had a good certificate, or has shown a good token. `until`: when the last
     of its tokens expires.
     """
 
-    __slots__ = ("chain", "generation", "group", "identity", "name", "opened_s", "peer", "proven", "refused", "until")
+    __slots__ = (
+        "chain",
+        "closed",
+        "generation",
+        "group",
+        "identity",
+        "link",
+        "name",
+        "opened_s",
+        "peer",
+        "proven",
+        "refused",
+        "until",
+    )
 
-    def __init__(self, chain: Chain | None, peer: str) -> None:
+    def __init__(self, chain: Chain | None, peer: str, link: Link) -> None:
         """`peer`: its address."""
         self.chain = chain
-        self.peer = self.group = peer
+        self.peer = peer
+        self.group = address_group(peer)
+        self.link = link
         self.generation = -1
         self.identity: Identity | None = None
         self.refused: RefusedCertificateError | None = None
@@ -87,6 +105,8 @@ class Session:
         """The name that is counted: of the certificate, or of the first token."""
         self.opened_s = time.monotonic()
         self.proven = False
+        self.closed = False
+        """The connection has ended. Its last request may still wait for the keys of an issuer."""
         self.until = 0.0
 
 
@@ -99,8 +119,7 @@ class Gateway:
         self._refusals = refusals
         self._by_name: Counter[str] = Counter()
         self._name_max = max(1, connections_max // NAME_SHARE)
-        self._unproven = 0
-        self._unproven_max = max(1, connections_max // UNPROVEN_SHARE)
+        self._unproven: Places[Session] = Places(max(1, connections_max // UNPROVEN_SHARE))
         self.requests = {verb.name: 0 for verb in api.VERBS if verb.proxied}
         """Requests that were sent on, by verb."""
         self._verbs: dict[str, dict[str, Verb[Any, Any]]] = {}
@@ -119,22 +138,26 @@ class Gateway:
 
     # --- the engine's side --------------------------------------------------------------------------------------
 
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> Session | Refusal | None:
-        session = Session(None if tls is None else chain_of(tls), _host(sock))
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> Session | Refusal | None:
+        session = Session(None if tls is None else chain_of(tls), _host(sock), link)
         self._check(session)
-        name = "" if session.identity is None else session.identity.name
-        if self._by_name[name] >= self._name_max if name else self._unproven >= self._unproven_max:
+        if session.identity is None:
+            loser = self._unproven.take(session.group, session)
+            if loser is not None:
+                self._refusals.add("connections", loser.peer)
+                loser.link.abort()
+        elif self._by_name[session.identity.name] >= self._name_max:
             return TOO_MANY_CONNECTIONS
-        if name:
-            session.proven = True
-            session.name = session.group = name
-            self._by_name[name] += 1
         else:
-            self._unproven += 1
+            self._prove(session, session.identity.name)
         return session
 
+    def _prove(self, session: Session, name: str) -> None:
+        session.proven = True
+        session.name = session.group = name
+        self._by_name[name] += 1
+
     def group(self, session: Session) -> Hashable:
-        """The name in the certificate, or the address of the peer: they share the bound of unread answers."""
         return session.group
 
     def may_stay(self, session: Session) -> bool:
@@ -152,12 +175,13 @@ class Gateway:
         return session.refused is None
 
     def close_session(self, session: Session) -> None:
+        session.closed = True
         if session.name:
             self._by_name[session.name] -= 1
             if not self._by_name[session.name]:
                 del self._by_name[session.name]
         if not session.proven:
-            self._unproven -= 1
+            self._unproven.leave(session.group, session)
 
     def admit(self, session: Session, head: ParsedHead) -> Response | None:
         """Refuses a body before it is received: of a peer without a principal, on any path."""
@@ -218,13 +242,12 @@ class Gateway:
         found = issuers.principal(authorization, thumbprint, time.time())
         if isinstance(found, asyncio.Future):
             return found
-        if not session.proven:
+        if not session.proven and not session.closed:
             if self._by_name[found.name] >= self._name_max:
                 raise TooManyConnectionsError(TOO_MANY_CONNECTIONS.sentence)
-            session.proven = True
-            self._unproven -= 1
-            session.name = found.name
-            self._by_name[found.name] += 1
+            self._unproven.leave(session.group, session)
+            self._prove(session, found.name)
+            session.link.regroup()
         session.until = max(session.until, found.until)
         return found.name
 

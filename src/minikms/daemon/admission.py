@@ -27,6 +27,7 @@ from minikms.daemon.peer import PID_UNKNOWN, Peer, is_overflow_uid, read_peer
 from minikms.daemon.refusals import ACTOR_OTHERS, PRINCIPALS_OTHERS, RefusalAggregator
 from minikms.http import (
     GroupFull,
+    Link,
     ParsedHead,
     Request,
     Response,
@@ -255,11 +256,11 @@ class AdmittingApplication:
         self._admission = admission
         self._meters = meters
 
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> Session | GroupFull | None:
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> Session | GroupFull | None:
         return self._admission.open_session(sock)
 
     def group(self, session: Session) -> int:
-        """The uid: those of one user share the bound of unread answers."""
+        """The uid: those of one user share the bounds of incomplete requests and of unread answers."""
         return session.peer.uid
 
     def may_stay(self, session: Session) -> bool:

@@ -15,7 +15,7 @@ Modules, each importing only earlier ones: `limits` (bounds and refusals), `head
 daemon or the service: any process can serve an application of its own with it.
 """
 
-from minikms.http.exchange import Application, GroupFull, Request, Response, S, error_response, raised_response
+from minikms.http.exchange import Application, GroupFull, Link, Request, Response, S, error_response, raised_response
 from minikms.http.head import ParsedHead, parse_query
 from minikms.http.limits import LIMITS, TOO_MANY_CONNECTIONS, Limits, Refusal
 from minikms.http.server import HttpServer
@@ -27,6 +27,7 @@ __all__ = [
     "GroupFull",
     "HttpServer",
     "Limits",
+    "Link",
     "ParsedHead",
     "Refusal",
     "Request",

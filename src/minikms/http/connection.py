@@ -43,7 +43,7 @@ from minikms.http.limits import (
     Refusal,
     RefusedError,
 )
-from minikms.http.reader import Phase, RequestReader, Shared
+from minikms.http.reader import Budget, Phase, RequestReader, Shared
 
 _BUSY: Final = 1
 """The application has not finished an awaited answer."""
@@ -78,6 +78,8 @@ class Server(Protocol[S]):
     phase_seconds: dict[Phase, float]
 
     def open(self, connection: Connection[S], transport: asyncio.Transport) -> tuple[S, Group[S]] | None: ...
+    def join(self, connection: Connection[S], session: S) -> Group[S]: ...
+    def leave(self, connection: Connection[S], group: Group[S]) -> None: ...
     def count_unread(self, group: Group[S], change: int) -> None: ...
     def admit(self, session: S, head: ParsedHead) -> Response | None: ...
     def refuse(self, session: S | None, refusal: Refusal) -> None: ...
@@ -88,14 +90,15 @@ class Server(Protocol[S]):
 
 
 class Group(Generic[S]):
-    """The connections of one group, and the bytes of their requests that are answered later and of their answers that
-    wait to be read.
+    """The connections of one group, the bytes of their requests that are answered later and of their answers that wait
+    to be read, and the budget of their incomplete requests.
     """
 
-    __slots__ = ("connections", "held_back", "key", "unread")
+    __slots__ = ("budget", "connections", "held_back", "key", "unread")
 
-    def __init__(self, key: Hashable) -> None:
+    def __init__(self, key: Hashable, budget: Budget) -> None:
         self.key = key
+        self.budget = budget
         self.connections: set[Connection[S]] = set()
         self.unread = 0
         self.held_back = False
@@ -161,6 +164,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         else:
             self._session, self._group = opened
             self._opened = True
+            self._reader.charge(self._group.budget)
             if self._group.held_back:
                 self.hold_back()
 
@@ -361,6 +365,22 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
             self._blocked |= _HELD_BACK
             self._pause_reading()
 
+    def regroup(self) -> None:
+        """Of `Link`: from now on, everything that it has counts in another group."""
+        former, group = self._group, self._server.join(self, self._session)
+        if group is former:
+            return
+        self._group = group
+        self._reader.charge(group.budget)
+        self._server.leave(self, former)
+        counted = self._unread + self._kept
+        if counted:
+            self._server.count_unread(former, -counted)
+            self._server.count_unread(group, counted)
+        self._blocked &= ~_HELD_BACK  # what is being answered goes on, and reading after it
+        if group.held_back:
+            self.hold_back()
+
     def go_on(self) -> None:
         """After `hold_back`."""
         self._blocked &= ~_HELD_BACK
@@ -454,7 +474,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
         self._resume_reading()
 
     def abort(self) -> None:
-        """Close at once and drop everything that is pending."""
+        """Of `Link`: close at once and drop everything that is pending."""
         self._transport.abort()
 
     @property

@@ -123,10 +123,22 @@ class GroupFull(NamedTuple):
     group: Hashable
 
 
+class Link(Protocol):
+    """The connection of a session, as its application sees it."""
+
+    def regroup(self) -> None:
+        """Ask `Application.group` again. Call this only in `admit`, in `handle`, or before its answer."""
+
+    def abort(self) -> None:
+        """Close it at once."""
+
+
 class Application(Protocol[S]):
     """What an application implements. The engine calls all methods in the loop's thread; they must not block."""
 
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> S | GroupFull | Refusal | None:
+    def open_session(
+        self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link
+    ) -> S | GroupFull | Refusal | None:
         """Accept a new connection, before a byte of it is read. A refusal is answered, and the connection closed;
         `None`: it is closed without an answer. `GroupFull`: the connection of that group that has waited longest for
         its client is closed, and this is asked again; if none waits, the new one is refused. `tls`: of a connection of
@@ -134,7 +146,9 @@ class Application(Protocol[S]):
         """
 
     def group(self, session: S) -> Hashable:
-        """The connections of one group share the bound of unread answers. Asked once, when the session was opened."""
+        """The connections of one group share the bounds of incomplete requests and of unread answers. Asked when the
+        session was opened, and by `Link.regroup`.
+        """
 
     def may_stay(self, session: S) -> bool:
         """Asked twice a second. False: the connection is closed, once no request of it is being answered."""

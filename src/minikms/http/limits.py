@@ -31,6 +31,8 @@ RECEIVE_BUFFER_BYTES: Final = 256 * 1024
 """Size of the buffer that all connections share. It exceeds a Unix socket's default queue (208 KiB)."""
 BUFFERED_BYTES_MAX: Final = 256 * 1024 * 1024
 """Bound of the incomplete requests of all connections: without it, 2,048 connections could hold 32 GiB."""
+BUFFERED_GROUP_BYTES_MAX: Final = BUFFERED_BYTES_MAX // 2
+"""The same bound of one group (`Application.group`), so that it leaves room for the others."""
 UNREAD_GROUP_BYTES_MAX: Final = 32 * 1024 * 1024
 """Bound of the requests that are answered later and of the answers that wait to be read, on all connections of a group
 (`Application.group`). Beyond it, none of them is read or starts a request before half of the bound is free. It
@@ -64,6 +66,7 @@ class Limits:
     pipelined_requests_max: int = api.PIPELINED_REQUESTS_MAX
     receive_buffer_bytes: int = RECEIVE_BUFFER_BYTES
     buffered_bytes_max: int = BUFFERED_BYTES_MAX
+    buffered_group_bytes_max: int = BUFFERED_GROUP_BYTES_MAX
     unread_group_bytes_max: int = UNREAD_GROUP_BYTES_MAX
     unread_bytes_max: int = UNREAD_BYTES_MAX
     head_seconds_max: float = HEAD_SECONDS_MAX

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from minikms import api
-from minikms.http.exchange import Request, Response, error_response
+from minikms.http.exchange import Link, Request, Response, error_response
 from minikms.http.head import ParsedHead
 from minikms.http.limits import Limits
 
@@ -31,7 +31,7 @@ class PageApplication:
         self._content_type = content_type
         self.page = page
 
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None) -> int:
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> int:
         return sock.fileno()
 
     def group(self, session: int) -> int:

@@ -44,22 +44,32 @@ _CAPACITY_BYTES_MIN: Final = 4096
 
 
 class Budget:
-    """The number of bytes that all buffers of a server hold, and its bound."""
+    """The number of bytes that the buffers of a group, or of all, hold, and its bound. `whole`: of a group, that of
+    all.
+    """
 
-    __slots__ = ("bytes_held", "bytes_max")
+    __slots__ = ("bytes_held", "bytes_max", "whole")
 
-    def __init__(self, bytes_max: int) -> None:
+    def __init__(self, bytes_max: int, whole: Budget | None = None) -> None:
         self.bytes_max = bytes_max
         self.bytes_held = 0
+        self.whole = whole
 
     def take(self, count: int) -> None:
-        """Raises RefusedError (503) if the sum would exceed the bound."""
-        if self.bytes_held + count > self.bytes_max:
+        """Raises RefusedError (503) if a sum would exceed its bound."""
+        whole = self.whole
+        if self.bytes_held + count > self.bytes_max or (whole and whole.bytes_held + count > whole.bytes_max):
             raise RefusedError(OVERLOADED)
-        self.bytes_held += count
+        self.add(count)
 
     def give(self, count: int) -> None:
-        self.bytes_held -= count
+        self.add(-count)
+
+    def add(self, count: int) -> None:
+        """Whatever the bound."""
+        self.bytes_held += count
+        if self.whole is not None:
+            self.whole.bytes_held += count
 
 
 class ReceiveBuffer:
@@ -94,6 +104,12 @@ class ReceiveBuffer:
         finally:
             self.wipe()
         return new
+
+    def charge(self, budget: Budget) -> None:
+        """Count the capacity there from now on, even beyond the bound."""
+        self._budget.give(self.capacity)
+        self._budget = budget
+        budget.add(self.capacity)
 
     def wipe(self) -> None:
         """Zero the received bytes and return the capacity to the budget. The buffer must not be used again."""
@@ -176,6 +192,10 @@ class ChunkedDecoder:
         """The decoded body; valid until `wipe`."""
         return self._buffer.view[: self._buffer.filled]
 
+    def charge(self, budget: Budget) -> None:
+        """As `ReceiveBuffer.charge`."""
+        self._buffer.charge(budget)
+
     def wipe(self) -> None:
         """Zero the body and return its capacity to the budget."""
         self._buffer.wipe()
@@ -241,6 +261,7 @@ class RequestReader:
     """Turns the bytes of one connection into complete requests."""
 
     __slots__ = (
+        "_budget",
         "_cached_head",
         "_carry",
         "_chunks",
@@ -257,6 +278,7 @@ class RequestReader:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
+        self._budget = shared.budget
         self._carry: ReceiveBuffer | None = None
         self._chunks: ChunkedDecoder | None = None
         self._data = shared.data
@@ -270,6 +292,13 @@ class RequestReader:
         self._last: ParsedHead | None = None
         self.head: ParsedHead | None = None
         """The head of the request whose body is being received."""
+
+    def charge(self, budget: Budget) -> None:
+        """From now on, what it holds counts there."""
+        self._budget = budget
+        for buffer in (self._carry, self._chunks):
+            if buffer is not None:
+                buffer.charge(budget)
 
     @property
     def phase(self) -> Phase:
@@ -352,7 +381,7 @@ class RequestReader:
         if carry is None:
             try:
                 if rest:
-                    carry = ReceiveBuffer(self._capacity(rest), self._shared.budget)
+                    carry = ReceiveBuffer(self._capacity(rest), self._budget)
                     carry.append(self._view[self._position : self._end])
             finally:
                 self._shared.view[: self._end] = self._shared.zeros[: self._end]
@@ -394,7 +423,7 @@ class RequestReader:
     def _next_chunked(self, head: ParsedHead) -> tuple[ParsedHead, memoryview] | None:
         self._drop_chunks(if_complete=True)
         if self._chunks is None:
-            self._chunks = ChunkedDecoder(self._shared.limits, self._shared.budget)
+            self._chunks = ChunkedDecoder(self._shared.limits, self._budget)
         self._position += self._chunks.feed(self._view[self._position : self._end])
         if not self._chunks.complete:
             self.head = head

@@ -21,7 +21,7 @@ from minikms.http.connection import Connection, Group
 from minikms.http.exchange import AnswerEncoder, Application, GroupFull, Response, S, raised_response, refusal_response
 from minikms.http.head import ParsedHead
 from minikms.http.limits import INTERNAL, INTERRUPTED, LIMITS, SHUTTING_DOWN, TOO_MANY_CONNECTIONS, Limits, Refusal
-from minikms.http.reader import Phase, Shared
+from minikms.http.reader import Budget, Phase, Shared
 
 _DRAIN_POLL_SECONDS: Final = 0.02
 _CANCEL_SECONDS_MAX: Final = 1.0
@@ -133,7 +133,7 @@ class HttpServer(Generic[S]):
             session = TOO_MANY_CONNECTIONS
         else:
             try:
-                session = self._session(transport)
+                session = self._session(connection, transport)
             except Exception as error:  # noqa: BLE001 - a connection without a session is closed, whatever the reason
                 self.failed(error)
                 session = None
@@ -147,13 +147,25 @@ class HttpServer(Generic[S]):
             transport.close()
             return None
         self.connections.add(connection)
-        key = self.app.group(session)
-        group = self._groups.setdefault(key, Group(key))
-        group.connections.add(connection)
-        return session, group
+        return session, self.join(connection, session)
 
-    def _session(self, transport: asyncio.Transport) -> S | Refusal | None:
-        given = transport.get_extra_info("socket"), transport.get_extra_info("ssl_object")
+    def join(self, connection: Connection[S], session: S) -> Group[S]:
+        """Add the connection to the group of its session."""
+        key = self.app.group(session)
+        group = self._groups.get(key)
+        if group is None:
+            budget = Budget(self.limits.buffered_group_bytes_max, self.shared.budget)
+            group = self._groups[key] = Group(key, budget)
+        group.connections.add(connection)
+        return group
+
+    def leave(self, connection: Connection[S], group: Group[S]) -> None:
+        """Take the connection out of a group."""
+        group.connections.discard(connection)
+        self._forget_unused(group)
+
+    def _session(self, connection: Connection[S], transport: asyncio.Transport) -> S | Refusal | None:
+        given = transport.get_extra_info("socket"), transport.get_extra_info("ssl_object"), connection
         session = self.app.open_session(*given)
         if isinstance(session, GroupFull):
             group = self._groups.get(session.group)
@@ -209,8 +221,7 @@ class HttpServer(Generic[S]):
     def close(self, connection: Connection[S], session: S, group: Group[S]) -> None:
         """Forget a connection that has ended, and close its session."""
         self.connections.discard(connection)
-        group.connections.discard(connection)
-        self._forget_unused(group)
+        self.leave(connection, group)
         self._schedule_turn()
         try:
             self.app.close_session(session)

@@ -3,8 +3,8 @@
 Owns: the exchange of bytes between OpenSSL (`ssl.SSLObject`) and two neighbours: the TCP transport below, and above it
 a `Connection`, for which a `TlsConnection` is the transport. Invariants:
 - The engine gets no byte, and its application opens no session, before the handshake has succeeded.
-- Handshakes are bounded in time and in number. Beyond the number the oldest one ends, so that a flood of handshakes
-  that never end does not keep out a peer that ends its own in time.
+- Handshakes are bounded in time and in number. Beyond the number the oldest one ends of the address that has the most,
+  so that a flood of handshakes that never end does not keep out a peer that ends its own in time.
 - `get_write_buffer_size` is what the kernel has not taken, encrypted; nothing waits in a buffer of this module. So the
   engine's bounds of unread answers hold.
 - After a failed handshake the alert is sent, and input is discarded until the peer closes or LINGER_SECONDS_MAX has
@@ -20,6 +20,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Final, Generic, cast
 
+from minikms.addresses import Places, address_group
 from minikms.http.connection import Connection
 from minikms.http.exchange import S
 from minikms.http.limits import LINGER_SECONDS_MAX
@@ -48,6 +49,7 @@ class TlsServer(Generic[S]):
         self.context = context
         self.on_failed = on_failed
         self.ciphertext = memoryview(bytearray(CIPHERTEXT_BYTES))
+        self._places: Places[TlsConnection[S]] = Places(HANDSHAKES_COUNT_MAX)
         self._open: dict[TlsConnection[S], float] = {}
         """Handshakes, and failed ones that linger, with the loop's time at which they are aborted."""
         self._timer: asyncio.TimerHandle | None = None
@@ -62,17 +64,18 @@ class TlsServer(Generic[S]):
 
     def begin(self, connection: TlsConnection[S]) -> None:
         """A connection begins its handshake."""
-        if len(self._open) >= HANDSHAKES_COUNT_MAX:
-            next(iter(self._open)).give_up()
+        loser = self._places.take(connection.group, connection)
+        if loser is not None:
+            loser.give_up()
         self._until(connection, HANDSHAKE_SECONDS_MAX)
 
     def linger(self, connection: TlsConnection[S]) -> None:
         """A handshake has failed."""
-        self._open.pop(connection, None)
         self._until(connection, LINGER_SECONDS_MAX)
 
     def end(self, connection: TlsConnection[S]) -> None:
         self._open.pop(connection, None)
+        self._places.leave(connection.group, connection)
 
     def close(self) -> None:
         """Abort every handshake."""
@@ -111,6 +114,8 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
         "_raw",
         "_server",
         "_tls",
+        "group",
+        "peer",
     )
 
     _raw: asyncio.Transport
@@ -130,12 +135,17 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
         """The engine knows that the peer sends nothing more."""
         self._failed = False
         """The handshake has failed, and that was reported."""
+        self.peer = self.group = ""
+        """The address of the peer, and the group of addresses by which it is counted."""
 
     # --- the TCP transport's calls ------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._raw = cast(asyncio.Transport, transport)
         self._raw.set_write_buffer_limits(high=0)  # what the kernel does not take at once, pauses
+        peername = self._raw.get_extra_info("peername")
+        self.peer = str(peername[0]) if peername else ""
+        self.group = address_group(self.peer)
         self._tls = self._server.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._server.begin(self)
 
@@ -213,8 +223,7 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
     def _fail(self, error: Exception | None) -> None:
         if not self._failed and self._connection is None:
             self._failed = True
-            peer = self._raw.get_extra_info("peername")
-            self._server.on_failed(error, str(peer[0]) if peer else "")
+            self._server.on_failed(error, self.peer)
 
     # --- data ---------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import uvloop
 
 from minikms.api.errors import ConflictError, UnauthorizedError
-from minikms.http import LIMITS, GroupFull, HttpServer, Limits, ParsedHead, Request, Response, parse_query
+from minikms.http import LIMITS, GroupFull, HttpServer, Limits, Link, ParsedHead, Request, Response, parse_query
 from minikms.http.limits import RefusedError
 from minikms.http.reader import RequestReader, Shared
 
@@ -32,7 +32,10 @@ class Session:
     """One connection as the application sees it."""
 
     number: int
+    link: Link
     closed: bool = False
+    moved: bool = False
+    """To a group of its own."""
 
 
 @dataclass
@@ -53,16 +56,16 @@ class EchoApp:
     release: asyncio.Event = field(default_factory=asyncio.Event)
     kept: Any = None
 
-    def open_session(self, sock: Any, tls: Any) -> Session | GroupFull | None:
+    def open_session(self, sock: Any, tls: Any, link: Link) -> Session | GroupFull | None:
         if not self.accepts:
             return None
         if sum(not session.closed for session in self.sessions) >= self.places:
             return GroupFull(0)
-        self.sessions.append(Session(len(self.sessions)))
+        self.sessions.append(Session(len(self.sessions), link))
         return self.sessions[-1]
 
     def group(self, session: Session) -> int:
-        return session.number % self.groups
+        return ~session.number if session.moved else session.number % self.groups
 
     def may_stay(self, session: Session) -> bool:
         return session.number not in self.dismissed
@@ -77,6 +80,11 @@ class EchoApp:
         body = bytes(request.body)
         self.seen.append((request.method, request.path, body))
         match request.path:
+            case "/move":
+                session.moved = True
+                session.link.regroup()
+            case "/move-later":
+                return self._move(session, echo(request, body))
             case "/later" | "/hold" | "/later-raise" | "/later-crash":
                 return self._later(request.path, echo(request, body))
             case "/raise":
@@ -100,6 +108,12 @@ class EchoApp:
             case "/keep-export":
                 self.kept = pickle.PickleBuffer(request.body)
         return echo(request, body)
+
+    async def _move(self, session: Session, answer: bytes) -> bytes:
+        await self.release.wait()
+        session.moved = True
+        session.link.regroup()
+        return answer
 
     async def _later(self, path: str, answer: bytes) -> bytes:
         self.running += 1
@@ -242,7 +256,7 @@ async def serving(limits: Limits = LIMITS) -> AsyncIterator[Running]:
             await http.drain(0.1)
     assert stray == []
     assert http.connections == set()
-    assert http.shared.budget.bytes_held == 0
+    assert (http.shared.budget.bytes_held, http.unread) == (0, 0)
     assert is_zero(http.shared.data)
     assert all(session.closed for session in app.sessions)
 

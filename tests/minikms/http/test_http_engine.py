@@ -371,6 +371,29 @@ def test_memory_for_incomplete_requests_is_bounded() -> None:
     run(check())
 
 
+def test_incomplete_requests_of_one_group_leave_room_for_the_others() -> None:
+    async def check() -> None:
+        limits = dataclasses.replace(LIMITS, buffered_bytes_max=2_000_000, buffered_group_bytes_max=1_000_000)
+        async with serving(limits) as running:
+            running.app.groups = 2
+            announced = request("POST", "/echo", "Content-Length: 500000")
+            peers = [await running.peer() for _ in range(6)]
+            *greedy, other = *peers[::2], peers[1]
+            for peer in greedy:
+                peer.send(announced + b"x" * 300_000)
+                await asyncio.sleep(0.02)
+            last = await greedy[-1].answer()
+            assert (last.status, last.json["code"]) == (503, "too_many")
+            other.send(announced + b"x" * 300_000)
+            await asyncio.sleep(0.02)
+            other.send(b"x" * 200_000)
+            assert (await other.answer()).status == 200
+            for peer in peers:
+                await peer.close()
+
+    run(check())
+
+
 def test_answers_say_when_they_were_made() -> None:
     async def check() -> None:
         async with serving() as running:

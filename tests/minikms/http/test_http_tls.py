@@ -231,6 +231,24 @@ def test_beyond_the_bound_the_oldest_handshake_ends(monkeypatch: pytest.MonkeyPa
     run(check())
 
 
+def test_handshakes_of_one_address_end_none_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls, "HANDSHAKES_COUNT_MAX", 4)
+
+    async def check() -> None:
+        async with serving_tls() as running:
+            slow = await asyncio.open_connection("127.0.0.1", running.port, local_addr=("127.0.0.2", 0))
+            silent = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(12)]
+            await running.until_failed(12 - 3)
+            await slow[1].start_tls(running.client, server_hostname=HOST)
+            slow[1].write(get("/close"))
+            [answer] = parse_answers(await slow[0].read())
+            assert answer.status == 401
+            for _, other in (*silent, slow):
+                other.close()
+
+    run(check())
+
+
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"\x80" * 100, b"\x16\x03\x01\x40\x01" + bytes(0x4001)])
 def test_what_is_no_handshake_opens_no_session(data: bytes) -> None:
     async def check() -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from minikms.http import LIMITS, Request, Response
-from tests.minikms.http.http_harness import Session, get, request, run, serving
+from tests.minikms.http.http_harness import Session, get, post, request, run, serving
 
 
 def test_a_connection_gets_at_most_its_share_of_a_turn() -> None:
@@ -230,6 +230,42 @@ def test_answers_that_wait_to_be_read_are_bounded_in_each_group_and_in_all() -> 
             assert running.http.unread == 0
             for peer in (of_a, of_b, of_c, also_of_a, also_of_b, *more):
                 await peer.close()
+
+    run(check())
+
+
+@pytest.mark.parametrize("path", ["/move", "/move-later"])
+def test_a_connection_that_changes_its_group_takes_along_what_it_has(path: str) -> None:
+    """Its request, its answers, and the beginning of its next request. Its former group goes on."""
+
+    async def check() -> None:
+        limits = dataclasses.replace(LIMITS, unread_group_bytes_max=1_000_000)
+        async with serving(limits) as running:
+            moving, other = await running.peer(), await running.peer()
+            budget = running.http.shared.budget
+            body = b"x" * 1_200_000
+            moving.send(post(path, body) + request("POST", "/echo", "Content-Length: 100000") + b"y" * 50_000)
+            while not running.app.seen or (path == "/move" and not budget.bytes_held):
+                await asyncio.sleep(0.001)
+            other.send(get("/echo?other"))
+            if path == "/move-later":
+                await asyncio.sleep(0.01)
+                assert len(running.app.seen) == 1, "the group is held back by its body"
+                running.app.release.set()
+            assert (await other.answer()).json["query"] == "other"
+            assert (await moving.answer()).json["length"] == len(body)
+            moving.transport.pause_reading()
+            moving.send(b"y" * 50_000 + get("/large?bytes=3000000"))
+            while running.http.unread < 3_000_000:
+                await asyncio.sleep(0.001)
+            other.send(get("/echo?again"))
+            assert (await other.answer()).json["query"] == "again"
+            moving.transport.resume_reading()
+            assert [(await moving.answer()).status for _ in range(2)] == [200, 200]
+            for peer in (moving, other):
+                await peer.close()
+            while running.http.connections_count:
+                await asyncio.sleep(0.001)
 
     run(check())
 

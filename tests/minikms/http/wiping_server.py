@@ -19,7 +19,7 @@ KEPT: list[bytes] = []
 class InPlace:
     """Answers the sum of the body's bytes."""
 
-    def open_session(self, sock: Any, tls: Any) -> InPlace:
+    def open_session(self, sock: Any, tls: Any, link: Any) -> InPlace:
         return self
 
     def group(self, session: InPlace) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_server.api.http.rates import RateBuckets, TokenBucket, address_group
+from progressdb_server.api.http.rates import RateBuckets, TokenBucket
 
 STEPS = st.lists(st.floats(min_value=0, max_value=5), max_size=60)
 RATES = st.floats(min_value=0.1, max_value=50)
@@ -50,22 +50,6 @@ def test_to_ask_for_the_wait_takes_nothing_and_tells_the_truth(steps: list[float
 def test_a_clock_that_stands_still_or_goes_back_gives_no_tokens() -> None:
     bucket = TokenBucket(rps=10, burst=2)
     assert [bucket.take(now_s) == 0 for now_s in (50.0, 50.0, 50.0, 10.0, 49.0)] == [True, True, False, False, False]
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        ("192.0.2.1", "192.0.2.1", True),
-        ("192.0.2.1", "192.0.2.2", False),
-        ("192.0.2.1", "::ffff:192.0.2.1", True),
-        ("2001:db8::1", "2001:db8:0:0:ffff::2", True),
-        ("2001:db8::1", "2001:db8:0:1::1", False),
-        ("", "", True),
-        ("no address", "another", False),
-    ],
-)
-def test_one_ipv6_host_s_addresses_share_a_bucket(one: str, other: str, same: bool) -> None:
-    assert (address_group(one) == address_group(other)) is same
 
 
 def test_a_full_table_forgets_only_buckets_that_have_filled_up() -> None:

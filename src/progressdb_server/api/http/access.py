@@ -23,10 +23,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
+from minikms.addresses import address_group
 from progressdb_server.api.http import head, limits
 from progressdb_server.api.http.errors import ApiError, Header, bad_request, forbidden, too_many_requests, unauthorized
 from progressdb_server.api.http.keys import OPERATORS, Caller, KeyTable, presented_key, verified_user
-from progressdb_server.api.http.rates import RateBuckets, address_group
+from progressdb_server.api.http.rates import RateBuckets
 from progressdb_server.config import Security, parse_network
 
 # --- paths and networks -----------------------------------------------------------------------------------------

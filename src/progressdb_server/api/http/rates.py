@@ -1,12 +1,11 @@
 """Rates: token buckets of callers.
 
-Owns: the buckets, and which addresses share one. Invariants: a bucket holds at most `burst` tokens, and a table of
+Owns: the buckets. Invariants: a bucket holds at most `burst` tokens, and a table of
 buckets has a bound. No I/O, no clock: callers pass the time in, as seconds of a monotonic clock.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -42,19 +41,6 @@ class TokenBucket:
             self._tokens -= 1
             return 0.0
         return (1 - self._tokens) / self._rps
-
-
-def address_group(address: str) -> str:
-    """The addresses that share one bucket: an IPv4 address, or the /64 from which an IPv6 host can choose addresses."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return str(ipaddress.ip_network((parsed, 64), strict=False))
-    return str(parsed)
 
 
 class RateBuckets:

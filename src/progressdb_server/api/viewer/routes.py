@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial, wraps
 from typing import Any, Final, TypeVar
 
+from minikms.addresses import address_group
 from minikms.logs import structlog
 from progressdb_server.api.http import head, limits
 from progressdb_server.api.http.errors import (
@@ -29,7 +30,7 @@ from progressdb_server.api.http.errors import (
     too_large,
 )
 from progressdb_server.api.http.keys import KeyTable, Role
-from progressdb_server.api.http.rates import RateBuckets, address_group
+from progressdb_server.api.http.rates import RateBuckets
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response, redirect
 from progressdb_server.api.openapi.description import (
