@@ -13,7 +13,7 @@ import re
 import stat
 import tomllib
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 
@@ -25,6 +25,10 @@ LINE_DOTS_MAX: Final = 256
 """As in a policy file: for a key of n parts the parser takes n^2 steps."""
 PEM_BYTES_MAX: Final = 256 * 1024
 _ADDRESS: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII)
+SOCKET_PATH_BYTES_MAX: Final = 107
+"""sun_path of unix(7), less its end mark."""
+Uid = Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)]
+"""A user; the greatest number is -1, which is none."""
 T = TypeVar("T")
 
 
@@ -64,11 +68,29 @@ def parse_toml(content: bytes, kind: type[T], place: str) -> T:
         text = content.decode("utf-8")
         if any(line.count(".") > LINE_DOTS_MAX for line in text.splitlines()):
             raise StartError(f"{place}: a line has more than {LINE_DOTS_MAX} dots")
-        return msgspec.convert(tomllib.loads(text), kind, strict=True)
+        found = tomllib.loads(text)
+        if has_nul(found):
+            raise StartError(f"{place}: a text has the character NUL")
+        return msgspec.convert(found, kind, strict=True)
     except msgspec.ValidationError as error:
         raise StartError(f"{place}: {error}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise StartError(f"{place} is not TOML in UTF-8: {error}") from None
+
+
+def has_nul(value: object) -> bool:
+    """Whether a text in it has the character NUL, which no path may have, and no other setting needs."""
+    if isinstance(value, dict):
+        return any(has_nul(each) for each in value.values())
+    if isinstance(value, list):
+        return any(has_nul(each) for each in value)
+    return isinstance(value, str) and "\0" in value
+
+
+def check_socket(text: str) -> None:
+    """Raises StartError unless `text` can be the path of a Unix socket."""
+    if not 0 < len(os.fsencode(text)) <= SOCKET_PATH_BYTES_MAX:
+        raise StartError(f"kms_socket is a path of 1 to {SOCKET_PATH_BYTES_MAX} bytes")
 
 
 def address(text: str) -> tuple[str, int]:

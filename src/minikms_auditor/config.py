@@ -20,7 +20,7 @@ from minikms.api.errors import StartError
 from minikms.audit.chain import PUBLIC_KEY_BYTES
 from minikms.audit.note import TYPE_COSIGNATURE, NoteError, VerifierKey, is_name, parse_vkey
 from minikms.base64 import decode_exact
-from minikms.config_file import ConfigFiles, check_metrics, parse_toml
+from minikms.config_file import ConfigFiles, Uid, check_metrics, check_socket, parse_toml
 
 WITNESSES_COUNT_MAX: Final = 16
 SIGNERS_COUNT_MAX: Final = 2
@@ -103,7 +103,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     signers: tuple[str, ...]
     token_paths: tuple[str, ...] = ()
     public_keys: tuple[str, ...] = ()
-    kms_server_uids: tuple[int, ...] = (0,)
+    kms_server_uids: tuple[Uid, ...] = (0,)
     metrics: str = ""
     witness: tuple[Witness, ...] = ()
     quorum: int = 0
@@ -129,6 +129,7 @@ class Files(ConfigFiles):
         """With absolute paths of what the auditor opens. Raises StartError."""
         config = parse_config(self.content(), str(self.config_path))
         places = {name: str(self.path(getattr(config, name))) for name in ("kms_socket", "log_dir", "state_dir")}
+        check_socket(places["kms_socket"])
         tokens = tuple(str(self.path(each)) for each in config.token_paths)
         sinks = tuple(
             msgspec.structs.replace(sink, path=str(self.path(sink.path))) if isinstance(sink, FileSink) else sink

@@ -39,6 +39,7 @@ CRL_ISSUERS_COUNT_MAX: Final = 64
 """Issuers whose list is remembered with its signature verified."""
 _SPIFFE: Final = "spiffe://"
 _CRL_END: Final = b"-----END X509 CRL-----"
+_PARTIAL_CRL_EXTENSIONS: Final = frozenset({ExtensionOID.DELTA_CRL_INDICATOR, ExtensionOID.ISSUING_DISTRIBUTION_POINT})
 _KNOWN_CRL_EXTENSIONS: Final = frozenset({ExtensionOID.CRL_NUMBER, ExtensionOID.AUTHORITY_KEY_IDENTIFIER})
 
 
@@ -79,7 +80,7 @@ class _Crls:
         if not lists:
             raise StartError(f"{place} holds no CRL in PEM")
         for one in lists:
-            if any(ext.critical and ext.oid not in _KNOWN_CRL_EXTENSIONS for ext in one.extensions):
+            if any(_restricts(extension) for extension in _extensions(one, place)):
                 raise StartError(f"{place} holds a CRL of a part or of changes; give the whole list")
             self._by_issuer.setdefault(one.issuer.public_bytes(), []).append(
                 _Crl(one, frozenset(entry.serial_number for entry in one))
@@ -197,6 +198,20 @@ def server_context(config: Config, files: Files, trust: Trust) -> tuple[ssl.SSLC
         context.load_verify_locations(cadata=trust.cas)
     own = load_pair(context, files, config.tls.cert, config.tls.key)
     return context, own.not_valid_after_utc.timestamp()
+
+
+def _extensions(crl: x509.CertificateRevocationList, place: str) -> x509.Extensions:
+    try:
+        return crl.extensions
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        raise StartError(f"{place} holds a CRL with a damaged extension") from None
+
+
+def _restricts(extension: x509.Extension[x509.ExtensionType]) -> bool:
+    """Whether a list with this extension is not known to be whole: RFC 5280 wants it critical, some CAs do not."""
+    if extension.oid in _PARTIAL_CRL_EXTENSIONS:
+        return True
+    return extension.critical and extension.oid not in _KNOWN_CRL_EXTENSIONS
 
 
 def _signed(crl: x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:

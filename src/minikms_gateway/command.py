@@ -38,6 +38,7 @@ def check_config(*, config: Config) -> int:
     from minikms_gateway.process import Loader
 
     loaded = Loader(config, lambda issuer, why: None).load()
+    loaded.check_certificate()
     cas, issuers = len(loaded.config.client_ca), len(loaded.config.issuer)
     print(f"{config}: valid; {cas} client CAs, {issuers} issuers")
     return EXIT_GOOD

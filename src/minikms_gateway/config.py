@@ -12,7 +12,7 @@ from typing import Final, Literal
 import msgspec
 
 from minikms.api.errors import InvalidRequestError, StartError
-from minikms.config_file import ConfigFiles, address, check_metrics, parse_toml
+from minikms.config_file import ConfigFiles, Uid, address, check_socket, parse_toml
 from minikms.policy.names import parse_name
 
 CRL_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -63,7 +63,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     listen: str
     kms_socket: str
     tls: Tls
-    kms_server_uids: tuple[int, ...] = (0,)
+    kms_server_uids: tuple[Uid, ...] = (0,)
     metrics: str = ""
     client_ca: tuple[ClientCa, ...] = ()
     issuer: tuple[Issuer, ...] = ()
@@ -105,7 +105,9 @@ def parse_config(content: bytes, place: str) -> Config:
 
 def _check(config: Config) -> None:
     address(config.listen)
-    check_metrics(config.metrics)
+    if config.metrics:
+        address(config.metrics)
+    check_socket(config.kms_socket)
     if not config.kms_server_uids:
         raise StartError("kms_server_uids must name a user")
     if not config.client_ca and not config.issuer:

@@ -1,4 +1,4 @@
-"""The metrics of the gateway, on a listener of this host alone.
+"""The metrics of the gateway, on a listener of their own.
 
 Owns: their names (docs/metrics.md). No label may hold what a peer sent.
 """

@@ -11,10 +11,12 @@ hardened.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,7 +46,7 @@ from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, Session, State
 from minikms_gateway.certificates import Trust, server_context
 from minikms_gateway.config import Config, Files
-from minikms_gateway.reasons import LINE_SECONDS, Refusals, of_handshake
+from minikms_gateway.reasons import ADVICE, LINE_SECONDS, Refusals, of_handshake
 from minikms_gateway.upstream import CONNECTIONS_MAX, SWEEP_SECONDS, Upstream
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 DRAIN_SECONDS_MAX: Final = 10.0
 POLL_SECONDS: Final = 1.0
 """Between two looks at the files."""
+EXPIRED_SECONDS: Final = 60.0
+"""Between two lines that say that the gateway's own certificate has expired."""
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 Signature = tuple[tuple[int, int, int, int] | None, ...]
@@ -67,6 +71,15 @@ class Loaded(NamedTuple):
     context: ssl.SSLContext
     certificate_until: float
     signature: Signature
+
+    def has_expired(self) -> bool:
+        """Whether the gateway's own certificate has."""
+        return time.time() >= self.certificate_until
+
+    def check_certificate(self) -> None:
+        """For a start. While it runs, it goes on and takes up other changes. Raises StartError."""
+        if self.has_expired():
+            raise StartError(f"the certificate {self.config.tls.cert} has expired, so no client would accept it")
 
 
 class Loader:
@@ -86,9 +99,14 @@ class Loader:
         return Loaded(config, trust, self._issuers(config), context, until, signature)
 
     def signature(self, config: Config) -> Signature:
-        """Changes when a file that the configuration names does, or the configuration itself. Blocks on the disk."""
+        """Changes when a file that `config` or the configuration on the disk names does, or the latter itself. Blocks
+        on the disk.
+        """
+        named = self.files.named(config)
+        with contextlib.suppress(StartError):
+            named += self.files.named(self.files.config())
         found: list[tuple[int, int, int, int] | None] = []
-        for path in self.files.named(config):
+        for path in dict.fromkeys(named):
             try:
                 status = path.stat()
                 found.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
@@ -119,6 +137,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     notifier = Notifier(os.environ)
     loader = Loader(config_path, lambda issuer, why: log.warning("issuer's keys not fetched", issuer=issuer, why=why))
     loaded = loader.load()
+    loaded.check_certificate()
     config = loaded.config
     others = CONNECTIONS_MAX + HANDSHAKES_COUNT_MAX  # that are open beside the clients'
     descriptors = raise_descriptor_limit(others)
@@ -175,9 +194,7 @@ class _Process:
         self._stopping = asyncio.Event()
         self._hangup = asyncio.Event()
         self._reload_failed = False
-        self._refusals = Refusals(
-            lambda reason, count, peer: log.warning("refused", reason=reason, count=count, peer=peer)
-        )
+        self._refusals = Refusals(self._log_refusals)
         self._generation = 0
         self._reader = ThreadPoolExecutor(1, "files")
         self._why = ""
@@ -243,12 +260,21 @@ class _Process:
             _every(LINE_SECONDS, self._refusals.write),
             _every(SWEEP_SECONDS, self._upstream.sweep),
             _every(SWEEP_SECONDS, self._refresh_keys),
+            _every(EXPIRED_SECONDS, self._check_certificate),
             self._take_up_changes(),
         ]
         seconds = self._notifier.watchdog_interval_s
         if seconds is not None:
             chores.append(_every(seconds, self._notifier.watchdog))
         return chores
+
+    def _log_refusals(self, reason: str, count: int, peer: str) -> None:
+        advice = {"advice": ADVICE[reason]} if reason in ADVICE else {}
+        self._log.warning("refused", reason=reason, count=count, peer=peer, **advice)
+
+    def _check_certificate(self) -> None:
+        if self._loaded.has_expired():
+            self._log.error("own certificate has expired, so no client accepts it: replace it")
 
     def _refresh_keys(self) -> None:
         issuers = self._app.state.issuers
@@ -290,6 +316,7 @@ class _Process:
         self._tls.context = loaded.context
         self._app.use(self._state(loaded))
         self._reload_failed = False
+        self._check_certificate()
         self._log.info("files taken up", generation=self._generation)
 
     def _state(self, loaded: Loaded) -> State:

@@ -59,6 +59,11 @@ REASONS: Final[tuple[str, ...]] = tuple(
     )
 )
 LINE_SECONDS: Final = 1.0
+ADVICE: Final = {
+    "usage": "issue the client's certificate as an end-entity's, with the key usage digitalSignature, without "
+    "keyCertSign and cRLSign, and with clientAuth if it has an extended key usage",
+}
+"""What to change, for the reasons that do not say it themselves."""
 
 # x509_vfy.h of OpenSSL: X509_V_ERR_*
 _BY_VERIFY_CODE: Final[dict[int, HandshakeReason]] = {

@@ -13,10 +13,12 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import yaml
+
+from minikms.config_file import has_nul
 
 ENVIRONMENT_PREFIX: Final = "PROGRESSDB_"
 CONFIG_BYTES_MAX: Final = 1024 * 1024
@@ -128,7 +130,7 @@ class Kms(_Section, frozen=True):
     binary: str = ""
     spawn: bool = True
     master_key_file: str = ""
-    server_uids: tuple[int, ...] = ()
+    server_uids: tuple[Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)], ...] = ()
     """User ids that may serve the socket. Empty: the one of this process, and root."""
     url: str = ""
     """Of a gateway on another host. No key service is spawned then."""
@@ -440,6 +442,8 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
 
 
 def _convert(layer: Layer, source: str) -> Config:
+    if has_nul(layer):
+        raise ConfigError(f"{source}: a text has the character NUL")
     try:
         return msgspec.convert(layer, Config)
     except msgspec.ValidationError as error:

@@ -171,7 +171,7 @@ print(
 
 def run_elsewhere(base: Path, rootfs: Path | None = None) -> None:
     """Two pods: a message server with a token of its service account, and the key service with its gateway."""
-    host, port, gateway_port = "minikms.minikms.svc", free_port(), free_port()
+    host, port, gateway_port, metrics_port = "minikms.minikms.svc", free_port(), free_port(), free_port()
     authority, issuer = Authority("cluster CA"), TokenIssuer(CLUSTER, algorithm="RS256")
     own = authority.issue(dns=[host], extended=[SERVER_PURPOSE])
     documents = pods.build("gateway")
@@ -180,7 +180,9 @@ def run_elsewhere(base: Path, rootfs: Path | None = None) -> None:
         "secret/minikms-root-key": {"minikms.key": os.urandom(32).hex().encode() + b"\n"},
         "configMap/minikms-policy": {name: text.encode() for name, text in maps["minikms-policy"].items()},
         "configMap/minikms-gateway": {
-            name: text.replace('"0.0.0.0:8443"', f'"127.0.0.1:{gateway_port}"').encode()
+            name: text.replace("0.0.0.0:8443", f"127.0.0.1:{gateway_port}")
+            .replace("0.0.0.0:9103", f"127.0.0.1:{metrics_port}")
+            .encode()
             for name, text in maps["minikms-gateway"].items()
         },
         "configMap/minikms-issuer-keys": {"jwks.json": issuer.jwks},
@@ -200,7 +202,11 @@ def run_elsewhere(base: Path, rootfs: Path | None = None) -> None:
         (base / name).mkdir()
     with (
         Pod(
-            base / "keys", pods.pod_of(documents), objects, rootfs=rootfs, environ={"PORT_8443": str(gateway_port)}
+            base / "keys",
+            pods.pod_of(documents),
+            objects,
+            rootfs=rootfs,
+            environ={"PORT_8443": str(gateway_port), "PORT_9103": str(metrics_port)},
         ) as kms,
         Pod(
             base / "server", pods.pod_of(pods.build("remote")), mine, rootfs=rootfs, environ=environ, hosts=[host]
@@ -208,6 +214,7 @@ def run_elsewhere(base: Path, rootfs: Path | None = None) -> None:
     ):
         for name in kms.order:
             kms.start(name)
+        wait_until(partial(kms.probe, "gateway", "livenessProbe"))
         own_pod.start(SERVER)
         wait_until(partial(own_pod.probe, SERVER, "readinessProbe"))
         talk = Conversation(port)

@@ -38,6 +38,8 @@ def witness(url: str, more: str = "", key: str = KEY) -> str:
         (GOOD + 'metrics = "127.0.0.1"', "no address and port"),
         (GOOD + 'metrics = "0.0.0.0:9104"', "an address of this host"),
         (GOOD + "kms_server_uids = []", "must name a user"),
+        (GOOD + "kms_server_uids = [-1]", "kms_server_uids"),
+        (GOOD.replace('"log"', '"l\\u0000g"'), "NUL"),
         (GOOD.replace('"file:auditor.key"', ""), "signers has"),
         (GOOD.replace('"file:auditor.key"', '"file:a", "file:b", "file:c"'), "signers has"),
         (GOOD.replace("file:auditor.key", "auditor.key"), "a signer is"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -60,6 +61,12 @@ def test_a_revoked_certificate_gets_401(pair: Pair) -> None:
     wait_until(lambda: _status(pair, shown) == 401)
     assert_answered_401(pair, shown, "revoked")
     assert _status(pair, pair.client()) == 200
+
+
+def test_the_log_says_what_to_change_in_a_certificate_for_another_use(pair: Pair) -> None:
+    shown = pair.gateway.authority.issue(uris=[SPIFFE], usage=["key_agreement"])
+    assert _status(pair, shown) == 401
+    wait_until(lambda: re.search("reason=usage .*digitalSignature", pair.gateway.log.read_text()))
 
 
 def test_a_revoked_certificate_ends_its_open_connection(pair: Pair) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from minikms.api.errors import StartError
 from minikms_gateway import certificates
 from minikms_gateway.certificates import Chain, Trust
 from minikms_gateway.config import Files, parse_config
@@ -54,16 +56,23 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> list[CountedList]:
     return read
 
 
+CONFIG = b"""
+version = 1
+listen = "127.0.0.1:1"
+kms_socket = "/s"
+tls = { cert = "a", key = "b" }
+[[client_ca]]
+file = "ca.pem"
+crl = "ca.crl"
+trust_domains = ["prod"]
+"""
+
+
 @pytest.fixture
 def trust(tmp_path: Path, lists: list[CountedList]) -> Trust:
     (tmp_path / "ca.pem").write_bytes(ROOT.pem)
     (tmp_path / "ca.crl").write_bytes(ROOT.crl())
-    config = parse_config(
-        b'version = 1\nlisten = "127.0.0.1:1"\nkms_socket = "/s"\ntls = { cert = "a", key = "b" }\n'
-        b'[[client_ca]]\nfile = "ca.pem"\ncrl = "ca.crl"\ntrust_domains = ["prod"]\n',
-        "test",
-    )
-    return Trust(config, Files(tmp_path / "gateway.toml"))
+    return Trust(parse_config(CONFIG, "test"), Files(tmp_path / "gateway.toml"))
 
 
 def chain(name: str) -> Chain:
@@ -76,6 +85,29 @@ def test_the_signature_of_a_list_is_verified_once(trust: Trust, lists: list[Coun
     for number in range(10):
         assert trust.identity(chain(f"spiffe://prod/{number}"), time.time()).name == f"spiffe://prod/{number}"
     assert [one.verified for one in lists] == [1]
+
+
+@pytest.mark.parametrize("critical", [True, False])
+@pytest.mark.parametrize(
+    "partial",
+    [
+        x509.DeltaCRLIndicator(1),
+        x509.IssuingDistributionPoint(None, None, False, True, None, False, False),
+    ],
+    ids=["changes", "CAs only"],
+)
+def test_a_list_of_a_part_or_of_changes_is_refused(
+    tmp_path: Path, partial: x509.ExtensionType, *, critical: bool
+) -> None:
+    """Also if its CA has not made the extension critical."""
+    crl = x509.load_pem_x509_crl(ROOT.crl())
+    builder = x509.CertificateRevocationListBuilder(crl.issuer, crl.last_update_utc, crl.next_update_utc).add_extension(
+        partial, critical
+    )
+    (tmp_path / "ca.crl").write_bytes(builder.sign(ROOT.key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    (tmp_path / "ca.pem").write_bytes(ROOT.pem)
+    with pytest.raises(StartError, match="of a part or of changes"):
+        Trust(parse_config(CONFIG, "test"), Files(tmp_path / "gateway.toml"))
 
 
 def test_a_certificate_that_is_not_der_is_refused(trust: Trust) -> None:

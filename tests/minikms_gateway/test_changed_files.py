@@ -6,24 +6,47 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.errors import StartError
 from minikms_gateway import process
 from minikms_gateway.certificates import Trust
 from minikms_gateway.config import Config, Files
 from minikms_gateway.process import Loader
 from tests.harness.certificates import SERVER, Authority, replace
 
+CONFIG = """
+version = 1
+listen = "127.0.0.1:1"
+kms_socket = "/s"
+tls = { cert = "server.pem", key = "server.key" }
+[[client_ca]]
+file = "clients.pem"
+trust_domains = ["prod"]
+"""
 
-def test_a_file_that_changes_during_a_load_is_noticed_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+@pytest.fixture
+def loader(tmp_path: Path) -> Loader:
     authority = Authority("root")
     authority.issue(dns=["gateway.internal"], extended=[SERVER]).write(tmp_path, "server")
     (tmp_path / "clients.pem").write_bytes(authority.pem)
-    (tmp_path / "gateway.toml").write_text(
-        'version = 1\nlisten = "127.0.0.1:1"\nkms_socket = "/s"\ntls = { cert = "server.pem", key = "server.key" }\n'
-        '[[client_ca]]\nfile = "clients.pem"\ntrust_domains = ["prod"]\n'
-    )
-    loader = Loader(tmp_path / "gateway.toml", lambda issuer, why: None)
+    (tmp_path / "gateway.toml").write_text(CONFIG)
+    return Loader(tmp_path / "gateway.toml", lambda issuer, why: None)
+
+
+def test_a_file_that_only_a_changed_configuration_names_is_watched(loader: Loader, tmp_path: Path) -> None:
+    """It was refused because of that file, which is mended later."""
+    loaded = loader.load()
+    replace(tmp_path / "gateway.toml", CONFIG.replace("clients.pem", "others.pem").encode())
+    with pytest.raises(StartError):
+        loader.load_beside(loaded.config)
+    before = loader.signature(loaded.config)
+    replace(tmp_path / "others.pem", Authority("another root").pem)
+    assert loader.signature(loaded.config) != before
+
+
+def test_a_file_that_changes_during_a_load_is_noticed_afterwards(
+    loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = loader.load()
     assert loader.signature(loaded.config) == loaded.signature
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import json
 import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from minikms import api
 from minikms.api import Verb
 from minikms.client.calls import make_call
 from tests.harness.callers import Caller, Reply
-from tests.harness.gateways import GATEWAY, Pair
+from tests.harness.gateways import GATEWAY, HOST, Pair
 from tests.harness.verb_requests import example
 from tests.harness.waiting import wait_until
 
@@ -190,7 +192,11 @@ def test_check_config_reads_what_a_start_reads(pair: Pair) -> None:
             good.replace("version = 1", "version = 2"): "version",
             good.replace('"server.pem"', '"clients.pem"'): "is not the private key of the certificate",
             good.replace('"prod"', '"PROD"'): "trust_domains",
-            good.replace(f'metrics = "127.0.0.1:{pair.gateway.metrics_port}"', 'metrics = "0.0.0.0:9103"'): "metrics",
+            good.replace(f'metrics = "127.0.0.1:{pair.gateway.metrics_port}"', 'metrics = "9103"'): "no address",
+            good.replace('"server.key"', '"server.\\u0000"'): "NUL",
+            good.replace(str(pair.daemon.socket), ""): "kms_socket is a path of 1 to 107 bytes",
+            good.replace(str(pair.daemon.socket), "/" + "s" * 200): "kms_socket is a path of 1 to 107 bytes",
+            good.replace("kms_server_uids = [0]", "kms_server_uids = [-1]"): "kms_server_uids",
         }.items():
             pair.gateway.configure(text)
             checked = check()
@@ -225,6 +231,23 @@ def test_a_new_certificate_of_the_gateway_is_taken_up(pair: Pair) -> None:
         pair.gateway.write("server.pem", new.chain)
         wait_until(lambda: shown() != before)
         assert open_before.get("/ready").status == 200
+
+
+def test_an_own_certificate_that_has_expired_is_an_error_in_the_log(pair: Pair) -> None:
+    """The gateway goes on, and takes up other changes."""
+    expired = pair.gateway.authority.issue(dns=[HOST], ends=-datetime.timedelta(seconds=1))
+    pair.gateway.write("server.key", expired.key, private=True)
+    pair.gateway.write("server.pem", expired.chain)
+    try:
+        wait_until(lambda: pair.gateway.metric("certificate_expires_seconds") < time.time())
+        assert re.search('level=error event="own certificate has expired', pair.gateway.log.read_text())
+        command = pair.gateway.command("check-config")
+        checked = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+        assert checked.returncode == 2 and "server.pem has expired" in checked.stderr
+    finally:
+        pair.gateway.write("server.key", pair.gateway.own.key, private=True)
+        pair.gateway.write("server.pem", pair.gateway.own.chain)
+        wait_until(lambda: pair.gateway.metric("certificate_expires_seconds") > time.time())
 
 
 def test_a_stop_answers_what_has_begun_and_closes_the_rest() -> None:

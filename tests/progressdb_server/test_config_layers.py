@@ -410,6 +410,14 @@ def test_a_root_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     assert key not in both.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(r'kms: {socket: "/a\0b"}', "NUL"), ("kms: {server_uids: [-1]}", "server_uids")],
+)
+def test_a_setting_that_no_system_call_takes_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refusal_of({**DB, "config": written(tmp_path, text)}, {})
+
+
 @pytest.mark.parametrize("content", [None, "not a key"])
 def test_tls_files_are_looked_at_before_the_start(tmp_path: Path, content: str | None) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"

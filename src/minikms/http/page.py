@@ -1,4 +1,4 @@
-"""An application with one page, for a listener of this host alone: the metrics of a process beside the key service.
+"""An application with one page, for a listener of its own: the metrics of a process beside the key service.
 
 Owns: what such a listener answers, and its limits. It must never answer anything but `GET` of that page.
 """
@@ -49,7 +49,7 @@ class PageApplication:
         return Response(200, self.page(), content_type=self._content_type)
 
     def refused(self, session: int | None, status: int, code: str) -> None:
-        """Nothing to count: only this host can connect."""
+        """Nothing to count: the page holds no secret."""
 
     def commit(self) -> bool:
         return True
