@@ -30,6 +30,7 @@ DISK: Final = "nothing but the audit log can be written"
 ARENA: Final = "every slot of the arena is taken"
 DEFECT: Final = "every verb has a defect"
 STUCK: Final = "a rotation of the KEK does not come forward"
+HELD: Final = "no request is answered"
 GARBAGE: Final = "the answer is the frames in reference cycles"
 """Their places, a line each (`tests.harness.garbage`). The daemon runs without the collector."""
 
@@ -65,7 +66,14 @@ def install() -> None:
             await asyncio.sleep(0.01)
         await run(of)
 
+    async def held() -> bytes:
+        while fault() == HELD:
+            await asyncio.sleep(0.5)
+        return b"{}"
+
     def handled(application: Application, *given: Any) -> Any:
+        if fault() == HELD:
+            return held()
         if fault() == GARBAGE:
             return "\n".join(garbage.frames()).encode()
         if fault() == DEFECT:

@@ -20,6 +20,7 @@ import pytest
 
 from minikms import api
 from minikms.cli.serve import UNSHIPPED_LINES_MIN
+from minikms.daemon.admission import UID_CONNECTIONS_SHARE
 from tests import needs
 from tests.harness import documented
 from tests.harness.documented import Pair
@@ -203,12 +204,24 @@ class World:
             time.sleep(0.02)
 
     def crowded(self) -> Reply:
-        """The answer to a connection before its request, when the limit of connections is reached by silent ones."""
+        """The answer to a connection before its request, when the limit of connections is reached by those that wait
+        for an answer.
+        """
+        found: list[Reply] = []
+
+        def refused() -> bool:
+            found.append(self.raw(b"?\r\n\r\n"))
+            return found[-1].status == 503
+
         with needs.descriptors(api.CONNECTIONS_MAX + 256), contextlib.ExitStack() as opened:
-            for _ in range(api.CONNECTIONS_MAX):
+            opened.enter_context(self.fault(faulty_daemon.HELD))
+            for _ in range(api.CONNECTIONS_MAX // UID_CONNECTIONS_SHARE + 64):
                 one = opened.enter_context(socket.socket(socket.AF_UNIX))
                 one.connect(str(self.daemon.socket))
-            reply = self.raw(b"")
+                with contextlib.suppress(BrokenPipeError):
+                    one.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            self.until(refused)
+            reply = found[-1]
         self.until(lambda: self(Ask("GET", "/health")).status == 200)
         return reply
 
