@@ -24,11 +24,10 @@ WAIT_S_MAX = 60.0
 
 def test_old_temporary_files_of_the_archive_register_are_swept(public: Path) -> None:
     """A young one may belong to a backup that runs beside the daemon."""
-    archives = public / "data" / DIRECTORY
-    archives.mkdir(mode=0o700, parents=True)
-    (public / "data").chmod(0o700)
     with LiveDaemon(public, "file") as daemon:
         daemon.kill()
+        archives = daemon.data_dir / DIRECTORY
+        archives.mkdir(mode=0o700)
         old, young, entry = (
             archives / name for name in (".tmp-0123456789abcdef-1", ".tmp-0123456789abcdef-2", "a_0.json")
         )
