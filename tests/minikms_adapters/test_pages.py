@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 SOCKET = "/run/minikms/minikms.sock"
 
 
-@pytest.mark.parametrize("page", ["langgraph.md", "openai-agents.md", "sqlalchemy.md"])
+@pytest.mark.parametrize("page", ["langgraph.md", "openai-agents.md", "pydantic-ai.md", "sqlalchemy.md"])
 def test_the_program_of_a_page_runs(
     page: str, daemon: LiveDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
