@@ -300,6 +300,14 @@ def column_thread(prefix: str, key: str | None, owner: object) -> str:
     return thread_name(prefix, key) if key is not None else thread_name(f"{prefix}-owner", str(owner))
 
 
+@functools.lru_cache(KEYS_CACHED_MAX)
+def _column_place(framework: str, prefix: str, key: str | None, names: tuple[str, ...], owner: str | None) -> Place:
+    thread, joined = column_thread(prefix, key, owner), ".".join(names)
+    if owner is None:
+        return Place(thread, (framework, *names), joined)
+    return Place(thread, (framework, *names, owner), f"{joined} of owner {owner}")
+
+
 class ColumnValues(NamedTuple):
     """The values of a column of a database: their form, and which key encrypts them."""
 
@@ -316,15 +324,11 @@ class ColumnValues(NamedTuple):
         if key_of is not None and self.codec.kind is not str:
             raise NotSupportedError("a column with the keys of owners holds text")
 
-    def place(self, names: Sequence[str], owner: str | None) -> Place:
+    def place(self, names: tuple[str, ...], owner: str | None) -> Place:
         """`names` are those of table and column."""
-        thread = column_thread(self.prefix, self.key, owner)
-        joined = ".".join(names)
-        if owner is None:
-            return Place(thread, (self.framework, *names), joined)
-        return Place(thread, (self.framework, *names, owner), f"{joined} of owner {owner}")
+        return _column_place(self.framework, self.prefix, self.key, names, owner)
 
-    def encode(self, names: Sequence[str], value: Any) -> tuple[bytes, Place, bytes]:
+    def encode(self, names: tuple[str, ...], value: Any) -> tuple[bytes, Place, bytes]:
         """What stands before the record, its place, and its plaintext."""
         plaintext = self.codec.encode(value)
         if self.key is not None:
@@ -336,7 +340,7 @@ class ColumnValues(NamedTuple):
             raise NotSupportedError(f"an owner has at most {OWNER_BYTES_MAX} bytes")
         return OWNED_MAGIC + len(owner).to_bytes(2, "big") + owner, self.place(names, value.owner), plaintext
 
-    def locate(self, names: Sequence[str], stored: object) -> tuple[Place, object]:
+    def locate(self, names: tuple[str, ...], stored: object) -> tuple[Place, Any]:
         """Where a stored value has to be from, and its record. Its owner is a claim until the record is opened."""
         record, owner = bytes(stored) if isinstance(stored, (bytes, memoryview)) else stored, None
         if isinstance(record, bytes) and record.startswith(OWNED_MAGIC):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NoReturn
 
 from sqlalchemy import BindParameter, CheckConstraint, Column, Engine, Index, Null, Select, event
@@ -19,6 +20,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ColumnClause, Label
 from sqlalchemy.sql.selectable import ScalarSelect, TextualSelect
+from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import TypeDecorator
 
 from minikms_adapters.errors import NotSearchableError, NotSupportedError
@@ -87,7 +89,11 @@ class Guard(SQLCompiler):
 
     def _label_select_column(self, select: Any, column: Any, *args: Any, **kwargs: Any) -> Any:
         """Of SELECT and, without `select`, of RETURNING."""
-        if is_opaque(column) and select is not None and (select._distinct or not self._shown):
+        if (
+            is_opaque(column)
+            and select is not None
+            and (not self._shown or (select._distinct and not select._distinct_on))
+        ):
             _refuse()
         item = column.element if isinstance(column, Label) else column
         showing = item.element if isinstance(item, ScalarSelect) else None
@@ -126,6 +132,14 @@ class Guard(SQLCompiler):
                 assigned.append(value)
         with self._with(_assigned=tuple(assigned)):
             return visit(statement, *args, **kwargs)
+
+    def visit_on_duplicate_key_update(self, on_duplicate: Any, **kwargs: Any) -> Any:
+        """MySQL's compiler writes the columns of `inserted` without visiting them."""
+        values = [each for each in on_duplicate.update.values() if not any(each is known for known in self._assigned)]
+        if any(map(is_opaque, chain(*(iterate(each) for each in values if hasattr(each, "_compiler_dispatch"))))):
+            _refuse()
+        visit: Any = super()
+        return visit.visit_on_duplicate_key_update(on_duplicate, **kwargs)
 
     def process(self, obj: Any, **kwargs: Any) -> str:
         """What SQLAlchemy calls for each expression that is assigned, and for each result of a textual statement."""
@@ -204,7 +218,8 @@ def _refuse_constraint(column: Column[Any]) -> NoReturn:
 # --- installation -----------------------------------------------------------------------------------------------------
 
 
-def _install(dialect: Dialect) -> None:
+def install(dialect: Dialect) -> None:
+    """Each dialect gets its guard when it connects first."""
     compiler = dialect.statement_compiler
     if not issubclass(compiler, Guard):
         dialect.statement_compiler = type(f"Guarded{compiler.__name__}", (Guard, compiler), {})
@@ -212,7 +227,7 @@ def _install(dialect: Dialect) -> None:
 
 @event.listens_for(Engine, "engine_connect")
 def _install_where_connected(connection: Any) -> None:
-    _install(connection.dialect)
+    install(connection.dialect)
 
 
 @event.listens_for(Engine, "before_cursor_execute")

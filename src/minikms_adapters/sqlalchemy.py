@@ -30,7 +30,6 @@ from minikms_adapters.records import (
     ColumnValues,
     KmsClient,
     Owned,
-    Place,
     Receipt,
     Runner,
     Sealer,
@@ -78,9 +77,9 @@ class Encrypted(Opaque):
         self.key_of = key_of
         self.of = to_instance(of)
         codec = codec_of(object if isinstance(self.of, JSON) else self.of.python_type)
-        self._values = ColumnValues("sqlalchemy", "sql", codec, key)
-        self._values.check(key_of)
-        self._sealer = Sealer()
+        self.values = ColumnValues("sqlalchemy", "sql", codec, key)
+        self.values.check(key_of)
+        self.sealer = Sealer()
         self._runner = Runner(kms)
 
     class Comparator(TypeDecorator.Comparator[Any]):
@@ -148,25 +147,16 @@ class Encrypted(Opaque):
             return found
         return self._runner.run(steps)
 
-    def encode(self, value: Any) -> tuple[bytes, Place, bytes]:
-        return self._values.encode(self._names, value)
-
-    def locate(self, stored: Any) -> tuple[Place, Any]:
-        return self._values.locate(self._names, stored)
-
-    def decode(self, place: Place, plaintext: bytes) -> Any:
-        return self._values.decode(place, plaintext)
-
     @property
-    def _names(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         if self.place is None:
             raise NotSupportedError("an encrypted type belongs to the column of a table")
         return self.place
 
     def move(self, stored: Sequence[Any]) -> list[bytes | None]:
         """The stored values that are under a replaced key, under the current one; None for the others."""
-        located = [self.locate(value) for value in stored]
-        moved = self.run(self._sealer.move(located))
+        located = [self.values.locate(self.names, value) for value in stored]
+        moved = self.run(self.sealer.move(located))
         return [
             None if record is None else bytes(value)[: len(value) - len(before)] + record
             for value, (_, before), record in zip(stored, located, moved, strict=True)
@@ -250,21 +240,22 @@ def _encrypt_parameters(  # noqa: PLR0917 - the arguments are SQLAlchemy's
 
 def _seal(pending: Any) -> None:
     for kind, group in _by_client([(each.kind, each) for each in pending]):
-        encoded = [each.kind.encode(each.value) for each in group]
-        records = kind.run(kind._sealer.seal([(place, plaintext) for _, place, plaintext in encoded]))
+        encoded = [each.kind.values.encode(each.kind.names, each.value) for each in group]
+        records = kind.run(kind.sealer.seal([(place, plaintext) for _, place, plaintext in encoded]))
         for each, (prefix, _, _), record in zip(group, encoded, records, strict=True):
             each.sealed = prefix + record
 
 
 def _open(stored: Sequence[tuple[Encrypted, Any]]) -> list[Any]:
     """The values, in order."""
-    values: dict[int, Any] = {}
-    for kind, indexes in _by_client([(each, index) for index, (each, _) in enumerate(stored)]):
-        located = [stored[index][0].locate(stored[index][1]) for index in indexes]
-        texts = kind.run(kind._sealer.open(located))
-        for index, (place, _), text in zip(indexes, located, texts, strict=True):
-            values[index] = stored[index][0].decode(place, text)
-    return [values[index] for index in range(len(stored))]
+    opened: list[Any] = [None] * len(stored)
+    for first, indexes in _by_client([(kind, index) for index, (kind, _) in enumerate(stored)]):
+        kinds = [stored[index][0] for index in indexes]
+        located = [kind.values.locate(kind.names, stored[at][1]) for kind, at in zip(kinds, indexes, strict=True)]
+        texts = first.run(first.sealer.open(located))
+        for index, kind, (place, _), text in zip(indexes, kinds, located, texts, strict=True):
+            opened[index] = kind.values.decode(place, text)
+    return opened
 
 
 def _by_client(each: Sequence[tuple[Encrypted, Any]]) -> list[tuple[Encrypted, list[Any]]]:

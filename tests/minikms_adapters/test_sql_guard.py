@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Column, Engine, MetaData, Table, func, insert, literal, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column
 
 from minikms import Client
-from minikms_adapters import NotSearchableError, NotSupportedError
+from minikms_adapters import NotSearchableError, NotSupportedError, sql_guard
 from minikms_adapters.sqlalchemy import Encrypted
 
 SECRET = "allergic to penicillin"
@@ -172,6 +172,27 @@ def test_an_expression_is_not_written_into_an_encrypted_column(engine: Engine, f
     assert SECRET.encode() not in file.read_bytes()
     with Session(engine) as session:
         assert session.scalars(select(P.notes).order_by(P.id)).all() == ["x", "y"]
+
+
+def test_an_upsert_of_mysql_copies_the_same_column_only(engine: Engine) -> None:
+    """MySQL is not here; its compiler is."""
+    dialect = mysql.dialect()
+    sql_guard.install(dialect)
+    made = mysql.insert(P).values(id=1, notes="x")
+    shown = str(
+        made.on_duplicate_key_update(notes=made.inserted.notes, plain=made.inserted.plain).compile(dialect=dialect)
+    )
+    assert shown.endswith("notes = VALUES(notes)")
+    upserts: list[dict[str, Any]] = [
+        {"notes": literal(SECRET)},
+        {"notes": func.concat(made.inserted.notes, "x")},
+        {"notes": made.inserted.other},
+        {"plain": made.inserted.notes},
+        {"plain": func.length(made.inserted.notes)},
+    ]
+    for values in upserts:
+        with pytest.raises(REFUSED):
+            made.on_duplicate_key_update(values).compile(dialect=dialect)
 
 
 def test_an_expression_in_a_mapped_object_or_parameter_is_not_written(engine: Engine, file: Path) -> None:
