@@ -8,7 +8,7 @@ The rules, each with the kind of its finding:
 - orphaned: a record, map or index entry of a thread that has no metadata;
 - keyless: a thread without a key map, or whose mapped key the key service does not have;
 - unindexed: a record that no index entry leads to;
-- dangling: an index entry that leads to nothing, or not to the newest version;
+- dangling: an index entry, or a thread's last stamp in a database, that leads to nothing, or not to the newest version;
 - miscounted: a counter that differs from what was counted, or a last stamp that is older than a record's;
 - lost: a part of a file of RocksDB that can't be read, and each entry that it seems to hold.
 
@@ -114,6 +114,8 @@ class Checker:
                     yield finding
                 for finding in await self._open(sealed):
                     yield finding
+        async for finding in self._judge_heads():
+            yield finding
         async for finding in self._judge_counters():
             yield finding
 
@@ -383,6 +385,15 @@ class Checker:
             yield Problem("damaged", _shown(key), "the map does not hold the id of a key")
         if await _Lookup(keyspace.meta_of(key[len(keyspace.MAP) :])) is None:
             yield Problem("orphaned", _shown(key), "the mapped thread has no metadata")
+
+    async def _judge_heads(self) -> AsyncIterator[Problem]:
+        async for heads in self._view.heads():
+            for head in heads:
+                if head.last != head.newest:
+                    key = keyspace.HEADS + head.thread_part
+                    has = "no row" if head.last is None else f"the last stamp {_shown(head.last)!r}"
+                    detail = f"the thread has {has}, its newest version has {_shown(head.newest)!r}"
+                    yield Problem("dangling", _shown(key), detail, ((key, head.newest),))
 
     async def _judge_counters(self) -> AsyncIterator[Problem]:
         threads, messages = self.counts["threads"], self.counts["messages"]

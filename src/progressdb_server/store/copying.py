@@ -20,6 +20,7 @@ import msgspec
 
 from minikms.api.decoding import UNDECODABLE
 from progressdb_server.store import keyspace, offline
+from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.offline import Entries, View
 from progressdb_server.store.writer import Counters
@@ -75,7 +76,8 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
         raise FormatError("source and target are the same")
     async with offline.alone(source) as old, offline.open_copy(target, source) as new:
         counted = await _counters(old)
-        sent, changed = await _bring(old, new, lambda done: progress(done, counted.messages))
+        sent, changed, newest = await _bring(old, new, lambda done: progress(done, counted.messages))
+        counted = Counters.of(counted.threads, counted.messages, max(counted.last, newest))
         found = await _digest(new)
         if found != sent:
             changed += await _remove_others(old, new)
@@ -95,22 +97,25 @@ async def _counters(old: View) -> Counters:
         raise FormatError("the store's counters are damaged: run progressdb check --repair") from None
 
 
-async def _bring(old: View, new: Entries, progress: Callable[[int], None]) -> tuple[Digest, int]:
-    """Put what is missing or differs. The digest of the source, and how many entries were put."""
+async def _bring(old: View, new: Entries, progress: Callable[[int], None]) -> tuple[Digest, int, Stamp]:
+    """Put what is missing or differs. The digest of the source, how many entries were put, and the newest stamp."""
     digest = Digest()
     changed = messages = 0
+    newest = Stamp(0, 0)
     async for page in old.walk():
         entries = {key: value for key, value in page if _is_copied(key)}
         for key, value in entries.items():
             digest.add(key, value)
-            messages += keyspace.is_version(key)
+            if keyspace.is_version(key):
+                messages += 1
+                newest = newest.or_later(key[-keyspace.STAMP_BYTES :])
         there = await new.values(entries)
         puts = [(key, value) for key, value in entries.items() if there.get(key) != value]
         if puts:
             await new.put(puts)
             changed += len(puts)
         progress(messages)
-    return digest, changed
+    return digest, changed, newest
 
 
 async def _digest(side: View) -> Digest:

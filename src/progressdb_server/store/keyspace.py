@@ -38,6 +38,8 @@ JOBS: Final = b"job:"
 MIGRATED: Final = b"backup:migrate:"
 CLAIMS: Final = b"claim:"
 SERVERS: Final = b"server:"
+HEADS: Final = b"head:"
+"""With the part of a thread, for the row of a database that has the thread's last stamp; no entry has such a key."""
 
 END: Final = b"\xff"
 """Above every key."""
@@ -50,6 +52,8 @@ SEQUENCE_MAX: Final = 999_999
 ERA_NS: Final = 10**19
 """A stamp's number is `era * ERA_NS + Unix nanoseconds`: the first of its 20 digits is the era."""
 ERA_MAX: Final = 9
+STAMP_NS_MAX: Final = (ERA_MAX + 1) * ERA_NS - ERA_NS // 10
+"""Of a stamp that others may follow, all of 20 digits: thirty years are left after it."""
 BACK_NS_MAX: Final = 24 * 3600 * 1_000_000_000
 """A clock that steps back by less starts no era: stamps are ahead of it for at most this long."""
 NOW_NS_MIN: Final = 1_577_836_800 * 1_000_000_000
@@ -86,6 +90,20 @@ class Stamp(NamedTuple):
     def text(self) -> str:
         return self.raw.decode()
 
+    def check(self) -> None:
+        """Raises ValueError unless it is a stamp that others can follow."""
+        if not (0 <= self.ns <= STAMP_NS_MAX and 0 <= self.seq <= SEQUENCE_MAX):
+            raise ValueError("not a stamp that others can follow")
+
+    def or_later(self, raw: bytes) -> Stamp:
+        """The stamp of this text if it is later, and others can follow it."""
+        try:
+            found = Stamp.parse(raw.decode())
+            found.check()
+        except ValueError:
+            return self
+        return max(self, found)
+
     @classmethod
     def parse(cls, text: str) -> Stamp:
         """Raises ValueError for anything but the text of a stamp."""
@@ -113,10 +131,15 @@ class Clock:
         return Stamp(self._ns, self._seq)
 
     def recover(self, last: Stamp) -> None:
-        """Continue after `last`, the highest stamp in the store."""
+        """Continue after `last`, the highest stamp in the store. Raises ValueError for one that no stamp can follow."""
+        last.check()
         if last > self.last:
             self._ns, self._seq = last
             self._era_ns = last.era * ERA_NS
+
+    def may_follow(self, last: Stamp) -> bool:
+        """Whether a stamp of the true time can follow, if only in the next era."""
+        return last.era < ERA_MAX or last.time_ns - self.now_ns() <= BACK_NS_MAX
 
     def hurry(self, ns: int) -> None:
         """Give out stamps that are at least so far ahead of the system clock, until that reaches them."""

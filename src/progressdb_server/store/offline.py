@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from progressdb_server.store import directory, keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineBusyError, LocalReads, Reader, Reads
@@ -22,9 +22,22 @@ BUSY_RETRY_S: Final = 0.05
 BUSY_S_MAX: Final = 60.0
 
 
+class Head(NamedTuple):
+    """The last stamp of a thread as its row has it, None without a row, and as its stored versions have it; empty for
+    none. `thread_part` is of keys."""
+
+    thread_part: bytes
+    last: bytes | None
+    newest: bytes
+
+
 class View(Reads, Protocol):
     def walk(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
         """All entries once, in any order. Raises EngineUnavailableError."""
+        ...
+
+    def heads(self) -> AsyncIterator[list[Head]]:
+        """Of a database, each thread's. Raises EngineUnavailableError."""
         ...
 
 
@@ -46,6 +59,11 @@ class LocalView(LocalReads):
         while page := self._walked.scan(lower, keyspace.END, limit=SCAN_ENTRIES_MAX, bytes_max=WALK_BYTES_MAX):
             yield page
             lower = keyspace.next_key(page[-1][0])
+
+    async def heads(self) -> AsyncIterator[list[Head]]:
+        none: tuple[list[Head], ...] = ()
+        for page in none:
+            yield page
 
 
 class LocalEntries(LocalView):

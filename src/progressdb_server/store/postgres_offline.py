@@ -24,9 +24,19 @@ from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableEr
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import FormatError, StoreLockedError
 from progressdb_server.store.nodes import FAILURES
-from progressdb_server.store.offline import WALK_BYTES_MAX
+from progressdb_server.store.offline import WALK_BYTES_MAX, Head
 from progressdb_server.store.postgres import PostgresReads
-from progressdb_server.store.tables import COPYING, COUNTED, DELETE, SCHEMA, connected, number_of, other_schema, tkey
+from progressdb_server.store.tables import (
+    COPYING,
+    COUNTED,
+    DELETE,
+    SCHEMA,
+    TKEY_HASH_BYTES,
+    connected,
+    number_of,
+    other_schema,
+    tkey,
+)
 from progressdb_server.store.writer import Counters
 
 LOCK_S_MAX: Final = 20
@@ -44,6 +54,25 @@ SELECT tkey, key, value FROM (
 _PUT: Final = """
 INSERT INTO store_entry (tkey, key, value) SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::bytea[])
 ON CONFLICT (tkey, key) DO UPDATE SET value = excluded.value"""
+_NEWEST: Final = """
+coalesce((SELECT substr(entry.key, octet_length(entry.key) - 26) FROM store_entry AS entry
+WHERE entry.tkey = head.tkey AND entry.key > substr(head.tkey, 3) || ':msg:'::bytea
+AND entry.key < substr(head.tkey, 3) || ':msg;'::bytea
+AND substr(encode(entry.key, 'escape'), octet_length(head.tkey) + 4) ~ '^[0-9]{20}-[0-9]{6}$'
+ORDER BY entry.key DESC LIMIT 1), '')"""
+_LAST: Final = f"""
+SELECT head.tkey, head.last, {_NEWEST} FROM store_head AS head WHERE head.tkey > $1 ORDER BY head.tkey LIMIT $2"""  # noqa: S608  a constant
+_HEADLESS: Final = f"""
+SELECT head.key, NULL, {_NEWEST} FROM store_entry AS head WHERE head.key > $1
+AND head.key >= 'kms:map:thread:'::bytea AND head.key < 'kms:map:thread;'::bytea
+AND NOT EXISTS (SELECT 1 FROM store_head AS there WHERE there.tkey = head.tkey) ORDER BY head.key LIMIT $2"""  # noqa: S608  a constant
+_HIGHEST: Final = """
+SELECT head.last FROM store_head AS head WHERE EXISTS (SELECT 1 FROM store_entry AS entry
+WHERE entry.tkey = head.tkey AND entry.key = substr(head.tkey, 3) || ':msg:'::bytea || head.last)
+ORDER BY head.last DESC LIMIT 1"""
+_MENDED: Final = """
+INSERT INTO store_head (tkey, last) SELECT * FROM unnest($1::bytea[], $2::bytea[])
+ON CONFLICT (tkey) DO UPDATE SET last = excluded.last"""
 _HEADS: Final = """
 INSERT INTO store_head (tkey, last) SELECT * FROM unnest($1::bytea[], $2::bytea[])
 ON CONFLICT (tkey) DO UPDATE SET last = greatest(store_head.last, excluded.last)"""
@@ -66,11 +95,12 @@ class PostgresEntries(PostgresReads):
 
     async def _counters(self) -> bytes:
         ((threads, messages),) = await self.fetch(COUNTED)
-        heads = await self.fetch("SELECT last FROM store_head ORDER BY last DESC LIMIT 1")
         created = await self.keys(keyspace.CREATED, keyspace.after(keyspace.CREATED), limit=1, reverse=True)
-        stamps = [last for (last,) in heads if last]
+        stamps = [last for (last,) in await self.fetch(_HIGHEST)]
         stamps += [key[len(keyspace.CREATED) :][: keyspace.STAMP_BYTES] for key in created]
-        newest = Stamp.parse(max(stamps).decode()) if stamps else Stamp(0, 0)
+        newest = Stamp(0, 0)
+        for stamp in stamps:
+            newest = newest.or_later(stamp)
         return msgspec.msgpack.encode(Counters.of(int(threads), int(messages), newest))
 
     async def walk(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
@@ -79,10 +109,18 @@ class PostgresEntries(PostgresReads):
             yield [(key, value) for _, key, value in rows]
             after = (rows[-1][0], rows[-1][1])
 
+    async def heads(self) -> AsyncIterator[list[Head]]:
+        for statement, skipped in ((_LAST, TKEY_HASH_BYTES + len(keyspace.THREAD)), (_HEADLESS, len(keyspace.MAP))):
+            place = b""
+            while rows := await self.fetch(statement, place, SCAN_ENTRIES_MAX):
+                yield [Head(row[0][skipped:], row[1], row[2]) for row in rows]
+                place = rows[-1][0]
+
     async def put(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         values: list[tuple[bytes, bytes, bytes]] = []
         gone: list[tuple[bytes, bytes]] = []
         heads: dict[bytes, bytes] = {}
+        mended: dict[bytes, bytes] = {}
         for key, value in dict(puts).items():
             if key == keyspace.STATE:
                 state = msgspec.msgpack.decode(value or b"", type=Counters)
@@ -90,6 +128,8 @@ class PostgresEntries(PostgresReads):
                 await self.fetch("INSERT INTO store_counter VALUES (0, $1, $2)", state.threads, state.messages)
             elif value is None:
                 gone.append((tkey(key), key))
+            elif key.startswith(keyspace.HEADS):
+                mended[tkey(keyspace.THREAD + key[len(keyspace.HEADS) :])] = value
             else:
                 place = tkey(key)
                 values.append((place, key, value))
@@ -103,6 +143,8 @@ class PostgresEntries(PostgresReads):
             await self.fetch(_PUT, *zip(*values, strict=True))
         if heads:
             await self.fetch(_HEADS, list(heads), list(heads.values()))
+        if mended:
+            await self.fetch(_MENDED, list(mended), list(mended.values()))
 
 
 @asynccontextmanager

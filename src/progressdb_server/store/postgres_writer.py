@@ -6,6 +6,7 @@ Owns: the locks, the conditions and the commit of a group, and the outcome of a 
 - `USUAL` reads entries as they were when the statement began. That is what the locks protect only if no head has
   changed in between, which the statement checks; else it writes nothing and is sent again.
 - A head has the last stamp of its thread. A version whose stamp is not above it is not written (`LateStampError`).
+  The clock of the server follows it only if the thread has that version: a damaged head concerns its thread alone.
 - The number of the schema is read FOR SHARE in each transaction: a server whose schema was changed writes nothing.
 - A commit that may not be replicated is never reported as one: not after a lost connection, a deadline, or a warning,
   and not if the node waits for no standby any more, which is asked after each commit. Its connection is terminated,
@@ -25,13 +26,12 @@ import asyncpg
 from minikms.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.conditions import Conditions, Failed, LateStampError, PendingWrite, Puts, Write
+from progressdb_server.store.conditions import Conditions, LateStampError, PendingWrite, Puts, Write
 from progressdb_server.store.engine import EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import (
-    ConditionFailedError,
     NotWrittenError,
-    StoreDamagedError,
+    RecordUnreadableError,
     StoreUnavailableError,
 )
 from progressdb_server.store.nodes import (
@@ -45,7 +45,7 @@ from progressdb_server.store.nodes import (
     now_s,
     warn,
 )
-from progressdb_server.store.tables import DELETE, SCHEMA, is_thread, tkey
+from progressdb_server.store.tables import DELETE, SCHEMA, TKEY_HASH_BYTES, is_thread, tkey
 from progressdb_server.store.writer import Counters, GroupCommit
 
 T = TypeVar("T")
@@ -118,6 +118,7 @@ _VALUES: Final = (
     " JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key ORDER BY entry.tkey, entry.key"
 )
 _BEGIN: Final = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE"  # noqa: S608  a constant
+_HEAD_DAMAGED: Final = "the last stamp of the thread is damaged: run progressdb check --repair"
 _NEVER: Final = b"\xff"
 """Above every stamp."""
 _IN_DOUBT: Final = ("08", "57P", "40003", "58", "XX")
@@ -366,9 +367,7 @@ class PostgresWriter(GroupCommit):
                 raise NotWrittenError(str(error)) from error
         return connection
 
-    async def _commit(
-        self, group: list[PendingWrite]
-    ) -> Mapping[PendingWrite, ConditionFailedError | StoreDamagedError]:
+    async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, Exception]:
         until_s = now_s() + COMMIT_S_MAX
         usual = _Usual.of(group)
         for number in range(TRIES_MAX):
@@ -405,7 +404,7 @@ class PostgresWriter(GroupCommit):
 
     async def _attempt(
         self, connection: Connection, group: Sequence[PendingWrite], usual: _Usual | None
-    ) -> Mapping[PendingWrite, ConditionFailedError | StoreDamagedError]:
+    ) -> Mapping[PendingWrite, Exception]:
         if usual is not None:
             self._committing = True
             for _ in range(USUAL_TRIES_MAX):
@@ -425,11 +424,11 @@ class PostgresWriter(GroupCommit):
 
     async def _transaction(
         self, connection: Connection, group: Sequence[PendingWrite]
-    ) -> Mapping[PendingWrite, ConditionFailedError | StoreDamagedError]:
+    ) -> Mapping[PendingWrite, Exception]:
         try:
             if await connection.execute(_BEGIN) != "SELECT 1":
                 raise NotWrittenError("the database was upgraded: start the version of the server that did it")  # noqa: TRY301  it has to end the transaction
-            failed, threads, messages = await _write(connection, group)
+            failed, threads, messages = await _write(connection, group, self._clock)
             await connection.execute(COUNT, self._counter, threads, messages)
         except BaseException:
             if not connection.is_closed():
@@ -442,7 +441,9 @@ class PostgresWriter(GroupCommit):
         return failed
 
 
-async def _write(connection: Connection, group: Sequence[PendingWrite]) -> tuple[Failed, int, int]:
+async def _write(
+    connection: Connection, group: Sequence[PendingWrite], clock: Clock
+) -> tuple[dict[PendingWrite, Exception], int, int]:
     """Of the group, the writes that fail, and how many threads and messages the others add."""
     stamps = {pending: _new_versions(pending) for pending in group}
     expected = {key for pending in group for key, _ in _expected(pending)}
@@ -451,13 +452,18 @@ async def _write(connection: Connection, group: Sequence[PendingWrite]) -> tuple
     )
     heads = await _lock_heads(connection, sorted(filter(is_thread, touched)))
     fresh = {key for versions in stamps.values() for key in versions}
-    found = await _read(connection, expected | fresh)
-    failed: Failed = {}
+    late = {
+        thread for versions in stamps.values() for thread, stamp in versions.values() if stamp <= heads.get(thread, b"")
+    }
+    found = await _read(connection, expected | fresh | {_newest(thread, heads[thread]) for thread in late})
+    failed: dict[PendingWrite, Exception] = {}
     for pending, versions in stamps.items():
-        for version, (thread, stamp) in versions.items():
-            last = heads.get(thread, b"")
-            if stamp <= last or version in found:
-                failed[pending] = LateStampError(version, Stamp.parse(last.decode()) if last else None)
+        for version, (thread, _) in versions.items():
+            if thread in late:
+                last = _believed(heads[thread], clock) if _newest(thread, heads[thread]) in found else None
+                failed[pending] = LateStampError(version, last) if last else RecordUnreadableError(_HEAD_DAMAGED)
+            elif version in found:
+                failed[pending] = LateStampError(version, None)
     rest = [pending for pending in group if pending not in failed]
     staged, refused, threads, messages = Conditions(found).stage(rest)
     failed |= refused
@@ -471,6 +477,20 @@ async def _write(connection: Connection, group: Sequence[PendingWrite]) -> tuple
                 advanced[thread] = max(advanced.get(thread, b""), stamp)
     await _advance(connection, heads, advanced)
     return failed, threads, messages
+
+
+def _newest(thread: bytes, last: bytes) -> bytes:
+    """The key of the version that a head says to be the last one; `thread` is its `tkey`."""
+    return b"%b:msg:%b" % (thread[TKEY_HASH_BYTES:], last)
+
+
+def _believed(last: bytes, clock: Clock) -> Stamp | None:
+    """None if the clock must not follow it."""
+    try:
+        stamp = Stamp.parse(last.decode())
+    except ValueError:
+        return None
+    return stamp if clock.may_follow(stamp) else None
 
 
 async def _lock_heads(connection: Connection, threads: Sequence[bytes]) -> dict[bytes, bytes]:

@@ -55,6 +55,10 @@ _CONFIRMING: Final = (
 """The number of standbys that a commit waits for, and of those whose state the role may not see."""
 
 
+TKEY_HASH_BYTES: Final = 2
+"""At the beginning of a `tkey`."""
+
+
 # --- where a key lies -------------------------------------------------------------------------------------------------
 def _owner(key: bytes) -> tuple[bytes, bytes | None]:
     """What a key belongs to, and how all keys begin that are beside it under the same `tkey`; None for no others."""
@@ -91,11 +95,11 @@ def _owner(key: bytes) -> tuple[bytes, bytes | None]:
 def tkey(key: bytes) -> bytes:
     """The first part of the primary key: two bytes of a hash, then what the key belongs to."""
     owner, _ = _owner(key)
-    return hashlib.sha256(owner).digest()[:2] + owner
+    return hashlib.sha256(owner).digest()[:TKEY_HASH_BYTES] + owner
 
 
 def is_thread(tkey: bytes) -> bool:
-    return tkey.startswith(b"thread:", 2)
+    return tkey.startswith(b"thread:", TKEY_HASH_BYTES)
 
 
 def within(lower: bytes, upper: bytes) -> bytes | None:

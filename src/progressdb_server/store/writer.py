@@ -122,6 +122,10 @@ class Counters(msgspec.Struct, array_like=True):
     last_seq: int = 0
     era: int = 0
 
+    def __post_init__(self) -> None:
+        """Damaged counters are refused where they are decoded."""
+        self.last.check()
+
     @classmethod
     def of(cls, threads: int, messages: int, last: Stamp) -> Counters:
         return cls(threads, messages, last.time_ns, last.seq, last.era)
@@ -199,9 +203,7 @@ class GroupCommit(ABC):
 
     # --- of an engine ---------------------------------------------------------------------------------------------
     @abstractmethod
-    async def _commit(
-        self, group: list[PendingWrite]
-    ) -> Mapping[PendingWrite, StoreDamagedError | ConditionFailedError]:
+    async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, Exception]:
         """The group is durable when it returns, without the writes that it names. Raises EngineBusyError if nothing was
         written. After any other error `_reopen` is called until it succeeds; the group may be durable unless the error
         is NotWrittenError."""

@@ -129,6 +129,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "an index entry of an unknown thread": ("dangling", lambda e: (b"index:writer:gone:ann", b"")),
     "a living thread that is closed": ("dangling", lambda e: (b"index:closed:t0", b"")),
     "counters that do not parse": ("miscounted", lambda e: (keyspace.STATE, b"\xff")),
+    "counters with a stamp of 21 digits": ("miscounted", lambda e: (keyspace.STATE, b"\x95\1\1\0\0\xcc\xc8")),
     "a wrong count": ("miscounted", lambda e: (keyspace.STATE, msgspec.msgpack.encode(Counters(1, 1, 10**19, 0)))),
 }
 BEYOND_REPAIR = {"unknown", "damaged", "unreadable", "orphaned"}
