@@ -3,6 +3,7 @@
 Owns: the locks, the conditions and the commit of a group, and the outcome of a failure. Invariants:
 - Whoever changes an entry of a thread locks the thread's head and counts the change there. Heads are locked in the
   order of their `tkey`, before any entry. An entry of no thread is locked itself, or only ever inserted.
+- A lock of somebody else on one thread holds up no other thread: what needs it waits in a group of its own (`Aside`).
 - `USUAL` reads entries as they were when the statement began. That is what the locks protect only if no head has
   changed in between, which the statement checks; else it writes nothing and is sent again.
 - A head has the last stamp of its thread. A version whose stamp is not above it is not written (`LateStampError`).
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 import asyncpg
@@ -26,12 +27,11 @@ import asyncpg
 from minikms.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.conditions import Conditions, LateStampError, PendingWrite, Puts, Write
+from progressdb_server.store.conditions import Conditions, PendingWrite, Write
 from progressdb_server.store.engine import EngineBusyError, EngineUnavailableError
-from progressdb_server.store.keyspace import Clock, Stamp
+from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import (
     NotWrittenError,
-    RecordUnreadableError,
     StoreUnavailableError,
 )
 from progressdb_server.store.nodes import (
@@ -45,7 +45,16 @@ from progressdb_server.store.nodes import (
     now_s,
     warn,
 )
-from progressdb_server.store.tables import DELETE, SCHEMA, TKEY_HASH_BYTES, is_thread, tkey
+from progressdb_server.store.postgres_transaction import (
+    LOCKED_HEADS,
+    WAITED_HEADS,
+    AgainError,
+    LockedError,
+    expectations,
+    new_versions,
+    write_group,
+)
+from progressdb_server.store.tables import SCHEMA, is_thread, tkey
 from progressdb_server.store.writer import Counters, GroupCommit
 
 T = TypeVar("T")
@@ -61,6 +70,10 @@ COUNTERS_COUNT: Final = 1024
 """Rows of counters. Each writer of a server takes one of them, so that no two wait for each other's, mostly."""
 WRITERS_COUNT: Final = 2
 """Groups of one server that are committed at a time. A thread is always in the same one."""
+WAITING_COUNT: Final = 2
+"""Writers of a server for what waits for a lock of somebody else. Each takes a connection when it is needed first."""
+LOCKED_S: Final = 1.0
+"""How long a group of several threads waits for a lock that is not of a head."""
 NO_STANDBYS: Final = "synchronous_standby_names is empty there"
 UNKNOWN: Final = "the store's database did not confirm the write, which may be stored"
 BUSY: Final = "the store's database is too busy"
@@ -75,7 +88,7 @@ TOO_MANY: Final = "53300"
 USUAL: Final = f"""
 WITH fence AS MATERIALIZED (SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE),
 head AS MATERIALIZED (
-    SELECT tkey, last, changes FROM store_head WHERE tkey = ANY($1::bytea[]) ORDER BY tkey FOR UPDATE),
+    SELECT tkey, last, changes FROM store_head WHERE tkey = ANY($1::bytea[]) ORDER BY tkey FOR UPDATE SKIP LOCKED),
 lone AS MATERIALIZED (
     SELECT 1 FROM unnest($2::bytea[], $3::bytea[], $4::bytea[]) AS wanted (tkey, key, value) JOIN store_entry AS entry
     ON entry.tkey = wanted.tkey AND entry.key = wanted.key AND entry.value = wanted.value
@@ -107,18 +120,15 @@ gone AS (DELETE FROM store_entry AS entry USING unnest($21::bytea[], $22::bytea[
 counted AS (INSERT INTO store_counter SELECT $23::integer, $24::bigint, $25::bigint WHERE (SELECT yes FROM ok)
     ON CONFLICT (id) DO UPDATE SET threads = store_counter.threads + excluded.threads,
     messages = store_counter.messages + excluded.messages)
-SELECT ok.yes, still.yes FROM ok, still
+SELECT ok.yes, still.yes, CASE WHEN NOT ok.yes THEN ARRAY(SELECT tkey FROM store_head WHERE tkey = ANY($1::bytea[])
+    AND tkey NOT IN (SELECT tkey FROM head)) END FROM ok, still
 """  # noqa: S608  a constant
+USUAL_WAITING: Final = USUAL.replace(" SKIP LOCKED", "")
 COUNT: Final = (
     "INSERT INTO store_counter VALUES ($1, $2, $3) ON CONFLICT (id) DO UPDATE SET"
     " threads = store_counter.threads + excluded.threads, messages = store_counter.messages + excluded.messages"
 )
-_VALUES: Final = (
-    "SELECT entry.key, entry.value FROM unnest($1::bytea[], $2::bytea[]) AS wanted (tkey, key)"
-    " JOIN store_entry AS entry ON entry.tkey = wanted.tkey AND entry.key = wanted.key ORDER BY entry.tkey, entry.key"
-)
 _BEGIN: Final = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE"  # noqa: S608  a constant
-_HEAD_DAMAGED: Final = "the last stamp of the thread is damaged: run progressdb check --repair"
 _NEVER: Final = b"\xff"
 """Above every stamp."""
 _IN_DOUBT: Final = ("08", "57P", "40003", "58", "XX")
@@ -128,12 +138,8 @@ database that stops, an unknown completion, the system, an internal error."""
 _log = structlog.get_logger("progressdb.store")
 
 
-class _AgainError(Exception):
-    """Somebody else has changed one of the entries meanwhile: nothing was written."""
-
-
 _AGAIN: Final = (
-    _AgainError,
+    AgainError,
     asyncpg.SerializationError,
     asyncpg.DeadlockDetectedError,
     asyncpg.UniqueViolationError,
@@ -147,33 +153,13 @@ class _Assumed:
     def __init__(self, group: Iterable[PendingWrite]) -> None:
         self._values: dict[bytes, bytes | None] = {}
         for pending in group:
-            for key, value in _expected(pending):
+            for key, value in expectations(pending):
                 self._values.setdefault(key, value)
         self.relied: dict[bytes, bytes | None] = {}
 
     def get(self, key: bytes) -> bytes | None:
         value = self.relied[key] = self._values[key]
         return value
-
-
-def _expected(pending: PendingWrite) -> Iterable[tuple[bytes, bytes | None]]:
-    write = pending.write
-    if write is not None:
-        yield from pending.expect
-        yield from write.expect
-        yield from write.read
-
-
-def _new_versions(pending: PendingWrite) -> dict[bytes, tuple[bytes, bytes]]:
-    """The version entries of new versions, each with the `tkey` of its thread and its stamp."""
-    write = pending.write
-    if write is None or not write.messages:
-        return {}
-    found: dict[bytes, tuple[bytes, bytes]] = {}
-    for key, value in write.puts:
-        if key.startswith(keyspace.VERSION) and value is not None:
-            found[key] = tkey(b"thread:%b:" % value), key[-keyspace.STAMP_BYTES :]
-    return found
 
 
 class _Usual(NamedTuple):
@@ -195,7 +181,7 @@ class _Usual(NamedTuple):
         stamps: dict[bytes, list[bytes]] = {}
         fresh = {key for key, value in relied.items() if value is None}
         for pending in group:
-            for key, (thread, stamp) in _new_versions(pending).items():
+            for key, (thread, stamp) in new_versions(pending).items():
                 stamps.setdefault(thread, []).append(stamp)
                 fresh.add(key)
         places = {key: tkey(key) for key in (*relied, *staged)}
@@ -276,10 +262,10 @@ async def confirm(nodes: Nodes, connection: Connection) -> None:
         raise asyncpg.InterfaceError(UNKNOWN)
 
 
-async def find(nodes: Nodes) -> Connection:
+async def find(nodes: Nodes, lock_s: float = LOCK_S_MAX) -> Connection:
     """A connection to the node that takes writes. Raises EngineUnavailableError."""
     connection = await nodes.find(
-        lock_timeout=str(LOCK_S_MAX * 1000),
+        lock_timeout=str(int(lock_s * 1000)),
         idle_in_transaction_session_timeout=str(IDLE_S_MAX * 1000),
     )
     connection.add_log_listener(warn)
@@ -324,15 +310,23 @@ async def _beat(nodes: Nodes, connection: Connection, counter: int) -> None:
 
 
 class PostgresWriter(GroupCommit):
-    """One of those of a server."""
+    """One of those of a server. It waits for no head that somebody else has locked, and for other locks only a moment:
+    `aside` gets the writes that need them, so that the others do not wait with them."""
+
+    usual = USUAL
+    heads = LOCKED_HEADS
+    lock_s = LOCKED_S
 
     unconfirmed = UNKNOWN
     away = UNAVAILABLE
     busy = BUSY
 
-    def __init__(self, nodes: Nodes, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
+    def __init__(
+        self, nodes: Nodes, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None], aside: Aside | None
+    ) -> None:
         super().__init__(clock, metrics, on_reopen)
         self._nodes = nodes
+        self._aside = aside
         self._connection: Connection | None = None
         self._counter = secrets.randbelow(COUNTERS_COUNT)
         self._committing = False
@@ -362,15 +356,19 @@ class PostgresWriter(GroupCommit):
         if connection is None or connection.is_closed() or connection.node != self._nodes.node:
             self._disconnect()
             try:
-                connection = self._connection = await find(self._nodes)
+                connection = self._connection = await find(self._nodes, self.lock_s)
             except StoreUnavailableError as error:
                 raise NotWrittenError(str(error)) from error
         return connection
 
     async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, Exception]:
         until_s = now_s() + COMMIT_S_MAX
+        if self._aside is not None and self._aside.in_use:
+            self._aside.take(group, ())
         usual = _Usual.of(group)
         for number in range(TRIES_MAX):
+            if not group:
+                return {}
             connection = await self._connected()
             began_s = now_s()
             connection.warned, self._committing = "", False
@@ -378,8 +376,16 @@ class PostgresWriter(GroupCommit):
                 failed = await bounded(connection, self._attempt(connection, group, usual), until_s - began_s)
             except _AGAIN:
                 usual = None
+            except LockedError as error:
+                if self._aside is None:
+                    break
+                self._aside.take(group, error.heads)
+                usual = _Usual.of(group)
+                continue
             except asyncpg.LockNotAvailableError:
-                break
+                if self._aside is None:
+                    break
+                return await self._each(group, self._aside)
             except FAILURES as error:  # also of a node that takes no writes any more
                 connection.terminate()
                 if self._committing and _may_be_stored(error):
@@ -402,17 +408,41 @@ class PostgresWriter(GroupCommit):
             await asyncio.sleep(0.001 * secrets.randbelow(2 ** (number + 2)))
         raise EngineBusyError(BUSY)
 
+    async def _each(self, group: list[PendingWrite], aside: Aside) -> Mapping[PendingWrite, Exception]:
+        """Each write by itself: one of them needs what somebody else has locked."""
+        if len(group) == 1:
+            aside.take(group, _touched(group[0]))
+            if group:
+                raise EngineBusyError(BUSY)
+            return {}
+        failed: dict[PendingWrite, Exception] = {}
+        left = list(group)
+        while left:
+            alone = left[:1]
+            try:
+                failed |= await self._commit(alone)
+            except (EngineBusyError, NotWrittenError) as error:  # the ones before are stored
+                return failed | {pending: NotWrittenError(str(error)) for pending in left}
+            if not alone:
+                group.remove(left[0])
+            del left[0]
+        return failed
+
     async def _attempt(
         self, connection: Connection, group: Sequence[PendingWrite], usual: _Usual | None
     ) -> Mapping[PendingWrite, Exception]:
         if usual is not None:
             self._committing = True
             for _ in range(USUAL_TRIES_MAX):
-                row = await connection.fetchrow(USUAL, *usual.arguments, self._counter, usual.threads, usual.messages)
-                done, still = row or (False, False)
+                row = await connection.fetchrow(
+                    self.usual, *usual.arguments, self._counter, usual.threads, usual.messages
+                )
+                done, still, locked = row or (False, False, ())
                 if done:
                     await self._confirm(connection, usual.threads, usual.messages)
                     return {}
+                if locked:
+                    raise LockedError(locked)
                 if still:
                     break
             self._committing = False
@@ -428,7 +458,7 @@ class PostgresWriter(GroupCommit):
         try:
             if await connection.execute(_BEGIN) != "SELECT 1":
                 raise NotWrittenError("the database was upgraded: start the version of the server that did it")  # noqa: TRY301  it has to end the transaction
-            failed, threads, messages = await _write(connection, group, self._clock)
+            failed, threads, messages = await write_group(connection, group, self.heads, self._clock)
             await connection.execute(COUNT, self._counter, threads, messages)
         except BaseException:
             if not connection.is_closed():
@@ -441,126 +471,59 @@ class PostgresWriter(GroupCommit):
         return failed
 
 
-async def _write(
-    connection: Connection, group: Sequence[PendingWrite], clock: Clock
-) -> tuple[dict[PendingWrite, Exception], int, int]:
-    """Of the group, the writes that fail, and how many threads and messages the others add."""
-    stamps = {pending: _new_versions(pending) for pending in group}
-    expected = {key for pending in group for key, _ in _expected(pending)}
-    touched = {tkey(key) for pending in group if pending.write for key, _ in pending.write.puts} | set(
-        map(tkey, expected)
-    )
-    heads = await _lock_heads(connection, sorted(filter(is_thread, touched)))
-    fresh = {key for versions in stamps.values() for key in versions}
-    late = {
-        thread for versions in stamps.values() for thread, stamp in versions.values() if stamp <= heads.get(thread, b"")
-    }
-    found = await _read(connection, expected | fresh | {_newest(thread, heads[thread]) for thread in late})
-    failed: dict[PendingWrite, Exception] = {}
-    for pending, versions in stamps.items():
-        for version, (thread, _) in versions.items():
-            if thread in late:
-                last = _believed(heads[thread], clock) if _newest(thread, heads[thread]) in found else None
-                failed[pending] = LateStampError(version, last) if last else RecordUnreadableError(_HEAD_DAMAGED)
-            elif version in found:
-                failed[pending] = LateStampError(version, None)
-    rest = [pending for pending in group if pending not in failed]
-    staged, refused, threads, messages = Conditions(found).stage(rest)
-    failed |= refused
-    await _put(connection, staged, fresh | {key for key in expected if key not in found})
-    # A new thread has a head, although nothing may be in it yet.
-    made = {tkey(key) for key in staged if key.startswith(keyspace.MAP)}
-    advanced = {place: b"" for place in map(tkey, staged) if place in heads or place in made}
-    for pending in rest:
-        if pending not in refused:
-            for thread, stamp in stamps[pending].values():
-                advanced[thread] = max(advanced.get(thread, b""), stamp)
-    await _advance(connection, heads, advanced)
-    return failed, threads, messages
+# --- what waits -------------------------------------------------------------------------------------------------------
+class _WaitingWriter(PostgresWriter):
+    """Waits for locks. `touched`: what its writes change or expect, from the first one until it has done all."""
+
+    usual = USUAL_WAITING
+    heads = WAITED_HEADS
+    lock_s = LOCK_S_MAX
+
+    def __init__(self, nodes: Nodes, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
+        super().__init__(nodes, clock, metrics, on_reopen, None)
+        self.touched: set[bytes] = set()
+        self.began_s = 0.0
+
+    async def _run(self) -> None:
+        try:
+            await super()._run()
+        finally:
+            self.touched.clear()
+
+    async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, Exception]:
+        self.began_s = now_s()
+        return await super()._commit(group)
 
 
-def _newest(thread: bytes, last: bytes) -> bytes:
-    """The key of the version that a head says to be the last one; `thread` is its `tkey`."""
-    return b"%b:msg:%b" % (thread[TKEY_HASH_BYTES:], last)
+class Aside:
+    """The writes of a server that wait for a lock of somebody else, and later ones that touch the same: a write never
+    overtakes one whose result it expects, nor one of its thread."""
+
+    def __init__(self, writers: Sequence[_WaitingWriter]) -> None:
+        self._writers = writers
+
+    @property
+    def in_use(self) -> bool:
+        return any(writer.touched for writer in self._writers)
+
+    def take(self, group: list[PendingWrite], locked: Collection[bytes]) -> None:
+        """Remove from the group what needs one of `locked`, or touches what waits already."""
+        found = set(locked)
+        for pending in tuple(group):
+            touched = _touched(pending)
+            writer = next((one for one in self._writers if not touched.isdisjoint(one.touched)), None)
+            if writer is not None or not touched.isdisjoint(found):
+                writer = writer or min(self._writers, key=lambda one: (bool(one.touched), -one.began_s))
+                found |= touched
+                group.remove(pending)
+                writer.touched |= touched
+                writer.take_over(pending)
 
 
-def _believed(last: bytes, clock: Clock) -> Stamp | None:
-    """None if the clock must not follow it."""
-    try:
-        stamp = Stamp.parse(last.decode())
-    except ValueError:
-        return None
-    return stamp if clock.may_follow(stamp) else None
-
-
-async def _lock_heads(connection: Connection, threads: Sequence[bytes]) -> dict[bytes, bytes]:
-    """The last stamps, by `tkey`."""
-    if not threads:
-        return {}
-    rows = await connection.fetch(
-        "SELECT tkey, last FROM store_head WHERE tkey = ANY($1::bytea[]) ORDER BY tkey FOR UPDATE", threads
-    )
-    return {row[0]: row[1] for row in rows}
-
-
-async def _read(connection: Connection, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-    """The values of those that are stored. An entry of no thread stays locked."""
-    places = sorted((tkey(key), key) for key in keys)
-    found: dict[bytes, bytes] = {}
-    for of_threads, lock in ((True, ""), (False, " FOR UPDATE OF entry")):
-        some = [place for place in places if is_thread(place[0]) is of_threads]
-        if some:
-            rows = await connection.fetch(_VALUES + lock, *zip(*some, strict=True))
-            found |= {row[0]: row[1] for row in rows}
-    return found
-
-
-async def _put(connection: Connection, staged: Puts, fresh: set[bytes]) -> None:
-    """Entries that nobody has are inserted, the others are replaced. Raises _AgainError for one of `fresh` that
-    somebody else has inserted, or one that somebody else has deleted."""
-    values = sorted((tkey(key), key, value) for key, value in staged.items() if value is not None)
-    gone = sorted((tkey(key), key) for key, value in staged.items() if value is None)
-    if values:
-        inserted = await connection.fetch(
-            "INSERT INTO store_entry SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::bytea[])"
-            " ON CONFLICT (tkey, key) DO NOTHING RETURNING key",
-            *zip(*values, strict=True),
-        )
-        if len(inserted) < len(values):
-            new = {row[0] for row in inserted}
-            there = [entry for entry in values if entry[1] not in new]
-            if any(key in fresh for _, key, _ in there):
-                raise _AgainError
-            replaced = await connection.fetch(
-                "UPDATE store_entry AS entry SET value = new.value"
-                " FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) AS new (tkey, key, value)"
-                " WHERE entry.tkey = new.tkey AND entry.key = new.key RETURNING entry.key",
-                *zip(*there, strict=True),
-            )
-            if len(replaced) < len(there):
-                raise _AgainError
-    if gone:
-        await connection.execute(DELETE, *zip(*gone, strict=True))
-
-
-async def _advance(connection: Connection, heads: Mapping[bytes, bytes], advanced: Mapping[bytes, bytes]) -> None:
-    """Counts a change of each thread, with its last stamp. Raises _AgainError if somebody else has made one of them."""
-    old = sorted((thread, last) for thread, last in advanced.items() if thread in heads)
-    new = sorted((thread, last) for thread, last in advanced.items() if thread not in heads)
-    if old:
-        await connection.execute(
-            "UPDATE store_head AS head SET last = greatest(head.last, new.last), changes = head.changes + 1"
-            " FROM unnest($1::bytea[], $2::bytea[]) AS new (tkey, last) WHERE head.tkey = new.tkey",
-            *zip(*old, strict=True),
-        )
-    if new:
-        made = await connection.fetch(
-            "INSERT INTO store_head (tkey, last) SELECT * FROM unnest($1::bytea[], $2::bytea[])"
-            " ON CONFLICT (tkey) DO NOTHING RETURNING tkey",
-            *zip(*new, strict=True),
-        )
-        if len(made) < len(new):
-            raise _AgainError
+def _touched(pending: PendingWrite) -> set[bytes]:
+    """The `tkey` of each thread, and each key of no thread, that a write changes or expects."""
+    keys = {key for key, _ in expectations(pending)} | {key for key, _ in (pending.write.puts if pending.write else ())}
+    return {place if is_thread(place := tkey(key)) else key for key in keys}
 
 
 # --- several writers --------------------------------------------------------------------------------------------------
@@ -571,7 +534,10 @@ class Writers:
         self, nodes: Nodes, counted: Counters, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]
     ) -> None:
         self._counted = counted
-        self._writers = [PostgresWriter(nodes, clock, metrics, on_reopen) for _ in range(WRITERS_COUNT)]
+        waiting = [_WaitingWriter(nodes, clock, metrics, on_reopen) for _ in range(WAITING_COUNT)]
+        aside = Aside(waiting)
+        self._writers = [PostgresWriter(nodes, clock, metrics, on_reopen, aside) for _ in range(WRITERS_COUNT)]
+        self._all: Sequence[PostgresWriter] = (*self._writers, *waiting)
 
     def _of(self, key: bytes | None) -> PostgresWriter:
         return self._writers[0 if key is None else tkey(key)[0] % WRITERS_COUNT]
@@ -582,7 +548,7 @@ class Writers:
 
     @property
     def queued(self) -> int:
-        return sum(writer.queued for writer in self._writers)
+        return sum(writer.queued for writer in self._all)
 
     @property
     def group(self) -> int:
@@ -590,7 +556,7 @@ class Writers:
 
     @property
     def state(self) -> Counters:
-        counted = [self._counted, *(writer.state for writer in self._writers)]
+        counted = [self._counted, *(writer.state for writer in self._all)]
         return Counters(sum(one.threads for one in counted), sum(one.messages for one in counted))
 
     def reserve(self, order_key: bytes) -> PendingWrite:
@@ -616,8 +582,9 @@ class Writers:
             await writer.check_writable()
 
     async def settled(self) -> None:
-        for writer in self._writers:
+        for writer in self._all:
             await writer.settled()
 
     async def close(self) -> None:
-        await asyncio.gather(*(writer.close() for writer in self._writers))
+        await asyncio.gather(*(writer.close() for writer in self._writers))  # which may leave something to the others
+        await asyncio.gather(*(writer.close() for writer in self._all))

@@ -204,7 +204,8 @@ class GroupCommit(ABC):
     # --- of an engine ---------------------------------------------------------------------------------------------
     @abstractmethod
     async def _commit(self, group: list[PendingWrite]) -> Mapping[PendingWrite, Exception]:
-        """The group is durable when it returns, without the writes that it names. Raises EngineBusyError if nothing was
+        """The group is durable when it returns, without the writes that it names. What it removes from the group it has
+        given to another writer. Raises EngineBusyError if nothing was
         written. After any other error `_reopen` is called until it succeeds; the group may be durable unless the error
         is NotWrittenError."""
 
@@ -274,6 +275,10 @@ class GroupCommit(ABC):
     def commit(self, write: Write) -> asyncio.Future[None]:
         """Queue a write that is not ordered."""
         return self.submit(PendingWrite(None, asyncio.get_running_loop().create_future()), write)
+
+    def take_over(self, pending: PendingWrite) -> None:
+        """Queue a write that another writer had queued."""
+        self._enqueue(pending)
 
     async def barrier(self) -> None:
         """Returns after everything that is readable now is durable."""

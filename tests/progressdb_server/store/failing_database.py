@@ -77,6 +77,7 @@ async def waiting(connection: asyncpg.Connection[Any], for_what: str = "SyncRep"
     """The sessions that wait, as soon as there is one."""
     async with asyncio.timeout(60):
         while True:
+            await connection.execute("SELECT pg_stat_clear_snapshot()")  # a transaction looks once
             rows = await connection.fetch(
                 "SELECT pid FROM pg_stat_activity WHERE wait_event = $1 AND application_name = 'progressdb'", for_what
             )

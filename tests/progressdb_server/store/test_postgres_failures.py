@@ -17,6 +17,7 @@ from progressdb_server.store import nodes, postgres, postgres_writer, tables
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotWrittenError, OutcomeUnknownError, StoreUnavailableError
+from progressdb_server.store.postgres_writer import PostgresWriter
 from tests.harness.round_trips import PORT_NAME, counted
 from tests.progressdb_server.store.failing_database import (
     end_the_wait,
@@ -108,6 +109,44 @@ def test_a_session_that_is_ended_within_a_group_leaves_it_in_doubt(database: str
         await becomes(lambda: store.writer.available)
         await store.create_message(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 2]
+
+    with_one(database, run)
+
+
+HEAD_LOCKED = "SELECT FROM store_head WHERE tkey LIKE '%thread:t'::bytea FOR UPDATE"
+RECORDS_LOCKED = "SELECT FROM store_entry WHERE tkey LIKE '%thread:t'::bytea FOR UPDATE"
+
+
+@pytest.mark.parametrize("locked", [HEAD_LOCKED, RECORDS_LOCKED], ids=["last stamp", "records"])
+def test_a_lock_on_one_thread_holds_up_no_other_one(
+    database: str, locked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a session that an administrator has forgotten. The writes of the thread keep their order."""
+    monkeypatch.setattr(PostgresWriter, "lock_s", 0.1)
+    others = [f"other-{number}" for number in range(8)]
+
+    async def run(store: Conversations) -> None:
+        (message,) = await messages_of(store, "t")
+        for other in others:
+            await fill(store, 1, other)
+        connection = await asyncpg.connect(database)
+        async with connection.transaction():
+            await connection.execute(locked)
+            waits = asyncio.ensure_future(store.set_reaction(message.id, "ann", "ok"))
+            late: list[asyncio.Future[Any]] = []
+            for number in range(1, 4):
+                await waiting(connection, "transactionid")
+                late.append(asyncio.ensure_future(store.create_message(of(number))))
+                await asyncio.gather(
+                    *[store.create_message(NewMessage(author="ann", thread=one, body=number)) for one in others]
+                )
+                await store.check_writes()
+            assert not waits.done()
+        await asyncio.gather(waits, *late)
+        await connection.close()
+        for name in ("t", *others):
+            assert bodies(await messages_of(store, name)) == [0, 1, 2, 3]
+        assert (await store.get_message(message.id)).reactions == {"ann": "ok"}
 
     with_one(database, run)
 
