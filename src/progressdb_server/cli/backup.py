@@ -324,6 +324,8 @@ async def _register(config: Config) -> AsyncIterator[Backups]:
     StoreUnavailableError, BackupError."""
     logs.configure(config.logging.format, "error")  # the command itself prints what it has done
     if config.store.url:
+        if not config.store.single_node:
+            print("waiting some seconds until standbys confirm without a gap", file=sys.stderr)
         async with backup.register_shared(config.store.url, single_node=config.store.single_node) as register:
             yield register
         return

@@ -27,7 +27,7 @@ REPAIR_S_MAX: Final = 3600.0
 SHOWN_MAX: Final = 20
 RUNBOOK: Final = "`It does not answer` and `The disk is full`"
 RUNBOOK_DAMAGED: Final = "`The store is damaged`"
-NOT_SEEN: Final = "only a role with pg_read_all_stats sees which are connected"
+NOT_SEEN: Final = "GRANT pg_read_all_stats TO this role shows which are connected"
 
 
 def doctor(
@@ -60,7 +60,7 @@ def doctor(
             page["repaired"] = client.call("POST", "/admin/orphaned_keys/retire", timeout_s=REPAIR_S_MAX)
         page["orphaned_keys"] = client.call("GET", "/admin/orphaned_keys", timeout_s=REPAIR_S_MAX)["keys"]
     print_result(page, _lines(page, wrong), json=json)
-    damaged = page.get("database", {}).get("problems")
+    damaged = page.get("database", {}).get("problems") or page["readiness"].get("notices")
     return 1 if wrong or damaged or page.get("orphaned_keys") else 0
 
 
@@ -89,6 +89,9 @@ def _lines(page: dict[str, Any], wrong: list[str]) -> Iterator[str]:
     for problem in wrong:
         yield f"problem: {problem}"
         yield f"  do: see {RUNBOOK_DAMAGED if 'damaged' in problem else RUNBOOK} in docs/runbook.md"
+    notices = page["readiness"].get("notices", [])
+    for notice in notices:
+        yield f"problem: {notice}"
     repaired, orphans = page.get("repaired"), page.get("orphaned_keys", [])
     if repaired and repaired["retired"]:
         yield f"retired: {repaired['retired']:,} keys that no thread names"
@@ -98,5 +101,5 @@ def _lines(page: dict[str, Any], wrong: list[str]) -> Iterator[str]:
         yield f"and {len(orphans) - SHOWN_MAX:,} more"
     if orphans:
         yield f"  do: {repaired['why'] if repaired and repaired['why'] else 'progressdb doctor --repair'}"
-    elif not (wrong or page.get("database", {}).get("problems")):
+    elif not (wrong or notices or page.get("database", {}).get("problems")):
         yield "nothing is wrong"

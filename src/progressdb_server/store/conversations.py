@@ -45,6 +45,10 @@ CLOCK_JUMP_S: Final = 60
 CLOCK_DIFFERS: Final = (
     "the clocks of this machine and of the database differ: set the wrong one. The server takes the database's time"
 )
+CLOCK_OF_NODE: Final = (
+    "the clock of the database's node jumped by {} seconds, and the clock of this machine did not: set it. Until then, "
+    "or until a restart, the server goes on with the earlier time"
+)
 CLOCK_BEHIND: Final = (
     "the newest record is from the future of the system clock: the clock was ahead before, or is behind now. Check it. "
     "Ids and lists keep their order"
@@ -63,6 +67,10 @@ def _era_begun(before: Stamp, first: Stamp) -> None:
         era=first.era,
         reason="new records get the time of the system clock again, and sort after those from the future",
     )
+
+
+def _are_near(one_ns: int, other_ns: int) -> bool:
+    return abs(one_ns - other_ns) <= CLOCK_JUMP_S * 1_000_000_000
 
 
 class Conversations(Messages, Rekeying, Backups):
@@ -181,9 +189,18 @@ class Conversations(Messages, Rekeying, Backups):
 
         On a database that several servers share, it is the database's clock, from here on also for stamps and for
         what expires: one server with a wrong clock would delete what the others have just made, and move their stamps
-        into the future. Raises StoreUnavailableError."""
+        into the future. So would a new node of the database with a wrong clock: its time is not taken if the clock of
+        this machine agrees with the earlier one. Raises StoreUnavailableError."""
         offset_ns = await self.now_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         if self.shared:
+            own_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            jump_s = (offset_ns - self._offset_ns) // 1_000_000_000
+            if self._offset_ns and abs(jump_s) > CLOCK_JUMP_S and _are_near(own_ns, self._offset_ns):
+                if not self.clock_notice:
+                    _log.error("clock_of_node_refused", seconds=jump_s, reason=CLOCK_OF_NODE.format(jump_s))
+                self.clock_notice = CLOCK_OF_NODE.format(jump_s)
+                return self._offset_ns
+            self.clock_notice = "" if _are_near(own_ns, offset_ns) else CLOCK_DIFFERS
             self._offset_ns = offset_ns
             self.clock.now_ns = self._database_ns
         return offset_ns

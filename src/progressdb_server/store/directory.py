@@ -217,6 +217,7 @@ class OpenStore:
             self.writer = Writer(engine, self.clock, self.metrics, self.reopened)
         self.claims = Claims(engine if isinstance(engine, SharedEngine) else None, self.writer)
         self.locks = NamedLocks()
+        self.clock_notice = ""
         self.validators = Validators()
 
     @property
@@ -235,6 +236,12 @@ class OpenStore:
     def damaged(self) -> list[str]:
         """The names of the files in which this process has met damage."""
         return [] if isinstance(self._engine, SharedEngine) else sorted(self._engine.damaged)
+
+    @property
+    def notices(self) -> list[str]:
+        """What an operator should know although the store works."""
+        found = [self.clock_notice, self._engine.notice if isinstance(self._engine, SharedEngine) else ""]
+        return [notice for notice in found if notice]
 
     async def counted(self) -> Counters:
         return await self._engine.counted() if isinstance(self._engine, SharedEngine) else self.writer.state

@@ -164,6 +164,10 @@ class Nodes:
         self._place = self._places[0]
         self.node: str | None = None if replicated else ""
         """The one in use, None before the first."""
+        self.last_confirmed = b""
+        """The key of an entry that the last confirmed write of this server has put, and nobody deletes."""
+        self.went_back = ""
+        """Why what was confirmed is no longer there; empty if it is."""
         self._until_s = 0.0
         """When the lease on it ends."""
         self._since_s = 0.0

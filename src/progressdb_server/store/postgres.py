@@ -186,6 +186,10 @@ class PostgresEngine(SharedEngine):
     def reads(self) -> Reads:
         return self._reads
 
+    @property
+    def notice(self) -> str:
+        return self._nodes.went_back
+
     def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> Commits:
         return Writers(self._nodes, self._counted, clock, metrics, on_reopen)
 

@@ -36,6 +36,7 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.nodes import (
     BEAT_S,
+    CONNECT_S_MAX,
     FAILURES,
     IDLE_S_MAX,
     LOCK_S_MAX,
@@ -129,6 +130,11 @@ COUNT: Final = (
     " threads = store_counter.threads + excluded.threads, messages = store_counter.messages + excluded.messages"
 )
 _BEGIN: Final = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT 1 FROM store_schema WHERE number = {SCHEMA} FOR SHARE"  # noqa: S608  a constant
+_IS_THERE: Final = "SELECT EXISTS (SELECT 1 FROM store_entry WHERE tkey = $1 AND key = $2)"
+WENT_BACK: Final = (
+    "the database went back: a write that this server had confirmed is no longer there. If an older backup was not "
+    "restored on purpose, stop the servers and look for the node that has it; else restart them"
+)
 _NEVER: Final = b"\xff"
 """Above every stamp."""
 _IN_DOUBT: Final = ("08", "57P", "40003", "58", "XX")
@@ -273,7 +279,24 @@ async def find(nodes: Nodes, lock_s: float = LOCK_S_MAX) -> Connection:
         connection.terminate()
         _log.error("store_node_without_standbys", reason=NO_STANDBYS)
         raise EngineUnavailableError(UNAVAILABLE)
+    await _look_back(nodes, connection)
     return connection
+
+
+async def _look_back(nodes: Nodes, connection: Connection) -> None:
+    """Whether the database has what was confirmed, on a new connection: it may be another one, or restored. Raises
+    EngineUnavailableError."""
+    key = nodes.last_confirmed
+    if not key or nodes.went_back:
+        return
+    try:
+        there = await connection.fetchval(_IS_THERE, tkey(key), key, timeout=CONNECT_S_MAX)
+    except FAILURES as error:
+        connection.terminate()
+        raise EngineUnavailableError(UNAVAILABLE) from error
+    if not there:
+        nodes.went_back = WENT_BACK
+        _log.error("database_went_back", missing=key.decode(errors="replace"), reason=WENT_BACK)
 
 
 async def keep_lease(nodes: Nodes) -> None:
@@ -400,6 +423,7 @@ class PostgresWriter(GroupCommit):
             else:
                 self._nodes.confirmed(connection.node, began_s)
                 if await self._nodes.settled(connection.node):
+                    self._nodes.last_confirmed = _lasting(group, failed) or self._nodes.last_confirmed
                     return failed
                 connection.terminate()
                 raise EngineUnavailableError(UNKNOWN)
@@ -469,6 +493,14 @@ class PostgresWriter(GroupCommit):
             raise asyncpg.InterfaceError(UNKNOWN)
         await self._confirm(connection, threads, messages)
         return failed
+
+
+def _lasting(group: Sequence[PendingWrite], failed: Collection[PendingWrite]) -> bytes:
+    """The key of a version entry that the group has put, empty if there is none."""
+    for pending in reversed(group):
+        if pending not in failed and (found := new_versions(pending)):
+            return next(iter(found))
+    return b""
 
 
 # --- what waits -------------------------------------------------------------------------------------------------------

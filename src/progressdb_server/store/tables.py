@@ -150,6 +150,8 @@ async def init(url: str, role: str = "") -> None:
                 await connection.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} TO {quoted}")
                 # A row is locked FOR SHARE only by a role that may update some column.
                 await connection.execute(f"GRANT SELECT, UPDATE (id) ON store_schema TO {quoted}")
+                database = await connection.fetchval("SELECT quote_ident(current_database())")
+                await connection.execute(f"REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC, {quoted}")
 
 
 async def upgrade(url: str) -> tuple[int, int]:

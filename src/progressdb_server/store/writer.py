@@ -465,6 +465,11 @@ class SharedEngine(ABC):
     @abstractmethod
     def reads(self) -> Reads: ...
 
+    @property
+    @abstractmethod
+    def notice(self) -> str:
+        """What is wrong with it although it works, for operators; empty if nothing is."""
+
     @abstractmethod
     def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> Commits: ...
 

@@ -600,6 +600,7 @@ def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> Non
             "UPDATE store_schema SET number = 2",
             "ALTER TABLE store_entry ADD x int",
             "DROP TABLE store_head",
+            "CREATE TEMPORARY TABLE x (y int)",
         ):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await connection.execute(refused)

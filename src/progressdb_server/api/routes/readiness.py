@@ -23,7 +23,7 @@ from progressdb_server.api.http.errors import ApiError, retry_after
 from progressdb_server.api.http.keys import OPERATORS
 from progressdb_server.api.http.request import Request
 from progressdb_server.api.http.response import Response, json_response
-from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, object_of, operations_of, texts
+from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, list_of, operations_of, texts
 from progressdb_server.kms.provider import Fault, fault
 from progressdb_server.metrics import KmsMetrics
 from progressdb_server.store.conversations import Conversations
@@ -164,13 +164,14 @@ class Readiness:
         "GET",
         "/admin/readiness",
         roles=OPERATORS,
-        response=object_of(ready={"type": "boolean"}, writes=TEXT, key_service=TEXT, damage=TEXT),
+        response=list_of("notices", TEXT, ready={"type": "boolean"}, writes=TEXT, key_service=TEXT, damage=TEXT),
         needs=NOTHING,
     )
     async def explained(self, request: Request) -> Response:
-        """The same, with what is wrong: an empty text where nothing is."""
+        """The same, with what is wrong: an empty text where nothing is. `notices` is what does not stop the server."""
         writes, key_service = await self.problems()
-        return json_response(_Explained(not (writes or key_service), writes, key_service, self.damage()))
+        found = _Explained(not (writes or key_service), writes, key_service, self.damage(), self._store.notices)
+        return json_response(found)
 
 
 class _Explained(msgspec.Struct):
@@ -178,6 +179,7 @@ class _Explained(msgspec.Struct):
     writes: str
     key_service: str
     damage: str
+    notices: list[str]
 
 
 def operations(readiness: Readiness) -> tuple[Operation, ...]:
