@@ -382,8 +382,8 @@ def _check(target: Any, *, must_know: bool = False) -> None:
         text = target.__dict__.get(name)
         if not isinstance(text, Owned) or name in state.committed_state:
             continue
-        history = state.attrs[key_of].history
-        known = history.deleted or history.unchanged
-        if text.owner != str(known[0]) if known else must_know:
-            owner = known[0] if known else None
+        owner = target.__dict__.get(key_of)
+        if key_of in state.committed_state:
+            [owner] = state.attrs[key_of].history.deleted or [None]
+        if must_know if owner is None else text.owner != str(owner):
             raise WrongPlaceError(f"{mapper.local_table.name}.{name} of owner {owner}")
