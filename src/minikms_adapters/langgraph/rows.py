@@ -137,11 +137,9 @@ def inner_config(config: RunnableConfig) -> RunnableConfig:
 
 
 def check_asked(asked: RunnableConfig | None, found: CheckpointTuple) -> None:
-    """Raises WrongPlaceError for a row of another thread, namespace or checkpoint than `asked` names."""
-    if asked is None:
-        return
+    """Raises WrongPlaceError for a row of another thread, namespace or checkpoint than `asked`, an `inner_config`."""
     given = found.config["configurable"]
-    for name, value in inner_config(asked)["configurable"].items():
+    for name, value in asked["configurable"].items() if asked else ():
         if str(given.get(name)) != str(value):
             raise WrongPlaceError(Spot.of(found.config, str(given.get("checkpoint_id"))).head().record)
 

@@ -252,7 +252,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         if found is None:
             return None
         [opened] = yield from self._open([found])
-        self._remember(Spot.of(found.config, opened.found.checkpoint["id"]), cast("bytes", head_of(found)))
+        self._remember(Spot.of(opened.found.config, opened.found.checkpoint["id"]), cast("bytes", head_of(found)))
         return opened.found
 
     get_tuple, aget_tuple = both(_get_tuple)
@@ -535,10 +535,11 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     def _page(self, config: RunnableConfig | None, take: Callable[[], Any]) -> Steps[list[Opened]]:
         """Opens the next checkpoints of a listing, which `take` gives."""
+        asked = None if config is None else inner_config(config)
         with malformed("a list of checkpoints"):
             stored: list[CheckpointTuple] = yield ask(take)
             for found in stored:
-                check_asked(config, found)
+                check_asked(asked, found)
         return (yield from self._open(stored))
 
     def list(
