@@ -107,7 +107,7 @@ class Application:
             )
             if request.direct is not None:
                 request.direct.identify(request.caller, request.user)
-            resource = self._routing.hot(request)
+            resource = self._routing.hot(request, scope)
             if resource is None:
                 await self._routing.route(exchange, scope)
             else:

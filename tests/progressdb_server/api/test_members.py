@@ -152,8 +152,12 @@ def test_a_backend_reacts_as_any_identity_beside_a_signature_too(key: str) -> No
     """The JavaScript SDK sends its default user's signature with every call."""
     api = Api()
     path = f"/v1/messages/{api.message('ann')['id']}/reactions"
+    assert api("POST", path, {"id": "ann", "reaction": "-1"}).json["reactions"] == {"ann": "-1"}
     reacted = as_user(api, "default", "POST", path, {"id": "somebody", "reaction": "+1"}, key=key)
     assert (reacted.status, reacted.json["reactions"]) == (200, {"somebody": "+1"})
+    assert "body" not in reacted.json, "a signed user reads a message as a member only"
+    read = as_user(api, "ann", "POST", path, {"id": "somebody", "reaction": "+1"}, key=key).json
+    assert "body" in read and read["reactions"] == {"ann": "-1", "somebody": "+1"}
     assert as_user(api, "default", "DELETE", f"{path}/somebody", key=key).status == 204
     with_reactions = {"body": 1, "reactions": {"somebody": "+1"}}
     assert as_user(api, "default", "POST", "/v1/messages", with_reactions, key=key).status == 200

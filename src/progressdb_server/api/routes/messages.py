@@ -572,7 +572,8 @@ class ReactionHandlers:
         ),
     )
     async def set(self, request: Request) -> Response:
-        """Set the reaction of one identity. The response is the message."""
+        """Set the reaction of one identity. The response is the message; to a signed user who may not read it, with this
+        reaction alone."""
         sent = await request.json(_REACTION_DECODER)
         by = sent.id or head.header_text(request.headers.get(head.IDENTITY, b""), "X-Identity")
         if not by or not sent.reaction:
@@ -587,6 +588,10 @@ class ReactionHandlers:
             member=request.acting_user,
             request_id=request.request_id,
         )
+        try:
+            await check_reader(self._store, request, changed.thread)
+        except (AuthorNotInThreadError, NotAMemberError):
+            changed = Message(changed.id, changed.thread, changed.author, ts=changed.ts, reactions={by: sent.reaction})
         return json_response(changed)
 
     @Operation(
