@@ -8,6 +8,7 @@ no error text. It must never hold the root key, only the path of its file.
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import re
 import tomllib
@@ -31,6 +32,11 @@ BODY_BYTES_MIN: Final = 16 * 1024 * 1024
 """An eighth of it, the share of one user, holds one body of the greatest length."""
 IDLE_CONNECTIONS_COUNT: Final = 256
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""Exact as a float, in which rates are computed."""
+_DIGITS_MAX: Final = 20
+
+_ORIGIN: Final = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.ASCII | re.IGNORECASE)
 _DURATION: Final = re.compile(r"([1-9][0-9]{0,8})([smhd])", re.ASCII)
 _UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -66,9 +72,9 @@ class Server(_Section, frozen=True):
     tls: Tls = Tls()
     dev: bool = False
     """For development: a spawned miniKMS makes its own root key file."""
-    body_bytes: int = BODY_BYTES
+    body_bytes: Count = BODY_BYTES
     """Of the bodies of all requests that are being received or handled."""
-    idle_connections: int = IDLE_CONNECTIONS_COUNT
+    idle_connections: Count = IDLE_CONNECTIONS_COUNT
     """Of one address; 0 is no bound."""
     proxies: tuple[str, ...] = ()
     """Addresses and networks of proxies, which stand for many clients: the bounds of one address on
@@ -96,7 +102,7 @@ class Cors(_Section, frozen=True):
 class RateLimit(_Section, frozen=True):
     rps: float = 100.0
     """Requests per second of each key; 0 is no limit."""
-    burst: int = 200
+    burst: Count = 200
 
 
 class ApiKeys(_Section, frozen=True):
@@ -149,9 +155,9 @@ class Rotation(_Section, frozen=True):
     """When the keys of threads are rotated. A duration is such as `90d`; an empty one is never."""
 
     max_age: str = ""
-    max_uses: int = 0
+    max_uses: Count = 0
     """0: as many as the key service allows for a key."""
-    records_per_second: int = 10_000
+    records_per_second: Count = 10_000
     """Records that background jobs re-encrypt in a second; 0 is without a bound."""
     destroy_old_after: str = ""
     """When the old keys of automatic rotations are destroyed."""
@@ -227,7 +233,10 @@ def _text(value: str) -> str:
 
 
 def _comma_separated(value: str) -> list[str]:
-    return [word for word in (part.strip() for part in value.split(",")) if word]
+    words = [word for word in (part.strip() for part in value.split(",")) if word]
+    if not words:
+        raise ValueError("has nothing between its commas")
+    return words
 
 
 def _integers(value: str) -> list[int]:
@@ -235,7 +244,7 @@ def _integers(value: str) -> list[int]:
 
 
 def _integer(value: str) -> int:
-    if not (value.isascii() and value.isdigit()):
+    if not (value.isascii() and value.isdigit() and len(value) <= _DIGITS_MAX):
         raise ValueError("must be a whole number")
     return int(value)
 
@@ -307,6 +316,19 @@ VARIABLES: Final = (
     Variable("LOG_LEVEL", "logging.level", _text),
 )
 """Two more variables are read: `ADDR` (host:port) sets two settings, and `CONFIG` names the file."""
+_OTHER_VARIABLES: Final = ("ADDR", "CONFIG", "BENCHMARK", "URL")
+_KEY_SERVICE_PREFIX: Final = ENVIRONMENT_PREFIX + "MINIKMS_"
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """A sentence for each variable with the prefix that no program here reads. Those of the key service are its own."""
+    known = {ENVIRONMENT_PREFIX + name for name in (*(variable.name for variable in VARIABLES), *_OTHER_VARIABLES)}
+    names = (name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+    sentences = []
+    for name in sorted(name for name in names if not name.startswith(_KEY_SERVICE_PREFIX)):
+        like = difflib.get_close_matches(name, known, 1)
+        sentences.append(f"the variable {name!a} sets nothing{f': did you mean {like[0]}?' if like else ''}")
+    return sentences
 
 
 def split_address(text: str) -> tuple[str, int]:
@@ -424,6 +446,8 @@ def file_layer(path: str) -> Layer:
         raise ConfigError(f"the configuration file {path} is not UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the configuration file {path} is malformed: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"the configuration file {path} is malformed: it is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"the configuration file {path} is malformed: {_yaml_reason(error)}") from None
     if layer is None:
@@ -496,8 +520,11 @@ def check(config: Config, *, with_data: bool = True) -> None:
         raise ConfigError("security.rate_limit.burst must be at least 1")
     if config.server.body_bytes < BODY_BYTES_MIN:
         raise ConfigError(f"server.body_bytes must be at least {BODY_BYTES_MIN}, so that one user can send one body")
-    if config.server.idle_connections < 0:
-        raise ConfigError("server.idle_connections must be 0 (no bound) or more")
+    for number, origin in enumerate(config.security.cors.allowed_origins, start=1):
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"security.cors.allowed_origins, origin {number}, must be `*` or scheme://host[:port] without a path"
+            )
     for network in config.security.ip_whitelist:
         parse_network(network)
     for network in config.server.proxies:
@@ -556,8 +583,6 @@ def _check_rotation(rotation: Rotation) -> None:
             duration_s(text or "1s")
         except ValueError as error:
             raise ConfigError(f"rotation.{name} {error}") from None
-    if rotation.max_uses < 0 or rotation.records_per_second < 0:
-        raise ConfigError("rotation.max_uses and rotation.records_per_second must be 0 (off) or more")
 
 
 def parse_network(text: str, setting: str = "security.ip_whitelist") -> ipaddress.IPv4Network | ipaddress.IPv6Network:

@@ -36,7 +36,7 @@ from progressdb_server.api.routes import store_backup
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer.routes import Viewer
-from progressdb_server.config import Config, ConfigError
+from progressdb_server.config import Config, ConfigError, unknown_variables
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
@@ -135,6 +135,8 @@ def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = Fal
     Raises ConfigError, ServeError when it can't start or has lost its key service finally.
     """
     logs.configure(config.logging.format, config.logging.level)
+    for sentence in unknown_variables(os.environ):
+        _log.warning(sentence)
     check_tls(config.server.tls)
     if encrypting:
         check_key_source(config, has_master_key=master_key_fd is not None)

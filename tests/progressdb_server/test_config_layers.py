@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.config import VARIABLES, Config, ConfigError, ConfigMissingError, load, split_address
+from progressdb_server.config import (
+    VARIABLES,
+    Config,
+    ConfigError,
+    ConfigMissingError,
+    load,
+    split_address,
+    unknown_variables,
+)
 from progressdb_server.server import check_key_source
 from tests.harness import forked
 
@@ -332,6 +340,10 @@ def test_an_error_in_a_file_is_explained_without_quoting_it(tmp_path: Path) -> N
         ("RATE_RPS", "nan", "rps must be 0 (off) or more"),
         ("RATE_RPS", "inf", "rps must be 0 (off) or more"),
         ("RATE_BURST", "0", "burst must be at least 1"),
+        ("RATE_BURST", "9" * 400, "PROGRESSDB_RATE_BURST must be a whole number"),
+        ("RATE_BURST", "9" * 20, "security.rate_limit.burst"),
+        ("API_ADMIN_KEYS", ",,", "PROGRESSDB_API_ADMIN_KEYS has nothing between its commas"),
+        ("CORS_ORIGINS", "https://a.example,https://a.example/b", "allowed_origins, origin 2, must be"),
         ("ALLOW_UNAUTH", "maybe", "PROGRESSDB_ALLOW_UNAUTH must be"),
         ("KMS_SPAWN", "2", "PROGRESSDB_KMS_SPAWN must be"),
         ("IP_WHITELIST", "10.0.0.1/8", "has host bits set"),
@@ -353,6 +365,25 @@ def test_a_value_that_breaks_a_rule_stops_the_start_with_the_reason(name: str, t
     assert reason in refusal
     if name.startswith("API_"):
         assert text not in refusal
+
+
+def test_a_file_of_deep_nesting_stops_the_start_with_the_reason(tmp_path: Path) -> None:
+    for name in ("deep.yaml", "deep.toml"):
+        text = ("a = " if name.endswith("toml") else "") + "[" * 5000
+        assert "malformed" in refusal_of({**DB, "config": written(tmp_path, text, name)}, {})
+
+
+def test_a_variable_that_sets_nothing_is_named_with_the_one_that_is_like_it() -> None:
+    environment = {
+        "PROGRESSDB_RATE_LIMIT": "5",
+        "PROGRESSDB_\x1b[2J": "",
+        "PROGRESSDB_MINIKMS_POLICY": "p",
+        "PROGRESSDB_ADDR": ":1",
+    }
+    assert unknown_variables(environment) == [
+        "the variable 'PROGRESSDB_\\x1b[2J' sets nothing: did you mean PROGRESSDB_URL?",
+        "the variable 'PROGRESSDB_RATE_LIMIT' sets nothing: did you mean PROGRESSDB_RATE_BURST?",
+    ]
 
 
 def test_one_key_has_one_role() -> None:

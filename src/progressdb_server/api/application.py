@@ -123,6 +123,8 @@ class Application:
             if not exchange.status:  # once begun, a response can only be left unfinished
                 await exchange.respond(refusal)
         finally:
+            if request.body_bytes >= limits.BODY_BYTES_PER_TOKEN:
+                self._access.charge(request.caller, request.user, client, request.body_bytes)
             seconds = self._clock() - started_s
             self._metrics.finished(request, exchange.status or _CLIENT_GONE, seconds)
             if reading.opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -248,6 +249,22 @@ def test_the_answer_to_a_limited_caller_says_when_to_retry() -> None:
     api("GET", "/admin/health")
     reply = api("GET", "/admin/health")
     assert (reply.status, reply.error, reply.headers["retry-after"]) == (429, "rate limit exceeded", "10")
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_long_body_of_a_user_costs_more_than_a_short_one(chunks: int) -> None:
+    api = limited(rps=1, burst=3)
+    body = json.dumps({"thread": "t", "body": "x" * 40_000}).encode()
+    parts = {} if chunks == 1 else {"chunks": [body[:20_000], body[20_000:30_000], body[30_000:]]}
+
+    def posts(user: str, raw: bytes, **more: Any) -> int:
+        return api("POST", "/v1/messages", raw=raw, key=FRONTEND, headers=signed(user), **more).status
+
+    assert [posts("ann", body, **parts) for _ in range(2)] == [200, 429], "three tokens each"
+    short = b'{"body": "x"}'
+    assert [posts("ben", short) for _ in range(4)] == [200, 200, 200, 429]
+    headers = {"X-User-ID": "eve"}
+    assert [api("POST", "/v1/messages", raw=body, headers=headers).status for _ in range(2)] == [200, 200], "a backend"
 
 
 def test_each_key_has_a_bucket_of_its_own_from_wherever_it_calls() -> None:

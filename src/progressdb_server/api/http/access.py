@@ -7,7 +7,8 @@ checks. Keys and signatures are in `api.http.keys`, rates in `api.http.rates`.
 Invariants:
 - A check runs only after all earlier ones have passed. A refused request has reached no route.
 - A caller is identified before a token is taken: nobody uses up the tokens of another key or user. A refused caller
-  takes a token of its address, from a separate table. Probes of health and readiness take none.
+  takes a token of its address, from a separate table. Probes of health and readiness take none. A body costs a user one
+  more for each BODY_BYTES_PER_TOKEN: the time that it takes grows with its length.
 - A forwarded address is believed only from a proxy that the configuration names, and only for the rates by address:
   the allow list is compared with the peer of the connection.
 
@@ -189,6 +190,16 @@ class AccessControl:
             else:
                 _check_wait(self._addresses.take(address_group(client), now_s))
         return caller, user
+
+    def charge(self, caller: Caller, user: str | None, client: str, body_bytes: int) -> None:
+        """Take the tokens that the body of a request costs. Those of an API key without a user cost none."""
+        if not self._limited:
+            return
+        count = body_bytes // limits.BODY_BYTES_PER_TOKEN
+        if user is not None:
+            self._users.charge((caller.number, user), count)
+        elif not caller.number:
+            self._addresses.charge(address_group(client), count)
 
     def _identified(self, path: str, headers: head.Headers) -> tuple[Caller, str | None]:
         """Raises ApiError 400, 401, 403."""

@@ -1,7 +1,8 @@
 """Rates: token buckets of callers.
 
-Owns: the buckets. Invariants: a bucket holds at most `burst` tokens, and a table of
-buckets has a bound. No I/O, no clock: callers pass the time in, as seconds of a monotonic clock.
+Owns: the buckets. Invariants: a bucket holds at most `burst` tokens and owes at most what it gains in
+OWED_SECONDS_MAX; a table of buckets has a bound. No I/O, no clock: callers pass the time in, as seconds of a monotonic
+clock.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import Final
+
+OWED_SECONDS_MAX: Final = 10
 
 
 class TokenBucket:
@@ -42,6 +46,10 @@ class TokenBucket:
             return 0.0
         return (1 - self._tokens) / self._rps
 
+    def charge(self, count: int) -> None:
+        """Take `count` more tokens for a request that has had its own. What the bucket lacks it owes."""
+        self._tokens = max(self._tokens - count, -OWED_SECONDS_MAX * self._rps)
+
 
 class RateBuckets:
     """A token bucket for each caller. In a full table, the least recently used bucket makes room if it is full again,
@@ -72,6 +80,10 @@ class RateBuckets:
         else:
             self._buckets.move_to_end(caller)
         return bucket.take(now_s)
+
+    def charge(self, caller: Hashable, count: int) -> None:
+        """As `TokenBucket.charge`."""
+        self._buckets.get(caller, self._shared).charge(count)
 
     def _new(self, caller: Hashable, now_s: float) -> TokenBucket:
         if self._is_crowded(now_s):

@@ -163,6 +163,7 @@ class Request:
         "_query_params",
         "_receive",
         "address",
+        "body_bytes",
         "caller",
         "client_address",
         "direct",
@@ -195,6 +196,8 @@ class Request:
         self.viewer_key = 0
         """Number of the admin key that began the viewer's session; 0 outside of one."""
         self.path_params: dict[str, str] = {}
+        self.body_bytes = 0
+        """The length of the body, once it was read."""
         self.route = ""
         """The path template, for logs and metrics. It contains no client input."""
         # Popped, since it refers to the scope, and a reference cycle is freed late.
@@ -257,6 +260,8 @@ class Request:
         received = self.direct.received_body() if self.direct is not None else None
         if received is not None and len(received) > limits.REQUEST_BYTES_MAX:
             raise too_large()
+        if received is not None:
+            self.body_bytes = len(received)
         return received
 
     async def body(self) -> bytes:
@@ -275,6 +280,7 @@ class Request:
         if not message.get("more_body", False):
             if len(first) > limits.REQUEST_BYTES_MAX:
                 raise too_large()
+            self.body_bytes = len(first)
             return first
         return await self._rest_of_body(first)
 
@@ -294,6 +300,7 @@ class Request:
                 raise too_large()
             parts.append(part)
             if not message.get("more_body", False):
+                self.body_bytes = length
                 return b"".join(parts)
 
     async def _discard(self, expected: int) -> None:

@@ -572,8 +572,8 @@ class ReactionHandlers:
         ),
     )
     async def set(self, request: Request) -> Response:
-        """Set the reaction of one identity. The response is the message; to a signed user who may not read it, with this
-        reaction alone."""
+        """Set the reaction of one identity. The response is the message; for a signed user who may not read it, without
+        a body and other reactions."""
         sent = await request.json(_REACTION_DECODER)
         by = sent.id or head.header_text(request.headers.get(head.IDENTITY, b""), "X-Identity")
         if not by or not sent.reaction:
