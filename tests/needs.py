@@ -40,6 +40,7 @@ _DEBIAN_PACKAGES = {
     "git": "git",
     "go": "golang-go",
     "h2load": "nghttp2-client",
+    "haproxy": "haproxy",
     "ip": "iproute2",
     "kustomize": "kustomize",
     "make": "make",

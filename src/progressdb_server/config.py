@@ -31,6 +31,7 @@ BODY_BYTES: Final = 128 * 1024 * 1024
 BODY_BYTES_MIN: Final = 16 * 1024 * 1024
 """An eighth of it, the share of one user, holds one body of the greatest length."""
 IDLE_CONNECTIONS_COUNT: Final = 256
+DRAIN_SECONDS_MAX: Final = 300
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 """Exact as a float, in which rates are computed."""
@@ -76,10 +77,17 @@ class Server(_Section, frozen=True):
     """Of the bodies of all requests that are being received or handled."""
     idle_connections: Count = IDLE_CONNECTIONS_COUNT
     """Of one address; 0 is no bound."""
+    drain: str = ""
+    """How long the server serves after SIGTERM, with `/readyz` 503: a duration, at most DRAIN_SECONDS_MAX. Empty: it
+    stops at once."""
     proxies: tuple[str, ...] = ()
     """Addresses and networks of proxies, which stand for many clients: the bounds of one address on
     bodies and idle connections do not apply to them, and rates by address count the last address that their
     `X-Forwarded-For` names."""
+
+    @property
+    def drain_s(self) -> int:
+        return duration_s(self.drain) if self.drain else 0
 
 
 class Storage(_Section, frozen=True):
@@ -279,6 +287,7 @@ VARIABLES: Final = (
     Variable("DEV", "server.dev", _boolean),
     Variable("BODY_BYTES", "server.body_bytes", _integer),
     Variable("IDLE_CONNECTIONS", "server.idle_connections", _integer),
+    Variable("DRAIN", "server.drain", _text),
     Variable("PROXIES", "server.proxies", _comma_separated),
     Variable("TLS_CERT", "server.tls.cert_file", _text),
     Variable("TLS_KEY", "server.tls.key_file", _text),
@@ -530,7 +539,7 @@ def check(config: Config, *, with_data: bool = True) -> None:
     for network in config.server.proxies:
         parse_network(network, "server.proxies")
     _check_api_keys(config.security.api_keys)
-    _check_rotation(config.rotation)
+    _check_durations(config)
     if config.kms.url:
         _check_url(config)
         return
@@ -577,12 +586,15 @@ def _check_url(config: Config) -> None:
         raise ConfigError(f"kms.url: {error}") from None
 
 
-def _check_rotation(rotation: Rotation) -> None:
-    for name, text in (("max_age", rotation.max_age), ("destroy_old_after", rotation.destroy_old_after)):
+def _check_durations(config: Config) -> None:
+    for name in ("server.drain", "rotation.max_age", "rotation.destroy_old_after"):
+        section, _, setting = name.partition(".")
         try:
-            duration_s(text or "1s")
+            duration_s(getattr(getattr(config, section), setting) or "1s")
         except ValueError as error:
-            raise ConfigError(f"rotation.{name} {error}") from None
+            raise ConfigError(f"{name} {error}") from None
+    if config.server.drain_s > DRAIN_SECONDS_MAX:
+        raise ConfigError(f"server.drain must be at most {DRAIN_SECONDS_MAX}s")
 
 
 def parse_network(text: str, setting: str = "security.ip_whitelist") -> ipaddress.IPv4Network | ipaddress.IPv6Network:

@@ -47,7 +47,6 @@ from progressdb_server.store.epoch import RestoredError
 from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 _log: Final = structlog.get_logger("progressdb")
-_STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 _COLLECTED_OBJECTS_MIN: Final = 50_000
 """New objects between two runs of the cycle collector: many times what the requests in flight hold. Python's default of
 700 visits objects that are still in use, which costs an eighth of an append's time; a request leaves no cycles."""
@@ -73,11 +72,23 @@ class ServeError(Exception):
 
 
 class _Stop:
-    """That the server has to stop: `asked` is set by a signal or a failure, whose reason is in `failure`."""
+    """That the server has to stop: `asked` is set by a signal or a failure, whose reason is in `failure`. Before it,
+    `drain` is set by SIGTERM where the configuration gives a time for that."""
 
-    def __init__(self) -> None:
+    def __init__(self, drain_s: int) -> None:
         self.asked = asyncio.Event()
+        self.drain = asyncio.Event()
         self.failure = ""
+        self._drain_s = drain_s
+
+    def begin(self) -> None:
+        """SIGTERM: serve for the time that it takes a load balancer to notice. A second one ends that time."""
+        if not self._drain_s or self.drain.is_set():
+            self.asked.set()
+            return
+        self.drain.set()
+        _log.info("draining", seconds=self._drain_s)
+        asyncio.get_running_loop().call_later(self._drain_s, self.asked.set)
 
     def fail(self, reason: str) -> None:
         self.failure = reason
@@ -158,10 +169,10 @@ def _return_freed_memory() -> None:
 
 
 async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool, encrypting: bool) -> None:
-    stop = _Stop()
+    stop = _Stop(config.server.drain_s)
     loop = asyncio.get_running_loop()
-    for number in _STOPPING:
-        loop.add_signal_handler(number, stop.asked.set)
+    loop.add_signal_handler(signal.SIGTERM, stop.begin)
+    loop.add_signal_handler(signal.SIGINT, stop.asked.set)
     await _serve_until(stop, config, master_key_fd, accept_restore, encrypting)
     if stop.failure:
         raise ServeError(stop.failure)
@@ -199,7 +210,7 @@ async def _serve_until(
             registry.register(provider.metrics)
         access = AccessControl(config.security, config.server.proxies)
         kms_metrics = provider.metrics if isinstance(provider, RemoteProvider) else KmsMetrics()
-        readiness = Readiness(store, _status_of(provider, config, started), kms_metrics)
+        readiness = Readiness(store, _status_of(provider, config, started), kms_metrics, stop.drain)
         started.push_async_callback(readiness.close)
         viewer = Viewer(store, provider, jobs, readiness, access.keys, secure=bool(config.server.tls.cert_file))
         backup_routes = store_backup.operations(store, config.backups_dir)
@@ -214,6 +225,7 @@ async def _serve_until(
             listener,
             tls=config.server.tls,
             stop=stop.asked,
+            drain=stop.drain,
             shares=Shares(config.server),
             on_listening=lambda: notifier.ready(f"serving {_announce(config, str(host), int(port))}"),
         )

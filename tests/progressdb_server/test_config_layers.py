@@ -142,6 +142,7 @@ ENVIRONMENT: list[tuple[str, str, str, object]] = [
     ("THREADS", "open", "security.threads", "open"),
     ("BODY_BYTES", "20000000", "server.body_bytes", 20_000_000),
     ("IDLE_CONNECTIONS", "9", "server.idle_connections", 9),
+    ("DRAIN", "10s", "server.drain", "10s"),
     ("PROXIES", "10.0.0.0/8", "server.proxies", ("10.0.0.0/8",)),
     ("API_BACKEND_KEYS", "k1,k2", "security.api_keys.backend", ("k1", "k2")),
     ("API_FRONTEND_KEYS", "k1", "security.api_keys.frontend", ("k1",)),
@@ -349,6 +350,8 @@ def test_an_error_in_a_file_is_explained_without_quoting_it(tmp_path: Path) -> N
         ("IP_WHITELIST", "10.0.0.1/8", "has host bits set"),
         ("IP_WHITELIST", "example.org", "security.ip_whitelist"),
         ("PROXIES", "example.org", "server.proxies"),
+        ("DRAIN", "301s", "server.drain must be at most 300s"),
+        ("DRAIN", "soon", "server.drain must be a number and one of"),
         ("BODY_BYTES", "16777215", "server.body_bytes must be at least 16777216"),
         ("THREADS", "closed", "security.threads"),
         ("TLS_CERT", "/c", "TLS needs both"),
@@ -373,7 +376,7 @@ def test_a_file_of_deep_nesting_stops_the_start_with_the_reason(tmp_path: Path) 
         assert "malformed" in refusal_of({**DB, "config": written(tmp_path, text, name)}, {})
 
 
-def test_a_variable_that_sets_nothing_is_named_with_the_one_that_is_like_it() -> None:
+def test_a_misspelled_variable_is_named_with_the_one_that_is_like_it() -> None:
     environment = {
         "PROGRESSDB_RATE_LIMIT": "5",
         "PROGRESSDB_\x1b[2J": "",

@@ -41,6 +41,7 @@ class RealServer:
         *more: str,
         program: tuple[str, ...] = ("-m", "progressdb_server"),
         environment: Mapping[str, str] = {},
+        port: int = 0,
     ) -> None:
         """`more` words of the command line, `program` for the interpreter, and variables that are added. A program that
         begins with `-m` is forked.
@@ -56,7 +57,7 @@ class RealServer:
             "PROGRESSDB_LOG_LEVEL": "debug",
             **environment,
         }
-        words = ["--addr", "127.0.0.1:0", "--db", str(self.db), "--dev", "--log-format", "json", *more]
+        words = ["--addr", f"127.0.0.1:{port}", "--db", str(self.db), "--dev", "--log-format", "json", *more]
         # The server writes to the file itself, so that a line is there once its request is answered.
         self._process: Forked | subprocess.Popen[bytes]
         with self.log_path.open("ab") as log, Path(os.devnull).open("w") as nothing:

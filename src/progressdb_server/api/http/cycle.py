@@ -36,7 +36,7 @@ class Cycle:
     def __init__(self, connection: Connection, scope: MutableMapping[str, Any], fields: framing.Fields) -> None:
         self.connection = connection
         self.scope = scope
-        self.keep_alive = fields.keep_alive
+        self.keep_alive = fields.keep_alive and not connection.serving.drains
         self.waits_for_continue = fields.expects_continue
         self.task: asyncio.Task[None] | None = None
         self.disconnected = False

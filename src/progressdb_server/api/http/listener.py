@@ -2,7 +2,8 @@
 
 Owns: the listening socket, accepting, TLS, and the stop. Invariants:
 - No signal is handled here; the caller says when to stop. After that no request is accepted, and requests in flight
-  have `STOP_SECONDS_MAX` to finish.
+  have `STOP_SECONDS_MAX` to finish. Once the caller says that it drains, each response ends its connection; at the stop
+  the connections that the kernel has taken are accepted and have `FIRST_REQUEST_SECONDS` for a request.
 - There are at most `CONNECTIONS_COUNT_MAX` connections, those in their TLS handshake counted. A handshake takes at most
   `HANDSHAKE_SECONDS_MAX`, and counts as an idle connection of its address meanwhile.
 - When accept(2) fails, the open connections are served, and accepting goes on `ACCEPT_PAUSE_SECONDS` later.
@@ -33,6 +34,8 @@ BACKLOG_COUNT: Final = 2048
 ACCEPTS_PER_TURN_COUNT_MAX: Final = 32
 """Of one turn of the event loop, so that a flood of new connections does not delay the open ones."""
 ACCEPT_PAUSE_SECONDS: Final = 0.5
+FIRST_REQUEST_SECONDS: Final = 0.5
+"""For the requests of connections that were accepted last, when a server has drained."""
 _SPARE_DESCRIPTORS_COUNT: Final = 1024
 """Descriptors for the store's files and the key service, beyond one for each connection."""
 
@@ -127,11 +130,16 @@ class _Acceptor:
         self._listen()
 
     def close(self) -> None:
+        """Close the port. Where the server drains, first accept what the kernel has taken: close(2) would reset it."""
+        if self._pause is None:
+            self.serving.loop.remove_reader(self._listener.fileno())
+            for _ in range(BACKLOG_COUNT // ACCEPTS_PER_TURN_COUNT_MAX if self.serving.drains else 0):
+                self._accept()
         if self._pause is not None:
             self._pause.cancel()
-        else:
-            self.serving.loop.remove_reader(self._listener.fileno())
         self._listener.close()
+
+    def close_opening(self) -> None:
         for opening in list(self.opening):
             opening.close_idle()
 
@@ -170,21 +178,33 @@ async def serve_http(
     *,
     tls: Tls,
     stop: asyncio.Event,
+    drain: asyncio.Event | None = None,
     shares: Shares | None = None,
     on_listening: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until `stop` is set, and close the listener. Returns when the last request has its response or its time is
-    over."""
+    """Serve until `stop` is set, and close the listener. Once `drain` is set, clients are sent away. Returns when the
+    last request has its response or its time is over."""
     serving = Serving(application, shares or Shares(), asyncio.get_running_loop())
     acceptor = _Acceptor(listener, serving, _tls_context(tls) if tls.cert_file else None)
     on_listening()
-    telling = asyncio.create_task(_tell_time(serving))
+    beside = [asyncio.create_task(_tell_time(serving))]
+    if drain is not None:
+        beside.append(asyncio.create_task(_drain(serving, drain)))
     try:
         await stop.wait()
     finally:
         acceptor.close()
+        if serving.drains:
+            await asyncio.sleep(FIRST_REQUEST_SECONDS)
+        acceptor.close_opening()
         await serving.stop(STOP_SECONDS_MAX)
-        telling.cancel()
+        for task in beside:
+            task.cancel()
+
+
+async def _drain(serving: Serving, drain: asyncio.Event) -> None:
+    await drain.wait()
+    serving.drains = True
 
 
 async def _tell_time(serving: Serving) -> None:

@@ -56,6 +56,8 @@ class Serving:
         self.connections: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         """Of the requests that the application handles."""
+        self.drains = False
+        """Whether each response ends its connection, because a stop is near."""
         self.date = b""
         self.set_date()
 

@@ -95,19 +95,21 @@ class Probe:
 
 class Readiness:
     """`status` asks the key service for its status; it should fail fast when the key service is away. `kms` remembers
-    what it reports."""
+    what it reports. Once `drain` is set, the server is not ready: it is about to stop."""
 
     def __init__(
         self,
         store: Conversations,
         status: Callable[[], Awaitable[api.StatusAnswer]],
         kms: KmsMetrics,
+        drain: asyncio.Event | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._status = status
         self.kms = kms
+        self._drain = drain or asyncio.Event()
         self.writes = Probe("writes", self._ask_store, "the disk has not answered for some seconds", clock=clock)
         self.key_service = Probe(
             "key service", self._ask_key_service, "it has not answered for some seconds: it hangs", clock=clock
@@ -156,7 +158,7 @@ class Readiness:
     async def ready(self, request: Request) -> Response:
         """Whether writes and the key service work, whether damage was met in the store, and nothing more; needs no
         key."""
-        if any(await self.problems()):
+        if self._drain.is_set() or any(await self.problems()):
             raise ApiError(503, NOT_READY, (retry_after(int(FAULT_AGE_S)),))
         return json_response({"status": "damaged" if self.damage() else "ok"})
 
@@ -170,8 +172,8 @@ class Readiness:
     async def explained(self, request: Request) -> Response:
         """The same, with what is wrong: an empty text where nothing is. `notices` is what does not stop the server."""
         writes, key_service = await self.problems()
-        found = _Explained(not (writes or key_service), writes, key_service, self.damage(), self._store.notices)
-        return json_response(found)
+        ready = not (self._drain.is_set() or writes or key_service)
+        return json_response(_Explained(ready, writes, key_service, self.damage(), self._store.notices))
 
 
 class _Explained(msgspec.Struct):
