@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from progressdb_server.store.model import StoreDamagedError
@@ -109,3 +110,7 @@ def test_one_damaged_block_leaves_the_other_threads_served(tmp_path: Path) -> No
         assert b"progressdb_store_unreadable_records 1.0" in server("GET", "/metrics", key=ADMIN).body
         assert altered.decode() in server("GET", "/admin/readiness", key=ADMIN).json["damage"]
         assert server("POST", "/v1/messages", {"thread": "new", "author": "ada", "body": 1}).status == 200
+    table = max(store.glob("*.sst"), key=lambda file: file.stat().st_size)
+    os.truncate(table, table.stat().st_size // 2)
+    status, said = command(server, "--dev", "--addr", "127.0.0.1:0")
+    assert (status, f"the file {table.name}" in said, "docs/runbook.md" in said) == (1, True, True), said

@@ -430,13 +430,14 @@ async def check(place: str, provider: Provider | None, parse_job: ParseJob | Non
     try:
         async with offline.open_view(place) as view:
             return await _checked(view, provider, parse_job)
-    except StoreDamagedError:
+    except StoreDamagedError as error:
         if offline.is_url(place):
             raise
+        damage = error
         with salvage.open_remains(place) as remains:
             report = await _checked(remains, provider, parse_job)
             judged = [finding for finding in report.findings if finding.kind != "miscounted"]
-            return report._replace(findings=[*_named(remains.lost), *judged])
+            return report._replace(findings=[*_named(remains.lost, damage), *judged])
 
 
 async def _checked(view: View, provider: Provider | None, parse_job: ParseJob | None) -> Report:
@@ -454,8 +455,9 @@ async def _answering(provider: Provider | None) -> Provider | None:
     return provider
 
 
-def _named(damaged: Sequence[Lost]) -> list[Problem]:
-    problems: list[Problem] = []
+def _named(damaged: Sequence[Lost], met: StoreDamagedError) -> list[Problem]:
+    """`met`: what was damage to the engine, and is a finding also if everything else can be read."""
+    problems = [] if damaged else [Problem("lost", met.file or "log", str(met))]
     for lost in damaged:
         place = (
             f"entries from {_shown(lost.lower)} to {_shown(lost.upper)}" if lost.upper else "some of the last writes"
@@ -472,12 +474,12 @@ async def repair_offline(
     """Repair the store at `place`, which no server has open; returns what was dropped and what was fixed. Only with
     `drop` a damaged store is replaced by what can be read of it: a record of a damaged part stays if its key opens it.
     Raises StoreLockedError, StoreDamagedError, StoreUnavailableError, FormatError."""
-    dropped: list[Problem] = []
     try:
-        return dropped, await _repaired(place)
-    except StoreDamagedError:
+        return [], await _repaired(place)
+    except StoreDamagedError as error:
         if not drop or offline.is_url(place):
             raise
+        damage = error
     provider = await _answering(provider)
     kept: set[str] = set()
 
@@ -487,7 +489,7 @@ async def repair_offline(
         return proved
 
     lost = await salvage.rebuild(place, prove)
-    dropped = [problem for problem in _named(lost) if problem.key not in kept]
+    dropped = [problem for problem in _named(lost, damage) if problem.key not in kept]
     return dropped, await _repaired(place)
 
 
