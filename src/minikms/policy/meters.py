@@ -115,6 +115,11 @@ class _Kept(NamedTuple):
     def of(self, key: BucketKey) -> int:
         return self.buckets.get(key, self.others_ns)
 
+    def or_more(self, other: _Kept) -> _Kept:
+        """For each bucket the larger of both."""
+        keys = self.buckets.keys() | other.buckets.keys()
+        return _Kept(max(self.others_ns, other.others_ns), {key: max(self.of(key), other.of(key)) for key in keys})
+
     def encode(self) -> bytes:
         return msgspec.json.encode(_Saved(1, self.others_ns, [(*key, ns) for key, ns in self.buckets.items()]))
 
@@ -232,8 +237,8 @@ class Meters:
         self._swept_ns = now_ns()
         self._empty_ns = self._swept_ns - HOUR_NS
         """When the buckets of an account that is not known were empty."""
-        self._kept = [_Kept(HOUR_NS + 1, {})]
-        """What the file may have. First that of another run: it gives more than any bucket holds once it is used."""
+        self._kept = _Kept(HOUR_NS + 1, {})
+        """What the file gives at most. First that of another run: more than any bucket holds once it is used."""
         self._keeping: asyncio.Future[StorageUnavailableError | None] | None = None
         self._answered: list[Charge] = []
         """Of the requests that are answered in this turn."""
@@ -338,13 +343,13 @@ class Meters:
         """Writes the file again for what has filled since. Call it every REFRESH_SECONDS. The next use tells of an
         error.
         """
-        if self._keeping is None and self._kept != [self._left(RESERVED_NS)]:
+        if self._keeping is None and self._kept != self._left(RESERVED_NS):
             self._keeping = asyncio.ensure_future(self._keep_reserved())
 
     def _is_beyond(self, taken: Taken) -> bool:
         """Whether the file may give more than one of these buckets holds."""
         now_ns = self._now_ns()
-        return any(bucket.filled_ns(now_ns) < max(kept.of(key) for kept in self._kept) for key, bucket in taken.items())
+        return any(bucket.filled_ns(now_ns) < self._kept.of(key) for key, bucket in taken.items())
 
     async def _keep_reserved(self) -> StorageUnavailableError | None:
         kept = self._left(RESERVED_NS)
@@ -352,14 +357,14 @@ class Meters:
         if len(content) > SAVED_BYTES_MAX:
             kept = _Kept(0, {})
             content = kept.encode()
-        self._kept.append(kept)  # it may be on the disk before this knows, or after an error
+        self._kept = self._kept.or_more(kept)  # it may be on the disk before this knows, or after an error
         try:
             await self._keep(content)
         except StorageUnavailableError as error:
             return error.with_traceback(None)
         finally:
             self._keeping = None
-        self._kept = [kept]
+        self._kept = kept
         return None
 
     def save(self) -> bytes:
