@@ -60,7 +60,7 @@ OWNER_BYTES_MAX: Final = 1024
 OWNED_MAGIC: Final = b"mKo1"
 """Begins a value with an owner: then the length of the owner's text (2 bytes), the text, and the record."""
 KEYS_CACHED_MAX: Final = 4096
-"""Threads whose current key an adapter remembers, and results of `thread_name` that are kept."""
+"""Threads whose current key an adapter remembers, and names and places that are kept."""
 KEY_CHANGES_MAX: Final = 3
 """How often the key of a thread may be replaced during one call."""
 _JSON_FIELD: Final = "minikms"
@@ -216,8 +216,14 @@ class Place(NamedTuple):
     record: str
 
 
+@functools.lru_cache(KEYS_CACHED_MAX)
+def _bound(place: Place) -> bytes:
+    """What a record is bound to. The values of a column share it."""
+    return b"minikms-adapters 1\0" + _digest((place.thread, *place.parts))
+
+
 def _aads(place: Place, pieces_count: int) -> list[bytes]:
-    bound = b"minikms-adapters 1\0" + _digest((place.thread, *place.parts))
+    bound = _bound(place)
     return [bound + index.to_bytes(4, "big") + bytes([index == pieces_count - 1]) for index in range(pieces_count)]
 
 
