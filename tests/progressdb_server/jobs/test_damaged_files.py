@@ -22,7 +22,7 @@ from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import BackupError, FormatError, Message, NewMessage, StoreError
 from progressdb_server.store.rocks import RocksEngine
 from tests.progressdb_server.jobs.rotating import UNBOUNDED, chunks_of
-from tests.progressdb_server.store.opened_store import TickingClock, messages_of, opened
+from tests.progressdb_server.store.opened_store import NOW_NS, TickingClock, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 THREADS = ("t", "u", "v")
@@ -30,7 +30,7 @@ MESSAGES = 90
 DAY_NS = 86_400 * 10**9
 ENDS_S = 1.0
 """A job on a disk that fails may wait for ever."""
-AUTOMATIC = Rotation(records_per_second=0, max_uses=1, destroy_old_after="1s")
+AUTOMATIC = Rotation(records_per_second=0, max_age="1s", destroy_old_after="1s")
 
 Expected = dict[str, list[Message]]
 
@@ -48,7 +48,7 @@ class Place:
         self.path = directory / "store"
         self.numbers = numbers
         self.provider = SealingProvider()
-        self.clock = TickingClock()
+        self.clock = TickingClock(NOW_NS)
         self.expected: Expected = {}
         self.directory = directory
 
@@ -198,7 +198,8 @@ def lie(directory: Path, use: Callable[[Place], Awaitable[None]], seed: int, rou
 
 @pytest.mark.parametrize("use", USES)
 def test_a_use_of_a_disk_that_lies_loses_nothing_that_it_has(tmp_path: Path, use: Any) -> None:
-    lie(tmp_path, use, 49, 6)
+    destroyed = lie(tmp_path, use, 49, 6)
+    assert bool(destroyed) == (use in (rotations, automatic_rotations))
 
 
 @pytest.mark.torture
