@@ -24,7 +24,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, Final
 
 from rocksdict import (
@@ -172,9 +172,7 @@ class RocksRead:
         if lower >= upper or limit <= 0:
             return []
         try:
-            if reverse:
-                return [(key, walk.value()) for key, walk in self._downwards(lower, upper, limit)]
-            return self._upwards(lower, upper, limit, bytes_max)
+            return self._scan(lower, upper, limit, bytes_max, reverse=reverse)
         except Exception as error:
             error.__traceback__ = None  # it leads to iterators
             raise self._failure(error) from error
@@ -184,54 +182,59 @@ class RocksRead:
         if lower >= upper or limit <= 0:
             return []
         try:
-            if reverse:
-                return [key for key, _ in self._downwards(lower, upper, limit)]
-            return self._keys_upwards(lower, upper, limit)
+            return self._keys(lower, upper, limit, reverse=reverse)
         except Exception as error:
             error.__traceback__ = None
             raise self._failure(error) from error
 
-    def _upwards(self, lower: bytes, upper: bytes, limit: int, bytes_max: int | None) -> list[tuple[bytes, bytes]]:
-        bounds = up_to(upper, cached=bytes_max is None)
-        entries = islice(self._db.items(from_key=lower, read_opt=bounds), limit)
+    def _scan(
+        self, lower: bytes, upper: bytes, limit: int, bytes_max: int | None, *, reverse: bool
+    ) -> list[tuple[bytes, bytes]]:
+        if reverse:
+            entries = self._db.items(backwards=True, from_key=upper)
+            taken = list(islice(takewhile(lambda entry: entry[0] >= lower, entries), limit + 1))
+            if taken and taken[0][0] == upper:
+                del taken[0]
+            if len(taken) < limit:
+                self._check_empty(lower, taken[-1][0] if taken else upper, reverse=True)
+            return taken[:limit]
+        entries = islice(self._db.items(from_key=lower, read_opt=up_to(upper, cached=bytes_max is None)), limit)
+        full = False
         if bytes_max is None:
-            taken, full = list(entries), False
+            taken = list(entries)
         else:
             taken, full = _until(entries, bytes_max)
         if len(taken) < limit and not full:
-            self._check_end(next_key(taken[-1][0]) if taken else lower, bounds)
+            self._check_empty(next_key(taken[-1][0]) if taken else lower, upper)
         return taken
 
-    def _keys_upwards(self, lower: bytes, upper: bytes, limit: int) -> list[bytes]:
-        bounds = up_to(upper, cached=False)
-        taken = list(islice(self._db.keys(from_key=lower, read_opt=bounds), limit))
+    def _keys(self, lower: bytes, upper: bytes, limit: int, *, reverse: bool) -> list[bytes]:
+        taken: list[bytes]
+        if reverse:
+            keys = self._db.keys(backwards=True, from_key=upper)
+            taken = list(islice(takewhile(lambda key: key >= lower, keys), limit + 1))
+            if taken and taken[0] == upper:
+                del taken[0]
+            if len(taken) < limit:
+                self._check_empty(lower, taken[-1] if taken else upper, reverse=True)
+            return taken[:limit]
+        taken = list(islice(self._db.keys(from_key=lower, read_opt=up_to(upper, cached=False)), limit))
         if len(taken) < limit:
-            self._check_end(next_key(taken[-1]) if taken else lower, bounds)
+            self._check_empty(next_key(taken[-1]) if taken else lower, upper)
         return taken
 
-    def _downwards(self, lower: bytes, upper: bytes, limit: int) -> Iterator[tuple[bytes, Any]]:
-        """Keys, with the iterator that is there."""
-        walk = self._db.iter()
-        walk.seek_for_prev(upper)
-        while walk.valid():
-            key: bytes = walk.key()
-            if key < lower:
-                return
-            if key < upper:
-                yield key, walk
-                limit -= 1
-                if not limit:
-                    return
-            walk.prev()
-        walk.status()
-
-    def _check_end(self, lower: bytes, bounds: ReadOptions) -> None:
-        """Raises unless nothing is stored from `lower` on: a second look costs less than a whole walk with an iterator
-        that has a status."""
-        left = self._db.iter(bounds)
-        left.seek(lower)
+    def _check_empty(self, lower: bytes, upper: bytes, *, reverse: bool = False) -> None:
+        """Raises unless nothing is stored in the part of a range that a scan has not given. This second look costs less
+        than a whole walk with an iterator that has a status."""
+        if lower >= upper:
+            return
+        left = self._db.iter(up_to(upper, cached=False))
+        if reverse:
+            left.seek_for_prev(upper)
+        else:
+            left.seek(lower)
         left.status()
-        if left.valid():
+        if left.valid() and left.key() >= lower:
             raise OSError("IO error: a scan ended before the end of its range")
 
 

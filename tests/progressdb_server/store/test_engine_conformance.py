@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from progressdb_server.store import rocks
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineUnavailableError
 from progressdb_server.store.model import StoreDamagedError
 from progressdb_server.store.rocks import RocksEngine
@@ -170,6 +172,22 @@ def test_a_read_that_meets_damage_raises_and_names_the_file(damaged: tuple[Rocks
         errors.append(raised.value)
     assert [error.file for error in errors] == [file] * len(reads)
     engine.reopen()  # the errors, which somebody may keep, have no iterator
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_iterator_that_ends_early_is_not_taken_for_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reverse: bool
+) -> None:
+    """As after a read that failed once: the second look finds entries."""
+    engine = RocksEngine(str(tmp_path / "db"))
+    put(engine, *(b"%d" % number for number in range(9)))
+    for at_most in (0, 3, 8):
+        monkeypatch.setattr(rocks, "islice", lambda entries, limit, ends=at_most: islice(entries, min(limit, ends)))
+        for read in (engine.scan, engine.keys):
+            with pytest.raises(EngineUnavailableError):
+                read(b"0", b"9", limit=9, reverse=reverse)
+            assert len(read(b"0", b"9", limit=at_most, reverse=reverse)) == at_most
+    engine.close()
 
 
 def test_entries_before_and_behind_damage_are_read(damaged: tuple[RocksEngine, str]) -> None:
