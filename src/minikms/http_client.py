@@ -83,6 +83,8 @@ class HttpClient:
                             raise ExchangeError(f"its answer is larger than {bytes_max} bytes")
             is_number = retry_after.isascii() and retry_after.isdigit() and len(retry_after) < 10
             return Answer(answer.status, content, int(retry_after) if is_number else 0)
+        except TimeoutError:  # also that of a handshake, which has a text of its own
+            raise TimeoutError("no answer in time") from None
         except OSError:  # first: the error of a wrong certificate is a ValueError too
             raise
         except (http.client.HTTPException, ValueError) as error:  # their texts hold what was sent or answered
