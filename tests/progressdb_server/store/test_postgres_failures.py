@@ -106,7 +106,7 @@ def test_a_session_that_is_ended_within_a_group_leaves_it_in_doubt(database: str
             with pytest.raises(OutcomeUnknownError):
                 await writing
         await connection.close()
-        await becomes(lambda: store.writer.available)
+        await store.writer.settled()
         await store.create_message(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 2]
 
