@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 
 import asyncpg
@@ -33,7 +34,7 @@ def test_a_node_with_a_wrong_clock_moves_no_time(database: str, monkeypatch: pyt
             with monkeypatch.context() as node, capture_logs() as logs:
                 node.setattr(postgres, "_NOW", f"SELECT ({postgres._NOW[7:]}) + {2 * DAY_S} * 1000000000::bigint")
                 await becomes(lambda: bool(one.notices))
-                assert "jumped by 1728" in one.notices[0]
+                assert re.search(r"jumped by 172[78]\d\d seconds", one.notices[0])
                 assert (await one.create_message(new, idempotency=retry)).id == message.id
                 later = await one.create_message(NewMessage(author="ann", thread="t", body=1))
                 assert abs(later.ts - time.time_ns()) < DAY_S * 10**9
