@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import os
 import select
+import stat
 import sys
 import threading
 import time
@@ -49,6 +50,9 @@ class _LogLines(io.TextIOBase):
     def __init__(self, stream: TextIO, processors: list[structlog.typing.Processor]) -> None:
         self._stream = stream  # so that its descriptor stays open
         self._descriptor = stream.fileno()
+        kind = os.fstat(self._descriptor).st_mode
+        self._is_shared = hasattr(os, "RWF_NOWAIT") and (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind))
+        """Another process may take the room that poll(2) has found."""
         self._processors = processors
         self._poll = select.poll()
         self._poll.register(self._descriptor, select.POLLOUT)
@@ -81,12 +85,23 @@ class _LogLines(io.TextIOBase):
         size = len(rest)
         try:
             while rest and self._poll.poll(0):
-                rest = rest[os.write(self._descriptor, rest[:_PART_BYTES]) :]
+                rest = rest[self._write(rest[:_PART_BYTES]) :]
         except OSError:  # a reader that has gone, a full disk: neither may stop the service
             pass
         if len(rest) < size:
             self._is_cut = bool(rest)
         return not rest
+
+    def _write(self, part: memoryview) -> int:
+        """Raises OSError, also where it would wait."""
+        if self._is_shared:
+            try:
+                return os.pwritev(self._descriptor, (part,), -1, os.RWF_NOWAIT)
+            except BlockingIOError:
+                raise
+            except OSError:  # a kernel that can't (Linux before 6.4 for pipes), or another error, which comes again
+                pass
+        return os.write(self._descriptor, part)
 
 
 def log_lines(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
 import subprocess
 import sys
 
 import pytest
+
+from tests import needs
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
@@ -110,6 +113,38 @@ def test_a_log_whose_reader_has_gone_raises_nothing() -> None:
         process.stderr.close()
         process.stdin.close()
         assert process.wait(60) == 0
+
+
+def writes_without_waiting(descriptor: int) -> bool:
+    try:
+        return os.pwritev(descriptor, [b"x"], -1, os.RWF_NOWAIT) == 1
+    except OSError:
+        return False
+
+
+def test_a_log_does_not_wait_if_another_process_has_filled_its_pipe() -> None:
+    """It takes the room between the question and the write. Without RWF_NOWAIT the write would never end."""
+    program = """
+import os, select
+class Full:
+    def register(self, *_): pass
+    def poll(self, _):
+        try:
+            while True: os.write(other, bytes(select.PIPE_BUF))
+        except BlockingIOError: return [(2, select.POLLOUT)]
+from minikms import logs
+select.poll = Full
+other = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+logs.service_logger("text").info("x")
+print("done")
+"""
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb"):
+        needs.linux("6.4", writes_without_waiting(writer))
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, timeout=60, check=True
+        )
+    assert done.stdout == b"done\n"
 
 
 def test_a_line_longer_than_a_pipe_takes_at_once_is_written() -> None:
