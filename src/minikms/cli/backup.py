@@ -74,8 +74,10 @@ def create(
     from minikms.custody.backup.create import NewArchive, remove_failed, remove_leftover
     from minikms.custody.backup.create import create as create_archive
     from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive, new_archive_id
+    from minikms.datadir import read_keyring
 
     directory = chosen_data_dir(data_dir)
+    read_keyring(directory)  # first: beside no keyring, a register is what an interrupted restore leaves
     root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
     register = ArchiveRegister(directory)
     entry = RegisteredArchive(new_archive_id(), os.path.abspath(archive), time.time_ns() // 1_000_000)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.api.errors import KmsRefusedError
+from minikms.api.errors import KmsRefusedError, StartError
 from minikms.cli.backup import create, prune, verify
 from minikms.custody.backup.register import ArchiveRegister
 from tests.harness.disk_faults import failing
@@ -59,3 +59,13 @@ def test_each_archive_that_is_left_is_in_the_register(
         if status == 0:
             break
     assert statuses[-1] == 0
+
+
+def test_a_backup_of_no_data_directory_leaves_nothing_there(tmp_path: Path) -> None:
+    """`init` would take a register beside no keyring for a restore that was interrupted."""
+    key = key_file(tmp_path)
+    directory = tmp_path / "empty"
+    directory.mkdir(0o700)
+    with pytest.raises(StartError, match="no keyring"):
+        create(tmp_path / "archive", data_dir=str(directory), master_key_file=key)
+    assert not list(directory.iterdir())
