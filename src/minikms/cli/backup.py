@@ -269,7 +269,9 @@ def prune(
     forgotten = [
         entry
         for entry in missing
-        if (forget_missing or not entry.ended_ms) and remove_leftover(entry.path, entry.archive_id)
+        if (forget_missing or not entry.ended_ms)
+        and remove_leftover(entry.path, entry.archive_id)
+        and not os.path.lexists(entry.path)  # its backup may have ended since
     ]
     for entry in forgotten:
         register.forget(entry.archive_id)

@@ -9,7 +9,7 @@ import pytest
 
 from minikms.cli.backup import prune
 from minikms.custody.backup.create import staging_path
-from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
+from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive, new_archive_id
 
 
 @pytest.fixture
@@ -41,3 +41,17 @@ def test_a_backup_that_is_being_made_is_neither_removed_nor_forgotten(
         assert prune(keep=1, data_dir=str(tmp_path / "d"), yes=True) == 0
     assert leftover.exists()
     assert len(register.listed()) == 1
+
+
+def test_a_backup_that_ends_while_prune_asks_is_not_forgotten(
+    tmp_path: Path, interrupted: tuple[ArchiveRegister, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receipt of a key that is destroyed later must name it."""
+    register, leftover = interrupted
+    archive = tmp_path / "archive"
+    for name in ("older", "old"):
+        (tmp_path / name).write_bytes(leftover.read_bytes())
+        register.put(RegisteredArchive(new_archive_id(), str(tmp_path / name), begun_ms=0, ended_ms=1))
+    monkeypatch.setattr("minikms.cli.backup.confirm", lambda *_, **__: leftover.rename(archive))
+    assert prune(keep=1, data_dir=str(tmp_path / "d")) == 0
+    assert str(archive) in {entry.path for entry in register.listed()}
