@@ -1,11 +1,11 @@
 """The issuers of tokens: their keys, when they are fetched, and the tokens that were verified lately.
 
 Owns: the keys of each issuer, from a file or by OpenID Connect discovery over TLS. Invariants: an issuer is asked at
-most once in FETCH_SECONDS_MIN, however many tokens name a key that nobody knows; nobody waits for it for longer than
-FETCH_SECONDS_MAX, and no issuer, and no stop of the process, for another one; a redirect is not followed, and a damaged
-answer leaves the keys as they were. Keys that could not be fetched
-again for KEYS_SECONDS_MAX are forgotten. A token is remembered by its SHA-256 only, at most TOKENS_COUNT_MAX of them,
-and forgotten with the key that signed it. It must never send a token anywhere.
+most once in FETCH_SECONDS_MIN, however many tokens name a key that nobody knows. A request waits for an issuer for at
+most FETCH_SECONDS_MAX; a stop of the process, and the fetch from another issuer, do not wait for it. A redirect is not
+followed, and a damaged answer leaves the keys as they were. Keys that could not be fetched again for KEYS_SECONDS_MAX
+are forgotten. A token is remembered by its SHA-256 only, at most TOKENS_COUNT_MAX of them, and forgotten with the key
+that signed it. It must never send a token anywhere.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DEK files as another process reads them: a backup, `minikms doctor` and `minikms audit`, beside the daemon or after a
 crash.
 
-Owns: which keys a data directory has, the content of each, from the key's file and the journal: what the next start
-would make of them; and which keys damaged records name. Invariants:
+Owns: which keys a data directory has, and the content of each: what the next start would make of the key's file and the
+journal. Owns also which keys damaged records name. Invariants:
 - A file that the daemon overwrites or makes meanwhile is read again until it is whole (`read_settled`).
 - The journal is parsed once for each change of it, not once for each key.
 

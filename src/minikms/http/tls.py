@@ -3,7 +3,7 @@
 Owns: the exchange of bytes between OpenSSL (`ssl.SSLObject`) and two neighbours: the TCP transport below, and above it
 a `Connection`, for which a `TlsConnection` is the transport. Invariants:
 - The engine gets no byte, and its application opens no session, before the handshake has succeeded.
-- Handshakes are bounded in time and in number. Beyond the number the oldest one ends of the address that has the most,
+- Handshakes are bounded in time and in number. Beyond the number, the address that has the most loses its oldest one,
   so that a flood of handshakes that never end does not keep out a peer that ends its own in time.
 - `get_write_buffer_size` is what the kernel has not taken, encrypted; nothing waits in a buffer of this module. So the
   engine's bounds of unread answers hold.

@@ -3,9 +3,8 @@
 Owns: the order of the writes. The caller holds the lock of the target directory. Invariants: nothing is written before
 the whole archive was verified. Nothing is overwritten. The archive is registered first and the keyring is written last,
 after the first lines of the audit log, so after an interrupted restore the daemon neither starts nor creates a new
-keyring. A key with a tombstone, in the
-archive or beside a newer keyring, is not restored. If a newer keyring is given, the restored keyring opens under the
-root keys of the newer one only.
+keyring. A key with a tombstone, in the archive or beside a newer keyring, is not restored. If a newer keyring is given,
+the restored keyring opens under the root keys of the newer one only.
 """
 
 from __future__ import annotations
