@@ -81,6 +81,8 @@ class HttpClient:
                         content += part
                         if len(content) > bytes_max:
                             raise ExchangeError(f"its answer is larger than {bytes_max} bytes")
+                    if answer.length:
+                        raise ExchangeError("its answer ends too early")
             is_number = retry_after.isascii() and retry_after.isdigit() and len(retry_after) < 10
             return Answer(answer.status, content, int(retry_after) if is_number else 0)
         except TimeoutError:  # also that of a handshake, which has a text of its own

@@ -105,9 +105,12 @@ class _LogLines(io.TextIOBase):
 
 
 def log_lines(
-    stream: TextIO, processors: list[structlog.typing.Processor]
+    stream: TextIO | None, processors: list[structlog.typing.Processor]
 ) -> structlog.WriteLoggerFactory | structlog.PrintLoggerFactory:
-    """The factory of loggers that write to `stream` and never wait for its reader. The last processor renders."""
+    """The factory of loggers that write to `stream` and never wait for its reader. The last processor renders. `stream`
+    is None where a service was started with a closed standard error: nothing is logged then."""
+    if stream is None:
+        return structlog.PrintLoggerFactory(open(os.devnull, "w"))
     try:
         return structlog.WriteLoggerFactory(cast(TextIO, _LogLines(stream, processors)))
     except io.UnsupportedOperation:  # no descriptor: it is in memory

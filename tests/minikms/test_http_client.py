@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from minikms.http_client import HttpClient
+from minikms.http_client import ExchangeError, HttpClient
 
 SECONDS = 0.3
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -54,6 +54,22 @@ def test_a_peer_that_drips_its_answer_is_given_up_in_time(part: str) -> None:
         client = HttpClient(f"http://127.0.0.1:{port}/", None, agent="test")
         with pytest.raises(TimeoutError):
             client.get({}, time.monotonic() + SECONDS, bytes_max=64 * 1024)
+
+
+def test_an_answer_that_ends_too_early_is_no_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(OK + b"Content-Length: 100\r\n\r\nabc")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        client = HttpClient(f"http://127.0.0.1:{listener.getsockname()[1]}/", None, agent="test")
+        with pytest.raises(ExchangeError, match="ends too early"):
+            client.get({}, time.monotonic() + 60, bytes_max=64 * 1024)
+        thread.join()
 
 
 def test_a_peer_that_drains_a_request_slowly_is_given_up_in_time() -> None:

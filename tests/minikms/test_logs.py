@@ -13,6 +13,8 @@ import pytest
 
 from tests import needs
 
+CONFIGURED = "from progressdb_server.logs import *; configure('json', 'info')"
+
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
@@ -23,6 +25,13 @@ def test_neither_daemon_nor_server_imports_rich(module: str) -> None:
     """`import structlog` alone would; `from minikms.logs import structlog` does not."""
     program = f"import sys, {module}; print([name for name in sys.modules if name.partition('.')[0] == 'rich'])"
     assert run(program).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("begin", ["from minikms.logs import *; service_logger('json')", CONFIGURED])
+def test_a_service_with_a_closed_standard_error_starts(begin: str) -> None:
+    program = f"{begin}\nfrom minikms.logs import structlog\nstructlog.get_logger().warning('x')\nprint('ran')"
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", program]
+    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout == "ran\n"
 
 
 def test_rich_can_be_imported_afterwards() -> None:
