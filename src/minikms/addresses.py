@@ -39,7 +39,7 @@ class Places(Generic[H]):
         return self._count
 
     def take(self, group: str, holder: H) -> H | None:
-        """Takes a place. The result is the holder that has lost its own one for it, if any."""
+        """Takes a place. Returns the holder that lost its place for it, or None."""
         loser = None
         if self._count >= self._count_max:
             most = max(self._by_group, key=lambda each: (len(self._by_group[each]), each == group))

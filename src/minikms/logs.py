@@ -45,7 +45,7 @@ def clean_values(_: object, __: str, event: structlog.typing.EventDict) -> struc
 
 
 class _LogLines(io.TextIOBase):
-    """The end of a log. `processors` render the line about dropped lines. Used by any thread."""
+    """Writes lines and counts those that it drops. `processors` render the line about these. Used by any thread."""
 
     def __init__(self, stream: TextIO, processors: list[structlog.typing.Processor]) -> None:
         self._stream = stream  # so that its descriptor stays open

@@ -102,7 +102,7 @@ class FileForwarder(Forwarder):
         return lines[-1] if lines else None
 
     def _whole_lines(self) -> list[bytes]:
-        """At the end of the file. The first may be the rest of one."""
+        """The lines at the end of the file. The beginning of the first one may be missing."""
         try:
             # O_APPEND: a file whose attributes allow appending only is opened in no other way for writing.
             with self._open(os.O_RDWR | os.O_APPEND) as fd:

@@ -105,7 +105,7 @@ class Destruction:
     async def _remove(
         self, locks: Sequence[HeldKeys], repeated: Container[str], found: FoundRecords
     ) -> dict[str, Removal | KmsRefusedError]:
-        """The third step."""
+        """Step three: blanks the records of the keys and removes their files."""
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         if not key_ids:
             return {}

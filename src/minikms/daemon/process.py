@@ -226,7 +226,7 @@ class Daemon:
         )
 
     def _keep_limits(self, workers: Workers, content: bytes) -> asyncio.Future[None]:
-        """For the next start, durably; one after the other. Raises StorageUnavailableError."""
+        """Writes the limits for the next start durably, one write after the other. Raises StorageUnavailableError."""
         return in_worker(workers.policy, partial(replace_file, self._lock.directory_fd, SAVED_NAME, content))
 
     async def _save(self, meters: Meters, workers: Workers) -> None:

@@ -484,7 +484,7 @@ class Connection(asyncio.BufferedProtocol, Generic[S]):
 
     @property
     def since(self) -> float:
-        """For how long, to half a second: since this value of `HttpServer.now`."""
+        """The value of `HttpServer.now`, to half a second, when it began to wait."""
         return self._since
 
     def give_place(self) -> None:

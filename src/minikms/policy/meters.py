@@ -238,7 +238,7 @@ class Meters:
         self._empty_ns = self._swept_ns - HOUR_NS
         """When the buckets of an account that is not known were empty."""
         self._kept = _Kept(HOUR_NS + 1, {})
-        """What the file gives at most. First that of another run: more than any bucket holds once it is used."""
+        """The most that the file may give. At first, with the file of another run, more than any used bucket holds."""
         self._keeping: asyncio.Future[StorageUnavailableError | None] | None = None
         self._answered: list[Charge] = []
         """Of the requests that are answered in this turn."""

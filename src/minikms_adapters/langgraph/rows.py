@@ -28,7 +28,7 @@ HEAD_FIELD: Final = "minikms"
 
 
 class Unreadable:
-    """Stands for a stored value that no record is: a type of the program, or bytes of another format."""
+    """Stands for a stored value that is no record: a type of the program, or bytes of another format."""
 
 
 class ClosedSerializer(SerializerProtocol):

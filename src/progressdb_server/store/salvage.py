@@ -47,9 +47,9 @@ from progressdb_server.store.rocks import (
 
 Entry: TypeAlias = tuple[bytes, bytes]
 REPAIRING: Final = ".repair"
-"""Behind the name of a store's directory: the one that takes its place. Then it is the damaged one."""
+"""Suffix of the directory of the new store. After the exchange it is that of the damaged one."""
 DAMAGED: Final = ".damaged-"
-"""Behind it and before a number: a damaged one that was set aside."""
+"""Suffix, before a number, of a damaged store that was set aside."""
 UNFINISHED: Final = "REPAIR"
 """A file in the new store until it is in its place."""
 PROBED_BYTES: Final = (32, 128, 4096)
