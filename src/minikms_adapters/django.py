@@ -22,7 +22,7 @@ from django.db.models.lookups import Exact, IsNull
 from django.db.models.query_utils import DeferredAttribute
 
 from minikms_adapters.errors import NotSearchableError, NotSupportedError, WrongPlaceError
-from minikms_adapters.records import ColumnValues, Owned, Receipt, Runner, Sealer, codec_of, column_thread
+from minikms_adapters.records import ColumnValues, Owned, Receipt, Runner, Sealer, column_thread
 
 __all__ = ["EncryptedField", "Owned", "destroy_key"]
 
@@ -59,8 +59,6 @@ class EncryptedField(BinaryField):
     """A field that the database holds encrypted. `of` is the field that the values would have otherwise. Either `key`
     names the key of all values, or `key_of` the attribute of the model that names the owner; then the values are text.
     The setting `MINIKMS_CLIENT` is a `minikms.Client`.
-
-        notes = EncryptedField(TextField(), key="customers.notes")
     """
 
     descriptor_class = _Attribute
@@ -70,9 +68,8 @@ class EncryptedField(BinaryField):
             raise NotSupportedError("an encrypted field can't be unique, a key, indexed or made by the database")
         self.of, self.key, self.key_of = of or TextField(), key, key_of
         internal = self.of.get_internal_type()
-        codec = codec_of(int if "Integer" in internal else _KINDS.get(internal, str))
-        self._values = ColumnValues("django", "django", codec, key)
-        self._values.check(key_of)
+        kind = int if "Integer" in internal else _KINDS.get(internal, str)
+        self._values = ColumnValues.of("django", "django", kind, key, key_of)
         self._sealer = Sealer()
         super().__init__(**{"editable": True, **options})
 

@@ -17,7 +17,6 @@ from minikms_adapters.errors import NotSupportedError
 from minikms_adapters.records import (
     KmsClient,
     Place,
-    Receipt,
     Runner,
     Sealer,
     Steps,
@@ -45,9 +44,6 @@ class EncryptedSession(SessionABC):
 
     `kms` is a `minikms.Client` or a `minikms.AsyncClient`.
 
-        session = EncryptedSession("ada", SQLiteSession("ada", "sessions.sqlite"), kms)
-        await Runner.run(agent, "Hello", session=session)
-
     Raises RecordError for an item that is in plaintext, was altered, belongs to another session, or whose key was
     destroyed.
     """
@@ -68,13 +64,16 @@ class EncryptedSession(SessionABC):
     def session_settings(self, value: SessionSettings | None) -> None:
         self._inner.session_settings = value
 
-    def _get_items(self, limit: int | None = None) -> Steps[list[TResponseInputItem]]:
+    @asynchronous
+    def get_items(self, limit: int | None = None) -> Steps[list[TResponseInputItem]]:
         return (yield from self._open((yield ask_inner("get_items", limit))))
 
-    def _add_items(self, items: list[TResponseInputItem]) -> Steps[None]:
+    @asynchronous
+    def add_items(self, items: list[TResponseInputItem]) -> Steps[None]:
         yield ask_inner("add_items", (yield from self._seal(items)))
 
-    def _pop_item(self) -> Steps[TResponseInputItem | None]:
+    @asynchronous
+    def pop_item(self) -> Steps[TResponseInputItem | None]:
         """Removes the newest item once it was opened, so that a failure removes nothing."""
         newest = yield ask_inner("get_items", 1)
         opened = yield from self._open(newest)
@@ -83,12 +82,17 @@ class EncryptedSession(SessionABC):
             return None if removed is None else opened[0]
         return (yield from self._open([removed]))[0]  # somebody else changed the session meanwhile
 
-    def _clear_session(self) -> Steps[list[Receipt]]:
+    @asynchronous
+    def clear_session(self) -> Steps[Any]:
+        """Destroys the session's keys, then removes its items, and gives the receipts, a list of `Receipt`. May be
+        repeated after a failure. The type is Any, since the SDK's own sessions give nothing.
+        """
         receipts = yield from self._sealer.destroy(self._thread)
         yield ask_inner("clear_session")
         return receipts
 
-    def _reencrypt(self) -> Steps[int]:
+    @asynchronous
+    def reencrypt(self) -> Steps[int]:
         """Encrypts each item under the session's current key, with one transaction. Gives the number of items.
 
         Raises NotSupportedError if the inner session can't replace its items in a transaction.
@@ -106,18 +110,6 @@ class EncryptedSession(SessionABC):
             if (yield ask(snapshot.replace_suffix, 0, sealed)):
                 return len(sealed)
         raise NotSupportedError("items were added to the session all the time")
-
-    get_items = asynchronous(_get_items)
-    add_items = asynchronous(_add_items)
-    pop_item = asynchronous(_pop_item)
-    reencrypt = asynchronous(_reencrypt)
-
-    async def clear_session(self) -> Any:
-        """Destroys the session's keys, then removes its items. May be repeated after a failure.
-
-        Gives the receipts, a list of `Receipt`. The type is Any, since the SDK's own sessions give nothing.
-        """
-        return await self._runner.run_async(self._clear_session())
 
     def _place(self, index: int = -1) -> Place:
         record = f"session {self.session_id}, item {index}"

@@ -26,9 +26,9 @@ from pydantic_ai.usage import RunUsage
 
 from minikms_adapters.errors import DestroyedRecordError, WrongPlaceError
 from minikms_adapters.records import (
+    JSON_FIELD,
     KmsClient,
     Place,
-    Receipt,
     Runner,
     Sealer,
     Steps,
@@ -40,17 +40,12 @@ from minikms_adapters.records import (
     thread_name,
 )
 
-_FIELD = "minikms"
 _RECORD: TypeAdapter[ConversationRecord] = TypeAdapter(ConversationRecord)
 
 
 class EncryptedConversationStore(ConversationStore):
     """A conversation store around `inner`, whose database gets no plaintext of messages, tool calls and usage. `kms` is
     a `minikms.Client` or a `minikms.AsyncClient`.
-
-        store = EncryptedConversationStore(inner, kms)
-        conversation = await store.load("ada") or Conversation(conversation_id="ada")
-        await store.save(await agent.run("Hello", conversation=conversation))
 
     Raises RecordError for a message or record that is in plaintext, was altered, moved or left out, or whose key was
     destroyed.
@@ -71,25 +66,30 @@ class EncryptedConversationStore(ConversationStore):
         for record in stored:
             place, requests = _record_place(record), record.deferred_tool_requests
             with malformed(place.record):
-                sealed.append((place, from_json(requests.metadata.get(_FIELD) if requests else None)))
+                sealed.append((place, from_json(requests.metadata.get(JSON_FIELD) if requests else None)))
         opened = [_RECORD.validate_json(value) for value in (yield from self._sealer.open(sealed))]
         for record, found in zip(stored, opened, strict=True):
             if _plain(found) != _plain(replace(record, updated_at=found.updated_at)):
                 raise WrongPlaceError(_record_place(record).record)
         return opened
 
-    def _one(self, conversation_id: str) -> Steps[ConversationRecord | None]:
+    @asynchronous
+    def read_record(self, conversation_id: str) -> Steps[ConversationRecord | None]:
         stored = yield from self._read_stored(conversation_id)
         return None if stored is None else (yield from self._read_records([stored]))[0]
 
-    def _all(self, *, scope: str | None = None, limit: int | None = None) -> Steps[Sequence[ConversationRecord]]:
+    @asynchronous
+    def read_records(
+        self, *, scope: str | None = None, limit: int | None = None
+    ) -> Steps[Sequence[ConversationRecord]]:
         records = yield from self._read_records((yield ask_inner("read_records", scope=scope, limit=limit)))
         for record in records:
             if scope not in (None, record.scope):
                 raise WrongPlaceError(_record_place(record).record)
         return records
 
-    def _write(
+    @asynchronous
+    def write_record(
         self,
         record: ConversationRecord,
         *,
@@ -110,13 +110,9 @@ class EncryptedConversationStore(ConversationStore):
             replace(entry, message=ModelRequest([], metadata=as_json(each), conversation_id=conversation_id))
             for entry, each in zip(new_entries, sealed, strict=False)
         ]
-        requests = DeferredToolRequests(metadata={_FIELD: as_json(sealed[-1])})
+        requests = DeferredToolRequests(metadata={JSON_FIELD: as_json(sealed[-1])})
         row = replace(_plain(record), deferred_tool_requests=requests)
         yield ask_inner("write_record", row, new_entries=stored, expected_revision=expected_revision)
-
-    read_record = asynchronous(_one)
-    read_records = asynchronous(_all)
-    write_record = asynchronous(_write)
 
     def _open(self, stored: Sequence[ConversationEntry]) -> Steps[list[ConversationEntry]]:
         sealed: list[tuple[Place, object]] = []
@@ -128,7 +124,8 @@ class EncryptedConversationStore(ConversationStore):
         messages = [ModelMessagesTypeAdapter.validate_json(value)[0] for value in opened]
         return [replace(entry, message=message) for entry, message in zip(stored, messages, strict=True)]
 
-    def _entry(self, entry_id: str) -> Steps[ConversationEntry]:
+    @asynchronous
+    def read_entry(self, entry_id: str) -> Steps[ConversationEntry]:
         stored = yield ask_inner("read_entry", entry_id)
         if stored.id != entry_id:
             raise WrongPlaceError(f"entry {entry_id}")
@@ -146,10 +143,13 @@ class EncryptedConversationStore(ConversationStore):
             raise WrongPlaceError(f"entry {before}")
         return entries
 
-    read_entry = asynchronous(_entry)
     read_history = asynchronous(_history)
 
-    def _delete(self, conversation_id: str, *, scope: str | None = None) -> Steps[list[Receipt]]:
+    @asynchronous
+    def delete(self, conversation_id: str, *, scope: str | None = None) -> Steps[Any]:
+        """Destroys the conversation's keys, then deletes its rows, and gives the receipts, a list of `Receipt`. May be
+        repeated after a failure. The type is Any, since Pydantic AI's own stores give nothing.
+        """
         stored = yield from self._read_stored(conversation_id)
         if stored is not None and scope is not None:
             with suppress(DestroyedRecordError):  # a deletion that was cut off
@@ -160,20 +160,13 @@ class EncryptedConversationStore(ConversationStore):
         yield ask_inner("delete", conversation_id)
         return receipts
 
-    def _delete_record(self, conversation_id: str, *, expected_revision: str) -> Steps[None]:
+    @asynchronous
+    def delete_record(self, conversation_id: str, *, expected_revision: str) -> Steps[None]:
         stored = yield from self._read_stored(conversation_id)
         if stored is None or stored.revision != expected_revision:
             raise ConversationConflict(conversation_id)
         yield from self._sealer.destroy(_thread(conversation_id))
         yield ask_inner("delete_record", conversation_id, expected_revision=expected_revision)
-
-    delete_record = asynchronous(_delete_record)
-
-    async def delete(self, conversation_id: str, *, scope: str | None = None) -> Any:
-        """Destroys the conversation's keys, then deletes its rows, and gives the receipts, a list of `Receipt`. May be
-        repeated after a failure. The type is Any, since Pydantic AI's own stores give nothing.
-        """
-        return await self._runner.run_async(self._delete(conversation_id, scope=scope))
 
 
 def _thread(conversation_id: str) -> str:
@@ -181,10 +174,8 @@ def _thread(conversation_id: str) -> str:
 
 
 def _record_place(record: ConversationRecord) -> Place:
-    conversation_id = record.conversation_id
-    return Place(
-        _thread(conversation_id), ("pydantic-ai", "record", conversation_id), f"conversation {conversation_id}"
-    )
+    own_id = record.conversation_id
+    return Place(_thread(own_id), ("pydantic-ai", "record", own_id), f"conversation {own_id}")
 
 
 def _entry_place(conversation_id: str, entry: ConversationEntry) -> Place:

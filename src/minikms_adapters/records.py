@@ -63,7 +63,7 @@ KEYS_CACHED_MAX: Final = 4096
 """Threads whose current key an adapter remembers, and names and places that are kept."""
 KEY_CHANGES_MAX: Final = 3
 """How often the key of a thread may be replaced during one call."""
-_JSON_FIELD: Final = "minikms"
+JSON_FIELD: Final = "minikms"
 """The only member of a stored JSON value: the record, in base64."""
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
 
@@ -143,9 +143,8 @@ class Runner:
         if step.kms and self._blocking:
             return await asyncio.to_thread(self._function(step), *step.args, **step.kwargs)
         found = self._function(step, self._prefix)(*step.args, **step.kwargs)
-        if hasattr(found, "__aiter__"):
-            each = step.each or _unchanged
-            return [each(element) async for element in found]
+        if step.each is not None:
+            return [step.each(element) async for element in found]
         return await found if inspect.isawaitable(found) else found
 
     def _function(self, step: Step, prefix: str = "") -> Callable[..., Any]:
@@ -153,10 +152,6 @@ class Runner:
             return step.method
         found = getattr(self._kms, step.method) if step.kms else getattr(step.of or self._inner, prefix + step.method)
         return cast("Callable[..., Any]", found)
-
-
-def _unchanged(element: T) -> T:
-    return element
 
 
 def asynchronous(
@@ -222,9 +217,13 @@ def _bound(place: Place) -> bytes:
     return b"minikms-adapters 1\0" + _digest((place.thread, *place.parts))
 
 
-def _aads(place: Place, pieces_count: int) -> list[bytes]:
-    bound = _bound(place)
-    return [bound + index.to_bytes(4, "big") + bytes([index == pieces_count - 1]) for index in range(pieces_count)]
+def _pieces(place: Place, value: bytes, size: int, start: int = 0) -> list[tuple[bytes, bytes]]:
+    """The pieces of a plaintext or a record, each with its AAD."""
+    bound, starts = _bound(place), range(start, len(value), size) or (start,)
+    return [
+        (value[at : at + size], bound + index.to_bytes(4, "big") + bytes([at == starts[-1]]))
+        for index, at in enumerate(starts)
+    ]
 
 
 @contextlib.contextmanager
@@ -251,36 +250,6 @@ _TEXTS: Final[dict[type, tuple[Callable[[Any], str], Callable[[str], Any]]]] = {
     object: (json.dumps, json.loads),
 }
 """How a value becomes text, and back. `object` is a value of JSON."""
-
-
-class Codec(NamedTuple):
-    """Values of one Python type as the plaintext of a record."""
-
-    kind: type
-    to_text: Callable[[Any], str]
-    from_text: Callable[[str], Any]
-
-    def encode(self, value: Any) -> bytes:
-        subclass = (self.kind is int and isinstance(value, bool)) or (self.kind is date and isinstance(value, datetime))
-        if not isinstance(value, self.kind) or subclass:
-            raise TypeError(f"the value of this encrypted column is a {self.kind.__name__}")
-        return value if isinstance(value, bytes) else self.to_text(value).encode("utf-8", "surrogatepass")
-
-    def decode(self, plaintext: bytes, record: str) -> Any:
-        """Raises RecordError if the record holds a value of another type."""
-        try:
-            return plaintext if self.kind is bytes else self.from_text(plaintext.decode("utf-8", "surrogatepass"))
-        except (ArithmeticError, LookupError, RecursionError, ValueError):
-            raise RecordError(record) from None
-
-
-def codec_of(kind: type) -> Codec:
-    """`object` stands for values of JSON."""
-    if issubclass(kind, Enum):
-        return Codec(kind, lambda value: str(value.name), kind.__getitem__)
-    if kind is not bytes and kind not in _TEXTS:
-        raise NotSupportedError(f"a column of {kind.__name__} can't be encrypted")
-    return Codec(kind, *_TEXTS.get(kind, _TEXTS[str]))
 
 
 class Owned(str):
@@ -320,15 +289,23 @@ class ColumnValues(NamedTuple):
     framework: str
     prefix: str
     """Of the key service's threads."""
-    codec: Codec
     key: str | None
     """The name of the key of all values, or None if each row has an owner with a key."""
+    kind: type
+    to_text: Callable[[Any], str]
+    from_text: Callable[[str], Any]
 
-    def check(self, key_of: str | None) -> None:
-        if (self.key is None) == (key_of is None):
+    @classmethod
+    def of(cls, framework: str, prefix: str, kind: type, key: str | None, key_of: str | None) -> ColumnValues:
+        if (key is None) == (key_of is None):
             raise TypeError("give either key or key_of")
-        if key_of is not None and self.codec.kind is not str:
+        if key_of is not None and kind is not str:
             raise NotSupportedError("a column with the keys of owners holds text")
+        if issubclass(kind, Enum):
+            return cls(framework, prefix, key, kind, lambda value: str(value.name), kind.__getitem__)
+        if kind is not bytes and kind not in _TEXTS:
+            raise NotSupportedError(f"a column of {kind.__name__} can't be encrypted")
+        return cls(framework, prefix, key, kind, *_TEXTS.get(kind, _TEXTS[str]))
 
     def place(self, names: tuple[str, ...], owner: str | None) -> Place:
         """`names` are those of table and column."""
@@ -336,7 +313,10 @@ class ColumnValues(NamedTuple):
 
     def encode(self, names: tuple[str, ...], value: Any) -> tuple[bytes, Place, bytes]:
         """What stands before the record, its place, and its plaintext."""
-        plaintext = self.codec.encode(value)
+        subclass = (self.kind is int and isinstance(value, bool)) or (self.kind is date and isinstance(value, datetime))
+        if not isinstance(value, self.kind) or subclass:
+            raise TypeError(f"the value of this encrypted column is a {self.kind.__name__}")
+        plaintext = value if isinstance(value, bytes) else self.to_text(value).encode("utf-8", "surrogatepass")
         if self.key is not None:
             return b"", self.place(names, None), plaintext
         if not isinstance(value, Owned):
@@ -358,7 +338,11 @@ class ColumnValues(NamedTuple):
         return self.place(names, owner), record
 
     def decode(self, place: Place, plaintext: bytes) -> Any:
-        value = self.codec.decode(plaintext, place.record)
+        """Raises RecordError if the record holds a value of another type."""
+        try:
+            value: Any = plaintext if self.kind is bytes else self.from_text(plaintext.decode("utf-8", "surrogatepass"))
+        except (ArithmeticError, LookupError, RecursionError, ValueError):
+            raise RecordError(place.record) from None
         return value if self.key is not None else Owned(value, place.parts[-1])
 
 
@@ -377,15 +361,15 @@ def json_bytes(value: object, default: Callable[[Any], Any] | None = None) -> by
 
 def as_json(record: bytes) -> dict[str, str]:
     """For a database that stores JSON."""
-    return {_JSON_FIELD: b64encode(record).decode("ascii")}
+    return {JSON_FIELD: b64encode(record).decode("ascii")}
 
 
 def from_json(value: object) -> object:
     """The record of a stored JSON value, or what is there in its place."""
-    if not isinstance(value, dict) or set(value) != {_JSON_FIELD}:
+    if not isinstance(value, dict) or set(value) != {JSON_FIELD}:
         return value
     try:
-        return b64decode(value[_JSON_FIELD], validate=True)
+        return b64decode(value[JSON_FIELD], validate=True)
     except (binascii.Error, TypeError, ValueError):
         return value
 
@@ -420,12 +404,10 @@ class Sealer:
         items: list[EncryptItem] = []
         named: list[tuple[str, int]] = []
         for place, value in values:
-            key_id = self._keys.get(place.thread) or (yield from self._current_key(place.thread))
-            starts = range(0, len(value), PIECE_BYTES_MAX) or (0,)
-            pieces = [value] if len(starts) == 1 else [value[start : start + PIECE_BYTES_MAX] for start in starts]
+            key_id = yield from self.current_key(place.thread)
+            pieces = _pieces(place, value, PIECE_BYTES_MAX)
             items += [
-                EncryptItem(key_id=key_id, plaintext=piece, aad=aad, thread_id=place.thread)
-                for piece, aad in zip(pieces, _aads(place, len(pieces)), strict=True)
+                EncryptItem(key_id=key_id, plaintext=piece, aad=aad, thread_id=place.thread) for piece, aad in pieces
             ]
             named.append((key_id, len(pieces)))
         if not items:
@@ -444,7 +426,10 @@ class Sealer:
             for key_id, count in named
         ]
 
-    def _current_key(self, thread: str) -> Steps[str]:
+    def current_key(self, thread: str) -> Steps[str]:
+        """The key that the key service named last, unless it was forgotten."""
+        if thread in self._keys:
+            return self._keys[thread]
         answer = yield ask_kms("get_or_create_dek_for_thread", thread, purpose="data")
         if len(self._keys) >= KEYS_CACHED_MAX:
             self._keys.clear()
@@ -460,10 +445,9 @@ class Sealer:
         items: list[DecryptItem] = []
         counts: list[int] = []
         for place, record in records:
-            key_id, pieces = _pieces(place, record)
+            key_id, pieces = _key_and_pieces(place, record)
             items += [
-                DecryptItem(key_id=key_id, ciphertext=piece, aad=aad, thread_id=place.thread)
-                for piece, aad in zip(pieces, _aads(place, len(pieces)), strict=True)
+                DecryptItem(key_id=key_id, ciphertext=piece, aad=aad, thread_id=place.thread) for piece, aad in pieces
             ]
             counts.append(len(pieces))
         if not items:
@@ -481,13 +465,10 @@ class Sealer:
         self.forget(*(place.thread for place, _ in records))
         groups: dict[tuple[str, str], list[tuple[int, list[ReencryptItem]]]] = {}
         for index, (place, record) in enumerate(records):
-            old, pieces = _pieces(place, record)
-            new = self._keys.get(place.thread) or (yield from self._current_key(place.thread))
+            old, pieces = _key_and_pieces(place, record)
+            new = yield from self.current_key(place.thread)
             if old != new:
-                items = [
-                    ReencryptItem(ciphertext=piece, aad=aad)
-                    for piece, aad in zip(pieces, _aads(place, len(pieces)), strict=True)
-                ]
+                items = [ReencryptItem(ciphertext=piece, aad=aad) for piece, aad in pieces]
                 groups.setdefault((old, new), []).append((index, items))
         moved: list[bytes | None] = [None] * len(records)
         for (old, new), group in groups.items():
@@ -527,15 +508,14 @@ class Sealer:
                 return keys
 
 
-def _pieces(place: Place, record: object) -> tuple[str, list[bytes]]:
-    """The key that a record names, and its pieces. Raises RecordError for what is no record."""
+def _key_and_pieces(place: Place, record: object) -> tuple[str, list[tuple[bytes, bytes]]]:
+    """The key that a record names, and its `_pieces`. Raises RecordError for what is no record."""
     if not is_sealed(record):
         raise PlaintextRecordError(place.record)
     key_id = key_of(record)
     if api.KEY_ID_PATTERN.fullmatch(key_id) is None or len(record) > 2 * RECORD_BYTES_MAX:
         raise WrongPlaceError(place.record)
-    starts = range(HEAD_BYTES, len(record), SEALED_PIECE_BYTES_MAX)
-    return key_id, [record[start : start + SEALED_PIECE_BYTES_MAX] for start in starts]
+    return key_id, _pieces(place, record, SEALED_PIECE_BYTES_MAX, HEAD_BYTES)
 
 
 def _values(outcomes: Sequence[bytes | KmsRefusedError]) -> list[bytes]:

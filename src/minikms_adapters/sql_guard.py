@@ -25,9 +25,6 @@ from sqlalchemy.types import TypeDecorator
 
 from minikms_adapters.errors import NotSearchableError, NotSupportedError
 
-_REFUSED = "an encrypted column can only be selected, tested for NULL, inserted and updated"
-_NOT_ENCRYPTED = "{name} can be set to a value, NULL or the same column only: the database would hold this in plaintext"
-
 
 class Opaque(TypeDecorator[Any]):
     """Base of the types whose columns are guarded."""
@@ -76,10 +73,9 @@ class Guard(SQLCompiler):
         return super().visit_label(label, *args, **kwargs)
 
     def visit_binary(self, binary: Any, *args: Any, **kwargs: Any) -> Any:
-        if binary.operator in (operators.is_, operators.is_not) and isinstance(binary.right, Null):
-            with self._with(_permitted=binary.left):
-                return super().visit_binary(binary, *args, **kwargs)
-        return super().visit_binary(binary, *args, **kwargs)
+        tests_null = binary.operator in (operators.is_, operators.is_not) and isinstance(binary.right, Null)
+        with self._with(_permitted=binary.left if tests_null else self._permitted):
+            return super().visit_binary(binary, *args, **kwargs)
 
     def visit_unary(self, unary: Any, *args: Any, **kwargs: Any) -> Any:
         if unary.operator is operators.exists:
@@ -89,11 +85,8 @@ class Guard(SQLCompiler):
 
     def _label_select_column(self, select: Any, column: Any, *args: Any, **kwargs: Any) -> Any:
         """Of SELECT and, without `select`, of RETURNING."""
-        if (
-            is_opaque(column)
-            and select is not None
-            and (not self._shown or (select._distinct and not select._distinct_on))
-        ):
+        compares = select is not None and select._distinct and not select._distinct_on
+        if is_opaque(column) and select is not None and (compares or not self._shown):
             _refuse()
         item = column.element if isinstance(column, Label) else column
         showing = item.element if isinstance(item, ScalarSelect) else None
@@ -151,7 +144,7 @@ class Guard(SQLCompiler):
 
 
 def _refuse() -> NoReturn:
-    raise NotSearchableError(_REFUSED)
+    raise NotSearchableError("an encrypted column can only be selected, tested for NULL, inserted and updated")
 
 
 def _assignments(state: Any, opaque: bool) -> Iterator[tuple[Any, Any]]:
@@ -185,7 +178,7 @@ def _check_assigned(target: Any, value: Any) -> bool:
         return False
     if same and isinstance(value, ColumnClause) and not value.is_literal:
         return True
-    raise NotSupportedError(_NOT_ENCRYPTED.format(name=target))
+    raise NotSupportedError(f"{target} can only be set to a value, NULL or itself: the database would hold plaintext")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ shows a parameter of an engine that has such columns. It must never return what 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Column, ColumnElement, Connection, Engine, LargeBinary, Text, event, inspect
@@ -35,7 +36,6 @@ from minikms_adapters.records import (
     Sealer,
     Steps,
     T,
-    codec_of,
     column_thread,
 )
 from minikms_adapters.sql_guard import Opaque, check_column
@@ -56,8 +56,6 @@ class Encrypted(Opaque):
     Either `key` names the key of all its values, or `key_of` the attribute of the mapped class that names the owner.
     `of` is the type of the values, such as `Date` or `Enum(Color)`; with `key_of` it is text.
     `kms` is a `minikms.Client`, or with an asyncio engine a `minikms.AsyncClient`.
-
-        notes: Mapped[str] = mapped_column(Encrypted(kms, key="customers.notes"))
     """
 
     impl = LargeBinary
@@ -76,9 +74,8 @@ class Encrypted(Opaque):
         self.key = key
         self.key_of = key_of
         self.of = to_instance(of)
-        codec = codec_of(object if isinstance(self.of, JSON) else self.of.python_type)
-        self.values = ColumnValues("sqlalchemy", "sql", codec, key)
-        self.values.check(key_of)
+        kind = object if isinstance(self.of, JSON) else self.of.python_type
+        self.values = ColumnValues.of("sqlalchemy", "sql", kind, key, key_of)
         self.sealer = Sealer()
         self._runner = Runner(kms)
 
@@ -91,8 +88,7 @@ class Encrypted(Opaque):
                 return super().operate(op, *other, **kwargs)
             raise NotSearchableError("an encrypted column can only be compared with NULL")
 
-        def reverse_operate(self, op: Any, other: Any, **kwargs: Any) -> Any:
-            raise NotSearchableError("an encrypted column can only be compared with NULL")
+        reverse_operate = operate
 
     comparator_factory = Comparator
 
@@ -120,11 +116,8 @@ class Encrypted(Opaque):
         column.type = own
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
-        return self._pending
-
-    def _pending(self, value: Any) -> Any:
         """Checks nothing: a statement that fails later shows this object only."""
-        return None if value is None else _Pending(self, value)
+        return lambda value: None if value is None else _Pending(self, value)
 
     def literal_processor(self, dialect: Dialect) -> Callable[[Any], str]:
         raise NotSupportedError("an encrypted value can't be part of a statement's text")
@@ -136,7 +129,10 @@ class Encrypted(Opaque):
         """Most values were opened with their result; a streamed one is opened here, alone."""
         if value is None:
             return None
-        return value.value if isinstance(value, _Opened) else _open([(self, value)])[0]
+        if not isinstance(value, _Stored):
+            value = _Stored(self, value)
+            _open([value])
+        return value.value
 
     # --- values ---
 
@@ -205,23 +201,27 @@ def render_item(kind: str, item: object, context: Any) -> str | bool:
     return "mysql.LONGBLOB()"
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class _Pending:
     """A parameter that has to be encrypted. No driver knows how to send it."""
 
-    def __init__(self, kind: Encrypted, value: Any) -> None:
-        self.kind = kind
-        self.value = value
-        self.sealed: bytes | None = None
+    kind: Encrypted
+    value: Any
+    sealed: bytes | None = None
 
     def __repr__(self) -> str:
         return "<a value to encrypt>"
 
 
-class _Opened:
-    """A value of a result that was decrypted."""
+@dataclass(slots=True, eq=False, repr=False)
+class _Stored:
+    """A value of a result. `_open` replaces the record by what it holds."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    kind: Encrypted
+    value: Any
+
+
+V = TypeVar("V", _Pending, _Stored)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -238,31 +238,28 @@ def _encrypt_parameters(  # noqa: PLR0917 - the arguments are SQLAlchemy's
     return statement, _replaced(parameters) if found else parameters
 
 
-def _seal(pending: Any) -> None:
-    for kind, group in _by_client([(each.kind, each) for each in pending]):
+def _seal(pending: Iterable[_Pending]) -> None:
+    for kind, group in _by_client(pending):
         encoded = [each.kind.values.encode(each.kind.names, each.value) for each in group]
         records = kind.run(kind.sealer.seal([(place, plaintext) for _, place, plaintext in encoded]))
         for each, (prefix, _, _), record in zip(group, encoded, records, strict=True):
             each.sealed = prefix + record
 
 
-def _open(stored: Sequence[tuple[Encrypted, Any]]) -> list[Any]:
-    """The values, in order."""
-    opened: list[Any] = [None] * len(stored)
-    for first, indexes in _by_client([(kind, index) for index, (kind, _) in enumerate(stored)]):
-        kinds = [stored[index][0] for index in indexes]
-        located = [kind.values.locate(kind.names, stored[at][1]) for kind, at in zip(kinds, indexes, strict=True)]
-        texts = first.run(first.sealer.open(located))
-        for index, kind, (place, _), text in zip(indexes, kinds, located, texts, strict=True):
-            opened[index] = kind.values.decode(place, text)
-    return opened
+def _open(stored: Iterable[_Stored]) -> None:
+    for kind, group in _by_client(stored):
+        located = [each.kind.values.locate(each.kind.names, each.value) for each in group]
+        plaintexts = kind.run(kind.sealer.open(located))
+        for each, (place, _), plaintext in zip(group, located, plaintexts, strict=True):
+            each.value = each.kind.values.decode(place, plaintext)
 
 
-def _by_client(each: Sequence[tuple[Encrypted, Any]]) -> list[tuple[Encrypted, list[Any]]]:
-    groups: dict[int, tuple[Encrypted, list[Any]]] = {}
-    for kind, item in each:
-        groups.setdefault(id(kind.kms), (kind, []))[1].append(item)
-    return list(groups.values())
+def _by_client(values: Iterable[V]) -> Iterator[tuple[Encrypted, list[V]]]:
+    """The values of each client, and a type that has it."""
+    groups: dict[int, list[V]] = {}
+    for value in values:
+        groups.setdefault(id(value.kind.kms), []).append(value)
+    return ((group[0].kind, group) for group in groups.values())
 
 
 def _each(parameters: Any) -> Iterator[_Pending]:
@@ -316,10 +313,13 @@ def _kinds(context: Any, cursor: Any) -> dict[int, Encrypted]:
 
 def _opened(rows: Sequence[Any], kinds: dict[int, Encrypted]) -> list[tuple[Any, ...]]:
     lists = [list(row) for row in rows]
-    places = [(row, index) for index in kinds for row in lists if row[index] is not None]
-    values = _open([(kinds[index], row[index]) for row, index in places])
-    for (row, index), value in zip(places, values, strict=True):
-        row[index] = _Opened(value)
+    stored: list[_Stored] = []
+    for index, kind in kinds.items():
+        for row in lists:
+            if row[index] is not None:
+                row[index] = each = _Stored(kind, row[index])
+                stored.append(each)
+    _open(stored)
     return [tuple(row) for row in lists]
 
 
@@ -366,16 +366,8 @@ def _name_owner(mapper: Mapper[Any], connection: object, target: Any) -> None:
 
 
 @event.listens_for(Mapper, "load")
-def _check_owner(target: Any, context: object) -> None:
-    _check(target)
-
-
 @event.listens_for(Mapper, "refresh")
-def _check_owner_again(target: Any, context: object, attributes: object) -> None:
-    _check(target)
-
-
-def _check(target: Any, *, must_know: bool = False) -> None:
+def _check(target: Any, *_: object, must_know: bool = False) -> None:
     """That each loaded text is of the row's owner in the database, as far as that one is loaded."""
     mapper, state = inspect(type(target)), inspect(target)
     for name, key_of in _owned_attributes(mapper):

@@ -17,7 +17,6 @@ NEEDS = {
     "test_django.py": ("django",),
     "langgraph": ("langchain_core", "langgraph", "ormsgpack", "psycopg"),
     "test_openai_agents.py": ("agents", "openai"),
-    "test_pages.py": ("agents", "langgraph", "pydantic_ai", "sqlalchemy"),
     "test_pydantic_ai.py": ("pydantic", "pydantic_ai"),
     "test_sql_guard.py": ("sqlalchemy",),
     "test_sqlalchemy.py": ("alembic", "sqlalchemy"),

@@ -10,16 +10,24 @@ from typing import Any
 
 import pytest
 
+from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 
 DOCS = Path(__file__).parents[2] / "docs"
 SOCKET = "/run/minikms/minikms.sock"
+FRAMEWORKS = {
+    "langgraph.md": "langgraph.checkpoint.sqlite",
+    "openai-agents.md": "agents",
+    "pydantic-ai.md": "pydantic_ai",
+    "sqlalchemy.md": "sqlalchemy",
+}
 
 
-@pytest.mark.parametrize("page", ["langgraph.md", "openai-agents.md", "pydantic-ai.md", "sqlalchemy.md"])
+@pytest.mark.parametrize("page", FRAMEWORKS)
 def test_the_program_of_a_page_runs(
     page: str, daemon: LiveDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    needs.library(FRAMEWORKS[page])
     monkeypatch.chdir(tmp_path)
     [program] = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
     assert SOCKET in program
@@ -32,6 +40,7 @@ def test_the_program_of_a_page_runs(
 
 
 def test_the_example_shows_the_audit_log_and_a_destroyed_thread() -> None:
+    needs.library(FRAMEWORKS["langgraph.md"])
     done = subprocess.run(
         [sys.executable, str(DOCS.parent / "examples" / "agent_memory.py")],
         capture_output=True,

@@ -7,10 +7,8 @@ was asked for is an error. It must never give a row to the serializer of the pro
 
 from __future__ import annotations
 
-import binascii
 import copy
-from base64 import b64decode
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import ormsgpack
 from langchain_core.runnables import RunnableConfig
@@ -21,10 +19,7 @@ from langgraph.checkpoint.serde.jsonplus import EXT_DELTA_SNAPSHOT
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 
 from minikms_adapters.errors import WrongPlaceError
-from minikms_adapters.records import Place, thread_name
-
-HEAD_FIELD: Final = "minikms"
-"""Of the stored metadata: the head, in base64."""
+from minikms_adapters.records import JSON_FIELD, Place, from_json, thread_name
 
 
 class Unreadable:
@@ -81,10 +76,9 @@ def closed(inner: BaseCheckpointSaver[Any]) -> BaseCheckpointSaver[Any]:
     which older versions of this module stored their rows.
     """
     clone = copy.copy(inner)
-    serde: SerializerProtocol = ClosedSerializer()
+    clone.serde = ClosedSerializer()
     if isinstance(inner.serde, EncryptedSerializer):
-        serde = EncryptedSerializer(inner.serde.cipher, serde)
-    clone.serde = serde
+        clone.serde = EncryptedSerializer(inner.serde.cipher, clone.serde)
     return clone
 
 
@@ -96,12 +90,10 @@ class Spot(NamedTuple):
     checkpoint_id: str
 
     @classmethod
-    def of(cls, config: RunnableConfig, checkpoint_id: str, thread_id: str | None = None) -> Spot:
-        """`thread_id`: in the place of the one in the config."""
-        given = config["configurable"]
-        return cls(
-            str(given["thread_id"]) if thread_id is None else thread_id, given.get("checkpoint_ns", ""), checkpoint_id
-        )
+    def of(cls, config: RunnableConfig, **others: str) -> Spot:
+        """The ids of a config. `others` take the place of the config's own."""
+        given = {**config["configurable"], **others}
+        return cls(str(given["thread_id"]), given.get("checkpoint_ns", ""), str(given.get("checkpoint_id")))
 
     @property
     def config(self) -> RunnableConfig:
@@ -141,7 +133,7 @@ def check_asked(asked: RunnableConfig | None, found: CheckpointTuple) -> None:
     given = found.config["configurable"]
     for name, value in asked["configurable"].items() if asked else ():
         if str(given.get(name)) != str(value):
-            raise WrongPlaceError(Spot.of(found.config, str(given.get("checkpoint_id"))).head().record)
+            raise WrongPlaceError(Spot.of(found.config).head().record)
 
 
 def records_of(spot: Spot, found: CheckpointTuple) -> list[tuple[Place, object]]:
@@ -159,9 +151,5 @@ def records_of(spot: Spot, found: CheckpointTuple) -> list[tuple[Place, object]]
 
 
 def head_of(found: CheckpointTuple) -> object:
-    """The record of a head, or what is there in its place."""
-    head = found.metadata.get(HEAD_FIELD)
-    try:
-        return b64decode(head, validate=True) if isinstance(head, str) else head
-    except (binascii.Error, ValueError):
-        return head
+    """The record of a head, which is a member of the metadata, or what is there in its place."""
+    return from_json({JSON_FIELD: found.metadata.get(JSON_FIELD)})

@@ -12,10 +12,7 @@ the program's serializer what is not authenticated; only `migrate` does that.
 from __future__ import annotations
 
 import json
-from base64 import b64encode
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, Final, NamedTuple, cast
 
 import msgspec
@@ -29,6 +26,7 @@ from langgraph.checkpoint.base import (
     CheckpointTuple,
     DeltaChannelHistory,
     PendingWrite,
+    empty_checkpoint,
     get_checkpoint_id,
     get_checkpoint_metadata,
     writes_sort_key,
@@ -45,16 +43,7 @@ from minikms_adapters.errors import (
     RecordError,
     WrongPlaceError,
 )
-from minikms_adapters.langgraph.rows import (
-    HEAD_FIELD,
-    Spot,
-    check_asked,
-    closed,
-    config_of,
-    head_of,
-    inner_config,
-    records_of,
-)
+from minikms_adapters.langgraph.rows import Spot, check_asked, closed, config_of, head_of, inner_config, records_of
 from minikms_adapters.records import (
     KEYS_CACHED_MAX,
     KmsClient,
@@ -64,10 +53,9 @@ from minikms_adapters.records import (
     Sealer,
     Step,
     Steps,
-    T,
+    as_json,
     ask,
     ask_inner,
-    ask_kms,
     both,
     is_sealed,
     key_of,
@@ -120,9 +108,6 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
     `kms` is a `minikms.Client` or a `minikms.AsyncClient`; the blocking methods need the first. `plain_metadata` names
     further fields of the metadata that stay in plaintext, so that `list` can filter by them.
 
-        saver = EncryptedSaver(SqliteSaver(connection), Client("/run/minikms/minikms.sock"))
-        graph = builder.compile(checkpointer=saver)
-
     Raises RecordError for a record that is in plaintext, was altered or moved, or whose key was destroyed.
     """
 
@@ -136,9 +121,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         self._plain = PLAIN_METADATA | set(plain_metadata)
         self._sealer = Sealer()
         self._runner = Runner(kms, self._inner, prefix="a")
-        self._keys: OrderedDict[tuple[str, str, object], str] = (
-            OrderedDict()
-        )  # of checkpoints that were put or read last
+        self._keys: dict[tuple[str, str, object], str] = {}  # of checkpoints that were put or read last
 
     @property
     def config_specs(self) -> list[Any]:
@@ -156,13 +139,13 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
     ) -> Steps[RunnableConfig]:
-        spot = Spot.of(config, checkpoint["id"])
-        parent = get_checkpoint_id(config)
+        spot = Spot.of(config, checkpoint_id=checkpoint["id"])
         metadata = get_checkpoint_metadata(config, metadata)
-        before = {**(metadata.get("parents") or {}), spot.namespace: parent}
-        records = yield from self._seal_after(spot, before, self._contents(spot, parent, checkpoint, metadata))
+        made = Opened(CheckpointTuple(spot.config, checkpoint, metadata), [], get_checkpoint_id(config))
+        before = {**(metadata.get("parents") or {}), spot.namespace: made.parent}
+        records = yield from self._seal_after(spot, before, self._contents(spot, made))
         self._remember(spot, records[0])
-        yield self._ask_put(spot, parent, checkpoint, metadata, new_versions, records=iter(records))
+        yield self._ask_put(spot, made, new_versions, iter(records))
         return spot.config
 
     put, aput = both(_put)
@@ -170,7 +153,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
     def _put_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> Steps[None]:
-        spot = Spot.of(config, str(get_checkpoint_id(config)))
+        spot = Spot.of(config)
         contents = self._contents_of_writes(spot, writes, task_id, task_path)
         records = yield from self._seal_after(spot, {spot.namespace: spot.checkpoint_id}, contents)
         yield _ask_put_writes(spot, writes, task_id, task_path, iter(records))
@@ -190,44 +173,37 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
             raise DestroyedRecordError(spot.head().record) from error
 
     def _remember(self, spot: Spot, head: bytes) -> None:
+        self._keys.pop(spot, None)  # so that it becomes the newest
         self._keys[spot] = key_of(head)
-        self._keys.move_to_end(spot)
         if len(self._keys) > KEYS_CACHED_MAX:
-            self._keys.popitem(last=False)
+            del self._keys[next(iter(self._keys))]
 
-    def _contents(
-        self, spot: Spot, parent: str | None, checkpoint: Checkpoint, metadata: CheckpointMetadata
-    ) -> list[tuple[Place, bytes]]:
+    def _contents(self, spot: Spot, opened: Opened) -> list[tuple[Place, bytes]]:
+        """Of the head, the values and the writes."""
+        checkpoint = opened.found.checkpoint
         values, versions = checkpoint["channel_values"], checkpoint["channel_versions"]
         header = {name: value for name, value in checkpoint.items() if name != "channel_values"}
-        head = {"header": header, "metadata": metadata, "parent": parent, "channels": [*values]}
+        head = {"header": header, "metadata": opened.found.metadata, "parent": opened.parent, "channels": [*values]}
         return [
             (spot.head(), self._dump(head)),
             *((spot.value(channel, versions.get(channel)), self._dump(value)) for channel, value in values.items()),
+            *(each for task, made in opened.tasks() for each in self._contents_of_writes(spot, made, *task)),
         ]
 
-    def _ask_put(
-        self,
-        stored_at: Spot,
-        parent: str | None,
-        checkpoint: Checkpoint,
-        metadata: CheckpointMetadata,
-        new_versions: ChannelVersions,
-        *,
-        records: Iterator[bytes],
-    ) -> Step:
-        """Takes the records of `_contents`. `stored_at` has the thread in whose rows it is stored, which is not its own
-        during a migration.
-        """
-        plain: dict[str, Any] = {name: value for name, value in metadata.items() if name in self._plain}
-        plain[HEAD_FIELD] = b64encode(next(records)).decode("ascii")
+    def _ask_put(self, stored_at: Spot, opened: Opened, versions: ChannelVersions, records: Iterator[bytes]) -> Step:
+        """Takes the records of head and values. The thread of `stored_at` is another one during a migration."""
+        checkpoint = opened.found.checkpoint
+        plain = {**self._plain_of(opened.found.metadata), **as_json(next(records))}
         sealed = {
             channel: _DeltaSnapshot(next(records)) if isinstance(value, _DeltaSnapshot) else next(records)
             for channel, value in checkpoint["channel_values"].items()
         }
         stored = {**checkpoint, "v": max(checkpoint["v"], FORMAT_OF_CHECKPOINTS), "channel_values": sealed}
-        where = config_of(stored_at.thread_id, stored_at.namespace, parent)
-        return ask_inner("put", where, stored, plain, new_versions)
+        where = config_of(stored_at.thread_id, stored_at.namespace, opened.parent)
+        return ask_inner("put", where, stored, plain, versions)
+
+    def _plain_of(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in metadata.items() if name in self._plain}
 
     def _contents_of_writes(
         self, spot: Spot, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str
@@ -252,7 +228,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         if found is None:
             return None
         [opened] = yield from self._open([found])
-        self._remember(Spot.of(opened.found.config, opened.found.checkpoint["id"]), cast("bytes", head_of(found)))
+        self._remember(Spot.of(opened.found.config), cast("bytes", head_of(found)))
         return opened.found
 
     get_tuple, aget_tuple = both(_get_tuple)
@@ -268,7 +244,8 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     def _open(self, stored: Sequence[CheckpointTuple], thread_id: str | None = None) -> Steps[list[Opened]]:
         """All records of these checkpoints, with one batch. `thread_id`: their thread, if they are staged."""
-        spots = [Spot.of(found.config, str(get_checkpoint_id(found.config)), thread_id) for found in stored]
+        others = {} if thread_id is None else {"thread_id": thread_id}
+        spots = [Spot.of(found.config, **others) for found in stored]
         records: list[tuple[Place, object]] = []
         for spot, found in zip(spots, stored, strict=True):
             with malformed(spot.head().record):
@@ -305,14 +282,13 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         """
         stored, versions = found.checkpoint, head["header"]["channel_versions"]
         parent = get_checkpoint_id(found.parent_config) if found.parent_config else head["parent"]
-        plain = {name: value for name, value in head["metadata"].items() if name in self._plain}
-        stored_plain = {name: value for name, value in found.metadata.items() if name in self._plain}
+        plain, stored_plain = self._plain_of(head["metadata"]), self._plain_of(found.metadata)
         if (
             not stored.get("id") == spot.checkpoint_id == head["header"]["id"]
             or parent != head["parent"]
             or set(stored["channel_values"]) != set(head["channels"])
             or any(str(stored["channel_versions"].get(name)) != str(versions.get(name)) for name in head["channels"])
-            or (plain != stored_plain and _as_json(plain) != _as_json(stored_plain))
+            or (plain != stored_plain and _as_stored(plain) != _as_stored(stored_plain))
         ):
             raise WrongPlaceError(spot.head().record)
 
@@ -332,7 +308,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         if found is not None:
             chain[get_checkpoint_id(found.config)] = found
         while found is not None and found.parent_config is not None and missing:
-            spot = Spot.of(found.config, str(get_checkpoint_id(found.parent_config)))
+            spot = Spot.of(found.config, checkpoint_id=str(get_checkpoint_id(found.parent_config)))
             if spot.checkpoint_id in chain:
                 break  # a cycle: a program put a checkpoint twice, or the database was altered
             found = yield from self._row(spot.config)
@@ -344,8 +320,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         opened = yield from self._open([*chain.values()])
         ends = {None, *(each.found.checkpoint["id"] for each in opened)}
         if opened and missing and opened[-1].parent not in ends:
-            last = opened[-1].found
-            raise WrongPlaceError(f"{Spot.of(last.config, last.checkpoint['id']).head().record}: no parent")
+            raise WrongPlaceError(f"{Spot.of(opened[-1].found.config).head().record}: no parent")
         return {channel: _history_of(channel, opened[1:]) for channel in channels}
 
     get_delta_channel_history, aget_delta_channel_history = both(_get_delta_channel_history)
@@ -385,12 +360,11 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     def _spots(self, thread_id: str) -> Steps[list[Spot]]:
         """The checkpoints of a thread, parents before children."""
-        asked = config_of(thread_id, "", None)
-        del asked["configurable"]["checkpoint_ns"]
+        asked: RunnableConfig = {"configurable": {"thread_id": thread_id}}
 
         def spot(found: CheckpointTuple) -> Spot:
             check_asked(asked, found)
-            return Spot.of(found.config, str(get_checkpoint_id(found.config)))
+            return Spot.of(found.config)
 
         with malformed(f"thread {thread_id}"):
             spots: list[Spot] = yield ask_inner("list", asked)._replace(each=spot)
@@ -408,18 +382,15 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     def _store(self, thread_id: str, page: Sequence[Opened], stored_in: str | None = None) -> Steps[None]:
         """Seals checkpoints for a thread, with one batch. `stored_in`: the thread in whose rows they are stored."""
-        spots = [Spot.of(opened.found.config, opened.found.checkpoint["id"], thread_id) for opened in page]
-        contents: list[tuple[Place, bytes]] = []
-        for spot, opened in zip(spots, page, strict=True):
-            contents += self._contents(spot, opened.parent, opened.found.checkpoint, opened.found.metadata)
-            for task, writes in opened.tasks():
-                contents += self._contents_of_writes(spot, writes, *task)
+        spots = [
+            Spot.of(opened.found.config, checkpoint_id=opened.found.checkpoint["id"], thread_id=thread_id)
+            for opened in page
+        ]
+        contents = [each for spot, opened in zip(spots, page, strict=True) for each in self._contents(spot, opened)]
         records = iter((yield from self._sealer.seal(contents)))
         for spot, opened in zip(spots, page, strict=True):
             stored_at = spot._replace(thread_id=stored_in or thread_id)
-            checkpoint = opened.found.checkpoint
-            versions = checkpoint["channel_versions"]
-            yield self._ask_put(stored_at, opened.parent, checkpoint, opened.found.metadata, versions, records=records)
+            yield self._ask_put(stored_at, opened, opened.found.checkpoint["channel_versions"], records)
             for task, writes in opened.tasks():
                 yield _ask_put_writes(stored_at, writes, *task, records)
 
@@ -427,7 +398,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     def _keys_of(self, found: CheckpointTuple) -> set[str]:
         """The keys that the records of a stored checkpoint name; empty text for a record in plaintext."""
-        spot = Spot.of(found.config, str(get_checkpoint_id(found.config)))
+        spot = Spot.of(found.config)
         with malformed(spot.head().record):
             return {key_of(record) if is_sealed(record) else "" for _, record in records_of(spot, found)}
 
@@ -489,22 +460,14 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
                 yield ask_inner("delete_thread", staging)
             if len(keys) == 1 and "" not in keys:
                 kms_thread = thread_name("langgraph", thread_id)
-                answer = yield ask_kms("get_or_create_dek_for_thread", kms_thread, purpose="data")
-                if keys == {answer.key_id}:
+                self._sealer.forget(kms_thread)
+                if keys == {(yield from self._sealer.current_key(kms_thread))}:
                     return False
             for page in _pages((yield from self._spots(thread_id))):
                 opened = yield from self._open_any((yield from self._rows(page, of=self._given)))
                 yield from self._store(thread_id, opened, stored_in=staging)
-            empty = Checkpoint(
-                v=FORMAT_OF_CHECKPOINTS,
-                id=STAGED_NAMESPACE,
-                ts="",
-                channel_values={},
-                channel_versions={},
-                versions_seen={},
-                updated_channels=None,
-            )
-            yield ask_inner("put", config_of(staging, STAGED_NAMESPACE, None), empty, {}, {})
+            marker = {**empty_checkpoint(), "v": FORMAT_OF_CHECKPOINTS, "id": STAGED_NAMESPACE}
+            yield ask_inner("put", config_of(staging, STAGED_NAMESPACE, None), marker, {}, {})
             staged = yield from self._spots(staging)
         pages = [*_pages([spot for spot in staged if spot.namespace != STAGED_NAMESPACE])]
         for page in pages:  # nothing is deleted before all of it was opened
@@ -521,7 +484,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         named = [self._keys_of(found) for found in stored]
         for found, keys in zip(stored, named, strict=True):
             if "" in keys and keys != {""}:
-                raise PlaintextRecordError(Spot.of(found.config, found.checkpoint["id"]).head().record)
+                raise PlaintextRecordError(Spot.of(found.config).head().record)
         sealed = [found for found, keys in zip(stored, named, strict=True) if "" not in keys]
         opened = iter((yield from self._open(sealed)))
         return [_as_found(found) if "" in keys else next(opened) for found, keys in zip(stored, named, strict=True)]
@@ -533,13 +496,14 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
             raise NotSearchableError(f"metadata that is encrypted can't be filtered by: {', '.join(sealed)}")
         return {"config": None if config is None else inner_config(config), "filter": filter_by}
 
-    def _page(self, config: RunnableConfig | None, take: Callable[[], Any]) -> Steps[list[Opened]]:
-        """Opens the next checkpoints of a listing, which `take` gives."""
+    def _page(self, config: RunnableConfig | None, take: Callable[..., Any], listing: object) -> Steps[list[Opened]]:
+        """Opens the next checkpoints of a listing. `take`: `next`, or `anext` if it is asynchronous."""
         asked = None if config is None else inner_config(config)
+        stored: list[CheckpointTuple] = []
         with malformed("a list of checkpoints"):
-            stored: list[CheckpointTuple] = yield ask(take)
-            for found in stored:
+            while len(stored) < PAGE_CHECKPOINTS and (found := (yield ask(take, listing, None))) is not None:
                 check_asked(asked, found)
+                stored.append(found)
         return (yield from self._open(stored))
 
     def list(
@@ -550,8 +514,8 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> Iterator[CheckpointTuple]:
-        found = iter(self._inner.list(**self._query(config, filter), before=before, limit=limit))
-        while page := self._runner.run(self._page(config, lambda: [*islice(found, PAGE_CHECKPOINTS)])):
+        listing = iter(self._inner.list(**self._query(config, filter), before=before, limit=limit))
+        while page := self._runner.run(self._page(config, next, listing)):
             for opened in page:
                 yield opened.found
 
@@ -563,20 +527,10 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[CheckpointTuple]:
-        found = self._inner.alist(**self._query(config, filter), before=before, limit=limit)
-        while page := await self._runner.run_async(self._page(config, lambda: _first(found, PAGE_CHECKPOINTS))):
+        listing = self._inner.alist(**self._query(config, filter), before=before, limit=limit)
+        while page := await self._runner.run_async(self._page(config, anext, listing)):
             for opened in page:
                 yield opened.found
-
-
-async def _first(found: AsyncIterator[T], count: int) -> Sequence[T]:
-    """At most `count` elements. The rest stays in the iterator."""
-    page: list[T] = []
-    async for each in found:
-        page.append(each)
-        if len(page) == count:
-            break
-    return page
 
 
 def _pages(spots: Sequence[Spot]) -> Iterator[Sequence[Spot]]:
@@ -591,7 +545,7 @@ def _ask_put_writes(
     return ask_inner("put_writes", stored_at.config, sealed, task_id, task_path)
 
 
-def _as_json(plain: Mapping[str, Any]) -> Any:
+def _as_stored(plain: Mapping[str, Any]) -> Any:
     """Plain metadata as a database gives it that stores JSON."""
     return json.loads(json.dumps(plain, default=str))
 

@@ -6,6 +6,7 @@ of another namespace; nothing is indexed, filtered or ranked by a value. Namespa
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from typing import Any, Final
@@ -18,7 +19,6 @@ from langgraph.store.base import (
     Op,
     PutOp,
     Result,
-    SearchItem,
     SearchOp,
     TTLConfig,
 )
@@ -85,8 +85,12 @@ class EncryptedStore(BaseStore):
         results = yield ask_inner("batch", stored)
         found = [_found(op, result) for op, result in zip(ops, results, strict=True)]
         places = [(_place(item.namespace, item.key), from_json(item.value)) for items in found for item in items]
-        opened = iter((yield from self._sealer.open(places)))
-        return [_opened(result, opened) for result in results]
+        plaintexts = iter((yield from self._sealer.open(places)))
+        opened = [[_with_value(item, next(plaintexts)) for item in items] for items in found]
+        return [
+            items if isinstance(op, SearchOp) else items[0] if items else result
+            for op, result, items in zip(ops, results, opened, strict=True)
+        ]
 
     batch, abatch = both(_batch)
 
@@ -134,16 +138,7 @@ def _found(op: Op, result: Any) -> list[Item]:
     return items
 
 
-def _opened(result: Any, values: Any) -> Result:
-    if isinstance(result, Item):
-        return _with_value(result, next(values))
-    if isinstance(result, list) and result and isinstance(result[0], Item):
-        return [_with_value(item, next(values)) for item in result]
-    return result  # type: ignore[no-any-return]  # the inner store's
-
-
-def _with_value(item: Item, plaintext: bytes) -> Any:
-    members = {name: getattr(item, name) for name in ("namespace", "key", "created_at", "updated_at")}
-    if isinstance(item, SearchItem):
-        members["score"] = item.score
-    return type(item)(value=json.loads(plaintext), **members)
+def _with_value(item: Item, plaintext: bytes) -> Item:
+    opened = copy.copy(item)
+    opened.value = json.loads(plaintext)
+    return opened
