@@ -3,7 +3,7 @@
 RocksDB takes a log that was cut, or is missing, for one that ends there. Owns: the file ACKNOWLEDGED in its directory.
 Invariants:
 - A number is written after the sync of its write and is not synced itself, so it is never ahead of the log. A killed
-  server leaves the last one, a power failure perhaps an older one.
+  server leaves the last one. A power failure may leave one that is seconds old: later writes may be acknowledged too.
 - A file that is missing or malformed says nothing: every log is long enough.
 """
 

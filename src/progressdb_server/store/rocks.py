@@ -42,6 +42,7 @@ from rocksdict import (
     WriteOptions,
 )
 
+from minikms.logs import structlog
 from minikms.sync import sync_file
 from progressdb_server.store import acknowledged
 from progressdb_server.store.acknowledged import Acknowledged
@@ -72,6 +73,10 @@ OPENINGS: Final = 3
 _FILE: Final = re.compile(r"\b(?:\d+\.(?:sst|log)|MANIFEST-\d+|CURRENT)\b")
 _DROPPED: Final = re.compile(rb"(\d+\.log): dropping ")
 LOG_TAIL_BYTES: Final = 64 * 1024
+LOG_HEADER_BYTES: Final = 7
+"""Of a record in the write-ahead log, before the number of its write (RocksDB's log_format.h)."""
+
+_log = structlog.get_logger("progressdb.store")
 
 
 def engine_options() -> Options:
@@ -259,12 +264,18 @@ class RocksEngine(RocksRead):
 
     def _open(self) -> Any:
         known = acknowledged.last(self._path)
+        reached = _reached(self._path) if known else 0
+        if 0 <= reached < known and not isinstance(_refusal(self._path), StoreDamagedError):  # RocksDB would open it
+            with contextlib.suppress(FileNotFoundError), exclusive(self._path):
+                pass
+            raise _cut(self._path)
         try:
             try:
                 db = Rdict(self._path, engine_options())
             except Exception as error:
-                if "LOCK:" in str(error) or not _has_all(self._path, known):
+                if "LOCK:" in str(error) or not 0 < known <= reached:
                     raise
+                _log.warning("store_log_torn", reason=f"{self._path}: writes behind the damage of its log are dropped")
                 db = Rdict(self._path, _to_the_damage())
         except Exception as error:
             if "LOCK:" in str(error):
@@ -466,19 +477,35 @@ def _to_the_damage() -> Options:
     return options
 
 
-def _has_all(path: str, known: int) -> bool:
-    """Whether a store that does not open has, before the damage in its log, all that was acknowledged: the damage is
-    what a power failure has left of a write that was not synced. Changes nothing."""
-    if not known:
-        return False
+def _reached(path: str) -> int:
+    """The number of the last write that a store has before the first damage in its logs, -1 if it does not open.
+    Changes nothing."""
     try:
+        with tempfile.TemporaryDirectory(prefix="progressdb-no-log-") as none:
+            options = engine_options()
+            options.set_wal_dir(none)
+            tables = Rdict(path, options, access_type=AccessType.read_only(False))
+            flushed = tables.latest_sequence_number()
+            tables.close()
+        if _first_logged(path) > flushed + 1:  # an earlier log is missing, which RocksDB does not notice
+            return int(flushed)
         view = Rdict(path, _to_the_damage(), access_type=AccessType.read_only(False))
     except Exception:  # noqa: BLE001  whatever it is, it is not the end of the log
-        return False
+        return -1
     try:
-        return bool(view.latest_sequence_number() >= known)
+        return int(view.latest_sequence_number())
     finally:
         view.close()
+
+
+def _first_logged(path: str) -> int:
+    """The number of the first write in the oldest log that has one; 0 if none has."""
+    for name in sorted(name for name in os.listdir(path) if name.endswith(".log")):
+        with open(os.path.join(path, name), "rb") as file:
+            raw = file.read(LOG_HEADER_BYTES + 8)
+        if len(raw) == LOG_HEADER_BYTES + 8:
+            return int.from_bytes(raw[LOG_HEADER_BYTES:], "little")
+    return 0
 
 
 def _cut(path: str) -> StoreDamagedError:

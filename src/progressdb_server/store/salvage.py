@@ -36,6 +36,7 @@ from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableEr
 from progressdb_server.store.model import RegisteredBackup, StoreDamagedError
 from progressdb_server.store.offline import WALK_BYTES_MAX, LocalEntries, LocalView
 from progressdb_server.store.rocks import (
+    LOG_HEADER_BYTES,
     RocksRead,
     engine_options,
     exclusive,
@@ -59,7 +60,6 @@ SEEN_MAX: Final = 10_000
 _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
 _LOG_BLOCK_BYTES: Final = 32 * 1024
-_LOG_HEADER_BYTES: Final = 7
 _DELETED_FILE: Final = 6
 
 
@@ -358,10 +358,10 @@ def _log_record(payload: bytes, at: int) -> bytes:
     kinds = {(True, True): 1, (True, False): 2, (False, False): 3, (False, True): 4}
     first = True
     while True:
-        if left < _LOG_HEADER_BYTES:
+        if left < LOG_HEADER_BYTES:
             record += bytes(left)
             left = _LOG_BLOCK_BYTES
-        part, payload = payload[: left - _LOG_HEADER_BYTES], payload[left - _LOG_HEADER_BYTES :]
+        part, payload = payload[: left - LOG_HEADER_BYTES], payload[left - LOG_HEADER_BYTES :]
         kind = bytes((kinds[first, not payload],))
         checksum = _crc32c(kind + part)
         masked = ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF

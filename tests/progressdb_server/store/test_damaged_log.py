@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rocksdict import Rdict
 
 from progressdb_server.store import acknowledged
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.model import StoreDamagedError
-from progressdb_server.store.rocks import RocksEngine, RocksReader
+from progressdb_server.store.rocks import RocksEngine, RocksReader, engine_options
 from tests.harness.disk_faults import flip
 
 ACKNOWLEDGED = 60
@@ -95,6 +96,43 @@ def test_a_log_that_lacks_acknowledged_writes_is_named(
             RocksEngine(str(path))
     (path / acknowledged.NAME).unlink()  # the way out that the runbook has
     assert entries(path) < ACKNOWLEDGED
+
+
+@pytest.fixture
+def two_logs(tmp_path: Path) -> tuple[Path, Path]:
+    """A store that was killed before its older log was flushed, and that log."""
+    options = engine_options()
+    options.set_write_buffer_size(64 * 1024)
+    options.set_min_write_buffer_number_to_merge(3)
+    (tmp_path / "made").mkdir()
+    engine = Rdict(str(tmp_path / "made"), options)
+    for number in range(ACKNOWLEDGED + 40):
+        engine.put(b"%03d" % number, os.urandom(1000))
+    engine.flush_wal(True)
+    path = tmp_path / "db"
+    shutil.copytree(tmp_path / "made", path)
+    engine.close()
+    noted = acknowledged.Acknowledged(str(path))
+    noted.note(ACKNOWLEDGED + 40)
+    noted.close()
+    older, _ = sorted(path.glob("*.log"))
+    return path, older
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda log: _cut(log, log.stat().st_size // 2), Path.unlink], ids=["cut", "missing"]
+)
+def test_a_start_without_all_of_an_older_log_changes_nothing(
+    two_logs: tuple[Path, Path], damage: Callable[[Path], None]
+) -> None:
+    path, older = two_logs
+    good = older.read_bytes()
+    damage(older)
+    for _ in range(2):
+        with pytest.raises(StoreDamagedError, match="its log is cut or missing"):
+            RocksEngine(str(path))
+    older.write_bytes(good)
+    assert entries(path) == ACKNOWLEDGED + 40
 
 
 @pytest.mark.parametrize(
