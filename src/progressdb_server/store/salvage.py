@@ -228,9 +228,11 @@ def _seen(part: Any, lower: bytes, upper: bytes, others: Any) -> list[Entry]:
     walk.seek(lower)
     while walk.valid() and len(seen) < SEEN_MAX:
         key, value = walk.key(), walk.value()
-        with contextlib.suppress(Exception):  # of another damaged part
-            if others.get(key) != value:
-                seen.append((key, value))
+        known = None
+        with contextlib.suppress(Exception):  # their part is damaged too
+            known = others.get(key)
+        if known != value:
+            seen.append((key, value))
         walk.next()
     return seen
 

@@ -118,8 +118,9 @@ def test_in_two_damaged_files_only_what_both_lost_is_lost(tmp_path: Path) -> Non
         flipped(tmp_path / "db" / name)
     entries, lost = walked(tmp_path / "db")
     assert {one.file for one in lost} == set(files)
-    seen = {one for part in lost for one, _ in part.seen}
-    assert expected.keys() - entries.keys() <= seen
+    seen = {one: value for part in lost for one, value in part.seen}
+    older = [one for one in expected.keys() - entries.keys() if seen[one] != expected[one]]
+    assert len(older) <= 4, "the newest version of each is seen last, but where a byte is wrong"
     assert len(entries) > NUMBERED - 200
 
 
