@@ -212,16 +212,16 @@ class Place(NamedTuple):
 
 
 @functools.lru_cache(KEYS_CACHED_MAX)
-def _bound(place: Place) -> bytes:
+def bound(place: Place) -> bytes:
     """What a record is bound to. The values of a column share it."""
     return b"minikms-adapters 1\0" + _digest((place.thread, *place.parts))
 
 
 def _pieces(place: Place, value: bytes, size: int, start: int = 0) -> list[tuple[bytes, bytes]]:
     """The pieces of a plaintext or a record, each with its AAD."""
-    bound, starts = _bound(place), range(start, len(value), size) or (start,)
+    place_bound, starts = bound(place), range(start, len(value), size) or (start,)
     return [
-        (value[at : at + size], bound + index.to_bytes(4, "big") + bytes([at == starts[-1]]))
+        (value[at : at + size], place_bound + index.to_bytes(4, "big") + bytes([at == starts[-1]]))
         for index, at in enumerate(starts)
     ]
 
@@ -485,7 +485,7 @@ class Sealer:
         return moved
 
     def destroy(self, thread: str) -> Steps[list[Receipt]]:
-        """Destroys every data key of the thread, and with them all its records. Gives a receipt for each key."""
+        """Destroys every key of the thread that adapters make, and so all its records. Gives a receipt for each key."""
         receipts: list[Receipt] = []
         while keys := (yield from self._data_keys(thread)):  # again, since a write may have made another one
             for key in keys:
@@ -502,7 +502,7 @@ class Sealer:
             page = yield ask_kms("list_keys", thread_id=thread, cursor=cursor, limit=api.LIST_KEYS_COUNT_MAX)
             if page.indexing:
                 raise NotReadyError("the key service is still reading its key files; try again")
-            keys += [key for key in page.keys if key.purpose == "data"]
+            keys += [key for key in page.keys if key.purpose != "thread"]
             cursor = page.next_cursor
             if cursor is None:
                 return keys

@@ -2,8 +2,9 @@
 
 Owns: `Guard`, the part of a compiler that visits encrypted columns and what is assigned to them, its installation in
 each dialect that connects, and the checks of a table's constraints. Invariants: an encrypted column stands in a list of
-selected columns, before IS NULL, and as the target of an INSERT or UPDATE, nowhere else; what is assigned to it is a
-bound value of its own type, NULL, or the same column. It must never let a statement pass that it does not understand.
+selected columns, before IS NULL, and as the target of an INSERT or UPDATE, nowhere else; a comparable one also beside
+`=`, `<>` and IN; what is assigned to it, or compared with it, is a bound value of its own type, NULL, or the same
+column. It must never let a statement pass that it does not understand.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NoReturn
 
-from sqlalchemy import BindParameter, CheckConstraint, Column, Engine, Index, Null, Select, event
+from sqlalchemy import BindParameter, CheckConstraint, Column, Engine, Index, Null, Select, UniqueConstraint, event
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.schema import ColumnCollectionConstraint
 from sqlalchemy.sql import operators
@@ -25,6 +26,8 @@ from sqlalchemy.types import TypeDecorator
 
 from minikms_adapters.errors import NotSearchableError, NotSupportedError
 
+_COMPARISONS = (operators.eq, operators.ne, operators.in_op, operators.not_in_op)
+
 
 class Opaque(TypeDecorator[Any]):
     """Base of the types whose columns are guarded."""
@@ -33,6 +36,8 @@ class Opaque(TypeDecorator[Any]):
 
     place: tuple[str, ...] | None = None
     """Names of schema, table and column, once the column has a table."""
+    comparable = False
+    """Whether equal values are equal in the database."""
 
 
 def is_opaque(element: Any) -> bool:
@@ -44,6 +49,8 @@ class Guard(SQLCompiler):
 
     _permitted: object = None
     """The element that may be visited now though it is opaque."""
+    _compared: tuple[Any, ...] = ()
+    """Likewise, both sides of a comparison."""
     _showing: object = None
     """The SELECT inside an expression whose columns may be opaque."""
     _shown = False
@@ -63,7 +70,7 @@ class Guard(SQLCompiler):
     # --- columns ---
 
     def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> str:
-        if is_opaque(column) and self._permitted is not column:
+        if is_opaque(column) and self._permitted is not column and not any(column is each for each in self._compared):
             _refuse()
         return super().visit_column(column, *args, **kwargs)
 
@@ -74,7 +81,11 @@ class Guard(SQLCompiler):
 
     def visit_binary(self, binary: Any, *args: Any, **kwargs: Any) -> Any:
         tests_null = binary.operator in (operators.is_, operators.is_not) and isinstance(binary.right, Null)
-        with self._with(_permitted=binary.left if tests_null else self._permitted):
+        sides = (binary.left, binary.right)
+        compares = binary.operator in _COMPARISONS and is_opaque(sides[0]) and sides[0].type.comparable
+        compares = compares and _is_of_same_column(*sides) and isinstance(sides[1], (BindParameter, ColumnClause))
+        permitted = binary.left if tests_null else self._permitted
+        with self._with(_permitted=permitted, _compared=sides if compares else self._compared):
             return super().visit_binary(binary, *args, **kwargs)
 
     def visit_unary(self, unary: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +148,8 @@ class Guard(SQLCompiler):
     def process(self, obj: Any, **kwargs: Any) -> str:
         """What SQLAlchemy calls for each expression that is assigned, and for each result of a textual statement."""
         textual = not self.stack or isinstance(self.stack[-1]["selectable"], TextualSelect)
-        if (textual and kwargs.get("add_to_result_map")) or any(obj is each for each in self._assigned):
+        indexed = self.statement is None and is_opaque(obj) and obj.type.comparable  # of CREATE INDEX
+        if indexed or (textual and kwargs.get("add_to_result_map")) or any(obj is each for each in self._assigned):
             with self._with(_permitted=obj):
                 return super().process(obj, **kwargs)
         return super().process(obj, **kwargs)
@@ -166,17 +178,22 @@ def _assignments(state: Any, opaque: bool) -> Iterator[tuple[Any, Any]]:
     yield from dict(updates).items()
 
 
+def _is_of_same_column(target: Any, value: Any) -> bool:
+    same = is_opaque(value) and value.type.place == target.type.place is not None
+    return same and not getattr(value, "is_literal", False)
+
+
 def _check_assigned(target: Any, value: Any) -> bool:
     """Whether the value is the column itself. Raises for what would be written in plaintext."""
     value = value.__clause_element__() if hasattr(value, "__clause_element__") else value
     if isinstance(value, Label):
         value = value.element
-    same = is_opaque(value) and value.type.place == target.type.place is not None
+    same = _is_of_same_column(target, value)
     if not hasattr(value, "_compiler_dispatch") or isinstance(value, Null):
         return False
     if isinstance(value, BindParameter) and (same or value.type._isnull):
         return False
-    if same and isinstance(value, ColumnClause) and not value.is_literal:
+    if same and isinstance(value, ColumnClause):
         return True
     raise NotSupportedError(f"{target} can only be set to a value, NULL or itself: the database would hold plaintext")
 
@@ -186,7 +203,9 @@ def _check_assigned(target: Any, value: Any) -> bool:
 
 def check_column(column: Column[Any]) -> None:
     """Raises if a constraint or a default of an encrypted column would have no effect, or write plaintext."""
-    if column.unique or column.index or column.primary_key or column.foreign_keys:
+    kind: Any = column.type
+    searched = not kind.comparable and (column.unique or column.index)
+    if searched or column.primary_key or column.foreign_keys:
         _refuse_constraint(column)
     defaults = (column.default, column.onupdate)
     if any(each is not None and not (each.is_scalar or each.is_callable) for each in defaults) or any(
@@ -200,7 +219,7 @@ def check_column(column: Column[Any]) -> None:
 def _check_constraint(constraint: Any, table: Any) -> None:
     """A CheckConstraint is left to the guard: it may test for NULL."""
     for column in () if isinstance(constraint, CheckConstraint) else constraint.columns:
-        if is_opaque(column):
+        if is_opaque(column) and not (column.type.comparable and isinstance(constraint, (Index, UniqueConstraint))):
             _refuse_constraint(column)
 
 

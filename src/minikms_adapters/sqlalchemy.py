@@ -44,7 +44,7 @@ __all__ = ["Encrypted", "Owned", "adestroy_key", "destroy_key", "reencrypt", "re
 
 REENCRYPT_ROWS: Final = 500
 """Rows that `reencrypt` reads at a time."""
-_MYSQL: Final = ("mysql", "mariadb")
+MYSQL: Final = ("mysql", "mariadb")
 
 _hiding: weakref.WeakSet[Dialect] = weakref.WeakSet()
 """Dialects with encrypted columns."""
@@ -91,6 +91,8 @@ class Encrypted(Opaque):
         reverse_operate = operate
 
     comparator_factory = Comparator
+    opens = True
+    """Whether values of a result are decrypted."""
 
     @property
     def python_type(self) -> type[Any]:
@@ -99,7 +101,7 @@ class Encrypted(Opaque):
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         _hiding.add(dialect)
         # MySQL's BLOB ends at 64 KiB.
-        return dialect.type_descriptor(LONGBLOB() if dialect.name in _MYSQL else LargeBinary())
+        return dialect.type_descriptor(LONGBLOB() if dialect.name in MYSQL else LargeBinary())
 
     def _set_parent(self, parent: Any, outer: bool = False, **kwargs: Any) -> None:
         """SQLAlchemy says here which column has the type."""
@@ -135,6 +137,12 @@ class Encrypted(Opaque):
         return value.value
 
     # --- values ---
+
+    def sealed(self, values: Sequence[tuple[Encrypted, Any]]) -> list[bytes]:
+        """What the database gets for values of columns of this class and client."""
+        encoded = [kind.values.encode(kind.names, value) for kind, value in values]
+        records = self.run(self.sealer.seal([(place, plaintext) for _, place, plaintext in encoded]))
+        return [prefix + record for (prefix, _, _), record in zip(encoded, records, strict=True)]
 
     def run(self, steps: Steps[T]) -> T:
         """With an asyncio client only where SQLAlchemy runs in the greenlet of an asyncio engine."""
@@ -195,7 +203,7 @@ def render_item(kind: str, item: object, context: Any) -> str | bool:
     """For the `render_item` of Alembic's `context.configure`: migrations get an ordinary binary column."""
     if kind != "type" or not isinstance(item, Encrypted):
         return False
-    if context.dialect is None or context.dialect.name not in _MYSQL:
+    if context.dialect is None or context.dialect.name not in MYSQL:
         return "sa.LargeBinary()"
     context.imports.add("from sqlalchemy.dialects import mysql")
     return "mysql.LONGBLOB()"
@@ -240,10 +248,8 @@ def _encrypt_parameters(  # noqa: PLR0917 - the arguments are SQLAlchemy's
 
 def _seal(pending: Iterable[_Pending]) -> None:
     for kind, group in _by_client(pending):
-        encoded = [each.kind.values.encode(each.kind.names, each.value) for each in group]
-        records = kind.run(kind.sealer.seal([(place, plaintext) for _, place, plaintext in encoded]))
-        for each, (prefix, _, _), record in zip(group, encoded, records, strict=True):
-            each.sealed = prefix + record
+        for each, sealed in zip(group, kind.sealed([(each.kind, each.value) for each in group]), strict=True):
+            each.sealed = sealed
 
 
 def _open(stored: Iterable[_Stored]) -> None:
@@ -255,10 +261,10 @@ def _open(stored: Iterable[_Stored]) -> None:
 
 
 def _by_client(values: Iterable[V]) -> Iterator[tuple[Encrypted, list[V]]]:
-    """The values of each client, and a type that has it."""
-    groups: dict[int, list[V]] = {}
+    """The values of each client and class of types, and a type that has them."""
+    groups: dict[tuple[int, type], list[V]] = {}
     for value in values:
-        groups.setdefault(id(value.kind.kms), []).append(value)
+        groups.setdefault((id(value.kind.kms), type(value.kind)), []).append(value)
     return ((group[0].kind, group) for group in groups.values())
 
 
@@ -302,11 +308,11 @@ def _kinds(context: Any, cursor: Any) -> dict[int, Encrypted]:
     """The encrypted columns of a result, by their positions."""
     compiled: Any = getattr(context, "compiled", None)
     columns = getattr(compiled, "_result_columns", None) or ()
-    named = {each.keyname: each.type for each in columns if isinstance(each.type, Encrypted)}
+    named = {each.keyname: each.type for each in columns if getattr(each.type, "opens", False)}
     if not named or not cursor.description:
         return {}
     if compiled._ordered_columns or compiled._textual_ordered_columns:
-        return {index: each.type for index, each in enumerate(columns) if isinstance(each.type, Encrypted)}
+        return {index: each.type for index, each in enumerate(columns) if getattr(each.type, "opens", False)}
     names = [each[0] for each in cursor.description]
     return {index: named[name] for index, name in enumerate(names) if name in named}
 

@@ -14,6 +14,7 @@ from minikms import Client
 from tests.harness.live_daemon import LiveDaemon
 
 NEEDS = {
+    "test_blind_index.py": ("aiosqlite", "sqlalchemy"),
     "test_django.py": ("django",),
     "langgraph": ("langchain_core", "langgraph", "ormsgpack", "psycopg"),
     "test_openai_agents.py": ("agents", "openai"),

@@ -53,6 +53,7 @@ def seeds(key: str, other: str) -> dict[Verb[Any, Any], list[Any]]:
         api.DECRYPT_BATCH: [[items], [items * 5]],
         api.REENCRYPT_BATCH: [[key, other, moved], [key, key, []]],
         api.CHECK_BATCH: [[key, moved], [key, moved, "t"], [other, [], None]],
+        api.MAC: [[key, moved], [key, moved, "t"], [other, [], None]],
     }
 
 

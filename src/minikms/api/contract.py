@@ -20,6 +20,7 @@ PLAINTEXT_BYTES_MAX: Final = 4 * 1024 * 1024
 AAD_BYTES_MAX: Final = 4096
 SEAL_BYTES: Final = 24 + 16
 """Nonce and tag: by how much a ciphertext is longer than its plaintext."""
+MAC_BYTES: Final = 32
 REQUEST_ID_CHARS_MAX: Final = 128
 ID_CHARS_MAX: Final = 128
 LIST_KEYS_COUNT_DEFAULT: Final = 100

@@ -73,7 +73,8 @@ def _type_of(hint: Any) -> Any:
     if get_origin(hint) in (Union, UnionType):
         (hint,) = (part for part in get_args(hint) if part is not UnsetType)
     if get_origin(hint) is list:
-        return list.__class_getitem__(array_form(get_args(hint)[0]))
+        (member,) = get_args(hint)
+        return hint if member is bytes else list.__class_getitem__(array_form(member))
     return bytes if hint == Base64 else hint
 
 

@@ -68,7 +68,7 @@ ENCRYPT: Final = Verb(
     EncryptItem,
     EncryptAnswer,
     "Encrypt one plaintext",
-    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_KEY_RETIRED),
+    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED),
     repeatable=True,
     proxied=True,
 )
@@ -97,7 +97,7 @@ DECRYPT: Final = Verb(
     DecryptItem,
     DecryptAnswer,
     "Decrypt one ciphertext",
-    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_DECRYPTION_FAILED),
+    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_DECRYPTION_FAILED),
     repeatable=True,
     proxied=True,
     charged_as="decrypts",
@@ -374,6 +374,44 @@ CHECK_BATCH: Final = Verb(
     charged_as="reencrypts",
 )
 
+
+class MacItem(Request):
+    """One value of /mac."""
+
+    plaintext: Base64
+    aad: Base64 | UnsetType = UNSET
+
+    def __repr__(self) -> str:
+        return "MacItem()"
+
+
+class MacRequest(Request):
+    """`key_id` names a key of purpose `mac`."""
+
+    key_id: str
+    items: list[MacItem]
+    thread_id: str | UnsetType = UNSET
+
+
+class MacAnswer(msgspec.Struct, frozen=True):
+    """A MAC of 32 bytes for each item, in order."""
+
+    macs: list[bytes]
+
+
+MAC: Final = Verb(
+    "mac",
+    "POST",
+    "/mac",
+    ("encrypt",),
+    MacRequest,
+    MacAnswer,
+    "Compute HMAC-SHA-256 of a list of plaintexts under a key of purpose `mac`",
+    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED, CODE_TOO_MANY),
+    repeatable=True,
+    proxied=True,
+)
+
 # --- keys for the caller's own use -----------------------------------------------------------------------------------
 
 
@@ -478,7 +516,16 @@ ROTATE_KEK: Final = Verb(
     RotateKekRequest,
     RotateKekAnswer,
     "Rotate the KEK, and replace the root key if the request has a new one",
-    (*_OPEN_KEY, CODE_CONFLICT, CODE_WRONG_SLOT, CODE_NOT_PINNED, CODE_TOO_MANY, CODE_DECRYPTION_FAILED, *_WRITE),
+    (
+        *_OPEN_KEY,
+        CODE_CONFLICT,
+        CODE_WRONG_PURPOSE,
+        CODE_WRONG_SLOT,
+        CODE_NOT_PINNED,
+        CODE_TOO_MANY,
+        CODE_DECRYPTION_FAILED,
+        *_WRITE,
+    ),
     may_answer_202=True,
     root_field="new_kek_hex",
 )

@@ -10,7 +10,7 @@ must never answer with a default after a failure.
 from typing import TYPE_CHECKING
 
 from minikms.api.errors import KmsError, KmsRefusedError
-from minikms.client.items import DecryptItem, EncryptItem, ReencryptItem
+from minikms.client.items import DecryptItem, EncryptItem, MacItem, ReencryptItem
 from minikms.client.synchronous import Client
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "EncryptItem",
     "KmsError",
     "KmsRefusedError",
+    "MacItem",
     "ReencryptItem",
 ]
 

@@ -340,6 +340,12 @@ def check_outcomes(answer: api.CheckBatchAnswer, count: int) -> list[CheckOutcom
     return found
 
 
+def macs(answer: api.MacAnswer, count: int) -> list[bytes]:
+    if len(answer.macs) != count or any(len(mac) != api.MAC_BYTES for mac in answer.macs):
+        raise KmsProtocolError(f"the key service did not answer a MAC for each of {count} items")
+    return answer.macs
+
+
 # --- repetition ------------------------------------------------------------------------------------------------------
 
 

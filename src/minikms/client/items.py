@@ -66,6 +66,16 @@ class ReencryptItem(Sent, omit_defaults=True, frozen=True, gc=False, kw_only=Tru
         return f"ReencryptItem({len(self.ciphertext)} bytes)"
 
 
+class MacItem(Sent, omit_defaults=True, frozen=True, gc=False, kw_only=True):
+    """One value to make a MAC of. `aad` is what it is bound to, as for `EncryptItem`."""
+
+    plaintext: bytes
+    aad: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"MacItem({len(self.plaintext)} bytes)"
+
+
 class Batch(Sent, frozen=True):
     """Of ENCRYPT_BATCH and DECRYPT_BATCH."""
 
@@ -79,13 +89,15 @@ class ReencryptBatch(Sent, frozen=True):
 
 
 class CheckBatch(Sent, omit_defaults=True, frozen=True):
+    """Also of MAC."""
+
     key_id: str
-    items: Sequence[ReencryptItem]
+    items: Sequence[ReencryptItem] | Sequence[MacItem]
     thread_id: str | None = None
 
 
-Item = EncryptItem | DecryptItem | ReencryptItem
-ItemT = TypeVar("ItemT", EncryptItem, DecryptItem, ReencryptItem)
+Item = EncryptItem | DecryptItem | ReencryptItem | MacItem
+ItemT = TypeVar("ItemT", EncryptItem, DecryptItem, ReencryptItem, MacItem)
 Outcome = bytes | KmsRefusedError
 """What a batch gives for one item: the value, or why that item was refused."""
 CheckOutcome = KmsRefusedError | None
@@ -97,11 +109,11 @@ def checked_cost_bytes(item: Item, *, ids_checked: bool = False) -> int:
 
     Raises InvalidRequestError, TooLargeError or TypeError for what could spoil the batch that the item travels in.
     """
-    if isinstance(item, EncryptItem):
+    if isinstance(item, (EncryptItem, MacItem)):
         payload, payload_bytes_max = item.plaintext, api.PLAINTEXT_BYTES_MAX
     else:
         payload, payload_bytes_max = item.ciphertext, SEALED_BYTES_MAX
-    if not ids_checked and not isinstance(item, ReencryptItem):
+    if not ids_checked and not isinstance(item, (ReencryptItem, MacItem)):
         _check_ids(item.key_id, item.thread_id, item.request_id)
     aad = item.aad
     if not isinstance(payload, bytes) or not isinstance(aad, bytes):
@@ -114,7 +126,9 @@ def checked_cost_bytes(item: Item, *, ids_checked: bool = False) -> int:
 def _check_all_ids(items: Sequence[Item]) -> None:
     """Checks only once, in order, what items name alike: most batches are of one key and thread."""
     named = {
-        (item.key_id, item.thread_id, item.request_id): None for item in items if not isinstance(item, ReencryptItem)
+        (item.key_id, item.thread_id, item.request_id): None
+        for item in items
+        if not isinstance(item, (ReencryptItem, MacItem))
     }
     for ids in named:
         _check_ids(*ids)

@@ -25,6 +25,7 @@ from minikms.client.items import (
     CheckOutcome,
     DecryptItem,
     EncryptItem,
+    MacItem,
     Outcome,
     ReencryptBatch,
     ReencryptItem,
@@ -305,6 +306,17 @@ class Verbs:
         """
         batch = partial(CheckBatch, key_id, thread_id=thread_id)
         return Many(api.CHECK_BATCH, items, batch, calls.check_outcomes, request_id)
+
+    @method
+    def mac(
+        self, key_id: str, items: Sequence[MacItem], *, thread_id: str | None = None, request_id: str | None = None
+    ) -> Many[bytes]:
+        """HMAC-SHA-256 (32 bytes) of each item, in order, under a key whose purpose must be `mac`. Any number of items.
+
+        Raises KeyRetiredError, WrongThreadError, WrongPurposeError.
+        """
+        batch = partial(CheckBatch, key_id, thread_id=thread_id)
+        return Many(api.MAC, items, batch, calls.macs, request_id)
 
     @method
     def generate_data_key(

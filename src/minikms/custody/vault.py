@@ -29,6 +29,8 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Final, TypeVar
 
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from minikms import api
 from minikms.api.errors import (
     ConflictError,
@@ -38,6 +40,7 @@ from minikms.api.errors import (
     KeyUnreadableError,
     KmsRefusedError,
     StorageUnavailableError,
+    WrongPurposeError,
     WrongThreadError,
     copy_of,
 )
@@ -111,6 +114,18 @@ class OpenDek(RecordKey):
         """Raises KeyRetiredError unless the key is active."""
         if self.state != "active":
             raise KeyRetiredError(f"key {self.key_id} is retired: it only decrypts; use the thread's current key")
+
+    def mac(self, plaintext: bytes, caller_aad: bytes) -> bytes:
+        """Raises WrongPurposeError unless the purpose of the key is `mac`."""
+        if self.purpose != "mac":
+            raise WrongPurposeError("MACs are made under keys of purpose mac")
+        return super().mac(plaintext, caller_aad)
+
+    def _other_cipher(self, prefix: bytes) -> AESGCM:
+        """On the way of each record to its first cipher of a turn. Raises WrongPurposeError for a key of MACs."""
+        if self.purpose == "mac":
+            raise WrongPurposeError("a key of purpose mac neither encrypts nor decrypts")
+        return super()._other_cipher(prefix)
 
 
 class Vault:

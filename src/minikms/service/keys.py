@@ -74,7 +74,7 @@ class KeyVerbs:
         event.key_id = check_key_id(request.key_id)
         opened = keys.opened(request.key_id)
         if opened.purpose != "data":
-            raise WrongPurposeError("data keys are made under keys of purpose data; this key is a thread's")
+            raise WrongPurposeError("data keys are made under keys of purpose data")
         opened.check_encrypts()
         aad = opened.record_aad(decode_aad(request.aad))
         with self._vault.arena.allocate() as made:

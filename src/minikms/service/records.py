@@ -1,4 +1,4 @@
-"""The verbs of records: encrypt, decrypt, re-encrypt and check, one record or many.
+"""The verbs of records: encrypt, decrypt, re-encrypt and check, one record or many; and MACs.
 
 Owns: what a record is encrypted under and bound to, and how the items of a batch are answered. Invariants: a refused
 item does not stop the others of its batch. It must never put plaintext or ciphertext into an audit event.
@@ -42,6 +42,7 @@ class RecordVerbs:
         table.now_on_keys(api.DECRYPT_BATCH, vault, self.decrypt_batch)
         table.now_on_keys(api.REENCRYPT_BATCH, vault, self.reencrypt_batch)
         table.now_on_keys(api.CHECK_BATCH, vault, self.check_batch)
+        table.now_on_keys(api.MAC, vault, self.mac)
 
     # --- one record --------------------------------------------------------------------------------------------------
 
@@ -187,6 +188,27 @@ class RecordVerbs:
         refused = _refused_of(request.items, opened, encoding.read)
         count_refused(event, len(refused))
         return encoding.answer(api.CheckBatchAnswer(len(request.items) - len(refused), refused))
+
+    def mac(self, keys: Keys, request: api.MacRequest, event: Event) -> Reply:
+        """A MAC of each item. One item that can't be read refuses all."""
+        event.key_ids = [check_key_id(request.key_id)]
+        opened = keys.opened(request.key_id)
+        if isinstance(request.thread_id, str):
+            opened.check_thread(request.thread_id)
+        opened.check_encrypts()
+        encoding = encoding_of(request)
+        read = encoding.read
+        return encoding.answer(
+            api.MacAnswer(
+                [
+                    opened.mac(
+                        read(item.plaintext, api.PLAINTEXT_BYTES_MAX, "plaintext"),
+                        read(item.aad, api.AAD_BYTES_MAX, "aad") if item.aad else b"",
+                    )
+                    for item in request.items
+                ]
+            )
+        )
 
 
 def _encrypt_event(who: Principal, opened: OpenDek, request_id: str) -> Event:

@@ -13,7 +13,7 @@ import pytest
 import minikms
 from minikms import api
 from minikms.api import errors
-from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem, connecting
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, MacItem, ReencryptItem, connecting
 from tests.minikms.client.hostile import answer, array_answer, hostile
 from tests.minikms.client.using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, STATUS, STATUS_CALL, Use
 
@@ -77,6 +77,7 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
             array_answer([1, []]),
             b"POST /check_batch",
         ),
+        (("mac", {"key_id": KEY, "items": [MacItem(plaintext=b"")]}), array_answer([[bytes(32)]]), b"POST /mac "),
         (
             ("generate_data_key", {"key_id": KEY}),
             answer(b'{"key_id":"k","ciphertext":"eA==","plaintext":"eA=="}'),

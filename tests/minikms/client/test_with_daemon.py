@@ -15,7 +15,7 @@ import pytest
 
 from minikms import api
 from minikms.api import errors
-from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, ReencryptItem
+from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, MacItem, ReencryptItem
 
 
 class Both:
@@ -115,6 +115,18 @@ def test_a_data_key_is_given_sealed_and_on_request_in_the_clear(kms: Any) -> Non
     assert not isinstance(kms.generate_data_key(key_id, with_plaintext=False).plaintext, bytes)
     with pytest.raises(errors.WrongPurposeError):
         kms.generate_data_key(kms.create_dek_for_thread("thread-1").key_id)
+
+
+def test_macs_are_equal_for_one_key_aad_and_value_only(kms: Any) -> None:
+    key_id, other = (kms.create_dek_for_thread("index", purpose="mac").key_id for _ in range(2))
+    items = [MacItem(plaintext=b"ada"), MacItem(plaintext=b"bob"), MacItem(plaintext=b"ada", aad=b"x")]
+    macs = kms.mac(key_id, items * 400, thread_id="index")
+    assert macs == kms.mac(key_id, items) * 400
+    assert len({*macs, *kms.mac(other, items)}) == 6
+    with pytest.raises(errors.WrongThreadError):
+        kms.mac(key_id, items, thread_id="thread-1")
+    with pytest.raises(errors.WrongPurposeError):
+        kms.mac(kms.create_dek_for_thread("index").key_id, items)
 
 
 def test_random_bytes_are_as_many_as_asked(kms: Any) -> None:

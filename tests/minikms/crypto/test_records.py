@@ -44,6 +44,13 @@ def test_a_record_opens_elsewhere_and_under_its_own_key_only(arena: SecretArena)
                 owner.check(data, aad, memoryview(bytearray(64)))
 
 
+def test_a_mac_has_its_known_value_and_its_turn_overwrites_the_stack(arena: SecretArena) -> None:
+    keys = RecordKeys(arena)
+    mac = new_key(arena, keys, bytes(range(32))).mac(b"text", b"place")
+    assert mac.hex() == "781e0ac181009ee6520c06502dae32571c9f23b1ce13cd64b38515a6ec993666"
+    assert keys.stack_used
+
+
 @pytest.mark.parametrize("size", [0, aead.OVERHEAD_BYTES - 1])
 def test_a_too_short_record_does_not_open(arena: SecretArena, size: int) -> None:
     key = new_key(arena, RecordKeys(arena))

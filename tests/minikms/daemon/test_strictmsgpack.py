@@ -42,6 +42,13 @@ REQUESTS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "encrypt_batch": st.fixed_dictionaries({"items": _items("plaintext", _ids)}),
     "decrypt_batch": st.fixed_dictionaries({"items": _items("ciphertext", _ids)}),
     "reencrypt_batch": st.fixed_dictionaries({"from_key_id": _text, "to_key_id": _text, "items": _of_one_key}),
+    "mac": st.fixed_dictionaries(
+        {
+            "key_id": _text,
+            "items": _items("plaintext", st.fixed_dictionaries({}, optional={"aad": _bytes})),
+        },
+        optional={"thread_id": _text},
+    ),
     "check_batch": st.fixed_dictionaries({"key_id": _text, "items": _of_one_key}, optional={"thread_id": _text}),
 }
 
@@ -60,6 +67,7 @@ def _as_array(kind: type[msgspec.Struct], value: dict[str, Any], cut: bool) -> l
     item: dict[str, type[msgspec.Struct]] = {
         "EncryptBatchRequest": api.EncryptItem,
         "DecryptBatchRequest": api.DecryptItem,
+        "MacRequest": api.MacItem,
     }
     members: list[Any] = []
     for name in kind.__struct_fields__:
@@ -173,8 +181,8 @@ def test_a_request_does_not_show_its_plaintext() -> None:
 def test_more_items_than_a_batch_takes_are_counted_and_not_decoded(name: str) -> None:
     """`VerbTable` refuses the request by their number, as it does in JSON. The decoder takes no memory for them."""
     count = 1_000_000
-    before = {"reencrypt_batch": b"\x93\xa1k\xa1l", "check_batch": b"\x93\xa1k"}.get(name, b"\x91")
-    after = b"\xc0" if name == "check_batch" else b""
+    before = {"reencrypt_batch": b"\x93\xa1k\xa1l", "check_batch": b"\x93\xa1k", "mac": b"\x93\xa1k"}.get(name, b"\x91")
+    after = b"\xc0" if name in ("check_batch", "mac") else b""
     body = before + b"\xdd" + count.to_bytes(4) + b"\x90" * count + after
     tracemalloc.start()
     try:

@@ -23,7 +23,7 @@ import pytest
 
 from minikms.api.errors import KmsError
 from minikms.cli.rootkey import BIND_VARIABLE
-from minikms.client import Client, DecryptItem, EncryptItem, ReencryptItem
+from minikms.client import Client, DecryptItem, EncryptItem, MacItem, ReencryptItem
 from minikms.crypto.aead import LONG_TEXT_BYTES, PREFIX_BYTES
 from tests import needs
 from tests.harness import decryptor, live_daemon
@@ -148,6 +148,8 @@ def live_a_keys_life(daemon: LiveDaemon, client: Client) -> dict[str, bytes]:
     assert isinstance(resealed, bytes) and client.decrypt(new, resealed, aad=b"place") == b"text"
     assert client.check_batch(new, [ReencryptItem(ciphertext=resealed, aad=b"place")]) == [None]
     client.generate_data_key(data, with_plaintext=False)
+    mac_key = client.create_dek_for_thread("life", purpose="mac").key_id
+    client.mac(mac_key, [MacItem(plaintext=b"text" * 999)] * 20)
     client.random(64)
     client.list_keys(thread_id="life")
     keys = {f"then: {name}": key for name, key in daemon.keys().items()}
@@ -385,6 +387,7 @@ def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path, "file", "--cache-keys", "2", forked=False) as daemon, daemon.client() as client:
         first, second, third = make_keys(client, 3)
         data = client.create_dek_for_thread("data", purpose="data").key_id
+        macs = client.create_dek_for_thread("data", purpose="mac").key_id
         sealed = {key_id: client.encrypt(key_id, b"text") for key_id in (first, second, third)}
         encrypted = [EncryptItem(key_id=key_id, plaintext=b"text") for key_id in (second, third) * 20]
         decrypted = [DecryptItem(key_id=key_id, ciphertext=sealed[key_id]) for key_id in (second, third) * 20]
@@ -411,6 +414,7 @@ def test_no_single_verb_leaves_a_key(tmp_path: Path) -> None:
             ("decrypt_batch", lambda: client.decrypt_batch(decrypted)),
             ("check_batch", lambda: client.check_batch(second, checked)),
             ("generate_data_key", lambda: client.generate_data_key(data, with_plaintext=False)),
+            ("mac", lambda: client.mac(macs, [MacItem(plaintext=b"text")] * 20)),
             ("random", lambda: client.random(32)),
             ("rotate", client.rotate_kek),
             ("rotate, verified", lambda: client.rotate_kek(verify=decrypted[:2])),

@@ -342,6 +342,8 @@ class World:
             return Ask(method, path, {"verify": [sample]} if key_id else {})
         if path == "/generate_data_key":
             return Ask(method, path, {"key_id": key_id or self.key(purpose="data")})
+        if path == "/mac":
+            return Ask(method, path, msgspec.to_builtins(example(api.MAC, key_id or self.key(purpose="mac"))))
         if path.endswith("/destroy"):
             key_id = key_id or self.retired()
             return Ask(method, path.format(key_id=key_id), {"key_id": key_id})
@@ -364,7 +366,7 @@ class World:
 
 
 def _purpose(operation: str) -> dict[str, str]:
-    return {"purpose": "data"} if "data_key" in operation else {}
+    return {"purpose": "data"} if "data_key" in operation else {"purpose": "mac"} if "mac" in operation else {}
 
 
 _JUNK = b64(bytes(40))
@@ -419,7 +421,8 @@ def of_another_purpose(world: World, operation: str) -> Reply:
     if operation == "POST /reencrypt_batch":
         ask = world.good(operation)
         return world(ask._replace(body={**ask.body, "to_key_id": world.key(purpose="data")}))
-    return world(world.good(operation, world.key()))
+    own = operation in ("POST /generate_data_key", "POST /mac")
+    return world(world.good(operation, world.key(purpose="thread" if own else "mac")))
 
 
 def forbidden(world: World, operation: str) -> Reply:
