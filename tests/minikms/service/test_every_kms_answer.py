@@ -27,7 +27,7 @@ from tests.harness.documented import Pair
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.unix_http import UnixConnection
 from tests.harness.verb_requests import example
-from tests.harness.waiting import receive_more
+from tests.harness.waiting import WAIT_S_MAX, receive_more, wait_until
 from tests.minikms.service import faulty_daemon
 from tests.minikms.service.asking import NO_KEY, b64
 
@@ -42,7 +42,6 @@ roles = ["create", "encrypt", "decrypt", "data_key", "monitor", "rotate", "destr
 threads = ["*"]
 limits = {{ requests_per_second = 1 }}
 """
-WAIT_S_MAX = 60.0
 
 
 class Refusal(NamedTuple):
@@ -195,13 +194,7 @@ class World:
             yield
         finally:
             resource.prlimit(self.daemon.pid, resource.RLIMIT_FSIZE, before)
-            self.until(lambda: self(Ask("GET", "/status")).status == 200)
-
-    def until(self, wanted: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_S_MAX
-        while not wanted():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+            wait_until(lambda: self(Ask("GET", "/status")).status == 200)
 
     def crowded(self) -> Reply:
         """The answer to a connection before its request, when the limit of connections is reached by those that wait
@@ -225,9 +218,9 @@ class World:
                 one.connect(str(self.daemon.socket))
                 with contextlib.suppress(BrokenPipeError):
                     one.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            self.until(refused)
+            wait_until(refused)
             reply = found[-1]
-        self.until(served)
+        wait_until(served)
         return reply
 
     # --- what there is --------------------------------------------------------------------------------------------
@@ -255,7 +248,7 @@ class World:
 
     def settle(self) -> None:
         """Wait for the end of a rotation, also of one that is due and has not begun: a start would go on with it."""
-        self.until(lambda: self.rotation is None and all(root["state"] == "active" for root in self.listed_roots()))
+        wait_until(lambda: self.rotation is None and all(root["state"] == "active" for root in self.listed_roots()))
 
     @property
     def rotation(self) -> Any:
@@ -465,7 +458,7 @@ def conflicting(world: World, operation: str) -> Reply:
             begun = world(Ask("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex(), "wait": False}))
             if begun.status == 202:  # otherwise the removal of a root key had just begun
                 reply = world(world.good(operation))
-    world.until(lambda: not replaced & {root["slot_id"] for root in world.listed_roots()})
+    wait_until(lambda: not replaced & {root["slot_id"] for root in world.listed_roots()})
     world.settle()
     return reply
 
@@ -531,7 +524,7 @@ def while_stopping(world: World, operation: str) -> Reply:
     try:
         with ThreadPoolExecutor(1) as other, world.fault(faulty_daemon.STUCK):
             waiting = other.submit(world, ask)
-            world.until(lambda: world.rotation is not None)
+            wait_until(lambda: world.rotation is not None)
             world.daemon.process.terminate()
             return waiting.result()
     finally:
@@ -605,7 +598,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                 )
                 for _ in range(UNSHIPPED_LINES_MIN):
                     made(Ask("GET", "/status"), lagging)
-                made.until(lambda: made(Ask("POST", "/random", {"count": 1}), lagging).status == 503)
+                wait_until(lambda: made(Ask("POST", "/random", {"count": 1}), lagging).status == 503)
                 yield made
                 assert made.kept_frames() == []
 
