@@ -47,6 +47,14 @@ def test_to_ask_for_the_wait_takes_nothing_and_tells_the_truth(steps: list[float
         assert buckets.take(caller, now_s) == pytest.approx(wait_s)
 
 
+def test_a_caller_whose_bucket_has_made_room_charges_nobody_else() -> None:
+    buckets = RateBuckets(10, 20, count_max=2)
+    for caller, now_s in (("sender", 0.0), ("x", 5.0), ("y", 5.0)):
+        assert buckets.take(caller, now_s) == 0
+    buckets.charge("sender", 1024)
+    assert buckets.take("z", 5.0) == 0
+
+
 def test_a_clock_that_stands_still_or_goes_back_gives_no_tokens() -> None:
     bucket = TokenBucket(rps=10, burst=2)
     assert [bucket.take(now_s) == 0 for now_s in (50.0, 50.0, 50.0, 10.0, 49.0)] == [True, True, False, False, False]

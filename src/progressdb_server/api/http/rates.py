@@ -82,8 +82,10 @@ class RateBuckets:
         return bucket.take(now_s)
 
     def charge(self, caller: Hashable, count: int) -> None:
-        """As `TokenBucket.charge`."""
-        self._buckets.get(caller, self._shared).charge(count)
+        """As `TokenBucket.charge`. A caller without an own bucket owes nothing: others use the shared one."""
+        bucket = self._buckets.get(caller)
+        if bucket is not None:
+            bucket.charge(count)
 
     def _new(self, caller: Hashable, now_s: float) -> TokenBucket:
         if self._is_crowded(now_s):
