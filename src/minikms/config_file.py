@@ -18,7 +18,7 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 
 from minikms.api.errors import StartError
-from minikms.trusted_file import ROOT_UID, read_trusted
+from minikms.platform.trusted_file import ROOT_UID, read_trusted
 
 CONFIG_BYTES_MAX: Final = 64 * 1024
 LINE_DOTS_MAX: Final = 256

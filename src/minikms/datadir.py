@@ -31,7 +31,6 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from minikms import clock, files
 from minikms.api.errors import AuditUnavailableError, KmsRefusedError, StartError, StorageUnavailableError
 from minikms.audit import AuditKey, AuditLog, Event, ExpectedLog
 from minikms.audit.chain import KeyState, Signer
@@ -51,11 +50,12 @@ from minikms.custody.log_directory import NAME as LOG_DIRECTORY_NAME
 from minikms.custody.log_directory import claim_log_directory, lock_log_directory, log_directory
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
-from minikms.directory_lock import DataDirLock, InUseError, make_private_directory
-from minikms.files import read_file_bounded
 from minikms.keys import keyring, root_slots
 from minikms.keys.unlocked import WRAPPING_KEYS_MAX, UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
+from minikms.platform import clock, files
+from minikms.platform.directory_lock import DataDirLock, InUseError, make_private_directory
+from minikms.platform.files import read_file_bounded
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import RootProvider
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 
 from cyclopts import App, Parameter, validators
 
-from minikms.printable import clean
+from minikms.api.printable import clean
 
 if TYPE_CHECKING:
     from cyclopts import Argument, CycloptsError

@@ -250,8 +250,8 @@ def _receiver_must(sink: Sink) -> str:
 
 def _unseen(state_dir: str, age_s: int) -> Iterator[str]:
     """What the auditor can't write into its status: that it does not run, or that its disk is full."""
-    from minikms.directory_lock import is_owned
     from minikms.output import byte_count
+    from minikms.platform.directory_lock import is_owned
 
     if not is_owned(state_dir):
         yield "process: the auditor does not run"

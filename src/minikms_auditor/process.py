@@ -29,10 +29,10 @@ from minikms.config_file import address
 from minikms.http import HttpServer
 from minikms.http.accepting import ACCEPT_PAUSE_SECONDS, Acceptor, listen_tcp
 from minikms.http.page import PAGE_LIMITS, metrics_page
-from minikms.logs import service_logger, structlog
 from minikms.memory import NETWORK_PATHS, SecretArena, SignalReader, harden, interpreter_paths
 from minikms.memory.process import name_thread
-from minikms.notify import Notifier
+from minikms.platform.logs import service_logger, structlog
+from minikms.platform.notify import Notifier
 from minikms_auditor.auditor import Auditor
 from minikms_auditor.collectors import Collector, SplunkCollector
 from minikms_auditor.config import Config, Files, FileSink, HttpSink, Sink, SplunkSink, SyslogSink

@@ -20,7 +20,7 @@ from minikms.api.errors import KeyTextError, StartError
 from minikms.audit import note
 from minikms.audit.note import Signature, VerifierKey
 from minikms.memory import SecretArena, SecretSlot, read_key_fd_into
-from minikms.trusted_file import ROOT_UID
+from minikms.platform.trusted_file import ROOT_UID
 from minikms_auditor.config import FILE_SCHEME, Files
 from minikms_tokens import Algorithm, Signer, TokenError, open_signer
 

@@ -24,9 +24,9 @@ from minikms.audit.note import NOTE_BYTES_MAX
 from minikms.audit.shipping import FileForwarder
 from minikms.audit.tiles import CHECKPOINT_NAME, TILE_BYTES, RightEdge, Tile
 from minikms.audit.tree import EMPTY_ROOT
-from minikms.directory_lock import DataDirLock, make_private_directory
-from minikms.files import FileWrite, open_directory, read_file_bounded, replace_file, sweep_temps, write_files
-from minikms.sync import sync_directory
+from minikms.platform.directory_lock import DataDirLock, make_private_directory
+from minikms.platform.files import FileWrite, open_directory, read_file_bounded, replace_file, sweep_temps, write_files
+from minikms.platform.sync import sync_directory
 
 T = TypeVar("T")
 

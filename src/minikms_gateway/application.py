@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlencode
 
 from minikms import api
-from minikms.addresses import Places, address_group
 from minikms.api import Verb
 from minikms.api.errors import InvalidRequestError, KmsRefusedError, UnauthorizedError
 from minikms.http import (
@@ -33,6 +32,7 @@ from minikms.http import (
     parse_query,
     raised_response,
 )
+from minikms.http.addresses import Places, address_group
 from minikms_gateway.certificates import Chain, Identity, Trust, chain_of
 from minikms_gateway.reasons import (
     IssuerUnavailableError,

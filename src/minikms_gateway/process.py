@@ -38,10 +38,10 @@ from minikms.http.accepting import (
 )
 from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
-from minikms.logs import service_logger, structlog
 from minikms.memory import NETWORK_PATHS, SignalReader, harden, interpreter_paths
-from minikms.notify import Notifier
-from minikms.trusted_file import directory_read
+from minikms.platform.logs import service_logger, structlog
+from minikms.platform.notify import Notifier
+from minikms.platform.trusted_file import directory_read
 from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, Session, State
 from minikms_gateway.certificates import Trust, server_context

@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import Any, Final, Literal, TextIO
 
-from minikms.logs import clean_values, log_lines, structlog
+from minikms.platform.logs import clean_values, log_lines, structlog
 
 _LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 

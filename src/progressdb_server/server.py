@@ -23,8 +23,8 @@ from prometheus_client import CollectorRegistry
 
 from minikms import api
 from minikms.client import AsyncClient, KmsError
-from minikms.logs import structlog
-from minikms.notify import Notifier
+from minikms.platform.logs import structlog
+from minikms.platform.notify import Notifier
 from progressdb_server import logs
 from progressdb_server.api.application import Application
 from progressdb_server.api.http.access import AccessControl

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.files import open_directory
+from minikms.platform.files import open_directory
 from tests.harness.live_daemon import LiveDaemon
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from minikms.append_only import CONFIRMED_SUFFIX
 from minikms.audit import record
 from minikms.base64 import encode_text
+from minikms.platform.append_only import CONFIRMED_SUFFIX
 from progressdb_server.store import keyspace
 from progressdb_server.store.epoch import SeenState
 from progressdb_server.store.rocks import RocksEngine

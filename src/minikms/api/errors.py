@@ -21,7 +21,7 @@ import re
 from typing import Final, TypeVar
 
 from minikms.api import contract
-from minikms.printable import clean
+from minikms.api.printable import clean
 
 MESSAGE_CHARS_MAX: Final = 512
 """Of a text that a daemon sent."""

@@ -42,7 +42,7 @@ from minikms.audit.reader import (
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
 from minikms.audit.shipping import Forwarder, Forwarding
 from minikms.base64 import decode_exact, encode_text
-from minikms.sync import sync_directory, sync_file
+from minikms.platform.sync import sync_directory, sync_file
 
 RETENTION_TICKS: Final = 3600
 """Retention runs after a start, and then once an hour: `Maintenance.tick` is called about once a second."""

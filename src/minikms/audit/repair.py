@@ -5,8 +5,8 @@ Owns: verifying the end of a log file, the decision table below, and the events 
 - No log, and none is expected: begin a new log with `genesis`.
 - No log, but one is expected: refuse.
 - The end follows from the last signed line: continue.
-- The same, then damage of any kind behind what a sync has confirmed (`minikms.append_only`), as a power cut leaves it:
-  move everything from there on aside; a `recovery` event names and counts it.
+- The same, then damage of any kind behind what a sync has confirmed (`minikms.platform.append_only`), as a power cut
+  leaves it: move everything from there on aside; a `recovery` event names and counts it.
 - A closed last segment, and no file or an empty one after it: a rotation was interrupted; begin the next file.
 - An end under an earlier audit key, at the line where the change of key began: the change was interrupted;
   `OpenedLog.key` is that earlier key. At another line: refuse, because the holder of an earlier key can write a log
@@ -31,9 +31,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from minikms import append_only
 from minikms.api.errors import StartError
-from minikms.append_only import write_whole
 from minikms.audit import chain, reader, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.queries import line_of
@@ -49,7 +47,9 @@ from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineEr
 from minikms.audit.rules import Trust
 from minikms.audit.verify import Verifier
 from minikms.base64 import encode_text
-from minikms.sync import sync_data, sync_directory, sync_file
+from minikms.platform import append_only
+from minikms.platform.append_only import write_whole
+from minikms.platform.sync import sync_data, sync_directory, sync_file
 
 READ_BYTES: Final = 64 * 1024
 _FIRST_LINE_BYTES: Final = 4096

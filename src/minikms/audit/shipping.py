@@ -13,10 +13,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from minikms.append_only import write_whole
 from minikms.audit import record
 from minikms.audit.reader import FILE_MODE, LINES_AT_A_TIME, DamagedSegmentError, Follower
-from minikms.sync import sync_data
+from minikms.platform.append_only import write_whole
+from minikms.platform.sync import sync_data
 
 
 class Forwarder(Protocol):

@@ -21,7 +21,7 @@ from minikms.api.errors import AuditUnavailableError, SealedError, StorageUncert
 from minikms.audit.chain import AuditKey
 from minikms.audit.log import AuditLog
 from minikms.audit.record import Event, Head
-from minikms.workers import in_worker
+from minikms.platform.workers import in_worker
 
 HELD_SECONDS_MAX: Final = 5.0
 """Seconds for which the answers of a turn wait for a change of the audit key; then they are refused."""

@@ -1,7 +1,7 @@
 """The file being written: its chain, and the disk space reserved for it.
 
 Owns: the head, the coverage of the next signed line, the reserve file, and the rotation to the next file; appends and
-syncs are those of `minikms.append_only`. Invariants:
+syncs are those of `minikms.platform.append_only`. Invariants:
 
 - A method of `ChainWriter` that raises OSError has changed nothing, or `repair` completes or undoes its change before
   anything else is written: the rest of a failed write that could not be truncated, or a rotation that can't be undone.
@@ -27,14 +27,14 @@ from typing import Final
 
 import msgspec
 
-from minikms.append_only import AppendOnlyFile
 from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
 from minikms.audit.record import Event, Facts, Head
 from minikms.audit.repair import OpenedLog, create_file
 from minikms.base64 import encode_text
-from minikms.sync import sync_directory
+from minikms.platform.append_only import AppendOnlyFile
+from minikms.platform.sync import sync_directory
 
 CHECKPOINT_LINES: Final = 10_000
 CHECKPOINT_BYTES: Final = 8 * 1024 * 1024

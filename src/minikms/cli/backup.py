@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter, validators
 
+from minikms.api.printable import clean
 from minikms.cli.console import (
     AuditDir,
     DataDir,
@@ -35,7 +36,6 @@ from minikms.cli.console import (
     needed_root,
 )
 from minikms.output import confirm, name_list, print_facts, print_json, print_table, progress_bar
-from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -69,12 +69,12 @@ def create(
     status: 0 made and read back, 1 made, but some key files could not be read or its entry in the register was not
     completed, 2 not made.
     """
-    from minikms import clock
     from minikms.api.errors import StorageUnavailableError
     from minikms.custody.backup.create import NewArchive, remove_failed, remove_leftover
     from minikms.custody.backup.create import create as create_archive
     from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive, new_archive_id
     from minikms.datadir import read_keyring
+    from minikms.platform import clock
 
     directory = chosen_data_dir(data_dir)
     read_keyring(directory)  # first: beside no keyring, a register is what an interrupted restore leaves
@@ -168,11 +168,11 @@ def restore(
     It needs a root key that opened the keyring when the archive was made. A new audit log begins, which names the last
     line of the old one. Exit status: 0 restored, 1 refused or the archive is not good, 2 something is missing.
     """
-    from minikms import clock
     from minikms.custody.backup import restore as restoring
     from minikms.custody.backup.create import verify as verify_archive
     from minikms.custody.log_directory import claim_log_directory
-    from minikms.directory_lock import DataDirLock
+    from minikms.platform import clock
+    from minikms.platform.directory_lock import DataDirLock
 
     directory = chosen_data_dir(data_dir, must_exist=False)
     root = needed_root(master_key_file, master_key_fd, root_source)
@@ -351,7 +351,6 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
 
     It gets an arena of its own, because two keyrings may not have room in one. Raises StartError, OSError.
     """
-    from minikms import files
     from minikms.api.errors import UnknownRootError
     from minikms.crypto import roots
     from minikms.custody.backup.restore import NewerKeyring
@@ -359,6 +358,7 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
     from minikms.datadir import KEYRING_SLOTS, opened_keyring, opened_root
     from minikms.keys.keyring import FILE_BYTES_MAX
     from minikms.memory.arena import SecretArena
+    from minikms.platform import files
     from minikms.roots.providers import KeyFile
 
     with open(path, "rb") as file:
@@ -419,7 +419,7 @@ def _as_dict(manifest: Manifest) -> dict[str, object]:
 
 
 def _when(entry: RegisteredArchive) -> str:
-    from minikms import clock
+    from minikms.platform import clock
 
     return clock.rfc3339(entry.begun_ms * 1_000_000) if entry.ended_ms else "interrupted"
 

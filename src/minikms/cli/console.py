@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import Parameter
 
 from minikms import usage
+from minikms.api.printable import clean
 from minikms.cli.rootkey import VARIABLE as MASTER_KEY_VARIABLE
-from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE, CommandError, PathText, RootSource
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ import msgspec
 
 from minikms import api
 from minikms.api.errors import KmsRefusedError, StartError
+from minikms.api.printable import clean
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.console import (
     DataDir,
@@ -35,7 +36,6 @@ from minikms.cli.console import (
     found_data_dir,
     found_socket,
 )
-from minikms.clock import unix_seconds
 from minikms.custody import (
     backups,
     deks,
@@ -46,7 +46,6 @@ from minikms.custody import (
 from minikms.custody.log_directory import log_directory
 from minikms.custody.settled_keys import SettledKeys
 from minikms.datadir import opened_keyring, opened_root
-from minikms.files import is_stale_temp, read_file_in
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord
 from minikms.keys.keyring import Body
@@ -54,7 +53,8 @@ from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from minikms.output import NAMED_COUNT_MAX, name_list, print_json, terminal
-from minikms.printable import clean
+from minikms.platform.clock import unix_seconds
+from minikms.platform.files import is_stale_temp, read_file_in
 from minikms.roots.providers import KEPT_BY_PEOPLE
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 

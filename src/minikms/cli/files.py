@@ -21,13 +21,13 @@ from cyclopts import Parameter
 
 from minikms.cli.console import Json, ServerUid, Socket, daemon_client
 from minikms.output import print_json, progress_bar
-from minikms.sync import sync_file
+from minikms.platform.sync import sync_file
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError, PathText
 
 if TYPE_CHECKING:
     from minikms.client import Client
 
-DATA_KEY_OWNER: Final = "minikms.files"
+DATA_KEY_OWNER: Final = "minikms.platform.files"
 """The thread id of the key of purpose `data` that is made when none is chosen."""
 READ_BYTES: Final = 64 * 1024
 SUFFIX: Final = ".kms"

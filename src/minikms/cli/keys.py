@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple
 from cyclopts import App, Parameter, validators
 
 from minikms import api
+from minikms.api.printable import clean
 from minikms.cli.console import (
     DAEMON_WAIT_SECONDS,
     Json,
@@ -28,7 +29,6 @@ from minikms.cli.console import (
     daemon_client,
 )
 from minikms.output import confirm, print_facts, print_json, print_table, progress_bar, terminal
-from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Final, get_args
 from cyclopts import App, Parameter
 
 from minikms.api import Role
+from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
 from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
 from minikms.output import print_facts, print_json
-from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:

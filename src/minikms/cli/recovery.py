@@ -142,8 +142,8 @@ def _show(made: Sequence[Share], arena: SecretArena, *, yes: bool) -> None:
 
 
 def _write_files(made: Sequence[Share], directory: Path, arena: SecretArena) -> None:
+    from minikms.platform.sync import sync_directory
     from minikms.roots.recovery_shares import share_text
-    from minikms.sync import sync_directory
 
     written: list[Path] = []
     try:
@@ -162,7 +162,7 @@ def _write_files(made: Sequence[Share], directory: Path, arena: SecretArena) -> 
 
 
 def _write_file(path: Path, text: Sequence[memoryview], written: list[Path]) -> None:
-    from minikms.sync import sync_file
+    from minikms.platform.sync import sync_file
 
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE)
     written.append(path)

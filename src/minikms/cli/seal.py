@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
+from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
 from minikms.output import confirm, print_facts, print_json
-from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
+from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
 from minikms.output import byte_count, duration, print_json, terminal
-from minikms.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, INTERVAL_SECONDS, Interval, Watch
 
 if TYPE_CHECKING:

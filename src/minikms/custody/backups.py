@@ -5,7 +5,7 @@ Owns: `<stamp>/<first key id>-<last key id>.journal`, a journal that was renamed
 - The name of a journal has the first and the last of its keys, so those that may hold a key are found by name. A name
   is never used for two contents.
 - A record of a destroyed key is overwritten with zeros, in place and durably, before `blank` returns. After a failed
-  sync the content is written to a new file, and the old file is never synced again (`minikms.files`).
+  sync the content is written to a new file, and the old file is never synced again (`minikms.platform.files`).
 - A file that can't be read is an error of the keys that it may hold, and stops no other work. No one removes it: it may
   hold the last copy of a key.
 - Records that the caller keeps are not pruned; a journal with such records stays, and its other records become blank.
@@ -32,8 +32,9 @@ from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody import journal_format
 from minikms.custody.deks import DekStore, list_names
 from minikms.custody.journal_format import BLANK, BYTES_MAX, MAGIC, RECORD_BYTES
-from minikms.directory_lock import make_private_directory
-from minikms.files import (
+from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, key_id_to_bytes
+from minikms.platform.directory_lock import make_private_directory
+from minikms.platform.files import (
     SYNCFS_FILES_MIN,
     open_directory,
     opened_file,
@@ -42,8 +43,7 @@ from minikms.files import (
     replace_file,
     sweep_temps,
 )
-from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, key_id_to_bytes
-from minikms.sync import sync_directory, sync_file, syncfs, syncfs_reports
+from minikms.platform.sync import sync_directory, sync_file, syncfs, syncfs_reports
 
 DIRECTORY: Final = "kms-deks-backup"
 SAME_NAME_MAX: Final = 100

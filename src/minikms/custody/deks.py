@@ -31,9 +31,9 @@ from typing import Final, Self
 
 from minikms import api
 from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
-from minikms.files import open_directory, read_file_bounded, read_file_of, remove_files, sweep_temps
 from minikms.keys.dek import FILE_BYTES
-from minikms.sync import sync_file
+from minikms.platform.files import open_directory, read_file_bounded, read_file_of, remove_files, sweep_temps
+from minikms.platform.sync import sync_file
 
 DIRECTORY: Final = "kms-deks"
 SUFFIX: Final = ".json"

@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Final, NamedTuple
 
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
-from minikms.clock import now_ns, rfc3339
 from minikms.custody.backups import FoundRecords
 from minikms.custody.deks import HeldKeys
 from minikms.custody.group_commit import GroupCommit
@@ -27,6 +26,7 @@ from minikms.custody.tombstone_file import Staged, Tombstones
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
 from minikms.keys.unlocked import UnlockedKeyring
+from minikms.platform.clock import now_ns, rfc3339
 
 GROUP_KEYS_MAX: Final = 512
 """Fewer than `minikms.keys.tombstones.APPEND_RECORDS_MAX`."""

@@ -59,7 +59,8 @@ from minikms.custody.journal_format import (
     ids_in_journal,
     is_whole,
 )
-from minikms.files import (
+from minikms.keys.dek import KEY_ID_BYTES, bytes_to_key_id
+from minikms.platform.files import (
     GROUP_FILES_MAX,
     FileWrite,
     make_file,
@@ -71,9 +72,8 @@ from minikms.files import (
     write_all_at,
     write_files,
 )
-from minikms.keys.dek import KEY_ID_BYTES, bytes_to_key_id
-from minikms.sync import sync_data, sync_file, syncfs, syncfs_reports
-from minikms.workers import in_worker
+from minikms.platform.sync import sync_data, sync_file, syncfs, syncfs_reports
+from minikms.platform.workers import in_worker
 
 NAME: Final = "kms-journal"
 HANDOVER_SECONDS: Final = 0.0002

@@ -17,10 +17,10 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from minikms.api.errors import SealedError, StartError, StorageUnavailableError, StorageUncertainError
-from minikms.files import read_file_bounded, replace_file
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
 from minikms.keys.unlocked import UnlockedKeyring
-from minikms.workers import in_worker
+from minikms.platform.files import read_file_bounded, replace_file
+from minikms.platform.workers import in_worker
 
 NAME: Final = "keyring.json"
 

@@ -13,8 +13,8 @@ import stat
 from typing import Final
 
 from minikms.api.errors import StartError, StorageUnavailableError
-from minikms.directory_lock import LOCK_NAME, DataDirLock, lock_file
-from minikms.files import read_file_bounded, replace_file
+from minikms.platform.directory_lock import LOCK_NAME, DataDirLock, lock_file
+from minikms.platform.files import read_file_bounded, replace_file
 
 NAME: Final = "audit-dir"
 """The file in the data directory. It holds the path, absolute, and a newline."""

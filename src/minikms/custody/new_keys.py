@@ -20,7 +20,6 @@ from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
-from minikms.clock import now_ns, rfc3339
 from minikms.crypto.aead import NonceSource
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.journal import Journal
@@ -37,6 +36,7 @@ from minikms.keys.dek import (
 from minikms.keys.index import KeyIndex
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random
+from minikms.platform.clock import now_ns, rfc3339
 
 GROUP_KEYS_MAX: Final = 128
 """Keys that one step of the event loop makes: about 3 ms."""

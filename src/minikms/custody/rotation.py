@@ -55,7 +55,6 @@ from minikms.api.errors import (
     StorageUnavailableError,
     copy_of,
 )
-from minikms.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339, stamp
 from minikms.crypto import roots
 from minikms.custody.deks import SCAN_FILES
 from minikms.custody.journal_format import Change
@@ -63,7 +62,8 @@ from minikms.custody.vault import Permit, Vault, permitted
 from minikms.keys import dek, keyring, root_slots
 from minikms.keys.dek import key_id_to_bytes
 from minikms.memory.arena import SecretSlot, fill_random
-from minikms.workers import in_worker
+from minikms.platform.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339, stamp
+from minikms.platform.workers import in_worker
 
 BATCH_FILES: Final = 1024
 UNWRAPS_SLICE: Final = 32

@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, Self
 
 from minikms.api.errors import StartError, StorageUnavailableError
-from minikms.clock import now_ns
 from minikms.custody import journal, keyring_file
 from minikms.custody.backups import DIRECTORY as BACKUPS
 from minikms.custody.backups import list_journals, list_stamps
 from minikms.custody.deks import DIRECTORY, file_name, list_key_ids, read_settled
 from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode, is_whole
-from minikms.files import open_directory, read_file_bounded
 from minikms.keys import dek, keyring
 from minikms.keys.dek import KEY_ID_RANDOM_BYTES, make_key_id
+from minikms.platform.clock import now_ns
+from minikms.platform.files import open_directory, read_file_bounded
 
 CLOCK_TICK_NS: Final = 1_000_000_000
 """A file that was changed more recently may change again without another time of change."""

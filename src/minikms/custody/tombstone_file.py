@@ -23,7 +23,6 @@ from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.errors import StartError, StorageUnavailableError
-from minikms.files import read_file_bounded, replace_file_from, write_all_at
 from minikms.keys import keyring, tombstones
 from minikms.keys.dek import key_id_to_bytes
 from minikms.keys.tombstones import (
@@ -37,7 +36,8 @@ from minikms.keys.tombstones import (
     keys_of,
 )
 from minikms.keys.unlocked import UnlockedKeyring
-from minikms.sync import sync_data
+from minikms.platform.files import read_file_bounded, replace_file_from, write_all_at
+from minikms.platform.sync import sync_data
 
 NAME: Final = "kms-tombstones"
 

@@ -44,7 +44,6 @@ from minikms.api.errors import (
     WrongThreadError,
     copy_of,
 )
-from minikms.clock import now_rfc3339
 from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import RecordKey, RecordKeys
@@ -57,14 +56,15 @@ from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
 from minikms.custody.new_keys import NewKeys, Wanted
 from minikms.custody.tombstone_file import Tombstones
-from minikms.files import remove_left_temps
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache
 from minikms.keys.dek import DekRecord, DekState, move_dek
 from minikms.keys.index import KeyIndex
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot
-from minikms.workers import in_worker
+from minikms.platform.clock import now_rfc3339
+from minikms.platform.files import remove_left_temps
+from minikms.platform.workers import in_worker
 
 CACHE_KEYS_MAX: Final = 16_384
 CACHE_AGE_SECONDS_MAX: Final = 3600

@@ -34,10 +34,10 @@ from minikms.daemon.settings import Settings
 from minikms.daemon.status import StatusPage
 from minikms.datadir import DataDir, written_at_start
 from minikms.http import HttpServer
-from minikms.logs import structlog
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
+from minikms.platform.logs import structlog
 from minikms.roots.key_file import replace_key
 from minikms.roots.providers import KeyFile
 from minikms.service.access import Access

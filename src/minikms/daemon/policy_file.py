@@ -21,9 +21,9 @@ from minikms import api
 from minikms.api.errors import ConflictError, InvalidPolicyError, StartError
 from minikms.audit import Event
 from minikms.custody.vault import Permit, permitted
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
+from minikms.platform.trusted_file import ROOT_UID, directory_read, read_trusted
 from minikms.policy import POLICY_BYTES_MAX, FilePolicy, Meters, Policy, PolicyFileError, Rules, parse_policy
-from minikms.trusted_file import ROOT_UID, directory_read, read_trusted
 
 _WHAT: Final = "policy file"
 _NOT_READ: Final = (

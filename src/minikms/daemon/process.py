@@ -35,8 +35,6 @@ from minikms.daemon.sealing import RunContext, Sealing
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir
-from minikms.directory_lock import DataDirLock
-from minikms.files import read_file_bounded, remove_left_temps, replace_file
 from minikms.http.accepting import (
     ACCEPT_PAUSE_SECONDS,
     Acceptor,
@@ -44,14 +42,16 @@ from minikms.http.accepting import (
     connections_bound,
     raise_descriptor_limit,
 )
-from minikms.logs import service_logger, structlog
 from minikms.memory.arena import SecretArena
 from minikms.memory.process import Measure, harden, interpreter_paths
 from minikms.memory.signals import SignalReader
-from minikms.notify import Notifier
+from minikms.platform.directory_lock import DataDirLock
+from minikms.platform.files import read_file_bounded, remove_left_temps, replace_file
+from minikms.platform.logs import service_logger, structlog
+from minikms.platform.notify import Notifier
+from minikms.platform.workers import in_worker
 from minikms.policy import FilePolicy, Meters, Policy
 from minikms.policy.meters import REFRESH_SECONDS, SAVED_BYTES_MAX, SAVED_NAME
-from minikms.workers import in_worker
 
 DRAIN_SECONDS_MAX: Final = 10.0
 HOUSEKEEPING_SECONDS: Final = 1.0

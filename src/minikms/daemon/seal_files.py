@@ -27,9 +27,9 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.record import Facts
-from minikms.clock import now_ns, rfc3339
 from minikms.crypto.shares import SHARES_COUNT_MAX
-from minikms.files import read_file_bounded, remove_file, replace_file
+from minikms.platform.clock import now_ns, rfc3339
+from minikms.platform.files import read_file_bounded, remove_file, replace_file
 from minikms.policy import Principal
 
 MARKER_NAME: Final = "sealed.json"

@@ -23,7 +23,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple, Protocol
 
-from minikms import api, clock
+from minikms import api
 from minikms.api.errors import (
     AuditUnavailableError,
     ConflictError,
@@ -54,15 +54,16 @@ from minikms.daemon.sealed import SEALED_TEXT, SealedApplication, sealed_respons
 from minikms.daemon.settings import Settings
 from minikms.daemon.status import sealed_status
 from minikms.datadir import open_for_service, read_keyring
-from minikms.directory_lock import DataDirLock
 from minikms.http import Application, HttpServer, Limits
 from minikms.keys import keyring
 from minikms.keys.collected_shares import COLLECT_SECONDS_MAX, CollectedShares
 from minikms.keys.keyring import ShareSet
-from minikms.logs import structlog
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure
-from minikms.notify import Notifier
+from minikms.platform import clock
+from minikms.platform.directory_lock import DataDirLock
+from minikms.platform.logs import structlog
+from minikms.platform.notify import Notifier
 from minikms.policy import Principal
 from minikms.roots.providers import GivenKey, RootProvider
 from minikms.service.access import renewed

@@ -29,7 +29,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Final, Self
 
 from minikms.api.errors import StartError
-from minikms.directory_lock import lock_file, unlock_file
+from minikms.platform.directory_lock import lock_file, unlock_file
 
 PATH_BYTES_MAX: Final = 107 if sys.platform == "linux" else 103  # sun_path of unix(7), less its NUL
 BACKLOG_COUNT: Final = 1024

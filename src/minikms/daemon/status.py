@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from minikms import api
 from minikms.http.accepting import bound_warning
 from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 
 if TYPE_CHECKING:
     from minikms.audit.maintenance import Maintenance

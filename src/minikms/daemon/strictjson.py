@@ -18,7 +18,7 @@ import msgspec
 from msgspec import NODEFAULT, UNSET
 
 from minikms.api.errors import InvalidRequestError
-from minikms.printable import clean
+from minikms.api.printable import clean
 
 T = TypeVar("T")
 

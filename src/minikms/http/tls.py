@@ -20,7 +20,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Final, Generic, cast
 
-from minikms.addresses import Places, address_group
+from minikms.http.addresses import Places, address_group
 from minikms.http.connection import Connection
 from minikms.http.exchange import S
 from minikms.http.limits import LINGER_SECONDS_MAX

@@ -21,8 +21,8 @@ from typing import Final, Literal, TypeVar, get_args
 
 from minikms.api import Role
 from minikms.api.errors import InvalidRequestError, StartError
+from minikms.api.printable import clean
 from minikms.policy.patterns import PrincipalPattern, ThreadPattern
-from minikms.printable import clean
 
 VERSION: Final = 1
 POLICY_BYTES_MAX: Final = 64 * 1024

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 from minikms.api.errors import KeyTextError, StartError
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random, hex_encode_into, read_key_fd_into
-from minikms.sync import sync_directory, sync_file
+from minikms.platform.sync import sync_directory, sync_file
 
 _OTHERS_MASK: Final = 0o077
 _KEY_FILE_MODE: Final = 0o600

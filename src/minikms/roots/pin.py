@@ -23,8 +23,8 @@ import msgspec
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import NotPinnedError, StartError, UnknownRootError
 from minikms.crypto import roots
-from minikms.sync import sync_file
-from minikms.trusted_file import ROOT_UID, read_trusted
+from minikms.platform.sync import sync_file
+from minikms.platform.trusted_file import ROOT_UID, read_trusted
 
 FORMAT: Final = "minikms-pin"
 VERSION: Final = 1

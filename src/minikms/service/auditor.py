@@ -14,12 +14,12 @@ from minikms import api
 from minikms.api.errors import ConflictError
 from minikms.audit import AuditLog, Event
 from minikms.audit.position import AuditorPosition, LogView, mac_of
-from minikms.clock import now_rfc3339
 from minikms.custody.vault import Permit, Vault
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
+from minikms.platform.clock import now_rfc3339
+from minikms.platform.workers import in_worker
 from minikms.service.base import VerbTable, another_line
-from minikms.workers import in_worker
 
 
 class AuditorVerbs:

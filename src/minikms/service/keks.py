@@ -30,7 +30,6 @@ from minikms.api.errors import (
 )
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
-from minikms.clock import now_rfc3339
 from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Vault, permitted
 from minikms.http import Response
@@ -38,6 +37,7 @@ from minikms.keys import root_slots
 from minikms.keys.dek import check_key_id
 from minikms.keys.keyring import Body, Rotation
 from minikms.memory.arena import SecretSlot
+from minikms.platform.clock import now_rfc3339
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import REPLACEABLE
 from minikms.service.access import Keys, ScopedKeys

@@ -20,9 +20,9 @@ from minikms.audit import Event
 from minikms.custody.vault import REMOVAL_RETRY_SECONDS, Indexing, Vault
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord, check_key_id
+from minikms.platform.workers import in_worker
 from minikms.service.access import Keys, ScopedKeys
 from minikms.service.base import AUDIT_RETRY_SECONDS, VerbTable, another_line
-from minikms.workers import in_worker
 
 
 class LifecycleVerbs:

@@ -17,12 +17,12 @@ from typing import Final, Protocol
 from minikms.api.errors import SealedError, StorageUnavailableError, StorageUncertainError
 from minikms.audit import AuditKey
 from minikms.audit.record import Head
-from minikms.clock import now_rfc3339
 from minikms.custody.vault import Vault
 from minikms.datadir import audit_keys
 from minikms.keys import root_slots
 from minikms.keys.keyring import Body
 from minikms.memory.arena import fill_random
+from minikms.platform.clock import now_rfc3339
 
 STORE_RETRY_SECONDS: Final = 1.0
 

@@ -17,13 +17,13 @@ from minikms import api
 from minikms.api.errors import DecryptionError, InvalidRequestError, NotFoundError, NotTestedError, WrongSlotError
 from minikms.audit import Event
 from minikms.base64 import decode_canonical
-from minikms.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339
 from minikms.crypto import roots
 from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
 from minikms.custody.vault import Permit, Vault
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import Body, RevokingRoot, RootSlot, ShareSet
 from minikms.memory.arena import SecretSlot
+from minikms.platform.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339
 from minikms.roots.pin import PinFile
 from minikms.service.base import VerbTable, another_line
 from minikms.service.keks import KekVerbs, RotateToRoot

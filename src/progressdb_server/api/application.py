@@ -19,7 +19,7 @@ from typing import Final
 
 from minikms import api
 from minikms.api.errors import KmsError
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.api.http import head, limits
 from progressdb_server.api.http.access import PROBE_PATHS, AccessControl
 from progressdb_server.api.http.errors import ApiError, ClientGoneError, Header, internal

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from minikms.printable import clean
+from minikms.api.printable import clean
 from minikms.usage import EXIT_FAILED, EXIT_MISSING, CommandError
 from progressdb_server.config import Config, split_address
 

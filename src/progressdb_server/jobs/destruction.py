@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterable, Mapping
 from minikms.api import CODE_KEY_DESTROYED, SEAL_BYTES, KeyAnswer
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.jobs.runner import Kind, Runner
 from progressdb_server.jobs.states import Job, JobError, changed
 from progressdb_server.kms.provider import Fault, Provider, created_ns, fault, key_pages

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 from minikms.api import KeyAnswer
 from minikms.api.errors import KmsError
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.jobs.runner import Kind
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
 from progressdb_server.store.conversations import Conversations

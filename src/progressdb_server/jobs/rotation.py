@@ -30,7 +30,7 @@ from minikms import api
 from minikms.api import KeyAnswer
 from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import ReencryptItem
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.config import Rotation
 from progressdb_server.jobs.runner import Kind, Pace, Runner
 from progressdb_server.jobs.states import (

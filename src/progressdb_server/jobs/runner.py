@@ -22,7 +22,7 @@ from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Final
 
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.jobs.states import (
     AT_WORK,
     FINAL,

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from minikms.api.decoding import UNDECODABLE
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.jobs.states import FINAL, Job, JobNotFoundError, ThreadBusyError, changed
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (

@@ -44,7 +44,7 @@ import msgspec
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError, KmsRefusedError, KmsUnavailableError, KmsUntrustedServerError
 from minikms.client import AsyncClient
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 
 READY_S_MAX: Final = 30.0
 FOUND_S_MAX: Final = 2.0

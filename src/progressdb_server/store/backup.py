@@ -28,7 +28,7 @@ from typing import Final
 import msgspec
 
 from minikms.api.decoding import UNDECODABLE
-from minikms.sync import sync_directory, sync_file
+from minikms.platform.sync import sync_directory, sync_file
 from progressdb_server.store import directory, keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.directory import OpenStore

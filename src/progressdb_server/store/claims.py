@@ -19,7 +19,7 @@ import contextlib
 import secrets
 from typing import Final
 
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX

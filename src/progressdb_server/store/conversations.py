@@ -14,7 +14,7 @@ from typing import Final
 
 from minikms import api
 from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, SealedError
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.kms.provider import SEALED, EncryptsNothing, Fault, Provider, fault
 from progressdb_server.store import directory, idempotency
 from progressdb_server.store.backup import Backups

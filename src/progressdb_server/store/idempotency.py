@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from minikms.api.decoding import UNDECODABLE
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Reads

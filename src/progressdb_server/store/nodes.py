@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import FormatError
 

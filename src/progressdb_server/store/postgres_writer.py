@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import asyncpg
 
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, PendingWrite, Write

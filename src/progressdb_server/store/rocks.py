@@ -42,8 +42,8 @@ from rocksdict import (
     WriteOptions,
 )
 
-from minikms.logs import structlog
-from minikms.sync import sync_file
+from minikms.platform.logs import structlog
+from minikms.platform.sync import sync_file
 from progressdb_server.store import acknowledged
 from progressdb_server.store.acknowledged import Acknowledged
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, EngineUnavailableError

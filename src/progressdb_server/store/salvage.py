@@ -30,7 +30,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import msgspec
 from rocksdict import AccessType, DBRecoveryMode, Rdict
 
-from minikms.sync import sync_directory
+from minikms.platform.sync import sync_directory
 from progressdb_server.store import directory, keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError
 from progressdb_server.store.model import RegisteredBackup, StoreDamagedError

@@ -32,7 +32,7 @@ from typing import Final, Protocol
 import msgspec
 
 from minikms.api.decoding import UNDECODABLE
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, Failed, PendingWrite, Write

@@ -27,8 +27,8 @@ from minikms.client import DecryptItem, ReencryptItem
 from minikms.crypto.aead import NonceSource
 from minikms.custody.keyring_file import KeyringFile
 from minikms.datadir import open_audit_log, open_for_reading, open_keyring, rotate_audit_key
-from minikms.directory_lock import DataDirLock
 from minikms.memory.arena import SecretArena
+from minikms.platform.directory_lock import DataDirLock
 from minikms.roots.providers import DevelopmentKey
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from minikms.cli.doctor import examine
-from minikms.clock import unix_seconds
 from minikms.keys.keyring import ROOT_TEST_DAYS_MAX, ShareSet
 from minikms.memory.arena import SecretArena
+from minikms.platform.clock import unix_seconds
 from tests.minikms.keys import keyrings
 
 DAY_SECONDS = 86_400

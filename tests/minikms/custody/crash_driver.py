@@ -22,10 +22,10 @@ from minikms.api.errors import ConflictError, KmsRefusedError, StorageUnavailabl
 from minikms.custody import rotation
 from minikms.custody.vault import Vault
 from minikms.datadir import DataDir, Options, lock_data_dir, open_for_service
-from minikms.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.keys.dek import DekRecord
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena
+from minikms.platform.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.roots.providers import KeyFile
 
 PR_SET_PTRACER = 0x59616D61

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from minikms import files, sync
+from minikms.platform import files, sync
 
 
 class Inode:

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikms import sync
 from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
 from minikms.custody import backups as backups_module
 from minikms.custody import vault
@@ -24,8 +23,9 @@ from minikms.custody.backups import KeysWithin, RotationBackups
 from minikms.custody.deks import DekStore
 from minikms.custody.journal_format import BLANK, BYTES_MAX, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, encode
 from minikms.custody.settled_keys import newest_key_id
-from minikms.files import open_directory, replace_file
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES
+from minikms.platform import sync
+from minikms.platform.files import open_directory, replace_file
 from tests.harness.disk_faults import failing, failing_os, flip, quick_directory, refuse
 from tests.harness.vaults import OpenedVault, opened_vault
 

@@ -25,7 +25,7 @@ import pytest
 
 from minikms.custody import journal
 from minikms.custody.journal_format import Change, encode
-from minikms.files import open_directory, sweep_temps
+from minikms.platform.files import open_directory, sweep_temps
 from tests import needs
 from tests.harness.forked import Forked
 from tests.harness.vaults import opened_vault

@@ -14,7 +14,7 @@ import pytest
 from minikms.api.errors import ConflictError, KmsRefusedError, StorageUnavailableError
 from minikms.custody import group_commit
 from minikms.custody.group_commit import GroupCommit
-from minikms.files import FileWrite, make_file, open_directory
+from minikms.platform.files import FileWrite, make_file, open_directory
 
 ITEMS_MAX = 16
 

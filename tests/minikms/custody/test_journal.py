@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minikms import files, sync
 from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableError
 from minikms.custody import deks, journal, settled_keys
 from minikms.custody.deks import DekStore
 from minikms.custody.journal import NAME, Journal, Replayed, replay
 from minikms.custody.journal_format import BLANK, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, decode, encode
 from minikms.custody.settled_keys import SettledKeys, newest_key_id
-from minikms.files import open_directory
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, bytes_to_key_id, make_key_id
+from minikms.platform import files, sync
+from minikms.platform.files import open_directory
 from tests.harness.disk_faults import failing_os, flip, refuse
 from tests.harness.vaults import OpenedVault, copied_vault, create, opened_vault
 

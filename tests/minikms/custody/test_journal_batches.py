@@ -17,9 +17,9 @@ from minikms.custody import deks, journal, settled_keys
 from minikms.custody.journal import NAME, Journal, Replayed, replay
 from minikms.custody.journal_format import MAGIC, RECORD_BYTES, Change, Decoded, decode, encode
 from minikms.custody.settled_keys import SettledKeys
-from minikms.files import open_directory
 from minikms.keys import dek
 from minikms.keys.dek import FILE_BYTES
+from minikms.platform.files import open_directory
 from tests.harness.disk_faults import failing_os, refuse
 from tests.harness.vaults import OpenedVault, copied_vault, opened_vault
 

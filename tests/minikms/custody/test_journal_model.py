@@ -17,16 +17,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from minikms import files, sync
 from minikms.api.errors import StorageUnavailableError
 from minikms.custody import journal
 from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore, KeyLocks
 from minikms.custody.journal import Journal, replay
 from minikms.custody.journal_format import SECTOR_BYTES, Change
-from minikms.files import open_directory
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
+from minikms.platform import files, sync
+from minikms.platform.files import open_directory
 from tests.minikms.custody.power_loss import Inode
 
 VECTORS = Path(__file__).parents[2] / "vectors"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from minikms import files
-from minikms.files import TEMP_PREFIX, FileWrite, remove_file, replace_file, write_files
+from minikms.platform import files
+from minikms.platform.files import TEMP_PREFIX, FileWrite, remove_file, replace_file, write_files
 from tests.minikms.custody.power_loss import Disk
 
 SAMPLES = 25

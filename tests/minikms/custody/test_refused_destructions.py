@@ -12,7 +12,7 @@ import pytest
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.custody.backups import RotationBackups
-from minikms.files import open_directory
+from minikms.platform.files import open_directory
 from tests.harness.disk_faults import refuse
 from tests.harness.vaults import OpenedVault, opened_vault
 

@@ -22,9 +22,9 @@ from minikms.custody.backup.create import NewArchive, Task, remove_failed, remov
 from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
 from minikms.custody.keyring_file import KeyringFile
 from minikms.datadir import open_keyring, opened_keyring, opened_root
-from minikms.directory_lock import LOCK_NAME, DataDirLock
 from minikms.keys import keyring
 from minikms.memory.arena import SecretArena
+from minikms.platform.directory_lock import LOCK_NAME, DataDirLock
 from minikms.roots.providers import KeyFile
 from tests.harness.vaults import key_file, opened_vault
 

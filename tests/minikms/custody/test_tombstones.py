@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from minikms import files
 from minikms.api.errors import KeyDestroyedError, StartError, StorageUnavailableError
 from minikms.custody import tombstone_file
 from minikms.custody.keyring_file import KeyringFile
 from minikms.keys.tombstones import HEADER_BYTES, RECORD_BYTES
+from minikms.platform import files
 from tests.harness.disk_faults import failing_os, flip
 from tests.harness.vaults import OpenedVault, opened_vault
 from tests.minikms.custody.tombstones import tombstone_path

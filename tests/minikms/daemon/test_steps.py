@@ -19,7 +19,7 @@ from minikms.daemon.process import Daemon, end_steps_with
 from minikms.daemon.sealing import Sealing
 from minikms.daemon.settings import Settings
 from minikms.memory.arena import SecretArena
-from minikms.notify import Notifier
+from minikms.platform.notify import Notifier
 from minikms.policy import Policy
 from minikms.roots.providers import KeyFile
 

@@ -14,8 +14,8 @@ import pytest
 from minikms.api.errors import StorageUnavailableError
 from minikms.custody.backup.register import DIRECTORY, TEMP_AGE_NS_MIN
 from minikms.daemon import process
-from minikms.files import replace_file
-from minikms.logs import structlog
+from minikms.platform.files import replace_file
+from minikms.platform.logs import structlog
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import opened_vault
 

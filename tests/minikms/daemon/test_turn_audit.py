@@ -13,13 +13,13 @@ import msgspec
 import pytest
 
 from minikms.api.errors import AuditUnavailableError, SealedError, StorageUnavailableError
-from minikms.append_only import write_whole
 from minikms.audit import AuditLog, Event
 from minikms.audit.chain import AuditKey
 from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import Head
 from minikms.audit.turns import TurnAudit
 from minikms.memory.arena import SecretArena, fill_random
+from minikms.platform.append_only import write_whole
 
 
 class Disk:
@@ -38,7 +38,7 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     failing = Disk()
-    monkeypatch.setattr("minikms.append_only.write_whole", failing.write)
+    monkeypatch.setattr("minikms.platform.append_only.write_whole", failing.write)
     return failing
 
 
@@ -122,7 +122,7 @@ def test_the_durable_lines_of_a_step_take_one_write_and_one_sync(
         calls.append("sync")
         synced(fd)
 
-    monkeypatch.setattr("minikms.append_only.write_whole", write)
+    monkeypatch.setattr("minikms.platform.append_only.write_whole", write)
     monkeypatch.setattr(os, "fdatasync", sync)
 
     async def main() -> None:

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from minikms import files
 from minikms.api.errors import ArenaFullError
 from minikms.custody import rotation
 from minikms.daemon.application import Application
 from minikms.keys import root_slots
 from minikms.memory.arena import SecretArena
+from minikms.platform import files
 from minikms.policy import ROLES, policy
 from tests.harness import garbage
 

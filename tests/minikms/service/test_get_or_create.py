@@ -22,9 +22,9 @@ from minikms.client import Client
 from minikms.custody import journal
 from minikms.custody.deks import HeldKeys
 from minikms.custody.journal_format import Change
-from minikms.files import make_file
 from minikms.keys.dek import DekRecord
 from minikms.keys.index import SEARCHED_COUNT, KeyIndex
+from minikms.platform.files import make_file
 from minikms.policy import ROLES, Principal
 from minikms.service.base import VerbTable
 from minikms.service.keys import KeyVerbs

@@ -12,10 +12,10 @@ import pytest
 from minikms import api
 from minikms.api.errors import NotTestedError
 from minikms.audit import Event
-from minikms.clock import now_ns, rfc3339
 from minikms.crypto import roots
 from minikms.custody.vault import permitted
 from minikms.keys import root_slots
+from minikms.platform.clock import now_ns, rfc3339
 from minikms.service import roots as service_roots
 from minikms.service.base import VerbTable
 from minikms.service.roots import AddGivenRoot, GivenRootTest, RootVerbs

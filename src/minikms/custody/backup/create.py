@@ -39,14 +39,14 @@ from minikms.custody.backup.archive import (
 )
 from minikms.custody.settled_keys import SettledKeys, newest_key_id
 from minikms.custody.tombstone_file import read_tombstones
-from minikms.files import read_file_in
 from minikms.keys import dek, keyring
 from minikms.keys.dek import DekRecord, bytes_to_key_id
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.tombstones import Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot
-from minikms.sync import sync_file
+from minikms.platform.files import read_file_in
+from minikms.platform.sync import sync_file
 
 COPY_ATTEMPTS_MAX: Final = 3
 CHANGED: Final = "the backup changed while it was being read; do not use a data directory that was restored from it"

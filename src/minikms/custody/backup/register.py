@@ -22,8 +22,8 @@ import msgspec
 
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StorageUnavailableError
-from minikms.directory_lock import make_private_directory
-from minikms.files import open_directory, read_file_bounded, remove_file, replace_file, sweep_temps
+from minikms.platform.directory_lock import make_private_directory
+from minikms.platform.files import open_directory, read_file_bounded, remove_file, replace_file, sweep_temps
 
 DIRECTORY: Final = "kms-archives"
 ENTRY_BYTES_MAX: Final = 16 * 1024

@@ -20,13 +20,13 @@ from minikms.custody.backup.archive import ArchiveError, AuditHead
 from minikms.custody.backup.create import CHANGED, Task, VerifiedArchive, reread_entries
 from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
 from minikms.custody.tombstone_file import write_tombstones
-from minikms.directory_lock import LOCK_NAME, make_private_directory
-from minikms.files import GROUP_FILES_MAX, FileWrite, open_directory, replace_file, write_files
 from minikms.keys import keyring, root_slots
 from minikms.keys.dek import bytes_to_key_id
 from minikms.keys.tombstones import Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import fill_random
+from minikms.platform.directory_lock import LOCK_NAME, make_private_directory
+from minikms.platform.files import GROUP_FILES_MAX, FileWrite, open_directory, replace_file, write_files
 
 
 class Target(NamedTuple):

@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
-from minikms.addresses import address_group
+from minikms.http.addresses import address_group
 from progressdb_server.api.http import head, limits
 from progressdb_server.api.http.errors import ApiError, Header, bad_request, forbidden, too_many_requests, unauthorized
 from progressdb_server.api.http.keys import OPERATORS, Caller, KeyTable, presented_key, verified_user

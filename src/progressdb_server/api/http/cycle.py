@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Iterable, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.api.http import framing, limits
 from progressdb_server.api.http.errors import CLOSE, Header
 from progressdb_server.api.http.keys import Caller, presented_key

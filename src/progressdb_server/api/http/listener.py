@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.api.http import limits
 from progressdb_server.api.http.protocol import Connection, Serving
 from progressdb_server.api.http.request import ASGIApp

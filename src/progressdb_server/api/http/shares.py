@@ -24,7 +24,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Hashable
 from typing import Final, NamedTuple, Protocol
 
-from minikms.addresses import address_group
+from minikms.http.addresses import address_group
 from progressdb_server.api.http import limits
 from progressdb_server.api.http.access import Proxies
 from progressdb_server.api.http.errors import ClientGoneError, lists_full

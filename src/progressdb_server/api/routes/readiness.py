@@ -18,7 +18,7 @@ import msgspec
 
 from minikms import api
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.api.http.errors import ApiError, retry_after
 from progressdb_server.api.http.keys import OPERATORS
 from progressdb_server.api.http.request import Request

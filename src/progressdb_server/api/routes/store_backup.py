@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from minikms.logs import structlog
+from minikms.platform.logs import structlog
 from progressdb_server.api.http.errors import bad_request
 from progressdb_server.api.http.keys import ADMINS
 from progressdb_server.api.http.request import Request

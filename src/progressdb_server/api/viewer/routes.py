@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial, wraps
 from typing import Any, Final, TypeVar
 
-from minikms.addresses import address_group
-from minikms.logs import structlog
+from minikms.http.addresses import address_group
+from minikms.platform.logs import structlog
 from progressdb_server.api.http import head, limits
 from progressdb_server.api.http.errors import (
     TOO_LARGE,

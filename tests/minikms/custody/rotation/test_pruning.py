@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from minikms import files
 from minikms.api.errors import KeyUnreadableError
 from minikms.custody import backups, deks, rotation
 from minikms.custody.journal_format import Change
 from minikms.keys import dek
+from minikms.platform import files
 from tests.harness.vaults import OpenedVault, opened_vault
 
 

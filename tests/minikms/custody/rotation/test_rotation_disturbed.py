@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from minikms import files, sync
 from minikms.api.errors import ArenaFullError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import XaesCipher
 from minikms.custody import deks, journal, rotation
@@ -23,6 +22,7 @@ from minikms.custody.deks import DekStore
 from minikms.custody.rotation import KekRotation
 from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.platform import files, sync
 from tests.harness.disk_faults import refuse
 from tests.harness.vaults import opened_vault
 from tests.minikms.custody import watched_cipher

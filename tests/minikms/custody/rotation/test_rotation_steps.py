@@ -23,9 +23,9 @@ from minikms.api.errors import (
     WrongSlotError,
 )
 from minikms.audit import Event, turns
-from minikms.clock import now_rfc3339
 from minikms.custody.keyring_file import KeyringFile
 from minikms.keys import keyring, root_slots
+from minikms.platform.clock import now_rfc3339
 from minikms.service import root_removal
 from minikms.service.base import VerbTable
 from minikms.service.keks import RotateToRoot

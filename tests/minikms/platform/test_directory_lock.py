@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import StartError
-from minikms.directory_lock import LOCK_NAME, DataDirLock, is_owned, make_private_directory
+from minikms.platform.directory_lock import LOCK_NAME, DataDirLock, is_owned, make_private_directory
 from tests import needs
 from tests.minikms.daemon import foreign
 from tests.minikms.daemon.races import check_races
@@ -136,7 +136,7 @@ def test_no_descriptor_is_left_by_a_refused_start_and_none_is_inherited(tmp_path
 
 OWNER = """
 import sys, time
-from minikms.directory_lock import DataDirLock
+from minikms.platform.directory_lock import DataDirLock
 from minikms.api.errors import StartError
 sys.stdin.readline()
 try:

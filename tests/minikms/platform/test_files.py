@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from minikms import files, sync
 from minikms.api.errors import InvalidRequestError, StorageUnavailableError
 from minikms.cli.console import explained
-from minikms.files import (
+from minikms.platform import files, sync
+from minikms.platform.files import (
     FileWrite,
     make_file,
     open_directory,

@@ -33,8 +33,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from minikms.api.errors import InvalidRequestError, StorageUnavailableError
-from minikms.clock import now_ns
-from minikms.sync import sync_data, sync_file, syncfs, syncfs_reports
+from minikms.platform.clock import now_ns
+from minikms.platform.sync import sync_data, sync_file, syncfs, syncfs_reports
 
 FILE_MODE: Final = 0o600
 TEMP_PREFIX: Final = ".tmp-"

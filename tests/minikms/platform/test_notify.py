@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.notify import Notifier
+from minikms.platform.notify import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -31,7 +31,7 @@ import struct
 import threading
 from typing import Final
 
-from minikms.sync import sync_data, sync_directory
+from minikms.platform.sync import sync_data, sync_directory
 
 FILE_MODE: Final = 0o600
 UNCONFIRMED_BYTES_MAX: Final = 16 * 1024 * 1024

@@ -15,8 +15,8 @@ import stat
 from typing import Final, Self
 
 from minikms.api.errors import StartError
-from minikms.files import FILE_MODE
-from minikms.sync import sync_file
+from minikms.platform.files import FILE_MODE
+from minikms.platform.sync import sync_file
 
 DIRECTORY_MODE: Final = 0o700
 LOCK_NAME: Final = "lock"

@@ -1,4 +1,4 @@
-"""structlog, imported without rich: `from minikms.logs import structlog`; and how a service writes its log.
+"""structlog, imported without rich: `from minikms.platform.logs import structlog`; and how a service writes its log.
 
 A log that nobody reads must not stop a service: a line that its pipe or socket can't take at once is dropped and
 counted, and the next line that fits says how many were. No write waits.
@@ -20,7 +20,7 @@ import threading
 import time
 from typing import Final, TextIO, cast
 
-from minikms.printable import clean
+from minikms.api.printable import clean
 
 _HIDDEN = "rich"
 

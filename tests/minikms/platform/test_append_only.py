@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from minikms import append_only
 from minikms.api.errors import AuditUnavailableError
-from minikms.append_only import UNCONFIRMED_SUFFIX, AppendOnlyFile
-from minikms.sync import sync_directory
+from minikms.platform import append_only
+from minikms.platform.append_only import UNCONFIRMED_SUFFIX, AppendOnlyFile
+from minikms.platform.sync import sync_directory
 from tests.harness.disk_faults import failing
 from tests.harness.failing_disk import failing_disk
 from tests.minikms.audit.logmaker import LOG, lines_of, open_log, types_of, verify, write_events
@@ -140,7 +140,7 @@ def test_no_truncation_comes_before_the_bytes_are_saved(tmp_path: Path, monkeypa
     file = file_with_a_failed_sync(tmp_path / LOG, monkeypatch)
     with monkeypatch.context() as faults:
         # The first one is that of the directory in which the bytes are saved, the second that of their removal.
-        faults.setattr("minikms.append_only.sync_directory", failing(sync_directory, at=2))
+        faults.setattr("minikms.platform.append_only.sync_directory", failing(sync_directory, at=2))
         with pytest.raises(OSError, match="error"):
             file.sync()
     saved: list[bool] = []

@@ -22,29 +22,29 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("module", ["minikms.daemon.process", "progressdb_server.server"])
 def test_neither_daemon_nor_server_imports_rich(module: str) -> None:
-    """`import structlog` alone would; `from minikms.logs import structlog` does not."""
+    """`import structlog` alone would; `from minikms.platform.logs import structlog` does not."""
     program = f"import sys, {module}; print([name for name in sys.modules if name.partition('.')[0] == 'rich'])"
     assert run(program).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("begin", ["from minikms.logs import *; service_logger('json')", CONFIGURED])
+@pytest.mark.parametrize("begin", ["from minikms.platform.logs import *; service_logger('json')", CONFIGURED])
 def test_a_service_with_a_closed_standard_error_starts(begin: str) -> None:
-    program = f"{begin}\nfrom minikms.logs import structlog\nstructlog.get_logger().warning('x')\nprint('ran')"
+    program = f"{begin}\nfrom minikms.platform.logs import structlog\nstructlog.get_logger().warning('x')\nprint('ran')"
     command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", program]
     assert subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout == "ran\n"
 
 
 def test_rich_can_be_imported_afterwards() -> None:
-    assert run("import minikms.logs, rich.console; print(rich.console.Console().width > 0)").stdout == "True\n"
+    assert run("import minikms.platform.logs, rich.console; print(rich.console.Console().width > 0)").stdout == "True\n"
 
 
-@pytest.mark.parametrize("module", ["minikms.logs", "progressdb_server.logs"])
+@pytest.mark.parametrize("module", ["minikms.platform.logs", "progressdb_server.logs"])
 def test_a_log_of_text_cannot_command_the_terminal(module: str) -> None:
     """A peer chose the value: a witness, an issuer, a database."""
     program = f"""
 from {module} import *
 from {module} import structlog
-service_logger("text") if {module!r} == "minikms.logs" else configure("console", "info")
+service_logger("text") if {module!r} == "minikms.platform.logs" else configure("console", "info")
 structlog.get_logger().warning("failed", why="\\x1b[2J \\x9b31m \\r all is well")
 """
     log = run(program).stderr
@@ -85,7 +85,7 @@ LOGGERS = {
 def test_a_log_that_nobody_reads_holds_nothing_back(logger: str, kind: str) -> None:
     """Lines are dropped whole, and counted by the first line that fits again."""
     program = f"""
-from minikms import logs
+from minikms.platform import logs
 from progressdb_server import logs as server_logs
 log = {LOGGERS[logger]}
 for number in range({LINES_COUNT}):
@@ -116,7 +116,9 @@ log.info("last")
 
 
 def test_a_log_whose_reader_has_gone_raises_nothing() -> None:
-    program = "import os; from minikms import logs; log = logs.service_logger('text'); os.read(0, 1); log.info('x')"
+    program = (
+        "import os; from minikms.platform import logs; log = logs.service_logger('text'); os.read(0, 1); log.info('x')"
+    )
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stderr is not None
         process.stderr.close()
@@ -141,7 +143,7 @@ class Full:
         try:
             while True: os.write(other, bytes(select.PIPE_BUF))
         except BlockingIOError: return [(2, select.POLLOUT)]
-from minikms import logs
+from minikms.platform import logs
 select.poll = Full
 other = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK)
 logs.service_logger("text").info("x")
@@ -157,5 +159,5 @@ print("done")
 
 
 def test_a_line_longer_than_a_pipe_takes_at_once_is_written() -> None:
-    written = run(f"from minikms import logs; logs.service_logger('text').info('x' * {LINES_COUNT})").stderr
+    written = run(f"from minikms.platform import logs; logs.service_logger('text').info('x' * {LINES_COUNT})").stderr
     assert "x" * LINES_COUNT in written

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import minikms
-from minikms import sync
 from minikms.audit.log import LogLimits
-from minikms.sync import sync_data, sync_file
+from minikms.platform import sync
+from minikms.platform.sync import sync_data, sync_file
 from tests.minikms.audit.logmaker import make_log, verify
 
 FULL = 51
