@@ -11,6 +11,7 @@ from tests.tidy.project_tree import PROJECT, documents, name, none, python_files
 
 LINES_MAX = 700
 TEST_NAME_CHARACTERS_MAX = 70
+DECISION_WORDS_MAX = 250
 LONG_WITH_A_REASON: dict[str, str] = {}
 """Path → why the file still is one idea."""
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "misc"}
@@ -240,3 +241,11 @@ def test_the_licence_is_there_and_is_the_one_that_the_package_names() -> None:
 def test_decisions_are_numbered_once_each() -> None:
     numbers = collections.Counter(path.name[:4] for path in (PROJECT / "docs" / "decisions").glob("*.md"))
     none(number for number, count in numbers.items() if count > 1 or not number.isdigit())
+
+
+def test_a_decision_has_at_most_250_words_beside_its_tables() -> None:
+    counts = {
+        path.name: sum(len(line.split()) for line in text_of(path).splitlines() if not line.startswith("|"))
+        for path in (PROJECT / "docs" / "decisions").glob("*.md")
+    }
+    none(f"{name}: {count} words" for name, count in counts.items() if count > DECISION_WORDS_MAX)

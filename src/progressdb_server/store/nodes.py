@@ -9,6 +9,12 @@ Invariants:
   then no server may read another node.
 - Nothing waits for a node without a deadline.
 
+Why no two servers read two nodes: let one node confirm commit a, and another one commit b. Each needed a majority of
+the nodes, so one node took part in both, say in a first; and a node follows one other at a time. So a began before b
+was confirmed, and its lease ends LEASE_S after that. Whoever got b confirmed then waits WAIT_S, unless its lease there
+had no gap. In that case the shared node was away for less than a lease, in which nobody had waited long enough to read
+the other node. Three nodes with one synchronous standby are a majority; of five nodes two standbys have to confirm.
+
 It must never send a cancel request for a commit, and it knows no table.
 """
 
