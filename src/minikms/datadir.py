@@ -42,8 +42,7 @@ from minikms.audit.repair import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import DERIVED_KEYS_MAX
 from minikms.crypto.shares import SHARES_COUNT_MAX
-from minikms.custody import backups, deks, journal, keyring_file, tombstone_file
-from minikms.custody.backup import register
+from minikms.custody import archive_register, deks, journal, keyring_file, rotation_backups, tombstone_file
 from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.log_directory import NAME as LOG_DIRECTORY_NAME
@@ -158,7 +157,7 @@ def lock_data_dir(directory: str, audit_dir: str | None = None) -> DataDirLock:
     try:
         with written_at_start(os.path.join(lock.directory, LOG_DIRECTORY_NAME)):
             claim_log_directory(lock, audit_dir)
-        for name in (deks.DIRECTORY, backups.DIRECTORY):
+        for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
             make_private_directory(os.path.join(lock.directory, name))
     except BaseException:
         lock.close()
@@ -214,7 +213,7 @@ def open_for_service(
         log.writer.state = lambda: KeyState(unlocked.body.epoch, destroyed.count)
         store = deks.DekStore(directory)
         undo.callback(store.close)
-        kept = backups.RotationBackups(directory)
+        kept = rotation_backups.RotationBackups(directory)
         undo.callback(kept.close)
         with written_at_start(os.path.join(directory, f"{files.TEMP_PREFIX}*")):
             files.sweep_temps(lock.directory_fd)
@@ -337,7 +336,7 @@ def _check_is_new(directory: str) -> None:
     key_files = os.path.join(directory, deks.DIRECTORY)
     has_keys = os.path.isdir(key_files) and any(name.endswith(deks.SUFFIX) for name in os.listdir(key_files))
     has_log = os.path.lexists(os.path.join(log_directory(directory), LOG_NAME))
-    has_archives = os.path.lexists(os.path.join(directory, register.DIRECTORY))
+    has_archives = os.path.lexists(os.path.join(directory, archive_register.DIRECTORY))
     if has_archives and not has_log:
         raise StartError(
             "keyring.json is missing, but the data directory holds a part of a restored backup: the restore was "

@@ -1,7 +1,7 @@
 """`minikms backup`: create, verify, restore, list and prune archives.
 
 Owns: flags, output, and the first lines of the audit log of a restored directory. A backup is an archive of the data
-directory; the key files that a KEK rotation keeps are rotation backups (`minikms.custody.backups`).
+directory; the key files that a KEK rotation keeps are rotation backups (`minikms.custody.rotation_backups`).
 Invariants: `create` and `verify` take no lock and change nothing but the register of archives; a restore needs an empty
 directory and its lock; every archive is read back, and every key in it opened, before it is reported as good. It must
 never show or keep a key.
@@ -39,10 +39,10 @@ from minikms.output import confirm, name_list, print_facts, print_json, print_ta
 from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
-    from minikms.custody.backup.archive import AuditHead, Manifest
-    from minikms.custody.backup.create import Task
-    from minikms.custody.backup.register import RegisteredArchive
-    from minikms.custody.backup.restore import NewerKeyring
+    from minikms.archives.archive import AuditHead, Manifest
+    from minikms.archives.create import Task
+    from minikms.archives.restore import NewerKeyring
+    from minikms.custody.archive_register import RegisteredArchive
     from minikms.keys.unlocked import UnlockedKeyring
     from minikms.roots.providers import RootProvider
 
@@ -70,9 +70,9 @@ def create(
     completed, 2 not made.
     """
     from minikms.api.errors import StorageUnavailableError
-    from minikms.custody.backup.create import NewArchive, remove_failed, remove_leftover
-    from minikms.custody.backup.create import create as create_archive
-    from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive, new_archive_id
+    from minikms.archives.create import NewArchive, remove_failed, remove_leftover
+    from minikms.archives.create import create as create_archive
+    from minikms.custody.archive_register import ArchiveRegister, RegisteredArchive, new_archive_id
     from minikms.datadir import read_keyring
     from minikms.platform import clock
 
@@ -130,7 +130,7 @@ def verify(
 
     Exit status: 0 good, 1 altered, damaged, or of another root key, 2 the archive or the root key is missing.
     """
-    from minikms.custody.backup.create import verify as verify_archive
+    from minikms.archives.create import verify as verify_archive
 
     root = needed_root(master_key_file, master_key_fd, root_source)
     with _task(root, "opening keys", bar=not json) as task:
@@ -168,8 +168,8 @@ def restore(
     It needs a root key that opened the keyring when the archive was made. A new audit log begins, which names the last
     line of the old one. Exit status: 0 restored, 1 refused or the archive is not good, 2 something is missing.
     """
-    from minikms.custody.backup import restore as restoring
-    from minikms.custody.backup.create import verify as verify_archive
+    from minikms.archives import restore as restoring
+    from minikms.archives.create import verify as verify_archive
     from minikms.custody.log_directory import claim_log_directory
     from minikms.platform import clock
     from minikms.platform.directory_lock import DataDirLock
@@ -217,7 +217,7 @@ def restore(
 @app.command(name="list")
 def list_archives(*, data_dir: DataDir = None, json: Json = False) -> int:
     """List the archives of a data directory. Those whose files are gone are marked as missing."""
-    from minikms.custody.backup.register import ArchiveRegister
+    from minikms.custody.archive_register import ArchiveRegister
 
     found = ArchiveRegister(chosen_data_dir(data_dir)).listed()
     if json:
@@ -252,8 +252,8 @@ def prune(
 
     A moved archive stays listed as missing, because it may still hold keys that are destroyed later.
     """
-    from minikms.custody.backup.create import remove_leftover
-    from minikms.custody.backup.register import ArchiveRegister
+    from minikms.archives.create import remove_leftover
+    from minikms.custody.archive_register import ArchiveRegister
 
     register = ArchiveRegister(chosen_data_dir(data_dir))
     listed = register.listed()
@@ -292,7 +292,7 @@ def prune(
 @contextmanager
 def _task(root: RootProvider, what: str, *, bar: bool) -> Iterator[Task]:
     """The task of one command: the opened root key, and a progress bar on a terminal. Raises StartError."""
-    from minikms.custody.backup.create import Task
+    from minikms.archives.create import Task
     from minikms.datadir import opened_keyring, opened_root
 
     with opened_root(root) as (arena, key), progress_bar(what, shown=bar) as progress:
@@ -302,10 +302,10 @@ def _task(root: RootProvider, what: str, *, bar: bool) -> Iterator[Task]:
 def _audit_head(directory: str) -> AuditHead | None:
     """The last whole line of the audit log; None when there is none that can be read."""
     from minikms.api.errors import KmsRefusedError
+    from minikms.archives.archive import AuditHead
     from minikms.audit.reader import last_lines
     from minikms.audit.record import parse_line
     from minikms.base64 import encode_text
-    from minikms.custody.backup.archive import AuditHead
     from minikms.custody.log_directory import log_directory
 
     with contextlib.suppress(OSError, KmsRefusedError, ValueError):
@@ -336,7 +336,7 @@ def _begin_log(log_dir: str, unlocked: UnlockedKeyring, manifest: Manifest) -> N
 
 def _register_entry(archive: Path, manifest: Manifest) -> RegisteredArchive:
     """The entry for the archive in the register of the restored directory: it may hold each of its keys."""
-    from minikms.custody.backup.register import RegisteredArchive
+    from minikms.custody.archive_register import RegisteredArchive
 
     now_ms = time.time_ns() // 1_000_000
     begun_ms = int(datetime.fromisoformat(manifest.created_at).timestamp() * 1000)
@@ -352,8 +352,8 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
     It gets an arena of its own, because two keyrings may not have room in one. Raises StartError, OSError.
     """
     from minikms.api.errors import UnknownRootError
+    from minikms.archives.restore import NewerKeyring
     from minikms.crypto import roots
-    from minikms.custody.backup.restore import NewerKeyring
     from minikms.custody.tombstone_file import load, read_tombstones
     from minikms.datadir import KEYRING_SLOTS, opened_keyring, opened_root
     from minikms.keys.keyring import FILE_BYTES_MAX
@@ -387,7 +387,7 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
 
 def _remove_archive(entry: RegisteredArchive) -> None:
     """Removes the file if it is an archive. Raises CommandError otherwise."""
-    from minikms.custody.backup.archive import MAGIC, is_archive
+    from minikms.archives.archive import MAGIC, is_archive
 
     with open(entry.path, "rb") as file:
         if not is_archive(file.read(len(MAGIC))):

@@ -37,10 +37,10 @@ from minikms.cli.console import (
     found_socket,
 )
 from minikms.custody import (
-    backups,
     deks,
     journal,
     keyring_file,
+    rotation_backups,
     tombstone_file,
 )
 from minikms.custody.log_directory import log_directory
@@ -163,10 +163,10 @@ class _Entry:
 
 def _walk(directory: str) -> Iterator[tuple[str, _Entry]]:
     yield directory, _Entry(os.path.basename(directory), os.lstat(directory))
-    kept = os.path.join(directory, backups.DIRECTORY)
-    stamps = backups.list_stamps(kept) if os.path.isdir(kept) else []
-    batches = [os.path.join(backups.DIRECTORY, stamp) for stamp in stamps]
-    for place in ("", deks.DIRECTORY, backups.DIRECTORY, *batches):
+    kept = os.path.join(directory, rotation_backups.DIRECTORY)
+    stamps = rotation_backups.list_stamps(kept) if os.path.isdir(kept) else []
+    batches = [os.path.join(rotation_backups.DIRECTORY, stamp) for stamp in stamps]
+    for place in ("", deks.DIRECTORY, rotation_backups.DIRECTORY, *batches):
         try:
             with os.scandir(os.path.join(directory, place)) as entries:
                 for entry in entries:

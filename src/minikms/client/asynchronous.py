@@ -18,9 +18,10 @@ from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError
 from minikms.client import calls
+from minikms.client.base import POOL_CONNECTIONS_MAX, BaseClient
 from minikms.client.batching import Batcher, OneLoop
 from minikms.client.calls import Attempts, Call, check_proxied, make_call
-from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, BaseClient
+from minikms.client.connecting import POOL_IDLE_S_MAX
 from minikms.client.connection import Connection
 from minikms.client.items import Batch, DecryptItem, EncryptItem, Outcome
 from minikms.client.verbs import AsyncRunner, Many, One, Verbs, ciphertext_of, plaintext_of

@@ -1,10 +1,10 @@
-"""Where a client connects to: the daemon's Unix socket, or a gateway by its URL; and the limits of both clients.
+"""Where a client connects to: the daemon's Unix socket, or a gateway by its URL.
 
-Owns: `Endpoint`, what both clients need of either; `BaseClient`, which chooses one; `SocketEndpoint`, with the check of
-who serves the socket. `minikms.client.tls` has the other one. Invariants: no byte of a request is sent before the
-server was checked. The kernel names the process that called listen(2) (unix(7), SO_PEERCRED): with socket activation
-that is the service manager, so root is expected by default. It must never import asyncio or ssl, which the synchronous
-client and the commands do without.
+Owns: `Endpoint`, what both clients need of either; `SocketEndpoint`, with the check of who serves the socket.
+`minikms.client.tls` has the other one. Invariants: no byte of a request is sent before the server was checked. The
+kernel names the process that called listen(2) (unix(7), SO_PEERCRED): with socket activation that is the service
+manager, so root is expected by default. It must never import asyncio or ssl, which the synchronous client and the
+commands do without.
 """
 
 from __future__ import annotations
@@ -24,14 +24,9 @@ from minikms.client.wire import SOCKET_ORIGIN
 if TYPE_CHECKING:
     import asyncio
 
-POOL_CONNECTIONS_MAX: Final = 64
-"""Of one client, beside the two connections that carry batches."""
 POOL_IDLE_S_MAX: Final = 5.0
 """A connection that was idle for longer is not used again. Far below the daemon's own idle limit, so that a request
 that can't be repeated is not sent on a connection that the daemon is just closing."""
-TIMEOUT_S: Final = 10.0
-WAIT_S: Final = 2.0
-ROTATE_TIMEOUT_S: Final = 3600.0
 SOCKET_PATH_BYTES_MAX: Final = 107
 """sun_path of unix(7), less its end mark."""
 _UCRED: Final = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7); -1 as uid reads as 2^32 - 1
@@ -151,47 +146,3 @@ def overflow_uid() -> int | None:
         return int(Path(OVERFLOW_UID_FILE).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
-
-
-class BaseClient:
-    """What both clients are made of; `AsyncClient` describes the arguments. Raises ValueError for arguments that do not
-    fit together.
-    """
-
-    def __init__(
-        self,
-        address: str | os.PathLike[str],
-        *,
-        server_uids: Collection[int] | None = None,
-        ca: str | os.PathLike[str] | None = None,
-        cert: str | os.PathLike[str] | None = None,
-        key: str | os.PathLike[str] | None = None,
-        token_file: str | os.PathLike[str] | None = None,
-        long_lived_cert: bool = False,
-        timeout_s: float = TIMEOUT_S,
-        wait_s: float = WAIT_S,
-    ) -> None:
-        self._timeout_s = timeout_s
-        self._wait_s = wait_s
-        self._endpoint: Endpoint
-        if isinstance(address, str) and "://" in address:
-            if server_uids is not None:
-                raise ValueError("`server_uids` is for a socket: a gateway is known by its certificate")
-            from minikms.client.tls import TlsEndpoint
-
-            self._endpoint = TlsEndpoint(
-                address, ca=ca, cert=cert, key=key, token_file=token_file, long_lived_cert=long_lived_cert
-            )
-        elif ca or cert or key or token_file or long_lived_cert:
-            raise ValueError("`ca`, `cert`, `key`, `token_file` and `long_lived_cert` are for a URL, not for a socket")
-        else:
-            self._endpoint = SocketEndpoint(address, server_uids)
-        self._start()
-
-    def _start(self) -> None:
-        """Begins without connections."""
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What an operator should change about the client's certificate, key and token; known after a call."""
-        return self._endpoint.warnings

@@ -19,8 +19,9 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
 from minikms.api.errors import KmsClosedError, KmsError, KmsTimeoutError
+from minikms.client.base import POOL_CONNECTIONS_MAX, BaseClient
 from minikms.client.calls import Attempts, Call, check_proxied
-from minikms.client.connecting import POOL_CONNECTIONS_MAX, POOL_IDLE_S_MAX, BaseClient
+from minikms.client.connecting import POOL_IDLE_S_MAX
 from minikms.client.verbs import BlockingRunner, Many, One, Operation, Verbs
 from minikms.client.wire import Answer, AnswerParser, request_head
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, Ty
 from minikms import api
 from minikms.api import Verb
 from minikms.client import calls
+from minikms.client.base import ROTATE_TIMEOUT_S
 from minikms.client.calls import Call, base64_text, make_call, optional
-from minikms.client.connecting import ROTATE_TIMEOUT_S
 from minikms.client.items import (
     Batch,
     CheckBatch,

@@ -18,10 +18,10 @@ from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Final, NamedTuple
 
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
-from minikms.custody.backups import FoundRecords
 from minikms.custody.deks import HeldKeys
 from minikms.custody.group_commit import GroupCommit
 from minikms.custody.keyring_file import StoredKeyring
+from minikms.custody.rotation_backups import FoundRecords
 from minikms.custody.tombstone_file import Staged, Tombstones
 from minikms.keys import keyring
 from minikms.keys.keyring import Body

@@ -42,7 +42,6 @@ from minikms.api.errors import (
     StorageUnavailableError,
     copy_of,
 )
-from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore, HeldKeys, file_name
 from minikms.custody.journal_format import (
     BLANK,
@@ -59,6 +58,7 @@ from minikms.custody.journal_format import (
     ids_in_journal,
     is_whole,
 )
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.keys.dek import KEY_ID_BYTES, bytes_to_key_id
 from minikms.platform.files import (
     GROUP_FILES_MAX,

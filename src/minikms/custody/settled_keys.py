@@ -19,10 +19,10 @@ from typing import Final, NamedTuple, Self
 
 from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.custody import journal, keyring_file
-from minikms.custody.backups import DIRECTORY as BACKUPS
-from minikms.custody.backups import list_journals, list_stamps
 from minikms.custody.deks import DIRECTORY, file_name, list_key_ids, read_settled
 from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode, is_whole
+from minikms.custody.rotation_backups import DIRECTORY as BACKUPS
+from minikms.custody.rotation_backups import list_journals, list_stamps
 from minikms.keys import dek, keyring
 from minikms.keys.dek import KEY_ID_RANDOM_BYTES, make_key_id
 from minikms.platform.clock import now_ns

@@ -47,14 +47,14 @@ from minikms.api.errors import (
 from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import RecordKey, RecordKeys
-from minikms.custody.backup.register import ArchiveRegister
-from minikms.custody.backups import BLANK_FILES_MAX, FoundRecords, JournalFile, KeysWithin, RotationBackups
+from minikms.custody.archive_register import ArchiveRegister
 from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
 from minikms.custody.destruction import Destruction, Removal
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
 from minikms.custody.new_keys import NewKeys, Wanted
+from minikms.custody.rotation_backups import BLANK_FILES_MAX, FoundRecords, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.tombstone_file import Tombstones
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache

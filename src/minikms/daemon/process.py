@@ -26,7 +26,7 @@ from minikms import api
 from minikms.api.errors import InvalidPolicyError, KmsRefusedError, StartError, StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.log import FSYNC_INTERVAL_MS
-from minikms.custody.backup.register import ArchiveRegister
+from minikms.custody.archive_register import ArchiveRegister
 from minikms.custody.vault import Vault
 from minikms.daemon.parts import Parts, Workers
 from minikms.daemon.peer import overflow_uid

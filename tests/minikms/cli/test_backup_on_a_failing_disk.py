@@ -10,7 +10,7 @@ import pytest
 
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.cli.backup import create, prune, verify
-from minikms.custody.backup.register import ArchiveRegister
+from minikms.custody.archive_register import ArchiveRegister
 from tests.harness.disk_faults import failing
 from tests.harness.vaults import key_file, opened_vault
 

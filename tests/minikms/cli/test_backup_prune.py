@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from minikms.archives.create import staging_path
 from minikms.cli.backup import prune
-from minikms.custody.backup.create import staging_path
-from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive, new_archive_id
+from minikms.custody.archive_register import ArchiveRegister, RegisteredArchive, new_archive_id
 
 
 @pytest.fixture

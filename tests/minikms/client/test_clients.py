@@ -23,7 +23,7 @@ from minikms import api
 from minikms.api import errors
 from minikms.client import AsyncClient, Client, calls
 from minikms.client import connecting as peer
-from minikms.client.connecting import POOL_CONNECTIONS_MAX
+from minikms.client.base import POOL_CONNECTIONS_MAX
 from tests.harness.waiting import wait_until
 from tests.minikms.client.hostile import CLOSE, SILENT, HostileServer, answer, hostile, read_request
 from tests.minikms.client.using import (

@@ -19,10 +19,10 @@ import pytest
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.custody import journal
-from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore, KeyLocks
 from minikms.custody.journal import Journal, replay
 from minikms.custody.journal_format import SECTOR_BYTES, Change
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
 from minikms.platform import files, sync

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from minikms.api.errors import StorageUnavailableError
-from minikms.custody.backups import RotationBackups
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.platform.files import open_directory
 from tests.harness.disk_faults import refuse
 from tests.harness.vaults import OpenedVault, opened_vault

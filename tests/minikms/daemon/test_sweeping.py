@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from minikms.api.errors import StorageUnavailableError
-from minikms.custody.backup.register import DIRECTORY, TEMP_AGE_NS_MIN
+from minikms.custody.archive_register import DIRECTORY, TEMP_AGE_NS_MIN
 from minikms.daemon import process
 from minikms.platform.files import replace_file
 from minikms.platform.logs import structlog

@@ -9,7 +9,8 @@ import pytest
 
 from progressdb_server.api.http import framing
 from progressdb_server.api.http.cycle import Cycle
-from progressdb_server.api.http.protocol import Connection, Serving
+from progressdb_server.api.http.protocol import Connection
+from progressdb_server.api.http.serving import Serving
 from progressdb_server.api.http.shares import Shares
 
 

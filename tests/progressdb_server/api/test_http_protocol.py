@@ -16,7 +16,7 @@ from typing import Any
 import httptools
 import pytest
 
-from progressdb_server.api.http import framing, limits, listener, protocol
+from progressdb_server.api.http import framing, limits, listener, serving
 from progressdb_server.api.http.protocol import Connection
 from progressdb_server.store.model import MessageNotFoundError
 from tests.harness.waiting import WAIT_S_MAX, receive_more, wait_until
@@ -500,7 +500,7 @@ def test_a_stop_waits_for_the_rest_of_a_body() -> None:
 
 def test_a_stop_does_not_wait_for_a_request_that_ignores_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "STOP_SECONDS_MAX", 0.1)
-    monkeypatch.setattr(protocol, "CANCEL_SECONDS_MAX", 0.1)
+    monkeypatch.setattr(serving, "CANCEL_SECONDS_MAX", 0.1)
     api = Api()
     started, go_on = threading.Event(), threading.Event()
 

@@ -13,17 +13,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Iterable, MutableMapping, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from minikms.platform.logs import structlog
 from progressdb_server.api.http import framing, limits
 from progressdb_server.api.http.errors import CLOSE, Header
 from progressdb_server.api.http.keys import Caller, presented_key
 from progressdb_server.api.http.request import BODY_REFUSED
+from progressdb_server.api.http.serving import ServedConnection
 from progressdb_server.api.http.shares import BodyAccount
-
-if TYPE_CHECKING:  # it begins the cycles
-    from progressdb_server.api.http.protocol import Connection
 
 _log: Final = structlog.get_logger("progressdb.http")
 STATUS_LINES: Final = {
@@ -33,7 +31,7 @@ _WITHOUT_BODY: Final = frozenset({204, 304})
 
 
 class Cycle:
-    def __init__(self, connection: Connection, scope: MutableMapping[str, Any], fields: framing.Fields) -> None:
+    def __init__(self, connection: ServedConnection, scope: MutableMapping[str, Any], fields: framing.Fields) -> None:
         self.connection = connection
         self.scope = scope
         self.keep_alive = fields.keep_alive and not connection.serving.drains

@@ -23,8 +23,9 @@ from typing import Final
 
 from minikms.platform.logs import structlog
 from progressdb_server.api.http import limits
-from progressdb_server.api.http.protocol import Connection, Serving
+from progressdb_server.api.http.protocol import Connection
 from progressdb_server.api.http.request import ASGIApp
+from progressdb_server.api.http.serving import Serving
 from progressdb_server.api.http.shares import Shares
 from progressdb_server.config import ConfigError, ConfigMissingError, Tls
 

@@ -22,66 +22,25 @@ import math
 import socket
 import urllib.parse
 from collections.abc import Callable
-from email.utils import formatdate
 from typing import Any, Final
 
 from progressdb_server.api.http import framing, limits
 from progressdb_server.api.http.cycle import STATUS_LINES, Cycle
-from progressdb_server.api.http.request import DIRECT, ASGIApp
-from progressdb_server.api.http.shares import BodyAccount, Shares
+from progressdb_server.api.http.request import DIRECT
+from progressdb_server.api.http.serving import Serving
+from progressdb_server.api.http.shares import BodyAccount
 
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
 _BODY_WAITING_BYTES_MAX: Final = 64 * 1024
 """Of a body, received and not read by the application: no more is received meanwhile."""
 _RECURRING_FIELDS_BYTES_MAX: Final = 1024
 """Fields of a head up to this length are kept, because those of the connection's next head may be the same."""
-_STOP_POLL_SECONDS: Final = 0.05
-CANCEL_SECONDS_MAX: Final = 5
-"""For cancelled requests to end, such as a write whose disk hangs."""
 _ERROR_TEXTS: Final = {
     400: "malformed HTTP request",
     413: "the body comes in too many chunks",
     431: "request head too large",
     500: "internal error",
 }
-
-
-class Serving:
-    """What the connections of one server share, and its stop."""
-
-    def __init__(self, app: ASGIApp, shares: Shares, loop: asyncio.AbstractEventLoop) -> None:
-        self.app = app
-        self.shares = shares
-        self.loop = loop
-        self.connections: set[Connection] = set()
-        self.tasks: set[asyncio.Task[None]] = set()
-        """Of the requests that the application handles."""
-        self.drains = False
-        """Whether each response ends its connection, because a stop is near."""
-        self.date = b""
-        self.set_date()
-
-    def set_date(self) -> None:
-        """Call this once a second."""
-        self.date = f"date: {formatdate(usegmt=True)}\r\n".encode("ascii")
-
-    async def stop(self, seconds: float) -> None:
-        """Close connections without a request, give the others `seconds` to get their responses, and cancel the rest.
-        Nothing is accepted any more."""
-        for connection in list(self.connections):
-            connection.shutdown()
-        deadline_s = self.loop.time() + seconds
-        while self.connections or self.tasks:
-            await asyncio.sleep(_STOP_POLL_SECONDS)
-            if self.loop.time() >= deadline_s:
-                break
-        cancelled = list(self.tasks)
-        for task in cancelled:
-            task.cancel()
-        if cancelled:
-            await asyncio.wait(cancelled, timeout=CANCEL_SECONDS_MAX)
-        for connection in list(self.connections):
-            connection.close_unread()
 
 
 class Connection(asyncio.Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from minikms.api.errors import KeyUnreadableError
-from minikms.custody import backups, deks, rotation
+from minikms.custody import deks, rotation, rotation_backups
 from minikms.custody.journal_format import Change
 from minikms.keys import dek
 from minikms.platform import files
@@ -78,7 +78,7 @@ def test_the_thread_of_the_disk_is_free_between_two_batch_files(
                 async with one.vault.locks.hold(some) as held:
                     await one.vault.journal.replace(held, batch, "20250101T000000")
             one.vault.journal.flush()
-            monkeypatch.setattr(backups, "remove_file", counted)
+            monkeypatch.setattr(rotation_backups, "remove_file", counted)
             pruning = rotation.Pruning(one.vault, reader=one.reader, disk=jobs)
             assert (await pruning.prune(backups=True)).backups_removed == 6
             assert one.vault.rotation_backups.stamps() == []

@@ -17,9 +17,9 @@ import pytest
 from minikms.api.errors import ArenaFullError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import XaesCipher
 from minikms.custody import deks, journal, rotation
-from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import DekStore
 from minikms.custody.rotation import KekRotation
+from minikms.custody.rotation_backups import RotationBackups
 from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.platform import files, sync

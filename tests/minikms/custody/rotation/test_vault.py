@@ -18,10 +18,10 @@ from minikms.api.errors import (
     StorageUnavailableError,
     WrongThreadError,
 )
-from minikms.custody.backups import RotationBackups
 from minikms.custody.deks import HeldKeys
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
+from minikms.custody.rotation_backups import RotationBackups
 from tests.harness.disk_faults import refuse
 from tests.harness.vaults import create, opened_vault
 

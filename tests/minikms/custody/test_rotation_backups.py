@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikms.api.errors import KeyUnreadableError, StorageUnavailableError
-from minikms.custody import backups as backups_module
+from minikms.custody import rotation_backups as backups_module
 from minikms.custody import vault
-from minikms.custody.backups import KeysWithin, RotationBackups
 from minikms.custody.deks import DekStore
 from minikms.custody.journal_format import BLANK, BYTES_MAX, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, encode
+from minikms.custody.rotation_backups import KeysWithin, RotationBackups
 from minikms.custody.settled_keys import newest_key_id
 from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES
 from minikms.platform import sync

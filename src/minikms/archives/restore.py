@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from minikms.api.errors import ConflictError
+from minikms.archives.archive import ArchiveError, AuditHead
+from minikms.archives.create import CHANGED, Task, VerifiedArchive, reread_entries
 from minikms.base64 import decode_exact
-from minikms.custody import backups, deks, keyring_file
-from minikms.custody.backup.archive import ArchiveError, AuditHead
-from minikms.custody.backup.create import CHANGED, Task, VerifiedArchive, reread_entries
-from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
+from minikms.custody import deks, keyring_file, rotation_backups
+from minikms.custody.archive_register import ArchiveRegister, RegisteredArchive
 from minikms.custody.tombstone_file import write_tombstones
 from minikms.keys import keyring, root_slots
 from minikms.keys.dek import bytes_to_key_id
@@ -98,7 +98,7 @@ def restore(
     Raises ArchiveError, StorageUnavailableError, StartError; then the target is incomplete, and the daemon refuses it.
     """
     ArchiveRegister(target.directory).put(target.source)
-    for name in (deks.DIRECTORY, backups.DIRECTORY):
+    for name in (deks.DIRECTORY, rotation_backups.DIRECTORY):
         make_private_directory(os.path.join(target.directory, name))
     keys = _write_files(path, good, task, target)
     removed = [] if newer is None else _take_root_keys(unlocked, newer.unlocked, good.manifest.audit_head, at=at)

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableError
+from minikms.archives import create, restore
+from minikms.archives.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
+from minikms.archives.create import NewArchive, Task, remove_failed, remove_leftover, staging_path
 from minikms.crypto.aead import NonceSource
-from minikms.custody.backup import create, restore
-from minikms.custody.backup.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
-from minikms.custody.backup.create import NewArchive, Task, remove_failed, remove_leftover, staging_path
-from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
+from minikms.custody.archive_register import ArchiveRegister, RegisteredArchive
 from minikms.custody.keyring_file import KeyringFile
 from minikms.datadir import open_keyring, opened_keyring, opened_root
 from minikms.keys import keyring

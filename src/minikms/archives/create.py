@@ -23,9 +23,7 @@ from collections.abc import Callable, Container, Iterator
 from typing import BinaryIO, Final, NamedTuple
 
 from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableError
-from minikms.crypto import roots
-from minikms.custody import keyring_file, tombstone_file
-from minikms.custody.backup.archive import (
+from minikms.archives.archive import (
     UNREADABLE_COUNT_MAX,
     ArchiveError,
     ArchiveReader,
@@ -37,6 +35,8 @@ from minikms.custody.backup.archive import (
     dek_entry_name,
     open_archive,
 )
+from minikms.crypto import roots
+from minikms.custody import keyring_file, tombstone_file
 from minikms.custody.settled_keys import SettledKeys, newest_key_id
 from minikms.custody.tombstone_file import read_tombstones
 from minikms.keys import dek, keyring

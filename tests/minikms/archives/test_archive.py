@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms.api.errors import ConflictError
-from minikms.crypto import roots, slots
-from minikms.custody.backup.archive import (
+from minikms.archives.archive import (
     MAGIC,
     TAG_BYTES,
     ArchiveError,
@@ -26,8 +25,9 @@ from minikms.custody.backup.archive import (
     TagKey,
     dek_entry_name,
 )
-from minikms.custody.backup.register import ArchiveRegister, RegisteredArchive
-from minikms.custody.backup.restore import NewerKeyring, all_tombstones
+from minikms.archives.restore import NewerKeyring, all_tombstones
+from minikms.crypto import roots, slots
+from minikms.custody.archive_register import ArchiveRegister, RegisteredArchive
 from minikms.custody.keyring_file import NAME as KEYRING
 from minikms.custody.tombstone_file import NAME as TOMBSTONES
 from minikms.keys.dek import make_key_id

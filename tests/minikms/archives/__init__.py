@@ -1,0 +1,1 @@
+"""Backup archives: their format, creation and restore."""
