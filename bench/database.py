@@ -40,7 +40,7 @@ def store() -> list[Row]:
 @contextlib.contextmanager
 def _both() -> Iterator[tuple[tuple[str, int], tuple[str, int]]]:
     try:
-        from progressdb_server.store import tables  # here: it needs an extra
+        from progressdb_server.store.postgres import tables  # here: it needs an extra
     except ImportError:
         raise MissingProgramError("needs asyncpg (the extra `postgresql`)") from None
     with contextlib.ExitStack() as started:

@@ -31,7 +31,7 @@ from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineBusyError
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import NewMessage
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 
 RECORDS = 1_000_000
 RECORD_BYTES = 512

@@ -28,7 +28,7 @@ from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 
 WRITERS = 64
 THREAD_MESSAGES = 100

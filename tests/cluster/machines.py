@@ -27,7 +27,7 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from progressdb_server.store import tables
+from progressdb_server.store.postgres import tables
 from tests import needs
 from tests.harness.certificates import CLIENT, HOUR, SERVER, Authority
 from tests.harness.waiting import WAIT_S_MAX, wait_until

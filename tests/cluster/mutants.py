@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from tests.cluster.machines import Variant
 
 SOURCE: Final = Path(__file__).parents[2] / "src"
-WRITER: Final = "store/postgres_writer.py"
+WRITER: Final = "store/postgres/writer.py"
 
 
 class Mutant(NamedTuple):
@@ -53,7 +53,7 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         Variant(),
         (
             (
-                "store/postgres.py",
+                "store/postgres/engine.py",
                 "        return found[0][0] if found else None\n",
                 "        value = found[0][0] if found else None\n"
                 '        if key.startswith(b"index:writer:"):\n'
@@ -67,7 +67,7 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
     ),
     "warnings-hidden": Mutant(
         Variant(),
-        (("store/nodes.py", '"client_min_messages": "warning"', '"client_min_messages": "error"'),),
+        (("store/postgres/nodes.py", '"client_min_messages": "warning"', '"client_min_messages": "error"'),),
         ("--faults", "unreplicated_waits_cancelled"),
         "was acknowledged at",
     ),

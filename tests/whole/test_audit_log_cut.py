@@ -12,7 +12,7 @@ from minikms.base64 import encode_text
 from minikms.platform.append_only import CONFIRMED_SUFFIX
 from progressdb_server.store import keyspace
 from progressdb_server.store.epoch import SeenState
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests.progressdb_server.api.real_server import real_server
 
 

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from progressdb_server.store.model import StoreDamagedError
-from progressdb_server.store.rocks import LEVEL_ZERO_FILES, RocksEngine
-from progressdb_server.store.salvage import DAMAGED
+from progressdb_server.store.rocks.engine import LEVEL_ZERO_FILES, RocksEngine
+from progressdb_server.store.rocks.salvage import DAMAGED
 from tests.harness import forked
 from tests.harness.disk_faults import flip
 from tests.progressdb_server.api.asgi_client import ADMIN

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from progressdb_server.store import rocks
 from progressdb_server.store.engine import EngineUnavailableError
+from progressdb_server.store.rocks import engine as rocks
 
 LACKING = """
 import fcntl, os, select, signal, socket, sys

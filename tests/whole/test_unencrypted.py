@@ -18,7 +18,7 @@ from progressdb_server.config import Config, ConfigError, Kms, Server, Storage, 
 from progressdb_server.store import directory, keyspace
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import FormatError
-from progressdb_server.store.rocks import RocksReader
+from progressdb_server.store.rocks.engine import RocksReader
 from progressdb_server.unencrypted import MARK, VALUE, VARIABLE, UnencryptedProvider, check_allowed
 from tests.harness import forked
 from tests.progressdb_server.api.asgi_client import ADMIN

@@ -68,7 +68,7 @@ def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
     """The page of the database, printed at once: the server may not answer."""
     page: dict[str, Any] = {}
     try:
-        tables = directory.of_database("tables")
+        tables = directory.of_database("postgres.tables")
         page = msgspec.to_builtins(asyncio.run(tables.examine(store.url, single_node=store.single_node)))
     except StoreUnavailableError as error:
         page["problems"] = [error.explained]

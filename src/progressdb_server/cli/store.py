@@ -1,7 +1,7 @@
 """`progressdb store`: the tables of a store in PostgreSQL, and copies of whole stores.
 
 Owns: the commands and their flags. They run as the role that owns the tables, which no message server needs. The tables
-are those of store/tables.py, the steps of a copy those of store/copying.py.
+are those of store/postgres/tables.py, the steps of a copy those of store/copying.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def init(
     json: Json = False,
 ) -> int:
     """Make the tables in an empty database."""
-    asyncio.run(directory.of_database("tables").init(_url(url, config), role))
+    asyncio.run(directory.of_database("postgres.tables").init(_url(url, config), role))
     print_result({"made": True}, "the store is made", json=json)
     return 0
 
@@ -45,7 +45,7 @@ def init(
 @app.command(name="upgrade")
 def upgrade(*, url: Url = None, config: ConfigFile = None, json: Json = False) -> int:
     """Bring the tables to this version. Servers of an earlier version write nothing from then on."""
-    before, after = asyncio.run(directory.of_database("tables").upgrade(_url(url, config)))
+    before, after = asyncio.run(directory.of_database("postgres.tables").upgrade(_url(url, config)))
     said = f"the store has schema {after}" + ("" if after == before else f", and had {before}")
     print_result({"schema": after, "before": before}, said, json=json)
     return 0

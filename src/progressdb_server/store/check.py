@@ -15,8 +15,8 @@ The rules, each with the kind of its finding:
 Invariants: records are the truth and are never changed here; a fix only puts or deletes index entries and counters,
 all of which follow from records, and deletes damaged entries of retries (`store.idempotency`), which nothing can
 rebuild. What a rule can't look up, because a file is damaged there, is no finding. A damaged store is repaired only as
-`store.salvage.rebuild` makes another one of it. Memory is bounded: the walk reads chunks, and what their rules look up
-is read together up to a bound.
+`store.rocks.salvage.rebuild` makes another one of it. Memory is bounded: the walk reads chunks, and what their rules
+look up is read together up to a bound.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store import keyspace, membership, offline, record, salvage
+from progressdb_server.store import keyspace, membership, offline, record
 from progressdb_server.store.epoch import SeenState as KeyService
 from progressdb_server.store.idempotency import IdempotencyRecord
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import RecordUnreadableError, StoreDamagedError, StoreUnavailableError
 from progressdb_server.store.offline import Entries, View
-from progressdb_server.store.salvage import Lost
+from progressdb_server.store.rocks import salvage
+from progressdb_server.store.rocks.salvage import Lost
 from progressdb_server.store.writer import Counters
 
 CHUNK_ENTRIES: Final = 500

@@ -25,7 +25,7 @@ from progressdb_server.store.claims import Claims
 from progressdb_server.store.engine import Engine, LocalReads, Reader, Reads
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError, StoreUnavailableError
-from progressdb_server.store.rocks import RocksEngine, RocksReader, check_exists
+from progressdb_server.store.rocks.engine import RocksEngine, RocksReader, check_exists
 from progressdb_server.store.validators import Validators
 from progressdb_server.store.writer import Commits, Counters, SharedEngine, Writer
 
@@ -114,7 +114,7 @@ def of_database(module: str) -> ModuleType:
 
 async def open_shared(url: str, *, single_node: bool) -> SharedEngine:
     """Open the store of a database. The caller closes it. Raises FormatError, StoreUnavailableError."""
-    engine: SharedEngine = await of_database("postgres").open_engine(url, single_node=single_node)
+    engine: SharedEngine = await of_database("postgres.engine").open_engine(url, single_node=single_node)
     return engine
 
 

@@ -1,7 +1,7 @@
 """A store that a command examines or changes by itself, whatever holds it.
 
 Owns: `View`, which `store.check` and `store.copying` read, and `Entries`, which they change; both for the files of
-RocksDB. `store.postgres_offline` has them for a database. Invariants: a view does not change while it is read; nobody
+RocksDB. `store.postgres.offline` has them for a database. Invariants: a view does not change while it is read; nobody
 else uses the store while entries are put.
 """
 
@@ -97,7 +97,7 @@ def is_url(place: str) -> bool:
 async def open_view(place: str) -> AsyncIterator[View]:
     """A view of a store that servers may have open. Raises FormatError, StoreUnavailableError."""
     if is_url(place):
-        async with directory.of_database("postgres_offline").view(place) as view:
+        async with directory.of_database("postgres.offline").view(place) as view:
             yield view
     else:
         with directory.open_reader(place) as reader:
@@ -108,7 +108,7 @@ async def open_view(place: str) -> AsyncIterator[View]:
 async def alone(place: str) -> AsyncIterator[Entries]:
     """The entries of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, FormatError."""
     if is_url(place):
-        async with directory.of_database("postgres_offline").alone(place) as entries:
+        async with directory.of_database("postgres.offline").alone(place) as entries:
             yield entries
     else:
         with directory.open_offline(place) as engine:
@@ -121,7 +121,7 @@ async def open_copy(place: str, source: str) -> AsyncIterator[Entries]:
     Raises StoreLockedError, StoreUnavailableError, FormatError for a place that holds something else."""
     begun = directory.begun_copy(source)
     if is_url(place):
-        async with directory.of_database("postgres_offline").open_copy(place, begun) as entries:
+        async with directory.of_database("postgres.offline").open_copy(place, begun) as entries:
             yield entries
     else:
         with directory.open_copy(place, begun) as engine:

@@ -27,7 +27,7 @@ from progressdb_server.store import messages
 from progressdb_server.store.backup import Backups
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import BackupOfDatabaseError
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests.harness import garbage
 from tests.progressdb_server.api.fault_words import (
     CROWDED,

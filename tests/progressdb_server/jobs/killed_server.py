@@ -26,7 +26,7 @@ from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.keyspace import JOBS
 from progressdb_server.store.model import NewMessage, StoreUnavailableError
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests.progressdb_server.store.crashing_writer import say
 
 THREAD = "t"

@@ -20,7 +20,7 @@ from progressdb_server.store import backup, copying
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import BackupError, FormatError, Message, NewMessage, StoreError
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests.progressdb_server.jobs.rotating import UNBOUNDED, chunks_of
 from tests.progressdb_server.store.opened_store import NOW_NS, TickingClock, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider

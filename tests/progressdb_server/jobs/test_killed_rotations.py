@@ -25,7 +25,7 @@ from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError, json_text
 from progressdb_server.store.offline import LocalView
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import interpreter_words
 from tests.progressdb_server.jobs.killed_server import THREAD

@@ -26,7 +26,7 @@ from progressdb_server.store.model import (
     StaleRowError,
     StoreUnavailableError,
 )
-from progressdb_server.store.postgres import PostgresEngine
+from progressdb_server.store.postgres.engine import PostgresEngine
 from tests.progressdb_server.jobs.rotating import UNBOUNDED, Gate, chunks_of, keys_of_records, write
 from tests.progressdb_server.store.opened_store import TickingClock, messages_of, servers
 from tests.progressdb_server.store.sealing_provider import SealingProvider

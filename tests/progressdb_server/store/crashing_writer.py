@@ -17,7 +17,7 @@ import structlog
 
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests.progressdb_server.store.keyfile_provider import KeyFileProvider
 
 

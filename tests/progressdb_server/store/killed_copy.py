@@ -8,9 +8,10 @@ import signal
 import sys
 from typing import Any
 
-from progressdb_server.store import copying, offline, postgres_offline
+from progressdb_server.store import copying, offline
 from progressdb_server.store.offline import LocalEntries
-from progressdb_server.store.postgres_offline import PostgresEntries
+from progressdb_server.store.postgres import offline as postgres_offline
+from progressdb_server.store.postgres.offline import PostgresEntries
 
 PAGE_ENTRIES = 10
 

@@ -11,11 +11,12 @@ from urllib.parse import quote
 import asyncpg
 
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store import postgres, tables
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.model import Message, NewMessage, Thread
-from progressdb_server.store.postgres import PostgresEngine
+from progressdb_server.store.postgres import engine as postgres
+from progressdb_server.store.postgres import tables
+from progressdb_server.store.postgres.engine import PostgresEngine
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 

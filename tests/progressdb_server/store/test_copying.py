@@ -10,12 +10,14 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from progressdb_server.store import copying, directory, offline, postgres, postgres_offline
+from progressdb_server.store import copying, directory, offline
 from progressdb_server.store.check import check, repair_offline
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.copying import Copied
 from progressdb_server.store.model import FormatError, NewMessage, StoreLockedError
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.postgres import engine as postgres
+from progressdb_server.store.postgres import offline as postgres_offline
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests.harness.forked import Forked
 from tests.progressdb_server.store import killed_copy
 from tests.progressdb_server.store.opened_store import TickingClock, emptied, fill, messages_of, opened, servers

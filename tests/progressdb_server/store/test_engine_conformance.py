@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_server.store import rocks
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineUnavailableError
 from progressdb_server.store.model import StoreDamagedError
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks import engine as rocks
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests.harness.disk_faults import flip
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from progressdb_server.store.model import Idempotency, NewMessage, StoreUnavailableError
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests.progressdb_server.store.opened_store import opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 

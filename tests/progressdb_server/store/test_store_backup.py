@@ -29,7 +29,7 @@ from progressdb_server.store.model import (
     RegisteredBackup,
 )
 from progressdb_server.store.offline import LocalView
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests.harness.disk_faults import flip
 from tests.progressdb_server.store.opened_store import messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider

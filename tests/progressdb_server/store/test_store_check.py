@@ -20,7 +20,7 @@ from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Reader
 from progressdb_server.store.model import FormatError, Idempotency, NewMessage, StoreUnavailableError
 from progressdb_server.store.offline import LocalEntries, LocalView
-from progressdb_server.store.rocks import RocksEngine, RocksReader
+from progressdb_server.store.rocks.engine import RocksEngine, RocksReader
 from progressdb_server.store.writer import Counters
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import messages_of, opened, threads_of, with_store

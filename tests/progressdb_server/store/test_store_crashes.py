@@ -21,7 +21,7 @@ import pytest
 from progressdb_server.store.check import Checker
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError, json_text
 from progressdb_server.store.offline import LocalView
-from progressdb_server.store.rocks import RocksEngine
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests import needs
 from tests.harness.scripts import interpreter_words
 from tests.progressdb_server.store.keyfile_provider import KeyFileProvider

@@ -23,10 +23,10 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import FormatError, StoreLockedError
-from progressdb_server.store.nodes import FAILURES
 from progressdb_server.store.offline import WALK_BYTES_MAX, Head
-from progressdb_server.store.postgres import PostgresReads
-from progressdb_server.store.tables import (
+from progressdb_server.store.postgres.nodes import FAILURES
+from progressdb_server.store.postgres.reads import PostgresReads
+from progressdb_server.store.postgres.tables import (
     COPYING,
     COUNTED,
     DELETE,

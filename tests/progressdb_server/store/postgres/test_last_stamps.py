@@ -8,9 +8,10 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from progressdb_server.store import check, copying, keyspace, postgres
+from progressdb_server.store import check, copying, keyspace
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Message, NewMessage, RecordUnreadableError
+from progressdb_server.store.postgres import engine as postgres
 from tests.progressdb_server.store.opened_store import NOW_NS, fill, servers
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 

@@ -18,8 +18,8 @@ from progressdb_server.store import offline
 from progressdb_server.store.check import Problem, Report, check, repair_offline
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, StoreDamagedError, StoreError
-from progressdb_server.store.rocks import RocksEngine, RocksReader
-from progressdb_server.store.salvage import DAMAGED, Lost, Remains
+from progressdb_server.store.rocks.engine import RocksEngine, RocksReader
+from progressdb_server.store.rocks.salvage import DAMAGED, Lost, Remains
 from tests import needs
 from tests.harness.disk_faults import flip
 from tests.progressdb_server.store.opened_store import opened
@@ -142,7 +142,9 @@ def test_a_damaged_log_is_named_and_read_around(tmp_path: Path) -> None:
 
 def test_a_disk_that_fails_to_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path / "db")
-    monkeypatch.setattr("progressdb_server.store.salvage.why_ended", lambda walk: "IO error: While pread 000009.sst")
+    monkeypatch.setattr(
+        "progressdb_server.store.rocks.salvage.why_ended", lambda walk: "IO error: While pread 000009.sst"
+    )
     with pytest.raises(EngineUnavailableError):
         walked(tmp_path / "db")
 

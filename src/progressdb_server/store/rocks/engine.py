@@ -44,11 +44,11 @@ from rocksdict import (
 
 from minikms.platform.logs import structlog
 from minikms.platform.sync import sync_file
-from progressdb_server.store import acknowledged
-from progressdb_server.store.acknowledged import Acknowledged
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import next_key
 from progressdb_server.store.model import StoreDamagedError, StoreLockedError, StoreUnavailableError
+from progressdb_server.store.rocks import acknowledged
+from progressdb_server.store.rocks.acknowledged import Acknowledged
 
 BLOCK_CACHE_BYTES: Final = 32 * 1024 * 1024
 WRITE_BUFFER_BYTES: Final = 16 * 1024 * 1024

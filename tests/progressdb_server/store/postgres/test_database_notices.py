@@ -11,9 +11,10 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from progressdb_server.store import conversations, postgres
+from progressdb_server.store import conversations
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Idempotency, NewMessage, StoreUnavailableError
+from progressdb_server.store.postgres import engine as postgres
 from tests.progressdb_server.store.opened_store import becomes, fill, messages_of, servers
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 

@@ -10,13 +10,15 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 import asyncpg
 import pytest
 
-from progressdb_server.store import nodes, postgres, postgres_writer
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotAMemberError, OutcomeUnknownError, StoreUnavailableError
+from progressdb_server.store.postgres import engine as postgres
+from progressdb_server.store.postgres import nodes
+from progressdb_server.store.postgres import writer as postgres_writer
 from tests.harness import postgres as harness
-from tests.progressdb_server.store.failing_database import waiting, with_setting
 from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, url_of
+from tests.progressdb_server.store.postgres.failing_database import waiting, with_setting
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 STANDBY = "standby"

@@ -1,4 +1,4 @@
-"""A group of writes as a transaction of several statements, for `store.postgres_writer`.
+"""A group of writes as a transaction of several statements, for `store.postgres.writer`.
 
 Owns: the locks and the conditions of such a group, and its statements. Invariants: heads are locked before any entry;
 the clock follows a head only if the thread has the version that the head names.
@@ -13,8 +13,8 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, LateStampError, PendingWrite, Puts
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import RecordUnreadableError
-from progressdb_server.store.nodes import Connection
-from progressdb_server.store.tables import DELETE, TKEY_HASH_BYTES, is_thread, tkey
+from progressdb_server.store.postgres.nodes import Connection
+from progressdb_server.store.postgres.tables import DELETE, TKEY_HASH_BYTES, is_thread, tkey
 
 LOCKED_HEADS: Final = """
 WITH head AS MATERIALIZED (

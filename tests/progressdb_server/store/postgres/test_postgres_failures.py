@@ -13,20 +13,22 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from progressdb_server.store import nodes, postgres, postgres_writer, tables
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotWrittenError, OutcomeUnknownError, StoreUnavailableError
-from progressdb_server.store.postgres_writer import PostgresWriter
+from progressdb_server.store.postgres import engine as postgres
+from progressdb_server.store.postgres import nodes, reads, tables
+from progressdb_server.store.postgres import writer as postgres_writer
+from progressdb_server.store.postgres.writer import PostgresWriter
 from tests.harness.round_trips import PORT_NAME, counted
-from tests.progressdb_server.store.failing_database import (
+from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, servers
+from tests.progressdb_server.store.postgres.failing_database import (
     end_the_wait,
     no_standby,
     raising,
     waiting,
     with_setting,
 )
-from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, servers
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 
@@ -199,7 +201,7 @@ def test_a_commit_without_a_standby_ends_at_its_deadline(database: str, monkeypa
 
 
 def test_a_read_that_met_its_deadline_is_not_sent_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "READ_S_MAX", 0.5)
+    monkeypatch.setattr(reads, "READ_S_MAX", 0.5)
 
     async def run(store: Conversations) -> None:
         reads: Any = store.reads

@@ -35,7 +35,7 @@ from progressdb_server.store import directory, keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError
 from progressdb_server.store.model import RegisteredBackup, StoreDamagedError
 from progressdb_server.store.offline import WALK_BYTES_MAX, LocalEntries, LocalView
-from progressdb_server.store.rocks import (
+from progressdb_server.store.rocks.engine import (
     LOG_HEADER_BYTES,
     RocksRead,
     engine_options,

@@ -18,7 +18,7 @@ import asyncpg
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import Database, FormatError
-from progressdb_server.store.nodes import FAILURES, Nodes
+from progressdb_server.store.postgres.nodes import FAILURES, Nodes
 
 SCHEMA: Final = 1
 """The number of the tables below. `upgrade` adds what a later number needs."""

@@ -1,10 +1,9 @@
-"""PostgreSQL as the store's engine: several message servers on one database (docs/spec/store.md, "On PostgreSQL").
+"""Reads of the store in PostgreSQL.
 
-Owns: reads, and opening. `store.tables` has the tables, `store.postgres_writer` the writes, `store.nodes` the node and
-the lease on it. Invariants:
+Invariants:
 - Reads are of the node that takes writes. Nothing is answered from memory.
 - What a read found is answered only if the lease on its node still holds after it.
-- A read has one deadline, with its waits for a connection, and at most READ_CONNECTIONS_MAX run at a time.
+- A read has one deadline, with its waits for a connection.
 
 It must never interpret a value.
 """
@@ -12,23 +11,16 @@ It must never interpret a value.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any, Final
 
 import asyncpg
 
-from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError, Reads, in_order
-from progressdb_server.store.keyspace import Clock
-from progressdb_server.store.model import FormatError
-from progressdb_server.store.nodes import CONNECT_S_MAX, FAILURES, UNAVAILABLE, Connection, Nodes
-from progressdb_server.store.postgres_writer import Writers, keep_lease
-from progressdb_server.store.tables import COUNTED, ONE_DISK, SCHEMA, number_of, other_schema, tkey, within
-from progressdb_server.store.writer import Commits, Counters, SharedEngine
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError, in_order
+from progressdb_server.store.postgres.nodes import FAILURES, UNAVAILABLE, Nodes
+from progressdb_server.store.postgres.tables import tkey, within
 
-READ_CONNECTIONS_MAX: Final = 8
 READ_S_MAX: Final = 10
 """Of one read: the waits for a connection and all tries of the statement together."""
 
@@ -36,9 +28,6 @@ _UP_TO: Final = (
     "SELECT key, value FROM (SELECT key, value, sum(octet_length(value)) OVER (ORDER BY key) - octet_length(value)"
     " AS before FROM ({}) AS few) AS summed WHERE before < ${} ORDER BY key"
 )
-START_S_MAX: Final = 30.0
-"""Of the first lease of a server that starts."""
-START_POLL_S: Final = 0.1
 _BYTES_MAX: Final = 2**62
 _VALUES: Final = (
     "SELECT key, value FROM (SELECT entry.key, entry.value, wanted.number, sum(octet_length(entry.value))"
@@ -56,7 +45,6 @@ _NEWEST: Final = (
 _KEYS: Final = "SELECT tkey, key FROM store_entry WHERE (tkey, key) > ($1, $2) ORDER BY tkey, key LIMIT $3"
 _BY_KEY: Final = (keyspace.MAP, keyspace.IDEMPOTENCY)
 """Of these the keys have an index, without `tkey`."""
-_NOW: Final = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000000)::bigint"
 
 
 class PostgresReads:
@@ -168,89 +156,3 @@ class PostgresReads:
                 where += f" AND key >= '{first.decode()}'::bytea AND key < '{last.decode()}'::bytea"
         order = "DESC" if reverse else "ASC"
         return f"SELECT {columns} FROM store_entry WHERE {where} ORDER BY key {order} LIMIT $3", values  # noqa: S608  constants
-
-
-class PostgresEngine(SharedEngine):
-    """Made by `open_engine`."""
-
-    def __init__(
-        self, nodes: Nodes, pool: asyncpg.Pool[Any], counted: Counters, leasing: asyncio.Task[None] | None
-    ) -> None:
-        self._leasing = leasing
-        self._nodes = nodes
-        self._pool = pool
-        self._counted = counted
-        self._reads = PostgresReads(nodes, pool)
-
-    @property
-    def reads(self) -> Reads:
-        return self._reads
-
-    @property
-    def notice(self) -> str:
-        return self._nodes.went_back
-
-    def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> Commits:
-        return Writers(self._nodes, self._counted, clock, metrics, on_reopen)
-
-    async def counted(self) -> Counters:
-        return _counters(await self._reads.fetch(COUNTED))
-
-    async def now_ns(self) -> int:
-        ((now,),) = await self._reads.fetch(_NOW)
-        return int(now)
-
-    async def probe(self) -> None:
-        await self._reads.fetch("SELECT 1")
-
-    async def close(self) -> None:
-        if self._leasing is not None:
-            self._leasing.cancel()
-            await asyncio.wait({self._leasing})
-        with contextlib.suppress(*FAILURES):
-            async with asyncio.timeout(CONNECT_S_MAX):
-                await self._pool.close()
-        self._pool.terminate()
-
-
-def _counters(rows: Sequence[Any]) -> Counters:
-    ((threads, messages),) = rows
-    return Counters(int(threads), int(messages))
-
-
-async def open_engine(url: str, *, single_node: bool) -> PostgresEngine:
-    """Raises FormatError for tables of another version, and for a database that would acknowledge what one disk alone
-    has, unless `single_node` says that this is enough; StoreUnavailableError."""
-    nodes = Nodes(url, replicated=not single_node)
-    connection = await nodes.find()
-    try:
-        async with asyncio.timeout(READ_S_MAX):
-            number = await number_of(connection)
-            if number != SCHEMA:
-                raise FormatError(other_schema(number))
-            if not nodes.waits_for_standbys(connection):
-                raise FormatError(ONE_DISK)
-            counted = _counters(await connection.fetch(COUNTED))
-    except FAILURES as error:
-        raise EngineUnavailableError(UNAVAILABLE) from error
-    finally:
-        connection.terminate()
-    leasing = asyncio.get_running_loop().create_task(keep_lease(nodes)) if nodes.is_due else None
-
-    async def connect(*_: object, **__: object) -> Connection:
-        return await nodes.again(statement_timeout=str(READ_S_MAX * 1000))
-
-    try:
-        async with asyncio.timeout(START_S_MAX):
-            while leasing is not None and not await nodes.settled(nodes.node or ""):  # noqa: ASYNC110  the lease is kept there
-                await asyncio.sleep(START_POLL_S)
-            pool = await asyncpg.create_pool(
-                url, min_size=1, max_size=READ_CONNECTIONS_MAX, connection_class=Connection, connect=connect
-            )
-    except BaseException as error:
-        if leasing is not None:
-            leasing.cancel()
-        if isinstance(error, FAILURES):
-            raise EngineUnavailableError(UNAVAILABLE) from error
-        raise
-    return PostgresEngine(nodes, pool, counted, leasing)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rocksdict import Rdict
 
-from progressdb_server.store import acknowledged
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.model import StoreDamagedError
-from progressdb_server.store.rocks import RocksEngine, RocksReader, engine_options
+from progressdb_server.store.rocks import acknowledged
+from progressdb_server.store.rocks.engine import RocksEngine, RocksReader, engine_options
 from tests.harness.disk_faults import flip
 
 ACKNOWLEDGED = 60

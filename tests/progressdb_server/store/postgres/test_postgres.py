@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from progressdb_server.store import conversations, idempotency, membership, nodes, postgres, tables
+from progressdb_server.store import conversations, idempotency, membership
 from progressdb_server.store import messages as changing_messages
 from progressdb_server.store import threads as changing_threads
 from progressdb_server.store.conditions import Write
@@ -31,8 +31,9 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
     TooManyMembersError,
 )
+from progressdb_server.store.postgres import engine as postgres
+from progressdb_server.store.postgres import nodes, reads, tables
 from tests.harness import postgres as harness
-from tests.progressdb_server.store.failing_database import end_the_wait, hidden_warnings, no_standby, with_setting
 from tests.progressdb_server.store.opened_store import (
     NOW_NS,
     becomes,
@@ -43,6 +44,12 @@ from tests.progressdb_server.store.opened_store import (
     messages_of,
     servers,
     versions_of,
+)
+from tests.progressdb_server.store.postgres.failing_database import (
+    end_the_wait,
+    hidden_warnings,
+    no_standby,
+    with_setting,
 )
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
@@ -355,7 +362,7 @@ def test_each_server_tells_the_age_of_the_newest_registered_backup(
 
 
 def test_an_admin_sees_every_key_under_any_prefix(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "SCAN_ENTRIES_MAX", 7)
+    monkeypatch.setattr(reads, "SCAN_ENTRIES_MAX", 7)
 
     async def run(one: Conversations, two: Conversations) -> None:
         await fill(one, 5)

@@ -34,7 +34,7 @@ from progressdb_server.store.model import (
     NotWrittenError,
     StoreUnavailableError,
 )
-from progressdb_server.store.nodes import (
+from progressdb_server.store.postgres.nodes import (
     BEAT_S,
     CONNECT_S_MAX,
     FAILURES,
@@ -46,7 +46,8 @@ from progressdb_server.store.nodes import (
     now_s,
     warn,
 )
-from progressdb_server.store.postgres_transaction import (
+from progressdb_server.store.postgres.tables import SCHEMA, is_thread, tkey
+from progressdb_server.store.postgres.transaction import (
     LOCKED_HEADS,
     WAITED_HEADS,
     AgainError,
@@ -55,7 +56,6 @@ from progressdb_server.store.postgres_transaction import (
     new_versions,
     write_group,
 )
-from progressdb_server.store.tables import SCHEMA, is_thread, tkey
 from progressdb_server.store.writer import Counters, GroupCommit
 
 T = TypeVar("T")

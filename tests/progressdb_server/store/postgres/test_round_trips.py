@@ -10,9 +10,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from progressdb_server.store import check, postgres, postgres_writer
+from progressdb_server.store import check
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Idempotency, Message, NewMessage
+from progressdb_server.store.postgres import engine as postgres
+from progressdb_server.store.postgres import writer as postgres_writer
 from tests.harness.round_trips import RoundTrips, counted
 from tests.progressdb_server.store.opened_store import emptied, fill, messages_of, threads_of, versions_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider

@@ -1,0 +1,1 @@
+"""PostgreSQL as the store's engine, for several servers (docs/several-servers.md). It needs its driver, an extra."""
