@@ -24,6 +24,8 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Generator, Iterator, Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -38,9 +40,7 @@ from progressdb_server.store.epoch import SeenState as KeyService
 from progressdb_server.store.idempotency import IdempotencyRecord
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import RecordUnreadableError, StoreDamagedError, StoreUnavailableError
-from progressdb_server.store.offline import Entries, View
-from progressdb_server.store.rocks import salvage
-from progressdb_server.store.rocks.salvage import Lost
+from progressdb_server.store.offline import Entries, Lost, View
 from progressdb_server.store.writer import Counters
 
 CHUNK_ENTRIES: Final = 500
@@ -435,10 +435,14 @@ async def check(place: str, provider: Provider | None, parse_job: ParseJob | Non
         if offline.is_url(place):
             raise
         damage = error
-        with salvage.open_remains(place) as remains:
+        with _salvage().open_remains(place) as remains:
             report = await _checked(remains, provider, parse_job)
             judged = [finding for finding in report.findings if finding.kind != "miscounted"]
             return report._replace(findings=[*_named(remains.lost, damage), *judged])
+
+
+def _salvage() -> ModuleType:
+    return import_module("progressdb_server.store.rocks.salvage")
 
 
 async def _checked(view: View, provider: Provider | None, parse_job: ParseJob | None) -> Report:
@@ -489,7 +493,7 @@ async def repair_offline(
         kept.update(_shown(key) for key, _ in proved)
         return proved
 
-    lost = await salvage.rebuild(place, prove)
+    lost: list[Lost] = await _salvage().rebuild(place, prove)
     dropped = [problem for problem in _named(lost, damage) if problem.key not in kept]
     return dropped, await _repaired(place)
 

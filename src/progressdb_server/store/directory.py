@@ -25,7 +25,6 @@ from progressdb_server.store.claims import Claims
 from progressdb_server.store.engine import Engine, LocalReads, Reader, Reads
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import FormatError, StoreUnavailableError
-from progressdb_server.store.rocks.engine import RocksEngine, RocksReader, check_exists
 from progressdb_server.store.validators import Validators
 from progressdb_server.store.writer import Commits, Counters, SharedEngine, Writer
 
@@ -92,10 +91,14 @@ def claim(engine: Engine, *, encrypted: bool = True) -> None:
     check(engine, encrypted=encrypted)
 
 
+def _rocks() -> ModuleType:
+    return import_module("progressdb_server.store.rocks.engine")
+
+
 def open_engine(path: str, *, encrypted: bool = True) -> Engine:
     """Open a store for the server, or create one in an empty directory. The caller closes it. Raises StoreLockedError,
     StoreUnavailableError, FormatError."""
-    engine = RocksEngine(path)
+    engine: Engine = _rocks().RocksEngine(path)
     try:
         claim(engine, encrypted=encrypted)
     except BaseException:
@@ -133,8 +136,8 @@ async def close_engine(engine: AnyEngine) -> None:
 @contextmanager
 def open_offline(path: str) -> Iterator[Engine]:
     """Open a store for changes, without a server. Raises StoreLockedError, StoreUnavailableError, FormatError."""
-    check_exists(path)
-    engine = RocksEngine(path)
+    _rocks().check_exists(path)
+    engine: Engine = _rocks().RocksEngine(path)
     try:
         check(engine)
         yield engine
@@ -151,7 +154,7 @@ def begun_copy(source: str) -> bytes:
 def open_copy(path: str, begun: bytes) -> Iterator[Engine]:
     """Open the target of a copy, whose format record is `begun`; it gets that of a store at the end. Raises
     StoreLockedError, StoreUnavailableError, FormatError for a directory that holds something else."""
-    engine = RocksEngine(path)
+    engine: Engine = _rocks().RocksEngine(path)
     try:
         found = engine.get(keyspace.FORMAT)
         if found is None and not engine.scan(b"", keyspace.END, limit=1):
@@ -170,7 +173,7 @@ def open_copy(path: str, begun: bytes) -> Iterator[Engine]:
 def open_reader(path: str, *, encrypted: bool = True) -> Iterator[Reader]:
     """Open a snapshot of a store to read it, even while a server has the store open. Raises StoreUnavailableError,
     FormatError."""
-    reader = RocksReader(path)
+    reader = _rocks().RocksReader(path)
     try:
         check(reader, encrypted=encrypted)
         yield reader

@@ -31,6 +31,16 @@ class Head(NamedTuple):
     newest: bytes
 
 
+class Lost(NamedTuple):
+    """A part of a file that can't be read. `seen`: what it holds from `lower` on, before `upper`, as far as it can be
+    parsed; nothing says that it is what was written."""
+
+    file: str
+    lower: bytes
+    upper: bytes
+    seen: list[tuple[bytes, bytes]]
+
+
 class View(Reads, Protocol):
     def walk(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
         """All entries once, in any order. Raises EngineUnavailableError."""

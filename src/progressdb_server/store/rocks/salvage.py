@@ -25,7 +25,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import cache
 from itertools import count
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import msgspec
 from rocksdict import AccessType, DBRecoveryMode, Rdict
@@ -34,7 +34,7 @@ from minikms.platform.sync import sync_directory
 from progressdb_server.store import directory, keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError
 from progressdb_server.store.model import RegisteredBackup, StoreDamagedError
-from progressdb_server.store.offline import WALK_BYTES_MAX, LocalEntries, LocalView
+from progressdb_server.store.offline import WALK_BYTES_MAX, LocalEntries, LocalView, Lost
 from progressdb_server.store.rocks.engine import (
     LOG_HEADER_BYTES,
     RocksRead,
@@ -61,16 +61,6 @@ _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
 _LOG_BLOCK_BYTES: Final = 32 * 1024
 _DELETED_FILE: Final = 6
-
-
-class Lost(NamedTuple):
-    """A part of a file that can't be read. `seen`: what it holds from `lower` on, before `upper`, as far as it can be
-    parsed; nothing says that it is what was written."""
-
-    file: str
-    lower: bytes
-    upper: bytes
-    seen: list[Entry]
 
 
 class Remains(RocksRead):

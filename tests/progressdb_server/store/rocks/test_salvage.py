@@ -18,8 +18,9 @@ from progressdb_server.store import offline
 from progressdb_server.store.check import Problem, Report, check, repair_offline
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, StoreDamagedError, StoreError
+from progressdb_server.store.offline import Lost
 from progressdb_server.store.rocks.engine import RocksEngine, RocksReader
-from progressdb_server.store.rocks.salvage import DAMAGED, Lost, Remains
+from progressdb_server.store.rocks.salvage import DAMAGED, Remains
 from tests import needs
 from tests.harness.disk_faults import flip
 from tests.progressdb_server.store.opened_store import opened
