@@ -194,7 +194,7 @@ def _space(directory: str) -> Iterator[Diagnosis]:
 
 
 def _seal(directory: str) -> Iterator[Diagnosis]:
-    from minikms.daemon.seal_files import MARKER_NAME, read_marker
+    from minikms.daemon.seal.files import MARKER_NAME, read_marker
 
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -9,8 +9,9 @@ here makes them for its call and drops them (OpenSSL clears its own). Three call
 the event loop ends: `minikms.crypto.records`; `minikms.custody.new_keys`, for a group of keys that it makes without a
 switch to another task; and `Rewrapper` of `minikms.keys.dek`. `scrub` overwrites what the calls since the last one have
 left in registers and on the stack. The daemon calls it at the end of each turn with requests (`RecordKeys.end_turn`)
-and of each turn in which a task used a key (`Sealing.end_steps`); nothing else has to. The caller passes the nonce:
-random, never repeated under a key. If a tag does not match, it must never return anything but an error, nor say why.
+and of each turn in which a task used a key (`SealableServer.end_steps`); nothing else has to. The caller passes the
+nonce: random, never repeated under a key. If a tag does not match, it must never return anything but an error, nor
+say why.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From an HTTP request to a verb.
 
 Owns: the routes, and the decoding of requests. Both follow from `minikms.api.VERBS`. While the daemon is sealed,
-`minikms.daemon.sealed` serves in its place. Invariants: a body is decoded strictly; while the audit log can't be
-written, only `/status` and `/metrics` are answered, and say so. It must never look at an `Authorization` header: a
+`minikms.daemon.seal.application` serves in its place. Invariants: a body is decoded strictly; while the audit log can't
+be written, only `/status` and `/metrics` are answered, and say so. It must never look at an `Authorization` header: a
 bearer token on the Unix socket never authenticates.
 """
 

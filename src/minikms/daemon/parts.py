@@ -3,7 +3,7 @@
 Owns: making each part over an opened data directory (`minikms.datadir`), joining them, and closing them. Invariants:
 one worker thread for each kind of disk work, so that none waits behind another's sync, and each does one job at a time;
 `close` waits for the jobs that have begun, then closes files and zeroes keys; `seal` zeroes the keys first, and
-`abandon` closes the files afterwards. It must never serve: that is `minikms.daemon.sealing`.
+`abandon` closes the files afterwards. It must never serve: that is `minikms.daemon.seal`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from minikms.http import HttpServer
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
+from minikms.platform.directory_lock import DataDirLock
 from minikms.platform.logs import structlog
+from minikms.platform.notify import Notifier
 from minikms.roots.key_file import replace_key
 from minikms.roots.providers import KeyFile
 from minikms.service.access import Access
@@ -75,6 +77,21 @@ class Workers(NamedTuple):
         """Returns when what was begun is done."""
         for worker in self:
             worker.shutdown()
+
+
+class RunContext(NamedTuple):
+    """What all parts of one process share."""
+
+    settings: Settings
+    policy: PolicyInForce
+    lock: DataDirLock
+    arena: SecretArena
+    measures: tuple[Measure, ...]
+    connections_max: int
+    workers: Workers
+    notifier: Notifier
+    log: structlog.stdlib.BoundLogger
+    on_internal_error: Callable[[str], None]
 
 
 class Parts:

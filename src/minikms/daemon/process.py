@@ -3,7 +3,7 @@
 Owns the order of the start, in which each step is a precondition of the next: read the policy file, raise the limit of
 open files, block signals, lock the data directory, bind the socket, make the arena, harden the process (it has one
 thread until here), open the data directory (`minikms.datadir`), write the `start` line of the audit log, serve. A
-sealed start serves without the two steps before (`minikms.daemon.sealing`). And the order of the stop: accept no more
+sealed start serves without the two steps before (`minikms.daemon.seal`). And the order of the stop: accept no more
 connections, interrupt a rotation, finish the requests in flight, close the files, zero the keys, release the lock. It
 must never serve a verb before the epoch of this start is durable, or after the audit log is closed.
 """
@@ -28,10 +28,10 @@ from minikms.audit import Event
 from minikms.audit.log import FSYNC_INTERVAL_MS
 from minikms.custody.archive_register import ArchiveRegister
 from minikms.custody.vault import Vault
-from minikms.daemon.parts import Parts, Workers
+from minikms.daemon.parts import Parts, RunContext, Workers
 from minikms.daemon.peer import overflow_uid
 from minikms.daemon.policy_file import PolicyInForce
-from minikms.daemon.sealing import RunContext, Sealing
+from minikms.daemon.seal.seal import SealableServer
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir
@@ -237,7 +237,7 @@ class Daemon:
             self._log.warning("hourly limits not saved: the next start has a tenth less", why=str(error))
 
     async def _serve(self, workers: Workers, policy: PolicyInForce) -> None:
-        sealing = Sealing(
+        sealable = SealableServer(
             RunContext(
                 settings=self._settings,
                 policy=policy,
@@ -252,48 +252,48 @@ class Daemon:
             ),
             self,
         )
-        end_steps_with(sealing.end_steps)
-        await asyncio.create_task(self._serve_and_close(sealing, policy))
+        end_steps_with(sealable.end_steps)
+        await asyncio.create_task(self._serve_and_close(sealable, policy))
 
-    async def _serve_and_close(self, sealing: Sealing, policy: PolicyInForce) -> None:
+    async def _serve_and_close(self, sealable: SealableServer, policy: PolicyInForce) -> None:
         try:
-            await sealing.start()
-            await self._serve_until_stopped(sealing, policy)
+            await sealable.start()
+            await self._serve_until_stopped(sealable, policy)
         finally:
-            await self._close(sealing)
+            await self._close(sealable)
 
-    async def _close(self, sealing: Sealing) -> None:
+    async def _close(self, sealable: SealableServer) -> None:
         try:
-            await sealing.close(self._why)
+            await sealable.close(self._why)
         except KmsRefusedError as error:
             self._log.error("audit log not signed at its end", why=str(error))
 
-    async def _serve_until_stopped(self, sealing: Sealing, policy: PolicyInForce) -> None:
+    async def _serve_until_stopped(self, sealable: SealableServer, policy: PolicyInForce) -> None:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._signals.fileno(), self._on_signal)
         if self._settings.parent_fd is not None:
             os.set_blocking(self._settings.parent_fd, False)
             loop.add_reader(self._settings.parent_fd, self._on_parent)
-        acceptor = Acceptor(self._listener.socket, sealing.server, on_failure=self._accept_failed)
+        acceptor = Acceptor(self._listener.socket, sealable.server, on_failure=self._accept_failed)
         own = [
             asyncio.ensure_future(self._keep(self._notify_watchdog)),
-            asyncio.ensure_future(self._keep(lambda: self._reload_at_hangup(sealing, policy))),
+            asyncio.ensure_future(self._keep(lambda: self._reload_at_hangup(sealable, policy))),
         ]
         if (meters := policy.meters) is not None:
             own.append(asyncio.ensure_future(self._keep(lambda: _every(REFRESH_SECONDS, meters.refresh))))
-        if sealing.parts is not None:
-            self.start(sealing.parts)
+        if sealable.parts is not None:
+            self.start(sealable.parts)
         gc.set_threshold(*GC_THRESHOLDS)
-        state = "sealed" if sealing.is_sealed else "serving"
+        state = "sealed" if sealable.is_sealed else "serving"
         self._log.info(state, socket=self._settings.socket, data_dir=self._settings.data_dir)
-        self._notifier.ready(sealing.summary)
+        self._notifier.ready(sealable.summary)
         await self._stopping.wait()
         self._notifier.stopping()
         acceptor.close()
         self._listener.close()
-        if sealing.parts is not None:
-            await sealing.parts.keks.stop()
-        await sealing.server.drain(DRAIN_SECONDS_MAX)
+        if sealable.parts is not None:
+            await sealable.parts.keks.stop()
+        await sealable.server.drain(DRAIN_SECONDS_MAX)
         self.cancel()
         for task in own:
             task.cancel()
@@ -318,7 +318,7 @@ class Daemon:
         if seconds is not None:
             await _every(seconds, self._notifier.watchdog)
 
-    async def _reload_at_hangup(self, sealing: Sealing, policy: PolicyInForce) -> None:
+    async def _reload_at_hangup(self, sealable: SealableServer, policy: PolicyInForce) -> None:
         """Reads the policy file again after each SIGHUP. Several signals during one reload are one more reload."""
         while self._settings.policy is not None:
             await self._hangup.wait()
@@ -328,7 +328,7 @@ class Daemon:
                 await policy.reload(event)
             except InvalidPolicyError as error:
                 event.outcome = error.code
-            sealing.audit(event)
+            sealable.audit(event)
 
     def _chores(self, parts: Parts) -> list[Callable[[], Awaitable[None]]]:
         """The background work; each coroutine returns when it has nothing more to do."""

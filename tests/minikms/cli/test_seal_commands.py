@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from minikms.api import errors
-from minikms.daemon import seal_files
+from minikms.daemon.seal.attempts import FREE_FAILURES
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.terminal import OnTerminal
@@ -174,7 +174,7 @@ def test_shares_are_collected_through_the_socket(kit: Kit, tmp_path: Path) -> No
         log = kit.daemon.data_dir / "minikms-audit.log"
         log.rename(log.with_suffix(".away"))
         wrong = client.unseal_status().failed_attempts
-        for _ in range(seal_files.FREE_FAILURES + 1):
+        for _ in range(FREE_FAILURES + 1):
             with pytest.raises(errors.UnsealFailedError, match="enter share 1 again"):
                 client.unseal(share=kit.texts[0])
             shares = client.unseal_status().shares

@@ -21,7 +21,7 @@ import minikms
 from minikms.api.errors import StartError
 from minikms.daemon.admission import Admission, Session
 from minikms.daemon.policy_file import PolicyFile
-from minikms.daemon.sealing import OWED_LINES_MAX
+from minikms.daemon.seal.seal import OWED_LINES_MAX
 from minikms.http import GroupFull
 from minikms.policy import POLICY_BYTES_MAX, FilePolicy, parse_policy
 from tests import needs

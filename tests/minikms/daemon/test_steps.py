@@ -14,9 +14,9 @@ import uvloop
 
 from minikms import datadir
 from minikms.api.errors import StartError
-from minikms.daemon import sealing
 from minikms.daemon.process import Daemon, end_steps_with
-from minikms.daemon.sealing import Sealing
+from minikms.daemon.seal import seal
+from minikms.daemon.seal.seal import SealableServer
 from minikms.daemon.settings import Settings
 from minikms.memory.arena import SecretArena
 from minikms.platform.notify import Notifier
@@ -107,7 +107,7 @@ def test_steps_end_whatever_makes_the_task(
 def test_the_start_of_a_daemon_is_a_task_whose_steps_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a daemon whose root key is missing."""
     ended: list[str] = []
-    monkeypatch.setattr(Sealing, "end_steps", lambda _: ended.append("end"))
+    monkeypatch.setattr(SealableServer, "end_steps", lambda _: ended.append("end"))
     settings = Settings(
         socket="unused", data_dir=str(tmp_path / "d"), root=KeyFile(tmp_path / "missing"), allowed_uids=None
     )
@@ -131,13 +131,13 @@ def test_the_start_of_a_daemon_is_a_task_whose_steps_end(tmp_path: Path, monkeyp
 
 def test_the_end_of_a_turn_scrubs_after_each_use_of_a_key_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
     scrubbed: list[str] = []
-    monkeypatch.setattr(sealing, "scrub", lambda: scrubbed.append("scrub"))
+    monkeypatch.setattr(seal, "scrub", lambda: scrubbed.append("scrub"))
     with SecretArena(2, force_fallback=True) as arena, arena.allocate() as slot:
-        parts = cast("Any", SimpleNamespace(_process=SimpleNamespace(arena=arena), _parts=None, _opening=None))
-        Sealing.end_steps(parts)
+        parts = cast("Any", SimpleNamespace(_process=SimpleNamespace(arena=arena), _opened=None))
+        SealableServer.end_steps(parts)
         assert scrubbed == []
         for _ in range(2):
             assert not any(slot.view)
-            Sealing.end_steps(parts)
-            Sealing.end_steps(parts)
+            SealableServer.end_steps(parts)
+            SealableServer.end_steps(parts)
     assert scrubbed == ["scrub"] * 2

@@ -57,7 +57,7 @@ def _response(pair: Pair) -> Any:
 
 VERB_OF = {f"{verb.method} {verb.path}": verb for verb in api.VERBS}
 SEALING = {"GET /ready", "POST /seal", "GET /unseal", "POST /unseal", "POST /audit/position"}
-"""tests/minikms/daemon/test_sealing.py provokes their answers: a sealed daemon would refuse all others. Those of the
+"""tests/minikms/daemon/seal/test_seal.py provokes their answers: a sealed daemon would refuse all others. Those of the
 last one need an auditor: tests/minikms/daemon/test_auditor.py.
 """
 PAIRS = sorted(pair for pair in documented.pairs(DOCUMENT) if pair.operation not in SEALING)

@@ -19,7 +19,8 @@ import pytest
 import minikms
 from minikms import api
 from minikms.api import errors
-from minikms.daemon import seal_files
+from minikms.daemon.seal.attempts import FREE_FAILURES
+from minikms.daemon.seal.files import ATTEMPTS_NAME, MARKER_NAME
 from tests import needs
 from tests.deploy import service_manager
 from tests.harness import forked
@@ -237,7 +238,7 @@ def test_the_flag_seals_every_start(public: Path) -> None:
                 daemon.start()
                 client.create_dek_for_thread("t")
                 daemon.kill()
-            assert not (daemon.data_dir / seal_files.ATTEMPTS_NAME).exists()
+            assert not (daemon.data_dir / ATTEMPTS_NAME).exists()
     assert daemon.events("seal") == []
     assert [event["outcome"] for event in daemon.events("unseal_attempt")] == ["wrong_root"]
 
@@ -319,7 +320,7 @@ def made_until_refused(daemon: LiveDaemon, body: Callable[[int], object], code: 
     while (answer := post(daemon, "/unseal", body(made))).code == code:
         made += 1
     assert (answer.status, answer.code) == (429, "too_many_attempts")
-    assert seal_files.FREE_FAILURES <= made < 2 * seal_files.FREE_FAILURES
+    assert FREE_FAILURES <= made < 2 * FREE_FAILURES
     return made
 
 
@@ -419,7 +420,7 @@ def test_callers_and_roles_are_those_of_the_unsealed_daemon(public: Path) -> Non
 
 def test_a_marker_that_cannot_be_written_is_reported_and_written_later(sealable: LiveDaemon) -> None:
     """The daemon tries again by itself, after a wrong attempt to unseal too."""
-    in_the_way = sealable.data_dir / seal_files.MARKER_NAME
+    in_the_way = sealable.data_dir / MARKER_NAME
     in_the_way.mkdir()
     with sealable.client() as client:
         with pytest.raises(errors.StorageUnavailableError, match="restart would not stay sealed"):
@@ -435,7 +436,7 @@ def test_a_marker_that_cannot_be_written_is_reported_and_written_later(sealable:
 
 
 def test_an_attempt_that_cannot_be_recorded_is_not_made(sealable: LiveDaemon) -> None:
-    in_the_way = sealable.data_dir / seal_files.ATTEMPTS_NAME
+    in_the_way = sealable.data_dir / ATTEMPTS_NAME
     with sealable.client() as client:
         client.seal()
         in_the_way.mkdir()
@@ -533,7 +534,7 @@ def test_a_seal_during_an_unseal_wins(public: Path) -> None:
 
         unsealing = threading.Thread(target=unseal)
         unsealing.start()
-        wait_until((daemon.base / "data" / seal_files.ATTEMPTS_NAME).exists)
+        wait_until((daemon.base / "data" / ATTEMPTS_NAME).exists)
         time.sleep(0.5)  # mostly it waits for the audit log then; a seal before that wins as well
         client.seal()
         injection.end()

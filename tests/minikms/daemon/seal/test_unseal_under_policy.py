@@ -12,8 +12,9 @@ import pytest
 
 from minikms import datadir
 from minikms.api.errors import UnauthorizedError
-from minikms.daemon import seal_files
-from minikms.daemon.sealing import RunContext, Sealing
+from minikms.daemon.parts import RunContext
+from minikms.daemon.seal.files import AttemptRecords
+from minikms.daemon.seal.seal import SealableServer
 from minikms.memory.arena import SecretArena
 from minikms.policy import FilePolicy, parse_policy
 from minikms.roots.providers import KeyFile
@@ -57,17 +58,17 @@ def test_an_unseal_that_waits_obeys_the_new_policy(tmp_path: Path, waits_for: st
                 on_internal_error=print,
                 workers=SimpleNamespace(seal=worker),
             )
-            sealing = Sealing(cast(RunContext, process), chores=cast(Any, None))
-            await sealing.start()
+            server = SealableServer(cast(RunContext, process), chores=cast(Any, None))
+            await server.start()
             who = policy.principal(1, 1)
             assert who is not None
-            waiting = sealing.unseal(who, None)
+            waiting = server.unsealing.unseal(who, None)
             if waits_for == "another attempt":
                 policy.replace(NOBODY)
             with pytest.raises(UnauthorizedError):
                 await waiting
-            assert sealing.is_sealed
-            attempts = seal_files.AttemptRecords.load(lock.directory_fd).events()
+            assert server.is_sealed
+            attempts = AttemptRecords.load(lock.directory_fd).events()
             assert [event.outcome for event in attempts] == ["failed"] * (waits_for == "its record")
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""The files of the sealed state, and how much wrong attempts are slowed down."""
+"""The files of the sealed state."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from minikms.daemon import seal_files
-from minikms.daemon.seal_files import AttemptRecords, Marker, Outcome, SlowDown
+from minikms.daemon.seal import files
+from minikms.daemon.seal.attempts import FREE_FAILURES, SlowDown
+from minikms.daemon.seal.files import AttemptRecords, Marker, Outcome
 from minikms.policy import Policy, Principal
 
 WHO = Policy([1000]).principal(1000, 7) or pytest.fail("uid 1000 is allowed")
@@ -29,16 +30,16 @@ def failed(records: AttemptRecords, who: Principal = WHO) -> None:
 
 
 def store(directory: int, records: AttemptRecords) -> None:
-    seal_files.write_attempts(directory, records.encode())
+    files.write_attempts(directory, records.encode())
 
 
 def test_a_marker_is_read_back_as_it_was_written(directory: int) -> None:
-    assert seal_files.read_marker(directory) is None
+    assert files.read_marker(directory) is None
     marker = Marker.of(WHO)
-    seal_files.write_marker(directory, marker)
-    assert seal_files.read_marker(directory) == marker
-    seal_files.remove_seal_files(directory)
-    assert seal_files.read_marker(directory) is None
+    files.write_marker(directory, marker)
+    assert files.read_marker(directory) == marker
+    files.remove_seal_files(directory)
+    assert files.read_marker(directory) is None
 
 
 @pytest.mark.parametrize(
@@ -52,17 +53,17 @@ def test_a_marker_is_read_back_as_it_was_written(directory: int) -> None:
         b'{"format":"minikms-sealed","version":2,"at":"2026-01-01T00:00:00Z","actor":"peer_uid:0","pid":1}',
         b'{"format":"minikms-sealed","version":1,"at":"2026-01-01T00:00:00Z","actor":"peer_uid:0\\n","pid":1}',
         b'{"format":"minikms-sealed","version":1,"at":"then","actor":"peer_uid:0","pid":1}',
-        b" " * (seal_files.MARKER_BYTES_MAX + 1),
+        b" " * (files.MARKER_BYTES_MAX + 1),
     ],
 )
 def test_a_damaged_marker_still_seals(tmp_path: Path, directory: int, content: bytes) -> None:
-    (tmp_path / seal_files.MARKER_NAME).write_bytes(content)
-    assert seal_files.read_marker(directory) == Marker()
+    (tmp_path / files.MARKER_NAME).write_bytes(content)
+    assert files.read_marker(directory) == Marker()
 
 
 def test_a_directory_in_the_place_of_the_marker_still_seals(tmp_path: Path, directory: int) -> None:
-    (tmp_path / seal_files.MARKER_NAME).mkdir()
-    assert seal_files.read_marker(directory) == Marker()
+    (tmp_path / files.MARKER_NAME).mkdir()
+    assert files.read_marker(directory) == Marker()
 
 
 def test_records_are_read_back_and_become_lines(directory: int) -> None:
@@ -79,12 +80,12 @@ def test_records_are_read_back_and_become_lines(directory: int) -> None:
 
 def test_more_records_than_are_kept_are_counted(directory: int) -> None:
     records = AttemptRecords([], 0)
-    for _ in range(seal_files.ATTEMPTS_KEPT + 3):
+    for _ in range(files.ATTEMPTS_KEPT + 3):
         failed(records)
     store(directory, records)
-    assert len(records.encode()) < seal_files.ATTEMPTS_BYTES_MAX
+    assert len(records.encode()) < files.ATTEMPTS_BYTES_MAX
     again = AttemptRecords.load(directory)
-    assert (again.dropped, len(again.failed())) == (3, seal_files.ATTEMPTS_KEPT)
+    assert (again.dropped, len(again.failed())) == (3, files.ATTEMPTS_KEPT)
     *_, about_dropped = again.events(but=records.begin(WHO, "root_hex"))
     assert about_dropped.count == 3
 
@@ -93,14 +94,14 @@ def test_more_records_than_are_kept_are_counted(directory: int) -> None:
 def test_other_attempts_push_out_no_wrong_ones(directory: int, outcome: Outcome) -> None:
     """So a restart after a flood of them still slows the caller down."""
     records = AttemptRecords([], 0)
-    for _ in range(2 * seal_files.FREE_FAILURES):
+    for _ in range(2 * FREE_FAILURES):
         failed(records)
-    for _ in range(2 * seal_files.ATTEMPTS_KEPT):
+    for _ in range(2 * files.ATTEMPTS_KEPT):
         records.begin(OTHER, "share").outcome = outcome
     store(directory, records)
     again = AttemptRecords.load(directory)
     wrong = [event for event in again.events(but=again.begin(WHO, "share")) if event.outcome == "wrong_root"]
-    assert len(wrong) == 2 * seal_files.FREE_FAILURES
+    assert len(wrong) == 2 * FREE_FAILURES
     slow = SlowDown()
     slow.seed(again, 100.0)
     assert slow.wait_s(WHO.actor, 100.0) > 0
@@ -115,55 +116,13 @@ def test_an_altered_record_is_dropped_and_counted(tmp_path: Path, directory: int
     failed(records)
     file = json.loads(records.encode())
     file["records"][0] |= change
-    (tmp_path / seal_files.ATTEMPTS_NAME).write_text(json.dumps(file))
+    (tmp_path / files.ATTEMPTS_NAME).write_text(json.dumps(file))
     again = AttemptRecords.load(directory)
     assert (again.dropped, again.failed()) == (1, [])
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[" * 2000, b'{"format":"x","version":1,"dropped":0}'])
 def test_damaged_records_are_counted_and_stop_nothing(tmp_path: Path, directory: int, content: bytes) -> None:
-    (tmp_path / seal_files.ATTEMPTS_NAME).write_bytes(content)
+    (tmp_path / files.ATTEMPTS_NAME).write_bytes(content)
     again = AttemptRecords.load(directory)
     assert (again.dropped, again.failed()) == (1, [])
-
-
-def test_wrong_attempts_of_a_caller_slow_that_caller_down() -> None:
-    slow = SlowDown()
-    for number in range(seal_files.FREE_FAILURES):
-        assert slow.wait_s("a", float(number)) == 0
-        slow.failed("a", float(number))
-    now = float(seal_files.FREE_FAILURES)
-    waits = []
-    for _ in range(10):
-        waits.append(slow.wait_s("a", now))
-        now += waits[-1]
-        assert slow.wait_s("a", now) == 0
-        slow.failed("a", now)
-    assert waits == sorted(waits) and waits[0] <= 2 and waits[-1] == seal_files.PAUSE_SECONDS_MAX + 1
-    assert slow.wait_s("b", now) == 0
-
-
-def test_wrong_attempts_of_many_callers_slow_all_down_for_a_short_time() -> None:
-    slow = SlowDown()
-    for number in range(seal_files.FREE_FAILURES_IN_ALL + 20):
-        slow.failed(f"a{number}", 0.0)
-    assert 0 < slow.wait_s("b", 0.0) <= seal_files.PAUSE_IN_ALL_SECONDS_MAX + 1
-    assert slow.wait_s("b", float(seal_files.PAUSE_IN_ALL_SECONDS_MAX + 1)) == 0
-
-
-def test_a_wrong_attempt_is_forgotten_after_its_time() -> None:
-    slow = SlowDown()
-    for _ in range(3 * seal_files.FREE_FAILURES):
-        slow.failed("a", 0.0)
-    assert slow.wait_s("a", 1.0) > 0
-    assert slow.wait_s("a", float(seal_files.FAILURE_SECONDS)) == 0
-
-
-def test_a_restart_forgets_no_wrong_attempt() -> None:
-    records = AttemptRecords([], 0)
-    for _ in range(2 * seal_files.FREE_FAILURES):
-        failed(records)
-    slow = SlowDown()
-    slow.seed(records, 100.0)
-    assert slow.wait_s(WHO.actor, 100.0) > 0
-    assert slow.wait_s(OTHER.actor, 100.0) == 0

@@ -2,16 +2,16 @@
 
 Owns: what a sealed daemon answers. `/health`, `/ready`, `/status` and `/unseal` are served, the reports of an auditor,
 and `/seal`, so that it can be repeated; everything else gets 503 `sealed` with `Retry-After`. Invariants: callers and
-roles are those of the unsealed daemon; nothing is audited, because there is no audit key (`minikms.daemon.seal_files`
-records the attempts to unseal); the text of a given key goes into the arena before anything else reads the body. It
-must never use a key.
+roles are those of the unsealed daemon; nothing is audited, because there is no audit key (attempts to unseal are
+recorded by `minikms.daemon.seal.attempts`); the text of a given key goes into the arena before anything else reads the
+body. It must never use a key.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 from msgspec import UNSET
@@ -21,7 +21,9 @@ from minikms.api.errors import InvalidRequestError, SealedError
 from minikms.crypto.aead import scrub
 from minikms.daemon import strictjson
 from minikms.daemon.admission import Admission, AdmittingApplication, Session, require_short_body
+from minikms.daemon.application import Seal
 from minikms.daemon.keybody import SecretText, take_key, take_text
+from minikms.daemon.seal.unseal import Unsealing
 from minikms.daemon.status import reduced, without_policy_error
 from minikms.http import Request, Response, raised_response
 from minikms.memory.arena import SecretArena, SecretSlot
@@ -39,27 +41,6 @@ _decode_report: Final = msgspec.json.Decoder(api.ReportAuditPositionRequest)
 Answer = Reply | Awaitable[Reply]
 
 
-class Unsealing(Protocol):
-    """The actions of a sealed daemon."""
-
-    def seal(self, who: Principal) -> Awaitable[Reply]:
-        """Again: writes the marker, if it is not on disk."""
-
-    def unseal_status(self) -> api.UnsealStatusAnswer: ...
-
-    def unseal(self, who: Principal, given: SecretSlot | SecretText | None) -> Awaitable[Reply]:
-        """Tries a root key, takes the text of a share, or (None) tries the daemon's own source. Raises KmsRefusedError.
-
-        The caller releases `given`.
-        """
-
-    def report_audit_position(self, asked: api.ReportAuditPositionRequest) -> Awaitable[Reply]:
-        """Takes the report of an auditor that is known. Raises KmsRefusedError."""
-
-    def status(self) -> dict[str, object]:
-        """For `/status`."""
-
-
 def sealed_response() -> Response:
     """The answer to a verb."""
     return raised_response(SealedError(SEALED_TEXT))
@@ -69,11 +50,22 @@ class SealedApplication(AdmittingApplication):
     """The engine's application while the daemon is sealed: see `minikms.http`."""
 
     def __init__(
-        self, unsealing: Unsealing, *, admission: Admission, meters: Meters | None, arena: SecretArena
+        self,
+        *,
+        admission: Admission,
+        meters: Meters | None,
+        arena: SecretArena,
+        unsealing: Unsealing,
+        seal: Seal,
+        status: Callable[[], dict[str, object]],
+        report_audit_position: Callable[[api.ReportAuditPositionRequest], Awaitable[Reply]],
     ) -> None:
-        self._unsealing = unsealing
         super().__init__(admission, meters)
         self._arena = arena
+        self._unsealing = unsealing
+        self._seal_again = seal
+        self._page = status
+        self._report = report_audit_position
         self._acts: Final[dict[str, dict[str, Callable[[Principal, Request], Answer]]]] = {
             api.STATUS.path: {"GET": self._status},
             api.SEAL.path: {"POST": self._seal},
@@ -102,7 +94,7 @@ class SealedApplication(AdmittingApplication):
 
     def _status(self, who: Principal, request: Request) -> Answer:
         require(who, api.STATUS)
-        status = self._unsealing.status()
+        status = self._page()
         if who.via:
             status = reduced(status)
         elif who.scope is not None and who.scope.everywhere("monitor") is None:
@@ -111,15 +103,15 @@ class SealedApplication(AdmittingApplication):
 
     def _unseal_status(self, who: Principal, request: Request) -> Answer:
         require(who, api.UNSEAL_STATUS)
-        return json_answer(self._unsealing.unseal_status())
+        return json_answer(self._unsealing.status())
 
     def _seal(self, who: Principal, request: Request) -> Answer:
         require(who, api.SEAL)
-        return self._unsealing.seal(who)
+        return self._seal_again(who)
 
     def _report_audit_position(self, who: Principal, request: Request) -> Answer:
         require(who, api.REPORT_AUDIT_POSITION)
-        return self._unsealing.report_audit_position(strictjson.decode(_decode_report, request.body))
+        return self._report(strictjson.decode(_decode_report, request.body))
 
     def _unseal(self, who: Principal, request: Request) -> Answer:
         require(who, api.UNSEAL)

@@ -1,7 +1,7 @@
 """The files of the sealed state: the marker, and the records of attempts to unseal.
 
-Owns: the two files of the data directory that a sealed daemon writes, which has no key to sign an audit line with, and
-how much wrong attempts are slowed down. Invariants:
+Owns: the two files of the data directory that a sealed daemon writes, which has no key to sign an audit line with.
+Invariants:
 - While `sealed.json` exists, in whatever state, every start stays sealed.
 - An attempt is recorded durably before the root key or share is tried, so that a crash hides none. The next unseal, or
   start that is not sealed, adds the records to the audit log, and only then are they removed. A crash between the two
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections import deque
 from typing import Final, Literal
 
 import msgspec
@@ -40,15 +39,6 @@ VERSION: Final = 1
 MARKER_BYTES_MAX: Final = 4096
 ATTEMPTS_BYTES_MAX: Final = 256 * 1024
 ATTEMPTS_KEPT: Final = 256
-
-FREE_FAILURES: Final = 5
-"""So many wrong attempts of one caller in FAILURE_SECONDS cost no pause. Each further one doubles it, from 1 s."""
-FREE_FAILURES_IN_ALL: Final = 20
-PAUSE_SECONDS_MAX: Final = 60
-PAUSE_IN_ALL_SECONDS_MAX: Final = 10
-"""Shorter, so that one caller's wrong attempts can't keep out the others for long."""
-FAILURE_SECONDS: Final = 3600
-FAILURES_KEPT: Final = 64
 
 _ACTOR: Final = re.compile(r"peer_uid:[0-9]{1,10}", re.ASCII)
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
@@ -210,39 +200,3 @@ def _is_well_formed(record: Attempt) -> bool:
         and 0 <= record.at_ns < 1 << 63
         and 0 <= record.pid < 1 << 31
     )
-
-
-class SlowDown:
-    """When a caller may try again. Times are seconds of a monotonic clock, passed in.
-
-    A wrong or refused attempt counts for FAILURE_SECONDS. Attempts before a restart count too (`seed`).
-    """
-
-    def __init__(self) -> None:
-        self._by_actor: dict[str, deque[float]] = {}
-        self._in_all: deque[float] = deque(maxlen=FAILURES_KEPT)
-
-    def seed(self, records: AttemptRecords, now_s: float) -> None:
-        """Adds the failures of an earlier process, by the wall clock. A time in the future counts as now."""
-        wall_ns = now_ns()
-        for record in records.slowed():
-            self.failed(record.actor, now_s - max(0, wall_ns - record.at_ns) / 1_000_000_000)
-
-    def failed(self, actor: str, at_s: float) -> None:
-        """A wrong attempt. Only callers with the role `unseal` get here, so there are few actors."""
-        self._by_actor.setdefault(actor, deque(maxlen=FAILURES_KEPT)).append(at_s)
-        self._in_all.append(at_s)
-
-    def wait_s(self, actor: str, now_s: float) -> int:
-        """Whole seconds until this caller may try; 0: now."""
-        own = _pause_left(self._by_actor.get(actor, deque()), FREE_FAILURES, PAUSE_SECONDS_MAX, now_s)
-        return max(own, _pause_left(self._in_all, FREE_FAILURES_IN_ALL, PAUSE_IN_ALL_SECONDS_MAX, now_s))
-
-
-def _pause_left(failures: deque[float], free: int, pause_max: int, now_s: float) -> int:
-    recent = [at_s for at_s in failures if now_s - at_s < FAILURE_SECONDS]
-    if len(recent) < free:
-        return 0
-    pause = min(pause_max, 1 << min(len(recent) - free, 16))
-    left = max(recent) + pause - now_s
-    return 0 if left <= 0 else int(left) + 1
