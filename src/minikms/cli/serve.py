@@ -171,13 +171,13 @@ def serve(
     from minikms.audit.repair import IF_RESTORED
     from minikms.audit.shipping import FileForwarder
     from minikms.custody.vault import CACHE_KEYS_MAX
-    from minikms.daemon import process
     from minikms.daemon.policy_file import PolicyFile
     from minikms.daemon.settings import Settings
     from minikms.datadir import Options
     from minikms.policy import parse_uids
     from minikms.roots.pin import PinFile
     from minikms.roots.providers import DevelopmentKey
+    from minikms.serve import run
 
     path = chosen_socket(socket, must_exist=False)
     directory = chosen_data_dir(data_dir, must_exist=False)
@@ -202,7 +202,7 @@ def serve(
     if refuse_when_unshipped is not None and audit_dir is None:
         raise StartError("--refuse-when-unshipped needs --audit-dir: without it no auditor can take a line")
     admins = admin_uids or os.environ.get(ADMIN_UIDS_VARIABLE) or ""
-    process.run(
+    run(
         Settings(
             socket=path,
             data_dir=directory,

@@ -14,7 +14,6 @@ import uvloop
 
 from minikms import datadir
 from minikms.api.errors import StartError
-from minikms.daemon.process import Daemon, end_steps_with
 from minikms.daemon.seal import seal
 from minikms.daemon.seal.seal import SealableServer
 from minikms.daemon.settings import Settings
@@ -22,6 +21,7 @@ from minikms.memory.arena import SecretArena
 from minikms.platform.notify import Notifier
 from minikms.policy import Policy
 from minikms.roots.providers import KeyFile
+from minikms.serve import Daemon, end_steps_with
 
 
 class Steps:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from minikms import serve
 from minikms.api.errors import StorageUnavailableError
 from minikms.custody.archive_register import DIRECTORY, TEMP_AGE_NS_MIN
-from minikms.daemon import process
 from minikms.platform.files import replace_file
 from minikms.platform.logs import structlog
 from tests.harness.live_daemon import LiveDaemon
@@ -66,7 +66,7 @@ def wait_until_absent(*paths: Path) -> None:
 
 def test_what_a_sweep_could_not_remove_goes_with_a_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of the register that was too young, and one of this run whose own removal failed."""
-    monkeypatch.setattr(process, "SWEEP_SECONDS", 0.001)
+    monkeypatch.setattr(serve, "SWEEP_SECONDS", 0.001)
     unlink, refusals = os.unlink, 3
 
     def refuse(*_: object, **__: object) -> None:
@@ -93,7 +93,7 @@ def test_what_a_sweep_could_not_remove_goes_with_a_later_one(tmp_path: Path, mon
             monkeypatch.setattr(os, "unlink", unlink_at_last)
             log = structlog.get_logger()
             sweeping = asyncio.create_task(
-                process.sweep_temps_again(one.vault, str(one.directory), log, reader=one.reader, disk=one.reader)
+                serve.sweep_temps_again(one.vault, str(one.directory), log, reader=one.reader, disk=one.reader)
             )
             while mine.exists() and not sweeping.done():
                 await asyncio.sleep(0.001)

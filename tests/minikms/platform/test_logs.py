@@ -20,7 +20,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
 
 
-@pytest.mark.parametrize("module", ["minikms.daemon.process", "progressdb_server.server"])
+@pytest.mark.parametrize("module", ["minikms.serve", "progressdb_server.server"])
 def test_neither_daemon_nor_server_imports_rich(module: str) -> None:
     """`import structlog` alone would; `from minikms.platform.logs import structlog` does not."""
     program = f"import sys, {module}; print([name for name in sys.modules if name.partition('.')[0] == 'rich'])"
