@@ -34,8 +34,8 @@ from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.table import Routing
 from progressdb_server.api.viewer.routes import error_page
 from progressdb_server.kms.provider import READING, RequestReads
+from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
-    ConversationStore,
     KeyServiceRefusedError,
     RecordUnreadableError,
     StoreDamagedError,
@@ -46,9 +46,7 @@ _CLIENT_GONE: Final = 499
 """The status in the metrics of a request whose client closed its connection."""
 
 
-def operations(
-    store: ConversationStore, metrics: ApiMetrics, more: tuple[Operation, ...] = ()
-) -> tuple[Operation, ...]:
+def operations(store: Conversations, metrics: ApiMetrics, more: tuple[Operation, ...] = ()) -> tuple[Operation, ...]:
     """Every operation of the API: those of the store, `more`, and the documentation of all of them."""
     return with_documentation(
         (
@@ -68,7 +66,7 @@ class Application:
 
     def __init__(
         self,
-        store: ConversationStore,
+        store: Conversations,
         access: AccessControl,
         metrics: ApiMetrics,
         *,

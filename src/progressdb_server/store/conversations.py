@@ -74,8 +74,13 @@ def _are_near(one_ns: int, other_ns: int) -> bool:
 
 
 class Conversations(Messages, Rekeying, Backups):
-    """The whole store: what routes use (`store.model.ConversationStore`), jobs, the viewer and commands. Open it in the
-    event loop that uses it."""
+    """The whole store, for routes, jobs, the viewer and commands. Open it in the event loop that uses it.
+
+    All times and ids are made by the store. `author=None` means that the caller may act for anybody (admin).
+    Every method may raise StoreUnavailableError and KeyServiceRefusedError; every reader may raise
+    RecordUnreadableError, every change of a thread that exists ThreadKeyDestroyedError. `update_message` and
+    `set_reaction` raise TooManyVersionsError.
+    """
 
     def __init__(
         self,
@@ -282,12 +287,15 @@ class Conversations(Messages, Rekeying, Backups):
 
     # --- for operators --------------------------------------------------------------------------------------------
     async def stats(self) -> dict[str, int]:
+        """`threads` and `messages` (stored versions)."""
         counted = await self.counted()
         return {"threads": counted.threads, "messages": counted.messages}
 
     async def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
+        """Storage keys, for an operator."""
         async for keys in self.reads.walk_keys(prefix.encode()):
             yield [key.decode() for key in keys]
 
     async def raw_value(self, key: str) -> bytes | None:
+        """What is stored at a storage key, as it is stored."""
         return await self.reads.get(key.encode())

@@ -65,12 +65,15 @@ class _Change(NamedTuple):
 
 
 class Messages(Reading):
-    """See `store.model.ConversationStore`."""
+    """Writes of messages."""
 
     # --- creating -------------------------------------------------------------------------------------------------
     def create_message(
         self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str | None = None
     ) -> Coroutine[Any, Any, Message]:
+        """Durable when it returns. A thread is made when none is named (under a new id) or the named one is unknown
+        (under the name given). Raises ThreadDeletedError, IdempotencyConflictError, TooManyMembersError;
+        NotAMemberError if `new.as_member` and the author is not a member of the thread."""
         if idempotency is None:
             return self._create(new, None, request_id)
         return self._create_once(new, idempotency, request_id)
@@ -206,6 +209,9 @@ class Messages(Reading):
         member: str | None = None,
         request_id: str | None = None,
     ) -> Message:
+        """`member`, here and below: who must be a member of the thread for the write; None asks for nobody. Raises
+        MessageNotFoundError, NotTheAuthorError, NotAMemberError."""
+
         def replaced(current: Message) -> dict[str, Any]:
             _refuse_deleted(current)
             fields: dict[str, Any] = {"body": json_text(body)}
@@ -234,6 +240,8 @@ class Messages(Reading):
     async def set_reaction(
         self, message_id: str, identity: str, reaction: str, *, member: str | None = None, request_id: str | None = None
     ) -> Message:
+        """Raises TooManyReactionsError."""
+
         def replaced(current: Message) -> dict[str, Any]:
             _refuse_deleted(current)
             reactions = {**current.reactions, identity: reaction}

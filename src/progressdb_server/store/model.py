@@ -1,9 +1,7 @@
-"""What the rest of the server knows of the store: data, errors, and the protocols by which it is used.
+"""What the rest of the server knows of the store: data and errors. Its operations are those of `store.conversations`.
 
-Owns: the data, the errors, and `ConversationStore`, which the routes of the API use. Jobs, the viewer and commands use
-`store.conversations.Conversations`. Invariants: nothing here shows an engine, a storage key or a write; authors, ids
-and timestamps are the only fields that a store may keep in plaintext. Each error knows the status and the sentence of
-its HTTP response.
+Invariants: nothing here shows an engine, a storage key or a write; authors, ids and timestamps are the only fields that
+a store may keep in plaintext. Each error knows the status and the sentence of its HTTP response.
 """
 
 from __future__ import annotations
@@ -11,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from typing import Any, ClassVar, Final, NamedTuple, Protocol, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -477,171 +475,3 @@ class BackupThereError(BackupError):
 
 class BackupNotFoundError(BackupError):
     status, text = 404, "no backup of this name is registered"
-
-
-class ConversationStore(Protocol):
-    """All times and ids are made by the store. `author=None` means that the caller may act for anybody (admin).
-
-    Every method may raise StoreUnavailableError and KeyServiceRefusedError; every reader may raise
-    RecordUnreadableError, every change of a thread that exists ThreadKeyDestroyedError. `update_message` and
-    `set_reaction` raise TooManyVersionsError.
-    """
-
-    def create_message(
-        self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str | None = None
-    ) -> Coroutine[Any, Any, Message]:
-        """Durable when it returns. A thread is made when none is named (under a new id) or the named one is unknown
-        (under the name given). Raises ThreadDeletedError, IdempotencyConflictError, TooManyMembersError;
-        NotAMemberError if `new.as_member` and the author is not a member of the thread."""
-        ...
-
-    async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
-        """The latest version, also when deleted. Raises MessageNotFoundError (also when it is in another thread than
-        the one named)."""
-        ...
-
-    async def update_message(
-        self,
-        message_id: str,
-        *,
-        author: str | None,
-        body: Any,
-        role: str | None,
-        reply_to: str | None,
-        thread_id: str | None = None,
-        member: str | None = None,
-        request_id: str | None = None,
-    ) -> Message:
-        """`member`, here and below: who must be a member of the thread for the write; None asks for nobody. Raises
-        MessageNotFoundError, NotTheAuthorError, NotAMemberError."""
-        ...
-
-    async def delete_message(
-        self,
-        message_id: str,
-        *,
-        author: str | None,
-        thread_id: str | None = None,
-        member: str | None = None,
-        request_id: str | None = None,
-    ) -> None: ...
-
-    async def latest_version(self, message_id: str) -> Message:
-        """As `get_message`, but a version that does not open has `error`."""
-        ...
-
-    async def message_versions(
-        self, message_id: str, *, limit: int | None = None, before: str | None = None
-    ) -> VersionList:
-        """Empty for an unknown id. `limit` keeps the most recent; `before`, exclusive, is the `older` of another list
-        or a `ts`. A version that does not open has `error`. Raises AmbiguousTimeError for a `ts` that several versions
-        have, or that none has while they are in several eras."""
-        ...
-
-    async def set_reaction(
-        self, message_id: str, identity: str, reaction: str, *, member: str | None = None, request_id: str | None = None
-    ) -> Message:
-        """Raises TooManyReactionsError."""
-        ...
-
-    async def remove_reaction(
-        self, message_id: str, identity: str, *, member: str | None = None, request_id: str | None = None
-    ) -> None: ...
-
-    def list_messages(
-        self,
-        thread_id: str,
-        *,
-        limit: int | None = None,
-        before: str | None = None,
-        after: str | None = None,
-        include_deleted: bool = False,
-        tag: str | None = None,
-    ) -> AsyncIterator[list[Message]]:
-        """Chunks, in order of creation, latest version of each; one that does not open has `error`. `limit` keeps the
-        most recent; `before` and `after` are message ids, exclusive. An unknown thread yields nothing. An empty chunk
-        says that the next one has to wait. `tag`: the `list_tag` of these arguments, for `list_unchanged`."""
-        ...
-
-    async def list_tag(
-        self, thread_id: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
-    ) -> str:
-        """An opaque text for this list as it is now. It changes with every change of the thread's messages and at each
-        start."""
-        ...
-
-    async def list_unchanged(self, thread_id: str, tag: str) -> bool:
-        """Whether the list of this tag, which is its `list_tag` now, was given whole and without an error, and the key
-        service still has every key that it needs. Opens no record; false if anything is in doubt."""
-        ...
-
-    async def thread_deleted(self, thread_id: str) -> bool:
-        """Whether the thread is deleted; false for an unknown thread. Opens no record."""
-        ...
-
-    async def check_reader(self, thread_id: str, author: str) -> None:
-        """Raises AuthorNotInThreadError, NotAMemberError unless the author is a member of the thread."""
-        ...
-
-    async def members(self, thread_id: str) -> list[str]:
-        """The members of a thread, its author included; empty for an unknown thread."""
-        ...
-
-    async def add_members(self, thread_id: str, members: Sequence[str]) -> None:
-        """Adds members, even those who were removed. Durable when it returns. Raises ThreadNotFoundError (also when
-        the thread is deleted), TooManyMembersError."""
-        ...
-
-    async def remove_member(self, thread_id: str, member: str) -> None:
-        """Removes a member, or shuts out an author who is none. Durable when it returns: no later read or write by that
-        author succeeds until a new `add_members`. Raises ThreadNotFoundError (also when the thread is deleted),
-        MemberIsAuthorError, NoRoomToRemoveError."""
-        ...
-
-    async def create_thread(
-        self,
-        *,
-        author: str,
-        title: str,
-        members: Sequence[str] = (),
-        idempotency: Idempotency | None = None,
-        request_id: str | None = None,
-    ) -> Thread:
-        """Raises IdempotencyConflictError, TooManyMembersError."""
-        ...
-
-    async def get_thread(self, thread_id: str) -> Thread:
-        """Also when deleted. Raises ThreadNotFoundError."""
-        ...
-
-    async def listed_threads(self, thread_ids: Sequence[str], *, opened: bool = True) -> list[Thread]:
-        """These threads, in order. A thread whose record does not open has `error`. Without `opened` the key service is
-        not asked: every thread has `error`, and no title."""
-        ...
-
-    async def update_thread(
-        self, thread_id: str, *, author: str | None, title: str, request_id: str | None = None
-    ) -> Thread: ...
-
-    async def delete_thread(
-        self, thread_id: str, *, author: str | None, by: str, request_id: str | None = None
-    ) -> None: ...
-
-    def list_threads(
-        self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False
-    ) -> AsyncIterator[list[Thread]]:
-        """The author's own threads (None: all), in order of creation. A thread whose record does not open has `error`;
-        with `title` or `slug`, it is left out."""
-        ...
-
-    async def stats(self) -> dict[str, int]:
-        """`threads` and `messages` (stored versions)."""
-        ...
-
-    def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
-        """Storage keys, for an operator."""
-        ...
-
-    async def raw_value(self, key: str) -> bytes | None:
-        """What is stored at a storage key, as it is stored."""
-        ...

@@ -123,18 +123,21 @@ class NotOpened(NamedTuple):
 
 
 class Reading(Threads):
-    """See `store.model.ConversationStore`; and the pages of the viewer."""
+    """Reads of messages; and the pages of the viewer."""
 
     long_reads: asyncio.Semaphore
     """The turns of LONG_READS_COUNT_MAX versions."""
 
     # --- one version ----------------------------------------------------------------------------------------------
     async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
+        """The latest version, also when deleted. Raises MessageNotFoundError (also when it is in another thread than
+        the one named)."""
         thread, place = await self._locate(message_id, thread_id)
         async with self.open_version(thread, place.first, place.latest) as version:
             return version.message
 
     async def latest_version(self, message_id: str) -> Message:
+        """As `get_message`, but a version that does not open has `error`."""
         thread, place = await self._locate(message_id, None)
         async with self._open_one(thread, place.first, place.latest) as (loaded, found):
             return _listed(thread, loaded, found)
@@ -285,6 +288,9 @@ class Reading(Threads):
     async def message_versions(
         self, message_id: str, *, limit: int | None = None, before: str | None = None
     ) -> VersionList:
+        """Empty for an unknown id. `limit` keeps the most recent; `before`, exclusive, is the `older` of another list
+        or a `ts`. A version that does not open has `error`. Raises AmbiguousTimeError for a `ts` that several versions
+        have, or that none has while they are in several eras."""
         try:
             thread, place = await self._locate(message_id, None)
         except MessageNotFoundError:
@@ -364,6 +370,9 @@ class Reading(Threads):
         include_deleted: bool = False,
         tag: str | None = None,
     ) -> AsyncIterator[list[Message]]:
+        """Chunks, in order of creation, latest version of each; one that does not open has `error`. `limit` keeps the
+        most recent; `before` and `after` are message ids, exclusive. An unknown thread yields nothing. An empty chunk
+        says that the next one has to wait. `tag`: the `list_tag` of these arguments, for `list_unchanged`."""
         prefix = keyspace.order(thread_id)
         lower, upper = prefix, keyspace.after(prefix)
         if after is not None:
@@ -411,6 +420,8 @@ class Reading(Threads):
     async def list_tag(
         self, thread_id: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
     ) -> str:
+        """An opaque text for this list as it is now. It changes with every change of the thread's messages and at each
+        start."""
         prefix = keyspace.messages(thread_id)
         newest = await self.reads.keys(prefix, keyspace.after(prefix), limit=1, reverse=True)
         state = await self.sealer.thread(thread_id)
@@ -425,6 +436,8 @@ class Reading(Threads):
         )
 
     async def list_unchanged(self, thread_id: str, tag: str) -> bool:
+        """Whether the list of this tag, which is its `list_tag` now, was given whole and without an error, and the key
+        service still has every key that it needs. Opens no record; false if anything is in doubt."""
         if self.shared:  # another server may have put records back under other keys
             return False
         key_ids = self.validators.keys_of(tag)

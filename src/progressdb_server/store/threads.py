@@ -125,7 +125,7 @@ def _new(thread: str, author: str, title: str, created_ns: int) -> Thread:
 
 
 class Threads(OpenStore):
-    """See `store.model.ConversationStore`."""
+    """Threads and their members."""
 
     sealer: Sealer
     rule: Rule
@@ -151,6 +151,7 @@ class Threads(OpenStore):
         idempotency: Idempotency | None = None,
         request_id: str | None = None,
     ) -> Thread:
+        """Raises IdempotencyConflictError, TooManyMembersError."""
         others = sorted(set(members) - {author})
         if len(others) >= membership.MEMBERS_COUNT_MAX:
             raise TooManyMembersError
@@ -273,6 +274,8 @@ class Threads(OpenStore):
         return threads
 
     async def listed_threads(self, thread_ids: Sequence[str], *, opened: bool = True) -> list[Thread]:
+        """These threads, in order. A thread whose record does not open has `error`. Without `opened` the key service is
+        not asked: every thread has `error`, and no title."""
         threads: list[Thread] = []
         while len(threads) < len(thread_ids):
             listed = await self._load_listed(thread_ids[len(threads) :])
@@ -289,6 +292,7 @@ class Threads(OpenStore):
                 thread.updated_ts = max(thread.updated_ts, keyspace.stamp_of(key).time_ns)
 
     async def get_thread(self, thread_id: str) -> Thread:
+        """Also when deleted. Raises ThreadNotFoundError."""
         loaded = await self._load_thread(thread_id)
         if loaded is None:
             raise ThreadNotFoundError
@@ -297,6 +301,8 @@ class Threads(OpenStore):
     async def list_threads(
         self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False
     ) -> AsyncIterator[list[Thread]]:
+        """The author's own threads (None: all), in order of creation. A thread whose record does not open has `error`;
+        with `title` or `slug`, it is left out."""
         prefix = keyspace.CREATED if author is None else keyspace.author_threads(author)
         lower, upper = prefix, keyspace.after(prefix)
         needle = title.casefold() if title else ""
@@ -312,6 +318,7 @@ class Threads(OpenStore):
             yield chunk  # an empty one too: the client may be gone
 
     async def thread_deleted(self, thread_id: str) -> bool:
+        """Whether the thread is deleted; false for an unknown thread. Opens no record."""
         return await self.reads.get(keyspace.closed_key(thread_id)) is not None
 
     # --- members --------------------------------------------------------------------------------------------------
@@ -323,9 +330,11 @@ class Threads(OpenStore):
         return entry
 
     async def check_reader(self, thread_id: str, author: str) -> None:
+        """Raises AuthorNotInThreadError, NotAMemberError unless the author is a member of the thread."""
         await self.check_member(thread_id, author, Act.READ)
 
     async def members(self, thread_id: str) -> list[str]:
+        """The members of a thread, its author included; empty for an unknown thread."""
         prefix = keyspace.writers(thread_id)
         lower, upper = prefix, keyspace.after(prefix)
         found: list[str] = []
@@ -335,6 +344,8 @@ class Threads(OpenStore):
         return found
 
     async def add_members(self, thread_id: str, members: Sequence[str]) -> None:
+        """Adds members, even those who were removed. Durable when it returns. Raises ThreadNotFoundError (also when
+        the thread is deleted), TooManyMembersError."""
         async with self.locks.hold(keyspace.writers(thread_id)):
             keys = sorted({keyspace.writer(thread_id, member) for member in members})
             for _ in range(CHANGE_TRIES_MAX):
@@ -347,6 +358,9 @@ class Threads(OpenStore):
         raise NotWrittenError(MEMBERS_CHANGING)
 
     async def remove_member(self, thread_id: str, member: str) -> None:
+        """Removes a member, or shuts out an author who is none. Durable when it returns: no later read or write by that
+        author succeeds until a new `add_members`. Raises ThreadNotFoundError (also when the thread is deleted),
+        MemberIsAuthorError, NoRoomToRemoveError."""
         async with self.locks.hold(keyspace.writers(thread_id)):
             if (await self.get_thread(thread_id)).author == member:
                 raise MemberIsAuthorError

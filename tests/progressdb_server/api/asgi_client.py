@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import msgspec
@@ -22,9 +22,7 @@ from progressdb_server.api.http.access import AccessControl
 from progressdb_server.api.http.request import BODY_REFUSED
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.config import ApiKeys, RateLimit, Security
-from tests.progressdb_server.api.database_store import DatabaseStore
-from tests.progressdb_server.api.memory_store import MemoryStore
-from tests.progressdb_server.store import opened_store
+from tests.progressdb_server.api.tested_store import TestedStore
 
 BACKEND, FRONTEND, ADMIN = "backend-key-1", "frontend-key-1", "admin-key-1"
 OTHER_BACKEND = "backend-key-2"
@@ -60,14 +58,7 @@ class Reply(NamedTuple):
 
 class Api:
     def __init__(self, security: Security = SECURITY, proxies: tuple[str, ...] = (), **replaced: Any) -> None:
-        """Over PostgreSQL where the test asks for `both_engines`."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.store = MemoryStore()
-        if opened_store.database:
-            self._loop = asyncio.new_event_loop()
-            store = DatabaseStore.opened(opened_store.database[0], self._loop)
-            self.store = cast("MemoryStore", store)  # it has what most tests look at
-            opened_store.closing.append(store.ended)
+        self.store = TestedStore.opened()
         self.now_s = 1000.0
         self.security = msgspec.structs.replace(security, **replaced)
         self.metrics = ApiMetrics(CollectorRegistry())
@@ -92,7 +83,7 @@ class Api:
         sent = self.send(
             method, target, body, key=key, headers=headers, raw=raw, chunks=chunks, client=client, refused=refused
         )
-        return asyncio.run(sent) if self._loop is None else self._loop.run_until_complete(sent)
+        return asyncio.run(sent) if self.store.memory is not None else self.store.loop.run_until_complete(sent)
 
     async def send(
         self,

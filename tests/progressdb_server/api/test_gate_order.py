@@ -11,7 +11,7 @@ import structlog.testing
 from progressdb_server.api.http.access import AllowList, Proxies
 from progressdb_server.api.http.keys import KeyTable
 from progressdb_server.config import ApiKeys, Cors, RateLimit
-from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, KEYS, OTHER_BACKEND, SECURITY, Api, signed
+from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, KEYS, OTHER_BACKEND, Api, signed
 
 CORS_HEADERS = {
     "vary": "Origin",
@@ -415,12 +415,6 @@ def test_every_answer_has_a_request_id_and_keeps_a_valid_one_sent() -> None:
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, "é", 'a"b', "a\\b"])
 def test_an_invalid_request_id_is_replaced(given: str) -> None:
     assert Api()("GET", "/healthz", headers={"X-Request-Id": given}).headers["x-request-id"].startswith("r-")
-
-
-def test_the_request_id_reaches_the_store() -> None:
-    api = Api(security=SECURITY)
-    api("POST", "/v1/messages", {"author": "a", "body": "b"}, headers={"X-Request-Id": "trace-7"})
-    assert api.store.request_ids == ["trace-7"]
 
 
 def test_two_requests_never_share_a_made_request_id() -> None:

@@ -136,7 +136,7 @@ def test_the_body_of_a_request_that_asks_for_an_upgrade_is_its_own() -> None:
         upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\n"
         responses = server.exchange(post(smuggled, upgrade) + post(more=upgrade))
         assert [response.status for response in responses] == [400, 200]
-    assert [versions[0].author for versions in api.store.versions.values()] == ["alice"]
+    assert [message.author for message in api.store.messages()] == ["alice"]
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------

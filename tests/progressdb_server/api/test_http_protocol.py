@@ -32,16 +32,10 @@ from tests.progressdb_server.api.http_server import (
 from tests.progressdb_server.api.real_server import Reply
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[HttpServer]:
+@pytest.fixture
+def server() -> Iterator[HttpServer]:
     with running() as server:
         yield server
-
-
-@pytest.fixture
-def server(shared: HttpServer) -> HttpServer:
-    shared.api.store.__init__()  # type: ignore[misc]  # empty again, for the application that holds it
-    return shared
 
 
 def request(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -28,11 +28,10 @@ from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
 from progressdb_server.kms.provider import SEALED
 from progressdb_server.metrics import KmsMetrics
+from progressdb_server.store import keyspace, membership
 from progressdb_server.store.engine import EngineUnavailableError
-from progressdb_server.store.membership import MEMBERS_COUNT_MAX
 from progressdb_server.store.model import (
     AmbiguousTimeError,
-    ConversationStore,
     MessageNotFoundError,
     NoRoomToRemoveError,
     StoreUnavailableError,
@@ -207,8 +206,10 @@ def _removed(case: Case) -> Reply:
 
 def _full(case: Case) -> Reply:
     thread = case.api.thread()
-    for number in range(MEMBERS_COUNT_MAX):
-        case.api.store.entries[thread, f"u{number}"] = b""
+    memory = case.api.store.memory
+    assert memory is not None
+    for number in range(membership.MEMBERS_COUNT_MAX):
+        memory.put(keyspace.writer(thread, f"u{number}"), membership.MEMBER)
     if "{thread}" in case.template:
         member = "?member=one+more" if case.method == "DELETE" else ""
         return case(target=case.template.format(thread=thread) + member, headers={"X-User-ID": "one more"})
@@ -236,30 +237,11 @@ def _limited(case: Case) -> Reply:
     return limited()
 
 
-LISTS = {"list_messages", "list_threads", "stored_keys"}
-AT_ONCE = {"list_tag"}
-"""Methods that do not wait."""
-
-
 def _store_says(error: Exception, *, but: str = "") -> Callable[[Case], Reply]:
     """Every method of the store raises it, but for the one of this name."""
 
-    async def listed(*given: object, **named: object) -> AsyncIterator[object]:
-        if error:
-            raise error
-        yield error
-
-    async def called(*given: object, **named: object) -> object:
-        raise error
-
-    def called_at_once(*given: object, **named: object) -> object:
-        raise error
-
     def told(case: Case) -> Reply:
-        for name in dir(ConversationStore):
-            if not name.startswith("_") and name != but:
-                failing = called if name not in AT_ONCE else called_at_once
-                setattr(case.api.store, name, listed if name in LISTS else failing)
+        case.api.store.fail(error, but=but)
         return case()
 
     return told

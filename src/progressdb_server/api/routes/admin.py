@@ -31,7 +31,7 @@ from progressdb_server.api.openapi.description import (
     texts,
 )
 from progressdb_server.api.routes.threads import THREAD_LIST
-from progressdb_server.store.model import ConversationStore
+from progressdb_server.store.conversations import Conversations
 
 INVALID_PAYLOAD: Final = "invalid payload"
 PREFIX_TOO_LONG: Final = "prefix too long"
@@ -73,7 +73,7 @@ async def sign(request: Request) -> Response:
 
 
 class AdminHandlers:
-    def __init__(self, store: ConversationStore) -> None:
+    def __init__(self, store: Conversations) -> None:
         self._store = store
 
     @Operation("GET", "/admin/health", roles=OPERATORS, response=texts("status", "service"), needs=NOTHING)
@@ -134,5 +134,5 @@ def open_operations() -> tuple[Operation, ...]:
     return operations_of(health, sign)
 
 
-def operations(store: ConversationStore) -> tuple[Operation, ...]:
+def operations(store: Conversations) -> tuple[Operation, ...]:
     return operations_of(AdminHandlers(store))

@@ -51,11 +51,11 @@ from progressdb_server.api.openapi.description import (
     texts,
 )
 from progressdb_server.api.routes.table import THREAD_MESSAGES
+from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     RECORD_MISSING,
     AmbiguousTimeError,
     AuthorNotInThreadError,
-    ConversationStore,
     IdempotencyConflictError,
     InvalidThreadIdError,
     Message,
@@ -89,7 +89,7 @@ _LIMIT_MAX: Final = 2**62
 
 
 # --- who may read -----------------------------------------------------------------------------------------------
-async def check_reader(store: ConversationStore, request: Request, thread_id: str) -> None:
+async def check_reader(store: Conversations, request: Request, thread_id: str) -> None:
     """Raises AuthorNotInThreadError, NotAMemberError if a signed user is not a member of the thread.
 
     An unsigned backend or admin reads anything.
@@ -98,7 +98,7 @@ async def check_reader(store: ConversationStore, request: Request, thread_id: st
         await store.check_reader(thread_id, request.user)
 
 
-async def check_message(store: ConversationStore, request: Request, message: Message) -> None:
+async def check_message(store: Conversations, request: Request, message: Message) -> None:
     """As `check_reader`, for a message that is asked for by its id. Raises MessageNotFoundError too, if its thread is
     deleted and no admin asks."""
     await check_reader(store, request, message.thread)
@@ -159,9 +159,7 @@ def _not_a_switch(name: str) -> str:
     return f"{name} must be true or false"
 
 
-async def list_of_messages(
-    store: ConversationStore, request: Request, thread_id: str, page: MessageRange
-) -> AnyResponse:
+async def list_of_messages(store: Conversations, request: Request, thread_id: str, page: MessageRange) -> AnyResponse:
     """`{"thread", "messages": []}`, in the order of creation; 304 if the caller has this list, as `If-None-Match` says.
     The caller may read the thread."""
     limit, before, after, include_deleted = page.limit, page.before, page.after, page.include_deleted
@@ -333,7 +331,7 @@ _delete: Final = partial(
 class MessageHandlers:
     """Each handler takes a request that access control has authorized."""
 
-    def __init__(self, store: ConversationStore) -> None:
+    def __init__(self, store: Conversations) -> None:
         self._store = store
 
     @Operation(
@@ -540,7 +538,7 @@ class MessageHandlers:
 
 
 class ReactionHandlers:
-    def __init__(self, store: ConversationStore) -> None:
+    def __init__(self, store: Conversations) -> None:
         self._store = store
 
     @Operation("GET", f"{MESSAGE}/reactions", response=_REACTION_LIST, raises=(*_READER, MessageNotFoundError))
@@ -618,5 +616,5 @@ class ReactionHandlers:
         return NO_CONTENT
 
 
-def operations(store: ConversationStore) -> tuple[Operation, ...]:
+def operations(store: Conversations) -> tuple[Operation, ...]:
     return operations_of(MessageHandlers(store), ReactionHandlers(store))

@@ -36,8 +36,8 @@ from progressdb_server.api.openapi.description import (
     ref,
     text,
 )
+from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
-    ConversationStore,
     IdempotencyConflictError,
     MemberIsAuthorError,
     NoRoomToRemoveError,
@@ -111,7 +111,7 @@ THREAD_LIST: Final = list_of("threads", ref("Thread"))
 
 
 class ThreadHandlers:
-    def __init__(self, store: ConversationStore) -> None:
+    def __init__(self, store: Conversations) -> None:
         self._store = store
 
     @Operation(
@@ -282,5 +282,5 @@ class ThreadHandlers:
         return NO_CONTENT
 
 
-def operations(store: ConversationStore) -> tuple[Operation, ...]:
+def operations(store: Conversations) -> tuple[Operation, ...]:
     return operations_of(ThreadHandlers(store))
