@@ -27,7 +27,7 @@ from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError, PathText
 if TYPE_CHECKING:
     from minikms.client import Client
 
-DATA_KEY_OWNER: Final = "minikms.platform.files"
+DATA_KEY_OWNER: Final = "minikms.files"
 """The thread id of the key of purpose `data` that is made when none is chosen."""
 READ_BYTES: Final = 64 * 1024
 SUFFIX: Final = ".kms"
