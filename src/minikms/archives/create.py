@@ -50,6 +50,7 @@ from minikms.platform.sync import sync_file
 
 COPY_ATTEMPTS_MAX: Final = 3
 CHANGED: Final = "the backup changed while it was being read; do not use a data directory that was restored from it"
+RETIRED_NAMED_MAX: Final = 20
 _INCOMPLETE: Final = "the backup is incomplete: its keyring or a key is missing"
 Progress = Callable[[int, int], None]
 """Called with the number of key files that are done, and of all."""
@@ -64,15 +65,23 @@ class KeyDoesNotUnwrapError(ArchiveError):
     """A copied key does not unwrap. If it was copied while a rotation overwrote it, another copy succeeds."""
 
 
+class RetiredKeys(NamedTuple):
+    """How many there are, and the ids of the first RETIRED_NAMED_MAX."""
+
+    keys: int
+    named: list[str]
+
+
 class VerifiedArchive(NamedTuple):
     """A good archive. `keyring`: the bytes of its keyring file. `sha256`: of everything that its tag covers.
-    `tombstones`: the keys that were destroyed when it was made.
+    `tombstones`: the keys that were destroyed when it was made. `retired`: those that may have been destroyed since.
     """
 
     manifest: Manifest
     keyring: bytes
     sha256: bytes
     tombstones: list[Tombstone]
+    retired: RetiredKeys
 
 
 class NewArchive(NamedTuple):
@@ -175,8 +184,8 @@ def verify(path: str, task: Task) -> VerifiedArchive:
     with task.open_keyring(data) as unlocked:
         stones = _tombstones(kept.get(tombstone_file.NAME), unlocked)
         destroyed = {bytes_to_key_id(stone.key) for stone in stones}
-        _check_entries(reread_entries(path, reader.sha256), manifest, unlocked, destroyed, task)
-    return VerifiedArchive(manifest, data, reader.sha256, stones)
+        retired = _check_entries(reread_entries(path, reader.sha256), manifest, unlocked, destroyed, task)
+    return VerifiedArchive(manifest, data, reader.sha256, stones, retired)
 
 
 def _tombstones(content: bytes | None, unlocked: UnlockedKeyring) -> list[Tombstone]:
@@ -188,19 +197,25 @@ def _tombstones(content: bytes | None, unlocked: UnlockedKeyring) -> list[Tombst
 
 def _check_entries(
     entries: Iterator[Entry], manifest: Manifest, unlocked: UnlockedKeyring, destroyed: Container[str], task: Task
-) -> None:
+) -> RetiredKeys:
     """Checks that each key unwraps unless it was destroyed."""
-    keys = 0
+    keys = retired = 0
+    named: list[str] = []
     with task.arena.allocate() as slot:
         for entry in entries:
             key_id = entry.key_id
             if key_id:
                 keys += 1
                 if key_id not in destroyed:
-                    _unwrap(parsed_dek(entry.content, key_id), unlocked, slot)
+                    record = parsed_dek(entry.content, key_id)
+                    _unwrap(record, unlocked, slot)
+                    if record.state == "retired":
+                        retired += 1
+                        named += [key_id] if retired <= RETIRED_NAMED_MAX else []
                 task.progress(keys, manifest.keys)
     if keys != manifest.keys:
         raise ArchiveError(_INCOMPLETE)
+    return RetiredKeys(retired, named)
 
 
 def _unwrap(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> None:

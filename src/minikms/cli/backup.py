@@ -40,7 +40,7 @@ from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.archives.archive import AuditHead, Manifest
-    from minikms.archives.create import Task
+    from minikms.archives.create import RetiredKeys, Task
     from minikms.archives.restore import NewerKeyring
     from minikms.custody.archive_register import RegisteredArchive
     from minikms.keys.unlocked import UnlockedKeyring
@@ -176,18 +176,16 @@ def restore(
 
     directory = chosen_data_dir(data_dir, must_exist=False)
     root = needed_root(master_key_file, master_key_fd, root_source)
-    if newer_keyring is None:
-        confirm(
-            "Restore without a newer keyring? Keys that were destroyed after the backup come back with it, and so do "
-            "root keys that were removed.",
-            yes=yes,
-        )
     with ExitStack() as stack:
-        task = stack.enter_context(_task(root, "restoring keys", bar=not json))
+        task = stack.enter_context(_task(root, "", bar=False))
         newer = None
         if newer_keyring is not None:
             newer = stack.enter_context(_newer_keyring(newer_keyring, newer_master_key_file, task))
-        good = verify_archive(str(archive), task)
+        with progress_bar("opening keys", shown=not json) as progress:
+            good = verify_archive(str(archive), task._replace(progress=progress))
+        if newer is None:
+            _confirm_return(good.retired, yes=yes)
+        task = task._replace(progress=stack.enter_context(progress_bar("restoring keys", shown=not json)))
         with DataDirLock(directory) as lock, task.open_keyring(good.keyring) as unlocked:
             restoring.check_empty(lock.directory_fd, directory)
             log_dir = claim_log_directory(lock, audit_dir, empty=True)
@@ -284,6 +282,21 @@ def prune(
         print(f"forgot {entry.archive_id}, whose file {clean(entry.path)} is gone")
     print(f"{len(present) - len(removed)} archive(s) stay")
     return EXIT_GOOD
+
+
+def _confirm_return(retired: RetiredKeys, *, yes: bool) -> None:
+    """Names the keys that may have been destroyed since the backup, before they come back. Raises CommandError."""
+    if retired.keys:
+        more = f" and {retired.keys - len(retired.named):,} more" if retired.keys > len(retired.named) else ""
+        complain(
+            f"the archive has {retired.keys:,} retired key(s): those that were destroyed after the backup come back "
+            f"with it, and need to be destroyed again: {', '.join(retired.named)}{more}"
+        )
+    confirm(
+        "Restore without a newer keyring? Keys that were destroyed after the backup come back with it, and so do "
+        "root keys that were removed.",
+        yes=yes,
+    )
 
 
 # --- shared -------------------------------------------------------------------------------------------------------

@@ -332,7 +332,7 @@ def _keys(
     if settled.unread:
         yield problem(
             "rotation backups",
-            f"can't be read, or were cut: {name_list(settled.unread)}",
+            f"can't be read, or are damaged: {name_list(settled.unread)}",
             'docs/runbook.md, "A rotation backup or the journal can\'t be read"',
         )
     if lost or nameless:

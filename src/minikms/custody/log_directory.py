@@ -60,23 +60,32 @@ def claim_log_directory(lock: DataDirLock, audit_dir: str | None, *, empty: bool
     places = os.path.realpath(audit_dir), os.path.realpath(lock.directory)
     if os.path.commonpath(places) in places:
         raise StartError(f"--audit-dir {audit_dir} must lie beside the data directory, not in it or above it")
-    if recorded == lock.directory:
-        if any(name.startswith(LOG_FILES) for name in os.listdir(lock.directory_fd)):
-            raise StartError(
-                f"the audit log lies in the data directory: move {lock.directory}/{LOG_FILES}* to {audit_dir} first "
-                "(docs/runbook.md)"
-            )
-    elif recorded != audit_dir:
+    if recorded not in (lock.directory, audit_dir):
         raise StartError(
             f"the audit log of {lock.directory} lies in {recorded}, not in {audit_dir}: start with --audit-dir "
             f"{recorded}, or move it (docs/runbook.md)"
         )
     _lock(lock, audit_dir)
-    if empty and any(name.startswith(LOG_FILES) for name in os.listdir(audit_dir)):
-        raise StartError(f"{audit_dir} holds an audit log: move its files {LOG_FILES}* away first")
+    has_log = _has_log(audit_dir)
+    if empty and has_log:
+        raise StartError(f"{audit_dir} holds an audit log: rename that directory, and make it again")
     if recorded == lock.directory:
+        if _has_log(lock.directory_fd):
+            if has_log:
+                raise StartError(
+                    f"{audit_dir} holds an audit log, and the data directory another one: rename {audit_dir}, make it "
+                    f"again, then move {lock.directory}/{LOG_FILES}* to it (docs/runbook.md)"
+                )
+            raise StartError(
+                f"the audit log lies in the data directory: move {lock.directory}/{LOG_FILES}* to {audit_dir} first "
+                "(docs/runbook.md)"
+            )
         replace_file(lock.directory_fd, NAME, os.fsencode(audit_dir) + b"\n")
     return audit_dir
+
+
+def _has_log(directory: str | int) -> bool:
+    return any(name.startswith(LOG_FILES) for name in os.listdir(directory))
 
 
 def _lock(lock: DataDirLock, path: str) -> None:

@@ -6,8 +6,8 @@ Owns: `<stamp>/<first key id>-<last key id>.journal`, a journal that was renamed
   is never used for two contents.
 - A record of a destroyed key is overwritten with zeros, in place and durably, before `blank` returns. After a failed
   sync the content is written to a new file, and the old file is never synced again (`minikms.platform.files`).
-- A file that can't be read is an error of the keys that it may hold, and stops no other work. No one removes it: it may
-  hold the last copy of a key.
+- A file that can't be read is an error of the keys that it may hold, and stops no other work. It stays, and so does a
+  damaged record until its key is destroyed: either may be the last copy of a key. Only an operator removes the file.
 - Records that the caller keeps are not pruned; a journal with such records stays, and its other records become blank.
   The last readable copy of a key is not pruned.
 
@@ -82,12 +82,14 @@ class FoundRecords(NamedTuple):
 
 class BackupRecord(NamedTuple):
     """A record of a journal that is not blank: the old content of the file of `key_id`, of a create the new one. A
-    damaged record has no content, and no key id if it does not name one key.
+    damaged record has no content, and no key id if it does not name one key; one that a crash left half written is
+    not damaged.
     """
 
     key_id: str
     content: bytes
     offset: int
+    damaged: bool = False
 
 
 class RotationBackups:
@@ -102,6 +104,8 @@ class RotationBackups:
         self._swept = False
         self.unreadable: dict[str, str] = {}
         """For an operator: the files of which it is not known whether they hold a destroyed key, with the reasons."""
+        self.damaged: set[str] = set()
+        """For an operator: the files with damaged records."""
 
     def sweep_temps(self) -> None:
         """Removes the temporary files of earlier processes, once in a run. In any thread. Raises
@@ -159,6 +163,7 @@ class RotationBackups:
             listed = {_place(file) for file in itertools.chain.from_iterable(self._files.values())}
             for name in self.unreadable.keys() - listed:
                 self.unreadable.pop(name, None)
+            self.damaged &= listed
         return self._files
 
     def read_journal(self, file: JournalFile) -> list[BackupRecord]:
@@ -288,21 +293,24 @@ class RotationBackups:
 
     def destroyed_in(self, file: JournalFile, destroyed: Container[str]) -> KeysWithin | None:
         """The keys of `destroyed` that have a record in the file, for `blank`; None if it needs no blanking. It reads
-        the whole file. Raises StorageUnavailableError.
+        the whole file, and notes whether it is damaged. Raises StorageUnavailableError.
         """
         found: set[str] = set()
-        half_blank = False
+        half_blank = damaged = False
         try:
             with self._opened(file.stamp) as descriptor:
                 for offset, record in _records(_parts(descriptor, file.name)):
-                    found.update(key_id for key_id in journal_format.ids_in(record) if key_id in destroyed)
+                    gone = [key_id for key_id in journal_format.ids_in(record) if key_id in destroyed]
+                    found.update(gone)
                     half_blank = half_blank or journal_format.is_half_blank(record, offset)
+                    damaged = damaged or (not gone and journal_format.is_damaged(record, offset))
         except FileNotFoundError:
             pass
         except StorageUnavailableError as error:
             self.unreadable[_place(file)] = str(error)
             raise
         self.unreadable.pop(_place(file), None)
+        self._note(file, damaged=damaged)
         if found or half_blank or file in self._unsure:
             return KeysWithin(file, sorted(found))
         return None
@@ -317,12 +325,16 @@ class RotationBackups:
     ) -> Iterator[int]:
         """Removes the records of stamps before `before` (`YYYYMMDDTHHMMSS`; None: all), durably.
 
-        It keeps those of the keys in `spare`, and of keys without a file that are not in `destroyed`. Each step is the
+        It keeps those of the keys in `spare`, of keys without a file that are not in `destroyed`, and damaged ones of
+        keys that are not in `destroyed`. Each step is the
         work of one file, and yields the number of records removed; others may use the backups between two steps. Raises
         StorageUnavailableError; then a part was removed.
         """
 
-        def keeps(key_id: str) -> bool:
+        def keeps(record: BackupRecord) -> bool:
+            key_id = record.key_id
+            if record.damaged or not key_id:
+                return record.damaged and key_id not in destroyed
             return key_id in spare or not (store.has(key_id) or key_id in destroyed)
 
         for stamp in self.stamps():
@@ -340,14 +352,15 @@ class RotationBackups:
             self._remove_if_empty(stamp)
             self._files = None
 
-    def _prune_file(self, descriptor: int, file: JournalFile, keeps: Callable[[str], bool]) -> int:
+    def _prune_file(self, descriptor: int, file: JournalFile, keeps: Callable[[BackupRecord], bool]) -> int:
         copy = bytearray() if file in self._unsure else None
         try:
             records = _backup_records(_parts(descriptor, file.name, copy))
         except StorageUnavailableError as error:
             self.unreadable[_place(file)] = str(error)
             return 0
-        going = [record for record in records if not (record.key_id and keeps(record.key_id))]
+        going = [record for record in records if not keeps(record)]
+        self._note(file, damaged=any(record.damaged and keeps(record) for record in records))
         if len(going) == len(records):
             remove_file(descriptor, file.name)
         elif copy is not None:
@@ -355,6 +368,9 @@ class RotationBackups:
         elif going:
             self._patch(descriptor, file, going, sync=True)
         return len(going)
+
+    def _note(self, file: JournalFile, *, damaged: bool) -> None:
+        (self.damaged.add if damaged else self.damaged.discard)(_place(file))
 
     def _remove_if_empty(self, stamp: str) -> None:
         try:
@@ -437,7 +453,9 @@ def _backup_records(parts: Iterable[tuple[int, bytes]]) -> list[BackupRecord]:
         named = journal_format.ids_in(record) if change is None else {change.key_id}
         key_id = next(iter(named)) if len(named) == 1 else ""
         # A damaged record is none that can be unwrapped.
-        found.append(BackupRecord(key_id, b"" if change is None else change.old or change.new, offset))
+        content = b"" if change is None else change.old or change.new
+        damaged = change is None and not journal_format.has_empty_sector(record, offset)
+        found.append(BackupRecord(key_id, content, offset, damaged))
     return found
 
 

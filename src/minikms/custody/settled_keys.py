@@ -115,7 +115,7 @@ class SettledKeys:
 
     def damaged(self) -> Iterator[set[str]]:
         """Of each damaged record of the journal and the rotation backups, the key ids in it. Afterwards `unread` has
-        the backups that could not be read. Raises StorageUnavailableError, StartError.
+        the backups that could not be read, or are damaged. Raises StorageUnavailableError, StartError.
         """
         yield from self._journalled().damaged
         for stamp in list_stamps(self._backups) if os.path.isdir(self._backups) else ():
@@ -123,11 +123,12 @@ class SettledKeys:
                 place = os.path.join(stamp, file.name)
                 try:
                     content = read_file_bounded(os.path.join(self._backups, place), BYTES_MAX)
-                    yield from () if content is None else decode(content).damaged
+                    damaged = [] if content is None else decode(content).damaged
+                    yield from damaged
                 except (StorageUnavailableError, StartError):
                     self.unread.append(place)
                 else:
-                    if content is not None and not is_whole(content):
+                    if content is not None and (damaged or not is_whole(content)):
                         self.unread.append(place)
 
     def _read_file(self, key_id: str) -> bytes | None:

@@ -507,8 +507,7 @@ class Indexing:
                 await asyncio.sleep(SCAN_RETRY_SECONDS)
             else:
                 self._done.set()
-        if self._vault.destroyed:
-            await self._remove_destroyed()
+        await self._remove_destroyed()
 
     async def _scan(self) -> None:
         vault = self._vault
@@ -527,7 +526,7 @@ class Indexing:
 
     async def _remove_destroyed(self) -> None:
         """Removes the files and rotation backups of destroyed keys that a crash or a copied directory left. It reads
-        every backup. What fails stops nothing else, and is tried again.
+        every backup, and so notes those that are damaged. What fails stops nothing else, and is tried again.
         """
         backups = self._vault.rotation_backups
         key_ids: Sequence[str] = self._left

@@ -211,6 +211,12 @@ class StatusPage:
                 f"{len(unreadable)} rotation backups can't be read or written, first {unreadable[0]}; destroying a key "
                 "that they may hold is refused: correct this, or remove them"
             )
+        damaged = sorted(self._vault.rotation_backups.damaged)
+        if damaged:
+            found.append(
+                f"{len(damaged)} rotation backups are damaged, first {damaged[0]}; no KEK is destroyed until "
+                "you remove them by hand (docs/runbook.md)"
+            )
         unfinished = len(self._vault.unfinished_destructions)
         if unfinished:
             found.append(

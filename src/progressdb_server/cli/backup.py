@@ -24,6 +24,7 @@ from urllib.parse import quote
 from cyclopts import App, Parameter
 
 from minikms import api
+from minikms.api.errors import KmsError
 from minikms.output import print_json, print_result
 from minikms.usage import EXIT_FAILED, CommandError
 from progressdb_server import logs
@@ -274,7 +275,7 @@ def _records(config: Config, store: str) -> Report:
     """Of a store that was read back. Without a key service that this user may ask, no record is opened."""
     try:
         return asyncio.run(examine(config, store))
-    except (CommandError, StoreUnavailableError):
+    except (CommandError, KmsError, StoreUnavailableError):
         return asyncio.run(check_store(store, None, parse))
 
 

@@ -16,12 +16,12 @@ from cyclopts import Parameter
 from minikms.api.errors import KmsError, KmsUnavailableError
 from minikms.client import Client
 from minikms.output import print_result
-from minikms.usage import EXIT_FAILED, CommandError
+from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
 from progressdb_server.cli.flags import ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Config
 from progressdb_server.jobs.table import parse
 from progressdb_server.kms.provider import Provider, RemoteProvider
-from progressdb_server.store.check import Problem, Report, repair_offline
+from progressdb_server.store.check import AS_THE_SERVER, Problem, Report, repair_offline
 from progressdb_server.store.check import check as check_store
 from progressdb_server.store.model import StoreDamagedError, StoreLockedError
 
@@ -54,10 +54,10 @@ def check(
     config: ConfigFile = None,
     json: Json = False,
 ) -> int:
-    """Examine the whole store, also while the server runs. If a key service answers, every record is decrypted.
+    """Examine the whole store, also while the server runs, and have the key service decrypt every record.
 
     The damaged store that --drop-damaged replaces is set aside beside the new one, and registered as a backup. Exit
-    status: 0 nothing is wrong, 1 something is wrong, 2 there is no store, or this user may not decrypt.
+    status: 0 nothing is wrong, 1 something is wrong, 2 there is no store, or no record could be decrypted.
     """
     chosen = load_for_store(db=db, config=config)
     path = chosen.store.url or str(chosen.store_dir)
@@ -73,6 +73,8 @@ def check(
         raise CommandError("the server has the store open: stop it for a repair, or check without --repair") from None
     except StoreDamagedError as error:
         raise CommandError(f"{error}. {WAYS_OUT}", EXIT_FAILED) from None
+    except KmsError as error:
+        raise CommandError(f"the records could not be decrypted: {error}") from None
     page = {
         "records_opened": opened,
         "counts": counts,
@@ -81,7 +83,9 @@ def check(
         "findings": [_as_json(finding) for finding in found],
     }
     print_result(page, _lines(dropped, fixed, found, counts, opened=opened), json=json)
-    return 1 if found else 0
+    if found:
+        return EXIT_FAILED
+    return EXIT_GOOD if opened else EXIT_MISSING
 
 
 def _has_key_service(config: Config) -> bool:
@@ -94,7 +98,7 @@ def _has_key_service(config: Config) -> bool:
         if isinstance(error.__cause__, PermissionError):
             raise CommandError(
                 f"permission denied: this user may not use the key service at {config.kms_socket}, so no record can be "
-                "opened; run the command as the user of the server"
+                f"opened; {AS_THE_SERVER}"
             ) from None
         return False
     except (KmsError, ValueError):
@@ -141,5 +145,8 @@ def _lines(
         yield WAYS_OUT
     yield f"{counts.get('threads', 0):,} threads, {counts.get('messages', 0):,} stored versions of messages"
     if not opened:
-        yield "no key service answered: the records were not opened; start the server to have them checked too"
-    yield f"{len(found)} finding(s)" if found else "all is right"
+        yield "no key service answered, so no record was decrypted: start it, and check again"
+    if found:
+        yield f"{len(found)} finding(s)"
+    elif opened:
+        yield "all is right"

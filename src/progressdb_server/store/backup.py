@@ -290,7 +290,10 @@ def restore(path: str, target: str) -> Manifest:
         _copy(os.path.join(path, STORE, _CURRENT), os.path.join(target, _CURRENT))
         sync_directory(target)
     except OSError as error:
-        raise BackupError(f"restoring to {target} failed: {error.strerror} ({error.filename})") from error
+        why = f"{error.strerror} ({error.filename})"
+        if isinstance(error, PermissionError):
+            why += ": the directory must belong to the server's user, who runs this"
+        raise BackupError(f"restoring to {target} failed: {why}") from error
     return manifest
 
 

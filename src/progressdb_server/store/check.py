@@ -47,9 +47,13 @@ CHUNK_ENTRIES: Final = 500
 REPAIR_PASSES_MAX: Final = 4
 """An index that is rebuilt from another one is right in the pass after that other one."""
 
+AS_THE_SERVER: Final = (
+    "run it as the server's user, with the group of the socket: runuser -u progressdb -g progressdb -G minikms -- "
+    "progressdb check"
+)
 MAY_NOT_DECRYPT: Final = (
     "the key service does not let this user decrypt, so no record was examined: give this user the role decrypt for "
-    "the time of the check, or run it as the server's user"
+    f"the time of the check, or {AS_THE_SERVER}"
 )
 
 ParseJob: TypeAlias = Callable[[str, bytes], object]

@@ -27,7 +27,7 @@ from progressdb_server.store.model import ConditionFailedError, StoreReadOnlyErr
 from progressdb_server.store.writer import Commits
 
 AUDIT_SETTLED_S: Final = 5.0
-WAY_OUT: Final = "If that is a deliberate restore or a new audit log, start once with --accept-restore."
+WAY_OUT: Final = "If that is a restore or a new audit log, start once with --accept-restore (docs/runbook.md)."
 OLDER_STATE: Final = (
     "the key service is in an older state than this store has seen (the server's log says which). If that is intended, "
     "restart the server once with --accept-restore (docs/runbook.md)"

@@ -93,6 +93,10 @@ def test_a_log_in_the_data_directory_is_moved_by_hand_and_then_continued(tmp_pat
         start(data_dir, log_dir)
     assert not (data_dir / place.NAME).exists()
     before = (data_dir / LOG).read_bytes()
+    (log_dir / LOG).write_bytes(b"of another directory")
+    with pytest.raises(StartError, match=f"{log_dir} holds an audit log, and the data directory another one: rename"):
+        start(data_dir, log_dir)
+    (log_dir / LOG).unlink()
     for path in data_dir.glob("minikms-audit.*"):
         shutil.move(path, log_dir)
     start(data_dir, log_dir)

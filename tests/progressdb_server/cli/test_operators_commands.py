@@ -63,8 +63,14 @@ def test_check_does_not_call_right_what_its_user_may_not_open(open_directory: Pa
         assert "permission denied" in refused.stderr
         kms.stop()
         away = progressdb("check", "--db", str(server.db), uid=OTHER_UID, **variables)
-        assert away.returncode == 0 and "no key service answered" in away.stdout, away
+        assert away.returncode == 2 and "no key service answered" in away.stdout, away
+        assert "all is right" not in away.stdout
         kms.start()
+        with kms.client() as client:
+            client.seal()
+        sealed = progressdb("check", "--db", str(server.db), **variables, uid=None)
+        assert sealed.returncode == 2 and "Traceback" not in sealed.stderr, sealed
+        assert "the records could not be decrypted: the key service is sealed" in sealed.stderr
 
 
 # --- config check -------------------------------------------------------------------------------------------------
