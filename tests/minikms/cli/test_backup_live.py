@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minikms.api.errors import KmsRefusedError
+from minikms.archives.create import RETIRED_NAMED_MAX
 from minikms.client import Client, DecryptItem, EncryptItem
 from minikms.crypto.aead import NONCE_BYTES, PREFIX_BYTES
 from minikms.keys import dek
@@ -149,6 +150,29 @@ def test_a_restore_without_a_newer_keyring_says_which_roots_open_it(tmp_path: Pa
         done = minikms("backup", "restore", archive, *places, "--yes")
         assert done.returncode == 0, done.stderr
         assert "A root key that was removed after the backup opens it again" in done.stdout
+
+
+def test_keys_that_a_restore_may_bring_back_are_named_before(tmp_path: Path) -> None:
+    """Without a newer keyring nobody knows which retired key was destroyed since; a new installation's is none."""
+    archive, other = tmp_path / "archive", tmp_path / "other"
+    with LiveDaemon(tmp_path) as daemon, daemon.client() as kms:
+        key_ids = [kms.create_dek_for_thread("t").key_id for _ in range(RETIRED_NAMED_MAX + 3)]
+        for key_id in key_ids[1:]:
+            kms.retire_key(key_id)
+        key = ("--master-key-file", daemon.root_file)
+        assert minikms("backup", "create", archive, "--data-dir", daemon.data_dir, *key).returncode == 0
+        kms.destroy_key(key_ids[1])
+    restore = ("backup", "restore", archive, "--data-dir", tmp_path / "restored", *key)
+    asked = minikms(*restore)
+    assert asked.returncode != 0 and not (tmp_path / "restored").exists(), asked
+    assert minikms("init", "--data-dir", other, *key).returncode == 0
+    foreign = minikms(*restore, "--newer-keyring", other / "keyring.json")
+    assert foreign.returncode == 1 and "such as that of a new installation" in foreign.stderr, foreign
+    done = minikms(*restore, "--yes")
+    assert done.returncode == 0, done
+    for said in (asked.stderr, done.stderr):
+        assert f"{len(key_ids) - 1} retired key(s)" in said and "and 2 more" in said
+        assert [key_id in said for key_id in key_ids] == [False, *[True] * RETIRED_NAMED_MAX, False, False]
 
 
 def write(daemon: LiveDaemon, key_id: str, stop: threading.Event, written: list[tuple[DecryptItem, bytes]]) -> None:
