@@ -589,7 +589,7 @@ def test_a_record_keeps_its_kek_until_it_is_pruned(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_damaged_record_keeps_every_retired_kek_until_its_file_is_removed(tmp_path: Path) -> None:
+def test_a_damaged_record_keeps_every_kek_until_its_file_is_removed(tmp_path: Path) -> None:
     """By hand. A start finds it, for the warnings of the status, and no pruning removes it."""
 
     async def main() -> None:
