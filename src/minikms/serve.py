@@ -49,6 +49,7 @@ from minikms.platform.directory_lock import DataDirLock
 from minikms.platform.files import read_file_bounded, remove_left_temps, replace_file
 from minikms.platform.logs import service_logger, structlog
 from minikms.platform.notify import Notifier
+from minikms.platform.process_metrics import open_process_files
 from minikms.platform.workers import in_worker
 from minikms.policy import FilePolicy, Meters, Policy
 from minikms.policy.meters import REFRESH_SECONDS, SAVED_BYTES_MAX, SAVED_NAME
@@ -95,6 +96,7 @@ def run(settings: Settings) -> None:
         ) as listener,
         SecretArena(settings.opening.cache_keys_max + SERVICE_SLOTS) as arena,
     ):
+        open_process_files()
         measures = _harden(settings, arena, listener)
         daemon = Daemon(
             settings=settings,

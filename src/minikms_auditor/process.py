@@ -31,6 +31,7 @@ from minikms.http.accepting import ACCEPT_PAUSE_SECONDS, Acceptor, listen_tcp
 from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.memory import NETWORK_PATHS, SecretArena, SignalReader, harden, interpreter_paths
 from minikms.memory.process import name_thread
+from minikms.platform import process_metrics
 from minikms.platform.logs import service_logger, structlog
 from minikms.platform.notify import Notifier
 from minikms_auditor.auditor import Auditor
@@ -98,6 +99,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         if config.uses_network:
             read += NETWORK_PATHS
         write = [config.state_dir, *config.token_paths, *(path for each in transports for path in each.write_paths)]
+        process_metrics.open_process_files()
         measures = harden(arena, read=read, write=write, allow_network=config.uses_network, require=require_hardening)
         for measure in measures:
             if not measure.in_force:
@@ -157,7 +159,7 @@ class _Process:
         acceptor = None
         if self._listener is not None:
             page: HttpServer[int] = HttpServer(
-                metrics_page(AuditorCollector(lambda: self._status)),
+                metrics_page(AuditorCollector(lambda: self._status), "minikms_auditor_build_info"),
                 loop=loop,
                 on_internal_error=self._internal_error,
                 limits=PAGE_LIMITS,

@@ -55,5 +55,5 @@ def _gauges(values: Values) -> Iterable[tuple[str, str, float | None]]:
     yield "minikms_gateway_kms_waiting", "Requests that wait for a connection to it.", values.kms_waiting
     yield "minikms_gateway_kms_reachable", "0 if the last attempt to reach it failed.", values.kms_reachable
     yield "minikms_gateway_reload_failed", "1 while changed files are not valid.", values.reload_failed
-    yield "minikms_gateway_certificate_expires_seconds", "Unix time.", values.certificate_until
-    yield "minikms_gateway_crl_expires_seconds", "Unix time.", values.crl_until
+    yield "minikms_gateway_certificate_expiry_timestamp_seconds", "When its own expires.", values.certificate_until
+    yield "minikms_gateway_crl_expiry_timestamp_seconds", "When the first expires.", values.crl_until

@@ -39,6 +39,7 @@ from minikms.http.accepting import (
 from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
 from minikms.memory import NETWORK_PATHS, SignalReader, harden, interpreter_paths
+from minikms.platform import process_metrics
 from minikms.platform.logs import service_logger, structlog
 from minikms.platform.notify import Notifier
 from minikms.platform.trusted_file import directory_read
@@ -147,6 +148,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, *_directories(loader.files, config)]
         if config.fetches_keys:
             read += NETWORK_PATHS
+        process_metrics.open_process_files()
         measures = harden(None, read=read, write=[], allow_network=config.fetches_keys, require=require_hardening)
         for measure in measures:
             if not measure.in_force:
@@ -225,7 +227,7 @@ class _Process:
         others: list[HttpServer[int]] = []
         if self._metrics_listener is not None:
             page: HttpServer[int] = HttpServer(
-                metrics_page(metrics.GatewayCollector(self._values)),
+                metrics_page(metrics.GatewayCollector(self._values), "minikms_gateway_build_info"),
                 loop=loop,
                 on_internal_error=self._internal_error,
                 limits=PAGE_LIMITS,

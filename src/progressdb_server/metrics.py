@@ -145,7 +145,7 @@ class KmsMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         latency = HistogramMetricFamily(
-            "progressdb_kms_request_seconds", "Time of one exchange with the key service.", labels=["verb"]
+            "progressdb_kms_request_duration_seconds", "Time of one exchange with the key service.", labels=["verb"]
         )
         failures = CounterMetricFamily(
             "progressdb_kms_failures", "Exchanges that the key service did not answer.", labels=["verb"]

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from minikms import api
 from minikms.client import AsyncClient, KmsError
+from minikms.platform import process_metrics
 from minikms.platform.logs import structlog
 from minikms.platform.notify import Notifier
 from progressdb_server import logs
@@ -204,6 +205,7 @@ async def _serve_until(
         started.push_async_callback(jobs.close)
         await jobs.start()
         registry = CollectorRegistry()
+        registry.register(process_metrics.collector("progressdb_build_info"))
         registry.register(store.metrics)
         if isinstance(provider, RemoteProvider):
             provider.metrics.exclusive, provider.metrics.behind_gateway = exclusive, bool(config.kms.url)

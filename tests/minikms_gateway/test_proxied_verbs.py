@@ -239,7 +239,7 @@ def test_an_own_certificate_that_has_expired_is_an_error_in_the_log(pair: Pair) 
     pair.gateway.write("server.key", expired.key, private=True)
     pair.gateway.write("server.pem", expired.chain)
     try:
-        wait_until(lambda: pair.gateway.metric("certificate_expires_seconds") < time.time())
+        wait_until(lambda: pair.gateway.metric("certificate_expiry_timestamp_seconds") < time.time())
         assert re.search('level=error event="own certificate has expired', pair.gateway.log.read_text())
         command = pair.gateway.command("check-config")
         checked = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
@@ -247,7 +247,7 @@ def test_an_own_certificate_that_has_expired_is_an_error_in_the_log(pair: Pair) 
     finally:
         pair.gateway.write("server.key", pair.gateway.own.key, private=True)
         pair.gateway.write("server.pem", pair.gateway.own.chain)
-        wait_until(lambda: pair.gateway.metric("certificate_expires_seconds") > time.time())
+        wait_until(lambda: pair.gateway.metric("certificate_expiry_timestamp_seconds") > time.time())
 
 
 def test_a_stop_answers_what_has_begun_and_closes_the_rest() -> None:

@@ -6,7 +6,8 @@ Owns: how often each verb is called and how long its answers take; the names of 
 - Every request that reaches a verb is counted once. An answer of the same turn of the event loop counts from the turn's
   first request to the end of the turn's audit write, which is an upper bound; an answer of a later turn has its own
   time. So the clock is read once a turn, not once a request.
-- Every metric has its help and type; a scrape reads counters that exist already and does no I/O.
+- Every metric has its help and type; a scrape reads counters that exist already and the kernel's, and
+  does no I/O.
 
 No label may hold what a client sent, a key id, a thread id or a path.
 """
@@ -18,6 +19,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
+
+from minikms.platform import process_metrics
 
 SECONDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 """Upper bounds. Only a rotation, or a failing disk, takes longer."""
@@ -174,7 +177,7 @@ def _add_requests(made: _Page, status: Mapping[str, Any], times: VerbTimes, batc
     failures = http["accept_failures"]
     made.one("minikms_http_accept_failures_total", "counter", "Failures of accept(2).", failures)
     used = {verb: histogram for verb, histogram in times.seconds.items() if any(histogram.counts)}
-    made.histograms("minikms_request_seconds", "From the request to the end of the audit write.", "verb", used)
+    made.histograms("minikms_request_duration_seconds", "From the request to the end of the audit write.", "verb", used)
     made.histograms("minikms_batch_items", "Items of a batch.", "verb", batches)
 
 
@@ -241,5 +244,6 @@ def _add_process(made: _Page, status: Mapping[str, Any]) -> None:
     made.one("minikms_root_slots", "gauge", "Root keys that open the keyring.", len(status["root"]["slots"]))
     made.one("minikms_epoch", "gauge", "Rises with every start and keyring write.", status["epoch"])
     made.one("minikms_up", "gauge", "1 when it serves, 0 while verbs are refused.", status.get("status") == "ok")
-    made.one("minikms_uptime_seconds", "gauge", "Seconds since the start.", status["uptime_seconds"])
     made.one("minikms_warnings", "gauge", "Warnings in /status.", len(status["warnings"]))
+    for sample in process_metrics.samples("minikms_build_info"):
+        made.add(sample.name, sample.kind, sample.text, [(sample.labels, sample.value)])

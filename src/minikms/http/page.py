@@ -14,6 +14,7 @@ from minikms import api
 from minikms.http.exchange import Link, Request, Response, error_response
 from minikms.http.head import ParsedHead
 from minikms.http.limits import Limits
+from minikms.platform import process_metrics
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -58,10 +59,11 @@ class PageApplication:
         """Nothing was opened."""
 
 
-def metrics_page(collector: Collector) -> PageApplication:
-    """The metrics of `collector` in the text format of Prometheus."""
+def metrics_page(collector: Collector, build_info: str) -> PageApplication:
+    """The metrics of `collector` and of this process (`process_metrics`) in the text format of Prometheus."""
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(collector)
+    registry.register(process_metrics.collector(build_info))
     return PageApplication(METRICS_PATH, lambda: generate_latest(registry), CONTENT_TYPE_LATEST)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 import os
 import shutil
 import threading
@@ -121,11 +120,11 @@ class Backups(OpenStore):
         if self.shared:
             (self._newest,) = await self.reads.newest([keyspace.BACKUPS])
 
-    def newest_backup_ns(self) -> float:
-        """When the newest registered backup was begun, in Unix ns; minus infinity without one."""
+    def newest_backup_ns(self) -> int:
+        """When the newest registered backup was begun, in Unix ns; 0 without one."""
         upper = keyspace.after(keyspace.BACKUPS)
         found = [self._newest] if self.shared else self.engine.keys(keyspace.BACKUPS, upper, limit=1, reverse=True)
-        return int(found[0][len(keyspace.BACKUPS) :]) if found and found[0] else -math.inf
+        return int(found[0][len(keyspace.BACKUPS) :]) if found and found[0] else 0
 
     async def forget_backup(self, name: str) -> list[RegisteredBackup]:
         """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it

@@ -115,9 +115,9 @@ class Conversations(Messages, Rekeying, Backups):
             "How far the newest stamp is ahead of the system clock.",
             lambda: self.clock.ahead_ns / 1_000_000_000,
         )
-        self.metrics.gauges["progressdb_store_backup_age_seconds"] = (
-            "Since the newest registered backup was begun.",
-            lambda: (self.clock.now_ns() - self.newest_backup_ns()) / 1_000_000_000,
+        self.metrics.gauges["progressdb_store_backup_timestamp_seconds"] = (
+            "When the newest registered backup was begun; 0 without one.",
+            lambda: self.newest_backup_ns() / 1_000_000_000,
         )
         self.metrics.gauges["progressdb_store_unreadable_records"] = (
             "Records that could not be read since the start, without those whose key was destroyed.",

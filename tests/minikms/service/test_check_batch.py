@@ -145,7 +145,7 @@ def test_its_batches_and_seconds_are_in_the_metrics(daemon: LiveDaemon) -> None:
 
     def items() -> int:
         page = ask(daemon, "GET", "/metrics").body.decode()
-        assert 'minikms_request_seconds_count{verb="check_batch"}' in page
+        assert 'minikms_request_duration_seconds_count{verb="check_batch"}' in page
         [told] = [line for line in page.splitlines() if line.startswith('minikms_batch_items_sum{verb="check_batch"}')]
         return int(told.split()[1])
 

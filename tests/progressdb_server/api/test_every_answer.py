@@ -320,7 +320,7 @@ def test_the_metrics_are_there_while_the_disk_fails_under_a_job_at_work(living: 
         world.until(world.well)
     assert reply.status == 200, reply.body
     assert b"progressdb_store_failures_total" in reply.body
-    assert b"\nprogressdb_store_backup_age_seconds NaN\n" in reply.body
+    assert b"\nprogressdb_store_backup_timestamp_seconds NaN\n" in reply.body
     assert b"\nprogressdb_jobs_records_left " in reply.body and b"\nprogressdb_jobs_records_left NaN" not in reply.body
 
 
