@@ -78,7 +78,7 @@ class Loaded(NamedTuple):
         return time.time() >= self.certificate_until
 
     def check_certificate(self) -> None:
-        """For a start. While it runs, it goes on and takes up other changes. Raises StartError."""
+        """Before these files come into force. Raises StartError."""
         if self.has_expired():
             raise StartError(f"the certificate {self.config.tls.cert} has expired, so no client would accept it")
 
@@ -115,13 +115,17 @@ class Loader:
                 found.append(None)
         return tuple(found)
 
-    def load_beside(self, running: Config) -> Loaded:
-        """The same for a process that runs with another configuration. Raises StartError."""
+    def load_beside(self, running: Loaded) -> Loaded:
+        """The same for a process that runs with others. A certificate that has expired never replaces one that has not;
+        after that one has expired too, other changes are taken up with it, such as a revocation. Raises StartError.
+        """
         loaded = self.load()
-        if loaded.config.fixed() != running.fixed():
+        if loaded.config.fixed() != running.config.fixed():
             raise StartError(
                 "listen, metrics, kms_socket, kms_server_uids, and the first issuer without a jwks_file, need a restart"
             )
+        if not running.has_expired():
+            loaded.check_certificate()
         return loaded
 
     def _issuers(self, config: Config) -> Issuers | None:
@@ -299,7 +303,7 @@ class _Process:
             self._hangup.clear()
             seen = now
             try:
-                loaded = await loop.run_in_executor(self._reader, self._loader.load_beside, self._loaded.config)
+                loaded = await loop.run_in_executor(self._reader, self._loader.load_beside, self._loaded)
             except StartError as error:
                 self._reload_failed = True
                 self._log.error("changed files not taken up", why=str(error))

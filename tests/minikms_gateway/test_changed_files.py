@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_a_file_that_only_a_changed_configuration_names_is_watched(loader: Loade
     loaded = loader.load()
     replace(tmp_path / "gateway.toml", CONFIG.replace("clients.pem", "others.pem").encode())
     with pytest.raises(StartError):
-        loader.load_beside(loaded.config)
+        loader.load_beside(loaded)
     before = loader.signature(loaded.config)
     replace(tmp_path / "others.pem", Authority("another root").pem)
     assert loader.signature(loaded.config) != before
@@ -58,3 +59,11 @@ def test_a_file_that_changes_during_a_load_is_noticed_afterwards(
     monkeypatch.setattr(process, "Trust", read_and_replace)
     loaded = loader.load()
     assert loader.signature(loaded.config) != loaded.signature
+
+
+def test_other_changes_are_taken_up_once_the_certificate_in_use_has_expired(loader: Loader, tmp_path: Path) -> None:
+    running = loader.load()
+    Authority("other").issue(dns=["gateway.internal"], ends=-timedelta(seconds=1)).write(tmp_path, "server")
+    with pytest.raises(StartError, match="has expired"):
+        loader.load_beside(running)
+    loader.load_beside(running._replace(certificate_until=0))

@@ -233,21 +233,24 @@ def test_a_new_certificate_of_the_gateway_is_taken_up(pair: Pair) -> None:
         assert open_before.get("/ready").status == 200
 
 
-def test_an_own_certificate_that_has_expired_is_an_error_in_the_log(pair: Pair) -> None:
-    """The gateway goes on, and takes up other changes."""
+def test_an_expired_certificate_does_not_replace_the_gateways_own(pair: Pair) -> None:
+    """The gateway goes on with the one that it has."""
     expired = pair.gateway.authority.issue(dns=[HOST], ends=-datetime.timedelta(seconds=1))
     pair.gateway.write("server.key", expired.key, private=True)
     pair.gateway.write("server.pem", expired.chain)
     try:
-        wait_until(lambda: pair.gateway.metric("certificate_expiry_timestamp_seconds") < time.time())
-        assert re.search('level=error event="own certificate has expired', pair.gateway.log.read_text())
+        wait_until(lambda: pair.gateway.metric("reload_failed") == 1)
+        assert re.search('level=error event="changed files not taken up" .*has expired', pair.gateway.log.read_text())
+        assert pair.gateway.metric("certificate_expiry_timestamp_seconds") > time.time()
+        with pair.gateway.caller(pair.client()) as caller:
+            assert caller.get("/ready").status == 200
         command = pair.gateway.command("check-config")
         checked = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
         assert checked.returncode == 2 and "server.pem has expired" in checked.stderr
     finally:
         pair.gateway.write("server.key", pair.gateway.own.key, private=True)
         pair.gateway.write("server.pem", pair.gateway.own.chain)
-        wait_until(lambda: pair.gateway.metric("certificate_expiry_timestamp_seconds") > time.time())
+        wait_until(lambda: pair.gateway.metric("reload_failed") == 0)
 
 
 def test_a_stop_answers_what_has_begun_and_closes_the_rest() -> None:
