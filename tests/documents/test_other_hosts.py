@@ -9,15 +9,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from tests import needs
 from tests.harness.callers import PolicyDaemon
+from tests.harness.certificates import replace
 from tests.harness.gateways import GATEWAY
 from tests.harness.ports import free_ports
 from tests.harness.waiting import wait_until
 
 PAGE = Path(__file__).parents[2] / "docs" / "other-hosts.md"
+*BEFORE, USE, REVOKE = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 BLOCK_S_MAX = 120.0
 CHANGES_THE_MACHINE = re.compile(r"^(?:systemctl|install|/opt/progressdb/bin/pip) .*\n", re.MULTILINE)
 POLICY = """
@@ -36,8 +45,10 @@ class Host:
         self.directory = base / "gateway"
         self.directory.mkdir(mode=0o755)
         python = f"{sys.executable} -P -m"
+        runs = f"setpriv --reuid={GATEWAY} --clear-groups"
         listen, metrics = free_ports(2)
         self._instead = {
+            "runuser -u minikms-gateway -- minikms-gateway": f"{runs} {python} minikms_gateway",
             "/opt/progressdb/bin/minikms-gateway": f"{python} minikms_gateway",
             "/opt/progressdb/bin/minikms": f"{python} minikms",
             "/etc/progressdb/policy/policy.toml": str(daemon.policy),
@@ -69,28 +80,60 @@ class Host:
         with log.open("wb") as file, subprocess.Popen(command, cwd="/", stdout=file, stderr=file) as process:
             try:
                 wait_until(lambda: process.poll() is not None or "event=serving" in log.read_text())
-                assert process.poll() is None, log.read_text()
                 yield log
             finally:
                 process.terminate()
 
+    def expire(self, name: str) -> None:
+        """The certificate of that name as it is when it has expired."""
+        path = self.directory / f"{name}.pem"
+        old = x509.load_pem_x509_certificate(path.read_bytes())
+        key = load_pem_private_key((self.directory / "ca.key").read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        made = x509.CertificateBuilder(
+            old.issuer, old.subject, old.public_key(), old.serial_number, extensions=list(old.extensions)
+        )
+        ended = datetime.now(UTC) - timedelta(seconds=1)
+        expired = made.not_valid_before(ended - timedelta(days=1)).not_valid_after(ended).sign(key, SHA256())
+        replace(path, expired.public_bytes(Encoding.PEM))
 
-def test_the_commands_serve_a_client_until_it_is_revoked() -> None:
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """One on which the commands up to those of a client have been run."""
     needs.interpreter_for(GATEWAY)
     for name in ("curl", "openssl"):
         needs.program(name)
-    *before, use, revoke = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     with tempfile.TemporaryDirectory(prefix="minikms-test-") as name, PolicyDaemon(Path(name), POLICY) as daemon:
         host = Host(Path(name), daemon)
-        for block in before:
+        for block in BEFORE:
             done = host.run(block)
             assert done.returncode == 0, (block, done.stdout, done.stderr)
         daemon.use_policy(daemon.policy.read_text().removeprefix("version = 1\n"))
-        with host.gateway() as log:
-            done = host.run(use)
-            assert json.loads(done.stdout)["key_id"].startswith("k_"), done.stderr
-            assert "403" in host.run(use.replace("chat-1", "other-1")).stderr
-            done = host.run(revoke)
-            assert done.returncode == 0, done.stderr
-            wait_until(lambda: "401" in host.run(use).stderr)
-            assert "reason=revoked" in log.read_text()
+        yield host
+
+
+def test_the_commands_serve_a_client_until_it_is_revoked(host: Host) -> None:
+    with host.gateway() as log:
+        done = host.run(USE)
+        assert json.loads(done.stdout)["key_id"].startswith("k_"), done.stderr
+        assert "403" in host.run(USE.replace("chat-1", "other-1")).stderr
+        done = host.run(REVOKE)
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: "401" in host.run(USE).stderr)
+        assert "reason=revoked" in log.read_text()
+
+
+def test_expired_certificates_are_renewed_as_the_runbook_says(host: Host) -> None:
+    section = (PAGE.parent / "runbook.md").read_text().split("\n## A certificate has expired\n")[1]
+    [renew] = re.findall(r"```sh\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    host.expire("server")
+    with host.gateway() as log:
+        assert "server.pem has expired" in log.read_text()
+    assert host.run(renew).returncode == 0
+    with host.gateway() as log:
+        host.expire("client")
+        assert "expired" in host.run(USE).stderr
+        wait_until(lambda: "reason=expired" in log.read_text())
+        assert host.run(renew.replace("server", "client")).returncode == 0
+        assert host.run(USE).returncode == 0

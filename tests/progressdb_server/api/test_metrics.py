@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
@@ -142,6 +143,29 @@ def test_alerts_are_accepted_and_use_metrics_that_there_are() -> None:
     used = set(re.findall(r"\b((?:progressdb|minikms)_[a-z_]+)\b(?!\")", ALERTS.read_text()))
     assert used
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in used} - explained().keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("alert", "series", "values"),
+    [
+        ("MinikmsGatewayCertificateExpires", "minikms_gateway_certificate_expiry_timestamp_seconds", "90000x100"),
+        ("MinikmsGatewayCertificateExpires", "minikms_gateway_crl_expiry_timestamp_seconds", "90000x100"),
+        ("MinikmsGatewayRefusesExpired", 'minikms_gateway_refused_total{reason="expired"}', "0x60 1x40"),
+        ("ProgressdbBackupOld", "progressdb_store_backup_timestamp_seconds", "-172800x100"),
+    ],
+)
+def test_an_alert_fires_when_its_time_has_come(tmp_path: Path, alert: str, series: str, values: str) -> None:
+    """Not at the start of the series, but 61 minutes later."""
+    firing = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})'
+    cases = [("0m", []), ("61m", [{"labels": "{}", "value": 1}])]
+    asked = [{"expr": firing, "eval_time": when, "exp_samples": samples} for when, samples in cases]
+    given = {"interval": "1m", "input_series": [{"series": series, "values": values}], "promql_expr_test": asked}
+    file = tmp_path / "test.yml"
+    file.write_text(json.dumps({"rule_files": [str(ALERTS)], "tests": [given]}))
+    done = subprocess.run(
+        [needs.program("promtool"), "test", "rules", str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_each_alert_leads_to_the_section_that_the_runbook_names_for_it() -> None:
