@@ -61,7 +61,7 @@ def test_a_file_that_changes_during_a_load_is_noticed_afterwards(
     assert loader.signature(loaded.config) != loaded.signature
 
 
-def test_other_changes_are_taken_up_once_the_certificate_in_use_has_expired(loader: Loader, tmp_path: Path) -> None:
+def test_once_the_certificate_in_use_has_expired_changes_are_taken_up(loader: Loader, tmp_path: Path) -> None:
     running = loader.load()
     Authority("other").issue(dns=["gateway.internal"], ends=-timedelta(seconds=1)).write(tmp_path, "server")
     with pytest.raises(StartError, match="has expired"):
