@@ -28,9 +28,8 @@ from minikms.platform.logs import structlog
 from minikms.platform.notify import Notifier
 from progressdb_server import logs
 from progressdb_server.api.application import Application
-from progressdb_server.api.http.access import AccessControl
-from progressdb_server.api.http.listener import bind, check_tls, raise_descriptor_limit, serve_http
-from progressdb_server.api.http.shares import Shares
+from progressdb_server.api.gate.access import AccessControl
+from progressdb_server.api.gate.keys import presented
 from progressdb_server.api.routes import jobs as job_routes
 from progressdb_server.api.routes import readiness as readiness_routes
 from progressdb_server.api.routes import store_backup
@@ -38,6 +37,8 @@ from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError, unknown_variables
+from progressdb_server.http.listener import bind, check_tls, raise_descriptor_limit, serve_http
+from progressdb_server.http.shares import Shares
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
@@ -228,7 +229,7 @@ async def _serve_until(
             tls=config.server.tls,
             stop=stop.asked,
             drain=stop.drain,
-            shares=Shares(config.server),
+            shares=Shares(config.server, access.proxies.__contains__, presented),
             on_listening=lambda: notifier.ready(f"serving {_announce(config, str(host), int(port))}"),
         )
         _log.info("stopping")

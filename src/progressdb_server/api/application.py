@@ -20,12 +20,12 @@ from typing import Final
 from minikms import api
 from minikms.api.errors import KmsError
 from minikms.platform.logs import structlog
-from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.access import PROBE_PATHS, AccessControl
-from progressdb_server.api.http.errors import ApiError, ClientGoneError, Header, internal
-from progressdb_server.api.http.keys import NOT_AUTHENTICATED
-from progressdb_server.api.http.request import Receive, Request, Scope, Send
-from progressdb_server.api.http.response import NO_CONTENT, Exchange, Response, error_response
+from progressdb_server.api.gate import head, limits
+from progressdb_server.api.gate.access import PROBE_PATHS, AccessControl
+from progressdb_server.api.gate.errors import ApiError, internal
+from progressdb_server.api.gate.keys import NOT_AUTHENTICATED, payer
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import NO_CONTENT, Exchange, Response, error_response
 from progressdb_server.api.openapi.description import Operation
 from progressdb_server.api.routes import admin, messages, threads
 from progressdb_server.api.routes.documentation import with_documentation
@@ -33,6 +33,7 @@ from progressdb_server.api.routes.errors import api_error
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.table import Routing
 from progressdb_server.api.viewer.routes import error_page
+from progressdb_server.http.asgi import ClientGoneError, Header, Receive, Scope, Send
 from progressdb_server.kms.provider import READING, RequestReads
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
@@ -104,7 +105,7 @@ class Application:
                 request.path, request.headers, request.repeated_header, request.address, client, now_s=started_s
             )
             if request.direct is not None:
-                request.direct.identify(request.caller, request.user)
+                request.direct.identify(payer(request.caller, request.user))
             resource = self._routing.hot(request, scope)
             if resource is None:
                 await self._routing.route(exchange, scope)

@@ -17,7 +17,6 @@ from cyclopts import App
 
 from minikms.output import print_result
 from minikms.usage import EXIT_FAILED, CommandError
-from progressdb_server.api.http.listener import check_tls
 from progressdb_server.cli.flags import (
     Addr,
     ConfigFile,
@@ -29,6 +28,7 @@ from progressdb_server.cli.flags import (
     load_config,
 )
 from progressdb_server.config import Config, ConfigError, ConfigMissingError, LoadedConfig, Tls
+from progressdb_server.http.listener import check_tls
 from progressdb_server.server import check_key_source
 
 CERTIFICATE_WARNING_SECONDS: Final = 14 * 24 * 3600

@@ -18,10 +18,10 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from progressdb_server.api.application import Application
-from progressdb_server.api.http.access import AccessControl
-from progressdb_server.api.http.request import BODY_REFUSED
+from progressdb_server.api.gate.access import AccessControl
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.config import ApiKeys, RateLimit, Security
+from progressdb_server.http.asgi import BODY_REFUSED
 from tests.progressdb_server.api.tested_store import TestedStore
 
 BACKEND, FRONTEND, ADMIN = "backend-key-1", "frontend-key-1", "admin-key-1"

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from minikms import api
 from minikms.api.errors import refusal
-from progressdb_server.api.http.request import Request
+from progressdb_server.api.gate.request import Request
 from progressdb_server.api.openapi.description import Handler
 from progressdb_server.api.routes.table import Resource
 from progressdb_server.cli import main

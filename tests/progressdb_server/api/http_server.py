@@ -10,9 +10,11 @@ from collections.abc import Iterator
 
 import uvloop
 
-from progressdb_server.api.http.listener import bind, serve_http
-from progressdb_server.api.http.shares import Shares
+from progressdb_server.api.gate.access import Proxies
+from progressdb_server.api.gate.keys import presented
 from progressdb_server.config import Server, Tls
+from progressdb_server.http.listener import bind, serve_http
+from progressdb_server.http.shares import Shares
 from tests.harness.waiting import WAIT_S_MAX, receive_more
 from tests.progressdb_server.api.asgi_client import Api
 from tests.progressdb_server.api.real_server import Reply
@@ -22,7 +24,7 @@ class HttpServer:
     def __init__(self, api: Api, tls: Tls, server: Server) -> None:
         self.api = api
         self._tls = tls
-        self.shares = Shares(server)
+        self.shares = Shares(server, Proxies(server.proxies).__contains__, presented)
         self._listener = bind("127.0.0.1", 0)
         self.port: int = self._listener.getsockname()[1]
         self._ready = threading.Event()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from progressdb_server.api.http.limits import NAMED_MEMBERS_COUNT_MAX
+from progressdb_server.api.gate.limits import NAMED_MEMBERS_COUNT_MAX
 from progressdb_server.store.membership import MEMBERS_COUNT_MAX
 from tests.harness.live_daemon import LiveDaemon
 from tests.progressdb_server.api import fault_words

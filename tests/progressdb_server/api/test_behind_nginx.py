@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api.http.access import Proxies
+from progressdb_server.api.gate.access import Proxies
 from progressdb_server.config import Server
 from tests import needs
 from tests.harness.waiting import WAIT_S_MAX, wait_until

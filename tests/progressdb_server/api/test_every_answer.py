@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from progressdb_server.api.http.limits import HEAD_BYTES_MAX
 from progressdb_server.api.openapi.document import document, error_texts
 from progressdb_server.config import BODY_BYTES_MIN
+from progressdb_server.http.limits import HEAD_BYTES_MAX
 from progressdb_server.kms.provider import SEALED
 from progressdb_server.store.model import BackupOfDatabaseError, ThreadKeyDestroyedError, TooManyVersionsError
 from tests.harness import documented

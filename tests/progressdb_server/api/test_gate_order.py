@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import structlog.testing
 
-from progressdb_server.api.http.access import AllowList, Proxies
-from progressdb_server.api.http.keys import KeyTable
+from progressdb_server.api.gate.access import AllowList, Proxies
+from progressdb_server.api.gate.keys import KeyTable
 from progressdb_server.config import ApiKeys, Cors, RateLimit
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, KEYS, OTHER_BACKEND, Api, signed
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.request import json_depth, without_strings
+from progressdb_server.api.gate import limits
+from progressdb_server.api.gate.request import json_depth, without_strings
+from progressdb_server.http.limits import REQUEST_BYTES_MAX
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, Api, Reply, signature, signed
 
 WITH_BODY = [
@@ -112,7 +113,7 @@ BODIES: dict[str, bytes] = {
     "very deep, unclosed": b"[" * 1_000_000,
     "very deep, unclosed objects": b'{"a":' * 200_000,
     "a number of 5,000 digits": b'{"author":"alice","title":7,"id":7,"userId":7,"body":' + b"9" * 5000 + b"}",
-    "too large": b'{"author":"alice","title":"x","body":"' + b"x" * limits.REQUEST_BYTES_MAX + b'"}',
+    "too large": b'{"author":"alice","title":"x","body":"' + b"x" * REQUEST_BYTES_MAX + b'"}',
     "ten megabytes": b'{"author":"alice","body":"' + b"x" * 10_000_000 + b'"}',
 }  # fmt: skip
 
@@ -122,7 +123,7 @@ BODIES: dict[str, bytes] = {
 def test_a_hostile_body_is_refused_and_nothing_is_stored(name: str, method: str, path: str) -> None:
     api = Prepared()
     reply = api.call(method, path, raw=BODIES[name], headers={"X-User-ID": "alice"})
-    too_large = len(BODIES[name]) > limits.REQUEST_BYTES_MAX
+    too_large = len(BODIES[name]) > REQUEST_BYTES_MAX
     assert_refused(api, reply, 413 if too_large else 400)
 
 
@@ -141,7 +142,7 @@ def test_too_large_a_declared_length_is_refused_before_the_body() -> None:
 
 def test_a_client_that_waits_for_100_continue_is_refused_at_once() -> None:
     api = Prepared()
-    more = {"Content-Length": str(limits.REQUEST_BYTES_MAX + 1), "Expect": "100-continue"}
+    more = {"Content-Length": str(REQUEST_BYTES_MAX + 1), "Expect": "100-continue"}
     reply = api.call("POST", "/v1/messages", chunks=[b"x", b"y"], headers=more)
     assert_refused(api, reply, 413)
 
@@ -151,7 +152,7 @@ def test_a_message_of_one_mebibyte_is_stored_and_a_larger_one_is_not() -> None:
     text = "x" * 1024 * 1024
     stored = api("POST", "/v1/messages", {"author": "alice", "body": text})
     assert (stored.status, stored.json["body"]) == (200, text)
-    assert api("POST", "/v1/messages", {"author": "a", "body": "x" * limits.REQUEST_BYTES_MAX}).status == 413
+    assert api("POST", "/v1/messages", {"author": "a", "body": "x" * REQUEST_BYTES_MAX}).status == 413
 
 
 def test_a_body_is_measured_as_it_is_stored() -> None:

@@ -12,8 +12,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from progressdb_server.api.application import operations
-from progressdb_server.api.http.access import for_users
-from progressdb_server.api.http.keys import ADMINS, OPERATORS, KeyTable
+from progressdb_server.api.gate.access import for_users
+from progressdb_server.api.gate.keys import ADMINS, OPERATORS, KeyTable
 from progressdb_server.api.openapi.description import JsonBody, Operation
 from progressdb_server.api.openapi.document import DescriptionError, document, documented_path, error_texts
 from progressdb_server.api.routes import jobs as job_routes

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_server.api.http.rates import RateBuckets, TokenBucket
+from progressdb_server.api.gate.rates import RateBuckets, TokenBucket
 
 STEPS = st.lists(st.floats(min_value=0, max_value=5), max_size=60)
 RATES = st.floats(min_value=0.1, max_value=50)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api.http.keys import KeyTable
+from progressdb_server.api.gate.keys import KeyTable
 from progressdb_server.store.model import (
     IdempotencyConflictError,
     InvalidThreadIdError,

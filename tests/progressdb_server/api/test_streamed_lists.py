@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.errors import ClientGoneError
-from progressdb_server.api.http.response import JsonList, send_list
+from progressdb_server.api.gate import limits, response
+from progressdb_server.api.gate.response import JsonList, send_list
+from progressdb_server.http.asgi import ClientGoneError
 from progressdb_server.store.model import Message, StoreUnavailableError
 
 
@@ -158,7 +158,7 @@ def test_a_client_that_hangs_up_ends_the_reading() -> None:
 
 
 def test_a_client_that_stops_reading_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "STREAM_STALL_SECONDS_MAX", 0.05)
+    monkeypatch.setattr(response, "STREAM_STALL_SECONDS_MAX", 0.05)
     source, client = Source(chunks=1000, of=50), Client(stalls_after=4)
     with pytest.raises(ClientGoneError):
         run(source, client)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api.http.head import names_tag
+from progressdb_server.api.gate.head import names_tag
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, Api, Reply, signed
 from tests.progressdb_server.api.real_server import RealServer

@@ -10,7 +10,7 @@ import pytest
 
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem
-from progressdb_server.api.http import limits
+from progressdb_server.api.gate import limits
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.store import keyspace, record
 from progressdb_server.store import messages as writing_room

@@ -1,7 +1,7 @@
 """The types in which a route describes its operations, and the schemas that several routes use.
 
 Owns: `Operation` and its parts. It holds what no code says; what follows from the table of operations (roles, errors of
-the checks before routing) is added by `api.openapi.document`. Invariant: bounds come from `api.http.limits`. The module
+the checks before routing) is added by `api.openapi.document`. Invariant: bounds come from `api.gate.limits`. The module
 must never name an operation.
 """
 
@@ -13,10 +13,10 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.keys import ANYONE, Role
-from progressdb_server.api.http.request import Request
-from progressdb_server.api.http.response import AnyResponse
+from progressdb_server.api.gate import limits
+from progressdb_server.api.gate.keys import ANYONE, Role
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import AnyResponse
 from progressdb_server.store.model import StatusError
 
 Schema = dict[str, Any]

@@ -13,9 +13,9 @@ from typing import Any, Final
 import msgspec
 import yaml
 
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import PROBE_PATHS, for_users, is_open
-from progressdb_server.api.http.errors import (
+from progressdb_server.api.gate import limits
+from progressdb_server.api.gate.access import PROBE_PATHS, for_users, is_open
+from progressdb_server.api.gate.errors import (
     AUTHOR_CONTROL_CHARACTER,
     AUTHOR_TOO_LONG,
     BODIES_FULL,
@@ -32,8 +32,9 @@ from progressdb_server.api.http.errors import (
     TOO_LARGE,
     UNAUTHORIZED,
 )
-from progressdb_server.api.http.keys import Role
+from progressdb_server.api.gate.keys import Role
 from progressdb_server.api.openapi.description import CALLER, PATH_SCHEMAS, JsonBody, Operation, Parameter, Schema, ref
+from progressdb_server.http.limits import HEAD_BYTES_MAX, HEADERS_COUNT_MAX, REQUEST_BYTES_MAX
 from progressdb_server.kms.provider import SEALED
 from progressdb_server.store.model import Message, Thread
 
@@ -123,7 +124,7 @@ def document(operations: Iterable[Operation], version: str) -> dict[str, Any]:
             "title": "ProgressDB",
             "version": version,
             "description": _INFO.format(
-                head=limits.HEAD_BYTES_MAX, headers=limits.HEADERS_COUNT_MAX, list_=limits.LIST_BUFFER_BYTES_MAX
+                head=HEAD_BYTES_MAX, headers=HEADERS_COUNT_MAX, list_=limits.LIST_BUFFER_BYTES_MAX
             ),
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
@@ -185,7 +186,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
         made["parameters"] = parameters
     if operation.body is not None:
         made["requestBody"] = {
-            "description": _BODY_BOUND.format(limits.REQUEST_BYTES_MAX),
+            "description": _BODY_BOUND.format(REQUEST_BYTES_MAX),
             "required": True,
             "content": {"application/json": {"schema": _body_schema(operation.body)}},
         }

@@ -10,11 +10,11 @@ from typing import Final
 
 import msgspec
 
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.errors import ApiError, bad_request, not_found
-from progressdb_server.api.http.keys import ADMINS, BACKENDS, OPERATORS, checked_author
-from progressdb_server.api.http.request import Request
-from progressdb_server.api.http.response import JsonList, Response, json_response, octets_response
+from progressdb_server.api.gate import limits
+from progressdb_server.api.gate.errors import ApiError, bad_request, not_found
+from progressdb_server.api.gate.keys import ADMINS, BACKENDS, OPERATORS, checked_author
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import JsonList, Response, json_response, octets_response
 from progressdb_server.api.openapi.description import (
     AUTHOR,
     DISK,

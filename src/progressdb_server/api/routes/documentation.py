@@ -11,8 +11,8 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any, Final
 
-from progressdb_server.api.http.request import Request
-from progressdb_server.api.http.response import Response, redirect
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import Response, redirect
 from progressdb_server.api.openapi import document as openapi
 from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, operations_of
 from progressdb_server.api.routes import pages

@@ -12,7 +12,7 @@ from typing import Final
 
 from minikms import api
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
-from progressdb_server.api.http.errors import ApiError, retry_after
+from progressdb_server.api.gate.errors import ApiError, retry_after
 from progressdb_server.kms.provider import LIMITED, SEALED, is_permanent
 from progressdb_server.store.model import KeyServiceRefusedError, StatusError
 

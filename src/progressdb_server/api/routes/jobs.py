@@ -11,10 +11,10 @@ from typing import Annotated, Final, get_args
 
 import msgspec
 
-from progressdb_server.api.http.errors import ApiError, bad_request
-from progressdb_server.api.http.keys import ADMINS
-from progressdb_server.api.http.request import Request
-from progressdb_server.api.http.response import EventStream, JsonList, Response, encode_json, json_response
+from progressdb_server.api.gate.errors import ApiError, bad_request
+from progressdb_server.api.gate.keys import ADMINS
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import EventStream, JsonList, Response, encode_json, json_response
 from progressdb_server.api.openapi.description import (
     BOTH,
     DISK,

@@ -17,22 +17,21 @@ from typing import Any, Final
 
 import msgspec
 
-from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.errors import (
+from progressdb_server.api.gate import head, limits
+from progressdb_server.api.gate.errors import (
     AUTHOR_REQUIRED,
     AUTHOR_TOO_LONG,
     INVALID_IDEMPOTENCY_KEY,
     OTHER_AUTHOR_IN_BODY,
     ApiError,
-    Header,
     bad_request,
     forbidden,
     not_found,
     too_large,
 )
-from progressdb_server.api.http.keys import Role, checked_author
-from progressdb_server.api.http.request import Request, decode_json
-from progressdb_server.api.http.response import NO_CONTENT, AnyResponse, JsonList, Response, encode_json, json_response
+from progressdb_server.api.gate.keys import Role, checked_author
+from progressdb_server.api.gate.request import Request, decode_json
+from progressdb_server.api.gate.response import NO_CONTENT, AnyResponse, JsonList, Response, encode_json, json_response
 from progressdb_server.api.openapi.description import (
     AUTHOR,
     ID,
@@ -51,6 +50,8 @@ from progressdb_server.api.openapi.description import (
     texts,
 )
 from progressdb_server.api.routes.table import THREAD_MESSAGES
+from progressdb_server.http.asgi import Header
+from progressdb_server.http.limits import REQUEST_BYTES_MAX
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     RECORD_MISSING,
@@ -187,7 +188,7 @@ class MessageBody(msgspec.Struct):
 
 
 _MESSAGE_DECODER: Final = json_decoder(MessageBody)
-_UNCHECKED_BYTES_MAX: Final = limits.REQUEST_BYTES_MAX // 4
+_UNCHECKED_BYTES_MAX: Final = REQUEST_BYTES_MAX // 4
 """The store writes the JSON of a body again. JSON grows less than fourfold by that (`1e15,` becomes
 `1000000000000000.0,`), so that the length of a shorter body needs no check.
 """
@@ -213,7 +214,7 @@ async def _received(request: Request) -> MessageBody:
         raise bad_request(ROLE_TOO_LONG)
     if sent.reply_to and not limits.ID_PATTERN.fullmatch(sent.reply_to):
         raise bad_request(INVALID_REPLY_TO)
-    if len(raw) > _UNCHECKED_BYTES_MAX and len(encode_json(sent.body)) > limits.REQUEST_BYTES_MAX:
+    if len(raw) > _UNCHECKED_BYTES_MAX and len(encode_json(sent.body)) > REQUEST_BYTES_MAX:
         raise too_large()
     return sent
 
@@ -251,7 +252,7 @@ def _reactions(request: Request, sent: MessageBody) -> dict[str, str]:
 # --- operations -------------------------------------------------------------------------------------------------------
 _REQUIRED_BODY: Final[Schema] = {
     "not": {"type": "null"},
-    "description": f"Any JSON value except null, of at most {limits.REQUEST_BYTES_MAX} bytes as the server encodes it.",
+    "description": f"Any JSON value except null, of at most {REQUEST_BYTES_MAX} bytes as the server encodes it.",
 }
 _ID_OR_EMPTY: Final[Schema] = {"type": ["string", "null"], "pattern": "^[A-Za-z0-9._-]{0,128}$"}
 _REACTIONS: Final[Schema] = {

@@ -17,9 +17,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from progressdb_server.api.http.keys import OPERATORS
-from progressdb_server.api.http.request import Request
-from progressdb_server.api.http.response import Response
+from progressdb_server.api.gate.keys import OPERATORS
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import Response
 from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, operations_of
 from progressdb_server.metrics import Histogram
 

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import jinja2
 
-from progressdb_server.api.http.errors import Header
-from progressdb_server.api.http.response import Response
+from progressdb_server.api.gate.response import Response
+from progressdb_server.http.asgi import Header
 
 POLICY: Final = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "

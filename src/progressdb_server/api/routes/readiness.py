@@ -19,10 +19,10 @@ import msgspec
 from minikms import api
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError
 from minikms.platform.logs import structlog
-from progressdb_server.api.http.errors import ApiError, retry_after
-from progressdb_server.api.http.keys import OPERATORS
-from progressdb_server.api.http.request import Request
-from progressdb_server.api.http.response import Response, json_response
+from progressdb_server.api.gate.errors import ApiError, retry_after
+from progressdb_server.api.gate.keys import OPERATORS
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import Response, json_response
 from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, list_of, operations_of, texts
 from progressdb_server.kms.provider import Fault, fault
 from progressdb_server.metrics import KmsMetrics

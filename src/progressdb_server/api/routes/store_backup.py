@@ -16,10 +16,10 @@ from typing import Final
 import msgspec
 
 from minikms.platform.logs import structlog
-from progressdb_server.api.http.errors import bad_request
-from progressdb_server.api.http.keys import ADMINS
-from progressdb_server.api.http.request import Request
-from progressdb_server.api.http.response import JsonList, Response, json_response
+from progressdb_server.api.gate.errors import bad_request
+from progressdb_server.api.gate.keys import ADMINS
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import JsonList, Response, json_response
 from progressdb_server.api.openapi.description import (
     DISK,
     INTEGER,

@@ -14,11 +14,12 @@ from typing import Final
 
 from starlette.routing import Route, Router
 
-from progressdb_server.api.http import head
-from progressdb_server.api.http.errors import ApiError, forbidden, not_found
-from progressdb_server.api.http.request import Receive, Request, Scope, Send
-from progressdb_server.api.http.response import EXCHANGE, Exchange
+from progressdb_server.api.gate import head
+from progressdb_server.api.gate.errors import ApiError, forbidden, not_found
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import EXCHANGE, Exchange
 from progressdb_server.api.openapi.description import Handler, Operation
+from progressdb_server.http.asgi import Receive, Scope, Send
 
 
 class Resource:

@@ -11,16 +11,16 @@ from typing import Any, Final
 
 import msgspec
 
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.errors import (
+from progressdb_server.api.gate import limits
+from progressdb_server.api.gate.errors import (
     AUTHOR_REQUIRED,
     INVALID_IDEMPOTENCY_KEY,
     OTHER_AUTHOR_IN_BODY,
     bad_request,
 )
-from progressdb_server.api.http.keys import Role, checked_author
-from progressdb_server.api.http.request import Request
-from progressdb_server.api.http.response import NO_CONTENT, JsonList, Response, json_response
+from progressdb_server.api.gate.keys import Role, checked_author
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import NO_CONTENT, JsonList, Response, json_response
 from progressdb_server.api.openapi.description import (
     AUTHOR,
     ID,

@@ -18,21 +18,20 @@ from typing import Any, Final, TypeVar
 
 from minikms.http.addresses import address_group
 from minikms.platform.logs import structlog
-from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.errors import (
+from progressdb_server.api.gate import head, limits
+from progressdb_server.api.gate.errors import (
     TOO_LARGE,
     UNAUTHORIZED_HEADERS,
     ApiError,
-    Header,
     bad_request,
     forbidden,
     retry_after,
     too_large,
 )
-from progressdb_server.api.http.keys import KeyTable, Role
-from progressdb_server.api.http.rates import RateBuckets
-from progressdb_server.api.http.request import Request
-from progressdb_server.api.http.response import Response, redirect
+from progressdb_server.api.gate.keys import KeyTable, Role
+from progressdb_server.api.gate.rates import RateBuckets
+from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.response import Response, redirect
 from progressdb_server.api.openapi.description import (
     AUTHOR,
     DISK,
@@ -49,6 +48,7 @@ from progressdb_server.api.routes import pages
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPage, VersionPage, format_time
 from progressdb_server.api.viewer.sessions import Sessions, ViewerSession, new_token, same
+from progressdb_server.http.asgi import Header
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import UNFINISHED, Job
 from progressdb_server.kms.provider import Provider

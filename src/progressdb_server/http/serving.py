@@ -9,8 +9,8 @@ import asyncio
 from email.utils import formatdate
 from typing import Final, Protocol
 
-from progressdb_server.api.http.request import ASGIApp
-from progressdb_server.api.http.shares import Readable, Shares
+from progressdb_server.http.asgi import ASGIApp
+from progressdb_server.http.shares import Readable, Shares
 
 _STOP_POLL_SECONDS: Final = 0.05
 CANCEL_SECONDS_MAX: Final = 5

@@ -9,10 +9,11 @@ from functools import partial
 
 import pytest
 
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.keys import Caller, KeyTable
-from progressdb_server.api.http.shares import BodyAccount, Shares
+from progressdb_server.api.gate.access import Proxies
+from progressdb_server.api.gate.keys import Caller, KeyTable, payer
 from progressdb_server.config import BODY_BYTES_MIN, Server
+from progressdb_server.http import limits
+from progressdb_server.http.shares import BodyAccount, Shares
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, signature
 from tests.progressdb_server.api.http_server import HttpServer, closed_within, read_response, running
@@ -40,9 +41,13 @@ def key(presented: str) -> Caller:
 def taken(shares: Shares, address: str, caller: Caller | None, user: str | None, presented: bytes = b"") -> int:
     """How many mebibytes bodies of one caller get."""
     count = 0
-    while BodyAccount(shares, shares.group(address), caller, user, presented).grow_to(MIB):
+    while True:
+        account = BodyAccount(shares, shares.group(address), presented)
+        if caller is not None:
+            account.identify(payer(caller, user))
+        if not account.grow_to(MIB):
+            return count
         count += 1
-    return count
 
 
 def test_a_user_an_unknown_caller_and_an_address_have_shares_of_the_budget() -> None:
@@ -59,15 +64,15 @@ def test_a_user_an_unknown_caller_and_an_address_have_shares_of_the_budget() -> 
 
 def test_a_proxy_and_a_peer_without_an_address_have_no_share_of_an_address() -> None:
     for address in ("10.0.0.7", "::ffff:10.0.0.7", ""):
-        shares = Shares(Server(body_bytes=64 * MIB, proxies=("10.0.0.0/8",)))
+        shares = Shares(Server(body_bytes=64 * MIB), Proxies(("10.0.0.0/8",)).__contains__)
         assert taken(shares, address, key(BACKEND), None) == 64
 
 
 def test_a_body_is_charged_to_its_user_and_given_back_at_its_end() -> None:
     shares = Shares(Server(body_bytes=64 * MIB))
-    unknown = [BodyAccount(shares, "192.0.2.1", None, None, b"key") for _ in range(12)]
+    unknown = [BodyAccount(shares, "192.0.2.1", b"key") for _ in range(12)]
     assert all(account.grow_to(MIB) for account in unknown)
-    assert [account.identify(key(FRONTEND), "alice") for account in unknown] == [True] * 8 + [False] * 4
+    assert [account.identify(payer(key(FRONTEND), "alice")) for account in unknown] == [True] * 8 + [False] * 4
     assert shares.bodies_bytes == 8 * MIB
     for account in unknown:
         account.close()
@@ -78,7 +83,7 @@ def test_a_body_is_charged_to_its_user_and_given_back_at_its_end() -> None:
 
 def test_no_more_is_charged_for_a_body_than_is_kept_of_it() -> None:
     shares = Shares()
-    account = BodyAccount(shares, "192.0.2.1", key(FRONTEND), "alice", b"")
+    account = BodyAccount(shares, "192.0.2.1", b"key")
     assert account.grow_to(30 * MIB)
     assert shares.bodies_bytes == limits.REQUEST_BYTES_MAX
 

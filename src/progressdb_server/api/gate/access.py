@@ -2,7 +2,7 @@
 (docs/spec/server-http.md).
 
 Owns: the paths that need no key and those of users, the allow list, the proxies whose word counts, and the order of the
-checks. Keys and signatures are in `api.http.keys`, rates in `api.http.rates`.
+checks. Keys and signatures are in `api.gate.keys`, rates in `api.gate.rates`.
 
 Invariants:
 - A check runs only after all earlier ones have passed. A refused request has reached no route.
@@ -25,11 +25,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from minikms.http.addresses import address_group
-from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.errors import ApiError, Header, bad_request, forbidden, too_many_requests, unauthorized
-from progressdb_server.api.http.keys import OPERATORS, Caller, KeyTable, presented_key, verified_user
-from progressdb_server.api.http.rates import RateBuckets
+from progressdb_server.api.gate import head, limits
+from progressdb_server.api.gate.errors import ApiError, bad_request, forbidden, too_many_requests, unauthorized
+from progressdb_server.api.gate.keys import OPERATORS, Caller, KeyTable, presented_key, verified_user
+from progressdb_server.api.gate.rates import RateBuckets
 from progressdb_server.config import Security, parse_network
+from progressdb_server.http.asgi import Header
 
 # --- paths and networks -----------------------------------------------------------------------------------------
 OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz", "/openapi.yaml", "/docs", "/viewer"})

@@ -1,6 +1,6 @@
 """One request: its headers, its caller and its decoded body.
 
-Owns: reading a body up to `limits.REQUEST_BYTES_MAX`, strict decoding of JSON, and the caller that access control
+Owns: reading a body up to `http.limits.REQUEST_BYTES_MAX`, strict decoding of JSON, and the caller that access control
 identified. Invariants: a handler gets a body only after all of it was received. JSON that is nested too deeply, not
 UTF-8 or of the wrong shape causes a 400 and never another error.
 
@@ -10,69 +10,29 @@ called thousands of times a second.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping
 from itertools import accumulate
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from minikms.api.decoding import UNDECODABLE
-from progressdb_server.api.http import head, keys, limits
-from progressdb_server.api.http.errors import (
+from progressdb_server.api.gate import head, keys, limits
+from progressdb_server.api.gate.errors import (
     AUTHOR_REQUIRED,
     CLOSE_HEADERS,
     INVALID_IDEMPOTENCY_KEY,
     INVALID_JSON,
     ApiError,
-    ClientGoneError,
-    Header,
     bad_request,
     bodies_full,
     too_large,
 )
+from progressdb_server.http.asgi import BODY_REFUSED, DIRECT, ClientGoneError, DirectChannel, Receive, Scope
+from progressdb_server.http.limits import REQUEST_BYTES_MAX
 from progressdb_server.store.model import Idempotency, StoreError
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
 Body = TypeVar("Body")
-
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-DIRECT: Final = "progressdb.direct"
-"""Key of a `DirectChannel` in the ASGI scope. Only this project's own server sets it."""
-BODY_REFUSED: Final = "progressdb.body_refused"
-"""Type of the ASGI message that comes in the place of a body for which there is no room. Only this project's own server
-sends it."""
-
-
-class DirectChannel(Protocol):
-    """Reads a body and sends a response without ASGI messages, each of which costs a coroutine and a dictionary.
-
-    No method waits. If one can't finish at once, it does nothing and the caller uses ASGI messages.
-    """
-
-    def received_body(self) -> bytes | None:
-        """The request's body if all of it was received and none of it was read yet; otherwise None."""
-        ...
-
-    def identify(self, caller: keys.Caller, user: str | None) -> None:
-        """Say who the caller is, to whose share the body is charged (`shares`)."""
-        ...
-
-    def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
-        """Send a complete response with its Content-Length. Returns False if nothing was sent."""
-        ...
-
-    def begin_list(self) -> Awaitable[None] | None:
-        """Begin the turn in which a list is read and sent (`shares.Lists`). Await the result unless it is None."""
-        ...
-
-    def end_list(self) -> None:
-        """End that turn."""
-        ...
-
 
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 _DEPTH_CHANGES: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
@@ -258,7 +218,7 @@ class Request:
     def received_body(self) -> bytes | None:
         """The whole body if it was already received, otherwise None. Raises ApiError 413 if it is too large."""
         received = self.direct.received_body() if self.direct is not None else None
-        if received is not None and len(received) > limits.REQUEST_BYTES_MAX:
+        if received is not None and len(received) > REQUEST_BYTES_MAX:
             raise too_large()
         if received is not None:
             self.body_bytes = len(received)
@@ -271,14 +231,14 @@ class Request:
         if received is not None:
             return received
         declared = self.headers.get(head.CONTENT_LENGTH)
-        if declared is not None and declared.isdigit() and int(declared) > limits.REQUEST_BYTES_MAX:
+        if declared is not None and declared.isdigit() and int(declared) > REQUEST_BYTES_MAX:
             await self._discard(int(declared))
         message = await self._receive()
         if message["type"] != "http.request":
             raise _no_body(message)
         first: bytes = message.get("body", b"")
         if not message.get("more_body", False):
-            if len(first) > limits.REQUEST_BYTES_MAX:
+            if len(first) > REQUEST_BYTES_MAX:
                 raise too_large()
             self.body_bytes = len(first)
             return first
@@ -293,7 +253,7 @@ class Request:
                 raise _no_body(message)
             part: bytes = message.get("body", b"")
             length += len(part)
-            if length > limits.REQUEST_BYTES_MAX:
+            if length > REQUEST_BYTES_MAX:
                 parts.clear()
                 if message.get("more_body", False):
                     await self._discard(length)

@@ -24,11 +24,11 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Any, Final
 
-from progressdb_server.api.http import framing, limits
-from progressdb_server.api.http.cycle import STATUS_LINES, Cycle
-from progressdb_server.api.http.request import DIRECT
-from progressdb_server.api.http.serving import Serving
-from progressdb_server.api.http.shares import BodyAccount
+from progressdb_server.http import framing, limits
+from progressdb_server.http.asgi import DIRECT
+from progressdb_server.http.cycle import STATUS_LINES, Cycle
+from progressdb_server.http.serving import Serving
+from progressdb_server.http.shares import BodyAccount
 
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
 _BODY_WAITING_BYTES_MAX: Final = 64 * 1024
@@ -312,7 +312,7 @@ class Connection(asyncio.Protocol):
         """Requests have come before their turn: read no more, and count what there is."""
         self._pause_reading()
         if len(self._input) > limits.BODY_UNCOUNTED_BYTES_MAX and self._held is None:
-            self._held = BodyAccount(self.serving.shares, self.group, None, None, b"")
+            self._held = BodyAccount(self.serving.shares, self.group, b"")
             if not self._held.grow_to(len(self._input)):
                 self.transport.abort()
 

@@ -9,8 +9,8 @@ import tracemalloc
 import httptools
 import pytest
 
-from progressdb_server.api.http import framing, limits
-from progressdb_server.api.http.framing import CHUNKED, Chunks, Fields, Head, HttpError
+from progressdb_server.http import framing, limits
+from progressdb_server.http.framing import CHUNKED, Chunks, Fields, Head, HttpError
 
 HEAD = b"POST /v1/m?a=b HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nX-Key:  a\tb \r\nConnection: keep-alive\r\n\r\n"
 CHUNKED_HEAD = b"PUT http://x/a?b HTTP/1.1\r\nhost: x\r\nTransfer-Encoding: Chunked\r\nExpect: 100-continue\r\n\r\n"

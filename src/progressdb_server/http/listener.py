@@ -22,12 +22,12 @@ from functools import partial
 from typing import Final
 
 from minikms.platform.logs import structlog
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.protocol import Connection
-from progressdb_server.api.http.request import ASGIApp
-from progressdb_server.api.http.serving import Serving
-from progressdb_server.api.http.shares import Shares
 from progressdb_server.config import ConfigError, ConfigMissingError, Tls
+from progressdb_server.http import limits
+from progressdb_server.http.asgi import ASGIApp
+from progressdb_server.http.protocol import Connection
+from progressdb_server.http.serving import Serving
+from progressdb_server.http.shares import Shares
 
 _log: Final = structlog.get_logger("progressdb.http")
 STOP_SECONDS_MAX: Final = 10

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-from progressdb_server.api.http import head, limits
-from progressdb_server.api.http.errors import (
+from progressdb_server.api.gate import head, limits
+from progressdb_server.api.gate.errors import (
     AUTHOR_CONTROL_CHARACTER,
     AUTHOR_TOO_LONG,
     INVALID_SIGNATURE,
@@ -28,6 +28,7 @@ from progressdb_server.api.http.errors import (
     forbidden,
     unauthorized,
 )
+from progressdb_server.http.asgi import Header
 
 
 class Role(enum.StrEnum):
@@ -113,6 +114,16 @@ class KeyTable:
             if hmac.compare_digest(signer.sign(user_id).encode("ascii"), signature):
                 valid = True
         return valid
+
+
+def presented(headers: Sequence[Header]) -> bytes:
+    """The key that a request presents, by which its body is charged before anyone has verified it; empty for none."""
+    return presented_key(dict(headers)) or b""
+
+
+def payer(caller: Caller, user: str | None) -> tuple[int, str | None] | None:
+    """Whose share of all bodies a request takes; None for a caller that acts for many users."""
+    return None if caller.role in OPERATORS else (caller.number, user)
 
 
 def presented_key(headers: head.Headers) -> bytes | None:

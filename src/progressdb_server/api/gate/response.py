@@ -18,9 +18,11 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.errors import ApiError, ClientGoneError, Header
-from progressdb_server.api.http.request import Receive, Request, Send
+from progressdb_server.api.gate import limits
+from progressdb_server.api.gate.errors import ApiError, lists_full
+from progressdb_server.api.gate.request import Request
+from progressdb_server.http.asgi import ClientGoneError, Header, ListsFullError, Receive, Send
+from progressdb_server.http.limits import STREAM_STALL_SECONDS_MAX
 
 _ENCODER: Final = msgspec.json.Encoder()
 _JSON: Final = (b"content-type", b"application/json")
@@ -126,7 +128,10 @@ class Exchange:
         else:
             waiting = direct.begin_list()
             if waiting is not None:
-                await waiting
+                try:
+                    await waiting
+                except ListsFullError:
+                    raise lists_full() from None
             try:
                 await send_list(response, self.receive, self.send)
             finally:
@@ -233,7 +238,7 @@ def _append_items(pending: bytearray, chunk: Sequence[Any], *, first: bool) -> N
 
 async def _send_part(part: bytes, send: Send) -> None:
     try:
-        async with asyncio.timeout(limits.STREAM_STALL_SECONDS_MAX):
+        async with asyncio.timeout(STREAM_STALL_SECONDS_MAX):
             await send({"type": "http.response.body", "body": part, "more_body": True})
     except TimeoutError:
         raise ClientGoneError from None

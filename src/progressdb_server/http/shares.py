@@ -4,7 +4,7 @@ Owns: the budget of bodies with its shares, the unread responses, the turns of l
 address. Invariants:
 - The bytes of all bodies that are being received or handled are at most the budget, beside `BODY_UNCOUNTED_BYTES_MAX`
   for each connection.
-- No user, no address, and before the signature is verified no API key of an address takes more than its share.
+- No payer, no address, and before the payer is known no claim of an address takes more than its share.
 - The unread bytes of all responses are at most `UNREAD_BYTES_MAX`, beside `WRITE_BUFFER_BYTES_MAX` for each connection.
   Beyond it the address with the most of them loses the connection whose client has not read for the longest time.
 - At most `LISTS_COUNT_MAX` lists are read at a time, and `ADDRESS_LISTS_COUNT_MAX` of one address. Others wait for
@@ -13,7 +13,8 @@ address. Invariants:
   for its client: for the first byte of a request, or for the rest of one.
 
 An address is an IPv4 address or the /64 of an IPv6 address. A proxy that the configuration names, and a peer without an
-address such as a Unix socket, stand for many clients: no bound for one address applies to them.
+address such as a Unix socket, stand for many clients: no bound for one address applies to them. The module knows no key
+and no user: the application says who pays.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter, deque
-from collections.abc import Awaitable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from minikms.http.addresses import address_group
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.access import Proxies
-from progressdb_server.api.http.errors import ClientGoneError, lists_full
-from progressdb_server.api.http.keys import Caller, Role
 from progressdb_server.config import Server
+from progressdb_server.http import limits
+from progressdb_server.http.asgi import ClientGoneError, Header, ListsFullError
 
 _DEFAULTS: Final = Server()
 
@@ -56,21 +55,29 @@ class _Unread(NamedTuple):
 
 
 class Shares:
-    def __init__(self, server: Server = _DEFAULTS) -> None:
+    def __init__(
+        self,
+        server: Server = _DEFAULTS,
+        is_proxy: Callable[[str], bool] = lambda address: False,
+        claim: Callable[[Sequence[Header]], bytes] = lambda headers: b"",
+    ) -> None:
+        """`is_proxy`: whether an address stands for many clients. `claim`: what the headers of a request say of its
+        sender, before anyone has verified it."""
         self.bodies_bytes = 0
         """Of the bodies that are in flight."""
         self._budget_bytes = server.body_bytes
         self._used_bytes: dict[Hashable, int] = {}
         self._idle_max = server.idle_connections
         self._idle: dict[str, dict[Closable, None]] = {}  # of each address, longest idle first
-        self._proxies = Proxies(server.proxies)
+        self._is_proxy = is_proxy
+        self.claim = claim
         self.unread_bytes = 0
         self._unread: dict[Readable, _Unread] = {}  # longest unread first
         self.lists = Lists(self._unread)
 
     def group(self, address: str) -> str:
         """By what the bounds of one address are counted; empty for an address to which none applies."""
-        if not address or address in self._proxies:
+        if not address or self._is_proxy(address):
             return ""
         return address_group(address)
 
@@ -149,8 +156,8 @@ class Lists:
         self._sweeper: asyncio.TimerHandle | None = None
 
     def begin(self, group: str, connection: Readable) -> Awaitable[None] | None:
-        """Take a turn. The result is None, or waits for the turn and raises ApiError 503, or ClientGoneError if the
-        client leaves meanwhile. With an error there is no turn to end."""
+        """Take a turn. The result is None, or waits for the turn and raises ListsFullError, or ClientGoneError if
+        the client leaves meanwhile. With an error there is no turn to end."""
         if not self._take(group):
             return self._wait(group, connection)
         self._reading.add(connection)
@@ -202,7 +209,7 @@ class Lists:
                 if not self._waiting[group]:
                     del self._waiting[group]
         if not turn.done():
-            raise lists_full()
+            raise ListsFullError
         if connection.is_closing:
             self._give_back(group)
             raise ClientGoneError
@@ -226,28 +233,20 @@ Charges = tuple[tuple[Hashable, float], ...]
 
 
 class BodyAccount:
-    """What one body takes from the budget. `key` is the API key as it was presented."""
+    """What one body takes from the budget, before its sender is identified and afterwards."""
 
     __slots__ = ("_bytes", "_charges", "_group", "_shares")
 
-    def __init__(self, shares: Shares, group: str, caller: Caller | None, user: str | None, key: bytes) -> None:
-        """`group`: see `Shares.group`. `caller` is None until the caller was identified."""
+    def __init__(self, shares: Shares, group: str, claim: bytes) -> None:
+        """`group`: see `Shares.group`. `claim`: see `Shares`."""
         self._shares = shares
         self._group = group
         self._bytes = 0
-        self._charges: Charges = self._of_unknown(key) if caller is None else self._of(caller, user)
+        claimed = (group, hashlib.sha256(claim).digest())
+        self._charges: Charges = (*self._of_address(), (claimed, limits.UNVERIFIED_BODIES_SHARE))
 
     def _of_address(self) -> Charges:
         return ((self._group, limits.ADDRESS_BODIES_SHARE),) if self._group else ()
-
-    def _of_unknown(self, key: bytes) -> Charges:
-        caller = (self._group, hashlib.sha256(key).digest())
-        return (*self._of_address(), (caller, limits.UNVERIFIED_BODIES_SHARE))
-
-    def _of(self, caller: Caller, user: str | None) -> Charges:
-        if caller.role in (Role.ADMIN, Role.BACKEND):
-            return self._of_address()  # it acts for many users
-        return (*self._of_address(), ((caller.number, user), limits.USER_BODIES_SHARE))
 
     def grow_to(self, count: int) -> bool:
         """The body has `count` bytes so far. Returns False if they do not fit."""
@@ -258,11 +257,12 @@ class BodyAccount:
             self._bytes = count
         return True
 
-    def identify(self, caller: Caller, user: str | None) -> bool:
-        """Charge the caller, who is known now. Returns False if its share is used up."""
+    def identify(self, payer: Hashable) -> bool:
+        """Charge the payer, or for None only the address. Returns False if a share is used up."""
         count = self._bytes
         self.close()
-        self._charges = self._of(caller, user)
+        own = () if payer is None else ((payer, limits.USER_BODIES_SHARE),)
+        self._charges = (*self._of_address(), *own)
         return self.grow_to(count)
 
     def close(self) -> None:

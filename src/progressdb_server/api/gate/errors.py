@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from progressdb_server.api.http import limits
-
-Header = tuple[bytes, bytes]
+from progressdb_server.api.gate import limits
+from progressdb_server.http.asgi import CLOSE, Header
 
 FORBIDDEN: Final = "forbidden"
 UNAUTHORIZED: Final = "unauthorized"
@@ -34,7 +33,6 @@ OTHER_AUTHOR_IN_BODY: Final = "author mismatch between signature and body author
 INVALID_IDEMPOTENCY_KEY: Final = "the Idempotency-Key must be 1 to 255 visible ASCII characters"
 
 UNAUTHORIZED_HEADERS: Final[tuple[Header, ...]] = ((b"www-authenticate", b"Bearer"),)
-CLOSE: Final[Header] = (b"connection", b"close")
 CLOSE_HEADERS: Final[tuple[Header, ...]] = (CLOSE,)
 
 
@@ -46,10 +44,6 @@ class ApiError(Exception):
         self.status = status
         self.text = text
         self.headers = headers
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection before its request was whole, or stopped reading. No response can reach it."""
 
 
 def bad_request(text: str) -> ApiError:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api.http import limits
+from progressdb_server.http import limits
 from tests.progressdb_server.api.asgi_client import BACKEND, Api
 from tests.progressdb_server.api.http_server import closed_within, read_response, running
 

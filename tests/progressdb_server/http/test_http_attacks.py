@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.cycle import Cycle
-from progressdb_server.api.http.protocol import Connection
-from progressdb_server.api.http.shares import Shares
 from progressdb_server.config import BODY_BYTES_MIN, Server
+from progressdb_server.http import limits
+from progressdb_server.http.cycle import Cycle
+from progressdb_server.http.protocol import Connection
+from progressdb_server.http.shares import Shares
 from tests.harness.waiting import receive_more, wait_until
 from tests.progressdb_server.api.asgi_client import BACKEND, Api
 from tests.progressdb_server.api.certificates import self_signed

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.api.http import framing
-from progressdb_server.api.http.cycle import Cycle
-from progressdb_server.api.http.protocol import Connection
-from progressdb_server.api.http.serving import Serving
-from progressdb_server.api.http.shares import Shares
+from progressdb_server.http import framing
+from progressdb_server.http.cycle import Cycle
+from progressdb_server.http.protocol import Connection
+from progressdb_server.http.serving import Serving
+from progressdb_server.http.shares import Shares
 
 
 class Transport:

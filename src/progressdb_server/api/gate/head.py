@@ -15,8 +15,8 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from minikms import api as kms_api
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.errors import INVALID_ENCODING, REPEATED_PARAMETER, bad_request
+from progressdb_server.api.gate import limits
+from progressdb_server.api.gate.errors import INVALID_ENCODING, REPEATED_PARAMETER, bad_request
 
 ORIGIN: Final = b"origin"
 AUTHORIZATION: Final = b"authorization"

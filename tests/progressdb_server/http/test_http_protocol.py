@@ -16,8 +16,8 @@ from typing import Any
 import httptools
 import pytest
 
-from progressdb_server.api.http import framing, limits, listener, serving
-from progressdb_server.api.http.protocol import Connection
+from progressdb_server.http import framing, limits, listener, serving
+from progressdb_server.http.protocol import Connection
 from progressdb_server.store.model import MessageNotFoundError
 from tests.harness.waiting import WAIT_S_MAX, receive_more, wait_until
 from tests.progressdb_server.api.asgi_client import BACKEND, Api

@@ -1,27 +1,25 @@
-"""One request of a connection and its response, for ASGI and as a `request.DirectChannel`.
+"""One request of a connection and its response, for ASGI and as an `asgi.DirectChannel`.
 
 Owns: what waits of a body, the turn of a list, and the bytes of a response. Invariants: no header of a response can
 contain a line break; a response is as long as its content-length, or the connection is closed; a body that finds no
 room in the budget is refused. The module must never look into a body.
 
 A response that is complete is one write, because each write is a system call. Complete bodies and responses bypass
-ASGI's messages (`request.DirectChannel`).
+ASGI's messages (`asgi.DirectChannel`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, MutableMapping, Sequence
+from collections.abc import Awaitable, Hashable, Iterable, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
 from minikms.platform.logs import structlog
-from progressdb_server.api.http import framing, limits
-from progressdb_server.api.http.errors import CLOSE, Header
-from progressdb_server.api.http.keys import Caller, presented_key
-from progressdb_server.api.http.request import BODY_REFUSED
-from progressdb_server.api.http.serving import ServedConnection
-from progressdb_server.api.http.shares import BodyAccount
+from progressdb_server.http import framing, limits
+from progressdb_server.http.asgi import BODY_REFUSED, CLOSE, Header
+from progressdb_server.http.serving import ServedConnection
+from progressdb_server.http.shares import BodyAccount
 
 _log: Final = structlog.get_logger("progressdb.http")
 STATUS_LINES: Final = {
@@ -43,7 +41,8 @@ class Cycle:
         self._body: bytes | bytearray = b""
         self._received_bytes = 0
         self._account: BodyAccount | None = None
-        self._caller: tuple[Caller, str | None] | None = None
+        self._payer: Hashable = None  # also of a caller that acts for many users
+        self._identified = False
         self._has_news = False
         self._event: asyncio.Event | None = None
         self.response_started = False
@@ -80,10 +79,10 @@ class Cycle:
         self._event.clear()
         await self._event.wait()
 
-    def identify(self, caller: Caller, user: str | None) -> None:
-        """See `request.DirectChannel`."""
-        self._caller = caller, user
-        if self._account is not None and not self._account.identify(caller, user):
+    def identify(self, payer: Hashable) -> None:
+        """See `asgi.DirectChannel`."""
+        self._payer, self._identified = payer, True
+        if self._account is not None and not self._account.identify(payer):
             self._refuse_body()
 
     def release(self) -> None:
@@ -95,10 +94,11 @@ class Cycle:
     def _fits(self) -> bool:
         """Whether what was received of the body fits into the budget of bodies."""
         if self._account is None:
-            caller, user = self._caller or (None, None)
-            key = b"" if caller is not None else presented_key(dict(self.scope["headers"])) or b""
-            connection = self.connection
-            self._account = BodyAccount(connection.serving.shares, connection.group, caller, user, key)
+            shares = self.connection.serving.shares
+            claim = b"" if self._identified else shares.claim(self.scope["headers"])
+            self._account = BodyAccount(shares, self.connection.group, claim)
+            if self._identified:
+                self._account.identify(self._payer)
         return self._account.grow_to(self._received_bytes)
 
     def _refuse_body(self) -> None:
@@ -133,7 +133,7 @@ class Cycle:
         self.notify()
 
     def received_body(self) -> bytes | None:
-        """See `request.DirectChannel`."""
+        """See `asgi.DirectChannel`."""
         if not self._has_news or self.more_body or self.waits_for_continue:
             return None
         if self.disconnected or self.response_complete or self.body_refused:
@@ -164,17 +164,17 @@ class Cycle:
 
     # --- the response ---------------------------------------------------------------------------------------------
     def begin_list(self) -> Awaitable[None] | None:
-        """See `request.DirectChannel`."""
+        """See `asgi.DirectChannel`."""
         connection = self.connection
         return connection.serving.shares.lists.begin(connection.group, connection)
 
     def end_list(self) -> None:
-        """See `request.DirectChannel`."""
+        """See `asgi.DirectChannel`."""
         connection = self.connection
         connection.serving.shares.lists.end(connection.group, connection)
 
     def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
-        """See `request.DirectChannel`."""
+        """See `asgi.DirectChannel`."""
         connection = self.connection
         if connection.write_paused or self._response_start is not None or self.response_complete or self.disconnected:
             return False

@@ -18,8 +18,8 @@ from typing import Final
 
 import msgspec
 
-from progressdb_server.api.http import limits
-from progressdb_server.api.http.errors import Header
+from progressdb_server.http import limits
+from progressdb_server.http.asgi import Header
 
 _TOKEN: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _TEXT: Final = bytes({*range(256)} - {*range(32), 127} | {9})
