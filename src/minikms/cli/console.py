@@ -52,13 +52,9 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
     from minikms.api import errors
 
     advice: dict[type[Exception], str] = {
-        errors.KmsUnavailableError: "Is the daemon running? Start it with `minikms --socket … --data-dir …`, or name "
-        "its socket with --socket or PROGRESSDB_KMS_SOCKET",
         errors.KmsTimeoutError: "The daemon hangs, or systemd starts it again and again: its log says why (`journalctl "
         "-u minikms -n 20`). The request may have been carried out",
         errors.KmsUntrustedServerError: usage.UNTRUSTED_ADVICE,
-        errors.UnauthorizedError: "Run this as a user of the daemon's --allowed-uids, or of a grant of its policy file",
-        errors.ForbiddenError: "Run this as a user of the daemon's --admin-uids, or of a grant of its policy file",
         errors.AuditUnavailableError: "Free space on the file system of the audit log; see docs/runbook.md",
         errors.AuditLaggingError: "See docs/runbook.md",
         errors.KeyNotFoundError: "List the keys with `minikms keys list`",
@@ -66,11 +62,6 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
     next_step = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")
     if "https://" in str(error):  # of a gateway: the text says what to do
         next_step = ""
-    if isinstance(error, errors.KmsUnavailableError) and isinstance(error.__cause__, PermissionError):
-        next_step = (
-            "Run this as the daemon's user, as root, or as a member of the socket's group: see --socket-group and "
-            "--socket-mode of `minikms serve`"
-        )
     missing = errors.KeyNotFoundError | errors.InvalidRequestError | errors.StorageUnavailableError | errors.StartError
     judged = isinstance(error, errors.KmsRefusedError | errors.KmsUntrustedServerError) and not isinstance(
         error, missing

@@ -33,6 +33,13 @@ _UCRED: Final = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7); 
 _XUCRED: Final = struct.Struct("II")  # version, uid: the head of struct xucred, FreeBSD's and macOS's unix(4)
 _XUCRED_BYTES: Final = 76
 _LOCAL_PEERCRED: Final = 1
+NOT_RUNNING: Final = (
+    "Is the daemon running? Start it with `minikms --socket … --data-dir …`, or name the socket on which it listens"
+)
+NOT_ADMITTED: Final = (
+    "Run this as the daemon's user, as root, or as a member of the socket's group: see --socket-group and "
+    "--socket-mode of `minikms serve`"
+)
 OVERFLOW_UID_FILE: Final = "/proc/sys/kernel/overflowuid"
 
 
@@ -114,7 +121,8 @@ def connect(path: str, server_uids: Collection[int]) -> socket.socket:
     except OSError as error:
         sock.close()
         reason = os.strerror(error.errno) if error.errno else "no reason known"
-        raise KmsUnavailableError(f"no key service answers at {path}: {reason}") from error
+        advice = NOT_ADMITTED if isinstance(error, PermissionError) else NOT_RUNNING
+        raise KmsUnavailableError(f"no key service answers at {path}: {reason}. {advice}") from error
     except BaseException:
         sock.close()
         raise

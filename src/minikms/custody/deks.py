@@ -31,7 +31,7 @@ from typing import Final, Self
 
 from minikms import api
 from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
-from minikms.keys.dek import FILE_BYTES
+from minikms.keys.dek import FILE_BYTES, not_found
 from minikms.platform.files import open_directory, read_file_bounded, read_file_of, remove_files, sweep_temps
 from minikms.platform.sync import sync_file
 
@@ -139,7 +139,7 @@ class DekStore:
                 raise
             raise KeyUnreadableError(f"the file of key {key_id} can't be read: {error}") from None
         if data is None:
-            raise KeyNotFoundError("key not found")
+            raise not_found(key_id)
         return data
 
     def read_many(self, key_ids: Iterable[str]) -> list[tuple[str, bytes | KmsRefusedError]]:

@@ -223,7 +223,11 @@ class Admission:
 
     def _turn_away(self, session: Session) -> Response:
         self._refuse(session.peer)
-        return error_response(401, api.CODE_UNAUTHORIZED, "this uid may not use the key service", close=True)
+        text = (
+            f"uid {session.peer.uid} may not use the key service; its operator can name this user in --allowed-uids, "
+            "or in a grant of the policy file"
+        )
+        return error_response(401, api.CODE_UNAUTHORIZED, text, close=True)
 
     def _refuse(self, peer: Peer) -> None:
         self._report(self._unauthorised_peers.note(actor(peer.uid), time.monotonic_ns()))

@@ -25,7 +25,7 @@ import msgspec
 
 from minikms import api
 from minikms.api.decoding import UNDECODABLE
-from minikms.api.errors import ConflictError, DecryptionError, InvalidRequestError, KeyUnreadableError
+from minikms.api.errors import ConflictError, DecryptionError, InvalidRequestError, KeyNotFoundError, KeyUnreadableError
 from minikms.crypto import labels
 from minikms.crypto.aead import XaesCipher
 from minikms.keys.keyring import VERSION_MAX as KEK_VERSION_MAX
@@ -61,6 +61,11 @@ def check_key_id(text: str) -> str:
     if api.KEY_ID_PATTERN.fullmatch(text) is None:
         raise InvalidRequestError("a key id is k_ and 26 characters of lower-case Crockford base 32")
     return text
+
+
+def not_found(key_id: str) -> KeyNotFoundError:
+    """The one answer for a key that does not exist, and for one that the caller may not know of."""
+    return KeyNotFoundError(f"key not found: {key_id}")
 
 
 def key_id_to_bytes(key_id: str) -> bytes:

@@ -33,5 +33,8 @@ class Principal(msgspec.Struct, frozen=True):
     def require(self, role: Role) -> None:
         """Raises ForbiddenError unless the principal has `role`."""
         if role not in self.roles:
-            who = "uid" if self.scope is None else "principal"
-            raise ForbiddenError(f"this {who} does not have the role {role}; ask whoever runs the key service")
+            who = f"principal {self.actor}" if self.via else f"uid {self.uid}"
+            raise ForbiddenError(
+                f"{who} does not have the role {role}; the operator of the key service can give it with --admin-uids, "
+                "or in a grant of the policy file"
+            )

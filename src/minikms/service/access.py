@@ -35,7 +35,7 @@ from minikms.audit import Event
 from minikms.crypto import aead
 from minikms.custody.destruction import Removal
 from minikms.custody.vault import Indexing, OpenDek, Vault
-from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes
+from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes, not_found
 from minikms.keys.index import Page
 from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope, Taken
 
@@ -59,7 +59,7 @@ def renewed(who: Principal, policy: Policy, verb: Verb[Any, Any]) -> Principal:
         return who
     now = policy.principal(who.uid, who.pid, who.actor if who.via else None)
     if now is None:
-        raise UnauthorizedError("the policy has changed: this uid may no longer use the key service")
+        raise UnauthorizedError(f"the policy has changed: uid {who.uid} may no longer use the key service")
     require(now, verb)
     return now
 
@@ -198,7 +198,7 @@ class ScopedKeys:
         except KeyError:
             decision = self._decisions[key_id] = self._decide(key_id)
         if decision is None:
-            raise KeyNotFoundError("key not found")
+            raise not_found(key_id)
         return decision
 
     def _decide(self, key_id: str) -> _Decision | None:
@@ -236,7 +236,7 @@ class ScopedKeys:
         """
         if decision.thread_id and thread_id != decision.thread_id and not self.allows_thread(thread_id):
             self._decisions[key_id] = None
-            raise KeyNotFoundError("key not found")
+            raise not_found(key_id)
 
     def allows_thread(self, thread_id: str) -> bool:
         """Whether the policy in force allows the verb on keys of this thread. Raises as `refresh`."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from minikms.api.errors import KeyDestroyedError
+from minikms.api.errors import ForbiddenError, KeyDestroyedError, KeyNotFoundError, KmsUnavailableError
 from minikms.cli.console import chosen_server_uids
+from minikms.client import Client
+from minikms.policy import Principal
 from minikms.usage import CommandError
 from tests import needs
 from tests.harness import forked
@@ -64,6 +67,16 @@ def test_a_server_of_another_user_destroys_no_key(daemon: LiveDaemon, count: int
         for key_id in key_ids:
             with pytest.raises(KeyDestroyedError):
                 kms.get_key(key_id)
+
+
+def test_the_errors_of_the_client_name_who_is_refused_what_and_the_remedy(daemon: LiveDaemon, tmp_path: Path) -> None:
+    with pytest.raises(ForbiddenError, match=r"^uid 7 does not have the role destroy; .*--admin-uids.* policy file$"):
+        Principal(7, 1, "peer_uid:7", frozenset()).require("destroy")
+    key_id = "k_" + "0" * 26
+    with daemon.client() as kms, pytest.raises(KeyNotFoundError, match=f"^key not found: {key_id}$"):
+        kms.get_key(key_id)
+    with Client(tmp_path / "s", wait_s=0) as kms, pytest.raises(KmsUnavailableError, match="Start it with"):
+        kms.health()
 
 
 def test_a_user_without_access_reads_which_user_or_group_has_it(daemon: LiveDaemon) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import minikms
-from minikms.api.errors import KmsUntrustedServerError, StartError
+from minikms.api.errors import KmsUntrustedServerError, StartError, UnauthorizedError
 from minikms.daemon.admission import UNAUTHORISED_CONNECTIONS_MAX
 from minikms.memory import libc
 from minikms.policy import Policy
@@ -70,6 +70,8 @@ def test_only_the_named_uids_are_allowed_not_the_daemons_own(public: Path) -> No
         assert foreign.run_as(foreign.UID, lambda: ask(daemon.socket, b"GET /status"))[0] == 200
         assert foreign.run_as(foreign.UID + 1, lambda: ask(daemon.socket, b"GET /status"))[0] == 401
         assert ask(daemon.socket, b"GET /status")[0] == 401
+        with daemon.client() as kms, pytest.raises(UnauthorizedError, match=f"uid {os.geteuid()} .*--allowed-uids"):
+            kms.status()
 
 
 def test_a_passed_connection_keeps_the_authority_of_its_maker(public: Path) -> None:
