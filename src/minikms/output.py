@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
-from minikms.api.printable import clean
 from minikms.usage import EXIT_FAILED, CommandError
 
 if TYPE_CHECKING:
@@ -43,6 +42,8 @@ def print_result(value: object, text: str | Iterable[str], *, json: bool) -> Non
     if json:
         print_json(value)
         return
+    from minikms.api.printable import clean
+
     for line in text.split("\n") if isinstance(text, str) else text:
         print(clean(line))
 
@@ -59,6 +60,8 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, righ
     from rich.table import Table
     from rich.text import Text
 
+    from minikms.api.printable import clean
+
     table = Table(*titles, box=None, pad_edge=False, header_style="bold")
     for column, title in zip(table.columns, titles, strict=True):
         column.overflow = "fold"  # a truncated id can't be used
@@ -71,6 +74,8 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, righ
 
 def print_facts(facts: Iterable[tuple[str, object]], *, indent: int = 0) -> None:
     """Names and values, one pair a line, the values aligned."""
+    from minikms.api.printable import clean
+
     lines = [(name, clean(str(value))) for name, value in facts]
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
@@ -79,6 +84,8 @@ def print_facts(facts: Iterable[tuple[str, object]], *, indent: int = 0) -> None
 
 def name_list(names: Sequence[str]) -> str:
     """The first NAMED_COUNT_MAX names, and how many more there are."""
+    from minikms.api.printable import clean
+
     more = f" and {len(names) - NAMED_COUNT_MAX} more" if len(names) > NAMED_COUNT_MAX else ""
     return ", ".join(clean(name) for name in names[:NAMED_COUNT_MAX]) + more
 

@@ -16,9 +16,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 
-from cyclopts import App, Parameter, validators
 
-from minikms.api.printable import clean
+def missing_library(error: ModuleNotFoundError, program: str) -> str:
+    """The sentence for a program whose extra was not installed. A missing module of our own is raised again."""
+    if error.name is None or error.name.startswith(("minikms", "progressdb_server")):
+        raise error
+    extra = "server" if program.startswith("progressdb") else "gateway" if error.name == "joserfc" else "daemon"
+    return f"the library {error.name} is missing: `pip install '.[{extra}]'` in a checkout adds it"
+
+
+try:
+    from cyclopts import App, validators
+    from cyclopts import Parameter as Parameter  # noqa: PLC0414  for the commands, whose first import is this module
+except ModuleNotFoundError as error:  # the client was installed alone
+    _called = Path(sys.argv[0])
+    _program = _called.parent.name if _called.name == "__main__.py" else _called.name
+    print(f"{_program}: {missing_library(error, _program)}", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from cyclopts import Argument, CycloptsError
@@ -130,7 +144,14 @@ def run(program: str, command: Callable[[], Any], explain: Callable[[Exception],
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001  `explain` raises a defect again
-        text, exit_status = explain(error)
+        from minikms.api.printable import clean
+
+        # A command's module is imported by cyclopts, which raises an error of its own from that of the import.
+        cause = error.__cause__ if isinstance(error, ImportError) and error.__cause__ is not None else error
+        if isinstance(cause, ModuleNotFoundError):
+            text, exit_status = missing_library(cause, program), EXIT_MISSING
+        else:
+            text, exit_status = explain(error)
         print(f"{program}: {clean(text)}", file=sys.stderr)
         sys.exit(exit_status)
 

@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
-from cyclopts import Parameter
-
 from minikms.usage import (
     EXIT_FAILED,
     EXIT_GOOD,
     EXIT_MISSING,
     LogFormat,
+    Parameter,
     RequireHardening,
     explained_system,
     new_helper,

@@ -7,18 +7,24 @@ else to standard error; what `check-config` accepts, a start accepts too, but fo
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
-from cyclopts import Parameter
-
-from minikms.usage import EXIT_GOOD, EXIT_MISSING, LogFormat, RequireHardening, explained_system, new_helper, run_app
+from minikms.usage import (
+    EXIT_GOOD,
+    EXIT_MISSING,
+    LogFormat,
+    Parameter,
+    RequireHardening,
+    explained_system,
+    new_helper,
+    run_app,
+)
 
 app = new_helper(
     "minikms-gateway",
     "The key service for other hosts, over TLS with client certificates and tokens. Without a command it serves.",
     "Exit status: 0 done, 2 wrong usage, or the configuration is not valid.",
 )
-_MISSING_LIBRARY: Final = "joserfc"
 
 Config = Annotated[Path, Parameter(name="--config", help="The configuration (docs/spec/gateway.md).")]
 
@@ -55,6 +61,4 @@ def explained(error: Exception) -> str:
 
     if isinstance(error, StartError):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name == _MISSING_LIBRARY:
-        return "the library joserfc is missing: pip install 'progressdb-minikms[gateway]'"
     return explained_system(error, "minikms-gateway")

@@ -11,8 +11,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
-from cyclopts import Parameter
-
 from minikms import usage
 from minikms.output import print_result
 from minikms.usage import (
@@ -21,6 +19,7 @@ from minikms.usage import (
     EXIT_MISSING,
     SOCKET_VARIABLE,
     Json,
+    Parameter,
     PassphraseSource,
     ServerUid,
     Socket,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from minikms.usage import missing_library
+
 PROJECT = Path(__file__).resolve().parents[2]
 RUN_SECONDS_MAX = 60
 
@@ -36,6 +38,41 @@ def test_help_imports_nothing_that_only_a_command_needs(package: str) -> None:
     modules = {"rich.markdown", "rich.progress", "importlib.metadata", "difflib"}
     rooms = {"minikms.daemon", "minikms.cli.status", "progressdb_server.config", "progressdb_server.cli.jobs"}
     assert not {name for name in imported if name.partition(".")[0] in roots} | (imported & (modules | rooms))
+
+
+LIBRARIES = ("cryptography", "httptools", "uvloop", "pybase64", "structlog", "prometheus_client", "cyclopts", "rich")
+"""Of the extra `daemon`, as `sys.modules` names them."""
+
+
+def without(libraries: Sequence[str], program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-c", f"import sys; sys.modules.update(dict.fromkeys({libraries})); {program}", *words)
+
+
+def test_the_client_and_the_adapters_need_no_extra() -> None:
+    done = without(LIBRARIES, "import minikms, minikms_adapters.records; minikms.Client, minikms.AsyncClient")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("module", "library", "words", "extra"),
+    [
+        ("minikms.cli", "cyclopts", ("status",), "daemon"),
+        ("minikms_auditor.command", "cyclopts", (), "daemon"),
+        ("minikms_gateway.command", "cyclopts", (), "daemon"),
+        ("minikms_unlock.command", "cyclopts", (), "daemon"),
+        ("progressdb_server.cli", "cyclopts", (), "server"),
+        ("progressdb_server.cli", "rocksdict", ("check", "--db", "."), "server"),
+    ],
+)
+def test_a_program_without_its_extra_names_it(module: str, library: str, words: tuple[str, ...], extra: str) -> None:
+    name = module.partition(".")[0].replace("_server", "").replace("_", "-")
+    program = f"sys.argv[0] = {name!r}; from {module} import main; main()"
+    done = without([library], program, *words)
+    assert (
+        done.stderr == f"{name}: the library {library} is missing: `pip install '.[{extra}]'` in a checkout adds it\n"
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'.[gateway]'" in missing_library(ModuleNotFoundError(name="joserfc"), "minikms-gateway")
 
 
 def test_the_help_of_a_command_says_what_its_exit_statuses_mean() -> None:

@@ -28,8 +28,16 @@ ELSEWHERE = ("tests/progressdb_server/api/sdk_driver.py", "tests/torture/upstrea
 def imports_of_make_venv() -> set[str]:
     """The modules that an environment of `make venv` can import, the project's own and those of the tests included."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
     requirements = [
-        Requirement(text) for text in project["project"]["dependencies"] + project["dependency-groups"]["dev"]
+        Requirement(text)
+        for texts in (
+            project["project"]["dependencies"],
+            extras["daemon"],
+            extras["server"],
+            project["dependency-groups"]["dev"],
+        )
+        for text in texts
     ]
     installed = {canonicalize_name(project["project"]["name"])}
     while requirements:

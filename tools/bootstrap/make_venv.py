@@ -118,7 +118,7 @@ def main() -> None:
     print(f"installing the project and its tools into {sys.argv[1]} ...", flush=True)
     pip_install = (python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
     # A registry that does not answer for a moment is asked again.
-    run(*pip_install, "--constraint", CONSTRAINTS, "--editable", ".", "--group", "dev", tries=INSTALL_TRIES)
+    run(*pip_install, "--constraint", CONSTRAINTS, "--editable", ".[server]", "--group", "dev", tries=INSTALL_TRIES)
     with open(stamp, "w") as file:
         file.write(place + digest)
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import Parameter
 
 from minikms import usage
-from minikms.api.printable import clean
 from minikms.cli.rootkey import VARIABLE as MASTER_KEY_VARIABLE
 from minikms.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE, CommandError, PathText, RootSource
 
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 
 def complain(text: str) -> None:
     """One sentence on standard error."""
+    from minikms.api.printable import clean
+
     print(f"minikms: {clean(text)}", file=sys.stderr)
 
 

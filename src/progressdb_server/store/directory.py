@@ -37,7 +37,7 @@ COPYING: Final = "copying"
 
 
 AnyEngine: TypeAlias = Engine | SharedEngine
-DRIVER_MISSING: Final = "a store in PostgreSQL needs its driver: install progressdb-minikms[postgresql]"
+DRIVER_MISSING: Final = "a store in PostgreSQL needs its driver: `pip install '.[postgresql]'` in a checkout adds it"
 
 
 class _Format(msgspec.Struct, omit_defaults=True):

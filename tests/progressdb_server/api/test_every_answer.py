@@ -58,7 +58,7 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
         _any(operation)._replace(headers=(("X-API-Key", "a"), ("X-API-Key", "b")))
     ),
     "forbidden": lambda world, operation: world(_any(operation), world.closed),
-    "rate limit exceeded": lambda world, operation: world(_any(operation), world.limited),
+    "rate limit exceeded (PROGRESSDB_RATE_RPS)": lambda world, operation: world(_any(operation), world.limited),
     "unauthorized": lambda world, operation: world(_any(operation)._replace(key="unknown")),
     "internal error": provoking.with_fault(fault_words.DEFECT),
     DISK: provoking.with_fault(fault_words.DISK),

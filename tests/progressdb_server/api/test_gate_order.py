@@ -248,7 +248,11 @@ def test_the_answer_to_a_limited_caller_says_when_to_retry() -> None:
     api = limited(rps=0.1, burst=1)
     api("GET", "/admin/health")
     reply = api("GET", "/admin/health")
-    assert (reply.status, reply.error, reply.headers["retry-after"]) == (429, "rate limit exceeded", "10")
+    assert (reply.status, reply.error, reply.headers["retry-after"]) == (
+        429,
+        "rate limit exceeded (PROGRESSDB_RATE_RPS)",
+        "10",
+    )
 
 
 @pytest.mark.parametrize("chunks", [1, 3])

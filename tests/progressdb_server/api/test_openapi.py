@@ -284,7 +284,7 @@ def _refused_address(case: Case) -> Reply:
 PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "the header x-api-key is sent twice": lambda case: case(headers=[("X-API-Key", "a"), ("X-API-Key", "b")]),
     "forbidden": _refused_address,
-    "rate limit exceeded": _limited,
+    "rate limit exceeded (PROGRESSDB_RATE_RPS)": _limited,
     "internal error": _failing,
     "unauthorized": lambda case: case(key="unknown"),
     "missing signature headers": lambda case: case(key=FRONTEND, headers={}),
