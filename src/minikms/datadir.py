@@ -6,8 +6,6 @@ Owns the order in which its parts are opened, for each mode:
   then the vault. The daemon, `minikms.embedded` and `minikms init` open so. It may be called again in the
   same process: a failure or `DataDir.close` gives everything back but the lock and the arena, which are the caller's.
 - `open_for_reading`, without the lock, beside a running daemon: the keyring only, and nothing changes.
-- `rotate_audit_key` and `detach_auditor`, under the lock while no daemon runs: keyring and audit log, changed
-  together.
 
 Invariants: each step is a precondition of the next; the root key is released as soon as the keyring is open; a missing
 keyring beside existing keys is refused, never made again; every start raises the epoch, durably, before a request is
@@ -18,25 +16,23 @@ It must never keep or copy a root key.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import itertools
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
 import msgspec
 
 from minikms.api.errors import AuditUnavailableError, KmsRefusedError, StartError, StorageUnavailableError
-from minikms.audit import AuditKey, AuditLog, Event, ExpectedLog
+from minikms.audit import AuditKey, AuditLog, ExpectedLog
 from minikms.audit.chain import KeyState, Signer
+from minikms.audit.epochs import highest_epoch
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, LogLimits
 from minikms.audit.queries import first_key
-from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment, list_segments
+from minikms.audit.reader import LOG_NAME, DamagedSegmentError
 from minikms.audit.record import Head
 from minikms.audit.repair import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource
@@ -46,7 +42,7 @@ from minikms.custody import archive_register, deks, journal, keyring_file, rotat
 from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.log_directory import NAME as LOG_DIRECTORY_NAME
-from minikms.custody.log_directory import claim_log_directory, lock_log_directory, log_directory
+from minikms.custody.log_directory import claim_log_directory, log_directory
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.keys import keyring, root_slots
@@ -71,12 +67,6 @@ keys of slots, given shares of every set, and 64 for root keys, keyring keys, th
 """
 SERVICE_SLOTS: Final = KEYRING_SLOTS + DERIVED_KEYS_MAX
 """Arena slots of a daemon beside the cached DEKs."""
-EPOCH_TAIL_BYTES_MAX: Final = 32 * 1024 * 1024
-"""How much of the end of the audit log is searched for epochs."""
-
-EPOCH_READ_BYTES: Final = 1024 * 1024
-_EPOCH_OVERLAP_BYTES: Final = 64
-_EPOCH: Final = re.compile(rb'"epoch":([0-9]{1,18})[,}]')
 
 
 class Options(NamedTuple):
@@ -189,7 +179,7 @@ def open_for_service(
         epoch = unlocked.body.epoch
         seen = highest_epoch(log_dir)
         if not options.accept_restore:
-            _check_newest(epoch, seen)
+            check_newest(epoch, seen)
         with written_at_start(os.path.join(log_dir, LOG_NAME)):
             log = open_audit_log(
                 log_dir,
@@ -206,7 +196,7 @@ def open_for_service(
             destroyed, body = open_tombstones(lock.directory_fd, unlocked)
         undo.callback(destroyed.close)
         if not options.accept_restore:
-            _check_tombstones(destroyed, log)
+            check_tombstones(destroyed, log)
         body = keyring.without_audit_keys(body, before=_oldest_audit_key(log_dir, unlocked))
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
             _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
@@ -249,31 +239,6 @@ def open_for_service(
         epochs=(epoch, seen),
         replayed=replayed,
     )
-
-
-def add_root(
-    data: DataDir, root: SecretSlot, provider: str, shares: keyring.ShareSet | None = None
-) -> keyring.RootSlot:
-    """Adds a root key to a directory that nothing else uses yet. The slot and its audit line are durable on return.
-
-    Raises ConflictError, StorageUnavailableError, AuditUnavailableError: the slot may be stored then.
-    """
-    unlocked = data.vault.unlocked
-    at = _now()
-
-    def with_slot(body: keyring.Body) -> keyring.Body:
-        slot_id = root_slots.next_slot_id(body)
-        return root_slots.add_slot(
-            body, unlocked.make_slot(root.view, provider, slot_id=slot_id, at=at, shares=shares), at=at
-        )
-
-    body = asyncio.run(data.vault.keyring.change(with_slot))
-    slot = body.slots[-1]
-    facts: dict[str, str | int] = {"slot_id": slot.slot_id, "fingerprint": slot.fingerprint, "provider": provider}
-    data.log.add(Event(type="add_root", actor="minikms", pid=os.getpid(), facts=facts | {"epoch": body.epoch}))
-    data.log.commit()
-    data.log.fdatasync()
-    return slot
 
 
 def open_keyring(
@@ -350,7 +315,7 @@ def _check_is_new(directory: str) -> None:
         )
 
 
-def _check_newest(epoch: int, seen: int) -> None:
+def check_newest(epoch: int, seen: int) -> None:
     """Raises StartError when the audit log has seen a later keyring than that of `epoch`."""
     if seen > epoch:
         raise StartError(
@@ -360,7 +325,7 @@ def _check_newest(epoch: int, seen: int) -> None:
         )
 
 
-def _check_tombstones(destroyed: Tombstones, log: AuditLog) -> None:
+def check_tombstones(destroyed: Tombstones, log: AuditLog) -> None:
     """Raises StartError when the audit log has counted more tombstones than there are."""
     counted = log.writer.state().tombstones
     if counted > destroyed.count:
@@ -452,52 +417,7 @@ def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKeyEntry) -> AuditKe
     return AuditKey(key.version, mac_key, Signer(seed), since)
 
 
-def highest_epoch(directory: str) -> int:
-    """The highest epoch in the last EPOCH_TAIL_BYTES_MAX of the open file of the audit log; if it has none, because it
-    was begun after the last start, in the file before it. 0 when there is none, or no log. Raises OSError.
-
-    Each signed line and the first line of each file but the first have an epoch, as do `start`, `stop` and each change
-    of the keyring. They are written after the keyring that has it.
-    """
-    return _in_open_file(directory) or _in_newest_closed_file(directory)
-
-
-def _in_open_file(directory: str) -> int:
-    try:
-        # O_NONBLOCK: opening a FIFO in the log's place would wait for a writer.
-        fd = os.open(os.path.join(directory, LOG_NAME), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return 0
-    try:
-        end = os.fstat(fd).st_size
-        begin = max(0, end - EPOCH_TAIL_BYTES_MAX)
-        highest = 0
-        while begin < end:
-            data = os.pread(fd, EPOCH_READ_BYTES + _EPOCH_OVERLAP_BYTES, begin)
-            highest = max(highest, _highest_in(data))
-            begin += EPOCH_READ_BYTES
-        return highest
-    finally:
-        os.close(fd)
-
-
-def _in_newest_closed_file(directory: str) -> int:
-    """Reads the whole file, which may be compressed. A damaged one has none: `minikms audit verify` reports it."""
-    highest = 0
-    with contextlib.suppress(FileNotFoundError, DamagedSegmentError):
-        newest = max(list_segments(directory), default=0)
-        for file in itertools.islice(each_segment(directory, after=newest - 1), 1 if newest else 0):
-            for line in file.lines():
-                if b'"epoch":' in line:
-                    highest = max(highest, _highest_in(line))
-    return highest
-
-
-def _highest_in(data: bytes) -> int:
-    return max(map(int, _EPOCH.findall(data)), default=0)
-
-
-# --- for reading, and for a change while no daemon runs -----------------------------------------------------------
+# --- for reading --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -543,85 +463,6 @@ def read_keyring(directory: str) -> bytes:
             f"there is no keyring in {directory}: make one with `minikms init`, or name the data directory that has one"
         )
     return data
-
-
-class NewAuditKey(NamedTuple):
-    """`head` is the last line of the log: the one that names the new key."""
-
-    version: int
-    public_key: bytes
-    head: dict[str, str | int]
-
-
-def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
-    """Makes a new audit key and uses it from the next line on. The daemon must not be running.
-
-    The keyring holds the new key durably before the log names it; the next start completes what a crash between the two
-    leaves. Raises as `_opened_offline`.
-    """
-    with _opened_offline(directory, root, "the audit key changes") as (file, unlocked, log):
-        last = log.sign_and_sync()
-        key = unlocked.make_audit_key(
-            fill_random,
-            version=unlocked.body.audit_key.version + 1,
-            at=_now(),
-            since_seq=last.seq,
-            since_sig=last.sig,
-        )
-        body = keyring.add_audit_key(unlocked.body, key, at=_now())
-        file.store_now(unlocked.encode(body))
-        unlocked.body = body
-        log.change_key(audit_keys(unlocked).current)
-        log.fdatasync()
-        return NewAuditKey(key.version, key.public_key, log.head)
-
-
-def detach_auditor(directory: str, root: RootProvider) -> str:
-    """Forgets the origin of the auditor, which is returned. The daemon must not be running.
-
-    The line about it is durable before the keyring changes; a crash between the two leaves the auditor attached, and
-    the line is written again. Raises as `_opened_offline`, and StartError when there is no origin.
-    """
-    with _opened_offline(directory, root, "an auditor is detached") as (file, unlocked, log):
-        origin = unlocked.body.audit_origin
-        if not origin:
-            raise StartError("no auditor is attached")
-        log.add(Event(type="detach_auditor", actor="minikms", pid=os.getpid(), facts={"origin": origin}))
-        log.sign_and_sync()
-        file.store_now(unlocked.encode(keyring.without_audit_origin(unlocked.body, at=_now())))
-        return origin
-
-
-@contextmanager
-def _opened_offline(
-    directory: str, root: RootProvider, change: str
-) -> Iterator[tuple[KeyringFile, UnlockedKeyring, AuditLog]]:
-    """Keyring and audit log, for a change of both while no daemon runs. `change`: what happens, as subject and verb.
-
-    The body of the keyring counts every tombstone. Raises StartError when the directory is in use, its keyring is older
-    than its log, or the log can't be continued; StorageUnavailableError and AuditUnavailableError when the disk fails.
-    """
-    read_keyring(directory)  # before the lock, which would make a missing directory
-    with ExitStack() as stack:
-        try:
-            lock = stack.enter_context(DataDirLock(directory))
-        except InUseError as error:
-            raise StartError(
-                f"{error}; {change} only while the daemon is stopped: stop it, or the message server that "
-                "started it and would start it again, run this again, and start it"
-            ) from None
-        file = KeyringFile(lock.directory_fd, stack.enter_context(ThreadPoolExecutor(1)))
-        unlocked = stack.enter_context(open_for_reading(directory, root))
-        log_dir = lock_log_directory(lock)
-        # The change raises the epoch, so an older keyring would pass for a newer one at the next start.
-        _check_newest(unlocked.body.epoch, highest_epoch(log_dir))
-        # First the log as it is: an interrupted step is completed under the keys that the log knows.
-        log = open_audit_log(log_dir, unlocked, expected=ExpectedLog(exists=True))
-        stack.callback(log.close)
-        destroyed, unlocked.body = open_tombstones(lock.directory_fd, unlocked)
-        destroyed.close()
-        _check_tombstones(destroyed, log)
-        yield file, unlocked, log
 
 
 def _now() -> str:

@@ -20,14 +20,15 @@ from minikms import datadir
 from minikms.api.errors import StartError
 from minikms.audit import Event
 from minikms.audit.chain import KeyState
+from minikms.audit.epochs import EPOCH_TAIL_BYTES_MAX
 from minikms.audit.log import LogLimits
-from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.serve import serve
 from minikms.custody.settled_keys import newest_key_id
 from minikms.datadir import DataDir, Options
 from minikms.keys.dek import make_key_id
 from minikms.memory.arena import SecretArena
+from minikms.offline import rotate_audit_key
 from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider
 from tests import needs
 from tests.harness.vaults import key_file
@@ -177,7 +178,7 @@ def test_a_keyring_older_than_the_log_opens_only_when_accepted(one: Opener, tmp_
     data.close()
 
 
-@pytest.mark.parametrize("segment_bytes", [datadir.EPOCH_TAIL_BYTES_MAX * 8, 1024 * 1024])
+@pytest.mark.parametrize("segment_bytes", [EPOCH_TAIL_BYTES_MAX * 8, 1024 * 1024])
 def test_an_older_keyring_is_refused_after_any_number_of_lines(one: Opener, tmp_path: Path, segment_bytes: int) -> None:
     """After a crash too: no `stop` line. The last 32 MiB, or the last two files, hold no line of a change of keys."""
     one.start()
@@ -186,7 +187,7 @@ def test_an_older_keyring_is_refused_after_any_number_of_lines(one: Opener, tmp_
     write_start_line(data)
     event = Event(type="encrypt", actor="peer_uid:1", detail="x" * 200)
     written = 0
-    while written < datadir.EPOCH_TAIL_BYTES_MAX + 4 * 1024 * 1024:
+    while written < EPOCH_TAIL_BYTES_MAX + 4 * 1024 * 1024:
         for _ in range(2000):
             data.log.add(event)
         data.log.commit()
@@ -226,7 +227,7 @@ def test_the_audit_key_is_not_changed_in_a_keyring_older_than_the_log(tmp_path: 
         data.close()
     shutil.copy(tmp_path / "old", directory / "keyring.json")
     with pytest.raises(StartError, match="its epoch is 2, the log has 3"):
-        datadir.rotate_audit_key(str(directory), KeyFile(key_file(directory)))
+        rotate_audit_key(str(directory), KeyFile(key_file(directory)))
     assert (directory / "keyring.json").read_bytes() == (tmp_path / "old").read_bytes()
     with opener(directory) as again, pytest.raises(StartError, match="older than the audit log"):
         again.open()
@@ -237,7 +238,7 @@ def test_a_start_forgets_audit_keys_whose_lines_are_gone(tmp_path: Path) -> None
     with opener(directory) as first:
         first.start()
     for _ in range(2):
-        datadir.rotate_audit_key(str(directory), KeyFile(key_file(directory)))
+        rotate_audit_key(str(directory), KeyFile(key_file(directory)))
         with opener(directory) as again:
             data = again.open()
             data.log.writer.rotate(data.log.now_ns())
@@ -262,7 +263,7 @@ def test_a_log_that_was_moved_aside_can_still_be_verified(tmp_path: Path) -> Non
     directory = tmp_path / "d"
     with opener(directory) as first:
         first.start()
-    datadir.rotate_audit_key(str(directory), KeyFile(key_file(directory)))
+    rotate_audit_key(str(directory), KeyFile(key_file(directory)))
     (directory / LOG_NAME).write_bytes(b"altered\n")
     for options in (Options(accept_audit_loss=True), Options()):
         with opener(directory) as again:
@@ -274,55 +275,6 @@ def test_a_log_that_was_moved_aside_can_still_be_verified(tmp_path: Path) -> Non
 def write_start_line(data: DataDir) -> None:
     """As a daemon does when it begins."""
     data.log.add(Event(type="start", actor="minikms", facts={"epoch": data.vault.keyring.body.epoch}))
-
-
-# --- the epochs in the audit log --------------------------------------------------------------------------------
-
-
-def line(epoch: int, padding: int = 0) -> bytes:
-    return b'{"event":{"seq":1,"type":"start","detail":"%b","facts":{"epoch":%d,"kek_version":1}},"sig":"x"}\n' % (
-        b"x" * padding,
-        epoch,
-    )
-
-
-def test_the_highest_epoch_is_found_anywhere_in_the_tail_of_the_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = tmp_path / "minikms-audit.log"
-    assert datadir.highest_epoch(str(tmp_path)) == 0
-    log.write_bytes(b"")
-    assert datadir.highest_epoch(str(tmp_path)) == 0
-    log.write_bytes(line(3) + line(12) + line(7))
-    assert datadir.highest_epoch(str(tmp_path)) == 12
-    monkeypatch.setattr(datadir, "EPOCH_READ_BYTES", 64)
-    for padding in range(130):
-        log.write_bytes(line(3, padding) + line(345678, padding) + line(7, padding))
-        assert datadir.highest_epoch(str(tmp_path)) == 345678
-
-
-def test_without_an_epoch_in_the_open_file_the_closed_one_before_it_counts(tmp_path: Path) -> None:
-    (tmp_path / "minikms-audit.log").write_bytes(b"nothing of it\n")
-    (tmp_path / "minikms-audit.log.1").write_bytes(line(99))
-    (tmp_path / "minikms-audit.log.2").write_bytes(line(3) + line(7) + line(5))
-    assert datadir.highest_epoch(str(tmp_path)) == 7
-    compress_closed(str(tmp_path))
-    assert datadir.highest_epoch(str(tmp_path)) == 7
-    (tmp_path / "minikms-audit.log.2.zst").write_bytes(b"damaged")
-    assert datadir.highest_epoch(str(tmp_path)) == 0
-    (tmp_path / "minikms-audit.log").write_bytes(line(2))
-    assert datadir.highest_epoch(str(tmp_path)) == 2
-
-
-def test_a_fifo_in_the_place_of_the_log_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "minikms-audit.log")
-    assert datadir.highest_epoch(str(tmp_path)) == 0
-
-
-def test_only_so_much_of_a_long_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datadir, "EPOCH_TAIL_BYTES_MAX", 1000)
-    (tmp_path / "minikms-audit.log").write_bytes(line(99) + b"x" * 2000 + line(5))
-    assert datadir.highest_epoch(str(tmp_path)) == 5
 
 
 def test_the_newest_key_is_of_now_or_of_a_file_with_a_later_id(tmp_path: Path) -> None:

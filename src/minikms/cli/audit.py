@@ -398,7 +398,7 @@ def rotate_key(
 
     Keep the new public key where you keep the old one. Exit status: 0 done, 2 refused.
     """
-    from minikms.datadir import rotate_audit_key
+    from minikms.offline import rotate_audit_key
 
     directory = chosen_data_dir(data_dir)
     key = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, root_source, data_dir=directory))
@@ -427,7 +427,7 @@ def detach(
 
     Until then retention deletes nothing that the auditor has not taken. Exit status: 0 done, 2 refused.
     """
-    from minikms.datadir import detach_auditor
+    from minikms.offline import detach_auditor
 
     directory = chosen_data_dir(data_dir)
     root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)

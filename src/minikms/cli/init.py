@@ -218,8 +218,8 @@ def _make(
 
 def _add_shares(data: OpenedDataDir, recovery: Recovery, arena: SecretArena) -> dict[str, Any]:
     """Adds a slot for a fresh root key, after its shares were handed out."""
-    from minikms.datadir import add_root
     from minikms.memory.arena import fill_random
+    from minikms.offline import add_root
     from minikms.roots.typed_shares import TypedShares
 
     with arena.allocate() as root:

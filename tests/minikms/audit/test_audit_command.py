@@ -26,8 +26,9 @@ from minikms.cli import audit
 from minikms.client import DecryptItem, ReencryptItem
 from minikms.crypto.aead import NonceSource
 from minikms.custody.keyring_file import KeyringFile
-from minikms.datadir import open_audit_log, open_for_reading, open_keyring, rotate_audit_key
+from minikms.datadir import open_audit_log, open_for_reading, open_keyring
 from minikms.memory.arena import SecretArena
+from minikms.offline import rotate_audit_key
 from minikms.platform.directory_lock import DataDirLock
 from minikms.roots.providers import DevelopmentKey
 from tests.harness import forked

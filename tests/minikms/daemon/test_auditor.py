@@ -10,7 +10,7 @@ import pytest
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit.reader import LOG_NAME
-from minikms.datadir import detach_auditor
+from minikms.offline import detach_auditor
 from minikms.roots.providers import KeyFile
 from tests.harness import forked
 from tests.harness.audited_daemon import ORIGIN, POLICY, AuditedDaemon, send_report
