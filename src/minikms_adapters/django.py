@@ -8,14 +8,17 @@ return what it can't open.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import uuid
+from collections.abc import Iterator
 from typing import Any, Final
 
 from django.conf import settings
 from django.core import checks
-from django.db.models import BinaryField, Case, Field, TextField, Value, When
+from django.core.exceptions import FieldError
+from django.db.models import BinaryField, Case, F, Field, TextField, Value, When
 from django.db.models.expressions import Col
 from django.db.models.functions import Cast
 from django.db.models.lookups import Exact, IsNull
@@ -93,7 +96,7 @@ class EncryptedField(BinaryField):
         """Only what is selected comes here, as SQL."""
         query = compiler.query
         compared = query.subquery or (query.distinct and not query.distinct_fields) or isinstance(query.group_by, tuple)
-        if compared or (query.combinator and not query.combinator_all):
+        if compared or (query.combinator and not query.combinator_all) or any(_encrypted_orders(query)):
             raise NotSearchableError("an encrypted field can't be compared, so it is not in such a query")
         return sql.removeprefix(_NOWHERE), params
 
@@ -159,6 +162,15 @@ class EncryptedField(BinaryField):
     def formfield(self, **kwargs: Any) -> Any:
         shown = {"required": not self.blank, "label": self.verbose_name, "help_text": self.help_text}
         return self.of.formfield(**{**shown, **kwargs})
+
+
+def _encrypted_orders(query: Any) -> Iterator[bool]:
+    """Django names what is selected by its position or alias in ORDER BY and DISTINCT ON, without its SQL."""
+    ordering = query.extra_order_by or query.order_by or (query.get_meta().ordering if query.default_ordering else ())
+    for each in (*ordering, *query.distinct_fields):
+        by = F(each.lstrip("-")) if isinstance(each, str) else getattr(each, "expression", each)
+        with contextlib.suppress(FieldError):  # "?", and what `extra` selects
+            yield isinstance(by.resolve_expression(query.clone())._output_field_or_none, EncryptedField)
 
 
 class _Column(Col):

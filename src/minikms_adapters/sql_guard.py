@@ -96,15 +96,20 @@ class Guard(SQLCompiler):
 
     def _label_select_column(self, select: Any, column: Any, *args: Any, **kwargs: Any) -> Any:
         """Of SELECT and, without `select`, of RETURNING."""
-        compares = select is not None and select._distinct and not select._distinct_on
-        if is_opaque(column) and select is not None and (compares or not self._shown):
+        if is_opaque(column) and select is not None and (self._is_distinct(select) or not self._shown):
             _refuse()
         item = column.element if isinstance(column, Label) else column
         showing = item.element if isinstance(item, ScalarSelect) else None
         with self._with(_permitted=item, _showing=showing):
             return super()._label_select_column(select, column, *args, **kwargs)
 
+    def _is_distinct(self, select: Any) -> bool:
+        """Whether the selected columns are compared. SQLAlchemy writes DISTINCT where a database has no DISTINCT ON."""
+        return select._distinct and not (select._distinct_on and self.dialect.name == "postgresql")
+
     def visit_select(self, select_stmt: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(map(is_opaque, select_stmt._distinct_on)):
+            _refuse()
         with self._with(_shown=self._is_shown(select_stmt, kwargs)):
             return super().visit_select(select_stmt, *args, **kwargs)
 

@@ -87,6 +87,7 @@ def test_values_of_each_type_are_ciphertext_in_the_database() -> None:
     assert (person.notes, person.born, person.score, person.data) == (SECRET, day, -7, {"a": [1]})
     assert all(raw(column).startswith(b"mKr1") for column in ("notes", "born", "score", "data"))
     assert list(Person.objects.order_by("id").values_list("notes", flat=True)) == [SECRET, "y"]
+    assert len(Person.objects.values("notes").order_by("?")) == 2
     assert Person.objects.get(notes__isnull=False, score=None).id == 2
     assert Person.objects.filter(notes=None).count() == 0
     people = list(Person.objects.order_by("id"))
@@ -106,6 +107,12 @@ SEARCHES: dict[str, Any] = {
     "transform": lambda: Person.objects.filter(born__year=2026),
     "order": lambda: Person.objects.order_by("notes"),
     "order_expression": lambda: Person.objects.order_by(F("notes").desc()),
+    "order_selected": lambda: Person.objects.values("notes").order_by("-notes"),
+    "order_selected_expression": lambda: Person.objects.values_list("notes").order_by(F("notes").asc()),
+    "order_alias": lambda: Person.objects.annotate(named=F("notes")).order_by("named"),
+    "order_extra": lambda: Person.objects.values("notes").extra(order_by=["notes"]),
+    "order_union_all": lambda: (notes := Person.objects.values("notes")).union(notes, all=True).order_by("notes"),
+    "distinct_on_alias": lambda: Person.objects.values(named=F("notes")).distinct("named"),
     "lower": lambda: Person.objects.annotate(low=Lower("notes")),
     "max": lambda: Person.objects.aggregate(Max("notes")),
     "column": lambda: Person.objects.filter(plain=F("notes")),
