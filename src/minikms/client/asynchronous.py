@@ -46,7 +46,7 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
     this client proves itself with. `long_lived_cert` allows a certificate that is valid for more than 30 days.
 
         async with AsyncClient("/run/minikms/minikms.sock") as kms:
-            key = await kms.create_dek_for_thread("thread-1")
+            key = await kms.get_or_create_dek_for_thread("thread-1", purpose="data")
             sealed = await kms.encrypt(key.key_id, b"hello", aad=b"message-1")
             assert await kms.decrypt(key.key_id, sealed, aad=b"message-1") == b"hello"
 

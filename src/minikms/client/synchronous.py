@@ -36,7 +36,7 @@ class Client(BaseClient, Verbs, BlockingRunner):
     """A client of one miniKMS, safe to share between threads.
 
         with Client("/run/minikms/minikms.sock") as kms:
-            key = kms.create_dek_for_thread("thread-1")
+            key = kms.get_or_create_dek_for_thread("thread-1", purpose="data")
             sealed = kms.encrypt(key.key_id, b"hello", aad=b"message-1")
             assert kms.decrypt(key.key_id, sealed, aad=b"message-1") == b"hello"
 
