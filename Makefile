@@ -28,7 +28,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make run      install into $(VENV) and take the guided tour (progressdb demo)'
+	@echo 'make run      install into $(VENV) and take the guided tour (examples/tour.py)'
 	@echo 'make test     run the tests'
 	@echo 'make venv     make $(VENV)/bin/minikms and $(VENV)/bin/progressdb'
 	@echo 'make frameworks  also install what the adapters and the manifests are tested with'
@@ -39,7 +39,7 @@ help:
 	@echo 'make image    build the container image with buildah; IMAGE=name, BASE=image (docs/containers.md)'
 
 run: venv
-	$(VENV)/bin/progressdb demo $(ARGS)
+	$(VENV)/bin/python examples/tour.py $(ARGS)
 
 test: venv
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

@@ -85,7 +85,7 @@ def test_help_names_every_command_on_standard_output(module: str) -> None:
     done = run(sys.executable, "-m", module, "--help")
     assert done.returncode == 0
     assert done.stderr == ""
-    assert {"serve", "status", "backup", "demo"} <= set(done.stdout.split())
+    assert {"serve", "status", "backup"} <= set(done.stdout.split())
 
 
 def test_piped_output_has_no_colour() -> None:

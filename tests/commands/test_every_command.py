@@ -32,7 +32,6 @@ RUN_SECONDS_MAX = 60
 WITHOUT_JSON = {
     ("minikms", "serve"),
     ("minikms", "ready"),
-    ("minikms", "demo"),
     ("minikms", "completion"),
     ("minikms", "audit", "export"),
     ("minikms-auditor", "accept-log"),
@@ -45,10 +44,9 @@ WITHOUT_JSON = {
     ("minikms-gateway", "completion"),
     ("minikms-unlock", "completion"),
     ("progressdb", "serve"),
-    ("progressdb", "demo"),
     ("progressdb", "completion"),
 }
-"""Their output is a log, a tour, a script, one sentence or nothing, or has one form only."""
+"""Their output is a log, a script, one sentence or nothing, or has one form only."""
 
 
 def commands(app: App, *words: str) -> Iterator[tuple[tuple[str, ...], App]]:

@@ -74,7 +74,8 @@ def new_directory() -> Iterator[Path]:
         place = Path(made)
         for file in ("Makefile", "pyproject.toml", ".gitignore"):
             shutil.copy2(PROJECT / file, place)
-        shutil.copytree(PROJECT / "tools" / "bootstrap", place / "tools" / "bootstrap")
+        for folder in ("tools/bootstrap", "examples"):
+            shutil.copytree(PROJECT / folder, place / folder)
         (place / ".venv").symlink_to(sys.prefix)
         if user := as_ordinary_user():
             os.chown(place, user["user"], user["group"])

@@ -37,7 +37,6 @@ COMMANDS: Final = {
     "backup": ("backup:app", "Create, verify, restore, list and prune backup archives."),
     "doctor": ("doctor:doctor", "Look for problems, and say what to do about each."),
     "audit": ("audit:app", "Verify and read the audit log."),
-    "demo": ("demo:demo", "Run the commands on example data in a temporary directory."),
     "completion": ("command:completion", "Print the completion script of a shell."),
 }
 """Each command beside `serve`: its module and function in `minikms.cli`, and one line of help."""

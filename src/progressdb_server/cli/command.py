@@ -27,7 +27,6 @@ from minikms.usage import (
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Dev, MasterKeyFd, MasterKeyFile, load_config
 
 COMMANDS: Final = {
-    "demo": ("demo:demo", "Take a guided tour: store, read back, search the disk, verify."),
     "status": ("status:status", "Show the server and its key service on one page."),
     "doctor": ("doctor:doctor", "Ask the running server what is wrong, and retire keys that no thread names."),
     "check": ("check:check", "Examine the whole store, also while the server runs."),
