@@ -122,7 +122,7 @@ def auditor(config: Path, ready: Callable[[], bool]) -> Iterator[None]:
 def progressdb(
     directory: Path, *, encrypting: bool = True, checkout: Path | None = None, database: str = ""
 ) -> Iterator[tuple[str, int]]:
-    """The message server with the key service that it spawns, or not `encrypting` and alone. `checkout`: of another
+    """The message server with its key service, or not `encrypting` (bench/unencrypted.py). `checkout`: of another
     version of this project, with a `.venv`. `database`: the URL of its store; `minikms` runs in the directory then.
     Yields the address it listens on.
     """
@@ -147,8 +147,9 @@ def progressdb(
         else:
             environment["PROGRESSDB_MINIKMS_MASTER_KEY_FILE"] = str(directory / "root-key")
     else:
-        command += ["--db", str(directory / "unencrypted-db"), "--kms", "none"]
-        environment["PROGRESSDB_BENCHMARK"] = "store-everything-in-plaintext"
+        command = [sys.executable, "-m", "bench.unencrypted", *command[1:]]
+        command += ["--db", str(directory / "unencrypted-db"), "--dev"]
+        environment["PROGRESSDB_KMS_PROVIDER"] = "local"
     with _running(command, _port_in, environment) as port:
         yield "127.0.0.1", port
 

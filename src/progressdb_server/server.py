@@ -141,9 +141,8 @@ def child_options(config: Config, master_key_fd: int | None) -> ChildOptions:
     )
 
 
-def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = False, encrypting: bool = True) -> None:
-    """Serve until SIGTERM or SIGINT. `accept_restore`: also with an older state of the key service. `encrypting` is
-    false only for a benchmark, and refused otherwise (unencrypted.py).
+def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT. `accept_restore`: also with an older state of the key service.
 
     Raises ConfigError, ServeError when it can't start or has lost its key service finally.
     """
@@ -151,16 +150,11 @@ def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = Fal
     for sentence in unknown_variables(os.environ):
         _log.warning(sentence)
     check_tls(config.server.tls)
-    if encrypting:
-        check_key_source(config, has_master_key=master_key_fd is not None)
-    else:
-        from progressdb_server import unencrypted  # loaded in no other server process
-
-        unencrypted.check_allowed(config, os.environ, has_master_key=master_key_fd is not None)
+    check_key_source(config, has_master_key=master_key_fd is not None)
     raise_descriptor_limit()
     _return_freed_memory()
     os.umask(0o077)
-    uvloop.run(_serve(config, master_key_fd, accept_restore, encrypting))
+    uvloop.run(_serve(config, master_key_fd, accept_restore))
 
 
 def _return_freed_memory() -> None:
@@ -170,29 +164,27 @@ def _return_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
 
 
-async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool, encrypting: bool) -> None:
+async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool) -> None:
     stop = _Stop(config.server.drain_s)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.begin)
     loop.add_signal_handler(signal.SIGINT, stop.asked.set)
-    await _serve_until(stop, config, master_key_fd, accept_restore, encrypting)
+    await _serve_until(stop, config, master_key_fd, accept_restore)
     if stop.failure:
         raise ServeError(stop.failure)
 
 
-async def _serve_until(
-    stop: _Stop, config: Config, master_key_fd: int | None, accept_restore: bool, encrypting: bool
-) -> None:
+async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, accept_restore: bool) -> None:
     notifier = Notifier(os.environ)  # first, so that a key service that is started here does not notify in its name
     async with AsyncExitStack() as started:
         listener = bind(config.server.address, config.server.port)
         started.callback(listener.close)
-        opening = _open_store(config, master_key_fd, accept_restore, encrypting, started, on_lost=stop.fail)
+        opening = _open_store(config, master_key_fd, accept_restore, started, on_lost=stop.fail)
         opened = await _unless_stopped(stop.asked, opening)
         if opened is None:
             return
         store, provider = opened
-        exclusive = encrypting and config.kms_is_exclusive
+        exclusive = config.kms_is_exclusive
         destroys = config.destroys_keys
         jobs = Jobs(
             store,
@@ -262,7 +254,6 @@ async def _open_store(
     config: Config,
     master_key_fd: int | None,
     accept_restore: bool,
-    encrypting: bool,
     started: AsyncExitStack,
     *,
     on_lost: Callable[[str], None],
@@ -275,7 +266,7 @@ async def _open_store(
             engine = await directory.open_shared(config.store.url, single_node=config.store.single_node)
         else:
             os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
-            engine = directory.open_engine(str(config.store_dir), encrypted=encrypting)
+            engine = directory.open_engine(str(config.store_dir))
     except OSError as error:
         raise ServeError(f"can't make the data directory {config.storage.db_path}: {error.strerror}") from None
     except StoreUnavailableError as error:
@@ -287,7 +278,7 @@ async def _open_store(
         # A restore is accepted for the whole run: it may have put back another audit log.
         local = None if accept_restore else directory.local(engine)
         audit_head = str if local is None else partial(epoch.audit_head, local)
-        provider = await _open_provider(config, master_key_fd, encrypting, audit_head, started, on_lost=on_lost)
+        provider = await _open_provider(config, master_key_fd, audit_head, started, on_lost=on_lost)
         store = Conversations(engine, provider, rule=config.security.threads)
         opened = True
     except StoreUnavailableError as error:
@@ -310,7 +301,6 @@ async def _open_store(
 async def _open_provider(
     config: Config,
     master_key_fd: int | None,
-    encrypting: bool,
     audit_head: Callable[[], str],
     started: AsyncExitStack,
     *,
@@ -318,12 +308,7 @@ async def _open_provider(
 ) -> Provider:
     """Raises SupervisorError and ServeError."""
     provider: Provider
-    if not encrypting:
-        from progressdb_server import unencrypted
-
-        _log.warning("NOTHING IS ENCRYPTED: every message is stored in plaintext; for a benchmark only")
-        provider = unencrypted.UnencryptedProvider()
-    elif config.kms.provider == "local":
+    if config.kms.provider == "local":
         _log.warning("the keys are in this process: for development only")
         key_file = config.kms.master_key_file or None
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import json
 import shutil
 import socket
@@ -18,7 +19,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench import __main__ as program
-from bench import encrypt, growth_keys, keys, load, messages, million, pairs, plots, report
+from bench import encrypt, growth_keys, keys, load, messages, million, pairs, plots, programs, report, unencrypted
 from bench.programs import BenchError, MissingProgramError, need, progressdb, workplace, workplaces_kept
 from bench.report import Missing, Row
 
@@ -194,6 +195,19 @@ def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.Monkey
     assert all(row.value > 0 for row in rows)
     [added] = messages.append_added()
     assert added.unit == "ms" and added.less_is_better and added.floor == 4
+
+
+def test_the_server_without_encryption_stores_what_was_typed(tmp_path: Path) -> None:
+    with progressdb(tmp_path, encrypting=False) as (host, port):
+        body = json.dumps({"author": "ann", "thread": "t", "body": "typed"})
+        for method, target in (("POST", "/v1/messages"), ("GET", "/v1/messages?thread=t")):
+            connection = http.client.HTTPConnection(host, port, timeout=60)
+            connection.request(method, target, body if method == "POST" else None, {"X-API-Key": programs.BACKEND_KEY})
+            answer = connection.getresponse()
+            assert (answer.status, b'"body":"typed"' in answer.read()) == (200, True)
+            connection.close()
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "unencrypted-db" / "store").iterdir())
+    assert unencrypted.MARK in stored and b"typed" in stored
 
 
 def test_several_runs_give_the_run_of_the_median_and_the_range() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 from cyclopts import CycloptsError, Parameter
 
@@ -66,10 +66,6 @@ def serve(
         bool,
         Parameter(help="Serve although the key service is in an older state than the store has recorded.", negative=()),
     ] = False,
-    kms: Annotated[
-        Literal["none"] | None,
-        Parameter(help="`none` stores everything in plaintext. Allowed only for benchmarks (PROGRESSDB_BENCHMARK)."),
-    ] = None,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Serve the HTTP API until SIGTERM."""
@@ -79,7 +75,7 @@ def serve(
         addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev, log_format=log_format
     )
     try:
-        server.run(loaded.config, master_key_fd, accept_restore=accept_restore, encrypting=kms is None)
+        server.run(loaded.config, master_key_fd, accept_restore=accept_restore)
     except server.ServeError as error:
         raise CommandError(str(error), EXIT_FAILED) from None
     return 0

@@ -144,11 +144,6 @@ READING: Final[ContextVar[RequestReads | None]] = ContextVar("progressdb_reading
 it is read (docs/decisions/0130-who-read-a-thread.md). None for work of the server's own."""
 
 
-class EncryptsNothing:
-    """Base of the one provider that encrypts nothing (progressdb_server/unencrypted.py): the store marks what it writes
-    by it."""
-
-
 async def key_pages(
     provider: Provider, *, thread_id: str | None = None, state: api.State | None = None
 ) -> AsyncIterator[api.KeyListAnswer]:

@@ -15,7 +15,7 @@ from typing import Final
 from minikms import api
 from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, SealedError
 from minikms.platform.logs import structlog
-from progressdb_server.kms.provider import SEALED, EncryptsNothing, Fault, Provider, fault
+from progressdb_server.kms.provider import SEALED, Fault, Provider, fault
 from progressdb_server.store import directory, idempotency
 from progressdb_server.store.backup import Backups
 from progressdb_server.store.engine import Engine
@@ -23,7 +23,7 @@ from progressdb_server.store.epoch import OLDER_STATE, EpochMemory, RestoredErro
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.membership import Rule
 from progressdb_server.store.messages import Messages
-from progressdb_server.store.model import FormatError, StoreError, StoreUnavailableError
+from progressdb_server.store.model import StoreError, StoreUnavailableError
 from progressdb_server.store.reading import LONG_READS_COUNT_MAX
 from progressdb_server.store.rekeying import Rekeying
 from progressdb_server.store.sealer import Sealer, store_error
@@ -90,12 +90,9 @@ class Conversations(Messages, Rekeying, Backups):
         rule: Rule = "members",
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """Raises FormatError when the directory was written by a newer version, or encrypted where the provider does
-        not encrypt, or the other way round; StoreUnavailableError."""
+        """Raises FormatError when the directory was written by a newer version; StoreUnavailableError."""
         if not isinstance(engine, SharedEngine):
-            directory.claim(engine, encrypted=not isinstance(provider, EncryptsNothing))
-        elif isinstance(provider, EncryptsNothing):
-            raise FormatError("a store in a database is always encrypted: `--kms none` needs a directory")
+            directory.claim(engine)
         super().__init__(engine, now_ns=now_ns)
         self.sealer = Sealer(self.reads, self.writer, provider, self.clock, self.metrics)
         self.rule = rule

@@ -1,9 +1,7 @@
 """A store's directory: its format record, the functions that open it, and the parts of an open store.
 
 Invariants: a program version opens only a directory whose format it supports. The format record is the first write to
-an empty directory. A store with plaintext records, made for a benchmark (progressdb_server/unencrypted.py), has its own
-format: only a server without encryption opens it, and such a server opens no other. Other packages do not choose a
-storage engine.
+an empty directory. Other packages do not choose a storage engine.
 """
 
 from __future__ import annotations
@@ -30,8 +28,6 @@ from progressdb_server.store.writer import Commits, Counters, SharedEngine, Writ
 
 FORMAT: Final = 3
 """The first one that was released, with version 0.2.0."""
-UNENCRYPTED: Final = "unencrypted-1"
-"""A string, so that no version takes it for a format number."""
 COPYING: Final = "copying"
 """Until a copy into the directory has ended."""
 
@@ -46,9 +42,9 @@ class _Format(msgspec.Struct, omit_defaults=True):
     """Of a copy that has not ended."""
 
 
-def check(reader: Reader, *, encrypted: bool = True) -> int | str:
-    """Check the format record and return the format. Raises FormatError if it is missing, damaged or of another format
-    or kind, StoreUnavailableError."""
+def check(reader: Reader) -> int | str:
+    """Check the format record and return the format. Raises FormatError if it is missing, damaged or of another format,
+    StoreUnavailableError."""
     raw = reader.get(keyspace.FORMAT)
     if raw is None:
         raise FormatError("the directory holds no ProgressDB store")
@@ -58,21 +54,11 @@ def check(reader: Reader, *, encrypted: bool = True) -> int | str:
         raise FormatError("the store's format record is damaged: restore a backup") from error
     if found == COPYING:
         raise FormatError("a copy into the directory has not ended: run the same progressdb store copy again")
-    if encrypted and isinstance(found, str):
-        raise FormatError(
-            "nothing in this store is encrypted, because `progressdb --kms none` made it: use another directory, and "
-            "delete this one after the benchmark"
-        )
-    if not encrypted and isinstance(found, int):
-        raise FormatError(
-            "the store is encrypted, and `--kms none` would put plaintext into it: omit the flag, or set --db to a new "
-            "directory for a benchmark"
-        )
     if isinstance(found, int) and found < FORMAT:
         raise FormatError(
             "the store was made before version 0.2.0, the first one whose formats are kept: set --db to a new directory"
         )
-    if found not in (FORMAT, UNENCRYPTED):
+    if found != FORMAT:
         raise FormatError(
             f"the store has format {found}, this version reads format {FORMAT}: start the version that wrote it, or a "
             "newer one"
@@ -80,27 +66,27 @@ def check(reader: Reader, *, encrypted: bool = True) -> int | str:
     return found
 
 
-def claim(engine: Engine, *, encrypted: bool = True) -> None:
+def claim(engine: Engine) -> None:
     """Write the format record if the directory is empty, then check it. Raises FormatError for a directory that is
-    neither empty nor a store of this kind and format."""
+    neither empty nor a store of this format."""
     if engine.get(keyspace.FORMAT) is None:
         if engine.scan(b"", keyspace.END, limit=1):
             raise FormatError("the directory holds something other than a ProgressDB store")
-        engine.write([(keyspace.FORMAT, msgspec.json.encode(_Format(FORMAT if encrypted else UNENCRYPTED)))])
+        engine.write([(keyspace.FORMAT, msgspec.json.encode(_Format(FORMAT)))])
         engine.sync()
-    check(engine, encrypted=encrypted)
+    check(engine)
 
 
 def _rocks() -> ModuleType:
     return import_module("progressdb_server.store.rocks.engine")
 
 
-def open_engine(path: str, *, encrypted: bool = True) -> Engine:
+def open_engine(path: str) -> Engine:
     """Open a store for the server, or create one in an empty directory. The caller closes it. Raises StoreLockedError,
     StoreUnavailableError, FormatError."""
     engine: Engine = _rocks().RocksEngine(path)
     try:
-        claim(engine, encrypted=encrypted)
+        claim(engine)
     except BaseException:
         engine.close()
         raise
@@ -170,12 +156,12 @@ def open_copy(path: str, begun: bytes) -> Iterator[Engine]:
 
 
 @contextmanager
-def open_reader(path: str, *, encrypted: bool = True) -> Iterator[Reader]:
+def open_reader(path: str) -> Iterator[Reader]:
     """Open a snapshot of a store to read it, even while a server has the store open. Raises StoreUnavailableError,
     FormatError."""
     reader = _rocks().RocksReader(path)
     try:
-        check(reader, encrypted=encrypted)
+        check(reader)
         yield reader
     finally:
         reader.close()
