@@ -33,8 +33,9 @@ from tests.harness.terminal import OnTerminal
 
 PROJECT = Path(__file__).resolve().parents[2]
 UNITS = PROJECT / "deploy" / "systemd"
-USERS = {"minikms": 54_321, "progressdb": 54_322, "minikms-auditor": 54_323}
-"""None of them belongs to anybody on the machine."""
+USERS = ("minikms", "progressdb", "minikms-auditor")
+UID_MIN = 54_321
+"""Of the users. Neither it nor the numbers after it belong to anybody on the machine."""
 SOCKET_UNIT = "minikms.socket"
 SOCKET = "/run/minikms/minikms.sock"
 READY_S_MAX = 60.0
@@ -60,14 +61,17 @@ class ServiceError(AssertionError):
 
 
 class Machine:
-    """`base` is a directory that every user can enter. `three_users` needs root. `socket_unit`: it is installed."""
+    """`base` is a directory that every user can enter. `uids`: of the users, which needs root; without it, this user is
+    all of them. `socket_unit`: it is installed."""
 
-    def __init__(self, base: Path, *, three_users: bool, socket_unit: bool) -> None:
+    def __init__(self, base: Path, uids: dict[str, int] | None, *, socket_unit: bool) -> None:
         self.base = base
         self.port = free_port()
-        self._three_users = three_users
+        self._three_users = three_users = uids is not None
         self._passes_socket = three_users and socket_unit
-        self._uids = dict(USERS) if three_users else dict.fromkeys(USERS, os.geteuid())
+        self._uids = uids or dict.fromkeys(USERS, os.geteuid())
+        self.beside: list[subprocess.Popen[bytes]] = []
+        """Programs of the operator, until `close`."""
         self._services: dict[str, subprocess.Popen[bytes]] = {}
         self._enabled: list[str] = []
         self._ran: list[str] = []  # when `files` was called
@@ -79,13 +83,13 @@ class Machine:
         become = 'setpriv --reuid="$uid" --regid="$uid" $groups' if three_users else ""
         groups = f'[ "$3" = -g ] && groups=--groups={self._uids["minikms"]} || groups=--clear-groups'
         command = 'while [ "$1" != -- ]; do shift; done; shift'
-        uids = " ".join(f"{name}) uid={uid};;" for name, uid in self._uids.items())
+        numbers = " ".join(f"{name}) uid={uid};;" for name, uid in self._uids.items())
         for name, script in {
             "opt/progressdb/bin/minikms": forked.script("minikms"),
             "opt/progressdb/bin/progressdb": forked.script("progressdb_server"),
             "opt/progressdb/bin/minikms-auditor": forked.script("minikms_auditor"),
             # -u USER [-g USER -G minikms] -- COMMAND …
-            "usr/bin/runuser": f'case "$2" in {uids} esac; {groups}; {command}; exec {become} "$@"',
+            "usr/bin/runuser": f'case "$2" in {numbers} esac; {groups}; {command}; exec {become} "$@"',
             "usr/bin/journalctl": f'exec cat {base}/journal/"$2"',  # -u UNIT …
             "usr/bin/systemctl": f'echo "$*" > {base}/asked; read -r status < {base}/answered; exit "$status"',
         }.items():
@@ -107,9 +111,8 @@ class Machine:
         text = text.replace("chown minikms:minikms-auditor", f"chown {minikms}:{gid}")
         for name, uid in self._uids.items():
             text = text.replace(f"$(id -u {name})", str(uid))
-            text = text.replace(f"-o {name} -g {name}", f"-o {uid} -g {uid}").replace(
-                f"chown {name}: ", f"chown {uid}:{uid} "
-            )
+            text = text.replace(f"-o {name} -g {name}", f"-o {uid} -g {uid}")
+            text = re.sub(f"chown (-R )?{name}: ", rf"chown \g<1>{uid}:{uid} ", text)
         return text
 
     def at(self, path: str) -> Path:
@@ -353,7 +356,7 @@ class Machine:
             if key == "EnvironmentFile":
                 file = self.at(value.removeprefix("-"))
                 if file.exists() or not value.startswith("-"):
-                    environ |= dict(line.split("=", 1) for line in file.read_text().splitlines() if line)
+                    environ |= dict(word.split("=", 1) for word in shlex.split(file.read_text()))
         return environ
 
     def _stop(self, name: str) -> None:
@@ -376,22 +379,26 @@ class Machine:
 
     def close(self) -> None:
         """Stops the services, the last one first."""
+        while self.beside:
+            with self.beside.pop() as process:
+                process.kill()
         self._socket_is_started = False
         for name in reversed(list(self._services)):
             self._stop(name)
 
 
 @contextmanager
-def machine(*, socket_unit: bool = True) -> Iterator[Machine]:
-    """A machine that is removed at the end, with three users where this user may have them."""
+def machine(*, socket_unit: bool = True, uid_min: int = UID_MIN) -> Iterator[Machine]:
+    """A machine that is removed at the end, with three users, from `uid_min` on, where this user may have them."""
     needs.program("openssl")
-    three_users = os.geteuid() == 0 and all(needs.runs_as(uid) for uid in USERS.values())
+    uids = {name: uid_min + number for number, name in enumerate(USERS)}
+    three_users = os.geteuid() == 0 and all(needs.runs_as(uid) for uid in uids.values())
     if three_users:
         needs.program("setpriv")
     base = Path(tempfile.mkdtemp(prefix="runbook-", dir="/tmp"))
     try:
         base.chmod(0o711)
-        made = Machine(base, three_users=three_users, socket_unit=socket_unit)
+        made = Machine(base, uids if three_users else None, socket_unit=socket_unit)
         try:
             yield made
         finally:

@@ -10,16 +10,19 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from minikms.api import CONNECTIONS_MAX
 from progressdb_server.store import directory, epoch
 from tests import needs
-from tests.documents.machine import UNITS, Machine, blocks, machine
+from tests.documents.machine import UID_MIN, UNITS, Machine, blocks, machine
 from tests.harness.vaults import opened_vault
 from tests.harness.waiting import wait_until
 
@@ -34,9 +37,10 @@ SECTIONS = {
     for title, text in re.findall(r"(?m)^## (.+)\n((?:(?!## ).*\n?)*)", RUNBOOK.read_text("utf-8"))
     if title not in ELSEWHERE
 }
+SECTIONS["Move to another machine"] += SECTIONS["Restore"][-2:]  # as its text says
 
 
-def call_server(made: Machine, target: str, body: object = None, *, request_id: str | None = None) -> None:
+def call_server(made: Machine, target: str, body: object = None, *, request_id: str | None = None) -> Any:
     """A request of a backend for the user Ada."""
     url = f"http://127.0.0.1:{made.port}{target}"
     headers = {"X-API-Key": made.api_key("backend"), "X-User-ID": "ada"}
@@ -46,16 +50,21 @@ def call_server(made: Machine, target: str, body: object = None, *, request_id: 
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(urllib.request.Request(url, data, headers), timeout=60) as answer:
         assert answer.status == 200
+        return json.load(answer)
 
 
 def store_message(made: Machine) -> None:
     call_server(made, "/v1/threads/thread-1/messages", {"body": 1})
 
 
-def prepare(made: Machine) -> None:
-    """Installs both services; there is a message in the store, and a backup of Monday."""
+def prepare(made: Machine, *, recommended: bool = True) -> None:
+    """Installs both services; there is a message in the store, and a backup of Monday. `recommended`: with a policy
+    file, and the audit log in a directory of its own."""
     made.install()
     made.export(blocks(RUNBOOK)[0])
+    if recommended:
+        a_policy_holds(made)
+        the_log_lies_apart(made)
     made.do("install -d -m 700 -o minikms -g minikms /backup")
     store_message(made)
     made.do("runuser -u minikms -- minikms backup create /backup/monday.minikms")
@@ -89,6 +98,8 @@ def with_names(made: Machine, block: str, said: str) -> str:
         block = block.replace("SLOT", re.findall(r"(?m)^Slot (s[0-9]+):", said)[-1])
     if "LOG-KEY" in block:
         block = block.replace("LOG-KEY", re.findall(r"log key +(\S+)", said)[0])
+    if "BACKUP" in block:
+        block = block.replace("BACKUP", re.findall(r"rotation backups are damaged, first (\S+);", said)[0])
     if "KEY_ID" in block:
         [key_id] = [file.stem for file in key_files(made) if not file.read_bytes()]
         block = block.replace("KEY_ID", key_id)
@@ -134,7 +145,7 @@ def the_root_key_was_changed(made: Machine) -> None:
 def a_line_was_edited(made: Machine) -> None:
     """The server has seen more lines than the new log will have."""
     the_server_has_seen_a_longer_audit_log(made)
-    log = made.at("/var/lib/progressdb/minikms/minikms-audit.log")
+    log = Path(made.environ["LOG"]) / "minikms-audit.log"
     log.write_bytes(log.read_bytes().replace(b'"create_dek"', b'"create_dok"', 1))
 
 
@@ -171,6 +182,54 @@ def the_key_file_is_lost(made: Machine) -> None:
     made.at("/etc/progressdb/minikms.key").unlink()
 
 
+def the_log_lies_apart(made: Machine) -> None:
+    if not made.environ["AUDIT"]:
+        follow(made, "Give the audit log a directory of its own")
+        made.export(blocks(RUNBOOK)[0])
+
+
+def a_rotation_backup_is_damaged(made: Machine) -> None:
+    """The status names it once the start has read all of them."""
+    made.do("minikms rotate-kek --yes")
+    [journal] = made.at("/var/lib/progressdb/minikms/kms-deks-backup").rglob("*.journal")
+    with journal.open("r+b") as file:
+        file.seek(700)
+        file.write(os.urandom(400))
+    made.do("systemctl restart minikms")
+    wait_until(lambda: "rotation backups are damaged" in made.do("minikms status"), seconds=60)
+    assert made.run("minikms kek prune --backups --yes")[0] == 1
+    assert journal.exists()
+
+
+def the_operator_has_too_many_connections(made: Machine) -> None:
+    if os.geteuid() != 0:
+        return  # then all users are one
+    program = (
+        "import resource, socket, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, [resource.getrlimit(resource.RLIMIT_NOFILE)[1]] * 2)\n"
+        f"held = [socket.socket(socket.AF_UNIX) for _ in range({CONNECTIONS_MAX // 2})]\n"
+        "for each in held:\n    each.connect(sys.argv[1])\n"
+        "print(flush=True)\n"
+        "sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program, str(made.at("/run/minikms/minikms.sock"))]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    made.beside.append(process)
+    assert process.stdout is not None and process.stdout.readline() == b"\n"
+
+
+def the_machine_is_lost(made: Machine) -> None:
+    """This one is the new machine, too: it has what was copied from it."""
+    made.do("runuser -u progressdb -- progressdb backup create monday --store-only")
+    copy_what_moves(made, made)
+
+
+def copy_what_moves(old: Machine, new: Machine) -> None:
+    new.do("install -d -m 700 /root/from")
+    for path in ("/backup/monday.minikms", "/var/lib/progressdb/db/backups/monday", "/etc/progressdb/minikms.key"):
+        new.do(f"cp -r {old.at(path)} /root/from/")
+
+
 def a_policy_holds(made: Machine, limits: str = "") -> None:
     """As deploy/systemd/README.md says. `limits`: of the operators, who have all roles then."""
     script, restart, _ = blocks(UNITS / "README.md")[1].partition("systemctl")
@@ -195,7 +254,7 @@ def a_limit_is_used_up(made: Machine) -> None:
 def an_auditor_is_attached(made: Machine) -> None:
     """As deploy/systemd/README.md says. Its tree has the lines that there were."""
     a_policy_holds(made)
-    follow(made, "Give the audit log a directory of its own")
+    the_log_lies_apart(made)
     [block] = [block for block in blocks(UNITS / "README.md") if "signer.key" in block]
     made.do(block.partition("\n")[2])  # without that which copies the unit
     asked = f"runuser -u minikms-auditor -- minikms-auditor {{}} --config {AUDITOR_TOML}"
@@ -212,6 +271,9 @@ HAPPENED: dict[str, Callable[[Machine], None]] = {
     "Only the keyring is damaged": the_keyring_is_damaged,
     "One key file is damaged": a_key_file_is_damaged,
     "The store is damaged": a_block_is_damaged,
+    "Connections wait": the_operator_has_too_many_connections,
+    "Move to another machine": the_machine_is_lost,
+    "A rotation backup or the journal can't be read": a_rotation_backup_is_damaged,
     "Restore": the_server_has_seen_a_longer_audit_log,
     "The key file is lost, shares are left": the_key_file_is_lost,
     "Unseal": somebody_sealed_it,
@@ -227,7 +289,10 @@ HAPPENED: dict[str, Callable[[Machine], None]] = {
 
 ON_ONE_MACHINE = (
     "Unseal",
+    "A rotation backup or the journal can't be read",
     "Restore",
+    "Only the keyring is damaged",
+    "The audit log was altered",
     "The key file is lost, shares are left",
     "A key has leaked",
 )
@@ -272,7 +337,7 @@ def commands_of(block: str) -> range:
 def root_keys(made: Machine) -> set[str]:
     """The text of each key file of the machine."""
     places = [made.at(place) for place in ("/etc/progressdb", "/root")]
-    return {file.read_text().strip() for place in places for file in place.glob("*.key*")}
+    return {file.read_text().strip() for place in places for file in place.rglob("*.key*")}
 
 
 def fail_each_command(made: Machine, block: str, every: int = 1) -> None:
@@ -280,7 +345,8 @@ def fail_each_command(made: Machine, block: str, every: int = 1) -> None:
     lost then, and that in the daemon's file opens the data directory, or the one that was moved away; if it did before.
     """
     doctor = "PROGRESSDB_KMS_SOCKET= runuser -u minikms -- minikms doctor"  # the files only, not the daemon
-    opens = f"{doctor} || {doctor} --data-dir /var/lib/progressdb/minikms.old"
+    old = f"{doctor} --data-dir /var/lib/progressdb/minikms.old"
+    opens = f"{doctor} || {old} || {old} --master-key-file /etc/progressdb/minikms.key.old"
     keys, opened, before = root_keys(made), made.run(opens)[0] == 0, made.files()
     for number in commands_of(block)[::every]:
         failed = block.splitlines()[number]
@@ -371,16 +437,57 @@ def test_the_commands_of_sections_on_one_machine_do_what_they_should() -> None:
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("socket_unit", [True, False], ids=["with minikms.socket", "without it"])
+@pytest.mark.parametrize("recommended", [True, False], ids=["as recommended", "without any option"])
 @pytest.mark.parametrize("title", SECTIONS)
-def test_the_commands_of_a_section_do_what_they_should(title: str, socket_unit: bool) -> None:
+def test_the_commands_of_a_section_do_what_they_should(title: str, recommended: bool) -> None:
+    """With minikms.socket, a policy file and a directory of the audit log, or without all of these."""
     if title == "Pin the root keys":
         needs.root()
-    with machine(socket_unit=socket_unit) as made:
-        prepare(made)
+    with machine(socket_unit=recommended) as made:
+        prepare(made, recommended=recommended and title != "Give the audit log a directory of its own")
         follow(made, title)
         if title != "Seal":
             check_left_in_order(made)
+
+
+@pytest.mark.timeout(900)
+def test_a_lost_machine_goes_on_elsewhere_from_backups_and_root_key() -> None:
+    """The services of the new machine have run, under other uids."""
+    with machine(uid_min=UID_MIN + 100) as new:
+        with machine() as old:
+            prepare(old)
+            call_server(old, "/v1/threads/thread-1/messages", {"body": "of the lost machine"})
+            old.do("runuser -u minikms -- minikms backup create /backup/later.minikms")
+            old.do("mv /backup/later.minikms /backup/monday.minikms")
+            old.do("runuser -u progressdb -- progressdb backup create monday --store-only")
+            prepare(new)
+            copy_what_moves(old, new)
+        said = "".join(new.do(block) for block in SECTIONS["Move to another machine"])
+        assert "all is right" in said
+        listed = call_server(new, "/v1/threads/thread-1/messages")["messages"]
+        assert [each["body"] for each in listed] == [1, "of the lost machine"]
+        check_left_in_order(new)
+
+
+def test_systemd_and_the_first_block_read_the_flags_of_an_auditor_alike(tmp_path: Path) -> None:
+    """`AUDIT` has two of them, and a space."""
+    reader = Path("/usr/lib/systemd/user-environment-generators/30-systemd-environment-d-generator")
+    if not reader.exists():
+        pytest.skip("no systemd")
+    [line] = re.findall(r"`(AUDIT=[^`]+)`", (UNITS / "README.md").read_text("utf-8"))
+    (tmp_path / "environment.d").mkdir()
+    file = tmp_path / "environment.d" / "minikms.conf"
+    file.write_text(line + "\n")
+    environ = {"XDG_CONFIG_HOME": str(tmp_path), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    by_systemd = subprocess.run([reader], env=environ, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["bash", "-c", f'{by_systemd}\nprintf \'%s\\n\' "$AUDIT"; . {file}; printf %s "$AUDIT"'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    read, sourced = shown.stdout.split("\n")
+    assert read == sourced and len(sourced.split()) == 2
 
 
 def test_a_key_is_restored_from_its_newest_rotation_backup(tmp_path: Path) -> None:

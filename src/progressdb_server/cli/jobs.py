@@ -146,7 +146,7 @@ def _control(job_id: str, action: str, as_json: bool, client: AdminClient) -> in
 def list_backups(*, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """List the jobs that have backups, newest first."""
     jobs = AdminClient.from_flags(url, api_key_file).call("GET", "/admin/backups")["jobs"]
-    return _listed(jobs, as_json, "no backups")
+    return _listed(jobs, as_json, "no DEK rotation has kept records; backups of the store: progressdb backup list")
 
 
 @backups.command(name="prune")
