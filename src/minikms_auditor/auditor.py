@@ -22,7 +22,7 @@ from minikms.audit.export import LogRange
 from minikms.audit.note import Checkpoint, Note, NoteError, WitnessPolicy, cosigned_at, open_checkpoint
 from minikms.audit.record import Head
 from minikms.audit.tiles import Tiles
-from minikms.output import as_json
+from minikms.commands.output import as_json
 from minikms_auditor.config import Config
 from minikms_auditor.signers import Signers
 from minikms_auditor.sinks import Shipper, SinkStatus

@@ -18,8 +18,8 @@ import msgspec
 
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError
-from minikms.http_client import Answer, HttpClient
-from minikms.tls_files import client_context
+from minikms.processes.http_client import Answer, HttpClient
+from minikms.processes.tls_files import client_context
 from minikms_auditor.config import Files, HttpSink, SplunkSink
 from minikms_auditor.sinks import LaterError, Message, RefusedError, Transport
 

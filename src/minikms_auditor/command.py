@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
-from minikms.usage import (
+from minikms.commands.usage import (
     EXIT_FAILED,
     EXIT_GOOD,
     EXIT_MISSING,
@@ -83,7 +83,7 @@ def status(*, config: Config, json: Json = False) -> int:
     import msgspec
 
     from minikms.api.errors import StartError
-    from minikms.output import print_result
+    from minikms.commands.output import print_result
     from minikms_auditor import store
     from minikms_auditor.auditor import Status
     from minikms_auditor.config import Files
@@ -153,9 +153,9 @@ def accept_log(
     Without a key it shows the one that the auditor waits for. Compare it with the one that `minikms audit verify` or
     the start of the daemon shows, and give it then. Exit status: 0 accepted, 1 a key waits, 2 none does.
     """
+    from minikms.api.base64 import decode_exact
     from minikms.api.errors import StartError
     from minikms.audit.chain import PUBLIC_KEY_BYTES
-    from minikms.base64 import decode_exact
     from minikms_auditor import store
     from minikms_auditor.config import Files
 
@@ -226,7 +226,7 @@ def _pending(state_dir: str) -> PendingLog | None:
 
 
 def _show_pending(state_dir: str) -> int:
-    from minikms.base64 import encode_text
+    from minikms.api.base64 import encode_text
 
     pending = _pending(state_dir)
     if pending is None:
@@ -249,7 +249,7 @@ def _receiver_must(sink: Sink) -> str:
 
 def _unseen(state_dir: str, age_s: int) -> Iterator[str]:
     """What the auditor can't write into its status: that it does not run, or that its disk is full."""
-    from minikms.output import byte_count
+    from minikms.commands.output import byte_count
     from minikms.platform.directory_lock import is_owned
 
     if not is_owned(state_dir):

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 from minikms import api
+from minikms.api.base64 import decode_exact
 from minikms.api.errors import StartError
 from minikms.audit.chain import PUBLIC_KEY_BYTES
 from minikms.audit.note import TYPE_COSIGNATURE, NoteError, VerifierKey, is_name, parse_vkey
-from minikms.base64 import decode_exact
-from minikms.config_file import ConfigFiles, Uid, check_metrics, check_socket, parse_toml
+from minikms.processes.config_file import ConfigFiles, Uid, check_metrics, check_socket, parse_toml
 
 WITNESSES_COUNT_MAX: Final = 16
 SIGNERS_COUNT_MAX: Final = 2

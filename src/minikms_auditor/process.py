@@ -25,7 +25,6 @@ import uvloop
 
 from minikms.client import Client
 from minikms.client.connecting import OVERFLOW_UID_FILE
-from minikms.config_file import address
 from minikms.http import HttpServer
 from minikms.http.accepting import ACCEPT_PAUSE_SECONDS, Acceptor, listen_tcp
 from minikms.http.page import PAGE_LIMITS, metrics_page
@@ -34,6 +33,7 @@ from minikms.memory.process import name_thread
 from minikms.platform import process_metrics
 from minikms.platform.logs import service_logger, structlog
 from minikms.platform.notify import Notifier
+from minikms.processes.config_file import address
 from minikms_auditor.auditor import Auditor
 from minikms_auditor.collectors import Collector, SplunkCollector
 from minikms_auditor.config import Config, Files, FileSink, HttpSink, Sink, SplunkSink, SyslogSink

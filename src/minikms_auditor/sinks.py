@@ -32,8 +32,8 @@ from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.shipping import FileForwarder
 from minikms.audit.tiles import Tiles
 from minikms.audit.tree import leaf_of
-from minikms.http_client import ExchangeError
 from minikms.platform.sync import sync_directory
+from minikms.processes.http_client import ExchangeError
 from minikms_auditor.config import FileSink, Sink
 from minikms_auditor.store import Cursor, Line, SinkFiles, Store
 

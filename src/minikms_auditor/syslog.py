@@ -22,8 +22,8 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from minikms.audit.record import Event
-from minikms.http_client import ExchangeError, seconds_left
-from minikms.tls_files import client_context
+from minikms.processes.http_client import ExchangeError, seconds_left
+from minikms.processes.tls_files import client_context
 from minikms_auditor.config import Files, SyslogSink
 from minikms_auditor.sinks import Message, Transport
 

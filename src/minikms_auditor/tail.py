@@ -13,6 +13,7 @@ import hmac
 from collections.abc import Collection
 from typing import Final, NamedTuple
 
+from minikms.api.base64 import decode_exact, encode_text
 from minikms.audit import record
 from minikms.audit.chain import PUBLIC_KEY_BYTES
 from minikms.audit.queries import segment_before
@@ -21,7 +22,6 @@ from minikms.audit.record import Event, Head, MalformedLineError
 from minikms.audit.rules import Trust
 from minikms.audit.tree import leaf_of, leaf_of_entry
 from minikms.audit.verify import Verifier
-from minikms.base64 import decode_exact, encode_text
 from minikms_auditor.store import Line
 
 LEAVES_AT_A_TIME: Final = 65_536

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Final, NamedTuple
 
+from minikms.api.base64 import encode_text
 from minikms.audit import tree
 from minikms.audit.note import Note, NoteError, Signature, VerifierKey, cosigned_at, parse_signatures
 from minikms.audit.tree import Node
-from minikms.base64 import encode_text
-from minikms.http_client import ExchangeError, HttpClient
-from minikms.tls_files import client_context
+from minikms.processes.http_client import ExchangeError, HttpClient
+from minikms.processes.tls_files import client_context
 from minikms_auditor.config import Files, Witness
 
 ROUND_SECONDS_MAX: Final = 10.0

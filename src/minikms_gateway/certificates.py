@@ -29,9 +29,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID
 
 from minikms.api.errors import InvalidRequestError, StartError
-from minikms.config_file import PEM_BYTES_MAX
 from minikms.policy.names import parse_name
-from minikms.tls_files import load_pair
+from minikms.processes.config_file import PEM_BYTES_MAX
+from minikms.processes.tls_files import load_pair
 from minikms_gateway.config import CRL_BYTES_MAX, ClientCa, Config, Files
 from minikms_gateway.reasons import RefusedCertificateError
 

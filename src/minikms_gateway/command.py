@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from minikms.usage import (
+from minikms.commands.usage import (
     EXIT_GOOD,
     EXIT_MISSING,
     LogFormat,

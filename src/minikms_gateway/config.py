@@ -12,8 +12,8 @@ from typing import Final, Literal
 import msgspec
 
 from minikms.api.errors import InvalidRequestError, StartError
-from minikms.config_file import ConfigFiles, Uid, address, check_socket, parse_toml
 from minikms.policy.names import parse_name
+from minikms.processes.config_file import ConfigFiles, Uid, address, check_socket, parse_toml
 
 CRL_BYTES_MAX: Final = 8 * 1024 * 1024
 JWKS_BYTES_MAX: Final = 256 * 1024

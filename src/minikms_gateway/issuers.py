@@ -24,8 +24,8 @@ import msgspec
 
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError
-from minikms.http_client import ExchangeError, HttpClient
-from minikms.tls_files import client_context
+from minikms.processes.http_client import ExchangeError, HttpClient
+from minikms.processes.tls_files import client_context
 from minikms_gateway.config import JWKS_BYTES_MAX, Config, Files, Issuer
 from minikms_gateway.reasons import IssuerUnavailableError, RefusedTokenError
 from minikms_gateway.tokens import Key, Verified, bearer, check_binding, parse_keys, read, verify

@@ -27,7 +27,6 @@ import uvloop
 
 from minikms.api.errors import StartError
 from minikms.client.connecting import OVERFLOW_UID_FILE
-from minikms.config_file import address
 from minikms.http import LIMITS, HttpServer
 from minikms.http.accepting import (
     ACCEPT_PAUSE_SECONDS,
@@ -43,6 +42,7 @@ from minikms.platform import process_metrics
 from minikms.platform.logs import service_logger, structlog
 from minikms.platform.notify import Notifier
 from minikms.platform.trusted_file import directory_read
+from minikms.processes.config_file import address
 from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, Session, State
 from minikms_gateway.certificates import Trust, server_context

@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
-from minikms import usage
-from minikms.output import print_result
-from minikms.usage import (
+from minikms.commands import usage
+from minikms.commands.output import print_result
+from minikms.commands.usage import (
     EXIT_FAILED,
     EXIT_GOOD,
     EXIT_MISSING,

@@ -20,9 +20,9 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from minikms.api.errors import StartError
-from minikms.config_file import ConfigFiles, parse_toml
 from minikms.memory import SLOT_BYTES
 from minikms.platform.sync import sync_file
+from minikms.processes.config_file import ConfigFiles, parse_toml
 
 VERSION: Final = 1
 PASSPHRASE_BYTES_MIN: Final = 16

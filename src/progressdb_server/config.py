@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import yaml
 
-from minikms.config_file import has_nul
+from minikms.processes.config_file import has_nul
 
 ENVIRONMENT_PREFIX: Final = "PROGRESSDB_"
 CONFIG_BYTES_MAX: Final = 1024 * 1024

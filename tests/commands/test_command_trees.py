@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.usage import missing_library
+from minikms.commands.usage import missing_library
 
 PROJECT = Path(__file__).resolve().parents[2]
 RUN_SECONDS_MAX = 60

@@ -15,7 +15,7 @@ from cyclopts import App
 from minikms.cli import main as minikms_main
 from minikms.cli.command import app as minikms
 from minikms.cli.rootkey import BIND_VARIABLE
-from minikms.usage import label
+from minikms.commands.usage import label
 from minikms_auditor.command import app as auditor
 from minikms_auditor.command import main as auditor_main
 from minikms_gateway.command import app as gateway

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from minikms.api import AuditPositionAnswer, DurableLine
+from minikms.api.base64 import encode_text
 from minikms.api.errors import ConflictError, InvalidRequestError, KmsUnavailableError
 from minikms.audit import AuditLog
 from minikms.audit.note import parse_checkpoint, parse_note
 from minikms.audit.reader import each_segment
 from minikms.audit.record import peek_seq
-from minikms.base64 import encode_text
 from minikms.memory import SecretArena
 from minikms_auditor.auditor import Auditor, Reporter, Status
 from minikms_auditor.config import Config, Files, parse_config

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from minikms.api.base64 import encode_text
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import tree
 from minikms.audit.export import Exported, ProofChecker
@@ -20,7 +21,6 @@ from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import Retention, remove_segments
 from minikms.audit.note import WitnessPolicy, open_checkpoint, parse_vkey
 from minikms.audit.tiles import RightEdge, Tiles, tile_path
-from minikms.base64 import encode_text
 from minikms.cli import audit, audit_tree
 from tests.minikms.audit.logmaker import KEY1, SECOND, open_log, write_events
 from tests.minikms_auditor.rig import Rig

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from minikms.api.base64 import encode_text
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.tiles import TilesError
-from minikms.base64 import encode_text
 from minikms.cli import audit, audit_tree
 from minikms_auditor import command
 from tests.harness import witness as cosigning

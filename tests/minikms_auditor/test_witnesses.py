@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from minikms.audit.note import WitnessPolicy, open_checkpoint, parse_vkey
-from minikms.http_client import ANSWER_BYTES_MAX
+from minikms.processes.http_client import ANSWER_BYTES_MAX
 from minikms_auditor import witnesses as submitting
 from tests.harness.waiting import wait_until
 from tests.harness.witness import STOP_CHECK_S

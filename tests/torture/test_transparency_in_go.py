@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.base64 import encode_text
 from minikms.audit import tree
 from minikms.audit.export import tile_reader
 from minikms.audit.tiles import Tiles
-from minikms.base64 import encode_text
 from minikms.cli import audit_tree
 from tests import needs
 from tests.harness.ports import free_port

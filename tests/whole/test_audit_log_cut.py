@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from minikms.api.base64 import encode_text
 from minikms.audit import record
-from minikms.base64 import encode_text
 from minikms.platform.append_only import CONFIRMED_SUFFIX
 from progressdb_server.store import keyspace
 from progressdb_server.store.epoch import SeenState

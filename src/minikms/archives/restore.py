@@ -13,10 +13,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from minikms.api.base64 import decode_exact
 from minikms.api.errors import ConflictError
 from minikms.archives.archive import ArchiveError, AuditHead
 from minikms.archives.create import CHANGED, Task, VerifiedArchive, reread_entries
-from minikms.base64 import decode_exact
 from minikms.custody import deks, keyring_file, rotation_backups
 from minikms.custody.archive_register import ArchiveRegister, RegisteredArchive
 from minikms.custody.tombstone_file import write_tombstones

@@ -29,9 +29,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
 
+from minikms.api.base64 import decode_exact, encode, encode_text
 from minikms.audit import record
 from minikms.audit.record import ACTOR_SELF, LINE_BYTES_MAX, Event, Facts, Head, encode_event
-from minikms.base64 import decode_exact, encode, encode_text
 
 PUBLIC_KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64

@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from minikms.api.base64 import decode_exact, encode_text
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import tree
@@ -29,7 +30,6 @@ from minikms.audit.note import (
 from minikms.audit.record import LINE_BYTES_MAX
 from minikms.audit.tiles import CHECKPOINT_NAME, TILE_BYTES, Read, RightEdge, Tiles
 from minikms.audit.tree import HASH_BYTES, PROOF_HASHES_MAX, ProofError, leaf_of
-from minikms.base64 import decode_exact, encode_text
 
 INDEX_NAME: Final = "logs.json"
 INDEX_BYTES_MAX: Final = 4 * 1024 * 1024

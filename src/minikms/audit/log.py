@@ -27,13 +27,13 @@ from typing import Final, Literal, NoReturn
 import msgspec
 
 from minikms import api
+from minikms.api.base64 import encode_text
 from minikms.api.errors import AuditUnavailableError
 from minikms.audit import record
 from minikms.audit.chain import AuditKey, Signer
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
 from minikms.audit.repair import AuditKeys, ExpectedLog, OpenedLog, open_log
 from minikms.audit.writer import RESERVE_BYTES, ChainWriter, Reserve
-from minikms.base64 import encode_text
 from minikms.platform.append_only import UNCONFIRMED_BYTES_MAX
 
 FsyncPolicy = Literal["never", "interval", "turn"]

@@ -26,6 +26,7 @@ from typing import BinaryIO, Final
 import msgspec
 import zstandard
 
+from minikms.api.base64 import decode_exact, encode_text
 from minikms.api.errors import AuditUnavailableError
 from minikms.audit import record
 from minikms.audit.log import AuditLog
@@ -41,7 +42,6 @@ from minikms.audit.reader import (
 )
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
 from minikms.audit.shipping import Forwarder, Forwarding
-from minikms.base64 import decode_exact, encode_text
 from minikms.platform.sync import sync_directory, sync_file
 
 RETENTION_TICKS: Final = 3600

@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
+from minikms.api.base64 import decode_exact, encode_text
 from minikms.api.errors import KmsRefusedError
 from minikms.audit.chain import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, signature_is_valid
 from minikms.audit.tree import HASH_BYTES, SIZE_MAX
-from minikms.base64 import decode_exact, encode_text
 
 NOTE_BYTES_MAX: Final = 128 * 1024
 """Signatures by keys of other types, which are ignored, may have 5 KiB each."""

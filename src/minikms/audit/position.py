@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from minikms import api
+from minikms.api.base64 import decode_canonical
 from minikms.api.errors import ConflictError, InvalidRequestError, KmsRefusedError, StorageUnavailableError
 from minikms.audit import record
 from minikms.audit.queries import line_of
 from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import Head, MalformedLineError
-from minikms.base64 import decode_canonical
 from minikms.platform import append_only
 
 ATTACHED_NS: Final = 30 * 1_000_000_000

@@ -17,9 +17,9 @@ from typing import Annotated, Final
 import msgspec
 
 from minikms import api
+from minikms.api.base64 import decode_exact, encode
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsRefusedError
-from minikms.base64 import decode_exact, encode
 
 FORMAT_VERSION: Final = 1
 

@@ -31,6 +31,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from minikms.api.base64 import encode_text
 from minikms.api.errors import StartError
 from minikms.audit import chain, reader, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
@@ -46,7 +47,6 @@ from minikms.audit.reader import (
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
 from minikms.audit.rules import Trust
 from minikms.audit.verify import Verifier
-from minikms.base64 import encode_text
 from minikms.platform import append_only
 from minikms.platform.append_only import write_whole
 from minikms.platform.sync import sync_data, sync_directory, sync_file

@@ -22,10 +22,10 @@ from typing import Final, Literal
 
 import msgspec
 
+from minikms.api.base64 import decode_exact, encode_text
 from minikms.audit import chain, record
 from minikms.audit.chain import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, signature_is_valid
 from minikms.audit.record import Event, Facts, Head
-from minikms.base64 import decode_exact, encode_text
 
 FINDINGS_COUNT_MAX: Final = 100
 """Findings that are kept with their text. Further findings are only counted."""

@@ -34,6 +34,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from minikms.api.base64 import decode_exact, encode_text
 from minikms.audit import record
 from minikms.audit.chain import Coverage, KeyState
 from minikms.audit.record import Event, Facts, Head, MalformedLineError
@@ -48,7 +49,6 @@ from minikms.audit.rules import (
     Trust,
     whole_number,
 )
-from minikms.base64 import decode_exact, encode_text
 
 _SEGMENT_OPEN_FACTS: Final = frozenset(
     (

@@ -27,12 +27,12 @@ from typing import Final
 
 import msgspec
 
+from minikms.api.base64 import encode_text
 from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
 from minikms.audit.record import Event, Facts, Head
 from minikms.audit.repair import OpenedLog, create_file
-from minikms.base64 import encode_text
 from minikms.platform.append_only import AppendOnlyFile
 from minikms.platform.sync import sync_directory
 

@@ -15,7 +15,7 @@ def main() -> None:
     bind_symbols()
     import gc
 
-    from minikms.usage import COLLECTED_OBJECTS_MIN
+    from minikms.commands.usage import COLLECTED_OBJECTS_MIN
 
     gc.set_threshold(COLLECTED_OBJECTS_MIN)
     from minikms.cli.command import run

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 from cyclopts import App, Parameter, validators
 
+from minikms.api.base64 import encode_text
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit import record
 from minikms.audit.queries import Totals
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
-from minikms.base64 import encode_text
 from minikms.cli import audit_tree
 from minikms.cli.console import (
     DataDir,
@@ -36,8 +36,8 @@ from minikms.cli.console import (
     chosen_root,
     needed_root,
 )
-from minikms.output import confirm, print_table, progress_bar
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
+from minikms.commands.output import confirm, print_table, progress_bar
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head
@@ -495,8 +495,8 @@ def _public_trust(given: Sequence[str]) -> Trust:
 
 
 def _public_key(text: str) -> bytes | None:
+    from minikms.api.base64 import decode_exact
     from minikms.audit.chain import PUBLIC_KEY_BYTES
-    from minikms.base64 import decode_exact
 
     if re.fullmatch(r"[0-9a-fA-F]{64}", text):
         return bytes.fromhex(text)

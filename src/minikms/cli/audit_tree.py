@@ -30,7 +30,7 @@ from minikms.audit.record import MalformedLineError
 from minikms.audit.tiles import Tiles
 from minikms.audit.tree import ProofError
 from minikms.cli.console import DataDir, chosen_data_dir, complain
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
 
 P = ParamSpec("P")
 

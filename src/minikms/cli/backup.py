@@ -35,8 +35,8 @@ from minikms.cli.console import (
     explained,
     needed_root,
 )
-from minikms.output import confirm, name_list, print_facts, print_json, print_table, progress_bar
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
+from minikms.commands.output import confirm, name_list, print_facts, print_json, print_table, progress_bar
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.archives.archive import AuditHead, Manifest
@@ -314,11 +314,11 @@ def _task(root: RootProvider, what: str, *, bar: bool) -> Iterator[Task]:
 
 def _audit_head(directory: str) -> AuditHead | None:
     """The last whole line of the audit log; None when there is none that can be read."""
+    from minikms.api.base64 import encode_text
     from minikms.api.errors import KmsRefusedError
     from minikms.archives.archive import AuditHead
     from minikms.audit.reader import last_lines
     from minikms.audit.record import parse_line
-    from minikms.base64 import encode_text
     from minikms.custody.log_directory import log_directory
 
     with contextlib.suppress(OSError, KmsRefusedError, ValueError):
@@ -330,9 +330,9 @@ def _audit_head(directory: str) -> AuditHead | None:
 
 def _begin_log(log_dir: str, unlocked: UnlockedKeyring, manifest: Manifest) -> None:
     """A new audit log. Its first line names the head of the old one, its second what was restored."""
+    from minikms.api.base64 import decode_exact
     from minikms.audit import Event, ExpectedLog
     from minikms.audit.record import MAC_BYTES, Head
-    from minikms.base64 import decode_exact
     from minikms.datadir import open_audit_log
 
     head = manifest.audit_head

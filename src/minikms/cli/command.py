@@ -14,11 +14,11 @@ import os
 import sys
 from typing import Any, Final, NoReturn
 
-from minikms import usage
 from minikms.cli.console import explained
 from minikms.cli.rootkey import FLAG as MASTER_KEY_FLAG
 from minikms.cli.serve import serve
-from minikms.usage import CommandError, Shell, new_app, print_completion, show_whole_help, unknown_command
+from minikms.commands import usage
+from minikms.commands.usage import CommandError, Shell, new_app, print_completion, show_whole_help, unknown_command
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),

@@ -1,7 +1,7 @@
 """What the commands share: flags, and the daemon's client.
 
-Owns: the rule from an error to its text and exit status (`minikms.usage`), and the flags of several commands: names,
-help, environment variables. `minikms.output` shows results.
+Owns: the rule from an error to its text and exit status (`minikms.commands.usage`), and the flags of several commands:
+names, help, environment variables. `minikms.commands.output` shows results.
 
 Invariants: an error text says what happened, why, and what to do next; it goes to standard error and holds no key. A
 flag wins over its variable, an empty variable counts as unset; no flag takes a key itself, only the path of its file.
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import Parameter
 
-from minikms import usage
 from minikms.cli.rootkey import VARIABLE as MASTER_KEY_VARIABLE
-from minikms.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE, CommandError, PathText, RootSource
+from minikms.commands import usage
+from minikms.commands.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE, CommandError, PathText, RootSource
 
 if TYPE_CHECKING:
     from minikms.api.errors import KmsError

@@ -36,6 +36,8 @@ from minikms.cli.console import (
     found_data_dir,
     found_socket,
 )
+from minikms.commands.output import NAMED_COUNT_MAX, name_list, print_json, terminal
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 from minikms.custody import (
     deks,
     journal,
@@ -52,11 +54,9 @@ from minikms.keys.keyring import Body
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
-from minikms.output import NAMED_COUNT_MAX, name_list, print_json, terminal
 from minikms.platform.clock import unix_seconds
 from minikms.platform.files import is_stale_temp, read_file_in
 from minikms.roots.providers import KEPT_BY_PEOPLE
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.roots.providers import RootProvider

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
 from cyclopts import Parameter
 
 from minikms.cli.console import Json, ServerUid, Socket, daemon_client
-from minikms.output import print_json, progress_bar
+from minikms.commands.output import print_json, progress_bar
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, PathText
 from minikms.platform.sync import sync_file
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError, PathText
 
 if TYPE_CHECKING:
     from minikms.client import Client

@@ -33,8 +33,8 @@ from minikms.cli.console import (
     explained,
 )
 from minikms.cli.recovery import SharesDir, check_can_hand_out, hand_out
-from minikms.output import name_list, print_facts, print_json
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
+from minikms.commands.output import name_list, print_facts, print_json
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.datadir import DataDir as OpenedDataDir
@@ -179,7 +179,7 @@ def _make(
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from minikms.base64 import encode_text
+    from minikms.api.base64 import encode_text
     from minikms.custody import keyring_file
     from minikms.datadir import KEYRING_SLOTS, Options, lock_data_dir, open_for_service
     from minikms.memory.arena import SecretArena

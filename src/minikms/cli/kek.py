@@ -16,8 +16,8 @@ from cyclopts import App, Parameter
 
 from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
 from minikms.cli.key_text import key_text
-from minikms.output import confirm, print_json, print_table, progress_bar
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
+from minikms.commands.output import confirm, print_json, print_table, progress_bar
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms import api

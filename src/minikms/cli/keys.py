@@ -28,8 +28,8 @@ from minikms.cli.console import (
     complain,
     daemon_client,
 )
-from minikms.output import confirm, print_facts, print_json, print_table, progress_bar, terminal
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
+from minikms.commands.output import confirm, print_facts, print_json, print_table, progress_bar, terminal
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.client import Client

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from minikms.cli.console import PIN_VARIABLE, DataDir, Json, Yes, chosen_data_dir, complain, named_root
-from minikms.output import confirm, print_json
-from minikms.usage import EXIT_GOOD, CommandError, RootSource
+from minikms.commands.output import confirm, print_json
+from minikms.commands.usage import EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
     from minikms.roots.pin import PinFile

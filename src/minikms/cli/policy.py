@@ -17,8 +17,8 @@ from minikms.api import Role
 from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
 from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
-from minikms.output import print_facts, print_json
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError
+from minikms.commands.output import print_facts, print_json
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
     from minikms.policy import Rules

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import Parameter
 
 from minikms.cli.console import complain
-from minikms.usage import EXIT_FAILED, CommandError
+from minikms.commands.usage import EXIT_FAILED, CommandError
 
 if TYPE_CHECKING:
     from minikms import api
@@ -98,7 +98,7 @@ def add_shares(
     `pin`. Raises as `hand_out`, StartError, and KmsError: the slot may be stored then.
     """
     from minikms import api
-    from minikms.base64 import encode_text
+    from minikms.api.base64 import encode_text
     from minikms.cli.key_text import slot_text
     from minikms.memory.arena import SecretArena, fill_random
     from minikms.roots.pin import PinFile

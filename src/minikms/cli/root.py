@@ -14,8 +14,8 @@ from cyclopts import App, Parameter
 
 from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
 from minikms.cli.recovery import SharesDir, add_shares, check_can_hand_out, check_can_pin
-from minikms.output import confirm, print_json, print_table
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
+from minikms.commands.output import confirm, print_json, print_table
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
     from minikms import api

@@ -15,8 +15,8 @@ from cyclopts import Parameter
 
 from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
-from minikms.output import confirm, print_facts, print_json
-from minikms.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.commands.output import confirm, print_facts, print_json
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
     from minikms import api

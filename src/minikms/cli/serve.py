@@ -24,7 +24,7 @@ from minikms.cli.console import (
     chosen_root,
     chosen_socket,
 )
-from minikms.usage import PathText
+from minikms.commands.usage import PathText
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head

@@ -15,8 +15,8 @@ from cyclopts import Parameter
 
 from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
-from minikms.output import byte_count, duration, print_json, terminal
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, INTERVAL_SECONDS, Interval, Watch
+from minikms.commands.output import byte_count, duration, print_json, terminal
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, INTERVAL_SECONDS, Interval, Watch
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple, cast
 import msgspec
 
 from minikms import api
+from minikms.api.base64 import decode_canonical, encode
 from minikms.api.errors import KmsRefusedError, TooLargeError
-from minikms.base64 import decode_canonical, encode
 from minikms.http import Response
 
 Reply = bytes | Response

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 from msgspec import UNSET
 
 from minikms import api
+from minikms.api.base64 import decode_canonical
 from minikms.api.errors import (
     AuditUnavailableError,
     InvalidRequestError,
@@ -29,7 +30,6 @@ from minikms.api.errors import (
     WrongSlotError,
 )
 from minikms.audit import Event
-from minikms.base64 import decode_canonical
 from minikms.custody.rotation import KekRotation, Pruning
 from minikms.custody.vault import Vault, permitted
 from minikms.http import Response

@@ -12,9 +12,9 @@ from typing import Final
 from msgspec import UNSET, UnsetType
 
 from minikms import api
+from minikms.api.base64 import decode_canonical, encode
 from minikms.api.errors import KmsRefusedError, WrongPurposeError
 from minikms.audit import Event
-from minikms.base64 import decode_canonical, encode
 from minikms.crypto.labels import caller_field
 from minikms.custody.vault import OpenDek, Vault
 from minikms.keys.dek import check_key_id

@@ -14,9 +14,9 @@ from typing import Any, Final
 from msgspec import UNSET, UnsetType
 
 from minikms import api
+from minikms.api.base64 import decode_canonical
 from minikms.api.errors import DecryptionError, InvalidRequestError, NotFoundError, NotTestedError, WrongSlotError
 from minikms.audit import Event
-from minikms.base64 import decode_canonical
 from minikms.crypto import roots
 from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
 from minikms.custody.vault import Permit, Vault

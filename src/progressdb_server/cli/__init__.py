@@ -11,7 +11,7 @@ import sys
 from typing import Final
 
 EXIT_MISSING: Final = 2
-"""As in `minikms.usage`, which may not be imported yet."""
+"""As in `minikms.commands.usage`, which may not be imported yet."""
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         raise SystemExit(EXIT_MISSING) from None
     import gc
 
-    from minikms.usage import COLLECTED_OBJECTS_MIN
+    from minikms.commands.usage import COLLECTED_OBJECTS_MIN
 
     gc.set_threshold(COLLECTED_OBJECTS_MIN)
     from progressdb_server.cli.command import run

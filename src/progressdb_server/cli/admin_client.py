@@ -18,7 +18,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from minikms.api.printable import clean
-from minikms.usage import EXIT_FAILED, EXIT_MISSING, CommandError
+from minikms.commands.usage import EXIT_FAILED, EXIT_MISSING, CommandError
 from progressdb_server.config import Config, split_address
 
 TIMEOUT_S: Final = 60.0

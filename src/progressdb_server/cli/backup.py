@@ -25,8 +25,8 @@ from cyclopts import App, Parameter
 
 from minikms import api
 from minikms.api.errors import KmsError
-from minikms.output import print_json, print_result
-from minikms.usage import EXIT_FAILED, CommandError
+from minikms.commands.output import print_json, print_result
+from minikms.commands.usage import EXIT_FAILED, CommandError
 from progressdb_server import logs
 from progressdb_server.api.routes.store_backup import INVALID_NAME, NAME
 from progressdb_server.cli.admin_client import AdminClient

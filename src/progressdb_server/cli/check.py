@@ -15,8 +15,8 @@ from cyclopts import Parameter
 
 from minikms.api.errors import KmsError, KmsUnavailableError
 from minikms.client import Client
-from minikms.output import print_result
-from minikms.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
+from minikms.commands.output import print_result
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
 from progressdb_server.cli.flags import ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Config
 from progressdb_server.jobs.table import parse

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final
 
 from cyclopts import CycloptsError, Parameter
 
-from minikms import usage
-from minikms.usage import (
+from minikms.commands import usage
+from minikms.commands.usage import (
     EXIT_FAILED,
     EXIT_MISSING,
     CommandError,

@@ -15,8 +15,8 @@ from typing import Any, Final
 import msgspec
 from cyclopts import App
 
-from minikms.output import print_result
-from minikms.usage import EXIT_FAILED, CommandError
+from minikms.commands.output import print_result
+from minikms.commands.usage import EXIT_FAILED, CommandError
 from progressdb_server.cli.flags import (
     Addr,
     ConfigFile,

@@ -15,7 +15,7 @@ import msgspec
 from cyclopts import Parameter
 
 from minikms.api.printable import clean
-from minikms.output import print_result
+from minikms.commands.output import print_result
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Store

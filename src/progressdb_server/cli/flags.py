@@ -1,6 +1,6 @@
 """Flags that several commands have, and the configuration that they give.
 
-Owns: the text of each shared flag. A command raises `minikms.usage.CommandError`, or an error of another room;
+Owns: the text of each shared flag. A command raises `minikms.commands.usage.CommandError`, or an error of another room;
 `command.run` prints the text and ends with the status. Invariant: no flag takes a key.
 """
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from minikms import usage
-from minikms.usage import CommandError, PathText
+from minikms.commands import usage
+from minikms.commands.usage import CommandError, PathText
 
 if TYPE_CHECKING:
     from progressdb_server.config import Config, LoadedConfig

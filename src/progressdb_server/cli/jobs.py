@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from cyclopts import App, Parameter
 
-from minikms.output import confirm, print_result, print_table, progress_bar
-from minikms.usage import CommandError
+from minikms.commands.output import confirm, print_result, print_table, progress_bar
+from minikms.commands.usage import CommandError
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import Json, KeyFile, Url
 from progressdb_server.config import duration_s

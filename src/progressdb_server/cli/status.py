@@ -16,8 +16,8 @@ import msgspec
 from minikms import api
 from minikms.api.errors import KmsError
 from minikms.client import Client
-from minikms.output import print_result
-from minikms.usage import INTERVAL_SECONDS, Interval, Watch
+from minikms.commands.output import print_result
+from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_config
 from progressdb_server.config import Config

@@ -12,8 +12,8 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from minikms.output import print_result, progress_bar
-from minikms.usage import EXIT_FAILED, CommandError
+from minikms.commands.output import print_result, progress_bar
+from minikms.commands.usage import EXIT_FAILED, CommandError
 from progressdb_server.cli.flags import ConfigFile, Json, load_config
 from progressdb_server.store import copying, directory, offline
 from progressdb_server.store.model import StoreLockedError

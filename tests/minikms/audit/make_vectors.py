@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from minikms.api.base64 import encode_text
 from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.record import Event, Facts, Head
-from minikms.base64 import encode_text
 from tests.minikms.audit import independent_verifier
 from tests.minikms.audit.logmaker import KEY1, KEY2, LOG, encrypt_event
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from minikms import api
+from minikms.api.base64 import encode_text
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import AuditLog, Event, ExpectedLog
 from minikms.audit.queries import READ_TYPES
-from minikms.base64 import encode_text
 from minikms.cli import audit
 from minikms.client import DecryptItem, ReencryptItem
 from minikms.crypto.aead import NonceSource

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.base64 import decode_exact, encode_text
 from minikms.api.errors import StartError
 from minikms.audit import chain, record
 from minikms.audit.chain import Coverage, KeyState
 from minikms.audit.log import LogLimits
 from minikms.audit.reader import list_segments
 from minikms.audit.record import Event, Head
-from minikms.base64 import decode_exact, encode_text
 from tests.minikms.audit.logmaker import (
     KEY1,
     KEY2,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from minikms.api.base64 import encode_text
 from minikms.audit import chain, record
 from minikms.audit.chain import Coverage
 from minikms.audit.record import Event, Facts, Head
-from minikms.base64 import encode_text
 from tests.minikms.audit.logmaker import KEY1, KEY2, LOG, encrypt_event, verify
 from tests.minikms.audit.make_vectors import LOG_ID, STATE, Maker, put
 

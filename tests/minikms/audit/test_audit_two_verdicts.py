@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms.api.base64 import decode_exact, encode_text
 from minikms.audit import chain, record
 from minikms.audit.chain import Coverage
 from minikms.audit.log import LogLimits
 from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.reader import DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Event, Head
-from minikms.base64 import decode_exact, encode_text
 from tests.minikms.audit.logmaker import (
     KEY1,
     KEY2,

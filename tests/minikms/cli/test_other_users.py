@@ -11,8 +11,8 @@ import pytest
 from minikms.api.errors import ForbiddenError, KeyDestroyedError, KeyNotFoundError, KmsUnavailableError
 from minikms.cli.console import chosen_server_uids
 from minikms.client import Client
+from minikms.commands.usage import CommandError
 from minikms.policy import Principal
-from minikms.usage import CommandError
 from tests import needs
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon

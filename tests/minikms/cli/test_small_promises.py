@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from minikms import usage
 from minikms.cli import console
 from minikms.cli.doctor import doctor
-from minikms.usage import SOCKET_VARIABLE
+from minikms.commands import usage
+from minikms.commands.usage import SOCKET_VARIABLE
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import python_program

@@ -13,6 +13,7 @@ import pytest
 
 from minikms.api.errors import InvalidRequestError, StorageUnavailableError
 from minikms.cli.console import explained
+from minikms.commands.usage import EXIT_MISSING
 from minikms.platform import files, sync
 from minikms.platform.files import (
     FileWrite,
@@ -26,7 +27,6 @@ from minikms.platform.files import (
     sweep_temps,
     write_files,
 )
-from minikms.usage import EXIT_MISSING
 from tests.harness.disk_faults import failing, failing_os
 
 

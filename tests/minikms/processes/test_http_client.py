@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from minikms.http_client import ExchangeError, HttpClient
+from minikms.processes.http_client import ExchangeError, HttpClient
 
 SECONDS = 0.3
 OK = b"HTTP/1.1 200 OK\r\n"

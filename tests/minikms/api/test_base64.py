@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minikms.api.base64 import decode_canonical, encode
 from minikms.api.errors import InvalidRequestError, TooLargeError
-from minikms.base64 import decode_canonical, encode
 
 LETTERS = "AQB=\n-é"
 """With unused bits zero, not zero before `==` only, and not zero at all; padding; what belongs to no text."""

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from minikms import output, usage
+from minikms.commands import output, usage
 
 
 def test_a_result_that_names_a_file_whose_name_is_no_text_is_json(capsys: pytest.CaptureFixture[str]) -> None:

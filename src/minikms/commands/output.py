@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
-from minikms.usage import EXIT_FAILED, CommandError
+from minikms.commands.usage import EXIT_FAILED, CommandError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from minikms.api.errors import StartError
-from minikms.config_file import ConfigFiles
-from minikms.tls_files import client_context, load_pair
+from minikms.processes.config_file import ConfigFiles
+from minikms.processes.tls_files import client_context, load_pair
 from tests.harness.certificates import SERVER, Authority, Issued
 
 AUTHORITY = Authority("test root").below("test CA")

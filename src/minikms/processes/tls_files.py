@@ -14,7 +14,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from minikms.api.errors import StartError
-from minikms.config_file import PEM_BYTES_MAX, ConfigFiles
+from minikms.processes.config_file import PEM_BYTES_MAX, ConfigFiles
 
 
 def client_context(files: ConfigFiles, *, ca: str = "", cert: str = "", key: str = "") -> ssl.SSLContext:
