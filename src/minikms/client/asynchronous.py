@@ -113,16 +113,15 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
     async def _run_many(self, many: Many[T]) -> list[T]:
         """The outcomes of all items in order, from a few calls at once."""
         found: list[T] = []
+        # Without the task that is awaited: its error's traceback leads to this frame, which must not lead to the error.
         running: deque[asyncio.Task[list[T]]] = deque()
         try:
             for one in many.split(CHUNK_ITEMS_MAX):
                 if len(running) == CHUNKS_AT_ONCE_MAX:
-                    found += await running[0]
-                    running.popleft()
+                    found += await running.popleft()
                 running.append(asyncio.create_task(self._run_one(one)))
             while running:
-                found += await running[0]
-                running.popleft()
+                found += await running.popleft()
         finally:  # after a failure the others are not needed
             await _cancel(running)
         return found
@@ -225,8 +224,6 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
 
 
 async def _cancel(tasks: deque[asyncio.Task[T]]) -> None:
-    """Ends the tasks and forgets them: the traceback of an error of one leads to the frame that has them."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    tasks.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,7 +17,8 @@ from minikms import api
 from minikms.api import errors
 from minikms.client import AsyncClient, asynchronous, batching
 from minikms.client.batching import Batcher, OneLoop
-from minikms.client.items import EncryptItem, Outcome, checked_cost_bytes
+from minikms.client.items import DecryptItem, EncryptItem, Outcome, checked_cost_bytes
+from tests.harness import garbage
 from tests.minikms.client.hostile import SILENT, answer, array_answer, hostile
 
 KEY = "k_" + "0" * 26
@@ -333,3 +335,38 @@ def test_a_cancelled_call_takes_its_connection_with_it() -> None:
 
         asyncio.run(main())
         assert server.connections == 2
+
+
+class FailingTwice(AsyncClient):
+    """Its first request is refused; when the next one is cancelled for that, so is the call."""
+
+    def __init__(self) -> None:
+        super().__init__("/nonexistent")
+        self.begun = 0
+        self.cancels: list[Callable[[], object]] = []
+
+    async def _run_one(self, one: object) -> Any:
+        self.begun += 1
+        if self.begun == 1:
+            raise errors.refusal(api.CODE_NOT_FOUND, "refused")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancels.pop()()
+
+
+def test_a_call_cancelled_while_it_fails_keeps_no_frame() -> None:
+    async def run() -> None:
+        async with FailingTwice() as client:
+            items = [DecryptItem(key_id=KEY, ciphertext=b"c", thread_id="t")] * (asynchronous.CHUNK_ITEMS_MAX + 1)
+            caller = asyncio.ensure_future(client.decrypt_batch(items))
+            client.cancels.append(caller.cancel)
+            await asyncio.wait([caller])
+            assert caller.cancelled()
+
+    garbage.switch_off()
+    try:
+        asyncio.run(run())
+        assert garbage.frames() == []
+    finally:
+        gc.enable()
