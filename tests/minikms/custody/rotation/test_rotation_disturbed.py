@@ -518,26 +518,6 @@ def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("after_ms", [0, 0.5, 1, 2, 3, 4, 6, 8, 11, 15, 20])
-def test_a_rotation_interrupted_anywhere_is_finished_by_the_next_start(tmp_path: Path, after_ms: float) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(40)
-            keys = one.keys(key_ids)
-            await one.begin(one.slot_of(NEW_ROOT))
-            running = asyncio.create_task(one.rotation.run())
-            await asyncio.sleep(after_ms / 1000)
-            running.cancel()
-            await asyncio.wait([running])
-        async with opened_vault(tmp_path / "d") as again:
-            await again.rotation.run()
-            assert again.kek_states() == {1: "retired", 2: "active"}
-            assert again.keys(key_ids) == keys
-            assert again.keks_on_disk(key_ids) == {2}
-
-    asyncio.run(main())
-
-
 def test_a_key_that_a_listing_has_twice_is_rewrapped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second content from the same old one would make the journal's old content differ from the file."""
     real = deks.list_names

@@ -21,8 +21,6 @@ from minikms.api.errors import (
 from minikms.custody.deks import HeldKeys
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
-from minikms.custody.rotation_backups import RotationBackups
-from tests.harness.disk_faults import refuse
 from tests.harness.vaults import create, opened_vault
 
 
@@ -168,50 +166,6 @@ def test_only_a_retired_key_is_destroyed_and_it_stays_destroyed(tmp_path: Path) 
             with pytest.raises(KeyDestroyedError):
                 again.vault.opened(key_id)
             assert len(again.keys([other])[other]) == 32
-
-    asyncio.run(main())
-
-
-def test_a_destruction_that_was_cut_short_is_finished_by_a_repetition(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [key_id] = await one.make(1)
-            await one.rotate()
-            await one.vault.retire(key_id)
-            with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(RotationBackups, "blank", refuse)
-                await one.vault.destroy(key_id)
-            with pytest.raises(KeyDestroyedError):
-                one.vault.opened(key_id)
-            assert (await one.vault.destroy(key_id)).backups == 1
-            assert one.backups() == []
-            assert not one.file(key_id).exists()
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("left", ["all", "the backups only"])
-def test_a_destruction_that_was_cut_short_is_finished_by_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
-) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_id, other = await one.make(2)
-            await one.rotate()
-            await one.vault.retire(key_id)
-            with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
-                patched.setattr(RotationBackups, "blank", refuse)
-                await one.vault.destroy(key_id)
-            assert one.file(key_id).exists()
-            if left == "the backups only":
-                one.file(key_id).unlink()
-        async with opened_vault(tmp_path / "d") as again:
-            await again.indexing.run()
-            assert not again.file(key_id).exists()
-            assert again.backups(key_id) == []
-            assert len(again.backups(other)) == 1
 
     asyncio.run(main())
 
