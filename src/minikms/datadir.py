@@ -26,7 +26,13 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from minikms.api.errors import AuditUnavailableError, KmsRefusedError, StartError, StorageUnavailableError
+from minikms.api.errors import (
+    AuditUnavailableError,
+    KmsRefusedError,
+    StartError,
+    StartLaterError,
+    StorageUnavailableError,
+)
 from minikms.audit import AuditKey, AuditLog, ExpectedLog
 from minikms.audit.chain import KeyState, Signer
 from minikms.audit.epochs import highest_epoch
@@ -143,7 +149,7 @@ def lock_data_dir(directory: str, audit_dir: str | None = None) -> DataDirLock:
         lock = DataDirLock(directory)
     except InUseError as error:
         stop = "Stop that process first" + (f", with `kill {error.pid}`" if error.pid is not None else "")
-        raise StartError(f"{error}. {stop}: only one may use a data directory") from None
+        raise StartLaterError(f"{error}. {stop}: only one may use a data directory") from None
     try:
         with written_at_start(os.path.join(lock.directory, LOG_DIRECTORY_NAME)):
             claim_log_directory(lock, audit_dir)
@@ -284,13 +290,13 @@ def open_keyring(
 
 @contextmanager
 def written_at_start(path: str) -> Iterator[None]:
-    """Turns a failure of the disk into a StartError for the operator: `path`, the reason, and what to do."""
+    """Turns a failure of the disk into a StartLaterError for the operator: `path`, the reason, and what to do."""
     try:
         yield
     except (StorageUnavailableError, AuditUnavailableError, OSError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         reason = (isinstance(cause, OSError) and cause.strerror) or str(error)
-        raise StartError(
+        raise StartLaterError(
             f"{path} can't be read or written: {reason}. Free space on its file system, or correct what the reason "
             "says, and start again"
         ) from error

@@ -23,6 +23,7 @@ from minikms.commands.usage import (
     explained_system,
     new_helper,
     run_app,
+    start_status,
 )
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def skip(
 
 def main() -> None:
     """Runs the command line and ends the process."""
-    run_app(app, lambda error: (explained(error), EXIT_MISSING))
+    run_app(app, lambda error: (explained(error), start_status(error)))
 
 
 def explained(error: Exception) -> str:

@@ -16,7 +16,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from minikms.api.errors import KeyTextError, StartError
+from minikms.api.errors import KeyTextError, StartError, StartLaterError
 from minikms.audit import note
 from minikms.audit.note import Signature, VerifierKey
 from minikms.memory import SecretArena, SecretSlot, read_key_fd_into
@@ -104,7 +104,7 @@ def _open(uri: str, files: Files, arena: SecretArena) -> Signer:
         signer.public_key()  # from here on it is known
         signer.close()
     except TokenError as error:
-        raise StartError(f"the signer {uri.partition(':')[0]}:… can't be used: {error}") from None
+        raise StartLaterError(f"the signer {uri.partition(':')[0]}:… can't be used: {error}") from None
     return signer
 
 

@@ -11,19 +11,19 @@ from typing import Annotated
 
 from minikms.commands.usage import (
     EXIT_GOOD,
-    EXIT_MISSING,
     LogFormat,
     Parameter,
     RequireHardening,
     explained_system,
     new_helper,
     run_app,
+    start_status,
 )
 
 app = new_helper(
     "minikms-gateway",
     "The key service for other hosts, over TLS with client certificates and tokens. Without a command it serves.",
-    "Exit status: 0 done, 2 wrong usage, or the configuration is not valid.",
+    "Exit status: 0 done, 1 a start that may succeed later, 2 wrong usage, or the configuration is not valid.",
 )
 
 Config = Annotated[Path, Parameter(name="--config", help="The configuration (docs/spec/gateway.md).")]
@@ -52,7 +52,7 @@ def check_config(*, config: Config) -> int:
 
 def main() -> None:
     """Runs the command line and ends the process."""
-    run_app(app, lambda error: (explained(error), EXIT_MISSING))
+    run_app(app, lambda error: (explained(error), start_status(error)))
 
 
 def explained(error: Exception) -> str:

@@ -177,7 +177,10 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
 async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, accept_restore: bool) -> None:
     notifier = Notifier(os.environ)  # first, so that a key service that is started here does not notify in its name
     async with AsyncExitStack() as started:
-        listener = bind(config.server.address, config.server.port)
+        try:
+            listener = bind(config.server.address, config.server.port)
+        except ConfigError as error:  # it may be free later
+            raise ServeError(str(error)) from None
         started.callback(listener.close)
         opening = _open_store(config, master_key_fd, accept_restore, started, on_lost=stop.fail)
         opened = await _unless_stopped(stop.asked, opening)

@@ -25,8 +25,8 @@ MANAGERS_OWN = {
     # users, life cycle, directories
     "Type", "NotifyAccess", "WatchdogSec", "User", "Group", "SupplementaryGroups", "ExecStart", "ExecReload",
     "ExecStopPost",
-    "Environment", "EnvironmentFile", "Restart", "RestartSec", "TimeoutStartSec", "TimeoutStopSec",
-    "RuntimeDirectory",
+    "Environment", "EnvironmentFile", "Restart", "RestartPreventExitStatus", "RestartSec", "TimeoutStartSec",
+    "TimeoutStopSec", "RuntimeDirectory",
     "RuntimeDirectoryMode", "RuntimeDirectoryPreserve", "StateDirectory", "StateDirectoryMode",
     # control groups, and limits that this test's process cannot raise
     "MemorySwapMax", "OOMPolicy", "LimitMEMLOCK", "LimitNOFILE", "DevicePolicy", "IPAddressDeny", "IPAddressAllow",

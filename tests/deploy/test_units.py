@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,12 @@ from typing import Any
 
 import pytest
 
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING
+from minikms.platform.directory_lock import DataDirLock
 from tests import needs
 from tests.deploy import restricted
+from tests.harness import forked
+from tests.harness.certificates import SERVER, Authority
 from tests.harness.gateways import DAEMON, GATEWAY, POLICY, Pair
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.ports import free_port
@@ -31,6 +36,15 @@ EXPOSURE_MAX = {
 }
 GROUPS_OF_SYSTEMD_252 = {"@system-service", "@privileged", "@resources"}
 """Those that the units name. A group that systemd does not know is ignored, and its calls are then denied."""
+GATEWAY_TOML = """
+version = 1
+listen = "127.0.0.1:PORT"
+kms_socket = "/s"
+tls = { cert = "server.pem", key = "server.key" }
+[[client_ca]]
+file = "clients.pem"
+trust_domains = ["prod"]
+"""
 SELF_RESTRICTION = {"landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self", "seccomp"}
 
 
@@ -65,6 +79,44 @@ def test_the_filters_name_only_groups_that_systemd_252_knows(unit: str) -> None:
     """Debian 12 and RHEL 9 have systemd 252, which lacks @sandbox."""
     filters = [value for name, value in restricted.directives(str(UNITS / unit)) if name == "SystemCallFilter"]
     assert {word for value in filters for word in value.lstrip("~").split() if "@" in word} <= GROUPS_OF_SYSTEMD_252
+
+
+@pytest.mark.parametrize("unit", EXPOSURE_MAX)
+def test_no_unit_starts_again_what_a_person_must_correct(unit: str) -> None:
+    assert ("RestartPreventExitStatus", str(EXIT_MISSING)) in restricted.directives(str(UNITS / unit))
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "status"),
+    [
+        ("minikms", "--data-dir DIR/kms --socket DIR/s --master-key-file DIR/missing", EXIT_MISSING),
+        ("minikms", "--data-dir DIR/kms --socket DIR/s --master-key-file DIR/wrong", EXIT_MISSING),
+        ("minikms", "--data-dir DIR/kms --socket DIR/s --audit-keep-days Z", EXIT_MISSING),
+        ("minikms", "--data-dir DIR/locked --socket DIR/s --master-key-file DIR/wrong", EXIT_FAILED),
+        ("minikms_auditor", "--config DIR/missing", EXIT_MISSING),
+        ("minikms_gateway", "--config DIR/missing", EXIT_MISSING),
+        ("minikms_gateway", "--config DIR/gateway.toml", EXIT_FAILED),
+        ("progressdb_server", "--config DIR/missing", EXIT_MISSING),
+        ("progressdb_server", "--db DIR/db --dev --addr 127.0.0.1:PORT", EXIT_FAILED),
+    ],
+)
+def test_a_start_that_may_succeed_later_has_another_status(
+    tmp_path: Path, program: str, words: str, status: int
+) -> None:
+    """The data directory or the port is in use."""
+    for name, digit in ("right", "a"), ("wrong", "b"):
+        (tmp_path / name).touch(0o600)
+        (tmp_path / name).write_text(digit * 64)
+    make = ("minikms", "init", "--data-dir", tmp_path / "kms", "--master-key-file", tmp_path / "right")
+    if "wrong" in words:
+        assert forked.run(*make).returncode == EXIT_GOOD
+    Authority("root").issue(dns=["gateway.internal"], extended=[SERVER]).write(tmp_path, "server")
+    (tmp_path / "clients.pem").write_bytes(Authority("clients").pem)
+    with DataDirLock(str(tmp_path / "locked")), socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        (tmp_path / "gateway.toml").write_text(GATEWAY_TOML.replace("PORT", port))
+        ended = forked.run(program, *words.replace("DIR", str(tmp_path)).replace("PORT", port).split())
+    assert ended.returncode == status, ended.stderr
 
 
 def test_the_key_service_may_restrict_itself_further() -> None:

@@ -347,6 +347,10 @@ class StartError(KmsRefusedError):
     """The daemon refuses to start. The text says why and what to do. It is never sent to a client."""
 
 
+class StartLaterError(StartError):
+    """Something that the start needs is in use, away or fails: a later start may succeed without a change."""
+
+
 class UnknownRootError(StartError):
     """The root key of a start does not open this keyring."""
 

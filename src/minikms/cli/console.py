@@ -67,6 +67,7 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
     judged = isinstance(error, errors.KmsRefusedError | errors.KmsUntrustedServerError) and not isinstance(
         error, missing
     )
+    judged |= isinstance(error, errors.StartLaterError)
     text = str(error)
     if isinstance(error, errors.StorageUnavailableError) and isinstance(error.__cause__, OSError):
         text += f": {usage.system_error(error.__cause__)}"

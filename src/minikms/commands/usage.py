@@ -2,10 +2,11 @@
 
 Owns: how a command begins and ends (`new_app`, `run`), the exit statuses, the variables that name the daemon, the
 sentence for a command line that can't be read, the panels of `--help`, and the completion scripts. Exit status 0: done,
-or a check passed. 1: a check failed, or the request was refused. 2: wrong usage, or something needed (a daemon, a file,
-a key) is missing. Invariants: the sentence is one line and names the command whose help describes it; a positional
-argument is shown by its name alone, although a flag of that name is accepted too. It must never import what only an
-error or a help page needs, because every start of a command imports it.
+or a check passed. 1: a check failed, the request was refused, or a start failed that may succeed later. 2: wrong usage,
+or something needed (a daemon, a file, a key) is missing; systemd does not start such a service again. Invariants: the
+sentence is one line and names the command whose help describes it; a positional argument is shown by its name alone,
+although a flag of that name is accepted too. It must never import what only an error or a help page needs, because
+every start of a command imports it.
 """
 
 from __future__ import annotations
@@ -154,6 +155,13 @@ def run(program: str, command: Callable[[], Any], explain: Callable[[Exception],
             text, exit_status = explain(error)
         print(f"{program}: {clean(text)}", file=sys.stderr)
         sys.exit(exit_status)
+
+
+def start_status(error: Exception) -> int:
+    """The exit status of a service whose start failed."""
+    from minikms.api.errors import StartLaterError, StorageUnavailableError
+
+    return EXIT_FAILED if isinstance(error, StartLaterError | StorageUnavailableError) else EXIT_MISSING
 
 
 def run_app(app: App, explain: Callable[[Exception], tuple[str, int]]) -> NoReturn:

@@ -28,7 +28,7 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from typing import Final, Self
 
-from minikms.api.errors import StartError
+from minikms.api.errors import StartError, StartLaterError
 from minikms.platform.directory_lock import lock_file, unlock_file
 
 PATH_BYTES_MAX: Final = 107 if sys.platform == "linux" else 103  # sun_path of unix(7), less its NUL
@@ -111,7 +111,7 @@ def listen(
             entry.close()
             raise
     except OSError as error:
-        raise StartError(f"the socket {path}: {error.strerror}") from None
+        raise StartLaterError(f"the socket {path}: {error.strerror}") from None
 
 
 class _SocketEntry:
@@ -169,7 +169,7 @@ class _SocketEntry:
         if not stat.S_ISSOCK(status.st_mode):
             raise StartError(f"{self._path} exists and is not a socket")
         if _answers(self._path):
-            raise StartError(f"another process serves {self._path}")
+            raise StartLaterError(f"another process serves {self._path}")
         os.unlink(self._name, dir_fd=self._directory)
 
     def _identity(self) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final, Generic
 
 from minikms import api
-from minikms.api.errors import StartError
+from minikms.api.errors import StartError, StartLaterError
 from minikms.http.exchange import S
 from minikms.http.server import HttpServer
 
@@ -78,7 +78,7 @@ def listen_tcp(host: str, port: int) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        raise StartError(f"can't listen on {host}, port {port}: {error.strerror}") from None
+        raise StartLaterError(f"can't listen on {host}, port {port}: {error.strerror}") from None
     return listener
 
 

@@ -14,7 +14,7 @@ import os
 import stat
 from typing import Final, Self
 
-from minikms.api.errors import StartError
+from minikms.api.errors import StartError, StartLaterError
 from minikms.platform.files import FILE_MODE
 from minikms.platform.sync import sync_file
 
@@ -23,7 +23,7 @@ LOCK_NAME: Final = "lock"
 _PID_BYTES_MAX: Final = 20
 
 
-class InUseError(StartError):
+class InUseError(StartLaterError):
     """Another process holds the lock. `pid` is None if the holder has not written it yet."""
 
     def __init__(self, what: str, pid: int | None) -> None:
