@@ -255,9 +255,12 @@ class SecretArena:
     def _no_locked_memory(self, number: int) -> StartError:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         allowed = "without limit" if limit == resource.RLIM_INFINITY else f"{limit} bytes"
+        needs = f"the key arena needs {self._locked_bytes} bytes of locked memory ({os.strerror(number)})"
+        if number == errno.EPERM and limit != 0:
+            return StartError(f"{needs}; {libc.LOCKING_FILTERED}")
         return StartError(
-            f"the key arena needs {self._locked_bytes} bytes of locked memory ({os.strerror(number)}); RLIMIT_MEMLOCK "
-            f"allows {allowed} in all: raise LimitMEMLOCK= in the unit (or `ulimit -l`), or keep fewer keys in memory"
+            f"{needs}; RLIMIT_MEMLOCK allows {allowed} in all: raise LimitMEMLOCK= in the unit (or `ulimit -l`), or "
+            "keep fewer keys in memory"
         )
 
 

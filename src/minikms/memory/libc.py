@@ -17,6 +17,13 @@ LINUX: Final = sys.platform.startswith("linux")
 """Not `sys.platform == "linux"`, because the type checker would then skip the other branch."""
 
 
+LOCKING_FILTERED: Final = (
+    "RLIMIT_MEMLOCK permits it, so a system call filter refuses it, such as a container's: permit mlock(2) and "
+    "mlockall(2) in its seccomp profile"
+)
+"""Why memory can't be locked, for EPERM below the limit."""
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The libc of the process, with `errno` saved after each call."""

@@ -185,14 +185,17 @@ def _set_umask() -> None:
 
 def _lock_memory() -> None:
     """mlockall(2), only without a limit: with a limit, an allocation would fail later, during a request."""
-    try:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    except (OSError, ValueError):  # Python raises ValueError if the process may not raise the hard limit
-        soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        raise OSError(
-            errno.EPERM, f"RLIMIT_MEMLOCK is {soft} bytes and must be infinite (LimitMEMLOCK=infinity in the unit)"
-        ) from None
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if soft != resource.RLIM_INFINITY:
+        try:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        except (OSError, ValueError):  # Python raises ValueError if the process may not raise the hard limit
+            raise OSError(
+                errno.EPERM, f"RLIMIT_MEMLOCK is {soft} bytes and must be infinite (LimitMEMLOCK=infinity in the unit)"
+            ) from None
     if libc.library().mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0:
+        if ctypes.get_errno() == errno.EPERM:
+            raise OSError(errno.EPERM, libc.LOCKING_FILTERED)
         libc.raise_errno("mlockall")
 
 

@@ -286,6 +286,25 @@ def test_an_error_about_the_lock_limit_names_the_setting(fallback: bool) -> None
     assert "2097152 bytes" in output and "LimitMEMLOCK" in output and "65536 bytes" in output
 
 
+def test_an_error_below_the_lock_limit_names_a_system_call_filter() -> None:
+    """As under a container's seccomp profile; in the arena, and in the measure of the whole process."""
+    output = run_python("""
+        import resource
+        from minikms.api.errors import StartError
+        from minikms.memory import SecretArena, harden, libc, seccomp
+        libc.prctl("prctl(PR_SET_NO_NEW_PRIVS)", 38, 1)
+        seccomp.DENIED = {"memfd_secret": (447, 447), "mlock": (149, 228), "mlockall": (151, 230)}
+        seccomp.install_filter(allow_exec=True, allow_network=True)
+        try:
+            SecretArena(1)
+        except StartError as error:
+            print(error)
+        resource.getrlimit = lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        print(*(measure.why for measure in harden(None, read=[], write=[]) if measure.name == "memory_locked"))
+    """)
+    assert output.count("a system call filter") == 2 and "LimitMEMLOCK" not in output
+
+
 def test_an_arena_of_no_slots_is_refused() -> None:
     with pytest.raises(ValueError, match="slot"):
         SecretArena(0)
