@@ -28,7 +28,8 @@ from minikms.http import (
     Refusal,
     Request,
     Response,
-    error_response,
+    Routes,
+    no_route,
     parse_query,
     raised_response,
 )
@@ -55,8 +56,6 @@ NAME_SHARE: Final = 2
 """A principal gets at most one in this many of all connections. With UNPROVEN_SHARE it leaves some for others."""
 
 HEALTHY: Final = Response(200, b"ok", content_type="text/plain")
-_TEXT: Final = "{}"
-"""Stands for the id in a path."""
 _FETCHING: Final = "the keys of the token's issuer are being fetched"
 
 Answer = bytes | Response | Awaitable[bytes | Response]
@@ -122,11 +121,7 @@ class Gateway:
         self._unproven: Places[Session] = Places(max(1, connections_max // UNPROVEN_SHARE))
         self.requests = {verb.name: 0 for verb in api.VERBS if verb.proxied}
         """Requests that were sent on, by verb."""
-        self._verbs: dict[str, dict[str, Verb[Any, Any]]] = {}
-        """By path, with _TEXT for an id, and by method."""
-        for verb in api.VERBS:
-            path = verb.path.replace(f"{{{verb.path_field}}}", _TEXT) if verb.path_field else verb.path
-            self._verbs.setdefault(path, {})[verb.method] = verb
+        self._methods = Routes((verb.method, verb.path, verb) for verb in api.VERBS).methods
 
     @property
     def state(self) -> State:
@@ -287,26 +282,18 @@ class Gateway:
 
     def _verb(self, head: ParsedHead) -> Verb[Any, Any] | Response:
         """The verb of a request, or the answer to one that is for none. Raises RefusedRequestError."""
-        methods = self._verbs.get(head.path) or self._verbs.get(_without_id(head.path))
-        if methods is None:
-            return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
+        methods = self._methods(head.path)
         verb = methods.get(head.method)
-        if not any(one.proxied for one in methods.values()) or (verb is not None and not verb.proxied):
+        proxied = [method for method, one in methods.items() if one.proxied]
+        if methods and (not proxied or (verb is not None and not verb.proxied)):
             raise RefusedRequestError("verb", "this request is not for other hosts: make it on the host of the service")
-        if verb is None:
-            allowed = ", ".join(method for method, one in methods.items() if one.proxied)
-            answer = error_response(405, api.CODE_METHOD_NOT_ALLOWED, f"use {allowed.replace(', ', ' or ')} here")
-            answer.headers = (("allow", allowed),)
-            return answer
-        return verb
+        return no_route(proxied) if verb is None else verb
 
     def _forward(self, who: str, request: Request) -> Answer:
         head = request.head
         if head.path == api.READY.path:
             if head.method != api.READY.method:
-                answer = error_response(405, api.CODE_METHOD_NOT_ALLOWED, f"use {api.READY.method} here")
-                answer.headers = (("allow", api.READY.method),)
-                return answer
+                return no_route((api.READY.method,))
             return self._upstream.send(request_bytes(head.method, head.path, request, None))
         verb = self._verb(head)
         if isinstance(verb, Response):
@@ -343,12 +330,3 @@ def _host(sock: socket.socket) -> str:
         return str(sock.getpeername()[0])
     except OSError:  # it has closed the connection already
         return ""
-
-
-def _without_id(path: str) -> str:
-    """`/keys/{}` or `/keys/{}/<action>` of a path with an id; `""` of any other."""
-    parts = path.split("/")
-    if len(parts) not in (3, 4) or parts[0] or not all(parts[1:]):
-        return ""
-    parts[2] = _TEXT
-    return "/".join(parts)

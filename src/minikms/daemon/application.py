@@ -29,7 +29,7 @@ from minikms.daemon.keybody import take_key
 from minikms.daemon.metrics import Histogram, VerbTimes
 from minikms.daemon.status import reduced, without_key_files
 from minikms.daemon.strictjson import decode
-from minikms.http import ParsedHead, Request, Response, error_response, parse_query
+from minikms.http import ParsedHead, Request, Response, Routes, no_route, parse_query, path_id
 from minikms.policy import Meters, Principal
 from minikms.service.access import Keys, ScopedKeys, require
 from minikms.service.base import Perform, VerbTable, request_event
@@ -37,6 +37,7 @@ from minikms.service.encoding import Reply, json_answer
 from minikms.service.roots import WITH_ROOT
 
 READY: Final = Response(200, b"ready", content_type="text/plain")
+_PROBES: Final = {api.HEALTH.path: (api.HEALTH.method,), api.READY.path: (api.READY.method,)}
 _NUMBER_DIGITS_MAX: Final = 6
 """Digits of a number in a query."""
 
@@ -95,38 +96,23 @@ class Application(AdmittingApplication):
         table.hot(api.SEAL, self._seal_at_once)
         table.now(api.UNSEAL_STATUS, lambda request, event: api.UnsealStatusAnswer(sealed=False))
         table.now(api.UNSEAL, self._refuse_unseal)
-        self._routes: dict[str, _Route] = {}
-        self._id_routes: dict[str, _Route] = {}
-        """Of paths with the id of a key or of a slot, in the form of `_without_id`."""
-        self._second_routes: dict[str, _Route] = {}
-        """Of paths that the first two have already, for another method."""
-        for verb in api.VERBS:
-            routes = self._id_routes if verb.path_field else self._routes
-            path = _without_id(verb.path) if verb.path_field else verb.path
-            (self._second_routes if path in routes else routes)[path] = self._route(verb)
+        self._methods = Routes((verb.method, verb.path, self._route(verb)) for verb in api.VERBS).methods
 
     # --- the engine's side -------------------------------------------------------------------------------------------
 
     def handle(self, session: Session, request: Request) -> Answer:
         who = session.principal
         head = request.head
+        route = self._methods(head.path).get(head.method)
         if who is None or head.principal is not None or who.scope is not None:
             caller = self._admission.caller(session, head, self._ready)
             if isinstance(caller, Response):
                 return caller
             who = caller
             if who.scope is not None:
-                who = self._table.entered(who, self._verb(head))
-        route = self._routes.get(head.path) or self._id_routes.get(_without_id(head.path))
+                who = self._table.entered(who, None if route is None else route.verb)
         if route is None:
             return self._no_verb(who, head)
-        if head.method != route.method:
-            second = self._second_routes.get(head.path)
-            if second is None:
-                return self._method_not_allowed(who, head, route.method)
-            if head.method != second.method:
-                return self._method_not_allowed(who, head, f"{route.method}, {second.method}")
-            route = second
         self._asked(route.name)
         request_id = head.request_id or ""
         read = route.read
@@ -142,13 +128,6 @@ class Application(AdmittingApplication):
             return answer
         answer = self._times.later(answer)
         return answer if who.entered is None or self._meters is None else self._meters.later(who.entered, answer)
-
-    def _verb(self, head: ParsedHead) -> Verb[Any, Any] | None:
-        """The verb that a request is for; None: there is none."""
-        route = self._routes.get(head.path) or self._id_routes.get(_without_id(head.path))
-        if route is not None and head.method != route.method:
-            route = self._second_routes.get(head.path)
-        return None if route is None or head.method != route.method else route.verb
 
     def commit(self) -> bool | None:
         """Ends the turn: drops its ciphers, writes its audit lines, and counts its requests no longer as concurrent.
@@ -185,20 +164,13 @@ class Application(AdmittingApplication):
 
     def _no_verb(self, who: Principal, head: ParsedHead) -> Response:
         """The answer to an authorised peer on a path that is not a verb's."""
-        if head.path == api.HEALTH.path:
-            return HEALTHY if is_request(head, api.HEALTH) else self._method_not_allowed(who, head, api.HEALTH.method)
-        if head.path == api.READY.path:
-            return (
-                self._ready() if is_request(head, api.READY) else self._method_not_allowed(who, head, api.READY.method)
-            )
-        self._audit_refusal(who, head, api.CODE_NOT_FOUND)
-        return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
-
-    def _method_not_allowed(self, who: Principal, head: ParsedHead, allowed: str) -> Response:
-        self._audit_refusal(who, head, api.CODE_METHOD_NOT_ALLOWED)
-        text = f"use {allowed.replace(', ', ' or ')} here"
-        body = msgspec.json.encode(api.ErrorAnswer(text, api.CODE_METHOD_NOT_ALLOWED))
-        return Response(405, body, headers=(("allow", allowed),))
+        if is_request(head, api.HEALTH):
+            return HEALTHY
+        if is_request(head, api.READY):
+            return self._ready()
+        answer = no_route(self._methods(head.path) or _PROBES.get(head.path, ()))
+        self._audit_refusal(who, head, api.CODE_NOT_FOUND if answer.status == 404 else api.CODE_METHOD_NOT_ALLOWED)
+        return answer
 
     def _audit_refusal(self, who: Principal, head: ParsedHead, outcome: str) -> None:
         """Of a request that is none for a verb."""
@@ -286,7 +258,7 @@ def _only_in_path(verb: Verb[Any, Any], given: dict[str, Any], request: Request)
     """The id in the path. Raises InvalidRequestError if the body has one too."""
     if given[verb.path_field] is not UNSET:
         raise InvalidRequestError(f"the path names the {verb.path_field}, and the body must not")
-    return request.path.split("/")[2]
+    return path_id(request.path)
 
 
 def visible_status(status: dict[str, object], keys: ScopedKeys) -> dict[str, object]:
@@ -315,7 +287,7 @@ def _path_reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
     decoder = Decoder(verb.request if verb.has_body else api.Request)
 
     def read(who: Principal, request: Request) -> Any:
-        named = request.path.split("/")[2]
+        named = path_id(request.path)
         if verb.has_body:
             found = decode(decoder, request.body)
             require(who, verb)  # first: an attempt without the role is answered and audited as `forbidden`
@@ -354,14 +326,3 @@ def _number(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= _NUMBER_DIGITS_MAX):
         raise InvalidRequestError(f"{name} must be a number of at most {_NUMBER_DIGITS_MAX} digits")
     return int(text)
-
-
-def _without_id(path: str) -> str:
-    """`/keys/{}` or `/keys/{}/<action>` of a path with the id of a key, whatever it is, and `/roots/{}/<action>` of one
-    with the id of a slot; `""` of any other path.
-    """
-    parts = path.split("/")
-    if len(parts) not in (3, 4) or parts[0] or not all(parts[1:]):
-        return ""
-    parts[2] = "{}"
-    return "/".join(parts)

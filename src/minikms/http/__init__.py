@@ -10,14 +10,15 @@ Rules of the room; docs/spec/http.md is the specification:
 5. The engine knows bytes and HTTP. The application (`exchange.Application`) authorises.
 
 Modules, each importing only earlier ones: `limits` (bounds and refusals), `head` (heads and query strings), `reader`
-(receiving, chunked bodies, complete requests), `exchange` (requests, answers), `connection`, `server`, `tls`,
-`accepting`, `page`. `limits`, `head` and `reader` are pure: no socket and no clock. The room must never import the
-daemon or the service: any process can serve an application of its own with it.
+(receiving, chunked bodies, complete requests), `exchange` (requests, answers), `routing` (path and method),
+`connection`, `server`, `tls`, `accepting`, `page`. `limits`, `head` and `reader` are pure: no socket and no clock. The
+room must never import the daemon or the service: any process can serve an application of its own with it.
 """
 
 from minikms.http.exchange import Application, GroupFull, Link, Request, Response, S, error_response, raised_response
 from minikms.http.head import ParsedHead, parse_query
 from minikms.http.limits import LIMITS, TOO_MANY_CONNECTIONS, Limits, Refusal
+from minikms.http.routing import Routes, no_route, path_id
 from minikms.http.server import HttpServer
 
 __all__ = [
@@ -32,8 +33,11 @@ __all__ = [
     "Refusal",
     "Request",
     "Response",
+    "Routes",
     "S",
     "error_response",
+    "no_route",
     "parse_query",
+    "path_id",
     "raised_response",
 ]

@@ -1,0 +1,59 @@
+"""What serves a request: the entry of a table for its path and method.
+
+Owns: paths with an id, and the answers to a path or a method that no entry has. It must never know what an entry is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Final, Generic, TypeVar
+
+from minikms import api
+from minikms.http.exchange import Response, error_response
+
+T = TypeVar("T")
+
+_PARAMETER: Final = re.compile(r"\{\w+\}")
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+class Routes(Generic[T]):
+    """Entries by path and method. The second segment of a path may be `{name}`: there the request has an id, whatever
+    it is.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, str, T]]) -> None:
+        """Of method, path, and what serves them."""
+        self._by_path: dict[str, dict[str, T]] = {}
+        for method, path, entry in entries:
+            self._by_path.setdefault(_PARAMETER.sub("{}", path), {})[method] = entry
+
+    def methods(self, path: str) -> Mapping[str, T]:
+        """The entries of a path by method; empty if there is no such path."""
+        return self._by_path.get(path) or self._by_path.get(_without_id(path)) or _NOTHING
+
+
+def path_id(path: str) -> str:
+    """The id in a path that has one."""
+    return path.split("/")[2]
+
+
+def no_route(methods: Iterable[str]) -> Response:
+    """405 for a path that has other `methods`; without any, 404."""
+    allowed = list(methods)
+    if not allowed:
+        return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
+    answer = error_response(405, api.CODE_METHOD_NOT_ALLOWED, f"use {' or '.join(allowed)} here")
+    answer.headers = (("allow", ", ".join(allowed)),)
+    return answer
+
+
+def _without_id(path: str) -> str:
+    """`/keys/{}` or `/keys/{}/<action>` of a path with an id; `""` of any other."""
+    parts = path.split("/")
+    if len(parts) not in (3, 4) or parts[0] or not all(parts[1:]):
+        return ""
+    parts[2] = "{}"
+    return "/".join(parts)
