@@ -452,4 +452,4 @@ def _write_paths(settings: Settings, *, activated: bool) -> list[str]:
     paths = [settings.data_dir, *([] if log_dir is None else [log_dir]), *settings.root.write_paths]
     if not activated:
         paths.append(os.path.dirname(os.path.abspath(settings.socket)))
-    return paths if settings.forwarder is None else [*paths, *settings.forwarder.write_paths]
+    return paths

@@ -29,12 +29,12 @@ from minikms.audit.export import LogRange, NotInTreeError, leaf_index
 from minikms.audit.queries import segment_before
 from minikms.audit.reader import Follower, each_segment
 from minikms.audit.record import Event, MalformedLineError
-from minikms.audit.shipping import FileForwarder
 from minikms.audit.tiles import Tiles
 from minikms.audit.tree import leaf_of
 from minikms.platform.sync import sync_directory
 from minikms.processes.http_client import ExchangeError
 from minikms_auditor.config import FileSink, Sink
+from minikms_auditor.line_file import LineFile
 from minikms_auditor.store import Cursor, Line, SinkFiles, Store
 
 BATCH_BYTES_MAX: Final = 1024 * 1024
@@ -120,13 +120,13 @@ class FileTransport(Transport):
         self._path = sink.path
         self._is_log = sink.format == "line"
         longest = record.LINE_BYTES_MAX if self._is_log else ocsf.EVENT_BYTES_MAX
-        self._file = FileForwarder(sink.path, line_bytes_max=longest)
+        self._file = LineFile(sink.path, line_bytes_max=longest)
         self._is_synced = False
         """Whether the directory was synced since the file may have been made."""
 
     @property
     def write_paths(self) -> tuple[str, ...]:
-        return self._file.write_paths
+        return (os.path.dirname(self._path),)
 
     def last_line(self) -> bytes | None:
         found = self._file.last_line()
@@ -138,7 +138,7 @@ class FileTransport(Transport):
             return found  # no line of any log
 
     def deliver(self, messages: Sequence[Message]) -> None:
-        self._file.deliver([each.line if self._is_log else each.body for each in messages])
+        self._file.append([each.line if self._is_log else each.body for each in messages])
         if not self._is_synced:
             sync_directory(os.path.dirname(self._path))
             self._is_synced = True

@@ -21,12 +21,13 @@ from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.audit import tiles
 from minikms.audit.export import INDEX_NAME, LogRange
 from minikms.audit.note import NOTE_BYTES_MAX
-from minikms.audit.shipping import FileForwarder
+from minikms.audit.record import LINE_BYTES_MAX
 from minikms.audit.tiles import CHECKPOINT_NAME, TILE_BYTES, RightEdge, Tile
 from minikms.audit.tree import EMPTY_ROOT
 from minikms.platform.directory_lock import DataDirLock, make_private_directory
 from minikms.platform.files import FileWrite, open_directory, read_file_bounded, replace_file, sweep_temps, write_files
 from minikms.platform.sync import sync_directory
+from minikms_auditor.line_file import LineFile
 
 T = TypeVar("T")
 
@@ -231,7 +232,7 @@ class SinkFiles:
             self.cursor = None if content is None else msgspec.json.decode(content, type=Cursor)
         except UNDECODABLE:
             raise StartError(f"{self.directory}/{CURSOR_NAME} is damaged: restore it, or remove it") from None
-        self._rejected = FileForwarder(os.path.join(self.directory, REJECTED_NAME))
+        self._rejected = LineFile(os.path.join(self.directory, REJECTED_NAME), line_bytes_max=LINE_BYTES_MAX)
 
     def save(self, cursor: Cursor) -> None:
         """Raises StorageUnavailableError."""
@@ -242,7 +243,7 @@ class SinkFiles:
         """Keep a JSON object about a line that the sink does not get, durably. A crash may repeat it. Raises OSError,
         StorageUnavailableError.
         """
-        self._rejected.deliver([entry])
+        self._rejected.append([entry])
         sync_directory(self.directory)
 
     def may_reject(self) -> bool:

@@ -81,10 +81,9 @@ class PositionStatus(msgspec.Struct, frozen=True):
 
 
 class UpkeepStatus(msgspec.Struct, frozen=True):
-    """`faults`: the reason for each job that fails. `forwarded`: lines since the start; None without forwarding."""
+    """`faults`: the reason for each job that fails."""
 
     faults: dict[str, str] = {}
-    forwarded: int | None = None
 
 
 class AuditStatus(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Maintenance of closed log files: retention, compression and forwarding, beside the daemon's other work.
+"""Maintenance of closed log files: retention and compression, beside the daemon's other work.
 
 Owns: which closed files may be removed, turning `minikms-audit.log.<n>` into `minikms-audit.log.<n>.zst`, and when and
 in which thread each of these jobs runs. Invariants:
@@ -10,7 +10,7 @@ in which thread each of these jobs runs. Invariants:
 - Compression deletes the plain file only after it has read back the compressed one and found it equal. That also holds
   for a compressed file that it did not write. So a complete copy of each segment is on disk at every moment.
 - `Maintenance.tick` belongs to the thread of the log, `Maintenance.work` to a worker thread of its own. Neither raises;
-  `Maintenance.status` reports failures.
+  `Maintenance.faults` has the failures.
 
 It must never touch the file being written, delay a commit, or delete a file if it can't read the next one.
 """
@@ -41,13 +41,10 @@ from minikms.audit.reader import (
     segment_name,
 )
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
-from minikms.audit.shipping import Forwarder, Forwarding
 from minikms.platform.sync import sync_directory, sync_file
 
 RETENTION_TICKS: Final = 3600
 """Retention runs after a start, and then once an hour: `Maintenance.tick` is called about once a second."""
-FORWARD_STEPS_MAX: Final = 100
-"""Steps of 1,000 lines in one call of `Maintenance.work`."""
 
 COMPRESSION_LEVEL: Final = 3
 """zstd's default: about 300 MB/s on one core."""
@@ -234,8 +231,8 @@ def _compare(plain: BinaryIO, compressed: BinaryIO) -> None:
 
 
 class Maintenance:
-    """The maintenance of one open log. Without `keep` every file is kept; without a forwarder nothing is sent.
-    `taken_seq`: says which line an auditor has taken last, None where there is no auditor.
+    """The maintenance of one open log. Without `keep` every file is kept. `taken_seq`: says which line an auditor has
+    taken last, None where there is no auditor.
     """
 
     def __init__(
@@ -243,15 +240,12 @@ class Maintenance:
         log: AuditLog,
         *,
         keep: Retention | None = None,
-        forwarder: Forwarder | None = None,
         taken_seq: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._log = log
         self._taken_seq = taken_seq
         self._keep = keep
-        self._forwarding = None if forwarder is None else Forwarding(log.directory, forwarder)
         self._ticks = 0
-        self._forwarded = 0
         self._faults: dict[str, str] = {}
 
     def tick(self) -> None:
@@ -269,46 +263,18 @@ class Maintenance:
             self._faults.pop("retention", None)
 
     def work(self) -> None:
-        """Compress closed files and forward committed lines. Call this every few seconds in a worker thread."""
+        """Compress closed files. Call this every few seconds in a worker thread."""
         try:
             compress_closed(self._log.directory, below=self._log.segment)
         except (DamagedSegmentError, OSError) as error:
             self._faults["compression"] = _reason(error)
         else:
             self._faults.pop("compression", None)
-        if self._forwarding is not None:
-            self._forward(self._forwarding)
-
-    def _forward(self, forwarding: Forwarding) -> None:
-        head = self._log.head["seq"]
-        try:
-            for _ in range(FORWARD_STEPS_MAX):
-                sent = forwarding.step(int(head))
-                self._forwarded += sent
-                if not sent:
-                    break
-        except (DamagedSegmentError, OSError) as error:
-            forwarding.close()
-            self._faults["forwarding"] = _reason(error)
-        else:
-            self._faults.pop("forwarding", None)
 
     @property
     def faults(self) -> dict[str, str]:
         """The reason by job, of each job that failed the last time."""
         return dict(self._faults)
-
-    def status(self) -> dict[str, object]:
-        """{"faults": {job: reason}, "forwarded": lines since the start, or None without a forwarder}"""
-        return {
-            "faults": self.faults,
-            "forwarded": None if self._forwarding is None else self._forwarded,
-        }
-
-    def close(self) -> None:
-        """Call this after the last `work` has returned."""
-        if self._forwarding is not None:
-            self._forwarding.close()
 
 
 def _reason(error: Exception) -> str:

@@ -158,9 +158,6 @@ def serve(
             help="Never delete a file that was closed fewer days ago than this.", validator=validators.Number(gte=0)
         ),
     ] = 90,
-    audit_copy: Annotated[
-        PathText | None, Parameter(help="Also append every audit line to this file, for example on another disk.")
-    ] = None,
     master_key_fd: MasterKeyFd = None,
     parent_fd: Annotated[int | None, Parameter(show=False)] = None,
 ) -> int:
@@ -169,7 +166,6 @@ def serve(
     from minikms.audit.log import LogLimits
     from minikms.audit.maintenance import Retention
     from minikms.audit.repair import IF_RESTORED
-    from minikms.audit.shipping import FileForwarder
     from minikms.custody.vault import CACHE_KEYS_MAX
     from minikms.daemon.policy_file import PolicyFile
     from minikms.daemon.settings import Settings
@@ -231,7 +227,6 @@ def serve(
                 cache_keys_max=cache_keys or CACHE_KEYS_MAX,
             ),
             audit_keep=Retention(bytes_max=audit_keep_mib * MIB_BYTES, days_min=audit_keep_days),
-            forwarder=None if audit_copy is None else FileForwarder(os.path.abspath(audit_copy)),
             refuse_when_unshipped=refuse_when_unshipped,
             log_format=log_format,
         )

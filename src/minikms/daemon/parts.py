@@ -121,7 +121,6 @@ class Parts:
         self.upkeep = Maintenance(
             data.log,
             keep=settings.audit_keep,
-            forwarder=settings.forwarder,
             taken_seq=lambda: position.seq if self.vault.keyring.body.audit_origin else None,
         )
         self.indexing = Indexing(self.vault, workers.reader)
@@ -291,9 +290,8 @@ class Parts:
             await self._removal.stop()
             await self.vault.drain()
             loop = asyncio.get_running_loop()
-            for worker in (self.workers.disk, self.workers.reader, self.workers.audit):
+            for worker in (self.workers.disk, self.workers.reader, self.workers.audit, self.workers.upkeep):
                 await loop.run_in_executor(worker, int)
-            await loop.run_in_executor(self.workers.upkeep, self.upkeep.close)
         finally:
             self._data.abandon()
 
@@ -303,9 +301,8 @@ class Parts:
         await self._removal.stop()
         await self.vault.drain()
         loop = asyncio.get_running_loop()
-        for worker in (self.workers.disk, self.workers.reader):
-            await loop.run_in_executor(worker, int)  # after the jobs of requests that were cancelled
-        await loop.run_in_executor(self.workers.upkeep, self.upkeep.close)  # after its last job
+        for worker in (self.workers.disk, self.workers.reader, self.workers.upkeep):
+            await loop.run_in_executor(worker, int)  # after the last job, also one of a request that was cancelled
         self._data.close()
 
 

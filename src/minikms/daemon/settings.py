@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minikms.audit.maintenance import KEEP_ALL, Retention
-from minikms.audit.shipping import Forwarder
 from minikms.daemon.policy_file import PolicyFile
 from minikms.datadir import DEFAULT_OPTIONS, Options
 from minikms.roots.providers import RootProvider
@@ -38,6 +37,5 @@ class Settings:
     require_hardening: bool = False
     opening: Options = DEFAULT_OPTIONS
     audit_keep: Retention = KEEP_ALL
-    forwarder: Forwarder | None = None
     refuse_when_unshipped: int | None = None
     log_format: LogFormat = "console"

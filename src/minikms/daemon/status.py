@@ -98,7 +98,7 @@ class StatusPage:
                 **self._log.status(),
                 "public_key": body.audit_key.public_key.hex(),
                 "position": self._position(),
-                "upkeep": self._upkeep.status(),
+                "upkeep": {"faults": self._upkeep.faults},
             },
             "memory": {
                 "arena": arena.backing,

@@ -1,4 +1,4 @@
-"""Closed files are compressed, retained, removed and forwarded, and the log stays one chain."""
+"""Closed files are compressed, retained and removed, and the log stays one chain."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 import zstandard
 
-from minikms.audit import record
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import CompressionError, Maintenance, Retention, compress_closed, remove_segments
 from minikms.audit.queries import verify_directory
 from minikms.audit.reader import list_segments
-from minikms.audit.shipping import FileForwarder
 from tests.minikms.audit.logmaker import (
     LOG,
     SECOND,
@@ -162,11 +160,10 @@ def test_a_deleted_segment_without_a_retention_line_is_missing(altered: Path) ->
 # --- maintenance by the daemon ---------------------------------------------------------------------------------------
 
 
-def test_maintenance_compresses_forwards_and_removes(tmp_path: Path) -> None:
+def test_maintenance_compresses_and_removes(tmp_path: Path) -> None:
     clock = Clock(now=LATER, step=CHORES_NS)
     log = open_log(tmp_path, clock=clock, limits=LogLimits(segment_bytes=3000, reserve_bytes=0))
-    copy = tmp_path / "copy"
-    upkeep = Maintenance(log, keep=Retention(bytes_max=2500, days_min=0), forwarder=FileForwarder(str(copy)))
+    upkeep = Maintenance(log, keep=Retention(bytes_max=2500, days_min=0))
     write_events(log, 60)
     upkeep.work()
     assert {name for names in list_segments(str(tmp_path)).values() for name in names} == {
@@ -175,27 +172,9 @@ def test_maintenance_compresses_forwards_and_removes(tmp_path: Path) -> None:
     upkeep.tick()
     assert 0 < len(list_segments(str(tmp_path))) < log.segment - 1
     upkeep.work()
-    assert upkeep.status() == {"faults": {}, "forwarded": log.head["seq"]}
-    upkeep.close()
+    assert upkeep.faults == {}
     log.close()
     assert verify(tmp_path).intact
-    forwarded = [record.peek_seq(line) for line in copy.read_bytes().split(b"\n")[:-1]]
-    assert forwarded == list(range(1, len(forwarded) + 1))
-
-
-def test_a_smaller_file_in_place_of_the_copy_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines of a failed step are removed from the file that has them only."""
-    copy = tmp_path / "copy"
-    forwarder = FileForwarder(str(copy))
-    forwarder.deliver([b"x" * record.LINE_BYTES_MAX] * 4)
-    with monkeypatch.context() as faults:
-        faults.setattr(os, "fdatasync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "error")))
-        faults.setattr(os, "ftruncate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "error")))
-        with pytest.raises(OSError, match="error"):
-            forwarder.deliver([b"a line that may be lost"])
-    copy.rename(tmp_path / "rotated")
-    forwarder.deliver([b"the first line"])
-    assert copy.read_bytes() == b"the first line\n"
 
 
 def test_maintenance_reports_failures_and_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,21 +182,15 @@ def test_maintenance_reports_failures_and_tries_again(tmp_path: Path, monkeypatc
         tmp_path, clock=Clock(now=LATER, step=CHORES_NS), limits=LogLimits(segment_bytes=3000, reserve_bytes=0)
     )
     write_events(log, 30)
-    upkeep = Maintenance(
-        log, keep=Retention(bytes_max=1, days_min=0), forwarder=FileForwarder(str(tmp_path / "missing" / "copy"))
-    )
+    upkeep = Maintenance(log, keep=Retention(bytes_max=1, days_min=0))
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
         patch.setattr(os, "listdir", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "unreadable")))
         upkeep.tick()
         upkeep.work()
-    faults = upkeep.status()["faults"]
-    assert isinstance(faults, dict)
-    assert set(faults) == {"retention", "compression", "forwarding"}
-    (tmp_path / "missing").mkdir()
+    assert set(upkeep.faults) == {"retention", "compression"}
     upkeep.work()
-    assert upkeep.status()["faults"] == {"retention": "unreadable"}
-    upkeep.close()
+    assert upkeep.faults == {"retention": "unreadable"}
     log.close()
 
 

@@ -1,22 +1,18 @@
-"""Finding, counting, following and forwarding the lines of a log."""
+"""Finding, counting and following the lines of a log."""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from minikms.audit import Event, queries, record
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.maintenance import Maintenance, compress_closed
+from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import DamagedSegmentError, Follower, last_lines, list_segments
-from minikms.audit.shipping import FileForwarder, Forwarder, Forwarding
-from tests.harness.disk_faults import failing
 from tests.minikms.audit.logmaker import KEY1, LOG, Clock, encrypt_event, lines_of, make_log, open_log, write_events
 
 SMALL_SEGMENTS = LogLimits(segment_bytes=3000, reserve_bytes=0)
@@ -184,150 +180,3 @@ def test_a_follower_says_where_the_numbers_of_lines_jump(tmp_path: Path) -> None
             ):
                 follower.read()
         follower.close()
-
-
-# --- sending elsewhere -----------------------------------------------------------------------------------------------
-
-
-class Collector(Forwarder):
-    """A forwarder that collects lines, and can fail before or after it has stored them."""
-
-    write_paths: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        self.arrived: list[bytes] = []
-        self.failures: list[str] = []
-
-    def position(self) -> int:
-        return record.peek_seq(self.arrived[-1]) if self.arrived else 0
-
-    def deliver(self, lines: Sequence[bytes]) -> None:
-        failure = self.failures.pop(0) if self.failures else ""
-        if failure == "before":
-            raise OSError(errno.ECONNREFUSED, "injected")
-        self.arrived += lines
-        if failure == "after":
-            raise OSError(errno.ECONNRESET, "injected")
-
-
-def test_lines_are_forwarded_in_order_each_once_whatever_fails(tmp_path: Path) -> None:
-    last = make_segments(tmp_path)
-    collector = Collector()
-    collector.failures = ["before", "", "after", "before", "after"]
-    for _ in range(10):
-        forwarding = Forwarding(str(tmp_path), collector)
-        try:
-            while forwarding.step(last):
-                pass
-        except OSError:
-            continue
-        finally:
-            forwarding.close()
-    assert seqs(collector.arrived) == list(range(1, last + 1))
-
-
-def test_a_forwarder_that_failed_is_asked_again_where_it_is(tmp_path: Path) -> None:
-    make_log(tmp_path, 3)
-    collector = Collector()
-    collector.failures = ["after"]
-    with closing(Forwarding(str(tmp_path), collector)) as forwarding:
-        with pytest.raises(OSError, match="injected"):
-            forwarding.step(10)
-        assert forwarding.step(10) == 0
-    assert seqs(collector.arrived) == [1, 2, 3, 4, 5]
-
-
-def test_only_committed_lines_are_forwarded(tmp_path: Path) -> None:
-    """A line after the head may belong to a failed write that will be truncated."""
-    make_log(tmp_path, 5)
-    collector = Collector()
-    with closing(Forwarding(str(tmp_path), collector)) as forwarding:
-        assert [forwarding.step(3), forwarding.step(3), forwarding.step(5), forwarding.step(7)] == [3, 0, 2, 2]
-    assert seqs(collector.arrived) == list(range(1, 8))
-
-
-def test_a_forged_line_number_is_a_fault_of_the_forwarding_and_stays_one(tmp_path: Path) -> None:
-    (tmp_path / "log").mkdir()
-    log = open_log(tmp_path / "log")
-    write_events(log, 5)
-    collector = Collector()
-    with closing(Maintenance(log, forwarder=collector)) as upkeep:
-        upkeep.work()
-        assert upkeep.faults == {}
-        with open(tmp_path / "log" / LOG, "ab") as file:
-            last = lines_of(tmp_path / "log")[-1]
-            file.write(re.sub(rb'"seq":[0-9]+', b'"seq":9000000000000000000', last, count=1) + b"\n")
-        for number in range(3):
-            write_events(log, 1, first=5 + number)
-            upkeep.work()
-            assert "followed by a line with number 9000000000000000000" in upkeep.faults["forwarding"]
-    assert seqs(collector.arrived) == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_copy_that_is_ahead_of_the_log_is_a_fault(tmp_path: Path) -> None:
-    make_log(tmp_path, 5)
-    collector = Collector()
-    collector.arrived = [b'{"event":{"seq":9000000000000000000,"x":1}}']
-    with (
-        closing(Forwarding(str(tmp_path), collector)) as forwarding,
-        pytest.raises(
-            DamagedSegmentError, match="the copy has line 9000000000000000000 and the audit log ends at line 7"
-        ),
-    ):
-        forwarding.step(7)
-
-
-def forward_all(directory: Path, copy: Path) -> None:
-    with closing(Forwarding(str(directory), FileForwarder(str(copy)))) as forwarding:
-        while forwarding.step(10**6):
-            pass
-
-
-def test_the_file_forwarder_keeps_a_copy_that_goes_on_after_a_restart(tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    for _ in range(2):
-        make_log(tmp_path / "log", 5)
-        forward_all(tmp_path / "log", copy)
-        assert copy.read_bytes() == (tmp_path / "log" / LOG).read_bytes()
-    with open(copy, "ab") as file:
-        file.write(b'{"event":{"seq":14,')
-    make_log(tmp_path / "log", 5)
-    forward_all(tmp_path / "log", copy)
-    assert copy.read_bytes() == (tmp_path / "log" / LOG).read_bytes(), "the incomplete line of the copy was cut off"
-    assert copy.stat().st_mode & 0o777 == 0o600
-
-
-def test_the_file_forwarder_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_log(tmp_path / "log", 5)
-    copy = tmp_path / "copy"
-    real_write, full = os.write, failing(os.write, at=1, number=errno.ENOSPC)
-    begun = False
-
-    def short(fd: int, data: bytes) -> object:
-        nonlocal begun
-        begun, before = True, begun
-        return full(fd, data) if before else real_write(fd, data[:300])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", short)
-        with pytest.raises(OSError, match="No space"):
-            forward_all(tmp_path / "log", copy)
-    assert copy.read_bytes() == b""
-    forward_all(tmp_path / "log", copy)
-    assert copy.read_bytes() == (tmp_path / "log" / LOG).read_bytes()
-
-
-def test_the_file_forwarder_counts_no_line_whose_sync_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor while the disk refuses to remove it."""
-    make_log(tmp_path / "log", 5)
-    copy = tmp_path / "copy"
-    forwarder = FileForwarder(str(copy))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", failing(os.fdatasync, at=1))
-        patch.setattr(os, "ftruncate", failing(os.ftruncate, at=1))
-        for call in (lambda: forwarder.deliver([b'{"event":{"seq":1}}']), forwarder.position):
-            with pytest.raises(OSError, match="error"):
-                call()
-    assert copy.read_bytes()
-    assert forwarder.position() == 0
-    assert copy.read_bytes() == b""

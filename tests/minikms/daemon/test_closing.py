@@ -91,14 +91,14 @@ def test_a_job_of_a_worker_ends_before_its_directory_is_closed(tmp_path: Path, w
 def test_after_a_seal_files_are_closed_although_a_step_before_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails() -> None:
+    async def fails() -> None:
         raise OSError("no space")
 
     async def main() -> None:
         workers = Workers.start()
         with opened(tmp_path, workers) as (parts, _):
             directory = parts.vault.store.directory_fd
-            monkeypatch.setattr(parts.upkeep, "close", fails)
+            monkeypatch.setattr(parts.vault, "drain", fails)
             parts.seal()
             try:
                 with pytest.raises(OSError, match="no space"):
