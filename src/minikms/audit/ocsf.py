@@ -21,14 +21,16 @@ EVENT_BYTES_MAX: Final = 4 * record.LINE_BYTES_MAX
 _CLASS: Final = 6003
 _CREATE, _READ, _UPDATE, _DELETE, _OTHER = 1, 2, 3, 4, 99
 _NAMES: Final = {_CREATE: "Create", _READ: "Read", _UPDATE: "Update", _DELETE: "Delete"}
-_ACTIVITIES: Final = {
+ACTIVITIES: Final = {
     "create_dek": _CREATE, "generate_data_key": _CREATE, "add_root": _CREATE,
     "get_or_create_dek": _READ, "get_wrapped": _READ, "get_key": _READ, "list_keys": _READ, "list_roots": _READ,
     "status": _READ, "metrics": _READ, "check_batch": _READ, "unseal_status": _READ, "test_root": _READ,
     "rotate_kek": _UPDATE, "retire_key": _UPDATE, "policy_reload": _UPDATE,
     "destroy_key": _DELETE, "prune_kek": _DELETE, "remove_root": _DELETE,
+    "encrypt": _OTHER, "decrypt": _OTHER, "encrypt_batch": _OTHER, "decrypt_batch": _OTHER, "reencrypt_batch": _OTHER,
+    "mac": _OTHER, "random": _OTHER, "seal": _OTHER, "unseal": _OTHER, "report_audit_position": _OTHER,
 }  # fmt: skip
-"""Of verbs. Every other type of line is Other, with its own name."""
+"""Of every verb. Other, as every other type of line, has its own name."""
 _SUCCESS, _FAILURE = 1, 2
 _INFORMATIONAL, _LOW = 1, 2
 _PEER_UID: Final = "peer_uid:"
@@ -40,7 +42,7 @@ def encode(log_id: str, event: Event, line: bytes, proof: str = "") -> bytes:
 
 
 def _mapped(log_id: str, event: Event, line: str, proof: str) -> dict[str, Any]:
-    activity = _ACTIVITIES.get(event.type, _OTHER)
+    activity = ACTIVITIES.get(event.type, _OTHER)
     good = event.outcome == "ok"
     user = {"name": event.actor}
     if event.actor.startswith(_PEER_UID):

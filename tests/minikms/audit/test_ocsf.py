@@ -47,6 +47,10 @@ def test_every_type_of_line_is_valid_by_the_published_schema(tmp_path: Path) -> 
         assert [error.message for error in validator.iter_errors(event)] == []
 
 
+def test_every_verb_has_an_activity() -> None:
+    assert ocsf.ACTIVITIES.keys() == {verb.name for verb in VERBS}
+
+
 def test_an_event_says_who_did_what_to_which_key(tmp_path: Path) -> None:
     line, event = encoded(
         tmp_path,
