@@ -20,7 +20,7 @@ from msgspec import NODEFAULT, UNSET
 from minikms.api.errors import InvalidRequestError
 from minikms.api.printable import clean
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 _REASON_CHARS_MAX: Final = 160
 
@@ -39,7 +39,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: memoryview | bytes) -> T:
         raise InvalidRequestError("The body is nested too deeply.") from None
     # The check below, faster, for the bodies of most requests: required strings only, or a few optional ones. Most
     # bodies are too short for a key beside the two required ones. Counting the quotes takes twice as long.
-    flat = _flat_structs.get(type(value))
+    flat = _flat(type(value))
     if flat is not None and flat.two_required is not None:
         one, other = flat.two_required(value)
         if len(body) - len(one) - len(other) < flat.third_bytes_min:
@@ -110,10 +110,6 @@ class _Flat(msgspec.Struct, frozen=True):
     third_bytes_min: int
 
 
-_flat_structs: Final[dict[type, _Flat]] = {}
-"""Filled by `_shape`, at the first body of each type."""
-
-
 class _Shape(NamedTuple):
     """For `_strings`: the number of fields of a struct, and getters of the optional ones and of all."""
 
@@ -137,22 +133,29 @@ def _shape(struct: type[msgspec.Struct]) -> _Shape:
     if not isinstance(info, msgspec.inspect.StructType) or not info.forbid_unknown_fields:
         raise TypeError(f"{struct.__name__} is not decoded as an object without unknown keys")
     optional = [field.name for field in fields if field.default is UNSET]
-    flat = all(_is_string(field.type) for field in info.fields)
-    required = [field.name for field in fields if field.name not in optional]
-    if flat and len(optional) > 1:  # of one name, attrgetter makes no tuple
-        member_bytes = {field.name: len(f'"{field.encode_name}":"",') for field in fields}
-        _flat_structs[struct] = _Flat(
-            fields_count=len(fields),
-            optional=attrgetter(*optional),
-            quotes_min=4 * len(required),
-            two_required=attrgetter(*required) if len(required) == 2 else None,
-            third_bytes_min=len("{}") + sum(member_bytes[name] for name in required) + min(member_bytes.values()) - 1,
-        )
     return _Shape(
         fields_count=len(fields),
         optional=tuple(attrgetter(name) for name in optional),
-        flat=flat,
+        flat=all(_is_string(field.type) for field in info.fields),
         nested=tuple(attrgetter(field.name) for field in fields),
+    )
+
+
+@cache
+def _flat(struct: type[msgspec.Struct]) -> _Flat | None:
+    """None: `_strings` counts. As `_shape`, raises TypeError."""
+    fields = msgspec.structs.fields(struct)
+    optional = [field.name for field in fields if field.default is UNSET]
+    if not _shape(struct).flat or len(optional) < 2:  # of one name, attrgetter makes no tuple
+        return None
+    required = [field.name for field in fields if field.name not in optional]
+    member_bytes = {field.name: len(f'"{field.encode_name}":"",') for field in fields}
+    return _Flat(
+        fields_count=len(fields),
+        optional=attrgetter(*optional),
+        quotes_min=4 * len(required),
+        two_required=attrgetter(*required) if len(required) == 2 else None,
+        third_bytes_min=len("{}") + sum(member_bytes[name] for name in required) + min(member_bytes.values()) - 1,
     )
 
 
