@@ -18,6 +18,7 @@ has changed nothing, unless the error says so. After a failure there is no defau
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Final, TypeVar
 
 from minikms.api import contract
@@ -355,10 +356,14 @@ class UnknownRootError(StartError):
     """The root key of a start does not open this keyring."""
 
 
+def _kinds_of(kind: type[KmsRefusedError]) -> Iterator[type[KmsRefusedError]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _kinds_of(each)
+
+
 BY_CODE: Final[dict[str, type[KmsRefusedError]]] = {
-    kind.code: kind
-    for kind in tuple(globals().values())
-    if isinstance(kind, type) and issubclass(kind, KmsRefusedError) and "code" in vars(kind)
+    kind.code: kind for kind in _kinds_of(KmsRefusedError) if "code" in vars(kind)
 }
 """One class for each code: a class that inherits its code is not in the table."""
 

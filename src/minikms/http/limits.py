@@ -134,6 +134,3 @@ AUDIT_UNAVAILABLE: Final = Refusal(
     503, api.CODE_AUDIT_UNAVAILABLE, "The audit log can't be written, so requests are refused."
 )
 INTERNAL: Final = Refusal(500, api.CODE_INTERNAL, "The service failed; its log has the details.")
-
-TABLE: Final = {name: row for name, row in globals().items() if isinstance(row, Refusal)}
-"""All refusals by name, for the specification and the tests."""
