@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.custody.deks import HeldKeys
-from minikms.custody.group_commit import GroupCommit
+from minikms.custody.group_commit import GroupQueue
 from minikms.custody.keyring_file import StoredKeyring
 from minikms.custody.rotation_backups import FoundRecords
 from minikms.custody.tombstone_file import Staged, Tombstones
@@ -64,7 +64,7 @@ class Destruction:
         self._find_records = find_records
         self._forget = forget
         self._remove_files = remove_files
-        self._group = GroupCommit(self._destroy, items_max=GROUP_KEYS_MAX)
+        self._group = GroupQueue(self._destroy, items_max=GROUP_KEYS_MAX)
         self.unfinished: set[str] = set()
         """Destroyed keys whose tombstone could not be counted, or whose bytes could not be removed."""
 

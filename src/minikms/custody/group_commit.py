@@ -25,7 +25,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class GroupCommit(Generic[T, R]):
+class GroupQueue(Generic[T, R]):
     """`commit` makes a group of at most `items_max` requests durable, and returns the result or the error of each. A
     KmsRefusedError that it raises is the outcome of all.
     """

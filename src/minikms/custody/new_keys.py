@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 from minikms import api
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import NonceSource
-from minikms.custody.group_commit import GroupCommit
+from minikms.custody.group_commit import GroupQueue
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import StoredKeyring
@@ -71,7 +71,7 @@ class NewKeys:
         self._journal = journal
         self._nonces = nonces
         self._index = index
-        self._groups = GroupCommit(self._make_group, items_max=GROUP_KEYS_MAX)
+        self._groups = GroupQueue(self._make_group, items_max=GROUP_KEYS_MAX)
 
     async def make(self, wanted: Wanted) -> DekRecord:
         """A new key, durable on return. Raises the errors of its permit and of the journal, and ArenaFullError."""
