@@ -34,7 +34,7 @@ from minikms.api.errors import (
     StorageUnavailableError,
 )
 from minikms.audit import AuditKey, AuditLog, ExpectedLog
-from minikms.audit.chain import KeyState, Signer
+from minikms.audit.chain import Ed25519Signer, KeyState
 from minikms.audit.epochs import highest_epoch
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, LogLimits
 from minikms.audit.queries import first_key
@@ -420,7 +420,7 @@ def audit_keys(unlocked: UnlockedKeyring) -> AuditKeys:
 def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKeyEntry) -> AuditKey:
     mac_key, seed = unlocked.audit_key(key.version)
     since = Head(key.since_seq, key.since_sig) if key.since_seq else None
-    return AuditKey(key.version, mac_key, Signer(seed), since)
+    return AuditKey(key.version, mac_key, Ed25519Signer(seed), since)
 
 
 # --- for reading --------------------------------------------------------------------------------------------------

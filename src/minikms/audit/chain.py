@@ -10,7 +10,7 @@ their signatures cover, and the signer that makes those signatures. Rules:
    first line of a later file contains the SHA-256 of the previous line. So each signature covers all earlier lines, and
    the public key alone is enough to check them.
 3. The MAC key and the signing seed are views of the arena, and each call reads them again. An HMAC object holds
-   midstates that are enough to forge MACs, so `seal` frees it before it returns. Each call of `Signer` makes and
+   midstates that are enough to forge MACs, so `seal` frees it before it returns. Each call of `Ed25519Signer` makes and
    frees its own private key object. OpenSSL clears both when they are freed.
 
 It must never do I/O, read a clock, copy a key or keep a key object.
@@ -44,7 +44,7 @@ _LINE_SIG: Final = record.LINE_MIDDLE
 _LINE_END: Final = record.LINE_SUFFIX + b"\n"
 
 
-class Signer:
+class Ed25519Signer:
     """Signs with Ed25519, by a 32-byte seed in the caller's arena."""
 
     def __init__(self, seed: memoryview) -> None:
@@ -76,7 +76,7 @@ class AuditKey(NamedTuple):
 
     version: int
     mac_key: memoryview
-    signer: Signer
+    signer: Ed25519Signer
     since: Head | None = None
 
 

@@ -30,7 +30,7 @@ from minikms import api
 from minikms.api.base64 import encode_text
 from minikms.api.errors import AuditUnavailableError
 from minikms.audit import record
-from minikms.audit.chain import AuditKey, Signer
+from minikms.audit.chain import AuditKey, Ed25519Signer
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
 from minikms.audit.repair import AuditKeys, ExpectedLog, OpenedLog, open_log
 from minikms.audit.writer import RESERVE_BYTES, ChainWriter, Reserve
@@ -140,7 +140,7 @@ class AuditLog:
         if the disk fails.
         """
         path = os.fspath(directory)
-        key = AuditKey(key_version, audit_key, Signer(seed), since)
+        key = AuditKey(key_version, audit_key, Ed25519Signer(seed), since)
         opened = open_log(path, AuditKeys(key, former), expected or ExpectedLog(), now_ns(), accept_loss=accept_loss)
         log = cls(
             path,

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from minikms.audit import AuditKey, AuditLog, Event, record
-from minikms.audit.chain import Signer
+from minikms.audit.chain import Ed25519Signer
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.queries import verify_directory
 from minikms.audit.record import Head
@@ -28,11 +28,11 @@ class Key:
         self.version = version
         self.mac_key = memoryview(bytearray([version] * 32))
         self.seed = memoryview(bytearray([100 + version] * 32))
-        self.public_key = Signer(self.seed).public_key()
+        self.public_key = Ed25519Signer(self.seed).public_key()
         self.since: Head | None = None
 
     def audit_key(self) -> AuditKey:
-        return AuditKey(self.version, self.mac_key, Signer(self.seed), self.since)
+        return AuditKey(self.version, self.mac_key, Ed25519Signer(self.seed), self.since)
 
 
 KEY1, KEY2 = Key(1), Key(2)
