@@ -26,7 +26,7 @@ from minikms.custody.vault import Permit, Vault
 from minikms.daemon import metrics, strictmsgpack
 from minikms.daemon.admission import HEALTHY, Admission, AdmittingApplication, Session, is_request, require_short_body
 from minikms.daemon.keybody import take_key
-from minikms.daemon.metrics import Histogram, VerbTimes
+from minikms.daemon.metrics import VerbTimes, WeightedHistogram
 from minikms.daemon.status import reduced, without_key_files
 from minikms.daemon.strictjson import decode
 from minikms.http import ParsedHead, Request, Response, Routes, no_route, parse_query, path_id
@@ -89,7 +89,7 @@ class Application(AdmittingApplication):
         self._asked = self._times.asked
         self._held_under: int | None = None
         """The generation of the policy when the turn was first held; None while it is not."""
-        self._batches = {verb.name: Histogram(metrics.BATCH_SIZES) for verb in api.VERBS if verb.is_batch}
+        self._batches = {verb.name: WeightedHistogram(metrics.BATCH_SIZES) for verb in api.VERBS if verb.is_batch}
         table.now_on_keys(api.STATUS, vault, lambda keys, request, event: self._status(status(), keys))
         table.now(api.METRICS, lambda request, event: self._metrics(status()))
         table.later(api.RELOAD_POLICY, lambda request, event, permit: reload(event, permit), durable=True)

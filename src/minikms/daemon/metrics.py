@@ -28,7 +28,7 @@ SECONDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.
 T = TypeVar("T")
 
 
-class Histogram:
+class WeightedHistogram:
     """Counts values by upper bound. `bounds` ascend; one more count is for values above all of them."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
@@ -47,7 +47,7 @@ class VerbTimes:
 
     def __init__(self, verbs: Iterable[str], clock: Callable[[], float] = time.perf_counter) -> None:
         self.requests = dict.fromkeys(verbs, 0)
-        self.seconds = {verb: Histogram(SECONDS) for verb in self.requests}
+        self.seconds = {verb: WeightedHistogram(SECONDS) for verb in self.requests}
         self._clock = clock
         self._asked: list[str] = []
         self._began_s = 0.0
@@ -104,7 +104,7 @@ class _Page:
     def one(self, name: str, kind: str, help_text: str, value: float) -> None:
         self.add(name, kind, help_text, [(_NONE, value)])
 
-    def histograms(self, name: str, help_text: str, label: str, by_label: Mapping[str, Histogram]) -> None:
+    def histograms(self, name: str, help_text: str, label: str, by_label: Mapping[str, WeightedHistogram]) -> None:
         self._head(name, "histogram", help_text)
         for value, histogram in by_label.items():
             total = 0
@@ -152,7 +152,7 @@ def page(
     status: Mapping[str, Any],
     *,
     times: VerbTimes,
-    batches: Mapping[str, Histogram],
+    batches: Mapping[str, WeightedHistogram],
     policy_refusals: Mapping[str, int],
 ) -> bytes:
     """`status` is what `minikms.daemon.status.StatusPage.build` returns; `batches`: sizes of batches by verb."""
@@ -166,7 +166,9 @@ def page(
     return page.encode()
 
 
-def _add_requests(made: _Page, status: Mapping[str, Any], times: VerbTimes, batches: Mapping[str, Histogram]) -> None:
+def _add_requests(
+    made: _Page, status: Mapping[str, Any], times: VerbTimes, batches: Mapping[str, WeightedHistogram]
+) -> None:
     http = status["http"]
     made.add("minikms_requests_total", "counter", "Requests that reached a verb.", _labelled("verb", times.requests))
     made.one("minikms_http_requests_total", "counter", "Requests whose head was read.", http["requests"])

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from minikms.daemon.metrics import SECONDS, Histogram, VerbTimes
+from minikms.daemon.metrics import SECONDS, VerbTimes, WeightedHistogram
 
 
 class Clock:
@@ -27,7 +27,7 @@ def times(clock: Clock) -> VerbTimes:
     return VerbTimes(["encrypt", "create_dek"], clock)
 
 
-def upper_bounds(histogram: Histogram) -> list[float]:
+def upper_bounds(histogram: WeightedHistogram) -> list[float]:
     """Of the bucket of each value, in ascending order."""
     bounds = [*histogram.bounds, float("inf")]
     return [bound for bound, count in zip(bounds, histogram.counts, strict=True) for _ in range(count)]
@@ -81,7 +81,7 @@ def test_an_answer_of_a_later_turn_has_its_own_time(times: VerbTimes, clock: Clo
 
 
 def test_a_value_belongs_to_the_first_bucket_that_is_no_less() -> None:
-    histogram = Histogram(SECONDS)
+    histogram = WeightedHistogram(SECONDS)
     for value in (0.0, 0.0001, 0.00011, 10.0, 10.1):
         histogram.add(value)
     assert upper_bounds(histogram) == [0.0001, 0.0001, 0.00025, 10.0, float("inf")]

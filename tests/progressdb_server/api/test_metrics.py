@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import minikms
 from minikms import api
-from minikms.daemon.metrics import BATCH_SIZES, Histogram, VerbTimes, page
+from minikms.daemon.metrics import BATCH_SIZES, VerbTimes, WeightedHistogram, page
 from minikms.http.page import metrics_page
 from minikms_auditor.auditor import Status, WitnessStatus
 from minikms_auditor.metrics import AuditorCollector
@@ -232,7 +232,7 @@ def test_a_label_value_can_not_add_a_line() -> None:
         "uptime_seconds": 1,
         "warnings": [],
     }  # fmt: skip
-    sizes, times = Histogram(BATCH_SIZES), VerbTimes(["encrypt", "decrypt"])
+    sizes, times = WeightedHistogram(BATCH_SIZES), VerbTimes(["encrypt", "decrypt"])
     times.asked("encrypt")
     times.end_turn()
     for items in (1, 3, 1024):
