@@ -25,7 +25,7 @@ from django.db.models.lookups import Exact, IsNull
 from django.db.models.query_utils import DeferredAttribute
 
 from minikms_adapters.errors import NotSearchableError, NotSupportedError, WrongPlaceError
-from minikms_adapters.records import ColumnValues, Owned, Receipt, Runner, Sealer, column_thread
+from minikms_adapters.records import ColumnValues, Owned, Receipt, RecordSealer, Runner, column_thread
 
 __all__ = ["EncryptedField", "Owned", "destroy_key"]
 
@@ -73,7 +73,7 @@ class EncryptedField(BinaryField):
         internal = self.of.get_internal_type()
         kind = int if "Integer" in internal else _KINDS.get(internal, str)
         self._values = ColumnValues.of("django", "django", kind, key, key_of)
-        self._sealer = Sealer()
+        self._sealer = RecordSealer()
         super().__init__(**{"editable": True, **options})
 
     def deconstruct(self) -> Any:
@@ -195,4 +195,4 @@ class _IsNull(IsNull):
 
 def destroy_key(*, key: str | None = None, owner: object = None) -> list[Receipt]:
     """Destroys the key of a field, or of an owner; what it encrypted can't be read any more. Gives the receipts."""
-    return Runner(settings.MINIKMS_CLIENT).run(Sealer().destroy(column_thread("django", key, owner)))
+    return Runner(settings.MINIKMS_CLIENT).run(RecordSealer().destroy(column_thread("django", key, owner)))

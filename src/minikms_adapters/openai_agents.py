@@ -17,8 +17,8 @@ from minikms_adapters.errors import NotSupportedError
 from minikms_adapters.records import (
     KmsClient,
     Place,
+    RecordSealer,
     Runner,
-    Sealer,
     Steps,
     as_json,
     ask,
@@ -52,7 +52,7 @@ class EncryptedSession(SessionABC):
         self.session_id = session_id
         self._inner = inner
         self._thread = thread_name("agents", session_id)
-        self._sealer = Sealer()
+        self._sealer = RecordSealer()
         self._runner = Runner(kms, inner)
 
     @property

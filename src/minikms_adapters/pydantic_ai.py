@@ -29,8 +29,8 @@ from minikms_adapters.records import (
     JSON_FIELD,
     KmsClient,
     Place,
+    RecordSealer,
     Runner,
-    Sealer,
     Steps,
     as_json,
     ask_inner,
@@ -52,7 +52,7 @@ class EncryptedConversationStore(ConversationStore):
     """
 
     def __init__(self, inner: ConversationStore, kms: KmsClient) -> None:
-        self._sealer = Sealer()
+        self._sealer = RecordSealer()
         self._runner = Runner(kms, inner)
 
     def _read_stored(self, conversation_id: str) -> Steps[ConversationRecord | None]:

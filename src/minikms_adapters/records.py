@@ -350,7 +350,7 @@ class ColumnValues(NamedTuple):
 
 
 def is_sealed(value: object) -> TypeGuard[bytes]:
-    """Whether a stored value has the form of a record; only `Sealer.open` says whether it is one."""
+    """Whether a stored value has the form of a record; only `RecordSealer.open` says whether it is one."""
     return isinstance(value, bytes) and value.startswith(MAGIC) and len(value) >= HEAD_BYTES + api.SEAL_BYTES
 
 
@@ -379,7 +379,7 @@ def key_of(record: bytes) -> str:
     return record[len(MAGIC) : HEAD_BYTES].decode("ascii", "replace")
 
 
-class Sealer:
+class RecordSealer:
     """The steps that seal and open records, and the current key of each thread as far as it is remembered."""
 
     def __init__(self) -> None:

@@ -32,8 +32,8 @@ from minikms_adapters.records import (
     KmsClient,
     Owned,
     Receipt,
+    RecordSealer,
     Runner,
-    Sealer,
     Steps,
     T,
     column_thread,
@@ -76,7 +76,7 @@ class Encrypted(Opaque):
         self.of = to_instance(of)
         kind = object if isinstance(self.of, JSON) else self.of.python_type
         self.values = ColumnValues.of("sqlalchemy", "sql", kind, key, key_of)
-        self.sealer = Sealer()
+        self.sealer = RecordSealer()
         self._runner = Runner(kms)
 
     class Comparator(TypeDecorator.Comparator[Any]):
@@ -169,12 +169,12 @@ class Encrypted(Opaque):
 
 def destroy_key(kms: KmsClient, *, key: str | None = None, owner: object = None) -> list[Receipt]:
     """Destroys the key of a column, or of an owner; what it encrypted can't be read any more. Gives the receipts."""
-    return Runner(kms).run(Sealer().destroy(column_thread("sql", key, owner)))
+    return Runner(kms).run(RecordSealer().destroy(column_thread("sql", key, owner)))
 
 
 async def adestroy_key(kms: KmsClient, *, key: str | None = None, owner: object = None) -> list[Receipt]:
     """The same, with either client."""
-    return await Runner(kms).run_async(Sealer().destroy(column_thread("sql", key, owner)))
+    return await Runner(kms).run_async(RecordSealer().destroy(column_thread("sql", key, owner)))
 
 
 def reencrypt(connection: Connection, column: Any) -> int:

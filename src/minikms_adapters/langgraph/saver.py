@@ -49,8 +49,8 @@ from minikms_adapters.records import (
     KmsClient,
     Place,
     Receipt,
+    RecordSealer,
     Runner,
-    Sealer,
     Step,
     Steps,
     as_json,
@@ -119,7 +119,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         self._given = inner
         self._inner = closed(inner)
         self._plain = PLAIN_METADATA | set(plain_metadata)
-        self._sealer = Sealer()
+        self._sealer = RecordSealer()
         self._runner = Runner(kms, self._inner, prefix="a")
         self._keys: dict[tuple[str, str, object], str] = {}  # of checkpoints that were put or read last
 

@@ -28,8 +28,8 @@ from minikms_adapters.records import (
     KmsClient,
     Place,
     Receipt,
+    RecordSealer,
     Runner,
-    Sealer,
     Steps,
     as_json,
     ask_inner,
@@ -56,7 +56,7 @@ class EncryptedStore(BaseStore):
 
     def __init__(self, inner: BaseStore, kms: KmsClient) -> None:
         self._inner = inner
-        self._sealer = Sealer()
+        self._sealer = RecordSealer()
         self._runner = Runner(kms, inner, prefix="a")
 
     @property
