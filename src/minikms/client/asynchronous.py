@@ -22,7 +22,7 @@ from minikms.client.base import POOL_CONNECTIONS_MAX, BaseClient
 from minikms.client.batching import Batcher, OneLoop
 from minikms.client.calls import Attempts, Call, check_proxied, make_call
 from minikms.client.connecting import POOL_IDLE_S_MAX
-from minikms.client.connection import Connection
+from minikms.client.connection import ClientConnection
 from minikms.client.items import Batch, DecryptItem, EncryptItem, Outcome
 from minikms.client.verbs import AsyncRunner, Many, One, Verbs, ciphertext_of, plaintext_of
 
@@ -58,10 +58,10 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
     """Called after each exchange: its target, the seconds it took, whether the daemon answered."""
 
     def _start(self) -> None:
-        self._idle: list[Connection] = []
-        self._busy: set[Connection] = set()
+        self._idle: list[ClientConnection] = []
+        self._busy: set[ClientConnection] = set()
         self._slots = asyncio.Semaphore(POOL_CONNECTIONS_MAX)
-        self._batch_connections: dict[Verb[Any, Any], Connection] = {}
+        self._batch_connections: dict[Verb[Any, Any], ClientConnection] = {}
         self._closed = False
         self._loop = OneLoop()
         wait_s_max = self._timeout_s + self._wait_s
@@ -188,7 +188,7 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
             self._release(connection)
         return call.read(answer)
 
-    async def _connection(self, batched: Verb[Any, Any] | None) -> Connection:
+    async def _connection(self, batched: Verb[Any, Any] | None) -> ClientConnection:
         if self._closed:
             raise KmsClosedError("the client is closed")
         proxied = self._endpoint.proxied
@@ -208,14 +208,14 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
             connection.close()
         return await self._open()
 
-    async def _open(self) -> Connection:
-        connection = await Connection.open(self._endpoint, self._timeout_s)
+    async def _open(self) -> ClientConnection:
+        connection = await ClientConnection.open(self._endpoint, self._timeout_s)
         if self._closed:
             connection.close()
             raise KmsClosedError("the client was closed")
         return connection
 
-    def _release(self, connection: Connection) -> None:
+    def _release(self, connection: ClientConnection) -> None:
         if self._closed:
             connection.close()
         elif connection.usable:

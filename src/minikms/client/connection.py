@@ -15,8 +15,8 @@ from minikms.client.connecting import Endpoint
 from minikms.client.wire import JSON, Answer, AnswerParser, request_head
 
 
-class Connection(asyncio.Protocol):
-    """Made by `Connection.open`. `usable` is false once nothing may be sent on it."""
+class ClientConnection(asyncio.Protocol):
+    """Made by `ClientConnection.open`. `usable` is false once nothing may be sent on it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -28,7 +28,7 @@ class Connection(asyncio.Protocol):
         self.idle_since_s = 0.0
 
     @classmethod
-    async def open(cls, endpoint: Endpoint, timeout_s: float) -> Connection:
+    async def open(cls, endpoint: Endpoint, timeout_s: float) -> ClientConnection:
         """Raises KmsError; no request has been sent then."""
         connection = cls(endpoint)
         await endpoint.attach(asyncio.get_running_loop(), connection, timeout_s)

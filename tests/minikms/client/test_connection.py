@@ -8,7 +8,7 @@ import pytest
 
 from minikms.api.errors import KmsTimeoutError, KmsUnavailableError
 from minikms.client.connecting import SocketEndpoint
-from minikms.client.connection import Connection
+from minikms.client.connection import ClientConnection
 from tests.minikms.client.hostile import SILENT, answer, hostile
 
 
@@ -16,7 +16,7 @@ def test_a_caller_cancelled_as_its_answer_comes_leaves_no_open_connection() -> N
     with hostile([SILENT]) as server:
 
         async def main() -> None:
-            connection = await Connection.open(SocketEndpoint(server.path, None), 5.0)
+            connection = await ClientConnection.open(SocketEndpoint(server.path, None), 5.0)
             call = asyncio.create_task(connection.exchange(b"/status", None, None, 5.0))
             await asyncio.sleep(0)
             connection.data_received(answer(b"{}"))
@@ -32,7 +32,7 @@ def test_a_connection_that_timed_out_takes_no_second_request() -> None:
     with hostile([SILENT]) as server:
 
         async def main() -> None:
-            connection = await Connection.open(SocketEndpoint(server.path, None), 5.0)
+            connection = await ClientConnection.open(SocketEndpoint(server.path, None), 5.0)
             with pytest.raises(KmsTimeoutError):
                 await connection.exchange(b"/status", None, None, 0.05)
             connection.data_received(answer(b"{}"))
@@ -47,7 +47,7 @@ def test_bytes_that_nobody_asked_for_close_the_connection() -> None:
     with hostile([SILENT]) as server:
 
         async def main() -> None:
-            connection = await Connection.open(SocketEndpoint(server.path, None), 5.0)
+            connection = await ClientConnection.open(SocketEndpoint(server.path, None), 5.0)
             connection.data_received(answer(b"{}"))
             assert not connection.usable
 
