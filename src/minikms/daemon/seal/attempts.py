@@ -14,7 +14,6 @@ from functools import partial
 from typing import Final
 
 from minikms.api.errors import StorageUnavailableError, TooManyAttemptsError
-from minikms.audit import Event
 from minikms.daemon.seal.files import Attempt, AttemptRecords, Kind, Outcome, write_attempts
 from minikms.platform.clock import now_ns
 from minikms.platform.workers import in_worker
@@ -72,24 +71,13 @@ class Attempts:
     def __init__(self, directory: int, worker: Executor) -> None:
         self._directory = directory
         self._worker = worker
-        self._records = AttemptRecords([], 0)
+        self.records = AttemptRecords.load(directory)
         self._slow_down = SlowDown()
-
-    def load(self) -> None:
-        self._records = AttemptRecords.load(self._directory)
-        self._slow_down.seed(self._records, time.monotonic())
+        self._slow_down.seed(self.records, time.monotonic())
 
     def forget(self) -> None:
         """They are in the audit log, or of before a seal. What they slow down stays."""
-        self._records = AttemptRecords([], 0)
-
-    @property
-    def failed_count(self) -> int:
-        return len(self._records.failed()) + self._records.dropped
-
-    def events(self, *, but: Attempt | None = None) -> list[Event]:
-        """The lines about all attempts `but` the one that unsealed."""
-        return self._records.events(but=but)
+        self.records = AttemptRecords([], 0)
 
     def check_pause(self, who: Principal) -> None:
         """Raises TooManyAttemptsError."""
@@ -101,11 +89,11 @@ class Attempts:
 
     async def begin(self, who: Principal, kind: Kind) -> Attempt:
         """The attempt, durable. Raises StorageUnavailableError; then it is not made."""
-        attempt = self._records.begin(who, kind)
+        attempt = self.records.begin(who, kind)
         try:
             await self._store()
         except StorageUnavailableError:
-            self._records.take_back(attempt)
+            self.records.take_back(attempt)
             raise StorageUnavailableError(
                 "the attempt could not be recorded in the data directory, so it was not made: free space there"
             ) from None
@@ -113,10 +101,10 @@ class Attempts:
 
     async def end(self, attempt: Attempt, outcome: Outcome) -> None:
         attempt.outcome = outcome
-        if attempt in self._records.slowed():
+        if attempt in self.records.slowed():
             self._slow_down.failed(attempt.actor, time.monotonic())
         with contextlib.suppress(StorageUnavailableError):  # then it stands on disk as `begun`
             await self._store()
 
     async def _store(self) -> None:
-        await in_worker(self._worker, partial(write_attempts, self._directory, self._records.encode()))
+        await in_worker(self._worker, partial(write_attempts, self._directory, self.records.encode()))

@@ -156,10 +156,9 @@ class SealableServer:
         """Opens the data directory and writes the first audit line, unless the start is sealed. Raises StartError."""
         process = self._process
         marker = files.read_marker(process.lock.directory_fd)
-        self._attempts.load()
         if marker is None and not process.settings.sealed:
             parts = self._opened = self._opener.open(process.settings.root)
-            attempts = self._attempts.events()  # of a sealed run whose flag this start does not have
+            attempts = self._attempts.records.events()  # of a sealed run whose flag this start does not have
             await parts.begin([*self._first_lines(parts), *attempts])
             if attempts:
                 await self._remove_attempts()
@@ -371,7 +370,7 @@ class SealableServer:
         if attempt.share:
             facts["share"] = attempt.share
         unsealed = Event(type=api.UNSEAL.name, actor=who.actor, pid=who.pid, facts=facts)
-        return [*events, *self._attempts.events(but=attempt), unsealed]
+        return [*events, *self._attempts.records.events(but=attempt), unsealed]
 
     def _first_lines(self, parts: Parts) -> list[Event]:
         facts = parts.epoch_facts() | self._process.policy.facts()

@@ -69,7 +69,7 @@ class Unsealing:
         self._shares = CollectedShares(process.arena)
 
     def status(self) -> api.UnsealStatusAnswer:
-        state = self._state
+        state, attempts = self._state, self._attempts.records
         if not state.is_sealed:
             return api.UnsealStatusAnswer(sealed=False)
         return api.UnsealStatusAnswer(
@@ -79,7 +79,7 @@ class Unsealing:
             stays_sealed=state.is_marked or self._process.settings.sealed,
             from_source=self._opener.source_is_readable,
             shares=self._shares_progress(),
-            failed_attempts=self._attempts.failed_count,
+            failed_attempts=len(attempts.failed()) + attempts.dropped,
         )
 
     def forget_keys(self) -> None:
