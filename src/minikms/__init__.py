@@ -11,15 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from minikms.api.errors import *  # noqa: F403  the errors are named in that module alone
-    from minikms.client import AsyncClient as AsyncClient
-    from minikms.client import Client as Client
-    from minikms.client import DecryptItem as DecryptItem
-    from minikms.client import EncryptItem as EncryptItem
-    from minikms.client import ReencryptItem as ReencryptItem
+    from minikms.client import *  # noqa: F403  its public names are listed there
 
     __version__: str
-
-_CLIENT = frozenset({"AsyncClient", "Client", "DecryptItem", "EncryptItem", "ReencryptItem"})
 
 
 def __getattr__(name: str) -> object:
@@ -27,12 +21,13 @@ def __getattr__(name: str) -> object:
         from importlib import metadata
 
         return metadata.version("progressdb-minikms")
-    if name in _CLIENT:
-        from minikms import client
-
-        return getattr(client, name)
     if name.endswith("Error"):
         from minikms.api import errors
 
         return getattr(errors, name)
+    if name[:1].isupper():  # no submodule
+        from minikms import client
+
+        if name in client.__all__:
+            return getattr(client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
