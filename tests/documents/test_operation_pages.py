@@ -1,0 +1,97 @@
+"""What the pages about production, upgrades and security teams tell people to run, works in its order."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import needs
+from tests.documents.machine import PROJECT, Machine, blocks, machine
+from tests.documents.test_readme import end_session
+from tests.documents.test_runbook import prepare
+from tests.harness.ports import free_port
+
+DOCS = PROJECT / "docs"
+DEV_SERVER = blocks(PROJECT / "README.md")[1]
+"""Starts a server with --dev, and stores a message."""
+START, READ = [next(line for line in DEV_SERVER.splitlines() if part in line) for part in ("--dev", "?thread=")]
+SHELL_S_MAX = 240.0
+
+
+def test_a_dev_server_gets_a_root_key_of_its_own_and_keeps_its_data() -> None:
+    needs.program("curl")
+    needs.program("openssl")
+    first, second = blocks(DOCS / "production.md")
+    server = ".venv/bin/progressdb --addr 127.0.0.1:8080 --db ./data"
+    script = "\n".join((
+        "set -eu", DEV_SERVER, "kill $(jobs -p); wait",
+        "(umask 077; openssl rand -hex 32 > other.key)",
+        f"{server} --master-key-file other.key 2>&1 | grep 'wrong root key'",
+        START, "until curl -sf http://127.0.0.1:8080/readyz; do sleep 0.1; done",
+        first, second, "! .venv/bin/minikms root list | grep dev", READ, "kill $(jobs -p); wait",
+        f"! {server} --dev", "echo end",
+    ))  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="dev-") as made:
+        (Path(made) / ".venv").symlink_to(sys.prefix)
+        shell = subprocess.Popen(
+            ["bash", "-c", script.replace(":8080", f":{free_port()}")],
+            cwd=made, env={"PATH": os.environ["PATH"], "no_proxy": "127.0.0.1"}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, _ = shell.communicate(timeout=SHELL_S_MAX)
+        finally:
+            end_session(shell.pid)
+    assert output.endswith("end\n"), output
+    assert output.count('"text":"hello"') == 3
+    assert "wrong root key" in output and "the development key file" in output
+
+
+@pytest.fixture(scope="module")
+def installed() -> Iterator[Machine]:
+    with machine() as made:
+        prepare(made)
+        yield made
+
+
+def test_the_schedule_rotates_the_kek(installed: Machine) -> None:
+    [schedule, _] = blocks(DOCS / "security-teams.md")
+    cron = installed.base / "cron"
+    installed.do(schedule.replace("/etc/cron.d/minikms-rotate-kek", str(cron)))
+    fields = re.fullmatch(r"0 3 1 1,7 \* root (.+)\n", cron.read_text())
+    assert fields
+    installed.do(fields[1])
+    assert re.search(r"(?m)^ *2 +active", installed.do("minikms kek list"))
+
+
+def test_a_destroyed_key_leaves_a_receipt_and_a_signed_line(installed: Machine) -> None:
+    [_, proof] = blocks(DOCS / "security-teams.md")
+    key = installed.do("minikms keys list --thread thread-1").split()
+    key_id = next(word for word in key if word.startswith("k_"))
+    said = installed.do(proof.replace("KEY-ID", key_id))
+    receipt = (installed.base / "tmp" / "receipt.json").read_text()
+    assert key_id in receipt and "monday" in receipt
+    assert "destroy_key" in said and "intact" in said
+    assert "monday" in installed.do(f"minikms keys destroy {key_id} --yes")
+
+
+def test_an_upgrade_ends_with_both_services_examined(installed: Machine) -> None:
+    """The version stays the same: pip is not called, only what it is called with is seen."""
+    [block] = blocks(DOCS / "upgrade.md")
+    units = installed.base / "etc/systemd/system"
+    units.mkdir(parents=True)
+    pip = installed.base / "opt/progressdb/bin/pip"
+    pip.write_text('#!/bin/sh\n[ "$*" = "install -c tools/bootstrap/constraints.txt ." ] && [ -e "$3" ]')
+    pip.chmod(0o755)
+    for name in ("deploy", "tools"):
+        (installed.base / "tmp" / name).symlink_to(PROJECT / name)
+    said = installed.do(block.replace("/etc/systemd/system/", f"{units}/"))
+    assert said.count("0 problem(s)") == 1, said
+    assert {"minikms.service", "minikms.socket", "progressdb.service"} <= {unit.name for unit in units.iterdir()}
