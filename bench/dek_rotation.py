@@ -83,8 +83,9 @@ def foreground() -> list[Row]:
 async def _build_alone(path: Path, socket: str) -> None:
     path.parent.mkdir(mode=0o700)
     provider = RemoteProvider(socket)
-    store = Conversations(RocksEngine(str(path)), provider)
-    await build(store, provider, FOREGROUND_RECORDS)
+    engine = RocksEngine(str(path))
+    store = Conversations(engine, provider)
+    await build(store, engine, provider, FOREGROUND_RECORDS)
     await store.close()
     await provider.close()
 
@@ -115,11 +116,12 @@ def _call(address: tuple[str, int], method: str, target: str, body: object = Non
 
 async def _rotate(directory: Path, socket: str) -> tuple[float, float, float]:
     provider = RemoteProvider(socket)
-    store = Conversations(RocksEngine(str(directory / "store")), provider)
+    engine = RocksEngine(str(directory / "store"))
+    store = Conversations(engine, provider)
     jobs = Jobs(store, provider, Rotation(records_per_second=0), exclusive=True)
     try:
         begun = time.perf_counter()
-        await build(store, provider, RECORDS)
+        await build(store, engine, provider, RECORDS)
         await jobs.start()
         before, started = _resident_mib(), time.perf_counter()
         watching = asyncio.create_task(_most_resident())
@@ -136,7 +138,7 @@ async def _rotate(directory: Path, socket: str) -> tuple[float, float, float]:
         await provider.close()
 
 
-async def build(store: Conversations, provider: RemoteProvider, records: int) -> None:
+async def build(store: Conversations, engine: RocksEngine, provider: RemoteProvider, records: int) -> None:
     """The thread, with as many messages."""
     first = await store.create_message(NewMessage(author="bench", thread=THREAD, body=""))
     key_id = await store.key_of_thread(THREAD) or ""
@@ -157,13 +159,13 @@ async def build(store: Conversations, provider: RemoteProvider, records: int) ->
             if isinstance(sealed, KmsRefusedError):
                 raise sealed
             puts += version.finish(key_id, [sealed]).puts
-        await _written(store, puts)
+        await _written(engine, puts)
 
 
-async def _written(store: Conversations, puts: list[tuple[bytes, bytes | None]]) -> None:
+async def _written(engine: RocksEngine, puts: list[tuple[bytes, bytes | None]]) -> None:
     while True:
         try:
-            store.engine.write(puts)
+            engine.write(puts)
             return
         except EngineBusyError:
             await asyncio.sleep(0.01)

@@ -43,7 +43,7 @@ from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
 from progressdb_server.metrics import KmsMetrics
-from progressdb_server.store import directory, epoch
+from progressdb_server.store import epoch, places
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.epoch import RestoredError
 from progressdb_server.store.model import FormatError, StoreUnavailableError
@@ -263,13 +263,11 @@ async def _open_store(
 ) -> tuple[Conversations, Provider]:
     """The key service, then the store; each is closed by `started`. Raises ServeError."""
     try:
-        engine: directory.AnyEngine
-        # first, so that no key service is started for a store that is refused
-        if config.store.url:
-            engine = await directory.open_shared(config.store.url, single_node=config.store.single_node)
-        else:
+        if not config.store.url:
             os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
-            engine = directory.open_engine(str(config.store_dir))
+        # first, so that no key service is started for a store that is refused
+        place = config.store.url or str(config.store_dir)
+        engine = await places.open_engine(place, single_node=config.store.single_node)
     except OSError as error:
         raise ServeError(f"can't make the data directory {config.storage.db_path}: {error.strerror}") from None
     except StoreUnavailableError as error:
@@ -279,8 +277,7 @@ async def _open_store(
     opened = False
     try:
         # A restore is accepted for the whole run: it may have put back another audit log.
-        local = None if accept_restore else directory.local(engine)
-        audit_head = str if local is None else partial(epoch.audit_head, local)
+        audit_head = partial(epoch.audit_head, engine.reads) if engine.sole and not accept_restore else None
         provider = await _open_provider(config, master_key_fd, audit_head, started, on_lost=on_lost)
         store = Conversations(engine, provider, rule=config.security.threads)
         opened = True
@@ -290,7 +287,7 @@ async def _open_store(
         raise ServeError(str(error)) from None
     finally:
         if not opened:
-            await directory.close_engine(engine)
+            await engine.end()
     started.push_async_callback(store.close)
     try:
         await store.start(accept_restore=accept_restore)
@@ -304,7 +301,7 @@ async def _open_store(
 async def _open_provider(
     config: Config,
     master_key_fd: int | None,
-    audit_head: Callable[[], str],
+    audit_head: Callable[[], Awaitable[str]] | None,
     started: AsyncExitStack,
     *,
     on_lost: Callable[[str], None],

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from minikms.api import CONNECTIONS_MAX
-from progressdb_server.store import directory, epoch
+from progressdb_server.store import epoch, places
+from progressdb_server.store.local import LocalReads
 from tests import needs
 from tests.documents.machine import UID_MIN, UNITS, Machine, blocks, machine
 from tests.harness.vaults import opened_vault
@@ -164,8 +165,8 @@ def the_server_has_seen_a_longer_audit_log(made: Machine) -> None:
 
     def remembered_lines() -> int:
         time.sleep(1)  # a look takes a tenth of a second of the processor
-        with directory.open_reader(str(made.at("/var/lib/progressdb/db/store"))) as reader:
-            known = epoch.seen_state(reader)
+        with places.open_reader(str(made.at("/var/lib/progressdb/db/store"))) as reader:
+            known = asyncio.run(epoch.seen_state(LocalReads(reader)))
         return known.head_seq if known else 0
 
     wait_until(lambda: remembered_lines() >= LINES_MIN, seconds=120)

@@ -324,13 +324,10 @@ async def _register(config: Config) -> AsyncIterator[Backups]:
     """The backups of a store in a database, or of one that no server has open. Raises StoreLockedError,
     StoreUnavailableError, BackupError."""
     logs.configure(config.logging.format, "error")  # the command itself prints what it has done
-    if config.store.url:
-        if not config.store.single_node:
-            print("waiting some seconds until standbys confirm without a gap", file=sys.stderr)
-        async with backup.register_shared(config.store.url, single_node=config.store.single_node) as register:
-            yield register
-        return
-    async with backup.register_offline(str(config.store_dir)) as register:
+    if config.store.url and not config.store.single_node:
+        print("waiting some seconds until standbys confirm without a gap", file=sys.stderr)
+    place = config.store.url or str(config.store_dir)
+    async with backup.open_register(place, single_node=config.store.single_node) as register:
         yield register
 
 

@@ -19,7 +19,7 @@ from minikms.commands.output import print_result
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Store
-from progressdb_server.store import directory
+from progressdb_server.store import places
 from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 REPAIR_S_MAX: Final = 3600.0
@@ -68,7 +68,7 @@ def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
     """The page of the database, printed at once: the server may not answer."""
     page: dict[str, Any] = {}
     try:
-        tables = directory.of_database("postgres.tables")
+        tables = places.module_of(store.url, "tables")
         page = msgspec.to_builtins(asyncio.run(tables.examine(store.url, single_node=store.single_node)))
     except StoreUnavailableError as error:
         page["problems"] = [error.explained]

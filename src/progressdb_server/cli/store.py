@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 from minikms.commands.output import print_result, progress_bar
 from minikms.commands.usage import EXIT_FAILED, CommandError
 from progressdb_server.cli.flags import ConfigFile, Json, load_config
-from progressdb_server.store import copying, directory, offline
+from progressdb_server.store import copying, places
 from progressdb_server.store.model import StoreLockedError
 
 app = App(name="store", help="Make or upgrade the tables of a store in PostgreSQL, or copy a store.", version_flags=[])
@@ -37,7 +37,8 @@ def init(
     json: Json = False,
 ) -> int:
     """Make the tables in an empty database."""
-    asyncio.run(directory.of_database("postgres.tables").init(_url(url, config), role))
+    found = _url(url, config)
+    asyncio.run(places.module_of(found, "tables").init(found, role))
     print_result({"made": True}, "the store is made", json=json)
     return 0
 
@@ -45,7 +46,8 @@ def init(
 @app.command(name="upgrade")
 def upgrade(*, url: Url = None, config: ConfigFile = None, json: Json = False) -> int:
     """Bring the tables to this version. Servers of an earlier version write nothing from then on."""
-    before, after = asyncio.run(directory.of_database("postgres.tables").upgrade(_url(url, config)))
+    found = _url(url, config)
+    before, after = asyncio.run(places.module_of(found, "tables").upgrade(found))
     said = f"the store has schema {after}" + ("" if after == before else f", and had {before}")
     print_result({"schema": after, "before": before}, said, json=json)
     return 0
@@ -63,7 +65,7 @@ def copy(
     The same call continues a copy that was interrupted. Exit status: 0 copied, 1 not copied, 2 there is no store, the
     target holds another one, or a server runs.
     """
-    old, new = (place if offline.is_url(place) else str(Path(place).absolute() / "store") for place in (source, target))
+    old, new = (place if places.is_url(place) else str(Path(place).absolute() / "store") for place in (source, target))
     try:
         with progress_bar("Copying", shown=not json) as progress:
             done = asyncio.run(copying.copy(old, new, progress))

@@ -148,7 +148,7 @@ class KeyDestruction(Kind):
                     if known.of_database:
                         return f"{why}; once it has expired: progressdb backup forget {known.name}"
                     return f"{why}; it is not found there: progressdb backup forget {known.name}" if known.gone else why
-        if none and self._store.shared:
+        if none and not self._store.engine.makes_backups:
             return "no backup of the database is registered: progressdb backup register"
         return ""
 

@@ -150,7 +150,7 @@ class Runner:
                     # was begun.
                     twin = changed(job, keying=False, reason="begun twice")
                     await self.table.store(await self.table.row(job.id), move(twin, "cancel"))
-                elif job.unfinished and not self._store.shared:  # else see `_adopt`
+                elif job.unfinished and not self._store.claims.contested:  # else see `_adopt`
                     self._threads[job.thread] = job.id
                     if job.state in AT_WORK and job.kind in known:
                         (keying if job.keying else self._queue).append(job.id)
@@ -160,7 +160,7 @@ class Runner:
         await self._pump()
         for kind in self.kinds:
             self._spawn(self._keep(kind))
-        if self._store.shared:
+        if self._store.claims.contested:
             self._spawn(self._adopt())
 
     async def close(self) -> None:
@@ -425,7 +425,7 @@ class Runner:
             return
         # Beside other servers, each of them may resume a job that is paused.
         ended = job.state not in AT_WORK or not await self._store.claims.holds(job.thread)
-        if ended if self._store.shared else not job.unfinished:
+        if ended if self._store.claims.contested else not job.unfinished:
             del self._threads[job.thread]
             await self._store.claims.release(job.thread, job_id if job.unfinished else "")
 
@@ -494,7 +494,7 @@ class Runner:
     async def watch(self, job_id: str, *, pause_s: float = WATCH_S) -> AsyncIterator[Job]:
         """Yields the job now and after each change, until no worker works on it or the server stops. Between two values
         it waits at least `pause_s`."""
-        longest_s = SHARED_READ_S if self._store.shared else None  # another server may work on it
+        longest_s = SHARED_READ_S if self._store.claims.contested else None  # another server may work on it
         seen = self.table.changes
         await self._wait_for_end(job_id)
         last = await self.table.get(job_id)

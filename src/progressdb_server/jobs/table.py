@@ -104,7 +104,7 @@ class JobTable:
             if not known:
                 _log.error("job_row_damaged", job=job_id, reason=str(error))
             raise
-        if self._store.shared and job.state in FINAL and not (job.backups or job.destroy_at_ns):
+        if self._store.claims.contested and job.state in FINAL and not (job.backups or job.destroy_at_ns):
             self._drop(job)  # any server may remove the row
         else:
             self._note(job)
@@ -162,7 +162,7 @@ class JobTable:
     async def with_backups(self, thread: str) -> list[str]:
         """Ids of the thread's jobs that have backups, oldest first. Only the first call reads the whole table. Raises
         RecordUnreadableError while any row is damaged, which may be one of the thread."""
-        if not self._all_read_ns or self._store.shared:  # other servers add jobs too
+        if not self._all_read_ns or self._store.claims.contested:  # other servers add jobs too
             async for _ in self.pages(since_ns=self._unknown_since_ns):
                 await asyncio.sleep(0)
         for job_id in sorted(self._damaged):

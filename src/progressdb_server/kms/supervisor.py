@@ -35,7 +35,7 @@ import os
 import random
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -228,7 +228,7 @@ class Supervisor:
         *,
         spawn: bool = True,
         server_uids: Collection[int] | None = None,
-        audit_head: Callable[[], str] = str,
+        audit_head: Callable[[], Awaitable[str]] | None = None,
         on_lost: Callable[[str], None] | None = None,
     ) -> None:
         """`audit_head` is called before each start, in the event loop; see `ChildOptions.command`. `on_lost` is called
@@ -297,7 +297,8 @@ class Supervisor:
     async def _spawn_one(self, found_s_max: float) -> bool:
         try:
             self._make_socket_directory()
-            child = self._child = await Child.start(self._options, self._forward, audit_head=self._audit_head())
+            audit_head = await self._audit_head() if self._audit_head is not None else ""
+            child = self._child = await Child.start(self._options, self._forward, audit_head=audit_head)
         except OSError as error:
             self._reason = f"miniKMS can't be started: {error.strerror}"
             return False

@@ -28,7 +28,7 @@ import msgspec
 
 from minikms.api.decoding import UNDECODABLE
 from minikms.platform.sync import sync_directory, sync_file
-from progressdb_server.store import directory, keyspace
+from progressdb_server.store import keyspace, places
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.directory import OpenStore
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
@@ -60,12 +60,13 @@ class Backups(OpenStore):
     """Backups of the store. Every method may raise StoreUnavailableError."""
 
     _backing_up = False
-    _newest: bytes | None = None
+    newest_backup_ns = 0
+    """When the newest registered backup was begun, in Unix ns, as it was last looked at; 0 without one."""
 
     async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
         """Make a verified backup in the new directory `path`, beside running writes; it shares files with the backup
         `previous`. The key service is backed up after this. Raises BackupError."""
-        if self.shared:
+        if not self.engine.makes_backups:
             raise BackupOfDatabaseError
         path = os.path.abspath(path)  # noqa: ASYNC240  no lookup
         if self._backing_up:
@@ -76,6 +77,7 @@ class Backups(OpenStore):
         try:
             known = RegisteredBackup(path, self.clock.now_ns())
             await self.writer.commit(Write(((keyspace.backup(known.created_ns), msgspec.json.encode(known)),)))
+            self.newest_backup_ns = known.created_ns
             stop = threading.Event()
             copy = asyncio.ensure_future(
                 asyncio.to_thread(create, self.engine, path, created_ns=known.created_ns, previous=previous, stop=stop)
@@ -96,11 +98,11 @@ class Backups(OpenStore):
     async def register_backup(self, label: str, begun_ns: int | None = None) -> RegisteredBackup:
         """Add a backup of the database, which is made by another program: it is begun after this, or was at `begun_ns`.
         Raises BackupExistsError; BackupError for a store in files."""
-        if not self.shared:
+        if self.engine.makes_backups:
             raise BackupError("only backups of a database are registered: progressdb backup create makes this one")
         if label in [known.name async for page in self.backups() for known in page]:
             raise BackupExistsError(f"a backup {label} is registered already")
-        known = RegisteredBackup(label, await self.now_ns() if begun_ns is None else begun_ns, of_database=True)
+        known = RegisteredBackup(label, await self.engine.now_ns() if begun_ns is None else begun_ns, of_database=True)
         entry = keyspace.backup(known.created_ns)
         try:
             await self.writer.commit(Write(((entry, msgspec.json.encode(known)),), ((entry, None),)))
@@ -116,15 +118,9 @@ class Backups(OpenStore):
             yield [msgspec.json.decode(value, type=RegisteredBackup) for _, value in entries]
 
     async def look_at_newest_backup(self) -> None:
-        """In a database: for `newest_backup_ns`, which can't ask it. Raises StoreUnavailableError."""
-        if self.shared:
-            (self._newest,) = await self.reads.newest([keyspace.BACKUPS])
-
-    def newest_backup_ns(self) -> int:
-        """When the newest registered backup was begun, in Unix ns; 0 without one."""
-        upper = keyspace.after(keyspace.BACKUPS)
-        found = [self._newest] if self.shared else self.engine.keys(keyspace.BACKUPS, upper, limit=1, reverse=True)
-        return int(found[0][len(keyspace.BACKUPS) :]) if found and found[0] else 0
+        """For `newest_backup_ns`. Raises StoreUnavailableError."""
+        (found,) = await self.reads.newest([keyspace.BACKUPS])
+        self.newest_backup_ns = int(found[len(keyspace.BACKUPS) :]) if found else 0
 
     async def forget_backup(self, name: str) -> list[RegisteredBackup]:
         """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it
@@ -139,33 +135,21 @@ class Backups(OpenStore):
 
     async def _forget(self, found: Sequence[RegisteredBackup]) -> None:
         await self.writer.commit(Write([(keyspace.backup(known.created_ns), None) for known in found]))
+        await self.look_at_newest_backup()
 
 
 @asynccontextmanager
-async def register_shared(url: str, *, single_node: bool) -> AsyncIterator[Backups]:
-    """The backups of a store in a database, beside its servers. Raises StoreUnavailableError, BackupError."""
+async def open_register(place: str, *, single_node: bool) -> AsyncIterator[Backups]:
+    """The backups of a store in a database, beside its servers, or of one in files that no server has open. Raises
+    StoreLockedError, StoreUnavailableError, BackupError."""
     try:
-        store = Backups(await directory.open_shared(url, single_node=single_node))
+        store = Backups(await places.open_engine(place, single_node=single_node, make=False))
     except FormatError as error:
         raise BackupError(str(error)) from error
     try:
         yield store
     finally:
         await store.close()
-
-
-@asynccontextmanager
-async def register_offline(path: str) -> AsyncIterator[Backups]:
-    """The backups of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, BackupError."""
-    try:
-        with directory.open_offline(path) as engine:
-            store = Backups(engine)
-            try:
-                yield store
-            finally:
-                await store.writer.close()
-    except FormatError as error:
-        raise BackupError(str(error)) from error
 
 
 def create(
@@ -177,10 +161,6 @@ def create(
     file, the directory is removed again. Raises BackupError, StoreUnavailableError.
     """
     known: dict[str, BackupFile] = {}
-    try:
-        directory.check(engine)
-    except FormatError as error:
-        raise BackupError(str(error)) from error
     if previous is not None:
         known = {file.name: file for file in read_manifest(previous).files}
     try:
@@ -259,7 +239,7 @@ def _read_back(path: str, manifest: Manifest, stop: threading.Event) -> None:
     if extra:
         raise BackupError(f"{path} holds files that the manifest does not name: {', '.join(sorted(extra))}")
     try:
-        with directory.open_reader(store) as reader:
+        with places.open_reader(store) as reader:
             lower = b""
             while page := reader.scan(lower, keyspace.END, limit=SCAN_ENTRIES_MAX, bytes_max=WALK_BYTES_MAX):
                 lower = keyspace.next_key(page[-1][0])

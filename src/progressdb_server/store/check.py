@@ -24,8 +24,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Generator, Iterator, Sequence
-from importlib import import_module
-from types import ModuleType
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -35,13 +33,13 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store import keyspace, membership, offline, record
+from progressdb_server.store import keyspace, membership, places, record
+from progressdb_server.store.engine import Counters
 from progressdb_server.store.epoch import SeenState as KeyService
 from progressdb_server.store.idempotency import IdempotencyRecord
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import RecordUnreadableError, StoreDamagedError, StoreUnavailableError
-from progressdb_server.store.offline import Entries, Lost, View
-from progressdb_server.store.writer import Counters
+from progressdb_server.store.offline import WALK_BYTES_MAX, Entries, Lost, View
 
 CHUNK_ENTRIES: Final = 500
 REPAIR_PASSES_MAX: Final = 4
@@ -160,7 +158,7 @@ class Checker:
         for asked in lookups:
             answers |= await self._answers([asked])
             size += len(answer) if isinstance(answer := answers[asked], bytes) else 0
-            if size >= offline.WALK_BYTES_MAX:
+            if size >= WALK_BYTES_MAX:
                 break
         return answers
 
@@ -169,8 +167,8 @@ class Checker:
         keys = [asked.key for asked in lookups if not asked.newest]
         newest = await self._view.newest([asked.key for asked in prefixes])
         answers: dict[_Lookup, _Answer] = dict(zip(prefixes, newest, strict=True))
-        found = await self._view.values(keys, bytes_max=offline.WALK_BYTES_MAX)
-        if sum(map(len, found.values())) >= offline.WALK_BYTES_MAX:
+        found = await self._view.values(keys, bytes_max=WALK_BYTES_MAX)
+        if sum(map(len, found.values())) >= WALK_BYTES_MAX:
             keys = keys[: keys.index(next(reversed(found))) + 1]
         return answers | {_Lookup(key): found.get(key) for key in keys}
 
@@ -433,20 +431,17 @@ async def check(place: str, provider: Provider | None, parse_job: ParseJob | Non
     StoreUnavailableError, even if this user may not decrypt."""
     provider = await _answering(provider)
     try:
-        async with offline.open_view(place) as view:
+        async with places.open_view(place) as view:
             return await _checked(view, provider, parse_job)
     except StoreDamagedError as error:
-        if offline.is_url(place):
+        salvage = places.salvage_of(place)
+        if salvage is None:
             raise
         damage = error
-        with _salvage().open_remains(place) as remains:
+        with salvage.open_remains(place) as remains:
             report = await _checked(remains, provider, parse_job)
             judged = [finding for finding in report.findings if finding.kind != "miscounted"]
             return report._replace(findings=[*_named(remains.lost, damage), *judged])
-
-
-def _salvage() -> ModuleType:
-    return import_module("progressdb_server.store.rocks.salvage")
 
 
 async def _checked(view: View, provider: Provider | None, parse_job: ParseJob | None) -> Report:
@@ -486,7 +481,8 @@ async def repair_offline(
     try:
         return [], await _repaired(place)
     except StoreDamagedError as error:
-        if not drop or offline.is_url(place):
+        salvage = places.salvage_of(place)
+        if not drop or salvage is None:
             raise
         damage = error
     provider = await _answering(provider)
@@ -497,13 +493,13 @@ async def repair_offline(
         kept.update(_shown(key) for key, _ in proved)
         return proved
 
-    lost: list[Lost] = await _salvage().rebuild(place, prove)
+    lost: list[Lost] = await salvage.rebuild(place, prove)
     dropped = [problem for problem in _named(lost, damage) if problem.key not in kept]
     return dropped, await _repaired(place)
 
 
 async def _repaired(place: str) -> list[Problem]:
-    async with offline.alone(place) as entries:
+    async with places.alone(place) as entries:
         return (await repair(entries))[0]
 
 

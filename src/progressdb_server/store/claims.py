@@ -22,9 +22,8 @@ from typing import Final
 from minikms.platform.logs import structlog
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine
 from progressdb_server.store.model import ConditionFailedError, StoreUnavailableError
-from progressdb_server.store.writer import Commits, SharedEngine
 
 LEASE_S: Final = 30
 LEASE_DIGITS: Final = 19
@@ -36,8 +35,11 @@ _log = structlog.get_logger("progressdb.store")
 
 
 class Claims:
-    def __init__(self, engine: SharedEngine | None, writer: Commits) -> None:
+    def __init__(self, engine: Engine, writer: Commits) -> None:
+        self.contested = not engine.sole
+        """Whether other servers claim threads too."""
         self._engine = engine
+        self._reads = engine.reads
         self._writer = writer
         self._server = secrets.token_hex(8)
         self._held: dict[str, bytes] = {}
@@ -48,33 +50,33 @@ class Claims:
 
     async def job_of(self, thread: str) -> str:
         """The id of the thread's job, empty for none. Raises StoreUnavailableError."""
-        raw = None if self._engine is None else await self._engine.reads.get(keyspace.claim(thread))
+        raw = await self._reads.get(keyspace.claim(thread)) if self.contested else None
         return "" if raw is None else raw.split(b"-", 2)[2].decode()
 
     async def claim(self, thread: str, job_id: str, last: str) -> bool:
         """Whether this server has the thread now, for a job; `last` is the thread's job as the caller knows it. A
         thread without an entry is free: the caller reads the job's row again. Raises StoreUnavailableError."""
-        if self._engine is None or await self.holds(thread):
+        if not self.contested or await self.holds(thread):
             return True
         if thread in self._claiming:
             return False
         self._claiming.add(thread)
         try:
-            return await self._claim(self._engine, thread, job_id, last)
+            return await self._claim(thread, job_id, last)
         finally:
             self._claiming.discard(thread)
 
-    async def _claim(self, engine: SharedEngine, thread: str, job_id: str, last: str) -> bool:
-        key, reads = keyspace.claim(thread), engine.reads
-        entry = await reads.get(key)
+    async def _claim(self, thread: str, job_id: str, last: str) -> bool:
+        key = keyspace.claim(thread)
+        entry = await self._reads.get(key)
         expect = [(key, entry)]
         owner, _, found = (entry or b"--").split(b"-", 2)
         if entry is not None and found.decode() != last:
             return False
         if owner and owner.decode() != self._server:  # its own is left of a release that failed
             lease_key = keyspace.server(owner.decode())
-            lease = await reads.get(lease_key)
-            if lease is not None and _holds(lease, await engine.now_ns()):
+            lease = await self._reads.get(lease_key)
+            if lease is not None and _holds(lease, await self._engine.now_ns()):
                 return False
             expect.append((lease_key, lease))
         await self.renew()
@@ -89,12 +91,12 @@ class Claims:
 
     async def holds(self, thread: str) -> bool:
         """Whether the thread is still this server's. Raises StoreUnavailableError."""
-        if self._engine is None:
+        if not self.contested:
             return True
         mine = self._held.get(thread)
         if mine is None:
             return False
-        if await self._engine.reads.get(keyspace.claim(thread)) == mine:
+        if await self._reads.get(keyspace.claim(thread)) == mine:
             return True
         if self._held.get(thread) == mine:
             del self._held[thread]
@@ -130,10 +132,8 @@ class Claims:
 
     async def sweep(self) -> None:
         """Remove the leases that have ended. Raises StoreUnavailableError."""
-        if self._engine is not None:
-            leases = await self._engine.reads.scan(
-                keyspace.SERVERS, keyspace.after(keyspace.SERVERS), limit=SCAN_ENTRIES_MAX
-            )
+        if self.contested:
+            leases = await self._reads.scan(keyspace.SERVERS, keyspace.after(keyspace.SERVERS), limit=SCAN_ENTRIES_MAX)
             now_ns = await self._engine.now_ns()
             for key, lease in leases:
                 if not _holds(lease, now_ns):
@@ -147,7 +147,7 @@ class Claims:
 
     async def renew(self) -> None:
         """Raises StoreUnavailableError."""
-        if self._engine is not None:
+        if self.contested:
             until = await self._engine.now_ns() + LEASE_S * 1_000_000_000
             if self._held or self._claiming:  # else it has stopped meanwhile
                 self._renewed = True
@@ -155,7 +155,7 @@ class Claims:
 
     async def keep(self) -> None:
         """Renew the lease, again and again, while something is claimed; then remove it. Repeat releases that failed."""
-        while self._engine is not None:
+        while self.contested:
             await asyncio.sleep(RENEW_S)
             for thread in list(self._unreleased):
                 await self._leave(thread, *self._unreleased.pop(thread))

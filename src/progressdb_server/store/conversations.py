@@ -16,7 +16,7 @@ from minikms import api
 from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, SealedError
 from minikms.platform.logs import structlog
 from progressdb_server.kms.provider import SEALED, Fault, Provider, fault
-from progressdb_server.store import directory, idempotency
+from progressdb_server.store import idempotency
 from progressdb_server.store.backup import Backups
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.epoch import OLDER_STATE, EpochMemory, RestoredError
@@ -27,7 +27,6 @@ from progressdb_server.store.model import StoreError, StoreUnavailableError
 from progressdb_server.store.reading import LONG_READS_COUNT_MAX
 from progressdb_server.store.rekeying import Rekeying
 from progressdb_server.store.sealer import Sealer, store_error
-from progressdb_server.store.writer import SharedEngine
 
 SWEEP_S: Final = 3600
 EPOCH_S: Final = 10
@@ -84,15 +83,13 @@ class Conversations(Messages, Rekeying, Backups):
 
     def __init__(
         self,
-        engine: Engine | SharedEngine,
+        engine: Engine,
         provider: Provider,
         *,
         rule: Rule = "members",
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         """Raises FormatError when the directory was written by a newer version; StoreUnavailableError."""
-        if not isinstance(engine, SharedEngine):
-            directory.claim(engine)
         super().__init__(engine, now_ns=now_ns)
         self.sealer = Sealer(self.reads, self.writer, provider, self.clock, self.metrics)
         self.rule = rule
@@ -114,7 +111,7 @@ class Conversations(Messages, Rekeying, Backups):
         )
         self.metrics.gauges["progressdb_store_backup_timestamp_seconds"] = (
             "When the newest registered backup was begun; 0 without one.",
-            lambda: self.newest_backup_ns() / 1_000_000_000,
+            lambda: self.newest_backup_ns / 1_000_000_000,
         )
         self.metrics.gauges["progressdb_store_unreadable_records"] = (
             "Records that could not be read since the start, without those whose key was destroyed.",
@@ -122,7 +119,7 @@ class Conversations(Messages, Rekeying, Backups):
         )
         self.metrics.gauges["progressdb_store_damaged_files"] = (
             "Files of the store in which damage was met since the start.",
-            lambda: len(self.damaged),
+            lambda: len(engine.damaged),
         )
         self.metrics.gauges["progressdb_store_available"] = (
             "1 when the store takes writes.",
@@ -193,8 +190,10 @@ class Conversations(Messages, Rekeying, Backups):
         what expires: one server with a wrong clock would delete what the others have just made, and move their stamps
         into the future. So would a new node of the database with a wrong clock: its time is not taken if the clock of
         this machine agrees with the earlier one. Raises StoreUnavailableError."""
-        offset_ns = await self.now_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        if self.shared:
+        shared = not self.engine.sole
+        now_ns = await self.engine.now_ns() if shared else self.clock.now_ns()
+        offset_ns = now_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        if shared:
             own_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
             jump_s = (offset_ns - self._offset_ns) // 1_000_000_000
             if self._offset_ns and abs(jump_s) > CLOCK_JUMP_S and _are_near(own_ns, self._offset_ns):
@@ -214,7 +213,7 @@ class Conversations(Messages, Rekeying, Backups):
         """Warn if the newest stamp is in the future: the clock was there before, or is wrong now. Warn if the machine
         has another time than the database."""
         differs_s = (time.time_ns() - self.clock.now_ns()) // 1_000_000_000
-        if self.shared and abs(differs_s) > CLOCK_JUMP_S:
+        if self._offset_ns and abs(differs_s) > CLOCK_JUMP_S:
             _log.warning("clock_differs_from_database", seconds=differs_s, reason=CLOCK_DIFFERS)
         ahead_s = self.clock.ahead_ns // 1_000_000_000
         if ahead_s > CLOCK_JUMP_S:
@@ -279,13 +278,13 @@ class Conversations(Messages, Rekeying, Backups):
         """Returns if a write would be taken now; it writes nothing that lasts. Raises StoreUnavailableError, whose text
         says why not."""
         self.sealer.check_halted()
-        await self.probe()
+        await self.engine.check_writable()
         await self.writer.check_writable()
 
     # --- for operators --------------------------------------------------------------------------------------------
     async def stats(self) -> dict[str, int]:
         """`threads` and `messages` (stored versions)."""
-        counted = await self.counted()
+        counted = await self.engine.counted()
         return {"threads": counted.threads, "messages": counted.messages}
 
     async def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:

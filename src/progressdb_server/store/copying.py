@@ -18,12 +18,11 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from minikms.api.decoding import UNDECODABLE
-from progressdb_server.store import keyspace, offline
+from progressdb_server.store import keyspace, places
+from progressdb_server.store.engine import Counters
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.offline import Entries, View
-from progressdb_server.store.writer import Counters
 
 _OF_ONE_ENGINE: Final = (keyspace.FORMAT, keyspace.STATE)
 _DIGEST_BYTES: Final = 32
@@ -74,7 +73,7 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
     """
     if source == target:
         raise FormatError("source and target are the same")
-    async with offline.alone(source) as old, offline.open_copy(target, source) as new:
+    async with places.alone(source) as old, places.open_copy(target, source) as new:
         counted = await _counters(old)
         sent, changed, newest = await _bring(old, new, lambda done: progress(done, counted.messages))
         counted = Counters.of(counted.threads, counted.messages, max(counted.last, newest))
@@ -90,11 +89,7 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
 
 async def _counters(old: View) -> Counters:
     """Raises FormatError."""
-    raw = await old.get(keyspace.STATE)
-    try:
-        return msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
-    except UNDECODABLE:
-        raise FormatError("the store's counters are damaged: run progressdb check --repair") from None
+    return Counters.parse(await old.get(keyspace.STATE))
 
 
 async def _bring(old: View, new: Entries, progress: Callable[[int], None]) -> tuple[Digest, int, Stamp]:

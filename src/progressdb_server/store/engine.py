@@ -1,7 +1,8 @@
-"""The engine seam: all that the store asks of a key-value engine.
+"""The engine seam: all that the store asks of what holds it.
 
-Owns: the protocol and its errors. Invariants:
-- An engine is an ordered map from bytes to bytes; keys sort as unsigned bytes. A value of None deletes.
+Owns: `Engine`, which says what an engine can; `OrderedMap`, which one of this process is; the errors. Invariants of an
+`OrderedMap`:
+- It maps bytes to bytes; keys sort as unsigned bytes. A value of None deletes.
 - `write` applies its puts atomically: all or none, also across power loss. They are visible at once, and durable
   after the next `sync` that began after them.
 - `get`, `scan` and `write` are called from one thread, so that what a caller reads between two awaits is one
@@ -15,11 +16,19 @@ It must never interpret a key or a value.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from typing import Final, Protocol
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from typing import ClassVar, Final, Protocol
 
+import msgspec
+
+from minikms.api.decoding import UNDECODABLE
+from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
-from progressdb_server.store.model import StoreUnavailableError
+from progressdb_server.store.conditions import PendingWrite, Write
+from progressdb_server.store.keyspace import Clock, Stamp
+from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 SCAN_ENTRIES_MAX: Final = 4096
 """Of one `scan`: about a millisecond, the longest that one call may block the event loop."""
@@ -57,6 +66,9 @@ class Reads(Protocol):
     that what is read between two other awaits is one consistent view. What a write relies on is a condition of it
     nevertheless (`store.conditions`)."""
 
+    remote: ClassVar[bool]
+    """Whether each call is a round trip, so that one for many entries is worth more than it costs."""
+
     async def get(self, key: bytes) -> bytes | None: ...
 
     async def scan(
@@ -79,43 +91,6 @@ class Reads(Protocol):
         ...
 
 
-class LocalReads:
-    """`Reads` of an engine of this process."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-
-    async def get(self, key: bytes) -> bytes | None:
-        return self._reader.get(key)
-
-    async def scan(
-        self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
-    ) -> list[tuple[bytes, bytes]]:
-        return self._reader.scan(lower, upper, limit=limit, reverse=reverse, bytes_max=bytes_max)
-
-    async def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
-        return self._reader.keys(lower, upper, limit=limit, reverse=reverse)
-
-    async def values(self, keys: Collection[bytes], *, bytes_max: int | None = None) -> dict[bytes, bytes]:
-        found: dict[bytes, bytes] = {}
-        size = 0
-        for key in keys:
-            value = self._reader.get(key)
-            if value is not None:
-                found[key] = value
-                size += len(value)
-                if bytes_max is not None and size >= bytes_max:
-                    break
-        return found
-
-    async def newest(self, prefixes: Sequence[bytes]) -> list[bytes | None]:
-        found = [self._reader.keys(prefix, keyspace.after(prefix), limit=1, reverse=True) for prefix in prefixes]
-        return [keys[0] if keys else None for keys in found]
-
-    def walk_keys(self, prefix: bytes) -> AsyncIterator[list[bytes]]:
-        return in_order(self, prefix)
-
-
 async def in_order(reads: Reads, prefix: bytes) -> AsyncIterator[list[bytes]]:
     """See `Reads.walk_keys`, by the keys."""
     lower, upper = prefix, keyspace.after(prefix) if prefix else keyspace.END
@@ -124,9 +99,73 @@ async def in_order(reads: Reads, prefix: bytes) -> AsyncIterator[list[bytes]]:
         yield keys
 
 
-class Engine(Reader, Protocol):
-    damaged: set[str]
-    """The names of the files in which damage was met."""
+class Counters(msgspec.Struct, array_like=True):
+    """Stored at `store:state` with every group: the counters, and the highest stamp that was issued, whose era is apart
+    from its Unix nanoseconds (MessagePack has no number for both)."""
+
+    threads: int = 0
+    messages: int = 0
+    last_ns: int = 0
+    last_seq: int = 0
+    era: int = 0
+
+    def __post_init__(self) -> None:
+        """Damaged counters are refused where they are decoded."""
+        self.last.check()
+
+    @classmethod
+    def of(cls, threads: int, messages: int, last: Stamp) -> Counters:
+        return cls(threads, messages, last.time_ns, last.seq, last.era)
+
+    @classmethod
+    def parse(cls, raw: bytes | None) -> Counters:
+        """Raises FormatError."""
+        try:
+            return msgspec.msgpack.decode(raw, type=cls) if raw else cls()
+        except UNDECODABLE as error:
+            raise FormatError("the store's counters are damaged: run progressdb check --repair") from error
+
+    @property
+    def last(self) -> Stamp:
+        return Stamp(self.era * keyspace.ERA_NS + self.last_ns, self.last_seq)
+
+
+class Commits(Protocol):
+    """What callers use of a writer: see `store.writer.GroupCommit`."""
+
+    @property
+    def available(self) -> bool: ...
+
+    @property
+    def queued(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def state(self) -> Counters: ...
+
+    def reserve(self, order_key: bytes) -> PendingWrite: ...
+
+    def submit(
+        self, pending: PendingWrite, write: Write, expect: Sequence[tuple[bytes, bytes | None]] = ()
+    ) -> asyncio.Future[None]: ...
+
+    def leave(self, pending: PendingWrite) -> None: ...
+
+    def commit(self, write: Write) -> asyncio.Future[None]: ...
+
+    async def barrier(self) -> None: ...
+
+    async def check_writable(self) -> None: ...
+
+    async def settled(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class OrderedMap(Reader, Protocol):
+    """What an engine of this process keeps its entries in."""
 
     def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Raises EngineBusyError, EngineUnavailableError."""
@@ -149,3 +188,48 @@ class Engine(Reader, Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Engine(ABC):
+    """What holds a store. Whatever differs between engines is asked here."""
+
+    sole: ClassVar[bool]
+    """Whether this process alone changes what is stored, so that its own locks order all changes. Otherwise other
+    servers work on the threads too, and share a clock."""
+    makes_backups: ClassVar[bool]
+    """Whether `checkpoint` does. Other programs back up an engine that makes none."""
+    damaged: set[str]
+    """The names of the files in which damage was met."""
+
+    @property
+    @abstractmethod
+    def reads(self) -> Reads: ...
+
+    @property
+    def notice(self) -> str:
+        """What is wrong with it although it works, for operators; empty if nothing is."""
+        return ""
+
+    @abstractmethod
+    def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> Commits:
+        """Makes a store of an empty directory. Raises FormatError where something else is, StoreUnavailableError."""
+
+    @abstractmethod
+    async def counted(self) -> Counters:
+        """Of all servers."""
+
+    @abstractmethod
+    async def now_ns(self) -> int:
+        """Unix nanoseconds by the clock that all servers share."""
+
+    @abstractmethod
+    async def check_writable(self) -> None:
+        """As `OrderedMap.probe`."""
+
+    @abstractmethod
+    def checkpoint(self, path: str) -> None:
+        """As `OrderedMap.checkpoint`."""
+
+    @abstractmethod
+    async def end(self) -> None:
+        """Closes it."""

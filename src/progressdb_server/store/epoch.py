@@ -22,9 +22,8 @@ from minikms import api
 from minikms.api.decoding import UNDECODABLE
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import Reader, Reads
+from progressdb_server.store.engine import Commits, Reads
 from progressdb_server.store.model import ConditionFailedError, StoreReadOnlyError
-from progressdb_server.store.writer import Commits
 
 AUDIT_SETTLED_S: Final = 5.0
 WAY_OUT: Final = "If that is a restore or a new audit log, start once with --accept-restore (docs/runbook.md)."
@@ -103,9 +102,9 @@ class EpochMemory:
         return settled
 
 
-def seen_state(reader: Reader) -> SeenState | None:
+async def seen_state(reads: Reads) -> SeenState | None:
     """Raises RestoredError when what is remembered can't be read; StoreUnavailableError."""
-    return _parse(reader.get(keyspace.EPOCH))
+    return _parse(await reads.get(keyspace.EPOCH))
 
 
 def _parse(raw: bytes | None) -> SeenState | None:
@@ -116,12 +115,12 @@ def _parse(raw: bytes | None) -> SeenState | None:
         raise RestoredError(f"what this store remembers of the key service is damaged. {WAY_OUT}") from None
 
 
-def audit_head(reader: Reader) -> str:
+async def audit_head(reads: Reads) -> str:
     """The line that the key service's audit log must have (`SEQ:SIG`), empty if none is remembered.
 
     Raises RestoredError, StoreUnavailableError.
     """
-    known = seen_state(reader)
+    known = await seen_state(reads)
     return f"{known.head_seq}:{known.head_sig}" if known is not None and known.head_seq else ""
 
 

@@ -18,14 +18,13 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.platform.logs import structlog
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Reads
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Reads
 from progressdb_server.store.model import (
     ConditionFailedError,
     Idempotency,
     IdempotencyConflictError,
     RecordUnreadableError,
 )
-from progressdb_server.store.writer import Commits
 
 IDEMPOTENCY_AGE_S: Final = 24 * 3600
 DAMAGED: Final = (

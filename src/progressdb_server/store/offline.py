@@ -1,7 +1,7 @@
 """A store that a command examines or changes by itself, whatever holds it.
 
-Owns: `View`, which `store.check` and `store.copying` read, and `Entries`, which they change; both for the files of
-RocksDB. `store.postgres.offline` has them for a database. Invariants: a view does not change while it is read; nobody
+Owns: `View`, which `store.check` and `store.copying` read, and `Entries`, which they change; both for an engine of this
+process. `store.postgres.offline` has them for a database. Invariants: a view does not change while it is read; nobody
 else uses the store while entries are put.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
 from typing import Final, NamedTuple, Protocol
 
-from progressdb_server.store import directory, keyspace
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineBusyError, LocalReads, Reader, Reads
+from progressdb_server.store import keyspace
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, OrderedMap, Reader, Reads
+from progressdb_server.store.local import LocalReads
 
 WALK_BYTES_MAX: Final = 8 * 1024 * 1024
 """Of the values of one page, without its last one."""
@@ -79,7 +79,7 @@ class LocalView(LocalReads):
 class LocalEntries(LocalView):
     """See `Entries`. What was put is durable."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: OrderedMap) -> None:
         super().__init__(engine)
         self._engine = engine
 
@@ -95,44 +95,3 @@ class LocalEntries(LocalView):
                     raise
                 await asyncio.sleep(BUSY_RETRY_S)
         self._engine.sync()
-
-
-# --- opening ----------------------------------------------------------------------------------------------------------
-def is_url(place: str) -> bool:
-    """Whether it names a database, and no directory."""
-    return "://" in place
-
-
-@asynccontextmanager
-async def open_view(place: str) -> AsyncIterator[View]:
-    """A view of a store that servers may have open. Raises FormatError, StoreUnavailableError."""
-    if is_url(place):
-        async with directory.of_database("postgres.offline").view(place) as view:
-            yield view
-    else:
-        with directory.open_reader(place) as reader:
-            yield LocalView(reader)
-
-
-@asynccontextmanager
-async def alone(place: str) -> AsyncIterator[Entries]:
-    """The entries of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, FormatError."""
-    if is_url(place):
-        async with directory.of_database("postgres.offline").alone(place) as entries:
-            yield entries
-    else:
-        with directory.open_offline(place) as engine:
-            yield LocalEntries(engine)
-
-
-@asynccontextmanager
-async def open_copy(place: str, source: str) -> AsyncIterator[Entries]:
-    """The entries of a new store, or of one into which a copy of `source` has begun. It becomes a store at the end.
-    Raises StoreLockedError, StoreUnavailableError, FormatError for a place that holds something else."""
-    begun = directory.begun_copy(source)
-    if is_url(place):
-        async with directory.of_database("postgres.offline").open_copy(place, begun) as entries:
-            yield entries
-    else:
-        with directory.open_copy(place, begun) as engine:
-            yield LocalEntries(engine)

@@ -214,7 +214,7 @@ class Reading(Threads):
     ) -> Mapping[bytes, bytes]:
         """`near`, and what else the versions at these stamps need, their contents too, up to bounds, in two round
         trips. An engine of this process finds each of them as fast."""
-        if not self.shared:
+        if not self.reads.remote:
             return near
         found = dict(near)
         own = [records + stamp for stamp in stamps]
@@ -438,8 +438,6 @@ class Reading(Threads):
     async def list_unchanged(self, thread_id: str, tag: str) -> bool:
         """Whether the list of this tag, which is its `list_tag` now, was given whole and without an error, and the key
         service still has every key that it needs. Opens no record; false if anything is in doubt."""
-        if self.shared:  # another server may have put records back under other keys
-            return False
         key_ids = self.validators.keys_of(tag)
         state = await self.sealer.thread(thread_id)
         if key_ids is None or state is None:

@@ -45,7 +45,7 @@ from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import LateStampError, Write
 from progressdb_server.store.drafts import Draft
-from progressdb_server.store.engine import Reads
+from progressdb_server.store.engine import Commits, Reads
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import (
     ConditionFailedError,
@@ -57,7 +57,6 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
     ThreadKeyDestroyedError,
 )
-from progressdb_server.store.writer import Commits
 
 THREADS_CACHED_MAX: Final = 16_384
 WRITERS_CACHED_MAX: Final = 256

@@ -209,7 +209,7 @@ class Threads(OpenStore):
                     return made, None
                 return "", await create()
             except OutcomeUnknownError:
-                if not (again and self.shared):
+                if self.engine.sole or not again:
                     raise
                 await self.writer.settled()
             except ConditionFailedError as error:
@@ -380,12 +380,12 @@ class Threads(OpenStore):
         if not more:
             return (), ()
         key = keyspace.room(thread_id)
-        raw = await self.reads.get(key) if self.shared else None
+        raw = None if self.engine.sole else await self.reads.get(key)
         prefix = keyspace.writers(thread_id)
         left = membership.MEMBERS_COUNT_MAX - more
         if left < 0 or len(await self.reads.keys(prefix, keyspace.after(prefix), limit=left + 1)) > left:
             raise TooManyMembersError
-        return (((key, b"%d" % (int(raw or b"0") + 1)),), ((key, raw),)) if self.shared else ((), ())
+        return ((), ()) if self.engine.sole else (((key, b"%d" % (int(raw or b"0") + 1)),), ((key, raw),))
 
     async def _change_members(self, thread_id: str, puts: Sequence[tuple[bytes, bytes]], room: Room) -> bool:
         """False if one of the conditions of `room` does not hold. Without a change it still waits for the disk: what it

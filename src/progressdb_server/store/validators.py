@@ -28,7 +28,9 @@ TAG_BYTES: Final = 16
 
 
 class Validators:
-    def __init__(self) -> None:
+    def __init__(self, *, remembers: bool = True) -> None:
+        """`remembers`: false where another server may put records back under other keys."""
+        self._remembers = remembers
         self._secret = os.urandom(32)
         self._given: OrderedDict[str, frozenset[str]] = OrderedDict()
 
@@ -41,7 +43,7 @@ class Validators:
 
     def remember(self, tag: str, key_ids: Collection[str]) -> None:
         """The list was given whole, and these keys opened it."""
-        if len(key_ids) > KEYS_OF_A_LIST_MAX:
+        if not self._remembers or len(key_ids) > KEYS_OF_A_LIST_MAX:
             return
         self._given[tag] = frozenset(key_ids)
         self._given.move_to_end(tag)

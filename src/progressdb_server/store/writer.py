@@ -27,20 +27,18 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
-from minikms.api.decoding import UNDECODABLE
 from minikms.platform.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, Failed, PendingWrite, Write
-from progressdb_server.store.engine import Engine, EngineBusyError, EngineUnavailableError, Reads
-from progressdb_server.store.keyspace import Clock, Stamp
+from progressdb_server.store.engine import Counters, EngineBusyError, EngineUnavailableError, OrderedMap
+from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import (
     ConditionFailedError,
-    FormatError,
     NotWrittenError,
     OutcomeUnknownError,
     StoreDamagedError,
@@ -110,63 +108,6 @@ def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
         future.set_result(None)
     else:
         future.set_exception(error)
-
-
-class Counters(msgspec.Struct, array_like=True):
-    """Stored at `store:state` with every group: the counters, and the highest stamp that was issued, whose era is apart
-    from its Unix nanoseconds (MessagePack has no number for both)."""
-
-    threads: int = 0
-    messages: int = 0
-    last_ns: int = 0
-    last_seq: int = 0
-    era: int = 0
-
-    def __post_init__(self) -> None:
-        """Damaged counters are refused where they are decoded."""
-        self.last.check()
-
-    @classmethod
-    def of(cls, threads: int, messages: int, last: Stamp) -> Counters:
-        return cls(threads, messages, last.time_ns, last.seq, last.era)
-
-    @property
-    def last(self) -> Stamp:
-        return Stamp(self.era * keyspace.ERA_NS + self.last_ns, self.last_seq)
-
-
-class Commits(Protocol):
-    """What callers use of a writer: see `GroupCommit`."""
-
-    @property
-    def available(self) -> bool: ...
-
-    @property
-    def queued(self) -> int: ...
-
-    @property
-    def group(self) -> int: ...
-
-    @property
-    def state(self) -> Counters: ...
-
-    def reserve(self, order_key: bytes) -> PendingWrite: ...
-
-    def submit(
-        self, pending: PendingWrite, write: Write, expect: Sequence[tuple[bytes, bytes | None]] = ()
-    ) -> asyncio.Future[None]: ...
-
-    def leave(self, pending: PendingWrite) -> None: ...
-
-    def commit(self, write: Write) -> asyncio.Future[None]: ...
-
-    async def barrier(self) -> None: ...
-
-    async def check_writable(self) -> None: ...
-
-    async def settled(self) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 class GroupCommit(ABC):
@@ -458,40 +399,10 @@ class GroupCommit(ABC):
         _log.info("store_reopened")
 
 
-class SharedEngine(ABC):
-    """An engine that other servers use too. See `store.engine.Engine` for what is asked of one."""
-
-    @property
-    @abstractmethod
-    def reads(self) -> Reads: ...
-
-    @property
-    @abstractmethod
-    def notice(self) -> str:
-        """What is wrong with it although it works, for operators; empty if nothing is."""
-
-    @abstractmethod
-    def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> Commits: ...
-
-    @abstractmethod
-    async def counted(self) -> Counters:
-        """Of all servers."""
-
-    @abstractmethod
-    async def now_ns(self) -> int:
-        """Unix nanoseconds by the clock that all servers share."""
-
-    @abstractmethod
-    async def probe(self) -> None: ...
-
-    @abstractmethod
-    async def close(self) -> None: ...
-
-
 class Writer(GroupCommit):
     """Commits to an engine of this process."""
 
-    def __init__(self, engine: Engine, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
+    def __init__(self, engine: OrderedMap, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
         """As `GroupCommit`. Raises FormatError."""
         super().__init__(clock, metrics, on_reopen)
         self._engine = engine
@@ -501,11 +412,7 @@ class Writer(GroupCommit):
 
     def load_state(self) -> None:
         """Raises FormatError."""
-        raw = self._engine.get(keyspace.STATE)
-        try:
-            self.state = msgspec.msgpack.decode(raw, type=Counters) if raw else Counters()
-        except UNDECODABLE as error:
-            raise FormatError("the store's counters are damaged: run progressdb check --repair") from error
+        self.state = Counters.parse(self._engine.get(keyspace.STATE))
         self._clock.recover(self.state.last)
 
     @property

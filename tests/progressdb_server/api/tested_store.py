@@ -11,7 +11,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.model import Message
-from progressdb_server.store.offline import open_view
+from progressdb_server.store.places import open_view
 from tests.progressdb_server.store import opened_store
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, emptied, messages_of

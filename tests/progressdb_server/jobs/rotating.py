@@ -25,7 +25,7 @@ from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.model import Message, NewMessage, RegisteredBackup
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import TickingClock, messages_of, opened
+from tests.progressdb_server.store.opened_store import TickingClock, disk, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 UNBOUNDED = Rotation(records_per_second=0)
@@ -88,7 +88,7 @@ def record_key(message: str, thread: str = "t") -> bytes:
 
 
 def mapped(store: Conversations, thread: str = "t") -> str:
-    raw = store.engine.get(keyspace.key_map(thread))
+    raw = disk(store).get(keyspace.key_map(thread))
     assert raw is not None
     return raw.decode()
 
@@ -98,7 +98,7 @@ def backups_of(store: Conversations, job: Job) -> dict[str, bytes]:
     prefix = keyspace.replaced_records(job.id)
     kept: dict[str, bytes] = {}
     lower = prefix
-    while entries := store.engine.scan(lower, keyspace.after(prefix), limit=SCAN_ENTRIES_MAX):
+    while entries := disk(store).scan(lower, keyspace.after(prefix), limit=SCAN_ENTRIES_MAX):
         kept |= {key[len(prefix) :].decode(): raw for key, raw in entries}
         lower = entries[-1][0] + b"\0"
     return kept

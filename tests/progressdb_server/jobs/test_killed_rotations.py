@@ -30,7 +30,7 @@ from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import interpreter_words
 from tests.progressdb_server.jobs.killed_server import THREAD
 from tests.progressdb_server.jobs.rotating import backups_of, keys_of_records, mapped
-from tests.progressdb_server.store.opened_store import messages_of, versions_of
+from tests.progressdb_server.store.opened_store import disk, messages_of, versions_of
 
 SERVER = interpreter_words("tests.progressdb_server.jobs.killed_server")
 Acknowledged = dict[str, list[Message]]
@@ -71,7 +71,7 @@ async def verify(directory: Path, socket: Path, acknowledged: Acknowledged) -> N
             assert len(stored) <= len(versions) + 1, "one more may have been on its way"
 
         provider = RemoteProvider(socket)
-        assert [finding async for finding in Checker(LocalView(store.engine), provider).run()] == []
+        assert [finding async for finding in Checker(LocalView(disk(store)), provider).run()] == []
         active = await provider.list_keys(thread_id=THREAD, state="active")
         await provider.close()
         (job,) = [job async for page in jobs.table.pages() for job in page]

@@ -30,7 +30,7 @@ from tests.progressdb_server.jobs.rotating import (
     write,
 )
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import TickingClock, messages_of
+from tests.progressdb_server.store.opened_store import TickingClock, disk, messages_of
 
 DAY_NS = 86_400 * 1_000_000_000
 
@@ -129,7 +129,7 @@ def test_a_record_under_the_old_key_keeps_it_and_the_job_says_so() -> None:
         messages = await write(store, 5)
         job = await rotated(jobs, destroy_after_s=60)
         (key, raw), *_ = backups_of(store, job).items()
-        store.engine.write([(key.encode(), raw)])
+        disk(store).write([(key.encode(), raw)])
         place.clock.now += DAY_NS
         await jobs.destruction.begin()
         assert place.keys.destroyed == set()
@@ -413,7 +413,7 @@ def test_rows_of_long_ago_are_removed_and_those_with_backups_stay(monkeypatch: p
         async with asyncio.timeout(60):
             while [job.id async for page in jobs.table.pages() for job in page] != [second.id]:
                 await asyncio.sleep(0.01)
-        assert store.engine.get(keyspace.key_map("t")) == second.new_key.encode()
+        assert disk(store).get(keyspace.key_map("t")) == second.new_key.encode()
 
     place.run(body)
 

@@ -32,7 +32,7 @@ from tests.progressdb_server.jobs.rotating import (
     record_key,
     write,
 )
-from tests.progressdb_server.store.opened_store import messages_of
+from tests.progressdb_server.store.opened_store import disk, messages_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 
@@ -41,7 +41,7 @@ def test_a_rotation_moves_every_record_and_the_metadata_and_keeps_what_was() -> 
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 50)
-        before = {key: store.engine.get(key.encode()) for key in await keys_of_records(store)}
+        before = {key: disk(store).get(key.encode()) for key in await keys_of_records(store)}
         old = mapped(store)
         begun = await jobs.rotation.rotate("t")
         assert begun.new_key == mapped(store) != old
@@ -51,7 +51,7 @@ def test_a_rotation_moves_every_record_and_the_metadata_and_keeps_what_was() -> 
         assert backups_of(store, job) == before
         await check(store, place.keys, messages)
         assert (await store.get_thread("t")).title == "New Thread #1"
-        assert [finding async for finding in Checker(LocalView(store.engine), place.keys).run()] == []
+        assert [finding async for finding in Checker(LocalView(disk(store)), place.keys).run()] == []
 
     with chunks_of(8):
         place.run(body)
@@ -86,9 +86,9 @@ def test_a_record_damaged_after_its_reencryption_is_found_and_named() -> None:
         begun = await jobs.rotation.rotate("t")
         while place.keys.check_batch != check_batch:
             await asyncio.sleep(0)
-        raw = store.engine.get(key)
+        raw = disk(store).get(key)
         assert raw is not None
-        store.engine.write([(key, raw[:-1] + bytes([raw[-1] ^ 1]))])
+        disk(store).write([(key, raw[:-1] + bytes([raw[-1] ^ 1]))])
         job = await jobs.wait(begun.id)
         assert (job.state, job.reason) == ("failed", "1 records do not open under the new key")
         assert [(failure.key, failure.code) for failure in job.failures] == [(key.decode(), "decryption_failed")]
@@ -189,12 +189,12 @@ def test_restored_backups_open_and_the_next_rotation_moves_them_again() -> None:
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 20)
-        before = {key: store.engine.get(key.encode()) for key in await keys_of_records(store)}
+        before = {key: disk(store).get(key.encode()) for key in await keys_of_records(store)}
         first = await jobs.wait((await jobs.rotation.rotate("t", destroy_after_s=60)).id)
         assert first.destroy_at_ns
         restored = await jobs.rotation.restore(first.id)
         assert restored == (21, 0)
-        assert {key: store.engine.get(key.encode()) for key in before} == before
+        assert {key: disk(store).get(key.encode()) for key in before} == before
         assert await messages_of(store, "t") == messages
         assert (await jobs.table.get(first.id)).destroy_at_ns == 0, "the old key is needed again"
         assert (await jobs.wait((await jobs.rotation.rotate("t")).id)).state == "done"
@@ -223,7 +223,7 @@ def test_a_restore_puts_back_what_was_lost_or_damaged() -> None:
         messages = await write(store, 3)
         job = await jobs.wait((await jobs.rotation.rotate("t")).id)
         lost, damaged, _ = [key.encode() for key in await keys_of_records(store) if ":msg:" in key]
-        store.engine.write([(lost, None), (damaged, b"\x07")])
+        disk(store).write([(lost, None), (damaged, b"\x07")])
         assert await jobs.rotation.restore(job.id) == (4, 0)
         assert await messages_of(store, "t") == messages
 
@@ -518,9 +518,9 @@ def test_a_record_that_does_not_open_is_named_and_a_resume_retries_it() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 20)
         broken = [record_key(messages[n].id) for n in (4, 9)]
-        whole = [store.engine.get(key) for key in broken]
+        whole = [disk(store).get(key) for key in broken]
         assert whole[0] is not None
-        store.engine.write([(broken[0], whole[0][:-1] + bytes([whole[0][-1] ^ 1])), (broken[1], b"\x07nonsense")])
+        disk(store).write([(broken[0], whole[0][:-1] + bytes([whole[0][-1] ^ 1])), (broken[1], b"\x07nonsense")])
         begun = await jobs.rotation.rotate("t")
         failed = await jobs.wait(begun.id)
         assert (failed.state, failed.done, failed.failed) == ("failed", 19, 2)
@@ -529,7 +529,7 @@ def test_a_record_that_does_not_open_is_named_and_a_resume_retries_it() -> None:
             (broken[0].decode(), "decryption_failed"),
             (broken[1].decode(), "malformed"),
         ]
-        store.engine.write(list(zip(broken, whole, strict=True)))
+        disk(store).write(list(zip(broken, whole, strict=True)))
         await jobs.resume(begun.id)
         job = await jobs.wait(begun.id)
         assert (job.state, job.done, job.failed, job.failures, job.reason) == ("done", 21, 0, (), "")
@@ -566,10 +566,10 @@ def test_a_failed_job_whose_key_was_replaced_since_is_not_resumed() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 4)
         key = record_key(messages[0].id)
-        raw = store.engine.get(key)
-        store.engine.write([(key, b"\x07")])
+        raw = disk(store).get(key)
+        disk(store).write([(key, b"\x07")])
         first = await jobs.wait((await jobs.rotation.rotate("t")).id)
-        store.engine.write([(key, raw)])
+        disk(store).write([(key, raw)])
         assert (await jobs.wait((await jobs.rotation.rotate("t")).id)).state == "done"
         with pytest.raises(JobConflictError, match="later rotation"):
             await jobs.resume(first.id)

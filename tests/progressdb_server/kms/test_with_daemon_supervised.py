@@ -145,10 +145,13 @@ def test_each_daemon_gets_the_line_that_is_remembered_at_its_start(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.1)
-    told: list[str] = []
+    told = [""]
+
+    async def last_told() -> str:
+        return told[-1]
 
     async def main() -> None:
-        supervisor = Supervisor(options(directory, dev=True), audit_head=lambda: told[-1] if told else "")
+        supervisor = Supervisor(options(directory, dev=True), audit_head=last_told)
         await supervisor.start()
         provider = RemoteProvider(directory / "run" / "s")
         try:
@@ -164,7 +167,7 @@ def test_each_daemon_gets_the_line_that_is_remembered_at_its_start(
             await supervisor.stop()
             told.append(f"{head.seq}:{'A' * 43}=")
             with pytest.raises(SupervisorError, match=f"line {head.seq} of the audit log is not the one"):
-                await Supervisor(options(directory, dev=True), audit_head=lambda: told[-1]).start()
+                await Supervisor(options(directory, dev=True), audit_head=last_told).start()
         finally:
             await provider.close()
             await supervisor.stop()

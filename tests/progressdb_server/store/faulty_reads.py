@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
+from typing import ClassVar
 
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError, Reads, in_order
@@ -11,6 +12,8 @@ from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableEr
 class FaultyReads:
     """`count`: reads so far. From read `fails_at` on, `fails` of them raise. Walks do not find the keys of `walked`,
     reads of single entries not those of `single`."""
+
+    remote: ClassVar[bool] = False
 
     def __init__(self, reads: Reads) -> None:
         self._reads = reads

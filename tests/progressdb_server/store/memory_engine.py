@@ -12,9 +12,10 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, EngineUnavailableError
+from progressdb_server.store.local import LocalEngine
 
 
-class MemoryEngine:
+class MemoryEngine(LocalEngine):
     def __init__(self) -> None:
         self._map: dict[bytes, bytes] = {}
         self._keys: list[bytes] = []

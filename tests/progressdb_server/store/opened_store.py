@@ -13,8 +13,9 @@ import asyncpg
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Engine
+from progressdb_server.store.local import LocalEngine
 from progressdb_server.store.model import Message, NewMessage, Thread
-from progressdb_server.store.postgres import engine as postgres
+from progressdb_server.store.postgres import opening as postgres
 from progressdb_server.store.postgres import tables
 from progressdb_server.store.postgres.engine import PostgresEngine
 from tests.progressdb_server.store.memory_engine import MemoryEngine
@@ -80,7 +81,7 @@ async def opened(
 @asynccontextmanager
 async def servers(url: str, provider: Provider, *ahead_ns: int) -> AsyncIterator[list[Conversations]]:
     """Several servers on one database, which is emptied; each clock is ahead by so much."""
-    await (await emptied(url)).close()
+    await (await emptied(url)).end()
     made = [
         Conversations(await postgres.open_engine(url, single_node=True), provider, now_ns=TickingClock(NOW_NS + one))
         for one in ahead_ns
@@ -103,6 +104,12 @@ def with_store(
             return await body(store)
 
     return asyncio.run(run())
+
+
+def disk(store: Conversations) -> LocalEngine:
+    """The entries of a store whose engine is of this process."""
+    assert isinstance(store.engine, LocalEngine)
+    return store.engine
 
 
 async def becomes(condition: Callable[[], bool]) -> None:

@@ -10,17 +10,17 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from progressdb_server.store import copying, directory, offline
+from progressdb_server.store import copying, local, offline, places
 from progressdb_server.store.check import check, repair_offline
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.copying import Copied
 from progressdb_server.store.model import FormatError, NewMessage, StoreLockedError
-from progressdb_server.store.postgres import engine as postgres
 from progressdb_server.store.postgres import offline as postgres_offline
+from progressdb_server.store.postgres import opening as postgres
 from progressdb_server.store.rocks.engine import RocksEngine
 from tests.harness.forked import Forked
 from tests.progressdb_server.store import killed_copy
-from tests.progressdb_server.store.opened_store import TickingClock, emptied, fill, messages_of, opened, servers
+from tests.progressdb_server.store.opened_store import TickingClock, disk, emptied, fill, messages_of, opened, servers
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 MESSAGES = 12
@@ -34,7 +34,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def made(path: str, provider: SealingProvider | None = None) -> None:
     async with opened(RocksEngine(path), provider, TickingClock()) as store:
-        directory.claim(store.engine)
+        local.claim(disk(store))
         await fill(store, MESSAGES, "one")
         sent = await fill(store, MESSAGES, "two")
         await store.delete_message(sent[0].id, author="ann")
@@ -43,7 +43,7 @@ async def made(path: str, provider: SealingProvider | None = None) -> None:
 
 
 async def empty(url: str) -> None:
-    await (await emptied(url)).close()
+    await (await emptied(url)).end()
 
 
 async def copied(source: str, target: str) -> Copied:
@@ -51,7 +51,7 @@ async def copied(source: str, target: str) -> Copied:
 
 
 async def all_of(place: str) -> dict[bytes, bytes]:
-    async with offline.alone(place) as entries:
+    async with places.alone(place) as entries:
         return {key: value async for page in entries.walk() for key, value in page}
 
 
@@ -109,7 +109,7 @@ def test_a_copy_that_is_killed_at_any_write_is_continued(tmp_path: Path, databas
 
 
 async def remove(place: str) -> None:
-    async with offline.alone(place) as entries:
+    async with places.alone(place) as entries:
         await entries.put([(b"index:writer:one:ben", None)])
 
 
@@ -140,10 +140,10 @@ def test_a_store_that_is_served_is_not_copied(tmp_path: Path, database: str, mon
         one = str(tmp_path / "one")
         await made(one)
         await empty(database)
-        engine = directory.open_engine(one)
+        engine = await places.open_engine(one)
         with pytest.raises(StoreLockedError):
             await copied(one, database)
-        engine.close()
+        await engine.end()
         async with servers(database, SealingProvider(), 0):
             for source, target in ((database, str(tmp_path / "two")), (one, database)):
                 with pytest.raises(StoreLockedError, match="is connected"):

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineUnavailableError
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError, OrderedMap
 from progressdb_server.store.model import StoreDamagedError
 from progressdb_server.store.rocks import engine as rocks
 from progressdb_server.store.rocks.engine import RocksEngine
 from tests.harness.disk_faults import flip
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 
-ENGINES: dict[str, Callable[[Path], Engine]] = {
+ENGINES: dict[str, Callable[[Path], OrderedMap]] = {
     "rocks": lambda path: RocksEngine(str(path / "db")),
     "memory": lambda path: MemoryEngine(),
 }
@@ -26,45 +26,45 @@ NUMBERED = 4000
 
 
 @pytest.fixture(params=sorted(ENGINES))
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OrderedMap]:
     made = ENGINES[request.param](tmp_path)
     yield made
     made.close()
 
 
-def put(engine: Engine, *keys: bytes) -> None:
+def put(engine: OrderedMap, *keys: bytes) -> None:
     engine.write([(key, b"v" + key) for key in keys])
     engine.sync()
 
 
-def keys(engine: Engine, lower: bytes, upper: bytes, *, limit: int = 100, reverse: bool = False) -> list[bytes]:
+def keys(engine: OrderedMap, lower: bytes, upper: bytes, *, limit: int = 100, reverse: bool = False) -> list[bytes]:
     return [key for key, _ in engine.scan(lower, upper, limit=limit, reverse=reverse)]
 
 
-def test_a_value_reads_back_and_a_missing_key_is_none(engine: Engine) -> None:
+def test_a_value_reads_back_and_a_missing_key_is_none(engine: OrderedMap) -> None:
     put(engine, b"a")
     assert engine.get(b"a") == b"va"
     assert engine.get(b"b") is None
 
 
-def test_an_empty_value_is_not_a_missing_one(engine: Engine) -> None:
+def test_an_empty_value_is_not_a_missing_one(engine: OrderedMap) -> None:
     engine.write([(b"a", b"")])
     assert engine.get(b"a") == b""
     assert engine.scan(b"a", b"b", limit=9) == [(b"a", b"")]
 
 
-def test_a_write_is_visible_before_it_is_synced(engine: Engine) -> None:
+def test_a_write_is_visible_before_it_is_synced(engine: OrderedMap) -> None:
     engine.write([(b"a", b"1")])
     assert engine.get(b"a") == b"1"
 
 
-def test_none_deletes_and_the_last_put_of_a_key_wins(engine: Engine) -> None:
+def test_none_deletes_and_the_last_put_of_a_key_wins(engine: OrderedMap) -> None:
     put(engine, b"a", b"b")
     engine.write([(b"a", None), (b"b", b"1"), (b"b", b"2"), (b"c", b"3"), (b"c", None), (b"missing", None)])
     assert engine.scan(b"", b"\xff", limit=9) == [(b"b", b"2")]
 
 
-def test_the_bounds_of_a_scan_are_inclusive_below_and_exclusive_above(engine: Engine) -> None:
+def test_the_bounds_of_a_scan_are_inclusive_below_and_exclusive_above(engine: OrderedMap) -> None:
     put(engine, b"a", b"b", b"ba", b"bb", b"c", b"d")
     assert keys(engine, b"b", b"c") == [b"b", b"ba", b"bb"]
     assert keys(engine, b"b\0", b"c\0") == [b"ba", b"bb", b"c"]
@@ -73,7 +73,7 @@ def test_the_bounds_of_a_scan_are_inclusive_below_and_exclusive_above(engine: En
     assert keys(engine, b"x", b"y") == []
 
 
-def test_a_reverse_scan_starts_below_the_upper_bound(engine: Engine) -> None:
+def test_a_reverse_scan_starts_below_the_upper_bound(engine: OrderedMap) -> None:
     put(engine, b"a", b"b", b"ba", b"bb", b"c", b"d")
     assert keys(engine, b"b", b"c", reverse=True) == [b"bb", b"ba", b"b"]
     assert keys(engine, b"b", b"bz", reverse=True) == [b"bb", b"ba", b"b"]
@@ -82,13 +82,13 @@ def test_a_reverse_scan_starts_below_the_upper_bound(engine: Engine) -> None:
     assert keys(engine, b"c", b"b", reverse=True) == []
 
 
-def test_keys_sort_as_unsigned_bytes(engine: Engine) -> None:
+def test_keys_sort_as_unsigned_bytes(engine: OrderedMap) -> None:
     raw = [b"\0", b"\x01", b"A", b"a", b"a\0", b"ab", b"\x7f", b"\x80", b"\xfe"]
     put(engine, *reversed(raw))
     assert keys(engine, b"", b"\xff") == raw
 
 
-def test_a_scan_is_cut_at_its_limit_and_at_the_bound_of_every_scan(engine: Engine) -> None:
+def test_a_scan_is_cut_at_its_limit_and_at_the_bound_of_every_scan(engine: OrderedMap) -> None:
     engine.write([(b"%06d" % number, b"") for number in range(SCAN_ENTRIES_MAX + 10)])
     assert len(keys(engine, b"", b"\xff", limit=3)) == 3
     assert len(keys(engine, b"", b"\xff", limit=10**9)) == SCAN_ENTRIES_MAX
@@ -96,19 +96,19 @@ def test_a_scan_is_cut_at_its_limit_and_at_the_bound_of_every_scan(engine: Engin
     assert keys(engine, b"", b"\xff", limit=0) == []
 
 
-def test_a_scan_stops_after_the_entry_that_reaches_its_bound_in_bytes(engine: Engine) -> None:
+def test_a_scan_stops_after_the_entry_that_reaches_its_bound_in_bytes(engine: OrderedMap) -> None:
     engine.write([(b"%d" % number, bytes(100)) for number in range(9)])
     for bound, count in [(1, 1), (100, 1), (101, 2), (250, 3), (10**9, 9)]:
         assert len(engine.scan(b"", b"\xff", limit=9, bytes_max=bound)) == count
 
 
-def test_big_values_and_long_keys_read_back(engine: Engine) -> None:
+def test_big_values_and_long_keys_read_back(engine: OrderedMap) -> None:
     key, value = b"k" * 2000, b"\0\xff" * 1_000_000
     engine.write([(key, value)])
     assert engine.get(key) == value
 
 
-def test_sync_may_run_in_another_thread_beside_reads_and_writes(engine: Engine) -> None:
+def test_sync_may_run_in_another_thread_beside_reads_and_writes(engine: OrderedMap) -> None:
     def sync() -> None:
         for _ in range(20):
             engine.sync()
@@ -121,7 +121,7 @@ def test_sync_may_run_in_another_thread_beside_reads_and_writes(engine: Engine) 
     thread.join()
 
 
-def test_what_was_synced_is_there_after_reopening(engine: Engine) -> None:
+def test_what_was_synced_is_there_after_reopening(engine: OrderedMap) -> None:
     put(engine, b"a")
     engine.reopen()
     assert engine.get(b"a") == b"va"
@@ -129,7 +129,7 @@ def test_what_was_synced_is_there_after_reopening(engine: Engine) -> None:
     assert engine.get(b"b") == b"vb"
 
 
-def test_a_closed_engine_refuses_to_write(engine: Engine) -> None:
+def test_a_closed_engine_refuses_to_write(engine: OrderedMap) -> None:
     engine.close()
     with pytest.raises(EngineUnavailableError):
         engine.write([(b"a", b"1")])
@@ -225,7 +225,7 @@ def test_both_engines_answer_every_scan_alike(
     assert _SHARED.keys(lower, upper, limit=limit, reverse=reverse) == expected
 
 
-_SHARED: Engine
+_SHARED: OrderedMap
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,7 +14,7 @@ import pytest
 
 from progressdb_server.store.model import Idempotency, NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks.engine import RocksEngine
-from tests.progressdb_server.store.opened_store import opened
+from tests.progressdb_server.store.opened_store import disk, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 PLANTED = {
@@ -78,7 +78,7 @@ async def plant(path: str, provider: SealingProvider) -> None:
         provider.down = False
         # In the write-ahead log first, then in tables, then compacted.
         look_through(path, "while it runs")
-        engine = store.engine
+        engine = disk(store)
         assert isinstance(engine, RocksEngine)
         await asyncio.to_thread(engine.compact)
         look_through(path, "compacted")

@@ -31,7 +31,7 @@ from progressdb_server.store.model import (
 from progressdb_server.store.offline import LocalView
 from progressdb_server.store.rocks.engine import RocksEngine
 from tests.harness.disk_faults import flip
-from tests.progressdb_server.store.opened_store import messages_of, opened
+from tests.progressdb_server.store.opened_store import disk, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 
@@ -58,7 +58,7 @@ def test_a_backup_made_under_load_holds_what_was_acknowledged_before_it(tmp_path
         async with opened(RocksEngine(str(tmp_path / "restored")), provider) as store:
             for message in before:
                 assert (await store.get_message(message)).value == "x" * 200
-            assert [finding async for finding in Checker(LocalView(store.engine), provider).run()] == []
+            assert [finding async for finding in Checker(LocalView(disk(store)), provider).run()] == []
             assert (await store.stats())["messages"] >= 300
             await write(store, 5)
             assert len(await messages_of(store, "t0")) > 60

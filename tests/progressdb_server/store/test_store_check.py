@@ -17,11 +17,10 @@ from progressdb_server.jobs.table import parse
 from progressdb_server.store import keyspace, offline
 from progressdb_server.store.check import Checker, Problem, repair
 from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.engine import Reader
+from progressdb_server.store.engine import Counters, Reader
 from progressdb_server.store.model import FormatError, Idempotency, NewMessage, StoreUnavailableError
 from progressdb_server.store.offline import LocalEntries, LocalView
 from progressdb_server.store.rocks.engine import RocksEngine, RocksReader
-from progressdb_server.store.writer import Counters
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import messages_of, opened, threads_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider

@@ -25,7 +25,7 @@ from progressdb_server.store.rocks.engine import RocksEngine
 from tests import needs
 from tests.harness.scripts import interpreter_words
 from tests.progressdb_server.store.keyfile_provider import KeyFileProvider
-from tests.progressdb_server.store.opened_store import messages_of, opened, threads_of, versions_of
+from tests.progressdb_server.store.opened_store import disk, messages_of, opened, threads_of, versions_of
 
 WRITER = interpreter_words("tests.progressdb_server.store.crashing_writer")
 Acknowledged = dict[str, list[Message]]
@@ -52,7 +52,7 @@ async def verify(directory: Path, acknowledged: Acknowledged, refused: int = 0) 
     which was being written, and one for each refusal, which may or may not have reached the disk."""
     provider = KeyFileProvider(str(directory / "keys"))
     async with opened(RocksEngine(str(directory / "db")), provider) as store:
-        findings = [finding async for finding in Checker(LocalView(store.engine), provider).run()]
+        findings = [finding async for finding in Checker(LocalView(disk(store)), provider).run()]
         assert findings == []
         for message, versions in acknowledged.items():
             stored = await versions_of(store, message)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from progressdb_server.store import directory, keyspace, record
+from progressdb_server.store import keyspace, local, record
 from progressdb_server.store.keyspace import SEQUENCE_MAX, Clock, Stamp
 from progressdb_server.store.model import FormatError, Message, json_text
 from tests.progressdb_server.store.memory_engine import MemoryEngine
@@ -149,11 +149,11 @@ def test_a_header_that_is_not_the_one_that_was_sealed_is_refused() -> None:
 
 def test_a_store_of_a_newer_format_is_refused_with_the_way_out() -> None:
     engine = MemoryEngine()
-    directory.claim(engine)
-    directory.claim(engine)
+    local.claim(engine)
+    local.claim(engine)
     engine.write([(keyspace.FORMAT, b'{"format":4}')])
     with pytest.raises(FormatError, match="format 4, this version reads format 3"):
-        directory.claim(engine)
+        local.claim(engine)
 
 
 def test_a_store_of_before_0_2_0_is_refused() -> None:
@@ -161,7 +161,7 @@ def test_a_store_of_before_0_2_0_is_refused() -> None:
         engine = MemoryEngine()
         engine.write([(keyspace.FORMAT, b'{"format":%d}' % number)])
         with pytest.raises(FormatError, match=r"^the store was made before version 0\.2\.0"):
-            directory.claim(engine)
+            local.claim(engine)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"format":3,"source":"\xff"}', b'{"x":' + b"[" * 20_000])
@@ -169,13 +169,13 @@ def test_a_damaged_format_record_is_refused_with_the_way_out(content: bytes) -> 
     engine = MemoryEngine()
     engine.write([(keyspace.FORMAT, content)])
     with pytest.raises(FormatError, match="damaged: restore a backup"):
-        directory.check(engine)
+        local.check(engine)
 
 
 def test_a_directory_that_holds_something_else_is_not_claimed() -> None:
     engine = MemoryEngine()
     engine.write([(b"foreign", b"1")])
     with pytest.raises(FormatError, match="something other"):
-        directory.claim(engine)
+        local.claim(engine)
     with pytest.raises(FormatError, match="no ProgressDB store"):
-        directory.check(engine)
+        local.check(engine)

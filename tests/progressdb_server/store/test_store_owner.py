@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from progressdb_server.store.directory import open_engine, open_offline, open_reader
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import StoreLockedError
+from progressdb_server.store.rocks.opening import open_engine, open_offline, open_reader
 from tests import needs
 
 OTHER_UID = 54321
@@ -30,12 +31,12 @@ def test_root_makes_no_files_in_a_store_of_another_user(tmp_path: Path) -> None:
     """
     needs.root()
     path = tmp_path / "store"
-    open_engine(str(path)).close()
+    asyncio.run(open_engine(str(path))).close()
     for name in ("", *os.listdir(path)):
         os.chown(path / name, OTHER_UID, OTHER_UID)
     before = sorted(os.listdir(path))
     with pytest.raises(EngineUnavailableError, match=f"belongs to uid {OTHER_UID}.*run this as that user"):
-        open_engine(str(path))
+        asyncio.run(open_engine(str(path)))
     with (
         pytest.raises(EngineUnavailableError, match=f"belongs to uid {OTHER_UID}.*run this as that user"),
         open_offline(str(path)),
@@ -46,7 +47,7 @@ def test_root_makes_no_files_in_a_store_of_another_user(tmp_path: Path) -> None:
     ) as holder:
         assert holder.stdout is not None and holder.stdout.read(1) == b"."
         with pytest.raises(StoreLockedError, match="in use by another process"):
-            open_engine(str(path))
+            asyncio.run(open_engine(str(path)))
         holder.kill()
     with open_reader(str(path)):
         pass

@@ -29,13 +29,13 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.offline import LocalEntries
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import becomes, keys_of, messages_of, with_store
+from tests.progressdb_server.store.opened_store import becomes, disk, keys_of, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_seal
 
 
-def seen(store: Conversations) -> SeenState:
+async def seen(store: Conversations) -> SeenState:
     """What the store remembers of the key service."""
-    found = seen_state(store.engine)
+    found = await seen_state(store.reads)
     assert found is not None
     return found
 
@@ -46,7 +46,7 @@ def new(body: object, thread: str = "t") -> NewMessage:
 
 async def switch_key(store: Conversations, provider: SealingProvider, thread: str) -> str:
     """What a rotation does first: a new key that replaces the old one, then the map."""
-    old = store.engine.get(keyspace.key_map(thread))
+    old = disk(store).get(keyspace.key_map(thread))
     assert old is not None
     handle = await provider.create_dek_for_thread(thread, replaces=old.decode())
     await store.writer.commit(
@@ -85,11 +85,11 @@ def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> N
 
     async def run(store: Conversations) -> None:
         nonlocal rival
-        rival = Conversations(store.engine, provider)
+        rival = Conversations(disk(store), provider)
         await store.create_message(new("loser"))
         await rival.writer.close()
         assert sorted(m.value for m in await messages_of(store, "t")) == ["loser", "winner"]
-        assert provider.keys_of("t") == [(store.engine.get(b"kms:map:thread:t") or b"").decode()]
+        assert provider.keys_of("t") == [(disk(store).get(b"kms:map:thread:t") or b"").decode()]
         assert len(provider.retired) == 1
 
     with_store(run, provider=provider)
@@ -184,7 +184,7 @@ def test_no_record_is_stored_under_a_key_switched_while_it_was_sealed(provider: 
         provider.go_on.set()
         await asyncio.gather(*writing)
         keys = await keys_of(store, "thread:t:msg:")
-        used = [record.unpack_sealed(store.engine.get(key.encode()) or b"")[0] for key in keys]
+        used = [record.unpack_sealed(disk(store).get(key.encode()) or b"")[0] for key in keys]
         assert used[1:] == [current] * 5
         assert sorted(m.value for m in await messages_of(store, "t")) == list(range(6))
 
@@ -329,7 +329,7 @@ def test_an_answer_that_another_server_overtakes_is_not_an_older_one() -> None:
             return status(5, 100)
 
         await one.observe(ask)
-        assert seen(store).epoch == 6
+        assert (await seen(store)).epoch == 6
 
     with_store(run)
 
@@ -352,10 +352,10 @@ def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> Non
             with pytest.raises(RestoredError, match=why) as refused:
                 await judge(memory, older)
             assert "--accept-restore" in str(refused.value)
-        assert seen(store).epoch == 6
+        assert (await seen(store)).epoch == 6
         await judge(memory, status(3, 10), accept_restore=True)
         await judge(memory, status(3, 11))
-        assert seen(store).epoch == 3
+        assert (await seen(store)).epoch == 3
 
     with_store(run)
 
@@ -378,13 +378,13 @@ def test_the_remembered_line_has_the_form_that_the_key_service_accepts() -> None
     now = [0.0]
 
     async def run(store: Conversations) -> None:
-        assert audit_head(store.engine) == ""
+        assert await audit_head(store.reads) == ""
         memory = EpochMemory(store.reads, store.writer, lambda: now[0])
         await judge(memory, status(5, 100, "sig"))
-        assert audit_head(store.engine) == "", "it is not old enough yet"
+        assert await audit_head(store.reads) == "", "it is not old enough yet"
         now[0] = 10
         await judge(memory, status(6, 200))
-        assert audit_head(store.engine) == "100:sig"
+        assert await audit_head(store.reads) == "100:sig"
 
     with_store(run)
 
@@ -398,12 +398,12 @@ def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> 
         await judge(memory, status(5, 100))
         with pytest.raises(RestoredError, match="does not report its epoch"):
             await judge(memory, api.StatusAnswer(status="ok"))
-        store.engine.write([(keyspace.EPOCH, b'{"keyring_id":"\xff"}')])
-        for ask in (lambda: judge(memory, status(5, 100)), lambda: asyncio.to_thread(audit_head, store.engine)):
+        disk(store).write([(keyspace.EPOCH, b'{"keyring_id":"\xff"}')])
+        for ask in (lambda: judge(memory, status(5, 100)), lambda: audit_head(store.reads)):
             with pytest.raises(RestoredError, match="damaged"):
                 await ask()
         await judge(memory, status(5, 100), accept_restore=True)
-        assert seen(store).epoch == 5
+        assert (await seen(store)).epoch == 5
 
     with_store(run)
 
@@ -477,7 +477,7 @@ def test_a_thread_whose_key_is_retired_gets_another_at_its_next_write() -> None:
         await asyncio.gather(*(store.create_message(new(number)) for number in range(1, 20)))
         [renewed] = provider.keys_of("t")
         assert renewed != old
-        assert store.engine.get(keyspace.key_map("t")) == renewed.encode()
+        assert disk(store).get(keyspace.key_map("t")) == renewed.encode()
         assert sorted(m.value for m in await messages_of(store, "t")) == list(range(20))
         assert store.metrics.keys_renewed == 1
 
@@ -614,7 +614,7 @@ def test_a_faulty_key_service_is_judged_and_its_log_not_remembered() -> None:
         for seconds in (10, 20, 30):
             now[0] = seconds
             await judge(memory, replace(status(5, 200), status="audit_unavailable", reason="no space"))
-        assert seen(store).head_seq == 0
+        assert (await seen(store)).head_seq == 0
         with pytest.raises(RestoredError):
             await judge(memory, replace(status(4, 200), status="audit_unavailable"))
 

@@ -12,10 +12,10 @@ from structlog.testing import capture_logs
 from progressdb_server.store import conversations, idempotency, keyspace
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conversations import Conversations
+from progressdb_server.store.engine import Counters
 from progressdb_server.store.keyspace import BACK_NS_MAX, ERA_MAX, ERA_NS, NOW_NS_MIN, Clock, Stamp
 from progressdb_server.store.model import Idempotency, NewMessage
 from progressdb_server.store.offline import LocalView
-from progressdb_server.store.writer import Counters
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, becomes, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider

@@ -148,7 +148,7 @@ class Readiness:
 
     def damage(self) -> str:
         """What is damaged; some threads can't be read then, and the others are served. Empty if nothing is."""
-        found = [f"the store is damaged: {', '.join(files)}"] if (files := self._store.damaged) else []
+        found = [f"the store is damaged: {', '.join(files)}"] if (files := sorted(self._store.engine.damaged)) else []
         if records := self._store.unreadable:
             found.append(f"{len(records):,} damaged or unreadable records were met, such as: {next(iter(records))}")
         return "; ".join(found)

@@ -20,8 +20,9 @@ import asyncpg
 import msgspec
 
 from progressdb_server.store import keyspace
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Counters, EngineUnavailableError
 from progressdb_server.store.keyspace import Stamp
+from progressdb_server.store.local import begun_copy
 from progressdb_server.store.model import FormatError, StoreLockedError
 from progressdb_server.store.offline import WALK_BYTES_MAX, Head
 from progressdb_server.store.postgres.nodes import FAILURES
@@ -37,8 +38,9 @@ from progressdb_server.store.postgres.tables import (
     other_schema,
     tkey,
 )
-from progressdb_server.store.writer import Counters
 
+salvage: Final = None
+"""A database reads around its own damage."""
 LOCK_S_MAX: Final = 20
 """How long a command waits for the commits of servers."""
 STOPPED_S_MAX: Final = 3.0
@@ -165,9 +167,10 @@ async def alone(url: str) -> AsyncIterator[PostgresEntries]:
 
 
 @asynccontextmanager
-async def open_copy(url: str, begun: bytes) -> AsyncIterator[PostgresEntries]:
-    """For a copy, whose own format record is `begun`. Raises StoreLockedError, FormatError for tables that hold
+async def open_copy(url: str, source: str) -> AsyncIterator[PostgresEntries]:
+    """For a copy of `source`. Raises StoreLockedError, FormatError for tables that hold
     something else, EngineUnavailableError."""
+    begun = begun_copy(source)
     async with connected(url) as connection:
         entries = PostgresEntries(connection)
         async with connection.transaction():

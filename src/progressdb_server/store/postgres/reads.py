@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import asyncpg
 
@@ -49,6 +49,8 @@ _BY_KEY: Final = (keyspace.MAP, keyspace.IDEMPOTENCY)
 
 class PostgresReads:
     """See `store.engine.Reads`. Each call is a statement of its own."""
+
+    remote: ClassVar[bool] = True
 
     def __init__(self, nodes: Nodes, pool: asyncpg.Pool[Any]) -> None:
         self._nodes = nodes

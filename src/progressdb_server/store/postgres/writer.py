@@ -28,7 +28,7 @@ from minikms.platform.logs import structlog
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, PendingWrite, Write
-from progressdb_server.store.engine import EngineBusyError, EngineUnavailableError
+from progressdb_server.store.engine import Counters, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import (
     NotWrittenError,
@@ -56,7 +56,7 @@ from progressdb_server.store.postgres.transaction import (
     new_versions,
     write_group,
 )
-from progressdb_server.store.writer import Counters, GroupCommit
+from progressdb_server.store.writer import GroupCommit
 
 T = TypeVar("T")
 
@@ -560,7 +560,7 @@ def _touched(pending: PendingWrite) -> set[bytes]:
 
 # --- several writers --------------------------------------------------------------------------------------------------
 class Writers:
-    """The writer of a server (`store.writer.Commits`): each of several has a group in flight."""
+    """The writer of a server (`store.engine.Commits`): each of several has a group in flight."""
 
     def __init__(
         self, nodes: Nodes, counted: Counters, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]

@@ -46,6 +46,7 @@ from minikms.platform.logs import structlog
 from minikms.platform.sync import sync_file
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import next_key
+from progressdb_server.store.local import LocalEngine
 from progressdb_server.store.model import StoreDamagedError, StoreLockedError, StoreUnavailableError
 from progressdb_server.store.rocks import acknowledged
 from progressdb_server.store.rocks.acknowledged import Acknowledged
@@ -243,7 +244,7 @@ class RocksRead:
             raise OSError("IO error: a scan ended before the end of its range")
 
 
-class RocksEngine(RocksRead):
+class RocksEngine(RocksRead, LocalEngine):
     """See `store.engine.Engine`."""
 
     def __init__(self, path: str) -> None:

@@ -31,7 +31,7 @@ import msgspec
 from rocksdict import AccessType, DBRecoveryMode, Rdict
 
 from minikms.platform.sync import sync_directory
-from progressdb_server.store import directory, keyspace
+from progressdb_server.store import keyspace, local
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError
 from progressdb_server.store.model import RegisteredBackup, StoreDamagedError
 from progressdb_server.store.offline import WALK_BYTES_MAX, LocalEntries, LocalView, Lost
@@ -45,6 +45,7 @@ from progressdb_server.store.rocks.engine import (
     refuse_root_for_another,
     up_to,
 )
+from progressdb_server.store.rocks.opening import open_copy
 
 Entry: TypeAlias = tuple[bytes, bytes]
 REPAIRING: Final = ".repair"
@@ -250,7 +251,7 @@ def open_remains(path: str) -> Iterator[RemainsView]:
     try:
         with contextlib.suppress(StoreDamagedError):
             if remains.get(keyspace.FORMAT) is not None or not remains.lost_logs:
-                directory.check(remains)
+                local.check(remains)
         yield RemainsView(remains)
     finally:
         remains.close()
@@ -288,7 +289,7 @@ async def _fill(
     view: RemainsView,
     prove: Callable[[list[Entry]], Awaitable[list[Entry]]],
 ) -> None:
-    with directory.open_copy(target, directory.begun_copy(path)) as engine:
+    with open_copy(target, local.begun_copy(path)) as engine:
         entries = LocalEntries(engine)
         kept = 0
         async for page in view.walk():

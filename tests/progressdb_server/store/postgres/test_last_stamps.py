@@ -11,7 +11,7 @@ import pytest
 from progressdb_server.store import check, copying, keyspace
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Message, NewMessage, RecordUnreadableError
-from progressdb_server.store.postgres import engine as postgres
+from progressdb_server.store.postgres import opening as postgres
 from tests.progressdb_server.store.opened_store import NOW_NS, fill, servers
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 

@@ -13,8 +13,8 @@ import pytest
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotAMemberError, OutcomeUnknownError, StoreUnavailableError
-from progressdb_server.store.postgres import engine as postgres
 from progressdb_server.store.postgres import nodes
+from progressdb_server.store.postgres import opening as postgres
 from progressdb_server.store.postgres import writer as postgres_writer
 from tests.harness import postgres as harness
 from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, url_of
@@ -44,7 +44,7 @@ def with_leased(body: Callable[[str, subprocess.Popen[bytes], Conversations], Aw
 
     async def run(settings: str) -> None:
         url = url_of(settings)
-        await (await emptied(url)).close()
+        await (await emptied(url)).end()
         await with_standby(settings)
         with harness.receiver(settings, STANDBY) as standby:
             store = Conversations(await postgres.open_engine(url, single_node=False), SealingProvider())
@@ -261,7 +261,7 @@ def test_no_server_reads_an_old_primary_once_a_new_one_has_acknowledged(monkeypa
 
 
 async def _made(url: str) -> None:
-    await (await emptied(url)).close()
+    await (await emptied(url)).end()
 
 
 async def _confirms_too(settings: str) -> None:

@@ -30,8 +30,8 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
     TooManyMembersError,
 )
-from progressdb_server.store.postgres import engine as postgres
 from progressdb_server.store.postgres import nodes, reads, tables
+from progressdb_server.store.postgres import opening as postgres
 from tests.harness import postgres as harness
 from tests.progressdb_server.store.opened_store import (
     NOW_NS,
@@ -331,7 +331,7 @@ def test_the_clock_of_a_server_may_be_wrong_by_days(database: str) -> None:
     async def run(one: Conversations, two: Conversations) -> None:
         await one.start()
         await two.start()
-        now_ns = await one.now_ns()
+        now_ns = await one.engine.now_ns()
         retry = Idempotency("scope", "key")
         message = await one.create_message(of("ann", 0), idempotency=retry)
         assert await idempotency.sweep(two.reads, two.writer, two.clock.now_ns()) == 0
@@ -500,7 +500,7 @@ def test_only_a_standby_that_confirms_commits_is_counted(database: str) -> None:
         return [problem for problem in page.problems if "synchronous_standby_names" in problem]
 
     async def run() -> None:
-        await (await emptied(database)).close()
+        await (await emptied(database)).end()
         connection = await asyncpg.connect(database, server_settings={"synchronous_commit": "local"})
         try:
             assert await found(connection, "one", 1) == []
@@ -574,7 +574,7 @@ def test_a_group_keeps_the_writes_whose_conditions_hold(database: str) -> None:
 # --- opening ----------------------------------------------------------------------------------------------------------
 def test_one_disk_is_enough_only_where_that_is_said(database: str) -> None:
     async def run() -> None:
-        await (await emptied(database)).close()
+        await (await emptied(database)).end()
         with pytest.raises(FormatError, match="set synchronous_standby_names there, or"):
             await postgres.open_engine(database, single_node=False)
         with pytest.raises(FormatError, match="holds a store already"):

@@ -16,8 +16,8 @@ from structlog.testing import capture_logs
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotWrittenError, OutcomeUnknownError, StoreUnavailableError
-from progressdb_server.store.postgres import engine as postgres
 from progressdb_server.store.postgres import nodes, reads, tables
+from progressdb_server.store.postgres import opening as postgres
 from progressdb_server.store.postgres import writer as postgres_writer
 from progressdb_server.store.postgres.writer import PostgresWriter
 from tests.harness.round_trips import PORT_NAME, counted
@@ -220,7 +220,7 @@ def test_a_read_that_met_its_deadline_is_not_sent_again(database: str, monkeypat
 
 def test_a_command_does_not_wait_for_a_database_without_end(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
-        await (await emptied(database)).close()
+        await (await emptied(database)).end()
         connection = await asyncpg.connect(database)
         async with connection.transaction():
             await connection.execute("LOCK TABLE store_schema")
@@ -254,7 +254,7 @@ def test_a_server_without_replication_reads_whichever_host_takes_writes(database
     """It reads first, and has no lease whose renewal would look for another host."""
 
     async def run() -> None:
-        await (await emptied(database)).close()
+        await (await emptied(database)).end()
         (real,) = parse_qs(urlsplit(database).query)["host"]
         first, second = tmp_path / "1", tmp_path / "2"
         first.mkdir()
@@ -282,7 +282,7 @@ def test_a_host_that_does_not_answer_delays_no_other(
     """As one whose processes are stopped: the kernel takes the connection, and nobody reads it."""
 
     async def run() -> None:
-        await (await emptied(database)).close()
+        await (await emptied(database)).end()
         silent = socket.socket(socket.AF_UNIX)
         silent.bind(str(tmp_path / ".s.PGSQL.5432"))
         silent.listen()

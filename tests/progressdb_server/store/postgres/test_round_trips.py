@@ -13,7 +13,7 @@ import pytest
 from progressdb_server.store import check
 from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Idempotency, Message, NewMessage
-from progressdb_server.store.postgres import engine as postgres
+from progressdb_server.store.postgres import opening as postgres
 from progressdb_server.store.postgres import writer as postgres_writer
 from tests.harness.round_trips import RoundTrips, counted
 from tests.progressdb_server.store.opened_store import emptied, fill, messages_of, threads_of, versions_of
@@ -51,7 +51,7 @@ def test_each_operation_takes_its_known_number_of_round_trips(database: str, mon
     monkeypatch.setattr(postgres_writer, "WRITERS_COUNT", 1)  # so that statements are prepared after the first time
 
     async def run(directory: Path) -> None:
-        await (await emptied(database)).close()
+        await (await emptied(database)).end()
         (real,) = parse_qs(urlsplit(database).query)["host"]
         async with counted(Path(real), directory) as trips:
             url = f"postgresql://test@/postgres?host={directory}"

@@ -14,7 +14,7 @@ from typing import NoReturn
 import pytest
 
 from progressdb_server.jobs.table import parse
-from progressdb_server.store import offline
+from progressdb_server.store import places
 from progressdb_server.store.check import Problem, Report, check, repair_offline
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, StoreDamagedError, StoreError
@@ -281,17 +281,17 @@ def test_the_damaged_store_is_a_backup_for_which_keys_are_kept(tmp_path: Path) -
 def test_damage_that_leaves_everything_readable_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a log that was cut: what it had can't be known."""
     stored(tmp_path / "db", SealingProvider())
-    real = offline.alone
+    real = places.alone
     met = StoreDamagedError("000001.log")
 
     def refuses(place: str) -> NoReturn:
-        monkeypatch.setattr(offline, "alone", real)
+        monkeypatch.setattr(places, "alone", real)
         raise met
 
-    monkeypatch.setattr(offline, "open_view", refuses)
+    monkeypatch.setattr(places, "open_view", refuses)
     found = Problem("lost", "000001.log", str(met))
     assert examined(tmp_path / "db", None).findings == [found]
-    monkeypatch.setattr(offline, "alone", refuses)
+    monkeypatch.setattr(places, "alone", refuses)
     assert repaired(tmp_path / "db", None)[0] == [found]
 
 
