@@ -13,10 +13,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -36,7 +36,6 @@ from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir
 from minikms.http.accepting import (
-    ACCEPT_PAUSE_SECONDS,
     Acceptor,
     bound_warning,
     connections_bound,
@@ -53,6 +52,7 @@ from minikms.platform.process_metrics import open_process_files
 from minikms.platform.workers import in_worker
 from minikms.policy import FilePolicy, Meters, Policy
 from minikms.policy.meters import REFRESH_SECONDS, SAVED_BYTES_MAX, SAVED_NAME
+from minikms.processes.running import Run, every
 
 DRAIN_SECONDS_MAX: Final = 10.0
 HOUSEKEEPING_SECONDS: Final = 1.0
@@ -69,8 +69,6 @@ under load wait that long after each of them; Python's default is 5 ms.
 """
 
 T = TypeVar("T")
-
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 def run(settings: Settings) -> None:
@@ -106,9 +104,7 @@ def run(settings: Settings) -> None:
             arena=arena,
             measures=measures,
             connections_max=connections_max,
-            signals=signals,
-            notifier=notifier,
-            log=log,
+            run=Run(signals, notifier, log),
         )
         sys.setswitchinterval(SWITCH_SECONDS)
         uvloop.run(daemon.serve())
@@ -169,38 +165,21 @@ def end_steps_with(end: Callable[[], None]) -> None:
     running.set_task_factory(task)
 
 
+@dataclass(kw_only=True)
 class Daemon:
     """One run of the service. Made and used in the loop's thread."""
 
-    def __init__(
-        self,
-        *,
-        settings: Settings,
-        policy: Policy,
-        lock: DataDirLock,
-        listener: UnixListener,
-        arena: SecretArena,
-        measures: tuple[Measure, ...],
-        connections_max: int,
-        signals: SignalReader,
-        notifier: Notifier,
-        log: structlog.stdlib.BoundLogger,
-    ) -> None:
-        self._settings = settings
-        self._policy = policy
-        self._lock = lock
-        self._listener = listener
-        self._arena = arena
-        self._measures = measures
-        self._connections_max = connections_max
-        self._signals = signals
-        self._notifier = notifier
-        self._log = log
-        self._stopping = asyncio.Event()
+    settings: Settings
+    policy: Policy
+    lock: DataDirLock
+    listener: UnixListener
+    arena: SecretArena
+    measures: tuple[Measure, ...]
+    connections_max: int
+    run: Run
+
+    def __post_init__(self) -> None:
         self._running: list[asyncio.Task[None]] = []
-        self._hangup = asyncio.Event()
-        """Set by SIGHUP."""
-        self._why = ""
 
     async def serve(self) -> None:
         workers = Workers.start()
@@ -211,46 +190,46 @@ class Daemon:
                 await self._save(policy.meters, workers)
         finally:
             workers.shutdown()
-        self._log.info("stopped", why=self._why)
+        self.run.log.info("stopped", why=self.run.why)
 
     def _policy_in_force(self, workers: Workers) -> PolicyInForce:
         """Raises StartError."""
         meters = None
-        if self._settings.policy is not None:
+        if self.settings.policy is not None:
             try:
-                saved = read_file_bounded(SAVED_NAME, SAVED_BYTES_MAX, dir_fd=self._lock.directory_fd)
+                saved = read_file_bounded(SAVED_NAME, SAVED_BYTES_MAX, dir_fd=self.lock.directory_fd)
             except StorageUnavailableError as error:
-                self._log.warning("hourly limits can't be read: they start empty", why=str(error))
+                self.run.log.warning("hourly limits can't be read: they start empty", why=str(error))
                 saved = b""
             meters = Meters(saved, keep=partial(self._keep_limits, workers))
         return PolicyInForce(
-            self._policy, file=self._settings.policy, meters=meters, executor=workers.policy, log=self._log
+            self.policy, file=self.settings.policy, meters=meters, executor=workers.policy, log=self.run.log
         )
 
     def _keep_limits(self, workers: Workers, content: bytes) -> asyncio.Future[None]:
         """Writes the limits for the next start durably, one write after the other. Raises StorageUnavailableError."""
-        return in_worker(workers.policy, partial(replace_file, self._lock.directory_fd, SAVED_NAME, content))
+        return in_worker(workers.policy, partial(replace_file, self.lock.directory_fd, SAVED_NAME, content))
 
     async def _save(self, meters: Meters, workers: Workers) -> None:
         """Keeps what is left of the hourly limits for the next start. If the disk refuses, that is as after a crash."""
         try:
             await self._keep_limits(workers, meters.save())
         except StorageUnavailableError as error:
-            self._log.warning("hourly limits not saved: the next start has a tenth less", why=str(error))
+            self.run.log.warning("hourly limits not saved: the next start has a tenth less", why=str(error))
 
     async def _serve(self, workers: Workers, policy: PolicyInForce) -> None:
         sealable = SealableServer(
             RunContext(
-                settings=self._settings,
+                settings=self.settings,
                 policy=policy,
-                lock=self._lock,
-                arena=self._arena,
-                measures=self._measures,
-                connections_max=self._connections_max,
+                lock=self.lock,
+                arena=self.arena,
+                measures=self.measures,
+                connections_max=self.connections_max,
                 workers=workers,
-                notifier=self._notifier,
-                log=self._log,
-                on_internal_error=self._internal_error,
+                notifier=self.run.notifier,
+                log=self.run.log,
+                on_internal_error=self.run.internal_error,
             ),
             self,
         )
@@ -266,33 +245,30 @@ class Daemon:
 
     async def _close(self, sealable: SealableServer) -> None:
         try:
-            await sealable.close(self._why)
+            await sealable.close(self.run.why)
         except KmsRefusedError as error:
-            self._log.error("audit log not signed at its end", why=str(error))
+            self.run.log.error("audit log not signed at its end", why=str(error))  # noqa: TRY400  a refusal, no defect
 
     async def _serve_until_stopped(self, sealable: SealableServer, policy: PolicyInForce) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._signals.fileno(), self._on_signal)
-        if self._settings.parent_fd is not None:
-            os.set_blocking(self._settings.parent_fd, False)
-            loop.add_reader(self._settings.parent_fd, self._on_parent)
-        acceptor = Acceptor(self._listener.socket, sealable.server, on_failure=self._accept_failed)
+        self.run.read_signals()
+        if self.settings.parent_fd is not None:
+            os.set_blocking(self.settings.parent_fd, False)
+            asyncio.get_running_loop().add_reader(self.settings.parent_fd, self._on_parent)
+        acceptor = Acceptor(self.listener.socket, sealable.server, on_failure=self.run.accept_failed)
         own = [
-            asyncio.ensure_future(self._keep(self._notify_watchdog)),
+            asyncio.ensure_future(self._keep(self.run.watchdog)),
             asyncio.ensure_future(self._keep(lambda: self._reload_at_hangup(sealable, policy))),
         ]
         if (meters := policy.meters) is not None:
-            own.append(asyncio.ensure_future(self._keep(lambda: _every(REFRESH_SECONDS, meters.refresh))))
+            own.append(asyncio.ensure_future(self._keep(lambda: every(REFRESH_SECONDS, meters.refresh))))
         if sealable.parts is not None:
             self.start(sealable.parts)
         gc.set_threshold(*GC_THRESHOLDS)
         state = "sealed" if sealable.is_sealed else "serving"
-        self._log.info(state, socket=self._settings.socket, data_dir=self._settings.data_dir)
-        self._notifier.ready(sealable.summary)
-        await self._stopping.wait()
-        self._notifier.stopping()
+        self.run.log.info(state, socket=self.settings.socket, data_dir=self.settings.data_dir)
+        await self.run.until_stopped(sealable.summary)
         acceptor.close()
-        self._listener.close()
+        self.listener.close()
         if sealable.parts is not None:
             await sealable.parts.keks.stop()
         await sealable.server.drain(DRAIN_SECONDS_MAX)
@@ -315,16 +291,11 @@ class Daemon:
         for chore in self._running:
             chore.cancel()
 
-    async def _notify_watchdog(self) -> None:
-        seconds = self._notifier.watchdog_interval_s
-        if seconds is not None:
-            await _every(seconds, self._notifier.watchdog)
-
     async def _reload_at_hangup(self, sealable: SealableServer, policy: PolicyInForce) -> None:
         """Reads the policy file again after each SIGHUP. Several signals during one reload are one more reload."""
-        while self._settings.policy is not None:
-            await self._hangup.wait()
-            self._hangup.clear()
+        while self.settings.policy is not None:
+            await self.run.hangup.wait()
+            self.run.hangup.clear()
             event = Event(type=api.RELOAD_POLICY.name, actor="minikms", pid=os.getpid(), detail="SIGHUP")
             try:
                 await policy.reload(event)
@@ -345,12 +316,12 @@ class Daemon:
         return [
             lambda: parts.audit.sync_every(FSYNC_INTERVAL_MS / 1000),
             lambda: parts.app.flush_refusals_every(HOUSEKEEPING_SECONDS),
-            lambda: _every(HOUSEKEEPING_SECONDS, parts.vault.expire),
-            lambda: _every(HOUSEKEEPING_SECONDS, parts.upkeep.tick),
-            lambda: _every(HOUSEKEEPING_SECONDS, parts.watch_disk),
+            lambda: every(HOUSEKEEPING_SECONDS, parts.vault.expire),
+            lambda: every(HOUSEKEEPING_SECONDS, parts.upkeep.tick),
+            lambda: every(HOUSEKEEPING_SECONDS, parts.watch_disk),
             parts.watch_lag,
             lambda: sweep_temps_again(
-                parts.vault, self._lock.directory, self._log, reader=workers.reader, disk=workers.disk
+                parts.vault, self.lock.directory, self.run.log, reader=workers.reader, disk=workers.disk
             ),
             parts.indexing.run,
             parts.lifecycle.complete_destructions,
@@ -364,18 +335,11 @@ class Daemon:
                 await chore()
                 return
             except Exception as error:  # noqa: BLE001  after any defect keys must still expire and lines be synced
-                self._internal_error(f"{type(error).__name__} in a chore")
+                self.run.internal_error(f"{type(error).__name__} in a chore")
                 await asyncio.sleep(CHORE_RETRY_SECONDS)
 
-    def _on_signal(self) -> None:
-        for number in self._signals.read():
-            if number in _STOP_SIGNALS:
-                self._stop(signal.Signals(number).name)
-            elif number == signal.SIGHUP:
-                self._hangup.set()
-
     def _on_parent(self) -> None:
-        descriptor = self._settings.parent_fd
+        descriptor = self.settings.parent_fd
         if descriptor is None:
             return
         try:
@@ -384,18 +348,7 @@ class Daemon:
             return
         if ended:
             asyncio.get_running_loop().remove_reader(descriptor)
-            self._stop("the parent has ended")
-
-    def _stop(self, why: str) -> None:
-        if not self._stopping.is_set():
-            self._why = why
-            self._stopping.set()
-
-    def _accept_failed(self, why: str) -> None:
-        self._log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
-
-    def _internal_error(self, what: str) -> None:
-        self._log.error("internal error", what=what)
+            self.run.stop("the parent has ended")
 
 
 async def sweep_temps_again(
@@ -416,12 +369,6 @@ async def sweep_temps_again(
             except KmsRefusedError as error:
                 log.warning("temporary files stay", why=str(error))
         await asyncio.sleep(SWEEP_SECONDS)
-
-
-async def _every(seconds: float, chore: Callable[[], None]) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        chore()
 
 
 def _policy(settings: Settings) -> Policy:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -26,14 +25,15 @@ import uvloop
 from minikms.client import Client
 from minikms.client.connecting import OVERFLOW_UID_FILE
 from minikms.http import HttpServer
-from minikms.http.accepting import ACCEPT_PAUSE_SECONDS, Acceptor, listen_tcp
+from minikms.http.accepting import Acceptor, listen_tcp
 from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.memory import NETWORK_PATHS, SecretArena, SignalReader, harden, interpreter_paths
 from minikms.memory.process import name_thread
 from minikms.platform import process_metrics
-from minikms.platform.logs import service_logger, structlog
+from minikms.platform.logs import service_logger
 from minikms.platform.notify import Notifier
 from minikms.processes.config_file import address
+from minikms.processes.running import Run
 from minikms_auditor.auditor import Auditor
 from minikms_auditor.collectors import Collector, SplunkCollector
 from minikms_auditor.config import Config, Files, FileSink, HttpSink, Sink, SplunkSink, SyslogSink
@@ -48,7 +48,6 @@ STEP_SECONDS: Final = 2.0
 """Between two steps. The daemon must hear of the auditor every 5 s."""
 STOP_SECONDS_MAX: Final = 20.0
 ARENA_SLOTS: Final = 8
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 class Loaded(NamedTuple):
@@ -101,9 +100,8 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         write = [config.state_dir, *config.token_paths, *(path for each in transports for path in each.write_paths)]
         process_metrics.open_process_files()
         measures = harden(arena, read=read, write=write, allow_network=config.uses_network, require=require_hardening)
-        for measure in measures:
-            if not measure.in_force:
-                log.warning("hardening measure not in force", measure=measure.name, why=measure.why)
+        run = Run(signals, notifier, log)
+        run.warn_of(measures)
         client = Client(config.kms_socket, server_uids=config.kms_server_uids)
         cleaning.callback(client.close)
         stopping = threading.Event()
@@ -122,10 +120,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         log.info(
             "running", origin=config.origin, size=store.state.size, vkeys=[key.text() for key in signers.verifiers]
         )
-        process = _Process(
-            auditor, sinks, stopping=stopping, listener=listener, signals=signals, notifier=notifier, log=log
-        )
-        uvloop.run(process.serve())
+        uvloop.run(_Process(auditor, sinks, stopping=stopping, listener=listener, run=run).serve())
 
 
 class _Process:
@@ -138,61 +133,49 @@ class _Process:
         *,
         stopping: threading.Event,
         listener: socket.socket | None,
-        signals: SignalReader,
-        notifier: Notifier,
-        log: structlog.stdlib.BoundLogger,
+        run: Run,
     ) -> None:
         self._auditor = auditor
         self._sinks = sinks
         self._halt = stopping
         self._listener = listener
-        self._signals = signals
-        self._notifier = notifier
-        self._log = log
-        self._stopping = asyncio.Event()
-        self._why = ""
+        self._run = run
         self._status = auditor.status()
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._signals.fileno(), self._on_signal)
+        self._run.read_signals()
         acceptor = None
         if self._listener is not None:
             page: HttpServer[int] = HttpServer(
                 metrics_page(AuditorCollector(lambda: self._status), "minikms_auditor_build_info"),
                 loop=loop,
-                on_internal_error=self._internal_error,
+                on_internal_error=self._run.internal_error,
                 limits=PAGE_LIMITS,
             )
-            acceptor = Acceptor(self._listener, page, on_failure=self._accept_failed)
-        steps = threading.Thread(target=self._run, args=("steps", self._run_steps), daemon=True)
+            acceptor = Acceptor(self._listener, page, on_failure=self._run.accept_failed)
+        steps = threading.Thread(target=self._work, args=("steps", self._run_steps), daemon=True)
         steps.start()
         for number, sink in enumerate(self._sinks):  # a stop does not wait for them: they may be killed at any time
             ship = partial(sink.run, self._halt)
-            threading.Thread(target=self._run, args=(f"sink {number + 1}", ship), daemon=True).start()
-        self._notifier.ready(f"tree of {self._status.size} leaves")
-        watchdog_s = self._notifier.watchdog_interval_s
-        while not self._stopping.is_set():
-            try:
-                async with asyncio.timeout(watchdog_s):
-                    await self._stopping.wait()
-            except TimeoutError:
-                self._notifier.watchdog()
-        self._notifier.stopping()
+            threading.Thread(target=self._work, args=(f"sink {number + 1}", ship), daemon=True).start()
+        watchdog = asyncio.ensure_future(self._run.watchdog())
+        await self._run.until_stopped(f"tree of {self._status.size} leaves")
         self._halt.set()
         if acceptor is not None:
             acceptor.close()
             await page.drain(0)
         await loop.run_in_executor(None, steps.join, STOP_SECONDS_MAX)
-        self._log.info("stopped", why=self._why)
+        watchdog.cancel()
+        self._run.log.info("stopped", why=self._run.why)
 
-    def _run(self, name: str, work: Callable[[], None]) -> None:
+    def _work(self, name: str, work: Callable[[], None]) -> None:
         """A thread. A defect ends the process: the service manager starts it again."""
         name_thread(name)
         try:
             work()
         except BaseException as error:  # noqa: BLE001  a thread must not end unseen
-            self._internal_error(f"{type(error).__name__} in the thread {name!r}")
+            self._run.internal_error(f"{type(error).__name__} in the thread {name!r}")
             os._exit(1)
 
     def _run_steps(self) -> None:
@@ -200,15 +183,3 @@ class _Process:
             self._auditor.step()
             self._status = self._auditor.status()
             self._halt.wait(STEP_SECONDS)
-
-    def _on_signal(self) -> None:
-        for number in self._signals.read():
-            if number in _STOP_SIGNALS:
-                self._why = self._why or signal.Signals(number).name
-                self._stopping.set()
-
-    def _accept_failed(self, why: str) -> None:
-        self._log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
-
-    def _internal_error(self, what: str) -> None:
-        self._log.error("internal error", what=what)

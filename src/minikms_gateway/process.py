@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import ssl
 import time
@@ -29,7 +28,6 @@ from minikms.api.errors import StartError
 from minikms.client.connecting import OVERFLOW_UID_FILE
 from minikms.http import LIMITS, HttpServer
 from minikms.http.accepting import (
-    ACCEPT_PAUSE_SECONDS,
     Acceptor,
     connections_bound,
     listen_tcp,
@@ -39,10 +37,11 @@ from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
 from minikms.memory import NETWORK_PATHS, SignalReader, harden, interpreter_paths
 from minikms.platform import process_metrics
-from minikms.platform.logs import service_logger, structlog
+from minikms.platform.logs import service_logger
 from minikms.platform.notify import Notifier
 from minikms.platform.trusted_file import directory_read
 from minikms.processes.config_file import address
+from minikms.processes.running import Run, every
 from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, Session, State
 from minikms_gateway.certificates import Trust, server_context
@@ -58,7 +57,6 @@ POLL_SECONDS: Final = 1.0
 """Between two looks at the files."""
 EXPIRED_SECONDS: Final = 60.0
 """Between two lines that say that the gateway's own certificate has expired."""
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 Signature = tuple[tuple[int, int, int, int] | None, ...]
 
@@ -154,18 +152,15 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
             read += NETWORK_PATHS
         process_metrics.open_process_files()
         measures = harden(None, read=read, write=[], allow_network=config.fetches_keys, require=require_hardening)
-        for measure in measures:
-            if not measure.in_force:
-                log.warning("hardening measure not in force", measure=measure.name, why=measure.why)
+        run = Run(signals, notifier, log)
+        run.warn_of(measures)
         process = _Process(
             loader,
             loaded,
             listener=listener,
             metrics_listener=metrics_listener,
             connections_max=connections_max,
-            signals=signals,
-            notifier=notifier,
-            log=log,
+            run=run,
         )
         try:
             uvloop.run(process.serve())
@@ -185,29 +180,23 @@ class _Process:
         listener: socket.socket,
         metrics_listener: socket.socket | None,
         connections_max: int,
-        signals: SignalReader,
-        notifier: Notifier,
-        log: structlog.stdlib.BoundLogger,
+        run: Run,
     ) -> None:
         self._loader = loader
         self._loaded = loaded
         self._listener = listener
         self._metrics_listener = metrics_listener
         self._connections_max = connections_max
-        self._signals = signals
-        self._notifier = notifier
-        self._log = log
-        self._stopping = asyncio.Event()
-        self._hangup = asyncio.Event()
+        self._run = run
+        self._log = run.log
         self._reload_failed = False
         self._refusals = Refusals(self._log_refusals)
         self._generation = 0
         self._reader = ThreadPoolExecutor(1, "files")
-        self._why = ""
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._signals.fileno(), self._on_signal)
+        self._run.read_signals()
         config = self._loaded.config
         self._upstream = Upstream(config.kms_socket, config.kms_server_uids, loop)
         self._app = Gateway(
@@ -215,7 +204,7 @@ class _Process:
         )
         limits = replace(LIMITS, connections_max=self._connections_max)
         server: HttpServer[Session] = HttpServer(
-            self._app, loop=loop, on_internal_error=self._internal_error, limits=limits
+            self._app, loop=loop, on_internal_error=self._run.internal_error, limits=limits
         )
         self._server = server
         self._tls = TlsServer(
@@ -225,7 +214,7 @@ class _Process:
         )
         acceptors = [
             Acceptor(
-                self._listener, server, on_failure=self._accept_failed, protocol_factory=self._tls.protocol_factory
+                self._listener, server, on_failure=self._run.accept_failed, protocol_factory=self._tls.protocol_factory
             )
         ]
         others: list[HttpServer[int]] = []
@@ -233,16 +222,14 @@ class _Process:
             page: HttpServer[int] = HttpServer(
                 metrics_page(metrics.GatewayCollector(self._values), "minikms_gateway_build_info"),
                 loop=loop,
-                on_internal_error=self._internal_error,
+                on_internal_error=self._run.internal_error,
                 limits=PAGE_LIMITS,
             )
             others.append(page)
-            metrics_acceptor = Acceptor(self._metrics_listener, page, on_failure=self._accept_failed)
+            metrics_acceptor = Acceptor(self._metrics_listener, page, on_failure=self._run.accept_failed)
         chores = [asyncio.ensure_future(chore) for chore in self._chores()]
         self._log.info("serving", listen=config.listen, kms_socket=config.kms_socket, metrics=config.metrics)
-        self._notifier.ready(f"serving {config.listen}")
-        await self._stopping.wait()
-        self._notifier.stopping()
+        await self._run.until_stopped(f"serving {config.listen}")
         for acceptor in acceptors:
             acceptor.close()
         self._listener.close()
@@ -257,22 +244,19 @@ class _Process:
         self._upstream.close()
         self._refusals.write()
         self._reader.shutdown(cancel_futures=True)
-        self._log.info("stopped", why=self._why)
+        self._log.info("stopped", why=self._run.why)
 
     # --- background work ----------------------------------------------------------------------------------------
 
     def _chores(self) -> list[Awaitable[None]]:
-        chores: list[Awaitable[None]] = [
-            _every(LINE_SECONDS, self._refusals.write),
-            _every(SWEEP_SECONDS, self._upstream.sweep),
-            _every(SWEEP_SECONDS, self._refresh_keys),
-            _every(EXPIRED_SECONDS, self._check_certificate),
+        return [
+            every(LINE_SECONDS, self._refusals.write),
+            every(SWEEP_SECONDS, self._upstream.sweep),
+            every(SWEEP_SECONDS, self._refresh_keys),
+            every(EXPIRED_SECONDS, self._check_certificate),
             self._take_up_changes(),
+            self._run.watchdog(),
         ]
-        seconds = self._notifier.watchdog_interval_s
-        if seconds is not None:
-            chores.append(_every(seconds, self._notifier.watchdog))
-        return chores
 
     def _log_refusals(self, reason: str, count: int, peer: str) -> None:
         advice = {"advice": ADVICE[reason]} if reason in ADVICE else {}
@@ -294,13 +278,13 @@ class _Process:
         while True:
             try:
                 async with asyncio.timeout(POLL_SECONDS):
-                    await self._hangup.wait()
+                    await self._run.hangup.wait()
             except TimeoutError:
                 pass
             now = await loop.run_in_executor(self._reader, self._loader.signature, self._loaded.config)
-            if now == seen and not self._hangup.is_set():
+            if now == seen and not self._run.hangup.is_set():
                 continue
-            self._hangup.clear()
+            self._run.hangup.clear()
             seen = now
             try:
                 loaded = await loop.run_in_executor(self._reader, self._loader.load_beside, self._loaded)
@@ -309,7 +293,7 @@ class _Process:
                 self._log.error("changed files not taken up", why=str(error))
             except Exception as error:  # noqa: BLE001  a defect in reading must not end the service
                 self._reload_failed = True
-                self._internal_error(f"{type(error).__name__} while files were read")
+                self._run.internal_error(f"{type(error).__name__} while files were read")
             else:
                 self._use(loaded)
                 seen = loaded.signature
@@ -344,26 +328,6 @@ class _Process:
             certificate_until=self._loaded.certificate_until,
             crl_until=self._loaded.trust.crl_until(),
         )
-
-    def _on_signal(self) -> None:
-        for number in self._signals.read():
-            if number in _STOP_SIGNALS:
-                self._why = self._why or signal.Signals(number).name
-                self._stopping.set()
-            elif number == signal.SIGHUP:
-                self._hangup.set()
-
-    def _accept_failed(self, why: str) -> None:
-        self._log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
-
-    def _internal_error(self, what: str) -> None:
-        self._log.error("internal error", what=what)
-
-
-async def _every(seconds: float, chore: Callable[[], None]) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        chore()
 
 
 def _directories(files: Files, config: Config) -> list[str]:

@@ -1,1 +1,1 @@
-"""What the processes beside the key service share: configuration files, TLS contexts, HTTP exchanges."""
+"""What the processes share: start and stop; beside the key service configuration files, TLS, HTTP exchanges."""

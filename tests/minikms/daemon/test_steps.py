@@ -20,6 +20,7 @@ from minikms.daemon.settings import Settings
 from minikms.memory.arena import SecretArena
 from minikms.platform.notify import Notifier
 from minikms.policy import Policy
+from minikms.processes.running import Run
 from minikms.roots.providers import KeyFile
 from minikms.serve import Daemon, end_steps_with
 
@@ -120,9 +121,7 @@ def test_the_start_of_a_daemon_is_a_task_whose_steps_end(tmp_path: Path, monkeyp
             arena=arena,
             measures=(),
             connections_max=1,
-            signals=cast("Any", None),
-            notifier=Notifier({}),
-            log=structlog.get_logger(),
+            run=Run(cast("Any", None), Notifier({}), structlog.get_logger()),
         )
         with pytest.raises(StartError, match="missing"):
             uvloop.run(daemon.serve())
