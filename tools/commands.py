@@ -26,7 +26,10 @@ OPENING = """\
   closed it.
 - Results go to standard output, everything else to standard error. An error is one sentence that begins with
   the name of the program. Colour, progress bars and questions appear only on a terminal; `NO_COLOR` is
-  respected. `--json` prints complete values for programs.
+  respected. `--json` prints complete values for programs, and an error as `{"error": TEXT}`.
+- Without `--socket`, `MINIKMS_SOCKET` or `PROGRESSDB_KMS_SOCKET`, a command uses the first of
+  `kms/minikms.sock`, `data/run/minikms.sock` and `/run/minikms/minikms.sock`, and says so. The first two must lie
+  in directories that only this user can write to. Nothing is sent before the user that serves it is checked.
 - A flag has precedence over its environment variable, which `--help` names in brackets. An empty variable
   counts as unset.
 - No command takes a key in its arguments: root keys come from files or a terminal, API keys from the

@@ -45,7 +45,7 @@ Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of
 
 
 @app.default
-def run(*, config: Config, log_format: LogFormat = "text", require_hardening: RequireHardening = False) -> int:
+def run(*, config: Config, log_format: LogFormat = "console", require_hardening: RequireHardening = False) -> int:
     """Run until SIGTERM."""
     from minikms_auditor import process
 

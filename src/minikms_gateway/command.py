@@ -30,7 +30,7 @@ Config = Annotated[Path, Parameter(name="--config", help="The configuration (doc
 
 
 @app.default
-def serve(*, config: Config, log_format: LogFormat = "text", require_hardening: RequireHardening = False) -> int:
+def serve(*, config: Config, log_format: LogFormat = "console", require_hardening: RequireHardening = False) -> int:
     """Serve until SIGTERM. SIGHUP reads all files again; changed ones are noticed without it."""
     from minikms_gateway.process import run
 

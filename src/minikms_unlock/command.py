@@ -7,7 +7,6 @@ process is hardened. It must never report a key as taken before the daemon has a
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -152,8 +151,8 @@ def _client(socket: str | None, server_uid: int | None) -> Client:
     from minikms.api.errors import StartError
     from minikms.client import Client
 
-    path = socket or os.environ.get(SOCKET_VARIABLE) or ""
-    if not path:
+    path = usage.found_socket(socket)
+    if path is None:
         raise StartError(f"name the daemon's socket: --socket PATH, or {SOCKET_VARIABLE}")
     try:
         client = Client(path, server_uids=usage.server_uids(server_uid))

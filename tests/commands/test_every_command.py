@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cyclopts import App
 
+from minikms import __version__ as minikms_version
 from minikms.cli import main as minikms_main
 from minikms.cli.command import app as minikms
 from minikms.cli.rootkey import BIND_VARIABLE
@@ -31,7 +32,6 @@ PROJECT = Path(__file__).resolve().parents[2]
 RUN_SECONDS_MAX = 60
 WITHOUT_JSON = {
     ("minikms", "serve"),
-    ("minikms", "ready"),
     ("minikms", "completion"),
     ("minikms", "audit", "export"),
     ("minikms-auditor", "accept-log"),
@@ -157,7 +157,6 @@ def test_every_command_with_a_result_has_json(words: tuple[str, ...], app: App) 
 @pytest.mark.parametrize(
     "words",
     [
-        ("progressdb",),
         ("progressdb", "--addr", "foo", "--db", "somewhere"),
         ("progressdb", "status"),
         ("progressdb", "config", "check"),
@@ -169,7 +168,6 @@ def test_every_command_with_a_result_has_json(words: tuple[str, ...], app: App) 
         ("progressdb", "backup", "create", "../name", "--db", "somewhere"),
         ("progressdb", "nonsense"),
         ("progressdb", "jobs", "nonsense"),
-        ("minikms",),
         ("minikms", "status"),
         ("minikms", "keys", "nonsense"),
         ("minikms", "audit", "tail", "--lines", "many"),
@@ -177,11 +175,9 @@ def test_every_command_with_a_result_has_json(words: tuple[str, ...], app: App) 
         ("minikms", "unlock", "nonsense"),
         ("minikms", "gateway", "nonsense"),
         ("minikms", "auditor", "nonsense"),
-        ("minikms-auditor",),
         ("minikms-auditor", "--config", "missing"),
         ("minikms-auditor", "status", "--config", "missing"),
         ("minikms-auditor", "prove", "many", "--config", "missing"),
-        ("minikms-gateway",),
         ("minikms-gateway", "--config", "missing"),
         ("minikms-gateway", "check-config", "--config", "missing"),
         ("minikms-unlock", "nonsense"),
@@ -234,6 +230,45 @@ def test_completion_knows_commands_files_and_sources(tmp_path: Path, line: str, 
         check=True,
     )
     assert sorted(done.stdout.split()) == offered
+
+
+@pytest.mark.parametrize(
+    "line", ["minikms", "minikms keys", "minikms-gateway", "minikms-unlock", "progressdb", "progressdb jobs"]
+)
+def test_a_command_that_is_not_whole_shows_its_help_with_status_2(
+    here: Here, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """`minikms` and `progressdb` alone serve when their environment configures them."""
+    for name in list(os.environ):
+        if name.startswith(("MINIKMS_", "PROGRESSDB_")):
+            monkeypatch.delenv(name)
+    done = here(*line.split())
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.startswith(f"Usage: {line} COMMAND")
+    monkeypatch.setenv("PROGRESSDB_KMS_SOCKET", "s")
+    if line == "minikms":
+        assert_one_sentence(here(line), line)
+
+
+def test_help_and_version_are_words_too(here: Here) -> None:
+    assert here("minikms", "help", "keys", "list").stdout == here("minikms", "keys", "list", "--help").stdout
+    for program in ("minikms", "minikms-gateway", "progressdb"):
+        assert here(program, "help").stdout == here(program, "--help").stdout
+        assert {here(program, word).stdout for word in ("version", "-V", "--version")} == {f"{minikms_version}\n"}
+
+
+def test_only_the_help_of_minikms_names_the_helpers(here: Here) -> None:
+    for words in (("minikms", "--help"), ("minikms", "keys", "list", "--help"), ("minikms", "keys", "--help")):
+        shown = " ".join(here(*words).stdout.split())
+        assert ("runs minikms-unlock" in shown) is (len(words) == 2)
+        assert "Exit status: 0" in shown
+
+
+@pytest.mark.parametrize("words", [("minikms", "keys", "list"), ("minikms-unlock", "unseal", "x"), ("progressdb", "x")])
+def test_with_json_an_error_is_json_too(here: Here, words: tuple[str, ...]) -> None:
+    text, shown = here(*words), here(*words, "--json")
+    assert (shown.returncode, shown.stdout) == (text.returncode, "") == (2, "")
+    assert text.stderr == f"{words[0]}: {json.loads(shown.stderr)['error']}\n"
 
 
 def test_a_configuration_as_json_holds_no_api_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_the_command_uses_the_gateway_that_its_environment_names(pair: Pair, tmp
         return forked.run("minikms", *words, env=environ | more, cwd=tmp_path)
 
     status = run("status")
-    assert (status.returncode, status.stdout.startswith("well: up ")) == (0, True), status
+    assert (status.returncode, status.stdout.startswith("ok: up ")) == (0, True), status
     assert run("keys", "list").returncode == 0
     refused = run("seal", "--yes")
     assert (refused.returncode, "own socket" in refused.stderr) == (1, True), refused

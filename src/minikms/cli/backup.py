@@ -68,6 +68,9 @@ def create(
     keyring now opens the archive. For a message server, first back up its store (progressdb backup create). Exit
     status: 0 made and read back, 1 made, but some key files could not be read or its entry in the register was not
     completed, 2 not made.
+
+    For example:
+        minikms backup create monday.minikms --data-dir kms/data
     """
     from minikms.api.errors import StorageUnavailableError
     from minikms.archives.create import NewArchive, remove_failed, remove_leftover

@@ -18,7 +18,7 @@ from minikms.cli.console import explained
 from minikms.cli.rootkey import FLAG as MASTER_KEY_FLAG
 from minikms.cli.serve import serve
 from minikms.commands import usage
-from minikms.commands.usage import CommandError, Shell, new_app, print_completion, show_whole_help, unknown_command
+from minikms.commands.usage import CommandError, Shell, new_app, prepared, print_completion, unknown_command
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
@@ -77,12 +77,11 @@ def run() -> None:
 
 
 def _command() -> Any:
-    words = _with_needed_root_key(sys.argv[1:])
+    words = prepared(app, _with_needed_root_key(sys.argv[1:]))
     if words and words[0] in HELPERS:
         _run_helper(words[0], words[1:])
     if unknown := unknown_command("minikms", words, ["serve", *COMMANDS, *HELPERS]):
         raise CommandError(unknown)
-    show_whole_help(app, words)
     return app(words, print_error=False, exit_on_error=False)
 
 

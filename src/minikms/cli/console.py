@@ -21,7 +21,17 @@ from cyclopts import Parameter
 
 from minikms.cli.rootkey import VARIABLE as MASTER_KEY_VARIABLE
 from minikms.commands import usage
-from minikms.commands.usage import EXIT_FAILED, EXIT_MISSING, SOCKET_VARIABLE, CommandError, PathText, RootSource
+from minikms.commands.usage import (
+    EXIT_FAILED,
+    EXIT_MISSING,
+    SOCKET_VARIABLE,
+    SOCKET_VARIABLES,
+    CommandError,
+    PathText,
+    RootSource,
+    found_socket,
+    say_chosen,
+)
 
 if TYPE_CHECKING:
     from minikms.api.errors import KmsError
@@ -115,30 +125,17 @@ MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False
 Yes = Annotated[bool, Parameter(name=("--yes", "-y"), help="Don't ask.", negative=(), show_default=False)]
 
 
-PACKAGE_SOCKET: Final = "/run/minikms/minikms.sock"
 PACKAGE_DATA_DIR: Final = "/var/lib/progressdb/minikms"
-"""Where the units of `deploy/systemd` have both."""
-
-
-def found_socket(given: str | None, *, look: bool = True) -> str | None:
-    """The flag, else the variable, else the socket of the units if it exists: then it says so. Without `look` the last
-    is left out.
-    """
-    return _chosen("--socket", given or os.environ.get(SOCKET_VARIABLE), PACKAGE_SOCKET if look else None)
+"""Where the units of `deploy/systemd` have it."""
 
 
 def found_data_dir(given: str | None, *, look: bool = True) -> str | None:
-    """As `found_socket`, for the data directory."""
-    return _chosen("--data-dir", given or os.environ.get(DATA_DIR_VARIABLE), PACKAGE_DATA_DIR if look else None)
-
-
-def _chosen(flag: str, named: str | None, default: str | None) -> str | None:
-    if named:
+    """The flag, else the variable, else that of the units: then it says so. Without `look` the last is left out."""
+    named = given or os.environ.get(DATA_DIR_VARIABLE)
+    if named or not look or not os.path.lexists(PACKAGE_DATA_DIR):
         return named
-    if default is not None and os.path.lexists(default):
-        complain(f"{flag} is not given: {default} is used")
-        return default
-    return None
+    say_chosen("--data-dir", PACKAGE_DATA_DIR)
+    return PACKAGE_DATA_DIR
 
 
 def chosen_socket(given: str | None, *, must_exist: bool = True) -> str:
@@ -287,8 +284,8 @@ def daemon_client(socket: str | None, server_uid: int | None, *, timeout_s: floa
 def _gateway_client(url: str, timeout_s: float) -> Client:
     from minikms.client import Client
 
-    if os.environ.get(SOCKET_VARIABLE):
-        raise CommandError(f"both {SOCKET_VARIABLE} and {URL_VARIABLE} are set: unset one of them")
+    if set_variable := next(filter(os.environ.get, SOCKET_VARIABLES), None):
+        raise CommandError(f"both {set_variable} and {URL_VARIABLE} are set: unset one of them")
     given: dict[str, Any] = {name: os.environ.get(f"PROGRESSDB_KMS_{name.upper()}") or None for name in URL_FILES}
     allowed = os.environ.get(LONG_LIVED_VARIABLE, "").strip().lower() in ("1", "true", "yes", "on")
     try:

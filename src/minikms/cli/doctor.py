@@ -34,10 +34,9 @@ from minikms.cli.console import (
     daemon_client,
     explained,
     found_data_dir,
-    found_socket,
 )
 from minikms.commands.output import NAMED_COUNT_MAX, name_list, print_json, terminal
-from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, found_socket
 from minikms.custody import (
     deks,
     journal,

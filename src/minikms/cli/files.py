@@ -63,6 +63,10 @@ def encrypt(
 
     The result names its key, so `minikms decrypt` needs only the daemon. Exit status: 0 done, 1 refused, 2 something
     is missing.
+
+    For example:
+        minikms encrypt note
+        tar c documents | minikms encrypt > documents.tar.kms
     """
     from minikms.crypto.stream import WRAP_AAD, StreamHeader, seal_stream
 

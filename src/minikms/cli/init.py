@@ -34,7 +34,7 @@ from minikms.cli.console import (
 )
 from minikms.cli.recovery import SharesDir, check_can_hand_out, hand_out
 from minikms.commands.output import name_list, print_facts, print_json
-from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, SOCKET_VARIABLE, CommandError
 
 if TYPE_CHECKING:
     from minikms.datadir import DataDir as OpenedDataDir
@@ -75,6 +75,9 @@ def init(
     It shows the public key of the audit log. Keep it outside this machine: with it, `minikms audit verify` checks the
     log without trusting the machine. Recovery shares are shown once, on the terminal, or written to files. Exit status:
     0 made, 1 there is one already or the shares were not stored, 2 something is missing.
+
+    For example:
+        minikms init --data-dir kms/data --master-key-file root.key
     """
     recovery = _recovery(recovery_shares, shares_dir, yes=yes)
     directory = chosen_data_dir(data_dir, must_exist=False)
@@ -122,7 +125,8 @@ def init(
         print(f"  install -d -m 700 {shlex.quote(sockets)}")
     socket = shlex.quote(os.path.join(sockets, "minikms.sock"))
     print(f"  {program} --socket {socket} --data-dir {shlex.quote(directory)}{source}")
-    print(f"  {program} status --socket {socket}")
+    print(f"  export {SOCKET_VARIABLE}={socket}")
+    print(f"  {program} status")
     return EXIT_FAILED if failure else EXIT_GOOD
 
 

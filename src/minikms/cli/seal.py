@@ -63,6 +63,9 @@ def unseal(
     It asks on the terminal; nothing is shown. Several people may enter their shares, each on a terminal of their own;
     every terminal shows how many are still missing.
     Exit status: 0 it serves, 1 it is sealed, or the attempt was refused, 2 it does not answer or there is no terminal.
+
+    For example:
+        minikms unseal --from-source
     """
     with daemon_client(socket, server_uid) as kms:
         state = kms.unseal_status()

@@ -24,7 +24,7 @@ from minikms.cli.console import (
     chosen_root,
     chosen_socket,
 )
-from minikms.commands.usage import PathText
+from minikms.commands.usage import LogFormat, PathText
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head
@@ -44,7 +44,7 @@ IF_RESTORED_UNDER_SERVER: Final = (
 
 def serve(
     *,
-    socket: Annotated[PathText | None, Parameter(help="Unix socket to serve on [PROGRESSDB_KMS_SOCKET].")] = None,
+    socket: Annotated[PathText | None, Parameter(help="Unix socket to serve on [MINIKMS_SOCKET].")] = None,
     data_dir: DataDir = None,
     master_key_file: Annotated[
         Path | None,
@@ -119,9 +119,7 @@ def serve(
     sealed: Annotated[
         bool, Parameter(help="Start without keys, and serve after `minikms unseal` only.", negative=())
     ] = False,
-    log_format: Annotated[
-        Literal["json", "console"], Parameter(help="json or console.", show_choices=False)
-    ] = "console",
+    log_format: LogFormat = "console",
     accept_audit_loss: Annotated[
         bool,
         Parameter(

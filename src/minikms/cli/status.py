@@ -61,6 +61,7 @@ def ready(
     live: Annotated[
         bool, Parameter(help="Ask only whether it answers, as a sealed one does.", negative=(), show_default=False)
     ] = False,
+    json: Json = False,
 ) -> int:
     """Check that the running daemon serves, as the probe of a container does.
 
@@ -72,6 +73,8 @@ def ready(
             kms.health()
         else:
             kms.ready()
+    if json:
+        print_json({"status": "ok"})
     return EXIT_GOOD
 
 
@@ -84,7 +87,7 @@ def page(answer: api.StatusAnswer) -> Group:
     process = f"process {answer.pid}, uid {answer.uid}, " if answer.pid else ""
     lines = [
         Text(
-            f"{'well' if well else clean(_why_not(answer))}: {process}up {duration(answer.uptime_seconds)}"
+            f"{'ok' if well else clean(_why_not(answer))}: {process}up {duration(answer.uptime_seconds)}"
             + ("" if sealed else f", epoch {answer.epoch}"),
             style="green" if well else "bold red",
         )

@@ -12,6 +12,7 @@ every start of a command imports it.
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ else:  # cyclopts converts to the first type of a union, and completes files for
     RootSource = str | Literal["file:", "fd:", "dev:", "shares:"]
     PassphraseSource = str | Literal["passphrase:"]
 Shell = Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")]
-LogFormat = Annotated[Literal["text", "json"], Parameter(name="--log-format", help="The form of the log.")]
+LogFormat = Annotated[Literal["console", "json"], Parameter(name="--log-format", help="The form of the log.")]
 RequireHardening = Annotated[
     bool, Parameter(name="--require-hardening", help="Don't start unless all hardening is in force.", negative=())
 ]
@@ -66,7 +67,13 @@ COLLECTED_OBJECTS_MIN: Final = 100_000
 that takes a tenth of its start.
 """
 
-SOCKET_VARIABLE: Final = "PROGRESSDB_KMS_SOCKET"
+SOCKET_VARIABLE: Final = "MINIKMS_SOCKET"
+SOCKET_VARIABLES: Final = (SOCKET_VARIABLE, "PROGRESSDB_KMS_SOCKET")
+"""The first that is set counts. The second one is the message server's too."""
+OWN_SOCKETS: Final = ("kms/minikms.sock", "data/run/minikms.sock")
+"""Where the README's daemons listen: in the working directory, below directories that nobody else can write to."""
+PACKAGE_SOCKET: Final = "/run/minikms/minikms.sock"
+"""Of the units of `deploy/systemd`. Only root can make /run/minikms."""
 SERVER_UIDS_VARIABLE: Final = "PROGRESSDB_KMS_SERVER_UIDS"
 UNTRUSTED_ADVICE: Final = f"If that user is meant to serve it, give --server-uid, or set {SERVER_UIDS_VARIABLE}"
 
@@ -79,7 +86,10 @@ class CommandError(Exception):
         self.exit_status = exit_status
 
 
-Socket = Annotated[PathText | None, Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}].")]
+Socket = Annotated[
+    PathText | None,
+    Parameter(name="--socket", help=f"The daemon's Unix socket [{SOCKET_VARIABLE}]; default: the one that is found."),
+]
 ServerUid = Annotated[
     int | None,
     Parameter(
@@ -93,6 +103,44 @@ Watch = Annotated[
 ]
 Interval = Annotated[float, Parameter(help="Seconds between two requests.", validator=validators.Number(gte=0.1))]
 INTERVAL_SECONDS: Final = 2.0
+_WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
+
+
+def found_socket(given: str | None, *, look: bool = True) -> str | None:
+    """The daemon's socket: the flag's, else a variable's, else the first place where there is one: then it says so.
+    Without `look` the places are left out. Whoever made the socket, a client sends nothing before it has checked the
+    user that serves it.
+    """
+    named = given or next(filter(None, map(os.environ.get, SOCKET_VARIABLES)), None)
+    if named or not look:
+        return named
+    places = [path for path in OWN_SOCKETS if _is_own(path)] + [PACKAGE_SOCKET] * os.path.lexists(PACKAGE_SOCKET)
+    if not places:
+        return None
+    say_chosen("--socket", places[0])
+    return places[0]
+
+
+def say_chosen(flag: str, path: str) -> None:
+    """Which place a command has found by itself. A program that wants JSON gets nothing else."""
+    if not wants_json():
+        print(f"minikms: {flag} is not given: {path} is used", file=sys.stderr)
+
+
+def wants_json() -> bool:
+    """Also of a command line that can't be read."""
+    return "--json" in sys.argv[1:]
+
+
+def _is_own(path: str) -> bool:
+    """Whether it is a socket of this user, below directories of this user that no other one can write to."""
+    parts = path.split("/")
+    try:
+        found = [os.lstat("/".join(parts[:count])) for count in range(1, len(parts) + 1)]
+    except OSError:
+        return False
+    closed = all(stat.S_ISDIR(entry.st_mode) and not entry.st_mode & _WRITABLE_BY_OTHERS for entry in found[:-1])
+    return closed and stat.S_ISSOCK(found[-1].st_mode) and {entry.st_uid for entry in found} == {os.geteuid()}
 
 
 def new_app(name: str, about: str, epilogue: str) -> App:
@@ -103,7 +151,7 @@ def new_app(name: str, about: str, epilogue: str) -> App:
         help_format="plaintext",  # what Markdown needs takes long to import
         help_formatter=HelpPages(),
         help_epilogue=epilogue,
-        version_flags=["--version"],
+        version_flags=["--version", "-V"],
         version=_version,
     )
 
@@ -153,7 +201,13 @@ def run(program: str, command: Callable[[], Any], explain: Callable[[Exception],
             text, exit_status = missing_library(cause, program), EXIT_MISSING
         else:
             text, exit_status = explain(error)
-        print(f"{program}: {clean(text)}", file=sys.stderr)
+        if wants_json():
+            import json
+
+            code = getattr(error, "code", None)  # of a refusal of the key service
+            print(json.dumps({"error": text} | ({"code": code} if isinstance(code, str) else {})), file=sys.stderr)
+        else:
+            print(f"{program}: {clean(text)}", file=sys.stderr)
         sys.exit(exit_status)
 
 
@@ -168,9 +222,7 @@ def run_app(app: App, explain: Callable[[Exception], tuple[str, int]]) -> NoRetu
     """Runs the command line of a helper: see `run`."""
 
     def command() -> Any:
-        words = sys.argv[1:]
-        show_whole_help(app, words)
-        return app(words, print_error=False, exit_on_error=False)
+        return app(prepared(app, sys.argv[1:]), print_error=False, exit_on_error=False)
 
     run(app.name[0], command, explain)
 
@@ -244,18 +296,41 @@ def explained(error: CycloptsError, program: str) -> str:
     return f"{text[:1].lower()}{text[1:]}{end} See `{words} --help`."
 
 
-def show_whole_help(app: App, words: list[str]) -> None:
-    """If the command line asks for the help of one command, that help becomes the whole docstring, with the exit
-    statuses; without this it is the one line of the list of commands.
-    """
-    if not words or words[0].startswith("-") or not {"--help", "-h"} & set(words[1:]):
-        return
-    import inspect
+def prepared(app: App, words: list[str]) -> list[str]:
+    """The command line with `help` and `version` as flags. Ends the process after the help of a group whose subcommand
+    is missing, or of a program that nothing configures.
 
-    command = app[words[0]]
-    text = command.default_command and inspect.getdoc(command.default_command)
-    if text:
-        command.help = text
+    If it asks for the help of one command, that help becomes the whole docstring, with the exit statuses; without this
+    it is the one line of the list of commands.
+    """
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    elif words[:1] == ["version"]:
+        words = ["--version"]
+    named = [word for word in words if word not in ("--help", "-h")]
+    asked = len(named) < len(words)
+    if not asked and words and words[0].startswith("-"):
+        return words
+    _, chain, rest = app.parse_commands(named)
+    command = chain[-1]
+    configured = bool(words) or any(name.startswith(("MINIKMS_", "PROGRESSDB_")) for name in os.environ)
+    incomplete = not asked and not rest and (command.default_command is None or not configured)
+    if (asked or incomplete) and command is not app:
+        import inspect
+
+        text = _unwrapped((command.default_command and inspect.getdoc(command.default_command)) or "")
+        epilogue = str(app.help_epilogue)
+        command.help = text or command.help
+        command.help_epilogue = "" if "Exit status" in text else epilogue[epilogue.index("Exit status") :]
+    if incomplete:
+        app.help_print(words)
+        sys.exit(EXIT_MISSING)
+    return words
+
+
+def _unwrapped(text: str) -> str:
+    """Each paragraph as one line, which the terminal wraps; but for those with examples, whose lines are indented."""
+    return "\n\n".join(part if "\n " in part else " ".join(part.split()) for part in text.split("\n\n"))
 
 
 def print_completion(app: App, program: str, shell: Shell) -> int:

@@ -197,7 +197,7 @@ class StatusPage:
             found.append("the root key file could not be rewritten with the new root key; write it there by hand")
         if self._vault.unreadable.count:
             found.append(
-                f"{self._vault.unreadable.count} key files can't be read, see keys.unreadable_files; restore them "
+                f"{self._vault.unreadable.count} key files can't be read: `minikms doctor` names them; restore them "
                 "from a backup"
             )
         if self._damaged_records:

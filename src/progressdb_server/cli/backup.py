@@ -32,12 +32,12 @@ from progressdb_server.api.routes.store_backup import INVALID_NAME, NAME
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.check import examine
 from progressdb_server.cli.flags import (
-    Addr,
     ConfigFile,
     Db,
     Json,
     MasterKeyFd,
     MasterKeyFile,
+    Url,
     existing_directory,
     load_config,
     load_for_store,
@@ -78,17 +78,21 @@ def create(
             show_default=False,
         ),
     ] = False,
-    addr: Addr = None,
+    url: Url = None,
     db: Db = None,
     config: ConfigFile = None,
     master_key_file: MasterKeyFile = None,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Back up the store, then the key service, also while they serve. Neither backup contains the root key."""
-    if load_for_store(addr=addr, db=db, config=config).store.url:
+    """Back up the store, then the key service, also while they serve. Neither backup contains the root key.
+
+    For example:
+        progressdb backup create monday --db data
+    """
+    if load_for_store(db=db, config=config).store.url:
         raise CommandError(IN_A_DATABASE)
-    chosen = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file).config
+    chosen = load_config(db=db, config=config, master_key_file=master_key_file).config
     if NAME.fullmatch(name) is None:
         raise CommandError(INVALID_NAME)
     path = chosen.backups_dir / name
@@ -100,7 +104,7 @@ def create(
     try:
         asyncio.run(offline())
     except StoreLockedError:
-        client = AdminClient.from_config(chosen)
+        client = AdminClient.from_config(chosen, url)
         client.call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
     if not json:
         print(f"{path}: the store is backed up, and each block was read back")
@@ -153,14 +157,14 @@ def _unix_ns(text: str) -> int:
 
 
 @app.command(name="list")
-def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
+def list_registered(*, url: Url = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
     """List the registered backups of the store. The server destroys no key that a registered backup needs.
 
     `minikms keys destroy` does not know of them.
 
     A backup whose directory is not found stays in the list.
     """
-    chosen = load_for_store(addr=addr, db=db, config=config)
+    chosen = load_for_store(db=db, config=config)
 
     async def offline() -> list[dict[str, Any]]:
         async with _register(chosen) as register:
@@ -179,7 +183,7 @@ def list_registered(*, addr: Addr = None, db: Db = None, config: ConfigFile = No
     try:
         found = asyncio.run(offline())
     except StoreLockedError:
-        found = AdminClient.from_config(chosen).call("GET", "/admin/store_backups")["backups"]
+        found = AdminClient.from_config(chosen, url).call("GET", "/admin/store_backups")["backups"]
     lines = []
     for known in found:
         when = datetime.fromtimestamp(known["created_ns"] / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -197,13 +201,13 @@ def forget(
         bool,
         Parameter(help="Confirm that the backup and every copy of it were deleted.", negative=(), show_default=False),
     ] = False,
-    addr: Addr = None,
+    url: Url = None,
     db: Db = None,
     config: ConfigFile = None,
     json: Json = False,
 ) -> int:
     """Forget a deleted backup, so that keys which only it needs can be destroyed. Refused while the backup exists."""
-    chosen = load_for_store(addr=addr, db=db, config=config)
+    chosen = load_for_store(db=db, config=config)
     if not yes:
         raise CommandError(
             "nothing was forgotten: keys that this backup needs may be destroyed then; if it was deleted, with every "
@@ -217,7 +221,7 @@ def forget(
     try:
         asyncio.run(offline())
     except StoreLockedError:
-        AdminClient.from_config(chosen).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
+        AdminClient.from_config(chosen, url).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
     print_result({"forgotten": name}, f"{name} is forgotten: it keeps no old key any more", json=json)
     return 0
 

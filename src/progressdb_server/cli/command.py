@@ -22,7 +22,6 @@ from minikms.commands.usage import (
     explained,
     new_app,
     print_completion,
-    show_whole_help,
 )
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Dev, MasterKeyFd, MasterKeyFile, load_config
 
@@ -91,10 +90,9 @@ def run(master_key_fd: int | None) -> None:
     command passes it to its child and closes it."""
 
     def run_command() -> Any:
-        words = sys.argv[1:]
+        words = usage.prepared(app, sys.argv[1:])
         if unknown := usage.unknown_command("progressdb", words, ["serve", *COMMANDS]):
             raise CommandError(unknown)
-        show_whole_help(app, words)
         command, bound, unparsed = app.parse_args(words, print_error=False, exit_on_error=False)
         given = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}
         if not given and master_key_fd is not None:

@@ -17,7 +17,7 @@ from cyclopts import Parameter
 from minikms.api.printable import clean
 from minikms.commands.output import print_result
 from progressdb_server.cli.admin_client import AdminClient
-from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_for_store
+from progressdb_server.cli.flags import ConfigFile, Db, Json, Url, load_for_store
 from progressdb_server.config import Store
 from progressdb_server.store import places
 from progressdb_server.store.model import FormatError, StoreUnavailableError
@@ -35,7 +35,7 @@ def doctor(
     repair: Annotated[
         bool, Parameter(help="Retire the keys that no thread names.", negative=(), show_default=False)
     ] = False,
-    addr: Addr = None,
+    url: Url = None,
     db: Db = None,
     config: ConfigFile = None,
     json: Json = False,
@@ -48,11 +48,11 @@ def doctor(
     which does not have the newer threads. Exit status: 0 nothing is wrong now, 1 something is, 2 the server does not
     answer.
     """
-    chosen = load_for_store(addr=addr, db=db, config=config)
+    chosen = load_for_store(db=db, config=config)
     page: dict[str, Any] = {}
     if chosen.store.url:
         page["database"] = _examined(chosen.store, shown=not json)
-    client = AdminClient.from_config(chosen)
+    client = AdminClient.from_config(chosen, url)
     page["readiness"] = client.call("GET", "/admin/readiness")
     wrong = [page["readiness"][name] for name in ("writes", "key_service", "damage") if page["readiness"][name]]
     if not page["readiness"]["key_service"]:

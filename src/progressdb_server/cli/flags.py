@@ -33,7 +33,11 @@ Dev = Annotated[
 ]
 Json = usage.Json
 Url = Annotated[
-    str | None, Parameter(name="--url", help="The running server [PROGRESSDB_URL, or that of PROGRESSDB_ADDR].")
+    str | None,
+    Parameter(
+        name="--url",
+        help="The running server, http://HOST:PORT [PROGRESSDB_URL]; default: as configured.",
+    ),
 ]
 KeyFile = Annotated[
     Path | None, Parameter(name="--api-key-file", help="File with an admin key [PROGRESSDB_API_ADMIN_KEYS].")
@@ -66,11 +70,11 @@ def load_config(
     return load(flags, os.environ, with_data=with_data)
 
 
-def load_for_store(*, addr: str | None = None, db: str | None = None, config: str | None = None) -> Config:
+def load_for_store(*, db: str | None = None, config: str | None = None) -> Config:
     """The configuration for a command that opens the store itself. What only a server needs may be missing beside the
     URL of a database. Raises ConfigError."""
-    chosen = load_config(addr=addr, db=db, config=config, with_data=False).config
-    return chosen if chosen.store.url else load_config(addr=addr, db=db, config=config).config
+    chosen = load_config(db=db, config=config, with_data=False).config
+    return chosen if chosen.store.url else load_config(db=db, config=config).config
 
 
 def existing_directory(path: Path) -> Path:

@@ -48,7 +48,12 @@ def rotate_dek(
     url: Url = None,
     api_key_file: KeyFile = None,
 ) -> int:
-    """Give threads new keys and re-encrypt their records, in the background, while the server runs."""
+    """Give threads new keys and re-encrypt their records, in the background, while the server runs.
+
+    For example:
+        progressdb rotate-dek thread-1 thread-2
+        progressdb rotate-dek --older-than 90d
+    """
     asked: dict[str, object] = {
         "thread_ids": list(threads),
         "all": all_threads,

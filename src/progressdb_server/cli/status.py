@@ -19,7 +19,7 @@ from minikms.client import Client
 from minikms.commands.output import print_result
 from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
-from progressdb_server.cli.flags import Addr, ConfigFile, Db, Json, load_config
+from progressdb_server.cli.flags import ConfigFile, Db, Json, Url, load_config
 from progressdb_server.config import Config
 
 KMS_WAIT_S: Final = 0.5
@@ -32,7 +32,7 @@ _NOT_WORKING: Final = {"writes": "it takes no writes", "key_service": "its key s
 
 def status(
     *,
-    addr: Addr = None,
+    url: Url = None,
     db: Db = None,
     config: ConfigFile = None,
     watch: Watch = False,
@@ -45,9 +45,9 @@ def status(
 
     Exit status: 0 both work, 1 one cannot do its work, 2 the server does not answer.
     """
-    chosen = load_config(addr=addr, db=db, config=config, with_data=addr is None).config
+    chosen = load_config(db=db, config=config, with_data=url is None).config
     while True:
-        page, exit_status = _ask(chosen)
+        page, exit_status = _ask(chosen, url)
         if watch and not json and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")  # the next page takes the place of the one before
         print_result(page, _lines(page), json=json)
@@ -57,9 +57,9 @@ def status(
         time.sleep(interval)
 
 
-def _ask(chosen: Config) -> tuple[dict[str, Any], int]:
+def _ask(chosen: Config, url: str | None) -> tuple[dict[str, Any], int]:
     """The page, and the exit status that it gives."""
-    client = AdminClient.from_config(chosen)
+    client = AdminClient.from_config(chosen, url)
     place = {"url": chosen.kms.url} if chosen.kms.url else {"socket": str(chosen.kms_socket)}
     page: dict[str, Any] = {"server": {"url": client.url}, "key_service": place}
     exit_status = 0

@@ -14,7 +14,7 @@ import pytest
 from minikms.cli import console
 from minikms.cli.doctor import doctor
 from minikms.commands import usage
-from minikms.commands.usage import SOCKET_VARIABLE
+from minikms.commands.usage import SOCKET_VARIABLES
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import python_program
@@ -64,9 +64,9 @@ def test_without_flags_commands_look_where_the_units_are_and_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Except for `serve`, which would make what it does not find."""
-    for variable in (SOCKET_VARIABLE, console.DATA_DIR_VARIABLE):
+    for variable in (*SOCKET_VARIABLES, console.DATA_DIR_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(console, "PACKAGE_SOCKET", str(tmp_path / "s"))
+    monkeypatch.setattr(usage, "PACKAGE_SOCKET", str(tmp_path / "s"))
     monkeypatch.setattr(console, "PACKAGE_DATA_DIR", str(tmp_path / "d"))
     for choose in (console.chosen_socket, console.chosen_data_dir):
         with pytest.raises(usage.CommandError, match="name the"):
@@ -81,14 +81,53 @@ def test_without_flags_commands_look_where_the_units_are_and_say_so(
         console.chosen_socket(None, must_exist=False)
 
 
+def test_a_socket_of_the_working_directory_is_used_only_if_it_is_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a link, nor a file, nor a directory that others may write to. With --json nothing is said."""
+    for variable in SOCKET_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(usage, "PACKAGE_SOCKET", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(sys, "argv", ["minikms"])
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "data" / "run"
+    directory.mkdir(mode=0o700, parents=True)
+    (tmp_path / "data").chmod(0o700)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(directory / "minikms.sock"))
+        assert usage.found_socket(None) == "data/run/minikms.sock"
+        assert capsys.readouterr().err == "minikms: --socket is not given: data/run/minikms.sock is used\n"
+        monkeypatch.setattr(sys, "argv", ["minikms", "--json"])
+        assert usage.found_socket(None) == "data/run/minikms.sock"
+        assert capsys.readouterr().err == ""
+        monkeypatch.setenv("PROGRESSDB_KMS_SOCKET", "second")
+        assert usage.found_socket(None) == "second"
+        monkeypatch.setenv("MINIKMS_SOCKET", "first")
+        assert (usage.found_socket(None), usage.found_socket("given")) == ("first", "given")
+        for variable in SOCKET_VARIABLES:
+            monkeypatch.delenv(variable)
+        with monkeypatch.context() as another:
+            another.setattr(os, "geteuid", lambda: os.getuid() + 1)
+            assert usage.found_socket(None) is None
+        (tmp_path / "data").chmod(0o770)
+        assert usage.found_socket(None) is None
+        (tmp_path / "data").rename(tmp_path / "other")
+        (tmp_path / "data").symlink_to("other")
+        (tmp_path / "other").chmod(0o700)
+        assert usage.found_socket(None) is None
+    (tmp_path / "kms").mkdir(mode=0o700)
+    (tmp_path / "kms" / "minikms.sock").touch()
+    assert usage.found_socket(None) is None
+
+
 def test_doctor_without_flags_examines_what_the_units_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One flag limits it to what the flag names."""
-    for variable in (SOCKET_VARIABLE, console.DATA_DIR_VARIABLE):
+    for variable in (*SOCKET_VARIABLES, console.DATA_DIR_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     directory, path = tmp_path / "d", tmp_path / "s"
-    monkeypatch.setattr(console, "PACKAGE_SOCKET", str(path))
+    monkeypatch.setattr(usage, "PACKAGE_SOCKET", str(path))
     monkeypatch.setattr(console, "PACKAGE_DATA_DIR", str(directory))
     with pytest.raises(usage.CommandError, match="say what to examine"):
         doctor()
@@ -112,7 +151,7 @@ def test_init_prints_the_next_commands_to_paste(tmp_path: Path) -> None:
         ("./minikms", *words), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
     )
     assert f"\n  {script} --socket {tmp_path}/minikms.sock" in elsewhere.stdout
-    assert f"\n  {script} status --socket {tmp_path}/minikms.sock\n" in elsewhere.stdout
+    assert f"\n  export MINIKMS_SOCKET={tmp_path}/minikms.sock\n  {script} status\n" in elsewhere.stdout
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o775)
@@ -123,7 +162,7 @@ def test_init_prints_the_next_commands_to_paste(tmp_path: Path) -> None:
         f"\n  minikms --socket {tmp_path}/minikms.sock --data-dir '{tmp_path}/the data' --master-key-file"
         in made.stdout
     )
-    assert f"\n  minikms status --socket {tmp_path}/minikms.sock\n" in made.stdout
+    assert f"\n  export MINIKMS_SOCKET={tmp_path}/minikms.sock\n  minikms status\n" in made.stdout
 
 
 def test_a_daemon_that_never_answers_is_looked_up_in_its_log(tmp_path: Path) -> None:
