@@ -121,7 +121,7 @@ class Gateway:
         self._unproven: Places[Session] = Places(max(1, connections_max // UNPROVEN_SHARE))
         self.requests = {verb.name: 0 for verb in api.VERBS if verb.proxied}
         """Requests that were sent on, by verb."""
-        self._methods = Routes((verb.method, verb.path, verb) for verb in api.VERBS).methods
+        self._routes = Routes((verb.method, verb.path, verb) for verb in api.VERBS)
 
     @property
     def state(self) -> State:
@@ -282,7 +282,7 @@ class Gateway:
 
     def _verb(self, head: ParsedHead) -> Verb[Any, Any] | Response:
         """The verb of a request, or the answer to one that is for none. Raises RefusedRequestError."""
-        methods = self._methods(head.path)
+        methods = self._routes[head.path]
         verb = methods.get(head.method)
         proxied = [method for method, one in methods.items() if one.proxied]
         if methods and (not proxied or (verb is not None and not verb.proxied)):

@@ -96,14 +96,14 @@ class Application(AdmittingApplication):
         table.hot(api.SEAL, self._seal_at_once)
         table.now(api.UNSEAL_STATUS, lambda request, event: api.UnsealStatusAnswer(sealed=False))
         table.now(api.UNSEAL, self._refuse_unseal)
-        self._methods = Routes((verb.method, verb.path, self._route(verb)) for verb in api.VERBS).methods
+        self._routes = Routes((verb.method, verb.path, self._route(verb)) for verb in api.VERBS)
 
     # --- the engine's side -------------------------------------------------------------------------------------------
 
     def handle(self, session: Session, request: Request) -> Answer:
         who = session.principal
         head = request.head
-        route = self._methods(head.path).get(head.method)
+        route = self._routes[head.path].get(head.method)
         if who is None or head.principal is not None or who.scope is not None:
             caller = self._admission.caller(session, head, self._ready)
             if isinstance(caller, Response):
@@ -168,7 +168,7 @@ class Application(AdmittingApplication):
             return HEALTHY
         if is_request(head, api.READY):
             return self._ready()
-        answer = no_route(self._methods(head.path) or _PROBES.get(head.path, ()))
+        answer = no_route(self._routes[head.path] or _PROBES.get(head.path, ()))
         self._audit_refusal(who, head, api.CODE_NOT_FOUND if answer.status == 404 else api.CODE_METHOD_NOT_ALLOWED)
         return answer
 

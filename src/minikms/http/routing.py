@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 from minikms import api
 from minikms.http.exchange import Response, error_response
@@ -19,20 +19,20 @@ _PARAMETER: Final = re.compile(r"\{\w+\}")
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
-class Routes(Generic[T]):
-    """Entries by path and method. The second segment of a path may be `{name}`: there the request has an id, whatever
-    it is.
+class Routes(dict[str, Mapping[str, T]]):
+    """The entries of a path by method; none if there is no such path. The second segment of a path may be `{name}`:
+    there the request has an id, whatever it is.
     """
 
     def __init__(self, entries: Iterable[tuple[str, str, T]]) -> None:
         """Of method, path, and what serves them."""
-        self._by_path: dict[str, dict[str, T]] = {}
+        super().__init__()
         for method, path, entry in entries:
-            self._by_path.setdefault(_PARAMETER.sub("{}", path), {})[method] = entry
+            any_id = _PARAMETER.sub("{}", path)
+            self[any_id] = {**self.get(any_id, _NOTHING), method: entry}
 
-    def methods(self, path: str) -> Mapping[str, T]:
-        """The entries of a path by method; empty if there is no such path."""
-        return self._by_path.get(path) or self._by_path.get(_without_id(path)) or _NOTHING
+    def __missing__(self, path: str) -> Mapping[str, T]:
+        return self.get(_without_id(path), _NOTHING)
 
 
 def path_id(path: str) -> str:
