@@ -10,8 +10,8 @@ their signatures cover, and the signer that makes those signatures. Rules:
    first line of a later file contains the SHA-256 of the previous line. So each signature covers all earlier lines, and
    the public key alone is enough to check them.
 3. The MAC key and the signing seed are views of the arena, and each call reads them again. An HMAC object holds
-   midstates that are enough to forge MACs, so `seal` frees it before it returns. Each call of `Ed25519Signer` makes and
-   frees its own private key object. OpenSSL clears both when they are freed.
+   midstates that are enough to forge MACs, so `make_lines` frees it before it returns. Each call of `Ed25519Signer`
+   makes and frees its own private key object. OpenSSL clears both when they are freed.
 
 It must never do I/O, read a clock, copy a key or keep a key object.
 """
@@ -92,17 +92,17 @@ def mac(audit_key: memoryview, previous_sig: bytes, event_bytes: bytes) -> bytes
     return hmac.digest(audit_key, previous_sig + event_bytes, "sha256")
 
 
-def seal(
+def make_lines(
     events: Sequence[Event], head: Head, audit_key: memoryview, ts: int, *, escaped: bool = False
 ) -> tuple[bytes, Head]:
     """The lines of `events`, chained to `head`, and the new head. Sets `seq` and `ts` of each event. An event without
     text that needs escaping may occur several times; its `seq` is then that of one of its lines.
 
     `record.sanitise` escapes text that a line can't hold and truncates an event that is too long. `escaped`: an
-    earlier call of `seal` with these events has done that already, if it was necessary.
+    earlier call with these events has done that already, if it was necessary.
     """
     try:
-        blob, new_head = _seal(events, head, audit_key, ts)
+        blob, new_head = _made(events, head, audit_key, ts)
     except UnicodeEncodeError:  # a lone surrogate, for example from a file name
         fits = False
     else:
@@ -113,14 +113,14 @@ def seal(
         return blob, new_head
     for event in events:
         record.sanitise(event)
-    return _seal(events, head, audit_key, ts)
+    return _made(events, head, audit_key, ts)
 
 
 def _longest_line(blob: bytes) -> int:
     return max(map(len, blob.split(b"\n"))) + 1
 
 
-def _seal(events: Sequence[Event], head: Head, audit_key: memoryview, ts: int) -> tuple[bytes, Head]:
+def _made(events: Sequence[Event], head: Head, audit_key: memoryview, ts: int) -> tuple[bytes, Head]:
     """This is the hot path: one call per event-loop turn. An event takes about 1.3 µs, half of it for the HMAC.
 
     Copying and using an HMAC object takes 0.7 µs. A one-shot MAC would take 1.6 µs. An event that occurs several times

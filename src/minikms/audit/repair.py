@@ -379,7 +379,7 @@ def _create(
     ts: int,
     state: KeyState,
 ) -> OpenedLog:
-    blob, head = chain.seal([event], before, key.mac_key, ts)
+    blob, head = chain.make_lines([event], before, key.mac_key, ts)
     fd = create_file(directory, blob)
     os.rename(os.path.join(directory, NEXT_NAME), os.path.join(directory, LOG_NAME))
     sync_directory(directory)

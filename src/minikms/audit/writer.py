@@ -136,8 +136,10 @@ class ChainWriter:
     # --- lines -------------------------------------------------------------------------------------------------------
 
     def write(self, events: Sequence[Event], ts: int, *, escaped: bool = False) -> None:
-        """Write `events` with one call, and a checkpoint if one is due. `escaped`: see `chain.seal`. Raises OSError."""
-        blob, head = chain.seal(events, self.head, self.key.mac_key, ts, escaped=escaped)
+        """Write `events` with one call, and a checkpoint if one is due. `escaped`: as of `chain.make_lines`. Raises
+        OSError.
+        """
+        blob, head = chain.make_lines(events, self.head, self.key.mac_key, ts, escaped=escaped)
         coverage = self._coverage
         if (
             coverage.lines_count + len(events) < CHECKPOINT_LINES
@@ -155,7 +157,7 @@ class ChainWriter:
         parts = []
         for begin in range(0, len(events), _EVENTS_AT_A_TIME):
             some = events[begin : begin + _EVENTS_AT_A_TIME]
-            blob, head = chain.seal(some, head, self.key.mac_key, ts, escaped=True)
+            blob, head = chain.make_lines(some, head, self.key.mac_key, ts, escaped=True)
             parts.append(blob)
             coverage.add(blob, len(some))
             if coverage.lines_count >= CHECKPOINT_LINES or coverage.bytes_count >= CHECKPOINT_BYTES:
@@ -229,7 +231,7 @@ class ChainWriter:
             closed=Coverage.of_line(close_line),
             state=self.state(),
         )
-        first_line, head = chain.seal([event], closed, self.key.mac_key, ts)
+        first_line, head = chain.make_lines([event], closed, self.key.mac_key, ts)
         fd = create_file(self._directory, first_line)
         try:
             self.file.append(close_line)

@@ -77,7 +77,7 @@ class Maker:
 
     def add(self, event: Event) -> None:
         self.ts += 1
-        self.take(*chain.seal([event], self.head, self.key.mac_key, self.ts))
+        self.take(*chain.make_lines([event], self.head, self.key.mac_key, self.ts))
 
     def sign(self, event_type: str, extra: Facts | None = None) -> None:
         self.ts += 1

@@ -187,7 +187,7 @@ def rewritten(lines: list[bytes], key: Key, before: Head = BEGINNING) -> list[by
             coverage = Coverage()
         else:
             event.actor = event.actor.replace("peer_uid:1000", "peer_uid:0")
-            blob, head = chain.seal([event], head, key.mac_key, event.ts)
+            blob, head = chain.make_lines([event], head, key.mac_key, event.ts)
         coverage.add(blob, 1)
         made.append(blob[:-1])
     return made
