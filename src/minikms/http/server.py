@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from typing import Final, Generic
 
 from minikms.api.errors import KmsRefusedError
-from minikms.http.connection import Connection, Group
+from minikms.http.connection import Group, ServerConnection
 from minikms.http.exchange import AnswerEncoder, Application, GroupFull, Response, S, raised_response, refusal_response
 from minikms.http.head import ParsedHead
 from minikms.http.limits import INTERNAL, INTERRUPTED, LIMITS, SHUTTING_DOWN, TOO_MANY_CONNECTIONS, Limits, Refusal
@@ -46,7 +46,7 @@ class HttpServer(Generic[S]):
         self.limits = limits
         self.shared = Shared(limits)
         self.encoder = AnswerEncoder(time.time())
-        self.connections: set[Connection[S]] = set()
+        self.connections: set[ServerConnection[S]] = set()
         self.unread = 0
         """Bytes of requests that are answered later, and of answers that wait to be read."""
         self.draining = False
@@ -66,15 +66,15 @@ class HttpServer(Generic[S]):
         }
         self._on_internal_error = on_internal_error
         self._groups: dict[Hashable, Group[S]] = {}
-        self._turn: list[Connection[S]] = []
+        self._turn: list[ServerConnection[S]] = []
         self._turn_scheduled = False
         self._sweeper: asyncio.TimerHandle | None = None
         self._tasks: dict[asyncio.Future[bytes | Response], Response | None] = {}
         """The answers that are awaited. The value replaces the outcome, after `replace_app`."""
 
-    def protocol_factory(self) -> Connection[S]:
+    def protocol_factory(self) -> ServerConnection[S]:
         """For `loop.connect_accepted_socket`, `loop.create_unix_server` and `loop.create_server`."""
-        return Connection(self)
+        return ServerConnection(self)
 
     @property
     def connections_count(self) -> int:
@@ -122,7 +122,7 @@ class HttpServer(Generic[S]):
 
     # --- for connections ----------------------------------------------------------------------------------------
 
-    def open(self, connection: Connection[S], transport: asyncio.Transport) -> tuple[S, Group[S]] | None:
+    def open(self, connection: ServerConnection[S], transport: asyncio.Transport) -> tuple[S, Group[S]] | None:
         """Ask the application for a session. None: the connection was refused and is being closed."""
         if self._sweeper is None:
             self._tick()
@@ -149,7 +149,7 @@ class HttpServer(Generic[S]):
         self.connections.add(connection)
         return session, self.join(connection, session)
 
-    def join(self, connection: Connection[S], session: S) -> Group[S]:
+    def join(self, connection: ServerConnection[S], session: S) -> Group[S]:
         """Add the connection to the group of its session."""
         key = self.app.group(session)
         group = self._groups.get(key)
@@ -159,12 +159,12 @@ class HttpServer(Generic[S]):
         group.connections.add(connection)
         return group
 
-    def leave(self, connection: Connection[S], group: Group[S]) -> None:
+    def leave(self, connection: ServerConnection[S], group: Group[S]) -> None:
         """Take the connection out of a group."""
         group.connections.discard(connection)
         self._forget_unused(group)
 
-    def _session(self, connection: Connection[S], transport: asyncio.Transport) -> S | Refusal | None:
+    def _session(self, connection: ServerConnection[S], transport: asyncio.Transport) -> S | Refusal | None:
         given = transport.get_extra_info("socket"), transport.get_extra_info("ssl_object"), connection
         session = self.app.open_session(*given)
         if isinstance(session, GroupFull):
@@ -218,7 +218,7 @@ class HttpServer(Generic[S]):
         except Exception as error:  # noqa: BLE001 - as for `handle`
             return self.failed(error)
 
-    def close(self, connection: Connection[S], session: S, group: Group[S]) -> None:
+    def close(self, connection: ServerConnection[S], session: S, group: Group[S]) -> None:
         """Forget a connection that has ended, and close its session."""
         self.connections.discard(connection)
         self.leave(connection, group)
@@ -238,7 +238,7 @@ class HttpServer(Generic[S]):
         self._on_internal_error(f"{type(error).__name__} at {place}")
         return refusal_response(INTERNAL)
 
-    def watch(self, awaitable: Awaitable[bytes | Response], connection: Connection[S], head: ParsedHead) -> None:
+    def watch(self, awaitable: Awaitable[bytes | Response], connection: ServerConnection[S], head: ParsedHead) -> None:
         """Wait for an awaited answer and pass it to its connection."""
         self._schedule_turn()  # so that the end of the turn zeroes this request
         task = asyncio.ensure_future(awaitable, loop=self.loop)
@@ -252,7 +252,7 @@ class HttpServer(Generic[S]):
 
         task.add_done_callback(done)
 
-    def queue(self, connection: Connection[S]) -> None:
+    def queue(self, connection: ServerConnection[S]) -> None:
         """Write the answers of this connection at the end of the turn."""
         self._turn.append(connection)
         if not self._turn_scheduled:

@@ -1,7 +1,7 @@
 """TLS between a TCP connection and the engine, with the bounds of handshakes.
 
 Owns: the exchange of bytes between OpenSSL (`ssl.SSLObject`) and two neighbours: the TCP transport below, and above it
-a `Connection`, for which a `TlsConnection` is the transport. Invariants:
+a `ServerConnection`, for which a `TlsConnection` is the transport. Invariants:
 - The engine gets no byte, and its application opens no session, before the handshake has succeeded.
 - Handshakes are bounded in time and in number. Beyond the number, the address that has the most loses its oldest one,
   so that a flood of handshakes that never end does not keep out a peer that ends its own in time.
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, cast
 
 from minikms.http.addresses import Places, address_group
-from minikms.http.connection import Connection
+from minikms.http.connection import ServerConnection
 from minikms.http.exchange import S
 from minikms.http.limits import LINGER_SECONDS_MAX
 from minikms.http.server import HttpServer
@@ -125,7 +125,7 @@ class TlsConnection(asyncio.BufferedProtocol, asyncio.Transport, Generic[S]):
         super().__init__()
         self._server = server
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._connection: Connection[S] | None = None
+        self._connection: ServerConnection[S] | None = None
         self._paused = False
         self._ended = False
         """This side has sent its last byte: input is discarded."""
