@@ -433,6 +433,8 @@ def test_the_commands_of_sections_on_one_machine_do_what_they_should() -> None:
         prepare(made)
         for title in ON_ONE_MACHINE:
             follow(made, title)
+        former = made.at("/var/lib/progressdb/audit.old/minikms-audit.log")  # a restore has not overwritten it
+        assert len(former.read_bytes().splitlines()) > LINES_MIN
         check_nightly_backup(made)
         check_left_in_order(made)
 

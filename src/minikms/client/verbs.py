@@ -464,7 +464,7 @@ class Verbs:
     ) -> One[api.PruneKekAnswer]:
         """Destroys retired KEK versions that no file names any more; the answer lists them, and why others are kept.
 
-        With `backups` all rotation backups of DEK files are removed first, with `backups_before` (UTC, written
+        With `backups` all intact rotation backups of DEK files are removed first, with `backups_before` (UTC, written
         `YYYYMMDDTHHMMSS`) only those made before that second. Raises ConflictError while a rotation runs,
         InvalidRequestError for another form of the time.
         """

@@ -92,7 +92,7 @@ def decode(content: bytes) -> Decoded:
         change = parse(record)
         if change is not None:
             intact.append(change)
-        elif is_damaged(record, offset):
+        elif not has_empty_sector(record, offset):
             damaged.append(ids_in(record))
     if not intact and dek.is_other_version(content, MAGIC):
         raise StartError(
@@ -137,11 +137,6 @@ def has_empty_sector(record: bytes, offset: int) -> bool:
     """
     starts = range(-(offset % SECTOR_BYTES), RECORD_BYTES, SECTOR_BYTES)
     return any(not any(record[max(start, 0) : start + SECTOR_BYTES]) for start in starts)
-
-
-def is_damaged(record: bytes, offset: int) -> bool:
-    """Whether its checksum is wrong, and no power loss explains it."""
-    return parse(record) is None and not has_empty_sector(record, offset)
 
 
 def ids_in(record: bytes) -> set[str]:

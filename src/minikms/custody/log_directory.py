@@ -71,14 +71,10 @@ def claim_log_directory(lock: DataDirLock, audit_dir: str | None, *, empty: bool
         raise StartError(f"{audit_dir} holds an audit log: rename that directory, and make it again")
     if recorded == lock.directory:
         if _has_log(lock.directory_fd):
-            if has_log:
-                raise StartError(
-                    f"{audit_dir} holds an audit log, and the data directory another one: rename {audit_dir}, make it "
-                    f"again, then move {lock.directory}/{LOG_FILES}* to it (docs/runbook.md)"
-                )
+            room = f"rename {audit_dir}, which holds another one, and make it again; then " if has_log else ""
             raise StartError(
-                f"the audit log lies in the data directory: move {lock.directory}/{LOG_FILES}* to {audit_dir} first "
-                "(docs/runbook.md)"
+                f"the audit log lies in the data directory: {room}move {lock.directory}/{LOG_FILES}* to {audit_dir} "
+                "first (docs/runbook.md)"
             )
         replace_file(lock.directory_fd, NAME, os.fsencode(audit_dir) + b"\n")
     return audit_dir

@@ -300,10 +300,13 @@ class RotationBackups:
         try:
             with self._opened(file.stamp) as descriptor:
                 for offset, record in _records(_parts(descriptor, file.name)):
-                    gone = [key_id for key_id in journal_format.ids_in(record) if key_id in destroyed]
+                    change = journal_format.parse(record)
+                    named = journal_format.ids_in(record) if change is None else (change.key_id,)
+                    gone = [key_id for key_id in named if key_id in destroyed]
                     found.update(gone)
-                    half_blank = half_blank or journal_format.is_half_blank(record, offset)
-                    damaged = damaged or (not gone and journal_format.is_damaged(record, offset))
+                    if change is None:
+                        half_blank = half_blank or journal_format.is_half_blank(record, offset)
+                        damaged = damaged or not (gone or journal_format.has_empty_sector(record, offset))
         except FileNotFoundError:
             pass
         except StorageUnavailableError as error:
@@ -325,10 +328,9 @@ class RotationBackups:
     ) -> Iterator[int]:
         """Removes the records of stamps before `before` (`YYYYMMDDTHHMMSS`; None: all), durably.
 
-        It keeps those of the keys in `spare`, of keys without a file that are not in `destroyed`, and damaged ones of
-        keys that are not in `destroyed`. Each step is the
-        work of one file, and yields the number of records removed; others may use the backups between two steps. Raises
-        StorageUnavailableError; then a part was removed.
+        Of keys that are not in `destroyed` it keeps damaged records and those of keys without a file; also those of the
+        keys in `spare`. Each step is the work of one file, and yields the number of records removed; others may use the
+        backups between two steps. Raises StorageUnavailableError; then a part was removed.
         """
 
         def keeps(record: BackupRecord) -> bool:

@@ -575,7 +575,7 @@ def test_a_close_that_fails_closes_no_number_a_second_time(tmp_path: Path, monke
 
 @pytest.mark.parametrize("damaged", ["the head", "an id", "a content", "a checksum"])
 def test_bit_rot_in_the_log_is_counted_and_stops_no_start(tmp_path: Path, damaged: str) -> None:
-    """The journal is kept as a rotation backup, until the keys of damaged records are destroyed or pruned."""
+    """The journal is kept as a rotation backup, until the keys of damaged records are destroyed."""
     at = {
         "the head": 3,
         "an id": len(MAGIC) + 9,

@@ -94,7 +94,7 @@ def test_a_log_in_the_data_directory_is_moved_by_hand_and_then_continued(tmp_pat
     assert not (data_dir / place.NAME).exists()
     before = (data_dir / LOG).read_bytes()
     (log_dir / LOG).write_bytes(b"of another directory")
-    with pytest.raises(StartError, match=f"{log_dir} holds an audit log, and the data directory another one: rename"):
+    with pytest.raises(StartError, match=f": rename {log_dir}, which holds another one"):
         start(data_dir, log_dir)
     (log_dir / LOG).unlink()
     for path in data_dir.glob("minikms-audit.*"):
