@@ -290,7 +290,6 @@ HAPPENED: dict[str, Callable[[Machine], None]] = {
 
 ON_ONE_MACHINE = (
     "Unseal",
-    "A rotation backup or the journal can't be read",
     "Restore",
     "Only the keyring is damaged",
     "The audit log was altered",
