@@ -1,14 +1,13 @@
-"""Reading a whole log: find events, count them, find one line, verify everything.
+"""Reading a whole log: find events, find one line, verify everything.
 
-Owns: what a query matches, which keys a thread had, the totals, the search for a line by its number, and feeding the
-files of a directory to the `Verifier`. Invariants: each file is read at most once, in bounded memory, beside a running
-daemon and without its lock; `find` and `totals` do not verify what they read; the findings that `verify_directory` adds
-are about whole files that are missing or damaged. It must never write, nor return a line that is malformed.
+Owns: what a query matches, which keys a thread had, the search for a line by its number, and feeding the files of a
+directory to the `Verifier`. Invariants: each file is read at most once, in bounded memory, beside a running daemon and
+without its lock; `find` does not verify what it reads; the findings that `verify_directory` adds are about whole files
+that are missing or damaged. It must never write, nor return a line that is malformed.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,11 +23,6 @@ from minikms.audit.record import Event, Head, MalformedLineError, line_start, pa
 from minikms.audit.rules import Report, Trust
 from minikms.audit.verify import Verifier
 
-NAMES_COUNT_MAX: Final = 1000
-"""Types, outcomes and actors that `totals` counts separately; it counts the lines of all others together."""
-NAME_CHARS_MAX: Final = record.ACTOR_CHARS_MAX
-"""A writer makes no longer name; a longer one is counted by its beginning."""
-OTHERS: Final = "(others)"
 NEAR_BYTES: Final = 1024 * 1024
 """A search for a line reads at most about this many bytes line by line: some milliseconds."""
 
@@ -201,54 +195,6 @@ def _seek_before(file: SegmentFile, seq: int) -> None:
         else:
             high = middle
     file.seek(low)
-
-
-class Totals(msgspec.Struct):
-    """Counts of a log. types, outcomes, actors: lines by name. items: the sum of `Event.count`, with 1 for 0.
-
-    first_ts, last_ts: Unix ns, 0 for none.
-    """
-
-    files: int = 0
-    disk_bytes: int = 0
-    lines: int = 0
-    malformed: int = 0
-    items: int = 0
-    first_ts: int = 0
-    last_ts: int = 0
-    types: dict[str, int] = {}
-    outcomes: dict[str, int] = {}
-    actors: dict[str, int] = {}
-
-
-def totals(directory: str) -> Totals:
-    """Count the whole log. Raises OSError, DamagedSegmentError."""
-    sums = Totals()
-    types: collections.Counter[str] = collections.Counter()
-    outcomes: collections.Counter[str] = collections.Counter()
-    actors: collections.Counter[str] = collections.Counter()
-    for file in each_segment(directory):
-        sums.files += 1
-        for line in file.lines():
-            sums.lines += 1
-            try:
-                event = record.parse_line(line)[0]
-            except MalformedLineError:
-                sums.malformed += 1
-                continue
-            sums.first_ts = sums.first_ts or event.ts
-            sums.last_ts = event.ts
-            sums.items += event.count or 1
-            for counter, name in ((types, event.type), (outcomes, event.outcome), (actors, event.actor)):
-                short = name[:NAME_CHARS_MAX]
-                counter[short if short in counter or len(counter) < NAMES_COUNT_MAX else OTHERS] += 1
-        sums.disk_bytes += file.position
-    sums.types, sums.outcomes, sums.actors = (
-        dict(types.most_common()),
-        dict(outcomes.most_common()),
-        dict(actors.most_common()),
-    )
-    return sums
 
 
 Progress = Callable[[int, int], None]

@@ -1,9 +1,9 @@
 """`minikms audit`: verify and read the audit log, change its key.
 
 Owns: the flags, how lines and reports are shown, and the exit statuses: 0 intact or done, 1 altered or malformed, 2 a
-key, a file or a line to begin with is missing, or the result is unknown. Invariants: `verify`, `tail`, `find` and
-`stats` work beside a running daemon, without its lock; of a log, only parsed events and lines that obey the format are
-shown, which are printable ASCII without escapes, so a log can't drive the terminal. It must never hold a key.
+key, a file or a line to begin with is missing, or the result is unknown. Invariants: `verify`, `tail` and `find`
+work beside a running daemon, without its lock; of a log, only parsed events and lines that obey the format are shown,
+which are printable ASCII without escapes, so a log can't drive the terminal. It must never hold a key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from cyclopts import App, Parameter, validators
 from minikms.api.base64 import encode_text
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit import record
-from minikms.audit.queries import Totals
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
 from minikms.cli import audit_tree
@@ -36,16 +35,12 @@ from minikms.cli.console import (
     chosen_root,
     needed_root,
 )
-from minikms.commands.output import confirm, print_table, progress_bar
+from minikms.commands.output import confirm, progress_bar
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
 
 if TYPE_CHECKING:
     from minikms.audit.record import Head
     from minikms.audit.rules import Trust
-
-
-_SHOWN_COUNT_MAX = 20
-"""Rows of one table of `stats`; --json has them all."""
 
 
 def report_json(report: Report, tree: audit_tree.TreeReport | None = None) -> str:
@@ -162,17 +157,6 @@ def _rest(event: Event) -> Iterator[str]:
 def _time(ts: int) -> str:
     """RFC 3339 in UTC, to the millisecond."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ts // 10**9)) + f".{ts // 10**6 % 1000:03}Z"
-
-
-def print_totals(totals: Totals) -> None:
-    print(f"{totals.lines} lines in {totals.files} file(s), {totals.disk_bytes} bytes on disk")
-    if totals.lines:
-        print(f"from {_time(totals.first_ts)} to {_time(totals.last_ts)}; {totals.items} items")
-    if totals.malformed:
-        print(f"{totals.malformed} lines are not audit lines: run `minikms audit verify`")
-    for title, counts in (("type", totals.types), ("outcome", totals.outcomes), ("actor", totals.actors)):
-        print()
-        print_table((title, "lines"), list(counts.items())[:_SHOWN_COUNT_MAX], right=("lines",))
 
 
 TAIL_LINES_MAX: Final = 100_000
@@ -368,20 +352,6 @@ def find(
             _print_lines([line], json=json)
             found += 1
     return EXIT_GOOD if found else EXIT_FAILED
-
-
-@app.command
-@audit_tree.judging
-def stats(*, data_dir: DataDir = None, json: Json = False) -> int:
-    """Count the log's lines by type, outcome and actor, without verifying them."""
-    from minikms.audit.queries import totals
-
-    counted = totals(_log_directory(data_dir))
-    if json:
-        print(as_json(counted))
-    else:
-        print_totals(counted)
-    return EXIT_GOOD
 
 
 @app.command(name="rotate-key")

@@ -206,7 +206,6 @@ def test_a_log_that_can_not_be_checked_is_neither_intact_nor_altered(data_dir: P
         ("find", {"data_dir": "DATA"}, "give something to find"),
         ("find", {"data_dir": "EMPTY", "key": "k"}, "there is no audit log"),
         ("tail", {"data_dir": "EMPTY"}, "there is no audit log"),
-        ("stats", {"data_dir": "EMPTY"}, "there is no audit log"),
         ("rotate_key", {"data_dir": "EMPTY", "master_key_file": Path("/nowhere")}, "there is no keyring"),
         ("rotate_key", {"data_dir": "EMPTY"}, "give the root key"),
     ],
@@ -242,7 +241,6 @@ def test_a_log_can_not_send_commands_to_the_terminal(data_dir: Path, capsys: pyt
     audit.tail(data_dir=directory)
     audit.tail(data_dir=directory, json=True)
     audit.verify(data_dir=directory)
-    audit.stats(data_dir=directory)
     output = capsys.readouterr().out
     assert "byte 0x1b at offset 0" in output
     assert "\x1b" not in output and "owned" not in output
@@ -394,14 +392,6 @@ def test_hidden_threads_are_found_with_the_root_key(tmp_path: Path) -> None:
     key_file = f"{directory}.master-key"
     status, output, _ = run("find", "--data-dir", directory, "--thread", "t1", "--master-key-file", key_file)
     assert status == 0 and "thread=hmac-sha256:" in output
-
-
-def test_lines_are_counted(made: Path) -> None:
-    status, output, _ = run("stats", "--data-dir", made)
-    assert status == 0
-    assert output.startswith("5 lines in 1 file(s)")
-    _, output, _ = run("stats", "--data-dir", made, "--json")
-    assert json.loads(output)["outcomes"] == {"ok": 4, "forbidden": 1}
 
 
 def test_the_log_names_a_new_audit_key_and_both_keys_verify(data_dir: Path) -> None:

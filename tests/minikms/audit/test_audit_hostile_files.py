@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from minikms.audit import Event, queries, reader, record
+from minikms.audit import Event, reader, record
 from minikms.audit.log import LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.queries import verify_directory
@@ -95,7 +95,6 @@ def test_a_compressed_file_is_one_whole_frame(altered: Path, change: Callable[[b
     assert not report.intact
     assert path.name in report.findings[0].text
     assert audit.find(data_dir=str(altered), actor="peer_uid:1000") == 2
-    assert audit.stats(data_dir=str(altered)) == 2
     assert audit.tail(data_dir=str(altered), lines=1000) == 2
 
 
@@ -143,7 +142,7 @@ def test_a_reader_names_what_is_not_a_file_and_does_not_wait_for_it(
         (altered / name).unlink()
         for make in (os.mkfifo, os.mkdir, lambda path: os.symlink(tmp_path, path)):
             make(altered / name)
-            for command in (audit.stats, audit.tail, lambda data_dir: audit.find(data_dir=data_dir, actor="x")):
+            for command in (audit.tail, lambda data_dir: audit.find(data_dir=data_dir, actor="x")):
                 command(data_dir=str(altered))
             with pytest.raises(OSError, match=r"not a regular file|symbolic links"):
                 verify_directory(str(altered), trust())
@@ -185,7 +184,7 @@ def test_reading_an_endless_line_ends_early(altered: Path) -> None:
     os.truncate(path, 1024**4)
     report = verify_directory(str(altered), trust())
     assert f"{path.name} holds a line of more than" in " ".join(finding.text for finding in report.findings)
-    assert audit.stats(data_dir=str(altered)) == 2
+    assert audit.find(data_dir=str(altered), actor="x") == 2
     os.truncate(altered / LOG, 1024**4)
     assert audit.tail(data_dir=str(altered)) == 2
 
@@ -261,27 +260,10 @@ def test_markup_in_a_log_is_shown_as_text(tmp_path: Path, capsys: pytest.Capture
     for actor in ("[/bold]", "[link=https://example.org]peer[/link]", ":skull:"):
         log.add(Event(type=actor, actor=actor, outcome=actor))
     log.close()
-    assert audit.stats(data_dir=str(tmp_path)) == 0
+    assert audit.tail(data_dir=str(tmp_path)) == 0
     output = capsys.readouterr().out
     assert output.count("[/bold]") == output.count("[link=https://example.org]peer[/link]") == 3
     assert output.count(":skull:") == 3
-
-
-def test_totals_are_bounded_for_any_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queries, "NAMES_COUNT_MAX", 3)
-    log = open_log(tmp_path)
-    for number in range(10):
-        log.add(Event(type=f"type{number}", actor=f"actor{number}", outcome=f"outcome{number}"))
-    log.commit()
-    long = record.encode_line(
-        record.encode_event(Event(seq=9, ts=9, type="x" * 9999, actor="y", outcome="ok")), bytes(32)
-    )
-    (tmp_path / LOG).write_bytes(long + (tmp_path / LOG).read_bytes())
-    totals = queries.totals(str(tmp_path))
-    for counts in (totals.types, totals.outcomes, totals.actors):
-        assert len(counts) == 4 and max(map(len, counts)) <= queries.NAME_CHARS_MAX
-        assert sum(counts.values()) == 12
-    log.close()
 
 
 def test_the_last_lines_are_bounded_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
