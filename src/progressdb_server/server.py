@@ -283,7 +283,7 @@ async def _open_store(
         opened = True
     except StoreUnavailableError as error:
         raise ServeError(error.explained) from None
-    except (SupervisorError, FormatError, RestoredError) as error:
+    except (SupervisorError, LocalProviderError, FormatError, RestoredError) as error:
         raise ServeError(str(error)) from None
     finally:
         if not opened:
@@ -306,15 +306,12 @@ async def _open_provider(
     *,
     on_lost: Callable[[str], None],
 ) -> Provider:
-    """Raises SupervisorError and ServeError."""
+    """Raises SupervisorError, LocalProviderError, ServeError."""
     provider: Provider
     if config.kms.provider == "local":
         _log.warning("the keys are in this process: for development only")
         key_file = config.kms.master_key_file or None
-        try:
-            provider = await open_local(config.kms_data_dir, master_key_file=key_file)
-        except LocalProviderError as error:
-            raise ServeError(str(error)) from None
+        provider = await open_local(config.kms_data_dir, master_key_file=key_file)
     elif config.kms.url:
         provider = await _open_gateway(config, started)
     else:

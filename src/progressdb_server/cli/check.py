@@ -108,7 +108,7 @@ def _has_key_service(config: Config) -> bool:
 
 @asynccontextmanager
 async def _key_service(config: Config) -> AsyncIterator[Provider | None]:
-    if config.kms.provider == "local" or not _has_key_service(config):
+    if not _has_key_service(config):
         yield None
         return
     async with RemoteProvider(**config.kms_client) as provider:
