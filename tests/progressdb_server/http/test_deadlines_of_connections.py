@@ -22,13 +22,13 @@ POST = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: %b\r\nContent-Lengt
 
 
 def test_a_connection_that_idles_is_closed_and_one_in_use_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "IDLE_SECONDS_MAX", 6.0)
-    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 6.0)
+    monkeypatch.setattr(limits, "IDLE_SECONDS_MAX", 3.0)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 3.0)
     with running() as server, server.connect() as used:
-        for _ in range(6):
+        for _ in range(8):
             used.sendall(GET)
             assert read_response(used).status == 200
-            time.sleep(1.1)
+            time.sleep(0.4)
         assert closed_within(used, 60)
 
 
