@@ -35,6 +35,7 @@ _DEBIAN_PACKAGES = {
     "etcd": "etcd-server",
     "etcdctl": "etcd-client",
     "faketime": "faketime",
+    "fish": "fish",
     "gcore": "gdb",
     "gdb": "gdb",
     "git": "git",
@@ -69,6 +70,7 @@ _DEBIAN_PACKAGES = {
     "systemd-analyze": "systemd",
     "umount": "mount",
     "unshare": "util-linux",
+    "zsh": "zsh",
 }
 """The Debian package of each program that a test may need."""
 _PROGRAM = "the program "

@@ -25,6 +25,7 @@ from minikms_unlock.command import app as unlock
 from minikms_unlock.command import main as unlock_main
 from progressdb_server.cli import main as progressdb_main
 from progressdb_server.cli.command import app as progressdb
+from tests import needs
 from tests.harness import forked
 from tests.harness.waiting import wait_until
 
@@ -269,6 +270,41 @@ def test_with_json_an_error_is_json_too(here: Here, words: tuple[str, ...]) -> N
     text, shown = here(*words), here(*words, "--json")
     assert (shown.returncode, shown.stdout) == (text.returncode, "") == (2, "")
     assert text.stderr == f"{words[0]}: {json.loads(shown.stderr)['error']}\n"
+
+
+@pytest.mark.parametrize("program", ["minikms", "minikms-unlock", "progressdb"])
+def test_completion_in_zsh_registers_sourced_and_from_fpath(tmp_path: Path, program: str) -> None:
+    zsh = needs.program("zsh")
+    (tmp_path / f"_{program}").write_text(run(program, "completion", "zsh").stdout)
+    for load, registered in (
+        (f"compinit -d {tmp_path}/d1; source <(cat {tmp_path}/_{program})", f"_cyclopts_{program}\n"),
+        (f"fpath+=({tmp_path}); compinit -u -d {tmp_path}/d2", f"_{program}\n"),
+    ):
+        script = f"autoload -Uz compinit; {load}; print $_comps[{program}]"
+        done = subprocess.run((zsh, "-f", "-c", script), capture_output=True, text=True, timeout=60, check=True)
+        assert (done.stdout, done.stderr) == (registered, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("minikms kek ", ["list", "prune"]),
+        ("minikms ba", ["backup"]),
+        ("minikms --socket a-", ["a-directory/", "a-file"]),
+        ("minikms encrypt a-", ["a-directory/", "a-file"]),
+        ("progressdb config ", ["check", "show"]),
+    ],
+)
+def test_completion_in_fish_offers_files_only_where_one_is_meant(tmp_path: Path, line: str, offered: list[str]) -> None:
+    fish = needs.program("fish")
+    (tmp_path / "a-file").touch()
+    (tmp_path / "a-directory").mkdir()
+    program = line.partition(" ")[0]
+    (tmp_path / "script").write_text(run(program, "completion", "fish").stdout)
+    words = (fish, "--no-config", "-c", f"source script; complete -C '{line}'")
+    home = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(words, cwd=tmp_path, env=home, capture_output=True, text=True, timeout=60, check=True)
+    assert sorted(shown.partition("\t")[0] for shown in done.stdout.splitlines()) == offered
 
 
 def test_a_configuration_as_json_holds_no_api_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

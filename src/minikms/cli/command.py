@@ -61,7 +61,7 @@ for _name, (_place, _help) in COMMANDS.items():
 
 
 def completion(shell: Shell) -> int:
-    """Print the completion script of a shell. For bash: source <(minikms completion bash)"""
+    """Print the completion script of a shell. For bash and zsh: source <(minikms completion bash)"""
     from importlib import import_module
 
     for name, package in HELPERS.items():

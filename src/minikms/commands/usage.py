@@ -172,7 +172,7 @@ def new_helper(name: str, about: str, epilogue: str) -> App:
     app.command(
         completion,
         name="completion",
-        help=f"Print the completion script of a shell. For bash: source <({name} completion bash)",
+        help=f"Print the completion script of a shell. For bash and zsh: source <({name} completion bash)",
     )
     return app
 
@@ -334,10 +334,22 @@ def _unwrapped(text: str) -> str:
 
 
 def print_completion(app: App, program: str, shell: Shell) -> int:
-    """Prints the script of a shell. In bash, what the script does not know is completed as a file: also a path after
-    `file:`, since bash takes what follows the colon for a word.
+    """Prints the script of a shell, which the shell reads by `source`.
+
+    In bash, what the script does not know is completed as a file: also a path after `file:`, since bash takes what
+    follows the colon for a word. In zsh the script registers itself, unless it is loaded as the function of a directory
+    of fpath. In fish no files are offered where a subcommand is expected.
     """
+    import re
+
     script = app.generate_completion(prog_name=program, shell=shell)
+    if shell == "zsh":
+        function = f"_cyclopts_{program}"
+        script += f'[[ $funcstack[1] == _{program} ]] && {function} "$@" || compdef {function} {program}'
+    elif shell == "fish":
+        using = f"__fish_{program}_using_command"
+        groups = [f"'{using} {name}'" for name in re.findall(r"^# Subcommands for: (.+)$", script, re.MULTILINE)]
+        script += "\n".join(f"complete -c {program} -f -n {where}" for where in ("__fish_use_subcommand", *groups))
     print(script.replace("\ncomplete -F ", "\ncomplete -o bashdefault -o default -F "))
     return EXIT_GOOD
 

@@ -81,7 +81,7 @@ def serve(
 
 
 def completion(shell: Shell) -> int:
-    """Print the completion script of a shell. For bash: source <(progressdb completion bash)"""
+    """Print the completion script of a shell. For bash and zsh: source <(progressdb completion bash)"""
     return print_completion(app, "progressdb", shell)
 
 
