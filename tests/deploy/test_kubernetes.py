@@ -77,13 +77,16 @@ def holds(directory: Path, text: str) -> bool:
 
 def run_a_conversation(base: Path, rootfs: Path | None = None, *, seccomp: bool = False) -> None:
     """One pod, from its first start over a seal, an unseal and a restart of each container."""
-    pod = pods.pod_of(pods.build("sidecar"))
+    documents = pods.build("sidecar")
+    pod = pods.pod_of(documents)
     if seccomp:
         pods.apply_component(pod, "seccomp")
     port = free_port()
+    [policy] = [d["data"]["policy.toml"] for d in documents if d["kind"] == "ConfigMap"]
     objects = {
         "secret/minikms-root-key": {"minikms.key": os.urandom(32).hex().encode() + b"\n"},
         "secret/progressdb-config": {"progressdb.yaml": SETTINGS},
+        "configMap/minikms-policy": {"policy.toml": policy.encode()},
     }
     environ = {"PROGRESSDB_ADDR": f"127.0.0.1:{port}", "PORT_8080": str(port)}
     with Pod(base, pod, objects, rootfs=rootfs, environ=environ) as running:
