@@ -74,10 +74,22 @@ os.execvpe(how["command"][0], how["command"], how["environ"])
 """Becomes the container's user without rights, and then its program. Runs under the container's own interpreter."""
 
 
-def build(overlay: str) -> list[Document]:
-    """The objects of an overlay."""
+def build(overlay: str, *components: str) -> list[Document]:
+    """The objects of an overlay, with the components that its file has as comments."""
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(KUBERNETES, copy, dirs_exist_ok=True)
+        file = Path(copy) / "overlays" / overlay / "kustomization.yaml"
+        text = file.read_text()
+        for component in components:
+            assert f"  # - ../../components/{component}\n" in text
+            text = text.replace(f"# - ../../components/{component}\n", f"- ../../components/{component}\n")
+        file.write_text(text)
+        return _built(file.parent)
+
+
+def _built(directory: Path) -> list[Document]:
     done = subprocess.run(
-        [needs.program("kustomize"), "build", str(KUBERNETES / "overlays" / overlay)],
+        [needs.program("kustomize"), "build", str(directory)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -92,14 +104,6 @@ def pod_of(documents: Sequence[Document]) -> Document:
     [found] = [document for document in documents if document["kind"] == "StatefulSet"]
     spec: Document = found["spec"]["template"]["spec"]
     return spec
-
-
-def apply_component(pod: Document, name: str) -> None:
-    """What an overlay does that names the component of seccomp."""
-    [patch] = yaml.safe_load((KUBERNETES / "components" / name / "kustomization.yaml").read_text())["patches"]
-    for change in pod_of([yaml.safe_load(patch["patch"])])["initContainers"]:
-        [container] = [found for found in pod["initContainers"] if found["name"] == change["name"]]
-        container["securityContext"] |= change["securityContext"]
 
 
 @functools.cache

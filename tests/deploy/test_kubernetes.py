@@ -40,6 +40,16 @@ def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, An
         return answer.status, json.loads(answer.read())
 
 
+def page_of(port: int) -> str:
+    """The metrics there; empty while nothing listens."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        try:
+            connection.request("GET", "/metrics")
+        except ConnectionRefusedError:
+            return ""
+        return connection.getresponse().read().decode()
+
+
 class Conversation:
     """One thread on the server of a pod, and what must be read back."""
 
@@ -77,23 +87,21 @@ def holds(directory: Path, text: str) -> bool:
 
 def run_a_conversation(base: Path, rootfs: Path | None = None, *, seccomp: bool = False) -> None:
     """One pod, from its first start over a seal, an unseal and a restart of each container."""
-    documents = pods.build("sidecar")
+    documents = pods.build("sidecar", "prometheus", *(["seccomp"] if seccomp else []))
     pod = pods.pod_of(documents)
-    if seccomp:
-        pods.apply_component(pod, "seccomp")
-    port = free_port()
+    port, metrics_port = free_port(), free_port()
     [policy] = [d["data"]["policy.toml"] for d in documents if d["kind"] == "ConfigMap"]
     objects = {
         "secret/minikms-root-key": {"minikms.key": os.urandom(32).hex().encode() + b"\n"},
         "secret/progressdb-config": {"progressdb.yaml": SETTINGS},
         "configMap/minikms-policy": {"policy.toml": policy.encode()},
     }
-    environ = {"PROGRESSDB_ADDR": f"127.0.0.1:{port}", "PORT_8080": str(port)}
+    environ = {"PROGRESSDB_ADDR": f"127.0.0.1:{port}", "PORT_8080": str(port), "PORT": str(metrics_port)}
     with Pod(base, pod, objects, rootfs=rootfs, environ=environ) as running:
         for name in running.order:
             running.start(name)
-        assert running.order == [KEY_SERVICE, SERVER]
-        for name in running.order:
+        assert running.order[0] == KEY_SERVICE
+        for name in (KEY_SERVICE, SERVER):
             wait_until(partial(running.probe, name, "readinessProbe"))
         talk = Conversation(port)
         assert [talk.say() for _ in range(3)] == [200] * 3
@@ -101,13 +109,14 @@ def run_a_conversation(base: Path, rootfs: Path | None = None, *, seccomp: bool 
         assert not holds(running.volumes.path("store"), SECRET_TEXT)
         check_hardening(running)
         check_separation(running)
+        wait_until(lambda: "\nminikms_up 1\n" in page_of(metrics_port))
 
         # Sealed: both live and neither is ready, also after a crash of the key service.
         assert running.run(KEY_SERVICE, "minikms", "seal", "--yes").returncode == 0
         assert talk.say() == 503
         running.kill(KEY_SERVICE)
         running.start(KEY_SERVICE)
-        for name in running.order:
+        for name in (KEY_SERVICE, SERVER):
             assert running.probe(name, "livenessProbe")
             wait_until(partial(running.fails, name, "readinessProbe"))
         unsealed = running.run(KEY_SERVICE, "minikms", "unseal", "--from-source")
