@@ -71,10 +71,12 @@ cluster: venv
 	@$(VENV)/bin/python -m tests.cluster $(ARGS)
 
 image:
-	buildah build --file Containerfile $(if $(BASE),--build-arg BASE='$(BASE)') $(IMAGE_FLAGS) --tag '$(IMAGE)' .
+	buildah build --file Containerfile $(if $(BASE),--build-arg BASE='$(BASE)') \
+		--label org.opencontainers.image.version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+		--label org.opencontainers.image.revision=$$(git rev-parse HEAD) $(IMAGE_FLAGS) --tag '$(IMAGE)' .
 
 # A base image of Debian's packages, named $(BASE). As root; mmdebstrap reaches the mirror that apt has.
 image-base:
 	directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && \
 		mmdebstrap --variant=minbase --include=python3,ca-certificates trixie "$$directory/root.tar" && \
-		printf 'FROM scratch\nADD root.tar /\n' | buildah build --file - --tag '$(BASE)' "$$directory"
+		printf 'FROM scratch\nADD root.tar /\n' | buildah build $(IMAGE_FLAGS) --file - --tag '$(BASE)' "$$directory"
