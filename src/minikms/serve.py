@@ -36,14 +36,15 @@ from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir
 from minikms.http.accepting import (
+    DESCRIPTORS_COUNT,
     Acceptor,
     bound_warning,
     connections_bound,
-    raise_descriptor_limit,
 )
 from minikms.memory.arena import SecretArena
 from minikms.memory.process import Measure, harden, interpreter_paths
 from minikms.memory.signals import SignalReader
+from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.directory_lock import DataDirLock
 from minikms.platform.files import read_file_bounded, remove_left_temps, replace_file
 from minikms.platform.logs import service_logger, structlog
@@ -78,7 +79,7 @@ def run(settings: Settings) -> None:
     log = service_logger(settings.log_format)
     notifier = Notifier(os.environ)
     policy = _policy(settings)
-    connections_max = connections_bound(raise_descriptor_limit())
+    connections_max = connections_bound(raise_descriptor_limit(DESCRIPTORS_COUNT))
     too_few = bound_warning(connections_max)
     if too_few is not None:
         log.warning("fewer connections than promised", why=too_few)

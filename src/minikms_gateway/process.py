@@ -28,15 +28,16 @@ from minikms.api.errors import StartError
 from minikms.client.connecting import OVERFLOW_UID_FILE
 from minikms.http import LIMITS, HttpServer
 from minikms.http.accepting import (
+    DESCRIPTORS_COUNT,
     Acceptor,
     connections_bound,
     listen_tcp,
-    raise_descriptor_limit,
 )
 from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
 from minikms.memory import NETWORK_PATHS, SignalReader, harden, interpreter_paths
 from minikms.platform import process_metrics
+from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.logs import service_logger
 from minikms.platform.notify import Notifier
 from minikms.platform.trusted_file import directory_read
@@ -143,7 +144,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     loaded.check_certificate()
     config = loaded.config
     others = CONNECTIONS_MAX + HANDSHAKES_COUNT_MAX  # that are open beside the clients'
-    descriptors = raise_descriptor_limit(others)
+    descriptors = raise_descriptor_limit(DESCRIPTORS_COUNT + others)
     connections_max = connections_bound(descriptors - min(others, descriptors // 4))
     with SignalReader() as signals, listen_tcp(*address(config.listen)) as listener:
         metrics_listener = listen_tcp(*address(config.metrics)) if config.metrics else None

@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from minikms import api
 from minikms.client import AsyncClient, KmsError
 from minikms.platform import process_metrics
+from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.logs import structlog
 from minikms.platform.notify import Notifier
 from progressdb_server import logs
@@ -37,7 +38,7 @@ from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError, unknown_variables
-from progressdb_server.http.listener import bind, check_tls, raise_descriptor_limit, serve_http
+from progressdb_server.http.listener import DESCRIPTORS_COUNT, bind, check_tls, serve_http
 from progressdb_server.http.shares import Shares
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteProvider, open_local
@@ -151,7 +152,7 @@ def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = Fal
         _log.warning(sentence)
     check_tls(config.server.tls)
     check_key_source(config, has_master_key=master_key_fd is not None)
-    raise_descriptor_limit()
+    raise_descriptor_limit(DESCRIPTORS_COUNT)
     _return_freed_memory()
     os.umask(0o077)
     uvloop.run(_serve(config, master_key_fd, accept_restore))

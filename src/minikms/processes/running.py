@@ -11,8 +11,8 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from minikms.http.accepting import ACCEPT_PAUSE_SECONDS
 from minikms.memory import Measure, SignalReader
+from minikms.platform.accepting import ACCEPT_PAUSE_SECONDS
 from minikms.platform.logs import structlog
 from minikms.platform.notify import Notifier
 

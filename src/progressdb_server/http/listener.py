@@ -6,7 +6,6 @@ Owns: the listening socket, accepting, TLS, and the stop. Invariants:
   the connections that the kernel has taken are accepted and have `FIRST_REQUEST_SECONDS` for a request.
 - There are at most `CONNECTIONS_COUNT_MAX` connections, those in their TLS handshake counted. A handshake takes at most
   `HANDSHAKE_SECONDS_MAX`, and counts as an idle connection of its address meanwhile.
-- When accept(2) fails, the open connections are served, and accepting goes on `ACCEPT_PAUSE_SECONDS` later.
 - The client's address is the peer's.
 """
 
@@ -14,13 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import socket
 import ssl
 from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from minikms.platform.accepting import ACCEPTS_PER_TURN_COUNT_MAX, AcceptLoop
 from minikms.platform.logs import structlog
 from progressdb_server.config import ConfigError, ConfigMissingError, Tls
 from progressdb_server.http import limits
@@ -32,13 +31,10 @@ from progressdb_server.http.shares import Shares
 _log: Final = structlog.get_logger("progressdb.http")
 STOP_SECONDS_MAX: Final = 10
 BACKLOG_COUNT: Final = 2048
-ACCEPTS_PER_TURN_COUNT_MAX: Final = 32
-"""Of one turn of the event loop, so that a flood of new connections does not delay the open ones."""
-ACCEPT_PAUSE_SECONDS: Final = 0.5
 FIRST_REQUEST_SECONDS: Final = 0.5
 """For the requests of connections that were accepted last, when a server has drained."""
-_SPARE_DESCRIPTORS_COUNT: Final = 1024
-"""Descriptors for the store's files and the key service, beyond one for each connection."""
+DESCRIPTORS_COUNT: Final = limits.CONNECTIONS_COUNT_MAX + 1024
+"""Open files of a server: one for each connection, the others for the store's files and the key service."""
 
 
 def bind(address: str, port: int) -> socket.socket:
@@ -73,16 +69,6 @@ def _tls_context(tls: Tls) -> ssl.SSLContext:
     # With an empty password, OpenSSL refuses an encrypted key and does not ask for its password on a terminal.
     context.load_cert_chain(tls.cert_file, tls.key_file, password="")
     return context
-
-
-def raise_descriptor_limit() -> None:
-    """Allow a descriptor for each of `CONNECTIONS_COUNT_MAX` connections, as far as the hard limit permits."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = limits.CONNECTIONS_COUNT_MAX + _SPARE_DESCRIPTORS_COUNT
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
 
 
 class _Opening:
@@ -126,51 +112,35 @@ class _Acceptor:
         self.context = context
         self.opening: set[_Opening] = set()
         self._listener = listener
-        self._pause: asyncio.TimerHandle | None = None
         listener.setblocking(False)
-        self._listen()
+        self._accepting = AcceptLoop(listener, serving.loop, accepted=self._accepted, failed=_failed)
 
     def close(self) -> None:
         """Close the port. Where the server drains, first accept what the kernel has taken: close(2) would reset it."""
-        if self._pause is None:
-            self.serving.loop.remove_reader(self._listener.fileno())
-            for _ in range(BACKLOG_COUNT // ACCEPTS_PER_TURN_COUNT_MAX if self.serving.drains else 0):
-                self._accept()
-        if self._pause is not None:
-            self._pause.cancel()
+        self._accepting.close(BACKLOG_COUNT // ACCEPTS_PER_TURN_COUNT_MAX if self.serving.drains else 0)
         self._listener.close()
 
     def close_opening(self) -> None:
         for opening in list(self.opening):
             opening.close_idle()
 
-    def _listen(self) -> None:
-        self._pause = None
-        self.serving.loop.add_reader(self._listener.fileno(), self._accept)
-
-    def _accept(self) -> None:
+    def _accepted(self, connection: socket.socket, peer: tuple[object, ...]) -> None:
         serving = self.serving
-        for _ in range(ACCEPTS_PER_TURN_COUNT_MAX):
-            try:
-                connection, peer = self._listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:  # no descriptor or no memory is left
-                _log.warning("can't accept connections", reason=error.strerror)
-                serving.loop.remove_reader(self._listener.fileno())
-                self._pause = serving.loop.call_later(ACCEPT_PAUSE_SECONDS, self._listen)
-                return
-            if len(serving.connections) + len(self.opening) >= limits.CONNECTIONS_COUNT_MAX:
-                connection.close()
-                continue
-            connection.setblocking(False)
-            with contextlib.suppress(OSError):  # the client is gone: macOS refuses then
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            group = serving.shares.group(str(peer[0]))
-            opening = _Opening(self, connection, group)
-            self.opening.add(opening)
-            if self.context is not None:
-                serving.shares.idle(group, opening)
+        if len(serving.connections) + len(self.opening) >= limits.CONNECTIONS_COUNT_MAX:
+            connection.close()
+            return
+        with contextlib.suppress(OSError):  # the client is gone: macOS refuses then
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        group = serving.shares.group(str(peer[0]))
+        opening = _Opening(self, connection, group)
+        self.opening.add(opening)
+        if self.context is not None:
+            serving.shares.idle(group, opening)
+
+
+def _failed(error: OSError) -> None:
+    """No descriptor or no memory is left."""
+    _log.warning("can't accept connections", reason=error.strerror)
 
 
 async def serve_http(

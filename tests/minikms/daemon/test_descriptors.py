@@ -98,7 +98,7 @@ def test_a_small_hard_limit_lowers_the_bound_with_a_warning(tmp_path: Path) -> N
 
 def test_too_few_descriptors_to_serve_refuse_the_start(tmp_path: Path) -> None:
     limit = DESCRIPTORS_RESERVED_COUNT + CONNECTIONS_COUNT_MIN - 1
-    with pytest.raises(AssertionError, match=f"the limit of open files is {limit}, and the daemon needs at least"):
+    with pytest.raises(AssertionError, match=f"the limit of open files is {limit}, and at least"):
         LiveDaemon(tmp_path, "file", limits={resource.RLIMIT_NOFILE: (limit, limit)})
 
 
