@@ -23,10 +23,13 @@ def is_url(place: str) -> bool:
 
 
 def module_of(place: str, name: str) -> ModuleType:
-    """A module of the engine's package, loaded only here: a driver is an extra. Raises FormatError without it."""
+    """A module of the engine's package, loaded only here: a driver is an extra. Raises FormatError without the one of
+    PostgreSQL."""
     try:
         return import_module(f"progressdb_server.store.{'postgres' if is_url(place) else 'rocks'}.{name}")
     except ImportError:
+        if not is_url(place):
+            raise
         raise FormatError(DRIVER_MISSING) from None
 
 
