@@ -33,7 +33,7 @@ from minikms.http import (
     parse_query,
     raised_response,
 )
-from minikms.http.addresses import Places, address_group
+from minikms.platform.addresses import Places, address_group
 from minikms_gateway.certificates import Chain, Identity, Trust, chain_of
 from minikms_gateway.reasons import (
     IssuerUnavailableError,

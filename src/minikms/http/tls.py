@@ -20,11 +20,11 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Final, Generic, cast
 
-from minikms.http.addresses import Places, address_group
 from minikms.http.connection import ServerConnection
 from minikms.http.exchange import S
 from minikms.http.limits import LINGER_SECONDS_MAX
 from minikms.http.server import HttpServer
+from minikms.platform.addresses import Places, address_group
 
 HANDSHAKE_SECONDS_MAX: Final = 10.0
 HANDSHAKES_COUNT_MAX: Final = 256

@@ -25,7 +25,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Final, NamedTuple, Protocol
 
-from minikms.http.addresses import address_group
+from minikms.platform.addresses import address_group
 from progressdb_server.config import Server
 from progressdb_server.http import limits
 from progressdb_server.http.asgi import ClientGoneError, Header, ListsFullError

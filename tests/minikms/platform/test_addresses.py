@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.http.addresses import Places, address_group
+from minikms.platform.addresses import Places, address_group
 
 
 @pytest.mark.parametrize(

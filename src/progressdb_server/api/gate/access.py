@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
-from minikms.http.addresses import address_group
+from minikms.platform.addresses import address_group
 from progressdb_server.api.gate import head, limits
 from progressdb_server.api.gate.errors import ApiError, bad_request, forbidden, too_many_requests, unauthorized
 from progressdb_server.api.gate.keys import OPERATORS, Caller, KeyTable, presented_key, verified_user

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial, wraps
 from typing import Any, Final, TypeVar
 
-from minikms.http.addresses import address_group
+from minikms.platform.addresses import address_group
 from minikms.platform.logs import structlog
 from progressdb_server.api.gate import head, limits
 from progressdb_server.api.gate.errors import (
