@@ -101,19 +101,16 @@ class Parts:
 
     def __init__(
         self,
+        process: RunContext,
         *,
-        settings: Settings,
         admission: Admission,
         data: DataDir,
         proved_slot_id: str,
-        workers: Workers,
-        arena: SecretArena,
-        measures: tuple[Measure, ...],
-        policy: PolicyInForce,
         position: AuditorPosition,
         started_ns: int,
         seal: Seal,
     ) -> None:
+        settings, workers, policy = process.settings, process.workers, process.policy
         self._data = data
         self.workers = workers
         self.vault = data.vault
@@ -153,7 +150,7 @@ class Parts:
             pruning=Pruning(self.vault, reader=workers.reader, disk=workers.disk),
             removal=removal,
             opened_slot_id=proved_slot_id,
-            rewrite_root=_root_rewriter(settings, arena, workers),
+            rewrite_root=_root_rewriter(settings, process.arena, workers),
             pin=settings.opening.pin,
         )
         RootVerbs(
@@ -180,7 +177,7 @@ class Parts:
             upkeep=self.upkeep,
             position=lambda: position.status(self.log_view()),
             lagging=lambda: "" if self._lagging_app is None else self._lagging_app.why,
-            measures=measures,
+            measures=process.measures,
             indexing=self.indexing,
             keks=self.keks,
             policy=policy,

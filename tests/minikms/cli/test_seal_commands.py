@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from minikms.api import errors
-from minikms.daemon.seal.attempts import FREE_FAILURES
+from minikms.daemon.seal.unseal import FREE_FAILURES
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.terminal import OnTerminal

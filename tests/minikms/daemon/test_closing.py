@@ -8,6 +8,8 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import structlog
@@ -17,7 +19,7 @@ from minikms.api.errors import SealedError
 from minikms.audit import Event
 from minikms.audit.position import AuditorPosition
 from minikms.daemon.admission import Admission
-from minikms.daemon.parts import Parts, Workers
+from minikms.daemon.parts import Parts, RunContext, Workers
 from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.settings import Settings
 from minikms.memory.arena import SecretArena
@@ -40,18 +42,14 @@ def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Ite
     )
     policy = policy or Policy(settings.allowed_uids or ())
     with datadir.lock_data_dir(settings.data_dir) as lock, SecretArena(64, force_fallback=True) as arena:
+        in_force = PolicyInForce(policy, file=None, meters=None, executor=workers.reader, log=structlog.get_logger())
+        process = SimpleNamespace(settings=settings, workers=workers, arena=arena, measures=(), policy=in_force)
         yield (
             Parts(
-                settings=settings,
+                cast("RunContext", process),
                 admission=Admission(policy, connections_max=16, report=lambda event: None),
                 data=datadir.open_for_service(lock, settings.root, arena=arena, disk=workers.disk),
                 proved_slot_id="",
-                workers=workers,
-                arena=arena,
-                measures=(),
-                policy=PolicyInForce(
-                    policy, file=None, meters=None, executor=workers.reader, log=structlog.get_logger()
-                ),
                 position=AuditorPosition(),
                 started_ns=0,
                 seal=_no_seal,

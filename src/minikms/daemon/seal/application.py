@@ -3,7 +3,7 @@
 Owns: what a sealed daemon answers. `/health`, `/ready`, `/status` and `/unseal` are served, the reports of an auditor,
 and `/seal`, so that it can be repeated; everything else gets 503 `sealed` with `Retry-After`. Invariants: callers and
 roles are those of the unsealed daemon; nothing is audited, because there is no audit key (attempts to unseal are
-recorded by `minikms.daemon.seal.attempts`); the text of a given key goes into the arena before anything else reads the
+recorded by `minikms.daemon.seal.unseal`); the text of a given key goes into the arena before anything else reads the
 body. It must never use a key.
 """
 

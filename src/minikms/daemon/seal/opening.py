@@ -46,14 +46,10 @@ class Opener:
         if own:
             self._source_slot_id = slot_id
         return Parts(
-            settings=process.settings,
+            process,
             admission=self._admission,
             data=data,
             proved_slot_id=slot_id if slot_id == self._source_slot_id else "",
-            workers=process.workers,
-            arena=process.arena,
-            measures=process.measures,
-            policy=process.policy,
             position=self.position,
             started_ns=self.started_ns,
             seal=self._seal,

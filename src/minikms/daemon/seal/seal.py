@@ -38,7 +38,6 @@ from minikms.daemon.admission import Admission, Session
 from minikms.daemon.parts import Parts, RunContext
 from minikms.daemon.seal import files
 from minikms.daemon.seal.application import SEALED_TEXT, SealedApplication, sealed_response
-from minikms.daemon.seal.attempts import Attempts
 from minikms.daemon.seal.files import Attempt, Marker
 from minikms.daemon.seal.opening import Opener
 from minikms.daemon.seal.state import Move, SealState, State
@@ -129,8 +128,9 @@ class SealableServer:
             process.policy.policy, connections_max=process.connections_max, report=lambda event: None
         )
         self._opener = Opener(process, self._admission, self.seal)
-        self._attempts = Attempts(process.lock.directory_fd, process.workers.seal)
-        self.unsealing = Unsealing(process, self._state, self._opener, self._attempts, self)
+        self.unsealing = Unsealing(
+            process, self._state, self._opener, files_closed=self.files_closed, open_and_serve=self.open_and_serve
+        )
         self._sealed_app = SealedApplication(
             admission=self._admission,
             meters=process.policy.meters,
@@ -158,7 +158,7 @@ class SealableServer:
         marker = files.read_marker(process.lock.directory_fd)
         if marker is None and not process.settings.sealed:
             parts = self._opened = self._opener.open(process.settings.root)
-            attempts = self._attempts.records.events()  # of a sealed run whose flag this start does not have
+            attempts = self.unsealing.attempts.records.events()  # of a sealed run whose flag this start does not have
             await parts.begin([*self._first_lines(parts), *attempts])
             if attempts:
                 await self._remove_attempts()
@@ -251,7 +251,7 @@ class SealableServer:
             self._refusals = []
             self.server.replace_app(self._sealed_app, sealed_response())
             self._admission.report = self._keep_refusal
-            self._attempts.forget()
+            self.unsealing.attempts.forget()
             self._process.notifier.status(self.summary)
         if parts is not None:
             try:
@@ -341,7 +341,7 @@ class SealableServer:
         state.move(Move.SERVE)
         self.unsealing.forget_keys()
         self._start_line_written = True
-        self._attempts.forget()
+        self.unsealing.attempts.forget()
         self._admission.report = parts.audit.add
         for event in (*self._lines.take(), *self._refusals, *self._admission.refusals_so_far()):
             parts.audit.add(event)
@@ -370,7 +370,7 @@ class SealableServer:
         if attempt.share:
             facts["share"] = attempt.share
         unsealed = Event(type=api.UNSEAL.name, actor=who.actor, pid=who.pid, facts=facts)
-        return [*events, *self._attempts.records.events(but=attempt), unsealed]
+        return [*events, *self.unsealing.attempts.records.events(but=attempt), unsealed]
 
     def _first_lines(self, parts: Parts) -> list[Event]:
         facts = parts.epoch_facts() | self._process.policy.facts()

@@ -1,16 +1,21 @@
 """Unseal: what an operator gives, and what comes of it.
 
-Owns: the steps of an attempt until the data directory is opened with a root key, and the shares that were entered.
-Invariants: one attempt at a time; the rights are those of the policy in force after each wait; an attempt that fails at
-any step leaves the daemon sealed.
+Owns: the records of the attempts since the last unseal, how much wrong ones are slowed down, the steps of an attempt
+until the data directory is opened with a root key, and the shares that were entered. Invariants: one attempt at a time;
+one that can't be recorded (`minikms.daemon.seal.files`) is not made; the rights are those of the policy in force after
+each wait; an attempt that fails at any step leaves the daemon sealed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable
-from typing import Protocol
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from functools import partial
+from typing import Final
 
 from minikms import api
 from minikms.api.errors import (
@@ -20,6 +25,8 @@ from minikms.api.errors import (
     NotSealedError,
     SealedError,
     StartError,
+    StorageUnavailableError,
+    TooManyAttemptsError,
     UnknownRootError,
     UnsealFailedError,
     WrongRootError,
@@ -28,8 +35,7 @@ from minikms.api.errors import (
 from minikms.crypto.shares import ShareInfo
 from minikms.daemon.keybody import SecretText
 from minikms.daemon.parts import RunContext
-from minikms.daemon.seal.attempts import Attempts
-from minikms.daemon.seal.files import Attempt, Kind
+from minikms.daemon.seal.files import Attempt, AttemptRecords, Kind, Outcome, write_attempts
 from minikms.daemon.seal.opening import Opener
 from minikms.daemon.seal.state import SealState
 from minikms.datadir import read_keyring
@@ -38,38 +44,126 @@ from minikms.keys.collected_shares import COLLECT_SECONDS_MAX, CollectedShares
 from minikms.keys.keyring import ShareSet
 from minikms.memory.arena import SecretSlot
 from minikms.platform import clock
+from minikms.platform.workers import in_worker
 from minikms.policy import Principal
 from minikms.roots.providers import GivenKey, RootProvider
 from minikms.service.access import renewed
 from minikms.service.encoding import Reply, json_answer
 
+FREE_FAILURES: Final = 5
+"""So many wrong attempts of one caller in FAILURE_SECONDS cost no pause. Each further one doubles it, from 1 s."""
+FREE_FAILURES_IN_ALL: Final = 20
+PAUSE_SECONDS_MAX: Final = 60
+PAUSE_IN_ALL_SECONDS_MAX: Final = 10
+"""Shorter, so that one caller's wrong attempts can't keep out the others for long."""
+FAILURE_SECONDS: Final = 3600
+FAILURES_KEPT: Final = 64
 
-class Unsealable(Protocol):
-    """What an attempt needs of the server: see `minikms.daemon.seal.seal`."""
 
-    async def files_closed(self) -> None:
-        """Returns when the files of the former unsealed time are closed."""
+class SlowDown:
+    """When a caller may try again. Times are seconds of a monotonic clock, passed in.
 
-    async def open_and_serve(self, who: Principal, attempt: Attempt, root: RootProvider, seals: int) -> None:
-        """Raises UnknownRootError, other KmsRefusedErrors, OSError; no key is left then."""
+    A wrong or refused attempt counts for FAILURE_SECONDS. Attempts before a restart count too (`seed`).
+    """
+
+    def __init__(self) -> None:
+        self._by_actor: dict[str, deque[float]] = {}
+        self._in_all: deque[float] = deque(maxlen=FAILURES_KEPT)
+
+    def seed(self, records: AttemptRecords, now_s: float) -> None:
+        """Adds the failures of an earlier process, by the wall clock. A time in the future counts as now."""
+        wall_ns = clock.now_ns()
+        for record in records.slowed():
+            self.failed(record.actor, now_s - max(0, wall_ns - record.at_ns) / 1_000_000_000)
+
+    def failed(self, actor: str, at_s: float) -> None:
+        """A wrong attempt. Only callers with the role `unseal` get here, so there are few actors."""
+        self._by_actor.setdefault(actor, deque(maxlen=FAILURES_KEPT)).append(at_s)
+        self._in_all.append(at_s)
+
+    def wait_s(self, actor: str, now_s: float) -> int:
+        """Whole seconds until this caller may try; 0: now."""
+        own = _pause_left(self._by_actor.get(actor, deque()), FREE_FAILURES, PAUSE_SECONDS_MAX, now_s)
+        return max(own, _pause_left(self._in_all, FREE_FAILURES_IN_ALL, PAUSE_IN_ALL_SECONDS_MAX, now_s))
+
+
+def _pause_left(failures: deque[float], free: int, pause_max: int, now_s: float) -> int:
+    recent = [at_s for at_s in failures if now_s - at_s < FAILURE_SECONDS]
+    if len(recent) < free:
+        return 0
+    pause = min(pause_max, 1 << min(len(recent) - free, 16))
+    left = max(recent) + pause - now_s
+    return 0 if left <= 0 else int(left) + 1
+
+
+class Attempts:
+    """The attempts since the last unseal, also those of an earlier process."""
+
+    def __init__(self, directory: int, worker: Executor) -> None:
+        self._directory = directory
+        self._worker = worker
+        self.records = AttemptRecords.load(directory)
+        self._slow_down = SlowDown()
+        self._slow_down.seed(self.records, time.monotonic())
+
+    def forget(self) -> None:
+        """They are in the audit log, or of before a seal. What they slow down stays."""
+        self.records = AttemptRecords([], 0)
+
+    def check_pause(self, who: Principal) -> None:
+        """Raises TooManyAttemptsError."""
+        wait_s = self._slow_down.wait_s(who.actor, time.monotonic())
+        if wait_s:
+            raise TooManyAttemptsError(
+                f"too many wrong attempts: this one was not made; try again in {wait_s} s", wait_s
+            )
+
+    async def begin(self, who: Principal, kind: Kind) -> Attempt:
+        """The attempt, durable. Raises StorageUnavailableError; then it is not made."""
+        attempt = self.records.begin(who, kind)
+        try:
+            await self._store()
+        except StorageUnavailableError:
+            self.records.take_back(attempt)
+            raise StorageUnavailableError(
+                "the attempt could not be recorded in the data directory, so it was not made: free space there"
+            ) from None
+        return attempt
+
+    async def end(self, attempt: Attempt, outcome: Outcome) -> None:
+        attempt.outcome = outcome
+        if attempt in self.records.slowed():
+            self._slow_down.failed(attempt.actor, time.monotonic())
+        with contextlib.suppress(StorageUnavailableError):  # then it stands on disk as `begun`
+            await self._store()
+
+    async def _store(self) -> None:
+        await in_worker(self._worker, partial(write_attempts, self._directory, self.records.encode()))
 
 
 class Unsealing:
     """The attempts to unseal one process."""
 
     def __init__(
-        self, process: RunContext, state: SealState, opener: Opener, attempts: Attempts, server: Unsealable
+        self,
+        process: RunContext,
+        state: SealState,
+        opener: Opener,
+        *,
+        files_closed: Callable[[], Awaitable[None]],
+        open_and_serve: Callable[[Principal, Attempt, RootProvider, int], Awaitable[None]],
     ) -> None:
         self._process = process
         self._state = state
         self._opener = opener
-        self._attempts = attempts
-        self._server = server
+        self.attempts = Attempts(process.lock.directory_fd, process.workers.seal)
+        self._files_closed = files_closed
+        self._open_and_serve = open_and_serve
         self.one_attempt = asyncio.Lock()
         self._shares = CollectedShares(process.arena)
 
     def status(self) -> api.UnsealStatusAnswer:
-        state, attempts = self._state, self._attempts.records
+        state, attempts = self._state, self.attempts.records
         if not state.is_sealed:
             return api.UnsealStatusAnswer(sealed=False)
         return api.UnsealStatusAnswer(
@@ -98,13 +192,13 @@ class Unsealing:
             self._require_rights(who)
             self._check_may_try(who, given)
             kind: Kind = "from_source" if given is None else "share" if isinstance(given, SecretText) else "root_hex"
-            attempt = await self._attempts.begin(who, kind)
-            await self._server.files_closed()
+            attempt = await self.attempts.begin(who, kind)
+            await self._files_closed()
             self._state.check_no_seal_since(seals)
             try:
                 self._require_rights(who)
             except KmsRefusedError:
-                await self._attempts.end(attempt, "failed")
+                await self.attempts.end(attempt, "failed")
                 raise
             if isinstance(given, SecretText):
                 share, root = await self._take_share(attempt, given)
@@ -129,7 +223,7 @@ class Unsealing:
     def _check_may_try(self, who: Principal, given: SecretSlot | SecretText | None) -> None:
         if not self._state.is_sealed:
             raise NotSealedError("the key service is not sealed")
-        self._attempts.check_pause(who)
+        self.attempts.check_pause(who)
         if given is None and not self._opener.source_is_readable:
             raise ConflictError(
                 "the daemon's source of the root key can be read once only, and was read or closed: give the root key, "
@@ -139,9 +233,9 @@ class Unsealing:
     async def _try(self, who: Principal, attempt: Attempt, root: RootProvider, seals: int) -> None:
         """Raises WrongRootError, UnsealFailedError, SealedError."""
         try:
-            await self._server.open_and_serve(who, attempt, root, seals)
+            await self._open_and_serve(who, attempt, root, seals)
         except UnknownRootError:
-            await self._attempts.end(attempt, "wrong_root")
+            await self.attempts.end(attempt, "wrong_root")
             given = {
                 "root_hex": "this root key",
                 "from_source": "the root key of the daemon's own source",
@@ -157,7 +251,7 @@ class Unsealing:
             again = "try again"
             if attempt.kind == "share":
                 again = f"enter share {attempt.share} again; the others are still there"
-            await self._attempts.end(attempt, "failed")
+            await self.attempts.end(attempt, "failed")
             raise UnsealFailedError(
                 "the daemon stays sealed: its data directory could not be opened. Its own log says why; correct "
                 f"that and {again}"
@@ -172,13 +266,13 @@ class Unsealing:
             info = self._shares.add(text.views(), keyring_id, sets, time.monotonic())
             attempt.share = info.number
         except WrongShareError:
-            await self._attempts.end(attempt, "wrong_share")
+            await self.attempts.end(attempt, "wrong_share")
             raise
         except (InvalidRequestError, ConflictError):
-            await self._attempts.end(attempt, "refused")
+            await self.attempts.end(attempt, "refused")
             raise
         except KmsRefusedError:
-            await self._attempts.end(attempt, "failed")
+            await self.attempts.end(attempt, "failed")
             raise
         finally:
             text.release()
@@ -187,10 +281,10 @@ class Unsealing:
                 return info, self._shares.combine()
             except KmsRefusedError:
                 self._shares.take_back(info)
-                await self._attempts.end(attempt, "failed")
+                await self.attempts.end(attempt, "failed")
                 raise
         asyncio.get_running_loop().call_later(COLLECT_SECONDS_MAX + 1, lambda: self._shares.expire(time.monotonic()))
-        await self._attempts.end(attempt, "share_kept")
+        await self.attempts.end(attempt, "share_kept")
         return info, None
 
     def _known_sets(self) -> tuple[str, list[ShareSet]]:

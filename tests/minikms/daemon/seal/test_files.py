@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from minikms.daemon.seal import files
-from minikms.daemon.seal.attempts import FREE_FAILURES, SlowDown
 from minikms.daemon.seal.files import AttemptRecords, Marker, Outcome
+from minikms.daemon.seal.unseal import FREE_FAILURES, SlowDown
 from minikms.policy import Policy, Principal
 
 WHO = Policy([1000]).principal(1000, 7) or pytest.fail("uid 1000 is allowed")

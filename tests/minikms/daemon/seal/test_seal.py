@@ -19,8 +19,8 @@ import pytest
 import minikms
 from minikms import api
 from minikms.api import errors
-from minikms.daemon.seal.attempts import FREE_FAILURES
 from minikms.daemon.seal.files import ATTEMPTS_NAME, MARKER_NAME
+from minikms.daemon.seal.unseal import FREE_FAILURES
 from tests import needs
 from tests.deploy import service_manager
 from tests.harness import forked
