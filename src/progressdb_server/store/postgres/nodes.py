@@ -87,7 +87,7 @@ _STANDBYS: Final = "SELECT current_setting('synchronous_standby_names')"
 _log = structlog.get_logger("progressdb.store")
 
 
-class Connection(asyncpg.Connection):
+class NodeConnection(asyncpg.Connection):
     """One to `node`, the empty string if the store has a single one."""
 
     __slots__ = ("node", "standbys", "warned")
@@ -180,11 +180,11 @@ class Nodes:
         """When the first commit was confirmed of those since when the lease has not ended."""
 
     # --- connecting -----------------------------------------------------------------------------------------------
-    async def find(self, **settings: str) -> Connection:
+    async def find(self, **settings: str) -> NodeConnection:
         """A connection to the node that takes writes. Raises EngineUnavailableError."""
         tasks = {asyncio.create_task(self._open(place, settings)): place for place in self._places}
-        pending: set[asyncio.Task[Connection]] = set(tasks)
-        made: list[tuple[Connection, HostPort]] = []
+        pending: set[asyncio.Task[NodeConnection]] = set(tasks)
+        made: list[tuple[NodeConnection, HostPort]] = []
         failure: BaseException | None = None
         try:
             while pending:
@@ -211,7 +211,7 @@ class Nodes:
                 task.cancel()
             del failure
 
-    async def again(self, **settings: str) -> Connection:
+    async def again(self, **settings: str) -> NodeConnection:
         """Another connection to the node in use. Without replication that is any which takes writes. Raises
         EngineUnavailableError."""
         if not self._replicated:
@@ -225,15 +225,15 @@ class Nodes:
             raise EngineUnavailableError(UNAVAILABLE)
         return connection
 
-    async def _open(self, place: HostPort, settings: dict[str, str]) -> Connection:
+    async def _open(self, place: HostPort, settings: dict[str, str]) -> NodeConnection:
         """Raises one of FAILURES, of which one is _UnsafeError."""
-        connection: Connection = await asyncpg.connect(
+        connection: NodeConnection = await asyncpg.connect(
             self._url,
             host=place.host,
             port=place.port,
             timeout=CONNECT_S_MAX,
             target_session_attrs=SessionAttribute.read_write,
-            connection_class=Connection,
+            connection_class=NodeConnection,
             server_settings={"application_name": "progressdb", **PLANS, **settings, **SAFE},
         )
         connection.node = connection.standbys = connection.warned = ""
@@ -254,11 +254,11 @@ class Nodes:
         return connection
 
     # --- the lease ------------------------------------------------------------------------------------------------
-    def waits_for_standbys(self, connection: Connection) -> bool:
+    def waits_for_standbys(self, connection: NodeConnection) -> bool:
         """Whether a commit is on more than one disk where that is asked for."""
         return not self._replicated or connection.standbys != ""
 
-    async def still_waits(self, connection: Connection) -> bool:
+    async def still_waits(self, connection: NodeConnection) -> bool:
         """As `waits_for_standbys`, for the commit that has just ended on the connection. When the setting is emptied,
         the commits that wait for a standby end with success. PostgreSQL signals its sessions first, so that the next
         statement of such a session sees the empty setting. Raises one of FAILURES."""
@@ -297,7 +297,7 @@ class Nodes:
         return self._replicated and now_s() > self._until_s - LEASE_S + BEAT_S
 
 
-def _terminate(task: asyncio.Task[Connection]) -> None:
+def _terminate(task: asyncio.Task[NodeConnection]) -> None:
     if not task.cancelled() and task.exception() is None:
         task.result().terminate()
 

@@ -10,7 +10,7 @@ import asyncpg
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.postgres.engine import PostgresEngine, counters
-from progressdb_server.store.postgres.nodes import FAILURES, UNAVAILABLE, Connection, Nodes
+from progressdb_server.store.postgres.nodes import FAILURES, UNAVAILABLE, NodeConnection, Nodes
 from progressdb_server.store.postgres.reads import READ_S_MAX
 from progressdb_server.store.postgres.tables import COUNTED, ONE_DISK, SCHEMA, number_of, other_schema
 from progressdb_server.store.postgres.writer import keep_lease
@@ -40,7 +40,7 @@ async def open_engine(url: str, *, single_node: bool, make: bool = False) -> Pos
         connection.terminate()
     leasing = asyncio.get_running_loop().create_task(keep_lease(nodes)) if nodes.is_due else None
 
-    async def connect(*_: object, **__: object) -> Connection:
+    async def connect(*_: object, **__: object) -> NodeConnection:
         return await nodes.again(statement_timeout=str(READ_S_MAX * 1000))
 
     try:
@@ -48,7 +48,7 @@ async def open_engine(url: str, *, single_node: bool, make: bool = False) -> Pos
             while leasing is not None and not await nodes.settled(nodes.node or ""):  # noqa: ASYNC110  the lease is kept there
                 await asyncio.sleep(START_POLL_S)
             pool = await asyncpg.create_pool(
-                url, min_size=1, max_size=READ_CONNECTIONS_MAX, connection_class=Connection, connect=connect
+                url, min_size=1, max_size=READ_CONNECTIONS_MAX, connection_class=NodeConnection, connect=connect
             )
     except BaseException as error:
         if leasing is not None:

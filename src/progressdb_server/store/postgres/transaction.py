@@ -13,7 +13,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, LateStampError, PendingWrite, Puts
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import RecordUnreadableError
-from progressdb_server.store.postgres.nodes import Connection
+from progressdb_server.store.postgres.nodes import NodeConnection
 from progressdb_server.store.postgres.tables import DELETE, TKEY_HASH_BYTES, is_thread, tkey
 
 LOCKED_HEADS: Final = """
@@ -64,7 +64,7 @@ def new_versions(pending: PendingWrite) -> dict[bytes, tuple[bytes, bytes]]:
 
 
 async def write_group(
-    connection: Connection, group: Sequence[PendingWrite], locking: str, clock: Clock
+    connection: NodeConnection, group: Sequence[PendingWrite], locking: str, clock: Clock
 ) -> tuple[dict[PendingWrite, Exception], int, int]:
     """Of the group, the writes that fail, and how many threads and messages the others add."""
     stamps = {pending: new_versions(pending) for pending in group}
@@ -115,7 +115,7 @@ def _believed(last: bytes, clock: Clock) -> Stamp | None:
     return stamp if clock.may_follow(stamp) else None
 
 
-async def _lock_heads(connection: Connection, locking: str, threads: Sequence[bytes]) -> dict[bytes, bytes]:
+async def _lock_heads(connection: NodeConnection, locking: str, threads: Sequence[bytes]) -> dict[bytes, bytes]:
     """The last stamps, by `tkey`. Raises LockedError."""
     if not threads:
         return {}
@@ -125,7 +125,7 @@ async def _lock_heads(connection: Connection, locking: str, threads: Sequence[by
     return heads
 
 
-async def _read(connection: Connection, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+async def _read(connection: NodeConnection, keys: Iterable[bytes]) -> dict[bytes, bytes]:
     """The values of those that are stored. An entry of no thread stays locked."""
     places = sorted((tkey(key), key) for key in keys)
     found: dict[bytes, bytes] = {}
@@ -137,7 +137,7 @@ async def _read(connection: Connection, keys: Iterable[bytes]) -> dict[bytes, by
     return found
 
 
-async def _put(connection: Connection, staged: Puts, fresh: set[bytes]) -> None:
+async def _put(connection: NodeConnection, staged: Puts, fresh: set[bytes]) -> None:
     """Entries that nobody has are inserted, the others are replaced. Raises AgainError for one of `fresh` that
     somebody else has inserted, or one that somebody else has deleted."""
     values = sorted((tkey(key), key, value) for key, value in staged.items() if value is not None)
@@ -165,7 +165,7 @@ async def _put(connection: Connection, staged: Puts, fresh: set[bytes]) -> None:
         await connection.execute(DELETE, *zip(*gone, strict=True))
 
 
-async def _advance(connection: Connection, heads: Mapping[bytes, bytes], advanced: Mapping[bytes, bytes]) -> None:
+async def _advance(connection: NodeConnection, heads: Mapping[bytes, bytes], advanced: Mapping[bytes, bytes]) -> None:
     """Counts a change of each thread, with its last stamp. Raises AgainError if somebody else has made one of them."""
     old = sorted((thread, last) for thread, last in advanced.items() if thread in heads)
     new = sorted((thread, last) for thread, last in advanced.items() if thread not in heads)

@@ -41,7 +41,7 @@ from progressdb_server.store.postgres.nodes import (
     IDLE_S_MAX,
     LOCK_S_MAX,
     UNAVAILABLE,
-    Connection,
+    NodeConnection,
     Nodes,
     now_s,
     warn,
@@ -229,7 +229,7 @@ def _columns(count: int, rows: Sequence[tuple[bytes, ...]]) -> Sequence[Sequence
 
 
 # --- the commit -------------------------------------------------------------------------------------------------------
-async def bounded(connection: Connection, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+async def bounded(connection: NodeConnection, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
     """The result of the work. At the deadline its connection is terminated, which ends it; nobody cancels it."""
     task = asyncio.get_running_loop().create_task(work)
     task.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where nobody waits for it any more
@@ -255,7 +255,7 @@ def _refusal(error: BaseException) -> str:
     return "" if code is None or code == TOO_MANY else REFUSED.get(code[:2], "")
 
 
-async def confirm(nodes: Nodes, connection: Connection) -> None:
+async def confirm(nodes: Nodes, connection: NodeConnection) -> None:
     """After each commit. A wait for the standby that was cancelled has ended with success and a warning, one that the
     setting has ended without. Raises InterfaceError unless the commit is known to be on more than one disk: an error
     of the question says nothing about the commit, which must not be made again for it."""
@@ -268,7 +268,7 @@ async def confirm(nodes: Nodes, connection: Connection) -> None:
         raise asyncpg.InterfaceError(UNKNOWN)
 
 
-async def find(nodes: Nodes, lock_s: float = LOCK_S_MAX) -> Connection:
+async def find(nodes: Nodes, lock_s: float = LOCK_S_MAX) -> NodeConnection:
     """A connection to the node that takes writes. Raises EngineUnavailableError."""
     connection = await nodes.find(
         lock_timeout=str(int(lock_s * 1000)),
@@ -283,7 +283,7 @@ async def find(nodes: Nodes, lock_s: float = LOCK_S_MAX) -> Connection:
     return connection
 
 
-async def _look_back(nodes: Nodes, connection: Connection) -> None:
+async def _look_back(nodes: Nodes, connection: NodeConnection) -> None:
     """Whether the database has what was confirmed, on a new connection: it may be another one, or restored. Raises
     EngineUnavailableError."""
     key = nodes.last_confirmed
@@ -302,7 +302,7 @@ async def _look_back(nodes: Nodes, connection: Connection) -> None:
 async def keep_lease(nodes: Nodes) -> None:
     """Empty commits on a connection of its own, while there are no others."""
     counter = secrets.randbelow(COUNTERS_COUNT)
-    connection: Connection | None = None
+    connection: NodeConnection | None = None
     try:
         while True:
             if nodes.is_due:
@@ -327,7 +327,7 @@ async def keep_lease(nodes: Nodes) -> None:
             connection.terminate()
 
 
-async def _beat(nodes: Nodes, connection: Connection, counter: int) -> None:
+async def _beat(nodes: Nodes, connection: NodeConnection, counter: int) -> None:
     await connection.execute(COUNT, counter, 0, 0)
     await confirm(nodes, connection)
 
@@ -350,7 +350,7 @@ class PostgresWriter(GroupCommit):
         super().__init__(clock, metrics, on_reopen)
         self._nodes = nodes
         self._aside = aside
-        self._connection: Connection | None = None
+        self._connection: NodeConnection | None = None
         self._counter = secrets.randbelow(COUNTERS_COUNT)
         self._committing = False
         """From when on the transaction may be stored."""
@@ -373,7 +373,7 @@ class PostgresWriter(GroupCommit):
         if connection is not None:
             connection.terminate()
 
-    async def _connected(self) -> Connection:
+    async def _connected(self) -> NodeConnection:
         """Raises NotWrittenError."""
         connection = self._connection
         if connection is None or connection.is_closed() or connection.node != self._nodes.node:
@@ -453,7 +453,7 @@ class PostgresWriter(GroupCommit):
         return failed
 
     async def _attempt(
-        self, connection: Connection, group: Sequence[PendingWrite], usual: _Usual | None
+        self, connection: NodeConnection, group: Sequence[PendingWrite], usual: _Usual | None
     ) -> Mapping[PendingWrite, Exception]:
         if usual is not None:
             self._committing = True
@@ -472,12 +472,12 @@ class PostgresWriter(GroupCommit):
             self._committing = False
         return await self._transaction(connection, group)
 
-    async def _confirm(self, connection: Connection, threads: int, messages: int) -> None:
+    async def _confirm(self, connection: NodeConnection, threads: int, messages: int) -> None:
         await confirm(self._nodes, connection)
         self.state = Counters(self.state.threads + threads, self.state.messages + messages)
 
     async def _transaction(
-        self, connection: Connection, group: Sequence[PendingWrite]
+        self, connection: NodeConnection, group: Sequence[PendingWrite]
     ) -> Mapping[PendingWrite, Exception]:
         try:
             if await connection.execute(_BEGIN) != "SELECT 1":
