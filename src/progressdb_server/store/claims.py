@@ -1,7 +1,7 @@
 """Claims: of several servers on one database, one works on the keys of a thread at a time.
 
 Owns: the entries `keyspace.claim` and `keyspace.server`. Invariants:
-- A claim names a server and is void once that server has not renewed its own entry for LEASE_S, by the clock of the
+- A claim names a server and is void once that server has not renewed its own entry for CLAIM_S, by the clock of the
   database, or has removed it because it stops. Clocks of servers decide nothing.
 - A server has an entry only while it claims something. Of a killed one, whoever takes a claim over removes it, or the
   next sweep.
@@ -25,9 +25,9 @@ from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine
 from progressdb_server.store.model import ConditionFailedError, StoreUnavailableError
 
-LEASE_S: Final = 30
-LEASE_DIGITS: Final = 19
-"""Of a lease's end."""
+CLAIM_S: Final = 30
+UNTIL_DIGITS: Final = 19
+"""Of the time in an entry of a server."""
 RENEW_S: Final = 5.0
 STOP_S: Final = 5.0
 
@@ -74,14 +74,14 @@ class Claims:
         if entry is not None and found.decode() != last:
             return False
         if owner and owner.decode() != self._server:  # its own is left of a release that failed
-            lease_key = keyspace.server(owner.decode())
-            lease = await self._reads.get(lease_key)
-            if lease is not None and _holds(lease, await self._engine.now_ns()):
+            server_key = keyspace.server(owner.decode())
+            until = await self._reads.get(server_key)
+            if until is not None and _holds(until, await self._engine.now_ns()):
                 return False
-            expect.append((lease_key, lease))
+            expect.append((server_key, until))
         await self.renew()
         mine = f"{self._server}-{secrets.token_hex(8)}-{job_id}".encode()
-        ended = [(lease_key, None) for lease_key, lease in expect[1:] if lease is not None]
+        ended = [(server_key, None) for server_key, until in expect[1:] if until is not None]
         try:
             await self._writer.commit(Write(((key, mine), *ended), expect))
         except ConditionFailedError:
@@ -114,31 +114,31 @@ class Claims:
             await self._writer.commit(Write(((key, left),), ((key, mine),)))
         except ConditionFailedError:
             pass
-        except StoreUnavailableError:  # other work of this server may renew the lease for long
+        except StoreUnavailableError:  # other work of this server may renew the claims for long
             self._unreleased[thread] = mine, left
 
     async def stop(self) -> None:
         """Nothing works for this server any more: all its claims are void at once."""
         self._held.clear()
-        with contextlib.suppress(StoreUnavailableError, TimeoutError):  # else they end with the lease
+        with contextlib.suppress(StoreUnavailableError, TimeoutError):  # else they end by themselves
             async with asyncio.timeout(STOP_S):
-                await self._end_lease()
+                await self._end_claims()
 
-    async def _end_lease(self) -> None:
+    async def _end_claims(self) -> None:
         """Raises StoreUnavailableError."""
         if self._renewed:
             await self._writer.commit(Write(((keyspace.server(self._server), None),)))
             self._renewed = bool(self._held or self._claiming)  # since then
 
     async def sweep(self) -> None:
-        """Remove the leases that have ended. Raises StoreUnavailableError."""
+        """Remove the entries of servers whose claims have ended. Raises StoreUnavailableError."""
         if self.contested:
-            leases = await self._reads.scan(keyspace.SERVERS, keyspace.after(keyspace.SERVERS), limit=SCAN_ENTRIES_MAX)
+            entries = await self._reads.scan(keyspace.SERVERS, keyspace.after(keyspace.SERVERS), limit=SCAN_ENTRIES_MAX)
             now_ns = await self._engine.now_ns()
-            for key, lease in leases:
-                if not _holds(lease, now_ns):
+            for key, until in entries:
+                if not _holds(until, now_ns):
                     with contextlib.suppress(ConditionFailedError):  # it was renewed
-                        await self._writer.commit(Write(((key, None),), ((key, lease),)))
+                        await self._writer.commit(Write(((key, None),), ((key, until),)))
 
     def condition(self, thread: str) -> tuple[tuple[bytes, bytes | None], ...]:
         """Of what is written for work on the thread."""
@@ -148,13 +148,13 @@ class Claims:
     async def renew(self) -> None:
         """Raises StoreUnavailableError."""
         if self.contested:
-            until = await self._engine.now_ns() + LEASE_S * 1_000_000_000
+            until = await self._engine.now_ns() + CLAIM_S * 1_000_000_000
             if self._held or self._claiming:  # else it has stopped meanwhile
                 self._renewed = True
                 await self._writer.commit(Write(((keyspace.server(self._server), b"%d" % until),)))
 
     async def keep(self) -> None:
-        """Renew the lease, again and again, while something is claimed; then remove it. Repeat releases that failed."""
+        """Renew the entry, again and again, while something is claimed; then remove it. Repeat releases that failed."""
         while self.contested:
             await asyncio.sleep(RENEW_S)
             for thread in list(self._unreleased):
@@ -163,12 +163,12 @@ class Claims:
                 if self._held:
                     await self.renew()
                 elif not self._claiming:
-                    await self._end_lease()
+                    await self._end_claims()
             except StoreUnavailableError as error:
                 _log.warning("claims_not_renewed", reason=str(error))
 
 
-def _holds(lease: bytes, now_ns: int) -> bool:
-    """Whether the lease has not ended. More than 2 * LEASE_S is left only if the clock was set back since: it counts as
-    ended, as a damaged one does. A server that still runs soon renews its lease."""
-    return lease.isdigit() and len(lease) <= LEASE_DIGITS and 0 < int(lease) - now_ns <= 2 * LEASE_S * 1_000_000_000
+def _holds(until: bytes, now_ns: int) -> bool:
+    """Whether the claims of a server still hold. More than 2 * CLAIM_S is left only if the clock was set back since:
+    they count as ended, as do those with a damaged entry. A server that still runs soon renews its entry."""
+    return until.isdigit() and len(until) <= UNTIL_DIGITS and 0 < int(until) - now_ns <= 2 * CLAIM_S * 1_000_000_000

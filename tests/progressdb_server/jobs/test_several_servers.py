@@ -37,7 +37,7 @@ Body = Callable[[list[Conversations], list[Jobs], SealingProvider], Awaitable[No
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease ends within a second, and other servers look at once."""
-    monkeypatch.setattr(claims, "LEASE_S", 1)
+    monkeypatch.setattr(claims, "CLAIM_S", 1)
     monkeypatch.setattr(claims, "RENEW_S", 0.1)
     monkeypatch.setattr(runner, "ADOPT_S", 0.05)
     monkeypatch.setattr(runner, "SHARED_READ_S", 0.05)
@@ -46,7 +46,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def long_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "LEASE_S", 10_000)
+    monkeypatch.setattr(claims, "CLAIM_S", 10_000)
 
 
 @asynccontextmanager
@@ -531,7 +531,7 @@ async def _not_released(store: Conversations, thread: str) -> None:
 
 
 def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LEASE_S", "RENEW_S"):  # else it ends its lease, which nothing needs any more
+    for name in ("CLAIM_S", "RENEW_S"):  # else it ends its claims, which nothing needs any more
         monkeypatch.setattr(claims, name, 10_000)
 
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
@@ -599,7 +599,7 @@ def test_a_server_that_stops_while_it_renews_its_lease_has_none(database: str, m
 
 
 def test_a_server_that_stops_ends_all_its_claims_at_once(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "LEASE_S", 10_000)
+    monkeypatch.setattr(claims, "CLAIM_S", 10_000)
 
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         await write(stores[0], 5)
