@@ -213,32 +213,28 @@ class _Process:
             self._loaded.context,
             on_failed=lambda error, peer: self._refusals.add(of_handshake(error), peer),
         )
-        acceptors = [
-            Acceptor(
-                self._listener, server, on_failure=self._run.accept_failed, protocol_factory=self._tls.protocol_factory
-            )
-        ]
-        others: list[HttpServer[int]] = []
+        acceptor = Acceptor(
+            self._listener, server, on_failure=self._run.accept_failed, protocol_factory=self._tls.protocol_factory
+        )
+        page = None
         if self._metrics_listener is not None:
-            page: HttpServer[int] = HttpServer(
+            page = HttpServer(
                 metrics_page(metrics.GatewayCollector(self._values), "minikms_gateway_build_info"),
                 loop=loop,
                 on_internal_error=self._run.internal_error,
                 limits=PAGE_LIMITS,
             )
-            others.append(page)
             metrics_acceptor = Acceptor(self._metrics_listener, page, on_failure=self._run.accept_failed)
         chores = [asyncio.ensure_future(chore) for chore in self._chores()]
         self._log.info("serving", listen=config.listen, kms_socket=config.kms_socket, metrics=config.metrics)
         await self._run.until_stopped(f"serving {config.listen}")
-        for acceptor in acceptors:
-            acceptor.close()
+        acceptor.close()
         self._listener.close()
         self._tls.close()
         await server.drain(DRAIN_SECONDS_MAX)
-        if others:
+        if page is not None:
             metrics_acceptor.close()
-            await others[0].drain(0)
+            await page.drain(0)
         for chore in chores:
             chore.cancel()
         await asyncio.wait(chores)
