@@ -24,10 +24,10 @@ from bench.report import Row, figure, say
 from minikms.api.errors import KmsRefusedError
 from minikms.client import EncryptItem
 from progressdb_server.config import Rotation
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store import drafts, keyspace
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineBusyError
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import NewMessage
@@ -140,8 +140,8 @@ async def _rotate(directory: Path, socket: str) -> tuple[float, float, float]:
 
 async def build(store: Conversations, engine: RocksEngine, provider: RemoteProvider, records: int) -> None:
     """The thread, with as many messages."""
-    first = await store.create_message(NewMessage(author="bench", thread=THREAD, body=""))
-    key_id = await store.key_of_thread(THREAD) or ""
+    first = await store.messages.create(NewMessage(author="bench", thread=THREAD, body=""))
+    key_id = await store.rekeying.key_of_thread(THREAD) or ""
     new = NewMessage(author="bench", thread=THREAD, body={"text": secrets.token_hex(RECORD_BYTES // 2)[:-60]})
     for start in range(first.ts + 1, first.ts + 1 + records, BUILT_AT_ONCE):
         versions: list[drafts.Draft] = []

@@ -26,7 +26,7 @@ from bench import plots
 from minikms import api
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem
-from progressdb_server.store.conversations import Conversations
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.model import NewMessage
 from progressdb_server.store.rocks.engine import RocksEngine
 
@@ -125,20 +125,20 @@ async def _measure(messages: int) -> list[float]:
         async def write(first: int) -> None:
             for number in range(first, messages, WRITERS):
                 thread = "long" if number % 10 == 0 else f"t{number // THREAD_MESSAGES}"
-                made = await store.create_message(NewMessage(author=f"u{first}", thread=thread, body=body))
+                made = await store.messages.create(NewMessage(author=f"u{first}", thread=thread, body=body))
                 if number % (messages // TURNS) == 0:
                     sample.append(made.id)
 
         async def last(count: int) -> None:
-            async for _ in store.list_messages("long", limit=count):
+            async for _ in store.reading.messages("long", limit=count):
                 pass
 
         async def threads() -> None:
-            async for _ in store.list_threads(author=None):
+            async for _ in store.threads.list_threads(author=None):
                 return
 
         async def one() -> None:
-            await store.get_message(sample[0])
+            await store.reading.message(sample[0])
             sample.append(sample.pop(0))
 
         started = time.perf_counter()

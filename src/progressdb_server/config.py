@@ -133,7 +133,7 @@ class Security(_Section, frozen=True):
     ip_whitelist: tuple[str, ...] = ()
     api_keys: ApiKeys = ApiKeys()
     threads: Literal["members", "open"] = "members"
-    """Who may post into a thread that exists (`store.membership`). `open`: as in ProgressDB 0.1."""
+    """Who may post into a thread that exists (`conversations.membership`). `open`: as in ProgressDB 0.1."""
 
 
 class Kms(_Section, frozen=True):

@@ -38,6 +38,7 @@ from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError, unknown_variables
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.listener import DESCRIPTORS_COUNT, bind, check_tls, serve_http
 from progressdb_server.http.shares import Shares
 from progressdb_server.jobs.service import Jobs
@@ -45,7 +46,6 @@ from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteP
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
 from progressdb_server.metrics import KmsMetrics
 from progressdb_server.store import epoch, places
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.epoch import RestoredError
 from progressdb_server.store.model import FormatError, StoreUnavailableError
 
@@ -212,7 +212,7 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
         readiness = Readiness(store, _status_of(provider, config, started), kms_metrics, stop.drain)
         started.push_async_callback(readiness.close)
         viewer = Viewer(store, provider, jobs, readiness, access.keys, secure=bool(config.server.tls.cert_file))
-        backup_routes = store_backup.operations(store, config.backups_dir)
+        backup_routes = store_backup.operations(store.backups, config.backups_dir)
         ready_routes = readiness_routes.operations(readiness)
         more = (*ready_routes, *job_routes.operations(jobs), *backup_routes, *viewer.operations())
         application = Application(store, access, ApiMetrics(registry), more=more, on_unreadable=store.note_unreadable)

@@ -53,7 +53,7 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         Variant(),
         (
             (
-                "store/postgres/engine.py",
+                "store/postgres/reads.py",
                 "        return found[0][0] if found else None\n",
                 "        value = found[0][0] if found else None\n"
                 '        if key.startswith(b"index:writer:"):\n'
@@ -75,11 +75,11 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         Variant(),
         (
             (
-                "store/threads.py",
-                "await self.writer.commit(Write((), (ticket.condition,)))",
+                "store/idempotency.py",
+                "await self._writer.commit(Write((), (ticket.condition,)))",
                 "pass",
             ),
-            ("store/threads.py", "                await self.writer.settled()\n", ""),
+            ("store/idempotency.py", "                await self._writer.settled()\n", ""),
         ),
         ("--faults", "unreplicated_waits_ended"),
         "was acknowledged at",

@@ -33,9 +33,9 @@ from progressdb_server.api.routes.errors import api_error
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.table import Routing
 from progressdb_server.api.viewer.routes import error_page
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import ClientGoneError, Header, Receive, Scope, Send
 from progressdb_server.kms.provider import READING, RequestReads
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     KeyServiceRefusedError,
     RecordUnreadableError,

@@ -137,7 +137,7 @@ def register(
 
     async def registered() -> RegisteredBackup:
         async with _register(chosen) as register:
-            return await register.register_backup(label, begun_ns)
+            return await register.register(label, begun_ns)
 
     known = asyncio.run(registered())
     said = f"{label} is registered" + (": begin it now" if begun is None else "")
@@ -176,7 +176,7 @@ def list_registered(*, url: Url = None, db: Db = None, config: ConfigFile = None
                     "gone": known.gone,
                     "of_database": known.of_database,
                 }
-                async for page in register.backups()
+                async for page in register.registered()
                 for known in page
             ]
 
@@ -216,7 +216,7 @@ def forget(
 
     async def offline() -> None:
         async with _register(chosen) as register:
-            await register.forget_backup(name)
+            await register.forget(name)
 
     try:
         asyncio.run(offline())

@@ -25,10 +25,10 @@ from minikms.api import CODE_KEY_DESTROYED, SEAL_BYTES, KeyAnswer
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
 from minikms.platform.logs import structlog
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Runner
 from progressdb_server.jobs.states import Job, JobError, changed
 from progressdb_server.kms.provider import Fault, Provider, created_ns, fault, key_pages
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import RecordUnreadableError, StoreDamagedError
 
 _log = structlog.get_logger("progressdb.jobs")
@@ -101,10 +101,10 @@ class KeyDestruction(Kind):
 
     async def _obstacle(self, job: Job, keys: Mapping[str, KeyAnswer]) -> str:
         """`keys`: of the job's thread, those that are not destroyed."""
-        current = await self._store.key_of_thread(job.thread)
+        current = await self._store.rekeying.key_of_thread(job.thread)
         if current is None or current in job.sources:
             return "the key is the thread's current one"
-        if left := await self._store.count_under(job.thread, job.sources):
+        if left := await self._store.rekeying.count_under(job.thread, job.sources):
             return f"{left} records are under it: rotate the thread's key again"
         for key_id in job.sources:
             key = keys.get(key_id)
@@ -122,10 +122,10 @@ class KeyDestruction(Kind):
 
     async def _records_left(self, job: Job) -> str:
         """The census: counts messages, metadata and the backups of jobs that are under the keys."""
-        left = await self._store.count_under(job.thread, job.sources)
+        left = await self._store.rekeying.count_under(job.thread, job.sources)
         for of_thread in await self._table.with_backups(job.thread):
             kept = 0
-            async for chunk in self._store.kept_records(of_thread):
+            async for chunk in self._store.rekeying.kept_records(of_thread):
                 kept += len(chunk)
                 left += sum(one.key_id in job.sources for one in chunk)
                 await asyncio.sleep(0)
@@ -135,12 +135,12 @@ class KeyDestruction(Kind):
 
     async def _after_every_backup(self) -> int:
         """The current time, or a later one if the clock was set back: later than every registered backup."""
-        known = [known.created_ns + 1 async for page in self._store.backups() for known in page]
+        known = [known.created_ns + 1 async for page in self._store.backups.registered() for known in page]
         return max(self._table.now_ns(), *known, 0)
 
     async def _older_store_backup(self, census_ns: int) -> str:
         none = True
-        async for page in self._store.backups():
+        async for page in self._store.backups.registered():
             for known in page:
                 none = False
                 if known.created_ns < census_ns:

@@ -23,9 +23,9 @@ from typing import Final, NamedTuple
 from minikms.api import KeyAnswer
 from minikms.api.errors import KmsError
 from minikms.platform.logs import structlog
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError
 
 ORPHAN_AGE_S: Final = 60
@@ -77,7 +77,7 @@ class OrphanedKeys(Kind):
         self._now_s = now_s
         self._walking = asyncio.Lock()
         # Read now: what is written during this run says nothing about the age of the store.
-        self._made_before = _rfc3339(min(now_s(), store.newest_ns / 1_000_000_000))
+        self._made_before = _rfc3339(min(now_s(), store.rekeying.newest_ns / 1_000_000_000))
 
     async def begin(self) -> None:
         """Retire the orphans of earlier runs, in one walk."""
@@ -104,9 +104,9 @@ class OrphanedKeys(Kind):
 
     async def _is_orphan(self, key: KeyAnswer) -> bool:
         return (
-            await self._store.key_of_thread(key.thread_id) != key.key_id
+            await self._store.rekeying.key_of_thread(key.thread_id) != key.key_id
             and key.purpose == "thread"
-            and not self._store.making_key(key.thread_id)
+            and not self._store.rekeying.making_key(key.thread_id)
             and not self._has_job(key.thread_id)
         )
 

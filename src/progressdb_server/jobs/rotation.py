@@ -32,6 +32,7 @@ from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import ReencryptItem
 from minikms.platform.logs import structlog
 from progressdb_server.config import Rotation
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Pace, Runner
 from progressdb_server.jobs.states import (
     AT_WORK,
@@ -46,7 +47,6 @@ from progressdb_server.jobs.states import (
 )
 from progressdb_server.jobs.table import PendingRow, Row
 from progressdb_server.kms.provider import Fault, Provider, created_ns, fault, is_permanent, key_pages
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     Chunk,
     ClaimLostError,
@@ -158,9 +158,7 @@ class KeyRotation(Kind):
     async def select(self, due: Due | None, *, rate: int | None = None, destroy_after_s: int = 0) -> AsyncIterator[Job]:
         """Rotate every thread whose key is due, with None every thread. Yields each job when it is queued. Raises
         KmsError for what the key service would refuse again."""
-        threads = (
-            self._store.threads_with_keys() if due is None else (found async for found, _ in self.due_threads(due))
-        )
+        threads = self._store.rekeying.threads() if due is None else (found async for found, _ in self.due_threads(due))
         try:
             async for thread in threads:
                 yield await self.rotate(thread, rate=rate, destroy_after_s=destroy_after_s, later=True)
@@ -174,7 +172,7 @@ class KeyRotation(Kind):
         now_ns = self._table.now_ns()
         async for page in key_pages(self._provider, state="active"):
             for key in page.keys:
-                if key.purpose != "thread" or await self._store.key_of_thread(key.thread_id) != key.key_id:
+                if key.purpose != "thread" or await self._store.rekeying.key_of_thread(key.thread_id) != key.key_id:
                     continue
                 if why := due.why(key, now_ns) or await self._worn(key, due.uses):
                     yield key.thread_id, why
@@ -187,7 +185,7 @@ class KeyRotation(Kind):
         if left is None:
             return ""
         since_ns = created_ns(key)
-        async for count in self._store.count_records(key.thread_id, COUNTED_RECORDS, since_ns=since_ns):
+        async for count in self._store.rekeying.count_records(key.thread_id, COUNTED_RECORDS, since_ns=since_ns):
             left -= count
             if left <= 0:
                 return "uses"
@@ -197,7 +195,7 @@ class KeyRotation(Kind):
     async def require(self, threads: Iterable[str]) -> None:
         """Raises ThreadNotFoundError unless each can be rotated."""
         for thread in threads:
-            if await self._store.key_of_thread(thread) is None:
+            if await self._store.rekeying.key_of_thread(thread) is None:
                 raise ThreadNotFoundError
 
     async def begin(self) -> None:
@@ -214,7 +212,7 @@ class KeyRotation(Kind):
     async def resume(self, job: Job) -> Job:
         if job.restored_ns:
             raise JobConflictError("the job's backups were restored: rotate the thread's key again")
-        if job.new_key and await self._store.key_of_thread(job.thread) != job.new_key:
+        if job.new_key and await self._store.rekeying.key_of_thread(job.thread) != job.new_key:
             raise JobConflictError("a later rotation has given the thread another key")
         if job.state == "failed":
             return move(job, "resume", cursor="", moved=0, failed=0, failures=(), reason="")
@@ -230,7 +228,7 @@ class KeyRotation(Kind):
                 raise JobConflictError("the key of these backups was destroyed")
             keeps = {"destroy_at_ns": 0, "destroy_after_s": 0, "census_ns": 0, "destroy_waits_for": ""}
             await self._table.change(job_id, lambda now: changed(now, restored_ns=self._table.now_ns(), **keeps))
-            restored = await self._store.restore_kept(job_id)
+            restored = await self._store.rekeying.restore_kept(job_id)
         _log.info("backups_restored", job=job_id, restored=restored.restored, kept=restored.kept)
         return restored
 
@@ -261,14 +259,14 @@ class KeyRotation(Kind):
 
     async def _count(self, thread: str) -> int:
         total = 0
-        async for entries in self._store.count_records(thread, CHUNK_RECORDS_MAX):
+        async for entries in self._store.rekeying.count_records(thread, CHUNK_RECORDS_MAX):
             total += entries
             await asyncio.sleep(0)
         return total
 
     # --- the key --------------------------------------------------------------------------------------------------
     async def _key_of(self, thread: str) -> str:
-        key_id = await self._store.key_of_thread(thread)
+        key_id = await self._store.rekeying.key_of_thread(thread)
         if key_id is None:
             raise JobFailedError("the thread has no key")
         return key_id
@@ -279,19 +277,19 @@ class KeyRotation(Kind):
         job = row.job
         if job.new_key:
             return
-        self._store.check_halted()
+        self._store.sealer.check_halted()
         old = await self._key_of(job.thread)
         if not job.keying or job.old_key != old:
             row = await self._table.store(row, changed(job, keying=True, old_key=old, sources=(old,)))
-        with self._store.switching_key(job.thread):
+        with self._store.sealer.switching(job.thread):
             key = await self._provider.create_dek_for_thread(job.thread, replaces=old, request_id=job.id)
-            self._store.check_halted()
+            self._store.sealer.check_halted()
             await self._switch_to(job_id, old, key.key_id)
         _log.info("key_switched", job=job_id, thread=job.thread, old_key=old, new_key=key.key_id)
 
     async def _switch_to(self, job_id: str, old: str, new: str) -> None:
         job = await self._table.get(job_id)
-        switch = self._store.key_switch(job.thread, old, new)
+        switch = self._store.rekeying.key_switch(job.thread, old, new)
         while not (row := await self._table.row(job_id)).job.new_key:
             try:
                 await self._table.store(row, changed(row.job, new_key=new, keying=False), switch)
@@ -306,7 +304,7 @@ class KeyRotation(Kind):
                     await self._provider.retire_key(new, request_id=job_id)
                 raise
         # From here on every write is under the new key: it is a condition of each (store/sealer.py).
-        self._store.forget_key(job.thread)
+        self._store.sealer.forget(job.thread)
 
     async def _retire_unused(self, job: Job) -> None:
         """Keys that were made for the thread by a call whose answer was lost, and that it never got.
@@ -328,7 +326,7 @@ class KeyRotation(Kind):
             return
         for key_id in active:
             # The key of a renewal that runs now becomes the thread's own.
-            if key_id != await self._key_of(job.thread) and not self._store.making_key(job.thread):
+            if key_id != await self._key_of(job.thread) and not self._store.rekeying.making_key(job.thread):
                 await self._provider.retire_key(key_id, request_id=job.id)
 
     # --- re-encrypting --------------------------------------------------------------------------------------------
@@ -339,7 +337,7 @@ class KeyRotation(Kind):
         job = row.job
         ahead: deque[asyncio.Task[_Reencrypted]] = deque()
         writing: deque[PendingRow] = deque()
-        chunks = self._store.record_chunks(job.thread, _chunk_records(pace), behind=job.cursor, to_now=True)
+        chunks = self._store.rekeying.chunks(job.thread, _chunk_records(pace), behind=job.cursor, to_now=True)
         try:
             async for chunk in chunks:
                 left = [found for found in chunk.records if found.key_id != job.new_key]
@@ -363,7 +361,7 @@ class KeyRotation(Kind):
             await asyncio.gather(*(pending.write.done for pending in writing), return_exceptions=True)
 
     async def _reencrypt(self, job: Job, chunk: Chunk, left: Sequence[Record]) -> _Reencrypted:
-        self._store.check_halted()
+        self._store.sealer.check_halted()
         moved: list[tuple[Record, bytes]] = []
         failures = [Failure(name, MALFORMED) for name in chunk.malformed]
         by_key: dict[str, list[Record]] = {}
@@ -375,7 +373,7 @@ class KeyRotation(Kind):
                     moved.append((found, outcome))
                 else:
                     failures.append(_failure(found, outcome))
-        self._store.check_halted()
+        self._store.sealer.check_halted()
         return _Reencrypted(moved, failures, chunk)
 
     async def _reencrypt_from(
@@ -407,7 +405,8 @@ class KeyRotation(Kind):
             failed=job.failed + len(step.failures),
             failures=add_failures(job.failures, step.failures),
         )
-        return self._table.submit(row, after, self._store.moves(job.id, job.new_key, step.moved, step.chunk.read_at))
+        moves = self._store.rekeying.moves(job.id, job.new_key, step.moved, step.chunk.read_at)
+        return self._table.submit(row, after, moves)
 
     # --- verifying ------------------------------------------------------------------------------------------------
     async def _verify(self, row: Row, pace: Pace) -> Row:
@@ -416,7 +415,7 @@ class KeyRotation(Kind):
         left, verified, stored_at = 0, 0, time.monotonic()
         broken: list[Failure] = []
         ahead: deque[asyncio.Task[list[Failure]]] = deque()
-        chunks = self._store.record_chunks(job.thread, _chunk_records(pace), to_now=True)
+        chunks = self._store.rekeying.chunks(job.thread, _chunk_records(pace), to_now=True)
         try:
             async for chunk in chunks:
                 current = [found for found in chunk.records if found.key_id == job.new_key]
@@ -446,7 +445,7 @@ class KeyRotation(Kind):
 
     async def _check(self, job: Job, records: Sequence[Record]) -> list[Failure]:
         """Those that do not open under the new key."""
-        self._store.check_halted()
+        self._store.sealer.check_halted()
         outcomes = await self._provider.check_batch(
             job.new_key, _items(records), thread_id=job.thread, request_id=job.id
         )
@@ -456,7 +455,7 @@ class KeyRotation(Kind):
 
     async def _finish(self, row: Row, verified: int, pace: Pace) -> Row:
         kept = 0
-        async for entries in self._store.count_kept(row.job.id, _chunk_records(pace)):
+        async for entries in self._store.rekeying.count_kept(row.job.id, _chunk_records(pace)):
             kept += entries
             await pace.take(SCAN_COST * entries)
         if kept != row.job.backups:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Final
 
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
 from minikms.platform.logs import structlog
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.states import (
     AT_WORK,
     FINAL,
@@ -39,7 +40,6 @@ from progressdb_server.jobs.states import (
 )
 from progressdb_server.jobs.table import LATE_ROWS_NS, JobTable
 from progressdb_server.kms.provider import Fault, fault
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     ConditionFailedError,
     RecordUnreadableError,
@@ -276,7 +276,7 @@ class Runner:
                     raise JobConflictError("another job works on this thread")
                 return unfinished
             now_ns = self.table.now_ns()
-            job = Job(self._store.new_job_id(now_ns), thread, now_ns, now_ns, kind=kind.name, **fields)
+            job = Job(self._store.rekeying.new_job_id(now_ns), thread, now_ns, now_ns, kind=kind.name, **fields)
             if not await self._store.claims.claim(thread, job.id, last):
                 raise ThreadBusyError
             self._threads[thread] = job.id
@@ -378,7 +378,7 @@ class Runner:
                 return
             except (KmsError, StoreUnavailableError, ConditionFailedError) as error:
                 if isinstance(error, SealedError):
-                    self._store.halt_sealed()
+                    self._store.sealer.halt_sealed()
                 wait_s = max(delay_s, error.retry_after_s) if isinstance(error, LimitExceededError) else delay_s
                 _log.warning("job_waits", job=job_id, reason=str(error), retry_s=wait_s)
                 await asyncio.sleep(wait_s)

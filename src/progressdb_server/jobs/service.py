@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from progressdb_server.config import Rotation
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.destruction import KeyDestruction
 from progressdb_server.jobs.orphans import OrphanedKeys
 from progressdb_server.jobs.rotation import KeyRotation
@@ -19,7 +20,6 @@ from progressdb_server.jobs.runner import Kind, Runner
 from progressdb_server.jobs.states import FINAL
 from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store.conversations import Conversations
 
 ROW_AGE_S: Final = 90 * 86_400
 """Age at which the row of a finished job is removed, if it has left no backups and no key to destroy."""

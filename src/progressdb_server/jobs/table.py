@@ -17,8 +17,8 @@ import msgspec
 
 from minikms.api.decoding import UNDECODABLE
 from minikms.platform.logs import structlog
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.states import FINAL, Job, JobNotFoundError, ThreadBusyError, changed
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     ClaimLostError,
     OpaqueWrite,
@@ -83,7 +83,7 @@ class JobTable:
     # --- reading --------------------------------------------------------------------------------------------------
     async def row(self, job_id: str) -> Row:
         """Raises JobNotFoundError, RecordUnreadableError."""
-        raw = await self._store.job_row(job_id)
+        raw = await self._store.rekeying.job_row(job_id)
         if raw is None:
             self._forget(job_id)
             raise JobNotFoundError
@@ -136,14 +136,14 @@ class JobTable:
         """All jobs since then whose rows are not damaged, in the order of their creation. A page is read when the
         iterator reaches it."""
         began_ns = self.now_ns()
-        async for rows in self._store.job_rows(newest_first=newest_first, since_ns=since_ns):
+        async for rows in self._store.rekeying.job_rows(newest_first=newest_first, since_ns=since_ns):
             yield self._readable(rows)
         if since_ns <= self._unknown_since_ns:
             self._all_read_ns = began_ns
 
     async def pages_of(self, job_ids: Sequence[str]) -> AsyncIterator[list[Job]]:
         """Those of the jobs whose rows are there and not damaged. A page is read when the iterator reaches it."""
-        async for rows in self._store.job_rows_of(job_ids):
+        async for rows in self._store.rekeying.job_rows_of(job_ids):
             yield self._readable(rows)
 
     @property
@@ -186,7 +186,7 @@ class JobTable:
     async def add(self, job: Job) -> None:
         """Add a row; it is durable on return. Raises StoreUnavailableError."""
         self._note(job)
-        await self._store.settle_row(self._store.write_row(job.id, job.thread, None, _encode(job)))
+        await self._store.rekeying.settle_row(self._store.rekeying.write_row(job.id, job.thread, None, _encode(job)))
         self._wake_waiters()
 
     def submit(self, row: Row, job: Job, step: OpaqueWrite | None = None) -> PendingRow:
@@ -197,11 +197,11 @@ class JobTable:
         self._note(stored)
         if job.id in self.followed:
             self.followed[job.id] = stored
-        return PendingRow(Row(raw, stored), self._store.write_row(job.id, job.thread, row.raw, raw, step))
+        return PendingRow(Row(raw, stored), self._store.rekeying.write_row(job.id, job.thread, row.raw, raw, step))
 
     async def settle(self, pending: PendingRow) -> Row:
-        """Wait until a submitted row is durable. Raises the errors of `Conversations.settle_row`."""
-        await self._store.settle_row(pending.write)
+        """Wait until a submitted row is durable. Raises the errors of `Rekeying.settle_row`."""
+        await self._store.rekeying.settle_row(pending.write)
         self._wake_waiters()
         return pending.row
 
@@ -226,19 +226,19 @@ class JobTable:
         """Remove the job's backup records, or only those under the given keys, and reduce its count of backups in the
         same writes. Returns the number of removed records. Raises StoreUnavailableError."""
         dropped = 0
-        async for chunk in self._store.kept_records(job_id):
+        async for chunk in self._store.rekeying.kept_records(job_id):
             gone = [kept for kept in chunk if under is None or kept.key_id in under]
             if gone:
                 row = await self.row(job_id)
                 left = changed(row.job, backups=max(0, row.job.backups - len(gone)))
-                await self.store(row, left, self._store.kept_drop(job_id, gone))
+                await self.store(row, left, self._store.rekeying.kept_drop(job_id, gone))
                 dropped += len(gone)
             await asyncio.sleep(0)
         return dropped
 
     async def remove(self, jobs: Sequence[Job]) -> None:
         """Remove the rows of `jobs`. Does not wake the tasks that wait for a change."""
-        await self._store.remove_rows([job.id for job in jobs])
+        await self._store.rekeying.remove_rows([job.id for job in jobs])
         for job in jobs:
             self._forget(job.id)
             self._drop(job)

@@ -20,6 +20,7 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
@@ -28,10 +29,11 @@ import msgspec
 
 from minikms.api.decoding import UNDECODABLE
 from minikms.platform.sync import sync_directory, sync_file
+from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace, places
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.directory import OpenStore
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine
+from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import (
     BackupBusyError,
     BackupError,
@@ -56,17 +58,22 @@ _CURRENT: Final = "CURRENT"
 """RocksDB looks for this file first."""
 
 
-class Backups(OpenStore):
+class Backups:
     """Backups of the store. Every method may raise StoreUnavailableError."""
 
-    _backing_up = False
-    newest_backup_ns = 0
-    """When the newest registered backup was begun, in Unix ns, as it was last looked at; 0 without one."""
+    def __init__(self, engine: Engine, writer: Commits, clock: Clock) -> None:
+        self._engine = engine
+        self._reads = engine.reads
+        self._writer = writer
+        self._clock = clock
+        self._backing_up = False
+        self.newest_ns = 0
+        """When the newest registered backup was begun, in Unix ns, as it was last looked at; 0 without one."""
 
     async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
         """Make a verified backup in the new directory `path`, beside running writes; it shares files with the backup
         `previous`. The key service is backed up after this. Raises BackupError."""
-        if not self.engine.makes_backups:
+        if not self._engine.makes_backups:
             raise BackupOfDatabaseError
         path = os.path.abspath(path)  # noqa: ASYNC240  no lookup
         if self._backing_up:
@@ -75,12 +82,12 @@ class Backups(OpenStore):
             raise BackupExistsError(f"{path} exists already; a backup never overwrites one")
         self._backing_up = True
         try:
-            known = RegisteredBackup(path, self.clock.now_ns())
-            await self.writer.commit(Write(((keyspace.backup(known.created_ns), msgspec.json.encode(known)),)))
-            self.newest_backup_ns = known.created_ns
+            known = RegisteredBackup(path, self._clock.now_ns())
+            await self._writer.commit(Write(((keyspace.backup(known.created_ns), msgspec.json.encode(known)),)))
+            self.newest_ns = known.created_ns
             stop = threading.Event()
             copy = asyncio.ensure_future(
-                asyncio.to_thread(create, self.engine, path, created_ns=known.created_ns, previous=previous, stop=stop)
+                asyncio.to_thread(create, self._engine, path, created_ns=known.created_ns, previous=previous, stop=stop)
             )
             try:
                 return await asyncio.shield(copy)
@@ -95,37 +102,37 @@ class Backups(OpenStore):
         finally:
             self._backing_up = False
 
-    async def register_backup(self, label: str, begun_ns: int | None = None) -> RegisteredBackup:
+    async def register(self, label: str, begun_ns: int | None = None) -> RegisteredBackup:
         """Add a backup of the database, which is made by another program: it is begun after this, or was at `begun_ns`.
         Raises BackupExistsError; BackupError for a store in files."""
-        if self.engine.makes_backups:
+        if self._engine.makes_backups:
             raise BackupError("only backups of a database are registered: progressdb backup create makes this one")
-        if label in [known.name async for page in self.backups() for known in page]:
+        if label in [known.name async for page in self.registered() for known in page]:
             raise BackupExistsError(f"a backup {label} is registered already")
-        known = RegisteredBackup(label, await self.engine.now_ns() if begun_ns is None else begun_ns, of_database=True)
+        known = RegisteredBackup(label, await self._engine.now_ns() if begun_ns is None else begun_ns, of_database=True)
         entry = keyspace.backup(known.created_ns)
         try:
-            await self.writer.commit(Write(((entry, msgspec.json.encode(known)),), ((entry, None),)))
+            await self._writer.commit(Write(((entry, msgspec.json.encode(known)),), ((entry, None),)))
         except ConditionFailedError:
             raise BackupExistsError("another backup was begun at that time") from None
         return known
 
-    async def backups(self) -> AsyncIterator[list[RegisteredBackup]]:
+    async def registered(self) -> AsyncIterator[list[RegisteredBackup]]:
         """Those that were begun and are not forgotten, oldest first."""
         lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
-        while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
+        while entries := await self._reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
             yield [msgspec.json.decode(value, type=RegisteredBackup) for _, value in entries]
 
-    async def look_at_newest_backup(self) -> None:
-        """For `newest_backup_ns`. Raises StoreUnavailableError."""
-        (found,) = await self.reads.newest([keyspace.BACKUPS])
-        self.newest_backup_ns = int(found[len(keyspace.BACKUPS) :]) if found else 0
+    async def look_at_newest(self) -> None:
+        """For `newest_ns`. Raises StoreUnavailableError."""
+        (found,) = await self._reads.newest([keyspace.BACKUPS])
+        self.newest_ns = int(found[len(keyspace.BACKUPS) :]) if found else 0
 
-    async def forget_backup(self, name: str) -> list[RegisteredBackup]:
+    async def forget(self, name: str) -> list[RegisteredBackup]:
         """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it
         had. Raises BackupNotFoundError, BackupThereError."""
-        found = [known async for page in self.backups() for known in page if known.name == name]
+        found = [known async for page in self.registered() for known in page if known.name == name]
         if not found:
             raise BackupNotFoundError(f"no backup {name} is registered")
         if there := [known.path for known in found if not known.gone]:
@@ -134,8 +141,8 @@ class Backups(OpenStore):
         return found
 
     async def _forget(self, found: Sequence[RegisteredBackup]) -> None:
-        await self.writer.commit(Write([(keyspace.backup(known.created_ns), None) for known in found]))
-        await self.look_at_newest_backup()
+        await self._writer.commit(Write([(keyspace.backup(known.created_ns), None) for known in found]))
+        await self.look_at_newest()
 
 
 @asynccontextmanager
@@ -143,13 +150,20 @@ async def open_register(place: str, *, single_node: bool) -> AsyncIterator[Backu
     """The backups of a store in a database, beside its servers, or of one in files that no server has open. Raises
     StoreLockedError, StoreUnavailableError, BackupError."""
     try:
-        store = Backups(await places.open_engine(place, single_node=single_node, make=False))
+        engine = await places.open_engine(place, single_node=single_node, make=False)
     except FormatError as error:
         raise BackupError(str(error)) from error
     try:
-        yield store
+        clock = Clock(time.time_ns)
+        writer = engine.writer(clock, StoreMetrics(), lambda: None)
+        try:
+            yield Backups(engine, writer, clock)
+        finally:
+            await writer.close()
+    except FormatError as error:
+        raise BackupError(str(error)) from error
     finally:
-        await store.close()
+        await engine.end()
 
 
 def create(

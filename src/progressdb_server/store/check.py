@@ -33,7 +33,7 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store import keyspace, membership, places, record
+from progressdb_server.store import keyspace, places, record
 from progressdb_server.store.engine import Counters
 from progressdb_server.store.epoch import SeenState as KeyService
 from progressdb_server.store.idempotency import IdempotencyRecord
@@ -378,8 +378,8 @@ class Checker:
             yield Problem("dangling", _shown(key), "the thread has no metadata", ((key, None),))
         elif space == keyspace.CLOSED and not record.unpack_thread(raw)[0].deleted_ns:
             yield Problem("dangling", _shown(key), "the thread is not deleted", ((key, None),))
-        elif space == keyspace.WRITER and value not in (membership.MEMBER, membership.REMOVED):
-            fix = ((key, membership.REMOVED),)  # the author of a damaged entry counts as removed until added again
+        elif space == keyspace.WRITER and value not in (keyspace.MEMBER, keyspace.REMOVED):
+            fix = ((key, keyspace.REMOVED),)  # the author of a damaged entry counts as removed until added again
             yield Problem("damaged", _shown(key), "the entry says neither member nor removed", fix)
 
     async def _judge_map(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:

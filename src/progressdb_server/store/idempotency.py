@@ -10,7 +10,8 @@ refused, because it may have stored something already; `progressdb check --repai
 from __future__ import annotations
 
 import hmac
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -18,13 +19,18 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.platform.logs import structlog
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Reads
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine, Reads
+from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import (
     ConditionFailedError,
     Idempotency,
     IdempotencyConflictError,
+    OutcomeUnknownError,
     RecordUnreadableError,
+    StoreUnavailableError,
 )
+
+T = TypeVar("T")
 
 IDEMPOTENCY_AGE_S: Final = 24 * 3600
 DAMAGED: Final = (
@@ -79,6 +85,36 @@ class Ticket:
 
     def put(self, made: str, now_ns: int) -> tuple[bytes, bytes]:
         return self.key, msgspec.msgpack.encode(IdempotencyRecord(made, self._request, now_ns))
+
+
+class Retries:
+    """Makes once what a ticket stands for."""
+
+    def __init__(self, engine: Engine, writer: Commits, clock: Clock) -> None:
+        self._sole = engine.sole
+        self._reads = engine.reads
+        self._writer = writer
+        self._clock = clock
+
+    async def once(self, ticket: Ticket, create: Callable[[], Coroutine[Any, Any, T]]) -> tuple[str, T | None]:
+        """What `create` makes; or the id of what was made before, which is durable then. If the outcome of `create` is
+        unknown, or another server is making the same, it is looked up again, and made if it is not there. The caller
+        holds the lock of the ticket."""
+        for again in (True, True, False):
+            made = await ticket.recall(self._reads, self._clock.now_ns())
+            try:
+                if made is not None:  # what is answered must be durable, and on the node that answers
+                    await self._writer.commit(Write((), (ticket.condition,)))
+                    return made, None
+                return "", await create()
+            except OutcomeUnknownError:
+                if self._sole or not again:
+                    raise
+                await self._writer.settled()
+            except ConditionFailedError as error:
+                if error.key != ticket.key or not again:
+                    raise
+        raise StoreUnavailableError("another server is making the same")
 
 
 def _expired(remembered: IdempotencyRecord, now_ns: int) -> bool:

@@ -29,6 +29,9 @@ MAP: Final = b"kms:map:thread:"
 VERSION: Final = b"version:msg:"
 ORDER: Final = b"index:order:"
 WRITER: Final = b"index:writer:"
+MEMBER: Final = b""
+REMOVED: Final = b"r"
+"""Values of an entry of `writer`."""
 AUTHOR: Final = b"index:author:"
 CREATED: Final = b"index:created:"
 CLOSED: Final = b"index:closed:"
@@ -253,7 +256,7 @@ def closed_key(thread: str) -> bytes:
 
 def writer(thread: str, author: str) -> bytes:
     """Present when the author owns the thread, has written in it, or was added to it. The value says whether the
-    author was removed (`store.membership`)."""
+    author was removed (`conversations.membership`)."""
     return b"index:writer:%b:%b" % (part(thread), part(author))
 
 

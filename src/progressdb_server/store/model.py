@@ -1,4 +1,4 @@
-"""What the rest of the server knows of the store: data and errors. Its operations are those of `store.conversations`.
+"""What the rest of the server knows of the store: data and errors. `conversations` has the operations.
 
 Invariants: nothing here shows an engine, a storage key or a write; authors, ids and timestamps are the only fields that
 a store may keep in plaintext. Each error knows the status and the sentence of its HTTP response.
@@ -330,7 +330,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
 class Chunk(NamedTuple):
     """Consecutive entries of a thread. `malformed` are the names of entries that are no records. `cursor` is where the
-    next chunk begins; `read_at` says when this one was read, for `Conversations.moves`."""
+    next chunk begins; `read_at` says when this one was read, for `Rekeying.moves`."""
 
     records: list[Record]
     malformed: list[str]

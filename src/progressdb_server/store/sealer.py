@@ -13,7 +13,7 @@ and which error of the store a failure of the key service is. Invariants:
   What it sealed stays under it. One replacement of a thread runs at a time; the switch is a condition on the stored
   map.
 - Once the key service was seen sealed, nothing is sealed until its epoch was judged: it may be an older one after the
-  unseal. `Conversations` judges.
+  unseal. `conversations.whole` judges.
 - Opening uses the record's own key id, in one batch, whatever the number of keys. The audit line of the batch has the
   id of the client's request.
 """
@@ -225,7 +225,8 @@ class Sealer:
 
     @contextlib.contextmanager
     def switching(self, thread: str) -> Iterator[None]:
-        """While it is held, writes that meet a retired key of the thread wait for the map to change."""
+        """Held from before the thread's old key is retired until the map names another one: writes of the thread that
+        meet the retired key wait meanwhile. Otherwise such a write gives the thread another one."""
         self._switching[thread] += 1
         try:
             yield
@@ -347,7 +348,8 @@ class Sealer:
 
     # --- when nothing may be sealed -------------------------------------------------------------------------------
     def check_halted(self) -> None:
-        """Raises StoreUnavailableError."""
+        """Before a call that encrypts, and after it: if the key service was seen sealed meanwhile, the answer may be
+        that of an older one. Raises StoreUnavailableError if nothing may be encrypted now."""
         if self.halted is not None:
             raise StoreUnavailableError(self.halted, api.SEALED_RETRY_SECONDS if self.halted == SEALED else 1)
 

@@ -21,9 +21,9 @@ from progressdb_server.api.gate.request import Request
 from progressdb_server.api.openapi.description import Handler
 from progressdb_server.api.routes.table import Resource
 from progressdb_server.cli import main
+from progressdb_server.conversations import messages
 from progressdb_server.jobs import rotation, runner
 from progressdb_server.kms import provider
-from progressdb_server.store import messages
 from progressdb_server.store.backup import Backups
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import BackupOfDatabaseError

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from progressdb_server.api.gate.limits import NAMED_MEMBERS_COUNT_MAX
-from progressdb_server.store.membership import MEMBERS_COUNT_MAX
+from progressdb_server.conversations.membership import MEMBERS_COUNT_MAX
 from tests.harness.live_daemon import LiveDaemon
 from tests.progressdb_server.api import fault_words
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.api.viewer.browsing import PAGE_MESSAGES, PAGE_THREADS, VERSIONS_MAX, Browser
+from progressdb_server.conversations.reading import LIST_BYTES_MAX
 from progressdb_server.store.model import NewMessage
-from progressdb_server.store.reading import LIST_BYTES_MAX
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -23,10 +23,10 @@ def test_paging_in_either_direction_shows_each_message_once() -> None:
         async with opened(MemoryEngine(), provider, TickingClock()) as store:
             browser = Browser(store, provider)
             made = [
-                (await store.create_message(NewMessage(author="ann", thread="t", body=number))).id
+                (await store.messages.create(NewMessage(author="ann", thread="t", body=number))).id
                 for number in range(MESSAGES)
             ]
-            await store.delete_message(made[60], author="ann")
+            await store.messages.delete(made[60], author="ann")
             page = await browser.messages("t")
             assert (page.older, page.newer) == (True, False)
             backwards = [shown.message.id for shown in page.messages]
@@ -50,7 +50,7 @@ def test_a_page_decrypts_no_more_records_than_it_shows() -> None:
         async with opened(MemoryEngine(), provider, TickingClock()) as store:
             browser = Browser(store, provider)
             for number in range(MESSAGES):
-                await store.create_message(NewMessage(author="ann", thread="t", body=number))
+                await store.messages.create(NewMessage(author="ann", thread="t", body=number))
             opened_records: list[int] = []
             store.metrics.opened = opened_records.append  # type: ignore[assignment]  # counts in the metrics' place
             page = await browser.messages("t")
@@ -69,7 +69,7 @@ def test_threads_are_paged_newest_first_or_by_id_prefix() -> None:
         async with opened(MemoryEngine(), provider, TickingClock()) as store:
             browser = Browser(store, provider)
             made = [
-                (await store.create_thread(author=f"a{number % 2}", title=str(number))).id
+                (await store.threads.create(author=f"a{number % 2}", title=str(number))).id
                 for number in range(PAGE_THREADS * 2 + 4)
             ]
             for author, id_prefix, wanted in (
@@ -94,8 +94,8 @@ def test_each_version_names_the_key_that_encrypts_it() -> None:
         provider = SealingProvider()
         async with opened(MemoryEngine(), provider, TickingClock()) as store:
             browser = Browser(store, provider)
-            message = await store.create_message(NewMessage(author="ann", thread="t", body=1))
-            await store.update_message(message.id, author="ann", body=2, role=None, reply_to=None)
+            message = await store.messages.create(NewMessage(author="ann", thread="t", body=1))
+            await store.messages.update(message.id, author="ann", body=2, role=None, reply_to=None)
             versions, older = await browser.message(message.id)
             assert not older
             assert [version.value for version, _ in versions] == [1, 2]
@@ -112,13 +112,13 @@ def test_a_message_with_many_versions_shows_the_newest_of_them() -> None:
         provider = SealingProvider()
         async with opened(MemoryEngine(), provider, TickingClock()) as store:
             browser = Browser(store, provider)
-            message = await store.create_message(NewMessage(author="ann", thread="t", body=0))
+            message = await store.messages.create(NewMessage(author="ann", thread="t", body=0))
             for number in range(1, VERSIONS_MAX):
-                await store.update_message(message.id, author="ann", body=number, role=None, reply_to=None)
+                await store.messages.update(message.id, author="ann", body=number, role=None, reply_to=None)
             versions, older = await browser.message(message.id)
             assert (len(versions), older) == (VERSIONS_MAX, False)
             for number in range(VERSIONS_MAX, VERSIONS_MAX + 50):
-                await store.update_message(message.id, author="ann", body=number, role=None, reply_to=None)
+                await store.messages.update(message.id, author="ann", body=number, role=None, reply_to=None)
             versions, older = await browser.message(message.id)
             assert [version.value for version, _ in versions] == list(range(50, VERSIONS_MAX + 50))
             assert older
@@ -142,10 +142,10 @@ def test_a_page_of_large_messages_is_opened_in_batches_of_a_bounded_size() -> No
         provider = Measured()
         async with opened(MemoryEngine(), provider, TickingClock()) as store:
             browser = Browser(store, provider)
-            message = await store.create_message(NewMessage(author="ann", thread="t", body="x" * 900_000))
+            message = await store.messages.create(NewMessage(author="ann", thread="t", body="x" * 900_000))
             for _ in range(8):
-                await store.create_message(NewMessage(author="ann", thread="t", body="x" * 900_000))
-                await store.update_message(message.id, author="ann", body="y" * 900_000, role=None, reply_to=None)
+                await store.messages.create(NewMessage(author="ann", thread="t", body="x" * 900_000))
+                await store.messages.update(message.id, author="ann", body="y" * 900_000, role=None, reply_to=None)
             batches.clear()
             page = await browser.messages("t")
             versions, _ = await browser.message(message.id)

@@ -457,4 +457,4 @@ def test_another_user_with_a_front_end_key_changes_nothing_of_alice_s(method: st
     thread, message = api.made["thread"], api.made["id"]
     kept = api("GET", f"/v1/threads/{thread}?author=alice", key=ADMIN).json
     assert (kept["title"], kept.get("deleted", False)) == ("New Thread #1", False)
-    assert api.store.versions[message] == 1
+    assert api.store.stored_versions[message] == 1

@@ -32,7 +32,7 @@ def test_a_signed_user_posts_only_into_threads_that_it_is_a_member_of(path: str)
     target, body = path.format(t=thread), {"thread": thread, "body": 1}
     assert refusal(as_user(api, "eve", "POST", target, body)) == NOT_A_MEMBER
     assert refusal(as_user(api, "eve", "GET", f"/v1/messages?thread={thread}")) == NOT_FOUND_IN_IT
-    assert api.store.versions == {}
+    assert api.store.stored_versions == {}
     assert as_user(api, "ann", "POST", target, body).status == 200
     added = as_user(api, "ann", "POST", f"/v1/threads/{thread}/members", {"members": ["ben"]})
     assert added.json == {"thread": thread, "members": ["ann", "ben"]}

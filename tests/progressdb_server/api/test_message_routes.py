@@ -80,7 +80,7 @@ def test_within_a_thread_the_path_names_the_thread_whatever_the_body_says() -> N
     api = Api()
     message = api("POST", "/v1/threads/right/messages", {"thread": "wrong", "author": "a", "body": 1}).json
     assert message["thread"] == "right"
-    assert "wrong" not in api.store.threads
+    assert "wrong" not in api.store.stored_threads
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/threads/{t}/messages"])
@@ -272,7 +272,7 @@ def test_a_message_is_not_found_in_another_thread_than_its_own(method: str) -> N
     target = f"/v1/threads/{other['thread']}/messages/{message['id']}?author=alice"
     reply = api(method, target, {"body": 1} if method == "PUT" else None)
     assert (reply.status, reply.error) == (404, "message not found")
-    assert api.store.versions[message["id"]] == 1
+    assert api.store.stored_versions[message["id"]] == 1
 
 
 READS = ["/v1/messages/{m}", "/v1/messages/{m}/versions", "/v1/messages/{m}/reactions", "/v1/threads/{t}/messages/{m}"]
@@ -318,7 +318,7 @@ def test_nobody_edits_another_s_message(key: str, path: str) -> None:
     target = path.format(t=message["thread"], m=message["id"])
     reply = api("PUT", target, {"author": "bob", "body": 1}, key=key)
     assert (reply.status, reply.error) == (403, "author does not match")
-    assert api.store.versions[message["id"]] == 1
+    assert api.store.stored_versions[message["id"]] == 1
 
 
 def test_only_an_admin_deletes_another_s_message() -> None:

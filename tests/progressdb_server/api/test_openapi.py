@@ -26,9 +26,10 @@ from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.routes.table import Resource
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
+from progressdb_server.conversations import membership
 from progressdb_server.kms.provider import SEALED
 from progressdb_server.metrics import KmsMetrics
-from progressdb_server.store import keyspace, membership
+from progressdb_server.store import keyspace
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import (
     AmbiguousTimeError,
@@ -209,7 +210,7 @@ def _full(case: Case) -> Reply:
     memory = case.api.store.memory
     assert memory is not None
     for number in range(membership.MEMBERS_COUNT_MAX):
-        memory.put(keyspace.writer(thread, f"u{number}"), membership.MEMBER)
+        memory.put(keyspace.writer(thread, f"u{number}"), keyspace.MEMBER)
     if "{thread}" in case.template:
         member = "?member=one+more" if case.method == "DELETE" else ""
         return case(target=case.template.format(thread=thread) + member, headers={"X-User-ID": "one more"})
@@ -321,7 +322,7 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "role too long": lambda case: case.with_body(role="r" * 129),
     "reply_to is not a message id": lambda case: case.with_body(reply_to="a/b"),
     "too many reactions": lambda case: (
-        _store_says(TooManyReactionsError(), but="get_message")(case)
+        _store_says(TooManyReactionsError(), but="message")(case)
         if "reactions" in case.template
         else case.with_body(reactions={str(n): "+" for n in range(1025)})
     ),
@@ -338,13 +339,13 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "before must be a message id": lambda case: case(query="before=%20"),
     AmbiguousTimeError.text: _store_says(AmbiguousTimeError(), but="latest_version"),
     INVALID_VERSION: lambda case: case(query="before=msg-1-000001"),
-    TooManyVersionsError.text: _store_says(TooManyVersionsError(), but="get_message"),
+    TooManyVersionsError.text: _store_says(TooManyVersionsError(), but="message"),
     "include_deleted must be true or false": lambda case: case(query="include_deleted=maybe"),
     "author not found in any message in this thread": _other_user,
     "author is not a member of this thread": _removed,
     "the thread has too many members": _full,
     NoRoomToRemoveError.text: _full,
-    ThreadKeyDestroyedError.text: _store_says(ThreadKeyDestroyedError(), but="get_message"),
+    ThreadKeyDestroyedError.text: _store_says(ThreadKeyDestroyedError(), but="message"),
     "the author of a thread can't be removed from it": lambda case: case(
         target=case.target.replace("member=bob", "member=alice")
     ),

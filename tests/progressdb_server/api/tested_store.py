@@ -7,8 +7,8 @@ import inspect
 from collections import Counter
 from collections.abc import AsyncIterator
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import keyspace
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX
 from progressdb_server.store.model import Message
 from progressdb_server.store.places import open_view
@@ -66,22 +66,22 @@ class TestedStore(Conversations):
 
     @property
     def empty(self) -> bool:
-        return not self.threads and not self.versions
+        return not self.stored_threads and not self.stored_versions
 
     @property
-    def threads(self) -> set[str]:
+    def stored_threads(self) -> set[str]:
         return {keyspace.last_part(key) for key, _ in self.stored if key.startswith(keyspace.CREATED)}
 
     @property
-    def versions(self) -> Counter[str]:
+    def stored_versions(self) -> Counter[str]:
         """How many versions each message has."""
         return Counter(key.split(b":")[2].decode() for key, _ in self.stored if key.startswith(keyspace.VERSION))
 
-    def messages(self) -> list[Message]:
+    def stored_messages(self) -> list[Message]:
         """The newest version of every message, of one thread after the other."""
 
         async def found() -> list[Message]:
-            return [one for thread in sorted(self.threads) for one in await messages_of(self, thread)]
+            return [one for thread in sorted(self.stored_threads) for one in await messages_of(self, thread)]
 
         return asyncio.run(found())
 
@@ -94,9 +94,10 @@ class TestedStore(Conversations):
         async def listed(*given: object, **named: object) -> AsyncIterator[object]:
             yield await called()
 
-        for name, method in inspect.getmembers(Conversations, inspect.isfunction):
-            if not name.startswith("_") and name not in ("close", but):
-                setattr(self, name, listed if inspect.isasyncgenfunction(method) else called)
+        for part in (self, self.threads, self.members, self.messages, self.reading):
+            for name, method in inspect.getmembers(type(part), inspect.isfunction):
+                if not name.startswith("_") and name not in ("close", "locate", "open_version", "fail", "ended", but):
+                    setattr(part, name, listed if inspect.isasyncgenfunction(method) else called)
 
 
 def close_all_in_memory() -> None:

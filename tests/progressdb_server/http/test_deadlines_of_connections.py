@@ -45,13 +45,13 @@ def test_an_answer_may_take_longer_than_a_request(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(limits, "IDLE_SECONDS_MAX", 1.0)
     monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 1.0)
     api = Api()
-    create = api.store.create_message
+    create = api.store.messages.create
 
     async def slow(*given: Any, **named: Any) -> Any:
         await asyncio.sleep(2.5)
         return await create(*given, **named)
 
-    monkeypatch.setattr(api.store, "create_message", slow)
+    monkeypatch.setattr(api.store.messages, "create", slow)
     with running(api) as server, server.connect() as connection:
         connection.sendall(POST)
         assert read_response(connection).status == 200

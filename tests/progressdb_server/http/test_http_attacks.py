@@ -43,7 +43,7 @@ class Held:
         self.api = Api()
         self.go_on = threading.Event()
         self.started = 0
-        create = self.api.store.create_message
+        create = self.api.store.messages.create
 
         async def held(*given: Any, **named: Any) -> Any:
             self.started += 1
@@ -51,7 +51,7 @@ class Held:
                 await asyncio.sleep(0.01)
             return await create(*given, **named)
 
-        self.api.store.create_message = held  # type: ignore[method-assign]  # of this test
+        self.api.store.messages.create = held  # type: ignore[method-assign]  # of this test
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_the_body_of_a_request_that_asks_for_an_upgrade_is_its_own() -> None:
         upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\n"
         responses = server.exchange(post(smuggled, upgrade) + post(more=upgrade))
         assert [response.status for response in responses] == [400, 200]
-    assert [message.author for message in api.store.messages()] == ["alice"]
+    assert [message.author for message in api.store.stored_messages()] == ["alice"]
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class Lists:
         self.long = head("GET", f"/v1/messages?thread={thread}")
         self.short = head("GET", f"/v1/messages?thread={other}")
         self.reading = 0
-        real = self.api.store.list_messages
+        real = self.api.store.reading.messages
 
         async def counting(*given: Any, **named: Any) -> AsyncIterator[Any]:
             self.reading += 1
@@ -256,7 +256,7 @@ class Lists:
             finally:
                 self.reading -= 1
 
-        self.api.store.list_messages = counting  # type: ignore[method-assign]  # with a count
+        self.api.store.reading.messages = counting  # type: ignore[method-assign]  # with a count
 
 
 def test_lists_beyond_the_bound_wait_and_one_that_is_not_read_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +366,7 @@ def test_a_search_ends_soon_after_its_client_has_left(
         finally:
             searches.append("ended")
 
-    monkeypatch.setattr(api.store, "list_threads", endless)
+    monkeypatch.setattr(api.store.threads, "list_threads", endless)
     with running(api) as server, server.connect() as connection:
         connection.sendall(head("GET", "/v1/threads?author=alice&title=none"))
         wait_until(lambda: searches == ["begun"])

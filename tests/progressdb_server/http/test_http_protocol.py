@@ -61,7 +61,7 @@ def test_a_request_split_at_every_offset_is_the_same_request(server: HttpServer)
     for at in range(1, len(whole)):
         (response,) = server.exchange(whole[:at], whole[at:])
         assert (response.status, response.json["body"]) == (200, "hello")
-    assert len(server.api.store.versions) == len(whole) - 1
+    assert len(server.api.store.stored_versions) == len(whole) - 1
 
 
 def test_a_request_in_single_bytes_is_a_request(server: HttpServer) -> None:
@@ -134,14 +134,14 @@ def test_a_response_that_has_begun_is_not_interrupted_by_a_100_continue(
     monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     api = Api()
-    real = api.store.list_messages
+    real = api.store.reading.messages
 
     async def waiting(thread_id: str, **named: Any) -> Any:
         async for chunk in real(thread_id, **named):
             await asyncio.sleep(0)
             yield chunk
 
-    monkeypatch.setattr(api.store, "list_messages", waiting)
+    monkeypatch.setattr(api.store.reading, "messages", waiting)
     more = f"X-API-Key: {BACKEND}\r\nExpect: 100-continue\r\nContent-Length: {length}\r\n\r\n"
     target = f"/v1/messages?thread={long_thread(api)}"
     with running(api) as server:
@@ -264,17 +264,17 @@ def test_a_malformed_request_is_not_answered_in_place_of_an_earlier_one(name: st
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     malformed = {**MALFORMED, "broken chunk": chunked + b"5\r\nhelloXX"}[name]
     api = Api()
-    real = api.store.create_message
+    real = api.store.messages.create
 
     async def slow(*given: Any, **named: Any) -> Any:
         await asyncio.sleep(0.05)
         return await real(*given, **named)
 
     with pytest.MonkeyPatch.context() as patch, running(api) as server:
-        patch.setattr(api.store, "create_message", slow)
+        patch.setattr(api.store.messages, "create", slow)
         responses = server.exchange(request() + request() + malformed + request())
         assert [response.status for response in responses] == [200, 200, 400]
-        assert len(api.store.versions) == 2
+        assert len(api.store.stored_versions) == 2
 
 
 def test_head_is_refused_without_a_body(server: HttpServer) -> None:
@@ -430,7 +430,7 @@ def test_a_long_list_arrives_whole_and_a_broken_one_is_seen_to_be_broken(monkeyp
         assert len(json.loads(whole.body)["messages"]) == 30
         assert after.status == 200
 
-        real = api.store.list_messages
+        real = api.store.reading.messages
 
         async def breaking(thread_id: str, **named: Any) -> Any:
             count = 0
@@ -440,7 +440,7 @@ def test_a_long_list_arrives_whole_and_a_broken_one_is_seen_to_be_broken(monkeyp
                     raise RuntimeError("private text")
                 yield chunk
 
-        monkeypatch.setattr(api.store, "list_messages", breaking)
+        monkeypatch.setattr(api.store.reading, "messages", breaking)
         with server.connect() as connection:
             connection.sendall(read)
             data = b""
@@ -456,14 +456,14 @@ def test_a_long_list_arrives_whole_and_a_broken_one_is_seen_to_be_broken(monkeyp
 def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
     api = Api()
     started, go_on = threading.Event(), threading.Event()
-    real = api.store.create_message
+    real = api.store.messages.create
 
     async def slow(*given: Any, **named: Any) -> Any:
         started.set()
         await asyncio.get_running_loop().run_in_executor(None, go_on.wait)
         return await real(*given, **named)
 
-    monkeypatch.setattr(api.store, "create_message", slow)
+    monkeypatch.setattr(api.store.messages, "create", slow)
     with running(api) as server:
         connection, idle = server.connect(), server.connect()
         connection.sendall(request())
@@ -476,7 +476,7 @@ def test_a_stop_finishes_what_is_in_flight_and_takes_nothing_new(monkeypatch: py
         (response,) = read_responses(connection)
         assert (response.status, response.headers["connection"]) == (200, "close")
         server.join()
-    assert len(api.store.versions) == 1
+    assert len(api.store.stored_versions) == 1
 
 
 def test_a_stop_waits_for_the_rest_of_a_body() -> None:
@@ -505,7 +505,7 @@ def test_a_stop_does_not_wait_for_a_request_that_ignores_its_end(monkeypatch: py
                 await asyncio.sleep(0.01)
         raise MessageNotFoundError("message not found")
 
-    monkeypatch.setattr(api.store, "create_message", stubborn)
+    monkeypatch.setattr(api.store.messages, "create", stubborn)
     with running(api) as server:
         connection = server.connect()
         connection.sendall(request())

@@ -19,11 +19,11 @@ from collections.abc import Iterable
 import structlog
 
 from progressdb_server.config import Rotation
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job
 from progressdb_server.kms.provider import RemoteProvider
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.keyspace import JOBS
 from progressdb_server.store.model import NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks.engine import RocksEngine
@@ -55,9 +55,9 @@ async def write(store: Conversations) -> None:
     """A new message, then an edit of it, and again; the acknowledged ones are printed."""
     while True:
         try:
-            made = await store.create_message(NewMessage("ann", THREAD, body={"by": os.getpid()}))
+            made = await store.messages.create(NewMessage("ann", THREAD, body={"by": os.getpid()}))
             say(made)
-            say(await store.update_message(made.id, author="ann", body="edited", role=None, reply_to=None))
+            say(await store.messages.update(made.id, author="ann", body="edited", role=None, reply_to=None))
         except StoreUnavailableError:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.005)
@@ -67,8 +67,8 @@ async def read(store: Conversations) -> None:
     """Whatever state the rotation is in, every message opens."""
     while True:
         try:
-            await store.get_thread(THREAD)
-            async for _ in store.list_messages(THREAD, include_deleted=True):
+            await store.threads.get(THREAD)
+            async for _ in store.reading.messages(THREAD, include_deleted=True):
                 pass
         except StoreUnavailableError:
             await asyncio.sleep(0.01)

@@ -13,6 +13,7 @@ import pytest
 from minikms.api.errors import KmsRefusedError
 from minikms.client import ReencryptItem
 from progressdb_server.config import Rotation
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.rotation import KeyRotation
 from progressdb_server.jobs.runner import Kind
@@ -21,7 +22,6 @@ from progressdb_server.jobs.states import Job
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine
 from progressdb_server.store.model import Message, NewMessage, RegisteredBackup
 from tests.progressdb_server.store.memory_engine import MemoryEngine
@@ -72,12 +72,12 @@ def chunks_of(records: int) -> Iterator[None]:
 
 async def write(store: Conversations, count: int, thread: str = "t") -> list[Message]:
     new = [NewMessage(author="ann", thread=thread, body={"n": n}) for n in range(count)]
-    return [await store.create_message(message) for message in new]
+    return [await store.messages.create(message) for message in new]
 
 
 async def keys_of_records(store: Conversations, thread: str = "t") -> dict[str, str]:
     """Storage key → key id, of every record of the thread."""
-    return {found.name: found.key_id async for chunk in store.record_chunks(thread, 100) for found in chunk.records}
+    return {found.name: found.key_id async for chunk in store.rekeying.chunks(thread, 100) for found in chunk.records}
 
 
 def record_key(message: str, thread: str = "t") -> bytes:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from progressdb_server.config import Rotation
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import JobError
 from progressdb_server.store import backup, copying
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import BackupError, FormatError, Message, NewMessage, StoreError
 from progressdb_server.store.rocks.engine import RocksEngine
@@ -58,9 +58,9 @@ class Place:
             for number in range(MESSAGES):
                 for thread in THREADS:
                     text = self.numbers.randbytes(300).hex()
-                    made = await store.create_message(NewMessage(author="ann", thread=thread, body=text))
+                    made = await store.messages.create(NewMessage(author="ann", thread=thread, body=text))
                     if number % 7 == 0:
-                        await store.set_reaction(made.id, "bob", "+1")
+                        await store.messages.set_reaction(made.id, "bob", "+1")
                 if number == MESSAGES // 2:
                     engine.compact()
             self.expected = {thread: await messages_of(store, thread) for thread in THREADS}
@@ -154,7 +154,7 @@ async def backups(place: Place) -> None:
     made = place.directory / f"backup-{place.numbers.random()}"
 
     async def body(store: Conversations, jobs: Jobs) -> None:
-        await store.back_up(str(made))
+        await store.backups.back_up(str(made))
 
     await place.use(body)
     target = place.directory / f"restored-{place.numbers.random()}"

@@ -17,12 +17,12 @@ import msgspec
 import pytest
 
 from progressdb_server.config import Rotation
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError, json_text
 from progressdb_server.store.offline import LocalView
 from progressdb_server.store.rocks.engine import RocksEngine
@@ -55,7 +55,7 @@ async def fill(directory: Path, socket: Path, records: int) -> Acknowledged:
     async with served(directory, socket) as (store, _):
         for start in range(0, records, 100):
             new = [NewMessage("ann", THREAD, body={"n": n}) for n in range(start, min(start + 100, records))]
-            for made in await asyncio.gather(*[store.create_message(message) for message in new]):
+            for made in await asyncio.gather(*[store.messages.create(message) for message in new]):
                 acknowledged[made.id].append(made)
     return acknowledged
 
@@ -134,9 +134,9 @@ def kill_the_key_service(directory: Path, records: int, kills: int) -> None:
     async def write(store: Conversations, acknowledged: Acknowledged) -> None:
         while True:
             try:
-                made = await store.create_message(NewMessage("ann", THREAD, body="meanwhile"))
+                made = await store.messages.create(NewMessage("ann", THREAD, body="meanwhile"))
                 acknowledged[made.id].append(made)
-                edit = store.update_message(made.id, author="ann", body="edited", role=None, reply_to=None)
+                edit = store.messages.update(made.id, author="ann", body="edited", role=None, reply_to=None)
                 acknowledged[made.id].append(await edit)
             except StoreUnavailableError:
                 await asyncio.sleep(0.01)

@@ -7,10 +7,10 @@ import asyncio
 import msgspec
 import pytest
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Pace
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job, JobConflictError, JobFailedError, changed, move
-from progressdb_server.store.conversations import Conversations
 from tests.progressdb_server.jobs.rotating import Place, begin_at_once, write
 
 COUNT = 12

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import JobError
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreError
 from tests.progressdb_server.jobs.rotating import Place, chunks_of, keys_of_records, mapped, write
 from tests.progressdb_server.store.faulty_reads import FaultyReads
@@ -38,12 +38,12 @@ def lying(fault: Fault) -> tuple[int, bool]:
 
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 3)
-        await store.set_reaction(messages[1].id, "bob", "+1")
-        await store.delete_message(messages[2].id, author="ann")
+        await store.messages.set_reaction(messages[1].id, "bob", "+1")
+        await store.messages.delete(messages[2].id, author="ann")
         expected = await messages_of(store, "t", include_deleted=True)
         old = mapped(store)
         reads = store.reads
-        store.reads = faulty = FaultyReads(reads)
+        store.rekeying.reads = faulty = FaultyReads(reads)
         fault(faulty, [key.encode() for key in await keys_of(store)])
         faulty.count = 0
         with contextlib.suppress(JobError, TimeoutError):
@@ -57,7 +57,7 @@ def lying(fault: Fault) -> tuple[int, bool]:
                     break
                 await asyncio.sleep(0.001)
         counts.append(faulty.count)
-        store.reads = reads
+        store.rekeying.reads = reads
         assert not place.keys.destroyed & set((await keys_of_records(store)).values())
         assert await messages_of(store, "t", include_deleted=True) == expected
         assert place.keys.destroyed <= {old}

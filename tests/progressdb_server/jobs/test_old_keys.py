@@ -12,12 +12,12 @@ from structlog.testing import capture_logs
 from minikms import api
 from minikms.api.errors import KmsRefusedError, refusal
 from progressdb_server.config import Rotation
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError
 from tests.progressdb_server.jobs.rotating import (
     Gate,
@@ -48,7 +48,7 @@ def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before(monkeypatc
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 10)
         job = await rotated(jobs, destroy_after_s=86_400)
-        monkeypatch.setattr(store, "job_rows", None)
+        monkeypatch.setattr(store.rekeying, "job_rows", None)
         await jobs.destruction.begin()
         assert place.keys.destroyed == set()
         assert len(backups_of(store, job)) == 11
@@ -71,7 +71,7 @@ def test_no_old_key_is_destroyed_while_a_row_is_damaged(raw: bytes) -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 1)
         job = await rotated(jobs, destroy_after_s=1)
-        damaged = store.new_job_id(place.clock.now)
+        damaged = store.rekeying.new_job_id(place.clock.now)
         await store.writer.commit(Write(((keyspace.job(damaged), raw),)))
         assert [one.id async for page in jobs.table.pages() for one in page] == [job.id]
         place.clock.now += DAY_NS
@@ -178,7 +178,7 @@ def test_a_backup_that_is_not_found_still_counts(tmp_path: Path) -> None:
         await jobs.destruction.begin()
         assert place.keys.destroyed == set()
         assert (await jobs.table.get(job.id)).destroy_waits_for.endswith("progressdb backup forget monday")
-        await store.forget_backup("monday")
+        await store.backups.forget("monday")
         await jobs.destruction.begin()
         assert place.keys.destroyed == {job.old_key}
 

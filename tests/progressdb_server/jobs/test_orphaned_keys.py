@@ -14,8 +14,8 @@ import pytest
 
 from minikms import Client
 from progressdb_server.config import Config, Kms, Storage
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.orphans import SHARED, OrphanedKeys
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage
 from tests.harness import forked
 from tests.harness.waiting import wait_until
@@ -62,14 +62,14 @@ def test_only_keys_that_no_thread_names_are_retired() -> None:
 
     async def body(store: Conversations, provider: SealingProvider, orphans: OrphanedKeys) -> None:
         for number in range(5):
-            await store.create_message(NewMessage(author="ada", thread=f"t{number}", body=1))
+            await store.messages.create(NewMessage(author="ada", thread=f"t{number}", body=1))
         expected = {await orphan(provider, thread) for thread in ("unknown", "t1", "t1", "t3")}
         assert {key.key_id async for page in orphans.find() for key in page} == expected
         assert await orphans.retire() == (4, 0, "")
         assert provider.retired == expected
         assert await orphans.retire() == (0, 0, "")
         for number in range(5):
-            await store.create_message(NewMessage(author="ada", thread=f"t{number}", body=2))
+            await store.messages.create(NewMessage(author="ada", thread=f"t{number}", body=2))
 
     with_orphans(body)
 
@@ -112,7 +112,7 @@ def test_the_key_of_a_create_in_flight_stays() -> None:
     async def main() -> None:
         engine, provider = MemoryEngine(), SealingProvider()
         async with opened(engine, provider) as store:
-            await store.create_message(NewMessage(author="ada", thread="other", body=1))
+            await store.messages.create(NewMessage(author="ada", thread="other", body=1))
             orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
             held = asyncio.Event()
             answer = provider.encrypt_batch
@@ -122,13 +122,13 @@ def test_the_key_of_a_create_in_flight_stays() -> None:
                 return await answer(items)
 
             provider.encrypt_batch = slow  # type: ignore[method-assign]  # the seam of the test
-            creating = asyncio.create_task(store.create_message(NewMessage(author="ada", thread="slow", body=1)))
+            creating = asyncio.create_task(store.messages.create(NewMessage(author="ada", thread="slow", body=1)))
             while len(provider.keys) < 2:
                 await asyncio.sleep(0.001)
             assert await orphans.retire() == (0, 0, "")
             held.set()
             await creating
-            await store.create_message(NewMessage(author="ada", thread="slow", body=2))
+            await store.messages.create(NewMessage(author="ada", thread="slow", body=2))
             assert await orphans.retire() == (0, 0, "")
 
     asyncio.run(main())
@@ -142,12 +142,12 @@ def test_while_a_failed_write_is_in_doubt_no_key_is_retired() -> None:
             engine.fail_sync, engine.fail_reopen = True, 1
             orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
             with pytest.raises(Exception, match="did not take the write"):
-                await store.create_message(NewMessage(author="ada", thread="t", body=1))
+                await store.messages.create(NewMessage(author="ada", thread="t", body=1))
             assert await orphans.retire() == (0, 0, "")
             while not store.writer.available:
                 await asyncio.sleep(0.02)
             assert await orphans.retire() == (0, 0, "")  # it is the thread's
-            await store.create_message(NewMessage(author="ada", thread="t", body=2))
+            await store.messages.create(NewMessage(author="ada", thread="t", body=2))
 
     asyncio.run(main())
 
@@ -159,11 +159,11 @@ def test_at_a_start_a_key_that_is_newer_than_the_store_stays() -> None:
         provider = SealingProvider()
         now_ns = [1_600_000_000_000_000_000]
         async with opened(MemoryEngine(), provider, now_ns=lambda: now_ns[0]) as store:
-            await store.create_message(NewMessage(author="ada", thread="t", body=1))
+            await store.messages.create(NewMessage(author="ada", thread="t", body=1))
             await orphan(provider, "newer")
             orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
             now_ns[0] = int(LATER_S) * 1_000_000_000
-            await store.create_message(NewMessage(author="ada", thread="t", body=2))
+            await store.messages.create(NewMessage(author="ada", thread="t", body=2))
             await orphans.begin()
             assert provider.retired == set()
             assert (await orphans.retire()).retired == 1

@@ -12,13 +12,13 @@ from structlog.testing import capture_logs
 from minikms import api
 from minikms.api.errors import KmsRefusedError, KmsUnavailableError, refusal
 from minikms.client import ReencryptItem
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import JobConflictError
 from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage, StoreUnavailableError, ThreadNotFoundError
 from progressdb_server.store.offline import LocalView
 from tests.progressdb_server.jobs.rotating import (
@@ -50,7 +50,7 @@ def test_a_rotation_moves_every_record_and_the_metadata_and_keeps_what_was() -> 
         assert (job.old_key, job.new_key, job.sources) == (old, mapped(store), (old,))
         assert backups_of(store, job) == before
         await check(store, place.keys, messages)
-        assert (await store.get_thread("t")).title == "New Thread #1"
+        assert (await store.threads.get("t")).title == "New Thread #1"
         assert [finding async for finding in Checker(LocalView(disk(store)), place.keys).run()] == []
 
     with chunks_of(8):
@@ -209,9 +209,9 @@ def test_a_restore_never_brings_an_older_title_back() -> None:
     async def body(store: Conversations, jobs: Jobs) -> None:
         await write(store, 3)
         job = await jobs.wait((await jobs.rotation.rotate("t")).id)
-        await store.update_thread("t", author=None, title="edited since")
+        await store.threads.update("t", author=None, title="edited since")
         assert await jobs.rotation.restore(job.id) == (3, 1)
-        assert (await store.get_thread("t")).title == "edited since"
+        assert (await store.threads.get("t")).title == "edited since"
 
     place.run(body)
 
@@ -238,12 +238,12 @@ def test_a_title_that_is_edited_in_the_middle_stays_edited() -> None:
         gate = Gate(place.keys, 0)  # the metadata is of the first batch: read, and not yet written
         begun = await jobs.rotation.rotate("t")
         await gate.reached.wait()
-        await store.update_thread("t", author=None, title="edited in the middle")
+        await store.threads.update("t", author=None, title="edited in the middle")
         gate.open()
         job = await jobs.wait(begun.id)
         assert (job.state, job.done) == ("done", 20)
         await check(store, place.keys, messages)
-        assert (await store.get_thread("t")).title == "edited in the middle"
+        assert (await store.threads.get("t")).title == "edited in the middle"
         assert "thread:t:meta" not in backups_of(store, job)
 
     with chunks_of(8):
@@ -259,10 +259,10 @@ def test_a_thread_deleted_during_its_rotation_stays_deleted() -> None:
         gate = Gate(place.keys, 1)
         begun = await jobs.rotation.rotate("t")
         await gate.reached.wait()
-        await store.delete_thread("t", author=None, by="ann")
+        await store.threads.delete("t", author=None, by="ann")
         gate.open()
         assert (await jobs.wait(begun.id)).state == "done"
-        assert (await store.get_thread("t")).deleted
+        assert (await store.threads.get("t")).deleted
         messages = await messages_of(store, "t", include_deleted=True)
         assert len(messages) == 21
         await check(store, place.keys, messages)
@@ -277,12 +277,12 @@ def test_what_is_written_in_the_middle_is_under_the_new_key_and_in_order() -> No
     async def body(store: Conversations, jobs: Jobs) -> None:
         messages = await write(store, 20)
         place.keys.delay_s = 0.002  # so that writes are being sealed while the key is switched
-        sealing = [asyncio.create_task(store.create_message(NewMessage("ann", "t", body=n))) for n in range(10)]
+        sealing = [asyncio.create_task(store.messages.create(NewMessage("ann", "t", body=n))) for n in range(10)]
         await asyncio.sleep(0)
         begun = await jobs.rotation.rotate("t")
-        edited = await store.update_message(messages[3].id, author=None, body="edited", role=None, reply_to=None)
+        edited = await store.messages.update(messages[3].id, author=None, body="edited", role=None, reply_to=None)
         made = [await task for task in sealing]
-        made.append(await store.create_message(NewMessage("ann", "t", body="last")))
+        made.append(await store.messages.create(NewMessage("ann", "t", body="last")))
         assert (await jobs.wait(begun.id)).state == "done"
         place.keys.delay_s = 0
         messages[3] = edited
@@ -387,7 +387,7 @@ def test_a_job_that_meets_a_seal_halts_all_encryption() -> None:
         await write(store, 3)
         await jobs.rotation.rotate("t")
         async with asyncio.timeout(60):
-            while store.halted is None:
+            while store.sealer.halted is None:
                 await asyncio.sleep(0.001)
         with pytest.raises(StoreUnavailableError, match="is sealed"):
             await write(store, 1)

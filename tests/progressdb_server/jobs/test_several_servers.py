@@ -11,6 +11,7 @@ import asyncpg
 import msgspec
 import pytest
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job, JobConflictError, JobNotFoundError, ThreadBusyError, changed, move
@@ -18,7 +19,6 @@ from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import key_pages
 from progressdb_server.store import claims, keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     BackupExistsError,
     BackupOfDatabaseError,
@@ -76,7 +76,7 @@ def with_two(url: str, body: Body) -> None:
 
 async def ended(store: Conversations, provider: SealingProvider, old: str) -> None:
     """The rotation is done, once: every record is under the new key, and the old one is retired."""
-    key = await store.key_of_thread("t")
+    key = await store.rekeying.key_of_thread("t")
     assert key not in (None, old)
     assert set((await keys_of_records(store)).values()) == {key}
     active = [one.key_id async for page in key_pages(provider, thread_id="t", state="active") for one in page.keys]
@@ -101,7 +101,7 @@ async def _ends(jobs: Jobs, job_id: str) -> Job:
 def test_a_rotation_asked_of_two_servers_is_one_job(database: str) -> None:
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         sent = await write(stores[0], 20)
-        old = await stores[0].key_of_thread("t") or ""
+        old = await stores[0].rekeying.key_of_thread("t") or ""
         gate = Gate(provider, 0)
         begun = [await server.rotation.rotate("t") for server in jobs]
         assert begun[0].id == begun[1].id
@@ -124,7 +124,7 @@ def test_a_job_of_a_server_that_is_gone_is_continued_by_another(database: str) -
 
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         await write(stores[0], 20)
-        old = await stores[0].key_of_thread("t") or ""
+        old = await stores[0].rekeying.key_of_thread("t") or ""
         gate = Gate(provider, 2)
         job = await jobs[0].rotation.rotate("t")
         await gate.reached.wait()
@@ -256,15 +256,15 @@ def test_an_old_key_waits_for_the_registered_backups_of_the_database(
 
         await kept("no backup of the database is registered")
         with pytest.raises(BackupOfDatabaseError):
-            await stores[1].back_up("/nowhere")
-        await stores[1].register_backup("old", before)
+            await stores[1].backups.back_up("/nowhere")
+        await stores[1].backups.register("old", before)
         await kept("progressdb backup forget old")
         with pytest.raises(BackupExistsError):
-            await stores[0].register_backup("old")
-        await stores[0].register_backup("new", stores[0].clock.now_ns() + 10**12)
+            await stores[0].backups.register("old")
+        await stores[0].backups.register("new", stores[0].clock.now_ns() + 10**12)
         await kept("progressdb backup forget old")
-        await stores[0].forget_backup("old")
-        assert [known.name async for page in stores[1].backups() for known in page] == ["new"]
+        await stores[0].backups.forget("old")
+        assert [known.name async for page in stores[1].backups.registered() for known in page] == ["new"]
         with monkeypatch.context() as patched:
             looks = looks_of(patched)
             await jobs[1].destruction.begin()
@@ -284,13 +284,13 @@ def test_a_forged_row_destroys_no_key_that_a_backup_needs(database: str, thread:
         await write(one, 5)
         await write(one, 1, "other")
         began = await runs.rotation.rotate("t")
-        await one.register_backup("monday", one.clock.now_ns())
+        await one.backups.register("monday", one.clock.now_ns())
         provider.created_at[provider.keys_of("t")[0]] = "2027-06-01T00:00:00Z"  # the new key
         job = await runs.wait(began.id)
         assert isinstance(one.clock.now_ns, TickingClock)
         one.clock.now_ns.now += 365 * 86_400 * 10**9
         forged = Job(
-            one.new_job_id(one.clock.now_ns()), thread, 1, 1, state="done", old_key=job.old_key,
+            one.rekeying.new_job_id(one.clock.now_ns()), thread, 1, 1, state="done", old_key=job.old_key,
             sources=(job.old_key,), destroy_at_ns=1, census_ns=1,
         )  # fmt: skip
         await one.writer.commit(Write([(keyspace.job(forged.id), msgspec.json.encode(forged))]))
@@ -316,7 +316,7 @@ def test_a_destruction_that_was_interrupted_goes_on(database: str) -> None:
         job = await runs.wait((await runs.rotation.rotate("t", destroy_after_s=1)).id)
         both = changed(job, sources=(first, job.old_key))
         await runs.table.change(job.id, lambda _: both)
-        await one.register_backup("old", one.clock.now_ns())
+        await one.backups.register("old", one.clock.now_ns())
         assert isinstance(one.clock.now_ns, TickingClock)
         one.clock.now_ns.now += 10**12
 
@@ -327,8 +327,8 @@ def test_a_destruction_that_was_interrupted_goes_on(database: str) -> None:
 
         await until(lambda now: now.census_ns > 0)
         await provider.destroy_key(first)
-        await one.register_backup("new", one.clock.now_ns() + 10**13)
-        await one.forget_backup("old")
+        await one.backups.register("new", one.clock.now_ns() + 10**13)
+        await one.backups.forget("old")
         await until(lambda now: now.destroyed_ns > 0)
         assert provider.destroyed == {first, job.old_key}
 
@@ -344,8 +344,8 @@ def test_a_job_without_a_claim_is_continued(database: str) -> None:
             jobs = Jobs(stores[0], provider, UNBOUNDED, exclusive=False)
             for thread in ("t", "u"):
                 await write(stores[0], 5, thread)
-            queued = Job(stores[0].new_job_id(1), "t", 1, 1, kind="rotation", keying=True)
-            paused = Job(stores[0].new_job_id(1), "u", 1, 1, kind="rotation", state="paused")
+            queued = Job(stores[0].rekeying.new_job_id(1), "t", 1, 1, kind="rotation", keying=True)
+            paused = Job(stores[0].rekeying.new_job_id(1), "u", 1, 1, kind="rotation", state="paused")
             for job in (queued, paused):
                 await jobs.table.add(job)
             async with started(stores, provider) as made:
@@ -366,7 +366,7 @@ def test_rows_of_jobs_that_ended_long_ago_are_not_read_again(database: str, monk
         async with servers(database, provider, 0) as stores:
             jobs = Jobs(stores[0], provider, UNBOUNDED, exclusive=False)
             await write(stores[0], 5)
-            paused = Job(stores[0].new_job_id(1), "t", 1, 1, kind="rotation", state="paused", keying=True)
+            paused = Job(stores[0].rekeying.new_job_id(1), "t", 1, 1, kind="rotation", state="paused", keying=True)
             await jobs.table.add(paused)
             looks = looks_of(monkeypatch)
             async with started(stores, provider) as made:
@@ -486,7 +486,7 @@ def test_a_row_removed_while_it_is_adopted_stops_no_adoption(database: str, monk
         async with servers(database, provider, 0) as stores, started(stores, provider) as jobs:
             await write(stores[0], 5)
             met = _fails_once(jobs[0], JobNotFoundError(), monkeypatch)
-            job = Job(stores[0].new_job_id(stores[0].clock.now_ns()), "t", 1, 1, kind="rotation", keying=True)
+            job = Job(stores[0].rekeying.new_job_id(stores[0].clock.now_ns()), "t", 1, 1, kind="rotation", keying=True)
             await jobs[0].table.add(job)
             async with asyncio.timeout(20):
                 await met.wait()
@@ -502,7 +502,7 @@ def test_a_damaged_row_or_claim_delays_no_other_job(database: str) -> None:
             for thread in ("t", "u"):
                 await write(stores[0], 5, thread)
             now_ns = stores[0].clock.now_ns()
-            of_t, of_u, *broken = (stores[0].new_job_id(now_ns - number) for number in range(4))
+            of_t, of_u, *broken = (stores[0].rekeying.new_job_id(now_ns - number) for number in range(4))
             of_another = b'{"id":"another","thread":"t","created_ns":1,"updated_ns":1}'
             damaged = dict(zip(broken, (b"{", of_another), strict=True))
             left = [(keyspace.job(job_id), raw) for job_id, raw in damaged.items()]
@@ -514,7 +514,7 @@ def test_a_damaged_row_or_claim_delays_no_other_job(database: str) -> None:
             for job_id, raw in damaged.items():
                 with pytest.raises(RecordUnreadableError, match=job_id):
                     await jobs[0].table.get(job_id)
-                assert await stores[0].job_row(job_id) == raw
+                assert await stores[0].rekeying.job_row(job_id) == raw
 
     asyncio.run(run())
 
@@ -548,7 +548,7 @@ def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str, m
 def test_a_job_that_another_server_ended_is_found_while_it_has_backups(database: str) -> None:
     async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
         now_ns = stores[0].clock.now_ns()
-        begun = [Job(stores[0].new_job_id(now_ns + number), "t", 1, 1, state="failed") for number in range(2)]
+        begun = [Job(stores[0].rekeying.new_job_id(now_ns + number), "t", 1, 1, state="failed") for number in range(2)]
         for job in begun:
             await jobs[0].table.add(job)
         assert await jobs[1].table.with_backups("t") == []

@@ -143,8 +143,8 @@ def test_a_thread_whose_key_was_retired_by_hand_takes_writes_and_is_read(directo
     async def test(provider: Provider) -> None:
         async with opened_store(MemoryEngine(), provider) as store:
             for body in range(3):
-                await store.create_message(NewMessage(author="ann", thread="t", body=body))
-                key_id = await store.key_of_thread("t")
+                await store.messages.create(NewMessage(author="ann", thread="t", body=body))
+                key_id = await store.rekeying.key_of_thread("t")
                 assert key_id is not None
                 await provider.retire_key(key_id)
             assert [message.value for message in await messages_of(store, "t")] == [0, 1, 2]

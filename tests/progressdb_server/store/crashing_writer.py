@@ -15,7 +15,7 @@ import sys
 import msgspec
 import structlog
 
-from progressdb_server.store.conversations import Conversations
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks.engine import RocksEngine
 from tests.progressdb_server.store.keyfile_provider import KeyFileProvider
@@ -30,18 +30,18 @@ async def step(store: Conversations, author: str, own: list[Message]) -> Message
     if not own or choice < 0.5:
         thread = random.choice(["", "shared", "shared-2", f"of-{author}"])
         new = NewMessage(author=author, thread=thread, body={"n": random.random(), "pad": "x" * random.randrange(2000)})
-        own.append(await store.create_message(new))
+        own.append(await store.messages.create(new))
         return own[-1]
     message = random.choice(own)
     if choice < 0.7:
-        return await store.update_message(message.id, author=author, body=random.random(), role=None, reply_to=None)
+        return await store.messages.update(message.id, author=author, body=random.random(), role=None, reply_to=None)
     if choice < 0.85:
-        return await store.set_reaction(message.id, "bob", str(random.random()))
+        return await store.messages.set_reaction(message.id, "bob", str(random.random()))
     if choice < 0.9:
         own.remove(message)
-        await store.delete_message(message.id, author=author)
-        return await store.get_message(message.id)
-    async for _ in store.list_messages(message.thread, limit=50, include_deleted=True):
+        await store.messages.delete(message.id, author=author)
+        return await store.reading.message(message.id)
+    async for _ in store.reading.messages(message.thread, limit=50, include_deleted=True):
         pass
     return None
 

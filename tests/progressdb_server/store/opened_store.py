@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 import asyncpg
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.local import LocalEngine
 from progressdb_server.store.model import Message, NewMessage, Thread
@@ -128,12 +128,12 @@ async def messages_of(
     after: str | None = None,
     include_deleted: bool = False,
 ) -> list[Message]:
-    chunks = store.list_messages(thread, limit=limit, before=before, after=after, include_deleted=include_deleted)
+    chunks = store.reading.messages(thread, limit=limit, before=before, after=after, include_deleted=include_deleted)
     return [message async for chunk in chunks for message in chunk]
 
 
 async def versions_of(store: Conversations, message: str) -> list[Message]:
-    found = await store.message_versions(message)
+    found = await store.reading.versions(message)
     return [version async for chunk in found.chunks for version in chunk]
 
 
@@ -145,7 +145,7 @@ async def threads_of(
     slug: str | None = None,
     include_deleted: bool = False,
 ) -> list[Thread]:
-    chunks = store.list_threads(author=author, title=title, slug=slug, include_deleted=include_deleted)
+    chunks = store.threads.list_threads(author=author, title=title, slug=slug, include_deleted=include_deleted)
     return [thread async for chunk in chunks for thread in chunk]
 
 
@@ -154,7 +154,7 @@ async def keys_of(store: Conversations, prefix: str = "") -> list[str]:
 
 
 async def fill(store: Conversations, count: int, thread: str = "t") -> list[Message]:
-    return [await store.create_message(NewMessage(author="ann", thread=thread, body=n)) for n in range(count)]
+    return [await store.messages.create(NewMessage(author="ann", thread=thread, body=n)) for n in range(count)]
 
 
 def bodies(found: list[Message]) -> list[Any]:

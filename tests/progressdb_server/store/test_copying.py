@@ -10,9 +10,9 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import copying, local, offline, places
 from progressdb_server.store.check import check, repair_offline
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.copying import Copied
 from progressdb_server.store.model import FormatError, NewMessage, StoreLockedError
 from progressdb_server.store.postgres import offline as postgres_offline
@@ -37,9 +37,9 @@ async def made(path: str, provider: SealingProvider | None = None) -> None:
         local.claim(disk(store))
         await fill(store, MESSAGES, "one")
         sent = await fill(store, MESSAGES, "two")
-        await store.delete_message(sent[0].id, author="ann")
-        await store.add_members("one", ["ben"])
-        await store.create_message(NewMessage(author="ann", thread="long", body="x" * 100_000))
+        await store.messages.delete(sent[0].id, author="ann")
+        await store.members.add("one", ["ben"])
+        await store.messages.create(NewMessage(author="ann", thread="long", body="x" * 100_000))
 
 
 async def empty(url: str) -> None:
@@ -77,7 +77,7 @@ def test_a_copy_to_a_database_and_back_is_the_same_store(tmp_path: Path, databas
         assert (back.entries, back.digest, back.changed) == (*there[:2], there.entries)
         assert await all_of(two) == await all_of(one)
         store = Conversations(await postgres.open_engine(database, single_node=True), provider)
-        last = await store.create_message(NewMessage(author="ann", thread="one", body="after it"))
+        last = await store.messages.create(NewMessage(author="ann", thread="one", body="after it"))
         assert (await messages_of(store, "one"))[-1].id == last.id
         await store.close()
 

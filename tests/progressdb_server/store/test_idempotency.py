@@ -7,10 +7,10 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from progressdb_server.store import conversations
+from progressdb_server.conversations import whole as conversations
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import idempotency as room
 from progressdb_server.store.check import repair
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     Idempotency,
     IdempotencyConflictError,
@@ -34,8 +34,8 @@ def new(body: object, thread: str = "") -> NewMessage:
 
 def test_the_same_key_and_request_give_the_same_message_and_write_nothing() -> None:
     async def run(store: Conversations) -> None:
-        one = await store.create_message(new({"a": 1, "b": 2}), idempotency=RETRY)
-        again = await store.create_message(new({"b": 2, "a": 1}), idempotency=RETRY)
+        one = await store.messages.create(new({"a": 1, "b": 2}), idempotency=RETRY)
+        again = await store.messages.create(new({"b": 2, "a": 1}), idempotency=RETRY)
         assert again == one
         assert await store.stats() == {"threads": 1, "messages": 1}
 
@@ -44,43 +44,43 @@ def test_the_same_key_and_request_give_the_same_message_and_write_nothing() -> N
 
 def test_the_first_answer_is_given_again_also_after_an_edit() -> None:
     async def run(store: Conversations) -> None:
-        one = await store.create_message(new(1, "t"), idempotency=RETRY)
-        await store.update_message(one.id, author="ann", body="edited", role=None, reply_to=None)
-        assert await store.create_message(new(1, "t"), idempotency=RETRY) == one
+        one = await store.messages.create(new(1, "t"), idempotency=RETRY)
+        await store.messages.update(one.id, author="ann", body="edited", role=None, reply_to=None)
+        assert await store.messages.create(new(1, "t"), idempotency=RETRY) == one
 
     with_store(run)
 
 
 def test_another_request_under_the_same_key_is_a_conflict() -> None:
     async def run(store: Conversations) -> None:
-        await store.create_message(new(1), idempotency=RETRY)
+        await store.messages.create(new(1), idempotency=RETRY)
         with pytest.raises(IdempotencyConflictError):
-            await store.create_message(new(2), idempotency=RETRY)
+            await store.messages.create(new(2), idempotency=RETRY)
         with pytest.raises(IdempotencyConflictError):
-            await store.create_thread(author="ann", title="x", idempotency=RETRY)
+            await store.threads.create(author="ann", title="x", idempotency=RETRY)
         other = Idempotency(scope="another scope", key=RETRY.key)
-        assert (await store.create_message(new(2), idempotency=other)).value == 2
+        assert (await store.messages.create(new(2), idempotency=other)).value == 2
 
     with_store(run)
 
 
 def test_a_retried_thread_is_made_once_and_answered_as_it_was_made() -> None:
     async def run(store: Conversations) -> None:
-        one = await store.create_thread(author="ann", title="t", idempotency=RETRY)
-        assert await store.create_thread(author="ann", title="t", idempotency=RETRY) == one
+        one = await store.threads.create(author="ann", title="t", idempotency=RETRY)
+        assert await store.threads.create(author="ann", title="t", idempotency=RETRY) == one
         assert await threads_of(store, "ann") == [one]
-        await store.update_thread(one.id, author="ann", title="later")
-        await store.create_message(NewMessage(author="ann", thread=one.id, body=1))
-        assert await store.create_thread(author="ann", title="t", idempotency=RETRY) == one
-        await store.delete_thread(one.id, author="ann", by="ann")
-        assert await store.create_thread(author="ann", title="t", idempotency=RETRY) == one
+        await store.threads.update(one.id, author="ann", title="later")
+        await store.messages.create(NewMessage(author="ann", thread=one.id, body=1))
+        assert await store.threads.create(author="ann", title="t", idempotency=RETRY) == one
+        await store.threads.delete(one.id, author="ann", by="ann")
+        assert await store.threads.create(author="ann", title="t", idempotency=RETRY) == one
 
     with_store(run)
 
 
 def test_concurrent_retries_make_one_message() -> None:
     async def run(store: Conversations) -> None:
-        made = await asyncio.gather(*[store.create_message(new(1, "t"), idempotency=RETRY) for _ in range(20)])
+        made = await asyncio.gather(*[store.messages.create(new(1, "t"), idempotency=RETRY) for _ in range(20)])
         assert len({message.id for message in made}) == 1
         assert len(await messages_of(store, "t")) == 1
 
@@ -92,17 +92,17 @@ def test_a_replayed_answer_is_durable_when_it_is_given() -> None:
     engine = MemoryEngine()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new(0, "t"))
+        await store.messages.create(new(0, "t"))
         engine.fail_sync = True
         engine.survives = True
         with pytest.raises(StoreUnavailableError):
-            await store.create_message(new(1, "t"), idempotency=RETRY)
+            await store.messages.create(new(1, "t"), idempotency=RETRY)
         while not store.writer.available:
             await asyncio.sleep(0.01)
         engine.survives = False
         assert len(await messages_of(store, "t")) == 2  # it is there, and its author was told that it failed
         synced = engine.syncs
-        await store.create_message(new(1, "t"), idempotency=RETRY)
+        await store.messages.create(new(1, "t"), idempotency=RETRY)
         assert engine.syncs == synced + 1
         engine.reopen()
         assert len(await messages_of(store, "t")) == 2
@@ -114,15 +114,15 @@ def test_keys_are_remembered_across_a_restart_and_forgotten_after_a_day() -> Non
     engine, provider, clock = MemoryEngine(), SealingProvider(), TickingClock()
 
     async def first(store: Conversations) -> None:
-        await store.create_message(new(1, "t"), idempotency=RETRY)
+        await store.messages.create(new(1, "t"), idempotency=RETRY)
 
     async def second(store: Conversations) -> None:
-        await store.create_message(new(1, "t"), idempotency=RETRY)
+        await store.messages.create(new(1, "t"), idempotency=RETRY)
         assert len(await messages_of(store, "t")) == 1
         clock.now += (room.IDEMPOTENCY_AGE_S + 1) * 10**9
         assert await room.sweep(store.reads, store.writer, clock()) == 1
         assert await keys_of(store, "idem:") == []
-        await store.create_message(new(1, "t"), idempotency=RETRY)
+        await store.messages.create(new(1, "t"), idempotency=RETRY)
         assert len(await messages_of(store, "t")) == 2
         assert await room.sweep(store.reads, store.writer, clock()) == 0
 
@@ -136,13 +136,13 @@ def test_a_damaged_entry_stays_and_hinders_no_other(damage: bytes) -> None:
     engine, clock = MemoryEngine(), TickingClock()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new(1, "t"), idempotency=RETRY)
+        await store.messages.create(new(1, "t"), idempotency=RETRY)
         [key] = await keys_of(store, "idem:")
         engine.write([(key.encode(), damage)])
         for number in range(5):
-            await store.create_message(new(1, "t"), idempotency=Idempotency(RETRY.scope, str(number)))
+            await store.messages.create(new(1, "t"), idempotency=Idempotency(RETRY.scope, str(number)))
         with pytest.raises(RecordUnreadableError, match="malformed"):
-            await store.create_message(new(1, "t"), idempotency=RETRY)
+            await store.messages.create(new(1, "t"), idempotency=RETRY)
         clock.now += (room.IDEMPOTENCY_AGE_S + 1) * 10**9
         with capture_logs() as logs:
             assert await room.sweep(store.reads, store.writer, clock()) == 5
@@ -182,7 +182,7 @@ def test_neither_key_nor_scope_nor_request_is_on_the_disk() -> None:
     engine = MemoryEngine()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new("planted words", "t"), idempotency=RETRY)
+        await store.messages.create(new("planted words", "t"), idempotency=RETRY)
         disk = b"".join(key + value for key, value in engine.scan(b"", b"\xff", limit=1000))
         for secret in (RETRY.scope, RETRY.key, "ann@example.org", "planted words"):
             assert secret.encode() not in disk

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.store import reading as reading_room
-from progressdb_server.store import validators as validators_room
-from progressdb_server.store.conversations import Conversations
+from progressdb_server.conversations import reading as reading_room
+from progressdb_server.conversations import validators as validators_room
+from progressdb_server.conversations.validators import Validators
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.model import NewMessage
-from progressdb_server.store.validators import Validators
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import fill, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -20,13 +20,13 @@ EVERYTHING: dict[str, Any] = {"limit": None, "before": None, "after": None, "inc
 
 
 async def tag_of(store: Conversations, thread: str = "t", **asked: Any) -> str:
-    return await store.list_tag(thread, **(EVERYTHING | asked))
+    return await store.reading.list_tag(thread, **(EVERYTHING | asked))
 
 
 async def read(store: Conversations, thread: str = "t", **asked: Any) -> str:
     """Reads the whole list under its tag."""
     tag = await tag_of(store, thread, **asked)
-    async for _ in store.list_messages(thread, **(EVERYTHING | asked), tag=tag):
+    async for _ in store.reading.messages(thread, **(EVERYTHING | asked), tag=tag):
         pass
     return tag
 
@@ -44,7 +44,7 @@ def test_a_list_that_was_given_is_unchanged_and_opens_nothing() -> None:
         tag = await read(store)
         opened = provider.calls["decrypt_batch"]
         assert await tag_of(store) == tag
-        assert await store.list_unchanged("t", tag)
+        assert await store.reading.list_unchanged("t", tag)
         assert provider.calls["decrypt_batch"] == opened
 
     with_filled(run, SealingProvider())
@@ -52,14 +52,14 @@ def test_a_list_that_was_given_is_unchanged_and_opens_nothing() -> None:
 
 def test_every_change_of_a_thread_changes_the_tags_of_its_lists() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
-        made = await store.create_message(NewMessage(author="ann", thread="t", body="more"))
+        made = await store.messages.create(NewMessage(author="ann", thread="t", body="more"))
         changes: list[Callable[[], Awaitable[object]]] = [
-            lambda: store.create_message(NewMessage(author="ann", thread="t", body="newest")),
-            lambda: store.update_message(made.id, author="ann", body="edited", role=None, reply_to=None),
-            lambda: store.set_reaction(made.id, "bob", "+1"),
-            lambda: store.remove_reaction(made.id, "bob"),
-            lambda: store.delete_message(made.id, author="ann"),
-            lambda: store.delete_thread("t", author="ann", by="ann"),
+            lambda: store.messages.create(NewMessage(author="ann", thread="t", body="newest")),
+            lambda: store.messages.update(made.id, author="ann", body="edited", role=None, reply_to=None),
+            lambda: store.messages.set_reaction(made.id, "bob", "+1"),
+            lambda: store.messages.remove_reaction(made.id, "bob"),
+            lambda: store.messages.delete(made.id, author="ann"),
+            lambda: store.threads.delete("t", author="ann", by="ann"),
         ]
         seen = {await tag_of(store)}
         for change in changes:
@@ -92,10 +92,10 @@ def test_a_tag_and_the_last_change_of_a_thread_read_no_message() -> None:
     engine = Counting()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(NewMessage(author="ann", thread="t", body="x" * 100_000))
+        await store.messages.create(NewMessage(author="ann", thread="t", body="x" * 100_000))
         engine.read_bytes = 0
         await tag_of(store)
-        await store.listed_threads(["t"], opened=False)
+        await store.threads.listed(["t"], opened=False)
 
     with_store(run, engine)
     assert engine.read_bytes < 10_000
@@ -113,11 +113,11 @@ def test_every_parameter_has_a_tag_of_its_own() -> None:
         ]
         tags = [await tag_of(store, **one) for one in asked]
         assert len(set(tags)) == len(asked)
-        await store.create_message(NewMessage(author="ann", thread="other", body="x"))
+        await store.messages.create(NewMessage(author="ann", thread="other", body="x"))
         assert await tag_of(store, "other") not in tags
         limited = await read(store, limit=1)
-        assert not await store.list_unchanged("t", await tag_of(store))
-        assert await store.list_unchanged("t", limited)
+        assert not await store.reading.list_unchanged("t", await tag_of(store))
+        assert await store.reading.list_unchanged("t", limited)
 
     with_filled(run, SealingProvider())
 
@@ -127,9 +127,9 @@ def test_a_list_that_was_not_read_to_its_end_counts_as_changed(monkeypatch: pyte
 
     async def run(store: Conversations, provider: SealingProvider) -> None:
         tag = await tag_of(store)
-        async for _ in store.list_messages("t", tag=tag):
+        async for _ in store.reading.messages("t", tag=tag):
             break
-        assert not await store.list_unchanged("t", tag)
+        assert not await store.reading.list_unchanged("t", tag)
 
     with_filled(run, SealingProvider())
 
@@ -139,21 +139,21 @@ def test_a_list_that_was_written_to_meanwhile_counts_as_changed(monkeypatch: pyt
 
     async def run(store: Conversations, provider: SealingProvider) -> None:
         tag = await tag_of(store)
-        async for _ in store.list_messages("t", tag=tag):
-            await store.create_message(NewMessage(author="ann", thread="t", body="late"))
-        assert not await store.list_unchanged("t", tag)
+        async for _ in store.reading.messages("t", tag=tag):
+            await store.messages.create(NewMessage(author="ann", thread="t", body="late"))
+        assert not await store.reading.list_unchanged("t", tag)
 
     with_filled(run, SealingProvider())
 
 
 def test_a_list_with_an_item_that_does_not_open_counts_as_changed() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
-        key_id = await store.key_of_thread("t")
+        key_id = await store.rekeying.key_of_thread("t")
         assert key_id is not None
         provider.destroyed.add(key_id)
         tag = await read(store)
         provider.destroyed.clear()
-        assert not await store.list_unchanged("t", tag)
+        assert not await store.reading.list_unchanged("t", tag)
 
     with_filled(run, SealingProvider())
 
@@ -161,11 +161,11 @@ def test_a_list_with_an_item_that_does_not_open_counts_as_changed() -> None:
 def test_a_list_whose_key_is_gone_counts_as_changed() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
         tag = await read(store)
-        key_id = await store.key_of_thread("t")
+        key_id = await store.rekeying.key_of_thread("t")
         assert key_id is not None
         provider.destroyed.add(key_id)
         assert await tag_of(store) == tag
-        assert not await store.list_unchanged("t", tag)
+        assert not await store.reading.list_unchanged("t", tag)
 
     with_filled(run, SealingProvider())
 
@@ -174,9 +174,9 @@ def test_a_list_counts_as_changed_while_the_key_service_is_away() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
         tag = await read(store)
         provider.down = True
-        assert not await store.list_unchanged("t", tag)
+        assert not await store.reading.list_unchanged("t", tag)
         provider.down = False
-        assert await store.list_unchanged("t", tag)
+        assert await store.reading.list_unchanged("t", tag)
 
     with_filled(run, SealingProvider())
 
@@ -184,8 +184,8 @@ def test_a_list_counts_as_changed_while_the_key_service_is_away() -> None:
 def test_every_list_counts_as_changed_after_the_engine_was_reopened() -> None:
     async def run(store: Conversations, provider: SealingProvider) -> None:
         tag = await read(store)
-        store.reopened()
-        assert not await store.list_unchanged("t", tag)
+        store.reading.validators.forget()
+        assert not await store.reading.list_unchanged("t", tag)
 
     with_filled(run, SealingProvider())
 

@@ -6,10 +6,11 @@ import asyncio
 
 import pytest
 
-from progressdb_server.store import keyspace, membership
+from progressdb_server.conversations import membership
+from progressdb_server.conversations.membership import Act, Rule, Standing
+from progressdb_server.conversations.whole import Conversations
+from progressdb_server.store import keyspace
 from progressdb_server.store.check import repair
-from progressdb_server.store.conversations import Conversations
-from progressdb_server.store.membership import Act, Rule, Standing
 from progressdb_server.store.model import (
     AuthorNotInThreadError,
     Idempotency,
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("both_engines")
 
 def post(store: Conversations, author: str, thread: str, *, signed: bool = True) -> asyncio.Future[Message]:
     return asyncio.ensure_future(
-        store.create_message(NewMessage(author=author, thread=thread, body=author, as_member=signed))
+        store.messages.create(NewMessage(author=author, thread=thread, body=author, as_member=signed))
     )
 
 
@@ -68,13 +69,13 @@ def test_a_post_into_another_s_thread_needs_membership_and_stores_nothing() -> N
         with pytest.raises(NotAMemberError):
             await post(store, "eve", "t")
         with pytest.raises(AuthorNotInThreadError):
-            await store.check_reader("t", "eve")
+            await store.members.check_reader("t", "eve")
         await post(store, "bob", "t", signed=False)  # a backend's message makes its author a member
         await post(store, "bob", "t")
-        await store.add_members("t", ["eve"])
+        await store.members.add("t", ["eve"])
         await post(store, "eve", "t")
         assert [m.author for m in await messages_of(store, "t")] == ["ann", "bob", "bob", "eve"]
-        assert await store.members("t") == ["ann", "bob", "eve"]
+        assert await store.members.of_thread("t") == ["ann", "bob", "eve"]
 
     with_store(run)
 
@@ -83,15 +84,15 @@ def test_who_never_was_a_member_is_shut_out_by_a_removal_too() -> None:
     """They neither post under the rule of 0.1, nor join by a message of a backend, until they are added."""
 
     async def run(store: Conversations) -> None:
-        store.rule = "open"
+        store.members.rule = "open"
         await post(store, "ann", "t")
-        await store.remove_member("t", "bob")
+        await store.members.remove("t", "bob")
         await post(store, "bob", "t", signed=False)
         with pytest.raises(NotAMemberError):
             await post(store, "bob", "t")
         with pytest.raises(NotAMemberError):
-            await store.check_reader("t", "bob")
-        await store.add_members("t", ["bob"])
+            await store.members.check_reader("t", "bob")
+        await store.members.add("t", ["bob"])
         await post(store, "bob", "t")
 
     with_store(run)
@@ -108,11 +109,11 @@ def test_a_repair_makes_nobody_a_member_who_was_removed_without_an_entry() -> No
         engine.write([(keyspace.writer("t", "bob"), None)])
         engine.sync()
         async with opened(engine, provider) as store:
-            await store.remove_member("t", "bob")
+            await store.members.remove("t", "bob")
         engine.reopen()
         assert (await repair(LocalEntries(engine)))[1] == []
         async with opened(engine, provider) as store:
-            assert await store.members("t") == ["ann"]
+            assert await store.members.of_thread("t") == ["ann"]
             with pytest.raises(NotAMemberError):
                 await post(store, "bob", "t")
 
@@ -122,29 +123,29 @@ def test_a_repair_makes_nobody_a_member_who_was_removed_without_an_entry() -> No
 @pytest.mark.parametrize("turns", range(8))
 def test_of_a_first_post_and_a_removal_side_by_side_one_is_first(turns: int) -> None:
     async def run(store: Conversations) -> None:
-        store.rule = "open"
+        store.members.rule = "open"
         await post(store, "ann", "t")
         posting = post(store, "bob", "t")
         for _ in range(turns):
             await asyncio.sleep(0)
-        await store.remove_member("t", "bob")
+        await store.members.remove("t", "bob")
         at_removal = len(await messages_of(store, "t"))
         result = (await asyncio.gather(posting, return_exceptions=True))[0]
         assert at_removal == (2 if isinstance(result, Message) else 1)
         assert len(await messages_of(store, "t")) == at_removal
         with pytest.raises(NotAMemberError):
-            await store.check_reader("t", "bob")
+            await store.members.check_reader("t", "bob")
 
     with_store(run)
 
 
 def test_under_the_old_rule_a_post_makes_no_member_of_a_removed_author() -> None:
     async def run(store: Conversations) -> None:
-        store.rule = "open"
+        store.members.rule = "open"
         await post(store, "ann", "t")
         await post(store, "bob", "t")
-        await store.check_reader("t", "bob")
-        await store.remove_member("t", "bob")
+        await store.members.check_reader("t", "bob")
+        await store.members.remove("t", "bob")
         with pytest.raises(NotAMemberError):
             await post(store, "bob", "t")
 
@@ -155,26 +156,26 @@ def test_a_removed_member_changes_and_reads_nothing_until_added_again() -> None:
     async def run(store: Conversations) -> None:
         await post(store, "ann", "t")
         own = await post(store, "bob", "t", signed=False)
-        await store.remove_member("t", "bob")
-        await store.remove_member("t", "bob")
-        await store.remove_member("t", "never a member")
+        await store.members.remove("t", "bob")
+        await store.members.remove("t", "bob")
+        await store.members.remove("t", "never a member")
         for act in (
             post(store, "bob", "t"),
-            store.check_reader("t", "bob"),
-            store.update_message(own.id, author="bob", member="bob", body=1, role=None, reply_to=None),
-            store.delete_message(own.id, author="bob", member="bob"),
-            store.set_reaction(own.id, "bob", "x", member="bob"),
-            store.remove_reaction(own.id, "bob", member="bob"),
+            store.members.check_reader("t", "bob"),
+            store.messages.update(own.id, author="bob", member="bob", body=1, role=None, reply_to=None),
+            store.messages.delete(own.id, author="bob", member="bob"),
+            store.messages.set_reaction(own.id, "bob", "x", member="bob"),
+            store.messages.remove_reaction(own.id, "bob", member="bob"),
         ):
             with pytest.raises(NotAMemberError):
                 await act
         await post(store, "bob", "t", signed=False)  # a backend acts for anyone; he stays removed
         with pytest.raises(NotAMemberError):
             await post(store, "bob", "t")
-        assert await store.members("t") == ["ann"]
-        await store.add_members("t", ["bob", "bob"])
+        assert await store.members.of_thread("t") == ["ann"]
+        await store.members.add("t", ["bob", "bob"])
         await post(store, "bob", "t")
-        await store.set_reaction(own.id, "bob", "x", member="bob")
+        await store.messages.set_reaction(own.id, "bob", "x", member="bob")
 
     with_store(run)
 
@@ -182,14 +183,14 @@ def test_a_removed_member_changes_and_reads_nothing_until_added_again() -> None:
 def test_a_retried_create_of_a_removed_member_is_refused() -> None:
     async def run(store: Conversations) -> None:
         await post(store, "ann", "t")
-        await store.add_members("t", ["bob"])
+        await store.members.add("t", ["bob"])
         new = NewMessage(author="bob", thread="t", body=1, as_member=True)
         once = Idempotency("scope", "key")
-        made = await store.create_message(new, idempotency=once)
-        assert (await store.create_message(new, idempotency=once)).id == made.id
-        await store.remove_member("t", "bob")
+        made = await store.messages.create(new, idempotency=once)
+        assert (await store.messages.create(new, idempotency=once)).id == made.id
+        await store.members.remove("t", "bob")
         with pytest.raises(NotAMemberError):
-            await store.create_message(new, idempotency=once)
+            await store.messages.create(new, idempotency=once)
 
     with_store(run)
 
@@ -201,14 +202,14 @@ def test_of_a_post_and_a_removal_side_by_side_one_is_first(turns: int, known: bo
 
     async def run(store: Conversations) -> None:
         await post(store, "ann", "t")
-        await store.add_members("t", ["bob"])
+        await store.members.add("t", ["bob"])
         if known:  # to the cache of the thread
             await post(store, "bob", "t")
         before = len(await messages_of(store, "t"))
         posting = post(store, "bob", "t")
         for _ in range(turns):
             await asyncio.sleep(0)
-        await store.remove_member("t", "bob")
+        await store.members.remove("t", "bob")
         at_removal = [m.id for m in await messages_of(store, "t")]
         result = (await asyncio.gather(posting, return_exceptions=True))[0]
         if isinstance(result, Message):
@@ -230,12 +231,12 @@ def test_membership_is_as_durable_as_the_message_that_made_it() -> None:
         async with opened(engine, provider) as store:
             await post(store, "ann", "t")
             await post(store, "bob", "t", signed=False)
-            await store.add_members("t", ["cid", "dan"])
-            await store.remove_member("t", "cid")
+            await store.members.add("t", ["cid", "dan"])
+            await store.members.remove("t", "cid")
         async with opened(engine, provider) as store:  # what was not synced is gone
-            assert await store.members("t") == ["ann", "bob", "dan"]
+            assert await store.members.of_thread("t") == ["ann", "bob", "dan"]
             with pytest.raises(NotAMemberError):
-                await store.check_reader("t", "cid")
+                await store.members.check_reader("t", "cid")
 
     asyncio.run(run())
 
@@ -244,14 +245,14 @@ def test_the_author_stays_and_a_deleted_thread_has_no_members_to_change() -> Non
     async def run(store: Conversations) -> None:
         await post(store, "ann", "t")
         with pytest.raises(MemberIsAuthorError):
-            await store.remove_member("t", "ann")
-        await store.delete_thread("t", author="ann", by="ann")
+            await store.members.remove("t", "ann")
+        await store.threads.delete("t", author="ann", by="ann")
         with pytest.raises(ThreadDeletedError):
             await post(store, "ann", "t")
         for thread in ("t", "unknown"):
             with pytest.raises(ThreadNotFoundError):
-                await store.add_members(thread, ["bob"])
-        assert await store.members("unknown") == []
+                await store.members.add(thread, ["bob"])
+        assert await store.members.of_thread("unknown") == []
 
     with_store(run)
 
@@ -261,22 +262,22 @@ def test_a_thread_has_a_greatest_number_of_members(monkeypatch: pytest.MonkeyPat
 
     async def run(store: Conversations) -> None:
         with pytest.raises(TooManyMembersError):
-            await store.create_thread(author="ann", title="t", members=["b", "c", "d"])
-        thread = (await store.create_thread(author="ann", title="t", members=["b", "ann", "b"])).id
+            await store.threads.create(author="ann", title="t", members=["b", "c", "d"])
+        thread = (await store.threads.create(author="ann", title="t", members=["b", "ann", "b"])).id
         await asyncio.gather(
-            *(store.add_members(thread, [name]) for name in ("c", "d")),
+            *(store.members.add(thread, [name]) for name in ("c", "d")),
             post(store, "e", thread, signed=False),
             return_exceptions=True,
         )
-        members = await store.members(thread)
+        members = await store.members.of_thread(thread)
         assert len(members) == 3
-        await store.remove_member(thread, members[-1])
+        await store.members.remove(thread, members[-1])
         with pytest.raises(TooManyMembersError):  # who was removed counts
             await post(store, "f", thread, signed=False)
         with pytest.raises(NoRoomToRemoveError):
-            await store.remove_member(thread, "f")
-        await store.remove_member(thread, members[-1])  # again
-        await store.add_members(thread, members)
+            await store.members.remove(thread, "f")
+        await store.members.remove(thread, members[-1])  # again
+        await store.members.add(thread, members)
 
     with_store(run)
 
@@ -289,13 +290,13 @@ def test_a_repair_makes_no_removed_author_a_member() -> None:
             await post(store, "ann", "t")
             for name in ("bob", "cid"):
                 await post(store, name, "t", signed=False)
-            await store.remove_member("t", "bob")
+            await store.members.remove("t", "bob")
         engine.reopen()
         assert await repair(LocalEntries(engine)) == ([], [])
         engine.write([(keyspace.writer("t", name), b"?") for name in ("ann", "cid")])
         engine.sync()
         assert (await repair(LocalEntries(engine)))[1] == []
         async with opened(engine, provider) as store:
-            assert await store.members("t") == ["ann"]
+            assert await store.members.of_thread("t") == ["ann"]
 
     asyncio.run(run())

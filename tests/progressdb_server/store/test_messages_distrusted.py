@@ -10,8 +10,8 @@ import pytest
 from minikms import api
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import record
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     RECORD_MALFORMED,
     NewMessage,
@@ -35,9 +35,9 @@ def test_a_record_moved_to_another_place_does_not_open() -> None:
         raw = await store.raw_value(keys[0])
         engine.write([(keys[1].encode(), raw)])
         with pytest.raises(RecordUnreadableError) as unreadable:
-            await store.get_message(two.id)
+            await store.reading.message(two.id)
         assert keys[1] in str(unreadable.value)
-        assert (await store.get_message(one.id)).value == 0
+        assert (await store.reading.message(one.id)).value == 0
 
     with_store(run, engine)
 
@@ -50,7 +50,7 @@ def test_an_index_entry_bent_to_another_message_does_not_show_it() -> None:
         order = await keys_of(store, "index:order:t:")
         engine.write([(order[1].encode(), order[0].rpartition(":")[2].encode())])
         with pytest.raises(RecordUnreadableError):
-            await store.get_message(two.id)
+            await store.reading.message(two.id)
 
     with_store(run, engine)
 
@@ -65,7 +65,7 @@ def test_a_changed_author_in_a_header_is_noticed() -> None:
         assert raw is not None
         engine.write([(key.encode(), raw.replace(b"ann", b"eve", 1))])
         with pytest.raises(RecordUnreadableError):
-            await store.get_message(one.id)
+            await store.reading.message(one.id)
 
     with_store(run, engine)
 
@@ -91,7 +91,7 @@ def test_a_record_that_no_request_can_hold_hides_no_other(change: Change) -> Non
         assert [listed[0], listed[2]] == [made[0], made[2]]
         assert (listed[1].id, listed[1].value, listed[1].error) == (made[1].id, None, RECORD_MALFORMED)
         with pytest.raises(RecordUnreadableError):
-            await store.get_message(made[1].id)
+            await store.reading.message(made[1].id)
 
     with_store(run, engine)
 
@@ -105,18 +105,18 @@ def test_without_a_key_service_nothing_is_stored() -> None:
         before = await keys_of(store)
         provider.down = True
         for attempt in (
-            store.create_message(NewMessage(author="ann", thread="t", body=1)),
-            store.create_message(NewMessage(author="ann", body=1)),
-            store.get_message(one.id),
-            store.set_reaction(one.id, "bob", "x"),
-            store.create_thread(author="ann", title="x"),
+            store.messages.create(NewMessage(author="ann", thread="t", body=1)),
+            store.messages.create(NewMessage(author="ann", body=1)),
+            store.reading.message(one.id),
+            store.messages.set_reaction(one.id, "bob", "x"),
+            store.threads.create(author="ann", title="x"),
         ):
             with pytest.raises(StoreUnavailableError) as unavailable:
                 await attempt
             assert unavailable.value.retry_after_s == RETRY_AFTER_S
         assert await keys_of(store) == before
         provider.down = False
-        assert bodies([await store.create_message(NewMessage(author="ann", thread="t", body=1))]) == [1]
+        assert bodies([await store.messages.create(NewMessage(author="ann", thread="t", body=1))]) == [1]
 
     with_store(run, engine, provider)
 
@@ -133,7 +133,7 @@ def test_an_answer_that_can_not_be_a_sealed_record_is_never_stored(answer: bytes
         await fill(store, 1)
         before = await keys_of(store)
         with pytest.raises(StoreUnavailableError, match="wrongly"):
-            await store.create_message(NewMessage(author="ann", thread="t", body=1))
+            await store.messages.create(NewMessage(author="ann", thread="t", body=1))
         assert await keys_of(store) == before
 
     with_store(run, provider=Echoing())
@@ -155,13 +155,13 @@ def test_a_key_service_that_opens_a_record_to_something_else_is_noticed() -> Non
         one, two = await fill(store, 2)
         provider.wrong = lambda answers: [b'["no record"]' for _ in answers]  # type: ignore[method-assign]  # what it does wrongly
         with pytest.raises(RecordUnreadableError):
-            await store.get_message(one.id)
+            await store.reading.message(one.id)
         provider.wrong = lambda answers: answers[::-1]  # type: ignore[method-assign]  # what it does wrongly
         assert [message.error for message in await messages_of(store, "t")] == ["record_malformed"] * 2
         provider.wrong = lambda answers: answers[:-1]  # type: ignore[method-assign]  # what it does wrongly
         with pytest.raises(StoreUnavailableError):
             await messages_of(store, "t")
         provider.wrong = lambda answers: answers  # type: ignore[method-assign]  # what it does wrongly
-        assert (await store.get_message(two.id)).value == 1
+        assert (await store.reading.message(two.id)).value == 1
 
     with_store(run, provider=provider)

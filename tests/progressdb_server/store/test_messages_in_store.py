@@ -12,10 +12,10 @@ import pytest
 
 from minikms.api.errors import KmsRefusedError
 from minikms.client import EncryptItem
+from progressdb_server.conversations import reading as reading_room
+from progressdb_server.conversations import threads as threads_room
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import keyspace
-from progressdb_server.store import reading as reading_room
-from progressdb_server.store import threads as threads_room
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     Message,
     MessageNotFoundError,
@@ -32,17 +32,18 @@ pytestmark = pytest.mark.usefixtures("both_engines")
 
 
 async def edit(store: Conversations, message: str, body: Any, author: str | None = "ann") -> Message:
-    return await store.update_message(message, author=author, body=body, role=None, reply_to=None)
+    return await store.messages.update(message, author=author, body=body, role=None, reply_to=None)
 
 
 def test_no_reader_decodes_a_body() -> None:
     """What is listed is the text that was stored: a body's numbers cost nothing when it is read."""
 
     async def run(store: Conversations) -> None:
-        made = await store.create_message(NewMessage(author="ann", thread="t", body=[1e300, {"a": "ü"}]))
+        made = await store.messages.create(NewMessage(author="ann", thread="t", body=[1e300, {"a": "ü"}]))
         await edit(store, made.id, {"b": [1.5e-7]})
-        await store.set_reaction(made.id, "ann", "+1")
-        read = [*await messages_of(store, "t"), *await versions_of(store, made.id), await store.get_message(made.id)]
+        await store.messages.set_reaction(made.id, "ann", "+1")
+        read = [*await messages_of(store, "t"), *await versions_of(store, made.id)]
+        read.append(await store.reading.message(made.id))
         texts = [b'{"b":[1.5e-7]}', b'[1e300,{"a":"\xc3\xbc"}]', *[b'{"b":[1.5e-7]}'] * 3]
         assert [type(message.body) for message in read] == [msgspec.Raw] * len(texts)
         assert [bytes(message.body) for message in read] == texts
@@ -58,9 +59,9 @@ def test_no_reader_decodes_a_body() -> None:
 def test_every_json_value_reads_back_as_it_was_written(body: Any) -> None:
     async def run(store: Conversations) -> None:
         new = NewMessage(author="a:n/n ü", body=body, role="assistant", reply_to="msg-1", reactions={"bob": "👍"})
-        made = await store.create_message(new)
+        made = await store.messages.create(new)
         assert (made.value, made.author, made.role, made.reply_to) == (body, "a:n/n ü", "assistant", "msg-1")
-        assert await store.get_message(made.id) == made
+        assert await store.reading.message(made.id) == made
         assert await messages_of(store, made.thread) == [made]
 
     with_store(run)
@@ -68,10 +69,10 @@ def test_every_json_value_reads_back_as_it_was_written(body: Any) -> None:
 
 def test_a_message_without_a_thread_makes_one_named_by_its_number() -> None:
     async def run(store: Conversations) -> None:
-        one = await store.create_message(NewMessage(author="ann", body=1))
-        two = await store.create_message(NewMessage(author="bob", body=2))
+        one = await store.messages.create(NewMessage(author="ann", body=1))
+        two = await store.messages.create(NewMessage(author="bob", body=2))
         assert one.thread != two.thread
-        thread = await store.get_thread(two.thread)
+        thread = await store.threads.get(two.thread)
         assert (thread.title, thread.author, thread.slug) == ("New Thread #2", "bob", f"new-thread-2-{two.thread}")
 
     with_store(run)
@@ -79,9 +80,9 @@ def test_a_message_without_a_thread_makes_one_named_by_its_number() -> None:
 
 def test_an_unknown_named_thread_is_made_under_its_name() -> None:
     async def run(store: Conversations) -> None:
-        made = await store.create_message(NewMessage(author="ann", thread="my.thread_1", body=1))
+        made = await store.messages.create(NewMessage(author="ann", thread="my.thread_1", body=1))
         assert made.thread == "my.thread_1"
-        assert (await store.get_thread("my.thread_1")).author == "ann"
+        assert (await store.threads.get("my.thread_1")).author == "ann"
 
     with_store(run)
 
@@ -103,10 +104,10 @@ def test_messages_keep_their_order_when_the_clock_steps_back() -> None:
     async def first(store: Conversations) -> None:
         await fill(store, 3)
         clock.now -= 10**12
-        await store.create_message(NewMessage(author="ann", thread="t", body=3))
+        await store.messages.create(NewMessage(author="ann", thread="t", body=3))
 
     async def second(store: Conversations) -> None:
-        await store.create_message(NewMessage(author="ann", thread="t", body=4))
+        await store.messages.create(NewMessage(author="ann", thread="t", body=4))
         assert bodies(await messages_of(store, "t")) == [0, 1, 2, 3, 4]
 
     with_store(first, engine, provider, clock)
@@ -116,11 +117,11 @@ def test_messages_keep_their_order_when_the_clock_steps_back() -> None:
 def test_an_edit_appends_a_version_and_does_not_move_the_message() -> None:
     async def run(store: Conversations) -> None:
         one, _, _ = await fill(store, 3)
-        edited = await store.update_message(one.id, author="ann", body="new", role="tool", reply_to="x")
+        edited = await store.messages.update(one.id, author="ann", body="new", role="tool", reply_to="x")
         assert edited.ts > one.ts
         assert (edited.id, edited.thread, edited.role, edited.reply_to) == (one.id, one.thread, "tool", "x")
         assert bodies(await messages_of(store, "t")) == ["new", 1, 2]
-        assert await store.get_message(one.id) == edited
+        assert await store.reading.message(one.id) == edited
         again = await edit(store, one.id, "newer")
         assert (again.role, again.reply_to) == ("tool", "x")
         assert bodies(await versions_of(store, one.id)) == [0, "new", "newer"]
@@ -134,10 +135,10 @@ def test_only_the_author_edits_or_deletes_and_the_admin_may() -> None:
         with pytest.raises(NotTheAuthorError):
             await edit(store, one.id, "x", author="bob")
         with pytest.raises(NotTheAuthorError):
-            await store.delete_message(one.id, author="bob")
+            await store.messages.delete(one.id, author="bob")
         assert (await edit(store, one.id, "x", author=None)).author == "ann"
-        await store.delete_message(one.id, author=None)
-        assert (await store.get_message(one.id)).author == "ann"
+        await store.messages.delete(one.id, author=None)
+        assert (await store.reading.message(one.id)).author == "ann"
 
     with_store(run)
 
@@ -147,9 +148,9 @@ def test_a_deleted_message_leaves_the_list_and_keeps_its_body() -> None:
 
     async def run(store: Conversations) -> None:
         one, _two = await fill(store, 2)
-        await store.delete_message(one.id, author="ann")
-        await store.delete_message(one.id, author="ann")
-        tombstone = await store.get_message(one.id)
+        await store.messages.delete(one.id, author="ann")
+        await store.messages.delete(one.id, author="ann")
+        tombstone = await store.reading.message(one.id)
         assert (tombstone.deleted, tombstone.value) == (True, 0)
         assert bodies(await messages_of(store, "t")) == [1]
         assert [m.deleted for m in await messages_of(store, "t", include_deleted=True)] == [True, False]
@@ -157,9 +158,9 @@ def test_a_deleted_message_leaves_the_list_and_keeps_its_body() -> None:
         with pytest.raises(MessageNotFoundError):
             await edit(store, one.id, "x")
         with pytest.raises(MessageNotFoundError):
-            await store.set_reaction(one.id, "bob", "x")
+            await store.messages.set_reaction(one.id, "bob", "x")
         with pytest.raises(MessageNotFoundError):
-            await store.remove_reaction(one.id, "bob")
+            await store.messages.remove_reaction(one.id, "bob")
 
     with_store(run)
 
@@ -167,12 +168,12 @@ def test_a_deleted_message_leaves_the_list_and_keeps_its_body() -> None:
 def test_reactions_are_versions_and_removing_an_absent_one_changes_nothing() -> None:
     async def run(store: Conversations) -> None:
         (one,) = await fill(store, 1)
-        reacted = await store.set_reaction(one.id, "bob", "👍")
+        reacted = await store.messages.set_reaction(one.id, "bob", "👍")
         assert (reacted.reactions, reacted.author, reacted.value) == ({"bob": "👍"}, "ann", 0)
-        await store.set_reaction(one.id, "cid", "🎉")
-        await store.remove_reaction(one.id, "nobody")
-        await store.remove_reaction(one.id, "bob")
-        assert (await store.get_message(one.id)).reactions == {"cid": "🎉"}
+        await store.messages.set_reaction(one.id, "cid", "🎉")
+        await store.messages.remove_reaction(one.id, "nobody")
+        await store.messages.remove_reaction(one.id, "bob")
+        assert (await store.reading.message(one.id)).reactions == {"cid": "🎉"}
         assert len(await versions_of(store, one.id)) == 4
 
     with_store(run)
@@ -181,8 +182,8 @@ def test_reactions_are_versions_and_removing_an_absent_one_changes_nothing() -> 
 def test_concurrent_reactions_are_all_kept() -> None:
     async def run(store: Conversations) -> None:
         (one,) = await fill(store, 1)
-        await asyncio.gather(*[store.set_reaction(one.id, f"u{n}", str(n)) for n in range(40)])
-        assert (await store.get_message(one.id)).reactions == {f"u{n}": str(n) for n in range(40)}
+        await asyncio.gather(*[store.messages.set_reaction(one.id, f"u{n}", str(n)) for n in range(40)])
+        assert (await store.reading.message(one.id)).reactions == {f"u{n}": str(n) for n in range(40)}
         assert len(await versions_of(store, one.id)) == 41
 
     with_store(run)
@@ -194,7 +195,7 @@ def test_an_unknown_message_is_not_found() -> None:
         stamp = one.id.removeprefix("msg-")
         for unknown in ("msg-1-000000", "msg-0" + stamp, "x", "", "thread-" + stamp, "msg-" + stamp + ":"):
             with pytest.raises(MessageNotFoundError):
-                await store.get_message(unknown)
+                await store.reading.message(unknown)
             with pytest.raises(MessageNotFoundError):
                 await edit(store, unknown, "x")
             assert await versions_of(store, unknown) == []
@@ -206,13 +207,13 @@ def test_a_message_is_found_only_in_its_own_thread() -> None:
     async def run(store: Conversations) -> None:
         (one,) = await fill(store, 1)
         await fill(store, 1, "other")
-        assert (await store.get_message(one.id, thread_id="t")).id == one.id
+        assert (await store.reading.message(one.id, thread_id="t")).id == one.id
         with pytest.raises(MessageNotFoundError):
-            await store.get_message(one.id, thread_id="other")
+            await store.reading.message(one.id, thread_id="other")
         with pytest.raises(MessageNotFoundError):
-            await store.update_message(one.id, author=None, body=1, role=None, reply_to=None, thread_id="other")
+            await store.messages.update(one.id, author=None, body=1, role=None, reply_to=None, thread_id="other")
         with pytest.raises(MessageNotFoundError):
-            await store.delete_message(one.id, author=None, thread_id="other")
+            await store.messages.delete(one.id, author=None, thread_id="other")
 
     with_store(run)
 
@@ -221,7 +222,7 @@ def test_limit_keeps_the_most_recent_and_counts_what_is_shown() -> None:
     async def run(store: Conversations) -> None:
         made = await fill(store, 10)
         await edit(store, made[0].id, "zero")
-        await store.delete_message(made[8].id, author="ann")
+        await store.messages.delete(made[8].id, author="ann")
         assert bodies(await messages_of(store, "t", limit=3)) == [6, 7, 9]
         assert bodies(await messages_of(store, "t", limit=3, include_deleted=True)) == [7, 8, 9]
         assert bodies(await messages_of(store, "t", limit=100)) == ["zero", 1, 2, 3, 4, 5, 6, 7, 9]
@@ -253,10 +254,10 @@ def test_a_list_comes_in_chunks_bounded_in_number_and_in_bytes(monkeypatch: pyte
 
     async def run(store: Conversations) -> None:
         await fill(store, 10)
-        assert [len(chunk) async for chunk in store.list_messages("t") if chunk] == [3, 4, 3]
+        assert [len(chunk) async for chunk in store.reading.messages("t") if chunk] == [3, 4, 3]
         for n in range(6):
-            await store.create_message(NewMessage(author="ann", thread="big", body=str(n) * 2000))
-        assert [len(chunk) async for chunk in store.list_messages("big") if chunk] == [2, 2, 2]
+            await store.messages.create(NewMessage(author="ann", thread="big", body=str(n) * 2000))
+        assert [len(chunk) async for chunk in store.reading.messages("big") if chunk] == [2, 2, 2]
         assert [body[0] for body in bodies(await messages_of(store, "big", limit=3))] == ["3", "4", "5"]
 
     with_store(run)
@@ -268,12 +269,12 @@ def test_messages_of_several_authors_and_forms_keep_their_own_headers() -> None:
     async def run(store: Conversations) -> None:
         made = []
         for n, author in enumerate(["ann", "ann", "bob", "ann", "an", "an", "bob", "bob"]):
-            made.append(await store.create_message(NewMessage(author=author, thread="t", body=n)))
+            made.append(await store.messages.create(NewMessage(author=author, thread="t", body=n)))
         made[1] = await edit(store, made[1].id, "again")
-        await store.set_reaction(made[5].id, "bob", "+1")
-        made[5] = await store.get_message(made[5].id)
-        await store.delete_message(made[6].id, author="bob")
-        made[6] = await store.get_message(made[6].id)
+        await store.messages.set_reaction(made[5].id, "bob", "+1")
+        made[5] = await store.reading.message(made[5].id)
+        await store.messages.delete(made[6].id, author="bob")
+        made[6] = await store.reading.message(made[6].id)
         assert await messages_of(store, "t", include_deleted=True) == made
         assert await messages_of(store, "t") == [*made[:6], made[7]]
 
@@ -315,7 +316,7 @@ def test_a_list_finds_its_records_in_one_pass_for_each_batch() -> None:
         made = await fill(store, 300)
         for changed in (made[0], made[150], made[299]):
             await edit(store, changed.id, "again")
-        await store.set_reaction(made[7].id, "bob", "+1")
+        await store.messages.set_reaction(made[7].id, "bob", "+1")
         engine.gets = 0
         found = await messages_of(store, "t")
         assert engine.gets < 10
@@ -335,10 +336,10 @@ def test_writes_during_a_list_neither_repeat_nor_hide_a_message(
     async def run(store: Conversations) -> None:
         made = await fill(store, 9)
         found: list[Message] = []
-        async for chunk in store.list_messages("t"):
+        async for chunk in store.reading.messages("t"):
             found += chunk
             await edit(store, made[0].id, "again")
-            await store.create_message(NewMessage(author="ann", thread="t", body="late"))
+            await store.messages.create(NewMessage(author="ann", thread="t", body="late"))
         assert [message.id for message in found] == [message.id for message in made]
 
     with_store(run)
@@ -360,11 +361,11 @@ def test_a_message_appears_only_after_all_that_come_before_it() -> None:
     async def run(store: Conversations) -> None:
         await fill(store, 1)
         slow = asyncio.create_task(
-            store.create_message(NewMessage(author="ann", thread="t", body="slow"), request_id="slow")
+            store.messages.create(NewMessage(author="ann", thread="t", body="slow"), request_id="slow")
         )
         await asyncio.sleep(0)
-        fast = asyncio.create_task(store.create_message(NewMessage(author="ann", thread="t", body="fast")))
-        other = await store.create_message(NewMessage(author="ann", thread="other", body="other"))
+        fast = asyncio.create_task(store.messages.create(NewMessage(author="ann", thread="t", body="fast")))
+        other = await store.messages.create(NewMessage(author="ann", thread="other", body="other"))
         assert other.value == "other"
         assert bodies(await messages_of(store, "t")) == [0]
         go_on.set()
@@ -377,7 +378,7 @@ def test_a_message_appears_only_after_all_that_come_before_it() -> None:
 def test_a_deleted_thread_takes_no_message_and_no_edit() -> None:
     async def run(store: Conversations) -> None:
         (one,) = await fill(store, 1)
-        await store.delete_thread("t", author="ann", by="ann")
+        await store.threads.delete("t", author="ann", by="ann")
         with pytest.raises(ThreadDeletedError):
             await fill(store, 1)
         with pytest.raises(ThreadDeletedError):
@@ -396,8 +397,8 @@ def test_a_message_in_encryption_when_its_thread_is_deleted_is_refused() -> None
         await fill(store, 1)
         provider.delay_s = 0.02
         outcomes = await asyncio.gather(
-            store.delete_thread("t", author=None, by="admin"),
-            *[store.create_message(NewMessage(author="ann", thread="t", body=n)) for n in range(20)],
+            store.threads.delete("t", author=None, by="admin"),
+            *[store.messages.create(NewMessage(author="ann", thread="t", body=n)) for n in range(20)],
             return_exceptions=True,
         )
         provider.delay_s = 0.0
@@ -425,9 +426,9 @@ def test_a_message_during_the_write_of_its_threads_deletion_is_refused() -> None
         await fill(store, 1)
         go.clear()
         reached.clear()
-        deleting = asyncio.create_task(store.delete_thread("t", author=None, by="admin"))
+        deleting = asyncio.create_task(store.threads.delete("t", author=None, by="admin"))
         await reached.wait()
-        late = asyncio.create_task(store.create_message(NewMessage(author="ann", thread="t", body="late")))
+        late = asyncio.create_task(store.messages.create(NewMessage(author="ann", thread="t", body="late")))
         await asyncio.sleep(0)
         go.set()
         with pytest.raises(ThreadDeletedError):
@@ -447,14 +448,14 @@ def test_long_messages_that_wait_for_the_key_service_are_bounded_in_sum(verb: st
     asked = 150  # more than the bound below admits
 
     async def run(store: Conversations) -> None:
-        made = [await store.create_message(NewMessage(author="ann", thread="t", body=LONG)) for _ in range(asked)]
+        made = [await store.messages.create(NewMessage(author="ann", thread="t", body=LONG)) for _ in range(asked)]
         provider.holds |= {verb, f"{verb}_batch"}
         tracemalloc.start()
         try:
             if verb == "decrypt":
-                waiting = [asyncio.create_task(store.get_message(one.id)) for one in made]
+                waiting = [asyncio.create_task(store.reading.message(one.id)) for one in made]
             else:
-                waiting = [asyncio.create_task(store.set_reaction(one.id, "ann", "+1")) for one in made]
+                waiting = [asyncio.create_task(store.messages.set_reaction(one.id, "ann", "+1")) for one in made]
             for _ in range(100):
                 await asyncio.sleep(0.001)  # until nothing more happens
             held_bytes, _ = tracemalloc.get_traced_memory()
@@ -472,15 +473,15 @@ def test_a_long_message_that_gets_no_turn_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reading_room, "LONG_READ_WAIT_SECONDS_MAX", 0.01)
 
     async def run(store: Conversations) -> None:
-        long = await store.create_message(NewMessage(author="ann", thread="t", body=LONG))
+        long = await store.messages.create(NewMessage(author="ann", thread="t", body=LONG))
         (short,) = await fill(store, 1)
-        turns = [store.long_reads.acquire() for _ in range(reading_room.LONG_READS_COUNT_MAX)]
+        turns = [store.reading.long_reads.acquire() for _ in range(reading_room.LONG_READS_COUNT_MAX)]
         await asyncio.gather(*turns)
         with pytest.raises(StoreUnavailableError, match="too many long messages"):
-            await store.get_message(long.id)
-        assert (await store.get_message(short.id)).id == short.id
-        store.long_reads.release()
-        assert (await store.get_message(long.id)).id == long.id
+            await store.reading.message(long.id)
+        assert (await store.reading.message(short.id)).id == short.id
+        store.reading.long_reads.release()
+        assert (await store.reading.message(long.id)).id == long.id
 
     with_store(run)
 
@@ -491,8 +492,8 @@ def test_stats_count_threads_and_stored_versions() -> None:
     async def run(store: Conversations) -> None:
         (one,) = await fill(store, 1)
         await edit(store, one.id, "x")
-        await store.create_thread(author="ann", title="t2")
-        await store.delete_thread("t", author="ann", by="ann")
+        await store.threads.create(author="ann", title="t2")
+        await store.threads.delete("t", author="ann", by="ann")
         assert await store.stats() == {"threads": 2, "messages": 3}
 
     async def again(store: Conversations) -> None:

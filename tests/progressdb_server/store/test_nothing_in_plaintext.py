@@ -54,8 +54,8 @@ def traces(secret: str) -> list[bytes]:
 
 async def plant(path: str, provider: SealingProvider) -> None:
     async with opened(RocksEngine(path), provider) as store:
-        thread = await store.create_thread(author="ann", title=PLANTED["a title"])
-        await store.update_thread(thread.id, author="ann", title=PLANTED["a changed title"])
+        thread = await store.threads.create(author="ann", title=PLANTED["a title"])
+        await store.threads.update(thread.id, author="ann", title=PLANTED["a changed title"])
         new = NewMessage(
             author="ann",
             thread=thread.id,
@@ -63,18 +63,18 @@ async def plant(path: str, provider: SealingProvider) -> None:
             body=[PLANTED["a body"], {PLANTED["a nested body"]: PLANTED["a nested body"]}],
             reply_to=PLANTED["a reply reference"],
         )
-        one = await store.create_message(new, idempotency=Idempotency("scope", PLANTED["an idempotency key"]))
-        await store.create_message(new, idempotency=Idempotency("scope", PLANTED["an idempotency key"]))
-        await store.set_reaction(one.id, PLANTED["an identity that reacted"], PLANTED["a reaction"])
-        await store.update_message(one.id, author="ann", body=PLANTED["an edited body"], role=None, reply_to=None)
-        two = await store.create_message(NewMessage(author="ann", thread=thread.id, body=PLANTED["a deleted body"]))
-        await store.delete_message(two.id, author="ann")
+        one = await store.messages.create(new, idempotency=Idempotency("scope", PLANTED["an idempotency key"]))
+        await store.messages.create(new, idempotency=Idempotency("scope", PLANTED["an idempotency key"]))
+        await store.messages.set_reaction(one.id, PLANTED["an identity that reacted"], PLANTED["a reaction"])
+        await store.messages.update(one.id, author="ann", body=PLANTED["an edited body"], role=None, reply_to=None)
+        two = await store.messages.create(NewMessage(author="ann", thread=thread.id, body=PLANTED["a deleted body"]))
+        await store.messages.delete(two.id, author="ann")
         removed = NewMessage(author="ann", thread="removed", body=PLANTED["a body in a deleted thread"])
-        await store.create_message(removed)
-        await store.delete_thread("removed", author="ann", by="ann")
+        await store.messages.create(removed)
+        await store.threads.delete("removed", author="ann", by="ann")
         provider.down = True
         with pytest.raises(StoreUnavailableError):
-            await store.create_message(NewMessage(author="ann", body=PLANTED["a body whose write failed"]))
+            await store.messages.create(NewMessage(author="ann", body=PLANTED["a body whose write failed"]))
         provider.down = False
         # In the write-ahead log first, then in tables, then compacted.
         look_through(path, "while it runs")
@@ -82,7 +82,7 @@ async def plant(path: str, provider: SealingProvider) -> None:
         assert isinstance(engine, RocksEngine)
         await asyncio.to_thread(engine.compact)
         look_through(path, "compacted")
-        assert (await store.get_thread(thread.id)).title == PLANTED["a changed title"]
+        assert (await store.threads.get(thread.id)).title == PLANTED["a changed title"]
 
 
 def look_through(path: str, when: str) -> None:

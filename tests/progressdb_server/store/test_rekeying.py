@@ -7,9 +7,9 @@ import random
 
 import pytest
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import RecordUnreadableError
 from tests.progressdb_server.store.faulty_reads import FaultyReads
 from tests.progressdb_server.store.memory_engine import MemoryEngine
@@ -40,8 +40,8 @@ def test_a_chunk_has_each_record_as_it_is_by_itself() -> None:
     async def run(store: Conversations) -> None:
         engine.write(entries)
         for count in (1, 2, 1000):
-            found = [each async for chunk in store.record_chunks("t", count) for each in chunk.records]
-            malformed = [key async for chunk in store.record_chunks("t", count) for key in chunk.malformed]
+            found = [each async for chunk in store.rekeying.chunks("t", count) for each in chunk.records]
+            malformed = [key async for chunk in store.rekeying.chunks("t", count) for key in chunk.malformed]
             assert malformed == [key.decode() for key, raw in entries if raw in BROKEN]
             whole = [(key, raw) for key, raw in entries if raw in RECORDS]
             assert [(each.aad, each.raw) for each in found] == whole
@@ -58,8 +58,9 @@ def test_a_step_has_the_new_records_and_then_what_they_were() -> None:
 
     async def run(store: Conversations) -> None:
         engine.write(entries)
-        [chunk] = [each async for each in store.record_chunks("t", 100)]
-        step = store.moves("job", NEW, [(found, b"new" + found.sealed) for found in chunk.records], chunk.read_at)
+        [chunk] = [each async for each in store.rekeying.chunks("t", 100)]
+        moved = [(found, b"new" + found.sealed) for found in chunk.records]
+        step = store.rekeying.moves("job", NEW, moved, chunk.read_at)
         assert isinstance(step, Write)
         written, kept = step.puts[: len(RECORDS)], step.puts[len(RECORDS) :]
         assert [key for key, _ in written] == [key for key, _ in entries]
@@ -79,15 +80,15 @@ def test_a_record_under_a_key_is_counted_whichever_entry_is_not_found() -> None:
 
     async def run(store: Conversations) -> None:
         messages = await fill(store, 3)
-        await store.set_reaction(messages[1].id, "bob", "+1")
-        await store.delete_message(messages[2].id, author="ann")
+        await store.messages.set_reaction(messages[1].id, "bob", "+1")
+        await store.messages.delete(messages[2].id, author="ann")
         entries = [key.encode() for key in await keys_of(store)]
         records = [key for key in entries if key.startswith(keyspace.records("t")[0])]
         assert len(records) == 6
-        current = await store.key_of_thread("t") or ""
-        assert await store.count_under("t", [current]) == 6
-        assert await store.count_under("t", [OLD]) == 0
-        store.reads = faulty = FaultyReads(store.reads)
+        current = await store.rekeying.key_of_thread("t") or ""
+        assert await store.rekeying.count_under("t", [current]) == 6
+        assert await store.rekeying.count_under("t", [OLD]) == 0
+        store.rekeying.reads = faulty = FaultyReads(store.reads)
         for key in records:
             raw = await store.reads.get(key) or b""
             head, sealed = record.split(raw)
@@ -96,7 +97,7 @@ def test_a_record_under_a_key_is_counted_whichever_entry_is_not_found() -> None:
                 for entry in entries:
                     missed.add(entry)
                     with contextlib.suppress(RecordUnreadableError):
-                        assert await store.count_under("t", [OLD]) > 0, (key, entry)
+                        assert await store.rekeying.count_under("t", [OLD]) > 0, (key, entry)
                     missed.clear()
             await store.writer.commit(Write([(key, raw)]))
 
@@ -109,7 +110,7 @@ def test_records_that_indexes_do_not_name_or_that_are_lost_raise(lost: str) -> N
     async def run(store: Conversations) -> None:
         messages = await fill(store, 2)
         for reaction in "+-":
-            await store.set_reaction(messages[1].id, "bob", reaction)
+            await store.messages.set_reaction(messages[1].id, "bob", reaction)
         entries = [key.encode() for key in await keys_of(store)]
         prefix, at = {
             "message": (keyspace.messages("t"), 0),
@@ -120,6 +121,6 @@ def test_records_that_indexes_do_not_name_or_that_are_lost_raise(lost: str) -> N
         gone = [key for key in entries if key.startswith(prefix)][at]
         await store.writer.commit(Write([(gone, None)]))
         with pytest.raises(RecordUnreadableError):
-            await store.count_under("t", [OLD])
+            await store.rekeying.count_under("t", [OLD])
 
     with_store(run)

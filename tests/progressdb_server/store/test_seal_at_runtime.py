@@ -8,9 +8,9 @@ import pytest
 
 from minikms import api
 from minikms.api.errors import refusal
+from progressdb_server.conversations import whole as room
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.kms.provider import SEALED
-from progressdb_server.store import conversations as room
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage, StoreUnavailableError
 from tests.progressdb_server.store.opened_store import becomes, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -56,19 +56,19 @@ def test_an_older_key_service_behind_a_seal_gets_nothing_to_seal(seen_by: str, m
 
     async def run(store: Conversations) -> None:
         await store.start()
-        await store.create_message(new(1))
+        await store.messages.create(new(1))
         provider.sealed = True
         if seen_by == "a look at its epoch":
-            await becomes(lambda: store.halted is not None)
+            await becomes(lambda: store.sealer.halted is not None)
         else:
             provider.answering.clear()
             with pytest.raises(StoreUnavailableError, match="is sealed"):
-                await (store.create_message(new(2)) if seen_by == "a write" else messages_of(store, "t"))
+                await (store.messages.create(new(2)) if seen_by == "a write" else messages_of(store, "t"))
         provider.sealed, provider.epoch = False, 4
         calls = provider.calls["encrypt"], provider.calls["create"]
         for thread in ("t", "another"):
             with pytest.raises(StoreUnavailableError, match="is sealed") as refused:
-                await store.create_message(new(3, thread))
+                await store.messages.create(new(3, thread))
             assert refused.value.retry_after_s == api.SEALED_RETRY_SECONDS
         assert (provider.calls["encrypt"], provider.calls["create"]) == calls
         assert len(await messages_of(store, "t")) == 1
@@ -83,18 +83,18 @@ def test_a_look_that_began_before_the_seal_does_not_end_the_halt(monkeypatch: py
 
     async def run(store: Conversations) -> None:
         await store.start()
-        await store.create_message(new(1))
+        await store.messages.create(new(1))
         provider.answering.clear()
         looks = provider.calls["status"]
         await becomes(lambda: provider.calls["status"] > looks)
         provider.sealed = True
         with pytest.raises(StoreUnavailableError):
-            await store.create_message(new(2))
+            await store.messages.create(new(2))
         provider.sealed = False
         provider.answering.set()
         for _ in range(100):
             await asyncio.sleep(0)
-        assert store.halted == SEALED
+        assert store.sealer.halted == SEALED
 
     with_store(run, provider=provider)
 
@@ -107,7 +107,7 @@ def test_a_store_closes_in_the_turn_in_which_it_sees_a_seal() -> None:
         await store.start()
         await asyncio.sleep(0)  # the look at the epoch waits now
         provider.answering.clear()
-        store.halt_sealed()
+        store.sealer.halt_sealed()
 
     with_store(run, provider=provider)
 
@@ -118,13 +118,13 @@ def test_a_write_that_a_seal_overtakes_is_not_stored() -> None:
 
     async def run(store: Conversations) -> None:
         await store.start()
-        await store.create_message(new(1))
+        await store.messages.create(new(1))
         provider.delay_s = 0.01
         calls = provider.calls["encrypt"]
-        writing = asyncio.create_task(store.create_message(new(2)))
+        writing = asyncio.create_task(store.messages.create(new(2)))
         await becomes(lambda: provider.calls["encrypt"] > calls)
         provider.answering.clear()
-        store.halt_sealed()
+        store.sealer.halt_sealed()
         with pytest.raises(StoreUnavailableError, match="is sealed"):
             await writing
         assert len(await messages_of(store, "t")) == 1
@@ -145,7 +145,7 @@ def test_a_look_that_a_seal_cuts_off_halts_too(monkeypatch: pytest.MonkeyPatch) 
             raise refusal("sealed", "the key service is sealed")
 
         provider.status = cut_off  # type: ignore[method-assign]  # from now on
-        await becomes(lambda: store.halted == SEALED)
+        await becomes(lambda: store.sealer.halted == SEALED)
 
     with_store(run, provider=provider)
 
@@ -162,12 +162,12 @@ def test_a_look_at_the_epoch_that_fails_is_made_again(monkeypatch: pytest.Monkey
     async def run(store: Conversations) -> None:
         await store.start()
         provider.status = defect  # type: ignore[method-assign]  # from now on
-        await becomes(lambda: store.halted is not None)
+        await becomes(lambda: store.sealer.halted is not None)
         with pytest.raises(StoreUnavailableError, match="could not be judged"):
-            await store.create_message(new(1))
+            await store.messages.create(new(1))
         provider.status = status  # type: ignore[method-assign]  # as before
-        await becomes(lambda: store.halted is None)
-        await store.create_message(new(2))
+        await becomes(lambda: store.sealer.halted is None)
+        await store.messages.create(new(2))
 
     with_store(run, provider=provider)
 
@@ -179,12 +179,12 @@ def test_it_goes_on_after_the_epoch_was_judged(monkeypatch: pytest.MonkeyPatch) 
 
     async def run(store: Conversations) -> None:
         await store.start()
-        await store.create_message(new(1))
+        await store.messages.create(new(1))
         provider.sealed = True
         with pytest.raises(StoreUnavailableError):
-            await store.create_message(new(2))
+            await store.messages.create(new(2))
         provider.sealed = False
-        await becomes(lambda: store.halted is None)
-        await store.create_message(new(3))
+        await becomes(lambda: store.sealer.halted is None)
+        await store.messages.create(new(3))
 
     with_store(run, provider=provider)

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import backup
 from progressdb_server.store.check import Checker
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     BackupBusyError,
     BackupError,
@@ -36,12 +36,12 @@ from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 
 async def write(store: Conversations, count: int) -> list[str]:
-    made = [store.create_message(NewMessage(author="ann", thread=f"t{n % 5}", body="x" * 200)) for n in range(count)]
+    made = [store.messages.create(NewMessage(author="ann", thread=f"t{n % 5}", body="x" * 200)) for n in range(count)]
     return [message.id for message in await asyncio.gather(*made)]
 
 
 async def back_up(store: Conversations, path: Path, previous: Path | None = None) -> Manifest:
-    return await store.back_up(str(path), previous=str(previous) if previous else None)
+    return await store.backups.back_up(str(path), previous=str(previous) if previous else None)
 
 
 def test_a_backup_made_under_load_holds_what_was_acknowledged_before_it(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_backup_made_under_load_holds_what_was_acknowledged_before_it(tmp_path
         await asyncio.to_thread(backup.restore, str(tmp_path / "one"), str(tmp_path / "restored"))
         async with opened(RocksEngine(str(tmp_path / "restored")), provider) as store:
             for message in before:
-                assert (await store.get_message(message)).value == "x" * 200
+                assert (await store.reading.message(message)).value == "x" * 200
             assert [finding async for finding in Checker(LocalView(disk(store)), provider).run()] == []
             assert (await store.stats())["messages"] >= 300
             await write(store, 5)
@@ -75,7 +75,7 @@ def test_the_next_backup_shares_the_files_that_did_not_change(tmp_path: Path) ->
             first = await back_up(store, tmp_path / "one")
             await write(store, 10)
             second = await back_up(store, tmp_path / "two", tmp_path / "one")
-            begun = [known async for page in store.backups() for known in page]
+            begun = [known async for page in store.backups.registered() for known in page]
             assert [one.path for one in begun] == [str(tmp_path / "one"), str(tmp_path / "two")]
             assert begun[0].created_ns == first.created_ns
         shared = {f.name for f in first.files} & {f.name for f in second.files}
@@ -163,7 +163,7 @@ def test_the_files_of_backup_and_restore_are_their_owners_alone(tmp_path: Path) 
 
 
 async def registered(store: Conversations) -> list[str]:
-    return [known.name async for page in store.backups() for known in page]
+    return [known.name async for page in store.backups.registered() for known in page]
 
 
 def test_a_backup_that_fails_leaves_neither_files_nor_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,11 +246,11 @@ def test_a_deleted_backup_is_registered_until_it_is_forgotten(tmp_path: Path) ->
             shutil.rmtree(tmp_path / "one")
             assert await registered(store) == ["one", "two"]
             with pytest.raises(BackupThereError):
-                await store.forget_backup("two")
+                await store.backups.forget("two")
             for unknown in ("three", "", "..", str(tmp_path / "one")):
                 with pytest.raises(BackupNotFoundError):
-                    await store.forget_backup(unknown)
-            assert [known.name for known in await store.forget_backup("one")] == ["one"]
+                    await store.backups.forget(unknown)
+            assert [known.name for known in await store.backups.forget("one")] == ["one"]
             assert await registered(store) == ["two"]
 
     asyncio.run(run())
@@ -281,7 +281,7 @@ def test_no_backup_is_made_of_a_store_with_a_damaged_block(tmp_path: Path) -> No
             with pytest.raises(BackupError, match=table.name):
                 await back_up(store, tmp_path / "bad", tmp_path / "good")
             assert not (tmp_path / "bad").exists()
-            assert [known.name async for page in store.backups() for known in page] == ["good"]
+            assert [known.name async for page in store.backups.registered() for known in page] == ["good"]
         assert backup.verify(str(tmp_path / "good")) == good
 
     asyncio.run(run())

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.table import parse
 from progressdb_server.store import keyspace, offline
 from progressdb_server.store.check import Checker, Problem, repair
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Counters, Reader
 from progressdb_server.store.model import FormatError, Idempotency, NewMessage, StoreUnavailableError
 from progressdb_server.store.offline import LocalEntries, LocalView
@@ -31,13 +31,13 @@ async def populate(store: Conversations, name: str = "t") -> None:
     made = []
     for number in range(6):
         new = NewMessage(author=f"a:{number % 3}", thread=f"{name}{number % 2}", body=number)
-        made.append(await store.create_message(new, idempotency=Idempotency("scope", f"{name}{number}")))
-    await store.update_message(made[0].id, author=None, body="new", role=None, reply_to=None)
-    await store.set_reaction(made[1].id, "bob", "x")
-    await store.delete_message(made[2].id, author=None)
-    await store.create_thread(author="ann", title="empty")
-    await store.create_message(NewMessage(author="ann", body=1))
-    await store.delete_thread(f"{name}1", author=None, by="admin")
+        made.append(await store.messages.create(new, idempotency=Idempotency("scope", f"{name}{number}")))
+    await store.messages.update(made[0].id, author=None, body="new", role=None, reply_to=None)
+    await store.messages.set_reaction(made[1].id, "bob", "x")
+    await store.messages.delete(made[2].id, author=None)
+    await store.threads.create(author="ann", title="empty")
+    await store.messages.create(NewMessage(author="ann", body=1))
+    await store.threads.delete(f"{name}1", author=None, by="admin")
 
 
 async def findings(reader: Reader, provider: SealingProvider | None) -> list[Problem]:
@@ -224,7 +224,7 @@ def test_after_damaged_counters_were_rebuilt_no_stamp_is_given_out_twice() -> No
     newest = max(key[-27:] for key, _ in engine.scan(b"thread:", b"thread;", limit=4000) if b":msg:" in key)
 
     async def body(store: Conversations) -> None:
-        made = await store.create_message(NewMessage(author="ann", thread="t0", body=1))
+        made = await store.messages.create(NewMessage(author="ann", thread="t0", body=1))
         assert made.id > f"msg-{newest.decode().lstrip('0')[:19]}"
         assert await findings(engine, provider) == []
 

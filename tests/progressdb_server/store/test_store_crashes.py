@@ -181,19 +181,19 @@ def test_on_a_full_disk_reads_work_and_freed_space_restores_writes(tmp_path: Pat
             new = NewMessage(author="ann", thread="t", body=os.urandom(8000).hex())
             with pytest.raises(StoreUnavailableError):
                 for _ in range(5000):
-                    message = await store.create_message(new)
+                    message = await store.messages.create(new)
                     acknowledged[message.id].append(message)
             await asyncio.sleep(0.5)
             assert [store.writer.available] == [False]
             with pytest.raises(StoreUnavailableError):
-                await store.create_message(new)
+                await store.messages.create(new)
             for message_id, versions in acknowledged.items():
-                assert await store.get_message(message_id) == versions[0]
+                assert await store.reading.message(message_id) == versions[0]
             subprocess.run([mount, "-o", "remount,size=200m", str(small)], check=True)
             while not store.writer.available:
                 await asyncio.sleep(0.05)
             for _ in range(20):
-                message = await store.create_message(new)
+                message = await store.messages.create(new)
                 acknowledged[message.id].append(message)
             (tmp_path / "db").symlink_to(small / "db")
         await verify(tmp_path, acknowledged)

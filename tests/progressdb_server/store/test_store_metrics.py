@@ -6,8 +6,8 @@ import asyncio
 
 from prometheus_client import CollectorRegistry, generate_latest
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.metrics import Histogram
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import NewMessage
 from tests.progressdb_server.store.opened_store import messages_of, with_store
 
@@ -16,8 +16,8 @@ def test_groups_batches_and_cache_are_counted() -> None:
     async def run(store: Conversations) -> str:
         registry = CollectorRegistry()
         registry.register(store.metrics)
-        await store.create_message(NewMessage(author="ann", thread="t", body=0))
-        await asyncio.gather(*[store.create_message(NewMessage(author="ann", thread="t", body=n)) for n in range(20)])
+        await store.messages.create(NewMessage(author="ann", thread="t", body=0))
+        await asyncio.gather(*[store.messages.create(NewMessage(author="ann", thread="t", body=n)) for n in range(20)])
         await messages_of(store, "t")
         return generate_latest(registry).decode()
 

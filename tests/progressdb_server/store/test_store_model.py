@@ -12,10 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     MessageNotFoundError,
     NewMessage,
@@ -96,9 +96,9 @@ class StoreMachine(RuleBasedStateMachine):
     def create(self, name: str, author: str, body: Any) -> Any:
         new = NewMessage(author=author, thread=name, body=body)
         if name in self.model_threads and self.model_threads[name].deleted:
-            assert self.refusal(self.store.create_message(new)) is ThreadDeletedError
+            assert self.refusal(self.store.messages.create(new)) is ThreadDeletedError
             return multiple()
-        made = self.run(self.store.create_message(new))
+        made = self.run(self.store.messages.create(new))
         assert not name or made.thread == name
         self._message_made(made.thread, author, body, made.id)
         return made.id
@@ -110,7 +110,7 @@ class StoreMachine(RuleBasedStateMachine):
 
         async def burst() -> list[tuple[str, str, Any]]:
             made = await asyncio.gather(
-                *[self.store.create_message(NewMessage(author=author, thread=name, body=body)) for body in bodies]
+                *[self.store.messages.create(NewMessage(author=author, thread=name, body=body)) for body in bodies]
             )
             return [(m.id, m.thread, m.value) for m in made]
 
@@ -120,12 +120,12 @@ class StoreMachine(RuleBasedStateMachine):
             self._message_made(thread, author, body, message)
         if not name:
             for _, thread, _ in made:
-                self.model_threads[thread].title = self.run(self.store.get_thread(thread)).title
+                self.model_threads[thread].title = self.run(self.store.threads.get(thread)).title
         return multiple(*[message for message, _, _ in made])
 
     @rule(target=threads, author=AUTHORS, title=st.text(max_size=8))
     def create_thread(self, author: str, title: str) -> str:
-        thread = self.run(self.store.create_thread(author=author, title=title)).id
+        thread = self.run(self.store.threads.create(author=author, title=title)).id
         self.model_threads[thread] = ModelThread(author, title, {author})
         return thread
 
@@ -140,7 +140,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(message=messages, author=st.none() | AUTHORS, body=BODIES)
     def edit(self, message: str, author: str | None, body: Any) -> None:
         expected = self._change_expected(message, author)
-        work = self.store.update_message(message, author=author, body=body, role=None, reply_to=None)
+        work = self.store.messages.update(message, author=author, body=body, role=None, reply_to=None)
         assert self.refusal(work) is expected
         if expected is None:
             _, reactions, _ = self.model[message].versions[-1]
@@ -150,7 +150,7 @@ class StoreMachine(RuleBasedStateMachine):
     def delete(self, message: str, author: str | None) -> None:
         expected = self._change_expected(message, author)
         repeated = expected is MessageNotFoundError
-        refusal = self.refusal(self.store.delete_message(message, author=author))
+        refusal = self.refusal(self.store.messages.delete(message, author=author))
         assert refusal is (None if repeated else expected)
         if expected is None:
             body, reactions, _ = self.model[message].versions[-1]
@@ -161,12 +161,12 @@ class StoreMachine(RuleBasedStateMachine):
         expected = self._change_expected(message, None)
         body, reactions, _ = self.model[message].versions[-1]
         if what is None:
-            refusal = self.refusal(self.store.remove_reaction(message, who))
+            refusal = self.refusal(self.store.messages.remove_reaction(message, who))
             if who not in reactions and expected is ThreadDeletedError:
                 expected = None  # nothing to change
             changed = {key: value for key, value in reactions.items() if key != who}
         else:
-            refusal = self.refusal(self.store.set_reaction(message, who, what))
+            refusal = self.refusal(self.store.messages.set_reaction(message, who, what))
             changed = {**reactions, who: what}
         assert refusal is expected
         if expected is None and not (what is None and who not in reactions):
@@ -181,13 +181,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(thread=threads, author=st.none() | AUTHORS, title=st.text(max_size=8))
     def rename(self, thread: str, author: str | None, title: str) -> None:
         expected = self._thread_expected(thread, author)
-        assert self.refusal(self.store.update_thread(thread, author=author, title=title)) is expected
+        assert self.refusal(self.store.threads.update(thread, author=author, title=title)) is expected
         if expected is None:
             self.model_threads[thread].title = title
 
     def _delete_thread(self, thread: str, author: str | None) -> None:
         expected = self._thread_expected(thread, author)
-        assert self.refusal(self.store.delete_thread(thread, author=author, by="ann")) is expected
+        assert self.refusal(self.store.threads.delete(thread, author=author, by="ann")) is expected
         if expected is None:
             self.model_threads[thread].deleted = True
             event = self.run(messages_of(self.store, thread, include_deleted=True))[-1]
@@ -257,7 +257,7 @@ class StoreMachine(RuleBasedStateMachine):
         found = self.run(versions_of(self.store, message))
         assert [(m.value, m.reactions, m.deleted) for m in found] == self.model[message].versions
         assert [m.ts for m in found] == sorted(m.ts for m in found)
-        assert self.run(self.store.get_message(message)) == found[-1]
+        assert self.run(self.store.reading.message(message)) == found[-1]
 
     @invariant()
     def counts_and_threads_are_the_models(self) -> None:
@@ -268,7 +268,7 @@ class StoreMachine(RuleBasedStateMachine):
             name: (t.author, t.title, t.deleted) for name, t in self.model_threads.items()
         }
         for name, thread in self.model_threads.items():
-            assert set(self.run(self.store.members(name))) == thread.writers
+            assert set(self.run(self.store.members.of_thread(name))) == thread.writers
 
     @invariant()
     def the_store_is_sound(self) -> None:

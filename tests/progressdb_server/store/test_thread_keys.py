@@ -11,13 +11,13 @@ from msgspec.structs import replace
 from minikms import api
 from minikms.api.errors import KmsRefusedError, KmsUnavailableError, refusal
 from minikms.client import EncryptItem
-from progressdb_server.store import conversations as room
+from progressdb_server.conversations import whole as room
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import keyspace, record
 from progressdb_server.store import sealer as sealing
 from progressdb_server.store import writer as writing
 from progressdb_server.store.check import repair
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.epoch import EpochMemory, RestoredError, SeenState, audit_head, seen_state
 from progressdb_server.store.model import (
@@ -60,7 +60,7 @@ def test_a_burst_of_first_messages_makes_one_key() -> None:
     provider.delay_s = 0.005
 
     async def run(store: Conversations) -> None:
-        await asyncio.gather(*[store.create_message(new(n)) for n in range(30)])
+        await asyncio.gather(*[store.messages.create(new(n)) for n in range(30)])
         assert provider.calls["create"] == 1
         assert len(await messages_of(store, "t")) == 30
         assert await keys_of(store, "kms:map:") == ["kms:map:thread:t"]
@@ -77,7 +77,7 @@ def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> N
         ) -> api.CreateDekAnswer:
             handle = await super().create_dek_for_thread(thread_id)
             if len(self.keys) == 1:
-                await rival.create_message(new("winner", thread_id))
+                await rival.messages.create(new("winner", thread_id))
             return handle
 
     provider = Overtaken()
@@ -86,7 +86,7 @@ def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> N
     async def run(store: Conversations) -> None:
         nonlocal rival
         rival = Conversations(disk(store), provider)
-        await store.create_message(new("loser"))
+        await store.messages.create(new("loser"))
         await rival.writer.close()
         assert sorted(m.value for m in await messages_of(store, "t")) == ["loser", "winner"]
         assert provider.keys_of("t") == [(disk(store).get(b"kms:map:thread:t") or b"").decode()]
@@ -115,15 +115,15 @@ def test_refused_creates_leave_no_key_that_nobody_uses(thread: str) -> None:
         engine.full = True
         for _ in range(30):
             with pytest.raises(StoreUnavailableError):
-                await store.create_message(new("refused", thread))
+                await store.messages.create(new("refused", thread))
             with pytest.raises(StoreUnavailableError):
-                await store.create_thread(author="ann", title="refused")
+                await store.threads.create(author="ann", title="refused")
             async with asyncio.timeout(60):
                 while not store.writer.available:
                     await asyncio.sleep(0.001)
         assert len(provider.keys) == 1
         engine.full = False
-        await store.create_message(new("taken", thread))
+        await store.messages.create(new("taken", thread))
         assert len(provider.keys) == 2
 
     with_store(run, engine, provider)
@@ -135,7 +135,7 @@ def test_a_create_that_the_queue_refuses_makes_no_key(monkeypatch: pytest.Monkey
     async def run(store: Conversations) -> None:
         monkeypatch.setattr(writing, "QUEUE_WRITES_MAX", 0)
         with pytest.raises(StoreUnavailableError, match="too many writes"):
-            await store.create_message(new("refused"))
+            await store.messages.create(new("refused"))
         assert not provider.keys
 
     with_store(run, provider=provider)
@@ -153,7 +153,7 @@ def test_a_key_that_is_made_before_the_queue_refuses_is_retired(monkeypatch: pyt
 
     async def run(store: Conversations) -> None:
         with pytest.raises(StoreUnavailableError, match="too many writes"):
-            await store.create_message(new("refused"))
+            await store.messages.create(new("refused"))
         assert provider.keys_of("t", active=False)
         assert not provider.keys_of("t")
 
@@ -174,9 +174,9 @@ class SlowAnswers(SealingProvider):
 @pytest.mark.parametrize("provider", [SealingProvider(), SlowAnswers()], ids=["refused", "sealed before"])
 def test_no_record_is_stored_under_a_key_switched_while_it_was_sealed(provider: SealingProvider) -> None:
     async def run(store: Conversations) -> None:
-        await store.create_message(new(0))
+        await store.messages.create(new(0))
         provider.holds = {"encrypt"}
-        writing = [asyncio.create_task(store.create_message(new(n))) for n in range(1, 6)]
+        writing = [asyncio.create_task(store.messages.create(new(n))) for n in range(1, 6)]
         while provider.held < 5:
             await asyncio.sleep(0)
         provider.holds = set()
@@ -195,11 +195,11 @@ def test_writes_wait_from_the_old_keys_retirement_to_the_switch() -> None:
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new(0))
+        await store.messages.create(new(0))
         old = provider.keys_of("t")[0]
-        with store.switching_key("t"):
+        with store.sealer.switching("t"):
             handle = await provider.create_dek_for_thread("t", replaces=old)
-            writing = asyncio.create_task(store.create_message(new(1)))
+            writing = asyncio.create_task(store.messages.create(new(1)))
             await asyncio.sleep(0.05)
             assert not writing.done()
             await store.writer.commit(Write([(keyspace.key_map("t"), handle.key_id.encode())]))
@@ -217,13 +217,13 @@ def test_a_switch_that_does_not_end_is_reported_as_unavailable(monkeypatch: pyte
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new(0))
-        with store.switching_key("t"):
+        await store.messages.create(new(0))
+        with store.sealer.switching("t"):
             provider.retired.update(provider.keys)
             with pytest.raises(StoreUnavailableError):
-                await store.create_message(new(1))
+                await store.messages.create(new(1))
             assert len(provider.keys) == 1
-        await store.create_message(new(2))
+        await store.messages.create(new(2))
         assert [m.value for m in await messages_of(store, "t")] == [0, 2]
 
     with_store(run, provider=provider)
@@ -233,15 +233,15 @@ def test_a_destroyed_key_makes_its_records_unreadable_and_no_others() -> None:
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
-        gone = await store.create_message(new(0))
-        other = await store.create_message(new(1, "other"))
+        gone = await store.messages.create(new(0))
+        other = await store.messages.create(new(1, "other"))
         provider.destroyed.update(provider.keys_of("t"))
         with pytest.raises(RecordUnreadableError):
-            await store.get_message(gone.id)
+            await store.reading.message(gone.id)
         assert [message.error for message in await messages_of(store, "t")] == ["key_destroyed"]
         with pytest.raises(ThreadKeyDestroyedError):
-            await store.create_message(new(2))
-        assert await store.get_message(other.id) == other
+            await store.messages.create(new(2))
+        assert await store.reading.message(other.id) == other
         assert len(provider.keys) == 2, "no other key is made for a destroyed one"
 
     with_store(run, provider=provider)
@@ -262,10 +262,10 @@ def test_a_refusal_that_stays_is_no_unavailable_key_service(code: str, stays: bo
     provider = Refusing()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new(0))
+        await store.messages.create(new(0))
         provider.refused = True
         with pytest.raises(KeyServiceRefusedError if stays else StoreUnavailableError, match=code):
-            await store.create_message(new(1))
+            await store.messages.create(new(1))
 
     with_store(run, provider=provider)
 
@@ -279,7 +279,7 @@ def test_a_key_whose_sealing_fails_is_retired_and_leaves_nothing() -> None:
 
     async def run(store: Conversations) -> None:
         with pytest.raises(StoreUnavailableError):
-            await store.create_message(new(0))
+            await store.messages.create(new(0))
         assert provider.keys_of("t") == []
         assert await keys_of(store, "thread:") == []
 
@@ -293,7 +293,7 @@ def test_the_cache_of_threads_is_bounded_and_an_evicted_one_is_read_again(monkey
     async def run(store: Conversations) -> None:
         for thread in range(6):
             for author in range(4):
-                await store.create_message(NewMessage(author=f"u{author}", thread=f"t{thread}", body=1))
+                await store.messages.create(NewMessage(author=f"u{author}", thread=f"t{thread}", body=1))
         misses = store.metrics.cache_misses
         for thread in (3, 4, 5):
             state = await store.sealer.thread(f"t{thread}")
@@ -425,7 +425,7 @@ def test_a_restored_key_service_stops_the_start() -> None:
         with pytest.raises(RestoredError):
             await store.start()
         await store.start(accept_restore=True)
-        await store.create_message(new(1))
+        await store.messages.create(new(1))
 
     with_store(run, engine, provider)
     answer = status(5, 1)
@@ -447,17 +447,17 @@ def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatc
     async def run(store: Conversations) -> None:
         nonlocal answer
         await store.start()
-        await store.create_message(new(1))
+        await store.messages.create(new(1))
         answer = status(4, 1)
-        await becomes(lambda: store.halted is not None)
+        await becomes(lambda: store.sealer.halted is not None)
         calls = provider.calls.total()
         for thread in ("t", "another"):
             with pytest.raises(StoreUnavailableError, match="restart the server once with --accept-restore"):
-                await store.create_message(new(2, thread))
+                await store.messages.create(new(2, thread))
         assert provider.calls.total() == calls
         answer = status(6, 1)
-        await becomes(lambda: store.halted is None)
-        await store.create_message(new(3))
+        await becomes(lambda: store.sealer.halted is None)
+        await store.messages.create(new(3))
 
     with_store(run, provider=provider)
 
@@ -470,11 +470,11 @@ def test_a_thread_whose_key_is_retired_gets_another_at_its_next_write() -> None:
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new(0))
+        await store.messages.create(new(0))
         old = provider.keys_of("t")[0]
         provider.retired.add(old)
         provider.delay_s = 0.002
-        await asyncio.gather(*(store.create_message(new(number)) for number in range(1, 20)))
+        await asyncio.gather(*(store.messages.create(new(number)) for number in range(1, 20)))
         [renewed] = provider.keys_of("t")
         assert renewed != old
         assert disk(store).get(keyspace.key_map("t")) == renewed.encode()
@@ -492,10 +492,10 @@ def test_an_interrupted_renewal_is_made_at_the_next_write() -> None:
     provider = Interrupted()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new(0))
+        await store.messages.create(new(0))
         old = provider.keys_of("t")[0]
         provider.retired.add(old)
-        create, provider.down = store.create_message, True
+        create, provider.down = store.messages.create, True
         with pytest.raises(StoreUnavailableError):
             await create(new(1))
         provider.down = False
@@ -511,14 +511,14 @@ def test_every_kind_of_write_gives_a_thread_another_key_for_a_retired_one() -> N
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
-        message = await store.create_message(new(0))
+        message = await store.messages.create(new(0))
         for write in (
-            lambda: store.update_message(message.id, author="ann", body=1, role=None, reply_to=None),
-            lambda: store.set_reaction(message.id, "bob", "+"),
-            lambda: store.remove_reaction(message.id, "bob"),
-            lambda: store.delete_message(message.id, author="ann"),
-            lambda: store.update_thread("t", author="ann", title="new"),
-            lambda: store.delete_thread("t", author="ann", by="ann"),
+            lambda: store.messages.update(message.id, author="ann", body=1, role=None, reply_to=None),
+            lambda: store.messages.set_reaction(message.id, "bob", "+"),
+            lambda: store.messages.remove_reaction(message.id, "bob"),
+            lambda: store.messages.delete(message.id, author="ann"),
+            lambda: store.threads.update("t", author="ann", title="new"),
+            lambda: store.threads.delete("t", author="ann", by="ann"),
         ):
             provider.retired.update(provider.keys)
             await write()
@@ -533,14 +533,14 @@ def test_an_older_store_whose_keys_were_rotated_since_takes_writes() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
 
     async def before(store: Conversations) -> None:
-        await store.create_message(new(0))
+        await store.messages.create(new(0))
 
     async def after(store: Conversations) -> None:
         old = provider.keys_of("t")[0]
         newer = (await provider.create_dek_for_thread("t", replaces=old)).key_id
-        await store.create_message(new(1))
+        await store.messages.create(new(1))
         assert [m.value for m in await messages_of(store, "t")] == [0, 1]
-        assert await store.key_of_thread("t") not in (old, newer)
+        assert await store.rekeying.key_of_thread("t") not in (old, newer)
 
     with_store(before, engine, provider)
     with_store(after, engine, provider)
@@ -551,12 +551,12 @@ def test_a_message_into_a_thread_that_has_lost_its_map_is_refused() -> None:
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new(0))
+        await store.messages.create(new(0))
         await store.writer.commit(Write(((keyspace.key_map("t"), None),)))
         store.sealer.forget()
         async with asyncio.timeout(20):
             with pytest.raises(RecordUnreadableError, match="has no key"):
-                await store.create_message(new(1))
+                await store.messages.create(new(1))
         assert len(provider.keys) <= 2
 
     with_store(run, provider=provider)
@@ -566,12 +566,12 @@ def test_a_lost_map_that_is_rebuilt_after_a_renewal_takes_writes() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
 
     async def renewed(store: Conversations) -> None:
-        await store.create_message(new(0))
+        await store.messages.create(new(0))
         provider.retired.update(provider.keys)
-        await store.create_message(new(1))
+        await store.messages.create(new(1))
 
     async def repaired(store: Conversations) -> None:
-        await store.create_message(new(2))
+        await store.messages.create(new(2))
         assert [m.value for m in await messages_of(store, "t")] == [0, 1, 2]
 
     with_store(renewed, engine, provider)
@@ -595,10 +595,10 @@ def test_new_keys_that_are_retired_at_once_are_not_made_for_ever() -> None:
     provider = Broken()
 
     async def run(store: Conversations) -> None:
-        await store.create_message(new(0))
+        await store.messages.create(new(0))
         provider.retired.update(provider.keys)
         with pytest.raises(StoreUnavailableError):
-            await store.create_message(new(1))
+            await store.messages.create(new(1))
         assert len(provider.keys) == 1 + sealing.RENEWALS_MAX
 
     with_store(run, provider=provider)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem
 from progressdb_server.api.viewer.browsing import Browser
+from progressdb_server.conversations import threads as threads_room
+from progressdb_server.conversations.threads import slug_of
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import keyspace, record
-from progressdb_server.store import threads as threads_room
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     AuthorNotInThreadError,
     InvalidThreadIdError,
@@ -25,7 +26,6 @@ from progressdb_server.store.model import (
     StoreUnavailableError,
     ThreadNotFoundError,
 )
-from progressdb_server.store.threads import slug_of
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import keys_of, messages_of, threads_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_open
@@ -35,13 +35,13 @@ pytestmark = pytest.mark.usefixtures("both_engines")
 
 def test_a_thread_reads_back() -> None:
     async def run(store: Conversations) -> None:
-        made = await store.create_thread(author="ann", title="Größe & Gewicht!")
+        made = await store.threads.create(author="ann", title="Größe & Gewicht!")
         assert (made.id, made.title) == (f"thread-{made.created_ts}-000000", "Größe & Gewicht!")
         assert made.slug == f"gr-e-gewicht-{made.id}"
         assert made.updated_ts == made.created_ts
-        assert await store.get_thread(made.id) == made
+        assert await store.threads.get(made.id) == made
         with pytest.raises(ThreadNotFoundError):
-            await store.get_thread("unknown")
+            await store.threads.get("unknown")
 
     with_store(run)
 
@@ -60,13 +60,13 @@ def test_a_slug_is_made_of_a_few_safe_characters(title: str) -> None:
 
 def test_every_message_and_change_touches_the_thread() -> None:
     async def run(store: Conversations) -> None:
-        thread = (await store.create_thread(author="ann", title="t")).id
-        one = await store.create_message(NewMessage(author="ann", thread=thread, body=1))
-        assert (await store.get_thread(thread)).updated_ts == one.ts
-        two = await store.set_reaction(one.id, "bob", "x")
-        assert (await store.get_thread(thread)).updated_ts == two.ts
-        renamed = await store.update_thread(thread, author="ann", title="new")
-        assert (await store.get_thread(thread)) == renamed
+        thread = (await store.threads.create(author="ann", title="t")).id
+        one = await store.messages.create(NewMessage(author="ann", thread=thread, body=1))
+        assert (await store.threads.get(thread)).updated_ts == one.ts
+        two = await store.messages.set_reaction(one.id, "bob", "x")
+        assert (await store.threads.get(thread)).updated_ts == two.ts
+        renamed = await store.threads.update(thread, author="ann", title="new")
+        assert (await store.threads.get(thread)) == renamed
         assert renamed.updated_ts > two.ts
 
     with_store(run)
@@ -74,29 +74,29 @@ def test_every_message_and_change_touches_the_thread() -> None:
 
 def test_only_the_author_changes_a_thread_and_the_admin_may() -> None:
     async def run(store: Conversations) -> None:
-        thread = (await store.create_thread(author="ann", title="t")).id
+        thread = (await store.threads.create(author="ann", title="t")).id
         for attempt in (
-            store.update_thread(thread, author="bob", title="x"),
-            store.delete_thread(thread, author="bob", by="bob"),
+            store.threads.update(thread, author="bob", title="x"),
+            store.threads.delete(thread, author="bob", by="bob"),
         ):
             with pytest.raises(NotTheAuthorError):
                 await attempt
-        assert (await store.update_thread(thread, author=None, title="Other")).slug == f"other-{thread}"
-        await store.delete_thread(thread, author=None, by="admin")
+        assert (await store.threads.update(thread, author=None, title="Other")).slug == f"other-{thread}"
+        await store.threads.delete(thread, author=None, by="admin")
         for gone in (thread, "unknown"):
             with pytest.raises(ThreadNotFoundError):
-                await store.update_thread(gone, author=None, title="x")
+                await store.threads.update(gone, author=None, title="x")
             with pytest.raises(ThreadNotFoundError):
-                await store.delete_thread(gone, author=None, by="admin")
+                await store.threads.delete(gone, author=None, by="admin")
 
     with_store(run)
 
 
 def test_a_deleted_thread_is_marked_and_keeps_its_messages() -> None:
     async def run(store: Conversations) -> None:
-        message = await store.create_message(NewMessage(author="ann", thread="t", body=1))
-        await store.delete_thread("t", author="ann", by="ann")
-        thread = await store.get_thread("t")
+        message = await store.messages.create(NewMessage(author="ann", thread="t", body=1))
+        await store.threads.delete("t", author="ann", by="ann")
+        thread = await store.threads.get("t")
         assert thread.deleted
         assert thread.deleted_ts == thread.updated_ts > message.ts
         assert [m.id for m in await messages_of(store, "t")] == [message.id]
@@ -109,9 +109,9 @@ def test_a_deleted_thread_is_marked_and_keeps_its_messages() -> None:
 def test_threads_are_listed_by_author_in_order_of_creation() -> None:
     async def run(store: Conversations) -> None:
         for number in range(5):
-            await store.create_thread(author="ann", title=f"Plan {number}")
-            await store.create_thread(author="an", title=f"plan b {number}")
-        await store.create_message(NewMessage(author="ann", thread="0-named", body=1))
+            await store.threads.create(author="ann", title=f"Plan {number}")
+            await store.threads.create(author="an", title=f"plan b {number}")
+        await store.messages.create(NewMessage(author="ann", thread="0-named", body=1))
         assert [t.title for t in await threads_of(store, "ann")] == [*[f"Plan {n}" for n in range(5)], "New Thread #11"]
         assert len(await threads_of(store, None)) == 11
         assert await threads_of(store, "nobody") == []
@@ -128,12 +128,12 @@ def test_many_threads_are_opened_in_one_batch_across_their_keys(monkeypatch: pyt
     provider = SealingProvider()
 
     async def run(store: Conversations) -> None:
-        await asyncio.gather(*[store.create_thread(author="ann", title=f"t{n}") for n in range(50)])
+        await asyncio.gather(*[store.threads.create(author="ann", title=f"t{n}") for n in range(50)])
         provider.calls.clear()
         assert len(await threads_of(store, "ann")) == 50
         assert provider.calls == {"decrypt_batch": 1}
         monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 20)
-        assert [len(c) async for c in store.list_threads(author="ann")] == [20, 20, 10]
+        assert [len(c) async for c in store.threads.list_threads(author="ann")] == [20, 20, 10]
         monkeypatch.setattr(threads_room, "LIST_BYTES_MAX", 100)
         assert len(await threads_of(store, "ann")) == 50
 
@@ -142,7 +142,7 @@ def test_many_threads_are_opened_in_one_batch_across_their_keys(monkeypatch: pyt
 
 async def may_read(store: Conversations, thread: str, author: str) -> bool:
     try:
-        await store.check_reader(thread, author)
+        await store.members.check_reader(thread, author)
     except AuthorNotInThreadError:
         return False
     return True
@@ -150,10 +150,10 @@ async def may_read(store: Conversations, thread: str, author: str) -> bool:
 
 def test_the_owner_and_whoever_has_written_may_read_and_nobody_else() -> None:
     async def run(store: Conversations) -> None:
-        thread = (await store.create_thread(author="ann", title="t")).id
-        await store.create_message(NewMessage(author="bob", thread=thread, body=1))
-        one = await store.create_message(NewMessage(author="cid:x", thread=thread, body=1))
-        await store.set_reaction(one.id, "dan", "x")
+        thread = (await store.threads.create(author="ann", title="t")).id
+        await store.messages.create(NewMessage(author="bob", thread=thread, body=1))
+        one = await store.messages.create(NewMessage(author="cid:x", thread=thread, body=1))
+        await store.messages.set_reaction(one.id, "dan", "x")
         allowed = {author: await may_read(store, thread, author) for author in ("ann", "bob", "cid:x", "cid", "dan")}
         assert allowed == {"ann": True, "bob": True, "cid:x": True, "cid": False, "dan": False}
         assert not await may_read(store, "unknown", "ann")
@@ -164,7 +164,7 @@ def test_the_owner_and_whoever_has_written_may_read_and_nobody_else() -> None:
 def test_an_author_of_128_bytes_of_any_kind_is_indexed_and_found() -> None:
     async def run(store: Conversations) -> None:
         for author in (":" * 128, "ü" * 64, "a/b\0%3A", "%", "index:writer:"):
-            thread = (await store.create_thread(author=author, title="t")).id
+            thread = (await store.threads.create(author=author, title="t")).id
             assert [t.id for t in await threads_of(store, author)] == [thread]
             assert await may_read(store, thread, author)
         assert not await may_read(store, thread, "%3A")
@@ -176,7 +176,7 @@ def test_an_author_of_128_bytes_of_any_kind_is_indexed_and_found() -> None:
 def test_a_thread_id_that_not_everybody_can_use_is_refused(thread: str) -> None:
     async def run(store: Conversations) -> None:
         with pytest.raises(InvalidThreadIdError):
-            await store.create_message(NewMessage(author="ann", thread=thread, body=1))
+            await store.messages.create(NewMessage(author="ann", thread=thread, body=1))
         assert await keys_of(store, "thread:") == []
 
     with_store(run)
@@ -186,12 +186,12 @@ def test_metadata_rewritten_by_a_rotation_meanwhile_is_read_again() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
 
     async def run(store: Conversations) -> None:
-        thread = (await store.create_thread(author="ann", title="old")).id
+        thread = (await store.threads.create(author="ann", title="old")).id
         key = keyspace.meta(thread)
         raw = engine.get(key)
         assert raw is not None
         provider.holds = {"encrypt"}
-        renaming = asyncio.create_task(store.update_thread(thread, author="ann", title="new"))
+        renaming = asyncio.create_task(store.threads.update(thread, author="ann", title="new"))
         while not provider.held:  # it has read the record and is sealing the new one
             await asyncio.sleep(0)
         provider.holds = set()
@@ -202,7 +202,7 @@ def test_metadata_rewritten_by_a_rotation_meanwhile_is_read_again() -> None:
         engine.write([(key, record.rekey(raw[0], record.split(raw)[0], key_id) + again)])
         provider.go_on.set()
         await renaming
-        assert (await store.get_thread(thread)).title == "new"
+        assert (await store.threads.get(thread)).title == "new"
 
     with_store(run, engine, provider)
 
@@ -211,7 +211,7 @@ def test_missing_metadata_is_reported_and_not_skipped() -> None:
     engine = MemoryEngine()
 
     async def run(store: Conversations) -> None:
-        thread = (await store.create_thread(author="ann", title="t")).id
+        thread = (await store.threads.create(author="ann", title="t")).id
         engine.write([(keyspace.meta(thread), None)])
         (listed,) = await threads_of(store, "ann")
         assert (listed.id, listed.error) == (thread, "record_missing")
@@ -223,7 +223,7 @@ def test_a_thread_that_does_not_open_is_listed_with_its_code() -> None:
     provider, engine = SealingProvider(), MemoryEngine()
 
     async def run(store: Conversations) -> None:
-        made = [(await store.create_thread(author="ann", title=f"title {n}")).id for n in range(6)]
+        made = [(await store.threads.create(author="ann", title=f"title {n}")).id for n in range(6)]
         good, destroyed, altered, malformed, missing, unsendable = made
         provider.destroyed.update(provider.keys_of(destroyed))
         raw = engine.get(keyspace.meta(altered))
@@ -249,7 +249,7 @@ def test_a_thread_that_does_not_open_is_listed_with_its_code() -> None:
         page = await Browser(store, provider).threads(author="", id_prefix="", cursor="")
         assert {thread.id: thread.error for thread in page.threads} == errors
         with pytest.raises(RecordUnreadableError):
-            await store.get_thread(destroyed)
+            await store.threads.get(destroyed)
 
     with_store(run, engine, provider)
 
@@ -262,7 +262,7 @@ def test_a_list_of_threads_fails_while_the_key_service_can_not_open() -> None:
             return [refusal("audit_unavailable", "the audit log is not available")] * len(items)
 
     async def run(store: Conversations) -> None:
-        await store.create_thread(author="ann", title="title")
+        await store.threads.create(author="ann", title="title")
         with pytest.raises(StoreUnavailableError):
             await threads_of(store, "ann")
 

@@ -11,13 +11,13 @@ import pytest
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem
 from progressdb_server.api.gate import limits
+from progressdb_server.conversations import messages as writing_room
+from progressdb_server.conversations import reading as reading_room
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.store import keyspace, record
-from progressdb_server.store import messages as writing_room
-from progressdb_server.store import reading as reading_room
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import (
     REACTIONS_COUNT_MAX,
@@ -41,11 +41,11 @@ MEGABYTE = "x" * 1_000_000
 
 
 async def post(store: Conversations, body: Any = "b", author: str = "ann") -> str:
-    return (await store.create_message(NewMessage(author=author, thread="t", body=body, role="tool"))).id
+    return (await store.messages.create(NewMessage(author=author, thread="t", body=body, role="tool"))).id
 
 
 async def edit(store: Conversations, message: str, body: Any) -> Message:
-    return await store.update_message(message, author="ann", body=body, role=None, reply_to=None)
+    return await store.messages.update(message, author="ann", body=body, role=None, reply_to=None)
 
 
 def stored_bytes(engine: MemoryEngine) -> int:
@@ -67,9 +67,9 @@ def test_a_change_of_reactions_and_a_tombstone_store_no_body() -> None:
     async def run(store: Conversations) -> None:
         message = await post(store, MEGABYTE)
         for number in range(120):
-            await store.set_reaction(message, f"user{number % 7}", str(number))
-        await store.remove_reaction(message, "user0")
-        await store.delete_message(message, author="ann")
+            await store.messages.set_reaction(message, f"user{number % 7}", str(number))
+        await store.messages.remove_reaction(message, "user0")
+        await store.messages.delete(message, author="ann")
         assert stored_bytes(engine) < 1_100_000
         found = await versions_of(store, message)
         assert len(found) == 123
@@ -78,7 +78,7 @@ def test_a_change_of_reactions_and_a_tombstone_store_no_body() -> None:
         assert (found[-2].deleted, found[-1].deleted) == (False, True)
         assert "user0" in found[-3].reactions
         assert "user0" not in found[-1].reactions
-        assert await store.get_message(message) == found[-1]
+        assert await store.reading.message(message) == found[-1]
         assert await messages_of(store, "t", include_deleted=True) == [found[-1]]
         assert await findings(engine, provider) == []
 
@@ -88,9 +88,9 @@ def test_a_change_of_reactions_and_a_tombstone_store_no_body() -> None:
 def test_an_edit_keeps_reactions_and_a_reaction_keeps_the_edit() -> None:
     async def run(store: Conversations) -> None:
         message = await post(store, 0)
-        await store.set_reaction(message, "bob", "1")
+        await store.messages.set_reaction(message, "bob", "1")
         await edit(store, message, "new")
-        await store.set_reaction(message, "cid", "2")
+        await store.messages.set_reaction(message, "cid", "2")
         found = await versions_of(store, message)
         assert [(version.value, version.reactions) for version in found] == [
             (0, {}),
@@ -108,7 +108,7 @@ def test_a_change_of_reactions_leaks_neither_identity_nor_reaction() -> None:
 
     async def run(store: Conversations) -> None:
         message = await post(store)
-        await store.set_reaction(message, "secret-identity", "secret-reaction")
+        await store.messages.set_reaction(message, "secret-identity", "secret-reaction")
         raw = engine.get(record_keys(engine)[-1]) or b""
         header, _ = record.unpack_message(raw)
         first = record_keys(engine)[0][-27:].decode()
@@ -132,11 +132,11 @@ def test_the_versions_come_in_small_pieces_and_a_shared_body_opens_once() -> Non
     async def run(store: Conversations) -> None:
         message = await post(store, MEGABYTE)
         for number in range(30):
-            await store.set_reaction(message, "bob", str(number))
+            await store.messages.set_reaction(message, "bob", str(number))
         await edit(store, message, "y" * 900_000)
         await edit(store, message, "z" * 900_000)
         batches.clear()
-        found = await store.message_versions(message)
+        found = await store.reading.versions(message)
         pieces = [len(piece) async for piece in found.chunks]
         assert sum(pieces) == 33
         assert max(pieces) == 1
@@ -144,8 +144,8 @@ def test_the_versions_come_in_small_pieces_and_a_shared_body_opens_once() -> Non
         assert max(sum(batch) for batch in batches) < reading_room.VERSIONS_BYTES_MAX + 1_000_100
         small = await post(store, 1)
         for number in range(300):
-            await store.set_reaction(small, "bob", str(number))
-        found = await store.message_versions(small)
+            await store.messages.set_reaction(small, "bob", str(number))
+        found = await store.reading.versions(small)
         assert [len(piece) async for piece in found.chunks] == [reading_room.LIST_MESSAGES_MAX, 45]
 
     with_store(run, provider=Measured())
@@ -163,13 +163,13 @@ async def refused_beyond_the_bound(store: Conversations, message: str) -> None:
         with pytest.raises(TooManyVersionsError):
             await edit(store, message, "other")
         with pytest.raises(TooManyVersionsError):
-            await store.set_reaction(message, "bob", "again")
+            await store.messages.set_reaction(message, "bob", "again")
     assert await versions_of(store, message) == before
-    await store.remove_reaction(message, "bob")
+    await store.messages.remove_reaction(message, "bob")
     with pytest.raises(TooManyVersionsError):
-        await store.set_reaction(message, "bob", "again")
-    await store.remove_reaction(message, "bob")
-    await store.delete_message(message, author="ann")
+        await store.messages.set_reaction(message, "bob", "again")
+    await store.messages.remove_reaction(message, "bob")
+    await store.messages.delete(message, author="ann")
     found = await versions_of(store, message)
     assert [(version.reactions, version.deleted) for version in found[len(before) :]] == [({}, False), ({}, True)]
 
@@ -181,7 +181,7 @@ def test_a_message_has_a_bounded_number_of_versions(monkeypatch: pytest.MonkeyPa
         message = await post(store)
         await edit(store, message, 1)
         for number in range(4):
-            await store.set_reaction(message, "bob", str(number))
+            await store.messages.set_reaction(message, "bob", str(number))
         await refused_beyond_the_bound(store, message)
         assert len(await versions_of(store, message)) == 8
 
@@ -194,20 +194,20 @@ def test_the_versions_of_a_message_have_a_bounded_size(monkeypatch: pytest.Monke
 
     async def run(store: Conversations) -> None:
         message = await post(store, "x" * 3000)
-        await store.set_reaction(message, "bob", "1")
+        await store.messages.set_reaction(message, "bob", "1")
         await edit(store, message, "x" * 3000)
         await edit(store, message, "x" * 3000)
         with pytest.raises(TooManyVersionsError):
             await edit(store, message, "x" * 900)
         while True:
             try:
-                await store.set_reaction(message, "bob", "r" * 100)
+                await store.messages.set_reaction(message, "bob", "r" * 100)
             except TooManyVersionsError:
                 break
         sizes = [len(record.unpack_message(engine.get(key) or b"")[1]) for key in record_keys(engine)]
         assert 9_700 < sum(sizes) <= 10_000
-        await store.remove_reaction(message, "bob")
-        await store.delete_message(message, author="ann")
+        await store.messages.remove_reaction(message, "bob")
+        await store.messages.delete(message, author="ann")
 
     with_store(run, engine)
 
@@ -215,12 +215,12 @@ def test_the_versions_of_a_message_have_a_bounded_size(monkeypatch: pytest.Monke
 def test_a_message_has_reactions_of_a_bounded_number_of_identities() -> None:
     async def run(store: Conversations) -> None:
         full = {str(number): "+" for number in range(REACTIONS_COUNT_MAX)}
-        message = (await store.create_message(NewMessage(author="ann", body=1, reactions=full))).id
+        message = (await store.messages.create(NewMessage(author="ann", body=1, reactions=full))).id
         with pytest.raises(TooManyReactionsError):
-            await store.set_reaction(message, "another", "+")
-        assert (await store.set_reaction(message, "7", "-")).reactions == {**full, "7": "-"}
-        await store.remove_reaction(message, "7")
-        await store.set_reaction(message, "another", "+")
+            await store.messages.set_reaction(message, "another", "+")
+        assert (await store.messages.set_reaction(message, "7", "-")).reactions == {**full, "7": "-"}
+        await store.messages.remove_reaction(message, "7")
+        await store.messages.set_reaction(message, "another", "+")
 
     with_store(run)
 
@@ -232,12 +232,13 @@ def test_pages_show_each_version_once_also_within_one_nanosecond(limit: int, ste
     async def run(store: Conversations) -> None:
         message = await post(store, 0)
         for number in range(7):
-            await (edit(store, message, number) if number % 2 else store.set_reaction(message, "b", str(number)))
+            react = store.messages.set_reaction
+            await (edit(store, message, number) if number % 2 else react(message, "b", str(number)))
         whole = await versions_of(store, message)
         pages: list[list[Message]] = []
         before: str | None = None
         while before != "":
-            page = await store.message_versions(message, limit=limit, before=before)
+            page = await store.reading.versions(message, limit=limit, before=before)
             pages.insert(0, [version async for piece in page.chunks for version in piece])
             before = page.older
         assert [version for page in pages for version in page] == whole
@@ -247,7 +248,7 @@ def test_pages_show_each_version_once_also_within_one_nanosecond(limit: int, ste
 
 
 async def page_before(store: Conversations, message: str, before: str | None, limit: int) -> tuple[list[Any], str]:
-    found = await store.message_versions(message, limit=limit, before=before)
+    found = await store.reading.versions(message, limit=limit, before=before)
     return [version.value async for piece in found.chunks for version in piece], found.older
 
 
@@ -306,7 +307,7 @@ def test_a_time_is_a_cursor_too_and_a_limit_of_0_shows_nothing() -> None:
         whole = await versions_of(store, message)
 
         async def page(limit: int | None, before: str | None) -> tuple[list[Any], str]:
-            found = await store.message_versions(message, limit=limit, before=before)
+            found = await store.reading.versions(message, limit=limit, before=before)
             return [version.value async for piece in found.chunks for version in piece], found.older
 
         assert await page(None, str(whole[3].ts)) == ([0, 1, 2], "")
@@ -321,7 +322,7 @@ def test_a_time_is_a_cursor_too_and_a_limit_of_0_shows_nothing() -> None:
 def test_versions_that_are_written_during_a_list_are_not_in_it() -> None:
     async def run(store: Conversations) -> None:
         message = await post(store, 0)
-        found = await store.message_versions(message)
+        found = await store.reading.versions(message)
         await edit(store, message, 1)
         assert [version.value async for piece in found.chunks for version in piece] == [0]
 
@@ -371,15 +372,15 @@ def test_a_version_whose_content_was_moved_or_altered_is_noticed(name: str) -> N
 
     async def run(store: Conversations) -> None:
         message = await post(store, "mine")
-        await store.set_reaction(message, "bob", "1")
+        await store.messages.set_reaction(message, "bob", "1")
         other = await post(store, "other")
         assert await findings(engine, provider) == []
         engine.write([damage(engine, record_keys(engine))])
         assert [found.error for found in await messages_of(store, "t")] == [code, ""]
         assert [found.error for found in await versions_of(store, message)][-1] == code
         with pytest.raises(RecordUnreadableError):
-            await store.get_message(message)
-        assert (await store.get_message(other)).value == "other"
+            await store.reading.message(message)
+        assert (await store.reading.message(other)).value == "other"
         assert await findings(engine, provider) != []
 
     with_store(run, engine, provider)
@@ -393,7 +394,7 @@ def test_an_index_entry_that_names_no_stamp_is_reported_as_damage() -> None:
         first = keyspace.parse_message_id(message)
         assert first is not None
         engine.write([(keyspace.order("t") + first.raw, b"x" * 27)])
-        for read in (messages_of(store, "t"), store.latest_version(message), store.get_message(message)):
+        for read in (messages_of(store, "t"), store.reading.latest_version(message), store.reading.message(message)):
             with pytest.raises(RecordUnreadableError):
                 await read
 
@@ -426,11 +427,11 @@ def test_a_rotation_of_the_threads_key_moves_versions_of_every_form() -> None:
 
     async def run(store: Conversations, jobs: Jobs) -> None:
         message = await post(store, "content")
-        await store.set_reaction(message, "bob", "1")
+        await store.messages.set_reaction(message, "bob", "1")
         await edit(store, message, "edited")
-        await store.set_reaction(message, "bob", "2")
+        await store.messages.set_reaction(message, "bob", "2")
         other = await post(store, "other")
-        await store.delete_message(other, author="ann")
+        await store.messages.delete(other, author="ann")
         seen.append(await versions_of(store, message) + await versions_of(store, other))
         old = set((await keys_of_records(store)).values())
         job = await jobs.wait((await jobs.rotation.rotate("t")).id)
@@ -439,8 +440,8 @@ def test_a_rotation_of_the_threads_key_moves_versions_of_every_form() -> None:
         assert old.isdisjoint((await keys_of_records(store)).values())
         place.keys.destroyed |= old
         assert await versions_of(store, message) + await versions_of(store, other) == seen[0]
-        await store.set_reaction(message, "bob", "3")
-        assert (await store.get_message(message)).value == "edited"
+        await store.messages.set_reaction(message, "bob", "3")
+        assert (await store.reading.message(message)).value == "edited"
 
     place.run(run)
 
@@ -477,7 +478,7 @@ def test_every_list_shows_the_code_of_what_does_not_open_and_goes_on(code: str) 
         made = await provider.create_dek_for_thread("t", replaces=old)
         await store.writer.commit(Write([(keyspace.key_map("t"), made.key_id.encode())]))
         await edit(store, kept, "edited")
-        await store.set_reaction(lost, "bob", "1")
+        await store.messages.set_reaction(lost, "bob", "1")
         good = await post(store, "good")
         BREAKS[code](provider, old)
         found = await messages_of(store, "t")
@@ -490,10 +491,10 @@ def test_every_list_shows_the_code_of_what_does_not_open_and_goes_on(code: str) 
         versions = await versions_of(store, kept)
         assert [(one.value, one.error) for one in versions] == [(None, code), ("edited", "")]
         assert [one.error for one in await versions_of(store, lost)] == [code, code]
-        assert (await store.latest_version(lost)).error == code
-        page, _ = await store.message_page("t", before="", after="", limit=9, versions_max=9)
+        assert (await store.reading.latest_version(lost)).error == code
+        page, _ = await store.reading.page("t", before="", after="", limit=9, versions_max=9)
         assert [(one.message.error, one.versions) for one in page] == [("", 2), (code, 2), ("", 1)]
-        page, _ = await store.version_page(kept, 9)
+        page, _ = await store.reading.version_page(kept, 9)
         assert [one.message.error for one in page] == [code, ""]
         assert page[0].key_id == old
 
@@ -504,17 +505,17 @@ def test_a_page_of_the_viewer_is_bounded_and_says_that_there_is_more() -> None:
     async def run(store: Conversations) -> None:
         message = await post(store, MEGABYTE)
         for number in range(20):
-            await store.set_reaction(message, "bob", str(number))
-        shown, older = await store.version_page(message, 200)
+            await store.messages.set_reaction(message, "bob", str(number))
+        shown, older = await store.reading.version_page(message, 200)
         assert [version.message.reactions["bob"] for version in shown] == [str(n) for n in range(11, 20)]
         assert older
         for _ in range(11):
             await post(store, MEGABYTE)
-        newest, more = await store.message_page("t", before="", after="", limit=50, versions_max=9)
+        newest, more = await store.reading.page("t", before="", after="", limit=50, versions_max=9)
         assert (len(newest), more) == (9, True)
-        before, more = await store.message_page("t", before=newest[0].message.id, after="", limit=50, versions_max=9)
+        before, more = await store.reading.page("t", before=newest[0].message.id, after="", limit=50, versions_max=9)
         assert (before[0].message.id, len(before), more) == (message, 3, False)
-        after, more = await store.message_page("t", before="", after=message, limit=50, versions_max=9)
+        after, more = await store.reading.page("t", before="", after=message, limit=50, versions_max=9)
         assert (len(after), more) == (9, True)
         assert after[0].message.id == before[1].message.id
 

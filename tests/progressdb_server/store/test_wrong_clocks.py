@@ -9,9 +9,10 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from progressdb_server.store import conversations, idempotency, keyspace
+from progressdb_server.conversations import whole as conversations
+from progressdb_server.conversations.whole import Conversations
+from progressdb_server.store import idempotency, keyspace
 from progressdb_server.store.check import Checker
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import Counters
 from progressdb_server.store.keyspace import BACK_NS_MAX, ERA_MAX, ERA_NS, NOW_NS_MIN, Clock, Stamp
 from progressdb_server.store.model import Idempotency, NewMessage
@@ -92,35 +93,35 @@ def test_after_a_future_times_are_true_and_lists_keep_their_order() -> None:
         engine, provider, times = MemoryEngine(), SealingProvider(), TickingClock(NOW_NS)
 
         async def add(store: Conversations, text: str) -> Any:
-            return await store.create_message(NewMessage(author="ada", thread="t", body=text))
+            return await store.messages.create(NewMessage(author="ada", thread="t", body=text))
 
         async with opened(engine, provider, times) as store:
             made = [await add(store, "before")]
             times.now += 10 * YEAR_NS
             made.append(await add(store, "in the future"))
-            future = await store.create_thread(author="ada", title="future")
+            future = await store.threads.create(author="ada", title="future")
             times.now -= 10 * YEAR_NS
         with capture_logs() as logs:
             async with opened(engine, provider, times) as store:
                 await store.start()
                 made += [await add(store, "after"), await add(store, "later")]
-                thread = await store.create_thread(author="ada", title="after")
-                edited = await store.update_message(made[1].id, author="ada", body="edited", role=None, reply_to=None)
+                thread = await store.threads.create(author="ada", title="after")
+                edited = await store.messages.update(made[1].id, author="ada", body="edited", role=None, reply_to=None)
         assert {"clock_behind_store", "clock_was_in_the_future"} <= {entry["event"] for entry in logs}
         for new in (made[2].ts, made[3].ts, thread.created_ts, edited.ts):
             assert 0 < new - NOW_NS < DAY_NS
         async with opened(engine, provider, times) as store:
             made.append(await add(store, "after another start"))
             assert made[-1].ts - NOW_NS < DAY_NS
-            listed = [one async for chunk in store.list_messages("t") for one in chunk]
+            listed = [one async for chunk in store.reading.messages("t") for one in chunk]
             assert [one.id for one in listed] == [one.id for one in made]
             assert [one.value for one in listed] == ["before", "edited", "after", "later", "after another start"]
             assert listed[1].ts == edited.ts
-            page = [one async for chunk in store.list_messages("t", after=made[1].id, limit=2) for one in chunk]
+            page = [one async for chunk in store.reading.messages("t", after=made[1].id, limit=2) for one in chunk]
             assert [one.id for one in page] == [one.id for one in made[3:]]
-            threads = [one async for chunk in store.list_threads(author="ada") for one in chunk]
+            threads = [one async for chunk in store.threads.list_threads(author="ada") for one in chunk]
             assert [one.id for one in threads] == ["t", future.id, thread.id]
-            assert (await store.get_thread("t")).updated_ts == made[-1].ts
+            assert (await store.threads.get("t")).updated_ts == made[-1].ts
         assert [finding async for finding in Checker(LocalView(engine), provider).run()] == []
 
     asyncio.run(body())
@@ -130,12 +131,12 @@ def test_a_retry_record_from_the_future_expires_too() -> None:
     async def body() -> None:
         engine, provider, times = MemoryEngine(), SealingProvider(), TickingClock(NOW_NS + YEAR_NS)
         async with opened(engine, provider, times) as store:
-            first = await store.create_thread(author="ada", title="x", idempotency=RETRIED)
-            assert (await store.create_thread(author="ada", title="x", idempotency=RETRIED)).id == first.id
+            first = await store.threads.create(author="ada", title="x", idempotency=RETRIED)
+            assert (await store.threads.create(author="ada", title="x", idempotency=RETRIED)).id == first.id
             times.now = NOW_NS
-            assert (await store.create_thread(author="ada", title="x", idempotency=RETRIED)).id != first.id
+            assert (await store.threads.create(author="ada", title="x", idempotency=RETRIED)).id != first.id
             times.now = NOW_NS + YEAR_NS
-            await store.create_thread(author="ada", title="x", idempotency=Idempotency(scope="s", key="other"))
+            await store.threads.create(author="ada", title="x", idempotency=Idempotency(scope="s", key="other"))
             times.now = 1000
             assert await idempotency.sweep(store.reads, store.writer, times()) == 0
             times.now = NOW_NS

@@ -31,7 +31,7 @@ from progressdb_server.api.openapi.description import (
     texts,
 )
 from progressdb_server.api.routes.threads import THREAD_LIST
-from progressdb_server.store.conversations import Conversations
+from progressdb_server.conversations.whole import Conversations
 
 INVALID_PAYLOAD: Final = "invalid payload"
 PREFIX_TOO_LONG: Final = "prefix too long"
@@ -92,7 +92,7 @@ class AdminHandlers:
     @Operation("GET", "/admin/threads", roles=ADMINS, response=THREAD_LIST)
     async def threads(self, request: Request) -> JsonList:
         """List the threads of all authors, including deleted threads."""
-        return JsonList(b'{"threads":[', self._store.list_threads(author=None, include_deleted=True))
+        return JsonList(b'{"threads":[', self._store.threads.list_threads(author=None, include_deleted=True))
 
     @Operation(
         "GET",

@@ -2,8 +2,8 @@
 
 Owns: the JSON of messages and reactions as clients send it, who may read a message, and who may change one. Invariants:
 - Ids and times are never taken from a client. Within a thread's routes, the path names the thread and not the body.
-- A signed user reads and writes only in threads of which it is a member (`store.membership`). With a front-end key it
-  reacts only as itself; a backend or admin key acts for anyone.
+- A signed user reads and writes only in threads of which it is a member (`conversations.membership`). With a front-end
+  key it reacts only as itself; a backend or admin key acts for anyone.
 - A deleted message keeps its thread and author. Every change, also of a reaction, appends a version.
 - Lists show a message or version that can't be read with the code of the reason, and go on.
 - A malformed limit, cursor or switch is a 400, never a default.
@@ -50,9 +50,9 @@ from progressdb_server.api.openapi.description import (
     texts,
 )
 from progressdb_server.api.routes.table import THREAD_MESSAGES
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import Header
 from progressdb_server.http.limits import REQUEST_BYTES_MAX
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     RECORD_MISSING,
     AmbiguousTimeError,
@@ -96,14 +96,14 @@ async def check_reader(store: Conversations, request: Request, thread_id: str) -
     An unsigned backend or admin reads anything.
     """
     if request.user is not None:
-        await store.check_reader(thread_id, request.user)
+        await store.members.check_reader(thread_id, request.user)
 
 
 async def check_message(store: Conversations, request: Request, message: Message) -> None:
     """As `check_reader`, for a message that is asked for by its id. Raises MessageNotFoundError too, if its thread is
     deleted and no admin asks."""
     await check_reader(store, request, message.thread)
-    if request.caller.role is not Role.ADMIN and await store.thread_deleted(message.thread):
+    if request.caller.role is not Role.ADMIN and await store.threads.is_deleted(message.thread):
         raise MessageNotFoundError
 
 
@@ -164,12 +164,14 @@ async def list_of_messages(store: Conversations, request: Request, thread_id: st
     """`{"thread", "messages": []}`, in the order of creation; 304 if the caller has this list, as `If-None-Match` says.
     The caller may read the thread."""
     limit, before, after, include_deleted = page.limit, page.before, page.after, page.include_deleted
-    tag = await store.list_tag(thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted)
+    tag = await store.reading.list_tag(
+        thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted
+    )
     headers: tuple[Header, ...] = ((b"etag", b'W/"%b"' % tag.encode()), _REVALIDATED)
     held = request.headers.get(head.IF_NONE_MATCH)
-    if held is not None and head.names_tag(held, tag.encode()) and await store.list_unchanged(thread_id, tag):
+    if held is not None and head.names_tag(held, tag.encode()) and await store.reading.list_unchanged(thread_id, tag):
         return Response(304, content_type=None, headers=headers)
-    chunks = store.list_messages(
+    chunks = store.reading.messages(
         thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted, tag=tag
     )
     return JsonList(b'{"thread":' + encode_json(thread_id) + b',"messages":[', chunks, headers=headers)
@@ -393,7 +395,7 @@ class MessageHandlers:
             reactions=_reactions(request, sent),
             as_member=request.acting_user is not None,
         )
-        message = await self._store.create_message(
+        message = await self._store.messages.create(
             new, idempotency=request.idempotency(author), request_id=request.request_id
         )
         return json_response(message)
@@ -419,7 +421,7 @@ class MessageHandlers:
             raise InvalidThreadIdError
         page = read_range(request.query_params)
         await check_reader(self._store, request, thread_id)
-        if request.caller.role is not Role.ADMIN and await self._store.thread_deleted(thread_id):
+        if request.caller.role is not Role.ADMIN and await self._store.threads.is_deleted(thread_id):
             raise ThreadNotFoundError
         return await list_of_messages(self._store, request, thread_id, page)
 
@@ -438,10 +440,10 @@ class MessageHandlers:
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
         author = request.required_author()
         page = read_range(request.query_params)
-        (thread,) = await self._store.listed_threads([thread_id], opened=False)
+        (thread,) = await self._store.threads.listed([thread_id], opened=False)
         if thread.deleted or thread.error == RECORD_MISSING:
             raise ThreadNotFoundError
-        await self._store.check_reader(thread_id, author)
+        await self._store.members.check_reader(thread_id, author)
         return await list_of_messages(self._store, request, thread_id, page)
 
     @Operation("GET", MESSAGE, response=ref("Message"), raises=(*_READER, MessageNotFoundError))
@@ -459,7 +461,7 @@ class MessageHandlers:
             request.author()
         else:
             request.required_author()
-        message = await self._store.get_message(
+        message = await self._store.reading.message(
             request.id_from_path("message", MessageNotFoundError), thread_id=thread_id
         )
         await check_message(self._store, request, message)
@@ -475,7 +477,7 @@ class MessageHandlers:
         author = request.required_author(sent.author)
         if sent.body is None:
             raise bad_request(BODY_REQUIRED)
-        message = await self._store.update_message(
+        message = await self._store.messages.update(
             message_id,
             author=author,
             body=sent.body,
@@ -495,7 +497,7 @@ class MessageHandlers:
         thread_id = self._thread(request)
         author = request.required_author()
         acts_as = None if request.caller.role is Role.ADMIN and request.user is None else author
-        await self._store.delete_message(
+        await self._store.messages.delete(
             message_id, author=acts_as, thread_id=thread_id, member=request.acting_user, request_id=request.request_id
         )
         return NO_CONTENT
@@ -525,11 +527,11 @@ class MessageHandlers:
             raise bad_request(INVALID_VERSION)
         message_id = request.path_params["message"]
         try:
-            latest = await self._store.latest_version(request.id_from_path("message", MessageNotFoundError))
+            latest = await self._store.reading.latest_version(request.id_from_path("message", MessageNotFoundError))
             await check_message(self._store, request, latest)
         except (ApiError, MessageNotFoundError):
             return json_response({"id": message_id, "versions": []})
-        found = await self._store.message_versions(message_id, limit=limit, before=before)
+        found = await self._store.reading.versions(message_id, limit=limit, before=before)
         suffix = b'],"older":' + encode_json(found.older) + b"}" if found.older else b"]}"
         return JsonList(b'{"id":' + encode_json(message_id) + b',"versions":[', found.chunks, suffix)
 
@@ -546,7 +548,7 @@ class ReactionHandlers:
     async def list(self, request: Request) -> Response:
         """List the reactions to a message."""
         request.author()
-        message = await self._store.get_message(request.id_from_path("message", MessageNotFoundError))
+        message = await self._store.reading.message(request.id_from_path("message", MessageNotFoundError))
         await check_message(self._store, request, message)
         listed = [{"id": by, "reaction": value} for by, value in message.reactions.items()]
         return json_response({"id": message.id, "reactions": listed})
@@ -580,7 +582,7 @@ class ReactionHandlers:
         checked_identity(request, by)
         checked_reaction(sent.reaction)
         request.author()
-        changed = await self._store.set_reaction(
+        changed = await self._store.messages.set_reaction(
             request.id_from_path("message", MessageNotFoundError),
             by,
             sent.reaction,
@@ -608,7 +610,7 @@ class ReactionHandlers:
             raise not_found()
         by = checked_identity(request, identity)
         request.author()
-        await self._store.remove_reaction(
+        await self._store.messages.remove_reaction(
             request.id_from_path("message", MessageNotFoundError),
             by,
             member=request.acting_user,

@@ -24,9 +24,9 @@ from progressdb_server.api.gate.keys import OPERATORS
 from progressdb_server.api.gate.request import Request
 from progressdb_server.api.gate.response import Response, json_response
 from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, list_of, operations_of, texts
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.kms.provider import Fault, fault
 from progressdb_server.metrics import KmsMetrics
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import StoreUnavailableError
 
 PROBE_AGE_S: Final = 5.0

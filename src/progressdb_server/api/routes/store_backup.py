@@ -55,8 +55,8 @@ _DECODER: Final = msgspec.json.Decoder(BackupBody)
 
 
 class BackupHandlers:
-    def __init__(self, store: Backups, directory: Path) -> None:
-        self._store = store
+    def __init__(self, backups: Backups, directory: Path) -> None:
+        self._backups = backups
         self._directory = directory
 
     @Operation(
@@ -75,7 +75,7 @@ class BackupHandlers:
         if NAME.fullmatch(name) is None:
             raise bad_request(INVALID_NAME)
         try:
-            copy = await self._store.back_up(str((self._directory / name).absolute()))
+            copy = await self._backups.back_up(str((self._directory / name).absolute()))
         except (BackupExistsError, BackupBusyError, BackupOfDatabaseError):
             raise
         except BackupError as error:  # its text names files of this machine: it is logged and not sent
@@ -106,7 +106,7 @@ class BackupHandlers:
         return JsonList(b'{"backups":[', self._pages())
 
     async def _pages(self) -> AsyncIterator[list[dict[str, object]]]:
-        async for page in self._store.backups():
+        async for page in self._backups.registered():
             yield [
                 {"name": known.name, "path": known.path, "created_ns": known.created_ns, "gone": known.gone}
                 for known in page
@@ -124,11 +124,11 @@ class BackupHandlers:
         """Remove a backup from the register. Delete the backup and all its copies first, because the server may then
         destroy keys that only they need."""
         name = request.path_params["name"]
-        forgotten = await self._store.forget_backup(name)
+        forgotten = await self._backups.forget(name)
         _log.warning("backup_forgotten", paths=[known.path for known in forgotten])
         return json_response({"name": name, "forgotten": len(forgotten)})
 
 
-def operations(store: Backups, directory: Path) -> tuple[Operation, ...]:
+def operations(backups: Backups, directory: Path) -> tuple[Operation, ...]:
     """Backups are made in `directory`."""
-    return operations_of(BackupHandlers(store, directory))
+    return operations_of(BackupHandlers(backups, directory))

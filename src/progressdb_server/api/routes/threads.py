@@ -36,7 +36,7 @@ from progressdb_server.api.openapi.description import (
     ref,
     text,
 )
-from progressdb_server.store.conversations import Conversations
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.model import (
     IdempotencyConflictError,
     MemberIsAuthorError,
@@ -139,7 +139,7 @@ class ThreadHandlers:
         """Create a thread."""
         sent = await _received(request)
         author = request.required_author(sent.author)
-        thread = await self._store.create_thread(
+        thread = await self._store.threads.create(
             author=author,
             title=sent.title or "",
             members=_checked_members(request, sent.members),
@@ -170,7 +170,7 @@ class ThreadHandlers:
             raise bad_request(TITLE_TOO_LONG)
         if slug is not None and len(slug.encode()) > limits.SLUG_BYTES_MAX:
             raise bad_request(SLUG_TOO_LONG)
-        return JsonList(b'{"threads":[', self._store.list_threads(author=author, title=title, slug=slug))
+        return JsonList(b'{"threads":[', self._store.threads.list_threads(author=author, title=title, slug=slug))
 
     @Operation(
         "GET",
@@ -183,7 +183,7 @@ class ThreadHandlers:
         """Read a thread of the author. Only an admin key reads a deleted thread."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
         author = request.required_author()
-        thread = await self._store.get_thread(thread_id)
+        thread = await self._store.threads.get(thread_id)
         if thread.deleted and request.caller.role is not Role.ADMIN:
             raise ThreadNotFoundError
         if thread.author != author:
@@ -209,7 +209,7 @@ class ThreadHandlers:
         author = request.required_author(sent.author)
         if sent.title is None:
             raise bad_request(TITLE_REQUIRED)
-        thread = await self._store.update_thread(
+        thread = await self._store.threads.update(
             thread_id, author=author, title=sent.title, request_id=request.request_id
         )
         return json_response(thread)
@@ -225,7 +225,7 @@ class ThreadHandlers:
         """Mark a thread as deleted."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
         author = request.required_author()
-        await self._store.delete_thread(thread_id, author=author, by=author, request_id=request.request_id)
+        await self._store.threads.delete(thread_id, author=author, by=author, request_id=request.request_id)
         return NO_CONTENT
 
     # --- members --------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class ThreadHandlers:
         """The thread of the path, if the caller may see and change its members. Raises ApiError 403, 404."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
         request.author()
-        thread = await self._store.get_thread(thread_id)
+        thread = await self._store.threads.get(thread_id)
         if thread.deleted:
             raise ThreadNotFoundError
         if request.acting_user is not None and request.acting_user != thread.author:
@@ -241,7 +241,7 @@ class ThreadHandlers:
         return thread_id
 
     async def _members(self, thread_id: str) -> Response:
-        return json_response({"thread": thread_id, "members": await self._store.members(thread_id)})
+        return json_response({"thread": thread_id, "members": await self._store.members.of_thread(thread_id)})
 
     @Operation("GET", THREAD_MEMBERS, response=_MEMBER_LIST, raises=(NotTheAuthorError, ThreadNotFoundError))
     async def list_members(self, request: Request) -> Response:
@@ -261,7 +261,7 @@ class ThreadHandlers:
         sent = await request.json(_MEMBERS_DECODER)
         members = checked_members(sent.members)
         thread_id = await self._administered(request)
-        await self._store.add_members(thread_id, members)
+        await self._store.members.add(thread_id, members)
         return await self._members(thread_id)
 
     @Operation(
@@ -278,7 +278,7 @@ class ThreadHandlers:
         if not member:
             raise bad_request(MEMBER_MISSING)
         checked_author(member)
-        await self._store.remove_member(await self._administered(request), member)
+        await self._store.members.remove(await self._administered(request), member)
         return NO_CONTENT
 
 

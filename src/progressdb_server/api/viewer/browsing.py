@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.errors import KmsError
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.kms.provider import Provider, key_pages
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import RECORD_MISSING, Message, StoredVersion, Thread, ThreadNotFoundError
 
 PAGE_THREADS: Final = 50
@@ -79,24 +79,24 @@ class Browser:
 
     async def threads(self, *, author: str, id_prefix: str, cursor: str, opened: bool = True) -> ThreadPage:
         """Threads, newest first. With `id_prefix`: the threads whose ids begin with it, in the order of ids."""
-        ids, next_cursor = await self._store.thread_page(
+        ids, next_cursor = await self._store.threads.page(
             author=author, id_prefix=id_prefix, cursor=cursor, limit=PAGE_THREADS
         )
-        threads = await self._store.listed_threads(ids, opened=opened)
+        threads = await self._store.threads.listed(ids, opened=opened)
         if id_prefix and author:
             threads = [thread for thread in threads if thread.author == author]
         return ThreadPage(threads, next_cursor)
 
     async def thread(self, thread_id: str, *, opened: bool = True) -> Thread:
         """A thread that does not open has `error`. Raises ThreadNotFoundError."""
-        (thread,) = await self._store.listed_threads([thread_id], opened=opened)
+        (thread,) = await self._store.threads.listed([thread_id], opened=opened)
         if thread.error == RECORD_MISSING:
             raise ThreadNotFoundError
         return thread
 
     async def messages(self, thread: str, *, before: str = "", after: str = "", opened: bool = True) -> MessagePage:
         """The newest messages, or those next to a message id. Raises MessageNotFoundError for a malformed id."""
-        found, more = await self._store.message_page(
+        found, more = await self._store.reading.page(
             thread, before=before, after=after, limit=PAGE_MESSAGES, versions_max=VERSIONS_MAX, opened=opened
         )
         if not found:
@@ -107,7 +107,7 @@ class Browser:
 
     async def message(self, message: str, *, opened: bool = True) -> VersionPage:
         """The newest versions of a message. Raises MessageNotFoundError."""
-        found, more = await self._store.version_page(message, VERSIONS_MAX, opened=opened)
+        found, more = await self._store.reading.version_page(message, VERSIONS_MAX, opened=opened)
         keys = await self._keys(found[0].message.thread) if opened else _Keys({}, {})
         return VersionPage([(version.message, _protection(version, keys)) for version in found], more)
 

@@ -48,11 +48,11 @@ from progressdb_server.api.routes import pages
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPage, VersionPage, format_time
 from progressdb_server.api.viewer.sessions import Sessions, ViewerSession, new_token, same
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import Header
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import UNFINISHED, Job
 from progressdb_server.kms.provider import Provider
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import (
     KeyServiceRefusedError,
     MessageNotFoundError,

@@ -11,8 +11,8 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from progressdb_server.store import conversations
-from progressdb_server.store.conversations import Conversations
+from progressdb_server.conversations import whole as conversations
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.model import Idempotency, NewMessage, StoreUnavailableError
 from progressdb_server.store.postgres import engine as postgres
 from tests.progressdb_server.store.opened_store import becomes, fill, messages_of, servers
@@ -31,13 +31,13 @@ def test_a_node_with_a_wrong_clock_moves_no_time(database: str, monkeypatch: pyt
             await one.start()
             retry = Idempotency("scope", "key")
             new = NewMessage(author="ann", thread="t", body=0)
-            message = await one.create_message(new, idempotency=retry)
+            message = await one.messages.create(new, idempotency=retry)
             with monkeypatch.context() as node, capture_logs() as logs:
                 node.setattr(postgres, "_NOW", f"SELECT ({postgres._NOW[7:]}) + {2 * DAY_S} * 1000000000::bigint")
                 await becomes(lambda: bool(one.notices))
                 assert re.search(r"jumped by 172[78]\d\d seconds", one.notices[0])
-                assert (await one.create_message(new, idempotency=retry)).id == message.id
-                later = await one.create_message(NewMessage(author="ann", thread="t", body=1))
+                assert (await one.messages.create(new, idempotency=retry)).id == message.id
+                later = await one.messages.create(NewMessage(author="ann", thread="t", body=1))
                 assert abs(later.ts - time.time_ns()) < DAY_S * 10**9
                 assert [line["event"] for line in logs] == ["clock_of_node_refused"]
             await becomes(lambda: not one.notices)

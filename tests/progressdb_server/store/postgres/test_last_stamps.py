@@ -8,8 +8,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import check, copying, keyspace
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Message, NewMessage, RecordUnreadableError
 from progressdb_server.store.postgres import opening as postgres
 from tests.progressdb_server.store.opened_store import NOW_NS, fill, servers
@@ -35,7 +35,7 @@ def test_a_damaged_last_stamp_concerns_its_thread_alone(database: str, last: byt
             await connection.execute(f"UPDATE store_head SET last = $1 WHERE {head}", last)
             for _ in range(2):
                 outcomes = await asyncio.gather(
-                    *[one.create_message(NewMessage(author="ann", thread=name, body=3)) for name in ("t", "u", "new")],
+                    *[one.messages.create(NewMessage(author="ann", thread=name, body=3)) for name in ("t", "u", "new")],
                     return_exceptions=True,
                 )
                 assert [type(outcome) for outcome in outcomes] == [RecordUnreadableError, Message, Message]

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 import asyncpg
 import pytest
 
-from progressdb_server.store.conversations import Conversations
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotAMemberError, OutcomeUnknownError, StoreUnavailableError
 from progressdb_server.store.postgres import nodes
@@ -49,7 +49,7 @@ def with_leased(body: Callable[[str, subprocess.Popen[bytes], Conversations], Aw
         with harness.receiver(settings, STANDBY) as standby:
             store = Conversations(await postgres.open_engine(url, single_node=False), SealingProvider())
             await fill(store, 1)
-            await store.add_members("t", ["bob"])
+            await store.members.add("t", ["bob"])
             await body(url, standby, store)
             await store.close()
 
@@ -59,7 +59,7 @@ def with_leased(body: Callable[[str, subprocess.Popen[bytes], Conversations], Aw
 
 async def reads(store: Conversations) -> bool:
     try:
-        await store.check_reader("t", "bob")
+        await store.members.check_reader("t", "bob")
     except StoreUnavailableError:
         return False
     except NotAMemberError:
@@ -81,7 +81,7 @@ def test_a_node_without_standbys_is_neither_read_nor_written() -> None:
         await until(store, answered=False)
         standby.send_signal(signal.SIGCONT)
         await until(store, answered=True)
-        await store.create_message(NewMessage(author="ann", thread="t", body=1))
+        await store.messages.create(NewMessage(author="ann", thread="t", body=1))
         assert bodies(await messages_of(store, "t")) == [0, 1]
 
     with_leased(run)
@@ -93,7 +93,7 @@ def test_no_commit_is_acknowledged_once_its_node_waits_for_no_standby() -> None:
     async def run(url: str, standby: subprocess.Popen[bytes], store: Conversations) -> None:
         await until(store, answered=True)
         standby.send_signal(signal.SIGSTOP)
-        writing = asyncio.ensure_future(store.create_message(NewMessage(author="ann", thread="t", body=1)))
+        writing = asyncio.ensure_future(store.messages.create(NewMessage(author="ann", thread="t", body=1)))
         connection = await asyncpg.connect(url)
         async with asyncio.timeout(60):
             while len(await waiting(connection)) < 2:  # the write, and the beat
@@ -103,7 +103,7 @@ def test_no_commit_is_acknowledged_once_its_node_waits_for_no_standby() -> None:
             await writing
         await until(store, answered=False)
         with pytest.raises(StoreUnavailableError):
-            await store.create_message(NewMessage(author="ann", thread="t", body=2))
+            await store.messages.create(NewMessage(author="ann", thread="t", body=2))
         assert not await reads(store)
         await with_setting(connection, "synchronous_standby_names", STANDBY)
         standby.send_signal(signal.SIGCONT)
@@ -121,7 +121,7 @@ def test_a_commit_whose_node_does_not_say_its_standbys_is_in_doubt(monkeypatch: 
         with monkeypatch.context() as patch:
             patch.setattr(nodes, "_STANDBYS", "SELECT (1 / 0)::text")
             with pytest.raises(OutcomeUnknownError, match="may be stored"):
-                await store.create_message(NewMessage(author="ann", thread="t", body=1))
+                await store.messages.create(NewMessage(author="ann", thread="t", body=1))
         await becomes(lambda: store.writer.available)
         await until(store, answered=True)
         assert bodies(await messages_of(store, "t")) == [0, 1]
@@ -217,7 +217,7 @@ def test_no_server_reads_an_old_primary_once_a_new_one_has_acknowledged(monkeypa
             Conversations(await postgres.open_engine(url, single_node=False), provider) for url in (url_of(old), both)
         ]
         await fill(left, 1)
-        await left.add_members("t", ["bob"])
+        await left.members.add("t", ["bob"])
         assert await reads(left) and await reads(moving)
         answered: list[float] = []
 
@@ -238,7 +238,7 @@ def test_no_server_reads_an_old_primary_once_a_new_one_has_acknowledged(monkeypa
             async with asyncio.timeout(60):
                 while True:
                     try:
-                        await moving.remove_member("t", "bob")
+                        await moving.members.remove("t", "bob")
                         break
                     except StoreUnavailableError:
                         await asyncio.sleep(0.02)
@@ -246,7 +246,7 @@ def test_no_server_reads_an_old_primary_once_a_new_one_has_acknowledged(monkeypa
             await asyncio.sleep(3 * nodes.LEASE_S)
             assert answered and max(answered) < removed
             with pytest.raises(NotAMemberError):
-                await moving.check_reader("t", "bob")
+                await moving.members.check_reader("t", "bob")
             reading.cancel()
             for store in (left, moving):
                 await store.close()

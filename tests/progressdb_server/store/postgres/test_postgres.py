@@ -11,11 +11,14 @@ from typing import Any
 import asyncpg
 import pytest
 
-from progressdb_server.store import conversations, idempotency, membership
-from progressdb_server.store import messages as changing_messages
-from progressdb_server.store import threads as changing_threads
+from progressdb_server.conversations import members as changing_members
+from progressdb_server.conversations import membership
+from progressdb_server.conversations import messages as changing_messages
+from progressdb_server.conversations import threads as changing_threads
+from progressdb_server.conversations import whole as conversations
+from progressdb_server.conversations.whole import Conversations
+from progressdb_server.store import idempotency
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import (
     AuthorNotInThreadError,
@@ -70,18 +73,18 @@ def of(author: str, body: object, *, member: bool = False) -> NewMessage:
 # --- one truth --------------------------------------------------------------------------------------------------------
 def test_a_member_removed_by_one_server_is_refused_by_the_other(database: str) -> None:
     async def run(one: Conversations, two: Conversations) -> None:
-        await one.create_message(of("ann", 0))
-        await one.add_members("t", ["bob"])
-        await two.create_message(of("bob", 1, member=True))  # the other server knows bob as a member now
-        await two.check_reader("t", "bob")
-        await one.remove_member("t", "bob")
+        await one.messages.create(of("ann", 0))
+        await one.members.add("t", ["bob"])
+        await two.messages.create(of("bob", 1, member=True))  # the other server knows bob as a member now
+        await two.members.check_reader("t", "bob")
+        await one.members.remove("t", "bob")
         with pytest.raises(NotAMemberError):
-            await two.create_message(of("bob", 2, member=True))
+            await two.messages.create(of("bob", 2, member=True))
         with pytest.raises(NotAMemberError):
-            await two.check_reader("t", "bob")
-        assert await two.members("t") == ["ann"]
+            await two.members.check_reader("t", "bob")
+        assert await two.members.of_thread("t") == ["ann"]
         with pytest.raises(AuthorNotInThreadError):
-            await two.check_reader("t", "eve")
+            await two.members.check_reader("t", "eve")
 
     with_two(database, run)
 
@@ -90,15 +93,15 @@ def test_two_servers_together_keep_the_bound_on_members(database: str, monkeypat
     monkeypatch.setattr(membership, "MEMBERS_COUNT_MAX", 6)
 
     async def run(one: Conversations, two: Conversations) -> None:
-        one.rule = two.rule = "open"
+        one.members.rule = two.members.rule = "open"
         await fill(one, 1)
         outcomes = await asyncio.gather(
-            *[store.add_members("t", [f"{n}-{number}"]) for n, store in enumerate((one, two)) for number in range(3)],
-            *[store.create_message(of(f"{n}", 1, member=True)) for n, store in enumerate((one, two))],
+            *[store.members.add("t", [f"{n}-{number}"]) for n, store in enumerate((one, two)) for number in range(3)],
+            *[store.messages.create(of(f"{n}", 1, member=True)) for n, store in enumerate((one, two))],
             return_exceptions=True,
         )
         assert [type(outcome) for outcome in outcomes if isinstance(outcome, Exception)] == [TooManyMembersError] * 3
-        assert len(await two.members("t")) == 6
+        assert len(await two.members.of_thread("t")) == 6
 
     with_two(database, run)
 
@@ -107,16 +110,16 @@ def test_what_one_server_has_deleted_the_other_does_not_serve(database: str) -> 
     async def run(one: Conversations, two: Conversations) -> None:
         first, second = await fill(one, 2)
         assert len(await messages_of(two, "t")) == 2
-        given = await two.list_tag("t", limit=None, before=None, after=None, include_deleted=False)
-        async for _ in two.list_messages("t", tag=given):
+        given = await two.reading.list_tag("t", limit=None, before=None, after=None, include_deleted=False)
+        async for _ in two.reading.messages("t", tag=given):
             pass
-        await one.delete_message(first.id, author="ann")
-        assert not await two.list_unchanged("t", given)
+        await one.messages.delete(first.id, author="ann")
+        assert not await two.reading.list_unchanged("t", given)
         assert [m.id for m in await messages_of(two, "t")] == [second.id]
-        await one.delete_thread("t", author="ann", by="ann")
-        assert await two.thread_deleted("t")
+        await one.threads.delete("t", author="ann", by="ann")
+        assert await two.threads.is_deleted("t")
         with pytest.raises(ThreadDeletedError):
-            await two.create_message(of("ann", 2))
+            await two.messages.create(of("ann", 2))
 
     with_two(database, run)
 
@@ -129,10 +132,10 @@ def test_appends_of_two_clocks_keep_one_order_and_all_are_there(database: str) -
         made: list[Message] = []
         for number in range(5):
             made += await asyncio.gather(
-                *[store.create_message(of("ann", n)) for store in (one, two) for n in range(number, number + 4)]
+                *[store.messages.create(of("ann", n)) for store in (one, two) for n in range(number, number + 4)]
             )
-            await two.create_message(of("ann", "last"))
-            after = await one.create_message(of("ann", "after"))
+            await two.messages.create(of("ann", "last"))
+            after = await one.messages.create(of("ann", "after"))
             stored = await messages_of(one, "t")
             assert stored[-1].id == after.id, "an append that begins later is later in the list"
         stored = await messages_of(two, "t")
@@ -149,9 +152,13 @@ def test_changes_of_one_message_by_two_servers_build_on_each_other(database: str
     async def run(one: Conversations, two: Conversations) -> None:
         (message,) = await fill(one, 1)
         await asyncio.gather(
-            *[store.set_reaction(message.id, f"{n}{at}", "ok") for n, store in enumerate((one, two)) for at in range(8)]
+            *[
+                store.messages.set_reaction(message.id, f"{n}{at}", "ok")
+                for n, store in enumerate((one, two))
+                for at in range(8)
+            ]
         )
-        assert len((await one.get_message(message.id)).reactions) == 16
+        assert len((await one.reading.message(message.id)).reactions) == 16
         assert [len(version.reactions) for version in await versions_of(two, message.id)] == list(range(17))
 
     with_two(database, run)
@@ -159,7 +166,7 @@ def test_changes_of_one_message_by_two_servers_build_on_each_other(database: str
 
 def test_a_change_that_other_servers_always_precede_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it is stored."""
-    for room in (changing_messages, changing_threads):
+    for room in (changing_messages, changing_threads, changing_members):
         monkeypatch.setattr(room, "CHANGE_TRIES_MAX", 1)
     provider = SealingProvider()
 
@@ -177,12 +184,15 @@ def test_a_change_that_other_servers_always_precede_is_refused(database: str, mo
                 with pytest.raises(NotWrittenError, match="at the same time"):
                     await late
 
-            await preceded(one.set_reaction(message.id, "late", "ok"), two.set_reaction(message.id, "early", "ok"))
-            assert list((await one.get_message(message.id)).reactions) == ["early"]
             await preceded(
-                one.update_thread("t", author="ann", title="late"), two.update_thread("t", author="ann", title="early")
+                *(on.messages.set_reaction(message.id, by, "ok") for on, by in ((one, "late"), (two, "early")))
             )
-            assert (await one.get_thread("t")).title == "early"
+            assert list((await one.reading.message(message.id)).reactions) == ["early"]
+            await preceded(
+                one.threads.update("t", author="ann", title="late"),
+                two.threads.update("t", author="ann", title="early"),
+            )
+            assert (await one.threads.get("t")).title == "early"
 
     asyncio.run(run())
 
@@ -195,7 +205,7 @@ def test_an_append_whose_stamp_is_always_late_is_refused(database: str, monkeypa
         monkeypatch.setattr(one.clock, "recover", lambda last: None)  # a stamp of the other server precedes each try
         async with asyncio.timeout(60):
             with pytest.raises(NotWrittenError, match="at the same time"):
-                await one.create_message(of("ann", "late"))
+                await one.messages.create(of("ann", "late"))
         assert [message.id for message in await messages_of(one, "t")] == [first.id]
 
     with_two(database, run, HOUR_NS)
@@ -213,14 +223,14 @@ def test_a_slow_server_writes_into_a_thread_beside_a_busy_one(database: str, mon
             async def preceded(*args: Any, **kwargs: Any) -> bytes:
                 with monkeypatch.context() as alone:
                     alone.setattr(provider, "encrypt", real)
-                    await busy.create_message(of("ann", "busy"))
+                    await busy.messages.create(of("ann", "busy"))
                 return await real(*args, **kwargs)
 
             monkeypatch.setattr(provider, "encrypt", preceded)
             for store in (slow, busy):
                 monkeypatch.setattr(store.clock, "now_ns", lambda: NOW_NS + time.monotonic_ns())
             async with asyncio.timeout(60):
-                await slow.create_message(of("ann", "slow"))
+                await slow.messages.create(of("ann", "slow"))
             assert bodies(await messages_of(busy, "t"))[-1] == "slow"
 
     asyncio.run(run())
@@ -231,26 +241,26 @@ def test_members_that_other_servers_always_change_first_are_not_changed(
 ) -> None:
     async def run(one: Conversations, two: Conversations) -> None:
         await fill(one, 1)
-        real = one.check_room
+        real = one.members.check_room
 
-        async def preceded(thread: str, more: int) -> changing_threads.Room:
+        async def preceded(thread: str, more: int) -> changing_members.Room:
             room = await real(thread, more)
-            await two.add_members(thread, [f"of two {secrets.token_hex(8)}"])
+            await two.members.add(thread, [f"of two {secrets.token_hex(8)}"])
             return room
 
-        monkeypatch.setattr(one, "check_room", preceded)
-        monkeypatch.setattr(changing_threads, "CHANGE_TRIES_MAX", 3)
+        monkeypatch.setattr(one.members, "check_room", preceded)
+        monkeypatch.setattr(changing_members, "CHANGE_TRIES_MAX", 3)
         monkeypatch.setattr(changing_messages, "CHANGE_TRIES_MAX", 3)
-        one.rule = "open"
+        one.members.rule = "open"
         async with asyncio.timeout(60):
             for change in (
-                one.add_members("t", ["bob"]),
-                one.remove_member("t", "bob"),
-                one.create_message(of("bob", 1)),
+                one.members.add("t", ["bob"]),
+                one.members.remove("t", "bob"),
+                one.messages.create(of("bob", 1)),
             ):
                 with pytest.raises(NotWrittenError, match="at the same time"):
                     await change
-        assert "bob" not in await one.members("t")
+        assert "bob" not in await one.members.of_thread("t")
 
     with_two(database, run)
 
@@ -261,13 +271,13 @@ def test_a_retry_at_another_server_makes_nothing_twice(database: str) -> None:
             retries = [Idempotency("scope", f"{thread}{n}") for n in range(4)]
             new = NewMessage(author="ann", thread=thread, body="x")
             made = await asyncio.gather(
-                *[store.create_message(new, idempotency=key) for key in retries for store in (one, two)]
+                *[store.messages.create(new, idempotency=key) for key in retries for store in (one, two)]
             )
             assert len({message.id for message in made}) == len(retries)
         assert bodies(await messages_of(two, "t")) == ["x"] * 4
         threads = await asyncio.gather(
             *[
-                store.create_thread(author="ann", title="a", idempotency=Idempotency("scope", "thread"))
+                store.threads.create(author="ann", title="a", idempotency=Idempotency("scope", "thread"))
                 for store in (one, two)
             ]
         )
@@ -278,9 +288,9 @@ def test_a_retry_at_another_server_makes_nothing_twice(database: str) -> None:
 
 def test_a_thread_that_two_servers_make_at_once_has_one_key(database: str) -> None:
     async def run(one: Conversations, two: Conversations) -> None:
-        await asyncio.gather(*[store.create_message(of("ann", n)) for n in range(3) for store in (one, two)])
+        await asyncio.gather(*[store.messages.create(of("ann", n)) for n in range(3) for store in (one, two)])
         assert len(await messages_of(one, "t")) == 6
-        assert await one.key_of_thread("t") == await two.key_of_thread("t")
+        assert await one.rekeying.key_of_thread("t") == await two.rekeying.key_of_thread("t")
 
     with_two(database, run)
 
@@ -298,12 +308,12 @@ def test_a_thread_made_meanwhile_by_a_server_ahead_costs_one_key(
             async def meanwhile(thread: str, **more: Any) -> Any:
                 made.append(thread)
                 if len(made) == 1:
-                    await two.create_message(of("ann", "first"))
+                    await two.messages.create(of("ann", "first"))
                 return await make(thread, **more)
 
             monkeypatch.setattr(provider, "create_dek_for_thread", meanwhile)
             async with asyncio.timeout(60):
-                await one.create_message(of("ann", "second"))
+                await one.messages.create(of("ann", "second"))
             assert bodies(await messages_of(two, "t")) == ["first", "second"]
             assert made == ["t", "t"]
             assert len(provider.retired) == 1
@@ -313,14 +323,14 @@ def test_a_thread_made_meanwhile_by_a_server_ahead_costs_one_key(
 
 def test_two_first_messages_of_an_author_at_two_servers_are_both_posted(database: str) -> None:
     async def run(one: Conversations, two: Conversations) -> None:
-        one.rule = two.rule = "open"
+        one.members.rule = two.members.rule = "open"
         await fill(one, 1)
         await fill(two, 1)
         for number in range(8):
             author, member = f"author-{number}", bool(number % 2)
             retry = Idempotency("scope", f"{number}") if number < 4 else None
             made = await asyncio.gather(
-                *[store.create_message(of(author, number, member=member), idempotency=retry) for store in (one, two)]
+                *[store.messages.create(of(author, number, member=member), idempotency=retry) for store in (one, two)]
             )
             assert len({message.id for message in made}) == (1 if retry else 2)
 
@@ -333,11 +343,11 @@ def test_the_clock_of_a_server_may_be_wrong_by_days(database: str) -> None:
         await two.start()
         now_ns = await one.engine.now_ns()
         retry = Idempotency("scope", "key")
-        message = await one.create_message(of("ann", 0), idempotency=retry)
+        message = await one.messages.create(of("ann", 0), idempotency=retry)
         assert await idempotency.sweep(two.reads, two.writer, two.clock.now_ns()) == 0
-        assert (await two.create_message(of("ann", 0), idempotency=retry)).id == message.id
+        assert (await two.messages.create(of("ann", 0), idempotency=retry)).id == message.id
         for number in range(1, 15):
-            message = await (one, two)[number % 2].create_message(of("ann", number))
+            message = await (one, two)[number % 2].messages.create(of("ann", number))
             assert abs(message.ts - now_ns) < HOUR_NS
         assert (one.clock.last.era, two.clock.last.era) == (0, 0)
 
@@ -353,8 +363,8 @@ def test_each_server_tells_the_time_of_the_newest_registered_backup(
         await one.start()
         _, began_s = one.metrics.gauges["progressdb_store_backup_timestamp_seconds"]
         assert began_s() == 0
-        await two.register_backup("new")
-        await two.register_backup("old", 1)
+        await two.backups.register("new")
+        await two.backups.register("old", 1)
         await becomes(lambda: time.time() - began_s() < 3600)
 
     with_two(database, run)
@@ -366,9 +376,9 @@ def test_an_admin_sees_every_key_under_any_prefix(database: str, monkeypatch: py
     async def run(one: Conversations, two: Conversations) -> None:
         await fill(one, 5)
         await fill(one, 5, "u")
-        await one.create_message(of("bob", 1), idempotency=Idempotency("scope", "key"))
-        await one.delete_thread("u", author="ann", by="ann")
-        await one.register_backup("monday")
+        await one.messages.create(of("bob", 1), idempotency=Idempotency("scope", "key"))
+        await one.threads.delete("u", author="ann", by="ann")
+        await one.backups.register("monday")
         assert await one.claims.claim("t0", "job-1", "")
         connection = await asyncpg.connect(database)
         stored = {key.decode() for (key,) in await connection.fetch("SELECT key FROM store_entry")}
@@ -389,7 +399,7 @@ def test_a_write_whose_wait_for_the_standby_ends_is_not_acknowledged(database: s
     async def run(one: Conversations, two: Conversations) -> None:
         await fill(one, 1)
         async with no_standby(database) as connection:
-            pending = asyncio.ensure_future(one.create_message(of("ann", "doubtful")))
+            pending = asyncio.ensure_future(one.messages.create(of("ann", "doubtful")))
             await end_the_wait(connection, how)
             with pytest.raises(OutcomeUnknownError, match="may be stored"):
                 await pending
@@ -397,7 +407,7 @@ def test_a_write_whose_wait_for_the_standby_ends_is_not_acknowledged(database: s
         async with asyncio.timeout(60):
             while not one.writer.available:
                 await asyncio.sleep(0.01)
-        await one.create_message(of("ann", "later"))
+        await one.messages.create(of("ann", "later"))
 
     async def hidden() -> None:
         async with hidden_warnings(database), servers(database, SealingProvider(), 0, 0) as (one, two):
@@ -430,9 +440,9 @@ def test_a_retry_after_an_unknown_outcome_waits_until_it_is_replicated(database:
         await fill(one, 1)
         retry = Idempotency("scope", "key")
         async with no_standby(database) as connection:
-            first = asyncio.ensure_future(one.create_message(of("ann", 1), idempotency=retry))
+            first = asyncio.ensure_future(one.messages.create(of("ann", 1), idempotency=retry))
             await end_the_wait(connection, "pg_terminate_backend")
-            again = asyncio.ensure_future(two.create_message(of("ann", 1), idempotency=retry))
+            again = asyncio.ensure_future(two.messages.create(of("ann", 1), idempotency=retry))
             await asyncio.wait({first, again}, timeout=0.3)
             assert not (first.done() or again.done()), "a retry that only reads would acknowledge what no standby has"
         assert (await again).id == (await first).id
@@ -449,7 +459,7 @@ def test_a_retry_on_a_node_without_the_first_write_makes_it_again(
     async def run(one: Conversations, two: Conversations) -> None:
         await fill(one, 1)
         retry = Idempotency("scope", "key")
-        first = await one.create_message(of("ann", 1), idempotency=retry)
+        first = await one.messages.create(of("ann", 1), idempotency=retry)
         connection = await asyncpg.connect(database)
         real = two.reads.get
 
@@ -463,7 +473,7 @@ def test_a_retry_on_a_node_without_the_first_write_makes_it_again(
             return found
 
         monkeypatch.setattr(two.reads, "get", then_lost)
-        again = await two.create_message(of("ann", 1), idempotency=retry)
+        again = await two.messages.create(of("ann", 1), idempotency=retry)
         assert again.id != first.id
         assert again.id in [message.id for message in await messages_of(one, "t")]
         await connection.close()
@@ -474,12 +484,12 @@ def test_a_retry_on_a_node_without_the_first_write_makes_it_again(
 def test_what_was_done_before_is_acknowledged_once_it_is_replicated(database: str) -> None:
     async def run(one: Conversations, two: Conversations) -> None:
         first, _ = await fill(one, 2)
-        await one.add_members("t", ["bob"])
-        await one.delete_message(first.id, author="ann")
+        await one.members.add("t", ["bob"])
+        await one.messages.delete(first.id, author="ann")
         async with no_standby(database):
             again = [
-                asyncio.ensure_future(two.delete_message(first.id, author="ann")),
-                asyncio.ensure_future(two.add_members("t", ["bob"])),
+                asyncio.ensure_future(two.messages.delete(first.id, author="ann")),
+                asyncio.ensure_future(two.members.add("t", ["bob"])),
             ]
             done, _ = await asyncio.wait(again, timeout=0.5)
             assert not done
@@ -528,7 +538,7 @@ def test_a_lost_connection_before_the_commit_costs_no_write(database: str) -> No
             " = 'progressdb' AND query LIKE '%COMMIT'"
         )
         await connection.close()
-        await one.create_message(of("ann", 1))
+        await one.messages.create(of("ann", 1))
         assert bodies(await messages_of(two, "t")) == [0, 1]
 
     with_two(database, run)
@@ -541,7 +551,7 @@ def test_a_server_of_another_schema_writes_nothing_and_does_not_start(database: 
         await connection.execute("UPDATE store_schema SET number = number + 1")
         try:
             with pytest.raises(StoreUnavailableError):
-                await one.create_message(of("ann", 1))
+                await one.messages.create(of("ann", 1))
             with pytest.raises(FormatError, match="has schema 2, this version has 1: start the version"):
                 await postgres.open_engine(database, single_node=True)
             with pytest.raises(FormatError, match="has schema 2"):

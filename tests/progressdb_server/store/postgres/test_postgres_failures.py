@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from progressdb_server.store.conversations import Conversations
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotWrittenError, OutcomeUnknownError, StoreUnavailableError
 from progressdb_server.store.postgres import nodes, reads, tables
@@ -51,7 +51,7 @@ def test_a_group_that_the_database_refuses_is_written_again(database: str, code:
 
     async def run(store: Conversations) -> None:
         async with raising(database, code, 2):
-            await store.create_message(of(1))
+            await store.messages.create(of(1))
         assert bodies(await messages_of(store, "t")) == [0, 1]
 
     with_one(database, run)
@@ -62,11 +62,11 @@ def test_a_missing_right_and_a_full_disk_are_said_at_once(database: str, code: s
     async def run(store: Conversations) -> None:
         async with raising(database, code, 1000) as connection:
             with capture_logs() as logs, pytest.raises(NotWrittenError, match=why):
-                await store.create_message(of(1))
+                await store.messages.create(of(1))
             assert await connection.fetchval("SELECT last_value FROM raised") == 1
         assert {line.get("sqlstate") for line in logs if line["event"] == "store_commit_refused"} == {code}
         await becomes(lambda: store.writer.available)
-        await store.create_message(of(2))
+        await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 2]
 
     with_one(database, run)
@@ -76,11 +76,11 @@ def test_a_group_is_tried_a_bounded_number_of_times(database: str) -> None:
     async def run(store: Conversations) -> None:
         async with raising(database, "40001", 1000) as connection:
             with pytest.raises(StoreUnavailableError, match="too busy"):
-                await store.create_message(of(1))
+                await store.messages.create(of(1))
             tries = await connection.fetchval("SELECT last_value FROM raised")
             assert tries <= postgres_writer.TRIES_MAX
         assert bodies(await messages_of(store, "t")) == [0]
-        await store.create_message(of(2))
+        await store.messages.create(of(2))
 
     with_one(database, run)
 
@@ -90,9 +90,9 @@ def test_an_error_may_leave_the_commit_in_doubt(database: str, code: str) -> Non
     async def run(store: Conversations) -> None:
         async with raising(database, code, 1):
             with pytest.raises(OutcomeUnknownError, match="may be stored"):
-                await store.create_message(of(1))
+                await store.messages.create(of(1))
         await becomes(lambda: store.writer.available)
-        await store.create_message(of(2))
+        await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 2]
 
     with_one(database, run)
@@ -103,13 +103,13 @@ def test_a_session_that_is_ended_within_a_group_leaves_it_in_doubt(database: str
         connection = await asyncpg.connect(database)
         async with connection.transaction():
             await connection.execute("SELECT FROM store_head FOR UPDATE")
-            writing = asyncio.ensure_future(store.create_message(of(1)))
+            writing = asyncio.ensure_future(store.messages.create(of(1)))
             await end_the_wait(connection, "pg_terminate_backend", "transactionid")
             with pytest.raises(OutcomeUnknownError):
                 await writing
         await connection.close()
         await store.writer.settled()
-        await store.create_message(of(2))
+        await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 2]
 
     with_one(database, run)
@@ -134,13 +134,13 @@ def test_a_lock_on_one_thread_holds_up_no_other_one(
         connection = await asyncpg.connect(database)
         async with connection.transaction():
             await connection.execute(locked)
-            waits = asyncio.ensure_future(store.set_reaction(message.id, "ann", "ok"))
+            waits = asyncio.ensure_future(store.messages.set_reaction(message.id, "ann", "ok"))
             late: list[asyncio.Future[Any]] = []
             for number in range(1, 4):
                 await waiting(connection, "transactionid")
-                late.append(asyncio.ensure_future(store.create_message(of(number))))
+                late.append(asyncio.ensure_future(store.messages.create(of(number))))
                 await asyncio.gather(
-                    *[store.create_message(NewMessage(author="ann", thread=one, body=number)) for one in others]
+                    *[store.messages.create(NewMessage(author="ann", thread=one, body=number)) for one in others]
                 )
                 await store.check_writes()
             assert not waits.done()
@@ -148,7 +148,7 @@ def test_a_lock_on_one_thread_holds_up_no_other_one(
         await connection.close()
         for name in ("t", *others):
             assert bodies(await messages_of(store, name)) == [0, 1, 2, 3]
-        assert (await store.get_message(message.id)).reactions == {"ann": "ok"}
+        assert (await store.reading.message(message.id)).reactions == {"ann": "ok"}
 
     with_one(database, run)
 
@@ -159,12 +159,12 @@ def test_no_writable_node_refuses_writes_until_there_is_one(database: str) -> No
         await with_setting(connection, "default_transaction_read_only", "on")
         try:
             with pytest.raises(NotWrittenError, match="not available"):
-                await store.create_message(of(1))
+                await store.messages.create(of(1))
         finally:
             await with_setting(connection, "default_transaction_read_only", "")
             await connection.close()
         await becomes(lambda: store.writer.available)
-        await store.create_message(of(2))
+        await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 2]
 
     with_one(database, run)
@@ -189,7 +189,7 @@ def test_a_commit_without_a_standby_ends_at_its_deadline(database: str, monkeypa
 
             monkeypatch.setattr(postgres_writer, "bounded", bounded)
             with pytest.raises(OutcomeUnknownError, match="may be stored"):
-                await store.create_message(of(1))
+                await store.messages.create(of(1))
             assert await waiting(connection)
             count = await connection.fetchval("SELECT count(*) FROM store_entry WHERE key LIKE 'thread:t:msg:%'")
             assert count == 1
@@ -238,13 +238,13 @@ def test_a_command_does_not_wait_for_a_database_without_end(database: str, monke
 def test_a_request_that_is_given_up_does_not_cancel_its_commit(database: str) -> None:
     async def run(store: Conversations) -> None:
         async with no_standby(database) as connection:
-            writing = asyncio.ensure_future(store.create_message(of(1)))
+            writing = asyncio.ensure_future(store.messages.create(of(1)))
             before = await waiting(connection)
             writing.cancel()
             await asyncio.wait({writing})
             await asyncio.sleep(0.2)
             assert set(before) <= set(await waiting(connection)), "others may wait too"
-        await store.create_message(of(2))
+        await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 1, 2]
 
     with_one(database, run)

@@ -10,8 +10,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import check
-from progressdb_server.store.conversations import Conversations
 from progressdb_server.store.model import Idempotency, Message, NewMessage
 from progressdb_server.store.postgres import opening as postgres
 from progressdb_server.store.postgres import writer as postgres_writer
@@ -78,29 +78,29 @@ async def _all(store: Conversations, trips: RoundTrips) -> dict[str, int]:
         return await messages_of(store, "t")
 
     async def edit(number: int) -> object:
-        return await store.update_message(made[number].id, author="ann", body=1, role=None, reply_to=None)
+        return await store.messages.update(made[number].id, author="ann", body=1, role=None, reply_to=None)
 
     listed = await measured(trips, of_all)
     for message in made[COUNT // 2 :]:
-        await store.update_message(message.id, author="ann", body="edited", role=None, reply_to=None)
-        await store.set_reaction(message.id, "ann", "ok")
+        await store.messages.update(message.id, author="ann", body="edited", role=None, reply_to=None)
+        await store.messages.set_reaction(message.id, "ann", "ok")
     operations: dict[str, Callable[[int], Awaitable[object]]] = {
-        "append": lambda n: store.create_message(NewMessage(author="ann", thread="t", body=n)),
-        "append with an idempotency key": lambda n: store.create_message(
+        "append": lambda n: store.messages.create(NewMessage(author="ann", thread="t", body=n)),
+        "append with an idempotency key": lambda n: store.messages.create(
             NewMessage(author="ann", thread="t", body=n), idempotency=Idempotency("scope", f"{n}")
         ),
         "edit": edit,
-        "reaction": lambda n: store.set_reaction(made[n].id, "ann", f"{n}"),
-        "get": lambda n: store.get_message(made[n].id),
+        "reaction": lambda n: store.messages.set_reaction(made[n].id, "ann", f"{n}"),
+        "get": lambda n: store.reading.message(made[n].id),
         "list of 100 after 50 edits": of_all,
         "versions of a message": lambda _: versions_of(store, made[-1].id),
         "list of threads": lambda _: threads_of(store, None),
-        "add members": lambda n: store.add_members("t", [f"bob{n}", f"eve{n}"]),
-        "remove a member": lambda n: store.remove_member("t", f"bob{n}"),
-        "check of a member": lambda _: store.check_reader("t", "ann"),
-        "delete a message": lambda n: store.delete_message(made[n].id, author="ann"),
-        "create a thread": lambda n: store.create_thread(author="ann", title="a"),
-        "delete a thread": lambda n: store.delete_thread("ut"[n], author="ann", by="ann"),
+        "add members": lambda n: store.members.add("t", [f"bob{n}", f"eve{n}"]),
+        "remove a member": lambda n: store.members.remove("t", f"bob{n}"),
+        "check of a member": lambda _: store.members.check_reader("t", "ann"),
+        "delete a message": lambda n: store.messages.delete(made[n].id, author="ann"),
+        "create a thread": lambda n: store.threads.create(author="ann", title="a"),
+        "delete a thread": lambda n: store.threads.delete("ut"[n], author="ann", by="ann"),
     }
     found = {name: await measured(trips, operation) for name, operation in operations.items()}
     return {"list of 100": listed} | found

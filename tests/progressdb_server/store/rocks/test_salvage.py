@@ -165,7 +165,7 @@ def stored(path: Path, provider: SealingProvider) -> tuple[Path, dict[str, str]]
     async def run() -> dict[str, str]:
         async with opened(RocksEngine(str(path)), provider) as store:
             made = [
-                await store.create_message(NewMessage(author="ann", thread=f"t{number}", body=BODY))
+                await store.messages.create(NewMessage(author="ann", thread=f"t{number}", body=BODY))
                 for number in range(THREADS)
                 for _ in range(2)
             ]
@@ -193,11 +193,11 @@ def readable(path: Path, provider: SealingProvider, messages: dict[str, str]) ->
         async with opened(RocksEngine(str(path)), provider) as store:
             for message in messages:
                 try:
-                    if (await store.get_message(message)).value == BODY:
+                    if (await store.reading.message(message)).value == BODY:
                         found.add(message)
                 except StoreError:
                     pass
-            await store.create_message(NewMessage(author="ann", thread="later", body="y"))
+            await store.messages.create(NewMessage(author="ann", thread="later", body="y"))
         return found
 
     return asyncio.run(run())
@@ -273,7 +273,7 @@ def test_the_damaged_store_is_a_backup_for_which_keys_are_kept(tmp_path: Path) -
 
     async def run() -> list[str]:
         async with opened(RocksEngine(str(tmp_path / "db"))) as store:
-            return [known.path async for page in store.backups() for known in page if not known.gone]
+            return [known.path async for page in store.backups.registered() for known in page if not known.gone]
 
     assert asyncio.run(run()) == [str(tmp_path / f"db{DAMAGED}1")]
 

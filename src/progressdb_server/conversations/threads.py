@@ -1,4 +1,4 @@
-"""Threads: creating, finding, renaming and deleting them.
+"""Threads: creating, finding, renaming and deleting them. `conversations.members` has their members.
 
 Owns: what a thread's metadata becomes, and the lists of threads. Invariants: a thread's key map, metadata and index
 entries are written in one batch; its last change is the later of its metadata and its newest record, so appending a
@@ -9,22 +9,22 @@ error code and hides no other.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Final, NamedTuple
 
 import msgspec
 
 from minikms import api
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
-from progressdb_server.store import drafts, keyspace, membership, record
-from progressdb_server.store.conditions import LateStampError, Write
-from progressdb_server.store.directory import OpenStore
+from progressdb_server.conversations import membership
+from progressdb_server.conversations.locks import NamedLocks
+from progressdb_server.store import drafts, keyspace, record
+from progressdb_server.store.conditions import LateStampError
 from progressdb_server.store.drafts import Draft
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX
-from progressdb_server.store.idempotency import Ticket
-from progressdb_server.store.keyspace import Stamp
-from progressdb_server.store.membership import Act, Rule
+from progressdb_server.store.engine import Commits, Reads
+from progressdb_server.store.idempotency import Retries, Ticket
+from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import (
     NOT_OPENED,
     RECORD_MALFORMED,
@@ -32,11 +32,8 @@ from progressdb_server.store.model import (
     ConditionFailedError,
     Idempotency,
     InvalidThreadIdError,
-    MemberIsAuthorError,
-    NoRoomToRemoveError,
     NotTheAuthorError,
     NotWrittenError,
-    OutcomeUnknownError,
     RecordUnreadableError,
     StoreUnavailableError,
     Thread,
@@ -44,8 +41,6 @@ from progressdb_server.store.model import (
     TooManyMembersError,
 )
 from progressdb_server.store.sealer import Sealer, ThreadState
-
-T = TypeVar("T")
 
 LIST_THREADS_MAX: Final = 512
 """Of one chunk of a list."""
@@ -56,7 +51,6 @@ MAKE_TRIES_MAX: Final = 8
 CHANGE_TRIES_MAX: Final = 64
 """Of a change of a message or thread that other servers change too. One server makes one at a time, so that of three
 servers one fails so often once in 10^11 changes, unless the others are nearer to the database."""
-MEMBERS_CHANGING: Final = "other servers are changing the members of the thread at the same time"
 SLUG_SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
 
 
@@ -77,11 +71,7 @@ def _to_open(thread: str, header: record.ThreadHeader, sealed: bytes) -> Decrypt
 
 
 def _entries(thread: str, members: Sequence[str]) -> tuple[tuple[bytes, bytes], ...]:
-    return tuple((keyspace.writer(thread, member), membership.MEMBER) for member in members)
-
-
-Room: TypeAlias = tuple[Sequence[tuple[bytes, bytes]], Sequence[tuple[bytes, bytes | None]]]
-"""Puts and conditions of a write that adds members."""
+    return tuple((keyspace.writer(thread, member), keyspace.MEMBER) for member in members)
 
 
 class Listed(NamedTuple):
@@ -124,25 +114,29 @@ def _new(thread: str, author: str, title: str, created_ns: int) -> Thread:
     return Thread(id=thread, title=title, author=author, slug=slug, created_ts=created_ns, updated_ts=created_ns)
 
 
-class Threads(OpenStore):
-    """Threads and their members."""
-
-    sealer: Sealer
-    rule: Rule
-    """Who may post into a thread."""
+class Threads:
+    def __init__(
+        self, reads: Reads, writer: Commits, clock: Clock, sealer: Sealer, *, locks: NamedLocks, retries: Retries
+    ) -> None:
+        self._reads = reads
+        self._writer = writer
+        self._clock = clock
+        self._sealer = sealer
+        self._locks = locks
+        self._retries = retries
 
     # --- creating -------------------------------------------------------------------------------------------------
     def new_thread(self, *, author: str, title: str | None, name: str = "") -> tuple[Thread, Stamp]:
         """A thread that is not stored yet; `name` is the id asked for. Raises InvalidThreadIdError."""
         if name and (name in _DOTS or not api.THREAD_ID_PATTERN.fullmatch(name)):
             raise InvalidThreadIdError
-        created = self.clock.next()
+        created = self._clock.next()
         thread = name or keyspace.thread_id(created)
         if title is None:
-            title = f"New Thread #{self.writer.state.threads + 1}"
+            title = f"New Thread #{self._writer.state.threads + 1}"
         return _new(thread, author, title, created.time_ns), created
 
-    async def create_thread(
+    async def create(
         self,
         *,
         author: str,
@@ -169,11 +163,11 @@ class Threads(OpenStore):
             extra = (*_entries(thread.id, others), ticket.put(thread.id, created.time_ns))
             return thread, drafts.new_thread(thread, created, extra, (ticket.condition,))
 
-        async with self.locks.hold(ticket.key):
-            made, new = await self.once(ticket, lambda: self.make_thread(drafted_once, request_id))
+        async with self._locks.hold(ticket.key):
+            made, new = await self._retries.once(ticket, lambda: self.make_thread(drafted_once, request_id))
             if new is not None:
                 return new
-            created_ts = (await self.get_thread(made)).created_ts
+            created_ts = (await self.get(made)).created_ts
             return _new(made, author, title, created_ts)
 
     async def make_thread(
@@ -185,11 +179,11 @@ class Threads(OpenStore):
         for _ in range(MAKE_TRIES_MAX):
             thread, draft = drafted()
             try:
-                await self.sealer.make_thread(thread.id, draft, request_id)
+                await self._sealer.make_thread(thread.id, draft, request_id)
                 return thread
             except LateStampError as error:
                 if error.last is not None:  # the thread exists
-                    self.clock.recover(error.last)
+                    self._clock.recover(error.last)
                     if named:
                         raise
             except ConditionFailedError as error:
@@ -197,34 +191,14 @@ class Threads(OpenStore):
                     raise
         raise StoreUnavailableError("other servers are making threads at the same time")
 
-    async def once(self, ticket: Ticket, create: Callable[[], Coroutine[Any, Any, T]]) -> tuple[str, T | None]:
-        """What `create` makes; or the id of what was made before, which is durable then. If the outcome of `create` is
-        unknown, or another server is making the same, it is looked up again, and made if it is not there. The caller
-        holds the lock of the ticket."""
-        for again in (True, True, False):
-            made = await ticket.recall(self.reads, self.clock.now_ns())
-            try:
-                if made is not None:  # what is answered must be durable, and on the node that answers
-                    await self.writer.commit(Write((), (ticket.condition,)))
-                    return made, None
-                return "", await create()
-            except OutcomeUnknownError:
-                if self.engine.sole or not again:
-                    raise
-                await self.writer.settled()
-            except ConditionFailedError as error:
-                if error.key != ticket.key or not again:
-                    raise
-        raise StoreUnavailableError("another server is making the same")
-
     # --- reading --------------------------------------------------------------------------------------------------
     async def _load_thread(self, thread: str) -> tuple[record.ThreadHeader, bytes] | None:
-        raw = await self.reads.get(keyspace.meta(thread))
+        raw = await self._reads.get(keyspace.meta(thread))
         return None if raw is None else _unpacked(thread, raw)
 
     async def _open_thread(self, name: str, header: record.ThreadHeader, sealed: bytes) -> Thread:
         """Raises StoreUnavailableError, RecordUnreadableError."""
-        (plaintext,) = await self.sealer.open([_to_open(name, header, sealed)])
+        (plaintext,) = await self._sealer.open([_to_open(name, header, sealed)])
         try:
             thread = record.open_thread(header, name, plaintext)
         except record.RecordFormatError as error:
@@ -234,7 +208,7 @@ class Threads(OpenStore):
 
     async def _load_listed(self, threads: Sequence[str]) -> list[Listed]:
         """In order, up to LIST_BYTES_MAX, which one may exceed."""
-        found = await self.reads.values([keyspace.meta(thread) for thread in threads], bytes_max=LIST_BYTES_MAX)
+        found = await self._reads.values([keyspace.meta(thread) for thread in threads], bytes_max=LIST_BYTES_MAX)
         listed: list[Listed] = []
         size = 0
         for thread in threads:
@@ -254,7 +228,7 @@ class Threads(OpenStore):
     async def _open_listed(self, listed: Sequence[Listed]) -> list[Thread]:
         """In order; one that does not open has `error`. Raises StoreUnavailableError."""
         items = [_to_open(one.thread, one.header, one.sealed) for one in listed if one.header is not None]
-        answers = iter(await self.sealer.open_each(items))
+        answers = iter(await self._sealer.open_each(items))
         threads: list[Thread] = []
         opened: list[Thread] = []
         for one in listed:
@@ -273,7 +247,7 @@ class Threads(OpenStore):
         await self._touch(opened)
         return threads
 
-    async def listed_threads(self, thread_ids: Sequence[str], *, opened: bool = True) -> list[Thread]:
+    async def listed(self, thread_ids: Sequence[str], *, opened: bool = True) -> list[Thread]:
         """These threads, in order. A thread whose record does not open has `error`. Without `opened` the key service is
         not asked: every thread has `error`, and no title."""
         threads: list[Thread] = []
@@ -286,12 +260,12 @@ class Threads(OpenStore):
 
     async def _touch(self, threads: Sequence[Thread]) -> None:
         """The last change of a thread is the later of its metadata's and its newest record's."""
-        newest = await self.reads.newest([keyspace.messages(thread.id) for thread in threads])
+        newest = await self._reads.newest([keyspace.messages(thread.id) for thread in threads])
         for thread, key in zip(threads, newest, strict=True):
             if key is not None:
                 thread.updated_ts = max(thread.updated_ts, keyspace.stamp_of(key).time_ns)
 
-    async def get_thread(self, thread_id: str) -> Thread:
+    async def get(self, thread_id: str) -> Thread:
         """Also when deleted. Raises ThreadNotFoundError."""
         loaded = await self._load_thread(thread_id)
         if loaded is None:
@@ -306,7 +280,7 @@ class Threads(OpenStore):
         prefix = keyspace.CREATED if author is None else keyspace.author_threads(author)
         lower, upper = prefix, keyspace.after(prefix)
         needle = title.casefold() if title else ""
-        while entries := await self.reads.scan(lower, upper, limit=LIST_THREADS_MAX):
+        while entries := await self._reads.scan(lower, upper, limit=LIST_THREADS_MAX):
             loaded = await self._load_listed([keyspace.last_part(key) for key, _ in entries])
             lower = keyspace.next_key(entries[len(loaded) - 1][0])
             listed = [one for one in loaded if include_deleted or one.header is None or not one.header.deleted_ns]
@@ -317,92 +291,11 @@ class Threads(OpenStore):
             ]
             yield chunk  # an empty one too: the client may be gone
 
-    async def thread_deleted(self, thread_id: str) -> bool:
+    async def is_deleted(self, thread_id: str) -> bool:
         """Whether the thread is deleted; false for an unknown thread. Opens no record."""
-        return await self.reads.get(keyspace.closed_key(thread_id)) is not None
+        return await self._reads.get(keyspace.closed_key(thread_id)) is not None
 
-    # --- members --------------------------------------------------------------------------------------------------
-    async def check_member(self, thread_id: str, author: str, act: Act) -> bytes | None:
-        """The entry from which it was decided that the author may do this. Raises NotAMemberError,
-        AuthorNotInThreadError."""
-        entry = await self.reads.get(keyspace.writer(thread_id, author))
-        membership.check(self.rule, membership.standing_of(entry), act)
-        return entry
-
-    async def check_reader(self, thread_id: str, author: str) -> None:
-        """Raises AuthorNotInThreadError, NotAMemberError unless the author is a member of the thread."""
-        await self.check_member(thread_id, author, Act.READ)
-
-    async def members(self, thread_id: str) -> list[str]:
-        """The members of a thread, its author included; empty for an unknown thread."""
-        prefix = keyspace.writers(thread_id)
-        lower, upper = prefix, keyspace.after(prefix)
-        found: list[str] = []
-        while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-            lower = keyspace.next_key(entries[-1][0])
-            found += [keyspace.last_part(key) for key, entry in entries if entry == membership.MEMBER]
-        return found
-
-    async def add_members(self, thread_id: str, members: Sequence[str]) -> None:
-        """Adds members, even those who were removed. Durable when it returns. Raises ThreadNotFoundError (also when
-        the thread is deleted), TooManyMembersError."""
-        async with self.locks.hold(keyspace.writers(thread_id)):
-            keys = sorted({keyspace.writer(thread_id, member) for member in members})
-            for _ in range(CHANGE_TRIES_MAX):
-                found = await self.reads.values(keys)
-                changed = [key for key in keys if found.get(key) != membership.MEMBER]
-                more, expect = await self.check_room(thread_id, sum(key not in found for key in changed))
-                room = more, [*expect, *((key, found[key]) for key in keys if key not in changed)]
-                if await self._change_members(thread_id, [(key, membership.MEMBER) for key in changed], room):
-                    return
-        raise NotWrittenError(MEMBERS_CHANGING)
-
-    async def remove_member(self, thread_id: str, member: str) -> None:
-        """Removes a member, or shuts out an author who is none. Durable when it returns: no later read or write by that
-        author succeeds until a new `add_members`. Raises ThreadNotFoundError (also when the thread is deleted),
-        MemberIsAuthorError, NoRoomToRemoveError."""
-        async with self.locks.hold(keyspace.writers(thread_id)):
-            if (await self.get_thread(thread_id)).author == member:
-                raise MemberIsAuthorError
-            key = keyspace.writer(thread_id, member)
-            for _ in range(CHANGE_TRIES_MAX):
-                try:
-                    room = await self.check_room(thread_id, int(await self.reads.get(key) is None))
-                except TooManyMembersError:
-                    raise NoRoomToRemoveError from None
-                if await self._change_members(thread_id, [(key, membership.REMOVED)], room):
-                    return
-        raise NotWrittenError(MEMBERS_CHANGING)
-
-    async def check_room(self, thread_id: str, more: int) -> Room:
-        """Under what condition `more` entries can be added, and a put with which no other server adds some meanwhile.
-        The caller holds the lock of the entries. Raises TooManyMembersError."""
-        if not more:
-            return (), ()
-        key = keyspace.room(thread_id)
-        raw = None if self.engine.sole else await self.reads.get(key)
-        prefix = keyspace.writers(thread_id)
-        left = membership.MEMBERS_COUNT_MAX - more
-        if left < 0 or len(await self.reads.keys(prefix, keyspace.after(prefix), limit=left + 1)) > left:
-            raise TooManyMembersError
-        return ((), ()) if self.engine.sole else (((key, b"%d" % (int(raw or b"0") + 1)),), ((key, raw),))
-
-    async def _change_members(self, thread_id: str, puts: Sequence[tuple[bytes, bytes]], room: Room) -> bool:
-        """False if one of the conditions of `room` does not hold. Without a change it still waits for the disk: what it
-        relies on may be visible and not durable yet."""
-        map_key = keyspace.key_map(thread_id)
-        if await self.reads.get(map_key) is None:
-            raise ThreadNotFoundError
-        more, expect = room
-        try:
-            await self.writer.commit(Write((*puts, *more), ((keyspace.closed_key(thread_id), None), *expect)))
-        except ConditionFailedError as error:
-            if error.key != keyspace.closed_key(thread_id):
-                return False
-            raise ThreadNotFoundError from None
-        return True
-
-    async def thread_page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
+    async def page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """Ids of threads, newest first (by the beginning of an id: in the order of ids), and the cursor of the next
         page, empty on the last."""
         if id_prefix:
@@ -410,13 +303,13 @@ class Threads(OpenStore):
             lower, upper = prefix, prefix + keyspace.END
             if cursor:
                 lower = keyspace.next_key(keyspace.key_map(cursor))
-            keys = await self.reads.keys(lower, upper, limit=limit + 1)
+            keys = await self._reads.keys(lower, upper, limit=limit + 1)
         else:
             prefix = keyspace.author_threads(author) if author else keyspace.CREATED
             lower, upper = prefix, keyspace.after(prefix)
             if cursor:
                 upper = prefix + cursor.encode()
-            keys = await self.reads.keys(lower, upper, limit=limit + 1, reverse=True)
+            keys = await self._reads.keys(lower, upper, limit=limit + 1, reverse=True)
         ids = [keyspace.last_part(key) for key in keys[:limit]]
         if len(keys) <= limit:
             return ids, ""
@@ -427,8 +320,8 @@ class Threads(OpenStore):
         self, thread: str, author: str | None
     ) -> tuple[ThreadState, bytes, record.ThreadHeader, Thread]:
         """What a change is based on. Raises ThreadNotFoundError (also when deleted), NotTheAuthorError."""
-        state = await self.sealer.thread(thread)
-        raw = await self.reads.get(keyspace.meta(thread))
+        state = await self._sealer.thread(thread)
+        raw = await self._reads.get(keyspace.meta(thread))
         if state is None or raw is None or state.deleted:
             raise ThreadNotFoundError
         header, sealed = _unpacked(thread, raw)
@@ -437,15 +330,11 @@ class Threads(OpenStore):
             raise NotTheAuthorError
         return state, raw, header, current
 
-    async def update_thread(
-        self, thread_id: str, *, author: str | None, title: str, request_id: str | None = None
-    ) -> Thread:
+    async def update(self, thread_id: str, *, author: str | None, title: str, request_id: str | None = None) -> Thread:
         slug = slug_of(title, thread_id)
         return await self._change_thread(thread_id, author, {"title": title, "slug": slug}, request_id)
 
-    async def delete_thread(
-        self, thread_id: str, *, author: str | None, by: str, request_id: str | None = None
-    ) -> None:
+    async def delete(self, thread_id: str, *, author: str | None, by: str, request_id: str | None = None) -> None:
         await self._change_thread(thread_id, author, {"deleted": True}, request_id, deleted_by=by)
 
     async def _change_thread(
@@ -457,7 +346,7 @@ class Threads(OpenStore):
         *,
         deleted_by: str | None = None,
     ) -> Thread:
-        async with self.locks.hold(keyspace.meta(thread_id)):
+        async with self._locks.hold(keyspace.meta(thread_id)):
             for _ in range(CHANGE_TRIES_MAX):
                 state, raw, header, current = await self._for_change(thread_id, author)
                 changed = msgspec.structs.replace(current, **fields)
@@ -473,9 +362,9 @@ class Threads(OpenStore):
                     return drafts.joined(drafts.changed_thread(changed, raw, header), event)
 
                 try:
-                    await self.sealer.append(state, draft, request_id)
+                    await self._sealer.append(state, draft, request_id)
                     if changed.deleted:
-                        self.sealer.forget(thread_id)
+                        self._sealer.forget(thread_id)
                     return changed
                 except ConditionFailedError:  # a key rotation or another server rewrote the record meanwhile
                     continue

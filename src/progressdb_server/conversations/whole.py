@@ -15,17 +15,24 @@ from typing import Final
 from minikms import api
 from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, SealedError
 from minikms.platform.logs import structlog
+from progressdb_server.conversations.locks import NamedLocks
+from progressdb_server.conversations.members import Members
+from progressdb_server.conversations.membership import Rule
+from progressdb_server.conversations.messages import Messages
+from progressdb_server.conversations.reading import Reading
+from progressdb_server.conversations.rekeying import Rekeying
+from progressdb_server.conversations.threads import Threads
+from progressdb_server.conversations.validators import Validators
 from progressdb_server.kms.provider import SEALED, Fault, Provider, fault
+from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import idempotency
 from progressdb_server.store.backup import Backups
+from progressdb_server.store.claims import Claims
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.epoch import OLDER_STATE, EpochMemory, RestoredError
-from progressdb_server.store.keyspace import Stamp
-from progressdb_server.store.membership import Rule
-from progressdb_server.store.messages import Messages
+from progressdb_server.store.idempotency import Retries
+from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import StoreError, StoreUnavailableError
-from progressdb_server.store.reading import LONG_READS_COUNT_MAX
-from progressdb_server.store.rekeying import Rekeying
 from progressdb_server.store.sealer import Sealer, store_error
 
 SWEEP_S: Final = 3600
@@ -72,12 +79,12 @@ def _are_near(one_ns: int, other_ns: int) -> bool:
     return abs(one_ns - other_ns) <= CLOCK_JUMP_S * 1_000_000_000
 
 
-class Conversations(Messages, Rekeying, Backups):
+class Conversations:
     """The whole store, for routes, jobs, the viewer and commands. Open it in the event loop that uses it.
 
     All times and ids are made by the store. `author=None` means that the caller may act for anybody (admin).
     Every method may raise StoreUnavailableError and KeyServiceRefusedError; every reader may raise
-    RecordUnreadableError, every change of a thread that exists ThreadKeyDestroyedError. `update_message` and
+    RecordUnreadableError, every change of a thread that exists ThreadKeyDestroyedError. `update` and
     `set_reaction` raise TooManyVersionsError.
     """
 
@@ -90,10 +97,24 @@ class Conversations(Messages, Rekeying, Backups):
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         """Raises FormatError when the directory was written by a newer version; StoreUnavailableError."""
-        super().__init__(engine, now_ns=now_ns)
+        self.engine = engine
+        self.metrics = StoreMetrics()
+        self.clock = Clock(now_ns)
+        self.reads = engine.reads
+        self.writer = engine.writer(self.clock, self.metrics, self._reopened)
+        self.claims = Claims(engine, self.writer)
         self.sealer = Sealer(self.reads, self.writer, provider, self.clock, self.metrics)
-        self.rule = rule
-        self.long_reads = asyncio.Semaphore(LONG_READS_COUNT_MAX)
+        locks, retries = NamedLocks(), Retries(engine, self.writer, self.clock)
+        given = self.reads, self.writer, self.clock, self.sealer
+        self.threads = Threads(*given, locks=locks, retries=retries)
+        self.members = Members(engine, self.writer, self.threads, locks, rule)
+        self.reading = Reading(self.reads, self.sealer, Validators(remembers=engine.sole))
+        self.messages = Messages(
+            *given, threads=self.threads, members=self.members, reading=self.reading, locks=locks, retries=retries
+        )
+        self.rekeying = Rekeying(self.reads, self.writer, self.sealer, self.claims, self.reading.validators)
+        self.backups = Backups(engine, self.writer, self.clock)
+        self.clock_notice = ""
         self.epoch = EpochMemory(self.reads, self.writer)
         self.unreadable: dict[str, None] = {}
         """What was said of records that could not be read, UNREADABLE_MAX at most."""
@@ -111,7 +132,7 @@ class Conversations(Messages, Rekeying, Backups):
         )
         self.metrics.gauges["progressdb_store_backup_timestamp_seconds"] = (
             "When the newest registered backup was begun; 0 without one.",
-            lambda: self.newest_backup_ns / 1_000_000_000,
+            lambda: self.backups.newest_ns / 1_000_000_000,
         )
         self.metrics.gauges["progressdb_store_unreadable_records"] = (
             "Records that could not be read since the start, without those whose key was destroyed.",
@@ -136,7 +157,7 @@ class Conversations(Messages, Rekeying, Backups):
         `accept_restore`; StoreUnavailableError when it does not answer, or says that it can't serve.
         """
         offset_ns = await self._take_time()
-        await self.look_at_newest_backup()
+        await self.backups.look_at_newest()
         try:
             status = await self.epoch.observe(self._provider.status, accept_restore=accept_restore)
             if status.status == api.CODE_SEALED:
@@ -168,11 +189,18 @@ class Conversations(Messages, Rekeying, Backups):
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await super().close()
+        await self.writer.close()
+        await self.engine.end()
 
-    def reopened(self) -> None:
+    def _reopened(self) -> None:
+        """Writes that were read before may have been lost."""
         self.sealer.forget()
-        self.validators.forget()
+        self.reading.validators.forget()
+
+    @property
+    def notices(self) -> list[str]:
+        """What an operator should know although the store works."""
+        return [notice for notice in (self.clock_notice, self.engine.notice) if notice]
 
     async def _sweep(self) -> None:
         while True:
@@ -225,7 +253,7 @@ class Conversations(Messages, Rekeying, Backups):
             await asyncio.sleep(CLOCK_S)
             try:
                 now_ns = await self._take_time()
-                await self.look_at_newest_backup()
+                await self.backups.look_at_newest()
             except StoreUnavailableError:
                 continue  # the clock goes on as it was
             jump_s = (now_ns - offset_ns) // 1_000_000_000

@@ -1,4 +1,4 @@
-"""Messages: creating, editing, reacting and deleting. `store.reading` reads them.
+"""Messages: creating, editing, reacting and deleting. `conversations.reading` reads them.
 
 Owns: what a next version becomes, and how many versions and bytes a message may have. Invariants:
 - Every version is a record at its own stamp and is never changed afterwards; a message's id is the stamp of its first
@@ -21,12 +21,17 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from minikms import api
-from progressdb_server.store import drafts, keyspace, membership, record
+from progressdb_server.conversations.locks import NamedLocks
+from progressdb_server.conversations.members import MEMBERS_CHANGING, Members, Room
+from progressdb_server.conversations.membership import Act
+from progressdb_server.conversations.reading import Reading
+from progressdb_server.conversations.threads import CHANGE_TRIES_MAX, Threads
+from progressdb_server.store import drafts, keyspace, record
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.drafts import Draft
-from progressdb_server.store.idempotency import Ticket
-from progressdb_server.store.keyspace import Stamp
-from progressdb_server.store.membership import Act
+from progressdb_server.store.engine import Commits, Reads
+from progressdb_server.store.idempotency import Retries, Ticket
+from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import (
     REACTIONS_COUNT_MAX,
     ConditionFailedError,
@@ -43,9 +48,7 @@ from progressdb_server.store.model import (
     TooManyVersionsError,
     json_text,
 )
-from progressdb_server.store.reading import Reading
-from progressdb_server.store.sealer import ThreadState
-from progressdb_server.store.threads import CHANGE_TRIES_MAX, MEMBERS_CHANGING, Room
+from progressdb_server.store.sealer import Sealer, ThreadState
 
 VERSIONS_COUNT_MAX: Final = 10_000
 VERSIONS_BYTES_MAX: Final = 256 * 1024 * 1024
@@ -64,11 +67,34 @@ class _Change(NamedTuple):
     beyond_bounds: bool = False
 
 
-class Messages(Reading):
+class Messages:
     """Writes of messages."""
 
+    def __init__(
+        self,
+        reads: Reads,
+        writer: Commits,
+        clock: Clock,
+        sealer: Sealer,
+        *,
+        threads: Threads,
+        members: Members,
+        reading: Reading,
+        locks: NamedLocks,
+        retries: Retries,
+    ) -> None:
+        self._reads = reads
+        self._writer = writer
+        self._clock = clock
+        self._sealer = sealer
+        self._threads = threads
+        self._members = members
+        self._reading = reading
+        self._locks = locks
+        self._retries = retries
+
     # --- creating -------------------------------------------------------------------------------------------------
-    def create_message(
+    def create(
         self, new: NewMessage, *, idempotency: Idempotency | None = None, request_id: str | None = None
     ) -> Coroutine[Any, Any, Message]:
         """Durable when it returns. A thread is made when none is named (under a new id) or the named one is unknown
@@ -81,32 +107,32 @@ class Messages(Reading):
     async def _create_once(self, new: NewMessage, idempotency: Idempotency, request_id: str | None) -> Message:
         asked = {name: getattr(new, name) for name in new.__struct_fields__ if name != "as_member"}
         ticket = Ticket(idempotency, ["message", asked])
-        async with self.locks.hold(ticket.key):
-            made, message = await self.once(ticket, lambda: self._create(new, ticket, request_id))
+        async with self._locks.hold(ticket.key):
+            made, message = await self._retries.once(ticket, lambda: self._create(new, ticket, request_id))
             if message is not None:
                 return message
-            thread, place = await self._locate(made, None)
+            thread, place = await self._reading.locate(made, None)
             if new.as_member:
-                await self.check_member(thread, new.author, Act.READ)
-            async with self.open_version(thread, place.first, place.first) as version:
+                await self._members.check_member(thread, new.author, Act.READ)
+            async with self._reading.open_version(thread, place.first, place.first) as version:
                 return version.message
 
     def _create(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Coroutine[Any, Any, Message]:
         if not new.thread:
             return self._create_in_new_thread(new, ticket, request_id)
-        state = self.sealer.known(new.thread)
+        state = self._sealer.known(new.thread)
         if state is None:
             return self._create_or_append(new, ticket, request_id)
         if new.author in state.writers:  # the condition of the write finds out if it is no longer true
-            return self._append_as(membership.MEMBER, state, new, ticket, request_id=request_id)
+            return self._append_as(keyspace.MEMBER, state, new, ticket, request_id=request_id)
         return self._append(state, new, ticket, request_id)
 
     async def _create_or_append(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
-        state = await self.sealer.thread(new.thread)
+        state = await self._sealer.thread(new.thread)
         if state is None:
             # One at a time for each thread, so that a burst of first messages makes one key.
-            async with self.locks.hold(keyspace.meta(new.thread)):
-                state = await self.sealer.thread(new.thread)
+            async with self._locks.hold(keyspace.meta(new.thread)):
+                state = await self._sealer.thread(new.thread)
                 if state is None:
                     try:
                         return await self._create_in_new_thread(new, ticket, request_id)
@@ -121,8 +147,8 @@ class Messages(Reading):
         first: list[Message] = []
 
         def drafted() -> tuple[Thread, Draft]:
-            thread, created = self.new_thread(author=new.author, title=None, name=new.thread)
-            stamp = self.clock.next()
+            thread, created = self._threads.new_thread(author=new.author, title=None, name=new.thread)
+            stamp = self._clock.next()
             message = new.first_version(keyspace.message_id(stamp), thread.id, stamp.time_ns)
             first[:] = (message,)
             extra = (ticket.put(message.id, stamp.time_ns),) if ticket else ()
@@ -130,24 +156,24 @@ class Messages(Reading):
             new_thread = drafts.new_thread(thread, created, extra, expect)
             return thread, drafts.joined(new_thread, drafts.first_version(message, stamp))
 
-        await self.make_thread(drafted, request_id, named=bool(new.thread))
+        await self._threads.make_thread(drafted, request_id, named=bool(new.thread))
         return first[0]
 
     async def _append(
         self, state: ThreadState, new: NewMessage, ticket: Ticket | None, request_id: str | None
     ) -> Message:
         key = keyspace.writer(state.thread, new.author)
-        entry = await self.reads.get(key)
+        entry = await self._reads.get(key)
         if entry is None:
-            async with self.locks.hold(keyspace.writers(state.thread)):
+            async with self._locks.hold(keyspace.writers(state.thread)):
                 for _ in range(CHANGE_TRIES_MAX):
-                    if (entry := await self.reads.get(key)) is not None:
+                    if (entry := await self._reads.get(key)) is not None:
                         break
                     if new.as_member:
-                        await self.check_member(state.thread, new.author, Act.WRITE)
+                        await self._members.check_member(state.thread, new.author, Act.WRITE)
                     room: Room = ((), ())
                     if not state.deleted:  # else the write is refused for that reason
-                        room = await self.check_room(state.thread, 1)
+                        room = await self._members.check_room(state.thread, 1)
                     try:
                         return await self._append_as(None, state, new, ticket, request_id=request_id, room=room)
                     except ConditionFailedError as error:  # somebody else has changed the members meanwhile
@@ -156,7 +182,7 @@ class Messages(Reading):
                 else:
                     raise NotWrittenError(MEMBERS_CHANGING)
         if new.as_member:
-            await self.check_member(state.thread, new.author, Act.WRITE)
+            await self._members.check_member(state.thread, new.author, Act.WRITE)
         return await self._append_as(entry, state, new, ticket, request_id=request_id)
 
     async def _append_as(
@@ -182,22 +208,22 @@ class Messages(Reading):
             first[:] = (message,)
             extra: list[tuple[bytes, bytes | None]] = [ticket.put(message.id, stamp.time_ns)] if ticket else []
             if entry is None:
-                extra += ((key, membership.MEMBER), *room[0])
+                extra += ((key, keyspace.MEMBER), *room[0])
             return drafts.first_version(message, stamp, extra, (*expect, *room[1]))
 
         try:
-            await self.sealer.append(state, draft, request_id)
+            await self._sealer.append(state, draft, request_id)
         except ConditionFailedError as error:
             if error.key != key or entry is None:
                 raise
             state.writers.discard(new.author)
             raise NotAMemberError from None
-        if entry != membership.REMOVED and new.author not in state.writers:
+        if entry != keyspace.REMOVED and new.author not in state.writers:
             state.remember_writer(new.author)
         return first[0]
 
     # --- changing -------------------------------------------------------------------------------------------------
-    async def update_message(
+    async def update(
         self,
         message_id: str,
         *,
@@ -223,7 +249,7 @@ class Messages(Reading):
 
         return await self._change(message_id, _Change(replaced, member, request_id, thread_id, author))
 
-    async def delete_message(
+    async def delete(
         self,
         message_id: str,
         *,
@@ -266,7 +292,7 @@ class Messages(Reading):
         """Append a version, and return the latest one. Raises MessageNotFoundError, NotTheAuthorError, NotAMemberError,
         what the change raises, and TooManyVersionsError; NotWrittenError if other servers have changed the message
         before each of CHANGE_TRIES_MAX tries."""
-        async with self.locks.hold(message.encode()):
+        async with self._locks.hold(message.encode()):
             for _ in range(CHANGE_TRIES_MAX):
                 with contextlib.suppress(ConditionFailedError):
                     return await self._try_change(message, change)
@@ -274,21 +300,21 @@ class Messages(Reading):
 
     async def _try_change(self, message: str, change: _Change) -> Message:
         """As `_change`. Raises ConditionFailedError if the message is not what it was when it was read."""
-        owner, place = await self._locate(message, change.thread)
+        owner, place = await self._reading.locate(message, change.thread)
         state = await self._thread_with_key(owner)
         first = Stamp.parse(place.first.decode())
-        async with self.open_version(owner, place.first, place.latest) as current:
+        async with self._reading.open_version(owner, place.first, place.latest) as current:
             if change.author not in (None, current.message.author):
                 raise NotTheAuthorError
             order_key = keyspace.order(owner) + place.first
             expect: tuple[tuple[bytes, bytes | None], ...] = ((order_key, place.value),)
             if change.member is not None:
                 # Only a member may, under either rule: an outsider has no message here, and can't read one to react to.
-                await self.check_member(owner, change.member, Act.READ)
-                expect = (*expect, (keyspace.writer(owner, change.member), membership.MEMBER))
+                await self._members.check_member(owner, change.member, Act.READ)
+                expect = (*expect, (keyspace.writer(owner, change.member), keyspace.MEMBER))
             fields = change.replaced(current.message)
             if fields is None:  # what is answered must be durable, and on the node that answers
-                await self._under(self.writer.commit(Write((), expect)), order_key)
+                await self._under(self._writer.commit(Write((), expect)), order_key)
                 return current.message
             changed = msgspec.structs.replace(current.message, **fields)
             content = "" if "body" in fields else current.content
@@ -301,12 +327,12 @@ class Messages(Reading):
                 changed.ts = stamp.time_ns
                 return drafts.later_version(changed, first, stamp, content, secret, expect=expect)
 
-            await self._under(self.sealer.append(state, draft, change.request_id), order_key)
+            await self._under(self._sealer.append(state, draft, change.request_id), order_key)
             return changed
 
     async def _thread_with_key(self, thread: str) -> ThreadState:
         """Raises RecordUnreadableError for a thread that has lost its key map."""
-        state = await self.sealer.thread(thread)
+        state = await self._sealer.thread(thread)
         if state is None:
             raise RecordUnreadableError(f"thread {thread} has no key")
         return state

@@ -15,13 +15,11 @@ from __future__ import annotations
 import enum
 from typing import Final, Literal
 
+from progressdb_server.store import keyspace
 from progressdb_server.store.model import AuthorNotInThreadError, NotAMemberError
 
 MEMBERS_COUNT_MAX: Final = 4096
 """Members of a thread, with those who were removed."""
-MEMBER: Final = b""
-REMOVED: Final = b"r"
-"""Values of an entry of `keyspace.writer`."""
 
 Rule = Literal["members", "open"]
 """`members`: only the author of a thread and its members post into it. `open`: whoever posts becomes a member."""
@@ -44,7 +42,7 @@ def standing_of(entry: bytes | None) -> Standing:
     """Of the value of an entry of `keyspace.writer`; None if there is none."""
     if entry is None:
         return Standing.OUTSIDER
-    return Standing.MEMBER if entry == MEMBER else Standing.REMOVED
+    return Standing.MEMBER if entry == keyspace.MEMBER else Standing.REMOVED
 
 
 def check(rule: Rule, standing: Standing, act: Act) -> None:

@@ -29,8 +29,9 @@ import msgspec
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
 from minikms.client.items import SEALED_BYTES_MAX
+from progressdb_server.conversations.validators import Validators
 from progressdb_server.store import keyspace, record
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Reads
 from progressdb_server.store.keyspace import OrderEntry, Stamp
 from progressdb_server.store.model import (
     NOT_OPENED,
@@ -44,8 +45,7 @@ from progressdb_server.store.model import (
     StoreUnavailableError,
     VersionList,
 )
-from progressdb_server.store.sealer import store_error
-from progressdb_server.store.threads import Threads
+from progressdb_server.store.sealer import Sealer, store_error
 
 LIST_MESSAGES_MAX: Final = 256
 """Of one batch of a list or of a message's versions."""
@@ -122,36 +122,40 @@ class NotOpened(NamedTuple):
     refusal: KmsRefusedError | None = None
 
 
-class Reading(Threads):
-    """Reads of messages; and the pages of the viewer."""
+class Reading:
+    """Of messages; and the pages of the viewer."""
 
-    long_reads: asyncio.Semaphore
-    """The turns of LONG_READS_COUNT_MAX versions."""
+    def __init__(self, reads: Reads, sealer: Sealer, validators: Validators) -> None:
+        self._reads = reads
+        self._sealer = sealer
+        self.validators = validators
+        self.long_reads = asyncio.Semaphore(LONG_READS_COUNT_MAX)
+        """The turns of LONG_READS_COUNT_MAX versions."""
 
     # --- one version ----------------------------------------------------------------------------------------------
-    async def get_message(self, message_id: str, *, thread_id: str | None = None) -> Message:
+    async def message(self, message_id: str, *, thread_id: str | None = None) -> Message:
         """The latest version, also when deleted. Raises MessageNotFoundError (also when it is in another thread than
         the one named)."""
-        thread, place = await self._locate(message_id, thread_id)
+        thread, place = await self.locate(message_id, thread_id)
         async with self.open_version(thread, place.first, place.latest) as version:
             return version.message
 
     async def latest_version(self, message_id: str) -> Message:
-        """As `get_message`, but a version that does not open has `error`."""
-        thread, place = await self._locate(message_id, None)
+        """As `message`, but a version that does not open has `error`."""
+        thread, place = await self.locate(message_id, None)
         async with self._open_one(thread, place.first, place.latest) as (loaded, found):
             return _listed(thread, loaded, found)
 
-    async def _locate(self, message: str, thread: str | None) -> tuple[str, OrderEntry]:
+    async def locate(self, message: str, thread: str | None) -> tuple[str, OrderEntry]:
         """The message's thread, and its place there. Raises MessageNotFoundError, also when it is in another thread."""
         stamp = keyspace.parse_message_id(message)
         if stamp is not None:
             first = stamp.raw
-            found = await self.reads.get(keyspace.versions(message) + first)
+            found = await self._reads.get(keyspace.versions(message) + first)
             if found is not None and (thread is None or keyspace.part(thread) == found):
                 owner = keyspace.unpart(found)
                 key = keyspace.order(owner) + first
-                value = await self.reads.get(key)
+                value = await self._reads.get(key)
                 if value is None:
                     raise RecordUnreadableError(f"the order entry of message {message} is missing")
                 return owner, _place(key, value)
@@ -195,7 +199,7 @@ class Reading(Threads):
     # --- records --------------------------------------------------------------------------------------------------
     async def _stored(self, key: bytes, near: Mapping[bytes, bytes] = _NONE) -> Stored:
         """`near`: what was read of the records already."""
-        raw = near.get(key) or await self.reads.get(key)
+        raw = near.get(key) or await self._reads.get(key)
         if raw is None:
             return Stored(key, None, b"", RECORD_MISSING)
         try:
@@ -207,21 +211,21 @@ class Reading(Threads):
         """The records from the first to the last of these stamps, up to bounds: one pass over neighbours costs much
         less than finding each."""
         lower, upper = records + min(stamps), keyspace.next_key(records + max(stamps))
-        return dict(await self.reads.scan(lower, upper, limit=2 * len(stamps), bytes_max=LIST_BYTES_MAX))
+        return dict(await self._reads.scan(lower, upper, limit=2 * len(stamps), bytes_max=LIST_BYTES_MAX))
 
     async def _with_far(
         self, records: bytes, stamps: Collection[bytes], near: Mapping[bytes, bytes] = _NONE
     ) -> Mapping[bytes, bytes]:
         """`near`, and what else the versions at these stamps need, their contents too, up to bounds, in two round
         trips. An engine of this process finds each of them as fast."""
-        if not self.reads.remote:
+        if not self._reads.remote:
             return near
         found = dict(near)
         own = [records + stamp for stamp in stamps]
-        found |= await self.reads.values([key for key in own if key not in found], bytes_max=LIST_BYTES_MAX)
+        found |= await self._reads.values([key for key in own if key not in found], bytes_max=LIST_BYTES_MAX)
         contents = dict.fromkeys(_content_key(records, found[key]) for key in own if key in found)
         wanted = [key for key in contents if key and key not in found]
-        return found | await self.reads.values(wanted, bytes_max=LIST_BYTES_MAX)
+        return found | await self._reads.values(wanted, bytes_max=LIST_BYTES_MAX)
 
     async def _load(
         self,
@@ -255,7 +259,7 @@ class Reading(Threads):
         }
         if used is not None:
             used.update([item.key_id for item in wanted.values()])
-        return dict(zip(wanted, await self.sealer.open_each(list(wanted.values())), strict=True))
+        return dict(zip(wanted, await self._sealer.open_each(list(wanted.values())), strict=True))
 
     async def _open_each(
         self, thread: str, batch: Sequence[LoadedVersion], known: dict[bytes, record.OpenedVersion] | None = None
@@ -285,28 +289,26 @@ class Reading(Threads):
         return found
 
     # --- the versions of a message --------------------------------------------------------------------------------
-    async def message_versions(
-        self, message_id: str, *, limit: int | None = None, before: str | None = None
-    ) -> VersionList:
+    async def versions(self, message_id: str, *, limit: int | None = None, before: str | None = None) -> VersionList:
         """Empty for an unknown id. `limit` keeps the most recent; `before`, exclusive, is the `older` of another list
         or a `ts`. A version that does not open has `error`. Raises AmbiguousTimeError for a `ts` that several versions
         have, or that none has while they are in several eras."""
         try:
-            thread, place = await self._locate(message_id, None)
+            thread, place = await self.locate(message_id, None)
         except MessageNotFoundError:
             return VersionList(_no_messages(), "")
         prefix = keyspace.versions(message_id)
         lower, upper = prefix, keyspace.after(prefix)
         if before is not None:
             upper = prefix + (await self._end_of_page(prefix, place, before)).raw
-        newest = await self.reads.keys(lower, upper, limit=1, reverse=True)
+        newest = await self._reads.keys(lower, upper, limit=1, reverse=True)
         if not newest or limit == 0:
             return VersionList(_no_messages(), "")
         upper = keyspace.next_key(newest[0])  # versions that are written later are not in the list
         older = ""
         if limit is not None:
             lower = await self._start_of_last(limit, lower, upper, include_deleted=True)
-            if await self.reads.keys(prefix, lower, limit=1, reverse=True):
+            if await self._reads.keys(prefix, lower, limit=1, reverse=True):
                 older = keyspace.cursor(keyspace.stamp_of(lower))
         return VersionList(self._versions(thread, place.first, prefix, lower, upper), older)
 
@@ -320,7 +322,7 @@ class Reading(Threads):
         found: list[bytes] = []
         for era in eras:
             of_time = prefix + b"%020d-" % (era * keyspace.ERA_NS + cursor)
-            found += await self.reads.keys(of_time, keyspace.after(of_time), limit=2)
+            found += await self._reads.keys(of_time, keyspace.after(of_time), limit=2)
         if len(found) == 1:
             return keyspace.stamp_of(found[0])
         if found or len(eras) > 1:
@@ -333,7 +335,7 @@ class Reading(Threads):
         records = keyspace.messages(thread)
         neighbour: LoadedVersion | None = None
         known: dict[bytes, record.OpenedVersion] = {}
-        while entries := await self.reads.scan(lower, upper, limit=LIST_MESSAGES_MAX):
+        while entries := await self._reads.scan(lower, upper, limit=LIST_MESSAGES_MAX):
             near = await self._with_far(records, [key[len(prefix) :] for key, _ in entries])
             batch: list[LoadedVersion] = []
             size = 0
@@ -360,7 +362,7 @@ class Reading(Threads):
                 yield piece
 
     # --- lists ----------------------------------------------------------------------------------------------------
-    async def list_messages(
+    async def messages(
         self,
         thread_id: str,
         *,
@@ -379,7 +381,7 @@ class Reading(Threads):
             lower = keyspace.next_key(prefix + _first_stamp(after))
         if before is not None:
             upper = prefix + _first_stamp(before)
-        newest = await self.reads.keys(lower, upper, limit=1, reverse=True)
+        newest = await self._reads.keys(lower, upper, limit=1, reverse=True)
         if not newest or limit == 0:
             return
         upper = keyspace.next_key(newest[0])
@@ -423,8 +425,8 @@ class Reading(Threads):
         """An opaque text for this list as it is now. It changes with every change of the thread's messages and at each
         start."""
         prefix = keyspace.messages(thread_id)
-        newest = await self.reads.keys(prefix, keyspace.after(prefix), limit=1, reverse=True)
-        state = await self.sealer.thread(thread_id)
+        newest = await self._reads.keys(prefix, keyspace.after(prefix), limit=1, reverse=True)
+        state = await self._sealer.thread(thread_id)
         return self.validators.tag(
             thread_id.encode(),
             newest[0] if newest else None,
@@ -439,10 +441,10 @@ class Reading(Threads):
         """Whether the list of this tag, which is its `list_tag` now, was given whole and without an error, and the key
         service still has every key that it needs. Opens no record; false if anything is in doubt."""
         key_ids = self.validators.keys_of(tag)
-        state = await self.sealer.thread(thread_id)
+        state = await self._sealer.thread(thread_id)
         if key_ids is None or state is None:
             return False
-        return await self.sealer.has_keys(thread_id, key_ids | {state.key_id})
+        return await self._sealer.has_keys(thread_id, key_ids | {state.key_id})
 
     async def _batches(
         self, thread: str, lower: bytes, upper: bytes, include_deleted: bool
@@ -451,7 +453,7 @@ class Reading(Threads):
         count = LIST_MESSAGES_FIRST
         header: record.MessageHeader | None = None
         before = b""  # how each record with this `header` begins; empty if the last one has none to share
-        while entries := await self.reads.scan(lower, upper, limit=count):
+        while entries := await self._reads.scan(lower, upper, limit=count):
             lower = keyspace.next_key(entries[-1][0])
             count = LIST_MESSAGES_MAX
             stamps: list[tuple[bytes, bytes]] = []
@@ -489,7 +491,7 @@ class Reading(Threads):
 
     async def _start_of_last(self, limit: int, lower: bytes, upper: bytes, include_deleted: bool) -> bytes:
         """The key of the first of the last `limit` messages."""
-        while entries := await self.reads.scan(lower, upper, limit=min(limit + 64, SCAN_ENTRIES_MAX), reverse=True):
+        while entries := await self._reads.scan(lower, upper, limit=min(limit + 64, SCAN_ENTRIES_MAX), reverse=True):
             for key, value in entries:
                 upper = key
                 if include_deleted or not keyspace.is_deleted(value):
@@ -500,7 +502,7 @@ class Reading(Threads):
         return lower
 
     # --- pages ----------------------------------------------------------------------------------------------------
-    async def message_page(
+    async def page(
         self, thread_id: str, *, before: str, after: str, limit: int, versions_max: int, opened: bool = True
     ) -> tuple[list[StoredVersion], bool]:
         """The most recent messages, or those next to a message id, in order of creation, up to a bound of bytes; and
@@ -512,7 +514,7 @@ class Reading(Threads):
             upper = prefix + _first_stamp(before)
         if after:
             lower = keyspace.next_key(prefix + _first_stamp(after))
-        entries = await self.reads.scan(lower, upper, limit=limit + 1, reverse=not after)
+        entries = await self._reads.scan(lower, upper, limit=limit + 1, reverse=not after)
         more = len(entries) > limit
         entries = entries[:limit]
         places = [_place(key, value) for key, value in entries]
@@ -528,10 +530,10 @@ class Reading(Threads):
         self, message_id: str, limit: int, *, opened: bool = True
     ) -> tuple[list[StoredVersion], bool]:
         """The newest versions, oldest first, up to a bound of bytes; and whether there are older ones. `opened` as for
-        `message_page`. Raises MessageNotFoundError."""
-        thread, place = await self._locate(message_id, None)
+        `page`. Raises MessageNotFoundError."""
+        thread, place = await self.locate(message_id, None)
         prefix = keyspace.versions(message_id)
-        newest = await self.reads.keys(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
+        newest = await self._reads.keys(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
         stamps = [(key[len(prefix) :], place.first) for key in newest[:limit]]
         shown, all_shown = await self._show(thread, stamps, opened)
         shown.reverse()
@@ -564,7 +566,7 @@ class Reading(Threads):
 
     async def _count_versions(self, message: str, versions_max: int) -> int:
         prefix = keyspace.versions(message)
-        return len(await self.reads.keys(prefix, keyspace.after(prefix), limit=versions_max))
+        return len(await self._reads.keys(prefix, keyspace.after(prefix), limit=versions_max))
 
 
 def _opened(

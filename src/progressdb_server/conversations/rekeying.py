@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AbstractContextManager
 from copy import copy
 from typing import Final
 
+from progressdb_server.conversations.validators import Validators
 from progressdb_server.store import keyspace, record
+from progressdb_server.store.claims import Claims
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.directory import OpenStore
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, in_order
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Reads, in_order
 from progressdb_server.store.model import (
     Chunk,
     ClaimLostError,
@@ -42,27 +42,18 @@ CENSUS_CHUNK_MAX: Final = 256
 PAGE_ROWS: Final = 256
 
 
-class Rekeying(OpenStore):
+class Rekeying:
     """What jobs use. Jobs own what is in their rows; the store owns where it is. Walks are in chunks of at most
     `count_max` entries, each read when it is asked for."""
 
-    sealer: Sealer
+    def __init__(self, reads: Reads, writer: Commits, sealer: Sealer, claims: Claims, validators: Validators) -> None:
+        self.reads = reads
+        self._writer = writer
+        self._sealer = sealer
+        self._claims = claims
+        self._validators = validators
 
     # --- keys of threads ------------------------------------------------------------------------------------------
-    @property
-    def halted(self) -> str | None:
-        """Why nothing may be encrypted now (see store/epoch.py), None if it may."""
-        return self.sealer.halted
-
-    def check_halted(self) -> None:
-        """Before a call that encrypts, and after it: if the key service was seen sealed meanwhile, the answer may be
-        that of an older one. Raises StoreUnavailableError if nothing may be encrypted now."""
-        self.sealer.check_halted()
-
-    def halt_sealed(self) -> None:
-        """The key service was seen sealed: nothing may be encrypted until its epoch was judged."""
-        self.sealer.halt_sealed()
-
     async def key_of_thread(self, thread_id: str) -> str | None:
         """Id of the key that the thread is written under, None for an unknown thread."""
         raw = await self.reads.get(keyspace.key_map(thread_id))
@@ -71,14 +62,14 @@ class Rekeying(OpenStore):
     def making_key(self, thread_id: str) -> bool:
         """Whether a key that the thread does not name may become its own: the thread is being made, its key is being
         renewed, or what a failed write has left is not known yet."""
-        return self.sealer.making_key(thread_id) or not self.writer.available
+        return self._sealer.making_key(thread_id) or not self._writer.available
 
     @property
     def newest_ns(self) -> int:
         """Time of the newest stamp, in Unix nanoseconds; 0 in an empty store."""
-        return self.writer.state.last.time_ns
+        return self._writer.state.last.time_ns
 
-    async def threads_with_keys(self) -> AsyncIterator[str]:
+    async def threads(self) -> AsyncIterator[str]:
         """Every thread."""
         lower, upper = keyspace.MAP, keyspace.after(keyspace.MAP)
         while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
@@ -92,17 +83,8 @@ class Rekeying(OpenStore):
         key = keyspace.key_map(thread_id)
         return Write(((key, new.encode()),), ((key, old.encode()),))
 
-    def switching_key(self, thread_id: str) -> AbstractContextManager[None]:
-        """Held from before the thread's old key is retired until `key_switch` is written: writes of the thread wait
-        meanwhile. Otherwise a write that meets a retired key gives the thread another one."""
-        return self.sealer.switching(thread_id)
-
-    def forget_key(self, thread_id: str) -> None:
-        """Read the thread's key again at its next use: it was switched."""
-        self.sealer.forget(thread_id)
-
     # --- records --------------------------------------------------------------------------------------------------
-    async def record_chunks(
+    async def chunks(
         self, thread_id: str, count_max: int, *, behind: str = "", to_now: bool = False
     ) -> AsyncIterator[Chunk]:
         """The thread's records, its metadata first, then in order of their stamps, from the one behind the cursor
@@ -114,7 +96,7 @@ class Rekeying(OpenStore):
         if behind:
             lower = keyspace.next_key(behind.encode())
         while entries := await self.reads.scan(lower, upper, limit=count_max, bytes_max=CHUNK_BYTES_MAX):
-            read_at = self.writer.group
+            read_at = self._writer.group
             records: list[Record] = []
             malformed: list[str] = []
             before = head = b""
@@ -137,7 +119,7 @@ class Rekeying(OpenStore):
     def count_records(self, thread_id: str, count_max: int, *, since_ns: int | None = None) -> AsyncIterator[int]:
         lower, upper = keyspace.records(thread_id)
         if since_ns is not None:
-            first = keyspace.Stamp(self.writer.state.last.era * keyspace.ERA_NS + since_ns, 0)
+            first = keyspace.Stamp(self._writer.state.last.era * keyspace.ERA_NS + since_ns, 0)
             lower = keyspace.message_of(keyspace.part(thread_id), first.raw)
         return self._count(lower, upper, count_max)
 
@@ -155,7 +137,7 @@ class Rekeying(OpenStore):
             await asyncio.sleep(0)
         if left:
             return left
-        async for chunk in self.record_chunks(thread_id, CENSUS_CHUNK_MAX):
+        async for chunk in self.chunks(thread_id, CENSUS_CHUNK_MAX):
             left += len(chunk.malformed) + sum(one.key_id in key_ids for one in chunk.records)
             walked += sum(one.aad <= last for one in chunk.records)
             await asyncio.sleep(0)
@@ -240,7 +222,7 @@ class Rekeying(OpenStore):
         """Put the kept records back, each only where the same version of its record is stored, or none, or a damaged
         one. What was put back until an error stays."""
         restored = kept = 0
-        self.validators.forget()  # the records are under other keys from here on
+        self._validators.forget()  # the records are under other keys from here on
         async for entries in self._kept(job_id):
             while True:
                 wanted: list[tuple[bytes, bytes]] = []
@@ -251,7 +233,7 @@ class Rekeying(OpenStore):
                         wanted.append((key, raw))
                         found.append((key, current))
                 try:
-                    await self.writer.commit(Write(wanted, found))
+                    await self._writer.commit(Write(wanted, found))
                 except ConditionFailedError:  # changed since it was read
                     continue
                 restored += len(wanted)
@@ -304,8 +286,8 @@ class Rekeying(OpenStore):
         if not isinstance(write, Write):
             raise TypeError("only the store makes steps")
         key = keyspace.job(job_id)
-        puts, expect = ((key, new), *write.puts), ((key, old), *self.claims.condition(thread_id), *write.expect)
-        return RowWrite(job_id, thread_id, self.writer.commit(Write(puts, expect, write.read, write.read_at)))
+        puts, expect = ((key, new), *write.puts), ((key, old), *self._claims.condition(thread_id), *write.expect)
+        return RowWrite(job_id, thread_id, self._writer.commit(Write(puts, expect, write.read, write.read_at)))
 
     async def settle_row(self, write: RowWrite) -> None:
         """Durable when it returns. Raises StaleRowError, ClaimLostError; ConditionFailedError for a condition of the
@@ -323,7 +305,7 @@ class Rekeying(OpenStore):
             raise ConditionFailedError(error.key) from None
 
     async def remove_rows(self, job_ids: Collection[str]) -> None:
-        await self.writer.commit(Write([(keyspace.job(job_id), None) for job_id in job_ids]))
+        await self._writer.commit(Write([(keyspace.job(job_id), None) for job_id in job_ids]))
 
 
 def _id_of(row_key: bytes) -> str:
