@@ -141,11 +141,11 @@ class Tail:
         begins = self._verifier is None
         verifier = self._verifier or self._begin(line)
         self._verifier = verifier
-        key = verifier.public_key
+        key = verifier.key.public_key
         verifier.feed(line)
         if verifier.findings:
             raise LogFaultError(f"the log is not intact: {verifier.findings[0].text}")
-        head = verifier.head
+        head = verifier.chain.head
         if head is None or verifier.log_id != self.log_id:
             raise LogFaultError(f"the log is {verifier.log_id}, and the daemon writes {self.log_id}")
         seq = head.seq
@@ -157,8 +157,8 @@ class Tail:
         self._pending.append(leaf_of(line))
         if len(self._pending) > PENDING_LINES_MAX:
             raise LogFaultError(f"more than {PENDING_LINES_MAX} lines follow without a signed one")
-        if verifier.public_key != key and key is not None and verifier.public_key is not None:
-            self._keys.append(verifier.public_key)
+        if verifier.key.public_key != key and key is not None and verifier.key.public_key is not None:
+            self._keys.append(verifier.key.public_key)
         if verifier.covered_seq != seq or key is None:
             return None
         return Line(self.log_id, seq, head.sig, key)

@@ -160,8 +160,8 @@ def first_key(directory: str, trust: Trust) -> int:
     for file in each_segment(directory):
         verifier.feed(file.first_line())
         break
-    begins = verifier.head is not None and verifier.head.seq == 1
-    return 0 if verifier.findings or begins else verifier.key_version
+    begins = verifier.chain.head is not None and verifier.chain.head.seq == 1
+    return 0 if verifier.findings or begins else verifier.key.version
 
 
 def line_of(directory: str, seq: int) -> bytes | None:

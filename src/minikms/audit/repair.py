@@ -112,7 +112,7 @@ def read_log_end(fd: int, trust: Trust, confirmed_bytes: int) -> LogEnd:
         first = record.parse_line(_first_line(fd))[0]
     except MalformedLineError as error:
         return LogEnd(size, fault=f"its first line is {error}")
-    head = verifier.head
+    head = verifier.chain.head
     if head is None or first.facts.get("log_id") != verifier.log_id:
         return LogEnd(size, fault=fault or "its first line belongs to another log")
     segment = first.facts.get("segment")
@@ -123,7 +123,7 @@ def read_log_end(fd: int, trust: Trust, confirmed_bytes: int) -> LogEnd:
         head=head,
         coverage=verifier.coverage,
         log_id=verifier.log_id,
-        key_version=verifier.key_version,
+        key_version=verifier.key.version,
         segment=segment if isinstance(segment, int) else 0,
         state=verifier.state,
         next_segment=verifier.next_segment,

@@ -84,7 +84,9 @@ class Verifier:
     findings: so far, at most `FINDINGS_COUNT_MAX`. log_id: in hex, empty before the first line. segment: number of the
     last line's segment, 0 until a line names it. next_segment: number of the segment that must come next if the last
     line was a `segment_close`, else 0. coverage: the lines since the last signed line (inclusive), which the next
-    signed line has to cover. state: of the key files, according to the last line that names it.
+    signed line has to cover. state: of the key files, according to the last line that names it. chain, key: the last
+    line and the active audit key so far. covered_seq: the last line so far with a valid signature, which covers all
+    lines before it.
     """
 
     def __init__(self, trust: Trust, *, expect_head: Head | None = None, from_signed_line: bool = False) -> None:
@@ -92,7 +94,7 @@ class Verifier:
         self._expect_head = expect_head
         self._expected_seen = False
         self._from_signed_line = from_signed_line
-        self._chain = ChainTracker(trust.mac_keys, self._add_finding)
+        self.chain = ChainTracker(trust.mac_keys, self._add_finding)
         self._file = ""
         self._file_number = 0
         self._file_has_finding = False
@@ -104,7 +106,7 @@ class Verifier:
         self._first_previous: Head | None = None
         self._retained_seq = 0
         self.log_id = ""
-        self._key = KeyTracker(trust, self._add_finding)
+        self.key = KeyTracker(trust, self._add_finding)
         self.segment = 0
         self._segments = 0
         self.next_segment = 0
@@ -112,7 +114,7 @@ class Verifier:
         self.state = KeyState()
         self._coverage_known = True
         self._checkpoints = 0
-        self._covered_seq = 0
+        self.covered_seq = 0
 
     # --- feeding and asking ------------------------------------------------------------------------------------------
 
@@ -139,11 +141,11 @@ class Verifier:
         try:
             event, event_bytes, sig = record.parse_line(line)
         except MalformedLineError as error:
-            self._chain.add_malformed(str(error))
+            self.chain.add_malformed(str(error))
             return
-        if self._chain.head is None:
+        if self.chain.head is None:
             self._first_line(event, event_bytes, sig)
-        elif self._chain.take(event, event_bytes, sig):
+        elif self.chain.take(event, event_bytes, sig):
             self._verify_in_order(event)
         else:
             return
@@ -153,7 +155,7 @@ class Verifier:
     def feed_incomplete(self, rest: bytes) -> None:
         """The last bytes of a file that does not end in a newline."""
         self._line += 1
-        self._add_finding("incomplete", self._chain.expected, f"the file ends with {len(rest)} bytes of a line")
+        self._add_finding("incomplete", self.chain.expected, f"the file ends with {len(rest)} bytes of a line")
 
     def fault(self, kind: Kind, text: str) -> None:
         """Add a finding about a whole file."""
@@ -161,7 +163,7 @@ class Verifier:
 
     def report(self) -> Report:
         """Apply the rules about the end of the log, and make the report. Call it once."""
-        head = self._chain.last
+        head = self.chain.last
         last_seq = 0 if head is None else head.seq
         after_expected = None if self.exhausted else self._verify_end(head, last_seq)
         return Report(
@@ -174,11 +176,11 @@ class Verifier:
             log_id=self.log_id,
             segments=self._segments,
             checkpoints=self._checkpoints,
-            covered_seq=self._covered_seq,
-            lines_not_covered=min(self._lines, last_seq - self._covered_seq),
+            covered_seq=self.covered_seq,
+            lines_not_covered=min(self._lines, last_seq - self.covered_seq),
             lines_after_expected_head=after_expected,
-            key_version=self._key.version,
-            public_key=self._key.public_key,
+            key_version=self.key.version,
+            public_key=self.key.public_key,
             macs_checked=bool(self._trust.mac_keys),
             given_up=self.exhausted,
         )
@@ -188,39 +190,19 @@ class Verifier:
         """Whether the number of findings ends the verification."""
         return self._findings_count >= FINDINGS_COUNTED_MAX
 
-    @property
-    def head(self) -> Head | None:
-        """The last line of the chain so far."""
-        return self._chain.head
-
-    @property
-    def key_version(self) -> int:
-        """The audit key version that is active after the last line."""
-        return self._key.version
-
-    @property
-    def public_key(self) -> bytes | None:
-        """The public key that is active after the last line; None until a line names it."""
-        return self._key.public_key
-
-    @property
-    def covered_seq(self) -> int:
-        """The last line so far with a valid signature, which covers all lines before it."""
-        return self._covered_seq
-
     # --- the first line ----------------------------------------------------------------------------------------------
 
     def _first_line(self, event: Event, event_bytes: bytes, sig: bytes) -> None:
         # A genesis line is line 1, whatever its seq reads after an alteration.
         self._first_seq = 1 if event.type == record.TYPE_GENESIS else event.seq
-        self._covered_seq = self._first_seq - 1
+        self.covered_seq = self._first_seq - 1
         previous: bytes | None = None
         if self._from_signed_line and event.type not in record.SIGNED_TYPES:
             self._add_finding("anchor", event.seq, f"line {event.seq} is not signed, so a check can't begin there")
         elif self._from_signed_line:
             previous = decode_exact(event.facts.get("previous_sig"), record.MAC_BYTES)
             self.log_id = _text(event.facts, "log_id")
-            self._key.begin_at_signed_line(event)
+            self.key.begin_at_signed_line(event)
             self._segments = 1
             self._coverage_known = False  # the lines that it covers were not fed
         elif event.type == record.TYPE_GENESIS:
@@ -239,8 +221,8 @@ class Verifier:
                 self._add_finding("segment", event.seq, text)
         else:
             self._add_finding("missing", event.seq, f"the log begins with line {event.seq}: earlier lines are missing")
-        self._chain.key_version = self._key.version
-        self._chain.begin(self._first_seq, event_bytes, sig, previous)
+        self.chain.key_version = self.key.version
+        self.chain.begin(self._first_seq, event_bytes, sig, previous)
         if self._from_signed_line and event.type in record.SIGNED_TYPES:
             self._signed_line(event)
 
@@ -248,7 +230,7 @@ class Verifier:
         """Take log id, audit key and segment from the first line."""
         self.log_id = _text(event.facts, "log_id")
         self.segment = whole_number(event.facts, "segment")
-        self._key.begin(event)
+        self.key.begin(event)
         if not _LOG_ID.fullmatch(self.log_id):
             self._add_finding("altered", event.seq, f"line {event.seq} does not name the log's id")
         self._check_format(event)
@@ -286,16 +268,16 @@ class Verifier:
         if named != self.next_segment:
             self._add_finding("segment", event.seq, f"line {event.seq} opens segment {named}, not the next one")
         before = self._previous_head(event)
-        if self._chain.previous_sig is not None and before.sig != self._chain.previous_sig:
+        if self.chain.previous_sig is not None and before.sig != self.chain.previous_sig:
             self._add_finding("segment", event.seq, f"line {event.seq} does not name the head of the segment before")
         # The coverage is now the segment_close line alone. Only `previous_sha256` brings its SIG under a signature.
         if self._coverage_known and facts.get("previous_sha256") != self.coverage.hex():
             self._add_finding(
                 "altered", event.seq - 1, f"line {event.seq} was written after another line {event.seq - 1}"
             )
-        if (facts.get("log_id"), facts.get("key")) != (self.log_id, self._key.version):
+        if (facts.get("log_id"), facts.get("key")) != (self.log_id, self.key.version):
             self._add_finding("foreign", event.seq, f"line {event.seq} opens a segment of another log or audit key")
-        active = self._key.public_key
+        active = self.key.public_key
         if active is not None and facts.get("public_key") != encode_text(active):
             self._add_finding("foreign", event.seq, f"line {event.seq} names a public key that is not the active one")
         self._check_format(event)
@@ -313,9 +295,9 @@ class Verifier:
         if facts.keys() != _SIGNED_FACTS | _EXTRA_FACTS[event.type]:
             self._add_finding("altered", event.seq, f"line {event.seq} does not have the facts of a {event.type} line")
             return
-        if (facts["log_id"], facts["key"]) != (self.log_id, self._key.version):
+        if (facts["log_id"], facts["key"]) != (self.log_id, self.key.version):
             self._add_finding("foreign", event.seq, f"line {event.seq} was signed for another log or audit key")
-        before = self._chain.previous_sig
+        before = self.chain.previous_sig
         if before is not None and facts["previous_sig"] != encode_text(before):
             self._add_finding("altered", event.seq, f"line {event.seq} was signed after another line {event.seq - 1}")
         covered = (facts["lines"], facts["lines_sha256"])
@@ -323,16 +305,16 @@ class Verifier:
             first = event.seq - self.coverage.lines_count
             text = f"lines {first} to {event.seq - 1} are not those that the signature of line {event.seq} covers"
             self._add_finding("altered", event.seq - 1, text)
-        if self._key.check_signature(event):
-            self._covered_seq = event.seq
+        if self.key.check_signature(event):
+            self.covered_seq = event.seq
         self._checkpoints += 1
         if event.type == record.TYPE_SEGMENT_CLOSE:
             self.next_segment = whole_number(facts, "next_segment")
             if self.next_segment < 2 or (self.segment and self.next_segment != self.segment + 1):
                 self._add_finding("segment", event.seq, f"line {event.seq} does not name the next segment")
         elif event.type == record.TYPE_AUDIT_KEY:
-            self._key.change(event)
-            self._chain.key_version = self._key.version
+            self.key.change(event)
+            self.chain.key_version = self.key.version
 
     def _check_place(self, event: Event) -> None:
         """Rule 3: the first line of each file, and no other line, opens the segment of the file's name."""
@@ -374,13 +356,13 @@ class Verifier:
                 "missing", last_seq + 1, f"segment {self.next_segment}, which line {last_seq} names, is missing"
             )
         before = self._first_previous
-        verified_seq = last_seq if self._trust.mac_keys else self._covered_seq
+        verified_seq = last_seq if self._trust.mac_keys else self.covered_seq
         if before is not None and not 0 < self._retained_seq <= verified_seq:
             kind = "retention line" if self._trust.mac_keys else "signed retention line"
             text = f"the log begins after line {before.seq}, and no {kind} says that the earlier lines were removed"
             self._add_finding("missing", before.seq, text)
         if head is not None:
-            self._key.end(last_seq)
+            self.key.end(last_seq)
         return self._check_expected_head(last_seq)
 
     def _check_expected_head(self, last_seq: int) -> int | None:
