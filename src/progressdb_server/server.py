@@ -46,8 +46,6 @@ from progressdb_server.kms.provider import LocalProviderError, Provider, RemoteP
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
 from progressdb_server.metrics import KmsMetrics
 from progressdb_server.store import epoch, places
-from progressdb_server.store.epoch import RestoredError
-from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 _log: Final = structlog.get_logger("progressdb")
 _COLLECTED_OBJECTS_MIN: Final = 50_000
@@ -145,7 +143,7 @@ def child_options(config: Config, master_key_fd: int | None) -> ChildOptions:
 def run(config: Config, master_key_fd: int | None, *, accept_restore: bool = False) -> None:
     """Serve until SIGTERM or SIGINT. `accept_restore`: also with an older state of the key service.
 
-    Raises ConfigError, ServeError when it can't start or has lost its key service finally.
+    Raises ConfigError, ServeError when it can't start or has lost its key service finally, and what `_open_store` does.
     """
     logs.configure(config.logging.format, config.logging.level)
     for sentence in unknown_variables(os.environ):
@@ -262,19 +260,16 @@ async def _open_store(
     *,
     on_lost: Callable[[str], None],
 ) -> tuple[Conversations, Provider]:
-    """The key service, then the store; each is closed by `started`. Raises ServeError."""
+    """The key service, then the store; each is closed by `started`. Raises ServeError, FormatError, RestoredError,
+    StoreUnavailableError."""
     try:
         if not config.store.url:
             os.makedirs(config.storage.db_path, mode=0o700, exist_ok=True)
-        # first, so that no key service is started for a store that is refused
-        place = config.store.url or str(config.store_dir)
-        engine = await places.open_engine(place, single_node=config.store.single_node)
     except OSError as error:
         raise ServeError(f"can't make the data directory {config.storage.db_path}: {error.strerror}") from None
-    except StoreUnavailableError as error:
-        raise ServeError(error.explained) from None
-    except FormatError as error:
-        raise ServeError(str(error)) from None
+    # first, so that no key service is started for a store that is refused
+    place = config.store.url or str(config.store_dir)
+    engine = await places.open_engine(place, single_node=config.store.single_node)
     opened = False
     try:
         # A restore is accepted for the whole run: it may have put back another audit log.
@@ -282,20 +277,13 @@ async def _open_store(
         provider = await _open_provider(config, master_key_fd, audit_head, started, on_lost=on_lost)
         store = Conversations(engine, provider, rule=config.security.threads)
         opened = True
-    except StoreUnavailableError as error:
-        raise ServeError(error.explained) from None
-    except (SupervisorError, LocalProviderError, FormatError, RestoredError) as error:
+    except (SupervisorError, LocalProviderError) as error:
         raise ServeError(str(error)) from None
     finally:
         if not opened:
             await engine.end()
     started.push_async_callback(store.close)
-    try:
-        await store.start(accept_restore=accept_restore)
-    except StoreUnavailableError as error:
-        raise ServeError(error.explained) from None
-    except RestoredError as error:
-        raise ServeError(str(error)) from None
+    await store.start(accept_restore=accept_restore)
     return store, provider
 
 

@@ -14,10 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING
 from minikms.platform.directory_lock import DataDirLock
+from progressdb_server.store import keyspace, local
+from progressdb_server.store.epoch import SeenState
+from progressdb_server.store.rocks.engine import RocksEngine
 from tests import needs
 from tests.deploy import restricted
 from tests.harness import forked
@@ -86,6 +90,13 @@ def test_no_unit_starts_again_what_a_person_must_correct(unit: str) -> None:
     assert ("RestartPreventExitStatus", str(EXIT_MISSING)) in restricted.directives(str(UNITS / unit))
 
 
+def make_store(path: Path) -> RocksEngine:
+    path.mkdir(parents=True)
+    engine = RocksEngine(str(path))
+    local.claim(engine)
+    return engine
+
+
 @pytest.mark.parametrize(
     ("program", "words", "status"),
     [
@@ -98,12 +109,22 @@ def test_no_unit_starts_again_what_a_person_must_correct(unit: str) -> None:
         ("minikms_gateway", "--config DIR/gateway.toml", EXIT_FAILED),
         ("progressdb_server", "--config DIR/missing", EXIT_MISSING),
         ("progressdb_server", "--db DIR/db --dev --addr 127.0.0.1:PORT", EXIT_FAILED),
+        ("progressdb_server", "--db DIR/newer --dev --addr 127.0.0.1:0", EXIT_MISSING),
+        ("progressdb_server", "--db DIR/damaged --dev --addr 127.0.0.1:0", EXIT_MISSING),
+        ("progressdb_server", "--db DIR/restored --dev --addr 127.0.0.1:0", EXIT_MISSING),
+        ("progressdb_server", "--db DIR/open --dev --addr 127.0.0.1:0", EXIT_FAILED),
     ],
 )
 def test_a_start_that_may_succeed_later_has_another_status(
     tmp_path: Path, program: str, words: str, status: int
 ) -> None:
-    """The data directory or the port is in use."""
+    """The data directory, the store or the port is in use."""
+    stores = {name: make_store(tmp_path / name / "store") for name in ("newer", "restored", "damaged", "open")}
+    stores["newer"].write([(keyspace.FORMAT, b'{"format": 99}')])
+    stores["restored"].write([(keyspace.EPOCH, msgspec.json.encode(SeenState(9, "another", 0, "")))])
+    for name in ("newer", "restored", "damaged"):
+        stores[name].close()
+    (tmp_path / "damaged" / "store" / "CURRENT").write_text("MANIFEST-999999\n")
     for name, digit in ("right", "a"), ("wrong", "b"):
         (tmp_path / name).touch(0o600)
         (tmp_path / name).write_text(digit * 64)
@@ -116,7 +137,8 @@ def test_a_start_that_may_succeed_later_has_another_status(
         port = str(taken.getsockname()[1])
         (tmp_path / "gateway.toml").write_text(GATEWAY_TOML.replace("PORT", port))
         ended = forked.run(program, *words.replace("DIR", str(tmp_path)).replace("PORT", port).split())
-    assert ended.returncode == status, ended.stderr
+    stores["open"].close()
+    assert ended.returncode == status and "Traceback" not in ended.stderr, ended.stderr
 
 
 def test_the_key_service_may_restrict_itself_further() -> None:

@@ -69,12 +69,17 @@ def serve(
 ) -> int:
     """Serve the HTTP API until SIGTERM."""
     from progressdb_server import server
+    from progressdb_server.store.model import StoreDamagedError, StoreUnavailableError
 
     loaded = load_config(
         addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev, log_format=log_format
     )
     try:
         server.run(loaded.config, master_key_fd, accept_restore=accept_restore)
+    except StoreDamagedError:  # as an older state of the key service, it does not pass without a person
+        raise
+    except StoreUnavailableError as error:
+        raise CommandError(error.explained, EXIT_FAILED) from None
     except server.ServeError as error:
         raise CommandError(str(error), EXIT_FAILED) from None
     return 0
@@ -114,11 +119,12 @@ def _explained(error: Exception) -> tuple[str, int]:
 def _exit_status(error: Exception) -> int:
     """Of an error whose text is written for users. Raises any other: it is a defect."""
     from progressdb_server.config import ConfigError
+    from progressdb_server.store.epoch import RestoredError
     from progressdb_server.store.model import BackupError, FormatError, StoreUnavailableError
 
     if isinstance(error, CommandError):
         return error.exit_status
-    if isinstance(error, (CycloptsError, ConfigError, FormatError, StoreUnavailableError)):
+    if isinstance(error, (CycloptsError, ConfigError, FormatError, RestoredError, StoreUnavailableError)):
         return EXIT_MISSING
     if isinstance(error, BackupError):
         return EXIT_FAILED
