@@ -59,8 +59,11 @@ def test_progress_ends_with_the_total(original: Path, monkeypatch: pytest.Monkey
     assert told[-1] == (total, total)
 
 
-def test_a_file_that_is_closed_while_it_is_read_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file is rotated and compressed while it is read."""
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_file_that_is_closed_while_it_is_read_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    """Each file gets more lines, is rotated and perhaps compressed while it is read."""
     log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=LogLimits(segment_bytes=2000, reserve_bytes=0))
     write_events(log, 10)
     rounds = 0
@@ -73,11 +76,13 @@ def test_a_file_that_is_closed_while_it_is_read_is_read_once(tmp_path: Path, mon
             rounds += 1
             if rounds < 40 and rounds % 3 == 0:
                 write_events(log, 4)
-                compress_closed(str(tmp_path))
+                if compressed:
+                    compress_closed(str(tmp_path))
 
     monkeypatch.setattr(reader.SegmentFile, "lines", lines)
     report = verify_directory(str(tmp_path), trust())
     assert report.intact, report.findings
+    assert report.segments > 3
     log.close()
 
 

@@ -137,42 +137,6 @@ def test_files_are_closed_and_compressed_while_serving(tmp_path: Path) -> None:
     assert daemon.verify()[0] == 0
 
 
-def test_an_altered_log_prevents_a_start_until_the_loss_is_accepted(tmp_path: Path) -> None:
-    with serving(tmp_path) as daemon:
-        daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
-    content = (daemon.data_dir / LOG).read_bytes()
-    (daemon.data_dir / LOG).write_bytes(content[:-3] + b"\n")
-    refused = forked.run("minikms", *daemon.places)
-    assert refused.returncode != 0
-    assert "--accept-audit-loss" in refused.stderr
-    with serving(tmp_path, "--accept-audit-loss") as daemon:
-        assert daemon.verify()[0] == 0
-    assert "previous" in events_of(daemon.data_dir / LOG)[0].facts
-
-
-def test_a_log_without_the_expected_line_is_refused(tmp_path: Path) -> None:
-    """Also if a start without the expectation continued the log until it was as long as before."""
-    with serving(tmp_path) as daemon:
-        daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
-        head = daemon.ask("GET", "/status")[1]["audit"]["head"]
-    expected = f"{head['seq']}:{head['sig']}"
-    with serving(tmp_path, "--expect-audit-head", expected) as daemon:
-        assert daemon.verify()[0] == 0
-    lines = (daemon.data_dir / LOG).read_bytes().split(b"\n")
-    (daemon.data_dir / LOG).write_bytes(b"\n".join(lines[: head["seq"] - 1]) + b"\n")
-    (daemon.data_dir / f"{LOG}.confirmed").unlink()
-    command = ("minikms", *daemon.places, "--expect-audit-head", expected)
-    # The epochs of the keyring show the cut too, unless those who cut put back an older keyring with it.
-    refused = forked.run(*command, "--accept-restore")
-    assert refused.returncode != 0
-    assert f"the audit log ends at line {head['seq'] - 1}, but line {head['seq']} was written" in refused.stderr
-    with serving(tmp_path, "--accept-restore") as daemon:
-        daemon.ask("GET", "/status")
-    refused = forked.run(*command)
-    assert refused.returncode != 0
-    assert f"line {head['seq']} of the audit log is not the one that was written" in refused.stderr
-
-
 SIG = "A" * 43 + "="
 
 
@@ -180,14 +144,3 @@ SIG = "A" * 43 + "="
 def test_a_malformed_expected_line_is_refused(text: str) -> None:
     with pytest.raises(StartError, match="--expect-audit-head is SEQ:SIG"):
         parse_head(text)
-
-
-@pytest.mark.torture
-def test_a_log_under_load_and_rotation_verifies_beside_the_daemon(tmp_path: Path) -> None:
-    with serving(tmp_path, "--audit-segment-mib", 1) as daemon:
-        _, made = daemon.ask("POST", "/create_dek_for_thread", {"thread_id": "t"})
-        items = [{"key_id": made["key_id"], "plaintext": "", "request_id": f"{n:0128}"} for n in range(1024)]
-        for _ in range(200):
-            assert daemon.ask("POST", "/encrypt_batch", {"items": items})[0] == 200
-            if _ % 20 == 0:
-                assert daemon.verify()[0] == 0

@@ -204,15 +204,6 @@ def test_the_log_is_signed_and_its_reserve_kept_while_the_clock_is_behind(tmp_pa
     assert verify(tmp_path).intact
 
 
-def test_thread_ids_can_be_hidden(tmp_path: Path) -> None:
-    log = open_log(tmp_path, hash_thread_ids=True)
-    log.add(encrypt_event(thread_id="payroll"))
-    log.commit()
-    log.close()
-    assert b"payroll" not in (tmp_path / LOG).read_bytes()
-    assert record.hash_thread_id("payroll", KEY1.mac_key).encode() in lines_of(tmp_path)[1]
-
-
 # --- when it can't be written ----------------------------------------------------------------------------------------
 
 

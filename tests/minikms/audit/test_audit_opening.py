@@ -195,18 +195,6 @@ def test_a_log_shorter_than_expected_is_refused(tmp_path: Path) -> None:
         open_log(tmp_path, expected=ExpectedLog(exists=True, head=known))
 
 
-def test_a_log_with_another_line_in_place_of_the_expected_one_is_refused(tmp_path: Path) -> None:
-    kill(tmp_path)
-    with pytest.raises(StartError, match="line 6 of the audit log is not the one"):
-        open_log(tmp_path, expected=ExpectedLog(exists=True, head=Head(6, bytes(32))))
-
-
-def test_a_log_with_the_expected_line_continues(tmp_path: Path) -> None:
-    kill(tmp_path)
-    for number in (4, 6):
-        open_log(tmp_path, expected=ExpectedLog(exists=True, head=head_of(tmp_path, number))).close()
-
-
 def many(directory: Path) -> list[Head]:
     """A log in several files, some compressed. Returns the heads that it had."""
     make_segments(directory)
@@ -286,14 +274,6 @@ def test_a_change_of_key_that_reached_only_the_keyring_is_completed(tmp_path: Pa
     kill(tmp_path)
     open_log(tmp_path, KEY2, former=(KEY1.audit_key(),)).close()
     assert types_of(tmp_path)[6:] == ["audit_key"]
-    assert verify(tmp_path, KEY1, KEY2).intact
-
-
-def test_a_start_after_a_change_of_key_continues_under_the_new_key(tmp_path: Path) -> None:
-    log = open_log(tmp_path)
-    log.change_key(KEY2.audit_key())
-    make_log(tmp_path, 2, key=KEY2, former=(KEY1.audit_key(),))
-    assert types_of(tmp_path) == ["genesis", "audit_key", "encrypt", "encrypt", "checkpoint"]
     assert verify(tmp_path, KEY1, KEY2).intact
 
 

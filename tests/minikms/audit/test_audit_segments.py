@@ -17,8 +17,6 @@ from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import list_segments
 from tests.minikms.audit.logmaker import (
-    KEY1,
-    KEY2,
     LOG,
     SECOND,
     Clock,
@@ -28,7 +26,6 @@ from tests.minikms.audit.logmaker import (
     make_segments,
     open_log,
     verify,
-    write_events,
 )
 
 SMALL_SEGMENTS = LogLimits(segment_bytes=3000, reserve_bytes=0)
@@ -108,16 +105,6 @@ def test_a_log_goes_on_after_a_restart_in_any_segment(tmp_path: Path) -> None:
         make_segments(tmp_path, 15)
     assert verify(tmp_path).intact
     assert len(list_segments(str(tmp_path))) >= 3
-
-
-def test_the_key_can_change_in_a_later_segment(tmp_path: Path) -> None:
-    log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=SMALL_SEGMENTS)
-    write_events(log, 20)
-    log.change_key(KEY2.audit_key())
-    write_events(log, 20)
-    log.close()
-    assert verify(tmp_path, KEY1, KEY2).intact
-    assert verify(tmp_path, KEY1, public_only=True).intact
 
 
 # --- a rotation that is interrupted ----------------------------------------------------------------------------------
