@@ -245,14 +245,6 @@ def test_an_answer_that_is_no_check_is_a_protocol_error(body: bytes) -> None:
         read_check(body, 1)
 
 
-def test_every_code_of_the_contract_has_its_error() -> None:
-    codes = {value for name, value in vars(api).items() if name.startswith("CODE_")}
-    assert set(errors.BY_CODE) == codes
-    for code, kind in errors.BY_CODE.items():
-        error = errors.refusal(code, "text")
-        assert (type(error), error.code, error.status) == (kind, code, kind.status)
-
-
 def test_what_a_daemon_says_is_cut_short_and_cleaned() -> None:
     error = errors.refusal("Not a code\n", "line\n\x1b[31m" + "x" * 10000, 400)
     assert error.code == "internal"
