@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import minikms
-from minikms.api.errors import KmsCredentialsError, KmsUntrustedServerError, UnauthorizedError
+from minikms.api.errors import UnauthorizedError
 from tests.harness import forked
-from tests.harness.certificates import Authority, replace
+from tests.harness.certificates import replace
 from tests.harness.gateways import Pair
 from tests.harness.tokens import ISSUER, TokenIssuer
 
@@ -38,13 +38,6 @@ def url(pair: Pair) -> str:
 def shown(pair: Pair, tmp_path: Path, **how: Any) -> dict[str, Any]:
     cert, key = pair.gateway.authority.issue(uris=["spiffe://prod/chat/api"], **how).write(tmp_path)
     return {"ca": pair.gateway.ca_file, "cert": cert, "key": key}
-
-
-def test_a_client_with_a_certificate_uses_its_keys(pair: Pair, tmp_path: Path) -> None:
-    with minikms.Client(url(pair), **shown(pair, tmp_path)) as client:
-        key = client.create_dek_for_thread("thread-1")
-        sealed = client.encrypt(key.key_id, b"hello", aad=b"1")
-        assert client.decrypt(key.key_id, sealed, aad=b"1") == b"hello"
 
 
 def test_an_asyncio_client_batches_through_the_gateway(pair: Pair, tmp_path: Path) -> None:
@@ -75,28 +68,6 @@ def test_a_token_that_is_replaced_on_the_disk_is_taken_up(pair: Pair, tmp_path: 
             client.random(8)
         replace(file, OIDC.token(sub="last").encode(), 0o600)
         client.random(8)
-
-
-def test_a_refused_certificate_is_no_outage(pair: Pair, tmp_path: Path) -> None:
-    """It is not tried again and again for as long as an outage would be."""
-    other = Authority("another root").issue(uris=["spiffe://prod/chat/api"])
-    cert, key = other.write(tmp_path)
-    before = pair.gateway.refused("unknown_ca")
-    with (
-        minikms.Client(url(pair), ca=pair.gateway.ca_file, cert=cert, key=key, wait_s=60) as client,
-        pytest.raises(KmsCredentialsError),
-    ):
-        client.random(8)
-    assert pair.gateway.refused("unknown_ca") - before <= 2
-
-
-def test_a_gateway_of_another_ca_gets_nothing(pair: Pair, tmp_path: Path) -> None:
-    (tmp_path / "other.pem").write_bytes(Authority("another root").pem)
-    good = shown(pair, tmp_path) | {"ca": tmp_path / "other.pem"}
-    before = pair.gateway.metric("requests_total", verb="random")
-    with minikms.Client(url(pair), **good) as client, pytest.raises(KmsUntrustedServerError):
-        client.random(8)
-    assert pair.gateway.metric("requests_total", verb="random") == before
 
 
 def test_the_command_uses_the_gateway_that_its_environment_names(pair: Pair, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 import minikms
 from minikms.client import AsyncClient, Client
-from tests.harness.certificates import replace
-from tests.harness.gateways import Pair
+from tests.harness.certificates import SERVER, replace
+from tests.harness.gateways import HOST, Pair
 from tests.harness.tokens import ISSUER, TokenIssuer
 from tests.harness.waiting import WAIT_S_MAX, wait_until
 
@@ -45,8 +45,12 @@ class Renewal(Protocol):
 
 
 def certificate(pair: Pair, directory: Path, number: int) -> str:
+    """Of another intermediate CA each time. The gateway's own certificate is renewed too."""
     name = f"spiffe://prod/chat/renewed-{number}"
-    pair.client(uri=name).write(directory)
+    pair.gateway.root.below(f"issuing CA {number}").issue(uris=[name]).write(directory)
+    own = pair.gateway.authority.issue(dns=[HOST, "localhost"], extended=[SERVER])
+    pair.gateway.write("server.key", own.key, private=True)
+    pair.gateway.write("server.pem", own.chain)
     return name
 
 

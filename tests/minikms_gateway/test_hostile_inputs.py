@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import ssl
@@ -12,7 +13,6 @@ import pytest
 
 from minikms.http.tls import HANDSHAKES_COUNT_MAX
 from tests import needs
-from tests.harness.callers import Caller
 from tests.harness.gateways import Pair
 from tests.harness.waiting import wait_until
 from tests.minikms.http.http_harness import parse_answers, post
@@ -91,14 +91,21 @@ def test_an_answer_that_nobody_reads_reaches_no_other_principal(pair: Pair) -> N
             assert len(answer.body["random"]) == (count + 2) // 3 * 4
 
 
+def test_a_cancelled_request_is_carried_out_and_answers_nobody_else(pair: Pair) -> None:
+    """Its connection to the key service carries the next request only after its own answer."""
+    shown, other = pair.client(), pair.client(uri="spiffe://prod/chat/other")
+    body = json.dumps({"thread_id": "cancelled"}).encode()
+    with pair.gateway.caller(other) as caller:
+        for number in range(20):
+            with pair.gateway.connect(shown) as tls:
+                head = b"POST /create_dek_for_thread HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+                tls.sendall(head % len(body) + body)
+            answer = caller.post("/get_or_create_dek_for_thread", {"thread_id": f"own-{number}"})
+            assert (answer.status, set(answer.body)) == (200, {"key_id", "created"})
+
+
 def rest(tls: ssl.SSLSocket) -> bytes:
     received = b""
     while part := tls.recv(65536):
         received += part
     return received
-
-
-def test_the_caller_of_these_tests_gets_answers(pair: Pair) -> None:
-    """Otherwise the table would prove nothing."""
-    with pair.gateway.connect(pair.client()) as tls:
-        assert Caller(tls).post("/random", {"count": 1}).status == 200

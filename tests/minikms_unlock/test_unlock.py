@@ -240,18 +240,6 @@ def test_without_a_terminal_it_asks_for_nothing(daemon: LiveDaemon, config: Path
     assert "typed and shown on a terminal only" in done.stderr
 
 
-def test_an_unknown_source_is_refused(config: Path) -> None:
-    done = subprocess.run(
-        command("unseal", "tpm2:", "--config", str(config), "--socket", "/nowhere"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "'tpm2:' is no source of a root key that this version knows" in done.stderr
-
-
 def test_minikms_unlock_runs_it_and_passes_no_key_on(config: Path) -> None:
     """As git runs git-NAME. The flag for a root key of the environment is not passed on."""
     words = [sys.executable, "-m", "minikms", "unlock", "unseal", "tpm2:", "--config", str(config)]
