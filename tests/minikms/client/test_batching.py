@@ -179,11 +179,11 @@ def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch
 def test_an_item_that_waited_too_long_fails_and_is_not_sent() -> None:
     async def main() -> None:
         daemon = Daemon()
-        batcher = Batcher(daemon.send, 1.0, OneLoop())
+        batcher = Batcher(daemon.send, 0.3, OneLoop())
         first = asyncio.create_task(batcher.submit(item(b"first")))
         await turns()
         late = asyncio.create_task(batcher.submit(item(b"late")))
-        await asyncio.sleep(1.1)
+        await asyncio.sleep(0.4)
         daemon.go.set()
         assert await first == b"FIRST"
         with pytest.raises(errors.KmsTimeoutError):

@@ -133,7 +133,7 @@ def test_a_request_that_the_kernel_takes_in_parts_arrives_whole(monkeypatch: pyt
 
 def test_a_silent_daemon_is_a_timeout_and_its_late_answer_is_discarded(use: Use) -> None:
     with hostile([SILENT], [STATUS]) as server:
-        first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, timeout_s=2.0, wait_s=WAIT_S)
+        first, second = use(server.path, ENCRYPT_CALL, STATUS_CALL, timeout_s=1.0, wait_s=WAIT_S)
         assert isinstance(first, errors.KmsTimeoutError)
         assert second == api.StatusAnswer()
         assert server.connections == 2

@@ -66,16 +66,17 @@ def test_a_request_that_trickles_in_gets_408(limits: Limits, start: bytes) -> No
 
 
 def test_each_request_of_a_connection_has_its_own_time() -> None:
-    """Six requests that take 1.8 s each are fine under a limit of 10 s."""
+    """Six requests that take 0.8 s each are fine under a limit of 4 s."""
 
     async def check() -> None:
-        async with serving(dataclasses.replace(PATIENT, head_seconds_max=10.0, body_seconds_max=10.0)) as running:
+        async with serving(dataclasses.replace(PATIENT, head_seconds_max=4.0, body_seconds_max=4.0)) as running:
             peer = await running.peer()
             data = post("/echo", b"abc")
             for _ in range(6):
-                for part in (data[:10], data[10:-2], data[-2:]):
+                for part in (data[:10], data[10:-2]):
                     peer.send(part)
-                    await asyncio.sleep(0.6)
+                    await asyncio.sleep(0.4)
+                peer.send(data[-2:])
                 assert (await peer.answer()).status == 200
             await peer.close()
 
@@ -229,14 +230,14 @@ def test_a_slow_reader_is_not_a_deaf_one() -> None:
     """Who takes at least WRITE_PROGRESS_BYTES_MIN in the time of a stall gets all of its answer."""
 
     async def check() -> None:
-        async with serving(dataclasses.replace(PATIENT, write_stall_seconds_max=8.0)) as running:
+        async with serving(dataclasses.replace(PATIENT, write_stall_seconds_max=3.0)) as running:
             loop = asyncio.get_running_loop()
             slow = socket.socket(socket.AF_UNIX)
             slow.setblocking(False)
             await loop.sock_connect(slow, running.path)
-            await loop.sock_sendall(slow, get("/large?bytes=2000000"))
+            await loop.sock_sendall(slow, get("/large?bytes=1000000"))
             taken = 0
-            while taken < 2_000_000:
+            while taken < 1_000_000:
                 chunk = await loop.sock_recv(slow, 2 * WRITE_PROGRESS_BYTES_MIN)
                 assert chunk, "cut off although it was reading"
                 taken += len(chunk)

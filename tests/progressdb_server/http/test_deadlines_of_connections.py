@@ -22,10 +22,10 @@ POST = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: %b\r\nContent-Lengt
 
 
 def test_a_connection_that_idles_is_closed_and_one_in_use_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "IDLE_SECONDS_MAX", 3.0)
-    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 3.0)
+    monkeypatch.setattr(limits, "IDLE_SECONDS_MAX", 2.0)
+    monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 2.0)
     with running() as server, server.connect() as used:
-        for _ in range(8):
+        for _ in range(6):
             used.sendall(GET)
             assert read_response(used).status == 200
             time.sleep(0.4)
@@ -48,7 +48,7 @@ def test_an_answer_may_take_longer_than_a_request(monkeypatch: pytest.MonkeyPatc
     create = api.store.messages.create
 
     async def slow(*given: Any, **named: Any) -> Any:
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(1.5)
         return await create(*given, **named)
 
     monkeypatch.setattr(api.store.messages, "create", slow)
