@@ -7,7 +7,9 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +47,30 @@ def ask(path: Path, line: bytes, header: bytes = b"") -> list[Any]:
         return [int(answer.split()[1]), closed]
 
 
-def test_other_uids_get_401_on_every_path_but_health_and_are_disconnected(public: Path) -> None:
-    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
-        lines = [
-            b"GET /status", b"POST /encrypt", b"POST /decrypt", b"POST /create_dek_for_thread", b"POST /rotate_kek",
-            b"GET /keys", b"GET /nowhere", b"DELETE /health", b"POST /encrypt_batch",
-        ]  # fmt: skip
-        answers = foreign.run_as(
-            foreign.UID, lambda: [ask(daemon.socket, line) for line in lines] + [ask(daemon.socket, b"GET /health")]
-        )
+@pytest.fixture(scope="module")
+def open_to_all() -> Iterator[LiveDaemon]:
+    """Every user reaches its socket."""
+    needs.root()
+    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
+        Path(name).chmod(0o755)
+        with LiveDaemon(Path(name), "file", *OPEN_TO_ALL) as daemon:
+            yield daemon
+
+
+def test_other_uids_get_401_on_every_path_but_health_and_are_disconnected(open_to_all: LiveDaemon) -> None:
+    lines = [
+        b"GET /status", b"POST /encrypt", b"POST /decrypt", b"POST /create_dek_for_thread", b"POST /rotate_kek",
+        b"GET /keys", b"GET /nowhere", b"DELETE /health", b"POST /encrypt_batch",
+    ]  # fmt: skip
+    answers = foreign.run_as(foreign.UID, lambda: [ask(open_to_all.socket, line) for line in (*lines, b"GET /health")])
     assert answers[:-1] == [[401, True]] * len(lines)
     assert answers[-1] == [200, False]
 
 
-def test_a_bearer_token_never_authenticates(public: Path) -> None:
-    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
-        header = b"Authorization: Bearer anything\r\n"
-        assert foreign.run_as(foreign.UID, lambda: ask(daemon.socket, b"GET /status", header)) == [401, True]
-        assert ask(daemon.socket, b"GET /status", header) == [200, False]
+def test_a_bearer_token_never_authenticates(open_to_all: LiveDaemon) -> None:
+    header = b"Authorization: Bearer anything\r\n"
+    assert foreign.run_as(foreign.UID, lambda: ask(open_to_all.socket, b"GET /status", header)) == [401, True]
+    assert ask(open_to_all.socket, b"GET /status", header) == [200, False]
 
 
 def test_only_the_named_uids_are_allowed_not_the_daemons_own(public: Path) -> None:
@@ -74,10 +82,10 @@ def test_only_the_named_uids_are_allowed_not_the_daemons_own(public: Path) -> No
             kms.status()
 
 
-def test_a_passed_connection_keeps_the_authority_of_its_maker(public: Path) -> None:
+def test_a_passed_connection_keeps_the_authority_of_its_maker(open_to_all: LiveDaemon) -> None:
     """A descriptor handed to a child of another uid still speaks for who connected: by design."""
-    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon, socket.socket(socket.AF_UNIX) as ours:
-        ours.connect(str(daemon.socket))
+    with socket.socket(socket.AF_UNIX) as ours:
+        ours.connect(str(open_to_all.socket))
 
         def use_it() -> str:
             ours.sendall(REQUEST % (b"GET /status", b""))
@@ -138,17 +146,15 @@ def test_other_uids_cannot_use_up_the_connections_of_the_allowed(public: Path) -
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
-def test_the_body_of_another_uid_is_not_kept_not_even_for_health(public: Path, method: bytes) -> None:
-    with LiveDaemon(public, "file", *OPEN_TO_ALL) as daemon:
+def test_the_body_of_another_uid_is_not_kept_not_even_for_health(open_to_all: LiveDaemon, method: bytes) -> None:
+    def announce() -> int:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(60)
+            client.connect(str(open_to_all.socket))
+            client.sendall(b"%b /health HTTP/1.1\r\nHost: x\r\nContent-Length: 16000000\r\n\r\nbegun" % method)
+            return int(client.recv(65536).split()[1])
 
-        def announce() -> int:
-            with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(60)
-                client.connect(str(daemon.socket))
-                client.sendall(b"%b /health HTTP/1.1\r\nHost: x\r\nContent-Length: 16000000\r\n\r\nbegun" % method)
-                return int(client.recv(65536).split()[1])
-
-        assert foreign.run_as(foreign.UID, announce) == 401
+    assert foreign.run_as(foreign.UID, announce) == 401
 
 
 def test_a_client_sends_nothing_to_a_squatted_socket(public: Path) -> None:
