@@ -35,7 +35,9 @@ def test_one_damaged_block_leaves_the_other_threads_served(tmp_path: Path) -> No
         for number in range(THREADS):
             sent = {"thread": f"t{number}", "author": "ada", "body": "x" * 1000}
             assert server("POST", "/v1/messages", sent).status == 200
-        status, said = command(server, "backup", "create", "good", "--store-only", "--addr", f"127.0.0.1:{server.port}")
+        status, said = command(
+            server, "backup", "create", "good", "--store-only", "--url", f"http://127.0.0.1:{server.port}"
+        )
         assert (status, "each block was read back" in said) == (0, True), said
         status, said = command(server, "backup", "verify", str(server.db / "backups" / "good"), "--db", str(server.db))
         assert (status, f"{2 * THREADS} of {2 * THREADS} records were opened" in said) == (0, True), said
@@ -58,9 +60,9 @@ def test_one_damaged_block_leaves_the_other_threads_served(tmp_path: Path) -> No
         assert any(event["event"] == "store_damaged" and table.name in event["reason"] for event in server.log)
         assert server("GET", "/readyz", key=None).json == {"status": "damaged"}
         assert b"progressdb_store_damaged_files 1.0" in server("GET", "/metrics", key=ADMIN).body
-        status, said = command(server, "doctor", "--addr", f"127.0.0.1:{server.port}")
+        status, said = command(server, "doctor", "--url", f"http://127.0.0.1:{server.port}")
         assert (status, f"problem: the store is damaged: {table.name}" in said) == (1, True), said
-        status, said = command(server, "backup", "create", "one", "--addr", f"127.0.0.1:{server.port}")
+        status, said = command(server, "backup", "create", "one", "--url", f"http://127.0.0.1:{server.port}")
         assert status != 0
         assert not (server.db / "backups" / "one").exists()
         assert server("POST", "/v1/messages", {"thread": "new", "author": "ada", "body": 1}).status == 200
@@ -83,7 +85,7 @@ def test_one_damaged_block_leaves_the_other_threads_served(tmp_path: Path) -> No
         assert refused.json["error"].startswith(f"the store is damaged: the file {table.name}: nothing is written")
         assert server("GET", "/readyz", key=None).status == 503
         assert lists(server) == found
-        status, said = command(server, "doctor", "--addr", f"127.0.0.1:{server.port}")
+        status, said = command(server, "doctor", "--url", f"http://127.0.0.1:{server.port}")
         assert (status, f"{table.name}: nothing is written" in said) == (1, True), said
     with real_server(tmp_path) as server:
         assert lists(server) == found

@@ -67,7 +67,9 @@ def test_messages_are_appended_and_rotated_through_a_gateway() -> None:
         assert re.findall(r"^progressdb_kms_(?:exclusive|gateway|up) .*$", metrics, re.MULTILINE) == [
             "progressdb_kms_up 1.0", "progressdb_kms_exclusive 0.0", "progressdb_kms_gateway 1.0",
         ]  # fmt: skip
-        status = json.loads(run(progressdb, base, "status", "--json", "--addr", f"127.0.0.1:{progressdb.port}").stdout)
+        status = json.loads(
+            run(progressdb, base, "status", "--json", "--url", f"http://127.0.0.1:{progressdb.port}").stdout
+        )
         assert status["key_service"].items() >= {
             "status": "ok", "exclusive": False, "url": progressdb.environ["PROGRESSDB_KMS_URL"],
         }.items()  # fmt: skip

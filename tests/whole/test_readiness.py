@@ -33,7 +33,7 @@ READY, NOT_READY = (200, b'{"status":"ok"}'), (503, b'{"error":"not ready"}')
 
 def status(server: RealServer, **more: str) -> tuple[int, str]:
     environment = {"PROGRESSDB_API_ADMIN_KEYS": ADMIN, "PROGRESSDB_DB_PATH": str(server.db), **more}
-    done = forked.run("progressdb_server", "status", "--addr", f"127.0.0.1:{server.port}", env=environment)
+    done = forked.run("progressdb_server", "status", "--url", f"http://127.0.0.1:{server.port}", env=environment)
     return done.returncode, done.stdout
 
 

@@ -185,7 +185,9 @@ def named_keys(server: RealServer) -> set[str]:
 
 def doctor(server: RealServer, *words: str) -> tuple[int, str]:
     environment = {"PROGRESSDB_API_ADMIN_KEYS": ADMIN, "PROGRESSDB_DB_PATH": str(server.db)}
-    done = forked.run("progressdb_server", "doctor", *words, "--addr", f"127.0.0.1:{server.port}", env=environment)
+    done = forked.run(
+        "progressdb_server", "doctor", *words, "--url", f"http://127.0.0.1:{server.port}", env=environment
+    )
     return done.returncode, done.stdout
 
 
