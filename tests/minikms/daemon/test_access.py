@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import sys
@@ -21,7 +20,6 @@ from minikms.daemon.admission import UNAUTHORISED_CONNECTIONS_MAX
 from minikms.memory import libc
 from minikms.policy import Policy
 from tests import needs
-from tests.harness.forked import Forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.daemon import foreign
 
@@ -80,18 +78,6 @@ def test_only_the_named_uids_are_allowed_not_the_daemons_own(public: Path) -> No
         assert ask(daemon.socket, b"GET /status")[0] == 401
         with daemon.client() as kms, pytest.raises(UnauthorizedError, match=f"uid {os.geteuid()} .*--allowed-uids"):
             kms.status()
-
-
-def test_a_passed_connection_keeps_the_authority_of_its_maker(open_to_all: LiveDaemon) -> None:
-    """A descriptor handed to a child of another uid still speaks for who connected: by design."""
-    with socket.socket(socket.AF_UNIX) as ours:
-        ours.connect(str(open_to_all.socket))
-
-        def use_it() -> str:
-            ours.sendall(REQUEST % (b"GET /status", b""))
-            return ours.recv(20).decode()
-
-        assert foreign.run_as(foreign.UID, use_it).startswith("HTTP/1.1 200")
 
 
 def test_the_overflow_uid_is_never_allowed_even_if_it_is_named(public: Path) -> None:
@@ -184,38 +170,6 @@ def test_a_client_sends_nothing_to_a_squatted_socket(public: Path) -> None:
     os.waitpid(child, 0)
     for descriptor in (*ready, *heard):
         os.close(descriptor)
-
-
-def test_of_two_daemons_on_one_directory_exactly_one_serves(public: Path) -> None:
-    """On one socket, and on two different ones; the error names the owner."""
-    for round_number in range(4):
-        base = public / str(round_number)
-        base.mkdir(0o755)
-        (base / "key").touch(0o600)
-        (base / "key").write_text("ab" * 32)
-        starters = [start_for_a_race(base, "s" if round_number % 2 else f"s{number}", number) for number in range(2)]
-        try:
-            deadline = time.monotonic() + 60
-            while all(starter.poll() is None for starter in starters) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            (loser,) = (number for number, starter in enumerate(starters) if starter.poll() is not None)
-            winner = starters[1 - loser]
-            # The pid is missing when the winner has the lock but has not written it yet.
-            said = (base / f"log{loser}").read_text()
-            assert re.search(rf"another process( \(pid {winner.pid}\))? owns", said), said
-            assert starters[loser].returncode == 1
-            winner.terminate()
-            assert winner.wait(60) == 0
-        finally:
-            for starter in starters:
-                starter.kill()
-                starter.wait()
-
-
-def start_for_a_race(base: Path, socket_name: str, number: int) -> Forked:
-    words = ["minikms", "--data-dir", str(base / "data"), "--socket", str(base / socket_name)]
-    with (base / f"log{number}").open("wb") as log:
-        return Forked([*words, "--master-key-file", str(base / "key")], None, log.fileno(), log.fileno())
 
 
 def test_a_stop_removes_the_socket_and_a_start_replaces_a_stale_one(public: Path) -> None:
