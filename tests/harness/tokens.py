@@ -12,6 +12,15 @@ from joserfc.jwk import ECKey, KeyParameters, KeySet, RSAKey
 
 ISSUER = "https://issuer.example"
 AUDIENCE = "minikms"
+OIDC_TABLE = f"""
+[[issuer]]
+kind = "oidc"
+issuer = "{ISSUER}"
+audience = "{AUDIENCE}"
+algorithms = ["ES256"]
+jwks_file = "oidc.json"
+"""
+"""Of the gateway's configuration."""
 
 
 def encoded(data: bytes) -> str:

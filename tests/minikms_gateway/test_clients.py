@@ -16,18 +16,14 @@ from minikms.api.errors import UnauthorizedError
 from tests.harness import forked
 from tests.harness.certificates import replace
 from tests.harness.gateways import Pair
-from tests.harness.tokens import ISSUER, TokenIssuer
+from tests.harness.tokens import OIDC_TABLE, TokenIssuer
 
 OIDC = TokenIssuer()
-TABLE = (
-    f'[[issuer]]\nkind = "oidc"\nissuer = "{ISSUER}"\naudience = "minikms"\nalgorithms = ["ES256"]\n'
-    'jwks_file = "oidc.json"\n'
-)
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    with Pair(tables=TABLE, files={"oidc.json": OIDC.jwks}) as made:
+    with Pair(tables=OIDC_TABLE, files={"oidc.json": OIDC.jwks}) as made:
         yield made
 
 

@@ -16,25 +16,17 @@ import minikms
 from minikms.client import AsyncClient, Client
 from tests.harness.certificates import SERVER, replace
 from tests.harness.gateways import HOST, Pair
-from tests.harness.tokens import ISSUER, TokenIssuer
+from tests.harness.tokens import ISSUER, OIDC_TABLE, TokenIssuer
 from tests.harness.waiting import WAIT_S_MAX, wait_until
 
-ROUNDS = 8
+ROUNDS = 6
 LIFE = datetime.timedelta(seconds=12)
 OIDC = TokenIssuer()
-TABLE = f"""
-[[issuer]]
-kind = "oidc"
-issuer = "{ISSUER}"
-audience = "minikms"
-algorithms = ["ES256"]
-jwks_file = "oidc.json"
-"""
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    with Pair(tables=TABLE, files={"oidc.json": OIDC.jwks}) as made:
+    with Pair(tables=OIDC_TABLE, files={"oidc.json": OIDC.jwks}) as made:
         yield made
 
 

@@ -17,19 +17,11 @@ import pytest
 
 from tests.harness.callers import WAIT_S, Caller
 from tests.harness.gateways import HOST, Pair
-from tests.harness.tokens import ISSUER, TokenIssuer
+from tests.harness.tokens import OIDC_TABLE, TokenIssuer
 from tests.harness.waiting import wait_until
 from tests.minikms_gateway.one_address import CLIENTS
 
 OIDC = TokenIssuer()
-TABLE = f"""
-[[issuer]]
-kind = "oidc"
-issuer = "{ISSUER}"
-audience = "minikms"
-algorithms = ["ES256"]
-jwks_file = "oidc.json"
-"""
 ATTACKS = {"handshakes": "handshake_timeout", "connections": "connections"}
 """By the reason that is counted when the first connection of the attack loses its place."""
 AT_ONCE = 10
@@ -37,7 +29,7 @@ AT_ONCE = 10
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    with Pair(tables=TABLE, files={"oidc.json": OIDC.jwks}) as made:
+    with Pair(tables=OIDC_TABLE, files={"oidc.json": OIDC.jwks}) as made:
         yield made
 
 

@@ -319,7 +319,7 @@ DISKS = pytest.mark.parametrize("failing", [False, True], ids=["a sound disk", "
 
 
 @DISKS
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_acknowledged_change_is_lost_by_a_power_loss(
     tmp_path: Path, seed: int, failing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,7 +244,7 @@ def storm_of_signals(pid: int) -> Iterator[None]:
         sender.join()
 
 
-@pytest.mark.parametrize("operations", [2_000, pytest.param(10_000, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("operations", [1_000, pytest.param(10_000, marks=pytest.mark.torture)])
 def test_after_heavy_use_root_finds_no_key_in_memory_or_core(tmp_path: Path, operations: int) -> None:
     """Operations over 100 keys, many errors and many signals; then memory, environment and a gcore."""
     with LiveDaemon(tmp_path, "file", forked=False) as daemon, daemon.client() as client:

@@ -259,7 +259,7 @@ def test_trailers_never_become_headers(server: HttpServer) -> None:
     assert response.status == 401
 
 
-@pytest.mark.parametrize("name", [*MALFORMED, "broken chunk"])
+@pytest.mark.parametrize("name", ["no HTTP", "two Hosts", "NUL in a header", "length and chunks", "broken chunk"])
 def test_a_malformed_request_is_not_answered_in_place_of_an_earlier_one(name: str) -> None:
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     malformed = {**MALFORMED, "broken chunk": chunked + b"5\r\nhelloXX"}[name]
