@@ -87,7 +87,10 @@ def test_the_filters_name_only_groups_that_systemd_252_knows(unit: str) -> None:
 
 @pytest.mark.parametrize("unit", EXPOSURE_MAX)
 def test_no_unit_starts_again_what_a_person_must_correct(unit: str) -> None:
+    """Neither a client of the socket nor the message server's own start starts the key service without an end."""
     assert ("RestartPreventExitStatus", str(EXIT_MISSING)) in restricted.directives(str(UNITS / unit))
+    assert re.search("^TriggerLimitBurst=[1-9]$", (UNITS / "minikms.socket").read_text(), re.MULTILINE)
+    assert not re.search("^(Wants|Requires)=", (UNITS / unit).read_text(), re.MULTILINE)
 
 
 def make_store(path: Path) -> RocksEngine:
