@@ -70,7 +70,7 @@ class _DirectAudit:
         self._log.add(event)
         self._log.commit()
         if durable:
-            await asyncio.to_thread(self._log.fdatasync)
+            await asyncio.to_thread(self._log.sync.fdatasync)
 
 
 class EmbeddedClient(Verbs, AsyncRunner):

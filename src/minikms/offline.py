@@ -57,7 +57,7 @@ def add_root(
     facts: dict[str, str | int] = {"slot_id": slot.slot_id, "fingerprint": slot.fingerprint, "provider": provider}
     data.log.add(Event(type="add_root", actor="minikms", pid=os.getpid(), facts=facts | {"epoch": body.epoch}))
     data.log.commit()
-    data.log.fdatasync()
+    data.log.sync.fdatasync()
     return slot
 
 
@@ -88,7 +88,7 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
         file.store_now(unlocked.encode(body))
         unlocked.body = body
         log.change_key(audit_keys(unlocked).current)
-        log.fdatasync()
+        log.sync.fdatasync()
         return NewAuditKey(key.version, key.public_key, log.head)
 
 

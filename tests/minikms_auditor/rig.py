@@ -109,7 +109,7 @@ class Rig:
         if signed:
             log.close()
         else:
-            log.fdatasync()
+            log.sync.fdatasync()
             log.abandon()
 
     def lines(self) -> list[bytes]:

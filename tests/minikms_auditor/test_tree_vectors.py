@@ -111,7 +111,7 @@ def test_the_tree_of_an_auditor_is_believed_by_the_page(tmp_path: Path, capfd: p
         rig.clock.step = CHORES_NS
         log = open_log(rig.log_dir, clock=rig.clock, limits=LogLimits(segment_bytes=60_000, reserve_bytes=0))
         write_events(log, 600, per_commit=20)
-        log.fdatasync()
+        log.sync.fdatasync()
         rig.steps()
         rig.clock.now += 3600 * SECOND
         assert remove_segments(log, Retention(bytes_max=80_000, days_min=0))

@@ -169,7 +169,7 @@ def test_a_log_whose_first_segments_were_removed_needs_tiles(rig: Rig, verify: V
     rig.clock.step = CHORES_NS
     log = open_log(rig.log_dir, clock=rig.clock, limits=LogLimits(segment_bytes=3000, reserve_bytes=0))
     write_events(log, 60)
-    log.fdatasync()
+    log.sync.fdatasync()
     rig.daemon.durable_seq = None
     rig.steps()
     rig.clock.now += 3600 * SECOND

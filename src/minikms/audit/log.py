@@ -9,7 +9,7 @@ Owns: the queue of a turn, the handling of write failures, and periodic checkpoi
 - A change of the audit key that has begun is completed before any other line is written: the keyring names the last
   line under the old key.
 - Periodic work follows the monotonic clock, so that it continues when the wall clock is set back.
-- All methods but `fdatasync` belong to one thread. `fdatasync` may run in another thread at the same time.
+- `AuditLog` belongs to one thread. `LogSync.fdatasync` may run in another thread at the same time.
 
 It must never report a line as written that is not, keep an event after its commit, or hold key bytes. The caller holds
 the lock of the data directory.
@@ -69,6 +69,54 @@ class _Failure(msgspec.Struct):
     dropped: int = 0
 
 
+class LogSync:
+    """Which lines of a log are on the disk. each_turn: whether a turn's answers must wait for `fdatasync`."""
+
+    def __init__(self, writer: ChainWriter, policy: FsyncPolicy) -> None:
+        self._writer = writer
+        self._synced = writer.head
+        self._synced_lock = threading.Lock()
+        self.policy: FsyncPolicy = policy
+        self.each_turn = policy == "turn"
+
+    @property
+    def dirty(self) -> bool:
+        """Whether a committed line is not confirmed to be on disk."""
+        return self._writer.file.unconfirmed_bytes > 0
+
+    @property
+    def needed(self) -> bool:
+        """Whether `fdatasync` should be called now: because of the policy, because the last call failed, or before a
+        commit has to wait for the disk, since the unconfirmed lines are held in memory.
+        """
+        file = self._writer.file
+        least = UNCONFIRMED_BYTES_MAX // 2 if self.policy == "never" else 1
+        return file.failed or file.unconfirmed_bytes >= least
+
+    def fdatasync(self) -> None:
+        """Return when every line committed before the call is on disk. For any thread.
+
+        Raises AuditUnavailableError: then the log accepts no lines until a later call succeeds.
+        """
+        head = self._writer.head  # before the sync begins: its line was appended before it became the head
+        try:
+            self._writer.file.sync()
+        except OSError as error:
+            raise AuditUnavailableError("the disk did not confirm the audit log") from error
+        self._confirm(head)
+
+    def _confirm(self, head: Head) -> None:
+        with self._synced_lock:
+            self._synced = max(self._synced, head, key=lambda line: line.seq)
+
+    def durable_line(self) -> Head:
+        """The last line that is on the disk for certain. Records it, so that a later call gives no earlier line: a
+        rotation syncs by itself."""
+        if not self.dirty:
+            self._confirm(self._writer.head)
+        return self._synced
+
+
 class AuditLog:
     """An open log, made by `AuditLog.open`. events_dropped: since then, because they could not be written."""
 
@@ -87,11 +135,11 @@ class AuditLog:
         self.now_ns = now_ns
         self._monotonic_ns = monotonic_ns
         self.events_dropped = 0
-        self._fsync: FsyncPolicy = fsync
         self._limits = limits
         self._hash_thread_ids = hash_thread_ids
         self._queue: list[Event] = []
         self.writer = ChainWriter(directory, opened)
+        self.sync = LogSync(self.writer, fsync)
         self._failure: _Failure | None = None
         self._next_key: AuditKey | None = None
         """The line that announces this key could not be written yet."""
@@ -106,8 +154,6 @@ class AuditLog:
         # Only the wall clock knows the age of an earlier process's file. If it was set back since, the age begins now.
         self._segment_began_ns = started_ns - max(0, now_ns() - opened.segment_ts)
         self._closed = False
-        self._synced = opened.head
-        self._synced_lock = threading.Lock()
         self.attended: Callable[[], bool] = lambda: False
         """Whether an auditor takes the lines, as far as they are signed. Its owner may set it."""
 
@@ -183,13 +229,13 @@ class AuditLog:
             events, self._queue = self._queue, []
             self._write_turn(events)
         if durable:
-            self.fdatasync()
+            self.sync.fdatasync()
 
     def _write_turn(self, events: list[Event]) -> None:
         ts = self.now_ns()
         dropped = len(events)
         if self._hash_thread_ids:
-            self._hide_thread_ids(events)
+            _hide_thread_ids(events, self.writer.key.mac_key)
         if self._failure is not None:
             events.insert(0, _resumed_event(self._failure))
         self._require_not_held(dropped, ts)
@@ -201,7 +247,7 @@ class AuditLog:
         try:
             self.writer.write(events, ts)
         except OSError as error:
-            if error.errno not in _NO_SPACE or not self._may_use_reserve(events):
+            if error.errno not in _NO_SPACE or not _may_use_reserve(events):
                 self._fail(error, dropped, ts)
             if not self._disk_full:
                 facts: Facts = {"reserve_bytes": self._reserve.left_bytes}
@@ -212,10 +258,6 @@ class AuditLog:
         self._failure = None
         if self._monotonic_ns() >= self._chores_ns:
             self._do_chores()
-
-    def _may_use_reserve(self, events: list[Event]) -> bool:
-        """A turn that consists of refused peers gets no reserved space, so that such peers can't use it up."""
-        return not all(event.type == record.TYPE_REFUSED for event in events)
 
     def _on_reserve(self, write: Callable[[], None]) -> bool:
         """Write on a full disk, into reserved space. Returns whether that succeeded."""
@@ -241,12 +283,12 @@ class AuditLog:
         except OSError as error:
             self._fail(error, 0, ts)
         self._sign()
-        self.fdatasync()
+        self.sync.fdatasync()
         return self.writer.head
 
     def change_key(self, key: AuditKey) -> None:
         """Write a line that announces `key`, and use it from the next line on. Ends `hold`. Returns before that line is
-        on disk: call `fdatasync`.
+        on disk: call `LogSync.fdatasync`.
 
         The keyring must hold both keys durably before. Raises AuditUnavailableError; then the first commit that
         succeeds begins with that line.
@@ -312,7 +354,7 @@ class AuditLog:
         try:
             self.commit()
             self._sign()
-            self.fdatasync()
+            self.sync.fdatasync()
         finally:
             self.writer.close()
 
@@ -391,55 +433,6 @@ class AuditLog:
             "the audit log can't be written, so requests are refused; this one may have been carried out"
         ) from error
 
-    def _hide_thread_ids(self, events: list[Event]) -> None:
-        for event in events:
-            if event.thread_id:
-                event.thread_id = record.hash_thread_id(event.thread_id, self.writer.key.mac_key)
-
-    # --- durability --------------------------------------------------------------------------------------------------
-
-    @property
-    def dirty(self) -> bool:
-        """Whether a committed line is not confirmed to be on disk."""
-        return self.writer.file.unconfirmed_bytes > 0
-
-    @property
-    def sync_needed(self) -> bool:
-        """Whether `fdatasync` should be called now: because of the policy, because the last call failed, or before a
-        commit has to wait for the disk, since the unconfirmed lines are held in memory.
-        """
-        file = self.writer.file
-        least = UNCONFIRMED_BYTES_MAX // 2 if self._fsync == "never" else 1
-        return file.failed or file.unconfirmed_bytes >= least
-
-    @property
-    def sync_each_turn(self) -> bool:
-        """Whether a turn's answers must wait for `fdatasync`."""
-        return self._fsync == "turn"
-
-    def fdatasync(self) -> None:
-        """Return when every line committed before the call is on disk. For any thread.
-
-        Raises AuditUnavailableError: then the log accepts no lines until a later call succeeds.
-        """
-        head = self.writer.head  # before the sync begins: its line was appended before it became the head
-        try:
-            self.writer.file.sync()
-        except OSError as error:
-            raise AuditUnavailableError("the disk did not confirm the audit log") from error
-        self._confirm(head)
-
-    def _confirm(self, head: Head) -> None:
-        with self._synced_lock:
-            self._synced = max(self._synced, head, key=lambda line: line.seq)
-
-    def durable_line(self) -> Head:
-        """The last line that is on the disk for certain. Records it, so that a later call gives no earlier line: a
-        rotation syncs by itself."""
-        if not self.dirty:
-            self._confirm(self.writer.head)
-        return self._synced
-
     # --- status ------------------------------------------------------------------------------------------------------
 
     @property
@@ -447,11 +440,6 @@ class AuditLog:
         """{"seq": n, "sig": base64} of the last line. `minikms audit verify --expect-head` takes `<seq>:<sig>`."""
         head = self.writer.head
         return {"seq": head.seq, "sig": encode_text(head.sig)}
-
-    @property
-    def segment(self) -> int:
-        """Number of the segment being written. For any thread."""
-        return self.writer.segment
 
     @property
     def writable(self) -> bool:
@@ -469,7 +457,7 @@ class AuditLog:
 
     def status(self) -> dict[str, object]:
         """For `/status` and metrics: the head, whether and why the log can't be written, sizes. Times are Unix ns."""
-        writer, failure, durable = self.writer, self._failure, self.durable_line()
+        writer, failure, durable = self.writer, self._failure, self.sync.durable_line()
         unconfirmed = "the disk has not confirmed all lines" if writer.file.failed else ""
         return {
             "head": self.head,
@@ -486,9 +474,20 @@ class AuditLog:
             "lines_not_signed": writer.unsigned_lines,
             "segment": writer.segment,
             "segment_bytes": writer.file.size,
-            "fsync": self._fsync,
-            "synced": not self.dirty,
+            "fsync": self.sync.policy,
+            "synced": not self.sync.dirty,
         }
+
+
+def _may_use_reserve(events: list[Event]) -> bool:
+    """A turn that consists of refused peers gets no reserved space, so that such peers can't use it up."""
+    return not all(event.type == record.TYPE_REFUSED for event in events)
+
+
+def _hide_thread_ids(events: list[Event], mac_key: memoryview) -> None:
+    for event in events:
+        if event.thread_id:
+            event.thread_id = record.hash_thread_id(event.thread_id, mac_key)
 
 
 def _resumed_event(failure: _Failure) -> Event:

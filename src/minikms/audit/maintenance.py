@@ -265,7 +265,7 @@ class Maintenance:
     def work(self) -> None:
         """Compress closed files. Call this every few seconds in a worker thread."""
         try:
-            compress_closed(self._log.directory, below=self._log.segment)
+            compress_closed(self._log.directory, below=self._log.writer.segment)
         except (DamagedSegmentError, OSError) as error:
             self._faults["compression"] = _reason(error)
         else:

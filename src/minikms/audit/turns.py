@@ -126,7 +126,7 @@ class TurnAudit:
             return None
         before = self._dropped_before
         try:
-            self._log.commit(durable=self._log.sync_each_turn)
+            self._log.commit(durable=self._log.sync.each_turn)
         except AuditUnavailableError:
             return False
         finally:
@@ -182,7 +182,7 @@ class TurnAudit:
             await asyncio.wait([running])
         self._syncing, self._next_sync = self._next_sync, None
         try:
-            await in_worker(self._executor, self._log.fdatasync)
+            await in_worker(self._executor, self._log.sync.fdatasync)
         finally:
             if self._syncing is asyncio.current_task():
                 self._syncing = None
@@ -191,7 +191,7 @@ class TurnAudit:
         """Syncs what has been written, every `seconds`, until cancelled."""
         while True:
             await asyncio.sleep(seconds)
-            if self._log.sync_needed:
+            if self._log.sync.needed:
                 try:
                     await self.sync()
                 except AuditUnavailableError:

@@ -199,7 +199,7 @@ class Parts:
                 self.app,
                 admission=admission,
                 meters=policy.meters,
-                lag=lambda: position.lag(data.log.durable_line().seq),
+                lag=lambda: position.lag(data.log.sync.durable_line().seq),
                 lines_max=settings.refuse_when_unshipped,
             )
         self._server: HttpServer[Session] | None = None

@@ -49,7 +49,11 @@ class AuditorVerbs:
         body = self._vault.keyring.body
         log = self._log
         return LogView(
-            log.directory, log.writer.log_id.hex(), log.durable_line(), body.audit_key.public_key, body.audit_origin
+            log.directory,
+            log.writer.log_id.hex(),
+            log.sync.durable_line(),
+            body.audit_key.public_key,
+            body.audit_origin,
         )
 
     async def report(

@@ -28,7 +28,7 @@ def main(directory: str, commits: str, events: str = "1", file_bytes_max: str = 
             log.add(encrypt_event(number * int(events) + item))
         try:
             log.commit()
-            log.fdatasync()
+            log.sync.fdatasync()
             print(log.head["seq"], flush=True)
         except AuditUnavailableError:
             print("unavailable", flush=True)

@@ -167,10 +167,10 @@ def test_maintenance_compresses_and_removes(tmp_path: Path) -> None:
     write_events(log, 60)
     upkeep.work()
     assert {name for names in list_segments(str(tmp_path)).values() for name in names} == {
-        f"{LOG}.{number}.zst" for number in range(1, log.segment)
+        f"{LOG}.{number}.zst" for number in range(1, log.writer.segment)
     }
     upkeep.tick()
-    assert 0 < len(list_segments(str(tmp_path))) < log.segment - 1
+    assert 0 < len(list_segments(str(tmp_path))) < log.writer.segment - 1
     upkeep.work()
     assert upkeep.faults == {}
     log.close()

@@ -368,24 +368,24 @@ def test_text_escaped_before_a_failed_write_is_not_escaped_twice(tmp_path: Path,
 
 def test_committed_lines_are_dirty_until_they_are_synced(tmp_path: Path) -> None:
     log = open_log(tmp_path, fsync="interval")
-    assert (log.dirty, log.sync_needed) == (False, False)
+    assert (log.sync.dirty, log.sync.needed) == (False, False)
     commit_one(log)
-    assert (log.dirty, log.sync_needed) == (True, True)
-    log.fdatasync()
-    assert (log.dirty, log.sync_needed) == (False, False)
+    assert (log.sync.dirty, log.sync.needed) == (True, True)
+    log.sync.fdatasync()
+    assert (log.sync.dirty, log.sync.needed) == (False, False)
     log.add(encrypt_event())
     log.commit(durable=True)
-    assert not log.dirty
+    assert not log.sync.dirty
     log.close()
 
 
 def test_the_policies_differ_in_when_to_sync(tmp_path: Path) -> None:
     log = open_log(tmp_path, fsync="never")
     commit_one(log)
-    assert (log.sync_needed, log.sync_each_turn) == (False, False)
+    assert (log.sync.needed, log.sync.each_turn) == (False, False)
     log.close()
     log = open_log(tmp_path, fsync="turn")
-    assert log.sync_each_turn
+    assert log.sync.each_turn
     log.close()
 
 
@@ -394,13 +394,13 @@ def test_after_a_failed_fdatasync_no_line_is_accepted_until_one_succeeds(tmp_pat
     commit_one(log)
     faults.fdatasync = [errno.EIO, errno.EIO]
     with pytest.raises(AuditUnavailableError):
-        log.fdatasync()
-    assert (log.writable, log.sync_needed) == (False, True)
+        log.sync.fdatasync()
+    assert (log.writable, log.sync.needed) == (False, True)
     with pytest.raises(AuditUnavailableError):
         commit_one(log)
     with pytest.raises(AuditUnavailableError):
-        log.fdatasync()
-    log.fdatasync()
+        log.sync.fdatasync()
+    log.sync.fdatasync()
     commit_one(log)
     assert log.writable
     log.close()
@@ -415,7 +415,7 @@ def test_fdatasync_in_another_thread_works_during_commits_and_rotations(tmp_path
     def sync() -> None:
         while not stop.is_set():
             try:
-                log.fdatasync()
+                log.sync.fdatasync()
             except BaseException as error:  # noqa: BLE001 - reported by the test, whatever it is
                 errors.append(error)
                 return

@@ -47,7 +47,7 @@ def kill_confirmed(directory: Path, count: int = 5) -> None:
     """As `kill`, with all lines on the disk."""
     log = open_log(directory)
     write_events(log, count)
-    log.fdatasync()
+    log.sync.fdatasync()
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
@@ -295,7 +295,7 @@ def test_a_start_reads_no_further_back_than_the_last_checkpoint(
     monkeypatch.setattr(writer, "CHECKPOINT_LINES", 50)
     log = open_log(tmp_path)
     write_events(log, 130, per_commit=10)
-    log.fdatasync()
+    log.sync.fdatasync()
     content = (tmp_path / LOG).read_bytes()
     (tmp_path / LOG).write_bytes(content.replace(b'"outcome":"ok"', b'"outcome":"no"', 20))
     log = open_log(tmp_path)
@@ -328,7 +328,7 @@ def cut_log(directory: Path, chance: random.Random) -> tuple[bytes, int]:
     for _ in range(chance.randrange(1, 6)):
         write_events(log, chance.randrange(1, 60), per_commit=5)
         if chance.random() < 0.5:
-            log.fdatasync()
+            log.sync.fdatasync()
             synced = log.writer.file.size
         if chance.random() < 0.5:
             log.writer.checkpoint(1)

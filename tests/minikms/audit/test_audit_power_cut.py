@@ -62,7 +62,7 @@ def lines_in(directory: Path) -> list[bytes]:
 
 def takes(log: AuditLog) -> list[bytes]:
     """What an auditor takes now: the lines that are durable and covered by a signed line."""
-    durable = lines_in(Path(log.directory))[: log.durable_line().seq]
+    durable = lines_in(Path(log.directory))[: log.sync.durable_line().seq]
     while durable and record.parse_line(durable[-1])[0].type not in record.SIGNED_TYPES:
         durable.pop()
     return durable
@@ -95,12 +95,12 @@ def test_after_a_power_cut_the_log_continues_what_an_auditor_has_taken(tmp_path:
             clock.now += SECOND
             log.tick()
             if rng.random() < 0.5:
-                log.fdatasync()
+                log.sync.fdatasync()
                 taken = takes(log)
             if step in (7, 14):
                 log.abandon()
                 log = open_log(directory, clock=clock, limits=LIMITS, expected=ExpectedLog(exists=True))
             log.attended = lambda: True
         log.close()
-    assert cuts > 50 and len(taken) > 10 and log.segment > 2
+    assert cuts > 50 and len(taken) > 10 and log.writer.segment > 2
     assert verify(directory).intact and verify(after).intact

@@ -205,7 +205,7 @@ def test_an_error_at_any_point_of_a_rotation_is_mended_by_itself(
         try:
             log.commit()
         except AuditUnavailableError:
-            log.fdatasync()
+            log.sync.fdatasync()
     assert log.writable
     log.tick()
     assert log.status()["chore_fault"] == ""

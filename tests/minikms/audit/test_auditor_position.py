@@ -35,7 +35,7 @@ def head_of(log: AuditLog) -> Head:
 
 
 def view_of(log: AuditLog) -> LogView:
-    return LogView(log.directory, log.writer.log_id.hex(), log.durable_line(), b"", ORIGIN)
+    return LogView(log.directory, log.writer.log_id.hex(), log.sync.durable_line(), b"", ORIGIN)
 
 
 def report(view: LogView, seq: int, mac: bytes) -> api.ReportAuditPositionRequest:
@@ -54,16 +54,16 @@ def tell(position: AuditorPosition, view: LogView, seq: int, mac: bytes) -> None
 def test_a_line_is_durable_once_the_disk_has_confirmed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = open_log(tmp_path)
     first = head_of(log)
-    assert log.durable_line() == first, "a start waits for the disk"
+    assert log.sync.durable_line() == first, "a start waits for the disk"
     write_events(log, 1)
-    assert log.durable_line() == first
+    assert log.sync.durable_line() == first
     with monkeypatch.context() as faults:
         faults.setattr(os, "fdatasync", failing(os.fdatasync, at=1))
         with pytest.raises(AuditUnavailableError):
-            log.fdatasync()
-    assert log.durable_line() == first
-    log.fdatasync()
-    assert log.durable_line() == head_of(log) != first
+            log.sync.fdatasync()
+    assert log.sync.durable_line() == first
+    log.sync.fdatasync()
+    assert log.sync.durable_line() == head_of(log) != first
     log.abandon()
 
 
@@ -80,8 +80,8 @@ def test_a_line_that_is_written_during_a_sync_is_not_durable_by_it(
         write_events(log, 1)
 
     monkeypatch.setattr(os, "fdatasync", write_meanwhile)
-    log.fdatasync()
-    assert log.durable_line() == before
+    log.sync.fdatasync()
+    assert log.sync.durable_line() == before
     assert head_of(log).seq == before.seq + 1
     monkeypatch.setattr(os, "fdatasync", sync)
     log.close()
@@ -89,12 +89,12 @@ def test_a_line_that_is_written_during_a_sync_is_not_durable_by_it(
 
 def test_after_a_rotation_all_lines_are_durable(tmp_path: Path) -> None:
     log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=LogLimits(segment_bytes=1000, reserve_bytes=0))
-    while log.segment < 3:
+    while log.writer.segment < 3:
         write_events(log, 1)
     durable = head_of(log)
-    assert log.durable_line() == durable
+    assert log.sync.durable_line() == durable
     write_events(log, 1)
-    assert log.durable_line() == durable, "and stay so when another line is written"
+    assert log.sync.durable_line() == durable, "and stay so when another line is written"
     log.close()
 
 
@@ -143,9 +143,9 @@ def test_an_auditor_is_attached_for_half_a_minute_after_a_report(tmp_path: Path)
 def test_a_position_is_a_durable_line_of_this_log_and_never_decreases(tmp_path: Path) -> None:
     log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=LogLimits(segment_bytes=1500, reserve_bytes=0))
     write_events(log, 20)
-    log.fdatasync()
+    log.sync.fdatasync()
     compress_closed(str(tmp_path))
-    while log.durable_line() == log.writer.head:  # a rotation waits for the disk
+    while log.sync.durable_line() == log.writer.head:  # a rotation waits for the disk
         write_events(log, 1)
     lines = [line for file in each_segment(str(tmp_path)) for line in file.lines()]
     macs = {number: record.split_line(line)[1] for number, line in enumerate(lines, 1)}
@@ -202,8 +202,8 @@ def test_a_malformed_report_is_refused(changed: dict[str, object], error: type[E
 def test_of_a_log_that_is_not_opened_the_confirmed_lines_are_known(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     write_events(log, 5)
-    log.fdatasync()
-    durable = log.durable_line()
+    log.sync.fdatasync()
+    durable = log.sync.durable_line()
     write_events(log, 5)
     log.abandon()
     view = view_on_disk(str(tmp_path), b"", ORIGIN)

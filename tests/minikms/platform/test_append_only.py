@@ -28,17 +28,17 @@ def test_lines_whose_sync_failed_are_on_the_disk_after_a_later_one(tmp_path: Pat
     with failing_disk(tmp_path / "disk", kind) as disk:
         log = open_log(disk.directory)
         write_events(log, 20)
-        log.fdatasync()
+        log.sync.fdatasync()
         write_events(log, 2000)
         written = lines_of(disk.directory)
         with disk.failing():
             for _ in range(3):
                 with pytest.raises(AuditUnavailableError):
-                    log.fdatasync()
+                    log.sync.fdatasync()
         if restarted:
             log.abandon()
             log = open_log(disk.directory)
-        log.fdatasync()
+        log.sync.fdatasync()
         write_events(log, 5)
         log.close()
         disk.remount()
