@@ -34,12 +34,77 @@ Nonces = Callable[[], bytes]
 FillRandom = Callable[[memoryview], None]
 
 
+class EntrySealer:
+    """Seals the entries of a keyring, and opens them. It keeps no key. sealing: a keyring key; number: its version."""
+
+    def __init__(self, arena: SecretArena, nonces: Nonces, keyring_id: str) -> None:
+        self._arena = arena
+        self._nonces = nonces
+        self._keyring_id = keyring_id
+
+    def slot(self, slot: keyring.RootSlot, number: int, sealing: memoryview, auth: memoryview) -> keyring.RootSlot:
+        """The slot with the keyring key sealed to it. auth: its authentication key."""
+        binding = self._binding(slot, number)
+        sealed = slots.seal(slot.public_key, binding, sealing)
+        return msgspec.structs.replace(
+            slot,
+            sealed=sealed,
+            mac=slots.mac(auth, binding, sealed),
+            wrapped_auth=aead.seal(sealing, self._nonces(), auth, self._auth_aad(slot.slot_id)),
+        )
+
+    def open_slot(self, root: memoryview, slot: keyring.RootSlot, number: int, target: memoryview) -> None:
+        """Opens the keyring key of a slot, whose MAC is compared first. Raises DecryptionError."""
+        binding = self._binding(slot, number)
+        with self._arena.allocate() as auth:
+            slots.auth_key_into(root, binding.keyring_id, binding.slot_id, auth.view)
+            if not hmac.compare_digest(slots.mac(auth.view, binding, slot.sealed), slot.mac):
+                raise DecryptionError("the slot's MAC does not match")
+        slots.open_into(root, binding, slot.sealed, target)
+
+    def open_auth(self, sealing: memoryview, slot: keyring.RootSlot, target: SecretSlot) -> None:
+        aead.open_into(sealing, slot.wrapped_auth, self._auth_aad(slot.slot_id), target.view)
+
+    def kek(self, kek: keyring.Kek, sealing: memoryview, key: SecretSlot) -> keyring.Kek:
+        return msgspec.structs.replace(kek, wrapped=self._seal(sealing, labels.KEK, kek.version, key.view))
+
+    def audit_key(
+        self, entry: keyring.AuditKeyEntry, sealing: memoryview, keys: tuple[SecretSlot, SecretSlot]
+    ) -> keyring.AuditKeyEntry:
+        mac_key, seed = keys
+        return msgspec.structs.replace(
+            entry,
+            wrapped_key=self._seal(sealing, labels.AUDIT_KEY, entry.version, mac_key.view),
+            wrapped_seed=self._seal(sealing, labels.AUDIT_SEED, entry.version, seed.view),
+        )
+
+    def tombstone_log(self, log: keyring.TombstoneLog, sealing: memoryview, key: memoryview) -> keyring.TombstoneLog:
+        return msgspec.structs.replace(log, wrapped_key=self._seal(sealing, labels.TOMBSTONE_KEY, 1, key))
+
+    def open(self, sealing: memoryview, wrapped: bytes, label: bytes, version: int, target: SecretSlot) -> None:
+        """Opens the key of an entry other than a slot. Raises DecryptionError."""
+        aead.open_into(sealing, wrapped, self._aad(label, version), target.view)
+
+    def _seal(self, sealing: memoryview, label: bytes, version: int, key: memoryview) -> bytes:
+        return aead.seal(sealing, self._nonces(), key, self._aad(label, version))
+
+    def _binding(self, slot: keyring.RootSlot, number: int) -> SlotBinding:
+        return SlotBinding(self._keyring_id, slot.slot_id, slot.commitment, number)
+
+    def _auth_aad(self, slot_id: str) -> bytes:
+        return labels.aad(labels.SLOT_AUTH_KEY, self._keyring_id.encode(), slot_id.encode())
+
+    def _aad(self, label: bytes, version: int) -> bytes:
+        return labels.aad(label, self._keyring_id.encode(), labels.number(version))
+
+
 class UnlockedKeyring:
     """The keyring's body and its opened keys. The owner replaces `body` only after the new one is durable."""
 
     def __init__(self, arena: SecretArena, nonces: Nonces, body: keyring.Body) -> None:
         self._arena = arena
         self._nonces = nonces
+        self._entries = EntrySealer(arena, nonces, body.keyring_id)
         self._keyring_keys: dict[int, SecretSlot] = {}
         self._keks: dict[int, SecretSlot] = {}
         self._derived = DerivedKeys(arena, count_max=min(WRAPPING_KEYS_MAX, arena.slots // 4))
@@ -88,8 +153,9 @@ class UnlockedKeyring:
             audit_key = unlocked.make_audit_key(fill_random, version=1, at=at)
             tombstone = unlocked._tombstone = arena.allocate()
             fill_random(tombstone.view)
-            wrapped = unlocked._seal_under(unlocked.keyring_key.view, labels.TOMBSTONE_KEY, 1, tombstone)
-            log = keyring.TombstoneLog(0, TombstoneChain(keyring_id).head, wrapped)
+            log = unlocked._entries.tombstone_log(
+                keyring.TombstoneLog(0, TombstoneChain(keyring_id).head, b""), unlocked.keyring_key.view, tombstone.view
+            )
             unlocked.body = msgspec.structs.replace(
                 empty, slots=(slot,), keks=(kek,), audit_keys=(audit_key,), tombstone_log=log
             )
@@ -114,7 +180,7 @@ class UnlockedKeyring:
         unlocked = cls(arena, nonces, body)
         with unlocked._released_on_failure():
             try:
-                unlocked._open_slot(root, slot, unlocked._new_keyring_key(body.key_version))
+                unlocked._entries.open_slot(root, slot, body.key_version, unlocked._new_keyring_key(body.key_version))
                 aead.check_authentic(unlocked.keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
             except DecryptionError:
                 raise StartError(f"the keyring was altered or is damaged; {keyring.WAY_OUT}") from None
@@ -137,33 +203,25 @@ class UnlockedKeyring:
             self.release()
             raise
 
-    def _open_slot(self, root: memoryview, slot: keyring.RootSlot, target: memoryview) -> None:
-        """Opens the keyring key of a slot, whose MAC is compared first. Raises DecryptionError."""
-        binding = self._binding(slot, self.body.key_version)
-        with self._arena.allocate() as auth:
-            slots.auth_key_into(root, binding.keyring_id, binding.slot_id, auth.view)
-            if not hmac.compare_digest(slots.mac(auth.view, binding, slot.sealed), slot.mac):
-                raise DecryptionError("the slot's MAC does not match")
-        slots.open_into(root, binding, slot.sealed, target)
-
     def _new_keyring_key(self, version: int) -> memoryview:
         slot = self._keyring_keys[version] = self._arena.allocate()
         return slot.view
 
     def _open_keys(self) -> None:
+        sealing, entries = self.keyring_key.view, self._entries
         for kek in self.body.keks:
             if kek.state != "destroyed":
                 target = self._keks[kek.version] = self._arena.allocate()
-                self._open_under(kek.wrapped, labels.KEK, kek.version, target)
+                entries.open(sealing, kek.wrapped, labels.KEK, kek.version, target)
         for key in self.body.audit_keys:
             mac_key, seed = self._audit[key.version] = (self._arena.allocate(), self._arena.allocate())
-            self._open_under(key.wrapped_key, labels.AUDIT_KEY, key.version, mac_key)
-            self._open_under(key.wrapped_seed, labels.AUDIT_SEED, key.version, seed)
+            entries.open(sealing, key.wrapped_key, labels.AUDIT_KEY, key.version, mac_key)
+            entries.open(sealing, key.wrapped_seed, labels.AUDIT_SEED, key.version, seed)
         self._tombstone = self._arena.allocate()
-        self._open_under(self.body.tombstone_log.wrapped_key, labels.TOMBSTONE_KEY, 1, self._tombstone)
+        entries.open(sealing, self.body.tombstone_log.wrapped_key, labels.TOMBSTONE_KEY, 1, self._tombstone)
         for slot in self.body.slots:
             auth = self._slot_auth[slot.slot_id] = self._arena.allocate()
-            aead.open_into(self.keyring_key.view, slot.wrapped_auth, self._auth_aad(slot.slot_id), auth.view)
+            entries.open_auth(sealing, slot, auth)
 
     # --- making keys -------------------------------------------------------------------------------------------------
 
@@ -194,7 +252,7 @@ class UnlockedKeyring:
         )
         auth = self._slot_auth[slot_id] = self._arena.allocate()
         slots.auth_key_into(root, self.body.keyring_id, slot_id, auth.view)
-        slot = self._sealed_slot(slot, self.body.key_version)
+        slot = self._entries.slot(slot, self.body.key_version, self.keyring_key.view, auth.view)
         self.check_opens(root, slot)
         return slot
 
@@ -203,7 +261,7 @@ class UnlockedKeyring:
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
             raise DecryptionError("the slot belongs to another root key")
         with self._arena.allocate() as opened:
-            self._open_slot(root, slot, opened.view)
+            self._entries.open_slot(root, slot, self.body.key_version, opened.view)
             if not hmac.compare_digest(opened.view, self.keyring_key.view):
                 raise DecryptionError("the slot does not hold the keyring key")
 
@@ -214,13 +272,20 @@ class UnlockedKeyring:
         """
         number = self.body.key_version + 1
         fill_random(self._new_keyring_key(number))
-        sealing = self._keyring_keys[number].view
+        sealing, entries = self._keyring_keys[number].view, self._entries
         return root_slots.Resealed(
             key_version=number,
-            slots=tuple(self._sealed_slot(slot, number) for slot in self.body.slots if slot.slot_id not in without),
-            keks=tuple(self._resealed_kek(sealing, kek) for kek in self.body.keks),
-            audit_keys=tuple(self._resealed_audit_key(sealing, key) for key in self.body.audit_keys),
-            tombstone_log=self._resealed_tombstone_log(sealing),
+            slots=tuple(
+                entries.slot(slot, number, sealing, auth)
+                for slot, auth in self.slot_auth_keys()
+                if slot.slot_id not in without
+            ),
+            keks=tuple(
+                kek if kek.state == "destroyed" else entries.kek(kek, sealing, self._keks[kek.version])
+                for kek in self.body.keks
+            ),
+            audit_keys=tuple(entries.audit_key(key, sealing, self._audit[key.version]) for key in self.body.audit_keys),
+            tombstone_log=entries.tombstone_log(self.body.tombstone_log, sealing, self.tombstone_key),
         )
 
     def make_resealed_for(self, later: UnlockedKeyring, fill_random: FillRandom) -> root_slots.Resealed:
@@ -228,15 +293,15 @@ class UnlockedKeyring:
         the body.
         """
         resealed = self.make_resealed(fill_random, without=[slot.slot_id for slot in self.body.slots])
-        for slot in later.body.slots:
+        number, resealed_slots = resealed.key_version, []
+        for slot, key in later.slot_auth_keys():
             auth = self._arena.allocate()
-            auth.view[:] = later._slot_auth[slot.slot_id].view
+            auth.view[:] = key
             if (former := self._slot_auth.get(slot.slot_id)) is not None:
                 former.release()
             self._slot_auth[slot.slot_id] = auth
-        return resealed._replace(
-            slots=tuple(self._sealed_slot(slot, resealed.key_version) for slot in later.body.slots)
-        )
+            resealed_slots.append(self._entries.slot(slot, number, self._keyring_keys[number].view, auth.view))
+        return resealed._replace(slots=tuple(resealed_slots))
 
     def settle(self) -> None:
         """Zeroes what only a body that was not stored, or one before it, has: keyring keys, and the authentication keys
@@ -247,43 +312,12 @@ class UnlockedKeyring:
         for slot_id in self._slot_auth.keys() - {slot.slot_id for slot in self.body.slots}:
             self._slot_auth.pop(slot_id).release()
 
-    def _sealed_slot(self, slot: keyring.RootSlot, key_number: int) -> keyring.RootSlot:
-        """The slot with the keyring key of this number sealed to it."""
-        binding = self._binding(slot, key_number)
-        keyring_key = self._keyring_keys[key_number].view
-        auth = self._slot_auth[slot.slot_id].view
-        sealed = slots.seal(slot.public_key, binding, keyring_key)
-        return msgspec.structs.replace(
-            slot,
-            sealed=sealed,
-            mac=slots.mac(auth, binding, sealed),
-            wrapped_auth=aead.seal(keyring_key, self._nonces(), auth, self._auth_aad(slot.slot_id)),
-        )
-
-    def _resealed_kek(self, sealing: memoryview, kek: keyring.Kek) -> keyring.Kek:
-        if kek.state == "destroyed":
-            return kek
-        wrapped = self._seal_under(sealing, labels.KEK, kek.version, self._keks[kek.version])
-        return msgspec.structs.replace(kek, wrapped=wrapped)
-
-    def _resealed_audit_key(self, sealing: memoryview, key: keyring.AuditKeyEntry) -> keyring.AuditKeyEntry:
-        mac_key, seed = self._audit[key.version]
-        return msgspec.structs.replace(
-            key,
-            wrapped_key=self._seal_under(sealing, labels.AUDIT_KEY, key.version, mac_key),
-            wrapped_seed=self._seal_under(sealing, labels.AUDIT_SEED, key.version, seed),
-        )
-
-    def _resealed_tombstone_log(self, sealing: memoryview) -> keyring.TombstoneLog:
-        wrapped = self._seal_under(sealing, labels.TOMBSTONE_KEY, 1, self._tombstone_slot())
-        return msgspec.structs.replace(self.body.tombstone_log, wrapped_key=wrapped)
-
     def make_kek(self, fill_random: FillRandom, *, version: int, state: KekState, at: str) -> keyring.Kek:
         """A fresh random KEK version, kept in the arena under its number until `forget_kek` or `release`."""
         slot = self._keks[version] = self._arena.allocate()
         fill_random(slot.view)
-        wrapped = self._seal_under(self.keyring_key.view, labels.KEK, version, slot)
-        return keyring.Kek(version=version, state=state, created_at=at, wrapped=wrapped)
+        kek = keyring.Kek(version=version, state=state, created_at=at, wrapped=b"")
+        return self._entries.kek(kek, self.keyring_key.view, slot)
 
     def make_audit_key(
         self,
@@ -305,15 +339,16 @@ class UnlockedKeyring:
         fill_random(seed.view)
         public = Ed25519PrivateKey.from_private_bytes(seed.view).public_key().public_bytes_raw()
         sealing = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
-        return keyring.AuditKeyEntry(
+        entry = keyring.AuditKeyEntry(
             version=version,
             created_at=at,
             public_key=public,
-            wrapped_key=self._seal_under(sealing, labels.AUDIT_KEY, version, key),
-            wrapped_seed=self._seal_under(sealing, labels.AUDIT_SEED, version, seed),
+            wrapped_key=b"",
+            wrapped_seed=b"",
             since_seq=since_seq,
             since_sig=since_sig,
         )
+        return self._entries.audit_key(entry, sealing, (key, seed))
 
     # --- using them --------------------------------------------------------------------------------------------------
 
@@ -350,12 +385,9 @@ class UnlockedKeyring:
     @property
     def tombstone_key(self) -> memoryview:
         """The key of the tombstones' tags."""
-        return self._tombstone_slot().view
-
-    def _tombstone_slot(self) -> SecretSlot:
         if self._tombstone is None:
             raise StartError("the keyring was zeroed")
-        return self._tombstone
+        return self._tombstone.view
 
     def forget_kek(self, version: int) -> None:
         """Zeroes a KEK version that was destroyed, or that was made for a rotation that could not begin."""
@@ -383,21 +415,6 @@ class UnlockedKeyring:
         self._keyring_keys.clear()
         self._keks.clear()
         self._audit.clear()
-
-    def _seal_under(self, sealing: memoryview, label: bytes, version: int, key: SecretSlot) -> bytes:
-        return aead.seal(sealing, self._nonces(), key.view, self._versioned_aad(label, version))
-
-    def _open_under(self, wrapped: bytes, label: bytes, version: int, target: SecretSlot) -> None:
-        aead.open_into(self.keyring_key.view, wrapped, self._versioned_aad(label, version), target.view)
-
-    def _binding(self, slot: keyring.RootSlot, key_number: int) -> SlotBinding:
-        return SlotBinding(self.body.keyring_id, slot.slot_id, slot.commitment, key_number)
-
-    def _auth_aad(self, slot_id: str) -> bytes:
-        return labels.aad(labels.SLOT_AUTH_KEY, self.body.keyring_id.encode(), slot_id.encode())
-
-    def _versioned_aad(self, label: bytes, version: int) -> bytes:
-        return labels.aad(label, self.body.keyring_id.encode(), labels.number(version))
 
 
 def wrong_root_text(body: keyring.Body, given: str) -> str:
