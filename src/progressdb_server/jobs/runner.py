@@ -115,6 +115,190 @@ class Kind:
         return move(job, "resume")
 
 
+class Workers:
+    """Works on the jobs whose turn it is. `threads`: of whoever begins a job; the end of its work frees its thread."""
+
+    def __init__(
+        self,
+        store: Conversations,
+        table: JobTable,
+        threads: dict[str, str],
+        kind_of: Callable[[Job], Kind],
+        *,
+        pace: Pace,
+        stop: asyncio.Event,
+    ) -> None:
+        self._store = store
+        self._table = table
+        self._threads = threads
+        self._kind_of = kind_of
+        self._pace = pace
+        self._stop = stop
+        self.queue: deque[str] = deque()
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self._others: set[asyncio.Task[Any]] = set()
+
+    async def close(self) -> None:
+        self.queue.clear()
+        tasks = [*self.running.values(), *self._others]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work beside the jobs, until `close`."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)
+
+    async def begin(self, job: Job) -> None:
+        """Queue a job that has its thread. A job that switches a key is prepared first."""
+        if job.keying:
+            self.spawn(self.prepare_then_queue(job.id))
+        else:
+            await self.enqueue(job.id)
+
+    async def prepare_then_queue(self, job_id: str) -> None:
+        try:
+            kind = self._kind_of(await self._table.get(job_id))
+            await self._persist(job_id, lambda: kind.prepare(job_id))
+            await self.settle(job_id)
+        except StoreUnavailableError:
+            self.later(job_id)
+        else:
+            await self.enqueue(job_id)
+
+    async def enqueue(self, job_id: str) -> None:
+        self.queue.append(job_id)
+        await self.pump()
+
+    async def pump(self) -> None:
+        """Start queued jobs, up to RUNNING_MAX."""
+        while self.queue and len(self.running) < RUNNING_MAX and not self._stop.is_set():
+            job_id = self.queue.popleft()
+            try:
+                job = await self._table.get(job_id)
+            except StoreUnavailableError:
+                self.queue.appendleft(job_id)
+                self.later(job_id)
+                return
+            except RecordUnreadableError:  # it delays no other job
+                continue
+            except BaseException:
+                self.queue.appendleft(job_id)
+                raise
+            if job.state not in AT_WORK or job_id in self.running or self._threads.get(job.thread) != job_id:
+                continue
+            if len(self.running) == RUNNING_MAX:  # another task has started one meanwhile
+                self.queue.appendleft(job_id)
+                return
+            self._table.followed[job_id] = job
+            self.running[job_id] = asyncio.get_running_loop().create_task(self._work(job))
+
+    async def _work(self, job: Job) -> None:
+        kind, pace = self._kind_of(job), self._pace if job.rate is None else Pace(job.rate)
+        try:
+            await self._persist(job.id, lambda: kind.step(job.id, pace))
+        finally:
+            # In the same turn as the job's last change, so that its thread is free for whoever waited for it.
+            del self.running[job.id], self._table.followed[job.id]
+            if not self._stop.is_set():
+                await self._after_work(job.id)
+
+    async def _persist(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
+        delay_s, at = RETRY_S_MIN, 0
+        while True:
+            try:
+                job = await self._table.get(job_id)
+                if job.state not in AT_WORK or not await self._store.claims.holds(job.thread):
+                    return
+                if job.updated_ns != at:
+                    delay_s, at = RETRY_S_MIN, job.updated_ns
+                try:
+                    await work()
+                    return
+                except JobFailedError as error:
+                    await self._fail(job_id, str(error))
+                except StoreDamagedError as error:  # trying again would find the same
+                    await self._fail(job_id, str(error))
+                except (StaleRowError, StoreUnavailableError, ConditionFailedError):
+                    raise
+                except KmsError as error:
+                    if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
+                        raise
+                    await self._fail(job_id, f"the key service refused ({error.code})")
+                except Exception as error:  # noqa: BLE001  a defect ends this job, with a reason, and no other one
+                    _log.error("job_broken", job=job_id, error=type(error).__qualname__, at=_lines(error))
+                    await self._fail(job_id, f"internal error ({type(error).__qualname__})")
+            except StaleRowError:  # an operator changed it, or the disk took more than it reported: read the row again
+                await asyncio.sleep(0)
+            except RecordUnreadableError:  # of the job's row
+                return
+            except (KmsError, StoreUnavailableError, ConditionFailedError) as error:
+                if isinstance(error, SealedError):
+                    self._store.sealer.halt_sealed()
+                wait_s = max(delay_s, error.retry_after_s) if isinstance(error, LimitExceededError) else delay_s
+                _log.warning("job_waits", job=job_id, reason=str(error), retry_s=wait_s)
+                await asyncio.sleep(wait_s)
+                delay_s = min(delay_s * 2, RETRY_S_MAX)
+
+    async def _fail(self, job_id: str, reason: str) -> None:
+        """The job has failed, unless somebody has paused or cancelled it meanwhile. Raises StaleRowError,
+        StoreUnavailableError; then the work fails again."""
+        row = await self._table.row(job_id)
+        if row.job.state in AT_WORK:
+            await self._table.store(row, move(row.job, "fail", reason=reason, keying=False))
+            _log.error("job_failed", job=job_id, reason=reason)
+
+    async def _after_work(self, job_id: str) -> None:
+        try:
+            with contextlib.suppress(RecordUnreadableError):
+                await self.settle(job_id)
+                job = await self._table.get(job_id)
+                if job.state == "queued" and self._threads.get(job.thread) == job_id:
+                    self.queue.append(job_id)  # resumed while its worker stopped
+            await self.pump()
+        except StoreUnavailableError:  # unreadable for the moment
+            self.later(job_id)
+
+    def later(self, job_id: str) -> None:
+        """Look again soon whether the job has to be queued."""
+
+        async def look() -> None:
+            await asyncio.sleep(READ_RETRY_S)
+            await self._after_work(job_id)
+
+        self.spawn(look())
+
+    async def wait_for_end(self, job_id: str) -> None:
+        """A job's end can be read before it is durable. Wait until it is durable and the job's thread is free."""
+        worker = self.running.get(job_id)
+        if worker is not None and (await self._table.get(job_id)).state not in AT_WORK:
+            await asyncio.wait({worker})
+
+    async def settle(self, job_id: str) -> None:
+        """Free the thread once its job is finished and no worker works on it."""
+        job = await self._table.get(job_id)
+        if job_id in self.running or self._threads.get(job.thread) != job_id:
+            return
+        # Beside other servers, each of them may resume a job that is paused.
+        ended = job.state not in AT_WORK or not await self._store.claims.holds(job.thread)
+        if ended if self._store.claims.contested else not job.unfinished:
+            del self._threads[job.thread]
+            await self._store.claims.release(job.thread, job_id if job.unfinished else "")
+
+    async def stop_work(self, job_id: str) -> None:
+        """The job is no longer at work, or no longer this server's."""
+        worker = self.running.get(job_id)
+        if worker is not None:  # it may sleep; writes that it has queued fail, since the row has changed
+            worker.cancel()
+            await asyncio.wait({worker})
+            self.running.pop(job_id, None)
+            self._table.followed.pop(job_id, None)  # a worker that never began has not removed itself
+            await self.pump()
+        await self.settle(job_id)
+
+
 class Runner:
     """Made in the event loop that uses it. `stop` is set when the server stops, which ends all waiting and watching."""
 
@@ -125,14 +309,11 @@ class Runner:
         self._store = store
         self._stop = stop
         self.table = JobTable(store, now_ns)
-        self._pace = Pace(rate)
         self._beginning = asyncio.Lock()
-        self._queue: deque[str] = deque()
         self._threads: dict[str, str] = {}
         """Thread → id of the job that has it, or OTHER_WORK."""
-        self._workers: dict[str, asyncio.Task[None]] = {}
-        self._others: set[asyncio.Task[Any]] = set()
-        store.metrics.gauges["progressdb_jobs_running"] = ("Jobs at work.", lambda: len(self._workers))
+        self._workers = Workers(store, self.table, self._threads, self._kind, pace=Pace(rate), stop=stop)
+        store.metrics.gauges["progressdb_jobs_running"] = ("Jobs at work.", lambda: len(self._workers.running))
         store.metrics.gauges["progressdb_jobs_unfinished"] = ("Jobs not finished yet.", lambda: len(self._threads))
         store.metrics.gauges["progressdb_jobs_records_left"] = (
             "Records that the jobs at work have still to re-encrypt.",
@@ -153,24 +334,20 @@ class Runner:
                 elif job.unfinished and not self._store.claims.contested:  # else see `_adopt`
                     self._threads[job.thread] = job.id
                     if job.state in AT_WORK and job.kind in known:
-                        (keying if job.keying else self._queue).append(job.id)
+                        (keying if job.keying else self._workers.queue).append(job.id)
             await asyncio.sleep(0)
         for job_id in keying:  # the map of such a thread may name a retired key
-            self._spawn(self._prepare_then_queue(job_id))
-        await self._pump()
+            self._workers.spawn(self._workers.prepare_then_queue(job_id))
+        await self._workers.pump()
         for kind in self.kinds:
-            self._spawn(self._keep(kind))
+            self._workers.spawn(self._keep(kind))
         if self._store.claims.contested:
-            self._spawn(self._adopt())
+            self._workers.spawn(self._adopt())
 
     async def close(self) -> None:
         """Interrupts the work; the next start continues it."""
         self._stop.set()
-        self._queue.clear()
-        tasks = [*self._workers.values(), *self._others]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._workers.close()
         await self._store.claims.stop()
 
     def has_job(self, thread: str) -> bool:
@@ -241,10 +418,7 @@ class Runner:
                 await claims.release(job.thread, job.id if job.unfinished else "")
                 return
             self._threads[job.thread] = job.id
-        if job.keying:
-            self._spawn(self._prepare_then_queue(job.id))
-        else:
-            await self._enqueue(job.id)
+        await self._workers.begin(job)
 
     async def _other(self, thread: str) -> tuple[Job | None, str]:
         """An unfinished job on the thread, which another server may have begun; and the job that its claim names."""
@@ -259,7 +433,7 @@ class Runner:
         """Add a job, with these fields in its row, unless the thread has one of this kind; returns that one then.
         Raises TooManyJobsError, JobConflictError, StoreUnavailableError."""
         async with self._beginning:  # whoever joins a job finds its row
-            await self._wait_for_end(self._threads.get(thread, ""))
+            await self._workers.wait_for_end(self._threads.get(thread, ""))
             other = self._threads.get(thread)
             if other == OTHER_WORK:
                 raise JobConflictError("another operation is running on this thread: try again in a moment")
@@ -287,147 +461,8 @@ class Runner:
                 await self._store.claims.release(thread, job.id)  # the row may be there
                 raise
         _log.info("job_begun", job=job.id, thread=thread, trigger=job.trigger)
-        if job.keying:
-            self._spawn(self._prepare_then_queue(job.id))
-        else:
-            await self._enqueue(job.id)
+        await self._workers.begin(job)
         return job
-
-    # --- working --------------------------------------------------------------------------------------------------
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._others.add(task)
-        task.add_done_callback(self._others.discard)
-        return task
-
-    async def _prepare_then_queue(self, job_id: str) -> None:
-        try:
-            kind = self._kind(await self.table.get(job_id))
-            await self._persist(job_id, lambda: kind.prepare(job_id))
-            await self._settle(job_id)
-        except StoreUnavailableError:
-            self._later(job_id)
-        else:
-            await self._enqueue(job_id)
-
-    async def _enqueue(self, job_id: str) -> None:
-        self._queue.append(job_id)
-        await self._pump()
-
-    async def _pump(self) -> None:
-        """Start queued jobs, up to RUNNING_MAX."""
-        while self._queue and len(self._workers) < RUNNING_MAX and not self._stop.is_set():
-            job_id = self._queue.popleft()
-            try:
-                job = await self.table.get(job_id)
-            except StoreUnavailableError:
-                self._queue.appendleft(job_id)
-                self._later(job_id)
-                return
-            except RecordUnreadableError:  # it delays no other job
-                continue
-            except BaseException:
-                self._queue.appendleft(job_id)
-                raise
-            if job.state not in AT_WORK or job_id in self._workers or self._threads.get(job.thread) != job_id:
-                continue
-            if len(self._workers) == RUNNING_MAX:  # another task has started one meanwhile
-                self._queue.appendleft(job_id)
-                return
-            self.table.followed[job_id] = job
-            self._workers[job_id] = asyncio.get_running_loop().create_task(self._work(job))
-
-    async def _work(self, job: Job) -> None:
-        kind, pace = self._kind(job), self._pace if job.rate is None else Pace(job.rate)
-        try:
-            await self._persist(job.id, lambda: kind.step(job.id, pace))
-        finally:
-            # In the same turn as the job's last change, so that its thread is free for whoever waited for it.
-            del self._workers[job.id], self.table.followed[job.id]
-            if not self._stop.is_set():
-                await self._after_work(job.id)
-
-    async def _persist(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
-        delay_s, at = RETRY_S_MIN, 0
-        while True:
-            try:
-                job = await self.table.get(job_id)
-                if job.state not in AT_WORK or not await self._store.claims.holds(job.thread):
-                    return
-                if job.updated_ns != at:
-                    delay_s, at = RETRY_S_MIN, job.updated_ns
-                try:
-                    await work()
-                    return
-                except JobFailedError as error:
-                    await self._fail(job_id, str(error))
-                except StoreDamagedError as error:  # trying again would find the same
-                    await self._fail(job_id, str(error))
-                except (StaleRowError, StoreUnavailableError, ConditionFailedError):
-                    raise
-                except KmsError as error:
-                    if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
-                        raise
-                    await self._fail(job_id, f"the key service refused ({error.code})")
-                except Exception as error:  # noqa: BLE001  a defect ends this job, with a reason, and no other one
-                    _log.error("job_broken", job=job_id, error=type(error).__qualname__, at=_lines(error))
-                    await self._fail(job_id, f"internal error ({type(error).__qualname__})")
-            except StaleRowError:  # an operator changed it, or the disk took more than it reported: read the row again
-                await asyncio.sleep(0)
-            except RecordUnreadableError:  # of the job's row
-                return
-            except (KmsError, StoreUnavailableError, ConditionFailedError) as error:
-                if isinstance(error, SealedError):
-                    self._store.sealer.halt_sealed()
-                wait_s = max(delay_s, error.retry_after_s) if isinstance(error, LimitExceededError) else delay_s
-                _log.warning("job_waits", job=job_id, reason=str(error), retry_s=wait_s)
-                await asyncio.sleep(wait_s)
-                delay_s = min(delay_s * 2, RETRY_S_MAX)
-
-    async def _fail(self, job_id: str, reason: str) -> None:
-        """The job has failed, unless somebody has paused or cancelled it meanwhile. Raises StaleRowError,
-        StoreUnavailableError; then the work fails again."""
-        row = await self.table.row(job_id)
-        if row.job.state in AT_WORK:
-            await self.table.store(row, move(row.job, "fail", reason=reason, keying=False))
-            _log.error("job_failed", job=job_id, reason=reason)
-
-    async def _after_work(self, job_id: str) -> None:
-        try:
-            with contextlib.suppress(RecordUnreadableError):
-                await self._settle(job_id)
-                job = await self.table.get(job_id)
-                if job.state == "queued" and self._threads.get(job.thread) == job_id:
-                    self._queue.append(job_id)  # resumed while its worker stopped
-            await self._pump()
-        except StoreUnavailableError:  # unreadable for the moment
-            self._later(job_id)
-
-    def _later(self, job_id: str) -> None:
-        """Look again soon whether the job has to be queued."""
-
-        async def look() -> None:
-            await asyncio.sleep(READ_RETRY_S)
-            await self._after_work(job_id)
-
-        self._spawn(look())
-
-    async def _wait_for_end(self, job_id: str) -> None:
-        """A job's end can be read before it is durable. Wait until it is durable and the job's thread is free."""
-        worker = self._workers.get(job_id)
-        if worker is not None and (await self.table.get(job_id)).state not in AT_WORK:
-            await asyncio.wait({worker})
-
-    async def _settle(self, job_id: str) -> None:
-        """Free the thread once its job is finished and no worker works on it."""
-        job = await self.table.get(job_id)
-        if job_id in self._workers or self._threads.get(job.thread) != job_id:
-            return
-        # Beside other servers, each of them may resume a job that is paused.
-        ended = job.state not in AT_WORK or not await self._store.claims.holds(job.thread)
-        if ended if self._store.claims.contested else not job.unfinished:
-            del self._threads[job.thread]
-            await self._store.claims.release(job.thread, job_id if job.unfinished else "")
 
     # --- changing -------------------------------------------------------------------------------------------------
     async def pause(self, job_id: str) -> Job:
@@ -447,22 +482,11 @@ class Runner:
         try:
             job = await self.table.change(job_id, how)
         except ThreadBusyError:
-            await self._stop_work(job_id)
+            await self._workers.stop_work(job_id)
             raise
         _log.info("job_ordered", job=job_id, order=event)
-        await self._stop_work(job_id)
+        await self._workers.stop_work(job_id)
         return job
-
-    async def _stop_work(self, job_id: str) -> None:
-        """The job is no longer at work, or no longer this server's."""
-        worker = self._workers.get(job_id)
-        if worker is not None:  # it may sleep; writes that it has queued fail, since the row has changed
-            worker.cancel()
-            await asyncio.wait({worker})
-            self._workers.pop(job_id, None)
-            self.table.followed.pop(job_id, None)  # a worker that never began has not removed itself
-            await self._pump()
-        await self._settle(job_id)
 
     async def resume(self, job_id: str) -> Job:
         """A failed job tries the failed records again. Raises JobConflictError also when another job has the thread, or
@@ -482,12 +506,12 @@ class Runner:
         try:
             job = await self.table.change(job_id, kind.resume)
         except StoreUnavailableError:  # the write may have succeeded; then the job has to be queued
-            self._later(job_id)
+            self._workers.later(job_id)
             raise
         except JobError:
-            await self._settle(job_id)
+            await self._workers.settle(job_id)
             raise
-        await self._enqueue(job_id)
+        await self._workers.enqueue(job_id)
         return job
 
     # --- watching -------------------------------------------------------------------------------------------------
@@ -496,7 +520,7 @@ class Runner:
         it waits at least `pause_s`."""
         longest_s = SHARED_READ_S if self._store.claims.contested else None  # another server may work on it
         seen = self.table.changes
-        await self._wait_for_end(job_id)
+        await self._workers.wait_for_end(job_id)
         last = await self.table.get(job_id)
         yield last
         stopping = asyncio.create_task(self._stop.wait())
@@ -506,7 +530,7 @@ class Runner:
                 await asyncio.wait({change, stopping}, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 seen = self.table.changes
-                await self._wait_for_end(job_id)
+                await self._workers.wait_for_end(job_id)
                 job = await self.table.get(job_id)
                 if job != last:
                     last = job
@@ -527,7 +551,7 @@ class Runner:
     @asynccontextmanager
     async def alone(self, job: Job) -> AsyncIterator[None]:
         """Let no other job use the job's thread meanwhile. Raises JobConflictError if one does."""
-        await self._wait_for_end(self._threads.get(job.thread, ""))
+        await self._workers.wait_for_end(self._threads.get(job.thread, ""))
         if job.thread in self._threads:
             raise JobConflictError("a job on this thread is unfinished")
         self._threads[job.thread] = OTHER_WORK
