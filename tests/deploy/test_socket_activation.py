@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,29 +79,20 @@ def process_uid(pid: int) -> int:
 
 
 def test_a_passed_socket_keeps_the_uid_of_the_user_who_listened(place: Path) -> None:
-    """SO_PEERCRED of a listening socket is taken at listen(2): a second call would replace root by the service."""
+    """SO_PEERCRED is taken at listen(2): a second call would replace root by the service. A client trusts root."""
     with passed_by_root(place) as daemon:
         path = str(daemon.socket)
 
-        def seen() -> int:
-            with socket.socket(socket.AF_UNIX) as client:
-                client.connect(path)
-                return server_uid(client)
-
-        assert process_uid(daemon.pid) == SERVICE_UID
-        assert foreign.run_as(CLIENT_UID, seen, groups=(SERVICE_UID,)) == 0
-
-
-def test_a_client_in_the_group_uses_a_passed_socket_with_its_defaults(place: Path) -> None:
-    with passed_by_root(place) as daemon:
-        path = daemon.socket
-
-        def use() -> str:
+        def use() -> list[Any]:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(path)
+                seen = server_uid(sock)
             with minikms.Client(path) as client:
                 key = client.create_dek_for_thread("thread")
-                return client.decrypt(key.key_id, client.encrypt(key.key_id, b"text")).decode()
+                return [seen, client.decrypt(key.key_id, client.encrypt(key.key_id, b"text")).decode()]
 
-        assert foreign.run_as(CLIENT_UID, use, groups=(SERVICE_UID,)) == "text"
+        assert process_uid(daemon.pid) == SERVICE_UID
+        assert foreign.run_as(CLIENT_UID, use, groups=(SERVICE_UID,)) == [0, "text"]
 
 
 def documented_environment() -> dict[str, str]:

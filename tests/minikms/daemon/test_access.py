@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import pytest
 import minikms
 from minikms.api.errors import KmsUntrustedServerError, StartError, UnauthorizedError
 from minikms.daemon.admission import UNAUTHORISED_CONNECTIONS_MAX
-from minikms.memory import libc
 from minikms.policy import Policy
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
@@ -172,18 +170,6 @@ def test_a_client_sends_nothing_to_a_squatted_socket(public: Path) -> None:
         os.close(descriptor)
 
 
-def test_a_stop_removes_the_socket_and_a_start_replaces_a_stale_one(public: Path) -> None:
-    with LiveDaemon(public, "file") as daemon:
-        daemon.process.terminate()
-        daemon.process.wait(60)
-        assert not daemon.socket.exists()
-        daemon.start()
-        daemon.kill()
-        assert daemon.socket.exists()
-        daemon.start()
-        assert ask(daemon.socket, b"GET /status")[0] == 200
-
-
 def test_a_socket_and_a_watchdog_of_the_service_manager_are_served(public: Path) -> None:
     """As a .socket unit and a .service unit of Type=notify with WatchdogSec= start it, without a service manager."""
     with (
@@ -222,15 +208,6 @@ def test_the_audit_log_names_uid_and_pid_of_the_caller(public: Path) -> None:
         (event,) = daemon.events("create_dek")
     assert event["actor"] == f"peer_uid:{os.geteuid()}"
     assert event["pid"] == os.getpid()
-
-
-def test_a_client_sees_the_uid_of_the_listener_of_a_passed_socket(public: Path) -> None:
-    """What `--server-uid` is compared with: the user who called listen(2), here this one."""
-    with LiveDaemon(public, "file") as daemon, socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(daemon.socket))
-        assert libc.LINUX
-        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        assert int.from_bytes(credentials[:4], sys.byteorder) == daemon.pid
 
 
 def test_an_uncertain_pid_leaves_an_audit_line(public: Path) -> None:

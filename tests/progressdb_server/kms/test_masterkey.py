@@ -101,11 +101,9 @@ def test_the_restarted_process_has_the_key_in_no_memory_or_environment(program: 
 
 
 def test_it_loads_nothing_that_could_have_seen_the_key(program: Path) -> None:
-    assert told(run(program))["loaded"] == "[]"
-
-
-def test_without_a_key_there_is_no_descriptor(program: Path) -> None:
-    assert told(run(program))["descriptor"] == "None"
+    """Nor is there a descriptor without a key."""
+    said = told(run(program))
+    assert (said["loaded"], said["descriptor"]) == ("[]", "None")
 
 
 def test_an_empty_variable_counts_as_unset(program: Path) -> None:
