@@ -272,12 +272,26 @@ def test_with_json_an_error_is_json_too(here: Here, words: tuple[str, ...]) -> N
     assert text.stderr == f"{words[0]}: {json.loads(shown.stderr)['error']}\n"
 
 
+@pytest.mark.parametrize("program", ["minikms-auditor", "minikms-gateway", "minikms-unlock"])
+def test_a_mistyped_command_of_a_helper_is_named(here: Here, program: str) -> None:
+    done = here(program, "complet")
+    assert done.returncode == 2
+    assert done.stderr == f"{program}: there is no command 'complet'. Did you mean `{program} completion`?\n"
+
+
+def test_an_unexpected_argument_is_named(here: Here) -> None:
+    done = here("minikms", "keys", "list", "extra")
+    assert done.returncode == 2
+    assert done.stderr == "minikms: unexpected argument: extra. See `minikms keys list --help`.\n"
+
+
 @pytest.mark.parametrize("program", ["minikms", "minikms-unlock", "progressdb"])
 def test_completion_in_zsh_registers_sourced_and_from_fpath(tmp_path: Path, program: str) -> None:
     zsh = needs.program("zsh")
     (tmp_path / f"_{program}").write_text(run(program, "completion", "zsh").stdout)
     for load, registered in (
         (f"compinit -d {tmp_path}/d1; source <(cat {tmp_path}/_{program})", f"_cyclopts_{program}\n"),
+        (f"HOME={tmp_path}; source {tmp_path}/_{program}", f"_cyclopts_{program}\n"),
         (f"fpath+=({tmp_path}); compinit -u -d {tmp_path}/d2", f"_{program}\n"),
     ):
         script = f"autoload -Uz compinit; {load}; print $_comps[{program}]"

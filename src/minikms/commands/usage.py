@@ -222,7 +222,10 @@ def run_app(app: App, explain: Callable[[Exception], tuple[str, int]]) -> NoRetu
     """Runs the command line of a helper: see `run`."""
 
     def command() -> Any:
-        return app(prepared(app, sys.argv[1:]), print_error=False, exit_on_error=False)
+        words = prepared(app, sys.argv[1:])
+        if unknown := unknown_command(app.name[0], words, list(app)):
+            raise CommandError(unknown)
+        return app(words, print_error=False, exit_on_error=False)
 
     run(app.name[0], command, explain)
 
@@ -233,6 +236,8 @@ def explained_system(error: Exception, program: str) -> str:
 
     if isinstance(error, CycloptsError):
         return explained(error, program)
+    if isinstance(error, CommandError):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return system_error(error)
     raise error
@@ -279,7 +284,7 @@ def label(argument: Argument) -> str | None:
 
 def explained(error: CycloptsError, program: str) -> str:
     """The sentence for a command line that can't be read. `program`: the command's first word."""
-    from cyclopts import MissingArgumentError
+    from cyclopts import MissingArgumentError, UnusedCliTokensError
 
     words = " ".join((program, *(error.command_chain or ())))
     error.verbose = False
@@ -292,6 +297,8 @@ def explained(error: CycloptsError, program: str) -> str:
             text = f"{error.keyword or error.argument.name} needs a value"
         else:
             text = f"{error.argument.name} is missing"
+    elif isinstance(error, UnusedCliTokensError):
+        text = f"unexpected argument: {' '.join(error.unused_tokens or ())}"
     end = "" if text.endswith(("?", ".")) else "."
     return f"{text[:1].lower()}{text[1:]}{end} See `{words} --help`."
 
@@ -345,7 +352,10 @@ def print_completion(app: App, program: str, shell: Shell) -> int:
     script = app.generate_completion(prog_name=program, shell=shell)
     if shell == "zsh":
         function = f"_cyclopts_{program}"
-        script += f'[[ $funcstack[1] == _{program} ]] && {function} "$@" || compdef {function} {program}'
+        load = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }"  # a zsh without .zshrc lacks it
+        script += (
+            f'if [[ $funcstack[1] == _{program} ]]; then {function} "$@"; else {load}; compdef {function} {program}; fi'
+        )
     elif shell == "fish":
         using = f"__fish_{program}_using_command"
         groups = [f"'{using} {name}'" for name in re.findall(r"^# Subcommands for: (.+)$", script, re.MULTILINE)]
