@@ -77,7 +77,7 @@ class Loaded(NamedTuple):
         return time.time() >= self.certificate_until
 
     def check_certificate(self) -> None:
-        """Before these files come into force. Raises StartError."""
+        """Before a start. Raises StartError."""
         if self.has_expired():
             raise StartError(f"the certificate {self.config.tls.cert} has expired, so no client would accept it")
 
@@ -115,16 +115,16 @@ class Loader:
         return tuple(found)
 
     def load_beside(self, running: Loaded) -> Loaded:
-        """The same for a process that runs with others. A certificate that has expired never replaces one that has not;
-        after that one has expired too, other changes are taken up with it, such as a revocation. Raises StartError.
+        """The same for a process that runs with others. A certificate that has expired never replaces one that has not:
+        `running.context` stays then, and everything else is taken up, such as a revocation. Raises StartError.
         """
         loaded = self.load()
         if loaded.config.fixed() != running.config.fixed():
             raise StartError(
                 "listen, metrics, kms_socket, kms_server_uids, and the first issuer without a jwks_file, need a restart"
             )
-        if not running.has_expired():
-            loaded.check_certificate()
+        if loaded.has_expired() and not running.has_expired():
+            return loaded._replace(context=running.context, certificate_until=running.certificate_until)
         return loaded
 
     def _issuers(self, config: Config) -> Issuers | None:
@@ -299,10 +299,12 @@ class _Process:
         former = self._app.state.issuers
         if former is not None and loaded.issuers is not None:
             loaded.issuers.take_over(former)
+        self._reload_failed = loaded.context is self._loaded.context
+        if self._reload_failed:
+            self._log.error("certificate not taken up", why="it has expired; the one before it stays, without new CAs")
         self._loaded = loaded
         self._tls.context = loaded.context
         self._app.use(self._state(loaded))
-        self._reload_failed = False
         self._check_certificate()
         self._log.info("files taken up", generation=self._generation)
 

@@ -61,9 +61,13 @@ def test_a_file_that_changes_during_a_load_is_noticed_afterwards(
     assert loader.signature(loaded.config) != loaded.signature
 
 
-def test_once_the_certificate_in_use_has_expired_changes_are_taken_up(loader: Loader, tmp_path: Path) -> None:
+def test_beside_an_expired_certificate_a_revocation_is_taken_up(loader: Loader, tmp_path: Path) -> None:
+    """The certificate itself only once the one in use has expired too."""
     running = loader.load()
     Authority("other").issue(dns=["gateway.internal"], ends=-timedelta(seconds=1)).write(tmp_path, "server")
-    with pytest.raises(StartError, match="has expired"):
-        loader.load_beside(running)
-    loader.load_beside(running._replace(certificate_until=0))
+    changed = loader.load_beside(running)
+    assert changed.trust is not running.trust
+    assert (changed.context, changed.has_expired()) == (running.context, False)
+    again = loader.load_beside(changed)
+    assert again.context is running.context
+    assert loader.load_beside(running._replace(certificate_until=0)).has_expired()

@@ -240,7 +240,7 @@ def test_an_expired_certificate_does_not_replace_the_gateways_own(pair: Pair) ->
     pair.gateway.write("server.pem", expired.chain)
     try:
         wait_until(lambda: pair.gateway.metric("reload_failed") == 1)
-        assert re.search('level=error event="changed files not taken up" .*has expired', pair.gateway.log.read_text())
+        assert re.search('level=error event="certificate not taken up" .*has expired', pair.gateway.log.read_text())
         assert pair.gateway.metric("certificate_expiry_timestamp_seconds") > time.time()
         with pair.gateway.caller(pair.client()) as caller:
             assert caller.get("/ready").status == 200
