@@ -6,6 +6,7 @@ opened once in a process, because a hardened one can't open them; what could not
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import resource
@@ -53,7 +54,8 @@ def samples(build_info: str) -> Iterator[Sample]:
     yield Sample("process_cpu_seconds_total", "counter", "Processor time, in seconds.", time.process_time())
     yield Sample("process_max_fds", "gauge", "Limit of open files.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     if process.descriptors is not None:
-        yield Sample("process_open_fds", "gauge", "Open files.", len(os.listdir(process.descriptors)))
+        with contextlib.suppress(OSError):  # listing takes one more, and none may be left
+            yield Sample("process_open_fds", "gauge", "Open files.", len(os.listdir(process.descriptors)))
     if process.stat is not None:
         resident = int(_fields(process.stat)[_RESIDENT_PAGES]) * resource.getpagesize()
         yield Sample("process_resident_memory_bytes", "gauge", "Memory in use.", resident)
