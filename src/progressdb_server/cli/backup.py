@@ -106,6 +106,9 @@ def create(
     except StoreLockedError:
         client = AdminClient.from_config(chosen, url)
         client.call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
+        if not path.is_dir():
+            wrong = f"the server at {client.url} has backed up another store: it made no {path}"
+            raise CommandError(wrong, EXIT_FAILED) from None
     if not json:
         print(f"{path}: the store is backed up, and each block was read back")
     page: dict[str, Any] = {"backup": str(path), "key_service": None}

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from minikms.commands.usage import CommandError
+from progressdb_server.cli import backup
+from progressdb_server.cli.admin_client import AdminClient
+from progressdb_server.store.model import StoreLockedError
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 from tests.progressdb_server.api.asgi_client import ADMIN
@@ -97,3 +101,16 @@ def test_status_of_an_address_needs_no_data_directory(tmp_path: Path) -> None:
         done = progressdb(*words, PROGRESSDB_API_ADMIN_KEYS=ADMIN)
         assert done.returncode == 0, done.stderr
         assert "server       ok" in done.stdout and "key service  not asked: give --db" in done.stdout
+
+
+# --- backup -------------------------------------------------------------------------------------------------------
+def test_a_backup_that_another_server_made_is_not_reported_as_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(_: object) -> object:
+        raise StoreLockedError("another process has the store open")
+
+    monkeypatch.setattr(backup, "_register", locked)
+    monkeypatch.setattr(AdminClient, "call", lambda *_, **__: {})
+    with pytest.raises(CommandError, match="has backed up another store: it made no"):
+        backup.create("monday", store_only=True, url="http://127.0.0.1:1", db=str(tmp_path))
