@@ -183,7 +183,8 @@ def open_for_service(
         unlocked, slot = open_keyring(directory, file, root, arena=arena, nonces=nonces, pin=options.pin)
         undo.callback(unlocked.release)
         epoch = unlocked.body.epoch
-        seen = highest_epoch(log_dir)
+        with written_at_start(os.path.join(log_dir, LOG_NAME)):
+            seen = highest_epoch(log_dir)
         if not options.accept_restore:
             check_newest(epoch, seen)
         with written_at_start(os.path.join(log_dir, LOG_NAME)):
@@ -207,9 +208,11 @@ def open_for_service(
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
             _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
         log.writer.state = lambda: KeyState(unlocked.body.epoch, destroyed.count)
-        store = deks.DekStore(directory)
+        with written_at_start(os.path.join(directory, deks.DIRECTORY)):
+            store = deks.DekStore(directory)
         undo.callback(store.close)
-        kept = rotation_backups.RotationBackups(directory)
+        with written_at_start(os.path.join(directory, rotation_backups.DIRECTORY)):
+            kept = rotation_backups.RotationBackups(directory)
         undo.callback(kept.close)
         with written_at_start(os.path.join(directory, f"{files.TEMP_PREFIX}*")):
             files.sweep_temps(lock.directory_fd)
@@ -463,7 +466,7 @@ def read_keyring(directory: str) -> bytes:
     try:
         data = read_file_bounded(os.path.join(directory, keyring_file.NAME), keyring.FILE_BYTES_MAX)
     except StorageUnavailableError as error:
-        raise StartError(f"keyring.json can't be read: {error}") from None
+        raise StartLaterError(f"keyring.json can't be read: {error}") from None
     if data is None:
         raise StartError(
             f"there is no keyring in {directory}: make one with `minikms init`, or name the data directory that has one"

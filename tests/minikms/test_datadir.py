@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -17,13 +18,14 @@ from pathlib import Path
 import pytest
 
 from minikms import datadir
-from minikms.api.errors import StartError
+from minikms.api.errors import StartError, StartLaterError, StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.chain import KeyState
 from minikms.audit.epochs import EPOCH_TAIL_BYTES_MAX
 from minikms.audit.log import LogLimits
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.serve import serve
+from minikms.custody import deks, keyring_file, rotation_backups
 from minikms.custody.settled_keys import newest_key_id
 from minikms.datadir import DataDir, Options
 from minikms.keys.dek import make_key_id
@@ -286,3 +288,25 @@ def test_the_newest_key_is_of_now_or_of_a_file_with_a_later_id(tmp_path: Path) -
     ahead = make_key_id(now_ms + 10_000_000, bytes(10))
     (tmp_path / "kms-deks" / f"{ahead}.json").touch()
     assert newest_key_id(str(tmp_path)) == ahead
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "error"),
+    [
+        (datadir, "highest_epoch", OSError(errno.EIO, os.strerror(errno.EIO))),
+        (keyring_file, "read_file_bounded", StorageUnavailableError("a file cannot be read")),
+        (deks, "DekStore", StorageUnavailableError("a directory cannot be opened")),
+        (rotation_backups, "RotationBackups", StorageUnavailableError("a directory cannot be opened")),
+    ],
+)
+def test_what_the_disk_refuses_at_a_start_may_succeed_later(
+    one: Opener, monkeypatch: pytest.MonkeyPatch, place: object, name: str, error: Exception
+) -> None:
+    one.start()
+
+    def refused(*_: object, **__: object) -> object:
+        raise error
+
+    monkeypatch.setattr(place, name, refused)
+    with pytest.raises(StartLaterError):
+        one.open()

@@ -16,7 +16,7 @@ from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Final
 
-from minikms.api.errors import SealedError, StartError, StorageUnavailableError, StorageUncertainError
+from minikms.api.errors import SealedError, StartError, StartLaterError, StorageUnavailableError, StorageUncertainError
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.platform.files import read_file_bounded, replace_file
@@ -33,11 +33,11 @@ class KeyringFile:
         self._executor = executor
 
     def load(self) -> bytes | None:
-        """The bytes of the file, or None if it doesn't exist. Raises StartError if it can't be read."""
+        """The bytes of the file, or None if it doesn't exist. Raises StartLaterError if it can't be read."""
         try:
             return read_file_bounded(NAME, FILE_BYTES_MAX, dir_fd=self._directory_fd)
         except StorageUnavailableError as error:
-            raise StartError(f"keyring.json can't be read: {error}") from None
+            raise StartLaterError(f"keyring.json can't be read: {error}") from None
 
     def store_now(self, data: bytes) -> None:
         """Replaces the file; it is durable on return. Blocks on disk I/O. Raises StorageUnavailableError."""

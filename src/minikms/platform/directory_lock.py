@@ -39,7 +39,7 @@ class DataDirLock:
 
     Raises:
         InUseError: another process owns the directory; the text has its pid.
-        StartError: the directory is not private to this user, or can't be opened.
+        StartError: the directory is not private to this user; StartLaterError: the disk refuses it.
     """
 
     def __init__(self, directory: str) -> None:
@@ -53,7 +53,7 @@ class DataDirLock:
                 os.close(self.directory_fd)
                 raise
         except OSError as error:
-            raise StartError(f"the data directory {self.directory}: {error.strerror}") from None
+            raise StartLaterError(f"the data directory {self.directory}: {error.strerror}") from None
         self._held: list[int] = []
         self._open = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.api.errors import StartError
+from minikms.api.errors import StartError, StartLaterError
 from minikms.platform.directory_lock import LOCK_NAME, DataDirLock, is_owned, make_private_directory
 from tests import needs
 from tests.minikms.daemon import foreign
@@ -118,6 +119,15 @@ def test_a_symbolic_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) ->
     assert victim.read_text() == "precious"
 
 
+def test_on_a_full_disk_a_later_start_may_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StartLaterError, match="No space left"):
+        DataDirLock(str(tmp_path / "d"))
+
+
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d").write_text("")
     with pytest.raises(StartError, match="Not a directory"):
@@ -137,7 +147,7 @@ def test_no_descriptor_is_left_by_a_refused_start_and_none_is_inherited(tmp_path
 OWNER = """
 import sys, time
 from minikms.platform.directory_lock import DataDirLock
-from minikms.api.errors import StartError
+from minikms.api.errors import StartError, StartLaterError
 sys.stdin.readline()
 try:
     lock = DataDirLock(sys.argv[1])
