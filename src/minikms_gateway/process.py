@@ -116,7 +116,7 @@ class Loader:
 
     def load_beside(self, running: Loaded) -> Loaded:
         """The same for a process that runs with others. A certificate that has expired never replaces one that has not:
-        `running.context` stays then, and everything else is taken up, such as a revocation. Raises StartError.
+        the TLS context of `running` stays then; all else, such as a revocation, is taken up. Raises StartError.
         """
         loaded = self.load()
         if loaded.config.fixed() != running.config.fixed():

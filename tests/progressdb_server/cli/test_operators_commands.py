@@ -107,10 +107,10 @@ def test_status_of_an_address_needs_no_data_directory(tmp_path: Path) -> None:
 def test_a_backup_that_another_server_made_is_not_reported_as_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def locked(_: object) -> object:
+    def locked(*_: object, **__: object) -> object:
         raise StoreLockedError("another process has the store open")
 
-    monkeypatch.setattr(backup, "_register", locked)
+    monkeypatch.setattr("progressdb_server.store.backup.open_register", locked)
     monkeypatch.setattr(AdminClient, "call", lambda *_, **__: {})
     with pytest.raises(CommandError, match="has backed up another store: it made no"):
         backup.create("monday", store_only=True, url="http://127.0.0.1:1", db=str(tmp_path))
