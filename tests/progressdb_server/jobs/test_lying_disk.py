@@ -14,7 +14,7 @@ from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import JobError
 from progressdb_server.store.model import StoreError
 from tests.progressdb_server.jobs.rotating import Place, chunks_of, keys_of_records, mapped, write
-from tests.progressdb_server.store.faulty_reads import FaultyReads
+from tests.progressdb_server.store.faulty_reads import FaultyReads, faulty
 from tests.progressdb_server.store.opened_store import keys_of, messages_of
 
 DAY_NS = 86_400 * 1_000_000_000
@@ -34,6 +34,7 @@ def lying(fault: Fault) -> tuple[int, bool]:
     """A rotation whose old key is destroyed when due, with the fault in the reads until then. No record
     is lost. Returns the number of reads, and whether the old key was destroyed."""
     place = Place()
+    reads = faulty(place.engine)
     counts: list[int] = []
 
     async def body(store: Conversations, jobs: Jobs) -> None:
@@ -42,12 +43,11 @@ def lying(fault: Fault) -> tuple[int, bool]:
         await store.messages.delete(messages[2].id, author="ann")
         expected = await messages_of(store, "t", include_deleted=True)
         old = mapped(store)
-        reads = store.reads
-        store.rekeying.reads = faulty = FaultyReads(reads)
-        fault(faulty, [key.encode() for key in await keys_of(store)])
-        faulty.count = 0
+        keys = [key.encode() for key in await keys_of(store)]
+        reads.heal()
+        fault(reads, keys)
         with contextlib.suppress(JobError, TimeoutError):
-            async with asyncio.timeout(None if faulty.fails == 1 else FAILING_S):  # the job may wait for ever
+            async with asyncio.timeout(None if reads.fails == 1 else FAILING_S):  # the job may wait for ever
                 await ended(jobs)
             place.clock.now += DAY_NS
             for _ in range(TRIES):
@@ -56,8 +56,8 @@ def lying(fault: Fault) -> tuple[int, bool]:
                 if place.keys.destroyed:
                     break
                 await asyncio.sleep(0.001)
-        counts.append(faulty.count)
-        store.rekeying.reads = reads
+        counts.append(reads.count)
+        reads.heal()
         assert not place.keys.destroyed & set((await keys_of_records(store)).values())
         assert await messages_of(store, "t", include_deleted=True) == expected
         assert place.keys.destroyed <= {old}

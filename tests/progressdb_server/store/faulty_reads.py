@@ -1,4 +1,5 @@
-"""Reads of a disk that lies: one that fails, or entries that a way of reading does not find."""
+"""Reads of a disk that lies: one that fails, or entries that a way of reading does not find. `faulty` gives them to all
+parts of a store."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from typing import ClassVar
 
 from progressdb_server.store import keyspace
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError, Reads, in_order
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Engine, EngineUnavailableError, Reads, in_order
 
 
 class FaultyReads:
@@ -17,11 +18,17 @@ class FaultyReads:
 
     def __init__(self, reads: Reads) -> None:
         self._reads = reads
+        self.walked: set[bytes] = set()
+        self.single: set[bytes] = set()
+        self.heal()
+
+    def heal(self) -> None:
+        """No fault from here on, and no read counted."""
         self.count = 0
         self.fails_at = 0
         self.fails = 1
-        self.walked: set[bytes] = set()
-        self.single: set[bytes] = set()
+        self.walked.clear()
+        self.single.clear()
 
     def _read(self) -> None:
         self.count += 1
@@ -56,3 +63,10 @@ class FaultyReads:
 
     def walk_keys(self, prefix: bytes) -> AsyncIterator[list[bytes]]:
         return in_order(self, prefix)
+
+
+def faulty(engine: Engine) -> FaultyReads:
+    """All reads of the store that is made of the engine afterwards."""
+    reads = FaultyReads(engine.reads)
+    engine.__class__ = type(type(engine).__name__, (type(engine),), {"reads": reads})
+    return reads
