@@ -1,0 +1,1 @@
+"""Tests of `progressdb_server.conversations`."""
