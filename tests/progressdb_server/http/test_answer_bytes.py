@@ -39,7 +39,7 @@ class OneResponse(Connection):
             self.transport.close()
 
 
-def made(transport: Transport, method: str = "GET", keep_alive: bool = True, waits: bool = False) -> Cycle:
+def new_cycle(transport: Transport, method: str = "GET", keep_alive: bool = True, waits: bool = False) -> Cycle:
     loop: Any = None  # no test here waits for a time
     connection = OneResponse(Serving(application, Shares(), loop), lambda: None)
     connection.serving.date = b"date: today\r\n"
@@ -53,7 +53,7 @@ def answered(*messages: dict[str, Any], method: str = "GET", keep_alive: bool = 
     transport = Transport()
 
     async def send() -> None:
-        cycle = made(transport, method, keep_alive)
+        cycle = new_cycle(transport, method, keep_alive)
         for message in messages:
             await cycle.send(message)
 
@@ -138,7 +138,7 @@ LENGTH_2 = (b"content-length", b"2")
 @pytest.mark.parametrize("headers", [(), ((b"x-request-id", b"r"),), ((b"connection", b"close"), (b"a", b"b"))])
 def test_a_whole_answer_is_the_same_with_messages_and_without(status: int, keep_alive: bool, headers: Any) -> None:
     transport = Transport()
-    assert made(transport, keep_alive=keep_alive).send_response(status, headers, b"ok")
+    assert new_cycle(transport, keep_alive=keep_alive).send_response(status, headers, b"ok")
     other = answered(start(status, *headers, LENGTH_2), part(b"ok"), keep_alive=keep_alive)
     ((head, body), (other_head, other_body)) = (one.writes[0].split(b"\r\n\r\n") for one in (transport, other))
     assert (sorted(head.split(b"\r\n")), body) == (sorted(other_head.split(b"\r\n")), other_body)
@@ -147,8 +147,8 @@ def test_a_whole_answer_is_the_same_with_messages_and_without(status: int, keep_
 
 def test_what_can_not_leave_whole_at_once_is_left_to_the_messages() -> None:
     transport = Transport()
-    cycle = made(transport)
-    assert not made(transport, "HEAD").send_response(200, (), b"ok")
+    cycle = new_cycle(transport)
+    assert not new_cycle(transport, "HEAD").send_response(200, (), b"ok")
     assert not cycle.send_response(204, (), b"")
     cycle.connection.write_paused = True
     assert not cycle.send_response(200, (), b"ok")
@@ -166,12 +166,12 @@ def test_what_can_not_leave_whole_at_once_is_left_to_the_messages() -> None:
 def test_no_header_of_a_whole_answer_smuggles_in_a_line(header: tuple[bytes, bytes]) -> None:
     transport = Transport()
     with pytest.raises(RuntimeError, match="line break"):
-        made(transport).send_response(200, (header,), b"ok")
+        new_cycle(transport).send_response(200, (header,), b"ok")
     assert transport.writes == []
 
 
 def test_a_body_is_had_without_messages_once_it_is_whole_and_only_once() -> None:
-    cycle = made(Transport())
+    cycle = new_cycle(Transport())
     assert cycle.received_body() is None
     cycle.add(b"one,")
     cycle.add(b"two,")
@@ -184,7 +184,7 @@ def test_a_body_is_had_without_messages_once_it_is_whole_and_only_once() -> None
 
 def test_a_body_that_was_read_in_part_is_read_to_its_end_by_messages() -> None:
     async def read() -> list[dict[str, Any]]:
-        cycle = made(Transport())
+        cycle = new_cycle(Transport())
         cycle.add(b"one")
         first = dict(await cycle.receive())
         waiting = asyncio.ensure_future(cycle.receive())
@@ -203,7 +203,7 @@ def test_a_body_that_was_read_in_part_is_read_to_its_end_by_messages() -> None:
 def test_a_body_that_waits_for_100_continue_is_asked_for_by_messages() -> None:
     async def read() -> tuple[bytes | None, bytes]:
         transport = Transport()
-        cycle = made(transport, waits=True)
+        cycle = new_cycle(transport, waits=True)
         cycle.add(b"one")
         cycle.end_body()
         before = cycle.received_body()

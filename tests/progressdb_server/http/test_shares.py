@@ -32,7 +32,7 @@ def upload(user: str, sent: int, declared: int = MIB) -> bytes:
 
 
 # --- accounts ---------------------------------------------------------------------------------------------------
-def key(presented: str) -> Caller:
+def caller_with(presented: str) -> Caller:
     found = KeyTable(backend=(BACKEND,), frontend=(FRONTEND,), admin=(ADMIN,)).find(presented.encode())
     assert found is not None
     return found
@@ -52,33 +52,33 @@ def taken(shares: Shares, address: str, caller: Caller | None, user: str | None,
 
 def test_a_user_an_unknown_caller_and_an_address_have_shares_of_the_budget() -> None:
     shares = Shares(Server(body_bytes=64 * MIB))
-    assert taken(shares, "192.0.2.1", key(FRONTEND), "alice") == 8
-    assert taken(shares, "192.0.2.2", key(FRONTEND), "alice") == 0  # from wherever he calls
-    assert taken(shares, "192.0.2.1", key(FRONTEND), "bob") == 8
+    assert taken(shares, "192.0.2.1", caller_with(FRONTEND), "alice") == 8
+    assert taken(shares, "192.0.2.2", caller_with(FRONTEND), "alice") == 0  # from wherever he calls
+    assert taken(shares, "192.0.2.1", caller_with(FRONTEND), "bob") == 8
     assert taken(shares, "192.0.2.1", None, None, b"key") == 16
-    assert taken(shares, "192.0.2.1", key(BACKEND), None) == 0  # the address has had its half
-    assert taken(shares, "192.0.2.2", key(BACKEND), None) == 32
-    assert taken(shares, "192.0.2.3", key(ADMIN), None) == 0
+    assert taken(shares, "192.0.2.1", caller_with(BACKEND), None) == 0  # the address has had its half
+    assert taken(shares, "192.0.2.2", caller_with(BACKEND), None) == 32
+    assert taken(shares, "192.0.2.3", caller_with(ADMIN), None) == 0
     assert shares.bodies_bytes == 64 * MIB
 
 
 def test_a_proxy_and_a_peer_without_an_address_have_no_share_of_an_address() -> None:
     for address in ("10.0.0.7", "::ffff:10.0.0.7", ""):
         shares = Shares(Server(body_bytes=64 * MIB), Proxies(("10.0.0.0/8",)).__contains__)
-        assert taken(shares, address, key(BACKEND), None) == 64
+        assert taken(shares, address, caller_with(BACKEND), None) == 64
 
 
 def test_a_body_is_charged_to_its_user_and_given_back_at_its_end() -> None:
     shares = Shares(Server(body_bytes=64 * MIB))
     unknown = [BodyAccount(shares, "192.0.2.1", b"key") for _ in range(12)]
     assert all(account.grow_to(MIB) for account in unknown)
-    assert [account.identify(payer(key(FRONTEND), "alice")) for account in unknown] == [True] * 8 + [False] * 4
+    assert [account.identify(payer(caller_with(FRONTEND), "alice")) for account in unknown] == [True] * 8 + [False] * 4
     assert shares.bodies_bytes == 8 * MIB
     for account in unknown:
         account.close()
         account.close()
     assert shares.bodies_bytes == 0
-    assert taken(shares, "192.0.2.1", key(FRONTEND), "alice") == 8
+    assert taken(shares, "192.0.2.1", caller_with(FRONTEND), "alice") == 8
 
 
 def test_no_more_is_charged_for_a_body_than_is_kept_of_it() -> None:
