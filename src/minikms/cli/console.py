@@ -39,6 +39,48 @@ if TYPE_CHECKING:
     from minikms.roots.key_file import FileOwner
     from minikms.roots.providers import RootProvider
 
+DATA_USER_ADVICE: Final = "The files of a key service are its user's alone: run this as that user, or as root"
+DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
+MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
+MASTER_KEY_OWNER_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_OWNER"
+PIN_VARIABLE: Final = "PROGRESSDB_MINIKMS_PIN"
+URL_VARIABLE: Final = "PROGRESSDB_KMS_URL"
+URL_FILES: Final = ("ca", "cert", "key", "token_file")
+"""Arguments of a client of a gateway; the variables are named alike: PROGRESSDB_KMS_CA, …"""
+LONG_LIVED_VARIABLE: Final = "PROGRESSDB_KMS_LONG_LIVED_CERT"
+ID_DIGITS_MAX: Final = 10
+"""Of a user or group id, which has 32 bits."""
+DAEMON_WAIT_SECONDS: Final = 0.5
+"""For a daemon that is starting; a person notices a longer wait."""
+ANSWER_SECONDS: Final = 10.0
+PACKAGE_DATA_DIR: Final = "/var/lib/progressdb/minikms"
+"""Where the units of `deploy/systemd` have it."""
+
+Socket = usage.Socket
+ServerUid = usage.ServerUid
+Json = usage.Json
+DataDir = Annotated[
+    PathText | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
+]
+AuditDir = Annotated[
+    PathText | None,
+    Parameter(name="--audit-dir", help="Directory of the audit log, for an auditor: mode 2750, group of the auditor."),
+]
+MasterKeyFile = Annotated[
+    Path | None, Parameter(name="--master-key-file", help=f"File with the root key [{MASTER_KEY_FILE_VARIABLE}].")
+]
+Root = Annotated[
+    RootSource | None,
+    Parameter(
+        name="--root",
+        show_choices=False,
+        help="Where the root key is, instead of --master-key-file: file:PATH, fd:NUMBER or dev:; except for `serve` "
+        "also shares:, which asks for shares.",
+    ),
+]
+MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
+Yes = Annotated[bool, Parameter(name=("--yes", "-y"), help="Don't ask.", negative=(), show_default=False)]
+
 
 def complain(text: str) -> None:
     """One sentence on standard error."""
@@ -82,51 +124,6 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
     if isinstance(error, errors.StorageUnavailableError) and isinstance(error.__cause__, OSError):
         text += f": {usage.system_error(error.__cause__)}"
     return f"{text}. {next_step}." if next_step else text, EXIT_FAILED if judged else EXIT_MISSING
-
-
-DATA_USER_ADVICE: Final = "The files of a key service are its user's alone: run this as that user, or as root"
-DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
-MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
-MASTER_KEY_OWNER_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_OWNER"
-PIN_VARIABLE: Final = "PROGRESSDB_MINIKMS_PIN"
-URL_VARIABLE: Final = "PROGRESSDB_KMS_URL"
-URL_FILES: Final = ("ca", "cert", "key", "token_file")
-"""Arguments of a client of a gateway; the variables are named alike: PROGRESSDB_KMS_CA, …"""
-LONG_LIVED_VARIABLE: Final = "PROGRESSDB_KMS_LONG_LIVED_CERT"
-ID_DIGITS_MAX: Final = 10
-"""Of a user or group id, which has 32 bits."""
-DAEMON_WAIT_SECONDS: Final = 0.5
-"""For a daemon that is starting; a person notices a longer wait."""
-ANSWER_SECONDS: Final = 10.0
-
-Socket = usage.Socket
-ServerUid = usage.ServerUid
-Json = usage.Json
-DataDir = Annotated[
-    PathText | None, Parameter(name="--data-dir", help=f"Directory of keys and audit log [{DATA_DIR_VARIABLE}].")
-]
-AuditDir = Annotated[
-    PathText | None,
-    Parameter(name="--audit-dir", help="Directory of the audit log, for an auditor: mode 2750, group of the auditor."),
-]
-MasterKeyFile = Annotated[
-    Path | None, Parameter(name="--master-key-file", help=f"File with the root key [{MASTER_KEY_FILE_VARIABLE}].")
-]
-Root = Annotated[
-    RootSource | None,
-    Parameter(
-        name="--root",
-        show_choices=False,
-        help="Where the root key is, instead of --master-key-file: file:PATH, fd:NUMBER or dev:; except for `serve` "
-        "also shares:, which asks for shares.",
-    ),
-]
-MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
-Yes = Annotated[bool, Parameter(name=("--yes", "-y"), help="Don't ask.", negative=(), show_default=False)]
-
-
-PACKAGE_DATA_DIR: Final = "/var/lib/progressdb/minikms"
-"""Where the units of `deploy/systemd` have it."""
 
 
 def found_data_dir(given: str | None, *, look: bool = True) -> str | None:
@@ -249,7 +246,7 @@ def _key_file_owner(given: str | None) -> FileOwner | None:
 def needed_root(
     key_file: Path | None, descriptor: int | None, source: str | None = None, *, data_dir: str | None = None
 ) -> RootProvider:
-    """The same. Raises CommandError when there is none."""
+    """As `chosen_root`, with its errors. Raises CommandError also when no place is given."""
     root = chosen_root(key_file, descriptor, source, data_dir=data_dir)
     if root is None:
         raise CommandError("give the root key, as for the daemon: --master-key-file FILE, or --root SOURCE")
