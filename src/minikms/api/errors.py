@@ -221,7 +221,7 @@ class AuditUnavailableError(KmsRefusedError):
 
 
 class AuditLaggingError(KmsRefusedError):
-    """The auditor has not taken too many lines of the audit log. The request was not carried out."""
+    """More lines of the audit log than allowed wait for the auditor. The request was not carried out."""
 
     status = 503
     code = contract.CODE_AUDIT_LAGGING
@@ -229,7 +229,7 @@ class AuditLaggingError(KmsRefusedError):
 
 
 class StorageUnavailableError(KmsRefusedError):
-    """The disk failed to write. Earlier durable data still is."""
+    """The disk failed to write. What was durable before still is."""
 
     status = 503
     code = contract.CODE_STORAGE_UNAVAILABLE

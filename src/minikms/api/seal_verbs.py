@@ -62,8 +62,8 @@ SEAL: Final = Verb(
 
 
 class SharesProgress(msgspec.Struct, frozen=True):
-    """The shares that are collected of one set, that of the share that was taken last: their numbers, how many are
-    needed, and when they are zeroed (RFC 3339).
+    """The collected shares of one set, to which the newest share belongs: their numbers, how many are needed, and when
+    they are zeroed (RFC 3339).
     """
 
     set_id: str

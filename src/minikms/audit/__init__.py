@@ -1,8 +1,7 @@
 """The audit log: one line for each operation, which can't be altered without a trace.
 
-Owns: the log's format, writing, verification, files, and reading; docs/spec/audit.md specifies the format. The rest of
-the service needs only the names exported here, and `turns`. The room must never see plaintext, ciphertext, or any key
-but the audit key.
+Owns: the log's format, writing, verification, files, and reading; docs/spec/audit.md specifies the format. The
+room must never see plaintext, ciphertext, or any key but the audit key.
 """
 
 from minikms.audit.chain import AuditKey

@@ -209,7 +209,7 @@ class _Outcome(NamedTuple):
 
 
 def _refuse_active(kms: Client, thread: str) -> None:
-    """Raises CommandError if the thread has active keys, which were meant."""
+    """Raises CommandError if the thread has an active key: the caller probably means that one."""
     active = [key.key_id for key in kms.list_keys(thread_id=thread, state="active").keys]
     if active:
         do = f"retire it first: minikms keys retire {active[0]}"

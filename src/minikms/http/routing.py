@@ -1,4 +1,4 @@
-"""What serves a request: the entry of a table for its path and method.
+"""Routing: finds the entry of a table for the path and method of a request.
 
 Owns: paths with an id, and the answers to a path or a method that no entry has. It must never know what an entry is.
 """
@@ -20,8 +20,8 @@ _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class Routes(dict[str, Mapping[str, T]]):
-    """The entries of a path by method; none if there is no such path. The second segment of a path may be `{name}`:
-    there the request has an id, whatever it is.
+    """The entries of a path by method; none if there is no such path. The second segment of a path may be `{name}`,
+    which stands for any id.
     """
 
     def __init__(self, entries: Iterable[tuple[str, str, T]]) -> None:

@@ -1,1 +1,1 @@
-"""What the processes share: start and stop; beside the key service configuration files, TLS, HTTP exchanges."""
+"""What processes share: start and stop; of those beside the key service configuration files, TLS, HTTP exchanges."""

@@ -1,7 +1,7 @@
 """The configuration file of a process beside the key service, in TOML, and the files that it names.
 
-Owns: how they are read, which is as policy files are, so that nobody but root and the user of the process can have
-written them; and the form of a listener's address. Invariants: what is read is bounded; paths are relative to the
+Owns: reading them as policy files are read, so that only root and the user of the process can have written them; and
+the form of a listener's address. Invariants: what is read is bounded; paths are relative to the
 directory of the configuration. It must never open a socket, or keep what a file held.
 """
 

@@ -1,6 +1,6 @@
 """The whole store of a running server: the parts of a store with a key service, and the work that it does by itself.
 
-Owns: the composition, the format check at opening, the hourly sweep of retries and of the leases of killed servers, and
+Owns: the composition, the format check at opening, the hourly sweep of retries and of the claims of killed servers, and
 the watches over the key service's epoch and the clock.
 """
 
@@ -82,10 +82,10 @@ def _are_near(one_ns: int, other_ns: int) -> bool:
 class Conversations:
     """The whole store, for routes, jobs, the viewer and commands. Open it in the event loop that uses it.
 
-    All times and ids are made by the store. `author=None` means that the caller may act for anybody (admin).
-    Every method may raise StoreUnavailableError and KeyServiceRefusedError; every reader may raise
-    RecordUnreadableError, every change of a thread that exists ThreadKeyDestroyedError. `update` and
-    `set_reaction` raise TooManyVersionsError.
+    Its parts make all times and ids. In their methods `author=None` means that the caller may act for anybody (admin).
+    Each method may raise StoreUnavailableError and KeyServiceRefusedError; each that reads may raise
+    RecordUnreadableError, each that changes an existing thread ThreadKeyDestroyedError. `Messages.update` and
+    `Messages.set_reaction` raise TooManyVersionsError.
     """
 
     def __init__(
@@ -169,9 +169,8 @@ class Conversations:
         except KmsError as error:
             if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
                 raise store_error(error) from error
-            _log.warning(
-                "kms_status_refused", code=error.code
-            )  # without the role `monitor` there is nothing to judge by
+            # Without the role `monitor` there is nothing to judge by.
+            _log.warning("kms_status_refused", code=error.code)
         loop = asyncio.get_running_loop()
         self._judge_clock()
         self._background = [

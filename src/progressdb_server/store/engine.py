@@ -1,7 +1,7 @@
-"""The engine seam: all that the store asks of what holds it.
+"""The interface of a storage engine.
 
-Owns: `Engine`, which says what an engine can; `OrderedMap`, which one of this process is; the errors. Invariants of an
-`OrderedMap`:
+Owns: `Engine`, which each engine implements; `OrderedMap`, in which one of this process keeps its entries; the errors.
+Invariants of an `OrderedMap`:
 - It maps bytes to bytes; keys sort as unsigned bytes. A value of None deletes.
 - `write` applies its puts atomically: all or none, also across power loss. They are visible at once, and durable
   after the next `sync` that began after them.
@@ -78,8 +78,8 @@ class Reads(Protocol):
     async def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]: ...
 
     async def values(self, keys: Collection[bytes], *, bytes_max: int | None = None) -> dict[bytes, bytes]:
-        """Those of the keys that are stored, in one round trip; no more, in their order, after the values together have
-        `bytes_max`."""
+        """The stored entries of these keys, in one round trip. In the order of the keys, none follows once the values
+        together have `bytes_max`."""
         ...
 
     async def newest(self, prefixes: Sequence[bytes]) -> list[bytes | None]:
@@ -87,12 +87,12 @@ class Reads(Protocol):
         ...
 
     def walk_keys(self, prefix: bytes) -> AsyncIterator[list[bytes]]:
-        """All keys that begin so, in the order of an index. A page is read when the iterator reaches it."""
+        """All keys with this prefix, in the order of an index. A page is read when the iterator reaches it."""
         ...
 
 
 async def in_order(reads: Reads, prefix: bytes) -> AsyncIterator[list[bytes]]:
-    """See `Reads.walk_keys`, by the keys."""
+    """See `Reads.walk_keys`: in the order of the keys."""
     lower, upper = prefix, keyspace.after(prefix) if prefix else keyspace.END
     while keys := await reads.keys(lower, upper, limit=SCAN_ENTRIES_MAX):
         lower = keyspace.next_key(keys[-1])
@@ -212,7 +212,8 @@ class Engine(ABC):
 
     @abstractmethod
     def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> Commits:
-        """Makes a store of an empty directory. Raises FormatError where something else is, StoreUnavailableError."""
+        """The writer; an empty directory becomes a store first. Raises FormatError where something else is,
+        StoreUnavailableError."""
 
     @abstractmethod
     async def counted(self) -> Counters:

@@ -65,7 +65,7 @@ class Opener:
         return self._process.settings.root.reads_again or not self._source_read
 
     def discard_source(self) -> None:
-        """A source that can be read once holds the root key until then, where root could read it."""
+        """Closes an unread source that can be read once: it still holds the root key, which root could read there."""
         source = self._process.settings.root
         if not source.reads_again and not self._source_read:
             self._source_read = True

@@ -1,8 +1,8 @@
 """The states of a daemon that can be sealed, and the moves between them.
 
 Owns: the table of moves, and which marker says who sealed the daemon. It does no I/O; `minikms.daemon.seal.seal` does
-what a move takes. Invariants: a move that the table does not have raises and changes nothing; from its
-start on each state has the move `SEAL`, so that none holds up a seal; only the removal of the marker leads from a
+what a move takes. Invariants: a move that the table does not have raises and changes nothing; after
+the start each state has the move `SEAL`, so that none holds up a seal; only the removal of the marker leads from a
 sealed state to `SERVING`; a marker counts as written only while nothing has overtaken its write.
 """
 
@@ -93,8 +93,8 @@ class SealState:
         self.marker = Marker(at=at) if marker is None else marker
 
     def seal(self, marker: Marker) -> None:
-        """A repeated request leaves the marker of the first one. After an unseal that it interrupts, which may have
-        removed that marker, its own is to be written.
+        """A repeated request keeps the marker of the first one. A request that interrupts an unseal has a new marker,
+        because the unseal may have removed the first one.
         """
         before = self.state
         self.move(Move.SEAL)

@@ -1,4 +1,4 @@
-"""Unseal: what an operator gives, and what comes of it.
+"""Attempts to unseal the daemon, with a root key, a share of one, or the daemon's own source.
 
 Owns: the records of the attempts since the last unseal, how much wrong ones are slowed down, the steps of an attempt
 until the data directory is opened with a root key, and the shares that were entered. Invariants: one attempt at a time;
@@ -107,7 +107,7 @@ class Attempts:
         self._slow_down.seed(self.records, time.monotonic())
 
     def forget(self) -> None:
-        """They are in the audit log, or of before a seal. What they slow down stays."""
+        """Drops records that are in the audit log, or older than a seal. The pauses that they cause stay."""
         self.records = AttemptRecords([], 0)
 
     def check_pause(self, who: Principal) -> None:

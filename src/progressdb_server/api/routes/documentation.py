@@ -31,7 +31,7 @@ class Documentation:
 
     @Operation("GET", "/", status=303, needs=NOTHING)
     async def root(self, request: Request) -> Response:
-        """A browser to the viewer, a program to this document."""
+        """Redirect a browser to the viewer, and a program to this document."""
         accepted = request.headers.get(b"accept", b"").lower()
         place = "/viewer/" if b"text/html" in accepted else "/openapi.yaml"
         return redirect(303, place, ((b"vary", b"accept"),))
@@ -53,7 +53,7 @@ class Documentation:
 
     @Operation("GET", "/docs/style.css", response=TEXT, content_type="text/css", needs=NOTHING)
     async def style(self, request: Request) -> Response:
-        """The style sheet of the page."""
+        """Read the style sheet of the page."""
         return pages.asset_response("style.css")
 
     @cached_property

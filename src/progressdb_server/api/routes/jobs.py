@@ -307,7 +307,7 @@ class JobHandlers:
         "GET", "/admin/orphaned_keys", response=list_of("keys", texts("key_id", "thread_id", "created_at")), needs=BOTH
     )
     async def orphaned_keys(self, request: Request) -> JsonList:
-        """Active keys of the key service that no thread of this store names."""
+        """List the active keys of the key service that no thread of this store names."""
         return JsonList(b'{"keys":[', self._orphan_pages())
 
     async def _orphan_pages(self) -> AsyncIterator[list[dict[str, str]]]:
@@ -318,7 +318,7 @@ class JobHandlers:
         "POST", "/admin/orphaned_keys/retire", response=object_of(retired=INTEGER, left=INTEGER, why=TEXT), needs=BOTH
     )
     async def retire_orphans(self, request: Request) -> Response:
-        """Retire them, if only this server makes keys of threads there; `why` says why some are left."""
+        """Retire the orphaned keys, if only this server makes keys of threads there; `why` says why some are left."""
         return json_response((await self._jobs.orphans.retire())._asdict())
 
     @_for_admins(

@@ -2,9 +2,10 @@
 
 Owns: `Probe`, a question that is asked at most once at a time and whose answer is kept for a moment; the two questions;
 `/readyz` and `/admin/readiness`. Invariants: however many callers ask, the key service and the disk are asked at most
-every FAULT_AGE_S; a caller waits at most PROBE_S_MAX, and at most KNOWN_S_MAX once a problem is known; no answer counts
-that is older than PROBE_AGE_S after its time; a caller without an API key learns ready, damaged or not ready, and never
-why; the log has each change of an answer and no single probe. `/healthz` stays the liveness of this process alone.
+every FAULT_AGE_S; a caller waits at most PROBE_S_MAX, and at most KNOWN_S_MAX once a problem is known; an
+expired answer counts only if it names a problem, and for PROBE_AGE_S; a caller without an API key learns ready, damaged
+or not ready, and never why; the log has each change of an answer and no single probe. `/healthz` stays the liveness of
+this process alone.
 """
 
 from __future__ import annotations
@@ -156,8 +157,7 @@ class Readiness:
     # --- handlers -------------------------------------------------------------------------------------------------
     @Operation("GET", READY_PATH, response=texts("status"), errors={503: (NOT_READY,)}, needs=NOTHING)
     async def ready(self, request: Request) -> Response:
-        """Whether writes and the key service work, whether damage was met in the store, and nothing more; needs no
-        key."""
+        """Check whether writes and the key service work, and whether damage was met in the store; needs no key."""
         if self._drain.is_set() or any(await self.problems()):
             raise ApiError(503, NOT_READY, (retry_after(int(FAULT_AGE_S)),))
         return json_response({"status": "damaged" if self.damage() else "ok"})
@@ -170,7 +170,7 @@ class Readiness:
         needs=NOTHING,
     )
     async def explained(self, request: Request) -> Response:
-        """The same, with what is wrong: an empty text where nothing is. `notices` is what does not stop the server."""
+        """Read why the server is not ready: each text is empty where nothing is wrong. `notices` do not stop it."""
         writes, key_service = await self.problems()
         ready = not (self._drain.is_set() or writes or key_service)
         return json_response(_Explained(ready, writes, key_service, self.damage(), self._store.notices))

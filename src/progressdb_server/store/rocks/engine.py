@@ -4,8 +4,8 @@ Owns: the options, the one database handle, recovery by reopening. Invariants:
 - One process has the directory open for writing (RocksDB's own lock); `RocksReader` reads beside it.
 - The write-ahead log is always on. `write` puts a group into it without waiting for the disk; `sync` waits, and gives
   up the interpreter lock while it does, so it belongs in a worker thread (docs/decisions/0020-the-store.md).
-- A pass over much, that is a scan with a bound of bytes or of keys alone, puts nothing into the cache, where it would
-  only take the place of what requests read.
+- A scan with a bound of bytes, or of keys alone, passes over much. It puts nothing into the cache, where that would
+  take the place of what requests read.
 - A read gives all that is stored in its range, or raises: StoreDamagedError names the file.
 - Writes that would have to wait for compaction fail at once (`no_slowdown`) instead of stopping the event loop.
 
@@ -472,7 +472,7 @@ def failure(error: Exception) -> StoreUnavailableError:
 
 
 def _to_the_damage() -> Options:
-    """Opens a store with what its log has before the first damage."""
+    """Options that open a store with what its log has before the first damage."""
     options = engine_options()
     options.set_wal_recovery_mode(DBRecoveryMode.point_in_time())
     return options
