@@ -88,7 +88,7 @@ def test_an_upgrade_ends_with_both_services_examined(installed: Machine) -> None
     units = installed.base / "etc/systemd/system"
     units.mkdir(parents=True)
     pip = installed.base / "opt/progressdb/bin/pip"
-    pip.write_text('#!/bin/sh\n[ "$*" = "install -c tools/bootstrap/constraints.txt ." ] && [ -e "$3" ]')
+    pip.write_text('#!/bin/sh\n[ "$*" = "install -c tools/bootstrap/constraints.txt .[server]" ] && [ -e "$3" ]')
     pip.chmod(0o755)
     for name in ("deploy", "tools"):
         (installed.base / "tmp" / name).symlink_to(PROJECT / name)

@@ -58,6 +58,7 @@ def test_the_commands_for_several_servers_do_what_the_page_says(
         (tmp_path / name).mkdir()
     with postgres.running() as (given, _), LiveDaemon(tmp_path / "kms") as daemon:
         host = Host(tmp_path, given.split()[0].removeprefix("host="))
+        host.environ["PROGRESSDB_KMS_SOCKET"] = str(daemon.socket)
         settings = {"KMS_SOCKET": str(daemon.socket), "KMS_SPAWN": "0"}
         with server(tmp_path / "one", settings) as before:
             before.ask("POST", "/v1/messages", {"thread": "t", "author": "ada", "body": "the text"})

@@ -85,7 +85,7 @@ def test_a_user_without_access_reads_which_user_or_group_has_it(daemon: LiveDaem
     asked = run("status", "--socket", str(daemon.socket), uid=OTHER_UID)
     assert asked.returncode == 2
     assert "Permission denied" in asked.stderr and "--socket-group" in asked.stderr, asked.stderr
-    for words in (("backup", "list"), ("doctor",), ("audit", "stats")):
+    for words in (("backup", "list"), ("doctor",), ("audit", "tail")):
         refused = run(*words, "--data-dir", str(daemon.data_dir), uid=OTHER_UID)
         assert refused.returncode == 2
         assert "run this as that user, or as root" in refused.stderr, refused.stderr
