@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import re
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import django
@@ -18,7 +14,6 @@ from django.core.exceptions import FieldError
 
 from minikms import Client
 from minikms_adapters import DestroyedRecordError, NotSearchableError, NotSupportedError, RecordError, WrongPlaceError
-from tests.harness.live_daemon import LiveDaemon
 
 settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}, USE_TZ=True)
 django.setup()
@@ -215,10 +210,3 @@ def test_a_migration_and_a_form_know_the_field() -> None:
     assert Person.born.field.clone().deconstruct()[3]["key"] == "born"
     form = Person.born.field.formfield()
     assert form.clean("2026-02-28") == datetime.date(2026, 2, 28)
-
-
-def test_the_program_of_the_page_runs(daemon: LiveDaemon) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "django.md").read_text(encoding="utf-8")
-    [program] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    program = program.replace("/run/minikms/minikms.sock", str(daemon.socket))
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
