@@ -217,7 +217,7 @@ class Engine(ABC):
 
     @abstractmethod
     async def counted(self) -> Counters:
-        """Of all servers."""
+        """Of all servers. Call it after `writer`, whose counters an engine of this process has: no disk is read."""
 
     @abstractmethod
     async def now_ns(self) -> int:

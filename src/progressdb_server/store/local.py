@@ -71,6 +71,7 @@ class LocalEngine(Engine, OrderedMap):
 
     sole: ClassVar[bool] = True
     makes_backups: ClassVar[bool] = True
+    _writer: Writer
 
     @property
     def reads(self) -> Reads:
@@ -78,10 +79,11 @@ class LocalEngine(Engine, OrderedMap):
 
     def writer(self, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> Writer:
         claim(self)
-        return Writer(self, clock, metrics, on_reopen)
+        self._writer = Writer(self, clock, metrics, on_reopen)
+        return self._writer
 
     async def counted(self) -> Counters:
-        return Counters.parse(self.get(keyspace.STATE))
+        return self._writer.state
 
     async def now_ns(self) -> int:
         return time.time_ns()
