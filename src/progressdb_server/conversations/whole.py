@@ -131,7 +131,7 @@ class Conversations:
             lambda: self.clock.ahead_ns / 1_000_000_000,
         )
         self.metrics.gauges["progressdb_store_backup_timestamp_seconds"] = (
-            "When the newest registered backup was begun; 0 without one.",
+            "When the newest registered backup was begun; 0 without one, NaN while that can't be read.",
             lambda: self.backups.newest_ns / 1_000_000_000,
         )
         self.metrics.gauges["progressdb_store_unreadable_records"] = (
@@ -251,8 +251,8 @@ class Conversations:
         while True:
             await asyncio.sleep(CLOCK_S)
             try:
-                now_ns = await self._take_time()
                 await self.backups.look_at_newest()
+                now_ns = await self._take_time()
             except StoreUnavailableError:
                 continue  # the clock goes on as it was
             jump_s = (now_ns - offset_ns) // 1_000_000_000

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import shutil
 import threading
@@ -67,8 +68,9 @@ class Backups:
         self._writer = writer
         self._clock = clock
         self._backing_up = False
-        self.newest_ns = 0
-        """When the newest registered backup was begun, in Unix ns, as it was last looked at; 0 without one."""
+        self.newest_ns: float = math.nan
+        """When the newest registered backup was begun, in Unix ns, as it was last looked at; 0 without one, NaN while
+        that can't be read."""
 
     async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
         """Make a verified backup in the new directory `path`, beside running writes; it shares files with the backup
@@ -126,7 +128,11 @@ class Backups:
 
     async def look_at_newest(self) -> None:
         """For `newest_ns`. Raises StoreUnavailableError."""
-        (found,) = await self._reads.newest([keyspace.BACKUPS])
+        try:
+            (found,) = await self._reads.newest([keyspace.BACKUPS])
+        except Exception:
+            self.newest_ns = math.nan
+            raise
         self.newest_ns = int(found[len(keyspace.BACKUPS) :]) if found else 0
 
     async def forget(self, name: str) -> list[RegisteredBackup]:

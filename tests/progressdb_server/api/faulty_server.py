@@ -21,7 +21,7 @@ from progressdb_server.api.gate.request import Request
 from progressdb_server.api.openapi.description import Handler
 from progressdb_server.api.routes.table import Resource
 from progressdb_server.cli import main
-from progressdb_server.conversations import messages
+from progressdb_server.conversations import messages, whole
 from progressdb_server.jobs import rotation, runner
 from progressdb_server.kms import provider
 from progressdb_server.store.backup import Backups
@@ -112,6 +112,7 @@ Resource.handler = handler  # type: ignore[assignment]  # as above
 Backups.back_up = back_up  # type: ignore[assignment,method-assign]  # as above
 hashlib.file_digest = file_digest  # type: ignore[assignment]  # as above
 runner.Kind.first_s = runner.Kind.every_s = TICK_S
+whole.CLOCK_S = TICK_S  # type: ignore[misc,assignment]  # final in production
 rotation.KEY_WAIT_S = provider.WAIT_S = KMS_WAIT_S  # type: ignore[misc]  # final in production
 
 if __name__ == "__main__":

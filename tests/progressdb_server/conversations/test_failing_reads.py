@@ -36,7 +36,7 @@ def test_no_operation_takes_a_read_that_failed_for_the_end() -> None:
         async def backups() -> list[object]:
             return [known async for page in store.backups.registered() for known in page]
 
-        async def newest_backup() -> int:
+        async def newest_backup() -> float:
             await store.backups.look_at_newest()
             return store.backups.newest_ns
 
