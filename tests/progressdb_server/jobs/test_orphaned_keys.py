@@ -188,6 +188,7 @@ def doctor(server: RealServer, *words: str) -> tuple[int, str]:
     done = forked.run(
         "progressdb_server", "doctor", *words, "--url", f"http://127.0.0.1:{server.port}", env=environment
     )
+    assert done.returncode in (0, 1), done.stderr
     return done.returncode, done.stdout
 
 
