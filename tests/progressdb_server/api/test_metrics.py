@@ -152,6 +152,7 @@ def test_alerts_are_accepted_and_use_metrics_that_there_are() -> None:
         ("MinikmsGatewayCertificateExpires", "minikms_gateway_crl_expiry_timestamp_seconds", "90000x100"),
         ("MinikmsGatewayRefusesExpired", 'minikms_gateway_refused_total{reason="expired"}', "0x60 1x40"),
         ("ProgressdbBackupOld", "progressdb_store_backup_timestamp_seconds", "-172800x100"),
+        ("ProgressdbBackupOld", "progressdb_store_backup_timestamp_seconds", "NaN " * 100),
     ],
 )
 def test_an_alert_fires_when_its_time_has_come(tmp_path: Path, alert: str, series: str, values: str) -> None:
