@@ -110,6 +110,7 @@ def test_a_backup_that_another_server_made_is_not_reported_as_made(
     def locked(*_: object, **__: object) -> object:
         raise StoreLockedError("another process has the store open")
 
+    monkeypatch.setattr("progressdb_server.logs.configure", lambda *_: None)  # would silence the tests that follow
     monkeypatch.setattr("progressdb_server.store.backup.open_register", locked)
     monkeypatch.setattr(AdminClient, "call", lambda *_, **__: {})
     with pytest.raises(CommandError, match="has backed up another store: it made no"):
