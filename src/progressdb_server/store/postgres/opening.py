@@ -8,7 +8,7 @@ from typing import Final
 import asyncpg
 
 from progressdb_server.store.engine import EngineUnavailableError
-from progressdb_server.store.model import FormatError
+from progressdb_server.store.model import FormatError, StoreUnavailableError
 from progressdb_server.store.postgres.engine import PostgresEngine, counters
 from progressdb_server.store.postgres.nodes import FAILURES, UNAVAILABLE, NodeConnection, Nodes
 from progressdb_server.store.postgres.reads import READ_S_MAX
@@ -22,8 +22,8 @@ START_POLL_S: Final = 0.1
 
 
 async def open_engine(url: str, *, single_node: bool, make: bool = False) -> PostgresEngine:
-    """Raises FormatError for tables of another version, and for a database that would acknowledge what one disk alone
-    has, unless `single_node` says that this is enough; StoreUnavailableError."""
+    """Raises FormatError for tables of another version; StoreUnavailableError, also for a database that would
+    acknowledge what one disk alone has, unless `single_node` says that this is enough."""
     nodes = Nodes(url, replicated=not single_node)
     connection = await nodes.find()
     try:
@@ -32,7 +32,7 @@ async def open_engine(url: str, *, single_node: bool, make: bool = False) -> Pos
             if number != SCHEMA:
                 raise FormatError(other_schema(number))
             if not nodes.waits_for_standbys(connection):
-                raise FormatError(ONE_DISK)
+                raise StoreUnavailableError(ONE_DISK)  # Patroni may be about to name a standby
             counted = counters(await connection.fetch(COUNTED))
     except FAILURES as error:
         raise EngineUnavailableError(UNAVAILABLE) from error

@@ -585,7 +585,7 @@ def test_a_group_keeps_the_writes_whose_conditions_hold(database: str) -> None:
 def test_one_disk_is_enough_only_where_that_is_said(database: str) -> None:
     async def run() -> None:
         await (await emptied(database)).end()
-        with pytest.raises(FormatError, match="set synchronous_standby_names there, or"):
+        with pytest.raises(StoreUnavailableError, match="set synchronous_standby_names there, or"):
             await postgres.open_engine(database, single_node=False)
         with pytest.raises(FormatError, match="holds a store already"):
             await tables.init(database)
