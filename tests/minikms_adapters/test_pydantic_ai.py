@@ -135,7 +135,7 @@ def test_deferred_tool_calls_come_back_and_are_encrypted(
     agent = Agent(TestModel(), output_type=[str, DeferredToolRequests])
 
     @agent.tool_plain(requires_approval=True)
-    def pay(reason: str = TYPED) -> str:
+    def pay_the_bill(reason: str = TYPED) -> str:
         return reason
 
     async def use() -> Any:
@@ -149,7 +149,7 @@ def test_deferred_tool_calls_come_back_and_are_encrypted(
     assert made is not None
     assert made.approvals == loaded.approvals
     assert b"48,000" not in inner.rows()
-    assert b"pay" not in inner.rows()
+    assert b"pay_the_bill" not in inner.rows()
 
 
 def test_a_fork_outlives_the_key_of_its_source(store: EncryptedConversationStore, ada: str) -> None:

@@ -197,17 +197,21 @@ def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.Monkey
     assert added.unit == "ms" and added.less_is_better and added.floor == 4
 
 
-def test_the_server_without_encryption_stores_what_was_typed(tmp_path: Path) -> None:
-    with progressdb(tmp_path, encrypting=False) as (host, port):
-        body = json.dumps({"author": "ann", "thread": "t", "body": "typed"})
-        for method, target in (("POST", "/v1/messages"), ("GET", "/v1/messages?thread=t")):
-            connection = http.client.HTTPConnection(host, port, timeout=60)
-            connection.request(method, target, body if method == "POST" else None, {"X-API-Key": programs.BACKEND_KEY})
-            answer = connection.getresponse()
-            assert (answer.status, b'"body":"typed"' in answer.read()) == (200, True)
-            connection.close()
-    stored = b"".join(path.read_bytes() for path in (tmp_path / "unencrypted-db" / "store").iterdir())
-    assert unencrypted.MARK in stored and b"typed" in stored
+def test_the_server_without_encryption_stores_what_was_typed() -> None:
+    with tempfile.TemporaryDirectory(prefix="bench-") as made:  # a short path: a socket lies in it
+        directory = Path(made)
+        with progressdb(directory, encrypting=False) as (host, port):
+            body = json.dumps({"author": "ann", "thread": "t", "body": "typed"})
+            for method, target in (("POST", "/v1/messages"), ("GET", "/v1/messages?thread=t")):
+                connection = http.client.HTTPConnection(host, port, timeout=60)
+                connection.request(
+                    method, target, body if method == "POST" else None, {"X-API-Key": programs.BACKEND_KEY}
+                )
+                answer = connection.getresponse()
+                assert (answer.status, b'"body":"typed"' in answer.read()) == (200, True)
+                connection.close()
+        stored = b"".join(path.read_bytes() for path in (directory / "unencrypted-db" / "store").iterdir())
+        assert unencrypted.MARK in stored and b"typed" in stored
 
 
 def test_several_runs_give_the_run_of_the_median_and_the_range() -> None:
