@@ -74,7 +74,8 @@ class RetiredKeys(NamedTuple):
 
 class VerifiedArchive(NamedTuple):
     """A good archive. `keyring`: the bytes of its keyring file. `sha256`: of everything that its tag covers.
-    `tombstones`: the keys that were destroyed when it was made. `retired`: those that may have been destroyed since.
+    `tombstones`: the keys that were destroyed when it was made. `retired`: those that were
+    retired then, and may have been destroyed since.
     """
 
     manifest: Manifest

@@ -76,14 +76,14 @@ class AdminClient:
 
     @classmethod
     def from_config(cls, config: Config, url: str | None = None) -> AdminClient:
-        """The server that runs with this configuration, at `url` (default: PROGRESSDB_URL, or on this machine). Without
+        """The server that runs with this configuration, at `url` (default: on this machine). Without
         an admin key it refuses.
         """
         certificate = config.server.tls.cert_file
         host = _REACHABLE.get(config.server.address, config.server.address)
         scheme = "https" if certificate else "http"
         return cls(
-            url or os.environ.get("PROGRESSDB_URL") or f"{scheme}://{_bracketed(host)}:{config.server.port}",
+            url or f"{scheme}://{_bracketed(host)}:{config.server.port}",
             next(iter(config.security.api_keys.admin), ""),
             trusted=certificate or None,
             timeout_s=TIMEOUT_ON_THIS_MACHINE_S,

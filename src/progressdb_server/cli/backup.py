@@ -33,11 +33,11 @@ from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.check import examine
 from progressdb_server.cli.flags import (
     ConfigFile,
+    ConfiguredUrl,
     Db,
     Json,
     MasterKeyFd,
     MasterKeyFile,
-    Url,
     existing_directory,
     load_config,
     load_for_store,
@@ -78,7 +78,7 @@ def create(
             show_default=False,
         ),
     ] = False,
-    url: Url = None,
+    url: ConfiguredUrl = None,
     db: Db = None,
     config: ConfigFile = None,
     master_key_file: MasterKeyFile = None,
@@ -160,7 +160,7 @@ def _unix_ns(text: str) -> int:
 
 
 @app.command(name="list")
-def list_registered(*, url: Url = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
+def list_registered(*, url: ConfiguredUrl = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
     """List the registered backups of the store. The server destroys no key that a registered backup needs.
 
     `minikms keys destroy` does not know of them.
@@ -204,7 +204,7 @@ def forget(
         bool,
         Parameter(help="Confirm that the backup and every copy of it were deleted.", negative=(), show_default=False),
     ] = False,
-    url: Url = None,
+    url: ConfiguredUrl = None,
     db: Db = None,
     config: ConfigFile = None,
     json: Json = False,

@@ -17,7 +17,7 @@ from cyclopts import Parameter
 from minikms.api.printable import clean
 from minikms.commands.output import print_result
 from progressdb_server.cli.admin_client import AdminClient
-from progressdb_server.cli.flags import ConfigFile, Db, Json, Url, load_for_store
+from progressdb_server.cli.flags import ConfigFile, ConfiguredUrl, Db, Json, load_for_store
 from progressdb_server.config import Store
 from progressdb_server.store import places
 from progressdb_server.store.model import FormatError, StoreUnavailableError
@@ -35,7 +35,7 @@ def doctor(
     repair: Annotated[
         bool, Parameter(help="Retire the keys that no thread names.", negative=(), show_default=False)
     ] = False,
-    url: Url = None,
+    url: ConfiguredUrl = None,
     db: Db = None,
     config: ConfigFile = None,
     json: Json = False,

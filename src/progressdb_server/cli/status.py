@@ -19,7 +19,7 @@ from minikms.client import Client
 from minikms.commands.output import print_result
 from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
-from progressdb_server.cli.flags import ConfigFile, Db, Json, Url, load_config
+from progressdb_server.cli.flags import ConfigFile, ConfiguredUrl, Db, Json, load_config
 from progressdb_server.config import Config
 
 KMS_WAIT_S: Final = 0.5
@@ -32,7 +32,7 @@ _NOT_WORKING: Final = {"writes": "it takes no writes", "key_service": "its key s
 
 def status(
     *,
-    url: Url = None,
+    url: ConfiguredUrl = None,
     db: Db = None,
     config: ConfigFile = None,
     watch: Watch = False,

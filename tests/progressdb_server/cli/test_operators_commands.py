@@ -15,6 +15,7 @@ import pytest
 from minikms.commands.usage import CommandError
 from progressdb_server.cli import backup
 from progressdb_server.cli.admin_client import AdminClient
+from progressdb_server.config import Config
 from progressdb_server.store.model import StoreLockedError
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
@@ -101,6 +102,11 @@ def test_status_of_an_address_needs_no_data_directory(tmp_path: Path) -> None:
         done = progressdb(*words, PROGRESSDB_API_ADMIN_KEYS=ADMIN)
         assert done.returncode == 0, done.stderr
         assert "server       ok" in done.stdout and "key service  not asked: give --db" in done.stdout
+
+
+def test_a_variable_leads_no_configured_command_to_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROGRESSDB_URL", "http://192.0.2.1:1")
+    assert AdminClient.from_config(Config()).url == f"http://127.0.0.1:{Config().server.port}"
 
 
 # --- backup -------------------------------------------------------------------------------------------------------
