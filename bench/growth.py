@@ -27,7 +27,7 @@ from minikms import api
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.store.model import NewMessage
+from progressdb_server.store.model import MessageRange, NewMessage
 from progressdb_server.store.rocks.engine import RocksEngine
 
 WRITERS = 64
@@ -130,7 +130,7 @@ async def _measure(messages: int) -> list[float]:
                     sample.append(made.id)
 
         async def last(count: int) -> None:
-            async for _ in store.reading.messages("long", limit=count):
+            async for _ in store.reading.messages("long", asked=MessageRange(limit=count)):
                 pass
 
         async def threads() -> None:

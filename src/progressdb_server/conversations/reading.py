@@ -40,6 +40,7 @@ from progressdb_server.store.model import (
     AmbiguousTimeError,
     Message,
     MessageNotFoundError,
+    MessageRange,
     RecordUnreadableError,
     StoredVersion,
     StoreUnavailableError,
@@ -58,6 +59,7 @@ VERSIONS_BYTES_MAX: Final = 1024 * 1024
 """Of sealed parts in one batch of a message's versions, exceeded by one version at most."""
 SHOWN_BYTES_MAX: Final = 256 * 1024
 """Of one piece of a message's versions, each counted with its content."""
+WHOLE: Final = MessageRange()
 PAGE_BYTES_MAX: Final = 8 * 1024 * 1024
 """Of a page of the viewer, each version counted with its content; exceeded by one at most."""
 READ_UNCOUNTED_BYTES_MAX: Final = 16 * 1024
@@ -363,35 +365,28 @@ class Reading:
 
     # --- lists ----------------------------------------------------------------------------------------------------
     async def messages(
-        self,
-        thread_id: str,
-        *,
-        limit: int | None = None,
-        before: str | None = None,
-        after: str | None = None,
-        include_deleted: bool = False,
-        tag: str | None = None,
+        self, thread_id: str, *, asked: MessageRange = WHOLE, tag: str | None = None
     ) -> AsyncIterator[list[Message]]:
-        """Chunks, in order of creation, latest version of each; one that does not open has `error`. `limit` keeps the
-        most recent; `before` and `after` are message ids, exclusive. An unknown thread yields nothing. An empty chunk
-        says that the next one has to wait. `tag`: the `list_tag` of these arguments, for `list_unchanged`."""
+        """Chunks, in order of creation, latest version of each; one that does not open has `error`. An unknown thread
+        yields nothing. An empty chunk says that the next one has to wait. `tag`: the `list_tag` of what is asked, for
+        `list_unchanged`."""
         prefix = keyspace.order(thread_id)
         lower, upper = prefix, keyspace.after(prefix)
-        if after is not None:
-            lower = keyspace.next_key(prefix + _first_stamp(after))
-        if before is not None:
-            upper = prefix + _first_stamp(before)
+        if asked.after is not None:
+            lower = keyspace.next_key(prefix + _first_stamp(asked.after))
+        if asked.before is not None:
+            upper = prefix + _first_stamp(asked.before)
         newest = await self._reads.keys(lower, upper, limit=1, reverse=True)
-        if not newest or limit == 0:
+        if not newest or asked.limit == 0:
             return
         upper = keyspace.next_key(newest[0])
-        if limit is not None:
-            lower = await self._start_of_last(limit, lower, upper, include_deleted)
+        if asked.limit is not None:
+            lower = await self._start_of_last(asked.limit, lower, upper, asked.include_deleted)
         loop = asyncio.get_running_loop()
         opening: deque[asyncio.Task[list[Message]]] = deque()
         given = Given()
         try:
-            async with contextlib.aclosing(self._batches(thread_id, lower, upper, include_deleted)) as batches:
+            async with contextlib.aclosing(self._batches(thread_id, lower, upper, asked.include_deleted)) as batches:
                 async for batch in batches:
                     opening.append(loop.create_task(self._list(thread_id, batch, given)))
                     if len(opening) > LIST_BATCHES_AHEAD:
@@ -403,12 +398,8 @@ class Reading:
                 yield await opening.popleft()
                 if opening:
                     yield []
-            if tag is not None and given.whole:
-                now = await self.list_tag(
-                    thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted
-                )
-                if tag == now:
-                    self.validators.remember(tag, given.key_ids)
+            if tag is not None and given.whole and tag == await self.list_tag(thread_id, asked):
+                self.validators.remember(tag, given.key_ids)
         finally:  # the reader went away, or a batch failed
             await _cancel(opening)
 
@@ -419,9 +410,7 @@ class Reading:
             given.whole = False
         return messages
 
-    async def list_tag(
-        self, thread_id: str, *, limit: int | None, before: str | None, after: str | None, include_deleted: bool
-    ) -> str:
+    async def list_tag(self, thread_id: str, asked: MessageRange) -> str:
         """An opaque text for this list as it is now. It changes with every change of the thread's messages and at each
         start."""
         prefix = keyspace.messages(thread_id)
@@ -431,10 +420,7 @@ class Reading:
             thread_id.encode(),
             newest[0] if newest else None,
             state.key_raw if state is not None else None,
-            None if limit is None else b"%d" % limit,
-            None if before is None else before.encode(),
-            None if after is None else after.encode(),
-            b"d" if include_deleted else None,
+            msgspec.msgpack.encode(asked),
         )
 
     async def list_unchanged(self, thread_id: str, tag: str) -> bool:

@@ -369,6 +369,15 @@ class RowWrite(NamedTuple):
     done: asyncio.Future[None]
 
 
+class MessageRange(msgspec.Struct, frozen=True):
+    """A part of a thread's messages. `limit` keeps the most recent; `before` and `after` are message ids, exclusive."""
+
+    limit: int | None = None
+    before: str | None = None
+    after: str | None = None
+    include_deleted: bool = False
+
+
 class VersionList(NamedTuple):
     """Versions of a message, oldest first, in chunks. `older` is the `before` of the page before this one, empty on the
     first."""

@@ -11,22 +11,20 @@ from progressdb_server.conversations import reading as reading_room
 from progressdb_server.conversations import validators as validators_room
 from progressdb_server.conversations.validators import Validators
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.store.model import NewMessage
+from progressdb_server.store.model import MessageRange, NewMessage
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import fill, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
-EVERYTHING: dict[str, Any] = {"limit": None, "before": None, "after": None, "include_deleted": False}
-
 
 async def tag_of(store: Conversations, thread: str = "t", **asked: Any) -> str:
-    return await store.reading.list_tag(thread, **(EVERYTHING | asked))
+    return await store.reading.list_tag(thread, MessageRange(**asked))
 
 
 async def read(store: Conversations, thread: str = "t", **asked: Any) -> str:
     """Reads the whole list under its tag."""
     tag = await tag_of(store, thread, **asked)
-    async for _ in store.reading.messages(thread, **(EVERYTHING | asked), tag=tag):
+    async for _ in store.reading.messages(thread, asked=MessageRange(**asked), tag=tag):
         pass
     return tag
 

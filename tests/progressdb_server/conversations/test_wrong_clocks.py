@@ -18,7 +18,7 @@ from progressdb_server.store.keyspace import BACK_NS_MAX, ERA_MAX, ERA_NS, NOW_N
 from progressdb_server.store.model import Idempotency, NewMessage
 from progressdb_server.store.offline import LocalView
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import TickingClock, becomes, opened
+from tests.progressdb_server.store.opened_store import TickingClock, becomes, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 NOW_NS = 1_790_000_000_000_000_000
@@ -117,7 +117,7 @@ def test_after_a_future_times_are_true_and_lists_keep_their_order() -> None:
             assert [one.id for one in listed] == [one.id for one in made]
             assert [one.value for one in listed] == ["before", "edited", "after", "later", "after another start"]
             assert listed[1].ts == edited.ts
-            page = [one async for chunk in store.reading.messages("t", after=made[1].id, limit=2) for one in chunk]
+            page = await messages_of(store, "t", after=made[1].id, limit=2)
             assert [one.id for one in page] == [one.id for one in made[3:]]
             threads = [one async for chunk in store.threads.list_threads(author="ada") for one in chunk]
             assert [one.id for one in threads] == ["t", future.id, thread.id]

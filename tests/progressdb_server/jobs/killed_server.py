@@ -25,7 +25,7 @@ from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store.keyspace import JOBS
-from progressdb_server.store.model import NewMessage, StoreUnavailableError
+from progressdb_server.store.model import MessageRange, NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks.engine import RocksEngine
 from tests.progressdb_server.store.crashing_writer import say
 
@@ -68,7 +68,7 @@ async def read(store: Conversations) -> None:
     while True:
         try:
             await store.threads.get(THREAD)
-            async for _ in store.reading.messages(THREAD, include_deleted=True):
+            async for _ in store.reading.messages(THREAD, asked=MessageRange(include_deleted=True)):
                 pass
         except StoreUnavailableError:
             await asyncio.sleep(0.01)

@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.store.model import Message, NewMessage, StoreUnavailableError
+from progressdb_server.store.model import Message, MessageRange, NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks.engine import RocksEngine
 from tests.progressdb_server.store.keyfile_provider import KeyFileProvider
 
@@ -41,7 +41,7 @@ async def step(store: Conversations, author: str, own: list[Message]) -> Message
         own.remove(message)
         await store.messages.delete(message.id, author=author)
         return await store.reading.message(message.id)
-    async for _ in store.reading.messages(message.thread, limit=50, include_deleted=True):
+    async for _ in store.reading.messages(message.thread, asked=MessageRange(limit=50, include_deleted=True)):
         pass
     return None
 

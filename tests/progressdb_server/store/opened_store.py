@@ -14,7 +14,7 @@ from progressdb_server.conversations.whole import Conversations
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store.engine import Engine
 from progressdb_server.store.local import LocalEngine
-from progressdb_server.store.model import Message, NewMessage, Thread
+from progressdb_server.store.model import Message, MessageRange, NewMessage, Thread
 from progressdb_server.store.postgres import opening as postgres
 from progressdb_server.store.postgres import tables
 from progressdb_server.store.postgres.engine import PostgresEngine
@@ -119,16 +119,8 @@ async def becomes(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-async def messages_of(
-    store: Conversations,
-    thread: str,
-    *,
-    limit: int | None = None,
-    before: str | None = None,
-    after: str | None = None,
-    include_deleted: bool = False,
-) -> list[Message]:
-    chunks = store.reading.messages(thread, limit=limit, before=before, after=after, include_deleted=include_deleted)
+async def messages_of(store: Conversations, thread: str, **asked: Any) -> list[Message]:
+    chunks = store.reading.messages(thread, asked=MessageRange(**asked))
     return [message async for chunk in chunks for message in chunk]
 
 

@@ -61,6 +61,7 @@ from progressdb_server.store.model import (
     InvalidThreadIdError,
     Message,
     MessageNotFoundError,
+    MessageRange,
     NewMessage,
     NotAMemberError,
     NotTheAuthorError,
@@ -108,15 +109,6 @@ async def check_message(store: Conversations, request: Request, message: Message
 
 
 # --- lists ------------------------------------------------------------------------------------------------------
-class MessageRange(msgspec.Struct, frozen=True):
-    """The part of a thread's messages that a request asks for."""
-
-    limit: int | None
-    before: str | None
-    after: str | None
-    include_deleted: bool
-
-
 def read_range(query: dict[str, str]) -> MessageRange:
     """Reads `limit`, `before`, `after`, `include_deleted`. Raises ApiError 400."""
     return MessageRange(
@@ -163,17 +155,12 @@ def _not_a_switch(name: str) -> str:
 async def list_of_messages(store: Conversations, request: Request, thread_id: str, page: MessageRange) -> AnyResponse:
     """`{"thread", "messages": []}`, in the order of creation; 304 if the caller has this list, as `If-None-Match` says.
     The caller may read the thread."""
-    limit, before, after, include_deleted = page.limit, page.before, page.after, page.include_deleted
-    tag = await store.reading.list_tag(
-        thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted
-    )
+    tag = await store.reading.list_tag(thread_id, page)
     headers: tuple[Header, ...] = ((b"etag", b'W/"%b"' % tag.encode()), _REVALIDATED)
     held = request.headers.get(head.IF_NONE_MATCH)
     if held is not None and head.names_tag(held, tag.encode()) and await store.reading.list_unchanged(thread_id, tag):
         return Response(304, content_type=None, headers=headers)
-    chunks = store.reading.messages(
-        thread_id, limit=limit, before=before, after=after, include_deleted=include_deleted, tag=tag
-    )
+    chunks = store.reading.messages(thread_id, asked=page, tag=tag)
     return JsonList(b'{"thread":' + encode_json(thread_id) + b',"messages":[', chunks, headers=headers)
 
 

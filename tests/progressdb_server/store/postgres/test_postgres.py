@@ -25,6 +25,7 @@ from progressdb_server.store.model import (
     FormatError,
     Idempotency,
     Message,
+    MessageRange,
     NewMessage,
     NotAMemberError,
     NotWrittenError,
@@ -110,7 +111,7 @@ def test_what_one_server_has_deleted_the_other_does_not_serve(database: str) -> 
     async def run(one: Conversations, two: Conversations) -> None:
         first, second = await fill(one, 2)
         assert len(await messages_of(two, "t")) == 2
-        given = await two.reading.list_tag("t", limit=None, before=None, after=None, include_deleted=False)
+        given = await two.reading.list_tag("t", MessageRange())
         async for _ in two.reading.messages("t", tag=given):
             pass
         await one.messages.delete(first.id, author="ann")
