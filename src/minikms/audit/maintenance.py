@@ -9,10 +9,13 @@ in which thread each of these jobs runs. Invariants:
   a removed file from a missing one.
 - Compression deletes the plain file only after it has read back the compressed one and found it equal. That also holds
   for a compressed file that it did not write. So a complete copy of each segment is on disk at every moment.
+- Both jobs run once a segment was closed, first compression, because retention counts bytes on disk. Retention also
+  runs once an hour, for files that get old enough or that an auditor takes later. A job that failed runs again soon.
 - `Maintenance.tick` belongs to the thread of the log, `Maintenance.work` to a worker thread of its own. Neither raises;
   `Maintenance.faults` has the failures.
 
-It must never touch the file being written, delay a commit, or delete a file if it can't read the next one.
+It must never touch the file being written, delay a commit, delete a file if it can't read the next one, or bring back
+one that retention has deleted.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import BinaryIO, Final
 
 import msgspec
@@ -43,8 +48,10 @@ from minikms.audit.reader import (
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
 from minikms.platform.sync import sync_directory, sync_file
 
-RETENTION_TICKS: Final = 3600
-"""Retention runs after a start, and then once an hour: `Maintenance.tick` is called about once a second."""
+AGAIN_CALLS: Final = 3600
+"""A job runs again after so many calls even if no segment was closed: `Maintenance.tick` is called once a second."""
+RETRY_CALLS: Final = 60
+"""The same after a failure: each attempt of retention writes a line, and one of compression reads a whole segment."""
 
 COMPRESSION_LEVEL: Final = 3
 """zstd's default: about 300 MB/s on one core."""
@@ -154,26 +161,37 @@ class CompressionError(OSError):
     """The compressed file does not decompress to the bytes of the plain file, which was kept."""
 
 
-def compress_closed(directory: str, *, below: int = sys.maxsize) -> list[str]:
+_ALONE: Final = contextlib.nullcontext()
+
+
+def compress_closed(
+    directory: str, *, below: int = sys.maxsize, exclusive: AbstractContextManager[object] = _ALONE
+) -> list[str]:
     """Compress every closed file that is still plain, and return the new names.
 
     below: number of the segment that a writer beside this call is writing; that segment and later ones are skipped.
-    Raises OSError and CompressionError; files compressed until then stay compressed.
+    exclusive: entered for the moments in which no file may be removed by another. Raises OSError and CompressionError;
+    files compressed until then stay compressed.
     """
     done = []
     for number, names in list_segments(directory).items():
         plain, compressed = segment_name(number), segment_name(number, compressed=True)
         if plain not in names or number >= below:
             continue
-        if compressed not in names or not _holds_the_same(directory, plain, compressed):
-            _compress(directory, plain, compressed)
-            done.append(compressed)
-        os.unlink(os.path.join(directory, plain))
-        sync_directory(directory)
+        try:
+            if compressed not in names or not _holds_the_same(directory, plain, compressed):
+                _compress(directory, plain, compressed, exclusive)
+                done.append(compressed)
+            with exclusive:
+                os.unlink(os.path.join(directory, plain))
+                sync_directory(directory)
+        except FileNotFoundError:  # retention has removed it meanwhile
+            continue
     return done
 
 
-def _compress(directory: str, plain: str, compressed: str) -> None:
+def _compress(directory: str, plain: str, compressed: str, exclusive: AbstractContextManager[object]) -> None:
+    """Raises FileNotFoundError if the plain file was removed meanwhile."""
     target = os.path.join(directory, compressed)
     temporary = target + _TEMPORARY_SUFFIX
     try:
@@ -185,8 +203,10 @@ def _compress(directory: str, plain: str, compressed: str) -> None:
             file.flush()
             _compare(source, file)
             sync_file(file.fileno())
-        os.rename(temporary, target)
-        sync_directory(directory)
+        with exclusive:
+            os.stat(os.path.join(directory, plain))
+            os.rename(temporary, target)
+            sync_directory(directory)
     except BaseException:
         if os.path.lexists(temporary):
             os.unlink(temporary)
@@ -230,6 +250,22 @@ def _compare(plain: BinaryIO, compressed: BinaryIO) -> None:
 # --- when and where --------------------------------------------------------------------------------------------------
 
 
+class _Schedule:
+    """When a job runs: at the first call, once a segment was closed, and after a number of calls."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self.segment = 0
+        """The segment that was being written, or compressed up to, when the job ran last."""
+
+    def is_due(self, segment: int) -> bool:
+        self._calls -= 1
+        return self._calls < 0 or segment != self.segment
+
+    def ran(self, segment: int, *, failed: bool) -> None:
+        self.segment, self._calls = segment, RETRY_CALLS if failed else AGAIN_CALLS
+
+
 class Maintenance:
     """The maintenance of one open log. Without `keep` every file is kept. `taken_seq`: says which line an auditor has
     taken last, None where there is no auditor.
@@ -245,15 +281,17 @@ class Maintenance:
         self._log = log
         self._taken_seq = taken_seq
         self._keep = keep
-        self._ticks = 0
+        self._retention = _Schedule()
+        self._compression = _Schedule()
+        self._files = threading.Lock()
+        """Held while files are removed, and while a compressed one replaces a plain one."""
         self._faults: dict[str, str] = {}
 
     def tick(self) -> None:
-        """Call this about once a second in the thread of the log: the log's own chores, and once an hour retention."""
+        """Call this about once a second in the thread of the log: the log's own chores, and retention if it is due."""
         self._log.tick()
-        due = self._ticks % RETENTION_TICKS == 0
-        self._ticks += 1
-        if self._keep is None or not due:
+        compressed = self._compression.segment
+        if self._keep is None or not self._retention.is_due(compressed) or not self._files.acquire(blocking=False):
             return
         try:
             remove_segments(self._log, self._keep, self._taken_seq())
@@ -261,15 +299,22 @@ class Maintenance:
             self._faults["retention"] = _reason(error)
         else:
             self._faults.pop("retention", None)
+        finally:
+            self._files.release()
+        self._retention.ran(compressed, failed="retention" in self._faults)
 
     def work(self) -> None:
-        """Compress closed files. Call this every few seconds in a worker thread."""
+        """Compress closed files if there are new ones. Call this every few seconds in a worker thread."""
+        segment = self._log.writer.segment
+        if not self._compression.is_due(segment):
+            return
         try:
-            compress_closed(self._log.directory, below=self._log.writer.segment)
+            compress_closed(self._log.directory, below=segment, exclusive=self._files)
         except (DamagedSegmentError, OSError) as error:
             self._faults["compression"] = _reason(error)
         else:
             self._faults.pop("compression", None)
+        self._compression.ran(segment, failed="compression" in self._faults)
 
     @property
     def faults(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -12,9 +12,17 @@ import pytest
 import zstandard
 
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.maintenance import CompressionError, Maintenance, Retention, compress_closed, remove_segments
+from minikms.audit.maintenance import (
+    RETRY_CALLS,
+    CompressionError,
+    Maintenance,
+    Retention,
+    compress_closed,
+    remove_segments,
+)
 from minikms.audit.queries import verify_directory
 from minikms.audit.reader import list_segments
+from tests.harness.disk_faults import failing_os
 from tests.minikms.audit.logmaker import (
     LOG,
     SECOND,
@@ -23,6 +31,7 @@ from tests.minikms.audit.logmaker import (
     events_of,
     open_log,
     trust,
+    types_of,
     verify,
     write_events,
 )
@@ -160,18 +169,20 @@ def test_a_deleted_segment_without_a_retention_line_is_missing(altered: Path) ->
 # --- maintenance by the daemon ---------------------------------------------------------------------------------------
 
 
-def test_maintenance_compresses_and_removes(tmp_path: Path) -> None:
+def test_each_closed_segment_is_compressed_and_retention_follows(tmp_path: Path) -> None:
     clock = Clock(now=LATER, step=CHORES_NS)
     log = open_log(tmp_path, clock=clock, limits=LogLimits(segment_bytes=3000, reserve_bytes=0))
     upkeep = Maintenance(log, keep=Retention(bytes_max=2500, days_min=0))
-    write_events(log, 60)
-    upkeep.work()
-    assert {name for names in list_segments(str(tmp_path)).values() for name in names} == {
-        f"{LOG}.{number}.zst" for number in range(1, log.writer.segment)
-    }
-    upkeep.tick()
-    assert 0 < len(list_segments(str(tmp_path))) < log.writer.segment - 1
-    upkeep.work()
+    for _ in range(3):
+        begun = log.writer.segment
+        write_events(log, 60)
+        upkeep.tick()
+        upkeep.work()
+        upkeep.tick()
+        kept = list_segments(str(tmp_path))
+        assert 0 < len(kept) < log.writer.segment - begun
+        upkeep.work()
+        assert {name[-4:] for names in list_segments(str(tmp_path)).values() for name in names} == {".zst"}
     assert upkeep.faults == {}
     log.close()
     assert verify(tmp_path).intact
@@ -183,15 +194,28 @@ def test_maintenance_reports_failures_and_tries_again(tmp_path: Path, monkeypatc
     )
     write_events(log, 30)
     upkeep = Maintenance(log, keep=Retention(bytes_max=1, days_min=0))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
-        patch.setattr(os, "listdir", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "unreadable")))
-        upkeep.tick()
-        upkeep.work()
+    with failing_os(monkeypatch, "rename"), failing_os(monkeypatch, "unlink"):
+        for _ in range(RETRY_CALLS):
+            upkeep.work()
+            upkeep.tick()
     assert set(upkeep.faults) == {"retention", "compression"}
-    upkeep.work()
-    assert upkeep.faults == {"retention": "unreadable"}
+    assert len(list_segments(str(tmp_path))) == log.writer.segment - 1
+    for _ in range(RETRY_CALLS):
+        upkeep.work()
+        upkeep.tick()
+    assert (upkeep.faults, list_segments(str(tmp_path))) == ({}, {})
     log.close()
+    assert types_of(tmp_path).count("retention") <= 3 * log.writer.segment, "not a line for each second"
+    assert verify(tmp_path).intact
+
+
+def test_compression_does_not_bring_a_removed_segment_back(altered: Path) -> None:
+    class Removing(contextlib.nullcontext[None]):
+        def __enter__(self) -> None:
+            (altered / f"{LOG}.1").unlink(missing_ok=True)
+
+    assert f"{LOG}.1.zst" not in compress_closed(str(altered), exclusive=Removing())
+    assert not list(altered.glob(f"{LOG}.1*.zst*")) and not (altered / f"{LOG}.2").exists()
 
 
 def test_a_file_that_is_being_closed_is_not_compressed(altered: Path) -> None:
