@@ -161,7 +161,7 @@ class Vault:
         self.cache: KeyCache[OpenDek] = KeyCache(
             count_max=cache_keys_max, age_ns_max=CACHE_AGE_SECONDS_MAX * 1_000_000_000
         )
-        self.index = KeyIndex()
+        self.index = KeyIndex(os.urandom(16))
         self.new_keys = NewKeys(
             arena=arena,
             unlocked=unlocked,

@@ -1,11 +1,12 @@
 """The index of all keys in memory, for listings and counts.
 
 Owns: a table of key ids, sorted, with the state and KEK version of each key and a tag, which is a 64-bit hash of
-thread, purpose and state; the counts by state and by KEK version; the search for the active keys of a thread and
-purpose; where a policy needs it, the thread of each key. Invariants: a page of a listing is a slice of the table; tags
-may collide, so the caller checks what it finds against the files; a key takes about 90 bytes, and about 75 more with
-its thread; a search does no work for keys of another purpose or state, however many the thread has; the look-up of a
-thread does the same work for a key that is not in the table. It must never be the authority: the key files are.
+thread, purpose and state; the rows of all tags, sorted, which have the keys of each tag in order; the counts by state
+and by KEK version; where a policy needs it, the thread of each key. Invariants: a page of a listing is a slice of the
+table; a search and the page of a thread do no work for keys of another thread, purpose or state, however many there
+are; tags may collide, so the caller checks what it finds against the files; a key takes about 60 bytes, and about 75
+more with its thread; the look-up of a thread does the same work for a key that is not in the table. It must never be
+the authority: the key files are.
 """
 
 from __future__ import annotations
@@ -14,21 +15,26 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from sys import byteorder
+from hashlib import blake2b
+from heapq import merge
+from itertools import islice
+from struct import Struct
 from typing import Final, NamedTuple, get_args
 
 from minikms import api
-from minikms.keys.dek import DekRecord, bytes_to_key_id, key_id_to_bytes
+from minikms.keys.dek import KEY_ID_BYTES, DekRecord, bytes_to_key_id, key_id_to_bytes
 
 STATES: Final = ("active", "retired")
 PURPOSES: Final[tuple[api.Purpose, ...]] = get_args(api.Purpose)
-_TAG_BYTES: Final = array("q").itemsize
 SCANNED_COUNT_MAX: Final = 20_000
 """Entries that one page looks at: about 2 ms of the event loop. So a filtered page may be short and have a next one."""
 JUDGED_COUNT_MAX: Final = 1_000
 """The same of a page whose keys are compared with a policy, which takes longer."""
-SEARCHED_COUNT: Final = 65_536
-"""Tags that a search copies at a time (512 KiB). A search of 1,000,000 keys takes about 5 ms."""
+CHUNK_ROWS_MAX: Final = 512
+
+_TAG: Final = Struct(">Q")
+_ID: Final = Struct(">QQ")
+_ROW_BYTES: Final = _TAG.size + KEY_ID_BYTES
 
 
 class Page(NamedTuple):
@@ -38,96 +44,179 @@ class Page(NamedTuple):
     next_after: str
 
 
-def _tag(thread_id: str, purpose: api.Purpose, state: str) -> int:
-    return hash((thread_id, purpose, state))
+class _Rows:
+    """The rows of all keys, each a tag and a key id, sorted: chunks of up to CHUNK_ROWS_MAX rows."""
+
+    def __init__(self) -> None:
+        self._chunks = [bytearray()]
+        self._firsts = [b""]
+        """The first row of each chunk."""
+
+    def _find(self, row: bytes) -> tuple[int, int]:
+        """The number of a chunk, and the offset in it before which every row of it is less than `row`."""
+        number = max(bisect_right(self._firsts, row) - 1, 0)
+        chunk = self._chunks[number]
+        offsets = range(0, len(chunk), _ROW_BYTES)
+        at = bisect_left(offsets, row, key=lambda offset: bytes(chunk[offset : offset + _ROW_BYTES]))
+        return number, at * _ROW_BYTES
+
+    def add(self, row: bytes) -> None:
+        """A row that is not there."""
+        number, at = self._find(row)
+        chunk = self._chunks[number]
+        chunk[at:at] = row
+        if at == 0:
+            self._firsts[number] = row
+        if len(chunk) > CHUNK_ROWS_MAX * _ROW_BYTES:
+            middle = CHUNK_ROWS_MAX // 2 * _ROW_BYTES
+            self._chunks.insert(number + 1, chunk[middle:])
+            self._firsts.insert(number + 1, bytes(chunk[middle : middle + _ROW_BYTES]))
+            del chunk[middle:]
+
+    def remove(self, row: bytes) -> None:
+        """A row that is there."""
+        number, at = self._find(row)
+        chunk = self._chunks[number]
+        del chunk[at : at + _ROW_BYTES]
+        if chunk or len(self._chunks) == 1:
+            self._firsts[number] = bytes(chunk[:_ROW_BYTES])
+        else:
+            del self._chunks[number], self._firsts[number]
+
+    def after(self, tag: bytes, raw: bytes) -> Iterator[bytes]:
+        """The ids of the tag's keys after the id `raw` (empty: from the first one), ascending."""
+        number, start = self._find(tag + raw + b"\0" if raw else tag)
+        for chunk in islice(self._chunks, number, None):
+            for at in range(start, len(chunk), _ROW_BYTES):
+                if not chunk.startswith(tag, at):
+                    return
+                yield bytes(chunk[at + _TAG.size : at + _ROW_BYTES])
+            start = 0
+
+    def descending(self, tag: bytes) -> Iterator[bytes]:
+        """The ids of the tag's keys, newest first."""
+        number, end = self._find(tag + b"\xff" * (KEY_ID_BYTES + 1))
+        chunk = self._chunks[number]
+        while True:
+            for at in range(end - _ROW_BYTES, -1, -_ROW_BYTES):
+                if not chunk.startswith(tag, at):
+                    return
+                yield bytes(chunk[at + _TAG.size : at + _ROW_BYTES])
+            if number == 0:
+                return
+            number -= 1
+            chunk = self._chunks[number]
+            end = len(chunk)
 
 
 class KeyIndex:
-    def __init__(self) -> None:
-        self._ids: list[bytes] = []
-        self._tags = array("q")
+    """`hash_key`: of the tags. 16 random bytes where others choose the threads, so that nobody makes tags collide."""
+
+    def __init__(self, hash_key: bytes = b"") -> None:
+        self._hash_key = hash_key
+        self._high, self._low = array("Q"), array("Q")
+        """The two halves of each key id."""
+        self._tags = array("Q")
         self._states = bytearray()
-        self._keks = array("L")
+        self._keks = array("I")
+        self._rows = _Rows()
         self._threads: list[bytes] | None = None
         self.by_state: Counter[str] = Counter()
         self.by_kek: Counter[int] = Counter()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._tags)
+
+    def _find(self, raw: bytes) -> tuple[int, bool]:
+        """The place of an id (16 bytes) in the table, and whether it is there: the same work whether it is or not."""
+        high, low = _ID.unpack(raw)
+        first = bisect_left(self._high, high)
+        last = bisect_right(self._high, high, first)
+        at = bisect_left(self._low, low, first, last)
+        return at, at < bisect_right(self._low, low, at, last)
+
+    def _raw(self, at: int) -> bytes:
+        return _ID.pack(self._high[at], self._low[at])
+
+    def _tag(self, thread_id: str, purpose: api.Purpose, state: str) -> bytes:
+        return blake2b(f"{thread_id} {purpose} {state}".encode(), digest_size=_TAG.size, key=self._hash_key).digest()
 
     def kek_version(self, key_id: str) -> int | None:
         """The KEK version of a key; None if the index does not have the key."""
-        raw = key_id_to_bytes(key_id)
-        at = bisect_left(self._ids, raw)
-        return self._keks[at] if at < len(self._ids) and self._ids[at] == raw else None
+        at, known = self._find(key_id_to_bytes(key_id))
+        return self._keks[at] if known else None
 
     def under_other_keks(self, kek_version: int, *, after: bytes, limit: int) -> tuple[list[str], bytes | None]:
         """Up to `limit` keys that are not under this KEK version, in order, with ids (16 bytes) after `after` (empty:
         from the first one); and the id after which to go on, None at the end. It looks at SCANNED_COUNT_MAX entries.
         """
-        at = bisect_right(self._ids, after)
-        stop = min(len(self._ids), at + SCANNED_COUNT_MAX)
+        at = self._after(after)
+        stop = min(len(self), at + SCANNED_COUNT_MAX)
         found: list[str] = []
         while at < stop and len(found) < limit:
             if self._keks[at] != kek_version:
-                found.append(bytes_to_key_id(self._ids[at]))
+                found.append(bytes_to_key_id(self._raw(at)))
             at += 1
-        return found, self._ids[at - 1] if at < len(self._ids) else None
+        return found, self._raw(at - 1) if at < len(self) else None
+
+    def _after(self, raw: bytes) -> int:
+        """The place of the first key after the id `raw`; empty: of the first key."""
+        at, known = self._find(raw) if raw else (0, False)
+        return at + known
 
     def put(self, record: DekRecord, *, only_new: bool = False) -> None:
         """Adds or updates a key. With `only_new` a known key is not changed: a scan may have read an older record."""
         raw = key_id_to_bytes(record.id)
-        at = bisect_left(self._ids, raw)
-        state = STATES.index(record.state)
-        tag = _tag(record.thread_id, record.purpose, record.state)
-        if at < len(self._ids) and self._ids[at] == raw:
-            if only_new:
-                return
-            self._uncount(at)
-            self._tags[at] = tag
-            self._states[at] = state
-            self._keks[at] = record.kek_version
-            if self._threads is not None:
-                self._threads[at] = record.thread_id.encode("ascii")
+        at, known = self._find(raw)
+        if known and only_new:
+            return
+        tag = self._tag(record.thread_id, record.purpose, record.state)
+        if known:
+            self._forget(at, raw)
         else:
-            self._ids.insert(at, raw)
-            self._tags.insert(at, tag)
-            self._states.insert(at, state)
-            self._keks.insert(at, record.kek_version)
+            high, low = _ID.unpack(raw)
+            self._high.insert(at, high)
+            self._low.insert(at, low)
+            self._tags.insert(at, 0)
+            self._states.insert(at, 0)
+            self._keks.insert(at, 0)
             if self._threads is not None:
-                self._threads.insert(at, record.thread_id.encode("ascii"))
+                self._threads.insert(at, b"")
+        (self._tags[at],) = _TAG.unpack(tag)
+        self._states[at] = STATES.index(record.state)
+        self._keks[at] = record.kek_version
+        if self._threads is not None:
+            self._threads[at] = record.thread_id.encode("ascii")
+        self._rows.add(tag + raw)
         self.by_state[record.state] += 1
         self.by_kek[record.kek_version] += 1
 
     def set_kek(self, raws: Sequence[bytes], kek_version: int) -> list[bytes]:
-        """Sets the KEK version of keys, by the 16 bytes of their ids; ascending ids take the least time. Returns the
-        ids that the index does not have.
-        """
-        ids, keks, by_kek = self._ids, self._keks, self.by_kek
+        """Sets the KEK version of keys, by the 16 bytes of their ids. Returns the ids that the index does not have."""
+        keks, by_kek = self._keks, self.by_kek
         missing: list[bytes] = []
-        at = 0
         for raw in raws:
-            if at >= len(ids) or ids[at] != raw:
-                at = bisect_left(ids, raw)
-                if at >= len(ids) or ids[at] != raw:
-                    missing.append(raw)
-                    continue
+            at, known = self._find(raw)
+            if not known:
+                missing.append(raw)
+                continue
             by_kek[keks[at]] -= 1
             by_kek[kek_version] += 1
             keks[at] = kek_version
-            at += 1
         return missing
 
     def remove(self, key_id: str) -> None:
         raw = key_id_to_bytes(key_id)
-        at = bisect_left(self._ids, raw)
-        if at < len(self._ids) and self._ids[at] == raw:
-            self._uncount(at)
-            del self._ids[at], self._tags[at], self._states[at], self._keks[at]
+        at, known = self._find(raw)
+        if known:
+            self._forget(at, raw)
+            del self._high[at], self._low[at], self._tags[at], self._states[at], self._keks[at]
             if self._threads is not None:
                 del self._threads[at]
 
-    def _uncount(self, at: int) -> None:
+    def _forget(self, at: int, raw: bytes) -> None:
+        """Takes a key out of the rows and counts."""
+        self._rows.remove(_TAG.pack(self._tags[at]) + raw)
         self.by_state[STATES[self._states[at]]] -= 1
         self.by_kek[self._keks[at]] -= 1
 
@@ -142,31 +231,35 @@ class KeyIndex:
     ) -> Page:
         """Up to `limit` keys after the id `after` (empty: from the first one), in order of creation. `visible`: only
         keys of threads for which it is true, after `keep_threads`; then `next_after` may be the id of a key of another
-        thread. It is asked about each key, whatever `thread_id` and `state` are, so that the work does not depend on
-        how many keys of other threads match them.
+        thread. It is asked about each key, whatever `state` is, so that the work does not depend on how many keys of
+        other threads match it.
         """
-        start = bisect_left(self._ids, key_id_to_bytes(after) + b"\0") if after else 0
-        stop = min(len(self._ids), start + (SCANNED_COUNT_MAX if visible is None else JUDGED_COUNT_MAX))
-        code = None if state is None else STATES.index(state)
-        tags = None
+        raw = key_id_to_bytes(after) if after else b""
         if thread_id is not None:
-            states = STATES if state is None else (state,)
-            tags = {_tag(thread_id, purpose, each) for purpose in PURPOSES for each in states}
+            return self._page_of(thread_id, STATES if state is None else (state,), raw, limit, visible)
+        start = at = self._after(raw)
+        stop = min(len(self), start + (SCANNED_COUNT_MAX if visible is None else JUDGED_COUNT_MAX))
+        code = None if state is None else STATES.index(state)
         found: list[str] = []
-        at = start
         while at < stop and len(found) < limit:
-            if (
-                (visible is None or visible(self._thread_at(at)))
-                and (code is None or self._states[at] == code)
-                and (tags is None or self._tags[at] in tags)
-            ):
-                found.append(bytes_to_key_id(self._ids[at]))
+            if (visible is None or visible(self._thread_at(at))) and (code is None or self._states[at] == code):
+                found.append(bytes_to_key_id(self._raw(at)))
             at += 1
-        return Page(found, bytes_to_key_id(self._ids[at - 1]) if at < len(self._ids) and at > start else "")
+        return Page(found, bytes_to_key_id(self._raw(at - 1)) if at < len(self) and at > start else "")
+
+    def _page_of(
+        self, thread_id: str, states: Sequence[str], raw: bytes, limit: int, visible: Callable[[str], bool] | None
+    ) -> Page:
+        if visible is not None and not visible(thread_id):
+            return Page([], "")
+        tags = [self._tag(thread_id, purpose, state) for purpose in PURPOSES for state in states]
+        rows = merge(*(self._rows.after(tag, raw) for tag in tags))
+        found = [bytes_to_key_id(each) for each in islice(rows, limit)]
+        return Page(found, found[-1] if found and next(rows, None) is not None else "")
 
     def keep_threads(self) -> None:
         """Keeps the thread of each key from now on. Call it while the index is empty. Raises ValueError otherwise."""
-        if self._ids:
+        if len(self):
             raise ValueError("the index has keys already, whose threads it does not know")
         self._threads = []
 
@@ -175,12 +268,8 @@ class KeyIndex:
         `""`, and False; so a caller can do the same work for both. Only after `keep_threads`. Raises
         InvalidRequestError for a malformed id.
         """
-        raw = key_id_to_bytes(key_id)
-        ids = self._ids
-        if not ids:
-            return "", False
-        at = min(bisect_left(ids, raw), len(ids) - 1)
-        return self._thread_at(at), ids[at] == raw
+        at, known = self._find(key_id_to_bytes(key_id))
+        return (self._thread_at(min(at, len(self) - 1)), known) if len(self) else ("", False)
 
     def _thread_at(self, at: int) -> str:
         if self._threads is None:
@@ -192,15 +281,4 @@ class KeyIndex:
 
         The index must not change between two steps.
         """
-        wanted = _tag(thread_id, purpose, "active").to_bytes(_TAG_BYTES, byteorder, signed=True)
-        stop = len(self._ids)
-        while stop > 0:
-            start = max(0, stop - SEARCHED_COUNT)
-            tags = self._tags[start:stop].tobytes()
-            end = len(tags)
-            while (at := tags.rfind(wanted, 0, end)) >= 0:
-                index, misaligned = divmod(at, _TAG_BYTES)
-                if not misaligned:
-                    yield bytes_to_key_id(self._ids[start + index])
-                end = at + _TAG_BYTES - 1
-            stop = start
+        return map(bytes_to_key_id, self._rows.descending(self._tag(thread_id, purpose, "active")))

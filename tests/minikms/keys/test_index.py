@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from minikms import api
 from minikms.keys.dek import DekRecord, bytes_to_key_id, key_id_to_bytes
-from minikms.keys.index import JUDGED_COUNT_MAX, PURPOSES, KeyIndex
+from minikms.keys.index import JUDGED_COUNT_MAX, PURPOSES, KeyIndex, Page
+from tests.minikms.service.limiting import instructions
 
 AT = "2026-11-24T15:00:00Z"
 
@@ -64,8 +65,16 @@ STEPS = st.lists(
 def test_the_index_matches_a_dict_of_the_same_records(
     steps: list[tuple[str, int, str, int, api.Purpose]], limit: int
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minikms.keys.index.CHUNK_ROWS_MAX", 3)
+        _matches_a_dict(steps, limit)
+
+
+def _matches_a_dict(steps: list[tuple[str, int, str, int, api.Purpose]], limit: int) -> None:
     index, model = KeyIndex(), dict[str, DekRecord]()
-    for step, number, state, kek_version, purpose in steps:
+    numbers = [0, *(2**124 - number for number in range(15))]  # ids with equal and with different first halves
+    for step, at, state, kek_version, purpose in steps:
+        number = numbers[at] if at % 2 else at
         one = record(number, thread=number % 3, state=state, kek_version=kek_version, purpose=purpose)
         if step == "remove":
             index.remove(one.id)
@@ -109,11 +118,28 @@ def test_a_filtered_page_is_bounded_and_has_a_next_page(
     monkeypatch.setattr("minikms.keys.index.SCANNED_COUNT_MAX", 10)
     index = KeyIndex()
     for number in range(35):
-        index.put(record(number, thread=int(number == 34)))
-    page = index.page(after="", limit=5, thread_id="t1", state=None)
+        index.put(record(number, state="retired" if number == 34 else "active"))
+    page = index.page(after="", limit=5, thread_id=None, state="retired")
     assert page.key_ids == []
     assert page.next_after == record(9).id
-    assert all_pages(index, 5, "t1") == [record(34).id]
+    assert all_pages(index, 5, None, "retired") == [record(34).id]
+
+
+def test_the_keys_of_a_thread_cost_the_same_among_any_number() -> None:
+    """In instructions of the interpreter: a page of a thread, and the search for its active keys."""
+    index, costs = KeyIndex(), []
+    for number in range(10_000):
+        index.put(record(number, thread=number if number % 300 else 0, state="retired" if number > 900 else "active"))
+        if number in (999, 9_999):
+            more = record(900).id if number > 999 else ""
+            assert asked(index) == (([record(600).id, record(900).id], more), record(900).id, [])
+            costs.append(instructions(lambda: asked(index)))
+    assert costs[1] < costs[0] * 1.1, "binary searches only"
+
+
+def asked(index: KeyIndex) -> tuple[Page, str, list[str]]:
+    page = index.page(after=record(300).id, limit=2, thread_id="t0", state=None)
+    return page, next(index.active_of("t0", "thread")), list(index.active_of("nobody", "thread"))
 
 
 def test_a_page_continues_after_a_key_that_was_removed() -> None:

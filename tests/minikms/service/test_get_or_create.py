@@ -12,7 +12,6 @@ from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
 
 from minikms import api
 from minikms.api import errors
@@ -22,8 +21,6 @@ from minikms.client import Client
 from minikms.custody import journal
 from minikms.custody.deks import HeldKeys
 from minikms.custody.journal_format import Change
-from minikms.keys.dek import DekRecord
-from minikms.keys.index import SEARCHED_COUNT, KeyIndex
 from minikms.platform.files import make_file
 from minikms.policy import ROLES, Principal
 from minikms.service.base import VerbTable
@@ -300,22 +297,3 @@ def test_bad_requests_are_refused_and_name_no_thread(daemon: LiveDaemon) -> None
         assert (answer.status, answer.code) == (400, "invalid_request")
     with Client(daemon.socket) as kms, pytest.raises(errors.InvalidRequestError):
         kms.get_or_create_dek_for_thread("ü")
-
-
-def test_an_index_finds_a_thread_among_many(tmp_path: Path) -> None:
-    async def main() -> list[DekRecord]:
-        async with opened_vault(tmp_path / "d") as one:
-            return [await create(one.vault, "few") for _ in range(3)]
-
-    records = sorted(asyncio.run(main()), key=lambda record: record.id)
-    index = KeyIndex()
-    for record in records:
-        index.put(record)
-    oldest = "k_" + "0" * 20
-    for number in range(SEARCHED_COUNT + 10):
-        digits = "".join("0123456789abcdefghjkmnpqrstvwxyz"[number >> shift & 31] for shift in (25, 20, 15, 10, 5, 0))
-        index.put(replace(records[0], id=oldest + digits, thread_id=f"other-{number}"))
-    assert list(index.active_of("few", "thread")) == [record.id for record in reversed(records)]
-    assert list(index.active_of("few", "data")) == []
-    assert list(index.active_of("other-3", "thread")) == [oldest + "000003"]
-    assert list(index.active_of("nobody", "thread")) == []
