@@ -1,5 +1,5 @@
-"""What every test shares: Hypothesis profiles, environment, process state, bytecode, time limits, the report of skips,
-and a directory that other users can enter.
+"""What every test shares: Hypothesis profiles, environment, process state, bytecode, time limits, event loops, the
+report of skips, and a directory that other users can enter.
 
 Owns no other fixture; each room keeps its own beside its tests.
 Never start a process or touch the network here.
@@ -7,14 +7,18 @@ Never start a process or touch the network here.
 
 from __future__ import annotations
 
+import asyncio
 import compileall
+import functools
 import gc
+import inspect
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -55,6 +59,14 @@ def as_root() -> None:
     needs.root()
 
 
+def in_a_loop_of_its_own(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(test(**fixtures))
+
+    return run
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--failed-to", metavar="FILE", help="when tests fail, write their ids to FILE, for `pytest @FILE`")
 
@@ -67,8 +79,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each torture test the long limit, unless it has its own."""
+    """Give each torture test the long limit, unless it has its own, and each coroutine function an event loop."""
     for item in items:
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+            item.obj = in_a_loop_of_its_own(item.obj)
         if item.get_closest_marker("torture") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(TORTURE_S_MAX))
 

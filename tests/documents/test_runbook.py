@@ -499,29 +499,26 @@ def test_systemd_and_the_first_block_read_the_flags_of_an_auditor_alike(tmp_path
     assert read == sourced and len(sourced.split()) == 2
 
 
-def test_a_key_is_restored_from_its_newest_rotation_backup(tmp_path: Path) -> None:
+async def test_a_key_is_restored_from_its_newest_rotation_backup(tmp_path: Path) -> None:
     """Even if two have one stamp and the same keys; without one nothing changes."""
     [script] = re.findall(r"```bash\n(umask 077; id=KEY_ID\n.*?)```", RUNBOOK.read_text("utf-8"), re.DOTALL)
 
     def restore(directory: Path, key_id: str) -> int:
         return subprocess.run(["sh", "-c", script.replace("KEY_ID", key_id)], cwd=directory, check=False).returncode
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(2)
-            await one.rotate()
-            await one.rotate()
-            newest = one.on_disk(key_ids[0]).version
-            [lost] = await one.make(1)
-            keys = one.keys(key_ids)
-        one.file(key_ids[0]).write_bytes(b"")
-        assert restore(one.directory, key_ids[0]) == 0
-        assert one.file(key_ids[0]).stat().st_mode & 0o777 == 0o600
-        before = one.file(lost).read_bytes()
-        assert restore(one.directory, lost) != 0
-        assert one.file(lost).read_bytes() == before
-        async with opened_vault(tmp_path / "d") as again:
-            assert again.keys(keys) == keys
-            assert again.on_disk(key_ids[0]).version == newest
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(2)
+        await one.rotate()
+        await one.rotate()
+        newest = one.on_disk(key_ids[0]).version
+        [lost] = await one.make(1)
+        keys = one.keys(key_ids)
+    one.file(key_ids[0]).write_bytes(b"")
+    assert restore(one.directory, key_ids[0]) == 0
+    assert one.file(key_ids[0]).stat().st_mode & 0o777 == 0o600
+    before = one.file(lost).read_bytes()
+    assert restore(one.directory, lost) != 0
+    assert one.file(lost).read_bytes() == before
+    async with opened_vault(tmp_path / "d") as again:
+        assert again.keys(keys) == keys
+        assert again.on_disk(key_ids[0]).version == newest

@@ -36,17 +36,14 @@ def shown(pair: Pair, tmp_path: Path, **how: Any) -> dict[str, Any]:
     return {"ca": pair.gateway.ca_file, "cert": cert, "key": key}
 
 
-def test_an_asyncio_client_batches_through_the_gateway(pair: Pair, tmp_path: Path) -> None:
+async def test_an_asyncio_client_batches_through_the_gateway(pair: Pair, tmp_path: Path) -> None:
     before = pair.gateway.metric("requests_total", verb="encrypt_batch")
 
-    async def check() -> None:
-        async with minikms.AsyncClient(url(pair), **shown(pair, tmp_path)) as client:
-            key = await client.create_dek_for_thread("thread-1")
-            texts = [b"%d" % number for number in range(300)]
-            sealed = await asyncio.gather(*(client.encrypt(key.key_id, text) for text in texts))
-            assert await asyncio.gather(*(client.decrypt(key.key_id, one) for one in sealed)) == texts
-
-    asyncio.run(check())
+    async with minikms.AsyncClient(url(pair), **shown(pair, tmp_path)) as client:
+        key = await client.create_dek_for_thread("thread-1")
+        texts = [b"%d" % number for number in range(300)]
+        sealed = await asyncio.gather(*(client.encrypt(key.key_id, text) for text in texts))
+        assert await asyncio.gather(*(client.decrypt(key.key_id, one) for one in sealed)) == texts
     assert pair.gateway.metric("requests_total", verb="encrypt_batch") > before
 
 

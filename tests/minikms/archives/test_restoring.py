@@ -216,14 +216,11 @@ def test_destroyed_keys_stay_destroyed_after_a_restore(data_dir: Path, tmp_path:
     asyncio.run(judge())
 
 
-def test_an_archive_that_lacks_its_tombstones_is_not_good(data_dir: Path, tmp_path: Path) -> None:
-    async def destroy() -> None:
-        async with opened_vault(data_dir) as one:
-            [key_id] = await one.make(1)
-            await one.vault.retire(key_id)
-            await one.vault.destroy(key_id)
-
-    asyncio.run(destroy())
+async def test_an_archive_that_lacks_its_tombstones_is_not_good(data_dir: Path, tmp_path: Path) -> None:
+    async with opened_vault(data_dir) as one:
+        [key_id] = await one.make(1)
+        await one.vault.retire(key_id)
+        await one.vault.destroy(key_id)
     (data_dir / "kms-tombstones").unlink()
     with pytest.raises(ArchiveError, match="kms-tombstones is missing"):
         made(data_dir, tmp_path / "archive")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 
@@ -17,16 +16,12 @@ from tests.harness.vaults import key_file, opened_vault
 
 @pytest.mark.parametrize("times", [1, 1_000])
 @pytest.mark.parametrize("call", ["unlink", "link", "rename", "fsync", "mkdir"])
-def test_each_archive_that_is_left_is_in_the_register(
+async def test_each_archive_that_is_left_is_in_the_register(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str, times: int
 ) -> None:
     """At each call of this kind in turn. Status 0 and 1 say that the archive is good, and an error that it is not."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            await one.make(2)
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        await one.make(2)
     directory, key = tmp_path / "d", key_file(tmp_path / "d")
     kept = {path.name for path in tmp_path.iterdir()}
     register = ArchiveRegister(str(directory))

@@ -176,22 +176,19 @@ def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch
     run(test)
 
 
-def test_an_item_that_waited_too_long_fails_and_is_not_sent() -> None:
-    async def main() -> None:
-        daemon = Daemon()
-        batcher = Batcher(daemon.send, 0.3, OneLoop())
-        first = asyncio.create_task(batcher.submit(item(b"first")))
-        await turns()
-        late = asyncio.create_task(batcher.submit(item(b"late")))
-        await asyncio.sleep(0.4)
-        daemon.go.set()
-        assert await first == b"FIRST"
-        with pytest.raises(errors.KmsTimeoutError):
-            await late
-        assert daemon.batches == [[b"first"]]
-        await batcher.close()
-
-    asyncio.run(main())
+async def test_an_item_that_waited_too_long_fails_and_is_not_sent() -> None:
+    daemon = Daemon()
+    batcher = Batcher(daemon.send, 0.3, OneLoop())
+    first = asyncio.create_task(batcher.submit(item(b"first")))
+    await turns()
+    late = asyncio.create_task(batcher.submit(item(b"late")))
+    await asyncio.sleep(0.4)
+    daemon.go.set()
+    assert await first == b"FIRST"
+    with pytest.raises(errors.KmsTimeoutError):
+        await late
+    assert daemon.batches == [[b"first"]]
+    await batcher.close()
 
 
 def test_closing_fails_whoever_waits_in_flight_and_in_the_queue() -> None:

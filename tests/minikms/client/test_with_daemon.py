@@ -161,34 +161,28 @@ def test_a_batch_tells_each_items_outcome(kms: Any) -> None:
     assert kms.decrypt_batch([DecryptItem(key_id=key_id, ciphertext=good)]) == [b"1"]
 
 
-def test_a_malformed_id_in_a_batch_spoils_no_other_item(daemon_socket: str) -> None:
-    async def main() -> None:
-        async with AsyncClient(daemon_socket) as kms:
-            key_id = (await kms.create_dek_for_thread("thread-1")).key_id
-            odd = ["", "../x", 'k"\\', "k\x00", "k" * 128]
-            calls = [kms.encrypt(key_id, b"good"), *(kms.encrypt(name, b"x") for name in odd)]
-            calls += [kms.encrypt(key_id, b"x", request_id=name) for name in ("", "\x01", 'r"')]
-            good, *rest = await asyncio.gather(*calls, return_exceptions=True)
-            assert isinstance(good, bytes)
-            assert all(isinstance(entry, (bytes, errors.KmsRefusedError)) for entry in rest)
-            assert all(isinstance(entry, errors.KmsRefusedError) for entry in rest[: len(odd)])
-
-    asyncio.run(main())
+async def test_a_malformed_id_in_a_batch_spoils_no_other_item(daemon_socket: str) -> None:
+    async with AsyncClient(daemon_socket) as kms:
+        key_id = (await kms.create_dek_for_thread("thread-1")).key_id
+        odd = ["", "../x", 'k"\\', "k\x00", "k" * 128]
+        calls = [kms.encrypt(key_id, b"good"), *(kms.encrypt(name, b"x") for name in odd)]
+        calls += [kms.encrypt(key_id, b"x", request_id=name) for name in ("", "\x01", 'r"')]
+        good, *rest = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(good, bytes)
+        assert all(isinstance(entry, (bytes, errors.KmsRefusedError)) for entry in rest)
+        assert all(isinstance(entry, errors.KmsRefusedError) for entry in rest[: len(odd)])
 
 
-def test_hundreds_of_concurrent_calls_each_get_their_own_answer(daemon_socket: str) -> None:
-    async def main() -> None:
-        async with AsyncClient(daemon_socket) as kms:
-            key_id = (await kms.create_dek_for_thread("thread-1")).key_id
+async def test_hundreds_of_concurrent_calls_each_get_their_own_answer(daemon_socket: str) -> None:
+    async with AsyncClient(daemon_socket) as kms:
+        key_id = (await kms.create_dek_for_thread("thread-1")).key_id
 
-            async def one(number: int) -> None:
-                aad = b"%d" % number
-                sealed = await kms.encrypt(key_id, b"value %d" % number, aad=aad, thread_id="thread-1")
-                assert await kms.decrypt(key_id, sealed, aad=aad, thread_id="thread-1") == b"value %d" % number
+        async def one(number: int) -> None:
+            aad = b"%d" % number
+            sealed = await kms.encrypt(key_id, b"value %d" % number, aad=aad, thread_id="thread-1")
+            assert await kms.decrypt(key_id, sealed, aad=aad, thread_id="thread-1") == b"value %d" % number
 
-            await asyncio.gather(*(one(number) for number in range(2000)))
-
-    asyncio.run(main())
+        await asyncio.gather(*(one(number) for number in range(2000)))
 
 
 def test_calls_under_way_survive_restarts_of_the_daemon() -> None:

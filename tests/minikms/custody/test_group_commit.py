@@ -230,17 +230,14 @@ def test_drain_returns_when_everything_is_written(run: Run, disk: Disk, tmp_path
     run(scenario)
 
 
-def test_an_error_of_a_whole_group_is_each_callers_own() -> None:
+async def test_an_error_of_a_whole_group_is_each_callers_own() -> None:
     """An exception object that several callers raise would collect the tracebacks of all."""
 
-    async def main() -> None:
-        async def refused(items: list[int]) -> list[int | KmsRefusedError]:
-            raise ConflictError("an active key") from OSError(5, "the cause")
+    async def refused(items: list[int]) -> list[int | KmsRefusedError]:
+        raise ConflictError("an active key") from OSError(5, "the cause")
 
-        group = GroupQueue(refused, items_max=ITEMS_MAX)
-        errors = await asyncio.gather(*(group.submit(number) for number in range(3)), return_exceptions=True)
-        assert {(type(error), str(error)) for error in errors} == {(ConflictError, "an active key")}
-        assert len({id(error) for error in errors}) == 3
-        assert all(isinstance(error, ConflictError) and isinstance(error.__cause__, OSError) for error in errors)
-
-    asyncio.run(main())
+    group = GroupQueue(refused, items_max=ITEMS_MAX)
+    errors = await asyncio.gather(*(group.submit(number) for number in range(3)), return_exceptions=True)
+    assert {(type(error), str(error)) for error in errors} == {(ConflictError, "an active key")}
+    assert len({id(error) for error in errors}) == 3
+    assert all(isinstance(error, ConflictError) and isinstance(error.__cause__, OSError) for error in errors)

@@ -27,39 +27,36 @@ def has_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
 
 
-def test_a_refused_permit_stops_no_other_key_of_its_group(tmp_path: Path) -> None:
+async def test_a_refused_permit_stops_no_other_key_of_its_group(tmp_path: Path) -> None:
     def refused() -> None:
         raise ForbiddenError("not this thread")
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            with pytest.raises(ForbiddenError):
-                await create(one.vault, "t0", permit=refused)
-            asked = iter((None, None, "refused"))
+    async with opened_vault(tmp_path / "d") as one:
+        with pytest.raises(ForbiddenError):
+            await create(one.vault, "t0", permit=refused)
+        asked = iter((None, None, "refused"))
 
-            def late() -> None:
-                if next(asked) == "refused":
-                    refused()
+        def late() -> None:
+            if next(asked) == "refused":
+                refused()
 
-            next(asked)
-            outcomes = await asyncio.gather(
-                create(one.vault, "t1"),
-                create(one.vault, "t2", permit=late),
-                create(one.vault, "t3"),
-                return_exceptions=True,
-            )
-            made = [each.id for each in outcomes if isinstance(each, DekRecord)]
-            assert isinstance(outcomes[1], ForbiddenError)
-            assert len(made) == 2
-            assert len(set(one.keys(made).values())) == 2
-            assert sorted(each.key_id for each in decode((one.directory / journal.NAME).read_bytes()).intact) == sorted(
-                made
-            )
-
-    asyncio.run(main())
+        next(asked)
+        outcomes = await asyncio.gather(
+            create(one.vault, "t1"),
+            create(one.vault, "t2", permit=late),
+            create(one.vault, "t3"),
+            return_exceptions=True,
+        )
+        made = [each.id for each in outcomes if isinstance(each, DekRecord)]
+        assert isinstance(outcomes[1], ForbiddenError)
+        assert len(made) == 2
+        assert len(set(one.keys(made).values())) == 2
+        assert sorted(each.key_id for each in decode((one.directory / journal.NAME).read_bytes()).intact) == sorted(
+            made
+        )
 
 
-def test_a_refusal_in_a_group_that_fails_keeps_no_cipher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_refusal_in_a_group_that_fails_keeps_no_cipher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its traceback refers to the frame that made the cipher. A seal could not drop it."""
     refusal = ForbiddenError("not this thread")
     asked = iter((None, refusal))
@@ -68,19 +65,14 @@ def test_a_refusal_in_a_group_that_fails_keeps_no_cipher(tmp_path: Path, monkeyp
         if error := next(asked):
             raise error
 
-    async def main() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # pytest keeps what is logged
-        async with opened_vault(tmp_path / "d") as one:
-            watched_cipher.watch(monkeypatch)
-            monkeypatch.setattr(WatchedCipher, "errors", [RuntimeError("a defect")])
-            await asyncio.gather(
-                create(one.vault, "t1", permit=refused), create(one.vault, "t2"), return_exceptions=True
-            )
-            assert not WatchedCipher.errors
-            assert refusal.__traceback__ is not None
-            assert not watched_cipher.alive()
-
-    asyncio.run(main())
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # pytest keeps what is logged
+    async with opened_vault(tmp_path / "d") as one:
+        watched_cipher.watch(monkeypatch)
+        monkeypatch.setattr(WatchedCipher, "errors", [RuntimeError("a defect")])
+        await asyncio.gather(create(one.vault, "t1", permit=refused), create(one.vault, "t2"), return_exceptions=True)
+        assert not WatchedCipher.errors
+        assert refusal.__traceback__ is not None
+        assert not watched_cipher.alive()
 
 
 def opened_on_full_disk(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
@@ -89,21 +81,18 @@ def opened_on_full_disk(path: str, flags: int, mode: int = 0o777, *, dir_fd: int
     return OPEN(path, flags, mode, dir_fd=dir_fd)
 
 
-def test_a_thread_keeps_its_key_if_a_full_disk_refuses_to_replace_it(
+async def test_a_thread_keeps_its_key_if_a_full_disk_refuses_to_replace_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new key has a record in the log by then, but no file."""
     monkeypatch.setattr(journal, "RETRY_SECONDS_MIN", 0.001)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            await one.indexing.run()
-            [old] = await one.make(1)
-            with monkeypatch.context() as full:
-                full.setattr(os, "open", opened_on_full_disk)
-                with pytest.raises(StorageUnavailableError):
-                    await create(one.vault, "t", replaces=old)
-            assert await one.vault.get_or_create("t", purpose="thread") == (old, False)
-            assert len(one.vault.index) == 1
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        await one.indexing.run()
+        [old] = await one.make(1)
+        with monkeypatch.context() as full:
+            full.setattr(os, "open", opened_on_full_disk)
+            with pytest.raises(StorageUnavailableError):
+                await create(one.vault, "t", replaces=old)
+        assert await one.vault.get_or_create("t", purpose="thread") == (old, False)
+        assert len(one.vault.index) == 1

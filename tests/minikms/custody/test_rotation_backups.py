@@ -342,71 +342,63 @@ def rotation_stamp(one: OpenedVault) -> str:
     return stamp
 
 
-def test_a_receipt_counts_the_records_and_none_is_left(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(4)
-            for stamp in (STAMP, LATER):
-                keep_in_batch(one, key_ids, stamp)
-            gone, *others = key_ids
-            await one.vault.retire(gone)
-            assert (await one.vault.destroy(gone)).backups == 2
-            files = [path for path in (tmp_path / "d" / "kms-deks-backup").rglob("*") if path.is_file()]
-            assert len(files) == 2
-            for path in files:
-                assert gone.encode() not in path.read_bytes()
-                assert all(key.encode() in path.read_bytes() for key in others)
-
-    asyncio.run(main())
+async def test_a_receipt_counts_the_records_and_none_is_left(tmp_path: Path) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(4)
+        for stamp in (STAMP, LATER):
+            keep_in_batch(one, key_ids, stamp)
+        gone, *others = key_ids
+        await one.vault.retire(gone)
+        assert (await one.vault.destroy(gone)).backups == 2
+        files = [path for path in (tmp_path / "d" / "kms-deks-backup").rglob("*") if path.is_file()]
+        assert len(files) == 2
+        for path in files:
+            assert gone.encode() not in path.read_bytes()
+            assert all(key.encode() in path.read_bytes() for key in others)
 
 
-def test_a_start_blanks_the_records_of_a_destruction_that_was_cut_off(
+async def test_a_start_blanks_the_records_of_a_destruction_that_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(3)
-            keep_in_batch(one, key_ids)
-            await one.vault.retire(key_ids[0])
-            with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
-                patch.setattr(RotationBackups, "blank", refuse)
-                await one.vault.destroy(key_ids[0])
-            assert one.file(key_ids[0]).exists()
-        async with opened_vault(tmp_path / "d") as again:
-            await again.indexing.run()
-            assert not again.file(key_ids[0]).exists()
-            [file] = again.vault.rotation_backups.journals()
-            assert {found.key_id for found in again.vault.rotation_backups.read_journal(file)} == set(key_ids[1:])
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(3)
+        keep_in_batch(one, key_ids)
+        await one.vault.retire(key_ids[0])
+        with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
+            patch.setattr(RotationBackups, "blank", refuse)
+            await one.vault.destroy(key_ids[0])
+        assert one.file(key_ids[0]).exists()
+    async with opened_vault(tmp_path / "d") as again:
+        await again.indexing.run()
+        assert not again.file(key_ids[0]).exists()
+        [file] = again.vault.rotation_backups.journals()
+        assert {found.key_id for found in again.vault.rotation_backups.read_journal(file)} == set(key_ids[1:])
 
 
-def test_a_repeated_destruction_trusts_no_sync_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_repeated_destruction_trusts_no_sync_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the same run and in the next one, which knows only that the key still has a file."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(3)
-            keep_in_batch(one, key_ids)
-            for key_id in key_ids:
-                await one.vault.retire(key_id)
-            [path] = (one.directory / "kms-deks-backup" / STAMP).iterdir()
-            for key_id in key_ids[:2]:
-                with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
-                    patch.setattr(RotationBackups, "blank", fails_after(RotationBackups.blank))
-                    await one.vault.destroy(key_id)
-            inode = path.stat().st_ino
-            assert (await one.vault.destroy(key_ids[0])).backups == 0
-            assert path.stat().st_ino != inode
-            inode = path.stat().st_ino
-            assert (await one.vault.destroy(key_ids[0])).backups == 0
-            assert path.stat().st_ino == inode, "its removal was completed"
-        async with opened_vault(tmp_path / "d") as again:
-            await again.indexing.run()
-            assert path.stat().st_ino != inode
-            assert path.read_bytes().count(BLANK) == 2
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(3)
+        keep_in_batch(one, key_ids)
+        for key_id in key_ids:
+            await one.vault.retire(key_id)
+        [path] = (one.directory / "kms-deks-backup" / STAMP).iterdir()
+        for key_id in key_ids[:2]:
+            with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
+                patch.setattr(RotationBackups, "blank", fails_after(RotationBackups.blank))
+                await one.vault.destroy(key_id)
+        inode = path.stat().st_ino
+        assert (await one.vault.destroy(key_ids[0])).backups == 0
+        assert path.stat().st_ino != inode
+        inode = path.stat().st_ino
+        assert (await one.vault.destroy(key_ids[0])).backups == 0
+        assert path.stat().st_ino == inode, "its removal was completed"
+    async with opened_vault(tmp_path / "d") as again:
+        await again.indexing.run()
+        assert path.stat().st_ino != inode
+        assert path.read_bytes().count(BLANK) == 2
 
 
 def fails_after(blank: Callable[..., object]) -> Callable[..., object]:
@@ -417,49 +409,41 @@ def fails_after(blank: Callable[..., object]) -> Callable[..., object]:
     return failing
 
 
-def test_a_start_removes_the_temporary_files_of_a_batch_before_it_answers(tmp_path: Path) -> None:
+async def test_a_start_removes_the_temporary_files_of_a_batch_before_it_answers(tmp_path: Path) -> None:
     """Those of a journal have the contents of many keys."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [key_id] = await one.make(1)
-            keep_in_batch(one, [key_id])
-            await one.vault.retire(key_id)
-            content = one.file(key_id).read_bytes()
-        backups = one.directory / "kms-deks-backup"
-        folders = (one.directory, backups / STAMP, backups, one.directory / "kms-deks")
-        for folder in folders:
-            (folder / ".tmp-0123456789abcdef-7").write_bytes(2 * content)
-        (one.directory / ".tmp-another").mkdir()
-        async with opened_vault(tmp_path / "d") as again:
-            assert [len(list(folder.glob(".tmp-0*"))) for folder in folders] == [0, 0, 0, 1]
-            await again.vault.destroy(key_id)
-            paths = [path for folder in folders for path in folder.iterdir() if path.is_file()]
-            assert not [path for path in paths if content[:100] in path.read_bytes()]
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        [key_id] = await one.make(1)
+        keep_in_batch(one, [key_id])
+        await one.vault.retire(key_id)
+        content = one.file(key_id).read_bytes()
+    backups = one.directory / "kms-deks-backup"
+    folders = (one.directory, backups / STAMP, backups, one.directory / "kms-deks")
+    for folder in folders:
+        (folder / ".tmp-0123456789abcdef-7").write_bytes(2 * content)
+    (one.directory / ".tmp-another").mkdir()
+    async with opened_vault(tmp_path / "d") as again:
+        assert [len(list(folder.glob(".tmp-0*"))) for folder in folders] == [0, 0, 0, 1]
+        await again.vault.destroy(key_id)
+        paths = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+        assert not [path for path in paths if content[:100] in path.read_bytes()]
 
 
-def test_no_key_is_destroyed_while_a_temporary_file_cannot_be_removed(
+async def test_no_key_is_destroyed_while_a_temporary_file_cannot_be_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file of this run, whose write and whose removal failed."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_id, other = await one.make(2)
-            await one.vault.retire(key_id)
-            with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
-                patch.setattr(os, "rename", failing(os.rename, at=1))
-                patch.setattr(os, "unlink", failing(os.unlink, at=1))
-                keep_in_batch(one, [key_id, other])
-            assert in_left_temps(one.directory, key_id)
-            with failing_os(monkeypatch, "unlink"), pytest.raises(StorageUnavailableError, match="temporary files"):
-                await one.vault.destroy(key_id)
+    async with opened_vault(tmp_path / "d") as one:
+        key_id, other = await one.make(2)
+        await one.vault.retire(key_id)
+        with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
+            patch.setattr(os, "rename", failing(os.rename, at=1))
+            patch.setattr(os, "unlink", failing(os.unlink, at=1))
+            keep_in_batch(one, [key_id, other])
+        assert in_left_temps(one.directory, key_id)
+        with failing_os(monkeypatch, "unlink"), pytest.raises(StorageUnavailableError, match="temporary files"):
             await one.vault.destroy(key_id)
-            assert not in_left_temps(one.directory, key_id)
-
-    asyncio.run(main())
+        await one.vault.destroy(key_id)
+        assert not in_left_temps(one.directory, key_id)
 
 
 def in_left_temps(directory: Path, key_id: str) -> bool:
@@ -467,83 +451,79 @@ def in_left_temps(directory: Path, key_id: str) -> bool:
 
 
 @pytest.mark.parametrize("damage", ["too long", "a symbolic link"])
-def test_a_batch_that_cannot_be_read_stops_no_start_and_no_pruning(
+async def test_a_batch_that_cannot_be_read_stops_no_start_and_no_pruning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setattr(vault, "REMOVAL_RETRY_SECONDS", 0.01)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            gone, left, other = await one.make(3)
-            for stamp in (STAMP, LATER):
-                keep_in_batch(one, [gone, left, other], stamp)
-            for key_id in (gone, left):
-                await one.vault.retire(key_id)
-            saved = one.file(left).read_bytes()
-            for key_id in (gone, left):
-                await one.vault.destroy(key_id)
-            one.file(left).write_bytes(saved)  # as if its removal had been interrupted
-        bad, good = journals(tmp_path / "d")
-        again_there = saved.replace(left.encode(), gone.encode())
-        good.write_bytes(encode([Change(left, saved, saved), Change(gone, again_there, again_there)]))
-        if damage == "too long":
-            os.truncate(bad, BYTES_MAX + 1)
-        else:
-            bad.unlink()
-            bad.symlink_to("elsewhere")
-        async with opened_vault(tmp_path / "d") as again:
-            scan = asyncio.create_task(again.indexing.run())
-            await again.indexing.wait_complete()
-            while good.read_bytes() != MAGIC + BLANK * 2:
-                await asyncio.sleep(0.001)
-            assert again.file(left).exists(), "what may be left is not forgotten"
-            assert list(again.vault.rotation_backups.unreadable) == [f"{STAMP}/{bad.name}"]
-            await again.pruning.prune(backups=True)
-            assert not good.exists()
-            bad.unlink()
-            await scan
-            assert again.vault.rotation_backups.unreadable == {}
-            assert not again.file(left).exists()
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        gone, left, other = await one.make(3)
+        for stamp in (STAMP, LATER):
+            keep_in_batch(one, [gone, left, other], stamp)
+        for key_id in (gone, left):
+            await one.vault.retire(key_id)
+        saved = one.file(left).read_bytes()
+        for key_id in (gone, left):
+            await one.vault.destroy(key_id)
+        one.file(left).write_bytes(saved)  # as if its removal had been interrupted
+    bad, good = journals(tmp_path / "d")
+    again_there = saved.replace(left.encode(), gone.encode())
+    good.write_bytes(encode([Change(left, saved, saved), Change(gone, again_there, again_there)]))
+    if damage == "too long":
+        os.truncate(bad, BYTES_MAX + 1)
+    else:
+        bad.unlink()
+        bad.symlink_to("elsewhere")
+    async with opened_vault(tmp_path / "d") as again:
+        scan = asyncio.create_task(again.indexing.run())
+        await again.indexing.wait_complete()
+        while good.read_bytes() != MAGIC + BLANK * 2:
+            await asyncio.sleep(0.001)
+        assert again.file(left).exists(), "what may be left is not forgotten"
+        assert list(again.vault.rotation_backups.unreadable) == [f"{STAMP}/{bad.name}"]
+        await again.pruning.prune(backups=True)
+        assert not good.exists()
+        bad.unlink()
+        await scan
+        assert again.vault.rotation_backups.unreadable == {}
+        assert not again.file(left).exists()
 
 
-def test_the_batches_of_a_rotation_beside_the_scan_are_all_blanked(
+async def test_the_batches_of_a_rotation_beside_the_scan_are_all_blanked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scan lists the backups in another thread. A batch that is written meanwhile is known all the same."""
     listed, written = threading.Event(), threading.Event()
     real = backups_module.list_stamps
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            destroyed, key_id = await one.make(2)
-            for each in (destroyed, key_id):
-                await one.vault.retire(each)
-            await one.vault.destroy(destroyed)
-        async with opened_vault(tmp_path / "d") as one:
-            reader = one.reader.submit(threading.current_thread).result()
+    async with opened_vault(tmp_path / "d") as one:
+        destroyed, key_id = await one.make(2)
+        for each in (destroyed, key_id):
+            await one.vault.retire(each)
+        await one.vault.destroy(destroyed)
+    async with opened_vault(tmp_path / "d") as one:
+        reader = one.reader.submit(threading.current_thread).result()
 
-            def slowly(directory: str) -> list[str]:
-                found = real(directory)
-                if threading.current_thread() is reader:
-                    listed.set()
-                    written.wait(60)
-                return found
+        def slowly(directory: str) -> list[str]:
+            found = real(directory)
+            if threading.current_thread() is reader:
+                listed.set()
+                written.wait(60)
+            return found
 
-            monkeypatch.setattr(backups_module, "list_stamps", slowly)
-            scan = asyncio.create_task(one.indexing.run())
-            assert await asyncio.to_thread(listed.wait, 60)
-            await asyncio.to_thread(keep_in_batch, one, [key_id])
-            written.set()
-            await scan
-            assert (await one.vault.destroy(key_id)).backups == 1
-            assert one.backups(key_id) == []
-
-    asyncio.run(main())
+        monkeypatch.setattr(backups_module, "list_stamps", slowly)
+        scan = asyncio.create_task(one.indexing.run())
+        assert await asyncio.to_thread(listed.wait, 60)
+        await asyncio.to_thread(keep_in_batch, one, [key_id])
+        written.set()
+        await scan
+        assert (await one.vault.destroy(key_id)).backups == 1
+        assert one.backups(key_id) == []
 
 
-def test_a_large_group_of_destructions_is_many_short_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_large_group_of_destructions_is_many_short_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So another job of the disk thread waits for a few files only."""
     monkeypatch.setattr(vault, "BLANK_FILES_MAX", 2)
     jobs: list[int] = []
@@ -555,61 +535,51 @@ def test_a_large_group_of_destructions_is_many_short_jobs(tmp_path: Path, monkey
 
     monkeypatch.setattr(RotationBackups, "blank", counted)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(5)
-            for key_id in key_ids:
-                keep_in_batch(one, [key_id])
-                await one.vault.retire(key_id)
-            assert await asyncio.gather(*map(one.vault.destroy, key_ids)) == [(1, [])] * 5
-            assert jobs == [2, 2, 1]
-            assert one.backups() == []
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(5)
+        for key_id in key_ids:
+            keep_in_batch(one, [key_id])
+            await one.vault.retire(key_id)
+        assert await asyncio.gather(*map(one.vault.destroy, key_ids)) == [(1, [])] * 5
+        assert jobs == [2, 2, 1]
+        assert one.backups() == []
 
 
-def test_a_record_keeps_its_kek_until_it_is_pruned(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(3)
-            keep_in_batch(one, key_ids)
-            await one.rotate()
-            shutil.rmtree(one.directory / "kms-deks-backup" / rotation_stamp(one))
-            kept = await one.pruning.prune(backups=False)
-            assert [why.version for why in kept.kept] == [1]
-            one.file(key_ids[0]).unlink()
-            kept = await one.pruning.prune(backups=True, before=LATER)
-            assert (kept.destroyed, [why.version for why in kept.kept], kept.backups_removed) == ([], [1], 2)
-            [last] = one.backups(key_ids[0])
-            one.file(key_ids[0]).write_bytes(last)  # restored from its line
-            assert len(one.keys(key_ids)) == 3
-            await one.rotate()
-            assert (await one.pruning.prune(backups=True)).destroyed == [1, 2]
-
-    asyncio.run(main())
+async def test_a_record_keeps_its_kek_until_it_is_pruned(tmp_path: Path) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(3)
+        keep_in_batch(one, key_ids)
+        await one.rotate()
+        shutil.rmtree(one.directory / "kms-deks-backup" / rotation_stamp(one))
+        kept = await one.pruning.prune(backups=False)
+        assert [why.version for why in kept.kept] == [1]
+        one.file(key_ids[0]).unlink()
+        kept = await one.pruning.prune(backups=True, before=LATER)
+        assert (kept.destroyed, [why.version for why in kept.kept], kept.backups_removed) == ([], [1], 2)
+        [last] = one.backups(key_ids[0])
+        one.file(key_ids[0]).write_bytes(last)  # restored from its line
+        assert len(one.keys(key_ids)) == 3
+        await one.rotate()
+        assert (await one.pruning.prune(backups=True)).destroyed == [1, 2]
 
 
-def test_a_damaged_record_keeps_every_kek_until_its_file_is_removed(tmp_path: Path) -> None:
+async def test_a_damaged_record_keeps_every_kek_until_its_file_is_removed(tmp_path: Path) -> None:
     """By hand. A start finds it, for the warnings of the status, and no pruning removes it."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            keep_in_batch(one, await one.make(1))
-            await one.rotate()
-            shutil.rmtree(one.directory / "kms-deks-backup" / rotation_stamp(one))
-            [path] = (one.directory / "kms-deks-backup" / STAMP).iterdir()
-            flip(path, AT + 100)
-        async with opened_vault(tmp_path / "d") as again:
-            await again.indexing.run()
-            assert again.vault.rotation_backups.damaged == {f"{STAMP}/{path.name}"}
-            for backups in (False, True):
-                [kept] = (await again.pruning.prune(backups=backups)).kept
-                assert "can't be read" in kept.why
-            path.unlink()
-            assert (await again.pruning.prune(backups=True)).destroyed == [1]
-            assert again.vault.rotation_backups.damaged == set()
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        keep_in_batch(one, await one.make(1))
+        await one.rotate()
+        shutil.rmtree(one.directory / "kms-deks-backup" / rotation_stamp(one))
+        [path] = (one.directory / "kms-deks-backup" / STAMP).iterdir()
+        flip(path, AT + 100)
+    async with opened_vault(tmp_path / "d") as again:
+        await again.indexing.run()
+        assert again.vault.rotation_backups.damaged == {f"{STAMP}/{path.name}"}
+        for backups in (False, True):
+            [kept] = (await again.pruning.prune(backups=backups)).kept
+            assert "can't be read" in kept.why
+        path.unlink()
+        assert (await again.pruning.prune(backups=True)).destroyed == [1]
+        assert again.vault.rotation_backups.damaged == set()
 
 
 def test_the_newest_key_id_counts_keys_that_only_a_backup_has(tmp_path: Path) -> None:

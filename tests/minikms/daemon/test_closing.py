@@ -59,101 +59,87 @@ def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Ite
 
 
 @pytest.mark.parametrize("worker", ["disk", "reader"])
-def test_a_job_of_a_worker_ends_before_its_directory_is_closed(tmp_path: Path, worker: str) -> None:
+async def test_a_job_of_a_worker_ends_before_its_directory_is_closed(tmp_path: Path, worker: str) -> None:
     """A request that is cancelled at shutdown leaves its job behind."""
     found: list[int] = []
 
-    async def main() -> None:
-        workers = Workers.start()
-        with opened(tmp_path, workers) as (parts, arena):
-            vault = parts.vault
-            used = vault.store.directory_fd, vault.rotation_backups.directory_fd
+    workers = Workers.start()
+    with opened(tmp_path, workers) as (parts, arena):
+        vault = parts.vault
+        used = vault.store.directory_fd, vault.rotation_backups.directory_fd
 
-            def job() -> None:
-                time.sleep(0.1)
-                found.extend(os.fstat(descriptor).st_ino for descriptor in used)
-                found.append(vault.unlocked.kek(1).nbytes)
+        def job() -> None:
+            time.sleep(0.1)
+            found.extend(os.fstat(descriptor).st_ino for descriptor in used)
+            found.append(vault.unlocked.kek(1).nbytes)
 
-            getattr(workers, worker).submit(job)
-            try:
-                await parts.close()
-            finally:
-                workers.shutdown()
-            assert arena.in_use == 0
-
-    asyncio.run(main())
+        getattr(workers, worker).submit(job)
+        try:
+            await parts.close()
+        finally:
+            workers.shutdown()
+        assert arena.in_use == 0
     directories = [(tmp_path / "d" / name).stat().st_ino for name in ("kms-deks", "kms-deks-backup")]
     assert found == [*directories, 32]
 
 
-def test_after_a_seal_files_are_closed_although_a_step_before_fails(
+async def test_after_a_seal_files_are_closed_although_a_step_before_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fails() -> None:
         raise OSError("no space")
 
-    async def main() -> None:
-        workers = Workers.start()
-        with opened(tmp_path, workers) as (parts, _):
-            directory = parts.vault.store.directory_fd
-            monkeypatch.setattr(parts.vault, "drain", fails)
-            parts.seal()
-            try:
-                with pytest.raises(OSError, match="no space"):
-                    await parts.abandon()
-            finally:
-                workers.shutdown()
-            with pytest.raises(OSError):
-                os.fstat(directory)
-
-    asyncio.run(main())
-
-
-def test_a_seal_ends_although_a_durable_line_was_just_added(tmp_path: Path) -> None:
-    """The arena is zeroed before, so the line can't be written any more."""
-
-    async def main() -> None:
-        workers = Workers.start()
+    workers = Workers.start()
+    with opened(tmp_path, workers) as (parts, _):
+        directory = parts.vault.store.directory_fd
+        monkeypatch.setattr(parts.vault, "drain", fails)
+        parts.seal()
         try:
-            with opened(tmp_path, workers) as (parts, arena):
-                event = Event(type="create_dek", actor="peer_uid:1")
-                line = asyncio.ensure_future(parts.audit.add_written(event, durable=True))
-                await asyncio.sleep(0)
-                arena.zero_all()
-                parts.seal()
-                with pytest.raises(SealedError):
-                    await line
+            with pytest.raises(OSError, match="no space"):
                 await parts.abandon()
-            with opened(tmp_path, workers) as (parts, _):  # its log is whole
-                await parts.close()
         finally:
             workers.shutdown()
+        with pytest.raises(OSError):
+            os.fstat(directory)
 
-    asyncio.run(main())
+
+async def test_a_seal_ends_although_a_durable_line_was_just_added(tmp_path: Path) -> None:
+    """The arena is zeroed before, so the line can't be written any more."""
+    workers = Workers.start()
+    try:
+        with opened(tmp_path, workers) as (parts, arena):
+            event = Event(type="create_dek", actor="peer_uid:1")
+            line = asyncio.ensure_future(parts.audit.add_written(event, durable=True))
+            await asyncio.sleep(0)
+            arena.zero_all()
+            parts.seal()
+            with pytest.raises(SealedError):
+                await line
+            await parts.abandon()
+        with opened(tmp_path, workers) as (parts, _):  # its log is whole
+            await parts.close()
+    finally:
+        workers.shutdown()
 
 
 @pytest.mark.parametrize("changes", [True, False])
-def test_answers_that_were_held_leave_under_the_same_policy_only(
+async def test_answers_that_were_held_leave_under_the_same_policy_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, changes: bool
 ) -> None:
     """A turn is held while the audit key changes. Its answers may hold plaintext."""
-
-    async def main() -> None:
-        workers = Workers.start()
-        rules = parse_policy(b"version = 1\n")
-        policy = FilePolicy(rules)
-        try:
-            with opened(tmp_path, workers, policy=policy) as (parts, _):
-                commits = [None, None, True, True]
-                monkeypatch.setattr(parts.audit, "commit_turn", lambda: commits.pop(0))
-                assert parts.app.commit() is None
-                if changes:
-                    policy.replace(rules)
-                assert parts.app.commit() is None
-                assert parts.app.commit() is not changes
-                assert parts.app.commit() is True, "the next turn"
-                await parts.close()
-        finally:
-            workers.shutdown()
-
-    asyncio.run(main())
+    workers = Workers.start()
+    rules = parse_policy(b"version = 1\n")
+    policy = FilePolicy(rules)
+    try:
+        with opened(tmp_path, workers, policy=policy) as (parts, _):
+            commits = [None, None, True, True]
+            monkeypatch.setattr(parts.audit, "commit_turn", lambda: commits.pop(0))
+            assert parts.app.commit() is None
+            if changes:
+                policy.replace(rules)
+            assert parts.app.commit() is None
+            assert parts.app.commit() is not changes
+            assert parts.app.commit() is True, "the next turn"
+            await parts.close()
+    finally:
+        workers.shutdown()

@@ -64,7 +64,9 @@ def wait_until_absent(*paths: Path) -> None:
         time.sleep(0.02)
 
 
-def test_what_a_sweep_could_not_remove_goes_with_a_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_a_sweep_could_not_remove_goes_with_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file of the register that was too young, and one of this run whose own removal failed."""
     monkeypatch.setattr(serve, "SWEEP_SECONDS", 0.001)
     unlink, refusals = os.unlink, 3
@@ -79,29 +81,26 @@ def test_what_a_sweep_could_not_remove_goes_with_a_later_one(tmp_path: Path, mon
             refuse()
         unlink(*given, **named)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            archives = one.directory / DIRECTORY
-            archives.mkdir()
-            young = archives / ".tmp-0123456789abcdef-1"
-            young.write_text("left")
-            with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
-                patch.setattr(os, "rename", refuse)
-                patch.setattr(os, "unlink", refuse)
-                replace_file(one.vault.store.directory_fd, "f", b"x")
-            [mine] = (one.directory / "kms-deks").iterdir()
-            monkeypatch.setattr(os, "unlink", unlink_at_last)
-            log = structlog.get_logger()
-            sweeping = asyncio.create_task(
-                serve.sweep_temps_again(one.vault, str(one.directory), log, reader=one.reader, disk=one.reader)
-            )
-            while mine.exists() and not sweeping.done():
-                await asyncio.sleep(0.001)
-            assert young.exists()
-            os.utime(young, ns=(0, 0))
-            while young.exists() and not sweeping.done():
-                await asyncio.sleep(0.001)
-            assert sweeping.cancel(), "it had ended"
-            await asyncio.wait([sweeping])
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        archives = one.directory / DIRECTORY
+        archives.mkdir()
+        young = archives / ".tmp-0123456789abcdef-1"
+        young.write_text("left")
+        with monkeypatch.context() as patch, pytest.raises(StorageUnavailableError):
+            patch.setattr(os, "rename", refuse)
+            patch.setattr(os, "unlink", refuse)
+            replace_file(one.vault.store.directory_fd, "f", b"x")
+        [mine] = (one.directory / "kms-deks").iterdir()
+        monkeypatch.setattr(os, "unlink", unlink_at_last)
+        log = structlog.get_logger()
+        sweeping = asyncio.create_task(
+            serve.sweep_temps_again(one.vault, str(one.directory), log, reader=one.reader, disk=one.reader)
+        )
+        while mine.exists() and not sweeping.done():
+            await asyncio.sleep(0.001)
+        assert young.exists()
+        os.utime(young, ns=(0, 0))
+        while young.exists() and not sweeping.done():
+            await asyncio.sleep(0.001)
+        assert sweeping.cancel(), "it had ended"
+        await asyncio.wait([sweeping])

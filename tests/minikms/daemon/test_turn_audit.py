@@ -108,7 +108,7 @@ def _lines(directory: Path) -> int:
     return (directory / LOG_NAME).read_bytes().count(b'"type":"create_dek"')
 
 
-def test_the_durable_lines_of_a_step_take_one_write_and_one_sync(
+async def test_the_durable_lines_of_a_step_take_one_write_and_one_sync(
     audit: TurnAudit, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
@@ -125,16 +125,13 @@ def test_the_durable_lines_of_a_step_take_one_write_and_one_sync(
     monkeypatch.setattr("minikms.platform.append_only.write_whole", write)
     monkeypatch.setattr(os, "fdatasync", sync)
 
-    async def main() -> None:
-        await asyncio.gather(*_durable(audit, 8))
-
-    asyncio.run(main())
+    await asyncio.gather(*_durable(audit, 8))
     assert calls == ["write", "sync"]
     assert _lines(tmp_path) == 8
 
 
 @pytest.mark.parametrize("failing", ["write", "sync"])
-def test_no_caller_takes_a_lost_line_for_a_durable_one(
+async def test_no_caller_takes_a_lost_line_for_a_durable_one(
     audit: TurnAudit, disk: Disk, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each gets an error of its own, and the next line succeeds once the disk does."""
@@ -142,61 +139,46 @@ def test_no_caller_takes_a_lost_line_for_a_durable_one(
     def refuse(_: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    async def main() -> None:
-        with monkeypatch.context() as patch:
-            if failing == "write":
-                disk.refusals = 1
-            else:
-                patch.setattr(os, "fdatasync", refuse)
-            errors = await asyncio.gather(*_durable(audit, 3), return_exceptions=True)
-        assert [type(error) for error in errors] == [AuditUnavailableError] * 3
-        assert len({id(error) for error in errors}) == 3
-        await audit.sync()
-        await asyncio.gather(*_durable(audit, 3))
-
-    asyncio.run(main())
+    with monkeypatch.context() as patch:
+        if failing == "write":
+            disk.refusals = 1
+        else:
+            patch.setattr(os, "fdatasync", refuse)
+        errors = await asyncio.gather(*_durable(audit, 3), return_exceptions=True)
+    assert [type(error) for error in errors] == [AuditUnavailableError] * 3
+    assert len({id(error) for error in errors}) == 3
+    await audit.sync()
+    await asyncio.gather(*_durable(audit, 3))
 
 
-def test_the_line_of_a_cancelled_caller_is_written(audit: TurnAudit, tmp_path: Path) -> None:
+async def test_the_line_of_a_cancelled_caller_is_written(audit: TurnAudit, tmp_path: Path) -> None:
     """What it did may be durable."""
-
-    async def main() -> None:
-        tasks = _durable(audit, 2)
-        await asyncio.sleep(0)
-        tasks[0].cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    asyncio.run(main())
+    tasks = _durable(audit, 2)
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     assert _lines(tmp_path) == 2
 
 
-def test_a_change_of_the_audit_key_holds_up_no_durable_line_of_before(audit: TurnAudit, tmp_path: Path) -> None:
+async def test_a_change_of_the_audit_key_holds_up_no_durable_line_of_before(audit: TurnAudit, tmp_path: Path) -> None:
     """A seal during the change would lose it."""
+    tasks = _durable(audit, 2)
+    await asyncio.sleep(0)
 
-    async def main() -> None:
-        tasks = _durable(audit, 2)
-        await asyncio.sleep(0)
+    async def store(_: Head) -> AuditKey:
+        assert _lines(tmp_path) == 2
+        await asyncio.gather(*tasks)
+        raise StorageUnavailableError("the keyring can't be written")
 
-        async def store(_: Head) -> AuditKey:
-            assert _lines(tmp_path) == 2
-            await asyncio.gather(*tasks)
-            raise StorageUnavailableError("the keyring can't be written")
-
-        with pytest.raises(StorageUnavailableError):
-            await audit.change_key(store)
-
-    asyncio.run(main())
+    with pytest.raises(StorageUnavailableError):
+        await audit.change_key(store)
 
 
-def test_a_seal_writes_no_further_line(audit: TurnAudit, tmp_path: Path) -> None:
+async def test_a_seal_writes_no_further_line(audit: TurnAudit, tmp_path: Path) -> None:
     """Its keys are zeroed. A durable line waits for the end of the step in which it was added."""
-
-    async def main() -> None:
-        tasks = _durable(audit, 2)
-        await asyncio.sleep(0)
-        audit.seal()
-        errors = await asyncio.gather(*tasks, *_durable(audit, 1), return_exceptions=True)
-        assert [type(error) for error in errors] == [SealedError] * 3
-
-    asyncio.run(main())
+    tasks = _durable(audit, 2)
+    await asyncio.sleep(0)
+    audit.seal()
+    errors = await asyncio.gather(*tasks, *_durable(audit, 1), return_exceptions=True)
+    assert [type(error) for error in errors] == [SealedError] * 3
     assert _lines(tmp_path) == 0

@@ -314,39 +314,36 @@ def test_each_tenth_of_a_limit_is_one_write() -> None:
 
 
 @pytest.mark.parametrize("landed", [False, True])
-def test_nothing_is_used_before_its_reservation_is_durable(landed: bool) -> None:
+async def test_nothing_is_used_before_its_reservation_is_durable(landed: bool) -> None:
     """Requests that come while the file is written wait for the same write, and for an error too. It may have reached
     the disk all the same.
     """
     machine = Machine(rules("decrypts_per_hour = 100"))
 
-    async def main() -> None:
-        writing, go_on = asyncio.Event(), asyncio.Event()
+    writing, go_on = asyncio.Event(), asyncio.Event()
 
-        async def slowly(content: bytes) -> None:
-            writing.set()
-            await go_on.wait()
-            if landed:
-                machine.file = content
-            raise StorageUnavailableError("full")
+    async def slowly(content: bytes) -> None:
+        writing.set()
+        await go_on.wait()
+        if landed:
+            machine.file = content
+        raise StorageUnavailableError("full")
 
-        machine.keep = slowly
-        scope, costs = machine.scope("uid:1"), machine.costs("uid:1", 1)
-        waiting = []
-        for _ in range(3):
-            taken = machine.meters.charge(scope, costs, machine.meters.enter(scope, costs))
-            waiting.append(asyncio.create_task(machine.meters.reserve(taken)))
-            await writing.wait()
-        assert not any(task.done() for task in waiting)
-        go_on.set()
-        errors = await asyncio.gather(*waiting, return_exceptions=True)
-        assert all(isinstance(error, StorageUnavailableError) for error in errors)
-        assert len(set(map(id, errors))) == 3
+    machine.keep = slowly
+    scope, costs = machine.scope("uid:1"), machine.costs("uid:1", 1)
+    waiting = []
+    for _ in range(3):
         taken = machine.meters.charge(scope, costs, machine.meters.enter(scope, costs))
-        with pytest.raises(StorageUnavailableError):
-            await machine.meters.reserve(taken)
-
-    asyncio.run(main())
+        waiting.append(asyncio.create_task(machine.meters.reserve(taken)))
+        await writing.wait()
+    assert not any(task.done() for task in waiting)
+    go_on.set()
+    errors = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(error, StorageUnavailableError) for error in errors)
+    assert len(set(map(id, errors))) == 3
+    taken = machine.meters.charge(scope, costs, machine.meters.enter(scope, costs))
+    with pytest.raises(StorageUnavailableError):
+        await machine.meters.reserve(taken)
 
 
 @pytest.mark.parametrize(

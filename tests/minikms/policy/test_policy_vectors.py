@@ -51,19 +51,16 @@ def test_a_table_has_the_identity_of_the_page(vector: dict[str, Any]) -> None:
     assert found == [vector["identity"]]
 
 
-def test_the_bucket_files_of_a_stop_and_of_a_crash_are_those_of_the_page() -> None:
+async def test_the_bucket_files_of_a_stop_and_of_a_crash_are_those_of_the_page() -> None:
     files = {when: content.encode() for when, content in VECTORS["buckets"].items()}
     kept: list[bytes] = []
 
-    async def main() -> None:
-        async def keep(content: bytes) -> None:
-            kept.append(content)
+    async def keep(content: bytes) -> None:
+        kept.append(content)
 
-        meters = Meters(files["stopped"], keep=keep, now_ns=lambda: 0)
-        assert meters.save() == files["stopped"]
-        meters.refresh()
-        await asyncio.sleep(0)
-        assert kept == [files["reserved"]]
-        assert Meters(files["reserved"], keep=keep, now_ns=lambda: 0).save() == files["reserved"]
-
-    asyncio.run(main())
+    meters = Meters(files["stopped"], keep=keep, now_ns=lambda: 0)
+    assert meters.save() == files["stopped"]
+    meters.refresh()
+    await asyncio.sleep(0)
+    assert kept == [files["reserved"]]
+    assert Meters(files["reserved"], keep=keep, now_ns=lambda: 0).save() == files["reserved"]

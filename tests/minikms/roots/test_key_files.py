@@ -213,24 +213,21 @@ def test_a_failed_read_leaves_nothing_in_the_arena(
     assert arena.in_use == 0
 
 
-def test_a_cancelled_rewrite_zeroes_the_text_after_the_write_only(key_file: Path, arena: SecretArena) -> None:
-    async def main() -> None:
-        disk = ThreadPoolExecutor(1)
-        blocked = threading.Event()
-        disk.submit(blocked.wait)
-        try:
-            with slot_of(arena, NEW) as new:
-                task = asyncio.ensure_future(replace_key(key_file, new, arena, disk))
-                await asyncio.sleep(0.02)
-                task.cancel()
-                await asyncio.sleep(0.02)
-                assert not task.done()
-                blocked.set()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                assert holds_key(key_file, new, arena)
-        finally:
+async def test_a_cancelled_rewrite_zeroes_the_text_after_the_write_only(key_file: Path, arena: SecretArena) -> None:
+    disk = ThreadPoolExecutor(1)
+    blocked = threading.Event()
+    disk.submit(blocked.wait)
+    try:
+        with slot_of(arena, NEW) as new:
+            task = asyncio.ensure_future(replace_key(key_file, new, arena, disk))
+            await asyncio.sleep(0.02)
+            task.cancel()
+            await asyncio.sleep(0.02)
+            assert not task.done()
             blocked.set()
-            disk.shutdown()
-
-    asyncio.run(main())
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert holds_key(key_file, new, arena)
+    finally:
+        blocked.set()
+        disk.shutdown()

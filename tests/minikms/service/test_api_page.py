@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Awaitable
 from pathlib import Path
@@ -101,21 +100,17 @@ async def is_forbidden(perform: Perform[Any], request: api.Request, roles: froze
     return isinstance(answer, bytes) and b'"forbidden"' in answer  # an item of a batch
 
 
-def test_a_verb_asks_for_its_roles_and_for_no_other(tmp_path: Path) -> None:
+async def test_a_verb_asks_for_its_roles_and_for_no_other(tmp_path: Path) -> None:
     """With every role but that one it is forbidden; with only that one it is not."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [key_id] = await one.make(1)
-            table, made = served(one), examples(key_id)
-            made |= {verb: example(verb, NO_KEY) for verb in (api.RETIRE_KEY, api.DESTROY_KEY)}
-            assert made.keys() == set(api.VERBS)
-            for verb, request in made.items():
-                for role in verb.roles:
-                    assert await is_forbidden(table[verb], request, ROLES - {role}), (verb.name, role)
-                assert not await is_forbidden(table[verb], request, frozenset(verb.roles)), verb.name
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        [key_id] = await one.make(1)
+        table, made = served(one), examples(key_id)
+        made |= {verb: example(verb, NO_KEY) for verb in (api.RETIRE_KEY, api.DESTROY_KEY)}
+        assert made.keys() == set(api.VERBS)
+        for verb, request in made.items():
+            for role in verb.roles:
+                assert await is_forbidden(table[verb], request, ROLES - {role}), (verb.name, role)
+            assert not await is_forbidden(table[verb], request, frozenset(verb.roles)), verb.name
 
 
 def test_the_status_has_the_members_of_the_page(daemon: LiveDaemon) -> None:

@@ -246,15 +246,12 @@ def test_a_policy_charges_both_alike(tmp_path: Path) -> None:
         assert first[0] == 2
 
 
-def test_a_caller_without_the_role_gets_forbidden_for_each_item(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with limited(tmp_path / "d", grant(1, '["*"]', '["monitor"]')) as made:
-            decode = strictmsgpack.Decoder(api.ENCRYPT_BATCH.request).decode
-            request = decode(msgspec.msgpack.encode([[[NO_KEY, b"x", None, None, "r" * 128]] * 3]))
-            answer = made.begin(made.who(1), api.ENCRYPT_BATCH, request)
-            assert isinstance(answer, bytes)
-            assert [code for _, code in msgspec.msgpack.decode(answer)[0]] == ["forbidden"] * 3
-            [event] = made.audit.events
-            assert (event.count, event.key_ids, event.request_ids) == (3, [], [])
-
-    asyncio.run(main())
+async def test_a_caller_without_the_role_gets_forbidden_for_each_item(tmp_path: Path) -> None:
+    async with limited(tmp_path / "d", grant(1, '["*"]', '["monitor"]')) as made:
+        decode = strictmsgpack.Decoder(api.ENCRYPT_BATCH.request).decode
+        request = decode(msgspec.msgpack.encode([[[NO_KEY, b"x", None, None, "r" * 128]] * 3]))
+        answer = made.begin(made.who(1), api.ENCRYPT_BATCH, request)
+        assert isinstance(answer, bytes)
+        assert [code for _, code in msgspec.msgpack.decode(answer)[0]] == ["forbidden"] * 3
+        [event] = made.audit.events
+        assert (event.count, event.key_ids, event.request_ids) == (3, [], [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from collections.abc import Awaitable
@@ -155,24 +154,21 @@ def test_its_batches_and_seconds_are_in_the_metrics(daemon: LiveDaemon) -> None:
     assert items() == before + 5
 
 
-def test_without_the_role_the_whole_is_refused(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [key_id] = await one.make(1)
-            request = api.CheckBatchRequest(key_id, [api.ReencryptItem("")])
-            table = VerbTable(SilentAudit())
-            service.RecordVerbs(one.vault, table)
-            with pytest.raises(ForbiddenError):
-                table[api.CHECK_BATCH](msgspec.structs.replace(ANYONE, roles=ROLES - {"decrypt"}), request, "")
-            alone = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role](["decrypt"]))
-            answer = table[api.CHECK_BATCH](alone, request, "")
-            assert isinstance(answer, bytes)
-            assert json.loads(answer)["opened"] == 0
-
-    asyncio.run(main())
+async def test_without_the_role_the_whole_is_refused(tmp_path: Path) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        [key_id] = await one.make(1)
+        request = api.CheckBatchRequest(key_id, [api.ReencryptItem("")])
+        table = VerbTable(SilentAudit())
+        service.RecordVerbs(one.vault, table)
+        with pytest.raises(ForbiddenError):
+            table[api.CHECK_BATCH](msgspec.structs.replace(ANYONE, roles=ROLES - {"decrypt"}), request, "")
+        alone = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role](["decrypt"]))
+        answer = table[api.CHECK_BATCH](alone, request, "")
+        assert isinstance(answer, bytes)
+        assert json.loads(answer)["opened"] == 0
 
 
-def test_no_plaintext_becomes_an_object_and_its_buffer_is_zeroed(
+async def test_no_plaintext_becomes_an_object_and_its_buffer_is_zeroed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffers: list[memoryview] = []
@@ -189,23 +185,20 @@ def test_no_plaintext_becomes_an_object_and_its_buffer_is_zeroed(
             buffers.append(buffer)
             return length
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [key_id] = await one.make(1)
-            table = VerbTable(SilentAudit())
-            service.RecordVerbs(one.vault, table)
-            texts = [b64(b"secret words %d" % number) for number in range(12)]
-            asked = api.EncryptBatchRequest([api.EncryptItem(key_id, text) for text in texts])
-            sealed = table[api.ENCRYPT_BATCH](ANYONE, asked, "")
-            body = await sealed if isinstance(sealed, Awaitable) else sealed
-            assert isinstance(body, bytes)
-            items = [api.ReencryptItem(item["ciphertext"]) for item in json.loads(body)["items"]]
-            one.vault.record_keys.end_turn()
-            monkeypatch.setattr(records, "AESGCM", Watched)
-            answer = table[api.CHECK_BATCH](ANYONE, api.CheckBatchRequest(key_id, items), "")
-            assert isinstance(answer, bytes)
-            assert json.loads(answer) == {"opened": 12, "refused": []}
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        [key_id] = await one.make(1)
+        table = VerbTable(SilentAudit())
+        service.RecordVerbs(one.vault, table)
+        texts = [b64(b"secret words %d" % number) for number in range(12)]
+        asked = api.EncryptBatchRequest([api.EncryptItem(key_id, text) for text in texts])
+        sealed = table[api.ENCRYPT_BATCH](ANYONE, asked, "")
+        body = await sealed if isinstance(sealed, Awaitable) else sealed
+        assert isinstance(body, bytes)
+        items = [api.ReencryptItem(item["ciphertext"]) for item in json.loads(body)["items"]]
+        one.vault.record_keys.end_turn()
+        monkeypatch.setattr(records, "AESGCM", Watched)
+        answer = table[api.CHECK_BATCH](ANYONE, api.CheckBatchRequest(key_id, items), "")
+        assert isinstance(answer, bytes)
+        assert json.loads(answer) == {"opened": 12, "refused": []}
     assert len(buffers) == 12
     assert not any(bytes(buffer).strip(b"\0") for buffer in buffers)

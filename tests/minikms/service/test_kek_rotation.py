@@ -424,52 +424,44 @@ def test_backups_of_a_few_rotations_are_kept_and_older_ones_removed(own_daemon: 
     assert all(path.exists() for path in older[-2:])
 
 
-def test_a_rotation_that_a_removal_asks_for_is_shown_before_it_begins(tmp_path: Path) -> None:
+async def test_a_rotation_that_a_removal_asks_for_is_shown_before_it_begins(tmp_path: Path) -> None:
     """From the moment at which the keyring is without the root key, whoever polls `/status` finds a rotation."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            keks = one.kek_verbs(VerbTable(SilentAudit()))
-            await one.rotate(one.slot_of(os.urandom(32)))
-            assert keks.progress() is None
-            (keks.proved_slot_id,) = [slot.slot_id for slot in one.vault.keyring.body.slots if slot.replaces]
-            dropping = asyncio.ensure_future(keks.drop_replaced_roots())
-            shown: list[tuple[int, int]] = []
-            while not dropping.done() or one.vault.keyring.body.revoking:
-                await asyncio.sleep(0)
-                if one.vault.keyring.body.slot(one.slot.slot_id) is None and one.vault.keyring.body.revoking:
-                    progress = keks.progress()
-                    assert progress is not None
-                    shown.append((progress["from_version"], progress["to_version"]))
-            assert set(shown) == {(2, 3)}
-            await keks.stop()
-            assert keks.progress() is None
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        keks = one.kek_verbs(VerbTable(SilentAudit()))
+        await one.rotate(one.slot_of(os.urandom(32)))
+        assert keks.progress() is None
+        (keks.proved_slot_id,) = [slot.slot_id for slot in one.vault.keyring.body.slots if slot.replaces]
+        dropping = asyncio.ensure_future(keks.drop_replaced_roots())
+        shown: list[tuple[int, int]] = []
+        while not dropping.done() or one.vault.keyring.body.revoking:
+            await asyncio.sleep(0)
+            if one.vault.keyring.body.slot(one.slot.slot_id) is None and one.vault.keyring.body.revoking:
+                progress = keks.progress()
+                assert progress is not None
+                shown.append((progress["from_version"], progress["to_version"]))
+        assert set(shown) == {(2, 3)}
+        await keks.stop()
+        assert keks.progress() is None
 
 
-def test_the_reason_why_a_due_rotation_cannot_begin_ends_with_it(
+async def test_the_reason_why_a_due_rotation_cannot_begin_ends_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if a request began the rotation: the next one that is due would not be shown otherwise."""
+    async with opened_vault(tmp_path / "d") as one:
+        keks = one.kek_verbs(VerbTable(SilentAudit()))
+        await one.rotate(one.slot_of(os.urandom(32)))
+        (keks.proved_slot_id,) = [slot.slot_id for slot in one.vault.keyring.body.slots if slot.replaces]
+        begin = one.rotation.begin
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            keks = one.kek_verbs(VerbTable(SilentAudit()))
-            await one.rotate(one.slot_of(os.urandom(32)))
-            (keks.proved_slot_id,) = [slot.slot_id for slot in one.vault.keyring.body.slots if slot.replaces]
-            begin = one.rotation.begin
+        async def refused(root: object) -> None:
+            await begin(None)  # a request
+            raise StorageUnavailableError("the disk is full")
 
-            async def refused(root: object) -> None:
-                await begin(None)  # a request
-                raise StorageUnavailableError("the disk is full")
-
-            monkeypatch.setattr(keks_module, "REVOCATION_RETRY_SECONDS", 0)
-            monkeypatch.setattr(one.rotation, "begin", refused)
-            await keks.drop_replaced_roots()
-            while (active := one.vault.keyring.body.kek_in_state("active")) is None or active.version < 3:
-                await asyncio.sleep(0)
-            assert keks.revocation_error == ""
-            await keks.stop()
-
-    asyncio.run(main())
+        monkeypatch.setattr(keks_module, "REVOCATION_RETRY_SECONDS", 0)
+        monkeypatch.setattr(one.rotation, "begin", refused)
+        await keks.drop_replaced_roots()
+        while (active := one.vault.keyring.body.kek_in_state("active")) is None or active.version < 3:
+            await asyncio.sleep(0)
+        assert keks.revocation_error == ""
+        await keks.stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hmac
 import json
@@ -23,47 +22,40 @@ from tests.minikms.service.asking import b64, new_key, post
 ANYONE = Principal(0, 0, "peer_uid:0", ROLES)
 
 
-def test_a_mac_is_that_of_the_key_in_the_file(tmp_path: Path) -> None:
+async def test_a_mac_is_that_of_the_key_in_the_file(tmp_path: Path) -> None:
     """Computed from docs/spec/formats.md. It takes the role `encrypt` alone."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_id = (await create(one.vault, "t", purpose="mac")).id
-            table = VerbTable(SilentAudit())
-            RecordVerbs(one.vault, table)
-            request = api.MacRequest(key_id, [api.MacItem(b64(b"text"), b64(b"place")), api.MacItem(b64(b"text"))])
-            with pytest.raises(ForbiddenError):
-                table[api.MAC](msgspec.structs.replace(ANYONE, roles=ROLES - {"encrypt"}), request, "")
-            alone = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role](["encrypt"]))
-            answer = table[api.MAC](alone, request, "")
-            assert isinstance(answer, bytes)
-            label, text = b"minikms/mac/v1\0", b"\0\0\0\4text"
-            assert [base64.b64decode(mac) for mac in json.loads(answer)["macs"]] == [
-                hmac.digest(one.keys([key_id])[key_id], label + aad + text, "sha256")
-                for aad in (b"\0\0\0\5place", b"\0\0\0\0")
-            ]
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_id = (await create(one.vault, "t", purpose="mac")).id
+        table = VerbTable(SilentAudit())
+        RecordVerbs(one.vault, table)
+        request = api.MacRequest(key_id, [api.MacItem(b64(b"text"), b64(b"place")), api.MacItem(b64(b"text"))])
+        with pytest.raises(ForbiddenError):
+            table[api.MAC](msgspec.structs.replace(ANYONE, roles=ROLES - {"encrypt"}), request, "")
+        alone = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role](["encrypt"]))
+        answer = table[api.MAC](alone, request, "")
+        assert isinstance(answer, bytes)
+        label, text = b"minikms/mac/v1\0", b"\0\0\0\4text"
+        assert [base64.b64decode(mac) for mac in json.loads(answer)["macs"]] == [
+            hmac.digest(one.keys([key_id])[key_id], label + aad + text, "sha256")
+            for aad in (b"\0\0\0\5place", b"\0\0\0\0")
+        ]
 
 
-def test_a_key_makes_macs_or_records_and_never_both(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            purposes: tuple[api.Purpose, ...] = ("thread", "data", "mac")
-            keys = [one.vault.opened((await create(one.vault, "t", purpose=each)).id) for each in purposes]
-            for key in keys[:2]:
-                assert key.open(key.seal(b"text", b""), b"") == b"text"
-                with pytest.raises(WrongPurposeError):
-                    key.mac(b"text", b"")
-            for act in (
-                lambda: keys[2].seal(b"text", b""),
-                lambda: keys[2].open(bytes(40), b""),
-                lambda: keys[2].check(bytes(40), b"", memoryview(bytearray(8))),
-            ):
-                with pytest.raises(WrongPurposeError):
-                    act()
-
-    asyncio.run(main())
+async def test_a_key_makes_macs_or_records_and_never_both(tmp_path: Path) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        purposes: tuple[api.Purpose, ...] = ("thread", "data", "mac")
+        keys = [one.vault.opened((await create(one.vault, "t", purpose=each)).id) for each in purposes]
+        for key in keys[:2]:
+            assert key.open(key.seal(b"text", b""), b"") == b"text"
+            with pytest.raises(WrongPurposeError):
+                key.mac(b"text", b"")
+        for act in (
+            lambda: keys[2].seal(b"text", b""),
+            lambda: keys[2].open(bytes(40), b""),
+            lambda: keys[2].check(bytes(40), b"", memoryview(bytearray(8))),
+        ):
+            with pytest.raises(WrongPurposeError):
+                act()
 
 
 def test_each_verb_of_records_refuses_a_key_of_macs(daemon: LiveDaemon) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 from collections.abc import Awaitable
@@ -197,48 +196,41 @@ def test_reencryption_moves_records_between_a_threads_keys_and_keeps_aad(daemon:
 
 
 @pytest.mark.parametrize("cache", [1, 2, 3])
-def test_reencryption_and_batches_work_however_few_keys_stay_open(tmp_path: Path, cache: int) -> None:
+async def test_reencryption_and_batches_work_however_few_keys_stay_open(tmp_path: Path, cache: int) -> None:
     """Opening one key may put another out of the cache and zero it: nobody may then still be using it."""
+    async with opened_vault(tmp_path / "d", cache_keys_max=cache) as one:
+        table = record_verbs(one)
+        old, new, *others = await one.make(6)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d", cache_keys_max=cache) as one:
-            table = record_verbs(one)
-            old, new, *others = await one.make(6)
+        async def encrypted_batch(*key_ids: str) -> list[dict[str, str]]:
+            items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in key_ids]
+            return await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), ""))
 
-            async def encrypted_batch(*key_ids: str) -> list[dict[str, str]]:
-                items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in key_ids]
-                return await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), ""))
-
-            [sealed] = await encrypted_batch(old)
-            for _ in range(3):
-                await encrypted_batch(*others[:cache])
-                request = api.ReencryptBatchRequest(old, new, [api.ReencryptItem(sealed["ciphertext"])])
-                [moved] = await items_of(table[api.REENCRYPT_BATCH](ANYONE, request, ""))
-                item = api.DecryptItem(new, moved["ciphertext"])
-                [opened] = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest([item]), ""))
-                assert opened == {"plaintext": TEXT}
-            key_ids = (old, new, *others) * 20
-            back = [
-                api.DecryptItem(key_id, item["ciphertext"])
-                for key_id, item in zip(key_ids, await encrypted_batch(*key_ids), strict=True)
-            ]
-            opened_items = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest(back), ""))
-            assert opened_items == [{"plaintext": TEXT}] * len(back)
-
-    asyncio.run(main())
+        [sealed] = await encrypted_batch(old)
+        for _ in range(3):
+            await encrypted_batch(*others[:cache])
+            request = api.ReencryptBatchRequest(old, new, [api.ReencryptItem(sealed["ciphertext"])])
+            [moved] = await items_of(table[api.REENCRYPT_BATCH](ANYONE, request, ""))
+            item = api.DecryptItem(new, moved["ciphertext"])
+            [opened] = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest([item]), ""))
+            assert opened == {"plaintext": TEXT}
+        key_ids = (old, new, *others) * 20
+        back = [
+            api.DecryptItem(key_id, item["ciphertext"])
+            for key_id, item in zip(key_ids, await encrypted_batch(*key_ids), strict=True)
+        ]
+        opened_items = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest(back), ""))
+        assert opened_items == [{"plaintext": TEXT}] * len(back)
 
 
-def test_a_batch_without_the_role_is_refused_by_item(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [key_id] = await one.make(1)
-            table = record_verbs(one)
-            roleless = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role]())
-            request = api.EncryptBatchRequest([api.EncryptItem(key_id=key_id, plaintext=TEXT)] * 2)
-            answer = await items_of(table[api.ENCRYPT_BATCH](roleless, request, ""))
-            assert [item["code"] for item in answer] == ["forbidden"] * 2
-
-    asyncio.run(main())
+async def test_a_batch_without_the_role_is_refused_by_item(tmp_path: Path) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        [key_id] = await one.make(1)
+        table = record_verbs(one)
+        roleless = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role]())
+        request = api.EncryptBatchRequest([api.EncryptItem(key_id=key_id, plaintext=TEXT)] * 2)
+        answer = await items_of(table[api.ENCRYPT_BATCH](roleless, request, ""))
+        assert [item["code"] for item in answer] == ["forbidden"] * 2
 
 
 class _Lines(SilentAudit):
@@ -251,41 +243,38 @@ class _Lines(SilentAudit):
         self.of.append((event.actor, event.pid, event.key_id, event.request_id, event.outcome))
 
 
-def test_each_encryption_has_a_line_about_its_own_caller_and_request(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [key_id, other] = await one.make(2)
-            lines = _Lines()
-            table = VerbTable(lines)
-            RecordVerbs(one.vault, table)
-            last = Principal(5, 7, "peer_uid:5", ROLES)
-            wrong_thread = {"thread_id": "another"}
-            for who, item, request_id, outcome in (
-                (ANYONE, {}, "", "ok"),
-                (ANYONE, {}, "", "ok"),
-                (ANYONE, {}, "of-the-head", "ok"),
-                (ANYONE, {"request_id": "of-the-body"}, "of-the-head", "ok"),
-                (ANYONE, wrong_thread, "", "wrong_thread"),
-                (ANYONE, {"plaintext": "?"}, "", "invalid_request"),
-                (msgspec.structs.replace(ANYONE, pid=7), {}, "", "ok"),
-                (last, {}, "", "ok"),
-                (last, {"key_id": other}, "", "ok"),
-                (last, wrong_thread, "refused", "wrong_thread"),
-                (last, {}, "", "ok"),
-                (ANYONE, {}, "", "ok"),
-            ):
-                asked = api.EncryptItem(**{"key_id": key_id, "plaintext": TEXT} | item)
-                try:
-                    answer = table[api.ENCRYPT](who, asked, request_id)
-                except KmsRefusedError as error:
-                    assert error.code == outcome
-                else:
-                    assert isinstance(answer, bytes)
-                asked_id = request_id if asked.request_id is msgspec.UNSET else asked.request_id
-                assert lines.of.pop() == (who.actor, who.pid, asked.key_id, asked_id, outcome)
-                assert lines.of == []
-
-    asyncio.run(main())
+async def test_each_encryption_has_a_line_about_its_own_caller_and_request(tmp_path: Path) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        [key_id, other] = await one.make(2)
+        lines = _Lines()
+        table = VerbTable(lines)
+        RecordVerbs(one.vault, table)
+        last = Principal(5, 7, "peer_uid:5", ROLES)
+        wrong_thread = {"thread_id": "another"}
+        for who, item, request_id, outcome in (
+            (ANYONE, {}, "", "ok"),
+            (ANYONE, {}, "", "ok"),
+            (ANYONE, {}, "of-the-head", "ok"),
+            (ANYONE, {"request_id": "of-the-body"}, "of-the-head", "ok"),
+            (ANYONE, wrong_thread, "", "wrong_thread"),
+            (ANYONE, {"plaintext": "?"}, "", "invalid_request"),
+            (msgspec.structs.replace(ANYONE, pid=7), {}, "", "ok"),
+            (last, {}, "", "ok"),
+            (last, {"key_id": other}, "", "ok"),
+            (last, wrong_thread, "refused", "wrong_thread"),
+            (last, {}, "", "ok"),
+            (ANYONE, {}, "", "ok"),
+        ):
+            asked = api.EncryptItem(**{"key_id": key_id, "plaintext": TEXT} | item)
+            try:
+                answer = table[api.ENCRYPT](who, asked, request_id)
+            except KmsRefusedError as error:
+                assert error.code == outcome
+            else:
+                assert isinstance(answer, bytes)
+            asked_id = request_id if asked.request_id is msgspec.UNSET else asked.request_id
+            assert lines.of.pop() == (who.actor, who.pid, asked.key_id, asked_id, outcome)
+            assert lines.of == []
 
 
 ANYONE = Principal(0, 0, "peer_uid:0", ROLES)

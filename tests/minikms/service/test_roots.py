@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -258,30 +257,28 @@ def test_the_last_root_stays(own_daemon: LiveDaemon) -> None:
     assert remove(own_daemon, "s404").status == 404
 
 
-def test_a_root_is_removed_only_if_another_was_tested_recently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_root_is_removed_only_if_another_was_tested_recently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A test, a start and the adding count for 90 days."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            table = VerbTable(SilentAudit())
-            keks = one.kek_verbs(table)
-            slot_id = one.slot.slot_id
-            verbs = RootVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal, in_use_slot_id=slot_id)
-            event = Event(type="t", actor="t")
-            spare = one.slot_of(bytes.fromhex(SPARE))
-            added = await verbs.add_root(AddGivenRoot("file", "", root=spare), event, permitted)
-            later = now_ns() + 91 * 24 * 3600 * 1_000_000_000
-            with monkeypatch.context() as patched:
-                patched.setattr(service_roots, "now_ns", lambda: later)
-                with pytest.raises(NotTestedError, match="last 90 days"):
-                    await verbs.remove_root(api.SlotRequest(slot_id), event, permitted)
-                patched.setattr(service_roots, "now_rfc3339", lambda: rfc3339(later))
-                await verbs.test_root(GivenRootTest("", added.slot_id, root=spare), event, permitted)
-                removed = await verbs.remove_root(api.SlotRequest(slot_id), event, permitted)
-            assert removed.state == "revoking"
-            await keks.stop()
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        table = VerbTable(SilentAudit())
+        keks = one.kek_verbs(table)
+        slot_id = one.slot.slot_id
+        verbs = RootVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal, in_use_slot_id=slot_id)
+        event = Event(type="t", actor="t")
+        spare = one.slot_of(bytes.fromhex(SPARE))
+        added = await verbs.add_root(AddGivenRoot("file", "", root=spare), event, permitted)
+        later = now_ns() + 91 * 24 * 3600 * 1_000_000_000
+        with monkeypatch.context() as patched:
+            patched.setattr(service_roots, "now_ns", lambda: later)
+            with pytest.raises(NotTestedError, match="last 90 days"):
+                await verbs.remove_root(api.SlotRequest(slot_id), event, permitted)
+            patched.setattr(service_roots, "now_rfc3339", lambda: rfc3339(later))
+            await verbs.test_root(GivenRootTest("", added.slot_id, root=spare), event, permitted)
+            removed = await verbs.remove_root(api.SlotRequest(slot_id), event, permitted)
+        assert removed.state == "revoking"
+        await keks.stop()
 
 
 def test_a_removal_that_is_repeated_changes_nothing(own_daemon: LiveDaemon) -> None:

@@ -126,14 +126,11 @@ def test_an_old_problem_is_not_given_as_the_answer_of_now(monkeypatch: pytest.Mo
     running(body)
 
 
-def test_a_defect_in_a_probe_is_a_problem() -> None:
-    async def main() -> None:
-        async def broken() -> str:
-            raise ValueError("private")
+async def test_a_defect_in_a_probe_is_a_problem() -> None:
+    async def broken() -> str:
+        raise ValueError("private")
 
-        assert await Probe("store", broken, "silent").problem() == "internal error"
-
-    asyncio.run(main())
+    assert await Probe("store", broken, "silent").problem() == "internal error"
 
 
 class Parts:

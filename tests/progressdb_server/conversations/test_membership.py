@@ -98,26 +98,23 @@ def test_who_never_was_a_member_is_shut_out_by_a_removal_too() -> None:
     with_store(run)
 
 
-def test_a_repair_makes_nobody_a_member_who_was_removed_without_an_entry() -> None:
+async def test_a_repair_makes_nobody_a_member_who_was_removed_without_an_entry() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
 
-    async def run() -> None:
-        async with opened(engine, provider) as store:
-            await post(store, "ann", "t")
-            await post(store, "bob", "t", signed=False)
-        engine.reopen()
-        engine.write([(keyspace.writer("t", "bob"), None)])
-        engine.sync()
-        async with opened(engine, provider) as store:
-            await store.members.remove("t", "bob")
-        engine.reopen()
-        assert (await repair(LocalEntries(engine)))[1] == []
-        async with opened(engine, provider) as store:
-            assert await store.members.of_thread("t") == ["ann"]
-            with pytest.raises(NotAMemberError):
-                await post(store, "bob", "t")
-
-    asyncio.run(run())
+    async with opened(engine, provider) as store:
+        await post(store, "ann", "t")
+        await post(store, "bob", "t", signed=False)
+    engine.reopen()
+    engine.write([(keyspace.writer("t", "bob"), None)])
+    engine.sync()
+    async with opened(engine, provider) as store:
+        await store.members.remove("t", "bob")
+    engine.reopen()
+    assert (await repair(LocalEntries(engine)))[1] == []
+    async with opened(engine, provider) as store:
+        assert await store.members.of_thread("t") == ["ann"]
+        with pytest.raises(NotAMemberError):
+            await post(store, "bob", "t")
 
 
 @pytest.mark.parametrize("turns", range(8))
@@ -224,21 +221,18 @@ def test_of_a_post_and_a_removal_side_by_side_one_is_first(turns: int, known: bo
     with_store(run)
 
 
-def test_membership_is_as_durable_as_the_message_that_made_it() -> None:
+async def test_membership_is_as_durable_as_the_message_that_made_it() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
 
-    async def run() -> None:
-        async with opened(engine, provider) as store:
-            await post(store, "ann", "t")
-            await post(store, "bob", "t", signed=False)
-            await store.members.add("t", ["cid", "dan"])
-            await store.members.remove("t", "cid")
-        async with opened(engine, provider) as store:  # what was not synced is gone
-            assert await store.members.of_thread("t") == ["ann", "bob", "dan"]
-            with pytest.raises(NotAMemberError):
-                await store.members.check_reader("t", "cid")
-
-    asyncio.run(run())
+    async with opened(engine, provider) as store:
+        await post(store, "ann", "t")
+        await post(store, "bob", "t", signed=False)
+        await store.members.add("t", ["cid", "dan"])
+        await store.members.remove("t", "cid")
+    async with opened(engine, provider) as store:  # what was not synced is gone
+        assert await store.members.of_thread("t") == ["ann", "bob", "dan"]
+        with pytest.raises(NotAMemberError):
+            await store.members.check_reader("t", "cid")
 
 
 def test_the_author_stays_and_a_deleted_thread_has_no_members_to_change() -> None:
@@ -282,21 +276,18 @@ def test_a_thread_has_a_greatest_number_of_members(monkeypatch: pytest.MonkeyPat
     with_store(run)
 
 
-def test_a_repair_makes_no_removed_author_a_member() -> None:
+async def test_a_repair_makes_no_removed_author_a_member() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
 
-    async def run() -> None:
-        async with opened(engine, provider) as store:
-            await post(store, "ann", "t")
-            for name in ("bob", "cid"):
-                await post(store, name, "t", signed=False)
-            await store.members.remove("t", "bob")
-        engine.reopen()
-        assert await repair(LocalEntries(engine)) == ([], [])
-        engine.write([(keyspace.writer("t", name), b"?") for name in ("ann", "cid")])
-        engine.sync()
-        assert (await repair(LocalEntries(engine)))[1] == []
-        async with opened(engine, provider) as store:
-            assert await store.members.of_thread("t") == ["ann"]
-
-    asyncio.run(run())
+    async with opened(engine, provider) as store:
+        await post(store, "ann", "t")
+        for name in ("bob", "cid"):
+            await post(store, name, "t", signed=False)
+        await store.members.remove("t", "bob")
+    engine.reopen()
+    assert await repair(LocalEntries(engine)) == ([], [])
+    engine.write([(keyspace.writer("t", name), b"?") for name in ("ann", "cid")])
+    engine.sync()
+    assert (await repair(LocalEntries(engine)))[1] == []
+    async with opened(engine, provider) as store:
+        assert await store.members.of_thread("t") == ["ann"]

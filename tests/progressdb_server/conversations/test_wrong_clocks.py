@@ -86,63 +86,56 @@ def test_when_no_era_is_left_the_sequence_counts_on() -> None:
     assert clock.next() == Stamp(ERA_MAX * ERA_NS + NOW_NS + YEAR_NS, 1)
 
 
-def test_after_a_future_times_are_true_and_lists_keep_their_order() -> None:
+async def test_after_a_future_times_are_true_and_lists_keep_their_order() -> None:
     """Also across a restart, and for threads."""
+    engine, provider, times = MemoryEngine(), SealingProvider(), TickingClock(NOW_NS)
 
-    async def body() -> None:
-        engine, provider, times = MemoryEngine(), SealingProvider(), TickingClock(NOW_NS)
+    async def add(store: Conversations, text: str) -> Any:
+        return await store.messages.create(NewMessage(author="ada", thread="t", body=text))
 
-        async def add(store: Conversations, text: str) -> Any:
-            return await store.messages.create(NewMessage(author="ada", thread="t", body=text))
-
+    async with opened(engine, provider, times) as store:
+        made = [await add(store, "before")]
+        times.now += 10 * YEAR_NS
+        made.append(await add(store, "in the future"))
+        future = await store.threads.create(author="ada", title="future")
+        times.now -= 10 * YEAR_NS
+    with capture_logs() as logs:
         async with opened(engine, provider, times) as store:
-            made = [await add(store, "before")]
-            times.now += 10 * YEAR_NS
-            made.append(await add(store, "in the future"))
-            future = await store.threads.create(author="ada", title="future")
-            times.now -= 10 * YEAR_NS
-        with capture_logs() as logs:
-            async with opened(engine, provider, times) as store:
-                await store.start()
-                made += [await add(store, "after"), await add(store, "later")]
-                thread = await store.threads.create(author="ada", title="after")
-                edited = await store.messages.update(made[1].id, author="ada", body="edited", role=None, reply_to=None)
-        assert {"clock_behind_store", "clock_was_in_the_future"} <= {entry["event"] for entry in logs}
-        for new in (made[2].ts, made[3].ts, thread.created_ts, edited.ts):
-            assert 0 < new - NOW_NS < DAY_NS
-        async with opened(engine, provider, times) as store:
-            made.append(await add(store, "after another start"))
-            assert made[-1].ts - NOW_NS < DAY_NS
-            listed = [one async for chunk in store.reading.messages("t") for one in chunk]
-            assert [one.id for one in listed] == [one.id for one in made]
-            assert [one.value for one in listed] == ["before", "edited", "after", "later", "after another start"]
-            assert listed[1].ts == edited.ts
-            page = await messages_of(store, "t", after=made[1].id, limit=2)
-            assert [one.id for one in page] == [one.id for one in made[3:]]
-            threads = [one async for chunk in store.threads.list_threads(author="ada") for one in chunk]
-            assert [one.id for one in threads] == ["t", future.id, thread.id]
-            assert (await store.threads.get("t")).updated_ts == made[-1].ts
-        assert [finding async for finding in Checker(LocalView(engine), provider).run()] == []
-
-    asyncio.run(body())
+            await store.start()
+            made += [await add(store, "after"), await add(store, "later")]
+            thread = await store.threads.create(author="ada", title="after")
+            edited = await store.messages.update(made[1].id, author="ada", body="edited", role=None, reply_to=None)
+    assert {"clock_behind_store", "clock_was_in_the_future"} <= {entry["event"] for entry in logs}
+    for new in (made[2].ts, made[3].ts, thread.created_ts, edited.ts):
+        assert 0 < new - NOW_NS < DAY_NS
+    async with opened(engine, provider, times) as store:
+        made.append(await add(store, "after another start"))
+        assert made[-1].ts - NOW_NS < DAY_NS
+        listed = [one async for chunk in store.reading.messages("t") for one in chunk]
+        assert [one.id for one in listed] == [one.id for one in made]
+        assert [one.value for one in listed] == ["before", "edited", "after", "later", "after another start"]
+        assert listed[1].ts == edited.ts
+        page = await messages_of(store, "t", after=made[1].id, limit=2)
+        assert [one.id for one in page] == [one.id for one in made[3:]]
+        threads = [one async for chunk in store.threads.list_threads(author="ada") for one in chunk]
+        assert [one.id for one in threads] == ["t", future.id, thread.id]
+        assert (await store.threads.get("t")).updated_ts == made[-1].ts
+    assert [finding async for finding in Checker(LocalView(engine), provider).run()] == []
 
 
-def test_a_retry_record_from_the_future_expires_too() -> None:
-    async def body() -> None:
-        engine, provider, times = MemoryEngine(), SealingProvider(), TickingClock(NOW_NS + YEAR_NS)
-        async with opened(engine, provider, times) as store:
-            first = await store.threads.create(author="ada", title="x", idempotency=RETRIED)
-            assert (await store.threads.create(author="ada", title="x", idempotency=RETRIED)).id == first.id
-            times.now = NOW_NS
-            assert (await store.threads.create(author="ada", title="x", idempotency=RETRIED)).id != first.id
-            times.now = NOW_NS + YEAR_NS
-            await store.threads.create(author="ada", title="x", idempotency=Idempotency(scope="s", key="other"))
-            times.now = 1000
-            assert await idempotency.sweep(store.reads, store.writer, times()) == 0
-            times.now = NOW_NS
-            assert await idempotency.sweep(store.reads, store.writer, times()) == 1
-
-    asyncio.run(body())
+async def test_a_retry_record_from_the_future_expires_too() -> None:
+    engine, provider, times = MemoryEngine(), SealingProvider(), TickingClock(NOW_NS + YEAR_NS)
+    async with opened(engine, provider, times) as store:
+        first = await store.threads.create(author="ada", title="x", idempotency=RETRIED)
+        assert (await store.threads.create(author="ada", title="x", idempotency=RETRIED)).id == first.id
+        times.now = NOW_NS
+        assert (await store.threads.create(author="ada", title="x", idempotency=RETRIED)).id != first.id
+        times.now = NOW_NS + YEAR_NS
+        await store.threads.create(author="ada", title="x", idempotency=Idempotency(scope="s", key="other"))
+        times.now = 1000
+        assert await idempotency.sweep(store.reads, store.writer, times()) == 0
+        times.now = NOW_NS
+        assert await idempotency.sweep(store.reads, store.writer, times()) == 1
 
 
 def test_a_step_of_the_clock_while_the_server_runs_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:

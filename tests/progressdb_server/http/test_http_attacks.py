@@ -177,24 +177,23 @@ class Reader:
         self.is_closing = True
 
 
-def test_unread_bytes_beyond_the_bound_cost_the_address_that_has_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unread_bytes_beyond_the_bound_cost_the_address_that_has_the_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(limits, "UNREAD_BYTES_MAX", 100)
 
-    async def run() -> None:
-        shares = Shares()
-        honest = Reader("honest")
-        shares.unread("192.0.2.1", honest, 20)
-        hostile = [Reader(str(number)) for number in range(8)]
-        for one in hostile:
-            shares.unread("192.0.2.9", one, 20)
-        assert [one.is_closing for one in hostile] == [True] * 4 + [False] * 4  # those that waited longest
-        assert not honest.is_closing
-        assert shares.unread_bytes == 100
-        for one in (honest, *hostile):
-            shares.read(one)
-        assert shares.unread_bytes == 0
-
-    asyncio.run(run())
+    shares = Shares()
+    honest = Reader("honest")
+    shares.unread("192.0.2.1", honest, 20)
+    hostile = [Reader(str(number)) for number in range(8)]
+    for one in hostile:
+        shares.unread("192.0.2.9", one, 20)
+    assert [one.is_closing for one in hostile] == [True] * 4 + [False] * 4  # those that waited longest
+    assert not honest.is_closing
+    assert shares.unread_bytes == 100
+    for one in (honest, *hostile):
+        shares.read(one)
+    assert shares.unread_bytes == 0
 
 
 def unread(server: HttpServer, request: bytes, count: int, opened: contextlib.ExitStack) -> list[socket.socket]:

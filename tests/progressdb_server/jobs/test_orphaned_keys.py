@@ -106,69 +106,58 @@ def test_a_young_key_and_one_of_a_thread_with_a_job_stay() -> None:
     with_orphans(body, now_s=0.0)
 
 
-def test_the_key_of_a_create_in_flight_stays() -> None:
+async def test_the_key_of_a_create_in_flight_stays() -> None:
     """Its commit hangs for longer than any key is young."""
+    engine, provider = MemoryEngine(), SealingProvider()
+    async with opened(engine, provider) as store:
+        await store.messages.create(NewMessage(author="ada", thread="other", body=1))
+        orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
+        held = asyncio.Event()
+        answer = provider.encrypt_batch
 
-    async def main() -> None:
-        engine, provider = MemoryEngine(), SealingProvider()
-        async with opened(engine, provider) as store:
-            await store.messages.create(NewMessage(author="ada", thread="other", body=1))
-            orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
-            held = asyncio.Event()
-            answer = provider.encrypt_batch
+        async def slow(items: Any) -> Any:
+            await held.wait()
+            return await answer(items)
 
-            async def slow(items: Any) -> Any:
-                await held.wait()
-                return await answer(items)
-
-            provider.encrypt_batch = slow  # type: ignore[method-assign]  # the seam of the test
-            creating = asyncio.create_task(store.messages.create(NewMessage(author="ada", thread="slow", body=1)))
-            while len(provider.keys) < 2:
-                await asyncio.sleep(0.001)
-            assert await orphans.retire() == (0, 0, "")
-            held.set()
-            await creating
-            await store.messages.create(NewMessage(author="ada", thread="slow", body=2))
-            assert await orphans.retire() == (0, 0, "")
-
-    asyncio.run(main())
+        provider.encrypt_batch = slow  # type: ignore[method-assign]  # the seam of the test
+        creating = asyncio.create_task(store.messages.create(NewMessage(author="ada", thread="slow", body=1)))
+        while len(provider.keys) < 2:
+            await asyncio.sleep(0.001)
+        assert await orphans.retire() == (0, 0, "")
+        held.set()
+        await creating
+        await store.messages.create(NewMessage(author="ada", thread="slow", body=2))
+        assert await orphans.retire() == (0, 0, "")
 
 
-def test_while_a_failed_write_is_in_doubt_no_key_is_retired() -> None:
-    async def main() -> None:
-        engine, provider = MemoryEngine(), SealingProvider()
-        engine.survives = True
-        async with opened(engine, provider) as store:
-            engine.fail_sync, engine.fail_reopen = True, 1
-            orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
-            with pytest.raises(Exception, match="did not take the write"):
-                await store.messages.create(NewMessage(author="ada", thread="t", body=1))
-            assert await orphans.retire() == (0, 0, "")
-            while not store.writer.available:
-                await asyncio.sleep(0.02)
-            assert await orphans.retire() == (0, 0, "")  # it is the thread's
-            await store.messages.create(NewMessage(author="ada", thread="t", body=2))
-
-    asyncio.run(main())
-
-
-def test_at_a_start_a_key_that_is_newer_than_the_store_stays() -> None:
-    """The store may be an older copy, whose newer threads it does not know. A post of this run makes it no newer."""
-
-    async def main() -> None:
-        provider = SealingProvider()
-        now_ns = [1_600_000_000_000_000_000]
-        async with opened(MemoryEngine(), provider, now_ns=lambda: now_ns[0]) as store:
+async def test_while_a_failed_write_is_in_doubt_no_key_is_retired() -> None:
+    engine, provider = MemoryEngine(), SealingProvider()
+    engine.survives = True
+    async with opened(engine, provider) as store:
+        engine.fail_sync, engine.fail_reopen = True, 1
+        orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
+        with pytest.raises(Exception, match="did not take the write"):
             await store.messages.create(NewMessage(author="ada", thread="t", body=1))
-            await orphan(provider, "newer")
-            orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
-            now_ns[0] = int(LATER_S) * 1_000_000_000
-            await store.messages.create(NewMessage(author="ada", thread="t", body=2))
-            await orphans.begin()
-            assert provider.retired == set()
-            assert (await orphans.retire()).retired == 1
+        assert await orphans.retire() == (0, 0, "")
+        while not store.writer.available:
+            await asyncio.sleep(0.02)
+        assert await orphans.retire() == (0, 0, "")  # it is the thread's
+        await store.messages.create(NewMessage(author="ada", thread="t", body=2))
 
-    asyncio.run(main())
+
+async def test_at_a_start_a_key_that_is_newer_than_the_store_stays() -> None:
+    """The store may be an older copy, whose newer threads it does not know. A post of this run makes it no newer."""
+    provider = SealingProvider()
+    now_ns = [1_600_000_000_000_000_000]
+    async with opened(MemoryEngine(), provider, now_ns=lambda: now_ns[0]) as store:
+        await store.messages.create(NewMessage(author="ada", thread="t", body=1))
+        await orphan(provider, "newer")
+        orphans = OrphanedKeys(store, provider, lambda thread: False, exclusive=True, now_s=lambda: LATER_S)
+        now_ns[0] = int(LATER_S) * 1_000_000_000
+        await store.messages.create(NewMessage(author="ada", thread="t", body=2))
+        await orphans.begin()
+        assert provider.retired == set()
+        assert (await orphans.retire()).retired == 1
 
 
 # --- real processes ---------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_a_child_inherits_no_descriptor_but_those_it_is_given(place: Place) -> N
         os.close(leak)
 
 
-def test_a_child_that_does_not_stop_is_killed_and_its_last_words_are_kept(
+async def test_a_child_that_does_not_stop_is_killed_and_its_last_words_are_kept(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("progressdb_server.kms.supervisor.STOP_S_MAX", 0.3)
@@ -136,14 +136,11 @@ def test_a_child_that_does_not_stop_is_killed_and_its_last_words_are_kept(
     )
     heard: list[str] = []
 
-    async def main() -> None:
-        child = await Child.start(place.options(binary=str(stubborn)), heard.append)
-        async with asyncio.timeout(60):
-            while len(heard) < 9:
-                await asyncio.sleep(0.02)
-        await child.stop()
-        with pytest.raises(ProcessLookupError):
-            os.kill(child.pid, 0)
-        assert child.last_lines == [f"line {number}" for number in range(9)][-LAST_LINES_MAX:]
-
-    asyncio.run(main())
+    child = await Child.start(place.options(binary=str(stubborn)), heard.append)
+    async with asyncio.timeout(60):
+        while len(heard) < 9:
+            await asyncio.sleep(0.02)
+    await child.stop()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
+    assert child.last_lines == [f"line {number}" for number in range(9)][-LAST_LINES_MAX:]

@@ -231,25 +231,19 @@ def test_the_key_is_closed_when_a_daemon_is_found_or_none_can_start(place: Place
     assert descriptors_of_the_key() == []
 
 
-def test_a_daemon_that_refuses_to_start_is_an_error_with_its_last_words(
+async def test_a_daemon_that_refuses_to_start_is_an_error_with_its_last_words(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.2)
     (place.data / "refuse-start").touch()
 
-    async def main() -> None:
-        with pytest.raises(SupervisorError, match=r"fake daemon: refused to start / because of its file"):
-            await Supervisor(place.options()).start()
-
-    asyncio.run(main())
+    with pytest.raises(SupervisorError, match=r"fake daemon: refused to start / because of its file"):
+        await Supervisor(place.options()).start()
 
 
-def test_a_program_that_is_not_there_is_an_error_that_says_so(place: Place) -> None:
-    async def main() -> None:
-        with pytest.raises(SupervisorError, match="No such file"):
-            await Supervisor(place.options(binary=str(place.directory / "missing"))).start()
-
-    asyncio.run(main())
+async def test_a_program_that_is_not_there_is_an_error_that_says_so(place: Place) -> None:
+    with pytest.raises(SupervisorError, match="No such file"):
+        await Supervisor(place.options(binary=str(place.directory / "missing"))).start()
 
 
 def test_a_daemon_that_never_answers_is_ended_and_reported(

@@ -81,34 +81,30 @@ def test_with_a_key_file_the_keys_survive_and_the_audit_log_is_intact(directory:
     assert "req-2" in log
 
 
-def test_with_a_descriptor_the_key_is_passed_on_and_closed(directory: Path) -> None:
+async def test_with_a_descriptor_the_key_is_passed_on_and_closed(directory: Path) -> None:
     descriptor = os.memfd_create("root key")
     os.pwrite(descriptor, KEY.encode(), 0)
 
-    async def main() -> None:
-        supervisor = Supervisor(options(directory, master_key_fd=descriptor))
-        await supervisor.start()
-        provider = RemoteProvider(directory / "run" / "s")
-        try:
-            links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
-            assert not [link for link in links if os.path.lexists(link) and "memfd:root key" in os.readlink(link)]
-            assert (await provider.create_dek_for_thread("thread-1")).key_id
-        finally:
-            await provider.close()
-            await supervisor.stop()
-
-    asyncio.run(main())
+    supervisor = Supervisor(options(directory, master_key_fd=descriptor))
+    await supervisor.start()
+    provider = RemoteProvider(directory / "run" / "s")
+    try:
+        links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        assert not [link for link in links if os.path.lexists(link) and "memfd:root key" in os.readlink(link)]
+        assert (await provider.create_dek_for_thread("thread-1")).key_id
+    finally:
+        await provider.close()
+        await supervisor.stop()
     verify_audit(directory / "kms", key_file(directory))
 
 
-def test_without_a_root_key_the_server_gets_the_daemons_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_root_key_the_server_gets_the_daemons_error(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.1)
 
-    async def main() -> None:
-        with pytest.raises(SupervisorError, match="master-key-file"):
-            await Supervisor(options(directory)).start()
-
-    asyncio.run(main())
+    with pytest.raises(SupervisorError, match="master-key-file"):
+        await Supervisor(options(directory)).start()
 
 
 def test_its_log_goes_to_the_servers_and_its_end_is_its_own_doing(directory: Path) -> None:
@@ -124,24 +120,23 @@ def test_its_log_goes_to_the_servers_and_its_end_is_its_own_doing(directory: Pat
     assert events[-1]["minikms_why"] == "SIGTERM"
 
 
-def test_three_servers_that_start_at_once_use_one_daemon(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_three_servers_that_start_at_once_use_one_daemon(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", WAIT_S)
 
-    async def main() -> None:
-        supervisors = [Supervisor(options(directory, dev=True)) for _ in range(3)]
-        await asyncio.gather(*(supervisor.start() for supervisor in supervisors))
-        async with asyncio.timeout(WAIT_S):
-            while sum(supervisor.child_pid is not None for supervisor in supervisors) != 1:
-                await asyncio.sleep(0.05)
-        provider = RemoteProvider(directory / "run" / "s")
-        assert (await provider.create_dek_for_thread("t")).key_id
-        await provider.close()
-        await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
-
-    asyncio.run(main())
+    supervisors = [Supervisor(options(directory, dev=True)) for _ in range(3)]
+    await asyncio.gather(*(supervisor.start() for supervisor in supervisors))
+    async with asyncio.timeout(WAIT_S):
+        while sum(supervisor.child_pid is not None for supervisor in supervisors) != 1:
+            await asyncio.sleep(0.05)
+    provider = RemoteProvider(directory / "run" / "s")
+    assert (await provider.create_dek_for_thread("t")).key_id
+    await provider.close()
+    await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
 
 
-def test_each_daemon_gets_the_line_that_is_remembered_at_its_start(
+async def test_each_daemon_gets_the_line_that_is_remembered_at_its_start(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.1)
@@ -150,29 +145,26 @@ def test_each_daemon_gets_the_line_that_is_remembered_at_its_start(
     async def last_told() -> str:
         return told[-1]
 
-    async def main() -> None:
-        supervisor = Supervisor(options(directory, dev=True), audit_head=last_told)
-        await supervisor.start()
-        provider = RemoteProvider(directory / "run" / "s")
-        try:
-            head = (await provider.status()).audit.head
-            told.append(f"{head.seq}:{head.sig}")
-            pid = supervisor.child_pid
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
-            async with asyncio.timeout(WAIT_S):
-                while supervisor.child_pid in (None, pid):
-                    await asyncio.sleep(0.05)
-            assert (await provider.status()).pid == supervisor.child_pid
-            await supervisor.stop()
-            told.append(f"{head.seq}:{'A' * 43}=")
-            with pytest.raises(SupervisorError, match=f"line {head.seq} of the audit log is not the one"):
-                await Supervisor(options(directory, dev=True), audit_head=last_told).start()
-        finally:
-            await provider.close()
-            await supervisor.stop()
-
-    asyncio.run(main())
+    supervisor = Supervisor(options(directory, dev=True), audit_head=last_told)
+    await supervisor.start()
+    provider = RemoteProvider(directory / "run" / "s")
+    try:
+        head = (await provider.status()).audit.head
+        told.append(f"{head.seq}:{head.sig}")
+        pid = supervisor.child_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(WAIT_S):
+            while supervisor.child_pid in (None, pid):
+                await asyncio.sleep(0.05)
+        assert (await provider.status()).pid == supervisor.child_pid
+        await supervisor.stop()
+        told.append(f"{head.seq}:{'A' * 43}=")
+        with pytest.raises(SupervisorError, match=f"line {head.seq} of the audit log is not the one"):
+            await Supervisor(options(directory, dev=True), audit_head=last_told).start()
+    finally:
+        await provider.close()
+        await supervisor.stop()
 
 
 SERVER = """

@@ -65,23 +65,20 @@ def killed_at(put: int, source: str, target: str) -> bool:
     return status != 0
 
 
-def test_a_copy_to_a_database_and_back_is_the_same_store(tmp_path: Path, database: str) -> None:
-    async def run() -> None:
-        one, two, provider = str(tmp_path / "one"), str(tmp_path / "two"), SealingProvider()
-        await made(one, provider)
-        await empty(database)
-        there = await copied(one, database)
-        assert there.counted.messages == 2 * MESSAGES + 2
-        assert (await check(database, provider, None)).findings == []
-        back = await copied(database, two)
-        assert (back.entries, back.digest, back.changed) == (*there[:2], there.entries)
-        assert await all_of(two) == await all_of(one)
-        store = Conversations(await postgres.open_engine(database, single_node=True), provider)
-        last = await store.messages.create(NewMessage(author="ann", thread="one", body="after it"))
-        assert (await messages_of(store, "one"))[-1].id == last.id
-        await store.close()
-
-    asyncio.run(run())
+async def test_a_copy_to_a_database_and_back_is_the_same_store(tmp_path: Path, database: str) -> None:
+    one, two, provider = str(tmp_path / "one"), str(tmp_path / "two"), SealingProvider()
+    await made(one, provider)
+    await empty(database)
+    there = await copied(one, database)
+    assert there.counted.messages == 2 * MESSAGES + 2
+    assert (await check(database, provider, None)).findings == []
+    back = await copied(database, two)
+    assert (back.entries, back.digest, back.changed) == (*there[:2], there.entries)
+    assert await all_of(two) == await all_of(one)
+    store = Conversations(await postgres.open_engine(database, single_node=True), provider)
+    last = await store.messages.create(NewMessage(author="ann", thread="one", body="after it"))
+    assert (await messages_of(store, "one"))[-1].id == last.id
+    await store.close()
 
 
 @pytest.mark.parametrize("direction", ["to the database", "from it"])
@@ -113,76 +110,65 @@ async def remove(place: str) -> None:
         await entries.put([(b"index:writer:one:ben", None)])
 
 
-def test_a_target_that_holds_something_else_is_refused(tmp_path: Path, database: str) -> None:
-    async def run() -> None:
-        one, two = str(tmp_path / "one"), str(tmp_path / "two")
-        await made(one)
-        await empty(database)
-        await copied(one, database)
-        for target in (database, one):
-            with pytest.raises(FormatError, match=r"the same|another store"):
-                await copied(one, target)
-        await made(two)
-        with pytest.raises(FormatError, match="another store"):
-            await copied(database, two)
-        await empty(database)
-        assert killed_at(2, one, database)
-        with pytest.raises(FormatError, match="another copy"):
-            await copied(two, database)
-
-    asyncio.run(run())
+async def test_a_target_that_holds_something_else_is_refused(tmp_path: Path, database: str) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    await made(one)
+    await empty(database)
+    await copied(one, database)
+    for target in (database, one):
+        with pytest.raises(FormatError, match=r"the same|another store"):
+            await copied(one, target)
+    await made(two)
+    with pytest.raises(FormatError, match="another store"):
+        await copied(database, two)
+    await empty(database)
+    assert killed_at(2, one, database)
+    with pytest.raises(FormatError, match="another copy"):
+        await copied(two, database)
 
 
-def test_a_store_that_is_served_is_not_copied(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_that_is_served_is_not_copied(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(postgres_offline, "STOPPED_S_MAX", 0.2)
 
-    async def run() -> None:
-        one = str(tmp_path / "one")
-        await made(one)
-        await empty(database)
-        engine = await places.open_engine(one)
-        with pytest.raises(StoreLockedError):
-            await copied(one, database)
-        await engine.end()
-        async with servers(database, SealingProvider(), 0):
-            for source, target in ((database, str(tmp_path / "two")), (one, database)):
-                with pytest.raises(StoreLockedError, match="is connected"):
-                    await copied(source, target)
-
-    asyncio.run(run())
-
-
-def test_no_server_commits_while_its_database_is_copied(database: str) -> None:
-    """Also one whose connection the command does not see."""
-
-    async def run() -> None:
-        await empty(database)
-        async with postgres_offline.alone(database):
-            connection = await asyncpg.connect(database)
-            with pytest.raises(asyncpg.LockNotAvailableError):
-                await connection.execute("SELECT 1 FROM store_schema FOR SHARE NOWAIT")
-            await connection.close()
-
-    asyncio.run(run())
-
-
-def test_a_store_in_a_database_is_checked_and_repaired(tmp_path: Path, database: str) -> None:
-    async def run() -> None:
-        one = str(tmp_path / "one")
-        await made(one)
-        await empty(database)
+    one = str(tmp_path / "one")
+    await made(one)
+    await empty(database)
+    engine = await places.open_engine(one)
+    with pytest.raises(StoreLockedError):
         await copied(one, database)
-        connection = await asyncpg.connect(database)
-        await connection.execute(
-            "DELETE FROM store_entry WHERE key = 'index:closed:x' OR key LIKE 'index:order:two:%'::bytea"
-        )
-        await connection.execute("UPDATE store_counter SET messages = messages + 5")
-        await connection.execute("INSERT INTO store_entry VALUES ('x', 'no:such', '')")
-        await connection.close()
-        found = (await check(database, None, None)).findings
-        assert {problem.kind for problem in found} == {"unindexed", "miscounted", "unknown"}
-        _, fixed = await repair_offline(database)
-        assert {problem.kind for problem in fixed} == {"unindexed", "miscounted"}
-        assert [problem.kind for problem in (await check(database, None, None)).findings] == ["unknown"]
+    await engine.end()
+    async with servers(database, SealingProvider(), 0):
+        for source, target in ((database, str(tmp_path / "two")), (one, database)):
+            with pytest.raises(StoreLockedError, match="is connected"):
+                await copied(source, target)
 
-    asyncio.run(run())
+
+async def test_no_server_commits_while_its_database_is_copied(database: str) -> None:
+    """Also one whose connection the command does not see."""
+    await empty(database)
+    async with postgres_offline.alone(database):
+        connection = await asyncpg.connect(database)
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await connection.execute("SELECT 1 FROM store_schema FOR SHARE NOWAIT")
+        await connection.close()
+
+
+async def test_a_store_in_a_database_is_checked_and_repaired(tmp_path: Path, database: str) -> None:
+    one = str(tmp_path / "one")
+    await made(one)
+    await empty(database)
+    await copied(one, database)
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        "DELETE FROM store_entry WHERE key = 'index:closed:x' OR key LIKE 'index:order:two:%'::bytea"
+    )
+    await connection.execute("UPDATE store_counter SET messages = messages + 5")
+    await connection.execute("INSERT INTO store_entry VALUES ('x', 'no:such', '')")
+    await connection.close()
+    found = (await check(database, None, None)).findings
+    assert {problem.kind for problem in found} == {"unindexed", "miscounted", "unknown"}
+    _, fixed = await repair_offline(database)
+    assert {problem.kind for problem in fixed} == {"unindexed", "miscounted"}
+    assert [problem.kind for problem in (await check(database, None, None)).findings] == ["unknown"]

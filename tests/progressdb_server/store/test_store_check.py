@@ -193,25 +193,22 @@ def test_a_repaired_store_serves_as_before() -> None:
     assert with_store(shown, engine, provider) == before
 
 
-def test_it_walks_beside_a_running_server_and_sees_one_moment(tmp_path: Path) -> None:
+async def test_it_walks_beside_a_running_server_and_sees_one_moment(tmp_path: Path) -> None:
     path, provider = str(tmp_path / "db"), SealingProvider()
 
-    async def run() -> None:
-        async with opened(RocksEngine(path), provider) as store:
-            await populate(store)
-            reader = RocksReader(path)
-            try:
-                walk = Checker(LocalView(reader), provider).run()
-                writing = [asyncio.create_task(populate(store, f"n{number}-")) for number in range(5)]
-                assert [finding async for finding in walk] == []
-                await asyncio.gather(*writing)
-                reader.refresh()
-                assert await findings(reader, provider) == []
-                assert reader.get(b"thread:n4-1:meta") is not None
-            finally:
-                reader.close()
-
-    asyncio.run(run())
+    async with opened(RocksEngine(path), provider) as store:
+        await populate(store)
+        reader = RocksReader(path)
+        try:
+            walk = Checker(LocalView(reader), provider).run()
+            writing = [asyncio.create_task(populate(store, f"n{number}-")) for number in range(5)]
+            assert [finding async for finding in walk] == []
+            await asyncio.gather(*writing)
+            reader.refresh()
+            assert await findings(reader, provider) == []
+            assert reader.get(b"thread:n4-1:meta") is not None
+        finally:
+            reader.close()
 
 
 def test_after_damaged_counters_were_rebuilt_no_stamp_is_given_out_twice() -> None:

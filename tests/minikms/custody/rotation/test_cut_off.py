@@ -61,31 +61,28 @@ VERBS = tuple(requests("", ""))
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
-def test_a_verb_that_is_cancelled_at_shutdown_is_audited_as_interrupted(
+async def test_a_verb_that_is_cancelled_at_shutdown_is_audited_as_interrupted(
     tmp_path: Path, verb: Verb[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [active, retired] = await one.make(2)
-            await one.vault.retire(retired)
-            audit = QueuedAudit()
-            who = Policy({1}).principal(1, 1)
-            assert who is not None
-            for owner, name in (
-                (one.vault, "create_in_log"), (one.vault, "retire"), (one.vault, "destroy"),
-                (lifecycle, "in_worker"), (one.rotation, "begin"),
-                (one.pruning, "prune"),
-            ):  # fmt: skip
-                monkeypatch.setattr(owner, name, hang)
-            perform = served(one, audit)[verb]
-            answer = perform(who, requests(active, retired)[verb], "")
-            assert isinstance(answer, Awaitable)
-            task = asyncio.ensure_future(answer)
-            await asyncio.sleep(0.01)
-            assert audit.queued == []
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert [(event.type, event.outcome) for event in audit.queued] == [(verb.name, "interrupted")]
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        [active, retired] = await one.make(2)
+        await one.vault.retire(retired)
+        audit = QueuedAudit()
+        who = Policy({1}).principal(1, 1)
+        assert who is not None
+        for owner, name in (
+            (one.vault, "create_in_log"), (one.vault, "retire"), (one.vault, "destroy"),
+            (lifecycle, "in_worker"), (one.rotation, "begin"),
+            (one.pruning, "prune"),
+        ):  # fmt: skip
+            monkeypatch.setattr(owner, name, hang)
+        perform = served(one, audit)[verb]
+        answer = perform(who, requests(active, retired)[verb], "")
+        assert isinstance(answer, Awaitable)
+        task = asyncio.ensure_future(answer)
+        await asyncio.sleep(0.01)
+        assert audit.queued == []
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [(event.type, event.outcome) for event in audit.queued] == [(verb.name, "interrupted")]

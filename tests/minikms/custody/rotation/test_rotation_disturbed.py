@@ -35,36 +35,33 @@ NEW_ROOT = bytes(range(100, 132))
 OTHER_ROOT = bytes(range(50, 82))
 
 
-def test_an_unreadable_file_is_listed_and_does_not_stop_the_rotation(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(20)
-            damaged, truncated, swapped, missing_kek = key_ids[:4]
-            contents = {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
-            one.file(damaged).write_bytes(contents[damaged].replace(b'"thread_id":"t"', b'"thread_id":"u"'))
-            one.file(truncated).write_bytes(contents[truncated][:50])
-            one.file(swapped).write_bytes(contents[key_ids[5]])
-            one.file(missing_kek).write_bytes(contents[missing_kek].replace(b'"kek_version":1', b'"kek_version":7'))
-            await one.rotate()
-            assert one.kek_states() == {1: "retired", 2: "active"}
-            assert one.keks_on_disk(key_ids[4:]) == {2}
-            listed = one.vault.unreadable.listed()
-            assert set(listed) == set(key_ids[:4])
-            assert "does not unwrap" in listed[damaged]
-            assert "damaged" in listed[truncated]
-            assert "another key's record" in listed[swapped]
-            assert "KEK version 7" in listed[missing_kek]
-            assert one.backups(damaged) == []
-            # What is mended is found by the next rotation.
-            one.file(damaged).write_bytes(contents[damaged])
-            await one.rotate()
-            assert one.keks_on_disk([damaged]) == {3}
-            assert set(one.vault.unreadable.listed()) == {truncated, swapped, missing_kek}
-
-    asyncio.run(main())
+async def test_an_unreadable_file_is_listed_and_does_not_stop_the_rotation(tmp_path: Path) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(20)
+        damaged, truncated, swapped, missing_kek = key_ids[:4]
+        contents = {key_id: one.file(key_id).read_bytes() for key_id in key_ids}
+        one.file(damaged).write_bytes(contents[damaged].replace(b'"thread_id":"t"', b'"thread_id":"u"'))
+        one.file(truncated).write_bytes(contents[truncated][:50])
+        one.file(swapped).write_bytes(contents[key_ids[5]])
+        one.file(missing_kek).write_bytes(contents[missing_kek].replace(b'"kek_version":1', b'"kek_version":7'))
+        await one.rotate()
+        assert one.kek_states() == {1: "retired", 2: "active"}
+        assert one.keks_on_disk(key_ids[4:]) == {2}
+        listed = one.vault.unreadable.listed()
+        assert set(listed) == set(key_ids[:4])
+        assert "does not unwrap" in listed[damaged]
+        assert "damaged" in listed[truncated]
+        assert "another key's record" in listed[swapped]
+        assert "KEK version 7" in listed[missing_kek]
+        assert one.backups(damaged) == []
+        # What is mended is found by the next rotation.
+        one.file(damaged).write_bytes(contents[damaged])
+        await one.rotate()
+        assert one.keks_on_disk([damaged]) == {3}
+        assert set(one.vault.unreadable.listed()) == {truncated, swapped, missing_kek}
 
 
-def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = 0
     write = RotationBackups.adopt
 
@@ -77,25 +74,24 @@ def test_a_write_that_the_disk_refuses_is_tried_again(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(RotationBackups, "adopt", failing)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(20)
-            keys = one.keys(key_ids)
-            await one.begin(None)
-            running = asyncio.create_task(one.rotation.run())
-            while attempts < 2:
-                await asyncio.sleep(0.001)
-            assert one.rotation.last_error == "the disk refuses"
-            await running
-            assert attempts > 3
-            assert one.keys(key_ids) == keys
-            assert one.keks_on_disk(key_ids) == {2}
-            assert one.rotation.last_error == ""
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(20)
+        keys = one.keys(key_ids)
+        await one.begin(None)
+        running = asyncio.create_task(one.rotation.run())
+        while attempts < 2:
+            await asyncio.sleep(0.001)
+        assert one.rotation.last_error == "the disk refuses"
+        await running
+        assert attempts > 3
+        assert one.keys(key_ids) == keys
+        assert one.keks_on_disk(key_ids) == {2}
+        assert one.rotation.last_error == ""
 
 
-def test_unconfirmed_overwrites_are_written_again_to_new_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unconfirmed_overwrites_are_written_again_to_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A failed sync proves nothing about the files: they may vanish with the power, and their KEK too."""
     failing = [1]
     overwritten: list[int] = []
@@ -119,27 +115,24 @@ def test_unconfirmed_overwrites_are_written_again_to_new_files(tmp_path: Path, m
 
     monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(5)
-            keys = one.keys(key_ids)
-            await one.begin(None)
-            monkeypatch.setattr(os, "rename", noting)
-            monkeypatch.setattr(os, "pwrite", overwriting)
-            monkeypatch.setattr(journal, "syncfs", unconfirmed)
-            await one.rotation.run()
-            monkeypatch.undo()
-            assert len(overwritten) == 5
-            assert sorted(placed) == sorted(f"{key_id}.json" for key_id in key_ids)
-            assert failing == [0]
-            assert one.rotation.rewrapped == 5
-            assert one.keys(key_ids) == keys
-            assert all(len(one.backups(key_id)) == 1 for key_id in key_ids)
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(5)
+        keys = one.keys(key_ids)
+        await one.begin(None)
+        monkeypatch.setattr(os, "rename", noting)
+        monkeypatch.setattr(os, "pwrite", overwriting)
+        monkeypatch.setattr(journal, "syncfs", unconfirmed)
+        await one.rotation.run()
+        monkeypatch.undo()
+        assert len(overwritten) == 5
+        assert sorted(placed) == sorted(f"{key_id}.json" for key_id in key_ids)
+        assert failing == [0]
+        assert one.rotation.rewrapped == 5
+        assert one.keys(key_ids) == keys
+        assert all(len(one.backups(key_id)) == 1 for key_id in key_ids)
 
 
-def test_while_a_batch_is_unwritten_its_keys_open_and_can_not_be_changed(
+async def test_while_a_batch_is_unwritten_its_keys_open_and_can_not_be_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the files hold a mixture, and the disk refuses every write until the end of the block."""
@@ -149,58 +142,54 @@ def test_while_a_batch_is_unwritten_its_keys_open_and_can_not_be_changed(
         pwrite(descriptor, bytes(100), offset)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    async def main() -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(5)
+        keys = one.keys(key_ids)
+        await one.begin(None)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", torn)
+            patched.setattr(journal, "write_files", refuse)
+            running = asyncio.create_task(one.rotation.run())
+            while not one.rotation.last_error:
+                await asyncio.sleep(0.001)
+            assert one.rotation.running is not None, "the version becomes active once the files are durable"
+            assert one.keys(key_ids) == keys
+            with pytest.raises(StorageUnavailableError):
+                await one.vault.retire(key_ids[0])
+        await running
+        assert one.keks_on_disk(key_ids) == {2}
+        assert one.keys(key_ids) == keys
+        await one.vault.retire(key_ids[0])
+        assert one.on_disk(key_ids[0]).state == "retired"
+
+
+async def test_a_stop_leaves_an_unwritten_batch_to_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse_file(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
         async with opened_vault(tmp_path / "d") as one:
             key_ids = await one.make(5)
             keys = one.keys(key_ids)
             await one.begin(None)
-            with monkeypatch.context() as patched:
-                patched.setattr(os, "pwrite", torn)
-                patched.setattr(journal, "write_files", refuse)
-                running = asyncio.create_task(one.rotation.run())
-                while not one.rotation.last_error:
-                    await asyncio.sleep(0.001)
-                assert one.rotation.running is not None, "the version becomes active once the files are durable"
-                assert one.keys(key_ids) == keys
-                with pytest.raises(StorageUnavailableError):
-                    await one.vault.retire(key_ids[0])
-            await running
-            assert one.keks_on_disk(key_ids) == {2}
-            assert one.keys(key_ids) == keys
-            await one.vault.retire(key_ids[0])
-            assert one.on_disk(key_ids[0]).state == "retired"
-
-    asyncio.run(main())
+            patched.setattr(journal, "overwrite_file", refuse_file)
+            patched.setattr(journal, "write_files", refuse)
+            running = asyncio.create_task(one.rotation.run())
+            while not one.rotation.last_error:
+                await asyncio.sleep(0.001)
+            running.cancel()
+            await asyncio.wait([running], timeout=60)
+            assert running.cancelled()
+    assert (one.directory / journal.NAME).exists()
+    async with opened_vault(tmp_path / "d") as again:
+        assert again.replayed.written == 5
+        assert again.keys(key_ids) == keys
+        assert again.keks_on_disk(key_ids) == {2}
 
 
-def test_a_stop_leaves_an_unwritten_batch_to_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse_file(*_: object, **__: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    async def main() -> None:
-        with monkeypatch.context() as patched:
-            async with opened_vault(tmp_path / "d") as one:
-                key_ids = await one.make(5)
-                keys = one.keys(key_ids)
-                await one.begin(None)
-                patched.setattr(journal, "overwrite_file", refuse_file)
-                patched.setattr(journal, "write_files", refuse)
-                running = asyncio.create_task(one.rotation.run())
-                while not one.rotation.last_error:
-                    await asyncio.sleep(0.001)
-                running.cancel()
-                await asyncio.wait([running], timeout=60)
-                assert running.cancelled()
-        assert (one.directory / journal.NAME).exists()
-        async with opened_vault(tmp_path / "d") as again:
-            assert again.replayed.written == 5
-            assert again.keys(key_ids) == keys
-            assert again.keks_on_disk(key_ids) == {2}
-
-    asyncio.run(main())
-
-
-def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
+async def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without descriptors, or with a full arena for a moment, no key may stay under the old KEK."""
@@ -222,23 +211,20 @@ def test_a_shortage_of_descriptors_does_not_make_a_key_unreadable(
             raise ArenaFullError("all slots of the key arena are in use")
         return allocate(self)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(20)
-            await one.begin(None)
-            monkeypatch.setattr(os, "open", short)
-            monkeypatch.setattr(SecretArena, "allocate", crowded)
-            await one.rotation.run()
-            monkeypatch.undo()
-            assert (failing, full) == ([0], [0])
-            assert one.vault.unreadable.count == 0
-            assert one.keks_on_disk(key_ids) == {2}
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(20)
+        await one.begin(None)
+        monkeypatch.setattr(os, "open", short)
+        monkeypatch.setattr(SecretArena, "allocate", crowded)
+        await one.rotation.run()
+        monkeypatch.undo()
+        assert (failing, full) == ([0], [0])
+        assert one.vault.unreadable.count == 0
+        assert one.keks_on_disk(key_ids) == {2}
 
 
 @pytest.mark.parametrize("where", ["reading", "wrapping"])
-def test_no_cipher_outlives_its_turn_when_a_pass_fails(
+async def test_no_cipher_outlives_its_turn_when_a_pass_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """A seal could not drop it. Somebody may keep the error: while the pass ends, it is in the list of the files."""
@@ -254,24 +240,21 @@ def test_no_cipher_outlives_its_turn_when_a_pass_fails(
             found[-1] = (found[-1][0], errors.pop())  # type: ignore[assignment]  # of the first kind
         return found
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(20)
-            await one.begin(None)
-            watched_cipher.watch(monkeypatch)
-            monkeypatch.setattr(DekStore, "read_many", failing)
-            running = asyncio.create_task(one.rotation.run())
-            while not running.done():
-                assert not watched_cipher.alive()
-                await asyncio.sleep(0)
-            assert not errors and not WatchedCipher.errors
-            assert (kept[0].__traceback__ is None) == (where == "reading"), "an error of a file is raised as a copy"
-            assert one.keks_on_disk(key_ids) == {2}
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(20)
+        await one.begin(None)
+        watched_cipher.watch(monkeypatch)
+        monkeypatch.setattr(DekStore, "read_many", failing)
+        running = asyncio.create_task(one.rotation.run())
+        while not running.done():
+            assert not watched_cipher.alive()
+            await asyncio.sleep(0)
+        assert not errors and not WatchedCipher.errors
+        assert (kept[0].__traceback__ is None) == (where == "reading"), "an error of a file is raised as a copy"
+        assert one.keks_on_disk(key_ids) == {2}
 
 
-def test_a_listing_that_fails_for_a_moment_does_not_end_the_rotation(
+async def test_a_listing_that_fails_for_a_moment_does_not_end_the_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = [2]
@@ -283,17 +266,16 @@ def test_a_listing_that_fails_for_a_moment_does_not_end_the_rotation(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return scandir(path)  # type: ignore[call-overload]  # passed on as it came
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(5)
-            monkeypatch.setattr(os, "scandir", refusing)
-            await one.rotate()
-            assert one.keks_on_disk(key_ids) == {2}
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(5)
+        monkeypatch.setattr(os, "scandir", refusing)
+        await one.rotate()
+        assert one.keks_on_disk(key_ids) == {2}
 
 
-def test_a_rotation_is_not_promoted_while_passes_find_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_rotation_is_not_promoted_while_passes_find_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rotation, "PASSES_MAX", 2)
     real = KekRotation.run_pass
     busy = [4]
@@ -307,21 +289,20 @@ def test_a_rotation_is_not_promoted_while_passes_find_files(tmp_path: Path, monk
 
     monkeypatch.setattr(KekRotation, "run_pass", always_something)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            await one.make(2)
-            await one.begin(None)
-            running = asyncio.create_task(one.rotation.run())
-            while busy[0]:
-                assert one.rotation.running is not None
-                await asyncio.sleep(0.001)
-            await running
-            assert one.kek_states() == {1: "retired", 2: "active"}
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        await one.make(2)
+        await one.begin(None)
+        running = asyncio.create_task(one.rotation.run())
+        while busy[0]:
+            assert one.rotation.running is not None
+            await asyncio.sleep(0.001)
+        await running
+        assert one.kek_states() == {1: "retired", 2: "active"}
 
 
-def test_a_stop_waits_for_the_disk_thread_and_so_does_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stop_waits_for_the_disk_thread_and_so_does_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A seal cancels the rotation. Reads are answered from memory while files change."""
     overwriting, go_on = threading.Event(), threading.Event()
     real = files.overwrite_file
@@ -331,31 +312,28 @@ def test_a_stop_waits_for_the_disk_thread_and_so_does_a_change(tmp_path: Path, m
         go_on.wait(60)
         real(directory, name, data, sync=sync)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(4)
-            keys = one.keys(key_ids)
-            await one.begin(None)
-            monkeypatch.setattr(journal, "overwrite_file", slowly)
-            running = asyncio.create_task(one.rotation.run())
-            while not overwriting.is_set():
-                await asyncio.sleep(0.001)
-            for _ in range(3):
-                running.cancel()
-                await asyncio.sleep(0.005)
-            retiring = asyncio.create_task(one.vault.retire(key_ids[0]))
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(4)
+        keys = one.keys(key_ids)
+        await one.begin(None)
+        monkeypatch.setattr(journal, "overwrite_file", slowly)
+        running = asyncio.create_task(one.rotation.run())
+        while not overwriting.is_set():
+            await asyncio.sleep(0.001)
+        for _ in range(3):
+            running.cancel()
             await asyncio.sleep(0.005)
-            assert not retiring.done()
-            assert one.keys(key_ids) == keys
-            go_on.set()
-            await asyncio.wait([running])
-            assert running.cancelled()
-            await retiring
-            assert one.keks_on_disk(key_ids) == {2}
-            assert one.on_disk(key_ids[0]).state == "retired"
-            assert one.keys(key_ids) == keys
-
-    asyncio.run(main())
+        retiring = asyncio.create_task(one.vault.retire(key_ids[0]))
+        await asyncio.sleep(0.005)
+        assert not retiring.done()
+        assert one.keys(key_ids) == keys
+        go_on.set()
+        await asyncio.wait([running])
+        assert running.cancelled()
+        await retiring
+        assert one.keks_on_disk(key_ids) == {2}
+        assert one.on_disk(key_ids[0]).state == "retired"
+        assert one.keys(key_ids) == keys
 
 
 class DestroyedLate:
@@ -370,55 +348,47 @@ class DestroyedLate:
         return key_id == self._key_id and self._asked > 1
 
 
-def test_a_key_that_is_destroyed_after_its_rewrap_gets_no_backup(
+async def test_a_key_that_is_destroyed_after_its_rewrap_gets_no_backup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A destruction whose request was cancelled holds no lock. It has blanked the batch backups already."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            victim, other = await one.make(2)
-            await one.begin(None)
-            with monkeypatch.context() as patched:
-                patched.setattr(one.vault, "destroyed", DestroyedLate(victim))
-                await one.rotation.run()
-            assert one.backups(victim) == []
-            assert one.keks_on_disk([victim]) == {1}
-            assert one.keks_on_disk([other]) == {2}
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        victim, other = await one.make(2)
+        await one.begin(None)
+        with monkeypatch.context() as patched:
+            patched.setattr(one.vault, "destroyed", DestroyedLate(victim))
+            await one.rotation.run()
+        assert one.backups(victim) == []
+        assert one.keks_on_disk([victim]) == {1}
+        assert one.keks_on_disk([other]) == {2}
 
 
-def test_a_key_that_is_destroyed_while_it_is_rewrapped_is_not_in_the_index(
+async def test_a_key_that_is_destroyed_while_it_is_rewrapped_is_not_in_the_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unlike a key that the scan of the start has not read yet."""
+    async with opened_vault(tmp_path / "d") as one:
+        victim, unread, other = await one.make(3)
+        await one.begin(None)
+        index, real = one.vault.index, journal.Journal.replace
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            victim, unread, other = await one.make(3)
-            await one.begin(None)
-            index, real = one.vault.index, journal.Journal.replace
+        async def meanwhile(*arguments: Any) -> None:
+            await real(*arguments)
+            index.remove(victim)
+            index.remove(unread)
+            patched.setattr(one.vault, "destroyed", {victim})
 
-            async def meanwhile(*arguments: Any) -> None:
-                await real(*arguments)
-                index.remove(victim)
-                index.remove(unread)
-                patched.setattr(one.vault, "destroyed", {victim})
-
-            with monkeypatch.context() as patched:
-                patched.setattr(journal.Journal, "replace", meanwhile)
-                await one.rotation.run()
-            assert {key_id: index.kek_version(key_id) for key_id in (victim, unread, other)} == {
-                victim: None,
-                unread: 2,
-                other: 2,
-            }
-
-    asyncio.run(main())
+        with monkeypatch.context() as patched:
+            patched.setattr(journal.Journal, "replace", meanwhile)
+            await one.rotation.run()
+        assert {key_id: index.kek_version(key_id) for key_id in (victim, unread, other)} == {
+            victim: None,
+            unread: 2,
+            other: 2,
+        }
 
 
-def test_a_defect_in_a_batch_blocks_no_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_defect_in_a_batch_blocks_no_later_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever fails once the journal is there: the batch is flushed."""
     failures: list[type[Exception]] = [MemoryError, ValueError]
     real = files.overwrite_file
@@ -428,43 +398,36 @@ def test_a_defect_in_a_batch_blocks_no_later_one(tmp_path: Path, monkeypatch: py
             raise failures.pop()
         real(directory, name, data, sync=sync)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(3)
-            monkeypatch.setattr(journal, "overwrite_file", failing)
-            for kek in (2, 3, 4):
-                await one.rotate()
-                assert one.keks_on_disk(key_ids) == {kek}
-            await one.vault.retire(key_ids[0])
-            await one.vault.destroy(key_ids[0])
-
-    asyncio.run(main())
-
-
-def test_a_key_with_the_highest_version_stays_as_it_is(tmp_path: Path) -> None:
-    """One version more, and no file of it could be read again."""
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            last, other = await one.make(2)
-            await one.vault.retire(other)
-            record = msgspec.structs.replace(one.on_disk(last), version=dek.VERSION_MAX - 1)
-            one.file(last).write_bytes(dek.encode(record))
-            keys = one.keys([last, other])
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(3)
+        monkeypatch.setattr(journal, "overwrite_file", failing)
+        for kek in (2, 3, 4):
             await one.rotate()
-            assert "highest version" in one.vault.unreadable.listed()[last]
-            assert one.keks_on_disk([last]) == {1}
-            assert one.keks_on_disk([other]) == {2}
-            with pytest.raises(KeyUnreadableError, match="highest version"):
-                await one.vault.retire(last)
-            assert one.keys([last, other]) == keys
-            assert (await one.pruning.prune(backups=False)).destroyed == []
+            assert one.keks_on_disk(key_ids) == {kek}
+        await one.vault.retire(key_ids[0])
+        await one.vault.destroy(key_ids[0])
 
-    asyncio.run(main())
+
+async def test_a_key_with_the_highest_version_stays_as_it_is(tmp_path: Path) -> None:
+    """One version more, and no file of it could be read again."""
+    async with opened_vault(tmp_path / "d") as one:
+        last, other = await one.make(2)
+        await one.vault.retire(other)
+        record = msgspec.structs.replace(one.on_disk(last), version=dek.VERSION_MAX - 1)
+        one.file(last).write_bytes(dek.encode(record))
+        keys = one.keys([last, other])
+        await one.rotate()
+        assert "highest version" in one.vault.unreadable.listed()[last]
+        assert one.keks_on_disk([last]) == {1}
+        assert one.keks_on_disk([other]) == {2}
+        with pytest.raises(KeyUnreadableError, match="highest version"):
+            await one.vault.retire(last)
+        assert one.keys([last, other]) == keys
+        assert (await one.pruning.prune(backups=False)).destroyed == []
 
 
 @pytest.mark.parametrize("root_removed", [False, True])
-def test_a_file_that_is_put_back_is_rewrapped_after_a_root_was_removed(
+async def test_a_file_that_is_put_back_is_rewrapped_after_a_root_was_removed(
     tmp_path: Path, root_removed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody puts an older file of a key back after the pass that rewrapped it. The removed root key opens it."""
@@ -480,23 +443,20 @@ def test_a_file_that_is_put_back_is_rewrapped_after_a_root_was_removed(
 
     monkeypatch.setattr(KekRotation, "run_pass", restoring)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(2)
-            formers.update({one.file(key_id): one.file(key_id).read_bytes() for key_id in key_ids[:1]})
-            if root_removed:
-                gone = keyring.RevokingRoot("s9", "0" * 16, "file", "2026-01-01T00:00:00Z", 2)
-                await one.vault.keyring.change(
-                    lambda body: msgspec.structs.replace(body, revoking=(gone,), epoch=body.epoch + 1)
-                )
-            await one.rotate()
-            assert one.keks_on_disk(key_ids[:1]) == {2 if root_removed else 1}
-            assert one.keks_on_disk(key_ids[1:]) == {2}
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(2)
+        formers.update({one.file(key_id): one.file(key_id).read_bytes() for key_id in key_ids[:1]})
+        if root_removed:
+            gone = keyring.RevokingRoot("s9", "0" * 16, "file", "2026-01-01T00:00:00Z", 2)
+            await one.vault.keyring.change(
+                lambda body: msgspec.structs.replace(body, revoking=(gone,), epoch=body.epoch + 1)
+            )
+        await one.rotate()
+        assert one.keks_on_disk(key_ids[:1]) == {2 if root_removed else 1}
+        assert one.keks_on_disk(key_ids[1:]) == {2}
 
 
-def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
+async def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, opened = XaesCipher.open_into, itertools.count()
@@ -505,20 +465,19 @@ def test_a_key_that_does_not_survive_its_rewrap_is_not_replaced(
         real(cipher, sealed, aad, target)
         target[0] ^= next(opened)  # the second time, which is the new wrapping, by 1
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            [key_id] = await one.make(1)
-            before = one.file(key_id).read_bytes()
-            with monkeypatch.context() as patched:
-                patched.setattr(XaesCipher, "open_into", spoilt)
-                await one.rotate()
-            assert one.file(key_id).read_bytes() == before
-            assert "did not survive" in one.vault.unreadable.listed()[key_id]
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        [key_id] = await one.make(1)
+        before = one.file(key_id).read_bytes()
+        with monkeypatch.context() as patched:
+            patched.setattr(XaesCipher, "open_into", spoilt)
+            await one.rotate()
+        assert one.file(key_id).read_bytes() == before
+        assert "did not survive" in one.vault.unreadable.listed()[key_id]
 
 
-def test_a_key_that_a_listing_has_twice_is_rewrapped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_key_that_a_listing_has_twice_is_rewrapped_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second content from the same old one would make the journal's old content differ from the file."""
     real = deks.list_names
 
@@ -527,16 +486,13 @@ def test_a_key_that_a_listing_has_twice_is_rewrapped_once(tmp_path: Path, monkey
         for at in range(0, len(names), 7):
             yield from names[at : at + 7] * 2
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            key_ids = await one.make(20)
-            monkeypatch.setattr(deks, "list_names", twice)
-            await one.begin(None)
-            running = one.rotation.running
-            assert running is not None
-            assert await one.rotation.run_pass(running) == 20
-            assert {one.on_disk(key_id).version for key_id in key_ids} == {2}
-            assert all(len(one.backups(key_id)) == 1 for key_id in key_ids)
-            await one.rotation.run()
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(20)
+        monkeypatch.setattr(deks, "list_names", twice)
+        await one.begin(None)
+        running = one.rotation.running
+        assert running is not None
+        assert await one.rotation.run_pass(running) == 20
+        assert {one.on_disk(key_id).version for key_id in key_ids} == {2}
+        assert all(len(one.backups(key_id)) == 1 for key_id in key_ids)
+        await one.rotation.run()

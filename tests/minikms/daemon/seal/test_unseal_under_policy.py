@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,38 +36,35 @@ class ChangingWorker(ThreadPoolExecutor):
 
 
 @pytest.mark.parametrize("waits_for", ["another attempt", "its record"])
-def test_an_unseal_that_waits_obeys_the_new_policy(tmp_path: Path, waits_for: str) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d"):
-            pass
-        policy = FilePolicy(OPERATOR)
-        with (
-            datadir.lock_data_dir(str(tmp_path / "d")) as lock,
-            SecretArena(8, force_fallback=True) as arena,
-            ChangingWorker(policy) as worker,
-        ):
-            process = SimpleNamespace(
-                settings=SimpleNamespace(
-                    root=KeyFile(key_file(tmp_path / "d")), sealed=True, opening=datadir.DEFAULT_OPTIONS
-                ),
-                policy=SimpleNamespace(policy=policy, meters=None),
-                lock=lock,
-                arena=arena,
-                connections_max=8,
-                on_internal_error=print,
-                workers=SimpleNamespace(seal=worker),
-            )
-            server = SealableServer(cast(RunContext, process), chores=cast(Any, None))
-            await server.start()
-            who = policy.principal(1, 1)
-            assert who is not None
-            waiting = server.unsealing.unseal(who, None)
-            if waits_for == "another attempt":
-                policy.replace(NOBODY)
-            with pytest.raises(UnauthorizedError):
-                await waiting
-            assert server.is_sealed
-            attempts = AttemptRecords.load(lock.directory_fd).events()
-            assert [event.outcome for event in attempts] == ["failed"] * (waits_for == "its record")
-
-    asyncio.run(main())
+async def test_an_unseal_that_waits_obeys_the_new_policy(tmp_path: Path, waits_for: str) -> None:
+    async with opened_vault(tmp_path / "d"):
+        pass
+    policy = FilePolicy(OPERATOR)
+    with (
+        datadir.lock_data_dir(str(tmp_path / "d")) as lock,
+        SecretArena(8, force_fallback=True) as arena,
+        ChangingWorker(policy) as worker,
+    ):
+        process = SimpleNamespace(
+            settings=SimpleNamespace(
+                root=KeyFile(key_file(tmp_path / "d")), sealed=True, opening=datadir.DEFAULT_OPTIONS
+            ),
+            policy=SimpleNamespace(policy=policy, meters=None),
+            lock=lock,
+            arena=arena,
+            connections_max=8,
+            on_internal_error=print,
+            workers=SimpleNamespace(seal=worker),
+        )
+        server = SealableServer(cast(RunContext, process), chores=cast(Any, None))
+        await server.start()
+        who = policy.principal(1, 1)
+        assert who is not None
+        waiting = server.unsealing.unseal(who, None)
+        if waits_for == "another attempt":
+            policy.replace(NOBODY)
+        with pytest.raises(UnauthorizedError):
+            await waiting
+        assert server.is_sealed
+        attempts = AttemptRecords.load(lock.directory_fd).events()
+        assert [event.outcome for event in attempts] == ["failed"] * (waits_for == "its record")

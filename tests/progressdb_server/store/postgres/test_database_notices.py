@@ -22,28 +22,25 @@ DAY_S = 86_400
 ENDED = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'progressdb'"
 
 
-def test_a_node_with_a_wrong_clock_moves_no_time(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_node_with_a_wrong_clock_moves_no_time(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server notices it, says so, and makes no message twice."""
     monkeypatch.setattr(conversations, "CLOCK_S", 0.02)
 
-    async def run() -> None:
-        async with servers(database, SealingProvider(), 0) as (one,):
-            await one.start()
-            retry = Idempotency("scope", "key")
-            new = NewMessage(author="ann", thread="t", body=0)
-            message = await one.messages.create(new, idempotency=retry)
-            with monkeypatch.context() as node, capture_logs() as logs:
-                node.setattr(postgres, "_NOW", f"SELECT ({postgres._NOW[7:]}) + {2 * DAY_S} * 1000000000::bigint")
-                await becomes(lambda: bool(one.notices))
-                assert re.search(r"jumped by 172[78]\d\d seconds", one.notices[0])
-                assert (await one.messages.create(new, idempotency=retry)).id == message.id
-                later = await one.messages.create(NewMessage(author="ann", thread="t", body=1))
-                assert abs(later.ts - time.time_ns()) < DAY_S * 10**9
-                assert [line["event"] for line in logs] == ["clock_of_node_refused"]
-            await becomes(lambda: not one.notices)
-            assert one.clock.last.era == 0
-
-    asyncio.run(run())
+    async with servers(database, SealingProvider(), 0) as (one,):
+        await one.start()
+        retry = Idempotency("scope", "key")
+        new = NewMessage(author="ann", thread="t", body=0)
+        message = await one.messages.create(new, idempotency=retry)
+        with monkeypatch.context() as node, capture_logs() as logs:
+            node.setattr(postgres, "_NOW", f"SELECT ({postgres._NOW[7:]}) + {2 * DAY_S} * 1000000000::bigint")
+            await becomes(lambda: bool(one.notices))
+            assert re.search(r"jumped by 172[78]\d\d seconds", one.notices[0])
+            assert (await one.messages.create(new, idempotency=retry)).id == message.id
+            later = await one.messages.create(NewMessage(author="ann", thread="t", body=1))
+            assert abs(later.ts - time.time_ns()) < DAY_S * 10**9
+            assert [line["event"] for line in logs] == ["clock_of_node_refused"]
+        await becomes(lambda: not one.notices)
+        assert one.clock.last.era == 0
 
 
 async def written(store: Conversations) -> None:
@@ -56,28 +53,24 @@ async def written(store: Conversations) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_a_database_that_went_back_is_named(database: str) -> None:
+async def test_a_database_that_went_back_is_named(database: str) -> None:
     """As after a backup was restored under a running server. A lost connection alone is not."""
-
-    async def run() -> None:
-        async with servers(database, SealingProvider(), 0) as (one,):
+    async with servers(database, SealingProvider(), 0) as (one,):
+        await fill(one, 1)
+        connection = await asyncpg.connect(database)
+        await connection.execute("CREATE TABLE backup AS TABLE store_entry")
+        try:
             await fill(one, 1)
-            connection = await asyncpg.connect(database)
-            await connection.execute("CREATE TABLE backup AS TABLE store_entry")
-            try:
-                await fill(one, 1)
-                await connection.execute(ENDED)
+            await connection.execute(ENDED)
+            await written(one)
+            assert one.notices == []
+            await connection.execute("TRUNCATE store_entry; INSERT INTO store_entry TABLE backup")
+            await connection.execute(ENDED)
+            with capture_logs() as logs:
                 await written(one)
-                assert one.notices == []
-                await connection.execute("TRUNCATE store_entry; INSERT INTO store_entry TABLE backup")
-                await connection.execute(ENDED)
-                with capture_logs() as logs:
-                    await written(one)
-                assert "the database went back" in one.notices[0]
-                assert [line["missing"] for line in logs if line["event"] == "database_went_back"]
-                assert len(await messages_of(one, "t")) == 2
-            finally:
-                await connection.execute("DROP TABLE backup")
-                await connection.close()
-
-    asyncio.run(run())
+            assert "the database went back" in one.notices[0]
+            assert [line["missing"] for line in logs if line["event"] == "database_went_back"]
+            assert len(await messages_of(one, "t")) == 2
+        finally:
+            await connection.execute("DROP TABLE backup")
+            await connection.close()

@@ -129,26 +129,23 @@ def test_a_commit_whose_node_does_not_say_its_standbys_is_in_doubt(monkeypatch: 
     with_leased(run)
 
 
-def test_a_commit_that_is_confirmed_without_a_lease_is_not_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_commit_that_is_confirmed_without_a_lease_is_not_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each commit takes longer than a lease, so that the wait for an unbroken one would have no end."""
     monkeypatch.setattr(nodes, "SETTLE_S_MAX", 1.0)
     found = nodes.Nodes("postgresql:///x?host=/run", replicated=True)
 
-    async def run() -> None:
-        async def late() -> None:
-            while True:
-                found.confirmed("1", nodes.now_s() - 2 * nodes.LEASE_S)
-                await asyncio.sleep(nodes.WAIT_S / 4)
+    async def late() -> None:
+        while True:
+            found.confirmed("1", nodes.now_s() - 2 * nodes.LEASE_S)
+            await asyncio.sleep(nodes.WAIT_S / 4)
 
-        confirming = asyncio.ensure_future(late())
-        await asyncio.sleep(0)
-        async with asyncio.timeout(60):
-            assert not await found.settled("1"), "it waits at most so long"
-        confirming.cancel()
-        async with asyncio.timeout(60):
-            assert not await found.settled("1"), "the lease has ended"
-
-    asyncio.run(run())
+    confirming = asyncio.ensure_future(late())
+    await asyncio.sleep(0)
+    async with asyncio.timeout(60):
+        assert not await found.settled("1"), "it waits at most so long"
+    confirming.cancel()
+    async with asyncio.timeout(60):
+        assert not await found.settled("1"), "the lease has ended"
 
 
 def test_a_node_is_known_by_its_timeline_and_its_start() -> None:

@@ -165,37 +165,34 @@ def test_changes_of_one_message_by_two_servers_build_on_each_other(database: str
     with_two(database, run)
 
 
-def test_a_change_that_other_servers_always_precede_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_change_that_other_servers_always_precede_is_refused(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing of it is stored."""
     for room in (changing_messages, changing_threads, changing_members):
         monkeypatch.setattr(room, "CHANGE_TRIES_MAX", 1)
     provider = SealingProvider()
 
-    async def run() -> None:
-        async with servers(database, provider, 0, 0) as (one, two):
-            (message,) = await fill(one, 1)
+    async with servers(database, provider, 0, 0) as (one, two):
+        (message,) = await fill(one, 1)
 
-            async def preceded(change: Awaitable[object], by: Awaitable[object]) -> None:
-                provider.holds, provider.held, provider.go_on = {"encrypt"}, 0, asyncio.Event()
-                late = asyncio.ensure_future(change)
-                await becomes(lambda: provider.held == 1)
-                provider.holds = set()
-                await by
-                provider.go_on.set()
-                with pytest.raises(NotWrittenError, match="at the same time"):
-                    await late
+        async def preceded(change: Awaitable[object], by: Awaitable[object]) -> None:
+            provider.holds, provider.held, provider.go_on = {"encrypt"}, 0, asyncio.Event()
+            late = asyncio.ensure_future(change)
+            await becomes(lambda: provider.held == 1)
+            provider.holds = set()
+            await by
+            provider.go_on.set()
+            with pytest.raises(NotWrittenError, match="at the same time"):
+                await late
 
-            await preceded(
-                *(on.messages.set_reaction(message.id, by, "ok") for on, by in ((one, "late"), (two, "early")))
-            )
-            assert list((await one.reading.message(message.id)).reactions) == ["early"]
-            await preceded(
-                one.threads.update("t", author="ann", title="late"),
-                two.threads.update("t", author="ann", title="early"),
-            )
-            assert (await one.threads.get("t")).title == "early"
-
-    asyncio.run(run())
+        await preceded(*(on.messages.set_reaction(message.id, by, "ok") for on, by in ((one, "late"), (two, "early"))))
+        assert list((await one.reading.message(message.id)).reactions) == ["early"]
+        await preceded(
+            one.threads.update("t", author="ann", title="late"),
+            two.threads.update("t", author="ann", title="early"),
+        )
+        assert (await one.threads.get("t")).title == "early"
 
 
 def test_an_append_whose_stamp_is_always_late_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,29 +209,28 @@ def test_an_append_whose_stamp_is_always_late_is_refused(database: str, monkeypa
     with_two(database, run, HOUR_NS)
 
 
-def test_a_slow_server_writes_into_a_thread_beside_a_busy_one(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_server_writes_into_a_thread_beside_a_busy_one(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The busy one writes while the other encrypts, at each of its tries."""
     provider = SealingProvider()
 
-    async def run() -> None:
-        async with servers(database, provider, 0, 0) as (slow, busy):
-            await fill(busy, 1)
-            real = provider.encrypt
+    async with servers(database, provider, 0, 0) as (slow, busy):
+        await fill(busy, 1)
+        real = provider.encrypt
 
-            async def preceded(*args: Any, **kwargs: Any) -> bytes:
-                with monkeypatch.context() as alone:
-                    alone.setattr(provider, "encrypt", real)
-                    await busy.messages.create(of("ann", "busy"))
-                return await real(*args, **kwargs)
+        async def preceded(*args: Any, **kwargs: Any) -> bytes:
+            with monkeypatch.context() as alone:
+                alone.setattr(provider, "encrypt", real)
+                await busy.messages.create(of("ann", "busy"))
+            return await real(*args, **kwargs)
 
-            monkeypatch.setattr(provider, "encrypt", preceded)
-            for store in (slow, busy):
-                monkeypatch.setattr(store.clock, "now_ns", lambda: NOW_NS + time.monotonic_ns())
-            async with asyncio.timeout(60):
-                await slow.messages.create(of("ann", "slow"))
-            assert bodies(await messages_of(busy, "t"))[-1] == "slow"
-
-    asyncio.run(run())
+        monkeypatch.setattr(provider, "encrypt", preceded)
+        for store in (slow, busy):
+            monkeypatch.setattr(store.clock, "now_ns", lambda: NOW_NS + time.monotonic_ns())
+        async with asyncio.timeout(60):
+            await slow.messages.create(of("ann", "slow"))
+        assert bodies(await messages_of(busy, "t"))[-1] == "slow"
 
 
 def test_members_that_other_servers_always_change_first_are_not_changed(
@@ -296,30 +292,27 @@ def test_a_thread_that_two_servers_make_at_once_has_one_key(database: str) -> No
     with_two(database, run)
 
 
-def test_a_thread_made_meanwhile_by_a_server_ahead_costs_one_key(
+async def test_a_thread_made_meanwhile_by_a_server_ahead_costs_one_key(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provider = SealingProvider()
     make = provider.create_dek_for_thread
     made: list[str] = []
 
-    async def run() -> None:
-        async with servers(database, provider, 0, HOUR_NS) as (one, two):
+    async with servers(database, provider, 0, HOUR_NS) as (one, two):
 
-            async def meanwhile(thread: str, **more: Any) -> Any:
-                made.append(thread)
-                if len(made) == 1:
-                    await two.messages.create(of("ann", "first"))
-                return await make(thread, **more)
+        async def meanwhile(thread: str, **more: Any) -> Any:
+            made.append(thread)
+            if len(made) == 1:
+                await two.messages.create(of("ann", "first"))
+            return await make(thread, **more)
 
-            monkeypatch.setattr(provider, "create_dek_for_thread", meanwhile)
-            async with asyncio.timeout(60):
-                await one.messages.create(of("ann", "second"))
-            assert bodies(await messages_of(two, "t")) == ["first", "second"]
-            assert made == ["t", "t"]
-            assert len(provider.retired) == 1
-
-    asyncio.run(run())
+        monkeypatch.setattr(provider, "create_dek_for_thread", meanwhile)
+        async with asyncio.timeout(60):
+            await one.messages.create(of("ann", "second"))
+        assert bodies(await messages_of(two, "t")) == ["first", "second"]
+        assert made == ["t", "t"]
+        assert len(provider.retired) == 1
 
 
 def test_two_first_messages_of_an_author_at_two_servers_are_both_posted(database: str) -> None:
@@ -393,7 +386,7 @@ def test_an_admin_sees_every_key_under_any_prefix(database: str, monkeypatch: py
 
 # --- nothing acknowledged is lost -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("how", ["pg_cancel_backend", "pg_terminate_backend"])
-def test_a_write_whose_wait_for_the_standby_ends_is_not_acknowledged(database: str, how: str) -> None:
+async def test_a_write_whose_wait_for_the_standby_ends_is_not_acknowledged(database: str, how: str) -> None:
     """A cancelled wait ends with success and a warning, which no default of the role or the database hides. What was
     written is visible, and may be lost."""
 
@@ -410,28 +403,24 @@ def test_a_write_whose_wait_for_the_standby_ends_is_not_acknowledged(database: s
                 await asyncio.sleep(0.01)
         await one.messages.create(of("ann", "later"))
 
-    async def hidden() -> None:
-        async with hidden_warnings(database), servers(database, SealingProvider(), 0, 0) as (one, two):
-            await run(one, two)
-
-    asyncio.run(hidden())
+    async with hidden_warnings(database), servers(database, SealingProvider(), 0, 0) as (one, two):
+        await run(one, two)
 
 
-def test_a_session_without_what_commits_rest_on_is_not_used(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_session_without_what_commits_rest_on_is_not_used(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As behind a connection pooler, which drops what the server sets."""
     real = asyncpg.connect
 
     async def dropping(*args: Any, server_settings: object = None, **more: Any) -> Any:
         return await real(*args, **more)
 
-    async def run() -> None:
-        async with hidden_warnings(database):
-            monkeypatch.setattr(asyncpg, "connect", dropping)
-            with pytest.raises(EngineUnavailableError, match="has client_min_messages = error, not warning"):
-                await postgres.open_engine(database, single_node=True)
-            monkeypatch.undo()
-
-    asyncio.run(run())
+    async with hidden_warnings(database):
+        monkeypatch.setattr(asyncpg, "connect", dropping)
+        with pytest.raises(EngineUnavailableError, match="has client_min_messages = error, not warning"):
+            await postgres.open_engine(database, single_node=True)
+        monkeypatch.undo()
 
 
 def test_a_retry_after_an_unknown_outcome_waits_until_it_is_replicated(database: str) -> None:
@@ -583,47 +572,41 @@ def test_a_group_keeps_the_writes_whose_conditions_hold(database: str) -> None:
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
-def test_one_disk_is_enough_only_where_that_is_said(database: str) -> None:
-    async def run() -> None:
-        await (await emptied(database)).end()
-        with pytest.raises(StoreUnavailableError, match="set synchronous_standby_names there, or"):
-            await postgres.open_engine(database, single_node=False)
-        with pytest.raises(FormatError, match="holds a store already"):
-            await tables.init(database)
-        assert await tables.upgrade(database) == (1, 1)
-
-    asyncio.run(run())
+async def test_one_disk_is_enough_only_where_that_is_said(database: str) -> None:
+    await (await emptied(database)).end()
+    with pytest.raises(StoreUnavailableError, match="set synchronous_standby_names there, or"):
+        await postgres.open_engine(database, single_node=False)
+    with pytest.raises(FormatError, match="holds a store already"):
+        await tables.init(database)
+    assert await tables.upgrade(database) == (1, 1)
 
 
-def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> None:
+async def test_the_role_of_the_servers_may_not_change_the_tables(database: str) -> None:
     own, of_server = database.replace("/postgres?", "/own?"), database.replace("test@/postgres?", "server@/own?")
 
-    async def run() -> None:
-        connection = await asyncpg.connect(database)
-        await connection.execute("CREATE ROLE server LOGIN")
-        await connection.execute("CREATE DATABASE own")
-        await connection.close()
-        with pytest.raises(FormatError, match="run progressdb store init"):
-            await postgres.open_engine(own, single_node=True)
-        await tables.init(own, "server")
-        store = Conversations(await postgres.open_engine(of_server, single_node=True), SealingProvider())
-        try:
-            await fill(store, 2)
-            assert len(await messages_of(store, "t")) == 2
-        finally:
-            await store.close()
-        connection = await asyncpg.connect(of_server)
-        for refused in (
-            "UPDATE store_schema SET number = 2",
-            "ALTER TABLE store_entry ADD x int",
-            "DROP TABLE store_head",
-            "CREATE TEMPORARY TABLE x (y int)",
-        ):
-            with pytest.raises(asyncpg.InsufficientPrivilegeError):
-                await connection.execute(refused)
-        await connection.close()
-
-    asyncio.run(run())
+    connection = await asyncpg.connect(database)
+    await connection.execute("CREATE ROLE server LOGIN")
+    await connection.execute("CREATE DATABASE own")
+    await connection.close()
+    with pytest.raises(FormatError, match="run progressdb store init"):
+        await postgres.open_engine(own, single_node=True)
+    await tables.init(own, "server")
+    store = Conversations(await postgres.open_engine(of_server, single_node=True), SealingProvider())
+    try:
+        await fill(store, 2)
+        assert len(await messages_of(store, "t")) == 2
+    finally:
+        await store.close()
+    connection = await asyncpg.connect(of_server)
+    for refused in (
+        "UPDATE store_schema SET number = 2",
+        "ALTER TABLE store_entry ADD x int",
+        "DROP TABLE store_head",
+        "CREATE TEMPORARY TABLE x (y int)",
+    ):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute(refused)
+    await connection.close()
 
 
 @pytest.mark.parametrize(

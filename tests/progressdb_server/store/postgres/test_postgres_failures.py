@@ -218,21 +218,20 @@ def test_a_read_that_met_its_deadline_is_not_sent_again(database: str, monkeypat
     with_one(database, run)
 
 
-def test_a_command_does_not_wait_for_a_database_without_end(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        await (await emptied(database)).end()
-        connection = await asyncpg.connect(database)
-        async with connection.transaction():
-            await connection.execute("LOCK TABLE store_schema")
-            with monkeypatch.context() as patched:
-                patched.setattr(tables, "COMMAND_S_MAX", 0.5)
-                async with asyncio.timeout(60):
-                    with pytest.raises(EngineUnavailableError):
-                        await tables.upgrade(database)
-        await connection.close()
-        assert await tables.upgrade(database) == (1, 1)
-
-    asyncio.run(run())
+async def test_a_command_does_not_wait_for_a_database_without_end(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await (await emptied(database)).end()
+    connection = await asyncpg.connect(database)
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE store_schema")
+        with monkeypatch.context() as patched:
+            patched.setattr(tables, "COMMAND_S_MAX", 0.5)
+            async with asyncio.timeout(60):
+                with pytest.raises(EngineUnavailableError):
+                    await tables.upgrade(database)
+    await connection.close()
+    assert await tables.upgrade(database) == (1, 1)
 
 
 def test_a_request_that_is_given_up_does_not_cancel_its_commit(database: str) -> None:
@@ -250,50 +249,42 @@ def test_a_request_that_is_given_up_does_not_cancel_its_commit(database: str) ->
     with_one(database, run)
 
 
-def test_a_server_without_replication_reads_whichever_host_takes_writes(database: str, tmp_path: Path) -> None:
+async def test_a_server_without_replication_reads_whichever_host_takes_writes(database: str, tmp_path: Path) -> None:
     """It reads first, and has no lease whose renewal would look for another host."""
-
-    async def run() -> None:
-        await (await emptied(database)).end()
-        (real,) = parse_qs(urlsplit(database).query)["host"]
-        first, second = tmp_path / "1", tmp_path / "2"
-        first.mkdir()
-        second.mkdir()
-        url = f"postgresql://test@/postgres?host={first},{second}"
-        async with counted(Path(real), first):
-            store = Conversations(await postgres.open_engine(url, single_node=True), SealingProvider())
-            await fill(store, 1)
-        (first / PORT_NAME).unlink(missing_ok=True)
-        connection = await asyncpg.connect(database)
-        await connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'progressdb'"
-        )
-        await connection.close()
-        async with counted(Path(real), second):
-            assert bodies(await messages_of(store, "t")) == [0]
-            await store.close()
-
-    asyncio.run(run())
+    await (await emptied(database)).end()
+    (real,) = parse_qs(urlsplit(database).query)["host"]
+    first, second = tmp_path / "1", tmp_path / "2"
+    first.mkdir()
+    second.mkdir()
+    url = f"postgresql://test@/postgres?host={first},{second}"
+    async with counted(Path(real), first):
+        store = Conversations(await postgres.open_engine(url, single_node=True), SealingProvider())
+        await fill(store, 1)
+    (first / PORT_NAME).unlink(missing_ok=True)
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'progressdb'"
+    )
+    await connection.close()
+    async with counted(Path(real), second):
+        assert bodies(await messages_of(store, "t")) == [0]
+        await store.close()
 
 
-def test_a_host_that_does_not_answer_delays_no_other(
+async def test_a_host_that_does_not_answer_delays_no_other(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one whose processes are stopped: the kernel takes the connection, and nobody reads it."""
-
-    async def run() -> None:
-        await (await emptied(database)).end()
-        silent = socket.socket(socket.AF_UNIX)
-        silent.bind(str(tmp_path / ".s.PGSQL.5432"))
-        silent.listen()
-        both = database.replace("host=", f"host={tmp_path},")
-        store = Conversations(await postgres.open_engine(both, single_node=True), SealingProvider())
-        await fill(store, 1)
-        assert bodies(await messages_of(store, "t")) == [0]
-        await store.close()
-        monkeypatch.setattr(nodes, "CONNECT_S_MAX", 0.5)
-        with pytest.raises(EngineUnavailableError, match="not available now"):
-            await postgres.open_engine(f"postgresql://test@/postgres?host={tmp_path}", single_node=True)
-        silent.close()
-
-    asyncio.run(run())
+    await (await emptied(database)).end()
+    silent = socket.socket(socket.AF_UNIX)
+    silent.bind(str(tmp_path / ".s.PGSQL.5432"))
+    silent.listen()
+    both = database.replace("host=", f"host={tmp_path},")
+    store = Conversations(await postgres.open_engine(both, single_node=True), SealingProvider())
+    await fill(store, 1)
+    assert bodies(await messages_of(store, "t")) == [0]
+    await store.close()
+    monkeypatch.setattr(nodes, "CONNECT_S_MAX", 0.5)
+    with pytest.raises(EngineUnavailableError, match="not available now"):
+        await postgres.open_engine(f"postgresql://test@/postgres?host={tmp_path}", single_node=True)
+    silent.close()
