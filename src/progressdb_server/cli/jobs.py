@@ -16,12 +16,15 @@ from cyclopts import App, Parameter
 
 from minikms.commands.output import confirm, print_result, print_table, progress_bar
 from minikms.commands.usage import CommandError
-from progressdb_server.cli.admin_client import AdminClient
+from progressdb_server.cli.admin_client import AdminClient, UnreachableError
 from progressdb_server.cli.flags import Json, KeyFile, Url
 from progressdb_server.config import duration_s
+from progressdb_server.jobs.states import ALL_THREADS, THREADS_NAMED_MAX
 
 ROTATE_TIMEOUT_S: Final = 600.0
 """For a request that starts many jobs, or that restores or removes all backups of a job."""
+JOBS_PAGE: Final = 1000
+RECONNECT_S: Final = 60.0
 _OVER: Final = frozenset({"done", "failed", "cancelled", "paused"})
 
 JobId = Annotated[str, Parameter(help="A job's id.")]
@@ -71,18 +74,22 @@ def rotate_dek(
         how["records_per_second"] = 0 if unthrottled else rate
     if len(threads) == 1:
         begun = client.call("POST", "/admin/rotate_thread_dek", {"thread_id": threads[0], **how})
-        ids, count = [begun["job_id"]], 1
+        ids = [begun["job_id"]]
     else:
-        begun = client.call("POST", "/admin/rotate_deks", {**chosen, **how}, timeout_s=ROTATE_TIMEOUT_S)
-        ids, count = begun["job_ids"], begun["count"]
+        starts = range(0, len(threads), THREADS_NAMED_MAX)
+        parts: list[dict[str, object]] = [
+            {"thread_ids": threads[start : start + THREADS_NAMED_MAX]} for start in starts
+        ] or [chosen]
+        ids = []
+        for part in parts:
+            ids += client.call("POST", "/admin/rotate_deks", {**part, **how}, timeout_s=ROTATE_TIMEOUT_S)["job_ids"]
+        begun = {"count": len(ids), "job_ids": ids}
     if not wait:
-        print_result(begun, f"{count} jobs started: {' '.join(ids[:10])}{' …' if count > 10 else ''}", json=as_json)
+        said = f"{len(ids)} jobs started: {' '.join(ids[:10])}{' …' if len(ids) > 10 else ''}"
+        print_result(begun, said, json=as_json)
         return 0
-    ended = [_watch(client, job_id, as_json) for job_id in ids]
-    lines = [_sentence(job) for job in ended]
-    if count > len(ids):
-        lines.append(f"{count - len(ids)} more jobs are in the queue: progressdb jobs list")
-    print_result(ended, lines if count else "no thread's key is due", json=as_json)
+    ended = [_watch(client, job_id) for job_id in ids]
+    print_result(ended, [_sentence(job) for job in ended], json=as_json)
     return 0 if all(job["status"] == "done" for job in ended) else 1
 
 
@@ -91,12 +98,13 @@ def rotate_dek(
 def list_jobs(
     *,
     status: Annotated[str, Parameter(help="Only jobs in this state.")] = "",
+    limit: Annotated[int, Parameter(help="How many; 0: all.")] = JOBS_PAGE,
     as_json: Json = False,
     url: Url = None,
     api_key_file: KeyFile = None,
 ) -> int:
-    """List all jobs, newest first."""
-    jobs = AdminClient.from_flags(url, api_key_file).call("GET", f"/admin/jobs?status={quote(status)}")["jobs"]
+    """List jobs, newest first."""
+    jobs = _jobs(AdminClient.from_flags(url, api_key_file), f"/admin/jobs?status={quote(status)}&", limit)
     return _listed(jobs, as_json, "no jobs")
 
 
@@ -117,7 +125,7 @@ def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file:
 @app.command(name="watch")
 def watch(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """Follow a job until it no longer runs."""
-    job = _watch(AdminClient.from_flags(url, api_key_file), job_id, as_json)
+    job = _watch(AdminClient.from_flags(url, api_key_file), job_id)
     print_result(job, _sentence(job), json=as_json)
     return 0 if job["status"] == "done" else 1
 
@@ -150,7 +158,7 @@ def _control(job_id: str, action: str, as_json: bool, client: AdminClient) -> in
 @backups.command(name="list")
 def list_backups(*, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
     """List the jobs that have backups, newest first."""
-    jobs = AdminClient.from_flags(url, api_key_file).call("GET", "/admin/backups")["jobs"]
+    jobs = _jobs(AdminClient.from_flags(url, api_key_file), "/admin/backups?")
     return _listed(jobs, as_json, "no DEK rotation has kept records; backups of the store: progressdb backup list")
 
 
@@ -172,7 +180,7 @@ def prune(
     client = AdminClient.from_flags(url, api_key_file)
     chosen = list(job_ids)
     if not chosen:
-        chosen = [job["job_id"] for job in client.call("GET", "/admin/backups")["jobs"] if _old(job, older_than)]
+        chosen = [job["job_id"] for job in _jobs(client, "/admin/backups?") if _old(job, older_than)]
     if chosen:
         confirm(f"Remove the backups of {len(chosen)} jobs for good?", yes=yes)
     removed = [client.call("DELETE", f"{_target(job)}/backups", timeout_s=ROTATE_TIMEOUT_S) for job in chosen]
@@ -202,26 +210,51 @@ def _old(job: dict[str, Any], older_than: str) -> bool:
 
 
 # --- printing -----------------------------------------------------------------------------------------------------
-def _watch(client: AdminClient, job_id: str, as_json: bool) -> dict[str, Any]:
-    """The job in the end. With a progress bar on a terminal: first of re-encrypting, then of reading back."""
+def _watch(client: AdminClient, job_id: str) -> dict[str, Any]:
+    """The job in the end. With a progress bar on a terminal: first of re-encrypting, then of reading back. A server
+    that stops may be away for RECONNECT_S."""
     job: dict[str, Any] = client.call("GET", _target(job_id))
-    thread = job["thread_id"]
-    with progress_bar(f"{thread}: re-encrypting", shown=not as_json) as progress:
+    what = _what(job)
+    lost_at: float | None = None
+    with progress_bar(f"{what}: rotating", shown=True) as progress:
         while job["status"] not in _OVER:
-            for job in client.events(f"{_target(job_id)}/events"):
-                if job["status"] == "verifying":
-                    progress(job["verified"], job["total"] or None, f"{thread}: reading back")
-                else:
-                    progress(job["done"] + job["failed"], job["total"] or None)
+            try:
+                for job in client.events(f"{_target(job_id)}/events"):
+                    lost_at = None
+                    if job["status"] == "verifying":
+                        progress(job["verified"], job["total"] or None, f"{what}: reading back")
+                    else:
+                        progress(job["done"] + job["failed"], job["total"] or None)
+            except UnreachableError:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > RECONNECT_S:
+                    raise
+                time.sleep(1)
     return job
+
+
+def _jobs(client: AdminClient, target: str, limit: int = 0) -> list[dict[str, Any]]:
+    """Page by page; 0: all."""
+    jobs: list[dict[str, Any]] = []
+    while True:
+        before = f"&before={jobs[-1]['job_id']}" if jobs else ""
+        page = client.call("GET", f"{target}limit={JOBS_PAGE}{before}")["jobs"]
+        jobs += page
+        if len(page) < JOBS_PAGE or 0 < limit <= len(jobs):
+            return jobs[: limit or None]
 
 
 def _target(job_id: str) -> str:
     return f"/admin/jobs/{quote(job_id, safe='')}"
 
 
+def _what(job: dict[str, Any]) -> str:
+    return "all threads" if job["thread_id"] == ALL_THREADS else job["thread_id"]
+
+
 def _sentence(job: dict[str, Any]) -> str:
-    text = f"{job['thread_id']}: {job['status']}, {job['done']} of {job['total']} records re-encrypted"
+    what = "threads rotated" if job["thread_id"] == ALL_THREADS else "records re-encrypted"
+    text = f"{_what(job)}: {job['status']}, {job['done']} of {job['total']} {what}"
     if job["failed"]:
         text += f", {job['failed']} failed (progressdb jobs show {job['job_id']})"
     if job["reason"]:

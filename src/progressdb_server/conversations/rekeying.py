@@ -69,9 +69,9 @@ class Rekeying:
         """Time of the newest stamp, in Unix nanoseconds; 0 in an empty store."""
         return self._writer.state.last.time_ns
 
-    async def threads(self) -> AsyncIterator[str]:
-        """Every thread."""
-        lower, upper = keyspace.MAP, keyspace.after(keyspace.MAP)
+    async def threads(self, behind: str = "") -> AsyncIterator[str]:
+        """Every thread, or those behind this one in the order of their ids."""
+        lower, upper = keyspace.next_key(keyspace.key_map(behind)), keyspace.after(keyspace.MAP)
         while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
             for key, _ in entries:
@@ -254,20 +254,25 @@ class Rekeying:
         """Ids sort by time."""
         return keyspace.new_job_id(now_ns)
 
+    def is_job_id(self, text: str) -> bool:
+        return keyspace.JOB_ID.fullmatch(text) is not None
+
     async def job_row(self, job_id: str) -> bytes | None:
         """None also for a malformed id."""
-        return await self.reads.get(keyspace.job(job_id)) if keyspace.JOB_ID.fullmatch(job_id) else None
+        return await self.reads.get(keyspace.job(job_id)) if self.is_job_id(job_id) else None
 
-    async def job_rows(
-        self, *, newest_first: bool = False, since_ns: int = 0
-    ) -> AsyncIterator[list[tuple[str, bytes]]]:
+    async def job_rows(self, since_ns: int = 0) -> AsyncIterator[list[tuple[str, bytes]]]:
         """Ids and rows. `since_ns`: of jobs whose ids are not older."""
         lower, upper = keyspace.jobs_since(since_ns), keyspace.after(keyspace.JOBS)
-        while entries := await self.reads.scan(lower, upper, limit=PAGE_ROWS, reverse=newest_first):
-            if newest_first:
-                upper = entries[-1][0]
-            else:
-                lower = keyspace.next_key(entries[-1][0])
+        while entries := await self.reads.scan(lower, upper, limit=PAGE_ROWS):
+            lower = keyspace.next_key(entries[-1][0])
+            yield [(_id_of(key), raw) for key, raw in entries]
+
+    async def newest_job_rows(self, before: str = "") -> AsyncIterator[list[tuple[str, bytes]]]:
+        """As `job_rows`, but the newest first; with `before` those that are older than this job."""
+        upper = keyspace.job(before) if before else keyspace.after(keyspace.JOBS)
+        while entries := await self.reads.scan(keyspace.JOBS, upper, limit=PAGE_ROWS, reverse=True):
+            upper = entries[-1][0]
             yield [(_id_of(key), raw) for key, raw in entries]
 
     async def job_rows_of(self, job_ids: Sequence[str]) -> AsyncIterator[list[tuple[str, bytes]]]:

@@ -46,7 +46,7 @@ from progressdb_server.jobs.states import (
     with_source,
 )
 from progressdb_server.jobs.table import PendingRow, Row
-from progressdb_server.kms.provider import Fault, Provider, created_ns, fault, is_permanent, key_pages
+from progressdb_server.kms.provider import Fault, Provider, created_ns, fault, key_pages
 from progressdb_server.store.model import (
     Chunk,
     ClaimLostError,
@@ -142,8 +142,7 @@ class KeyRotation(Kind):
         """Start a rotation, or return the unfinished one. When this returns, the thread has the new key, unless the key
         service is unavailable. With `later` it keeps its old key until a worker starts the job. Raises
         ThreadNotFoundError, TooManyJobsError, JobConflictError, StoreUnavailableError."""
-        if destroy_after_s and not self._destroys:
-            raise JobConflictError("no gateway takes a request to destroy a key: leave destroy_old_after out")
+        self.check_destroys(destroy_after_s)
         await self.require([thread])
         fields = {"rate": rate, "destroy_after_s": destroy_after_s, "trigger": trigger, "keying": not later}
         job = await self._runner.add(self, thread, **fields)
@@ -155,24 +154,21 @@ class KeyRotation(Kind):
                             break
         return await self._table.get(job.id)
 
-    async def select(self, due: Due | None, *, rate: int | None = None, destroy_after_s: int = 0) -> AsyncIterator[Job]:
-        """Rotate every thread whose key is due, with None every thread. Yields each job when it is queued. Raises
-        KmsError for what the key service would refuse again."""
-        threads = self._store.rekeying.threads() if due is None else (found async for found, _ in self.due_threads(due))
-        try:
-            async for thread in threads:
-                yield await self.rotate(thread, rate=rate, destroy_after_s=destroy_after_s, later=True)
-        except KmsError as error:
-            if is_permanent(error):
-                raise
-            raise StoreUnavailableError("the key service can't list its keys now") from error
+    def check_destroys(self, destroy_after_s: int) -> None:
+        """Raises JobConflictError."""
+        if destroy_after_s and not self._destroys:
+            raise JobConflictError("no gateway takes a request to destroy a key: leave destroy_old_after out")
 
-    async def due_threads(self, due: Due) -> AsyncIterator[tuple[str, str]]:
-        """Each thread whose current key is due, with the reason. Raises KmsError."""
-        now_ns = self._table.now_ns()
+    async def due_threads(self, due: Due, now_ns: int) -> AsyncIterator[tuple[str, str]]:
+        """Each thread whose current key is due at that time, with the reason; a later key is not. Raises KmsError,
+        StoreUnavailableError."""
         async for page in key_pages(self._provider, state="active"):
+            if page.indexing:
+                raise StoreUnavailableError("the key service is still reading its keys")
             for key in page.keys:
-                if key.purpose != "thread" or await self._store.rekeying.key_of_thread(key.thread_id) != key.key_id:
+                if key.purpose != "thread" or created_ns(key) > now_ns:
+                    continue
+                if await self._store.rekeying.key_of_thread(key.thread_id) != key.key_id:
                     continue
                 if why := due.why(key, now_ns) or await self._worn(key, due.uses):
                     yield key.thread_id, why
@@ -205,7 +201,8 @@ class KeyRotation(Kind):
         if due == Due():
             return
         destroy_after_s = settings.destroy_old_after_s
-        async for thread, why in self.due_threads(due):
+        async for thread, why in self.due_threads(due, self._table.now_ns()):
+            await self._runner.place()
             with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # tried again in an hour
                 await self.rotate(thread, destroy_after_s=destroy_after_s, trigger=f"max_{why}", later=True)
 

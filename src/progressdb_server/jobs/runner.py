@@ -51,6 +51,9 @@ from progressdb_server.store.model import (
 
 RUNNING_MAX: Final = 2
 UNFINISHED_MAX: Final = 65_536
+WAITING_MAX: Final = 64
+PLACE_S: Final = 0.02
+"""How many jobs wait for their turn while a walk over all threads adds more, and between two looks."""
 WATCH_S: Final = 0.25
 """The shortest time between two values that `Runner.watch` yields."""
 READ_RETRY_S: Final = 0.5
@@ -96,6 +99,8 @@ class Kind:
 
     name: ClassVar[str] = ""
     """In the rows of its jobs (`Job.kind`); empty for a kind without rows of its own."""
+    beside: ClassVar[bool] = False
+    """Whether its jobs only begin other jobs and wait for them: they count as no work."""
     first_s: float = 60.0
     every_s: float = 60.0
     """From a start until `begin` is called, and between two calls; `math.inf`: never again."""
@@ -172,9 +177,14 @@ class Workers:
         self.queue.append(job_id)
         await self.pump()
 
+    @property
+    def at_work(self) -> list[Job]:
+        """What counts for RUNNING_MAX."""
+        return [job for job in self._table.followed.values() if not self._kind_of(job).beside]
+
     async def pump(self) -> None:
         """Start queued jobs, up to RUNNING_MAX."""
-        while self.queue and len(self.running) < RUNNING_MAX and not self._stop.is_set():
+        while self.queue and len(self.at_work) < RUNNING_MAX and not self._stop.is_set():
             job_id = self.queue.popleft()
             try:
                 job = await self._table.get(job_id)
@@ -189,7 +199,7 @@ class Workers:
                 raise
             if job.state not in AT_WORK or job_id in self.running or self._threads.get(job.thread) != job_id:
                 continue
-            if len(self.running) == RUNNING_MAX:  # another task has started one meanwhile
+            if len(self.at_work) == RUNNING_MAX:  # another task has started one meanwhile
                 self.queue.appendleft(job_id)
                 return
             self._table.followed[job_id] = job
@@ -317,7 +327,7 @@ class Runner:
         store.metrics.gauges["progressdb_jobs_unfinished"] = ("Jobs not finished yet.", lambda: len(self._threads))
         store.metrics.gauges["progressdb_jobs_records_left"] = (
             "Records that the jobs at work have still to re-encrypt.",
-            lambda: sum(max(0, job.total - job.done - job.failed) for job in self.table.followed.values()),
+            lambda: sum(max(0, job.total - job.done - job.failed) for job in self._workers.at_work),
         )
 
     async def start(self) -> None:
@@ -463,6 +473,11 @@ class Runner:
         _log.info("job_begun", job=job.id, thread=thread, trigger=job.trigger)
         await self._workers.begin(job)
         return job
+
+    async def place(self) -> None:
+        """Wait until few jobs wait for their turn."""
+        while len(self._workers.queue) >= WAITING_MAX:  # noqa: ASYNC110  a look in PLACE_S costs less than being woken
+            await asyncio.sleep(PLACE_S)
 
     # --- changing -------------------------------------------------------------------------------------------------
     async def pause(self, job_id: str) -> Job:

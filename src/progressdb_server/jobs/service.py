@@ -14,6 +14,7 @@ from typing import Final
 from progressdb_server.config import Rotation
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.destruction import KeyDestruction
+from progressdb_server.jobs.many import RotationsOfMany
 from progressdb_server.jobs.orphans import OrphanedKeys
 from progressdb_server.jobs.rotation import KeyRotation
 from progressdb_server.jobs.runner import Kind, Runner
@@ -66,4 +67,5 @@ class Jobs(Runner):
         self.rotation = KeyRotation(self, store, provider, settings, exclusive=exclusive, destroys=destroys)
         self.destruction = KeyDestruction(self, store, provider)
         self.orphans = OrphanedKeys(store, provider, self.has_job, exclusive=exclusive)
-        self.kinds = (self.rotation, self.destruction, self.orphans, OldRows(self.table))
+        self.many = RotationsOfMany(self, store, self.rotation)
+        self.kinds = (self.rotation, self.many, self.destruction, self.orphans, OldRows(self.table))

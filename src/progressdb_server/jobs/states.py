@@ -42,6 +42,10 @@ FINAL: Final[frozenset[State]] = frozenset({"cancelled", "done"})
 
 FAILURES_NAMED_MAX: Final = 100
 """Records that a job names; it counts all."""
+THREADS_NAMED_MAX: Final = 1024
+"""Of one request."""
+ALL_THREADS: Final = "*"
+"""In the row of a job on many threads; no id of a thread."""
 SOURCES_MAX: Final = 32
 """Keys that a job remembers to have found records under."""
 
@@ -88,7 +92,8 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     `keying`: the new key may have been made already and is not the thread's yet. `sources`: every key that records were
     found under. `cursor`: the last storage key that this pass has finished; `moved` and `failed` count in this pass,
     `done` in all passes; `backups`: how many records are kept. `rate`: records a second; None is the server's own
-    bound, 0 none. Times are Unix nanoseconds, 0 for never.
+    bound, 0 none. Times are Unix nanoseconds, 0 for never. `older_than_s` and `kek_version` are those of a walk over
+    ALL_THREADS, which counts threads.
     """
 
     id: str
@@ -118,6 +123,8 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     destroyed_ns: int = 0
     destroy_waits_for: str = ""
     kind: str = "rotation"
+    older_than_s: int = 0
+    kek_version: int = 0
 
     @property
     def unfinished(self) -> bool:
@@ -158,7 +165,9 @@ def with_source(sources: tuple[str, ...], key_id: str) -> tuple[str, ...]:
 
 
 _SHOWN_FIRST: Final = {"id": "job_id", "thread": "thread_id", "kind": "kind", "state": "status"}
-_NOT_SHOWN: Final = frozenset({"keying", "sources", "cursor", "moved", "rate", "census_ns", "destroy_after_s"})
+_NOT_SHOWN: Final = frozenset(
+    {"keying", "sources", "cursor", "moved", "rate", "census_ns", "destroy_after_s", "older_than_s", "kek_version"}
+)
 SHOWN: Final = _SHOWN_FIRST | {
     name: name for name in Job.__struct_fields__ if name not in _NOT_SHOWN and name not in _SHOWN_FIRST
 }

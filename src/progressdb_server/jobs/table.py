@@ -132,11 +132,19 @@ class JobTable:
                 jobs.append(self._read(job_id, raw))
         return jobs
 
-    async def pages(self, *, newest_first: bool = False, since_ns: int = 0) -> AsyncIterator[list[Job]]:
+    async def newest(self, before: str = "") -> AsyncIterator[list[Job]]:
+        """As `pages`, but the newest jobs first; with `before` those that are older than this one. Raises
+        JobNotFoundError for what is no id of a job."""
+        if before and not self._store.rekeying.is_job_id(before):
+            raise JobNotFoundError
+        async for rows in self._store.rekeying.newest_job_rows(before):
+            yield self._readable(rows)
+
+    async def pages(self, *, since_ns: int = 0) -> AsyncIterator[list[Job]]:
         """All jobs since then whose rows are not damaged, in the order of their creation. A page is read when the
         iterator reaches it."""
         began_ns = self.now_ns()
-        async for rows in self._store.rekeying.job_rows(newest_first=newest_first, since_ns=since_ns):
+        async for rows in self._store.rekeying.job_rows(since_ns):
             yield self._readable(rows)
         if since_ns <= self._unknown_since_ns:
             self._all_read_ns = began_ns
@@ -145,6 +153,10 @@ class JobTable:
         """Those of the jobs whose rows are there and not damaged. A page is read when the iterator reaches it."""
         async for rows in self._store.rekeying.job_rows_of(job_ids):
             yield self._readable(rows)
+
+    def of_thread(self, thread: str) -> list[str]:
+        """Ids of the thread's jobs as far as this process has read their rows, oldest first."""
+        return sorted(self._by_thread.get(thread, ()))
 
     @property
     def _unknown_since_ns(self) -> int:
@@ -169,7 +181,7 @@ class JobTable:
             with contextlib.suppress(JobNotFoundError):  # removed meanwhile
                 await self.row(job_id)
         found: list[str] = []
-        for job_id in sorted(self._by_thread.get(thread, ())):
+        for job_id in self.of_thread(thread):
             with contextlib.suppress(JobNotFoundError):  # the write of its row failed
                 if (await self.get(job_id)).backups:
                     found.append(job_id)

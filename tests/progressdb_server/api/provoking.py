@@ -286,6 +286,8 @@ def unknown(world: World, operation: str) -> Reply:
         return world(Ask(method, path, {"thread_id": "nothing"}))
     if operation == "POST /admin/rotate_deks":
         return world(Ask(method, path, {"thread_ids": ["nothing"]}))
+    if operation in ("GET /admin/jobs", "GET /admin/backups"):
+        return world(world.good(operation).query("before=nothing"))
     if operation == "GET /v1/messages":
         thread = world.thread()
         world(Ask("DELETE", f"/v1/threads/{thread}?author=alice"))
@@ -523,6 +525,16 @@ def of_destroyed_key(world: World, operation: str) -> Reply:
     # The destruction, which ends a moment later, still has the thread.
     world.until(lambda: b"a job on this thread" not in world.order(job, "restore").body)
     return world.order(job, "restore")
+
+
+def beside_another_walk(world: World, operation: str) -> Reply:
+    """It waits for two jobs at work."""
+    with world.slow_job(), world.slow_job():
+        first, other = (Ask("POST", operation.split(" ", 1)[1], {"older_than": days}) for days in ("90d", "91d"))
+        (walk,) = world(first).json["job_ids"]
+        reply = world(other)
+        world.order(walk, "cancel")
+        return reply
 
 
 def refused_for_many(world: World, operation: str) -> Reply:

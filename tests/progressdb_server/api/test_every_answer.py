@@ -37,7 +37,6 @@ NOT_TAKEN = "the store's disk did not take the write"
 """The other half of DISK: where nothing is read before."""
 SWITCHING = "the job is switching the thread's key: try again in a moment"
 STOPPING = "the server is shutting down; the job continues after the next start"
-NOT_LISTED = "the key service can't list its keys now"
 RETRIED_S = 30
 READY = "GET /readyz"
 """Says `not ready` when another operation would be refused."""
@@ -88,6 +87,8 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     "missing thread_id": provoking.with_body(),
     "wait must be true or false": provoking.queried("wait=maybe"),
     "thread_ids holds at most 1024": provoking.with_body(thread_ids=["t"] * 1025),
+    "limit must be a whole number from 1 to 10000": provoking.queried("limit=0"),
+    "job-# rotates other threads, or in another way: wait for it, or cancel it": provoking.beside_another_walk,
     "another operation is running on this thread: try again in a moment": provoking.while_restoring,
     "the job job-# is cancelled": provoking.waited_for_cancelled,
     "the job job-# is failed: # records could not be re-encrypted": provoking.waited_for_failed,
@@ -120,7 +121,7 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     "Too many login attempts from this address. Wait a minute, then try again.": provoking.too_many_logins,
     "the form belongs to another session: reload the page": provoking.changed_form(csrf="another's"),
 }
-TOGETHER = frozenset({KEY_SERVICE, SEALED, NOT_LISTED, SWITCHING, STOPPING})
+TOGETHER = frozenset({KEY_SERVICE, SEALED, SWITCHING, STOPPING})
 """Provoked for all operations at once, by taking the key service away and by sealing it: see `Living`; and by stopping
 the server."""
 
@@ -170,7 +171,6 @@ class Living:
         """Every operation is asked meanwhile, at once, for each waits for some seconds."""
         world = self.world
         asks = {operation: world.good(operation) for operation in OPERATIONS}
-        asks["POST /admin/rotate_deks"] = Ask("POST", "/admin/rotate_deks", {"older_than": "1d"})
         thread = world.thread()
         world.kms.kill()
         with ThreadPoolExecutor(len(asks) + 1) as at_once:
@@ -181,7 +181,6 @@ class Living:
             job = begun.result()
             for order in ("pause", "cancel"):
                 self.together[f"POST /admin/jobs/{{job}}/{order}", SWITCHING] = world.order(job, order)
-        self.together["POST /admin/rotate_deks", NOT_LISTED] = self.together["POST /admin/rotate_deks", KEY_SERVICE]
         world.kms.start()
         world.until(world.well)
         world.ended(job)
@@ -289,7 +288,7 @@ def test_who_needs_the_key_service_is_refused_without_it_and_nobody_else(living:
     if KEY_SERVICE in said_of(operation).get(503, ()):
         assert (reply.status, sentence_of(reply)) == (503, KEY_SERVICE)
     else:
-        assert reply.status != 503 or operation in ("POST /admin/rotate_deks", READY), reply
+        assert reply.status != 503 or operation == READY, reply
 
 
 @pytest.mark.parametrize(
@@ -346,9 +345,8 @@ def test_a_backend_key_comes_only_where_the_document_says_so(living: Living, ope
 
 def test_the_other_refusals_without_the_key_service(living: Living) -> None:
     for (operation, sentence), reply in living.together.items():
-        if sentence in (NOT_LISTED, SWITCHING):
-            status = 503 if sentence == NOT_LISTED else 409
-            assert (reply.status, sentence_of(reply)) == (status, sentence)
+        if sentence == SWITCHING:
+            assert (reply.status, sentence_of(reply)) == (409, sentence)
             check(operation, reply)
 
 

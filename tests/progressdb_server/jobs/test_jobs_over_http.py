@@ -248,16 +248,27 @@ def test_threads_are_rotated_all_or_none(server: RealServer) -> None:
     assert len(server("GET", "/admin/jobs", key=ADMIN).json["jobs"]) == before
 
 
-def test_all_threads_are_rotated_by_one_request(server: RealServer) -> None:
+def test_all_threads_are_rotated_by_one_command(server: RealServer) -> None:
     threads = [new_thread(server, 2) for _ in range(3)]
-    asked = server("POST", "/admin/rotate_deks", {"all": True}, key=ADMIN)
-    assert asked.status == 202
-    assert asked.json["count"] == len(asked.json["job_ids"]) >= 3
-    jobs = [ended(server, job) for job in asked.json["job_ids"]]
-    assert {job["status"] for job in jobs} == {"done"}
-    assert set(threads) <= {job["thread_id"] for job in jobs}
-    assert server("POST", "/admin/rotate_deks", {"older_than": "1d"}, key=ADMIN).json == {"count": 0, "job_ids": []}
-    young = server("POST", "/admin/rotate_deks", {"kek_version": 1}, key=ADMIN)
-    assert young.json["count"] >= 3
-    for job in young.json["job_ids"]:
-        ended(server, job)
+    done = command(server, "rotate-dek", "--all", "--json")
+    (walk,) = json.loads(done.stdout)
+    assert (done.returncode, walk["status"], walk["done"]) == (0, "done", walk["total"])
+    rotations = server("GET", "/admin/jobs?status=done", key=ADMIN).json["jobs"]
+    assert set(threads) <= {job["thread_id"] for job in rotations if job["trigger"] == walk["job_id"]}
+    said = command(server, "rotate-dek", "--older-than", "1d")
+    assert re.fullmatch(r"all threads: done, 0 of 0 threads rotated \[job-\S+\]\n", said.stdout), said
+
+
+def test_jobs_are_listed_in_pages(server: RealServer) -> None:
+    thread = new_thread(server, 1)
+    for _ in range(3):
+        ended(server, rotate(server, thread).json["job_id"])
+    for path in ("/admin/jobs", "/admin/backups"):
+        everything = server("GET", path, key=ADMIN).json["jobs"]
+        first = server("GET", f"{path}?limit=2", key=ADMIN).json["jobs"]
+        second = server("GET", f"{path}?limit=2&before={first[-1]['job_id']}", key=ADMIN).json["jobs"]
+        assert first + second == everything[:4]
+        for query, status in (("limit=0", 400), ("limit=10001", 400), ("limit=x", 400), ("before=x", 404)):
+            assert server("GET", f"{path}?{query}", key=ADMIN).status == status
+    listed = command(server, "jobs", "list", "--limit", "2", "--json")
+    assert len(json.loads(listed.stdout)) == 2

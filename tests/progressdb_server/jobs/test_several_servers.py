@@ -225,9 +225,9 @@ def looks_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     looks: list[int] = []
     real = JobTable.pages
 
-    def pages(table: JobTable, *, newest_first: bool = False, since_ns: int = 0) -> AsyncIterator[list[Job]]:
+    def pages(table: JobTable, *, since_ns: int = 0) -> AsyncIterator[list[Job]]:
         looks.append(since_ns)
-        return real(table, newest_first=newest_first, since_ns=since_ns)
+        return real(table, since_ns=since_ns)
 
     monkeypatch.setattr(JobTable, "pages", pages)
     return looks

@@ -5,6 +5,7 @@ Owns: the JSON of these requests and responses, for admins only. The jobs room d
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Annotated, Final, get_args
@@ -33,17 +34,18 @@ from progressdb_server.api.openapi.description import (
 from progressdb_server.config import duration_s
 from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.jobs.states import SHOWN, Job, JobNotFoundError, State, TooManyJobsError, view
+from progressdb_server.jobs.states import SHOWN, THREADS_NAMED_MAX, Job, JobNotFoundError, State, TooManyJobsError, view
 from progressdb_server.store.model import ThreadNotFoundError
 
-THREADS_NAMED_MAX: Final = 1024
-JOBS_NAMED_MAX: Final = 1000
-"""Job ids in one response; the others are only counted."""
+JOBS_LISTED: Final = 1000
+JOBS_LISTED_MAX: Final = 10_000
+"""Of one response, without and with `limit`."""
 RECORDS_PER_SECOND_MAX: Final = 10_000_000
 KEK_VERSION_MAX: Final = 2**31
 INVALID_REQUEST: Final = "invalid request"
 THREAD_ID_MISSING: Final = "missing thread_id"
 INVALID_WAIT: Final = "wait must be true or false"
+INVALID_LIMIT: Final = f"limit must be a whole number from 1 to {JOBS_LISTED_MAX}"
 TOO_MANY_THREADS: Final = f"thread_ids holds at most {THREADS_NAMED_MAX}"
 
 # JSON has one type of number: 7.0 is as whole as 7.
@@ -88,12 +90,14 @@ def _seconds(text: str) -> int:
 
 
 def _selection(body: RotateThreads) -> Due | None:
-    """Which threads are due; None is all. Raises ApiError 400 unless exactly one selection is given."""
+    """Which threads are due; None if they are named. Raises ApiError 400 unless exactly one selection is given."""
     if sum(map(bool, (body.all, body.thread_ids, body.older_than, body.kek_version))) != 1:
         raise bad_request(INVALID_REQUEST)
     if body.older_than:
         return Due(age_s=_seconds(body.older_than))
-    return Due(kek_version=int(body.kek_version)) if body.kek_version else None
+    if body.kek_version:
+        return Due(kek_version=int(body.kek_version))
+    return Due() if body.all else None
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -126,6 +130,11 @@ _RESTORING: Final = "another operation is running on this thread: try again in a
 _JOB_ID: Final = "job-01764000000000000000-0a1b2c3d"
 
 
+_LIMIT: Final = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
+_PAGE: Final = (
+    Parameter("limit", {"type": "integer", "minimum": 1, "maximum": JOBS_LISTED_MAX}, f"Default {JOBS_LISTED}."),
+    Parameter("before", TEXT, "The last id of the page before; a page that is not full is the last one."),
+)
 _for_admins: Final = partial(Operation, roles=ADMINS, needs=DISK)
 
 
@@ -187,7 +196,7 @@ class JobHandlers:
     @_for_admins(
         "POST",
         "/admin/rotate_deks",
-        response=object_of(count=INTEGER, job_ids={"type": "array", "items": TEXT, "maxItems": JOBS_NAMED_MAX}),
+        response=object_of(count=INTEGER, job_ids={"type": "array", "items": TEXT, "maxItems": THREADS_NAMED_MAX}),
         status=202,
         body=JsonBody(
             RotateThreads,
@@ -202,53 +211,68 @@ class JobHandlers:
         ),
         errors={
             400: (INVALID_REQUEST, TOO_MANY_THREADS),
-            409: (_RESTORING,),
-            503: ("the key service can't list its keys now",),
+            409: (_RESTORING, f"{_JOB_ID} rotates other threads, or in another way: wait for it, or cancel it"),
         },
         raises=(ThreadNotFoundError, TooManyJobsError),
     )
     async def rotate_many(self, request: Request) -> Response:
-        """Queue key rotations of many threads."""
+        """Rotate the keys of many threads. Without `thread_ids` one job rotates them one after another."""
         body = await request.json(_MANY, INVALID_REQUEST)
         due = _selection(body)
         after_s = _seconds(body.destroy_old_after)
         if len(body.thread_ids) > THREADS_NAMED_MAX:
             raise bad_request(TOO_MANY_THREADS)
+        if due is not None:
+            walk = await self._jobs.many.rotate(due, rate=body.rate, destroy_after_s=after_s)
+            return json_response({"count": 1, "job_ids": [walk.id]}, 202)
+        await self._jobs.rotation.require(body.thread_ids)  # either all jobs are started or none
         ids: list[str] = []
-        count = 0
-        if body.thread_ids:
-            await self._jobs.rotation.require(body.thread_ids)  # either all jobs are started or none
-            jobs = self._rotate_each(body.thread_ids, body.rate, after_s)
-        else:
-            jobs = self._jobs.rotation.select(due, rate=body.rate, destroy_after_s=after_s)
-        async for job in jobs:
-            count += 1
-            if len(ids) < JOBS_NAMED_MAX:
-                ids.append(job.id)
-        return json_response({"count": count, "job_ids": ids}, 202)
-
-    async def _rotate_each(self, threads: list[str], rate: int | None, after_s: int) -> AsyncIterator[Job]:
-        for thread in threads:
-            yield await self._jobs.rotation.rotate(thread, rate=rate, destroy_after_s=after_s, later=True)
+        for thread in body.thread_ids:
+            job = await self._jobs.rotation.rotate(thread, rate=body.rate, destroy_after_s=after_s, later=True)
+            ids.append(job.id)
+        return json_response({"count": len(ids), "job_ids": ids}, 202)
 
     @_for_admins(
         "GET",
         "/admin/jobs",
         response=list_of("jobs", _JOB),
-        parameters=(Parameter("status", TEXT, "Only jobs in this state."),),
+        parameters=(Parameter("status", TEXT, "Only jobs in this state."), *_PAGE),
+        errors={400: (INVALID_LIMIT,)},
+        raises=(JobNotFoundError,),
     )
     async def jobs(self, request: Request) -> JsonList:
-        """List all jobs, newest first."""
-        return JsonList(b'{"jobs":[', self._pages(request.query_params.get("status", ""), with_backups=False))
+        """List jobs, newest first."""
+        return self._listed(request, request.query_params.get("status", ""), with_backups=False)
 
-    @_for_admins("GET", "/admin/backups", response=list_of("jobs", _JOB))
+    @_for_admins(
+        "GET",
+        "/admin/backups",
+        response=list_of("jobs", _JOB),
+        parameters=_PAGE,
+        errors={400: (INVALID_LIMIT,)},
+        raises=(JobNotFoundError,),
+    )
     async def with_backups(self, request: Request) -> JsonList:
         """List the jobs that have backups of records, newest first."""
-        return JsonList(b'{"jobs":[', self._pages("", with_backups=True))
+        return self._listed(request, "", with_backups=True)
 
-    async def _pages(self, status: str, *, with_backups: bool) -> AsyncIterator[list[dict[str, object]]]:
-        async for page in self._jobs.table.pages(newest_first=True):
-            yield [view(job) for job in page if status in ("", job.state) and (job.backups or not with_backups)]
+    def _listed(self, request: Request, status: str, *, with_backups: bool) -> JsonList:
+        """Raises ApiError 400."""
+        limit, before = request.query_params.get("limit", str(JOBS_LISTED)), request.query_params.get("before", "")
+        if not _LIMIT.fullmatch(limit) or int(limit) > JOBS_LISTED_MAX:
+            raise bad_request(INVALID_LIMIT)
+        return JsonList(b'{"jobs":[', self._pages(status, int(limit), before, with_backups=with_backups))
+
+    async def _pages(
+        self, status: str, limit: int, before: str, *, with_backups: bool
+    ) -> AsyncIterator[list[dict[str, object]]]:
+        left = limit
+        async for page in self._jobs.table.newest(before):
+            found = [job for job in page if status in ("", job.state) and (job.backups or not with_backups)][:left]
+            left -= len(found)
+            yield [view(job) for job in found]
+            if not left:
+                return
 
     @_for_admins("GET", "/admin/jobs/{job}", response=_JOB, raises=(JobNotFoundError,))
     async def read(self, request: Request) -> Response:

@@ -223,7 +223,7 @@ class Viewer:
     async def _jobs_page(self, request: Request, session: ViewerSession) -> Response:
         """Show the jobs and their progress."""
         jobs: list[Job] = []
-        async for page in self._jobs.table.pages(newest_first=True):
+        async for page in self._jobs.table.newest():
             jobs += page
             if len(jobs) >= JOBS_SHOWN_MAX:
                 break
