@@ -167,6 +167,7 @@ class Auditor:
         if self._confirmed and self._is_due() and (whole or not self._alarm):
             self._submit()
             self._report()
+        self._store.archive()
         return whole
 
     def _stop(self, why: str, pause_s: float) -> None:
@@ -288,6 +289,7 @@ class Auditor:
             self._close_tail()  # its leaves are read again
             raise
         self._note = None
+        self._store.archive()
 
     # --- signatures ---------------------------------------------------------------------------------------------------
 

@@ -3,15 +3,19 @@
 Owns: every file below the directory (docs/spec/tree.md), and the order in which they change. Invariants: the tiles of a
 tree are durable before the state that names its size, and the state is durable before `commit` returns; a file is
 replaced whole or not at all, but for `rejected`, which grows; tiles beyond the state's size are of a commit that did
-not end, and are written again. It must never sign, or judge a line.
+not end, and are written again; a tile is removed only once an archive with it is durable. It must never sign, or judge
+a line.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
@@ -19,13 +23,21 @@ import msgspec
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.audit import tiles
-from minikms.audit.export import INDEX_NAME, LogRange
+from minikms.audit.export import INDEX_NAME, LogRange, tile_reader
 from minikms.audit.note import NOTE_BYTES_MAX
 from minikms.audit.record import LINE_BYTES_MAX
-from minikms.audit.tiles import CHECKPOINT_NAME, TILE_BYTES, RightEdge, Tile
+from minikms.audit.tiles import CHECKPOINT_NAME, TILE_BYTES, TILE_HEIGHT, TILE_WIDTH, RightEdge, Tile, TilesError
 from minikms.audit.tree import EMPTY_ROOT
 from minikms.platform.directory_lock import DataDirLock, make_private_directory
-from minikms.platform.files import FileWrite, open_directory, read_file_bounded, replace_file, sweep_temps, write_files
+from minikms.platform.files import (
+    FileWrite,
+    open_directory,
+    read_file_bounded,
+    remove_files,
+    replace_file,
+    sweep_temps,
+    write_files,
+)
 from minikms.platform.sync import sync_directory
 from minikms_auditor.line_file import LineFile
 
@@ -43,6 +55,8 @@ REJECTED_BYTES_MAX: Final = 64 * 1024 * 1024
 """A file of rejected lines that is larger takes no more."""
 SKIPPED_COUNT_MAX: Final = 1000
 FILE_BYTES_MAX: Final = 4 * 1024 * 1024
+ARCHIVES_AT_A_TIME: Final = 16
+"""Each takes some 20 ms: the tiles of an earlier version are archived in many steps."""
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,7 +102,12 @@ class Store:
             self._tree = os.path.join(self._lock.directory, TREE_NAME)
             make_private_directory(self._tree)
             sweep_temps(self._fd)
+            with _opened(self._tree) as fd:
+                sweep_temps(fd)
             self._swept: set[str] = set()
+            self._archived: dict[int, int] = {}
+            """How many archives each level has; fewer at first, since the last one may not have ended."""
+            self.read = tile_reader(Path(self._tree))
             self.state = self._load(origin)
             self.edge = RightEdge.load(self.read, self.state.size)
             self._check_root()
@@ -110,18 +129,15 @@ class Store:
         if self.state.size and read_file_bounded(os.path.join(self._tree, INDEX_NAME), FILE_BYTES_MAX) != index:
             _replace_in(self._tree, INDEX_NAME, index)
 
-    def read(self, path: str) -> bytes | None:
-        """A `tiles.Read` of the tree."""
-        return read_file_bounded(os.path.join(self._tree, path), TILE_BYTES + 1)
-
     def commit(self, edge: RightEdge, state: State) -> None:
         """Make a larger tree durable: first its tiles, then its state. Raises StorageUnavailableError; then the tree is
         still the one before.
         """
         new_tiles = edge.take_tiles()
-        groups: dict[str, list[Tile]] = {}
+        groups: dict[str, list[FileWrite]] = {}
         for tile in new_tiles:
-            groups.setdefault(os.path.dirname(tile.path), []).append(tile)
+            directory, name = os.path.split(tile.path)
+            groups.setdefault(directory, []).append(FileWrite(name, tile.content))
         for directory, group in groups.items():
             self._write(directory, group)
         if state.logs != self.state.logs:
@@ -130,7 +146,7 @@ class Store:
         self.edge = edge
         self._remove_partial(new_tiles)
 
-    def _write(self, directory: str, group: Iterable[Tile]) -> None:
+    def _write(self, directory: str, group: Sequence[FileWrite]) -> None:
         path = os.path.join(self._tree, directory)
         try:
             make_private_directory(path)
@@ -141,16 +157,49 @@ class Store:
             if not directory.endswith(".p") and directory not in self._swept:
                 sweep_temps(fd)
                 self._swept.add(directory)
-            write_files(fd, [FileWrite(os.path.basename(tile.path), tile.content) for tile in group])
+            write_files(fd, group)
         finally:
             os.close(fd)
 
     def _remove_partial(self, made: Iterable[Tile]) -> None:
         """Partial tiles of tiles that are full now: readers find the full one. Nobody reads leftovers."""
         for tile in made:
-            if tile.width == tiles.TILE_WIDTH:
+            if tile.width == TILE_WIDTH:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(os.path.join(self._tree, tile.path + ".p"))
+
+    def archive(self) -> None:
+        """Move tiles whose hashes a full tile has from their files into one, some of them at each call. Raises OSError,
+        StorageUnavailableError, TilesError.
+        """
+        left = ARCHIVES_AT_A_TIME
+        for level in itertools.count():
+            count = self.state.size >> TILE_HEIGHT * (level + 2)
+            if not count:
+                return
+            if level not in self._archived:
+                exists = bisect.bisect_left(range(count), 1, key=lambda number: not self._has_archive(level, number))
+                self._archived[level] = max(0, exists - 1)
+            for number in range(self._archived[level], min(count, self._archived[level] + left)):
+                self._archive(level, number)
+                self._archived[level], left = number + 1, left - 1
+
+    def _has_archive(self, level: int, number: int) -> bool:
+        return os.path.lexists(os.path.join(self._tree, tiles.archive_path(level, number)))
+
+    def _archive(self, level: int, number: int) -> None:
+        paths = [tiles.tile_path(level, number * TILE_WIDTH + each) for each in range(TILE_WIDTH)]
+        contents = [self.read(path) or b"" for path in paths]
+        if any(len(content) != TILE_BYTES for content in contents):
+            raise TilesError(f"a tile of {paths[0]} to {paths[-1]} is missing or damaged")
+        directory, name = os.path.split(tiles.archive_path(level, number))
+        self._write(directory, [FileWrite(name, b"".join(contents))])
+        for parent, group in itertools.groupby(paths, os.path.dirname):
+            path = os.path.join(self._tree, parent)
+            with contextlib.suppress(FileNotFoundError), _opened(path) as fd:  # a crash may have left none
+                remove_files(fd, [os.path.basename(each) for each in group])
+            with contextlib.suppress(OSError):
+                os.removedirs(path)  # as far as they are empty
 
     def save(self, state: State) -> None:
         """Raises StorageUnavailableError."""

@@ -28,7 +28,7 @@ from minikms.audit.note import (
     parse_note,
 )
 from minikms.audit.record import LINE_BYTES_MAX
-from minikms.audit.tiles import CHECKPOINT_NAME, TILE_BYTES, Read, RightEdge, Tiles
+from minikms.audit.tiles import CHECKPOINT_NAME, TILE_BYTES, Read, RightEdge, Tiles, place_in_archive
 from minikms.audit.tree import HASH_BYTES, PROOF_HASHES_MAX, ProofError, leaf_of
 
 INDEX_NAME: Final = "logs.json"
@@ -119,17 +119,28 @@ def open_tree(directory: Path) -> Prover:
 
 
 def tile_reader(directory: Path) -> Read:
-    """Reads the tiles of the tree in a directory."""
-    return lambda path: read_bounded(directory / path, TILE_BYTES)
+    """Reads the tiles of the tree in a directory, also those in archives."""
+
+    def read(path: str) -> bytes | None:
+        content = read_bounded(directory / path, TILE_BYTES)
+        place = place_in_archive(path) if content is None else None
+        if place is None:
+            return content
+        content = read_bounded(directory / place[0], TILE_BYTES, offset=place[1])
+        return content and content[:TILE_BYTES]
+
+    return read
 
 
-def read_bounded(path: Path, bytes_max: int) -> bytes | None:
-    """At most `bytes_max` + 1 bytes of a file; None if there is none. Raises OSError."""
+def read_bounded(path: Path, bytes_max: int, *, offset: int = 0) -> bytes | None:
+    """At most `bytes_max` + 1 bytes of a file from `offset` on; None if there is none. Raises OSError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         return None
     with open(fd, "rb") as file:
+        if offset:
+            file.seek(offset)
         return file.read(bytes_max + 1)
 
 

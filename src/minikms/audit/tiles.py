@@ -1,10 +1,10 @@
 """Trees in tiles, by C2SP tlog-tiles: paths, the tiles of a growing tree, and looking up hashes in them.
 
-Owns: the layout (`tile/<level>/<index>[.p/<width>]`), which tiles a tree of a size has, and the right edge of a tree,
-from which it grows. Invariants: memory is bounded by one tile for each level, and for a reader by `TILES_CACHED_MAX`
-and `NODES_CACHED_MAX`; a tile of another size than its width is refused. Entry bundles are not part of it: the entry of
-a line is its SHA-256, which any holder of the line can compute. It must never do I/O; a reader gets a function that
-returns the content of a path.
+Owns: the layout (`tile/<level>/<index>[.p/<width>]`, and `archive/<level>/<index>` for tiles below a full one), which
+tiles a tree of a size has, and the right edge of a tree, from which it grows. Invariants: memory is bounded by one tile
+for each level, and for a reader by `TILES_CACHED_MAX` and `NODES_CACHED_MAX`; a tile of another size than its width is
+refused. Entry bundles are not part of it: the entry of a line is its SHA-256, which any holder of the line can compute.
+It must never do I/O; a reader gets a function that returns the content of a path.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ NODES_CACHED_MAX: Final = 4096
 """The proofs of adjacent leaves share most of their hashes."""
 CHECKPOINT_NAME: Final = "checkpoint"
 TILES_NAME: Final = "tile"
+ARCHIVE_NAME: Final = "archive"
 
 Read = Callable[[str], bytes | None]
 """The content of a path relative to the tree's directory, of at most `TILE_BYTES` + 1 bytes; None if there is none."""
@@ -59,6 +60,20 @@ def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:
         parts.insert(0, f"x{index % 1000:03}")
     partial = "" if width == TILE_WIDTH else f".p/{width}"
     return f"{TILES_NAME}/{level}/{'/'.join(parts)}{partial}"
+
+
+def archive_path(level: int, index: int) -> str:
+    """Of the archive with the 256 tiles of `level` whose hashes tile `index` of the level above has."""
+    return ARCHIVE_NAME + tile_path(level, index).removeprefix(TILES_NAME)
+
+
+def place_in_archive(path: str) -> tuple[str, int] | None:
+    """The path of the archive that a tile may be in, and its offset there; None for what is not a full tile."""
+    tiles, *parts = path.split("/")
+    if tiles != TILES_NAME or parts[-2].endswith(".p"):
+        return None
+    archive, place = divmod(int("".join(part.removeprefix("x") for part in parts[1:])), TILE_WIDTH)
+    return archive_path(int(parts[0]), archive), place * TILE_BYTES
 
 
 def tile_width(level: int, index: int, size: int) -> int:
