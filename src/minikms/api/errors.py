@@ -91,95 +91,79 @@ class KmsRefusedError(KmsError):
 class InvalidRequestError(KmsRefusedError):
     """The caller's request is malformed or out of bounds."""
 
-    status = 400
-    code = contract.CODE_INVALID_REQUEST
+    status, code = 400, contract.CODE_INVALID_REQUEST
 
 
 class TooLargeError(KmsRefusedError):
-    status = 413
-    code = contract.CODE_TOO_LARGE
+    status, code = 413, contract.CODE_TOO_LARGE
 
 
 class TooManyError(KmsRefusedError):
-    status = 413
-    code = contract.CODE_TOO_MANY
+    status, code = 413, contract.CODE_TOO_MANY
 
 
 class UnauthorizedError(KmsRefusedError):
     """The caller's uid is not allowed."""
 
-    status = 401
-    code = contract.CODE_UNAUTHORIZED
+    status, code = 401, contract.CODE_UNAUTHORIZED
 
 
 class ForbiddenError(KmsRefusedError):
     """The caller lacks the role."""
 
-    status = 403
-    code = contract.CODE_FORBIDDEN
+    status, code = 403, contract.CODE_FORBIDDEN
 
 
 class NotFoundError(KmsRefusedError):
-    status = 404
-    code = contract.CODE_NOT_FOUND
+    status, code = 404, contract.CODE_NOT_FOUND
 
 
 class MethodNotAllowedError(KmsRefusedError):
-    status = 405
-    code = contract.CODE_METHOD_NOT_ALLOWED
+    status, code = 405, contract.CODE_METHOD_NOT_ALLOWED
 
 
 class RequestTimeoutError(KmsRefusedError):
     """The request did not arrive in time."""
 
-    status = 408
-    code = contract.CODE_TIMEOUT
+    status, code = 408, contract.CODE_TIMEOUT
 
 
 class KeyNotFoundError(KmsRefusedError):
-    status = 404
-    code = contract.CODE_KEY_NOT_FOUND
+    status, code = 404, contract.CODE_KEY_NOT_FOUND
 
 
 class KeyRetiredError(KmsRefusedError):
     """The key can only decrypt."""
 
-    status = 409
-    code = contract.CODE_KEY_RETIRED
+    status, code = 409, contract.CODE_KEY_RETIRED
 
 
 class KeyDestroyedError(KmsRefusedError):
-    status = 410
-    code = contract.CODE_KEY_DESTROYED
+    status, code = 410, contract.CODE_KEY_DESTROYED
 
 
 class KeyUnreadableError(KmsRefusedError):
     """The key's file is damaged, of another installation or of an unknown version. Other keys are not affected."""
 
-    status = 503
-    code = contract.CODE_KEY_UNREADABLE
+    status, code = 503, contract.CODE_KEY_UNREADABLE
 
 
 class WrongThreadError(KmsRefusedError):
-    status = 403
-    code = contract.CODE_WRONG_THREAD
+    status, code = 403, contract.CODE_WRONG_THREAD
 
 
 class WrongPurposeError(KmsRefusedError):
-    status = 409
-    code = contract.CODE_WRONG_PURPOSE
+    status, code = 409, contract.CODE_WRONG_PURPOSE
 
 
 class DecryptionError(KmsRefusedError):
     """The ciphertext does not open. The error does not say why: it was altered, or key or aad is another one."""
 
-    status = 400
-    code = contract.CODE_DECRYPTION_FAILED
+    status, code = 400, contract.CODE_DECRYPTION_FAILED
 
 
 class ConflictError(KmsRefusedError):
-    status = 409
-    code = contract.CODE_CONFLICT
+    status, code = 409, contract.CODE_CONFLICT
 
 
 class WrongSlotError(ConflictError):
@@ -209,30 +193,26 @@ class NotPinnedError(ConflictError):
 class InvalidPolicyError(KmsRefusedError):
     """The policy file can't be taken into force; the policy before it stays. The text says what to correct."""
 
-    status = 409
-    code = contract.CODE_INVALID_POLICY
+    status, code = 409, contract.CODE_INVALID_POLICY
 
 
 class AuditUnavailableError(KmsRefusedError):
     """The audit log can't be written, so no answer is sent. The request may have been carried out."""
 
-    status = 503
-    code = contract.CODE_AUDIT_UNAVAILABLE
+    status, code = 503, contract.CODE_AUDIT_UNAVAILABLE
 
 
 class AuditLaggingError(KmsRefusedError):
     """More lines of the audit log than allowed wait for the auditor. The request was not carried out."""
 
-    status = 503
-    code = contract.CODE_AUDIT_LAGGING
+    status, code = 503, contract.CODE_AUDIT_LAGGING
     retry_after_s = contract.AUDIT_LAGGING_RETRY_SECONDS
 
 
 class StorageUnavailableError(KmsRefusedError):
     """The disk failed to write. What was durable before still is."""
 
-    status = 503
-    code = contract.CODE_STORAGE_UNAVAILABLE
+    status, code = 503, contract.CODE_STORAGE_UNAVAILABLE
 
 
 class StorageUncertainError(StorageUnavailableError):
@@ -248,44 +228,38 @@ class KeysNotReadError(StorageUnavailableError):
 class ShuttingDownError(KmsRefusedError):
     """The daemon is stopping and did not begin the request."""
 
-    status = 503
-    code = contract.CODE_SHUTTING_DOWN
+    status, code = 503, contract.CODE_SHUTTING_DOWN
 
 
 class RequestInterruptedError(KmsRefusedError):
     """The daemon stopped during the request, which may have taken effect."""
 
-    status = 503
-    code = contract.CODE_INTERRUPTED
+    status, code = 503, contract.CODE_INTERRUPTED
 
 
 class SealedError(KmsRefusedError):
     """The daemon is sealed: it has no key. A request that was in flight may have taken effect."""
 
-    status = 503
-    code = contract.CODE_SEALED
+    status, code = 503, contract.CODE_SEALED
     retry_after_s = contract.SEALED_RETRY_SECONDS
 
 
 class NotSealedError(KmsRefusedError):
     """There is nothing to unseal."""
 
-    status = 409
-    code = contract.CODE_NOT_SEALED
+    status, code = 409, contract.CODE_NOT_SEALED
 
 
 class WrongRootError(KmsRefusedError):
     """The root key that a caller gave does not open the keyring."""
 
-    status = 403
-    code = contract.CODE_WRONG_ROOT
+    status, code = 403, contract.CODE_WRONG_ROOT
 
 
 class TooManyAttemptsError(KmsRefusedError):
     """Wrong attempts are slowed down. This one was not made."""
 
-    status = 429
-    code = contract.CODE_TOO_MANY_ATTEMPTS
+    status, code = 429, contract.CODE_TOO_MANY_ATTEMPTS
 
     def __init__(self, message: str, retry_after_s: int = 0) -> None:
         super().__init__(message)
@@ -297,8 +271,7 @@ class LimitExceededError(KmsRefusedError):
     knows; `of_all`: it is shared by all principals of the grant or proxy `holder`.
     """
 
-    status = 429
-    code = contract.CODE_LIMIT_EXCEEDED
+    status, code = 429, contract.CODE_LIMIT_EXCEEDED
 
     def __init__(
         self, message: str, retry_after_s: int = 0, *, limit: str = "", holder: str = "", of_all: bool = False
@@ -313,8 +286,7 @@ class LimitExceededError(KmsRefusedError):
 class UnsealFailedError(KmsRefusedError):
     """The root key is not wrong, and the data directory could not be opened. The daemon's own log says why."""
 
-    status = 503
-    code = contract.CODE_UNSEAL_FAILED
+    status, code = 503, contract.CODE_UNSEAL_FAILED
 
 
 class InternalError(KmsRefusedError):
@@ -340,8 +312,7 @@ class ShareTextError(InvalidRequestError):
 class WrongShareError(KmsRefusedError):
     """The share is whole, but the keyring does not know it."""
 
-    status = 403
-    code = contract.CODE_WRONG_SHARE
+    status, code = 403, contract.CODE_WRONG_SHARE
 
 
 class StartError(KmsRefusedError):
