@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 from progressdb_server.conversations import membership
-from progressdb_server.conversations.locks import NamedLocks
 from progressdb_server.conversations.membership import Act, Rule
-from progressdb_server.conversations.threads import CHANGE_TRIES_MAX, Threads
+from progressdb_server.conversations.threads import CHANGE_TRIES_MAX, NamedLocks, Threads
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine

@@ -21,11 +21,10 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from minikms import api
-from progressdb_server.conversations.locks import NamedLocks
 from progressdb_server.conversations.members import MEMBERS_CHANGING, Members, Room
 from progressdb_server.conversations.membership import Act
 from progressdb_server.conversations.reading import Reading
-from progressdb_server.conversations.threads import CHANGE_TRIES_MAX, Threads
+from progressdb_server.conversations.threads import CHANGE_TRIES_MAX, NamedLocks, Threads
 from progressdb_server.store import drafts, keyspace, record
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.drafts import Draft

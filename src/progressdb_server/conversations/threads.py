@@ -8,8 +8,10 @@ error code and hides no other.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
 import msgspec
@@ -18,7 +20,6 @@ from minikms import api
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.conversations import membership
-from progressdb_server.conversations.locks import NamedLocks
 from progressdb_server.store import drafts, keyspace, record
 from progressdb_server.store.conditions import LateStampError
 from progressdb_server.store.drafts import Draft
@@ -112,6 +113,27 @@ _DOTS: Final = (".", "..")
 def _new(thread: str, author: str, title: str, created_ns: int) -> Thread:
     slug = slug_of(title, thread)
     return Thread(id=thread, title=title, author=author, slug=slug, created_ts=created_ns, updated_ts=created_ns)
+
+
+class NamedLocks:
+    """Locks by name, for read-modify-write operations. The tasks that ask for one name run one after another, in the
+    order in which they asked. A lock exists only while a task holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self._locks: dict[bytes, asyncio.Lock] = {}
+        self._users: dict[bytes, int] = {}
+
+    @asynccontextmanager
+    async def hold(self, name: bytes) -> AsyncIterator[None]:
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        self._users[name] = self._users.get(name, 0) + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name], self._locks[name]
 
 
 class Threads:

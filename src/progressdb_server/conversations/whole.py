@@ -15,13 +15,12 @@ from typing import Final
 from minikms import api
 from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, SealedError
 from minikms.platform.logs import structlog
-from progressdb_server.conversations.locks import NamedLocks
 from progressdb_server.conversations.members import Members
 from progressdb_server.conversations.membership import Rule
 from progressdb_server.conversations.messages import Messages
 from progressdb_server.conversations.reading import Reading
 from progressdb_server.conversations.rekeying import Rekeying
-from progressdb_server.conversations.threads import Threads
+from progressdb_server.conversations.threads import NamedLocks, Threads
 from progressdb_server.conversations.validators import Validators
 from progressdb_server.kms.provider import SEALED, Fault, Provider, fault
 from progressdb_server.metrics import StoreMetrics

@@ -34,9 +34,8 @@ def module_of(place: str, name: str) -> ModuleType:
 
 
 def salvage_of(place: str) -> ModuleType | None:
-    """What reads around damage in a store at the place (`store.rocks.salvage`), None where the engine does."""
-    found: ModuleType | None = module_of(place, "offline").salvage
-    return found
+    """What reads around damage in a store at the place (`store.rocks.salvage`); None for a database, which does."""
+    return None if is_url(place) else module_of(place, "salvage")
 
 
 async def open_engine(place: str, *, single_node: bool = False, make: bool = True) -> Engine:

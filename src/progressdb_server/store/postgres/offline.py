@@ -39,8 +39,6 @@ from progressdb_server.store.postgres.tables import (
     tkey,
 )
 
-salvage: Final = None
-"""A database reads around its own damage."""
 LOCK_S_MAX: Final = 20
 """How long a command waits for the commits of servers."""
 STOPPED_S_MAX: Final = 3.0

@@ -5,26 +5,39 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from progressdb_server.store import local
+from progressdb_server.store import keyspace, local
+from progressdb_server.store.model import FormatError
 from progressdb_server.store.offline import LocalEntries, LocalView
-from progressdb_server.store.rocks import opening, salvage
-
-__all__ = ["alone", "open_copy", "salvage", "view"]
+from progressdb_server.store.rocks.engine import RocksEngine
+from progressdb_server.store.rocks.opening import open_engine, open_reader
 
 
 @asynccontextmanager
 async def view(path: str) -> AsyncIterator[LocalView]:
-    with opening.open_reader(path) as reader:
+    with open_reader(path) as reader:
         yield LocalView(reader)
 
 
 @asynccontextmanager
 async def alone(path: str) -> AsyncIterator[LocalEntries]:
-    with opening.open_offline(path) as engine:
+    engine = await open_engine(path, make=False)
+    try:
         yield LocalEntries(engine)
+    finally:
+        engine.close()
 
 
 @asynccontextmanager
 async def open_copy(path: str, source: str) -> AsyncIterator[LocalEntries]:
-    with opening.open_copy(path, local.begun_copy(source)) as engine:
+    engine, begun = RocksEngine(path), local.begun_copy(source)
+    try:
+        found = engine.get(keyspace.FORMAT)
+        if found is None and not engine.scan(b"", keyspace.END, limit=1):
+            engine.write([(keyspace.FORMAT, begun)])
+            engine.sync()
+        elif found != begun:
+            raise FormatError(f"{path} holds another store, or another copy that has not ended")
         yield LocalEntries(engine)
+        local.end_copy(engine)
+    finally:
+        engine.close()

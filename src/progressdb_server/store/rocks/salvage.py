@@ -34,7 +34,7 @@ from minikms.platform.sync import sync_directory
 from progressdb_server.store import keyspace, local
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError
 from progressdb_server.store.model import RegisteredBackup, StoreDamagedError
-from progressdb_server.store.offline import WALK_BYTES_MAX, LocalEntries, LocalView, Lost
+from progressdb_server.store.offline import WALK_BYTES_MAX, LocalView, Lost
 from progressdb_server.store.rocks.engine import (
     LOG_HEADER_BYTES,
     RocksRead,
@@ -45,7 +45,7 @@ from progressdb_server.store.rocks.engine import (
     refuse_root_for_another,
     up_to,
 )
-from progressdb_server.store.rocks.opening import open_copy
+from progressdb_server.store.rocks.offline import open_copy
 
 Entry: TypeAlias = tuple[bytes, bytes]
 REPAIRING: Final = ".repair"
@@ -289,8 +289,7 @@ async def _fill(
     view: RemainsView,
     prove: Callable[[list[Entry]], Awaitable[list[Entry]]],
 ) -> None:
-    with open_copy(target, local.begun_copy(path)) as engine:
-        entries = LocalEntries(engine)
+    async with open_copy(target, path) as entries:
         kept = 0
         async for page in view.walk():
             kept += len(page)
