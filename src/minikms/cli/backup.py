@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter, validators
 
-from minikms.api.printable import clean
 from minikms.cli.console import (
     AuditDir,
     DataDir,
@@ -35,7 +34,7 @@ from minikms.cli.console import (
     explained,
     needed_root,
 )
-from minikms.commands.output import confirm, name_list, print_facts, print_json, print_table, progress_bar
+from minikms.commands.output import confirm, name_list, print_facts, print_json, print_result, print_table, progress_bar
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -276,14 +275,12 @@ def prune(
     ]
     for entry in forgotten:
         register.forget(entry.archive_id)
-    if json:
-        print_json({"removed": removed, "forgotten": forgotten})
-        return EXIT_GOOD
-    for entry in removed:
-        print(f"removed {clean(entry.path)}")
-    for entry in forgotten:
-        print(f"forgot {entry.archive_id}, whose file {clean(entry.path)} is gone")
-    print(f"{len(present) - len(removed)} archive(s) stay")
+    lines = [
+        *(f"removed {entry.path}" for entry in removed),
+        *(f"forgot {entry.archive_id}, whose file {entry.path} is gone" for entry in forgotten),
+        f"{len(present) - len(removed)} archive(s) stay",
+    ]
+    print_result({"removed": removed, "forgotten": forgotten}, lines, json=json)
     return EXIT_GOOD
 
 

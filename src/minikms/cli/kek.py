@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 
 from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
 from minikms.cli.key_text import key_text
-from minikms.commands.output import confirm, print_json, print_table, progress_bar
+from minikms.commands.output import confirm, print_json, print_result, print_table, progress_bar
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -167,11 +167,10 @@ def prune(
     with daemon_client(socket, server_uid) as kms:
         confirm("Destroy the retired KEKs that nothing in the data directory needs?", yes=yes)
         done = kms.prune_kek(backups=backups, backups_before=backups_before)
-    if json:
-        print_json(done)
-    else:
-        print(f"destroyed: {', '.join(f'version {number}' for number in done.destroyed) or 'none'}")
-        print(f"backups of key files removed: {done.backups_removed:,}")
-        for kept in done.kept:
-            print(f"kept: version {kept.version}: {kept.why}")
+    lines = [
+        f"destroyed: {', '.join(f'version {number}' for number in done.destroyed) or 'none'}",
+        f"backups of key files removed: {done.backups_removed:,}",
+        *(f"kept: version {kept.version}: {kept.why}" for kept in done.kept),
+    ]
+    print_result(done, lines, json=json)
     return EXIT_FAILED if done.kept else EXIT_GOOD

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from minikms.cli.console import PIN_VARIABLE, DataDir, Json, Yes, chosen_data_dir, complain, named_root
-from minikms.commands.output import confirm, print_json
+from minikms.commands.output import confirm, print_json, print_result
 from minikms.commands.usage import EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ def remove(source: Source, *, pin: Pin = None, data_dir: DataDir = None, yes: Ye
         fingerprint = roots.fingerprint(key.view)
         confirm(f"Remove the root key {fingerprint} from {file.path}?", yes=yes)
         removed = file.remove(key.view)
-    if json:
-        print_json({"pin": str(file.path), "fingerprint": fingerprint, "removed": removed})
-        return EXIT_GOOD
-    print(f"{file.path} {'names no longer' if removed else 'did not name'} the root key {fingerprint}.")
-    print("If minikms root list still shows it, also run minikms root remove SLOT.")
+    lines = (
+        f"{file.path} {'names no longer' if removed else 'did not name'} the root key {fingerprint}.",
+        "If minikms root list still shows it, also run minikms root remove SLOT.",
+    )
+    print_result({"pin": str(file.path), "fingerprint": fingerprint, "removed": removed}, lines, json=json)
     return EXIT_GOOD
 
 

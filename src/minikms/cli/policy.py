@@ -17,7 +17,7 @@ from minikms.api import Role
 from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
 from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
-from minikms.commands.output import print_facts, print_json
+from minikms.commands.output import print_facts, print_json, print_result
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -50,13 +50,9 @@ def check(file: File, *, json: Json = False) -> int:
             complain(f"{file}: {clean(str(error))}")
         return EXIT_FAILED
     found = warnings(rules)
-    if json:
-        facts = {"valid": True, "sha256": rules.sha256, "grants": len(rules.grants), "proxies": len(rules.proxies)}
-        print_json({**facts, "warnings": found})
-        return EXIT_GOOD
-    print(f"{file} is valid: {len(rules.grants)} grants, {len(rules.proxies)} proxies, SHA-256 {rules.sha256}")
-    for text in found:
-        print(f"warning: {clean(text)}")
+    facts = {"valid": True, "sha256": rules.sha256, "grants": len(rules.grants), "proxies": len(rules.proxies)}
+    valid = f"{file} is valid: {len(rules.grants)} grants, {len(rules.proxies)} proxies, SHA-256 {rules.sha256}"
+    print_result({**facts, "warnings": found}, [valid, *(f"warning: {text}" for text in found)], json=json)
     return EXIT_GOOD
 
 
@@ -130,10 +126,8 @@ def reload_policy(*, socket: Socket = None, server_uid: ServerUid = None, json: 
     """
     with daemon_client(socket, server_uid) as kms:
         answer = kms.reload_policy()
-    if json:
-        print_json(answer)
-    else:
-        print(f"The policy is in force: generation {answer.generation}, SHA-256 {clean(answer.sha256)}")
+    text = f"The policy is in force: generation {answer.generation}, SHA-256 {answer.sha256}"
+    print_result(answer, text, json=json)
     return EXIT_GOOD
 
 

@@ -14,7 +14,7 @@ from cyclopts import App, Parameter
 
 from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
 from minikms.cli.recovery import SharesDir, add_shares, check_can_hand_out, check_can_pin
-from minikms.commands.output import confirm, print_json, print_table
+from minikms.commands.output import confirm, print_json, print_result, print_table
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
@@ -95,10 +95,8 @@ def add(
         )
     with source_text(source) as (text, provider), daemon_client(socket, server_uid) as kms:
         added = kms.add_root(text, provider=provider)
-    if json:
-        print_json(added)
-    else:
-        print(f"Slot {added.slot_id}: the root key {added.fingerprint} opens the keyring too. Keep a copy elsewhere.")
+    said = f"Slot {added.slot_id}: the root key {added.fingerprint} opens the keyring too. Keep a copy elsewhere."
+    print_result(added, said, json=json)
     return EXIT_GOOD
 
 
@@ -125,15 +123,13 @@ def _add_in_shares(
         check_can_pin(pin)
     with daemon_client(socket, server_uid) as kms:
         added, made = add_shares(kms, counts, directory, pin, yes=yes)
-    if json:
-        print_json(added)
-        return EXIT_GOOD
-    print(
+    lines = [
         f"Slot {added.slot_id}: any {made.threshold} of {made.count} shares of the set {made.set_id} open the keyring."
-    )
+    ]
     if directory is not None:
-        print(f"They are in {directory}, one file a share: give each to another person, and remove it here.")
-    print(f"Test them from time to time: minikms root test {added.slot_id} --root shares:")
+        lines.append(f"They are in {directory}, one file a share: give each to another person, and remove it here.")
+    lines.append(f"Test them from time to time: minikms root test {added.slot_id} --root shares:")
+    print_result(added, lines, json=json)
     return EXIT_GOOD
 
 
@@ -156,10 +152,8 @@ def test(
 
     with source_text(root) as (text, _), daemon_client(socket, server_uid) as kms:
         tested = kms.test_root(slot, text)
-    if json:
-        print_json(tested)
-    else:
-        print(f"The root key {tested.fingerprint} opens slot {tested.slot_id}: tested at {tested.tested_at}.")
+    said = f"The root key {tested.fingerprint} opens slot {tested.slot_id}: tested at {tested.tested_at}."
+    print_result(tested, said, json=json)
     if tested.pinned is False:
         complain("it is not pinned, so no start or unseal accepts it: as root, minikms pin add SOURCE")
         return EXIT_FAILED
@@ -181,9 +175,9 @@ def remove(
             what += ", under which the daemon was started: its next start needs another one"
         confirm(f"Remove {what}? It can't be added again.", yes=yes)
         removed = kms.remove_root(slot)
-    if json:
-        print_json(removed)
-    else:
-        print(f"The root key {removed.fingerprint} opens no later keyring. It still opens older copies and archives.")
-        print("The KEK is being rotated, so that it opens no key either: minikms root list shows when that has ended.")
+    lines = (
+        f"The root key {removed.fingerprint} opens no later keyring. It still opens older copies and archives.",
+        "The KEK is being rotated, so that it opens no key either: minikms root list shows when that has ended.",
+    )
+    print_result(removed, lines, json=json)
     return EXIT_GOOD
