@@ -20,10 +20,8 @@ from minikms.commands.usage import (
     LogFormat,
     Parameter,
     RequireHardening,
-    explained_system,
     new_helper,
-    run_app,
-    start_status,
+    run_service,
 )
 
 if TYPE_CHECKING:
@@ -83,17 +81,11 @@ def status(*, config: Config, json: Json = False) -> int:
     """
     import msgspec
 
-    from minikms.api.errors import StartError
     from minikms.commands.output import print_result
-    from minikms_auditor import store
-    from minikms_auditor.auditor import Status
     from minikms_auditor.config import Files
 
     state_dir = Files(config).config().state_dir
-    content = store.shown(state_dir)
-    if content is None:
-        raise StartError("the auditor has not run with this configuration yet")
-    found = msgspec.json.decode(content, type=Status)
+    found = _status_of(state_dir)
     age_s = int(time.time()) - found.updated_at
     found = msgspec.structs.replace(found, errors=(*_unseen(state_dir, age_s), *found.errors))
     print_result(found, _status_lines(found, age_s), json=json)
@@ -182,19 +174,11 @@ def skip(
 
     Exit status: 0 done, 1 no sink waits there, 2 the auditor never ran.
     """
-    import msgspec
-
-    from minikms.api.errors import StartError
     from minikms_auditor import store
-    from minikms_auditor.auditor import Status
     from minikms_auditor.config import Files
 
     state_dir = Files(config).config().state_dir
-    content = store.shown(state_dir)
-    if content is None:
-        raise StartError("the auditor has not run with this configuration yet")
-    sinks = msgspec.json.decode(content, type=Status).sinks
-    waiting = {sink.name: sink.waits_log_id for sink in sinks if sink.waits_at == line > 0}
+    waiting = {sink.name: sink.waits_log_id for sink in _status_of(state_dir).sinks if sink.waits_at == line > 0}
     if not waiting:
         print(f"No sink waits at line {line}.")
         return EXIT_FAILED
@@ -206,24 +190,33 @@ def skip(
 
 def main() -> None:
     """Runs the command line and ends the process."""
-    run_app(app, lambda error: (explained(error), start_status(error)))
+    run_service(app)
 
 
-def explained(error: Exception) -> str:
-    """The text of an error. An error that is a defect is raised again."""
-    from minikms.api.errors import KmsError
-
-    return str(error) if isinstance(error, KmsError) else explained_system(error, "minikms-auditor")
-
-
-def _pending(state_dir: str) -> PendingLog | None:
+def _shown(state_dir: str) -> Status | None:
+    """The status of the last step; None if the auditor never ran."""
     import msgspec
 
     from minikms_auditor import store
     from minikms_auditor.auditor import Status
 
     content = store.shown(state_dir)
-    return None if content is None else msgspec.json.decode(content, type=Status).pending
+    return None if content is None else msgspec.json.decode(content, type=Status)
+
+
+def _status_of(state_dir: str) -> Status:
+    """Raises StartError."""
+    from minikms.api.errors import StartError
+
+    found = _shown(state_dir)
+    if found is None:
+        raise StartError("the auditor has not run with this configuration yet")
+    return found
+
+
+def _pending(state_dir: str) -> PendingLog | None:
+    found = _shown(state_dir)
+    return None if found is None else found.pending
 
 
 def _show_pending(state_dir: str) -> int:

@@ -14,10 +14,8 @@ from minikms.commands.usage import (
     LogFormat,
     Parameter,
     RequireHardening,
-    explained_system,
     new_helper,
-    run_app,
-    start_status,
+    run_service,
 )
 
 app = new_helper(
@@ -52,13 +50,4 @@ def check_config(*, config: Config) -> int:
 
 def main() -> None:
     """Runs the command line and ends the process."""
-    run_app(app, lambda error: (explained(error), start_status(error)))
-
-
-def explained(error: Exception) -> str:
-    """The text of an error. An error that is a defect is raised again."""
-    from minikms.api.errors import StartError
-
-    if isinstance(error, StartError):
-        return str(error)
-    return explained_system(error, "minikms-gateway")
+    run_service(app)

@@ -211,11 +211,15 @@ def run(program: str, command: Callable[[], Any], explain: Callable[[Exception],
         sys.exit(exit_status)
 
 
-def start_status(error: Exception) -> int:
-    """The exit status of a service whose start failed."""
-    from minikms.api.errors import StartLaterError, StorageUnavailableError
+def run_service(app: App) -> NoReturn:
+    """Runs the command line of a service beside the daemon."""
+    from minikms.api.errors import KmsError, StartLaterError, StorageUnavailableError
 
-    return EXIT_FAILED if isinstance(error, StartLaterError | StorageUnavailableError) else EXIT_MISSING
+    def explain(error: Exception) -> tuple[str, int]:
+        text = str(error) if isinstance(error, KmsError) else explained_system(error, app.name[0])
+        return text, EXIT_FAILED if isinstance(error, StartLaterError | StorageUnavailableError) else EXIT_MISSING
+
+    run_app(app, explain)
 
 
 def run_app(app: App, explain: Callable[[Exception], tuple[str, int]]) -> NoReturn:
