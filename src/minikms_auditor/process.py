@@ -24,9 +24,7 @@ import uvloop
 
 from minikms.client import Client
 from minikms.client.connecting import OVERFLOW_UID_FILE
-from minikms.http import HttpServer
-from minikms.http.accepting import Acceptor, listen_tcp
-from minikms.http.page import PAGE_LIMITS, metrics_page
+from minikms.http.accepting import listen_tcp
 from minikms.memory import NETWORK_PATHS, SecretArena, SignalReader, harden, interpreter_paths
 from minikms.memory.process import name_thread
 from minikms.platform import process_metrics
@@ -145,26 +143,16 @@ class _Process:
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         self._run.read_signals()
-        acceptor = None
-        if self._listener is not None:
-            page: HttpServer[int] = HttpServer(
-                metrics_page(AuditorCollector(lambda: self._status), "minikms_auditor_build_info"),
-                loop=loop,
-                on_internal_error=self._run.internal_error,
-                limits=PAGE_LIMITS,
-            )
-            acceptor = Acceptor(self._listener, page, on_failure=self._run.accept_failed)
         steps = threading.Thread(target=self._work, args=("steps", self._run_steps), daemon=True)
-        steps.start()
-        for number, sink in enumerate(self._sinks):  # a stop does not wait for them: they may be killed at any time
-            ship = partial(sink.run, self._halt)
-            threading.Thread(target=self._work, args=(f"sink {number + 1}", ship), daemon=True).start()
-        watchdog = asyncio.ensure_future(self._run.watchdog())
-        await self._run.until_stopped(f"tree of {self._status.size} leaves")
-        self._halt.set()
-        if acceptor is not None:
-            acceptor.close()
-            await page.drain(0)
+        collector = AuditorCollector(lambda: self._status)
+        async with self._run.metrics(self._listener, collector, "minikms_auditor_build_info"):
+            steps.start()
+            for number, sink in enumerate(self._sinks):  # a stop does not wait for them: they may be killed at any time
+                ship = partial(sink.run, self._halt)
+                threading.Thread(target=self._work, args=(f"sink {number + 1}", ship), daemon=True).start()
+            watchdog = asyncio.ensure_future(self._run.watchdog())
+            await self._run.until_stopped(f"tree of {self._status.size} leaves")
+            self._halt.set()
         await loop.run_in_executor(None, steps.join, STOP_SECONDS_MAX)
         watchdog.cancel()
         self._run.log.info("stopped", why=self._run.why)

@@ -33,7 +33,6 @@ from minikms.http.accepting import (
     connections_bound,
     listen_tcp,
 )
-from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
 from minikms.memory import NETWORK_PATHS, SignalReader, harden, interpreter_paths
 from minikms.platform import process_metrics
@@ -216,25 +215,15 @@ class _Process:
         acceptor = Acceptor(
             self._listener, server, on_failure=self._run.accept_failed, protocol_factory=self._tls.protocol_factory
         )
-        page = None
-        if self._metrics_listener is not None:
-            page = HttpServer(
-                metrics_page(metrics.GatewayCollector(self._values), "minikms_gateway_build_info"),
-                loop=loop,
-                on_internal_error=self._run.internal_error,
-                limits=PAGE_LIMITS,
-            )
-            metrics_acceptor = Acceptor(self._metrics_listener, page, on_failure=self._run.accept_failed)
-        chores = [asyncio.ensure_future(chore) for chore in self._chores()]
-        self._log.info("serving", listen=config.listen, kms_socket=config.kms_socket, metrics=config.metrics)
-        await self._run.until_stopped(f"serving {config.listen}")
-        acceptor.close()
-        self._listener.close()
-        self._tls.close()
-        await server.drain(DRAIN_SECONDS_MAX)
-        if page is not None:
-            metrics_acceptor.close()
-            await page.drain(0)
+        collector = metrics.GatewayCollector(self._values)
+        async with self._run.metrics(self._metrics_listener, collector, "minikms_gateway_build_info"):
+            chores = [asyncio.ensure_future(chore) for chore in self._chores()]
+            self._log.info("serving", listen=config.listen, kms_socket=config.kms_socket, metrics=config.metrics)
+            await self._run.until_stopped(f"serving {config.listen}")
+            acceptor.close()
+            self._listener.close()
+            self._tls.close()
+            await server.drain(DRAIN_SECONDS_MAX)
         for chore in chores:
             chore.cancel()
         await asyncio.wait(chores)

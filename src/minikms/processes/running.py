@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Sequence
-from typing import Final
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
 
+from minikms.http import HttpServer
+from minikms.http.accepting import Acceptor
+from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.memory import Measure, SignalReader
 from minikms.platform.accepting import ACCEPT_PAUSE_SECONDS
 from minikms.platform.logs import structlog
 from minikms.platform.notify import Notifier
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -60,6 +68,25 @@ class Run:
 
     def accept_failed(self, why: str) -> None:
         self.log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
+
+    @asynccontextmanager
+    async def metrics(
+        self, listener: socket.socket | None, collector: Collector, build_info: str
+    ) -> AsyncIterator[None]:
+        """Serves them on the listener, if there is one, until the block ends."""
+        if listener is None:
+            yield
+            return
+        page: HttpServer[int] = HttpServer(
+            metrics_page(collector, build_info),
+            loop=asyncio.get_running_loop(),
+            on_internal_error=self.internal_error,
+            limits=PAGE_LIMITS,
+        )
+        acceptor = Acceptor(listener, page, on_failure=self.accept_failed)
+        yield
+        acceptor.close()
+        await page.drain(0)
 
     def internal_error(self, what: str) -> None:
         self.log.error("internal error", what=what)
