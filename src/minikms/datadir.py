@@ -22,6 +22,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import msgspec
@@ -96,26 +97,19 @@ class Options(NamedTuple):
 DEFAULT_OPTIONS: Final = Options()
 
 
+@dataclass(frozen=True, kw_only=True)
 class DataDir:
     """A data directory opened for service. Made by `open_for_service`."""
 
-    def __init__(
-        self,
-        *,
-        vault: Vault,
-        log: AuditLog,
-        slot: keyring.RootSlot,
-        epochs: tuple[int, int],
-        replayed: Replayed,
-    ) -> None:
-        self.vault = vault
-        self.log = log
-        self.replayed = replayed
-        """The result of this start's replay of the journal of an interrupted run."""
-        self.slot = slot
-        """The slot of the keyring that the root key opened."""
-        self.found_epoch, self.seen_epoch = epochs
-        """Before this start: the epoch of the keyring, and the highest one in the audit log."""
+    vault: Vault
+    log: AuditLog
+    slot: keyring.RootSlot
+    """The slot of the keyring that the root key opened."""
+    found_epoch: int
+    seen_epoch: int
+    """Before this start: the epoch of the keyring, and the highest one in the audit log."""
+    replayed: Replayed
+    """The result of this start's replay of the journal of an interrupted run."""
 
     def close(self) -> None:
         """Closes the files and zeroes the keys, after `Vault.drain`. Raises AuditUnavailableError when the end of the
@@ -241,13 +235,7 @@ def open_for_service(
             cache_keys_max=options.cache_keys_max,
         )
         undo.pop_all()
-    return DataDir(
-        vault=vault,
-        log=log,
-        slot=slot,
-        epochs=(epoch, seen),
-        replayed=replayed,
-    )
+    return DataDir(vault=vault, log=log, slot=slot, found_epoch=epoch, seen_epoch=seen, replayed=replayed)
 
 
 def open_keyring(
@@ -433,13 +421,10 @@ def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKeyEntry) -> AuditKe
 def open_for_reading(directory: str, root: RootProvider) -> Iterator[UnlockedKeyring]:
     """The keyring as it is on disk now, in an arena of its own. Takes no lock, changes nothing. Raises StartError."""
     data = read_keyring(directory)
-    with SecretArena(KEYRING_SLOTS) as arena:
+    with SecretArena(KEYRING_SLOTS) as arena, ExitStack() as opened:
         with root.read(arena) as key:
-            unlocked, _ = UnlockedKeyring.open(arena, key.view, data, nonces=NonceSource().next)
-        try:
-            yield unlocked
-        finally:
-            unlocked.release()
+            unlocked = opened.enter_context(opened_keyring(arena, key, data))
+        yield unlocked
 
 
 @contextmanager

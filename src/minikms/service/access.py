@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from minikms import api
@@ -64,27 +65,20 @@ def renewed(who: Principal, policy: Policy, verb: Verb[Any, Any]) -> Principal:
     return now
 
 
+@dataclass(kw_only=True)
 class Access:
     """What the requests of a run share. `refusals` counts by reason, for metrics: of keys, each one once a request.
     `limited` gets the event of each request that a limit refuses.
     """
 
-    def __init__(
-        self,
-        *,
-        vault: Vault,
-        indexing: Indexing,
-        policy: Policy,
-        meters: Meters,
-        refusals: Counter[str],
-        limited: Callable[[Event], None],
-    ) -> None:
-        self.vault = vault
-        self.indexing = indexing
-        self.policy = policy
-        self.meters = meters
-        self.refusals = refusals
-        self.limited = limited
+    vault: Vault
+    indexing: Indexing
+    policy: Policy
+    meters: Meters
+    refusals: Counter[str]
+    limited: Callable[[Event], None]
+
+    def __post_init__(self) -> None:
         self.cursors = _Cursors()
         self._destroyed: dict[str, str] = {}
         """Threads of keys that were destroyed in this run, by key id; at most DESTROYED_COUNT_MAX, the newest. A caller
