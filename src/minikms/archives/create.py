@@ -237,18 +237,13 @@ def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
     keys, unreadable = 0, []
     with SettledKeys(data_dir) as settled:
         key_ids = settled.key_ids()
-        for number, key_id in enumerate(key_ids, 1):
-            try:
-                data = settled.read(key_id)
-                if data is None:
-                    continue  # destroyed since it was listed
-                dek.parse(data, key_id)
-            except KmsRefusedError:
-                unreadable.append(key_id)
+        for key in settled.each(key_ids):
+            if isinstance(key.record, KmsRefusedError):
+                unreadable.append(key.key_id)
                 continue
-            writer.add(dek_entry_name(key_id), data)
+            writer.add(dek_entry_name(key.key_id), key.content)
             keys += 1
-            task.progress(number, len(key_ids))
+            task.progress(keys + len(unreadable), len(key_ids))
     data = read_file_in(data_dir, keyring_file.NAME, keyring.FILE_BYTES_MAX)
     if data is None:
         raise StartError(f"there is no keyring in {data_dir}")

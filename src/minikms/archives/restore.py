@@ -10,7 +10,7 @@ the restored keyring opens under the root keys of the newer one only.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from minikms.api.base64 import decode_exact
@@ -26,7 +26,7 @@ from minikms.keys.tombstones import Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import fill_random
 from minikms.platform.directory_lock import LOCK_NAME, make_private_directory
-from minikms.platform.files import GROUP_FILES_MAX, FileWrite, open_directory, replace_file, write_files
+from minikms.platform.files import FileWrite, make_files, open_directory, replace_file
 
 
 class Target(NamedTuple):
@@ -140,24 +140,25 @@ def _take_root_keys(unlocked: UnlockedKeyring, later: UnlockedKeyring, last: Aud
 
 def _write_files(path: str, good: VerifiedArchive, task: Task, target: Target) -> int:
     """Writes the files of the keys; the number of them."""
-    group: list[FileWrite] = []
-    count = read = 0
+    count = 0
     destroyed = {bytes_to_key_id(stone.key) for stone in target.tombstones}
-    directory_fd = open_directory(os.path.join(target.directory, deks.DIRECTORY))
-    try:
+
+    def files() -> Iterator[FileWrite]:
+        nonlocal count
+        read = 0
         for entry in reread_entries(path, good.sha256):
-            read += 1 if entry.key_id else 0
+            key_id = entry.key_id
+            read += 1 if key_id else 0
             if read > good.manifest.keys:  # the file was replaced, perhaps by one that would fill the disk
                 raise ArchiveError(CHANGED)
-            if entry.key_id and entry.key_id not in destroyed:
-                group.append(FileWrite(deks.file_name(entry.key_id), entry.content))
+            if key_id and key_id not in destroyed:
+                yield FileWrite(deks.file_name(key_id), entry.content)
                 count += 1
-            if len(group) == GROUP_FILES_MAX:
-                write_files(directory_fd, group)
-                group.clear()
                 task.progress(count, good.manifest.keys)
-        if group:
-            write_files(directory_fd, group)
+
+    directory_fd = open_directory(os.path.join(target.directory, deks.DIRECTORY))
+    try:
+        make_files(directory_fd, files())
     finally:
         os.close(directory_fd)
     return count

@@ -431,17 +431,12 @@ def _log_directory(given: str | None) -> str:
 def _keys_of_thread(directory: str, thread: str) -> list[str]:
     """Ids of the thread's keys whose files are there and can be read."""
     from minikms.custody.settled_keys import SettledKeys
-    from minikms.keys import dek
 
     found: list[str] = []
     with SettledKeys(directory) as settled:
-        for key_id in settled.key_ids():
-            try:
-                data = settled.read(key_id)
-                if data is not None and dek.parse(data, key_id).thread_id == thread:
-                    found.append(key_id)
-            except KmsRefusedError:
-                continue
+        for key in settled.each(settled.key_ids()):
+            if not isinstance(key.record, KmsRefusedError) and key.record.thread_id == thread:
+                found.append(key.key_id)
     return found
 
 

@@ -8,6 +8,7 @@ terminal only. It must never import at a start what only some results need.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 NAMED_COUNT_MAX: Final = 20
 """Of things that one sentence names."""
+PROGRESS_SECONDS: Final = 0.1
+"""Between two updates of a bar, which a caller may report to for each of a million items."""
 _PIPE_COLUMNS: Final = 4096
 """Wider than any line: a program that reads a pipe needs whole lines."""
 
@@ -128,8 +131,15 @@ def progress_bar(what: str, *, shown: bool, in_bytes: bool = False) -> Iterator[
     columns = (name, progress.BarColumn(), *counts, progress.TimeRemainingColumn())
     disable = not (shown and console.is_terminal)
     with progress.Progress(*columns, console=console, disable=disable, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total, what=what: bar.update(task, description=what, completed=done, total=total)
+        task, due = bar.add_task(what, total=None), 0.0
+
+        def report(done: int, total: int | None, what: str = what) -> None:
+            nonlocal due
+            if not disable and (done == total or time.monotonic() >= due):
+                bar.update(task, description=what, completed=done, total=total)
+                due = time.monotonic() + PROGRESS_SECONDS
+
+        yield report
 
 
 def confirm(question: str, *, yes: bool, number: int | None = None) -> None:

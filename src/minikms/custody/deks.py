@@ -32,7 +32,15 @@ from typing import Final, Self
 from minikms import api
 from minikms.api.errors import KeyNotFoundError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.keys.dek import FILE_BYTES, not_found
-from minikms.platform.files import open_directory, read_file_bounded, read_file_of, remove_files, sweep_temps
+from minikms.platform.files import (
+    READ_AHEAD_FILES,
+    open_directory,
+    read_file_bounded,
+    read_file_of,
+    read_files_of,
+    remove_files,
+    sweep_temps,
+)
 from minikms.platform.sync import sync_file
 
 DIRECTORY: Final = "kms-deks"
@@ -145,11 +153,19 @@ class DekStore:
     def read_many(self, key_ids: Iterable[str]) -> list[tuple[str, bytes | KmsRefusedError]]:
         """The content of each key's file, or the error of `read`. For a worker thread."""
         found: list[tuple[str, bytes | KmsRefusedError]] = []
-        for key_id in key_ids:
-            try:
-                found.append((key_id, self.read(key_id)))
-            except KmsRefusedError as error:
-                found.append((key_id, error.with_traceback(None)))  # this frame has the list: a reference cycle
+        left = iter(key_ids)
+        while part := list(itertools.islice(left, READ_AHEAD_FILES)):
+            answers = self._answers
+            contents = read_files_of(map(file_name, part), FILE_BYTES, dir_fd=self.directory_fd)
+            settled = self._answers is answers  # else the files may have been written while they were read
+            for key_id, content in zip(part, contents, strict=True):
+                if content is not None and settled and key_id not in answers:
+                    found.append((key_id, content))
+                    continue
+                try:
+                    found.append((key_id, self.read(key_id)))
+                except KmsRefusedError as error:
+                    found.append((key_id, error.with_traceback(None)))  # this frame has the list: a reference cycle
         return found
 
     def remove(self, *locks: HeldKeys) -> None:

@@ -12,26 +12,35 @@ It takes no lock and changes nothing. It must never unwrap a key.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, Self
 
-from minikms.api.errors import StartError, StorageUnavailableError
+from minikms.api.errors import KeyUnreadableError, KmsRefusedError, StartError, StorageUnavailableError
 from minikms.custody import journal, keyring_file
 from minikms.custody.deks import DIRECTORY, file_name, list_key_ids, read_settled
 from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode, is_whole
 from minikms.custody.rotation_backups import DIRECTORY as BACKUPS
 from minikms.custody.rotation_backups import list_journals, list_stamps
 from minikms.keys import dek, keyring
-from minikms.keys.dek import KEY_ID_RANDOM_BYTES, make_key_id
+from minikms.keys.dek import FILE_BYTES, KEY_ID_RANDOM_BYTES, DekRecord, make_key_id
 from minikms.platform.clock import now_ns
-from minikms.platform.files import open_directory, read_file_bounded
+from minikms.platform.files import READ_AHEAD_FILES, open_directory, read_file_bounded, read_files_of
 
 CLOCK_TICK_NS: Final = 1_000_000_000
 """A file that was changed more recently may change again without another time of change."""
 LISTINGS_COUNT: Final = 2
 """One listing may omit a file that is replaced meanwhile."""
+
+
+class SettledKey(NamedTuple):
+    """A key, the content of its file, and its record or why there is none."""
+
+    key_id: str
+    content: bytes
+    record: DekRecord | KmsRefusedError
 
 
 class _Version(NamedTuple):
@@ -89,10 +98,40 @@ class SettledKeys:
 
         Raises StorageUnavailableError, StartError.
         """
+        return sorted(set(self.listed()))
+
+    def listed(self) -> Iterator[str]:
+        """The same, in no order and with repetitions."""
         # First: a journal is removed only after the files of its keys were made.
-        created = {key_id for key_id, chain in self._journalled().chains.items() if chain.made}
-        listings = LISTINGS_COUNT if self._files_fd is not None else 0
-        return sorted({key_id for _ in range(listings) for key_id in list_key_ids(self._files)}.union(created))
+        yield from [key_id for key_id, chain in self._journalled().chains.items() if chain.made]
+        for _ in range(LISTINGS_COUNT if self._files_fd is not None else 0):
+            yield from list_key_ids(self._files)
+
+    def each(self, key_ids: Iterable[str]) -> Iterator[SettledKey]:
+        """What `read` returns of these keys, or its error, without those that have no file. Raises as `key_ids`."""
+        left = iter(key_ids)
+        while part := list(itertools.islice(left, READ_AHEAD_FILES)):
+            contents, again = self._read_files(part), self._read_files(part)
+            journalled = self._journalled().chains  # after the files, as in `read`
+            for key_id, first, second in zip(part, contents, again, strict=True):
+                record: DekRecord | KmsRefusedError | None = None
+                content = first
+                if content is not None and content == second and key_id not in journalled:
+                    with contextlib.suppress(KeyUnreadableError):
+                        record = dek.parse(content, key_id)
+                if record is None:
+                    try:
+                        content = self.read(key_id)
+                        record = None if content is None else dek.parse(content, key_id)
+                    except KmsRefusedError as error:
+                        content, record = b"", error.with_traceback(None)
+                if content is not None and record is not None:
+                    yield SettledKey(key_id, content, record)
+
+    def _read_files(self, key_ids: Sequence[str]) -> list[bytes | None]:
+        if self._files_fd is None:
+            return [None] * len(key_ids)
+        return read_files_of(map(file_name, key_ids), FILE_BYTES, dir_fd=self._files_fd)
 
     def read(self, key_id: str) -> bytes | None:
         """The content of a key's file; None if there is none.
@@ -175,7 +214,7 @@ def newest_key_id(data_dir: str) -> str:
     """
     newest = make_key_id(now_ns() // 1_000_000, b"\xff" * KEY_ID_RANDOM_BYTES)
     with SettledKeys(data_dir) as settled:
-        newest = max([newest, *settled.key_ids()])
+        newest = max(itertools.chain([newest], settled.listed()))
     path = os.path.join(data_dir, BACKUPS)
     for stamp in list_stamps(path) if os.path.isdir(path) else ():
         newest = max([newest, *(file.last for file in list_journals(path, stamp))])

@@ -41,6 +41,8 @@ TEMP_PREFIX: Final = ".tmp-"
 SYNCFS_FILES_MIN: Final = 4
 """A group of at least this many files uses `syncfs`, which also waits for the writes of other programs."""
 GROUP_FILES_MAX: Final = 512
+READ_AHEAD_FILES: Final = 32
+"""Files that `read_files_of` has open at a time, so that the disk reads them at the same time."""
 
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 _READ_BYTES_MIN: Final = 64 * 1024
@@ -145,6 +147,32 @@ def read_file_of(name: str, bytes_exact: int, *, dir_fd: int) -> bytes | None:
     except OSError:
         return None
     return content if len(content) == bytes_exact else None
+
+
+def read_files_of(names: Iterable[str], bytes_exact: int, *, dir_fd: int) -> list[bytes | None]:
+    """As `read_file_of` of each, for at most READ_AHEAD_FILES: the disk is asked for all before one is waited for."""
+    opened: list[int | None] = []
+    contents: list[bytes | None] = []
+    try:
+        for name in names:
+            fd = None
+            with contextlib.suppress(OSError):
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+            opened.append(fd)
+            if fd is not None and hasattr(os, "posix_fadvise"):
+                with contextlib.suppress(OSError):  # not a regular file
+                    os.posix_fadvise(fd, 0, bytes_exact, os.POSIX_FADV_WILLNEED)
+        for fd in opened:
+            content = None
+            if fd is not None:
+                with contextlib.suppress(OSError):
+                    content = os.read(fd, bytes_exact + 1)
+            contents.append(content if content is not None and len(content) == bytes_exact else None)
+    finally:
+        for fd in opened:
+            if fd is not None:
+                os.close(fd)
+    return contents
 
 
 # --- writing one file -------------------------------------------------------------------------------------------------
@@ -390,6 +418,18 @@ class FileWrite(NamedTuple):
 
     name: str
     data: bytes
+
+
+def make_files(directory: int, files: Iterable[FileWrite]) -> None:
+    """Makes new files, durably on return, with one sync; until then a power loss may leave any part of them. An error
+    of `files` passes through. Raises StorageUnavailableError.
+    """
+    by_syncfs = syncfs_reports(directory)
+    for file in files:
+        with _storage_errors("files cannot be written"):
+            make_file(directory, file.name, file.data, sync=not by_syncfs)
+    with _storage_errors("files cannot be written"):
+        (syncfs if by_syncfs else sync_file)(directory)
 
 
 def write_files(directory: int, writes: Sequence[FileWrite]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from minikms.platform import files, sync
 from minikms.platform.files import (
     FileWrite,
     make_file,
+    make_files,
     open_directory,
     overwrite_file,
     read_file_bounded,
+    read_files_of,
     remove_file,
     replace_file,
     replace_file_from,
@@ -174,6 +177,27 @@ def test_a_new_file_takes_no_name_that_is_taken(tmp_path: Path, directory: int, 
     assert taken_by != "a file" or (tmp_path / "f").read_bytes() == b"first"
 
 
+def test_the_disk_is_asked_for_all_files_before_one_is_waited_for(
+    tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is absent, no file, or of another length is left to a caller that says why."""
+    calls: list[str] = []
+
+    def noted(real: Callable[..., object], name: str, *args: object) -> object:
+        calls.append(name)
+        return real(*args)
+
+    for name in ("posix_fadvise", "read"):
+        monkeypatch.setattr(os, name, partial(noted, getattr(os, name), name))
+    for number in range(3):
+        (tmp_path / f"f{number}").write_bytes(b"%d" % number)
+    (tmp_path / "long").write_bytes(b"12")
+    (tmp_path / "directory").mkdir()
+    found = read_files_of(["f0", "none", "f1", "long", "directory", "f2"], 1, dir_fd=directory)
+    assert found == [b"0", None, b"1", None, None, b"2"]
+    assert calls == ["posix_fadvise"] * 5 + ["read"] * 5
+
+
 @pytest.mark.parametrize("call", ["open", "write", "fsync"])
 def test_a_new_file_that_the_disk_refuses_is_not_there(
     tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch, call: str
@@ -196,7 +220,10 @@ def test_an_empty_group_is_nothing(tmp_path: Path, directory: int, sync_way: str
     assert names(tmp_path) == []
 
 
-def test_a_large_group_costs_two_syncs(directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("write", "count"), [(write_files, 2), (make_files, 1)])
+def test_a_large_group_costs_two_syncs_and_one_of_new_files_one(
+    directory: int, sync_way: str, monkeypatch: pytest.MonkeyPatch, write: Callable[..., None], count: int
+) -> None:
     syncs: list[str] = []
     real_fsync, real_syncfs = os.fsync, sync.syncfs
 
@@ -210,8 +237,8 @@ def test_a_large_group_costs_two_syncs(directory: int, sync_way: str, monkeypatc
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(files, "syncfs", syncfs)
-    write_files(directory, [FileWrite(f"f{number}", b"x") for number in range(10)])
-    assert syncs == (["syncfs"] * 2 if sync_way == "syncfs" else ["fsync"] * 11)
+    write(directory, [FileWrite(f"f{number}", b"x") for number in range(10)])
+    assert syncs == (["syncfs"] * count if sync_way == "syncfs" else ["fsync"] * 11)
 
 
 @pytest.mark.parametrize(("call", "at"), [("open", 1), ("open", 5), ("write", 3), ("first sync", 1)])

@@ -129,6 +129,7 @@ async def test_a_failing_disk_delays_the_scan_and_does_not_end_it(
         await one.make(4)
     async with opened_vault(tmp_path / "d") as again:
         monkeypatch.setattr(DekStore, "read", refusing)
+        monkeypatch.setattr(deks, "read_files_of", lambda names, *_, **__: [None for _ in names])
         await again.indexing.run()
         assert (len(again.vault.index), again.vault.unreadable.count) == (4, 0)
 

@@ -12,6 +12,7 @@ from minikms import api
 from minikms.audit import Event
 from minikms.custody import rotation
 from minikms.custody.deks import DekStore
+from minikms.custody.rotation import ReadFile
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
 from minikms.service.base import VerbTable
@@ -95,16 +96,16 @@ async def test_a_pass_does_not_read_what_the_index_has_under_the_new_kek(
 ) -> None:
     """The first pass reads each file once; the pass after it, which lists the directory, reads none."""
     read: list[str] = []
-    real = DekStore.read
+    real = DekStore.read_many
 
-    def noting(self: DekStore, key_id: str) -> bytes:
-        read.append(key_id)
-        return real(self, key_id)
+    def noting(self: DekStore, key_ids: list[str]) -> list[ReadFile]:
+        read.extend(key_ids)
+        return real(self, key_ids)
 
     async with opened_vault(tmp_path / "d") as one:
         key_ids = await one.make(20)
         await one.begin(None)
-        monkeypatch.setattr(DekStore, "read", noting)
+        monkeypatch.setattr(DekStore, "read_many", noting)
         await one.rotation.run()
         assert sorted(read) == sorted(key_ids)
         assert one.keks_on_disk(key_ids) == {2}
