@@ -1,6 +1,7 @@
 """HTTP/1.1 on one connection: requests for an ASGI application, one at a time, and their responses.
 
-Owns: what a connection may cost before a request is whole, and when it ends. `cycle` has each request. Rules:
+Owns: what a connection may cost before a request is whole, and when it ends. `received` has its bytes, `cycle` each
+request. Rules:
 1. `framing` says where a request ends. A refusal is a 4xx, and the connection ends.
 2. A request begins only when the response before it was written and the client takes it. Requests that came meanwhile
    stay bytes, at most one read of the event loop; no more is read until they are used. These bytes count as a body.
@@ -22,25 +23,67 @@ import math
 import socket
 import urllib.parse
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from progressdb_server.http import framing, limits
 from progressdb_server.http.asgi import DIRECT
 from progressdb_server.http.cycle import STATUS_LINES, Cycle
+from progressdb_server.http.received import Received
 from progressdb_server.http.serving import Serving
-from progressdb_server.http.shares import BodyAccount
 
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
 _BODY_WAITING_BYTES_MAX: Final = 64 * 1024
 """Of a body, received and not read by the application: no more is received meanwhile."""
-_RECURRING_FIELDS_BYTES_MAX: Final = 1024
-"""Fields of a head up to this length are kept, because those of the connection's next head may be the same."""
 _ERROR_TEXTS: Final = {
     400: "malformed HTTP request",
     413: "the body comes in too many chunks",
     431: "request head too large",
     500: "internal error",
 }
+
+
+class _Deadline:
+    """When something is done unless another time is set before."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._at_s = math.inf
+        self._act: Callable[[], None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at_s = math.inf
+
+    def set(self, seconds: float, act: Callable[[], None]) -> None:
+        """One timer serves many requests and compares with the deadline when it fires: to set and cancel a timer for
+        each request costs several microseconds."""
+        self._act = act
+        self._at_s = self._loop.time() + seconds
+        self._start()
+
+    def clear(self) -> None:
+        self._at_s = math.inf
+
+    def cancel(self) -> None:
+        """At the end: no timer leads to the connection any more."""
+        self._at_s = math.inf
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _start(self) -> None:
+        if self._timer is not None:
+            if self._timer_at_s <= self._at_s:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._at_s, self._check)
+        self._timer_at_s = self._at_s
+
+    def _check(self) -> None:
+        self._timer = None
+        if self._at_s > self._loop.time():
+            if self._at_s < math.inf:
+                self._start()
+        elif self._act is not None:
+            self._act()
 
 
 class Connection(asyncio.Protocol):
@@ -60,16 +103,7 @@ class Connection(asyncio.Protocol):
         self._server: tuple[str, int] | None = None
         self._cycle: Cycle | None = None
         """The request that was begun last."""
-        self._input = b""
-        """Received; used up to `_at`."""
-        self._at = 0
-        self._last_fields: framing.Fields | None = None
-        """Of the last head."""
-        self._held: BodyAccount | None = None
-        """What `_input` takes from the budget of bodies while a request before it is handled."""
-        self._in_body = False
-        self._body_left = 0
-        self._chunks: framing.Chunks | None = None
+        self._received = Received()
         self._continues = False
         """More of the received chunks are decoded in the next turn of the event loop. Nothing is read meanwhile."""
         self._ended = False
@@ -77,18 +111,15 @@ class Connection(asyncio.Protocol):
         self._linger_bytes_left: int | None = None
         """Of what is received and dropped before the connection is closed; None if it does not linger."""
         self._eof = False
-        self._read_paused = False
         self._drained: asyncio.Future[None] | None = None
         self._expecting = False
         """Whether the client is expected to send: a request has begun or the connection is new, and it is not whole."""
-        self._deadline_s = math.inf
-        """When the connection is closed unless something happens, on the loop's clock."""
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at_s = math.inf
+        self._deadline = _Deadline(serving.loop)
+        """When the connection is closed unless something happens."""
 
     # --- the transport's calls ----------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]  # of a stream
+        self.transport = self._received.transport = cast(asyncio.Transport, transport)
         self._on_open()
         del self._on_open
         self.serving.connections.add(self)
@@ -107,13 +138,10 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()
-        self._give_back_held()
+        self._received.give_back()
         self.serving.connections.discard(self)
         self.serving.shares.busy(self.group, self)
-        self._deadline_s = math.inf
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._deadline.cancel()
         cycle, self._cycle = self._cycle, None
         if cycle is not None:
             if not cycle.response_complete:
@@ -122,22 +150,26 @@ class Connection(asyncio.Protocol):
         self.resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        if self._ended and not self._in_body:
+        if self._ended and not self._received.in_body:
             if self._linger_bytes_left is not None:
                 self._linger_bytes_left -= len(data)
                 if self._linger_bytes_left < 0:
                     self.transport.abort()
             return
-        self._input = self._input[self._at :] + data if self._input else data
-        self._at = 0
+        self._received.add(data)
         self._advance()
 
     def eof_received(self) -> bool:
         """True keeps the connection open for responses that are due. TLS has no half-closed connections."""
-        if self._linger_bytes_left is not None or not self._is_busy() or self._in_body or self.scheme == "https":
+        if (
+            self._linger_bytes_left is not None
+            or not self._is_busy()
+            or self._received.in_body
+            or self.scheme == "https"
+        ):
             return False
         self._eof = True
-        self._close_at(self.serving.loop.time() + limits.HALF_CLOSED_SECONDS_MAX)
+        self._deadline.set(limits.HALF_CLOSED_SECONDS_MAX, self.transport.abort)
         return True
 
     def pause_writing(self) -> None:
@@ -163,8 +195,7 @@ class Connection(asyncio.Protocol):
     def _end(self) -> None:
         """Nothing of what is received matters any more."""
         self._ended = True
-        self._in_body = False
-        self._input = b""
+        self._received.drop()
 
     def close_idle(self) -> None:
         """See `shares.Closable`."""
@@ -193,12 +224,12 @@ class Connection(asyncio.Protocol):
         """Respond with an error if no response was begun, and end the connection."""
         cycle = self._cycle
         if not self.transport.is_closing():
-            current = cycle is not None and (self._in_body or not cycle.response_complete)
+            current = cycle is not None and (self._received.in_body or not cycle.response_complete)
             if current and cycle is not None and cycle.response_started and not cycle.response_complete:
                 self.transport.abort()  # a part is of no use: its unread bytes are not kept
             else:
                 if cycle is None or not current or not cycle.response_started:
-                    self.transport.write(self._error_response(status))
+                    self.transport.write(_error_response(status, self.serving.date))
                 self._linger()
         self._end()
         if cycle is not None and not cycle.response_complete:
@@ -214,45 +245,16 @@ class Connection(asyncio.Protocol):
         self._linger_bytes_left = limits.LINGER_BYTES_MAX
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        if self._read_paused:
-            self._read_paused = False
-            self.transport.resume_reading()
-        self._close_at(self.serving.loop.time() + limits.LINGER_SECONDS_MAX)
+        self._received.resume()
+        self._deadline.set(limits.LINGER_SECONDS_MAX, self.transport.abort if self._expecting else self.transport.close)
         self.serving.shares.idle(self.group, self)
-
-    def _error_response(self, status: int) -> bytes:
-        body = b'{"error":"%b"}' % _ERROR_TEXTS[status].encode("ascii")
-        headers = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-        return STATUS_LINES[status] + self.serving.date + headers + body
 
     # --- time ---------------------------------------------------------------------------------------------------
     def _await_request(self) -> None:
         if not self._expecting:
             self._expecting = True
-            self._close_at(self.serving.loop.time() + limits.REQUEST_SECONDS_MAX)
+            self._deadline.set(limits.REQUEST_SECONDS_MAX, self.transport.abort)
             self.serving.shares.idle(self.group, self)
-
-    def _close_at(self, deadline_s: float) -> None:
-        """Set the deadline. One timer serves many requests and compares with the deadline when it fires: to set and
-        cancel a timer for each request costs several microseconds.
-        """
-        self._deadline_s = deadline_s
-        if self._timer is not None:
-            if self._timer_at_s <= deadline_s:
-                return
-            self._timer.cancel()
-        self._timer = self.serving.loop.call_at(deadline_s, self._check_deadline)
-        self._timer_at_s = deadline_s
-
-    def _check_deadline(self) -> None:
-        self._timer = None
-        if self._deadline_s > self.serving.loop.time():
-            if self._deadline_s < math.inf:
-                self._close_at(self._deadline_s)
-        elif self._expecting or self._eof:
-            self.transport.abort()
-        else:
-            self.transport.close()
 
     # --- requests -----------------------------------------------------------------------------------------------
     def _is_busy(self) -> bool:
@@ -262,13 +264,16 @@ class Connection(asyncio.Protocol):
     def _advance(self) -> None:
         """Use the received bytes as far as they may be used now."""
         try:
-            while self._input and (self._in_body or not self._ended):
-                if self._in_body:
+            received = self._received
+            while received.data and (received.in_body or not self._ended):
+                if received.in_body:
                     self._take_body()
-                    if self._in_body:
+                    if received.in_body:
                         break
-                elif self._is_busy() or not self._take_head():
+                elif self._is_busy() or (head := received.head()) is None:
                     break
+                else:
+                    self._begin(head)
         except framing.HttpError as error:
             self.refuse(error.status)
         if not self._ended:
@@ -276,82 +281,42 @@ class Connection(asyncio.Protocol):
 
     def _settle(self) -> None:
         """Set deadline and flow by what the connection waits for."""
-        cycle = self._cycle
-        if self._is_busy() and not self._in_body:
+        cycle, received = self._cycle, self._received
+        if self._is_busy() and not received.in_body:
             self._expecting = False
             if self._eof:
-                self._close_at(self.serving.loop.time() + limits.HALF_CLOSED_SECONDS_MAX)
+                self._deadline.set(limits.HALF_CLOSED_SECONDS_MAX, self.transport.abort)
             else:
-                self._deadline_s = math.inf
+                self._deadline.clear()
             self.serving.shares.busy(self.group, self)
-            if self._input:
-                self._hold()
+            if received.data:
+                if not received.hold(self.serving.shares, self.group):
+                    self.transport.abort()
                 return
         elif self._eof and not self._continues:
             self.transport.close()  # nothing more comes: a request that is not whole is not handled
             return
-        elif self._in_body or self._input:
-            self._input = self._input[self._at :]
-            self._at = 0
+        elif received.in_body or received.data:
+            received.drop_used()
             self._await_request()
-            if self._in_body and cycle is not None and not cycle.response_complete:
+            if received.in_body and cycle is not None and not cycle.response_complete:
                 return  # the application says when it takes more of the body
         elif not self._expecting or cycle is not None:
             self._idle()
-        self._give_back_held()
+        received.give_back()
         self.resume_reading()
 
     def _idle(self) -> None:
         """Wait for the next request."""
         self._cycle = None
         self._expecting = False
-        self._close_at(self.serving.loop.time() + limits.IDLE_SECONDS_MAX)
+        self._deadline.set(limits.IDLE_SECONDS_MAX, self.transport.close)
         self.serving.shares.idle(self.group, self)
 
-    def _hold(self) -> None:
-        """Requests have come before their turn: read no more, and count what there is."""
-        self._pause_reading()
-        if len(self._input) > limits.BODY_UNCOUNTED_BYTES_MAX and self._held is None:
-            self._held = BodyAccount(self.serving.shares, self.group, b"")
-            if not self._held.grow_to(len(self._input)):
-                self.transport.abort()
-
-    def _give_back_held(self) -> None:
-        if self._held is not None:
-            self._held.close()
-            self._held = None
-
-    def _pause_reading(self) -> None:
-        if not self._read_paused:
-            self._read_paused = True
-            self.transport.pause_reading()
-
     def resume_reading(self) -> None:
-        if self._read_paused and not self._continues and (self._in_body or not self._ended):
-            self._read_paused = False
-            self.transport.resume_reading()
-
-    def _take_head(self) -> bool:
-        """Begin the request whose head is there. Returns False if more bytes are needed."""
-        data, at = self._input, self._at
-        while data.startswith(b"\r\n", at):  # RFC 9112, section 2.2
-            at += 2
-        head = framing.parse_head(data, at, self._last_fields)
-        if head is None:
-            self._use(at)
-            return False
-        if len(head.fields.raw) <= _RECURRING_FIELDS_BYTES_MAX:
-            self._last_fields = head.fields
-        self._use(head.end)
-        self._begin(head)
-        return True
-
-    def _use(self, at: int) -> None:
-        """The received bytes are used up to `at`."""
-        self._at = at
-        if at == len(self._input):
-            self._input = b""
-            self._at = 0
+        received = self._received
+        if received.paused and not self._continues and (received.in_body or not self._ended):
+            received.resume()
 
     def _begin(self, head: framing.Head) -> None:
         fields = head.fields
@@ -374,12 +339,10 @@ class Connection(asyncio.Protocol):
         self._cycle = cycle = Cycle(self, scope, fields)
         scope[DIRECT] = cycle
         if fields.length:
-            self._in_body = True
-            self._chunks = framing.Chunks() if fields.length == framing.CHUNKED else None
-            self._body_left = fields.length
-            if self._input:
+            self._received.begin_body(fields.length)
+            if self._received.data:
                 self._take_body()
-            if self._in_body and self._eof and not self._continues:
+            if self._received.in_body and self._eof and not self._continues:
                 cycle.response_complete = True  # it is not handled
                 cycle.release()
                 return
@@ -389,46 +352,43 @@ class Connection(asyncio.Protocol):
         self.serving.tasks.add(cycle.task)
 
     def _take_body(self) -> None:
-        cycle = self._cycle
+        cycle, received = self._cycle, self._received
         if cycle is None:
             return
-        data, at = self._input, self._at
-        if self._chunks is not None:
-            part, at = self._chunks.feed(data, at)
-            self._in_body = not self._chunks.complete
-        else:
-            part = data[at : at + self._body_left]
-            at += len(part)
-            self._body_left -= len(part)
-            self._in_body = self._body_left > 0
-        self._use(at)
-        if part and cycle.add(part) > _BODY_WAITING_BYTES_MAX and self._in_body:
-            self._pause_reading()
-        if not self._in_body:
+        part = received.body()
+        if part and cycle.add(part) > _BODY_WAITING_BYTES_MAX and received.in_body:
+            received.pause()
+        if not received.in_body:
             cycle.end_body()
-        elif self._input and self._chunks is not None and not self._chunks.starved and not self._continues:
+        elif received.has_chunks and not self._continues:
             self._continues = True
-            self._pause_reading()
+            received.pause()
             self.serving.loop.call_soon(self._continue_body)
 
     def _continue_body(self) -> None:
         self._continues = False
         self._advance()
-        if self._in_body and self._cycle is not None and self._cycle.waiting_bytes <= _BODY_WAITING_BYTES_MAX:
+        if self._received.in_body and self._cycle is not None and self._cycle.waiting_bytes <= _BODY_WAITING_BYTES_MAX:
             self.resume_reading()
 
     def responded(self, keep_alive: bool) -> None:
         """The response of the last request is complete."""
         if not keep_alive:
-            if self._in_body:
+            if self._received.in_body:
                 self._linger()
             else:
                 self.transport.close()
             self._end()
-        elif self._input or self._in_body or self.write_paused or self._eof or self._ended:
+        elif self._received.data or self._received.in_body or self.write_paused or self._eof or self._ended:
             self._advance()
         else:
             self._idle()
+
+
+def _error_response(status: int, date: bytes) -> bytes:
+    body = b'{"error":"%b"}' % _ERROR_TEXTS[status].encode("ascii")
+    headers = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+    return STATUS_LINES[status] + date + headers + body
 
 
 def _address(name: Any) -> tuple[str, int] | None:
