@@ -110,6 +110,90 @@ def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
         future.set_exception(error)
 
 
+def _refuse(pending: PendingWrite, error: StoreUnavailableError) -> None:
+    if not pending.future.done():
+        pending.future.set_exception(error)
+
+
+class _Queue:
+    """Writes that wait for their group, bounded in number and in bytes."""
+
+    def __init__(self) -> None:
+        self._writes: deque[PendingWrite] = deque()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._writes)
+
+    def fits(self, size: int) -> bool:
+        return len(self._writes) < QUEUE_WRITES_MAX and self._bytes + size <= QUEUE_BYTES_MAX
+
+    def add(self, pending: PendingWrite) -> None:
+        self._writes.append(pending)
+        self._bytes += pending.size
+
+    @property
+    def fills_a_group(self) -> bool:
+        return len(self._writes) >= GROUP_WRITES_MAX or self._bytes >= GROUP_BYTES_MAX
+
+    def take_all(self) -> list[PendingWrite]:
+        taken = list(self._writes)
+        self._writes.clear()
+        self._bytes = 0
+        return taken
+
+    def take_group(self) -> list[PendingWrite]:
+        """The first ones, as many as a group may have."""
+        queue = self._writes
+        if len(queue) <= GROUP_WRITES_MAX and self._bytes <= GROUP_BYTES_MAX:
+            return self.take_all()
+        group: list[PendingWrite] = []
+        size = 0
+        while queue and len(group) < GROUP_WRITES_MAX and (not group or size + queue[0].size <= GROUP_BYTES_MAX):
+            pending = queue.popleft()
+            size += pending.size
+            group.append(pending)
+        self._bytes -= size
+        return group
+
+
+class _Gathering:
+    """What a group waits for. A write belongs to the period in which it was reserved; the wait that ends the period
+    waits for it, and no later wait does."""
+
+    def __init__(self) -> None:
+        self.period = 0
+        """The number of waits so far."""
+        self.reserved = 0
+        """Reservations of this period that are neither submitted nor left: their writes are being sealed."""
+        self.waiting: asyncio.Future[None] | None = None
+        self._missing = 0
+        """Reservations of the previous period that the wait is still for."""
+
+    def ended(self, period: int) -> None:
+        """A reservation of this period was submitted or left."""
+        if period == self.period:
+            self.reserved -= 1
+        elif self.waiting is not None and period == self.period - 1:
+            self._missing -= 1
+            if not self._missing:
+                _settle(self.waiting, None)
+
+    async def wait(self) -> None:
+        """End the period and wait until all its writes have been submitted or left, or `waiting` is settled, at most
+        `GATHER_S_MAX`."""
+        loop = asyncio.get_running_loop()
+        self.period += 1
+        self._missing, self.reserved = self.reserved, 0
+        self.waiting = loop.create_future()
+        timer = loop.call_later(GATHER_S_MAX, _settle, self.waiting, None)
+        try:
+            await self.waiting
+        finally:
+            timer.cancel()
+            self.waiting = None
+
+
 class GroupCommit(ABC):
     """Queue, order and groups. A subclass commits a group, and recovers after a failure."""
 
@@ -124,17 +208,9 @@ class GroupCommit(ABC):
         self._metrics = metrics
         self._on_reopen = on_reopen
         self._ordered: dict[bytes, deque[PendingWrite]] = {}
-        self._queue: deque[PendingWrite] = deque()
-        self._queue_bytes = 0
+        self._queue = _Queue()
+        self._gathering = _Gathering()
         self._drain: asyncio.Task[None] | None = None
-        self._period = 0
-        """The number of waits so far. A write belongs to the period in which it was reserved; the wait that ends the
-        period waits for it, and no later wait does."""
-        self._reserved = 0
-        """Reservations of this period that are neither submitted nor left: their writes are being sealed."""
-        self._gathered: asyncio.Future[None] | None = None
-        self._missing = 0
-        """Reservations of the previous period that the next group still waits for."""
         self._recovery: asyncio.Task[None] | None = None
         self._closed = False
         self._read_only = ""
@@ -171,8 +247,8 @@ class GroupCommit(ABC):
     def reserve(self, order_key: bytes) -> PendingWrite:
         """Take the next position in the order of the key. Later writes of this key wait until the caller passes the
         reservation to `submit` or `leave`."""
-        pending = PendingWrite(order_key, asyncio.get_running_loop().create_future(), self._period)
-        self._reserved += 1
+        pending = PendingWrite(order_key, asyncio.get_running_loop().create_future(), self._gathering.period)
+        self._gathering.reserved += 1
         waiting = self._ordered.get(order_key)
         if waiting is None:
             self._ordered[order_key] = deque((pending,))
@@ -193,7 +269,7 @@ class GroupCommit(ABC):
         pending.size = size
         order_key = pending.order_key
         if order_key is not None:
-            self._end_reservation(pending.period)
+            self._gathering.ended(pending.period)
         if order_key is not None and len(self._ordered[order_key]) == 1:  # the usual case
             del self._ordered[order_key]
             self._enqueue(pending)
@@ -204,7 +280,7 @@ class GroupCommit(ABC):
     def leave(self, pending: PendingWrite) -> None:
         """Give up a position. Does nothing if it was submitted."""
         if pending.write is None and pending.order_key is not None:
-            self._end_reservation(pending.period)
+            self._gathering.ended(pending.period)
             waiting = self._ordered[pending.order_key]
             waiting.remove(pending)
             if waiting:
@@ -262,16 +338,14 @@ class GroupCommit(ABC):
     def _enqueue(self, pending: PendingWrite) -> None:
         why = self._refusal(pending.size)
         if why:
-            self._refuse(pending, self._refused(why))
-        else:
-            self._queue.append(pending)
-            self._queue_bytes += pending.size
-            if self._gathered is not None and self._is_full():
-                _settle(self._gathered, None)
-            if (
-                self._drain is None
-            ):  # it starts in the loop's next iteration, so that the writes of this one form a group
-                self._drain = asyncio.get_running_loop().create_task(self._run())
+            _refuse(pending, self._refused(why))
+            return
+        self._queue.add(pending)
+        if self._gathering.waiting is not None and self._queue.fills_a_group:
+            _settle(self._gathering.waiting, None)
+        if self._drain is None:
+            # It starts in the loop's next iteration, so that the writes of this one form a group.
+            self._drain = asyncio.get_running_loop().create_task(self._run())
 
     def _refusal(self, size: int) -> str:
         """Why a write of `size` bytes is refused now; empty if it is accepted."""
@@ -279,72 +353,24 @@ class GroupCommit(ABC):
             return self._read_only
         if self._recovery is not None or self._closed:
             return self.away
-        if len(self._queue) >= QUEUE_WRITES_MAX or self._queue_bytes + size > QUEUE_BYTES_MAX:
-            return "too many writes are waiting"
-        return ""
+        return "" if self._queue.fits(size) else "too many writes are waiting"
 
     def _refused(self, why: str) -> NotWrittenError:
         return StoreReadOnlyError(why) if self._read_only else NotWrittenError(why)
 
-    def _refuse(self, pending: PendingWrite, error: StoreUnavailableError) -> None:
-        if not pending.future.done():
-            pending.future.set_exception(error)
-
     def _refuse_queue(self, why: str) -> None:
-        while self._queue:
-            self._refuse(self._queue.popleft(), self._refused(why))
-        self._queue_bytes = 0
+        for pending in self._queue.take_all():
+            _refuse(pending, self._refused(why))
 
     # --- groups ---------------------------------------------------------------------------------------------------
     async def _run(self) -> None:
         try:
             while self._queue:
-                if self._reserved and not self._is_full():
-                    await self._gather()
-                await self._commit_group(self._take_group())
+                if self._gathering.reserved and not self._queue.fills_a_group:
+                    await self._gathering.wait()
+                await self._commit_group(self._queue.take_group())
         finally:
             self._drain = None
-
-    async def _gather(self) -> None:
-        """End the period and wait until all its writes have been submitted or left, or the group is full, at most
-        `GATHER_S_MAX`."""
-        loop = asyncio.get_running_loop()
-        self._period += 1
-        self._missing, self._reserved = self._reserved, 0
-        self._gathered = loop.create_future()
-        timer = loop.call_later(GATHER_S_MAX, _settle, self._gathered, None)
-        try:
-            await self._gathered
-        finally:
-            timer.cancel()
-            self._gathered = None
-
-    def _end_reservation(self, period: int) -> None:
-        if period == self._period:
-            self._reserved -= 1
-        elif self._gathered is not None and period == self._period - 1:
-            self._missing -= 1
-            if not self._missing:
-                _settle(self._gathered, None)
-
-    def _is_full(self) -> bool:
-        return len(self._queue) >= GROUP_WRITES_MAX or self._queue_bytes >= GROUP_BYTES_MAX
-
-    def _take_group(self) -> list[PendingWrite]:
-        queue = self._queue
-        if len(queue) <= GROUP_WRITES_MAX and self._queue_bytes <= GROUP_BYTES_MAX:
-            group = list(queue)
-            queue.clear()
-            self._queue_bytes = 0
-            return group
-        group = []
-        size = 0
-        while queue and len(group) < GROUP_WRITES_MAX and (not group or size + queue[0].size <= GROUP_BYTES_MAX):
-            pending = queue.popleft()
-            size += pending.size
-            group.append(pending)
-        self._queue_bytes -= size
-        return group
 
     async def _commit_group(self, group: list[PendingWrite]) -> None:
         started = time.perf_counter()
@@ -353,7 +379,7 @@ class GroupCommit(ABC):
         except EngineBusyError:
             self._last_group_failed = True
             for pending in group:
-                self._refuse(pending, StoreUnavailableError(self.busy))
+                _refuse(pending, StoreUnavailableError(self.busy))
             return
         except Exception as error:  # noqa: BLE001  after any error the waiters must get a result and the engine must recover
             self._fail(group, error)
@@ -381,7 +407,7 @@ class GroupCommit(ABC):
             self._recovery = asyncio.get_running_loop().create_task(self._recover())
         for pending in group:
             known = isinstance(error, NotWrittenError)
-            self._refuse(pending, self._refused(str(error)) if known else OutcomeUnknownError(self.unconfirmed))
+            _refuse(pending, self._refused(str(error)) if known else OutcomeUnknownError(self.unconfirmed))
         self._refuse_queue(self._read_only or self.away)
 
     async def _recover(self) -> None:
