@@ -164,7 +164,7 @@ def plaintext_of(answer: api.DecryptAnswer) -> bytes:
 
 
 class Verbs:
-    """One method for each verb, over `_run` of its client. Each raises KmsError."""
+    """One method for each verb, so as many as there are verbs, over `_run` of its client. Each raises KmsError."""
 
     @method
     def health(self) -> One[bool]:

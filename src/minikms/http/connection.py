@@ -107,7 +107,11 @@ class Group(Generic[S]):
 
 
 class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
-    """The protocol object of one connection; made by `HttpServer.protocol_factory`."""
+    """The protocol object of one connection; made by `HttpServer.protocol_factory`.
+
+    It stays one class: the transport, the server and the application call half of its methods, and the other half share
+    `_blocked` and `_answers`, which every request reads; `minikms.http.reader` has the bytes of requests.
+    """
 
     __slots__ = (
         "_admitted",

@@ -103,7 +103,8 @@ class Opened(NamedTuple):
 
 
 class EncryptedSaver(BaseCheckpointSaver[Any]):
-    """A saver around `inner`, whose database gets no plaintext of values, writes and metadata.
+    """A saver around `inner`, whose database gets no plaintext of values, writes and metadata. LangGraph's interface,
+    which each operation has in two forms, makes it long.
 
     `kms` is a `minikms.Client` or a `minikms.AsyncClient`; the blocking methods need the first. `plain_metadata` names
     further fields of the metadata that stay in plaintext, so that `list` can filter by them.

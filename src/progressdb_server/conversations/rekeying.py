@@ -250,12 +250,8 @@ class Rekeying:
             yield [(key[len(prefix) :], raw) for key, raw in entries]
 
     # --- rows of jobs ---------------------------------------------------------------------------------------------
-    def new_job_id(self, now_ns: int) -> str:
-        """Ids sort by time."""
-        return keyspace.new_job_id(now_ns)
-
-    def is_job_id(self, text: str) -> bool:
-        return keyspace.JOB_ID.fullmatch(text) is not None
+    new_job_id = staticmethod(keyspace.new_job_id)
+    is_job_id = staticmethod(keyspace.is_job_id)
 
     async def job_row(self, job_id: str) -> bytes | None:
         """None also for a malformed id."""
