@@ -107,6 +107,7 @@ class TooManyConnectionsError(KmsRefusedError):
 
     status = 503
     code = api.CODE_TOO_MANY
+    retry_after_s = api.FULL_RETRY_SECONDS
 
 
 class IssuerUnavailableError(KmsRefusedError):

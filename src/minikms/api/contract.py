@@ -35,7 +35,8 @@ SEALED_RETRY_SECONDS: Final = 5
 """`Retry-After` of a refusal because the service is sealed."""
 AUDIT_LAGGING_RETRY_SECONDS: Final = 5
 """`Retry-After` of a refusal because the auditor lags: it reports this often."""
-
+FULL_RETRY_SECONDS: Final = 1
+"""`Retry-After` of a refusal because there are too many connections, or too much is being received."""
 INDEXING_RETRY_SECONDS: Final = 2
 """`Retry-After` of a refusal because key files are still being read after the start."""
 

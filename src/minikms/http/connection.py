@@ -18,6 +18,9 @@ It must never look into a body, know a path or a verb, or keep a body after `App
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 from collections.abc import Awaitable, Hashable
 from typing import Final, Generic, Protocol, cast
 
@@ -493,14 +496,23 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
         """The value of `HttpServer.now`, to half a second, when it began to wait."""
         return self._since
 
-    def give_place(self) -> None:
-        """Close the connection, which waits for its client, and forget it at once."""
+    def give_place(self) -> bool:
+        """Close the connection, which waits for its client, and forget it at once. False, and nothing is done, if the
+        kernel has bytes of its client that were not read yet.
+        """
+        with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as own:
+            with contextlib.suppress(OSError):
+                if own.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    return False
+            with contextlib.suppress(OSError):
+                own.shutdown(socket.SHUT_RDWR)  # at once, so that no later request of its client counts as sent
         self._blocked |= _CLOSING
         self._reader.discard()
         if self._opened:
             self._opened = False
             self._server.close(self, self._session, self._group)
         self._transport.close()
+        return True
 
     def close_if_idle(self) -> None:
         """Close unless a request is being received or answered."""

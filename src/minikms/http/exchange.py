@@ -106,6 +106,8 @@ def refusal_response(refusal: Refusal) -> Response:
     response = error_response(*refusal, close=True)
     if refusal.status == 405:
         response.headers = (("allow", METHODS_SERVED),)
+    elif refusal.status == 503 and refusal.code == api.CODE_TOO_MANY:
+        response.headers = (("retry-after", str(api.FULL_RETRY_SECONDS)),)
     return response
 
 

@@ -44,6 +44,8 @@ HEAD_SECONDS_MAX: Final = 10.0
 BODY_SECONDS_MAX: Final = 60.0
 IDLE_SECONDS_MAX: Final = 300.0
 HALF_CLOSED_SECONDS_MAX: Final = 5.0
+PLACE_SECONDS_MIN: Final = 1.0
+"""A connection that has waited for its client for less is not closed for another one: a request may be on its way."""
 LINGER_SECONDS_MAX: Final = 2.0
 """How long the engine reads and discards input after the last answer, so that the client can read the answer."""
 WRITE_STALL_SECONDS_MAX: Final = 30.0
@@ -73,6 +75,7 @@ class Limits:
     body_seconds_max: float = BODY_SECONDS_MAX
     idle_seconds_max: float = IDLE_SECONDS_MAX
     half_closed_seconds_max: float = HALF_CLOSED_SECONDS_MAX
+    place_seconds_min: float = PLACE_SECONDS_MIN
     linger_seconds_max: float = LINGER_SECONDS_MAX
     write_stall_seconds_max: float = WRITE_STALL_SECONDS_MAX
     sweep_seconds: float = SWEEP_SECONDS

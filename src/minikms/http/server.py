@@ -12,6 +12,7 @@ It must never open a listening socket (the caller does, with `protocol_factory`)
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Final, Generic
@@ -25,6 +26,8 @@ from minikms.http.reader import Budget, Phase, Shared
 
 _DRAIN_POLL_SECONDS: Final = 0.02
 _CANCEL_SECONDS_MAX: Final = 1.0
+_PLACES_TRIED_MAX: Final = 8
+"""Of the connections that could be closed for another one, how many are looked at for input that was not read yet."""
 _COMMIT_AGAIN_SECONDS: Final = 0.002
 """Between two calls of `Application.commit` for a turn whose answers wait."""
 
@@ -169,11 +172,15 @@ class HttpServer(Generic[S]):
         session = self.app.open_session(*given)
         if isinstance(session, GroupFull):
             group = self._groups.get(session.group)
-            waiting = [] if group is None else [each for each in group.connections if each.waits]
-            if waiting:
-                min(waiting, key=lambda each: each.since).give_place()
+            if group is not None and any(each.give_place() for each in self._unused(group)):
                 session = self.app.open_session(*given)
         return TOO_MANY_CONNECTIONS if isinstance(session, GroupFull) else session
+
+    def _unused(self, group: Group[S]) -> list[ServerConnection[S]]:
+        """The connections of a group that have waited longest for their clients, and not only for a moment."""
+        before = self.now - self.limits.place_seconds_min
+        waiting = [each for each in group.connections if each.waits and each.since <= before]
+        return heapq.nsmallest(_PLACES_TRIED_MAX, waiting, key=lambda each: each.since)
 
     def count_unread(self, group: Group[S], change: int) -> None:
         """`change` more bytes of requests and answers of a group are kept, or fewer if it is negative."""

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -314,7 +315,7 @@ def test_a_full_group_loses_the_connection_that_waited_longest() -> None:
     """Idle, or in the middle of a request, but never one whose request is being answered."""
 
     async def check() -> None:
-        async with serving(dataclasses.replace(LIMITS, sweep_seconds=0.01)) as running:
+        async with serving(dataclasses.replace(LIMITS, sweep_seconds=0.01, place_seconds_min=0.0)) as running:
             running.app.places = 3
             busy, begun, idle = [await running.peer() for _ in range(3)]
             for peer in (busy, begun, idle):
@@ -342,6 +343,30 @@ def test_a_full_group_loses_the_connection_that_waited_longest() -> None:
             assert running.app.sessions[1].closed
             for peer in (busy, begun, idle, new, refused):
                 await peer.close()
+
+    run(check())
+
+
+@pytest.mark.parametrize("sent", [b"", get("/echo")])
+def test_a_connection_keeps_its_place_while_a_request_may_be_on_its_way(sent: bytes) -> None:
+    """It has waited only for a moment, or the kernel has bytes of it that were not read yet."""
+
+    async def check() -> None:
+        limits = dataclasses.replace(LIMITS, place_seconds_min=0.0 if sent else 60.0)
+        async with serving(limits) as running:
+            running.app.places = 1
+            peer = await running.peer()
+            wait = next(iter(running.http.connections))
+            if sent:
+                os.write(peer.writer.get_extra_info("socket").fileno(), sent)
+                assert not wait.give_place()
+                assert (await peer.answer()).status == 200
+            else:
+                refused = await running.peer()
+                answer = await refused.answer()
+                assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+                await refused.close()
+            await peer.close()
 
     run(check())
 
