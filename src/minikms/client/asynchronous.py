@@ -16,11 +16,11 @@ from typing import Any, Final, Self, TypeVar
 
 from minikms import api
 from minikms.api import Verb
-from minikms.api.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError
+from minikms.api.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError, KmsUnavailableError
 from minikms.client import calls
 from minikms.client.base import POOL_CONNECTIONS_MAX, BaseClient
 from minikms.client.batching import Batcher, OneLoop
-from minikms.client.calls import Attempts, Call, check_proxied, make_call
+from minikms.client.calls import Call, check_proxied, make_call
 from minikms.client.connecting import POOL_IDLE_S_MAX
 from minikms.client.connection import ClientConnection
 from minikms.client.items import Batch, DecryptItem, EncryptItem, Outcome
@@ -63,6 +63,7 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
         self._slots = asyncio.Semaphore(POOL_CONNECTIONS_MAX)
         self._batch_connections: dict[Verb[Any, Any], ClientConnection] = {}
         self._closed = False
+        self._sweeper: asyncio.TimerHandle | None = None
         self._loop = OneLoop()
         wait_s_max = self._timeout_s + self._wait_s
         self._batchers: dict[Verb[Any, Any], Batcher[Any]] = {
@@ -81,11 +82,13 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
     async def close(self) -> None:
         """Fails every open call and closes the connections. May be repeated."""
         self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         for batcher in self._batchers.values():
             await batcher.close()
-        for connection in [*self._idle, *self._busy, *self._batch_connections.values()]:
+        for connection in [*self._busy, *self._batch_connections.values()]:
             connection.close()
-        self._idle.clear()
+        self._close_idle()
         self._batch_connections.clear()
         await asyncio.sleep(0)  # let the transports close their sockets
 
@@ -158,7 +161,7 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
     async def _repeat(self, call: Call[A], batched: Verb[Any, Any] | None = None, *, timeout_s: float) -> A:
         """Makes the call, again if need be. `batched`: on the connection that carries the batches of that verb."""
         loop = asyncio.get_running_loop()
-        attempts = Attempts(repeatable=call.verb.repeatable, until_s=loop.time() + self._wait_s)
+        attempts = self._attempts(call.verb, loop.time())
         while True:
             try:
                 return await self._attempt(call, batched, timeout_s)
@@ -181,11 +184,13 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
             finally:
                 self._busy.discard(connection)
             answered = True
+        except KmsUnavailableError:
+            self._close_idle()  # the daemon may have closed these too: the next attempt takes a fresh one
+            raise
         finally:
             if self.on_exchange is not None:
                 self.on_exchange(call.target, time.monotonic() - started_s, answered)
-        if batched is None:
-            self._release(connection)
+        self._release(connection, pooled=batched is None)
         return call.read(answer)
 
     async def _connection(self, batched: Verb[Any, Any] | None) -> ClientConnection:
@@ -215,12 +220,31 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
             raise KmsClosedError("the client was closed")
         return connection
 
-    def _release(self, connection: ClientConnection) -> None:
+    def _release(self, connection: ClientConnection, *, pooled: bool) -> None:
         if self._closed:
             connection.close()
         elif connection.usable:
-            connection.idle_since_s = asyncio.get_running_loop().time()
-            self._idle.append(connection)
+            loop = asyncio.get_running_loop()
+            connection.idle_since_s = loop.time()
+            if pooled:
+                self._idle.append(connection)
+            if self._sweeper is None:
+                self._sweeper = loop.call_later(POOL_IDLE_S_MAX, self._sweep, loop)
+
+    def _close_idle(self) -> None:
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Closes the connections that were idle for too long, and looks again while others are open."""
+        fresh_s = loop.time() - POOL_IDLE_S_MAX
+        for connection in [*self._idle, *self._batch_connections.values()]:
+            if connection.idle_since_s <= fresh_s and connection not in self._busy:
+                connection.close()
+        self._idle = [connection for connection in self._idle if connection.usable]
+        is_open = self._idle or any(connection.usable for connection in self._batch_connections.values())
+        self._sweeper = loop.call_later(POOL_IDLE_S_MAX, self._sweep, loop) if is_open else None
 
 
 async def _cancel(tasks: deque[asyncio.Task[T]]) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from typing import Final
+from typing import Any, Final
 
+from minikms.api import Verb
+from minikms.client.calls import Attempts
 from minikms.client.connecting import Endpoint, SocketEndpoint
 
-POOL_CONNECTIONS_MAX: Final = 64
+POOL_CONNECTIONS_MAX: Final = 16
 """Of one client, beside the two connections that carry batches."""
 TIMEOUT_S: Final = 10.0
 WAIT_S: Final = 2.0
@@ -55,6 +57,10 @@ class BaseClient:
 
     def _start(self) -> None:
         """Begins without connections."""
+
+    def _attempts(self, verb: Verb[Any, Any], now_s: float) -> Attempts:
+        until_s, full_until_s = now_s + self._wait_s, now_s + self._timeout_s
+        return Attempts(repeatable=verb.repeatable, until_s=until_s, full_until_s=full_until_s)
 
     @property
     def warnings(self) -> Sequence[str]:

@@ -30,6 +30,7 @@ from minikms.api.errors import (
     KmsUnavailableError,
     RequestInterruptedError,
     ShuttingDownError,
+    TooManyError,
     refusal,
 )
 from minikms.client.items import CheckOutcome, DecryptItem, Item, Outcome, Sent, check_id, checked_cost_bytes, invalid
@@ -40,6 +41,8 @@ A = TypeVar("A")
 
 PAUSE_S_MIN: Final = 0.005
 PAUSE_S_MAX: Final = 0.25
+FULL_PAUSE_S_MAX: Final = 1.0
+"""Between attempts at a service that is full. It is longer, because each attempt costs the service a connection."""
 _KEY_HEX: Final = re.compile(rb"[0-9a-fA-F]{%d}" % api.KEY_HEX_CHARS)
 _SHARE: Final = re.compile(rb"[-0-9A-Za-z ]{1,%d}" % api.SHARE_BYTES_MAX)
 
@@ -350,33 +353,43 @@ def macs(answer: api.MacAnswer, count: int) -> list[bytes]:
 
 
 class Attempts:
-    """When a failed call is made again, and after which pause. `until_s` is when to give up, by the caller's clock.
+    """When a failed call is made again, and after which pause. `until_s` is when to give up on a daemon that is away
+    (it restarts, its connection broke, it is stopping), `full_until_s` on one that is full, by the caller's clock.
 
-    A call is repeated while the daemon is away (it restarts, its connection broke, it is stopping), for a bounded time,
-    and only if that is harmless: the verb is repeatable, or the request was certainly not carried out. A timeout, a
-    malformed answer and every refusal other than `shutting_down` and `interrupted` end the call at once.
+    A call is repeated only if that is harmless: the verb is repeatable, or the request was certainly not carried out. A
+    timeout, a malformed answer and every other refusal than `shutting_down`, `interrupted` and a 503 `too_many` end the
+    call at once.
     """
 
-    __slots__ = ("_count", "_repeatable", "_until_s")
+    __slots__ = ("_count", "_full_until_s", "_repeatable", "_until_s")
 
-    def __init__(self, *, repeatable: bool, until_s: float) -> None:
+    def __init__(self, *, repeatable: bool, until_s: float, full_until_s: float) -> None:
         self._repeatable = repeatable
         self._until_s = until_s
+        self._full_until_s = full_until_s
         self._count = 0
 
     def pause_s(self, error: KmsError, now_s: float) -> float | None:
         """How long to wait before the next attempt; None if there must not be one."""
+        until_s, is_full = self._until_s, False
         if isinstance(error, KmsUnavailableError):
             harmless = self._repeatable or not error.sent
         elif isinstance(error, RequestInterruptedError):
             harmless = self._repeatable
+        elif isinstance(error, TooManyError) and error.status == 503:
+            harmless = is_full = True
+            until_s = self._full_until_s
         else:
             harmless = isinstance(error, ShuttingDownError)
-        left_s = self._until_s - now_s
+        left_s = until_s - now_s
         if not harmless or left_s <= 0:
             return None
         self._count += 1
+        longest_s = PAUSE_S_MIN * 2.0 ** min(self._count, 16)
+        if is_full:  # the whole of the pause is random, so that clients that were refused together do not come together
+            pause_s = min(left_s, random.uniform(0.0, min(FULL_PAUSE_S_MAX, longest_s)))  # noqa: S311 - as below
+            self._until_s += pause_s
+            return pause_s
         if self._count == 1:
             return 0.0  # a kept connection that a restarted daemon no longer knows: a fresh one will do
-        pause = min(PAUSE_S_MAX, PAUSE_S_MIN * 2.0 ** min(self._count, 16))
-        return min(left_s, pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads clients, protects nothing
+        return min(left_s, min(PAUSE_S_MAX, longest_s) * random.uniform(0.5, 1.0))  # noqa: S311 - spreads clients, protects nothing

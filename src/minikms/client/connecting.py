@@ -9,6 +9,7 @@ commands do without.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -16,17 +17,18 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from minikms.api.errors import KmsError, KmsUnavailableError, KmsUntrustedServerError
+from minikms import api
+from minikms.api.errors import KmsError, KmsUnavailableError, KmsUntrustedServerError, refusal
 from minikms.client.wire import SOCKET_ORIGIN
 
 if TYPE_CHECKING:
     import asyncio
 
 POOL_IDLE_S_MAX: Final = 5.0
-"""A connection that was idle for longer is not used again. Far below the daemon's own idle limit, so that a request
-that can't be repeated is not sent on a connection that the daemon is just closing."""
+"""A connection that was idle for longer is not used again, and AsyncClient closes it. Far below the daemon's own idle
+limit, so that a request that can't be repeated is not sent on a connection that the daemon is just closing."""
 SOCKET_PATH_BYTES_MAX: Final = 107
 """sun_path of unix(7), less its end mark."""
 _UCRED: Final = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7); -1 as uid reads as 2^32 - 1
@@ -71,8 +73,12 @@ class Endpoint(ABC):
         """A connected socket whose server was checked; the caller closes it. Raises KmsError; no request was sent."""
 
     @abstractmethod
-    async def attach(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol, timeout_s: float) -> None:
-        """The same for a connection of asyncio, which then calls `protocol`."""
+    async def attach(
+        self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol, timeout_s: float
+    ) -> socket.socket | None:
+        """The same for a connection of asyncio, which then calls `protocol`. Returns the socket for `lost`, if it needs
+        that.
+        """
 
     def is_current(self, sock: object) -> bool:
         """Whether a connection with this TLS socket (or object) may be used again: no file has changed since. Raises
@@ -82,9 +88,32 @@ class Endpoint(ABC):
 
     def lost(self, error: Exception | None, *, sent: bool, sock: socket.socket | None = None) -> KmsError:
         """Why a connection ended before the answer was complete. `sent`: a part of the request may have arrived.
-        `sock`: of the synchronous client, still open.
+        `sock`: of the synchronous client, still open, or what `attach` returned.
         """
         return KmsUnavailableError("the connection to the key service was lost before it answered", sent)
+
+
+class ReadToTheEnd(socket.socket):
+    """A send to a server that has closed the connection succeeds, and a read finds what the server said before: a
+    refusal, an alert of TLS, or the end. asyncio drops what it has not read once a send fails; uvloop reads first.
+    """
+
+    unsent = False
+    """Whether a send has failed."""
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        try:
+            return super().send(data, flags)
+        except (BrokenPipeError, ConnectionResetError):
+            self.unsent = True
+            return len(data)
+
+    def sendmsg(self, buffers: Any, *more: Any) -> int:
+        try:
+            return super().sendmsg(buffers, *more)
+        except (BrokenPipeError, ConnectionResetError):
+            self.unsent = True
+            return sum(map(len, buffers))
 
 
 class SocketEndpoint(Endpoint):
@@ -94,32 +123,42 @@ class SocketEndpoint(Endpoint):
         self._path = checked_path(path)
         self._server_uids = default_server_uids() if server_uids is None else frozenset(server_uids)
 
-    def connect(self, timeout_s: float) -> socket.socket:
+    def connect(self, timeout_s: float) -> ReadToTheEnd:
         """Non-blocking."""
         return connect(self._path, self._server_uids)
 
-    async def attach(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol, timeout_s: float) -> None:
+    def lost(self, error: Exception | None, *, sent: bool, sock: socket.socket | None = None) -> KmsError:
+        # The daemon begins whole requests only.
+        return super().lost(error, sent=sent and not (isinstance(sock, ReadToTheEnd) and sock.unsent))
+
+    async def attach(
+        self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol, timeout_s: float
+    ) -> socket.socket:
         sock = self.connect(timeout_s)
         try:
             await loop.create_unix_connection(lambda: protocol, sock=sock)
         except BaseException:
             sock.close()
             raise
+        return sock
 
 
-def connect(path: str, server_uids: Collection[int]) -> socket.socket:
+def connect(path: str, server_uids: Collection[int]) -> ReadToTheEnd:
     """A connected, non-blocking socket whose server is one of `server_uids`.
 
     The caller closes it. connect(2) on a non-blocking Unix socket never waits: it connects, or fails with EAGAIN
-    because the server's backlog is full. Raises KmsUnavailableError and KmsUntrustedServerError.
+    because the server's backlog is full. Raises KmsUnavailableError, KmsUntrustedServerError, and TooManyError for a
+    full backlog.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = ReadToTheEnd(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.connect(path)
         _check_server(sock, path, server_uids)
     except OSError as error:
         sock.close()
+        if error.errno == errno.EAGAIN:
+            raise refusal(api.CODE_TOO_MANY, "too many connections wait for the key service", 503) from error
         reason = os.strerror(error.errno) if error.errno else "no reason known"
         advice = NOT_ADMITTED if isinstance(error, PermissionError) else NOT_RUNNING
         raise KmsUnavailableError(f"no key service answers at {path}: {reason}. {advice}") from error

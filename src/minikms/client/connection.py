@@ -2,17 +2,19 @@
 
 Owns: the asyncio transport with the parser of the awaited answer. Invariants: a connection carries one request at a
 time. One that is in doubt (unexpected bytes, a malformed or late answer, a caller that stopped waiting) is closed and
-must never be used again, so that no answer reaches the wrong caller.
+must never be used again, so that no answer reaches the wrong caller. A new connection may be refused before a request
+was sent; then that is the answer to its first request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import cast
 
 from minikms.api.errors import KmsError, KmsProtocolError, KmsTimeoutError
 from minikms.client.connecting import Endpoint
-from minikms.client.wire import JSON, Answer, AnswerParser, request_head
+from minikms.client.wire import JSON, Answer, AnswerParser, refusal_in, request_head
 
 
 class ClientConnection(asyncio.Protocol):
@@ -25,13 +27,15 @@ class ClientConnection(asyncio.Protocol):
         self._parser: AnswerParser | None = None
         self._waiter: asyncio.Future[Answer] | None = None
         self._reusable = True
+        self._refused: Answer | None = None
+        self._sock: socket.socket | None = None
         self.idle_since_s = 0.0
 
     @classmethod
     async def open(cls, endpoint: Endpoint, timeout_s: float) -> ClientConnection:
         """Raises KmsError; no request has been sent then."""
         connection = cls(endpoint)
-        await endpoint.attach(asyncio.get_running_loop(), connection, timeout_s)
+        connection._sock = await endpoint.attach(asyncio.get_running_loop(), connection, timeout_s)
         return connection
 
     @property
@@ -54,6 +58,8 @@ class ClientConnection(asyncio.Protocol):
         """Sends a request and waits for its answer. Raises KmsUnavailableError, KmsTimeoutError and
         KmsProtocolError."""
         transport = self._transport
+        if self._refused is not None:
+            return self._refused
         if transport is None or not self.usable:
             raise self._endpoint.lost(self._ended_by, sent=False)
         try:
@@ -89,6 +95,8 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._waiter is None or self._parser is None:
+            if self._parser is None and self.usable:
+                self._refused = refusal_in(data)
             self.close()
             return
         try:
@@ -109,7 +117,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._reusable = False
         self._ended_by = exc
-        self._finish(self._endpoint.lost(exc, sent=True))
+        self._finish(self._endpoint.lost(exc, sent=True, sock=self._sock))
 
     def _finish(self, result: Answer | KmsError) -> None:
         waiter, self._waiter = self._waiter, None

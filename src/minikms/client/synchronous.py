@@ -20,7 +20,7 @@ from typing import Any, Final, Self, TypeVar, cast
 
 from minikms.api.errors import KmsClosedError, KmsError, KmsTimeoutError
 from minikms.client.base import POOL_CONNECTIONS_MAX, BaseClient
-from minikms.client.calls import Attempts, Call, check_proxied
+from minikms.client.calls import Call, check_proxied
 from minikms.client.connecting import POOL_IDLE_S_MAX
 from minikms.client.verbs import BlockingRunner, Many, One, Operation, Verbs
 from minikms.client.wire import Answer, AnswerParser, request_head
@@ -86,7 +86,7 @@ class Client(BaseClient, Verbs, BlockingRunner):
             check_proxied(one.verb)
         call = one.call()
         timeout_s = self._timeout_s if one.timeout_s is None else one.timeout_s
-        attempts = Attempts(repeatable=one.verb.repeatable, until_s=time.monotonic() + self._wait_s)
+        attempts = self._attempts(one.verb, time.monotonic())
         try:
             while True:
                 try:

@@ -32,7 +32,7 @@ from minikms.api.errors import (
     KmsUnavailableError,
     KmsUntrustedServerError,
 )
-from minikms.client.connecting import Endpoint
+from minikms.client.connecting import Endpoint, ReadToTheEnd
 
 if TYPE_CHECKING:
     import asyncio
@@ -237,7 +237,7 @@ class TlsEndpoint(Endpoint):
         for family, kind, protocol, _, address in await loop.getaddrinfo(
             self._host, self._port, type=socket.SOCK_STREAM
         ):
-            sock = _ReadToTheEnd(family, kind, protocol)
+            sock = ReadToTheEnd(family, kind, protocol)
             try:
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -313,24 +313,6 @@ class TlsSocket(ssl.SSLSocket):
                     raise TimeoutError
                 self.settimeout(left_s)
                 sent += self.send(view[sent:])
-
-
-class _ReadToTheEnd(socket.socket):
-    """For asyncio, which drops what it has not read once a send fails: an alert that the gateway sent before it closed
-    the connection. Here such a send succeeds, and a read finds the alert or the end. uvloop reads first by itself.
-    """
-
-    def send(self, data: Any, flags: int = 0) -> int:
-        try:
-            return super().send(data, flags)
-        except (BrokenPipeError, ConnectionResetError):
-            return len(data)
-
-    def sendmsg(self, buffers: Any, *more: Any) -> int:
-        try:
-            return super().sendmsg(buffers, *more)
-        except (BrokenPipeError, ConnectionResetError):
-            return sum(map(len, buffers))
 
 
 class _UnusableFileError(Exception):

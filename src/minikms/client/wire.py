@@ -69,6 +69,15 @@ def request_head(
     return line % (target, origin, content_type, body_bytes, named)
 
 
+def refusal_in(data: bytes) -> Answer | None:
+    """The whole 503 that ends a connection before a request was sent on it; None for anything else."""
+    try:
+        answer = AnswerParser().feed(data)
+    except KmsProtocolError:
+        return None
+    return answer if answer is not None and answer.status == 503 and not answer.reusable else None
+
+
 class AnswerParser:
     """Collects the bytes of one answer. `feed` returns it once it is whole."""
 

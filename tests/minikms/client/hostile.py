@@ -1,8 +1,8 @@
 """A server on a Unix socket, or on TLS, that says what the test tells it to, for the clients to survive.
 
 A script is one list of steps for each connection, in order of their coming: bytes are sent once a request was read,
-`CLOSE` ends the connection, `SILENT` reads on and says nothing. Without a script left, a connection is closed at
-once.
+`CLOSE` ends the connection, `SILENT` reads on and says nothing, `FULL` refuses at once and reads nothing. Without a
+script left, a connection is closed at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tests.harness.waiting import receive_more
 
 CLOSE = "close"
 SILENT = "silent"
+FULL = "full"
 Step = bytes | str
 
 
@@ -104,7 +105,9 @@ class HostileServer:
                 connection = self.tls.wrap_socket(connection, server_side=True)
                 self.sockets.append(connection)
             for step in steps:
-                if step == CLOSE:
+                if step == FULL:
+                    connection.sendall(answer(b'{"error":"x","code":"too_many"}', 503, b"Connection: close\r\n"))
+                if step in (CLOSE, FULL):
                     break
                 request = read_request(connection)
                 if not request:

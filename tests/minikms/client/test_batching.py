@@ -317,6 +317,21 @@ def test_single_calls_share_a_bounded_pool_and_wait_a_bounded_time_for_it(monkey
         assert server.connections <= 16  # eight, and eight more once those timed out
 
 
+@pytest.mark.parametrize("name", ["status", "decrypt"])
+def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of the pool, and of the batches."""
+    monkeypatch.setattr(asynchronous, "POOL_IDLE_S_MAX", 0.01)
+    arguments = (KEY, b"x") if name == "decrypt" else ()
+    with hostile([answer(b"{}") if name == "status" else answer(b'{"plaintext":"YQ=="}')]) as server:
+
+        async def main() -> None:
+            async with AsyncClient(server.path) as kms:
+                await getattr(kms, name)(*arguments)
+                assert await asyncio.to_thread(server.ended.wait, 60)
+
+        asyncio.run(main())
+
+
 def test_a_cancelled_call_takes_its_connection_with_it() -> None:
     with hostile([SILENT], [answer(b'{"a":1}')]) as server:
 

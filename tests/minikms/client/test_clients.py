@@ -25,7 +25,7 @@ from minikms.client import AsyncClient, Client, calls
 from minikms.client import connecting as peer
 from minikms.client.base import POOL_CONNECTIONS_MAX
 from tests.harness.waiting import wait_until
-from tests.minikms.client.hostile import CLOSE, SILENT, HostileServer, answer, hostile, read_request
+from tests.minikms.client.hostile import CLOSE, FULL, SILENT, HostileServer, answer, hostile, read_request
 from tests.minikms.client.using import (
     CREATE_CALL,
     CREATED,
@@ -416,6 +416,27 @@ def test_a_key_is_wiped_while_the_answer_is_awaited(monkeypatch: pytest.MonkeyPa
         assert asking.is_alive()
         assert not any(key)
         asking.join()
+
+
+def test_a_call_is_repeated_while_the_service_is_full(use: Use) -> None:
+    """Any call, whether the daemon read it or not, and without `wait_s`: nothing of it was begun."""
+    with hostile([FULL], [FULL], [CREATED]) as server:
+        [key] = use(server.path, CREATE_CALL, wait_s=0)
+        assert key.key_id == KEY
+        assert (server.connections, len(server.requests)) == (3, 1)
+    with hostile(*[[FULL]] * 400) as server:
+        [full] = use(server.path, CREATE_CALL, wait_s=0, timeout_s=0.2)
+        assert (type(full), full.status) == (errors.TooManyError, 503)
+        assert server.connections > 2
+
+
+def test_a_request_that_is_too_large_is_not_repeated(use: Use) -> None:
+    """`too_many` is also the code of such a refusal."""
+    refused = answer(b'{"error":"x","code":"too_many"}', status=413)
+    with hostile([refused, STATUS]) as server:
+        [error] = use(server.path, STATUS_CALL)
+        assert isinstance(error, errors.TooManyError)
+        assert len(server.requests) == 1
 
 
 def test_a_request_with_a_key_is_not_repeated() -> None:
