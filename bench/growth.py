@@ -89,6 +89,9 @@ class OneKeyProvider:
     async def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:
         raise refusal(api.CODE_KEY_NOT_FOUND, "there is one key for all threads")
 
+    async def get_key(self, key_id: str) -> api.KeyAnswer:
+        raise refusal(api.CODE_KEY_NOT_FOUND, "there is one key for all threads")
+
     async def destroy_key(
         self, key_id: str, *, thread_id: str | None = None, request_id: str | None = None
     ) -> api.DestroyKeyAnswer:

@@ -64,6 +64,9 @@ class UnencryptedProvider:
     ) -> api.KeyListAnswer:
         return api.KeyListAnswer([])
 
+    async def get_key(self, key_id: str) -> api.KeyAnswer:
+        raise _no_keys()
+
     async def destroy_key(
         self, key_id: str, *, thread_id: str | None = None, request_id: str | None = None
     ) -> api.DestroyKeyAnswer:

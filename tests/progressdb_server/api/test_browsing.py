@@ -88,10 +88,27 @@ async def test_each_version_names_the_key_that_encrypts_it() -> None:
         versions, older = await browser.message(message.id)
         assert not older
         assert [version.value for version, _ in versions] == [1, 2]
-        (key,) = (await provider.list_keys(thread_id="t")).keys
+        (key_id,) = provider.keys_of("t")
         for version, protection in versions:
-            assert protection.key_id == key.key_id
+            assert (protection.key_id, protection.state) == (key_id, "active")
             assert protection.dek_since_ns >= version.ts
+
+
+async def test_a_page_asks_once_for_each_key_that_it_shows_and_for_no_other() -> None:
+    """However many keys the key service has: it is not asked to list them."""
+    provider = SealingProvider()
+    async with opened(MemoryEngine(), provider, TickingClock()) as store:
+        browser = Browser(store, provider)
+        for thread in ("a", "b", "t"):
+            for number in range(3):
+                await store.messages.create(NewMessage(author="ann", thread=thread, body=number))
+        provider.calls.clear()
+        page = await browser.messages("t")
+        assert {shown.protection.state for shown in page.messages} == {"active"}
+        assert provider.calls == {"decrypt_batch": 1, "get_key": 1, "status": 1}
+        provider.destroyed.update(provider.keys_of("t"))
+        page = await browser.messages("t")
+        assert {shown.protection.state for shown in page.messages} == {""}
 
 
 async def test_a_message_with_many_versions_shows_the_newest_of_them() -> None:

@@ -180,6 +180,11 @@ class SealingProvider:
         more = found[self.page : self.page + 1]
         return api.KeyListAnswer(found[: self.page], found[self.page - 1].key_id if more else None)
 
+    async def get_key(self, key_id: str) -> api.KeyAnswer:
+        await self._answer("get_key")
+        self._key(key_id, self.keys.get(key_id, ("",))[0])
+        return self._described(key_id)
+
     async def destroy_key(
         self, key_id: str, *, thread_id: str | None = None, request_id: str | None = None
     ) -> api.DestroyKeyAnswer:

@@ -8,21 +8,20 @@ in plaintext and does not ask the key service. It must never write.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
 from minikms import api
-from minikms.api.errors import KmsError
+from minikms.api.errors import KmsError, KmsRefusedError
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.kms.provider import Provider, key_pages
+from progressdb_server.kms.provider import Provider
 from progressdb_server.store.model import RECORD_MISSING, Message, StoredVersion, Thread, ThreadNotFoundError
 
 PAGE_THREADS: Final = 50
 PAGE_MESSAGES: Final = 50
 VERSIONS_MAX: Final = 200
-KEY_PAGES_MAX: Final = 4
-"""At most this many pages of a thread's keys are read. A record under a key on a later page is shown with the key's id
-only."""
 
 
 class ThreadPage(NamedTuple):
@@ -101,27 +100,24 @@ class Browser:
         )
         if not found:
             return MessagePage([], older=bool(after), newer=bool(before))
-        keys = await self._keys(thread) if opened else _Keys({}, {})
+        keys = await self._keys(found) if opened else _Keys({}, {})
         shown = [ShownMessage(version.message, version.versions, _protection(version, keys)) for version in found]
         return MessagePage(shown, older=bool(after) or more, newer=bool(before) or (bool(after) and more))
 
     async def message(self, message: str, *, opened: bool = True) -> VersionPage:
         """The newest versions of a message. Raises MessageNotFoundError."""
         found, more = await self._store.reading.version_page(message, VERSIONS_MAX, opened=opened)
-        keys = await self._keys(found[0].message.thread) if opened else _Keys({}, {})
+        keys = await self._keys(found) if opened else _Keys({}, {})
         return VersionPage([(version.message, _protection(version, keys)) for version in found], more)
 
     # --- keys -----------------------------------------------------------------------------------------------------
-    async def _keys(self, thread: str) -> _Keys:
-        """The thread's DEKs and all KEKs, as far as the key service lists them. Messages can be shown without them."""
+    async def _keys(self, shown: Sequence[StoredVersion]) -> _Keys:
+        """The DEKs of these records and all KEKs, as far as the key service has them. Messages can be shown without."""
         deks: dict[str, api.KeyAnswer] = {}
         try:
-            pages = 0
-            async for page in key_pages(self._provider, thread_id=thread):
-                deks.update((key.key_id, key) for key in page.keys)
-                pages += 1
-                if pages == KEY_PAGES_MAX:
-                    break
+            for key_id in {version.key_id for version in shown if version.key_id}:  # of a thread, one or a few
+                with contextlib.suppress(KmsRefusedError):
+                    deks[key_id] = await self._provider.get_key(key_id)
             status = await self._provider.status()
         except KmsError:
             return _Keys(deks, {})
