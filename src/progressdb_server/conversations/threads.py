@@ -35,6 +35,7 @@ from progressdb_server.store.model import (
     InvalidThreadIdError,
     NotTheAuthorError,
     NotWrittenError,
+    Page,
     RecordUnreadableError,
     StoreUnavailableError,
     Thread,
@@ -43,15 +44,16 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.sealer import Sealer, ThreadState
 
-LIST_THREADS_MAX: Final = 512
-"""Of one chunk of a list."""
-LIST_BYTES_MAX: Final = 4 * 1024 * 1024
-"""Of sealed parts in one chunk, exceeded by one record at most."""
+LIST_THREADS_MAX: Final = 32
+"""Of one chunk of a list, each with a key of its own. It takes the key service about 3 ms and the event loop 2 ms, and
+one is on its way at a time, so that other requests come in between."""
 MAKE_TRIES_MAX: Final = 8
 """Of a new thread, each with a key of its own."""
 CHANGE_TRIES_MAX: Final = 64
 """Of a change of a message or thread that other servers change too. One server makes one at a time, so that of three
 servers one fails so often once in 10^11 changes, unless the others are nearer to the database."""
+PAGE_LOOKED_MAX: Final = 16_384
+"""Threads of which one page of a search is chosen; so it may have fewer than its `limit`, and older ones follow."""
 SLUG_SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
 
 
@@ -106,6 +108,18 @@ class Listed(NamedTuple):
         )
 
 
+class _Wanted(NamedTuple):
+    """Which threads a list has: by a part of the title, casefolded, and by the slug."""
+
+    title: str = ""
+    slug: str = ""
+    deleted: bool = True
+
+    def has(self, thread: Thread) -> bool:
+        return self.title in thread.title.casefold() and self.slug in ("", thread.slug)
+
+
+_EVERY: Final = _Wanted()
 _DOTS: Final = (".", "..")
 """No ids: clients and proxies resolve them as parts of a path."""
 
@@ -229,30 +243,25 @@ class Threads:
         return thread
 
     async def _load_listed(self, threads: Sequence[str]) -> list[Listed]:
-        """In order, up to LIST_BYTES_MAX, which one may exceed."""
-        found = await self._reads.values([keyspace.meta(thread) for thread in threads], bytes_max=LIST_BYTES_MAX)
+        """In order."""
+        found = await self._reads.values([keyspace.meta(thread) for thread in threads])
         listed: list[Listed] = []
-        size = 0
         for thread in threads:
-            if size >= LIST_BYTES_MAX:
-                break
             raw = found.get(keyspace.meta(thread))
             if raw is None:
                 listed.append(Listed(thread, None, b"", RECORD_MISSING))
                 continue
-            size += len(raw)
             try:
                 listed.append(Listed(thread, *_unpacked(thread, raw)))
             except RecordUnreadableError:
                 listed.append(Listed(thread, None, b"", RECORD_MALFORMED))
         return listed
 
-    async def _open_listed(self, listed: Sequence[Listed]) -> list[Thread]:
-        """In order; one that does not open has `error`. Raises StoreUnavailableError."""
+    async def _open_listed(self, listed: Sequence[Listed], wanted: _Wanted = _EVERY) -> list[Thread]:
+        """Those that are wanted, in order; one that does not open has `error`. Raises StoreUnavailableError."""
         items = [_to_open(one.thread, one.header, one.sealed) for one in listed if one.header is not None]
         answers = iter(await self._sealer.open_each(items))
         threads: list[Thread] = []
-        opened: list[Thread] = []
         for one in listed:
             if one.header is None:
                 threads.append(one.unopened(one.error))
@@ -262,23 +271,18 @@ class Threads:
                 threads.append(one.unopened(answer.code))
                 continue
             try:
-                opened.append(record.open_thread(one.header, one.thread, answer))
-                threads.append(opened[-1])
+                threads.append(record.open_thread(one.header, one.thread, answer))
             except record.RecordFormatError:
                 threads.append(one.unopened(RECORD_MALFORMED))
-        await self._touch(opened)
+        threads = [thread for thread in threads if wanted.has(thread)]
+        await self._touch([thread for thread in threads if not thread.error])
         return threads
 
     async def listed(self, thread_ids: Sequence[str], *, opened: bool = True) -> list[Thread]:
         """These threads, in order. A thread whose record does not open has `error`. Without `opened` the key service is
         not asked: every thread has `error`, and no title."""
-        threads: list[Thread] = []
-        while len(threads) < len(thread_ids):
-            listed = await self._load_listed(thread_ids[len(threads) :])
-            threads += (
-                await self._open_listed(listed) if opened else [one.unopened(one.error or NOT_OPENED) for one in listed]
-            )
-        return threads
+        listed = await self._load_listed(thread_ids)
+        return await self._open_listed(listed) if opened else [one.unopened(one.error or NOT_OPENED) for one in listed]
 
     async def _touch(self, threads: Sequence[Thread]) -> None:
         """The last change of a thread is the later of its metadata's and its newest record's."""
@@ -294,24 +298,55 @@ class Threads:
             raise ThreadNotFoundError
         return await self._open_thread(thread_id, *loaded)
 
-    async def list_threads(
-        self, *, author: str | None, title: str | None = None, slug: str | None = None, include_deleted: bool = False
+    def list_threads(
+        self,
+        *,
+        author: str | None,
+        title: str | None = None,
+        slug: str | None = None,
+        include_deleted: bool = False,
+        page: Page | None = None,
     ) -> AsyncIterator[list[Thread]]:
-        """The author's own threads (None: all), in order of creation. A thread whose record does not open has `error`;
-        with `title` or `slug`, it is left out."""
+        """The author's own threads (None: all), in order of creation: all, or a page, of which the first one has the
+        newest. A thread whose record does not open has `error`; with `title` or `slug`, it is left out. Chunks may be
+        empty."""
         prefix = keyspace.CREATED if author is None else keyspace.author_threads(author)
-        lower, upper = prefix, keyspace.after(prefix)
-        needle = title.casefold() if title else ""
-        while entries := await self._reads.scan(lower, upper, limit=LIST_THREADS_MAX):
-            loaded = await self._load_listed([keyspace.last_part(key) for key, _ in entries])
-            lower = keyspace.next_key(entries[len(loaded) - 1][0])
-            listed = [one for one in loaded if include_deleted or one.header is None or not one.header.deleted_ns]
-            chunk = [
-                thread
-                for thread in await self._open_listed(listed)
-                if needle in thread.title.casefold() and (not slug or thread.slug == slug)
-            ]
-            yield chunk  # an empty one too: the client may be gone
+        wanted = _Wanted(title.casefold() if title else "", slug or "", include_deleted)
+        return self._all(prefix, wanted) if page is None else self._newest(prefix, wanted, page)
+
+    async def _all(self, prefix: bytes, wanted: _Wanted) -> AsyncIterator[list[Thread]]:
+        lower = prefix
+        while keys := await self._reads.keys(lower, keyspace.after(prefix), limit=LIST_THREADS_MAX):
+            lower = keyspace.next_key(keys[-1])
+            yield await self._matching(keys, wanted)
+
+    async def _newest(self, prefix: bytes, wanted: _Wanted, page: Page) -> AsyncIterator[list[Thread]]:
+        """One chunk, after empty ones."""
+        upper = prefix + page.cursor.encode() if page.cursor else keyspace.after(prefix)
+        batch, left = min(LIST_THREADS_MAX, page.limit), PAGE_LOOKED_MAX
+        found: list[Thread] = []
+        while keys := await self._reads.keys(prefix, upper, limit=batch, reverse=True):
+            matching = {thread.id: thread for thread in await self._matching(keys, wanted)}
+            for upper in keys:
+                thread = matching.get(keyspace.last_part(upper))
+                if thread is not None:
+                    found.append(thread)
+                    if len(found) == page.limit:
+                        break
+            left -= len(keys)
+            if len(found) == page.limit or left <= 0:
+                if await self._reads.keys(prefix, upper, limit=1, reverse=True):
+                    page.following = upper[len(prefix) :].decode()
+                break
+            yield []
+        yield found[::-1]
+
+    async def _matching(self, keys: Sequence[bytes], wanted: _Wanted) -> list[Thread]:
+        """Those of the threads of these index entries that are wanted, in order."""
+        listed = await self._load_listed([keyspace.last_part(key) for key in keys])
+        if not wanted.deleted:
+            listed = [one for one in listed if one.header is None or not one.header.deleted_ns]
+        return await self._open_listed(listed, wanted)
 
     async def is_deleted(self, thread_id: str) -> bool:
         """Whether the thread is deleted; false for an unknown thread. Opens no record."""

@@ -31,7 +31,7 @@ from progressdb_server.store.engine import Engine
 from progressdb_server.store.epoch import OLDER_STATE, EpochMemory, RestoredError
 from progressdb_server.store.idempotency import Retries
 from progressdb_server.store.keyspace import Clock, Stamp
-from progressdb_server.store.model import StoreError, StoreUnavailableError
+from progressdb_server.store.model import Page, StoreError, StoreUnavailableError
 from progressdb_server.store.sealer import Sealer, store_error
 
 SWEEP_S: Final = 3600
@@ -313,10 +313,18 @@ class Conversations:
         counted = await self.engine.counted()
         return {"threads": counted.threads, "messages": counted.messages}
 
-    async def stored_keys(self, prefix: str) -> AsyncIterator[list[str]]:
-        """Storage keys, for an operator."""
-        async for keys in self.reads.walk_keys(prefix.encode()):
-            yield [key.decode() for key in keys]
+    async def stored_keys(self, prefix: str, page: Page | None = None) -> AsyncIterator[list[str]]:
+        """Storage keys, for an operator: all, or a page."""
+        last, left = "", 0 if page is None else page.limit
+        async for keys in self.reads.walk_keys(prefix.encode(), b"" if page is None else page.cursor.encode()):
+            found = [key.decode() for key in keys]
+            if page is not None and len(found) > left:
+                found = found[:left]
+                page.following = found[-1] if found else last
+                yield found
+                return
+            last, left = found[-1] if found else last, left - len(found)
+            yield found
 
     async def raw_value(self, key: str) -> bytes | None:
         """What is stored at a storage key, as it is stored."""

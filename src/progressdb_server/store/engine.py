@@ -33,6 +33,9 @@ from progressdb_server.store.model import FormatError, StoreUnavailableError
 SCAN_ENTRIES_MAX: Final = 4096
 """Of one `scan`: about a millisecond, the longest that one call may block the event loop."""
 
+WALK_KEYS_MAX: Final = 1024
+"""Of one page of a walk, which its caller may also decode and send at once."""
+
 
 class EngineUnavailableError(StoreUnavailableError):
     """The disk refused, or the engine is closed or being reopened. The text may be shown to clients, the cause only
@@ -86,17 +89,21 @@ class Reads(Protocol):
         """The last key under each prefix, in one round trip."""
         ...
 
-    def walk_keys(self, prefix: bytes) -> AsyncIterator[list[bytes]]:
-        """All keys with this prefix, in the order of an index. A page is read when the iterator reaches it."""
+    def walk_keys(self, prefix: bytes, after: bytes = b"") -> AsyncIterator[list[bytes]]:
+        """All keys with this prefix, in the order of an index; with `after`, those that follow this key there. A page
+        is read when the iterator reaches it."""
         ...
 
 
-async def in_order(reads: Reads, prefix: bytes) -> AsyncIterator[list[bytes]]:
-    """See `Reads.walk_keys`: in the order of the keys."""
+async def in_order(reads: Reads, prefix: bytes, after: bytes = b"") -> AsyncIterator[list[bytes]]:
+    """See `Reads.walk_keys`: in the order of the keys. Other tasks run between two pages."""
     lower, upper = prefix, keyspace.after(prefix) if prefix else keyspace.END
-    while keys := await reads.keys(lower, upper, limit=SCAN_ENTRIES_MAX):
+    if after:
+        lower = max(lower, keyspace.next_key(after))
+    while keys := await reads.keys(lower, upper, limit=WALK_KEYS_MAX):
         lower = keyspace.next_key(keys[-1])
         yield keys
+        await asyncio.sleep(0)
 
 
 class Counters(msgspec.Struct, array_like=True):

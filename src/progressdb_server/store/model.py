@@ -378,6 +378,18 @@ class MessageRange(msgspec.Struct, frozen=True):
     include_deleted: bool = False
 
 
+class Page:
+    """At most `limit` entries of a list, from `cursor` on, which is the `following` of another page; empty: from the
+    beginning. `following` is known once the page has been read: empty if there are no more."""
+
+    __slots__ = ("cursor", "following", "limit")
+
+    def __init__(self, limit: int, cursor: str = "") -> None:
+        self.limit = limit
+        self.cursor = cursor
+        self.following = ""
+
+
 class VersionList(NamedTuple):
     """Versions of a message, oldest first, in chunks. `older` is the `before` of the page before this one, empty on the
     first."""

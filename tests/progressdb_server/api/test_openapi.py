@@ -336,6 +336,8 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "this Idempotency-Key was used before with another request": _repeated,
     "missing thread query parameter": lambda case: case(target="/v1/messages"),
     "limit must be a whole number that is not negative": lambda case: case(query="limit=-1"),
+    "before must be the older of another page": lambda case: case(query="before=msg-1-000001"),
+    "after must be the next of another page": lambda case: case(query=f"after={'x' * 1025}"),
     "before must be a message id": lambda case: case(query="before=%20"),
     AmbiguousTimeError.text: _store_says(AmbiguousTimeError(), but="latest_version"),
     INVALID_VERSION: lambda case: case(query="before=msg-1-000001"),

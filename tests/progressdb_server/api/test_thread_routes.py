@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -178,6 +179,27 @@ def test_an_admin_lists_stored_keys_and_reads_raw_values() -> None:
         reply = api("GET", f"/admin/keys/{missing}", key=ADMIN)
         assert (reply.status, reply.error) == (404, "key not found")
     assert api("GET", f"/admin/keys?prefix={'x' * 1025}", key=ADMIN).status == 400
+
+
+def test_a_page_of_a_list_names_the_next_one_and_the_last_one_names_none() -> None:
+    api = Api()
+    made = [api.thread("alice", f"T{number}") for number in range(5)]
+    stored = sorted(name.decode() for name in dict(api.store.stored))
+    for target, items, following, cursor, wanted in (
+        ("/v1/threads?author=alice&", "threads", "older", "before", made),
+        ("/admin/threads?", "threads", "older", "before", made),
+        ("/admin/keys?", "keys", "next", "after", stored),
+    ):
+        query, pages = "limit=2", 0
+        found: list[str] = []
+        while query:
+            answer = api("GET", target + query, key=ADMIN).json
+            page = [one["id"] if items == "threads" else one for one in answer[items]]
+            found, pages = (page + found if following == "older" else found + page), pages + 1
+            query = f"limit=2&{cursor}={quote(answer[following])}" if following in answer else ""
+        assert (sorted(found) if items == "keys" else found, pages) == (wanted, -(-len(wanted) // 2))
+        assert api("GET", f"{target}limit=0", key=ADMIN).json == {items: []}
+        assert following not in api("GET", target, key=ADMIN).json
 
 
 @pytest.mark.one_engine("nothing is stored")

@@ -97,7 +97,8 @@ class TestedStore(Conversations):
         for part in (self, self.threads, self.members, self.messages, self.reading):
             for name, method in inspect.getmembers(type(part), inspect.isfunction):
                 if not name.startswith("_") and name not in ("close", "locate", "open_version", "fail", "ended", but):
-                    setattr(part, name, listed if inspect.isasyncgenfunction(method) else called)
+                    is_list = method.__annotations__.get("return", "").startswith("AsyncIterator")
+                    setattr(part, name, listed if is_list else called)
 
 
 def close_all_in_memory() -> None:

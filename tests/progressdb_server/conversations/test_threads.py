@@ -16,16 +16,19 @@ from progressdb_server.api.viewer.browsing import Browser
 from progressdb_server.conversations import threads as threads_room
 from progressdb_server.conversations.threads import slug_of
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.store import keyspace, record
+from progressdb_server.store import engine, keyspace, record
 from progressdb_server.store.model import (
     AuthorNotInThreadError,
     InvalidThreadIdError,
     NewMessage,
     NotTheAuthorError,
+    Page,
     RecordUnreadableError,
     StoreUnavailableError,
+    Thread,
     ThreadNotFoundError,
 )
+from progressdb_server.store.postgres import reads
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import keys_of, messages_of, threads_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_open
@@ -124,20 +127,141 @@ def test_threads_are_listed_by_author_in_order_of_creation() -> None:
     with_store(run)
 
 
-def test_many_threads_are_opened_in_one_batch_across_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    provider = SealingProvider()
+def test_a_long_list_opens_one_small_batch_at_a_time_and_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a search that finds nothing: it looks at no record but those with the titles."""
+    monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 20)
+
+    class Measured(SealingProvider):
+        async def decrypt_batch(
+            self, items: Sequence[DecryptItem], *, request_id: str | None = None
+        ) -> list[bytes | KmsRefusedError]:
+            batches.append(len(items))
+            at_once.append(at_once[-1] + 1)
+            await asyncio.sleep(0)
+            at_once.append(at_once[-1] - 1)
+            return await super().decrypt_batch(items)
+
+    batches: list[int] = []
+    at_once = [0]
 
     async def run(store: Conversations) -> None:
         await asyncio.gather(*[store.threads.create(author="ann", title=f"t{n}") for n in range(50)])
-        provider.calls.clear()
-        assert len(await threads_of(store, "ann")) == 50
-        assert provider.calls == {"decrypt_batch": 1}
-        monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 20)
-        assert [len(c) async for c in store.threads.list_threads(author="ann")] == [20, 20, 10]
-        monkeypatch.setattr(threads_room, "LIST_BYTES_MAX", 100)
-        assert len(await threads_of(store, "ann")) == 50
+        newest: list[int] = []
+
+        async def counted(prefixes: Sequence[bytes]) -> list[bytes | None]:
+            newest.append(len(prefixes))
+            return [None for _ in prefixes]
+
+        monkeypatch.setattr(store.reads, "newest", counted)
+        for title, found in ((None, [20, 20, 10]), ("none", [0, 0, 0])):
+            batches.clear()
+            chunks = store.threads.list_threads(author="ann", title=title)
+            assert [len(chunk) async for chunk in chunks] == newest == found
+            assert (batches, max(at_once)) == ([20, 20, 10], 1)
+            newest.clear()
+
+    with_store(run, provider=Measured())
+
+
+def test_a_failure_in_the_middle_of_a_list_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 2)
+    provider = SealingProvider()
+
+    async def run(store: Conversations) -> None:
+        await asyncio.gather(*[store.threads.create(author="ann", title="t") for _ in range(5)])
+        chunks = store.threads.list_threads(author="ann")
+        assert len(await anext(chunks)) == 2
+        provider.down = True
+        with pytest.raises(StoreUnavailableError):
+            await anext(chunks)
+        provider.down = False
 
     with_store(run, provider=provider)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
+def test_pages_begin_with_the_newest_and_have_each_thread_once(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 3)
+
+    async def run(store: Conversations) -> None:
+        for number in range(11):
+            await store.threads.create(author="ann", title=f"{'odd' if number % 2 else 'even'} {number}")
+            await store.threads.create(author="bob", title="odd")
+        (deleted,) = await threads_of(store, "ann", title="odd 5")
+        await store.threads.delete(deleted.id, author="ann", by="ann")
+        for author, title, include_deleted in (("ann", None, False), ("ann", "ODD", False), (None, "odd", True)):
+            whole = await threads_of(store, author, title=title, include_deleted=include_deleted)
+            found: list[Thread] = []
+            page = Page(limit)
+            while True:
+                chunks = store.threads.list_threads(
+                    author=author, title=title, include_deleted=include_deleted, page=page
+                )
+                part = [thread async for chunk in chunks for thread in chunk]
+                assert len(part) == limit or not page.following
+                found = part + found
+                if not page.following:
+                    break
+                page = Page(limit, page.following)
+            assert found == whole
+
+    with_store(run)
+
+
+def test_a_page_of_a_search_ends_after_a_bounded_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 2)
+    monkeypatch.setattr(threads_room, "PAGE_LOOKED_MAX", 4)
+
+    async def run(store: Conversations) -> None:
+        for number in range(7):
+            await store.threads.create(author="ann", title=f"t{number}")
+        page = Page(5)
+        assert [c async for c in store.threads.list_threads(author="ann", title="t2", page=page)] == [[], []]
+        (left,) = [c async for c in store.threads.list_threads(author="ann", title="t2", page=Page(5, page.following))][
+            -1
+        ]
+        assert left.title == "t2"
+
+    with_store(run)
+
+
+def test_a_walk_of_all_keys_gives_way_and_pages_have_each_key_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in (engine, reads):
+        monkeypatch.setattr(room, "WALK_KEYS_MAX", 4)
+
+    async def run(store: Conversations) -> None:
+        for number in range(5):
+            await store.threads.create(author="ann", title=f"t{number}")
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        beside = asyncio.create_task(other())
+        whole: list[str] = []
+        async for chunk in store.stored_keys(""):
+            assert len(chunk) <= 4
+            whole += chunk
+            assert turns >= len(whole) // 4 - 1
+        beside.cancel()
+        for prefix in ("", "thread:", "index:author:ann:", "none:"):
+            wanted = [key for key in whole if key.startswith(prefix)]
+            for limit in (1, 3, 4, len(wanted) or 1, 100):
+                found: list[str] = []
+                page = Page(limit)
+                while True:
+                    part = [key async for chunk in store.stored_keys(prefix, page) for key in chunk]
+                    assert len(part) == limit or not page.following
+                    found += part
+                    if not page.following:
+                        break
+                    page = Page(limit, page.following)
+                assert found == wanted
+
+    with_store(run)
 
 
 async def may_read(store: Conversations, thread: str, author: str) -> bool:

@@ -61,8 +61,8 @@ class FaultyReads:
         found = [await self.keys(prefix, keyspace.after(prefix), limit=1, reverse=True) for prefix in prefixes]
         return [keys[0] if keys else None for keys in found]
 
-    def walk_keys(self, prefix: bytes) -> AsyncIterator[list[bytes]]:
-        return in_order(self, prefix)
+    def walk_keys(self, prefix: bytes, after: bytes = b"") -> AsyncIterator[list[bytes]]:
+        return in_order(self, prefix, after)
 
 
 def faulty(engine: Engine) -> FaultyReads:

@@ -33,6 +33,8 @@ BODY_BYTES_PER_TOKEN: Final = 16 * 1024
 JSON_UNCHECKED_BYTES_MAX: Final = 16 * 1024
 """A shorter body can't hold enough values or digits to stall the event loop; only its depth is checked."""
 QUERY_FIELDS_COUNT_MAX: Final = 32
+PAGE_COUNT_MAX: Final = 1000
+"""Entries in one page of a list of threads or keys."""
 LIST_BUFFER_BYTES_MAX: Final = 256 * 1024
 """A shorter list is sent whole, with its length; a longer one is streamed."""
 BODIES_RETRY_SECONDS: Final = 2

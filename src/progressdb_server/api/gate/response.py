@@ -13,7 +13,7 @@ adds the headers that every response carries. Invariants:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -42,12 +42,13 @@ class Response(NamedTuple):
 
 
 class JsonList(NamedTuple):
-    """A streamed response: `prefix`, the items of all chunks separated by commas, `suffix`. An empty chunk says that
-    the next one has to wait, so that what there is may be sent."""
+    """A streamed response: `prefix`, the items of all chunks separated by commas, and the `members` that follow the
+    list, which are asked for at its end. An empty chunk says that the next one has to wait, so that what there is may
+    be sent."""
 
     prefix: bytes
     chunks: AsyncIterator[Sequence[Any]]
-    suffix: bytes = b"]}"
+    members: Callable[[], dict[str, str]] = dict
     headers: tuple[Header, ...] = ()
 
 
@@ -179,7 +180,8 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
                 started = True
             await _send_part(bytes(pending), send)
             pending.clear()
-        pending += listed.suffix
+        members = listed.members()
+        pending += b"]," + _ENCODER.encode(members)[1:] if members else b"]}"
         if not started:
             await send(_start(200, [_JSON, *listed.headers, (b"content-length", b"%d" % len(pending))]))
         await send({"type": "http.response.body", "body": bytes(pending)})

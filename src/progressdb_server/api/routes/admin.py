@@ -6,6 +6,7 @@ key service to decrypt one.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import msgspec
@@ -25,17 +26,19 @@ from progressdb_server.api.openapi.description import (
     JsonBody,
     Operation,
     Parameter,
-    list_of,
     object_of,
     operations_of,
+    ref,
     texts,
 )
-from progressdb_server.api.routes.threads import THREAD_LIST
+from progressdb_server.api.routes.paging import Paging
+from progressdb_server.api.routes.threads import THREADS
 from progressdb_server.conversations.whole import Conversations
 
 INVALID_PAYLOAD: Final = "invalid payload"
 PREFIX_TOO_LONG: Final = "prefix too long"
 KEY_NOT_FOUND: Final = "key not found"
+KEYS: Final = Paging("keys", "after", "next", re.compile(rf"[\s\S]{{1,{limits.STORED_KEY_BYTES_MAX}}}"))
 
 
 class SignBody(msgspec.Struct):
@@ -89,18 +92,27 @@ class AdminHandlers:
         counts = await self._store.stats()
         return json_response({"threads": counts["threads"], "messages": counts["messages"]})
 
-    @Operation("GET", "/admin/threads", roles=ADMINS, response=THREAD_LIST)
+    @Operation(
+        "GET",
+        "/admin/threads",
+        roles=ADMINS,
+        response=THREADS.response(ref("Thread")),
+        parameters=THREADS.parameters,
+        errors={400: THREADS.errors},
+    )
     async def threads(self, request: Request) -> JsonList:
-        """List the threads of all authors, including deleted threads."""
-        return JsonList(b'{"threads":[', self._store.threads.list_threads(author=None, include_deleted=True))
+        """List the threads of all authors, including deleted threads, in order of creation; pages begin with the
+        newest."""
+        page = THREADS.read(request.query_params)
+        return THREADS.list(self._store.threads.list_threads(author=None, include_deleted=True, page=page), page)
 
     @Operation(
         "GET",
         "/admin/keys",
         roles=ADMINS,
-        response=list_of("keys", TEXT),
-        parameters=(Parameter("prefix", STORED_KEY, "Only keys that begin with this text."),),
-        errors={400: (PREFIX_TOO_LONG,)},
+        response=KEYS.response(TEXT),
+        parameters=(Parameter("prefix", STORED_KEY, "Only keys that begin with this text."), *KEYS.parameters),
+        errors={400: (PREFIX_TOO_LONG, *KEYS.errors)},
         needs=DISK,
     )
     async def keys(self, request: Request) -> JsonList:
@@ -108,7 +120,8 @@ class AdminHandlers:
         prefix = request.query_params.get("prefix", "")
         if len(prefix.encode()) > limits.STORED_KEY_BYTES_MAX:
             raise bad_request(PREFIX_TOO_LONG)
-        return JsonList(b'{"keys":[', self._store.stored_keys(prefix))
+        page = KEYS.read(request.query_params)
+        return KEYS.list(self._store.stored_keys(prefix, page), page)
 
     @Operation(
         "GET",

@@ -49,6 +49,7 @@ from progressdb_server.api.openapi.description import (
     text,
     texts,
 )
+from progressdb_server.api.routes.paging import INVALID_LIMIT, read_limit
 from progressdb_server.api.routes.table import THREAD_MESSAGES
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import Header
@@ -74,7 +75,6 @@ from progressdb_server.store.model import (
     json_decoder,
 )
 
-INVALID_LIMIT: Final = "limit must be a whole number that is not negative"
 BODY_REQUIRED: Final = "body is required"
 ROLE_TOO_LONG: Final = "role too long"
 INVALID_REPLY_TO: Final = "reply_to is not a message id"
@@ -86,8 +86,6 @@ REACTION_TOO_LONG: Final = "reaction too long"
 
 _REVALIDATED: Final = (b"cache-control", b"private, no-cache")
 """A list is for one caller, and no cache gives it away without asking whether the caller may still read it."""
-_LIMIT_MAX: Final = 2**62
-"""No thread has as many messages, so a larger limit gives the same list."""
 
 
 # --- who may read -----------------------------------------------------------------------------------------------
@@ -112,20 +110,11 @@ async def check_message(store: Conversations, request: Request, message: Message
 def read_range(query: dict[str, str]) -> MessageRange:
     """Reads `limit`, `before`, `after`, `include_deleted`. Raises ApiError 400."""
     return MessageRange(
-        limit=_limit(query.get("limit")),
+        limit=read_limit(query),
         before=_cursor(query, "before"),
         after=_cursor(query, "after"),
         include_deleted=_switch(query, "include_deleted"),
     )
-
-
-def _limit(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit()):
-        raise bad_request(INVALID_LIMIT)
-    digits = text.lstrip("0")
-    return _LIMIT_MAX if len(digits) > 18 else int(digits or "0")
 
 
 def _cursor(query: dict[str, str], name: str) -> str | None:
@@ -509,7 +498,7 @@ class MessageHandlers:
         """List the versions of a message, oldest first. The list is empty for an unknown id, and unless an admin key
         asks in a deleted thread."""
         request.author()
-        limit, before = _limit(request.query_params.get("limit")), request.query_params.get("before")
+        limit, before = read_limit(request.query_params), request.query_params.get("before")
         if before is not None and not limits.VERSION_PATTERN.fullmatch(before):
             raise bad_request(INVALID_VERSION)
         message_id = request.path_params["message"]
@@ -519,8 +508,8 @@ class MessageHandlers:
         except (ApiError, MessageNotFoundError):
             return json_response({"id": message_id, "versions": []})
         found = await self._store.reading.versions(message_id, limit=limit, before=before)
-        suffix = b'],"older":' + encode_json(found.older) + b"}" if found.older else b"]}"
-        return JsonList(b'{"id":' + encode_json(message_id) + b',"versions":[', found.chunks, suffix)
+        older = {"older": found.older} if found.older else {}
+        return JsonList(b'{"id":' + encode_json(message_id) + b',"versions":[', found.chunks, lambda: older)
 
     def _thread(self, request: Request) -> str | None:
         """The thread in the path; None for a path without one."""

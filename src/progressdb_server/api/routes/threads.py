@@ -7,6 +7,7 @@ members; a deleted thread does not exist for anyone but an admin.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import msgspec
@@ -36,6 +37,7 @@ from progressdb_server.api.openapi.description import (
     ref,
     text,
 )
+from progressdb_server.api.routes.paging import Paging
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.model import (
     IdempotencyConflictError,
@@ -107,7 +109,9 @@ _MEMBERS: Final[Schema] = {
 }
 _MEMBER_LIST: Final = list_of("members", TEXT, thread=ID)
 THREAD_MEMBERS: Final = "/v1/threads/{thread}/members"
-THREAD_LIST: Final = list_of("threads", ref("Thread"))
+THREADS: Final = Paging(
+    "threads", "before", "older", re.compile(r"[0-9]{20}-[0-9]{6}:" + limits.ID_PATTERN.pattern, re.ASCII)
+)
 
 
 class ThreadHandlers:
@@ -151,7 +155,7 @@ class ThreadHandlers:
     @Operation(
         "GET",
         "/v1/threads",
-        response=THREAD_LIST,
+        response=THREADS.response(ref("Thread")),
         parameters=(
             Parameter(
                 "title",
@@ -159,18 +163,20 @@ class ThreadHandlers:
                 "Only threads whose title contains this text; upper and lower case are equal.",
             ),
             Parameter("slug", text(limits.SLUG_BYTES_MAX), "Only threads with this slug."),
+            *THREADS.parameters,
         ),
-        errors={400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, SLUG_TOO_LONG)},
+        errors={400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, SLUG_TOO_LONG, *THREADS.errors)},
     )
     async def list(self, request: Request) -> JsonList:
-        """List the author's threads."""
+        """List the author's threads, in order of creation; pages begin with the newest."""
         author = request.required_author()
         title, slug = request.query_params.get("title") or None, request.query_params.get("slug") or None
         if title is not None and len(title.encode()) > limits.TITLE_BYTES_MAX:
             raise bad_request(TITLE_TOO_LONG)
         if slug is not None and len(slug.encode()) > limits.SLUG_BYTES_MAX:
             raise bad_request(SLUG_TOO_LONG)
-        return JsonList(b'{"threads":[', self._store.threads.list_threads(author=author, title=title, slug=slug))
+        page = THREADS.read(request.query_params)
+        return THREADS.list(self._store.threads.list_threads(author=author, title=title, slug=slug, page=page), page)
 
     @Operation(
         "GET",

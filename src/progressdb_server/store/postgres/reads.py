@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 import asyncpg
 
 from progressdb_server.store import keyspace
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineUnavailableError, in_order
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, WALK_KEYS_MAX, EngineUnavailableError, in_order
 from progressdb_server.store.postgres.nodes import FAILURES, UNAVAILABLE, Nodes
 from progressdb_server.store.postgres.tables import tkey, within
 
@@ -131,13 +131,13 @@ class PostgresReads:
         ranges = [(tkey(prefix), prefix, keyspace.after(prefix)) for prefix in prefixes]
         return [key for (key,) in await self.fetch(_NEWEST, *zip(*ranges, strict=True))]
 
-    async def walk_keys(self, prefix: bytes) -> AsyncIterator[list[bytes]]:
+    async def walk_keys(self, prefix: bytes, after: bytes = b"") -> AsyncIterator[list[bytes]]:
         if prefix and (prefix.startswith(_BY_KEY) or within(prefix, keyspace.after(prefix)) is not None):
-            async for page in in_order(self, prefix):
+            async for page in in_order(self, prefix, after):
                 yield page
             return
-        place = (b"", b"")
-        while rows := await self.fetch(_KEYS, *place, SCAN_ENTRIES_MAX):
+        place = (tkey(after), after) if after else (b"", b"")
+        while rows := await self.fetch(_KEYS, *place, WALK_KEYS_MAX):
             place = (rows[-1][0], rows[-1][1])
             yield [key for _, key in rows if key.startswith(prefix)]
 
