@@ -20,7 +20,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from minikms import api
 from minikms.api import Verb
@@ -40,10 +40,17 @@ from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to
 from minikms.keys.index import Page
 from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope, Taken
 
+T = TypeVar("T")
+
 DESTROYED_COUNT_MAX: Final = 4096
 _NO_THREAD_CHAR: Final = "?"
 _NO_THREAD: Final = ""
 """No key has this thread."""
+
+
+def _pick(which: bool, yes: T, no: T) -> T:
+    """One of the two, in the same steps: a conditional expression would branch, and show by its work which it was."""
+    return (no, yes)[which]
 
 
 def require(who: Principal, verb: Verb[Any, Any]) -> None:
@@ -98,7 +105,7 @@ class Access:
         """As `KeyIndex.thread_near`, also for a key that was destroyed in this run."""
         near, known = self.vault.index.thread_near(key_id)
         thread_id = self._destroyed.get(key_id)
-        return ((near, known), (thread_id or "", True))[thread_id is not None]
+        return _pick(thread_id is not None, (thread_id or "", True), (near, known))
 
     def enter(self, who: Principal, verb: Verb[Any, Any] | None) -> Charge:
         """Charges a request before anything else is done for it. `verb`: None where there is none. Raises
@@ -205,13 +212,13 @@ class ScopedKeys:
                     "key files are still being read after the start, so it is not known which keys this principal may "
                     "use; try again"
                 )
-            # The same steps for a key that is out of scope as for one that does not exist, so nothing branches on
-            # `known`. No pattern but `*` matches the text that takes the place of an unknown thread.
+            # Nothing branches on `known`: see `_pick`. No pattern but `*` matches the text in the place of an unknown
+            # thread.
             near, known = self._access.thread_near(key_id)
-            thread_id = (_NO_THREAD_CHAR * len(near), near)[known]
+            thread_id = _pick(known, near, _NO_THREAD_CHAR * len(near))
             of_thread = [scope.decide(role, thread_id) for role in roles]
             of_unknown = [scope.anywhere(role) for role in roles]
-            grants, thread_id = ((of_unknown, ""), (of_thread, near))[known]
+            grants, thread_id = _pick(known, (of_thread, near), (of_unknown, ""))
             if None in grants:
                 self._count_refused_key()
         allowed = [grant for grant in grants if grant is not None]
