@@ -41,13 +41,10 @@ class Collector(Transport):
     scheme = "Bearer"
     content_type = "application/x-ndjson"
 
-    def __init__(
-        self, sink: HttpSink | SplunkSink, files: Files, *, exchange_seconds: float = EXCHANGE_SECONDS_MAX
-    ) -> None:
+    def __init__(self, sink: HttpSink | SplunkSink, files: Files) -> None:
         """Raises StartError."""
         context = client_context(files, ca=sink.ca, cert=sink.cert, key=sink.key) if sink.has_tls else None
         self._http = HttpClient(sink.url, context, agent="minikms-auditor")
-        self._exchange_seconds = exchange_seconds
         self._headers = {"Content-Type": self.content_type, "Content-Encoding": "gzip"}
         if sink.token:
             self._headers["Authorization"] = f"{self.scheme} {_token(files, sink.token)}"
@@ -60,7 +57,7 @@ class Collector(Transport):
     def _post(self, target: str, body: bytes) -> Answer:
         """Raises OSError, ExchangeError."""
         content = gzip.compress(body, _GZIP_LEVEL, mtime=0)
-        return self._http.post(target, content, self._headers, time.monotonic() + self._exchange_seconds)
+        return self._http.post(target, content, self._headers, time.monotonic() + EXCHANGE_SECONDS_MAX)
 
     def _failure(self, answer: Answer) -> Exception:
         if answer.status in _REFUSES_CONTENT:
@@ -85,11 +82,10 @@ class SplunkCollector(Collector):
         sink: SplunkSink,
         files: Files,
         *,
-        exchange_seconds: float = EXCHANGE_SECONDS_MAX,
         acknowledged_seconds: float = ACKNOWLEDGED_SECONDS_MAX,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
-        super().__init__(sink, files, exchange_seconds=exchange_seconds)
+        super().__init__(sink, files)
         self._acknowledged_seconds = acknowledged_seconds
         self._poll_seconds = poll_seconds
         # Acknowledgements are counted for a channel, which one client has for itself.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, Final, Literal, TextIO
+from typing import Any, Final, Literal
 
 from minikms.platform.logs import clean_values, log_lines, structlog
 
@@ -23,14 +23,9 @@ class _ThroughStructlog(logging.Handler):
         structlog.get_logger(record.name).log(record.levelno, record.getMessage().strip())
 
 
-def configure(
-    log_format: Literal["console", "json"],
-    level: Literal["debug", "info", "warning", "error"],
-    *,
-    to: TextIO | None = None,
-) -> None:
-    """Set up logging for this process. `to` is standard error unless given."""
-    stream = sys.stderr if to is None else to
+def configure(log_format: Literal["console", "json"], level: Literal["debug", "info", "warning", "error"]) -> None:
+    """Set up logging for this process, to standard error."""
+    stream = sys.stderr
     processors: list[Any] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
     if log_format == "json":
         processors.append(structlog.processors.JSONRenderer())

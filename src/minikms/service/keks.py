@@ -79,7 +79,6 @@ class KekVerbs:
         opened_slot_id: str,
         rewrite_root: RootRewriter | None = None,
         pin: PinFile | None = None,
-        rotations_kept: int = ROTATIONS_KEPT,
     ) -> None:
         self._vault = vault
         self._audit = table.audit
@@ -92,7 +91,6 @@ class KekVerbs:
         empty: not known.
         """
         self._rewrite_root = rewrite_root
-        self._rotations_kept = rotations_kept
         self._runner: asyncio.Task[None] | None = None
         self._ends: dict[int, asyncio.Future[None]] = {}
         """By KEK version: resolved when the rotation to it is finished, or done while the log can't be written."""
@@ -230,7 +228,7 @@ class KekVerbs:
                 await self._write_until_done("rotate_kek_done", facts)
                 await self._write_owed_lines()
                 with contextlib.suppress(KmsRefusedError):  # the next rotation tries again
-                    await self._pruning.keep_rotations(self._rotations_kept)
+                    await self._pruning.keep_rotations(ROTATIONS_KEPT)
                 await self.drop_replaced_roots()
                 self._resolve_end()
                 self._ends.pop(rotation.to_version, None)

@@ -104,17 +104,14 @@ class Readiness:
         status: Callable[[], Awaitable[api.StatusAnswer]],
         kms: KmsMetrics,
         drain: asyncio.Event | None = None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._status = status
         self.kms = kms
         self._drain = drain or asyncio.Event()
-        self.writes = Probe("writes", self._ask_store, "the disk has not answered for some seconds", clock=clock)
-        self.key_service = Probe(
-            "key service", self._ask_key_service, "it has not answered for some seconds: it hangs", clock=clock
-        )
+        self.writes = Probe("writes", self._ask_store, "the disk has not answered for some seconds")
+        hangs = "it has not answered for some seconds: it hangs"
+        self.key_service = Probe("key service", self._ask_key_service, hangs)
 
     async def close(self) -> None:
         await self.writes.close()

@@ -98,7 +98,6 @@ class Viewer:
         keys: KeyTable,
         *,
         secure: bool,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`secure`: the server speaks TLS, and browsers may send the cookie only over TLS."""
         self._store = store
@@ -107,7 +106,6 @@ class Viewer:
         self._readiness = readiness
         self._keys = keys
         self._secure = secure
-        self._clock = clock
         self.sessions = Sessions()
         self._attempts = RateBuckets(LOGIN_RPS, LOGIN_BURST, count_max=limits.ADDRESSES_COUNT_MAX)
 
@@ -117,7 +115,7 @@ class Viewer:
 
         @wraps(page)
         async def guarded(request: Request) -> Response:
-            session = self.sessions.find(_cookie(request, SESSION_COOKIE), self._clock())
+            session = self.sessions.find(_cookie(request, SESSION_COOKIE), time.monotonic())
             if session is None:
                 return redirect(303, "/viewer/login")
             request.viewer_key = session.key_number
@@ -139,7 +137,7 @@ class Viewer:
 
         The form's token must match its cookie, so that no form of another site can log a user in."""
         form = await _form(request, _LOGIN_FIELDS)
-        address, now_s = address_group(request.client_address), self._clock()
+        address, now_s = address_group(request.client_address), time.monotonic()
         wait_s = self._attempts.wait_s(address, now_s)
         if wait_s > 0:
             return self._login_page(429, TOO_MANY_ATTEMPTS, (retry_after(math.ceil(wait_s)),))
@@ -150,7 +148,7 @@ class Viewer:
             self._attempts.take(address, now_s)
             _log.warning("viewer_login_refused", request_id=request.request_id)
             return self._login_page(401, INVALID_LOGIN, UNAUTHORIZED_HEADERS)
-        token = self.sessions.begin(caller.number, self._clock())
+        token = self.sessions.begin(caller.number, time.monotonic())
         _log.info("viewer_login", request_id=request.request_id, key=caller.number)
         return redirect(
             303,
