@@ -9,6 +9,7 @@ must never forget an alarm before a whole step went well.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ import msgspec
 
 from minikms.api import AuditPositionAnswer
 from minikms.api.errors import ConflictError, InvalidRequestError, KmsError, KmsRefusedError
+from minikms.audit.blocks import BLOCKS_NAME, Indexer
 from minikms.audit.export import LogRange
 from minikms.audit.note import Checkpoint, Note, NoteError, WitnessPolicy, cosigned_at, open_checkpoint
 from minikms.audit.record import Head
@@ -112,6 +114,7 @@ class Auditor:
         self._sinks = sinks
         self._stopping = stopping
         self._tail: Tail | None = None
+        self._indexer = Indexer(os.path.join(config.state_dir, BLOCKS_NAME), config.log_dir)
         self._faults = 0
         self._alarm = ""
         self._look_again_s = 0.0
@@ -167,6 +170,8 @@ class Auditor:
         if self._confirmed and self._is_due() and (whole or not self._alarm):
             self._submit()
             self._report()
+        if whole:
+            self._index()
         self._store.archive()
         return whole
 
@@ -277,6 +282,7 @@ class Auditor:
         logs = state.logs
         if not logs or logs[-1].log_id != grown.line.log_id:
             logs = (*logs, LogRange(grown.line.log_id, state.size, grown.first_seq))
+            self._indexer.reset()
         for leaf in grown.leaves:
             edge.append(leaf)
         keys = tuple(dict.fromkeys((*state.keys, *grown.keys)))
@@ -290,6 +296,17 @@ class Auditor:
             raise
         self._note = None
         self._store.archive()
+
+    def _index(self) -> None:
+        """Without an index `minikms audit find` reads the log, so a failure stops nothing."""
+        line = self._store.state.line
+        try:
+            self._indexer.grow(0 if line is None else line.seq)
+        except (KmsRefusedError, OSError) as error:
+            self._indexer.reset()
+            self._note_error("index", str(getattr(error, "strerror", None) or error))
+        else:
+            self._note_error("index", "")
 
     # --- signatures ---------------------------------------------------------------------------------------------------
 
@@ -389,3 +406,4 @@ class Auditor:
 
     def close(self) -> None:
         self._close_tail()
+        self._indexer.close()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from minikms.api.errors import StartError
+from minikms.audit import blocks
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import compress_closed
+from minikms.cli import audit
 from minikms_auditor.auditor import FAULTS_BEFORE_ALARM
 from tests.harness.disk_faults import failing_os
 from tests.minikms.audit.logmaker import KEY1, KEY2, open_log, write_events
@@ -154,6 +158,26 @@ def test_a_log_under_an_unknown_key_waits_for_accept_log(rig: Rig) -> None:
     accept_key(str(rig.state_dir), KEY2.public_key)
     status = rig.steps()
     assert (status.alarm, status.pending, status.size) == ("", None, size + len(rig.lines()))
+
+
+def test_the_index_follows_the_tree_and_fails_alone(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
+    index = rig.state_dir / blocks.BLOCKS_NAME
+    rig.write(300)
+    rig.start()
+    index.touch()
+    status = rig.steps()
+    assert (status.size, rig.published()[0]) == (len(rig.lines()),) * 2
+    assert [error.partition(":")[0] for error in status.errors] == ["index"]
+    index.unlink()
+    assert rig.steps(2).errors == ()
+    for where, said in ((str(index), r"by .*: 1 of 2[0-9] blocks read, and 0 files"), ("", "")):
+        assert audit.find(data_dir=str(rig.log_dir), key=f"k_01jd{5:022}", index=where) == 0
+        output = capsys.readouterr()
+        assert output.out.count("request=r5\n") == 1 and re.search(said, output.err)
+    assert stat.S_IMODE((index / "1").stat().st_mode) == 0o600
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import msgspec
 
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import record
+from minikms.audit.blocks import ACTOR, KEY, OUTCOME, THREAD, TYPE, Lookup, name_number
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, SegmentFile, each_segment, list_segments
 from minikms.audit.record import Event, Head, MalformedLineError, line_start, parse_line
 from minikms.audit.rules import Report, Trust
@@ -66,6 +67,14 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
             )
         )
 
+    def conditions(self, thread_keys: AbstractSet[str]) -> list[list[int]]:
+        """For each condition that `minikms.audit.blocks` has numbers for: those of which a block must have one."""
+        thread = [name_number(THREAD, text) for text in self.threads]
+        thread += [name_number(KEY, text) for text in thread_keys] if thread else []
+        fields = ((KEY, (self.key,)), (ACTOR, self.actors), (TYPE, self.types), (OUTCOME, self.outcomes))
+        others = [[name_number(field, text) for text in texts if text] for field, texts in fields]
+        return [numbers for numbers in (thread, *others) if numbers]
+
     def needles(self) -> list[tuple[bytes, ...]]:
         """For each field but the thread: byte strings, at least one of which occurs in a matching line."""
         fields = ((self.key,), self.actors, self.requests, self.types)
@@ -103,9 +112,9 @@ def query(
     )
 
 
-def find(directory: str, sought: Query) -> Iterator[bytes]:
+def find(directory: str, sought: Query, lookup: Lookup | None = None) -> Iterator[bytes]:
     """The lines, without their newlines, whose events match, oldest first. A line is about a thread if it names it, or
-    a key that an earlier line gives to it: encryption and decryption are recorded by key.
+    a key that an earlier line gives to it: encryption and decryption are recorded by key. `lookup`: leaves out blocks.
 
     Raises OSError, DamagedSegmentError.
     """
@@ -113,7 +122,8 @@ def find(directory: str, sought: Query) -> Iterator[bytes]:
     keys = set(sought.thread_keys)
     of_thread = [text.encode() for text in (*sought.threads, *keys)]
     for file in each_segment(directory):
-        for line in file.lines():
+        lines = file.lines() if lookup is None else lookup.lines(file, lambda: sought.conditions(keys))
+        for line in lines:
             # Search the bytes first: decoding every line of a large log would take minutes.
             is_searched = sought.threads and len(of_thread) <= NEEDLES_MAX
             if is_searched and not any(needle in line for needle in of_thread):

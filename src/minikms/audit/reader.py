@@ -158,6 +158,10 @@ class SegmentFile:
         self.identity = (status.st_dev, status.st_ino)
         self.rest = b""
         """The bytes of an incomplete last line, after `lines` has ended."""
+        self._unpacked: _Reader | None = None
+        self._unpacked_end = 0
+        self._held = b""
+        """Unpacked for `span`: the last bytes before `_unpacked_end`."""
 
     @property
     def compressed(self) -> bool:
@@ -216,9 +220,9 @@ class SegmentFile:
         decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
         return decompressor.stream_reader(self._file, closefd=False)
 
-    def _read(self, source: _Reader) -> bytes:
+    def _read(self, source: _Reader, size: int = CHUNK_BYTES) -> bytes:
         try:
-            return source.read(CHUNK_BYTES)
+            return source.read(size)
         except zstandard.ZstdError as error:
             raise DamagedSegmentError(f"{self.name} does not decompress: {error}") from None
 
@@ -237,6 +241,26 @@ class SegmentFile:
         line = next(self.lines(), b"")
         self._file.seek(0)
         return line
+
+    def line_at(self, offset: int) -> bytes:
+        """The line that begins at `offset` of a file that is not compressed. Call it before `lines`."""
+        self.seek(offset)
+        return self.first_line()
+
+    def span(self, begin: int, end: int) -> bytes:
+        """The bytes from `begin` to `end`, of a compressed file unpacked; fewer at its end. There, each call must begin
+        at or after the one before, and nothing else may read. Raises as `lines`.
+        """
+        if not self.compressed:
+            self.seek(begin)
+            return self._file.read(end - begin)
+        source = self._unpacked = self._unpacked or self._source()
+        while self._unpacked_end < end and (chunk := self._read(source, min(end - self._unpacked_end, CHUNK_BYTES))):
+            self._unpacked_end += len(chunk)
+            held = self._held + chunk
+            self._held = held[max(0, begin - self._unpacked_end + len(held)) :]
+        first = self._unpacked_end - len(self._held)
+        return self._held[max(0, begin - first) : end - first]
 
     def seek(self, offset: int) -> None:
         """Continue reading at `offset` of a file that is not compressed."""

@@ -26,6 +26,8 @@ from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
 from minikms.cli import audit_tree
 from minikms.cli.console import (
+    PACKAGE_DATA_DIR,
+    PACKAGE_INDEX_DIR,
     DataDir,
     MasterKeyFd,
     MasterKeyFile,
@@ -33,6 +35,7 @@ from minikms.cli.console import (
     Yes,
     chosen_data_dir,
     chosen_root,
+    complain,
     needed_root,
 )
 from minikms.commands.output import confirm, progress_bar
@@ -306,6 +309,9 @@ def find(
     reads: Annotated[
         bool, Parameter(help="Only lines whose answer may hold plaintext.", negative=(), show_default=False)
     ] = False,
+    index: Annotated[
+        str | None, Parameter(help="The index of the auditor, in its state directory; '' for none.", show_default=False)
+    ] = None,
     master_key_file: MasterKeyFile = None,
     root_source: Root = None,
     json: JsonLines = False,
@@ -319,11 +325,15 @@ def find(
     the oldest lines were removed, or the log follows another one, the keys are also taken from the key files, each of
     which is read.
 
+    With the index, which is used if this user can read it, only blocks of lines are read that may match. Whoever can
+    write it can hide lines: in doubt give --index ''.
+
     The search for a thread in a log with hashed thread ids (--audit-hash-thread-ids) needs the root key. Exit status: 0
     found, 1 nothing found, 2 the log is missing.
     """
     from contextlib import ExitStack
 
+    from minikms.audit.blocks import Lookup
     from minikms.audit.queries import find as find_lines
     from minikms.audit.queries import query, shows_every_creation
     from minikms.datadir import audit_keys, open_for_reading
@@ -332,6 +342,9 @@ def find(
         raise CommandError("give something to find: --thread, --key, --actor, --request or --reads")
     found = 0
     directory, keys = _log_directory(data_dir), chosen_data_dir(data_dir)
+    if index is None and keys == PACKAGE_DATA_DIR and os.access(PACKAGE_INDEX_DIR, os.R_OK | os.X_OK):
+        index = PACKAGE_INDEX_DIR
+    lookup = Lookup(index, directory) if index else None
     with ExitStack() as stack:
         mac_keys: tuple[memoryview, ...] = ()
         root = chosen_root(master_key_file, master_key_fd, root_source)
@@ -348,9 +361,12 @@ def find(
             reads=reads,
             audit_keys=mac_keys,
         )
-        for line in find_lines(directory, sought):
+        for line in find_lines(directory, sought, lookup):
             _print_lines([line], json=json)
             found += 1
+    if lookup is not None:
+        count = lookup.taken + lookup.left_out
+        complain(f"by {index}: {lookup.taken} of {count} blocks read, and {lookup.whole} files that it does not have")
     return EXIT_GOOD if found else EXIT_FAILED
 
 

@@ -54,7 +54,8 @@ DAEMON_WAIT_SECONDS: Final = 0.5
 """For a daemon that is starting; a person notices a longer wait."""
 ANSWER_SECONDS: Final = 10.0
 PACKAGE_DATA_DIR: Final = "/var/lib/progressdb/minikms"
-"""Where the units of `deploy/systemd` have it."""
+PACKAGE_INDEX_DIR: Final = "/var/lib/progressdb/auditor/index"
+"""Where the units of `deploy/systemd` have them."""
 
 Socket = usage.Socket
 ServerUid = usage.ServerUid
