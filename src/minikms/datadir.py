@@ -45,7 +45,7 @@ from minikms.audit.repair import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import DERIVED_KEYS_MAX
 from minikms.crypto.shares import SHARES_COUNT_MAX
-from minikms.custody import archive_register, deks, journal, keyring_file, rotation_backups, tombstone_file
+from minikms.custody import archive_register, deks, journal, kept_index, keyring_file, rotation_backups, tombstone_file
 from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.log_directory import NAME as LOG_DIRECTORY_NAME
@@ -53,6 +53,7 @@ from minikms.custody.log_directory import claim_log_directory, log_directory
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.keys import keyring, root_slots
+from minikms.keys.index import HASH_KEY_BYTES, KeyIndex
 from minikms.keys.unlocked import WRAPPING_KEYS_MAX, UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 from minikms.platform import clock, files
@@ -79,7 +80,7 @@ SERVICE_SLOTS: Final = KEYRING_SLOTS + DERIVED_KEYS_MAX
 class Options(NamedTuple):
     """How a start opens a data directory; see the flags of `minikms serve`. `if_restored`: what to do if the log
     lacks the line `expect_audit_head`, as a sentence without a full stop. `audit_dir`: the directory of the audit log;
-    None: the data directory. `lock_data_dir` was called with it.
+    None: the data directory. `lock_data_dir` was called with it. `index_threads`: whether the key index keeps threads.
     """
 
     accept_restore: bool = False
@@ -90,6 +91,7 @@ class Options(NamedTuple):
     audit_fsync: FsyncPolicy = "interval"
     audit_hash_thread_ids: bool = False
     audit_limits: LogLimits = DEFAULT_LIMITS
+    index_threads: bool = False
     pin: PinFile | None = None
     cache_keys_max: int = CACHE_KEYS_MAX
 
@@ -110,6 +112,15 @@ class DataDir:
     """Before this start: the epoch of the keyring, and the highest one in the audit log."""
     replayed: Replayed
     """The result of this start's replay of the journal of an interrupted run."""
+    directory_fd: int
+    why_no_index: str
+    """Why the index that the last stop has kept is not used; empty if it is, or if there is none."""
+
+    def keep_index(self) -> None:
+        """Keeps a complete key index for the next start, after `Vault.drain`. Raises StorageUnavailableError."""
+        vault = self.vault
+        if vault.index.complete:
+            kept_index.keep(self.directory_fd, vault.store, vault.unlocked, vault.index)
 
     def close(self) -> None:
         """Closes the files and zeroes the keys, after `Vault.drain`. Raises AuditUnavailableError when the end of the
@@ -212,6 +223,13 @@ def open_for_service(
             files.sweep_temps(lock.directory_fd)
             with contextlib.suppress(StorageUnavailableError):  # then no key is destroyed
                 kept.sweep_temps()
+        index, why_no_index = KeyIndex(os.urandom(HASH_KEY_BYTES)), ""
+        try:  # before the replay, which changes the directory of the key files
+            index = kept_index.take(lock.directory_fd, store, unlocked, epoch=epoch, threads=options.index_threads)
+        except kept_index.NotKeptError as error:
+            why_no_index = str(error)
+            if options.index_threads:
+                index.keep_threads()
         stamp = clock.stamp(clock.now_ns())
         with written_at_start(os.path.join(directory, journal.NAME)):
             replayed = journal.replay(
@@ -232,10 +250,20 @@ def open_for_service(
             destroyed=destroyed,
             executor=disk,
             nonces=nonces,
+            index=index,
             cache_keys_max=options.cache_keys_max,
         )
         undo.pop_all()
-    return DataDir(vault=vault, log=log, slot=slot, found_epoch=epoch, seen_epoch=seen, replayed=replayed)
+    return DataDir(
+        vault=vault,
+        log=log,
+        slot=slot,
+        found_epoch=epoch,
+        seen_epoch=seen,
+        replayed=replayed,
+        directory_fd=lock.directory_fd,
+        why_no_index=why_no_index,
+    )
 
 
 def open_keyring(

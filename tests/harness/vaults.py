@@ -48,6 +48,7 @@ class OpenedVault:
     ) -> None:
         self.directory = directory
         self.key = key
+        self.data = data
         self.vault = vault = data.vault
         self.log = data.log
         self.slot = data.slot
@@ -155,6 +156,7 @@ async def opened_vault(
     cache_keys_max: int = 16,
     key: Path | None = None,
     accept_restore: bool = False,
+    threads: bool = False,
 ) -> AsyncIterator[OpenedVault]:
     """A start, and at the end of the block a stop. A directory that isn't there is made."""
     with (
@@ -169,7 +171,12 @@ async def opened_vault(
             KeyFile(used),
             arena=arena,
             disk=disk,
-            options=datadir.Options(accept_restore=accept_restore, audit_fsync="never", cache_keys_max=cache_keys_max),
+            options=datadir.Options(
+                accept_restore=accept_restore,
+                audit_fsync="never",
+                cache_keys_max=cache_keys_max,
+                index_threads=threads,
+            ),
         )
         try:
             yield OpenedVault(directory, data, used, reader=reader, disk=disk)

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import hmac
 import json
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,23 @@ def keyring_file(name: str, body: dict[str, object]) -> str:
 # --- keys and records ---------------------------------------------------------------------------------------------
 
 
+def key_index() -> bytes:
+    """Of two keys in two threads, after a stop of the first keyring."""
+    ids = sorted(secret(f"indexed key {count}")[:16] for count in (1, 2))
+    threads, states, hash_key = ("thread-a", "thread-b"), ("active", "retired"), secret("hash key")[:16]
+    tags = [
+        hashlib.blake2b(f"{thread} data {state}".encode(), digest_size=8, key=hash_key).digest()
+        for thread, state in zip(threads, states, strict=True)
+    ]
+    eights = [key[:8] for key in ids] + [key[8:] for key in ids] + tags
+    columns = struct.pack("<6Q2I2B", *(int.from_bytes(eight, "big") for eight in eights), 1, 2, 0, 1)
+    columns += b"".join(sorted(tag + key for tag, key in zip(tags, ids, strict=True))) + "\n".join(threads).encode()
+    header = b"minikms-index 1 little\0\0" + b"".join(map(number, (7, 1_790_000_000_000_000_000, 2, 17)))
+    header += hash_key + hashlib.sha256(columns).digest()
+    tag = seal(KEYRING_KEYS[1], "tag of the index", b"", aad("minikms/key-index/v1", KEYRING_ID.encode(), header))
+    return header + tag + columns
+
+
 def dek_aad(kek_version: int) -> bytes:
     return aad("minikms/dek/v1", KEY_ID.encode(), THREAD_ID.encode(), b"thread", b"XAES-256-GCM", number(kek_version))
 
@@ -436,6 +454,7 @@ def vectors() -> str:
             )
         ],
         "tombstones": {"key": TOMBSTONE_KEY.hex(), "counted": 2, "file": tombstone_file().hex()},
+        "key_index": {"epoch": 7, "changed_ns": 1_790_000_000_000_000_000, "file": key_index().hex()},
         "dek": {
             "key_id": KEY_ID,
             "key": DEK.hex(),

@@ -191,6 +191,13 @@ class DekStore:
         except OSError as error:
             raise StorageUnavailableError("the directory of the keys can't be synced") from error
 
+    def changed_ns(self) -> int:
+        """When a file was added or removed, in Unix nanoseconds. Raises StorageUnavailableError."""
+        try:
+            return os.fstat(self.directory_fd).st_mtime_ns
+        except OSError as error:
+            raise StorageUnavailableError("the directory of the keys can't be looked up") from error
+
     def has(self, key_id: str) -> bool:
         """Whether there is a file of this key. Raises StorageUnavailableError."""
         return self._status(key_id) is not None

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import time
 from collections import Counter
@@ -48,7 +49,7 @@ from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import RecordKey, RecordKeys
 from minikms.custody.archive_register import ArchiveRegister
-from minikms.custody.deks import SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
+from minikms.custody.deks import LISTED_COUNT_MAX, SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
 from minikms.custody.destruction import Destruction, Removal
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
@@ -64,6 +65,7 @@ from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.platform.clock import now_rfc3339
 from minikms.platform.files import remove_left_temps
+from minikms.platform.logs import structlog
 from minikms.platform.workers import in_worker
 
 CACHE_KEYS_MAX: Final = 16_384
@@ -143,6 +145,7 @@ class Vault:
         destroyed: Tombstones,
         executor: Executor,
         nonces: NonceSource,
+        index: KeyIndex,
         cache_keys_max: int = CACHE_KEYS_MAX,
     ) -> None:
         self.arena = arena
@@ -161,7 +164,7 @@ class Vault:
         self.cache: KeyCache[OpenDek] = KeyCache(
             count_max=cache_keys_max, age_ns_max=CACHE_AGE_SECONDS_MAX * 1_000_000_000
         )
-        self.index = KeyIndex(os.urandom(16))
+        self.index = index
         self.new_keys = NewKeys(
             arena=arena,
             unlocked=unlocked,
@@ -460,18 +463,22 @@ class Vault:
 
 
 class Indexing:
-    """The scan of all key files. `executor` reads them. `complete`: whether the index has all keys."""
+    """The scan of all key files. `executor` reads them. It fills the index, or compares the files with the one that the
+    last stop has kept.
+    """
 
     def __init__(self, vault: Vault, executor: Executor) -> None:
         self._vault = vault
         self._executor = executor
-        self._done = asyncio.Event()
+        self._completed = asyncio.Event()
         self._left: list[str] = []
         """Destroyed keys that have a file."""
+        self._changed: list[str] = []
+        """Keys whose files differed from the kept index."""
 
     @property
     def complete(self) -> bool:
-        return self._done.is_set()
+        return self._vault.index.complete
 
     def status(self) -> dict[str, object]:
         """For `/status`: how many keys there are, as far as the scan knows."""
@@ -491,7 +498,7 @@ class Indexing:
             return
         try:
             async with asyncio.timeout(INDEX_WAIT_SECONDS_MAX):
-                await self._done.wait()
+                await self._completed.wait()
         except TimeoutError:
             raise StorageUnavailableError(
                 "the key files are still being read after the start, so it is not known whether the thread has a key; "
@@ -500,29 +507,78 @@ class Indexing:
 
     async def run(self) -> None:
         """Reads every key file once, then removes what is left of destroyed keys. Returns when both are done."""
-        while not self.complete:
+        scan = self._compare if self.complete else self._scan
+        while True:
             try:
-                await self._scan()
+                await scan()
+                break
             except KmsRefusedError:
                 await asyncio.sleep(SCAN_RETRY_SECONDS)
-            else:
-                self._done.set()
+        self._vault.index.complete = True
+        self._completed.set()
+        if self._changed:
+            logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+            first = self._changed[:LISTED_COUNT_MAX]
+            logger.warning("key files have changed since the last stop", keys=len(self._changed), first=first)
         await self._remove_destroyed()
 
     async def _scan(self) -> None:
-        vault = self._vault
         key_ids = await in_worker(self._executor, self._newest_first)
         replacing: list[DekRecord] = []
         self._left = []
         while key_ids:
             chunk = [key_ids.pop() for _ in range(min(SCAN_FILES, len(key_ids)))]
-            for key_id, data in await in_worker(self._executor, partial(vault.store.read_many, chunk)):
-                record = self._add(key_id, data)
-                if record is not None and record.replaces:
+            for record in await self._read(chunk):
+                self._vault.index.put(record, only_new=True)
+                if self._replaces_active(record):
                     replacing.append(record)
-            await asyncio.sleep(SCAN_PAUSE_SECONDS)
         for record in replacing:
             await self._retire_replaced(record)
+
+    async def _compare(self) -> None:
+        """Corrects the index where a key file differs from it."""
+        vault, index = self._vault, self._vault.index
+        self._left = []
+        next_after, ended = "", False
+        while not ended:
+            chunk, next_after = index.page(after=next_after, limit=SCAN_FILES, thread_id=None, state=None)
+            left = set(chunk)
+            for record in await self._read(chunk):
+                if index.entry(record.id) == index.entry_of(record):
+                    left.remove(record.id)
+                if self._replaces_active(record):
+                    await self._retire_replaced(record)
+            for key_id in sorted(left):
+                await self._correct(key_id)
+            ended = not next_after
+        listing = vault.store.list_ids()
+        while chunk := await in_worker(self._executor, lambda: list(itertools.islice(listing, SCAN_FILES))):
+            for key_id in chunk:
+                if index.entry(key_id) is None:
+                    await self._correct(key_id)
+            await asyncio.sleep(SCAN_PAUSE_SECONDS)
+
+    async def _correct(self, key_id: str) -> None:
+        """Puts into the index what the key's file has, which nobody changes meanwhile."""
+        vault, index = self._vault, self._vault.index
+        async with vault.locks.hold((key_id,), announced=False):
+            await vault.new_keys.group_ended()  # the index has its keys then
+            before = index.entry(key_id)
+            found = await self._read([key_id])
+            for record in found:
+                vault.unreadable.remove(key_id)
+                index.put(record)
+            if not found:
+                index.remove(key_id)
+            if before != index.entry(key_id):
+                self._changed.append(key_id)
+
+    async def _read(self, key_ids: list[str]) -> list[DekRecord]:
+        """The records of these keys, without those that can't be read (these are listed) or were destroyed."""
+        await asyncio.sleep(SCAN_PAUSE_SECONDS)
+        read = await in_worker(self._executor, partial(self._vault.store.read_many, key_ids))
+        records = (self._record(key_id, data) for key_id, data in read)
+        return [record for record in records if record is not None]
 
     async def _remove_destroyed(self) -> None:
         """Removes the files and rotation backups of destroyed keys that a crash or a copied directory left. It reads
@@ -572,7 +628,7 @@ class Indexing:
         self._vault.store.sync_directory()
         return found
 
-    def _add(self, key_id: str, data: bytes | KmsRefusedError) -> DekRecord | None:
+    def _record(self, key_id: str, data: bytes | KmsRefusedError) -> DekRecord | None:
         vault = self._vault
         if key_id in vault.destroyed:
             self._left.append(key_id)
@@ -587,8 +643,14 @@ class Indexing:
         except KeyUnreadableError as error:
             vault.unreadable.add(key_id, str(error))
             return None
-        vault.index.put(record, only_new=True)
         return record
+
+    def _replaces_active(self, new: DekRecord) -> bool:
+        """Whether the key that it replaces may be active. The index may not have read that one yet."""
+        if not new.replaces or new.replaces in self._vault.destroyed:
+            return False
+        replaced = self._vault.index.entry(new.replaces)
+        return replaced is None or replaced.state == "active"
 
     async def _retire_replaced(self, new: DekRecord) -> None:
         try:

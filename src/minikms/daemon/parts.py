@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.maintenance import Maintenance
 from minikms.audit.position import AuditorPosition
@@ -129,7 +130,6 @@ class Parts:
         )
         access = None
         if policy.meters is not None:
-            self.vault.index.keep_threads()
             access = Access(
                 vault=self.vault,
                 indexing=self.indexing,
@@ -234,9 +234,11 @@ class Parts:
         """Writes the first lines of this run, durably, and logs what the replay of the journal could not read. Raises
         StartError when they can't be written.
         """
+        logger: structlog.stdlib.BoundLogger = structlog.get_logger()
         if damaged := self._data.replayed.damaged:
-            logger: structlog.stdlib.BoundLogger = structlog.get_logger()
             logger.warning("journal damaged", records=damaged, do="run minikms doctor")
+        if why := self._data.why_no_index:
+            logger.warning("key index not used: every key file is read first", why=why)
         *before, last = events
         for event in before:
             self.audit.add(event)
@@ -300,7 +302,13 @@ class Parts:
         loop = asyncio.get_running_loop()
         for worker in (self.workers.disk, self.workers.reader, self.workers.upkeep):
             await loop.run_in_executor(worker, int)  # after the last job, also one of a request that was cancelled
-        self._data.close()
+        try:
+            self._data.keep_index()
+        except StorageUnavailableError as error:
+            logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+            logger.warning("key index not kept: the next start reads every key file first", why=str(error))
+        finally:
+            self._data.close()
 
 
 @contextlib.contextmanager

@@ -32,9 +32,13 @@ JUDGED_COUNT_MAX: Final = 1_000
 """The same of a page whose keys are compared with a policy, which takes longer."""
 CHUNK_ROWS_MAX: Final = 512
 
+HASH_KEY_BYTES: Final = 16
+
 _TAG: Final = Struct(">Q")
 _ID: Final = Struct(">QQ")
 _ROW_BYTES: Final = _TAG.size + KEY_ID_BYTES
+KEY_BYTES: Final = 3 * array("Q").itemsize + array("I").itemsize + 1 + _ROW_BYTES
+"""What `KeyIndex.columns` has of each key, without its thread."""
 
 
 class Page(NamedTuple):
@@ -44,13 +48,25 @@ class Page(NamedTuple):
     next_after: str
 
 
+class Entry(NamedTuple):
+    """What the index knows of a key. `tag`: of its thread, purpose and state."""
+
+    tag: bytes
+    state: str
+    kek_version: int
+
+
 class _Rows:
     """The rows of all keys, each a tag and a key id, sorted: chunks of up to CHUNK_ROWS_MAX rows."""
 
-    def __init__(self) -> None:
-        self._chunks = [bytearray()]
-        self._firsts = [b""]
+    def __init__(self, rows: bytes = b"") -> None:
+        half = CHUNK_ROWS_MAX // 2 * _ROW_BYTES
+        self._chunks = [bytearray(rows[at : at + half]) for at in range(0, len(rows) or 1, half)]
+        self._firsts = [bytes(chunk[:_ROW_BYTES]) for chunk in self._chunks]
         """The first row of each chunk."""
+
+    def joined(self) -> bytes:
+        return b"".join(self._chunks)
 
     def _find(self, row: bytes) -> tuple[int, int]:
         """The number of a chunk, and the offset in it before which every row of it is less than `row`."""
@@ -112,8 +128,10 @@ class _Rows:
 class KeyIndex:
     """`hash_key`: of the tags. 16 random bytes where others choose the threads, so that nobody makes tags collide."""
 
-    def __init__(self, hash_key: bytes = b"") -> None:
-        self._hash_key = hash_key
+    def __init__(self, hash_key: bytes = bytes(HASH_KEY_BYTES)) -> None:
+        self.hash_key = hash_key
+        self.complete = False
+        """Whether it has every key that can be read."""
         self._high, self._low = array("Q"), array("Q")
         """The two halves of each key id."""
         self._tags = array("Q")
@@ -127,6 +145,36 @@ class KeyIndex:
     def __len__(self) -> int:
         return len(self._tags)
 
+    def columns(self) -> list[bytes]:
+        """The whole index, KEY_BYTES of each key in the byte order of this machine; the last has their threads."""
+        table = (self._high, self._low, self._tags, self._keks)
+        threads = b"\n".join(self._threads or ())
+        return [*(column.tobytes() for column in table), bytes(self._states), self._rows.joined(), threads]
+
+    @classmethod
+    def of_columns(cls, read: Callable[[int], bytes], count: int, threads_bytes: int, hash_key: bytes) -> KeyIndex:
+        """A complete index from what `columns` gave. `read`: the next bytes of it."""
+        index = cls(hash_key)
+        for column in (index._high, index._low, index._tags, index._keks):
+            column.frombytes(read(count * column.itemsize))
+        index._states += read(count)
+        index._rows = _Rows(read(count * _ROW_BYTES))
+        if threads_bytes:
+            index._threads = read(threads_bytes).split(b"\n")
+        index.by_state.update({state: index._states.count(code) for code, state in enumerate(STATES)})
+        index.by_kek.update(index._keks)
+        index.complete = True
+        return index
+
+    def entry(self, key_id: str) -> Entry | None:
+        """What the index has of a key; None if it does not have it."""
+        at, known = self._find(key_id_to_bytes(key_id))
+        return Entry(_TAG.pack(self._tags[at]), STATES[self._states[at]], self._keks[at]) if known else None
+
+    def entry_of(self, record: DekRecord) -> Entry:
+        """What the index has of a key with this record."""
+        return Entry(self._tag(record.thread_id, record.purpose, record.state), record.state, record.kek_version)
+
     def _find(self, raw: bytes) -> tuple[int, bool]:
         """The place of an id (16 bytes) in the table, and whether it is there: the same work whether it is or not."""
         high, low = _ID.unpack(raw)
@@ -139,7 +187,7 @@ class KeyIndex:
         return _ID.pack(self._high[at], self._low[at])
 
     def _tag(self, thread_id: str, purpose: api.Purpose, state: str) -> bytes:
-        return blake2b(f"{thread_id} {purpose} {state}".encode(), digest_size=_TAG.size, key=self._hash_key).digest()
+        return blake2b(f"{thread_id} {purpose} {state}".encode(), digest_size=_TAG.size, key=self.hash_key).digest()
 
     def kek_version(self, key_id: str) -> int | None:
         """The KEK version of a key; None if the index does not have the key."""
@@ -170,7 +218,7 @@ class KeyIndex:
         at, known = self._find(raw)
         if known and only_new:
             return
-        tag = self._tag(record.thread_id, record.purpose, record.state)
+        tag = self.entry_of(record).tag
         if known:
             self._forget(at, raw)
         else:

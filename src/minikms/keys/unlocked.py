@@ -363,6 +363,17 @@ class UnlockedKeyring:
         tag = aead.authenticate(key, self._nonces(), labels.aad(labels.KEYRING, body_bytes))
         return keyring.encode_file(body_bytes, tag)
 
+    def tag_of(self, label: bytes, data: bytes) -> bytes:
+        """Authenticates data of this keyring under the keyring key."""
+        return aead.authenticate(self.keyring_key.view, self._nonces(), self._labelled(label, data))
+
+    def check_tag(self, label: bytes, tag: bytes, data: bytes) -> None:
+        """Raises DecryptionError unless `tag` is of `tag_of`."""
+        aead.check_authentic(self.keyring_key.view, tag, self._labelled(label, data))
+
+    def _labelled(self, label: bytes, data: bytes) -> bytes:
+        return labels.aad(label, self.body.keyring_id.encode(), data)
+
     def kek(self, version: int) -> memoryview:
         """The KEK of a version, 32 bytes. Raises KeyUnreadableError if this keyring does not have it."""
         slot = self._keks.get(version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from minikms.crypto import aead, labels, roots, slots
 from minikms.crypto.aead import NonceSource, XaesCipher
+from minikms.custody import deks, kept_index
 from minikms.keys import dek, keyring, tombstones
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
@@ -59,6 +61,25 @@ def test_counted_tombstones_are_read_and_the_next_one_is_adopted(arena: SecretAr
     assert (log.count, read.adopted, read.torn_bytes, read.content) == (known["counted"], 1, 0, content)
     chain = tombstones.TombstoneChain(unlocked.body.keyring_id)
     assert tombstones.HEADER + chain.append(unlocked.tombstone_key, read.stones()) == content
+
+
+def test_a_kept_index_is_read_and_has_the_same_columns(arena: SecretArena, tmp_path: Path) -> None:
+    known, file = KNOWN["key_index"], KNOWN["keyrings"][0]
+    content = bytes.fromhex(known["file"])
+    unlocked, _ = UnlockedKeyring.open(arena, view(file["opens_under"][0]), file["file"].encode(), nonces=bytes)
+    (tmp_path / deks.DIRECTORY).mkdir()
+    os.utime(tmp_path / deks.DIRECTORY, ns=(0, known["changed_ns"]))
+    (tmp_path / kept_index.NAME).write_bytes(content)
+    store, directory = deks.DekStore(str(tmp_path)), os.open(tmp_path, os.O_RDONLY)
+    index = kept_index.take(directory, store, unlocked, epoch=known["epoch"], threads=True)
+    assert content.endswith(b"".join(index.columns()))
+    for thread_id, state in (("thread-a", "active"), ("thread-b", "retired")):
+        [key_id] = index.page(after="", limit=2, thread_id=thread_id, state=None).key_ids
+        entry = index.entry(key_id)
+        assert entry is not None
+        assert (entry.state, index.thread_near(key_id)) == (state, (thread_id, True))
+    os.close(directory)
+    store.close()
 
 
 def test_a_keyring_that_was_read_is_written_in_the_same_bytes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections import Counter
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from minikms import api
 from minikms.keys.dek import DekRecord, bytes_to_key_id, key_id_to_bytes
-from minikms.keys.index import JUDGED_COUNT_MAX, PURPOSES, KeyIndex, Page
+from minikms.keys.index import JUDGED_COUNT_MAX, KEY_BYTES, PURPOSES, KeyIndex, Page
 from tests.minikms.service.limiting import instructions
 
 AT = "2026-11-24T15:00:00Z"
@@ -47,6 +48,13 @@ def all_pages(index: KeyIndex, limit: int, thread_id: str | None = None, state: 
         if not after:
             return found
     raise AssertionError("the pages do not end")
+
+
+def reloaded(index: KeyIndex) -> KeyIndex:
+    columns = index.columns()
+    file = io.BytesIO(b"".join(columns))
+    assert len(file.getvalue()) == len(index) * KEY_BYTES + len(columns[-1])
+    return KeyIndex.of_columns(file.read, len(index), len(columns[-1]), index.hash_key)
 
 
 STEPS = st.lists(
@@ -92,6 +100,7 @@ def _matches_a_dict(steps: list[tuple[str, int, str, int, api.Purpose]], limit: 
         else:
             index.put(one, only_new=True)
             model.setdefault(one.id, one)
+    index = reloaded(index)
     assert len(index) == len(model)
     assert +index.by_state == Counter(one.state for one in model.values())
     assert +index.by_kek == Counter(one.kek_version for one in model.values())
@@ -173,6 +182,7 @@ def test_the_index_knows_the_thread_of_each_key(
         else:
             index.put(one, only_new=step == "put new")
             model[one.id] = one
+    index = reloaded(index) if model else index
     for number in range(16):
         thread, known = index.thread_near(record(number).id)
         assert known == (record(number).id in model)

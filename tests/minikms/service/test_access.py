@@ -89,6 +89,7 @@ async def test_the_thread_in_the_authenticated_record_decides(tmp_path: Path) ->
 async def test_limited_principals_wait_while_key_files_are_read(tmp_path: Path) -> None:
     async with limited(tmp_path / "d", MINE + grant(2, '["*"]')) as made:
         [mine] = await made.one.make(1, "mine-1")
+        made.one.vault.index.complete = False
         indexing = type(made.one.indexing)(made.one.vault, made.one.reader)
         made.access.indexing = indexing
         for key_id in (mine, NO_KEY):

@@ -35,7 +35,7 @@ class Opener:
     def open(self, root: RootProvider) -> Parts:
         """Opens the data directory. Blocks on the disk. Raises StartError, OSError."""
         process, own = self._process, root is self._process.settings.root
-        options = process.settings.opening
+        options = process.settings.opening._replace(index_threads=process.policy.meters is not None)
         if self._expected_head is not None:  # what the flags say of the audit log is for one start
             options = options._replace(
                 accept_restore=False, accept_audit_loss=False, expect_audit_head=self._expected_head
