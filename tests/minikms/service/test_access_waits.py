@@ -13,6 +13,7 @@ from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import ForbiddenError, KmsRefusedError, StorageUnavailableError, UnauthorizedError
 from minikms.audit import Event
+from minikms.service import records
 from minikms.service.roots import AddGivenRoot, GivenRootTest
 from tests.harness.limited import Limited, limited
 
@@ -126,3 +127,22 @@ async def test_no_key_is_used_before_the_file_of_the_limits_is_durable(
             with pytest.raises(StorageUnavailableError if meanwhile == "a full disk" else UnauthorizedError):
                 await waiting
         assert len(made.one.vault.cache) == (1 if meanwhile == "nothing" else 0)
+
+
+async def test_a_change_between_two_slices_of_a_batch_withholds_its_plaintext(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "SLICE_SECONDS_MAX", 0.0)
+    reader = OTHERS + '[[grant]]\nprincipals = ["uid:1"]\nroles = ["encrypt", "decrypt"]\nthreads = ["*"]\n'
+    async with limited(tmp_path / "d", reader) as made:
+        who, vault = made.who(1), made.one.vault
+        items = [api.EncryptItem(key_id=key_id, plaintext="") for key_id in await made.one.make(3)]
+        sealed = (await made.ask(who, api.ENCRYPT_BATCH, api.EncryptBatchRequest(items)))["items"]
+        vault.cache.clear()
+        again = [api.DecryptItem(a.key_id, b["ciphertext"]) for a, b in zip(items, sealed, strict=True)]
+        going = asyncio.ensure_future(made.ask(who, api.DECRYPT_BATCH, api.DecryptBatchRequest(again)))
+        await asyncio.sleep(0)
+        made.change(OTHERS)
+        with pytest.raises(UnauthorizedError):
+            await going
+        assert made.audit.events[-1].outcome == UnauthorizedError.code

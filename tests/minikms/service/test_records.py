@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import itertools
 import json
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from minikms import api
+from minikms.api import Verb
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import Event
 from minikms.policy import ROLES, Principal
+from minikms.service import records
 from minikms.service.base import VerbTable
 from minikms.service.encoding import Reply
 from minikms.service.records import RecordVerbs
+from tests.harness.limited import KeptAudit
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault
 from tests.minikms.service.asking import NO_KEY, ask, b64, encrypted, new_key, post
@@ -221,6 +227,64 @@ async def test_reencryption_and_batches_work_however_few_keys_stay_open(tmp_path
         ]
         opened_items = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest(back), ""))
         assert opened_items == [{"plaintext": TEXT}] * len(back)
+
+
+@pytest.mark.parametrize("verb", [api.ENCRYPT_BATCH, api.DECRYPT_BATCH], ids=lambda verb: verb.name)
+async def test_a_batch_that_opens_keys_gives_way_and_then_opens_them_anew(
+    tmp_path: Path, verb: Verb[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One slice in a turn of the event loop; one answer and one line. Keys that are open are used at once."""
+    monkeypatch.setattr(records, "SLICE_SECONDS_MAX", 0.0)
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = await one.make(6)
+        audit = KeptAudit()
+        table = VerbTable(audit)
+        RecordVerbs(one.vault, table)
+        plain = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in key_ids]
+        sealed = await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(plain), ""))
+        request: Any = api.EncryptBatchRequest(plain)
+        if verb is api.DECRYPT_BATCH:
+            items = zip(key_ids, sealed, strict=True)
+            request = api.DecryptBatchRequest([api.DecryptItem(key_id, one["ciphertext"]) for key_id, one in items])
+        assert not isinstance(table[verb](ANYONE, request, ""), Awaitable)
+        one.vault.cache.clear()
+        audit.events = []
+        begun = [table[verb](ANYONE, request, "") for _ in range(2)]
+        await one.vault.retire(key_ids[4])
+        await one.vault.retire(key_ids[5])
+        await one.vault.destroy(key_ids[5])
+        both = [asyncio.ensure_future(items_of(each)) for each in begun]
+        opened = [one.vault.cache.misses]
+        while not all(each.done() for each in both):
+            opened.append(one.vault.cache.misses)
+            await asyncio.sleep(0)
+        for each in both:
+            codes = [item.get("code") for item in each.result()]
+            retired = "key_retired" if verb is api.ENCRYPT_BATCH else None
+            assert codes == [None, None, None, None, retired, "key_destroyed"]
+        assert max(later - now for now, later in itertools.pairwise(opened)) <= 2
+        assert [(event.type, event.count, event.outcome) for event in audit.events] == [
+            (verb.name, 6, "partly_refused")
+        ] * 2
+
+
+async def test_a_batch_that_is_cancelled_between_two_slices_has_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a seal and a shutdown do."""
+    monkeypatch.setattr(records, "SLICE_SECONDS_MAX", 0.0)
+    async with opened_vault(tmp_path / "d") as one:
+        audit = KeptAudit()
+        table = VerbTable(audit)
+        RecordVerbs(one.vault, table)
+        items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in await one.make(3)]
+        one.vault.cache.clear()
+        going = asyncio.ensure_future(items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), "")))
+        await asyncio.sleep(0)
+        going.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await going
+        assert [event.outcome for event in audit.events] == ["interrupted"]
 
 
 async def test_a_batch_without_the_role_is_refused_by_item(tmp_path: Path) -> None:
