@@ -16,11 +16,12 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, settings
 
 from tests import needs
@@ -59,12 +60,12 @@ def as_root() -> None:
     needs.root()
 
 
-def in_a_loop_of_its_own(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+def in_a_loop_of_its_own(test: Callable[..., object], run: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(test)
-    def run(**fixtures: Any) -> None:
-        asyncio.run(test(**fixtures))
+    def run_test(**fixtures: Any) -> None:
+        run(test(**fixtures))
 
-    return run
+    return run_test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,7 +83,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each torture test the long limit, unless it has its own, and each coroutine function an event loop."""
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
-            item.obj = in_a_loop_of_its_own(item.obj)
+            item.obj = in_a_loop_of_its_own(item.obj, uvloop.run if item.get_closest_marker("uvloop") else asyncio.run)
         if item.get_closest_marker("torture") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(TORTURE_S_MAX))
 

@@ -10,84 +10,72 @@ import pytest
 
 from minikms import api
 from minikms.http import limits
-from tests.minikms.http.http_harness import get, parse_answers, post, run, serving
+from tests.minikms.http.http_harness import get, parse_answers, post, serving
 from tests.minikms.http.http_inputs import ACCEPTED, REFUSED
+
+pytestmark = pytest.mark.uvloop
 
 SPECIFICATION = Path(__file__).resolve().parents[3] / "docs" / "spec" / "http.md"
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str) -> None:
+async def test_refused(name: str) -> None:
     """The status is as the table says, the connection ends, and the application never sees a request."""
     data, status = REFUSED[name]
     ends_early = name.startswith("end ")
 
-    async def check() -> None:
-        async with serving() as running:
-            peer = await running.peer()
-            peer.send(data)
-            if ends_early:
-                peer.writer.write_eof()
-            [answer] = parse_answers(await peer.rest())
-            await peer.close()
-            assert answer.status == status
-            assert answer.headers["connection"] == "close"
-            assert set(answer.json) == {"error", "code"}
-            assert running.app.seen == []
-            assert running.app.refusals == [(status, answer.json["code"])]
-            assert running.internal_errors == []
-
-    run(check())
+    async with serving() as running:
+        peer = await running.peer()
+        peer.send(data)
+        if ends_early:
+            peer.writer.write_eof()
+        [answer] = parse_answers(await peer.rest())
+        await peer.close()
+        assert answer.status == status
+        assert answer.headers["connection"] == "close"
+        assert set(answer.json) == {"error", "code"}
+        assert running.app.seen == []
+        assert running.app.refusals == [(status, answer.json["code"])]
+        assert running.internal_errors == []
 
 
 @pytest.mark.parametrize(
     "name", [name for name in REFUSED if not name.startswith("end ") and "without end" not in name]
 )
-def test_bytes_after_a_refusal_are_not_a_request(name: str) -> None:
+async def test_bytes_after_a_refusal_are_not_a_request(name: str) -> None:
     """A request smuggled behind refused bytes is never started; one before them is answered first."""
     data, status = REFUSED[name]
 
-    async def check() -> None:
-        async with serving() as running:
-            peer = await running.peer()
-            peer.send(post("/echo", b"first") + data + get("/smuggled"))
-            answers = parse_answers(await peer.rest())
-            await peer.close()
-            assert [answer.status for answer in answers] == [200, status]
-            assert [path for _, path, _ in running.app.seen] == ["/echo"]
-
-    run(check())
+    async with serving() as running:
+        peer = await running.peer()
+        peer.send(post("/echo", b"first") + data + get("/smuggled"))
+        answers = parse_answers(await peer.rest())
+        await peer.close()
+        assert [answer.status for answer in answers] == [200, status]
+        assert [path for _, path, _ in running.app.seen] == ["/echo"]
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_accepted(name: str) -> None:
+async def test_accepted(name: str) -> None:
     """Requests that each rule just accepts."""
-
-    async def check() -> None:
-        async with serving() as running:
-            answers = await running.exchange(ACCEPTED[name])
-            assert answers
-            assert {answer.status for answer in answers} == {200}
-            assert running.app.refusals == []
-
-    run(check())
+    async with serving() as running:
+        answers = await running.exchange(ACCEPTED[name])
+        assert answers
+        assert {answer.status for answer in answers} == {200}
+        assert running.app.refusals == []
 
 
-def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
+async def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
     """The answer can be read although megabytes of the body are still being sent."""
-
-    async def check() -> None:
-        async with serving() as running:
-            peer = await running.peer()
-            peer.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
-            for _ in range(50):
-                peer.send(b"x" * 100_000)
-                await asyncio.sleep(0)
-            answer = await peer.answer()
-            assert (answer.status, answer.json["code"]) == (413, "too_large")
-            await peer.close()
-
-    run(check())
+    async with serving() as running:
+        peer = await running.peer()
+        peer.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
+        for _ in range(50):
+            peer.send(b"x" * 100_000)
+            await asyncio.sleep(0)
+        answer = await peer.answer()
+        assert (answer.status, answer.json["code"]) == (413, "too_large")
+        await peer.close()
 
 
 TABLE = {name: row for name, row in vars(limits).items() if isinstance(row, limits.Refusal)}

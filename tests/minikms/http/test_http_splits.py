@@ -7,7 +7,9 @@ import hashlib
 import pytest
 
 from minikms.http import LIMITS
-from tests.minikms.http.http_harness import Running, chunked, get, post, request, run, serving, undated
+from tests.minikms.http.http_harness import Running, chunked, get, post, request, serving, undated
+
+pytestmark = pytest.mark.uvloop
 
 BODY = bytes(range(256))
 CLOSE = "Connection: close"
@@ -40,91 +42,75 @@ async def _all_bytes(running: Running, *parts: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_the_answer_does_not_depend_on_where_the_bytes_are_split(name: str) -> None:
+async def test_the_answer_does_not_depend_on_where_the_bytes_are_split(name: str) -> None:
     """Every request of the corpus, split at every offset, gets the same bytes as when it arrives whole."""
     data = CORPUS[name]
 
-    async def check() -> None:
-        async with serving() as running:
-            whole = await _all_bytes(running, data)
-            assert whole.startswith(b"HTTP/1.1 ")
-            seen = running.app.seen[:]
-            for offset in range(1, len(data)):
-                running.app.seen.clear()
-                assert await _all_bytes(running, data[:offset], data[offset:]) == whole, f"split at {offset}"
-                assert running.app.seen == seen
-            assert running.internal_errors == []
-
-    run(check())
+    async with serving() as running:
+        whole = await _all_bytes(running, data)
+        assert whole.startswith(b"HTTP/1.1 ")
+        seen = running.app.seen[:]
+        for offset in range(1, len(data)):
+            running.app.seen.clear()
+            assert await _all_bytes(running, data[:offset], data[offset:]) == whole, f"split at {offset}"
+            assert running.app.seen == seen
+        assert running.internal_errors == []
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_a_body_that_looks_like_a_cached_request_stays_a_body(framing: str) -> None:
+async def test_a_body_that_looks_like_a_cached_request_stays_a_body(framing: str) -> None:
     """First the head, then a body whose bytes are a complete request with a cached head: it is never started."""
     smuggled = post("/smuggled", b"x")
     whole = post("/echo", smuggled) if framing == "length" else chunked("/echo", smuggled)
     head = whole.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
 
-    async def check() -> None:
-        async with serving() as running:
-            peer = await running.peer()
-            peer.send(smuggled)
-            assert (await peer.answer()).status == 200
-            for cut in (len(head), whole.index(smuggled)):
-                running.app.seen.clear()
-                parts = (whole[:cut], whole[cut : cut + len(smuggled)], whole[cut + len(smuggled) :])
-                await peer.send_parts(*(part for part in parts if part))
-                assert (await peer.answer()).json["length"] == len(smuggled)
-                assert running.app.seen == [("POST", "/echo", smuggled)]
-            await peer.close()
-
-    run(check())
+    async with serving() as running:
+        peer = await running.peer()
+        peer.send(smuggled)
+        assert (await peer.answer()).status == 200
+        for cut in (len(head), whole.index(smuggled)):
+            running.app.seen.clear()
+            parts = (whole[:cut], whole[cut : cut + len(smuggled)], whole[cut + len(smuggled) :])
+            await peer.send_parts(*(part for part in parts if part))
+            assert (await peer.answer()).json["length"] == len(smuggled)
+            assert running.app.seen == [("POST", "/echo", smuggled)]
+        await peer.close()
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_bytes_that_come_one_at_a_time_get_the_same_answer(name: str) -> None:
+async def test_bytes_that_come_one_at_a_time_get_the_same_answer(name: str) -> None:
     data = CORPUS[name]
 
-    async def check() -> None:
-        async with serving() as running:
-            whole = await _all_bytes(running, data)
-            assert await _all_bytes(running, *(bytes([byte]) for byte in data)) == whole
-
-    run(check())
+    async with serving() as running:
+        whole = await _all_bytes(running, data)
+        assert await _all_bytes(running, *(bytes([byte]) for byte in data)) == whole
 
 
-def test_received_bytes_are_zeroed_when_the_turn_ends() -> None:
+async def test_received_bytes_are_zeroed_when_the_turn_ends() -> None:
     """The shared buffer is zero at any time that is not inside a turn, whatever was sent."""
-
-    async def check() -> None:
-        async with serving() as running:
-            for data in [*CORPUS.values(), post("/echo", b"x" * 300_000), post("/crash", b"secret"), b"junk" * 1000]:
-                peer = await running.peer()
-                for part in (data[: len(data) // 2], data[len(data) // 2 :]):
-                    await peer.send_parts(part)
-                    assert not any(running.http.shared.data)
-                await peer.close()
-
-    run(check())
+    async with serving() as running:
+        for data in [*CORPUS.values(), post("/echo", b"x" * 300_000), post("/crash", b"secret"), b"junk" * 1000]:
+            peer = await running.peer()
+            for part in (data[: len(data) // 2], data[len(data) // 2 :]):
+                await peer.send_parts(part)
+                assert not any(running.http.shared.data)
+            await peer.close()
 
 
 @pytest.mark.parametrize("size", [65_536, 262_143, 262_144, 1_000_000, LIMITS.body_bytes_max])
-def test_large_bodies_arrive_unchanged(size: int) -> None:
+async def test_large_bodies_arrive_unchanged(size: int) -> None:
     body = hashlib.shake_128(b"seed").digest(size)
 
-    async def check() -> None:
-        async with serving() as running:
-            peer = await running.peer()
-            for data in (
-                post("/echo", body),
-                chunked("/echo", body),
-                chunked("/echo", body[: size // 3], body[size // 3 :]),
-            ):
-                peer.send(data + get("/echo"))
-                answer = await peer.answer()
-                assert answer.json["sha256"] == hashlib.sha256(body).hexdigest()
-                assert (await peer.answer()).json["length"] == 0
-                assert running.http.shared.budget.bytes_held == 0
-            await peer.close()
-
-    run(check())
+    async with serving() as running:
+        peer = await running.peer()
+        for data in (
+            post("/echo", body),
+            chunked("/echo", body),
+            chunked("/echo", body[: size // 3], body[size // 3 :]),
+        ):
+            peer.send(data + get("/echo"))
+            answer = await peer.answer()
+            assert answer.json["sha256"] == hashlib.sha256(body).hexdigest()
+            assert (await peer.answer()).json["length"] == 0
+            assert running.http.shared.budget.bytes_held == 0
+        await peer.close()
