@@ -9,7 +9,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -90,17 +91,12 @@ def configuration(server: IssuerServer, *others: str) -> Config:
     return parse_config((start + tables(server.url, *others)).encode(), "test")
 
 
-def with_issuers(
-    server: IssuerServer, directory: Path, check: Callable[[Issuers, list[str]], Any], *others: str
-) -> None:
-    """Runs `check` with the issuers of a configuration, and the reasons why nothing was fetched."""
+@asynccontextmanager
+async def issuers_of(server: IssuerServer, directory: Path, *others: str) -> AsyncIterator[tuple[Issuers, list[str]]]:
+    """The issuers of a configuration, and the reasons why nothing was fetched."""
     why: list[str] = []
-
-    async def run() -> None:
-        files = Files(directory / "gateway.toml")
-        await check(Issuers(configuration(server, *others), files, log=lambda issuer, reason: why.append(reason)), why)
-
-    asyncio.run(run())
+    files = Files(directory / "gateway.toml")
+    yield Issuers(configuration(server, *others), files, log=lambda issuer, reason: why.append(reason)), why
 
 
 async def principal(made: Issuers, token: str) -> str:
@@ -113,18 +109,17 @@ async def principal(made: Issuers, token: str) -> str:
 
 
 @pytest.mark.parametrize("states_lengths", [True, False])
-def test_keys_are_discovered_for_the_first_token(server: IssuerServer, tmp_path: Path, *, states_lengths: bool) -> None:
+async def test_keys_are_discovered_for_the_first_token(
+    server: IssuerServer, tmp_path: Path, *, states_lengths: bool
+) -> None:
     """The issuer closes the connection after each answer, whose length it states or not."""
     if states_lengths:
         for _, headers, body in server.answers.values():
             headers["Content-Length"] = str(len(body))
-
-    async def check(made: Issuers, why: list[str]) -> None:
+    async with issuers_of(server, tmp_path) as (made, _):
         assert await principal(made, server.tokens.token()) == f"oidc:{server.url}|service-7"
         assert await principal(made, server.tokens.token()) == f"oidc:{server.url}|service-7"
         assert server.asked == ["/.well-known/openid-configuration", "/keys"]
-
-    with_issuers(server, tmp_path, check)
 
 
 @pytest.fixture
@@ -135,8 +130,10 @@ def hanging() -> Iterator[list[str]]:
         yield [f"https://localhost:{listener.getsockname()[1]}" for listener in listeners]
 
 
-def test_issuers_that_hang_hold_no_other_one_back(server: IssuerServer, tmp_path: Path, hanging: list[str]) -> None:
-    async def check(made: Issuers, why: list[str]) -> None:
+async def test_issuers_that_hang_hold_no_other_one_back(
+    server: IssuerServer, tmp_path: Path, hanging: list[str]
+) -> None:
+    async with issuers_of(server, tmp_path, *hanging) as (made, _):
         waiting = [asyncio.ensure_future(principal(made, TokenIssuer(url).token())) for url in hanging]
         await asyncio.sleep(0)
         assert await principal(made, server.tokens.token()) == f"oidc:{server.url}|service-7"
@@ -144,11 +141,9 @@ def test_issuers_that_hang_hold_no_other_one_back(server: IssuerServer, tmp_path
         for each in waiting:
             each.cancel()
 
-    with_issuers(server, tmp_path, check, *hanging)
-
 
 @pytest.mark.parametrize("hangs", ["issuer", "resolver"])
-def test_a_fetch_that_hangs_is_given_up(
+async def test_a_fetch_that_hangs_is_given_up(
     server: IssuerServer, tmp_path: Path, hanging: list[str], monkeypatch: pytest.MonkeyPatch, hangs: str
 ) -> None:
     """The issuer is asked again only when the thread has ended, which no time limit holds for in the resolver."""
@@ -163,8 +158,7 @@ def test_a_fetch_that_hangs_is_given_up(
 
     if hangs == "resolver":
         monkeypatch.setattr(socket, "getaddrinfo", resolve)
-
-    async def check(made: Issuers, why: list[str]) -> None:
+    async with issuers_of(server, tmp_path, hanging[0]) as (made, why):
         for _ in range(2):
             with pytest.raises(IssuerUnavailableError):
                 await principal(made, TokenIssuer(hanging[0]).token())
@@ -174,8 +168,6 @@ def test_a_fetch_that_hangs_is_given_up(
         assert len(asked) == (hangs == "resolver")
         resolved.set()
 
-    with_issuers(server, tmp_path, check, hanging[0])
-
 
 def test_a_stop_does_not_wait_for_an_issuer(hanging: list[str]) -> None:
     files = {"ca.pem": Authority("root").pem}
@@ -184,26 +176,22 @@ def test_a_stop_does_not_wait_for_an_issuer(hanging: list[str]) -> None:
         pair.gateway.stop()
 
 
-def test_a_flood_of_unknown_kids_asks_the_issuer_once(server: IssuerServer, tmp_path: Path) -> None:
+async def test_a_flood_of_unknown_kids_asks_the_issuer_once(server: IssuerServer, tmp_path: Path) -> None:
     """Also if they come while the keys are being fetched."""
-
-    async def check(made: Issuers, why: list[str]) -> None:
+    async with issuers_of(server, tmp_path) as (made, _):
         tokens = [server.tokens.token(header={"kid": f"unknown-{number}"}) for number in range(200)]
         results = await asyncio.gather(*(principal(made, token) for token in tokens), return_exceptions=True)
         assert {getattr(result, "reason", None) for result in results} == {"token_key"}
         assert len(server.asked) == 2
         assert await principal(made, server.tokens.token()) == f"oidc:{server.url}|service-7"
 
-    with_issuers(server, tmp_path, check)
 
-
-def test_a_new_key_is_fetched_for_an_unknown_kid_and_an_old_one_forgotten(
+async def test_a_new_key_is_fetched_for_an_unknown_kid_and_an_old_one_forgotten(
     server: IssuerServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for a token that was verified before."""
     monkeypatch.setattr(issuers, "FETCH_SECONDS_MIN", 0.0)
-
-    async def check(made: Issuers, why: list[str]) -> None:
+    async with issuers_of(server, tmp_path) as (made, _):
         old = server.tokens.token()
         await principal(made, old)
         new = TokenIssuer(server.url, "key-2")
@@ -212,8 +200,6 @@ def test_a_new_key_is_fetched_for_an_unknown_kid_and_an_old_one_forgotten(
         monkeypatch.setattr(issuers, "FETCH_SECONDS_MIN", 60.0)
         with pytest.raises(RefusedTokenError):
             await principal(made, old)
-
-    with_issuers(server, tmp_path, check)
 
 
 BAD: dict[str, tuple[str, tuple[int, dict[str, str], bytes]]] = {
@@ -235,33 +221,27 @@ BAD: dict[str, tuple[str, tuple[int, dict[str, str], bytes]]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_answer_leaves_no_keys_and_says_why(server: IssuerServer, tmp_path: Path, kind: str) -> None:
+async def test_a_bad_answer_leaves_no_keys_and_says_why(server: IssuerServer, tmp_path: Path, kind: str) -> None:
     path, (status, headers, body) = BAD[kind]
     server.answers[path] = (status, headers, body.replace(b"%b", server.url.encode()))
-
-    async def check(made: Issuers, why: list[str]) -> None:
+    async with issuers_of(server, tmp_path) as (made, why):
         with pytest.raises(IssuerUnavailableError):
             await principal(made, server.tokens.token())
         assert len(why) == 1
 
-    with_issuers(server, tmp_path, check)
 
-
-def test_an_issuer_with_another_ca_is_not_asked(server: IssuerServer, tmp_path: Path) -> None:
+async def test_an_issuer_with_another_ca_is_not_asked(server: IssuerServer, tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_bytes(Authority("another root").pem)
-
-    async def check(made: Issuers, why: list[str]) -> None:
+    async with issuers_of(server, tmp_path) as (made, why):
         with pytest.raises(IssuerUnavailableError):
             await principal(made, server.tokens.token())
         assert (server.asked, len(why)) == ([], 1)
 
-    with_issuers(server, tmp_path, check)
 
-
-def test_a_failed_refresh_leaves_the_keys_until_they_are_too_old(
+async def test_a_failed_refresh_leaves_the_keys_until_they_are_too_old(
     server: IssuerServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def check(made: Issuers, why: list[str]) -> None:
+    async with issuers_of(server, tmp_path) as (made, why):
         await principal(made, server.tokens.token())
         server.answers["/keys"] = (500, {}, b"")
         monkeypatch.setattr(issuers, "REFRESH_SECONDS", 0.0)
@@ -275,14 +255,12 @@ def test_a_failed_refresh_leaves_the_keys_until_they_are_too_old(
         with pytest.raises(IssuerUnavailableError):
             await principal(made, server.tokens.token())
 
-    with_issuers(server, tmp_path, check)
-
 
 @pytest.mark.parametrize("when", ["fetched", "being fetched", "fetched, and now another CA"])
-def test_files_that_change_keep_the_keys_that_their_ca_vouches_for(
+async def test_files_that_change_keep_the_keys_that_their_ca_vouches_for(
     server: IssuerServer, tmp_path: Path, when: str
 ) -> None:
-    async def check(made: Issuers, why: list[str]) -> None:
+    async with issuers_of(server, tmp_path) as (made, _):
         token = server.tokens.token()
         if when == "being fetched":
             made.refresh()
@@ -297,5 +275,3 @@ def test_files_that_change_keep_the_keys_that_their_ca_vouches_for(
                 await principal(new, token)
         else:
             assert await principal(new, token) == f"oidc:{server.url}|service-7"
-
-    with_issuers(server, tmp_path, check)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -47,16 +48,14 @@ class Daemon:
         ]
 
 
-def run(test: Callable[[Daemon, Batcher[EncryptItem]], Awaitable[None]]) -> None:
-    async def main() -> None:
-        daemon = Daemon()
-        batcher = Batcher(daemon.send, 5.0, OneLoop())
-        try:
-            await test(daemon, batcher)
-        finally:
-            await batcher.close()
-
-    asyncio.run(main())
+@asynccontextmanager
+async def batched() -> AsyncIterator[tuple[Daemon, Batcher[EncryptItem]]]:
+    daemon = Daemon()
+    batcher = Batcher(daemon.send, 5.0, OneLoop())
+    try:
+        yield daemon, batcher
+    finally:
+        await batcher.close()
 
 
 async def turns(count: int = 5) -> None:
@@ -64,19 +63,17 @@ async def turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-def test_a_lone_call_leaves_at_once() -> None:
-    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+async def test_a_lone_call_leaves_at_once() -> None:
+    async with batched() as (daemon, batcher):
         call = asyncio.create_task(batcher.submit(item(b"a")))
         await turns()
         assert daemon.batches == [[b"a"]]
         daemon.go.set()
         assert await call == b"A"
 
-    run(test)
 
-
-def test_calls_made_while_a_batch_is_in_flight_travel_as_the_next_one() -> None:
-    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+async def test_calls_made_while_a_batch_is_in_flight_travel_as_the_next_one() -> None:
+    async with batched() as (daemon, batcher):
         first = asyncio.create_task(batcher.submit(item(b"a")))
         await turns()
         rest = [asyncio.create_task(batcher.submit(item(b"%d" % number))) for number in range(5)]
@@ -87,33 +84,32 @@ def test_calls_made_while_a_batch_is_in_flight_travel_as_the_next_one() -> None:
         assert await asyncio.gather(*rest) == [b"0", b"1", b"2", b"3", b"4"]
         assert daemon.batches == [[b"a"], [b"0", b"1", b"2", b"3", b"4"]]
 
-    run(test)
-
 
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.binary(max_size=4), st.booleans(), st.integers(0, 3)), max_size=40))
 def test_each_call_gets_the_outcome_of_its_own_item(calls: list[tuple[bytes, bool, int]]) -> None:
-    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
-        daemon.go.set()
-        tasks = []
-        for plaintext, cancelled, pause in calls:
-            task = asyncio.create_task(batcher.submit(item(plaintext)))
-            tasks.append(task)
-            await turns(pause)
-            if cancelled:
-                task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        for (plaintext, cancelled, _), result in zip(calls, results, strict=True):
-            if plaintext.startswith(b"no") and not isinstance(result, asyncio.CancelledError):
-                assert isinstance(result, errors.KeyRetiredError)
-            elif not (cancelled and isinstance(result, asyncio.CancelledError)):
-                assert result == plaintext.upper()
+    async def test() -> None:
+        async with batched() as (daemon, batcher):
+            daemon.go.set()
+            tasks = []
+            for plaintext, cancelled, pause in calls:
+                task = asyncio.create_task(batcher.submit(item(plaintext)))
+                tasks.append(task)
+                await turns(pause)
+                if cancelled:
+                    task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            for (plaintext, cancelled, _), result in zip(calls, results, strict=True):
+                if plaintext.startswith(b"no") and not isinstance(result, asyncio.CancelledError):
+                    assert isinstance(result, errors.KeyRetiredError)
+                elif not (cancelled and isinstance(result, asyncio.CancelledError)):
+                    assert result == plaintext.upper()
 
-    run(test)
+    asyncio.run(test())
 
 
-def test_a_caller_that_gave_up_before_its_batch_left_is_not_sent() -> None:
-    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+async def test_a_caller_that_gave_up_before_its_batch_left_is_not_sent() -> None:
+    async with batched() as (daemon, batcher):
         first = asyncio.create_task(batcher.submit(item(b"a")))
         await turns()
         gone, stays = (asyncio.create_task(batcher.submit(item(name))) for name in (b"gone", b"stays"))
@@ -123,11 +119,9 @@ def test_a_caller_that_gave_up_before_its_batch_left_is_not_sent() -> None:
         assert [*await asyncio.gather(first, stays)] == [b"A", b"STAYS"]
         assert daemon.batches[1] == [b"stays"]
 
-    run(test)
 
-
-def test_each_caller_of_a_failed_batch_gets_an_exception_of_its_own() -> None:
-    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+async def test_each_caller_of_a_failed_batch_gets_an_exception_of_its_own() -> None:
+    async with batched() as (daemon, batcher):
         for failure in (
             errors.KmsUnavailableError("gone", sent=True),
             errors.AuditUnavailableError("no"),
@@ -141,11 +135,9 @@ def test_each_caller_of_a_failed_batch_gets_an_exception_of_its_own() -> None:
         daemon.failure = None
         assert await batcher.submit(item(b"after")) == b"AFTER"
 
-    run(test)
 
-
-def test_a_batch_has_at_most_1024_items_and_16_mib() -> None:
-    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+async def test_a_batch_has_at_most_1024_items_and_16_mib() -> None:
+    async with batched() as (daemon, batcher):
         daemon.go.set()
         await asyncio.gather(*(batcher.submit(item(b"")) for _ in range(2500)))
         assert [len(batch) for batch in daemon.batches] == [1024, 1024, 452]
@@ -154,11 +146,9 @@ def test_a_batch_has_at_most_1024_items_and_16_mib() -> None:
         await asyncio.gather(*(batcher.submit(item(large)) for _ in range(8)))
         assert [len(batch) for batch in daemon.batches] == [3, 3, 2]
 
-    run(test)
 
-
-def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+async def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with batched() as (daemon, batcher):
         for name, most in (("QUEUE_ITEMS_MAX", 3), ("QUEUE_BYTES_MAX", 3 * checked_cost_bytes(item(b"x")))):
             daemon.go.clear()
             with monkeypatch.context() as patch:
@@ -172,8 +162,6 @@ def test_the_queue_is_bounded_in_items_and_bytes(monkeypatch: pytest.MonkeyPatch
                 daemon.go.set()
                 assert await asyncio.gather(first, *waiting) == [b"X"] * 4
                 assert await batcher.submit(item(b"x")) == b"X"
-
-    run(test)
 
 
 async def test_an_item_that_waited_too_long_fails_and_is_not_sent() -> None:
@@ -191,8 +179,8 @@ async def test_an_item_that_waited_too_long_fails_and_is_not_sent() -> None:
     await batcher.close()
 
 
-def test_closing_fails_whoever_waits_in_flight_and_in_the_queue() -> None:
-    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+async def test_closing_fails_whoever_waits_in_flight_and_in_the_queue() -> None:
+    async with batched() as (_, batcher):
         flying = asyncio.create_task(batcher.submit(item(b"a")))
         await turns()
         queued = asyncio.create_task(batcher.submit(item(b"b")))
@@ -203,29 +191,23 @@ def test_closing_fails_whoever_waits_in_flight_and_in_the_queue() -> None:
         with pytest.raises(errors.KmsClosedError):
             await batcher.submit(item(b"c"))
 
-    run(test)
 
-
-def test_closing_before_the_first_turn_leaves_nobody_waiting() -> None:
-    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+async def test_closing_before_the_first_turn_leaves_nobody_waiting() -> None:
+    async with batched() as (_, batcher):
         call = asyncio.create_task(batcher.submit(item(b"a")))
         await asyncio.sleep(0)
         await batcher.close()
         with pytest.raises(errors.KmsClosedError):
             await call
 
-    run(test)
 
-
-def test_a_spoiling_item_is_refused_alone() -> None:
-    async def test(daemon: Daemon, batcher: Batcher[EncryptItem]) -> None:
+async def test_a_spoiling_item_is_refused_alone() -> None:
+    async with batched() as (daemon, batcher):
         daemon.go.set()
         good = asyncio.create_task(batcher.submit(item(b"good")))
         with pytest.raises(errors.TooLargeError):
             await batcher.submit(item(bytes(api.PLAINTEXT_BYTES_MAX + 1)))
         assert await good == b"GOOD"
-
-    run(test)
 
 
 # --- the whole client ---

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -72,39 +73,35 @@ class FileGroups:
         return await loop.run_in_executor(self._executor, self._disk.make_files, self._directory, writes)
 
 
+Grouped = Callable[[], AbstractAsyncContextManager[FileGroups]]
+
+
 @pytest.fixture
-def run(tmp_path: Path, disk: Disk) -> Iterator[Callable[[Callable[[FileGroups], Awaitable[None]]], None]]:
-    """Run a scenario against a group commit in `tmp_path`, and drain it at its end."""
+def grouped(tmp_path: Path, disk: Disk) -> Iterator[Grouped]:
+    """A group commit in `tmp_path`, drained at the end of the block."""
     directory = open_directory(tmp_path)
 
-    def run_scenario(scenario: Callable[[FileGroups], Awaitable[None]]) -> None:
-        async def main() -> None:
-            with ThreadPoolExecutor(max_workers=1) as executor:
-                group = FileGroups(directory, disk, executor)
-                await scenario(group)
-                await group.drain()
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[FileGroups]:
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            group = FileGroups(directory, disk, executor)
+            yield group
+            await group.drain()
 
-        asyncio.run(main())
-
-    yield run_scenario
+    yield opened
     os.close(directory)
 
 
-Run = Callable[[Callable[[FileGroups], Awaitable[None]]], None]
-
-
-def test_the_writes_of_one_turn_are_one_group(run: Run, disk: Disk, tmp_path: Path) -> None:
-    async def scenario(group: FileGroups) -> None:
+async def test_the_writes_of_one_turn_are_one_group(grouped: Grouped, disk: Disk, tmp_path: Path) -> None:
+    async with grouped() as group:
         await asyncio.gather(*(group.submit(f"f{number}", b"%d" % number) for number in range(10)))
         assert all((tmp_path / f"f{number}").read_bytes() == b"%d" % number for number in range(10))
-
-    run(scenario)
     assert disk.groups == [[f"f{number}" for number in range(10)]]
     assert threading.get_ident() not in disk.threads
 
 
-def test_what_arrives_while_a_group_is_written_is_the_next_group(run: Run, disk: Disk) -> None:
-    async def scenario(group: FileGroups) -> None:
+async def test_what_arrives_while_a_group_is_written_is_the_next_group(grouped: Grouped, disk: Disk) -> None:
+    async with grouped() as group:
         disk.go.clear()
         first = asyncio.create_task(group.submit("first", b""))
         while not disk.groups:
@@ -116,15 +113,12 @@ def test_what_arrives_while_a_group_is_written_is_the_next_group(run: Run, disk:
         assert not any(task.done() for task in (first, *others))
         disk.go.set()
         await asyncio.gather(first, *others)
-
-    run(scenario)
     assert disk.groups == [["first"], ["b", "c", "d"]]
 
 
-def test_the_end_of_a_group_waits_for_no_later_one(run: Run, disk: Disk) -> None:
+async def test_the_end_of_a_group_waits_for_no_later_one(grouped: Grouped, disk: Disk) -> None:
     """So a rotation waits for the keys under the older KEK, however many are made under the new one."""
-
-    async def scenario(group: FileGroups) -> None:
+    async with grouped() as group:
         disk.go.clear()
         first = asyncio.create_task(group.submit("first", b""))
         while not disk.groups:
@@ -139,59 +133,51 @@ def test_the_end_of_a_group_waits_for_no_later_one(run: Run, disk: Disk) -> None
         await asyncio.gather(first, later)
         await group.group_ended()
 
-    run(scenario)
 
-
-def test_groups_are_bounded(run: Run, disk: Disk) -> None:
-    async def scenario(group: FileGroups) -> None:
+async def test_groups_are_bounded(grouped: Grouped, disk: Disk) -> None:
+    async with grouped() as group:
         await asyncio.gather(*(group.submit(f"f{number}", b"") for number in range(2 * ITEMS_MAX + 1)))
-
-    run(scenario)
     assert [len(group) for group in disk.groups] == [ITEMS_MAX, ITEMS_MAX, 1]
 
 
-def test_only_the_caller_of_a_taken_name_gets_the_conflict(run: Run, tmp_path: Path) -> None:
+async def test_only_the_caller_of_a_taken_name_gets_the_conflict(grouped: Grouped, tmp_path: Path) -> None:
     (tmp_path / "taken").write_bytes(b"old")
-
-    async def scenario(group: FileGroups) -> None:
+    async with grouped() as group:
         results = await asyncio.gather(
             *(group.submit(name, b"new") for name in ("a", "taken", "b", "b")), return_exceptions=True
         )
         assert [type(result) for result in results] == [type(None), ConflictError, type(None), ConflictError]
-
-    run(scenario)
     assert (tmp_path / "taken").read_bytes() == b"old"
 
 
-def test_all_callers_of_a_failed_group_get_its_error(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(group: FileGroups) -> None:
+async def test_all_callers_of_a_failed_group_get_its_error(
+    grouped: Grouped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with grouped() as group:
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             results = await asyncio.gather(*(group.submit(f"f{n}", b"x") for n in range(3)), return_exceptions=True)
         assert [type(result) for result in results] == [StorageUnavailableError] * 3
         await group.submit("f0", b"again")
-
-    run(scenario)
     assert [path.name for path in tmp_path.iterdir()] == ["f0"]
 
 
-def test_a_defect_cancels_its_callers_and_does_not_stop_the_next_group(run: Run, disk: Disk) -> None:
+async def test_a_defect_cancels_its_callers_and_does_not_stop_the_next_group(grouped: Grouped, disk: Disk) -> None:
     problems: list[object] = []
-
-    async def scenario(group: FileGroups) -> None:
+    async with grouped() as group:
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context["exception"]))
         disk.failure = RuntimeError("a defect")
         with pytest.raises(asyncio.CancelledError):
             await group.submit("f", b"")
         disk.failure = None
         await group.submit("g", b"")
-
-    run(scenario)
     assert [type(problem) for problem in problems] == [RuntimeError], "and it is reported"
 
 
-def test_a_caller_cancelled_before_its_group_begins_writes_nothing(run: Run, disk: Disk, tmp_path: Path) -> None:
-    async def scenario(group: FileGroups) -> None:
+async def test_a_caller_cancelled_before_its_group_begins_writes_nothing(
+    grouped: Grouped, disk: Disk, tmp_path: Path
+) -> None:
+    async with grouped() as group:
         disk.go.clear()
         first = asyncio.create_task(group.submit("first", b""))
         while not disk.groups:
@@ -203,31 +189,26 @@ def test_a_caller_cancelled_before_its_group_begins_writes_nothing(run: Run, dis
         first.cancel()  # too late: its file is being written
         disk.go.set()
         await third
-
-    run(scenario)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "third"]
 
 
-def test_no_more_than_a_bounded_number_of_writes_waits(run: Run, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_more_than_a_bounded_number_of_writes_waits(
+    grouped: Grouped, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(group_commit, "WAITING_MAX", 2)
-
-    async def scenario(group: FileGroups) -> None:
+    async with grouped() as group:
         results = await asyncio.gather(*(group.submit(f"f{n}", b"") for n in range(4)), return_exceptions=True)
         assert [type(result) for result in results] == [type(None)] * 2 + [StorageUnavailableError] * 2
 
-    run(scenario)
 
-
-def test_drain_returns_when_everything_is_written(run: Run, disk: Disk, tmp_path: Path) -> None:
-    async def scenario(group: FileGroups) -> None:
+async def test_drain_returns_when_everything_is_written(grouped: Grouped, disk: Disk, tmp_path: Path) -> None:
+    async with grouped() as group:
         tasks = [asyncio.create_task(group.submit(f"f{number}", b"")) for number in range(3)]
         await asyncio.sleep(0)
         await group.drain()
         assert len(list(tmp_path.iterdir())) == 3
         await asyncio.gather(*tasks)
         await group.drain()
-
-    run(scenario)
 
 
 async def test_an_error_of_a_whole_group_is_each_callers_own() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -40,18 +41,16 @@ class Time:
         return self.now_s
 
 
-def running(body: Callable[[Question, Probe, Time], Coroutine[Any, Any, None]]) -> None:
-    async def main() -> None:
-        question, clock = Question(), Time()
-        probe = Probe("store", question, "it is silent", clock=clock)
-        await body(question, probe, clock)
-        await probe.close()
-
-    asyncio.run(main())
+@asynccontextmanager
+async def probed() -> AsyncIterator[tuple[Question, Probe, Time]]:
+    question, clock = Question(), Time()
+    probe = Probe("store", question, "it is silent", clock=clock)
+    yield question, probe, clock
+    await probe.close()
 
 
-def test_the_log_has_each_change_of_an_answer_and_no_single_probe() -> None:
-    async def body(question: Question, probe: Probe, clock: Time) -> None:
+async def test_the_log_has_each_change_of_an_answer_and_no_single_probe() -> None:
+    async with probed() as (question, probe, clock):
         with structlog.testing.capture_logs() as lines:
             for answer in ("", "full", "full", "broken", "", ""):
                 question.answer = answer
@@ -62,11 +61,9 @@ def test_the_log_has_each_change_of_an_answer_and_no_single_probe() -> None:
             ("ready_again", "store", None),
         ]
 
-    running(body)
 
-
-def test_however_many_ask_the_question_is_asked_once() -> None:
-    async def body(question: Question, probe: Probe, clock: Time) -> None:
+async def test_however_many_ask_the_question_is_asked_once() -> None:
+    async with probed() as (question, probe, clock):
         assert await asyncio.gather(*(probe.problem() for _ in range(100))) == [""] * 100
         clock.now_s += PROBE_AGE_S - 0.1
         assert await probe.problem() == ""
@@ -76,11 +73,9 @@ def test_however_many_ask_the_question_is_asked_once() -> None:
         assert await asyncio.gather(*(probe.problem() for _ in range(100))) == ["broken"] * 100
         assert question.asked == 2
 
-    running(body)
 
-
-def test_a_problem_is_asked_about_again_sooner() -> None:
-    async def body(question: Question, probe: Probe, clock: Time) -> None:
+async def test_a_problem_is_asked_about_again_sooner() -> None:
+    async with probed() as (question, probe, clock):
         question.answer = "broken"
         assert await probe.problem() == "broken"
         question.answer = ""
@@ -88,14 +83,11 @@ def test_a_problem_is_asked_about_again_sooner() -> None:
         clock.now_s += FAULT_AGE_S + 0.1
         assert await probe.problem() == ""
 
-    running(body)
 
-
-def test_a_question_without_an_answer_is_a_problem_and_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_question_without_an_answer_is_a_problem_and_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "PROBE_S_MAX", 0.5)
     monkeypatch.setattr(readiness, "KNOWN_S_MAX", 0.3)
-
-    async def body(question: Question, probe: Probe, clock: Time) -> None:
+    async with probed() as (question, probe, clock):
         question.open.clear()
         for _ in range(3):
             assert await probe.problem() == "it is silent"
@@ -104,15 +96,12 @@ def test_a_question_without_an_answer_is_a_problem_and_not_asked_again(monkeypat
         question.open.set()
         assert await probe.problem() == ""
 
-    running(body)
 
-
-def test_an_old_problem_is_not_given_as_the_answer_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_old_problem_is_not_given_as_the_answer_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """Minutes after `it is sealed`, with the key service unsealed and then hanging, that is not what is wrong."""
     monkeypatch.setattr(readiness, "PROBE_S_MAX", 0.5)
     monkeypatch.setattr(readiness, "KNOWN_S_MAX", 0.3)
-
-    async def body(question: Question, probe: Probe, clock: Time) -> None:
+    async with probed() as (question, probe, clock):
         question.answer = "it is sealed"
         assert await probe.problem() == "it is sealed"
         question.open.clear()
@@ -122,8 +111,6 @@ def test_an_old_problem_is_not_given_as_the_answer_of_now(monkeypatch: pytest.Mo
         assert await probe.problem() == "it is silent"
         assert await probe.problem() == "it is silent"
         question.open.set()
-
-    running(body)
 
 
 async def test_a_defect_in_a_probe_is_a_problem() -> None:

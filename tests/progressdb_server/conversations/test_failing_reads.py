@@ -7,23 +7,28 @@ from functools import partial
 
 import pytest
 
-from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import Idempotency, NewMessage
 from tests.progressdb_server.jobs.rotating import register
 from tests.progressdb_server.store.faulty_reads import faulty
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import fill, keys_of, messages_of, threads_of, versions_of, with_store
+from tests.progressdb_server.store.opened_store import (
+    fill,
+    keys_of,
+    messages_of,
+    opened,
+    threads_of,
+    versions_of,
+)
 
 RETRIED = Idempotency("scope", "key")
 
 
-def test_no_operation_takes_a_read_that_failed_for_the_end() -> None:
+async def test_no_operation_takes_a_read_that_failed_for_the_end() -> None:
     """Each read of each in turn. The same operation gives the same afterwards."""
     engine = MemoryEngine()
     reads = faulty(engine)
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         messages = await fill(store, 3)
         await store.messages.set_reaction(messages[1].id, "bob", "+1")
         await store.messages.delete(messages[2].id, author="ann")
@@ -90,5 +95,3 @@ def test_no_operation_takes_a_read_that_failed_for_the_end() -> None:
                     pytest.fail(f"operation {number}, read {read}: {await counted(operation, read)}")
             assert await counted(operation, 0) == expected
             assert reads.count, operation
-
-    with_store(run, engine)

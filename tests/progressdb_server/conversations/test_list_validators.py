@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from progressdb_server.conversations.validators import Validators
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.model import MessageRange, NewMessage
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import fill, with_store
+from tests.progressdb_server.store.opened_store import fill, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 
@@ -29,27 +30,24 @@ async def read(store: Conversations, thread: str = "t", **asked: Any) -> str:
     return tag
 
 
-def with_filled(body: Callable[[Conversations, SealingProvider], Awaitable[None]], provider: SealingProvider) -> None:
-    async def run(store: Conversations) -> None:
+@asynccontextmanager
+async def filled(provider: SealingProvider) -> AsyncIterator[tuple[Conversations, SealingProvider]]:
+    async with opened(MemoryEngine(), provider) as store:
         await fill(store, 5)
-        await body(store, provider)
-
-    with_store(run, MemoryEngine(), provider)
+        yield store, provider
 
 
-def test_a_list_that_was_given_is_unchanged_and_opens_nothing() -> None:
-    async def run(store: Conversations, provider: SealingProvider) -> None:
+async def test_a_list_that_was_given_is_unchanged_and_opens_nothing() -> None:
+    async with filled(SealingProvider()) as (store, provider):
         tag = await read(store)
         opened = provider.calls["decrypt_batch"]
         assert await tag_of(store) == tag
         assert await store.reading.list_unchanged("t", tag)
         assert provider.calls["decrypt_batch"] == opened
 
-    with_filled(run, SealingProvider())
 
-
-def test_every_change_of_a_thread_changes_the_tags_of_its_lists() -> None:
-    async def run(store: Conversations, provider: SealingProvider) -> None:
+async def test_every_change_of_a_thread_changes_the_tags_of_its_lists() -> None:
+    async with filled(SealingProvider()) as (store, _):
         made = await store.messages.create(NewMessage(author="ann", thread="t", body="more"))
         changes: list[Callable[[], Awaitable[object]]] = [
             lambda: store.messages.create(NewMessage(author="ann", thread="t", body="newest")),
@@ -64,8 +62,6 @@ def test_every_change_of_a_thread_changes_the_tags_of_its_lists() -> None:
             await change()
             seen.add(await tag_of(store))
         assert len(seen) == len(changes) + 1
-
-    with_filled(run, SealingProvider())
 
 
 class Counting(MemoryEngine):
@@ -86,21 +82,18 @@ class Counting(MemoryEngine):
         return found
 
 
-def test_a_tag_and_the_last_change_of_a_thread_read_no_message() -> None:
+async def test_a_tag_and_the_last_change_of_a_thread_read_no_message() -> None:
     engine = Counting()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         await store.messages.create(NewMessage(author="ann", thread="t", body="x" * 100_000))
         engine.read_bytes = 0
         await tag_of(store)
         await store.threads.listed(["t"], opened=False)
-
-    with_store(run, engine)
     assert engine.read_bytes < 10_000
 
 
-def test_every_parameter_has_a_tag_of_its_own() -> None:
-    async def run(store: Conversations, provider: SealingProvider) -> None:
+async def test_every_parameter_has_a_tag_of_its_own() -> None:
+    async with filled(SealingProvider()) as (store, _):
         asked: list[dict[str, Any]] = [
             {},
             {"limit": 1},
@@ -117,35 +110,27 @@ def test_every_parameter_has_a_tag_of_its_own() -> None:
         assert not await store.reading.list_unchanged("t", await tag_of(store))
         assert await store.reading.list_unchanged("t", limited)
 
-    with_filled(run, SealingProvider())
 
-
-def test_a_list_that_was_not_read_to_its_end_counts_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_list_that_was_not_read_to_its_end_counts_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
-
-    async def run(store: Conversations, provider: SealingProvider) -> None:
+    async with filled(SealingProvider()) as (store, _):
         tag = await tag_of(store)
         async for _ in store.reading.messages("t", tag=tag):
             break
         assert not await store.reading.list_unchanged("t", tag)
 
-    with_filled(run, SealingProvider())
 
-
-def test_a_list_that_was_written_to_meanwhile_counts_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_list_that_was_written_to_meanwhile_counts_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
-
-    async def run(store: Conversations, provider: SealingProvider) -> None:
+    async with filled(SealingProvider()) as (store, _):
         tag = await tag_of(store)
         async for _ in store.reading.messages("t", tag=tag):
             await store.messages.create(NewMessage(author="ann", thread="t", body="late"))
         assert not await store.reading.list_unchanged("t", tag)
 
-    with_filled(run, SealingProvider())
 
-
-def test_a_list_with_an_item_that_does_not_open_counts_as_changed() -> None:
-    async def run(store: Conversations, provider: SealingProvider) -> None:
+async def test_a_list_with_an_item_that_does_not_open_counts_as_changed() -> None:
+    async with filled(SealingProvider()) as (store, provider):
         key_id = await store.rekeying.key_of_thread("t")
         assert key_id is not None
         provider.destroyed.add(key_id)
@@ -153,11 +138,9 @@ def test_a_list_with_an_item_that_does_not_open_counts_as_changed() -> None:
         provider.destroyed.clear()
         assert not await store.reading.list_unchanged("t", tag)
 
-    with_filled(run, SealingProvider())
 
-
-def test_a_list_whose_key_is_gone_counts_as_changed() -> None:
-    async def run(store: Conversations, provider: SealingProvider) -> None:
+async def test_a_list_whose_key_is_gone_counts_as_changed() -> None:
+    async with filled(SealingProvider()) as (store, provider):
         tag = await read(store)
         key_id = await store.rekeying.key_of_thread("t")
         assert key_id is not None
@@ -165,40 +148,31 @@ def test_a_list_whose_key_is_gone_counts_as_changed() -> None:
         assert await tag_of(store) == tag
         assert not await store.reading.list_unchanged("t", tag)
 
-    with_filled(run, SealingProvider())
 
-
-def test_a_list_counts_as_changed_while_the_key_service_is_away() -> None:
-    async def run(store: Conversations, provider: SealingProvider) -> None:
+async def test_a_list_counts_as_changed_while_the_key_service_is_away() -> None:
+    async with filled(SealingProvider()) as (store, provider):
         tag = await read(store)
         provider.down = True
         assert not await store.reading.list_unchanged("t", tag)
         provider.down = False
         assert await store.reading.list_unchanged("t", tag)
 
-    with_filled(run, SealingProvider())
 
-
-def test_every_list_counts_as_changed_after_the_engine_was_reopened() -> None:
-    async def run(store: Conversations, provider: SealingProvider) -> None:
+async def test_every_list_counts_as_changed_after_the_engine_was_reopened() -> None:
+    async with filled(SealingProvider()) as (store, _):
         tag = await read(store)
         store.reading.validators.forget()
         assert not await store.reading.list_unchanged("t", tag)
 
-    with_filled(run, SealingProvider())
 
-
-def test_a_restart_changes_every_tag() -> None:
+async def test_a_restart_changes_every_tag() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
     tags: list[str] = []
-
-    async def run(store: Conversations) -> None:
-        if not tags:
-            await fill(store, 1)
-        tags.append(await tag_of(store))
-
-    with_store(run, engine, provider)
-    with_store(run, engine, provider)
+    for _ in range(2):
+        async with opened(engine, provider) as store:
+            if not tags:
+                await fill(store, 1)
+            tags.append(await tag_of(store))
     assert tags[0] != tags[1]
 
 

@@ -26,7 +26,7 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.offline import LocalEntries
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import messages_of, opened, with_store
+from tests.progressdb_server.store.opened_store import messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 pytestmark = pytest.mark.usefixtures("both_engines")
@@ -63,8 +63,8 @@ def test_the_policy_is_this_table(rule: Rule, standing: Standing, act: Act, refu
             membership.check(rule, standing, act)
 
 
-def test_a_post_into_another_s_thread_needs_membership_and_stores_nothing() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_post_into_another_s_thread_needs_membership_and_stores_nothing() -> None:
+    async with opened() as store:
         await post(store, "ann", "t")
         with pytest.raises(NotAMemberError):
             await post(store, "eve", "t")
@@ -77,13 +77,10 @@ def test_a_post_into_another_s_thread_needs_membership_and_stores_nothing() -> N
         assert [m.author for m in await messages_of(store, "t")] == ["ann", "bob", "bob", "eve"]
         assert await store.members.of_thread("t") == ["ann", "bob", "eve"]
 
-    with_store(run)
 
-
-def test_who_never_was_a_member_is_shut_out_by_a_removal_too() -> None:
+async def test_who_never_was_a_member_is_shut_out_by_a_removal_too() -> None:
     """They neither post under the rule of 0.1, nor join by a message of a backend, until they are added."""
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         store.members.rule = "open"
         await post(store, "ann", "t")
         await store.members.remove("t", "bob")
@@ -94,8 +91,6 @@ def test_who_never_was_a_member_is_shut_out_by_a_removal_too() -> None:
             await store.members.check_reader("t", "bob")
         await store.members.add("t", ["bob"])
         await post(store, "bob", "t")
-
-    with_store(run)
 
 
 async def test_a_repair_makes_nobody_a_member_who_was_removed_without_an_entry() -> None:
@@ -118,8 +113,8 @@ async def test_a_repair_makes_nobody_a_member_who_was_removed_without_an_entry()
 
 
 @pytest.mark.parametrize("turns", range(8))
-def test_of_a_first_post_and_a_removal_side_by_side_one_is_first(turns: int) -> None:
-    async def run(store: Conversations) -> None:
+async def test_of_a_first_post_and_a_removal_side_by_side_one_is_first(turns: int) -> None:
+    async with opened() as store:
         store.members.rule = "open"
         await post(store, "ann", "t")
         posting = post(store, "bob", "t")
@@ -133,11 +128,9 @@ def test_of_a_first_post_and_a_removal_side_by_side_one_is_first(turns: int) -> 
         with pytest.raises(NotAMemberError):
             await store.members.check_reader("t", "bob")
 
-    with_store(run)
 
-
-def test_under_the_old_rule_a_post_makes_no_member_of_a_removed_author() -> None:
-    async def run(store: Conversations) -> None:
+async def test_under_the_old_rule_a_post_makes_no_member_of_a_removed_author() -> None:
+    async with opened() as store:
         store.members.rule = "open"
         await post(store, "ann", "t")
         await post(store, "bob", "t")
@@ -146,11 +139,9 @@ def test_under_the_old_rule_a_post_makes_no_member_of_a_removed_author() -> None
         with pytest.raises(NotAMemberError):
             await post(store, "bob", "t")
 
-    with_store(run)
 
-
-def test_a_removed_member_changes_and_reads_nothing_until_added_again() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_removed_member_changes_and_reads_nothing_until_added_again() -> None:
+    async with opened() as store:
         await post(store, "ann", "t")
         own = await post(store, "bob", "t", signed=False)
         await store.members.remove("t", "bob")
@@ -174,11 +165,9 @@ def test_a_removed_member_changes_and_reads_nothing_until_added_again() -> None:
         await post(store, "bob", "t")
         await store.messages.set_reaction(own.id, "bob", "x", member="bob")
 
-    with_store(run)
 
-
-def test_a_retried_create_of_a_removed_member_is_refused() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_retried_create_of_a_removed_member_is_refused() -> None:
+    async with opened() as store:
         await post(store, "ann", "t")
         await store.members.add("t", ["bob"])
         new = NewMessage(author="bob", thread="t", body=1, as_member=True)
@@ -189,15 +178,12 @@ def test_a_retried_create_of_a_removed_member_is_refused() -> None:
         with pytest.raises(NotAMemberError):
             await store.messages.create(new, idempotency=once)
 
-    with_store(run)
-
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("turns", range(12))
-def test_of_a_post_and_a_removal_side_by_side_one_is_first(turns: int, known: bool) -> None:
+async def test_of_a_post_and_a_removal_side_by_side_one_is_first(turns: int, known: bool) -> None:
     """A post that was acknowledged is older than the removal: nothing of him is stored after it."""
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         await post(store, "ann", "t")
         await store.members.add("t", ["bob"])
         if known:  # to the cache of the thread
@@ -218,8 +204,6 @@ def test_of_a_post_and_a_removal_side_by_side_one_is_first(turns: int, known: bo
         with pytest.raises(NotAMemberError):
             await post(store, "bob", "t")
 
-    with_store(run)
-
 
 async def test_membership_is_as_durable_as_the_message_that_made_it() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
@@ -235,8 +219,8 @@ async def test_membership_is_as_durable_as_the_message_that_made_it() -> None:
             await store.members.check_reader("t", "cid")
 
 
-def test_the_author_stays_and_a_deleted_thread_has_no_members_to_change() -> None:
-    async def run(store: Conversations) -> None:
+async def test_the_author_stays_and_a_deleted_thread_has_no_members_to_change() -> None:
+    async with opened() as store:
         await post(store, "ann", "t")
         with pytest.raises(MemberIsAuthorError):
             await store.members.remove("t", "ann")
@@ -248,13 +232,10 @@ def test_the_author_stays_and_a_deleted_thread_has_no_members_to_change() -> Non
                 await store.members.add(thread, ["bob"])
         assert await store.members.of_thread("unknown") == []
 
-    with_store(run)
 
-
-def test_a_thread_has_a_greatest_number_of_members(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thread_has_a_greatest_number_of_members(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "MEMBERS_COUNT_MAX", 3)
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         with pytest.raises(TooManyMembersError):
             await store.threads.create(author="ann", title="t", members=["b", "c", "d"])
         thread = (await store.threads.create(author="ann", title="t", members=["b", "ann", "b"])).id
@@ -272,8 +253,6 @@ def test_a_thread_has_a_greatest_number_of_members(monkeypatch: pytest.MonkeyPat
             await store.members.remove(thread, "f")
         await store.members.remove(thread, members[-1])  # again
         await store.members.add(thread, members)
-
-    with_store(run)
 
 
 async def test_a_repair_makes_no_removed_author_a_member() -> None:

@@ -25,7 +25,14 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
 )
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import TickingClock, bodies, fill, messages_of, versions_of, with_store
+from tests.progressdb_server.store.opened_store import (
+    TickingClock,
+    bodies,
+    fill,
+    messages_of,
+    opened,
+    versions_of,
+)
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 pytestmark = pytest.mark.usefixtures("both_engines")
@@ -35,10 +42,9 @@ async def edit(store: Conversations, message: str, body: Any, author: str | None
     return await store.messages.update(message, author=author, body=body, role=None, reply_to=None)
 
 
-def test_no_reader_decodes_a_body() -> None:
+async def test_no_reader_decodes_a_body() -> None:
     """What is listed is the text that was stored: a body's numbers cost nothing when it is read."""
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         made = await store.messages.create(NewMessage(author="ann", thread="t", body=[1e300, {"a": "ü"}]))
         await edit(store, made.id, {"b": [1.5e-7]})
         await store.messages.set_reaction(made.id, "ann", "+1")
@@ -48,74 +54,59 @@ def test_no_reader_decodes_a_body() -> None:
         assert [type(message.body) for message in read] == [msgspec.Raw] * len(texts)
         assert [bytes(message.body) for message in read] == texts
 
-    with_store(run)
-
 
 @pytest.mark.parametrize(
     "body",
     ["text", "", {"a": [1, 2.5, None, True, 'ü\0"\\']}, [], 0, 2**80, "x" * 1_000_000, None],
     ids=["text", "empty", "nested", "list", "zero", "huge number", "a megabyte", "null"],
 )
-def test_every_json_value_reads_back_as_it_was_written(body: Any) -> None:
-    async def run(store: Conversations) -> None:
+async def test_every_json_value_reads_back_as_it_was_written(body: Any) -> None:
+    async with opened() as store:
         new = NewMessage(author="a:n/n ü", body=body, role="assistant", reply_to="msg-1", reactions={"bob": "👍"})
         made = await store.messages.create(new)
         assert (made.value, made.author, made.role, made.reply_to) == (body, "a:n/n ü", "assistant", "msg-1")
         assert await store.reading.message(made.id) == made
         assert await messages_of(store, made.thread) == [made]
 
-    with_store(run)
 
-
-def test_a_message_without_a_thread_makes_one_named_by_its_number() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_message_without_a_thread_makes_one_named_by_its_number() -> None:
+    async with opened() as store:
         one = await store.messages.create(NewMessage(author="ann", body=1))
         two = await store.messages.create(NewMessage(author="bob", body=2))
         assert one.thread != two.thread
         thread = await store.threads.get(two.thread)
         assert (thread.title, thread.author, thread.slug) == ("New Thread #2", "bob", f"new-thread-2-{two.thread}")
 
-    with_store(run)
 
-
-def test_an_unknown_named_thread_is_made_under_its_name() -> None:
-    async def run(store: Conversations) -> None:
+async def test_an_unknown_named_thread_is_made_under_its_name() -> None:
+    async with opened() as store:
         made = await store.messages.create(NewMessage(author="ann", thread="my.thread_1", body=1))
         assert made.thread == "my.thread_1"
         assert (await store.threads.get("my.thread_1")).author == "ann"
 
-    with_store(run)
 
-
-def test_ids_and_times_are_made_by_the_store() -> None:
-    async def run(store: Conversations) -> None:
+async def test_ids_and_times_are_made_by_the_store() -> None:
+    async with opened() as store:
         one, two = await fill(store, 2)
         assert one.id == f"msg-{one.ts}-000000"
         assert two.ts > one.ts
 
-    with_store(run)
 
-
-def test_messages_keep_their_order_when_the_clock_steps_back() -> None:
+async def test_messages_keep_their_order_when_the_clock_steps_back() -> None:
     """They keep it across a restart too."""
     engine, provider = MemoryEngine(), SealingProvider()
     clock = TickingClock(step=0)
-
-    async def first(store: Conversations) -> None:
+    async with opened(engine, provider, clock) as store:
         await fill(store, 3)
         clock.now -= 10**12
         await store.messages.create(NewMessage(author="ann", thread="t", body=3))
-
-    async def second(store: Conversations) -> None:
+    async with opened(engine, provider, clock) as store:
         await store.messages.create(NewMessage(author="ann", thread="t", body=4))
         assert bodies(await messages_of(store, "t")) == [0, 1, 2, 3, 4]
 
-    with_store(first, engine, provider, clock)
-    with_store(second, engine, provider, clock)
 
-
-def test_an_edit_appends_a_version_and_does_not_move_the_message() -> None:
-    async def run(store: Conversations) -> None:
+async def test_an_edit_appends_a_version_and_does_not_move_the_message() -> None:
+    async with opened() as store:
         one, _, _ = await fill(store, 3)
         edited = await store.messages.update(one.id, author="ann", body="new", role="tool", reply_to="x")
         assert edited.ts > one.ts
@@ -126,11 +117,9 @@ def test_an_edit_appends_a_version_and_does_not_move_the_message() -> None:
         assert (again.role, again.reply_to) == ("tool", "x")
         assert bodies(await versions_of(store, one.id)) == [0, "new", "newer"]
 
-    with_store(run)
 
-
-def test_only_the_author_edits_or_deletes_and_the_admin_may() -> None:
-    async def run(store: Conversations) -> None:
+async def test_only_the_author_edits_or_deletes_and_the_admin_may() -> None:
+    async with opened() as store:
         (one,) = await fill(store, 1)
         with pytest.raises(NotTheAuthorError):
             await edit(store, one.id, "x", author="bob")
@@ -140,13 +129,10 @@ def test_only_the_author_edits_or_deletes_and_the_admin_may() -> None:
         await store.messages.delete(one.id, author=None)
         assert (await store.reading.message(one.id)).author == "ann"
 
-    with_store(run)
 
-
-def test_a_deleted_message_leaves_the_list_and_keeps_its_body() -> None:
+async def test_a_deleted_message_leaves_the_list_and_keeps_its_body() -> None:
     """It is deleted once."""
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         one, _two = await fill(store, 2)
         await store.messages.delete(one.id, author="ann")
         await store.messages.delete(one.id, author="ann")
@@ -162,11 +148,9 @@ def test_a_deleted_message_leaves_the_list_and_keeps_its_body() -> None:
         with pytest.raises(MessageNotFoundError):
             await store.messages.remove_reaction(one.id, "bob")
 
-    with_store(run)
 
-
-def test_reactions_are_versions_and_removing_an_absent_one_changes_nothing() -> None:
-    async def run(store: Conversations) -> None:
+async def test_reactions_are_versions_and_removing_an_absent_one_changes_nothing() -> None:
+    async with opened() as store:
         (one,) = await fill(store, 1)
         reacted = await store.messages.set_reaction(one.id, "bob", "👍")
         assert (reacted.reactions, reacted.author, reacted.value) == ({"bob": "👍"}, "ann", 0)
@@ -176,21 +160,17 @@ def test_reactions_are_versions_and_removing_an_absent_one_changes_nothing() -> 
         assert (await store.reading.message(one.id)).reactions == {"cid": "🎉"}
         assert len(await versions_of(store, one.id)) == 4
 
-    with_store(run)
 
-
-def test_concurrent_reactions_are_all_kept() -> None:
-    async def run(store: Conversations) -> None:
+async def test_concurrent_reactions_are_all_kept() -> None:
+    async with opened() as store:
         (one,) = await fill(store, 1)
         await asyncio.gather(*[store.messages.set_reaction(one.id, f"u{n}", str(n)) for n in range(40)])
         assert (await store.reading.message(one.id)).reactions == {f"u{n}": str(n) for n in range(40)}
         assert len(await versions_of(store, one.id)) == 41
 
-    with_store(run)
 
-
-def test_an_unknown_message_is_not_found() -> None:
-    async def run(store: Conversations) -> None:
+async def test_an_unknown_message_is_not_found() -> None:
+    async with opened() as store:
         (one,) = await fill(store, 1)
         stamp = one.id.removeprefix("msg-")
         for unknown in ("msg-1-000000", "msg-0" + stamp, "x", "", "thread-" + stamp, "msg-" + stamp + ":"):
@@ -200,11 +180,9 @@ def test_an_unknown_message_is_not_found() -> None:
                 await edit(store, unknown, "x")
             assert await versions_of(store, unknown) == []
 
-    with_store(run)
 
-
-def test_a_message_is_found_only_in_its_own_thread() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_message_is_found_only_in_its_own_thread() -> None:
+    async with opened() as store:
         (one,) = await fill(store, 1)
         await fill(store, 1, "other")
         assert (await store.reading.message(one.id, thread_id="t")).id == one.id
@@ -215,11 +193,9 @@ def test_a_message_is_found_only_in_its_own_thread() -> None:
         with pytest.raises(MessageNotFoundError):
             await store.messages.delete(one.id, author=None, thread_id="other")
 
-    with_store(run)
 
-
-def test_limit_keeps_the_most_recent_and_counts_what_is_shown() -> None:
-    async def run(store: Conversations) -> None:
+async def test_limit_keeps_the_most_recent_and_counts_what_is_shown() -> None:
+    async with opened() as store:
         made = await fill(store, 10)
         await edit(store, made[0].id, "zero")
         await store.messages.delete(made[8].id, author="ann")
@@ -229,11 +205,9 @@ def test_limit_keeps_the_most_recent_and_counts_what_is_shown() -> None:
         assert await messages_of(store, "t", limit=0) == []
         assert await messages_of(store, "unknown", limit=5) == []
 
-    with_store(run)
 
-
-def test_before_and_after_are_exclusive() -> None:
-    async def run(store: Conversations) -> None:
+async def test_before_and_after_are_exclusive() -> None:
+    async with opened() as store:
         made = await fill(store, 10)
         third, seventh = made[3].id, made[7].id
         assert bodies(await messages_of(store, "t", after=third, before=seventh)) == [4, 5, 6]
@@ -244,15 +218,12 @@ def test_before_and_after_are_exclusive() -> None:
         with pytest.raises(MessageNotFoundError):
             await messages_of(store, "t", after="nonsense")
 
-    with_store(run)
 
-
-def test_a_list_comes_in_chunks_bounded_in_number_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_list_comes_in_chunks_bounded_in_number_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 3)
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_MAX", 4)
     monkeypatch.setattr(reading_room, "LIST_BYTES_MAX", 3000)
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         await fill(store, 10)
         assert [len(chunk) async for chunk in store.reading.messages("t") if chunk] == [3, 4, 3]
         for n in range(6):
@@ -260,13 +231,10 @@ def test_a_list_comes_in_chunks_bounded_in_number_and_in_bytes(monkeypatch: pyte
         assert [len(chunk) async for chunk in store.reading.messages("big") if chunk] == [2, 2, 2]
         assert [body[0] for body in bodies(await messages_of(store, "big", limit=3))] == ["3", "4", "5"]
 
-    with_store(run)
 
-
-def test_messages_of_several_authors_and_forms_keep_their_own_headers() -> None:
+async def test_messages_of_several_authors_and_forms_keep_their_own_headers() -> None:
     """A header is decoded once for neighbours that share it: not for those beside them."""
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         made = []
         for n, author in enumerate(["ann", "ann", "bob", "ann", "an", "an", "bob", "bob"]):
             made.append(await store.messages.create(NewMessage(author=author, thread="t", body=n)))
@@ -278,14 +246,11 @@ def test_messages_of_several_authors_and_forms_keep_their_own_headers() -> None:
         assert await messages_of(store, "t", include_deleted=True) == made
         assert await messages_of(store, "t") == [*made[:6], made[7]]
 
-    with_store(run)
-
 
 @pytest.mark.parametrize("kept", [0, 2, -1], ids=["no byte", "a part of the header", "all but a byte"])
-def test_a_truncated_record_between_others_is_listed_with_an_error(kept: int) -> None:
+async def test_a_truncated_record_between_others_is_listed_with_an_error(kept: int) -> None:
     engine = MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         made = await fill(store, 3)
         stamp = keyspace.parse_message_id(made[1].id)
         assert stamp is not None
@@ -294,8 +259,6 @@ def test_a_truncated_record_between_others_is_listed_with_an_error(kept: int) ->
         listed = await messages_of(store, "t")
         assert [listed[0], listed[2]] == [made[0], made[2]]
         assert (listed[1].id, listed[1].value, bool(listed[1].error)) == (made[1].id, None, True)
-
-    with_store(run, engine)
 
 
 class CountingEngine(MemoryEngine):
@@ -308,11 +271,10 @@ class CountingEngine(MemoryEngine):
         return super().get(key)
 
 
-def test_a_list_finds_its_records_in_one_pass_for_each_batch() -> None:
+async def test_a_list_finds_its_records_in_one_pass_for_each_batch() -> None:
     """Also those of edited messages, whose records are not where the messages are in the order of creation."""
     engine = CountingEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         made = await fill(store, 300)
         for changed in (made[0], made[150], made[299]):
             await edit(store, changed.id, "again")
@@ -324,16 +286,13 @@ def test_a_list_finds_its_records_in_one_pass_for_each_batch() -> None:
         assert [n for n, message in enumerate(found) if message.value == "again"] == [0, 150, 299]
         assert (found[7].value, found[7].reactions) == (made[7].value, {"bob": "+1"})
 
-    with_store(run, engine)
 
-
-def test_writes_during_a_list_neither_repeat_nor_hide_a_message(
+async def test_writes_during_a_list_neither_repeat_nor_hide_a_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_MAX", 3)
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         made = await fill(store, 9)
         found: list[Message] = []
         async for chunk in store.reading.messages("t"):
@@ -342,10 +301,8 @@ def test_writes_during_a_list_neither_repeat_nor_hide_a_message(
             await store.messages.create(NewMessage(author="ann", thread="t", body="late"))
         assert [message.id for message in found] == [message.id for message in made]
 
-    with_store(run)
 
-
-def test_a_message_appears_only_after_all_that_come_before_it() -> None:
+async def test_a_message_appears_only_after_all_that_come_before_it() -> None:
     """Ids are given when a message arrives; a slow encryption must not let a later one overtake it on the disk."""
 
     go_on = asyncio.Event()
@@ -358,7 +315,7 @@ def test_a_message_appears_only_after_all_that_come_before_it() -> None:
                 await go_on.wait()
             return await super().encrypt(key_id, plaintext, aad=aad, thread_id=thread_id)
 
-    async def run(store: Conversations) -> None:
+    async with opened(provider=Slow()) as store:
         await fill(store, 1)
         slow = asyncio.create_task(
             store.messages.create(NewMessage(author="ann", thread="t", body="slow"), request_id="slow")
@@ -372,11 +329,9 @@ def test_a_message_appears_only_after_all_that_come_before_it() -> None:
         await asyncio.gather(slow, fast)
         assert bodies(await messages_of(store, "t")) == [0, "slow", "fast"]
 
-    with_store(run, provider=Slow())
 
-
-def test_a_deleted_thread_takes_no_message_and_no_edit() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_deleted_thread_takes_no_message_and_no_edit() -> None:
+    async with opened() as store:
         (one,) = await fill(store, 1)
         await store.threads.delete("t", author="ann", by="ann")
         with pytest.raises(ThreadDeletedError):
@@ -387,13 +342,10 @@ def test_a_deleted_thread_takes_no_message_and_no_edit() -> None:
         assert (event.value, event.author, event.deleted) == ({"_event": "thread_deleted", "by": "ann"}, "ann", True)
         assert bodies(await messages_of(store, "t")) == [0]
 
-    with_store(run)
 
-
-def test_a_message_in_encryption_when_its_thread_is_deleted_is_refused() -> None:
+async def test_a_message_in_encryption_when_its_thread_is_deleted_is_refused() -> None:
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await fill(store, 1)
         provider.delay_s = 0.02
         outcomes = await asyncio.gather(
@@ -408,10 +360,8 @@ def test_a_message_in_encryption_when_its_thread_is_deleted_is_refused() -> None
         assert [m.id for m in stored[1:-1]] == sorted(m.id for m in acknowledged)
         assert all(isinstance(o, (Message, ThreadDeletedError)) for o in outcomes[1:])
 
-    with_store(run, provider=provider)
 
-
-def test_a_message_during_the_write_of_its_threads_deletion_is_refused() -> None:
+async def test_a_message_during_the_write_of_its_threads_deletion_is_refused() -> None:
     class SlowDeletion(SealingProvider):
         async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]:
             reached.set()
@@ -420,8 +370,7 @@ def test_a_message_during_the_write_of_its_threads_deletion_is_refused() -> None
 
     reached, go = asyncio.Event(), asyncio.Event()
     provider = SlowDeletion()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         go.set()
         await fill(store, 1)
         go.clear()
@@ -436,18 +385,15 @@ def test_a_message_during_the_write_of_its_threads_deletion_is_refused() -> None
         await deleting
         assert bodies(await messages_of(store, "t")) == [0]
 
-    with_store(run, provider=provider)
-
 
 LONG = "x" * 200_000
 
 
 @pytest.mark.parametrize("verb", ["decrypt", "encrypt"], ids=["reads", "changes"])
-def test_long_messages_that_wait_for_the_key_service_are_bounded_in_sum(verb: str) -> None:
+async def test_long_messages_that_wait_for_the_key_service_are_bounded_in_sum(verb: str) -> None:
     provider = SealingProvider()
     asked = 150  # more than the bound below admits
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         made = [await store.messages.create(NewMessage(author="ann", thread="t", body=LONG)) for _ in range(asked)]
         provider.holds |= {verb, f"{verb}_batch"}
         tracemalloc.start()
@@ -466,13 +412,10 @@ def test_long_messages_that_wait_for_the_key_service_are_bounded_in_sum(verb: st
         provider.go_on.set()
         assert [len(message.body) for message in await asyncio.gather(*waiting)] == [len(LONG) + 2] * asked
 
-    with_store(run, provider=provider)
 
-
-def test_a_long_message_that_gets_no_turn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_message_that_gets_no_turn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_room, "LONG_READ_WAIT_SECONDS_MAX", 0.01)
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         long = await store.messages.create(NewMessage(author="ann", thread="t", body=LONG))
         (short,) = await fill(store, 1)
         turns = [store.reading.long_reads.acquire() for _ in range(reading_room.LONG_READS_COUNT_MAX)]
@@ -483,24 +426,17 @@ def test_a_long_message_that_gets_no_turn_is_refused(monkeypatch: pytest.MonkeyP
         store.reading.long_reads.release()
         assert (await store.reading.message(long.id)).id == long.id
 
-    with_store(run)
 
-
-def test_stats_count_threads_and_stored_versions() -> None:
+async def test_stats_count_threads_and_stored_versions() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine, provider) as store:
         (one,) = await fill(store, 1)
         await edit(store, one.id, "x")
         await store.threads.create(author="ann", title="t2")
         await store.threads.delete("t", author="ann", by="ann")
         assert await store.stats() == {"threads": 2, "messages": 3}
-
-    async def again(store: Conversations) -> None:
+    async with opened(engine, provider) as store:
         assert await store.stats() == {"threads": 2, "messages": 3}
-
-    with_store(run, engine, provider)
-    with_store(again, engine, provider)
 
 
 def test_the_bounds_of_the_two_lists_are_set() -> None:

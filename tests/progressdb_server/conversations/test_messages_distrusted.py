@@ -10,7 +10,6 @@ import pytest
 from minikms import api
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
-from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import record
 from progressdb_server.store.model import (
     RECORD_MALFORMED,
@@ -20,16 +19,15 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.sealer import RETRY_AFTER_S
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import bodies, fill, keys_of, messages_of, with_store
+from tests.progressdb_server.store.opened_store import bodies, fill, keys_of, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 Change = Callable[[record.MessageHeader, bytes], tuple[record.MessageHeader, bytes]]
 
 
-def test_a_record_moved_to_another_place_does_not_open() -> None:
+async def test_a_record_moved_to_another_place_does_not_open() -> None:
     engine = MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         one, two = await fill(store, 2)
         keys = await keys_of(store, "thread:t:msg:")
         raw = await store.raw_value(keys[0])
@@ -39,26 +37,20 @@ def test_a_record_moved_to_another_place_does_not_open() -> None:
         assert keys[1] in str(unreadable.value)
         assert (await store.reading.message(one.id)).value == 0
 
-    with_store(run, engine)
 
-
-def test_an_index_entry_bent_to_another_message_does_not_show_it() -> None:
+async def test_an_index_entry_bent_to_another_message_does_not_show_it() -> None:
     engine = MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         _, two = await fill(store, 2)
         order = await keys_of(store, "index:order:t:")
         engine.write([(order[1].encode(), order[0].rpartition(":")[2].encode())])
         with pytest.raises(RecordUnreadableError):
             await store.reading.message(two.id)
 
-    with_store(run, engine)
 
-
-def test_a_changed_author_in_a_header_is_noticed() -> None:
+async def test_a_changed_author_in_a_header_is_noticed() -> None:
     engine = MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         (one,) = await fill(store, 1)
         (key,) = await keys_of(store, "thread:t:msg:")
         raw = await store.raw_value(key)
@@ -66,8 +58,6 @@ def test_a_changed_author_in_a_header_is_noticed() -> None:
         engine.write([(key.encode(), raw.replace(b"ann", b"eve", 1))])
         with pytest.raises(RecordUnreadableError):
             await store.reading.message(one.id)
-
-    with_store(run, engine)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +69,9 @@ def test_a_changed_author_in_a_header_is_noticed() -> None:
     ],
     ids=["a key id that is not ASCII", "a long key id", "a long sealed part"],
 )
-def test_a_record_that_no_request_can_hold_hides_no_other(change: Change) -> None:
+async def test_a_record_that_no_request_can_hold_hides_no_other(change: Change) -> None:
     engine = MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         made = await fill(store, 3)
         keys = await keys_of(store, "thread:t:msg:")
         header, sealed = record.unpack_message(await store.raw_value(keys[1]) or b"")
@@ -93,14 +82,11 @@ def test_a_record_that_no_request_can_hold_hides_no_other(change: Change) -> Non
         with pytest.raises(RecordUnreadableError):
             await store.reading.message(made[1].id)
 
-    with_store(run, engine)
 
-
-def test_without_a_key_service_nothing_is_stored() -> None:
+async def test_without_a_key_service_nothing_is_stored() -> None:
     """Answers say when to retry."""
     provider, engine = SealingProvider(), MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine, provider) as store:
         (one,) = await fill(store, 1)
         before = await keys_of(store)
         provider.down = True
@@ -118,28 +104,24 @@ def test_without_a_key_service_nothing_is_stored() -> None:
         provider.down = False
         assert bodies([await store.messages.create(NewMessage(author="ann", thread="t", body=1))]) == [1]
 
-    with_store(run, engine, provider)
-
 
 @pytest.mark.parametrize("answer", [b"", b"{plaintext}", b"{plaintext}" + bytes(27)])
-def test_an_answer_that_can_not_be_a_sealed_record_is_never_stored(answer: bytes) -> None:
+async def test_an_answer_that_can_not_be_a_sealed_record_is_never_stored(answer: bytes) -> None:
     class Echoing(SealingProvider):
         async def encrypt(
             self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None = None
         ) -> bytes:
             return answer.replace(b"{plaintext}", plaintext)
 
-    async def run(store: Conversations) -> None:
+    async with opened(provider=Echoing()) as store:
         await fill(store, 1)
         before = await keys_of(store)
         with pytest.raises(StoreUnavailableError, match="wrongly"):
             await store.messages.create(NewMessage(author="ann", thread="t", body=1))
         assert await keys_of(store) == before
 
-    with_store(run, provider=Echoing())
 
-
-def test_a_key_service_that_opens_a_record_to_something_else_is_noticed() -> None:
+async def test_a_key_service_that_opens_a_record_to_something_else_is_noticed() -> None:
     class Wrong(SealingProvider):
         async def decrypt_batch(
             self, items: Sequence[DecryptItem], *, request_id: str | None = None
@@ -150,8 +132,7 @@ def test_a_key_service_that_opens_a_record_to_something_else_is_noticed() -> Non
             return answers
 
     provider = Wrong()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         one, two = await fill(store, 2)
         provider.wrong = lambda answers: [b'["no record"]' for _ in answers]  # type: ignore[method-assign]  # what it does wrongly
         with pytest.raises(RecordUnreadableError):
@@ -163,5 +144,3 @@ def test_a_key_service_that_opens_a_record_to_something_else_is_noticed() -> Non
             await messages_of(store, "t")
         provider.wrong = lambda answers: answers  # type: ignore[method-assign]  # what it does wrongly
         assert (await store.reading.message(two.id)).value == 1
-
-    with_store(run, provider=provider)

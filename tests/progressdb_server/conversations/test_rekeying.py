@@ -7,13 +7,12 @@ import random
 
 import pytest
 
-from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.model import RecordUnreadableError
 from tests.progressdb_server.store.faulty_reads import FaultyReads
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import fill, keys_of, with_store
+from tests.progressdb_server.store.opened_store import fill, keys_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 OLD, OTHER, NEW = "k_old", "k_two", "k_newer"
@@ -30,14 +29,13 @@ RECORDS = [
 BROKEN = [b"", b"\x00", FIRST[:2], FIRST[:-45], b"\x07" + FIRST[1:], b"\x01\x00\x01\x90", b"\x01\x00\x02\x91\x05"]
 
 
-def test_a_chunk_has_each_record_as_it_is_by_itself() -> None:
+async def test_a_chunk_has_each_record_as_it_is_by_itself() -> None:
     """Whatever stands beside it: neighbours with the same header are read in a shorter way."""
     engine = MemoryEngine()
     raws = [*RECORDS * 12, *BROKEN * 6]
     random.Random(1).shuffle(raws)
     entries = [(keyspace.records("t")[0] + b"%05d" % number, raw) for number, raw in enumerate(raws)]
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine, SealingProvider()) as store:
         engine.write(entries)
         for count in (1, 2, 1000):
             found = [each async for chunk in store.rekeying.chunks("t", count) for each in chunk.records]
@@ -48,15 +46,12 @@ def test_a_chunk_has_each_record_as_it_is_by_itself() -> None:
             assert [(each.head, each.sealed) for each in found] == [record.split(raw) for _, raw in whole]
             assert [(each.key_id, each.sealed) for each in found] == [record.unpack_sealed(raw) for _, raw in whole]
 
-    with_store(run, engine, SealingProvider())
 
-
-def test_a_step_has_the_new_records_and_then_what_they_were() -> None:
+async def test_a_step_has_the_new_records_and_then_what_they_were() -> None:
     """Each in ascending order, which the engine takes faster than the two in turn."""
     engine = MemoryEngine()
     entries = [(keyspace.records("t")[0] + b"%05d" % number, raw) for number, raw in enumerate(RECORDS)]
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine, SealingProvider()) as store:
         engine.write(entries)
         [chunk] = [each async for each in store.rekeying.chunks("t", 100)]
         moved = [(found, b"new" + found.sealed) for found in chunk.records]
@@ -70,15 +65,12 @@ def test_a_step_has_the_new_records_and_then_what_they_were() -> None:
         assert list(kept) == [(keyspace.replaced_records("job") + key, raw) for key, raw in entries]
         assert list(step.read) == entries
 
-    with_store(run, engine, SealingProvider())
-
 
 @pytest.mark.usefixtures("both_engines")
-def test_a_record_under_a_key_is_counted_whichever_entry_is_not_found() -> None:
+async def test_a_record_under_a_key_is_counted_whichever_entry_is_not_found() -> None:
     """Each record alone under the key, and each entry not found in turn, by walks or by reads of single entries: the
     count is never 0."""
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         messages = await fill(store, 3)
         await store.messages.set_reaction(messages[1].id, "bob", "+1")
         await store.messages.delete(messages[2].id, author="ann")
@@ -101,13 +93,11 @@ def test_a_record_under_a_key_is_counted_whichever_entry_is_not_found() -> None:
                     missed.clear()
             await store.writer.commit(Write([(key, raw)]))
 
-    with_store(run)
-
 
 @pytest.mark.usefixtures("both_engines")
 @pytest.mark.parametrize("lost", ["message", "order", "middle version", "metadata"])
-def test_records_that_indexes_do_not_name_or_that_are_lost_raise(lost: str) -> None:
-    async def run(store: Conversations) -> None:
+async def test_records_that_indexes_do_not_name_or_that_are_lost_raise(lost: str) -> None:
+    async with opened() as store:
         messages = await fill(store, 2)
         for reaction in "+-":
             await store.messages.set_reaction(messages[1].id, "bob", reaction)
@@ -122,5 +112,3 @@ def test_records_that_indexes_do_not_name_or_that_are_lost_raise(lost: str) -> N
         await store.writer.commit(Write([(gone, None)]))
         with pytest.raises(RecordUnreadableError):
             await store.rekeying.count_under("t", [OLD])
-
-    with_store(run)

@@ -9,10 +9,9 @@ import pytest
 from minikms import api
 from minikms.api.errors import refusal
 from progressdb_server.conversations import whole as room
-from progressdb_server.conversations.whole import Conversations
 from progressdb_server.kms.provider import SEALED
 from progressdb_server.store.model import NewMessage, StoreUnavailableError
-from tests.progressdb_server.store.opened_store import becomes, messages_of, with_store
+from tests.progressdb_server.store.opened_store import becomes, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 
@@ -48,13 +47,14 @@ class Sealable(SealingProvider):
 
 
 @pytest.mark.parametrize("seen_by", ["a write", "a read", "a look at its epoch"])
-def test_an_older_key_service_behind_a_seal_gets_nothing_to_seal(seen_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_older_key_service_behind_a_seal_gets_nothing_to_seal(
+    seen_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever sees the seal first: nothing is sealed between the unseal and the next look at the epoch."""
     monkeypatch.setattr(room, "EPOCH_S", 0.001 if seen_by == "a look at its epoch" else 3600)
     monkeypatch.setattr(room, "SEALED_S", 3600)
     provider = Sealable()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.start()
         await store.messages.create(new(1))
         provider.sealed = True
@@ -73,15 +73,12 @@ def test_an_older_key_service_behind_a_seal_gets_nothing_to_seal(seen_by: str, m
         assert (provider.calls["encrypt"], provider.calls["create"]) == calls
         assert len(await messages_of(store, "t")) == 1
 
-    with_store(run, provider=provider)
 
-
-def test_a_look_that_began_before_the_seal_does_not_end_the_halt(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_look_that_began_before_the_seal_does_not_end_the_halt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "EPOCH_S", 0.001)
     monkeypatch.setattr(room, "SEALED_S", 3600)
     provider = Sealable()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.start()
         await store.messages.create(new(1))
         provider.answering.clear()
@@ -96,27 +93,21 @@ def test_a_look_that_began_before_the_seal_does_not_end_the_halt(monkeypatch: py
             await asyncio.sleep(0)
         assert store.sealer.halted == SEALED
 
-    with_store(run, provider=provider)
 
-
-def test_a_store_closes_in_the_turn_in_which_it_sees_a_seal() -> None:
+async def test_a_store_closes_in_the_turn_in_which_it_sees_a_seal() -> None:
     """The key service answers nothing then. `asyncio.wait_for` of Python 3.11 lost the cancellation there."""
     provider = Sealable()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.start()
         await asyncio.sleep(0)  # the look at the epoch waits now
         provider.answering.clear()
         store.sealer.halt_sealed()
 
-    with_store(run, provider=provider)
 
-
-def test_a_write_that_a_seal_overtakes_is_not_stored() -> None:
+async def test_a_write_that_a_seal_overtakes_is_not_stored() -> None:
     """Its answer may come from another key service than the one that was sealed."""
     provider = Sealable()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.start()
         await store.messages.create(new(1))
         provider.delay_s = 0.01
@@ -129,16 +120,13 @@ def test_a_write_that_a_seal_overtakes_is_not_stored() -> None:
             await writing
         assert len(await messages_of(store, "t")) == 1
 
-    with_store(run, provider=provider)
 
-
-def test_a_look_that_a_seal_cuts_off_halts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_look_that_a_seal_cuts_off_halts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests in flight end with `sealed`, the look at the epoch too."""
     monkeypatch.setattr(room, "EPOCH_S", 0.001)
     monkeypatch.setattr(room, "SEALED_S", 3600)
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.start()
 
         async def cut_off() -> api.StatusAnswer:
@@ -147,10 +135,8 @@ def test_a_look_that_a_seal_cuts_off_halts_too(monkeypatch: pytest.MonkeyPatch) 
         provider.status = cut_off  # type: ignore[method-assign]  # from now on
         await becomes(lambda: store.sealer.halted == SEALED)
 
-    with_store(run, provider=provider)
 
-
-def test_a_look_at_the_epoch_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_look_at_the_epoch_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the reason: meanwhile nothing is sealed."""
     monkeypatch.setattr(room, "EPOCH_S", 0.001)
     provider = Sealable()
@@ -159,7 +145,7 @@ def test_a_look_at_the_epoch_that_fails_is_made_again(monkeypatch: pytest.Monkey
     async def defect() -> api.StatusAnswer:
         raise ZeroDivisionError
 
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.start()
         provider.status = defect  # type: ignore[method-assign]  # from now on
         await becomes(lambda: store.sealer.halted is not None)
@@ -169,15 +155,12 @@ def test_a_look_at_the_epoch_that_fails_is_made_again(monkeypatch: pytest.Monkey
         await becomes(lambda: store.sealer.halted is None)
         await store.messages.create(new(2))
 
-    with_store(run, provider=provider)
 
-
-def test_it_goes_on_after_the_epoch_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_goes_on_after_the_epoch_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "EPOCH_S", 3600)
     monkeypatch.setattr(room, "SEALED_S", 0.001)
     provider = Sealable()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.start()
         await store.messages.create(new(1))
         provider.sealed = True
@@ -186,5 +169,3 @@ def test_it_goes_on_after_the_epoch_was_judged(monkeypatch: pytest.MonkeyPatch) 
         provider.sealed = False
         await becomes(lambda: store.sealer.halted is None)
         await store.messages.create(new(3))
-
-    with_store(run, provider=provider)

@@ -30,14 +30,14 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.postgres import reads
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import keys_of, messages_of, threads_of, with_store
+from tests.progressdb_server.store.opened_store import keys_of, messages_of, opened, threads_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_open
 
 pytestmark = pytest.mark.usefixtures("both_engines")
 
 
-def test_a_thread_reads_back() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_thread_reads_back() -> None:
+    async with opened() as store:
         made = await store.threads.create(author="ann", title="Größe & Gewicht!")
         assert (made.id, made.title) == (f"thread-{made.created_ts}-000000", "Größe & Gewicht!")
         assert made.slug == f"gr-e-gewicht-{made.id}"
@@ -45,8 +45,6 @@ def test_a_thread_reads_back() -> None:
         assert await store.threads.get(made.id) == made
         with pytest.raises(ThreadNotFoundError):
             await store.threads.get("unknown")
-
-    with_store(run)
 
 
 @given(st.text(max_size=30))
@@ -61,8 +59,8 @@ def test_a_slug_is_made_of_a_few_safe_characters(title: str) -> None:
     assert "--" not in slug
 
 
-def test_every_message_and_change_touches_the_thread() -> None:
-    async def run(store: Conversations) -> None:
+async def test_every_message_and_change_touches_the_thread() -> None:
+    async with opened() as store:
         thread = (await store.threads.create(author="ann", title="t")).id
         one = await store.messages.create(NewMessage(author="ann", thread=thread, body=1))
         assert (await store.threads.get(thread)).updated_ts == one.ts
@@ -72,11 +70,9 @@ def test_every_message_and_change_touches_the_thread() -> None:
         assert (await store.threads.get(thread)) == renamed
         assert renamed.updated_ts > two.ts
 
-    with_store(run)
 
-
-def test_only_the_author_changes_a_thread_and_the_admin_may() -> None:
-    async def run(store: Conversations) -> None:
+async def test_only_the_author_changes_a_thread_and_the_admin_may() -> None:
+    async with opened() as store:
         thread = (await store.threads.create(author="ann", title="t")).id
         for attempt in (
             store.threads.update(thread, author="bob", title="x"),
@@ -92,11 +88,9 @@ def test_only_the_author_changes_a_thread_and_the_admin_may() -> None:
             with pytest.raises(ThreadNotFoundError):
                 await store.threads.delete(gone, author=None, by="admin")
 
-    with_store(run)
 
-
-def test_a_deleted_thread_is_marked_and_keeps_its_messages() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_deleted_thread_is_marked_and_keeps_its_messages() -> None:
+    async with opened() as store:
         message = await store.messages.create(NewMessage(author="ann", thread="t", body=1))
         await store.threads.delete("t", author="ann", by="ann")
         thread = await store.threads.get("t")
@@ -106,11 +100,9 @@ def test_a_deleted_thread_is_marked_and_keeps_its_messages() -> None:
         assert await threads_of(store, "ann") == []
         assert await threads_of(store, "ann", include_deleted=True) == [thread]
 
-    with_store(run)
 
-
-def test_threads_are_listed_by_author_in_order_of_creation() -> None:
-    async def run(store: Conversations) -> None:
+async def test_threads_are_listed_by_author_in_order_of_creation() -> None:
+    async with opened() as store:
         for number in range(5):
             await store.threads.create(author="ann", title=f"Plan {number}")
             await store.threads.create(author="an", title=f"plan b {number}")
@@ -124,10 +116,8 @@ def test_threads_are_listed_by_author_in_order_of_creation() -> None:
         assert await threads_of(store, "ann", slug=one.slug) == []
         assert await threads_of(store, "an", slug=one.slug[:-1]) == []
 
-    with_store(run)
 
-
-def test_a_long_list_opens_one_small_batch_at_a_time_and_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_list_opens_one_small_batch_at_a_time_and_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a search that finds nothing: it looks at no record but those with the titles."""
     monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 20)
 
@@ -143,8 +133,7 @@ def test_a_long_list_opens_one_small_batch_at_a_time_and_gives_way(monkeypatch: 
 
     batches: list[int] = []
     at_once = [0]
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=Measured()) as store:
         await asyncio.gather(*[store.threads.create(author="ann", title=f"t{n}") for n in range(50)])
         newest: list[int] = []
 
@@ -160,14 +149,11 @@ def test_a_long_list_opens_one_small_batch_at_a_time_and_gives_way(monkeypatch: 
             assert (batches, max(at_once)) == ([20, 20, 10], 1)
             newest.clear()
 
-    with_store(run, provider=Measured())
 
-
-def test_a_failure_in_the_middle_of_a_list_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failure_in_the_middle_of_a_list_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 2)
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await asyncio.gather(*[store.threads.create(author="ann", title="t") for _ in range(5)])
         chunks = store.threads.list_threads(author="ann")
         assert len(await anext(chunks)) == 2
@@ -176,14 +162,13 @@ def test_a_failure_in_the_middle_of_a_list_is_raised(monkeypatch: pytest.MonkeyP
             await anext(chunks)
         provider.down = False
 
-    with_store(run, provider=provider)
-
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
-def test_pages_begin_with_the_newest_and_have_each_thread_once(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+async def test_pages_begin_with_the_newest_and_have_each_thread_once(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
     monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 3)
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         for number in range(11):
             await store.threads.create(author="ann", title=f"{'odd' if number % 2 else 'even'} {number}")
             await store.threads.create(author="bob", title="odd")
@@ -205,14 +190,11 @@ def test_pages_begin_with_the_newest_and_have_each_thread_once(monkeypatch: pyte
                 page = Page(limit, page.following)
             assert found == whole
 
-    with_store(run)
 
-
-def test_a_page_of_a_search_ends_after_a_bounded_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_of_a_search_ends_after_a_bounded_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 2)
     monkeypatch.setattr(threads_room, "PAGE_LOOKED_MAX", 4)
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         for number in range(7):
             await store.threads.create(author="ann", title=f"t{number}")
         page = Page(5)
@@ -222,14 +204,11 @@ def test_a_page_of_a_search_ends_after_a_bounded_number_of_threads(monkeypatch: 
         ]
         assert left.title == "t2"
 
-    with_store(run)
 
-
-def test_a_walk_of_all_keys_gives_way_and_pages_have_each_key_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_walk_of_all_keys_gives_way_and_pages_have_each_key_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for room in (engine, reads):
         monkeypatch.setattr(room, "WALK_KEYS_MAX", 4)
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         for number in range(5):
             await store.threads.create(author="ann", title=f"t{number}")
         turns = 0
@@ -261,8 +240,6 @@ def test_a_walk_of_all_keys_gives_way_and_pages_have_each_key_once(monkeypatch: 
                     page = Page(limit, page.following)
                 assert found == wanted
 
-    with_store(run)
-
 
 async def may_read(store: Conversations, thread: str, author: str) -> bool:
     try:
@@ -272,8 +249,8 @@ async def may_read(store: Conversations, thread: str, author: str) -> bool:
     return True
 
 
-def test_the_owner_and_whoever_has_written_may_read_and_nobody_else() -> None:
-    async def run(store: Conversations) -> None:
+async def test_the_owner_and_whoever_has_written_may_read_and_nobody_else() -> None:
+    async with opened() as store:
         thread = (await store.threads.create(author="ann", title="t")).id
         await store.messages.create(NewMessage(author="bob", thread=thread, body=1))
         one = await store.messages.create(NewMessage(author="cid:x", thread=thread, body=1))
@@ -282,34 +259,27 @@ def test_the_owner_and_whoever_has_written_may_read_and_nobody_else() -> None:
         assert allowed == {"ann": True, "bob": True, "cid:x": True, "cid": False, "dan": False}
         assert not await may_read(store, "unknown", "ann")
 
-    with_store(run)
 
-
-def test_an_author_of_128_bytes_of_any_kind_is_indexed_and_found() -> None:
-    async def run(store: Conversations) -> None:
+async def test_an_author_of_128_bytes_of_any_kind_is_indexed_and_found() -> None:
+    async with opened() as store:
         for author in (":" * 128, "ü" * 64, "a/b\0%3A", "%", "index:writer:"):
             thread = (await store.threads.create(author=author, title="t")).id
             assert [t.id for t in await threads_of(store, author)] == [thread]
             assert await may_read(store, thread, author)
         assert not await may_read(store, thread, "%3A")
 
-    with_store(run)
-
 
 @pytest.mark.parametrize("thread", ["a:b", "a/b", "ü", "x" * 129, "a b", "a\n", ".", ".."])
-def test_a_thread_id_that_not_everybody_can_use_is_refused(thread: str) -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_thread_id_that_not_everybody_can_use_is_refused(thread: str) -> None:
+    async with opened() as store:
         with pytest.raises(InvalidThreadIdError):
             await store.messages.create(NewMessage(author="ann", thread=thread, body=1))
         assert await keys_of(store, "thread:") == []
 
-    with_store(run)
 
-
-def test_metadata_rewritten_by_a_rotation_meanwhile_is_read_again() -> None:
+async def test_metadata_rewritten_by_a_rotation_meanwhile_is_read_again() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine, provider) as store:
         thread = (await store.threads.create(author="ann", title="old")).id
         key = keyspace.meta(thread)
         raw = engine.get(key)
@@ -328,25 +298,19 @@ def test_metadata_rewritten_by_a_rotation_meanwhile_is_read_again() -> None:
         await renaming
         assert (await store.threads.get(thread)).title == "new"
 
-    with_store(run, engine, provider)
 
-
-def test_missing_metadata_is_reported_and_not_skipped() -> None:
+async def test_missing_metadata_is_reported_and_not_skipped() -> None:
     engine = MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         thread = (await store.threads.create(author="ann", title="t")).id
         engine.write([(keyspace.meta(thread), None)])
         (listed,) = await threads_of(store, "ann")
         assert (listed.id, listed.error) == (thread, "record_missing")
 
-    with_store(run, engine)
 
-
-def test_a_thread_that_does_not_open_is_listed_with_its_code() -> None:
+async def test_a_thread_that_does_not_open_is_listed_with_its_code() -> None:
     provider, engine = SealingProvider(), MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine, provider) as store:
         made = [(await store.threads.create(author="ann", title=f"title {n}")).id for n in range(6)]
         good, destroyed, altered, malformed, missing, unsendable = made
         provider.destroyed.update(provider.keys_of(destroyed))
@@ -375,19 +339,15 @@ def test_a_thread_that_does_not_open_is_listed_with_its_code() -> None:
         with pytest.raises(RecordUnreadableError):
             await store.threads.get(destroyed)
 
-    with_store(run, engine, provider)
 
-
-def test_a_list_of_threads_fails_while_the_key_service_can_not_open() -> None:
+async def test_a_list_of_threads_fails_while_the_key_service_can_not_open() -> None:
     class Busy(SealingProvider):
         async def decrypt_batch(
             self, items: Sequence[DecryptItem], *, request_id: str | None = None
         ) -> list[bytes | KmsRefusedError]:
             return [refusal("audit_unavailable", "the audit log is not available")] * len(items)
 
-    async def run(store: Conversations) -> None:
+    async with opened(provider=Busy()) as store:
         await store.threads.create(author="ann", title="title")
         with pytest.raises(StoreUnavailableError):
             await threads_of(store, "ann")
-
-    with_store(run, provider=Busy())

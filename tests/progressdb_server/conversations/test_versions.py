@@ -14,7 +14,6 @@ from progressdb_server.api.gate import limits
 from progressdb_server.conversations import messages as writing_room
 from progressdb_server.conversations import reading as reading_room
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.jobs.service import Jobs
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.check import Checker
 from progressdb_server.store.conditions import Write
@@ -32,7 +31,7 @@ from progressdb_server.store.model import (
 from progressdb_server.store.offline import LocalView
 from tests.progressdb_server.jobs.rotating import Place, keys_of_records
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import TickingClock, messages_of, versions_of, with_store
+from tests.progressdb_server.store.opened_store import TickingClock, messages_of, opened, versions_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 pytestmark = pytest.mark.usefixtures("both_engines")
@@ -61,10 +60,9 @@ async def findings(engine: MemoryEngine, provider: SealingProvider) -> list[str]
 
 
 # --- what they cost ---------------------------------------------------------------------------------------------------
-def test_a_change_of_reactions_and_a_tombstone_store_no_body() -> None:
+async def test_a_change_of_reactions_and_a_tombstone_store_no_body() -> None:
     engine, provider = MemoryEngine(), SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine, provider) as store:
         message = await post(store, MEGABYTE)
         for number in range(120):
             await store.messages.set_reaction(message, f"user{number % 7}", str(number))
@@ -82,11 +80,9 @@ def test_a_change_of_reactions_and_a_tombstone_store_no_body() -> None:
         assert await messages_of(store, "t", include_deleted=True) == [found[-1]]
         assert await findings(engine, provider) == []
 
-    with_store(run, engine, provider)
 
-
-def test_an_edit_keeps_reactions_and_a_reaction_keeps_the_edit() -> None:
-    async def run(store: Conversations) -> None:
+async def test_an_edit_keeps_reactions_and_a_reaction_keeps_the_edit() -> None:
+    async with opened() as store:
         message = await post(store, 0)
         await store.messages.set_reaction(message, "bob", "1")
         await edit(store, message, "new")
@@ -99,14 +95,11 @@ def test_an_edit_keeps_reactions_and_a_reaction_keeps_the_edit() -> None:
             ("new", {"bob": "1", "cid": "2"}),
         ]
 
-    with_store(run)
 
-
-def test_a_change_of_reactions_leaks_neither_identity_nor_reaction() -> None:
+async def test_a_change_of_reactions_leaks_neither_identity_nor_reaction() -> None:
     """Both are sealed, as they were when each version held the whole message."""
     engine = MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         message = await post(store)
         await store.messages.set_reaction(message, "secret-identity", "secret-reaction")
         raw = engine.get(record_keys(engine)[-1]) or b""
@@ -116,10 +109,8 @@ def test_a_change_of_reactions_leaks_neither_identity_nor_reaction() -> None:
         assert (header.first, header.author, header.deleted, header.content) == (first, "ann", False, first)
         assert not any(b"secret" in key + value for key, value in engine.scan(b"", b"\xff", limit=4000))
 
-    with_store(run, engine)
 
-
-def test_the_versions_come_in_small_pieces_and_a_shared_body_opens_once() -> None:
+async def test_the_versions_come_in_small_pieces_and_a_shared_body_opens_once() -> None:
     class Measured(SealingProvider):
         async def decrypt_batch(
             self, items: Sequence[DecryptItem], *, request_id: str | None = None
@@ -128,8 +119,7 @@ def test_the_versions_come_in_small_pieces_and_a_shared_body_opens_once() -> Non
             return await super().decrypt_batch(items, request_id=request_id)
 
     batches: list[list[int]] = []
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=Measured()) as store:
         message = await post(store, MEGABYTE)
         for number in range(30):
             await store.messages.set_reaction(message, "bob", str(number))
@@ -147,8 +137,6 @@ def test_the_versions_come_in_small_pieces_and_a_shared_body_opens_once() -> Non
             await store.messages.set_reaction(small, "bob", str(number))
         found = await store.reading.versions(small)
         assert [len(piece) async for piece in found.chunks] == [reading_room.LIST_MESSAGES_MAX, 45]
-
-    with_store(run, provider=Measured())
 
 
 # --- how many ---------------------------------------------------------------------------------------------------------
@@ -174,10 +162,9 @@ async def refused_beyond_the_bound(store: Conversations, message: str) -> None:
     assert [(version.reactions, version.deleted) for version in found[len(before) :]] == [({}, False), ({}, True)]
 
 
-def test_a_message_has_a_bounded_number_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_message_has_a_bounded_number_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing_room, "VERSIONS_COUNT_MAX", 6)
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         message = await post(store)
         await edit(store, message, 1)
         for number in range(4):
@@ -185,14 +172,11 @@ def test_a_message_has_a_bounded_number_of_versions(monkeypatch: pytest.MonkeyPa
         await refused_beyond_the_bound(store, message)
         assert len(await versions_of(store, message)) == 8
 
-    with_store(run)
 
-
-def test_the_versions_of_a_message_have_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_versions_of_a_message_have_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing_room, "VERSIONS_BYTES_MAX", 10_000)
     engine = MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         message = await post(store, "x" * 3000)
         await store.messages.set_reaction(message, "bob", "1")
         await edit(store, message, "x" * 3000)
@@ -209,11 +193,9 @@ def test_the_versions_of_a_message_have_a_bounded_size(monkeypatch: pytest.Monke
         await store.messages.remove_reaction(message, "bob")
         await store.messages.delete(message, author="ann")
 
-    with_store(run, engine)
 
-
-def test_a_message_has_reactions_of_a_bounded_number_of_identities() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_message_has_reactions_of_a_bounded_number_of_identities() -> None:
+    async with opened() as store:
         full = {str(number): "+" for number in range(REACTIONS_COUNT_MAX)}
         message = (await store.messages.create(NewMessage(author="ann", body=1, reactions=full))).id
         with pytest.raises(TooManyReactionsError):
@@ -222,14 +204,12 @@ def test_a_message_has_reactions_of_a_bounded_number_of_identities() -> None:
         await store.messages.remove_reaction(message, "7")
         await store.messages.set_reaction(message, "another", "+")
 
-    with_store(run)
-
 
 # --- pages ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("step", [0, 1000], ids=["a clock that stands still", "a clock that ticks"])
 @pytest.mark.parametrize("limit", [1, 3, 7, 8, 9])
-def test_pages_show_each_version_once_also_within_one_nanosecond(limit: int, step: int) -> None:
-    async def run(store: Conversations) -> None:
+async def test_pages_show_each_version_once_also_within_one_nanosecond(limit: int, step: int) -> None:
+    async with opened(now_ns=TickingClock(step=step)) as store:
         message = await post(store, 0)
         for number in range(7):
             react = store.messages.set_reaction
@@ -244,19 +224,16 @@ def test_pages_show_each_version_once_also_within_one_nanosecond(limit: int, ste
         assert [version for page in pages for version in page] == whole
         assert [len(page) for page in pages[1:]] == [limit] * (len(pages) - 1)
 
-    with_store(run, now_ns=TickingClock(step=step))
-
 
 async def page_before(store: Conversations, message: str, before: str | None, limit: int) -> tuple[list[Any], str]:
     found = await store.reading.versions(message, limit=limit, before=before)
     return [version.value async for piece in found.chunks for version in piece], found.older
 
 
-def test_a_time_names_its_version_also_in_an_earlier_era() -> None:
+async def test_a_time_names_its_version_also_in_an_earlier_era() -> None:
     """A client that takes the `ts` of a page's first version for the next page sees each version once."""
     clock = TickingClock()
-
-    async def run(store: Conversations) -> None:
+    async with opened(now_ns=clock) as store:
         message = await post(store, 0)
         clock.now += 10**18  # some 30 years
         for number in range(1, 5):
@@ -276,13 +253,10 @@ def test_a_time_names_its_version_also_in_an_earlier_era() -> None:
             with pytest.raises(AmbiguousTimeError):
                 await page_before(store, message, str(unclear), 2)
 
-    with_store(run, now_ns=clock)
 
-
-def test_a_time_of_several_versions_is_refused_and_of_none_orders_them() -> None:
+async def test_a_time_of_several_versions_is_refused_and_of_none_orders_them() -> None:
     clock = TickingClock()
-
-    async def run(store: Conversations) -> None:
+    async with opened(now_ns=clock) as store:
         message = await post(store, 0)
         clock.step = 0
         for number in (1, 2):
@@ -296,11 +270,9 @@ def test_a_time_of_several_versions_is_refused_and_of_none_orders_them() -> None
         assert await page_before(store, message, str(whole[3].ts - 1), 9) == ([0, 1, 2], "")
         assert await page_before(store, message, str(whole[0].ts - 1), 9) == ([], "")
 
-    with_store(run, now_ns=clock)
 
-
-def test_a_time_is_a_cursor_too_and_a_limit_of_0_shows_nothing() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_time_is_a_cursor_too_and_a_limit_of_0_shows_nothing() -> None:
+    async with opened() as store:
         message = await post(store, 0)
         for number in range(1, 5):
             await edit(store, message, number)
@@ -316,17 +288,13 @@ def test_a_time_is_a_cursor_too_and_a_limit_of_0_shows_nothing() -> None:
         assert await page(0, None) == ([], "")
         assert await page(2**62, None) == ([0, 1, 2, 3, 4], "")
 
-    with_store(run)
 
-
-def test_versions_that_are_written_during_a_list_are_not_in_it() -> None:
-    async def run(store: Conversations) -> None:
+async def test_versions_that_are_written_during_a_list_are_not_in_it() -> None:
+    async with opened() as store:
         message = await post(store, 0)
         found = await store.reading.versions(message)
         await edit(store, message, 1)
         assert [version.value async for piece in found.chunks for version in piece] == [0]
-
-    with_store(run)
 
 
 # --- what was moved or altered ----------------------------------------------------------------------------------------
@@ -366,11 +334,10 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
 
 
 @pytest.mark.parametrize("name", sorted(DAMAGES))
-def test_a_version_whose_content_was_moved_or_altered_is_noticed(name: str) -> None:
+async def test_a_version_whose_content_was_moved_or_altered_is_noticed(name: str) -> None:
     code, damage = DAMAGES[name]
     engine, provider = MemoryEngine(), SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine, provider) as store:
         message = await post(store, "mine")
         await store.messages.set_reaction(message, "bob", "1")
         other = await post(store, "other")
@@ -383,13 +350,10 @@ def test_a_version_whose_content_was_moved_or_altered_is_noticed(name: str) -> N
         assert (await store.reading.message(other)).value == "other"
         assert await findings(engine, provider) != []
 
-    with_store(run, engine, provider)
 
-
-def test_an_index_entry_that_names_no_stamp_is_reported_as_damage() -> None:
+async def test_an_index_entry_that_names_no_stamp_is_reported_as_damage() -> None:
     engine = MemoryEngine()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine) as store:
         message = await post(store)
         first = keyspace.parse_message_id(message)
         assert first is not None
@@ -397,8 +361,6 @@ def test_an_index_entry_that_names_no_stamp_is_reported_as_damage() -> None:
         for read in (messages_of(store, "t"), store.reading.latest_version(message), store.reading.message(message)):
             with pytest.raises(RecordUnreadableError):
                 await read
-
-    with_store(run, engine)
 
 
 def test_a_later_version_of_one_form_does_not_open_as_the_other() -> None:
@@ -421,11 +383,10 @@ def test_a_later_version_of_one_form_does_not_open_as_the_other() -> None:
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
-def test_a_rotation_of_the_threads_key_moves_versions_of_every_form() -> None:
+async def test_a_rotation_of_the_threads_key_moves_versions_of_every_form() -> None:
     place = Place()
     seen: list[list[Message]] = []
-
-    async def run(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         message = await post(store, "content")
         await store.messages.set_reaction(message, "bob", "1")
         await edit(store, message, "edited")
@@ -442,8 +403,6 @@ def test_a_rotation_of_the_threads_key_moves_versions_of_every_form() -> None:
         assert await versions_of(store, message) + await versions_of(store, other) == seen[0]
         await store.messages.set_reaction(message, "bob", "3")
         assert (await store.reading.message(message)).value == "edited"
-
-    place.run(run)
 
 
 def fail_with_unreadable_key(provider: SealingProvider, key_id: str) -> None:
@@ -467,11 +426,10 @@ BREAKS: dict[str, Callable[[SealingProvider, str], None]] = {
 
 
 @pytest.mark.parametrize("code", sorted(BREAKS))
-def test_every_list_shows_the_code_of_what_does_not_open_and_goes_on(code: str) -> None:
+async def test_every_list_shows_the_code_of_what_does_not_open_and_goes_on(code: str) -> None:
     """Half of the records are under a key that is gone: as after a rotation that failed."""
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         kept = await post(store, "kept")
         lost = await post(store, "lost")
         old = provider.keys_of("t")[0]
@@ -498,11 +456,9 @@ def test_every_list_shows_the_code_of_what_does_not_open_and_goes_on(code: str) 
         assert [one.message.error for one in page] == [code, ""]
         assert page[0].key_id == old
 
-    with_store(run, provider=provider)
 
-
-def test_a_page_of_the_viewer_is_bounded_and_says_that_there_is_more() -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_page_of_the_viewer_is_bounded_and_says_that_there_is_more() -> None:
+    async with opened() as store:
         message = await post(store, MEGABYTE)
         for number in range(20):
             await store.messages.set_reaction(message, "bob", str(number))
@@ -518,8 +474,6 @@ def test_a_page_of_the_viewer_is_bounded_and_says_that_there_is_more() -> None:
         after, more = await store.reading.page("t", before="", after=message, limit=50, versions_max=9)
         assert (len(after), more) == (9, True)
         assert after[0].message.id == before[1].message.id
-
-    with_store(run)
 
 
 @pytest.mark.parametrize("text", ["0", "9" * 19, "9" * 20 + "-000001", "1-999999"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -41,15 +41,20 @@ class Place:
     settings: Rotation = UNBOUNDED
     exclusive: bool = True
 
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[tuple[Conversations, Jobs]]:
+        async with opened(self.engine, self.provider, self.clock) as store:
+            jobs = Jobs(store, self.provider, self.settings, exclusive=self.exclusive, now_ns=self.clock)
+            await jobs.start()
+            try:
+                yield store, jobs
+            finally:
+                await jobs.close()
+
     def run(self, body: Callable[[Conversations, Jobs], Awaitable[None]]) -> None:
         async def whole() -> None:
-            async with opened(self.engine, self.provider, self.clock) as store:
-                jobs = Jobs(store, self.provider, self.settings, exclusive=self.exclusive, now_ns=self.clock)
-                await jobs.start()
-                try:
-                    await body(store, jobs)
-                finally:
-                    await jobs.close()
+            async with self.opened() as (store, jobs):
+                await body(store, jobs)
 
         asyncio.run(whole())
 

@@ -7,7 +7,6 @@ import asyncio
 import msgspec
 import pytest
 
-from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Pace
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job, JobConflictError, JobFailedError, changed, move
@@ -48,8 +47,8 @@ def with_counting(jobs: Jobs, hold: int = COUNT) -> Counting:
     return kind
 
 
-def test_a_new_kind_is_queued_fails_and_resumes_where_it_was() -> None:
-    async def body(store: Conversations, jobs: Jobs) -> None:
+async def test_a_new_kind_is_queued_fails_and_resumes_where_it_was() -> None:
+    async with Place().opened() as (_, jobs):
         kind = with_counting(jobs, hold=5)
         job = await jobs.add(kind, "t", trigger="admin")
         failed = await jobs.wait(job.id)
@@ -58,11 +57,9 @@ def test_a_new_kind_is_queued_fails_and_resumes_where_it_was() -> None:
         await jobs.resume(job.id)
         assert (await jobs.wait(job.id)).done == COUNT
 
-    Place().run(body)
 
-
-def test_a_job_of_any_kind_has_its_thread_alone() -> None:
-    async def body(store: Conversations, jobs: Jobs) -> None:
+async def test_a_job_of_any_kind_has_its_thread_alone() -> None:
+    async with Place().opened() as (store, jobs):
         await write(store, 1)
         kind = with_counting(jobs)
         job = await jobs.add(kind, "t", rate=1)
@@ -71,41 +68,31 @@ def test_a_job_of_any_kind_has_its_thread_alone() -> None:
         assert (await jobs.cancel(job.id)).state == "cancelled"
         assert (await jobs.wait((await jobs.rotation.rotate("t")).id)).state == "done"
 
-    Place().run(body)
 
-
-def test_a_start_continues_a_job_of_a_known_kind_and_leaves_another_alone() -> None:
+async def test_a_start_continues_a_job_of_a_known_kind_and_leaves_another_alone() -> None:
     place = Place()
     ids: list[str] = []
-
-    async def first(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (_, jobs):
         job = await jobs.add(with_counting(jobs), "t", rate=1)
         ids.append(job.id)
         while not (await jobs.table.get(job.id)).done:
             await asyncio.sleep(0.001)
-
-    async def older_version(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (_, jobs):
         assert (await jobs.table.get(ids[0])).state == "running"
         assert jobs.has_job("t")
         await jobs.pause(ids[0])
         with pytest.raises(JobConflictError, match="no jobs of kind counting"):
             await jobs.resume(ids[0])
-
-    async def newer_version(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (_, jobs):
         with_counting(jobs)
         await jobs.resume(ids[0])
         done = (await jobs.table.get(ids[0])).done
         assert 0 < done < COUNT, "it goes on where it was"
 
-    place.run(first)
-    place.run(older_version)
-    place.run(newer_version)
 
-
-def test_each_kind_begins_what_is_due_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_each_kind_begins_what_is_due_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     begin_at_once(monkeypatch)
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with Place().opened() as (store, jobs):
         kind = with_counting(jobs)
         await jobs.close()
         again = Jobs(store, Place().provider, Place().settings, exclusive=True)
@@ -115,8 +102,6 @@ def test_each_kind_begins_what_is_due_again_and_again(monkeypatch: pytest.Monkey
             while kind.begun < 3:
                 await asyncio.sleep(0.001)
         await again.close()
-
-    Place().run(body)
 
 
 def test_the_row_of_a_rotation_is_as_it_was_before_there_were_kinds() -> None:

@@ -12,7 +12,6 @@ from structlog.testing import capture_logs
 from minikms import api
 from minikms.api.errors import refusal
 from progressdb_server.config import Rotation
-from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job
@@ -41,11 +40,10 @@ async def rotated(jobs: Jobs, thread: str = "t", destroy_after_s: int = 0) -> Jo
     return job
 
 
-def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """No row of another job is read for it."""
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         messages = await write(store, 10)
         job = await rotated(jobs, destroy_after_s=86_400)
         monkeypatch.setattr(store.rekeying, "job_rows", None)
@@ -60,15 +58,12 @@ def test_an_old_key_is_destroyed_with_its_backups_when_due_not_before(monkeypatc
         assert backups_of(store, job) == {}
         assert await messages_of(store, "t") == messages
 
-    place.run(body)
-
 
 @pytest.mark.parametrize("raw", [b"{", b'{"id":"\xff"}', b'{"":' + b"[" * 100_000], ids=["cut", "no UTF-8", "nested"])
-def test_no_old_key_is_destroyed_while_a_row_is_damaged(raw: bytes) -> None:
+async def test_no_old_key_is_destroyed_while_a_row_is_damaged(raw: bytes) -> None:
     """It may be one of the thread, with backups under the key."""
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await write(store, 1)
         job = await rotated(jobs, destroy_after_s=1)
         damaged = store.rekeying.new_job_id(place.clock.now)
@@ -82,34 +77,28 @@ def test_no_old_key_is_destroyed_while_a_row_is_damaged(raw: bytes) -> None:
         await jobs.destruction.begin()
         assert place.keys.destroyed == {job.old_key}
 
-    place.run(body)
 
-
-def test_after_a_cancelled_rotation_the_next_one_ends_both_older_keys() -> None:
+async def test_after_a_cancelled_rotation_the_next_one_ends_both_older_keys() -> None:
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
-        messages = await write(store, 30)
-        gate = Gate(place.keys, 3)
-        first = await jobs.rotation.rotate("t")
-        await gate.reached.wait()
-        await jobs.cancel(first.id)
-        gate.open()
-        second = await rotated(jobs, destroy_after_s=60)
-        place.clock.now += DAY_NS
-        await jobs.destruction.begin()
-        assert place.keys.destroyed == {first.old_key, second.old_key}
-        assert backups_of(store, first) == backups_of(store, second) == {}
-        assert await messages_of(store, "t") == messages
-
     with chunks_of(2):
-        place.run(body)
+        async with place.opened() as (store, jobs):
+            messages = await write(store, 30)
+            gate = Gate(place.keys, 3)
+            first = await jobs.rotation.rotate("t")
+            await gate.reached.wait()
+            await jobs.cancel(first.id)
+            gate.open()
+            second = await rotated(jobs, destroy_after_s=60)
+            place.clock.now += DAY_NS
+            await jobs.destruction.begin()
+            assert place.keys.destroyed == {first.old_key, second.old_key}
+            assert backups_of(store, first) == backups_of(store, second) == {}
+            assert await messages_of(store, "t") == messages
 
 
-def test_a_restored_backup_keeps_the_old_key_for_good() -> None:
+async def test_a_restored_backup_keeps_the_old_key_for_good() -> None:
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         messages = await write(store, 5)
         job = await rotated(jobs, destroy_after_s=60)
         await jobs.rotation.restore(job.id)
@@ -118,14 +107,11 @@ def test_a_restored_backup_keeps_the_old_key_for_good() -> None:
         assert place.keys.destroyed == set()
         assert await messages_of(store, "t") == messages
 
-    place.run(body)
 
-
-def test_a_record_under_the_old_key_keeps_it_and_the_job_says_so() -> None:
+async def test_a_record_under_the_old_key_keeps_it_and_the_job_says_so() -> None:
     """Put back by a hand that no job knows of: the second census finds it."""
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         messages = await write(store, 5)
         job = await rotated(jobs, destroy_after_s=60)
         (key, raw), *_ = backups_of(store, job).items()
@@ -137,14 +123,11 @@ def test_a_record_under_the_old_key_keeps_it_and_the_job_says_so() -> None:
         assert len(backups_of(store, job)) == 6, "nor were the backups touched"
         assert await messages_of(store, "t") == messages
 
-    place.run(body)
 
-
-def test_a_store_backup_older_than_the_census_keeps_the_old_key() -> None:
+async def test_a_store_backup_older_than_the_census_keeps_the_old_key() -> None:
     """Once the backup is gone, the key is destroyed."""
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await write(store, 5)
         known = await register(store, "/backups/one", place.clock())
         job = await rotated(jobs, destroy_after_s=60)
@@ -158,14 +141,11 @@ def test_a_store_backup_older_than_the_census_keeps_the_old_key() -> None:
         await jobs.destruction.begin()
         assert place.keys.destroyed == {job.old_key}
 
-    place.run(body)
 
-
-def test_a_backup_that_is_not_found_still_counts(tmp_path: Path) -> None:
+async def test_a_backup_that_is_not_found_still_counts(tmp_path: Path) -> None:
     """The job says how to forget it."""
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await write(store, 5)
         (tmp_path / "monday").mkdir()
         await register(store, str(tmp_path / "monday"), place.clock())
@@ -182,13 +162,10 @@ def test_a_backup_that_is_not_found_still_counts(tmp_path: Path) -> None:
         await jobs.destruction.begin()
         assert place.keys.destroyed == {job.old_key}
 
-    place.run(body)
 
-
-def test_a_clock_set_back_makes_no_backup_look_newer_than_the_census() -> None:
+async def test_a_clock_set_back_makes_no_backup_look_newer_than_the_census() -> None:
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await write(store, 5)
         await register(store, "/backups/one", place.clock.now + 9 * DAY_NS)
         job = await rotated(jobs, destroy_after_s=60)
@@ -198,17 +175,14 @@ def test_a_clock_set_back_makes_no_backup_look_newer_than_the_census() -> None:
         assert place.keys.destroyed == set()
         assert "/backups/one is older" in (await jobs.table.get(job.id)).destroy_waits_for
 
-    place.run(body)
 
-
-def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
+async def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As where the role `destroy` is kept from the server: keys that are worn are rotated all the same."""
     place = Place(settings=Rotation(max_age="3650d", records_per_second=0))
     begin_at_once(monkeypatch)
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         for thread in ("a", "b", "worn"):
             await write(store, 2, thread)
         kept, gone = await rotated(jobs, "a", destroy_after_s=60), await rotated(jobs, "b", destroy_after_s=60)
@@ -229,14 +203,11 @@ def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
         assert place.keys.destroyed == {gone.old_key}
         assert (await jobs.table.get(kept.id)).destroy_waits_for == "the key service refused (forbidden)"
 
-    place.run(body)
 
-
-def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(settings=Rotation(max_age="3650d", records_per_second=0))
     begin_at_once(monkeypatch)
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await write(store, 1)
         worn = mapped(store)
         place.keys.created_at = {worn: "2000-01-01T00:00:00Z"}
@@ -252,13 +223,10 @@ def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: pytest.
         assert [line["error"] for line in logs if line["event"] == "jobs_tick_broken"][:1] == ["KeyError"]
         assert "private" not in str(logs)
 
-    place.run(body)
 
-
-def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:
+async def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         for thread in ("a", "b"):
             await write(store, 3, thread)
         first, second = await rotated(jobs, "a", destroy_after_s=60), await rotated(jobs, "b", destroy_after_s=60)
@@ -275,13 +243,10 @@ def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:
         assert place.keys.destroyed == {first.old_key}
         assert (await jobs.table.get(second.id)).destroy_at_ns == 0
 
-    place.run(body)
 
-
-def test_a_key_of_another_purpose_is_never_destroyed() -> None:
+async def test_a_key_of_another_purpose_is_never_destroyed() -> None:
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await write(store, 5)
         job = await rotated(jobs, destroy_after_s=60)
         place.keys.retired.discard(job.old_key)  # somebody has use for it
@@ -290,13 +255,10 @@ def test_a_key_of_another_purpose_is_never_destroyed() -> None:
         assert place.keys.destroyed == set()
         assert "is active" in (await jobs.table.get(job.id)).destroy_waits_for
 
-    place.run(body)
 
-
-def test_backups_go_when_told_to_and_only_those_of_that_job() -> None:
+async def test_backups_go_when_told_to_and_only_those_of_that_job() -> None:
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         messages = await write(store, 5)
         first, second = await rotated(jobs), await rotated(jobs)
         assert await jobs.rotation.drop_backups(first.id) == 6
@@ -305,29 +267,24 @@ def test_backups_go_when_told_to_and_only_those_of_that_job() -> None:
         assert len(backups_of(store, second)) == 6
         assert await messages_of(store, "t") == messages
 
-    place.run(body)
 
-
-def test_a_resumption_that_the_disk_stored_and_reported_failed_is_done() -> None:
+async def test_a_resumption_that_the_disk_stored_and_reported_failed_is_done() -> None:
     """Or the job would hold its thread without working, until the next start."""
     place = Place()
     engine = place.engine
     assert isinstance(engine, MemoryEngine)
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
-        await write(store, 10)
-        place.keys.delay_s = 0.01
-        job = await jobs.rotation.rotate("t")
-        await jobs.pause(job.id)
-        engine.fail_sync = engine.survives = True
-        with pytest.raises(StoreUnavailableError):
-            await jobs.resume(job.id)
-        async with asyncio.timeout(60):
-            while (await jobs.table.get(job.id)).state != "done":
-                await asyncio.sleep(0.01)
-
     with chunks_of(2):
-        place.run(body)
+        async with place.opened() as (store, jobs):
+            await write(store, 10)
+            place.keys.delay_s = 0.01
+            job = await jobs.rotation.rotate("t")
+            await jobs.pause(job.id)
+            engine.fail_sync = engine.survives = True
+            with pytest.raises(StoreUnavailableError):
+                await jobs.resume(job.id)
+            async with asyncio.timeout(60):
+                while (await jobs.table.get(job.id)).state != "done":
+                    await asyncio.sleep(0.01)
 
 
 # --- by itself ----------------------------------------------------------------------------------------------------
@@ -336,13 +293,12 @@ async def settled(jobs: Jobs) -> list[Job]:
     return [await jobs.wait(job.id) for job in found]
 
 
-def test_keys_that_are_too_old_or_too_much_used_are_rotated_and_no_others() -> None:
+async def test_keys_that_are_too_old_or_too_much_used_are_rotated_and_no_others() -> None:
     place = Place(
         settings=Rotation(max_age="90d", max_uses=4, destroy_old_after="30d", records_per_second=0),
         clock=TickingClock(now=1_790_000_000_000_000_000),
     )
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         keys = {}
         for thread, records in (("old", 1), ("used", 4), ("fresh", 3)):
             await write(store, records, thread)
@@ -361,13 +317,10 @@ def test_keys_that_are_too_old_or_too_much_used_are_rotated_and_no_others() -> N
         await jobs.rotation.begin()
         assert len(await settled(jobs)) == 2, "a rotated key is not due, though the old records are under it"
 
-    place.run(body)
 
-
-def test_only_a_threads_current_key_counts() -> None:
+async def test_only_a_threads_current_key_counts() -> None:
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await write(store, 1)
         stray = (await place.keys.create_dek_for_thread("t")).key_id
         place.keys.created_at = {stray: "2020-01-01T00:00:00Z"}
@@ -375,14 +328,11 @@ def test_only_a_threads_current_key_counts() -> None:
             thread async for thread, _ in jobs.rotation.due_threads(Due(age_s=2 * 365 * 86_400), place.clock())
         ] == []
 
-    place.run(body)
 
-
-def test_rows_of_long_ago_are_removed_and_those_with_backups_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_of_long_ago_are_removed_and_those_with_backups_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     begin_at_once(monkeypatch)
     place = Place()
-
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await write(store, 2)
         first, second = await rotated(jobs), await rotated(jobs)
         await jobs.rotation.drop_backups(first.id)
@@ -391,5 +341,3 @@ def test_rows_of_long_ago_are_removed_and_those_with_backups_stay(monkeypatch: p
             while [job.id async for page in jobs.table.pages() for job in page] != [second.id]:
                 await asyncio.sleep(0.01)
         assert disk(store).get(keyspace.key_map("t")) == second.new_key.encode()
-
-    place.run(body)

@@ -6,7 +6,8 @@ import asyncio
 import http.client
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +36,26 @@ AT_ONCE = (
 """The command, with an age after which keys of earlier runs are judged that a test can wait for."""
 
 
-def with_orphans(
-    body: Callable[[Conversations, SealingProvider, OrphanedKeys], Awaitable[None]],
-    *,
-    busy: str = "",
-    now_s: float = LATER_S,
-    exclusive: bool = True,
-) -> None:
-    async def main() -> None:
-        provider = SealingProvider()
-        async with opened(MemoryEngine(), provider) as store:
-            orphans = OrphanedKeys(
-                store, provider, lambda thread: thread == busy, exclusive=exclusive, now_s=lambda: now_s
-            )
-            await body(store, provider, orphans)
-
-    asyncio.run(main())
+@asynccontextmanager
+async def orphaned(
+    *, busy: str = "", now_s: float = LATER_S, exclusive: bool = True
+) -> AsyncIterator[tuple[Conversations, SealingProvider, OrphanedKeys]]:
+    provider = SealingProvider()
+    async with opened(MemoryEngine(), provider) as store:
+        yield (
+            store,
+            provider,
+            OrphanedKeys(store, provider, lambda thread: thread == busy, exclusive=exclusive, now_s=lambda: now_s),
+        )
 
 
 async def orphan(provider: SealingProvider, thread: str) -> str:
     return (await provider.create_dek_for_thread(thread)).key_id
 
 
-def test_only_keys_that_no_thread_names_are_retired() -> None:
+async def test_only_keys_that_no_thread_names_are_retired() -> None:
     """Of unknown threads, and second keys of known ones. The threads go on."""
-
-    async def body(store: Conversations, provider: SealingProvider, orphans: OrphanedKeys) -> None:
+    async with orphaned() as (store, provider, orphans):
         for number in range(5):
             await store.messages.create(NewMessage(author="ada", thread=f"t{number}", body=1))
         expected = {await orphan(provider, thread) for thread in ("unknown", "t1", "t1", "t3")}
@@ -71,16 +66,12 @@ def test_only_keys_that_no_thread_names_are_retired() -> None:
         for number in range(5):
             await store.messages.create(NewMessage(author="ada", thread=f"t{number}", body=2))
 
-    with_orphans(body)
 
-
-def test_a_shared_key_service_is_left_alone_and_the_answer_says_why() -> None:
-    async def body(store: Conversations, provider: SealingProvider, orphans: OrphanedKeys) -> None:
+async def test_a_shared_key_service_is_left_alone_and_the_answer_says_why() -> None:
+    async with orphaned(exclusive=False) as (_, provider, orphans):
         await orphan(provider, "another-servers")
         assert await orphans.retire() == (0, 1, SHARED)
         assert provider.retired == set()
-
-    with_orphans(body, exclusive=False)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +88,11 @@ def test_a_key_service_that_is_configured_counts_as_shared(kms: Kms, exclusive: 
     assert Config(storage=Storage(db_path="db"), kms=kms).kms_is_exclusive is exclusive
 
 
-def test_a_young_key_and_one_of_a_thread_with_a_job_stay() -> None:
-    async def body(store: Conversations, provider: SealingProvider, orphans: OrphanedKeys) -> None:
-        await orphan(provider, "rotating")
-        assert await orphans.retire() == (0, 0, "")
-
-    with_orphans(body, busy="rotating")
-    with_orphans(body, now_s=0.0)
+async def test_a_young_key_and_one_of_a_thread_with_a_job_stay() -> None:
+    for kept in (orphaned(busy="rotating"), orphaned(now_s=0.0)):
+        async with kept as (_, provider, orphans):
+            await orphan(provider, "rotating")
+            assert await orphans.retire() == (0, 0, "")
 
 
 async def test_the_key_of_a_create_in_flight_stays() -> None:

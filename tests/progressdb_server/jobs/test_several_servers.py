@@ -64,14 +64,12 @@ async def started(stores: list[Conversations], provider: SealingProvider) -> Asy
             task.cancel()
 
 
-def with_two(url: str, body: Body) -> None:
-    async def run() -> None:
-        provider = SealingProvider()
-        async with servers(url, provider, 0, 0) as stores, started(stores, provider) as jobs:
-            with chunks_of(4):
-                await body(stores, jobs, provider)
-
-    asyncio.run(run())
+@asynccontextmanager
+async def two_servers(url: str) -> AsyncIterator[tuple[list[Conversations], list[Jobs], SealingProvider]]:
+    provider = SealingProvider()
+    async with servers(url, provider, 0, 0) as stores, started(stores, provider) as jobs:
+        with chunks_of(4):
+            yield stores, jobs, provider
 
 
 async def ended(store: Conversations, provider: SealingProvider, old: str) -> None:
@@ -98,8 +96,8 @@ async def _ends(jobs: Jobs, job_id: str) -> Job:
         return job
 
 
-def test_a_rotation_asked_of_two_servers_is_one_job(database: str) -> None:
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+async def test_a_rotation_asked_of_two_servers_is_one_job(database: str) -> None:
+    async with two_servers(database) as (stores, jobs, provider):
         sent = await write(stores[0], 20)
         old = await stores[0].rekeying.key_of_thread("t") or ""
         gate = Gate(provider, 0)
@@ -116,13 +114,10 @@ def test_a_rotation_asked_of_two_servers_is_one_job(database: str) -> None:
         assert again.id != begun[0].id
         assert (await jobs[1].wait(again.id)).state == "done"
 
-    with_two(database, body)
 
-
-def test_a_job_of_a_server_that_is_gone_is_continued_by_another(database: str) -> None:
+async def test_a_job_of_a_server_that_is_gone_is_continued_by_another(database: str) -> None:
     """Neither of them leaves an entry of its own."""
-
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+    async with two_servers(database) as (stores, jobs, provider):
         await write(stores[0], 20)
         old = await stores[0].rekeying.key_of_thread("t") or ""
         gate = Gate(provider, 2)
@@ -148,25 +143,19 @@ def test_a_job_of_a_server_that_is_gone_is_continued_by_another(database: str) -
             while await _leases(database):
                 await asyncio.sleep(0.02)
 
-    with_two(database, body)
-
 
 @pytest.mark.usefixtures("long_leases")
-def test_the_entry_that_a_killed_server_left_is_removed(database: str) -> None:
+async def test_the_entry_that_a_killed_server_left_is_removed(database: str) -> None:
     """Without a claim, which another server would take over; also a damaged one. That of a server that runs stays."""
-
-    async def run() -> None:
-        async with servers(database, SealingProvider(), 0, 0) as (one, two):
-            left = {"killed": b"1", "damaged": b"?", "later": b"9" * 5000}
-            await one.writer.commit(Write([(keyspace.server(name), value) for name, value in left.items()]))
-            assert await one.claims.claim("t", "job-1", "")
-            await two.start()
-            async with asyncio.timeout(20):
-                while await _leases(database) != 1:
-                    await asyncio.sleep(0.02)
-            assert not await two.claims.claim("t", "job-2", "job-1")
-
-    asyncio.run(run())
+    async with servers(database, SealingProvider(), 0, 0) as (one, two):
+        left = {"killed": b"1", "damaged": b"?", "later": b"9" * 5000}
+        await one.writer.commit(Write([(keyspace.server(name), value) for name, value in left.items()]))
+        assert await one.claims.claim("t", "job-1", "")
+        await two.start()
+        async with asyncio.timeout(20):
+            while await _leases(database) != 1:
+                await asyncio.sleep(0.02)
+        assert not await two.claims.claim("t", "job-2", "job-1")
 
 
 async def _leases(url: str) -> int:
@@ -179,8 +168,8 @@ async def _leases(url: str) -> int:
 
 
 @pytest.mark.usefixtures("long_leases")
-def test_a_server_that_has_lost_its_claim_changes_nothing(database: str) -> None:
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+async def test_a_server_that_has_lost_its_claim_changes_nothing(database: str) -> None:
+    async with two_servers(database) as (stores, jobs, provider):
         await write(stores[0], 20)
         gate = Gate(provider, 0)
         job = await jobs[0].rotation.rotate("t")
@@ -192,19 +181,15 @@ def test_a_server_that_has_lost_its_claim_changes_nothing(database: str) -> None
         assert await jobs[0].table.row(job.id) == row
         gate.open()
 
-    with_two(database, body)
 
-
-def test_a_lease_from_a_clock_that_was_set_back_since_holds_no_thread(database: str) -> None:
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+async def test_a_lease_from_a_clock_that_was_set_back_since_holds_no_thread(database: str) -> None:
+    async with two_servers(database) as (stores, _, _):
         await stores[0].writer.commit(_taken_over("u", "job-1"))
         assert await stores[1].claims.claim("u", "job-2", "job-1")
 
-    with_two(database, body)
 
-
-def test_a_job_paused_at_one_server_is_resumed_at_another(database: str) -> None:
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+async def test_a_job_paused_at_one_server_is_resumed_at_another(database: str) -> None:
+    async with two_servers(database) as (stores, jobs, provider):
         await write(stores[0], 20)
         gate = Gate(provider, 1)
         job = await jobs[0].rotation.rotate("t")
@@ -216,8 +201,6 @@ def test_a_job_paused_at_one_server_is_resumed_at_another(database: str) -> None
                 await asyncio.sleep(0.02)
         await jobs[1].resume(job.id)
         assert (await jobs[1].wait(job.id)).state == "done"
-
-    with_two(database, body)
 
 
 def looks_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -233,12 +216,11 @@ def looks_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return looks
 
 
-def test_an_old_key_waits_for_the_registered_backups_of_the_database(
+async def test_an_old_key_waits_for_the_registered_backups_of_the_database(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without any, nobody knows what the backups need. Whichever server is asked."""
-
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+    async with two_servers(database) as (stores, jobs, provider):
         await write(stores[0], 5)
         before = stores[0].clock.now_ns()
         job = await jobs[0].rotation.rotate("t", destroy_after_s=1)
@@ -271,15 +253,12 @@ def test_an_old_key_waits_for_the_registered_backups_of_the_database(
         assert looks and min(looks) > 0, "all rows are read"
         assert provider.destroyed == {job.old_key}
 
-    with_two(database, body)
-
 
 @pytest.mark.parametrize("thread", ["other", "t"])
-def test_a_forged_row_destroys_no_key_that_a_backup_needs(database: str, thread: str) -> None:
+async def test_a_forged_row_destroys_no_key_that_a_backup_needs(database: str, thread: str) -> None:
     """Whoever writes into the database makes the row of a job with an early census: of another thread than the key's,
     or of its own."""
-
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+    async with two_servers(database) as (stores, jobs, provider):
         (one, _), (runs, _) = stores, jobs
         await write(one, 5)
         await write(one, 1, "other")
@@ -302,13 +281,10 @@ def test_a_forged_row_destroys_no_key_that_a_backup_needs(database: str, thread:
         assert ("not listed among those of the thread" if thread == "other" else "monday is older") in waits
         assert len(await messages_of(one, "t")) == 5
 
-    with_two(database, body)
 
-
-def test_a_destruction_that_was_interrupted_goes_on(database: str) -> None:
+async def test_a_destruction_that_was_interrupted_goes_on(database: str) -> None:
     """One of its keys is destroyed already, and no longer listed."""
-
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+    async with two_servers(database) as (stores, jobs, provider):
         (one, _), (runs, _) = stores, jobs
         await write(one, 5)
         await runs.wait((await runs.rotation.rotate("t")).id)
@@ -332,57 +308,51 @@ def test_a_destruction_that_was_interrupted_goes_on(database: str) -> None:
         await until(lambda now: now.destroyed_ns > 0)
         assert provider.destroyed == {first, job.old_key}
 
-    with_two(database, body)
 
-
-def test_a_job_without_a_claim_is_continued(database: str) -> None:
+async def test_a_job_without_a_claim_is_continued(database: str) -> None:
     """As after `store copy`. A paused one still has its thread."""
-
-    async def run() -> None:
-        provider = SealingProvider()
-        async with servers(database, provider, 0, 0) as stores:
-            jobs = Jobs(stores[0], provider, UNBOUNDED, exclusive=False)
-            for thread in ("t", "u"):
-                await write(stores[0], 5, thread)
-            queued = Job(stores[0].rekeying.new_job_id(1), "t", 1, 1, kind="rotation", keying=True)
-            paused = Job(stores[0].rekeying.new_job_id(1), "u", 1, 1, kind="rotation", state="paused")
-            for job in (queued, paused):
-                await jobs.table.add(job)
-            async with started(stores, provider) as made:
-                assert (await _ends(made[1], queued.id)).state == "done"
-                async with asyncio.timeout(20):
-                    while await stores[0].reads.get(keyspace.claim("u")) != b"--" + paused.id.encode():
-                        await asyncio.sleep(0.02)
-                assert (await made[0].rotation.rotate("u")).id == paused.id
-
-    asyncio.run(run())
+    provider = SealingProvider()
+    async with servers(database, provider, 0, 0) as stores:
+        jobs = Jobs(stores[0], provider, UNBOUNDED, exclusive=False)
+        for thread in ("t", "u"):
+            await write(stores[0], 5, thread)
+        queued = Job(stores[0].rekeying.new_job_id(1), "t", 1, 1, kind="rotation", keying=True)
+        paused = Job(stores[0].rekeying.new_job_id(1), "u", 1, 1, kind="rotation", state="paused")
+        for job in (queued, paused):
+            await jobs.table.add(job)
+        async with started(stores, provider) as made:
+            assert (await _ends(made[1], queued.id)).state == "done"
+            async with asyncio.timeout(20):
+                while await stores[0].reads.get(keyspace.claim("u")) != b"--" + paused.id.encode():
+                    await asyncio.sleep(0.02)
+            assert (await made[0].rotation.rotate("u")).id == paused.id
 
 
-def test_rows_of_jobs_that_ended_long_ago_are_not_read_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_of_jobs_that_ended_long_ago_are_not_read_again(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An old one that was paused still is: another server may resume it, and die."""
-
-    async def run() -> None:
-        provider = SealingProvider()
-        async with servers(database, provider, 0) as stores:
-            jobs = Jobs(stores[0], provider, UNBOUNDED, exclusive=False)
-            await write(stores[0], 5)
-            paused = Job(stores[0].rekeying.new_job_id(1), "t", 1, 1, kind="rotation", state="paused", keying=True)
-            await jobs.table.add(paused)
-            looks = looks_of(monkeypatch)
-            async with started(stores, provider) as made:
-                async with asyncio.timeout(20):
-                    while len(looks) < 5:
-                        await asyncio.sleep(0.02)
-                assert looks[:2] == [0, 0], "of the start, and of the first look"
-                assert min(looks[2:]) > 1
-                await jobs.table.change(paused.id, lambda job: move(job, "resume"))
-                assert (await _ends(made[0], paused.id)).state == "done"
-
-    asyncio.run(run())
+    provider = SealingProvider()
+    async with servers(database, provider, 0) as stores:
+        jobs = Jobs(stores[0], provider, UNBOUNDED, exclusive=False)
+        await write(stores[0], 5)
+        paused = Job(stores[0].rekeying.new_job_id(1), "t", 1, 1, kind="rotation", state="paused", keying=True)
+        await jobs.table.add(paused)
+        looks = looks_of(monkeypatch)
+        async with started(stores, provider) as made:
+            async with asyncio.timeout(20):
+                while len(looks) < 5:
+                    await asyncio.sleep(0.02)
+            assert looks[:2] == [0, 0], "of the start, and of the first look"
+            assert min(looks[2:]) > 1
+            await jobs.table.change(paused.id, lambda job: move(job, "resume"))
+            assert (await _ends(made[0], paused.id)).state == "done"
 
 
-def test_a_job_whose_beginning_was_not_confirmed_is_continued(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+async def test_a_job_whose_beginning_was_not_confirmed_is_continued(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two_servers(database) as (stores, jobs, _):
         await write(stores[0], 5)
         real, added = jobs[0].table.add, []
 
@@ -397,11 +367,9 @@ def test_a_job_whose_beginning_was_not_confirmed_is_continued(database: str, mon
         assert (await _ends(jobs[1], added[0])).state == "done"
         assert [job.id async for page in jobs[1].table.pages() for job in page] == added
 
-    with_two(database, body)
 
-
-def test_each_server_sees_the_end_of_a_job_of_another(database: str) -> None:
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+async def test_each_server_sees_the_end_of_a_job_of_another(database: str) -> None:
+    async with two_servers(database) as (stores, jobs, provider):
         await write(stores[0], 5)
         gate = Gate(provider, 0)
         job = await jobs[0].rotation.rotate("t")
@@ -411,14 +379,11 @@ def test_each_server_sees_the_end_of_a_job_of_another(database: str) -> None:
         gate.open()
         assert (await waiting).state == "done"
 
-    with_two(database, body)
-
 
 @pytest.mark.usefixtures("long_leases")
-def test_an_order_without_the_claim_is_answered(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_order_without_the_claim_is_answered(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A queued job whose thread another server has claimed meanwhile; the next order is one of any other server."""
-
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+    async with two_servers(database) as (stores, jobs, _):
         await write(stores[0], 5)
         monkeypatch.setattr(runner, "RUNNING_MAX", 0)
         job = await jobs[0].rotation.rotate("t", later=True)
@@ -429,12 +394,10 @@ def test_an_order_without_the_claim_is_answered(database: str, monkeypatch: pyte
             assert not jobs[0].has_job("t")
             assert (await jobs[0].cancel(job.id)).state == "cancelled"
 
-    with_two(database, body)
-
 
 @pytest.mark.usefixtures("long_leases")
-def test_other_work_that_loses_its_claim_is_refused(database: str) -> None:
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+async def test_other_work_that_loses_its_claim_is_refused(database: str) -> None:
+    async with two_servers(database) as (stores, jobs, _):
         await write(stores[0], 5)
         job = await jobs[0].rotation.rotate("t")
         await _ends(jobs[0], job.id)
@@ -449,8 +412,6 @@ def test_other_work_that_loses_its_claim_is_refused(database: str) -> None:
                     await change()
             await stores[1].writer.commit(Write(((keyspace.claim("t"), None),)))
         assert await jobs[0].table.row(job.id) == row
-
-    with_two(database, body)
 
 
 def _fails_once(jobs: Jobs, error: Exception, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
@@ -468,8 +429,8 @@ def _fails_once(jobs: Jobs, error: Exception, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("keying", [True, False])
-def test_a_failed_read_strands_no_job(database: str, keying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+async def test_a_failed_read_strands_no_job(database: str, keying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with two_servers(database) as (stores, jobs, _):
         await write(stores[0], 5)
         met = _fails_once(jobs[0], StoreUnavailableError("one read"), monkeypatch)
         job = await jobs[0].add(jobs[0].rotation, "t", keying=keying)
@@ -477,46 +438,40 @@ def test_a_failed_read_strands_no_job(database: str, keying: bool, monkeypatch: 
             await met.wait()
         assert (await _ends(jobs[1], job.id)).state == "done"
 
-    with_two(database, body)
+
+async def test_a_row_removed_while_it_is_adopted_stops_no_adoption(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = SealingProvider()
+    async with servers(database, provider, 0) as stores, started(stores, provider) as jobs:
+        await write(stores[0], 5)
+        met = _fails_once(jobs[0], JobNotFoundError(), monkeypatch)
+        job = Job(stores[0].rekeying.new_job_id(stores[0].clock.now_ns()), "t", 1, 1, kind="rotation", keying=True)
+        await jobs[0].table.add(job)
+        async with asyncio.timeout(20):
+            await met.wait()
+        assert (await _ends(jobs[0], job.id)).state == "done"
 
 
-def test_a_row_removed_while_it_is_adopted_stops_no_adoption(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        provider = SealingProvider()
-        async with servers(database, provider, 0) as stores, started(stores, provider) as jobs:
-            await write(stores[0], 5)
-            met = _fails_once(jobs[0], JobNotFoundError(), monkeypatch)
-            job = Job(stores[0].rekeying.new_job_id(stores[0].clock.now_ns()), "t", 1, 1, kind="rotation", keying=True)
-            await jobs[0].table.add(job)
-            async with asyncio.timeout(20):
-                await met.wait()
-            assert (await _ends(jobs[0], job.id)).state == "done"
-
-    asyncio.run(run())
-
-
-def test_a_damaged_row_or_claim_delays_no_other_job(database: str) -> None:
-    async def run() -> None:
-        provider = SealingProvider()
-        async with servers(database, provider, 0) as stores, started(stores, provider) as jobs:
-            for thread in ("t", "u"):
-                await write(stores[0], 5, thread)
-            now_ns = stores[0].clock.now_ns()
-            of_t, of_u, *broken = (stores[0].rekeying.new_job_id(now_ns - number) for number in range(4))
-            of_another = b'{"id":"another","thread":"t","created_ns":1,"updated_ns":1}'
-            damaged = dict(zip(broken, (b"{", of_another), strict=True))
-            left = [(keyspace.job(job_id), raw) for job_id, raw in damaged.items()]
-            await stores[0].writer.commit(Write([*left, (keyspace.claim("u"), b"?")]))
-            for job_id, thread in ((of_u, "u"), (of_t, "t")):
-                await jobs[0].table.add(Job(job_id, thread, 1, 1, kind="rotation", keying=True))
-            assert (await _ends(jobs[0], of_t)).state == "done"
-            assert (await jobs[0].table.get(of_u)).state == "queued"
-            for job_id, raw in damaged.items():
-                with pytest.raises(RecordUnreadableError, match=job_id):
-                    await jobs[0].table.get(job_id)
-                assert await stores[0].rekeying.job_row(job_id) == raw
-
-    asyncio.run(run())
+async def test_a_damaged_row_or_claim_delays_no_other_job(database: str) -> None:
+    provider = SealingProvider()
+    async with servers(database, provider, 0) as stores, started(stores, provider) as jobs:
+        for thread in ("t", "u"):
+            await write(stores[0], 5, thread)
+        now_ns = stores[0].clock.now_ns()
+        of_t, of_u, *broken = (stores[0].rekeying.new_job_id(now_ns - number) for number in range(4))
+        of_another = b'{"id":"another","thread":"t","created_ns":1,"updated_ns":1}'
+        damaged = dict(zip(broken, (b"{", of_another), strict=True))
+        left = [(keyspace.job(job_id), raw) for job_id, raw in damaged.items()]
+        await stores[0].writer.commit(Write([*left, (keyspace.claim("u"), b"?")]))
+        for job_id, thread in ((of_u, "u"), (of_t, "t")):
+            await jobs[0].table.add(Job(job_id, thread, 1, 1, kind="rotation", keying=True))
+        assert (await _ends(jobs[0], of_t)).state == "done"
+        assert (await jobs[0].table.get(of_u)).state == "queued"
+        for job_id, raw in damaged.items():
+            with pytest.raises(RecordUnreadableError, match=job_id):
+                await jobs[0].table.get(job_id)
+            assert await stores[0].rekeying.job_row(job_id) == raw
 
 
 async def _not_released(store: Conversations, thread: str) -> None:
@@ -530,11 +485,12 @@ async def _not_released(store: Conversations, thread: str) -> None:
         await store.claims.release(thread)
 
 
-def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_takes_its_own_claim_that_it_could_not_release(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("CLAIM_S", "RENEW_S"):  # else it ends its claims, which nothing needs any more
         monkeypatch.setattr(claims, name, 10_000)
-
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+    async with two_servers(database) as (stores, _, _):
         mine = stores[0].claims
         assert await mine.claim("u", "job-1", "")
         await _not_released(stores[0], "u")
@@ -542,11 +498,9 @@ def test_a_server_takes_its_own_claim_that_it_could_not_release(database: str, m
         assert not await stores[1].claims.claim("u", "job-2", "job-1")
         assert await mine.claim("u", "job-2", "job-1")
 
-    with_two(database, body)
 
-
-def test_a_job_that_another_server_ended_is_found_while_it_has_backups(database: str) -> None:
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+async def test_a_job_that_another_server_ended_is_found_while_it_has_backups(database: str) -> None:
+    async with two_servers(database) as (stores, jobs, _):
         now_ns = stores[0].clock.now_ns()
         begun = [Job(stores[0].rekeying.new_job_id(now_ns + number), "t", 1, 1, state="failed") for number in range(2)]
         for job in begun:
@@ -558,12 +512,10 @@ def test_a_job_that_another_server_ended_is_found_while_it_has_backups(database:
         for _ in range(2):
             assert await jobs[1].table.with_backups("t") == [begun[1].id]
 
-    with_two(database, body)
-
 
 @pytest.mark.usefixtures("long_leases")
-def test_a_failed_release_is_repeated_while_the_server_works_on(database: str) -> None:
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+async def test_a_failed_release_is_repeated_while_the_server_works_on(database: str) -> None:
+    async with two_servers(database) as (stores, _, _):
         mine, other = (store.claims for store in stores)
         for thread in ("u", "v"):
             assert await mine.claim(thread, "job-1", "")
@@ -573,10 +525,10 @@ def test_a_failed_release_is_repeated_while_the_server_works_on(database: str) -
                 await asyncio.sleep(0.02)
         assert not await other.claim("v", "job-2", "job-1")
 
-    with_two(database, body)
 
-
-def test_a_server_that_stops_while_it_renews_its_lease_has_none(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_stops_while_it_renews_its_lease_has_none(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, asked, go_on = PostgresEngine.now_ns, asyncio.Event(), asyncio.Event()
 
     async def now_ns(engine: PostgresEngine) -> int:
@@ -584,24 +536,20 @@ def test_a_server_that_stops_while_it_renews_its_lease_has_none(database: str, m
         await go_on.wait()
         return await real(engine)
 
-    async def run() -> None:
-        async with servers(database, SealingProvider(), 0) as (store,):
-            assert await store.claims.claim("t", "job-1", "")
-            monkeypatch.setattr(PostgresEngine, "now_ns", now_ns)
-            renewing = asyncio.ensure_future(store.claims.renew())
-            await asked.wait()
-            await store.claims.stop()
-            go_on.set()
-            await renewing
-            assert not await _leases(database)
-
-    asyncio.run(run())
+    async with servers(database, SealingProvider(), 0) as (store,):
+        assert await store.claims.claim("t", "job-1", "")
+        monkeypatch.setattr(PostgresEngine, "now_ns", now_ns)
+        renewing = asyncio.ensure_future(store.claims.renew())
+        await asked.wait()
+        await store.claims.stop()
+        go_on.set()
+        await renewing
+        assert not await _leases(database)
 
 
-def test_a_server_that_stops_ends_all_its_claims_at_once(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_stops_ends_all_its_claims_at_once(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "CLAIM_S", 10_000)
-
-    async def body(stores: list[Conversations], jobs: list[Jobs], provider: SealingProvider) -> None:
+    async with two_servers(database) as (stores, jobs, provider):
         await write(stores[0], 5)
         gate = Gate(provider, 0)
         job = await jobs[0].rotation.rotate("t")
@@ -613,5 +561,3 @@ def test_a_server_that_stops_ends_all_its_claims_at_once(database: str, monkeypa
             assert await stores[1].reads.get(keyspace.claim("t")) == before
         gate.open()
         assert (await _ends(jobs[1], job.id)).state == "done"
-
-    with_two(database, body)

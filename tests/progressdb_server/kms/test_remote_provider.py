@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -38,21 +39,18 @@ def daemon(place: Place) -> Iterator[Daemon]:
         process.wait()
 
 
-def run(place: Place, test: Test) -> None:
-    async def main() -> None:
-        provider = RemoteProvider(place.socket)
-        try:
-            await test(provider)
-        finally:
-            await provider.close()
-
-    asyncio.run(main())
+@asynccontextmanager
+async def remote(place: Place) -> AsyncIterator[RemoteProvider]:
+    provider = RemoteProvider(place.socket)
+    try:
+        yield provider
+    finally:
+        await provider.close()
 
 
-def test_a_record_comes_back_only_under_its_key_its_place_and_its_thread(place: Place, daemon: Daemon) -> None:
+async def test_a_record_comes_back_only_under_its_key_its_place_and_its_thread(place: Place, daemon: Daemon) -> None:
     daemon()
-
-    async def test(provider: RemoteProvider) -> None:
+    async with remote(place) as provider:
         key = await provider.create_dek_for_thread("t-1")
         other = await provider.create_dek_for_thread("t-2")
         sealed = await provider.encrypt(key.key_id, b"text", aad=b"place", thread_id="t-1", request_id="r")
@@ -67,13 +65,10 @@ def test_a_record_comes_back_only_under_its_key_its_place_and_its_thread(place: 
                 await provider.decrypt(key_id, sealed, aad=aad, thread_id=thread)
             assert refused.value.code == code
 
-    run(place, test)
 
-
-def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place: Place, daemon: Daemon) -> None:
+async def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place: Place, daemon: Daemon) -> None:
     daemon()
-
-    async def test(provider: RemoteProvider) -> None:
+    async with remote(place) as provider:
         key = await provider.create_dek_for_thread("t")
         count = api.BATCH_ITEMS_MAX + 10
         sealed = await provider.encrypt_batch(
@@ -108,13 +103,10 @@ def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place: Pla
         assert verdict.code == api.CODE_DECRYPTION_FAILED
         assert verdicts == [None] * (count - 1)
 
-    run(place, test)
 
-
-def test_a_replaced_key_only_decrypts_and_its_records_can_be_moved(place: Place, daemon: Daemon) -> None:
+async def test_a_replaced_key_only_decrypts_and_its_records_can_be_moved(place: Place, daemon: Daemon) -> None:
     daemon()
-
-    async def test(provider: RemoteProvider) -> None:
+    async with remote(place) as provider:
         old = await provider.create_dek_for_thread("t")
         sealed = await provider.encrypt(old.key_id, b"text", aad=b"a", thread_id="t")
         new = await provider.create_dek_for_thread("t", replaces=old.key_id)
@@ -137,11 +129,9 @@ def test_a_replaced_key_only_decrypts_and_its_records_can_be_moved(place: Place,
         await provider.retire_key(new.key_id)
         await provider.retire_key(new.key_id)
 
-    run(place, test)
 
-
-def test_requests_that_arrive_while_the_daemon_is_down_wait_for_it(place: Place, daemon: Daemon) -> None:
-    async def test(provider: RemoteProvider) -> None:
+async def test_requests_that_arrive_while_the_daemon_is_down_wait_for_it(place: Place, daemon: Daemon) -> None:
+    async with remote(place) as provider:
         waiting = asyncio.create_task(provider.create_dek_for_thread("t"))
         await asyncio.sleep(0.2)
         assert not waiting.done()
@@ -155,15 +145,12 @@ def test_requests_that_arrive_while_the_daemon_is_down_wait_for_it(place: Place,
         daemon()
         assert await opened == b"text"
 
-    run(place, test)
 
-
-def test_every_call_to_a_daemon_that_stays_away_fails_after_the_wait(
+async def test_every_call_to_a_daemon_that_stays_away_fails_after_the_wait(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(provider_module, "WAIT_S", 0.2)
-
-    async def test(provider: RemoteProvider) -> None:
+    async with remote(place) as provider:
         calls = [
             provider.create_dek_for_thread("t"),
             provider.encrypt("k", b"x", aad=b"", thread_id="t"),
@@ -179,15 +166,12 @@ def test_every_call_to_a_daemon_that_stays_away_fails_after_the_wait(
             assert isinstance(result, KmsUnavailableError)
             assert fault(result) is Fault.SERVICE
 
-    run(place, test)
 
-
-def test_a_daemon_that_hangs_is_unavailable_within_the_timeout(
+async def test_a_daemon_that_hangs_is_unavailable_within_the_timeout(
     place: Place, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = daemon()
-
-    async def test(provider: RemoteProvider) -> None:
+    async with remote(place) as provider:
         key = await provider.create_dek_for_thread("t")
         os.kill(process.pid, signal.SIGSTOP)
         monkeypatch.setattr(provider_module, "TIMEOUT_S", 0.5)
@@ -198,8 +182,6 @@ def test_a_daemon_that_hangs_is_unavailable_within_the_timeout(
         os.kill(process.pid, signal.SIGCONT)
         await impatient.close()
         assert await provider.encrypt(key.key_id, b"x", aad=b"", thread_id="t")
-
-    run(place, test)
 
 
 def test_a_refusal_is_the_requests_fault_only_where_a_retry_cannot_help() -> None:

@@ -29,7 +29,7 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.offline import LocalEntries
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import becomes, disk, keys_of, messages_of, with_store
+from tests.progressdb_server.store.opened_store import becomes, disk, keys_of, messages_of, opened, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_seal
 
 
@@ -55,20 +55,17 @@ async def switch_key(store: Conversations, provider: SealingProvider, thread: st
     return handle.key_id
 
 
-def test_a_burst_of_first_messages_makes_one_key() -> None:
+async def test_a_burst_of_first_messages_makes_one_key() -> None:
     provider = SealingProvider()
     provider.delay_s = 0.005
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await asyncio.gather(*[store.messages.create(new(n)) for n in range(30)])
         assert provider.calls["create"] == 1
         assert len(await messages_of(store, "t")) == 30
         assert await keys_of(store, "kms:map:") == ["kms:map:thread:t"]
 
-    with_store(run, provider=provider)
 
-
-def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> None:
+async def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> None:
     class Overtaken(SealingProvider):
         """Somebody else founds the thread while our key is being made."""
 
@@ -82,17 +79,13 @@ def test_the_loser_of_a_race_retires_its_key_and_writes_under_the_winners() -> N
 
     provider = Overtaken()
     rival: Conversations
-
-    async def run(store: Conversations) -> None:
-        nonlocal rival
+    async with opened(provider=provider) as store:
         rival = Conversations(disk(store), provider)
         await store.messages.create(new("loser"))
         await rival.writer.close()
         assert sorted(m.value for m in await messages_of(store, "t")) == ["loser", "winner"]
         assert provider.keys_of("t") == [(disk(store).get(b"kms:map:thread:t") or b"").decode()]
         assert len(provider.retired) == 1
-
-    with_store(run, provider=provider)
 
 
 class FullDisk(MemoryEngine):
@@ -107,11 +100,10 @@ class FullDisk(MemoryEngine):
 
 
 @pytest.mark.parametrize("thread", ["", "t"], ids=["new thread", "named thread"])
-def test_refused_creates_leave_no_key_that_nobody_uses(thread: str) -> None:
+async def test_refused_creates_leave_no_key_that_nobody_uses(thread: str) -> None:
     """The one exception: the write that finds the disk full may have been stored, so its key stays."""
     provider, engine = SealingProvider(), FullDisk()
-
-    async def run(store: Conversations) -> None:
+    async with opened(engine, provider) as store:
         engine.full = True
         for _ in range(30):
             with pytest.raises(StoreUnavailableError):
@@ -126,22 +118,17 @@ def test_refused_creates_leave_no_key_that_nobody_uses(thread: str) -> None:
         await store.messages.create(new("taken", thread))
         assert len(provider.keys) == 2
 
-    with_store(run, engine, provider)
 
-
-def test_a_create_that_the_queue_refuses_makes_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_create_that_the_queue_refuses_makes_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         monkeypatch.setattr(writing, "QUEUE_WRITES_MAX", 0)
         with pytest.raises(StoreUnavailableError, match="too many writes"):
             await store.messages.create(new("refused"))
         assert not provider.keys
 
-    with_store(run, provider=provider)
 
-
-def test_a_key_that_is_made_before_the_queue_refuses_is_retired(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_key_that_is_made_before_the_queue_refuses_is_retired(monkeypatch: pytest.MonkeyPatch) -> None:
     class FillsTheQueue(SealingProvider):
         async def create_dek_for_thread(
             self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
@@ -150,14 +137,11 @@ def test_a_key_that_is_made_before_the_queue_refuses_is_retired(monkeypatch: pyt
             return await super().create_dek_for_thread(thread_id)
 
     provider = FillsTheQueue()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         with pytest.raises(StoreUnavailableError, match="too many writes"):
             await store.messages.create(new("refused"))
         assert provider.keys_of("t", active=False)
         assert not provider.keys_of("t")
-
-    with_store(run, provider=provider)
 
 
 class SlowAnswers(SealingProvider):
@@ -172,8 +156,8 @@ class SlowAnswers(SealingProvider):
 
 
 @pytest.mark.parametrize("provider", [SealingProvider(), SlowAnswers()], ids=["refused", "sealed before"])
-def test_no_record_is_stored_under_a_key_switched_while_it_was_sealed(provider: SealingProvider) -> None:
-    async def run(store: Conversations) -> None:
+async def test_no_record_is_stored_under_a_key_switched_while_it_was_sealed(provider: SealingProvider) -> None:
+    async with opened(provider=provider) as store:
         await store.messages.create(new(0))
         provider.holds = {"encrypt"}
         writing = [asyncio.create_task(store.messages.create(new(n))) for n in range(1, 6)]
@@ -188,13 +172,10 @@ def test_no_record_is_stored_under_a_key_switched_while_it_was_sealed(provider: 
         assert used[1:] == [current] * 5
         assert sorted(m.value for m in await messages_of(store, "t")) == list(range(6))
 
-    with_store(run, provider=provider)
 
-
-def test_writes_wait_from_the_old_keys_retirement_to_the_switch() -> None:
+async def test_writes_wait_from_the_old_keys_retirement_to_the_switch() -> None:
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.messages.create(new(0))
         old = provider.keys_of("t")[0]
         with store.sealer.switching("t"):
@@ -208,15 +189,12 @@ def test_writes_wait_from_the_old_keys_retirement_to_the_switch() -> None:
         assert store.metrics.key_waits > 0
         assert provider.keys_of("t") == [handle.key_id], "no other key was made"
 
-    with_store(run, provider=provider)
 
-
-def test_a_switch_that_does_not_end_is_reported_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_switch_that_does_not_end_is_reported_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     """When it has failed, the next write gives the thread another key."""
     monkeypatch.setattr(sealing, "KEY_SWITCH_S_MAX", 0.05)
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.messages.create(new(0))
         with store.sealer.switching("t"):
             provider.retired.update(provider.keys)
@@ -226,13 +204,10 @@ def test_a_switch_that_does_not_end_is_reported_as_unavailable(monkeypatch: pyte
         await store.messages.create(new(2))
         assert [m.value for m in await messages_of(store, "t")] == [0, 2]
 
-    with_store(run, provider=provider)
 
-
-def test_a_destroyed_key_makes_its_records_unreadable_and_no_others() -> None:
+async def test_a_destroyed_key_makes_its_records_unreadable_and_no_others() -> None:
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         gone = await store.messages.create(new(0))
         other = await store.messages.create(new(1, "other"))
         provider.destroyed.update(provider.keys_of("t"))
@@ -244,11 +219,9 @@ def test_a_destroyed_key_makes_its_records_unreadable_and_no_others() -> None:
         assert await store.reading.message(other.id) == other
         assert len(provider.keys) == 2, "no other key is made for a destroyed one"
 
-    with_store(run, provider=provider)
-
 
 @pytest.mark.parametrize(("code", "stays"), [("forbidden", True), ("key_not_found", True), ("key_unreadable", False)])
-def test_a_refusal_that_stays_is_no_unavailable_key_service(code: str, stays: bool) -> None:
+async def test_a_refusal_that_stays_is_no_unavailable_key_service(code: str, stays: bool) -> None:
     """A client that is sent a 503 tries for ever what an operator has to mend."""
 
     class Refusing(SealingProvider):
@@ -260,37 +233,32 @@ def test_a_refusal_that_stays_is_no_unavailable_key_service(code: str, stays: bo
             return super()._seal(item)
 
     provider = Refusing()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.messages.create(new(0))
         provider.refused = True
         with pytest.raises(KeyServiceRefusedError if stays else StoreUnavailableError, match=code):
             await store.messages.create(new(1))
 
-    with_store(run, provider=provider)
 
-
-def test_a_key_whose_sealing_fails_is_retired_and_leaves_nothing() -> None:
+async def test_a_key_whose_sealing_fails_is_retired_and_leaves_nothing() -> None:
     class Refusing(SealingProvider):
         async def encrypt_batch(self, items: object) -> list[bytes | KmsRefusedError]:
             return [refusal("key_unreadable", "damaged")] * 2
 
     provider = Refusing()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         with pytest.raises(StoreUnavailableError):
             await store.messages.create(new(0))
         assert provider.keys_of("t") == []
         assert await keys_of(store, "thread:") == []
 
-    with_store(run, provider=provider)
 
-
-def test_the_cache_of_threads_is_bounded_and_an_evicted_one_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_cache_of_threads_is_bounded_and_an_evicted_one_is_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sealing, "THREADS_CACHED_MAX", 3)
     monkeypatch.setattr(sealing, "WRITERS_CACHED_MAX", 2)
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         for thread in range(6):
             for author in range(4):
                 await store.messages.create(NewMessage(author=f"u{author}", thread=f"t{thread}", body=1))
@@ -302,8 +270,6 @@ def test_the_cache_of_threads_is_bounded_and_an_evicted_one_is_read_again(monkey
         assert await store.sealer.thread("t2") is not None
         assert store.metrics.cache_misses == misses + 1
         assert len(await keys_of(store, "index:writer:")) == 24
-
-    with_store(run)
 
 
 # --- the epoch of the key service ---------------------------------------------------------------------------------
@@ -319,8 +285,8 @@ async def judge(memory: EpochMemory, answer: api.StatusAnswer, *, accept_restore
     await memory.observe(ask, accept_restore=accept_restore)
 
 
-def test_an_answer_that_another_server_overtakes_is_not_an_older_one() -> None:
-    async def run(store: Conversations) -> None:
+async def test_an_answer_that_another_server_overtakes_is_not_an_older_one() -> None:
+    async with opened() as store:
         one, another = EpochMemory(store.reads, store.writer), EpochMemory(store.reads, store.writer)
         await judge(one, status(5, 100))
 
@@ -331,13 +297,10 @@ def test_an_answer_that_another_server_overtakes_is_not_an_older_one() -> None:
         await one.observe(ask)
         assert (await seen(store)).epoch == 6
 
-    with_store(run)
 
-
-def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> None:
+async def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> None:
     now = [0.0]
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         memory = EpochMemory(store.reads, store.writer, lambda: now[0])
         await judge(memory, status(5, 100))
         now[0] = 10
@@ -357,27 +320,21 @@ def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> Non
         await judge(memory, status(3, 11))
         assert (await seen(store)).epoch == 3
 
-    with_store(run)
 
-
-def test_an_audit_head_counts_only_once_it_is_old_enough_to_be_on_the_disk() -> None:
+async def test_an_audit_head_counts_only_once_it_is_old_enough_to_be_on_the_disk() -> None:
     """The key service may lose its newest lines with the machine's power; that is not a truncated log."""
     now = [0.0]
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         memory = EpochMemory(store.reads, store.writer, lambda: now[0])
         await judge(memory, status(5, 100))
         now[0] = 1
         await judge(memory, status(5, 200))
         await judge(memory, status(6, 90))
 
-    with_store(run)
 
-
-def test_the_remembered_line_has_the_form_that_the_key_service_accepts() -> None:
+async def test_the_remembered_line_has_the_form_that_the_key_service_accepts() -> None:
     now = [0.0]
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         assert await audit_head(store.reads) == ""
         memory = EpochMemory(store.reads, store.writer, lambda: now[0])
         await judge(memory, status(5, 100, "sig"))
@@ -386,13 +343,10 @@ def test_the_remembered_line_has_the_form_that_the_key_service_accepts() -> None
         await judge(memory, status(6, 200))
         assert await audit_head(store.reads) == "100:sig"
 
-    with_store(run)
 
-
-def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> None:
+async def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> None:
     """A memory that is damaged, and a key service that no longer tells its epoch, pass nobody off as the right one."""
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         memory = EpochMemory(store.reads, store.writer)
         await judge(memory, api.StatusAnswer(status="ok"))
         await judge(memory, status(5, 100))
@@ -405,10 +359,8 @@ def test_what_is_remembered_but_can_not_be_read_or_compared_is_refused_too() -> 
         await judge(memory, status(5, 100), accept_restore=True)
         assert (await seen(store)).epoch == 5
 
-    with_store(run)
 
-
-def test_a_restored_key_service_stops_the_start() -> None:
+async def test_a_restored_key_service_stops_the_start() -> None:
     """A provider without epochs is not judged."""
     engine, provider = MemoryEngine(), SealingProvider()
     answer = api.StatusAnswer(status="ok")
@@ -418,23 +370,19 @@ def test_a_restored_key_service_stops_the_start() -> None:
 
     provider.status = answers  # type: ignore[method-assign]  # what a key service of another age says
 
-    async def run(store: Conversations) -> None:
-        await store.start()
-
-    async def refused(store: Conversations) -> None:
+    for known in (answer, status(5, 1)):
+        answer = known
+        async with opened(engine, provider) as store:
+            await store.start()
+    answer = status(4, 1)
+    async with opened(engine, provider) as store:
         with pytest.raises(RestoredError):
             await store.start()
         await store.start(accept_restore=True)
         await store.messages.create(new(1))
 
-    with_store(run, engine, provider)
-    answer = status(5, 1)
-    with_store(run, engine, provider)
-    answer = status(4, 1)
-    with_store(refused, engine, provider)
 
-
-def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "EPOCH_S", 0.01)
     provider = SealingProvider()
     answer = status(5, 1)
@@ -443,9 +391,7 @@ def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatc
         return answer
 
     provider.status = answers  # type: ignore[method-assign]  # what a key service of another age says
-
-    async def run(store: Conversations) -> None:
-        nonlocal answer
+    async with opened(provider=provider) as store:
         await store.start()
         await store.messages.create(new(1))
         answer = status(4, 1)
@@ -459,17 +405,14 @@ def test_an_older_key_service_that_appears_later_gets_nothing_to_seal(monkeypatc
         await becomes(lambda: store.sealer.halted is None)
         await store.messages.create(new(3))
 
-    with_store(run, provider=provider)
-
 
 # --- retired keys -----------------------------------------------------------------------------------------------
 
 
-def test_a_thread_whose_key_is_retired_gets_another_at_its_next_write() -> None:
+async def test_a_thread_whose_key_is_retired_gets_another_at_its_next_write() -> None:
     """The writes of one moment share the new key, and what the old one sealed stays readable."""
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.messages.create(new(0))
         old = provider.keys_of("t")[0]
         provider.retired.add(old)
@@ -481,17 +424,14 @@ def test_a_thread_whose_key_is_retired_gets_another_at_its_next_write() -> None:
         assert sorted(m.value for m in await messages_of(store, "t")) == list(range(20))
         assert store.metrics.keys_renewed == 1
 
-    with_store(run, provider=provider)
 
-
-def test_an_interrupted_renewal_is_made_at_the_next_write() -> None:
+async def test_an_interrupted_renewal_is_made_at_the_next_write() -> None:
     class Interrupted(SealingProvider):
         async def retire_key(self, key_id: str, *, request_id: str | None = None) -> api.KeyAnswer:
             raise KmsUnavailableError("the key service is down")
 
     provider = Interrupted()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.messages.create(new(0))
         old = provider.keys_of("t")[0]
         provider.retired.add(old)
@@ -504,13 +444,10 @@ def test_an_interrupted_renewal_is_made_at_the_next_write() -> None:
         assert [m.value for m in await messages_of(store, "t")] == [0, 2, 3]
         assert len(provider.keys_of("t")) == 1
 
-    with_store(run, provider=provider)
 
-
-def test_every_kind_of_write_gives_a_thread_another_key_for_a_retired_one() -> None:
+async def test_every_kind_of_write_gives_a_thread_another_key_for_a_retired_one() -> None:
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         message = await store.messages.create(new(0))
         for write in (
             lambda: store.messages.update(message.id, author="ann", body=1, role=None, reply_to=None),
@@ -525,32 +462,24 @@ def test_every_kind_of_write_gives_a_thread_another_key_for_a_retired_one() -> N
         assert len(provider.keys_of("t")) == 1
         assert store.metrics.keys_renewed == 6
 
-    with_store(run, provider=provider)
 
-
-def test_an_older_store_whose_keys_were_rotated_since_takes_writes() -> None:
+async def test_an_older_store_whose_keys_were_rotated_since_takes_writes() -> None:
     """The newer key of the thread, which that store never named, encrypts nothing."""
     engine, provider = MemoryEngine(), SealingProvider()
-
-    async def before(store: Conversations) -> None:
+    async with opened(engine, provider) as store:
         await store.messages.create(new(0))
-
-    async def after(store: Conversations) -> None:
+    async with opened(engine, provider) as store:
         old = provider.keys_of("t")[0]
         newer = (await provider.create_dek_for_thread("t", replaces=old)).key_id
         await store.messages.create(new(1))
         assert [m.value for m in await messages_of(store, "t")] == [0, 1]
         assert await store.rekeying.key_of_thread("t") not in (old, newer)
 
-    with_store(before, engine, provider)
-    with_store(after, engine, provider)
 
-
-def test_a_message_into_a_thread_that_has_lost_its_map_is_refused() -> None:
+async def test_a_message_into_a_thread_that_has_lost_its_map_is_refused() -> None:
     """It makes one key at most."""
     provider = SealingProvider()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.messages.create(new(0))
         await store.writer.commit(Write(((keyspace.key_map("t"), None),)))
         store.sealer.forget()
@@ -558,8 +487,6 @@ def test_a_message_into_a_thread_that_has_lost_its_map_is_refused() -> None:
             with pytest.raises(RecordUnreadableError, match="has no key"):
                 await store.messages.create(new(1))
         assert len(provider.keys) <= 2
-
-    with_store(run, provider=provider)
 
 
 def test_a_lost_map_that_is_rebuilt_after_a_renewal_takes_writes() -> None:
@@ -582,7 +509,7 @@ def test_a_lost_map_that_is_rebuilt_after_a_renewal_takes_writes() -> None:
     with_store(repaired, engine, provider)
 
 
-def test_new_keys_that_are_retired_at_once_are_not_made_for_ever() -> None:
+async def test_new_keys_that_are_retired_at_once_are_not_made_for_ever() -> None:
     class Broken(SealingProvider):
         async def create_dek_for_thread(
             self, thread_id: str, *, replaces: str | None = None, request_id: str | None = None
@@ -593,22 +520,18 @@ def test_new_keys_that_are_retired_at_once_are_not_made_for_ever() -> None:
             return made
 
     provider = Broken()
-
-    async def run(store: Conversations) -> None:
+    async with opened(provider=provider) as store:
         await store.messages.create(new(0))
         provider.retired.update(provider.keys)
         with pytest.raises(StoreUnavailableError):
             await store.messages.create(new(1))
         assert len(provider.keys) == 1 + sealing.RENEWALS_MAX
 
-    with_store(run, provider=provider)
 
-
-def test_a_faulty_key_service_is_judged_and_its_log_not_remembered() -> None:
+async def test_a_faulty_key_service_is_judged_and_its_log_not_remembered() -> None:
     """While it can't write its audit log, the newest lines may never be durable; and a start waits for it."""
     now = [0.0]
-
-    async def run(store: Conversations) -> None:
+    async with opened() as store:
         memory = EpochMemory(store.reads, store.writer, lambda: now[0])
         await judge(memory, status(5, 100))
         for seconds in (10, 20, 30):
@@ -618,14 +541,10 @@ def test_a_faulty_key_service_is_judged_and_its_log_not_remembered() -> None:
         with pytest.raises(RestoredError):
             await judge(memory, replace(status(4, 200), status="audit_unavailable"))
 
-    with_store(run)
-
     class Faulty(SealingProvider):
         async def status(self) -> api.StatusAnswer:
             return api.StatusAnswer(status="audit_unavailable", reason="no space")
 
-    async def begin(store: Conversations) -> None:
+    async with opened(provider=Faulty()) as store:
         with pytest.raises(StoreUnavailableError, match="can't serve: no space"):
             await store.start()
-
-    with_store(begin, provider=Faulty())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 
 import asyncpg
 import pytest
@@ -39,10 +40,10 @@ async def with_standby(settings: str) -> None:
     await connection.close()
 
 
-def with_leased(body: Callable[[str, subprocess.Popen[bytes], Conversations], Awaitable[None]]) -> None:
+@asynccontextmanager
+async def leased() -> AsyncIterator[tuple[str, subprocess.Popen[bytes], Conversations]]:
     """A node's URL, the process of its one standby, and a server on it, with a message and the member bob."""
-
-    async def run(settings: str) -> None:
+    with harness.running() as (settings, _):
         url = url_of(settings)
         await (await emptied(url)).end()
         await with_standby(settings)
@@ -50,11 +51,8 @@ def with_leased(body: Callable[[str, subprocess.Popen[bytes], Conversations], Aw
             store = Conversations(await postgres.open_engine(url, single_node=False), SealingProvider())
             await fill(store, 1)
             await store.members.add("t", ["bob"])
-            await body(url, standby, store)
+            yield url, standby, store
             await store.close()
-
-    with harness.running() as (settings, _):
-        asyncio.run(run(settings))
 
 
 async def reads(store: Conversations) -> bool:
@@ -73,8 +71,8 @@ async def until(store: Conversations, *, answered: bool) -> None:
             await asyncio.sleep(0.02)
 
 
-def test_a_node_without_standbys_is_neither_read_nor_written() -> None:
-    async def run(_: str, standby: subprocess.Popen[bytes], store: Conversations) -> None:
+async def test_a_node_without_standbys_is_neither_read_nor_written() -> None:
+    async with leased() as (_, standby, store):
         await asyncio.sleep(2 * nodes.LEASE_S)
         await until(store, answered=True)  # an idle server renews its lease
         standby.send_signal(signal.SIGSTOP)
@@ -84,13 +82,10 @@ def test_a_node_without_standbys_is_neither_read_nor_written() -> None:
         await store.messages.create(NewMessage(author="ann", thread="t", body=1))
         assert bodies(await messages_of(store, "t")) == [0, 1]
 
-    with_leased(run)
 
-
-def test_no_commit_is_acknowledged_once_its_node_waits_for_no_standby() -> None:
+async def test_no_commit_is_acknowledged_once_its_node_waits_for_no_standby() -> None:
     """Patroni empties the setting when it has no standby left: a commit that waits then ends with success."""
-
-    async def run(url: str, standby: subprocess.Popen[bytes], store: Conversations) -> None:
+    async with leased() as (url, standby, store):
         await until(store, answered=True)
         standby.send_signal(signal.SIGSTOP)
         writing = asyncio.ensure_future(store.messages.create(NewMessage(author="ann", thread="t", body=1)))
@@ -111,13 +106,10 @@ def test_no_commit_is_acknowledged_once_its_node_waits_for_no_standby() -> None:
         assert bodies(await messages_of(store, "t")) == [0, 1]
         await connection.close()
 
-    with_leased(run)
 
-
-def test_a_commit_whose_node_does_not_say_its_standbys_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_commit_whose_node_does_not_say_its_standbys_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the error: it is not made again."""
-
-    async def run(_: str, __: subprocess.Popen[bytes], store: Conversations) -> None:
+    async with leased() as (_, _, store):
         with monkeypatch.context() as patch:
             patch.setattr(nodes, "_STANDBYS", "SELECT (1 / 0)::text")
             with pytest.raises(OutcomeUnknownError, match="may be stored"):
@@ -125,8 +117,6 @@ def test_a_commit_whose_node_does_not_say_its_standbys_is_in_doubt(monkeypatch: 
         await becomes(lambda: store.writer.available)
         await until(store, answered=True)
         assert bodies(await messages_of(store, "t")) == [0, 1]
-
-    with_leased(run)
 
 
 async def test_a_commit_that_is_confirmed_without_a_lease_is_not_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:

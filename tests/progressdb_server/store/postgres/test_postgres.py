@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -59,12 +60,10 @@ from tests.progressdb_server.store.sealing_provider import SealingProvider
 HOUR_NS = 3600 * 10**9
 
 
-def with_two(url: str, body: Callable[[Conversations, Conversations], Awaitable[None]], ahead_ns: int = 0) -> None:
-    async def run() -> None:
-        async with servers(url, SealingProvider(), 0, ahead_ns) as (one, two):
-            await body(one, two)
-
-    asyncio.run(run())
+@asynccontextmanager
+async def two_servers(url: str, ahead_ns: int = 0) -> AsyncIterator[list[Conversations]]:
+    async with servers(url, SealingProvider(), 0, ahead_ns) as both:
+        yield both
 
 
 def of(author: str, body: object, *, member: bool = False) -> NewMessage:
@@ -72,8 +71,8 @@ def of(author: str, body: object, *, member: bool = False) -> NewMessage:
 
 
 # --- one truth --------------------------------------------------------------------------------------------------------
-def test_a_member_removed_by_one_server_is_refused_by_the_other(database: str) -> None:
-    async def run(one: Conversations, two: Conversations) -> None:
+async def test_a_member_removed_by_one_server_is_refused_by_the_other(database: str) -> None:
+    async with two_servers(database) as (one, two):
         await one.messages.create(of("ann", 0))
         await one.members.add("t", ["bob"])
         await two.messages.create(of("bob", 1, member=True))  # the other server knows bob as a member now
@@ -87,13 +86,10 @@ def test_a_member_removed_by_one_server_is_refused_by_the_other(database: str) -
         with pytest.raises(AuthorNotInThreadError):
             await two.members.check_reader("t", "eve")
 
-    with_two(database, run)
 
-
-def test_two_servers_together_keep_the_bound_on_members(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_servers_together_keep_the_bound_on_members(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "MEMBERS_COUNT_MAX", 6)
-
-    async def run(one: Conversations, two: Conversations) -> None:
+    async with two_servers(database) as (one, two):
         one.members.rule = two.members.rule = "open"
         await fill(one, 1)
         outcomes = await asyncio.gather(
@@ -104,11 +100,9 @@ def test_two_servers_together_keep_the_bound_on_members(database: str, monkeypat
         assert [type(outcome) for outcome in outcomes if isinstance(outcome, Exception)] == [TooManyMembersError] * 3
         assert len(await two.members.of_thread("t")) == 6
 
-    with_two(database, run)
 
-
-def test_what_one_server_has_deleted_the_other_does_not_serve(database: str) -> None:
-    async def run(one: Conversations, two: Conversations) -> None:
+async def test_what_one_server_has_deleted_the_other_does_not_serve(database: str) -> None:
+    async with two_servers(database) as (one, two):
         first, second = await fill(one, 2)
         assert len(await messages_of(two, "t")) == 2
         given = await two.reading.list_tag("t", MessageRange())
@@ -122,13 +116,10 @@ def test_what_one_server_has_deleted_the_other_does_not_serve(database: str) -> 
         with pytest.raises(ThreadDeletedError):
             await two.messages.create(of("ann", 2))
 
-    with_two(database, run)
 
-
-def test_appends_of_two_clocks_keep_one_order_and_all_are_there(database: str) -> None:
+async def test_appends_of_two_clocks_keep_one_order_and_all_are_there(database: str) -> None:
     """The clock of one server is an hour ahead of the other's."""
-
-    async def run(one: Conversations, two: Conversations) -> None:
+    async with two_servers(database, HOUR_NS) as (one, two):
         await fill(one, 1)
         made: list[Message] = []
         for number in range(5):
@@ -146,11 +137,9 @@ def test_appends_of_two_clocks_keep_one_order_and_all_are_there(database: str) -
         assert len(ids) == 1 + len(made) + 10
         assert (await one.stats())["messages"] == (await two.stats())["messages"] == len(ids)
 
-    with_two(database, run, HOUR_NS)
 
-
-def test_changes_of_one_message_by_two_servers_build_on_each_other(database: str) -> None:
-    async def run(one: Conversations, two: Conversations) -> None:
+async def test_changes_of_one_message_by_two_servers_build_on_each_other(database: str) -> None:
+    async with two_servers(database) as (one, two):
         (message,) = await fill(one, 1)
         await asyncio.gather(
             *[
@@ -161,8 +150,6 @@ def test_changes_of_one_message_by_two_servers_build_on_each_other(database: str
         )
         assert len((await one.reading.message(message.id)).reactions) == 16
         assert [len(version.reactions) for version in await versions_of(two, message.id)] == list(range(17))
-
-    with_two(database, run)
 
 
 async def test_a_change_that_other_servers_always_precede_is_refused(
@@ -195,18 +182,15 @@ async def test_a_change_that_other_servers_always_precede_is_refused(
         assert (await one.threads.get("t")).title == "early"
 
 
-def test_an_append_whose_stamp_is_always_late_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_append_whose_stamp_is_always_late_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it is stored."""
-
-    async def run(one: Conversations, two: Conversations) -> None:
+    async with two_servers(database, HOUR_NS) as (one, two):
         (first,) = await fill(two, 1)
         monkeypatch.setattr(one.clock, "recover", lambda last: None)  # a stamp of the other server precedes each try
         async with asyncio.timeout(60):
             with pytest.raises(NotWrittenError, match="at the same time"):
                 await one.messages.create(of("ann", "late"))
         assert [message.id for message in await messages_of(one, "t")] == [first.id]
-
-    with_two(database, run, HOUR_NS)
 
 
 async def test_a_slow_server_writes_into_a_thread_beside_a_busy_one(
@@ -233,10 +217,10 @@ async def test_a_slow_server_writes_into_a_thread_beside_a_busy_one(
         assert bodies(await messages_of(busy, "t"))[-1] == "slow"
 
 
-def test_members_that_other_servers_always_change_first_are_not_changed(
+async def test_members_that_other_servers_always_change_first_are_not_changed(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run(one: Conversations, two: Conversations) -> None:
+    async with two_servers(database) as (one, two):
         await fill(one, 1)
         real = one.members.check_room
 
@@ -259,11 +243,9 @@ def test_members_that_other_servers_always_change_first_are_not_changed(
                     await change
         assert "bob" not in await one.members.of_thread("t")
 
-    with_two(database, run)
 
-
-def test_a_retry_at_another_server_makes_nothing_twice(database: str) -> None:
-    async def run(one: Conversations, two: Conversations) -> None:
+async def test_a_retry_at_another_server_makes_nothing_twice(database: str) -> None:
+    async with two_servers(database) as (one, two):
         for thread in ("", "t"):
             retries = [Idempotency("scope", f"{thread}{n}") for n in range(4)]
             new = NewMessage(author="ann", thread=thread, body="x")
@@ -280,16 +262,12 @@ def test_a_retry_at_another_server_makes_nothing_twice(database: str) -> None:
         )
         assert threads[0].id == threads[1].id
 
-    with_two(database, run)
 
-
-def test_a_thread_that_two_servers_make_at_once_has_one_key(database: str) -> None:
-    async def run(one: Conversations, two: Conversations) -> None:
+async def test_a_thread_that_two_servers_make_at_once_has_one_key(database: str) -> None:
+    async with two_servers(database) as (one, two):
         await asyncio.gather(*[store.messages.create(of("ann", n)) for n in range(3) for store in (one, two)])
         assert len(await messages_of(one, "t")) == 6
         assert await one.rekeying.key_of_thread("t") == await two.rekeying.key_of_thread("t")
-
-    with_two(database, run)
 
 
 async def test_a_thread_made_meanwhile_by_a_server_ahead_costs_one_key(
@@ -315,8 +293,8 @@ async def test_a_thread_made_meanwhile_by_a_server_ahead_costs_one_key(
         assert len(provider.retired) == 1
 
 
-def test_two_first_messages_of_an_author_at_two_servers_are_both_posted(database: str) -> None:
-    async def run(one: Conversations, two: Conversations) -> None:
+async def test_two_first_messages_of_an_author_at_two_servers_are_both_posted(database: str) -> None:
+    async with two_servers(database) as (one, two):
         one.members.rule = two.members.rule = "open"
         await fill(one, 1)
         await fill(two, 1)
@@ -328,11 +306,9 @@ def test_two_first_messages_of_an_author_at_two_servers_are_both_posted(database
             )
             assert len({message.id for message in made}) == (1 if retry else 2)
 
-    with_two(database, run)
 
-
-def test_the_clock_of_a_server_may_be_wrong_by_days(database: str) -> None:
-    async def run(one: Conversations, two: Conversations) -> None:
+async def test_the_clock_of_a_server_may_be_wrong_by_days(database: str) -> None:
+    async with two_servers(database, 25 * HOUR_NS) as (one, two):
         await one.start()
         await two.start()
         now_ns = await one.engine.now_ns()
@@ -345,15 +321,12 @@ def test_the_clock_of_a_server_may_be_wrong_by_days(database: str) -> None:
             assert abs(message.ts - now_ns) < HOUR_NS
         assert (one.clock.last.era, two.clock.last.era) == (0, 0)
 
-    with_two(database, run, 25 * HOUR_NS)
 
-
-def test_each_server_tells_the_time_of_the_newest_registered_backup(
+async def test_each_server_tells_the_time_of_the_newest_registered_backup(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conversations, "CLOCK_S", 0.02)
-
-    async def run(one: Conversations, two: Conversations) -> None:
+    async with two_servers(database) as (one, two):
         await one.start()
         _, began_s = one.metrics.gauges["progressdb_store_backup_timestamp_seconds"]
         assert began_s() == 0
@@ -361,13 +334,10 @@ def test_each_server_tells_the_time_of_the_newest_registered_backup(
         await two.backups.register("old", 1)
         await becomes(lambda: time.time() - began_s() < 3600)
 
-    with_two(database, run)
 
-
-def test_an_admin_sees_every_key_under_any_prefix(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_admin_sees_every_key_under_any_prefix(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reads, "SCAN_ENTRIES_MAX", 7)
-
-    async def run(one: Conversations, two: Conversations) -> None:
+    async with two_servers(database) as (one, two):
         await fill(one, 5)
         await fill(one, 5, "u")
         await one.messages.create(of("bob", 1), idempotency=Idempotency("scope", "key"))
@@ -380,8 +350,6 @@ def test_an_admin_sees_every_key_under_any_prefix(database: str, monkeypatch: py
         for prefix in {key[:length] for key in stored for length in range(20)} | stored:
             found = await keys_of(two, prefix)
             assert (len(found), set(found)) == (len(set(found)), {key for key in stored if key.startswith(prefix)})
-
-    with_two(database, run)
 
 
 # --- nothing acknowledged is lost -------------------------------------------------------------------------------------
@@ -423,10 +391,9 @@ async def test_a_session_without_what_commits_rest_on_is_not_used(
         monkeypatch.undo()
 
 
-def test_a_retry_after_an_unknown_outcome_waits_until_it_is_replicated(database: str) -> None:
+async def test_a_retry_after_an_unknown_outcome_waits_until_it_is_replicated(database: str) -> None:
     """It finds what it has made, and must not acknowledge it by reading alone."""
-
-    async def run(one: Conversations, two: Conversations) -> None:
+    async with two_servers(database) as (one, two):
         await fill(one, 1)
         retry = Idempotency("scope", "key")
         async with no_standby(database) as connection:
@@ -438,15 +405,12 @@ def test_a_retry_after_an_unknown_outcome_waits_until_it_is_replicated(database:
         assert (await again).id == (await first).id
         assert bodies(await messages_of(one, "t")) == [0, 1]
 
-    with_two(database, run)
 
-
-def test_a_retry_on_a_node_without_the_first_write_makes_it_again(
+async def test_a_retry_on_a_node_without_the_first_write_makes_it_again(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has read what was made, and the node that takes writes has changed since."""
-
-    async def run(one: Conversations, two: Conversations) -> None:
+    async with two_servers(database) as (one, two):
         await fill(one, 1)
         retry = Idempotency("scope", "key")
         first = await one.messages.create(of("ann", 1), idempotency=retry)
@@ -468,11 +432,9 @@ def test_a_retry_on_a_node_without_the_first_write_makes_it_again(
         assert again.id in [message.id for message in await messages_of(one, "t")]
         await connection.close()
 
-    with_two(database, run)
 
-
-def test_what_was_done_before_is_acknowledged_once_it_is_replicated(database: str) -> None:
-    async def run(one: Conversations, two: Conversations) -> None:
+async def test_what_was_done_before_is_acknowledged_once_it_is_replicated(database: str) -> None:
+    async with two_servers(database) as (one, two):
         first, _ = await fill(one, 2)
         await one.members.add("t", ["bob"])
         await one.messages.delete(first.id, author="ann")
@@ -484,8 +446,6 @@ def test_what_was_done_before_is_acknowledged_once_it_is_replicated(database: st
             done, _ = await asyncio.wait(again, timeout=0.5)
             assert not done
         await asyncio.gather(*again)
-
-    with_two(database, run)
 
 
 def test_only_a_standby_that_confirms_commits_is_counted(database: str) -> None:
@@ -519,8 +479,8 @@ def test_only_a_standby_that_confirms_commits_is_counted(database: str) -> None:
         asyncio.run(run())
 
 
-def test_a_lost_connection_before_the_commit_costs_no_write(database: str) -> None:
-    async def run(one: Conversations, two: Conversations) -> None:
+async def test_a_lost_connection_before_the_commit_costs_no_write(database: str) -> None:
+    async with two_servers(database) as (one, two):
         await fill(one, 1)
         connection = await asyncpg.connect(database)
         await connection.execute(
@@ -531,11 +491,9 @@ def test_a_lost_connection_before_the_commit_costs_no_write(database: str) -> No
         await one.messages.create(of("ann", 1))
         assert bodies(await messages_of(two, "t")) == [0, 1]
 
-    with_two(database, run)
 
-
-def test_a_server_of_another_schema_writes_nothing_and_does_not_start(database: str) -> None:
-    async def run(one: Conversations, _: Conversations) -> None:
+async def test_a_server_of_another_schema_writes_nothing_and_does_not_start(database: str) -> None:
+    async with two_servers(database) as (one, _):
         await fill(one, 1)
         connection = await asyncpg.connect(database)
         await connection.execute("UPDATE store_schema SET number = number + 1")
@@ -551,11 +509,9 @@ def test_a_server_of_another_schema_writes_nothing_and_does_not_start(database: 
             await connection.close()
         assert bodies(await messages_of(one, "t")) == [0]
 
-    with_two(database, run)
 
-
-def test_a_group_keeps_the_writes_whose_conditions_hold(database: str) -> None:
-    async def run(one: Conversations, _: Conversations) -> None:
+async def test_a_group_keeps_the_writes_whose_conditions_hold(database: str) -> None:
+    async with two_servers(database) as (one, _):
         writes = [
             Write([(b"job:a", b"1")], [(b"job:a", None)]),
             Write([(b"job:a", b"2")], [(b"job:a", b"1")]),
@@ -567,8 +523,6 @@ def test_a_group_keeps_the_writes_whose_conditions_hold(database: str) -> None:
             "NoneType", "NoneType", "ConditionFailedError", "NoneType",
         ]  # fmt: skip
         assert await one.reads.scan(b"job:", b"job;", limit=9) == [(b"job:b", b"x")]
-
-    with_two(database, run)
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -32,13 +33,11 @@ from tests.progressdb_server.store.postgres.failing_database import (
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 
-def with_one(url: str, body: Callable[[Conversations], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with servers(url, SealingProvider(), 0) as (store,):
-            await fill(store, 1)
-            await body(store)
-
-    asyncio.run(run())
+@asynccontextmanager
+async def one_server(url: str) -> AsyncIterator[Conversations]:
+    async with servers(url, SealingProvider(), 0) as (store,):
+        await fill(store, 1)
+        yield store
 
 
 def of(body: object) -> NewMessage:
@@ -46,20 +45,17 @@ def of(body: object) -> NewMessage:
 
 
 @pytest.mark.parametrize("code", ["40001", "40P01", "25006", "53300"])
-def test_a_group_that_the_database_refuses_is_written_again(database: str, code: str) -> None:
+async def test_a_group_that_the_database_refuses_is_written_again(database: str, code: str) -> None:
     """Also where its node takes no writes any more: another connection leads to the one that does."""
-
-    async def run(store: Conversations) -> None:
+    async with one_server(database) as store:
         async with raising(database, code, 2):
             await store.messages.create(of(1))
         assert bodies(await messages_of(store, "t")) == [0, 1]
 
-    with_one(database, run)
-
 
 @pytest.mark.parametrize(("code", "why"), [("42501", "right of the servers' role"), ("53100", "no room")])
-def test_a_missing_right_and_a_full_disk_are_said_at_once(database: str, code: str, why: str) -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_missing_right_and_a_full_disk_are_said_at_once(database: str, code: str, why: str) -> None:
+    async with one_server(database) as store:
         async with raising(database, code, 1000) as connection:
             with capture_logs() as logs, pytest.raises(NotWrittenError, match=why):
                 await store.messages.create(of(1))
@@ -69,11 +65,9 @@ def test_a_missing_right_and_a_full_disk_are_said_at_once(database: str, code: s
         await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 2]
 
-    with_one(database, run)
 
-
-def test_a_group_is_tried_a_bounded_number_of_times(database: str) -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_group_is_tried_a_bounded_number_of_times(database: str) -> None:
+    async with one_server(database) as store:
         async with raising(database, "40001", 1000) as connection:
             with pytest.raises(StoreUnavailableError, match="too busy"):
                 await store.messages.create(of(1))
@@ -82,12 +76,10 @@ def test_a_group_is_tried_a_bounded_number_of_times(database: str) -> None:
         assert bodies(await messages_of(store, "t")) == [0]
         await store.messages.create(of(2))
 
-    with_one(database, run)
-
 
 @pytest.mark.parametrize("code", ["57P01", "40003", "08006", "XX000"])
-def test_an_error_may_leave_the_commit_in_doubt(database: str, code: str) -> None:
-    async def run(store: Conversations) -> None:
+async def test_an_error_may_leave_the_commit_in_doubt(database: str, code: str) -> None:
+    async with one_server(database) as store:
         async with raising(database, code, 1):
             with pytest.raises(OutcomeUnknownError, match="may be stored"):
                 await store.messages.create(of(1))
@@ -95,11 +87,9 @@ def test_an_error_may_leave_the_commit_in_doubt(database: str, code: str) -> Non
         await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 2]
 
-    with_one(database, run)
 
-
-def test_a_session_that_is_ended_within_a_group_leaves_it_in_doubt(database: str) -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_session_that_is_ended_within_a_group_leaves_it_in_doubt(database: str) -> None:
+    async with one_server(database) as store:
         connection = await asyncpg.connect(database)
         async with connection.transaction():
             await connection.execute("SELECT FROM store_head FOR UPDATE")
@@ -112,22 +102,19 @@ def test_a_session_that_is_ended_within_a_group_leaves_it_in_doubt(database: str
         await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 2]
 
-    with_one(database, run)
-
 
 HEAD_LOCKED = "SELECT FROM store_head WHERE tkey LIKE '%thread:t'::bytea FOR UPDATE"
 RECORDS_LOCKED = "SELECT FROM store_entry WHERE tkey LIKE '%thread:t'::bytea FOR UPDATE"
 
 
 @pytest.mark.parametrize("locked", [HEAD_LOCKED, RECORDS_LOCKED], ids=["last stamp", "records"])
-def test_a_lock_on_one_thread_holds_up_no_other_one(
+async def test_a_lock_on_one_thread_holds_up_no_other_one(
     database: str, locked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a session that an administrator has forgotten. The writes of the thread keep their order."""
     monkeypatch.setattr(PostgresWriter, "lock_s", 0.1)
     others = [f"other-{number}" for number in range(8)]
-
-    async def run(store: Conversations) -> None:
+    async with one_server(database) as store:
         (message,) = await messages_of(store, "t")
         for other in others:
             await fill(store, 1, other)
@@ -150,11 +137,9 @@ def test_a_lock_on_one_thread_holds_up_no_other_one(
             assert bodies(await messages_of(store, name)) == [0, 1, 2, 3]
         assert (await store.reading.message(message.id)).reactions == {"ann": "ok"}
 
-    with_one(database, run)
 
-
-def test_no_writable_node_refuses_writes_until_there_is_one(database: str) -> None:
-    async def run(store: Conversations) -> None:
+async def test_no_writable_node_refuses_writes_until_there_is_one(database: str) -> None:
+    async with one_server(database) as store:
         connection = await asyncpg.connect(database)
         await with_setting(connection, "default_transaction_read_only", "on")
         try:
@@ -167,14 +152,11 @@ def test_no_writable_node_refuses_writes_until_there_is_one(database: str) -> No
         await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 2]
 
-    with_one(database, run)
 
-
-def test_a_commit_without_a_standby_ends_at_its_deadline(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_commit_without_a_standby_ends_at_its_deadline(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its session is left to wait: had it been cancelled, what was written would be visible."""
     real = postgres_writer.bounded
-
-    async def run(store: Conversations) -> None:
+    async with one_server(database) as store:
         async with no_standby(database) as connection:
 
             async def bounded(session: Any, work: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
@@ -197,25 +179,20 @@ def test_a_commit_without_a_standby_ends_at_its_deadline(database: str, monkeypa
                 await store.writer.close()  # a server can stop meanwhile
         assert bodies(await messages_of(store, "t")) == [0, 1]
 
-    with_one(database, run)
 
-
-def test_a_read_that_met_its_deadline_is_not_sent_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_read_that_met_its_deadline_is_not_sent_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reads, "READ_S_MAX", 0.5)
-
-    async def run(store: Conversations) -> None:
-        reads: Any = store.reads
+    async with one_server(database) as store:
+        engine: Any = store.reads
         connection = await asyncpg.connect(database)
         await connection.execute("CREATE SEQUENCE tries")
         try:
             with pytest.raises(EngineUnavailableError):
-                await reads.fetch("SELECT nextval('tries'), pg_sleep(60)")
+                await engine.fetch("SELECT nextval('tries'), pg_sleep(60)")
             assert await connection.fetchval("SELECT last_value FROM tries") == 1
         finally:
             await connection.execute("DROP SEQUENCE tries")
             await connection.close()
-
-    with_one(database, run)
 
 
 async def test_a_command_does_not_wait_for_a_database_without_end(
@@ -234,8 +211,8 @@ async def test_a_command_does_not_wait_for_a_database_without_end(
     assert await tables.upgrade(database) == (1, 1)
 
 
-def test_a_request_that_is_given_up_does_not_cancel_its_commit(database: str) -> None:
-    async def run(store: Conversations) -> None:
+async def test_a_request_that_is_given_up_does_not_cancel_its_commit(database: str) -> None:
+    async with one_server(database) as store:
         async with no_standby(database) as connection:
             writing = asyncio.ensure_future(store.messages.create(of(1)))
             before = await waiting(connection)
@@ -245,8 +222,6 @@ def test_a_request_that_is_given_up_does_not_cancel_its_commit(database: str) ->
             assert set(before) <= set(await waiting(connection)), "others may wait too"
         await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 1, 2]
-
-    with_one(database, run)
 
 
 async def test_a_server_without_replication_reads_whichever_host_takes_writes(database: str, tmp_path: Path) -> None:
