@@ -50,6 +50,7 @@ _SIZES: Final = {
 _KEYS_PLACE: Final = 0
 _PLACES: Final = {KEYRING: 1, TOMBSTONES: 2, MANIFEST: 3}
 """The order of the entries. Those of keys are first, sorted by key id."""
+_FOREIGN_NAME: Final = "the backup was altered: it names a file that no backup has"
 _CHUNK_BYTES: Final = 1024 * 1024
 _FINGERPRINT_BYTES: Final = 8
 
@@ -83,15 +84,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Entry(NamedTuple):
-    """An entry of an archive."""
+    """An entry of an archive. `key_id`: of a DEK file; empty for any other entry."""
 
     name: str
     content: bytes
-
-    @property
-    def key_id(self) -> str:
-        """The key of a DEK file's entry; empty for any other entry."""
-        return _key_id(self.name)
+    key_id: str
 
 
 class TagKey(NamedTuple):
@@ -112,7 +109,7 @@ class ArchiveWriter:
 
     def add(self, name: str, content: bytes) -> None:
         """Writes an entry. Raises ArchiveError for a name or a size that no reader accepts."""
-        if len(content) > _bytes_max(name):
+        if len(content) > _kind(name)[0]:
             raise ArchiveError(f"{name} is too large for an archive")
         encoded = name.encode("ascii")
         self._write(_NAME_LENGTH.pack(len(encoded)) + encoded + _SIZE.pack(len(content)))
@@ -156,16 +153,20 @@ class ArchiveReader:
             raise ArchiveError("the backup was made by another version of miniKMS")
         last = (-1, "")
         while length := _NAME_LENGTH.unpack(self._take(_NAME_LENGTH.size))[0]:
-            name = self._name(length)
-            (size,) = _SIZE.unpack(self._take(_SIZE.size))
+            if length > _NAME_BYTES_MAX:
+                raise ArchiveError(_FOREIGN_NAME)
+            head = self._take(length + _SIZE.size)
+            name = head[:length].decode("ascii", "replace")
+            (size,) = _SIZE.unpack_from(head, length)
+            bytes_max, key_id = _kind(name)
             place = (_PLACES.get(name, _KEYS_PLACE), name)
-            if place <= last or size > _bytes_max(name):
+            if place <= last or size > bytes_max:
                 raise ArchiveError("the backup was altered: an entry is repeated, misplaced or too large")
             last = place
             if name == MANIFEST:
                 self._manifest = self._take(size)
             elif only is None or name in only:
-                yield Entry(name, self._take(size))
+                yield Entry(name, self._take(size), key_id)
             else:
                 self._skip(size)
         self._take_slots()
@@ -212,11 +213,6 @@ class ArchiveReader:
         """SHA-256 of everything that the tag covers."""
         return self._digest.digest()
 
-    def _name(self, length: int) -> str:
-        name = self._take(length).decode("ascii", "replace") if length <= _NAME_BYTES_MAX else ""
-        _bytes_max(name)
-        return name
-
     def _take(self, size: int) -> bytes:
         data = self._file.read(size)
         if len(data) < size:
@@ -239,18 +235,14 @@ def _short(text: str) -> bytes:
     return bytes([len(encoded)]) + encoded
 
 
-def _key_id(name: str) -> str:
-    return name[len(DEKS) + 1 : -len(SUFFIX)] if name.startswith(DEKS + "/") else ""
-
-
-def _bytes_max(name: str) -> int:
-    """The size limit of the entry with this name. Raises ArchiveError for a name that no archive has."""
+def _kind(name: str) -> tuple[int, str]:
+    """Size limit and key id of the entry with this name. Raises ArchiveError for a name that no archive has."""
     if name in _SIZES:
-        return _SIZES[name]
-    key_id = _key_id(name)
+        return _SIZES[name], ""
+    key_id = name[len(DEKS) + 1 : -len(SUFFIX)]
     if name != dek_entry_name(key_id) or api.KEY_ID_PATTERN.fullmatch(key_id) is None:
-        raise ArchiveError("the backup was altered: it names a file that no backup has")
-    return DEK_BYTES_MAX
+        raise ArchiveError(_FOREIGN_NAME)
+    return DEK_BYTES_MAX, key_id
 
 
 def _manifest(content: bytes) -> Manifest:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 from collections.abc import Callable, Container, Iterator
 from typing import BinaryIO, Final, NamedTuple
@@ -40,7 +41,7 @@ from minikms.custody import keyring_file, tombstone_file
 from minikms.custody.settled_keys import SettledKeys, newest_key_id
 from minikms.custody.tombstone_file import read_tombstones
 from minikms.keys import dek, keyring
-from minikms.keys.dek import DekRecord, bytes_to_key_id
+from minikms.keys.dek import UNWRAPS_SLICE, DekRecord, bytes_to_key_id
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.tombstones import Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
@@ -202,24 +203,25 @@ def _check_entries(
     """Checks that each key unwraps unless it was destroyed."""
     keys = retired = 0
     named: list[str] = []
-    with task.arena.allocate() as slot:
-        for entry in entries:
-            key_id = entry.key_id
-            if key_id:
-                keys += 1
-                if key_id not in destroyed:
-                    record = parsed_dek(entry.content, key_id)
-                    _unwrap(record, unlocked, slot)
-                    if record.state == "retired":
-                        retired += 1
-                        named += [key_id] if retired <= RETIRED_NAMED_MAX else []
-                task.progress(keys, manifest.keys)
+    while part := list(itertools.islice(entries, UNWRAPS_SLICE)):
+        with task.arena.allocate() as slot, dek.Unwrapper(unlocked.kek_cipher, slot.view) as unwrapper:
+            for entry in part:
+                key_id = entry.key_id
+                if key_id:
+                    keys += 1
+                    if key_id not in destroyed:
+                        record = parsed_dek(entry.content, key_id)
+                        _unwrap(record, unlocked, unwrapper)
+                        if record.state == "retired":
+                            retired += 1
+                            named += [key_id] if retired <= RETIRED_NAMED_MAX else []
+        task.progress(keys, manifest.keys)
     if keys != manifest.keys:
         raise ArchiveError(_INCOMPLETE)
     return RetiredKeys(retired, named)
 
 
-def _unwrap(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> None:
+def _unwrap(record: DekRecord, unlocked: UnlockedKeyring, unwrapper: dek.Unwrapper) -> None:
     kek = unlocked.body.kek(record.kek_version)
     if kek is None or kek.state == "destroyed":
         raise KekDestroyedMeanwhileError(
@@ -227,7 +229,7 @@ def _unwrap(record: DekRecord, unlocked: UnlockedKeyring, slot: SecretSlot) -> N
             "not have, since KEKs were rotated and destroyed meanwhile; make the backup again"
         )
     try:
-        dek.unwrap_into(record, unlocked.kek_cipher(record.kek_version), slot.view)
+        unwrapper.unwrap(record)
     except KmsRefusedError as error:
         raise KeyDoesNotUnwrapError(str(error)) from None
 

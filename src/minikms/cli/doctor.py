@@ -9,6 +9,7 @@ change or repair anything.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import stat
@@ -48,10 +49,10 @@ from minikms.custody import (
     tombstone_file,
 )
 from minikms.custody.log_directory import log_directory
-from minikms.custody.settled_keys import SettledKeys
+from minikms.custody.settled_keys import SettledKey, SettledKeys
 from minikms.datadir import opened_keyring, opened_root
 from minikms.keys import dek, keyring
-from minikms.keys.dek import DekRecord
+from minikms.keys.dek import UNWRAPS_SLICE, DekRecord, Unwrapper
 from minikms.keys.keyring import Body
 from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
@@ -328,14 +329,11 @@ def _keys(
             return
         # The next start removes the files of destroyed keys.
         kept = (key_id for key_id in key_ids if dek.key_id_to_bytes(key_id) not in destroyed)
-        for number, (key_id, _, record) in enumerate(settled.each(kept), 1):
+        judged = _judged(settled.each(kept), body, arena, unlocked)
+        for number, (key_id, _, record) in enumerate(judged, 1):
             progress(number, len(key_ids))
-            try:
-                if isinstance(record, KmsRefusedError):
-                    raise record
-                _judge(record, body, arena, unlocked)
-            except KmsRefusedError as error:
-                bad.append(f"{key_id}: {error}")
+            if isinstance(record, KmsRefusedError):
+                bad.append(f"{key_id}: {record}")
                 continue
             if record.state == "active":
                 oldest = min(oldest, record.created_at)
@@ -408,13 +406,31 @@ def _lost(settled: SettledKeys, key_ids: list[str], destroyed: set[bytes]) -> tu
     return lost, nameless
 
 
-def _judge(record: DekRecord, body: Body, arena: SecretArena | None, unlocked: UnlockedKeyring | None) -> None:
+def _judged(
+    keys: Iterator[SettledKey], body: Body, arena: SecretArena | None, unlocked: UnlockedKeyring | None
+) -> Iterator[SettledKey]:
+    """The keys, with an error in place of a record that does not unwrap."""
+    while part := list(itertools.islice(keys, UNWRAPS_SLICE)):
+        with contextlib.ExitStack() as stack:
+            unwrapper = None
+            if arena is not None and unlocked is not None:
+                slot = stack.enter_context(arena.allocate())
+                unwrapper = stack.enter_context(dek.Unwrapper(unlocked.kek_cipher, slot.view))
+            for at, key in enumerate(part):
+                try:
+                    if not isinstance(key.record, KmsRefusedError):
+                        _judge(key.record, body, unwrapper)
+                except KmsRefusedError as error:
+                    part[at] = key._replace(record=error.with_traceback(None))
+        yield from part
+
+
+def _judge(record: DekRecord, body: Body, unwrapper: Unwrapper | None) -> None:
     kek = body.kek(record.kek_version)
     if kek is None or kek.state == "destroyed":
         raise StartError(f"it is wrapped under KEK version {record.kek_version}, which the keyring does not have")
-    if arena is not None and unlocked is not None:
-        with arena.allocate() as slot:
-            dek.unwrap_into(record, unlocked.kek_cipher(record.kek_version), slot.view)
+    if unwrapper is not None:
+        unwrapper.unwrap(record)
 
 
 def _seconds(text: str) -> float:

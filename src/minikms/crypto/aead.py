@@ -7,7 +7,7 @@ its nonce. So a key never runs out: docs/spec/formats.md says how much it may se
 Invariants: objects of the library hold key schedules on the heap, and a `Kdf` buffers of derived keys. So each function
 here makes them for its call and drops them (OpenSSL clears its own). Three callers keep some, at most until the turn of
 the event loop ends: `minikms.crypto.records`; `minikms.custody.new_keys`, for a group of keys that it makes without a
-switch to another task; and `Rewrapper` of `minikms.keys.dek`. `scrub` overwrites what the calls since the last one have
+switch to another task; and `Unwrapper` of `minikms.keys.dek`. `scrub` overwrites what the calls since the last one have
 left in registers and on the stack. The daemon calls it at the end of each turn with requests (`RecordKeys.end_turn`)
 and of each turn in which a task used a key (`SealableServer.end_steps`); nothing else has to. The caller passes the
 nonce: random, never repeated under a key. If a tag does not match, it must never return anything but an error, nor

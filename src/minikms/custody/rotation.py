@@ -60,14 +60,12 @@ from minikms.custody.deks import SCAN_FILES
 from minikms.custody.journal_format import Change
 from minikms.custody.vault import Permit, Vault, permitted
 from minikms.keys import dek, keyring, root_slots
-from minikms.keys.dek import key_id_to_bytes
+from minikms.keys.dek import UNWRAPS_SLICE, key_id_to_bytes
 from minikms.memory.arena import SecretSlot, fill_random
 from minikms.platform.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339, stamp
 from minikms.platform.workers import in_worker
 
 BATCH_FILES: Final = 1024
-UNWRAPS_SLICE: Final = 32
-"""Unwraps before other requests get a turn of the event loop."""
 INDEXED_SLICE: Final = 128
 """Keys whose index entries are changed before requests get a turn."""
 PASSES_MAX: Final = 100
@@ -523,28 +521,31 @@ class Pruning:
     async def _census(self, read: Callable[[], list[ReadFile]]) -> Census:
         """Unwraps the files that `read` returns; it is called in the reader until it returns none."""
         census = Census(set(), set())
-        while chunk := await in_worker(self._reader, read):
-            for number, (key_id, data) in enumerate(chunk):
-                self._count(census, key_id, data)
-                if number % UNWRAPS_SLICE == UNWRAPS_SLICE - 1:
-                    await asyncio.sleep(0)
+        reading = in_worker(self._reader, read)
+        while chunk := await reading:
+            reading = in_worker(self._reader, read)  # meanwhile
+            for start in range(0, len(chunk), UNWRAPS_SLICE):
+                self._count(census, chunk[start : start + UNWRAPS_SLICE])
+                await asyncio.sleep(0)
         return census
 
-    def _count(self, census: Census, key_id: str, data: bytes | KmsRefusedError) -> None:
-        if isinstance(data, bytes) and key_id in self._vault.destroyed:
-            return  # what is left of it needs no KEK
-        try:
-            if isinstance(data, KmsRefusedError):
-                raise copy_of(data)
-            record = dek.parse(data, key_id)
-            with self._vault.arena.allocate() as key:
-                dek.unwrap_into(record, self._vault.unlocked.kek_cipher(record.kek_version), key.view)
-        except KeyNotFoundError:
-            return  # removed since it was listed
-        except KeyUnreadableError:
-            census.unreadable.add(key_id)
-        else:
-            census.versions.add(record.kek_version)
+    def _count(self, census: Census, part: Sequence[ReadFile]) -> None:
+        vault = self._vault
+        with vault.arena.allocate() as key, dek.Unwrapper(vault.unlocked.kek_cipher, key.view) as unwrapper:
+            for key_id, data in part:
+                if isinstance(data, bytes) and key_id in vault.destroyed:
+                    continue  # what is left of it needs no KEK
+                try:
+                    if isinstance(data, KmsRefusedError):
+                        raise copy_of(data)
+                    record = dek.parse(data, key_id)
+                    unwrapper.unwrap(record)
+                except KeyNotFoundError:
+                    continue  # removed since it was listed
+                except KeyUnreadableError:
+                    census.unreadable.add(key_id)
+                else:
+                    census.versions.add(record.kek_version)
 
 
 def _why_kept(version: int, live: Census, backups: Census) -> str:

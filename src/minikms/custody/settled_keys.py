@@ -111,12 +111,14 @@ class SettledKeys:
         """What `read` returns of these keys, or its error, without those that have no file. Raises as `key_ids`."""
         left = iter(key_ids)
         while part := list(itertools.islice(left, READ_AHEAD_FILES)):
-            contents, again = self._read_files(part), self._read_files(part)
+            contents: Sequence[bytes | None] = [None] * len(part)
+            if self._files_fd is not None:
+                contents = read_files_of(map(file_name, part), FILE_BYTES, dir_fd=self._files_fd, twice=True)
             journalled = self._journalled().chains  # after the files, as in `read`
-            for key_id, first, second in zip(part, contents, again, strict=True):
+            for key_id, found in zip(part, contents, strict=True):
                 record: DekRecord | KmsRefusedError | None = None
-                content = first
-                if content is not None and content == second and key_id not in journalled:
+                content = found
+                if content is not None and key_id not in journalled:
                     with contextlib.suppress(KeyUnreadableError):
                         record = dek.parse(content, key_id)
                 if record is None:
@@ -127,11 +129,6 @@ class SettledKeys:
                         content, record = b"", error.with_traceback(None)
                 if content is not None and record is not None:
                     yield SettledKey(key_id, content, record)
-
-    def _read_files(self, key_ids: Sequence[str]) -> list[bytes | None]:
-        if self._files_fd is None:
-            return [None] * len(key_ids)
-        return read_files_of(map(file_name, key_ids), FILE_BYTES, dir_fd=self._files_fd)
 
     def read(self, key_id: str) -> bytes | None:
         """The content of a key's file; None if there is none.

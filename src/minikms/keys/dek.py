@@ -289,23 +289,22 @@ def _does_not_unwrap(record: DekRecord) -> KeyUnreadableError:
     )
 
 
-class Rewrapper:
-    """Wraps DEKs under another KEK version, in a `with` block, which must end in the same turn of the event loop: until
-    then it keeps a cipher for each KEK, which has key schedules on the heap.
+UNWRAPS_SLICE: Final = 32
+"""Keys of one `Unwrapper`; in the daemon, other requests get a turn of the event loop after them."""
+
+
+class Unwrapper:
+    """Unwraps DEKs in a `with` block, which must end in the same turn of the event loop or after a few keys: until then
+    it keeps a cipher for each KEK, which has key schedules on the heap.
     """
 
-    def __init__(
-        self, kek: Callable[[int], XaesCipher], kek_version: int, *, key: memoryview, again: memoryview
-    ) -> None:
-        """kek: a cipher of the KEK of a version, or KeyUnreadableError. key, again: two slots of the arena, 32 bytes
-        each, which are zeroed at the end of the block.
+    def __init__(self, kek: Callable[[int], XaesCipher], *slots: memoryview) -> None:
+        """kek: a cipher of the KEK of a version, or KeyUnreadableError. slots: of the arena, 32 bytes each; the first
+        gets the DEKs, and all are zeroed at the end of the block.
         """
         self._kek = kek
-        self._kek_version = kek_version
+        self._slots = slots
         self._known: dict[int, tuple[XaesCipher, bytes]] = {}
-        self._cipher, self._field = self._of(kek_version)
-        self._key = key
-        self._again = again
 
     def __enter__(self) -> Self:
         return self
@@ -313,8 +312,36 @@ class Rewrapper:
     def __exit__(self, *_: object) -> None:
         for cipher, _field in self._known.values():
             cipher.close()
-        for slot in (self._key, self._again):
+        for slot in self._slots:
             zero(slot)
+
+    def unwrap(self, record: DekRecord) -> bytes:
+        """Writes the DEK into the first slot. Returns `DekRecord.aad_prefix`. Raises KeyUnreadableError."""
+        cipher, field = self._known.get(record.kek_version) or self._of(record.kek_version)
+        prefix = record.aad_prefix()
+        try:
+            cipher.open_into(record.wrapped, prefix + field, self._slots[0])
+        except DecryptionError:
+            raise _does_not_unwrap(record) from None
+        return prefix
+
+    def _of(self, kek_version: int) -> tuple[XaesCipher, bytes]:
+        """The cipher of a KEK, and the last field of associated data under it."""
+        known = self._known[kek_version] = self._kek(kek_version), labels.kek_version_field(kek_version)
+        return known
+
+
+class Rewrapper(Unwrapper):
+    """Wraps DEKs under another KEK version."""
+
+    def __init__(
+        self, kek: Callable[[int], XaesCipher], kek_version: int, *, key: memoryview, again: memoryview
+    ) -> None:
+        super().__init__(kek, key, again)
+        self._kek_version = kek_version
+        self._cipher, self._field = self._of(kek_version)
+        self._key = key
+        self._again = again
 
     def rewrap(self, record: DekRecord, nonce: bytes) -> DekRecord:
         """The record wrapped under the KEK version; its `version` rises by one and nothing else changes, so `parse`
@@ -322,13 +349,7 @@ class Rewrapper:
 
         Raises KeyUnreadableError if the record does not unwrap, its version can't rise, or the comparison fails.
         """
-        old_cipher, old_field = self._known.get(record.kek_version) or self._of(record.kek_version)
-        prefix = record.aad_prefix()
-        try:
-            old_cipher.open_into(record.wrapped, prefix + old_field, self._key)
-        except DecryptionError:
-            raise _does_not_unwrap(record) from None
-        aad = prefix + self._field
+        aad = self.unwrap(record) + self._field
         wrapped = self._cipher.seal(nonce, self._key, aad)
         try:
             self._cipher.open_into(wrapped, aad, self._again)
@@ -340,11 +361,6 @@ class Rewrapper:
         return msgspec.structs.replace(
             record, wrapped=wrapped, kek_version=self._kek_version, version=_next_version(record)
         )
-
-    def _of(self, kek_version: int) -> tuple[XaesCipher, bytes]:
-        """The cipher of a KEK, and the last field of associated data under it."""
-        known = self._known[kek_version] = self._kek(kek_version), labels.kek_version_field(kek_version)
-        return known
 
 
 def retired(record: DekRecord, *, at: str, replaced_by: str = "") -> DekRecord:

@@ -149,10 +149,11 @@ def read_file_of(name: str, bytes_exact: int, *, dir_fd: int) -> bytes | None:
     return content if len(content) == bytes_exact else None
 
 
-def read_files_of(names: Iterable[str], bytes_exact: int, *, dir_fd: int) -> list[bytes | None]:
-    """As `read_file_of` of each, for at most READ_AHEAD_FILES: the disk is asked for all before one is waited for."""
+def read_files_of(names: Iterable[str], bytes_exact: int, *, dir_fd: int, twice: bool = False) -> list[bytes | None]:
+    """As `read_file_of` of each, for at most READ_AHEAD_FILES: the disk is asked for all before one is waited for.
+    `twice`: None also if a second read differs.
+    """
     opened: list[int | None] = []
-    contents: list[bytes | None] = []
     try:
         for name in names:
             fd = None
@@ -162,17 +163,23 @@ def read_files_of(names: Iterable[str], bytes_exact: int, *, dir_fd: int) -> lis
             if fd is not None and hasattr(os, "posix_fadvise"):
                 with contextlib.suppress(OSError):  # not a regular file
                     os.posix_fadvise(fd, 0, bytes_exact, os.POSIX_FADV_WILLNEED)
-        for fd in opened:
-            content = None
-            if fd is not None:
-                with contextlib.suppress(OSError):
-                    content = os.read(fd, bytes_exact + 1)
-            contents.append(content if content is not None and len(content) == bytes_exact else None)
+        contents = [None if fd is None else _read_exact(fd, bytes_exact) for fd in opened]
+        if twice:
+            pairs = zip(opened, contents, strict=True)
+            contents = [None if fd is None or found != _read_exact(fd, bytes_exact) else found for fd, found in pairs]
     finally:
         for fd in opened:
             if fd is not None:
                 os.close(fd)
     return contents
+
+
+def _read_exact(fd: int, count: int) -> bytes | None:
+    try:
+        content = os.pread(fd, count + 1, 0)
+    except OSError:
+        return None
+    return content if len(content) == count else None
 
 
 # --- writing one file -------------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_the_disk_is_asked_for_all_files_before_one_is_waited_for(
         calls.append(name)
         return real(*args)
 
-    for name in ("posix_fadvise", "read"):
+    for name in ("posix_fadvise", "pread"):
         monkeypatch.setattr(os, name, partial(noted, getattr(os, name), name))
     for number in range(3):
         (tmp_path / f"f{number}").write_bytes(b"%d" % number)
@@ -195,7 +195,7 @@ def test_the_disk_is_asked_for_all_files_before_one_is_waited_for(
     (tmp_path / "directory").mkdir()
     found = read_files_of(["f0", "none", "f1", "long", "directory", "f2"], 1, dir_fd=directory)
     assert found == [b"0", None, b"1", None, None, b"2"]
-    assert calls == ["posix_fadvise"] * 5 + ["read"] * 5
+    assert calls == ["posix_fadvise"] * 5 + ["pread"] * 5
 
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync"])
