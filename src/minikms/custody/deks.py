@@ -224,7 +224,6 @@ class DekStore:
         yield from set(changed)
 
     def close(self) -> None:
-        """Closes the directory."""
         os.close(self.directory_fd)
 
 

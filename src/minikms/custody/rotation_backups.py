@@ -120,7 +120,6 @@ class RotationBackups:
             self._swept = True
 
     def close(self) -> None:
-        """Closes the directory."""
         os.close(self.directory_fd)
 
     def adopt(self, directory_fd: int, name: str, stamp: str, first: str, last: str) -> None:

@@ -82,7 +82,6 @@ class SettledKeys:
         self._journal: tuple[_Version | None, _Journal] = (None, _NO_JOURNAL)
 
     def close(self) -> None:
-        """Closes the directories."""
         os.close(self._directory_fd)
         if self._files_fd is not None:
             os.close(self._files_fd)

@@ -225,7 +225,6 @@ class Body(_Part, frozen=True):
 
     @property
     def audit_key(self) -> AuditKeyEntry:
-        """The audit key in use."""
         return self.audit_keys[-1]
 
     def slot(self, slot_id: str) -> RootSlot | None:

@@ -395,7 +395,6 @@ class UnlockedKeyring:
 
     @property
     def tombstone_key(self) -> memoryview:
-        """The key of the tombstones' tags."""
         if self._tombstone is None:
             raise StartError("the keyring was zeroed")
         return self._tombstone.view

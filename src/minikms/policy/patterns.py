@@ -76,7 +76,6 @@ class PrincipalPattern:
         return self._prefix == self.text
 
     def matches(self, name: str) -> bool:
-        """Whether the name of a principal matches."""
         if not name.startswith(self._prefix):
             return False
         wild, across, literals = self._wild, self._across, self._literals

@@ -264,7 +264,6 @@ class ScopedKeys:
         return taken
 
     async def reserve(self, taken: Taken) -> None:
-        """As `Meters.reserve`."""
         await self._access.meters.reserve(taken)
 
     def _costs(self, request: Any) -> dict[Grant, Cost]:
@@ -293,7 +292,6 @@ class ScopedKeys:
     # --- the vault ---------------------------------------------------------------------------------------------------
 
     def opened(self, key_id: str) -> OpenDek:
-        """As `Vault.opened`."""
         self.refresh()
         decision = self._allowed(key_id)
         opened = self._access.vault.opened(key_id)
@@ -301,7 +299,6 @@ class ScopedKeys:
         return opened
 
     def record(self, key_id: str) -> DekRecord:
-        """As `Vault.record`."""
         self.refresh()
         decision = self._allowed(key_id)
         record = self._access.vault.record(key_id)
@@ -309,7 +306,6 @@ class ScopedKeys:
         return record
 
     def check_destroyable(self, key_id: str, of_thread: str | None) -> None:
-        """As `Vault.check_destroyable`."""
         self.refresh()
         self._allowed(key_id)
         self._access.vault.check_destroyable(key_id, of_thread)
@@ -334,11 +330,9 @@ class ScopedKeys:
         return await self._access.vault.get_or_create(thread_id, purpose=purpose, permit=permit)
 
     async def retire(self, key_id: str, *, again: bool) -> DekRecord:
-        """As `Vault.retire`."""
         return await self._access.vault.retire(key_id, again=again, permit=lambda: self._permit_key(key_id))
 
     async def destroy(self, key_id: str) -> Removal:
-        """As `Vault.destroy`."""
         self._access.keep_thread(key_id)
         return await self._access.vault.destroy(key_id, permit=lambda: self._permit_key(key_id))
 

@@ -46,8 +46,9 @@ class _Deadline:
     """When something is done unless another time is set before."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.at_s = math.inf
+        """On the loop's clock; infinity for never."""
         self._loop = loop
-        self._at_s = math.inf
         self._act: Callable[[], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s = math.inf
@@ -56,31 +57,27 @@ class _Deadline:
         """One timer serves many requests and compares with the deadline when it fires: to set and cancel a timer for
         each request costs several microseconds."""
         self._act = act
-        self._at_s = self._loop.time() + seconds
-        self._start()
-
-    def clear(self) -> None:
-        self._at_s = math.inf
+        self.at_s = self._loop.time() + seconds
+        if self._timer is None or self._timer_at_s > self.at_s:
+            self._start()
 
     def cancel(self) -> None:
         """At the end: no timer leads to the connection any more."""
-        self._at_s = math.inf
+        self.at_s = math.inf
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _start(self) -> None:
         if self._timer is not None:
-            if self._timer_at_s <= self._at_s:
-                return
             self._timer.cancel()
-        self._timer = self._loop.call_at(self._at_s, self._check)
-        self._timer_at_s = self._at_s
+        self._timer = self._loop.call_at(self.at_s, self._check)
+        self._timer_at_s = self.at_s
 
     def _check(self) -> None:
         self._timer = None
-        if self._at_s > self._loop.time():
-            if self._at_s < math.inf:
+        if self.at_s > self._loop.time():
+            if self.at_s < math.inf:
                 self._start()
         elif self._act is not None:
             self._act()
@@ -287,7 +284,7 @@ class Connection(asyncio.Protocol):
             if self._eof:
                 self._deadline.set(limits.HALF_CLOSED_SECONDS_MAX, self.transport.abort)
             else:
-                self._deadline.clear()
+                self._deadline.at_s = math.inf
             self.serving.shares.busy(self.group, self)
             if received.data:
                 if not received.hold(self.serving.shares, self.group):

@@ -66,14 +66,12 @@ class RateBuckets:
         return len(self._buckets)
 
     def wait_s(self, caller: Hashable, now_s: float) -> float:
-        """As `TokenBucket.wait_s`."""
         bucket = self._buckets.get(caller)
         if bucket is None:
             return self._shared.wait_s(now_s) if self._is_crowded(now_s) else 0.0
         return bucket.wait_s(now_s)
 
     def take(self, caller: Hashable, now_s: float) -> float:
-        """As `TokenBucket.take`."""
         bucket = self._buckets.get(caller)
         if bucket is None:
             bucket = self._new(caller, now_s)
