@@ -20,6 +20,7 @@ import msgspec
 import yaml
 
 from minikms.processes.config_file import has_nul
+from progressdb_server.store.model import PURGE_S_MIN
 
 ENVIRONMENT_PREFIX: Final = "PROGRESSDB_"
 CONFIG_BYTES_MAX: Final = 1024 * 1024
@@ -48,6 +49,11 @@ def duration_s(text: str) -> int:
     if match is None:
         raise ValueError("must be a number and one of s, m, h, d, as in 90d")
     return int(match[1]) * _UNIT_S[match[2]]
+
+
+def _seconds(text: str) -> int:
+    """0 for never. Raises ValueError."""
+    return 0 if text in ("", "never") else duration_s(text)
 
 
 class ConfigError(Exception):
@@ -179,6 +185,23 @@ class Rotation(_Section, frozen=True):
         return duration_s(self.destroy_old_after) if self.destroy_old_after else 0
 
 
+class Retention(_Section, frozen=True):
+    """What is removed after a duration such as `90d`; `never` or empty: it stays."""
+
+    deleted_after: str = "30d"
+    """Deleted threads and their keys; at least PURGE_S_MIN."""
+    rotation_backups_after: str = "30d"
+    """The backups of rotations that are done, since they began."""
+
+    @property
+    def deleted_after_s(self) -> int:
+        return _seconds(self.deleted_after)
+
+    @property
+    def rotation_backups_after_s(self) -> int:
+        return _seconds(self.rotation_backups_after)
+
+
 class Logging(_Section, frozen=True):
     format: Literal["console", "json"] = "console"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -191,6 +214,7 @@ class Config(_Section, frozen=True):
     security: Security = Security()
     kms: Kms = Kms()
     rotation: Rotation = Rotation()
+    retention: Retention = Retention()
     logging: Logging = Logging()
 
     @property
@@ -321,6 +345,8 @@ VARIABLES: Final = (
     Variable("ROTATION_MAX_USES", "rotation.max_uses", _integer),
     Variable("ROTATION_RATE", "rotation.records_per_second", _integer),
     Variable("ROTATION_DESTROY_OLD_AFTER", "rotation.destroy_old_after", _text),
+    Variable("RETENTION_DELETED_AFTER", "retention.deleted_after", _text),
+    Variable("RETENTION_ROTATION_BACKUPS_AFTER", "retention.rotation_backups_after", _text),
     Variable("LOG_FORMAT", "logging.format", _text),
     Variable("LOG_LEVEL", "logging.level", _text),
 )
@@ -593,6 +619,13 @@ def _check_durations(config: Config) -> None:
             duration_s(getattr(getattr(config, section), setting) or "1s")
         except ValueError as error:
             raise ConfigError(f"{name} {error}") from None
+    for name in ("deleted_after", "rotation_backups_after"):
+        try:
+            after_s = _seconds(getattr(config.retention, name))
+        except ValueError as error:
+            raise ConfigError(f"retention.{name} {error}, or never") from None
+        if name == "deleted_after" and 0 < after_s < PURGE_S_MIN:
+            raise ConfigError("retention.deleted_after must be at least 1d, or never")
     if config.server.drain_s > DRAIN_SECONDS_MAX:
         raise ConfigError(f"server.drain must be at most {DRAIN_SECONDS_MAX}s")
 

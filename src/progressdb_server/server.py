@@ -192,6 +192,7 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
             store,
             provider,
             config.rotation,
+            config.retention,
             exclusive=exclusive,
             destroys=destroys,
             stop=stop.asked,

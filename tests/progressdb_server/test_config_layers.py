@@ -160,6 +160,8 @@ ENVIRONMENT: list[tuple[str, str, str, object]] = [
     ("ROTATION_MAX_USES", "1000", "rotation.max_uses", 1000),
     ("ROTATION_RATE", "50", "rotation.records_per_second", 50),
     ("ROTATION_DESTROY_OLD_AFTER", "7d", "rotation.destroy_old_after", "7d"),
+    ("RETENTION_DELETED_AFTER", "1d", "retention.deleted_after", "1d"),
+    ("RETENTION_ROTATION_BACKUPS_AFTER", "never", "retention.rotation_backups_after", "never"),
     ("LOG_FORMAT", "json", "logging.format", "json"),
     ("LOG_LEVEL", "debug", "logging.level", "debug"),
 ]

@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from copy import copy
 from typing import Final
 
+import msgspec
+
 from progressdb_server.conversations.validators import Validators
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.claims import Claims
@@ -288,7 +290,9 @@ class Rekeying:
             raise TypeError("only the store makes steps")
         key = keyspace.job(job_id)
         puts, expect = ((key, new), *write.puts), ((key, old), *self._claims.condition(thread_id), *write.expect)
-        return RowWrite(job_id, thread_id, self._writer.commit(Write(puts, expect, write.read, write.read_at)))
+        return RowWrite(
+            job_id, thread_id, self._writer.commit(msgspec.structs.replace(write, puts=puts, expect=expect))
+        )
 
     async def settle_row(self, write: RowWrite) -> None:
         """Durable when it returns. Raises StaleRowError, ClaimLostError; ConditionFailedError for a condition of the

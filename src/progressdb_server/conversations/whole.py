@@ -18,6 +18,7 @@ from minikms.platform.logs import structlog
 from progressdb_server.conversations.members import Members
 from progressdb_server.conversations.membership import Rule
 from progressdb_server.conversations.messages import Messages
+from progressdb_server.conversations.purging import Purging
 from progressdb_server.conversations.reading import Reading
 from progressdb_server.conversations.rekeying import Rekeying
 from progressdb_server.conversations.threads import NamedLocks, Threads
@@ -112,6 +113,7 @@ class Conversations:
             *given, threads=self.threads, members=self.members, reading=self.reading, locks=locks, retries=retries
         )
         self.rekeying = Rekeying(self.reads, self.writer, self.sealer, self.claims, self.reading.validators)
+        self.purging = Purging(self.reads, self.sealer, self.threads, self.reading)
         self.backups = Backups(engine, self.writer, self.clock)
         self.clock_notice = ""
         self.epoch = EpochMemory(self.reads, self.writer)

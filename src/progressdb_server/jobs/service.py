@@ -1,27 +1,30 @@
 """The jobs of a server: the table of their kinds, and what runs them.
 
-Owns: `Jobs.kinds`, and the removal of old rows. A new kind of job is a module with a `Kind`, an entry here, and the
-route that begins it.
+Owns: `Jobs.kinds`, and the removal of old rows and of old backups of rotations. A new kind of job is a module with a
+`Kind`, an entry here, and the route that begins it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Final
 
-from progressdb_server.config import Rotation
+from progressdb_server.config import Retention, Rotation
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.destruction import KeyDestruction
 from progressdb_server.jobs.many import RotationsOfMany
 from progressdb_server.jobs.orphans import OrphanedKeys
+from progressdb_server.jobs.purge import ThreadPurge
 from progressdb_server.jobs.rotation import KeyRotation
 from progressdb_server.jobs.runner import Kind, Runner
-from progressdb_server.jobs.states import FINAL
+from progressdb_server.jobs.states import FINAL, JobError
 from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import Provider
 
+KEEP_ALL: Final = Retention(deleted_after="never", rotation_backups_after="never")
 ROW_AGE_S: Final = 90 * 86_400
 """Age at which the row of a finished job is removed, if it has left no backups and no key to destroy."""
 
@@ -29,11 +32,14 @@ ROW_AGE_S: Final = 90 * 86_400
 class OldRows(Kind):
     every_s = 3600.0
 
-    def __init__(self, table: JobTable) -> None:
+    def __init__(self, rotation: KeyRotation, table: JobTable, retention: Retention) -> None:
+        self._rotation = rotation
         self._table = table
+        self._backups_s = retention.rotation_backups_after_s
 
     async def begin(self) -> None:
         oldest_ns = self._table.now_ns() - ROW_AGE_S * 1_000_000_000
+        kept_ns = self._table.now_ns() - self._backups_s * 1_000_000_000 if self._backups_s else 0
         async for page in self._table.pages():
             old = [
                 job
@@ -44,6 +50,11 @@ class OldRows(Kind):
             ]
             if old:
                 await self._table.remove(old)
+            for job in page:
+                # What is not done has verified no record under the new key.
+                if job.backups and job.state == "done" and job.created_ns < kept_ns:
+                    with contextlib.suppress(JobError):  # another job is on the thread: in an hour
+                        await self._rotation.drop_backups(job.id)
             await asyncio.sleep(0)
 
 
@@ -55,6 +66,7 @@ class Jobs(Runner):
         store: Conversations,
         provider: Provider,
         settings: Rotation,
+        retention: Retention = KEEP_ALL,
         *,
         exclusive: bool,
         destroys: bool = True,
@@ -68,4 +80,13 @@ class Jobs(Runner):
         self.destruction = KeyDestruction(self, store, provider)
         self.orphans = OrphanedKeys(store, provider, self.has_job, exclusive=exclusive)
         self.many = RotationsOfMany(self, store, self.rotation)
-        self.kinds = (self.rotation, self.many, self.destruction, self.orphans, OldRows(self.table))
+        purge_after_s = retention.deleted_after_s if destroys else 0
+        self.purge = ThreadPurge(self, store, provider, purge_after_s, exclusive=exclusive)
+        self.kinds = (
+            self.rotation,
+            self.many,
+            self.purge,
+            self.destruction,
+            self.orphans,
+            OldRows(self.rotation, self.table, retention),
+        )

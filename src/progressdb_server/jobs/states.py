@@ -93,7 +93,7 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     found under. `cursor`: the last storage key that this pass has finished; `moved` and `failed` count in this pass,
     `done` in all passes; `backups`: how many records are kept. `rate`: records a second; None is the server's own
     bound, 0 none. Times are Unix nanoseconds, 0 for never. `older_than_s` and `kek_version` are those of a walk over
-    ALL_THREADS, which counts threads.
+    ALL_THREADS, which counts threads; `receipt` is that of a purge.
     """
 
     id: str
@@ -125,6 +125,7 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: str = "rotation"
     older_than_s: int = 0
     kek_version: int = 0
+    receipt: str = ""
 
     @property
     def unfinished(self) -> bool:

@@ -12,12 +12,12 @@ import pytest
 
 from minikms.api.errors import KmsRefusedError
 from minikms.client import ReencryptItem
-from progressdb_server.config import Rotation
+from progressdb_server.config import Retention, Rotation
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.rotation import KeyRotation
 from progressdb_server.jobs.runner import Kind
-from progressdb_server.jobs.service import Jobs, OldRows
+from progressdb_server.jobs.service import KEEP_ALL, Jobs, OldRows
 from progressdb_server.jobs.states import Job
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store import keyspace
@@ -39,12 +39,14 @@ class Place:
     provider: Provider = field(default_factory=SealingProvider)
     clock: TickingClock = field(default_factory=TickingClock)
     settings: Rotation = UNBOUNDED
+    retention: Retention = KEEP_ALL
     exclusive: bool = True
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[tuple[Conversations, Jobs]]:
         async with opened(self.engine, self.provider, self.clock) as store:
-            jobs = Jobs(store, self.provider, self.settings, exclusive=self.exclusive, now_ns=self.clock)
+            given = store, self.provider, self.settings, self.retention
+            jobs = Jobs(*given, exclusive=self.exclusive, now_ns=self.clock)
             await jobs.start()
             try:
                 yield store, jobs

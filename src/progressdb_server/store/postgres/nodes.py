@@ -171,7 +171,9 @@ class Nodes:
         self.node: str | None = None if replicated else ""
         """The one in use, None before the first."""
         self.last_confirmed = b""
-        """The key of an entry that the last confirmed write of this server has put, and nobody deletes."""
+        self.last_confirmed_s = 0.0
+        """The key of an entry that the last confirmed write of this server has put, and nobody deletes for PURGE_S_MIN,
+        and when."""
         self.went_back = ""
         """Why what was confirmed is no longer there; empty if it is."""
         self._until_s = 0.0

@@ -91,13 +91,15 @@ async def write_group(
     failed |= refused
     await _put(connection, staged, fresh | {key for key in expected if key not in found})
     # A new thread has a head, although nothing may be in it yet.
-    made = {tkey(key) for key in staged if key.startswith(keyspace.MAP)}
+    made = {tkey(key) for key, value in staged.items() if key.startswith(keyspace.MAP) and value is not None}
     advanced = {place: b"" for place in map(tkey, staged) if place in heads or place in made}
     for pending in rest:
         if pending not in refused:
             for thread, stamp in stamps[pending].values():
                 advanced[thread] = max(advanced.get(thread, b""), stamp)
     await _advance(connection, heads, advanced)
+    if ended := [tkey(key) for key, value in staged.items() if key.startswith(keyspace.MAP) and value is None]:
+        await connection.execute("DELETE FROM store_head WHERE tkey = ANY($1::bytea[])", ended)
     return failed, threads, messages
 
 

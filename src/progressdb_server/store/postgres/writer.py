@@ -30,10 +30,7 @@ from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, PendingWrite, Write
 from progressdb_server.store.engine import Counters, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import Clock
-from progressdb_server.store.model import (
-    NotWrittenError,
-    StoreUnavailableError,
-)
+from progressdb_server.store.model import PURGE_S_MIN, NotWrittenError, StoreUnavailableError
 from progressdb_server.store.postgres.nodes import (
     BEAT_S,
     CONNECT_S_MAX,
@@ -177,11 +174,11 @@ class _Usual(NamedTuple):
 
     @classmethod
     def of(cls, group: Sequence[PendingWrite]) -> _Usual | None:
-        """None if one of the writes contradicts an earlier one, or relies on the absence of an entry of no thread that
-        it does not put."""
+        """None if one of the writes contradicts an earlier one, relies on the absence of an entry of no thread that it
+        does not put, or ends a thread."""
         assumed = _Assumed(group)
         staged, failed, threads, messages = Conditions(assumed).stage(group)
-        if failed:
+        if failed or any(value is None and key.startswith(keyspace.MAP) for key, value in staged.items()):
             return None
         relied = assumed.relied
         stamps: dict[bytes, list[bytes]] = {}
@@ -287,7 +284,7 @@ async def _look_back(nodes: Nodes, connection: NodeConnection) -> None:
     """Whether the database has what was confirmed, on a new connection: it may be another one, or restored. Raises
     EngineUnavailableError."""
     key = nodes.last_confirmed
-    if not key or nodes.went_back:
+    if not key or nodes.went_back or now_s() - nodes.last_confirmed_s > PURGE_S_MIN:  # it may be purged
         return
     try:
         there = await connection.fetchval(_IS_THERE, tkey(key), key, timeout=CONNECT_S_MAX)
@@ -423,7 +420,8 @@ class PostgresWriter(GroupCommit):
             else:
                 self._nodes.confirmed(connection.node, began_s)
                 if await self._nodes.settled(connection.node):
-                    self._nodes.last_confirmed = _lasting(group, failed) or self._nodes.last_confirmed
+                    if lasting := _lasting(group, failed):
+                        self._nodes.last_confirmed, self._nodes.last_confirmed_s = lasting, began_s
                     return failed
                 connection.terminate()
                 raise EngineUnavailableError(UNKNOWN)

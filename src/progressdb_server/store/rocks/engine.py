@@ -66,6 +66,9 @@ LOG_FILES_MAX: Final = 4
 BLOCK_BYTES: Final = 16 * 1024
 """What is read, checked and cached as one: some 25 messages. RocksDB's 4 KiB costs a scan half as much again."""
 BLOOM_BITS_PER_KEY: Final = 10
+DELETIONS: Final = (1024, 512, 0.5)
+"""A file is merged soon if so many of so many neighbouring entries, or this part of all, are deletions. Otherwise the
+space of what was removed by age is not given back, because nothing is written there again."""
 PROBE_BYTES: Final = 4 * 1024 * 1024
 """Space that must be free for a disk to count as one that takes writes; before a reopening is tried, the size of the
 log must be free too."""
@@ -103,6 +106,7 @@ def engine_options() -> Options:
     options.set_max_bytes_for_level_base(BASE_LEVEL_BYTES)
     options.set_bytes_per_sync(1024 * 1024)  # spreads the write-back of big files, so that no commit waits for one
     options.set_level_compaction_dynamic_level_bytes(True)
+    options.add_compact_on_deletion_collector_factory(*DELETIONS)
     # Keys and indexes compress, ciphertext does not: worth the time where entries stay.
     options.set_compression_type(DBCompressionType.none())
     options.set_bottommost_compression_type(DBCompressionType.lz4())

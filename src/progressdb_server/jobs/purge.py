@@ -1,0 +1,177 @@
+"""Purges of deleted threads: some time after a deletion, the thread's keys are destroyed, then its records are removed.
+
+Owns: the conditions and their order. Invariants:
+- A thread is purged only if its sealed records say that it was deleted so long ago (`conversations.purging`). While
+  any of its keys is left, they are asked again: a row of a database is not believed. The key that opens them goes last.
+- Before the first key goes, every record of the thread was read, and as many as the indexes name. Nothing is purged
+  while the store has a damaged file.
+- Only keys of purpose `thread` that are of this thread, says the key service, are destroyed; on a shared key service
+  only those that a record or the row of a job names. Backups of the store do not delay it: they are erased too.
+- The row is the receipt (`Job.receipt`), and stays as long as other rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import ClassVar, Final
+
+from minikms.api import KeyAnswer
+from minikms.platform.logs import structlog
+from progressdb_server.conversations.whole import Conversations
+from progressdb_server.jobs.runner import Kind, Pace, Runner
+from progressdb_server.jobs.states import JobConflictError, JobFailedError, JobNotFoundError, changed, move
+from progressdb_server.jobs.table import Row
+from progressdb_server.kms.provider import Provider, key_pages
+from progressdb_server.store.model import (
+    KeyServiceRefusedError,
+    RecordUnreadableError,
+    StoreUnavailableError,
+    ThreadNotFoundError,
+)
+
+CHUNK_RECORDS: Final = 128
+NAMED_MAX: Final = 32
+"""Keys, and backups, that a receipt names; it counts all."""
+PURGED: Final = "the thread is purged"
+
+_log = structlog.get_logger("progressdb.jobs")
+
+
+class ThreadPurge(Kind):
+    name: ClassVar[str] = "purge"
+    every_s = 3600.0
+
+    def __init__(
+        self, runner: Runner, store: Conversations, provider: Provider, after_s: int, *, exclusive: bool
+    ) -> None:
+        """`after_s`: since the deletion; 0: never. `exclusive` as in `jobs.service.Jobs`."""
+        self._runner = runner
+        self._table = runner.table
+        self._store = store
+        self._provider = provider
+        self._after_s = after_s
+        self._exclusive = exclusive
+
+    @property
+    def _before_ns(self) -> int:
+        return self._table.now_ns() - self._after_s * 1_000_000_000
+
+    async def begin(self) -> None:
+        """Queue the threads that were deleted so long ago, and whose purge has not failed or been cancelled."""
+        if not self._after_s:
+            return
+        await self._provider.list_keys(thread_id=None, state=None, cursor=None, limit=1)  # each purge needs it
+        async for page in self._store.purging.deleted(self._before_ns):
+            for thread in page:
+                if not await self._was_ended(thread):
+                    await self._runner.place()
+                    with contextlib.suppress(JobConflictError):  # tried again in an hour
+                        await self._runner.add(self, thread, trigger="deleted_after")
+            await asyncio.sleep(0)
+
+    async def _was_ended(self, thread: str) -> bool:
+        for job_id in self._table.of_thread(thread):
+            with contextlib.suppress(JobNotFoundError):
+                job = await self._table.get(job_id)
+                if job.kind == self.name and job.state in ("failed", "cancelled"):
+                    return True
+        return False
+
+    async def step(self, job_id: str, pace: Pace) -> None:
+        row = await self._table.row(job_id)
+        if row.job.state == "queued":
+            row = await self._table.store(row, move(row.job, "start"))
+        try:
+            if self._store.engine.damaged:
+                raise JobFailedError("the store has damaged files: run progressdb check")
+            if keys := await self._keys(row.job.thread):
+                row = await self._erase(row, keys)
+            await self._remove(row, pace)
+        except (RecordUnreadableError, KeyServiceRefusedError, ThreadNotFoundError) as error:
+            raise JobFailedError(str(error)) from error
+
+    # --- keys -----------------------------------------------------------------------------------------------------
+    async def _keys(self, thread: str) -> list[KeyAnswer]:
+        """Those that are not destroyed."""
+        found: list[KeyAnswer] = []
+        async for page in key_pages(self._provider, thread_id=thread):
+            if page.indexing:
+                raise StoreUnavailableError("the key service is still reading its keys")
+            found += [key for key in page.keys if key.purpose == "thread"]
+        return found
+
+    async def _erase(self, row: Row, keys: list[KeyAnswer]) -> Row:
+        thread, purging = row.job.thread, self._store.purging
+        last = await purging.newest(thread)
+        named: set[str] = set()
+        proofs: set[str] = set()
+        records = 0
+        async for chunk in self._store.rekeying.chunks(thread, CHUNK_RECORDS):
+            named |= {one.key_id for one in chunk.records}
+            proofs |= {one.key_id for one in chunk.records if one.aad == last or not purging.is_message(one.aad)}
+            records += len(chunk.records)
+            await asyncio.sleep(0)
+        with_backups = await self._table.with_backups(thread)
+        jobs = [await self._table.get(job_id) for job_id in self._table.of_thread(thread)]
+        if not self._exclusive:
+            named.update(*((job.old_key, job.new_key, *job.sources) for job in jobs))
+            keys = [key for key in keys if key.key_id in named]
+        if not keys:
+            return row
+        if left := await self._store.rekeying.count_under(thread, ()):
+            raise JobFailedError(f"{left} records are malformed: run progressdb check")
+        if len(proofs) > 1:
+            raise JobFailedError("the thread's records are under two keys: rotate its key, then resume this job")
+        if await purging.deleted_ns(thread) >= self._before_ns:
+            raise JobFailedError("the thread was not deleted so long ago")
+        for job_id in with_backups:
+            await self._table.drop_backups(job_id)
+        for job in jobs:
+            if job.destroy_at_ns:
+                await self._table.change(job.id, lambda now: changed(now, destroy_at_ns=0, destroy_waits_for=PURGED))
+        ids = sorted((key.key_id for key in keys), key=lambda key_id: key_id in proofs)
+        row = await self._table.store(row, changed(row.job, total=records, sources=tuple(ids[:NAMED_MAX])))
+        archives: dict[str, None] = {}
+        active = {key.key_id for key in keys if key.state == "active"}
+        for key_id in ids:
+            if key_id in active:
+                await self._provider.retire_key(key_id, request_id=row.job.id)
+            answer = await self._provider.destroy_key(key_id, thread_id=thread, request_id=row.job.id)
+            archives |= dict.fromkeys(answer.archives)
+        purging.forget(thread)
+        kept = [f"; archives that may hold them: {_few(list(archives))}"] * bool(archives)
+        receipt = "".join((f"keys destroyed: {_few(ids)}", *kept))
+        return await self._table.store(row, changed(row.job, destroyed_ns=self._table.now_ns(), receipt=receipt))
+
+    # --- records --------------------------------------------------------------------------------------------------
+    async def _remove(self, row: Row, pace: Pace) -> None:
+        thread, purging = row.job.thread, self._store.purging
+        last = await purging.newest(thread)
+        async for chunk in self._store.rekeying.chunks(thread, CHUNK_RECORDS):
+            if chunk.malformed:
+                raise RecordUnreadableError(f"the record {chunk.malformed[0]} is malformed")
+            gone = [(one.aad, one.raw) for one in chunk.records if one.aad != last and purging.is_message(one.aad)]
+            await pace.take(len(gone))
+            if gone:
+                after = changed(row.job, done=row.job.done + len(gone))
+                row = await self._table.store(row, after, purging.records(thread, gone))
+        async for step in purging.members(thread):
+            row = await self._table.store(row, row.job, step)
+        backups = [known.name async for page in self._store.backups.registered() for known in page]
+        if not self._store.engine.makes_backups:
+            backups.append("those of the database")
+        receipt = row.job.receipt or f"keys destroyed: {_few(row.job.sources)}"
+        if backups:
+            receipt += f"; backups of the store that may hold records: {_few(backups)}"
+        ends = {"receipt": receipt, "done": row.job.done + (2 if last else 1)}
+        done = move(move(row.job, "verify"), "finish", **ends)
+        await self._table.store(row, changed(done, total=done.done), await purging.thread(thread))
+        purging.forget(thread)
+        _log.info("thread_purged", job=row.job.id, thread=thread, records=done.done)
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
+    return ", ".join(names[:NAMED_MAX]) + more

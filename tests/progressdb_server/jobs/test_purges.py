@@ -1,0 +1,253 @@
+"""A thread that was deleted long ago is purged: its keys, its records, and what names it. A kill at any point only
+delays it, and nobody who writes the store can make it happen to another thread."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Collection, Iterable
+
+import msgspec
+import pytest
+
+from minikms.api.errors import KmsUnavailableError
+from progressdb_server.config import Retention
+from progressdb_server.conversations.whole import Conversations
+from progressdb_server.jobs import purge
+from progressdb_server.jobs.service import Jobs, OldRows
+from progressdb_server.jobs.states import Job
+from progressdb_server.store import keyspace, record
+from progressdb_server.store.check import Checker
+from progressdb_server.store.conditions import Write
+from progressdb_server.store.engine import EngineUnavailableError
+from progressdb_server.store.model import NewMessage, StoreUnavailableError, ThreadNotFoundError
+from progressdb_server.store.offline import LocalView
+from tests.progressdb_server.jobs.rotating import UNBOUNDED, Gate, Place, backups_of, register, write
+from tests.progressdb_server.jobs.test_rotations_of_many import all_jobs
+from tests.progressdb_server.store.memory_engine import MemoryEngine
+from tests.progressdb_server.store.opened_store import becomes, disk, keys_of, messages_of, with_store
+from tests.progressdb_server.store.sealing_provider import SealingProvider
+
+DAY_NS = 86_400 * 10**9
+RETENTION = Retention(deleted_after="30d", rotation_backups_after="7d")
+
+
+class DyingEngine(MemoryEngine):
+    """Takes no write from the nth one on, or from after it, until it is opened again."""
+
+    left = 0
+    after = False
+    dead = False
+
+    def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
+        if self.dead:
+            raise EngineUnavailableError
+        self.left -= 1
+        self.dead = not self.left
+        if self.dead and not self.after:
+            raise EngineUnavailableError
+        super().write(puts)
+
+
+class DyingProvider(SealingProvider):
+    """Takes no order from the nth one on, or from after it."""
+
+    left = 0
+    after = False
+    dead = False
+
+    async def _answer(self, verb: str) -> None:
+        if verb in ("retire_key", "destroy_key"):
+            self.left -= 1
+            self.dead = self.dead or not self.left
+            if self.dead and not (self.after and not self.left):
+                raise KmsUnavailableError("killed")
+        await super()._answer(verb)
+
+
+async def deleted(store: Conversations, jobs: Jobs, place: Place) -> None:
+    """The thread `gone` with versions, members and backups of two rotations, and `stays`; 31 days ago."""
+    for thread in ("gone", "stays"):
+        first, second, _ = await write(store, 3, thread)
+        await store.messages.update(first.id, author="ann", body="edited", role=None, reply_to=None)
+        await store.messages.set_reaction(second.id, "bob", "+1")
+        await store.messages.create(NewMessage(author="bob", thread=thread, body="hello"))
+        for _ in range(2):
+            await jobs.wait((await jobs.rotation.rotate(thread)).id)
+    await store.threads.delete("gone", author="ann", by="ann")
+    place.clock.now += 31 * DAY_NS
+
+
+def rows_of(jobs: Jobs) -> OldRows:
+    (rows,) = [kind for kind in jobs.kinds if isinstance(kind, OldRows)]
+    return rows
+
+
+async def purged(jobs: Jobs) -> Job:
+    await jobs.purge.begin()
+    found = [job for job in await all_jobs(jobs) if job.kind == "purge"]
+    return await jobs.wait(found[-1].id)
+
+
+async def check_gone(store: Conversations, place: Place, strays: Collection[str] = ()) -> None:
+    names = [key for key in await keys_of(store) if not key.startswith(("job:", "server:", "claim:"))]
+    assert not [key for key in names if "gone" in key]
+    assert place.keys.destroyed == {*place.keys.keys_of("gone", active=False)} - {*strays}
+    assert [message.author for message in await messages_of(store, "stays")] == ["ann"] * 3 + ["bob"]
+    assert await store.stats() == {"threads": 1, "messages": 6}
+    with pytest.raises(ThreadNotFoundError):
+        await store.threads.get("gone")
+
+
+@pytest.mark.usefixtures("both_engines")
+def test_a_thread_that_was_deleted_long_ago_is_purged_with_a_receipt() -> None:
+    place = Place(retention=RETENTION)
+
+    async def body(store: Conversations) -> None:
+        jobs = Jobs(store, place.provider, UNBOUNDED, RETENTION, exclusive=False, now_ns=place.clock)
+        await jobs.start()
+        await deleted(store, jobs, place)
+        stray = (await place.keys.create_dek_for_thread("gone")).key_id  # of another store, perhaps
+        await register(store, "/backups/b1", 1)
+        job = await purged(jobs)
+        assert (job.state, job.thread, job.done, job.total, job.reason) == ("done", "gone", 8, 8, "")
+        assert set(job.sources) == place.keys.destroyed
+        words = ["keys destroyed", *job.sources, "; backups of the store that may hold records: b1"]
+        assert all(word in job.receipt for word in words), job.receipt
+        await check_gone(store, place, [stray])
+        await jobs.purge.begin()
+        assert [one.id for one in await all_jobs(jobs) if one.kind == "purge"] == [job.id]
+        await write(store, 1, "gone")
+        assert (await store.threads.get("gone")).author == "ann"
+        await jobs.close()
+
+    with_store(body, None, place.provider, place.clock)
+
+
+def test_a_thread_stays_while_it_is_not_deleted_for_so_long() -> None:
+    place = Place(retention=RETENTION)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await deleted(store, jobs, place)
+        place.clock.now -= 2 * DAY_NS
+        await jobs.purge.begin()
+        assert not [job for job in await all_jobs(jobs) if job.kind == "purge"]
+        assert (await store.threads.get("gone")).deleted
+
+    place.run(body)
+
+
+def is_killed(what: str, number: int, *, after: bool) -> bool:
+    """Whether the purge came so far: it was killed then, and went on."""
+    engine, provider = DyingEngine(), DyingProvider()
+    place = Place(engine=engine, provider=provider, retention=RETENTION)
+    dying = engine if what == "write" else provider
+
+    async def begin(store: Conversations, jobs: Jobs) -> None:
+        await deleted(store, jobs, place)
+        dying.left, dying.after = number, after
+        with contextlib.suppress(StoreUnavailableError):
+            await jobs.purge.begin()
+        await becomes(lambda: dying.dead or not jobs.has_job("gone"))
+
+    async def go_on(store: Conversations, jobs: Jobs) -> None:
+        begun = [job for job in await all_jobs(jobs) if job.kind == "purge"] or [await purged(jobs)]
+        job = await jobs.wait(begun[-1].id)
+        assert (job.state, job.reason, job.done) == ("done", "", 8)
+        await check_gone(store, place)
+        assert [found async for found in Checker(LocalView(disk(store)), provider).run()] == []
+
+    place.run(begin)
+    died, dying.dead, dying.left = dying.dead, False, 0
+    place.run(go_on)
+    return died
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("what", "least"), [("write", 10), ("order", 3)])
+def test_a_purge_that_is_killed_at_any_step_goes_on(
+    what: str, least: int, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after each write of the store, and each order to the key service."""
+    monkeypatch.setattr(purge, "CHUNK_RECORDS", 2)
+    number = 1
+    while is_killed(what, number, after=after):
+        number += 1
+    assert number > least
+
+
+async def undeleted(store: Conversations) -> None:
+    """A row of the index, and a header, say that a thread was deleted, its sealed records do not."""
+    key = keyspace.meta("stays")
+    raw = await store.reads.get(key)
+    assert raw is not None
+    header, sealed = record.unpack_thread(raw)
+    forged = record.pack(msgspec.structs.replace(header, deleted_ns=1), sealed)
+    await store.writer.commit(Write([(key, forged), (keyspace.closed_key("stays"), b"")]))
+
+
+async def younger(store: Conversations) -> None:
+    """The header says that the deletion is older than the event of it says."""
+    await store.threads.delete("stays", author="ann", by="ann")
+    await undeleted(store)
+
+
+async def under_two_keys(store: Conversations) -> None:
+    """The key of the metadata is said to be a destroyed one."""
+    key = keyspace.meta("gone")
+    raw = await store.reads.get(key) or b""
+    head, sealed = record.split(raw)
+    await store.writer.commit(Write([(key, record.rekey(raw[0], head, "k_0") + sealed)]))
+
+
+async def lost_message(store: Conversations) -> None:
+    found = await store.reads.keys(keyspace.messages("gone"), keyspace.after(keyspace.messages("gone")), limit=1)
+    await store.writer.commit(Write([(found[0], None)]))
+
+
+@pytest.mark.parametrize(
+    ("forge", "thread", "reason"),
+    [
+        (undeleted, "stays", "the metadata of thread stays is malformed"),
+        (younger, "stays", "was not deleted so long ago"),
+        (under_two_keys, "gone", "under two keys"),
+        (lost_message, "gone", "is missing"),
+    ],
+)
+def test_a_purge_without_proof_destroys_nothing(
+    forge: Callable[[Conversations], Awaitable[None]], thread: str, reason: str
+) -> None:
+    place = Place(retention=RETENTION)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await deleted(store, jobs, place)
+        await forge(store)
+        await jobs.purge.begin()
+        (job,) = [one for one in await all_jobs(jobs) if (one.kind, one.thread) == ("purge", thread)]
+        job = await jobs.wait(job.id)
+        assert job.state == "failed"
+        assert reason in job.reason
+        assert not {key for key in place.keys.destroyed if place.keys.keys[key][0] == thread}
+        before = len(await all_jobs(jobs))
+        await jobs.purge.begin()
+        assert len(await all_jobs(jobs)) == before, "it is not tried again by itself"
+
+    place.run(body)
+
+
+def test_backups_of_rotations_that_are_done_are_removed_by_age() -> None:
+    place = Place(retention=RETENTION)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 3)
+        done = await jobs.wait((await jobs.rotation.rotate("t")).id)
+        place.clock.now += 3 * DAY_NS
+        gate = Gate(place.keys, 0)
+        stopped = await jobs.rotation.rotate("t")
+        await gate.reached.wait()
+        await jobs.cancel(stopped.id)
+        for days, kept in ((3, 4), (2, 0)):
+            place.clock.now += days * DAY_NS
+            await rows_of(jobs).begin()
+            assert (await jobs.table.get(done.id)).backups == len(backups_of(store, done)) == kept
+
+    place.run(body)
