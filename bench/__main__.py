@@ -55,7 +55,10 @@ AGAINST: dict[str, Callable[[Path], list[Row]]] = {
     "kek_rotation": pairs.rotation,
 }
 """What runs with another checkout."""
-LONG: dict[str, Callable[[], list[Row]]] = {"million": million.million}
+LONG: dict[str, Callable[[], list[Row]]] = {
+    "million": million.million,
+    "growth_rotations": dek_rotation.growth,
+}
 """What runs with its option, or when it is named."""
 RUNS_MAX = 99
 RUN_GB = 8

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import itertools
 import json
+import logging
 import os
 import secrets
 import time
@@ -18,13 +20,15 @@ from typing import Any
 
 import uvloop
 
-from bench import load, programs
+from bench import keys, load, programs
 from bench.programs import ADMIN_KEY, BACKEND_KEY, BenchError
 from bench.report import Row, figure, say
 from minikms.api.errors import KmsRefusedError
 from minikms.client import EncryptItem
+from minikms.platform.logs import structlog
 from progressdb_server.config import Rotation
 from progressdb_server.conversations.whole import Conversations
+from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.store import drafts, keyspace
@@ -43,6 +47,10 @@ FOREGROUND_RATE = 12_000
 CLIENTS = 8
 LOAD_SECONDS = 5.0
 WARM_UP_SECONDS = 1.0
+SIZES = (1_000, 10_000, 100_000)
+BUILDERS = 64
+ROTATED = 500
+"""Threads of each size whose rotations are measured, after some others."""
 
 
 def rotation() -> list[Row]:
@@ -56,6 +64,66 @@ def rotation() -> list[Row]:
         Row(what, RECORDS / seconds, "records/s", 60_000, 100_000, note=note),
         Row("resident memory growth of the server meanwhile", grown_mib, "MiB", 64, 32, less_is_better=True),
     ]
+
+
+def growth() -> list[Row]:
+    """What a rotation of one of many small threads costs, by their number."""
+    with programs.workplace() as directory, programs.minikms(directory) as socket:
+        return uvloop.run(_grow(directory, socket, keys.wait_for_index(socket)))
+
+
+class _Counting(RemoteProvider):
+    """Counts rotations: a small thread is read back in one batch."""
+
+    rotated = 0
+
+    async def check_batch(self, *given: Any, **named: Any) -> Any:
+        self.rotated += 1
+        return await super().check_batch(*given, **named)
+
+
+async def _grow(directory: Path, socket: str, pid: int) -> list[Row]:
+    provider = _Counting(socket)
+    store = Conversations(RocksEngine(str(directory / "store")), provider)
+    jobs = Jobs(store, provider, Rotation(records_per_second=0), exclusive=True)
+    rows: list[Row] = []
+    numbers = itertools.count()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+    async def write(below: int) -> None:
+        while (await store.stats())["threads"] <= below - BUILDERS:
+            number = next(numbers)
+            await store.messages.create(NewMessage(author=f"u{number % 251}", thread=f"t{number:06}", body="x" * 256))
+
+    async def rotated(count: int) -> None:
+        until = provider.rotated + count
+        while provider.rotated < until:  # noqa: ASYNC110  nobody wakes it
+            await asyncio.sleep(0.01)
+
+    try:
+        await jobs.start()
+        for size in SIZES:
+            await asyncio.gather(*[write(size) for _ in range(BUILDERS)])
+            walk = await jobs.many.rotate(Due())
+            await rotated(ROTATED // 5)
+            before = time.perf_counter(), time.process_time(), _cpu_s(pid)
+            await rotated(ROTATED)
+            now = time.perf_counter(), time.process_time(), _cpu_s(pid)
+            await jobs.cancel(walk.id)
+            wall_s, own_s, kms_s = ((end - begin) / ROTATED for begin, end in zip(before, now, strict=True))
+            note = f"processor time: {figure(own_s * 1000)} ms in the server, {figure(kms_s * 1000)} in the key service"
+            say(f"growth_rotations: {size:,} threads: {figure(1 / wall_s)}/s, {note}")
+            rows.append(Row(f"rotations of small threads, among {size:,}", 1 / wall_s, "rotations/s", note=note))
+    finally:
+        await jobs.close()
+        await store.close()
+        await provider.close()
+    return rows
+
+
+def _cpu_s(pid: int) -> float:
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def foreground() -> list[Row]:
