@@ -20,7 +20,6 @@ import msgspec
 import yaml
 
 from minikms.processes.config_file import has_nul
-from progressdb_server.store.model import PURGE_S_MIN
 
 ENVIRONMENT_PREFIX: Final = "PROGRESSDB_"
 CONFIG_BYTES_MAX: Final = 1024 * 1024
@@ -33,6 +32,8 @@ BODY_BYTES_MIN: Final = 16 * 1024 * 1024
 """An eighth of it, the share of one user, holds one body of the greatest length."""
 IDLE_CONNECTIONS_COUNT: Final = 256
 DRAIN_SECONDS_MAX: Final = 300
+PURGE_S_MIN: Final = 86_400
+"""A deleted thread stays for at least so long."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 """Exact as a float, in which rates are computed."""

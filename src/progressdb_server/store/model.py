@@ -16,8 +16,6 @@ import msgspec
 
 T = TypeVar("T")
 
-PURGE_S_MIN: Final = 86_400
-"""A deleted thread stays for at least so long."""
 REACTIONS_COUNT_MAX: Final = 1024
 """Of one message: identities that react. A new message may have as many."""
 RECORD_MISSING: Final = "record_missing"

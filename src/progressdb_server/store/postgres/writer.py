@@ -25,12 +25,13 @@ from typing import Any, Final, NamedTuple, TypeVar
 import asyncpg
 
 from minikms.platform.logs import structlog
+from progressdb_server.config import PURGE_S_MIN
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, PendingWrite, Write
 from progressdb_server.store.engine import Counters, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import Clock
-from progressdb_server.store.model import PURGE_S_MIN, NotWrittenError, StoreUnavailableError
+from progressdb_server.store.model import NotWrittenError, StoreUnavailableError
 from progressdb_server.store.postgres.nodes import (
     BEAT_S,
     CONNECT_S_MAX,
