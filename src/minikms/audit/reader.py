@@ -184,7 +184,7 @@ class SegmentFile:
         skipped = 0  # bytes of a truncated line so far
         waited = False
         while True:
-            chunk = self._read(source)
+            chunk = self._read(source, CHUNK_BYTES)
             if not chunk:
                 if self.closed:
                     break
@@ -220,7 +220,7 @@ class SegmentFile:
         decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
         return decompressor.stream_reader(self._file, closefd=False)
 
-    def _read(self, source: _Reader, size: int = CHUNK_BYTES) -> bytes:
+    def _read(self, source: _Reader, size: int) -> bytes:
         try:
             return source.read(size)
         except zstandard.ZstdError as error:
