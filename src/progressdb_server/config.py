@@ -30,7 +30,6 @@ UNIX_PATH_BYTES_MAX: Final = 107
 BODY_BYTES: Final = 128 * 1024 * 1024
 BODY_BYTES_MIN: Final = 16 * 1024 * 1024
 """An eighth of it, the share of one user, holds one body of the greatest length."""
-IDLE_CONNECTIONS_COUNT: Final = 256
 DRAIN_SECONDS_MAX: Final = 300
 PURGE_S_MIN: Final = 86_400
 """A deleted thread stays for at least so long."""
@@ -82,7 +81,7 @@ class Server(_Section, frozen=True):
     """For development: a spawned miniKMS makes its own root key file."""
     body_bytes: Count = BODY_BYTES
     """Of the bodies of all requests that are being received or handled."""
-    idle_connections: Count = IDLE_CONNECTIONS_COUNT
+    idle_connections: Count = 0
     """Of one address; 0 is no bound."""
     drain: str = ""
     """How long the server serves after SIGTERM, with `/readyz` 503: a duration, at most DRAIN_SECONDS_MAX. Empty: it

@@ -113,7 +113,7 @@ class _Acceptor:
         self.opening: set[_Opening] = set()
         self._listener = listener
         listener.setblocking(False)
-        self._accepting = AcceptLoop(listener, serving.loop, accepted=self._accepted, failed=_failed)
+        self._accepting = AcceptLoop(listener, serving.loop, accepted=self._accepted, failed=self._failed)
 
     def close(self) -> None:
         """Close the port. Where the server drains, first accept what the kernel has taken: close(2) would reset it."""
@@ -126,7 +126,8 @@ class _Acceptor:
 
     def _accepted(self, connection: socket.socket, peer: tuple[object, ...]) -> None:
         serving = self.serving
-        if len(serving.connections) + len(self.opening) >= limits.CONNECTIONS_COUNT_MAX:
+        full = len(serving.connections) + len(self.opening) >= limits.CONNECTIONS_COUNT_MAX
+        if full and not serving.shares.make_room():
             connection.close()
             return
         with contextlib.suppress(OSError):  # the client is gone: macOS refuses then
@@ -137,10 +138,10 @@ class _Acceptor:
         if self.context is not None:
             serving.shares.idle(group, opening)
 
-
-def _failed(error: OSError) -> None:
-    """No descriptor or no memory is left."""
-    _log.warning("can't accept connections", reason=error.strerror)
+    def _failed(self, error: OSError) -> None:
+        """No descriptor or no memory is left."""
+        self.serving.shares.make_room()
+        _log.warning("can't accept connections", reason=error.strerror)
 
 
 async def serve_http(

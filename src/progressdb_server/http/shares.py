@@ -9,8 +9,9 @@ address. Invariants:
   Beyond it the address with the most of them loses the connection whose client has not read for the longest time.
 - At most `LISTS_COUNT_MAX` lists are read at a time, and `ADDRESS_LISTS_COUNT_MAX` of one address. Others wait for
   their turn, one address after the other. Meanwhile a list that its client leaves unread is given up.
-- An address with too many idle connections loses the one that has been idle longest. Idle is a connection that waits
-  for its client: for the first byte of a request, or for the rest of one.
+- Without room for a new connection, the address with the most idle ones loses the one that has been idle longest; so
+  does an address beyond a bound that the configuration sets. Idle is a connection that waits for its client: for the
+  first byte of a request, or for the rest of one.
 
 An address is an IPv4 address or the /64 of an IPv6 address. A proxy that the configuration names, and a peer without an
 address such as a Unix socket, stand for many clients: no bound for one address applies to them. The module knows no key
@@ -84,14 +85,22 @@ class Shares:
     # --- idle connections -----------------------------------------------------------------------------------------
     def idle(self, group: str, connection: Closable) -> None:
         """The connection waits for its client. It may be closed in the place of another one."""
-        if not group or not self._idle_max:
-            return
         waiting = self._idle.setdefault(group, {})
         waiting[connection] = None
-        if len(waiting) > self._idle_max:
-            oldest = next(iter(waiting))
-            del waiting[oldest]
-            oldest.close_idle()
+        if group and 0 < self._idle_max < len(waiting):
+            self._close_oldest(group)
+
+    def make_room(self) -> bool:
+        """Close an idle connection of the address that has the most. False: there is none."""
+        if self._idle:
+            self._close_oldest(max(self._idle, key=lambda group: len(self._idle[group])))
+            return True
+        return False
+
+    def _close_oldest(self, group: str) -> None:
+        oldest = next(iter(self._idle[group]))
+        self.busy(group, oldest)
+        oldest.close_idle()
 
     def busy(self, group: str, connection: Closable) -> None:
         """The connection has a request that is whole, or is closed."""

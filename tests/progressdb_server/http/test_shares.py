@@ -137,6 +137,24 @@ def test_every_end_of_a_request_gives_its_bytes_back() -> None:
 
 
 # --- idle connections -------------------------------------------------------------------------------------------
+def test_without_room_the_address_with_most_idle_connections_loses_one() -> None:
+    shares, closed = Shares(), list[str]()
+
+    class Idle:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close_idle(self) -> None:
+            closed.append(self.name)
+
+    connections = {name: Idle(name) for name in ("a1", "b1", "b2", "b3", "c1", "c2")}
+    for name, connection in connections.items():
+        shares.idle(name[0], connection)
+    shares.busy("b", connections["b1"])
+    assert [shares.make_room() for _ in range(6)] == [True] * 5 + [False]
+    assert closed == ["b2", "c1", "a1", "b3", "c2"]
+
+
 def test_an_address_loses_its_longest_idle_connection_and_none_in_use() -> None:
     with running(config=Server(idle_connections=3)) as server, contextlib.ExitStack() as opened:
         first = opened.enter_context(server.connect())
