@@ -171,7 +171,6 @@ class RecordVerbs:
                 async with self._going_on:
                     await asyncio.sleep(0)
                     work(keys, items, encoding.read, outcomes)
-                    self._vault.record_keys.end_turn()
             return _items(encoding, member, outcomes, event)
 
         return _items(encoding, member, outcomes, event) if len(outcomes) == len(items) else Later(go_on)
