@@ -168,14 +168,6 @@ def test_without_its_slot_the_old_root_key_is_refused(
     assert old not in text
 
 
-def test_a_wrong_root_key_is_refused_naming_both_fingerprints(own_daemon: LiveDaemon) -> None:
-    [expected] = status(own_daemon)["root"]["slots"]
-    own_daemon.stop()
-    text = refusal(own_daemon, OTHER)
-    assert f"opens under {expected}" in text
-    assert "Nothing was changed" in text
-
-
 # --- what is asked twice, or meanwhile ------------------------------------------------------------------------------
 
 
@@ -191,20 +183,6 @@ def test_the_same_root_key_again_is_answered_as_done_and_rotates_nothing(own_dae
     assert records.open()
     restart(own_daemon, NEW)
     assert rotate(own_daemon, NEW).body["kek_version"] == 3  # after the removal of the old root key
-    assert keks(own_daemon) == {1: "retired", 2: "retired", 3: "active"}
-
-
-def test_a_root_key_that_was_rotated_away_is_never_taken_again(own_daemon: LiveDaemon) -> None:
-    old = own_daemon.root().hex()
-    rotate(own_daemon, NEW)
-    answer = rotate(own_daemon, old)
-    assert (answer.status, answer.code) == (409, "conflict")
-    restart(own_daemon, NEW)
-    answer = rotate(own_daemon, old)
-    assert (answer.status, answer.code) == (409, "conflict")
-    assert "rotated away before" in answer.body["error"]
-    # The rotation that the removal asks for may not have begun.
-    status_once(own_daemon, lambda found: no_rotation(found) and len(found["keks"]) == 3)
     assert keks(own_daemon) == {1: "retired", 2: "retired", 3: "active"}
 
 
@@ -387,23 +365,6 @@ def test_old_keks_are_destroyed_when_nothing_needs_them(own_daemon: LiveDaemon) 
     [begun, *_, done] = own_daemon.events("prune_kek")
     assert begun["detail"] == "begun"
     assert done["facts"]["destroyed"] == "1,2"
-
-
-def test_a_kek_that_a_damaged_file_may_need_is_kept_until_it_is_mended(own_daemon: LiveDaemon) -> None:
-    records = Records(own_daemon)
-    file = own_daemon.data_dir / "kms-deks" / f"{records.key_ids[0]}.json"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:60])
-    assert rotate(own_daemon).body["rewrapped"] == 4
-    kept = post(own_daemon, "/kek/prune", {"backups": True}).body
-    assert (kept["destroyed"], [one["version"] for one in kept["kept"]]) == ([], [1])
-    assert "can't be read and may need it" in kept["kept"][0]["why"]
-    file.write_bytes(whole)
-    assert records.open()
-    assert post(own_daemon, "/kek/prune", {}).body["destroyed"] == []
-    rotate(own_daemon)
-    assert post(own_daemon, "/kek/prune", {"backups": True}).body["destroyed"] == [1, 2]
-    assert records.open()
 
 
 def test_backups_of_a_few_rotations_are_kept_and_older_ones_removed(own_daemon: LiveDaemon) -> None:

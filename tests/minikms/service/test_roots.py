@@ -89,16 +89,6 @@ def test_an_added_root_opens_the_keyring_beside_the_first(own_daemon: LiveDaemon
     assert SPARE not in (own_daemon.data_dir / "minikms-audit.log").read_text() + own_daemon.log.read_text()
 
 
-def test_a_root_that_opens_the_keyring_or_did_so_is_not_added_again(own_daemon: LiveDaemon) -> None:
-    slot_id = added(own_daemon)
-    for root in (SPARE, own_daemon.root().hex()):
-        assert add(own_daemon, root).code == "conflict"
-    assert remove(own_daemon, slot_id).status == 200
-    assert "rotated away before" in add(own_daemon).body["error"]
-    status_once(own_daemon, no_rotation)
-    assert "rotated away before" in add(own_daemon).body["error"]
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -279,15 +269,6 @@ async def test_a_root_is_removed_only_if_another_was_tested_recently(
             removed = await verbs.remove_root(api.SlotRequest(slot_id), event, permitted)
         assert removed.state == "revoking"
         await keks.stop()
-
-
-def test_a_removal_that_is_repeated_changes_nothing(own_daemon: LiveDaemon) -> None:
-    slot_id = added(own_daemon)
-    first = remove(own_daemon, slot_id)
-    second = remove(own_daemon, slot_id)
-    assert second == first or second.status == 404  # the revocation may have ended
-    status_once(own_daemon, no_rotation)
-    assert status(own_daemon)["audit"]["audit_key_version"] == 2
 
 
 def test_the_root_of_this_run_can_be_removed_once_another_was_added(own_daemon: LiveDaemon) -> None:
