@@ -16,7 +16,7 @@ from minikms.custody.kept_index import NotKeptError
 from minikms.keys import dek
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import OpenedVault, create, opened_vault
-from tests.minikms.custody.rotation.test_indexing import in_index
+from tests.minikms.custody.test_indexing import in_index
 
 
 async def stopped(one: OpenedVault) -> None:
