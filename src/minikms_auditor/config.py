@@ -19,7 +19,7 @@ from minikms import api
 from minikms.api.base64 import decode_exact
 from minikms.api.errors import StartError
 from minikms.audit.chain import PUBLIC_KEY_BYTES
-from minikms.audit.note import TYPE_COSIGNATURE, NoteError, VerifierKey, is_name, parse_vkey
+from minikms.audit.note import TYPE_COSIGNATURE, VerifierKey, is_name, parse_vkey
 from minikms.processes.config_file import ConfigFiles, Uid, check_metrics, check_socket, parse_toml
 
 WITNESSES_COUNT_MAX: Final = 16
@@ -148,12 +148,7 @@ def _is_below(path: str, directory: str) -> bool:
 
 def parse_config(content: bytes, place: str) -> Config:
     """Raises StartError, which calls the file `place`."""
-    config = parse_toml(content, Config, place)
-    try:
-        _check(config)
-    except (StartError, NoteError) as error:
-        raise StartError(f"{place}: {error}") from None
-    return config
+    return parse_toml(content, Config, place, _check)
 
 
 def _check(config: Config) -> None:

@@ -95,12 +95,7 @@ class Files(ConfigFiles):
 
 def parse_config(content: bytes, place: str) -> Config:
     """Raises StartError, which calls the file `place`."""
-    config = parse_toml(content, Config, place)
-    try:
-        _check(config)
-    except StartError as error:
-        raise StartError(f"{place}: {error}") from None
-    return config
+    return parse_toml(content, Config, place, _check)
 
 
 def _check(config: Config) -> None:

@@ -161,11 +161,9 @@ def destroy(
             number=len(chosen),
             yes=yes,
         )
-    import asyncio
-
     outcome = _Outcome([], [], [])
     try:
-        asyncio.run(_destroy_all(chosen, outcome, socket=socket, server_uid=server_uid, bar=not json))
+        _destroy_all(chosen, outcome, socket=socket, server_uid=server_uid, bar=not json)
     finally:
         _print_outcome(outcome, json=json)
     return EXIT_FAILED if outcome.failed or outcome.not_tried else EXIT_GOOD
@@ -235,7 +233,7 @@ def _retired_keys(kms: Client, thread: str | None, made_before: float | None) ->
     return chosen
 
 
-async def _destroy_all(
+def _destroy_all(
     key_ids: Sequence[str], outcome: _Outcome, *, socket: str | None, server_uid: int | None, bar: bool
 ) -> None:
     """Destroys the keys, several at a time, and adds each to the outcome. A key that fails stops no other; once the
@@ -267,9 +265,12 @@ async def _destroy_all(
                 raise
             progress(len(outcome.destroyed) + len(outcome.failed), len(key_ids))
 
-    with progress_bar("destroying keys", shown=bar) as progress:
+    async def destroy_all() -> None:
         async with AsyncClient(chosen_socket(socket), server_uids=server_uids, wait_s=DAEMON_WAIT_SECONDS) as client:
             await asyncio.gather(*(work(client) for _ in range(min(DESTROYED_AT_ONCE, len(key_ids)))))
+
+    with progress_bar("destroying keys", shown=bar) as progress:
+        asyncio.run(destroy_all())
 
 
 def _print_outcome(outcome: _Outcome, *, json: bool) -> None:

@@ -12,12 +12,13 @@ import os
 import re
 import stat
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final, TypeVar
 
 import msgspec
 
-from minikms.api.errors import StartError
+from minikms.api.errors import KmsRefusedError, StartError
 from minikms.platform.trusted_file import ROOT_UID, read_trusted
 
 CONFIG_BYTES_MAX: Final = 64 * 1024
@@ -62,8 +63,10 @@ class ConfigFiles:
         return self.read(str(self.config_path), "configuration", CONFIG_BYTES_MAX)
 
 
-def parse_toml(content: bytes, kind: type[T], place: str) -> T:
-    """A configuration of the type `kind`. Raises StartError, which calls the file `place`."""
+def parse_toml(content: bytes, kind: type[T], place: str, check: Callable[[T], None] = lambda _: None) -> T:
+    """A configuration of the type `kind`, of which `check` raises nothing. Raises StartError, which calls the file
+    `place`.
+    """
     try:
         text = content.decode("utf-8")
         if any(line.count(".") > LINE_DOTS_MAX for line in text.splitlines()):
@@ -71,11 +74,16 @@ def parse_toml(content: bytes, kind: type[T], place: str) -> T:
         found = tomllib.loads(text)
         if has_nul(found):
             raise StartError(f"{place}: a text has the character NUL")
-        return msgspec.convert(found, kind, strict=True)
+        config = msgspec.convert(found, kind, strict=True)
     except msgspec.ValidationError as error:
         raise StartError(f"{place}: {error}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise StartError(f"{place} is not TOML in UTF-8: {error}") from None
+    try:
+        check(config)
+    except KmsRefusedError as error:
+        raise StartError(f"{place}: {error}") from None
+    return config
 
 
 def has_nul(value: object) -> bool:
