@@ -42,6 +42,13 @@ class RotationStatus(msgspec.Struct, frozen=True):
     total: int | None = None
 
 
+class PruningStatus(msgspec.Struct, frozen=True):
+    """A prune of KEKs that runs: key files and backups of them; `total`: about how many there are."""
+
+    read: int = 0
+    total: int = 0
+
+
 class KeysStatus(msgspec.Struct, frozen=True):
     """Counts of keys. `indexing`: key files are still being read. `unreadable_files`: at most 100 key ids, with the
     reason for each.
@@ -174,6 +181,7 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     root: RootStatus = msgspec.field(default_factory=RootStatus)
     keks: list[KekStatus] = []
     rotation: RotationStatus | None = None
+    pruning: PruningStatus | None = None
     keys: KeysStatus = msgspec.field(default_factory=KeysStatus)
     audit: AuditStatus = msgspec.field(default_factory=AuditStatus)
     memory: MemoryStatus = msgspec.field(default_factory=MemoryStatus)

@@ -7,16 +7,19 @@ a rotation goes on in the daemon when this command is interrupted. It must never
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import App, Parameter
 
+from minikms.api.errors import KmsError
 from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
 from minikms.cli.key_text import key_text
-from minikms.commands.output import confirm, print_json, print_result, print_table, progress_bar
+from minikms.commands.output import Progress, confirm, print_json, print_result, print_table, progress_bar
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -118,6 +121,14 @@ def _wait(kms: Client, version: int, *, bar: bool) -> api.StatusAnswer:
     return status
 
 
+def _report(kms: Client, progress: Progress, ended: threading.Event) -> None:
+    """Shows how far a prune is, until it has `ended`."""
+    with contextlib.suppress(KmsError):
+        while not ended.wait(POLL_SECONDS):
+            if (pruning := kms.status().pruning) is not None:
+                progress(pruning.read, pruning.total)
+
+
 @app.command(name="list")
 def list_keks(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
     """List the KEK versions and how many keys each wraps."""
@@ -166,7 +177,17 @@ def prune(
     """
     with daemon_client(socket, server_uid) as kms:
         confirm("Destroy the retired KEKs that nothing in the data directory needs?", yes=yes)
-        done = kms.prune_kek(backups=backups, backups_before=backups_before)
+        with progress_bar("reading keys", shown=not json) as progress, daemon_client(socket, server_uid) as other:
+            ended = threading.Event()
+            reporting = threading.Thread(target=_report, args=(other, progress, ended))
+            if sys.stderr.isatty():
+                reporting.start()
+            try:
+                done = kms.prune_kek(backups=backups, backups_before=backups_before)
+            finally:
+                ended.set()
+                if reporting.ident is not None:
+                    reporting.join()
     lines = [
         f"destroyed: {', '.join(f'version {number}' for number in done.destroyed) or 'none'}",
         f"backups of key files removed: {done.backups_removed:,}",

@@ -434,6 +434,8 @@ class Pruning:
         self._vault = vault
         self._reader = reader
         self._disk = disk
+        self.progress: dict[str, int] | None = None
+        """Of a prune that runs, for `/status`."""
 
     async def prune(
         self, *, backups: bool, before: str | None = None, permit: Permit = permitted
@@ -444,6 +446,13 @@ class Pruning:
         With `backups` it first removes the rotation backups with stamps before `before` (None: all). Raises
         StorageUnavailableError; then a part was done.
         """
+        self.progress = {"read": 0, "total": len(self._vault.index)}
+        try:
+            return await self._prune(before, permit, backups=backups)
+        finally:
+            self.progress = None
+
+    async def _prune(self, before: str | None, permit: Permit, *, backups: bool) -> api.PruneKekAnswer:
         # A file that the disk has refused is in the journal only.
         await in_worker(self._disk, self._vault.journal.flush)
         live = await self._live_census()
@@ -504,7 +513,10 @@ class Pruning:
 
     async def _backup_census(self) -> Census:
         backups = self._vault.rotation_backups
-        files = iter(await in_worker(self._reader, backups.journals))
+        journals = await in_worker(self._reader, backups.journals)
+        if self.progress is not None:
+            self.progress["total"] += len(journals) * BATCH_FILES
+        files = iter(journals)
 
         def read() -> list[ReadFile]:
             for file in files:
@@ -524,6 +536,8 @@ class Pruning:
         reading = in_worker(self._reader, read)
         while chunk := await reading:
             reading = in_worker(self._reader, read)  # meanwhile
+            if self.progress is not None:
+                self.progress["read"] += len(chunk)
             for start in range(0, len(chunk), UNWRAPS_SLICE):
                 self._count(census, chunk[start : start + UNWRAPS_SLICE])
                 await asyncio.sleep(0)

@@ -93,6 +93,7 @@ class StatusPage:
                 for kek in body.keks
             ],
             "rotation": self._rotation_progress(),
+            "pruning": self._keks.pruning.progress,
             "keys": self._indexing.status(),
             "audit": {
                 **self._log.status(),

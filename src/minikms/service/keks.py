@@ -83,7 +83,7 @@ class KekVerbs:
         self._vault = vault
         self._audit = table.audit
         self._rotation = rotation
-        self._pruning = pruning
+        self.pruning = pruning
         self._removal = removal
         self._pin = pin
         self.proved_slot_id = opened_slot_id
@@ -228,7 +228,7 @@ class KekVerbs:
                 await self._write_until_done("rotate_kek_done", facts)
                 await self._write_owed_lines()
                 with contextlib.suppress(KmsRefusedError):  # the next rotation tries again
-                    await self._pruning.keep_rotations(ROTATIONS_KEPT)
+                    await self.pruning.keep_rotations(ROTATIONS_KEPT)
                 await self.drop_replaced_roots()
                 self._resolve_end()
                 self._ends.pop(rotation.to_version, None)
@@ -384,7 +384,7 @@ class KekVerbs:
             permit()
             await self._audit.add_written(another_line(event, "begun"), durable=True)
             try:
-                answer = await self._pruning.prune(backups=backups, before=before, permit=permit)
+                answer = await self.pruning.prune(backups=backups, before=before, permit=permit)
             except KmsRefusedError:
                 # Some may be destroyed even then. With the epoch in the log, no older keyring is accepted.
                 event.facts = {"epoch": self._vault.keyring.body.epoch}

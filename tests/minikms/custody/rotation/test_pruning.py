@@ -28,7 +28,9 @@ async def test_a_retired_kek_is_destroyed_when_no_key_or_backup_needs_it(tmp_pat
         key_ids = await one.make(5)
         keys = one.keys(key_ids)
         await one.rotate()
-        kept = await one.pruning.prune(backups=False)
+        told: list[dict[str, int]] = []
+        kept = await one.pruning.prune(backups=False, permit=lambda: told.append(dict(one.pruning.progress or {})))
+        assert (told, one.pruning.progress) == ([{"read": 5, "total": 5}], None)
         assert (kept.destroyed, kept.backups_removed) == ([], 0)
         assert [why.version for why in kept.kept] == [1]
         assert "backup of a key is wrapped under it" in kept.kept[0].why
