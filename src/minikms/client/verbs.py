@@ -460,7 +460,12 @@ class Verbs:
 
     @method
     def prune_kek(
-        self, *, backups: bool = False, backups_before: str | None = None, request_id: str | None = None
+        self,
+        *,
+        backups: bool = False,
+        backups_before: str | None = None,
+        request_id: str | None = None,
+        timeout_s: float = ROTATE_TIMEOUT_S,
     ) -> One[api.PruneKekAnswer]:
         """Destroys retired KEK versions that no file names any more; the answer lists them, and why others are kept.
 
@@ -469,4 +474,4 @@ class Verbs:
         InvalidRequestError for another form of the time.
         """
         request = api.PruneKekRequest(backups, optional(backups_before))
-        return One(api.PRUNE_KEK, request, request_id)
+        return One(api.PRUNE_KEK, request, request_id, timeout_s=timeout_s)

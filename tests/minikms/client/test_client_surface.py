@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from importlib import metadata
@@ -14,6 +15,7 @@ import minikms
 from minikms import api
 from minikms.api import errors
 from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, MacItem, ReencryptItem, connecting
+from minikms.client.base import ROTATE_TIMEOUT_S
 from tests.minikms.client.hostile import answer, array_answer, hostile
 from tests.minikms.client.using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, STATUS, STATUS_CALL, Use
 
@@ -196,6 +198,12 @@ def test_on_bsd_and_macos_the_uid_comes_from_local_peercred(monkeypatch: pytest.
     Peer.version = 1
     with pytest.raises(errors.KmsUntrustedServerError):
         connecting.server_uid(Peer())  # type: ignore[arg-type]  # as above
+
+
+@pytest.mark.parametrize("verb", ["rotate_kek", "prune_kek"])
+def test_a_call_that_reads_every_key_may_take_an_hour(verb: str) -> None:
+    for kind in (Client, AsyncClient):
+        assert inspect.signature(getattr(kind, verb)).parameters["timeout_s"].default == ROTATE_TIMEOUT_S
 
 
 def test_path_objects_are_paths() -> None:
