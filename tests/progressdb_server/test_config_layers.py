@@ -353,6 +353,8 @@ def test_an_error_in_a_file_is_explained_without_quoting_it(tmp_path: Path) -> N
         ("IP_WHITELIST", "example.org", "security.ip_whitelist"),
         ("PROXIES", "example.org", "server.proxies"),
         ("DRAIN", "301s", "server.drain must be at most 300s"),
+        ("RETENTION_DELETED_AFTER", "23h", "retention.deleted_after must be at least 1d, or never"),
+        ("RETENTION_ROTATION_BACKUPS_AFTER", "soon", "retention.rotation_backups_after must be a number and one of"),
         ("DRAIN", "soon", "server.drain must be a number and one of"),
         ("BODY_BYTES", "16777215", "server.body_bytes must be at least 16777216"),
         ("THREADS", "closed", "security.threads"),

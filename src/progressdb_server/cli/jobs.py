@@ -25,6 +25,7 @@ ROTATE_TIMEOUT_S: Final = 600.0
 """For a request that starts many jobs, or that restores or removes all backups of a job."""
 JOBS_PAGE: Final = 1000
 RECONNECT_S: Final = 60.0
+_COUNTED: Final = {"rotations": "threads rotated", "purge": "records removed"}
 _OVER: Final = frozenset({"done", "failed", "cancelled", "paused"})
 
 JobId = Annotated[str, Parameter(help="A job's id.")]
@@ -253,7 +254,7 @@ def _what(job: dict[str, Any]) -> str:
 
 
 def _sentence(job: dict[str, Any]) -> str:
-    what = "threads rotated" if job["thread_id"] == ALL_THREADS else "records re-encrypted"
+    what = _COUNTED.get(job["kind"], "records re-encrypted")
     text = f"{_what(job)}: {job['status']}, {job['done']} of {job['total']} {what}"
     if job["failed"]:
         text += f", {job['failed']} failed (progressdb jobs show {job['job_id']})"

@@ -146,6 +146,23 @@ def test_a_walk_over_keys_rotates_those_that_are_due(due: Due, rotated: list[str
     place.run(body)
 
 
+def test_a_rotation_costs_as_many_calls_among_many_threads_as_among_few() -> None:
+    calls: list[Counter[str]] = []
+    for count in (2, 40):
+        place = Place()
+
+        async def body(store: Conversations, jobs: Jobs, place: Place = place, count: int = count) -> None:
+            for number in range(count):
+                await write(store, 1, f"t{number}")
+            place.keys.calls.clear()
+            assert (await jobs.wait((await jobs.many.rotate(Due())).id)).done == count
+            calls.append(place.keys.calls)
+
+        place.run(body)
+    few, many = calls
+    assert {verb: number * 20 for verb, number in few.items()} == many
+
+
 def test_a_walk_that_may_not_list_keys_fails_with_the_reason() -> None:
     place = Place()
 

@@ -13,6 +13,7 @@ import pytest
 
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import runner
+from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job, JobConflictError, JobNotFoundError, ThreadBusyError, changed, move
 from progressdb_server.jobs.table import JobTable
@@ -142,6 +143,25 @@ async def test_a_job_of_a_server_that_is_gone_is_continued_by_another(database: 
         async with asyncio.timeout(60):
             while await _leases(database):
                 await asyncio.sleep(0.02)
+
+
+async def test_a_walk_of_a_server_that_is_gone_is_continued_by_another(database: str) -> None:
+    async with two_servers(database) as (stores, jobs, provider):
+        threads = [f"t{number}" for number in range(6)]
+        for thread in threads:
+            await write(stores[0], 1, thread)
+        gate = Gate(provider, 3)
+        walk = await jobs[0].many.rotate(Due())
+        assert (await jobs[1].many.rotate(Due())).id == walk.id
+        await gate.reached.wait()
+        await jobs[0].close()
+        gate.open()
+        async with asyncio.timeout(60):
+            while (found := await jobs[1].table.get(walk.id)).state != "done":
+                await asyncio.sleep(0.02)
+        assert (found.done, found.failed) == (6, 0)
+        rotated = [job.thread async for page in jobs[1].table.pages() for job in page if job.trigger == walk.id]
+        assert sorted(rotated) == threads, "each once"
 
 
 @pytest.mark.usefixtures("long_leases")
