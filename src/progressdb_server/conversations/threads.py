@@ -44,8 +44,8 @@ from progressdb_server.store.model import (
 )
 from progressdb_server.store.sealer import Sealer, ThreadState
 
-LIST_THREADS_MAX: Final = 32
-"""Of one chunk of a list, each with a key of its own. It takes the key service about 3 ms and the event loop 2 ms, and
+LIST_THREADS_MAX: Final = 16
+"""Of one chunk of a list, each with a key of its own. It takes the key service and the event loop about 2 ms each, and
 one is on its way at a time, so that other requests come in between."""
 MAKE_TRIES_MAX: Final = 8
 """Of a new thread, each with a key of its own."""
@@ -338,6 +338,8 @@ class Threads:
                 if await self._reads.keys(prefix, upper, limit=1, reverse=True):
                     page.following = upper[len(prefix) :].decode()
                 break
+            if not (wanted.title or wanted.slug):
+                batch = min(batch, page.limit - len(found))  # no record is opened that is not shown
             yield []
         yield found[::-1]
 

@@ -191,6 +191,14 @@ async def test_pages_begin_with_the_newest_and_have_each_thread_once(
             assert found == whole
 
 
+async def test_a_page_opens_no_more_records_than_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened() as store:
+        await asyncio.gather(*[store.threads.create(author="ann", title=f"t{n}") for n in range(50)])
+        counts: list[int] = []
+        monkeypatch.setattr(store.metrics, "opened", counts.append)
+        assert sum([len(c) async for c in store.threads.list_threads(author="ann", page=Page(23))]) == sum(counts) == 23
+
+
 async def test_a_page_of_a_search_ends_after_a_bounded_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads_room, "LIST_THREADS_MAX", 2)
     monkeypatch.setattr(threads_room, "PAGE_LOOKED_MAX", 4)
