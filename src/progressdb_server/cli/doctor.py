@@ -25,6 +25,8 @@ from progressdb_server.store.model import FormatError, StoreUnavailableError
 REPAIR_S_MAX: Final = 3600.0
 """A walk over a million keys takes some minutes."""
 SHOWN_MAX: Final = 20
+ORPHANS_ASKED: Final = 1000
+"""At a time: the server looks at a bounded number of keys for each answer."""
 RUNBOOK: Final = "`It does not answer` and `The disk is full`"
 RUNBOOK_DAMAGED: Final = "`The store is damaged`"
 NOT_SEEN: Final = "GRANT pg_read_all_stats TO this role shows which are connected"
@@ -58,10 +60,18 @@ def doctor(
     if not page["readiness"]["key_service"]:
         if repair:
             page["repaired"] = client.call("POST", "/admin/orphaned_keys/retire", timeout_s=REPAIR_S_MAX)
-        page["orphaned_keys"] = client.call("GET", "/admin/orphaned_keys", timeout_s=REPAIR_S_MAX)["keys"]
+        page["orphaned_keys"] = list(_orphans(client))
     print_result(page, _lines(page, wrong), json=json)
     damaged = page.get("database", {}).get("problems") or page["readiness"].get("notices")
     return 1 if wrong or damaged or page.get("orphaned_keys") else 0
+
+
+def _orphans(client: AdminClient) -> Iterator[dict[str, str]]:
+    after: str | None = ""
+    while after is not None:
+        answer = client.call("GET", f"/admin/orphaned_keys?limit={ORPHANS_ASKED}{after and f'&after={after}'}")
+        yield from answer["keys"]
+        after = answer.get("next")
 
 
 def _examined(store: Store, *, shown: bool) -> dict[str, Any]:

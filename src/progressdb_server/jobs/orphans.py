@@ -26,7 +26,7 @@ from minikms.platform.logs import structlog
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
-from progressdb_server.store.model import StoreUnavailableError
+from progressdb_server.store.model import Page, StoreUnavailableError
 
 ORPHAN_AGE_S: Final = 60
 """Longer than a create of a key may be on its way (`kms.provider`)."""
@@ -34,6 +34,8 @@ ORPHANS_MAX: Final = 10_000
 """Of one walk."""
 PAGE_PAUSE_S: Final = 0.1
 """Between two pages: a million keys take some minutes, in which the key service is idle most of the time."""
+FOUND_PAGES_MAX: Final = 10
+"""Pages of keys of which one page of orphans is chosen; so it may be short, and others follow."""
 RETRY_S: Final = 30.0
 RETRY_AFTER_S: Final = 10
 SHARED: Final = (
@@ -90,16 +92,25 @@ class OrphanedKeys(Kind):
                 _log.warning("orphaned_keys_not_retired", reason=str(error))  # it would refuse again
         self.every_s = math.inf
 
-    async def find(self) -> AsyncIterator[list[KeyAnswer]]:
-        """The orphans, page by page. Raises KmsError, StoreUnavailableError."""
+    async def find(self, asked: Page | None = None) -> AsyncIterator[list[KeyAnswer]]:
+        """The orphans among each page of keys; all, or a page of them. Raises KmsError, StoreUnavailableError."""
         before = _rfc3339(self._now_s() - self._age_s)
-        async for page in key_pages(self._provider, state="active"):
+        left, pages = 0 if asked is None else asked.limit, 0
+        cursor = None if asked is None else asked.cursor or None
+        async for page in key_pages(self._provider, state="active", cursor=cursor):
             if page.indexing:
                 raise StoreUnavailableError("the key service is still reading its keys", RETRY_AFTER_S)
             # The thread's key is looked up first, so that a failing disk is noticed whatever the keys are.
             found = [key for key in page.keys if await self._is_orphan(key) and key.created_at < before]
-            if found:
-                yield found
+            if asked is not None:
+                pages += 1
+                more, found = len(found) > left, found[:left]
+                left -= len(found)
+                if not left or pages == FOUND_PAGES_MAX:
+                    asked.following = page.next_cursor or "" if not more else found[-1].key_id if found else ""
+                    yield found
+                    return
+            yield found
             await asyncio.sleep(0 if page.next_cursor is None else PAGE_PAUSE_S)
 
     async def _is_orphan(self, key: KeyAnswer) -> bool:

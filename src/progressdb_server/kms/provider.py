@@ -147,10 +147,9 @@ it is read (docs/decisions/0130-who-read-a-thread.md). None for work of the serv
 
 
 async def key_pages(
-    provider: Provider, *, thread_id: str | None = None, state: api.State | None = None
+    provider: Provider, *, thread_id: str | None = None, state: api.State | None = None, cursor: str | None = None
 ) -> AsyncIterator[api.KeyListAnswer]:
     """The keys, page by page; each page is asked for when it is taken. Raises KmsError."""
-    cursor: str | None = None
     while True:
         page = await provider.list_keys(thread_id=thread_id, state=state, cursor=cursor, limit=LISTED_KEYS_MAX)
         yield page

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from progressdb_server.api.openapi.document import document, error_texts
+from progressdb_server.api.routes.paging import INVALID_LIMIT
 from progressdb_server.config import BODY_BYTES_MIN
 from progressdb_server.http.limits import HEAD_BYTES_MAX
 from progressdb_server.kms.provider import SEALED
@@ -88,6 +89,8 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     "wait must be true or false": provoking.queried("wait=maybe"),
     "thread_ids holds at most 1024": provoking.with_body(thread_ids=["t"] * 1025),
     "limit must be a whole number from 1 to 10000": provoking.queried("limit=0"),
+    INVALID_LIMIT: provoking.queried("limit=-1"),
+    "after must be the next of another page": provoking.queried("after=" + "a" * 1025),
     "job-# rotates other threads, or in another way: wait for it, or cancel it": provoking.beside_another_walk,
     "another operation is running on this thread: try again in a moment": provoking.while_restoring,
     "the job job-# is cancelled": provoking.waited_for_cancelled,

@@ -16,8 +16,9 @@ import pytest
 from minikms import Client
 from progressdb_server.config import Config, Kms, Storage
 from progressdb_server.conversations.whole import Conversations
+from progressdb_server.jobs import orphans as orphans_room
 from progressdb_server.jobs.orphans import SHARED, OrphanedKeys
-from progressdb_server.store.model import NewMessage
+from progressdb_server.store.model import NewMessage, Page
 from tests.harness import forked
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.asgi_client import ADMIN
@@ -65,6 +66,32 @@ async def test_only_keys_that_no_thread_names_are_retired() -> None:
         assert await orphans.retire() == (0, 0, "")
         for number in range(5):
             await store.messages.create(NewMessage(author="ada", thread=f"t{number}", body=2))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 100])
+async def test_pages_have_each_orphan_once_and_look_at_a_bounded_number_of_keys(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The key service gives two keys at a time."""
+    monkeypatch.setattr(orphans_room, "FOUND_PAGES_MAX", 2)
+    monkeypatch.setattr(orphans_room, "PAGE_PAUSE_S", 0)
+    async with orphaned() as (store, provider, orphans):
+        expected = [await orphan(provider, f"u{number}") for number in range(3)]
+        for number in range(9):
+            await store.messages.create(NewMessage(author="ada", thread=f"t{number}", body=1))
+        expected += [await orphan(provider, f"u{number}") for number in range(3)]
+        found: list[str] = []
+        page = Page(limit)
+        while True:
+            provider.calls.clear()
+            part = [key.key_id async for keys in orphans.find(page) for key in keys]
+            assert len(part) <= limit
+            assert provider.calls["list_keys"] <= 2
+            found += part
+            if not page.following:
+                break
+            page = Page(limit, page.following)
+        assert found == expected
 
 
 async def test_a_shared_key_service_is_left_alone_and_the_answer_says_why() -> None:

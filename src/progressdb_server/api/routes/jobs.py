@@ -12,6 +12,7 @@ from typing import Annotated, Final, get_args
 
 import msgspec
 
+from minikms.api import KEY_ID_PATTERN
 from progressdb_server.api.gate.errors import ApiError, bad_request
 from progressdb_server.api.gate.keys import ADMINS
 from progressdb_server.api.gate.request import Request
@@ -31,11 +32,12 @@ from progressdb_server.api.openapi.description import (
     operations_of,
     texts,
 )
+from progressdb_server.api.routes.paging import Paging
 from progressdb_server.config import duration_s
 from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import SHOWN, THREADS_NAMED_MAX, Job, JobNotFoundError, State, TooManyJobsError, view
-from progressdb_server.store.model import ThreadNotFoundError
+from progressdb_server.store.model import Page, ThreadNotFoundError
 
 JOBS_LISTED: Final = 1000
 JOBS_LISTED_MAX: Final = 10_000
@@ -135,6 +137,7 @@ _PAGE: Final = (
     Parameter("limit", {"type": "integer", "minimum": 1, "maximum": JOBS_LISTED_MAX}, f"Default {JOBS_LISTED}."),
     Parameter("before", TEXT, "The last id of the page before; a page that is not full is the last one."),
 )
+_ORPHANS: Final = Paging("keys", "after", "next", KEY_ID_PATTERN)
 _for_admins: Final = partial(Operation, roles=ADMINS, needs=DISK)
 
 
@@ -328,14 +331,20 @@ class JobHandlers:
         return json_response({"job_id": job_id, "restored": outcome.restored, "kept": outcome.kept})
 
     @_for_admins(
-        "GET", "/admin/orphaned_keys", response=list_of("keys", texts("key_id", "thread_id", "created_at")), needs=BOTH
+        "GET",
+        "/admin/orphaned_keys",
+        response=_ORPHANS.response(texts("key_id", "thread_id", "created_at")),
+        parameters=_ORPHANS.parameters,
+        errors={400: _ORPHANS.errors},
+        needs=BOTH,
     )
     async def orphaned_keys(self, request: Request) -> JsonList:
         """List the active keys of the key service that no thread of this store names."""
-        return JsonList(b'{"keys":[', self._orphan_pages())
+        page = _ORPHANS.read(request.query_params)
+        return _ORPHANS.list(self._orphans(page), page)
 
-    async def _orphan_pages(self) -> AsyncIterator[list[dict[str, str]]]:
-        async for page in self._jobs.orphans.find():
+    async def _orphans(self, asked: Page | None) -> AsyncIterator[list[dict[str, str]]]:
+        async for page in self._jobs.orphans.find(asked):
             yield [{"key_id": key.key_id, "thread_id": key.thread_id, "created_at": key.created_at} for key in page]
 
     @_for_admins(
