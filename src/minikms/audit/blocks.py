@@ -26,7 +26,7 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import record
 from minikms.audit.reader import DamagedSegmentError, SegmentFile, list_segments, next_segment
-from minikms.audit.record import LINE_BYTES_MAX, MalformedLineError
+from minikms.audit.record import LINE_BYTES_MAX
 from minikms.platform.directory_lock import make_private_directory
 from minikms.platform.files import FILE_MODE, read_file_bounded, write_all_at
 
@@ -121,10 +121,10 @@ def _ends_so(log_directory: str, file: SegmentFile, block: Block) -> bool:
         return False
     with following:
         try:
-            facts = record.parse_line(following.first_line())[0].facts
-        except (MalformedLineError, DamagedSegmentError):
+            first = following.first_event()
+        except DamagedSegmentError:
             return False
-    return facts.get("previous_sig") == block.mac.decode("ascii", "replace")
+    return first is not None and first.facts.get("previous_sig") == block.mac.decode("ascii", "replace")
 
 
 # --- reading a log ----------------------------------------------------------------------------------------------------

@@ -39,13 +39,13 @@ from minikms.audit.reader import (
     CHUNK_BYTES,
     WINDOW_BYTES_MAX,
     DamagedSegmentError,
-    each_segment,
     frame_fault,
     list_segments,
     make_log_file,
+    next_segment,
     segment_name,
 )
-from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
+from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
 from minikms.platform.sync import sync_directory, sync_file
 
 AGAIN_CALLS: Final = 3600
@@ -137,14 +137,11 @@ def remove_segments(log: AuditLog, keep: Retention, taken_seq: int | None = None
 
 def _first_event(directory: str, number: int) -> Event | None:
     """The first event of segment `number`; None if that is not the next file or its first line is malformed."""
-    for file in each_segment(directory, after=number - 1):
-        if file.number != number:
-            return None
-        try:
-            return record.parse_line(file.first_line())[0]
-        except MalformedLineError:
-            return None
-    return None
+    file = next_segment(directory, number - 1)
+    if file is None:
+        return None
+    with file:
+        return file.first_event() if file.number == number else None
 
 
 def _size(directory: str, name: str) -> int:

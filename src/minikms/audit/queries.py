@@ -20,7 +20,7 @@ from minikms.api.errors import KmsRefusedError
 from minikms.audit import record
 from minikms.audit.blocks import ACTOR, KEY, OUTCOME, THREAD, TYPE, Lookup, name_number
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, SegmentFile, each_segment, list_segments
-from minikms.audit.record import Event, Head, MalformedLineError, line_start, parse_line
+from minikms.audit.record import Event, Head, MalformedLineError, line_start
 from minikms.audit.rules import Report, Trust
 from minikms.audit.verify import Verifier
 
@@ -152,11 +152,8 @@ def shows_every_creation(directory: str) -> bool:
     after a restore or an accepted loss. Raises OSError, DamagedSegmentError.
     """
     for file in each_segment(directory):
-        try:
-            first = record.parse_line(file.first_line())[0]
-        except MalformedLineError:
-            return False
-        return first.type == "genesis" and "previous" not in first.facts
+        first = file.first_event()
+        return first is not None and first.type == "genesis" and "previous" not in first.facts
     return False
 
 
@@ -303,13 +300,12 @@ def segment_before(directory: str, seq: int) -> int:
     """
     before = last = 0
     for file in each_segment(directory):
-        try:
-            first = parse_line(file.first_line())[0]
-        except (MalformedLineError, DamagedSegmentError):
-            continue
-        if first.seq > seq:
-            break
-        before, last = last, file.number
+        with contextlib.suppress(DamagedSegmentError):
+            first = file.first_event()
+            if first is not None:
+                if first.seq > seq:
+                    break
+                before, last = last, file.number
     return before
 
 

@@ -31,7 +31,7 @@ import zstandard
 
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import record
-from minikms.audit.record import MalformedLineError
+from minikms.audit.record import Event, MalformedLineError
 
 LOG_NAME: Final = "minikms-audit.log"
 COMPRESSED_SUFFIX: Final = ".zst"
@@ -242,6 +242,13 @@ class SegmentFile:
         self._file.seek(0)
         return line
 
+    def first_event(self) -> Event | None:
+        """That of the first line; None if it is malformed. As `first_line`. Raises DamagedSegmentError, OSError."""
+        try:
+            return record.parse_line(self.first_line())[0]
+        except MalformedLineError:
+            return None
+
     def line_at(self, offset: int) -> bytes:
         """The line that begins at `offset` of a file that is not compressed. Call it before `lines`."""
         self.seek(offset)
@@ -345,9 +352,10 @@ def _open(directory: str, name: str, number: int) -> SegmentFile | None:
 
 def _number_of(file: SegmentFile) -> int:
     try:
-        segment = record.parse_line(file.first_line())[0].facts.get("segment")
-    except (MalformedLineError, DamagedSegmentError):
+        first = file.first_event()
+    except DamagedSegmentError:
         return 0
+    segment = None if first is None else first.facts.get("segment")
     return segment if isinstance(segment, int) else 0
 
 
