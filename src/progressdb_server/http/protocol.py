@@ -300,8 +300,10 @@ class Connection(asyncio.Protocol):
                 return  # the application says when it takes more of the body
         elif not self._expecting or cycle is not None:
             self._idle()
-        received.give_back()
-        self.resume_reading()
+        if received.held is not None:
+            received.give_back()
+        if received.paused:
+            self.resume_reading()
 
     def _idle(self) -> None:
         """Wait for the next request."""

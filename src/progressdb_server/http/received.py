@@ -25,13 +25,13 @@ class Received:
         self.in_body = False
         self.paused = False
         """Whether nothing more is read."""
+        self.held: BodyAccount | None = None
+        """What `data` takes from the budget of bodies while a request before it is handled."""
         self._at = 0
         self._last_fields: framing.Fields | None = None
         """Of the last head."""
         self._body_left = 0
         self._chunks: framing.Chunks | None = None
-        self._held: BodyAccount | None = None
-        """What `data` takes from the budget of bodies while a request before it is handled."""
 
     def add(self, data: bytes) -> None:
         self.data = self.data[self._at :] + data if self.data else data
@@ -106,13 +106,13 @@ class Received:
         """Requests have come before their turn: read no more, and count what there is. Returns False if the budget has
         no room for it."""
         self.pause()
-        if len(self.data) > limits.BODY_UNCOUNTED_BYTES_MAX and self._held is None:
-            self._held = BodyAccount(shares, group, b"")
-            return self._held.grow_to(len(self.data))
+        if len(self.data) > limits.BODY_UNCOUNTED_BYTES_MAX and self.held is None:
+            self.held = BodyAccount(shares, group, b"")
+            return self.held.grow_to(len(self.data))
         return True
 
     def give_back(self) -> None:
         """What `hold` has counted is not counted any more."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        if self.held is not None:
+            self.held.close()
+            self.held = None
