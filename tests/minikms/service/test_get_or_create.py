@@ -69,15 +69,12 @@ def test_two_processes_that_race_get_the_same_keys(daemon: LiveDaemon) -> None:
     assert len(daemon.events("get_or_create_dek")) >= THREADS
 
 
-def test_one_process_asking_many_times_at_once_gets_one_key(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            await one.indexing.run()
-            found = await asyncio.gather(*(one.vault.get_or_create("t", purpose="thread") for _ in range(50)))
-            assert len({key_id for key_id, _ in found}) == 1
-            assert sum(created for _, created in found) == 1
-
-    asyncio.run(main())
+async def test_one_process_asking_many_times_at_once_gets_one_key(tmp_path: Path) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        await one.indexing.run()
+        found = await asyncio.gather(*(one.vault.get_or_create("t", purpose="thread") for _ in range(50)))
+        assert len({key_id for key_id, _ in found}) == 1
+        assert sum(created for _, created in found) == 1
 
 
 def test_the_found_key_is_the_newest_active_one_of_the_thread(daemon: LiveDaemon) -> None:
@@ -140,98 +137,83 @@ def test_a_key_that_does_not_open_is_an_error_and_not_replaced(daemon: LiveDaemo
     assert daemon.events("get_or_create_dek")[-1]["outcome"] == "ok"
 
 
-def test_a_look_up_opens_one_key_however_many_the_thread_has(tmp_path: Path) -> None:
+async def test_a_look_up_opens_one_key_however_many_the_thread_has(tmp_path: Path) -> None:
     """Also if all others are newer and of the other purpose, or retired: any caller with the role `create` makes such
     keys.
     """
-
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            await one.indexing.run()
-            sought, _ = await one.vault.get_or_create("t", purpose="thread")
-            for _ in range(15):
-                await create(one.vault, "t", purpose="data")
-                retired = await create(one.vault, "t")
-                await one.vault.retire(retired.id)
-            before = one.vault.cache.hits + one.vault.cache.misses
-            assert await one.vault.get_or_create("t", purpose="thread") == (sought, False)
-            assert one.vault.cache.hits + one.vault.cache.misses - before == 1
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        await one.indexing.run()
+        sought, _ = await one.vault.get_or_create("t", purpose="thread")
+        for _ in range(15):
+            await create(one.vault, "t", purpose="data")
+            retired = await create(one.vault, "t")
+            await one.vault.retire(retired.id)
+        before = one.vault.cache.hits + one.vault.cache.misses
+        assert await one.vault.get_or_create("t", purpose="thread") == (sought, False)
+        assert one.vault.cache.hits + one.vault.cache.misses - before == 1
 
 
-def test_a_retirement_that_is_not_known_to_be_durable_opens_one_key(
+async def test_a_retirement_that_is_not_known_to_be_durable_opens_one_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file may be in place after a failed sync. The thread then gets another key, once."""
+    async with opened_vault(tmp_path / "d") as one:
+        await one.indexing.run()
+        old, _ = await one.vault.get_or_create("t", purpose="thread")
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            await one.indexing.run()
-            old, _ = await one.vault.get_or_create("t", purpose="thread")
+        async def in_place_only(held: HeldKeys, changes: list[Change]) -> None:
+            one.file(*held.key_ids).write_bytes(changes[0].new)
+            raise StorageUnavailableError("a directory cannot be synced")
 
-            async def in_place_only(held: HeldKeys, changes: list[Change]) -> None:
-                one.file(*held.key_ids).write_bytes(changes[0].new)
-                raise StorageUnavailableError("a directory cannot be synced")
-
-            with monkeypatch.context() as patch:
-                patch.setattr(one.vault.journal, "replace", in_place_only)
-                with pytest.raises(StorageUnavailableError):
-                    await one.vault.retire(old)
-            found = [await one.vault.get_or_create("t", purpose="thread") for _ in range(2)]
-            assert [created for _, created in found] == [True, False]
-            assert found[0][0] == found[1][0] != old
-
-    asyncio.run(main())
+        with monkeypatch.context() as patch:
+            patch.setattr(one.vault.journal, "replace", in_place_only)
+            with pytest.raises(StorageUnavailableError):
+                await one.vault.retire(old)
+        found = [await one.vault.get_or_create("t", purpose="thread") for _ in range(2)]
+        assert [created for _, created in found] == [True, False]
+        assert found[0][0] == found[1][0] != old
 
 
-def test_a_create_that_is_refused_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            await one.indexing.run()
+async def test_a_create_that_is_refused_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        await one.indexing.run()
 
-            async def full(_: object) -> None:
-                raise StorageUnavailableError("the disk is full")
+        async def full(_: object) -> None:
+            raise StorageUnavailableError("the disk is full")
 
-            with monkeypatch.context() as patch:
-                patch.setattr(one.vault.journal, "create", full)
-                with pytest.raises(StorageUnavailableError):
-                    await one.vault.get_or_create("t", purpose="thread")
-            assert (await one.vault.get_or_create("t", purpose="thread"))[1]
-
-    asyncio.run(main())
+        with monkeypatch.context() as patch:
+            patch.setattr(one.vault.journal, "create", full)
+            with pytest.raises(StorageUnavailableError):
+                await one.vault.get_or_create("t", purpose="thread")
+        assert (await one.vault.get_or_create("t", purpose="thread"))[1]
 
 
-def test_a_new_key_is_not_found_before_it_has_replaced_the_old_one(
+async def test_a_new_key_is_not_found_before_it_has_replaced_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A create that can't retire the old key removes the new one: nobody may have got it meanwhile."""
+    async with opened_vault(tmp_path / "d") as one:
+        await one.indexing.run()
+        old, _ = await one.vault.get_or_create("t", purpose="thread")
+        retiring, may_fail = asyncio.Event(), asyncio.Event()
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            await one.indexing.run()
-            old, _ = await one.vault.get_or_create("t", purpose="thread")
-            retiring, may_fail = asyncio.Event(), asyncio.Event()
+        async def refused(*_: object) -> None:
+            retiring.set()
+            await may_fail.wait()
+            raise StorageUnavailableError("the disk is full")
 
-            async def refused(*_: object) -> None:
-                retiring.set()
-                await may_fail.wait()
-                raise StorageUnavailableError("the disk is full")
-
-            monkeypatch.setattr(one.vault.journal, "replace", refused)
-            creating = asyncio.create_task(create(one.vault, "t", replaces=old))
-            await retiring.wait()
-            finding = asyncio.create_task(one.vault.get_or_create("t", purpose="thread"))
-            await asyncio.sleep(0)
-            may_fail.set()
-            with pytest.raises(StorageUnavailableError):
-                await creating
-            assert await finding == (old, False)
-
-    asyncio.run(main())
+        monkeypatch.setattr(one.vault.journal, "replace", refused)
+        creating = asyncio.create_task(create(one.vault, "t", replaces=old))
+        await retiring.wait()
+        finding = asyncio.create_task(one.vault.get_or_create("t", purpose="thread"))
+        await asyncio.sleep(0)
+        may_fail.set()
+        with pytest.raises(StorageUnavailableError):
+            await creating
+        assert await finding == (old, False)
 
 
-def test_the_line_of_a_create_is_written_before_another_gets_the_key(
+async def test_the_line_of_a_create_is_written_before_another_gets_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while the disk is slow to make its file."""
@@ -246,49 +228,45 @@ def test_the_line_of_a_create_is_written_before_another_gets_the_key(
         async def add_written(self, event: Event, *, durable: bool) -> None:
             lines.append(event.type)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            await one.indexing.run()
-            await one.make(1, "another")  # reserves wraps
-            monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
-            monkeypatch.setattr(journal, "make_file", slowly)
-            table = VerbTable(Kept())
-            KeyVerbs(one.vault, table, one.indexing)
+    async with opened_vault(tmp_path / "d") as one:
+        await one.indexing.run()
+        await one.make(1, "another")  # reserves wraps
+        monkeypatch.setattr(journal, "syncfs_reports", lambda _directory: True)
+        monkeypatch.setattr(journal, "make_file", slowly)
+        table = VerbTable(Kept())
+        KeyVerbs(one.vault, table, one.indexing)
 
-            async def ask() -> None:
-                answer = table[api.GET_OR_CREATE_DEK](ANYONE, api.GetOrCreateDekRequest("t"), "")
-                assert isinstance(answer, Awaitable)
-                await answer
+        async def ask() -> None:
+            answer = table[api.GET_OR_CREATE_DEK](ANYONE, api.GetOrCreateDekRequest("t"), "")
+            assert isinstance(answer, Awaitable)
+            await answer
 
-            asking = [asyncio.create_task(ask()) for _ in range(2)]
-            while len(one.vault.index) < 2:
-                await asyncio.sleep(0)
-            for _ in range(20):  # the steps in which the other one would be answered
-                await asyncio.sleep(0)
-            going_on.set()
-            await asyncio.gather(*asking)
-        assert lines == ["create_dek", "get_or_create_dek"]
-
-    asyncio.run(main())
+        asking = [asyncio.create_task(ask()) for _ in range(2)]
+        while len(one.vault.index) < 2:
+            await asyncio.sleep(0)
+        for _ in range(20):  # the steps in which the other one would be answered
+            await asyncio.sleep(0)
+        going_on.set()
+        await asyncio.gather(*asking)
+    assert lines == ["create_dek", "get_or_create_dek"]
 
 
-def test_nothing_is_created_before_all_key_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_created_before_all_key_files_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("minikms.custody.vault.INDEX_WAIT_SECONDS_MAX", 0.01)
 
-    async def main() -> None:
-        async with opened_vault(tmp_path / "d") as one:
-            table = VerbTable(SilentAudit())
-            verbs = KeyVerbs(one.vault, table, one.indexing)
-            request = api.GetOrCreateDekRequest("t")
-            event = Event(type="get_or_create_dek", actor="peer_uid:0")
-            with pytest.raises(StorageUnavailableError, match="try again later"):
-                await verbs.get_or_create_dek_for_thread(one.vault, request, event)
-            assert len(one.vault.index) == 0
-            await one.indexing.run()
-            assert (await verbs.get_or_create_dek_for_thread(one.vault, request, event)).created
-            assert event.type == "create_dek"
-
-    asyncio.run(main())
+    async with opened_vault(tmp_path / "d") as one:
+        table = VerbTable(SilentAudit())
+        verbs = KeyVerbs(one.vault, table, one.indexing)
+        request = api.GetOrCreateDekRequest("t")
+        event = Event(type="get_or_create_dek", actor="peer_uid:0")
+        with pytest.raises(StorageUnavailableError, match="try again later"):
+            await verbs.get_or_create_dek_for_thread(one.vault, request, event)
+        assert len(one.vault.index) == 0
+        await one.indexing.run()
+        assert (await verbs.get_or_create_dek_for_thread(one.vault, request, event)).created
+        assert event.type == "create_dek"
 
 
 def test_bad_requests_are_refused_and_name_no_thread(daemon: LiveDaemon) -> None:

@@ -44,65 +44,56 @@ async def back_up(store: Conversations, path: Path, previous: Path | None = None
     return await store.backups.back_up(str(path), previous=str(previous) if previous else None)
 
 
-def test_a_backup_made_under_load_holds_what_was_acknowledged_before_it(tmp_path: Path) -> None:
+async def test_a_backup_made_under_load_holds_what_was_acknowledged_before_it(tmp_path: Path) -> None:
     provider = SealingProvider()
 
-    async def run() -> None:
-        async with opened(RocksEngine(str(tmp_path / "db")), provider) as store:
-            before = await write(store, 300)
-            during = asyncio.create_task(write(store, 300))
-            manifest = await back_up(store, tmp_path / "one")
-            await during
-            assert manifest.bytes > 300 * 200
-        await asyncio.to_thread(backup.restore, str(tmp_path / "one"), str(tmp_path / "restored"))
-        async with opened(RocksEngine(str(tmp_path / "restored")), provider) as store:
-            for message in before:
-                assert (await store.reading.message(message)).value == "x" * 200
-            assert [finding async for finding in Checker(LocalView(disk(store)), provider).run()] == []
-            assert (await store.stats())["messages"] >= 300
-            await write(store, 5)
-            assert len(await messages_of(store, "t0")) > 60
-
-    asyncio.run(run())
+    async with opened(RocksEngine(str(tmp_path / "db")), provider) as store:
+        before = await write(store, 300)
+        during = asyncio.create_task(write(store, 300))
+        manifest = await back_up(store, tmp_path / "one")
+        await during
+        assert manifest.bytes > 300 * 200
+    await asyncio.to_thread(backup.restore, str(tmp_path / "one"), str(tmp_path / "restored"))
+    async with opened(RocksEngine(str(tmp_path / "restored")), provider) as store:
+        for message in before:
+            assert (await store.reading.message(message)).value == "x" * 200
+        assert [finding async for finding in Checker(LocalView(disk(store)), provider).run()] == []
+        assert (await store.stats())["messages"] >= 300
+        await write(store, 5)
+        assert len(await messages_of(store, "t0")) > 60
 
 
-def test_the_next_backup_shares_the_files_that_did_not_change(tmp_path: Path) -> None:
+async def test_the_next_backup_shares_the_files_that_did_not_change(tmp_path: Path) -> None:
     provider = SealingProvider()
 
-    async def run() -> None:
-        async with opened(RocksEngine(str(tmp_path / "db")), provider) as store:
-            await write(store, 200)
-            first = await back_up(store, tmp_path / "one")
-            await write(store, 10)
-            second = await back_up(store, tmp_path / "two", tmp_path / "one")
-            begun = [known async for page in store.backups.registered() for known in page]
-            assert [one.path for one in begun] == [str(tmp_path / "one"), str(tmp_path / "two")]
-            assert begun[0].created_ns == first.created_ns
-        shared = {f.name for f in first.files} & {f.name for f in second.files}
-        linked = [n for n in shared if os.stat(tmp_path / "two" / "store" / n).st_nlink == 2]
-        assert any(name.endswith(".sst") for name in linked)
-        # The older one may go: what they share stays.
-        for name in os.listdir(tmp_path / "one" / "store"):
-            os.unlink(tmp_path / "one" / "store" / name)
-        backup.restore(str(tmp_path / "two"), str(tmp_path / "restored"))
-        async with opened(RocksEngine(str(tmp_path / "restored")), provider) as store:
-            assert (await store.stats())["messages"] == 210
-
-    asyncio.run(run())
+    async with opened(RocksEngine(str(tmp_path / "db")), provider) as store:
+        await write(store, 200)
+        first = await back_up(store, tmp_path / "one")
+        await write(store, 10)
+        second = await back_up(store, tmp_path / "two", tmp_path / "one")
+        begun = [known async for page in store.backups.registered() for known in page]
+        assert [one.path for one in begun] == [str(tmp_path / "one"), str(tmp_path / "two")]
+        assert begun[0].created_ns == first.created_ns
+    shared = {f.name for f in first.files} & {f.name for f in second.files}
+    linked = [n for n in shared if os.stat(tmp_path / "two" / "store" / n).st_nlink == 2]
+    assert any(name.endswith(".sst") for name in linked)
+    # The older one may go: what they share stays.
+    for name in os.listdir(tmp_path / "one" / "store"):
+        os.unlink(tmp_path / "one" / "store" / name)
+    backup.restore(str(tmp_path / "two"), str(tmp_path / "restored"))
+    async with opened(RocksEngine(str(tmp_path / "restored")), provider) as store:
+        assert (await store.stats())["messages"] == 210
 
 
-def made(tmp_path: Path) -> Path:
-    async def run() -> None:
-        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
-            await write(store, 20)
-            await back_up(store, tmp_path / "one")
-
-    asyncio.run(run())
+async def made(tmp_path: Path) -> Path:
+    async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+        await write(store, 20)
+        await back_up(store, tmp_path / "one")
     return tmp_path / "one"
 
 
-def test_an_altered_missing_or_added_file_is_named(tmp_path: Path) -> None:
-    path = made(tmp_path)
+async def test_an_altered_missing_or_added_file_is_named(tmp_path: Path) -> None:
+    path = await made(tmp_path)
     backup.verify(str(path))
     table = next(path.glob("store/*.sst"))
     content = table.read_bytes()
@@ -119,8 +110,8 @@ def test_an_altered_missing_or_added_file_is_named(tmp_path: Path) -> None:
         backup.verify(str(path))
 
 
-def test_a_backup_without_its_manifest_is_not_complete(tmp_path: Path) -> None:
-    path = made(tmp_path)
+async def test_a_backup_without_its_manifest_is_not_complete(tmp_path: Path) -> None:
+    path = await made(tmp_path)
     manifest = path / "manifest.json"
     content = manifest.read_bytes()
     manifest.unlink()
@@ -136,23 +127,20 @@ def test_a_backup_without_its_manifest_is_not_complete(tmp_path: Path) -> None:
             backup.verify(str(path))
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    path = made(tmp_path)
+async def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    path = await made(tmp_path)
     with pytest.raises(BackupError, match="not empty"):
         backup.restore(str(path), str(tmp_path / "db"))
 
-    async def run() -> None:
-        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
-            with pytest.raises(BackupError, match="exists"):
-                await back_up(store, path)
-
-    asyncio.run(run())
+    async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+        with pytest.raises(BackupError, match="exists"):
+            await back_up(store, path)
 
 
-def test_the_files_of_backup_and_restore_are_their_owners_alone(tmp_path: Path) -> None:
+async def test_the_files_of_backup_and_restore_are_their_owners_alone(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        path = made(tmp_path)
+        path = await made(tmp_path)
         backup.restore(str(path), str(tmp_path / "restored"))
     finally:
         os.umask(old)
@@ -166,25 +154,25 @@ async def registered(store: Conversations) -> list[str]:
     return [known.name async for page in store.backups.registered() for known in page]
 
 
-def test_a_backup_that_fails_leaves_neither_files_nor_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_backup_that_fails_leaves_neither_files_nor_an_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or a full disk would keep every old key for good, and the name taken."""
-
-    async def run() -> None:
-        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
-            await write(store, 20)
-            with monkeypatch.context() as patch:
-                patch.setattr(backup, "sync_directory", _no_space)
-                with pytest.raises(BackupError, match="No space left"):
-                    await back_up(store, tmp_path / "one")
-            assert not (tmp_path / "one").exists()
-            assert await registered(store) == []
-            await back_up(store, tmp_path / "one")
-            assert await registered(store) == ["one"]
-
-    asyncio.run(run())
+    async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+        await write(store, 20)
+        with monkeypatch.context() as patch:
+            patch.setattr(backup, "sync_directory", _no_space)
+            with pytest.raises(BackupError, match="No space left"):
+                await back_up(store, tmp_path / "one")
+        assert not (tmp_path / "one").exists()
+        assert await registered(store) == []
+        await back_up(store, tmp_path / "one")
+        assert await registered(store) == ["one"]
 
 
-def test_a_cancelled_backup_ends_at_once_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cancelled_backup_ends_at_once_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As Ctrl-C cancels `progressdb backup create`. The engine is closed after it, so nothing may use it any more."""
     copying, released = threading.Event(), threading.Event()
     copied: list[str] = []
@@ -196,64 +184,54 @@ def test_a_cancelled_backup_ends_at_once_and_leaves_nothing(tmp_path: Path, monk
         copied.append(target.name)
         copy(source, target, length)
 
-    async def run() -> None:
-        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
-            await write(store, 20)
-            monkeypatch.setattr(shutil, "copyfileobj", slowly)
-            making = asyncio.create_task(back_up(store, tmp_path / "one"))
-            assert await asyncio.to_thread(copying.wait, 60)
-            making.cancel()
-            await asyncio.sleep(0.05)
-            assert not making.done()  # one file is still being copied
-            released.set()
-            with pytest.raises(asyncio.CancelledError):
-                await making
-            assert len(copied) == 1
-            assert not (tmp_path / "one").exists()
-            assert await registered(store) == []
-            await back_up(store, tmp_path / "one")
-
-    asyncio.run(run())
+    async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+        await write(store, 20)
+        monkeypatch.setattr(shutil, "copyfileobj", slowly)
+        making = asyncio.create_task(back_up(store, tmp_path / "one"))
+        assert await asyncio.to_thread(copying.wait, 60)
+        making.cancel()
+        await asyncio.sleep(0.05)
+        assert not making.done()  # one file is still being copied
+        released.set()
+        with pytest.raises(asyncio.CancelledError):
+            await making
+        assert len(copied) == 1
+        assert not (tmp_path / "one").exists()
+        assert await registered(store) == []
+        await back_up(store, tmp_path / "one")
 
 
 def _no_space(path: str) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_one_backup_at_a_time_and_none_in_the_place_of_another(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
-            await write(store, 20)
-            both = await asyncio.gather(
-                back_up(store, tmp_path / "one"), back_up(store, tmp_path / "one"), return_exceptions=True
-            )
-            assert [type(outcome) for outcome in both] == [Manifest, BackupBusyError]
-            with pytest.raises(BackupExistsError):
-                await back_up(store, tmp_path / "one")
-            assert await registered(store) == ["one"]
-            backup.verify(str(tmp_path / "one"))
-
-    asyncio.run(run())
+async def test_one_backup_at_a_time_and_none_in_the_place_of_another(tmp_path: Path) -> None:
+    async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+        await write(store, 20)
+        both = await asyncio.gather(
+            back_up(store, tmp_path / "one"), back_up(store, tmp_path / "one"), return_exceptions=True
+        )
+        assert [type(outcome) for outcome in both] == [Manifest, BackupBusyError]
+        with pytest.raises(BackupExistsError):
+            await back_up(store, tmp_path / "one")
+        assert await registered(store) == ["one"]
+        backup.verify(str(tmp_path / "one"))
 
 
-def test_a_deleted_backup_is_registered_until_it_is_forgotten(tmp_path: Path) -> None:
+async def test_a_deleted_backup_is_registered_until_it_is_forgotten(tmp_path: Path) -> None:
     """A present one stays registered."""
-
-    async def run() -> None:
-        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
-            for name in ("one", "two"):
-                await back_up(store, tmp_path / name)
-            shutil.rmtree(tmp_path / "one")
-            assert await registered(store) == ["one", "two"]
-            with pytest.raises(BackupThereError):
-                await store.backups.forget("two")
-            for unknown in ("three", "", "..", str(tmp_path / "one")):
-                with pytest.raises(BackupNotFoundError):
-                    await store.backups.forget(unknown)
-            assert [known.name for known in await store.backups.forget("one")] == ["one"]
-            assert await registered(store) == ["two"]
-
-    asyncio.run(run())
+    async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+        for name in ("one", "two"):
+            await back_up(store, tmp_path / name)
+        shutil.rmtree(tmp_path / "one")
+        assert await registered(store) == ["one", "two"]
+        with pytest.raises(BackupThereError):
+            await store.backups.forget("two")
+        for unknown in ("three", "", "..", str(tmp_path / "one")):
+            with pytest.raises(BackupNotFoundError):
+                await store.backups.forget(unknown)
+        assert [known.name for known in await store.backups.forget("one")] == ["one"]
+        assert await registered(store) == ["two"]
 
 
 def test_a_place_that_can_not_be_looked_at_counts_as_there(tmp_path: Path) -> None:
@@ -271,25 +249,22 @@ def damaged_table(directory: Path) -> Path:
     return table
 
 
-def test_no_backup_is_made_of_a_store_with_a_damaged_block(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
-            await write(store, 200)
-        async with opened(RocksEngine(str(tmp_path / "db"))) as store:
-            good = await back_up(store, tmp_path / "good")
-            table = damaged_table(tmp_path / "db")
-            with pytest.raises(BackupError, match=table.name):
-                await back_up(store, tmp_path / "bad", tmp_path / "good")
-            assert not (tmp_path / "bad").exists()
-            assert [known.name async for page in store.backups.registered() for known in page] == ["good"]
-        assert backup.verify(str(tmp_path / "good")) == good
-
-    asyncio.run(run())
+async def test_no_backup_is_made_of_a_store_with_a_damaged_block(tmp_path: Path) -> None:
+    async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+        await write(store, 200)
+    async with opened(RocksEngine(str(tmp_path / "db"))) as store:
+        good = await back_up(store, tmp_path / "good")
+        table = damaged_table(tmp_path / "db")
+        with pytest.raises(BackupError, match=table.name):
+            await back_up(store, tmp_path / "bad", tmp_path / "good")
+        assert not (tmp_path / "bad").exists()
+        assert [known.name async for page in store.backups.registered() for known in page] == ["good"]
+    assert backup.verify(str(tmp_path / "good")) == good
 
 
-def test_a_damaged_block_that_was_backed_up_is_found(tmp_path: Path) -> None:
+async def test_a_damaged_block_that_was_backed_up_is_found(tmp_path: Path) -> None:
     """As by a version that compared files only."""
-    path = made(tmp_path)
+    path = await made(tmp_path)
     table = damaged_table(path / "store")
     manifest = path / "manifest.json"
     known = backup.read_manifest(str(path))
