@@ -21,6 +21,7 @@ from bench import (
     dek_rotation,
     encrypt,
     gateway,
+    growth_keys,
     kek_rotation,
     messages,
     million,
@@ -57,6 +58,7 @@ AGAINST: dict[str, Callable[[Path], list[Row]]] = {
 """What runs with another checkout."""
 LONG: dict[str, Callable[[], list[Row]]] = {
     "million": million.million,
+    "growth_keys": growth_keys.starts,
     "growth_rotations": dek_rotation.growth,
 }
 """What runs with its option, or when it is named."""
@@ -111,7 +113,7 @@ def main() -> int:
     if asked.names:
         benches = {name: known[name] for name in dict.fromkeys([*asked.names, *(LONG if asked.million else ())])}
 
-    needed = asked.runs * (RUN_GB * (benches.keys() >= BENCHES.keys()) + MILLION_GB * ("million" in benches))
+    needed = asked.runs * (RUN_GB * (benches.keys() >= BENCHES.keys()) + MILLION_GB * len(LONG.keys() & benches.keys()))
     free = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
     if free < needed:
         parser.error(f"the files of all runs stay until the end: {needed} GB, and {free:.0f} GB are free")

@@ -3,7 +3,8 @@
 The service as it comes, audit on, under the generator in Python, over one data directory that grows: the sizes go
 upwards. Each row: making the latest of its keys; a start; the memory once all keys are read; encrypting once under each
 of many keys that are not in memory, then again and again under a few; a KEK rotation that nothing disturbs.
-`--save` puts the rows into docs/benchmarks.md, docs/plots/keys.csv and its plots.
+`--save` puts the rows into docs/benchmarks.md, docs/plots/keys.csv and its plots. `python -m bench growth_keys`
+measures starts and the keys of one thread.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import time
 from pathlib import Path
 
 from bench import keys, load, plots, programs
-from bench.report import say
+from bench.calls import Connection, StatusError
+from bench.pairs import processor_seconds
+from bench.report import Row, say
+from minikms.custody import kept_index
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 CONNECTIONS = 64
@@ -24,6 +28,8 @@ MADE_MAX = 20_000
 """The making of this many keys is timed: the latest ones of a size."""
 UNCACHED_MAX = 20_000
 CACHED_SECONDS = 3.0
+THREAD = "one"
+LISTS = 200
 COLUMNS = (
     "keys",
     "creates/s",
@@ -66,6 +72,54 @@ def measure(directory: Path, key_ids: list[str], size: int) -> list[float]:
         cached_per_second,
         rotated_per_second,
     ]
+
+
+def starts() -> list[Row]:
+    """Seconds from a start until `get_or_create_dek_for_thread` answers, after a stop and as after a crash, and the
+    processor time of listing the only key of a thread.
+    """
+    rows: list[Row] = []
+    made = 1
+    with programs.workplace() as directory:
+        for size in SIZES[1:]:
+            with programs.minikms(directory) as path:
+                _get_or_create(path)
+                keys.make(path, size - made)
+                keys.wait_for_index(path)
+            made = size
+            kept, _ = _start(directory)
+            (directory / "kms" / kept_index.NAME).unlink()
+            anew, list_ms = _start(directory)
+            rows += [
+                Row(f"every verb answers, {size:,} DEKs, after a start", kept, "s", less_is_better=True),
+                Row(f"the same after a crash, {size:,} DEKs", anew, "s", less_is_better=True),
+                Row(f"list of a thread's key, {size:,} DEKs", list_ms, "ms of processor time", less_is_better=True),
+            ]
+            say(f"{size:,} keys: {kept:.2f} s, after a crash {anew:.2f} s; a list takes {list_ms:.3f} ms")
+    return rows
+
+
+def _start(directory: Path) -> tuple[float, float]:
+    """Of a start: seconds until every verb answers; milliseconds of processor time of a list."""
+    began = time.perf_counter()
+    with programs.minikms(directory, ready=_get_or_create, poll_seconds=0.002) as path:
+        seconds = time.perf_counter() - began
+        with Connection(path) as connection:
+            pid = connection.call("GET", "/status")["pid"]
+            before = processor_seconds(pid)
+            for _ in range(LISTS):
+                connection.call("GET", f"/keys?thread_id={THREAD}")
+            return seconds, (processor_seconds(pid) - before) / LISTS * 1000
+
+
+def _get_or_create(path: str) -> bool:
+    """Whether the service has answered."""
+    try:
+        with Connection(path) as connection:
+            connection.call("POST", "/get_or_create_dek_for_thread", {"thread_id": THREAD})
+    except (OSError, StatusError):
+        return False
+    return True
 
 
 def main() -> None:

@@ -74,12 +74,12 @@ def _floor(name: str) -> float:
 
 def _answers_per_second(path: str, pid: int, requests: Requests) -> float:
     """Of processor time of the daemon's event loop, so that neither the load generator nor other programs count."""
-    before = _processor_seconds(pid)
+    before = processor_seconds(pid)
     answers = sum(load.generate(path, requests, SECONDS).answers)
-    return answers / (_processor_seconds(pid) - before)
+    return answers / (processor_seconds(pid) - before)
 
 
-def _processor_seconds(pid: int) -> float:
+def processor_seconds(pid: int) -> float:
     """Of the first thread of a process."""
     return int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[0]) / 1e9
 

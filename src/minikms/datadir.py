@@ -228,8 +228,8 @@ def open_for_service(
             index = kept_index.take(lock.directory_fd, store, unlocked, epoch=epoch, threads=options.index_threads)
         except kept_index.NotKeptError as error:
             why_no_index = str(error)
-            if options.index_threads:
-                index.keep_threads()
+        if options.index_threads and not len(index):
+            index.keep_threads()
         stamp = clock.stamp(clock.now_ns())
         with written_at_start(os.path.join(directory, journal.NAME)):
             replayed = journal.replay(

@@ -119,6 +119,15 @@ async def test_only_the_start_after_the_stop_believes_the_index(
         assert len(one.vault.index) == 2 - (change is key_file_removed)
 
 
+async def test_the_index_of_no_key_keeps_the_threads_of_later_ones(tmp_path: Path) -> None:
+    async with opened_vault(tmp_path / "d", threads=True) as one:
+        await stopped(one)
+    async with opened_vault(tmp_path / "d", threads=True) as one:
+        assert one.indexing.complete
+        [key_id] = await one.make(1, "later")
+        assert one.vault.index.thread_near(key_id) == ("later", True)
+
+
 async def test_an_index_without_threads_serves_no_start_with_a_policy(tmp_path: Path) -> None:
     async with opened_vault(tmp_path / "d") as one:
         await one.make(1)
