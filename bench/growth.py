@@ -1,5 +1,5 @@
 """How the store grows: `python -m bench.growth 10000 100000 …` prints one row for each number of messages, and with
-`--save` puts them into docs/benchmarks.md, docs/plots/store.csv and its plots.
+`--save` puts them into docs/benchmarks.md, docs/plots/store.csv and its plots. With `--lists` it prints those of lists.
 
 The store alone, in one process, over RocksDB on this disk, with AES-GCM in the same process in place of the key
 service: what changes from row to row is the store's doing. A tenth of the messages go into one long thread, the rest
@@ -16,7 +16,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 import uvloop
@@ -27,14 +27,26 @@ from minikms import api
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.store.model import MessageRange, NewMessage
+from progressdb_server.store.model import MessageRange, NewMessage, Page
 from progressdb_server.store.rocks.engine import RocksEngine
 
+NONCE_BYTES = api.SEAL_BYTES - 16
+"""As long as the key service's: the store checks the length of a sealed record."""
 WRITERS = 64
 THREAD_MESSAGES = 100
 BODY_CHARS = 256
 TURNS = 30
 SIZES = (10_000, 100_000)
+THREADS = (1_000, 10_000, 50_000)
+LIST_COLUMNS = (
+    "threads",
+    "list (µs each)",
+    "search (µs each)",
+    "stored keys (µs each)",
+    "longest turn (ms)",
+    "page of 50 (ms)",
+    "peak MiB",
+)
 COLUMNS = (
     "messages",
     "threads",
@@ -63,7 +75,7 @@ class OneKeyProvider:
     async def encrypt(
         self, key_id: str, plaintext: bytes, *, aad: bytes, thread_id: str | None, request_id: str | None
     ) -> bytes:
-        nonce = os.urandom(12)
+        nonce = os.urandom(NONCE_BYTES)
         return nonce + self._cipher.encrypt(nonce, plaintext, aad)
 
     async def encrypt_batch(self, items: Sequence[EncryptItem]) -> list[bytes | KmsRefusedError]:
@@ -74,7 +86,7 @@ class OneKeyProvider:
     async def decrypt_batch(
         self, items: Sequence[DecryptItem], *, request_id: str | None = None
     ) -> list[bytes | KmsRefusedError]:
-        return [self._cipher.decrypt(i.ciphertext[:12], i.ciphertext[12:], i.aad) for i in items]
+        return [self._cipher.decrypt(i.ciphertext[:NONCE_BYTES], i.ciphertext[NONCE_BYTES:], i.aad) for i in items]
 
     async def reencrypt_batch(
         self, from_key_id: str, to_key_id: str, items: Sequence[ReencryptItem], *, request_id: str | None = None
@@ -137,8 +149,11 @@ async def _measure(messages: int) -> list[float]:
                 pass
 
         async def threads() -> None:
-            async for _ in store.threads.list_threads(author=None):
-                return
+            left = 512
+            async for chunk in store.threads.list_threads(author=None):
+                left -= len(chunk)
+                if left <= 0:
+                    return
 
         async def one() -> None:
             await store.reading.message(sample[0])
@@ -159,19 +174,59 @@ async def _measure(messages: int) -> list[float]:
     return [messages, made, rate, last_50, last_1000, get, listed, opening, size / messages, peak]
 
 
+async def _measure_lists(threads: int) -> list[float]:
+    """Of one author's threads, in processor time; a turn is what another task waits for beside all of them."""
+    with tempfile.TemporaryDirectory(prefix="bench-growth-") as directory:
+        store = Conversations(RocksEngine(os.path.join(directory, "store")), OneKeyProvider())
+        for start in range(0, threads, WRITERS):
+            made = range(start, min(threads, start + WRITERS))
+            await asyncio.gather(*[store.threads.create(author="ann", title=f"Thread {number}") for number in made])
+        longest = 0.0
+
+        async def other() -> None:
+            nonlocal longest
+            while True:
+                began = time.thread_time()
+                await asyncio.sleep(0)
+                longest = max(longest, time.thread_time() - began)
+
+        async def each_us(chunks: AsyncIterator[Sequence[object]], entries: int = threads) -> float:
+            began, read = time.thread_time(), 0
+            async for chunk in chunks:
+                read += len(chunk)
+                await asyncio.sleep(0)  # as for the answer of the key service
+            return (time.thread_time() - began) / (entries or read) * 1_000_000
+
+        async def page() -> None:
+            async for _ in store.threads.list_threads(author="ann", page=Page(50)):
+                pass
+
+        beside = asyncio.create_task(other())
+        listed = await each_us(store.threads.list_threads(author="ann"))
+        searched = await each_us(store.threads.list_threads(author="ann", title="none"))
+        keys = await each_us(store.stored_keys(""), 0)
+        beside.cancel()
+        paged = await _median_ms(page)
+        await store.close()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return [threads, listed, searched, keys, longest * 1000, paged, peak]
+
+
 def main() -> None:
     """Prints the rows as a Markdown table as they come."""
     parser = argparse.ArgumentParser(prog="python -m bench.growth")
     parser.add_argument("sizes", nargs="*", type=int, metavar="MESSAGES", help="numbers of messages")
+    parser.add_argument("--lists", action="store_true", help="lists of threads and keys; the numbers are of threads")
     parser.add_argument("--save", action="store_true", help="write the table, the file and the plots of docs")
     asked = parser.parse_args()
     load_before = os.getloadavg()[0]
-    print(plots.head(COLUMNS), flush=True)
+    columns, sizes, measure = (COLUMNS, SIZES, _measure) if not asked.lists else (LIST_COLUMNS, THREADS, _measure_lists)
+    print(plots.head(columns), flush=True)
     rows: list[list[float]] = []
-    for size in asked.sizes or SIZES:
-        rows.append(uvloop.run(_measure(size)))
+    for size in asked.sizes or sizes:
+        rows.append(uvloop.run(measure(size)))
         print(plots.line(rows[-1]), flush=True)
-    if asked.save:
+    if asked.save and not asked.lists:
         plots.keep(plots.STORE, COLUMNS, rows, load_before)
 
 

@@ -337,6 +337,19 @@ def test_appends_from_many_connections_have_one_order_and_lose_nothing(server: R
         assert seen == ids[: len(seen)]
 
 
+def test_an_append_is_answered_while_a_long_list_of_threads_is_sent(server: RealServer) -> None:
+    """Its client reads the rest after the append."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        for _ in range(100):
+            server("POST", "/v1/threads", {"author": "many", "title": "x" * 4000}, connection=connection)
+        connection.request("GET", "/v1/threads?author=many", headers={"X-API-Key": BACKEND})
+        listed = connection.getresponse()
+        beginning = listed.read(1)
+        assert server("POST", "/v1/messages", {"author": "bob", "body": 1}).status == 200
+        assert len(json.loads(beginning + listed.read())["threads"]) == 100
+
+
 def test_one_idempotency_key_on_many_connections_stores_one_message(server: RealServer) -> None:
     thread = server("POST", "/v1/threads", {"author": "alice", "title": "Once"}).json["id"]
     sent = {"thread": thread, "author": "alice", "body": "once"}
