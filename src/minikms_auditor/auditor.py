@@ -301,7 +301,8 @@ class Auditor:
         """Without an index `minikms audit find` reads the log, so a failure stops nothing."""
         line = self._store.state.line
         try:
-            self._indexer.grow(0 if line is None else line.seq)
+            if line is not None and line.log_id == self._log_id:
+                self._indexer.grow(line.seq)
         except (KmsRefusedError, OSError) as error:
             self._indexer.reset()
             self._note_error("index", str(getattr(error, "strerror", None) or error))

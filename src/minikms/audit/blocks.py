@@ -199,8 +199,13 @@ class Indexer:
         self.close()
         self._after = self._number = 0
         """The last segment that has an index, and the one that gets it."""
-        self._end = self._size = 0
-        """The end of the last block in that segment, and the size of its file in the index."""
+        self._go_on_after(())
+
+    def _go_on_after(self, blocks: Sequence[Block]) -> None:
+        self._last = blocks[-1] if blocks else None
+        """The last block of the segment that gets its index."""
+        self._size = sum(block.file_bytes for block in blocks)
+        """Of the file of that segment in the index."""
 
     def close(self) -> None:
         if self._file is not None:
@@ -214,11 +219,18 @@ class Indexer:
         if self._file is None or not self._file.closed:
             self.close()
             self._file = next_segment(self._log_directory, self._after)
-        file = self._file
-        if file is None or (file.number != self._number and not self._load(file)):
+        file, last = self._file, self._last
+        if file is None or not file.number:
+            return
+        # Lines that were replaced since the last call have another MAC.
+        same = file.number == self._number and (
+            last is None or file.compressed or _ends_so(self._log_directory, file, last)
+        )
+        if not same and not self._load(file):
             return
         for _ in range(BLOCKS_AT_A_TIME):
-            content = file.span(self._end, self._end + BLOCK_BYTES)
+            end = 0 if self._last is None else self._last.end
+            content = file.span(end, end + BLOCK_BYTES)
             lines = content[: content.rfind(b"\n") + 1]
             if file.closed and not content:
                 self._after = file.number
@@ -234,7 +246,7 @@ class Indexer:
             self._after = file.number
             self.close()
             return False
-        self._end, self._size = (blocks[-1].end if blocks else 0), sum(block.file_bytes for block in blocks)
+        self._go_on_after(blocks)
         make_private_directory(self._directory)
         live = {str(each) for each in (file.number, *list_segments(self._log_directory))}
         for name in os.listdir(self._directory):
@@ -251,7 +263,7 @@ class Indexer:
             raise DamagedSegmentError(
                 "the audit log has a line that can't be read: run `minikms audit verify`"
             ) from None
-        last, last_begin = events[-1], lines.rfind(b"\n", 0, -1) + 1
+        last = events[-1]
         if last.seq > until:
             return False
         named = {
@@ -263,13 +275,14 @@ class Indexer:
         }
         numbers = sorted({name_number(field, text) for field, texts in named.items() for text in texts if text})
         times = [event.ts for event in events]
-        head = (
-            len(numbers), last.type == record.TYPE_SEGMENT_CLOSE, self._end + len(lines), self._end + last_begin,
-            last.seq, min(times), max(times), lines[last_begin:-1][_MAC],
-        )  # fmt: skip
-        content = _HEAD.pack(0, *head)[4:] + struct.pack(f"={len(numbers)}I", *numbers)
+        begin = 0 if self._last is None else self._last.end
+        end, last_begin = begin + len(lines), begin + lines.rfind(b"\n", 0, -1) + 1
+        closed, times_of, mac = last.type == record.TYPE_SEGMENT_CLOSE, (min(times), max(times)), lines[:-1][_MAC]
+        head = (len(numbers), closed, end, last_begin, last.seq, *times_of, mac)
+        names = struct.pack(f"={len(numbers)}I", *numbers)
+        content = _HEAD.pack(0, *head)[4:] + names
         self._write(struct.pack("=I", zlib.crc32(content)) + content)
-        self._end += len(lines)
+        self._last = Block(closed, begin, end, last_begin, last.seq, *times_of, mac, b"")
         return True
 
     def _write(self, content: bytes) -> None:
