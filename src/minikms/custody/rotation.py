@@ -534,13 +534,16 @@ class Pruning:
         """Unwraps the files that `read` returns; it is called in the reader until it returns none."""
         census = Census(set(), set())
         reading = in_worker(self._reader, read)
-        while chunk := await reading:
-            reading = in_worker(self._reader, read)  # meanwhile
-            if self.progress is not None:
-                self.progress["read"] += len(chunk)
-            for start in range(0, len(chunk), UNWRAPS_SLICE):
-                self._count(census, chunk[start : start + UNWRAPS_SLICE])
-                await asyncio.sleep(0)
+        try:
+            while chunk := await reading:
+                reading = in_worker(self._reader, read)  # meanwhile
+                if self.progress is not None:
+                    self.progress["read"] += len(chunk)
+                for start in range(0, len(chunk), UNWRAPS_SLICE):
+                    self._count(census, chunk[start : start + UNWRAPS_SLICE])
+                    await asyncio.sleep(0)
+        finally:
+            reading.cancel()
         return census
 
     def _count(self, census: Census, part: Sequence[ReadFile]) -> None:
