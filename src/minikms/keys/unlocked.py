@@ -98,6 +98,19 @@ class EntrySealer:
         return labels.aad(label, self._keyring_id.encode(), labels.number(version))
 
 
+@contextlib.contextmanager
+def _released_on_failure(unlocked: UnlockedKeyring) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        unlocked.release()
+        raise
+
+
+def _labelled(body: keyring.Body, label: bytes, data: bytes) -> bytes:
+    return labels.aad(label, body.keyring_id.encode(), data)
+
+
 class UnlockedKeyring:
     """The keyring's body and its opened keys. The owner replaces `body` only after the new one is durable."""
 
@@ -146,7 +159,7 @@ class UnlockedKeyring:
             tombstone_log=keyring.TombstoneLog(0, b"", b""),
         )
         unlocked = cls(arena, nonces, empty)
-        with unlocked._released_on_failure():
+        with _released_on_failure(unlocked):
             fill_random(unlocked._new_keyring_key(1))
             slot = unlocked.make_slot(root, provider, slot_id="s1", at=at)
             kek = unlocked.make_kek(fill_random, version=1, state="active", at=at)
@@ -178,7 +191,7 @@ class UnlockedKeyring:
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
             raise UnknownRootError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
         unlocked = cls(arena, nonces, body)
-        with unlocked._released_on_failure():
+        with _released_on_failure(unlocked):
             try:
                 unlocked._entries.open_slot(root, slot, body.key_version, unlocked._new_keyring_key(body.key_version))
                 aead.check_authentic(unlocked.keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
@@ -194,14 +207,6 @@ class UnlockedKeyring:
     def keyring_key(self) -> SecretSlot:
         """The key of the body's version, which seals the KEKs and the audit keys."""
         return self._keyring_keys[self.body.key_version]
-
-    @contextlib.contextmanager
-    def _released_on_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.release()
-            raise
 
     def _new_keyring_key(self, version: int) -> memoryview:
         slot = self._keyring_keys[version] = self._arena.allocate()
@@ -365,14 +370,11 @@ class UnlockedKeyring:
 
     def tag_of(self, label: bytes, data: bytes) -> bytes:
         """Authenticates data of this keyring under the keyring key."""
-        return aead.authenticate(self.keyring_key.view, self._nonces(), self._labelled(label, data))
+        return aead.authenticate(self.keyring_key.view, self._nonces(), _labelled(self.body, label, data))
 
     def check_tag(self, label: bytes, tag: bytes, data: bytes) -> None:
         """Raises DecryptionError unless `tag` is of `tag_of`."""
-        aead.check_authentic(self.keyring_key.view, tag, self._labelled(label, data))
-
-    def _labelled(self, label: bytes, data: bytes) -> bytes:
-        return labels.aad(label, self.body.keyring_id.encode(), data)
+        aead.check_authentic(self.keyring_key.view, tag, _labelled(self.body, label, data))
 
     def kek(self, version: int) -> memoryview:
         """The KEK of a version, 32 bytes. Raises KeyUnreadableError if this keyring does not have it."""
