@@ -210,10 +210,13 @@ def test_a_removed_root_is_revoking_until_every_key_file_was_rewrapped(own_daemo
     slot_id = added(own_daemon)
     content = path.read_bytes()
     path.write_bytes(b"damaged")
-    assert remove(own_daemon, slot_id).status == 200
+    removed = remove(own_daemon, slot_id)
+    assert removed.status == 200
     own_daemon.wait_for_event("rotate_kek_done")
     found = status_once(own_daemon, lambda found: any("1 keys can't be read" in text for text in found["warnings"]))
     assert list(found["keys"]["unreadable_files"]) == [key_id]
+    assert remove(own_daemon, slot_id) == removed, "a repeated removal changes nothing"
+    assert status(own_daemon)["audit"]["audit_key_version"] == 2
     restart(own_daemon)
     status_once(own_daemon, lambda found: any("1 keys can't be read" in text for text in found["warnings"]))
     assert [root["state"] for root in listed(own_daemon)] == ["active", "revoking"]
