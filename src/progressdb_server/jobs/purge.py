@@ -21,7 +21,7 @@ from minikms.api import KeyAnswer
 from minikms.platform.logs import structlog
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Pace, Runner
-from progressdb_server.jobs.states import JobConflictError, JobFailedError, JobNotFoundError, changed, move
+from progressdb_server.jobs.states import Job, JobConflictError, JobFailedError, JobNotFoundError, changed, move
 from progressdb_server.jobs.table import Row
 from progressdb_server.kms.provider import Provider, key_pages
 from progressdb_server.store.model import (
@@ -114,12 +114,17 @@ class ThreadPurge(Kind):
             records += len(chunk.records)
             await asyncio.sleep(0)
         with_backups = await self._table.with_backups(thread)
-        jobs = [await self._table.get(job_id) for job_id in self._table.of_thread(thread)]
+        jobs: list[Job] = []
+        for job_id in self._table.of_thread(thread):
+            with contextlib.suppress(JobNotFoundError):
+                jobs.append(await self._table.get(job_id))
         if not self._exclusive:
             named.update(*((job.old_key, job.new_key, *job.sources) for job in jobs))
             keys = [key for key in keys if key.key_id in named]
         if not keys:
             return row
+        if not self._after_s:
+            raise JobFailedError("retention.deleted_after is never now, or no gateway destroys a key")
         if left := await self._store.rekeying.count_under(thread, ()):
             raise JobFailedError(f"{left} records are malformed: run progressdb check")
         if len(proofs) > 1:
@@ -132,7 +137,8 @@ class ThreadPurge(Kind):
             if job.destroy_at_ns:
                 await self._table.change(job.id, lambda now: changed(now, destroy_at_ns=0, destroy_waits_for=PURGED))
         ids = sorted((key.key_id for key in keys), key=lambda key_id: key_id in proofs)
-        row = await self._table.store(row, changed(row.job, total=records, sources=tuple(ids[:NAMED_MAX])))
+        names = tuple(dict.fromkeys((*row.job.sources, *ids)))  # with those of an attempt that was interrupted
+        row = await self._table.store(row, changed(row.job, total=records, sources=names[:NAMED_MAX]))
         archives: dict[str, None] = {}
         active = {key.key_id for key in keys if key.state == "active"}
         for key_id in ids:
@@ -142,7 +148,7 @@ class ThreadPurge(Kind):
             archives |= dict.fromkeys(answer.archives)
         purging.forget(thread)
         kept = [f"; archives that may hold them: {_few(list(archives))}"] * bool(archives)
-        receipt = "".join((f"keys destroyed: {_few(ids)}", *kept))
+        receipt = "".join((f"keys destroyed: {_few(names)}", *kept))
         return await self._table.store(row, changed(row.job, destroyed_ns=self._table.now_ns(), receipt=receipt))
 
     # --- records --------------------------------------------------------------------------------------------------

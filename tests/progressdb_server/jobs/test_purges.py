@@ -13,7 +13,7 @@ from minikms.api.errors import KmsUnavailableError
 from progressdb_server.config import Retention
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import purge
-from progressdb_server.jobs.service import Jobs, OldRows
+from progressdb_server.jobs.service import KEEP_ALL, Jobs, OldRows
 from progressdb_server.jobs.states import Job
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.check import Checker
@@ -153,6 +153,8 @@ def is_killed(what: str, number: int, *, after: bool) -> bool:
         begun = [job for job in await all_jobs(jobs) if job.kind == "purge"] or [await purged(jobs)]
         job = await jobs.wait(begun[-1].id)
         assert (job.state, job.reason, job.done) == ("done", "", 8)
+        assert set(job.sources) == place.keys.destroyed
+        assert all(key in job.receipt for key in job.sources)
         await check_gone(store, place)
         assert [found async for found in Checker(LocalView(disk(store)), provider).run()] == []
 
@@ -232,6 +234,26 @@ def test_a_purge_without_proof_destroys_nothing(
         assert len(await all_jobs(jobs)) == before, "it is not tried again by itself"
 
     place.run(body)
+
+
+def test_a_purge_that_was_begun_ends_when_the_setting_is_never() -> None:
+    place = Place(retention=RETENTION)
+
+    async def begin(store: Conversations, jobs: Jobs) -> None:
+        await deleted(store, jobs, place)
+        place.keys.down = True
+        await jobs.add(jobs.purge, "gone")
+
+    async def go_on(store: Conversations, jobs: Jobs) -> None:
+        (job,) = [job for job in await all_jobs(jobs) if job.kind == "purge"]
+        failed = await jobs.wait(job.id)
+        assert (failed.state, place.keys.destroyed) == ("failed", set())
+        assert failed.reason.startswith("retention.deleted_after is never")
+
+    place.run(begin)
+    place.keys.down = False
+    place.retention = KEEP_ALL
+    place.run(go_on)
 
 
 def test_backups_of_rotations_that_are_done_are_removed_by_age() -> None:
