@@ -19,8 +19,9 @@ from minikms.http.server import HttpServer
 from minikms.platform.accepting import AcceptLoop
 
 DESCRIPTORS_RESERVED_COUNT: Final = 128
-"""For everything but connections: about 30 files, sockets and event descriptors that are always open, a few files for
-each worker thread, and the connections of one turn that are accepted only to be refused."""
+"""For everything but connections: about 30 files, sockets and event descriptors that are always open, up to
+`minikms.platform.files.READ_AHEAD_FILES` in each of two worker threads, and the connections of one turn that are
+accepted only to be refused."""
 DESCRIPTORS_COUNT: Final = api.CONNECTIONS_MAX + DESCRIPTORS_RESERVED_COUNT
 """Open files of a process that serves as many connections as promised."""
 CONNECTIONS_COUNT_MIN: Final = 16
