@@ -3,6 +3,7 @@
 Owns: the conditions and their order. Invariants:
 - A thread is purged only if its sealed records say that it was deleted so long ago (`conversations.purging`). While
   any of its keys is left, they are asked again: a row of a database is not believed. The key that opens them goes last.
+- A record is removed once the key service says of its key that it is destroyed: a list leaves out unreadable keys.
 - Before the first key goes, every record of the thread was read, and as many as the indexes name. Nothing is purged
   while the store has a damaged file.
 - Only keys of purpose `thread` that are of this thread, says the key service, are destroyed; on a shared key service
@@ -14,16 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar, Final
 
-from minikms.api import KeyAnswer
+from minikms.api import CODE_KEY_DESTROYED, CODE_KEY_NOT_FOUND, KeyAnswer
+from minikms.api.errors import KmsRefusedError
 from minikms.platform.logs import structlog
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Pace, Runner
 from progressdb_server.jobs.states import Job, JobConflictError, JobFailedError, JobNotFoundError, changed, move
 from progressdb_server.jobs.table import Row
-from progressdb_server.kms.provider import Provider, key_pages
+from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
 from progressdb_server.store.model import (
     KeyServiceRefusedError,
     RecordUnreadableError,
@@ -94,13 +96,26 @@ class ThreadPurge(Kind):
 
     # --- keys -----------------------------------------------------------------------------------------------------
     async def _keys(self, thread: str) -> list[KeyAnswer]:
-        """Those that are not destroyed."""
+        """Those that are not destroyed, without those that the key service can't read."""
         found: list[KeyAnswer] = []
         async for page in key_pages(self._provider, thread_id=thread):
             if page.indexing:
                 raise StoreUnavailableError("the key service is still reading its keys")
             found += [key for key in page.keys if key.purpose == "thread"]
         return found
+
+    async def _check_gone(self, key_ids: Collection[str], *codes: str) -> None:
+        """Raises JobFailedError for a key that may still be there, KmsError."""
+        for key_id in sorted(key_ids):
+            try:
+                await self._provider.get_key(key_id)
+            except KmsRefusedError as error:
+                if error.code in codes:
+                    continue
+                if fault(error) is Fault.SERVICE:
+                    raise
+                raise JobFailedError(f"whether the key {key_id} is destroyed is not known: {error}") from error
+            raise JobFailedError(f"the key {key_id} is not destroyed, and not among the keys of the thread")
 
     async def _erase(self, row: Row, keys: list[KeyAnswer]) -> Row:
         thread, purging = row.job.thread, self._store.purging
@@ -118,8 +133,9 @@ class ThreadPurge(Kind):
         for job_id in self._table.of_thread(thread):
             with contextlib.suppress(JobNotFoundError):
                 jobs.append(await self._table.get(job_id))
+        named.update(*((job.old_key, job.new_key, *job.sources) for job in jobs))
+        unlisted = named.difference([""], (key.key_id for key in keys))
         if not self._exclusive:
-            named.update(*((job.old_key, job.new_key, *job.sources) for job in jobs))
             keys = [key for key in keys if key.key_id in named]
         if not keys:
             return row
@@ -131,6 +147,7 @@ class ThreadPurge(Kind):
             raise JobFailedError("the thread's records are under two keys: rotate its key, then resume this job")
         if await purging.deleted_ns(thread) >= self._before_ns:
             raise JobFailedError("the thread was not deleted so long ago")
+        await self._check_gone(unlisted, CODE_KEY_DESTROYED, CODE_KEY_NOT_FOUND)
         for job_id in with_backups:
             await self._table.drop_backups(job_id)
         for job in jobs:
@@ -155,9 +172,15 @@ class ThreadPurge(Kind):
     async def _remove(self, row: Row, pace: Pace) -> None:
         thread, purging = row.job.thread, self._store.purging
         last = await purging.newest(thread)
+        # A key service that hides keys, or another one, says "not found": that is believed of keys destroyed here.
+        codes = (CODE_KEY_DESTROYED, *([CODE_KEY_NOT_FOUND] if row.job.sources else []))
+        gone_keys: set[str] = set()
         async for chunk in self._store.rekeying.chunks(thread, CHUNK_RECORDS):
             if chunk.malformed:
                 raise RecordUnreadableError(f"the record {chunk.malformed[0]} is malformed")
+            under = {one.key_id for one in chunk.records} - gone_keys
+            await self._check_gone(under, *codes)
+            gone_keys |= under
             gone = [(one.aad, one.raw) for one in chunk.records if one.aad != last and purging.is_message(one.aad)]
             await pace.take(len(gone))
             if gone:

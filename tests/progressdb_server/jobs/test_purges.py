@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from typing import Any
 
 import msgspec
 import pytest
 
-from minikms.api.errors import KmsUnavailableError
+from minikms import api
+from minikms.api.errors import KmsUnavailableError, refusal
 from progressdb_server.config import Retention
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import purge
@@ -232,6 +234,47 @@ def test_a_purge_without_proof_destroys_nothing(
         before = len(await all_jobs(jobs))
         await jobs.purge.begin()
         assert len(await all_jobs(jobs)) == before, "it is not tried again by itself"
+
+    place.run(body)
+
+
+class Unlisting(SealingProvider):
+    """Its lists leave out the keys that it can't read, as those of the key service."""
+
+    unread: Collection[str] = ()
+    code = "key_unreadable"
+
+    async def list_keys(self, **asked: Any) -> api.KeyListAnswer:
+        page = await super().list_keys(**asked)
+        return msgspec.structs.replace(page, keys=[key for key in page.keys if key.key_id not in self.unread])
+
+    async def get_key(self, key_id: str) -> api.KeyAnswer:
+        if key_id in self.unread:
+            raise refusal(self.code, "it is not read")
+        return await super().get_key(key_id)
+
+
+@pytest.mark.parametrize("code", ["key_unreadable", "key_not_found"])
+@pytest.mark.parametrize("all_keys", [False, True])
+def test_a_key_that_is_not_listed_is_not_taken_for_destroyed(code: str, all_keys: bool) -> None:
+    provider = Unlisting()
+    place = Place(provider=provider, retention=RETENTION)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await deleted(store, jobs, place)
+        keys = provider.keys_of("gone", active=False)
+        provider.unread, provider.code = keys if all_keys else keys[:1], code
+        if code == "key_not_found" and not all_keys:
+            return  # of an old key, that is believed: it may have been destroyed before the key service restarted
+        stored = [key for key in await keys_of(store) if not key.startswith("job:")]
+        job = await purged(jobs)
+        assert (job.state, provider.destroyed, job.receipt) == ("failed", set(), "")
+        assert f"whether the key {keys[-1 if all_keys else 0]} is destroyed is not known" in job.reason
+        assert [key for key in await keys_of(store) if not key.startswith("job:")] == stored
+        provider.unread = ()
+        await jobs.resume(job.id)
+        assert (await jobs.wait(job.id)).state == "done"
+        await check_gone(store, place)
 
     place.run(body)
 
