@@ -38,6 +38,8 @@ BLOCKS_AT_A_TIME: Final = 32
 """Some 0.3 s: the auditor reports its position every 5 s."""
 FILE_BYTES_MAX: Final = 256 * 1024 * 1024
 """The index of a segment of 1 GiB is smaller, whatever its lines name."""
+BLOCKS_COUNT_MAX: Final = 65_536
+"""Of a segment: each takes some 700 bytes of memory beside its names. A segment of 1 GiB has fewer."""
 SOUGHT_NAMES_MAX: Final = 256
 """With more names for one condition, reading a block costs less than looking for each."""
 
@@ -83,7 +85,7 @@ def parse_blocks(content: bytes) -> list[Block]:
     """The blocks of a file of the index, up to the first damaged one."""
     blocks: list[Block] = []
     at = end = 0
-    while at + _HEAD.size <= len(content):
+    while at + _HEAD.size <= len(content) and len(blocks) < BLOCKS_COUNT_MAX:
         crc, count, closed, block_end, last_begin, last_seq, ts_min, ts_max, mac = _HEAD.unpack_from(content, at)
         whole = memoryview(content)[at : at + _HEAD.size + 4 * count]
         at += len(whole)
@@ -166,8 +168,8 @@ class Lookup:
 class _Event(msgspec.Struct, gc=False):
     """What the index takes of an event."""
 
-    seq: int
-    ts: int
+    seq: record.NonNegative
+    ts: record.NonNegative
     type: str
     actor: str
     key_id: str = ""

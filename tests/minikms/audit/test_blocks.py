@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from minikms.audit.blocks import Indexer, Lookup, parse_blocks, usable_blocks
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.queries import Query, find, query
-from minikms.audit.reader import each_segment, segment_name
+from minikms.audit.reader import DamagedSegmentError, each_segment, segment_name
 from minikms.audit.record import Event
 from tests.minikms.audit.logmaker import LOG, Clock, open_log
 
@@ -183,6 +184,25 @@ def test_an_index_of_lines_that_were_replaced_is_not_used(log: Log, restarted: b
             compress_closed(str(log.directory))
         for sought in SOUGHT:
             log.find(sought)
+
+
+def test_a_file_of_the_index_has_a_bounded_number_of_blocks(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.grow()
+    monkeypatch.setattr(blocks, "BLOCKS_COUNT_MAX", 2)
+    for path in log.index.iterdir():
+        assert len(parse_blocks(path.read_bytes())) <= 2
+    for sought in SOUGHT:
+        log.find(sought)
+
+
+@pytest.mark.parametrize("number", [b"-1", b"18446744073709551616"])
+def test_a_line_with_a_number_out_of_range_is_a_damaged_line(log: Log, number: bytes) -> None:
+    for path in log.directory.iterdir():
+        path.write_bytes(re.sub(rb'"ts":\d+', b'"ts":' + number, path.read_bytes()))
+    indexer = Indexer(str(log.index), str(log.directory))
+    with pytest.raises(DamagedSegmentError):
+        indexer.grow(log.seq)
+    indexer.close()
 
 
 def test_blocks_say_what_and_when_for_later_readers(log: Log) -> None:
