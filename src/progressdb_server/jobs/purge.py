@@ -135,7 +135,8 @@ class ThreadPurge(Kind):
                 jobs.append(await self._table.get(job_id))
         named.update(*((job.old_key, job.new_key, *job.sources) for job in jobs))
         unlisted = named.difference([""], (key.key_id for key in keys))
-        if not self._exclusive:
+        # Without the key that proves the deletion, others stay: of a create that came too late, for example.
+        if not self._exclusive or proofs.isdisjoint(key.key_id for key in keys):
             keys = [key for key in keys if key.key_id in named]
         if not keys:
             return row

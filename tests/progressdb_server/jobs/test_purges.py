@@ -279,6 +279,21 @@ def test_a_key_that_is_not_listed_is_not_taken_for_destroyed(code: str, all_keys
     place.run(body)
 
 
+def test_a_key_that_is_made_after_the_keys_went_does_not_stop_a_purge() -> None:
+    """As by a create of the same name between a kill and the restart; the walk of orphaned keys retires it."""
+    place = Place(retention=RETENTION)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await deleted(store, jobs, place)
+        place.keys.destroyed.update(place.keys.keys_of("gone", active=False))
+        late = (await place.keys.create_dek_for_thread("gone")).key_id
+        job = await purged(jobs)
+        assert (job.state, job.reason) == ("done", "")
+        await check_gone(store, place, [late])
+
+    place.run(body)
+
+
 def test_a_purge_that_was_begun_ends_when_the_setting_is_never() -> None:
     place = Place(retention=RETENTION)
 
