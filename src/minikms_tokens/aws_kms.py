@@ -17,7 +17,7 @@ try:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 except ImportError:
-    raise TokenError("aws-kms: keys need a library: `pip install '.[aws-kms]'` in a checkout adds it") from None
+    raise TokenError("aws-kms: keys need a library: install progressdb-minikms with its extra `aws-kms`") from None
 
 CONNECT_SECONDS_MAX: Final = 3
 READ_SECONDS_MAX: Final = 5

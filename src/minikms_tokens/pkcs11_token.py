@@ -36,7 +36,7 @@ try:
         UserAlreadyLoggedIn,
     )
 except ImportError:
-    raise TokenError("pkcs11: keys need a library: `pip install '.[pkcs11]'` in a checkout adds it") from None
+    raise TokenError("pkcs11: keys need a library: install progressdb-minikms with its extra `pkcs11`") from None
 
 URI_CHARS_MAX: Final = 2048
 PIN_BYTES_MAX: Final = 256

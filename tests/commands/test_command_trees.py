@@ -69,10 +69,11 @@ def test_a_program_without_its_extra_names_it(module: str, library: str, words: 
     program = f"sys.argv[0] = {name!r}; from {module} import main; main()"
     done = without([library], program, *words)
     assert (
-        done.stderr == f"{name}: the library {library} is missing: `pip install '.[{extra}]'` in a checkout adds it\n"
+        done.stderr
+        == f"{name}: the library {library} is missing: install progressdb-minikms with its extra `{extra}`\n"
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert "'.[gateway]'" in missing_library(ModuleNotFoundError(name="joserfc"), "minikms-gateway")
+    assert "extra `gateway`" in missing_library(ModuleNotFoundError(name="joserfc"), "minikms-gateway")
 
 
 def test_the_help_of_a_command_says_what_its_exit_statuses_mean() -> None:

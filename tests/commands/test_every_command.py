@@ -255,7 +255,9 @@ def test_help_and_version_are_words_too(here: Here) -> None:
     assert here("minikms", "help", "keys", "list").stdout == here("minikms", "keys", "list", "--help").stdout
     for program in ("minikms", "minikms-gateway", "progressdb"):
         assert here(program, "help").stdout == here(program, "--help").stdout
-        assert {here(program, word).stdout for word in ("version", "-V", "--version")} == {f"{minikms_version}\n"}
+        assert {here(program, word).stdout for word in ("version", "-V", "--version")} == {
+            f"{minikms_version} (a checkout)\n"
+        }
 
 
 def test_only_the_help_of_minikms_names_the_helpers(here: Here) -> None:

@@ -24,7 +24,7 @@ def missing_library(error: ModuleNotFoundError, program: str) -> str:
     if error.name is None or error.name.startswith(("minikms", "progressdb_server")):
         raise error
     extra = "server" if program.startswith("progressdb") else "gateway" if error.name == "joserfc" else "daemon"
-    return f"the library {error.name} is missing: `pip install '.[{extra}]'` in a checkout adds it"
+    return f"the library {error.name} is missing: install progressdb-minikms with its extra `{extra}`"
 
 
 try:
@@ -159,7 +159,9 @@ def new_app(name: str, about: str, epilogue: str) -> App:
 def _version() -> str:
     from importlib import metadata
 
-    return metadata.version("progressdb-minikms")
+    commit = Path(__file__).parents[1].joinpath("COMMIT").read_text("utf-8").strip()  # git archive(1) writes it
+    built = "a checkout" if commit.startswith("$") else f"commit {commit}"
+    return f"{metadata.version('progressdb-minikms')} ({built})"
 
 
 def new_helper(name: str, about: str, epilogue: str) -> App:

@@ -14,7 +14,7 @@ from progressdb_server.store.engine import Engine, Reader
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.offline import Entries, View
 
-DRIVER_MISSING: Final = "a store in PostgreSQL needs its driver: `pip install '.[postgresql]'` in a checkout adds it"
+DRIVER_MISSING: Final = "a store in PostgreSQL needs its driver: install progressdb-minikms with its extra `postgresql`"
 
 
 def is_url(place: str) -> bool:
