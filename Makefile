@@ -22,9 +22,10 @@ BASE ?=
 IMAGE_FLAGS ?=
 
 BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
+DIST ?= dist
 STAMP := $(VENV)/.installed
 
-.PHONY: help run test venv frameworks lint bench torture cluster image image-base
+.PHONY: help run test venv frameworks lint bench torture cluster image image-base dist
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +37,7 @@ help:
 	@echo 'make bench    measure speed; SAVE=1 also writes docs/benchmarks.md'
 	@echo 'make torture  tests that take minutes'
 	@echo 'make cluster  as root, run three message servers on a PostgreSQL of Patroni; Ctrl-C ends it'
+	@echo 'make dist     make the files of a release; DIST=directory, KEY=SSH key that signs their checksums'
 	@echo 'make image    build the container image with buildah; IMAGE=name, BASE=image (docs/containers.md)'
 
 run: venv
@@ -80,3 +82,6 @@ image-base:
 	directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && \
 		mmdebstrap --variant=minbase --include=python3,ca-certificates trixie "$$directory/root.tar" && \
 		printf 'FROM scratch\nADD root.tar /\n' | buildah build $(IMAGE_FLAGS) --file - --tag '$(BASE)' "$$directory"
+
+dist:
+	$(PYTHON) tools/release/dist.py $(if $(KEY),--signing-key '$(KEY)') '$(DIST)'

@@ -1,0 +1,155 @@
+"""A release, made twice; and its Debian package, installed on a bare Debian that systemd boots.
+
+Needs the network (Debian's packages, Python's packages), root, and some minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import needs
+from tests.harness.waiting import wait_until
+
+pytestmark = [pytest.mark.torture, pytest.mark.timeout(1800)]
+PROJECT = Path(__file__).parents[2]
+INSTALLED = ("systemd", "systemd-sysv", "dbus", "curl", "openssl", "debconf", "init-system-helpers")
+
+
+def run(*command: str | Path, at: Path = PROJECT, **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=at, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for program in ("dpkg-deb", "help2man", "lintian", "ssh-keygen"):
+        needs.program(program)
+    made = tmp_path_factory.mktemp("release")
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", made / "key")
+    run(sys.executable, "tools/release/dist.py", made / "dist", "--signing-key", made / "key")
+    return made / "dist"
+
+
+def test_another_clone_makes_the_same_bytes(release: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "another place" / "clone"
+    run("git", "clone", "-q", "--no-hardlinks", PROJECT, clone)
+    run(sys.executable, "tools/release/dist.py", tmp_path / "dist", at=clone, TZ="Asia/Tokyo", LANG="C")
+    assert (tmp_path / "dist/SHA256SUMS").read_text() == (release / "SHA256SUMS").read_text()
+
+
+def test_checksums_and_signature_are_of_all_files(release: Path) -> None:
+    lines = [line.split("  ") for line in (release / "SHA256SUMS").read_text().splitlines()]
+    sums = {name: digest for digest, name in lines}
+    files = {path.name for path in release.iterdir()} - {"SHA256SUMS", "SHA256SUMS.sig"}
+    assert sums == {name: hashlib.sha256((release / name).read_bytes()).hexdigest() for name in files}
+    signers = release.parent / "signers"
+    signers.write_text("release " + (release.parent / "key.pub").read_text())
+    verify = ("ssh-keygen", "-Y", "verify", "-n", "file", "-I", "release", "-f", str(signers))
+    with (release / "SHA256SUMS").open() as sums_file:
+        subprocess.run([*verify, "-s", str(release / "SHA256SUMS.sig")], stdin=sums_file, check=True)
+
+
+def test_lintian_accepts_the_package(release: Path) -> None:
+    assert run("lintian", "--allow-root", "--fail-on", "error,warning", *release.glob("*.deb")) == ""
+
+
+class Booted:
+    """A Debian below `root`, that systemd has booted."""
+
+    def __init__(self, root: Path, console: Path) -> None:
+        self.root = root
+        flags = ("--register=no", "--keep-unit", "--private-network", "--console=read-only")
+        allowed = ("--capability=CAP_IPC_LOCK", "--system-call-filter=memfd_secret @memlock")
+        with console.open("wb") as output:
+            self._nspawn = subprocess.Popen(
+                ["systemd-nspawn", "-q", "-D", str(root), "--boot", *allowed, *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        wait_until(self._is_up, seconds=180)
+
+    def _enter(self) -> tuple[str, ...]:
+        leader = Path(f"/proc/{self._nspawn.pid}/task/{self._nspawn.pid}/children").read_text().split()
+        return ("nsenter", "-t", leader[0], "-a") if leader else ("false",)
+
+    def _is_up(self) -> bool:
+        asked = (*self._enter(), "systemctl", "is-system-running")
+        said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        return said in ("running", "degraded")
+
+    def sh(self, text: str) -> str:
+        path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        return run(*self._enter(), "env", path, "DEBIAN_FRONTEND=noninteractive", "sh", "-ec", "cd; " + text)
+
+    def end(self) -> None:
+        self._nspawn.terminate()
+        try:
+            self._nspawn.wait(60)
+        except subprocess.TimeoutExpired:
+            self._nspawn.kill()
+            self._nspawn.wait()
+
+
+@pytest.fixture(scope="module")
+def debian(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Booted]:
+    needs.root()
+    for program in ("mmdebstrap", "systemd-nspawn", "nsenter"):
+        needs.program(program)
+    place = tmp_path_factory.mktemp("debian")
+    run("tools/bare_debian.sh", "make", place / "root", *INSTALLED)
+    for package in release.glob("*.deb"):
+        shutil.copy(package, place / "root/root")
+    booted = Booted(place / "root", place / "console")
+    yield booted
+    booted.end()
+
+
+def test_a_bare_debian_stores_a_conversation_in_five_commands(debian: Booted) -> None:
+    """Those of the page, pasted in their order."""
+    page = (PROJECT / "deploy/systemd/README.md").read_text("utf-8")
+    commands = page.split("## From the package")[1].split("```sh\n")[1].split("```")[0]
+    assert len([line for line in commands.splitlines() if not line.startswith(" ")]) == 5
+    shown = debian.sh(commands)
+    assert shown.count('"body":{"text":"hello"}') == 2
+    assert not any(
+        b"hello" in path.read_bytes() for path in debian.root.glob("var/lib/progressdb/**/*") if path.is_file()
+    )
+
+
+def test_only_root_is_an_operator_where_nobody_else_was_named(debian: Booted) -> None:
+    assert "PROGRESSDB_MINIKMS_ADMIN_UIDS=0\n" in debian.sh("cat /etc/progressdb/minikms.env") + "\n"
+    refused = debian.sh("runuser -u progressdb -- minikms seal --yes 2>&1 && echo sealed || true")
+    assert "sealed" not in refused.splitlines()[-1]
+    assert "denied" in refused or "not allowed" in refused, refused
+
+
+def test_an_upgrade_restarts_what_runs_and_keeps_what_is_stored(debian: Booted) -> None:
+    before = debian.sh("systemctl show --property=MainPID minikms.service progressdb.service")
+    debian.sh("dpkg -i progressdb_*.deb")
+    assert debian.sh("systemctl show --property=MainPID minikms.service progressdb.service") != before
+    assert '"hello"' in debian.sh(
+        ". /etc/progressdb/progressdb.env && curl -fsS --retry 9 --retry-all-errors "
+        '-H "X-API-Key: $PROGRESSDB_API_BACKEND_KEYS" "http://127.0.0.1:8080/v1/messages?thread=first"'
+    )
+
+
+def test_data_keys_and_settings_go_with_purge_only(debian: Booted) -> None:
+    debian.sh("dpkg -r progressdb")
+    assert debian.sh("ls /etc/progressdb /var/lib/progressdb").split() == (
+        ["/etc/progressdb:", "minikms.env", "minikms.key", "progressdb.env", "/var/lib/progressdb:", "db", "minikms"]
+    )
+    assert debian.sh("ls -d /opt/progressdb /usr/bin/minikms 2>/dev/null || true") == ""
+    debian.sh("dpkg -P progressdb")
+    assert debian.sh("ls -d /etc/progressdb /var/lib/progressdb 2>/dev/null || true") == ""
