@@ -271,7 +271,9 @@ def said(*command: str) -> str:
 
 
 def run(*command: str | Path, at: Path = PROJECT, stdout: int | TextIO = sys.stderr) -> str:
-    done = subprocess.run(command, cwd=at, stdin=subprocess.DEVNULL, stdout=stdout, text=True, check=False)  # noqa: S603
+    done = subprocess.run(  # noqa: S603 (no shell; the programs are named here)
+        command, cwd=at, stdin=subprocess.DEVNULL, stdout=stdout, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"make dist: this command failed: {' '.join(map(str, command))}")
     return done.stdout or ""

@@ -10,7 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 SBOM = "sbom.cdx.json"
 
 
-class SbomHook(BuildHookInterface[Any]):  # type: ignore[misc]
+class SbomHook(BuildHookInterface[Any]):  # type: ignore[misc]  # hatchling is not installed where the types are checked
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "standard" and Path(self.root, SBOM).exists():
             build_data["sbom_files"].append(SBOM)
