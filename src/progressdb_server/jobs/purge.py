@@ -23,7 +23,7 @@ from minikms.api.errors import KmsRefusedError
 from minikms.platform.logs import structlog
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Pace, Runner
-from progressdb_server.jobs.states import Job, JobConflictError, JobFailedError, JobNotFoundError, changed, move
+from progressdb_server.jobs.states import JobConflictError, JobFailedError, changed, move
 from progressdb_server.jobs.table import Row
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
 from progressdb_server.store.model import (
@@ -65,21 +65,17 @@ class ThreadPurge(Kind):
         if not self._after_s:
             return
         await self._provider.list_keys(thread_id=None, state=None, cursor=None, limit=1)  # each purge needs it
+        ended: set[str] = set()
+        async for jobs in self._table.pages():
+            ended |= {job.thread for job in jobs if job.kind == self.name and job.state in ("failed", "cancelled")}
+            await asyncio.sleep(0)
         async for page in self._store.purging.deleted(self._before_ns):
             for thread in page:
-                if not await self._was_ended(thread):
+                if thread not in ended:
                     await self._runner.place()
                     with contextlib.suppress(JobConflictError):  # tried again in an hour
                         await self._runner.add(self, thread, trigger="deleted_after")
             await asyncio.sleep(0)
-
-    async def _was_ended(self, thread: str) -> bool:
-        for job_id in self._table.of_thread(thread):
-            with contextlib.suppress(JobNotFoundError):
-                job = await self._table.get(job_id)
-                if job.kind == self.name and job.state in ("failed", "cancelled"):
-                    return True
-        return False
 
     async def step(self, job_id: str, pace: Pace) -> None:
         row = await self._table.row(job_id)
@@ -129,10 +125,7 @@ class ThreadPurge(Kind):
             records += len(chunk.records)
             await asyncio.sleep(0)
         with_backups = await self._table.with_backups(thread)
-        jobs: list[Job] = []
-        for job_id in self._table.of_thread(thread):
-            with contextlib.suppress(JobNotFoundError):
-                jobs.append(await self._table.get(job_id))
+        jobs = await self._table.all_of_thread(thread)
         named.update(*((job.old_key, job.new_key, *job.sources) for job in jobs))
         unlisted = named.difference([""], (key.key_id for key in keys))
         # Without the key that proves the deletion, others stay: of a create that came too late, for example.

@@ -158,6 +158,20 @@ class JobTable:
         """Ids of the thread's jobs as far as this process has read their rows, oldest first."""
         return sorted(self._by_thread.get(thread, ()))
 
+    async def all_of_thread(self, thread: str) -> list[Job]:
+        """The thread's jobs whose rows are not damaged, also what `of_thread` leaves out; that reads the whole table.
+        Raises RecordUnreadableError."""
+        found: list[Job] = []
+        if self._store.claims.contested:
+            async for page in self.pages():
+                found += [job for job in page if job.thread == thread]
+                await asyncio.sleep(0)
+            return found
+        for job_id in self.of_thread(thread):
+            with contextlib.suppress(JobNotFoundError):
+                found.append(await self.get(job_id))
+        return found
+
     @property
     def _unknown_since_ns(self) -> int:
         return max(0, self._all_read_ns - LATE_ROWS_NS)

@@ -11,6 +11,7 @@ import asyncpg
 import msgspec
 import pytest
 
+from progressdb_server.config import Retention
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import runner
 from progressdb_server.jobs.rotation import Due
@@ -581,3 +582,32 @@ async def test_a_server_that_stops_ends_all_its_claims_at_once(database: str, mo
             assert await stores[1].reads.get(keyspace.claim("t")) == before
         gate.open()
         assert (await _ends(jobs[1], job.id)).state == "done"
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_a_purge_knows_the_jobs_of_the_thread_that_have_ended(database: str, cancelled: bool) -> None:
+    """It destroys the key of a rotation that left nothing else, and a purge that was cancelled is not begun again."""
+    retention, provider = Retention(deleted_after="1d", rotation_backups_after="never"), SealingProvider()
+    async with servers(database, provider, 0) as [store]:
+        clock = TickingClock(store.clock.now_ns())
+        jobs = Jobs(store, provider, UNBOUNDED, retention, exclusive=False, now_ns=clock)
+        await write(store, 3)
+        rotation = await _ends(jobs, (await jobs.rotation.rotate("t")).id)
+        await jobs.rotation.drop_backups(rotation.id)
+        await store.threads.delete("t", author="ann", by="ann")
+        clock.now += 2 * 86_400 * 10**9
+        provider.holds = {"list_keys"} if cancelled else set()
+        begun = await jobs.add(jobs.purge, "t")
+        if cancelled:
+            await jobs.cancel(begun.id)
+            provider.holds = set()
+            provider.go_on.set()
+            await jobs.purge.begin()
+            rows = [job async for page in jobs.table.pages() for job in page if job.kind == "purge"]
+            assert [(job.id, job.state) for job in rows] == [(begun.id, "cancelled")]
+            assert not provider.destroyed
+        else:
+            job = await _ends(jobs, begun.id)
+            assert (job.state, job.reason) == ("done", "")
+            assert provider.destroyed == {*provider.keys_of("t", active=False)}
+        await jobs.close()
