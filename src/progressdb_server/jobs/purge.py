@@ -61,17 +61,18 @@ class ThreadPurge(Kind):
         return self._table.now_ns() - self._after_s * 1_000_000_000
 
     async def begin(self) -> None:
-        """Queue the threads that were deleted so long ago, and whose purge has not failed or been cancelled."""
+        """Queue the threads that were deleted so long ago, and of which no purge was begun that is not done: it may be
+        cancelled meanwhile."""
         if not self._after_s:
             return
         await self._provider.list_keys(thread_id=None, state=None, cursor=None, limit=1)  # each purge needs it
-        ended: set[str] = set()
+        begun: set[str] = set()
         async for jobs in self._table.pages():
-            ended |= {job.thread for job in jobs if job.kind == self.name and job.state in ("failed", "cancelled")}
+            begun |= {job.thread for job in jobs if job.kind == self.name and job.state != "done"}
             await asyncio.sleep(0)
         async for page in self._store.purging.deleted(self._before_ns):
             for thread in page:
-                if thread not in ended:
+                if thread not in begun:
                     await self._runner.place()
                     with contextlib.suppress(JobConflictError):  # tried again in an hour
                         await self._runner.add(self, thread, trigger="deleted_after")

@@ -296,6 +296,25 @@ def test_a_key_that_is_made_after_the_keys_went_does_not_stop_a_purge() -> None:
     place.run(body)
 
 
+def test_a_purge_that_is_cancelled_while_others_are_queued_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(retention=RETENTION)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await deleted(store, jobs, place)
+        place.keys.holds = {"decrypt_batch"}
+        job = await jobs.add(jobs.purge, "gone")
+        await becomes(lambda: place.keys.held > 0)
+
+        async def cancels() -> None:
+            await jobs.cancel(job.id)
+
+        monkeypatch.setattr(jobs, "place", cancels)
+        await jobs.purge.begin()
+        assert [one.id for one in await all_jobs(jobs) if one.kind == "purge"] == [job.id]
+
+    place.run(body)
+
+
 def test_a_purge_that_was_begun_ends_when_the_setting_is_never() -> None:
     place = Place(retention=RETENTION)
 
