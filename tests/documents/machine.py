@@ -183,7 +183,7 @@ class Machine:
 
     def install(self) -> None:
         """What deploy/systemd/README.md does after the programs and the units are in their places."""
-        script = blocks(UNITS / "README.md")[0]
+        script = blocks(UNITS / "README.md")[1]  # the first one installs the package
         begin, end = script.index("install -d -m 755 /etc/progressdb"), script.index("systemctl daemon-reload")
         self.do(script[begin:end])
         with self.at("/etc/progressdb/progressdb.env").open("a") as environment:

@@ -233,7 +233,7 @@ def copy_what_moves(old: Machine, new: Machine) -> None:
 
 def a_policy_holds(made: Machine, limits: str = "") -> None:
     """As deploy/systemd/README.md says. `limits`: of the operators, who have all roles then."""
-    script, restart, _ = blocks(UNITS / "README.md")[1].partition("systemctl")
+    script, restart, _ = blocks(UNITS / "README.md")[2].partition("systemctl")
     made.do(script.replace("deploy/policy.toml", str(UNITS.parent / "policy.toml")))
     policy = made.at("/etc/progressdb/policy/policy.toml")
     text = policy.read_text().replace('"uid:0"', f'"uid:{os.geteuid()}"')
