@@ -136,6 +136,17 @@ def test_only_root_is_an_operator_where_nobody_else_was_named(debian: Booted) ->
     assert "role" in refused
 
 
+def test_the_message_server_is_no_operator_by_its_uid_either(debian: Booted) -> None:
+    debian.sh("mv /etc/progressdb/minikms.env kept.env; useradd ada")
+    named = "ada * $(id -u progressdb) progressdb nobody-there"
+    debian.sh(f'echo "set progressdb/operators {named}" | debconf-communicate && dpkg-reconfigure progressdb')
+    admins = debian.sh(
+        "grep -o 'ADMIN_UIDS=.*' /etc/progressdb/minikms.env; id -u ada; mv kept.env /etc/progressdb/minikms.env"
+    )
+    made, uid = admins.splitlines()
+    assert made == f"ADMIN_UIDS=0,{uid}"
+
+
 def test_an_upgrade_restarts_what_runs_and_keeps_what_is_stored(debian: Booted) -> None:
     before = debian.sh("systemctl show --property=MainPID minikms.service progressdb.service")
     debian.sh("dpkg -i progressdb_*.deb")

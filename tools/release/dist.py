@@ -89,6 +89,8 @@ class Release:
             members.extractall(self.tree, filter="data")
         self.version = said(sys.executable, "-c", VERSION, str(self.tree / "pyproject.toml"))
         self.for_debian = shutil.which("dpkg-deb") is not None
+        if self.for_debian and shutil.which("help2man") is None:
+            sys.exit("make dist: help2man is missing, which makes the manual pages: apt-get install help2man")
 
     def made(self) -> Path:
         """The directory of the files."""
@@ -119,17 +121,7 @@ class Release:
 
     def _package(self, environment: Path, sbom: dict[str, object]) -> None:
         wheels = ("--no-index", "--find-links", self.out, f"progressdb-minikms=={self.version}")
-        run(
-            sys.executable,
-            PIP,
-            "--python",
-            environment / "bin/python",
-            "install",
-            "-q",
-            "--no-deps",
-            "--no-compile",
-            *wheels,
-        )
+        pip_install(environment, "--no-deps", "--no-compile", *wheels)
         for program, about in PROGRAMS.items():
             self._describe(program, about, environment / "bin" / program)
             self._link(f"usr/bin/{program}", f"/{PREFIX}/bin/{program}")
