@@ -237,12 +237,12 @@ def _watch(client: AdminClient, job_id: str) -> dict[str, Any]:
 def _jobs(client: AdminClient, target: str, limit: int = 0) -> list[dict[str, Any]]:
     """Page by page; 0: all."""
     jobs: list[dict[str, Any]] = []
-    while True:
-        before = f"&before={jobs[-1]['job_id']}" if jobs else ""
-        page = client.call("GET", f"{target}limit={JOBS_PAGE}{before}")["jobs"]
-        jobs += page
-        if len(page) < JOBS_PAGE or 0 < limit <= len(jobs):
-            return jobs[: limit or None]
+    before: str | None = ""
+    while before is not None and not 0 < limit <= len(jobs):
+        page = client.call("GET", f"{target}limit={JOBS_PAGE}{before and f'&before={before}'}")
+        jobs += page["jobs"]
+        before = page.get("older")
+    return jobs[: limit or None]
 
 
 def _target(job_id: str) -> str:

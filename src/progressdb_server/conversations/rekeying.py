@@ -23,6 +23,7 @@ from progressdb_server.store.claims import Claims
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Reads, in_order
 from progressdb_server.store.model import (
+    JOB_ID_PATTERN,
     Chunk,
     ClaimLostError,
     ConditionFailedError,
@@ -253,11 +254,10 @@ class Rekeying:
 
     # --- rows of jobs ---------------------------------------------------------------------------------------------
     new_job_id = staticmethod(keyspace.new_job_id)
-    is_job_id = staticmethod(keyspace.is_job_id)
 
     async def job_row(self, job_id: str) -> bytes | None:
         """None also for a malformed id."""
-        return await self.reads.get(keyspace.job(job_id)) if self.is_job_id(job_id) else None
+        return await self.reads.get(keyspace.job(job_id)) if JOB_ID_PATTERN.fullmatch(job_id) else None
 
     async def job_rows(self, since_ns: int = 0) -> AsyncIterator[list[tuple[str, bytes]]]:
         """Ids and rows. `since_ns`: of jobs whose ids are not older."""

@@ -133,10 +133,7 @@ class JobTable:
         return jobs
 
     async def newest(self, before: str = "") -> AsyncIterator[list[Job]]:
-        """As `pages`, but the newest jobs first; with `before` those that are older than this one. Raises
-        JobNotFoundError for what is no id of a job."""
-        if before and not self._store.rekeying.is_job_id(before):
-            raise JobNotFoundError
+        """As `pages`, but the newest jobs first; with `before`, an id, those that are older than this one."""
         async for rows in self._store.rekeying.newest_job_rows(before):
             yield self._readable(rows)
 

@@ -64,7 +64,6 @@ NOW_NS_MIN: Final = 1_577_836_800 * 1_000_000_000
 nothing expires by it."""
 
 _MESSAGE_ID: Final = re.compile(r"msg-([1-9][0-9]{0,19})-([0-9]{6})", re.ASCII)
-_JOB_ID: Final = re.compile(r"job-[0-9]{20}-[0-9a-f]{8}", re.ASCII)
 _DELETED: Final = b"d"
 
 
@@ -230,10 +229,6 @@ def thread_id(created: Stamp) -> str:
 def new_job_id(now_ns: int) -> str:
     """Ids sort by time."""
     return f"job-{now_ns:020d}-{os.urandom(4).hex()}"
-
-
-def is_job_id(text: str) -> bool:
-    return _JOB_ID.fullmatch(text) is not None
 
 
 def jobs_since(ns: int) -> bytes:

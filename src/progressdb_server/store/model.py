@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ import msgspec
 
 T = TypeVar("T")
 
+JOB_ID_PATTERN: Final = re.compile(r"job-[0-9]{20}-[0-9a-f]{8}", re.ASCII)
 REACTIONS_COUNT_MAX: Final = 1024
 """Of one message: identities that react. A new message may have as many."""
 RECORD_MISSING: Final = "record_missing"

@@ -5,8 +5,7 @@ Owns: the JSON of these requests and responses, for admins only. The jobs room d
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Annotated, Final, get_args
 
@@ -27,7 +26,6 @@ from progressdb_server.api.openapi.description import (
     Operation,
     Parameter,
     Schema,
-    list_of,
     object_of,
     operations_of,
     texts,
@@ -37,17 +35,13 @@ from progressdb_server.config import duration_s
 from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import SHOWN, THREADS_NAMED_MAX, Job, JobNotFoundError, State, TooManyJobsError, view
-from progressdb_server.store.model import Page, ThreadNotFoundError
+from progressdb_server.store.model import JOB_ID_PATTERN, Page, ThreadNotFoundError
 
-JOBS_LISTED: Final = 1000
-JOBS_LISTED_MAX: Final = 10_000
-"""Of one response, without and with `limit`."""
 RECORDS_PER_SECOND_MAX: Final = 10_000_000
 KEK_VERSION_MAX: Final = 2**31
 INVALID_REQUEST: Final = "invalid request"
 THREAD_ID_MISSING: Final = "missing thread_id"
 INVALID_WAIT: Final = "wait must be true or false"
-INVALID_LIMIT: Final = f"limit must be a whole number from 1 to {JOBS_LISTED_MAX}"
 TOO_MANY_THREADS: Final = f"thread_ids holds at most {THREADS_NAMED_MAX}"
 
 # JSON has one type of number: 7.0 is as whole as 7.
@@ -131,12 +125,7 @@ _SWITCHING: Final = "the job is switching the thread's key: try again in a momen
 _RESTORING: Final = "another operation is running on this thread: try again in a moment"
 _JOB_ID: Final = "job-01764000000000000000-0a1b2c3d"
 
-
-_LIMIT: Final = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
-_PAGE: Final = (
-    Parameter("limit", {"type": "integer", "minimum": 1, "maximum": JOBS_LISTED_MAX}, f"Default {JOBS_LISTED}."),
-    Parameter("before", TEXT, "The last id of the page before; a page that is not full is the last one."),
-)
+_JOBS: Final = Paging("jobs", "before", "older", JOB_ID_PATTERN)
 _ORPHANS: Final = Paging("keys", "after", "next", KEY_ID_PATTERN)
 _for_admins: Final = partial(Operation, roles=ADMINS, needs=DISK)
 
@@ -238,43 +227,42 @@ class JobHandlers:
     @_for_admins(
         "GET",
         "/admin/jobs",
-        response=list_of("jobs", _JOB),
-        parameters=(Parameter("status", TEXT, "Only jobs in this state."), *_PAGE),
-        errors={400: (INVALID_LIMIT,)},
-        raises=(JobNotFoundError,),
+        response=_JOBS.response(_JOB),
+        parameters=(Parameter("status", TEXT, "Only jobs in this state."), *_JOBS.parameters),
+        errors={400: _JOBS.errors},
     )
     async def jobs(self, request: Request) -> JsonList:
         """List jobs, newest first."""
-        return self._listed(request, request.query_params.get("status", ""), with_backups=False)
+        status = request.query_params.get("status", "")
+        return self._listed(request, lambda job: status in ("", job.state))
 
     @_for_admins(
         "GET",
         "/admin/backups",
-        response=list_of("jobs", _JOB),
-        parameters=_PAGE,
-        errors={400: (INVALID_LIMIT,)},
-        raises=(JobNotFoundError,),
+        response=_JOBS.response(_JOB),
+        parameters=_JOBS.parameters,
+        errors={400: _JOBS.errors},
     )
     async def with_backups(self, request: Request) -> JsonList:
         """List the jobs that have backups of records, newest first."""
-        return self._listed(request, "", with_backups=True)
+        return self._listed(request, lambda job: job.backups > 0)
 
-    def _listed(self, request: Request, status: str, *, with_backups: bool) -> JsonList:
+    def _listed(self, request: Request, keeps: Callable[[Job], bool]) -> JsonList:
         """Raises ApiError 400."""
-        limit, before = request.query_params.get("limit", str(JOBS_LISTED)), request.query_params.get("before", "")
-        if not _LIMIT.fullmatch(limit) or int(limit) > JOBS_LISTED_MAX:
-            raise bad_request(INVALID_LIMIT)
-        return JsonList(b'{"jobs":[', self._pages(status, int(limit), before, with_backups=with_backups))
+        page = _JOBS.read(request.query_params)
+        return _JOBS.list(self._found(page, keeps), page)
 
-    async def _pages(
-        self, status: str, limit: int, before: str, *, with_backups: bool
-    ) -> AsyncIterator[list[dict[str, object]]]:
-        left = limit
-        async for page in self._jobs.table.newest(before):
-            found = [job for job in page if status in ("", job.state) and (job.backups or not with_backups)][:left]
-            left -= len(found)
+    async def _found(self, asked: Page | None, keeps: Callable[[Job], bool]) -> AsyncIterator[list[dict[str, object]]]:
+        left = 0 if asked is None else asked.limit
+        async for jobs in self._jobs.table.newest("" if asked is None else asked.cursor):
+            found = [job for job in jobs if keeps(job)]
+            if asked is not None:
+                found = found[:left]
+                left -= len(found)
+                if not left:
+                    asked.following = found[-1].id if found else ""
             yield [view(job) for job in found]
-            if not left:
+            if asked is not None and not left:
                 return
 
     @_for_admins("GET", "/admin/jobs/{job}", response=_JOB, raises=(JobNotFoundError,))
