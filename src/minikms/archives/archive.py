@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import struct
 from collections.abc import Container, Iterator, Sequence
 from typing import BinaryIO, Final, NamedTuple
@@ -50,8 +51,10 @@ _SIZES: Final = {
 _KEYS_PLACE: Final = 0
 _PLACES: Final = {KEYRING: 1, TOMBSTONES: 2, MANIFEST: 3}
 """The order of the entries. Those of keys are first, sorted by key id."""
+_DEK_NAME: Final = re.compile(f"{DEKS}/({api.KEY_ID_PATTERN.pattern}){re.escape(SUFFIX)}", re.ASCII)
 _FOREIGN_NAME: Final = "the backup was altered: it names a file that no backup has"
-_CHUNK_BYTES: Final = 1024 * 1024
+PART_BYTES: Final = 1024 * 1024
+"""Of a file that is read at a time, and hashed."""
 _FINGERPRINT_BYTES: Final = 8
 
 
@@ -136,6 +139,9 @@ class ArchiveReader:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
+        self._part = b""
+        self._at = 0
+        """How much of `_part`, the latest that was read, is taken. The digest has all that is taken of former ones."""
         self._keyring_id = ""
         self._slots: list[tuple[str, str]] = []
         """Ids and fingerprints, in the order of the tags."""
@@ -170,8 +176,9 @@ class ArchiveReader:
             else:
                 self._skip(size)
         self._take_slots()
-        self._tags = [self._file.read(TAG_BYTES) for _ in self._slots]
-        if any(len(tag) != TAG_BYTES for tag in self._tags) or self._file.read(1):
+        self._refill(len(self._slots) * TAG_BYTES + 1)
+        self._tags = [self._part[at : at + TAG_BYTES] for at in range(0, len(self._part), TAG_BYTES)]
+        if len(self._part) != len(self._slots) * TAG_BYTES:
             raise ArchiveError("the backup is cut short, or something was added to it")
 
     def check_tag(self, root: memoryview, arena: SecretArena) -> Manifest:
@@ -214,15 +221,23 @@ class ArchiveReader:
         return self._digest.digest()
 
     def _take(self, size: int) -> bytes:
-        data = self._file.read(size)
-        if len(data) < size:
-            raise ArchiveError("the backup is cut short")
-        self._digest.update(data)
+        if self._at + size > len(self._part):
+            self._refill(size)
+            if size > len(self._part):
+                raise ArchiveError("the backup is cut short")
+        data = self._part[self._at : self._at + size]
+        self._at += size
         return data
+
+    def _refill(self, size: int) -> None:
+        """What is not taken yet, and `size` bytes or more."""
+        self._digest.update(memoryview(self._part)[: self._at])
+        self._part = self._part[self._at :] + self._file.read(max(size, PART_BYTES))
+        self._at = 0
 
     def _skip(self, size: int) -> None:
         while size:
-            size -= len(self._take(min(size, _CHUNK_BYTES)))
+            size -= len(self._take(min(size, PART_BYTES)))
 
 
 def dek_entry_name(key_id: str) -> str:
@@ -237,12 +252,11 @@ def _short(text: str) -> bytes:
 
 def _kind(name: str) -> tuple[int, str]:
     """Size limit and key id of the entry with this name. Raises ArchiveError for a name that no archive has."""
-    if name in _SIZES:
-        return _SIZES[name], ""
-    key_id = name[len(DEKS) + 1 : -len(SUFFIX)]
-    if name != dek_entry_name(key_id) or api.KEY_ID_PATTERN.fullmatch(key_id) is None:
+    if match := _DEK_NAME.fullmatch(name):
+        return DEK_BYTES_MAX, match[1]
+    if name not in _SIZES:
         raise ArchiveError(_FOREIGN_NAME)
-    return DEK_BYTES_MAX, key_id
+    return _SIZES[name], ""
 
 
 def _manifest(content: bytes) -> Manifest:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms.api.errors import ConflictError
+from minikms.archives import archive
 from minikms.archives.archive import (
     MAGIC,
     TAG_BYTES,
@@ -114,6 +115,15 @@ def test_an_archive_that_is_cut_short_anywhere_is_refused(length: int) -> None:
 def test_bytes_after_the_tag_are_refused(more: bytes) -> None:
     with pytest.raises(ArchiveError):
         read(ARCHIVE + more)
+
+
+def test_an_archive_is_read_in_parts_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    for length in range(1, len(ARCHIVE) + 1):
+        monkeypatch.setattr(archive, "PART_BYTES", length)
+        assert read(ARCHIVE)[0] == MANIFEST
+        for altered in (ARCHIVE[:-1], ARCHIVE + b"\0"):
+            with pytest.raises(ArchiveError):
+                read(altered)
 
 
 def test_another_root_key_is_named() -> None:
