@@ -5,8 +5,6 @@ Owns no other fixture; each room keeps its own beside its tests.
 Never start a process or touch the network here.
 """
 
-from __future__ import annotations
-
 import asyncio
 import compileall
 import functools

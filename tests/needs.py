@@ -6,8 +6,6 @@ that only root's rights can meet skips under CI for an ordinary user, because th
 Call these first in a test or a fixture; never decide on a need anywhere else.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import functools

@@ -4,8 +4,6 @@ Without arguments it says how to talk to the cluster, and ends it at Ctrl-C. `--
 it in these ways, and checks the history. Owns: the namespaces, in which this module starts itself again.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -4,8 +4,6 @@ Owns: each fault, and its end. A fault is a function of the cluster that breaks 
 is measured from its begin, so that a part that stays broken is what the service recovers from.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import time

@@ -5,8 +5,6 @@ it is retried, at any server and under the same idempotency key, until a server 
 by a number that its body has. Times are seconds of one clock, the client's.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise

@@ -6,8 +6,6 @@ in mount and PID namespaces of its own (`tests.cluster.__main__`): when it ends,
 removes the network and the files, which are in a tmpfs. So nothing here cleans up.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import http.client

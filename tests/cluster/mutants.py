@@ -3,8 +3,6 @@
 Owns: each change of the source, as a text that is replaced in a copy of it, and the faults that show it.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The rules of a history, on histories of a few operations, each with one thing wrong."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

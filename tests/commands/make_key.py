@@ -1,7 +1,5 @@
 """`make-key THREAD [PURPOSE]` of the transcripts: makes a key as a program that uses the library does."""
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """`post-message TEXT` of the transcripts: stores a message on the server at $PORT, as a backend does."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

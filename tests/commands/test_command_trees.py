@@ -1,7 +1,5 @@
 """The command trees: documented whole, started fast, quiet in pipes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

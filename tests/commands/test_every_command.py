@@ -1,7 +1,5 @@
 """Every command of both programs: wrong usage, missing arguments, help and `--json`, found by walking the trees."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The commands say, word for word, what their transcripts say, and end as they end there."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests import needs

@@ -10,8 +10,6 @@ What differs from run to run is replaced: `<key-1>` is the first key id that was
 they stand for what was seen. `python -m tests.commands.transcript FILE…` runs files and writes down what was said.
 """
 
-from __future__ import annotations
-
 import http.client
 import os
 import re

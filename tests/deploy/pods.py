@@ -9,8 +9,6 @@ manifests that is not known here raises, so that none is silently untested. It m
 except ports and names of hosts.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import ctypes

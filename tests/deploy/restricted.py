@@ -8,8 +8,6 @@ It runs as root without capabilities, for a foreign user might not be able to re
 capabilities has no right over another's files.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

@@ -5,8 +5,6 @@ Owns: the protocol of sd_listen_fds(3) as systemd speaks it. Root listens at SOC
 without supplementary groups, with the socket as descriptor 3. It must run as root.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

@@ -1,7 +1,5 @@
 """The Kubernetes manifests: accepted by the schema, and run in namespaces with their users, modes and mounts."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import http.client

@@ -1,7 +1,5 @@
 """What the files for containers say, without running them."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The policy file that is shipped: valid, without a warning, and no wider than its comments say."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ With `minikms.socket` root listens and passes the socket; without it the key ser
 the uid that called listen(2) with the uids that it accepts, so the daemon must not call listen on a passed socket.
 """
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

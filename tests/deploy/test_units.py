@@ -1,7 +1,5 @@
 """The shipped systemd units: correct, tight, and not tighter than the programs can live with."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

@@ -6,8 +6,6 @@ entry. Every path of the documents is below one directory, and every name of a u
 three users: the operator (root) and one for each service. Another user is all three, and has no socket unit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The tours of `examples`, as a newcomer runs them: real processes, and an exit status that can be trusted."""
 
-from __future__ import annotations
-
 import base64
 import os
 import re

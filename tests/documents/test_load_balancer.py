@@ -1,7 +1,5 @@
 """The configurations of load balancers in docs/several-servers.md: servers are replaced without a failed request."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import os

@@ -1,7 +1,5 @@
 """What the pages about production, upgrades and security teams tell people to run, works in its order."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

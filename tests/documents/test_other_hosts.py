@@ -1,7 +1,5 @@
 """The commands of docs/other-hosts.md, in their order, on a directory in the place of the machine's own."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

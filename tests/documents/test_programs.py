@@ -2,8 +2,6 @@
 service; it prints what the page says, also the second time.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

@@ -1,7 +1,5 @@
 """The README's commands work when they are pasted in their order: in a new directory, by an ordinary user."""
 
-from __future__ import annotations
-
 import os
 import re
 import resource

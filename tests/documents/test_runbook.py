@@ -3,8 +3,6 @@
 As root the commands and the services run as the three users of deploy/systemd.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

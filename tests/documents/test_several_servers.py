@@ -1,7 +1,5 @@
 """The commands of docs/several-servers.md, in their order, on a PostgreSQL of the test."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -4,8 +4,6 @@ Owns: the policy that grants the role `ship`, the directory, and reports of a po
 that every test needs was taken.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

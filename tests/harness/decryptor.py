@@ -4,8 +4,6 @@ Owns: what somebody with a root key, or with keys of an older keyring, can make 
 meets on the way, so that a scan of memory can look for them. It asserts nothing.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac

@@ -1,7 +1,5 @@
 """What a process has open, read beside the running process."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

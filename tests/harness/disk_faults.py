@@ -1,7 +1,5 @@
 """Disk faults: a system call that fails, a bit that flips; and keys by number."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

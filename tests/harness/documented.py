@@ -3,8 +3,6 @@
 Owns: reading OpenAPI: the pairs of operation and status, and what is said of each. It knows no API.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """A real file system on a disk whose writes can be made to fail: a disk in memory (zram) at its memory limit."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import subprocess

@@ -3,8 +3,6 @@
 Owns: one HTTP server in a thread. It needs no account and no network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading

@@ -6,8 +6,6 @@ descriptors that the caller gives, no other descriptors, and the caller's user. 
 program's memory, its name in the process table, or the start or end of its process: those tests start an interpreter.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import gc

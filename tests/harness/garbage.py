@@ -1,7 +1,5 @@
 """What only the collector of reference cycles can free, in a process of which the tests ask it."""
 
-from __future__ import annotations
-
 import gc
 from types import FrameType
 

@@ -5,8 +5,6 @@ command that an operator types, under a user of its own; the daemon has one with
 the answers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

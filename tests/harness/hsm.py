@@ -3,8 +3,6 @@
 Owns: a SoftHSM token in a directory of the test, its keys and its PIN file. It asserts nothing by itself.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

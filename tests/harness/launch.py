@@ -6,8 +6,6 @@ process reaches it; this process ends as it ends. It imports nothing that an int
 most of its cost.
 """
 
-from __future__ import annotations
-
 import _signal as signal  # type: ignore[import-not-found]  # what `signal` imports costs a fifth of a start
 import _socket as socket
 import marshal

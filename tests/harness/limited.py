@@ -4,8 +4,6 @@ Owns: the parts of a daemon that a policy concerns, joined in this process, and 
 file is parsed as in the daemon; all hourly limits are full. It asserts nothing.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 from collections import Counter

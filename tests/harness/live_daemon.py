@@ -6,8 +6,6 @@ process of its own; for a claim about that process, an interpreter starts it (`f
 the test's own process and never sent to the daemon.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A `progressdb` process that starts no key service of its own, and requests to it."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

@@ -4,8 +4,6 @@ Owns: the choice of a TCP port. Invariants: no outgoing connection takes it, and
 tests chooses it, so that it is still free when the program binds it, and after its restart.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

@@ -3,8 +3,6 @@
 Owns: making the cluster and ending it. PostgreSQL refuses to run as root, so that it runs as `nobody` then.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

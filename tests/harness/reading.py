@@ -1,7 +1,5 @@
 """How much a process reads, which no room counts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

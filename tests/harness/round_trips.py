@@ -1,7 +1,5 @@
 """Between a client and a PostgreSQL on a Unix socket: counts the requests for whose answer the client waits."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """How a test runs a script, a few lines of Python or `minikms audit verify` in a process of its own."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

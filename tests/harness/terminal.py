@@ -4,8 +4,6 @@ Owns: the pseudo-terminal, which is the program's controlling terminal, and what
 typed only after the program has asked for it; everything that appears on the terminal is kept in `shown`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """An issuer of tokens for the tests: keys, a JWK set, and tokens of every kind, good and bad."""
 
-from __future__ import annotations
-
 import base64
 import json
 import time

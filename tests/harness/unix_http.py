@@ -1,7 +1,5 @@
 """One plain HTTP request over a Unix socket, for what the client library has no method for."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import socket

@@ -4,8 +4,6 @@ Owns: opening a data directory in this process, with its parts joined as in the 
 files, a real keyring; only the arena is plain memory. It asserts nothing.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil

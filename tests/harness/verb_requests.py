@@ -3,8 +3,6 @@
 Owns: a value for each name of a required field. It asserts nothing.
 """
 
-from __future__ import annotations
-
 import base64
 from typing import Any, get_args, get_type_hints
 

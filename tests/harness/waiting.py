@@ -1,7 +1,5 @@
 """How a test waits for something that another process or thread does."""
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Callable

@@ -6,8 +6,6 @@ it refuses a wrong proof or note of ours. Invariants: the newest checkpoint is d
 check and update are one step under a lock. It must never cosign a smaller or another tree.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import http.server

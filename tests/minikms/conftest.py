@@ -1,7 +1,5 @@
 """What tests of several rooms share: an open directory, and a daemon for the tests of a module."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterator

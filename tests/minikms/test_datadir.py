@@ -1,7 +1,5 @@
 """Opening a data directory: nothing missing is replaced silently, and each start raises the epoch."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """The embedded client has the methods of AsyncClient, and refuses what only a daemon does."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import warnings

@@ -1,7 +1,5 @@
 """A first start that is killed at any system call is completed by the next start."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

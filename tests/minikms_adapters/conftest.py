@@ -3,8 +3,6 @@
 Where a framework is not installed, its tests are left out, and `test_frameworks.py` says why.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Blind indexes: what finds a row, what the database sees, and which statements are refused."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Encrypted fields of Django models: values, owners, what a query may do, and migrations."""
 
-from __future__ import annotations
-
 import datetime
 import uuid
 from collections.abc import Iterator

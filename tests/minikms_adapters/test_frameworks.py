@@ -1,7 +1,5 @@
 """Each framework is there, or the report of the run says which command installs it."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests import needs

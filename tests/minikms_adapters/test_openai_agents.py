@@ -1,7 +1,5 @@
 """Sessions of the OpenAI Agents SDK: what their database holds, what is refused, and a real run of an agent."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sqlite3

@@ -1,7 +1,5 @@
 """Conversations of Pydantic AI: what their store holds, what is refused, forks, deletions, and runs of an agent."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import dataclasses

@@ -1,7 +1,5 @@
 """Records: what they are bound to, values of every size, a key that changes during a call, and the two clients."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import uuid

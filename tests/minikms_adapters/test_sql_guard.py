@@ -1,7 +1,5 @@
 """What a statement may do with an encrypted column, and which tables are refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

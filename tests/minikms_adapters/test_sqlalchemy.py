@@ -1,7 +1,5 @@
 """Encrypted columns: batches, places, types, owners, keys that are replaced, and what Alembic and SQLModel see."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import enum

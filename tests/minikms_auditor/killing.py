@@ -4,8 +4,6 @@ Owns: the fork, the calls that are counted, and what a child leaves for its pare
 should, and nothing else.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import warnings

@@ -5,8 +5,6 @@ Owns: a collector over HTTP that also speaks Splunk's protocol, a receiver of sy
 but that what arrives is framed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json

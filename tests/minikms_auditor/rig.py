@@ -5,8 +5,6 @@ Owns: the log (`tests.minikms.audit.logmaker`), the answers that a daemon gives 
 the lines that were written, never by the code under test. It asserts nothing by itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Tiles move into archives, and every reader still finds them."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The tree of a real daemon's log over what operators do with the key service, and over older copies of everything."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

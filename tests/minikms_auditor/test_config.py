@@ -1,7 +1,5 @@
 """The configuration of the auditor: what is refused, and the sentence that says why."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Kills, cut connections, rotation, compression and retention at once: every tree that was ever signed is one tree."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

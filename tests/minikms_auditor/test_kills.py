@@ -1,7 +1,5 @@
 """The auditor is killed before each call that changes something: no tree checkpoint is lost, or ahead of its state."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A file to which whole lines are appended."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

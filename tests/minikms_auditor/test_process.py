@@ -1,7 +1,5 @@
 """The auditor as a process under a user of its own, beside a real daemon, a witness and a token."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The commands of the runbook's section about a SIEM that is away, beside an auditor whose sink waits."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """The auditor is killed before each call that changes the disk: no sink misses a line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

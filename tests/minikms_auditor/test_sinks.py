@@ -1,7 +1,5 @@
 """Sinks: every line of the tree arrives, in order, whatever receivers answer; a line that does not arrive is named."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

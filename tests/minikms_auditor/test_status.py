@@ -1,7 +1,5 @@
 """`minikms-auditor status` and status.json: what is wrong is shown, also what the auditor can't write."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator

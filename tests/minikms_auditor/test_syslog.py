@@ -1,7 +1,5 @@
 """Syslog: frames that nothing in a line can end, and what a real `rsyslogd` writes of them."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

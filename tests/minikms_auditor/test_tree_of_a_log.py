@@ -1,7 +1,5 @@
 """Which lines enter the tree, and when: an auditor beside a real log."""
 
-from __future__ import annotations
-
 import re
 import stat
 from collections.abc import Iterator

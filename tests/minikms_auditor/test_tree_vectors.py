@@ -1,7 +1,5 @@
 """The page docs/spec/tree.md is enough: the product and code that was written from it alone accept the same trees."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """`minikms audit verify --checkpoint`, `export` and `verify-export` beside a tree that witnesses have cosigned."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """The auditor and its witnesses: quorums, faults, and copies of an earlier state of the machine."""
 
-from __future__ import annotations
-
 import contextlib
 import http.server
 import shutil

@@ -4,8 +4,6 @@ Owns: no more than that. `python -m tests.minikms_gateway.one_address NAME PORT`
 The proxy listens on a port of its own, which that line names, and comes from another address than the attacks.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import resource

@@ -1,7 +1,5 @@
 """Which certificates prove an identity, at a real gateway under a uid of its own. Each refusal has its reason."""
 
-from __future__ import annotations
-
 import datetime
 import re
 import socket

@@ -1,7 +1,5 @@
 """What a check of a certificate costs, and one that OpenSSL reads and cryptography does not."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from pathlib import Path

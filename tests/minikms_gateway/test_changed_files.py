@@ -1,7 +1,5 @@
 """A file that changes while it is read, or right after a start, is read again."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from pathlib import Path
 

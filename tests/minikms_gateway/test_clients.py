@@ -1,7 +1,5 @@
 """`minikms.Client` and `minikms.AsyncClient` at a real gateway."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What a hostile network peer can send, or not send, over TLS: the table of the engine, and idle connections."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Where the keys of an issuer come from: discovery over TLS, its bounds, and how often an issuer is asked."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """The gateway is a user of its own, which holds no key and has no right in the key service by itself."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import os

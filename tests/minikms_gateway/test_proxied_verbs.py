@@ -1,7 +1,5 @@
 """The key service's requests through the gateway, with a client certificate."""
 
-from __future__ import annotations
-
 import base64
 import datetime
 import json

@@ -1,7 +1,5 @@
 """The bounds of connections: of those that have not proven who they are, and of each name. Bodies that are refused."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Iterator

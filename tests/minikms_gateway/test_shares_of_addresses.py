@@ -3,8 +3,6 @@
 The delay is a proxy's: not every kernel has netem.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import ssl

@@ -1,7 +1,5 @@
 """Which tokens prove an identity, at a real gateway with an OpenID issuer and an issuer of JWT-SVIDs."""
 
-from __future__ import annotations
-
 import hmac
 import json
 import time

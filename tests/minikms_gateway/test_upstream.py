@@ -1,7 +1,5 @@
 """The connections to the key service, whose socket a test serves in its place."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

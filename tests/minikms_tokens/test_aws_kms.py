@@ -1,7 +1,5 @@
 """Keys in AWS KMS, by moto's server."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Keys in a real PKCS#11 token: SoftHSM in this process, and behind p11-kit's server, which can be away."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The parameters of a passphrase, their bounds, and the derivation."""
 
-from __future__ import annotations
-
 import os
 import stat
 import tomllib

@@ -1,7 +1,5 @@
 """What deriving a root key leaves in memory of the passphrase: nothing, although the library leaves a copy."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

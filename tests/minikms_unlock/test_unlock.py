@@ -1,7 +1,5 @@
 """The command on a real daemon: what it unseals, what it refuses, and what it leaves in memory."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

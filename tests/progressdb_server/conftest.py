@@ -1,7 +1,5 @@
 """Runs the tests that ask for `both_engines` on the engine in memory and on PostgreSQL."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

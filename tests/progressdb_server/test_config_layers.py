@@ -1,7 +1,5 @@
 """The configuration: layers, files, and the commands that judge it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The logs of both programs: structured, tied together by one request id, and empty of secrets and private text."""
 
-from __future__ import annotations
-
 import base64
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The message server never holds a key: root scans it too, however the root key was given to it."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

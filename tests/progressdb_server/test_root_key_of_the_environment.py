@@ -1,7 +1,5 @@
 """A root key in the server's environment: no descriptor of it is left, and without the key service the server ends."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -4,8 +4,6 @@ Owns: which files belong to the project, and the prose in them: documents, docst
 the project and judges nothing.
 """
 
-from __future__ import annotations
-
 import ast
 import io
 import re

@@ -2,8 +2,6 @@
 imports rooms in later rows only. No files and no rooms import each other in a circle.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """The bench counts only what was answered well, and its table says where a figure stands."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import http.client

@@ -3,8 +3,6 @@
 That it installs is shown by every run of the tests: they run in what it made.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import os

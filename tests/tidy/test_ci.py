@@ -3,8 +3,6 @@
 The script's own function runs a small project with the real make, pytest and xdist.
 """
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys

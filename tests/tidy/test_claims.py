@@ -1,7 +1,5 @@
 """Every claim of the threat model names a test, and each named test exists."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The rule for a missing need, and the report of what was skipped."""
 
-from __future__ import annotations
-
 import ast
 import os
 import resource

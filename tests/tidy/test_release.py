@@ -1,7 +1,5 @@
 """What a release is made from."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Rules for the repository itself. Each test is one rule, and a failure names the file and the line that breaks it."""
 
-from __future__ import annotations
-
 import ast
 import collections
 import re

@@ -8,8 +8,6 @@ Owns: the tokens, the inputs and the two campaigns. What must hold for every cas
 A failing case is shown as bytes, with the seed. Run it by itself: `python -m tests.torture.fuzz_http SECONDS [SEED]`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

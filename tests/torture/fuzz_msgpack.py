@@ -6,8 +6,6 @@ accepted has the same meaning when it is encoded anew. A failing case is shown a
 itself: `python -m tests.torture.fuzz_msgpack SECONDS [SEED]`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import json

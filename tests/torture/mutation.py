@@ -3,8 +3,6 @@
 Owns: the kinds of one mutation. Which inputs and tokens there are is the fuzzer's.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """All attacks on the message server at once: its memory stays bounded, and it answers others."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import multiprocessing

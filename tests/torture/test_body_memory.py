@@ -1,7 +1,5 @@
 """The memory that unfinished uploads take in the real server."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import socket

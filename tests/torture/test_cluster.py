@@ -4,8 +4,6 @@ Each part runs `python -m tests.cluster`, which fails where an acknowledged writ
 where a removed member reads or writes, and where the service is not back in time. Each mutant must fail so.
 """
 
-from __future__ import annotations
-
 import secrets
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The HTTP engine survives its fuzzer: a slice in every run, more than a minute in `make torture`."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 

@@ -3,8 +3,6 @@
 Needs the network (Debian's packages, Python's packages) and root.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import shutil

@@ -1,7 +1,5 @@
 """Batches in MessagePack survive their fuzzer: a slice in every run, three quarters of a minute in `make torture`."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

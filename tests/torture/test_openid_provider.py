@@ -1,7 +1,5 @@
 """The gateway with tokens of a real OpenID provider: npm's oidc-provider, on loopback."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import http.client

@@ -3,8 +3,6 @@
 Needs the network (Debian's packages, Python's packages), root, and some minutes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -2,8 +2,6 @@
 and pruned: what arrives is, repeats removed, exactly the log.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

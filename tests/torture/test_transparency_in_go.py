@@ -2,8 +2,6 @@
 litewitness of Debian's `golang-github-filosottile-litetlog-dev`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

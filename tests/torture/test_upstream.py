@@ -3,8 +3,6 @@
 Fetches the source distributions of the installed versions, which have the tests, through pip.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import re

@@ -4,8 +4,6 @@ The socket of the key service is in the environment variable `UPSTREAM_KMS`. Loa
 frameworks' tests are a package `tests` too.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager

@@ -3,8 +3,6 @@
 `make_archives.py` writes archives.json beside itself; `make_archives.py --check` exits 1 if the file there differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import json

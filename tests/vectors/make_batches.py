@@ -4,8 +4,6 @@ program's code.
 `make_batches.py` writes batches.json beside itself; `make_batches.py --check` exits 1 if the file there differs.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@
 it writes, it reads its own answers back as a reader of that page would, and fails if they do not open.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac

@@ -3,8 +3,6 @@
 `make_policy.py` writes policy.json beside itself; `make_policy.py --check` exits 1 if the file there differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -3,8 +3,6 @@
 `make_records.py` writes records.json beside itself; `make_records.py --check` exits 1 if the file there differs.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

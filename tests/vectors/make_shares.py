@@ -3,8 +3,6 @@
 `make_shares.py` writes shares.json beside itself; `make_shares.py --check` exits 1 if the file there differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import json

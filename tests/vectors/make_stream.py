@@ -3,8 +3,6 @@
 `make_stream.py` writes stream.json beside itself; `make_stream.py --check` exits 1 if the file there differs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -3,8 +3,6 @@
 It is slow and not constant-time. `make_formats.py` compares its key pair and its shared secret with those of a library.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The message server remembers a line of its key service's audit log; the key service that it starts must have it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import msgspec

@@ -1,7 +1,5 @@
 """A server whose store has a damaged block: what it still serves, what it says of it, and how it is repaired."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from pathlib import Path

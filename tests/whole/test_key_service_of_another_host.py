@@ -1,7 +1,5 @@
 """A message server under its own uid, whose key service is behind a gateway."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -4,8 +4,6 @@ Afterwards every acknowledged message reads back as it was acknowledged, its enc
 verifies, and what was typed is nowhere in the bytes of the data directories or of the logs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

@@ -1,7 +1,5 @@
 """Both packages import on a system that lacks the calls of Linux; what needs one of them says so where it is used."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

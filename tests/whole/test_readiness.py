@@ -1,7 +1,5 @@
 """What a server says of itself when its disk or its key service does not work, and what it does about it."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """A message server whose key service is sealed: what it says meanwhile, and that it goes on by itself."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A message server whose key service has a policy file: its own grant is enough, and its limit is a 503."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two `progressdb` processes, one PostgreSQL, one miniKMS: what one has acknowledged, the other obeys."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Who read a thread, and when: the audit log of the key service and the log of the server together."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

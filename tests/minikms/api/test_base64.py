@@ -1,7 +1,5 @@
 """One text for one value: `decode_canonical` takes what `encode` makes, whatever a library would take beyond it."""
 
-from __future__ import annotations
-
 import base64
 import itertools
 

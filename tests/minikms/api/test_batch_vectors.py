@@ -1,7 +1,5 @@
 """Known answers of docs/spec/api.md: daemon and clients read and write the same MessagePack."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

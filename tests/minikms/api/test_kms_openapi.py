@@ -1,7 +1,5 @@
 """docs/minikms-openapi.yaml matches the code and the answers of a running daemon."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

@@ -1,7 +1,5 @@
 """The verb table and its frame: every verb once, authorised before it acts, and audited whatever the outcome."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable
 from typing import Any

@@ -1,7 +1,5 @@
 """A backup archive with any change is refused; the register names the archives that may hold a key."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

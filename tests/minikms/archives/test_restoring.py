@@ -1,7 +1,5 @@
 """A verified archive can be restored, and the daemon refuses to start after an interrupted restore."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

@@ -5,8 +5,6 @@ head when it was written, else "unavailable"; after a failure it waits a moment 
 commit, as a daemon answers after it.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

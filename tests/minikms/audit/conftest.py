@@ -1,7 +1,5 @@
 """Logs in several files, as an original and as a copy to alter. Tests of one file override these fixtures."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -8,8 +8,6 @@ one of them or the page is wrong. Usage:
 Exit status: 0 intact, 1 a fault (printed), 2 no log.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac

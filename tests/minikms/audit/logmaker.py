@@ -3,8 +3,6 @@
 The keys are for tests only: anyone can read them here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

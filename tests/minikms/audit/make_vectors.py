@@ -8,8 +8,6 @@ before it is written, so that a mistake of the product does not become a known a
 only.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """Every alteration of a log is found and named. Both verifiers check the altered logs on disk (`logmaker.verify`)."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Verifying a directory: where a check begins, what is missing, and reading while a writer writes."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Closed files are compressed, retained and removed, and the log stays one chain."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`minikms audit …` as an operator runs it: output and exit status, with and without the root key."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import json

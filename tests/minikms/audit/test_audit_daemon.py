@@ -1,7 +1,5 @@
 """The log of a real daemon: its flags, its maintenance, and refused requests while the log can't be written."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Faults from the kernel: full disks, failing disks, file-size limits, SIGKILL. Real processes, real errors."""
 
-from __future__ import annotations
-
 import random
 import shlex
 import signal

@@ -3,8 +3,6 @@
 Both verifiers check each forgery (`logmaker.verify`). The tests are named after what the attacker has and does.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files that try to hang a reader, fill its memory, crash it, or be read in two ways are refused."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import os

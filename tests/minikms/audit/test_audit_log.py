@@ -4,8 +4,6 @@ The tests inject faults into the calls of the real log (`os.write`, `os.ftruncat
 test_audit_faults.py has the kernel make them.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os

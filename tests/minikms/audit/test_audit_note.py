@@ -1,7 +1,5 @@
 """Signed notes, tree checkpoints and cosignatures: published examples, and everything that is refused."""
 
-from __future__ import annotations
-
 from base64 import b64encode
 
 import pytest

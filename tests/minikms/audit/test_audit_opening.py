@@ -1,7 +1,5 @@
 """Opening a log at start: each row of the decision table in `minikms.audit.repair`."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -1,7 +1,5 @@
 """Power cuts under an auditor: no line that it has taken is lost or replaced, wherever the power fails."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

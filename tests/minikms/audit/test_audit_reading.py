@@ -1,7 +1,5 @@
 """Finding, counting and following the lines of a log."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

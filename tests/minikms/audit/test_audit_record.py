@@ -1,7 +1,5 @@
 """An event has one encoding, and a line contains nothing that needs an escape."""
 
-from __future__ import annotations
-
 import base64
 import json
 

@@ -4,8 +4,6 @@ Only a process with the audit keys can write such a log, for example a faulty da
 logs. Each is verified twice: with the audit keys, and with the public key alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A log is one chain across its files, which may be closed, renamed, compressed, retained, or missing."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

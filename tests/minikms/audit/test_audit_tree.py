@@ -1,7 +1,5 @@
 """Trees over audit lines: hashes, proofs and tiles, against RFC 6962 computed word by word."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

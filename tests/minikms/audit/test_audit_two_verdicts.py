@@ -4,8 +4,6 @@ There are two kinds of alterations: of bytes, lines and files, by someone who ca
 they are chained and signed again, by someone who has the keys, which reach the rules after MAC and signature.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

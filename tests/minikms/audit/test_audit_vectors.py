@@ -1,7 +1,5 @@
 """The known answers of docs/spec/audit-vectors.json hold for both verifiers and for the writer."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

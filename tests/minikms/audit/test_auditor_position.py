@@ -1,7 +1,5 @@
 """What an auditor reports, compared with the log; and which lines of a log are durable."""
 
-from __future__ import annotations
-
 import base64
 import os
 from pathlib import Path

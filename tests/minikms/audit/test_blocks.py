@@ -1,7 +1,5 @@
 """The index of the log: a reader by it finds what a scan finds, and reads less."""
 
-from __future__ import annotations
-
 import random
 import re
 from pathlib import Path

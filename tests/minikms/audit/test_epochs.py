@@ -1,7 +1,5 @@
 """The search of the audit log for the highest epoch."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

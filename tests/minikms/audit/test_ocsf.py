@@ -1,7 +1,5 @@
 """Lines as OCSF events: each is valid by the published schema, and holds its line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Commands of root, of the service's own user, and of an administrator in the socket's group, with real users."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

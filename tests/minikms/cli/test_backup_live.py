@@ -1,7 +1,5 @@
 """A backup that is made while keys are created, rotated and destroyed is whole, and restores to a working daemon."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """`minikms backup create` on a disk that refuses: no archive is left that the register does not name."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

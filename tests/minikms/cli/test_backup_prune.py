@@ -1,7 +1,5 @@
 """`minikms backup prune` removes what an interrupted backup left, and leaves one that is being made alone."""
 
-from __future__ import annotations
-
 import fcntl
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`minikms doctor` over files that a crash left: it names what the next start completes, and what nobody can."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

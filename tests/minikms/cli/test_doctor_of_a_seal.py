@@ -1,7 +1,5 @@
 """`minikms doctor` names the seal, and keeps its other findings beside a sealed daemon."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What `minikms doctor` says of a keyring and of its root keys."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`minikms keys destroy` with many keys: it asks for their number, and a key that fails stops no other."""
 
-from __future__ import annotations
-
 import json
 import os
 import pty

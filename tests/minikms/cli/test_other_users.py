@@ -1,7 +1,5 @@
 """A command that another user runs names the flag, the group or the variable that it lacks."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

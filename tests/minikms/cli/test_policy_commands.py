@@ -1,7 +1,5 @@
 """`minikms policy check` and `minikms policy explain`, as a person runs them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

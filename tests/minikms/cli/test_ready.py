@@ -1,7 +1,5 @@
 """`minikms ready`, the probe of a container."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`minikms init --recovery-shares`: shares that were handed out open the keyring, and no others do."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

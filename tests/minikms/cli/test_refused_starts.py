@@ -1,7 +1,5 @@
 """A start that is refused names the one flag or command that helps in that situation."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """`minikms root` and `minikms pin` against a real daemon, and a start with a pin file."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Which commands run again with their symbols bound, and which get the root key of the environment."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`minikms seal` and `minikms unseal`, as operators use them on their terminals."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

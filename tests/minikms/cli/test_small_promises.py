@@ -1,7 +1,5 @@
 """What single commands say, and the one that writes to a terminal, against a real daemon."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import socket

@@ -1,7 +1,5 @@
 """The real daemon for the client tests (one process a module, with a directory of its own), and the kinds of client."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile

@@ -5,8 +5,6 @@ A script is one list of steps for each connection, in order of their coming: byt
 script left, a connection is closed at once.
 """
 
-from __future__ import annotations
-
 import socket
 import ssl
 import tempfile

@@ -1,7 +1,5 @@
 """Automatic batching: what travels together, and that nobody is lost, mixed up or left waiting."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

@@ -1,7 +1,5 @@
 """The examples of the docstrings do what they say, and docs/client.md names every method and error."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import re

@@ -1,7 +1,5 @@
 """The methods of both clients: where each goes, how many items it takes, and how the clients are found and made."""
 
-from __future__ import annotations
-
 import inspect
 import subprocess
 import sys

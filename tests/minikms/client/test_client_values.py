@@ -1,7 +1,5 @@
 """Items, their bounds, and the cutting of many into requests that the daemon takes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

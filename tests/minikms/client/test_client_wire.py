@@ -1,7 +1,5 @@
 """The answer parser: what it takes, what it refuses, and that it does not care how the bytes come."""
 
-from __future__ import annotations
-
 import h11
 import pytest
 from hypothesis import given

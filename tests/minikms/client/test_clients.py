@@ -1,7 +1,5 @@
 """What both clients promise, against servers that misbehave. Most tests run with each of the clients."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import fcntl

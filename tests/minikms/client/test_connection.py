@@ -1,7 +1,5 @@
 """One connection's promise: in doubt, it is closed."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

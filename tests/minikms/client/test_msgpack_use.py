@@ -1,7 +1,5 @@
 """Batches are sent in MessagePack, single calls in JSON."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

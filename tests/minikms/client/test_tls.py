@@ -1,7 +1,5 @@
 """The clients over TLS: who answers, what they prove themselves with, and changed files."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import errno

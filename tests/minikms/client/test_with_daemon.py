@@ -1,7 +1,5 @@
 """Both clients with the real daemon: every verb does what its docstring says."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

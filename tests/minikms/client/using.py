@@ -3,8 +3,6 @@
 Owns the answers and calls that many tests use.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """How commands show results."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

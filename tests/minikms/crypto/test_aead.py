@@ -1,7 +1,5 @@
 """XAES-256-GCM: altered data does not open, and no error says why."""
 
-from __future__ import annotations
-
 import os
 from fractions import Fraction
 

@@ -1,7 +1,5 @@
 """HPKE's sender agrees with its specifications and with the library, and its X25519 half comes from the kernel."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 

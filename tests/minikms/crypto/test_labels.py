@@ -1,7 +1,5 @@
 """Associated data: different lists of fields have different encodings, and no label is a prefix of another."""
 
-from __future__ import annotations
-
 import itertools
 
 from hypothesis import given

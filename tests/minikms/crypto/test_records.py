@@ -1,7 +1,5 @@
 """Records under a DEK: prefixes of nonces, derived keys and their end."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from fractions import Fraction

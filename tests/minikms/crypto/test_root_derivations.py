@@ -1,7 +1,5 @@
 """The public derivations from a root key: its fingerprint and its commitment."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 

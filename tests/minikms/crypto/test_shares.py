@@ -1,7 +1,5 @@
 """Shares of a root key: the field, splitting, combining, and the text of a share."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """Slots: a keyring key opens under its root key and at its binding only, whatever is wrong with what was sealed."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 

@@ -1,7 +1,5 @@
 """Encrypted streams: reading one gives exactly the plaintext, in order and complete, or an error."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

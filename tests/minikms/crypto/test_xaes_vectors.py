@@ -1,7 +1,5 @@
 """XAES-256-GCM against the vectors of its specification, https://c2sp.org/XAES-256-GCM."""
 
-from __future__ import annotations
-
 import sys
 from typing import NamedTuple
 

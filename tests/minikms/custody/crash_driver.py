@@ -7,8 +7,6 @@ then writes "begin" to stderr. To stdout it writes each promise after the call r
 or "destroyed" and a key. After an error it writes "refused" and tries once more.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

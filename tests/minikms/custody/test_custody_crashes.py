@@ -3,8 +3,6 @@
 The normal suite takes a part of the points; `-m torture` takes all of them and prints their number.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

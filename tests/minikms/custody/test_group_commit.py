@@ -1,7 +1,5 @@
 """Writes from the event loop form groups, and each caller gets the outcome of its own file."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import threading

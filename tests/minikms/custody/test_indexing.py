@@ -1,7 +1,5 @@
 """The scan after a start: it finds every readable key, and completes what an earlier process left."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import threading

@@ -1,7 +1,5 @@
 """The journal of creates and retirements: an answered one survives a power loss, a destroyed key is in no file."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import json

@@ -1,7 +1,5 @@
 """The journal of a batch: it is written whole, becomes the backup, and a replay completes what a crash interrupted."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Whatever the order of changes, and wherever a power loss comes: no acknowledged change of a key's file is lost."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import json

@@ -1,7 +1,5 @@
 """The key index of an orderly stop: the next start believes it, and nobody else."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil

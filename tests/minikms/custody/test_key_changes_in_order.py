@@ -1,7 +1,5 @@
 """Concurrent changes: of the keyring and of key files, and creates beside them."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from pathlib import Path

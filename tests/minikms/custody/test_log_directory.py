@@ -1,7 +1,5 @@
 """The directory of the audit log: `--audit-dir`, and every command that reads or changes the log."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

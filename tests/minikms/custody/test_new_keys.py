@@ -1,7 +1,5 @@
 """Keys that are made in one group: what becomes of one is no matter of the others."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import os

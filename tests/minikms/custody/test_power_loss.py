@@ -1,7 +1,5 @@
 """After a power loss at any system call every promise holds, and every file is whole."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable

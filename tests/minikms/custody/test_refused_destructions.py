@@ -1,7 +1,5 @@
 """A destruction is refused before its tombstone, or carried out; other keys of its group are not concerned."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Callable

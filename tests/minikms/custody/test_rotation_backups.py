@@ -1,7 +1,5 @@
 """Backups of batches: records are found by the names of their files, blanked for destroyed keys, and pruned."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil

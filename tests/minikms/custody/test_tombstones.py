@@ -1,7 +1,5 @@
 """Tombstones: cut or altered ones are refused, and a destruction that was acknowledged holds."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

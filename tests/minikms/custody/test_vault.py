@@ -1,7 +1,5 @@
 """The vault: every change of a key is complete or undone, and many callers do not exhaust the arena."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path

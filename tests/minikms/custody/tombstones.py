@@ -1,7 +1,5 @@
 """The file of tombstones of a data directory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from minikms.custody.tombstone_file import NAME

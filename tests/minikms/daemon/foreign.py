@@ -4,8 +4,6 @@ Owns: how a test acts as another user. Invariants: the child is a fork, so it ca
 user could not read; it never returns into the test, and its answer or exception comes back as text.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -4,8 +4,6 @@ Owns: running races. Invariants: both processes are forks that spin until the sa
 until both have reported; an error other than StartError counts as `failed`.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import time

@@ -1,7 +1,5 @@
 """Access to the daemon, with real users and real descriptors."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

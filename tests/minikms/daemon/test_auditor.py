@@ -1,7 +1,5 @@
 """An auditor of the real daemon: its position, before and after a seal, a kill and a power cut."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """No descriptor is closed and no key zeroed while a worker thread still uses them."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

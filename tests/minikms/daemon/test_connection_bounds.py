@@ -1,7 +1,5 @@
 """What one user can take from the others: connections, and memory of answers that wait to be read. Real daemons."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Connections under a small limit of open files: the real daemon, with that limit."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource

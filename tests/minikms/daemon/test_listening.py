@@ -1,7 +1,5 @@
 """Where the listening socket may be, who may reach it, and when it may be replaced."""
 
-from __future__ import annotations
-
 import functools
 import os
 import socket

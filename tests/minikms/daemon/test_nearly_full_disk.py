@@ -1,7 +1,5 @@
 """A disk that is nearly full shows before it is full: in the status, in the log, in the metrics."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

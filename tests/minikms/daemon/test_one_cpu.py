@@ -1,7 +1,5 @@
 """Threads that take turns are kept on one processor for a while, and each gets back what it had."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading

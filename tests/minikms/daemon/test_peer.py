@@ -1,7 +1,5 @@
 """The credentials of the peer of a Unix socket."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

@@ -1,7 +1,5 @@
 """Attempts to do more than the policy file grants, against a real daemon and as several real users."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """`minikms policy explain` and a real daemon agree, for every verb, role, scope and state of a key."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import subprocess

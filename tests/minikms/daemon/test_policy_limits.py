@@ -1,7 +1,5 @@
 """Limits of the policy file on a real daemon: drained stores, invented names, restarts, and what is recorded."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from pathlib import Path

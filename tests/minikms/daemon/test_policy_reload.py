@@ -1,7 +1,5 @@
 """The policy file of a real daemon: where it may lie, and what a change of it does to connections that are open."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

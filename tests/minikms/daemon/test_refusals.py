@@ -1,7 +1,5 @@
 """Many refused peers cause few lines, and each refusal is counted once."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

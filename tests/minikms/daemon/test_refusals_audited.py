@@ -1,7 +1,5 @@
 """What the audit log says of requests that were refused, on a real daemon."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from minikms import api

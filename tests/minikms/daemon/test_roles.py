@@ -1,7 +1,5 @@
 """Roles: who may do what, in the table and against the real daemon."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import get_args

@@ -1,7 +1,5 @@
 """The end of the steps of tasks in a turn of the event loop, where the daemon drops ciphers and scrubs."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path

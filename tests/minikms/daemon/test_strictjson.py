@@ -1,7 +1,5 @@
 """JSON bodies have one reading: what msgspec alone would let through or let out is a 400."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

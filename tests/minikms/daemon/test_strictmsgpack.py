@@ -1,7 +1,5 @@
 """A batch in MessagePack has one reading, which is that of the same batch in JSON; anything else is a 400."""
 
-from __future__ import annotations
-
 import base64
 import json
 import tracemalloc

@@ -1,7 +1,5 @@
 """Temporary files that a crash or a failing disk left are removed."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import os

@@ -1,7 +1,5 @@
 """If any of a turn's audit lines is lost, the turn's answers are not sent, even if the log has recovered since."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import os

@@ -1,7 +1,5 @@
 """Every request is counted once, with a time that is never less than what its answer took."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

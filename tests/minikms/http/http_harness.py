@@ -4,8 +4,6 @@ Owns: no test. `EchoApp` answers what it was given, so that a test sees what the
 as they are, well-formed or not. Everything runs in one uvloop loop over a Unix socket.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib

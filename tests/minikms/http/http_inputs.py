@@ -3,8 +3,6 @@
 Owns: the tables; the tests of the engine send them, and the fuzzer starts from them. Each row is one reason.
 """
 
-from __future__ import annotations
-
 from tests.minikms.http.http_harness import chunked, get, post, request
 
 TE = "Transfer-Encoding: chunked"

@@ -1,7 +1,5 @@
 """The chunked coding is decoded exactly, or refused at the first invalid byte."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """Slow, silent, half-closed and non-reading clients: every wait is bounded, and other clients are not affected."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import socket

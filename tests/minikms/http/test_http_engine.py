@@ -1,7 +1,5 @@
 """The HTTP engine over a real socket: what is answered, in which order, and what the application gets to see."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Heads without a socket: which are accepted, refused early, and cached."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

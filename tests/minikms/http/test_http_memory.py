@@ -1,7 +1,5 @@
 """A body leaves no copy in the daemon's memory: root scans a live process after each way of receiving a body."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Query strings have one reading."""
 
-from __future__ import annotations
-
 from urllib.parse import quote, urlencode
 
 import pytest

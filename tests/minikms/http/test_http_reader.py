@@ -1,7 +1,5 @@
 """The receive side without a socket: bytes in, complete requests out, and nothing left in memory."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """The table of refused input, over a real socket: each row gets its 4xx and ends the connection."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Over a real socket, the answer does not depend on how the bytes of a request are split, nor on its size."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest

@@ -1,7 +1,5 @@
 """TLS below the engine: handshakes, their bounds, and the bounds of answers that nobody reads."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

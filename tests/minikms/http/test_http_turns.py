@@ -1,7 +1,5 @@
 """A turn of the event loop: its answers are sent together, after the commit, and no connection uses all of it."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 

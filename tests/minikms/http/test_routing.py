@@ -1,7 +1,5 @@
 """Which entry of a table serves a path and a method."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -3,8 +3,6 @@
 It asserts nothing. Times, nonces and ids are fixed or counted, so two runs make the same bodies.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The cache of opened keys: it is bounded, and every value that leaves it was released."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st

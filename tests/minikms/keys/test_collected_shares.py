@@ -1,7 +1,5 @@
 """Shares that several people enter: which are refused, when they are combined, and when they are zeroed."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """A DEK's file: which files parse, what binds them to their key, and what damage does."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

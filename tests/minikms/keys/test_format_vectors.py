@@ -1,7 +1,5 @@
 """Known answers of docs/spec/formats.md: the program reads and writes the same bytes."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

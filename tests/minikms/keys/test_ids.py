@@ -1,7 +1,5 @@
 """Key ids have one spelling and sort by time of creation."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """The index of all keys has the same pages and counts as a plain dict."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections import Counter

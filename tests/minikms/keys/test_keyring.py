@@ -1,7 +1,5 @@
 """The keyring's content: each change returns the next body, and illegal changes and inconsistent bodies are refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

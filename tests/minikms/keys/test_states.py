@@ -1,7 +1,5 @@
 """The tables of legal moves: every other move raises and changes nothing."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 import pytest

@@ -1,7 +1,5 @@
 """The unlocked keyring: which root key opens it, what an alteration does, and what stays in the arena."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

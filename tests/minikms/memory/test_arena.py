@@ -1,7 +1,5 @@
 """The secret arena: its pages, its slots, and how keys get into them."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import os

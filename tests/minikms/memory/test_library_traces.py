@@ -3,8 +3,6 @@
 Each is made in a small process, so that a different behaviour of a new library version is found here first.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """After a seal root finds no key in the daemon's memory, nor in its arena; after an unseal no root key and no share."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

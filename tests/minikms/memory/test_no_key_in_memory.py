@@ -4,8 +4,6 @@ Each scan runs beside a scan that must find something (test_scanner.py plants ev
 process table): a scan that finds nothing proves nothing by itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 The generator is the CTR-DRBG of NIST SP 800-90A. Who reads its key and counter computes what it returns next.
 """
 
-from __future__ import annotations
-
 import base64
 import os
 import re

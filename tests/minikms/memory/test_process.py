@@ -1,7 +1,5 @@
 """Hardening: each test hardens a process of its own and then tries what it has given up."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import json

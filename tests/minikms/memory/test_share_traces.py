@@ -1,7 +1,5 @@
 """What making, typing and combining shares leaves in memory: no root key, no share, no text of a share."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

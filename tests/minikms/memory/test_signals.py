@@ -1,7 +1,5 @@
 """Signals are data that the event loop reads; no handler runs."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from tests.harness.scripts import answer_of

@@ -1,7 +1,5 @@
 """Secrets that are typed: without echo, bounded, and only on a terminal."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Shares of addresses: which ones count as one, and who loses a place."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

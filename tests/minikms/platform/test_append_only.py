@@ -1,7 +1,5 @@
 """Lines whose sync failed: what was written is on the disk once the log says so, also after the next start."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """One process owns a data directory."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

@@ -1,7 +1,5 @@
 """A file is replaced whole or not at all, and a failure leaves the old content and no other file."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

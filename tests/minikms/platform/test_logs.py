@@ -1,7 +1,5 @@
 """structlog without rich: a faster start. Tracebacks show no values of variables, with rich or without."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

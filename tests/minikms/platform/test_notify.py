@@ -1,7 +1,5 @@
 """The notifications to the service manager."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Metrics of a process that may open no file."""
 
-from __future__ import annotations
-
 import errno
 import os
 import subprocess

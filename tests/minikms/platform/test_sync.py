@@ -1,7 +1,5 @@
 """Each kind of system waits for the disk with the strongest call that it has."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

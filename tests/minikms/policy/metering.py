@@ -1,7 +1,5 @@
 """A machine for meters: a clock that the test sets, a file, orderly stops and crashes."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable
 

@@ -1,7 +1,5 @@
 """What explain says: the decision of the rules themselves, its grant, and changes that really change it."""
 
-from __future__ import annotations
-
 import re
 from typing import get_args
 

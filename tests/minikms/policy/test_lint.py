@@ -1,7 +1,5 @@
 """What the linter of policy files warns of."""
 
-from __future__ import annotations
-
 import pytest
 
 from minikms.policy import parse_policy

@@ -1,7 +1,5 @@
 """Limits that need no disk, the accounts of principals, and what is charged to whom."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 

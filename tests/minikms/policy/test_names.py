@@ -1,7 +1,5 @@
 """Names of principals: what is one, and that each principal has one name only."""
 
-from __future__ import annotations
-
 import re
 from urllib.parse import unquote_to_bytes
 

@@ -1,7 +1,5 @@
 """The matchers against an independent model: a recursion that follows the sentences of docs/spec/policy.md."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

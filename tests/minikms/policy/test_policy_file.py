@@ -1,7 +1,5 @@
 """The policy file: what is refused, with the place and what to write; and that no input breaks the parser."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

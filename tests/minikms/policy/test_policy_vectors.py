@@ -1,7 +1,5 @@
 """Names, matches, identities and budget files as docs/spec/policy.md has them, from a script without our code."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Who asks: uids, proxies, and the scope that the rules give them."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 import pytest

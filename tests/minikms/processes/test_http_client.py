@@ -1,7 +1,5 @@
 """The HTTP client of the processes beside the key service: whatever the peer does, an exchange ends in time."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import socket

@@ -1,7 +1,5 @@
 """The files of a certificate and its key: one sentence for each way in which they do not fit."""
 
-from __future__ import annotations
-
 import ssl
 from pathlib import Path
 

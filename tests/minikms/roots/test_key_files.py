@@ -1,7 +1,5 @@
 """Key files: which are read, how one is replaced, and what is never left beside it."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import os

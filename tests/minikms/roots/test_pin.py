@@ -1,7 +1,5 @@
 """The pin file: which root keys and keyrings it lets through, and who may have written it."""
 
-from __future__ import annotations
-
 import hmac
 import json
 import os

@@ -1,7 +1,5 @@
 """Sources of root keys as text: which provider each stands for, and that an error never quotes the text."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """New shares: independent, proved, and zeroed at the end of their block."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

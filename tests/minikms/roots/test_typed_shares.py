@@ -1,7 +1,5 @@
 """The root key source `shares:`: several shares are typed on one terminal, and wrong ones are named at once."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

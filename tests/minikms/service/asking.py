@@ -3,8 +3,6 @@
 Owns one connection a call. It asserts nothing about the answer but that it is HTTP with JSON.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import time

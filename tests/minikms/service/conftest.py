@@ -1,7 +1,5 @@
 """A daemon for one test alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

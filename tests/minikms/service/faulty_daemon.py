@@ -7,8 +7,6 @@ file. Invariant: without either this is the command as it is, except that root k
 Run by `tests.harness.scripts.interpreter_words`, before `-m minikms …`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import sys

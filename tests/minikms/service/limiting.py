@@ -4,8 +4,6 @@ Owns: grants as text, a request of each verb that names a key, and the number of
 asserts nothing about the answers.
 """
 
-from __future__ import annotations
-
 import base64
 import gc
 import sys

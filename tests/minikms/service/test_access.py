@@ -1,7 +1,5 @@
 """What a policy lets a principal do with keys: decisions, charges, and both again after a wait."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import threading

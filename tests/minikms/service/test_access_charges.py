@@ -1,7 +1,5 @@
 """What a request of a limited caller is charged, also one that is refused, and what refusals tell of foreign keys."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Verbs that wait for a line, a lock or the file of the limits while the policy changes."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from pathlib import Path

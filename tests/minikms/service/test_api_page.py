@@ -1,7 +1,5 @@
 """docs/spec/api.md and the program say the same: every call with its role, every code with its status."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Awaitable
 from pathlib import Path

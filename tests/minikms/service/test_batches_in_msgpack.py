@@ -1,7 +1,5 @@
 """A batch in MessagePack is answered, charged and audited as the same batch in JSON."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import json

@@ -1,7 +1,5 @@
 """`/check_batch`: which records open, item by item, and nothing of what is in them."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Awaitable

@@ -1,7 +1,5 @@
 """Damaged, swapped, foreign and outdated files: each is found and named, and harms nothing else."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

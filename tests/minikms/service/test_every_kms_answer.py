@@ -1,7 +1,5 @@
 """Every answer that docs/minikms-openapi.yaml describes is got from a live daemon, by its code, and no other is got."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

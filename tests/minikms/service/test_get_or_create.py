@@ -1,7 +1,5 @@
 """One key for a thread, whoever asks first: found while it is active, made once, and never made over a damaged one."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import subprocess

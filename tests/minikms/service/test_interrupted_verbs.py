@@ -1,7 +1,5 @@
 """A request that is cancelled at shutdown leaves its audit line: its effects may already be durable."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable
 from pathlib import Path

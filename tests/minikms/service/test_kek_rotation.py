@@ -1,7 +1,5 @@
 """KEK and root key through a real daemon: who may rotate what when, and which root key opens what afterwards."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """The life of a key through a real daemon: made, listed, replaced, retired, destroyed; and keys for the caller."""
 
-from __future__ import annotations
-
 import base64
 import json
 import time

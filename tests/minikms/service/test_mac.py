@@ -1,7 +1,5 @@
 """`/mac`: HMACs under keys that do nothing else."""
 
-from __future__ import annotations
-
 import base64
 import hmac
 import json

@@ -1,7 +1,5 @@
 """Eight writers while the prefix of the nonces changes every few records: all that they wrote is readable later."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 

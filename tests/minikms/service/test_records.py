@@ -1,7 +1,5 @@
 """Records through a real daemon: what a ciphertext is bound to, and batches whose items stand each for itself."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import itertools

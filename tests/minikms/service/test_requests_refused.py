@@ -3,8 +3,6 @@
 Each verb's answer to a key that is not what it needs: test_every_kms_answer.py.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Root keys through a real daemon: adding, testing and removing them while it serves, and what each opens then."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`status()` is a value with types: it has each member that the daemon sends, and takes a daemon of another age."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

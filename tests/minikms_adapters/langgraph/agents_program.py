@@ -4,8 +4,6 @@ Each turn that was stored becomes a line `agent turn` on standard output. It end
 every agent has finished its turn.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sqlite3
 import sys

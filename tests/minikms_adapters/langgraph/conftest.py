@@ -1,7 +1,5 @@
 """Inner savers, and what every test of a saver needs: ids, and a graph whose state a person typed."""
 
-from __future__ import annotations
-
 import operator
 import uuid
 from typing import Annotated, Any, TypedDict

@@ -1,7 +1,5 @@
 """Agents beside restarts of the key service and rotations of their keys: nothing is lost, and no key leaks to them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

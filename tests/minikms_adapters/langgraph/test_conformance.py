@@ -1,7 +1,5 @@
 """LangGraph's own conformance suite passes around each saver, in all that the inner saver can do."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 

@@ -1,7 +1,5 @@
 """Migrations: what is cut off goes on, what can't be read is named, and the exchanges are those of pages."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Rows that a writer of the database changed: none runs code or is of another place; a bad one is a RecordError."""
 
-from __future__ import annotations
-
 import pickle
 import sqlite3
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What a database gets to see, which records are refused, and what happens to a thread's key."""
 
-from __future__ import annotations
-
 import copy
 import json
 import sqlite3

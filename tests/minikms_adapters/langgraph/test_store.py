@@ -1,7 +1,5 @@
 """Long-term memory: the results of the inner store, what is refused, and the key of a namespace."""
 
-from __future__ import annotations
-
 import asyncio
 import sqlite3
 import uuid

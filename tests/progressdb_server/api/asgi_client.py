@@ -4,8 +4,6 @@
 the test moves.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import hmac

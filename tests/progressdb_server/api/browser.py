@@ -5,8 +5,6 @@ port is opened and no library is needed. The browser reaches this machine only: 
 is remembered.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import json

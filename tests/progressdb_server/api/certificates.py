@@ -1,7 +1,5 @@
 """A certificate for a server on 127.0.0.1."""
 
-from __future__ import annotations
-
 import datetime
 import ipaddress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The faults of `faulty_server`, each by the word that its file holds."""
 
-from __future__ import annotations
-
 from typing import Final
 
 FAULT_FILE: Final = "FAULT_FILE"

@@ -6,8 +6,6 @@ clock of jobs that ticks faster, and shorter waits for a key service that is awa
 `python faulty_server.py <words of the command>`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

@@ -1,7 +1,5 @@
 """A real HTTP server over the in-memory store, in a thread of this process, and a client that speaks raw bytes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

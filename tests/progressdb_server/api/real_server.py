@@ -1,7 +1,5 @@
 """A real `progressdb` process with the miniKMS that it spawns, and a plain HTTP client for it."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

@@ -1,7 +1,5 @@
 """User signatures, and the author that a request acts for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Behind nginx with the usual lines for WebSockets: what nginx denies reaches the server inside no other request."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """The viewer's pages are complete and in order, and decrypt only the records that they show."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from minikms.api.errors import KmsRefusedError

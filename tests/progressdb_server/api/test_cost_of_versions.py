@@ -4,8 +4,6 @@ Each change of reactions once stored the whole message again, and all versions w
 message of 1 MB cost 120 MB on the disk, and reading its versions several times as much memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

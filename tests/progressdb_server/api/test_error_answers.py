@@ -1,7 +1,5 @@
 """Which errors of other rooms tell a client to try again later."""
 
-from __future__ import annotations
-
 import pytest
 
 from minikms import api

@@ -5,8 +5,6 @@ provokes every sentence; here each is provoked on one of them. Every sentence of
 viewer is provoked here, and on every route what a failing disk makes of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import html
 import json

@@ -1,7 +1,5 @@
 """The checks in front of every route, and their order."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Hostile input on every endpoint: a clear 4xx, never a 500, nothing stored."""
 
-from __future__ import annotations
-
 import json
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """The members of a thread, over HTTP."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Messages as the contract describes them, route by route."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

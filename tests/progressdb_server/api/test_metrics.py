@@ -1,7 +1,5 @@
 """The metrics of the programs, the page that explains them, and the alerts, held against each other."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The OpenAPI document against the server: what it says is served, what is served it says, and each refusal is sent."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A probe asks once for however many callers, and none of them waits long."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

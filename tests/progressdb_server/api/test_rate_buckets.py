@@ -1,7 +1,5 @@
 """Token buckets, with the clock in the test's hand."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Reactions to messages, creates that are retried, and what the store's errors become."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

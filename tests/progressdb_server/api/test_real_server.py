@@ -1,7 +1,5 @@
 """Real processes: the server, its store and the miniKMS that it spawns."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

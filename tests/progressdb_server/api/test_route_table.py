@@ -4,8 +4,6 @@ A row is a route with a valid request; its columns say what each caller gets. `2
 `403` refusals. The author of every request is alice, who owns the thread and wrote the message.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Schemathesis, a third-party tester for OpenAPI, compares the document with the live server."""
 
-from __future__ import annotations
-
 import os
 import random
 import subprocess

@@ -1,7 +1,5 @@
 """The real client, unmodified, against real processes: every method that it has, and its `request` for the rest."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

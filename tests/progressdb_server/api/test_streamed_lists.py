@@ -1,7 +1,5 @@
 """Lists leave in bounded memory, and never look whole when they are not."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence

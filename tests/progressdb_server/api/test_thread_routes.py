@@ -1,7 +1,5 @@
 """Threads and the administrators' routes as the contract describes them."""
 
-from __future__ import annotations
-
 from typing import Any
 from urllib.parse import quote
 

@@ -1,7 +1,5 @@
 """`ETag`, `If-None-Match` and 304 for the lists of a thread, as RFC 9110 says."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Sessions of the viewer: who gets one, for how long, and what a form of another site can do."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path

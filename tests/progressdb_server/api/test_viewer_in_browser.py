@@ -1,7 +1,5 @@
 """The viewer and the documentation in a real browser: they work, run nothing that a user typed, and fit the screen."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """A browser's part without a browser: keeps cookies, sends forms, follows nothing."""
 
-from __future__ import annotations
-
 import http.client
 import re
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What `progressdb check`, `config check` and `status` tell an operator."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """A read that the disk refuses, in every operation that reads."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """A list counts as unchanged only if all of it was given and nothing that it shows can have changed since."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Who may read a thread and write into it."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

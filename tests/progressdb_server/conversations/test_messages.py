@@ -1,7 +1,5 @@
 """What the store does with messages: order, versions, reactions, tombstones, lists."""
 
-from __future__ import annotations
-
 import asyncio
 import tracemalloc
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The store believes neither its disk nor the key service: what was moved, changed or answered wrongly is noticed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import msgspec

@@ -1,7 +1,5 @@
 """Chunks of a thread's records as a rotation reads them, and what it writes of a chunk."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 

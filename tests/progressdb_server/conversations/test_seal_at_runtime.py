@@ -1,7 +1,5 @@
 """A running store whose key service is sealed: nothing is sealed until the epoch was judged after the unseal."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

@@ -1,7 +1,5 @@
 """What the store does with threads: metadata, lists, access, deletion."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 

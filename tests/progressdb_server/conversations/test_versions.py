@@ -1,7 +1,5 @@
 """Versions of a message: what they cost on disk and in memory, how many there may be, pages, and which do not open."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

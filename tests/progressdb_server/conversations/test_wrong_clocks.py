@@ -1,7 +1,5 @@
 """A system clock that was wrong: order is kept, and times are true again once the clock is."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

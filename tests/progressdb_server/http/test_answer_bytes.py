@@ -1,7 +1,5 @@
 """The bytes of an answer, as one request's cycle writes them."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A connection is closed by its own deadline: idle, or in the middle of a request; never during an answer."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """Heads and chunked bodies without a socket; what is accepted, another parser reads the same way."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import tracemalloc

@@ -1,7 +1,5 @@
 """What hostile connections take together: memory, processor time, descriptors. The long run is in tests/torture."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc

@@ -1,7 +1,5 @@
 """HTTP/1.1 byte by byte against a real server."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

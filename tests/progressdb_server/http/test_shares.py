@@ -1,7 +1,5 @@
 """What all connections share: the budget of bodies, and idle connections of one address."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import time

@@ -8,8 +8,6 @@ server with its jobs, with writers, editors and readers at work on the thread. O
 that was acknowledged, and `{"ended": status}` after each server.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

@@ -1,7 +1,5 @@
 """Jobs over a store for a test, and what must hold of a thread after a rotation."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager

@@ -1,8 +1,6 @@
 """The disk lies: files of RocksDB that are damaged while lists, rotations, copies, backups and the search for orphaned
 keys read them, and are whole again afterwards. Nothing that the disk still has is lost by what the program did."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import random

@@ -1,7 +1,5 @@
 """The table of states: every move of every state, and what a job tells."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 import msgspec

@@ -1,7 +1,5 @@
 """The real server: its routes for jobs, the commands on them, a kill in the middle."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import re

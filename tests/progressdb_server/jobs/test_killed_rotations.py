@@ -1,8 +1,6 @@
 """Real processes: a server that is killed at every write of its job, a key service that is killed meanwhile; writers,
 editors and readers go on. In the end every version that was acknowledged is there, in order, none twice."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import signal

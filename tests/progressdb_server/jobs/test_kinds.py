@@ -1,7 +1,5 @@
 """A new kind of job is one class and one entry in the table: everything else knows it by its row."""
 
-from __future__ import annotations
-
 import asyncio
 
 import msgspec

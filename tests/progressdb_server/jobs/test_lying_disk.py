@@ -1,7 +1,5 @@
 """A rotation with destruction on a disk that fails reads, or does not find what it has."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence

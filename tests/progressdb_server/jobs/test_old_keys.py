@@ -1,7 +1,5 @@
 """What starts by itself, and the end of old keys: only when nothing needs them any more."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any

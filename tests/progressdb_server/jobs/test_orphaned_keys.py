@@ -1,7 +1,5 @@
 """Keys that no thread names are retired, and no other key is."""
 
-from __future__ import annotations
-
 import asyncio
 import http.client
 import threading

@@ -1,7 +1,5 @@
 """A job reaches its rate beside other work, and never passes it by more than a moment's worth."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

@@ -1,8 +1,6 @@
 """A thread that was deleted long ago is purged: its keys, its records, and what names it. A kill at any point only
 delays it, and nobody who writes the store can make it happen to another thread."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any

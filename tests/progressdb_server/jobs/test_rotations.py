@@ -1,7 +1,5 @@
 """What may happen around a rotation, each as a sentence: nothing acknowledged is lost, none is there twice."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """One job rotates the keys of many threads: it queues few at a time, goes on after a kill, and repeats nothing."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter
 

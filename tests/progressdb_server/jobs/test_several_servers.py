@@ -1,7 +1,5 @@
 """Jobs of several servers on one database: one of them works on a thread at a time."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -1,7 +1,5 @@
 """Real processes for the kms room: the fake daemon as a program, and directories that a daemon would accept."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

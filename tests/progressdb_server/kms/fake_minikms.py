@@ -4,8 +4,6 @@ It takes the flags of the daemon and answers the verbs that the message server n
 directory. Files there change its behaviour: `refuse-start` (says why), `slow-start` (seconds before it binds).
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import base64

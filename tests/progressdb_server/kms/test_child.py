@@ -1,7 +1,5 @@
 """The child's command line, environment and log lines, without a process; and its descriptors, with one."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import sys

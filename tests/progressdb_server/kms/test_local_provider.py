@@ -1,7 +1,5 @@
 """The local provider: the same behaviour and the same files as the daemon's, in one process."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import subprocess

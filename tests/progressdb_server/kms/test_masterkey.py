@@ -1,7 +1,5 @@
 """A master key in the server's environment leaves it before anything else happens: shown with real processes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The remote provider against a real (fake) daemon: what the server sees of it, and of its absence."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

@@ -1,7 +1,5 @@
 """The supervisor keeps one miniKMS at the socket. Every test starts and ends real processes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

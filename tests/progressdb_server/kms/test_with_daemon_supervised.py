@@ -1,7 +1,5 @@
 """The supervisor and the provider with the real miniKMS: its root keys, its end, its audit log."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

@@ -5,8 +5,6 @@
 One JSON line an acknowledgement: the version that was stored. After a refusal: `{"refused": …}`, and it goes on.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random

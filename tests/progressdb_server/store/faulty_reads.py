@@ -1,8 +1,6 @@
 """Reads of a disk that lies: one that fails, or entries that a way of reading does not find. `faulty` gives them to all
 parts of a store."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """The in-process provider with its keys in a file, so that a killed writer's records open in the next process."""
 
-from __future__ import annotations
-
 import json
 import os
 

@@ -1,7 +1,5 @@
 """A program: copies a store, and is killed at a given write. Arguments: number of the write, source, target."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

@@ -5,8 +5,6 @@
 engine does.
 """
 
-from __future__ import annotations
-
 import threading
 from bisect import bisect_left, insort
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Opening a store for a test, and reading whole lists from it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager

@@ -5,8 +5,6 @@ makes it unavailable, `delay_s` slow; calls of the verbs in `holds` are counted 
 counts all.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections import Counter

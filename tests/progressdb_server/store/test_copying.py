@@ -1,7 +1,5 @@
 """A whole store is copied to PostgreSQL and back, also by a command that is killed at any write."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 import tempfile

@@ -1,7 +1,5 @@
 """The thread that waits for the disk."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from functools import partial

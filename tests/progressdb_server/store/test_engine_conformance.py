@@ -1,7 +1,5 @@
 """What every engine must do. A new engine is added to ENGINES and is done when this file passes."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from itertools import islice

@@ -1,7 +1,5 @@
 """Retried creates."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

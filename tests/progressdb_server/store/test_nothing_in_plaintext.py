@@ -1,8 +1,6 @@
 """Nothing that a user typed is in the store's files, in whatever form, before or after compaction, nor in its log
 output."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib

@@ -1,7 +1,5 @@
 """The known answers of docs/spec/store.md: records are written and read as that page says."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

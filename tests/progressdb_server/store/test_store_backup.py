@@ -1,7 +1,5 @@
 """Backups: made beside running writes, verified, shared between each other, restored into an empty place."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import hashlib

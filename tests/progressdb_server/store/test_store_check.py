@@ -1,7 +1,5 @@
 """`progressdb check` finds what is wrong and `--repair` rebuilds what follows from the records."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path

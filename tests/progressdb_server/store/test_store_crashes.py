@@ -1,8 +1,6 @@
 """Killed at random, disks that fail or fill up: what was acknowledged reads back, nothing half-written is visible,
 and the store recovers by itself."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import os

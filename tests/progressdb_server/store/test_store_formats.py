@@ -1,7 +1,5 @@
 """Keys, stamps and records: what is on the disk, byte by byte."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st

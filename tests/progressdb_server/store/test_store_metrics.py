@@ -1,7 +1,5 @@
 """What the store tells a Prometheus scrape."""
 
-from __future__ import annotations
-
 import asyncio
 
 from prometheus_client import CollectorRegistry, generate_latest

@@ -1,8 +1,6 @@
 """The store against a model of it in a few lines, under random operations, restarts, power failures and key
 switches."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 from collections.abc import Coroutine

@@ -1,7 +1,5 @@
 """Root opens no store of another user for writing."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import subprocess

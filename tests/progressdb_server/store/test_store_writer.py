@@ -1,7 +1,5 @@
 """The store writer: group commit, conditions, ordering keys, bounds, failure and recovery."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """One key per thread: races, switches, retired keys; and the memory of the key service's epoch."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """What tests of rotations share."""
 
-from __future__ import annotations
-
 import pytest
 
 from minikms.custody import rotation

@@ -5,8 +5,6 @@ write of the disk thread" is one point); and the check: under the root key that 
 starts, a running rotation completes, every key decrypts what it encrypted, and the audit log is whole.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

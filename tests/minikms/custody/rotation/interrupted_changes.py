@@ -5,8 +5,6 @@ enumeration of the system calls at which a fault is injected; and one run for ea
 enumeration ends at a call that is not reached.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

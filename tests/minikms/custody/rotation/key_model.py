@@ -6,8 +6,6 @@ a list of records. An acknowledged change holds for ever. A change that a kill i
 is looked up once after the restart. Every other answer of the daemon must match the model.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import threading

@@ -1,7 +1,5 @@
 """A destruction that failed half-way has changed the keyring: its audit line has the epoch, as after a success."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from collections.abc import Awaitable

@@ -1,7 +1,5 @@
 """Random sequences of everything, with restarts and kills, match the model."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Pruning removes nothing that a file may still need, and no last copy of a key."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

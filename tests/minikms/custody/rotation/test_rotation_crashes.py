@@ -3,8 +3,6 @@
 `make test` tests a sample of the system calls. `make torture` kills the daemon at each one and prints their number.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Step 2 of a KEK rotation under faults: no key is lost, and a failed write is tried again or reported."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import itertools

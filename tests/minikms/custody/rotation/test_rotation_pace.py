@@ -1,7 +1,5 @@
 """How a rotation shares the event loop and the disk with requests."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The steps of a KEK rotation, and their interruptions: no key is lost, and the next attempt completes it."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

@@ -1,7 +1,5 @@
 """The daemon is killed at every system call of a seal and of an unseal that changes what is on disk."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The files of the sealed state."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Seal and unseal, against the real daemon."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The table of the states of a daemon that can be sealed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

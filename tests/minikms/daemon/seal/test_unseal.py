@@ -1,7 +1,5 @@
 """How much wrong attempts to unseal are slowed down."""
 
-from __future__ import annotations
-
 import pytest
 
 from minikms.daemon.seal import unseal

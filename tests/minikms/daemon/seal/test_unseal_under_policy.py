@@ -1,7 +1,5 @@
 """An attempt to unseal that waits while the policy changes."""
 
-from __future__ import annotations
-
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """What a server says of a database that works and is not what it was: its clock, and what it has forgotten."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import re

@@ -1,7 +1,5 @@
 """The rows of a database that have the last stamp of each thread: one that is damaged concerns its thread alone."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

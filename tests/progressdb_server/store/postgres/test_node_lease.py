@@ -1,7 +1,5 @@
 """A server reads a node only while it knows that no other node has taken its place."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 import subprocess

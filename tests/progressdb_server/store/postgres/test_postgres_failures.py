@@ -1,7 +1,5 @@
 """What a failing PostgreSQL does to a write: it is made again, refused, or its outcome is unknown."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Coroutine

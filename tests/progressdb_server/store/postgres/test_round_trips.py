@@ -1,7 +1,5 @@
 """What each operation asks of PostgreSQL, in round trips (docs/benchmarks.md)."""
 
-from __future__ import annotations
-
 import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable

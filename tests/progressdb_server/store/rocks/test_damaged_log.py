@@ -1,7 +1,5 @@
 """RocksDB's write-ahead log with damage: a start has all that was acknowledged, or is refused."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What passes over much does not take the place of what requests read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

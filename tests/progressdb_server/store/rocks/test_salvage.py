@@ -1,7 +1,5 @@
 """What is read of a damaged RocksDB, and the store that takes its place."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil
