@@ -33,6 +33,7 @@ WITHOUT_JSON = {
     ("minikms", "serve"),
     ("minikms", "completion"),
     ("minikms", "audit", "export"),
+    ("minikms", "keys", "receipt"),
     ("minikms-auditor", "accept-log"),
     ("minikms-auditor", "check-config"),
     ("minikms-auditor", "checkpoint"),

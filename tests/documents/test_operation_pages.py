@@ -60,7 +60,7 @@ def installed() -> Iterator[Machine]:
 
 
 def test_the_schedule_rotates_the_kek(installed: Machine) -> None:
-    [schedule, _] = blocks(DOCS / "security-teams.md")
+    [schedule, *_] = blocks(DOCS / "security-teams.md")
     cron = installed.base / "cron"
     installed.do(schedule.replace("/etc/cron.d/minikms-rotate-kek", str(cron)))
     fields = re.fullmatch(r"0 3 1 1,7 \* root (.+)\n", cron.read_text())
@@ -70,13 +70,15 @@ def test_the_schedule_rotates_the_kek(installed: Machine) -> None:
 
 
 def test_a_destroyed_key_leaves_a_receipt_and_a_signed_line(installed: Machine) -> None:
-    [_, proof] = blocks(DOCS / "security-teams.md")
+    [_, proof, check] = blocks(DOCS / "security-teams.md")
     key = installed.do("minikms keys list --thread thread-1").split()
     key_id = next(word for word in key if word.startswith("k_"))
     said = installed.do(proof.replace("KEY-ID", key_id))
     receipt = (installed.base / "tmp" / "receipt.json").read_text()
     assert key_id in receipt and "monday" in receipt
-    assert "destroy_key" in said and "intact" in said
+    [public_key] = re.findall(r"public key +(\S{43}=)", said)
+    checked = installed.do(check.replace("KEY-ID", key_id).replace("PUBLIC-KEY", public_key))
+    assert "intact" in said and "The receipt is valid" in checked
     assert "monday" in installed.do(f"minikms keys destroy {key_id} --yes")
 
 

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 
 from minikms.api.base64 import encode_text
+from minikms.audit import Event, record
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.tiles import TilesError
-from minikms.cli import audit, audit_tree
+from minikms.cli import audit, audit_tree, receipt
 from minikms_auditor import command
 from tests.harness import witness as cosigning
 from tests.minikms.audit.logmaker import KEY1, KEY2, SECOND, open_log, write_events
+from tests.minikms.audit.make_vectors import make_receipt
 from tests.minikms_auditor.rig import Rig
 
+KEY_ID, OTHER = f"k_01jd{5:022}", f"k_01jd{6:022}"
 W1, W2 = "witness.example/w1", "witness.example/w2"
 Verify = Callable[..., tuple[int, str]]
 
@@ -361,3 +364,44 @@ def test_the_commands_of_an_operator(rig: Rig, tmp_path: Path, capsys: pytest.Ca
     assert "goes on within seconds" in capsys.readouterr().out
     assert rig.start().steps().alarm == ""
     assert command.accept_log(config=config) == 2
+
+
+# --- receipts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_receipt_has_its_place_in_the_tree(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(tiles: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert receipt.show(KEY_ID, data_dir=str(rig.log_dir), tiles=tiles) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    def check(content: dict[str, Any], **changed: Any) -> tuple[int, str]:
+        (tmp_path / "receipt").write_text(json.dumps(content))
+        keys = {"public_key": [encode_text(KEY1.public_key)], "log_key": [rig.vkey()]}
+        status = receipt.verify(str(tmp_path / "receipt"), **{**keys, **changed})
+        output = capsys.readouterr()
+        return status, output.out + output.err
+
+    rig.write(20)
+    rig.steps()
+    log = open_log(rig.log_dir, clock=rig.clock)
+    facts = record.parse_line(make_receipt())[0].facts
+    for key_id in (KEY_ID, OTHER):
+        log.add(Event(type="destroy_key", actor="peer_uid:0", key_id=key_id, facts=dict(facts)))
+    log.close()
+    tiles = str(rig.state_dir / "tree")
+    early = printed(tiles)
+    assert set(early) == {"version", "line"}, "no tree checkpoint has it yet"
+    rig.steps()
+    proven = printed(tiles)
+    shutil.rmtree(rig.log_dir)
+    place = f"leaf {json.loads(proven['line'])['event']['seq'] - 1} of kms.example/audit, "
+    witnesses = [rig.witness(name)[1] for name in (W1, W2)]
+    assert place + "cosigned by a quorum at" in check(proven, witness=witnesses)[1]
+    assert place + "no witness has cosigned" in check(proven)[1]
+    assert "not checked: --log-key was not given" in check(proven, log_key=None)[1]
+    for wrong in (early, {**early, "proof": proven["proof"].replace("index 2", "index 1", 1)}, {**early, "proof": "x"}):
+        assert check(wrong)[0] == 1
+    cut = proven["proof"].rsplit("\u2014", 2)[0]
+    assert (check({**early, "proof": cut})[0], check({**early, "proof": cut}, witness=witnesses)[0]) == (0, 1)

@@ -640,12 +640,17 @@ class DestroyKeyRequest(KeyRequest):
 
 
 class DestroyKeyAnswer(msgspec.Struct, frozen=True):
-    """The receipt. `archives` names the backup archives that may still hold the key."""
+    """What the receipt says. `archives` names the backup archives that may still hold the key; `tombstone` is the
+    number of its tombstone. An older daemon gives nothing after `archives`."""
 
     key_id: str
     state: State
     backups_removed: int
     archives: list[str]
+    destroyed_at: str = ""
+    epoch: int = 0
+    tombstone: int = 0
+    tombstone_tag: str = ""
 
 
 DESTROY_KEY: Final = Verb(

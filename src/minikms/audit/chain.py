@@ -9,7 +9,8 @@ their signatures cover, and the signer that makes those signatures. Rules:
    SHA-256 of the lines from the previous signed line of the file (or the file's first line) to the previous line. The
    first line of a later file contains the SHA-256 of the previous line. So each signature covers all earlier lines, and
    the public key alone is enough to check them.
-3. The MAC key and the signing seed are views of the arena, and each call reads them again. An HMAC object holds
+3. A receipt has a signature of its own, over RECEIPT_LABEL and its event bytes without `facts.signature`.
+4. The MAC key and the signing seed are views of the arena, and each call reads them again. An HMAC object holds
    midstates that are enough to forge MACs, so `make_lines` frees it before it returns. Each call of `Ed25519Signer`
    makes and frees its own private key object. OpenSSL clears both when they are freed.
 
@@ -36,6 +37,9 @@ from minikms.audit.record import ACTOR_SELF, LINE_BYTES_MAX, Event, Facts, Head,
 PUBLIC_KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
 SIGNED_LABEL: Final = b"minikms/audit/signed-line/v1\x00"
+RECEIPT_LABEL: Final = b"minikms/audit/receipt/v1\x00"
+RECEIPT_FACT: Final = "tombstone"
+"""A line with this fact is a receipt: it is signed by itself."""
 LOG_ID_BYTES: Final = 16
 
 _SHA256: Final = SHA256()
@@ -93,16 +97,22 @@ def mac(audit_key: memoryview, previous_sig: bytes, event_bytes: bytes) -> bytes
 
 
 def make_lines(
-    events: Sequence[Event], head: Head, audit_key: memoryview, ts: int, *, escaped: bool = False
+    events: Sequence[Event],
+    head: Head,
+    audit_key: memoryview,
+    ts: int,
+    *,
+    escaped: bool = False,
+    signer: Ed25519Signer | None = None,
 ) -> tuple[bytes, Head]:
     """The lines of `events`, chained to `head`, and the new head. Sets `seq` and `ts` of each event. An event without
     text that needs escaping may occur several times; its `seq` is then that of one of its lines.
 
     `record.sanitise` escapes text that a line can't hold and truncates an event that is too long. `escaped`: an
-    earlier call with these events has done that already, if it was necessary.
+    earlier call with these events has done that already, if it was necessary. `signer`: of receipts.
     """
     try:
-        blob, new_head = _made(events, head, audit_key, ts)
+        blob, new_head = _made(events, head, audit_key, ts, signer)
     except UnicodeEncodeError:  # a lone surrogate, for example from a file name
         fits = False
     else:
@@ -113,14 +123,16 @@ def make_lines(
         return blob, new_head
     for event in events:
         record.sanitise(event)
-    return _made(events, head, audit_key, ts)
+    return _made(events, head, audit_key, ts, signer)
 
 
 def _longest_line(blob: bytes) -> int:
     return max(map(len, blob.split(b"\n"))) + 1
 
 
-def _made(events: Sequence[Event], head: Head, audit_key: memoryview, ts: int) -> tuple[bytes, Head]:
+def _made(
+    events: Sequence[Event], head: Head, audit_key: memoryview, ts: int, signer: Ed25519Signer | None
+) -> tuple[bytes, Head]:
     """This is the hot path: one call per event-loop turn. An event takes about 1.3 µs, half of it for the HMAC.
 
     Copying and using an HMAC object takes 0.7 µs. A one-shot MAC would take 1.6 µs. An event that occurs several times
@@ -141,6 +153,8 @@ def _made(events: Sequence[Event], head: Head, audit_key: memoryview, ts: int) -
         else:
             event.seq = seq
             event.ts = ts
+            if event.facts and RECEIPT_FACT in event.facts and signer is not None:
+                event.facts["signature"] = encode_text(signer.sign(signed_message(event, RECEIPT_LABEL)))
             event_bytes, encoded, after_seq = to_bytes(event), event, b""
         mac_of_line = keyed.copy() if seq < last else keyed
         mac_of_line.update(sig + event_bytes)
@@ -183,10 +197,10 @@ class Coverage:
         return self._digest.hexdigest()
 
 
-def signed_message(event: Event) -> bytes:
-    """The bytes that the signature of a signed line covers: the label, then the event without `facts.signature`."""
+def signed_message(event: Event, label: bytes = SIGNED_LABEL) -> bytes:
+    """The bytes that the signature in a line covers: the label, then the event without `facts.signature`."""
     facts = {name: value for name, value in event.facts.items() if name != "signature"}
-    return SIGNED_LABEL + encode_event(msgspec.structs.replace(event, facts=facts))
+    return label + encode_event(msgspec.structs.replace(event, facts=facts))
 
 
 def signed_line(

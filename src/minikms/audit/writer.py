@@ -139,7 +139,8 @@ class ChainWriter:
         """Write `events` with one call, and a checkpoint if one is due. `escaped`: as of `chain.make_lines`. Raises
         OSError.
         """
-        blob, head = chain.make_lines(events, self.head, self.key.mac_key, ts, escaped=escaped)
+        key = self.key
+        blob, head = chain.make_lines(events, self.head, key.mac_key, ts, escaped=escaped, signer=key.signer)
         coverage = self._coverage
         if (
             coverage.lines_count + len(events) < CHECKPOINT_LINES
@@ -153,11 +154,11 @@ class ChainWriter:
 
     def _write_with_checkpoints(self, events: Sequence[Event], ts: int) -> None:
         """Write `events` with the checkpoints that are due between them, with one call."""
-        head, coverage = self.head, self._coverage.copy()
+        head, coverage, key = self.head, self._coverage.copy(), self.key
         parts = []
         for begin in range(0, len(events), _EVENTS_AT_A_TIME):
             some = events[begin : begin + _EVENTS_AT_A_TIME]
-            blob, head = chain.make_lines(some, head, self.key.mac_key, ts, escaped=True)
+            blob, head = chain.make_lines(some, head, key.mac_key, ts, escaped=True, signer=key.signer)
             parts.append(blob)
             coverage.add(blob, len(some))
             if coverage.lines_count >= CHECKPOINT_LINES or coverage.bytes_count >= CHECKPOINT_BYTES:

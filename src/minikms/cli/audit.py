@@ -226,6 +226,7 @@ def verify(
     or it was begun anew, give --tiles.
     """
     from minikms.audit.queries import verify_directory
+    from minikms.audit.rules import Trust
     from minikms.custody.log_directory import log_directory
     from minikms.datadir import audit_keys, open_for_reading
 
@@ -245,7 +246,7 @@ def verify(
     if head is not None and head.seq < from_checkpoint:
         raise StartError(f"--from-checkpoint {from_checkpoint} leaves out line {head.seq}, which is expected")
     if public_key:
-        report = judge(_public_trust(public_key))
+        report = judge(Trust(public_keys=public_keys(public_key)))
     else:
         root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
         if root is None:
@@ -282,7 +283,7 @@ def tail(
     from minikms.audit.reader import Follower, last_lines
     from minikms.audit.record import peek_seq
 
-    directory = _log_directory(data_dir)
+    directory = found_log(data_dir)
     shown = last_lines(directory, lines) if lines else []
     _print_lines(shown, json=json)
     if follow:
@@ -341,9 +342,8 @@ def find(
     if not (thread or key or actor or request or reads):
         raise CommandError("give something to find: --thread, --key, --actor, --request or --reads")
     found = 0
-    directory, keys = _log_directory(data_dir), chosen_data_dir(data_dir)
-    if index is None and keys == PACKAGE_DATA_DIR and os.access(PACKAGE_INDEX_DIR, os.R_OK | os.X_OK):
-        index = PACKAGE_INDEX_DIR
+    directory, keys = found_log(data_dir), chosen_data_dir(data_dir)
+    index = readable_index(keys) if index is None else index
     lookup = Lookup(index, directory) if index else None
     with ExitStack() as stack:
         mac_keys: tuple[memoryview, ...] = ()
@@ -380,9 +380,10 @@ def rotate_key(
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Make a new audit key while the daemon is stopped; the log names it in a line signed with the old one.
+    """Make a new audit key while the daemon is stopped.
 
-    Keep the new public key where you keep the old one. Exit status: 0 done, 2 refused.
+    The log names it in a line signed with the old one. Keep the new public key where you keep the old one. Exit status:
+    0 done, 2 refused.
     """
     from minikms.offline import rotate_audit_key
 
@@ -433,7 +434,7 @@ app.command(audit_tree.verify_export, name="verify-export")
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _log_directory(given: str | None) -> str:
+def found_log(given: str | None) -> str:
     """The directory of the audit log. Raises StartError when no part of one is in it."""
     from minikms.audit.reader import LOG_NAME, list_segments
     from minikms.custody.log_directory import log_directory
@@ -442,6 +443,12 @@ def _log_directory(given: str | None) -> str:
     if not os.path.lexists(os.path.join(directory, LOG_NAME)) and not list_segments(directory):
         raise StartError(f"there is no audit log in {directory}")
     return directory
+
+
+def readable_index(data_dir: str) -> str | None:
+    """The index of the package's auditor, if this is its data directory and this user may read it."""
+    readable = data_dir == PACKAGE_DATA_DIR and os.access(PACKAGE_INDEX_DIR, os.R_OK | os.X_OK)
+    return PACKAGE_INDEX_DIR if readable else None
 
 
 def _keys_of_thread(directory: str, thread: str) -> list[str]:
@@ -456,10 +463,8 @@ def _keys_of_thread(directory: str, thread: str) -> list[str]:
     return found
 
 
-def _public_trust(given: Sequence[str]) -> Trust:
+def public_keys(given: Sequence[str]) -> frozenset[bytes]:
     """Public keys as text, or in files of such text. Raises StartError."""
-    from minikms.audit.rules import Trust
-
     keys = set()
     for text in given:
         key = _public_key(text)
@@ -472,7 +477,7 @@ def _public_trust(given: Sequence[str]) -> Trust:
         if key is None:
             raise StartError(f"the file {text} does not hold a public key: 44 characters of base64, or 64 of hex")
         keys.add(key)
-    return Trust(public_keys=frozenset(keys))
+    return frozenset(keys)
 
 
 def _public_key(text: str) -> bytes | None:

@@ -265,14 +265,15 @@ def verify_export(
     quorum: Quorum = None,
     json: Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())] = False,
 ) -> int:
-    """Check exported lines without the log: each is in the tree whose tree checkpoint the keys have signed.
+    """Check exported lines without the log.
 
-    It says from which line to which, and whether a line between them is missing. Exit status: 0 every line is proven, 1
-    one is not, 2 a key or the file is missing, or there is no line.
+    Each must be in the tree whose tree checkpoint the keys have signed. It says from which line to which, and whether a
+    line between them is missing. Exit status: 0 every line is proven, 1 one is not, 2 a key or the file is missing, or
+    there is no line.
     """
     found = ExportReport()
     checker = ProofChecker(policy(log_key, witness, quorum))
-    with _opened(file) as source:
+    with opened(file) as source:
         previous = -1
         while raw := source.readline(exporting.EXPORTED_BYTES_MAX):
             index = _check(checker, raw, found)
@@ -292,7 +293,7 @@ def verify_export(
     return EXIT_GOOD if found.lines else EXIT_MISSING
 
 
-def _opened(file: str) -> BinaryIO:
+def opened(file: str) -> BinaryIO:
     return sys.stdin.buffer if file == "-" else open(file, "rb")
 
 

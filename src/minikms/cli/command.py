@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "policy": ("policy:app", "Check, explain and reload a policy file."),
     "encrypt": ("files:encrypt", "Encrypt a file or a pipe of any size."),
     "decrypt": ("files:decrypt", "Decrypt the output of `minikms encrypt`."),
+    "receipt": ("receipt:app", "Check the receipt of a destroyed key."),
     "backup": ("backup:app", "Create, verify, restore, list and prune backup archives."),
     "doctor": ("doctor:doctor", "Look for problems, and say what to do about each."),
     "audit": ("audit:app", "Verify and read the audit log."),

@@ -41,6 +41,7 @@ _AGE: Final = re.compile(r"([0-9]{1,6})([dhm])", re.ASCII)
 _AGE_SECONDS: Final = {"d": 86_400, "h": 3_600, "m": 60}
 
 app = App(name="keys", help="List, show, retire and destroy keys.", version_flags=[])
+app.command("minikms.cli.receipt:show", name="receipt", help="Print the receipt of a destroyed key.")
 
 KeyId = Annotated[str, Parameter(help="The key's id: k_…")]
 
@@ -185,6 +186,9 @@ def _destroy_one(key_id: str, *, socket: str | None, server_uid: int | None, yes
         [
             ("key", receipt.key_id),
             ("state", receipt.state),
+            ("destroyed at", receipt.destroyed_at),
+            ("tombstone", f"{receipt.tombstone}, tag {receipt.tombstone_tag}"),
+            ("epoch", receipt.epoch),
             ("backups removed", receipt.backups_removed),
             ("archives that may still hold it", ", ".join(receipt.archives) or "none known"),
         ]

@@ -25,6 +25,7 @@ from minikms.custody.rotation_backups import FoundRecords
 from minikms.custody.tombstone_file import Staged, Tombstones
 from minikms.keys import keyring
 from minikms.keys.keyring import Body
+from minikms.keys.tombstones import NumberedTombstone
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.platform.clock import now_ns, rfc3339
 
@@ -33,10 +34,18 @@ GROUP_KEYS_MAX: Final = 512
 
 
 class Removal(NamedTuple):
-    """What a receipt says of a destroyed key: the number of its rotation backups, and the archives that may hold it."""
+    """The number of rotation backups that a destroyed key was removed from, and the archives that may hold it."""
 
     backups: int
     archives: list[str]
+
+
+class Destroyed(NamedTuple):
+    """What a receipt says of a destroyed key."""
+
+    backups: int
+    archives: list[str]
+    tombstone: NumberedTombstone
 
 
 class Destruction:

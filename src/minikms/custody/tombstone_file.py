@@ -26,9 +26,11 @@ from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.keys import keyring, tombstones
 from minikms.keys.dek import key_id_to_bytes
 from minikms.keys.tombstones import (
+    APPEND_RECORDS_MAX,
     FILE_BYTES_MAX,
     HEADER_BYTES,
     RECORD_BYTES,
+    NumberedTombstone,
     ReadTombstones,
     Tombstone,
     TombstoneChain,
@@ -40,6 +42,8 @@ from minikms.platform.files import read_file_bounded, replace_file_from, write_a
 from minikms.platform.sync import sync_data
 
 NAME: Final = "kms-tombstones"
+RECENT_BYTES_MAX: Final = RECORD_BYTES * APPEND_RECORDS_MAX
+"""Of the last records, which are kept in memory: a key that was just destroyed is found there."""
 
 
 class Staged(NamedTuple):
@@ -59,6 +63,7 @@ class Tombstones:
         self._directory_fd = directory_fd
         self._keys = set(read.keys())
         self._chain = read.chain
+        self._recent = read.content[HEADER_BYTES:][-RECENT_BYTES_MAX:]
         self._intact = intact
         self._fd: int | None = None
 
@@ -93,7 +98,7 @@ class Tombstones:
             if self._intact:
                 self._write(staged.records, offset)
             else:
-                self._rewrite(staged.records, offset)
+                self._rewrite(staged.records)
         except BaseException:
             # The content of the file is unknown now: the next append writes a fresh file.
             self._drop_fd()
@@ -104,7 +109,20 @@ class Tombstones:
     def adopt(self, staged: Staged) -> None:
         """Takes the records of a successful `append` into the set."""
         self._chain = staged.chain
+        self._recent = (self._recent + staged.records)[-RECENT_BYTES_MAX:]
         self._keys.update(keys_of(tombstones.HEADER + staged.records))
+
+    def recent(self, key_id: str) -> NumberedTombstone | None:
+        """The record of a key, if it is one of the last."""
+        return tombstones.find(self._recent, key_id_to_bytes(key_id), self._chain.count)
+
+    def record(self, key_id: str) -> NumberedTombstone:
+        """The record of a destroyed key, read back. Blocks on the disk. Raises StorageUnavailableError."""
+        chain = self._chain
+        found = tombstones.find(self._read_back(chain), key_id_to_bytes(key_id), chain.count)
+        if found is None:
+            raise StorageUnavailableError("the file of destroyed keys does not name this key")
+        return found
 
     def close(self) -> None:
         """Closes the file. Everything that `append` returned for is on disk already."""
@@ -119,17 +137,23 @@ class Tombstones:
         except OSError as error:
             raise StorageUnavailableError("the file of destroyed keys cannot be written") from error
 
-    def _rewrite(self, records: bytes, length: int) -> None:
-        """Replaces the file by its first `length` bytes and the records."""
-        before = b""
-        if length > HEADER_BYTES:
-            before = (read_file_bounded(NAME, FILE_BYTES_MAX, dir_fd=self._directory_fd) or b"")[HEADER_BYTES:length]
-        chain = self._chain.fresh()
-        chain.take(before)
-        if (chain.count, chain.head) != (self._chain.count, self._chain.head):
-            raise StorageUnavailableError("the file of destroyed keys can't be read back; see `minikms doctor`")
+    def _rewrite(self, records: bytes) -> None:
+        """Replaces the file by one with its records and these."""
+        before = self._read_back(self._chain)
         self._drop_fd()
         replace_file_from(self._directory_fd, NAME, (tombstones.HEADER, before, records))
+
+    def _read_back(self, chain: TombstoneChain) -> bytes:
+        """The records of the file that the chain counts. Raises StorageUnavailableError if they are other ones."""
+        length = HEADER_BYTES + RECORD_BYTES * chain.count
+        records = b""
+        if chain.count:
+            records = (read_file_bounded(NAME, FILE_BYTES_MAX, dir_fd=self._directory_fd) or b"")[HEADER_BYTES:length]
+        read = chain.fresh()
+        read.take(records)
+        if (read.count, read.head) != (chain.count, chain.head):
+            raise StorageUnavailableError("the file of destroyed keys can't be read back; see `minikms doctor`")
+        return records
 
     def _drop_fd(self) -> None:
         fd, self._fd = self._fd, None

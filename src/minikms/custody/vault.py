@@ -50,7 +50,7 @@ from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import RecordKey, RecordKeys
 from minikms.custody.archive_register import ArchiveRegister
 from minikms.custody.deks import LISTED_COUNT_MAX, SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
-from minikms.custody.destruction import Destruction, Removal
+from minikms.custody.destruction import Destroyed, Destruction, Removal
 from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
@@ -337,7 +337,7 @@ class Vault:
                 raise WrongThreadError("the key belongs to another thread")
             move_dek(record.state, "destroy")
 
-    async def destroy(self, key_id: str, *, permit: Permit = permitted) -> Removal:
+    async def destroy(self, key_id: str, *, permit: Permit = permitted) -> Destroyed:
         """Destroys a retired key: first the tombstone, then its rotation backups, then its file.
 
         A repeated call removes what an interrupted one left. Raises ConflictError for an active key, and
@@ -347,7 +347,11 @@ class Vault:
         async with self.locks.hold((key_id,)) as held:
             permit()
             self.check_destroyable(key_id)
-            return await self._destruction.destroy(held)
+            removed = await self._destruction.destroy(held)
+        tombstone = self.destroyed.recent(key_id)
+        if tombstone is None:
+            tombstone = await in_worker(self._executor, partial(self.destroyed.record, key_id))
+        return Destroyed(*removed, tombstone)
 
     @property
     def unfinished_destructions(self) -> AbstractSet[str]:

@@ -44,6 +44,14 @@ class Tombstone(NamedTuple):
     unix_s: int
 
 
+class NumberedTombstone(NamedTuple):
+    """A record of the file. `number`: from 1."""
+
+    number: int
+    unix_s: int
+    tag: bytes
+
+
 class TombstoneChain:
     """The running hash over a file: its header and `count` records. `head`: SHA-256 of them."""
 
@@ -119,6 +127,18 @@ class ReadTombstones(NamedTuple):
 def keys_of(content: bytes) -> list[bytes]:
     """The keys of whole records behind a header."""
     return [content[at : at + KEY_BYTES] for at in range(HEADER_BYTES, len(content), RECORD_BYTES)]
+
+
+def find(records: bytes, key: bytes, last: int) -> NumberedTombstone | None:
+    """The record of a key, 16 bytes, in whole records, the last of which has the number `last`."""
+    at = records.rfind(key)
+    while at >= 0 and at % RECORD_BYTES:
+        at = records.rfind(key, 0, at + KEY_BYTES - 1)
+    if at < 0:
+        return None
+    body, end = at + RECORD_BYTES - TAG_BYTES, at + RECORD_BYTES
+    number = last - (len(records) - end) // RECORD_BYTES
+    return NumberedTombstone(number, int.from_bytes(records[at + KEY_BYTES : body], "big"), records[body:end])
 
 
 def read(

@@ -34,7 +34,7 @@ from minikms.api.errors import (
 )
 from minikms.audit import Event
 from minikms.crypto import aead
-from minikms.custody.destruction import Removal
+from minikms.custody.destruction import Destroyed
 from minikms.custody.vault import Indexing, OpenDek, Vault
 from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes, not_found
 from minikms.keys.index import Page
@@ -332,7 +332,7 @@ class ScopedKeys:
     async def retire(self, key_id: str, *, again: bool) -> DekRecord:
         return await self._access.vault.retire(key_id, again=again, permit=lambda: self._permit_key(key_id))
 
-    async def destroy(self, key_id: str) -> Removal:
+    async def destroy(self, key_id: str) -> Destroyed:
         self._access.keep_thread(key_id)
         return await self._access.vault.destroy(key_id, permit=lambda: self._permit_key(key_id))
 

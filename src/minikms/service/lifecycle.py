@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
 
@@ -17,9 +18,12 @@ from msgspec import UNSET
 from minikms import api
 from minikms.api.errors import AuditUnavailableError, InvalidRequestError, KmsRefusedError
 from minikms.audit import Event
+from minikms.audit.record import DETAIL_CHARS_MAX, Facts, escape
+from minikms.custody.destruction import Destroyed
 from minikms.custody.vault import REMOVAL_RETRY_SECONDS, Indexing, Vault
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord, check_key_id
+from minikms.platform.clock import rfc3339
 from minikms.platform.workers import in_worker
 from minikms.service.access import Keys, ScopedKeys
 from minikms.service.base import AUDIT_RETRY_SECONDS, VerbTable, another_line
@@ -99,13 +103,25 @@ class LifecycleVerbs:
         keys.check_destroyable(key_id, None if request.thread_id is UNSET else request.thread_id)
         await self._audit.add_written(another_line(event, "begun"), durable=True)
         try:
-            removed = await keys.destroy(key_id)
+            done = await keys.destroy(key_id)
         except KmsRefusedError:
             # The tombstone may be on disk even then. With its epoch in the log, no older keyring is accepted.
             event.facts = {"epoch": self._vault.keyring.body.epoch}
             raise
-        event.facts = {"backups_removed": removed.backups, "epoch": self._vault.keyring.body.epoch}
-        return api.DestroyKeyAnswer(key_id, "destroyed", removed.backups, removed.archives)
+        event.facts, (backups, archives, stone) = self._receipt(done), done
+        at, epoch = rfc3339(stone.unix_s * 1_000_000_000), self._vault.keyring.body.epoch
+        return api.DestroyKeyAnswer(key_id, "destroyed", backups, archives, at, epoch, stone.number, stone.tag.hex())
+
+    def _receipt(self, done: Destroyed) -> Facts:
+        """The facts of a line that is a receipt. The log signs it (`minikms.audit.receipt`)."""
+        return {
+            "archives": _named(done.archives),
+            "backups_removed": done.backups,
+            "destroyed_at": done.tombstone.unix_s,
+            "epoch": self._vault.keyring.body.epoch,
+            "tombstone": done.tombstone.number,
+            "tombstone_tag": done.tombstone.tag.hex(),
+        }
 
     async def complete_destructions(self) -> None:
         """Tries again, until it is cancelled, what the disk refused after a key's tombstone was written."""
@@ -116,17 +132,28 @@ class LifecycleVerbs:
                     continue  # a request completed it
                 with contextlib.suppress(KmsRefusedError):
                     self._audit.require_writable()
-                    removed = await self._vault.destroy(key_id)
-                    await self._write_completed(key_id, removed.backups)
+                    await self._write_completed(key_id, await self._vault.destroy(key_id))
 
-    async def _write_completed(self, key_id: str, backups_removed: int) -> None:
+    async def _write_completed(self, key_id: str, done: Destroyed) -> None:
         """Tries again until the log can be written: the line is the only one that says that the bytes are removed."""
         while True:
             event = Event(type=api.DESTROY_KEY.name, actor="minikms", key_id=key_id, detail="completed")
-            event.facts = {"backups_removed": backups_removed, "epoch": self._vault.keyring.body.epoch}
+            event.facts = self._receipt(done)
             try:
                 await self._audit.add_written(event, durable=True)
             except AuditUnavailableError:
                 await asyncio.sleep(AUDIT_RETRY_SECONDS)
             else:
                 return
+
+
+def _named(archives: Sequence[str]) -> str:
+    """As many paths as one fact of an audit line holds, and the number of the others."""
+    room = DETAIL_CHARS_MAX - len(f"and {len(archives)} more")
+    named: list[str] = []
+    for path in archives:
+        room -= len(escape(path, DETAIL_CHARS_MAX)) + len(", ")
+        if room < 0:
+            return ", ".join([*named, f"and {len(archives) - len(named)} more"])
+        named.append(path)
+    return ", ".join(named)

@@ -45,6 +45,7 @@ FACTS = {
         "segment",
     },
 }
+RECEIPT = {"archives", "backups_removed", "destroyed_at", "epoch", "signature", "tombstone", "tombstone_tag"}
 WINDOW_BYTES_MAX = 8 << 20
 LABEL = b"minikms/audit/signed-line/v1\x00"
 
@@ -241,6 +242,27 @@ def unpacked(path: Path) -> bytes:
         raise Fault(f"{path.name} does not decompress") from None
     need(frame.eof, f"{path.name} does not decompress")
     return content
+
+
+def receipt(text: str, public_key: bytes) -> dict[str, Any]:
+    """The event of a receipt. Raises Fault."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        raise Fault("not JSON") from None
+    need(found.keys() - {"proof"} == {"version", "line"} and found["version"] == 1, "not a receipt")
+    event, _, _ = parse(found["line"].encode())
+    need((event["type"], event["outcome"]) == ("destroy_key", "ok"), "not the line of a destruction")
+    facts = event["facts"]
+    need(facts.keys() == RECEIPT, "not the facts of a receipt")
+    unsigned = {**event, "facts": {name: value for name, value in facts.items() if name != "signature"}}
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(
+            unbase64(facts["signature"], 64), b"minikms/audit/receipt/v1\x00" + written(unsigned)
+        )
+    except InvalidSignature:
+        raise Fault("not signed by that key") from None
+    return event
 
 
 def segments(directory: Path) -> Iterator[tuple[int, bytes]]:

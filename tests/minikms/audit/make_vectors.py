@@ -11,6 +11,7 @@ only.
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,34 @@ REFUSED = (
     (2, "members in another order", lambda line: line.replace(b'"seq":3,', b"").replace(b'"type"', b'"seq":3,"type"')),
 )  # fmt: skip
 """Rule of the page, what it is, and how it is made of a good line."""
+
+
+REFUSED_RECEIPTS: tuple[tuple[str, Callable[[str], str]], ...] = (
+    ("another key", lambda text: text.replace("k_01jd", "k_01je")),
+    ("another tag", lambda text: text.replace("00112233", "00112234")),
+    ("another tombstone", lambda text: text.replace('tombstone\\":7', 'tombstone\\":8')),
+    ("another line of the log", lambda text: text.replace('seq\\":9', 'seq\\":8')),
+    ("version 2", lambda text: text.replace('"version":1', '"version":2')),
+    ("an unknown member", lambda text: text.replace('"version"', '"key":1,"version"')),
+    ("half of it", lambda text: text[: len(text) // 2]),
+)
+
+
+def make_receipt(key_id: str = f"k_01jd{5:022}", **changed: str | int) -> bytes:
+    """The line of a log that says that a key was destroyed, signed by KEY1, without its newline."""
+    facts: Facts = {
+        "archives": "/backups/monday",
+        "backups_removed": 2,
+        "destroyed_at": TS // 10**9,
+        "epoch": 4,
+        "tombstone": 7,
+        "tombstone_tag": "00112233445566778899aabbccddeeff",
+        **changed,
+    }
+    event = Event(type="destroy_key", actor="peer_uid:1000", key_id=key_id, facts=facts)
+    signer = KEY1.audit_key().signer
+    line, _ = chain.make_lines([event], Head(8, bytes([8] * 32)), KEY1.mac_key, TS, signer=signer)
+    return line[:-1]
 
 
 class Maker:
@@ -122,6 +151,8 @@ def put(files: dict[str, list[str]], directory: Path) -> None:
 def make() -> dict[str, Any]:
     files = make_log()
     good = files[f"{LOG}.1"][2].encode()
+    receipt = json.dumps({"version": 1, "line": make_receipt().decode("ascii")}, separators=(",", ":"))
+    independent_verifier.receipt(receipt, KEY1.public_key)
     vectors = {
         "what": "known answers for docs/spec/audit.md; the keys are for tests only",
         "format": record.FORMAT_VERSION,
@@ -140,6 +171,8 @@ def make() -> dict[str, Any]:
         "refused_lines": [
             {"rule": rule, "what": what, "line_hex": change(good).hex()} for rule, what, change in REFUSED
         ],
+        "receipt": receipt,
+        "refused_receipts": [{"what": what, "receipt": change(receipt)} for what, change in REFUSED_RECEIPTS],
     }
     with tempfile.TemporaryDirectory() as temporary:
         put(files, Path(temporary))

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from minikms.audit import record
+from minikms.audit import receipt, record
 from minikms.audit.record import MalformedLineError
+from minikms.audit.tree import ProofError
 from tests.minikms.audit import independent_verifier, make_vectors
 from tests.minikms.audit.logmaker import KEY1, KEY2, verify
 
@@ -64,6 +65,18 @@ def test_the_refused_lines_are_refused_by_both(vectors: dict[str, Any]) -> None:
         with pytest.raises(independent_verifier.Fault):
             independent_verifier.parse(line)
     assert len({refused["line_hex"] for refused in vectors["refused_lines"]}) == len(make_vectors.REFUSED)
+
+
+def test_the_receipt_is_one_and_the_refused_are_none_for_both(vectors: dict[str, Any]) -> None:
+    key, good = KEY1.public_key, vectors["receipt"]
+    event, other = receipt.check(receipt.parse(good.encode()), [key]), independent_verifier.receipt(good, key)
+    assert (event.key_id, event.facts) == (other["key_id"], other["facts"])
+    for refused in vectors["refused_receipts"]:
+        assert refused["receipt"] != good, refused["what"]
+        with pytest.raises(ProofError):
+            receipt.check(receipt.parse(refused["receipt"].encode()), [key])
+        with pytest.raises(independent_verifier.Fault):
+            independent_verifier.receipt(refused["receipt"], key)
 
 
 def test_the_escapes_are_those_of_the_writer(vectors: dict[str, Any]) -> None:

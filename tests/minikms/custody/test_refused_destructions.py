@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minikms.api.errors import StorageUnavailableError
+from minikms.custody.destruction import Destroyed
 from minikms.custody.rotation_backups import RotationBackups
 from minikms.platform.files import open_directory
 from tests.harness.disk_faults import refuse
@@ -51,7 +52,7 @@ async def test_a_refused_destruction_leaves_the_key_as_it_is(
                 both = map(one.vault.destroy, (kept, gone))
                 refused, receipt = await asyncio.gather(*both, return_exceptions=True)
                 assert isinstance(refused, StorageUnavailableError)
-                assert receipt == (1, [])
+                assert isinstance(receipt, Destroyed) and receipt[:2] == (1, [])
                 assert one.backups(gone) == []
         bad.write_bytes(whole)
         assert one.keys([kept]) == before
@@ -81,7 +82,7 @@ async def test_a_backup_that_is_damaged_later_stops_only_its_key(
         both = map(one.vault.destroy, (stuck, other))
         failed, receipt = await asyncio.gather(*both, return_exceptions=True)
         assert isinstance(failed, StorageUnavailableError)
-        assert receipt == (0, [])
+        assert isinstance(receipt, Destroyed) and receipt[:2] == (0, [])
         assert one.vault.unfinished_destructions == {stuck}
         await one.rotate()
         kept = (await one.pruning.prune(backups=False)).kept

@@ -538,7 +538,8 @@ async def test_a_large_group_of_destructions_is_many_short_jobs(
         for key_id in key_ids:
             keep_in_batch(one, [key_id])
             await one.vault.retire(key_id)
-        assert await asyncio.gather(*map(one.vault.destroy, key_ids)) == [(1, [])] * 5
+        done = await asyncio.gather(*map(one.vault.destroy, key_ids))
+        assert [each[:2] for each in done] == [(1, [])] * 5
         assert jobs == [2, 2, 1]
         assert one.backups() == []
 

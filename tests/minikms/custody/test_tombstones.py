@@ -12,7 +12,7 @@ import pytest
 from minikms.api.errors import KeyDestroyedError, StartError, StorageUnavailableError
 from minikms.custody import tombstone_file
 from minikms.custody.keyring_file import KeyringFile
-from minikms.keys.tombstones import HEADER_BYTES, RECORD_BYTES
+from minikms.keys.tombstones import HEADER_BYTES, RECORD_BYTES, NumberedTombstone
 from minikms.platform import files
 from tests.harness.disk_faults import failing_os, flip
 from tests.harness.vaults import OpenedVault, opened_vault
@@ -93,6 +93,32 @@ def test_the_keyring_does_not_grow_with_the_destructions(tmp_path: Path) -> None
     assert (tmp_path / "d" / "kms-tombstones").stat().st_size == HEADER_BYTES + 6 * RECORD_BYTES
 
 
+def test_a_destruction_names_its_tombstone_also_when_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a key that is not among the last ones, after a start."""
+    monkeypatch.setattr(tombstone_file, "RECENT_BYTES_MAX", 2 * RECORD_BYTES)
+
+    async def tombstones(one: OpenedVault, key_ids: list[str]) -> list[NumberedTombstone]:
+        return [(await one.vault.destroy(key_id)).tombstone for key_id in key_ids]
+
+    async def main() -> list[NumberedTombstone]:
+        async with destroyed(tmp_path / "d", 0) as (one, key_ids):
+            found = await tombstones(one, key_ids)
+            assert await tombstones(one, key_ids) == found
+        async with opened_vault(tmp_path / "d") as one:
+            assert await tombstones(one, key_ids) == found
+            flip(tombstone_path(one), HEADER_BYTES + 20)
+            assert await tombstones(one, key_ids[-2:]) == found[-2:]
+            with pytest.raises(StorageUnavailableError, match="read back"):
+                await one.vault.destroy(key_ids[0])
+            flip(tombstone_path(one), HEADER_BYTES + 20)
+        return found
+
+    found = asyncio.run(main())
+    content = (tmp_path / "d" / "kms-tombstones").read_bytes()
+    stored = [content[at : at + RECORD_BYTES] for at in range(HEADER_BYTES, len(content), RECORD_BYTES)]
+    assert [(each.number, each.tag) for each in found] == [(at + 1, row[24:]) for at, row in enumerate(stored)]
+
+
 def test_destructions_of_one_turn_share_one_write_of_the_keyring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,7 +133,7 @@ def test_destructions_of_one_turn_share_one_write_of_the_keyring(
         await one.rotate()
         monkeypatch.setattr(KeyringFile, "store_now", counting)
         removed = await asyncio.gather(*map(one.vault.destroy, key_ids))
-        assert (removed, len(writes), counted(one)) == ([(1, [])] * 6, 1, 6)
+        assert ([done[:2] for done in removed], len(writes), counted(one)) == ([(1, [])] * 6, 1, 6)
         assert (await one.vault.destroy(key_ids[0])).backups == 0, "a repeated one writes nothing"
         assert len(writes) == 1
 

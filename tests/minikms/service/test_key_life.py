@@ -118,13 +118,14 @@ def test_a_destroyed_key_is_gone_with_its_backups_and_a_receipt_says_so(tmp_path
         assert in_backups(daemon, key_id) == 2
         assert destroy(daemon, key_id).code == "conflict"
         post(daemon, f"/keys/{key_id}/retire", {})
-        assert destroy(daemon, key_id) == (
-            200,
-            {"key_id": key_id, "state": "destroyed", "backups_removed": 2, "archives": []},
-        )
+        code, first = destroy(daemon, key_id)
+        said = {"key_id": key_id, "state": "destroyed", "backups_removed": 2, "archives": [], "tombstone": 1}
+        assert (code, said.items() <= first.items(), first["epoch"] > 1) == (200, True, True)
+        assert (daemon.data_dir / "kms-tombstones").read_bytes().hex()[-32:] == first["tombstone_tag"]
         assert in_backups(daemon, key_id) == 0
         assert list(daemon.data_dir.glob(f"kms-deks/{key_id}*")) == []
-        assert destroy(daemon, key_id).status == 200  # to be sure that everything went
+        again = destroy(daemon, key_id).body  # to be sure that everything went
+        assert again == {**first, "backups_removed": 0}
         assert status(daemon)["keys"]["destroyed"] == 1
         assert [key["key_id"] for key in listed(daemon)] == [other]
         lines = daemon.events("destroy_key")
