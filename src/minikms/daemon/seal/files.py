@@ -52,7 +52,7 @@ or the share did not fit those before it.
 WRONG: Final = frozenset[Outcome](("wrong_root", "wrong_share"))
 
 
-class Marker(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class Marker(msgspec.Struct, forbid_unknown_fields=True):
     """Who sealed the daemon, and when. `at` is RFC 3339 in UTC; empty where the file could not be read."""
 
     format: str = MARKER_FORMAT

@@ -31,11 +31,12 @@ def store(directory: int, records: AttemptRecords) -> None:
     files.write_attempts(directory, records.encode())
 
 
-def test_a_marker_is_read_back_as_it_was_written(directory: int) -> None:
+def test_a_marker_is_read_back_as_it_was_written(tmp_path: Path, directory: int) -> None:
     assert files.read_marker(directory) is None
     marker = Marker.of(WHO)
     files.write_marker(directory, marker)
     assert files.read_marker(directory) == marker
+    assert (tmp_path / files.MARKER_NAME).read_bytes().startswith(b'{"format":"minikms-sealed","version":1,"at":')
     files.remove_seal_files(directory)
     assert files.read_marker(directory) is None
 
