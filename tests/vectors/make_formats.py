@@ -370,6 +370,13 @@ def dek_record(kek_version: int) -> dict[str, object]:
     }
 
 
+def numbered_dek_file() -> str:
+    """A key with the number 3 in its thread, under KEK 1."""
+    fields = (KEY_ID.encode(), THREAD_ID.encode(), b"derived", b"XAES-256-GCM", number(3), number(1))
+    wrapped = b64(seal(KEKS[1], "numbered DEK", DEK, aad("minikms/dek/v2", *fields)))
+    return padded(dek_record(1) | {"wrapped": wrapped, "purpose": "derived", "number": 3})
+
+
 def dek_file(kek_version: int) -> str:
     return padded(dek_record(kek_version))
 
@@ -458,6 +465,7 @@ def vectors() -> str:
             "key": DEK.hex(),
             "associated_data": [dek_aad(version).hex() for version in (1, 2)],
             "files": [dek_file(version) for version in (1, 2)],
+            "numbered_file": numbered_dek_file(),
             "retired_at": ROTATED,
             "retired_file": retired_dek_file(),
             "journal": journal().hex(),

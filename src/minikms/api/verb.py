@@ -12,7 +12,8 @@ from typing import Annotated, Generic, Literal, TypeVar
 import msgspec
 
 Role = Literal["create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor", "unseal", "ship"]
-Purpose = Literal["thread", "data", "mac"]
+Purpose = Literal["thread", "data", "mac", "derived"]
+"""`derived` is `data` for callers who bind each record to a context (docs/spec/transit.md)."""
 State = Literal["active", "retired", "destroyed"]
 Base64 = Annotated[str, "base64"]
 """Bytes in a request, decoded strictly (msgspec would accept lax base64). Any other text is as short as an id."""

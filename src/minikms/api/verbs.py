@@ -175,9 +175,14 @@ DECRYPT_BATCH: Final = Verb(
 
 
 class CreateDekRequest(Request):
+    """`numbered`: the key gets the next number of its thread. `replaces` then names the thread's newest key, and is
+    absent if the thread has no key.
+    """
+
     thread_id: str
     replaces: str | UnsetType = UNSET
     purpose: Purpose | UnsetType = UNSET
+    numbered: bool | UnsetType = UNSET
     request_id: str | UnsetType = UNSET
 
 
@@ -416,7 +421,7 @@ MAC: Final = Verb(
 
 
 class GenerateDataKeyRequest(Request):
-    """`key_id` names a key of purpose `data`. With `plaintext: false` the answer has no `plaintext`."""
+    """`key_id` names a key of purpose `data` or `derived`. With `plaintext: false` the answer has no `plaintext`."""
 
     key_id: str
     aad: Base64 | UnsetType = UNSET
@@ -574,8 +579,8 @@ class ListKeysRequest(Request):
     limit: int | UnsetType = UNSET
 
 
-class KeyAnswer(msgspec.Struct, frozen=True):
-    """One key. `created_at` is RFC 3339 in UTC."""
+class KeyAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One key. `created_at` is RFC 3339 in UTC. `number`: in its thread; absent for a key without one."""
 
     key_id: str
     thread_id: str
@@ -583,6 +588,7 @@ class KeyAnswer(msgspec.Struct, frozen=True):
     state: State
     kek_version: int
     created_at: str
+    number: int = 0
 
 
 class KeyListAnswer(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -191,15 +191,18 @@ class Verbs:
         *,
         replaces: str | None = None,
         purpose: api.Purpose | None = None,
+        numbered: bool | None = None,
         request_id: str | None = None,
     ) -> One[api.CreateDekAnswer]:
         """A new key for the thread, durable before this returns; `replaces` retires that key of the same thread in
-        the same step.
+        the same step. With `numbered` it gets the thread's next number, and has to replace the newest key.
 
         Repeated by itself only if the request was certainly not carried out. After KmsUnavailableError with `sent`, or
         KmsTimeoutError, there may be a key that no caller knows.
         """
-        request = api.CreateDekRequest(thread_id, replaces=optional(replaces), purpose=optional(purpose))
+        request = api.CreateDekRequest(
+            thread_id, replaces=optional(replaces), purpose=optional(purpose), numbered=optional(numbered)
+        )
         return One(api.CREATE_DEK, request, request_id)
 
     @method

@@ -3,9 +3,9 @@
 Owns: one label per use of a key, `aad`, which is the only encoding of associated data, and the fields that wrapped DEKs
 and records are bound to. Invariants: no label is a prefix of another (each ends in its only NUL); every field is
 length-prefixed, so two different lists of fields never have the same encoding; a wrapped DEK is bound to key id, thread
-id, purpose, algorithm and KEK version; a record is bound to its format version, key id, the key's thread id and the
-caller's aad, so it does not open at another place or under another key. docs/spec/formats.md has the bytes. A label
-must never be used for two purposes.
+id, purpose, algorithm, KEK version and, if it has one, its number; a record is bound to its format version, key id,
+the key's thread id and the caller's aad, so it does not open at another place or under another key.
+docs/spec/formats.md has the bytes. A label must never be used for two purposes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ KEY_INDEX: Final = b"minikms/key-index/v1\0"
 TOMBSTONE_KEY: Final = b"minikms/tombstone-key/v1\0"
 TOMBSTONE: Final = b"minikms/tombstone/v1\0"
 DEK: Final = b"minikms/dek/v1\0"
+DEK_NUMBERED: Final = b"minikms/dek/v2\0"
 RECORD: Final = b"minikms/record/v1\0"
 MAC: Final = b"minikms/mac/v1\0"
 STREAM: Final = b"minikms/stream/v1\0"
@@ -49,15 +50,22 @@ def number(value: int) -> bytes:
     return value.to_bytes(8, "big")
 
 
-def dek_aad(*, key_id: str, thread_id: str, purpose: str, algorithm: str, kek_version: int) -> bytes:
+def dek_aad(
+    *, key_id: str, thread_id: str, purpose: str, algorithm: str, kek_version: int, in_thread: int = 0
+) -> bytes:
     """The associated data of a wrapped DEK."""
-    prefix = dek_aad_prefix(key_id=key_id, thread_id=thread_id, purpose=purpose, algorithm=algorithm)
+    prefix = dek_aad_prefix(
+        key_id=key_id, thread_id=thread_id, purpose=purpose, algorithm=algorithm, in_thread=in_thread
+    )
     return prefix + kek_version_field(kek_version)
 
 
-def dek_aad_prefix(*, key_id: str, thread_id: str, purpose: str, algorithm: str) -> bytes:
-    """A DEK's associated data without the KEK version, which is the only field that a rewrap changes."""
-    return aad(DEK, key_id.encode(), thread_id.encode(), purpose.encode(), algorithm.encode())
+def dek_aad_prefix(*, key_id: str, thread_id: str, purpose: str, algorithm: str, in_thread: int = 0) -> bytes:
+    """A DEK's associated data without the KEK version, which is the only field that a rewrap changes. `in_thread`: the
+    number of the DEK in its thread, 0 for none.
+    """
+    fields = (key_id.encode(), thread_id.encode(), purpose.encode(), algorithm.encode())
+    return aad(DEK_NUMBERED, *fields, number(in_thread)) if in_thread else aad(DEK, *fields)
 
 
 def kek_version_field(kek_version: int) -> bytes:

@@ -50,6 +50,7 @@ class Wanted(NamedTuple):
     permit: Callable[[], None]
     replaces: str = ""
     later_than: str = ""
+    number: int = 0
 
 
 class NewKeys:
@@ -122,6 +123,7 @@ class NewKeys:
                     dek=slot.view,
                     nonce=self._nonces.next(),
                     replaces=one.replaces,
+                    number=one.number,
                 )
                 made.append(record)
         return made

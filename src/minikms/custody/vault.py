@@ -223,16 +223,28 @@ class Vault:
     # --- changing ----------------------------------------------------------------------------------------------------
 
     async def create_in_log(
-        self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", permit: Permit = permitted
+        self,
+        thread_id: str,
+        *,
+        purpose: api.Purpose = "thread",
+        replaces: str = "",
+        numbered: bool = False,
+        permit: Permit = permitted,
     ) -> DekRecord:
         """A new key, durable on return. `replaces` names a key of the same thread, which is retired. The file of the
-        new key may still be under way on return: see `Journal.file_written`.
+        new key may still be under way on return: see `Journal.file_written`. With `numbered` it has the thread's next
+        number, and `replaces` is the thread's newest key; the index must be complete.
 
         A crash between the two files leaves both keys active, and the new record names the old one. The scan of the
         next start then retires the old one.
         """
         async with self._creating.hold((thread_id,)):
-            return await self._create(thread_id, purpose, replaces=replaces, permit=permit)
+            permit()
+            number = self._next_number(thread_id, replaces) if numbered else 0
+            later_than = replaces if numbered else ""
+            return await self._create(
+                thread_id, purpose, replaces=replaces, later_than=later_than, number=number, permit=permit
+            )
 
     async def get_or_create(
         self, thread_id: str, *, purpose: api.Purpose, permit: Permit = permitted
@@ -268,13 +280,20 @@ class Vault:
         return None
 
     async def _create(
-        self, thread_id: str, purpose: api.Purpose, *, replaces: str = "", later_than: str = "", permit: Permit
+        self,
+        thread_id: str,
+        purpose: api.Purpose,
+        *,
+        replaces: str = "",
+        later_than: str = "",
+        number: int = 0,
+        permit: Permit,
     ) -> DekRecord:
         """The caller holds the thread's lock. The new id sorts after `later_than`."""
         permit()
         if replaces:
             self.check_replaces(self.record(replaces), thread_id, purpose)
-        record = await self.new_keys.make(Wanted(thread_id, purpose, permit, replaces, later_than))
+        record = await self.new_keys.make(Wanted(thread_id, purpose, permit, replaces, later_than, number))
         if replaces:
             try:
                 await self.retire(replaces, replaced_by=record.id, again=True)
@@ -282,6 +301,14 @@ class Vault:
                 await self._remove_new_key(record.id)
                 raise
         return record
+
+    def _next_number(self, thread_id: str, replaces: str) -> int:
+        """Raises as `dek.next_number`, and KeyUnreadableError while a file can't be read: it may be of this thread."""
+        if self.unreadable.count:
+            raise KeyUnreadableError("a key file can't be read, so the last number of the thread is not known")
+        records = map(self.record, self.index.newest_of(thread_id))
+        newest = next((record for record in records if record.thread_id == thread_id), None)  # tags may be equal
+        return dek.next_number(newest, replaces)
 
     def check_replaces(self, old: DekRecord, thread_id: str, purpose: api.Purpose) -> None:
         """Raises unless a new key of `thread_id` may replace `old`."""
@@ -336,6 +363,10 @@ class Vault:
             if of_thread not in (None, record.thread_id):
                 raise WrongThreadError("the key belongs to another thread")
             move_dek(record.state, "destroy")
+            if record.number:
+                newest = list(itertools.islice(self.index.newest_of(record.thread_id), 2))
+                if len(newest) > 1 and newest[0] == key_id:
+                    raise ConflictError("the newest numbered key is destroyed last, so that no number is used again")
 
     async def destroy(self, key_id: str, *, permit: Permit = permitted) -> Destroyed:
         """Destroys a retired key: first the tombstone, then its rotation backups, then its file.
@@ -496,9 +527,11 @@ class Indexing:
             "unreadable_files": vault.unreadable.listed(),
         }
 
-    async def wait_complete(self) -> None:
-        """Returns once the index has all keys. Raises StorageUnavailableError after INDEX_WAIT_SECONDS_MAX."""
-        if self.complete:
+    async def wait_complete(self, *, compared: bool = False) -> None:
+        """Returns once the index has all keys; with `compared`, once every file was read in this run. Raises
+        StorageUnavailableError after INDEX_WAIT_SECONDS_MAX.
+        """
+        if self._completed.is_set() or (self.complete and not compared):
             return
         try:
             async with asyncio.timeout(INDEX_WAIT_SECONDS_MAX):

@@ -9,9 +9,9 @@ bits, in Crockford base 32. So ids sort by time of creation.
 Invariants: every id has one spelling, so text and bytes map one to one. An id from outside passes `check_key_id` before
 it is used. A record whose id, format or algorithm is not the expected one does not parse. Every file that is written
 has the same length, and every change raises the record's `version`, so two contents of one key's file are never equal.
-Unwrapping authenticates the record's id, thread, purpose, algorithm and KEK version, so a swapped or foreign file does
-not open. An illegal move raises and changes nothing. It must never hold an unwrapped key or build a path from an
-unchecked id.
+Unwrapping authenticates the record's id, thread, purpose, algorithm, number and KEK version, so a swapped or foreign
+file does not open. An illegal move raises and changes nothing. It must never hold an unwrapped key or build a path
+from an unchecked id.
 """
 
 from __future__ import annotations
@@ -121,12 +121,16 @@ FILE_BYTES: Final = 1024
 """Every file has this length, so an overwrite never changes the length."""
 VERSION_MAX: Final = 2**31
 """Exclusive bound of a record's `version`, which each change of the file raises by one."""
+NUMBER_MAX: Final = 2**31
+"""Exclusive bound of the number of a key in its thread."""
 
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 
 
 class DekRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The content of a DEK file. `wrapped` is the DEK, sealed under the KEK version `kek_version`."""
+    """The content of a DEK file. `wrapped` is the DEK, sealed under the KEK version `kek_version`. `number`: in its
+    thread; 0 for a key without one.
+    """
 
     id: str
     created_at: str
@@ -141,6 +145,7 @@ class DekRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     retired_at: str = ""
     replaces: str = ""
     replaced_by: str = ""
+    number: int = 0
 
     def aad(self, kek_version: int) -> bytes:
         """The associated data of this record's DEK when wrapped under `kek_version`."""
@@ -149,7 +154,11 @@ class DekRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     def aad_prefix(self) -> bytes:
         """The part of it that does not depend on the KEK version."""
         return labels.dek_aad_prefix(
-            key_id=self.id, thread_id=self.thread_id, purpose=self.purpose, algorithm=self.algorithm
+            key_id=self.id,
+            thread_id=self.thread_id,
+            purpose=self.purpose,
+            algorithm=self.algorithm,
+            in_thread=self.number,
         )
 
 
@@ -229,6 +238,7 @@ def _is_known(record: DekRecord) -> bool:
         record.algorithm == labels.ALGORITHM
         and 1 <= record.version < VERSION_MAX
         and 1 <= record.kek_version < KEK_VERSION_MAX
+        and 0 <= record.number < NUMBER_MAX
         and _TIME.fullmatch(record.created_at) is not None
         and (
             (record.state == "active" and not record.retired_at)
@@ -252,10 +262,16 @@ def new(
     dek: memoryview,
     nonce: bytes,
     replaces: str = "",
+    number: int = 0,
 ) -> DekRecord:
     """The record of a fresh DEK, wrapped under the cipher of a KEK."""
     aad = labels.dek_aad(
-        key_id=key_id, thread_id=thread_id, purpose=purpose, algorithm=labels.ALGORITHM, kek_version=kek_version
+        key_id=key_id,
+        thread_id=thread_id,
+        purpose=purpose,
+        algorithm=labels.ALGORITHM,
+        kek_version=kek_version,
+        in_thread=number,
     )
     return DekRecord(
         id=key_id,
@@ -269,7 +285,21 @@ def new(
         algorithm=labels.ALGORITHM,
         state="active",
         replaces=replaces,
+        number=number,
     )
+
+
+def next_number(newest: DekRecord | None, replaces: str) -> int:
+    """The number of the key that follows the newest one of a thread. They are made one after the other, each with an id
+    above the last, so the newest has the highest number. Raises ConflictError unless its id is `replaces`.
+    """
+    if (newest.id if newest else "") != replaces:
+        raise ConflictError("a numbered key replaces the newest key of its thread, and this is another one")
+    if newest is None:
+        return 1
+    if not newest.number or newest.number + 1 >= NUMBER_MAX:
+        raise ConflictError("the newest key of the thread has no number, or the highest there is")
+    return newest.number + 1
 
 
 def unwrap_into(record: DekRecord, kek: XaesCipher, target: memoryview) -> None:

@@ -324,6 +324,14 @@ class KeyIndex:
             raise ValueError("the index does not keep threads")
         return self._threads[at].decode("ascii")
 
+    def newest_of(self, thread_id: str) -> Iterator[str]:
+        """The ids of the thread's keys, newest first. Tags may collide, so the caller checks.
+
+        The index must not change between two steps.
+        """
+        tags = [self._tag(thread_id, purpose, state) for purpose in PURPOSES for state in STATES]
+        return map(bytes_to_key_id, merge(*map(self._rows.descending, tags), reverse=True))
+
     def active_of(self, thread_id: str, purpose: api.Purpose) -> Iterator[str]:
         """The ids of the thread's active keys of this purpose, newest first. Tags may collide, so the caller checks.
 

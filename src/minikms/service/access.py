@@ -310,7 +310,9 @@ class ScopedKeys:
         self._allowed(key_id)
         self._access.vault.check_destroyable(key_id, of_thread)
 
-    async def create_in_log(self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "") -> DekRecord:
+    async def create_in_log(
+        self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", numbered: bool = False
+    ) -> DekRecord:
         """As `Vault.create_in_log`. Raises ForbiddenError for a thread that is out of scope."""
 
         def permit() -> None:
@@ -319,7 +321,9 @@ class ScopedKeys:
                 self.record(replaces)
 
         permit()
-        return await self._access.vault.create_in_log(thread_id, purpose=purpose, replaces=replaces, permit=permit)
+        return await self._access.vault.create_in_log(
+            thread_id, purpose=purpose, replaces=replaces, numbered=numbered, permit=permit
+        )
 
     async def get_or_create(self, thread_id: str, *, purpose: api.Purpose) -> tuple[str, bool]:
         """As `Vault.get_or_create`. Raises ForbiddenError for a thread that is out of scope."""

@@ -40,7 +40,10 @@ class KeyVerbs:
         event.thread_id = _check_thread_id(request.thread_id)
         replaces = "" if request.replaces is UNSET else check_key_id(request.replaces)
         purpose: api.Purpose = "thread" if request.purpose is UNSET else request.purpose
-        record = await keys.create_in_log(request.thread_id, purpose=purpose, replaces=replaces)
+        numbered = request.numbered is True
+        if numbered:
+            await self._indexing.wait_complete(compared=True)
+        record = await keys.create_in_log(request.thread_id, purpose=purpose, replaces=replaces, numbered=numbered)
         event.key_id = record.id
         if replaces:
             event.detail = f"replaces {replaces}"
@@ -73,8 +76,8 @@ class KeyVerbs:
         """32 random bytes sealed under a key of purpose `data`, and in the clear unless the request says not."""
         event.key_id = check_key_id(request.key_id)
         opened = keys.opened(request.key_id)
-        if opened.purpose != "data":
-            raise WrongPurposeError("data keys are made under keys of purpose data")
+        if opened.purpose not in ("data", "derived"):
+            raise WrongPurposeError("data keys are made under keys of purpose data or derived")
         opened.check_encrypts()
         aad = opened.record_aad(decode_aad(request.aad))
         with self._vault.arena.allocate() as made:

@@ -88,6 +88,7 @@ class LifecycleVerbs:
             state=record.state,
             kek_version=record.kek_version,
             created_at=record.created_at,
+            number=record.number,
         )
 
     async def retire(self, keys: Keys, request: api.KeyRequest, event: Event) -> api.KeyAnswer:

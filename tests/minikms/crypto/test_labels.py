@@ -66,11 +66,15 @@ def test_a_record_is_bound_to_its_key_its_thread_and_the_callers_aad(
     assert (one == other) == ((key, thread, aad) == (other_key, other_thread, other_aad))
 
 
-@given(st.tuples(IDS, IDS, IDS, IDS, st.integers(1, 2**32)), st.tuples(IDS, IDS, IDS, IDS, st.integers(1, 2**32)))
-def test_a_wrapped_key_is_bound_to_all_five_of_its_properties(
-    one: tuple[str, str, str, str, int], other: tuple[str, str, str, str, int]
-) -> None:
-    def encoded(of: tuple[str, str, str, str, int]) -> bytes:
-        return labels.dek_aad(key_id=of[0], thread_id=of[1], purpose=of[2], algorithm=of[3], kek_version=of[4])
+Properties = tuple[str, str, str, str, int, int]
+PROPERTIES: st.SearchStrategy[Properties] = st.tuples(IDS, IDS, IDS, IDS, st.integers(1, 2**32), st.integers(0, 2**31))
+
+
+@given(PROPERTIES, PROPERTIES)
+def test_a_wrapped_key_is_bound_to_all_six_of_its_properties(one: Properties, other: Properties) -> None:
+    def encoded(of: Properties) -> bytes:
+        return labels.dek_aad(
+            key_id=of[0], thread_id=of[1], purpose=of[2], algorithm=of[3], kek_version=of[4], in_thread=of[5]
+        )
 
     assert (encoded(one) == encoded(other)) == (one == other)

@@ -53,6 +53,7 @@ def test_a_key_that_was_wrapped_unwraps_from_its_file() -> None:
         {"thread_id": "t2"},
         {"purpose": "data"},
         {"kek_version": 2},
+        {"number": 1},
         {"id": OTHER_ID},
         {"wrapped": made().wrapped[:-1] + b"\0"},
         {"wrapped": made().wrapped[:-1]},
@@ -113,6 +114,8 @@ def altered(**changes: Any) -> bytes:
         ({"algorithm": "AES-128-CBC"}, "has an invalid"),
         ({"version": 0}, "has an invalid"),
         ({"version": 2**40}, "has an invalid"),
+        ({"number": -1}, "has an invalid"),
+        ({"number": 2**31}, "has an invalid"),
         ({"kek_version": 0}, "has an invalid"),
         ({"kek_version": -1}, "has an invalid"),
         ({"kek_version": 2**63}, "damaged|has an invalid"),
@@ -161,6 +164,7 @@ RECORDS = st.builds(
     state=st.just("active"),
     replaces=st.sampled_from(["", OTHER_ID]),
     replaced_by=st.sampled_from(["", OTHER_ID]),
+    number=st.sampled_from([0, 1, dek.NUMBER_MAX - 1]),
 )
 
 
@@ -181,6 +185,7 @@ def test_the_longest_record_fits_the_length_of_every_file() -> None:
         retired_at=AT,
         replaces=OTHER_ID,
         replaced_by=OTHER_ID,
+        number=dek.NUMBER_MAX - 1,
     )
     assert len(dek.encode(longest)) == dek.FILE_BYTES
     assert dek.parse(dek.encode(longest), KEY_ID) == longest

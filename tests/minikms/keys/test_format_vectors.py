@@ -97,6 +97,10 @@ def test_dek_files_parse_unwrap_and_are_written_in_the_same_bytes() -> None:
         target = memoryview(bytearray(32))
         dek.unwrap_into(record, XaesCipher(view(KNOWN["keks"][str(version)])), target)
         assert bytes(target).hex() == known["key"]
+    numbered = dek.parse(known["numbered_file"].encode(), known["key_id"])
+    assert dek.encode(numbered) == known["numbered_file"].encode()
+    dek.unwrap_into(numbered, XaesCipher(view(KNOWN["keks"]["1"])), target)
+    assert bytes(target).hex() == known["key"]
 
 
 def test_retiring_a_key_makes_the_retired_file() -> None:
