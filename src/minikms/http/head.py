@@ -3,7 +3,8 @@
 Owns: which heads are accepted (RFC 9112 and RFC 9110, narrowed), what the engine learns from them, and the decoding of
 a query. Rules, in the order in which they are checked:
 1. The head is bounded.
-2. The version is 1.1 or 1.0, the method is one of RFC 9110 (without CONNECT and TRACE), the target is a bounded path.
+2. The version is 1.1 or 1.0, the method is one of RFC 9110 (without CONNECT and TRACE) or LIST, the target is a
+   bounded path.
 3. The headers match the grammar in this module: lines end in CR LF, no line is folded, and there is no control
    character but a tab. Only then httptools (llhttp) parses the head, and both must find the same headers.
 4. Host occurs exactly once (1.0: at most once), other single-valued headers at most once.
@@ -54,7 +55,8 @@ from minikms.http.limits import (
     RefusedError,
 )
 
-METHODS: Final = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"})
+METHODS: Final = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"LIST"})
+"""LIST, of the clients of Vault, is a GET to llhttp, which does not know it."""
 _METHODS_WITH_BODY: Final = frozenset({b"POST", b"PUT", b"PATCH"})
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
@@ -70,7 +72,11 @@ _REQUEST_ID: Final = api.REQUEST_ID_HEADER.encode()
 _PRINCIPAL: Final = api.PRINCIPAL_HEADER.encode()
 _RESERVED: Final = api.RESERVED_HEADERS.encode()
 _AUTHORIZATION: Final = b"authorization"
-_NOT_CACHED: Final = frozenset({_AUTHORIZATION, b"cookie", b"proxy-authorization", _REQUEST_ID, _PRINCIPAL})
+_VAULT: Final = b"x-vault-"
+_VAULT_TOKEN: Final = b"x-vault-token"
+_NOT_CACHED: Final = frozenset(
+    {_AUTHORIZATION, _VAULT_TOKEN, b"cookie", b"proxy-authorization", _REQUEST_ID, _PRINCIPAL}
+)
 _ONCE: Final = frozenset(
     {
         _AUTHORIZATION,
@@ -80,6 +86,9 @@ _ONCE: Final = frozenset(
         b"expect",
         b"host",
         b"transfer-encoding",
+        _VAULT_TOKEN,
+        b"x-vault-namespace",
+        b"x-vault-wrap-ttl",
         _PRINCIPAL,
         _REQUEST_ID,
     }
@@ -91,8 +100,9 @@ class ParsedHead(msgspec.Struct, frozen=True, gc=False):
 
     `path` and `query` are as sent, not percent-decoded. `content_length` is 0 for a chunked or absent body.
     `principal`: the value of `X-MiniKMS-Principal`, unchecked, even if it is empty; None without that header.
-    `authorization`: likewise, that of `Authorization`. `reserved`: there is a header `X-MiniKMS-*`. `plain`: a 200 with
-    JSON needs no special header (the connection stays open, the method is not HEAD, no request id to repeat).
+    `authorization`: likewise, that of `Authorization`. `reserved`: there is a header `X-MiniKMS-*`. `vault`: the
+    headers `X-Vault-*` by the rest of their names, in lower case. `plain`: a 200 with JSON needs no special header (the
+    connection stays open, the method is not HEAD, no request id to repeat).
     `cacheable`: `HeadCache` may keep it, because it contains no credential and is likely to recur.
     """
 
@@ -110,6 +120,7 @@ class ParsedHead(msgspec.Struct, frozen=True, gc=False):
     cacheable: bool
     authorization: str | None = None
     reserved: bool = False
+    vault: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"ParsedHead({self.method} {self.path})"
@@ -168,6 +179,11 @@ def parse_head(raw: bytes, limits: Limits) -> ParsedHead:
         cacheable=not query and fields.keys().isdisjoint(_NOT_CACHED),
         authorization=fields[_AUTHORIZATION].decode("latin-1") if _AUTHORIZATION in fields else None,
         reserved=any(name.startswith(_RESERVED) for name in fields),
+        vault={
+            name[len(_VAULT) :].decode("ascii"): value.decode("latin-1")
+            for name, value in fields.items()
+            if name.startswith(_VAULT)
+        },
     )
 
 
@@ -208,7 +224,8 @@ def _parse_fields(raw: bytes, target: bytes) -> list[tuple[bytes, bytes]]:
     """Header names in lower case, and values, as httptools parses them."""
     sink = _Fields()
     try:
-        httptools.HttpRequestParser(sink).feed_data(raw)
+        known = b"GET" + raw[4:] if raw.startswith(b"LIST ") else raw
+        httptools.HttpRequestParser(sink).feed_data(known)
     except httptools.HttpParserUpgrade:
         raise RefusedError(UPGRADE) from None
     except httptools.HttpParserError:
