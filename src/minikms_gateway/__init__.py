@@ -11,5 +11,5 @@ the policy file (docs/spec/gateway.md). Rules of the package:
 5. Each refusal has a reason, which log and metrics show; an answer shows no text of a library.
 
 Modules, each importing only earlier ones: `reasons`, `config`, `certificates`, `tokens`, `issuers`, `upstream`,
-`application`, `metrics`, `process`, `command`.
+`transit` (a package), `application`, `metrics`, `process`, `command`.
 """

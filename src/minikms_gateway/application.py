@@ -4,7 +4,8 @@ Owns: the sessions, the principal of each request, the bounds of connections, an
 may use. Invariants: without a principal every path but `/health` is 401, before a body is received; certificate, CA and
 CRL are checked again for each request; a verb that is not `proxied` in `minikms.api.verbs` is 403 without a request to
 the key service; a header that only a proxy sends is refused. A request for one principal is never made for another:
-the name is decided in the turn in which the request is sent on. It must never look into a body.
+the name is decided in the turn in which the request is sent on. It must never look into a body, which
+`minikms_gateway.transit` does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Awaitable, Hashable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlencode
 
@@ -43,10 +45,15 @@ from minikms_gateway.reasons import (
     RefusedTokenError,
     TooManyConnectionsError,
 )
+from minikms_gateway.transit.keyring import Lifetime
+from minikms_gateway.transit.table import API as TRANSIT_API
+from minikms_gateway.transit.table import Transit
+from minikms_gateway.transit.wire import error_response as transit_error
 from minikms_gateway.upstream import Upstream, request_bytes
 
 if TYPE_CHECKING:
     from minikms_gateway.issuers import Issuers
+    from minikms_gateway.tokens import Verified
 
 UNPROVEN_SECONDS_MAX: Final = 10.0
 """How long a connection without a good certificate stays open before it has shown a good token."""
@@ -62,11 +69,14 @@ Answer = bytes | Response | Awaitable[bytes | Response]
 
 
 class State(NamedTuple):
-    """What the configuration says at one time. `issuers`: None without any."""
+    """What the configuration says at one time. `issuers`: None without any. `mount`: of the transit API; empty without
+    it.
+    """
 
     trust: Trust
     issuers: Issuers | None
     generation: int
+    mount: str = ""
 
 
 class Session:
@@ -122,6 +132,7 @@ class Gateway:
         self.requests = {verb.name: 0 for verb in api.VERBS if verb.proxied}
         """Requests that were sent on, by verb."""
         self._routes = Routes((verb.method, verb.path, verb) for verb in api.VERBS)
+        self._transit = Transit(self._ask)
 
     @property
     def state(self) -> State:
@@ -182,11 +193,14 @@ class Gateway:
         """Refuses a body before it is received: of a peer without a principal, on any path."""
         try:
             self._check_head(head)
-            if not isinstance(self._principal(session, head), str):
+            if self._is_transit(head) and Transit.is_login(head):
+                return None
+            if not isinstance(self._principal(session, self._credential(head, None)), str):
                 raise IssuerUnavailableError(_FETCHING)
-            self._verb(head)
+            if not self._is_transit(head):
+                self._verb(head)
         except KmsRefusedError as error:
-            refused = self._counted(session, error)
+            refused = self._counted(session, error, head)
             refused.close = True
             return refused
         return None
@@ -197,11 +211,12 @@ class Gateway:
             return HEALTHY
         try:
             self._check_head(head)
-            who = self._principal(session, head)
+            credential = self._credential(head, request.body)
+            who = self._principal(session, credential)
             if isinstance(who, str):
-                return self._forward(who, request)
+                return self._answer(who, session, request, credential)
         except KmsRefusedError as error:
-            return self._counted(session, error)
+            return self._counted(session, error, head)
         return self._after(who, session, Request(head, memoryview(bytes(request.body))))
 
     def refused(self, session: Session | None, status: int, code: str) -> None:
@@ -215,7 +230,11 @@ class Gateway:
 
     # --- principals ---------------------------------------------------------------------------------------------
 
-    def _principal(self, session: Session, head: ParsedHead) -> str | asyncio.Future[None]:
+    def _credential(self, head: ParsedHead, body: memoryview | None) -> str | None:
+        """The header `Authorization`, or what the transit API has in its place."""
+        return Transit.credential(head, body) if self._is_transit(head) else head.authorization
+
+    def _principal(self, session: Session, credential: str | None) -> str | asyncio.Future[None]:
         """A future: the keys of an issuer are being fetched, so ask again. Raises UnauthorizedError,
         IssuerUnavailableError, TooManyConnectionsError.
         """
@@ -223,18 +242,14 @@ class Gateway:
             self._check(session)
             if session.refused is not None:
                 raise RefusedCertificateError(session.refused.reason)
-        if head.authorization is not None:
-            return self._of_token(session, head.authorization)
+        if credential is not None:
+            return self._of_token(session, credential)
         if session.identity is None:
             raise UnauthorizedError("show a client certificate, or a token in the header Authorization: Bearer")
         return session.identity.name
 
     def _of_token(self, session: Session, authorization: str) -> str | asyncio.Future[None]:
-        issuers = self._state.issuers
-        if issuers is None:
-            raise RefusedTokenError("token_issuer")
-        thumbprint = None if session.chain is None else session.chain.thumbprint
-        found = issuers.principal(authorization, thumbprint, time.time())
+        found = self._verified(session, authorization)
         if isinstance(found, asyncio.Future):
             return found
         if not session.proven and not session.closed:
@@ -245,6 +260,21 @@ class Gateway:
             session.link.regroup()
         session.until = max(session.until, found.until)
         return found.name
+
+    def _verified(self, session: Session, authorization: str) -> Verified | asyncio.Future[None]:
+        issuers = self._state.issuers
+        if issuers is None:
+            raise RefusedTokenError("token_issuer")
+        thumbprint = None if session.chain is None else session.chain.thumbprint
+        return issuers.principal(authorization, thumbprint, time.time())
+
+    def _lifetime(self, session: Session, credential: str | None) -> Lifetime:
+        """Of what `_principal` has just accepted."""
+        now = time.time()
+        if credential is None:
+            return Lifetime(now, now if session.identity is None else session.identity.until)
+        found = self._verified(session, credential)
+        return Lifetime(now, now) if isinstance(found, asyncio.Future) else Lifetime(found.begun or now, found.expires)
 
     def _check(self, session: Session) -> None:
         """Bring `identity` and `refused` up to date."""
@@ -266,15 +296,25 @@ class Gateway:
     async def _after(self, fetched: asyncio.Future[None], session: Session, request: Request) -> bytes | Response:
         await asyncio.shield(fetched)
         try:
-            who = self._principal(session, request.head)
+            credential = self._credential(request.head, request.body)
+            who = self._principal(session, credential)
             if not isinstance(who, str):  # another fetch: the issuer changed meanwhile
                 raise IssuerUnavailableError(_FETCHING)
-            answer = self._forward(who, request)
+            answer = self._answer(who, session, request, credential)
         except KmsRefusedError as error:
-            return self._counted(session, error)
+            return self._counted(session, error, request.head)
         return answer if isinstance(answer, bytes | Response) else await answer
 
     # --- requests -----------------------------------------------------------------------------------------------
+
+    def _is_transit(self, head: ParsedHead) -> bool:
+        return bool(self._state.mount) and head.path.startswith(TRANSIT_API)
+
+    def _answer(self, who: str, session: Session, request: Request, credential: str | None) -> Answer:
+        if self._is_transit(request.head):
+            lifetime = partial(self._lifetime, session, credential)
+            return self._transit.answer(who, request, self._state.mount, lifetime)
+        return self._forward(who, request)
 
     def _check_head(self, head: ParsedHead) -> None:
         if head.reserved:
@@ -294,17 +334,25 @@ class Gateway:
         if head.path == api.READY.path:
             if head.method != api.READY.method:
                 return no_route((api.READY.method,))
-            return self._upstream.send(request_bytes(head.method, head.path, request, None))
+            return self._ask(api.READY, who, request)
         verb = self._verb(head)
         if isinstance(verb, Response):
             return verb
         target = head.path
         if head.query and verb.method == "GET":
             target += f"?{urlencode(parse_query(head.query))}"
-        self.requests[verb.name] += 1
-        return self._upstream.send(request_bytes(verb.method, target, request, who))
+        return self._ask(verb, who, request, target)
 
-    def _counted(self, session: Session, error: KmsRefusedError) -> Response:
+    def _ask(
+        self, verb: Verb[Any, Any], who: str, request: Request, target: str | None = None
+    ) -> asyncio.Future[bytes | Response]:
+        """Sends a request of the key service, for nobody if it is READY."""
+        if verb is api.READY:
+            return self._upstream.send(request_bytes(verb.method, verb.path, request, None))
+        self.requests[verb.name] += 1
+        return self._upstream.send(request_bytes(verb.method, target or verb.path, request, who))
+
+    def _counted(self, session: Session, error: KmsRefusedError, head: ParsedHead) -> Response:
         """The answer to an error, whose reason is counted."""
         if isinstance(error, RefusedCertificateError | RefusedTokenError | RefusedRequestError):
             self._refusals.add(error.reason, session.peer)
@@ -316,7 +364,7 @@ class Gateway:
             self._refusals.add("no_identity", session.peer)
         elif not isinstance(error, InvalidRequestError):
             self._refusals.add("kms_unavailable", session.peer)
-        answer = raised_response(error)
+        answer = transit_error(error) if self._is_transit(head) else raised_response(error)
         answer.close = answer.close or isinstance(error, TooManyConnectionsError)
         return answer
 

@@ -6,6 +6,7 @@ unknown or of another type is refused. It must never open a socket, or keep what
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,6 +22,8 @@ CLIENT_CAS_COUNT_MAX: Final = 16
 ISSUERS_COUNT_MAX: Final = 16
 NAMES_COUNT_MAX: Final = 64
 """Trust domains, or DNS suffixes, of one CA."""
+
+_MOUNT: Final = re.compile(r"(?!(?:sys|auth)\Z)[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 Algorithm = Literal["ES256", "ES384", "ES512", "EdDSA", "Ed25519", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]
 """Never one with a shared secret: a verifier of such a token could make one."""
@@ -58,6 +61,12 @@ class Issuer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     jwks_file: str = ""
 
 
+class Transit(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The transit API of Vault, below `/v1/` and this mount (docs/spec/transit.md)."""
+
+    mount: str = "transit"
+
+
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     version: Literal[1]
     listen: str
@@ -67,6 +76,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     metrics: str = ""
     client_ca: tuple[ClientCa, ...] = ()
     issuer: tuple[Issuer, ...] = ()
+    transit: Transit | None = None
 
     @property
     def fetches_keys(self) -> bool:
@@ -109,6 +119,8 @@ def _check(config: Config) -> None:
         raise StartError("without a [[client_ca]] or an [[issuer]] nobody could use the gateway")
     if len(config.client_ca) > CLIENT_CAS_COUNT_MAX or len(config.issuer) > ISSUERS_COUNT_MAX:
         raise StartError(f"there are more than {CLIENT_CAS_COUNT_MAX} CAs or {ISSUERS_COUNT_MAX} issuers")
+    if config.transit is not None and _MOUNT.fullmatch(config.transit.mount) is None:
+        raise StartError("mount is 1 to 64 of A-Z, a-z, 0-9, '_' and '-', and neither sys nor auth")
     for ca in config.client_ca:
         if not ca.trust_domains and not ca.dns_suffixes:
             raise StartError(f"the CA {ca.file} needs trust_domains or dns_suffixes: it proves nobody")

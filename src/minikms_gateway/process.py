@@ -299,7 +299,8 @@ class _Process:
 
     def _state(self, loaded: Loaded) -> State:
         self._generation += 1
-        return State(loaded.trust, loaded.issuers, self._generation)
+        transit = loaded.config.transit
+        return State(loaded.trust, loaded.issuers, self._generation, "" if transit is None else transit.mount)
 
     # --- events -------------------------------------------------------------------------------------------------
 

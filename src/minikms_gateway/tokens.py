@@ -54,7 +54,8 @@ Key = RSAKey | ECKey | OKPKey
 
 class Verified(NamedTuple):
     """What a token proves: a name, until a time in Unix seconds, and with `thumbprint` only for the holder of that
-    certificate's private key. `issuer`: its index in the configuration, `kid`: the key that has signed it.
+    certificate's private key. `issuer`: its index in the configuration, `kid`: the key that has signed it, `begun`:
+    when, 0 if the token does not say.
     """
 
     name: str
@@ -62,6 +63,12 @@ class Verified(NamedTuple):
     thumbprint: bytes | None
     issuer: int
     kid: str
+    begun: float = 0.0
+
+    @property
+    def expires(self) -> float:
+        """As the token says."""
+        return self.until - SKEW_SECONDS
 
 
 class Unverified(NamedTuple):
@@ -135,7 +142,8 @@ def verify(token: Unverified, issuer: Issuer, key: Key, *, now: float, thumbprin
         raise RefusedTokenError("token_audience")
     bound = _bound_to(claims)
     check_binding(bound, thumbprint)
-    return Verified(_name(claims, issuer), until, bound, token.issuer, token.kid)
+    begun = _time(claims, "iat") or 0.0
+    return Verified(_name(claims, issuer), until, bound, token.issuer, token.kid, begun)
 
 
 def check_binding(bound: bytes | None, thumbprint: bytes | None) -> None:

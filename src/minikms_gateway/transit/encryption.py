@@ -1,0 +1,319 @@
+"""encrypt, decrypt and rewrap, one record or a batch.
+
+Owns: the form of a ciphertext, `vault:vN:` and a record in base64; which requests of the key service a batch becomes.
+Invariants: the results of a batch are in the order of its items, each with the item's `reference`; one failed item
+makes the status 400, unless the caller asked for another one and an item succeeded; a rewrap happens in the key
+service. Plaintext must never be kept or logged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from minikms import api
+from minikms.api.errors import KmsRefusedError, refusal
+from minikms.http import Response
+from minikms_gateway.transit.keyring import OUT_OF_DATE, Caller, TransitKey
+from minikms_gateway.transit.wire import (
+    BATCH_ITEMS_MAX,
+    Body,
+    Number,
+    Short,
+    VaultError,
+    bound,
+    decode_base64,
+    encode_base64,
+    envelope,
+    text_of,
+)
+
+STATUSES_WITHOUT_BODY: Final = frozenset({204, 205, 304})
+"""Never the status of a batch: the body would be read as the next answer."""
+_PREFIX: Final = "vault:v"
+_VERSION: Final = re.compile(r"[0-9]{1,10}", re.ASCII)
+
+
+class Item(msgspec.Struct):
+    plaintext: str | None = None
+    ciphertext: str | None = None
+    context: str | None = None
+    associated_data: str | None = None
+    key_version: Number | None = None
+    reference: Short | None = None
+
+
+class Records(Item, Body):
+    batch_input: Annotated[list[Item], msgspec.Meta(max_length=BATCH_ITEMS_MAX)] | None = None
+    partial_failure_response_code: Number | None = None
+    convergent_encryption: bool | None = None
+
+
+class Encrypted(msgspec.Struct, omit_defaults=True):
+    ciphertext: str = ""
+    key_version: int = 0
+    error: str = ""
+    reference: str | None = None
+
+
+class Decrypted(msgspec.Struct, omit_defaults=True):
+    plaintext: str | None = None
+    error: str = ""
+    reference: str | None = None
+
+
+async def encrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
+    items = _items(body, "plaintext", "encrypt")
+    latest = 0
+
+    async def seal(key: TransitKey) -> list[str | KmsRefusedError]:
+        nonlocal latest
+        latest = key.latest
+        key_id = key.latest_id
+
+        def prepare(item: Item) -> tuple[str, bytes, bytes]:
+            key.encrypts(item.key_version or 0)
+            key.check_context(item.context)
+            return key_id, decode_base64(item.plaintext or ""), bound(item.context, item.associated_data)
+
+        def ciphertext(sealed: bytes) -> str:
+            return ciphertext_of(key.latest, sealed)
+
+        if body.batch_input is None:
+            _, plaintext, aad = prepare(items[0])
+            fields = {"key_id": key_id, "plaintext": plaintext, "aad": aad}
+            return [ciphertext((await caller.native(api.ENCRYPT, api.EncryptAnswer, body=fields)).ciphertext)]
+        return await _batch(caller, api.ENCRYPT_BATCH, items, prepare, ciphertext)
+
+    results = await caller.using(name, seal)
+    return _encrypted(body, items, results, latest)
+
+
+async def decrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
+    items = _items(body, "ciphertext", "decrypt")
+
+    async def unseal(key: TransitKey) -> list[str | KmsRefusedError]:
+        def prepare(item: Item) -> tuple[str, bytes, bytes]:
+            number, sealed = _parsed(item.ciphertext)
+            key_id = key.decrypting(number)
+            record = decode_base64_of(sealed)
+            key.check_context(item.context)
+            return key_id, record, bound(item.context, item.associated_data)
+
+        if body.batch_input is None:
+            key_id, record, aad = prepare(items[0])
+            fields = {"key_id": key_id, "ciphertext": record, "aad": aad}
+            return [(await caller.native(api.DECRYPT, _Plaintext, body=fields)).plaintext]
+        return await _batch(caller, api.DECRYPT_BATCH, items, prepare, encode_base64)
+
+    results = await caller.using(name, unseal, at_least=_newest(items))
+    if body.batch_input is None:
+        return envelope(Decrypted(_only(results)))
+    return _batch_answer(
+        body,
+        results,
+        [
+            Decrypted(result, "", item.reference or "")
+            if isinstance(result, str)
+            else Decrypted("", text_of(result), item.reference or "")
+            for item, result in zip(items, results, strict=True)
+        ],
+    )
+
+
+async def rewrap(caller: Caller, name: str, body: Records) -> bytes | Response:
+    """One request for each version among the items."""
+    items = _items(body, "ciphertext", "decrypt")
+    latest = 0
+
+    async def move(key: TransitKey) -> list[str | KmsRefusedError]:
+        nonlocal latest
+        latest = key.latest
+        results: list[str | KmsRefusedError] = [VaultError("")] * len(items)
+        places: defaultdict[str, list[int]] = defaultdict(list)
+        moved: defaultdict[str, list[tuple[bytes, bytes]]] = defaultdict(list)
+        for place, item in enumerate(items):
+            try:
+                key.encrypts(item.key_version or 0)
+                number, sealed = _parsed(item.ciphertext)
+                key_id = key.decrypting(number)
+                key.check_context(item.context)
+                moved[key_id].append((decode_base64_of(sealed), bound(item.context, item.associated_data)))
+                places[key_id].append(place)
+            except KmsRefusedError as error:
+                results[place] = error
+        for key_id, records in moved.items():
+            fields = (key_id, key.latest_id, records)
+            answer = await caller.native(api.REENCRYPT_BATCH, _Outcomes, body=fields, packed=True)
+            for place, outcome in zip(places[key_id], _counted(answer, records), strict=True):
+                results[place] = _result(outcome, lambda sealed: ciphertext_of(key.latest, sealed))
+        return results
+
+    results = await caller.using(name, move, at_least=_newest(items))
+    return _encrypted(body, items, results, latest)
+
+
+class _Plaintext(msgspec.Struct):
+    """The base64 of a plaintext, which is passed on as it is."""
+
+    plaintext: str
+
+    def __repr__(self) -> str:
+        return "_Plaintext()"
+
+
+class _Refused(msgspec.Struct, array_like=True):
+    error: str
+    code: str
+
+
+class _Outcomes(msgspec.Struct, array_like=True):
+    """The answer to a batch in MessagePack."""
+
+    items: list[bytes | _Refused]
+
+    def __repr__(self) -> str:
+        return "_Outcomes()"
+
+
+def _items(body: Records, member: str, what: str) -> Sequence[Item]:
+    """The items of a request. Raises VaultError for what refuses all of them."""
+    if body.convergent_encryption:
+        raise VaultError("convergent encryption is not offered")
+    if body.batch_input is None:
+        given = getattr(body, member)
+        if given is None or (not given and member == "ciphertext"):
+            raise VaultError(f"missing {member} to {what}")
+        return [body]
+    items = body.batch_input
+    if not items:
+        raise VaultError("missing batch input to process")
+    for index, item in enumerate(items):
+        if getattr(item, member) is None:
+            raise VaultError(f"failed to parse batch input: '[{index}].{member}' missing {member} to {what}")
+        if bool(item.context) is not bool(items[0].context):
+            raise VaultError("context should be set either in all the request blocks or in none")
+    return items
+
+
+async def _batch(
+    caller: Caller,
+    verb: api.Verb[Any, Any],
+    items: Sequence[Item],
+    prepare: Callable[[Item], tuple[str, bytes, bytes]],
+    shown: Callable[[bytes], str],
+) -> list[str | KmsRefusedError]:
+    """One request for those items of a batch that can be read."""
+    results: list[str | KmsRefusedError] = []
+    wanted: list[tuple[str, bytes, bytes]] = []
+    places: list[int] = []
+    for place, item in enumerate(items):
+        try:
+            wanted.append(prepare(item))
+            places.append(place)
+            results.append("")
+        except KmsRefusedError as error:
+            results.append(error)
+    if wanted:
+        answer = await caller.native(verb, _Outcomes, body=(wanted,), packed=True)
+        for place, outcome in zip(places, _counted(answer, wanted), strict=True):
+            results[place] = _result(outcome, shown)
+    return results
+
+
+def _counted(answer: _Outcomes, wanted: Sequence[object]) -> list[bytes | _Refused]:
+    if len(answer.items) != len(wanted):
+        raise VaultError("the key service answered another number of items", 500)
+    return answer.items
+
+
+def _result(outcome: bytes | _Refused, shown: Callable[[bytes], str]) -> str | KmsRefusedError:
+    """Raises an error of OUT_OF_DATE: the whole batch is made again."""
+    if isinstance(outcome, bytes):
+        return shown(outcome)
+    error = refusal(outcome.code, outcome.error)
+    if isinstance(error, OUT_OF_DATE):
+        raise error
+    return error
+
+
+def _only(results: Sequence[str | KmsRefusedError]) -> str:
+    [result] = results
+    if isinstance(result, str):
+        return result
+    raise result
+
+
+def _encrypted(
+    body: Records, items: Sequence[Item], results: Sequence[str | KmsRefusedError], latest: int
+) -> bytes | Response:
+    if body.batch_input is None:
+        return envelope(Encrypted(_only(results), latest))
+    return _batch_answer(
+        body,
+        results,
+        [
+            Encrypted(result, latest, "", item.reference or "")
+            if isinstance(result, str)
+            else Encrypted("", 0, text_of(result), item.reference or "")
+            for item, result in zip(items, results, strict=True)
+        ],
+    )
+
+
+def _batch_answer(body: Records, results: Sequence[str | KmsRefusedError], shown: Sequence[Any]) -> bytes | Response:
+    failed = sum(not isinstance(result, str) for result in results)
+    data = {"batch_results": shown}
+    if not failed:
+        return envelope(data)
+    status, warning = 400, ""
+    wanted = body.partial_failure_response_code
+    if wanted is not None and failed < len(results):
+        if 200 <= wanted <= 599 and wanted not in STATUSES_WITHOUT_BODY:
+            status = wanted
+        else:
+            warning = "invalid HTTP response code override from partial_failure_response_code, reverting to 400"
+    return Response(status, envelope(data, warning=warning))
+
+
+def ciphertext_of(number: int, sealed: bytes) -> str:
+    return f"{_PREFIX}{number}:{encode_base64(sealed)}"
+
+
+def _parsed(ciphertext: str | None) -> tuple[int, str]:
+    """The version of a ciphertext, and its record in base64. Raises VaultError."""
+    if not ciphertext:
+        raise VaultError("missing ciphertext to decrypt")
+    if not ciphertext.startswith(_PREFIX):
+        raise VaultError("invalid ciphertext: no prefix")
+    version, colon, record = ciphertext[len(_PREFIX) :].partition(":")
+    if not colon:
+        raise VaultError("invalid ciphertext: wrong number of fields")
+    if _VERSION.fullmatch(version) is None:
+        raise VaultError("invalid ciphertext: version number could not be decoded")
+    return int(version), record
+
+
+def decode_base64_of(record: str) -> bytes:
+    try:
+        sealed = decode_base64(record)
+    except VaultError:
+        raise VaultError("invalid ciphertext: could not decode base64") from None
+    if len(sealed) < api.SEAL_BYTES:
+        raise VaultError("invalid ciphertext length")
+    return sealed
+
+
+def _newest(items: Sequence[Item]) -> int:
+    """The highest version that a ciphertext names."""
+    newest = 0
+    for item in items:
+        try:
+            newest = max(newest, _parsed(item.ciphertext)[0])
+        except VaultError:
+            continue
+    return newest

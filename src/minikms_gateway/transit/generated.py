@@ -1,0 +1,91 @@
+"""datakey and random: bytes that the key service makes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from minikms import api
+from minikms.http import Response
+from minikms_gateway.transit.encryption import ciphertext_of
+from minikms_gateway.transit.keyring import Caller, TransitKey
+from minikms_gateway.transit.wire import Body, Number, Short, VaultError, bound, decode_base64, envelope
+
+RANDOM_BYTES_DEFAULT: Final = 32
+DATA_KEY_BITS: Final = 256
+
+
+class DataKey(Body):
+    context: str | None = None
+    associated_data: str | None = None
+    bits: Number | None = None
+    key_version: Number | None = None
+
+
+class Random(Body):
+    bytes: Number | None = None
+    format: Short | None = None
+
+
+class _DataKeyAnswer(msgspec.Struct):
+    """The base64 of a key, which is passed on as it is."""
+
+    ciphertext: bytes
+    plaintext: str | None = None
+
+    def __repr__(self) -> str:
+        return "_DataKeyAnswer()"
+
+
+async def plaintext_data_key(caller: Caller, name: str, body: DataKey) -> bytes | Response:
+    return await _data_key(caller, name, body, plaintext=True)
+
+
+async def wrapped_data_key(caller: Caller, name: str, body: DataKey) -> bytes | Response:
+    return await _data_key(caller, name, body, plaintext=False)
+
+
+async def _data_key(caller: Caller, name: str, body: DataKey, *, plaintext: bool) -> bytes | Response:
+    if body.bits not in (None, DATA_KEY_BITS):
+        raise VaultError(f"invalid bit length: data keys have {DATA_KEY_BITS} bits")
+
+    async def make(key: TransitKey) -> bytes:
+        key.encrypts(body.key_version or 0)
+        key.check_context(body.context)
+        fields = {
+            "key_id": key.latest_id,
+            "aad": bound(body.context, body.associated_data),
+            "plaintext": plaintext,
+        }
+        answer = await caller.native(api.GENERATE_DATA_KEY, _DataKeyAnswer, body=fields)
+        data: dict[str, Any] = {"ciphertext": ciphertext_of(key.latest, answer.ciphertext), "key_version": key.latest}
+        if plaintext:
+            data["plaintext"] = answer.plaintext
+        return envelope(data)
+
+    return await caller.using(name, make)
+
+
+async def random(caller: Caller, count: str, body: Random) -> bytes:
+    """`count`: of the path, or empty."""
+    if count and not (count.isascii() and count.isdigit() and len(count) < 10):
+        raise VaultError("error parsing url-set byte count")
+    wanted = int(count) if count else body.bytes if body.bytes is not None else RANDOM_BYTES_DEFAULT
+    if wanted < 1:
+        raise VaultError("'bytes' cannot be less than 1")
+    if wanted > api.RANDOM_BYTES_MAX:
+        raise VaultError(f"'bytes' should be less than {api.RANDOM_BYTES_MAX}")
+    if body.format not in (None, "base64", "hex"):
+        raise VaultError('unsupported encoding format; must be "hex" or "base64"')
+    made = await caller.native(api.RANDOM, _Random, body={"count": wanted})
+    return envelope({"random_bytes": decode_base64(made.random).hex() if body.format == "hex" else made.random})
+
+
+class _Random(msgspec.Struct):
+    """The base64 of random bytes."""
+
+    random: str
+
+    def __repr__(self) -> str:
+        return "_Random()"

@@ -1,0 +1,153 @@
+"""The paths of the transit API, and the life of a request to one of them.
+
+Owns: the table of operations; where the credential of a request is. Invariants: a path has one spelling, without
+percent escapes, and is compared whole; a name of a key matches `NAME` before anything is done with it; every error
+leaves in the form of Vault. It must never decide who a caller is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NamedTuple
+
+from minikms.api.errors import InvalidRequestError, KmsRefusedError
+from minikms.http import ParsedHead, Request, Response, parse_query
+from minikms_gateway.transit import encryption, generated, keys, system
+from minikms_gateway.transit.keyring import NAME, Ask, Caller, Lifetime, Remembered
+from minikms_gateway.transit.system import LOGIN_BYTES_MAX, Login
+from minikms_gateway.transit.wire import Body, VaultError, decode, error_response
+
+API: Final = "/v1/"
+LOGIN: Final = "auth/jwt/login"
+MTLS_TOKEN: Final = "mtls"  # noqa: S105  no secret: it says that the certificate is the credential
+"""In the place of a token, beside a client certificate, for clients that insist on one."""
+_WRITE: Final = ("POST", "PUT")
+_TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
+
+
+class Operation(NamedTuple):
+    """`path`: below the API or, with `{mount}`, below the mount; `{}` is a name of a key, `{count}` a number."""
+
+    methods: tuple[str, ...]
+    path: str
+    body: type[Any]
+    run: Callable[[Caller, str, Any], Awaitable[bytes | Response]]
+
+
+OPERATIONS: Final = (
+    Operation(_WRITE, "{mount}/encrypt/{}", encryption.Records, encryption.encrypt),
+    Operation(_WRITE, "{mount}/decrypt/{}", encryption.Records, encryption.decrypt),
+    Operation(_WRITE, "{mount}/rewrap/{}", encryption.Records, encryption.rewrap),
+    Operation(_WRITE, "{mount}/datakey/plaintext/{}", generated.DataKey, generated.plaintext_data_key),
+    Operation(_WRITE, "{mount}/datakey/wrapped/{}", generated.DataKey, generated.wrapped_data_key),
+    Operation(_WRITE, "{mount}/random", generated.Random, generated.random),
+    Operation(_WRITE, "{mount}/random/{count}", generated.Random, generated.random),
+    Operation(("LIST",), "{mount}/keys", Body, keys.list_names),
+    Operation(_WRITE, "{mount}/keys/{}", keys.Settings, keys.create),
+    Operation(("GET",), "{mount}/keys/{}", Body, keys.read),
+    Operation(("DELETE",), "{mount}/keys/{}", Body, keys.refuse_destruction),
+    Operation(_WRITE, "{mount}/keys/{}/rotate", Body, keys.rotate),
+    Operation(_WRITE, "{mount}/keys/{}/config", keys.Settings, keys.configure),
+    Operation(_WRITE, "{mount}/keys/{}/trim", Body, keys.refuse_destruction),
+    Operation(("GET", "HEAD"), "sys/health", Body, system.health),
+    Operation(("GET",), "sys/seal-status", Body, system.seal_status),
+    Operation(("GET", *_WRITE), "auth/token/lookup-self", Body, system.lookup_self),
+    Operation(_WRITE, "auth/token/renew-self", Body, system.renew_self),
+    Operation(_WRITE, LOGIN, Login, system.login),
+)
+_TABLE: Final = {
+    path: {method: entry for entry in OPERATIONS if entry.path == path for method in entry.methods}
+    for path in dict.fromkeys(entry.path for entry in OPERATIONS)
+}
+_NAME_PLACES: Final = (2, 3)
+"""The segments, behind the mount's, that may be a name."""
+
+
+class Transit:
+    """`ask` sends requests to the key service."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._remembered = Remembered()
+
+    @staticmethod
+    def credential(head: ParsedHead, body: memoryview | None) -> str | None:
+        """What a header `Authorization` would hold; None: the certificate. `body`: None before it has arrived. Raises
+        VaultError.
+        """
+        if head.vault.get("namespace", "").strip("/") not in ("", "root"):
+            raise VaultError("there are no namespaces here", 404)
+        if "wrap-ttl" in head.vault:
+            raise VaultError("response wrapping is not offered")
+        token = head.vault.get("token", "")
+        if Transit.is_login(head):
+            if body is None:
+                raise ValueError("a login is known by its body")
+            token = decode(body, Login).jwt or ""
+            if not token or token == MTLS_TOKEN:
+                raise VaultError("missing token")
+        elif head.authorization is not None:
+            if token:
+                raise VaultError("a request has one token", 403)
+            return head.authorization
+        return f"Bearer {token}" if token and token != MTLS_TOKEN else None
+
+    @staticmethod
+    def is_login(head: ParsedHead) -> bool:
+        """Whether the credential is in the body, which is bounded. Raises VaultError."""
+        if head.path != API + LOGIN or head.method not in _WRITE:
+            return False
+        if head.chunked or head.content_length > LOGIN_BYTES_MAX:
+            raise VaultError("the body of a login is too large, or of unknown length", 413)
+        return True
+
+    def answer(
+        self, who: str, request: Request, mount: str, lifetime: Callable[[], Lifetime]
+    ) -> Response | Awaitable[bytes | Response]:
+        try:
+            operation, name = find(request.head, mount)
+            body = decode(request.body, operation.body)
+        except KmsRefusedError as error:
+            return error_response(error)
+        caller = Caller(who, request.head, self._ask, self._remembered, lifetime)
+        return _run(operation, caller, name, body)
+
+
+async def _run(operation: Operation, caller: Caller, name: str, body: Any) -> bytes | Response:
+    try:
+        return await operation.run(caller, name, body)
+    except KmsRefusedError as error:
+        return error_response(error)
+
+
+def find(head: ParsedHead, mount: str) -> tuple[Operation, str]:
+    """The operation of a request, and the name in its path. Raises VaultError."""
+    method = head.method
+    if method == "GET" and _lists(head.query):
+        method = "LIST"
+    parts = head.path.removeprefix(API).split("/")
+    if method == "LIST" and parts[-1] == "":
+        parts.pop()
+    if parts[0] == mount:
+        parts[0] = "{mount}"
+    elif parts[0] not in ("sys", "auth"):
+        parts = []
+    methods, name = _TABLE.get("/".join(parts), {}), ""
+    for place in _NAME_PLACES:
+        if not methods and place < len(parts) and NAME.fullmatch(parts[place]) is not None:
+            methods = _TABLE.get("/".join([*parts[:place], "{}", *parts[place + 1 :]]), {})
+            name = parts[place]
+    if not methods and parts[:2] == ["{mount}", "random"] and len(parts) == 3:
+        methods, name = _TABLE["{mount}/random/{count}"], parts[2]
+    if not methods:
+        raise VaultError("unsupported path", 404)
+    if method not in methods:
+        raise VaultError("unsupported operation", 405, ", ".join(methods))
+    return methods[method], name
+
+
+def _lists(query: str) -> bool:
+    try:
+        return parse_query(query).get("list", "") in _TRUE
+    except InvalidRequestError:
+        raise VaultError("the query is malformed") from None

@@ -1,0 +1,1 @@
+"""The transit API: what clients of Vault send, and what they are answered."""
