@@ -47,6 +47,8 @@ DIRECTORY: Final = "kms-deks"
 SUFFIX: Final = ".json"
 SCAN_FILES: Final = 128
 """Files that a scan of all keys reads at a time, in a worker thread beside requests."""
+SORTED_IDS: Final = 16_384
+"""Of a listing: about 1.5 MB."""
 SETTLE_READS_MAX: Final = 6
 SETTLE_SECONDS: Final = 0.01
 """Pause after a read that differed or was not valid. An overwrite takes microseconds."""
@@ -218,9 +220,12 @@ class DekStore:
     def list_ids(self, *, changed: Collection[str] = ()) -> Iterator[str]:
         """`list_key_ids` of this directory, then the ids that are in `changed` when the listing has ended.
 
-        With the set of `KeyLocks.watch` as `changed` no file is missed that is replaced during the listing.
+        With the set of `KeyLocks.watch` as `changed` no file is missed that is replaced during the listing. SORTED_IDS
+        at a time are in order: such files are near each other on the disk, and keys often share a derived key.
         """
-        yield from list_key_ids(self.directory)
+        listed = list_key_ids(self.directory)
+        while part := sorted(itertools.islice(listed, SORTED_IDS)):
+            yield from part
         yield from set(changed)
 
     def close(self) -> None:

@@ -154,23 +154,28 @@ def read_files_of(names: Iterable[str], bytes_exact: int, *, dir_fd: int, twice:
     `twice`: None also if a second read differs.
     """
     opened: list[int | None] = []
+    advises = hasattr(os, "posix_fadvise")
     try:
         for name in names:
-            fd = None
-            with contextlib.suppress(OSError):
+            try:
                 fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+            except OSError:
+                opened.append(None)
+                continue
             opened.append(fd)
-            if fd is not None and hasattr(os, "posix_fadvise"):
-                with contextlib.suppress(OSError):  # not a regular file
+            try:
+                if advises:
                     os.posix_fadvise(fd, 0, bytes_exact, os.POSIX_FADV_WILLNEED)
+            except OSError:  # not a regular file
+                continue
         contents = [None if fd is None else _read_exact(fd, bytes_exact) for fd in opened]
         if twice:
             pairs = zip(opened, contents, strict=True)
             contents = [None if fd is None or found != _read_exact(fd, bytes_exact) else found for fd, found in pairs]
     finally:
-        for fd in opened:
-            if fd is not None:
-                os.close(fd)
+        for each in opened:
+            if each is not None:
+                os.close(each)
     return contents
 
 

@@ -42,6 +42,18 @@ async def test_a_retired_kek_is_destroyed_when_no_key_or_backup_needs_it(tmp_pat
             again.vault.unlocked.kek(1)
 
 
+async def test_a_pass_over_the_directory_lists_parts_of_it_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        key_ids = sorted(await one.make(40))
+        assert list(one.vault.store.list_ids(changed={"last"})) == [*key_ids, "last"]
+        monkeypatch.setattr(deks, "SORTED_IDS", 16)
+        listed = list(one.vault.store.list_ids())
+        assert sorted(listed) == key_ids
+        assert listed[:16] == sorted(listed[:16])
+
+
 async def test_backups_are_removed_up_to_a_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened_vault(tmp_path / "d") as one:
         await one.make(1)
