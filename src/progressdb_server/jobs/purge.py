@@ -8,6 +8,7 @@ Owns: the conditions and their order. Invariants:
   while the store has a damaged file.
 - Only keys of purpose `thread` that are of this thread, says the key service, are destroyed; on a shared key service
   only those that a record or the row of a job names. Backups of the store do not delay it: they are erased too.
+- A clock that went forward begins no purge for a day, in which an operator may correct it.
 - The row is the receipt (`Job.receipt`), and stays as long as other rows.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar, Final
 
 from minikms.api import CODE_KEY_DESTROYED, CODE_KEY_NOT_FOUND, KeyAnswer
@@ -34,6 +35,8 @@ from progressdb_server.store.model import (
 )
 
 CHUNK_RECORDS: Final = 128
+DAY_NS: Final = 86_400 * 1_000_000_000
+"""A clock that goes forward by more, since the newest record or while the server runs, is believed a day later."""
 NAMED_MAX: Final = 32
 """Keys, and backups, that a receipt names; it counts all."""
 PURGED: Final = "the thread is purged"
@@ -46,24 +49,44 @@ class ThreadPurge(Kind):
     every_s = 3600.0
 
     def __init__(
-        self, runner: Runner, store: Conversations, provider: Provider, after_s: int, *, exclusive: bool
+        self,
+        runner: Runner,
+        store: Conversations,
+        provider: Provider,
+        after_s: int,
+        *,
+        exclusive: bool,
+        boot_ns: Callable[[], int],
     ) -> None:
-        """`after_s`: since the deletion; 0: never. `exclusive` as in `jobs.service.Jobs`."""
+        """`after_s`: since the deletion; 0: never. The others as in `jobs.service.Jobs`."""
         self._runner = runner
         self._table = runner.table
         self._store = store
         self._provider = provider
         self._after_s = after_s
         self._exclusive = exclusive
+        self._boot_ns = boot_ns
+        self._ahead_ns = store.rekeying.newest_ns - boot_ns()
+        self._believed_ns = 0
+        """From when on, by `boot_ns`, the clock is believed."""
+        self._believes_clock()
 
     @property
     def _before_ns(self) -> int:
         return self._table.now_ns() - self._after_s * 1_000_000_000
 
+    def _believes_clock(self) -> bool:
+        boot_ns = self._boot_ns()
+        ahead_ns = self._table.now_ns() - boot_ns
+        if ahead_ns > self._ahead_ns + DAY_NS:
+            self._believed_ns = boot_ns + DAY_NS
+        self._ahead_ns = ahead_ns
+        return boot_ns >= self._believed_ns
+
     async def begin(self) -> None:
         """Queue the threads that were deleted so long ago, and of which no purge was begun that is not done: it may be
         cancelled meanwhile."""
-        if not self._after_s:
+        if not self._after_s or not self._believes_clock():
             return
         await self._provider.list_keys(thread_id=None, state=None, cursor=None, limit=1)  # each purge needs it
         begun: set[str] = set()

@@ -29,6 +29,10 @@ ROW_AGE_S: Final = 90 * 86_400
 """Age at which the row of a finished job is removed, if it has left no backups and no key to destroy."""
 
 
+def _boot_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 class OldRows(Kind):
     every_s = 3600.0
 
@@ -72,16 +76,17 @@ class Jobs(Runner):
         destroys: bool = True,
         stop: asyncio.Event | None = None,
         now_ns: Callable[[], int] = time.time_ns,
+        boot_ns: Callable[[], int] = _boot_ns,
     ) -> None:
         """`exclusive`: only this server makes keys of purpose `thread` in the key service. `destroys`: it takes
-        requests to destroy keys. `stop` as in `Runner`."""
+        requests to destroy keys. `stop` as in `Runner`. `boot_ns`: a clock that nobody sets."""
         super().__init__(store, settings.records_per_second, stop or asyncio.Event(), now_ns)
         self.rotation = KeyRotation(self, store, provider, settings, exclusive=exclusive, destroys=destroys)
         self.destruction = KeyDestruction(self, store, provider)
         self.orphans = OrphanedKeys(store, provider, self.has_job, exclusive=exclusive)
         self.many = RotationsOfMany(self, store, self.rotation)
         purge_after_s = retention.deleted_after_s if destroys else 0
-        self.purge = ThreadPurge(self, store, provider, purge_after_s, exclusive=exclusive)
+        self.purge = ThreadPurge(self, store, provider, purge_after_s, exclusive=exclusive, boot_ns=boot_ns)
         self.kinds = (
             self.rotation,
             self.many,

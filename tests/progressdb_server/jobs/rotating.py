@@ -36,6 +36,8 @@ class Place:
     engine: Engine = field(default_factory=MemoryEngine)
     provider: Provider = field(default_factory=SealingProvider)
     clock: TickingClock = field(default_factory=TickingClock)
+    boot: Callable[[], int] | None = None
+    """The clock that nobody sets; None: `clock`, so that a test may let days pass."""
     settings: Rotation = UNBOUNDED
     retention: Retention = KEEP_ALL
     exclusive: bool = True
@@ -44,7 +46,7 @@ class Place:
     async def opened(self) -> AsyncIterator[tuple[Conversations, Jobs]]:
         async with opened(self.engine, self.provider, self.clock) as store:
             given = store, self.provider, self.settings, self.retention
-            jobs = Jobs(*given, exclusive=self.exclusive, now_ns=self.clock)
+            jobs = Jobs(*given, exclusive=self.exclusive, now_ns=self.clock, boot_ns=self.boot or self.clock)
             await jobs.start()
             try:
                 yield store, jobs

@@ -24,7 +24,7 @@ from progressdb_server.store.offline import LocalView
 from tests.progressdb_server.jobs.rotating import UNBOUNDED, Gate, Place, backups_of, register, write
 from tests.progressdb_server.jobs.test_rotations_of_many import all_jobs
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import becomes, disk, keys_of, messages_of, with_store
+from tests.progressdb_server.store.opened_store import TickingClock, becomes, disk, keys_of, messages_of, with_store
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 DAY_NS = 86_400 * 10**9
@@ -65,7 +65,7 @@ class DyingProvider(SealingProvider):
 
 
 async def deleted(store: Conversations, jobs: Jobs, place: Place) -> None:
-    """The thread `gone` with versions, members and backups of two rotations, and `stays`; 31 days ago."""
+    """The thread `gone` with versions, members and backups of two rotations, 31 days ago; `stays` is in use."""
     for thread in ("gone", "stays"):
         first, second, _ = await write(store, 3, thread)
         await store.messages.update(first.id, author="ann", body="edited", role=None, reply_to=None)
@@ -75,6 +75,7 @@ async def deleted(store: Conversations, jobs: Jobs, place: Place) -> None:
             await jobs.wait((await jobs.rotation.rotate(thread)).id)
     await store.threads.delete("gone", author="ann", by="ann")
     place.clock.now += 31 * DAY_NS
+    await write(store, 1, "stays")
 
 
 def rows_of(jobs: Jobs) -> OldRows:
@@ -92,8 +93,8 @@ async def check_gone(store: Conversations, place: Place, strays: Collection[str]
     names = [key for key in await keys_of(store) if not key.startswith(("job:", "server:", "claim:"))]
     assert not [key for key in names if "gone" in key]
     assert place.keys.destroyed == {*place.keys.keys_of("gone", active=False)} - {*strays}
-    assert [message.author for message in await messages_of(store, "stays")] == ["ann"] * 3 + ["bob"]
-    assert await store.stats() == {"threads": 1, "messages": 6}
+    assert [message.author for message in await messages_of(store, "stays")] == ["ann"] * 3 + ["bob", "ann"]
+    assert await store.stats() == {"threads": 1, "messages": 7}
     with pytest.raises(ThreadNotFoundError):
         await store.threads.get("gone")
 
@@ -103,7 +104,8 @@ def test_a_thread_that_was_deleted_long_ago_is_purged_with_a_receipt() -> None:
     place = Place(retention=RETENTION)
 
     async def body(store: Conversations) -> None:
-        jobs = Jobs(store, place.provider, UNBOUNDED, RETENTION, exclusive=False, now_ns=place.clock)
+        given = store, place.provider, UNBOUNDED, RETENTION
+        jobs = Jobs(*given, exclusive=False, now_ns=place.clock, boot_ns=place.clock)
         await jobs.start()
         await deleted(store, jobs, place)
         stray = (await place.keys.create_dek_for_thread("gone")).key_id  # of another store, perhaps
@@ -134,6 +136,35 @@ def test_a_thread_stays_while_it_is_not_deleted_for_so_long() -> None:
         assert (await store.threads.get("gone")).deleted
 
     place.run(body)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_clock_that_is_set_forward_ends_no_wait_for_a_day(restarted: bool) -> None:
+    """Set while the server runs, or before its start: later than the newest record by more than a day."""
+    boot = TickingClock(5 * DAY_NS)
+    place = Place(retention=RETENTION, boot=boot)
+
+    async def fill(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1, "gone")
+        await store.threads.delete("gone", author="ann", by="ann")
+        boot.now += DAY_NS
+        place.clock.now += DAY_NS
+        if not restarted:
+            place.clock.now += 31 * DAY_NS
+            await wait(store, jobs)
+
+    async def wait(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1, "stays")
+        await jobs.purge.begin()
+        assert await all_jobs(jobs) == []
+        boot.now += DAY_NS
+        place.clock.now += DAY_NS
+        assert (await purged(jobs)).state == "done"
+
+    place.run(fill)
+    if restarted:
+        place.clock.now += 31 * DAY_NS
+        place.run(wait)
 
 
 def is_killed(what: str, number: int, *, after: bool) -> bool:
