@@ -7,7 +7,8 @@ Owns: the conditions and their order. Invariants:
 - Before the first key goes, every record of the thread was read, and as many as the indexes name. Nothing is purged
   while the store has a damaged file.
 - Only keys of purpose `thread` that are of this thread, says the key service, are destroyed; on a shared key service
-  only those that a record or the row of a job names. Backups of the store do not delay it: they are erased too.
+  only those that open a record, or that the row of a job names. Backups of the store do not delay it: they are erased
+  too.
 - A clock that went forward begins no purge for a day, in which an operator may correct it.
 - The row is the receipt (`Job.receipt`), and stays as long as other rows.
 """
@@ -21,6 +22,7 @@ from typing import ClassVar, Final
 
 from minikms.api import CODE_KEY_DESTROYED, CODE_KEY_NOT_FOUND, KeyAnswer
 from minikms.api.errors import KmsRefusedError
+from minikms.client import ReencryptItem
 from minikms.platform.logs import structlog
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Pace, Runner
@@ -29,6 +31,7 @@ from progressdb_server.jobs.table import Row
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
 from progressdb_server.store.model import (
     KeyServiceRefusedError,
+    Record,
     RecordUnreadableError,
     StoreUnavailableError,
     ThreadNotFoundError,
@@ -142,19 +145,24 @@ class ThreadPurge(Kind):
         last = await purging.newest(thread)
         named: set[str] = set()
         proofs: set[str] = set()
+        listed = {key.key_id for key in keys}
+        own: set[str] = set()
         records = 0
         async for chunk in self._store.rekeying.chunks(thread, CHUNK_RECORDS):
             named |= {one.key_id for one in chunk.records}
             proofs |= {one.key_id for one in chunk.records if one.aad == last or not purging.is_message(one.aad)}
             records += len(chunk.records)
+            if not self._exclusive:
+                own |= await self._opening(thread, chunk.records, listed - own)
             await asyncio.sleep(0)
         with_backups = await self._table.with_backups(thread)
         jobs = await self._table.all_of_thread(thread)
-        named.update(*((job.old_key, job.new_key, *job.sources) for job in jobs))
-        unlisted = named.difference([""], (key.key_id for key in keys))
+        of_jobs = {key_id for job in jobs for key_id in (job.old_key, job.new_key, *job.sources)}
+        named |= of_jobs
         # Without the key that proves the deletion, others stay: of a create that came too late, for example.
-        if not self._exclusive or proofs.isdisjoint(key.key_id for key in keys):
-            keys = [key for key in keys if key.key_id in named]
+        if not self._exclusive or proofs.isdisjoint(listed):
+            keys = [key for key in keys if key.key_id in (named if self._exclusive else own | of_jobs)]
+        unlisted = named.difference([""], (key.key_id for key in keys))
         if not keys:
             return row
         if not self._after_s:
@@ -185,6 +193,15 @@ class ThreadPurge(Kind):
         kept = [f"; archives that may hold them: {_few(list(archives))}"] * bool(archives)
         receipt = "".join((f"keys destroyed: {_few(names)}", *kept))
         return await self._table.store(row, changed(row.job, destroyed_ns=self._table.now_ns(), receipt=receipt))
+
+    async def _opening(self, thread: str, records: Sequence[Record], key_ids: Collection[str]) -> set[str]:
+        """Those of the keys that open a record whose header names them: anyone who writes the store makes headers."""
+        found: set[str] = set()
+        for key_id in key_ids:
+            items = [ReencryptItem(ciphertext=one.sealed, aad=one.aad) for one in records if one.key_id == key_id]
+            if items and None in await self._provider.check_batch(key_id, items, thread_id=thread):
+                found.add(key_id)
+        return found
 
     # --- records --------------------------------------------------------------------------------------------------
     async def _remove(self, row: Row, pace: Pace) -> None:

@@ -267,6 +267,25 @@ def test_a_purge_without_proof_destroys_nothing(
     place.run(body)
 
 
+def test_a_forged_header_does_not_destroy_the_key_of_another_store() -> None:
+    """On a shared key service, where that store has a thread of the same name."""
+    place = Place(retention=RETENTION, exclusive=False)
+
+    async def body(store: Conversations, jobs: Jobs) -> None:
+        await deleted(store, jobs, place)
+        other = (await place.keys.create_dek_for_thread("gone")).key_id
+        prefix = keyspace.messages("gone")
+        key, *_ = await store.reads.keys(prefix, keyspace.after(prefix), limit=1)
+        raw = await store.reads.get(key) or b""
+        head, sealed = record.split(raw)
+        await store.writer.commit(Write([(key, record.rekey(raw[0], head, other) + sealed)]))
+        job = await purged(jobs)
+        assert (job.state, place.keys.destroyed) == ("failed", set())
+        assert f"the key {other} is not destroyed" in job.reason
+
+    place.run(body)
+
+
 class Unlisting(SealingProvider):
     """Its lists leave out the keys that it can't read, as those of the key service."""
 
