@@ -23,9 +23,10 @@ IMAGE_FLAGS ?=
 
 BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
 DIST ?= dist
+SITE ?= site
 STAMP := $(VENV)/.installed
 
-.PHONY: help run test venv frameworks lint bench torture cluster image image-base dist
+.PHONY: help run test venv frameworks lint bench torture cluster image image-base dist site
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +39,7 @@ help:
 	@echo 'make torture  tests that take minutes'
 	@echo 'make cluster  as root, run three message servers on a PostgreSQL of Patroni; Ctrl-C ends it'
 	@echo 'make dist     make the files of a release; DIST=directory, KEY=SSH key that signs their checksums'
+	@echo 'make site     make the documents a web site in $(SITE)/html, which needs no server'
 	@echo 'make image    build the container image with buildah; IMAGE=name, BASE=image (docs/containers.md)'
 
 run: venv
@@ -85,3 +87,15 @@ image-base:
 
 dist:
 	$(PYTHON) tools/release/dist.py $(if $(KEY),--signing-key '$(KEY)') '$(DIST)'
+
+site: venv $(VENV)-site/.installed
+	rm -rf '$(SITE)/pages' '$(SITE)/html' && mkdir -p '$(SITE)'
+	$(VENV)/bin/python -m tools.site.pages '$(SITE)/pages'
+	$(VENV)-site/bin/python -m sphinx -q -W --keep-going -c tools/site -d '$(SITE)/doctrees' '$(SITE)/pages' '$(SITE)/html'
+
+# Only wheels: an sdist would run code of its own to be installed.
+$(VENV)-site/.installed: tools/site/requirements.txt
+	$(PYTHON) -m venv --without-pip --clear $(VENV)-site
+	$(VENV)/bin/python -m pip --python $(VENV)-site/bin/python install --quiet --no-input --disable-pip-version-check \
+		--retries 10 --require-hashes --no-deps --only-binary :all: -r $<
+	touch $@

@@ -19,7 +19,7 @@ OPENING = """\
 # Commands
 
 `tools/commands.py` generates this page. `--help` after a command says all that it does, its arguments and its flags.
-[Transcripts](../tests/commands/transcripts) show the commands in use.
+Transcripts in `tests/commands/transcripts` show the commands in use.
 
 - Exit statuses: **0** done, or a check passed; **1** a check failed, or the request was refused; **2** wrong
   usage, or a required file, key or service is missing; **130** interrupted; **141** the reader of a pipe

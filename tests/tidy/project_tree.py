@@ -27,7 +27,7 @@ def project_files() -> tuple[Path, ...]:
     try:
         listed = subprocess.run(command, cwd=PROJECT, capture_output=True, check=True).stdout.decode().split("\0")
     except (OSError, subprocess.CalledProcessError):
-        left_out = re.compile(r"(^|/)(\.(?!ci/|git(ignore|attributes)$)|__pycache__/|demo-data/)")
+        left_out = re.compile(r"^site/|(^|/)(\.(?!ci/|git(ignore|attributes)$)|__pycache__/|demo-data/)")
         found = (str(path.relative_to(PROJECT)) for path in PROJECT.rglob("*"))
         listed = [file for file in found if not left_out.search(file)]
     return tuple(sorted(PROJECT / name for name in listed if name and (PROJECT / name).is_file()))
