@@ -17,7 +17,7 @@ from tests.documents.test_runbook import prepare
 from tests.harness.ports import free_port
 
 DOCS = PROJECT / "docs"
-DEV_SERVER = blocks(PROJECT / "README.md")[1]
+DEV_SERVER = blocks(PROJECT / "README.md")[0]
 """Starts a server with --dev, and stores a message."""
 START, READ = [next(line for line in DEV_SERVER.splitlines() if part in line) for part in ("--dev", "?thread=")]
 SHELL_S_MAX = 240.0
