@@ -102,5 +102,8 @@ class TestedStore(Conversations):
 
 
 def close_all_in_memory() -> None:
-    while in_memory:
-        asyncio.run(in_memory.pop().close())
+    async def closed() -> None:
+        await asyncio.gather(*(store.close() for store in in_memory))
+
+    asyncio.run(closed())
+    in_memory.clear()
