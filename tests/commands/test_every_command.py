@@ -1,5 +1,6 @@
 """Every command of both programs: wrong usage, missing arguments, help and `--json`, found by walking the trees."""
 
+import functools
 import json
 import os
 import subprocess
@@ -80,6 +81,14 @@ each_command = pytest.mark.parametrize(("words", "app"), COMMANDS, ids=NAMES)
 def run(*words: str, where: Path | None = None) -> subprocess.CompletedProcess[str]:
     package = {"progressdb": "progressdb_server"}.get(words[0], words[0].replace("-", "_"))
     return forked.run(package, *words[1:], cwd=where or ".")
+
+
+@functools.cache
+def completion(program: str, shell: str) -> str:
+    """The script, which takes a second to make."""
+    script = run(program, "completion", shell)
+    assert (script.returncode, script.stderr) == (0, "")
+    return script.stdout
 
 
 class Here:
@@ -216,13 +225,12 @@ def test_completion_knows_commands_files_and_sources(tmp_path: Path, line: str, 
     (tmp_path / "a-file").touch()
     (tmp_path / "a-directory").mkdir()
     words = line.split()
-    script = run(words[0], "completion", "bash")
-    assert (script.returncode, script.stderr) == (0, "")
-    registered = script.stdout.rstrip().splitlines()[-1].split()
+    script = completion(words[0], "bash")
+    registered = script.rstrip().splitlines()[-1].split()
     assert registered[:5] == ["complete", "-o", "bashdefault", "-o", "default"], "a path after `file:` is a file"
     ask = 'COMP_WORDS=("$@")\nCOMP_CWORD=$(($# - 1))\n' + registered[-2] + '\nprintf "%s\\n" "${COMPREPLY[@]}"'
     done = subprocess.run(
-        ("bash", "-c", script.stdout + ask, "bash", *words),
+        ("bash", "-c", script + ask, "bash", *words),
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -289,7 +297,7 @@ def test_an_unexpected_argument_is_named(here: Here) -> None:
 @pytest.mark.parametrize("program", ["minikms", "minikms-unlock", "progressdb"])
 def test_completion_in_zsh_registers_sourced_and_from_fpath(tmp_path: Path, program: str) -> None:
     zsh = needs.program("zsh")
-    (tmp_path / f"_{program}").write_text(run(program, "completion", "zsh").stdout)
+    (tmp_path / f"_{program}").write_text(completion(program, "zsh"))
     for load, registered in (
         (f"compinit -d {tmp_path}/d1; source <(cat {tmp_path}/_{program})", f"_cyclopts_{program}\n"),
         (f"HOME={tmp_path}; source {tmp_path}/_{program}", f"_cyclopts_{program}\n"),
@@ -316,7 +324,7 @@ def test_completion_in_fish_offers_files_only_where_one_is_meant(tmp_path: Path,
     (tmp_path / "a-file").touch()
     (tmp_path / "a-directory").mkdir()
     program = line.partition(" ")[0]
-    (tmp_path / "script").write_text(run(program, "completion", "fish").stdout)
+    (tmp_path / "script").write_text(completion(program, "fish"))
     words = (fish, "--no-config", "-c", f"source script; complete -C '{line}'")
     home = {**os.environ, "HOME": str(tmp_path)}
     done = subprocess.run(words, cwd=tmp_path, env=home, capture_output=True, text=True, timeout=60, check=True)

@@ -212,10 +212,11 @@ def _import_all(package: str) -> None:
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    # What a command line imports only when it is read.
-    sys.argv = [package, "--version"]
-    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        runpy.run_module(package, run_name="__main__", alter_sys=True)
+    # What a command line imports only when it is read, and what only its help does.
+    for flag in "--version", "--help":
+        sys.argv = [package, flag]
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_module(package, run_name="__main__", alter_sys=True)
     gc.collect()
     gc.freeze()
 

@@ -18,6 +18,7 @@ import pytest
 from minikms import api
 from minikms.api import Verb
 from minikms.client.calls import make_call
+from tests.harness import forked
 from tests.harness.callers import Caller, Reply
 from tests.harness.gateways import GATEWAY, HOST, Pair
 from tests.harness.verb_requests import example
@@ -178,11 +179,12 @@ def test_a_key_service_that_is_away_is_503_and_comes_back(pair: Pair, caller: Ca
 
 def test_check_config_reads_what_a_start_reads(pair: Pair) -> None:
     def check() -> subprocess.CompletedProcess[str]:
-        command = pair.gateway.command("check-config")
-        return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+        words = ("minikms_gateway", "check-config", "--config", pair.gateway.config)
+        return forked.run(*words, cwd="/", user=(GATEWAY, GATEWAY, ()))
 
     good = pair.gateway.config.read_text()
-    assert (check().returncode, check().stderr) == (0, "")
+    checked = check()
+    assert (checked.returncode, checked.stderr) == (0, "")
     try:
         for text, wanted in {
             good + "\n[extra]\n": "unknown field `extra`",
