@@ -95,7 +95,8 @@ class Machine:
             (base / name).chmod(0o755)
         for pipe in ("asked", "answered"):
             os.mkfifo(base / pipe)
-        self.environ = {"PATH": f"{base}/usr/bin:{os.environ.get('PATH', os.defpath)}", "NO_COLOR": "1"}
+        path = f"{base}/opt/progressdb/bin:{base}/usr/bin:{os.environ.get('PATH', os.defpath)}"
+        self.environ = {"PATH": path, "NO_COLOR": "1"}
         self.environ["TMPDIR"] = str(base / "tmp")
 
     # --- the operator ----------------------------------------------------------------------------------------------

@@ -27,20 +27,20 @@ def test_a_dev_server_gets_a_root_key_of_its_own_and_keeps_its_data() -> None:
     needs.program("curl")
     needs.program("openssl")
     first, second = blocks(DOCS / "production.md")
-    server = ".venv/bin/progressdb --addr 127.0.0.1:8080 --db ./data"
+    server = "progressdb --addr 127.0.0.1:8080 --db ./data"
     script = "\n".join((
         "set -eu", DEV_SERVER, "kill $(jobs -p); wait",
         "(umask 077; openssl rand -hex 32 > other.key)",
         f"{server} --master-key-file other.key 2>&1 | grep 'wrong root key'",
         START, "until curl -sf http://127.0.0.1:8080/readyz; do sleep 0.1; done",
-        first, second, "! .venv/bin/minikms root list | grep dev", READ, "kill $(jobs -p); wait",
+        first, second, "! minikms root list | grep dev", READ, "kill $(jobs -p); wait",
         f"! {server} --dev", "echo end",
     ))  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dev-") as made:
         (Path(made) / ".venv").symlink_to(sys.prefix)
         shell = subprocess.Popen(
             ["bash", "-c", script.replace(":8080", f":{free_port()}")],
-            cwd=made, env={"PATH": os.environ["PATH"], "no_proxy": "127.0.0.1"}, stdin=subprocess.DEVNULL,
+            cwd=made, env={"PATH": f"{made}/.venv/bin:{os.environ['PATH']}", "no_proxy": "127.0.0.1"}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
         try:
@@ -83,15 +83,22 @@ def test_a_destroyed_key_leaves_a_receipt_and_a_signed_line(installed: Machine) 
 
 
 def test_an_upgrade_ends_with_both_services_examined(installed: Machine) -> None:
-    """The version stays the same: pip is not called, only what it is called with is seen."""
-    [block] = blocks(DOCS / "upgrade.md")
+    """The version stays the same: pip and apt-get are not called, only what they are called with is seen."""
+    block, from_source = blocks(DOCS / "upgrade.md")
     units = installed.base / "etc/systemd/system"
     units.mkdir(parents=True)
-    pip = installed.base / "opt/progressdb/bin/pip"
-    pip.write_text('#!/bin/sh\n[ "$*" = "install -c tools/bootstrap/constraints.txt .[server]" ] && [ -e "$3" ]')
-    pip.chmod(0o755)
+    for program, given in {
+        "opt/progressdb/bin/pip": "install -c tools/bootstrap/constraints.txt .[server,gateway]",
+        "usr/bin/apt-get": "install --yes ./progressdb_0.2.0-1_amd64.deb",
+    }.items():
+        (installed.base / program).write_text(f'#!/bin/sh\n[ "$*" = "{given}" ] && [ -e "$3" ]')
+        (installed.base / program).chmod(0o755)
     for name in ("deploy", "tools"):
         (installed.base / "tmp" / name).symlink_to(PROJECT / name)
-    said = installed.do(block.replace("/etc/systemd/system/", f"{units}/"))
+    (installed.base / "tmp/progressdb_0.2.0-1_amd64.deb").touch()
+    said = installed.do(block)
     assert said.count("0 problem(s)") == 1, said
-    assert {"minikms.service", "minikms.socket", "progressdb.service"} <= {unit.name for unit in units.iterdir()}
+    installed.do(
+        f"set -e\n{from_source}runuser -u minikms -- minikms doctor".replace("/etc/systemd/system", str(units))
+    )
+    assert {unit.name for unit in units.iterdir()} >= {"minikms.socket", "minikms-auditor.service"}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from tests.harness.waiting import wait_until
 PAGE = Path(__file__).parents[2] / "docs" / "other-hosts.md"
 *BEFORE, USE, REVOKE = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 BLOCK_S_MAX = 120.0
-CHANGES_THE_MACHINE = re.compile(r"^(?:systemctl|install|/opt/progressdb/bin/pip) .*\n", re.MULTILINE)
+CHANGES_THE_MACHINE = re.compile(r"^(?:systemctl|install) .*\n", re.MULTILINE)
 POLICY = """
 [[grant]]
 name = "operator"
@@ -42,13 +43,9 @@ class Host:
     def __init__(self, base: Path, daemon: PolicyDaemon) -> None:
         self.directory = base / "gateway"
         self.directory.mkdir(mode=0o755)
-        python = f"{sys.executable} -P -m"
-        runs = f"setpriv --reuid={GATEWAY} --clear-groups"
         listen, metrics = free_ports(2)
         self._instead = {
-            "runuser -u minikms-gateway -- minikms-gateway": f"{runs} {python} minikms_gateway",
-            "/opt/progressdb/bin/minikms-gateway": f"{python} minikms_gateway",
-            "/opt/progressdb/bin/minikms": f"{python} minikms",
+            "runuser -u minikms-gateway --": f"setpriv --reuid={GATEWAY} --clear-groups",
             "/etc/progressdb/policy/policy.toml": str(daemon.policy),
             "/etc/progressdb/gateway": str(self.directory),
             "/run/minikms/minikms.sock": str(daemon.socket),
@@ -65,8 +62,16 @@ class Host:
         for there, here in self._instead.items():
             text = text.replace(there, here)
         command = ["bash", "-euo", "pipefail", "-c", text]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return subprocess.run(
-            command, cwd="/", capture_output=True, text=True, timeout=BLOCK_S_MAX, check=False, stdin=subprocess.DEVNULL
+            command,
+            cwd="/",
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=BLOCK_S_MAX,
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
 
     @contextlib.contextmanager

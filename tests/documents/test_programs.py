@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +36,7 @@ LIBRARIES = {
 }
 """What the program of each page imports."""
 OWN = "progressdb-minikms"
+WHEEL = f"./progressdb_minikms-{metadata.version(OWN)}-py3-none-any.whl"
 START_S_MAX = 60.0
 PROGRAM_S_MAX = 120.0
 INSTALL_S_MAX = 900.0
@@ -51,9 +51,9 @@ def program(page: str) -> tuple[str, str]:
 
 
 def install_command(page: str) -> str:
-    """The page's first block; client.md needs what `make venv` has installed."""
+    """The page's first block; client.md needs the wheel alone."""
     found = blocks(DOCS / page)
-    return found[0] if found else ".venv/bin/pip install ."
+    return found[0] if found else f"pip install {WHEEL}"
 
 
 def runs_twice(python: Path, directory: Path, source: str, printed: str) -> None:
@@ -67,13 +67,14 @@ def runs_twice(python: Path, directory: Path, source: str, printed: str) -> None
 
 @contextmanager
 def key_service(directory: Path) -> Iterator[None]:
-    """Begun by the commands of the README's section, in a directory with `.venv`."""
+    """Begun by the commands of the README's section, in a directory with `.venv`, whose programs are on PATH."""
     section = README.read_text("utf-8").partition("### miniKMS alone")[2]
     commands = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
     assert commands
     shell = subprocess.Popen(
         ["bash", "-ec", f"trap 'kill $(jobs -p); wait' TERM\n{commands[1]}wait"],
         cwd=directory,
+        env=os.environ | {"PATH": f"{directory}/.venv/bin:{os.environ['PATH']}"},
         stdout=subprocess.DEVNULL,
     )
     try:
@@ -109,10 +110,10 @@ sys.meta_path.insert(0, Absent)
 def installed_by(command: str) -> set[str]:
     """The distributions that `pip install` of this command would install, by their canonical names."""
     words = shlex.split(command, comments=True)
-    assert words[:2] == [".venv/bin/pip", "install"]
+    assert words[:2] == ["pip", "install"] and words[2].partition("[")[0] == WHEEL
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
-    lines = [*project["dependencies"], *(word for word in words[2:] if not word.startswith("."))]
-    for extra in re.findall(r"\.\[([\w-]+)\]", command):
+    lines = [*project["dependencies"], *words[3:]]
+    for extra in re.findall(r"\.whl\[([\w-]+)\]", command):
         lines += project["optional-dependencies"][extra]
     wanted = [("", line) for line in lines]
     seen = set()
@@ -182,18 +183,17 @@ def test_the_example_shows_the_audit_log_and_a_destroyed_thread() -> None:
 @pytest.mark.torture
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", LIBRARIES)
-def test_a_page_works_in_a_new_checkout(page: str) -> None:
-    """With what pip takes from the registry."""
+def test_a_page_works_without_a_checkout(page: str) -> None:
+    """With the wheel, and what pip takes from the registry."""
+    pip = next(PROJECT.glob("tools/bootstrap/pip-*.whl")) / "pip"
+    script = f"""set -e
+{sys.executable} {pip} wheel -q --no-deps --wheel-dir . {PROJECT}
+{sys.executable} -m venv --without-pip .venv
+pip() {{ {sys.executable} {pip} --python .venv/bin/python "$@"; }}
+pip install '{WHEEL}[daemon]'
+{install_command(page)}"""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL", "PYTHON"))}
     with tempfile.TemporaryDirectory(prefix="reader-") as made:
-        checkout = Path(made)
-        for name in ("src", "tools/bootstrap"):
-            shutil.copytree(PROJECT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy2(PROJECT / name, checkout)
-        environ = {
-            name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "VIRTUAL", "PYTHON"))
-        }
-        script = f"set -e\nmake venv VENV=.venv PYTHON={sys.executable}\n{install_command(page)}"
-        subprocess.run(["bash", "-c", script], cwd=checkout, env=environ, timeout=INSTALL_S_MAX, check=True)
-        with key_service(checkout):
-            runs_twice(checkout / ".venv/bin/python", checkout, *program(page))
+        subprocess.run(["bash", "-c", script], cwd=made, env=environ, timeout=INSTALL_S_MAX, check=True)
+        with key_service(Path(made)):
+            runs_twice(Path(made) / ".venv/bin/python", Path(made), *program(page))

@@ -255,7 +255,7 @@ def an_auditor_is_attached(made: Machine) -> None:
     a_policy_holds(made)
     the_log_lies_apart(made)
     [block] = [block for block in blocks(UNITS / "README.md") if "signer.key" in block]
-    made.do(block.partition("\n")[2])  # without that which copies the unit
+    made.do(block)
     asked = f"runuser -u minikms-auditor -- minikms-auditor {{}} --config {AUDITOR_TOML}"
     waiting = re.compile(r"accept-log (\S{44})")
     wait_until(lambda: waiting.search(made.run(asked.format("accept-log"))[1]), seconds=120)
