@@ -14,6 +14,8 @@ COMPONENTS = ["prometheus", "sealed", "seccomp"]
 OLDEST_VERSION = "1.29"
 """The first one whose sidecars (init containers that are restarted) need no feature gate."""
 
+CLAIMS_OF_0_2 = {"progressdb-store": "20Gi", "minikms-keys": "5Gi", "minikms-audit": "20Gi", "minikms-auditor": "5Gi"}
+
 
 def ending(pod: pods.Document) -> list[pods.Document]:
     """The init containers that prepare volumes, and end."""
@@ -31,6 +33,21 @@ def test_the_schema_of_kubernetes_accepts_every_overlay(overlay: str, components
             continue
         for version in (OLDEST_VERSION, validate.latest_version()):
             validate.validate(document, version, strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_upgrade_changes_nothing_that_kubernetes_keeps(overlay: str) -> None:
+    """The fields that a StatefulSet and a claim refuse to change are those of 0.2.0. No claim shrinks."""
+    documents = pods.build(overlay)
+    [workload] = [document for document in documents if document["kind"] == "StatefulSet"]
+    name = workload["metadata"]["name"]
+    spec = {"serviceName": name, "selector": {"matchLabels": {"app.kubernetes.io/name": name}}}
+    kept = ("selector", "serviceName", "podManagementPolicy", "volumeClaimTemplates")
+    assert name == ("minikms" if overlay == "gateway" else "progressdb")
+    assert {field: workload["spec"][field] for field in kept if field in workload["spec"]} == spec
+    for claim in [document for document in documents if document["kind"] == "PersistentVolumeClaim"]:
+        size = {"resources": {"requests": {"storage": CLAIMS_OF_0_2[claim["metadata"]["name"]]}}}
+        assert claim["spec"] == {"accessModes": ["ReadWriteOncePod"]} | size
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

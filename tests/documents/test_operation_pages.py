@@ -40,8 +40,9 @@ def test_a_dev_server_gets_a_root_key_of_its_own_and_keeps_its_data() -> None:
         (Path(made) / ".venv").symlink_to(sys.prefix)
         shell = subprocess.Popen(
             ["bash", "-c", script.replace(":8080", f":{free_port()}")],
-            cwd=made, env={"PATH": f"{made}/.venv/bin:{os.environ['PATH']}", "no_proxy": "127.0.0.1"}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            cwd=made, env={"PATH": f"{made}/.venv/bin:{os.environ['PATH']}", "no_proxy": "127.0.0.1"},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
         )  # fmt: skip
         try:
             output, _ = shell.communicate(timeout=SHELL_S_MAX)

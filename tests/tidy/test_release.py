@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.release import dist
+
 PROJECT = Path(__file__).parents[2]
 PINNED = re.compile(r"^([\w.-]+)==([\w.]+)", re.MULTILINE)
 
@@ -25,3 +27,26 @@ def test_every_library_of_a_release_is_pinned_with_its_hash(lock: str) -> None:
     text = (PROJECT / "tools" / lock).read_text("utf-8").replace("\\\n", " ")
     assert all("--hash=sha256:" in line for line in text.splitlines())
     assert "://" not in text
+
+
+def test_every_page_names_the_files_of_this_version() -> None:
+    version = re.search(r'^version = "(.+)"', (PROJECT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    pages = [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), *(PROJECT / "deploy").rglob("*.md")]
+    named = [re.findall(r"progressdb(?:_minikms)?[-_]([0-9][0-9.]*[0-9])", page.read_text("utf-8")) for page in pages]
+    assert version and {found for each in named for found in each} == {version[1]}
+
+
+def test_a_release_is_signed_by_a_key_that_the_signers_name(tmp_path: Path) -> None:
+    key, signers = tmp_path / "key", tmp_path / "signers"
+    (tmp_path / "key.pub").write_text("ssh-ed25519 AAAAkey ada@host\n")
+    dist.check_signer(key, _written(signers, "# none\nrelease ssh-ed25519 AAAAother\nrelease ssh-ed25519 AAAAkey\n"))
+    for text in ("", "release ssh-ed25519 AAAAother\n", "# release ssh-ed25519 AAAAkey\n", "ada ssh-ed25519 AAAAkey\n"):
+        with pytest.raises(SystemExit, match="does not name the key"):
+            dist.check_signer(key, _written(signers, text))
+    with pytest.raises(SystemExit, match="does not name the key"):
+        dist.check_signer(key, dist.SIGNERS)
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path

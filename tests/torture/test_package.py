@@ -35,7 +35,9 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
         needs.program(program)
     made = tmp_path_factory.mktemp("release")
     run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", made / "key")
-    run(sys.executable, "tools/release/dist.py", made / "dist", "--signing-key", made / "key")
+    (made / "signers").write_text("release " + " ".join((made / "key.pub").read_text().split()[:2]) + "\n")
+    own = ("--signing-key", made / "key", "--signers", made / "signers")
+    run(sys.executable, "tools/release/dist.py", made / "dist", *own)
     return made / "dist"
 
 
@@ -51,9 +53,7 @@ def test_checksums_and_signature_are_of_all_files(release: Path) -> None:
     sums = {name: digest for digest, name in lines}
     files = {path.name for path in release.iterdir()} - {"SHA256SUMS", "SHA256SUMS.sig"}
     assert sums == {name: hashlib.sha256((release / name).read_bytes()).hexdigest() for name in files}
-    signers = release.parent / "signers"
-    signers.write_text("release " + (release.parent / "key.pub").read_text())
-    verify = ("ssh-keygen", "-Y", "verify", "-n", "file", "-I", "release", "-f", str(signers))
+    verify = ("ssh-keygen", "-Y", "verify", "-n", "file", "-I", "release", "-f", str(release.parent / "signers"))
     with (release / "SHA256SUMS").open() as sums_file:
         subprocess.run([*verify, "-s", str(release / "SHA256SUMS.sig")], stdin=sums_file, check=True)
 

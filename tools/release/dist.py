@@ -46,12 +46,16 @@ COMPLETIONS: Final = {
     "fish": "usr/share/fish/vendor_completions.d/{}.fish",
 }
 SIGNATURE_NAMESPACE: Final = "file"  # of ssh-keygen(1)
+SIGNERS: Final = PROJECT / RELEASE / "signers"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make dist", description="Make the files of a release.")
     parser.add_argument("directory", type=Path, help="a directory that is not there yet")
-    parser.add_argument("--signing-key", type=Path, help="an SSH key that signs SHA256SUMS")
+    parser.add_argument("--signing-key", type=Path, help="an SSH key that signs SHA256SUMS; FILE.pub is beside it")
+    parser.add_argument(
+        "--signers", type=Path, default=SIGNERS, help="the keys that may; default: those of the project"
+    )
     given = parser.parse_args()
     if given.directory.exists():
         sys.exit(f"make dist: {given.directory} is there already; remove it, or name another: make dist DIST=DIRECTORY")
@@ -59,6 +63,8 @@ def main() -> None:
         sys.exit("make dist: a release is made from a commit: run it in a clone of the repository")
     if said("git", "status", "--porcelain"):
         print("make dist: what is not committed is not in the release", file=sys.stderr)
+    if given.signing_key is not None:
+        check_signer(given.signing_key, given.signers)
     os.umask(0o022)
     given.directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dist.", dir=given.directory.parent) as work:
@@ -243,6 +249,15 @@ def md5sums(root: Path) -> bytes:
     named = [(path, path.relative_to(root)) for path in files if path.relative_to(root).parts[0] != "DEBIAN"]
     digests = (f"{hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()}  {name}\n" for path, name in named)
     return "".join(digests).encode()
+
+
+def check_signer(key: Path, signers: Path) -> None:
+    """Ends the program unless the key is one that people check releases with."""
+    public = key if key.suffix == ".pub" else Path(f"{key}.pub")
+    named = public.read_text("ascii").split()[:2]
+    lines = [line.split() for line in signers.read_text("ascii").splitlines()]
+    if not any(line[:1] == ["release"] and line[-len(named) :] == named for line in lines):
+        sys.exit(f"make dist: {signers} does not name the key of {public}, so nobody could check the signature")
 
 
 def sign(directory: Path, key: Path | None) -> None:
