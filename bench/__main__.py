@@ -37,6 +37,7 @@ BENCHES: dict[str, Callable[[], list[Row]]] = {
     "encrypt_fsync": encrypt.encrypt_fsync,
     "encrypt_batch": encrypt.encrypt_batch,
     "gateway": gateway.encrypt,
+    "transit": gateway.transit,
     "audited": audited.encrypt,
     "append": messages.append,
     "append_added": messages.append_added,
