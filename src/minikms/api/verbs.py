@@ -175,8 +175,8 @@ DECRYPT_BATCH: Final = Verb(
 
 
 class CreateDekRequest(Request):
-    """`numbered`: the key gets the next number of its thread. `replaces` then names the thread's newest key, and is
-    absent if the thread has no key.
+    """`numbered`: the key gets the next number of its thread. `replaces` then names its newest numbered key, and is
+    absent if there is none.
     """
 
     thread_id: str

@@ -195,7 +195,7 @@ class Verbs:
         request_id: str | None = None,
     ) -> One[api.CreateDekAnswer]:
         """A new key for the thread, durable before this returns; `replaces` retires that key of the same thread in
-        the same step. With `numbered` it gets the thread's next number, and has to replace the newest key.
+        the same step. With `numbered` it gets the thread's next number, and has to replace the newest numbered key.
 
         Repeated by itself only if the request was certainly not carried out. After KmsUnavailableError with `sent`, or
         KmsTimeoutError, there may be a key that no caller knows.

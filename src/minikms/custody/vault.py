@@ -233,7 +233,7 @@ class Vault:
     ) -> DekRecord:
         """A new key, durable on return. `replaces` names a key of the same thread, which is retired. The file of the
         new key may still be under way on return: see `Journal.file_written`. With `numbered` it has the thread's next
-        number, and `replaces` is the thread's newest key; the index must be complete.
+        number, and `replaces` is its newest numbered key; the index must be complete.
 
         A crash between the two files leaves both keys active, and the new record names the old one. The scan of the
         next start then retires the old one.
@@ -306,9 +306,10 @@ class Vault:
         """Raises as `dek.next_number`, and KeyUnreadableError while a file can't be read: it may be of this thread."""
         if self.unreadable.count:
             raise KeyUnreadableError("a key file can't be read, so the last number of the thread is not known")
-        records = map(self.record, self.index.newest_of(thread_id))
-        newest = next((record for record in records if record.thread_id == thread_id), None)  # tags may be equal
-        return dek.next_number(newest, replaces)
+        return dek.next_number(next(self._numbered(thread_id), None), replaces)
+
+    def _numbered(self, thread_id: str) -> Iterator[DekRecord]:
+        return dek.numbered(map(self.record, self.index.newest_of(thread_id)), thread_id)
 
     def check_replaces(self, old: DekRecord, thread_id: str, purpose: api.Purpose) -> None:
         """Raises unless a new key of `thread_id` may replace `old`."""
@@ -364,8 +365,8 @@ class Vault:
                 raise WrongThreadError("the key belongs to another thread")
             move_dek(record.state, "destroy")
             if record.number:
-                newest = list(itertools.islice(self.index.newest_of(record.thread_id), 2))
-                if len(newest) > 1 and newest[0] == key_id:
+                newest = list(itertools.islice(self._numbered(record.thread_id), 2))
+                if len(newest) > 1 and newest[0].id == key_id:
                     raise ConflictError("the newest numbered key is destroyed last, so that no number is used again")
 
     async def destroy(self, key_id: str, *, permit: Permit = permitted) -> Destroyed:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Literal, Self
 
 import msgspec
@@ -123,6 +123,8 @@ VERSION_MAX: Final = 2**31
 """Exclusive bound of a record's `version`, which each change of the file raises by one."""
 NUMBER_MAX: Final = 2**31
 """Exclusive bound of the number of a key in its thread."""
+UNNUMBERED_COUNT_MAX: Final = 64
+"""Keys without a number that are read to find the newest one with a number: each may be a read of the disk."""
 
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 
@@ -289,16 +291,26 @@ def new(
     )
 
 
+def numbered(records: Iterable[DekRecord], thread_id: str) -> Iterator[DekRecord]:
+    """Those of the thread with a number, newest first. Raises ConflictError where too many others are among them."""
+    others = 0
+    for record in records:
+        if record.number and record.thread_id == thread_id:
+            yield record
+        elif (others := others + 1) > UNNUMBERED_COUNT_MAX:
+            raise ConflictError("the thread has too many keys without a number, which have to be destroyed first")
+
+
 def next_number(newest: DekRecord | None, replaces: str) -> int:
-    """The number of the key that follows the newest one of a thread. They are made one after the other, each with an id
-    above the last, so the newest has the highest number. Raises ConflictError unless its id is `replaces`.
+    """The number of the key that follows the newest numbered one of a thread. They are made one after the other, each
+    with an id above the last, so the newest has the highest number. Raises ConflictError unless its id is `replaces`.
     """
     if (newest.id if newest else "") != replaces:
-        raise ConflictError("a numbered key replaces the newest key of its thread, and this is another one")
+        raise ConflictError("a numbered key replaces the newest numbered key of its thread, and this is another one")
     if newest is None:
         return 1
-    if not newest.number or newest.number + 1 >= NUMBER_MAX:
-        raise ConflictError("the newest key of the thread has no number, or the highest there is")
+    if newest.number + 1 >= NUMBER_MAX:
+        raise ConflictError("the newest key of the thread has the highest number there is")
     return newest.number + 1
 
 

@@ -6,6 +6,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from minikms.keys.dek import UNNUMBERED_COUNT_MAX
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.service.asking import Answer, ask, new_key, post
 
@@ -33,16 +34,32 @@ def test_each_key_gets_the_next_number_and_retires_the_one_before(daemon: LiveDa
 def test_a_numbered_key_replaces_the_newest_of_its_thread(daemon: LiveDaemon) -> None:
     first = numbered(daemon, "n-2").body["key_id"]
     second = numbered(daemon, "n-2", first).body["key_id"]
-    new_key(daemon, "n-3")
     refused = [
         numbered(daemon, "n-2"),
         numbered(daemon, "n-2", first),
         numbered(daemon, "n-2", second, "derived"),
-        numbered(daemon, "n-3"),
         numbered(daemon, "n-3", new_key(daemon, "n-3", purpose="data")),
     ]
-    assert [(answer.status, answer.code) for answer in refused] == [(409, "conflict")] * 5
+    assert [(answer.status, answer.code) for answer in refused] == [(409, "conflict")] * 4
     assert numbers(daemon, "n-2") == [(1, "retired"), (2, "active")]
+
+
+def test_keys_without_a_number_do_not_stop_the_numbers_of_their_thread(daemon: LiveDaemon) -> None:
+    """They may be newer, and may have retired the numbered one; beyond a bound they have to be destroyed first."""
+    new_key(daemon, "n-6")
+    first = numbered(daemon, "n-6").body["key_id"]
+    other = new_key(daemon, "n-6", purpose="data", replaces=first)
+    second = numbered(daemon, "n-6", first).body["key_id"]
+    assert ask(daemon, "GET", f"/keys/{second}").body["number"] == 2
+    new_key(daemon, "n-6")
+    post(daemon, f"/keys/{second}/retire", {})
+    assert post(daemon, f"/keys/{second}/destroy", {"key_id": second}).code == "conflict"
+    for _ in range(UNNUMBERED_COUNT_MAX):
+        other = new_key(daemon, "n-6")
+    assert numbered(daemon, "n-6", second).status == 409
+    for state in ("retire", "destroy"):
+        assert post(daemon, f"/keys/{other}/{state}", {"key_id": other} if state == "destroy" else {}).status == 200
+    assert numbered(daemon, "n-6", second).status == 200
 
 
 def test_of_creates_at_once_one_gets_the_number(daemon: LiveDaemon) -> None:
