@@ -21,6 +21,7 @@ from typing import Any, Self
 from tests import needs
 from tests.harness.callers import WAIT_S, Caller, PolicyDaemon
 from tests.harness.certificates import SERVER, Authority, Issued, replace
+from tests.harness.forked import Forked
 from tests.harness.ports import free_ports
 from tests.harness.waiting import wait_until
 
@@ -59,11 +60,14 @@ class Gateway:
         crl: bool = False,
         cas: bool = True,
         under: Sequence[str] = (),
+        forked: bool = True,
     ) -> None:
         """`tables` are added to the configuration, and name `files`. `crl`: the CA has a file of revocation lists.
-        `under`: a program that runs it as root, instead of its own user.
+        `under`: a program that runs it as root, instead of its own user. `forked`: by `tests.harness.forked`, unless
+        `under` is given.
         """
         self._under = list(under)
+        self._forked = forked and not under
         self._uid = 0 if under else GATEWAY
         needs.interpreter_for(self._uid)
         self.directory = base / "gateway"
@@ -92,7 +96,7 @@ class Gateway:
         )
         self.ca_file = base / "server-ca.pem"
         self.ca_file.write_bytes(self.root.pem)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Forked | subprocess.Popen[bytes] | None = None
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -123,7 +127,12 @@ class Gateway:
 
     def start(self) -> Self:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command(), cwd="/", stdout=log, stderr=log)
+            if self._forked:
+                words = ["minikms_gateway", "--config", str(self.config)]
+                user = (GATEWAY, GATEWAY, ())
+                self.process = Forked(words, None, log.fileno(), log.fileno(), cwd="/", user=user)
+            else:
+                self.process = subprocess.Popen(self.command(), cwd="/", stdout=log, stderr=log)
         wait_until(self._lives)
         return self
 

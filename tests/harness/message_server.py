@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.harness.forked import Forked
 from tests.harness.ports import free_port
 
 START_S_MAX = 60.0
@@ -47,26 +48,23 @@ class Server:
 
 @contextlib.contextmanager
 def server(base: Path, settings: Mapping[str, str], *, launcher: Sequence[str] = ()) -> Iterator[Server]:
-    """`settings`: of its environment, without the prefix. `launcher`: what starts the interpreter, such as setpriv."""
+    """`settings`: of its environment, without the prefix. `launcher`: what starts its interpreter, such as setpriv;
+    without one it is forked.
+    """
     port = free_port()
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")} | {
         "PROGRESSDB_API_BACKEND_KEYS": BACKEND,
         "PROGRESSDB_API_ADMIN_KEYS": ADMIN,
         **{f"PROGRESSDB_{name}": value for name, value in settings.items()},
     }
-    command = [
-        *launcher,
-        sys.executable,
-        "-P",
-        "-m",
-        "progressdb_server",
-        "--addr",
-        f"127.0.0.1:{port}",
-        "--db",
-        str(base / "db"),
-    ]
+    words = ["progressdb_server", "--addr", f"127.0.0.1:{port}", "--db", str(base / "db")]
+    process: Forked | subprocess.Popen[bytes]
     with (base / "server-log").open("wb") as log:
-        process = subprocess.Popen(command, env=environ, cwd="/", stdout=log, stderr=log)
+        if launcher:
+            command = [*launcher, sys.executable, "-P", "-m", *words]
+            process = subprocess.Popen(command, env=environ, cwd="/", stdout=log, stderr=log)
+        else:
+            process = Forked(words, None, log.fileno(), log.fileno(), env=environ, cwd="/")
     made = Server(port, environ)
     try:
         deadline = time.monotonic() + START_S_MAX

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from minikms.client import Client
 from minikms_auditor.auditor import Status
+from tests.harness import forked
 from tests.harness.audited_daemon import POLICY, AuditedDaemon
 from tests.harness.waiting import wait_until
 from tests.minikms.audit.logmaker import Key
@@ -68,8 +68,7 @@ class Machine:
     def minikms(self, *words: object) -> subprocess.CompletedProcess[str]:
         """A command without the daemon, on its data directory."""
         own = ("--data-dir", str(self.daemon.data_dir), "--master-key-file", str(self.daemon.root_file))
-        command = (sys.executable, "-P", "-m", "minikms", *map(str, words), *own)
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return forked.run("minikms", *words, *own)
 
     def do(self, *words: object) -> None:
         done = self.minikms(*words)

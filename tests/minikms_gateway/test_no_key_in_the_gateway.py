@@ -20,7 +20,7 @@ from tests.minikms.memory import scanner
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
     needs.interpreter_for(DAEMON)
-    with Pair(daemon_uid=DAEMON) as made:
+    with Pair(daemon_uid=DAEMON, forked=False) as made:
         yield made
 
 

@@ -1,12 +1,10 @@
 """Both clients with the real daemon: every verb does what its docstring says."""
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from minikms import api
 from minikms.api import errors
 from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, MacItem, ReencryptItem
+from tests.harness.live_daemon import LiveDaemon
 
 
 class Both:
@@ -184,63 +183,44 @@ async def test_hundreds_of_concurrent_calls_each_get_their_own_answer(daemon_soc
 
 
 def test_calls_under_way_survive_restarts_of_the_daemon() -> None:
-    with tempfile.TemporaryDirectory(prefix="kms") as directory:
-        path = directory + "/s"
-
-        def start() -> subprocess.Popen[bytes]:
-            return subprocess.Popen(
-                [sys.executable, "-m", "minikms", "--socket", path, "--data-dir", directory + "/data", "--dev"],
-                stderr=subprocess.DEVNULL,
-            )
+    with tempfile.TemporaryDirectory(prefix="kms") as directory, LiveDaemon(Path(directory), "dev") as daemon:
 
         async def main() -> None:
-            process = start()
-            try:
-                async with AsyncClient(path, wait_s=60) as kms:
-                    key_id = (await kms.create_dek_for_thread("thread-1")).key_id
-                    sealed = await kms.encrypt(key_id, b"text")
-                    stop = asyncio.Event()
+            async with AsyncClient(daemon.socket, wait_s=60) as kms:
+                key_id = (await kms.create_dek_for_thread("thread-1")).key_id
+                sealed = await kms.encrypt(key_id, b"text")
+                stop = asyncio.Event()
 
-                    async def load() -> int:
-                        count = 0
-                        while not stop.is_set():
-                            assert await kms.decrypt(key_id, sealed) == b"text"
-                            await kms.encrypt(key_id, b"more")
-                            count += 1
-                        return count
+                async def load() -> int:
+                    count = 0
+                    while not stop.is_set():
+                        assert await kms.decrypt(key_id, sealed) == b"text"
+                        await kms.encrypt(key_id, b"more")
+                        count += 1
+                    return count
 
-                    loads = [asyncio.create_task(load()) for _ in range(16)]
-                    for number in (signal.SIGKILL, signal.SIGTERM):
-                        await asyncio.sleep(0.2)
-                        process.send_signal(number)
-                        await asyncio.to_thread(process.wait)
-                        process = start()
-                    assert await kms.health()
-                    stop.set()
-                    assert all(await asyncio.gather(*loads))
-            finally:
-                process.kill()
-                process.wait()
+                loads = [asyncio.create_task(load()) for _ in range(16)]
+                for number in (signal.SIGKILL, signal.SIGTERM):
+                    await asyncio.sleep(0.2)
+                    daemon.process.send_signal(number)
+                    await asyncio.to_thread(daemon.process.wait)
+                    await asyncio.to_thread(daemon.start)
+                assert await kms.health()
+                stop.set()
+                assert all(await asyncio.gather(*loads))
 
         asyncio.run(main())
 
 
 def test_a_uid_that_is_not_allowed_gets_an_error_that_says_so() -> None:
-    with tempfile.TemporaryDirectory(prefix="kms") as directory:
-        path = directory + "/s"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "minikms", "--socket", path, "--data-dir", directory + "/data", "--dev"],
-            env={**os.environ, "PROGRESSDB_MINIKMS_ALLOWED_UIDS": "54321"},
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            with Client(path, wait_s=60) as kms:
-                assert kms.health()
-                with pytest.raises(errors.UnauthorizedError):
-                    kms.status()
-        finally:
-            process.terminate()
-            process.wait()
+    with (
+        tempfile.TemporaryDirectory(prefix="kms") as directory,
+        LiveDaemon(Path(directory), "dev", "--allowed-uids", "54321") as daemon,
+        daemon.client() as kms,
+    ):
+        assert kms.health()
+        with pytest.raises(errors.UnauthorizedError):
+            kms.status()
 
 
 def test_a_call_in_another_event_loop_is_refused_at_once(daemon_socket: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.config import Config
 from progressdb_server.store.model import StoreLockedError
 from tests import needs
+from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.progressdb_server.api.asgi_client import ADMIN
 from tests.progressdb_server.api.certificates import self_signed
@@ -26,18 +26,8 @@ OTHER_UID = 54321
 
 def progressdb(*words: str, uid: int | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
-    return subprocess.run(
-        (sys.executable, "-m", "progressdb_server", *words),
-        user=uid,
-        group=uid,
-        extra_groups=None if uid is None else [],
-        env={**kept, **variables},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    user = None if uid is None else (uid, uid, ())
+    return forked.run("progressdb_server", *words, env={**kept, **variables}, user=user)
 
 
 # --- check --------------------------------------------------------------------------------------------------------
