@@ -335,6 +335,7 @@ def test_a_service_with_a_million_keys_is_started_and_rotated(monkeypatch: pytes
     assert memory.value >= 0
 
 
+@pytest.mark.torture
 def test_the_growth_of_keys_is_measured_size_by_size(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -401,6 +402,7 @@ def test_every_plot_shows_the_figures_of_its_table(plot: plots.Plot) -> None:
     assert f"(plots/{plot.file.name})" in report.DOCUMENT.read_text(encoding="utf-8")
 
 
+@pytest.mark.torture
 def test_lists_are_compared_with_those_of_another_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The other checkout is this one: what is tested is that its programs run and that both are asked."""
     (tmp_path / ".venv").symlink_to(sys.prefix)
