@@ -26,7 +26,7 @@ from bench.report import Row, figure, say
 from minikms.api.errors import KmsRefusedError
 from minikms.client import EncryptItem
 from minikms.platform.logs import structlog
-from progressdb_server.config import Rotation
+from progressdb_server.config import Retention, Rotation
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
@@ -51,6 +51,9 @@ SIZES = (1_000, 10_000, 100_000)
 BUILDERS = 64
 ROTATED = 500
 """Threads of each size whose rotations are measured, after some others."""
+PURGED = 200
+"""Threads of each size that are deleted and purged."""
+SOON = Retention(deleted_after="1s", rotation_backups_after="never")
 
 
 def rotation() -> list[Row]:
@@ -67,7 +70,7 @@ def rotation() -> list[Row]:
 
 
 def growth() -> list[Row]:
-    """What a rotation of one of many small threads costs, by their number."""
+    """What a rotation and a purge of one of many small threads cost, by their number."""
     with programs.workplace() as directory, programs.minikms(directory) as socket:
         return uvloop.run(_grow(directory, socket, keys.wait_for_index(socket)))
 
@@ -85,9 +88,9 @@ class _Counting(RemoteProvider):
 async def _grow(directory: Path, socket: str, pid: int) -> list[Row]:
     provider = _Counting(socket)
     store = Conversations(RocksEngine(str(directory / "store")), provider)
-    jobs = Jobs(store, provider, Rotation(records_per_second=0), exclusive=True)
+    jobs = Jobs(store, provider, Rotation(records_per_second=0), SOON, exclusive=True)
     rows: list[Row] = []
-    numbers = itertools.count()
+    numbers, going = itertools.count(), itertools.count()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
     async def write(below: int) -> None:
@@ -99,6 +102,18 @@ async def _grow(directory: Path, socket: str, pid: int) -> list[Row]:
         until = provider.rotated + count
         while provider.rotated < until:  # noqa: ASYNC110  nobody wakes it
             await asyncio.sleep(0.01)
+
+    async def purge() -> float:
+        """Seconds, with the walk over all threads that finds the deleted ones."""
+        left = (await store.stats())["threads"] - PURGED
+        for number in itertools.islice(going, PURGED):
+            await store.threads.delete(f"t{number:06}", author=f"u{number % 251}", by="bench")
+        await asyncio.sleep(1)
+        began = time.perf_counter()
+        await jobs.purge.begin()
+        while (await store.stats())["threads"] > left:  # noqa: ASYNC110  nobody wakes it
+            await asyncio.sleep(0.01)
+        return time.perf_counter() - began
 
     try:
         await jobs.start()
@@ -114,6 +129,9 @@ async def _grow(directory: Path, socket: str, pid: int) -> list[Row]:
             note = f"processor time: {figure(own_s * 1000)} ms in the server, {figure(kms_s * 1000)} in the key service"
             say(f"growth_rotations: {size:,} threads: {figure(1 / wall_s)}/s, {note}")
             rows.append(Row(f"rotations of small threads, among {size:,}", 1 / wall_s, "rotations/s", note=note))
+            purged_s = await purge()
+            say(f"growth_rotations: {size:,} threads: {figure(PURGED / purged_s)} purges/s")
+            rows.append(Row(f"purges of small threads, among {size:,}", PURGED / purged_s, "purges/s"))
     finally:
         await jobs.close()
         await store.close()

@@ -69,7 +69,7 @@ class ThreadPurge(Kind):
         self._after_s = after_s
         self._exclusive = exclusive
         self._boot_ns = boot_ns
-        self._ahead_ns = store.rekeying.newest_ns - boot_ns()
+        self._ahead_ns = (store.rekeying.newest_ns or self._table.now_ns()) - boot_ns()
         self._believed_ns = 0
         """From when on, by `boot_ns`, the clock is believed."""
         self._believes_clock()
