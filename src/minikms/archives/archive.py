@@ -169,12 +169,11 @@ class ArchiveReader:
             if place <= last or size > bytes_max:
                 raise ArchiveError("the backup was altered: an entry is repeated, misplaced or too large")
             last = place
+            content = self._take(size)
             if name == MANIFEST:
-                self._manifest = self._take(size)
+                self._manifest = content
             elif only is None or name in only:
-                yield Entry(name, self._take(size), key_id)
-            else:
-                self._skip(size)
+                yield Entry(name, content, key_id)
         self._take_slots()
         self._refill(len(self._slots) * TAG_BYTES + 1)
         self._tags = [self._part[at : at + TAG_BYTES] for at in range(0, len(self._part), TAG_BYTES)]
@@ -234,10 +233,6 @@ class ArchiveReader:
         self._digest.update(memoryview(self._part)[: self._at])
         self._part = self._part[self._at :] + self._file.read(max(size, PART_BYTES))
         self._at = 0
-
-    def _skip(self, size: int) -> None:
-        while size:
-            size -= len(self._take(min(size, PART_BYTES)))
 
 
 def dek_entry_name(key_id: str) -> str:
