@@ -408,19 +408,13 @@ def open_audit_log(
 ) -> AuditLog:
     """The audit log under the audit keys of the keyring, which must stay unlocked until the log is closed.
 
-    Raises as `AuditLog.open`.
+    Raises as `AuditLog`.
     """
-    current, former = audit_keys(unlocked)
-    _, seed = unlocked.audit_key(current.version)
-    return AuditLog.open(
+    return AuditLog(
         log_dir,
-        audit_key=current.mac_key,
-        seed=seed,
+        audit_keys(unlocked),
         now_ns=now_ns,
         fsync=fsync,
-        key_version=current.version,
-        former=former,
-        since=current.since,
         expected=expected,
         accept_loss=accept_loss,
         hash_thread_ids=hash_thread_ids,

@@ -30,9 +30,9 @@ from minikms import api
 from minikms.api.base64 import encode_text
 from minikms.api.errors import AuditUnavailableError
 from minikms.audit import record
-from minikms.audit.chain import AuditKey, Ed25519Signer
+from minikms.audit.chain import AuditKey
 from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
-from minikms.audit.repair import AuditKeys, ExpectedLog, OpenedLog, open_log
+from minikms.audit.repair import AuditKeys, ExpectedLog, open_log
 from minikms.audit.writer import RESERVE_BYTES, ChainWriter, Reserve
 from minikms.platform.append_only import UNCONFIRMED_BYTES_MAX
 
@@ -59,6 +59,7 @@ class LogLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 DEFAULT_LIMITS: Final = LogLimits()
+NOTHING_EXPECTED: Final = ExpectedLog()
 
 
 class _Failure(msgspec.Struct):
@@ -118,27 +119,40 @@ class LogSync:
 
 
 class AuditLog:
-    """An open log, made by `AuditLog.open`. events_dropped: since then, because they could not be written."""
+    """The open log of `directory`, which is begun if there is none. events_dropped: since then, because they could not
+    be written.
+    """
 
     def __init__(
         self,
-        directory: str,
-        opened: OpenedLog,
+        directory: str | os.PathLike[str],
+        keys: AuditKeys,
         *,
         now_ns: Callable[[], int],
-        monotonic_ns: Callable[[], int],
-        fsync: FsyncPolicy,
-        hash_thread_ids: bool,
-        limits: LogLimits,
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
+        fsync: FsyncPolicy = "interval",
+        expected: ExpectedLog = NOTHING_EXPECTED,
+        accept_loss: bool = False,
+        hash_thread_ids: bool = False,
+        limits: LogLimits = DEFAULT_LIMITS,
     ) -> None:
-        self.directory = directory
+        """keys: with views of the arena that stay valid until `close`. If the log ends under a former one, this call
+        completes the change of key; the log must then end at the line `since` of the current one, if that is recorded.
+        now_ns: Unix time, for the lines. monotonic_ns: schedules the chores. expected: what other files say about the
+        log.
+
+        Raises StartError if the log is altered, missing or shorter than expected, and AuditUnavailableError or OSError
+        if the disk fails.
+        """
+        self.directory = os.fspath(directory)
+        opened = open_log(self.directory, keys, expected, now_ns(), accept_loss=accept_loss)
         self.now_ns = now_ns
         self._monotonic_ns = monotonic_ns
         self.events_dropped = 0
         self._limits = limits
         self._hash_thread_ids = hash_thread_ids
         self._queue: list[Event] = []
-        self.writer = ChainWriter(directory, opened)
+        self.writer = ChainWriter(self.directory, opened)
         self.sync = LogSync(self.writer, fsync)
         self._failure: _Failure | None = None
         self._next_key: AuditKey | None = None
@@ -146,7 +160,7 @@ class AuditLog:
         self._held = False
         self._chore_fault = ""
         self._disk_full = False
-        self._reserve = Reserve(directory, limits.reserve_bytes)
+        self._reserve = Reserve(self.directory, limits.reserve_bytes)
         self._chores_ns = 0
         started_ns = monotonic_ns()
         self._signed_ns = started_ns
@@ -156,57 +170,15 @@ class AuditLog:
         self._closed = False
         self.attended: Callable[[], bool] = lambda: False
         """Whether an auditor takes the lines, as far as they are signed. Its owner may set it."""
-
-    @classmethod
-    def open(
-        cls,
-        directory: str | os.PathLike[str],
-        *,
-        audit_key: memoryview,
-        seed: memoryview,
-        now_ns: Callable[[], int],
-        monotonic_ns: Callable[[], int] = time.monotonic_ns,
-        fsync: FsyncPolicy = "interval",
-        key_version: int = 1,
-        former: tuple[AuditKey, ...] = (),
-        since: Head | None = None,
-        expected: ExpectedLog | None = None,
-        accept_loss: bool = False,
-        hash_thread_ids: bool = False,
-        limits: LogLimits = DEFAULT_LIMITS,
-    ) -> AuditLog:
-        """Open the log in `directory`, or begin one.
-
-        audit_key: 32 bytes; seed: 32 bytes (Ed25519); both are views of the arena that stay valid until `close`.
-        now_ns: Unix time, for the lines. monotonic_ns: schedules the chores. former: the earlier key versions, in any
-        order. If the log ends under one of them, this call completes the change of key; the log must then end at the
-        line `since`, if that is given. expected: what other files say about the log.
-
-        Raises StartError if the log is altered, missing or shorter than expected, and AuditUnavailableError or OSError
-        if the disk fails.
-        """
-        path = os.fspath(directory)
-        key = AuditKey(key_version, audit_key, Ed25519Signer(seed), since)
-        opened = open_log(path, AuditKeys(key, former), expected or ExpectedLog(), now_ns(), accept_loss=accept_loss)
-        log = cls(
-            path,
-            opened,
-            now_ns=now_ns,
-            monotonic_ns=monotonic_ns,
-            fsync=fsync,
-            hash_thread_ids=hash_thread_ids,
-            limits=limits,
-        )
-        log._reserve.fill()
+        self._reserve.fill()
         try:
-            if opened.key.version != key.version:
-                log.change_key(key)  # the commit below waits for the disk
-            log._queue += opened.pending
-            log.commit(durable=True)
+            if opened.key.version != keys.current.version:
+                self.change_key(keys.current)  # its line comes first; the commit below waits for the disk
+            self._queue += opened.pending
+            self.commit(durable=True)
         except AuditUnavailableError:
-            log.writer.close()
+            self.writer.close()
             raise
-        return log
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -359,7 +331,7 @@ class AuditLog:
             self.writer.close()
 
     def abandon(self) -> None:
-        """Close without writing or signing: the audit keys are gone. The next `AuditLog.open` continues the log as
+        """Close without writing or signing: the audit keys are gone. The next `AuditLog` continues the log as
         after a crash. Queued events are lost; the answers to them must not be sent.
         """
         if not self._closed:

@@ -109,7 +109,7 @@ def read_log_end(fd: int, trust: Trust, confirmed_bytes: int) -> LogEnd:
     if start + good == 0:
         return LogEnd(0, fault=fault)
     try:
-        first = record.parse_line(_first_line(fd))[0]
+        first = record.parse_line(os.pread(fd, _FIRST_LINE_BYTES, 0).partition(b"\n")[0])[0]
     except MalformedLineError as error:
         return LogEnd(size, fault=f"its first line is {error}")
     head = verifier.chain.head
@@ -182,10 +182,6 @@ def _is_signed(line: bytes) -> bool:
         return record.parse_line(line)[0].type in record.SIGNED_TYPES
     except MalformedLineError:
         return False
-
-
-def _first_line(fd: int) -> bytes:
-    return os.pread(fd, _FIRST_LINE_BYTES, 0).partition(b"\n")[0]
 
 
 def _read_exactly(fd: int, begin: int, end: int) -> bytes:
@@ -331,9 +327,7 @@ def _continue(directory: str, fd: int, end: LogEnd, keys: AuditKeys, expected: E
 def _begin(directory: str, key: AuditKey, ts: int, previous: Facts) -> OpenedLog:
     log_id = os.urandom(chain.LOG_ID_BYTES)
     event = chain.genesis_event(log_id, key.version, key.signer.public_key(), previous)
-    return _create(
-        directory, event, Head(0, record.ZERO_MAC), key=key, log_id=log_id, segment=1, ts=ts, state=KeyState()
-    )
+    return _create(directory, event, LogEnd(0, log_id=log_id.hex(), next_segment=1), key=key, ts=ts)
 
 
 def _begin_after(
@@ -364,22 +358,12 @@ def _begin_after(
         closed=end.coverage,
         state=end.state,
     )
-    log_id = bytes.fromhex(end.log_id)
-    return _create(directory, event, end.head, key=key, log_id=log_id, segment=number + 1, ts=ts, state=end.state)
+    return _create(directory, event, end, key=key, ts=ts)
 
 
-def _create(
-    directory: str,
-    event: Event,
-    before: Head,
-    *,
-    key: AuditKey,
-    log_id: bytes,
-    segment: int,
-    ts: int,
-    state: KeyState,
-) -> OpenedLog:
-    blob, head = chain.make_lines([event], before, key.mac_key, ts)
+def _create(directory: str, event: Event, before: LogEnd, *, key: AuditKey, ts: int) -> OpenedLog:
+    """Make the file that follows `before`, with `event` as its first line."""
+    blob, head = chain.make_lines([event], before.head, key.mac_key, ts)
     fd = create_file(directory, blob)
     os.rename(os.path.join(directory, NEXT_NAME), os.path.join(directory, LOG_NAME))
     sync_directory(directory)
@@ -388,13 +372,13 @@ def _create(
         size=len(blob),
         head=head,
         coverage=Coverage.of_line(blob),
-        log_id=log_id,
-        segment=segment,
+        log_id=bytes.fromhex(before.log_id),
+        segment=before.next_segment,
         segment_ts=ts,
         segment_seq=head.seq,
         pending=_recovery(directory, head.seq + 1),
         key=key,
-        state=state,
+        state=before.state,
     )
 
 

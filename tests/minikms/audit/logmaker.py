@@ -13,6 +13,7 @@ from minikms.audit.chain import Ed25519Signer
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.queries import verify_directory
 from minikms.audit.record import Head
+from minikms.audit.repair import AuditKeys
 from minikms.audit.rules import Report, Trust
 from tests.minikms.audit import independent_verifier
 
@@ -51,18 +52,22 @@ class Clock:
 
 
 def open_log(
-    directory: Path, key: Key = KEY1, *, clock: Callable[[], int] | None = None, **options: object
+    directory: Path,
+    key: Key = KEY1,
+    *,
+    former: tuple[AuditKey, ...] = (),
+    since: Head | None = None,
+    clock: Callable[[], int] | None = None,
+    **options: object,
 ) -> AuditLog:
     """With a `Clock`, that clock is the monotonic one too, unless `options` has another."""
     clock = clock or Clock()
     options.setdefault("limits", SMALL)
     if isinstance(clock, Clock):
         options.setdefault("monotonic_ns", lambda: clock.now)
-    return AuditLog.open(
+    return AuditLog(
         directory,
-        audit_key=key.mac_key,
-        seed=key.seed,
-        key_version=key.version,
+        AuditKeys(key.audit_key()._replace(since=since), former),
         now_ns=clock,
         **options,  # type: ignore[arg-type]  # tests pass on what `open` takes
     )

@@ -12,9 +12,10 @@ import pytest
 
 from minikms.api.errors import AuditUnavailableError, SealedError, StorageUnavailableError
 from minikms.audit import AuditLog, Event
-from minikms.audit.chain import AuditKey
+from minikms.audit.chain import AuditKey, Ed25519Signer
 from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import Head
+from minikms.audit.repair import AuditKeys
 from minikms.audit.turns import TurnAudit
 from minikms.memory.arena import SecretArena, fill_random
 from minikms.platform.append_only import write_whole
@@ -47,7 +48,8 @@ def audit(tmp_path: Path, disk: Disk) -> Iterator[TurnAudit]:
         key, seed = arena.allocate(), arena.allocate()
         fill_random(key.view)
         fill_random(seed.view)
-        log = AuditLog.open(tmp_path, audit_key=key.view, seed=seed.view, now_ns=lambda: next(ticks), fsync="never")
+        keys = AuditKeys(AuditKey(1, key.view, Ed25519Signer(seed.view)))
+        log = AuditLog(tmp_path, keys, now_ns=lambda: next(ticks), fsync="never")
         yield TurnAudit(log, executor)
         log.close()
 
