@@ -73,7 +73,7 @@ class Destruction:
         self._find_records = find_records
         self._forget = forget
         self._remove_files = remove_files
-        self._group = GroupQueue(self._destroy, items_max=GROUP_KEYS_MAX)
+        self.groups = GroupQueue(self._destroy, items_max=GROUP_KEYS_MAX)
         self.unfinished: set[str] = set()
         """Destroyed keys whose tombstone could not be counted, or whose bytes could not be removed."""
 
@@ -84,11 +84,7 @@ class Destruction:
         after its group has begun, the group goes on without the lock.
         """
         held.require()
-        return await self._group.submit(held)
-
-    async def drain(self) -> None:
-        """Returns when no destruction is waiting or under way."""
-        await self._group.drain()
+        return await self.groups.submit(held)
 
     async def _destroy(self, locks: list[HeldKeys]) -> Sequence[Removal | KmsRefusedError]:
         key_ids = [key_id for held in locks for key_id in held.key_ids]

@@ -2,7 +2,7 @@
 
 Owns: the making and wrapping of new keys. Invariants:
 - New keys are wrapped under the keyring's current wrapping KEK, which is taken in the step of the event loop in which
-  they are wrapped. A rotation waits for the group that took the older version (`NewKeys.group_ended`).
+  they are wrapped. A rotation waits for the group that took the older version (`GroupQueue.group_ended`).
 - A key is answered only after `Journal.create` made it durable; then the index has it.
 - The cipher of the KEK, which has key schedules on the heap, is closed in the step in which it was made. Then the used
   part of the stack is overwritten.
@@ -72,19 +72,11 @@ class NewKeys:
         self._journal = journal
         self._nonces = nonces
         self._index = index
-        self._groups = GroupQueue(self._make_group, items_max=GROUP_KEYS_MAX)
+        self.groups = GroupQueue(self._make_group, items_max=GROUP_KEYS_MAX)
 
     async def make(self, wanted: Wanted) -> DekRecord:
         """A new key, durable on return. Raises the errors of its permit and of the journal, and ArenaFullError."""
-        return await self._groups.submit(wanted)
-
-    async def group_ended(self) -> None:
-        """Returns when the group that is under way now has ended, if there is one."""
-        await self._groups.group_ended()
-
-    async def drain(self) -> None:
-        """Returns when no key is being made."""
-        await self._groups.drain()
+        return await self.groups.submit(wanted)
 
     async def _make_group(self, wanted: list[Wanted]) -> list[DekRecord | KmsRefusedError]:
         new_keys = self._make_all(wanted, self._stored.body.wrapping_kek.version)

@@ -228,12 +228,13 @@ class KekRotation:
         pause = RETRY_SECONDS_MIN
         while (rotation := self.running) is not None:
             try:
-                await self._vault.new_keys.group_ended()
+                await self._vault.new_keys.groups.group_ended()
                 with self._around_passes():
                     await self._rewrap_all(rotation)
                 await self._vault.keyring.change(self._promoted)
             except Exception as error:  # noqa: BLE001  a rotation that has begun must be completed after any failure
-                self.last_error = _error_text(error)
+                is_known = isinstance(error, KmsRefusedError)
+                self.last_error = str(error) if is_known else f"defect: {type(error).__name__}"
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS_MAX)
                 continue
@@ -414,10 +415,6 @@ class KekRotation:
             yield items[at : at + pace.keys]
             at += pace.keys
             await asyncio.sleep(pace.pause_seconds)
-
-
-def _error_text(error: Exception) -> str:
-    return str(error) if isinstance(error, KmsRefusedError) else f"defect: {type(error).__name__}"
 
 
 class Census(NamedTuple):

@@ -475,8 +475,8 @@ class Vault:
 
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""
-        await self._destruction.drain()
-        await self.new_keys.drain()
+        await self._destruction.groups.drain()
+        await self.new_keys.groups.drain()
         await self.journal.drain()
 
     def expire(self) -> None:
@@ -600,7 +600,7 @@ class Indexing:
         """Puts into the index what the key's file has, which nobody changes meanwhile."""
         vault, index = self._vault, self._vault.index
         async with vault.locks.hold((key_id,), announced=False):
-            await vault.new_keys.group_ended()  # the index has its keys then
+            await vault.new_keys.groups.group_ended()  # the index has its keys then
             before = index.entry(key_id)
             found = await self._read([key_id])
             for record in found:
