@@ -28,7 +28,7 @@ from minikms.commands.output import as_json
 from minikms_auditor.config import Config
 from minikms_auditor.signers import Signers
 from minikms_auditor.sinks import Shipper, SinkStatus
-from minikms_auditor.store import Cursor, Store, Witnessed
+from minikms_auditor.store import Cursor, Store, Witnessed, accepted_keys, published
 from minikms_auditor.tail import Grown, LogFaultError, Tail, UnknownLogError
 from minikms_auditor.witnesses import Submission, Witnesses
 from minikms_tokens import TokenError
@@ -267,7 +267,7 @@ class Auditor:
         elif any(log.log_id == self._log_id for log in self._store.state.logs):
             raise LogFaultError(f"the log {self._log_id} is an earlier one of the tree: an older copy was put back")
         else:
-            trusted = {*self._config.trusted_keys, *self._store.state.keys, *self._store.accepted_keys()}
+            trusted = {*self._config.trusted_keys, *self._store.state.keys, *accepted_keys(self._config.state_dir)}
             tail = Tail(directory, self._log_id, line=None, trusted=trusted, may_be_cut=line is None)
         self._tail = tail
         return tail
@@ -358,7 +358,7 @@ class Auditor:
 
     def _recall_published(self) -> None:
         """The times of the tree checkpoint that was published before the start."""
-        content = self._store.published()
+        content = published(self._config.state_dir)
         keys = tuple(client.key for client in self._witnesses.clients)
         if content is None:
             return

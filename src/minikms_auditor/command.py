@@ -25,7 +25,7 @@ from minikms.commands.usage import (
 )
 
 if TYPE_CHECKING:
-    from minikms_auditor.auditor import PendingLog, Status
+    from minikms_auditor.auditor import Status
     from minikms_auditor.config import Sink
 
 app = new_helper(
@@ -158,7 +158,8 @@ def accept_log(
     key = decode_exact(public_key, PUBLIC_KEY_BYTES)
     if key is None:
         raise StartError("a public key is 32 bytes in base64: 44 characters")
-    pending = _pending(state_dir)
+    found = _shown(state_dir)
+    pending = found.pending if found is not None else None
     store.accept_key(state_dir, key)
     waits = pending is not None and pending.public_key == key
     then = "The auditor goes on within seconds." if waits else "No log that begins with it waits now."
@@ -214,15 +215,11 @@ def _status_of(state_dir: str) -> Status:
     return found
 
 
-def _pending(state_dir: str) -> PendingLog | None:
-    found = _shown(state_dir)
-    return None if found is None else found.pending
-
-
 def _show_pending(state_dir: str) -> int:
     from minikms.api.base64 import encode_text
 
-    pending = _pending(state_dir)
+    found = _shown(state_dir)
+    pending = found.pending if found is not None else None
     if pending is None:
         print("No log waits to be accepted.")
         return EXIT_MISSING

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 from typing import Final, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
@@ -31,8 +31,7 @@ _SIGNER_SCHEMES: Final = (FILE_SCHEME, "pkcs11:", "aws-kms:")
 TOKEN_PATHS_COUNT_MAX: Final = 16
 SINKS_COUNT_MAX: Final = 8
 _SINK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}", re.ASCII)
-_SINK_URL: Final = re.compile(r"[a-z]+://[!-~]+", re.ASCII)
-_URL: Final = re.compile(r"https?://[!-~]+", re.ASCII)
+_URL: Final = re.compile(r"(?:https?|tls|tcp)://[!-~]+", re.ASCII)
 
 
 class Witness(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -177,7 +176,8 @@ def _check(config: Config) -> None:
     if not (1 if config.witness else 0) <= config.quorum <= len(config.witness):
         raise StartError(f"quorum is 1 to the number of witnesses, {len(config.witness)}; 0 without any")
     for witness in config.witness:
-        if not _is_prefix(witness.url):
+        parts = _parts(witness.url, ("https", "http"))
+        if parts is None or parts.query:
             raise StartError(f"{witness.url!r} is no URL of a witness, such as https://witness.example.com/w1")
         if witness.ca and not witness.url.startswith("https:"):
             raise StartError(f"the witness {witness.url} has no TLS, so remove ca")
@@ -198,16 +198,8 @@ def _check_sink(sink: Sink) -> None:
         raise StartError(f"{name}: a name is 1 to 32 characters of a-z, 0-9 and -")
     if isinstance(sink, FileSink):
         return
-    schemes = ("tls", "tcp") if isinstance(sink, SyslogSink) else ("https", "http")
-    try:
-        parts = urlsplit(sink.url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        parts, host, port = urlsplit(""), "", None
-    more = parts.username is not None or parts.fragment or (parts.query and not isinstance(sink, HttpSink))
-    if isinstance(sink, SyslogSink | SplunkSink):
-        more = more or parts.path.strip("/")
-    if parts.scheme not in schemes or _SINK_URL.fullmatch(sink.url) is None or not host or port == 0 or more:
+    parts = _parts(sink.url, ("tls", "tcp") if isinstance(sink, SyslogSink) else ("https", "http"))
+    if parts is None or (not isinstance(sink, HttpSink) and (parts.query or parts.path.strip("/"))):
         example = "tls://siem.example.com:6514" if isinstance(sink, SyslogSink) else "https://siem.example.com:8088"
         raise StartError(f"{name}: {sink.url!r} is no URL of its type, such as {example}")
     if isinstance(sink, SyslogSink) and sink.required:
@@ -215,11 +207,11 @@ def _check_sink(sink: Sink) -> None:
             f"{name}: nothing proves that a receiver of syslog has stored a line, so remove `required`, and require a "
             "sink of the type http, splunk or file"
         )
-    if isinstance(sink, SyslogSink) and port is None:
+    if isinstance(sink, SyslogSink) and parts.port is None:
         raise StartError(f"{name}: the URL must name a port, such as 6514")
     if not sink.has_tls and (sink.ca or sink.cert):
         raise StartError(f"{name} has no TLS, so remove ca and cert")
-    if not sink.has_tls and not isinstance(sink, SyslogSink) and not _is_loopback(host):
+    if not sink.has_tls and not isinstance(sink, SyslogSink) and not _is_loopback(parts.hostname or ""):
         raise StartError(f"{name}: plain HTTP is for receivers on this host, such as http://127.0.0.1:8080")
     if bool(sink.cert) != bool(sink.key):
         raise StartError(f"{name}: cert and key belong together")
@@ -232,12 +224,12 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _is_prefix(url: str) -> bool:
-    """Whether this can be the submission prefix of a witness."""
+def _parts(url: str, schemes: tuple[str, str]) -> SplitResult | None:
+    """The parts of the URL of a receiver, without user and fragment; None if it is none."""
     try:
         parts = urlsplit(url)
-        port = parts.port
+        bad_port = parts.port == 0
     except ValueError:
-        return False
-    more = parts.username is not None or parts.query or parts.fragment
-    return _URL.fullmatch(url) is not None and bool(parts.hostname) and port != 0 and not more
+        return None
+    more = parts.username is not None or parts.fragment or bad_port
+    return parts if parts.scheme in schemes and _URL.fullmatch(url) and parts.hostname and not more else None

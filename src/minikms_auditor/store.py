@@ -111,7 +111,7 @@ class Store:
             self.state = self._load(origin)
             self.edge = RightEdge.load(self.read, self.state.size)
             self._check_root()
-            self.accepted_keys()
+            accepted_keys(self._lock.directory)
             self._mend_index()
         except BaseException:
             self._lock.close()
@@ -212,16 +212,9 @@ class Store:
         if witnessed != self.state.witnessed:
             self.save(msgspec.structs.replace(self.state, witnessed=witnessed))
 
-    def published(self) -> bytes | None:
-        return published(self._lock.directory)
-
     def show(self, status: bytes) -> None:
         """Replace the status that `minikms-auditor status` reads. Raises StorageUnavailableError."""
         replace_file(self._fd, STATUS_NAME, status)
-
-    def accepted_keys(self) -> frozenset[bytes]:
-        """Raises StartError."""
-        return frozenset(accepted_keys(self._lock.directory))
 
     def close(self) -> None:
         self._lock.close()

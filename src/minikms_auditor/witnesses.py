@@ -66,7 +66,7 @@ class Client:
         """Monotonic seconds before which it is not asked."""
         self._failures = 0
         context = client_context(files, ca=witness.ca) if witness.url.startswith("https:") else None
-        self._http = HttpClient(witness.url, context, agent="minikms-auditor")
+        self.http = HttpClient(witness.url, context, agent="minikms-auditor")
 
     def submit(self, sent: Submission, ends_s: float) -> Signature:
         """Its cosignature. Raises WitnessAlarmError, WitnessFailedError."""
@@ -92,7 +92,7 @@ class Client:
             lines = [f"old {old}", *map(encode_text, proof), "", ""]
             content = "\n".join(lines).encode() + sent.note.encode()
             headers = {"Content-Type": "text/plain; charset=utf-8"}
-            status, body, _ = self._http.post(f"{self._http.path}/add-checkpoint", content, headers, ends_s)
+            status, body, _ = self.http.post(f"{self.http.path}/add-checkpoint", content, headers, ends_s)
             if status == 200:
                 return self._cosignature(sent.note.text, body)
             if status == 422:
@@ -126,10 +126,6 @@ class Client:
                     raise WitnessFailedError("its clock is ahead")
                 return signature
         raise WitnessFailedError("its answer has no valid cosignature by its key")
-
-    def abort(self) -> None:
-        """End an exchange, from another thread."""
-        self._http.abort()
 
 
 class Round(NamedTuple):
@@ -174,7 +170,7 @@ class Witnesses:
         for client, (answer, asked, ends_s) in list(self._running.items()):
             if not answer.done():
                 if time.monotonic() >= ends_s:
-                    client.abort()
+                    client.http.abort()
                 continue
             del self._running[client]
             try:
@@ -196,5 +192,5 @@ class Witnesses:
 
     def close(self) -> None:
         for client in self.clients:
-            client.abort()
+            client.http.abort()
         self._threads.shutdown(wait=False, cancel_futures=True)
