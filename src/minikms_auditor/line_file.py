@@ -6,12 +6,13 @@ written again. It must never follow a symbolic link.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from minikms.audit.reader import FILE_MODE
 from minikms.platform.append_only import write_whole
+from minikms.platform.files import closed_after
 from minikms.platform.sync import sync_data
 
 
@@ -60,10 +61,5 @@ class LineFile:
             os.ftruncate(fd, min(self._stored, os.fstat(fd).st_size))  # smaller: another file was put in its place
             self._stored = None
 
-    @contextlib.contextmanager
-    def _open(self, flags: int) -> Iterator[int]:
-        fd = os.open(self._path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+    def _open(self, flags: int) -> AbstractContextManager[int]:
+        return closed_after(os.open(self._path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE))

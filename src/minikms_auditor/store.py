@@ -14,7 +14,8 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -31,6 +32,7 @@ from minikms.audit.tree import EMPTY_ROOT
 from minikms.platform.directory_lock import DataDirLock, make_private_directory
 from minikms.platform.files import (
     FileWrite,
+    closed_after,
     open_directory,
     read_file_bounded,
     remove_files,
@@ -153,13 +155,11 @@ class Store:
             fd = open_directory(path)
         except OSError as error:
             raise StorageUnavailableError("a directory of tiles can't be made") from error
-        try:
+        with closed_after(fd):
             if not directory.endswith(".p") and directory not in self._swept:
                 sweep_temps(fd)
                 self._swept.add(directory)
             write_files(fd, group)
-        finally:
-            os.close(fd)
 
     def _remove_partial(self, made: Iterable[Tile]) -> None:
         """Partial tiles of tiles that are full now: readers find the full one. Nobody reads leftovers."""
@@ -354,10 +354,5 @@ def _replace_in(directory: str, name: str, content: bytes) -> None:
         replace_file(fd, name, content)
 
 
-@contextlib.contextmanager
-def _opened(directory: str) -> Iterator[int]:
-    fd = open_directory(directory)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def _opened(directory: str) -> AbstractContextManager[int]:
+    return closed_after(open_directory(directory))

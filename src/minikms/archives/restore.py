@@ -26,7 +26,7 @@ from minikms.keys.tombstones import Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import fill_random
 from minikms.platform.directory_lock import LOCK_NAME, make_private_directory
-from minikms.platform.files import FileWrite, make_files, open_directory, replace_file
+from minikms.platform.files import FileWrite, closed_after, make_files, open_directory, replace_file
 
 
 class Target(NamedTuple):
@@ -156,9 +156,6 @@ def _write_files(path: str, good: VerifiedArchive, task: Task, target: Target) -
                 count += 1
                 task.progress(count, good.manifest.keys)
 
-    directory_fd = open_directory(os.path.join(target.directory, deks.DIRECTORY))
-    try:
+    with closed_after(open_directory(os.path.join(target.directory, deks.DIRECTORY))) as directory_fd:
         make_files(directory_fd, files())
-    finally:
-        os.close(directory_fd)
     return count

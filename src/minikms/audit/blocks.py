@@ -28,7 +28,7 @@ from minikms.audit import record
 from minikms.audit.reader import DamagedSegmentError, SegmentFile, list_segments, next_segment
 from minikms.audit.record import LINE_BYTES_MAX
 from minikms.platform.directory_lock import make_private_directory
-from minikms.platform.files import FILE_MODE, read_file_bounded, write_all_at
+from minikms.platform.files import FILE_MODE, closed_after, read_file_bounded, write_all_at
 
 BLOCKS_NAME: Final = "index"
 """The directory of the index in the state directory of the auditor."""
@@ -292,10 +292,7 @@ class Indexer:
         cut damages is made anew.
         """
         path = os.path.join(self._directory, str(self._number))
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
-        try:
+        with closed_after(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)) as fd:
             os.ftruncate(fd, self._size)
             write_all_at(fd, content, self._size)
-        finally:
-            os.close(fd)
         self._size += len(content)

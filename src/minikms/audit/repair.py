@@ -49,6 +49,7 @@ from minikms.audit.rules import Trust
 from minikms.audit.verify import Verifier
 from minikms.platform import append_only
 from minikms.platform.append_only import write_whole
+from minikms.platform.files import closed_after
 from minikms.platform.sync import sync_data, sync_directory, sync_file
 
 READ_BYTES: Final = 64 * 1024
@@ -280,7 +281,7 @@ def _open(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int) -> Op
         if expected.exists:
             raise _LossError(f"the audit log {LOG_NAME} is missing, but there was one")
         return _begin(directory, keys.current, ts, {})
-    try:
+    with closed_after(fd):
         end = read_log_end(fd, keys.trust(), append_only.confirmed_bytes(path, fd))
         if end.fault:
             raise _LossError(f"the end of the audit log can't be trusted: {end.fault}")
@@ -298,8 +299,6 @@ def _open(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int) -> Op
             raise _LossError(f"the audit log {LOG_NAME} is empty, but there was one")
         _move_torn_aside(directory, fd, 0, seq=2)
         return _begin(directory, keys.current, ts, {})
-    finally:
-        os.close(fd)
 
 
 def _continue(directory: str, fd: int, end: LogEnd, keys: AuditKeys, expected: ExpectedLog) -> OpenedLog:
@@ -338,10 +337,8 @@ def _begin_after(
     fd = _open_file(os.path.join(directory, name))
     if fd is None:
         raise _LossError(f"the audit log {LOG_NAME} is missing, but {list_segments(directory)[number][0]} exists")
-    try:
+    with closed_after(fd):
         end = read_log_end(fd, keys.trust(), os.fstat(fd).st_size)  # a rotation syncs it before it gets this name
-    finally:
-        os.close(fd)
     if end.fault or end.next_segment != number + 1:
         raise _LossError(f"the audit log {LOG_NAME} is missing: {end.fault or name + ' is not the last of its files'}")
     _check_expected_line(directory, end, expected)

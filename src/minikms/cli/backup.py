@@ -376,11 +376,8 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
 
     with open(path, "rb") as file:
         data = file.read(FILE_BYTES_MAX + 1)
-    descriptor = files.open_directory(path.parent)
-    try:
+    with files.closed_after(files.open_directory(path.parent)) as descriptor:
         content = load(descriptor)
-    finally:
-        os.close(descriptor)
     with ExitStack() as stack:
         if key_file is None:
             arena, root = stack.enter_context(SecretArena(KEYRING_SLOTS)), task.root

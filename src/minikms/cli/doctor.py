@@ -58,7 +58,7 @@ from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from minikms.platform.clock import rfc3339, unix_seconds
-from minikms.platform.files import is_stale_temp, read_file_in
+from minikms.platform.files import closed_after, is_stale_temp, read_file_in
 from minikms.roots.providers import KEPT_BY_PEOPLE
 
 if TYPE_CHECKING:
@@ -203,11 +203,8 @@ def _space(directory: str) -> Iterator[Diagnosis]:
 def _seal(directory: str) -> Iterator[Diagnosis]:
     from minikms.daemon.seal.files import MARKER_NAME, read_marker
 
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with closed_after(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as descriptor:
         marker = read_marker(descriptor)
-    finally:
-        os.close(descriptor)
     if marker is not None:
         since = f", since {marker.at} by {marker.actor}" if marker.at else ""
         yield advice("seal", f"{MARKER_NAME} is there: a daemon starts sealed{since}", _UNSEAL)

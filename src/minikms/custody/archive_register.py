@@ -11,6 +11,7 @@ written.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -23,7 +24,14 @@ import msgspec
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StorageUnavailableError
 from minikms.platform.directory_lock import make_private_directory
-from minikms.platform.files import open_directory, read_file_bounded, remove_file, replace_file, sweep_temps
+from minikms.platform.files import (
+    closed_after,
+    open_directory,
+    read_file_bounded,
+    remove_file,
+    replace_file,
+    sweep_temps,
+)
 
 DIRECTORY: Final = "kms-archives"
 ENTRY_BYTES_MAX: Final = 16 * 1024
@@ -66,29 +74,22 @@ class ArchiveRegister:
         """Adds or replaces an entry, durably. Raises OSError, StorageUnavailableError."""
         owner = os.stat(self._data_dir)
         make_private_directory(self._directory)
-        descriptor = open_directory(self._directory)
-        try:
+        with closed_after(open_directory(self._directory)) as descriptor:
             _give(descriptor, owner)
             name = f"{entry.archive_id}.json"
             replace_file(descriptor, name, msgspec.json.encode(entry) + b"\n")
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
-            try:
+            with closed_after(
+                os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
+            ) as file:
                 _give(file, owner)
-            finally:
-                os.close(file)
-        finally:
-            os.close(descriptor)
 
     def sweep_temps(self) -> None:
         """Removes the temporary files that a crash left, TEMP_AGE_NS_MIN after it. Raises StorageUnavailableError."""
-        try:
-            descriptor = open_directory(self._directory)
-        except FileNotFoundError:
-            return
-        try:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            closed_after(open_directory(self._directory)) as descriptor,
+        ):
             sweep_temps(descriptor, age_ns_min=TEMP_AGE_NS_MIN)
-        finally:
-            os.close(descriptor)
 
     def listed(self) -> list[RegisteredArchive]:
         """The entries, oldest first, without unreadable ones. Raises OSError, StorageUnavailableError."""
@@ -114,23 +115,18 @@ class ArchiveRegister:
         except FileNotFoundError:
             return {}
         found: dict[str, RegisteredArchive | None] = {}
-        try:
+        with closed_after(descriptor):
             for name in os.listdir(descriptor):
                 match = _NAME.fullmatch(name)
                 if match is not None:
                     entry = _read(descriptor, name)
                     found[name] = entry if entry is not None and entry.archive_id == match[1] else None
-        finally:
-            os.close(descriptor)
         return found
 
     def forget(self, archive_id: str) -> None:
         """Removes the entry of an archive that no longer exists. Raises StorageUnavailableError."""
-        descriptor = open_directory(self._directory)
-        try:
+        with closed_after(open_directory(self._directory)) as descriptor:
             remove_file(descriptor, f"{archive_id}.json")
-        finally:
-            os.close(descriptor)
 
 
 def _read(descriptor: int, name: str) -> RegisteredArchive | None:

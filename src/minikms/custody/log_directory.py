@@ -14,7 +14,7 @@ from typing import Final
 
 from minikms.api.errors import StartError, StorageUnavailableError
 from minikms.platform.directory_lock import LOCK_NAME, DataDirLock, lock_file
-from minikms.platform.files import read_file_bounded, replace_file
+from minikms.platform.files import closed_after, read_file_bounded, replace_file
 
 NAME: Final = "audit-dir"
 """The file in the data directory. It holds the path, absolute, and a newline."""
@@ -86,8 +86,7 @@ def _has_log(directory: str | int) -> bool:
 
 def _lock(lock: DataDirLock, path: str) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with closed_after(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as descriptor:
             status = os.fstat(descriptor)
             mode = stat.S_IMODE(status.st_mode)
             if status.st_uid != os.geteuid() or mode not in _MODES:
@@ -96,8 +95,6 @@ def _lock(lock: DataDirLock, path: str) -> None:
                     f"uid {os.geteuid()} with mode 2750 and the auditor's group (install -d -m 2750 -o USER -g GROUP)"
                 )
             lock.hold(lock_file(descriptor, LOCK_NAME, path))
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise StartError(
             f"the directory {path} of the audit log: {error.strerror}; make it with install -d -m 2750 -o USER -g GROUP"

@@ -24,6 +24,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from struct import Struct
 from types import MappingProxyType
 from typing import Final, NamedTuple
@@ -36,6 +37,7 @@ from minikms.keys.dek import FILE_BYTES, KEY_ID_BYTES, key_id_to_bytes
 from minikms.platform.directory_lock import make_private_directory
 from minikms.platform.files import (
     SYNCFS_FILES_MIN,
+    closed_after,
     open_directory,
     opened_file,
     patch_file,
@@ -153,7 +155,7 @@ class RotationBackups:
 
     def journals(self) -> list[JournalFile]:
         """All journals. Raises StorageUnavailableError."""
-        return [file for stamp in list_stamps(self.directory) for file in list_journals(self.directory, stamp)]
+        return all_journals(self.directory)
 
     def _by_stamp(self) -> dict[str, list[JournalFile]]:
         if self._files is None:
@@ -221,8 +223,9 @@ class RotationBackups:
         counts: Counter[str] = Counter()
         failure: StorageUnavailableError | None = None
         patched: list[JournalFile] = []
-        root = open_directory(self.directory)  # before the writes: `syncfs` reports failures that come after it
-        try:
+        with closed_after(
+            open_directory(self.directory)
+        ) as root:  # before the writes: `syncfs` reports failures that come after it
             by_syncfs = len(files) >= SYNCFS_FILES_MIN and syncfs_reports(root)
             for file, key_ids in files:
                 fresh = file in self._unsure or any(key_id in anew for key_id in key_ids)
@@ -247,8 +250,6 @@ class RotationBackups:
                     counts.update(record.key_id for record in going)
             if by_syncfs and patched:
                 self._sync_all(root, patched)
-        finally:
-            os.close(root)
         if failure is not None:
             try:
                 raise failure
@@ -383,13 +384,8 @@ class RotationBackups:
         except OSError as error:
             raise StorageUnavailableError("a rotation backup can't be removed") from error
 
-    @contextlib.contextmanager
-    def _opened(self, stamp: str) -> Iterator[int]:
-        descriptor = open_directory(self._path(stamp))
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+    def _opened(self, stamp: str) -> AbstractContextManager[int]:
+        return closed_after(open_directory(self._path(stamp)))
 
     def _path(self, stamp: str) -> str:
         return os.path.join(self.directory, stamp)
@@ -415,6 +411,12 @@ def list_journals(directory: str, stamp: str) -> list[JournalFile]:
             return []
         raise
     return sorted(JournalFile(stamp, match[0], match[1], match[2]) for match in matches if match)
+
+
+def all_journals(directory: str) -> list[JournalFile]:
+    """The journals of all stamps; none if there is no such directory. Raises StorageUnavailableError."""
+    stamps = list_stamps(directory) if os.path.isdir(directory) else ()
+    return [file for stamp in stamps for file in list_journals(directory, stamp)]
 
 
 def _place(file: JournalFile) -> str:

@@ -23,7 +23,7 @@ from minikms.custody import journal, keyring_file
 from minikms.custody.deks import DIRECTORY, file_name, list_key_ids, read_settled
 from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode, is_whole
 from minikms.custody.rotation_backups import DIRECTORY as BACKUPS
-from minikms.custody.rotation_backups import list_journals, list_stamps
+from minikms.custody.rotation_backups import all_journals
 from minikms.keys import dek, keyring
 from minikms.keys.dek import FILE_BYTES, KEY_ID_RANDOM_BYTES, DekRecord, make_key_id
 from minikms.platform.clock import now_ns
@@ -153,18 +153,17 @@ class SettledKeys:
         the backups that could not be read, or are damaged. Raises StorageUnavailableError, StartError.
         """
         yield from self._journalled().damaged
-        for stamp in list_stamps(self._backups) if os.path.isdir(self._backups) else ():
-            for file in list_journals(self._backups, stamp):
-                place = os.path.join(stamp, file.name)
-                try:
-                    content = read_file_bounded(os.path.join(self._backups, place), BYTES_MAX)
-                    damaged = [] if content is None else decode(content).damaged
-                    yield from damaged
-                except (StorageUnavailableError, StartError):
+        for file in all_journals(self._backups):
+            place = os.path.join(file.stamp, file.name)
+            try:
+                content = read_file_bounded(os.path.join(self._backups, place), BYTES_MAX)
+                damaged = [] if content is None else decode(content).damaged
+                yield from damaged
+            except (StorageUnavailableError, StartError):
+                self.unread.append(place)
+            else:
+                if content is not None and (damaged or not is_whole(content)):
                     self.unread.append(place)
-                else:
-                    if content is not None and (damaged or not is_whole(content)):
-                        self.unread.append(place)
 
     def _read_file(self, key_id: str) -> bytes | None:
         name = file_name(key_id)
@@ -211,7 +210,4 @@ def newest_key_id(data_dir: str) -> str:
     newest = make_key_id(now_ns() // 1_000_000, b"\xff" * KEY_ID_RANDOM_BYTES)
     with SettledKeys(data_dir) as settled:
         newest = max(itertools.chain([newest], settled.listed()))
-    path = os.path.join(data_dir, BACKUPS)
-    for stamp in list_stamps(path) if os.path.isdir(path) else ():
-        newest = max([newest, *(file.last for file in list_journals(path, stamp))])
-    return newest
+    return max([newest, *(file.last for file in all_journals(os.path.join(data_dir, BACKUPS)))])

@@ -30,6 +30,7 @@ from typing import Final, Self
 
 from minikms.api.errors import StartError, StartLaterError
 from minikms.platform.directory_lock import lock_file, unlock_file
+from minikms.platform.files import closed_after
 
 PATH_BYTES_MAX: Final = 107 if sys.platform == "linux" else 103  # sun_path of unix(7), less its NUL
 BACKLOG_COUNT: Final = 1024
@@ -188,14 +189,11 @@ def _make_directory(directory: str, gid: int | None) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.rmdir(temporary)
     os.mkdir(temporary, 0o700)
-    descriptor = _open_directory(temporary)
-    try:
+    with closed_after(_open_directory(temporary)) as descriptor:
         if gid is not None:
             os.fchown(descriptor, -1, gid)
         os.fchmod(descriptor, DIRECTORY_MODE)
         os.rename(temporary, directory)
-    finally:
-        os.close(descriptor)
 
 
 def _open_directory(parent: str) -> int:

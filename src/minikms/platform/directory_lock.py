@@ -15,7 +15,7 @@ import stat
 from typing import Final, Self
 
 from minikms.api.errors import StartError, StartLaterError
-from minikms.platform.files import FILE_MODE
+from minikms.platform.files import FILE_MODE, closed_after
 from minikms.platform.sync import sync_file
 
 DIRECTORY_MODE: Final = 0o700
@@ -103,11 +103,8 @@ def make_private_directory(path: str) -> None:
         os.mkdir(path, DIRECTORY_MODE)
     except FileExistsError:  # another process created it, or it is not a directory: then opening it fails
         return
-    descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with closed_after(os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as descriptor:
         sync_file(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open_private_directory(path: str) -> int:

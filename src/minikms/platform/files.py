@@ -78,6 +78,15 @@ def open_directory(path: str | os.PathLike[str]) -> int:
 
 
 @contextlib.contextmanager
+def closed_after(descriptor: int) -> Iterator[int]:
+    """Closes the descriptor when the block ends."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def opened_file(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> Iterator[tuple[int, int]]:
     """The descriptor of a regular file, for reading, and its length. Symbolic links are not followed, and a FIFO does
     not block.
@@ -125,11 +134,8 @@ def read_file_bounded(path: str | os.PathLike[str], bytes_max: int, *, dir_fd: i
 
 def read_file_in(directory: str, name: str, bytes_max: int) -> bytes | None:
     """The same, of a file in the directory."""
-    descriptor = open_directory(directory)
-    try:
+    with closed_after(open_directory(directory)) as descriptor:
         return read_file_bounded(name, bytes_max, dir_fd=descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_file_of(name: str, bytes_exact: int, *, dir_fd: int) -> bytes | None:

@@ -23,7 +23,8 @@ import msgspec
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import NotPinnedError, StartError, UnknownRootError
 from minikms.crypto import roots
-from minikms.platform.sync import sync_file
+from minikms.platform.files import closed_after
+from minikms.platform.sync import sync_directory, sync_file
 from minikms.platform.trusted_file import ROOT_UID, read_trusted
 
 FORMAT: Final = "minikms-pin"
@@ -161,21 +162,16 @@ class PinFile:
         return True
 
     def _write(self, data: bytes) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE)
-        try:
+        with closed_after(
+            os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE)
+        ) as descriptor:
             os.fchmod(descriptor, _MODE)  # the daemon reads it as another user, whatever the umask was
             written = os.pwrite(descriptor, data, 0)
             if written != len(data):
                 raise StartError(f"the pin file {self.path} could not be written whole: free space, and run this again")
             os.ftruncate(descriptor, written)
             sync_file(descriptor)
-        finally:
-            os.close(descriptor)
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sync_file(directory)
-        finally:
-            os.close(directory)
+        sync_directory(self.path.parent)
 
     def _parsed(self, data: bytes) -> Pins:
         try:
