@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import msgspec
 
@@ -21,6 +21,7 @@ from minikms.http import Response
 from minikms_gateway.transit.keyring import OUT_OF_DATE, Caller, TransitKey
 from minikms_gateway.transit.wire import (
     BATCH_ITEMS_MAX,
+    UNBOUND,
     Body,
     Number,
     Short,
@@ -48,7 +49,7 @@ class Item(msgspec.Struct):
 
 
 class Records(Item, Body):
-    batch_input: Annotated[list[Item], msgspec.Meta(max_length=BATCH_ITEMS_MAX)] | None = None
+    batch_input: list[Item] | None = None
     partial_failure_response_code: Number | None = None
     convergent_encryption: bool | None = None
 
@@ -75,42 +76,37 @@ async def encrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
         latest = key.latest
         key_id = key.latest_id
 
-        def prepare(item: Item) -> tuple[str, bytes, bytes]:
-            key.encrypts(item.key_version or 0)
-            key.check_context(item.context)
-            return key_id, decode_base64(item.plaintext or ""), bound(item.context, item.associated_data)
-
-        def ciphertext(sealed: bytes) -> str:
-            return ciphertext_of(key.latest, sealed)
+        def prepare(place: int) -> tuple[str, bytes, bytes]:
+            item = items[place]
+            if item.key_version:
+                key.encrypts(item.key_version)
+            return key_id, decode_base64(item.plaintext or ""), _aad(key, item)
 
         if body.batch_input is None:
-            _, plaintext, aad = prepare(items[0])
+            _, plaintext, aad = prepare(0)
             fields = {"key_id": key_id, "plaintext": plaintext, "aad": aad}
-            return [ciphertext((await caller.native(api.ENCRYPT, api.EncryptAnswer, body=fields)).ciphertext)]
-        return await _batch(caller, api.ENCRYPT_BATCH, items, prepare, ciphertext)
+            return [prefix_of(latest) + (await caller.native(api.ENCRYPT, _Ciphertext, body=fields)).ciphertext]
+        return await _batch(caller, api.ENCRYPT_BATCH, len(items), prepare, prefix_of(latest))
 
-    results = await caller.using(name, seal)
+    results = await caller.using(name, seal, at_least=max(item.key_version or 0 for item in items))
     return _encrypted(body, items, results, latest)
 
 
 async def decrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
     items = _items(body, "ciphertext", "decrypt")
+    given = [_parsed(item.ciphertext) for item in items]
 
     async def unseal(key: TransitKey) -> list[str | KmsRefusedError]:
-        def prepare(item: Item) -> tuple[str, bytes, bytes]:
-            number, sealed = _parsed(item.ciphertext)
-            key_id = key.decrypting(number)
-            record = decode_base64_of(sealed)
-            key.check_context(item.context)
-            return key_id, record, bound(item.context, item.associated_data)
+        def prepare(place: int) -> tuple[str, bytes, bytes]:
+            return _opening(key, items[place], given[place])
 
         if body.batch_input is None:
-            key_id, record, aad = prepare(items[0])
+            key_id, record, aad = prepare(0)
             fields = {"key_id": key_id, "ciphertext": record, "aad": aad}
             return [(await caller.native(api.DECRYPT, _Plaintext, body=fields)).plaintext]
-        return await _batch(caller, api.DECRYPT_BATCH, items, prepare, encode_base64)
+        return await _batch(caller, api.DECRYPT_BATCH, len(items), prepare, "")
 
-    results = await caller.using(name, unseal, at_least=_newest(items))
+    results = await caller.using(name, unseal, at_least=_newest(given))
     if body.batch_input is None:
         return envelope(Decrypted(_only(results)))
     return _batch_answer(
@@ -128,6 +124,7 @@ async def decrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
 async def rewrap(caller: Caller, name: str, body: Records) -> bytes | Response:
     """One request for each version among the items."""
     items = _items(body, "ciphertext", "decrypt")
+    given = [_parsed(item.ciphertext) for item in items]
     latest = 0
 
     async def move(key: TransitKey) -> list[str | KmsRefusedError]:
@@ -139,10 +136,8 @@ async def rewrap(caller: Caller, name: str, body: Records) -> bytes | Response:
         for place, item in enumerate(items):
             try:
                 key.encrypts(item.key_version or 0)
-                number, sealed = _parsed(item.ciphertext)
-                key_id = key.decrypting(number)
-                key.check_context(item.context)
-                moved[key_id].append((decode_base64_of(sealed), bound(item.context, item.associated_data)))
+                key_id, record, aad = _opening(key, item, given[place])
+                moved[key_id].append((record, aad))
                 places[key_id].append(place)
             except KmsRefusedError as error:
                 results[place] = error
@@ -150,15 +145,22 @@ async def rewrap(caller: Caller, name: str, body: Records) -> bytes | Response:
             fields = (key_id, key.latest_id, records)
             answer = await caller.native(api.REENCRYPT_BATCH, _Outcomes, body=fields, packed=True)
             for place, outcome in zip(places[key_id], _counted(answer, records), strict=True):
-                results[place] = _result(outcome, lambda sealed: ciphertext_of(key.latest, sealed))
+                results[place] = _result(outcome, prefix_of(latest))
         return results
 
-    results = await caller.using(name, move, at_least=_newest(items))
+    newest = max(_newest(given), *(item.key_version or 0 for item in items))
+    results = await caller.using(name, move, at_least=newest)
     return _encrypted(body, items, results, latest)
 
 
+class _Ciphertext(msgspec.Struct):
+    """The base64 of a record, which is passed on as it is."""
+
+    ciphertext: str
+
+
 class _Plaintext(msgspec.Struct):
-    """The base64 of a plaintext, which is passed on as it is."""
+    """The same of a plaintext."""
 
     plaintext: str
 
@@ -192,28 +194,30 @@ def _items(body: Records, member: str, what: str) -> Sequence[Item]:
     items = body.batch_input
     if not items:
         raise VaultError("missing batch input to process")
-    for index, item in enumerate(items):
-        if getattr(item, member) is None:
-            raise VaultError(f"failed to parse batch input: '[{index}].{member}' missing {member} to {what}")
-        if bool(item.context) is not bool(items[0].context):
-            raise VaultError("context should be set either in all the request blocks or in none")
+    if len(items) > BATCH_ITEMS_MAX:
+        raise VaultError(f"a batch has at most {BATCH_ITEMS_MAX} items", 413)
+    values = [item.plaintext if member == "plaintext" else item.ciphertext for item in items]
+    if None in values:
+        raise VaultError(f"failed to parse batch input: '[{values.index(None)}].{member}' missing {member} to {what}")
+    if len({bool(item.context) for item in items}) > 1:
+        raise VaultError("context should be set either in all the request blocks or in none")
     return items
 
 
 async def _batch(
     caller: Caller,
     verb: api.Verb[Any, Any],
-    items: Sequence[Item],
-    prepare: Callable[[Item], tuple[str, bytes, bytes]],
-    shown: Callable[[bytes], str],
+    count: int,
+    prepare: Callable[[int], tuple[str, bytes, bytes]],
+    prefix: str,
 ) -> list[str | KmsRefusedError]:
-    """One request for those items of a batch that can be read."""
+    """One request for those items of a batch that can be read. `prefix`: of each value, in base64."""
     results: list[str | KmsRefusedError] = []
     wanted: list[tuple[str, bytes, bytes]] = []
     places: list[int] = []
-    for place, item in enumerate(items):
+    for place in range(count):
         try:
-            wanted.append(prepare(item))
+            wanted.append(prepare(place))
             places.append(place)
             results.append("")
         except KmsRefusedError as error:
@@ -221,7 +225,7 @@ async def _batch(
     if wanted:
         answer = await caller.native(verb, _Outcomes, body=(wanted,), packed=True)
         for place, outcome in zip(places, _counted(answer, wanted), strict=True):
-            results[place] = _result(outcome, shown)
+            results[place] = _result(outcome, prefix)
     return results
 
 
@@ -231,10 +235,10 @@ def _counted(answer: _Outcomes, wanted: Sequence[object]) -> list[bytes | _Refus
     return answer.items
 
 
-def _result(outcome: bytes | _Refused, shown: Callable[[bytes], str]) -> str | KmsRefusedError:
+def _result(outcome: bytes | _Refused, prefix: str) -> str | KmsRefusedError:
     """Raises an error of OUT_OF_DATE: the whole batch is made again."""
     if isinstance(outcome, bytes):
-        return shown(outcome)
+        return prefix + encode_base64(outcome)
     error = refusal(outcome.code, outcome.error)
     if isinstance(error, OUT_OF_DATE):
         raise error
@@ -280,40 +284,48 @@ def _batch_answer(body: Records, results: Sequence[str | KmsRefusedError], shown
     return Response(status, envelope(data, warning=warning))
 
 
-def ciphertext_of(number: int, sealed: bytes) -> str:
-    return f"{_PREFIX}{number}:{encode_base64(sealed)}"
+def prefix_of(number: int) -> str:
+    """What a ciphertext of this version begins with."""
+    return f"{_PREFIX}{number}:"
 
 
-def _parsed(ciphertext: str | None) -> tuple[int, str]:
-    """The version of a ciphertext, and its record in base64. Raises VaultError."""
+def _parsed(ciphertext: str | None) -> tuple[int, str] | VaultError:
+    """The version of a ciphertext, and its record in base64."""
     if not ciphertext:
-        raise VaultError("missing ciphertext to decrypt")
+        return VaultError("missing ciphertext to decrypt")
     if not ciphertext.startswith(_PREFIX):
-        raise VaultError("invalid ciphertext: no prefix")
+        return VaultError("invalid ciphertext: no prefix")
     version, colon, record = ciphertext[len(_PREFIX) :].partition(":")
     if not colon:
-        raise VaultError("invalid ciphertext: wrong number of fields")
+        return VaultError("invalid ciphertext: wrong number of fields")
     if _VERSION.fullmatch(version) is None:
-        raise VaultError("invalid ciphertext: version number could not be decoded")
+        return VaultError("invalid ciphertext: version number could not be decoded")
     return int(version), record
 
 
-def decode_base64_of(record: str) -> bytes:
+def _newest(given: Sequence[tuple[int, str] | VaultError]) -> int:
+    """The highest version that ciphertexts name."""
+    return max((each[0] for each in given if isinstance(each, tuple)), default=0)
+
+
+def _opening(key: TransitKey, item: Item, given: tuple[int, str] | VaultError) -> tuple[str, bytes, bytes]:
+    """The key id, the record and the `aad` of a ciphertext. Raises VaultError."""
+    if isinstance(given, VaultError):
+        raise given
+    key_id = key.decrypting(given[0])
     try:
-        sealed = decode_base64(record)
+        record = decode_base64(given[1])
     except VaultError:
         raise VaultError("invalid ciphertext: could not decode base64") from None
-    if len(sealed) < api.SEAL_BYTES:
+    if len(record) < api.SEAL_BYTES:
         raise VaultError("invalid ciphertext length")
-    return sealed
+    return key_id, record, _aad(key, item)
 
 
-def _newest(items: Sequence[Item]) -> int:
-    """The highest version that a ciphertext names."""
-    newest = 0
-    for item in items:
-        try:
-            newest = max(newest, _parsed(item.ciphertext)[0])
-        except VaultError:
-            continue
-    return newest
+def _aad(key: TransitKey, item: Item) -> bytes:
+    """Raises VaultError."""
+    if key.derived:
+        key.check_context(item.context)
+    if item.context or item.associated_data:
+        return bound(item.context, item.associated_data)
+    return UNBOUND

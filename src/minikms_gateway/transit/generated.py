@@ -8,7 +8,7 @@ import msgspec
 
 from minikms import api
 from minikms.http import Response
-from minikms_gateway.transit.encryption import ciphertext_of
+from minikms_gateway.transit.encryption import prefix_of
 from minikms_gateway.transit.keyring import Caller, TransitKey
 from minikms_gateway.transit.wire import Body, Number, Short, VaultError, bound, decode_base64, envelope
 
@@ -29,9 +29,9 @@ class Random(Body):
 
 
 class _DataKeyAnswer(msgspec.Struct):
-    """The base64 of a key, which is passed on as it is."""
+    """The base64 of both, which is passed on as it is."""
 
-    ciphertext: bytes
+    ciphertext: str
     plaintext: str | None = None
 
     def __repr__(self) -> str:
@@ -59,12 +59,12 @@ async def _data_key(caller: Caller, name: str, body: DataKey, *, plaintext: bool
             "plaintext": plaintext,
         }
         answer = await caller.native(api.GENERATE_DATA_KEY, _DataKeyAnswer, body=fields)
-        data: dict[str, Any] = {"ciphertext": ciphertext_of(key.latest, answer.ciphertext), "key_version": key.latest}
+        data: dict[str, Any] = {"ciphertext": prefix_of(key.latest) + answer.ciphertext, "key_version": key.latest}
         if plaintext:
             data["plaintext"] = answer.plaintext
         return envelope(data)
 
-    return await caller.using(name, make)
+    return await caller.using(name, make, at_least=body.key_version or 0)
 
 
 async def random(caller: Caller, count: str, body: Random) -> bytes:

@@ -19,7 +19,7 @@ TYPE: Final = "aes256-gcm96"
 ROTATE_ATTEMPTS_MAX: Final = 5
 """Of one rotation, while others win."""
 NO_DESTRUCTION: Final = (
-    "no key is destroyed through the gateway: retire and destroy it at the key service, with minikms destroy-key"
+    "no key is destroyed through the gateway: retire and destroy it at the key service, with `minikms keys`"
 )
 _NO_PERIODS: Final = frozenset({"", "0", "0s", "0m", "0h"})
 
@@ -86,7 +86,7 @@ async def list_names(caller: Caller, _name: str, _body: Body) -> bytes:
 
 async def rotate(caller: Caller, name: str, _body: Body) -> bytes:
     """Makes the next version, and retires the one before."""
-    for attempt in range(ROTATE_ATTEMPTS_MAX):
+    for _ in range(ROTATE_ATTEMPTS_MAX):
         key = await caller.lookup(name)
         if key is None:
             raise VaultError("key not found")
@@ -99,11 +99,9 @@ async def rotate(caller: Caller, name: str, _body: Body) -> bytes:
         try:
             await caller.native(api.CREATE_DEK, api.CreateDekAnswer, body=fields)
         except (ConflictError, KeyNotFoundError):  # another rotation came first
-            if attempt + 1 == ROTATE_ATTEMPTS_MAX:
-                raise
             continue
         return _shown(await caller.found(name))
-    raise AssertionError
+    raise VaultError("other rotations of this key came first: try again", 503)
 
 
 async def configure(caller: Caller, name: str, settings: Settings) -> bytes:

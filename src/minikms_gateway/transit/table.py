@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from minikms.api.errors import InvalidRequestError, KmsRefusedError
 from minikms.http import ParsedHead, Request, Response, parse_query
+from minikms_gateway.reasons import RefusedTokenError
 from minikms_gateway.transit import encryption, generated, keys, system
 from minikms_gateway.transit.keyring import NAME, Ask, Caller, Lifetime, Remembered
 from minikms_gateway.transit.system import LOGIN_BYTES_MAX, Login
@@ -73,12 +74,8 @@ class Transit:
     @staticmethod
     def credential(head: ParsedHead, body: memoryview | None) -> str | None:
         """What a header `Authorization` would hold; None: the certificate. `body`: None before it has arrived. Raises
-        VaultError.
+        VaultError, RefusedTokenError.
         """
-        if head.vault.get("namespace", "").strip("/") not in ("", "root"):
-            raise VaultError("there are no namespaces here", 404)
-        if "wrap-ttl" in head.vault:
-            raise VaultError("response wrapping is not offered")
         token = head.vault.get("token", "")
         if Transit.is_login(head):
             if body is None:
@@ -86,9 +83,11 @@ class Transit:
             token = decode(body, Login).jwt or ""
             if not token or token == MTLS_TOKEN:
                 raise VaultError("missing token")
+            if not token.isascii():
+                raise RefusedTokenError("token_malformed")
         elif head.authorization is not None:
             if token:
-                raise VaultError("a request has one token", 403)
+                raise RefusedTokenError("token_malformed")  # which of the two would count?
             return head.authorization
         return f"Bearer {token}" if token and token != MTLS_TOKEN else None
 
@@ -105,6 +104,7 @@ class Transit:
         self, who: str, request: Request, mount: str, lifetime: Callable[[], Lifetime]
     ) -> Response | Awaitable[bytes | Response]:
         try:
+            _check_headers(request.head)
             operation, name = find(request.head, mount)
             body = decode(request.body, operation.body)
         except KmsRefusedError as error:
@@ -118,6 +118,14 @@ async def _run(operation: Operation, caller: Caller, name: str, body: Any) -> by
         return await operation.run(caller, name, body)
     except KmsRefusedError as error:
         return error_response(error)
+
+
+def _check_headers(head: ParsedHead) -> None:
+    """Raises VaultError for headers that would change what a request means."""
+    if head.vault.get("namespace", "").strip("/") not in ("", "root"):
+        raise VaultError("there are no namespaces here", 404)
+    if "wrap-ttl" in head.vault:
+        raise VaultError("response wrapping is not offered")
 
 
 def find(head: ParsedHead, mount: str) -> tuple[Operation, str]:

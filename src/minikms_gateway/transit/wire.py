@@ -22,6 +22,8 @@ BATCH_ITEMS_MAX: Final = api.BATCH_ITEMS_MAX
 TEXT_CHARS_MAX: Final = 1024
 """Of a `reference`, a type, or another short text."""
 NUMBER_MAX: Final = 2**31
+OBJECTS_COUNT_MAX: Final = 8 * BATCH_ITEMS_MAX
+"""Braces that open in a body: before it is decoded, so that a body of 16 MiB is not some million items."""
 
 BOUND_LABEL: Final = b"minikms/transit/v1\0"
 """Begins the `aad` of a record: then context and associated data, each behind its length (4 bytes, big-endian)."""
@@ -106,6 +108,8 @@ class Body(msgspec.Struct):
 
 def decode(body: bytes | memoryview, kind: type[T]) -> T:
     """An empty body is an empty object. Texts of numbers are numbers. Raises VaultError."""
+    if len(body) > OBJECTS_COUNT_MAX and bytes(body).count(b"{") > OBJECTS_COUNT_MAX:
+        raise VaultError("the body has too many objects", 413)
     try:
         return msgspec.json.decode(body, type=kind, strict=False) if len(body) else kind()
     except UNDECODABLE:
@@ -134,7 +138,7 @@ def encode_base64(data: bytes) -> str:
 def bound(context: str | None, associated_data: str | None) -> bytes:
     """The caller's `aad` of a record. Raises VaultError."""
     if not context and not associated_data:
-        return _UNBOUND
+        return UNBOUND
     fields = [decode_base64(text) if text else b"" for text in (context, associated_data)]
     aad = BOUND_LABEL + b"".join([len(field).to_bytes(4, "big") + field for field in fields])
     if len(aad) > api.AAD_BYTES_MAX:
@@ -142,4 +146,4 @@ def bound(context: str | None, associated_data: str | None) -> bytes:
     return aad
 
 
-_UNBOUND: Final = BOUND_LABEL + bytes(8)
+UNBOUND: Final = BOUND_LABEL + bytes(8)

@@ -277,7 +277,10 @@ def test_nobody_is_known_by_less_and_two_tokens_are_none(pair: Pair) -> None:
         assert caller.ask("GET", "/v1/sys/health", headers=both).status == 403
 
 
-@pytest.mark.parametrize("body", [{}, {"jwt": "mtls"}, {"jwt": "x.y.z"}, {"jwt": 5}, {"jwt": "x" * 20_000}])
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"jwt": "mtls"}, {"jwt": "x.y.z"}, {"jwt": "é.é.é"}, {"jwt": "\ud800"}, {"jwt": 5}, {"jwt": "x" * 20_000}],
+)
 def test_a_login_without_a_good_token_is_refused(pair: Pair, body: dict[str, object]) -> None:
     with pair.gateway.caller() as caller:
         answer = caller.post("/v1/auth/jwt/login", body)
