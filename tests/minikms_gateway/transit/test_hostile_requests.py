@@ -6,7 +6,9 @@ import base64
 import contextlib
 import itertools
 import json
+import os
 import secrets
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,13 +16,15 @@ import pytest
 
 from minikms import api
 from tests.harness.gateways import GATEWAY, POLICY, Pair
+from tests.minikms.http.http_harness import parse_answers
+from tests.minikms.http.http_inputs import REFUSED
 from tests.minikms_gateway.transit.vault import ISSUER, Vault, errors, transit_pair
 from tests.minikms_gateway.transit.wrong_requests import HI
 
 OURS, THEIRS = "spiffe://prod/chat/ours", "spiffe://prod/chat/theirs"
 TWO_TENANTS = POLICY.replace('"spiffe://prod/**", "dns:api.chat.internal", ', "") + "".join(
     f'[[grant]]\nname = "{name}"\nprincipals = ["{principal}"]\n'
-    f'roles = ["create", "encrypt", "decrypt", "data_key", "rotate", "monitor"]\nthreads = ["transit.{name}-*"]\n'
+    f'roles = ["create", "encrypt", "decrypt", "data_key", "monitor"]\nthreads = ["transit.{name}-*"]\n'
     for name, principal in (("ours", OURS), ("theirs", THEIRS))
 )
 ENCRYPT = {"plaintext": HI}
@@ -132,6 +136,22 @@ def test_no_header_leads_to_another_key_or_name(pair: Pair, ours: Vault, header:
     with pair.gateway.caller(pair.client(uri=OURS)) as caller:
         assert Vault(caller, "mtls").ask("POST", "encrypt/theirs-key", ENCRYPT, (header,)).status in (400, 403, 404)
     assert {event["actor"] for event in asked(pair, since)} <= {OURS}
+
+
+def test_hostile_bodies_of_the_socket_are_refused_before_a_login(pair: Pair) -> None:
+    """A login is the only request whose body arrives before its sender has a name; it is never chunked."""
+    since = len(pair.audited())
+    for name, (data, status) in REFUSED.items():
+        if data.startswith(b"POST /echo "):
+            with pair.gateway.connect() as tls:
+                tls.sendall(data.replace(b"/echo", b"/v1/auth/jwt/login"))
+                if name.startswith("end "):
+                    with socket.socket(fileno=os.dup(tls.fileno())) as below:
+                        below.shutdown(socket.SHUT_WR)
+                with tls.makefile("rb") as received:
+                    [answer] = parse_answers(received.read())
+            assert answer.status in (status, 413) and answer.headers["connection"] == "close", (name, answer)
+    assert not asked(pair, since)
 
 
 BODIES: dict[str, bytes] = {

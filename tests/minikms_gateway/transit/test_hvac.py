@@ -15,7 +15,7 @@ import pytest
 
 from tests import needs
 from tests.harness.gateways import Pair
-from tests.minikms_gateway.transit.vault import ISSUER, transit_pair
+from tests.minikms_gateway.transit.vault import ISSUER, LIMITED, transit_pair
 
 hvac = needs.library("hvac")
 
@@ -35,8 +35,8 @@ def make(pair: Pair, tmp_path: Path) -> Iterator[Make]:
     """Makes a client that shows a certificate beside the token `mtls`, or a token of the issuer."""
     made = []
 
-    def client(shows: str, **how: Any) -> Any:
-        cert = tuple(map(str, pair.client().write(tmp_path))) if shows == "certificate" else None
+    def client(shows: str, *, uri: str = "spiffe://prod/chat/api", **how: Any) -> Any:
+        cert = tuple(map(str, pair.client(uri=uri).write(tmp_path))) if shows == "certificate" else None
         token = how.pop("token", "mtls" if cert else ISSUER.token())
         url = f"https://localhost:{pair.gateway.port}"
         made.append(hvac.Client(url=url, token=token, cert=cert, verify=str(pair.gateway.ca_file), **how))
@@ -163,6 +163,17 @@ def test_hvac_reads_health_seal_status_and_lists_without_the_verb_list(make: Mak
     assert client.sys.is_sealed() is False
     strict.secrets.transit.create_key(name="listed")
     assert "listed" in strict.secrets.transit.list_keys()["data"]["keys"]
+
+
+def test_a_used_up_limit_is_a_rate_limit_of_the_principal(make: Make) -> None:
+    limited, other = make("certificate", uri=LIMITED), make("token")
+    other.secrets.transit.create_key(name="limited")
+    sealed = limited.secrets.transit.encrypt_data(name="limited", plaintext=PLAINTEXT)["data"]["ciphertext"]
+    assert limited.secrets.transit.decrypt_data(name="limited", ciphertext=sealed)["data"]["plaintext"] == PLAINTEXT
+    for how in ({"ciphertext": sealed}, {"batch_input": [{"ciphertext": sealed}]}):
+        with pytest.raises(hvac.exceptions.RateLimitExceeded):
+            limited.secrets.transit.decrypt_data(name="limited", **how)
+    assert other.secrets.transit.decrypt_data(name="limited", ciphertext=sealed)["data"]["plaintext"] == PLAINTEXT
 
 
 def test_a_sealed_key_service_is_vault_down(pair: Pair, make: Make) -> None:

@@ -16,10 +16,16 @@ from tests.harness.gateways import POLICY, Pair
 from tests.harness.tokens import OIDC_TABLE, TokenIssuer
 
 TABLES = '[transit]\nmount = "transit"\n' + OIDC_TABLE
-TRANSIT_POLICY = POLICY.replace(
-    'roles = ["create", "encrypt", "decrypt", "data_key", "monitor"]\n',
-    'roles = ["create", "encrypt", "decrypt", "data_key", "monitor", "rotate"]\n',
-)
+LIMITED = "spiffe://prod/limited/api"
+TRANSIT_POLICY = f"""
+[[grant]]
+name = "limited"
+principals = ["{LIMITED}"]
+roles = ["create", "encrypt", "decrypt", "monitor"]
+threads = ["*"]
+limits = {{ decrypts_per_hour = 1 }}
+{POLICY}
+"""
 ISSUER = TokenIssuer()
 
 
