@@ -91,6 +91,12 @@ def test_no_unit_starts_again_what_a_person_must_correct(unit: str) -> None:
     assert not re.search("^(Wants|Requires)=", (UNITS / unit).read_text(), re.MULTILINE)
 
 
+@pytest.mark.parametrize("unit", EXPOSURE_MAX)
+def test_no_start_is_ended_because_it_takes_long(unit: str) -> None:
+    """It would be repeated without an end."""
+    assert ("TimeoutStartSec", "infinity") in restricted.directives(str(UNITS / unit))
+
+
 def make_store(path: Path) -> RocksEngine:
     path.mkdir(parents=True)
     engine = RocksEngine(str(path))
