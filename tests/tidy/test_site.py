@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.tidy.project_tree import PROJECT, documents, name, none
+from tests.tidy.project_tree import PROJECT, documents, name, none, text_of
 from tools.site import openapi, pages
 
 KINDS = ["Tutorials", "How to", "Reference", "Explanation"]
@@ -20,6 +20,11 @@ def test_the_order_names_every_page_once() -> None:
     none(place for place in named if named.count(place) > 1)
     written = {name(page) for page in documents() if not name(page).startswith("tools/")}
     none(written - {*named, pages.ORDER})
+    linked = [
+        (page, pages.linked(name(page), link)) for page in documents() for link in pages.LINK.findall(text_of(page))
+    ]
+    unlisted = [(page, place) for page, place in linked if (PROJECT / place).is_dir() and place not in folders]
+    none(f"{name(page)} → {place}, a folder that has no page" for page, place in unlisted)
 
 
 def test_a_link_leads_to_the_page_of_its_document() -> None:

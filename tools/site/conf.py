@@ -9,4 +9,3 @@ html_show_search_summary = False  # a summary is fetched, which a page opened fr
 html_copy_source = False
 smartquotes = False  # two hyphens would become a dash
 myst_heading_anchors = 6
-exclude_patterns = ["examples"]  # a page links to files there

@@ -17,8 +17,8 @@ from typing import Final
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
 ORDER: Final = "docs/README.md"
-PLACES: Final = ("docs", "deploy", "examples")
-"""The folders that pages are in or link to."""
+PLACES: Final = ("docs", "deploy")
+"""The folders that pages are in."""
 API: Final = "docs/api"
 KEY_SERVICE, MESSAGE_SERVER = f"{API}/minikms.md", f"{API}/progressdb.md"
 IN_PLACE_OF: Final = {"README.md": "index.md", "docs/minikms-openapi.yaml": KEY_SERVICE}
@@ -42,7 +42,7 @@ def lay_out(target: Path) -> None:
 
     for place in PLACES:
         shutil.copytree(PROJECT / place, target / place)
-    for path in (*PROJECT.glob("*.md"), PROJECT / "LICENSE"):
+    for path in PROJECT.glob("*.md"):
         shutil.copy(path, target)
     (target / "README.md").rename(target / "index.md")
     folders = {place for places in order().values() for place in places if (PROJECT / place).is_dir()}
@@ -55,9 +55,13 @@ def lay_out(target: Path) -> None:
     for place, document in ((KEY_SERVICE, key_service), (MESSAGE_SERVER, served_document())):
         (target / place).with_suffix(".yaml").write_bytes(document)
         (target / place).write_text(openapi.page(document, Path(place).stem), "utf-8")
-    for path in target.rglob("*.md"):
-        page = str(path.relative_to(target))
-        path.write_text(with_links_of_the_site(page, path.read_text("utf-8"), folders), "utf-8")
+    for path in list(target.rglob("*.md")):
+        page, text = str(path.relative_to(target)), path.read_text("utf-8")
+        for file in {linked(page, link) for link in LINK.findall(text)} - IN_PLACE_OF.keys():
+            if (PROJECT / file).is_file() and not (target / file).exists():  # no page, but one links to it
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(PROJECT / file, target / file)
+        path.write_text(with_links_of_the_site(page, text, folders), "utf-8")
     with (target / "index.md").open("a", encoding="utf-8") as index:
         index.write(contents([ORDER], ":hidden:"))
         for heading, places in order().items():
