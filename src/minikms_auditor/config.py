@@ -136,13 +136,11 @@ class Files(ConfigFiles):
         )
         for sink in sinks:
             for own in (places["state_dir"], places["log_dir"]):
-                if isinstance(sink, FileSink) and _is_below(sink.path, own):
+                if isinstance(sink, FileSink) and Path(os.path.realpath(sink.path)).is_relative_to(
+                    os.path.realpath(own)
+                ):
                     raise StartError(f"{self.config_path}: the file of the sink {sink.name!r} lies in {own}")
         return msgspec.structs.replace(config, **places, token_paths=tokens, sink=sinks)
-
-
-def _is_below(path: str, directory: str) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
 
 
 def parse_config(content: bytes, place: str) -> Config:

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
-from minikms.audit.record import Event
 from minikms.processes.http_client import ExchangeError, seconds_left
 from minikms.processes.tls_files import client_context
 from minikms_auditor.config import Files, SyslogSink
@@ -118,7 +117,8 @@ def frame(message: Message, host: bytes) -> bytes:
     """MSG-LEN SP SYSLOG-MSG."""
     event = message.event
     priority = _FACILITY_AUDIT * 8 + (_INFORMATIONAL if event.outcome == "ok" else _WARNING)
-    head = b"<%d>1 %b %b %b - %b - " % (priority, _timestamp(event.ts), host, _APP_NAME, _message_id(event))
+    message_id = _NOT_PRINTABLE.sub("_", event.type)[:_MSGID_CHARS_MAX].encode() or b"-"
+    head = b"<%d>1 %b %b %b - %b - " % (priority, _timestamp(event.ts), host, _APP_NAME, message_id)
     return b"%d %b%b" % (len(head) + len(message.body), head, message.body)
 
 
@@ -126,7 +126,3 @@ def _timestamp(ts_ns: int) -> bytes:
     seconds, rest_ns = divmod(ts_ns, 1_000_000_000)
     at = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return f"{at:%Y-%m-%dT%H:%M:%S}.{rest_ns // 1000:06}Z".encode()
-
-
-def _message_id(event: Event) -> bytes:
-    return _NOT_PRINTABLE.sub("_", event.type)[:_MSGID_CHARS_MAX].encode() or b"-"

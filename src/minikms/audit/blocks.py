@@ -71,10 +71,6 @@ class Block(NamedTuple):
             (at := bisect.bisect_left(names, each)) < count and names[at] == each for each in sought
         )
 
-    @property
-    def file_bytes(self) -> int:
-        return _HEAD.size + 4 * len(self.names)
-
 
 def name_number(field: int, text: str) -> int:
     """What stands for a text in a block. Others may have the same number: such a block is read in vain."""
@@ -206,7 +202,7 @@ class Indexer:
     def _go_on_after(self, blocks: Sequence[Block]) -> None:
         self._last = blocks[-1] if blocks else None
         """The last block of the segment that gets its index."""
-        self._size = sum(block.file_bytes for block in blocks)
+        self._size = sum(_HEAD.size + 4 * len(block.names) for block in blocks)
         """Of the file of that segment in the index."""
 
     def close(self) -> None:

@@ -117,17 +117,14 @@ def make_lines(
         fits = False
     else:
         fits = escaped or (
-            record.is_clean(blob) and (len(blob) < LINE_BYTES_MAX or _longest_line(blob) < LINE_BYTES_MAX)
+            record.is_clean(blob)
+            and (len(blob) < LINE_BYTES_MAX or max(map(len, blob.split(b"\n"))) + 1 < LINE_BYTES_MAX)
         )
     if fits:
         return blob, new_head
     for event in events:
         record.sanitise(event)
     return _made(events, head, audit_key, ts, signer)
-
-
-def _longest_line(blob: bytes) -> int:
-    return max(map(len, blob.split(b"\n"))) + 1
 
 
 def _made(

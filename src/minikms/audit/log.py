@@ -207,7 +207,8 @@ class AuditLog:
         ts = self.now_ns()
         dropped = len(events)
         if self._hash_thread_ids:
-            _hide_thread_ids(events, self.writer.key.mac_key)
+            for event in filter(lambda each: each.thread_id, events):
+                event.thread_id = record.hash_thread_id(event.thread_id, self.writer.key.mac_key)
         if self._failure is not None:
             events.insert(0, _resumed_event(self._failure))
         self._require_not_held(dropped, ts)
@@ -454,12 +455,6 @@ class AuditLog:
 def _may_use_reserve(events: list[Event]) -> bool:
     """A turn that consists of refused peers gets no reserved space, so that such peers can't use it up."""
     return not all(event.type == record.TYPE_REFUSED for event in events)
-
-
-def _hide_thread_ids(events: list[Event], mac_key: memoryview) -> None:
-    for event in events:
-        if event.thread_id:
-            event.thread_id = record.hash_thread_id(event.thread_id, mac_key)
 
 
 def _resumed_event(failure: _Failure) -> Event:

@@ -64,7 +64,7 @@ class AuditorPosition:
         """Compares a report with the log. Reads the disk. Raises ConflictError, InvalidRequestError,
         StorageUnavailableError.
         """
-        if asked.seq == 0 or (view.log_id, asked.seq, mac) == (asked.log_id, *_pair(self._head)):
+        if asked.seq == 0 or (view.log_id, Head(asked.seq, mac)) == (asked.log_id, self._head):
             return
         if asked.log_id != view.log_id:
             raise ConflictError(f"the audit log has the id {view.log_id}: another one was begun")
@@ -139,7 +139,3 @@ def view_on_disk(directory: str, public_key: bytes, origin: str) -> LogView:
             last, _, mac = record.parse_line(line)
             view = view._replace(durable=Head(last.seq, mac))
     return view
-
-
-def _pair(head: Head) -> tuple[int, bytes]:
-    return head.seq, head.sig
