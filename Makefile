@@ -19,6 +19,7 @@ ARGS ?=
 WORKERS ?= 4
 IMAGE ?= localhost/progressdb-minikms
 BASE ?=
+VM ?=
 IMAGE_FLAGS ?=
 
 BOOTSTRAP := tools/bootstrap/make_venv.py tools/bootstrap/constraints.txt $(wildcard tools/bootstrap/*.whl)
@@ -26,7 +27,7 @@ DIST ?= dist
 SITE ?= site
 STAMP := $(VENV)/.installed
 
-.PHONY: help run test venv frameworks lint bench torture cluster image image-base dist site
+.PHONY: help run test venv frameworks lint bench torture vm cluster image image-base dist site
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +38,7 @@ help:
 	@echo 'make lint     style, types, and import rules between packages'
 	@echo 'make bench    measure speed; SAVE=1 also writes docs/benchmarks.md'
 	@echo 'make torture  tests that take minutes'
+	@echo 'make vm       as root, test the package in a virtual machine; VM=directory keeps its image for the next run'
 	@echo 'make cluster  as root, run three message servers on a PostgreSQL of Patroni; Ctrl-C ends it'
 	@echo 'make dist     make the files of a release; DIST=directory, KEY=SSH key that signs their checksums'
 	@echo 'make site     make the documents a web site in $(SITE)/html, which needs no server'
@@ -70,6 +72,9 @@ bench: venv
 
 torture: venv
 	$(VENV)/bin/python -m pytest -m torture --verbose --capture=no --durations=10 $(ARGS)
+
+vm: venv
+	MINIKMS_VM='$(VM)' $(VENV)/bin/python -m pytest -m torture --verbose --capture=no tests/torture/test_vm.py $(ARGS)
 
 cluster: venv
 	@$(VENV)/bin/python -m tests.cluster $(ARGS)
