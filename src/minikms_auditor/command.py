@@ -38,7 +38,7 @@ FRESH_SECONDS: Final = 15
 FREE_BYTES_MIN: Final = 16 * 1024 * 1024
 """Of the file system of the state directory: more than one step writes."""
 
-Config = Annotated[Path, Parameter(name="--config", help="The configuration (docs/spec/tree.md).")]
+Config = Annotated[Path, Parameter(name="--config", help="The configuration, a TOML file.")]
 Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())]
 
 

@@ -24,7 +24,7 @@ app = new_helper(
     "Exit status: 0 done, 1 a start that may succeed later, 2 wrong usage, or the configuration is not valid.",
 )
 
-Config = Annotated[Path, Parameter(name="--config", help="The configuration (docs/spec/gateway.md).")]
+Config = Annotated[Path, Parameter(name="--config", help="The configuration, a TOML file.")]
 
 
 @app.default

@@ -1,14 +1,18 @@
 """What a release is made from."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.tidy.project_tree import none, python_files, tree_of
 from tools.release import dist
 
 PROJECT = Path(__file__).parents[2]
 PINNED = re.compile(r"^([\w.-]+)==([\w.]+)", re.MULTILINE)
+
+IN_A_CHECKOUT = re.compile(r"(?<!/)\b(docs|examples|deploy|tests|tools)/[\w-]+|README")
 
 
 def pinned(place: str) -> dict[str, str]:
@@ -34,6 +38,17 @@ def test_every_page_names_the_files_of_this_version() -> None:
     pages = [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), *(PROJECT / "deploy").rglob("*.md")]
     named = [re.findall(r"progressdb(?:_minikms)?[-_]([0-9][0-9.]*[0-9])", page.read_text("utf-8")) for page in pages]
     assert version and {found for each in named for found in each} == {version[1]}
+
+
+def test_no_message_names_a_file_that_an_installation_lacks() -> None:
+    """Every text of `src` but those that only readers of the code see: a docstring, the text below a constant."""
+    found = []
+    for path in python_files("src"):
+        nodes = list(ast.walk(tree_of(path)))
+        hidden = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        texts = [node for node in nodes if isinstance(node, ast.Constant) and id(node) not in hidden]
+        found += [f"{path}:{node.lineno}: {node.value!r}" for node in texts if IN_A_CHECKOUT.search(str(node.value))]
+    none(found)
 
 
 def test_a_release_is_signed_by_a_key_that_the_signers_name(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ METRICS: Final = Verb(
     ("monitor",),
     Request,
     str,
-    "Read the metrics in the text format of Prometheus (docs/metrics.md)",
+    "Read the metrics in the text format of Prometheus",
     repeatable=True,
 )
 

@@ -77,7 +77,7 @@ def all_tombstones(keyring_id: str, archived: Sequence[Tombstone], newer: NewerK
         raise ConflictError(
             f"the keyring {newer.unlocked.body.keyring_id} is not a later version of the backup's keyring "
             f"{keyring_id}: it belongs to another data directory, such as that of a new installation; restore without "
-            "--newer-keyring (docs/runbook.md, `Move to another machine`)"
+            "--newer-keyring (the runbook, `Move to another machine`)"
         )
     known = {stone.key for stone in archived}
     return [*archived, *(stone for stone in newer.tombstones if stone.key not in known)]

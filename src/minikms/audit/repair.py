@@ -66,9 +66,9 @@ _TORN_PREFIX: Final = LOG_NAME + ".torn-"
 _ASIDE_PREFIX: Final = "minikms-audit.aside-"
 _ADVICE: Final = (
     "To continue without it, start once with --accept-audit-loss: the old files are moved aside and a new log begins "
-    "(docs/runbook.md)"
+    "(the runbook says how)"
 )
-IF_RESTORED: Final = "If you restored a copy on purpose, start once without --expect-audit-head (docs/runbook.md)"
+IF_RESTORED: Final = "If you restored a copy on purpose, start once without --expect-audit-head (the runbook says how)"
 
 
 class LogEnd(msgspec.Struct):

@@ -18,7 +18,7 @@ from minikms.cli.console import explained
 from minikms.cli.rootkey import FLAG as MASTER_KEY_FLAG
 from minikms.cli.serve import serve
 from minikms.commands import usage
-from minikms.commands.usage import CommandError, Shell, new_app, prepared, print_completion, unknown_command
+from minikms.commands.usage import PAGES, CommandError, Shell, new_app, prepared, print_completion, unknown_command
 
 COMMANDS: Final = {
     "init": ("init:init", "Make a data directory, and a root key file if there is none."),
@@ -53,7 +53,7 @@ app = new_app(
     "`minikms unlock …` runs minikms-unlock: root keys from a passphrase. "
     "`minikms gateway …` runs minikms-gateway, for other hosts. `minikms auditor …` runs minikms-auditor, which has "
     "the audit log witnessed. "
-    "Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
+    f"{PAGES}Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
 )
 app.default(serve)
 app.command(serve, name="serve")

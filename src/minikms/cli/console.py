@@ -109,8 +109,8 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
         errors.KmsTimeoutError: "The daemon hangs, or systemd starts it again and again: its log says why (`journalctl "
         "-u minikms -n 20`). The request may have been carried out",
         errors.KmsUntrustedServerError: usage.UNTRUSTED_ADVICE,
-        errors.AuditUnavailableError: "Free space on the file system of the audit log; see docs/runbook.md",
-        errors.AuditLaggingError: "See docs/runbook.md",
+        errors.AuditUnavailableError: "Free space on the file system of the audit log; see the runbook",
+        errors.AuditLaggingError: "See the runbook",
         errors.KeyNotFoundError: "List the keys with `minikms keys list`",
     }
     next_step = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")

@@ -112,7 +112,7 @@ def examine(
             yield from _keyring(directory, body, now)
             yield from _root_keys(body, now)
     except StartError as error:  # of a file that was read
-        yield problem("keyring", str(error), "what the sentence says; docs/runbook.md has the steps")
+        yield problem("keyring", str(error), "what the sentence says; the runbook has the steps")
     except KmsRefusedError as error:
         yield problem("keyring", str(error), "restore it from a backup: minikms backup restore")
     yield from _audit_log(directory)
@@ -192,7 +192,7 @@ def _space(directory: str) -> Iterator[Diagnosis]:
         yield problem(
             "disk",
             f"{free // 1024:,} KiB are free for {directory}: soon no audit line fits, and every request is refused",
-            "make room on that file system, see docs/runbook.md",
+            "make room on that file system, see the runbook",
         )
     elif free < FREE_BYTES_ADVISED:
         yield advice("disk", f"{free // 2**20:,} MiB are free for {directory}", "make room before it is full")
@@ -312,7 +312,7 @@ def _keys(
         key = None if unlocked is None else unlocked.tombstone_key
         destroyed.update(tombstone_file.read_tombstones(content, body, key).keys())
     except KmsRefusedError as error:
-        yield problem("destroyed keys", str(error), "put the file back, or restore a backup: docs/runbook.md")
+        yield problem("destroyed keys", str(error), "put the file back, or restore a backup: the runbook")
     active: list[str] = []
     threads = array("q")
     """Hashes of the ids of their threads: a key takes 16 bytes here, and about 130 in all."""
@@ -322,7 +322,7 @@ def _keys(
         try:
             key_ids = settled.key_ids()
         except KmsRefusedError as error:
-            yield problem("keys", str(error), 'docs/runbook.md, "One key file is damaged"')
+            yield problem("keys", str(error), 'the runbook, "One key file is damaged"')
             return
         # The next start removes the files of destroyed keys.
         kept = (key_id for key_id in key_ids if dek.key_id_to_bytes(key_id) not in destroyed)
@@ -342,14 +342,14 @@ def _keys(
         yield problem(
             "rotation backups",
             f"can't be read, or are damaged: {name_list(settled.unread)}",
-            'docs/runbook.md, "A rotation backup or the journal can\'t be read"',
+            'the runbook, "A rotation backup or the journal can\'t be read"',
         )
     if lost or nameless:
         yield problem(
             "keys",
             f"damaged records of {journal.NAME} or of rotation backups name keys that have neither file nor tombstone: "
             f"{name_list(sorted(lost)) or 'none'}; {nameless} such records name no key",
-            'restore the keys from a backup: docs/runbook.md, "One key file is damaged"',
+            'restore the keys from a backup: the runbook, "One key file is damaged"',
         )
     if settled.recovered:
         yield advice(
@@ -539,7 +539,7 @@ def status_findings(status: api.StatusAnswer) -> Iterator[Diagnosis]:
         yield problem(
             "audit log",
             f"it can't be written, so every request is refused: {status.audit.unavailable_reason}",
-            "free space on its file system, see docs/runbook.md",
+            "free space on its file system, see the runbook",
         )
     rotation = status.rotation
     if rotation is not None and rotation.last_error:

@@ -37,7 +37,7 @@ DAY_SECONDS: Final = 24 * 3600
 UNSHIPPED_LINES_MIN: Final = 100
 """An auditor that works takes lines about ten seconds after they were written."""
 IF_RESTORED_UNDER_SERVER: Final = (
-    "If you restored a copy on purpose, start the message server once with --accept-restore (docs/runbook.md)"
+    "If you restored a copy on purpose, start the message server once with --accept-restore (the runbook says how)"
 )
 """The message server remembers the line that is missing, and gave it to the daemon that it started."""
 

@@ -27,13 +27,18 @@ def missing_library(error: ModuleNotFoundError, program: str) -> str:
     return f"the library {error.name} is missing: install progressdb-minikms with its extra `{extra}`"
 
 
+def _program() -> str:
+    """The name of the command that runs, also of `python -m`."""
+    called = Path(sys.argv[0])
+    name = called.parent.name if called.name == "__main__.py" else called.name
+    return "progressdb" if name == "progressdb_server" else name.replace("_", "-")
+
+
 try:
     from cyclopts import App, validators
     from cyclopts import Parameter as Parameter  # noqa: PLC0414  for the commands, whose first import is this module
 except ModuleNotFoundError as error:  # the client was installed alone
-    _called = Path(sys.argv[0])
-    _program = _called.parent.name if _called.name == "__main__.py" else _called.name
-    print(f"{_program}: {missing_library(error, _program)}", file=sys.stderr)
+    print(f"{_program()}: {missing_library(error, _program())}", file=sys.stderr)
     sys.exit(2)
 
 if TYPE_CHECKING:
@@ -74,6 +79,10 @@ OWN_SOCKETS: Final = ("kms/minikms.sock", "data/run/minikms.sock")
 """Where the README's daemons listen: in the working directory, below directories that nobody else can write to."""
 PACKAGE_SOCKET: Final = "/run/minikms/minikms.sock"
 """Of the units of `deploy/systemd`. Only root can make /run/minikms."""
+PAGES: Final = (
+    "The runbook and the other pages that messages name are in `docs` of the source; Debian has them in "
+    "/usr/share/doc/progressdb. "
+)
 SERVER_UIDS_VARIABLE: Final = "PROGRESSDB_KMS_SERVER_UIDS"
 UNTRUSTED_ADVICE: Final = f"If that user is meant to serve it, give --server-uid, or set {SERVER_UIDS_VARIABLE}"
 
@@ -124,7 +133,7 @@ def found_socket(given: str | None, *, look: bool = True) -> str | None:
 def say_chosen(flag: str, path: str) -> None:
     """Which place a command has found by itself. A program that wants JSON gets nothing else."""
     if not wants_json():
-        print(f"minikms: {flag} is not given: {path} is used", file=sys.stderr)
+        print(f"{_program()}: {flag} is not given: {path} is used", file=sys.stderr)
 
 
 def wants_json() -> bool:

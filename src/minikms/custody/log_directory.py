@@ -63,7 +63,7 @@ def claim_log_directory(lock: DataDirLock, audit_dir: str | None, *, empty: bool
     if recorded not in (lock.directory, audit_dir):
         raise StartError(
             f"the audit log of {lock.directory} lies in {recorded}, not in {audit_dir}: start with --audit-dir "
-            f"{recorded}, or move it (docs/runbook.md)"
+            f"{recorded}, or move it (the runbook says how)"
         )
     _lock(lock, audit_dir)
     has_log = _has_log(audit_dir)
@@ -74,7 +74,7 @@ def claim_log_directory(lock: DataDirLock, audit_dir: str | None, *, empty: bool
             room = f"rename {audit_dir}, which holds another one, and make it again; then " if has_log else ""
             raise StartError(
                 f"the audit log lies in the data directory: {room}move {lock.directory}/{LOG_FILES}* to {audit_dir} "
-                "first (docs/runbook.md)"
+                "first (the runbook says how)"
             )
         replace_file(lock.directory_fd, NAME, os.fsencode(audit_dir) + b"\n")
     return audit_dir

@@ -171,7 +171,7 @@ def read_tombstones(content: bytes | None, body: keyring.Body, mac_key: memoryvi
         raise StartError(
             f"the file {NAME} {error}. It names the keys that were destroyed, and the keyring needs all of them. Put "
             f"the newest {NAME} back beside keyring.json, or restore a backup of the whole data directory "
-            "(docs/runbook.md)"
+            "(the runbook says how)"
         ) from None
 
 

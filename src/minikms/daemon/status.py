@@ -165,7 +165,8 @@ class StatusPage:
         if own in allowed and not allowed - {own, 0}:  # nobody else can be the message server
             found.append(
                 "the daemon's own uid may connect: this protects against leaks, not against a compromised server, "
-                "which can read the key file and the data directory; run the two under separate users (deploy/systemd)"
+                "which can read the key file and the data directory; run the two under separate users, as the package "
+                "does"
             )
         too_few = None if self.server is None else bound_warning(self.server.limits.connections_max)
         if too_few is not None:
@@ -216,7 +217,7 @@ class StatusPage:
         if damaged:
             found.append(
                 f"{len(damaged)} rotation backups are damaged, first {damaged[0]}; no KEK is destroyed until "
-                "you remove them by hand (docs/runbook.md)"
+                "you remove them by hand (the runbook says how)"
             )
         unfinished = len(self._vault.unfinished_destructions)
         if unfinished:

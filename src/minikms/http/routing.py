@@ -44,7 +44,9 @@ def no_route(methods: Iterable[str]) -> Response:
     """405 for a path that has other `methods`; without any, 404."""
     allowed = list(methods)
     if not allowed:
-        return error_response(404, api.CODE_NOT_FOUND, "there is no such path; docs/spec/api.md lists them")
+        return error_response(
+            404, api.CODE_NOT_FOUND, "there is no such path; the page `The key service's API` lists them"
+        )
     answer = error_response(405, api.CODE_METHOD_NOT_ALLOWED, f"use {' or '.join(allowed)} here")
     answer.headers = (("allow", ", ".join(allowed)),)
     return answer

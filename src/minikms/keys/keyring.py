@@ -250,7 +250,7 @@ class File(msgspec.Struct, forbid_unknown_fields=True):
 
 _file_decoder = msgspec.json.Decoder(File)
 WAY_OUT: Final = (
-    "restore keyring.json from a backup: `minikms backup list` shows the backups, docs/runbook.md has the steps, and "
+    "restore keyring.json from a backup: `minikms backup list` shows the backups, the runbook has the steps, and "
     "`minikms doctor` checks every file"
 )
 """The advice about a keyring that can't be used. Ends the text of a StartError."""
@@ -311,7 +311,7 @@ def _check_version(version: int) -> None:
     if version > VERSION:
         raise StartError(
             f"a newer program wrote the keyring: it has format version {version}, and this program reads {VERSION}. "
-            "Start the newer version of miniKMS; an older one can't read the file (docs/runbook.md)"
+            "Start the newer version of miniKMS; an older one can't read the file (the runbook says how)"
         )
 
 

@@ -223,7 +223,9 @@ def _decoded(data: bytes) -> Mapping[str, object]:
         raise PolicyFileError(f"the file is not TOML: {clean(str(error))}") from None
     except (RecursionError, ValueError):
         # Tables in tables, dates that don't exist, and numbers of thousands of digits.
-        raise PolicyFileError("the file is not TOML of the form that docs/spec/policy.md describes") from None
+        raise PolicyFileError(
+            "the file is not TOML of the form that the page `Principals and policy` describes"
+        ) from None
 
 
 def _tables(table: Mapping[str, object], member: str, count_max: int) -> list[Mapping[str, object]]:

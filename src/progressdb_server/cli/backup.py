@@ -58,7 +58,7 @@ BackupDirectory = Annotated[Path, Parameter(name="--backup", help="The backup's 
 
 IN_A_DATABASE: Final = (
     "the store is in a database: run progressdb backup register LABEL, back the database up with pg_basebackup or "
-    "pgBackRest, then the key service with minikms backup create FILE (docs/several-servers.md)"
+    "pgBackRest, then the key service with minikms backup create FILE (the page `Several message servers` says how)"
 )
 OF_A_DATABASE: Final = "the store is in a database: restore that with the program that backed it up"
 

@@ -26,8 +26,7 @@ from progressdb_server.store.check import check as check_store
 from progressdb_server.store.model import StoreDamagedError, StoreLockedError
 
 WAYS_OUT: Final = (
-    "restore a backup, or stop the server and give --repair --drop-damaged: see `The store is damaged` in "
-    "docs/runbook.md"
+    "restore a backup, or stop the server and give --repair --drop-damaged: see `The store is damaged` in the runbook"
 )
 
 

@@ -17,6 +17,7 @@ from minikms.commands import usage
 from minikms.commands.usage import (
     EXIT_FAILED,
     EXIT_MISSING,
+    PAGES,
     CommandError,
     Shell,
     explained,
@@ -45,7 +46,7 @@ entry here.
 app = new_app(
     "progressdb",
     "The ProgressDB message server. Without a command it runs `serve`.",
-    "Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
+    f"{PAGES}Exit status: 0 done, 1 a check failed or a refusal, 2 wrong usage or something is missing.",
 )
 for _name, (_place, _help) in COMMANDS.items():
     app.command(f"progressdb_server.cli.{_place}", name=_name, help=_help)

@@ -98,7 +98,7 @@ def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
 def _lines(page: dict[str, Any], wrong: list[str]) -> Iterator[str]:
     for problem in wrong:
         yield f"problem: {problem}"
-        yield f"  do: see {RUNBOOK_DAMAGED if 'damaged' in problem else RUNBOOK} in docs/runbook.md"
+        yield f"  do: see {RUNBOOK_DAMAGED if 'damaged' in problem else RUNBOOK} in the runbook"
     notices = page["readiness"].get("notices", [])
     for notice in notices:
         yield f"problem: {notice}"

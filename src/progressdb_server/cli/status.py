@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from minikms import api
 from minikms.api.errors import KmsError
 from minikms.client import Client
 from minikms.commands.output import print_result
-from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch
+from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch, found_socket
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import ConfigFile, ConfiguredUrl, Db, Json, load_config
 from progressdb_server.config import Config
@@ -41,11 +42,13 @@ def status(
 ) -> int:
     """Show the server and its key service on one page. The configuration must be the one of the server.
 
-    The key service is asked only if its socket or the data directory is known.
+    Without a configuration the key service is looked for where `minikms` does.
 
     Exit status: 0 both work, 1 one cannot do its work, 2 the server does not answer.
     """
     chosen = load_config(db=db, config=config, with_data=url is None).config
+    if not _knows_key_service(chosen) and (found := found_socket(None)):
+        chosen = replace(chosen, kms=replace(chosen.kms, socket=found))
     while True:
         page, exit_status = _ask(chosen, url)
         if watch and not json and sys.stdout.isatty():
@@ -73,14 +76,18 @@ def _ask(chosen: Config, url: str | None) -> tuple[dict[str, Any], int]:
     except AdminError as error:
         page["server"]["error"] = str(error)
         exit_status = 1
-    if not (chosen.kms.url or chosen.kms.socket or chosen.storage.db_path):
+    if not _knows_key_service(chosen):
         del page["key_service"]["socket"]
-        page["key_service"]["status"] = "not asked: give --db or PROGRESSDB_KMS_SOCKET"
+        page["key_service"]["status"] = "not asked: give --db or MINIKMS_SOCKET"
     elif chosen.kms.provider == "local":
         page["key_service"] |= {"status": "ok", "local": True}
     else:
         exit_status = max(exit_status, _ask_key_service(chosen, page["key_service"]))
     return page, exit_status
+
+
+def _knows_key_service(config: Config) -> bool:
+    return bool(config.kms.url or config.kms.socket or config.storage.db_path)
 
 
 def _ask_readiness(client: AdminClient, section: dict[str, Any]) -> int:

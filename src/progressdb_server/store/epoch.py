@@ -26,10 +26,10 @@ from progressdb_server.store.engine import Commits, Reads
 from progressdb_server.store.model import ConditionFailedError, StoreReadOnlyError
 
 AUDIT_SETTLED_S: Final = 5.0
-WAY_OUT: Final = "If that is a restore or a new audit log, start once with --accept-restore (docs/runbook.md)."
+WAY_OUT: Final = "If that is a restore or a new audit log, start once with --accept-restore (the runbook says how)."
 OLDER_STATE: Final = (
     "the key service is in an older state than this store has seen (the server's log says which). If that is intended, "
-    "restart the server once with --accept-restore (docs/runbook.md)"
+    "restart the server once with --accept-restore (the runbook says how)"
 )
 """Why nothing is sealed meanwhile, for clients and for `progressdb status`."""
 

@@ -250,7 +250,7 @@ class StoreDamagedError(StoreUnavailableError):
 
     @property
     def explained(self) -> str:
-        return f"{super().explained}; progressdb check says what can't be read (The store is damaged, docs/runbook.md)"
+        return f"{super().explained}; progressdb check says what can't be read (The store is damaged, in the runbook)"
 
 
 class RecordUnreadableError(StoreError):
