@@ -27,6 +27,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn
 
+from cyclopts import App, ArgumentCollection
+
 from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.memory import libc
 
@@ -178,8 +180,12 @@ def _forked_request() -> dict[str, Any]:
             sys.exit()
         request: dict[str, Any] = marshal.loads(packet)
         package = request["words"][0].partition(".")[0]
-        for each in ("minikms", "progressdb_server") if package == "tests" else (package,):  # a program with faults
-            _import_all(each)
+        if package == "tests":  # a program with faults
+            _import_all("minikms")
+            _import_all("progressdb_server")
+        else:
+            _import_all(package)
+            _read_parameters(package, request["words"][1:])
         if not os.fork():
             break
         for descriptor in descriptors:
@@ -221,6 +227,25 @@ def _import_all(package: str) -> None:
     gc.freeze()
 
 
+_parameters: dict[int, ArgumentCollection] = {}
+"""Of each command that was asked for, by its id: to read them again would be half of the cost of a start."""
+_read_again = App.assemble_argument_collection
+
+
+def _read_parameters(package: str, words: list[str]) -> None:
+    place = f"{package}.cli.command" if package in ("minikms", "progressdb_server") else f"{package}.command"
+    with contextlib.suppress(Exception):  # the program shows it
+        *_, command = importlib.import_module(place).app.parse_commands(words)[1]
+        if id(command) not in _parameters:
+            _parameters[id(command)] = _read_again(command)
+
+
+def _parameters_once(command: App, **how: Any) -> ArgumentCollection:
+    """What is parsed stays in a collection, so that a second one is made anew."""
+    read = None if how else _parameters.pop(id(command), None)
+    return _read_again(command, **how) if read is None else read
+
+
 def _become(request: dict[str, Any]) -> NoReturn:
     os.umask(request.get("umask", UMASK))
     if request.get("session"):
@@ -230,6 +255,7 @@ def _become(request: dict[str, Any]) -> NoReturn:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    App.assemble_argument_collection = _parameters_once  # type: ignore[assignment, method-assign]  # here alone
     gc.unfreeze = lambda: None  # a collection would copy every page of what was imported
     module, *arguments = request["words"]
     sys.argv = [module, *arguments]
