@@ -173,10 +173,13 @@ BODIES: dict[str, bytes] = {
 }
 
 
+TOO_LARGE = ("too many items", "very many empty items", "plaintext beyond the bound")
+
+
 @pytest.mark.parametrize("name", BODIES)
-def test_a_hostile_body_is_400_and_the_gateway_goes_on(pair: Pair, ours: Vault, name: str) -> None:
+def test_a_hostile_body_is_refused_and_the_gateway_goes_on(pair: Pair, ours: Vault, name: str) -> None:
     answer = ours.ask("POST", "encrypt/ours-key", BODIES[name])
-    assert answer.status == (413 if name.startswith("plaintext beyond") else 400), answer
+    assert answer.status == (413 if name in TOO_LARGE else 400), answer
     errors(answer)
     with pair.gateway.caller(pair.client(uri=OURS)) as caller:
         assert Vault(caller).encrypt("ours-key")
