@@ -95,7 +95,7 @@ class Endpoint(ABC):
 
 class ReadToTheEnd(socket.socket):
     """A send to a server that has closed the connection succeeds, and a read finds what the server said before: a
-    refusal, an alert of TLS, or the end. asyncio drops what it has not read once a send fails; uvloop reads first.
+    refusal, an alert of TLS, or the end. asyncio drops what it has not read once a send fails.
     """
 
     unsent = False
@@ -129,7 +129,8 @@ class SocketEndpoint(Endpoint):
 
     def lost(self, error: Exception | None, *, sent: bool, sock: socket.socket | None = None) -> KmsError:
         # The daemon begins whole requests only.
-        return super().lost(error, sent=sent and not (isinstance(sock, ReadToTheEnd) and sock.unsent))
+        unsent = isinstance(error, BrokenPipeError) or (isinstance(sock, ReadToTheEnd) and sock.unsent)
+        return super().lost(error, sent=sent and not unsent)
 
     async def attach(
         self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol, timeout_s: float

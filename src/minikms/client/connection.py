@@ -9,12 +9,13 @@ was sent; then that is the answer to its first request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from typing import cast
 
 from minikms.api.errors import KmsError, KmsProtocolError, KmsTimeoutError
 from minikms.client.connecting import Endpoint
-from minikms.client.wire import JSON, Answer, AnswerParser, refusal_in, request_head
+from minikms.client.wire import HEAD_BYTES_MAX, JSON, Answer, AnswerParser, refusal_in, request_head
 
 
 class ClientConnection(asyncio.Protocol):
@@ -117,6 +118,9 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._reusable = False
         self._ended_by = exc
+        if exc is not None and self._sock is not None:
+            with contextlib.suppress(OSError):  # uvloop does not read once a send fails; its socket is still open
+                self.data_received(self._sock.recv(HEAD_BYTES_MAX))
         self._finish(self._endpoint.lost(exc, sent=True, sock=self._sock))
 
     def _finish(self, result: Answer | KmsError) -> None:

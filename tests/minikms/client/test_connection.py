@@ -1,13 +1,19 @@
 """One connection's promise: in doubt, it is closed."""
 
 import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
+import uvloop
 
 from minikms.api.errors import KmsTimeoutError, KmsUnavailableError
 from minikms.client.connecting import SocketEndpoint
 from minikms.client.connection import ClientConnection
-from tests.minikms.client.hostile import SILENT, answer, hostile
+from tests.minikms.client.hostile import FULL, SILENT, answer, hostile
+
+Runner = Callable[[Coroutine[Any, Any, int]], int]
 
 
 def test_a_caller_cancelled_as_its_answer_comes_leaves_no_open_connection() -> None:
@@ -50,3 +56,17 @@ def test_bytes_that_nobody_asked_for_close_the_connection() -> None:
             assert not connection.usable
 
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_refusal_that_came_before_the_request_was_sent_is_read(run: Runner) -> None:
+    """The server has closed the connection: the send fails."""
+
+    async def main(path: str) -> int:
+        connection = await ClientConnection.open(SocketEndpoint(path, None), 5.0)
+        time.sleep(0.05)  # the event loop does not see the refusal, which mostly has come then
+        return (await connection.exchange(b"/status", None, None, 5.0)).status
+
+    for _ in range(5):
+        with hostile([FULL]) as server:
+            assert run(main(server.path)) == 503
