@@ -53,7 +53,7 @@ def made_image(place: Path) -> Path:
         made.mkdir()
         subprocess.run([PROJECT / "tools/bare_debian.sh", "make", root, *PACKAGES], check=True)
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", made / "key"], check=True)
-        (root / "root/.ssh").mkdir(mode=0o700)
+        (root / "root/.ssh").mkdir(mode=0o700, exist_ok=True)
         shutil.copy(made / "key.pub", root / "root/.ssh/authorized_keys")
         (root / "etc/systemd/network/ether.network").write_text(NETWORK)
         subprocess.run(["systemctl", "--quiet", f"--root={root}", "enable", "systemd-networkd"], check=True)
