@@ -235,8 +235,8 @@ class Vault:
         new key may still be under way on return: see `Journal.file_written`. With `numbered` it has the thread's next
         number, and `replaces` is its newest numbered key; the index must be complete.
 
-        A crash between the two files leaves both keys active, and the new record names the old one. The scan of the
-        next start then retires the old one.
+        A crash between the two files leaves both keys active, and the new record names the old one. So does a disk that
+        refuses the second file, for a numbered key, which others may use already. The next start retires the old one.
         """
         async with self._creating.hold((thread_id,)):
             permit()
@@ -298,7 +298,8 @@ class Vault:
             try:
                 await self.retire(replaces, replaced_by=record.id, again=True)
             except KmsRefusedError:
-                await self._remove_new_key(record.id)
+                if not number:
+                    await self._remove_new_key(record.id)
                 raise
         return record
 
@@ -319,9 +320,7 @@ class Vault:
             raise ConflictError("the key to replace has another purpose")
 
     async def _remove_new_key(self, key_id: str) -> None:
-        """Removes a new key that no caller knows. If the disk refuses this too, only the index forgets it: the next
-        start may find the key and retire the one that it replaces.
-        """
+        """Removes a new key that no caller knows. If the disk refuses this too, the next start may find the key."""
 
         def remove() -> None:
             self.journal.forget(held.key_ids)

@@ -118,6 +118,30 @@ async def test_if_the_old_key_cannot_be_retired_the_new_one_is_removed(
         assert one.on_disk(old.id).replaced_by == new.id
 
 
+async def test_a_numbered_key_stays_if_the_old_one_cannot_be_retired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever lists the thread's keys meanwhile encrypts under the highest number. A start retires the old key."""
+
+    async def refuse(self: Journal, held: HeldKeys, changes: Sequence[Change], stamp: str = "") -> None:
+        listed.extend(key_id for key_id in one.vault.index.newest_of("t") if key_id != first.id)
+        raise StorageUnavailableError("no space")
+
+    listed: list[str] = []
+    async with opened_vault(tmp_path / "d") as one:
+        first = await one.vault.create_in_log("t", numbered=True)
+        with monkeypatch.context() as patched, pytest.raises(StorageUnavailableError):
+            patched.setattr(Journal, "replace", refuse)
+            await one.vault.create_in_log("t", replaces=first.id, numbered=True)
+        [second] = listed
+        assert len(one.keys([second])[second]) == 32
+        third = await one.vault.create_in_log("t", replaces=second, numbered=True)
+        assert (one.vault.record(second).number, third.number) == (2, 3)
+    async with opened_vault(tmp_path / "d") as again:
+        await again.indexing.run()
+        assert again.vault.record(first.id).state == "retired"
+
+
 async def test_only_a_retired_key_is_destroyed_and_it_stays_destroyed(tmp_path: Path) -> None:
     async with opened_vault(tmp_path / "d") as one:
         key_id, other = await one.make(2)
