@@ -39,7 +39,7 @@ _PREFIX: Final = "vault:v"
 _VERSION: Final = re.compile(r"[0-9]{1,10}", re.ASCII)
 
 
-class Item(msgspec.Struct):
+class Item(Body):
     plaintext: str | None = None
     ciphertext: str | None = None
     context: str | None = None
@@ -48,20 +48,20 @@ class Item(msgspec.Struct):
     reference: Short | None = None
 
 
-class Records(Item, Body):
+class Records(Item):
     batch_input: list[Item] | None = None
     partial_failure_response_code: Number | None = None
     convergent_encryption: bool | None = None
 
 
-class Encrypted(msgspec.Struct, omit_defaults=True):
+class Encrypted(Body, omit_defaults=True):
     ciphertext: str = ""
     key_version: int = 0
     error: str = ""
     reference: str | None = None
 
 
-class Decrypted(msgspec.Struct, omit_defaults=True):
+class Decrypted(Body, omit_defaults=True):
     plaintext: str | None = None
     error: str = ""
     reference: str | None = None
@@ -153,19 +153,16 @@ async def rewrap(caller: Caller, name: str, body: Records) -> bytes | Response:
     return _encrypted(body, items, results, latest)
 
 
-class _Ciphertext(msgspec.Struct):
+class _Ciphertext(Body):
     """The base64 of a record, which is passed on as it is."""
 
     ciphertext: str
 
 
-class _Plaintext(msgspec.Struct):
+class _Plaintext(Body):
     """The same of a plaintext."""
 
     plaintext: str
-
-    def __repr__(self) -> str:
-        return "_Plaintext()"
 
 
 class _Refused(msgspec.Struct, array_like=True):
@@ -173,13 +170,10 @@ class _Refused(msgspec.Struct, array_like=True):
     code: str
 
 
-class _Outcomes(msgspec.Struct, array_like=True):
+class _Outcomes(Body, array_like=True):
     """The answer to a batch in MessagePack."""
 
     items: list[bytes | _Refused]
-
-    def __repr__(self) -> str:
-        return "_Outcomes()"
 
 
 def _items(body: Records, member: str, what: str) -> Sequence[Item]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import msgspec
-
 from minikms import api
 from minikms.http import Response
 from minikms_gateway.transit.encryption import prefix_of
@@ -28,14 +26,11 @@ class Random(Body):
     format: Short | None = None
 
 
-class _DataKeyAnswer(msgspec.Struct):
+class _DataKeyAnswer(Body):
     """The base64 of both, which is passed on as it is."""
 
     ciphertext: str
     plaintext: str | None = None
-
-    def __repr__(self) -> str:
-        return "_DataKeyAnswer()"
 
 
 async def plaintext_data_key(caller: Caller, name: str, body: DataKey) -> bytes | Response:
@@ -82,10 +77,7 @@ async def random(caller: Caller, count: str, body: Random) -> bytes:
     return envelope({"random_bytes": decode_base64(made.random).hex() if body.format == "hex" else made.random})
 
 
-class _Random(msgspec.Struct):
+class _Random(Body):
     """The base64 of random bytes."""
 
     random: str
-
-    def __repr__(self) -> str:
-        return "_Random()"

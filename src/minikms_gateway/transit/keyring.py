@@ -36,11 +36,13 @@ NAME_CHARS_MAX: Final = api.ID_CHARS_MAX - len(THREAD_PREFIX)
 NAME: Final = re.compile(rf"(?=.{{1,{NAME_CHARS_MAX}}}\Z)\w(?:[\w.-]*\w)?", re.ASCII)
 """That of Vault, with a bound."""
 VERSIONS_PAGES_MAX: Final = 8
-"""Pages of versions of one key: 8,000."""
+"""Pages of versions of one key."""
+VERSIONS_MAX: Final = VERSIONS_PAGES_MAX * api.LIST_KEYS_COUNT_MAX
+"""A key with more would not be found any more."""
 LIST_PAGES_MAX: Final = 100
 """Pages that a list of names looks at."""
 REMEMBERED_VERSIONS_MAX: Final = 65_536
-"""Of all keys of all principals together: some 20 MiB."""
+"""Of all keys of all principals together: 15 MiB, or 60 MiB if each key has one."""
 
 Ask = Callable[[Verb[Any, Any], str, Request, str | None], Awaitable[bytes | Response]]
 """Sends a request of the key service for a principal; the last argument is the target, or None for its path."""

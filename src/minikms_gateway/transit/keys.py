@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from minikms import api
 from minikms.api.errors import ConflictError, KeyNotFoundError
-from minikms_gateway.transit.keyring import THREAD_PREFIX, Caller, TransitKey
+from minikms_gateway.transit.keyring import THREAD_PREFIX, VERSIONS_MAX, Caller, TransitKey
 from minikms_gateway.transit.wire import Body, Number, Short, VaultError, envelope
 
 TYPE: Final = "aes256-gcm96"
@@ -90,6 +90,8 @@ async def rotate(caller: Caller, name: str, _body: Body) -> bytes:
         key = await caller.lookup(name)
         if key is None:
             raise VaultError("key not found")
+        if len(key.versions) >= VERSIONS_MAX:
+            raise VaultError(f"a key has at most {VERSIONS_MAX} versions: destroy old ones at the key service")
         fields = {
             "thread_id": THREAD_PREFIX + name,
             "replaces": key.latest_id,

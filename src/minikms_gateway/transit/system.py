@@ -25,9 +25,6 @@ class Login(Body):
     jwt: str | None = None
     role: Short | None = None
 
-    def __repr__(self) -> str:
-        return "Login()"
-
 
 async def health(caller: Caller, _name: str, _body: Body) -> bytes | Response:
     sealed = await _sealed(caller)

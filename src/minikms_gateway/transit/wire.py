@@ -103,7 +103,12 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Body(msgspec.Struct):
-    """Base of all bodies. Unknown fields are ignored, and null is the same as absent."""
+    """Base of bodies and answers: a `repr` shows no value. Unknown fields are ignored, and null is the same as
+    absent.
+    """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
 
 def decode(body: bytes | memoryview, kind: type[T]) -> T:

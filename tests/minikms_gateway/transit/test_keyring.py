@@ -7,9 +7,10 @@ import pytest
 from minikms.http import LIMITS
 from minikms.http.head import parse_head
 from minikms_gateway.transit import keyring
-from minikms_gateway.transit.keyring import NAME, Remembered, TransitKey, Version
+from minikms_gateway.transit.keyring import NAME, VERSIONS_MAX, Caller, Remembered, TransitKey, Version
+from minikms_gateway.transit.keys import rotate
 from minikms_gateway.transit.table import OPERATIONS, find
-from minikms_gateway.transit.wire import VaultError
+from minikms_gateway.transit.wire import Body, VaultError
 
 
 def key(name: str = "k", *numbers: int) -> TransitKey:
@@ -50,6 +51,22 @@ def test_what_is_remembered_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None
     assert [number for number in range(10) if remembered.get("a", f"k{number}")] == [8, 9]
     remembered.put("a", key("large", 1, 2, 3, 4, 5))
     assert remembered.get("a", "large") is None
+
+
+class Full(Caller):
+    """Of a key that has every version it may have."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def lookup(self, name: str) -> TransitKey | None:
+        return key(name, *range(1, VERSIONS_MAX + 1))
+
+
+async def test_a_key_gets_no_version_that_would_not_be_listed() -> None:
+    """With one more, no request could find any of its versions."""
+    with pytest.raises(VaultError, match="at most 8000 versions"):
+        await rotate(Full(), "k", Body())
 
 
 @pytest.mark.parametrize("name", ["a", "A-b_c.d", "_", "0", "a" * 120])
