@@ -54,27 +54,25 @@ class Records(Item):
     convergent_encryption: bool | None = None
 
 
-class Encrypted(Body, omit_defaults=True):
+class Result(Body, omit_defaults=True):
+    """Of an item. `plaintext`: None unless the operation gives one."""
+
+    plaintext: str | None = None
     ciphertext: str = ""
     key_version: int = 0
     error: str = ""
     reference: str | None = None
 
 
-class Decrypted(Body, omit_defaults=True):
-    plaintext: str | None = None
-    error: str = ""
-    reference: str | None = None
+Results = list[str | KmsRefusedError]
+"""Of the items of a request, in their order."""
 
 
 async def encrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
     items = _items(body, "plaintext", "encrypt")
-    latest = 0
 
-    async def seal(key: TransitKey) -> list[str | KmsRefusedError]:
-        nonlocal latest
-        latest = key.latest
-        key_id = key.latest_id
+    async def seal(key: TransitKey) -> tuple[Results, int]:
+        key_id, prefix = key.latest_id, prefix_of(key.latest)
 
         def prepare(place: int) -> tuple[str, bytes, bytes]:
             item = items[place]
@@ -85,18 +83,19 @@ async def encrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
         if body.batch_input is None:
             _, plaintext, aad = prepare(0)
             fields = {"key_id": key_id, "plaintext": plaintext, "aad": aad}
-            return [prefix_of(latest) + (await caller.native(api.ENCRYPT, _Ciphertext, body=fields)).ciphertext]
-        return await _batch(caller, api.ENCRYPT_BATCH, len(items), prepare, prefix_of(latest))
+            sealed = await caller.native(api.ENCRYPT, _Ciphertext, body=fields)
+            return [prefix + sealed.ciphertext], key.latest
+        return await _batch(caller, api.ENCRYPT_BATCH, len(items), prepare, prefix), key.latest
 
-    results = await caller.using(name, seal, at_least=max(item.key_version or 0 for item in items))
-    return _encrypted(body, items, results, latest)
+    results, latest = await caller.using(name, seal, at_least=max(item.key_version or 0 for item in items))
+    return _answer(body, items, results, latest)
 
 
 async def decrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
     items = _items(body, "ciphertext", "decrypt")
     given = [_parsed(item.ciphertext) for item in items]
 
-    async def unseal(key: TransitKey) -> list[str | KmsRefusedError]:
+    async def unseal(key: TransitKey) -> Results:
         def prepare(place: int) -> tuple[str, bytes, bytes]:
             return _opening(key, items[place], given[place])
 
@@ -106,31 +105,16 @@ async def decrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
             return [(await caller.native(api.DECRYPT, _Plaintext, body=fields)).plaintext]
         return await _batch(caller, api.DECRYPT_BATCH, len(items), prepare, "")
 
-    results = await caller.using(name, unseal, at_least=_newest(given))
-    if body.batch_input is None:
-        return envelope(Decrypted(_only(results)))
-    return _batch_answer(
-        body,
-        results,
-        [
-            Decrypted(result, "", item.reference or "")
-            if isinstance(result, str)
-            else Decrypted("", text_of(result), item.reference or "")
-            for item, result in zip(items, results, strict=True)
-        ],
-    )
+    return _answer(body, items, await caller.using(name, unseal, at_least=_newest(given)))
 
 
 async def rewrap(caller: Caller, name: str, body: Records) -> bytes | Response:
     """One request for each version among the items."""
     items = _items(body, "ciphertext", "decrypt")
     given = [_parsed(item.ciphertext) for item in items]
-    latest = 0
 
-    async def move(key: TransitKey) -> list[str | KmsRefusedError]:
-        nonlocal latest
-        latest = key.latest
-        results: list[str | KmsRefusedError] = [VaultError("")] * len(items)
+    async def move(key: TransitKey) -> tuple[Results, int]:
+        results: Results = [VaultError("")] * len(items)
         places: defaultdict[str, list[int]] = defaultdict(list)
         moved: defaultdict[str, list[tuple[bytes, bytes]]] = defaultdict(list)
         for place, item in enumerate(items):
@@ -145,12 +129,12 @@ async def rewrap(caller: Caller, name: str, body: Records) -> bytes | Response:
             fields = (key_id, key.latest_id, records)
             answer = await caller.native(api.REENCRYPT_BATCH, _Outcomes, body=fields, packed=True)
             for place, outcome in zip(places[key_id], _counted(answer, records), strict=True):
-                results[place] = _result(outcome, prefix_of(latest))
-        return results
+                results[place] = _result(outcome, prefix_of(key.latest))
+        return results, key.latest
 
     newest = max(_newest(given), *(item.key_version or 0 for item in items))
-    results = await caller.using(name, move, at_least=newest)
-    return _encrypted(body, items, results, latest)
+    results, latest = await caller.using(name, move, at_least=newest)
+    return _answer(body, items, results, latest)
 
 
 class _Ciphertext(Body):
@@ -204,9 +188,9 @@ async def _batch(
     count: int,
     prepare: Callable[[int], tuple[str, bytes, bytes]],
     prefix: str,
-) -> list[str | KmsRefusedError]:
+) -> Results:
     """One request for those items of a batch that can be read. `prefix`: of each value, in base64."""
-    results: list[str | KmsRefusedError] = []
+    results: Results = []
     wanted: list[tuple[str, bytes, bytes]] = []
     places: list[int] = []
     for place in range(count):
@@ -239,38 +223,27 @@ def _result(outcome: bytes | _Refused, prefix: str) -> str | KmsRefusedError:
     return error
 
 
-def _only(results: Sequence[str | KmsRefusedError]) -> str:
-    [result] = results
-    if isinstance(result, str):
-        return result
-    raise result
+def _answer(body: Records, items: Sequence[Item], results: Results, latest: int = 0) -> bytes | Response:
+    """`latest`: the version that has encrypted; 0 if the results are plaintexts."""
 
+    def shown(result: str | KmsRefusedError, reference: str | None) -> Result:
+        if isinstance(result, KmsRefusedError):
+            return Result(None if latest else "", error=text_of(result), reference=reference)
+        if latest:
+            return Result(None, result, latest, reference=reference)
+        return Result(result, reference=reference)
 
-def _encrypted(
-    body: Records, items: Sequence[Item], results: Sequence[str | KmsRefusedError], latest: int
-) -> bytes | Response:
+    failed = [result for result in results if isinstance(result, KmsRefusedError)]
     if body.batch_input is None:
-        return envelope(Encrypted(_only(results), latest))
-    return _batch_answer(
-        body,
-        results,
-        [
-            Encrypted(result, latest, "", item.reference or "")
-            if isinstance(result, str)
-            else Encrypted("", 0, text_of(result), item.reference or "")
-            for item, result in zip(items, results, strict=True)
-        ],
-    )
-
-
-def _batch_answer(body: Records, results: Sequence[str | KmsRefusedError], shown: Sequence[Any]) -> bytes | Response:
-    failed = sum(not isinstance(result, str) for result in results)
-    data = {"batch_results": shown}
+        if failed:
+            raise failed[0]
+        return envelope(shown(results[0], None))
+    data = {"batch_results": [shown(result, item.reference or "") for item, result in zip(items, results, strict=True)]}
     if not failed:
         return envelope(data)
     status, warning = 400, ""
     wanted = body.partial_failure_response_code
-    if wanted is not None and failed < len(results):
+    if wanted is not None and len(failed) < len(results):
         if 200 <= wanted <= 599 and wanted not in STATUSES_WITHOUT_BODY:
             status = wanted
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Final
 
 from minikms import api
-from minikms.http import Response
 from minikms_gateway.transit.encryption import prefix_of
 from minikms_gateway.transit.keyring import Caller, TransitKey
 from minikms_gateway.transit.wire import Body, Number, Short, VaultError, bound, decode_base64, envelope
@@ -33,15 +32,7 @@ class _DataKeyAnswer(Body):
     plaintext: str | None = None
 
 
-async def plaintext_data_key(caller: Caller, name: str, body: DataKey) -> bytes | Response:
-    return await _data_key(caller, name, body, plaintext=True)
-
-
-async def wrapped_data_key(caller: Caller, name: str, body: DataKey) -> bytes | Response:
-    return await _data_key(caller, name, body, plaintext=False)
-
-
-async def _data_key(caller: Caller, name: str, body: DataKey, *, plaintext: bool) -> bytes | Response:
+async def data_key(caller: Caller, name: str, body: DataKey, *, plaintext: bool) -> bytes:
     if body.bits not in (None, DATA_KEY_BITS):
         raise VaultError(f"invalid bit length: data keys have {DATA_KEY_BITS} bits")
 

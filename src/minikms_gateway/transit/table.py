@@ -8,6 +8,7 @@ leaves in the form of Vault. It must never decide who a caller is.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from minikms.api.errors import InvalidRequestError, KmsRefusedError
@@ -39,8 +40,8 @@ OPERATIONS: Final = (
     Operation(_WRITE, "{mount}/encrypt/{}", encryption.Records, encryption.encrypt),
     Operation(_WRITE, "{mount}/decrypt/{}", encryption.Records, encryption.decrypt),
     Operation(_WRITE, "{mount}/rewrap/{}", encryption.Records, encryption.rewrap),
-    Operation(_WRITE, "{mount}/datakey/plaintext/{}", generated.DataKey, generated.plaintext_data_key),
-    Operation(_WRITE, "{mount}/datakey/wrapped/{}", generated.DataKey, generated.wrapped_data_key),
+    Operation(_WRITE, "{mount}/datakey/plaintext/{}", generated.DataKey, partial(generated.data_key, plaintext=True)),
+    Operation(_WRITE, "{mount}/datakey/wrapped/{}", generated.DataKey, partial(generated.data_key, plaintext=False)),
     Operation(_WRITE, "{mount}/random", generated.Random, generated.random),
     Operation(_WRITE, "{mount}/random/{count}", generated.Random, generated.random),
     Operation(("LIST",), "{mount}/keys", Body, keys.list_names),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minikms import api
 from minikms.api.errors import KeyNotFoundError, LimitExceededError, SealedError, UnauthorizedError, WrongThreadError
 from minikms_gateway.transit import wire
-from minikms_gateway.transit.encryption import Decrypted, Records
+from minikms_gateway.transit.encryption import Records, Result
 from minikms_gateway.transit.generated import DataKey
 from minikms_gateway.transit.keys import Settings
 from minikms_gateway.transit.system import Login
@@ -28,7 +28,7 @@ def test_an_empty_body_null_and_unknown_fields_say_nothing(body: bytes) -> None:
 def test_what_holds_a_plaintext_or_a_token_does_not_show_it() -> None:
     body = b'{"plaintext":"s3cret","jwt":"s3cret","batch_input":[{"plaintext":"s3cret"}]}'
     records = decode(body, Records)
-    shown = [records, records.batch_input, Decrypted("s3cret"), decode(body, Login), decode(body, DataKey)]
+    shown = [records, records.batch_input, Result("s3cret"), decode(body, Login), decode(body, DataKey)]
     assert "s3cret" not in repr(shown)
 
 
