@@ -21,6 +21,7 @@ import contextlib
 import itertools
 import os
 import re
+import stat
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -396,8 +397,18 @@ def list_stamps(directory: str) -> list[str]:
     return sorted(
         name
         for name in list_names(directory)
-        if _STAMP.fullmatch(name) and os.path.isdir(os.path.join(directory, name))
+        if _STAMP.fullmatch(name) and _is_directory(os.path.join(directory, name))
     )
+
+
+def _is_directory(path: str) -> bool:
+    """False if it is gone. Raises StorageUnavailableError: what can't be looked at may hold a key."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageUnavailableError("a rotation backup can't be looked at") from error
 
 
 def list_journals(directory: str, stamp: str) -> list[JournalFile]:
@@ -415,7 +426,7 @@ def list_journals(directory: str, stamp: str) -> list[JournalFile]:
 
 def all_journals(directory: str) -> list[JournalFile]:
     """The journals of all stamps; none if there is no such directory. Raises StorageUnavailableError."""
-    stamps = list_stamps(directory) if os.path.isdir(directory) else ()
+    stamps = list_stamps(directory) if _is_directory(directory) else ()
     return [file for stamp in stamps for file in list_journals(directory, stamp)]
 
 

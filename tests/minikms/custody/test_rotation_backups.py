@@ -1,6 +1,7 @@
 """Backups of batches: records are found by the names of their files, blanked for destroyed keys, and pruned."""
 
 import asyncio
+import errno
 import os
 import shutil
 import tempfile
@@ -312,6 +313,25 @@ def test_a_record_without_a_key_id_is_listed_and_pruned(tmp_path: Path) -> None:
     assert [found[0][0] != key_id(1), found[0][1]] == [True, key_id(2)]
     assert prune(backups, before=None, spare=(key_id(2),)) == 1
     assert contents(backups) == [[key_id(2)]]
+
+
+@pytest.mark.parametrize("name", ["", STAMP])
+def test_a_directory_that_cannot_be_looked_at_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A key in it would be destroyed without its records, or stay in them after a start."""
+    backups = opened(tmp_path)
+    keep(backups, STAMP, record(1))
+    bad, look = os.path.join(backups.directory, name).rstrip("/"), os.stat
+
+    def stat(path: Any, **others: Any) -> os.stat_result:
+        if path == bad:
+            raise OSError(errno.EIO, "bad sector")
+        return look(path, **others)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(StorageUnavailableError):
+        backups.journals()
 
 
 def test_a_file_that_cannot_be_read_is_an_error_of_that_file(tmp_path: Path) -> None:
