@@ -9,7 +9,8 @@ Owns: the conditions and their order. Invariants:
 - Only keys of purpose `thread` that are of this thread, says the key service, are destroyed; on a shared key service
   only those that open a record, or that the row of a job names. Backups of the store do not delay it: they are erased
   too.
-- A clock that went forward begins no purge for a day, in which an operator may correct it.
+- A clock that went forward begins no purge for a day, in which an operator may correct it. A restart forgets the day
+  once a record was written by that clock.
 - The row is the receipt (`Job.receipt`), and stays as long as other rows.
 """
 
