@@ -17,7 +17,9 @@ try:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 except ImportError:
-    raise TokenError("aws-kms: keys need a library: install progressdb-minikms with its extra `aws-kms`") from None
+    raise TokenError(
+        "aws-kms: keys need a library: install the wheel of progressdb-minikms with its extra `aws-kms`"
+    ) from None
 
 CONNECT_SECONDS_MAX: Final = 3
 READ_SECONDS_MAX: Final = 5

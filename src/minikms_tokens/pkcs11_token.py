@@ -36,7 +36,9 @@ try:
         UserAlreadyLoggedIn,
     )
 except ImportError:
-    raise TokenError("pkcs11: keys need a library: install progressdb-minikms with its extra `pkcs11`") from None
+    raise TokenError(
+        "pkcs11: keys need a library: install the wheel of progressdb-minikms with its extra `pkcs11`"
+    ) from None
 
 URI_CHARS_MAX: Final = 2048
 PIN_BYTES_MAX: Final = 256

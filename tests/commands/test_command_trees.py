@@ -66,10 +66,8 @@ def test_a_program_without_its_extra_names_it(module: str, library: str, words: 
     name = module.partition(".")[0].replace("_server", "").replace("_", "-")
     program = f"sys.argv[0] = {name!r}; from {module} import main; main()"
     done = without([library], program, *words)
-    assert (
-        done.stderr
-        == f"{name}: the library {library} is missing: install progressdb-minikms with its extra `{extra}`\n"
-    )
+    advice = f"install the wheel of progressdb-minikms with its extra `{extra}`"
+    assert done.stderr == f"{name}: the library {library} is missing: {advice}\n"
     assert (done.returncode, done.stdout) == (2, "")
     assert "extra `gateway`" in missing_library(ModuleNotFoundError(name="joserfc"), "minikms-gateway")
 

@@ -24,7 +24,7 @@ def missing_library(error: ModuleNotFoundError, program: str) -> str:
     if error.name is None or error.name.startswith(("minikms", "progressdb_server")):
         raise error
     extra = "server" if program.startswith("progressdb") else "gateway" if error.name == "joserfc" else "daemon"
-    return f"the library {error.name} is missing: install progressdb-minikms with its extra `{extra}`"
+    return f"the library {error.name} is missing: install the wheel of progressdb-minikms with its extra `{extra}`"
 
 
 def _program() -> str:

@@ -14,7 +14,9 @@ from progressdb_server.store.engine import Engine, Reader
 from progressdb_server.store.model import FormatError
 from progressdb_server.store.offline import Entries, View
 
-DRIVER_MISSING: Final = "a store in PostgreSQL needs its driver: install progressdb-minikms with its extra `postgresql`"
+DRIVER_MISSING: Final = (
+    "a store in PostgreSQL needs its driver: install the wheel of progressdb-minikms with its extra `postgresql`"
+)
 
 
 def is_url(place: str) -> bool:
