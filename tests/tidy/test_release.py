@@ -53,6 +53,8 @@ def test_no_message_names_a_file_that_an_installation_lacks() -> None:
 
 def test_a_release_is_signed_by_a_key_that_the_signers_name(tmp_path: Path) -> None:
     key, signers = tmp_path / "key", tmp_path / "signers"
+    with pytest.raises(SystemExit, match="there is no "):
+        dist.check_signer(key, dist.SIGNERS)
     (tmp_path / "key.pub").write_text("ssh-ed25519 AAAAkey ada@host\n")
     dist.check_signer(key, _written(signers, "# none\nrelease ssh-ed25519 AAAAother\nrelease ssh-ed25519 AAAAkey\n"))
     for text in ("", "release ssh-ed25519 AAAAother\n", "# release ssh-ed25519 AAAAkey\n", "ada ssh-ed25519 AAAAkey\n"):

@@ -254,6 +254,8 @@ def md5sums(root: Path) -> bytes:
 def check_signer(key: Path, signers: Path) -> None:
     """Ends the program unless the key is one that people check releases with."""
     public = key if key.suffix == ".pub" else Path(f"{key}.pub")
+    if not public.is_file():
+        sys.exit(f"make dist: there is no {public}, the public half of the key that signs the checksums")
     named = public.read_text("ascii").split()[:2]
     lines = [line.split() for line in signers.read_text("ascii").splitlines()]
     if not any(line[:1] == ["release"] and line[-len(named) :] == named for line in lines):
