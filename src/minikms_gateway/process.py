@@ -190,6 +190,7 @@ class _Process:
         self._run = run
         self._log = run.log
         self._reload_failed = False
+        self._kms_error = ""
         self._refusals = Refusals(self._log_refusals)
         self._generation = 0
         self._reader = ThreadPoolExecutor(1, "files")
@@ -237,12 +238,20 @@ class _Process:
     def _chores(self) -> list[Awaitable[None]]:
         return [
             every(LINE_SECONDS, self._refusals.write),
-            every(SWEEP_SECONDS, self._upstream.sweep),
+            every(SWEEP_SECONDS, self._sweep),
             every(SWEEP_SECONDS, self._refresh_keys),
             every(EXPIRED_SECONDS, self._check_certificate),
             self._take_up_changes(),
             self._run.watchdog(),
         ]
+
+    def _sweep(self) -> None:
+        self._upstream.sweep()
+        before, self._kms_error = self._kms_error, self._upstream.error
+        if self._kms_error and self._kms_error != before:
+            self._log.error("the key service can't be reached", reason=self._kms_error)
+        elif before and not self._kms_error:
+            self._log.info("the key service is reached again")
 
     def _log_refusals(self, reason: str, count: int, peer: str) -> None:
         advice = {"advice": ADVICE[reason]} if reason in ADVICE else {}

@@ -171,10 +171,13 @@ def test_a_key_service_that_is_away_is_503_and_comes_back(pair: Pair, caller: Ca
         assert (answer.status, answer.code) == (503, "shutting_down")
         assert pair.gateway.metric("kms_reachable") == 0
         assert caller.get("/health").status == 200
+        wait_until(lambda: "can't be reached" in pair.gateway.log.read_text())
+        assert "no key service answers at" in pair.gateway.log.read_text()
     finally:
         pair.daemon.start()
     assert caller.post("/random", {"count": 1}).status == 200
     assert pair.gateway.metric("kms_reachable") == 1
+    wait_until(lambda: "reached again" in pair.gateway.log.read_text())
 
 
 def test_check_config_reads_what_a_start_reads(pair: Pair) -> None:
