@@ -81,8 +81,8 @@ Row = Callable[[str, str], None]
 def row() -> Iterator[Row]:
     """Adds a row to the table that is printed at the end."""
     rows: list[str] = []
-    yield lambda check, result: rows.append(f"| {check} | {result} |")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, check=True)
+    yield lambda check, result: rows.append(f"| {check} | {result} |")
     print("", f"Commit {commit.stdout.decode().strip()}:", "", "| check | result |", "|---|---|", *rows, sep="\n")
 
 
@@ -239,7 +239,8 @@ def test_no_acknowledged_message_is_lost_by_reboot_or_power_cut(vm: VirtualMachi
         threads = " ".join({line.split()[0] for line in acknowledged})
         stored = set(vm.sh(f"{KEY}python3 -c {shlex.quote(READ)}", threads).splitlines())
         assert acknowledged <= stored, sorted(acknowledged - stored)
-    vm.sh(f"{OPERATOR}runuser -u minikms -- minikms audit verify\nprogressdb check")
+    as_server = "runuser -u progressdb -g progressdb -G minikms"
+    vm.sh(f"{OPERATOR}runuser -u minikms -- minikms audit verify\n{as_server} -- progressdb check")
     row("reboot, 2 power cuts under load", f"{len(acknowledged)} acknowledged messages, all there")
 
 
