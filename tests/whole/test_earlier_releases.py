@@ -55,7 +55,8 @@ def release(request: pytest.FixtureRequest) -> Iterator[Release]:
     with tempfile.TemporaryDirectory(prefix="release-") as name:
         base = Path(name)
         with tarfile.open(request.param) as archive:
-            archive.extractall(base, filter="tar")
+            archive.extraction_filter = lambda member, path: member  # the argument `filter` is newer than Python 3.11.2
+            archive.extractall(base)
         base.chmod(0o755)
         made = Release(base)
         verify_audit(base / "data", base / "data.master-key")
