@@ -1,7 +1,7 @@
-"""The wall clock, and the ways to write a time.
+"""The wall clock, the ways to write a time, and the clock that measures leases.
 
-Owns: how records and names show a time, in UTC, so that the texts sort as the times do. It must never be used to
-measure how long something took: the clock may be set.
+Owns: how records and names show a time, in UTC, so that the texts sort as the times do. The wall clock must never be
+used to measure how long something took: it may be set.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ from datetime import datetime
 from typing import Final
 
 HOUR_NS: Final = 3600 * 1_000_000_000
+_BOOT_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""Other systems have no such clock: theirs that is not set counts."""
 
 
 def now_ns() -> int:
     """The wall clock, in Unix nanoseconds."""
     return time.time_ns()
+
+
+def boot_ns() -> int:
+    """Nanoseconds since the machine started, with the time that it was suspended (clock_gettime(2), CLOCK_BOOTTIME)."""
+    return time.clock_gettime_ns(_BOOT_CLOCK)
 
 
 def rfc3339(ns: int) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
+from minikms.platform.clock import boot_ns
+
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
     from prometheus_client.registry import Collector
@@ -84,7 +86,7 @@ def _process(pid: int) -> _Process:
     started = 0.0
     if stat is not None:
         since_boot = int(_fields(stat)[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
-        started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
+        started = time.time() - boot_ns() / 1e9 + since_boot
     return _Process(metadata.version("progressdb-minikms"), stat, _opened("/proc/self/fd", os.O_DIRECTORY), started)
 
 

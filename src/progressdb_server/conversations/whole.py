@@ -14,6 +14,7 @@ from typing import Final
 
 from minikms import api
 from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, SealedError
+from minikms.platform.clock import boot_ns
 from minikms.platform.logs import structlog
 from progressdb_server.conversations.members import Members
 from progressdb_server.conversations.membership import Rule
@@ -220,9 +221,9 @@ class Conversations:
         this machine agrees with the earlier one. Raises StoreUnavailableError."""
         shared = not self.engine.sole
         now_ns = await self.engine.now_ns() if shared else self.clock.now_ns()
-        offset_ns = now_ns - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        offset_ns = now_ns - boot_ns()
         if shared:
-            own_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            own_ns = time.time_ns() - boot_ns()
             jump_s = (offset_ns - self._offset_ns) // 1_000_000_000
             if self._offset_ns and abs(jump_s) > CLOCK_JUMP_S and _are_near(own_ns, self._offset_ns):
                 if not self.clock_notice:
@@ -235,7 +236,7 @@ class Conversations:
         return offset_ns
 
     def _database_ns(self) -> int:
-        return self._offset_ns + time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return self._offset_ns + boot_ns()
 
     def _judge_clock(self) -> None:
         """Warn if the newest stamp is in the future: the clock was there before, or is wrong now. Warn if the machine

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from minikms.platform import clock
 from progressdb_server.config import Retention, Rotation
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.destruction import KeyDestruction
@@ -27,10 +28,6 @@ from progressdb_server.kms.provider import Provider
 KEEP_ALL: Final = Retention(deleted_after="never", rotation_backups_after="never")
 ROW_AGE_S: Final = 90 * 86_400
 """Age at which the row of a finished job is removed, if it has left no backups and no key to destroy."""
-
-
-def _boot_ns() -> int:
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 class OldRows(Kind):
@@ -76,7 +73,7 @@ class Jobs(Runner):
         destroys: bool = True,
         stop: asyncio.Event | None = None,
         now_ns: Callable[[], int] = time.time_ns,
-        boot_ns: Callable[[], int] = _boot_ns,
+        boot_ns: Callable[[], int] = clock.boot_ns,
     ) -> None:
         """`exclusive`: only this server makes keys of purpose `thread` in the key service. `destroys`: it takes
         requests to destroy keys. `stop` as in `Runner`. `boot_ns`: a clock that nobody sets."""

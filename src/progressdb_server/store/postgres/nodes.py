@@ -21,13 +21,13 @@ It must never send a cancel request for a commit, and it knows no table.
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
+from minikms.platform.clock import boot_ns
 from minikms.platform.logs import structlog
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import FormatError
@@ -155,7 +155,7 @@ def places_of(url: str) -> list[HostPort]:
 
 def now_s() -> float:
     """Of a clock that goes on while the machine sleeps, and that nobody sets."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return boot_ns() / 1e9
 
 
 class Nodes:
