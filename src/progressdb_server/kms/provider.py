@@ -143,7 +143,7 @@ class RequestReads:
 
 READING: Final[ContextVar[RequestReads | None]] = ContextVar("progressdb_reading", default=None)
 """The request that is being handled, so that every record that is opened for it gets its id in the audit log, however
-it is read (docs/decisions/0130-who-read-a-thread.md). None for work of the server's own."""
+it is read: a parameter of each method could be forgotten. None for work of the server's own."""
 
 
 async def key_pages(
