@@ -78,6 +78,7 @@ _PERMANENT_CODES: Final = frozenset(
         api.CODE_TOO_LARGE,
     }
 )
+"""Not `key_unreadable`: once an operator has put the file back, the same request succeeds."""
 
 
 def is_permanent(error: KmsError) -> bool:
