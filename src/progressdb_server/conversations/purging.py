@@ -1,6 +1,6 @@
 """The purge of a deleted thread: which threads are deleted, the proof that one is, and the removal of what is stored.
 
-Owns: which entries belong to a thread. Invariants:
+Owns: which entries belong to a thread; the entry `keyspace.CLOCK`. Invariants:
 - Whether and when a thread was deleted is what its sealed records say: its metadata, and its newest record. That is the
   event of the deletion; its storage key, with the time in it, is authenticated. Headers and indexes prove nothing.
 - A chunk of records goes with the index entries that lead to them, in one write; the metadata goes last, with the map
@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection
 from typing import Final
 
+import msgspec
+
+from minikms.api.decoding import UNDECODABLE
 from progressdb_server.conversations.reading import Reading
 from progressdb_server.conversations.threads import Threads
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import Reads, in_order
+from progressdb_server.store.engine import Commits, Reads, in_order
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.model import MessageNotFoundError, OpaqueWrite, RecordUnreadableError, shown
 from progressdb_server.store.sealer import Sealer
@@ -25,12 +28,33 @@ LOOKED_UP: Final = 512
 NOT_DELETED: Final = "the thread's records do not say that it was deleted"
 
 
+class SeenClock(msgspec.Struct):
+    """Unix nanoseconds: when the clock was last believed, and when it was first seen ahead of that, 0 for not."""
+
+    believed_ns: int
+    ahead_ns: int
+
+
 class Purging:
-    def __init__(self, reads: Reads, sealer: Sealer, threads: Threads, reading: Reading) -> None:
+    def __init__(self, reads: Reads, writer: Commits, sealer: Sealer, threads: Threads, reading: Reading) -> None:
         self._reads = reads
+        self._writer = writer
         self._sealer = sealer
         self._threads = threads
         self._reading = reading
+
+    async def clock(self) -> SeenClock | None:
+        """What the last server stored; a damaged entry counts as a clock that was never believed. Raises
+        StoreUnavailableError."""
+        raw = await self._reads.get(keyspace.CLOCK)
+        try:
+            return None if raw is None else msgspec.json.decode(raw, type=SeenClock)
+        except UNDECODABLE:
+            return SeenClock(0, 0)
+
+    async def keep_clock(self, seen: SeenClock) -> None:
+        """Durable when it returns. Raises StoreUnavailableError."""
+        await self._writer.commit(Write(((keyspace.CLOCK, msgspec.json.encode(seen)),)))
 
     async def deleted(self, before_ns: int) -> AsyncIterator[list[str]]:
         """Threads whose metadata says that they were deleted before then, page by page: some may be empty."""

@@ -114,7 +114,7 @@ class Conversations:
             *given, threads=self.threads, members=self.members, reading=self.reading, locks=locks, retries=retries
         )
         self.rekeying = Rekeying(self.reads, self.writer, self.sealer, self.claims, self.reading.validators)
-        self.purging = Purging(self.reads, self.sealer, self.threads, self.reading)
+        self.purging = Purging(self.reads, self.writer, self.sealer, self.threads, self.reading)
         self.backups = Backups(engine, self.writer, self.clock)
         self.clock_notice = ""
         self.epoch = EpochMemory(self.reads, self.writer)

@@ -9,8 +9,8 @@ Owns: the conditions and their order. Invariants:
 - Only keys of purpose `thread` that are of this thread, says the key service, are destroyed; on a shared key service
   only those that open a record, or that the row of a job names. Backups of the store do not delay it: they are erased
   too.
-- A clock that went forward begins no purge for a day, in which an operator may correct it. A restart forgets the day
-  once a record was written by that clock.
+- A clock that went forward begins no purge for a day, in which an operator may correct it. A restart neither ends nor
+  renews the day.
 - The row is the receipt (`Job.receipt`), and stays as long as other rows.
 """
 
@@ -25,6 +25,7 @@ from minikms.api import CODE_KEY_DESTROYED, CODE_KEY_NOT_FOUND, KeyAnswer
 from minikms.api.errors import KmsRefusedError
 from minikms.client import ReencryptItem
 from minikms.platform.logs import structlog
+from progressdb_server.conversations.purging import SeenClock
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Pace, Runner
 from progressdb_server.jobs.states import JobConflictError, JobFailedError, changed, move
@@ -70,27 +71,38 @@ class ThreadPurge(Kind):
         self._after_s = after_s
         self._exclusive = exclusive
         self._boot_ns = boot_ns
-        self._ahead_ns = (store.rekeying.newest_ns or self._table.now_ns()) - boot_ns()
+        self._started_ns = boot_ns()
+        self._ahead_ns: int | None = None
+        """Of the last look, the clock's lead over `boot_ns`."""
+        self._newest_ns = store.rekeying.newest_ns or self._table.now_ns()
         self._believed_ns = 0
         """From when on, by `boot_ns`, the clock is believed."""
-        self._believes_clock()
 
     @property
     def _before_ns(self) -> int:
         return self._table.now_ns() - self._after_s * 1_000_000_000
 
-    def _believes_clock(self) -> bool:
-        boot_ns = self._boot_ns()
-        ahead_ns = self._table.now_ns() - boot_ns
-        if ahead_ns > self._ahead_ns + DAY_NS:
-            self._believed_ns = boot_ns + DAY_NS
-        self._ahead_ns = ahead_ns
-        return boot_ns >= self._believed_ns
+    async def _believes_clock(self) -> bool:
+        """Raises StoreUnavailableError."""
+        now_ns, boot_ns = self._table.now_ns(), self._boot_ns()
+        known = await self._store.purging.clock() or SeenClock(self._newest_ns, 0)
+        restarted = self._ahead_ns is None
+        last_ns = known.believed_ns - self._started_ns if self._ahead_ns is None else self._ahead_ns
+        if now_ns - boot_ns > last_ns + DAY_NS:
+            waited_ns = now_ns - known.ahead_ns
+            if not (restarted and 0 <= waited_ns < 2 * DAY_NS):  # else an earlier run has seen it
+                waited_ns = 0
+                await self._store.purging.keep_clock(SeenClock(known.believed_ns, now_ns))
+            self._believed_ns = boot_ns + DAY_NS - waited_ns
+        if believes := boot_ns >= self._believed_ns:
+            await self._store.purging.keep_clock(SeenClock(now_ns, 0))
+        self._ahead_ns = now_ns - boot_ns
+        return believes
 
     async def begin(self) -> None:
         """Queue the threads that were deleted so long ago, and of which no purge was begun that is not done: it may be
         cancelled meanwhile."""
-        if not self._after_s or not self._believes_clock():
+        if not self._after_s or not await self._believes_clock():
             return
         await self._provider.list_keys(thread_id=None, state=None, cursor=None, limit=1)  # each purge needs it
         begun: set[str] = set()

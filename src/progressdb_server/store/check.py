@@ -208,7 +208,7 @@ class Checker:
                 self.counts["other"] += 1
             elif key == keyspace.EPOCH:
                 msgspec.json.decode(value, type=KeyService)
-            elif key not in (keyspace.FORMAT, keyspace.STATE):
+            elif key not in (keyspace.FORMAT, keyspace.STATE, keyspace.CLOCK):
                 yield Problem("unknown", _shown(key), "the key belongs to no space of the store")
         except (*UNDECODABLE, record.RecordFormatError) as error:
             yield Problem("damaged", _shown(key), str(error))

@@ -165,6 +165,40 @@ def test_a_clock_that_is_set_forward_ends_no_wait_for_a_day(restarted: bool) -> 
         place.run(wait)
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_restart_neither_ends_nor_renews_the_day_of_a_clock(seen: bool) -> None:
+    """Set while the server runs, before a new record; `seen`: a look at it comes before the restart."""
+    boot = TickingClock(5 * DAY_NS)
+    place = Place(retention=RETENTION, boot=boot)
+
+    def pass_(days: float) -> None:
+        boot.now += int(days * DAY_NS)
+        place.clock.now += int(days * DAY_NS)
+
+    async def jump(store: Conversations, jobs: Jobs) -> None:
+        await write(store, 1, "gone")
+        await store.threads.delete("gone", author="ann", by="ann")
+        await jobs.purge.begin()
+        place.clock.now += 31 * DAY_NS
+        await write(store, 1, "stays")
+        if seen:
+            await jobs.purge.begin()
+
+    async def wait(_: Conversations, jobs: Jobs) -> None:
+        await jobs.purge.begin()
+        assert await all_jobs(jobs) == []
+
+    async def end(_: Conversations, jobs: Jobs) -> None:
+        assert (await purged(jobs)).state == "done"
+
+    place.run(jump)
+    place.run(wait)
+    pass_(0.75)
+    place.run(wait)
+    pass_(0.25)
+    place.run(end)
+
+
 def is_killed(what: str, number: int, *, after: bool) -> bool:
     """Whether the purge came so far: it was killed then, and went on."""
     engine, provider = DyingEngine(), DyingProvider()
@@ -312,11 +346,11 @@ def test_a_key_that_is_not_listed_is_not_taken_for_destroyed(code: str, all_keys
         provider.unread, provider.code = keys if all_keys else keys[:1], code
         if code == "key_not_found" and not all_keys:
             return  # of an old key, that is believed: it may have been destroyed before the key service restarted
-        stored = [key for key in await keys_of(store) if not key.startswith("job:")]
+        stored = [key for key in await keys_of(store) if not key.startswith(("job:", "store:clock"))]
         job = await purged(jobs)
         assert (job.state, provider.destroyed, job.receipt) == ("failed", set(), "")
         assert f"whether the key {keys[-1 if all_keys else 0]} is destroyed is not known" in job.reason
-        assert [key for key in await keys_of(store) if not key.startswith("job:")] == stored
+        assert [key for key in await keys_of(store) if not key.startswith(("job:", "store:clock"))] == stored
         provider.unread = ()
         await jobs.resume(job.id)
         assert (await jobs.wait(job.id)).state == "done"
