@@ -254,6 +254,7 @@ def _unseen(state_dir: str, age_s: int) -> Iterator[str]:
 
 
 def _status_lines(found: Status, age_s: int) -> Iterator[str]:
+    from minikms.commands.output import counted
     from minikms_auditor.store import REJECTED_NAME, SINKS_NAME
 
     if found.alarm:
@@ -276,9 +277,11 @@ def _status_lines(found: Status, age_s: int) -> Iterator[str]:
         yield "  cosigned   by nobody: no witness is configured"
     for sink in found.sinks:
         at = f"last {_time(sink.delivered_at)}" if sink.delivered_at else "nothing sent since the start"
-        yield f"  sink       {sink.name}: line {sink.seq}, {sink.lag_lines} to come, {at}, {sink.failures} failures"
+        failures = counted(sink.failures, "failure")
+        yield f"  sink       {sink.name}: line {sink.seq}, {sink.lag_lines} to come, {at}, {failures}"
         if sink.rejected:
-            yield f"             {sink.rejected} lines rejected: {SINKS_NAME}/{sink.name}/{REJECTED_NAME}"
+            rejected = counted(sink.rejected, "line")
+            yield f"             {rejected} rejected: {SINKS_NAME}/{sink.name}/{REJECTED_NAME}"
     for witness in found.witnesses:
         state = witness.error or (f"last {_time(witness.cosigned_at)}" if witness.cosigned_at else "not asked yet")
         yield f"  witness    {witness.name}: {state}"

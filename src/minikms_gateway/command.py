@@ -39,12 +39,13 @@ def serve(*, config: Config, log_format: LogFormat = "console", require_hardenin
 @app.command(name="check-config")
 def check_config(*, config: Config) -> int:
     """Read the configuration and all files that it names, as a start does."""
+    from minikms.commands.output import counted
     from minikms_gateway.process import Loader
 
     loaded = Loader(config, lambda issuer, why: None).load()
     loaded.check_certificate()
     cas, issuers = len(loaded.config.client_ca), len(loaded.config.issuer)
-    print(f"{config}: valid; {cas} client CAs, {issuers} issuers")
+    print(f"{config}: valid; {counted(cas, 'client CA')}, {counted(issuers, 'issuer')}")
     return EXIT_GOOD
 
 

@@ -152,7 +152,7 @@ def test_the_commands_of_an_operator_whose_sink_waits(tmp_path: Path, capsys: py
         rig.steps()
         capsys.readouterr()
         assert command.status(config=config) == 0
-        assert "1 lines rejected: sinks/siem/rejected" in capsys.readouterr().out
+        assert "1 line rejected: sinks/siem/rejected" in capsys.readouterr().out
 
 
 def test_a_receiver_that_refuses_every_line_is_another_fault(tmp_path: Path) -> None:

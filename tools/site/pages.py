@@ -23,6 +23,8 @@ API: Final = "docs/api"
 KEY_SERVICE, MESSAGE_SERVER = f"{API}/minikms.md", f"{API}/progressdb.md"
 IN_PLACE_OF: Final = {"README.md": "index.md", "docs/minikms-openapi.yaml": KEY_SERVICE}
 """A document → its page."""
+TITLES: Final = {"docs/spec": "Formats and protocols"}
+"""Of the page of a folder, where its name is none."""
 LINK: Final = re.compile(r"(?<=\]\()([^)#\s]+)")
 FENCED: Final = re.compile(r"(^```.*?^```\n)", re.MULTILINE | re.DOTALL)
 
@@ -48,7 +50,7 @@ def lay_out(target: Path) -> None:
     folders = {place for places in order().values() for place in places if (PROJECT / place).is_dir()}
     for folder in folders:
         pages = sorted(str(path.relative_to(target)) for path in (target / folder).glob("*.md"))
-        title = Path(folder).name.capitalize()
+        title = TITLES.get(folder) or Path(folder).name.capitalize()
         (target / folder / "index.md").write_text(f"# {title}\n{contents(pages, ':maxdepth: 1')}", "utf-8")
     (target / API).mkdir()
     key_service = (PROJECT / "docs/minikms-openapi.yaml").read_bytes()

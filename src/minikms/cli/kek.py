@@ -19,7 +19,7 @@ from cyclopts import App, Parameter
 from minikms.api.errors import KmsError
 from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
 from minikms.cli.key_text import key_text
-from minikms.commands.output import Progress, confirm, print_json, print_result, print_table, progress_bar
+from minikms.commands.output import Progress, confirm, counted, print_json, print_result, print_table, progress_bar
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def rotate_kek(
         before = kms.status()
         count = sum(before.keys.by_state.values())
         what = "Change the root key, rotate the KEK" if text else "Rotate the KEK"
-        confirm(f"{what} and rewrap {count:,} keys? The daemon goes on serving.", yes=yes)
+        confirm(f"{what} and rewrap {counted(count, 'key')}? The daemon goes on serving.", yes=yes)
         begun = kms.rotate_kek(new_kek_hex=text, wait=False, priority=priority)
         after = _wait(kms, begun.kek_version, bar=not json)
         active = [root for root in kms.list_roots().roots if root.state == "active"]

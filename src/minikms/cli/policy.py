@@ -17,7 +17,7 @@ from minikms.api import Role
 from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
 from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
-from minikms.commands.output import print_facts, print_json, print_result
+from minikms.commands.output import counted, print_facts, print_json, print_result
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def check(file: File, *, json: Json = False) -> int:
         return EXIT_FAILED
     found = warnings(rules)
     facts = {"valid": True, "sha256": rules.sha256, "grants": len(rules.grants), "proxies": len(rules.proxies)}
-    valid = f"{file} is valid: {len(rules.grants)} grants, {len(rules.proxies)} proxies, SHA-256 {rules.sha256}"
+    counts = f"{counted(len(rules.grants), 'grant')}, {counted(len(rules.proxies), 'proxy', 'proxies')}"
+    valid = f"{file} is valid: {counts}, SHA-256 {rules.sha256}"
     print_result({**facts, "warnings": found}, [valid, *(f"warning: {text}" for text in found)], json=json)
     return EXIT_GOOD
 

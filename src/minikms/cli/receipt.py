@@ -24,6 +24,7 @@ from minikms.cli import audit, audit_tree
 from minikms.cli.console import DataDir, Json, chosen_data_dir, complain
 from minikms.commands.output import print_facts, print_json
 from minikms.commands.usage import EXIT_GOOD
+from minikms.keys.dek import check_key_id
 from minikms.platform.clock import rfc3339
 
 app = App(name="receipt", help="Verify the receipt of a destroyed key.", version_flags=[])
@@ -45,6 +46,7 @@ def show(
     from minikms.audit.blocks import Lookup
     from minikms.audit.queries import Query, find
 
+    check_key_id(key_id)
     directory, index = audit.found_log(data_dir), audit.readable_index(chosen_data_dir(data_dir))
     sought = Query(key=key_id, types=(api.DESTROY_KEY.name,), outcomes=("ok",))
     found = find(directory, sought, Lookup(index, directory) if index else None)

@@ -93,6 +93,11 @@ def name_list(names: Sequence[str]) -> str:
     return ", ".join(clean(name) for name in names[:NAMED_COUNT_MAX]) + more
 
 
+def counted(number: int, what: str, several: str = "") -> str:
+    """`1 key`, `2,000 keys`."""
+    return f"{number:,} {what if number == 1 else several or what + 's'}"
+
+
 def byte_count(size: int) -> str:
     """`1,234 bytes`, `12.3 MiB`."""
     amount = float(size)

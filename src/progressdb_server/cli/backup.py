@@ -25,7 +25,7 @@ from cyclopts import App, Parameter
 
 from minikms import api
 from minikms.api.errors import KmsError
-from minikms.commands.output import print_json, print_result
+from minikms.commands.output import counted, print_json, print_result
 from minikms.commands.usage import EXIT_FAILED, CommandError
 from progressdb_server import logs
 from progressdb_server.api.routes.store_backup import INVALID_NAME, NAME
@@ -253,7 +253,8 @@ def verify(
     refused = sum(finding.kind == "unreadable" for finding in unread)
     damaged = [finding for finding in unread if api.CODE_KEY_DESTROYED not in finding.detail]
     if not json:
-        print(f"{path}: each block of the store was read: {len(manifest.files)} files, {manifest.bytes:,} bytes")
+        files = counted(len(manifest.files), "file")
+        print(f"{path}: each block of the store was read: {files}, {manifest.bytes:,} bytes")
         print(
             f"{records - refused:,} of {records:,} records were opened"
             if opened

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from minikms.api.errors import KmsError, KmsUnavailableError
 from minikms.client import Client
-from minikms.commands.output import print_result
+from minikms.commands.output import counted, print_result
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
 from progressdb_server.cli.flags import ConfigFile, Db, Json, load_for_store
 from progressdb_server.config import Config
@@ -142,7 +142,8 @@ def _lines(
         yield f"{finding.kind}: {finding.key}: {finding.detail}{way_out}"
     if any(finding.kind == "lost" for finding in found):
         yield WAYS_OUT
-    yield f"{counts.get('threads', 0):,} threads, {counts.get('messages', 0):,} stored versions of messages"
+    versions = counted(counts.get("messages", 0), "stored version")
+    yield f"{counted(counts.get('threads', 0), 'thread')}, {versions} of messages"
     if not opened:
         yield "no key service answered, so no record was decrypted: start it, and check again"
     if found:

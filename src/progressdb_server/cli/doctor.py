@@ -15,7 +15,7 @@ import msgspec
 from cyclopts import Parameter
 
 from minikms.api.printable import clean
-from minikms.commands.output import print_result
+from minikms.commands.output import counted, print_result
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import ConfigFile, ConfiguredUrl, Db, Json, load_for_store
 from progressdb_server.config import Store
@@ -104,7 +104,7 @@ def _lines(page: dict[str, Any], wrong: list[str]) -> Iterator[str]:
         yield f"problem: {notice}"
     repaired, orphans = page.get("repaired"), page.get("orphaned_keys", [])
     if repaired and repaired["retired"]:
-        yield f"retired: {repaired['retired']:,} keys that no thread names"
+        yield f"retired: {counted(repaired['retired'], 'key')} that no thread names"
     for key in orphans[:SHOWN_MAX]:
         yield f"orphaned key: {key['key_id']} of thread {key['thread_id']}, made {key['created_at']}"
     if len(orphans) > SHOWN_MAX:

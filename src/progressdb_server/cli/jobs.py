@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from cyclopts import App, Parameter
 
-from minikms.commands.output import confirm, print_result, print_table, progress_bar
+from minikms.commands.output import confirm, counted, print_result, print_table, progress_bar
 from minikms.commands.usage import CommandError
 from progressdb_server.cli.admin_client import AdminClient, UnreachableError
 from progressdb_server.cli.flags import Json, KeyFile, Url
@@ -86,7 +86,7 @@ def rotate_dek(
             ids += client.call("POST", "/admin/rotate_deks", {**part, **how}, timeout_s=ROTATE_TIMEOUT_S)["job_ids"]
         begun = {"count": len(ids), "job_ids": ids}
     if not wait:
-        said = f"{len(ids)} jobs started: {' '.join(ids[:10])}{' …' if len(ids) > 10 else ''}"
+        said = f"{counted(len(ids), 'job')} started: {' '.join(ids[:10])}{' …' if len(ids) > 10 else ''}"
         print_result(begun, said, json=as_json)
         return 0
     ended = [_watch(client, job_id) for job_id in ids]
@@ -183,10 +183,10 @@ def prune(
     if not chosen:
         chosen = [job["job_id"] for job in _jobs(client, "/admin/backups?") if _old(job, older_than)]
     if chosen:
-        confirm(f"Remove the backups of {len(chosen)} jobs for good?", yes=yes)
+        confirm(f"Remove the backups of {counted(len(chosen), 'job')} for good?", yes=yes)
     removed = [client.call("DELETE", f"{_target(job)}/backups", timeout_s=ROTATE_TIMEOUT_S) for job in chosen]
     total = sum(one["removed"] for one in removed)
-    print_result(removed, f"{total} backups of {len(removed)} jobs removed", json=as_json)
+    print_result(removed, f"{counted(total, 'backup')} of {counted(len(removed), 'job')} removed", json=as_json)
     return 0
 
 
@@ -195,7 +195,7 @@ def restore(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_fi
     """Restore the records that a job re-encrypted. The planned destruction of the old key is cancelled."""
     client = AdminClient.from_flags(url, api_key_file)
     outcome = client.call("POST", f"{_target(job_id)}/restore", timeout_s=ROTATE_TIMEOUT_S)
-    said = f"{outcome['restored']} records restored, {outcome['kept']} left: they were changed since"
+    said = f"{counted(outcome['restored'], 'record')} restored, {outcome['kept']} left: they were changed since"
     print_result(outcome, said, json=as_json)
     return 0
 

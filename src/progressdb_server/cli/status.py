@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from minikms import api
 from minikms.api.errors import KmsError
 from minikms.client import Client
-from minikms.commands.output import print_result
+from minikms.commands.output import counted, print_result
 from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch, found_socket
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import ConfigFile, ConfiguredUrl, Db, Json, load_config
@@ -121,7 +121,7 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
     server, kms = page["server"], page["key_service"]
     yield f"server       {server.get('status', 'refuses')}: {server['url']}"
     if "threads" in server:
-        yield f"  holds      {server['threads']:,} threads, {server['messages']:,} messages"
+        yield f"  holds      {counted(server['threads'], 'thread')}, {counted(server['messages'], 'message')}"
     for problem in server.get("problems", ()):
         yield f"  problem    {problem}"
     if "error" in server:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from minikms.commands.output import print_result, progress_bar
+from minikms.commands.output import counted, print_result, progress_bar
 from minikms.commands.usage import EXIT_FAILED, CommandError
 from progressdb_server.cli.flags import ConfigFile, Json, load_config
 from progressdb_server.store import copying, places
@@ -76,7 +76,7 @@ def copy(
     page = {"entries": done.entries, "digest": done.digest, "written": done.changed,
             "threads": done.counted.threads, "messages": done.counted.messages}  # fmt: skip
     lines = (
-        f"{done.counted.threads:,} threads, {done.counted.messages:,} stored versions of messages",
+        f"{counted(done.counted.threads, 'thread')}, {counted(done.counted.messages, 'stored version')} of messages",
         f"{done.entries:,} entries are the same on both sides: {done.digest}",
     )
     print_result(page, lines, json=json)

@@ -35,7 +35,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_valid_file_is_summed_up(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(file) == 0
-    assert "is valid: 1 grants, 1 proxies, SHA-256" in capsys.readouterr().out
+    assert "is valid: 1 grant, 1 proxy, SHA-256" in capsys.readouterr().out
     assert check(file, json=True) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["valid"], found["grants"], found["proxies"], found["warnings"]) == (True, 1, 1, [])

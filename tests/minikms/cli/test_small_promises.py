@@ -54,6 +54,8 @@ def test_commands_name_commands_and_offer_only_what_they_can_do(tmp_path: Path) 
     with LiveDaemon(tmp_path, "file") as daemon:
         place = ("--socket", daemon.socket)
         assert "`minikms root list`" in run("root", "test", "s9", "--root", f"file:{daemon.root_file}", *place).stderr
+        receipt = run("keys", "receipt", "KEY-ID", "--data-dir", daemon.data_dir)
+        assert (receipt.returncode, receipt.stderr[:27]) == (2, "minikms: a key id is k_ and")
         listed = run("keys", "list", "--state", "destroyed", *place)
         assert listed.returncode == 2 and "destroyed" not in run("keys", "list", "--help").stdout
 

@@ -193,7 +193,7 @@ def test_the_commands_rotate_list_show_and_prune(server: RealServer) -> None:
     assert (unasked.returncode, unasked.stdout) == (2, "")
     assert "nothing was done" in unasked.stderr and "--yes" in unasked.stderr
     pruned = command(server, "rotation-backups", "prune", of_other, "--yes")
-    assert pruned.stdout == "4 backups of 1 jobs removed\n"
+    assert pruned.stdout == "4 backups of 1 job removed\n"
     assert of_other not in command(server, "rotation-backups", "list").stdout
     assert bodies(server, other) == list(range(3))
 
