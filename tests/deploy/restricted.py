@@ -16,9 +16,11 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from minikms.memory import libc, process
 
+UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 MANAGERS_OWN = {
     # users, life cycle, directories
     "Type", "NotifyAccess", "WatchdogSec", "User", "Group", "SupplementaryGroups", "ExecStart", "ExecReload",
@@ -58,17 +60,30 @@ class Comparison(ctypes.Structure):
     _fields_ = (("arg", ctypes.c_uint), ("op", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64))
 
 
-def directives(unit: str) -> list[tuple[str, str]]:
-    """The lines of the [Service] section."""
-    section, found = "", []
+def directives(unit: str, section: str = "[Service]") -> list[tuple[str, str]]:
+    """The lines of a section of a file."""
+    here, found = "", []
     with open(unit, encoding="utf-8") as file:
         for line in map(str.strip, file):
             if line.startswith("["):
-                section = line
-            elif line and not line.startswith(("#", ";")) and section == "[Service]":
+                here = line
+            elif line and not line.startswith(("#", ";")) and here == section:
                 name, _, value = line.partition("=")
                 found.append((name, value))
     return found
+
+
+def loaded(unit: str, section: str = "[Service]") -> list[tuple[str, str]]:
+    """The lines of a section of a unit of `deploy/systemd`, such as `minikms@acme.service`, and of its drop-ins, in
+    which an empty value removes those before it."""
+    prefix, at, rest = unit.partition("@")
+    instance, _, kind = rest.rpartition(".")
+    file = UNITS / (f"{prefix}@.{kind}" if at else unit)
+    lines = directives(str(file), section)
+    for drop_in in sorted(Path(f"{file}.d").glob("*.conf")):
+        for name, value in directives(str(drop_in), section):
+            lines = [*lines, (name, value)] if value else [line for line in lines if line[0] != name]
+    return [(name, value.replace("%i", instance)) for name, value in lines]
 
 
 def expand(names: Iterable[str]) -> set[str]:

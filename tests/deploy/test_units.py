@@ -36,6 +36,13 @@ EXPOSURE_MAX = {
     "minikms-gateway.service": 1.5,
     "progressdb.service": 1.5,
 }
+TEMPLATES = sorted(path.name for path in UNITS.glob("*@.*") if path.is_file())
+NAME_OF_TENANT = re.compile(r"(?<=/run/)(minikms|progressdb)|(?<=/(etc|lib)/)progressdb|^(minikms|progressdb)\b(?!\.)")
+LISTS = {
+    "EnvironmentFile", "ExecStart", "ExecStopPost", "ListenStream", "ReadWritePaths", "RuntimeDirectory",
+    "StateDirectory", "SupplementaryGroups", "Symlinks",
+}  # fmt: skip
+"""Directives of which a drop-in adds a value, unless it removes those before it."""
 GROUPS_OF_SYSTEMD_252 = {"@system-service", "@privileged", "@resources"}
 """Those that the units name. A group that systemd does not know is ignored, and its calls are then denied."""
 GATEWAY_TOML = """
@@ -63,10 +70,26 @@ def test_the_units_are_valid(tmp_path: Path) -> None:
     for name in ("minikms", "minikms-auditor", "minikms-gateway", "progressdb", "progressdb-backup"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
-    for unit in UNITS.iterdir():
-        if unit.suffix in (".service", ".socket", ".timer"):
-            (tmp_path / unit.name).write_text(unit.read_text().replace("/opt/progressdb/bin/", f"{tmp_path}/"))
-    assert analyze("verify", *(str(path) for path in tmp_path.glob("*.*"))) == ""
+    units = [path for path in UNITS.rglob("*.*") if path.suffix in (".service", ".socket", ".timer", ".conf")]
+    for unit in units:
+        copy = tmp_path / unit.relative_to(UNITS)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(unit.read_text().replace("/opt/progressdb/bin/", f"{tmp_path}/"))
+    assert analyze("verify", *(str(tmp_path / unit.name) for unit in units if unit.parent == UNITS)) == ""
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_tenants_unit_is_the_plain_one_with_other_names(template: str) -> None:
+    """Its drop-in replaces each line that has a name of the plain unit's, and nothing else."""
+    section = "[Socket]" if template.endswith(".socket") else "[Service]"
+    assert (UNITS / template).readlink() == Path(template.replace("@", ""))
+    plain = restricted.directives(str(UNITS / template), section)
+    named = [(name, NAME_OF_TENANT.sub(r"\g<0>-%i", value).replace("8080", "${PORT}")) for name, value in plain]
+    drop_in = restricted.directives(str(UNITS / f"{template}.d" / "tenant.conf"), section)
+    removed = {name for name, value in drop_in if not value}
+    assert {line for line in drop_in if line[1]} == {line for line in named if line[0] != "Symlinks"} - set(plain)
+    assert removed == LISTS & {name for name, value in named if "%i" in value}
+    assert removed & {name for name, value in named if "%i" not in value} == set()
 
 
 @pytest.mark.parametrize("unit", EXPOSURE_MAX)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,15 @@ from tests.harness.ports import free_port
 from tests.harness.terminal import OnTerminal
 
 PROJECT = Path(__file__).resolve().parents[2]
-UNITS = PROJECT / "deploy" / "systemd"
+UNITS = restricted.UNITS
 USERS = ("minikms", "progressdb", "minikms-auditor")
 UID_MIN = 54_321
 """Of the users. Neither it nor the numbers after it belong to anybody on the machine."""
-SOCKET_UNIT = "minikms.socket"
-SOCKET = "/run/minikms/minikms.sock"
 READY_S_MAX = 60.0
 RUN_S_MAX = 120.0
 
 _PATH = re.compile(r"(?<![\w/.])/(?=(?:run|etc/progressdb|var/lib/progressdb|backup|opt/progressdb|root)\b)")
+_ONE_WORD = re.compile(r"\$\{(\w+)\}")
 _BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 
 
@@ -59,21 +58,21 @@ class ServiceError(AssertionError):
 
 
 class Machine:
-    """`base` is a directory that every user can enter. `uids`: of the users, which needs root; without it, this user is
-    all of them. `socket_unit`: it is installed."""
+    """`base` is a directory that every user can enter. `uids`: of the users. `own`: they are used, which needs root;
+    without it, this user is all of them. `socket_unit`: socket units are installed."""
 
-    def __init__(self, base: Path, uids: dict[str, int] | None, *, socket_unit: bool) -> None:
+    def __init__(self, base: Path, uids: dict[str, int], *, own: bool, socket_unit: bool) -> None:
         self.base = base
         self.port = free_port()
-        self._three_users = three_users = uids is not None
+        self._three_users = three_users = own
         self._passes_socket = three_users and socket_unit
-        self._uids = uids or dict.fromkeys(USERS, os.geteuid())
+        self._uids = uids if own else dict.fromkeys(uids, os.geteuid())
         self.beside: list[subprocess.Popen[bytes]] = []
         """Programs of the operator, until `close`."""
         self._services: dict[str, subprocess.Popen[bytes]] = {}
         self._enabled: list[str] = []
         self._ran: list[str] = []  # when `files` was called
-        self._socket_is_started = False  # that of SOCKET_UNIT
+        self._sockets: set[str] = set()  # the names of started socket units
         for directory in ("run", "etc", "var/lib", "opt/progressdb/bin", "usr/bin", "journal", "tmp", "root"):
             (base / directory).mkdir(parents=True)
         (base / "tmp").chmod(0o1777)
@@ -86,6 +85,8 @@ class Machine:
             "opt/progressdb/bin/minikms": forked.script("minikms"),
             "opt/progressdb/bin/progressdb": forked.script("progressdb_server"),
             "opt/progressdb/bin/minikms-auditor": forked.script("minikms_auditor"),
+            "usr/bin/useradd": ":",  # the users have no passwd entries
+            "usr/bin/userdel": ":",
             # -u USER [-g USER -G minikms] -- COMMAND …
             "usr/bin/runuser": f'case "$2" in {numbers} esac; {groups}; {command}; exec {become} "$@"',
             "usr/bin/journalctl": f'exec cat {base}/journal/"$2"',  # -u UNIT …
@@ -226,14 +227,14 @@ class Machine:
                 self._start_units(self._ran)
 
     def _running(self) -> list[str]:
-        return [SOCKET_UNIT, *(name for name, process in self._services.items() if process.poll() is None)]
+        return [*sorted(self._sockets), *(name for name, process in self._services.items() if process.poll() is None)]
 
     def _places(self) -> list[Path]:
         return [place for place in (self.base / name for name in ("etc", "var", "root", "backup")) if place.exists()]
 
     def ended(self) -> list[str]:
         """The enabled services that don't run."""
-        enabled = [unit.removesuffix(".service") for unit in self._enabled if unit != SOCKET_UNIT]
+        enabled = [unit.removesuffix(".service") for unit in self._enabled if not unit.endswith(".socket")]
         return [name for name in enabled if name not in self._running()]
 
     def misplaced(self) -> list[str]:
@@ -253,16 +254,22 @@ class Machine:
         assert found is not None
         return found[1]
 
+    def uid(self, user: str) -> int:
+        return self._uids[user]
+
+    def pid(self, service: str) -> int:
+        return self._services[service].pid
+
     # --- the service manager ---------------------------------------------------------------------------------------
 
     def _start_units(self, units: list[str]) -> None:
         for unit in units:
-            if unit == SOCKET_UNIT:
-                running = "minikms" in self._services
-                assert self._socket_is_started or not running, "systemd starts no socket unit whose service runs"
-                self._socket_is_started = True
-            elif unit.removesuffix(".service") not in self._services:
-                self._start(unit.removesuffix(".service"))
+            name, _, kind = unit.partition(".")
+            if kind == "socket":
+                assert unit in self._sockets or name not in self._services, "systemd starts no socket of what runs"
+                self._sockets.add(unit)
+            elif name not in self._services:
+                self._start(name)
 
     def _daemon_reload_units(self, units: list[str]) -> None:
         """The units are read at each start."""
@@ -276,13 +283,15 @@ class Machine:
         for unit in units:
             self._services[unit.removesuffix(".service")].send_signal(signal.SIGHUP)
 
+    def _disable_units(self, units: list[str]) -> None:
+        assert units[0] == "--now"
+        self._enabled = [unit for unit in self._enabled if unit not in units]
+        self._stop_units(units[1:])
+
     def _stop_units(self, units: list[str]) -> None:
-        for unit in units:
-            name = unit.removesuffix(".service")
-            if unit == SOCKET_UNIT:
-                self._socket_is_started = False
-                continue
-            assert name != "minikms" or not self._socket_is_started, f"the next client of {SOCKET_UNIT} starts it again"
+        self._sockets -= set(units)
+        for name in [unit.removesuffix(".service") for unit in units if not unit.endswith(".socket")]:
+            assert f"{name}.socket" not in self._sockets, f"the next client of {name}.socket starts it again"
             self._stop(name)
 
     def _restart_units(self, units: list[str]) -> None:
@@ -291,7 +300,7 @@ class Machine:
             self._start(name)
 
     def _start(self, name: str) -> None:
-        lines = restricted.directives(str(UNITS / f"{name}.service"))
+        lines = restricted.loaded(f"{name}.service")
         unit = {key: self.here(value) for key, value in lines}
         uid = self._uids[unit["User"]]
         for kind, place in (("Runtime", "/run"), ("State", "/var/lib")):
@@ -304,12 +313,12 @@ class Machine:
         environ = self._environment(lines)
         words = [
             word
-            for listed in shlex.split(unit["ExecStart"])
+            for listed in shlex.split(_ONE_WORD.sub(lambda found: environ[found[1]], unit["ExecStart"]))
             for word in (environ[listed[1:]].split() if listed.startswith("$") else [listed])
         ]
         user: dict[str, Any] = {}
-        if name == "minikms" and self._socket_is_started and self._passes_socket:
-            words = [sys.executable, service_manager.__file__, str(self.at(SOCKET)), str(uid), *words]
+        if f"{name}.socket" in self._sockets and self._passes_socket:
+            words = [sys.executable, service_manager.__file__, str(self._listens_at(name)), str(uid), *words]
         elif self._three_users:
             groups = [self._uids[group] for group in unit.get("SupplementaryGroups", "").split()]
             user = {"user": uid, "group": uid, "extra_groups": groups}
@@ -337,6 +346,10 @@ class Machine:
                 raise
             finally:
                 notify.unlink()
+
+    def _listens_at(self, name: str) -> Path:
+        """The socket of its socket unit."""
+        return self.at(dict(restricted.loaded(f"{name}.socket", "[Socket]"))["ListenStream"])
 
     def _journal(self, name: str) -> Path:
         return self.base / "journal" / name
@@ -367,12 +380,12 @@ class Machine:
             process.wait(READY_S_MAX)
         finally:
             process.kill()
-        unit = dict(restricted.directives(str(UNITS / f"{name}.service")))
+        unit = dict(restricted.loaded(f"{name}.service"))
         last = self.here(unit.get("ExecStopPost", "+true"))
         assert last.startswith("+"), "the service's own user can't remove files in /run"
         subprocess.run(shlex.split(last[1:]), check=True)
-        if name == "minikms":
-            self.at(SOCKET).unlink(missing_ok=True)  # a daemon leaves one that it was passed
+        if (UNITS / f"{name.partition('@')[0]}.socket").exists():
+            self._listens_at(name).unlink(missing_ok=True)  # a daemon leaves one that it was passed
         if unit.get("RuntimeDirectoryPreserve") != "yes":
             shutil.rmtree(self.at("/run") / name, ignore_errors=True)
 
@@ -381,23 +394,23 @@ class Machine:
         while self.beside:
             with self.beside.pop() as process:
                 process.kill()
-        self._socket_is_started = False
+        self._sockets.clear()
         for name in reversed(list(self._services)):
             self._stop(name)
 
 
 @contextmanager
-def machine(*, socket_unit: bool = True, uid_min: int = UID_MIN) -> Iterator[Machine]:
-    """A machine that is removed at the end, with three users, from `uid_min` on, where this user may have them."""
+def machine(*, socket_unit: bool = True, uid_min: int = UID_MIN, users: Sequence[str] = ()) -> Iterator[Machine]:
+    """A machine that is removed at the end, with those `users` too, from `uid_min` on, where this user may."""
     needs.program("openssl")
-    uids = {name: uid_min + number for number, name in enumerate(USERS)}
+    uids = {name: uid_min + number for number, name in enumerate((*USERS, *users))}
     three_users = os.geteuid() == 0 and all(needs.runs_as(uid) for uid in uids.values())
     if three_users:
         needs.program("setpriv")
     base = Path(tempfile.mkdtemp(prefix="runbook-", dir="/tmp"))
     try:
         base.chmod(0o711)
-        made = Machine(base, uids if three_users else None, socket_unit=socket_unit)
+        made = Machine(base, uids, own=three_users, socket_unit=socket_unit)
         try:
             yield made
         finally:

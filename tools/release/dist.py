@@ -31,6 +31,7 @@ PIP: Final = next(PROJECT.glob("tools/bootstrap/pip-*.whl")) / "pip"
 DEBIAN: Final = Path("deploy", "debian")
 REVISION: Final = "1"
 MAINTAINER: Final = "The miniKMS team <minikms@progressdb.invalid>"
+UNIT_FILES: Final = ("*.service", "*.socket", "*.timer", "*.d/*.conf")
 UNITS: Final = Path("deploy", "systemd")
 PREFIX: Final = "opt/progressdb"
 PROGRAMS: Final = {
@@ -135,8 +136,8 @@ class Release:
         relocate(environment, f"/{PREFIX}")
 
         units = self.tree / UNITS
-        for unit in (*units.glob("*.service"), *units.glob("*.socket"), *units.glob("*.timer")):
-            self._put(f"usr/lib/systemd/system/{unit.name}", unit.read_bytes())
+        for unit in (path for kind in UNIT_FILES for path in units.glob(kind)):
+            self._put(f"usr/lib/systemd/system/{unit.relative_to(units)}", unit.read_bytes())
         self._put("usr/lib/sysusers.d/progressdb.conf", (units / "progressdb.sysusers").read_bytes())
         self._put("usr/lib/tmpfiles.d/progressdb.conf", (self.tree / DEBIAN / "tmpfiles").read_bytes())
         self._put(f"{PREFIX}/bin/progressdb-backup", (units / "progressdb-backup").read_bytes(), mode=0o755)
