@@ -40,4 +40,9 @@ def open_wrapper(source: str) -> Wrapper:
 
     Raises TokenError for a source of another form, and where a library or program for it is not installed.
     """
+    scheme = source.partition(":")[0]
+    if scheme == "aws-kms":
+        from minikms_tokens.aws_kms import AwsKmsWrapper
+
+        return AwsKmsWrapper(source)
     raise TokenError("no source of this name wraps a root key")

@@ -1,8 +1,11 @@
-"""A signing key in AWS KMS: ECC_NIST_P256 with ECDSA_SHA_256.
+"""A key in AWS KMS: ECC_NIST_P256 signs with ECDSA_SHA_256, SYMMETRIC_DEFAULT wraps a root key.
 
-Owns: the ARN of a key, the client, and its time limits. Invariants: the key is named by its own ARN, never by an alias,
-which could be moved to another key; credentials come from where the AWS libraries look for them (environment, files,
-the instance), and are never read here. It must never log what the service answers.
+Owns: the ARN of a key, the client, its time limits, and which errors of the service are a refusal. Invariants: the key
+is named by its own ARN, never by an alias, which could be moved to another key, and every answer about a wrapped key
+names it too; a root key is asked for over https only, with the service's certificate verified; credentials come from
+where the AWS libraries look for them (environment, files, the instance), and are never read here. While it wraps or
+opens a root key, the library has it in `bytes` and text, which stay in memory until the process ends. It must never log
+what the service answers.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import re
 from typing import Any, Final
 
 from minikms_tokens.signing import Algorithm, TimedCalls, TokenError, check_p256, check_signature
+from minikms_tokens.wrapping import AwayError, ProviderCalls, RefusedError, give
 
 try:
     import botocore.session
@@ -25,17 +29,36 @@ CONNECT_SECONDS_MAX: Final = 3
 READ_SECONDS_MAX: Final = 5
 MESSAGE_BYTES_MAX: Final = 4096
 """The bound of the service for a message that it hashes itself."""
+CIPHERTEXT_BYTES_MAX: Final = 6144
+"""The bound of the service."""
 ATTEMPTS_MAX: Final = 2
 """Of one request, within the limit of `minikms_tokens.signing.CALL_SECONDS_MAX`."""
+BLOB_VERSION: Final = b"\x01"
+REFUSALS: Final = frozenset(
+    {
+        "AccessDeniedException",  # a policy of the key or of the caller, or a revoked grant
+        "DisabledException",
+        "IncorrectKeyException",
+        "InvalidCiphertextException",  # the key does not open it, or not under this context
+        "InvalidGrantTokenException",
+        "KMSInvalidStateException",  # deletion is pending, or the key material was deleted or has expired
+        "NotFoundException",
+    }
+)
+"""What the service says about the key. Everything else is AwayError: errors of the service itself and its throttling;
+and credentials that are missing, wrong or expired, because these run out and are replaced without the key's owner.
+"""
 _ARN: Final = re.compile(r"arn:aws(?:-cn|-us-gov)?:kms:([a-z0-9-]{1,32}):[0-9]{12}:key/[A-Za-z0-9-]{1,64}", re.ASCII)
 _CODE: Final = re.compile(r"[A-Za-z0-9.]{1,64}", re.ASCII)
 _ALGORITHM: Final = "ECDSA_SHA_256"
 
 
-class AwsKmsSigner:
-    """A key in AWS KMS."""
+class _AwsKmsKey:
+    """A key in AWS KMS, and the client that asks for it."""
 
-    algorithm: Algorithm = "ecdsa-p256-sha256"
+    calls: type[TimedCalls] = TimedCalls
+    refusals: frozenset[str] = frozenset()
+    """The error codes that are RefusedError; others are the error of `calls`."""
 
     def __init__(self, uri: str) -> None:
         self._arn = uri.removeprefix("aws-kms:")
@@ -43,18 +66,59 @@ class AwsKmsSigner:
         if found is None:
             raise TokenError("aws-kms: is followed by the ARN of a key: arn:aws:kms:REGION:ACCOUNT:key/ID, no alias")
         self._region = found[1]
-        self._calls = TimedCalls("AWS KMS")
+        self._calls = self.calls("AWS KMS")
         self._client: Any = None
-        self._public_key = b""
+
+    def close(self) -> None:
+        self._calls.call(self._drop)
+
+    # --- in the thread of the call -----------------------------------------------------------------------------------
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            limits = Config(
+                connect_timeout=CONNECT_SECONDS_MAX,
+                read_timeout=READ_SECONDS_MAX,
+                retries={"total_max_attempts": ATTEMPTS_MAX, "mode": "standard"},
+            )
+            session = botocore.session.get_session()
+            # An empty AWS_CA_BUNDLE would end the verification in some versions of the library.
+            bundle = session.get_config_variable("ca_bundle") or True
+            self._client = session.create_client("kms", region_name=self._region, config=limits, verify=bundle)
+        return self._client
+
+    def _ask(self, operation: str, **parameters: object) -> dict[str, Any]:
+        """Raises TokenError, which has the error code of the service and nothing else of its answer."""
+        try:
+            answer: dict[str, Any] = getattr(self._connected(), operation)(KeyId=self._arn, **parameters)
+            return answer
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            why = code if _CODE.fullmatch(code) else "another error"
+        except BotoCoreError as error:
+            why = type(error).__name__
+        self._drop()  # the next call reads credentials and settings again
+        if why in self.refusals:
+            raise RefusedError(f"AWS KMS refuses the key: {why}")
+        raise self.calls.error(f"AWS KMS does not answer: {why}")
+
+    def _drop(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+
+class AwsKmsSigner(_AwsKmsKey):
+    """A key that signs."""
+
+    algorithm: Algorithm = "ecdsa-p256-sha256"
+    _public_key = b""
 
     def public_key(self) -> bytes:
         return self._public_key or self._calls.call(self._learn)
 
     def sign(self, message: bytes) -> bytes:
         return self._calls.call(lambda: self._sign(message))
-
-    def close(self) -> None:
-        self._calls.call(self._drop)
 
     # --- in the thread of the call -----------------------------------------------------------------------------------
 
@@ -77,28 +141,37 @@ class AwsKmsSigner:
         check_signature(self.algorithm, public_key, signature, message)
         return signature
 
-    def _ask(self, operation: str, **parameters: object) -> dict[str, Any]:
-        """Raises TokenError, which has the error code of the service and nothing else of its answer."""
-        try:
-            if self._client is None:
-                limits = Config(
-                    connect_timeout=CONNECT_SECONDS_MAX,
-                    read_timeout=READ_SECONDS_MAX,
-                    retries={"total_max_attempts": ATTEMPTS_MAX, "mode": "standard"},
-                )
-                session = botocore.session.get_session()
-                self._client = session.create_client("kms", region_name=self._region, config=limits)
-            answer: dict[str, Any] = getattr(self._client, operation)(KeyId=self._arn, **parameters)
-            return answer
-        except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            why = code if _CODE.fullmatch(code) else "another error"
-        except BotoCoreError as error:
-            why = type(error).__name__
-        self._drop()  # the next call reads credentials and settings again
-        raise TokenError(f"AWS KMS does not answer: {why}")
 
-    def _drop(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
+class AwsKmsWrapper(_AwsKmsKey):
+    """A key that wraps a root key, with the context as encryption context. A wrapped key is BLOB_VERSION and the
+    ciphertext of the service.
+    """
+
+    calls = ProviderCalls
+    refusals = REFUSALS
+
+    def wrap(self, key: memoryview, context: str) -> bytes:
+        return self._calls.call(lambda: self._wrap(key, context))
+
+    def unwrap(self, blob: bytes, context: str, into: memoryview) -> None:
+        if not blob.startswith(BLOB_VERSION) or not 1 < len(blob) <= 1 + CIPHERTEXT_BYTES_MAX:
+            raise AwayError("this is no wrapped key of AWS KMS, or one of another version")
+        ciphertext = blob[1:]
+        opened = self._calls.call(lambda: self._convert("decrypt", "Plaintext", context, CiphertextBlob=ciphertext))
+        give(opened, into, "AWS KMS")
+
+    # --- in the thread of the call -----------------------------------------------------------------------------------
+
+    def _wrap(self, key: memoryview, context: str) -> bytes:
+        ciphertext = self._convert("encrypt", "CiphertextBlob", context, Plaintext=bytes(key))
+        if len(ciphertext) > CIPHERTEXT_BYTES_MAX:
+            raise AwayError("AWS KMS gives a ciphertext that is too long")
+        return BLOB_VERSION + ciphertext
+
+    def _convert(self, operation: str, member: str, context: str, **parameters: bytes) -> bytes:
+        if not self._connected().meta.endpoint_url.startswith("https://"):
+            raise AwayError("AWS KMS is asked for a root key over https only, and its endpoint URL is another")
+        answer = self._ask(operation, EncryptionContext={"minikms": context}, **parameters)
+        if answer.get("KeyId") != self._arn:
+            raise AwayError("AWS KMS answers with another key than the one that it was asked for")
+        return bytes(answer[member])

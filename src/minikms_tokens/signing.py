@@ -50,6 +50,10 @@ class Signer(Protocol):
 class TimedCalls:
     """Calls that may block, one at a time and with a time limit. `what`: how errors name the other side."""
 
+    seconds_max = CALL_SECONDS_MAX
+    error = TokenError
+    """The class of the errors that are raised here."""
+
     def __init__(self, what: str) -> None:
         self._what = what
         self._lock = threading.Lock()
@@ -66,17 +70,17 @@ class TimedCalls:
             except TokenError as error:
                 failed.append(error)
             except Exception as error:  # noqa: BLE001  whatever a library raises, its text is not for a log
-                failed.append(TokenError(f"{self._what} failed: {type(error).__name__}"))
+                failed.append(self.error(f"{self._what} failed: {type(error).__name__}"))
 
         with self._lock:
             if self._running is not None and self._running.is_alive():
-                raise TokenError(f"{self._what} has not answered an earlier call yet")
+                raise self.error(f"{self._what} has not answered an earlier call yet")
             self._running = threading.Thread(target=run, name="token", daemon=True)
             self._running.start()
-            self._running.join(CALL_SECONDS_MAX)
+            self._running.join(self.seconds_max)
         if done:
             return done[0]
-        raise failed[0] if failed else TokenError(f"{self._what} did not answer in {CALL_SECONDS_MAX:g} s")
+        raise failed[0] if failed else self.error(f"{self._what} did not answer in {self.seconds_max:g} s")
 
 
 def check_signature(algorithm: Algorithm, public_key: bytes, signature: bytes, message: bytes) -> None:

@@ -1,20 +1,27 @@
 """The interface of a key that is elsewhere and wraps a root key.
 
-Owns: `Wrapper` and its two errors. Invariants: a wrapped key opens only with the context under which it was wrapped;
-`RefusedError` is raised only for what the provider itself said, authenticated: by TLS with its name, or by the return
-code of a device of this machine; everything else, a time-out too, is `AwayError`. A root key is written into the
-caller's memory. It must never put it, a PIN, a token, or the text of a provider into an error.
+Owns: `Wrapper` and its two errors, the time limit of calls, the check of an opened key, and the reading of files that a
+source names. Invariants: a wrapped key opens only with the context under which it was wrapped; `RefusedError` is raised
+only for what the provider itself said, authenticated: by TLS with its name, or by the return code of a device of this
+machine; everything else, a time-out too, is `AwayError`. A root key is written into the caller's memory. It must never
+put it, a PIN, a token, or the text of a provider into an error.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
 from typing import Final, Protocol
 
-from minikms_tokens.signing import TokenError
+from minikms_tokens.signing import TimedCalls, TokenError
 
 KEY_BYTES: Final = 32
 BLOB_BYTES_MAX: Final = 16 * 1024
 """Of a wrapped key."""
+PROVIDER_SECONDS_MAX: Final = 15.0
+"""How long a caller waits for a provider: less than the key service waits for its unlock service."""
+_READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class RefusedError(TokenError):
@@ -23,6 +30,13 @@ class RefusedError(TokenError):
 
 class AwayError(TokenError):
     """The provider does not answer, or what it answers can't be trusted to be its own."""
+
+
+class ProviderCalls(TimedCalls):
+    """Calls of a provider, which is away if they fail or take too long."""
+
+    seconds_max = PROVIDER_SECONDS_MAX
+    error = AwayError
 
 
 class Wrapper(Protocol):
@@ -41,3 +55,29 @@ class Wrapper(Protocol):
     def close(self) -> None:
         """Ends the session with the provider."""
         ...
+
+
+def give(found: bytes | memoryview, into: memoryview, what: str) -> None:
+    """Writes an opened key into the memory of the caller of `unwrap`, in the caller's thread: a call that was given up
+    must not write it later. Raises AwayError for another length and for zeros.
+    """
+    if len(found) != KEY_BYTES or not any(found):
+        into[:] = bytes(len(into))
+        raise AwayError(f"{what} gives what is no root key")
+    into[:] = found
+
+
+def read_file(path: str, what: str, bytes_max: int, *, is_secret: bool = False) -> bytes:
+    """Raises AwayError, for others than root and this user could have written the file, or read a secret in it."""
+    why = "can't be read"
+    with contextlib.suppress(OSError), open(os.open(path, _READ_FLAGS), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > bytes_max:
+            why = f"is no regular file of at most {bytes_max} bytes"
+        elif status.st_uid not in {0, os.geteuid()} or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            why = "must belong to root or to this user, and nobody else may write it"
+        elif is_secret and status.st_mode & stat.S_IRWXO:
+            why = "can be read by other users: chmod o-rwx it"
+        else:
+            return file.read(bytes_max)
+    raise AwayError(f"the {what} {path} {why}")

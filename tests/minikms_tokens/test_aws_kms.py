@@ -1,8 +1,11 @@
-"""Keys in AWS KMS, by moto's server."""
+"""Keys in AWS KMS, by moto's server over TLS. What moto never answers is replayed, as its documentation has it."""
 
+import base64
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,25 +13,31 @@ from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePub
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from minikms_tokens import TokenError, open_signer
+from minikms_tokens import AwayError, RefusedError, TokenError, Wrapper, open_signer, open_wrapper
+from minikms_tokens.wrapping import ProviderCalls
 from tests import needs
+from tests.harness.certificates import SERVER, Authority
 from tests.harness.ports import free_port
 from tests.harness.waiting import wait_until
+from tests.minikms_tokens.replay import GARBAGE, KEYS, Replay, drip, reply
 
 REGION = "eu-central-1"
+ARN = f"arn:aws:kms:{REGION}:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+CONTEXT = "kr_0123456789abcdef"
+KEY = bytes(range(32))
 MESSAGE = b"a tree checkpoint"
 
 
 class Service:
     """moto's server on a port of this machine. It loses its keys when it ends."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, port: int, cert: Path, key: Path) -> None:
+        self._flags = ["-H", "127.0.0.1", "-p", str(port), "-c", str(cert), "-k", str(key)]
         self.start()
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._port)],
+            [sys.executable, "-m", "moto.server", *self._flags],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -55,16 +64,22 @@ class Service:
         self.process.wait()
 
 
+def use(environ: pytest.MonkeyPatch, url: str, ca_file: Path | str) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        environ.setenv(name, "for-tests-only")
+    environ.setenv("AWS_ENDPOINT_URL_KMS", url)
+    environ.setenv("AWS_CA_BUNDLE", str(ca_file))
+
+
 @pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Each test makes keys of its own, and leaves it running."""
     needs.library("moto")
-    port = free_port()
+    port, base, authority = free_port(), tmp_path_factory.mktemp("moto"), Authority("AWS")
+    (base / "ca.pem").write_bytes(authority.pem)
     with pytest.MonkeyPatch.context() as environ:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            environ.setenv(name, "for-tests-only")
-        environ.setenv("AWS_ENDPOINT_URL_KMS", f"http://127.0.0.1:{port}")
-        running = Service(port)
+        use(environ, f"https://localhost:{port}", base / "ca.pem")
+        running = Service(port, *authority.issue(dns=["localhost"], extended=[SERVER]).write(base))
         yield running
         running.stop()
 
@@ -103,3 +118,131 @@ def test_while_the_service_is_away_calls_fail_and_later_ones_work(service: Servi
         signer.sign(MESSAGE)
     again = open_signer(f"aws-kms:{service.new_key()}")
     again.sign(MESSAGE)
+
+
+# --- a root key ------------------------------------------------------------------------------------------------------
+
+
+def wrap(wrapper: Wrapper, key: bytes = KEY) -> bytes:
+    return wrapper.wrap(memoryview(bytearray(key)), CONTEXT)
+
+
+def unwrapped(wrapper: Wrapper, blob: bytes, context: str = CONTEXT) -> bytes:
+    into = bytearray(b"\xff" * 32)
+    try:
+        wrapper.unwrap(blob, context, memoryview(into))
+    except TokenError as error:
+        assert into in (bytes(32), b"\xff" * 32) and KEY.hex() not in str(error)
+        raise
+    return bytes(into)
+
+
+@pytest.fixture
+def replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replay]:
+    needs.library("botocore")
+    with Replay(tmp_path) as made:
+        use(monkeypatch, f"https://localhost:{made.port}", made.ca_file)
+        yield made
+
+
+def test_a_root_key_opens_under_its_key_and_context_only(service: Service) -> None:
+    arn, other = (service.new_key(KeySpec="SYMMETRIC_DEFAULT", KeyUsage="ENCRYPT_DECRYPT") for _ in range(2))
+    wrapper = open_wrapper(f"aws-kms:{arn}")
+    blob = wrap(wrapper)
+    assert blob[:1] == b"\x01" and KEY not in blob
+    assert unwrapped(open_wrapper(f"aws-kms:{arn}"), blob) == KEY
+    assert service.client().decrypt(CiphertextBlob=blob[1:], EncryptionContext={"minikms": CONTEXT})["KeyId"] == arn
+    for context, changed in (("kr_other", blob), (CONTEXT, blob[:-1] + bytes([blob[-1] ^ 1]))):
+        with pytest.raises(RefusedError, match="AWS KMS refuses the key: InvalidCiphertextException"):
+            unwrapped(wrapper, changed, context)
+    with pytest.raises(RefusedError, match="AccessDeniedException"):
+        unwrapped(open_wrapper(f"aws-kms:{other}"), blob)
+    with pytest.raises(RefusedError, match="NotFoundException"):
+        unwrapped(open_wrapper(f"aws-kms:{arn[:-4]}0000"), blob)
+    for wrong in (b"", b"\x01", b"\x02" + blob[1:], b"\x01" + bytes(6145)):
+        with pytest.raises(AwayError, match="no wrapped key of AWS KMS"):
+            unwrapped(wrapper, wrong)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (400, "DisabledException", RefusedError),
+        (400, "IncorrectKeyException", RefusedError),
+        (400, "InvalidGrantTokenException", RefusedError),
+        (400, "KMSInvalidStateException", RefusedError),
+        (400, "ExpiredTokenException", AwayError),
+        (400, "UnrecognizedClientException", AwayError),
+        (400, "ThrottlingException", AwayError),
+        (500, "KeyUnavailableException", AwayError),
+    ],
+)
+def test_an_error_code_says_whether_the_key_was_taken_back(
+    replay: Replay, monkeypatch: pytest.MonkeyPatch, status: int, code: str, kind: type[TokenError]
+) -> None:
+    monkeypatch.setattr("minikms_tokens.aws_kms.ATTEMPTS_MAX", 1)
+    replay.answer = [reply(status, json.dumps({"__type": code, "message": "secret text"}))]
+    with pytest.raises(kind, match=rf"AWS KMS (refuses the key|does not answer): {code}$"):
+        unwrapped(open_wrapper(f"aws-kms:{ARN}"), b"\x01blob")
+    [request] = replay.requests
+    asked = json.loads(request.partition(b"\r\n\r\n")[2])
+    assert (asked["KeyId"], asked["EncryptionContext"]) == (ARN, {"minikms": CONTEXT})
+
+
+GARBLED = ("huge", "no HTTP", "another JSON")
+
+
+def answer(key: bytes, arn: str = ARN) -> bytes:
+    return reply(200, json.dumps({"KeyId": arn, "Plaintext": base64.b64encode(key).decode()}))
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        *((GARBAGE[name], "^AWS KMS ") for name in GARBLED),
+        *(([answer(key)], "no root key") for key in KEYS.values()),
+        ([answer(KEY, ARN[:-1] + "c")], "with another key than"),
+        ([reply(307, "", "Location: https://localhost/")], "does not answer"),
+        (drip(), "did not answer in"),
+    ],
+    ids=[*GARBLED, *KEYS, "another key", "redirect", "drip"],
+)
+def test_an_answer_that_holds_no_root_key_is_away(
+    replay: Replay, monkeypatch: pytest.MonkeyPatch, parts: Iterable[bytes], why: str
+) -> None:
+    monkeypatch.setattr("minikms_tokens.aws_kms.ATTEMPTS_MAX", 1)
+    if why == "did not answer in":
+        monkeypatch.setattr(ProviderCalls, "seconds_max", 0.5)
+    replay.answer = parts
+    with pytest.raises(AwayError, match=why):
+        unwrapped(open_wrapper(f"aws-kms:{ARN}"), b"\x01blob")
+
+
+def test_only_a_verified_service_can_refuse(replay: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does an empty AWS_CA_BUNDLE end the verification."""
+    replay.answer = [reply(400, '{"__type": "DisabledException"}')]
+    for ca_file in ("", Replay(tmp_path).ca_file):
+        use(monkeypatch, f"https://localhost:{replay.port}", ca_file)
+        with pytest.raises(AwayError, match="does not answer: SSLError"):
+            unwrapped(open_wrapper(f"aws-kms:{ARN}"), b"\x01blob")
+    with Replay(tmp_path, tls=False) as plain:
+        plain.answer = replay.answer
+        use(monkeypatch, f"http://localhost:{plain.port}", "")
+        for act in (lambda w: unwrapped(w, b"\x01blob"), wrap):
+            with pytest.raises(AwayError, match="over https only"):
+                act(open_wrapper(f"aws-kms:{ARN}"))
+        assert plain.requests == replay.requests == []
+
+
+def test_without_credentials_or_a_service_it_is_away(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(AwayError, match="does not answer: NoCredentialsError"):
+        wrap(open_wrapper(f"aws-kms:{ARN}"))
+    use(monkeypatch, f"https://localhost:{free_port()}", replay.ca_file)
+    with pytest.raises(AwayError, match="does not answer: EndpointConnectionError"):
+        wrap(open_wrapper(f"aws-kms:{ARN}"))
+    for name in ("aws-kms:alias/x", f"aws-kms:{ARN.replace('key/', 'alias/')}", f"aws-kms:{ARN}\n"):
+        with pytest.raises(TokenError, match="no alias"):
+            open_wrapper(name)

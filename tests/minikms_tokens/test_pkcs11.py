@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from minikms_tokens import Signer, TokenError, open_signer, signing
+from minikms_tokens import Signer, TokenError, open_signer
 from minikms_tokens.signing import TimedCalls
 from tests import needs
 from tests.harness.hsm import PIN, RUN_S_MAX, Token, run
@@ -261,14 +261,14 @@ def test_a_token_that_hangs_holds_up_no_call_for_long(
 ) -> None:
     signer = open_signer(token.uri("object=second", remote.module))
     is_valid(signer, signer.sign(MESSAGE))
-    monkeypatch.setattr(signing, "CALL_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(TimedCalls, "seconds_max", 0.5)
     remote.signal(signal.SIGSTOP)
     with pytest.raises(TokenError, match="did not answer in"):
         signer.sign(MESSAGE)
     with pytest.raises(TokenError, match="has not answered an earlier call yet"):
         signer.sign(MESSAGE)
     remote.signal(signal.SIGCONT)
-    monkeypatch.setattr(signing, "CALL_SECONDS_MAX", RUN_S_MAX)
+    monkeypatch.setattr(TimedCalls, "seconds_max", RUN_S_MAX)
 
     def signs() -> bool:
         with contextlib.suppress(TokenError):
