@@ -156,11 +156,11 @@ def test_a_credential_of_systemd_holds_the_root_key(vm: VirtualMachine, row: Row
     vm.sh("systemd-creds encrypt --name=minikms.key /etc/progressdb/minikms.key /etc/progressdb/minikms.cred")
     vm.sh("mv /etc/progressdb/minikms.key root.key")
     load = "LoadCredentialEncrypted=minikms.key:/etc/progressdb/minikms.cred"
-    drop_in(vm, "minikms", "s|/etc/progressdb/minikms.key|%d/minikms.key --master-key-owner 0:0|", load)
+    drop_in(vm, "minikms", "", load, "Environment=PROGRESSDB_MINIKMS_ROOT=systemd-credential:minikms.key")
     vm.sh(f"systemctl restart minikms\n{STATUS}")
     drop_in_removed(vm, "minikms")
     vm.sh(f"mv root.key /etc/progressdb/minikms.key\nsystemctl restart minikms\n{STATUS}")
-    row("`systemd-creds`", "`LoadCredentialEncrypted=` with `%d/minikms.key --master-key-owner 0:0`")
+    row("`systemd-creds`", "`LoadCredentialEncrypted=` with `PROGRESSDB_MINIKMS_ROOT=systemd-credential:minikms.key`")
 
 
 def test_gateway_and_auditor_run_beside_them(vm: VirtualMachine, row: Row) -> None:

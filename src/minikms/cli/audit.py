@@ -347,7 +347,7 @@ def find(
     lookup = Lookup(index, directory) if index else None
     with ExitStack() as stack:
         mac_keys: tuple[memoryview, ...] = ()
-        root = chosen_root(master_key_file, master_key_fd, root_source)
+        root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=keys)
         if thread and root is not None:
             unlocked = stack.enter_context(open_for_reading(keys, root))
             mac_keys = tuple(audit_keys(unlocked).trust().mac_keys.values())

@@ -43,6 +43,8 @@ DATA_USER_ADVICE: Final = "The files of a key service are its user's alone: run 
 DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
 MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
 MASTER_KEY_OWNER_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_OWNER"
+ROOT_VARIABLE: Final = "PROGRESSDB_MINIKMS_ROOT"
+UNLOCK_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_UNLOCK_UIDS"
 PIN_VARIABLE: Final = "PROGRESSDB_MINIKMS_PIN"
 URL_VARIABLE: Final = "PROGRESSDB_KMS_URL"
 URL_FILES: Final = ("ca", "cert", "key", "token_file")
@@ -75,8 +77,8 @@ Root = Annotated[
     Parameter(
         name="--root",
         show_choices=False,
-        help="Where the root key is, instead of --master-key-file: file:PATH, fd:NUMBER or dev:; except for `serve` "
-        "also shares:, which asks for shares.",
+        help="Where the root key is, instead of --master-key-file: file:PATH, fd:NUMBER, dev:, systemd-credential:NAME "
+        f"or unlock:SOCKET; except for `serve` also shares:, which asks for shares [{ROOT_VARIABLE}].",
     ),
 ]
 MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
@@ -182,20 +184,31 @@ def chosen_root(
     rewritable: bool = False,
     may_ask: bool = True,
     owner: str | None = None,
+    unlock_uids: str | None = None,
 ) -> RootProvider | None:
     """Where the root key is; None when no place is given. With `data_dir`, a development key beside it serves then.
 
-    source: the text of `--root`. `may_ask`: shares may be typed on the terminal. `owner`: as in `named_root`. Raises
+    source: the text of `--root`, else of its variable, unless --master-key-file is given. `may_ask`: shares may be
+    typed on the terminal, and the development key needs no flag. `owner`, `unlock_uids`: as in `named_root`. Raises
     CommandError when it is given twice, or not as a file that is to be rewritten; StartError for a source that is none.
     """
+    from dataclasses import replace
+
     from minikms.roots.providers import DevelopmentKey, KeyDescriptor, KeyFile
 
-    if source is not None:
-        if rewritable:
-            raise CommandError("--rewrite-master-key-file needs --master-key-file, not --root")
-        if key_file is not None or descriptor is not None:
-            raise CommandError("the root key is given twice: give --root or --master-key-file, and unset the variable")
-        return named_root(source, data_dir, may_ask=may_ask, owner=owner)
+    variable = None if source is not None or key_file is not None else os.environ.get(ROOT_VARIABLE)
+    if named := source or variable:
+        if key_file is not None or descriptor is not None or (variable and os.environ.get(MASTER_KEY_FILE_VARIABLE)):
+            raise CommandError(
+                f"the root key is given twice: give --root ({ROOT_VARIABLE}) or --master-key-file "
+                f"({MASTER_KEY_FILE_VARIABLE}), and unset {MASTER_KEY_VARIABLE}"
+            )
+        root = named_root(named, data_dir, may_ask=may_ask, owner=owner, unlock_uids=unlock_uids)
+        if not rewritable:
+            return root
+        if not isinstance(root, KeyFile):
+            raise CommandError("--rewrite-master-key-file needs a root key in a file, by --master-key-file or --root")
+        return replace(root, rewritable=True)
     file = chosen_key_file(key_file, descriptor)
     if rewritable and file is None:
         raise CommandError("--rewrite-master-key-file needs the key file that it is to rewrite: give --master-key-file")
@@ -203,28 +216,44 @@ def chosen_root(
         return KeyFile(file, rewritable, shared=_key_file_owner(owner))
     if descriptor is not None:
         return KeyDescriptor(descriptor)
-    if data_dir is not None:
+    if data_dir is not None and may_ask:
         development = DevelopmentKey(data_dir)
         return development if development.path.exists() else None
     return None
 
 
 def named_root(
-    source: str, data_dir: str | None = None, *, may_ask: bool = True, owner: str | None = None
+    source: str,
+    data_dir: str | None = None,
+    *,
+    may_ask: bool = True,
+    owner: str | None = None,
+    unlock_uids: str | None = None,
 ) -> RootProvider:
-    """The provider of the text of a source. `data_dir`: whose shares may be typed, and what `dev:` lies beside.
-    `owner`: UID:GID of a key file that its group may read, else those of the variable. Raises StartError, CommandError.
+    """The provider of the text of a source. `data_dir`: whose shares may be typed, whose keyring the unlock service is
+    asked for, and what `dev:` lies beside. `owner`: UID:GID of a key file that its group may read. `unlock_uids`: who
+    may be the unlock service. Both have a variable. Raises StartError, CommandError.
     """
     from dataclasses import replace
     from functools import partial
 
+    from minikms.client.connecting import checked_path, overflow_uid
     from minikms.datadir import read_keyring
+    from minikms.policy import parse_uids
     from minikms.roots.providers import KeyFile, Source, parse_source, provider_of
     from minikms.roots.typed_shares import TypedShares
+    from minikms.roots.unlock_service import UnlockService
 
     parsed = parse_source(source)
     if may_ask and parsed == Source("shares", ""):
         return TypedShares(None if data_dir is None else partial(read_keyring, data_dir))
+    if parsed.name == "unlock" and parsed.argument and data_dir is not None:
+        uids = parse_uids(unlock_uids or os.environ.get(UNLOCK_UIDS_VARIABLE) or "0", source=UNLOCK_UIDS_VARIABLE)
+        try:
+            path = checked_path(parsed.argument)
+        except ValueError as error:
+            raise CommandError(f"{error}: --root unlock:SOCKET") from None
+        return UnlockService(path, uids - {overflow_uid()}, partial(read_keyring, data_dir))
     root = provider_of(parsed, data_dir=data_dir)
     return replace(root, shared=_key_file_owner(owner)) if isinstance(root, KeyFile) else root
 

@@ -58,6 +58,13 @@ def serve(
         ),
     ] = None,
     root_source: Root = None,
+    unlock_uids: Annotated[
+        str | None,
+        Parameter(
+            help="Users that may be the unlock service, comma-separated; default: root, for systemd listens "
+            "[PROGRESSDB_MINIKMS_UNLOCK_UIDS, also for other commands]."
+        ),
+    ] = None,
     pin: Annotated[
         Path | None,
         Parameter(help="Root's file that names the root keys which may open the keyring [PROGRESSDB_MINIKMS_PIN]."),
@@ -179,10 +186,11 @@ def serve(
         master_key_file,
         master_key_fd,
         root_source,
-        data_dir=directory if root_source else None,
+        data_dir=directory,
         rewritable=rewrite_master_key_file,
         may_ask=False,
         owner=master_key_owner,
+        unlock_uids=unlock_uids,
     )
     pin_file = pin or os.environ.get(PIN_VARIABLE)
     if root is None:

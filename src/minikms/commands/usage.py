@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     PassphraseSource = str
 else:  # cyclopts converts to the first type of a union, and completes files for `Path` and the words of a `Literal`
     PathText = str | Path
-    RootSource = str | Literal["file:", "fd:", "dev:", "shares:"]
+    RootSource = str | Literal["file:", "fd:", "dev:", "systemd-credential:", "unlock:", "shares:"]
     PassphraseSource = str | Literal["passphrase:"]
 Shell = Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")]
 LogFormat = Annotated[Literal["console", "json"], Parameter(name="--log-format", help="The form of the log.")]

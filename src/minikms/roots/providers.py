@@ -1,17 +1,18 @@
-"""The providers of a root key: a key file, an inherited descriptor, a development key; and their names as text.
+"""The providers of a root key: a key file, a credential, an inherited descriptor, a development key; and their names.
 
 Owns: what the rest of the program may ask of a provider (`RootProvider`), where a development key lies, and the syntax
-of a source (`file:PATH`, `fd:N`, `dev:`, `shares:`, `passphrase:`). A new provider is a class here, or in a module of
-its own, and its name in `provider_of` and in the sets `REPLACEABLE` or `KEPT_BY_PEOPLE`. Invariants: `read` changes
-nothing, so it works beside a running daemon; only `prepare` makes or removes files, under the lock of the data
-directory; a root key is never a part of a source, and an error never quotes a source, since a key could have been given
-by mistake. A provider must never keep the key.
+of a source, such as `file:PATH`. A new provider is a class here, or in a module of its own, and its name in
+`provider_of` and in the sets `REPLACEABLE` or `KEPT_BY_PEOPLE`. Invariants: `read` changes nothing, so it works beside
+a running daemon; only `prepare` makes or removes files, under the lock of the data directory; a root key is never a
+part of a source, and an error never quotes a source, since a key could have been given by mistake. A provider must
+never keep the key.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal, NamedTuple, Protocol, cast, get_args
@@ -99,6 +100,23 @@ class KeyFile(RootProvider):
 
 
 @dataclass(frozen=True)
+class Credential(RootProvider):
+    """A credential of the service manager. systemd gives it to this user, or to root with an ACL for this user: mode
+    0440 is then the mask of the ACL.
+    """
+
+    name: ClassVar[str] = "systemd-credential"
+    path: Path
+
+    @property
+    def read_paths(self) -> tuple[str, ...]:
+        return (str(self.path),)
+
+    def read(self, arena: SecretArena) -> SecretSlot:
+        return read_key_file(self.path, arena, shared=FileOwner(0, 0))
+
+
+@dataclass(frozen=True)
 class KeyDescriptor(RootProvider):
     """An inherited pipe or memfd that holds a key from the environment. It can be read once."""
 
@@ -167,14 +185,17 @@ class DevelopmentKey(RootProvider):
         return read_key_file(self.path, arena)
 
 
-REPLACEABLE: Final = frozenset(("file", "environment", "request", "dev"))
+REPLACEABLE: Final = frozenset(("file", "systemd-credential", "environment", "request", "dev"))
 """Names of the providers whose root key an operator can exchange for one in a request: a file or a variable."""
 KEPT_BY_PEOPLE: Final = frozenset(("shares", "passphrase"))
 """Names of the providers whose root keys are kept by people."""
 
 # --- sources as text ----------------------------------------------------------------------------------------------
 
-SourceName = Literal["file", "fd", "dev", "shares", "passphrase"]
+SourceName = Literal["file", "fd", "dev", "systemd-credential", "unlock", "shares", "passphrase"]
+CREDENTIALS_VARIABLE: Final = "CREDENTIALS_DIRECTORY"
+"""Where systemd puts the credentials of a unit: systemd.exec(5)."""
+_CREDENTIAL: Final = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._@:-]{1,255}", re.ASCII)
 FD_MAX: Final = 2**20
 FD_DIGITS_MAX: Final = 7
 
@@ -191,8 +212,8 @@ def parse_source(text: str) -> Source:
     name, colon, argument = text.partition(":")
     if not colon or name not in get_args(SourceName):
         raise StartError(
-            "a source of a root key is file:PATH, fd:NUMBER or dev: (and for some commands shares: and passphrase:); "
-            "the key itself is never given on the command line"
+            "a source of a root key is file:PATH, fd:NUMBER, dev:, systemd-credential:NAME or unlock:SOCKET (and for "
+            "some commands shares: and passphrase:); the key itself is never given on the command line"
         )
     return Source(cast("SourceName", name), argument)
 
@@ -206,6 +227,18 @@ def provider_of(source: Source, *, data_dir: str | None = None) -> RootProvider:
             return KeyDescriptor(int(source.argument))
     elif source.name == "dev" and not source.argument and data_dir is not None:
         return DevelopmentKey(data_dir)
-    elif source.name in ("shares", "passphrase") or (source.name == "dev" and not source.argument):
+    elif source.name == "systemd-credential":
+        return Credential(_credential_path(source.argument))
+    elif source.name in ("unlock", "shares", "passphrase") or (source.name == "dev" and not source.argument):
         raise StartError(f"this command takes no root key from {source.name}: give file:PATH or fd:NUMBER")
     raise StartError(f"the source {source.name}: is not complete; examples: file:/etc/minikms/root.key, fd:3, dev:")
+
+
+def _credential_path(name: str) -> Path:
+    """Raises StartError."""
+    directory = os.environ.get(CREDENTIALS_VARIABLE)
+    if _CREDENTIAL.fullmatch(name) is None:
+        raise StartError("the name of a credential is that of LoadCredential= in the unit, without a path")
+    if not directory:
+        raise StartError(f"there are no credentials: {CREDENTIALS_VARIABLE} is set in a service of systemd only")
+    return Path(directory, name)

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from minikms.cli.console import UNLOCK_UIDS_VARIABLE
+from minikms.processes.handover import KEY
 from tests import needs
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.terminal import OnTerminal
+from tests.harness.unlocking import REFUSED, UnlockListener
 from tests.minikms.custody.rotation.crash_points import Daemon
 
 
@@ -24,9 +27,11 @@ def key_file(directory: Path, name: str) -> Path:
     return path
 
 
-def run(*words: str | Path, pass_fds: tuple[int, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: str | Path, pass_fds: tuple[int, ...] = (), environ: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     if not pass_fds:
-        return forked.run("minikms", *words)
+        return forked.run("minikms", *words, env={**os.environ, **(environ or {})})
     command = [sys.executable, "-m", "minikms", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, pass_fds=pass_fds)
 
@@ -103,11 +108,54 @@ def test_offline_commands_take_a_source(tmp_path: Path) -> None:
         assert (twice.returncode, "given twice" in twice.stderr) == (2, True)
 
 
+def test_the_variable_names_the_source_unless_a_flag_does(tmp_path: Path) -> None:
+    """Two variables at once name none, also where one holds the key itself."""
+    with LiveDaemon(tmp_path, "file") as daemon:
+        root, verify = daemon.root_file, ("audit", "verify", "--data-dir", daemon.data_dir)
+
+        def ended(*flags: str | Path, **variables: str | Path) -> tuple[int, bool]:
+            environ = {f"PROGRESSDB_MINIKMS_{name}": str(value) for name, value in variables.items()}
+            done = run(*verify, *flags, environ=environ)
+            return done.returncode, "given twice" in done.stderr
+
+        assert ended(ROOT=f"file:{root}") == (0, False)
+        assert ended("--root", f"file:{root}", ROOT="file:/no/such/file") == (0, False)
+        assert ended("--master-key-file", root, ROOT="file:/no/such/file") == (0, False)
+        assert ended(ROOT=f"file:{root}", MASTER_KEY_FILE=root) == (2, True)
+        assert ended(ROOT=f"file:{root}", MASTER_KEY=root.read_text().strip()) == (2, True)
+
+
+def test_a_file_that_is_rewritten_may_be_named_by_the_variable(tmp_path: Path) -> None:
+    """As the unit does."""
+    new = key_file(tmp_path, "new.key")
+    with LiveDaemon(tmp_path, "file") as daemon:
+        daemon.stop()
+        place = daemon.command.index("--master-key-file")
+        daemon.environ["PROGRESSDB_MINIKMS_ROOT"] = f"file:{daemon.command[place + 1]}"
+        daemon.command[place : place + 2] = ["--rewrite-master-key-file"]
+        daemon.start()
+        done("rotate-kek", "--new-master-key-file", new, "--yes", "--socket", daemon.socket)
+        assert daemon.root_file.read_text() == new.read_text()
+    refused = run("serve", *daemon.words[1:], environ={"PROGRESSDB_MINIKMS_ROOT": "fd:7"})
+    assert (refused.returncode, "needs a root key in a file" in refused.stderr) == (2, True)
+
+
+def test_offline_commands_ask_the_unlock_service(tmp_path: Path) -> None:
+    with LiveDaemon(tmp_path) as daemon, UnlockListener(tmp_path / "unlock", KEY + daemon.root()) as listener:
+        verify = ("audit", "verify", "--data-dir", daemon.data_dir, "--root", f"unlock:{listener.path}")
+        assert run(*verify, environ={UNLOCK_UIDS_VARIABLE: str(os.geteuid())}).returncode == 0
+        foreign = run(*verify, environ={UNLOCK_UIDS_VARIABLE: "77"})
+        assert (foreign.returncode, "expected is uid 77" in foreign.stderr) == (2, True)
+        listener.answer = REFUSED
+        refused = run(*verify, environ={UNLOCK_UIDS_VARIABLE: str(os.geteuid())})
+        assert (refused.returncode, "AccessDeniedException" in refused.stderr) == (2, True)
+
+
 def test_a_daemon_starts_from_a_source(tmp_path: Path) -> None:
     root = key_file(tmp_path, "root.key")
     done("init", "--data-dir", tmp_path / "data", "--master-key-file", root)
     ended = run("serve", "--socket", tmp_path / "s", "--data-dir", tmp_path / "data", "--root", "vault:x")
-    assert (ended.returncode, "file:PATH, fd:NUMBER or dev:" in ended.stderr) == (2, True)
+    assert (ended.returncode, "file:PATH, fd:NUMBER, dev:" in ended.stderr) == (2, True)
 
 
 # --- the pin file ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import StartError
-from minikms.roots.providers import DevelopmentKey, KeyDescriptor, KeyFile, parse_source, provider_of
+from minikms.memory.arena import SecretArena
+from minikms.roots.providers import (
+    CREDENTIALS_VARIABLE,
+    Credential,
+    DevelopmentKey,
+    KeyDescriptor,
+    KeyFile,
+    parse_source,
+    provider_of,
+)
 
 
 def test_each_source_stands_for_its_provider() -> None:
@@ -34,7 +43,39 @@ def test_a_descriptor_with_thousands_of_digits_is_refused_like_any_other() -> No
         provider_of(parse_source("fd:" + "1" * 5000))
 
 
-@pytest.mark.parametrize("text", ["shares:", "passphrase:", "dev:"])
+@pytest.mark.parametrize("mode", [0o400, 0o440, 0o444, 0o640])
+def test_a_credential_has_the_modes_that_systemd_gives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """0440 is the mask of an ACL where owner and group are root, so for this test only as root."""
+    monkeypatch.setenv(CREDENTIALS_VARIABLE, str(tmp_path))
+    (tmp_path / "root.key").write_text("ab" * 32)
+    (tmp_path / "root.key").chmod(mode)
+    found = provider_of(parse_source("systemd-credential:root.key"))
+    assert found == Credential(tmp_path / "root.key") and found.read_paths == (str(tmp_path / "root.key"),)
+    own = (tmp_path / "root.key").stat()
+    with SecretArena(8) as arena:
+        if mode == 0o400 or (mode & 0o437 == 0o400 and (own.st_uid, own.st_gid) == (0, 0)):
+            found.read(arena).release()
+        else:
+            with pytest.raises(StartError, match="can read the root key file"):
+                found.read(arena)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/key", "a\0b", "a\nb", "ü", "a" * 256])
+def test_a_credential_is_named_without_a_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CREDENTIALS_VARIABLE, "/")
+    with pytest.raises(StartError, match="without a path"):
+        provider_of(parse_source(f"systemd-credential:{name}"))
+
+
+def test_without_a_service_manager_there_is_no_credential(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CREDENTIALS_VARIABLE, raising=False)
+    with pytest.raises(StartError, match="set in a service of systemd only"):
+        provider_of(parse_source("systemd-credential:root.key"))
+
+
+@pytest.mark.parametrize("text", ["shares:", "passphrase:", "dev:", "unlock:/s"])
 def test_a_source_that_asks_people_is_refused_where_nobody_is_asked(text: str) -> None:
     with pytest.raises(StartError, match="takes no root key from"):
         provider_of(parse_source(text))

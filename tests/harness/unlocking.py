@@ -1,0 +1,92 @@
+"""A stand-in for the unlock service: it speaks `minikms.processes.handover`, with the answers of a test.
+
+Owns: the listener, in a thread of the test, and a daemon whose root key comes from it. Invariant: one question and one
+answer on each connection, as of the real service.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+from minikms.processes import handover
+from minikms.processes.handover import Question, parse_question
+from tests.harness.live_daemon import LiveDaemon
+
+Answer = Callable[[socket.socket], None]
+AWAY = handover.AWAY + handover.sentence("the token is not plugged in")
+REFUSED = handover.REFUSED + handover.sentence("AccessDeniedException")
+
+
+class UnlockListener:
+    """It listens at `path` from construction to the end of the block. `answer`: what it sends to each question from now
+    on, or a function that gets the connection. `asked`: the questions so far; None for what is none.
+    """
+
+    def __init__(self, path: Path, answer: bytes | Answer = AWAY) -> None:
+        self.path = path
+        self.answer = answer
+        self.asked: list[Question | None] = []
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def purposes(self) -> list[str]:
+        return [question.purpose for question in self.asked if question is not None]
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            said = b""
+            while not said.endswith(b"\n") and (part := connection.recv(handover.QUESTION_BYTES_MAX)):
+                said += part
+            answer = self.answer
+            self.asked.append(parse_question(said))
+            if callable(answer):
+                answer(connection)
+            else:
+                connection.sendall(answer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+
+def half_sent(key: bytes, sent: threading.Event, rest: threading.Event) -> Answer:
+    """The first half of the answer, and the second one once `rest` is set."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(handover.KEY + key[:16])
+        sent.set()
+        rest.wait()
+        connection.sendall(key[16:])
+
+    return answer
+
+
+@contextlib.contextmanager
+def daemon_asking(base: Path, *flags: str) -> Iterator[tuple[LiveDaemon, UnlockListener]]:
+    """A daemon that asks the listener for its root key, before it has the keyring's; the listener is away at first."""
+    with UnlockListener(base / "unlock.sock") as listener, LiveDaemon(base) as daemon:
+        daemon.stop()
+        place = daemon.command.index("--master-key-file")
+        source = ["--root", f"unlock:{listener.path}", "--unlock-uids", str(os.geteuid()), *flags]
+        daemon.command[place : place + 2] = source
+        daemon.start()
+        yield daemon, listener

@@ -1,0 +1,186 @@
+"""The key service's side of a hand-over: who is asked, what is taken as an answer, and what stays in the arena."""
+
+import asyncio
+import functools
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from minikms.api.errors import StartError
+from minikms.crypto.aead import NonceSource
+from minikms.keys.unlocked import UnlockedKeyring
+from minikms.memory.arena import SecretArena, SecretSlot, fill_random
+from minikms.processes import handover
+from minikms.processes.handover import KEY, TEXT_BYTES_MAX, Question
+from minikms.roots import unlock_service
+from minikms.roots.unlock_service import RootAwayError, RootRefusedError, UnlockService
+from tests.harness.unlocking import AWAY, REFUSED, UnlockListener, half_sent
+
+ROOT = os.urandom(32)
+Read = Callable[[UnlockService, SecretArena], SecretSlot]
+
+
+@pytest.fixture
+def arena() -> Iterator[SecretArena]:
+    with SecretArena(64) as made:
+        yield made
+        assert made.in_use == 0
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[UnlockListener]:
+    with UnlockListener(tmp_path / "s", KEY + ROOT) as made:
+        yield made
+
+
+@functools.cache
+def keyring_file() -> bytes:
+    with SecretArena(64) as arena:
+        unlocked = UnlockedKeyring.create(
+            arena,
+            memoryview(ROOT),
+            keyring_id="kr_0123456789abcdef",
+            provider="file",
+            nonces=NonceSource().next,
+            fill_random=fill_random,
+            at="2026-01-01T00:00:00Z",
+        )
+        return unlocked.encode(unlocked.body)
+
+
+def service(listener: UnlockListener, uid: int | None = None) -> UnlockService:
+    return UnlockService(str(listener.path), frozenset({os.geteuid() if uid is None else uid}), keyring_file)
+
+
+def asked(source: UnlockService, arena: SecretArena) -> SecretSlot:
+    return asyncio.run(source.ask("start", arena)).slot
+
+
+both = pytest.mark.parametrize("read", [UnlockService.read, asked])
+
+
+@both
+def test_the_root_key_comes_for_the_keyring_that_is_named(
+    listener: UnlockListener, arena: SecretArena, read: Read
+) -> None:
+    with read(service(listener), arena) as slot:
+        assert bytes(slot.view) == ROOT
+    assert listener.asked == [Question("start", "kr_0123456789abcdef")]
+
+
+@both
+def test_a_key_that_comes_in_parts_is_put_together(listener: UnlockListener, arena: SecretArena, read: Read) -> None:
+    sent, rest = threading.Event(), threading.Event()
+    rest.set()
+    listener.answer = half_sent(ROOT, sent, rest)
+    with read(service(listener), arena) as slot:
+        assert bytes(slot.view) == ROOT
+
+
+@both
+def test_nothing_is_sent_to_a_listener_of_another_user(
+    listener: UnlockListener, arena: SecretArena, read: Read
+) -> None:
+    own = os.geteuid()
+    with pytest.raises(RootAwayError, match=rf"^uid {own} listens at .* expected is uid 77 .*nothing was sent"):
+        read(service(listener, 77), arena)
+    with pytest.raises(RootAwayError):
+        read(service(listener, 78), arena)
+    assert set(listener.asked) <= {None}  # the end of a connection, without a byte
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        KEY,
+        KEY + ROOT[:31],
+        KEY + ROOT + b"\0",
+        KEY + os.urandom(1 << 20),
+        b"\xff" + ROOT,
+        b"\0" * 33,
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"\xff" + os.urandom(1 << 20),
+    ],
+    ids=["none", "no key", "short", "long", "1 MB", "no kind", "zeros", "http", "garbage"],
+)
+@both
+def test_any_other_answer_is_no_key_and_no_refusal(
+    listener: UnlockListener, arena: SecretArena, read: Read, answer: bytes
+) -> None:
+    listener.answer = answer
+    with pytest.raises(RootAwayError):
+        read(service(listener), arena)
+
+
+@both
+def test_a_refusal_differs_from_an_absence_with_its_sentence(
+    listener: UnlockListener, arena: SecretArena, read: Read
+) -> None:
+    listener.answer = REFUSED
+    with pytest.raises(RootRefusedError, match=r"provider refuses the root key: AccessDeniedException$"):
+        read(service(listener), arena)
+    listener.answer = AWAY
+    with pytest.raises(RootAwayError, match=r"has no root key now: the token is not plugged in$"):
+        read(service(listener), arena)
+    listener.answer = handover.AWAY + b"\x1b[2J" + b"x" * (1 << 20)
+    with pytest.raises(RootAwayError) as away:
+        read(service(listener), arena)
+    assert "\x1b" not in str(away.value) and len(str(away.value)) < 2 * TEXT_BYTES_MAX
+
+
+@both
+def test_bytes_that_drip_do_not_extend_the_time(
+    listener: UnlockListener, arena: SecretArena, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those of a key nor those of a refusal, which counts when it is whole only."""
+    monkeypatch.setattr(unlock_service, "ANSWER_SECONDS_MAX", 0.2)
+    ended = threading.Event()
+
+    def drip(first: bytes, connection: socket.socket) -> None:
+        connection.sendall(first)
+        while not ended.wait(0.02):
+            connection.sendall(b"x")
+
+    for first in (KEY, handover.REFUSED):
+        listener.answer = functools.partial(drip, first)
+        with pytest.raises(RootAwayError, match="no whole answer"):
+            read(service(listener), arena)
+    ended.set()
+
+
+@both
+def test_a_socket_that_nobody_serves_is_away(tmp_path: Path, arena: SecretArena, read: Read) -> None:
+    with UnlockListener(tmp_path / "s") as closed:
+        source = service(closed)
+    with pytest.raises(RootAwayError, match=r"no unlock service answers at .*: Connection refused"):
+        read(source, arena)
+    os.unlink(tmp_path / "s")
+    with pytest.raises(RootAwayError, match="No such file"):
+        read(source, arena)
+
+
+async def test_a_seal_leaves_no_half_of_a_key(listener: UnlockListener) -> None:
+    """The arena is zeroed while the answer is half sent; the other half goes nowhere."""
+    sent, rest = threading.Event(), threading.Event()
+    listener.answer = half_sent(ROOT, sent, rest)
+    with SecretArena(64) as arena:
+        asking = asyncio.ensure_future(service(listener).ask("start", arena))
+        await asyncio.to_thread(sent.wait)
+        await asyncio.sleep(0.05)
+        arena.zero_all()
+        rest.set()
+        with pytest.raises(RootAwayError, match="seal has interrupted"):
+            await asking
+        slots = [arena.allocate() for _ in range(arena.slots)]
+        assert not any(any(slot.view) for slot in slots)
+
+
+def test_it_makes_no_keyring(listener: UnlockListener, arena: SecretArena) -> None:
+    with pytest.raises(StartError, match="minikms init"):
+        service(listener).prepare(arena, new_keyring=True)
+    assert listener.asked == []
