@@ -41,6 +41,10 @@ def open_wrapper(source: str) -> Wrapper:
     Raises TokenError for a source of another form, and where a library or program for it is not installed.
     """
     scheme = source.partition(":")[0]
+    if scheme == "pkcs11":
+        from minikms_tokens.pkcs11_token import Pkcs11Wrapper
+
+        return Pkcs11Wrapper(source)
     if scheme == "aws-kms":
         from minikms_tokens.aws_kms import AwsKmsWrapper
 

@@ -1,10 +1,12 @@
-"""A signing key in a PKCS#11 token: Ed25519 (CKM_EDDSA) or ECDSA on P-256 (CKM_ECDSA).
+"""Keys in a PKCS#11 token. To sign: Ed25519 (CKM_EDDSA), ECDSA on P-256 (CKM_ECDSA). To wrap: AES-256 (CKM_AES_GCM),
+RSA (CKM_RSA_PKCS_OAEP with SHA-256).
 
-Owns: the URI of a key (RFC 7512), the PIN file, and the session. Invariants: exactly one token and one key match the
-URI; the key stays the same one over reconnections; a PIN that the token refused is not tried again until its file
-changes, since a token locks itself after a few wrong ones, and no PIN is tried if the next wrong one would lock it: a
-process that is started again does not know what the one before has tried. The PIN is a Python string for the time of
-the login: the library takes nothing else. It must never put it into an error, nor what the token says.
+Owns: the URI of a key (RFC 7512), the PIN file, the session, and which outcomes are refusals of the token. Invariants:
+exactly one token and one key match the URI; a signing key stays the same one over reconnections; a wrapping key can't
+leave its token; a PIN that the token refused is not tried again until its file changes, since a token locks itself
+after a few wrong ones, and no PIN is tried if the next wrong one would lock it: a process that is started again does
+not know what the one before has tried. PIN and root key are Python objects for the time of a call: the library takes
+and gives nothing else. It must never put them into an error, nor what the token says.
 """
 
 from __future__ import annotations
@@ -15,18 +17,27 @@ import os
 import re
 import stat
 import urllib.parse
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.padding import MGF1, OAEP
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicNumbers
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from minikms_tokens.signing import Algorithm, TimedCalls, TokenError, check_signature
+from minikms_tokens.wrapping import KEY_BYTES, AwayError, ProviderCalls, RefusedError, give
 
 try:
     import pkcs11
-    from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
+    from pkcs11 import MGF, Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
     from pkcs11.exceptions import (
+        AttributeTypeInvalid,
+        EncryptedDataInvalid,
+        EncryptedDataLenRange,
+        FunctionRejected,
         PinExpired,
         PinIncorrect,
         PinLenRange,
@@ -34,7 +45,9 @@ try:
         PKCS11Error,
         TokenNotPresent,
         UserAlreadyLoggedIn,
+        UserPinNotInitialized,
     )
+    from pkcs11.mechanisms import GCMParams
 except ImportError:
     raise TokenError(
         "pkcs11: keys need a library: install the wheel of progressdb-minikms with its extra `pkcs11`"
@@ -52,28 +65,46 @@ _ED25519_BYTES: Final = 32
 _READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _OTHERS_READ: Final = stat.S_IRWXG | stat.S_IRWXO
 _LAST_TRY: Final = TokenFlag.USER_PIN_FINAL_TRY
+_PIN_REFUSALS: Final = (PinIncorrect, PinLocked, PinExpired, PinLenRange, UserPinNotInitialized)
+_REFUSALS: Final = (*_PIN_REFUSALS, EncryptedDataInvalid, EncryptedDataLenRange, FunctionRejected)
+"""What only the token itself says. A refusal too: it has no key of the URI, or one that may not decrypt. Every other
+return code can come from a module that has lost its token.
+"""
+_CLASSES: Final = {"private": ObjectClass.PRIVATE_KEY, "secret-key": ObjectClass.SECRET_KEY}
+BLOB_VERSION: Final = 1
+_AES_GCM: Final = 1
+_RSA_OAEP: Final = 2
+_IV_BYTES: Final = 12
+_TAG_BYTES: Final = 16
+_RSA_BITS_MIN: Final = 2048
+_OAEP_PADDING: Final = OAEP(MGF1(SHA256()), SHA256(), None)
+_OAEP_PARAMETERS: Final = (Mechanism.SHA256, MGF.SHA256, None)
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 class KeyUri(NamedTuple):
-    """A parsed URI. `token` and `key`: what has to match, by the names of the URI."""
+    """A parsed URI. `token`, `label` and `key_id`: what has to match. `kinds`: of objects, by the names of the URI."""
 
     token: dict[str, str]
+    kinds: tuple[str, ...]
     label: str | None
     key_id: bytes | None
     module: str
     pin_file: str
 
 
-def parse_uri(uri: str) -> KeyUri:
-    """Raises TokenError, whose text does not quote the URI: it might hold a PIN."""
+def parse_uri(uri: str, kinds: tuple[str, ...] = ("private",)) -> KeyUri:
+    """`kinds`: of keys that the caller can use. Raises TokenError without the URI, which might hold a PIN."""
     path, _, query = uri.removeprefix("pkcs11:").partition("?")
     if len(uri) > URI_CHARS_MAX:
         raise TokenError(f"a pkcs11: URI has at most {URI_CHARS_MAX} characters")
     if "pin-value=" in query:
         raise TokenError("pin-value shows the PIN to everyone who sees the URI: write pin-source=file:/PATH")
     named, asked = _attributes(path, ";", _PATH), _attributes(query, "&", _QUERY)
-    if named.pop("type", b"private") != b"private":
-        raise TokenError("a pkcs11: URI for signing names a key with type=private")
+    wanted = named.pop("type", b"")
+    if wanted and os.fsdecode(wanted) not in kinds:
+        raise TokenError(f"the key of a pkcs11: URI has type={' or type='.join(kinds)} here")
     label, key_id = named.pop("object", None), named.pop("id", None)
     if (label is None and key_id is None) or not named.keys() & {"token", "serial"}:
         raise TokenError("a pkcs11: URI names its token with token= or serial=, and its key with object= or id=")
@@ -85,7 +116,14 @@ def parse_uri(uri: str) -> KeyUri:
         raise TokenError("module-path is an absolute path, and pin-source is file: with an absolute path")
     try:
         token = {name: value.decode() for name, value in named.items()}
-        return KeyUri(token, None if label is None else label.decode(), key_id, module, pin_file)
+        return KeyUri(
+            token,
+            (os.fsdecode(wanted),) if wanted else kinds,
+            None if label is None else label.decode(),
+            key_id,
+            module,
+            pin_file,
+        )
     except UnicodeDecodeError:
         raise TokenError("the names in a pkcs11: URI are UTF-8") from None
 
@@ -100,13 +138,6 @@ def _attributes(text: str, separator: str, known: tuple[str, ...]) -> dict[str, 
     return found
 
 
-class _Session(NamedTuple):
-    session: Any
-    key: Any
-    algorithm: Algorithm
-    public_key: bytes
-
-
 class _PinFile(NamedTuple):
     """A version of the PIN file, by what changes when it is written."""
 
@@ -115,85 +146,58 @@ class _PinFile(NamedTuple):
     bytes: int
 
 
-class Pkcs11Signer:
-    """A key in a token. `public_key` and `algorithm` ask the token when they are first used."""
+class _Token(Generic[K]):
+    """The session with a token, and what `find` has found in it. All of it runs in the thread of a call."""
 
-    def __init__(self, uri: str) -> None:
-        self._uri = parse_uri(uri)
-        self._calls = TimedCalls("the PKCS#11 token")
-        self._session: _Session | None = None
-        self._known: tuple[Algorithm, bytes] | None = None
+    def __init__(self, uri: KeyUri, find: Callable[[Any], K]) -> None:
+        self._uri, self._find = uri, find
+        self._session: Any = None
+        self._found: K | None = None
         self._refused: _PinFile | None = None
         self._was_closed = False
 
-    def __repr__(self) -> str:
-        return "<Pkcs11Signer>"
-
-    @property
-    def algorithm(self) -> Algorithm:
-        return (self._known or self._calls.call(self._learn))[0]
-
-    def public_key(self) -> bytes:
-        return (self._known or self._calls.call(self._learn))[1]
-
-    def sign(self, message: bytes) -> bytes:
-        return self._calls.call(lambda: self._sign(message))
-
-    def close(self) -> None:
-        """A later call initializes the library anew: a process that was hardened since learns at once whether it can
-        read its configuration still.
-        """
-        self._calls.call(self._drop)
-        self._was_closed = True
-
-    # --- in the thread of the call -----------------------------------------------------------------------------------
-
-    def _learn(self) -> tuple[Algorithm, bytes]:
-        self._connected()
-        if self._known is None:
-            raise TokenError("the PKCS#11 token has no such key")
-        return self._known
-
-    def _sign(self, message: bytes) -> bytes:
-        """A session may have ended since the last call: then another one is opened."""
-        why = ""
-        for attempt in range(2):
-            one = self._connected()
+    def use(self, act: Callable[[K], T], failing: str) -> T:
+        """A session may have ended since the last call: then another one is opened. Raises TokenError."""
+        why: type[PKCS11Error] = PKCS11Error
+        for _ in range(2):
+            found = self.found()
             try:
-                if one.algorithm == "ed25519":
-                    signature = bytes(one.key.sign(message, mechanism=Mechanism.EDDSA))
-                else:
-                    both = bytes(one.key.sign(hashlib.sha256(message).digest(), mechanism=Mechanism.ECDSA))
-                    half = len(both) // 2
-                    signature = encode_dss_signature(int.from_bytes(both[:half]), int.from_bytes(both[half:]))
+                return act(found)
             except PKCS11Error as error:
-                why = type(error).__name__
-                self._drop()
-                if attempt == 0:
-                    continue
-                break
-            check_signature(one.algorithm, one.public_key, signature, message)
-            return signature
-        raise TokenError(f"the PKCS#11 token does not sign: {why}")
+                why = type(error)
+                self.drop()
+        if issubclass(why, _REFUSALS):
+            raise RefusedError(f"the PKCS#11 token {failing}: {why.__name__}")
+        raise AwayError(f"the PKCS#11 token {failing}: {why.__name__}")
 
-    def _connected(self) -> _Session:
-        if self._session is None:
+    def found(self) -> K:
+        if self._found is None:
             why = ""
             for again in (self._was_closed, True):
                 try:
-                    self._session = self._open(initialize=again)
+                    self._found = self._open(initialize=again)
                     self._was_closed = False
                     break
                 except PKCS11Error as error:
                     why = type(error).__name__
-            if self._session is None:
-                raise TokenError(f"the PKCS#11 token is away: {why}")
-        return self._session
+            if self._found is None:
+                raise AwayError(f"the PKCS#11 token is away: {why}")
+        return self._found
 
-    def _open(self, *, initialize: bool) -> _Session:
+    def drop(self) -> None:
+        session, self._session, self._found = self._session, None, None
+        if session is not None:
+            with contextlib.suppress(PKCS11Error):
+                session.close()
+
+    def close(self) -> None:
+        self.drop()
+        self._was_closed = True
+
+    def _open(self, *, initialize: bool) -> K:
         """Raises TokenError, and PKCS11Error where the token is away."""
         if not os.path.isfile(self._uri.module):
-            raise TokenError(f"there is no PKCS#11 module {self._uri.module}")
+            raise AwayError(f"there is no PKCS#11 module {self._uri.module}")
         library = pkcs11.lib(self._uri.module)
         if initialize:  # a module that lost its connection keeps failing until then; other sessions of it end
             library.reinitialize()
@@ -201,13 +205,12 @@ class Pkcs11Signer:
         if not tokens and not initialize:
             raise TokenNotPresent
         if len(tokens) != 1:
-            raise TokenError(f"{len(tokens) or 'no'} PKCS#11 tokens match the URI, and one has to")
-        session = self._log_in(tokens[0])
+            raise AwayError(f"{len(tokens) or 'no'} PKCS#11 tokens match the URI, and one has to")
+        self._session = self._log_in(tokens[0])
         try:
-            return self._find(session)
+            return self._find(self._session)
         except BaseException:
-            with contextlib.suppress(PKCS11Error):
-                session.close()
+            self.drop()
             raise
 
     def _is_ours(self, token: Any) -> bool:
@@ -222,43 +225,181 @@ class Pkcs11Signer:
     def _log_in(self, token: Any) -> Any:
         pin, version = _read_pin(self._uri.pin_file)
         if version == self._refused:
-            raise TokenError("the PKCS#11 token refused the PIN: correct its file, and it is tried again")
+            raise RefusedError("the PKCS#11 token refused the PIN: correct its file, and it is tried again")
         if token.flags & _LAST_TRY:
-            raise TokenError("one more wrong PIN would lock the PKCS#11 token: log in to it with another program first")
+            raise AwayError("one more wrong PIN would lock the PKCS#11 token: log in to it with another program first")
         try:
             return token.open(user_pin=pin)
         except UserAlreadyLoggedIn:  # by another session of this process
             return token.open()
-        except (PinIncorrect, PinLocked, PinExpired, PinLenRange) as error:
+        except _PIN_REFUSALS as error:
             self._refused, why = version, type(error).__name__
         finally:
             del pin
-        raise TokenError(f"the PKCS#11 token refused the PIN ({why}): correct its file, and it is tried again")
+        raise RefusedError(f"the PKCS#11 token refused the PIN ({why}): correct its file, and it is tried again")
 
-    def _find(self, session: Any) -> _Session:
-        wanted: dict[Any, Any] = {}
-        if self._uri.label is not None:
-            wanted[Attribute.LABEL] = self._uri.label
-        if self._uri.key_id is not None:
-            wanted[Attribute.ID] = self._uri.key_id
-        keys = list(session.get_objects({Attribute.CLASS: ObjectClass.PRIVATE_KEY, **wanted}))
-        if len(keys) != 1:
-            raise TokenError(f"{len(keys) or 'no'} private keys of the PKCS#11 token match the URI, and one has to")
-        same = {Attribute.CLASS: ObjectClass.PUBLIC_KEY, Attribute.ID: keys[0].id}
-        public = [key for key in session.get_objects(same) if key.key_type == keys[0].key_type]
+
+def _only_key(session: Any, uri: KeyUri, noun: str) -> Any:
+    """The one key that `uri` names. Raises TokenError, PKCS11Error."""
+    wanted: dict[Any, Any] = {}
+    if uri.label is not None:
+        wanted[Attribute.LABEL] = uri.label
+    if uri.key_id is not None:
+        wanted[Attribute.ID] = uri.key_id
+    keys = [key for kind in uri.kinds for key in session.get_objects({Attribute.CLASS: _CLASSES[kind], **wanted})]
+    if not keys:
+        raise RefusedError(f"no {noun} of the PKCS#11 token match the URI, and one has to")
+    if len(keys) > 1:
+        raise AwayError(f"{len(keys)} {noun} of the PKCS#11 token match the URI, and one has to")
+    return keys[0]
+
+
+class _SigningKey(NamedTuple):
+    key: Any
+    algorithm: Algorithm
+    public_key: bytes
+
+
+class Pkcs11Signer:
+    """A key in a token. `public_key` and `algorithm` ask the token when they are first used."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = parse_uri(uri)
+        self._calls = TimedCalls("the PKCS#11 token")
+        self._token = _Token(self._uri, self._find)
+        self._known: tuple[Algorithm, bytes] | None = None
+
+    def __repr__(self) -> str:
+        return "<Pkcs11Signer>"
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return (self._known or self._calls.call(self._learn))[0]
+
+    def public_key(self) -> bytes:
+        return (self._known or self._calls.call(self._learn))[1]
+
+    def sign(self, message: bytes) -> bytes:
+        return self._calls.call(lambda: self._token.use(lambda found: _sign(found, message), "does not sign"))
+
+    def close(self) -> None:
+        """A later call initializes the library anew: a process that was hardened since learns at once whether it can
+        read its configuration still.
+        """
+        self._calls.call(self._token.close)
+
+    # --- in the thread of the call -----------------------------------------------------------------------------------
+
+    def _learn(self) -> tuple[Algorithm, bytes]:
+        return self._token.found()[1:]
+
+    def _find(self, session: Any) -> _SigningKey:
+        key = _only_key(session, self._uri, "private keys")
+        same = {Attribute.CLASS: ObjectClass.PUBLIC_KEY, Attribute.ID: key.id}
+        public = [other for other in session.get_objects(same) if other.key_type == key.key_type]
         if len(public) != 1:
             raise TokenError("the PKCS#11 token has no public key with the id of the private key")
         algorithm, encoded = _public_key(public[0])
         if self._known is not None and self._known != (algorithm, encoded):
             raise TokenError("the PKCS#11 token has another key than before under the same name")
         self._known = algorithm, encoded
-        return _Session(session, keys[0], algorithm, encoded)
+        return _SigningKey(key, algorithm, encoded)
 
-    def _drop(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            with contextlib.suppress(PKCS11Error):
-                session.session.close()
+
+def _sign(found: _SigningKey, message: bytes) -> bytes:
+    """Raises TokenError, PKCS11Error."""
+    if found.algorithm == "ed25519":
+        signature = bytes(found.key.sign(message, mechanism=Mechanism.EDDSA))
+    else:
+        both = bytes(found.key.sign(hashlib.sha256(message).digest(), mechanism=Mechanism.ECDSA))
+        half = len(both) // 2
+        signature = encode_dss_signature(int.from_bytes(both[:half]), int.from_bytes(both[half:]))
+    check_signature(found.algorithm, found.public_key, signature, message)
+    return signature
+
+
+class WrappingKey(NamedTuple):
+    """`kind`: the second byte of what it wraps."""
+
+    key: Any
+    kind: int
+
+
+class Pkcs11Wrapper:
+    """An AES or RSA key in a token. RSA binds no context: the pin of the root key does."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = parse_uri(uri, ("secret-key", "private"))
+        self._calls = ProviderCalls("the PKCS#11 token")
+        self._token = _Token(self._uri, self._find)
+
+    def __repr__(self) -> str:
+        return "<Pkcs11Wrapper>"
+
+    def wrap(self, key: memoryview, context: str) -> bytes:
+        return self._calls.call(lambda: self._token.use(lambda found: make_blob(found, key, context), "does not wrap"))
+
+    def unwrap(self, blob: bytes, context: str, into: memoryview) -> None:
+        plain = self._calls.call(
+            lambda: self._token.use(lambda found: open_blob(found, blob, context), "does not decrypt this wrapped key")
+        )
+        give(plain, into, "the PKCS#11 token")
+
+    def close(self) -> None:
+        self._calls.call(self._token.close)
+
+    def _find(self, session: Any) -> WrappingKey:
+        """A key that could be copied out of its token, whose owner then can't take it back, is not used."""
+        key = _only_key(session, self._uri, "keys")
+        is_aes = key.key_type == KeyType.AES and key[Attribute.VALUE_LEN] == KEY_BYTES
+        if not is_aes and not (key.key_type == KeyType.RSA and _modulus(key).bit_length() >= _RSA_BITS_MIN):
+            raise AwayError(f"the key of the PKCS#11 token is neither AES-256 nor RSA of {_RSA_BITS_MIN} bits or more")
+        if not _says(key, Attribute.EXTRACTABLE, False):
+            raise AwayError("the key of the PKCS#11 token is extractable: use one that can't leave its token")
+        if not _says(key, Attribute.SENSITIVE, True):
+            raise AwayError("the key of the PKCS#11 token is not sensitive: use one that the token never shows")
+        if is_aes and not _says(key, Attribute.NEVER_EXTRACTABLE, True):
+            raise AwayError("the key of the PKCS#11 token was extractable once: use one that was made in its token")
+        if not _says(key, Attribute.DECRYPT, True):
+            raise RefusedError("the key of the PKCS#11 token is not permitted to decrypt")
+        return WrappingKey(key, _AES_GCM if is_aes else _RSA_OAEP)
+
+
+def make_blob(found: WrappingKey, key: memoryview, context: str) -> bytes:
+    """Raises PKCS11Error. The public operation of RSA needs no token."""
+    if found.kind == _RSA_OAEP:
+        exponent = int.from_bytes(found.key[Attribute.PUBLIC_EXPONENT])
+        sealed = RSAPublicNumbers(exponent, _modulus(found.key)).public_key().encrypt(bytes(key), _OAEP_PADDING)
+        return bytes((BLOB_VERSION, _RSA_OAEP)) + sealed
+    iv = os.urandom(_IV_BYTES)
+    parameters = GCMParams(iv, context.encode("ascii"), _TAG_BYTES * 8)
+    sealed = found.key.encrypt(bytes(key), mechanism=Mechanism.AES_GCM, mechanism_param=parameters)
+    return bytes((BLOB_VERSION, _AES_GCM)) + iv + bytes(sealed)
+
+
+def open_blob(found: WrappingKey, blob: bytes, context: str) -> bytes:
+    """Raises TokenError, PKCS11Error."""
+    if blob[:2] != bytes((BLOB_VERSION, found.kind)):
+        raise AwayError("the wrapped key is not one of this version and of this kind of PKCS#11 key")
+    if found.kind == _RSA_OAEP:
+        return bytes(found.key.decrypt(blob[2:], mechanism=Mechanism.RSA_PKCS_OAEP, mechanism_param=_OAEP_PARAMETERS))
+    iv, sealed = blob[2 : 2 + _IV_BYTES], blob[2 + _IV_BYTES :]
+    if len(sealed) != KEY_BYTES + _TAG_BYTES:
+        raise AwayError("the wrapped key is cut off, or longer than one is")
+    parameters = GCMParams(iv, context.encode("ascii"), _TAG_BYTES * 8)
+    return bytes(found.key.decrypt(sealed, mechanism=Mechanism.AES_GCM, mechanism_param=parameters))
+
+
+def _modulus(key: Any) -> int:
+    return int.from_bytes(key[Attribute.MODULUS])
+
+
+def _says(key: Any, attribute: Attribute, value: bool) -> bool:
+    """Whether an attribute is there and has this value. Raises PKCS11Error."""
+    try:
+        return key[attribute] is value
+    except AttributeTypeInvalid:
+        return False
 
 
 def _text(value: bytes | str) -> str:
@@ -282,7 +423,7 @@ def _public_key(key: Any) -> tuple[Algorithm, bytes]:
 
 
 def _read_pin(path: str) -> tuple[str, _PinFile]:
-    """The PIN, without the newline at its end. Raises TokenError."""
+    """The PIN, without the newline at its end. Raises AwayError."""
     why = "can't be read"
     with contextlib.suppress(OSError, UnicodeDecodeError), open(os.open(path, _READ_FLAGS), "rb") as file:
         status = os.fstat(file.fileno())
@@ -293,4 +434,4 @@ def _read_pin(path: str) -> tuple[str, _PinFile]:
         else:
             pin = file.read(PIN_BYTES_MAX).decode().rstrip("\n")
             return pin, _PinFile(status.st_ino, status.st_mtime_ns, status.st_size)
-    raise TokenError(f"the PIN file {path} {why}")
+    raise AwayError(f"the PIN file {path} {why}")

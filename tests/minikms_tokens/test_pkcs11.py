@@ -4,11 +4,9 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,21 +18,11 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 from minikms_tokens import Signer, TokenError, open_signer
 from minikms_tokens.signing import TimedCalls
 from tests import needs
-from tests.harness.hsm import PIN, RUN_S_MAX, Token, run
+from tests.harness.hsm import PIN, RUN_S_MAX, Remote, Token, run
 from tests.harness.waiting import wait_until
 
 OTHER_PIN = "wrong-pin-1"
 MESSAGE = b"a tree checkpoint"
-
-
-@pytest.fixture
-def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Token]:
-    pkcs11 = needs.library("pkcs11")
-
-    made = Token(tmp_path)
-    monkeypatch.setenv("SOFTHSM2_CONF", str(made.conf))
-    yield made
-    pkcs11.unload(made.module)
 
 
 def is_valid(signer: Signer, signature: bytes) -> None:
@@ -185,55 +173,6 @@ def test_a_malformed_uri_is_refused_with_a_sentence(uri: str) -> None:
 
 
 # --- a token that is away --------------------------------------------------------------------------------------------
-
-
-class Remote:
-    """The token behind p11-kit's server, as a token of another machine is reached. It passes no CKM_EDDSA on."""
-
-    def __init__(self, token: Token) -> None:
-        self.module = needs.pkcs11_module("pkcs11/p11-kit-client.so")
-        self._token = token
-        self.socket = token.base / "server"
-        self.start()
-
-    def start(self) -> None:
-        self.socket.unlink(missing_ok=True)
-        provider = ("--provider", self._token.module, "--name", str(self.socket), "--foreground")
-        self.process = subprocess.Popen(
-            [needs.program("p11-kit"), "server", *provider, "pkcs11:token=log"],
-            env={**os.environ, **self._token.environ},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        wait_until(self._listens)
-
-    def _listens(self) -> bool:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self.socket))
-            return True
-        return False
-
-    def signal(self, number: int) -> None:
-        """To the server, and to its child for each connection."""
-        os.killpg(self.process.pid, number)
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.signal(signal.SIGKILL)
-        self.process.wait()
-
-
-@pytest.fixture
-def remote(token: Token, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
-    pkcs11 = needs.library("pkcs11")
-
-    made = Remote(token)
-    monkeypatch.setenv("P11_KIT_SERVER_ADDRESS", f"unix:path={made.socket}")
-    yield made
-    made.kill()
-    with contextlib.suppress(pkcs11.PKCS11Error):
-        pkcs11.unload(made.module)
 
 
 def test_after_a_token_was_away_a_later_call_connects_again(token: Token, remote: Remote) -> None:
