@@ -49,4 +49,8 @@ def open_wrapper(source: str) -> Wrapper:
         from minikms_tokens.aws_kms import AwsKmsWrapper
 
         return AwsKmsWrapper(source)
+    if scheme == "vault-transit":
+        from minikms_tokens.vault_transit import VaultTransitWrapper
+
+        return VaultTransitWrapper(source)
     raise TokenError("no source of this name wraps a root key")

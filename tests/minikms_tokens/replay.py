@@ -88,5 +88,3 @@ GARBAGE: Final = {
     "nothing": [b""],
 }
 """Answers that hold no key."""
-KEYS: Final = {"31 bytes": b"k" * 31, "33 bytes": b"k" * 33, "zeros": bytes(32), "none": b""}
-"""What is no root key."""

@@ -13,18 +13,17 @@ from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePub
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from minikms_tokens import AwayError, RefusedError, TokenError, Wrapper, open_signer, open_wrapper
+from minikms_tokens import AwayError, RefusedError, TokenError, open_signer, open_wrapper
 from minikms_tokens.wrapping import ProviderCalls
 from tests import needs
 from tests.harness.certificates import SERVER, Authority
 from tests.harness.ports import free_port
 from tests.harness.waiting import wait_until
-from tests.minikms_tokens.replay import GARBAGE, KEYS, Replay, drip, reply
+from tests.minikms_tokens.replay import GARBAGE, Replay, drip, reply
+from tests.minikms_tokens.wrappers import CONTEXT, KEY, NO_KEYS, unwrapped, wrap
 
 REGION = "eu-central-1"
 ARN = f"arn:aws:kms:{REGION}:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
-CONTEXT = "kr_0123456789abcdef"
-KEY = bytes(range(32))
 MESSAGE = b"a tree checkpoint"
 
 
@@ -123,20 +122,6 @@ def test_while_the_service_is_away_calls_fail_and_later_ones_work(service: Servi
 # --- a root key ------------------------------------------------------------------------------------------------------
 
 
-def wrap(wrapper: Wrapper, key: bytes = KEY) -> bytes:
-    return wrapper.wrap(memoryview(bytearray(key)), CONTEXT)
-
-
-def unwrapped(wrapper: Wrapper, blob: bytes, context: str = CONTEXT) -> bytes:
-    into = bytearray(b"\xff" * 32)
-    try:
-        wrapper.unwrap(blob, context, memoryview(into))
-    except TokenError as error:
-        assert into in (bytes(32), b"\xff" * 32) and KEY.hex() not in str(error)
-        raise
-    return bytes(into)
-
-
 @pytest.fixture
 def replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replay]:
     needs.library("botocore")
@@ -200,12 +185,12 @@ def answer(key: bytes, arn: str = ARN) -> bytes:
     ("parts", "why"),
     [
         *((GARBAGE[name], "^AWS KMS ") for name in GARBLED),
-        *(([answer(key)], "no root key") for key in KEYS.values()),
+        *(([answer(key)], "no root key") for key in NO_KEYS.values()),
         ([answer(KEY, ARN[:-1] + "c")], "with another key than"),
         ([reply(307, "", "Location: https://localhost/")], "does not answer"),
         (drip(), "did not answer in"),
     ],
-    ids=[*GARBLED, *KEYS, "another key", "redirect", "drip"],
+    ids=[*GARBLED, *NO_KEYS, "another key", "redirect", "drip"],
 )
 def test_an_answer_that_holds_no_root_key_is_away(
     replay: Replay, monkeypatch: pytest.MonkeyPatch, parts: Iterable[bytes], why: str
