@@ -26,8 +26,10 @@ from tests.harness.waiting import wait_until
 
 PAGE = Path(__file__).parents[2] / "docs" / "other-hosts.md"
 *BEFORE, USE, REVOKE = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+[WITHOUT_UNITS] = re.findall(r"^```text\nminikms policy reload\n(.*?)\n```$", PAGE.read_text(), re.MULTILINE)
 BLOCK_S_MAX = 120.0
 CHANGES_THE_MACHINE = re.compile(r"^(?:systemctl|install) .*\n", re.MULTILINE)
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 POLICY = """
 [[grant]]
 name = "operator"
@@ -57,16 +59,17 @@ class Host:
             "9103": str(metrics),
         }
 
-    def run(self, block: str) -> subprocess.CompletedProcess[str]:
+    def _command(self, block: str) -> list[str]:
         text = CHANGES_THE_MACHINE.sub("", block)
         for there, here in self._instead.items():
             text = text.replace(there, here)
-        command = ["bash", "-euo", "pipefail", "-c", text]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return ["bash", "-euo", "pipefail", "-c", text]
+
+    def run(self, block: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command,
+            self._command(block),
             cwd="/",
-            env=os.environ | {"PATH": path},
+            env=ENVIRONMENT,
             capture_output=True,
             text=True,
             timeout=BLOCK_S_MAX,
@@ -77,10 +80,12 @@ class Host:
     @contextlib.contextmanager
     def gateway(self) -> Iterator[Path]:
         """Runs it, and gives its log."""
-        command = [needs.program("setpriv"), f"--reuid={GATEWAY}", "--clear-groups", sys.executable, "-P", "-m"]
-        command += ["minikms_gateway", "--config", str(self.directory / "gateway.toml")]
+        command = self._command(f"exec {WITHOUT_UNITS}")
         log = self.directory.parent / "log"
-        with log.open("wb") as file, subprocess.Popen(command, cwd="/", stdout=file, stderr=file) as process:
+        with (
+            log.open("wb") as file,
+            subprocess.Popen(command, cwd="/", env=ENVIRONMENT, stdout=file, stderr=file) as process,
+        ):
             try:
                 wait_until(lambda: process.poll() is not None or "event=serving" in log.read_text())
                 yield log
@@ -105,7 +110,7 @@ class Host:
 def host() -> Iterator[Host]:
     """One on which the commands up to those of a client have been run."""
     needs.interpreter_for(GATEWAY)
-    for name in ("curl", "openssl"):
+    for name in ("curl", "openssl", "setpriv"):
         needs.program(name)
     with tempfile.TemporaryDirectory(prefix="minikms-test-") as name, PolicyDaemon(Path(name), POLICY) as daemon:
         host = Host(Path(name), daemon)
