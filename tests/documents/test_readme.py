@@ -17,6 +17,7 @@ import pytest
 
 from tests import needs
 from tests.harness.ports import free_port
+from tests.progressdb_server.api.sdk import environment
 
 PROJECT = Path(__file__).resolve().parents[2]
 README = (PROJECT / "README.md").read_text("utf-8")
@@ -46,10 +47,14 @@ def pasted(port: int) -> str:
     lines = ["set -euo pipefail"]
     for language, text in blocks():
         lines.append(f".venv/bin/python - <<'END'\n{text}END" if language == "python" else text)
-    script = "\n".join(lines).replace(":8080/", f":{port}/").replace(":8080 ", f":{port} ")
+    script = at_port("\n".join(lines), port)
     make = f"make --old-file={STAMP}"
     assert "\nmake run " in script and "\nmake test " in script
     return script.replace("\nmake run ", f"\n{make} run ").replace("\nmake test ", f"\n{make} --dry-run test ")
+
+
+def at_port(text: str, port: int) -> str:
+    return text.replace(":8080/", f":{port}/").replace(":8080 ", f":{port} ")
 
 
 def as_ordinary_user() -> dict[str, Any]:
@@ -85,11 +90,49 @@ def test_the_commands_work_pasted_in_order_and_git_ignores_what_they_make(new_di
     needs.program("curl")
     needs.program("git")
     before = set(os.listdir(new_directory))
+    output = said(new_directory, pasted(free_port()))
+    assert "Every check held" in output, "make run"
+    assert output.count('"text":"hello"') == 2, "the message that curl stored, and read back"
+    assert "progressdb_http_requests_total" in output and "# HELP" not in output, "a few metrics"
+    assert re.search(r"^hello$", output, re.MULTILINE), "what the program has decrypted"
+    assert "serving" not in output and "listening" not in output, "the logs of the services"
+    assert "the door code is 4711" in output, "the decrypted note"
+    assert "The audit log is intact" in output
+    made = sorted(set(os.listdir(new_directory)) - before)
+    assert {"data", "demo-data", "kms", "root.key"} <= set(made)
+    assert ignored(new_directory, made) == made
+
+
+def test_the_wheel_alone_stores_a_message_and_shows_it(new_directory: Path) -> None:
+    """The page's commands for it. What pip would take from a registry lies in the environment of the tests."""
+    needs.program("curl")
+    (new_directory / ".venv").unlink()
+    (pip,) = (PROJECT / "tools/bootstrap").glob("pip-*.whl")
+    hatchling = environment("hatchling-1.33", ("hatchling==1.33.0",))
+    build = [str(hatchling), "-m", "hatchling", "build", "-t", "wheel", "-d", str(new_directory)]
+    subprocess.run(build, cwd=PROJECT, check=True, capture_output=True)
+    [install] = re.findall(r"^python3 -m venv .* && \.venv/bin/pip install '\./.*'$", README, re.MULTILINE)
+    install = install.replace("python3 -m venv", f"{sys.executable} -m venv --without-pip")
+    offline = f"{sys.executable} {pip}/pip --python .venv/bin/python install -q --no-deps --no-index"
+    packages = "$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')"
+    script = f"""set -euo pipefail
+        {install.replace(".venv/bin/pip install", offline)}
+        echo {Path(pytest.__file__).parents[1]} > {packages}/others.pth
+        .venv/bin/python -P -c 'import minikms; print(minikms.__file__)'
+        {at_port(blocks()[0][1], free_port())}
+        kill $(jobs -p); wait"""
+    output = said(new_directory, script)
+    assert output.startswith(f"{new_directory}/.venv/")
+    assert output.count('"text":"hello"') == 2 and "progressdb_http_requests_total" in output
+
+
+def said(place: Path, script: str) -> str:
+    """What the script wrote, which has ended well, as an ordinary user would run it there."""
     shell = subprocess.Popen(
-        ["bash", "-c", pasted(free_port())],
-        cwd=new_directory,
+        ["bash", "-c", script],
+        cwd=place,
         env={name: value for name, value in os.environ.items() if name not in OF_MAKE}
-        | {"HOME": str(new_directory), "no_proxy": "127.0.0.1"},
+        | {"HOME": str(place), "no_proxy": "127.0.0.1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -103,16 +146,7 @@ def test_the_commands_work_pasted_in_order_and_git_ignores_what_they_make(new_di
     finally:
         end_session(shell.pid)
     assert shell.returncode == 0, output
-    assert "Every check held" in output, "make run"
-    assert output.count('"text":"hello"') == 2, "the message that curl stored, and read back"
-    assert "progressdb_http_requests_total" in output and "# HELP" not in output, "a few metrics"
-    assert re.search(r"^hello$", output, re.MULTILINE), "what the program has decrypted"
-    assert "serving" not in output and "listening" not in output, "the logs of the services"
-    assert "the door code is 4711" in output, "the decrypted note"
-    assert "The audit log is intact" in output
-    made = sorted(set(os.listdir(new_directory)) - before)
-    assert {"data", "demo-data", "kms", "root.key"} <= set(made)
-    assert ignored(new_directory, made) == made
+    return str(output)
 
 
 def ignored(place: Path, names: list[str]) -> list[str]:
