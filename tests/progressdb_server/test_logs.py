@@ -1,7 +1,6 @@
 """The logs of both programs: structured, tied together by one request id, and empty of secrets and private text."""
 
 import base64
-import json
 from pathlib import Path
 
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, OTHER_BACKEND, signature, signed
@@ -65,24 +64,6 @@ def test_logs_hold_no_secret_and_nothing_that_a_user_typed(tmp_path: Path) -> No
     ]
     assert found == []
     assert len(written[server.log_path].splitlines()) > 40
-
-
-def test_one_request_id_goes_through_both_programs(tmp_path: Path) -> None:
-    with real_server(tmp_path) as server:
-        headers = {"X-User-ID": "alice", "X-Request-Id": REQUEST_ID}
-        reply = server("POST", "/v1/messages", {"body": "hello"}, headers=headers)
-        assert reply.headers["x-request-id"] == REQUEST_ID
-        own = server("POST", "/v1/messages", {"body": "hello"}, headers={"X-User-ID": "alice"}).headers["x-request-id"]
-    logged = {event["request_id"] for event in server.log if event["event"] == "request"}
-    audited: dict[str, set[str]] = {}
-    for line in (server.db / "kms" / "minikms-audit.log").read_text().splitlines():
-        event = json.loads(line)["event"]
-        for request_id in (event.get("request_id"), *event.get("request_ids", ())):
-            audited.setdefault(request_id, set()).add(event["type"])
-    for request_id in (REQUEST_ID, own):
-        assert request_id in logged
-        assert "create_dek" in audited[request_id]
-        assert audited[request_id] & {"encrypt", "encrypt_batch"}
 
 
 def test_every_line_of_both_is_one_json_object_with_its_level_and_time(tmp_path: Path) -> None:

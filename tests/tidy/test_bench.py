@@ -18,7 +18,7 @@ import pytest
 
 from bench import __main__ as program
 from bench import encrypt, growth_keys, keys, load, messages, million, pairs, plots, programs, report, unencrypted
-from bench.programs import BenchError, MissingProgramError, need, progressdb, workplace, workplaces_kept
+from bench.programs import BenchError, progressdb, workplace, workplaces_kept
 from bench.report import Missing, Row
 
 
@@ -68,13 +68,6 @@ def test_an_answer_of_unknown_length_fails_the_run(tmp_path: Path) -> None:
         load.generate(path, [REQUEST], 5)
 
 
-def test_a_request_says_its_length() -> None:
-    head, _, body = load.post("/x", b'{"a": 1}', {"X-API-Key": "k"}).partition(b"\r\n\r\n")
-    assert head.split(b"\r\n")[0] == b"POST /x HTTP/1.1"
-    assert b"Content-Length: 8" in head and b"X-API-Key: k" in head
-    assert body == b'{"a": 1}'
-
-
 @pytest.mark.parametrize(
     ("value", "verdict"),
     [
@@ -87,20 +80,10 @@ def test_a_figure_is_set_against_its_budget(value: float, verdict: str) -> None:
     assert Row("a", value, "×", 1.2, 1.5).verdict() == verdict
 
 
-@pytest.mark.parametrize(("value", "verdict"), [(8, "goal met"), (8.1, "floor met"), (20.1, "**below the floor**")])
-def test_of_a_time_less_is_better(value: float, verdict: str) -> None:
-    assert Row("a", value, "ms", 20, 8, less_is_better=True).verdict() == verdict
-
-
 @pytest.mark.parametrize(("value", "verdict"), [(-0.1, "floor met"), (4, "floor met"), (4.1, "**below the floor**")])
 def test_a_budget_without_a_goal_is_met_or_not(value: float, verdict: str) -> None:
     assert Row("a", value, "ms", 4, less_is_better=True).verdict() == verdict
     assert Row("a", value, "ms").verdict() == ""
-
-
-@pytest.mark.parametrize(("value", "text"), [(1.234, "1.23"), (45.67, "45.7"), (789.4, "789"), (12345.6, "12,346")])
-def test_a_figure_keeps_three_digits(value: float, text: str) -> None:
-    assert report.figure(value) == text
 
 
 def test_the_table_says_what_was_not_measured() -> None:
@@ -160,16 +143,6 @@ def test_a_peer_that_does_not_encrypt_has_no_figure(tmp_path: Path, said: str) -
         encrypt.target("peer", path, tmp_path)
 
 
-def test_a_peer_that_refuses_to_make_a_key_has_no_figure(tmp_path: Path) -> None:
-    with server(tmp_path, answer("403 Forbidden", "{}")) as path, pytest.raises(BenchError, match="403"):
-        encrypt.target("peer", path, tmp_path)
-
-
-def test_a_missing_program_is_named_with_its_package() -> None:
-    with pytest.raises(MissingProgramError, match="no-such-program"):
-        need("sh", "no-such-program")
-
-
 def test_the_benches_measure_the_programs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run of those that need nothing but Python: real processes, checked answers, no judgement of speed."""
     for module, name, value in (
@@ -219,17 +192,6 @@ def test_several_runs_give_the_run_of_the_median_and_the_range() -> None:
     assert "| speed | 15.0 /s (5.00 to 30.0) | 10.0 | 20.0 | floor met | run 15.0 |" in report.table([row])
 
 
-@pytest.mark.parametrize(("values", "median"), [((3.0, 1.0), 1.0), ((4.0, 1.0, 3.0, 2.0), 2.0)])
-def test_the_median_of_an_even_number_of_runs_is_a_run(values: tuple[float, ...], median: float) -> None:
-    [row] = report.merged([[Row("speed", value, "/s")] for value in values])
-    assert isinstance(row, Row) and row.value == median
-
-
-def test_one_run_has_no_range() -> None:
-    row, missing = Row("speed", 2.0, "×"), Missing("other", "needs go")
-    assert report.merged([[row, missing]]) == [row, missing]
-
-
 def test_a_figure_that_a_run_lacks_is_not_measured() -> None:
     runs: list[list[Row | Missing]] = [
         [Row("a", 1.0, "s"), Row("b", 1.0, "s")],
@@ -239,23 +201,6 @@ def test_a_figure_that_a_run_lacks_is_not_measured() -> None:
     assert isinstance(a, Row) and (a.lowest, a.highest) == (1.0, 2.0)
     assert b == Missing("b", "measured in 1 of 2 runs")
     assert c == Missing("c", "x")
-
-
-def test_two_figures_of_one_name_keep_their_order() -> None:
-    runs = [[Row("memory", first, "MiB"), Row("memory", first + 50, "MiB")] for first in (1.0, 3.0, 2.0)]
-    first, second = report.merged(runs)
-    assert isinstance(first, Row) and (first.value, first.lowest, first.highest) == (2.0, 1.0, 3.0)
-    assert isinstance(second, Row) and (second.value, second.lowest, second.highest) == (52.0, 51.0, 53.0)
-
-
-def test_the_heading_says_of_how_many_runs_the_table_is() -> None:
-    assert "runs" not in report.heading(0.5)
-    assert "the median of 3 runs" in report.heading(0.5, 3)
-
-
-def test_without_git_the_commit_of_a_table_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert report.commit() == "unknown"
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str, **benches: Callable[[], list[Row]]) -> int:
@@ -272,21 +217,6 @@ def test_every_bench_runs_as_often_as_asked(
     values = iter((7.0, 9.0, 8.0))
     assert run_main(monkeypatch, "--runs", "3", one=lambda: [Row("one", next(values), "s")]) == 0
     assert "| one | 8.00 s (7.00 to 9.00) |" in capsys.readouterr().out
-
-
-def test_a_bench_that_fails_in_one_run_fails_the_whole(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    outcomes = iter((True, False))
-
-    def sometimes() -> list[Row]:
-        if next(outcomes):
-            return [Row("one", 1.0, "s")]
-        raise BenchError("no")
-
-    monkeypatch.setattr(report, "save", lambda text: pytest.fail("a failed run is not saved"))
-    assert run_main(monkeypatch, "--runs", "2", "--save", sometimes=sometimes) == 1
-    assert "| one | not measured | | | | measured in 1 of 2 runs |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -364,35 +294,6 @@ def test_figures_of_growth_are_kept_as_table_file_and_plots(monkeypatch: pytest.
     assert [picture.name for picture in table.parent.glob("*.svg")] == ["one.svg"]
 
 
-def test_a_table_of_figures_comes_back_from_its_file(tmp_path: Path) -> None:
-    plots.write_csv(tmp_path / "new" / "a.csv", ("keys", "a/s"), [[1_000_000, 1234.5678], [2, 0.012345]])
-    assert (tmp_path / "new" / "a.csv").read_text() == "keys,a/s\n1000000,1235\n2,0.01235\n"
-    assert plots.read_csv(tmp_path / "new" / "a.csv") == {"keys": [1_000_000, 2], "a/s": [1235, 0.01235]}
-
-
-@pytest.mark.parametrize("text", ["", "keys,a\n", "keys,a\n1,x\n", "keys,a\n1,0\n"])
-def test_a_file_without_figures_gives_no_plot(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(ValueError):
-        plots.read_csv(tmp_path / "a.csv")
-
-
-@pytest.mark.parametrize(
-    ("most", "ticks"), [(5, (0, 1, 2, 3, 4, 5)), (93, (0, 20, 40, 60, 80, 100)), (0.44, (0, 0.1, 0.2, 0.3, 0.4, 0.5))]
-)
-def test_a_linear_axis_begins_at_zero_and_holds_every_value(most: float, ticks: tuple[float, ...]) -> None:
-    axis = plots.Axis.from_zero([most / 2, most], 100, 0)
-    assert axis.ticks == pytest.approx(ticks)
-    assert axis.place(0) == 100 and axis.place(axis.ticks[-1]) == 0
-
-
-def test_a_logarithmic_axis_has_a_tick_for_each_power_of_ten() -> None:
-    axis = plots.Axis.decades([1_000, 99_000], 0, 100)
-    assert list(axis.ticks) == [1_000, 10_000, 100_000]
-    assert axis.place(10_000) == pytest.approx(50)
-    assert plots.Axis.decades([10], 0, 1).ticks[-1] == 100
-
-
 @pytest.mark.parametrize("plot", plots.PLOTS, ids=lambda plot: plot.name)
 def test_every_plot_shows_the_figures_of_its_table(plot: plots.Plot) -> None:
     picture = plots.svg(plot)
@@ -434,11 +335,6 @@ def test_the_key_service_is_compared_with_that_of_another_checkout(
     rows = [*pairs.verbs(tmp_path), *pairs.rotation(tmp_path)]
     assert all(row.value > 0 for row in rows)
     assert {row.floor for row in rows} == {pairs.FLOOR, pairs.FOREIGN_FLOOR, pairs.FOREIGN_BATCH_FLOOR}
-
-
-def test_a_checkout_without_programs_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="make venv"), progressdb(tmp_path, checkout=tmp_path):
-        pass
 
 
 def test_the_files_of_a_run_stay_until_all_runs_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

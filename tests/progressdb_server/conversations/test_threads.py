@@ -19,30 +19,17 @@ from progressdb_server.store.model import (
     AuthorNotInThreadError,
     InvalidThreadIdError,
     NewMessage,
-    NotTheAuthorError,
     Page,
     RecordUnreadableError,
     StoreUnavailableError,
     Thread,
-    ThreadNotFoundError,
 )
 from progressdb_server.store.postgres import reads
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import keys_of, messages_of, opened, threads_of
+from tests.progressdb_server.store.opened_store import keys_of, opened, threads_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider, to_open
 
 pytestmark = pytest.mark.usefixtures("both_engines")
-
-
-async def test_a_thread_reads_back() -> None:
-    async with opened() as store:
-        made = await store.threads.create(author="ann", title="Größe & Gewicht!")
-        assert (made.id, made.title) == (f"thread-{made.created_ts}-000000", "Größe & Gewicht!")
-        assert made.slug == f"gr-e-gewicht-{made.id}"
-        assert made.updated_ts == made.created_ts
-        assert await store.threads.get(made.id) == made
-        with pytest.raises(ThreadNotFoundError):
-            await store.threads.get("unknown")
 
 
 @given(st.text(max_size=30))
@@ -67,52 +54,6 @@ async def test_every_message_and_change_touches_the_thread() -> None:
         renamed = await store.threads.update(thread, author="ann", title="new")
         assert (await store.threads.get(thread)) == renamed
         assert renamed.updated_ts > two.ts
-
-
-async def test_only_the_author_changes_a_thread_and_the_admin_may() -> None:
-    async with opened() as store:
-        thread = (await store.threads.create(author="ann", title="t")).id
-        for attempt in (
-            store.threads.update(thread, author="bob", title="x"),
-            store.threads.delete(thread, author="bob", by="bob"),
-        ):
-            with pytest.raises(NotTheAuthorError):
-                await attempt
-        assert (await store.threads.update(thread, author=None, title="Other")).slug == f"other-{thread}"
-        await store.threads.delete(thread, author=None, by="admin")
-        for gone in (thread, "unknown"):
-            with pytest.raises(ThreadNotFoundError):
-                await store.threads.update(gone, author=None, title="x")
-            with pytest.raises(ThreadNotFoundError):
-                await store.threads.delete(gone, author=None, by="admin")
-
-
-async def test_a_deleted_thread_is_marked_and_keeps_its_messages() -> None:
-    async with opened() as store:
-        message = await store.messages.create(NewMessage(author="ann", thread="t", body=1))
-        await store.threads.delete("t", author="ann", by="ann")
-        thread = await store.threads.get("t")
-        assert thread.deleted
-        assert thread.deleted_ts == thread.updated_ts > message.ts
-        assert [m.id for m in await messages_of(store, "t")] == [message.id]
-        assert await threads_of(store, "ann") == []
-        assert await threads_of(store, "ann", include_deleted=True) == [thread]
-
-
-async def test_threads_are_listed_by_author_in_order_of_creation() -> None:
-    async with opened() as store:
-        for number in range(5):
-            await store.threads.create(author="ann", title=f"Plan {number}")
-            await store.threads.create(author="an", title=f"plan b {number}")
-        await store.messages.create(NewMessage(author="ann", thread="0-named", body=1))
-        assert [t.title for t in await threads_of(store, "ann")] == [*[f"Plan {n}" for n in range(5)], "New Thread #11"]
-        assert len(await threads_of(store, None)) == 11
-        assert await threads_of(store, "nobody") == []
-        assert [t.title for t in await threads_of(store, "ann", title="PLAN 3")] == ["Plan 3"]
-        (one,) = await threads_of(store, "an", title="b 2")
-        assert await threads_of(store, None, slug=one.slug) == [one]
-        assert await threads_of(store, "ann", slug=one.slug) == []
-        assert await threads_of(store, "an", slug=one.slug[:-1]) == []
 
 
 async def test_a_long_list_opens_one_small_batch_at_a_time_and_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from minikms import api
-from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, KmsUnavailableError, refusal
+from minikms.api.errors import KmsError, KmsProtocolError, KmsUnavailableError, refusal
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from progressdb_server.kms import provider as provider_module
 from progressdb_server.kms.provider import Fault, RemoteProvider, fault
@@ -44,88 +44,6 @@ async def remote(place: Place) -> AsyncIterator[RemoteProvider]:
         yield provider
     finally:
         await provider.close()
-
-
-async def test_a_record_comes_back_only_under_its_key_its_place_and_its_thread(place: Place, daemon: Daemon) -> None:
-    daemon()
-    async with remote(place) as provider:
-        key = await provider.create_dek_for_thread("t-1")
-        other = await provider.create_dek_for_thread("t-2")
-        sealed = await provider.encrypt(key.key_id, b"text", aad=b"place", thread_id="t-1", request_id="r")
-        assert b"text" not in sealed
-        assert await provider.decrypt(key.key_id, sealed, aad=b"place", thread_id="t-1") == b"text"
-        for key_id, aad, thread, code in (
-            (key.key_id, b"elsewhere", "t-1", api.CODE_DECRYPTION_FAILED),
-            (other.key_id, b"place", "t-2", api.CODE_DECRYPTION_FAILED),
-            (key.key_id, b"place", "t-2", api.CODE_WRONG_THREAD),
-        ):
-            with pytest.raises(KmsRefusedError) as refused:
-                await provider.decrypt(key_id, sealed, aad=aad, thread_id=thread)
-            assert refused.value.code == code
-
-
-async def test_many_items_come_back_in_order_and_one_refusal_stops_no_other(place: Place, daemon: Daemon) -> None:
-    daemon()
-    async with remote(place) as provider:
-        key = await provider.create_dek_for_thread("t")
-        count = api.BATCH_ITEMS_MAX + 10
-        sealed = await provider.encrypt_batch(
-            [
-                EncryptItem(key_id=key.key_id, plaintext=b"%d" % n, aad=b"a", thread_id="t", request_id="r")
-                for n in range(count)
-            ]
-        )
-        opened = await provider.decrypt_batch(
-            [
-                DecryptItem(key_id=key.key_id, ciphertext=entry, aad=b"a" if n != 5 else b"b", thread_id="t")
-                for n, entry in enumerate(sealed)
-                if isinstance(entry, bytes)
-            ]
-        )
-        refused = opened.pop(5)
-        assert isinstance(refused, KmsRefusedError)
-        assert refused.code == api.CODE_DECRYPTION_FAILED
-        assert opened == [b"%d" % n for n in range(count) if n != 5]
-        verdicts = await provider.check_batch(
-            key.key_id,
-            [
-                ReencryptItem(ciphertext=entry, aad=b"a" if n != 300 else b"b")
-                for n, entry in enumerate(sealed)
-                if isinstance(entry, bytes)
-            ],
-            thread_id="t",
-            request_id="r",
-        )
-        verdict = verdicts.pop(300)
-        assert isinstance(verdict, KmsRefusedError)
-        assert verdict.code == api.CODE_DECRYPTION_FAILED
-        assert verdicts == [None] * (count - 1)
-
-
-async def test_a_replaced_key_only_decrypts_and_its_records_can_be_moved(place: Place, daemon: Daemon) -> None:
-    daemon()
-    async with remote(place) as provider:
-        old = await provider.create_dek_for_thread("t")
-        sealed = await provider.encrypt(old.key_id, b"text", aad=b"a", thread_id="t")
-        new = await provider.create_dek_for_thread("t", replaces=old.key_id)
-        with pytest.raises(KmsRefusedError) as refused:
-            await provider.encrypt(old.key_id, b"text", aad=b"a", thread_id="t")
-        assert refused.value.code == api.CODE_KEY_RETIRED
-        [moved] = await provider.reencrypt_batch(old.key_id, new.key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")])
-        assert isinstance(moved, bytes)
-        assert await provider.decrypt(new.key_id, moved, aad=b"a", thread_id="t") == b"text"
-        assert await provider.check_batch(old.key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")], thread_id="t") == [
-            None
-        ]
-        for key_id, thread_id, code in (
-            (old.key_id, "another", api.CODE_WRONG_THREAD),
-            ("k_" + "0" * 26, "t", api.CODE_KEY_NOT_FOUND),
-        ):
-            with pytest.raises(KmsRefusedError) as refused:
-                await provider.check_batch(key_id, [ReencryptItem(ciphertext=sealed, aad=b"a")], thread_id=thread_id)
-            assert refused.value.code == code
-        await provider.retire_key(new.key_id)
-        await provider.retire_key(new.key_id)
 
 
 async def test_requests_that_arrive_while_the_daemon_is_down_wait_for_it(place: Place, daemon: Daemon) -> None:
