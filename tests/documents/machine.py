@@ -31,7 +31,7 @@ from tests.harness.terminal import OnTerminal
 
 PROJECT = Path(__file__).resolve().parents[2]
 UNITS = restricted.UNITS
-USERS = ("minikms", "progressdb", "minikms-auditor")
+USERS = ("minikms", "progressdb", "minikms-auditor", "minikms-unlock")
 UID_MIN = 54_321
 """Of the users. Neither it nor the numbers after it belong to anybody on the machine."""
 READY_S_MAX = 60.0
@@ -51,6 +51,11 @@ def _is_ready(notified: socket.socket) -> bool:
 def blocks(page: Path) -> list[str]:
     """The shell commands of a page, by block."""
     return _BLOCK.findall(page.read_text("utf-8"))
+
+
+def _is_on_demand(name: str) -> bool:
+    """Whether a service ends after each connection to its socket. It is running as long as its socket is."""
+    return name.partition("@")[0] == "minikms-unlock"
 
 
 class ServiceError(AssertionError):
@@ -85,6 +90,7 @@ class Machine:
             "opt/progressdb/bin/minikms": forked.script("minikms"),
             "opt/progressdb/bin/progressdb": forked.script("progressdb_server"),
             "opt/progressdb/bin/minikms-auditor": forked.script("minikms_auditor"),
+            "opt/progressdb/bin/minikms-unlock": forked.script("minikms_unlock"),
             "usr/bin/useradd": ":",  # the users have no passwd entries
             "usr/bin/userdel": ":",
             # -u USER [-g USER -G minikms] -- COMMAND …
@@ -268,6 +274,8 @@ class Machine:
             if kind == "socket":
                 assert unit in self._sockets or name not in self._services, "systemd starts no socket of what runs"
                 self._sockets.add(unit)
+                if _is_on_demand(name) and name not in self._services:
+                    self._start(name)
             elif name not in self._services:
                 self._start(name)
 
@@ -290,7 +298,9 @@ class Machine:
 
     def _stop_units(self, units: list[str]) -> None:
         self._sockets -= set(units)
-        for name in [unit.removesuffix(".service") for unit in units if not unit.endswith(".socket")]:
+        for name, _, kind in [unit.partition(".") for unit in units]:
+            if kind == "socket" and not _is_on_demand(name):
+                continue
             assert f"{name}.socket" not in self._sockets, f"the next client of {name}.socket starts it again"
             self._stop(name)
 
@@ -318,7 +328,9 @@ class Machine:
         ]
         user: dict[str, Any] = {}
         if f"{name}.socket" in self._sockets and self._passes_socket:
-            words = [sys.executable, service_manager.__file__, str(self._listens_at(name)), str(uid), *words]
+            group = self._uids[dict(restricted.loaded(f"{name}.socket", "[Socket]"))["SocketGroup"]]
+            flags = ["--each", str(group)] if _is_on_demand(name) else []
+            words = [sys.executable, service_manager.__file__, *flags, str(self._listens_at(name)), str(uid), *words]
         elif self._three_users:
             groups = [self._uids[group] for group in unit.get("SupplementaryGroups", "").split()]
             user = {"user": uid, "group": uid, "extra_groups": groups}
@@ -341,6 +353,8 @@ class Machine:
             try:
                 if unit.get("Type") == "notify":
                     self._wait(name, lambda: _is_ready(notified))
+                elif _is_on_demand(name):
+                    self._wait(name, self._listens_at(name).exists)
             except ServiceError:
                 self._stop(name)
                 raise
