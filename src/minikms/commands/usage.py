@@ -166,11 +166,10 @@ def new_app(name: str, about: str, epilogue: str) -> App:
 
 
 def _version() -> str:
-    from importlib import metadata
+    from minikms.platform.process_metrics import build
 
-    commit = Path(__file__).parents[1].joinpath("COMMIT").read_text("utf-8").strip()  # git archive(1) writes it
-    built = "a checkout" if commit.startswith("$") else f"commit {commit}"
-    return f"{metadata.version('progressdb-minikms')} ({built})"
+    built = build()
+    return f"{built.version} ({f'commit {built.commit}' if built.commit else 'a checkout'})"
 
 
 def new_helper(name: str, about: str, epilogue: str) -> App:

@@ -1,7 +1,8 @@
-"""What each process reports of itself to Prometheus: its version, and the metrics of Prometheus' own libraries.
+"""What each process reports of itself to Prometheus: its build, and the metrics of Prometheus' own libraries.
 
-Owns: their names and texts, and the descriptors of procfs that they are read from. Invariant: the descriptors are
-opened once in a process, because a hardened one can't open them; what could not be opened is not reported.
+Owns: what was installed (`Build`), the names and texts of these metrics, and the descriptors of procfs that they are
+read from. Invariant: the descriptors are opened once in a process, because a hardened one can't open them; what could
+not be opened is not reported.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import contextlib
 import functools
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from minikms.platform.clock import boot_ns
@@ -35,10 +38,24 @@ class Sample(NamedTuple):
     labels: dict[str, str] = {}  # noqa: RUF012  never changed
 
 
+class Build(NamedTuple):
+    """`commit`: of the release or archive; empty in a checkout. `python`: the interpreter's version."""
+
+    version: str
+    commit: str
+    python: str
+
+
+def build() -> Build:
+    commit = Path(__file__).parents[1].joinpath("COMMIT").read_text("utf-8").strip()  # git archive(1) writes it
+    python = ".".join(map(str, sys.version_info[:3]))
+    return Build(metadata.version("progressdb-minikms"), "" if commit.startswith("$") else commit, python)
+
+
 class _Process(NamedTuple):
     """`stat` and `descriptors` are descriptors of a file and a directory in procfs; None: it can't be read here."""
 
-    version: str
+    build: Build
     stat: int | None
     descriptors: int | None
     started: float
@@ -50,9 +67,9 @@ def open_process_files() -> None:
 
 
 def samples(build_info: str) -> Iterator[Sample]:
-    """`build_info`: the name of the metric whose label is the version."""
+    """`build_info`: the name of the metric whose labels are the build."""
     process = _process(os.getpid())
-    yield Sample(build_info, "gauge", "1, with the version.", 1, {"version": process.version})
+    yield Sample(build_info, "gauge", "1, with the build as labels.", 1, process.build._asdict())
     yield Sample("process_cpu_seconds_total", "counter", "Processor time, in seconds.", time.process_time())
     yield Sample("process_max_fds", "gauge", "Limit of open files.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     if process.descriptors is not None:
@@ -87,7 +104,7 @@ def _process(pid: int) -> _Process:
     if stat is not None:
         since_boot = int(_fields(stat)[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
         started = time.time() - boot_ns() / 1e9 + since_boot
-    return _Process(metadata.version("progressdb-minikms"), stat, _opened("/proc/self/fd", os.O_DIRECTORY), started)
+    return _Process(build(), stat, _opened("/proc/self/fd", os.O_DIRECTORY), started)
 
 
 def _opened(path: str, flags: int) -> int | None:

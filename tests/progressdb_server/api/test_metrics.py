@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import pytest
@@ -96,12 +97,13 @@ def test_every_metric_is_explained_and_every_explained_one_is_there(pages: dict[
     assert explained() == served
 
 
-def test_every_process_reports_its_version_and_its_use_of_the_machine(pages: dict[str, str]) -> None:
-    """Also the key service, which is hardened and opens no file of procfs."""
+def test_every_process_reports_its_build_and_its_use_of_the_machine(pages: dict[str, str]) -> None:
+    """Also the key service, which is hardened and opens no file of procfs. The tests run in a checkout."""
+    built = {"version": minikms.__version__, "commit": "", "python": python_version()}
     for program, text in pages.items():
         read = families(text)
         [build] = read[f"{program.replace('-', '_')}_build_info"].samples
-        assert (build.labels, build.value) == ({"version": minikms.__version__}, 1)
+        assert (build.labels, build.value) == (built, 1)
         cpu_s, files_max, files, memory_bytes, started_s = (
             read[f"process_{name}"].samples[0].value
             for name in ("cpu_seconds", "max_fds", "open_fds", "resident_memory_bytes", "start_time_seconds")
