@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from minikms.platform import process_metrics
+from minikms.platform.clock import unix_seconds
 
 SECONDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 """Upper bounds. Only a rotation, or a failing disk, takes longer."""
@@ -189,6 +190,8 @@ def _add_keys(made: _Page, status: Mapping[str, Any]) -> None:
     made.add("minikms_keys", "gauge", "Keys by state.", _labelled("state", by_state))
     by_kek = _labelled("kek_version", keys["by_kek_version"])
     made.add("minikms_keys_by_kek", "gauge", "Keys by the KEK version that wraps them.", by_kek)
+    made_at = [({"kek_version": str(kek["version"])}, unix_seconds(kek["created_at"])) for kek in status["keks"]]
+    made.add("minikms_kek_created_timestamp_seconds", "gauge", "When each KEK was made.", made_at)
     made.one("minikms_keys_unreadable", "gauge", "Key files that can't be read.", keys["unreadable"])
     made.one("minikms_keys_indexing", "gauge", "1 while a start still reads key files.", keys["indexing"])
     made.one("minikms_cache_keys", "gauge", "Opened keys in locked memory.", memory["keys_in_memory"])
