@@ -277,6 +277,24 @@ def test_what_the_units_forbid_is_not_needed_by_the_gateway(tmp_path: Path) -> N
     assert int(re.search(r"Seccomp_filters:\t(\d+)", kernel)[1]) >= 2  # type: ignore[index]  # the line is always there
 
 
+def test_what_the_unit_forbids_is_not_needed_by_the_port_of_the_metrics(tmp_path: Path) -> None:
+    """The proxy under its unit's restrictions, started by the first connection to its port."""
+    needs.root()
+    needs.program("systemd-analyze")
+    needs.program("mount")
+    unit = str(UNITS / "minikms-metrics.service")
+    *program, _ = dict(restricted.directives(unit))["ExecStart"].split()
+    port, unshare = free_port(), needs.namespaces("mount", "net", "ipc")
+    with LiveDaemon(tmp_path, "file") as daemon:
+        command = [needs.program("systemd-socket-activate"), f"--listen=127.0.0.1:{port}", unshare, "--mount", "--net"]
+        command += ["--ipc", sys.executable, restricted.__file__, unit, str(tmp_path), *program, str(daemon.socket)]
+        with subprocess.Popen(command) as process:
+            try:
+                wait_until(lambda: ask(port, "GET", "/status"))
+            finally:
+                process.kill()
+
+
 def ask(port: int, method: str, path: str, body: object = None) -> dict[str, Any] | None:
     """The answer's object; None when there is no good one."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
