@@ -162,22 +162,6 @@ def test_reading_beside_a_daemon_takes_no_lock_and_changes_nothing(one: Opener) 
     data.close()
 
 
-def test_a_keyring_older_than_the_log_opens_only_when_accepted(one: Opener, tmp_path: Path) -> None:
-    one.start()
-    shutil.copy(one.directory / "keyring.json", tmp_path / "old")
-    one.start()
-    data = one.open()
-    write_start_line(data)
-    data.close()
-    shutil.copy(tmp_path / "old", one.directory / "keyring.json")
-    with pytest.raises(StartError, match=r"its epoch is 2, the log has 4.*--accept-restore"):
-        one.open()
-    data = one.open(options=Options(accept_restore=True))
-    assert (data.found_epoch, data.seen_epoch) == (2, 4)
-    assert data.vault.keyring.body.epoch > 4
-    data.close()
-
-
 @pytest.mark.parametrize("segment_bytes", [EPOCH_TAIL_BYTES_MAX * 8, 1024 * 1024])
 def test_an_older_keyring_is_refused_after_any_number_of_lines(one: Opener, tmp_path: Path, segment_bytes: int) -> None:
     """After a crash too: no `stop` line. The last 32 MiB, or the last two files, hold no line of a change of keys."""

@@ -304,16 +304,6 @@ def test_every_plot_shows_the_figures_of_its_table(plot: plots.Plot) -> None:
 
 
 @pytest.mark.torture
-def test_lists_are_compared_with_those_of_another_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The other checkout is this one: what is tested is that its programs run and that both are asked."""
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    monkeypatch.setattr(messages, "LIST_MESSAGES", 20)
-    monkeypatch.setattr(messages, "LIST_TURNS", 2)
-    (lists,) = messages.list_against(tmp_path)
-    assert (lists.value > 0, lists.unit, lists.floor) == (True, "×", 0.98)
-
-
-@pytest.mark.torture
 def test_appends_are_compared_with_those_of_another_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.setattr(messages, "CONNECTIONS", 4)

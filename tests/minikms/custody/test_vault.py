@@ -142,27 +142,6 @@ async def test_a_numbered_key_stays_if_the_old_one_cannot_be_retired(
         assert again.vault.record(first.id).state == "retired"
 
 
-async def test_only_a_retired_key_is_destroyed_and_it_stays_destroyed(tmp_path: Path) -> None:
-    async with opened_vault(tmp_path / "d") as one:
-        key_id, other = await one.make(2)
-        await one.rotate()
-        with pytest.raises(ConflictError, match="retire it first"):
-            await one.vault.destroy(key_id)
-        await one.vault.retire(key_id)
-        one.vault.opened(key_id)
-        assert len(one.backups(key_id)) == 1
-        assert (await one.vault.destroy(key_id)).backups == 1
-        assert not one.file(key_id).exists()
-        assert one.backups(key_id) == []
-        with pytest.raises(KeyDestroyedError):
-            one.vault.opened(key_id)
-        assert len(one.backups(other)) == 1
-    async with opened_vault(tmp_path / "d") as again:
-        with pytest.raises(KeyDestroyedError):
-            again.vault.opened(key_id)
-        assert len(again.keys([other])[other]) == 32
-
-
 async def test_changes_of_one_key_at_once_leave_it_as_one_of_them_would(tmp_path: Path) -> None:
     async with opened_vault(tmp_path / "d") as one:
         [key_id] = await one.make(1)

@@ -158,16 +158,6 @@ def test_a_damaged_keyring_is_refused_and_not_replaced(tmp_path: Path, spoil: Ca
         daemon.start()
 
 
-def test_the_root_key_shows_a_keyring_of_another_installation(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    with LiveDaemon(tmp_path / "one") as one, LiveDaemon(tmp_path / "two") as two:
-        one.stop()
-        two.stop()
-        (one.data_dir / "keyring.json").write_bytes((two.data_dir / "keyring.json").read_bytes())
-        assert "wrong root key" in refused_start(one)
-
-
 def test_a_keyring_older_than_the_audit_log_is_refused_until_accepted(tmp_path: Path) -> None:
     """It does not know what was made and destroyed since: a key that it does not know as destroyed would open again."""
     with LiveDaemon(tmp_path) as daemon:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -345,42 +344,6 @@ def test_a_key_file_that_stays_unchanged_is_reported_and_both_roots_open(tmp_pat
 
 
 # --- backups and old KEKs -------------------------------------------------------------------------------------------
-
-
-def test_old_keks_are_destroyed_when_nothing_needs_them(own_daemon: LiveDaemon) -> None:
-    records = Records(own_daemon)
-    rotate(own_daemon)
-    rotate(own_daemon)
-    kept = post(own_daemon, "/kek/prune", {}).body
-    assert (kept["destroyed"], kept["backups_removed"]) == ([], 0)
-    assert [one["version"] for one in kept["kept"]] == [1, 2]
-    gone = post(own_daemon, "/kek/prune", {"backups": True}).body
-    assert gone == {"destroyed": [1, 2], "kept": [], "backups_removed": 10}
-    assert keks(own_daemon) == {1: "destroyed", 2: "destroyed", 3: "active"}
-    assert records.open()
-    restart(own_daemon)
-    assert records.open()
-    [begun, *_, done] = own_daemon.events("prune_kek")
-    assert begun["detail"] == "begun"
-    assert done["facts"]["destroyed"] == "1,2"
-
-
-def test_backups_of_a_few_rotations_are_kept_and_older_ones_removed(own_daemon: LiveDaemon) -> None:
-    new_key(own_daemon)
-    rotate(own_daemon)
-    own_daemon.stop()
-    [newest] = (own_daemon.data_dir / "kms-deks-backup").iterdir()
-    older = [newest.with_name(f"2001010{number}T000000") for number in range(1, 9)]
-    for path in older:
-        shutil.copytree(newest, path)
-    own_daemon.start()
-    rotate(own_daemon)
-    deadline = time.monotonic() + 60
-    while any(path.exists() for path in older[:4]):  # five, when the two rotations were not within one second
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert newest.exists()
-    assert all(path.exists() for path in older[-2:])
 
 
 async def test_a_rotation_that_a_removal_asks_for_is_shown_before_it_begins(tmp_path: Path) -> None:

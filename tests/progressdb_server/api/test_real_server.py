@@ -348,31 +348,6 @@ def test_an_append_is_answered_while_a_long_list_of_threads_is_sent(server: Real
         assert len(json.loads(beginning + listed.read())["threads"]) == 100
 
 
-def test_one_idempotency_key_on_many_connections_stores_one_message(server: RealServer) -> None:
-    thread = server("POST", "/v1/threads", {"author": "alice", "title": "Once"}).json["id"]
-    sent = {"thread": thread, "author": "alice", "body": "once"}
-    replies: list[Any] = []
-    workers = [
-        threading.Thread(
-            target=lambda: replies.append(server("POST", "/v1/messages", sent, headers={"Idempotency-Key": "race"}))
-        )
-        for _ in range(10)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert {reply.status for reply in replies} == {200}
-    assert len({reply.body for reply in replies}) == 1
-    assert len(server("GET", f"/v1/messages?thread={thread}").json["messages"]) == 1
-
-
-def test_metrics_of_the_server_and_of_its_store_are_served(server: RealServer) -> None:
-    text = server("GET", "/metrics").body.decode()
-    assert "progressdb_http_requests_total" in text
-    assert "progressdb_store_available 1.0" in text
-
-
 def test_the_memory_of_large_bodies_returns_to_the_system(tmp_path: Path) -> None:
     """glibc alone keeps 130 MiB after these."""
     with real_server(tmp_path, program=("-P", "-m", "progressdb_server")) as server:

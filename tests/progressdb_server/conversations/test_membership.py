@@ -12,14 +12,11 @@ from progressdb_server.store.check import repair
 from progressdb_server.store.model import (
     AuthorNotInThreadError,
     Idempotency,
-    MemberIsAuthorError,
     Message,
     NewMessage,
     NoRoomToRemoveError,
     NotAMemberError,
     StoreError,
-    ThreadDeletedError,
-    ThreadNotFoundError,
     TooManyMembersError,
 )
 from progressdb_server.store.offline import LocalEntries
@@ -127,43 +124,6 @@ async def test_of_a_first_post_and_a_removal_side_by_side_one_is_first(turns: in
             await store.members.check_reader("t", "bob")
 
 
-async def test_under_the_old_rule_a_post_makes_no_member_of_a_removed_author() -> None:
-    async with opened() as store:
-        store.members.rule = "open"
-        await post(store, "ann", "t")
-        await post(store, "bob", "t")
-        await store.members.check_reader("t", "bob")
-        await store.members.remove("t", "bob")
-        with pytest.raises(NotAMemberError):
-            await post(store, "bob", "t")
-
-
-async def test_a_removed_member_changes_and_reads_nothing_until_added_again() -> None:
-    async with opened() as store:
-        await post(store, "ann", "t")
-        own = await post(store, "bob", "t", signed=False)
-        await store.members.remove("t", "bob")
-        await store.members.remove("t", "bob")
-        await store.members.remove("t", "never a member")
-        for act in (
-            post(store, "bob", "t"),
-            store.members.check_reader("t", "bob"),
-            store.messages.update(own.id, author="bob", member="bob", body=1, role=None, reply_to=None),
-            store.messages.delete(own.id, author="bob", member="bob"),
-            store.messages.set_reaction(own.id, "bob", "x", member="bob"),
-            store.messages.remove_reaction(own.id, "bob", member="bob"),
-        ):
-            with pytest.raises(NotAMemberError):
-                await act
-        await post(store, "bob", "t", signed=False)  # a backend acts for anyone; he stays removed
-        with pytest.raises(NotAMemberError):
-            await post(store, "bob", "t")
-        assert await store.members.of_thread("t") == ["ann"]
-        await store.members.add("t", ["bob", "bob"])
-        await post(store, "bob", "t")
-        await store.messages.set_reaction(own.id, "bob", "x", member="bob")
-
-
 async def test_a_retried_create_of_a_removed_member_is_refused() -> None:
     async with opened() as store:
         await post(store, "ann", "t")
@@ -215,20 +175,6 @@ async def test_membership_is_as_durable_as_the_message_that_made_it() -> None:
         assert await store.members.of_thread("t") == ["ann", "bob", "dan"]
         with pytest.raises(NotAMemberError):
             await store.members.check_reader("t", "cid")
-
-
-async def test_the_author_stays_and_a_deleted_thread_has_no_members_to_change() -> None:
-    async with opened() as store:
-        await post(store, "ann", "t")
-        with pytest.raises(MemberIsAuthorError):
-            await store.members.remove("t", "ann")
-        await store.threads.delete("t", author="ann", by="ann")
-        with pytest.raises(ThreadDeletedError):
-            await post(store, "ann", "t")
-        for thread in ("t", "unknown"):
-            with pytest.raises(ThreadNotFoundError):
-                await store.members.add(thread, ["bob"])
-        assert await store.members.of_thread("unknown") == []
 
 
 async def test_a_thread_has_a_greatest_number_of_members(monkeypatch: pytest.MonkeyPatch) -> None:

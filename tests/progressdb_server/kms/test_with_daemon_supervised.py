@@ -79,32 +79,6 @@ def test_with_a_key_file_the_keys_survive_and_the_audit_log_is_intact(directory:
     assert "req-2" in log
 
 
-async def test_with_a_descriptor_the_key_is_passed_on_and_closed(directory: Path) -> None:
-    descriptor = os.memfd_create("root key")
-    os.pwrite(descriptor, KEY.encode(), 0)
-
-    supervisor = Supervisor(options(directory, master_key_fd=descriptor))
-    await supervisor.start()
-    provider = RemoteProvider(directory / "run" / "s")
-    try:
-        links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
-        assert not [link for link in links if os.path.lexists(link) and "memfd:root key" in os.readlink(link)]
-        assert (await provider.create_dek_for_thread("thread-1")).key_id
-    finally:
-        await provider.close()
-        await supervisor.stop()
-    verify_audit(directory / "kms", key_file(directory))
-
-
-async def test_without_a_root_key_the_server_gets_the_daemons_error(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervisor_module, "FOUND_S_MAX", 0.1)
-
-    with pytest.raises(SupervisorError, match="master-key-file"):
-        await Supervisor(options(directory)).start()
-
-
 def test_its_log_goes_to_the_servers_and_its_end_is_its_own_doing(directory: Path) -> None:
     async def main() -> None:
         supervisor = Supervisor(options(directory, dev=True))

@@ -13,7 +13,6 @@ from minikms.api.errors import (
     ArenaFullError,
     AuditUnavailableError,
     ConflictError,
-    KeyUnreadableError,
     SealedError,
     StartError,
     StorageUnavailableError,
@@ -585,16 +584,3 @@ def key_of(tmp_path: Path, root: bytes) -> Path:
     path.touch(0o600)
     path.write_text(root.hex())
     return path
-
-
-async def test_a_key_under_an_unknown_kek_version_is_refused(tmp_path: Path) -> None:
-    async with opened_vault(tmp_path / "d") as one:
-        [key_id] = await one.make(1)
-        older = (one.directory / "keyring.json").read_bytes()
-        await one.rotate()
-    (tmp_path / "d" / "keyring.json").write_bytes(older)
-    async with opened_vault(tmp_path / "d", accept_restore=True) as again:
-        with pytest.raises(KeyUnreadableError, match="the keyring is older than the key"):
-            again.vault.opened(key_id)
-        await again.indexing.run()
-        assert set(again.vault.unreadable.listed()) == {key_id}
