@@ -24,10 +24,12 @@ from typing import NoReturn
 import pytest
 
 _DEBIAN_PACKAGES = {
+    "/usr/libexec/tangd": "tang",
     "bash": "bash",
     "buildah": "buildah",
     "bwrap": "bubblewrap",
     "chromium": "chromium",
+    "clevis": "clevis",
     "curl": "curl",
     "dpkg-deb": "dpkg",
     "docker-compose": "docker-compose",
@@ -43,6 +45,7 @@ _DEBIAN_PACKAGES = {
     "haproxy": "haproxy",
     "help2man": "help2man",
     "ip": "iproute2",
+    "jose": "jose",
     "kustomize": "kustomize",
     "lintian": "lintian",
     "make": "make",

@@ -53,4 +53,8 @@ def open_wrapper(source: str) -> Wrapper:
         from minikms_tokens.vault_transit import VaultTransitWrapper
 
         return VaultTransitWrapper(source)
+    if scheme == "clevis":
+        from minikms_tokens.clevis import ClevisWrapper
+
+        return ClevisWrapper(source)
     raise TokenError("no source of this name wraps a root key")

@@ -14,7 +14,7 @@ import re
 from typing import Any, Final
 
 from minikms_tokens.signing import Algorithm, TimedCalls, TokenError, check_p256, check_signature
-from minikms_tokens.wrapping import AwayError, ProviderCalls, RefusedError, give
+from minikms_tokens.wrapping import BLOB_BYTES_MAX, AwayError, ProviderCalls, RefusedError, give
 
 try:
     import botocore.session
@@ -29,24 +29,16 @@ CONNECT_SECONDS_MAX: Final = 3
 READ_SECONDS_MAX: Final = 5
 MESSAGE_BYTES_MAX: Final = 4096
 """The bound of the service for a message that it hashes itself."""
-CIPHERTEXT_BYTES_MAX: Final = 6144
-"""The bound of the service."""
 ATTEMPTS_MAX: Final = 2
 """Of one request, within the limit of `minikms_tokens.signing.CALL_SECONDS_MAX`."""
 BLOB_VERSION: Final = b"\x01"
 REFUSALS: Final = frozenset(
-    {
-        "AccessDeniedException",  # a policy of the key or of the caller, or a revoked grant
-        "DisabledException",
-        "IncorrectKeyException",
-        "InvalidCiphertextException",  # the key does not open it, or not under this context
-        "InvalidGrantTokenException",
-        "KMSInvalidStateException",  # deletion is pending, or the key material was deleted or has expired
-        "NotFoundException",
-    }
-)
-"""What the service says about the key. Everything else is AwayError: errors of the service itself and its throttling;
-and credentials that are missing, wrong or expired, because these run out and are replaced without the key's owner.
+    f"{name}Exception"
+    for name in ("AccessDenied", "Disabled", "IncorrectKey", "InvalidCiphertext", "InvalidGrantToken", "NotFound")
+) | {"KMSInvalidStateException"}
+"""What the service says about the key; the last: its deletion is pending, or its material is gone. Everything else is
+AwayError: errors of the service itself and its throttling; and credentials that are missing, wrong or expired, because
+these run out and are replaced without the key's owner.
 """
 _ARN: Final = re.compile(r"arn:aws(?:-cn|-us-gov)?:kms:([a-z0-9-]{1,32}):[0-9]{12}:key/[A-Za-z0-9-]{1,64}", re.ASCII)
 _CODE: Final = re.compile(r"[A-Za-z0-9.]{1,64}", re.ASCII)
@@ -151,22 +143,17 @@ class AwsKmsWrapper(_AwsKmsKey):
     refusals = REFUSALS
 
     def wrap(self, key: memoryview, context: str) -> bytes:
-        return self._calls.call(lambda: self._wrap(key, context))
+        how = {"Plaintext": bytes(key)}
+        return BLOB_VERSION + self._calls.call(lambda: self._convert("encrypt", "CiphertextBlob", context, **how))
 
     def unwrap(self, blob: bytes, context: str, into: memoryview) -> None:
-        if not blob.startswith(BLOB_VERSION) or not 1 < len(blob) <= 1 + CIPHERTEXT_BYTES_MAX:
+        if not (blob.startswith(BLOB_VERSION) and 1 < len(blob) <= BLOB_BYTES_MAX):
             raise AwayError("this is no wrapped key of AWS KMS, or one of another version")
         ciphertext = blob[1:]
         opened = self._calls.call(lambda: self._convert("decrypt", "Plaintext", context, CiphertextBlob=ciphertext))
         give(opened, into, "AWS KMS")
 
     # --- in the thread of the call -----------------------------------------------------------------------------------
-
-    def _wrap(self, key: memoryview, context: str) -> bytes:
-        ciphertext = self._convert("encrypt", "CiphertextBlob", context, Plaintext=bytes(key))
-        if len(ciphertext) > CIPHERTEXT_BYTES_MAX:
-            raise AwayError("AWS KMS gives a ciphertext that is too long")
-        return BLOB_VERSION + ciphertext
 
     def _convert(self, operation: str, member: str, context: str, **parameters: bytes) -> bytes:
         if not self._connected().meta.endpoint_url.startswith("https://"):

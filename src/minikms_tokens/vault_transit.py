@@ -19,7 +19,6 @@ from typing import Any, Final
 from minikms_tokens.signing import TokenError
 from minikms_tokens.wrapping import AwayError, ProviderCalls, RefusedError, give, read_file
 
-SOURCE_CHARS_MAX: Final = 2048
 STEP_SECONDS_MAX: Final = 8.0
 """Of a connection, a handshake, a read. The whole has `ProviderCalls`."""
 TOKEN_BYTES_MAX: Final = 16 * 1024
@@ -45,11 +44,8 @@ _SOURCE: Final = re.compile(
     r"(/v1(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+)\?([A-Za-z0-9_./=&-]+)#([A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,118}[A-Za-z0-9_])?)",
     re.ASCII,
 )
-_FILES: Final = (
-    {"ca-file", "token-file"},
-    {"ca-file", "cert-file", "key-file"},
-    {"ca-file", "cert-file", "key-file", "token-file"},
-)
+_PAIR: Final = {"cert-file", "key-file"}
+_FILES: Final = ({"ca-file", "token-file"}, {"ca-file", *_PAIR}, {"ca-file", "token-file", *_PAIR})
 _TOKEN: Final = re.compile(r"[!-~]+", re.ASCII)
 _CIPHERTEXT: Final = re.compile(r"vault:v[0-9]{1,10}:[A-Za-z0-9+/]{1,4096}={0,2}", re.ASCII)
 _WHO: Final = "the transit engine"
@@ -61,7 +57,7 @@ class VaultTransitWrapper:
     """
 
     def __init__(self, source: str) -> None:
-        found = _SOURCE.fullmatch(source) if len(source) <= SOURCE_CHARS_MAX else None
+        found = _SOURCE.fullmatch(source)
         pairs = [part.partition("=")[::2] for part in found[4].split("&")] if found is not None else []
         self._files = dict(pairs)
         is_complete = len(self._files) == len(pairs) and self._files.keys() in _FILES
