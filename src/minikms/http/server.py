@@ -283,8 +283,6 @@ class HttpServer(Generic[S]):
             self.loop.call_soon(self._end_turn)
 
     def _end_turn(self) -> None:
-        turn = self._turn
-        self._turn = []
         self._turn_scheduled = False
         self.shared.wipe()
         try:
@@ -293,12 +291,12 @@ class HttpServer(Generic[S]):
             self.failed(error)
             committed = False
         if committed is None:
-            self._turn = turn
             self._turn_scheduled = True
-            for connection in turn:
+            for connection in self._turn:
                 connection.hold()
             self.loop.call_later(_COMMIT_AGAIN_SECONDS, self._end_turn)
             return
+        turn, self._turn = self._turn, []  # at last: `commit` may call `replace_app`
         for connection in turn:
             connection.flush(committed)
 
