@@ -7,6 +7,7 @@ answer on each connection, as of the real service.
 import contextlib
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.harness.live_daemon import LiveDaemon
 
 Answer = Callable[[socket.socket], None]
 AWAY = handover.AWAY + handover.sentence("the token is not plugged in")
+LEASE_SECOND_NS = 100_000_000
 REFUSED = handover.REFUSED + handover.sentence("AccessDeniedException")
 
 
@@ -81,12 +83,26 @@ def half_sent(key: bytes, sent: threading.Event, rest: threading.Event) -> Answe
 
 
 @contextlib.contextmanager
-def daemon_asking(base: Path, *flags: str) -> Iterator[tuple[LiveDaemon, UnlockListener]]:
-    """A daemon that asks the listener for its root key, before it has the keyring's; the listener is away at first."""
-    with UnlockListener(base / "unlock.sock") as listener, LiveDaemon(base) as daemon:
+def daemon_asking(
+    base: Path, *flags: str, unlock_uids: str = "", launcher: tuple[str, ...] = ()
+) -> Iterator[tuple[LiveDaemon, UnlockListener]]:
+    """A daemon with a keyring, whose root key comes from the listener, which is away at first. A second of its lease
+    takes LEASE_SECOND_NS.
+    """
+    launcher = (*launcher, "-m", "tests.harness.unlocking")
+    with UnlockListener(base / "unlock.sock") as listener, LiveDaemon(base, launcher=launcher) as daemon:
         daemon.stop()
         place = daemon.command.index("--master-key-file")
-        source = ["--root", f"unlock:{listener.path}", "--unlock-uids", str(os.geteuid()), *flags]
+        source = ["--root", f"unlock:{listener.path}", "--unlock-uids", unlock_uids or str(os.geteuid()), *flags]
         daemon.command[place : place + 2] = source
         daemon.start()
         yield daemon, listener
+
+
+if __name__ == "__main__":
+    from minikms.cli import main
+    from minikms.daemon import lease
+
+    lease.SECOND_NS = LEASE_SECOND_NS  # type: ignore[misc]  # final in production
+    sys.argv = ["minikms", *sys.argv[3:]]  # -m minikms, for which this stands
+    main()

@@ -14,12 +14,27 @@ from typing import Final
 import msgspec
 
 
+class RootLeaseStatus(msgspec.Struct, frozen=True):
+    """The lease of the root key, in seconds. `last_failure`: why the last question was not granted; empty if it was.
+    `outcomes`: questions since the start by `granted`, `refused`, `away`.
+    """
+
+    seconds: int = 0
+    left_seconds: int = 0
+    granted_at: str = ""
+    last_failure: str = ""
+    outcomes: dict[str, int] = {}
+
+
 class RootStatus(msgspec.Struct, frozen=True):
-    """`fingerprint`: of the root key in use. `slots`: the fingerprints of all root keys that open the keyring."""
+    """`fingerprint`: of the root key in use. `slots`: the fingerprints of all root keys that open the keyring. `lease`:
+    None without one.
+    """
 
     provider: str = ""
     fingerprint: str = ""
     slots: list[str] = []
+    lease: RootLeaseStatus | None = None
 
 
 class KekStatus(msgspec.Struct, frozen=True):

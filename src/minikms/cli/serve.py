@@ -34,6 +34,8 @@ ADMIN_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ADMIN_UIDS"
 POLICY_VARIABLE: Final = "PROGRESSDB_MINIKMS_POLICY"
 MIB_BYTES: Final = 1024 * 1024
 DAY_SECONDS: Final = 24 * 3600
+ROOT_LEASE_SECONDS_MIN: Final = 30
+"""More than one question takes."""
 UNSHIPPED_LINES_MIN: Final = 100
 """An auditor that works takes lines about ten seconds after they were written."""
 IF_RESTORED_UNDER_SERVER: Final = (
@@ -63,6 +65,14 @@ def serve(
         Parameter(
             help="Users that may be the unlock service, comma-separated; default: root, for systemd listens "
             "[PROGRESSDB_MINIKMS_UNLOCK_UIDS, also for other commands]."
+        ),
+    ] = None,
+    root_lease: Annotated[
+        int | None,
+        Parameter(
+            help="Seconds for which the root key is used without another grant of the unlock service; then every key "
+            "is zeroed. Only with --root unlock:SOCKET.",
+            validator=validators.Number(gte=ROOT_LEASE_SECONDS_MIN, lte=DAY_SECONDS),
         ),
     ] = None,
     pin: Annotated[
@@ -178,6 +188,7 @@ def serve(
     from minikms.policy import parse_uids
     from minikms.roots.pin import PinFile
     from minikms.roots.providers import DevelopmentKey
+    from minikms.roots.unlock_service import UnlockService
     from minikms.serve import run
 
     path = chosen_socket(socket, must_exist=False)
@@ -203,12 +214,15 @@ def serve(
         raise StartError("--audit-dir is for an auditor, which takes durable lines only: not with --audit-fsync never")
     if refuse_when_unshipped is not None and audit_dir is None:
         raise StartError("--refuse-when-unshipped needs --audit-dir: without it no auditor can take a line")
+    if root_lease is not None and not isinstance(root, UnlockService):
+        raise StartError("--root-lease is for a root key of the unlock service: give --root unlock:SOCKET")
     admins = admin_uids or os.environ.get(ADMIN_UIDS_VARIABLE) or ""
     run(
         Settings(
             socket=path,
             data_dir=directory,
             root=root,
+            root_lease=root_lease,
             allowed_uids=parse_uids(allowed, source=ALLOWED_UIDS_VARIABLE) if allowed else None,
             policy=PolicyFile(Path(os.path.abspath(policy_file))) if policy_file else None,
             admin_uids=parse_uids(admins, source=ADMIN_UIDS_VARIABLE) if admins else frozenset(),

@@ -247,6 +247,11 @@ def _add_process(made: _Page, status: Mapping[str, Any]) -> None:
     made.one("minikms_memory_locked_bytes", "gauge", "Memory for raw keys.", status["memory"]["locked_bytes"])
     made.one("minikms_disk_free_bytes", "gauge", "Free for the data directory.", status["disk_free_bytes"])
     made.one("minikms_root_slots", "gauge", "Root keys that open the keyring.", len(status["root"]["slots"]))
+    lease = status["root"].get("lease") or {"outcomes": {}}
+    left = [(_NONE, lease["left_seconds"])] if "left_seconds" in lease else []
+    made.add("minikms_root_lease_seconds", "gauge", "Left of the lease of the root key.", left)
+    asked = _labelled("outcome", lease["outcomes"])
+    made.add("minikms_root_lease_questions_total", "counter", "Questions to the unlock service.", asked)
     made.one("minikms_epoch", "gauge", "Rises with every start and keyring write.", status["epoch"])
     made.one("minikms_up", "gauge", "1 when it serves, 0 while verbs are refused.", status.get("status") == "ok")
     made.one("minikms_warnings", "gauge", "Warnings in /status.", len(status["warnings"]))

@@ -34,6 +34,7 @@ from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.settings import Settings
 from minikms.daemon.status import StatusPage
 from minikms.datadir import DataDir, written_at_start
+from minikms.http import Application as HttpApplication
 from minikms.http import HttpServer
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
@@ -110,6 +111,8 @@ class Parts:
         position: AuditorPosition,
         started_ns: int,
         seal: Seal,
+        leased: Callable[[HttpApplication[Session]], HttpApplication[Session]],
+        lease: Callable[[], dict[str, object] | None],
     ) -> None:
         settings, workers, policy = process.settings, process.workers, process.policy
         self._data = data
@@ -181,6 +184,7 @@ class Parts:
             indexing=self.indexing,
             keks=self.keks,
             policy=policy,
+            lease=lease,
             started_ns=started_ns,
         )
         self.app = Application(
@@ -193,6 +197,8 @@ class Parts:
             seal=seal,
             reload=policy.reload,
         )
+        self.served = leased(self.app)
+        """`app`, as the server gets it."""
         self._lagging_app: LaggingApplication | None = None
         if settings.refuse_when_unshipped is not None:
             self._lagging_app = LaggingApplication(
@@ -202,6 +208,7 @@ class Parts:
                 lag=lambda: position.lag(data.log.sync.durable_line().seq),
                 lines_max=settings.refuse_when_unshipped,
             )
+            self._served_lagging = leased(self._lagging_app)
         self._server: HttpServer[Session] | None = None
 
     def watch_disk(self) -> None:
@@ -209,7 +216,7 @@ class Parts:
         self._page.watch_disk()
 
     def serve_on(self, server: HttpServer[Session]) -> None:
-        """`server` serves `app`. It is named to `/status`, which counts its connections."""
+        """`server` serves `served`. It is named to `/status`, which counts its connections."""
         self._page.server = self._server = server
         self._check_lag()
 
@@ -224,9 +231,9 @@ class Parts:
         if server is None or lagging is None:
             return
         why = lagging.why
-        if bool(why) is (server.app is lagging):
+        if bool(why) is (server.app is self._served_lagging):
             return
-        server.replace_app(lagging if why else self.app, None)
+        server.replace_app(self._served_lagging if why else self.served, None)
         logger: structlog.stdlib.BoundLogger = structlog.get_logger()
         logger.warning("refusing requests" if why else "serving again", why=why or "the auditor has caught up")
 

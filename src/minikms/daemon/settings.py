@@ -20,12 +20,14 @@ LogFormat = Literal["json", "console"]
 class Settings:
     """`data_dir` is an absolute path. The daemon stops at the end of file of `parent_fd`. `sealed`: every start waits
     for an unseal. `allowed_uids`: with a policy file None means the uids that it names; otherwise they narrow those.
+    `root_lease`: seconds for which a root key of the unlock service is used without another grant; None: for ever.
     `refuse_when_unshipped`: no key is used while an auditor has left more durable lines of the audit log.
     """
 
     socket: str
     data_dir: str
     root: RootProvider
+    root_lease: int | None = None
     allowed_uids: frozenset[int] | None
     admin_uids: frozenset[int] = frozenset()
     policy: PolicyFile | None = None

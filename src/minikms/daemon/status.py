@@ -49,9 +49,11 @@ class StatusPage:
         indexing: Indexing,
         keks: KekVerbs,
         policy: PolicyInForce,
+        lease: Callable[[], dict[str, object] | None],
         started_ns: int,
     ) -> None:
         self._policy = policy
+        self._lease = lease
         self._settings = settings
         self._started_under = data.slot.fingerprint
         self._provider = settings.root.name if from_source else data.slot.provider
@@ -145,6 +147,7 @@ class StatusPage:
             if self._started_under in slots or replacing is None
             else replacing.fingerprint,
             "slots": slots,
+            "lease": self._lease(),
         }
 
     def _rotation_progress(self) -> dict[str, Any] | None:
@@ -283,6 +286,7 @@ def sealed_status(
     started_ns: int,
     reason: str,
     warning: str,
+    lease: dict[str, object] | None,
 ) -> dict[str, object]:
     """The members that a daemon without keys knows. `warning` is empty if there is none."""
     return {
@@ -291,7 +295,7 @@ def sealed_status(
         "uid": os.geteuid(),
         "uptime_seconds": _seconds_since(started_ns),
         "reason": reason,
-        "root": {"provider": settings.root.name},
+        "root": {"provider": settings.root.name, "lease": lease},
         "memory": {"arena": arena.backing, "locked_bytes": arena.locked_bytes},
         "hardening": [measure.status() for measure in measures],
         "http": _http(server),

@@ -9,14 +9,11 @@ arrive; only a whole answer of the service itself counts as a refusal. It must n
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import select
 import socket
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from minikms.api.errors import StartError, StartLaterError
 from minikms.client.connecting import server_uid
@@ -34,8 +31,6 @@ from minikms.processes.handover import (
     parse_sentence,
 )
 from minikms.roots.providers import GivenKey, RootProvider
-
-_TOO_LATE: Final = f"the unlock service has given no whole answer within {ANSWER_SECONDS_MAX:.0f} s"
 
 
 class RootAwayError(StartLaterError):
@@ -68,75 +63,54 @@ class UnlockService(RootProvider):
             raise StartError("the unlock service opens a keyring that exists: make one with `minikms init`")
 
     def read(self, arena: SecretArena) -> SecretSlot:
-        """For a command: blocks. Raises RootAwayError, RootRefusedError, and StartError for the keyring."""
-        until_s = time.monotonic() + ANSWER_SECONDS_MAX
-        with self._asked("start") as (connection, question), _slot(arena) as slot:
-            readable = select.poll()
-            readable.register(connection, select.POLLIN)
-            for _ in _exchange(connection, question, slot):
-                if not readable.poll(max(0.0, until_s - time.monotonic()) * 1000):
-                    raise RootAwayError(_TOO_LATE)
-        return slot
+        """For a command, which waits. Raises as `ask`."""
+        return asyncio.run(self.ask("start", arena)).slot
 
     async def ask(self, purpose: Purpose, arena: SecretArena) -> ReceivedKey:
-        """For the daemon: its event loop goes on meanwhile. The caller releases the slot. Raises as `read`."""
+        """The caller releases the slot. Raises RootAwayError, RootRefusedError, and StartError for the keyring."""
         asked_ns = clock.boot_ns()
-        with self._asked(purpose) as (connection, question), _slot(arena) as slot:
-            try:
+        question = Question(purpose, keyring.parse_file(self.keyring_file())[0].keyring_id).encode()
+        slot = arena.allocate()
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 async with asyncio.timeout(ANSWER_SECONDS_MAX):
-                    for _ in _exchange(connection, question, slot):
-                        await _readable(connection)
-            except TimeoutError:
-                raise RootAwayError(_TOO_LATE) from None
+                    self._connect(connection)
+                    await _exchange(connection, question, slot)
+        except BaseException as error:
+            slot.release()
+            if isinstance(error, OSError):
+                why = os.strerror(error.errno) if error.errno else f"no whole answer within {ANSWER_SECONDS_MAX:.0f} s"
+                raise RootAwayError(f"no unlock service answers at {self.path}: {why}") from None
+            raise
         return ReceivedKey(slot, asked_ns)
 
-    @contextlib.contextmanager
-    def _asked(self, purpose: Purpose) -> Iterator[tuple[socket.socket, bytes]]:
-        """A connection to a listener that was checked, and what to ask. Errors of the socket become RootAwayError."""
-        question = Question(purpose, keyring.parse_file(self.keyring_file())[0].keyring_id).encode()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            try:
-                connection.setblocking(False)  # connect(2) on a Unix socket connects at once, or fails
-                connection.connect(self.path)
-                uid = server_uid(connection)
-                if uid not in self.uids:
-                    expected = " or ".join(map(str, sorted(self.uids)))
-                    raise RootAwayError(
-                        f"uid {uid} listens at {self.path}, expected is uid {expected} (--unlock-uids); nothing was "
-                        "sent"
-                    )
-                yield connection, question
-            except OSError as error:
-                why = os.strerror(error.errno) if error.errno else "no reason known"
-                raise RootAwayError(f"no unlock service answers at {self.path}: {why}") from None
+    def _connect(self, connection: socket.socket) -> None:
+        """To a listener that may be asked. Raises RootAwayError, OSError."""
+        connection.setblocking(False)  # connect(2) on a Unix socket connects at once, or fails
+        connection.connect(self.path)
+        uid = server_uid(connection)
+        if uid not in self.uids:
+            expected = " or ".join(map(str, sorted(self.uids)))
+            raise RootAwayError(
+                f"uid {uid} listens at {self.path}, expected is uid {expected} (--unlock-uids); nothing was sent"
+            )
 
 
-@contextlib.contextmanager
-def _slot(arena: SecretArena) -> Iterator[SecretSlot]:
-    """A slot, which stays if the block ends without an error."""
-    slot = arena.allocate()
-    try:
-        yield slot
-    except BaseException:
-        slot.release()
-        raise
-
-
-def _exchange(connection: socket.socket, question: bytes, slot: SecretSlot) -> Generator[None, None, None]:
-    """Asks, and reads the root key into the slot. It goes on each time that the connection is readable."""
+async def _exchange(connection: socket.socket, question: bytes, slot: SecretSlot) -> None:
+    """Asks, and reads the root key into the slot."""
     if connection.send(question) != len(question):
         raise RootAwayError("the unlock service takes no question")
     kind = bytearray(1)
-    yield from _received(connection, lambda: memoryview(kind))
+    await _received(connection, lambda: memoryview(kind))
     if kind == KEY:
         size = 0
-        while size < SLOT_BYTES and (count := (yield from _received(connection, lambda: slot.view, size))):
+        while size < SLOT_BYTES and (count := await _received(connection, lambda: slot.view, size)):
             size += count
-        if size < SLOT_BYTES or (yield from _received(connection, lambda: memoryview(kind))):
+        if size < SLOT_BYTES or await _received(connection, lambda: memoryview(kind)):
             raise RootAwayError("the answer of the unlock service does not have the length of a root key")
         return
     text, part = bytearray(), bytearray(TEXT_BYTES_MAX)
-    while len(text) < TEXT_BYTES_MAX and (count := (yield from _received(connection, lambda: memoryview(part)))):
+    while len(text) < TEXT_BYTES_MAX and (count := await _received(connection, lambda: memoryview(part))):
         text += part[:count]
     if kind == REFUSED:
         raise RootRefusedError(f"the provider refuses the root key: {parse_sentence(bytes(text))}")
@@ -145,13 +119,13 @@ def _exchange(connection: socket.socket, question: bytes, slot: SecretSlot) -> G
     raise RootAwayError("the unlock service has ended the connection, or its answer is none of this version")
 
 
-def _received(connection: socket.socket, into: Callable[[], memoryview], start: int = 0) -> Generator[None, None, int]:
+async def _received(connection: socket.socket, into: Callable[[], memoryview], start: int = 0) -> int:
     """The number of bytes that have come, 0 at the end. No slice of `into` is kept over a wait: see the arena."""
     while True:
         try:
             return connection.recv_into(into()[start:])
         except BlockingIOError:
-            yield
+            await _readable(connection)
         except ValueError:  # of a released view
             raise RootAwayError("a seal has interrupted the question to the unlock service") from None
 

@@ -50,6 +50,8 @@ def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Ite
                 proved_slot_id="",
                 position=AuditorPosition(),
                 started_ns=0,
+                leased=lambda app: app,
+                lease=lambda: None,
                 seal=_no_seal,
             ),
             arena,

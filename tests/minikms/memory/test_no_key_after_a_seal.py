@@ -14,7 +14,10 @@ import pytest
 from minikms.api.errors import KmsError
 from minikms.client import Client
 from minikms.crypto import shares
+from minikms.processes.handover import KEY
+from tests.harness import unlocking
 from tests.harness.live_daemon import LiveDaemon, record_keys
+from tests.harness.waiting import wait_until
 from tests.minikms.memory import scanner
 from tests.minikms.memory.test_no_key_in_memory import (
     WITHOUT_MEMFD_SECRET,
@@ -113,6 +116,29 @@ def test_after_a_seal_under_load_there_is_no_key_anywhere(readable: SharedDaemon
         assert report.hits, "the scan finds the keys of an unsealed daemon"
         client.seal()
         assert scanner.scan_process(readable.pid, needles_of(keys | readable.keys())).hits == []
+
+
+def test_after_the_end_of_a_lease_there_is_no_key_anywhere(tmp_path: Path) -> None:
+    """Nor the root keys that came to renew it."""
+    wrapper = tmp_path / "without_memfd_secret.py"
+    wrapper.write_text(WITHOUT_MEMFD_SECRET)
+    with (
+        unlocking.daemon_asking(tmp_path, "--root-lease", "40", launcher=(str(wrapper),)) as (daemon, listener),
+        daemon.client() as client,
+    ):
+        listener.answer = KEY + daemon.root()
+        wait_until(lambda: client.status().status == "ok")
+        assert client.status().memory.arena == "anonymous"
+        key_ids = make_keys(client, 10)
+        use_mixed(client, key_ids, 500)
+        keys = daemon.keys()
+        needles = needles_of(keys | record_keys(keys, prefix_of(client, key_ids[0])))
+        wait_until(lambda: "renew" in listener.purposes())
+        report = scanner.scan_process(daemon.pid, needles)
+        assert report.hits and "root key" not in {hit.name for hit in report.hits}
+        listener.answer = unlocking.REFUSED
+        wait_until(lambda: client.status().status == "sealed")
+        assert scanner.scan_process(daemon.pid, needles).hits == []
 
 
 def test_no_way_to_unseal_leaves_a_root_key_or_a_share(tmp_path: Path) -> None:

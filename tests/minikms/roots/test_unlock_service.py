@@ -5,7 +5,7 @@ import functools
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from minikms.api.errors import StartError
 from minikms.crypto.aead import NonceSource
 from minikms.keys.unlocked import UnlockedKeyring
-from minikms.memory.arena import SecretArena, SecretSlot, fill_random
+from minikms.memory.arena import SecretArena, fill_random
 from minikms.processes import handover
 from minikms.processes.handover import KEY, TEXT_BYTES_MAX, Question
 from minikms.roots import unlock_service
@@ -21,7 +21,6 @@ from minikms.roots.unlock_service import RootAwayError, RootRefusedError, Unlock
 from tests.harness.unlocking import AWAY, REFUSED, UnlockListener, half_sent
 
 ROOT = os.urandom(32)
-Read = Callable[[UnlockService, SecretArena], SecretSlot]
 
 
 @pytest.fixture
@@ -56,40 +55,26 @@ def service(listener: UnlockListener, uid: int | None = None) -> UnlockService:
     return UnlockService(str(listener.path), frozenset({os.geteuid() if uid is None else uid}), keyring_file)
 
 
-def asked(source: UnlockService, arena: SecretArena) -> SecretSlot:
-    return asyncio.run(source.ask("start", arena)).slot
-
-
-both = pytest.mark.parametrize("read", [UnlockService.read, asked])
-
-
-@both
-def test_the_root_key_comes_for_the_keyring_that_is_named(
-    listener: UnlockListener, arena: SecretArena, read: Read
-) -> None:
-    with read(service(listener), arena) as slot:
+def test_the_root_key_comes_for_the_keyring_that_is_named(listener: UnlockListener, arena: SecretArena) -> None:
+    with service(listener).read(arena) as slot:
         assert bytes(slot.view) == ROOT
     assert listener.asked == [Question("start", "kr_0123456789abcdef")]
 
 
-@both
-def test_a_key_that_comes_in_parts_is_put_together(listener: UnlockListener, arena: SecretArena, read: Read) -> None:
+def test_a_key_that_comes_in_parts_is_put_together(listener: UnlockListener, arena: SecretArena) -> None:
     sent, rest = threading.Event(), threading.Event()
     rest.set()
     listener.answer = half_sent(ROOT, sent, rest)
-    with read(service(listener), arena) as slot:
+    with service(listener).read(arena) as slot:
         assert bytes(slot.view) == ROOT
 
 
-@both
-def test_nothing_is_sent_to_a_listener_of_another_user(
-    listener: UnlockListener, arena: SecretArena, read: Read
-) -> None:
+def test_nothing_is_sent_to_a_listener_of_another_user(listener: UnlockListener, arena: SecretArena) -> None:
     own = os.geteuid()
     with pytest.raises(RootAwayError, match=rf"^uid {own} listens at .* expected is uid 77 .*nothing was sent"):
-        read(service(listener, 77), arena)
+        service(listener, 77).read(arena)
     with pytest.raises(RootAwayError):
-        read(service(listener, 78), arena)
+        service(listener, 78).read(arena)
     assert set(listener.asked) <= {None}  # the end of a connection, without a byte
 
 
@@ -108,34 +93,27 @@ def test_nothing_is_sent_to_a_listener_of_another_user(
     ],
     ids=["none", "no key", "short", "long", "1 MB", "no kind", "zeros", "http", "garbage"],
 )
-@both
-def test_any_other_answer_is_no_key_and_no_refusal(
-    listener: UnlockListener, arena: SecretArena, read: Read, answer: bytes
-) -> None:
+def test_any_other_answer_is_no_key_and_no_refusal(listener: UnlockListener, arena: SecretArena, answer: bytes) -> None:
     listener.answer = answer
     with pytest.raises(RootAwayError):
-        read(service(listener), arena)
+        service(listener).read(arena)
 
 
-@both
-def test_a_refusal_differs_from_an_absence_with_its_sentence(
-    listener: UnlockListener, arena: SecretArena, read: Read
-) -> None:
+def test_a_refusal_differs_from_an_absence_with_its_sentence(listener: UnlockListener, arena: SecretArena) -> None:
     listener.answer = REFUSED
     with pytest.raises(RootRefusedError, match=r"provider refuses the root key: AccessDeniedException$"):
-        read(service(listener), arena)
+        service(listener).read(arena)
     listener.answer = AWAY
     with pytest.raises(RootAwayError, match=r"has no root key now: the token is not plugged in$"):
-        read(service(listener), arena)
+        service(listener).read(arena)
     listener.answer = handover.AWAY + b"\x1b[2J" + b"x" * (1 << 20)
     with pytest.raises(RootAwayError) as away:
-        read(service(listener), arena)
+        service(listener).read(arena)
     assert "\x1b" not in str(away.value) and len(str(away.value)) < 2 * TEXT_BYTES_MAX
 
 
-@both
 def test_bytes_that_drip_do_not_extend_the_time(
-    listener: UnlockListener, arena: SecretArena, read: Read, monkeypatch: pytest.MonkeyPatch
+    listener: UnlockListener, arena: SecretArena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither those of a key nor those of a refusal, which counts when it is whole only."""
     monkeypatch.setattr(unlock_service, "ANSWER_SECONDS_MAX", 0.2)
@@ -149,19 +127,18 @@ def test_bytes_that_drip_do_not_extend_the_time(
     for first in (KEY, handover.REFUSED):
         listener.answer = functools.partial(drip, first)
         with pytest.raises(RootAwayError, match="no whole answer"):
-            read(service(listener), arena)
+            service(listener).read(arena)
     ended.set()
 
 
-@both
-def test_a_socket_that_nobody_serves_is_away(tmp_path: Path, arena: SecretArena, read: Read) -> None:
+def test_a_socket_that_nobody_serves_is_away(tmp_path: Path, arena: SecretArena) -> None:
     with UnlockListener(tmp_path / "s") as closed:
         source = service(closed)
     with pytest.raises(RootAwayError, match=r"no unlock service answers at .*: Connection refused"):
-        read(source, arena)
+        source.read(arena)
     os.unlink(tmp_path / "s")
     with pytest.raises(RootAwayError, match="No such file"):
-        read(source, arena)
+        source.read(arena)
 
 
 async def test_a_seal_leaves_no_half_of_a_key(listener: UnlockListener) -> None:

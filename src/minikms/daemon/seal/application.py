@@ -23,6 +23,7 @@ from minikms.daemon import strictjson
 from minikms.daemon.admission import Admission, AdmittingApplication, Session, require_short_body
 from minikms.daemon.application import Seal
 from minikms.daemon.keybody import SecretText, take_key, take_text
+from minikms.daemon.seal.unlocking import SEALED_TEXT
 from minikms.daemon.seal.unseal import Unsealing
 from minikms.daemon.status import reduced, without_policy_error
 from minikms.http import Request, Response, raised_response
@@ -31,23 +32,21 @@ from minikms.policy import Meters, Principal
 from minikms.service.access import require
 from minikms.service.encoding import Reply, json_answer
 
-SEALED_TEXT: Final = (
-    "the key service is sealed: it has no key until an operator unseals it with `minikms unseal`, and then it goes on "
-    "by itself"
-)
 _decode_unseal: Final = msgspec.json.Decoder(api.UnsealRequest)
 _decode_report: Final = msgspec.json.Decoder(api.ReportAuditPositionRequest)
 
 Answer = Reply | Awaitable[Reply]
 
 
-def sealed_response() -> Response:
+def sealed_response(why: str = SEALED_TEXT) -> Response:
     """The answer to a verb."""
-    return raised_response(SealedError(SEALED_TEXT))
+    return raised_response(SealedError(why))
 
 
 class SealedApplication(AdmittingApplication):
-    """The engine's application while the daemon is sealed: see `minikms.http`."""
+    """The engine's application while the daemon is sealed: see `minikms.http`. `why`: as a sentence, with the error of
+    the unlock service or (False) without it.
+    """
 
     def __init__(
         self,
@@ -57,6 +56,7 @@ class SealedApplication(AdmittingApplication):
         arena: SecretArena,
         unsealing: Unsealing,
         seal: Seal,
+        why: Callable[[bool], str],
         status: Callable[[], dict[str, object]],
         report_audit_position: Callable[[api.ReportAuditPositionRequest], Awaitable[Reply]],
     ) -> None:
@@ -64,6 +64,7 @@ class SealedApplication(AdmittingApplication):
         self._arena = arena
         self._unsealing = unsealing
         self._seal_again = seal
+        self._why = why
         self._page = status
         self._report = report_audit_position
         self._acts: Final[dict[str, dict[str, Callable[[Principal, Request], Answer]]]] = {
@@ -77,11 +78,11 @@ class SealedApplication(AdmittingApplication):
 
     def handle(self, session: Session, request: Request) -> Answer:
         head = request.head
-        who = self._admission.caller(session, head, sealed_response)
+        who = self._admission.caller(session, head, lambda: sealed_response(self._why(True)))
         if isinstance(who, Response):
             return who
         act = self._acts.get(head.path, {}).get(head.method)
-        return sealed_response() if act is None else act(who, request)
+        return sealed_response(self._why(not who.via)) if act is None else act(who, request)
 
     def commit(self) -> bool:
         """There are no lines to write."""

@@ -16,6 +16,7 @@ They must never hold a root key, a share, or text of a caller.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from typing import Final, Literal
@@ -25,7 +26,7 @@ import msgspec
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
-from minikms.audit.record import Facts
+from minikms.audit.record import ACTOR_SELF, Facts
 from minikms.crypto.shares import SHARES_COUNT_MAX
 from minikms.platform.clock import now_ns, rfc3339
 from minikms.platform.files import read_file_bounded, remove_file, replace_file
@@ -76,6 +77,11 @@ class Attempt(msgspec.Struct, forbid_unknown_fields=True):
     kind: Kind
     outcome: Outcome
     share: int
+
+    @classmethod
+    def by_itself(cls) -> Attempt:
+        """Of the daemon, with its own source."""
+        return cls(secrets.token_hex(8), now_ns(), ACTOR_SELF, os.getpid(), "from_source", "begun", 0)
 
 
 class _AttemptFile(msgspec.Struct, forbid_unknown_fields=True):

@@ -13,6 +13,7 @@ from minikms.audit.record import Head
 from minikms.daemon.admission import Admission
 from minikms.daemon.application import Seal
 from minikms.daemon.parts import Parts, RunContext
+from minikms.daemon.seal.unlocking import Unlocking
 from minikms.datadir import open_for_service
 from minikms.roots.providers import RootProvider
 
@@ -20,10 +21,11 @@ from minikms.roots.providers import RootProvider
 class Opener:
     """Makes the parts of each unsealed time of one process."""
 
-    def __init__(self, process: RunContext, admission: Admission, seal: Seal) -> None:
+    def __init__(self, process: RunContext, admission: Admission, seal: Seal, unlocking: Unlocking) -> None:
         self._process = process
         self._admission = admission
         self._seal = seal
+        self._unlocking = unlocking
         self.position = AuditorPosition()
         self.started_ns = time.time_ns()
         self._source_read = False
@@ -34,7 +36,7 @@ class Opener:
 
     def open(self, root: RootProvider) -> Parts:
         """Opens the data directory. Blocks on the disk. Raises StartError, OSError."""
-        process, own = self._process, root is self._process.settings.root
+        process, own = self._process, root.name == self._process.settings.root.name
         options = process.settings.opening._replace(index_threads=process.policy.meters is not None)
         if self._expected_head is not None:  # what the flags say of the audit log is for one start
             options = options._replace(
@@ -53,6 +55,8 @@ class Opener:
             position=self.position,
             started_ns=self.started_ns,
             seal=self._seal,
+            leased=self._unlocking.leased,
+            lease=self._unlocking.status,
         )
 
     def interrupted(self, parts: Parts) -> None:

@@ -4,7 +4,7 @@ Owns: the HTTP server; the parts of an unsealed daemon; the order of steps.
 - Seal: zero every key, replace the application, drop ciphers, all in one step of the event loop and without a wait for
   a disk; then write the marker, answer, and close the files in the background. Requests that were in flight are
   answered with 503 `sealed`; what they wrote stays. A rotation is interrupted as by a crash, and the audit log ends as
-  after one.
+  after one. A lease of the root key that has ended does the same, without a marker.
 - Unseal, after `minikms.daemon.seal.unseal` has recorded the attempt: open the data directory with the given root key,
   write the audit lines about the seal, the attempts and the unseal, remove the files of the seal, replace the
   application, answer.
@@ -32,15 +32,16 @@ from minikms.api.errors import (
 )
 from minikms.audit import Event
 from minikms.audit.position import LogView, mac_of, view_on_disk
-from minikms.audit.record import TYPE_REFUSED
+from minikms.audit.record import ACTOR_SELF, TYPE_REFUSED
 from minikms.crypto.aead import scrub
 from minikms.daemon.admission import Admission, Session
 from minikms.daemon.parts import Parts, RunContext
 from minikms.daemon.seal import files
-from minikms.daemon.seal.application import SEALED_TEXT, SealedApplication, sealed_response
+from minikms.daemon.seal.application import SealedApplication, sealed_response
 from minikms.daemon.seal.files import Attempt, Marker
 from minikms.daemon.seal.opening import Opener
 from minikms.daemon.seal.state import Move, SealState, State
+from minikms.daemon.seal.unlocking import SEALED_TEXT, LeaseEnd, Unlocking
 from minikms.daemon.seal.unseal import Unsealing
 from minikms.daemon.status import sealed_status
 from minikms.datadir import read_keyring
@@ -50,6 +51,7 @@ from minikms.platform import clock
 from minikms.platform.workers import in_worker
 from minikms.policy import Principal
 from minikms.roots.providers import RootProvider
+from minikms.roots.unlock_service import ReceivedKey
 from minikms.service.encoding import Reply, json_answer
 
 MARKER_RETRY_SECONDS: Final = 5.0
@@ -127,7 +129,15 @@ class SealableServer:
         self._admission = Admission(
             process.policy.policy, connections_max=process.connections_max, report=lambda event: None
         )
-        self._opener = Opener(process, self._admission, self.seal)
+        self._lapsed: Event | None = None
+        """The line about the end of a lease, until the unseal writes it."""
+        self._unlocking = Unlocking(
+            process,
+            unseal=self.unseal_by_itself,
+            lapse=self.lapse,
+            body=lambda: None if self.parts is None else self.parts.vault.keyring.body,
+        )
+        self._opener = Opener(process, self._admission, self.seal, self._unlocking)
         self.unsealing = Unsealing(
             process, self._state, self._opener, files_closed=self.files_closed, open_and_serve=self.open_and_serve
         )
@@ -137,6 +147,7 @@ class SealableServer:
             arena=process.arena,
             unsealing=self.unsealing,
             seal=self.seal,
+            why=self._unlocking.why_sealed,
             status=self.status,
             report_audit_position=self.report_audit_position,
         )
@@ -156,7 +167,8 @@ class SealableServer:
         """Opens the data directory and writes the first audit line, unless the start is sealed. Raises StartError."""
         process = self._process
         marker = files.read_marker(process.lock.directory_fd)
-        if marker is None and not process.settings.sealed:
+        serves = marker is None and not process.settings.sealed
+        if serves and not self._unlocking.asks:
             parts = self._opened = self._opener.open(process.settings.root)
             attempts = self.unsealing.attempts.records.events()  # of a sealed run whose flag this start does not have
             await parts.begin([*self._first_lines(parts), *attempts])
@@ -166,7 +178,7 @@ class SealableServer:
             self._start_line_written = True
             self._state.move(Move.START)
             self._admission.report = parts.audit.add
-            self._serve(parts.app)
+            self._serve(parts.served)
             parts.serve_on(self.server)
             return
         body = keyring.parse_file(read_keyring(process.lock.directory))[0]
@@ -176,6 +188,8 @@ class SealableServer:
         self._state.start_sealed(marker, clock.rfc3339(self._opener.started_ns))
         self._admission.report = self._keep_refusal
         self._serve(self._sealed_app)
+        if serves:
+            self._unlocking.wait()
 
     async def _remove_attempts(self) -> None:
         """After their lines were written. If they stay, the next start repeats the lines, with the same ids."""
@@ -218,6 +232,7 @@ class SealableServer:
         Raises AuditUnavailableError when the end of the log could not be written; everything is closed all the same.
         """
         self._lines.cancel()
+        self._unlocking.stop()
         if self._writing_marker is not None:
             self._writing_marker.cancel()
         async with self.unsealing.one_attempt:  # an attempt that runs has ended
@@ -244,12 +259,34 @@ class SealableServer:
         """Zeroes every key now, and what was given for an unseal. The awaitable answers once the marker is on disk."""
         self._process.arena.zero_all()  # also a root key and shares that were given
         self.unsealing.forget_keys()
+        self._unlocking.stop()
         served = not self.is_sealed
         self._state.seal(Marker.of(who))
+        self._stop_serving(served, by=who.actor)
+        return self._answer_seal()
+
+    def lapse(self, how: LeaseEnd, why: str) -> Application[Session]:
+        """The lease of the root key was refused or has ended: zeroes every key now, unless that is done. Returns the
+        application that serves from then on.
+        """
+        if self._state.state is State.SERVING:
+            self._process.arena.zero_all()
+            self.unsealing.forget_keys()
+            at = clock.now_rfc3339()
+            self._state.lapse(at)
+            self._lapsed = Event(
+                type=api.SEAL.name, actor=ACTOR_SELF, pid=os.getpid(), detail=why, facts={"at": at, "lease": how}
+            )
+            self._unlocking.wait()
+            self._stop_serving(True, by=ACTOR_SELF, lease=how, why=why)
+        return self._sealed_app
+
+    def _stop_serving(self, served: bool, **said: str) -> None:
+        """After the keys were zeroed. `served`: before that. `said`: for the log."""
         parts, self._opened = self._opened, None
         if served:
             self._refusals = []
-            self.server.replace_app(self._sealed_app, sealed_response())
+            self.server.replace_app(self._sealed_app, sealed_response(self._unlocking.why_sealed(False)))
             self._admission.report = self._keep_refusal
             self.unsealing.attempts.forget()
             self._process.notifier.status(self.summary)
@@ -260,8 +297,7 @@ class SealableServer:
             finally:
                 self._log_view = parts.log_view()
                 self._abandon(parts)
-            self._process.log.warning("sealed", by=who.actor)
-        return self._answer_seal()
+            self._process.log.warning("sealed", **said)
 
     async def _answer_seal(self) -> Reply:
         state = self._state
@@ -313,9 +349,19 @@ class SealableServer:
 
     # --- unseal ------------------------------------------------------------------------------------------------------
 
-    async def open_and_serve(self, who: Principal, attempt: Attempt, root: RootProvider, seals: int) -> None:
+    async def unseal_by_itself(self, root: ReceivedKey) -> None:
+        """With a root key that the daemon has asked for, unless it was sealed or unsealed meanwhile. No caller has
+        tried that, so it is not recorded. Raises as `open_and_serve`.
+        """
+        async with self.unsealing.one_attempt:
+            await self.files_closed()
+            if self._state.state is State.FLAGGED:
+                await self.open_and_serve(Attempt.by_itself(), root, self._state.seals)
+
+    async def open_and_serve(self, attempt: Attempt, root: RootProvider, seals: int) -> None:
         """Raises UnknownRootError, other KmsRefusedErrors, OSError; no key is left then."""
         state = self._state
+        asked_ns = root.asked_ns if isinstance(root, ReceivedKey) else clock.boot_ns()
         self._process.notifier.watchdog()  # so that the manager's whole time-out is left
         parts = self._opener.open(root)
         state.move(Move.OPEN)
@@ -324,7 +370,7 @@ class SealableServer:
             self._writing_marker.cancel()
             self._writing_marker = None
         try:
-            await parts.begin(self._lines_of_unseal(parts, who, attempt))
+            await parts.begin(self._lines_of_unseal(parts, attempt))
             state.check_no_seal_since(seals)
             state.move(Move.REMOVE)
             await self._remove_seal_files()
@@ -341,15 +387,17 @@ class SealableServer:
         state.move(Move.SERVE)
         self.unsealing.forget_keys()
         self._start_line_written = True
+        self._lapsed = None
+        self._unlocking.served(asked_ns)
         self.unsealing.attempts.forget()
         self._admission.report = parts.audit.add
         for event in (*self._lines.take(), *self._refusals, *self._admission.refusals_so_far()):
             parts.audit.add(event)
-        self.server.replace_app(parts.app, None)
+        self.server.replace_app(parts.served, None)
         parts.serve_on(self.server)
         self._chores.start(parts)
         self._process.notifier.status(self.summary)
-        self._process.log.warning("unsealed", by=who.actor)
+        self._process.log.warning("unsealed", by=attempt.actor)
         await parts.go_on()
 
     async def _remove_seal_files(self) -> None:
@@ -357,8 +405,10 @@ class SealableServer:
         process = self._process
         await in_worker(process.workers.seal, partial(files.remove_seal_files, process.lock.directory_fd))
 
-    def _lines_of_unseal(self, parts: Parts, who: Principal, attempt: Attempt) -> list[Event]:
+    def _lines_of_unseal(self, parts: Parts, attempt: Attempt) -> list[Event]:
         events = [] if self._start_line_written else self._first_lines(parts)
+        if self._lapsed is not None:
+            events.append(self._lapsed)
         if not self._state.is_flagged:
             marker = self._state.marker
             detail = "" if marker.at else "the marker could not be read"
@@ -369,7 +419,7 @@ class SealableServer:
         facts = {**parts.epoch_facts(), "attempt": attempt.attempt, "kind": attempt.kind}
         if attempt.share:
             facts["share"] = attempt.share
-        unsealed = Event(type=api.UNSEAL.name, actor=who.actor, pid=who.pid, facts=facts)
+        unsealed = Event(type=api.UNSEAL.name, actor=attempt.actor, pid=attempt.pid, facts=facts)
         return [*events, *self.unsealing.attempts.records.events(but=attempt), unsealed]
 
     def _first_lines(self, parts: Parts) -> list[Event]:
@@ -401,6 +451,7 @@ class SealableServer:
 
     def status(self) -> dict[str, object]:
         """`/status` of the sealed daemon."""
+        kept = self._state.is_marked or self._state.is_flagged or self._process.settings.sealed
         return sealed_status(
             self._process.settings,
             policy=self._process.policy,
@@ -408,6 +459,7 @@ class SealableServer:
             measures=self._process.measures,
             server=self.server,
             started_ns=self._opener.started_ns,
-            reason=SEALED_TEXT,
-            warning="" if self._state.is_marked or self._process.settings.sealed else _NOT_DURABLE,
+            reason=self._unlocking.why_sealed(True),
+            warning="" if kept else _NOT_DURABLE,
+            lease=self._unlocking.status(),
         )

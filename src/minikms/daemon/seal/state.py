@@ -16,9 +16,9 @@ from minikms.daemon.seal.files import Marker
 
 
 class State(enum.Enum):
-    """`FLAGGED`: a flag of the start sealed the daemon. `OWED`: a request did, and the marker is not known to be on
-    disk. `MARKED`: it is. `OPENING`: an unseal has opened the data directory. `REMOVING`: it removes the files of the
-    seal. What an unseal that fails returns to is part of its states.
+    """`FLAGGED`: no request sealed the daemon; a flag of its start did, or it waits for its root key. `OWED`: a request
+    did, and the marker is not known to be on disk. `MARKED`: it is. `OPENING`: an unseal has opened the data directory.
+    `REMOVING`: it removes the files of the seal. What an unseal that fails returns to is part of its states.
     """
 
     STARTING = enum.auto()
@@ -34,14 +34,16 @@ class State(enum.Enum):
 
 
 class Move(enum.Enum):
-    """`START`, `START_FLAGGED`, `START_MARKED`: how the process starts. `SEAL`: a request to seal. `WRITTEN`: the
-    marker is on disk. `OPEN`, `REMOVE`, `SERVE`: the steps of an unseal. `FAIL`: a step of it failed.
+    """`START`, `START_FLAGGED`, `START_MARKED`: how the process starts. `SEAL`: a request to seal. `LAPSE`: the lease
+    of the root key has ended. `WRITTEN`: the marker is on disk. `OPEN`, `REMOVE`, `SERVE`: the steps of an unseal.
+    `FAIL`: a step of it failed.
     """
 
     START = enum.auto()
     START_FLAGGED = enum.auto()
     START_MARKED = enum.auto()
     SEAL = enum.auto()
+    LAPSE = enum.auto()
     WRITTEN = enum.auto()
     OPEN = enum.auto()
     REMOVE = enum.auto()
@@ -52,7 +54,7 @@ class Move(enum.Enum):
 _S = State
 MOVES: Final[dict[State, dict[Move, State]]] = {
     _S.STARTING: {Move.START: _S.SERVING, Move.START_FLAGGED: _S.FLAGGED, Move.START_MARKED: _S.MARKED},
-    _S.SERVING: {Move.SEAL: _S.OWED},
+    _S.SERVING: {Move.SEAL: _S.OWED, Move.LAPSE: _S.FLAGGED},
     _S.FLAGGED: {Move.SEAL: _S.OWED, Move.OPEN: _S.OPENING_FLAGGED},
     _S.OWED: {Move.SEAL: _S.OWED, Move.OPEN: _S.OPENING_OWED, Move.WRITTEN: _S.MARKED},
     _S.MARKED: {Move.SEAL: _S.MARKED, Move.OPEN: _S.OPENING_MARKED},
@@ -88,7 +90,7 @@ class SealState:
         self.state = following
 
     def start_sealed(self, marker: Marker | None, at: str) -> None:
-        """The start is sealed: by the `marker` on disk, or (None) by a flag, since `at`."""
+        """The start is sealed: by the `marker` on disk, or (None) by a flag, or for want of a root key, since `at`."""
         self.move(Move.START_FLAGGED if marker is None else Move.START_MARKED)
         self.marker = Marker(at=at) if marker is None else marker
 
@@ -101,6 +103,10 @@ class SealState:
         self.seals += 1
         if before not in (State.OWED, State.MARKED):
             self.marker = marker
+
+    def lapse(self, at: str) -> None:
+        self.move(Move.LAPSE)
+        self.marker = Marker(at=at)
 
     def written(self, marker: Marker) -> None:
         """`marker` is on disk. If an unseal or a newer seal has overtaken the write, it does not count."""
@@ -123,5 +129,5 @@ class SealState:
 
     @property
     def is_flagged(self) -> bool:
-        """No request has sealed the daemon, but a flag of its start."""
+        """No request has sealed the daemon."""
         return self.state in _FLAGGED

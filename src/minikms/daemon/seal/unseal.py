@@ -20,6 +20,7 @@ from typing import Final
 from minikms import api
 from minikms.api.errors import (
     ConflictError,
+    ForbiddenError,
     InvalidRequestError,
     KmsRefusedError,
     NotSealedError,
@@ -27,6 +28,7 @@ from minikms.api.errors import (
     StartError,
     StorageUnavailableError,
     TooManyAttemptsError,
+    UnauthorizedError,
     UnknownRootError,
     UnsealFailedError,
     WrongRootError,
@@ -47,6 +49,7 @@ from minikms.platform import clock
 from minikms.platform.workers import in_worker
 from minikms.policy import Principal
 from minikms.roots.providers import GivenKey, RootProvider
+from minikms.roots.unlock_service import RootAwayError, RootRefusedError, UnlockService
 from minikms.service.access import renewed
 from minikms.service.encoding import Reply, json_answer
 
@@ -151,7 +154,7 @@ class Unsealing:
         opener: Opener,
         *,
         files_closed: Callable[[], Awaitable[None]],
-        open_and_serve: Callable[[Principal, Attempt, RootProvider, int], Awaitable[None]],
+        open_and_serve: Callable[[Attempt, RootProvider, int], Awaitable[None]],
     ) -> None:
         self._process = process
         self._state = state
@@ -231,9 +234,16 @@ class Unsealing:
             )
 
     async def _try(self, who: Principal, attempt: Attempt, root: RootProvider, seals: int) -> None:
-        """Raises WrongRootError, UnsealFailedError, SealedError."""
+        """Raises WrongRootError, UnsealFailedError, SealedError, and as `_require_rights`."""
         try:
-            await self._open_and_serve(who, attempt, root, seals)
+            if isinstance(root, UnlockService):
+                root = await root.ask("start", self._process.arena)
+                with root.slot:
+                    self._state.check_no_seal_since(seals)
+                    self._require_rights(who)
+                    await self._open_and_serve(attempt, root, seals)
+            else:
+                await self._open_and_serve(attempt, root, seals)
         except UnknownRootError:
             await self.attempts.end(attempt, "wrong_root")
             given = {
@@ -246,6 +256,13 @@ class Unsealing:
             ) from None
         except SealedError:
             raise
+        except (UnauthorizedError, ForbiddenError):
+            await self.attempts.end(attempt, "failed")
+            raise
+        except (RootAwayError, RootRefusedError) as error:
+            self._state.check_no_seal_since(seals)
+            await self.attempts.end(attempt, "failed")
+            raise UnsealFailedError(f"the daemon stays sealed: {error}") from None
         except (KmsRefusedError, OSError) as error:
             self._process.log.warning("unseal failed", why=str(error))
             again = "try again"

@@ -70,6 +70,14 @@ def test_only_an_unseal_that_removes_the_marker_leads_to_serving() -> None:
     }
 
 
+def test_a_lease_seals_only_what_serves_and_leaves_no_marker() -> None:
+    assert {state for state, moves in MOVES.items() if Move.LAPSE in moves} == {State.SERVING}
+    machine = in_state(State.SERVING)
+    machine.lapse("2026-01-02T00:00:00Z")
+    assert machine.is_sealed and machine.is_flagged and not machine.is_marked
+    assert (machine.marker, machine.seals) == (Marker(at="2026-01-02T00:00:00Z"), 0)
+
+
 def test_a_repeated_seal_keeps_its_marker_unless_an_unseal_ran() -> None:
     for state in (State.OWED, State.MARKED):
         machine = in_state(state)
