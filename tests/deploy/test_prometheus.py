@@ -54,7 +54,7 @@ sink = [{{ type = "file", name = "copy", path = "{base}/copies/copy" }}]
 """
 WITHOUT_SERIES = {"minikms_auditor_witnessed_timestamp_seconds": "no witnesses are configured"}
 OFTEN = "global: {scrape_interval: 500ms, evaluation_interval: 500ms}\n"
-WINDOW = "10s"
+WINDOW = "1m"
 REFUSALS = 20
 """Of each round: more than an alert takes for an accident."""
 
