@@ -206,7 +206,9 @@ def test_an_answer_that_holds_no_root_key_is_away(
 def test_only_a_verified_service_can_refuse(replay: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does an empty AWS_CA_BUNDLE end the verification."""
     replay.answer = [reply(400, '{"__type": "DisabledException"}')]
-    for ca_file in ("", Replay(tmp_path).ca_file):
+    other = tmp_path / "other.pem"
+    other.write_bytes(Authority("other").pem)
+    for ca_file in ("", other):
         use(monkeypatch, f"https://localhost:{replay.port}", ca_file)
         with pytest.raises(AwayError, match="does not answer: SSLError"):
             unwrapped(open_wrapper(f"aws-kms:{ARN}"), b"\x01blob")
