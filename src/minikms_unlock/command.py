@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 from minikms.commands import usage
-from minikms.commands.output import print_result
+from minikms.commands.output import print_json, print_result
 from minikms.commands.usage import (
     EXIT_FAILED,
     EXIT_GOOD,
     EXIT_MISSING,
     SOCKET_VARIABLE,
     Json,
+    LogFormat,
     Parameter,
     PassphraseSource,
+    PathText,
     ServerUid,
     Socket,
+    UnlockSource,
     explained_system,
     new_helper,
     run_app,
@@ -42,6 +45,13 @@ app = new_helper(
 
 Source = Annotated[PassphraseSource, Parameter(show_choices=False, help=f"Where the root key comes from: `{SOURCE}`.")]
 Config = Annotated[Path, Parameter(name="--config", help="File with the parameters of the passphrase.")]
+ServiceConfig = Annotated[Path, Parameter(name="--config", help="The configuration of the unlock service.")]
+AnySource = Annotated[
+    UnlockSource,
+    Parameter(show_choices=False, help="pkcs11:…, tpm2:, aws-kms:ARN, vault-transit:https://…#KEY or clevis:FILE."),
+]
+UNLOCK_SOCKET: Final = "/run/minikms-unlock/unlock.sock"
+"""Of the unit `minikms-unlock.socket`."""
 
 
 @app.command(name="init-passphrase")
@@ -96,25 +106,90 @@ def add(
 @app.command
 def test(
     slot: Annotated[str, Parameter(help="The slot, as `minikms root list` shows it.")],
-    source: Source,
+    source: Annotated[
+        PassphraseSource | UnlockSource,
+        Parameter(show_choices=False, help=f"`{SOURCE}`, or that of the unlock service's configuration."),
+    ],
     *,
-    config: Config,
+    config: Annotated[Path, Parameter(name="--config", help="Of the passphrase, or of the unlock service.")],
     socket: Socket = None,
     server_uid: ServerUid = None,
     json: Json = False,
 ) -> int:
-    """Prove that the passphrase still opens its slot."""
-    from minikms_unlock.session import root_of_passphrase
+    """Prove that a passphrase, or the provider of the unlock service, still opens its slot."""
+    if source == SOURCE:
+        from minikms_unlock.session import root_of_passphrase
 
-    parameters = _parameters(source, config)
-    with _client(socket, server_uid) as kms, root_of_passphrase(parameters, new=False) as root:
-        proved = kms.test_root(slot, root.text)
+        parameters = _parameters(source, config)
+        with _client(socket, server_uid) as kms, root_of_passphrase(parameters, new=False) as root:
+            proved = kms.test_root(slot, root.text)
+    else:
+        from minikms_unlock.setup import root_of_provider
+
+        with _client(socket, server_uid) as kms, root_of_provider(source, config) as text:
+            proved = kms.test_root(slot, text)
     print_result(
         {"slot_id": proved.slot_id, "tested_at": proved.tested_at},
-        f"The passphrase opens slot {proved.slot_id}.",
+        f"The {source.partition(':')[0]} opens slot {proved.slot_id}.",
         json=json,
     )
     return EXIT_GOOD
+
+
+@app.command
+def serve(*, config: ServiceConfig, log_format: LogFormat = "console") -> int:
+    """Give the root key to the key service once, for a question at the socket that systemd passes, and end.
+
+    Exit status: 0 given, or nobody asked; 1 the provider gave no key; 2 it was started without a socket.
+    """
+    from minikms_unlock.service import serve as run
+
+    return run(config, log_format)
+
+
+@app.command
+def configure(
+    source: AnySource,
+    *,
+    config: ServiceConfig,
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+    json: Json = False,
+) -> int:
+    """As root, make a root key that the provider wraps, pin it, add it to the running key service, and test it.
+
+    Run it again after an interruption: it goes on. What opens the keyring already stays.
+    """
+    from minikms_unlock.setup import configure as run
+    from minikms_unlock.setup import next_steps
+
+    with _client(socket, server_uid) as kms:
+        made = run(source, config, kms)
+    facts = {"slot_id": made.slot.slot_id, "fingerprint": made.slot.fingerprint, "done": made.done}
+    print_result(facts, next_steps(made, source, config, UNLOCK_SOCKET), json=json)
+    return EXIT_GOOD
+
+
+@app.command
+def doctor(
+    *,
+    config: ServiceConfig,
+    unlock_socket: Annotated[PathText, Parameter(help="The socket of the unlock service.")] = UNLOCK_SOCKET,
+    json: Json = False,
+) -> int:
+    """As the user of the unlock service, check all that it needs for an answer, and ask its provider.
+
+    Exit status: 0 no problem, 1 a problem, 2 there is no configuration that can be read.
+    """
+    from minikms_unlock.setup import examine
+
+    found = list(examine(config, unlock_socket))
+    problems = sum(check.level == "problem" for check in found)
+    if json:
+        print_json({"problems": problems, "checks": found})
+    else:
+        print_result(None, [f"{check.level}: {check.area}: {check.what}" for check in found], json=False)
+    return EXIT_FAILED if problems else EXIT_GOOD
 
 
 def main() -> None:
@@ -132,6 +207,10 @@ def explained(error: Exception) -> tuple[str, int]:
         missing = isinstance(error, errors.InvalidRequestError | errors.StartError)
         refused = isinstance(error, errors.KmsRefusedError) and not missing
         return str(error), EXIT_FAILED if refused else EXIT_MISSING
+    from minikms_tokens import TokenError
+
+    if isinstance(error, TokenError):
+        return str(error), EXIT_FAILED
     return explained_system(error, "minikms-unlock"), EXIT_MISSING
 
 

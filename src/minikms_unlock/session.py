@@ -59,16 +59,23 @@ def root_of_passphrase(parameters: Parameters, *, new: bool) -> Iterator[RootTex
         with keys.allocate() as root:
             derive_into(passphrase[:size], parameters, root.view)
             zero(passphrase)
-            text = OneTimeKey(2 * SLOT_BYTES)
-            try:
-                with memoryview(text) as view:
-                    hex_encode_into(root.view, view)
+            with text_of(root.view) as text:
                 fingerprint = roots.fingerprint(root.view)
                 root.release()
                 scrub()
                 yield RootText(text, fingerprint)
-            finally:
-                text[:] = bytes(len(text))
+
+
+@contextmanager
+def text_of(root: memoryview) -> Iterator[OneTimeKey]:
+    """The text of a root key, zeroed at the end."""
+    text = OneTimeKey(2 * SLOT_BYTES)
+    try:
+        with memoryview(text) as view:
+            hex_encode_into(root, view)
+        yield text
+    finally:
+        text[:] = bytes(len(text))
 
 
 def _typed(terminal: int, prompt: str, passphrase: memoryview, *, new: bool) -> int:

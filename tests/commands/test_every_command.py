@@ -44,6 +44,7 @@ WITHOUT_JSON = {
     ("minikms-gateway", "check-config"),
     ("minikms-gateway", "completion"),
     ("minikms-unlock", "completion"),
+    ("minikms-unlock", "serve"),
     ("progressdb", "serve"),
     ("progressdb", "completion"),
 }

@@ -423,6 +423,26 @@ def record(name: str, plaintext: bytes, caller_aad: bytes) -> dict[str, object]:
     }
 
 
+# --- the unlock service: docs/spec/unlock.md --------------------------------------------------------------------------
+
+UNLOCK_SOURCE = "aws-kms:arn:aws:kms:eu-central-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+
+
+def unlock() -> dict[str, object]:
+    wrapped = bytes(range(100))
+    root_json = {"format": "minikms-unlock", "version": 1, "source": UNLOCK_SOURCE, "keyring_id": KEYRING_ID}
+    return {
+        "source": UNLOCK_SOURCE,
+        "keyring_id": KEYRING_ID,
+        "wrapped": wrapped.hex(),
+        "root_json": json.dumps({**root_json, "wrapped": b64(wrapped)}, separators=(",", ":")) + "\n",
+        "configuration": f'version = 1\nsource = "{UNLOCK_SOURCE}"\nuser = "minikms"\n'
+        'pin = "/etc/progressdb/minikms.pin"\ndirectory = "/var/lib/progressdb/unlock"\n',
+        "questions": {purpose: f"minikms-unlock/1 {purpose} {KEYRING_ID}\n" for purpose in ("start", "renew")},
+        "answers": {"key": (b"K" + ROOT).hex(), "refused": b"Rdenied".hex(), "away": b"Aaway".hex()},
+    }
+
+
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 
@@ -476,6 +496,7 @@ def vectors() -> str:
             record("bound", b"hello", b"message-1"),
             record("long", bytes(range(256)) * 4, bytes(range(256))),
         ],
+        "unlock": unlock(),
     }
     check(made)
     return json.dumps(made, indent=1) + "\n"

@@ -49,10 +49,12 @@ if TYPE_CHECKING:
     PathText = str
     RootSource = str
     PassphraseSource = str
+    UnlockSource = str
 else:  # cyclopts converts to the first type of a union, and completes files for `Path` and the words of a `Literal`
     PathText = str | Path
     RootSource = str | Literal["file:", "fd:", "dev:", "systemd-credential:", "unlock:", "shares:"]
     PassphraseSource = str | Literal["passphrase:"]
+    UnlockSource = str | Literal["pkcs11:", "tpm2:", "aws-kms:", "vault-transit:", "clevis:"]
 Shell = Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")]
 LogFormat = Annotated[Literal["console", "json"], Parameter(name="--log-format", help="The form of the log.")]
 RequireHardening = Annotated[

@@ -29,6 +29,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Final, Self
 
 from minikms.api.errors import StartError, StartLaterError
+from minikms.platform.activation import passed_socket
 from minikms.platform.directory_lock import lock_file, unlock_file
 from minikms.platform.files import closed_after
 
@@ -39,7 +40,6 @@ DIRECTORY_MODE: Final = 0o750
 MAKING_SUFFIX: Final = ".new"
 """Of a directory that is being made."""
 LOCK_SUFFIX: Final = ".lock"
-_LISTEN_FDS_START: Final = 3  # SD_LISTEN_FDS_START
 PROBE_TIMEOUT_S: Final = 1.0
 
 
@@ -93,7 +93,7 @@ def listen(
     Raises:
         StartError: a rule of this module forbids it, or a system call failed. The text gives the reason.
     """
-    passed = _passed_socket(environ)
+    passed = passed_socket(environ)
     if passed is not None:
         return UnixListener(passed, str(passed.getsockname()), None)
     path = os.path.abspath(path)
@@ -231,33 +231,6 @@ def _answers(path: str) -> bool:
         except OSError as error:
             return error.errno != errno.ECONNREFUSED
     return True
-
-
-def _passed_socket(environ: MutableMapping[str, str]) -> socket.socket | None:
-    """The socket that the service manager passed, as in sd_listen_fds(3). None if it passed none to this process.
-
-    Raises:
-        StartError: the service manager passed several sockets, or one that is not a listening Unix stream socket.
-    """
-    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
-    environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or count in ("", "0"):
-        return None
-    if count != "1":
-        raise StartError(f"the service manager passed {count} sockets; this daemon serves one")
-    try:
-        os.set_inheritable(_LISTEN_FDS_START, False)
-        passed = socket.socket(fileno=_LISTEN_FDS_START)
-        listening = passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except OSError as error:
-        raise StartError(f"the socket that the service manager passed: {error.strerror}") from None
-    if passed.family != socket.AF_UNIX or passed.type != socket.SOCK_STREAM or not listening:
-        passed.close()
-        raise StartError(
-            "the service manager passed something other than a listening Unix stream socket: use ListenStream="
-        )
-    passed.setblocking(False)
-    return passed
 
 
 def _group_id(group: str | None) -> int | None:

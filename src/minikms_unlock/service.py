@@ -1,0 +1,190 @@
+"""`minikms-unlock serve`: gives the root key to the key service once, and ends (docs/spec/unlock.md).
+
+Owns: the process that the service manager starts for a question at its socket; who may ask; its time limits; what
+hardening each provider leaves. Invariants: only the configured user gets an answer; the provider is asked for every
+answer; the root key goes from the arena to the socket, after the pin was compared. A provider's library may leave
+copies of the key in memory as Python `bytes`, which die with the process: so it ends after one answer, and no child of
+it is left. What is wrong with the configuration is an answer too: a process that ended without one would be started
+again at once, and without an end. It must never answer from anything that it keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from minikms.api.errors import StartError
+from minikms.client.connecting import server_uid
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD
+from minikms.memory import SecretArena, harden
+from minikms.platform.activation import passed_socket
+from minikms.platform.logs import service_logger, structlog
+from minikms.processes.handover import (
+    AWAY,
+    KEY,
+    QUESTION_BYTES_MAX,
+    QUESTION_SECONDS_MAX,
+    REFUSED,
+    Question,
+    parse_question,
+    sentence,
+)
+from minikms_tokens import RefusedError, TokenError
+from minikms_tokens.wrapping import PROVIDER_SECONDS_MAX
+from minikms_unlock.files import Config, read_config, unwrap_into
+
+IDLE_SECONDS_MAX: Final = 5.0
+"""How long it waits for a whole question, whoever connects meanwhile."""
+FETCH_SECONDS_MAX: Final = PROVIDER_SECONDS_MAX + 1
+"""For all that it does to answer. The rest of `minikms.processes.handover.ANSWER_SECONDS_MAX` is for its own start."""
+SEND_SECONDS_MAX: Final = 1.0
+_NO_CONFIGURATION: Final = "the unlock service can't use its configuration; its log says why"
+
+
+_NETWORK: Final = frozenset(("aws-kms", "clevis", "pkcs11", "vault-transit"))
+_PROGRAMS: Final = frozenset(("clevis", "tpm2"))
+_WRITES: Final = frozenset(("clevis", "pkcs11", "tpm2"))
+"""What providers need, by the scheme of the source: a PKCS#11 module may use any file, device or host. The unit
+restricts what stays open here."""
+
+
+class Asked(NamedTuple):
+    """A connection of the key service, and its question."""
+
+    connection: socket.socket
+    question: Question
+
+
+def serve(config_path: Path, log_format: str) -> int:
+    """Answers one question; the exit status. Raises StartError without a passed socket."""
+    log = service_logger(log_format)
+    listener = passed_socket(os.environ)
+    if listener is None:
+        raise StartError(
+            "`minikms-unlock serve` is started by its socket: systemctl enable --now minikms-unlock.socket"
+        )
+    config, uid = None, None
+    try:
+        found = read_config(config_path)
+        config, uid = found, found.uid
+    except StartError as error:
+        log.warning("configuration refused", why=str(error))
+    scheme = "" if config is None else config.source.partition(":")[0]
+    with listener, SecretArena(1) as arena:
+        measures = harden(
+            arena,
+            read=["/"],
+            write=["/"] if scheme in _WRITES else [],
+            allow_exec=scheme in _PROGRAMS,
+            allow_network=scheme in _NETWORK,
+        )
+        for measure in measures:
+            if not measure.in_force:
+                log.warning("hardening measure not in force", measure=measure.name, why=measure.why)
+        asked = _asked(listener, uid, log)
+        if asked is None:
+            log.info("nobody asked")
+            return EXIT_GOOD
+        with asked.connection:
+            return _answer(asked, config, arena, log)
+
+
+def _asked(listener: socket.socket, uid: int | None, log: structlog.stdlib.BoundLogger) -> Asked | None:
+    """The first whole question of the user `uid`; None if there was none in time. Without `uid` anybody's: the answer
+    has no key then.
+    """
+    deadline = time.monotonic() + IDLE_SECONDS_MAX
+    refused: set[int] = set()
+    while (left := deadline - time.monotonic()) > 0:
+        listener.settimeout(left)
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            break
+        peer = server_uid(connection)  # who connected: the kernel's answer is the same for both ends
+        if uid is not None and peer != uid:
+            connection.close()
+            if peer not in refused:
+                log.warning("peer refused", uid=peer)
+            refused.add(peer)
+            continue
+        question = _question(connection, min(deadline, time.monotonic() + QUESTION_SECONDS_MAX))
+        if question is not None:
+            return Asked(connection, question)
+        connection.close()
+        log.warning("no question", uid=peer)
+    return None
+
+
+def _question(connection: socket.socket, deadline: float) -> Question | None:
+    data = b""
+    while b"\n" not in data and len(data) <= QUESTION_BYTES_MAX:
+        left = deadline - time.monotonic()
+        try:
+            connection.settimeout(max(left, 0.001))
+            part = connection.recv(QUESTION_BYTES_MAX + 1 - len(data)) if left > 0 else b""
+        except OSError:
+            return None
+        if not part:
+            return None
+        data += part
+    return parse_question(data)
+
+
+def _answer(asked: Asked, config: Config | None, arena: SecretArena, log: structlog.stdlib.BoundLogger) -> int:
+    connection, question = asked
+    log = log.bind(purpose=question.purpose, keyring_id=question.keyring_id)
+    key = arena.allocate()  # the arena zeroes it, also while a provider that is late has its view
+    kind, why = AWAY, _NO_CONFIGURATION
+    if config is not None:
+        kind, why = _fetched(config, question.keyring_id, key.view)
+    try:
+        connection.settimeout(SEND_SECONDS_MAX)
+        connection.sendall(kind)
+        connection.sendall(key.view if kind == KEY else sentence(why))
+    except OSError as error:
+        log.warning("the key service has left before the answer", why=error.strerror or "it reads too slowly")
+        return EXIT_FAILED
+    if kind == KEY:
+        log.info("root key given")
+        return EXIT_GOOD
+    log.error("no root key given", answer="refused" if kind == REFUSED else "away", why=why)
+    return EXIT_FAILED
+
+
+def _fetched(config: Config, keyring_id: str, into: memoryview) -> tuple[bytes, str]:
+    """The kind of the answer, and why there is no key. After FETCH_SECONDS_MAX it is AWAY, whatever still runs."""
+    found: list[tuple[bytes, str]] = []
+
+    def fetch() -> None:
+        try:
+            unwrap_into(config, keyring_id, into)
+            found.append((KEY, ""))
+        except RefusedError as error:
+            found.append((REFUSED, str(error)))
+        except (TokenError, StartError) as error:
+            found.append((AWAY, str(error)))
+        except Exception as error:  # noqa: BLE001  of a library, whose text is not for a log
+            found.append((AWAY, f"the provider failed: {type(error).__name__}"))
+
+    thread = threading.Thread(target=fetch, name="provider", daemon=True)
+    thread.start()
+    thread.join(FETCH_SECONDS_MAX)
+    if thread.is_alive():
+        _kill_children()
+        return AWAY, f"the provider has not answered in {FETCH_SECONDS_MAX:g} s"
+    return found[0]
+
+
+def _kill_children() -> None:
+    """Each with its process group: a provider's programs have groups of their own."""
+    for tasks in Path("/proc/self/task").glob("*/children"):
+        for pid in tasks.read_text("ascii").split():
+            with contextlib.suppress(OSError):
+                os.killpg(int(pid), signal.SIGKILL)

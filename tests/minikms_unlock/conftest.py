@@ -1,0 +1,72 @@
+"""A real provider for the unlock service: an AES key in a SoftHSM token that the service's user may use."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minikms_tokens import open_wrapper
+from tests import needs
+from tests.harness.activated_unlock import UID
+from tests.harness.hsm import Token
+
+KEYRING_ID = "kr_" + "a1" * 8
+
+
+class Provider:
+    """The token, below a directory that every user can enter."""
+
+    def __init__(self, base: Path) -> None:
+        self.token = Token(base)
+        self.source = self.token.uri("object=wrap")
+        self._pin = self.token.pin_file.read_text()
+        with self.loaded():
+            self.token.make_secret("wrap")
+        self.give_to_service()
+
+    def loaded(self) -> "Loaded":
+        """In the block this process uses the token."""
+        return Loaded(self.token)
+
+    def wrap(self, root: bytes, keyring_id: str = KEYRING_ID) -> bytes:
+        with self.loaded():
+            return open_wrapper(self.source).wrap(memoryview(root), keyring_id)
+
+    def give_to_service(self) -> None:
+        """A use by root can leave files of root."""
+        for path in (self.token.base, *self.token.base.rglob("*")):
+            os.chown(path, UID, UID)
+        self.token.base.chmod(0o755)
+
+    def refuse(self) -> None:
+        self.token.write_pin("9" * len(self._pin))
+        self.give_to_service()
+
+    def go_away(self) -> None:
+        self.token.pin_file.unlink()
+
+    def restore(self) -> None:
+        self.token.write_pin(self._pin)
+        self.give_to_service()
+
+
+class Loaded:
+    def __init__(self, token: Token) -> None:
+        self._token = token
+
+    def __enter__(self) -> None:
+        os.environ["SOFTHSM2_CONF"] = str(self._token.conf)
+
+    def __exit__(self, *_: object) -> None:
+        needs.library("pkcs11").unload(self._token.module)
+        del os.environ["SOFTHSM2_CONF"]
+
+
+@pytest.fixture(scope="session")
+def hsm() -> Iterator[Provider]:
+    needs.library("pkcs11")
+    needs.interpreter_for(UID)
+    with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
+        yield Provider(Path(name))
