@@ -176,10 +176,10 @@ def _fetched(config: Config, keyring_id: str, into: memoryview) -> tuple[bytes, 
     thread = threading.Thread(target=fetch, name="provider", daemon=True)
     thread.start()
     thread.join(FETCH_SECONDS_MAX)
-    if thread.is_alive():
-        _kill_children()
-        return AWAY, f"the provider has not answered in {FETCH_SECONDS_MAX:g} s"
-    return found[0]
+    if found:
+        return found[0]
+    _kill_children()
+    return AWAY, f"the provider has not answered in {FETCH_SECONDS_MAX:g} s"
 
 
 def _kill_children() -> None:

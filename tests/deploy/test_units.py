@@ -34,8 +34,11 @@ EXPOSURE_MAX = {
     "minikms.service": 0.5,
     "minikms-auditor.service": 1.5,
     "minikms-gateway.service": 1.5,
+    "minikms-unlock.service": 1.0,
     "progressdb.service": 1.5,
 }
+RUNNING = sorted(EXPOSURE_MAX.keys() - {"minikms-unlock.service"})
+"""Units whose service does not end by itself."""
 TEMPLATES = sorted(path.name for path in UNITS.glob("*@.*") if path.is_file())
 NAME_OF_TENANT = re.compile(r"(?<=/run/)(minikms|progressdb)|(?<=/(etc|lib)/)progressdb|^(minikms|progressdb)\b(?!\.)")
 LISTS = {
@@ -67,7 +70,8 @@ def analyze(*arguments: str) -> str:
 
 def test_the_units_are_valid(tmp_path: Path) -> None:
     """With executables in the place of /opt/progressdb/bin, which this machine need not have."""
-    for name in ("minikms", "minikms-auditor", "minikms-gateway", "progressdb", "progressdb-backup"):
+    programs = ("minikms", "minikms-auditor", "minikms-gateway", "minikms-unlock", "progressdb", "progressdb-backup")
+    for name in programs:
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
     units = [path for path in UNITS.rglob("*.*") if path.suffix in (".service", ".socket", ".timer", ".conf")]
@@ -106,7 +110,7 @@ def test_the_filters_name_only_groups_that_systemd_252_knows(unit: str) -> None:
     assert {word for value in filters for word in value.lstrip("~").split() if "@" in word} <= GROUPS_OF_SYSTEMD_252
 
 
-@pytest.mark.parametrize("unit", EXPOSURE_MAX)
+@pytest.mark.parametrize("unit", RUNNING)
 def test_no_unit_starts_again_what_a_person_must_correct(unit: str) -> None:
     """Neither a client of the socket nor the message server's own start starts the key service without an end."""
     assert ("RestartPreventExitStatus", str(EXIT_MISSING)) in restricted.directives(str(UNITS / unit))
@@ -114,10 +118,20 @@ def test_no_unit_starts_again_what_a_person_must_correct(unit: str) -> None:
     assert not re.search("^(Wants|Requires)=", (UNITS / unit).read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("unit", EXPOSURE_MAX)
+@pytest.mark.parametrize("unit", RUNNING)
 def test_no_start_is_ended_because_it_takes_long(unit: str) -> None:
     """It would be repeated without an end."""
     assert ("TimeoutStartSec", "infinity") in restricted.directives(str(UNITS / unit))
+
+
+def test_no_limit_of_starts_ends_the_unlock_service() -> None:
+    """A provider may be away for days, and each question starts it. It listens as root, for the key service's group."""
+    service = restricted.directives(str(UNITS / "minikms-unlock.service"), "[Unit]")
+    listener = restricted.directives(str(UNITS / "minikms-unlock.socket"), "[Socket]")
+    assert ("StartLimitIntervalSec", "0") in service and ("TriggerLimitIntervalSec", "0") in listener
+    assert dict(listener).items() >= {"SocketGroup": "minikms", "SocketMode": "0660"}.items()
+    assert "SocketUser" not in dict(listener)
+    assert "Restart" not in dict(restricted.directives(str(UNITS / "minikms-unlock.service")))
 
 
 def make_store(path: Path) -> RocksEngine:

@@ -38,7 +38,7 @@ PROGRAMS: Final = {
     "minikms": "the key service and its commands",
     "minikms-auditor": "trees, witnesses and SIEM for the audit log of minikms",
     "minikms-gateway": "the key service for other hosts",
-    "minikms-unlock": "unseals the key service with a passphrase",
+    "minikms-unlock": "root keys for the key service: tokens, clouds, a passphrase",
     "progressdb": "the message server and its commands",
 }
 COMPLETIONS: Final = {
