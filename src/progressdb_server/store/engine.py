@@ -35,6 +35,8 @@ SCAN_ENTRIES_MAX: Final = 4096
 
 WALK_KEYS_MAX: Final = 1024
 """Of one page of a walk, which its caller may also decode and send at once."""
+WALK_PAUSE_S: Final = 0.001
+"""After a full page, which takes about as long: a walk through all keys leaves others half of the processor."""
 
 
 class EngineUnavailableError(StoreUnavailableError):
@@ -96,14 +98,14 @@ class Reads(Protocol):
 
 
 async def in_order(reads: Reads, prefix: bytes, after: bytes = b"") -> AsyncIterator[list[bytes]]:
-    """See `Reads.walk_keys`: in the order of the keys. Other tasks run between two pages."""
+    """See `Reads.walk_keys`: in the order of the keys. Other tasks run in a pause after each page."""
     lower, upper = prefix, keyspace.after(prefix) if prefix else keyspace.END
     if after:
         lower = max(lower, keyspace.next_key(after))
     while keys := await reads.keys(lower, upper, limit=WALK_KEYS_MAX):
         lower = keyspace.next_key(keys[-1])
         yield keys
-        await asyncio.sleep(0)
+        await asyncio.sleep(WALK_PAUSE_S if len(keys) == WALK_KEYS_MAX else 0)
 
 
 class Counters(msgspec.Struct, array_like=True):
