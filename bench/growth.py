@@ -37,7 +37,7 @@ THREAD_MESSAGES = 100
 BODY_CHARS = 256
 TURNS = 30
 SIZES = (10_000, 100_000)
-THREADS = (1_000, 10_000, 50_000)
+THREADS = (1_000, 10_000, 100_000)
 LIST_COLUMNS = (
     "threads",
     "list (µs each)",

@@ -20,6 +20,9 @@ from bench.report import PROJECT, figure
 DIRECTORY = PROJECT / "docs" / "plots"
 KEYS = DIRECTORY / "keys.csv"
 STORE = DIRECTORY / "store.csv"
+STARTS = DIRECTORY / "starts.csv"
+THREADS = DIRECTORY / "threads.csv"
+"""The latter two hold what `bench growth_keys growth_rotations` and `bench.growth --lists` print."""
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 76, 48, 56, 48
@@ -58,6 +61,11 @@ PLOTS = (
         logarithmic=True,
     ),
     Plot("store-memory", STORE, "Most resident memory of the process, MiB", ("peak MiB",)),
+    Plot("starts", STARTS, "Seconds until every verb answers", ("after a stop (s)", "after a crash (s)"), True),
+    Plot("starts-lists", STARTS, "Milliseconds of a list of a thread's keys", ("list (ms)",)),
+    Plot("threads-lists", THREADS, "Microseconds of each listed thread", ("list (µs)", "search (µs)")),
+    Plot("threads-rotations", THREADS, "Milliseconds of the rotation of a thread", ("rotation (ms)",)),
+    Plot("threads-purges", THREADS, "Purged threads a second", ("purges/s",)),
 )
 
 
@@ -189,7 +197,7 @@ def _mark(number: int, x: float, y: float) -> str:
 
 def main() -> None:
     """Writes every picture. Raises as `read_csv`."""
-    for table in (KEYS, STORE):
+    for table in (KEYS, STORE, STARTS, THREADS):
         draw(table)
 
 
