@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,8 +12,11 @@ from hypothesis import strategies as st
 
 from minikms.daemon import lease as leases
 from minikms.daemon.lease import SECOND_NS, Lease, LeasedApplication
+from minikms.daemon.parts import RunContext
+from minikms.daemon.seal.unlocking import Unlocking
 from minikms.http import Request, Response
-from tests.minikms.http.http_harness import Session, get, serving
+from minikms.roots.providers import KeyFile
+from tests.minikms.http.http_harness import EchoApp, Session, get, serving
 
 instants = st.integers(0, 10**6)
 
@@ -34,6 +39,14 @@ def test_the_newest_question_counts_in_whatever_order_answers_come(asked: list[i
     for instant in asked:
         lease.grant(instant * SECOND_NS)
     assert lease.left_ns(now * SECOND_NS) == max(0, max(asked) + 30 - now) * SECOND_NS
+
+
+def test_without_a_lease_nothing_is_in_the_way_of_a_request() -> None:
+    process = SimpleNamespace(settings=SimpleNamespace(root=KeyFile(Path("key")), root_lease=None))
+    unused = cast(Any, None)
+    unlocking = Unlocking(cast(RunContext, process), unseal=unused, lapse=unused, body=unused)
+    app = cast(Any, EchoApp())
+    assert unlocking.leased(app) is app and unlocking.status() is None
 
 
 @pytest.mark.uvloop

@@ -150,6 +150,7 @@ def test_alerts_are_accepted_and_use_metrics_that_there_are() -> None:
     [
         ("MinikmsGatewayCertificateExpires", "minikms_gateway_certificate_expiry_timestamp_seconds", "90000x100"),
         ("MinikmsGatewayCertificateExpires", "minikms_gateway_crl_expiry_timestamp_seconds", "90000x100"),
+        ("MinikmsRootLeaseNotGranted", 'minikms_root_lease_questions_total{outcome="away"}', "0x58 1x40"),
         ("MinikmsGatewayRefusesExpired", 'minikms_gateway_refused_total{reason="expired"}', "0x60 1x40"),
         ("ProgressdbBackupOld", "progressdb_store_backup_timestamp_seconds", "-172800x100"),
         ("ProgressdbBackupOld", "progressdb_store_backup_timestamp_seconds", "NaN " * 100),
