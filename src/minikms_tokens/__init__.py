@@ -45,6 +45,10 @@ def open_wrapper(source: str) -> Wrapper:
         from minikms_tokens.pkcs11_token import Pkcs11Wrapper
 
         return Pkcs11Wrapper(source)
+    if scheme == "tpm2":
+        from minikms_tokens.tpm2 import Tpm2Wrapper
+
+        return Tpm2Wrapper(source)
     if scheme == "aws-kms":
         from minikms_tokens.aws_kms import AwsKmsWrapper
 

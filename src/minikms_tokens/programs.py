@@ -59,7 +59,7 @@ def run(
 ) -> Ended:
     """Runs `command`, an absolute path and its arguments, with `given` as its standard input. `into`: memory for a
     secret output. `files`: descriptors that the program inherits. Raises AwayError if it does not end within
-    `seconds`, or if its output is too long; `into` has zeros then.
+    `seconds`, or if its output is too long. Then, and after another status than 0, `into` has zeros.
     """
     pipe = subprocess.PIPE
     name = os.path.basename(command[0])
@@ -81,7 +81,9 @@ def run(
     try:
         room = memoryview(bytearray(OUTPUT_BYTES_MAX)) if into is None else into
         count, error_text = _exchange(process, name, memoryview(given), room, deadline)
-        return Ended(process.wait(), bytes(room[:count]) if into is None else b"", count, error_text)
+        if process.wait() != 0 and into is not None:
+            into[:] = bytes(len(into))
+        return Ended(process.returncode, bytes(room[:count]) if into is None else b"", count, error_text)
     except BaseException:
         if into is not None:
             into[:] = bytes(len(into))

@@ -18,11 +18,16 @@ def sh(script: str, *arguments: str) -> list[str]:
 
 
 def test_a_secret_goes_through_pipes_into_memory_of_the_caller() -> None:
+    """It is erased if the program fails afterwards."""
     memory = bytearray(32)
-    ended = programs.run(
-        sh("cat; echo no >&2; exit 3"), seconds=RUN_S_MAX, given=memoryview(KEY), into=memoryview(memory)
-    )
-    assert ended == (3, b"", 32, b"no\n") and memory == KEY
+    for status, expected in ((0, KEY), (3, bytes(32))):
+        ended = programs.run(
+            sh('cat; echo no >&2; exit "$1"', str(status)),
+            seconds=RUN_S_MAX,
+            given=memoryview(KEY),
+            into=memoryview(memory),
+        )
+        assert ended == (status, b"", 32, b"no\n") and memory == expected
 
 
 def test_a_large_input_and_output_and_errors_do_not_block_each_other() -> None:
