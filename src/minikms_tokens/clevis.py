@@ -20,7 +20,7 @@ from minikms_tokens.signing import TokenError
 from minikms_tokens.wrapping import BLOB_BYTES_MAX, PROVIDER_SECONDS_MAX, AwayError, give, read_file
 
 CONFIG_BYTES_MAX: Final = 4096
-MEMORY_BYTES_MAX: Final = 256 * 1024 * 1024
+MEMORY_BYTES_MAX: Final = 128 * 1024 * 1024
 """Of each program that clevis starts: its shells keep the whole answer of a server."""
 _JWE: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+){3}", re.ASCII)
 _URL: Final = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(?:/[A-Za-z0-9._~-]+)*", re.ASCII)
@@ -78,7 +78,10 @@ class ClevisWrapper:
 
     def _run(self, *words: str, **how: Any) -> programs.Ended:
         environ = {"HOME": "/nonexistent"}  # curl reads settings there
-        ended = programs.run((*self._command, *words), seconds=PROVIDER_SECONDS_MAX, environ=environ, **how)
+        try:
+            ended = programs.run((*self._command, *words), seconds=PROVIDER_SECONDS_MAX, environ=environ, **how)
+        except AwayError as error:
+            raise AwayError(str(error).replace("prlimit", "clevis")) from None
         if ended.status != 0:
             if (into := how.get("into")) is not None:
                 into[:] = bytes(len(into))

@@ -32,12 +32,12 @@ class Replay:
     def __init__(self, directory: Path, port: int = 0, *, name: str = "localhost", tls: bool = True) -> None:
         self.answer: Iterable[bytes] = ()
         self.requests: list[bytes] = []
-        self.authority = Authority("provider")
+        authority = Authority("provider")
         self.ca_file = directory / "provider-ca.pem"
-        self.ca_file.write_bytes(self.authority.pem)
+        self.ca_file.write_bytes(authority.pem)
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
         if self._context is not None:
-            issued = self.authority.issue(dns=[name], extended=[SERVER])
+            issued = authority.issue(dns=[name], extended=[SERVER])
             self._context.load_cert_chain(*issued.write(directory, "provider"))
         self._listener = socket.create_server(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]

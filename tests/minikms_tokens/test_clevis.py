@@ -15,11 +15,11 @@ import pytest
 from minikms_tokens import AwayError, clevis, open_wrapper, programs
 from tests import needs
 from tests.harness.ports import free_port
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import WAIT_S_MAX, wait_until
 from tests.minikms_tokens.replay import Replay, drip, reply
 from tests.minikms_tokens.wrappers import KEY, NO_KEYS, unwrapped, wrap
 
-HUGE = [reply(200, bytes(8))[:-8].replace(b"Length: 8", b"Length: 999999999999"), *[b"[" * (1 << 24)] * 64]
+HUGE = [reply(200, bytes(8))[:-8].replace(b"Length: 8", b"Length: 999999999999"), *[b"[" * (1 << 20)] * 1024]
 """A gigabyte."""
 
 
@@ -51,10 +51,20 @@ class Tang:
         self.process.wait()
 
     @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextlib.contextmanager
     def without_key(self) -> Iterator[None]:
         moved = self._exchange.rename(self._keys.parent / "moved")
-        yield
-        moved.rename(self._exchange)
+        try:
+            yield
+        finally:
+            moved.rename(self._exchange)
 
 
 def run(*command: str, given: bytes = b"") -> bytes:
@@ -82,6 +92,12 @@ def tang(tangs: tuple[Tang, Tang]) -> Tang:
     return tangs[0]
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """clevis starts some forty programs, which a busy machine does slowly."""
+    monkeypatch.setattr(clevis, "PROVIDER_SECONDS_MAX", WAIT_S_MAX)
+
+
 def source(directory: Path, pin: str, config: object) -> str:
     path = directory / "clevis.conf"
     path.write_text(f"{pin} {json.dumps(config)}\n")
@@ -93,13 +109,12 @@ def test_a_root_key_opens_while_its_tang_server_answers(tmp_path: Path, tang: Ta
     wrapper = open_wrapper(source(tmp_path, "tang", tang.config))
     blob = wrap(wrapper)
     assert blob.count(b".") == 4 and unwrapped(wrapper, blob) == KEY
-    assert run("/usr/bin/clevis", "decrypt", given=blob) == KEY
-    tang.stop()
-    with pytest.raises(AwayError, match="clevis encrypt failed: its server or TPM is away"):
-        wrap(wrapper)
-    with pytest.raises(AwayError, match="clevis decrypt failed"):
-        unwrapped(wrapper, blob)
-    tang.start()
+    assert run(needs.program("clevis"), "decrypt", given=blob) == KEY
+    with tang.stopped():
+        with pytest.raises(AwayError, match="clevis encrypt failed: its server or TPM is away"):
+            wrap(wrapper)
+        with pytest.raises(AwayError, match="clevis decrypt failed"):
+            unwrapped(wrapper, blob)
     assert unwrapped(wrapper, blob) == KEY
     with tang.without_key(), pytest.raises(AwayError, match="has the key no longer"):
         unwrapped(wrapper, blob)
@@ -115,9 +130,8 @@ def test_one_of_two_shares_is_enough_if_the_file_says_so(tmp_path: Path, tangs: 
     config = {"t": 1, "pins": {"tang": [one.config for one in tangs]}}
     wrapper = open_wrapper(source(tmp_path, "sss", config))
     blob = wrap(wrapper)
-    tangs[0].stop()
-    assert unwrapped(wrapper, blob) == KEY
-    tangs[0].start()
+    with tangs[0].stopped():
+        assert unwrapped(wrapper, blob) == KEY
     others = [config | {"t": 2}, {"t": 1, "pins": {"tang": tangs[0].config}}, {"t": 1, "pins": {"tang": []}}]
     for other in others:
         with pytest.raises(AwayError, match=r"is no JWE of clevis under|has one line, such as"):
@@ -249,20 +263,19 @@ def test_a_server_in_the_place_of_tang_is_away(
     """The whole answer is kept by a shell, whose memory is bounded."""
     wrapper = open_wrapper(source(tmp_path, "tang", tang.config))
     blob = wrap(wrapper)
-    tang.stop()
-    if parts is not HUGE:
+    is_endless = not isinstance(parts, list)
+    if is_endless:
         monkeypatch.setattr(clevis, "PROVIDER_SECONDS_MAX", 2.0)
-    with Replay(tmp_path, tang.port, tls=False) as server:
+    with tang.stopped(), Replay(tmp_path, tang.port, tls=False) as server:
         server.answer = parts
-        with pytest.raises(AwayError, match=r"clevis decrypt failed|did not end in time"):
+        with pytest.raises(AwayError, match=r"^clevis (did not end in time|decrypt failed)"):
             unwrapped(wrapper, blob)
-        assert [request[:10] for request in server.requests] == [b"POST /rec/"]
-    tang.start()
+        assert is_endless or [request[:10] for request in server.requests] == [b"POST /rec/"]
 
 
 @pytest.mark.parametrize("key", ["31 bytes", "33 bytes", "zeros"])
 def test_what_is_no_root_key_is_not_given(tmp_path: Path, tang: Tang, key: str) -> None:
-    blob = run("/usr/bin/clevis", "encrypt", "tang", json.dumps(tang.config), given=NO_KEYS[key])
+    blob = run(needs.program("clevis"), "encrypt", "tang", json.dumps(tang.config), given=NO_KEYS[key])
     with pytest.raises(AwayError, match=r"no root key|gave more than 32 bytes"):
         unwrapped(open_wrapper(source(tmp_path, "tang", tang.config)), blob)
 
