@@ -244,6 +244,15 @@ class SealedError(KmsRefusedError):
     retry_after_s = contract.SEALED_RETRY_SECONDS
 
 
+class StandbyError(KmsRefusedError):
+    """Another host of the key service serves. The request was not begun."""
+
+    status, code = 503, contract.CODE_STANDBY
+
+    def __init__(self, message: str = "this host of the key service is a standby: another one serves") -> None:
+        super().__init__(message)
+
+
 class NotSealedError(KmsRefusedError):
     """There is nothing to unseal."""
 
