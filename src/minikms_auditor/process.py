@@ -100,7 +100,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         measures = harden(arena, read=read, write=write, allow_network=config.uses_network, require=require_hardening)
         run = Run(signals, notifier, log)
         run.warn_of(measures)
-        client = Client(config.kms_socket, server_uids=config.kms_server_uids)
+        client = Client(Path(config.kms_socket), server_uids=config.kms_server_uids)
         cleaning.callback(client.close)
         stopping = threading.Event()
 

@@ -192,6 +192,8 @@ def serve(
     from minikms.serve import run
 
     path = chosen_socket(socket, must_exist=False)
+    if socket is None and "," in path:
+        raise StartError("the variable of the socket names several, and this serves on one: give --socket")
     directory = chosen_data_dir(data_dir, must_exist=False)
     root = chosen_root(
         master_key_file,

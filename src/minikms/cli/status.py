@@ -16,7 +16,7 @@ from cyclopts import Parameter
 from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
 from minikms.commands.output import byte_count, duration, print_json, terminal
-from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, INTERVAL_SECONDS, Interval, Watch
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, INTERVAL_SECONDS, Interval, Watch, found_serving
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -39,6 +39,8 @@ def status(
     """Show the state of the running daemon. Exit status: 0 it works, 1 it can't work, 2 it does not answer."""
     with daemon_client(socket, server_uid, timeout_s=ANSWER_SECONDS) as kms:
         while True:
+            if (serving := found_serving(kms)) is not None:
+                complain(f"this is the status of {serving}")
             answer = kms.status()
             if watch and not json and sys.stdout.isatty():
                 print("\x1b[H\x1b[2J", end="")  # the next page takes the place of the one before

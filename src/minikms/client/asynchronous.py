@@ -20,7 +20,7 @@ from minikms.api.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTim
 from minikms.client import calls
 from minikms.client.base import POOL_CONNECTIONS_MAX, BaseClient
 from minikms.client.batching import Batcher, OneLoop
-from minikms.client.calls import Call, check_proxied, make_call
+from minikms.client.calls import Attempts, Call, check_proxied, make_call
 from minikms.client.connecting import POOL_IDLE_S_MAX
 from minikms.client.connection import ClientConnection
 from minikms.client.items import Batch, DecryptItem, EncryptItem, Outcome
@@ -38,8 +38,9 @@ CHUNKS_AT_ONCE_MAX: Final = 2
 class AsyncClient(BaseClient, Verbs, AsyncRunner):
     """A client of one miniKMS for one event loop; in another one its methods raise RuntimeError.
 
-    `address` is the path of the daemon's socket, or the URL of a gateway (docs/client.md). `timeout_s` bounds the wait
-    for an answer, `wait_s` how long a call waits for a daemon that is away (0: not at all) before KmsUnavailableError.
+    `address` is the path of the daemon's socket, or the URL of a gateway; commas separate several, of which one serves
+    (docs/client.md). `timeout_s` bounds the wait for an answer, `wait_s` how long a call waits for a daemon that is
+    away (0: not at all) before KmsUnavailableError.
 
     For a socket: `server_uids` are the users who may serve it; by default this process's own and root. For a URL: `ca`
     is the file of the CAs that sign the gateway's certificate; `cert` and `key`, `token_file`, or all three are what
@@ -100,7 +101,7 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
 
     async def _run_one(self, one: One[T]) -> T:
         self._loop.running()
-        if self._endpoint.proxied:
+        if self._proxied:
             check_proxied(one.verb)
         call = one.call()
         try:
@@ -161,25 +162,25 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
     async def _repeat(self, call: Call[A], batched: Verb[Any, Any] | None = None, *, timeout_s: float) -> A:
         """Makes the call, again if need be. `batched`: on the connection that carries the batches of that verb."""
         loop = asyncio.get_running_loop()
-        attempts = self._attempts(call.verb, loop.time())
+        attempts = self._attempts(call.verb, timeout_s, loop.time())
         while True:
             try:
-                return await self._attempt(call, batched, timeout_s)
+                return await self._attempt(call, batched, attempts)
             except KmsError as error:
                 pause_s = attempts.pause_s(error, loop.time())
                 if pause_s is None:
                     raise
             await asyncio.sleep(pause_s)
 
-    async def _attempt(self, call: Call[A], batched: Verb[Any, Any] | None, timeout_s: float) -> A:
+    async def _attempt(self, call: Call[A], batched: Verb[Any, Any] | None, attempts: Attempts) -> A:
         started_s = time.monotonic()
         answered = False
         try:
-            connection = await self._connection(batched)
+            connection = await self._connection(batched, attempts)
             self._busy.add(connection)
             try:
                 answer = await connection.exchange(
-                    call.target, call.body, call.request_id, timeout_s, call.content_type
+                    call.target, call.body, call.request_id, attempts.timeout_s, call.content_type
                 )
             finally:
                 self._busy.discard(connection)
@@ -193,28 +194,30 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
         self._release(connection, pooled=batched is None)
         return call.read(answer)
 
-    async def _connection(self, batched: Verb[Any, Any] | None) -> ClientConnection:
+    async def _connection(self, batched: Verb[Any, Any] | None, attempts: Attempts) -> ClientConnection:
         if self._closed:
             raise KmsClosedError("the client is closed")
-        proxied = self._endpoint.proxied
+        proxied, endpoint = self._proxied, attempts.endpoint
         if batched is not None:
             kept = self._batch_connections.get(batched)
             if kept is not None:
-                if kept.usable and (not proxied or kept.is_current):
+                if kept.endpoint is endpoint and kept.usable and (not proxied or kept.is_current):
                     return kept
                 kept.close()
-            connection = self._batch_connections[batched] = await self._open()
+            connection = self._batch_connections[batched] = await self._open(attempts)
             return connection
         fresh_s = asyncio.get_running_loop().time() - POOL_IDLE_S_MAX
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable and connection.idle_since_s >= fresh_s and (not proxied or connection.is_current):
+            usable = connection.endpoint is endpoint and connection.usable and connection.idle_since_s >= fresh_s
+            if usable and (not proxied or connection.is_current):
                 return connection
             connection.close()
-        return await self._open()
+        return await self._open(attempts)
 
-    async def _open(self) -> ClientConnection:
-        connection = await ClientConnection.open(self._endpoint, self._timeout_s)
+    async def _open(self, attempts: Attempts) -> ClientConnection:
+        connect_s = min(attempts.connect_s, self._timeout_s)
+        connection = await ClientConnection.open(attempts.endpoint, connect_s)
         if self._closed:
             connection.close()
             raise KmsClosedError("the client was closed")

@@ -10,8 +10,9 @@ from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from minikms.api import Verb
+from minikms.client.addresses import Addresses, Rounds, split
 from minikms.client.calls import Attempts
-from minikms.client.connecting import Endpoint, SocketEndpoint
+from minikms.client.connecting import SocketEndpoint
 
 POOL_CONNECTIONS_MAX: Final = 16
 """Of one client, beside the two connections that carry batches."""
@@ -40,29 +41,43 @@ class BaseClient:
     ) -> None:
         self._timeout_s = timeout_s
         self._wait_s = wait_s
-        self._endpoint: Endpoint
-        if isinstance(address, str) and "://" in address:
+        each = split(address)
+        self._proxied = isinstance(each[0], str) and "://" in each[0]
+        if self._proxied:
             if server_uids is not None:
                 raise ValueError("`server_uids` is for a socket: a gateway is known by its certificate")
             from minikms.client.tls import TlsEndpoint
 
-            self._endpoint = TlsEndpoint(
-                address, ca=ca, cert=cert, key=key, token_file=token_file, long_lived_cert=long_lived_cert
+            files: dict[str, Any] = {"ca": ca, "cert": cert, "key": key, "token_file": token_file}
+            self._addresses = Addresses(
+                [TlsEndpoint(str(url), **files, long_lived_cert=long_lived_cert) for url in each]
             )
         elif ca or cert or key or token_file or long_lived_cert:
             raise ValueError("`ca`, `cert`, `key`, `token_file` and `long_lived_cert` are for a URL, not for a socket")
         else:
-            self._endpoint = SocketEndpoint(address, server_uids)
+            self._addresses = Addresses([SocketEndpoint(path, server_uids) for path in each])
         self._start()
 
     def _start(self) -> None:
         """Begins without connections."""
 
-    def _attempts(self, verb: Verb[Any, Any], now_s: float) -> Attempts:
-        until_s, full_until_s = now_s + self._wait_s, now_s + self._timeout_s
-        return Attempts(repeatable=verb.repeatable, until_s=until_s, full_until_s=full_until_s)
+    def _attempts(self, verb: Verb[Any, Any], timeout_s: float, now_s: float) -> Attempts:
+        addresses, repeatable, wait_s, full_s = self._addresses, verb.repeatable, self._wait_s, self._timeout_s
+        if len(addresses.endpoints) > 1:
+            return Rounds(addresses, now_s, timeout_s, repeatable=repeatable, wait_s=wait_s, full_s=full_s)
+        return Attempts(addresses.first, now_s, timeout_s, repeatable=repeatable, wait_s=wait_s, full_s=full_s)
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """All, in the order in which they were given."""
+        return [endpoint.address for endpoint in self._addresses.endpoints]
+
+    @property
+    def address(self) -> str:
+        """Where the next call begins: the address that served last, once one has."""
+        return self._addresses.first.address
 
     @property
     def warnings(self) -> Sequence[str]:
-        """What an operator should change about the client's certificate, key and token; known after a call."""
-        return self._endpoint.warnings
+        """What an operator should change about certificate, key, token and untrusted servers; known after a call."""
+        return self._addresses.warnings

@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Final, Generic, NamedTuple, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar, cast, get_args, get_type_hints
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -30,11 +30,15 @@ from minikms.api.errors import (
     KmsUnavailableError,
     RequestInterruptedError,
     ShuttingDownError,
+    StandbyError,
     TooManyError,
     refusal,
 )
 from minikms.client.items import CheckOutcome, DecryptItem, Item, Outcome, Sent, check_id, checked_cost_bytes, invalid
 from minikms.client.wire import JSON, Answer
+
+if TYPE_CHECKING:
+    from minikms.client.connecting import Endpoint
 
 R = TypeVar("R", bound=api.Request)
 A = TypeVar("A")
@@ -353,43 +357,60 @@ def macs(answer: api.MacAnswer, count: int) -> list[bytes]:
 
 
 class Attempts:
-    """When a failed call is made again, and after which pause. `until_s` is when to give up on a daemon that is away
-    (it restarts, its connection broke, it is stopping), `full_until_s` on one that is full, by the caller's clock.
+    """When a failed call is made again, and after which pause. `wait_s` is when to give up on a daemon that is away (it
+    restarts, its connection broke, it is stopping or a standby), `full_s` on one that is full. `now_s` is by the
+    caller's clock. `endpoint` and `timeout_s`: where the next attempt goes, and how long it may take.
 
     A call is repeated only if that is harmless: the verb is repeatable, or the request was certainly not carried out. A
-    timeout, a malformed answer and every other refusal than `shutting_down`, `interrupted` and a 503 `too_many` end the
-    call at once.
+    timeout, a malformed answer and every other refusal than `shutting_down`, `interrupted`, `standby` and a 503
+    `too_many` end the call at once.
     """
 
-    __slots__ = ("_count", "_full_until_s", "_repeatable", "_until_s")
+    __slots__ = ("_count", "_full_until_s", "_repeatable", "_until_s", "endpoint", "timeout_s")
 
-    def __init__(self, *, repeatable: bool, until_s: float, full_until_s: float) -> None:
+    def __init__(
+        self, endpoint: Endpoint, now_s: float, timeout_s: float, *, repeatable: bool, wait_s: float, full_s: float
+    ) -> None:
+        self.endpoint = endpoint
+        self.timeout_s = timeout_s
         self._repeatable = repeatable
-        self._until_s = until_s
-        self._full_until_s = full_until_s
+        self._until_s = now_s + wait_s
+        self._full_until_s = now_s + full_s
         self._count = 0
+
+    @property
+    def connect_s(self) -> float:
+        """How long the next attempt may take to connect."""
+        return self.timeout_s
+
+    def is_harmless(self, error: KmsError) -> bool:
+        """Whether the call may be made again after this error."""
+        if isinstance(error, KmsUnavailableError | RequestInterruptedError):
+            return self._repeatable or not getattr(error, "sent", True)
+        return isinstance(error, ShuttingDownError | StandbyError) or _is_full(error)
 
     def pause_s(self, error: KmsError, now_s: float) -> float | None:
         """How long to wait before the next attempt; None if there must not be one."""
-        until_s, is_full = self._until_s, False
-        if isinstance(error, KmsUnavailableError):
-            harmless = self._repeatable or not error.sent
-        elif isinstance(error, RequestInterruptedError):
-            harmless = self._repeatable
-        elif isinstance(error, TooManyError) and error.status == 503:
-            harmless = is_full = True
-            until_s = self._full_until_s
-        else:
-            harmless = isinstance(error, ShuttingDownError)
-        left_s = until_s - now_s
-        if not harmless or left_s <= 0:
+        is_full = _is_full(error)
+        left_s = (self._full_until_s if is_full else self._until_s) - now_s
+        if left_s <= 0 or not self.is_harmless(error):
             return None
-        self._count += 1
-        longest_s = PAUSE_S_MIN * 2.0 ** min(self._count, 16)
-        if is_full:  # the whole of the pause is random, so that clients that were refused together do not come together
-            pause_s = min(left_s, random.uniform(0.0, min(FULL_PAUSE_S_MAX, longest_s)))  # noqa: S311 - as below
+        if is_full:
+            pause_s = self.random_pause_s(left_s)
             self._until_s += pause_s
             return pause_s
+        self._count += 1
         if self._count == 1:
             return 0.0  # a kept connection that a restarted daemon no longer knows: a fresh one will do
+        longest_s = PAUSE_S_MIN * 2.0 ** min(self._count, 16)
         return min(left_s, min(PAUSE_S_MAX, longest_s) * random.uniform(0.5, 1.0))  # noqa: S311 - spreads clients, protects nothing
+
+    def random_pause_s(self, left_s: float) -> float:
+        """Wholly random, so that clients that were refused together do not come together."""
+        self._count += 1
+        longest_s = min(FULL_PAUSE_S_MAX, PAUSE_S_MIN * 2.0 ** min(self._count, 16))
+        return min(left_s, random.uniform(0.0, longest_s))  # noqa: S311 - as above
+
+
+def _is_full(error: KmsError) -> bool:
+    return isinstance(error, TooManyError) and error.status == 503

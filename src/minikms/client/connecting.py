@@ -61,6 +61,8 @@ def checked_path(path: str | os.PathLike[str]) -> str:
 class Endpoint(ABC):
     """Where a client connects to."""
 
+    address: str
+    """The path or URL, as it was given."""
     origin: bytes = SOCKET_ORIGIN
     """The rest of a request's first line, and the headers that every request has."""
     proxied: bool = False
@@ -120,12 +122,12 @@ class SocketEndpoint(Endpoint):
     """The daemon's Unix socket. Raises ValueError when no socket could be bound at `path`."""
 
     def __init__(self, path: str | os.PathLike[str], server_uids: Collection[int] | None) -> None:
-        self._path = checked_path(path)
+        self.address = checked_path(path)
         self._server_uids = default_server_uids() if server_uids is None else frozenset(server_uids)
 
     def connect(self, timeout_s: float) -> ReadToTheEnd:
         """Non-blocking."""
-        return connect(self._path, self._server_uids)
+        return connect(self.address, self._server_uids)
 
     def lost(self, error: Exception | None, *, sent: bool, sock: socket.socket | None = None) -> KmsError:
         # The daemon begins whole requests only.

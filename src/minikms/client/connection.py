@@ -22,7 +22,7 @@ class ClientConnection(asyncio.Protocol):
     """Made by `ClientConnection.open`. `usable` is false once nothing may be sent on it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._ended_by: Exception | None = None
         self._transport: asyncio.Transport | None = None
         self._parser: AnswerParser | None = None
@@ -46,7 +46,7 @@ class ClientConnection(asyncio.Protocol):
     @property
     def is_current(self) -> bool:
         """Whether the files that TLS needs are as they were when it was opened. Raises KmsError."""
-        return self._transport is not None and self._endpoint.is_current(self._transport.get_extra_info("ssl_object"))
+        return self._transport is not None and self.endpoint.is_current(self._transport.get_extra_info("ssl_object"))
 
     async def exchange(
         self,
@@ -62,10 +62,10 @@ class ClientConnection(asyncio.Protocol):
         if self._refused is not None:
             return self._refused
         if transport is None or not self.usable:
-            raise self._endpoint.lost(self._ended_by, sent=False)
+            raise self.endpoint.lost(self._ended_by, sent=False)
         try:
             length = None if body is None else len(body)
-            head = request_head(target, length, request_id, content_type, self._endpoint.origin)
+            head = request_head(target, length, request_id, content_type, self.endpoint.origin)
             self._parser = AnswerParser()
             self._waiter = asyncio.get_running_loop().create_future()
             if isinstance(body, bytearray):  # holds a key: joining would leave a copy that is not zeroed
@@ -121,7 +121,7 @@ class ClientConnection(asyncio.Protocol):
         if exc is not None and self._sock is not None:
             with contextlib.suppress(OSError):  # uvloop does not read once a send fails; its socket is still open
                 self.data_received(self._sock.recv(HEAD_BYTES_MAX))
-        self._finish(self._endpoint.lost(exc, sent=True, sock=self._sock))
+        self._finish(self.endpoint.lost(exc, sent=True, sock=self._sock))
 
     def _finish(self, result: Answer | KmsError) -> None:
         waiter, self._waiter = self._waiter, None

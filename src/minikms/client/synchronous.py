@@ -20,8 +20,8 @@ from typing import Any, Final, Self, TypeVar, cast
 
 from minikms.api.errors import KmsClosedError, KmsError, KmsTimeoutError
 from minikms.client.base import POOL_CONNECTIONS_MAX, BaseClient
-from minikms.client.calls import Call, check_proxied
-from minikms.client.connecting import POOL_IDLE_S_MAX
+from minikms.client.calls import Attempts, Call, check_proxied
+from minikms.client.connecting import POOL_IDLE_S_MAX, Endpoint
 from minikms.client.verbs import BlockingRunner, Many, One, Operation, Verbs
 from minikms.client.wire import Answer, AnswerParser, request_head
 
@@ -45,7 +45,7 @@ class Client(BaseClient, Verbs, BlockingRunner):
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._idle: list[tuple[float, socket.socket]] = []
+        self._idle: list[tuple[float, socket.socket, Endpoint]] = []
         self._closed = False
         _clients.add(self)
 
@@ -62,7 +62,7 @@ class Client(BaseClient, Verbs, BlockingRunner):
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for _since_s, sock in idle:
+        for _since_s, sock, _endpoint in idle:
             sock.close()
 
     def _begin_in_child(self) -> None:
@@ -71,7 +71,7 @@ class Client(BaseClient, Verbs, BlockingRunner):
         """
         self._lock = threading.Lock()
         idle, self._idle = self._idle, []
-        for _since_s, sock in idle:
+        for _since_s, sock, _endpoint in idle:
             sock.close()
 
     # --- exchanges ---
@@ -82,45 +82,46 @@ class Client(BaseClient, Verbs, BlockingRunner):
         return self._run_one(cast("One[T]", operation))
 
     def _run_one(self, one: One[T]) -> T:
-        if self._endpoint.proxied:
+        if self._proxied:
             check_proxied(one.verb)
         call = one.call()
         timeout_s = self._timeout_s if one.timeout_s is None else one.timeout_s
-        attempts = self._attempts(one.verb, time.monotonic())
+        attempts = self._attempts(one.verb, timeout_s, time.monotonic())
         try:
             while True:
                 try:
-                    return one.value(call.read(self._exchange(call, timeout_s)))
+                    return one.value(call.read(self._exchange(call, attempts)))
                 except KmsError as error:
-                    pause_s = None if call.is_wiped else attempts.pause_s(error, time.monotonic())
-                    if pause_s is None:
+                    pause_s = attempts.pause_s(error, time.monotonic())
+                    if pause_s is None or call.is_wiped:
                         raise
                 time.sleep(pause_s)
         finally:
             call.wipe()
 
-    def _exchange(self, call: Call[Any], timeout_s: float) -> Answer:
-        sock = self._connection(timeout_s)
+    def _exchange(self, call: Call[Any], attempts: Attempts) -> Answer:
+        endpoint, timeout_s = attempts.endpoint, attempts.timeout_s
+        sock = self._connection(endpoint, attempts)
         try:
-            answer = _exchange(sock, call, time.monotonic() + timeout_s, self._endpoint.origin)
+            answer = _exchange(sock, call, time.monotonic() + timeout_s, endpoint.origin)
         except TimeoutError:
             sock.close()
             raise KmsTimeoutError(f"the key service did not answer within {timeout_s:g} s") from None
         except OSError as error:
-            lost = self._endpoint.lost(error, sent=True, sock=sock)
+            lost = endpoint.lost(error, sent=True, sock=sock)
             sock.close()
             raise lost from error
         except BaseException:
             sock.close()
             raise
         if answer.reusable:
-            self._release(sock)
+            self._release(sock, endpoint)
         else:
             sock.close()
         return answer
 
-    def _connection(self, timeout_s: float) -> socket.socket:
-        proxied = self._endpoint.proxied
+    def _connection(self, endpoint: Endpoint, attempts: Attempts) -> socket.socket:
+        proxied = self._proxied
         fresh_s = time.monotonic() - POOL_IDLE_S_MAX
         while True:
             with self._lock:
@@ -128,16 +129,17 @@ class Client(BaseClient, Verbs, BlockingRunner):
                     raise KmsClosedError("the client is closed")
                 if not self._idle:
                     break
-                since_s, sock = self._idle.pop()
-            if since_s >= fresh_s and not _has_input(sock) and (not proxied or self._endpoint.is_current(sock)):
+                since_s, sock, kept = self._idle.pop()
+            usable = kept is endpoint and since_s >= fresh_s and not _has_input(sock)
+            if usable and (not proxied or endpoint.is_current(sock)):
                 return sock
             sock.close()
-        return self._endpoint.connect(timeout_s)
+        return endpoint.connect(attempts.connect_s)
 
-    def _release(self, sock: socket.socket) -> None:
+    def _release(self, sock: socket.socket, endpoint: Endpoint) -> None:
         with self._lock:
             if not self._closed and len(self._idle) < POOL_CONNECTIONS_MAX:
-                self._idle.append((time.monotonic(), sock))
+                self._idle.append((time.monotonic(), sock, endpoint))
                 return
         sock.close()
 

@@ -84,7 +84,7 @@ class TlsEndpoint(Endpoint):
         token_file: Path | None = None,
         long_lived_cert: bool = False,
     ) -> None:
-        self._url = url
+        self.address = url
         self._host, self._port = parse_url(url)
         if ca is None:
             raise ValueError("a URL needs `ca`, the file of the CAs that sign the gateway's certificate")
@@ -107,7 +107,7 @@ class TlsEndpoint(Endpoint):
         self._origin = b"" if self._token_file else self._host_lines
 
     def __repr__(self) -> str:
-        return f"TlsEndpoint({self._url!r})"
+        return f"TlsEndpoint({self.address!r})"
 
     @property
     def warnings(self) -> list[str]:  # type: ignore[override]  # of the socket there are none
@@ -269,19 +269,21 @@ class TlsEndpoint(Endpoint):
             return refused
         if isinstance(error, ssl.SSLCertVerificationError):
             return KmsUntrustedServerError(
-                f"{self._url} does not prove to be the gateway: {error.verify_message}; nothing was sent. The CA file "
-                f"{self._ca} must hold the CA of its certificate, and the certificate must name {self._host}"
+                f"{self.address} does not prove to be the gateway: {error.verify_message}; nothing was sent. The CA "
+                f"file {self._ca} must hold the CA of its certificate, and the certificate must name {self._host}"
             )
         if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-            return KmsUnavailableError(f"{self._url} closed the connection before TLS was established")
+            return KmsUnavailableError(f"{self.address} closed the connection before TLS was established")
         if isinstance(error, ssl.SSLError):
-            return KmsProtocolError(f"{self._url} does not speak TLS 1.3: {_reason(error)}. Is it the gateway's port?")
+            return KmsProtocolError(
+                f"{self.address} does not speak TLS 1.3: {_reason(error)}. Is it the gateway's port?"
+            )
         if isinstance(error, socket.gaierror):
             text = f"the host {self._host} is not known ({error.strerror}): check the URL, and how this machine"
             return KmsUnavailableError(f"{text} resolves names")
         reason = f"no connection within {timeout_s:g} s" if isinstance(error, TimeoutError) else _reason(error)
         return KmsUnavailableError(
-            f"no gateway answers at {self._url}: {reason}. Check the URL, and that minikms-gateway runs there"
+            f"no gateway answers at {self.address}: {reason}. Check the URL, and that minikms-gateway runs there"
         )
 
     def _refused(self, error: Exception | None) -> KmsCredentialsError | None:
@@ -296,7 +298,7 @@ class TlsEndpoint(Endpoint):
             what = f"the certificate {self._pair[0]}: replace it, or have its CA added to the gateway's [[client_ca]]"
         also = "".join(f". Beside that, {trouble}" for trouble in self._troubles())
         meaning = alert.lower().replace("_", " ")
-        return KmsCredentialsError(f"{self._url} refuses this client ({meaning}), which has {what}{also}")
+        return KmsCredentialsError(f"{self.address} refuses this client ({meaning}), which has {what}{also}")
 
 
 class TlsSocket(ssl.SSLSocket):

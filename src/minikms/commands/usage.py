@@ -11,6 +11,7 @@ every start of a command imports it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from cyclopts import Argument, CycloptsError
     from cyclopts.help import HelpPanel
     from rich.console import Console, ConsoleOptions
+
+    from minikms.client import Client
 
     PathText = str
     RootSource = str
@@ -130,6 +133,17 @@ def found_socket(given: str | None, *, look: bool = True) -> str | None:
         return None
     say_chosen("--socket", places[0])
     return places[0]
+
+
+def found_serving(kms: Client) -> str | None:
+    """Of several addresses the one that serves. A sealed host answers other calls than `ready` too."""
+    from minikms.api.errors import SealedError
+
+    if len(kms.addresses) == 1:
+        return None
+    with contextlib.suppress(SealedError):
+        kms.ready()
+    return kms.address
 
 
 def say_chosen(flag: str, path: str) -> None:

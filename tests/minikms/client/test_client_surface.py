@@ -116,13 +116,10 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
             [result] = use(server.path, call)
             assert not isinstance(result, Exception), result
             assert server.requests[0].startswith(line)
-    verbs = {name for name in dir(Client) if not name.startswith("_")} - {"close", "warnings"}
+    others = {"address", "addresses", "close", "on_exchange", "warnings"}
+    verbs = {name for name in dir(Client) if not name.startswith("_")} - others
     assert verbs == {call[0] for call, _, _ in exchanges}
-    assert verbs == {name for name in dir(AsyncClient) if not name.startswith("_")} - {
-        "close",
-        "on_exchange",
-        "warnings",
-    }
+    assert verbs == {name for name in dir(AsyncClient) if not name.startswith("_")} - others
 
 
 def test_more_items_than_a_request_takes_are_split_and_come_back_in_order(use: Use, daemon_socket: str) -> None:
