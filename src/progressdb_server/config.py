@@ -24,8 +24,6 @@ from minikms.processes.config_file import has_nul
 ENVIRONMENT_PREFIX: Final = "PROGRESSDB_"
 CONFIG_BYTES_MAX: Final = 1024 * 1024
 API_KEY_CHARS_MAX: Final = 256
-UNIX_PATH_BYTES_MAX: Final = 107
-"""The longest path of a Unix socket: `sun_path` of unix(7) without its NUL."""
 
 BODY_BYTES: Final = 128 * 1024 * 1024
 BODY_BYTES_MIN: Final = 16 * 1024 * 1024
@@ -146,6 +144,7 @@ class Kms(_Section, frozen=True):
     provider: Literal["minikms", "local"] = "minikms"
     """`local`: the key service runs in this process; refused without `server.dev`."""
     socket: str = ""
+    """A path, or several with commas between them."""
     data_dir: str = ""
     binary: str = ""
     spawn: bool = True
@@ -153,7 +152,7 @@ class Kms(_Section, frozen=True):
     server_uids: tuple[Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)], ...] = ()
     """User ids that may serve the socket. Empty: the one of this process, and root."""
     url: str = ""
-    """Of a gateway on another host. No key service is spawned then."""
+    """Of a gateway on another host, or of several. No key service is spawned then."""
     ca: str = ""
     cert: str = ""
     key: str = ""
@@ -232,8 +231,9 @@ class Config(_Section, frozen=True):
         return Path(self.kms.data_dir) if self.kms.data_dir else Path(self.storage.db_path) / "kms"
 
     @property
-    def kms_socket(self) -> Path:
-        return Path(self.kms.socket) if self.kms.socket else Path(self.storage.db_path) / "run" / "minikms.sock"
+    def kms_socket(self) -> str | Path:
+        """As clients take it. A comma separates addresses in a text only, not in the path of the data."""
+        return self.kms.socket or Path(self.storage.db_path) / "run" / "minikms.sock"
 
     @property
     def kms_is_exclusive(self) -> bool:
@@ -568,16 +568,14 @@ def check(config: Config, *, with_data: bool = True) -> None:
     _check_durations(config)
     if config.kms.url:
         _check_url(config)
+        _check_addresses(config)
         return
     of_a_url = next((name for name in (*_FILES_OF_A_URL, "long_lived_cert") if getattr(config.kms, name)), None)
     if of_a_url is not None:
         raise ConfigError(f"kms.{of_a_url} is for a key service on another host: give its kms.url too")
-    socket_bytes = len(str(config.kms_socket).encode())
-    if socket_bytes > UNIX_PATH_BYTES_MAX:
-        raise ConfigError(
-            f"the path of the key service's socket has {socket_bytes} bytes, and the limit is {UNIX_PATH_BYTES_MAX}: "
-            "give a shorter one with PROGRESSDB_KMS_SOCKET or kms.socket"
-        )
+    if "," in config.kms.socket and (config.kms.spawn or config.kms.provider == "local"):
+        raise ConfigError("kms.socket names several key services, none of which is started here: set kms.spawn = false")
+    _check_addresses(config)
 
 
 def _check_store(config: Config) -> None:
@@ -604,12 +602,16 @@ def _check_url(config: Config) -> None:
         raise ConfigError(
             "rotation.destroy_old_after needs the key service's socket: no gateway takes a request to destroy a key"
         )
+
+
+def _check_addresses(config: Config) -> None:
     from minikms.client import Client  # only here: it loads TLS
 
     try:
         Client(**config.kms_client).close()
     except ValueError as error:
-        raise ConfigError(f"kms.url: {error}") from None
+        setting = "kms.url" if config.kms.url else "kms.socket (PROGRESSDB_KMS_SOCKET)"
+        raise ConfigError(f"{setting}: {error}") from None
 
 
 def _check_durations(config: Config) -> None:

@@ -2,8 +2,8 @@
 
 Owns: the histogram of this process, and what the store and the key service are counted by. Invariants: numbers are
 plain ones, changed in the event loop's thread and read at a scrape, since the library's own take a lock for each
-change; labels are fixed words (verbs, states, results), never an id or content. It must never ask the store or the key
-service anything but the gauges that were registered here.
+change; labels are fixed words (verbs, states, results) or addresses of the configuration, never an id or content. It
+must never ask the store or the key service anything but the gauges that were registered here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -113,7 +113,10 @@ class _Exchanges:
 class KmsMetrics(Collector):
     """Exchanges with the key service, and what it last reported of itself (its status, asked every few seconds)."""
 
-    def __init__(self) -> None:
+    def __init__(self, addresses: Sequence[str] = ()) -> None:
+        self.addresses = addresses
+        self.address = ""
+        """The one that served last, if the key service reported its status the last time."""
         self._verbs: dict[str, _Exchanges] = {}
         self._up = self._sealed = False
         self.exclusive = self.behind_gateway = False
@@ -142,6 +145,7 @@ class KmsMetrics(Collector):
 
     def lost(self) -> None:
         self._up = self._sealed = False
+        self.address = ""
 
     def collect(self) -> Iterator[Metric]:
         latency = HistogramMetricFamily(
@@ -167,6 +171,12 @@ class KmsMetrics(Collector):
         yield GaugeMetricFamily(
             "progressdb_kms_gateway", "1 if the key service is behind a gateway (kms.url).", value=self.behind_gateway
         )
+        serving = GaugeMetricFamily(
+            "progressdb_kms_serving", "1 for the address of the key service that serves.", labels=["address"]
+        )
+        for address in self.addresses:
+            serving.add_metric([address], address == self.address)
+        yield serving
         if self.last_status is not None:
             keys = self.last_status.keys
             by_state = GaugeMetricFamily("progressdb_kms_keys", "Keys by state, as last seen.", labels=["state"])

@@ -23,7 +23,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from minikms import api
-from minikms.client import AsyncClient, KmsError
+from minikms.client import KmsError
 from minikms.platform import process_metrics
 from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.logs import structlog
@@ -135,7 +135,7 @@ def check_key_source(config: Config, *, has_master_key: bool) -> None:
 def child_options(config: Config, master_key_fd: int | None) -> ChildOptions:
     has_key = master_key_fd is not None or bool(config.kms.master_key_file)
     return ChildOptions(
-        socket_path=str(config.kms_socket),
+        socket_path=config.kms_socket,
         data_dir=str(config.kms_data_dir),
         binary=config.kms.binary or None,
         dev=config.server.dev and not has_key,
@@ -242,9 +242,9 @@ def _status_of(
     """The key service's status, by a client that does not wait for one that is away."""
     if not isinstance(provider, RemoteProvider):
         return provider.status
-    client = AsyncClient(**config.kms_client, timeout_s=STATUS_TIMEOUT_S, wait_s=STATUS_WAIT_S)
+    client = RemoteProvider(**config.kms_client, timeout_s=STATUS_TIMEOUT_S, wait_s=STATUS_WAIT_S)
     started.push_async_callback(client.close)
-    return client.status
+    return client.serving_status
 
 
 async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, Opened]) -> Opened | None:
@@ -334,8 +334,6 @@ async def _open_gateway(config: Config, started: AsyncExitStack) -> RemoteProvid
     except KmsError as error:
         raise ServeError(str(error)) from None
     _log.info("the key service is behind a gateway", url=config.kms.url, exclusive=config.kms_is_exclusive)
-    for text in provider.warnings:
-        _log.warning(text)
     return provider
 
 

@@ -91,6 +91,9 @@ def test_everything_is_in_the_one_directory_unless_told_otherwise() -> None:
     environment = {"PROGRESSDB_KMS_DATA_DIR": "/var/lib/kms", "PROGRESSDB_KMS_SOCKET": "/run/kms.sock"}
     config = config_of(environment=environment)
     assert (str(config.kms_data_dir), str(config.kms_socket)) == ("/var/lib/kms", "/run/kms.sock")
+    several = config_of(environment={"PROGRESSDB_KMS_SOCKET": "/a,/b", "PROGRESSDB_KMS_SPAWN": "0"})
+    assert several.kms_client == {"address": "/a,/b", "server_uids": None}
+    assert config_of({"storage.db_path": "/srv/a,b"}).kms_socket == Path("/srv/a,b/run/minikms.sock")
 
 
 @pytest.mark.parametrize(("text", "name"), [(YAML, "c.yaml"), (YAML, "c.yml"), (TOML, "c.toml")])
@@ -213,6 +216,7 @@ def test_a_key_service_behind_a_gateway_takes_a_url_and_files() -> None:
         ("ROTATION_DESTROY_OLD_AFTER", "7d", "no gateway takes a request to destroy a key"),
         ("KMS_URL", "http://kms.internal", "begins with https://"),
         ("KMS_URL", "https://kms.internal/path", "without a path"),
+        ("KMS_URL", "https://a,/b", "kms.url: several addresses are all paths of sockets, or all URLs"),
         ("KMS_CA", "", "a URL needs `ca`"),
         ("KMS_KEY", "", "`cert` and `key` belong together"),
         ("KMS_URL", "", "give its kms.url too"),
@@ -362,7 +366,9 @@ def test_an_error_in_a_file_is_explained_without_quoting_it(tmp_path: Path) -> N
         ("API_ADMIN_KEYS", "ok,ok", "security.api_keys.admin, key 2, is also a admin key"),
         ("API_ADMIN_KEYS", "x" * 257, "security.api_keys.admin, key 1,"),
         ("LOG_LEVEL", "loud", "logging.level"),
-        ("KMS_SOCKET", "/" + "x" * 107, "has 108 bytes, and the limit is 107"),
+        ("KMS_SOCKET", "/" + "x" * 107, "(PROGRESSDB_KMS_SOCKET): a socket path has 1 to 107 bytes"),
+        ("KMS_SOCKET", "/a,/b", "kms.socket names several key services, none of which is started here"),
+        ("KMS_SOCKET", "/a," * 8 + "/b", "kms.spawn = false"),
     ],
 )
 def test_a_value_that_breaks_a_rule_stops_the_start_with_the_reason(name: str, text: str, reason: str) -> None:

@@ -18,7 +18,7 @@ from minikms import api
 from minikms.api.errors import KmsError
 from minikms.client import Client
 from minikms.commands.output import counted, print_result
-from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch, found_socket
+from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch, found_serving, found_socket
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import ConfigFile, ConfiguredUrl, Db, Json, load_config
 from progressdb_server.config import Config
@@ -104,6 +104,8 @@ def _ask_key_service(config: Config, section: dict[str, Any]) -> int:
     section["exclusive"] = config.kms_is_exclusive
     try:
         with Client(**config.kms_client, timeout_s=KMS_TIMEOUT_S, wait_s=KMS_WAIT_S) as kms:
+            if (serving := found_serving(kms)) is not None:
+                section["serving"] = serving
             answer = kms.status()
     except (KmsError, ValueError) as error:
         section |= {"status": "away", "error": str(error)}
@@ -126,7 +128,7 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         yield f"  problem    {problem}"
     if "error" in server:
         yield f"  error      {server['error']}"
-    place = kms.get("url") or kms.get("socket")
+    place = kms.get("serving") or kms.get("url") or kms.get("socket")
     yield f"key service  {kms['status']}" + (f": {place}" if place else "")
     if "epoch" in kms:
         by_state = kms["keys"]["by_state"].items() if "keys" in kms else ()  # a gateway does not tell

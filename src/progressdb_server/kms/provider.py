@@ -9,6 +9,7 @@ Invariants: items and errors are those of `minikms.client`; a failure is raised 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -17,8 +18,9 @@ from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
 from minikms import api
-from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError
+from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
 from minikms.client import AsyncClient, DecryptItem, EncryptItem, ReencryptItem
+from minikms.platform.logs import structlog
 from progressdb_server.metrics import KmsMetrics
 
 WAIT_S: Final = 5.0
@@ -39,6 +41,7 @@ class Fault(enum.Enum):
     REQUEST = enum.auto()
 
 
+_log: Final = structlog.get_logger("progressdb.kms")
 _CODES_OF_THE_SERVICE: Final = frozenset(
     {
         api.CODE_UNAUTHORIZED,
@@ -49,6 +52,7 @@ _CODES_OF_THE_SERVICE: Final = frozenset(
         api.CODE_INTERRUPTED,
         api.CODE_TIMEOUT,
         api.CODE_SEALED,
+        api.CODE_STANDBY,
         api.CODE_LIMIT_EXCEEDED,
         api.CODE_INTERNAL,
     }
@@ -170,19 +174,35 @@ class RemoteProvider(AsyncClient):
     """miniKMS at a socket, or behind a gateway: `kms_client` of the configuration."""
 
     def __init__(self, address: str | os.PathLike[str], **arguments: Any) -> None:
-        self.metrics = KmsMetrics()
-        super().__init__(address, timeout_s=TIMEOUT_S, wait_s=WAIT_S, **arguments)
+        super().__init__(address, **{"timeout_s": TIMEOUT_S, "wait_s": WAIT_S, **arguments})
+        self.metrics = KmsMetrics(self.addresses)
         self.on_exchange = self.metrics.exchanged
+        self._logged: Sequence[str] = ()
+        self._served = self.address
 
     async def status(self) -> api.StatusAnswer:
         try:
-            status = await super().status()
+            status = await self.serving_status()
         except KmsError as error:
             if not isinstance(error, LimitExceededError):
                 self.metrics.lost()
             raise
+        finally:
+            for text in set(self.warnings).difference(self._logged):
+                _log.warning(text)
+            self._logged = self.warnings
         self.metrics.seen(status)
+        if self.address != self._served:
+            _log.warning("kms_address_changed", address=self.address, before=self._served)
+        self._served = self.metrics.address = self.address
         return status
+
+    async def serving_status(self) -> api.StatusAnswer:
+        """Of the address that serves. A sealed host answers this too: `ready` leaves it if another one serves."""
+        if len(self.addresses) > 1:
+            with contextlib.suppress(SealedError):
+                await self.ready()
+        return await super().status()
 
 
 class LocalProviderError(Exception):

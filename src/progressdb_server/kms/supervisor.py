@@ -79,7 +79,7 @@ class ChildOptions:
     `master_key_file` and `master_key_fd` is given; neither leaves it to `dev` or to a start that is refused.
     """
 
-    socket_path: str
+    socket_path: str | os.PathLike[str]
     data_dir: str
     binary: str | None = None
     dev: bool = False
@@ -242,7 +242,7 @@ class Supervisor:
         self._on_lost = on_lost
         self._key_closed = False
         self._health = AsyncClient(options.socket_path, server_uids=server_uids, timeout_s=HEALTH_TIMEOUT_S, wait_s=0.0)
-        self._log = structlog.get_logger("progressdb.kms").bind(socket=options.socket_path)
+        self._log = structlog.get_logger("progressdb.kms").bind(socket=os.fspath(options.socket_path))
         self._task: asyncio.Task[None] | None = None
         self._child: Child | None = None
         self._reason = ""

@@ -235,7 +235,10 @@ class Viewer:
         """Show the status of the key service, or its last status."""
         problem = await self._readiness.key_service.problem()
         kms = self._readiness.kms
-        return _page("status", session, status=kms.last_status, seen_ns=kms.last_status_ns, problem=problem)
+        address = kms.address if len(kms.addresses) > 1 else ""
+        return _page(
+            "status", session, status=kms.last_status, seen_ns=kms.last_status_ns, problem=problem, address=address
+        )
 
     async def _opened(self, read: Callable[[bool], Awaitable[Shown]]) -> tuple[Shown, str]:
         """What a page shows, and what is wrong with the key service. If something is, `read(False)` shows what is
