@@ -15,6 +15,7 @@ from typing import Self
 import pytest
 
 from tests import needs
+from tests.harness.nginx import CONFIGURATION
 from tests.harness.ports import free_port
 from tests.harness.waiting import WAIT_S_MAX, wait_until
 from tests.progressdb_server.api.asgi_client import BACKEND
@@ -23,21 +24,6 @@ from tests.progressdb_server.api.real_server import RealServer
 PAGE = Path(__file__).parents[2] / "docs" / "several-servers.md"
 CLIENTS = 3
 DRAIN = {"PROGRESSDB_DRAIN": "2s"}
-NGINX = """
-daemon off;
-pid {directory}/nginx.pid;
-error_log {directory}/error.log;
-events {{}}
-http {{
-  access_log off;
-  client_body_temp_path {directory}/body;
-  proxy_temp_path {directory}/proxy;
-  fastcgi_temp_path {directory}/fastcgi;
-  uwsgi_temp_path {directory}/uwsgi;
-  scgi_temp_path {directory}/scgi;
-  {block}
-}}
-"""
 
 
 @contextlib.contextmanager
@@ -46,7 +32,7 @@ def balancer(name: str, directory: Path, port: int, servers: list[int]) -> Itera
     text = re.search(r"(?ms)^## Load balancer$(.*?)^## ", PAGE.read_text("utf-8"))
     assert text is not None
     haproxy, nginx = re.findall(r"(?ms)^```\n(.*?)^```$", text[1])
-    block = haproxy if name == "haproxy" else NGINX.format(directory=directory, block=nginx)
+    block = haproxy if name == "haproxy" else CONFIGURATION.format(directory=directory, block=nginx)
     for documented, own in zip((8000, 8081, 8082), (port, *servers), strict=True):
         assert str(documented) in block
         block = block.replace(f":{documented}", f":{own}")

@@ -12,23 +12,12 @@ import pytest
 from progressdb_server.api.gate.access import Proxies
 from progressdb_server.config import Server
 from tests import needs
+from tests.harness.nginx import CONFIGURATION
 from tests.harness.waiting import WAIT_S_MAX, wait_until
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, Api
 from tests.progressdb_server.api.http_server import running
 
-CONFIGURATION = """
-daemon off;
-master_process off;
-pid {directory}/nginx.pid;
-error_log {directory}/error.log;
-events {{}}
-http {{
-  access_log off;
-  client_body_temp_path {directory}/body;
-  proxy_temp_path {directory}/proxy;
-  fastcgi_temp_path {directory}/fastcgi;
-  uwsgi_temp_path {directory}/uwsgi;
-  scgi_temp_path {directory}/scgi;
+SERVED = """
   server {{
     listen 127.0.0.1:{port};
     location /admin {{ deny all; }}
@@ -40,7 +29,6 @@ http {{
       proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
     }}
   }}
-}}
 """
 PROXY = Server(proxies=("127.0.0.1",))
 CLIENT = "127.0.0.2"
@@ -68,7 +56,8 @@ def nginx(directory: Path, upstream: int) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     configuration = directory / "nginx.conf"
-    configuration.write_text(CONFIGURATION.format(directory=directory, port=port, upstream=upstream))
+    block = SERVED.format(port=port, upstream=upstream)
+    configuration.write_text(CONFIGURATION.format(directory=directory, block=block))
     command = [program, "-e", str(directory / "error.log"), "-p", str(directory), "-c", str(configuration)]
     running_nginx = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
