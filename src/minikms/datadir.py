@@ -167,12 +167,7 @@ def lock_data_dir(directory: str, audit_dir: str | None = None) -> DataDirLock:
 
 
 def open_for_service(
-    lock: DataDirLock,
-    root: RootProvider,
-    *,
-    arena: SecretArena,
-    disk: Executor,
-    options: Options = DEFAULT_OPTIONS,
+    lock: DataDirLock, root: RootProvider, *, arena: SecretArena, disk: Executor, options: Options = DEFAULT_OPTIONS
 ) -> DataDir:
     """Opens the directory of `lock_data_dir`, or makes its first keyring, and raises the epoch.
 
@@ -233,12 +228,7 @@ def open_for_service(
         stamp = clock.stamp(clock.now_ns())
         with written_at_start(os.path.join(directory, journal.NAME)):
             replayed = journal.replay(
-                lock.directory_fd,
-                store,
-                kept,
-                destroyed=destroyed,
-                has_kek=unlocked.body.has_kek,
-                stamp=stamp,
+                lock.directory_fd, store, kept, destroyed=destroyed, has_kek=unlocked.body.has_kek, stamp=stamp
             )
         vault = Vault(
             arena=arena,

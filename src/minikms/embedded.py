@@ -20,12 +20,7 @@ from typing import Any, Final, TypeVar, cast
 import msgspec
 
 from minikms import api
-from minikms.api.errors import (
-    AuditUnavailableError,
-    KmsClosedError,
-    NotFoundError,
-    StartError,
-)
+from minikms.api.errors import AuditUnavailableError, KmsClosedError, NotFoundError, StartError
 from minikms.audit import AuditLog, Event
 from minikms.client.calls import Call
 from minikms.client.verbs import AsyncRunner, Many, One, Operation, Verbs

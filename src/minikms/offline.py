@@ -78,11 +78,7 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
     with _opened_offline(directory, root, "the audit key changes") as (file, unlocked, log):
         last = log.sign_and_sync()
         key = unlocked.make_audit_key(
-            fill_random,
-            version=unlocked.body.audit_key.version + 1,
-            at=_now(),
-            since_seq=last.seq,
-            since_sig=last.sig,
+            fill_random, version=unlocked.body.audit_key.version + 1, at=_now(), since_seq=last.seq, since_sig=last.sig
         )
         body = keyring.add_audit_key(unlocked.body, key, at=_now())
         file.store_now(unlocked.encode(body))

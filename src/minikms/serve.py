@@ -35,12 +35,7 @@ from minikms.daemon.seal.seal import SealableServer
 from minikms.daemon.settings import Settings
 from minikms.daemon.sockets import UnixListener, listen
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir
-from minikms.http.accepting import (
-    DESCRIPTORS_COUNT,
-    Acceptor,
-    bound_warning,
-    connections_bound,
-)
+from minikms.http.accepting import DESCRIPTORS_COUNT, Acceptor, bound_warning, connections_bound
 from minikms.memory.arena import SecretArena
 from minikms.memory.process import Measure, harden, interpreter_paths
 from minikms.memory.signals import SignalReader

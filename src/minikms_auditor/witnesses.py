@@ -50,8 +50,6 @@ class Submission(NamedTuple):
 
 
 class Client:
-    """One witness."""
-
     def __init__(self, witness: Witness, files: Files) -> None:
         """Raises StartError."""
         self.url = witness.url
@@ -136,8 +134,6 @@ class Round(NamedTuple):
 
 
 class Witnesses:
-    """All witnesses of a configuration."""
-
     def __init__(self, configured: Sequence[Witness], files: Files) -> None:
         """Raises StartError."""
         self.clients = tuple(Client(witness, files) for witness in configured)

@@ -207,7 +207,7 @@ class Gateway:
 
     def handle(self, session: Session, request: Request) -> Answer:
         head = request.head
-        if _is_health(head):
+        if (head.path, head.method) == (api.HEALTH.path, api.HEALTH.method):
             return HEALTHY
         try:
             self._check_head(head)
@@ -367,10 +367,6 @@ class Gateway:
         answer = transit_error(error) if self._is_transit(head) else raised_response(error)
         answer.close = answer.close or isinstance(error, TooManyConnectionsError)
         return answer
-
-
-def _is_health(head: ParsedHead) -> bool:
-    return head.path == api.HEALTH.path and head.method == api.HEALTH.method
 
 
 def _host(sock: socket.socket) -> str:

@@ -9,14 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from minikms.commands.usage import (
-    EXIT_GOOD,
-    LogFormat,
-    Parameter,
-    RequireHardening,
-    new_helper,
-    run_service,
-)
+from minikms.commands.usage import EXIT_GOOD, LogFormat, Parameter, RequireHardening, new_helper, run_service
 
 app = new_helper(
     "minikms-gateway",

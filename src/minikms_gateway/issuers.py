@@ -137,7 +137,7 @@ class Issuers:
         text = bearer(authorization)
         digest = hashlib.sha256(text.encode("latin-1")).digest()
         known = self._verified.get(digest)
-        if known is not None and self._still_good(known, now):
+        if known is not None and now < known.until and known.kid in self._sources[known.issuer].keys:
             check_binding(known.thumbprint, thumbprint)
             return known
         self._verified.pop(digest, None)
@@ -169,9 +169,6 @@ class Issuers:
                 source.keys = {}
             if source.may_ask(REFRESH_SECONDS if source.keys else FETCH_SECONDS_MIN):
                 self._fetch(source)
-
-    def _still_good(self, known: Verified, now: float) -> bool:
-        return now < known.until and known.kid in self._sources[known.issuer].keys
 
     def _fetch(self, source: _Source) -> None:
         """Ask the issuer in a thread of its own, which nothing waits for."""

@@ -27,12 +27,7 @@ import uvloop
 from minikms.api.errors import StartError
 from minikms.client.connecting import OVERFLOW_UID_FILE
 from minikms.http import LIMITS, HttpServer
-from minikms.http.accepting import (
-    DESCRIPTORS_COUNT,
-    Acceptor,
-    connections_bound,
-    listen_tcp,
-)
+from minikms.http.accepting import DESCRIPTORS_COUNT, Acceptor, connections_bound, listen_tcp
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
 from minikms.memory import NETWORK_PATHS, SignalReader, harden, interpreter_paths
 from minikms.platform import process_metrics
@@ -209,9 +204,7 @@ class _Process:
         )
         self._server = server
         self._tls = TlsServer(
-            server,
-            self._loaded.context,
-            on_failed=lambda error, peer: self._refusals.add(of_handshake(error), peer),
+            server, self._loaded.context, on_failed=lambda error, peer: self._refusals.add(of_handshake(error), peer)
         )
         acceptor = Acceptor(
             self._listener, server, on_failure=self._run.accept_failed, protocol_factory=self._tls.protocol_factory

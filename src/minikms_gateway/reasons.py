@@ -61,7 +61,7 @@ REASONS: Final[tuple[str, ...]] = tuple(
 LINE_SECONDS: Final = 1.0
 ADVICE: Final = {
     "usage": "issue the client's certificate as an end-entity's, with the key usage digitalSignature, without "
-    "keyCertSign and cRLSign, and with clientAuth if it has an extended key usage",
+    "keyCertSign and cRLSign, and with clientAuth if it has an extended key usage"
 }
 """What to change, for the reasons that do not say it themselves."""
 
@@ -128,7 +128,6 @@ class RefusedRequestError(ForbiddenError):
 
 
 def of_handshake(error: Exception | None) -> HandshakeReason:
-    """Why a handshake failed."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return _BY_VERIFY_CODE.get(error.verify_code, "certificate")
     if isinstance(error, ssl.SSLError):

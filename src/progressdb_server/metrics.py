@@ -101,8 +101,6 @@ def _read(read: Callable[[], float]) -> float:
 
 
 class _Exchanges:
-    """Of one verb."""
-
     __slots__ = ("failures", "seconds")
 
     def __init__(self) -> None:

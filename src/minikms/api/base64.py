@@ -23,7 +23,6 @@ encode = b64encode
 
 
 def encode_text(data: bytes) -> str:
-    """The base64 of `data` as text."""
     return b64encode(data).decode("ascii")
 
 

@@ -43,11 +43,7 @@ UNREADABLE_COUNT_MAX: Final = 100_000
 _NAME_BYTES_MAX: Final = 64
 _NAME_LENGTH: Final = struct.Struct(">H")
 _SIZE: Final = struct.Struct(">Q")
-_SIZES: Final = {
-    KEYRING: KEYRING_BYTES_MAX,
-    TOMBSTONES: TOMBSTONES_BYTES_MAX,
-    MANIFEST: MANIFEST_BYTES_MAX,
-}
+_SIZES: Final = {KEYRING: KEYRING_BYTES_MAX, TOMBSTONES: TOMBSTONES_BYTES_MAX, MANIFEST: MANIFEST_BYTES_MAX}
 _KEYS_PLACE: Final = 0
 _PLACES: Final = {KEYRING: 1, TOMBSTONES: 2, MANIFEST: 3}
 """The order of the entries. Those of keys are first, sorted by key id."""
@@ -236,7 +232,6 @@ class ArchiveReader:
 
 
 def dek_entry_name(key_id: str) -> str:
-    """The name of the entry of a key's file."""
     return f"{DEKS}/{key_id}{SUFFIX}"
 
 

@@ -55,11 +55,9 @@ class Ed25519Signer:
         self._seed = seed
 
     def public_key(self) -> bytes:
-        """The 32 raw bytes of the public key."""
         return Ed25519PrivateKey.from_private_bytes(self._seed).public_key().public_bytes_raw()
 
     def sign(self, message: bytes) -> bytes:
-        """The 64-byte signature of `message`."""
         return Ed25519PrivateKey.from_private_bytes(self._seed).sign(message)
 
 

@@ -192,10 +192,7 @@ def _compress(directory: str, plain: str, compressed: str, exclusive: AbstractCo
     target = os.path.join(directory, compressed)
     temporary = target + _TEMPORARY_SUFFIX
     try:
-        with (
-            _open(directory, plain) as source,
-            open(make_log_file(temporary, os.O_RDWR | os.O_TRUNC), "r+b") as file,
-        ):
+        with _open(directory, plain) as source, open(make_log_file(temporary, os.O_RDWR | os.O_TRUNC), "r+b") as file:
             zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True).copy_stream(source, file)
             file.flush()
             _compare(source, file)
@@ -269,11 +266,7 @@ class Maintenance:
     """
 
     def __init__(
-        self,
-        log: AuditLog,
-        *,
-        keep: Retention | None = None,
-        taken_seq: Callable[[], int | None] = lambda: None,
+        self, log: AuditLog, *, keep: Retention | None = None, taken_seq: Callable[[], int | None] = lambda: None
     ) -> None:
         self._log = log
         self._taken_seq = taken_seq

@@ -86,7 +86,6 @@ class VerifierKey(msgspec.Struct, frozen=True):
         return sha256(named).digest()[:KEY_ID_BYTES]
 
     def text(self) -> str:
-        """The vkey: `<name>+<key id in hex>+<base64 of type and key>`."""
         return f"{self.name}+{self.key_id.hex()}+{encode_text(bytes([self.type]) + self.public_key)}"
 
     def is_named_by(self, signature: Signature) -> bool:

@@ -41,13 +41,7 @@ from minikms.cli.console import (
 )
 from minikms.commands.output import NAMED_COUNT_MAX, Progress, name_list, print_json, progress_bar, terminal
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, found_socket
-from minikms.custody import (
-    deks,
-    journal,
-    keyring_file,
-    rotation_backups,
-    tombstone_file,
-)
+from minikms.custody import deks, journal, keyring_file, rotation_backups, tombstone_file
 from minikms.custody.log_directory import log_directory
 from minikms.custody.settled_keys import SettledKey, SettledKeys
 from minikms.datadir import opened_keyring, opened_root
@@ -160,8 +154,6 @@ def _permissions(directory: str) -> Iterator[Diagnosis]:
 
 
 class _Entry:
-    """A name and its `lstat`."""
-
     def __init__(self, name: str, status: os.stat_result) -> None:
         self.name = name
         self.st_mode = status.st_mode
@@ -529,7 +521,6 @@ def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Diagn
 
 
 def status_findings(status: api.StatusAnswer) -> Iterator[Diagnosis]:
-    """The findings in the answer of `GET /status`."""
     for measure in status.hardening:
         if not measure.in_force:
             yield advice("hardening", f"not in force: {measure.measure}", measure.why)

@@ -65,13 +65,7 @@ def check_can_pin(pin: Path) -> None:
 
 
 def hand_out(
-    root: SecretSlot,
-    keyring_id: str,
-    counts: tuple[int, int],
-    directory: Path | None,
-    arena: SecretArena,
-    *,
-    yes: bool,
+    root: SecretSlot, keyring_id: str, counts: tuple[int, int], directory: Path | None, arena: SecretArena, *, yes: bool
 ) -> ShareSet:
     """Makes shares of `root` and gives them to people. Returns what the keyring keeps of them.
 

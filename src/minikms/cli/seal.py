@@ -48,8 +48,7 @@ def seal(*, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = Fals
 def unseal(
     *,
     from_source: Annotated[
-        bool,
-        Parameter(help="Let the daemon read its own source of the root key, such as its key file.", negative=()),
+        bool, Parameter(help="Let the daemon read its own source of the root key, such as its key file.", negative=())
     ] = False,
     status: Annotated[
         bool, Parameter(help="Show whether it is sealed, and which shares it has.", negative=(), show_default=False)

@@ -81,15 +81,15 @@ def ready(
 
 
 def page(answer: api.StatusAnswer) -> Group:
-    """The whole page."""
     from rich.console import Group
     from rich.text import Text
 
     well, sealed = answer.status == "ok", answer.status == "sealed"
+    why = f"{answer.status} ({answer.reason})" if answer.reason else answer.status
     process = f"process {answer.pid}, uid {answer.uid}, " if answer.pid else ""
     lines = [
         Text(
-            f"{'ok' if well else clean(_why_not(answer))}: {process}up {duration(answer.uptime_seconds)}"
+            f"{'ok' if well else clean(why)}: {process}up {duration(answer.uptime_seconds)}"
             + ("" if sealed else f", epoch {answer.epoch}"),
             style="green" if well else "bold red",
         )
@@ -99,7 +99,7 @@ def page(answer: api.StatusAnswer) -> Group:
     unlocked = [
         ("keyring", answer.keyring_id),
         ("root key", _root(answer)),
-        ("KEK", ", ".join(f"version {kek.version} {kek.state}" for kek in answer.keks if _is_live(kek))),
+        ("KEK", ", ".join(f"version {kek.version} {kek.state}" for kek in answer.keks if kek.state != "destroyed")),
         ("rotation", _rotation(answer.rotation)),
         ("keys", _keys(answer.keys)),
         ("audit", _audit(answer.audit)),
@@ -108,7 +108,7 @@ def page(answer: api.StatusAnswer) -> Group:
     facts = [
         *([] if sealed else unlocked),  # a sealed daemon knows none of them
         ("memory", _memory(answer.memory)),
-        ("hardening", _hardening(answer.hardening)),
+        ("hardening", ", ".join(one.measure for one in answer.hardening if one.in_force)),
         ("policy", _policy(answer.policy)),
         ("requests", f"{answer.http.requests:,}, {answer.http.connections} connections"),
     ]
@@ -118,18 +118,10 @@ def page(answer: api.StatusAnswer) -> Group:
     return Group(*lines)
 
 
-def _why_not(answer: api.StatusAnswer) -> str:
-    return f"{answer.status} ({answer.reason})" if answer.reason else answer.status
-
-
 def _warning(text: str) -> Text:
     from rich.text import Text
 
     return Text("  " + clean(text), style="yellow")
-
-
-def _is_live(kek: api.KekStatus) -> bool:
-    return kek.state != "destroyed"
 
 
 def _root(answer: api.StatusAnswer) -> str:
@@ -182,7 +174,3 @@ def _policy(policy: api.PolicyStatus | None) -> str:
     failing = "; THE LAST RELOAD FAILED" if policy.last_error else ""
     age = duration(policy.age_seconds)
     return f"generation {policy.generation}, read {age} ago, SHA-256 {policy.sha256}{exhausted}{failing}"
-
-
-def _hardening(measures: list[api.MeasureStatus]) -> str:
-    return ", ".join(measure.measure for measure in measures if measure.in_force)

@@ -29,15 +29,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms.api.errors import DecryptionError
-from minikms.crypto.aead import (
-    LONG_TEXT_BYTES,
-    NONCE_BYTES,
-    OVERHEAD_BYTES,
-    PREFIX_BYTES,
-    DerivedKeys,
-    Kdf,
-    scrub,
-)
+from minikms.crypto.aead import LONG_TEXT_BYTES, NONCE_BYTES, OVERHEAD_BYTES, PREFIX_BYTES, DerivedKeys, Kdf, scrub
 from minikms.crypto.labels import MAC, aad
 from minikms.memory.arena import SecretArena, SecretSlot
 

@@ -85,10 +85,7 @@ class ArchiveRegister:
 
     def sweep_temps(self) -> None:
         """Removes the temporary files that a crash left, TEMP_AGE_NS_MIN after it. Raises StorageUnavailableError."""
-        with (
-            contextlib.suppress(FileNotFoundError),
-            closed_after(open_directory(self._directory)) as descriptor,
-        ):
+        with contextlib.suppress(FileNotFoundError), closed_after(open_directory(self._directory)) as descriptor:
             sweep_temps(descriptor, age_ns_min=TEMP_AGE_NS_MIN)
 
     def listed(self) -> list[RegisteredArchive]:

@@ -257,7 +257,6 @@ class UnreadableKeys:
         return len(self._reasons)
 
     def key_ids(self) -> frozenset[str]:
-        """All keys of the list."""
         return frozenset(self._reasons)
 
     def listed(self) -> dict[str, str]:

@@ -47,13 +47,7 @@ def keep(directory_fd: int, store: DekStore, unlocked: UnlockedKeyring, index: K
     for column in columns:
         digest.update(column)
     header = _HEADER.pack(
-        MAGIC,
-        unlocked.body.epoch,
-        store.changed_ns(),
-        len(index),
-        len(columns[-1]),
-        index.hash_key,
-        digest.digest(),
+        MAGIC, unlocked.body.epoch, store.changed_ns(), len(index), len(columns[-1]), index.hash_key, digest.digest()
     )
     replace_file_from(directory_fd, NAME, (header, unlocked.tag_of(labels.KEY_INDEX, header), *columns))
 

@@ -26,13 +26,7 @@ from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import StoredKeyring
 from minikms.keys import dek
-from minikms.keys.dek import (
-    KEY_ID_RANDOM_BYTES,
-    UNIX_MS_MAX,
-    DekRecord,
-    key_id_unix_ms,
-    make_key_id,
-)
+from minikms.keys.dek import KEY_ID_RANDOM_BYTES, UNIX_MS_MAX, DekRecord, key_id_unix_ms, make_key_id
 from minikms.keys.index import KeyIndex
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random

@@ -166,12 +166,7 @@ class Vault:
         )
         self.index = index
         self.new_keys = NewKeys(
-            arena=arena,
-            unlocked=unlocked,
-            stored=self.keyring,
-            journal=journal,
-            nonces=nonces,
-            index=self.index,
+            arena=arena, unlocked=unlocked, stored=self.keyring, journal=journal, nonces=nonces, index=self.index
         )
         self.unreadable = UnreadableKeys()
         self.destroyed = destroyed

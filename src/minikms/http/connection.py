@@ -316,7 +316,6 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
         self._app = app
 
     def replace_answers(self, instead: Response) -> None:
-        """Replace the answers that are queued and not written."""
         self._answers = self._replaced(self._answers, instead)
 
     # --- answers ------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def parse_head(raw: bytes, limits: Limits) -> ParsedHead:
     _check_unsupported(fields)
     content_length, chunked = _body_length(fields, method, is_1_1, limits)
     request_id = _request_id(fields)
-    keep_alive = _keep_alive(fields, is_1_1)
+    keep_alive = is_1_1 and b"close" not in _tokens(fields.get(b"connection", b""))
     path, _, query = target.decode("ascii").partition("?")
     return ParsedHead(
         method=method.decode("ascii"),
@@ -283,10 +283,6 @@ def _body_length(fields: dict[bytes, bytes], method: bytes, is_1_1: bool, limits
     if int(length) > limits.body_bytes_max:
         raise RefusedError(BODY_TOO_LARGE)
     return int(length), False
-
-
-def _keep_alive(fields: dict[bytes, bytes], is_1_1: bool) -> bool:
-    return is_1_1 and b"close" not in _tokens(fields.get(b"connection", b""))
 
 
 def _tokens(value: bytes) -> list[bytes]:

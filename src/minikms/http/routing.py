@@ -36,7 +36,6 @@ class Routes(dict[str, Mapping[str, T]]):
 
 
 def path_id(path: str) -> str:
-    """The id in a path that has one."""
     return path.split("/")[2]
 
 

@@ -153,7 +153,6 @@ class HttpServer(Generic[S]):
         return session, self.join(connection, session)
 
     def join(self, connection: ServerConnection[S], session: S) -> Group[S]:
-        """Add the connection to the group of its session."""
         key = self.app.group(session)
         group = self._groups.get(key)
         if group is None:
@@ -163,7 +162,6 @@ class HttpServer(Generic[S]):
         return group
 
     def leave(self, connection: ServerConnection[S], group: Group[S]) -> None:
-        """Take the connection out of a group."""
         group.connections.discard(connection)
         self._forget_unused(group)
 
@@ -208,7 +206,6 @@ class HttpServer(Generic[S]):
             self._groups.pop(group.key, None)
 
     def refuse(self, session: S | None, refusal: Refusal) -> None:
-        """Count and report a refusal."""
         self.refused += 1
         self._schedule_turn()
         try:

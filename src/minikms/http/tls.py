@@ -55,7 +55,6 @@ class TlsServer(Generic[S]):
         self._timer: asyncio.TimerHandle | None = None
 
     def protocol_factory(self) -> TlsConnection[S]:
-        """For `Acceptor`."""
         return TlsConnection(self)
 
     @property
@@ -63,7 +62,6 @@ class TlsServer(Generic[S]):
         return len(self._open)
 
     def begin(self, connection: TlsConnection[S]) -> None:
-        """A connection begins its handshake."""
         loser = self._places.take(connection.group, connection)
         if loser is not None:
             loser.give_up()

@@ -190,7 +190,6 @@ class KeyIndex:
         return blake2b(f"{thread_id} {purpose} {state}".encode(), digest_size=_TAG.size, key=self.hash_key).digest()
 
     def kek_version(self, key_id: str) -> int | None:
-        """The KEK version of a key; None if the index does not have the key."""
         at, known = self._find(key_id_to_bytes(key_id))
         return self._keks[at] if known else None
 

@@ -358,7 +358,6 @@ class UnlockedKeyring:
     # --- using them --------------------------------------------------------------------------------------------------
 
     def slot_auth_keys(self) -> list[tuple[keyring.RootSlot, memoryview]]:
-        """The slots, each with its authentication key."""
         return [(slot, self._slot_auth[slot.slot_id].view) for slot in self.body.slots]
 
     def encode(self, body: keyring.Body) -> bytes:

@@ -98,7 +98,9 @@ def harden(
         StartError: a measure is missing and `require` is set, or the process has more than one thread.
     """
     _require_one_thread()
-    measures = [] if arena is None else [_measure_arena(arena)]
+    measures: list[Measure] = []
+    if arena is not None:
+        measures.append(Measure("keys_in_secret_memory", not arena.lacks, "; ".join(arena.lacks)))
     steps: list[tuple[str, Callable[[], None]]] = [
         ("core_dumps_off", _forbid_core_dumps),
         ("umask_077", _set_umask),
@@ -154,10 +156,6 @@ def _take(name: str, step: Callable[[], None]) -> Measure:
     except AttributeError:  # the C library has no such function
         return Measure(name, False, f"{sys.platform} has no such call")
     return Measure(name, True)
-
-
-def _measure_arena(arena: SecretArena) -> Measure:
-    return Measure("keys_in_secret_memory", not arena.lacks, "; ".join(arena.lacks))
 
 
 def _require_one_thread() -> None:

@@ -432,8 +432,6 @@ def _storage_errors(text: str, name: str | None = None) -> Iterator[None]:
 
 
 class FileWrite(NamedTuple):
-    """One file of a group."""
-
     name: str
     data: bytes
 

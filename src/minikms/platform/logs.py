@@ -130,9 +130,7 @@ def service_logger(log_format: str) -> structlog.stdlib.BoundLogger:
         *renderers,
     ]
     structlog.configure(
-        processors=processors,
-        logger_factory=log_lines(sys.stderr, processors),
-        cache_logger_on_first_use=True,
+        processors=processors, logger_factory=log_lines(sys.stderr, processors), cache_logger_on_first_use=True
     )
     logger: structlog.stdlib.BoundLogger = structlog.get_logger("minikms", started_at=time.time_ns() // 1_000_000_000)
     return logger

@@ -65,7 +65,6 @@ class LifecycleVerbs:
         return api.KeyListAnswer(found, page.next_after or None, indexing=indexing)
 
     def get_key(self, keys: Keys, request: api.KeyRequest, event: Event) -> api.KeyAnswer:
-        """One key."""
         event.key_id = check_key_id(request.key_id)
         return self._describe(keys.record(request.key_id))
 

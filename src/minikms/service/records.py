@@ -90,7 +90,6 @@ class RecordVerbs:
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
     def decrypt(self, keys: Keys, item: api.DecryptItem, event: Event) -> bytes:
-        """The plaintext of one ciphertext."""
         opened = self._open_for(keys, event, item.key_id)
         if item.thread_id is not UNSET:
             opened.check_thread(item.thread_id)

@@ -372,7 +372,6 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         return sorted(spots, key=lambda each: each.checkpoint_id)
 
     def _rows(self, page: Sequence[Spot], of: object = None) -> Steps[list[CheckpointTuple]]:
-        """`of`: as `_row`."""
         rows = []
         for spot in page:
             found = yield from self._row(spot.config, of)

@@ -11,17 +11,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, Final
 
-from langgraph.store.base import (
-    BaseStore,
-    GetOp,
-    InvalidNamespaceError,
-    Item,
-    Op,
-    PutOp,
-    Result,
-    SearchOp,
-    TTLConfig,
-)
+from langgraph.store.base import BaseStore, GetOp, InvalidNamespaceError, Item, Op, PutOp, Result, SearchOp, TTLConfig
 
 from minikms_adapters.errors import NotSearchableError, WrongPlaceError
 from minikms_adapters.records import (

@@ -144,8 +144,6 @@ class _Ciphertext(Body):
 
 
 class _Plaintext(Body):
-    """The same of a plaintext."""
-
     plaintext: str
 
 

@@ -39,11 +39,7 @@ async def data_key(caller: Caller, name: str, body: DataKey, *, plaintext: bool)
     async def make(key: TransitKey) -> bytes:
         key.encrypts(body.key_version or 0)
         key.check_context(body.context)
-        fields = {
-            "key_id": key.latest_id,
-            "aad": bound(body.context, body.associated_data),
-            "plaintext": plaintext,
-        }
+        fields = {"key_id": key.latest_id, "aad": bound(body.context, body.associated_data), "plaintext": plaintext}
         answer = await caller.native(api.GENERATE_DATA_KEY, _DataKeyAnswer, body=fields)
         data: dict[str, Any] = {"ciphertext": prefix_of(key.latest) + answer.ciphertext, "key_version": key.latest}
         if plaintext:
@@ -69,6 +65,4 @@ async def random(caller: Caller, count: str, body: Random) -> bytes:
 
 
 class _Random(Body):
-    """The base64 of random bytes."""
-
     random: str

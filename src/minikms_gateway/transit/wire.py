@@ -95,7 +95,6 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 def envelope(data: Any, *, auth: Any = None, warning: str = "") -> bytes:
-    """The body of an answer."""
     return _encode(_Envelope(data, auth, [warning] if warning else None))
 
 

@@ -36,11 +36,7 @@ from progressdb_server.api.viewer.routes import error_page
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import ClientGoneError, Header, Receive, Scope, Send
 from progressdb_server.kms.provider import READING, RequestReads
-from progressdb_server.store.model import (
-    KeyServiceRefusedError,
-    RecordUnreadableError,
-    StoreDamagedError,
-)
+from progressdb_server.store.model import KeyServiceRefusedError, RecordUnreadableError, StoreDamagedError
 
 _log: Final = structlog.get_logger("progressdb.api")
 _CLIENT_GONE: Final = 499

@@ -17,16 +17,7 @@ from cyclopts import App
 
 from minikms.commands.output import print_result
 from minikms.commands.usage import EXIT_FAILED, CommandError
-from progressdb_server.cli.flags import (
-    Addr,
-    ConfigFile,
-    Db,
-    Dev,
-    Json,
-    MasterKeyFd,
-    MasterKeyFile,
-    load_config,
-)
+from progressdb_server.cli.flags import Addr, ConfigFile, Db, Dev, Json, MasterKeyFd, MasterKeyFile, load_config
 from progressdb_server.config import Config, ConfigError, ConfigMissingError, LoadedConfig, Tls
 from progressdb_server.http.listener import check_tls
 from progressdb_server.server import check_key_source

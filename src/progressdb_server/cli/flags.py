@@ -34,14 +34,10 @@ Dev = Annotated[
 Json = usage.Json
 Url = Annotated[
     str | None,
-    Parameter(
-        name="--url",
-        help="The running server, http://HOST:PORT [PROGRESSDB_URL]; default: as configured.",
-    ),
+    Parameter(name="--url", help="The running server, http://HOST:PORT [PROGRESSDB_URL]; default: as configured."),
 ]
 ConfiguredUrl = Annotated[
-    str | None,
-    Parameter(name="--url", help="The running server, http://HOST:PORT; default: the configured one."),
+    str | None, Parameter(name="--url", help="The running server, http://HOST:PORT; default: the configured one.")
 ]
 """Of a command that has a configuration: a variable must not lead its admin key to another server."""
 KeyFile = Annotated[

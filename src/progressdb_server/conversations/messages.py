@@ -67,8 +67,6 @@ class _Change(NamedTuple):
 
 
 class Messages:
-    """Writes of messages."""
-
     def __init__(
         self,
         reads: Reads,

@@ -120,7 +120,6 @@ class Purging:
         return Write([(key, None) for key in gone], expect, threads=-1, messages=1 - len(found))
 
     def forget(self, thread_id: str) -> None:
-        """The thread is gone."""
         self._sealer.forget(thread_id)
         self._reading.validators.forget()
 

@@ -217,7 +217,6 @@ class Rekeying:
         return self._count(prefix, keyspace.after(prefix), count_max)
 
     def kept_drop(self, job_id: str, dropped: Collection[KeptRecord]) -> OpaqueWrite:
-        """The kept records are removed."""
         prefix = keyspace.replaced_records(job_id)
         return Write([(prefix + kept.aad, None) for kept in dropped])
 

@@ -90,12 +90,7 @@ class Conversations:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        provider: Provider,
-        *,
-        rule: Rule = "members",
-        now_ns: Callable[[], int] = time.time_ns,
+        self, engine: Engine, provider: Provider, *, rule: Rule = "members", now_ns: Callable[[], int] = time.time_ns
     ) -> None:
         """Raises FormatError when the directory was written by a newer version; StoreUnavailableError."""
         self.engine = engine
@@ -232,11 +227,8 @@ class Conversations:
                 return self._offset_ns
             self.clock_notice = "" if _are_near(own_ns, offset_ns) else CLOCK_DIFFERS
             self._offset_ns = offset_ns
-            self.clock.now_ns = self._database_ns
+            self.clock.now_ns = lambda: self._offset_ns + boot_ns()
         return offset_ns
-
-    def _database_ns(self) -> int:
-        return self._offset_ns + boot_ns()
 
     def _judge_clock(self) -> None:
         """Warn if the newest stamp is in the future: the clock was there before, or is wrong now. Warn if the machine

@@ -35,9 +35,7 @@ _DEFAULTS: Final = Server()
 
 
 class Closable(Protocol):
-    def close_idle(self) -> None:
-        """Close the connection, which is idle."""
-        ...
+    def close_idle(self) -> None: ...
 
 
 class Readable(Protocol):

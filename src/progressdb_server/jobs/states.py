@@ -157,7 +157,6 @@ def changed(job: Job, **changes: Any) -> Job:
 
 
 def add_failures(failures: tuple[Failure, ...], more: list[Failure]) -> tuple[Failure, ...]:
-    """The list with more failures, up to the bound."""
     return (*failures, *more[: FAILURES_NAMED_MAX - len(failures)]) if more else failures
 
 

@@ -19,13 +19,7 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.platform.logs import structlog
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.states import FINAL, Job, JobNotFoundError, ThreadBusyError, changed
-from progressdb_server.store.model import (
-    ClaimLostError,
-    OpaqueWrite,
-    RecordUnreadableError,
-    RowWrite,
-    StaleRowError,
-)
+from progressdb_server.store.model import ClaimLostError, OpaqueWrite, RecordUnreadableError, RowWrite, StaleRowError
 
 LATE_ROWS_NS: Final = 600 * 1_000_000_000
 """How much older than a read of all rows the id of a row may be that is stored after that read: its write may wait, and

@@ -161,7 +161,6 @@ class Conditions:
         return () if untouched else write.read
 
     def written(self, staged: Puts) -> None:
-        """The group was written."""
         self.recent.add(staged)
         for key in self._known.keys() & staged.keys():
             del self._known[key]

@@ -294,7 +294,6 @@ def messages(thread: str) -> bytes:
 
 
 def message_of(thread_part: bytes, stamp: bytes) -> bytes:
-    """The record of one version."""
     return b"thread:%b:msg:%b" % (thread_part, stamp)
 
 

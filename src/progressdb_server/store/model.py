@@ -410,8 +410,6 @@ class StoredVersion(NamedTuple):
 
 
 class BackupFile(msgspec.Struct):
-    """Of a backup."""
-
     name: str
     bytes: int
     sha256: str

@@ -58,8 +58,6 @@ class Entries(View, Protocol):
 
 
 class LocalView(LocalReads):
-    """See `View`."""
-
     def __init__(self, reader: Reader) -> None:
         super().__init__(reader)
         self._walked = reader

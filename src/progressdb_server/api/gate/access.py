@@ -56,7 +56,6 @@ _CORS_HEADERS: Final[tuple[Header, ...]] = (
 
 
 def is_open(path: str) -> bool:
-    """Whether a path needs no key."""
     return path in OPEN_PATHS or path.startswith(_OPEN_PREFIXES)
 
 

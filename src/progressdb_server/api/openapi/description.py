@@ -72,8 +72,6 @@ BOTH: Final = DISK | KEY_SERVICE
 
 
 class Parameter(msgspec.Struct, frozen=True):
-    """A parameter in the query or a header."""
-
     name: str
     schema: Schema
     description: str
@@ -82,8 +80,6 @@ class Parameter(msgspec.Struct, frozen=True):
 
 
 class JsonBody(msgspec.Struct, frozen=True):
-    """A JSON body."""
-
     struct: type[msgspec.Struct]
     """What the handler decodes."""
     checks: dict[str, Schema] = {}

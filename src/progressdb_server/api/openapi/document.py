@@ -180,7 +180,8 @@ def _operation(operation: Operation) -> dict[str, Any]:
         "operationId": _operation_id(operation.method, path),
         "description": f"Allowed callers: {_who(path, operation.roles)}.",
     }
-    parameters = [_path_parameter(name, operation) for name in _names_in(path)]
+    names = [part.strip("{}") for part in path.split("/") if part.startswith("{")]
+    parameters = [_path_parameter(name, operation) for name in names]
     parameters += [_parameter(parameter) for parameter in _taken(operation)]
     if parameters:
         made["parameters"] = parameters
@@ -217,10 +218,6 @@ def _who(path: str, roles: frozenset[Role]) -> str:
 def _operation_id(method: str, path: str) -> str:
     words = [method.lower(), *(part.strip("{}").replace(".", "_") for part in path.split("/") if part)]
     return "_".join(words) + ("_page" if path.endswith("/") else "")
-
-
-def _names_in(path: str) -> list[str]:
-    return [part.strip("{}") for part in path.split("/") if part.startswith("{")]
 
 
 def _path_parameter(name: str, operation: Operation) -> dict[str, Any]:

@@ -237,11 +237,7 @@ class JobHandlers:
         return self._listed(request, lambda job: status in ("", job.state))
 
     @_for_admins(
-        "GET",
-        "/admin/backups",
-        response=_JOBS.response(_JOB),
-        parameters=_JOBS.parameters,
-        errors={400: _JOBS.errors},
+        "GET", "/admin/backups", response=_JOBS.response(_JOB), parameters=_JOBS.parameters, errors={400: _JOBS.errors}
     )
     async def with_backups(self, request: Request) -> JsonList:
         """List the jobs that have backups of records, newest first."""

@@ -486,9 +486,7 @@ class MessageHandlers:
         parameters=(
             _LIMIT,
             Parameter(
-                "before",
-                _VERSION,
-                "Only versions before this one: `older` of a page, or a `ts` that one version has.",
+                "before", _VERSION, "Only versions before this one: `older` of a page, or a `ts` that one version has."
             ),
         ),
         errors={400: (INVALID_LIMIT, INVALID_VERSION)},
@@ -540,13 +538,7 @@ class ReactionHandlers:
         ),
         parameters=(Parameter("X-Identity", AUTHOR, "The identity that reacts, if the body has no `id`.", "header"),),
         errors={400: (REACTION_INCOMPLETE, REACTION_TOO_LONG), 403: (OTHER_REACTION_ID,)},
-        raises=(
-            *_READER,
-            MessageNotFoundError,
-            TooManyVersionsError,
-            TooManyReactionsError,
-            ThreadKeyDestroyedError,
-        ),
+        raises=(*_READER, MessageNotFoundError, TooManyVersionsError, TooManyReactionsError, ThreadKeyDestroyedError),
     )
     async def set(self, request: Request) -> Response:
         """Set the reaction of one identity. The response is the message; for a signed user who may not read it, without

@@ -202,7 +202,7 @@ class Nodes:
                 raise EngineUnavailableError(
                     str(failure) if isinstance(failure, _UnsafeError) else UNAVAILABLE
                 ) from failure
-            made.sort(key=lambda one: (_timeline(one[0].node), one[0].node == self.node))
+            made.sort(key=lambda one: (int(one[0].node.partition(" ")[0] or "0", 16), one[0].node == self.node))
             connection, self._place = made.pop()
             return connection
         finally:
@@ -308,7 +308,3 @@ def warn(connection: Any, message: Any) -> None:
     """A listener of what the database reports."""
     if getattr(message, "severity_en", None) == "WARNING":
         connection.warned = str(message)
-
-
-def _timeline(node: str) -> int:
-    return int(node.partition(" ")[0] or "0", 16)

@@ -142,12 +142,7 @@ database that stops, an unknown completion, the system, an internal error."""
 _log = structlog.get_logger("progressdb.store")
 
 
-_AGAIN: Final = (
-    AgainError,
-    asyncpg.SerializationError,
-    asyncpg.DeadlockDetectedError,
-    asyncpg.UniqueViolationError,
-)
+_AGAIN: Final = (AgainError, asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.UniqueViolationError)
 
 
 # --- a group ----------------------------------------------------------------------------------------------------------
@@ -269,8 +264,7 @@ async def confirm(nodes: Nodes, connection: NodeConnection) -> None:
 async def find(nodes: Nodes, lock_s: float = LOCK_S_MAX) -> NodeConnection:
     """A connection to the node that takes writes. Raises EngineUnavailableError."""
     connection = await nodes.find(
-        lock_timeout=str(int(lock_s * 1000)),
-        idle_in_transaction_session_timeout=str(IDLE_S_MAX * 1000),
+        lock_timeout=str(int(lock_s * 1000)), idle_in_transaction_session_timeout=str(IDLE_S_MAX * 1000)
     )
     connection.add_log_listener(warn)
     if not nodes.waits_for_standbys(connection):

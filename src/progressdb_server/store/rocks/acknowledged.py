@@ -29,8 +29,6 @@ def last(directory: str) -> int:
 
 
 class Acknowledged:
-    """The open file."""
-
     def __init__(self, directory: str) -> None:
         self._file: int | None = None
         with contextlib.suppress(OSError):
