@@ -1,5 +1,6 @@
 """`minikms-unlock configure`, `test` and `doctor`, beside a running daemon and with a real token."""
 
+import base64
 import json
 import os
 import subprocess
@@ -87,12 +88,24 @@ def test_the_daemon_starts_by_the_provider_after_configure(place: Place) -> None
     assert place.service.statuses == [0]
 
 
-def test_without_a_configuration_it_is_made_last(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has the paths of the package, which are not there."""
+DEFAULTS = """
+from minikms_unlock import files, setup
+setup.default_config = lambda source: files.Config(1, source, 0, {pin!r}, {directory!r})
+from minikms_unlock.command import main
+main()
+"""
+"""The paths of the package are not there."""
+
+
+def test_without_a_configuration_it_is_made(place: Place) -> None:
     place.service.config.unlink()
-    ended = place.run("configure")
-    assert ended.returncode == 2 and "/var/lib/progressdb/unlock" in ended.stderr
-    assert not place.service.config.exists() and place.slots() == ["file"]
+    program = DEFAULTS.format(pin=str(place.service.pin), directory=str(place.service.directory))
+    command = [sys.executable, "-c", program, *place.words("configure")[1:]]
+    environ = {**os.environ, **place.hsm.token.environ}
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    place.hsm.give_to_service()
+    assert ended.returncode == 0 and "minikms root remove s1" in ended.stdout, ended.stderr
+    assert place.service.ask(place.keyring_id)[0] == KEY
 
 
 def with_other_source(place: Place) -> None:
@@ -144,8 +157,6 @@ def test_a_wrapped_key_that_nothing_names_is_replaced(place: Place) -> None:
     theirs = os.urandom(32)
     blob = place.hsm.wrap(theirs, place.keyring_id)
     place.hsm.give_to_service()
-    import base64
-
     members = {"source": place.hsm.source, "keyring_id": place.keyring_id, "wrapped": base64.b64encode(blob).decode()}
     place.service.write_wrapped(**members)
     assert place.configure()["done"] == ["wrapped", "pinned", "added"]
