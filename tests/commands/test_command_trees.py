@@ -90,11 +90,7 @@ def test_piped_output_has_no_colour() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ("minikms", "completion", "bash"),
-        ("progressdb_server", "config", "show", "--db", "somewhere"),
-    ],
+    "words", [("minikms", "completion", "bash"), ("progressdb_server", "config", "show", "--db", "somewhere")]
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_closed_pipe_shows_in_the_exit_status_alone(words: Sequence[str], unbuffered: str) -> None:

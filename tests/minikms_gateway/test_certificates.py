@@ -88,10 +88,7 @@ def test_the_signature_of_a_list_is_verified_once(trust: Trust, lists: list[Coun
 @pytest.mark.parametrize("critical", [True, False])
 @pytest.mark.parametrize(
     "partial",
-    [
-        x509.DeltaCRLIndicator(1),
-        x509.IssuingDistributionPoint(None, None, False, True, None, False, False),
-    ],
+    [x509.DeltaCRLIndicator(1), x509.IssuingDistributionPoint(None, None, False, True, None, False, False)],
     ids=["changes", "CAs only"],
 )
 def test_a_list_of_a_part_or_of_changes_is_refused(

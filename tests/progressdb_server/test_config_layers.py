@@ -453,8 +453,7 @@ def test_a_root_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
-    [(r'kms: {socket: "/a\0b"}', "NUL"), ("kms: {server_uids: [-1]}", "server_uids")],
+    ("text", "said"), [(r'kms: {socket: "/a\0b"}', "NUL"), ("kms: {server_uids: [-1]}", "server_uids")]
 )
 def test_a_setting_that_no_system_call_takes_is_refused(tmp_path: Path, text: str, said: str) -> None:
     assert said in refusal_of({**DB, "config": written(tmp_path, text)}, {})

@@ -7,8 +7,8 @@ limits; both again after a wait. Invariants:
 - A key out of scope is refused like a key that does not exist. The index in memory decides before a file is read or a
   key is opened, and the same work is done for both.
 - Before each use of a key the generation of the policy is compared. After a change the principal is resolved again.
-- A key whose thread nobody knows (unreadable, destroyed before this run) is visible only to principals that may use
-  every thread.
+- A key whose thread nobody knows (unreadable, destroyed before this run, a file that was put there since the start) is
+  visible only to principals that may use every thread.
 - The limits of all keys of a request are charged together, before the first of them is used.
 - Counters of refused keys do not reveal whether they exist.
 It must never decide for a caller that no policy limits: that one gets the vault itself.

@@ -15,15 +15,7 @@ from minikms.audit.position import ATTACHED_NS, AuditorPosition, LogView, mac_of
 from minikms.audit.reader import each_segment
 from minikms.audit.record import Head
 from tests.harness.disk_faults import failing
-from tests.minikms.audit.logmaker import (
-    LOG,
-    SECOND,
-    Clock,
-    events_of,
-    open_log,
-    types_of,
-    write_events,
-)
+from tests.minikms.audit.logmaker import LOG, SECOND, Clock, events_of, open_log, types_of, write_events
 
 ORIGIN = "example.org/log"
 

@@ -116,10 +116,7 @@ def test_every_changed_bit_of_a_short_stream_is_refused() -> None:
 def test_a_stream_cut_anywhere_is_refused() -> None:
     sealed = b"".join(seal_stream(KEY, HEADER, [plaintext(2 * CHUNK_BYTES + 9)]))
     head = len(HEADER.encode())
-    ends = [
-        *range(head + 40),
-        *(head + number * SEALED_BYTES + d for number in (1, 2) for d in (-1, 0, 1, 15, 16, 17)),
-    ]
+    ends = [*range(head + 40), *(head + number * SEALED_BYTES + d for number in (1, 2) for d in (-1, 0, 1, 15, 16, 17))]
     for end in ends:
         with pytest.raises((DecryptionError, InvalidRequestError)):
             opened([sealed[:end]])

@@ -44,27 +44,9 @@ CALLS = (
     "unlinkat",
 )
 TRACE = "trace=" + ",".join(f"?{call}" for call in CALLS)
-SCENARIOS = (
-    "replace",
-    "create",
-    "many",
-    "remove",
-    "destroy",
-    "rewrap",
-    "replay",
-    "creates",
-)
+SCENARIOS = ("replace", "create", "many", "remove", "destroy", "rewrap", "replay", "creates")
 POINTS_AT_ONCE = 2
-SLICE = {
-    "replace": 3,
-    "create": 4,
-    "many": 8,
-    "remove": 3,
-    "destroy": 18,
-    "rewrap": 23,
-    "replay": 15,
-    "creates": 23,
-}
+SLICE = {"replace": 3, "create": 4, "many": 8, "remove": 3, "destroy": 18, "rewrap": 23, "replay": 15, "creates": 23}
 """The normal suite takes every n-th point."""
 
 

@@ -159,11 +159,7 @@ async def test_after_a_refusal_input_is_thrown_away_for_a_bounded_time() -> None
 
 async def test_a_client_that_does_not_read_is_not_read_and_then_cut_off() -> None:
     """Its answers stay bounded, its further requests are not started, and other clients do not notice."""
-    limits = dataclasses.replace(
-        PATIENT,
-        pipelined_requests_max=4,
-        write_stall_seconds_max=1.5,
-    )
+    limits = dataclasses.replace(PATIENT, pipelined_requests_max=4, write_stall_seconds_max=1.5)
     async with serving(limits) as running:
         transports: list[asyncio.Transport] = []
         opened = running.http.open

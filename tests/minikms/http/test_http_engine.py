@@ -9,13 +9,7 @@ import os
 import pytest
 
 from minikms.http import LIMITS
-from tests.minikms.http.http_harness import (
-    get,
-    parse_answers,
-    post,
-    request,
-    serving,
-)
+from tests.minikms.http.http_harness import get, parse_answers, post, request, serving
 
 pytestmark = pytest.mark.uvloop
 

@@ -119,9 +119,7 @@ def _matches_a_dict(steps: list[tuple[str, int, str, int, api.Purpose]], limit: 
         assert list(index.active_of(f"t{number}", asked)) == sorted(active, reverse=True)
 
 
-def test_a_filtered_page_is_bounded_and_has_a_next_page(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_filtered_page_is_bounded_and_has_a_next_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minikms.keys.index.SCANNED_COUNT_MAX", 10)
     index = KeyIndex()
     for number in range(35):

@@ -44,11 +44,7 @@ def test_every_change_raises_the_epoch(unlocked: UnlockedKeyring) -> None:
     first = unlocked.body
     begun = keyrings.begin(unlocked, NEW_ROOT)
     done = keyrings.promote(unlocked)
-    bodies = [
-        keyring.next_epoch(first, at=LATER),
-        keyring.with_tombstones(first, 1, bytes(32), at=LATER),
-        begun,
-    ]
+    bodies = [keyring.next_epoch(first, at=LATER), keyring.with_tombstones(first, 1, bytes(32), at=LATER), begun]
     assert {body.epoch for body in bodies} == {2}
     other = msgspec.structs.replace(done.slots[0], slot_id="s9", fingerprint="another")
     resealed = unlocked.make_resealed(fill_random, without=["s1"])
@@ -303,8 +299,7 @@ def test_parsing_returns_the_body_and_its_exact_bytes(unlocked: UnlockedKeyring)
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"", b"{}", b"null", b"[1]", b"\xff", b'{"body":{},"tag":""}', b'{"body":{', b"[" * 100_000],
+    "data", [b"", b"{}", b"null", b"[1]", b"\xff", b'{"body":{},"tag":""}', b'{"body":{', b"[" * 100_000]
 )
 def test_a_damaged_keyring_is_refused_with_the_advice_to_restore(data: bytes) -> None:
     with pytest.raises(StartError, match=r"restore keyring\.json from a backup"):
@@ -339,9 +334,7 @@ def test_a_keyring_of_before_0_2_0_is_refused(unlocked: UnlockedKeyring, members
             keyring.parse_file(_altered(unlocked, version=version, **members))
 
 
-def test_an_unknown_field_is_refused(
-    unlocked: UnlockedKeyring,
-) -> None:
+def test_an_unknown_field_is_refused(unlocked: UnlockedKeyring) -> None:
     with pytest.raises(StartError, match="unknown format version"):
         keyring.parse_file(_altered(unlocked, quorum=2))
 

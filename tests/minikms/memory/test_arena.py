@@ -256,9 +256,7 @@ def test_root_cannot_read_the_arena_through_proc_mem() -> None:
     assert output == "refused\n"
 
 
-def test_without_memfd_secret_the_fallback_names_missing_protections(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_memfd_secret_the_fallback_names_missing_protections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena_module, "SYS_MEMFD_SECRET", 0xFFFF)  # no such call: ENOSYS
     with SecretArena(1) as arena:
         assert arena.backing == "anonymous"

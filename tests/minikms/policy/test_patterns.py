@@ -64,10 +64,7 @@ def test_a_pattern_made_of_a_name_matches_it_as_the_model_says(
     assert parsed.matches(name) or (crosses and "**" not in pattern)
 
 
-@given(
-    st.text(alphabet="ab*", min_size=1, max_size=7),
-    st.text(alphabet="ab", min_size=1, max_size=9),
-)
+@given(st.text(alphabet="ab*", min_size=1, max_size=7), st.text(alphabet="ab", min_size=1, max_size=9))
 def test_a_pattern_of_threads_matches_what_the_model_says(pattern: str, thread_id: str) -> None:
     try:
         parsed = ThreadPattern(pattern)

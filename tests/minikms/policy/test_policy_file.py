@@ -5,12 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms.policy import POLICY_BYTES_MAX, PolicyFileError, parse_policy
-from minikms.policy.rules import (
-    GRANTS_COUNT_MAX,
-    PRINCIPAL_PATTERNS_COUNT_MAX,
-    THREAD_PATTERNS_COUNT_MAX,
-    GrantLimits,
-)
+from minikms.policy.rules import GRANTS_COUNT_MAX, PRINCIPAL_PATTERNS_COUNT_MAX, THREAD_PATTERNS_COUNT_MAX, GrantLimits
 
 EXAMPLE = """\
 version = 1

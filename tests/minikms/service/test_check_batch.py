@@ -83,10 +83,7 @@ def test_the_plaintext_is_nowhere_in_the_answer(daemon: LiveDaemon) -> None:
     sealed = encrypted(daemon, key_id, b"secret words")
     refused = {"ciphertext": sealed, "aad": b64(b"elsewhere")}
     body = check(daemon, key_id, {"ciphertext": sealed}, refused)
-    assert body == {
-        "opened": 1,
-        "refused": [{"item": 1, "error": DOES_NOT_OPEN, "code": "decryption_failed"}],
-    }
+    assert body == {"opened": 1, "refused": [{"item": 1, "error": DOES_NOT_OPEN, "code": "decryption_failed"}]}
 
 
 def test_no_items_are_none_opened_and_none_refused(daemon: LiveDaemon) -> None:

@@ -148,9 +148,7 @@ def at_each_call(daemon: LiveDaemon, calls: str, action: str) -> Iterator[None]:
             os.kill(tracer, signal.SIGINT)  # it detaches, and the daemon goes on
 
 
-def test_without_its_slot_the_old_root_key_is_refused(
-    own_daemon: LiveDaemon,
-) -> None:
+def test_without_its_slot_the_old_root_key_is_refused(own_daemon: LiveDaemon) -> None:
     """The error says when it was replaced, and which root key is expected."""
     old = own_daemon.root().hex()
     rotate(own_daemon, NEW)

@@ -163,9 +163,7 @@ def test_an_empty_batch_is_an_empty_answer(daemon: LiveDaemon) -> None:
         assert post(daemon, target, {"items": []}) == (200, {"items": []})
 
 
-def test_a_batch_of_the_largest_size_is_one_audit_line(
-    daemon: LiveDaemon,
-) -> None:
+def test_a_batch_of_the_largest_size_is_one_audit_line(daemon: LiveDaemon) -> None:
     """The line has its keys, the count and the request ids."""
     keys = [new_key(daemon) for _ in range(3)]
     items = [{"key_id": keys[n % 3], "plaintext": TEXT, "request_id": f"r{n % 2}"} for n in range(api.BATCH_ITEMS_MAX)]
@@ -189,9 +187,7 @@ def test_reencryption_moves_records_between_a_threads_keys_and_keeps_aad(daemon:
             assert item["code"] == "decryption_failed"
         else:
             again = post(
-                daemon,
-                "/decrypt",
-                {"key_id": new, "ciphertext": item["ciphertext"], "aad": b64(b"place %d" % number)},
+                daemon, "/decrypt", {"key_id": new, "ciphertext": item["ciphertext"], "aad": b64(b"place %d" % number)}
             )
             assert again.body == {"plaintext": b64(b"%d" % number)}
     assert decrypts(daemon, old, sealed[0], aad=b64(b"place 0"))

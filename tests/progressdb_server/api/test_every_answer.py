@@ -204,11 +204,7 @@ def world_at(at: Path) -> Iterator[World]:
         (at / name).mkdir()
     with LiveDaemon(at / "kms") as kms:
         variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
-        faulty = {
-            **variables,
-            fault_words.FAULT_FILE: str(at / "fault"),
-            "PROGRESSDB_BODY_BYTES": str(BODY_BYTES_MIN),
-        }
+        faulty = {**variables, fault_words.FAULT_FILE: str(at / "fault"), "PROGRESSDB_BODY_BYTES": str(BODY_BYTES_MIN)}
         few_addresses = {**variables, "PROGRESSDB_IP_WHITELIST": "10.0.0.0/8"}
         few = {**variables, "PROGRESSDB_RATE_RPS": "0.0003", "PROGRESSDB_RATE_BURST": "1"}
         with (

@@ -392,11 +392,7 @@ TWICE = {
     "Authorization": [("Authorization", f"Bearer {ADMIN}"), ("authorization", f"Bearer {BACKEND}")],
     "X-User-ID": [("X-API-Key", ADMIN), ("X-User-ID", "alice"), ("X-User-ID", "bob")],
     "X-User-ID after a signed one": [("X-API-Key", ADMIN), *signed("alice").items(), ("X-User-ID", "bob")],
-    "X-User-Signature": [
-        ("X-API-Key", ADMIN),
-        *signed("alice").items(),
-        ("X-User-Signature", signature("alice")),
-    ],
+    "X-User-Signature": [("X-API-Key", ADMIN), *signed("alice").items(), ("X-User-Signature", signature("alice"))],
     "Idempotency-Key": [("X-API-Key", ADMIN), ("Idempotency-Key", "a"), ("Idempotency-Key", "a")],
     "X-Identity": [("X-API-Key", ADMIN), ("X-Identity", "a"), ("X-Identity", "b")],
     "Content-Length": [("X-API-Key", ADMIN), ("Content-Length", "1"), ("Content-Length", "2")],

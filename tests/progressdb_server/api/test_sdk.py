@@ -93,10 +93,7 @@ def test_request_reaches_versions_reactions_and_the_routes_of_a_thread(sdk: Sdk,
     path = f"/v1/messages/{message['id']}"
     reacted = request("POST", f"{path}/reactions", {"id": "bob", "reaction": "+1"})
     assert reacted["reactions"] == {"bob": "+1"}
-    assert request("GET", f"{path}/reactions") == {
-        "id": message["id"],
-        "reactions": [{"id": "bob", "reaction": "+1"}],
-    }
+    assert request("GET", f"{path}/reactions") == {"id": message["id"], "reactions": [{"id": "bob", "reaction": "+1"}]}
     assert request("DELETE", f"{path}/reactions/bob") is None
     within = f"/v1/threads/{thread}/messages/{message['id']}"
     edited = request("PUT", within, {"body": "two"}, headers=as_alice)

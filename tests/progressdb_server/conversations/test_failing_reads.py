@@ -10,14 +10,7 @@ from progressdb_server.store.model import Idempotency, NewMessage
 from tests.progressdb_server.jobs.rotating import register
 from tests.progressdb_server.store.faulty_reads import faulty
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import (
-    fill,
-    keys_of,
-    messages_of,
-    opened,
-    threads_of,
-    versions_of,
-)
+from tests.progressdb_server.store.opened_store import fill, keys_of, messages_of, opened, threads_of, versions_of
 
 RETRIED = Idempotency("scope", "key")
 

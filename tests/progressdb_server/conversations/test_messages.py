@@ -21,14 +21,7 @@ from progressdb_server.store.model import (
     ThreadDeletedError,
 )
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import (
-    TickingClock,
-    bodies,
-    fill,
-    messages_of,
-    opened,
-    versions_of,
-)
+from tests.progressdb_server.store.opened_store import TickingClock, bodies, fill, messages_of, opened, versions_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 pytestmark = pytest.mark.usefixtures("both_engines")
@@ -204,9 +197,7 @@ async def test_a_list_finds_its_records_in_one_pass_for_each_batch() -> None:
         assert (found[7].value, found[7].reactions) == (made[7].value, {"bob": "+1"})
 
 
-async def test_writes_during_a_list_neither_repeat_nor_hide_a_message(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_writes_during_a_list_neither_repeat_nor_hide_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_FIRST", 2)
     monkeypatch.setattr(reading_room, "LIST_MESSAGES_MAX", 3)
     async with opened() as store:

@@ -9,12 +9,7 @@ from minikms import api
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
 from progressdb_server.store import record
-from progressdb_server.store.model import (
-    RECORD_MALFORMED,
-    NewMessage,
-    RecordUnreadableError,
-    StoreUnavailableError,
-)
+from progressdb_server.store.model import RECORD_MALFORMED, NewMessage, RecordUnreadableError, StoreUnavailableError
 from progressdb_server.store.sealer import RETRY_AFTER_S
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import bodies, fill, keys_of, messages_of, opened

@@ -92,8 +92,7 @@ def test_head_gets_the_length_and_no_body() -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "keep_alive"),
-    [([], False), ([(b"connection", b"close")], True), ([(b"connection", b"close")], False)],
+    ("headers", "keep_alive"), [([], False), ([(b"connection", b"close")], True), ([(b"connection", b"close")], False)]
 )
 def test_the_last_answer_of_a_connection_says_so_once_and_closes_it(headers: Any, keep_alive: bool) -> None:
     transport = answered(start(200, (b"content-length", b"0"), *headers), part(b""), keep_alive=keep_alive)

@@ -83,9 +83,7 @@ def kept_bytes() -> int:
     )
 
 
-def test_a_body_is_not_kept_beyond_its_response_while_its_rest_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_body_is_not_kept_beyond_its_response_while_its_rest_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 600)
     with running() as server, server.connect() as connection:
         connection.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 50_000)

@@ -20,13 +20,7 @@ from progressdb_server.store.model import MessageNotFoundError
 from tests.harness.waiting import WAIT_S_MAX, receive_more, wait_until
 from tests.progressdb_server.api.asgi_client import BACKEND, Api
 from tests.progressdb_server.api.certificates import self_signed
-from tests.progressdb_server.api.http_server import (
-    HttpServer,
-    closed_within,
-    read_response,
-    read_responses,
-    running,
-)
+from tests.progressdb_server.api.http_server import HttpServer, closed_within, read_response, read_responses, running
 from tests.progressdb_server.api.real_server import Reply
 
 

@@ -174,9 +174,7 @@ async def test_a_clock_set_back_makes_no_backup_look_newer_than_the_census() -> 
         assert "/backups/one is older" in (await jobs.table.get(job.id)).destroy_waits_for
 
 
-async def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the role `destroy` is kept from the server: keys that are worn are rotated all the same."""
     place = Place(settings=Rotation(max_age="3650d", records_per_second=0))
     begin_at_once(monkeypatch)

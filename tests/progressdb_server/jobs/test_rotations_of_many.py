@@ -127,8 +127,7 @@ def test_another_walk_is_refused_while_one_is_unfinished() -> None:
 
 
 @pytest.mark.parametrize(
-    ("due", "rotated"),
-    [(Due(age_s=90 * 86_400), THREADS[:3]), (Due(kek_version=1), THREADS), (Due(kek_version=7), [])],
+    ("due", "rotated"), [(Due(age_s=90 * 86_400), THREADS[:3]), (Due(kek_version=1), THREADS), (Due(kek_version=7), [])]
 )
 def test_a_walk_over_keys_rotates_those_that_are_due(due: Due, rotated: list[str]) -> None:
     place = Place(clock=TickingClock(now=1_790_000_000_000_000_000))

@@ -62,9 +62,7 @@ async def emptied(url: str) -> PostgresEngine:
 
 @asynccontextmanager
 async def opened(
-    engine: Engine | None = None,
-    provider: Provider | None = None,
-    now_ns: Callable[[], int] | None = None,
+    engine: Engine | None = None, provider: Provider | None = None, now_ns: Callable[[], int] | None = None
 ) -> AsyncIterator[Conversations]:
     if isinstance(engine, MemoryEngine):
         engine.reopen()  # as after a power failure: what was not synced is gone

@@ -117,10 +117,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "an author entry that is missing": ("unindexed", lambda e: (first(e, "index:author:"), None)),
     "a created entry that is missing": ("unindexed", lambda e: (first(e, "index:created:"), None)),
     "a deleted thread that is not closed": ("unindexed", lambda e: (b"index:closed:t1", None)),
-    "a version entry to nothing": (
-        "dangling",
-        lambda e: (first(e, "version:msg:")[:-1] + b"9", b"t0"),
-    ),
+    "a version entry to nothing": ("dangling", lambda e: (first(e, "version:msg:")[:-1] + b"9", b"t0")),
     "an order entry to an older version": ("dangling", lambda e: (first(e, "index:order:t0:"), b"")),
     "an order entry without a message": ("dangling", lambda e: (b"index:order:t0:" + b"0" * 20 + b"-000001", b"")),
     "an index entry of an unknown thread": ("dangling", lambda e: (b"index:writer:gone:ann", b"")),

@@ -25,12 +25,7 @@ from tests.minikms.custody.rotation.crash_points import (
 )
 
 Change = Literal[
-    "rotate the KEK",
-    "rotate to a new root key",
-    "add a root key",
-    "remove a root key",
-    "destroy a key",
-    "create a key",
+    "rotate the KEK", "rotate to a new root key", "add a root key", "remove a root key", "destroy a key", "create a key"
 ]
 CHANGES: tuple[Change, ...] = get_args(Change)
 

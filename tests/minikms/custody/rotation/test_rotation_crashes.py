@@ -24,10 +24,7 @@ KILL_SAMPLE = (
     Point("disk", RENAME, 3, '.journal"'),  # the journal becomes the backup
     Point("audit", "fdatasync", 2, "/minikms-audit.log"),  # the line about its end
 )
-ADD_SAMPLE = (
-    Point("disk", RENAME, 1, '"keyring.json"'),
-    Point("main", "write", 2, "add_root"),
-)
+ADD_SAMPLE = (Point("disk", RENAME, 1, '"keyring.json"'), Point("main", "write", 2, "add_root"))
 REMOVAL_SAMPLE = (
     Point("audit", "fdatasync", 2, "/minikms-audit.log"),  # the signed line, after which the audit log is held
     Point("disk", RENAME, 1, '"keyring.json"'),

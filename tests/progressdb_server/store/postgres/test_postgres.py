@@ -176,8 +176,7 @@ async def test_a_change_that_other_servers_always_precede_is_refused(
         await preceded(*(on.messages.set_reaction(message.id, by, "ok") for on, by in ((one, "late"), (two, "early"))))
         assert list((await one.reading.message(message.id)).reactions) == ["early"]
         await preceded(
-            one.threads.update("t", author="ann", title="late"),
-            two.threads.update("t", author="ann", title="early"),
+            one.threads.update("t", author="ann", title="late"), two.threads.update("t", author="ann", title="early")
         )
         assert (await one.threads.get("t")).title == "early"
 
