@@ -73,14 +73,15 @@ def directives(unit: str, section: str = "[Service]") -> list[tuple[str, str]]:
     return found
 
 
-def loaded(unit: str, section: str = "[Service]") -> list[tuple[str, str]]:
-    """The lines of a section of a unit of `deploy/systemd`, such as `minikms@acme.service`, and of its drop-ins, in
-    which an empty value removes those before it."""
+def loaded(unit: str, section: str = "[Service]", etc: Path | None = None) -> list[tuple[str, str]]:
+    """The lines of a section of a unit of `deploy/systemd`, such as `minikms@acme.service`, and of its drop-ins there
+    and in `etc`, in which an empty value removes those before it."""
     prefix, at, rest = unit.partition("@")
     instance, _, kind = rest.rpartition(".")
     file = UNITS / (f"{prefix}@.{kind}" if at else unit)
     lines = directives(str(file), section)
-    for drop_in in sorted(Path(f"{file}.d").glob("*.conf")):
+    places = [UNITS, *([] if etc is None else [etc])]
+    for drop_in in sorted(path for place in places for path in (place / f"{file.name}.d").glob("*.conf")):
         for name, value in directives(str(drop_in), section):
             lines = [*lines, (name, value)] if value else [line for line in lines if line[0] != name]
     return [(name, value.replace("%i", instance)) for name, value in lines]

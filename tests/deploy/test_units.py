@@ -40,7 +40,8 @@ EXPOSURE_MAX = {
 RUNNING = sorted(EXPOSURE_MAX.keys() - {"minikms-unlock.service"})
 """Units whose service does not end by itself."""
 TEMPLATES = sorted(path.name for path in UNITS.glob("*@.*") if path.is_file())
-NAME_OF_TENANT = re.compile(r"(?<=/run/)(minikms|progressdb)|(?<=/(etc|lib)/)progressdb|^(minikms|progressdb)\b(?!\.)")
+_NAME = "(minikms(-unlock)?|progressdb)"
+NAME_OF_TENANT = re.compile(rf"(?<=/run/){_NAME}|(?<=/(etc|lib)/)progressdb|^{_NAME}\b(?!\.)")
 LISTS = {
     "EnvironmentFile", "ExecStart", "ExecStopPost", "ListenStream", "ReadWritePaths", "RuntimeDirectory",
     "StateDirectory", "SupplementaryGroups", "Symlinks",

@@ -34,10 +34,14 @@ UNITS = restricted.UNITS
 USERS = ("minikms", "progressdb", "minikms-auditor", "minikms-unlock")
 UID_MIN = 54_321
 """Of the users. Neither it nor the numbers after it belong to anybody on the machine."""
+CHANGES_THE_SYSTEM = ("usr/bin/apt-get", "usr/bin/useradd", "usr/bin/userdel", "usr/bin/usermod")
+"""What does nothing here: the programs are there, and no user has a passwd entry."""
 READY_S_MAX = 60.0
 RUN_S_MAX = 120.0
 
-_PATH = re.compile(r"(?<![\w/.])/(?=(?:run|etc/progressdb|var/lib/progressdb|backup|opt/progressdb|root)\b)")
+_PATH = re.compile(
+    r"(?<![\w/.])/(?=(?:run|etc/progressdb|etc/systemd/system|var/lib/progressdb|backup|opt/progressdb|root)\b)"
+)
 _ONE_WORD = re.compile(r"\$\{(\w+)\}")
 _BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 
@@ -91,8 +95,7 @@ class Machine:
             "opt/progressdb/bin/progressdb": forked.script("progressdb_server"),
             "opt/progressdb/bin/minikms-auditor": forked.script("minikms_auditor"),
             "opt/progressdb/bin/minikms-unlock": forked.script("minikms_unlock"),
-            "usr/bin/useradd": ":",  # the users have no passwd entries
-            "usr/bin/userdel": ":",
+            **dict.fromkeys(CHANGES_THE_SYSTEM, ":"),
             # -u USER [-g USER -G minikms] -- COMMAND …
             "usr/bin/runuser": f'case "$2" in {numbers} esac; {groups}; {command}; exec {become} "$@"',
             "usr/bin/journalctl": f'exec cat {base}/journal/"$2"',  # -u UNIT …
@@ -119,6 +122,7 @@ class Machine:
             text = text.replace(f"$(id -u {name})", str(uid))
             text = text.replace(f"-o {name} -g {name}", f"-o {uid} -g {uid}")
             text = re.sub(f"chown (-R )?{name}: ", rf"chown \g<1>{uid}:{uid} ", text)
+            text = text.replace(f'user = "{name}"', f"user = {uid}")
         return text
 
     def at(self, path: str) -> Path:
@@ -310,7 +314,7 @@ class Machine:
             self._start(name)
 
     def _start(self, name: str) -> None:
-        lines = restricted.loaded(f"{name}.service")
+        lines = restricted.loaded(f"{name}.service", etc=self.at("/etc/systemd/system"))
         unit = {key: self.here(value) for key, value in lines}
         uid = self._uids[unit["User"]]
         for kind, place in (("Runtime", "/run"), ("State", "/var/lib")):
@@ -330,6 +334,7 @@ class Machine:
         if f"{name}.socket" in self._sockets and self._passes_socket:
             group = self._uids[dict(restricted.loaded(f"{name}.socket", "[Socket]"))["SocketGroup"]]
             flags = ["--each", str(group)] if _is_on_demand(name) else []
+            self._listens_at(name).parent.mkdir(parents=True, exist_ok=True)
             words = [sys.executable, service_manager.__file__, *flags, str(self._listens_at(name)), str(uid), *words]
         elif self._three_users:
             groups = [self._uids[group] for group in unit.get("SupplementaryGroups", "").split()]

@@ -13,13 +13,18 @@ import pytest
 
 from tests import needs
 from tests.documents.machine import PROJECT, Machine, blocks, machine
+from tests.harness.aws_kms import AwsKms, aws_kms
 from tests.harness.ports import free_ports
 from tests.harness.waiting import wait_until
 from tests.minikms.daemon import foreign
 
-ADD, REMOVE = blocks(PROJECT / "docs" / "tenants.md")
+ONCE, ADD, MOVE, REMOVE = blocks(PROJECT / "docs" / "tenants.md")
 TENANTS = ("acme", "bolt")
-USERS = tuple(f"{program}-{tenant}" for tenant in TENANTS for program in ("minikms", "progressdb"))
+PROGRAMS = ("minikms", "minikms-unlock", "progressdb")
+LEASE_S = 30
+"""The shortest one."""
+WAIT_S_MAX = 120.0
+USERS = tuple(f"{program}-{tenant}" for tenant in TENANTS for program in PROGRAMS)
 
 
 def of(tenant: str, text: str) -> str:
@@ -28,15 +33,23 @@ def of(tenant: str, text: str) -> str:
 
 
 class Tenants:
-    """A machine with two tenants."""
+    """A machine with two tenants, whose root keys are in AWS KMS."""
 
-    def __init__(self, made: Machine) -> None:
-        self.made = made
+    def __init__(self, made: Machine, aws: AwsKms) -> None:
+        self.made, self.aws = made, aws
         self.ports = dict(zip(TENANTS, free_ports(len(TENANTS)), strict=True))
+        self.keys = {tenant: aws.new_key() for tenant in TENANTS}
+        made.environ |= aws.environ
         made.do("mkdir -p /etc/progressdb deploy")
+        made.do(ONCE)
         made.do(f"sed s/uid:0/uid:{os.geteuid()}/ {PROJECT}/deploy/policy.toml > deploy/policy.toml")
         for tenant, port in self.ports.items():
             made.do(of(tenant, ADD).replace("PORT=8081", f"PORT={port}"))
+            settings = "".join(f"{name}={value}\n" for name, value in aws.environ.items())
+            made.at(f"/etc/progressdb-{tenant}/unlock/unlock.env").write_text(settings)
+            made.do(f"chmod 600 /etc/progressdb-{tenant}/unlock/unlock.env")
+            move = of(tenant, MOVE).replace("SOURCE", f"aws-kms:{self.keys[tenant]}")
+            made.do(move.replace("lease=300", f"lease={LEASE_S}"))
 
     def store(self, tenant: str, text: str) -> int:
         """The status of the answer of a tenant's message server, which stores a message."""
@@ -54,8 +67,9 @@ class Tenants:
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Tenants]:
-    with machine(users=USERS) as made:
-        yield Tenants(made)
+    needs.root()
+    with machine(users=USERS) as made, aws_kms(made.base) as aws:
+        yield Tenants(made, aws)
 
 
 def test_a_tenant_that_is_sealed_leaves_the_other_serving(two: Tenants) -> None:
@@ -71,11 +85,13 @@ def reached(made: Machine, tenant: str) -> list[str]:
     """What of a tenant this process can open, connect to or send a signal."""
     keys, run = f"/var/lib/progressdb-{tenant}/minikms", f"/run/minikms-{tenant}"
     files = [f"{keys}/{file}" for file in ("keyring.json", "minikms-audit.log", "kms-deks")]
-    files += [f"/etc/progressdb-{tenant}/{file}" for file in ("minikms.key", "progressdb.env")]
-    files += [keys, run, f"/var/lib/progressdb-{tenant}/db"]
+    files += [f"/etc/progressdb-{tenant}/{file}" for file in ("progressdb.env", "unlock/unlock.env")]
+    files += [keys, run, *(f"/var/lib/progressdb-{tenant}/{directory}" for directory in ("db", "unlock"))]
     attempts: dict[str, Callable[[], object]] = {path: partial(os.open, made.at(path), os.O_RDONLY) for path in files}
-    with socket.socket(socket.AF_UNIX) as client:
+    with socket.socket(socket.AF_UNIX) as client, socket.socket(socket.AF_UNIX) as asking:
         attempts["socket"] = partial(client.connect, str(made.at(f"{run}/minikms.sock")))
+        unlock = made.at(f"/run/minikms-unlock-{tenant}/unlock.sock")
+        attempts["socket of the unlock service"] = partial(asking.connect, str(unlock))
         for name in ("minikms", "progressdb"):
             pid = made.pid(f"{name}@{tenant}")
             attempts[f"memory of {name}"] = partial(os.open, f"/proc/{pid}/mem", os.O_RDONLY)
@@ -93,16 +109,18 @@ OWN = {
         "/var/lib/progressdb-TENANT/minikms/keyring.json",
         "/var/lib/progressdb-TENANT/minikms/minikms-audit.log",
         "/var/lib/progressdb-TENANT/minikms/kms-deks",
-        "/etc/progressdb-TENANT/minikms.key",
         "/var/lib/progressdb-TENANT/minikms",
         "/run/minikms-TENANT",
         "socket",
+        "socket of the unlock service",
         "signal to minikms",
     ],
+    "minikms-unlock": ["/var/lib/progressdb-TENANT/unlock"],
     "progressdb": [
         "/run/minikms-TENANT",
         "/var/lib/progressdb-TENANT/db",
         "socket",
+        "socket of the unlock service",
         "memory of progressdb",
         "signal to progressdb",
     ],
@@ -112,13 +130,24 @@ OWN = {
 
 @pytest.mark.parametrize("program", OWN)
 def test_no_user_of_a_tenant_reaches_anything_of_another(two: Tenants, program: str) -> None:
-    """Nor the memory of its own key service."""
-    needs.root()
+    """Nor the memory of its own key service. The unlock service answers only the user of its key service."""
     made = two.made
-    uid, group = made.uid(f"{program}-acme"), made.uid("minikms-acme")
-    own, others = foreign.run_as(uid, lambda: [reached(made, each) for each in TENANTS], groups=(group,))
+    groups = (made.uid("minikms-acme"),) if program == "progressdb" else ()
+    uid = made.uid(f"{program}-acme")
+    own, others = foreign.run_as(uid, lambda: [reached(made, each) for each in TENANTS], groups=groups)
     assert own == OWN[program]
     assert others == []
+
+
+def test_a_customer_who_disables_the_root_key_stops_that_tenant_alone(two: Tenants) -> None:
+    """It goes on by itself once the key is enabled. The other one has renewed its lease meanwhile."""
+    two.aws.enable(two.keys["acme"], False)
+    wait_until(lambda: two.store("acme", "disabled") == 503, seconds=WAIT_S_MAX)
+    _, said = two.made.run("minikms status --socket /run/minikms-acme/minikms.sock")
+    assert "DisabledException" in said
+    assert two.store("bolt", "disabled") == 200
+    two.aws.enable(two.keys["acme"], True)
+    wait_until(lambda: two.store("acme", "enabled") == 200, seconds=WAIT_S_MAX)
 
 
 def test_a_removed_tenant_leaves_nothing_and_the_other_goes_on(two: Tenants) -> None:
