@@ -29,13 +29,22 @@ LINES_MIN = 20
 """More than a restored key service writes until the server has judged it."""
 AUDITOR_TOML = "/etc/progressdb/auditor/auditor.toml"
 RUNBOOK = Path(__file__).resolve().parents[2] / "docs" / "runbook.md"
-ELSEWHERE = {"A certificate has expired", "The SIEM is away"}
-"""Sections whose commands other tests run: `test_other_hosts.py`, `tests/minikms_auditor/test_runbook_of_sinks.py`."""
-SECTIONS = {
+ALL_SECTIONS = {
     title: re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for title, text in re.findall(r"(?m)^## (.+)\n((?:(?!## ).*\n?)*)", RUNBOOK.read_text("utf-8"))
-    if title not in ELSEWHERE
 }
+OF_PROVIDERS = (
+    "Move the root key",
+    "Move to an HSM",
+    "Move to a cloud KMS",
+    "The HSM is gone",
+    "The root key was taken back",
+)
+ELSEWHERE = {"A certificate has expired", "The SIEM is away", *OF_PROVIDERS}
+"""Sections whose commands other tests run: `test_other_hosts.py`, `tests/minikms_auditor/test_runbook_of_sinks.py`,
+`test_runbook_of_root_keys.py`.
+"""
+SECTIONS = {title: listed for title, listed in ALL_SECTIONS.items() if title not in ELSEWHERE}
 SECTIONS["Move to another machine"] += SECTIONS["Restore"][-2:]  # as its text says
 
 
@@ -309,7 +318,7 @@ def check_left_in_order(made: Machine) -> None:
 def test_a_pasted_block_ends_at_its_first_failure_and_overwrites_no_key() -> None:
     """Each is a subshell with `set -e`, one command a line, so that each can fail in the tests. Where a key is made,
     the shell also refuses to write into a file that exists (`-C`)."""
-    for title, listed in SECTIONS.items():
+    for title, listed in [*SECTIONS.items(), *((title, ALL_SECTIONS[title]) for title in OF_PROVIDERS)]:
         for block in listed:
             first, *_, last = block.splitlines()
             assert re.match(r"\(set -eC?($|; )", first) and last == ")", f"{title}: {block}"
