@@ -152,16 +152,19 @@ def test_alerts_are_accepted_and_use_metrics_that_there_are() -> None:
         ("MinikmsGatewayCertificateExpires", "minikms_gateway_crl_expiry_timestamp_seconds", "90000x100"),
         ("MinikmsRootLeaseNotGranted", 'minikms_root_lease_questions_total{outcome="away"}', "0x58 1x40"),
         ("MinikmsGatewayRefusesExpired", 'minikms_gateway_refused_total{reason="expired"}', "0x60 1x40"),
+        ("MinikmsRootLeaseEnded", "progressdb_kms_sealed", "0x60 1x40"),
         ("ProgressdbBackupOld", "progressdb_store_backup_timestamp_seconds", "-172800x100"),
         ("ProgressdbBackupOld", "progressdb_store_backup_timestamp_seconds", "NaN " * 100),
     ],
 )
 def test_an_alert_fires_when_its_time_has_come(tmp_path: Path, alert: str, series: str, values: str) -> None:
-    """Not at the start of the series, but 61 minutes later."""
+    """Not at the start of the series, but 61 minutes later. For half an hour there is a lease."""
     firing = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})'
     cases = [("0m", []), ("61m", [{"labels": "{}", "value": 1}])]
     asked = [{"expr": firing, "eval_time": when, "exp_samples": samples} for when, samples in cases]
-    given = {"interval": "1m", "input_series": [{"series": series, "values": values}], "promql_expr_test": asked}
+    inputs = {series: values, "minikms_root_lease_seconds": "300x30"}
+    listed = [{"series": name, "values": value} for name, value in inputs.items()]
+    given = {"interval": "1m", "input_series": listed, "promql_expr_test": asked}
     file = tmp_path / "test.yml"
     file.write_text(json.dumps({"rule_files": [str(ALERTS)], "tests": [given]}))
     done = subprocess.run(
