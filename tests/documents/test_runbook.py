@@ -35,6 +35,7 @@ ALL_SECTIONS = {
 }
 OF_PROVIDERS = (
     "Move the root key",
+    "Move to a TPM",
     "Move to an HSM",
     "Move to a cloud KMS",
     "The HSM is gone",

@@ -11,6 +11,7 @@ from tests.documents.machine import Machine, blocks, machine
 from tests.documents.test_runbook import ALL_SECTIONS, RUNBOOK, prepare, store_message
 from tests.harness.aws_kms import aws_kms
 from tests.harness.hsm import PIN, run
+from tests.harness.tpm import Tpm
 from tests.harness.waiting import wait_until
 
 PROVIDER = "/etc/systemd/system/minikms-unlock.service.d/provider.conf"
@@ -114,3 +115,17 @@ def test_a_root_key_moves_to_a_cloud_and_is_taken_back_there(made: Machine) -> N
         assert "DisabledException" in paste(made, "The root key was taken back")
         aws.enable(arn, True)
         wait_until(lambda: stored(made), seconds=WAIT_S_MAX)
+
+
+@pytest.mark.timeout(900)
+def test_a_root_key_moves_to_a_tpm(made: Machine) -> None:
+    place = made.base / "tpm"
+    place.mkdir()
+    tpm = Tpm(place)
+    try:
+        made.do(f"chown -R {made.uid('minikms-unlock')} {place}")
+        made.environ["TPM2TOOLS_TCTI"] = tpm.tcti
+        paste(made, "Move to a TPM")
+        move(made, tpm.source())
+    finally:
+        tpm.stop()
