@@ -106,13 +106,11 @@ def root_of_provider(source: str, path: Path) -> Iterator[OneTimeKey]:
 
 def next_steps(made: Configured, source: str, path: Path, unlock_socket: str) -> list[str]:
     """For people."""
-    setting = f"[Service]\\nEnvironment=PROGRESSDB_MINIKMS_ROOT=unlock:{unlock_socket}\\n"
     return [
         f"Slot {made.slot.slot_id} opens under the root key {made.slot.fingerprint} of this source. Next, as root:",
         "  systemctl enable --now minikms-unlock.socket",
-        "  install -d /etc/systemd/system/minikms.service.d",
-        f"  printf '{setting}' > /etc/systemd/system/minikms.service.d/unlock.conf",
-        "  systemctl daemon-reload && systemctl restart minikms.service",
+        f"  echo PROGRESSDB_MINIKMS_ROOT=unlock:{unlock_socket} >> /etc/progressdb/minikms.env",
+        "  systemctl restart minikms.service",
         f"  minikms-unlock test {made.slot.slot_id} {shlex.quote(source)} --config {shlex.quote(str(path))}",
         *(f"  minikms root remove {slot_id}" for slot_id in made.others),
     ]
