@@ -26,7 +26,7 @@ MANAGERS_OWN = {
     "Type", "NotifyAccess", "WatchdogSec", "User", "Group", "SupplementaryGroups", "ExecStart", "ExecReload",
     "ExecStopPost",
     "Environment", "EnvironmentFile", "Restart", "RestartPreventExitStatus", "RestartSec", "TimeoutStartSec",
-    "TimeoutStopSec", "RuntimeDirectory",
+    "TimeoutStopSec", "RuntimeMaxSec", "RuntimeDirectory",
     "RuntimeDirectoryMode", "RuntimeDirectoryPreserve", "StateDirectory", "StateDirectoryMode",
     # control groups, and limits that this test's process cannot raise
     "MemorySwapMax", "OOMPolicy", "LimitMEMLOCK", "LimitNOFILE", "DevicePolicy", "IPAddressDeny", "IPAddressAllow",

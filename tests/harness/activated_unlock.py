@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -32,7 +32,8 @@ PASSES = 'n=$1; shift; exec 3<&$n; [ $n = 3 ] || eval "exec $n<&-"; LISTEN_PID=$
 class UnlockService:
     """In `base`, below directories of root that every user can enter. `daemon_uid`: the only one that it answers.
 
-    `environ`: for the provider's library. Nothing is configured yet: see `write_config`.
+    `environ`: for the provider's library. `uid`: its user. `under`: what replaces itself by the program. Nothing is
+    configured yet: see `write_config`.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class UnlockService:
         *,
         daemon_uid: int = 0,
         environ: Mapping[str, str] | None = None,
+        uid: int = UID,
+        under: Sequence[str] = (),
     ) -> None:
-        needs.interpreter_for(UID)
+        needs.interpreter_for(uid)
         self.base = base
         self.config = base / "etc" / "unlock.toml"
         self.pin = base / "etc" / "minikms.pin"
@@ -54,11 +57,12 @@ class UnlockService:
         self.statuses: list[int] = []
         """Of the processes that have ended, in order."""
         self.process: subprocess.Popen[bytes] | None = None
+        self._uid, self._under = uid, under
         self._environ = {**os.environ, **(environ or {})}
         base.chmod(0o755)
         self.config.parent.mkdir(mode=0o755)
         self.directory.mkdir(mode=0o700)
-        os.chown(self.directory, UID, UID)
+        os.chown(self.directory, uid, uid)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.socket))
         self.socket.chmod(0o666)
@@ -80,7 +84,7 @@ class UnlockService:
     def write_wrapped(self, **members: object) -> None:
         values = {"format": "minikms-unlock", "version": 1} | members
         self.wrapped.write_text(json.dumps(values))
-        os.chown(self.wrapped, UID, UID)
+        os.chown(self.wrapped, self._uid, self._uid)
         self.wrapped.chmod(0o640)
 
     def proc(self, name: str) -> str:
@@ -118,7 +122,17 @@ class UnlockService:
             selector.register(self._stopping, selectors.EVENT_READ)
             while all(key.fileobj is not self._stopping for key, _ in selector.select()):
                 number = self._listener.fileno()
-                command = ["bash", "-c", PASSES, "bash", str(number), sys.executable, "-m", "minikms_unlock"]
+                command = [
+                    "bash",
+                    "-c",
+                    PASSES,
+                    "bash",
+                    str(number),
+                    *self._under,
+                    sys.executable,
+                    "-m",
+                    "minikms_unlock",
+                ]
                 with self.log.open("ab") as log:
                     self.process = subprocess.Popen(
                         [*command, "serve", "--config", str(self.config), "--log-format", "json"],
@@ -128,8 +142,8 @@ class UnlockService:
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
-                        user=UID,
-                        group=UID,
+                        user=self._uid,
+                        group=self._uid,
                         extra_groups=(),
                         start_new_session=True,
                     )

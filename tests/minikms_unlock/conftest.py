@@ -34,10 +34,10 @@ class Provider:
         with self.loaded():
             return open_wrapper(self.source).wrap(memoryview(root), keyring_id)
 
-    def give_to_service(self) -> None:
+    def give_to_service(self, uid: int = UID) -> None:
         """A use by root can leave files of root."""
         for path in (self.token.base, *self.token.base.rglob("*")):
-            os.chown(path, UID, UID)
+            os.chown(path, uid, uid)
         self.token.base.chmod(0o755)
 
     def refuse(self) -> None:

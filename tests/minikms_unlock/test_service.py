@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import pytest
 
 from minikms.processes.handover import AWAY, KEY, QUESTION_SECONDS_MAX, REFUSED, Purpose
 from minikms.roots.pin import PinFile
+from tests import needs
+from tests.deploy import restricted
 from tests.harness import forked
 from tests.harness.activated_unlock import UID, UnlockService, read_answer
 from tests.harness.waiting import wait_until
@@ -30,18 +33,24 @@ def blobs(hsm: Provider) -> dict[bytes, bytes]:
     return {root: hsm.wrap(root) for root in (ROOT, THEIRS)}
 
 
-@pytest.fixture
-def service(hsm: Provider, blobs: dict[bytes, bytes]) -> Iterator[UnlockService]:
+@contextlib.contextmanager
+def serving(hsm: Provider, blobs: dict[bytes, bytes], **how: Any) -> Iterator[UnlockService]:
     """It gives ROOT to root, as the key service's user here."""
-    hsm.give_to_service()
+    hsm.give_to_service(how.get("uid", UID))
     with (
         tempfile.TemporaryDirectory(prefix="minikms-test-") as name,
-        UnlockService(Path(name), environ=hsm.token.environ) as made,
+        UnlockService(Path(name), environ=hsm.token.environ, **how) as made,
     ):
         made.write_config(hsm.source)
         PinFile(made.pin).add(memoryview(ROOT), KEYRING_ID)
         made.write_wrapped(source=hsm.source, keyring_id=KEYRING_ID, wrapped=text_of(blobs[ROOT]))
         (made.base / "theirs").write_text(text_of(blobs[THEIRS]))
+        yield made
+
+
+@pytest.fixture
+def service(hsm: Provider, blobs: dict[bytes, bytes]) -> Iterator[UnlockService]:
+    with serving(hsm, blobs) as made:
         yield made
 
 
@@ -189,3 +198,16 @@ def test_while_it_waits_it_is_hardened_and_shows_no_key(service: UnlockService) 
         connection.sendall(f"minikms-unlock/1 start {KEYRING_ID}\n".encode())
         assert read_answer(connection) == (KEY, ROOT)
     assert ROOT.hex() not in shown and "SOFTHSM2_CONF" in shown
+
+
+def test_what_the_unit_forbids_is_not_needed(hsm: Provider, blobs: dict[bytes, bytes]) -> None:
+    """The restrictions run it as root, without capabilities. A drop-in lets SoftHSM write in the token's directory."""
+    needs.program("systemd-analyze")
+    needs.program("mount")
+    unshare = needs.namespaces("mount", "net", "ipc")
+    under = [unshare, "--mount", "--net", "--ipc", sys.executable, restricted.__file__]
+    unit = str(restricted.UNITS / "minikms-unlock.service")
+    with serving(hsm, blobs, uid=0, under=[*under, unit, str(hsm.token.base)]) as made:
+        assert made.ask(KEYRING_ID) == (KEY, ROOT), made.log.read_text()
+        missing = {event["measure"] for event in made.events() if "measure" in event}
+    assert missing <= {"memory_locked"}

@@ -182,7 +182,7 @@ def test_a_run_that_was_killed_is_run_again_and_one_key_is_left(place: Place, ca
     inject = ["-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:signal=KILL:when={number}"]
     command = [needs.program("strace"), *inject, sys.executable, "-m", *place.words("configure")]
     environ = {**os.environ, **place.hsm.token.environ}
-    subprocess.run(command, env=environ, capture_output=True, timeout=120, check=False)
+    subprocess.run(command, env=environ, capture_output=True, timeout=400, check=False)
     place.hsm.give_to_service()
     assert place.slots()[0] == "file"
     assert PinFile(place.service.pin).read().names(memoryview(place.daemon.root()))
