@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from minikms.api.errors import StartError, StartLaterError
 from minikms.client.connecting import server_uid
@@ -31,6 +31,9 @@ from minikms.processes.handover import (
     parse_sentence,
 )
 from minikms.roots.providers import GivenKey, RootProvider
+
+CONNECT_PAUSE_SECONDS: Final = 0.02
+"""Between two tries to connect while the queue of the listener is full."""
 
 
 class RootAwayError(StartLaterError):
@@ -74,7 +77,7 @@ class UnlockService(RootProvider):
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 async with asyncio.timeout(ANSWER_SECONDS_MAX):
-                    self._connect(connection)
+                    await self._connect(connection)
                     await _exchange(connection, question, slot)
         except BaseException as error:
             slot.release()
@@ -84,10 +87,15 @@ class UnlockService(RootProvider):
             raise
         return ReceivedKey(slot, asked_ns)
 
-    def _connect(self, connection: socket.socket) -> None:
+    async def _connect(self, connection: socket.socket) -> None:
         """To a listener that may be asked. Raises RootAwayError, OSError."""
         connection.setblocking(False)  # connect(2) on a Unix socket connects at once, or fails
-        connection.connect(self.path)
+        while True:
+            try:
+                connection.connect(self.path)
+                break
+            except BlockingIOError:  # the listener's queue is full: a member of its group could keep it so for long
+                await asyncio.sleep(CONNECT_PAUSE_SECONDS)
         uid = server_uid(connection)
         if uid not in self.uids:
             expected = " or ".join(map(str, sorted(self.uids)))

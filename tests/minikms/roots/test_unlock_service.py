@@ -69,6 +69,35 @@ def test_a_key_that_comes_in_parts_is_put_together(listener: UnlockListener, are
         assert bytes(slot.view) == ROOT
 
 
+def test_a_full_queue_of_the_listener_is_no_absence(
+    tmp_path: Path, arena: SecretArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every member of its group can fill it."""
+    with socket.socket(socket.AF_UNIX) as full, socket.socket(socket.AF_UNIX) as other:
+        full.bind(str(tmp_path / "s"))
+        full.listen(0)
+        other.connect(str(tmp_path / "s"))
+
+        def serve() -> None:
+            full.accept()[0].close()
+            with full.accept()[0] as connection:
+                connection.recv(handover.QUESTION_BYTES_MAX)
+                connection.sendall(KEY + ROOT)
+
+        serving, sleep = threading.Thread(target=serve, daemon=True), asyncio.sleep
+
+        async def pause(seconds: float) -> None:
+            if serving.ident is None:
+                serving.start()
+            await sleep(seconds)
+
+        monkeypatch.setattr(asyncio, "sleep", pause)
+        asked = UnlockService(str(tmp_path / "s"), frozenset({os.geteuid()}), keyring_file)
+        with asked.read(arena) as slot:
+            assert bytes(slot.view) == ROOT
+        serving.join()
+
+
 def test_nothing_is_sent_to_a_listener_of_another_user(listener: UnlockListener, arena: SecretArena) -> None:
     own = os.geteuid()
     with pytest.raises(RootAwayError, match=rf"^uid {own} listens at .* expected is uid 77 .*nothing was sent"):
