@@ -29,7 +29,8 @@ MANAGERS_OWN = {
     "TimeoutStopSec", "RuntimeMaxSec", "RuntimeDirectory",
     "RuntimeDirectoryMode", "RuntimeDirectoryPreserve", "StateDirectory", "StateDirectoryMode",
     # control groups, and limits that this test's process cannot raise
-    "MemorySwapMax", "OOMPolicy", "LimitMEMLOCK", "LimitNOFILE", "DevicePolicy", "IPAddressDeny", "IPAddressAllow",
+    "MemoryMax", "MemorySwapMax", "OOMPolicy", "LimitMEMLOCK", "LimitNOFILE", "DevicePolicy", "IPAddressDeny",
+    "IPAddressAllow",
     # the interpreter of a developer may lie in a home directory
     "ProtectHome",
     # no use without a session keyring, foreign files, or capabilities, which are dropped here

@@ -135,6 +135,11 @@ def test_no_limit_of_starts_ends_the_unlock_service() -> None:
     assert "Restart" not in dict(restricted.directives(str(UNITS / "minikms-unlock.service")))
 
 
+def test_the_memory_of_the_unlock_service_is_bounded() -> None:
+    """Not every library of a provider bounds the answer that it reads."""
+    assert ("MemoryMax", "512M") in restricted.directives(str(UNITS / "minikms-unlock.service"))
+
+
 def make_store(path: Path) -> RocksEngine:
     path.mkdir(parents=True)
     engine = RocksEngine(str(path))
