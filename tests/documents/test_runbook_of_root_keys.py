@@ -124,7 +124,6 @@ def test_a_root_key_moves_to_a_tpm(made: Machine) -> None:
     tpm = Tpm(place)
     try:
         made.do(f"chown -R {made.uid('minikms-unlock')} {place}")
-        made.environ["TPM2TOOLS_TCTI"] = tpm.tcti
         paste(made, "Move to a TPM")
         move(made, tpm.source())
     finally:
