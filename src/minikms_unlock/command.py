@@ -138,7 +138,7 @@ def test(
 
 @app.command
 def serve(*, config: ServiceConfig, log_format: LogFormat = "console") -> int:
-    """Give the root key to the key service once, for a question at the socket that systemd passes, and end.
+    """Answer one question of the key service for its root key, and end.
 
     Exit status: 0 given, or nobody asked; 1 the provider gave no key; 2 it was started without a socket.
     """
@@ -156,7 +156,7 @@ def configure(
     server_uid: ServerUid = None,
     json: Json = False,
 ) -> int:
-    """As root, make a root key that the provider wraps, pin it, add it to the running key service, and test it.
+    """As root, make, pin, add and test a root key that a provider wraps, while the key service runs.
 
     Run it again after an interruption: it goes on. What opens the keyring already stays.
     """
@@ -177,7 +177,7 @@ def doctor(
     unlock_socket: Annotated[PathText, Parameter(help="The socket of the unlock service.")] = UNLOCK_SOCKET,
     json: Json = False,
 ) -> int:
-    """As the user of the unlock service, check all that it needs for an answer, and ask its provider.
+    """As its user, check all that the unlock service needs for an answer.
 
     Exit status: 0 no problem, 1 a problem, 2 there is no configuration that can be read.
     """
