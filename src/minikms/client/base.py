@@ -56,16 +56,18 @@ class BaseClient:
             raise ValueError("`ca`, `cert`, `key`, `token_file` and `long_lived_cert` are for a URL, not for a socket")
         else:
             self._addresses = Addresses([SocketEndpoint(path, server_uids) for path in each])
+        self._several = len(each) > 1
         self._start()
 
     def _start(self) -> None:
         """Begins without connections."""
 
     def _attempts(self, verb: Verb[Any, Any], timeout_s: float, now_s: float) -> Attempts:
-        addresses, repeatable, wait_s, full_s = self._addresses, verb.repeatable, self._wait_s, self._timeout_s
-        if len(addresses.endpoints) > 1:
-            return Rounds(addresses, now_s, timeout_s, repeatable=repeatable, wait_s=wait_s, full_s=full_s)
-        return Attempts(addresses.first, now_s, timeout_s, repeatable=repeatable, wait_s=wait_s, full_s=full_s)
+        wait_s, full_s = self._wait_s, self._timeout_s
+        if self._several:
+            return Rounds(self._addresses, now_s, timeout_s, repeatable=verb.repeatable, wait_s=wait_s, full_s=full_s)
+        first = self._addresses.first
+        return Attempts(first, now_s, timeout_s, repeatable=verb.repeatable, wait_s=wait_s, full_s=full_s)
 
     @property
     def addresses(self) -> Sequence[str]:

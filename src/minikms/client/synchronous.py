@@ -100,13 +100,13 @@ class Client(BaseClient, Verbs, BlockingRunner):
             call.wipe()
 
     def _exchange(self, call: Call[Any], attempts: Attempts) -> Answer:
-        endpoint, timeout_s = attempts.endpoint, attempts.timeout_s
-        sock = self._connection(endpoint, attempts)
+        endpoint = attempts.endpoint
+        sock = self._connection(attempts)
         try:
-            answer = _exchange(sock, call, time.monotonic() + timeout_s, endpoint.origin)
+            answer = _exchange(sock, call, time.monotonic() + attempts.timeout_s, endpoint.origin)
         except TimeoutError:
             sock.close()
-            raise KmsTimeoutError(f"the key service did not answer within {timeout_s:g} s") from None
+            raise KmsTimeoutError(f"the key service did not answer within {attempts.timeout_s:g} s") from None
         except OSError as error:
             lost = endpoint.lost(error, sent=True, sock=sock)
             sock.close()
@@ -120,8 +120,8 @@ class Client(BaseClient, Verbs, BlockingRunner):
             sock.close()
         return answer
 
-    def _connection(self, endpoint: Endpoint, attempts: Attempts) -> socket.socket:
-        proxied = self._proxied
+    def _connection(self, attempts: Attempts) -> socket.socket:
+        endpoint = attempts.endpoint
         fresh_s = time.monotonic() - POOL_IDLE_S_MAX
         while True:
             with self._lock:
@@ -130,8 +130,8 @@ class Client(BaseClient, Verbs, BlockingRunner):
                 if not self._idle:
                     break
                 since_s, sock, kept = self._idle.pop()
-            usable = kept is endpoint and since_s >= fresh_s and not _has_input(sock)
-            if usable and (not proxied or endpoint.is_current(sock)):
+            is_fresh = kept is endpoint and since_s >= fresh_s
+            if is_fresh and not _has_input(sock) and (not self._proxied or endpoint.is_current(sock)):
                 return sock
             sock.close()
         return endpoint.connect(attempts.connect_s)
