@@ -112,7 +112,10 @@ def next_steps(made: Configured, source: str, path: Path, unlock_socket: str) ->
         f"  echo PROGRESSDB_MINIKMS_ROOT=unlock:{unlock_socket} >> /etc/progressdb/minikms.env",
         "  systemctl restart minikms.service",
         f"  minikms-unlock test {made.slot.slot_id} {shlex.quote(source)} --config {shlex.quote(str(path))}",
-        *(f"  minikms root remove {slot_id}" for slot_id in made.others),
+        *(
+            f"  minikms root remove {slot_id}  # if the daemon was started under {made.slot.slot_id}: minikms root list"
+            for slot_id in made.others
+        ),
     ]
 
 
