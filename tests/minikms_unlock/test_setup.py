@@ -18,6 +18,7 @@ from tests import needs
 from tests.harness import forked
 from tests.harness.activated_unlock import UID, UnlockService
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.waiting import wait_until
 from tests.minikms_unlock.conftest import Provider
 
 
@@ -83,7 +84,7 @@ def test_the_daemon_starts_by_the_provider_after_configure(place: Place) -> None
     place.daemon.command[flag : flag + 2] = source
     place.daemon.start()
     with place.daemon.client() as kms:
-        assert kms.status().root.fingerprint == made["fingerprint"]
+        wait_until(lambda: kms.status().root.fingerprint == made["fingerprint"])  # it is sealed until it has the key
         kms.remove_root("s1")
     assert place.service.statuses == [0]
 
