@@ -81,16 +81,19 @@ class _AwsKmsKey:
 
     def _ask(self, operation: str, **parameters: object) -> dict[str, Any]:
         """Raises TokenError, which has the error code of the service and nothing else of its answer."""
+        refuses = False
         try:
             answer: dict[str, Any] = getattr(self._connected(), operation)(KeyId=self._arn, **parameters)
             return answer
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             why = code if _CODE.fullmatch(code) else "another error"
+            # A service that gives credentials has errors of the same names, and may be asked over plain HTTP.
+            refuses = code in self.refusals and error.operation_name == operation.capitalize()
         except BotoCoreError as error:
             why = type(error).__name__
         self._drop()  # the next call reads credentials and settings again
-        if why in self.refusals:
+        if refuses:
             raise RefusedError(f"AWS KMS refuses the key: {why}")
         raise self.calls.error(f"AWS KMS does not answer: {why}")
 

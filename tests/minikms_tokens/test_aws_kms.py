@@ -233,3 +233,23 @@ def test_without_credentials_or_a_service_it_is_away(replay: Replay, monkeypatch
     for name in ("aws-kms:alias/x", f"aws-kms:{ARN.replace('key/', 'alias/')}", f"aws-kms:{ARN}\n"):
         with pytest.raises(TokenError, match="no alias"):
             open_wrapper(name)
+
+
+def test_a_service_that_gives_credentials_refuses_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its errors can have the same codes, and nothing says that it was asked over TLS."""
+    needs.library("botocore.session")
+    (tmp_path / "token").write_text("a token")
+    code = "<ErrorResponse><Error><Code>AccessDeniedException</Code></Error></ErrorResponse>"
+    with Replay(tmp_path, tls=False) as given:
+        given.answer = [reply(403, code, "Content-Type: text/xml")]
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {
+            "AWS_ENDPOINT_URL_STS": f"http://127.0.0.1:{given.port}",
+            "AWS_WEB_IDENTITY_TOKEN_FILE": str(tmp_path / "token"),
+            "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/unlock",
+        }.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(AwayError, match="AWS KMS does not answer: AccessDeniedException"):
+            unwrapped(open_wrapper(f"aws-kms:{ARN}"), b"\x01x")
+        assert given.requests
