@@ -86,7 +86,7 @@ def test_the_daemon_starts_by_the_provider_after_configure(place: Place) -> None
     with place.daemon.client() as kms:
         wait_until(lambda: kms.status().root.fingerprint == made["fingerprint"])  # it is sealed until it has the key
         kms.remove_root("s1")
-    assert place.service.statuses == [0]
+    wait_until(lambda: place.service.statuses == [0])
 
 
 DEFAULTS = """
