@@ -99,10 +99,38 @@ def daemon_asking(
         yield daemon, listener
 
 
+def tried() -> str:
+    """What becomes of things that a key service may not do, in its own process."""
+    errors = []
+    forbidden: tuple[Callable[[], object], ...] = (
+        lambda: socket.socket(socket.AF_INET),
+        lambda: os.execv("/bin/true", ["true"]),
+        lambda: os.listdir("/"),
+        lambda: Path("/tmp/minikms-test-new").touch(),
+    )
+    for act in forbidden:
+        try:
+            act()
+        except OSError as error:
+            errors.append(type(error).__name__)
+    return f"tried: {' '.join(errors)}"
+
+
+TRIED = "tried: " + " ".join(["PermissionError"] * 4)
+
+
 if __name__ == "__main__":
     from minikms.cli import main
     from minikms.daemon import lease
+    from minikms.daemon.seal.unlocking import Unlocking
 
+    served = Unlocking.served
+
+    def served_and_tried(self: Unlocking, asked_ns: int) -> None:
+        served(self, asked_ns)
+        print(tried(), file=sys.stderr, flush=True)
+
+    Unlocking.served = served_and_tried  # type: ignore[method-assign]  # in this process, which runs only for tests
     lease.SECOND_NS = LEASE_SECOND_NS  # type: ignore[misc]  # final in production
     sys.argv = ["minikms", *sys.argv[3:]]  # -m minikms, for which this stands
     main()

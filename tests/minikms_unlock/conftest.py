@@ -2,8 +2,9 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -15,11 +16,30 @@ from tests.harness.hsm import Token
 KEYRING_ID = "kr_" + "a1" * 8
 
 
+class AnyProvider(Protocol):
+    """`environ`: for its library. `restore`: after `refuse`, and after `go_away`."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def environ(self) -> Mapping[str, str]: ...
+
+    def give_to_service(self) -> None: ...
+
+    def refuse(self) -> None: ...
+
+    def go_away(self) -> None: ...
+
+    def restore(self) -> None: ...
+
+
 class Provider:
     """The token, below a directory that every user can enter."""
 
     def __init__(self, base: Path) -> None:
         self.token = Token(base)
+        self.environ = self.token.environ
         self.source = self.token.uri("object=wrap")
         self._pin = self.token.pin_file.read_text()
         with self.loaded():

@@ -19,18 +19,20 @@ from tests.harness import forked
 from tests.harness.activated_unlock import UID, UnlockService
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.waiting import wait_until
-from tests.minikms_unlock.conftest import Provider
+from tests.minikms_unlock.conftest import AnyProvider, Provider
 
 
 class Place:
     """A daemon with a pinned key file, and an unlock service that is not configured yet."""
 
-    def __init__(self, base: Path, hsm: Provider) -> None:
+    def __init__(self, base: Path, hsm: AnyProvider, **how: Any) -> None:
+        """`how`: of the daemon."""
         self.hsm = hsm
         base.chmod(0o755)
         (base / "kms").mkdir()
-        self.service = UnlockService(base / "unlock", environ=hsm.token.environ)
-        self.daemon = LiveDaemon(base / "kms")
+        (base / "unlock").mkdir()
+        self.service = UnlockService(base / "unlock", environ=hsm.environ)
+        self.daemon = LiveDaemon(base / "kms", **how)
         with self.daemon.client() as kms:
             self.keyring_id = kms.status().keyring_id
         PinFile(self.service.pin).add(memoryview(self.daemon.root()), self.keyring_id)
@@ -41,7 +43,7 @@ class Place:
         return ["minikms_unlock", *words, self.hsm.source, *ends]
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        environ = {**os.environ, **self.hsm.token.environ}
+        environ = {**os.environ, **self.hsm.environ}
         try:
             return forked.run(*self.words(*words), "--json", env=environ)
         finally:
@@ -53,6 +55,12 @@ class Place:
         made: dict[str, Any] = json.loads(ended.stdout)
         return made
 
+    def use_service(self, *flags: str) -> None:
+        """From the daemon's next start on."""
+        flag = self.daemon.command.index("--master-key-file")
+        source = ["--root", f"unlock:{self.service.socket}", "--pin", str(self.service.pin), *flags]
+        self.daemon.command[flag : flag + 2] = source
+
     def slots(self) -> list[str]:
         """The providers of all root keys that open the keyring."""
         with self.daemon.client() as kms:
@@ -62,7 +70,6 @@ class Place:
 @pytest.fixture
 def place(hsm: Provider) -> Iterator[Place]:
     with tempfile.TemporaryDirectory(prefix="minikms-test-") as name:
-        (Path(name) / "unlock").mkdir()
         made = Place(Path(name), hsm)
         with made.service, made.daemon:
             yield made
@@ -79,9 +86,7 @@ def test_the_daemon_starts_by_the_provider_after_configure(place: Place) -> None
     assert place.run("test", made["slot_id"]).returncode == 0
     assert place.run("test", "s1").returncode == 1
     place.daemon.stop()
-    flag = place.daemon.command.index("--master-key-file")
-    source = ["--root", f"unlock:{place.service.socket}", "--pin", str(place.service.pin)]
-    place.daemon.command[flag : flag + 2] = source
+    place.use_service()
     place.daemon.start()
     with place.daemon.client() as kms:
         wait_until(lambda: kms.status().root.fingerprint == made["fingerprint"])  # it is sealed until it has the key
@@ -102,7 +107,7 @@ def test_without_a_configuration_it_is_made(place: Place) -> None:
     place.service.config.unlink()
     program = DEFAULTS.format(pin=str(place.service.pin), directory=str(place.service.directory))
     command = [sys.executable, "-c", program, *place.words("configure")[1:]]
-    environ = {**os.environ, **place.hsm.token.environ}
+    environ = {**os.environ, **place.hsm.environ}
     ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
     place.hsm.give_to_service()
     assert ended.returncode == 0, ended.stderr
@@ -154,10 +159,10 @@ def test_what_would_lock_the_keyring_or_lose_a_key_is_refused(place: Place, name
     assert (place.service.pin.read_bytes() if place.service.pin.exists() else None) == pin
 
 
-def test_a_wrapped_key_that_nothing_names_is_replaced(place: Place) -> None:
+def test_a_wrapped_key_that_nothing_names_is_replaced(place: Place, hsm: Provider) -> None:
     """What an interrupted run, or another user, has left opens nothing. What the pin file names is never replaced."""
     theirs = os.urandom(32)
-    blob = place.hsm.wrap(theirs, place.keyring_id)
+    blob = hsm.wrap(theirs, place.keyring_id)
     place.hsm.give_to_service()
     members = {"source": place.hsm.source, "keyring_id": place.keyring_id, "wrapped": base64.b64encode(blob).decode()}
     place.service.write_wrapped(**members)
@@ -183,7 +188,7 @@ EVERY = [(calls, number) for calls in KILLED for number in range(1, 9)]
 def test_a_run_that_was_killed_is_run_again_and_one_key_is_left(place: Place, calls: str, number: int) -> None:
     inject = ["-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:signal=KILL:when={number}"]
     command = [needs.program("strace"), *inject, sys.executable, "-m", *place.words("configure")]
-    environ = {**os.environ, **place.hsm.token.environ}
+    environ = {**os.environ, **place.hsm.environ}
     subprocess.run(command, env=environ, capture_output=True, timeout=400, check=False)
     place.hsm.give_to_service()
     assert place.slots()[0] == "file"
@@ -198,7 +203,7 @@ def test_a_run_that_was_killed_is_run_again_and_one_key_is_left(place: Place, ca
 def doctor(place: Place) -> dict[str, str]:
     """The level of each check."""
     words = ["minikms_unlock", "doctor", "--config", place.service.config, "--unlock-socket", place.service.socket]
-    environ = {**os.environ, **place.hsm.token.environ}
+    environ = {**os.environ, **place.hsm.environ}
     ended = forked.run(*words, "--json", env=environ, user=(UID, UID, ()), cwd="/")
     assert ended.returncode in (0, 1), ended.stderr
     found = json.loads(ended.stdout)
