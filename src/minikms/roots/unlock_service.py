@@ -144,7 +144,8 @@ async def _readable(connection: socket.socket) -> None:
 
     def reads() -> None:
         loop.remove_reader(connection.fileno())
-        came.set_result(None)
+        if not came.done():  # cancelled in the same turn
+            came.set_result(None)
 
     loop.add_reader(connection.fileno(), reads)
     try:

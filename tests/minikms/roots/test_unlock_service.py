@@ -17,7 +17,7 @@ from minikms.memory.arena import SecretArena, fill_random
 from minikms.processes import handover
 from minikms.processes.handover import KEY, TEXT_BYTES_MAX, Question
 from minikms.roots import unlock_service
-from minikms.roots.unlock_service import RootAwayError, RootRefusedError, UnlockService
+from minikms.roots.unlock_service import ReceivedKey, RootAwayError, RootRefusedError, UnlockService
 from tests.harness.unlocking import AWAY, REFUSED, UnlockListener, half_sent
 
 ROOT = os.urandom(32)
@@ -184,6 +184,31 @@ async def test_a_seal_leaves_no_half_of_a_key(listener: UnlockListener) -> None:
             await asking
         slots = [arena.allocate() for _ in range(arena.slots)]
         assert not any(any(slot.view) for slot in slots)
+
+
+@pytest.mark.uvloop
+async def test_an_answer_in_the_turn_of_its_cancellation_is_no_error(tmp_path: Path, arena: SecretArena) -> None:
+    """As when a request to seal and the root key come together."""
+    stray: list[object] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: stray.append(context))
+    asking: asyncio.Task[ReceivedKey]
+    sealing, sealed = socket.socketpair()
+    with socket.socket(socket.AF_UNIX) as listening, sealing, sealed:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        loop.add_reader(sealed, lambda: asking.cancel())  # noqa: PLW0108  it is made below
+        await asyncio.sleep(0)  # so that it is looked at first
+        source = UnlockService(str(tmp_path / "s"), frozenset({os.geteuid()}), keyring_file)
+        asking = loop.create_task(source.ask("start", arena))
+        await asyncio.sleep(0.01)
+        with listening.accept()[0] as answering:
+            sealing.send(b"x")
+            answering.send(KEY)
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+        loop.remove_reader(sealed)
+    assert stray == []
 
 
 def test_it_makes_no_keyring(listener: UnlockListener, arena: SecretArena) -> None:
