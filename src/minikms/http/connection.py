@@ -318,6 +318,11 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
     def replace_answers(self, instead: Response) -> None:
         self._answers = self._replaced(self._answers, instead)
 
+    def drop_unread(self) -> None:
+        """Close at once if the client has not read all that was written: no further byte of it leaves."""
+        if self._transport.get_write_buffer_size():
+            self.abort()
+
     # --- answers ------------------------------------------------------------------------------------------------
 
     def _answer(self, head: ParsedHead, answer: bytes | Response, *, close: bool = False) -> None:
@@ -399,11 +404,11 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
         """Start no further request before the answers of this turn are written."""
         self._blocked |= _TURN
 
-    def flush(self, committed: bool) -> None:
-        """Write the turn's answers. The server calls this at the end of the turn."""
+    def flush(self, committed: bool) -> bool:
+        """Write the turn's answers. The server calls this at the end of the turn. True: `flushed` has work to do."""
         answers = self._answers
         if not answers:  # the connection has ended meanwhile
-            return
+            return False
         if committed and len(answers) == 1:
             data = answers.pop()
         else:
@@ -414,14 +419,21 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
         self._written += len(data)
         self._transport.write(data)
         if self._blocked or self._eof_at is not None:
-            if self._opened:
-                paused = self._blocked & _WRITE
-                self._count_unread(max(self._unread, self._transport.get_write_buffer_size()) if paused else 0)
-            if self._blocked & _CLOSING:
-                self._close()
-            else:
-                self._blocked &= ~_TURN
-                self._continue()
+            self._blocked &= ~_TURN
+            return True
+        return False
+
+    def flushed(self) -> None:
+        """Go on after `flush`: count what was not taken, and start the requests that have waited."""
+        if self._answers:  # it has gone on already, and is flushed again
+            return
+        if self._opened:
+            paused = self._blocked & _WRITE
+            self._count_unread(max(self._unread, self._transport.get_write_buffer_size()) if paused else 0)
+        if self._blocked & _CLOSING:
+            self._close()
+        else:
+            self._continue()
 
     def _replaced(self, answers: list[bytes], instead: Response) -> list[bytes]:
         """The same number of answers: `instead` for each one that needs the turn's commit."""

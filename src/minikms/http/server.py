@@ -87,13 +87,16 @@ class HttpServer(Generic[S]):
         """Serve `app` from now on, with the sessions of the former application.
 
         `instead`: the answer to every request that the former application has begun and that is not answered yet. Its
-        awaited answers are cancelled. None: they go on.
+        awaited answers are cancelled, and a connection whose client has not read all of an answer is closed at once.
+        None: they go on.
         """
         self.app = app
         for connection in self.connections:
             connection.use(app)
         if instead is None:
             return
+        for connection in self.connections:
+            connection.drop_unread()
         for connection in self._turn:
             connection.replace_answers(instead)
         for task in self._tasks:
@@ -294,8 +297,9 @@ class HttpServer(Generic[S]):
             self.loop.call_later(_COMMIT_AGAIN_SECONDS, self._end_turn)
             return
         turn, self._turn = self._turn, []  # at last: `commit` may call `replace_app`
-        for connection in turn:
-            connection.flush(committed)
+        waiting = [connection for connection in turn if connection.flush(committed)]
+        for connection in waiting:  # after all have left, since `handle` may take time and call `replace_app`
+            connection.flushed()
 
     def _tick(self) -> None:
         self.now = self.loop.time()

@@ -2,11 +2,14 @@
 
 import asyncio
 import dataclasses
+import os
+import select
+from collections.abc import Awaitable
 
 import pytest
 
 from minikms.http import LIMITS, Request, Response
-from tests.minikms.http.http_harness import Session, get, post, request, serving
+from tests.minikms.http.http_harness import Peer, Session, get, post, request, serving
 
 pytestmark = pytest.mark.uvloop
 
@@ -167,6 +170,70 @@ async def test_answers_that_wait_for_the_end_of_the_turn_are_replaced() -> None:
         peer.send(get("/echo") * 2)
         assert [(await peer.answer()).status for _ in range(2)] == [503, 200]
         await peer.close()
+
+
+def send_now(peer: Peer, data: bytes) -> None:
+    """So that what several peers send comes in this order, in one turn."""
+    os.write(peer.transport.get_extra_info("socket").fileno(), data)
+
+
+def has_input(peer: Peer) -> bool:
+    return bool(select.select([peer.transport.get_extra_info("socket")], [], [], 0)[0])
+
+
+async def test_no_further_byte_leaves_after_another_application_has_taken_over() -> None:
+    """Of an answer that its client reads slowly, which may have plaintext."""
+    async with serving() as running:
+        deaf = await running.peer()
+        deaf.transport.pause_reading()
+        deaf.send(get("/large?bytes=5000000"))
+        while not has_input(deaf):
+            await asyncio.sleep(0)
+        running.http.replace_app(type(running.app)(), Response(503, b"{}"))
+        await asyncio.sleep(0.01)
+        assert running.http.unread == 0 and not running.http.connections
+        deaf.transport.resume_reading()
+        assert len(await deaf.rest()) < 5_000_000
+        await deaf.close()
+
+
+async def test_the_answers_of_a_turn_leave_before_another_request_begins() -> None:
+    async with serving() as running:
+        large, other = await running.peer(), await running.peer()
+        handle, there = running.app.handle, []
+
+        def look_and_handle(session: Session, request: Request) -> bytes | Response | Awaitable[bytes | Response]:
+            if request.query == "next":
+                there.append(has_input(other))
+            return handle(session, request)
+
+        running.app.handle = look_and_handle  # type: ignore[method-assign]  # looks at the other client's socket
+        while len(running.app.sessions) < 2:
+            await asyncio.sleep(0)
+        send_now(large, get("/large?bytes=70000") + get("/echo?next"))
+        send_now(other, get("/echo"))
+        for peer in (large, large, other):
+            assert (await peer.answer()).status == 200
+        assert there == [True]
+        for peer in (large, other):
+            await peer.close()
+
+
+async def test_a_request_that_goes_on_between_two_answers_has_its_own_commit() -> None:
+    """It moves to a group that is held back until another connection of the turn has been written."""
+    async with serving(dataclasses.replace(LIMITS, unread_group_bytes_max=100_000)) as running:
+        app = running.app
+        app.group = lambda session: int(session.number and not session.moved)  # type: ignore[method-assign]  # two groups
+        large, moving = await running.peer(), await running.peer()
+        app.commit = lambda: all(path != "/echo" for _, path, _ in app.seen)  # type: ignore[method-assign]  # as a full disk
+        while len(app.sessions) < 2:
+            await asyncio.sleep(0)
+        send_now(large, get("/large?bytes=120000"))
+        send_now(moving, get("/move") + get("/echo"))
+        assert (await large.answer()).status == 200
+        assert [(await moving.answer()).status for _ in range(2)] == [200, 503]
+        for peer in (large, moving):
+            await peer.close()
 
 
 async def test_answers_that_wait_to_be_read_are_bounded_in_each_group_and_in_all() -> None:
