@@ -11,24 +11,9 @@ from minikms_tokens.wrapping import ProviderCalls
 from tests import needs
 from tests.harness.hsm import PIN, Remote, Token, run
 from tests.harness.waiting import wait_until
+from tests.minikms_tokens.wrappers import CONTEXT, KEY, unwrapped, wrap
 
-KEY = bytes(range(32))
-CONTEXT = "kr_0123456789abcdef"
 SAMPLE = "5c66f9917490a97a4f4351c3edf13e4cec32201119ab4e8d317b3190568650bf723d72cc87b303717ebcd57d861116b5"
-
-
-def wrap(wrapper: Wrapper) -> bytes:
-    return wrapper.wrap(memoryview(KEY), CONTEXT)
-
-
-def unwrap(wrapper: Wrapper, blob: bytes, context: str = CONTEXT) -> bytes:
-    into = bytearray(32)
-    try:
-        wrapper.unwrap(blob, context, memoryview(into))
-    except TokenError:
-        assert into == bytes(32)
-        raise
-    return bytes(into)
 
 
 @pytest.fixture
@@ -54,19 +39,19 @@ def rsa(token: Token, monkeypatch: pytest.MonkeyPatch) -> Wrapper:
 
 def test_a_key_wrapped_by_aes_opens_only_with_its_context(token: Token, wrapper: Wrapper) -> None:
     blobs = [wrap(wrapper) for _ in range(2)]
-    assert [unwrap(wrapper, blob) for blob in blobs] == [KEY, KEY]
+    assert [unwrapped(wrapper, blob) for blob in blobs] == [KEY, KEY]
     assert blobs[0][2:14] != blobs[1][2:14] and KEY not in blobs[0]
     with pytest.raises(TokenError, match="does not decrypt"):
-        unwrap(wrapper, blobs[0], CONTEXT[:-1] + "0")
+        unwrapped(wrapper, blobs[0], CONTEXT[:-1] + "0")
     wrapper.close()
-    assert unwrap(open_wrapper(token.uri("object=wrap;type=secret-key")), blobs[0]) == KEY
+    assert unwrapped(open_wrapper(token.uri("object=wrap;type=secret-key")), blobs[0]) == KEY
 
 
 def test_a_key_wrapped_by_rsa_opens(token: Token, rsa: Wrapper) -> None:
     blob = wrap(rsa)
-    assert (blob[:2], len(blob)) == (b"\x01\x02", 2 + 256) and unwrap(rsa, blob) == KEY
+    assert (blob[:2], len(blob)) == (b"\x01\x02", 2 + 256) and unwrapped(rsa, blob) == KEY
     with pytest.raises(TokenError, match="does not decrypt"):
-        unwrap(rsa, blob[:-1] + bytes([blob[-1] ^ 1]))
+        unwrapped(rsa, blob[:-1] + bytes([blob[-1] ^ 1]))
 
 
 def test_a_wrapped_key_has_the_layout_of_the_specification(token: Token) -> None:
@@ -93,8 +78,8 @@ def test_no_cut_or_changed_blob_opens(wrapper: Wrapper) -> None:
         bytes(16 * 1024),
     ):
         with pytest.raises(TokenError):
-            unwrap(wrapper, wrong)
-    assert unwrap(wrapper, blob) == KEY
+            unwrapped(wrapper, wrong)
+    assert unwrapped(wrapper, blob) == KEY
 
 
 @pytest.mark.parametrize(
@@ -121,7 +106,7 @@ def test_a_key_that_could_leave_its_token_is_refused(
     with pytest.raises(TokenError, match=sentence):
         wrap(bad)
     with pytest.raises(TokenError, match=sentence):
-        unwrap(bad, blob)
+        unwrapped(bad, blob)
 
 
 def test_a_key_of_another_type_or_length_is_refused(token: Token) -> None:
@@ -176,7 +161,7 @@ def test_what_the_token_itself_says_is_a_refusal_and_nothing_else(
     act(token)
     for _ in range(2):
         with pytest.raises(error, match=sentence) as caught:
-            unwrap(wrapper, blob)
+            unwrapped(wrapper, blob)
     assert type(caught.value) is error and PIN not in str(caught.value) + repr(wrapper)
 
 
@@ -204,7 +189,7 @@ def test_a_return_code_is_a_refusal_if_only_a_token_gives_it(
 
     monkeypatch.setattr(pkcs11_token, "open_blob", fail)
     with pytest.raises(error, match=f"this wrapped key: {name}$") as caught:
-        unwrap(wrapper, b"")
+        unwrapped(wrapper, b"")
     assert type(caught.value) is error
 
 
@@ -221,13 +206,13 @@ def test_a_wrong_pin_is_tried_once_and_the_last_try_is_no_refusal(
     token.write_pin("wrong-pin-1")
     for _ in range(2):
         with pytest.raises(RefusedError, match="refused the PIN"):
-            unwrap(wrapper, blob)
+            unwrapped(wrapper, blob)
     token.write_pin(PIN)
     with pytest.raises(AwayError, match="would lock"):
-        unwrap(wrapper, blob)
+        unwrapped(wrapper, blob)
     run("pkcs11-tool", "--module", token.module, "--login", "--pin", PIN, "--list-objects", **token.environ)
     wrapper.close()
-    assert unwrap(wrapper, blob) == KEY
+    assert unwrapped(wrapper, blob) == KEY
 
 
 def test_a_token_that_hangs_is_no_refusal_and_writes_no_key_late(
@@ -235,7 +220,7 @@ def test_a_token_that_hangs_is_no_refusal_and_writes_no_key_late(
 ) -> None:
     away = open_wrapper(token.uri("object=rsa", remote.module))
     blob = wrap(away)
-    assert unwrap(away, blob) == KEY
+    assert unwrapped(away, blob) == KEY
     limit, late = ProviderCalls.seconds_max, bytearray(32)
     remote.signal(signal.SIGSTOP)
     monkeypatch.setattr(ProviderCalls, "seconds_max", 0.5)
@@ -247,14 +232,14 @@ def test_a_token_that_hangs_is_no_refusal_and_writes_no_key_late(
 
     def opens() -> bool:
         with contextlib.suppress(AwayError):
-            return unwrap(away, blob) == KEY
+            return unwrapped(away, blob) == KEY
         return False
 
     wait_until(opens)
     assert late == bytes(32)
     remote.kill()
     with pytest.raises(AwayError):
-        unwrap(away, blob)
+        unwrapped(away, blob)
 
 
 def test_a_source_of_another_form_is_refused_with_a_sentence() -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from minikms_tokens import AwayError, RefusedError, TokenError, Wrapper, open_wrapper, tpm2
+from minikms_tokens import AwayError, RefusedError, TokenError, open_wrapper, tpm2
 from tests import needs
 from tests.harness.tpm import Tpm
+from tests.minikms_tokens.wrappers import KEY, unwrapped, wrap
 
-KEY = bytes(range(32))
-CONTEXT = "kr_0123456789abcdef"
 UNSEAL = "e613137076524bde487533865884e9732ebee3aacb095d94a6de492ec06c46fa"
 """PolicyCommandCode(TPM2_Unseal), as a TPM computes it."""
 PUBLIC = f"004e 0008 000b 00000492 0020 {UNSEAL} 0010 0020"
@@ -48,20 +47,6 @@ def own(tmp_path: Path) -> Iterator[Tpm]:
     tpm.stop()
 
 
-def wrap(wrapper: Wrapper) -> bytes:
-    return wrapper.wrap(memoryview(KEY), CONTEXT)
-
-
-def unwrap(wrapper: Wrapper, blob: bytes) -> bytes:
-    into = bytearray(32)
-    try:
-        wrapper.unwrap(blob, CONTEXT, memoryview(into))
-    except TokenError:
-        assert into == bytes(32)
-        raise
-    return bytes(into)
-
-
 def flipped(blob: bytes, at: int) -> bytes:
     return blob[:at] + bytes([blob[at] ^ 1 << at % 8]) + blob[at + 1 :]
 
@@ -70,7 +55,7 @@ def test_a_sealed_key_opens_and_leaves_nothing_in_the_tpm(shared: Tpm) -> None:
     wrapper = open_wrapper(shared.source())
     blob = wrap(wrapper)
     assert blob[:UNIQUE] == SAMPLE[:UNIQUE] and len(blob) == PRIVATE + 2 + int.from_bytes(blob[PRIVATE:][:2])
-    assert unwrap(open_wrapper(shared.source()), blob) == KEY not in blob
+    assert unwrapped(open_wrapper(shared.source()), blob) == KEY not in blob
     wrapper.close()
     assert shared.left() == b""
 
@@ -81,7 +66,7 @@ def test_a_key_sealed_under_pcrs_has_the_policy_that_the_tpm_computes(shared: Tp
     shared.tool("createpolicy", "--policy-pcr", "-l", pcrs, "-L", str(policy))
     shared.tool("flushcontext", "-l")
     assert tpm2.policy_of(pcrs, blob[1:33]) == policy.read_bytes() == blob[UNIQUE - 36 :][:32]
-    assert unwrap(open_wrapper(shared.source(f"pcrs={pcrs}")), blob) == KEY
+    assert unwrapped(open_wrapper(shared.source(f"pcrs={pcrs}")), blob) == KEY
 
 
 def test_the_parent_is_the_standard_storage_root_key(own: Tpm, tmp_path: Path) -> None:
@@ -90,9 +75,9 @@ def test_the_parent_is_the_standard_storage_root_key(own: Tpm, tmp_path: Path) -
     own.tool("createprimary", "-C", "o", *STORAGE_KEY, "-c", made, data=bytes(64))
     own.tool("evictcontrol", "-C", "o", "-c", made, "0x81000001")
     blob = wrap(open_wrapper(own.source()))
-    assert unwrap(open_wrapper(own.source("parent=0x81000001")), blob) == KEY
+    assert unwrapped(open_wrapper(own.source("parent=0x81000001")), blob) == KEY
     with pytest.raises(RefusedError, match="no key at the handle"):
-        unwrap(open_wrapper(own.source("parent=0x81000002")), blob)
+        unwrapped(open_wrapper(own.source("parent=0x81000002")), blob)
 
 
 def test_no_cut_or_changed_blob_reaches_the_tpm() -> None:
@@ -108,7 +93,7 @@ def test_a_changed_sealed_object_opens_nothing(shared: Tpm) -> None:
     blob = wrap(open_wrapper(shared.source()))
     for at in (UNIQUE, PRIVATE + 40, len(blob) - 1):
         with pytest.raises(RefusedError, match="the TPM does not open this wrapped key"):
-            unwrap(open_wrapper(shared.source()), flipped(blob, at))
+            unwrapped(open_wrapper(shared.source()), flipped(blob, at))
     assert shared.left() == b""
 
 
@@ -126,7 +111,7 @@ def test_an_object_of_other_attributes_is_refused(attributes: str, policy: str, 
     needs.program("tpm2_unseal")
     blob = SAMPLE.hex().replace("00000492", attributes).replace(UNSEAL, policy)
     with pytest.raises(AwayError, match=sentence):
-        unwrap(open_wrapper("tpm2:"), bytes.fromhex(blob))
+        unwrapped(open_wrapper("tpm2:"), bytes.fromhex(blob))
 
 
 def test_pcrs_are_those_of_the_source_and_none_else() -> None:
@@ -152,7 +137,7 @@ def test_a_sealed_object_that_holds_no_key_gives_none(shared: Tpm, tmp_path: Pat
     shared.tool("create", "-C", parent, "-i", "-", *made, data=KEY[:31])
     blob = SAMPLE[:33] + Path(public).read_bytes() + Path(private).read_bytes()
     with pytest.raises(AwayError, match="no root key"):
-        unwrap(open_wrapper(shared.source()), blob)
+        unwrapped(open_wrapper(shared.source()), blob)
 
 
 # --- which outcomes are refusals -------------------------------------------------------------------------------------
@@ -180,16 +165,16 @@ def test_what_the_tpm_itself_says_is_a_refusal_and_nothing_else(own: Tpm) -> Non
     for act, error, sentence in OUTCOMES:
         act(own)
         if error is None:
-            assert unwrap(wrapper, blob) == KEY
+            assert unwrapped(wrapper, blob) == KEY
             continue
         with pytest.raises(error, match=sentence) as caught:
-            unwrap(wrapper, blob)
+            unwrapped(wrapper, blob)
         assert type(caught.value) is error
 
 
 def test_a_blob_of_another_tpm_is_refused(shared: Tpm, own: Tpm) -> None:
     with pytest.raises(RefusedError, match="another TPM sealed it"):
-        unwrap(open_wrapper(own.source()), wrap(open_wrapper(shared.source())))
+        unwrapped(open_wrapper(own.source()), wrap(open_wrapper(shared.source())))
     assert own.left() == b""
 
 
@@ -198,13 +183,13 @@ def test_a_tpm_that_hangs_is_no_refusal(own: Tpm, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tpm2, "PROVIDER_SECONDS_MAX", 1.5)
     monkeypatch.setattr(tpm2, "FLUSH_SECONDS_MAX", 0.5)
     with pytest.raises(AwayError, match="tpm2_createprimary did not end in time"):
-        unwrap(open_wrapper(own.source()), SAMPLE)
+        unwrapped(open_wrapper(own.source()), SAMPLE)
 
 
 def test_without_a_device_the_tpm_is_away() -> None:
     needs.program("tpm2_unseal")
     with pytest.raises(AwayError, match=r"the TPM is away: tpm2_createprimary failed$"):
-        unwrap(open_wrapper("tpm2:?tcti=device:/nowhere/tpmrm0"), SAMPLE)
+        unwrapped(open_wrapper("tpm2:?tcti=device:/nowhere/tpmrm0"), SAMPLE)
 
 
 @pytest.mark.parametrize(
