@@ -83,8 +83,6 @@ class ClevisWrapper:
         except AwayError as error:
             raise AwayError(str(error).replace("prlimit", "clevis")) from None
         if ended.status != 0:
-            if (into := how.get("into")) is not None:
-                into[:] = bytes(len(into))
             raise AwayError(f"clevis {words[0]} failed: its server or TPM is away, or has the key no longer")
         return ended
 

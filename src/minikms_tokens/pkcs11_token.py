@@ -166,9 +166,8 @@ class _Token(Generic[K]):
             except PKCS11Error as error:
                 why = type(error)
                 self.drop()
-        if issubclass(why, _REFUSALS):
-            raise RefusedError(f"the PKCS#11 token {failing}: {why.__name__}")
-        raise AwayError(f"the PKCS#11 token {failing}: {why.__name__}")
+        kind = RefusedError if issubclass(why, _REFUSALS) else AwayError
+        raise kind(f"the PKCS#11 token {failing}: {why.__name__}")
 
     def found(self) -> K:
         if self._found is None:

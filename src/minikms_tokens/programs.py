@@ -78,22 +78,17 @@ def run(
         )
     except OSError as error:
         raise AwayError(f"{name} can't be run: {os.strerror(error.errno or 0)}") from None
-    try:
-        room = memoryview(bytearray(OUTPUT_BYTES_MAX)) if into is None else into
-        count, error_text = _exchange(process, name, memoryview(given), room, deadline)
-        if process.wait() != 0 and into is not None:
-            into[:] = bytes(len(into))
-        return Ended(process.returncode, bytes(room[:count]) if into is None else b"", count, error_text)
-    except BaseException:
-        if into is not None:
-            into[:] = bytes(len(into))
-        raise
-    finally:
-        _kill_group(process)
-        process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
+    is_good = False
+    with process:
+        try:
+            room = memoryview(bytearray(OUTPUT_BYTES_MAX)) if into is None else into
+            count, error_text = _exchange(process, name, memoryview(given), room, deadline)
+            is_good = process.wait() == 0
+            return Ended(process.returncode, bytes(room[:count]) if into is None else b"", count, error_text)
+        finally:
+            if into is not None and not is_good:
+                into[:] = bytes(len(into))
+            _kill_group(process)
 
 
 def _exchange(

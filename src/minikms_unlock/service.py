@@ -14,7 +14,6 @@ import contextlib
 import os
 import signal
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -35,8 +34,8 @@ from minikms.processes.handover import (
     parse_question,
     sentence,
 )
-from minikms_tokens import RefusedError, TokenError
-from minikms_tokens.wrapping import PROVIDER_SECONDS_MAX
+from minikms_tokens import AwayError, RefusedError, TokenError
+from minikms_tokens.wrapping import PROVIDER_SECONDS_MAX, ProviderCalls
 from minikms_unlock.files import Config, read_config, unwrap_into
 
 IDLE_SECONDS_MAX: Final = 5.0
@@ -45,13 +44,15 @@ FETCH_SECONDS_MAX: Final = PROVIDER_SECONDS_MAX + 1
 """For all that it does to answer. The rest of `minikms.processes.handover.ANSWER_SECONDS_MAX` is for its own start."""
 SEND_SECONDS_MAX: Final = 1.0
 _NO_CONFIGURATION: Final = "the unlock service can't use its configuration; its log says why"
-
-
 _NETWORK: Final = frozenset(("aws-kms", "clevis", "pkcs11", "vault-transit"))
 _PROGRAMS: Final = frozenset(("clevis", "tpm2"))
 _WRITES: Final = frozenset(("clevis", "pkcs11", "tpm2"))
 """What providers need, by the scheme of the source: a PKCS#11 module may use any file, device or host. The unit
 restricts what stays open here."""
+
+
+class _Fetch(ProviderCalls):
+    seconds_max = FETCH_SECONDS_MAX
 
 
 class Asked(NamedTuple):
@@ -160,31 +161,25 @@ def _answer(asked: Asked, config: Config | None, arena: SecretArena, log: struct
 
 def _fetched(config: Config, keyring_id: str, into: memoryview) -> tuple[bytes, str]:
     """The kind of the answer, and why there is no key. After FETCH_SECONDS_MAX it is AWAY, whatever still runs."""
-    found: list[tuple[bytes, str]] = []
 
     def fetch() -> None:
         try:
             unwrap_into(config, keyring_id, into)
-            found.append((KEY, ""))
-        except RefusedError as error:
-            found.append((REFUSED, str(error)))
-        except (TokenError, StartError) as error:
-            found.append((AWAY, str(error)))
-        except Exception as error:  # noqa: BLE001  of a library, whose text is not for a log
-            found.append((AWAY, f"the provider failed: {type(error).__name__}"))
+        except StartError as error:
+            raise AwayError(str(error)) from None
 
-    thread = threading.Thread(target=fetch, name="provider", daemon=True)
-    thread.start()
-    thread.join(FETCH_SECONDS_MAX)
-    if found:
-        return found[0]
-    _kill_children()
-    return AWAY, f"the provider has not answered in {FETCH_SECONDS_MAX:g} s"
+    try:
+        _Fetch("the provider").call(fetch)
+    except TokenError as error:
+        _kill_children()
+        return REFUSED if isinstance(error, RefusedError) else AWAY, str(error)
+    return KEY, ""
 
 
 def _kill_children() -> None:
     """Each with its process group: a provider's programs have groups of their own."""
     for tasks in Path("/proc/self/task").glob("*/children"):
-        for pid in tasks.read_text("ascii").split():
-            with contextlib.suppress(OSError):
-                os.killpg(int(pid), signal.SIGKILL)
+        with contextlib.suppress(OSError):  # of a thread that ends meanwhile
+            for pid in tasks.read_text("ascii").split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(int(pid), signal.SIGKILL)
