@@ -265,6 +265,7 @@ class Daemon:
         await self.run.until_stopped(sealable.summary)
         acceptor.close()
         self.listener.close()
+        sealable.stop_waiting()
         if sealable.parts is not None:
             await sealable.parts.keks.stop()
         await sealable.server.drain(DRAIN_SECONDS_MAX)

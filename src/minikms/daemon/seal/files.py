@@ -1,12 +1,13 @@
-"""The files of the sealed state: the marker, and the records of attempts to unseal.
+"""The files of the sealed state: the marker, the record of a lease's end, and those of attempts to unseal.
 
-Owns: the two files of the data directory that a sealed daemon writes, which has no key to sign an audit line with.
+Owns: the files of the data directory that a sealed daemon writes, which has no key to sign an audit line with.
 Invariants:
 - While `sealed.json` exists, in whatever state, every start stays sealed.
 - An attempt is recorded durably before the root key or share is tried, so that a crash hides none. The next unseal, or
   start that is not sealed, adds the records to the audit log, and only then are they removed. A crash between the two
   repeats lines; a repeated line has the same `attempt` id.
-- Both files are bounded. Of more than ATTEMPTS_KEPT records the oldest are dropped, and counted; those of wrong root
+- The end of a lease keeps no start sealed. Its record is for the audit log, as those of attempts are.
+- Each file is bounded. Of more than ATTEMPTS_KEPT records the oldest are dropped, and counted; those of wrong root
   keys and shares after all others, so that other attempts don't push them out.
 - Nothing authenticates the files. A writer of the data directory can alter them before the unseal. A record
   that does not have the expected form is dropped, and counted.
@@ -23,6 +24,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from minikms import api
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
@@ -34,8 +36,10 @@ from minikms.policy import Principal
 
 MARKER_NAME: Final = "sealed.json"
 ATTEMPTS_NAME: Final = "unseal-attempts.json"
+LAPSE_NAME: Final = "lapsed.json"
 MARKER_FORMAT: Final = "minikms-sealed"
 ATTEMPTS_FORMAT: Final = "minikms-unseal-attempts"
+LAPSE_FORMAT: Final = "minikms-lapsed"
 VERSION: Final = 1
 MARKER_BYTES_MAX: Final = 4096
 ATTEMPTS_BYTES_MAX: Final = 256 * 1024
@@ -45,6 +49,7 @@ _ACTOR: Final = re.compile(r"peer_uid:[0-9]{1,10}", re.ASCII)
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 _ID: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
 
+LeaseEnd = Literal["refused", "ended"]
 Kind = Literal["root_hex", "from_source", "share"]
 Outcome = Literal["begun", "wrong_root", "wrong_share", "share_kept", "refused", "failed"]
 """`begun`: the daemon ended during the attempt, or the outcome could not be written. `refused`: the text was no share,
@@ -65,6 +70,24 @@ class Marker(msgspec.Struct, forbid_unknown_fields=True):
     @classmethod
     def of(cls, who: Principal) -> Marker:
         return cls(MARKER_FORMAT, VERSION, rfc3339(now_ns()), who.actor, who.pid)
+
+
+class Lapse(msgspec.Struct, forbid_unknown_fields=True):
+    """The daemon sealed itself: the lease of its root key was refused, or has ended. `at` as in `Marker`."""
+
+    format: str
+    version: int
+    at: str
+    pid: int
+    lease: LeaseEnd
+
+    @classmethod
+    def now(cls, lease: LeaseEnd) -> Lapse:
+        return cls(LAPSE_FORMAT, VERSION, rfc3339(now_ns()), os.getpid(), lease)
+
+    def event(self, why: str = "") -> Event:
+        facts: Facts = {"at": self.at, "lease": self.lease}
+        return Event(type=api.SEAL.name, actor=ACTOR_SELF, pid=self.pid, detail=why, facts=facts)
 
 
 class Attempt(msgspec.Struct, forbid_unknown_fields=True):
@@ -114,6 +137,23 @@ def write_marker(directory: int, marker: Marker) -> None:
     replace_file(directory, MARKER_NAME, msgspec.json.encode(marker))
 
 
+def read_lapse(directory: int) -> Lapse | None:
+    """That of an earlier process. None where there is none, and for one that can't be read."""
+    try:
+        data = read_file_bounded(LAPSE_NAME, MARKER_BYTES_MAX, dir_fd=directory)
+        lapse = None if data is None else msgspec.json.decode(data, type=Lapse)
+    except (StorageUnavailableError, *UNDECODABLE):
+        return None
+    if lapse is None or (lapse.format, lapse.version) != (LAPSE_FORMAT, VERSION) or not 0 <= lapse.pid < 1 << 31:
+        return None
+    return None if _TIME.fullmatch(lapse.at) is None else lapse
+
+
+def write_lapse(directory: int, lapse: Lapse) -> None:
+    """Durable on return. Raises StorageUnavailableError."""
+    replace_file(directory, LAPSE_NAME, msgspec.json.encode(lapse))
+
+
 def write_attempts(directory: int, data: bytes) -> None:
     """Writes what `AttemptRecords.encode` made. Durable on return. Raises StorageUnavailableError."""
     replace_file(directory, ATTEMPTS_NAME, data)
@@ -122,6 +162,7 @@ def write_attempts(directory: int, data: bytes) -> None:
 def remove_seal_files(directory: int) -> None:
     """Removes the records, and last the marker. Durable on return. Raises StorageUnavailableError."""
     remove_file(directory, ATTEMPTS_NAME)
+    remove_file(directory, LAPSE_NAME)
     remove_file(directory, MARKER_NAME)
 
 

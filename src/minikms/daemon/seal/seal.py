@@ -38,10 +38,10 @@ from minikms.daemon.admission import Admission, Session
 from minikms.daemon.parts import Parts, RunContext
 from minikms.daemon.seal import files
 from minikms.daemon.seal.application import SealedApplication, sealed_response
-from minikms.daemon.seal.files import Attempt, Marker
+from minikms.daemon.seal.files import Attempt, Lapse, LeaseEnd, Marker
 from minikms.daemon.seal.opening import Opener
 from minikms.daemon.seal.state import Move, SealState, State
-from minikms.daemon.seal.unlocking import SEALED_TEXT, LeaseEnd, Unlocking
+from minikms.daemon.seal.unlocking import SEALED_TEXT, Unlocking
 from minikms.daemon.seal.unseal import Unsealing
 from minikms.daemon.status import sealed_status
 from minikms.datadir import read_keyring
@@ -129,8 +129,10 @@ class SealableServer:
         self._admission = Admission(
             process.policy.policy, connections_max=process.connections_max, report=lambda event: None
         )
-        self._lapsed: Event | None = None
-        """The line about the end of a lease, until the unseal writes it."""
+        lapse = files.read_lapse(process.lock.directory_fd)
+        self._lapsed = [] if lapse is None else [lapse.event()]
+        """The line about the end of a lease, until the audit log has it."""
+        self._writing_lapse: asyncio.Task[None] | None = None
         self._unlocking = Unlocking(
             process,
             unseal=self.unseal_by_itself,
@@ -170,10 +172,11 @@ class SealableServer:
         serves = marker is None and not process.settings.sealed
         if serves and not self._unlocking.asks:
             parts = self._opened = self._opener.open(process.settings.root)
-            attempts = self.unsealing.attempts.records.events()  # of a sealed run whose flag this start does not have
-            await parts.begin([*self._first_lines(parts), *attempts])
-            if attempts:
-                await self._remove_attempts()
+            # of a sealed run whose flag or source this start does not have
+            events = [*self._lapsed, *self.unsealing.attempts.records.events()]
+            await parts.begin([*self._first_lines(parts), *events])
+            if events:
+                await self._remove_records()
             await parts.go_on()
             self._start_line_written = True
             self._state.move(Move.START)
@@ -191,12 +194,12 @@ class SealableServer:
         if serves:
             self._unlocking.wait()
 
-    async def _remove_attempts(self) -> None:
-        """After their lines were written. If they stay, the next start repeats the lines, with the same ids."""
+    async def _remove_records(self) -> None:
+        """After their lines were written. If they stay, the next start repeats the lines."""
         try:
             await self._remove_seal_files()
         except StorageUnavailableError as error:
-            self._process.log.warning("records of attempts to unseal stay", why=str(error))
+            self._process.log.warning("records of a sealed run stay", why=str(error))
 
     def _keep_refusal(self, event: Event) -> None:
         if event.type == TYPE_REFUSED:
@@ -225,6 +228,10 @@ class SealableServer:
         if self._opened is not None:
             self._opened.vault.record_keys.drop_ciphers()
         scrub()
+
+    def stop_waiting(self) -> None:
+        """The stop begins: a daemon that waits for its root key waits no longer."""
+        self._unlocking.stop_waiting()
 
     async def close(self, why: str) -> None:
         """The last line, where there is an audit key; then closes everything. `why` is empty after a failed start.
@@ -272,14 +279,21 @@ class SealableServer:
         if self._state.state is State.SERVING:
             self._process.arena.zero_all()
             self.unsealing.forget_keys()
-            at = clock.now_rfc3339()
-            self._state.lapse(at)
-            self._lapsed = Event(
-                type=api.SEAL.name, actor=ACTOR_SELF, pid=os.getpid(), detail=why, facts={"at": at, "lease": how}
-            )
+            lapse = Lapse.now(how)
+            self._state.lapse(lapse.at)
+            self._lapsed = [lapse.event(why)]
+            self._writing_lapse = asyncio.ensure_future(self._write_lapse(lapse))
             self._unlocking.wait()
             self._stop_serving(True, by=ACTOR_SELF, lease=how, why=why)
         return self._sealed_app
+
+    async def _write_lapse(self, lapse: Lapse) -> None:
+        """In the worker that removes it after the unseal."""
+        process = self._process
+        try:
+            await in_worker(process.workers.seal, partial(files.write_lapse, process.lock.directory_fd, lapse))
+        except StorageUnavailableError as error:
+            process.log.warning("a stop before the unseal leaves no audit line of the lease's end", why=str(error))
 
     def _stop_serving(self, served: bool, **said: str) -> None:
         """After the keys were zeroed. `served`: before that. `said`: for the log."""
@@ -387,7 +401,7 @@ class SealableServer:
         state.move(Move.SERVE)
         self.unsealing.forget_keys()
         self._start_line_written = True
-        self._lapsed = None
+        self._lapsed = []
         self._unlocking.served(asked_ns)
         self.unsealing.attempts.forget()
         self._admission.report = parts.audit.add
@@ -407,8 +421,7 @@ class SealableServer:
 
     def _lines_of_unseal(self, parts: Parts, attempt: Attempt) -> list[Event]:
         events = [] if self._start_line_written else self._first_lines(parts)
-        if self._lapsed is not None:
-            events.append(self._lapsed)
+        events += self._lapsed
         if not self._state.is_flagged:
             marker = self._state.marker
             detail = "" if marker.at else "the marker could not be read"

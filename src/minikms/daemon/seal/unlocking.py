@@ -18,6 +18,7 @@ from minikms.crypto import roots
 from minikms.daemon.admission import Session
 from minikms.daemon.lease import Lease, LeasedApplication
 from minikms.daemon.parts import RunContext
+from minikms.daemon.seal.files import LeaseEnd
 from minikms.http import Application
 from minikms.keys import keyring
 from minikms.platform import clock
@@ -32,7 +33,6 @@ CHECK_SECONDS: Final = 0.5
 NANOSECONDS: Final = 1_000_000_000
 
 Outcome = Literal["granted", "refused", "away"]
-LeaseEnd = Literal["refused", "ended"]
 SEALED_TEXT: Final = (
     "the key service is sealed: it has no key until an operator unseals it with `minikms unseal`, and then it goes on "
     "by itself"
@@ -95,6 +95,11 @@ class Unlocking:
         """A request has sealed it, or the process ends: nothing is asked any more."""
         self._go_on_with(None)
 
+    def stop_waiting(self) -> None:
+        """The process is about to end: a daemon without a key stays so."""
+        if self._waits:
+            self.stop()
+
     def _go_on_with(self, work: Coroutine[object, object, None] | None) -> None:
         self._waits = False
         if self._lease is not None:
@@ -113,8 +118,10 @@ class Unlocking:
                 with received.slot:
                     await self._unseal(received)
             except Exception as error:  # noqa: BLE001  after any failure the daemon waits on
-                if self._task is own:  # otherwise what followed the unseal has failed, or was sealed
+                if self._task is own:
                     self._failed(error)
+                elif not isinstance(error, KmsRefusedError):  # a refusal: it was sealed after the unseal
+                    self._process.on_internal_error(f"{type(error).__name__} after an unseal")
             if self._task is not own:
                 return
             await asyncio.sleep(pause_s)

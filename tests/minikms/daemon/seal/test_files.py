@@ -120,6 +120,15 @@ def test_an_altered_record_is_dropped_and_counted(tmp_path: Path, directory: int
     assert (again.dropped, again.failed()) == (1, [])
 
 
+@pytest.mark.parametrize("change", [{"at": "now"}, {"pid": -1}, {"lease": "lost"}, {"version": 2}, {"more": 1}])
+def test_an_altered_record_of_a_lease_gives_no_line(tmp_path: Path, directory: int, change: dict[str, object]) -> None:
+    files.write_lapse(directory, lapse := files.Lapse.now("ended"))
+    assert files.read_lapse(directory) == lapse
+    found = json.loads((tmp_path / files.LAPSE_NAME).read_text())
+    (tmp_path / files.LAPSE_NAME).write_text(json.dumps(found | change))
+    assert files.read_lapse(directory) is None
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[" * 2000, b'{"format":"x","version":1,"dropped":0}'])
 def test_damaged_records_are_counted_and_stop_nothing(tmp_path: Path, directory: int, content: bytes) -> None:
     (tmp_path / files.ATTEMPTS_NAME).write_bytes(content)

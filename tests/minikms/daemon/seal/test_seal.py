@@ -475,7 +475,7 @@ def test_a_full_disk_does_not_hold_up_a_seal(public: Path, calls: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "point", [Point("seal", "unlink,unlinkat", 2, "sealed.json"), Point("seal", "fsync", 4, "/data>")], ids=str
+    "point", [Point("seal", "unlink,unlinkat", 3, "sealed.json"), Point("seal", "fsync", 4, "/data>")], ids=str
 )
 def test_a_marker_that_cannot_be_removed_leaves_the_daemon_sealed(public: Path, point: Point) -> None:
     """Also if it is gone already, and only that is not durable: it is written again."""

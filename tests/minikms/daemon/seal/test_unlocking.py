@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from minikms.api import errors
-from minikms.daemon.seal.files import ATTEMPTS_NAME
+from minikms.daemon.seal.files import ATTEMPTS_NAME, LAPSE_NAME
 from minikms.platform.clock import boot_ns
 from minikms.processes.handover import KEY
 from tests.harness import forked
@@ -208,6 +208,19 @@ def test_without_a_grant_it_seals_itself_and_goes_on_with_one(
     *_, line, unsealed = daemon.events("seal", "unseal")
     assert (line["type"], line["actor"], line["facts"]["lease"]) == ("seal", "minikms", how)
     assert said in line["detail"] and unsealed["type"] == "unseal"
+
+
+def test_the_line_of_the_seal_by_a_lease_outlasts_a_stop_before_the_unseal(leased: Asking) -> None:
+    daemon, listener = leased
+    listener.answer = AWAY
+    wait_until(lambda: not serves(daemon))
+    wait_until((daemon.data_dir / LAPSE_NAME).exists)
+    daemon.stop()
+    listener.answer = KEY + daemon.root()
+    daemon.start()
+    wait_until(lambda: serves(daemon))
+    assert [line["facts"].get("lease") for line in daemon.events("seal")] == ["ended"]
+    assert not (daemon.data_dir / LAPSE_NAME).exists()
 
 
 def test_a_stopped_process_does_not_serve_after_the_end(leased: Asking) -> None:
