@@ -213,7 +213,7 @@ def test_wrong_usage_and_missing_things_have_status_2(tmp_path: Path, words: tup
         ("minikms status --socket a-f", ["a-file"]),
         ("minikms encrypt a-", ["a-directory", "a-file"]),
         ("minikms audit verify --root f", ["fd:", "file:"]),
-        ("minikms root add s", ["shares:"]),
+        ("minikms root add s", ["shares:", "systemd-credential:"]),
         ("minikms-unlock unseal passphrase: --config a-f", ["a-file"]),
         ("progressdb backup ver", ["verify"]),
         ("progressdb --config a-f", ["a-file"]),

@@ -386,8 +386,8 @@ def test_a_log_after_an_accepted_loss_shows_reads_under_older_keys(
 def test_hidden_threads_are_found_with_the_root_key(tmp_path: Path) -> None:
     directory = tmp_path / "data"
     make_data_dir(directory, hash_thread_ids=True)
+    key_file = Path(f"{directory}.master-key").rename(tmp_path / "key")
     assert run("find", "--data-dir", directory, "--thread", "t1")[0] == 1
-    key_file = f"{directory}.master-key"
     status, output, _ = run("find", "--data-dir", directory, "--thread", "t1", "--master-key-file", key_file)
     assert status == 0 and "thread=hmac-sha256:" in output
 
