@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def test_a_release_has_the_versions_that_the_tests_run_with() -> None:
     released, tested = pinned("tools/release/requirements.txt"), pinned("tools/bootstrap/constraints.txt")
     assert len(released) > 20
     assert released.items() <= tested.items()
+
+
+def test_a_release_has_the_libraries_of_every_program_and_token() -> None:
+    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    needed = {
+        re.match(r"[\w-]+", library)[0]  # type: ignore[index]  # each begins with its name
+        for extra in ("server", "gateway", "postgresql", "pkcs11", "aws-kms")
+        for library in extras[extra]
+    }
+    assert needed - {"progressdb-minikms"} <= pinned("tools/release/requirements.txt").keys()
 
 
 @pytest.mark.parametrize("lock", ["release/requirements.txt", "release/build.txt", "site/requirements.txt"])
