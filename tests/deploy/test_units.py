@@ -132,7 +132,14 @@ def test_no_limit_of_starts_ends_the_unlock_service() -> None:
     assert ("StartLimitIntervalSec", "0") in service and ("TriggerLimitIntervalSec", "0") in listener
     assert dict(listener).items() >= {"SocketGroup": "minikms", "SocketMode": "0660"}.items()
     assert "SocketUser" not in dict(listener)
-    assert "Restart" not in dict(restricted.directives(str(UNITS / "minikms-unlock.service")))
+    assert ("Requires", "%N.socket") in service  # it ends with its socket
+
+
+def test_a_start_of_the_unlock_service_that_fails_is_not_repeated_at_once() -> None:
+    """Its question waits at the socket, which would start it again some fifty times a second."""
+    service = restricted.directives(str(UNITS / "minikms-unlock.service"))
+    assert dict(service).items() >= {"Restart": "on-failure", "RestartSec": "1s"}.items()
+    assert "RestartPreventExitStatus" not in dict(service)
 
 
 def test_the_memory_of_the_unlock_service_is_bounded() -> None:
