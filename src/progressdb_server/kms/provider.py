@@ -58,7 +58,7 @@ _CODES_OF_THE_SERVICE: Final = frozenset(
     }
 )
 LIMITED: Final = "the key service answers no more of these requests now: a limit of its policy is used up"
-SEALED: Final = "the key service is sealed: requests work again after an operator has unsealed it with `minikms unseal`"
+SEALED: Final = "the key service is sealed: `minikms status` says what it waits for"
 
 
 def fault(error: KmsError) -> Fault:
