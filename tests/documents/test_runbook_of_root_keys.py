@@ -71,7 +71,7 @@ def stored(made: Machine) -> bool:
 
 def has_a_token(made: Machine) -> str:
     """A new one of SoftHSM, with a key by the runbook, whose name this returns."""
-    module, place = needs.pkcs11_module("softhsm/libsofthsm2.so"), made.base / "softhsm"
+    module, place = needs.pkcs11_module("softhsm/libsofthsm2.so"), made.at("/var/lib/softhsm")
     made.do(f"rm -rf {place}\nmkdir -p {place}/tokens")
     conf = place / "softhsm2.conf"
     conf.write_text(f"directories.tokendir = {place}/tokens\nobjectstore.backend = file\nlog.level = ERROR\n")
@@ -83,7 +83,6 @@ def has_a_token(made: Machine) -> str:
     paste(made, "Move to an HSM", **{MODULE: module})
     with made.at(PROVIDER).open("a") as file:
         file.write(f"Environment=SOFTHSM2_CONF={conf}\n")
-    made.do(f"chown -R {made.uid('minikms-unlock')} {place}")
     return (
         f"pkcs11:token=kms;object=minikms?module-path={module}&pin-source=file:{made.at('/etc/progressdb/unlock/pin')}"
     )
@@ -93,7 +92,7 @@ def has_a_token(made: Machine) -> str:
 def test_a_root_key_moves_to_an_hsm_and_to_a_new_one_when_that_is_gone(made: Machine) -> None:
     move(made, has_a_token(made))
     [lost] = [slot for slot, provider in root_keys(made) if provider == "pkcs11"]
-    made.do(f"rm -r {made.base}/softhsm/tokens")
+    made.do("rm -r /var/lib/softhsm/tokens")
     made.do("systemctl restart minikms")
     assert not stored(made)
     paste(made, "The HSM is gone", SLOT=lost)
