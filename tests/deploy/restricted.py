@@ -76,7 +76,7 @@ def directives(unit: str, section: str = "[Service]") -> list[tuple[str, str]]:
 
 def loaded(unit: str, section: str = "[Service]", etc: Path | None = None) -> list[tuple[str, str]]:
     """The lines of a section of a unit of `deploy/systemd`, such as `minikms@acme.service`, and of its drop-ins there
-    and in `etc`, in which an empty value removes those before it."""
+    and in `etc`, in which an empty value removes those before it, and that of a directory its mode too."""
     prefix, at, rest = unit.partition("@")
     instance, _, kind = rest.rpartition(".")
     file = UNITS / (f"{prefix}@.{kind}" if at else unit)
@@ -84,7 +84,8 @@ def loaded(unit: str, section: str = "[Service]", etc: Path | None = None) -> li
     places = [UNITS, *([] if etc is None else [etc])]
     for drop_in in sorted(path for place in places for path in (place / f"{file.name}.d").glob("*.conf")):
         for name, value in directives(str(drop_in), section):
-            lines = [*lines, (name, value)] if value else [line for line in lines if line[0] != name]
+            removed = (name, f"{name}Mode")
+            lines = [*lines, (name, value)] if value else [line for line in lines if line[0] not in removed]
     return [(name, value.replace("%i", instance)) for name, value in lines]
 
 
