@@ -2,8 +2,8 @@
 
 Owns: the file that names pin and configuration, and the check of a wrapped key against it. A source is `clevis:/PATH`
 of a file with what `clevis encrypt` takes: `tang {"url": "http://…", "thp": "…"}`. A wrapped key is a compact JWE
-(RFC 7516). Invariants: clevis is run for no JWE whose header has another pin, server or configuration than the file, or
-in another form a member that clevis puts into a URL or a command; a tang server is never trusted at first use; a root
+(RFC 7516). Invariants: clevis runs only for a JWE whose header has the pin, server and configuration of the file; each
+member that clevis puts into a URL or a command is checked first; a tang server is never trusted at first use; a root
 key goes through pipes only. clevis proves no refusal: tang answers over plain HTTP, and clevis has one exit status for
 all failures. So each is AwayError, and a key that was taken back is used until the lease ends. clevis binds no context.
 """

@@ -35,14 +35,22 @@ class AwsKms:
             "AWS_ENDPOINT_URL_KMS": f"https://localhost:{port}",
             "AWS_CA_BUNDLE": str(ca),
         }
-        flags = ["-H", "127.0.0.1", "-p", str(port), "-c", str(cert), "-k", str(key)]
+        self._flags = ["-H", "127.0.0.1", "-p", str(port), "-c", str(cert), "-k", str(key)]
+        self.start()
+
+    def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.harness.aws_kms", *flags],
+            [sys.executable, "-m", "tests.harness.aws_kms", *self._flags],
             cwd=Path(__file__).parents[2],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         wait_until(self._answers, seconds=START_S_MAX)
+
+    def stop(self) -> None:
+        """It loses its keys."""
+        self.process.kill()
+        self.process.wait()
 
     def client(self) -> Any:
         """Of the customer."""
@@ -63,9 +71,9 @@ class AwsKms:
         assert self.process.poll() is None
         return False
 
-    def new_key(self) -> str:
-        """The ARN of a key that wraps."""
-        return str(self.client().create_key()["KeyMetadata"]["Arn"])
+    def new_key(self, **members: str) -> str:
+        """The ARN of a key, which wraps unless `members` say otherwise."""
+        return str(self.client().create_key(**members)["KeyMetadata"]["Arn"])
 
     def enable(self, arn: str, yes: bool) -> None:
         """Or (False) disable a key."""
@@ -79,8 +87,7 @@ def aws_kms(directory: Path) -> Iterator[AwsKms]:
     try:
         yield made
     finally:
-        made.process.kill()
-        made.process.wait()
+        made.stop()
 
 
 def main() -> None:

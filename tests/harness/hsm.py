@@ -8,13 +8,12 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from tests import needs
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import listens, wait_until
 
 PIN = "78931-pin"
 RUN_S_MAX = 60.0
@@ -96,13 +95,7 @@ class Remote:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wait_until(self._listens)
-
-    def _listens(self) -> bool:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(self.socket))
-            return True
-        return False
+        wait_until(lambda: listens(self.socket))
 
     def signal(self, number: int) -> None:
         """To the server, and to its child for each connection."""

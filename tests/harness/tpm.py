@@ -4,15 +4,13 @@ Owns: a swtpm in a directory of the test, reached over a Unix socket, and tools 
 itself.
 """
 
-import contextlib
 import os
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
 from tests import needs
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import listens, wait_until
 
 RUN_S_MAX = 60.0
 
@@ -24,6 +22,7 @@ class Tpm:
         needs.program("tpm2_unseal")
         self._base = base
         self.socket = base / "tpm"
+        self._sockets = (self.socket, base / "tpm.ctrl")
         self.tcti = f"swtpm:path={self.socket}"
         self.start()
 
@@ -32,13 +31,13 @@ class Tpm:
         command += ["--server", f"type=unixio,path={self.socket}", "--ctrl", f"type=unixio,path={self.socket}.ctrl"]
         quiet = subprocess.DEVNULL
         self.process = subprocess.Popen([*command, "--tpmstate", f"dir={self._base}"], stdout=quiet, stderr=quiet)
-        wait_until(lambda: all(_listens(path) for path in (f"{self.socket}.ctrl", str(self.socket))))
+        wait_until(lambda: all(map(listens, self._sockets)))
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()
-        for name in (self.socket, Path(f"{self.socket}.ctrl")):
+        for name in self._sockets:
             name.unlink(missing_ok=True)
 
     def source(self, *parameters: str) -> str:
@@ -55,10 +54,3 @@ class Tpm:
         """Handles of objects and sessions in it."""
         kinds = ("transient", "loaded-session", "saved-session")
         return b"".join(self.tool("getcap", f"handles-{kind}") for kind in kinds)
-
-
-def _listens(path: str) -> bool:
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(path)
-        return True
-    return False

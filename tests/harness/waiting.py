@@ -1,8 +1,10 @@
 """How a test waits for something that another process or thread does."""
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 WAIT_S_MAX = 60.0
 """Costs nothing where all is well; a machine that runs several suites is slow for seconds at a time."""
@@ -14,6 +16,15 @@ def wait_until(holds: Callable[[], object], *, seconds: float = WAIT_S_MAX) -> N
     while not holds():
         assert time.monotonic() < end, f"not true within {seconds} s"
         time.sleep(0.02)
+
+
+def listens(address: Path | int) -> bool:
+    """Whether somebody listens on a Unix socket, or on a port of this host."""
+    family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family) as connection:
+        connection.connect(str(address) if isinstance(address, Path) else ("127.0.0.1", address))
+        return True
+    return False
 
 
 def receive_more(connection: socket.socket) -> bytes:

@@ -25,7 +25,7 @@ from minikms_auditor.sinks import Shipper, SinkStatus, Transport
 from minikms_auditor.store import SinkFiles, Store
 from tests import needs
 from tests.harness.ports import free_port
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import listens, wait_until
 from tests.minikms_auditor.rig import Rig
 
 SIEM_PAGE = Path(__file__).resolve().parents[2] / "docs" / "siem.md"
@@ -188,9 +188,7 @@ class Rsyslog:
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, (self.base / "log").read_text()
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-            return True
-        return False
+        return listens(self.port)
 
     def kill(self) -> None:
         self.process.kill()

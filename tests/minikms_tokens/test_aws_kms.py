@@ -2,11 +2,8 @@
 
 import base64
 import json
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
@@ -16,51 +13,14 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 from minikms_tokens import AwayError, RefusedError, TokenError, open_signer, open_wrapper
 from minikms_tokens.wrapping import ProviderCalls
 from tests import needs
-from tests.harness.certificates import SERVER, Authority
+from tests.harness.aws_kms import REGION, AwsKms, aws_kms
+from tests.harness.certificates import Authority
 from tests.harness.ports import free_port
-from tests.harness.waiting import wait_until
 from tests.minikms_tokens.replay import GARBAGE, Replay, drip, reply
 from tests.minikms_tokens.wrappers import CONTEXT, KEY, NO_KEYS, unwrapped, wrap
 
-REGION = "eu-central-1"
 ARN = f"arn:aws:kms:{REGION}:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 MESSAGE = b"a tree checkpoint"
-
-
-class Service:
-    """moto's server on a port of this machine. It loses its keys when it ends."""
-
-    def __init__(self, port: int, cert: Path, key: Path) -> None:
-        self._flags = ["-H", "127.0.0.1", "-p", str(port), "-c", str(cert), "-k", str(key)]
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", *self._flags],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        wait_until(self._answers)
-
-    def _answers(self) -> bool:
-        try:
-            self.client().list_keys()
-        except Exception as error:  # noqa: BLE001  whatever it is, the server is not ready
-            assert self.process.poll() is None, error
-            return False
-        return True
-
-    def client(self) -> Any:
-        session = needs.library("botocore.session")
-        return session.get_session().create_client("kms", region_name=REGION)
-
-    def new_key(self, **members: str) -> str:
-        asked = {"KeySpec": "ECC_NIST_P256", "KeyUsage": "SIGN_VERIFY"} | members
-        return str(self.client().create_key(**asked)["KeyMetadata"]["Arn"])
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def use(environ: pytest.MonkeyPatch, url: str, ca_file: Path | str) -> None:
@@ -71,20 +31,20 @@ def use(environ: pytest.MonkeyPatch, url: str, ca_file: Path | str) -> None:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AwsKms]:
     """Each test makes keys of its own, and leaves it running."""
-    needs.library("moto")
-    port, base, authority = free_port(), tmp_path_factory.mktemp("moto"), Authority("AWS")
-    (base / "ca.pem").write_bytes(authority.pem)
-    with pytest.MonkeyPatch.context() as environ:
-        use(environ, f"https://localhost:{port}", base / "ca.pem")
-        running = Service(port, *authority.issue(dns=["localhost"], extended=[SERVER]).write(base))
+    with aws_kms(tmp_path_factory.mktemp("moto")) as running, pytest.MonkeyPatch.context() as environ:
+        for name, value in running.environ.items():
+            environ.setenv(name, value)
         yield running
-        running.stop()
 
 
-def test_a_key_in_aws_kms_signs_and_its_signature_verifies(service: Service) -> None:
-    signer = open_signer(f"aws-kms:{service.new_key()}")
+def signing_key(service: AwsKms, spec: str = "ECC_NIST_P256") -> str:
+    return service.new_key(KeySpec=spec, KeyUsage="SIGN_VERIFY")
+
+
+def test_a_key_in_aws_kms_signs_and_its_signature_verifies(service: AwsKms) -> None:
+    signer = open_signer(f"aws-kms:{signing_key(service)}")
     key = load_der_public_key(signer.public_key())
     assert isinstance(key, EllipticCurvePublicKey) and signer.algorithm == "ecdsa-p256-sha256"
     for _ in range(2):
@@ -94,18 +54,18 @@ def test_a_key_in_aws_kms_signs_and_its_signature_verifies(service: Service) -> 
         signer.sign(bytes(4097))
 
 
-def test_another_kind_of_key_is_refused(service: Service) -> None:
-    for members in ({"KeySpec": "ECC_NIST_P384"}, {"KeySpec": "RSA_2048"}):
+def test_another_kind_of_key_is_refused(service: AwsKms) -> None:
+    for spec in ("ECC_NIST_P384", "RSA_2048"):
         with pytest.raises(TokenError, match="not one for signing"):
-            open_signer(f"aws-kms:{service.new_key(**members)}").sign(MESSAGE)
-    missing = service.new_key()[:-4] + "0000"
+            open_signer(f"aws-kms:{signing_key(service, spec)}").sign(MESSAGE)
+    missing = signing_key(service)[:-4] + "0000"
     with pytest.raises(TokenError, match="AWS KMS does not answer: NotFoundException"):
         open_signer(f"aws-kms:{missing}").public_key()
 
 
-def test_while_the_service_is_away_calls_fail_and_later_ones_work(service: Service) -> None:
+def test_while_the_service_is_away_calls_fail_and_later_ones_work(service: AwsKms) -> None:
     """Another key under the same ARN, as the service has after it lost its own, is never taken."""
-    arn = service.new_key()
+    arn = signing_key(service)
     signer = open_signer(f"aws-kms:{arn}")
     signer.sign(MESSAGE)
     service.stop()
@@ -115,7 +75,7 @@ def test_while_the_service_is_away_calls_fail_and_later_ones_work(service: Servi
     service.start()
     with pytest.raises(TokenError, match="NotFoundException"):
         signer.sign(MESSAGE)
-    again = open_signer(f"aws-kms:{service.new_key()}")
+    again = open_signer(f"aws-kms:{signing_key(service)}")
     again.sign(MESSAGE)
 
 
@@ -130,8 +90,8 @@ def replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replay]:
         yield made
 
 
-def test_a_root_key_opens_under_its_key_and_context_only(service: Service) -> None:
-    arn, other = (service.new_key(KeySpec="SYMMETRIC_DEFAULT", KeyUsage="ENCRYPT_DECRYPT") for _ in range(2))
+def test_a_root_key_opens_under_its_key_and_context_only(service: AwsKms) -> None:
+    arn, other = (service.new_key() for _ in range(2))
     wrapper = open_wrapper(f"aws-kms:{arn}")
     blob = wrap(wrapper)
     assert blob[:1] == b"\x01" and KEY not in blob

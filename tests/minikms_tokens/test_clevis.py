@@ -4,7 +4,6 @@ import base64
 import contextlib
 import json
 import re
-import socket
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from minikms_tokens import AwayError, clevis, open_wrapper, programs
 from tests import needs
 from tests.harness.ports import free_port
-from tests.harness.waiting import WAIT_S_MAX, wait_until
+from tests.harness.waiting import WAIT_S_MAX, listens, wait_until
 from tests.minikms_tokens.replay import Replay, drip, reply
 from tests.minikms_tokens.wrappers import KEY, NO_KEYS, unwrapped, wrap
 
@@ -44,7 +43,7 @@ class Tang:
     def start(self) -> None:
         command = [self._tangd, "-l", "-p", str(self.port), str(self._keys)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_until(lambda: answers(self.port))
+        wait_until(lambda: listens(self.port))
 
     def stop(self) -> None:
         self.process.kill()
@@ -69,12 +68,6 @@ class Tang:
 
 def run(*command: str, given: bytes = b"") -> bytes:
     return subprocess.run(command, input=given, capture_output=True, check=True).stdout
-
-
-def answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-        return True
-    return False
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A real provider for the unlock service: an AES key in a SoftHSM token that the service's user may use."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -46,9 +47,15 @@ class Provider:
             self.token.make_secret("wrap")
         self.give_to_service()
 
-    def loaded(self) -> "Loaded":
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[None]:
         """In the block this process uses the token."""
-        return Loaded(self.token)
+        with pytest.MonkeyPatch.context() as environ:
+            environ.setenv("SOFTHSM2_CONF", str(self.token.conf))
+            try:
+                yield
+            finally:
+                needs.library("pkcs11").unload(self.token.module)
 
     def wrap(self, root: bytes, keyring_id: str = KEYRING_ID) -> bytes:
         with self.loaded():
@@ -70,18 +77,6 @@ class Provider:
     def restore(self) -> None:
         self.token.write_pin(self._pin)
         self.give_to_service()
-
-
-class Loaded:
-    def __init__(self, token: Token) -> None:
-        self._token = token
-
-    def __enter__(self) -> None:
-        os.environ["SOFTHSM2_CONF"] = str(self._token.conf)
-
-    def __exit__(self, *_: object) -> None:
-        needs.library("pkcs11").unload(self._token.module)
-        del os.environ["SOFTHSM2_CONF"]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Final
 
 HOUR_NS: Final = 3600 * 1_000_000_000
 _BOOT_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""Other systems have no such clock: theirs that is not set counts."""
+"""CLOCK_MONOTONIC where a system has no CLOCK_BOOTTIME; neither can be set."""
 
 
 def now_ns() -> int:
