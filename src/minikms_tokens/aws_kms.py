@@ -61,9 +61,6 @@ class _AwsKmsKey:
         self._calls = self.calls("AWS KMS")
         self._client: Any = None
 
-    def close(self) -> None:
-        self._calls.call(self._drop)
-
     # --- in the thread of the call -----------------------------------------------------------------------------------
 
     def _connected(self) -> Any:
@@ -114,6 +111,9 @@ class AwsKmsSigner(_AwsKmsKey):
 
     def sign(self, message: bytes) -> bytes:
         return self._calls.call(lambda: self._sign(message))
+
+    def close(self) -> None:
+        self._calls.call(self._drop)
 
     # --- in the thread of the call -----------------------------------------------------------------------------------
 

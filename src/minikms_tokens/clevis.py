@@ -59,9 +59,6 @@ class ClevisWrapper:
         ended = self._run("decrypt", given=blob, into=into)
         give(into[: ended.output_bytes], into, "clevis")
 
-    def close(self) -> None:
-        """Nothing runs between calls."""
-
     def _config(self) -> tuple[str, Any]:
         """Pin and configuration of the file, as clevis takes them."""
         content = read_file(self._path, "configuration of clevis", CONFIG_BYTES_MAX)

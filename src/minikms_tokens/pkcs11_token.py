@@ -344,9 +344,6 @@ class Pkcs11Wrapper:
         )
         give(plain, into, "the PKCS#11 token")
 
-    def close(self) -> None:
-        self._calls.call(self._token.close)
-
     def _find(self, session: Any) -> WrappingKey:
         """A key that could be copied out of its token, whose owner then can't take it back, is not used."""
         key = _only_key(session, self._uri, "keys")

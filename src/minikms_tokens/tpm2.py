@@ -142,9 +142,6 @@ class Tpm2Wrapper:
             count = work.run("unseal", "-c", sealed, "-p", f"session:{session}", into=into)
         give(into[:count], into, "the TPM")
 
-    def close(self) -> None:
-        """There is no session between two calls."""
-
     def _made_parent(self, work: _Work) -> str:
         if self._parent:
             return self._parent

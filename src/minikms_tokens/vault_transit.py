@@ -90,9 +90,6 @@ class VaultTransitWrapper:
             found = b""
         give(found, into, _WHO)
 
-    def close(self) -> None:
-        """Each call has a connection of its own."""
-
     # --- in the thread of the call -----------------------------------------------------------------------------------
 
     def _ask(self, operation: str, member: str, context: str, **fields: str) -> str:

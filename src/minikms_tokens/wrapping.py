@@ -40,7 +40,9 @@ class ProviderCalls(TimedCalls):
 
 
 class Wrapper(Protocol):
-    """A wrapping key that is elsewhere. Its methods block, for a bounded time, and raise TokenError."""
+    """A wrapping key that is elsewhere. Its methods block, for a bounded time, and raise TokenError. A session with the
+    provider ends with the process.
+    """
 
     def wrap(self, key: memoryview, context: str) -> bytes:
         """The wrapped key, at most BLOB_BYTES_MAX. `context`: 1 to 64 ASCII characters, bound to the result where the
@@ -50,10 +52,6 @@ class Wrapper(Protocol):
 
     def unwrap(self, blob: bytes, context: str, into: memoryview) -> None:
         """Writes the KEY_BYTES of the wrapped key into `into`. Asks the provider anew at each call."""
-        ...
-
-    def close(self) -> None:
-        """Ends the session with the provider."""
         ...
 
 

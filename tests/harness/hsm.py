@@ -66,6 +66,12 @@ class Token:
         pkcs11 = needs.library("pkcs11")
         return pkcs11.lib(self.module).get_token(token_label="log").open(rw=True, user_pin=PIN)
 
+    def end_sessions(self) -> None:
+        """Those of this process, as at its end."""
+        pkcs11 = needs.library("pkcs11")
+        with contextlib.suppress(pkcs11.PKCS11Error):  # the token is away
+            pkcs11.lib(self.module).reinitialize()
+
     def write_pin(self, pin: str) -> None:
         new = self.pin_file.with_name("new")
         new.touch(0o600)

@@ -43,7 +43,7 @@ def test_a_key_wrapped_by_aes_opens_only_with_its_context(token: Token, wrapper:
     assert blobs[0][2:14] != blobs[1][2:14] and KEY not in blobs[0]
     with pytest.raises(TokenError, match="does not decrypt"):
         unwrapped(wrapper, blobs[0], CONTEXT[:-1] + "0")
-    wrapper.close()
+    token.end_sessions()
     assert unwrapped(open_wrapper(token.uri("object=wrap;type=secret-key")), blobs[0]) == KEY
 
 
@@ -157,8 +157,9 @@ def test_what_the_token_itself_says_is_a_refusal_and_nothing_else(
 ) -> None:
     """A GeneralError, which SoftHSM gives for a wrong tag, can be that of a module without its token too."""
     blob = wrap(wrapper)
-    wrapper.close()
+    token.end_sessions()
     act(token)
+    token.end_sessions()
     for _ in range(2):
         with pytest.raises(error, match=sentence) as caught:
             unwrapped(wrapper, blob)
@@ -201,7 +202,7 @@ def test_a_wrong_pin_is_tried_once_and_the_last_try_is_no_refusal(
     from minikms_tokens import pkcs11_token
 
     blob = wrap(wrapper)
-    wrapper.close()
+    token.end_sessions()
     monkeypatch.setattr(pkcs11_token, "_LAST_TRY", pkcs11.TokenFlag.USER_PIN_COUNT_LOW)
     token.write_pin("wrong-pin-1")
     for _ in range(2):
@@ -211,7 +212,7 @@ def test_a_wrong_pin_is_tried_once_and_the_last_try_is_no_refusal(
     with pytest.raises(AwayError, match="would lock"):
         unwrapped(wrapper, blob)
     run("pkcs11-tool", "--module", token.module, "--login", "--pin", PIN, "--list-objects", **token.environ)
-    wrapper.close()
+    token.end_sessions()
     assert unwrapped(wrapper, blob) == KEY
 
 

@@ -56,7 +56,6 @@ def test_a_sealed_key_opens_and_leaves_nothing_in_the_tpm(shared: Tpm) -> None:
     blob = wrap(wrapper)
     assert blob[:UNIQUE] == SAMPLE[:UNIQUE] and len(blob) == PRIVATE + 2 + int.from_bytes(blob[PRIVATE:][:2])
     assert unwrapped(open_wrapper(shared.source()), blob) == KEY not in blob
-    wrapper.close()
     assert shared.left() == b""
 
 
