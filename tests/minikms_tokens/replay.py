@@ -11,11 +11,12 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Self
 
 from tests.harness.certificates import SERVER, Authority
+from tests.minikms_tokens.wrappers import NO_KEYS
 
 DRIP_SECONDS: Final = 0.05
 
@@ -87,4 +88,12 @@ GARBAGE: Final = {
     "cut": [reply(200, b"{}" * 100)[:-150]],
     "nothing": [b""],
 }
-"""Answers that hold no key."""
+
+
+def without_key(answer: Callable[[bytes], bytes]) -> dict[str, tuple[Iterable[bytes], str]]:
+    """Parts of answers that hold no root key, and what the error says. `answer`: that of the provider with this key."""
+    return {
+        **{name: (parts, "") for name, parts in GARBAGE.items()},
+        **{name: ([answer(key)], "no root key") for name, key in NO_KEYS.items()},
+        "drip": (drip(), "did not answer in"),
+    }
