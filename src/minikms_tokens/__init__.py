@@ -61,4 +61,4 @@ def open_wrapper(source: str) -> Wrapper:
         from minikms_tokens.clevis import ClevisWrapper
 
         return ClevisWrapper(source)
-    raise TokenError("no source of this name wraps a root key")
+    raise TokenError("a wrapping key is named by pkcs11:…, tpm2:, aws-kms:ARN, vault-transit:https://… or clevis:FILE")
