@@ -49,11 +49,14 @@ if TYPE_CHECKING:
 
 
 class Configured(NamedTuple):
-    """`slot`: opens under the wrapped key. `done`: the steps of this run. `others`: slots in use until now."""
+    """`slot`: opens under the wrapped key. `done`: the steps of this run. `others`: slots in use until now.
+    `of_package`: its unlock service has the names of the package.
+    """
 
     slot: api.RootAnswer
     done: list[str]
     others: list[str]
+    of_package: bool
 
 
 def configure(source: str, path: Path, kms: Client) -> Configured:
@@ -90,7 +93,8 @@ def configure(source: str, path: Path, kms: Client) -> Configured:
     if is_new:
         make_config(path, config)
         done.append("configured")
-    return Configured(slot, done, [each.slot_id for each in slots if each.in_use and each.slot_id != slot.slot_id])
+    others = [each.slot_id for each in slots if each.in_use and each.slot_id != slot.slot_id]
+    return Configured(slot, done, others, config.directory == default_config(source).directory)
 
 
 @contextmanager
@@ -105,9 +109,12 @@ def root_of_provider(source: str, path: Path) -> Iterator[OneTimeKey]:
 
 
 def next_steps(made: Configured, source: str, path: Path, unlock_socket: str) -> list[str]:
-    """For people."""
+    """For people. A service with other names, such as that of a tenant, has other units."""
+    opens = f"Slot {made.slot.slot_id} opens under the root key {made.slot.fingerprint} of this source."
+    if not made.of_package:
+        return [opens]
     return [
-        f"Slot {made.slot.slot_id} opens under the root key {made.slot.fingerprint} of this source. Next, as root:",
+        f"{opens} Next, as root:",
         "  systemctl enable --now minikms-unlock.socket",
         f"  echo PROGRESSDB_MINIKMS_ROOT=unlock:{unlock_socket} >> /etc/progressdb/minikms.env",
         "  systemctl restart minikms.service",

@@ -113,6 +113,9 @@ def test_without_a_configuration_it_is_made(place: Place) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "minikms root remove s1  # if the daemon was started under s" in ended.stdout
     assert place.service.ask(place.keyring_id)[0] == KEY
+    ended = forked.run(*place.words("configure"), env=environ)
+    place.hsm.give_to_service()
+    assert ended.stdout.startswith("Slot s") and "minikms.env" not in ended.stdout  # that of another service
 
 
 def with_other_source(place: Place) -> None:
