@@ -14,11 +14,21 @@ from pathlib import Path
 import pytest
 
 from tests import needs
+from tests.documents.machine import blocks
+from tests.documents.test_runbook import ALL_SECTIONS, RUNBOOK
 from tests.harness.waiting import wait_until
 
 pytestmark = [pytest.mark.torture, pytest.mark.timeout(1800)]
 PROJECT = Path(__file__).parents[2]
-INSTALLED = ("systemd", "systemd-sysv", "dbus", "curl", "openssl", "debconf", "init-system-helpers")
+INSTALLED = (
+    *("systemd", "systemd-sysv", "dbus", "curl", "openssl", "debconf", "init-system-helpers"),
+    *("softhsm2", "opensc"),
+)
+SOURCE = (
+    "pkcs11:token=kms;object=minikms?module-path=/usr/lib/softhsm/libsofthsm2.so"
+    "&pin-source=file:/etc/progressdb/unlock/pin"
+)
+SERVES = "timeout 90 sh -c 'until minikms status; do sleep 1; done'\n"
 
 
 def run(*command: str | Path, at: Path = PROJECT, **environment: str) -> str:
@@ -155,9 +165,40 @@ def test_an_upgrade_restarts_what_runs_and_keeps_what_is_stored(debian: Booted) 
     )
 
 
+def paste(debian: Booted, block: str) -> str:
+    """After the first block of the runbook."""
+    return debian.sh(f"{blocks(RUNBOOK)[0]}\n{block}")
+
+
+def test_an_hsm_gives_the_root_key_at_every_start(debian: Booted) -> None:
+    """By the runbook. While the token is away, or the unlock service can't start, the key service waits for it."""
+    debian.sh("echo 123456 > pin\nsofthsm2-util --init-token --free --label kms --so-pin 123456 --pin 123456")
+    paste(debian, ALL_SECTIONS["Several root keys"][0])
+    paste(debian, ALL_SECTIONS["Move to an HSM"][0])
+    for block in ALL_SECTIONS["Move the root key"]:
+        paste(debian, block.replace("SOURCE", SOURCE).replace("OLD", "s1"))
+    debian.sh(f"systemctl kill --signal=KILL minikms\nsleep 1\n{SERVES}")
+    debian.sh("mv /var/lib/softhsm/tokens away\nmkdir /var/lib/softhsm/tokens\nsystemctl restart minikms")
+    debian.sh("timeout 60 sh -c 'until minikms status | grep -q \"no PKCS#11 tokens\"; do sleep 1; done'")
+    debian.sh(f"rmdir /var/lib/softhsm/tokens\nmv away /var/lib/softhsm/tokens\n{SERVES}")
+    drop_in = "/etc/systemd/system/minikms-unlock.service.d/wrong.conf"
+    debian.sh(f"printf '[Service]\\nEnvironmentFile=/no.env\\n' > {drop_in}\nsystemctl daemon-reload")
+    state = "systemctl show --property=SubState minikms-unlock.service"
+    debian.sh(f"systemctl restart minikms\ntimeout 60 sh -c 'until {state} | grep -q auto-restart; do sleep 0.1; done'")
+    debian.sh(f"rm {drop_in}\nsystemctl daemon-reload\n{SERVES}")
+
+
+def test_a_tenant_has_services_and_directories_of_its_own(debian: Booted) -> None:
+    debian.sh("cd /usr/share/doc/progressdb\n" + blocks(PROJECT / "docs/tenants.md")[1])
+    debian.sh("systemctl start progressdb@acme.service")
+    modes = debian.sh("stat --format=%a /run/minikms-acme /var/lib/progressdb-acme/minikms /var/lib/progressdb-acme/db")
+    assert modes.split() == ["750", "700", "700"]
+    debian.sh(blocks(PROJECT / "docs/tenants.md")[-1])
+
+
 def test_data_keys_and_settings_go_with_purge_only(debian: Booted) -> None:
     debian.sh("dpkg -r progressdb")
-    kept = "minikms.env minikms.key progressdb.env unlock", "db minikms unlock"
+    kept = "minikms.env minikms.pin progressdb.env unlock", "db minikms unlock"
     for directory, names in zip(("/etc/progressdb", "/var/lib/progressdb"), kept, strict=True):
         assert debian.sh(f"ls {directory}").split() == names.split()
     assert debian.sh("ls -d /opt/progressdb /usr/bin/minikms 2>/dev/null || true") == ""
