@@ -103,3 +103,4 @@ def test_an_upgrade_ends_with_both_services_examined(installed: Machine) -> None
         f"set -e\n{from_source}runuser -u minikms -- minikms doctor".replace("/etc/systemd/system", str(units))
     )
     assert {unit.name for unit in units.iterdir()} >= {"minikms.socket", "minikms-auditor.service"}
+    assert (units / "minikms@.service.d/tenant.conf").exists()
