@@ -113,6 +113,8 @@ class RotationsOfMany(Kind):
             if job_id > walk.id:
                 with contextlib.suppress(JobNotFoundError, RecordUnreadableError):
                     job = await self._table.get(job_id)
+                    if job.trigger == walk.id and job.state in AT_WORK:  # begun by a server that is gone
+                        return job_id
                     if job.trigger == walk.id and job.state == "done":
                         return job_id if _due(walk) == Due() else None
         await self._runner.place()
