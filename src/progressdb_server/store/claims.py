@@ -44,6 +44,8 @@ class Claims:
         self._server = secrets.token_hex(8)
         self._held: dict[str, bytes] = {}
         self._claiming: set[str] = set()
+        self._releasing: dict[str, asyncio.Future[None]] = {}
+        """Thread → the end of its release: until then the store still has the claim."""
         self._unreleased: dict[str, tuple[bytes, bytes | None]] = {}
         """Thread → its entry when a release failed, and the entry that replaces it; None for no entry."""
         self._renewed = False
@@ -56,6 +58,8 @@ class Claims:
     async def claim(self, thread: str, job_id: str, last: str) -> bool:
         """Whether this server has the thread now, for a job; `last` is the thread's job as the caller knows it. A
         thread without an entry is free: the caller reads the job's row again. Raises StoreUnavailableError."""
+        if (releasing := self._releasing.get(thread)) is not None:
+            await asyncio.wait([releasing])
         if not self.contested or await self.holds(thread):
             return True
         if thread in self._claiming:
@@ -106,7 +110,12 @@ class Claims:
         """`job_id`: of the thread's job that has not ended."""
         mine = self._held.pop(thread, None)
         if mine is not None:
-            await self._leave(thread, mine, f"--{job_id}".encode() if job_id else None)
+            ended = self._releasing[thread] = asyncio.get_running_loop().create_future()
+            try:
+                await self._leave(thread, mine, f"--{job_id}".encode() if job_id else None)
+            finally:
+                del self._releasing[thread]
+                ended.set_result(None)
 
     async def _leave(self, thread: str, mine: bytes, left: bytes | None) -> None:
         key = keyspace.claim(thread)

@@ -177,6 +177,16 @@ async def test_the_entry_that_a_killed_server_left_is_removed(database: str) -> 
         assert not await two.claims.claim("t", "job-2", "job-1")
 
 
+async def test_a_claim_waits_for_the_release_of_the_one_before_it(database: str) -> None:
+    """The store still has the former claim when its release begins."""
+    async with servers(database, SealingProvider(), 0) as (one,):
+        assert await one.claims.claim("t", "job-1", "")
+        released = asyncio.ensure_future(one.claims.release("t"))
+        await asyncio.sleep(0)
+        assert not released.done() and await one.claims.claim("t", "job-2", "job-1")
+        assert await one.claims.job_of("t") == "job-2"
+
+
 async def _leases(url: str) -> int:
     connection = await asyncpg.connect(url)
     try:
