@@ -47,6 +47,10 @@ ORIGIN_PATTERN: Final = re.compile(r"[A-Za-z0-9._/:-]{1,128}", re.ASCII)
 """The name of the tree that an auditor makes of the audit log."""
 SLOT_ID_PATTERN: Final = re.compile(r"s[0-9]{1,19}", re.ASCII)
 """`s` and the epoch of the keyring in which the slot of a root key was made."""
+MEMBER_ID_PATTERN: Final = re.compile(r"m[0-9]{1,19}", re.ASCII)
+"""`m` and the number of the slot that came with the host; the first host is number 1."""
+MEMBER_NAME_PATTERN: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", re.ASCII)
+"""Of a host of the key service, as host names are."""
 REQUEST_ID_PATTERN: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
 
 REQUEST_ID_HEADER: Final = "x-request-id"
@@ -86,6 +90,8 @@ CODE_SHUTTING_DOWN: Final = "shutting_down"
 CODE_INTERRUPTED: Final = "interrupted"
 CODE_SEALED: Final = "sealed"
 CODE_STANDBY: Final = "standby"
+CODE_REPLICA_ROLLED_BACK: Final = "replica_rolled_back"
+CODE_REPLICA_FORKED: Final = "replica_forked"
 CODE_NOT_SEALED: Final = "not_sealed"
 CODE_WRONG_ROOT: Final = "wrong_root"
 CODE_TOO_MANY_ATTEMPTS: Final = "too_many_attempts"

@@ -244,6 +244,18 @@ class SealedError(KmsRefusedError):
     retry_after_s = contract.SEALED_RETRY_SECONDS
 
 
+class ReplicaRolledBackError(KmsRefusedError):
+    """The database, or what came from it, is older than what this host has seen."""
+
+    status, code = 409, contract.CODE_REPLICA_ROLLED_BACK
+
+
+class ReplicaForkedError(KmsRefusedError):
+    """The database has another history than this host has seen, or something that the keyring did not authenticate."""
+
+    status, code = 409, contract.CODE_REPLICA_FORKED
+
+
 class StandbyError(KmsRefusedError):
     """Another host of the key service serves. The request was not begun."""
 

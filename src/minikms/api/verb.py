@@ -2,7 +2,7 @@
 
 Owns: what an entry of the verb table can say, and the form of an error. Invariants: no I/O; a request with an unknown
 field is refused. It must never know a particular verb: those are in `minikms.api.verbs`, `minikms.api.root_verbs`,
-`minikms.api.seal_verbs` and `minikms.api.audit_verbs`.
+`minikms.api.seal_verbs`, `minikms.api.audit_verbs` and `minikms.api.replica_verbs`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
 
-Role = Literal["create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor", "unseal", "ship"]
+Role = Literal[
+    "create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor", "unseal", "ship", "replicate"
+]
 Purpose = Literal["thread", "data", "mac", "derived"]
 """`derived` is `data` for callers who bind each record to a context (docs/spec/transit.md)."""
 State = Literal["active", "retired", "destroyed"]
@@ -30,9 +32,9 @@ AnswerT = TypeVar("AnswerT")
 class Verb(msgspec.Struct, Generic[RequestT, AnswerT], frozen=True, eq=False):
     """One operation of the key service. Verbs are compared by identity.
 
-    name: in the audit log, in metrics, and as the operation of the OpenAPI document. path: `{key_id}` or `{slot_id}`
-    stands for the field of that name; other fields are the query of a GET and the body of a POST. roles: the caller
-    needs all. answer: the type of the JSON answer; `str` for plain text.
+    name: in the audit log, in metrics, and as the operation of the OpenAPI document. path: `{key_id}`, `{slot_id}` or
+    `{member_id}` stands for the field of that name; other fields are the query of a GET and the body of a POST. roles:
+    the caller needs all. answer: the type of the JSON answer; `str` for plain text.
     """
 
     name: str

@@ -185,6 +185,29 @@ class TombstoneLog(_Part, frozen=True):
     wrapped_key: bytes
 
 
+class AuditState(_Part, frozen=True):
+    """What the keyring has of one audit log: its keys, and the tree of the auditor that was attached first; empty if
+    none was.
+    """
+
+    audit_keys: tuple[AuditKeyEntry, ...]
+    audit_origin: str = ""
+
+
+class Member(_Part, frozen=True):
+    """A host of a replicated key service. `slot_id`: of its root key when it joined. `audit`: of its own log; None for
+    the host that the keyring was made on, which has what the body has. `key_version`: the keyring key under which its
+    newest audit key was made; with an older one, the member changes its audit key before it serves.
+    """
+
+    member_id: str
+    name: str
+    slot_id: str
+    joined_at: str
+    key_version: int
+    audit: AuditState | None = None
+
+
 class Body(_Part, frozen=True):
     format: str
     version: int
@@ -202,6 +225,8 @@ class Body(_Part, frozen=True):
     revoking: tuple[RevokingRoot, ...] = ()
     audit_origin: str = ""
     """The tree of the auditor that was attached first; empty: none was."""
+    members: tuple[Member, ...] = ()
+    """The hosts that have this keyring; empty: one host, which is not replicated."""
 
     def kek(self, version: int) -> Kek | None:
         """The KEK version, also a destroyed one; None if there was never one of this number."""
@@ -226,6 +251,16 @@ class Body(_Part, frozen=True):
     @property
     def audit_key(self) -> AuditKeyEntry:
         return self.audit_keys[-1]
+
+    def member(self, member_id: str) -> Member | None:
+        return next((member for member in self.members if member.member_id == member_id), None)
+
+    def audit_of(self, member_id: str) -> AuditState:
+        """Of the log of a member; of the host that the keyring was made on where there is no such member."""
+        member = self.member(member_id)
+        if member is None or member.audit is None:
+            return AuditState(self.audit_keys, self.audit_origin)
+        return member.audit
 
     def slot(self, slot_id: str) -> RootSlot | None:
         return next((slot for slot in self.slots if slot.slot_id == slot_id), None)
@@ -317,9 +352,9 @@ def _check_version(version: int) -> None:
 
 def check(body: Body) -> None:
     """Raises StartError if the body breaks an invariant of this module."""
-    agree = _keks_agree(body) and _slots_agree(body) and _audit_keys_agree(body) and _tombstones_agree(body)
-    origin = not body.audit_origin or api.ORIGIN_PATTERN.fullmatch(body.audit_origin) is not None
-    if not (agree and origin and body.epoch >= 1):
+    agree = _keks_agree(body) and _slots_agree(body) and _tombstones_agree(body) and _members_agree(body)
+    logs = [body.audit_of(""), *(member.audit for member in body.members if member.audit is not None)]
+    if not (agree and all(map(_audit_agrees, logs)) and body.epoch >= 1):
         raise StartError(f"the keyring is inconsistent; {WAY_OUT}")
 
 
@@ -379,9 +414,25 @@ def share_set_agrees(shares: ShareSet) -> bool:
     )
 
 
-def _audit_keys_agree(body: Body) -> bool:
-    versions = [key.version for key in body.audit_keys]
-    return 1 <= len(versions) <= AUDIT_KEYS_COUNT_MAX and _rises((*versions, VERSION_MAX))
+def _audit_agrees(audit: AuditState) -> bool:
+    versions = [key.version for key in audit.audit_keys]
+    origin = not audit.audit_origin or api.ORIGIN_PATTERN.fullmatch(audit.audit_origin) is not None
+    return origin and 1 <= len(versions) <= AUDIT_KEYS_COUNT_MAX and _rises((*versions, VERSION_MAX))
+
+
+def _members_agree(body: Body) -> bool:
+    ids, names = ({getattr(member, field) for member in body.members} for field in ("member_id", "name"))
+    return (
+        len(ids) == len(names) == len(body.members) <= api.MEMBERS_MAX
+        and sum(member.audit is None for member in body.members) <= 1
+        and all(
+            api.MEMBER_ID_PATTERN.fullmatch(member.member_id)
+            and api.MEMBER_NAME_PATTERN.fullmatch(member.name)
+            and api.SLOT_ID_PATTERN.fullmatch(member.slot_id)
+            and 0 < member.key_version <= body.key_version
+            for member in body.members
+        )
+    )
 
 
 def _tombstones_agree(body: Body) -> bool:
@@ -419,6 +470,15 @@ def without_audit_keys(body: Body, *, before: int) -> Body:
     """The body without the audit keys below version `before`, which no line of the log is under. The epoch stays."""
     kept = tuple(key for key in body.audit_keys if key.version >= before)
     return msgspec.structs.replace(body, audit_keys=kept or body.audit_keys[-1:])
+
+
+def with_audit(body: Body, member_id: str, **changes: Any) -> Body:
+    """The body with another state of a member's audit log; `changes` are those of `AuditState`. The epoch stays."""
+    if (member := body.member(member_id)) is None or member.audit is None:
+        return msgspec.structs.replace(body, **changes)
+    changed = msgspec.structs.replace(member, audit=msgspec.structs.replace(member.audit, **changes))
+    members = tuple(changed if each is member else each for each in body.members)
+    return msgspec.structs.replace(body, members=members)
 
 
 def check_takes_audit_key(body: Body) -> None:

@@ -19,7 +19,7 @@ from minikms.policy.rules import ROLES, PolicyFileError, Proxy, Rules, Scope
 
 ADMIN_ONLY: Final[frozenset[Role]] = frozenset(("rotate", "destroy", "audit", "unseal"))
 """With `--admin-uids`, only those uids have these roles."""
-FILE_ONLY: Final[frozenset[Role]] = frozenset(("ship",))
+FILE_ONLY: Final[frozenset[Role]] = frozenset(("ship", "replicate"))
 """Only a policy file grants these roles."""
 
 UIDS_COUNT_MAX: Final = 64
@@ -28,8 +28,8 @@ SCOPES_COUNT_MAX: Final = 4096
 
 
 class Policy:
-    """The allowed uids, without a policy file. Without `admin_uids` each has every role but `ship`; with them, only
-    those rotate, destroy, audit and unseal.
+    """The allowed uids, without a policy file. Without `admin_uids` each has every role but those of `FILE_ONLY`; with
+    them, only those rotate, destroy, audit and unseal.
 
     generation: rises with every change of the rules. rules: the content of the policy file.
     """

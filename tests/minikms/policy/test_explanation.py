@@ -12,6 +12,7 @@ from minikms.api import Role
 from minikms.api.errors import ForbiddenError, InvalidRequestError
 from minikms.policy import THREAD_ROLES, FilePolicy, parse_policy
 from minikms.policy.explanation import Explanation, explain
+from minikms.policy.rules import PROXIED_ROLES
 
 FILE = """
 version = 1
@@ -106,8 +107,8 @@ def test_the_last_change_of_an_explanation_allows_it(name: str, role: Role) -> N
             file = file.replace('on_behalf_of = ["spiffe', f'on_behalf_of = ["{name}", "spiffe')
         else:
             file += f"[[{table[1]}]]\n" + re.sub(r"\], ", "]\n", table[2].replace(" and ", ", ")) + "\n"
-    proxied_only = not name.startswith("uid:") and role in {"rotate", "destroy", "audit", "unseal", "ship"}
-    assert found.decision == ("denied" if proxied_only else "allowed"), (found, file)
+    refused = not name.startswith("uid:") and role not in PROXIED_ROLES
+    assert found.decision == ("denied" if refused else "allowed"), (found, file)
 
 
 def test_an_allowed_request_names_grant_limits_and_who_would_decide_next() -> None:

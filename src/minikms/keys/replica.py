@@ -1,0 +1,69 @@
+"""The state of a replicated data directory: how many changes, which key files, all of them authenticated.
+
+Owns: the sum over all key files, the encoding of the state with its tag. Invariants: the sum
+depends on which contents there are, not on their order; a member accepts a state only under the tag of the keyring
+that came with it. No I/O. It must never be the reason to open a key.
+
+The sum is MSet-Add-Hash (Clarke et al., ASIACRYPT 2003): the HMACs of the entries, added modulo 2^256, so that one
+change costs two HMACs however many keys there are.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Final, NamedTuple, Self
+
+from minikms.api.errors import DecryptionError
+from minikms.crypto import labels
+from minikms.keys.unlocked import UnlockedKeyring
+
+SUM_BYTES: Final = 32
+_MODULUS: Final = 1 << (8 * SUM_BYTES)
+_FIELD_BYTES: Final = 8
+STATE_BYTES: Final = 3 * _FIELD_BYTES + SUM_BYTES
+
+
+class EntrySum(NamedTuple):
+    """Over this number of `files`."""
+
+    files: int = 0
+    value: int = 0
+
+    def changed(self, *, added: int = 0, new: int = 0, old: int = 0) -> Self:
+        """With `added` more files; `new` and `old`: the sums of `entry` over what came and went."""
+        return self.__class__(self.files + added, (self.value + new - old) % _MODULUS)
+
+
+def entry(unlocked: UnlockedKeyring, key_id: str, content: bytes) -> int:
+    """The term of one key file."""
+    data = labels.aad(labels.REPLICA_ENTRY, unlocked.body.keyring_id.encode(), key_id.encode(), content)
+    return int.from_bytes(hmac.digest(unlocked.tombstone_key, data, "sha256"), "big")
+
+
+class State(NamedTuple):
+    """After change `number`, which the member that serves in `term` has made."""
+
+    term: int
+    number: int
+    entries: EntrySum
+
+    def signed(self, unlocked: UnlockedKeyring) -> bytes:
+        """Its encoding, then the tag under the keyring key in use."""
+        data = self._encoded()
+        return data + unlocked.tag_of(labels.REPLICA_STATE, data)
+
+    def _encoded(self) -> bytes:
+        numbers = b"".join(map(labels.number, (self.term, self.number, self.entries.files)))
+        return numbers + self.entries.value.to_bytes(SUM_BYTES, "big")
+
+
+def read_state(unlocked: UnlockedKeyring, signed: bytes) -> State:
+    """Raises DecryptionError unless the tag is of the keyring key in use."""
+    data, tag = signed[:STATE_BYTES], signed[STATE_BYTES:]
+    if len(data) != STATE_BYTES:
+        raise DecryptionError("the state of the replicated directory has the wrong length")
+    unlocked.check_tag(labels.REPLICA_STATE, tag, data)
+    term, number, files = (
+        int.from_bytes(data[at : at + _FIELD_BYTES], "big") for at in range(0, 3 * _FIELD_BYTES, _FIELD_BYTES)
+    )
+    return State(term, number, EntrySum(files, int.from_bytes(data[3 * _FIELD_BYTES :], "big")))
