@@ -20,7 +20,7 @@ from minikms.keys.unlocked import UnlockedKeyring
 SUM_BYTES: Final = 32
 _MODULUS: Final = 1 << (8 * SUM_BYTES)
 _FIELD_BYTES: Final = 8
-STATE_BYTES: Final = 3 * _FIELD_BYTES + SUM_BYTES
+STATE_BYTES: Final = 4 * _FIELD_BYTES + SUM_BYTES
 
 
 class EntrySum(NamedTuple):
@@ -41,19 +41,22 @@ def entry(unlocked: UnlockedKeyring, key_id: str, content: bytes) -> int:
 
 
 class State(NamedTuple):
-    """After change `number`, which the member that serves in `term` has made."""
+    """After change `number`, which the member that serves in `term` has made. `epoch`: of the keyring that belongs to
+    it: another one, older or newer, is not of this state.
+    """
 
     term: int
     number: int
+    epoch: int
     entries: EntrySum
 
-    def signed(self, unlocked: UnlockedKeyring) -> bytes:
-        """Its encoding, then the tag under the keyring key in use."""
+    def signed(self, unlocked: UnlockedKeyring, key_version: int) -> bytes:
+        """Its encoding, then the tag under the keyring key of the keyring that belongs to it."""
         data = self._encoded()
-        return data + unlocked.tag_of(labels.REPLICA_STATE, data)
+        return data + unlocked.tag_of(labels.REPLICA_STATE, data, key_version=key_version)
 
     def _encoded(self) -> bytes:
-        numbers = b"".join(map(labels.number, (self.term, self.number, self.entries.files)))
+        numbers = b"".join(map(labels.number, (self.term, self.number, self.epoch, self.entries.files)))
         return numbers + self.entries.value.to_bytes(SUM_BYTES, "big")
 
 
@@ -63,7 +66,7 @@ def read_state(unlocked: UnlockedKeyring, signed: bytes) -> State:
     if len(data) != STATE_BYTES:
         raise DecryptionError("the state of the replicated directory has the wrong length")
     unlocked.check_tag(labels.REPLICA_STATE, tag, data)
-    term, number, files = (
-        int.from_bytes(data[at : at + _FIELD_BYTES], "big") for at in range(0, 3 * _FIELD_BYTES, _FIELD_BYTES)
+    term, number, epoch, files = (
+        int.from_bytes(data[at : at + _FIELD_BYTES], "big") for at in range(0, 4 * _FIELD_BYTES, _FIELD_BYTES)
     )
-    return State(term, number, EntrySum(files, int.from_bytes(data[3 * _FIELD_BYTES :], "big")))
+    return State(term, number, epoch, EntrySum(files, int.from_bytes(data[4 * _FIELD_BYTES :], "big")))

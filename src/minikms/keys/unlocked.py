@@ -367,9 +367,10 @@ class UnlockedKeyring:
         tag = aead.authenticate(key, self._nonces(), labels.aad(labels.KEYRING, body_bytes))
         return keyring.encode_file(body_bytes, tag)
 
-    def tag_of(self, label: bytes, data: bytes) -> bytes:
-        """Authenticates data of this keyring under the keyring key."""
-        return aead.authenticate(self.keyring_key.view, self._nonces(), _labelled(self.body, label, data))
+    def tag_of(self, label: bytes, data: bytes, *, key_version: int | None = None) -> bytes:
+        """Authenticates data of this keyring under a keyring key; None: the one in use."""
+        key = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
+        return aead.authenticate(key, self._nonces(), _labelled(self.body, label, data))
 
     def check_tag(self, label: bytes, tag: bytes, data: bytes) -> None:
         """Raises DecryptionError unless `tag` is of `tag_of`."""
