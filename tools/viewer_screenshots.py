@@ -55,7 +55,8 @@ def main() -> None:
             browser.evaluate(f"document.getElementById('key').value = {ADMIN!r}")
             browser.follow("document.forms[0].submit()")
             for name, place, size, scheme in (
-                ("viewer-threads", "/viewer/", DESKTOP, "light"),
+                ("viewer-overview", "/viewer/", DESKTOP, "light"),
+                ("viewer-threads", "/viewer/threads", DESKTOP, "light"),
                 ("viewer-conversation", f"/viewer/threads/{thread}", DESKTOP, "light"),
                 ("viewer-conversation-phone", f"/viewer/threads/{thread}", PHONE, "dark"),
                 ("viewer-versions", f"/viewer/messages/{message}", DESKTOP, "light"),

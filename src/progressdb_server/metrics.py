@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -39,6 +39,10 @@ class Histogram:
     def add(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self.sum += value
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
 
     def buckets(self) -> list[tuple[str, float]]:
         """(bound as text, how many values are at most that), as `HistogramMetricFamily.add_metric` takes them."""
@@ -133,6 +137,10 @@ class KmsMetrics(Collector):
             verb.seconds.add(seconds)
         else:
             verb.failures += 1
+
+    def answered(self, verbs: Collection[str]) -> int:
+        """The exchanges of these verbs that the key service answered."""
+        return sum(verb.seconds.count for name, verb in self._verbs.items() if name in verbs)
 
     def seen(self, status: api.StatusAnswer) -> None:
         self._up = status.status == "ok"

@@ -216,11 +216,15 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
         kms_metrics = provider.metrics if isinstance(provider, RemoteProvider) else KmsMetrics()
         readiness = Readiness(store, _status_of(provider, config, started), kms_metrics, stop.drain)
         started.push_async_callback(readiness.close)
-        viewer = Viewer(store, provider, jobs, readiness, access.keys, secure=bool(config.server.tls.cert_file))
+        metrics = ApiMetrics(registry)
+        secure = bool(config.server.tls.cert_file)
+        viewer = Viewer(store, provider, jobs, readiness, access.keys, metrics=metrics, secure=secure)
+        viewer.start()
+        started.push_async_callback(viewer.close)
         backup_routes = store_backup.operations(store.backups, config.backups_dir)
         ready_routes = readiness_routes.operations(readiness)
         more = (*ready_routes, *job_routes.operations(jobs), *backup_routes, *viewer.operations())
-        application = Application(store, access, ApiMetrics(registry), more=more, on_unreadable=store.note_unreadable)
+        application = Application(store, access, metrics, more=more, on_unreadable=store.note_unreadable)
         host, port = listener.getsockname()[:2]
         gc.freeze()  # the objects of the start live as long as the process: the collector need not visit them
         gc.set_threshold(_COLLECTED_OBJECTS_MIN)

@@ -33,7 +33,12 @@ def provoke(server: RealServer) -> None:
     client = ViewerClient(server.port)
     client.login(PLANTED)
     client.login(ADMIN)
-    for page in ("/viewer/", f"/viewer/?q={PLANTED}", f"/viewer/threads/{thread}", f"/viewer/messages/{message}"):
+    for page in (
+        "/viewer/",
+        f"/viewer/threads?q={PLANTED}",
+        f"/viewer/threads/{thread}",
+        f"/viewer/messages/{message}",
+    ):
         client(page)
     client("/viewer/logout", {"csrf": PLANTED})
 

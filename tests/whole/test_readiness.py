@@ -128,13 +128,13 @@ def test_the_viewer_shows_what_is_known_while_the_key_service_is_away(tmp_path: 
             message = server("POST", "/v1/messages", {"thread": thread, "author": "bob", "body": "private"}).json["id"]
             viewer = ViewerClient(server.port)
             viewer.login(ADMIN)
-            assert "private title" in viewer("/viewer/").text
+            assert "private title" in viewer("/viewer/threads").text
             epoch = re.search(r"<dt>Epoch</dt><dd>\d+</dd>", viewer("/viewer/status").text)
             assert epoch is not None
             os.kill(kms.pid, lost_by)
             try:
                 shown = {
-                    "/viewer/": (thread, "ada"),
+                    "/viewer/threads": (thread, "ada"),
                     f"/viewer/threads/{thread}": (thread, "ada", "bob", message),
                     f"/viewer/messages/{message}": (message, "bob"),
                 }
@@ -155,5 +155,5 @@ def test_the_viewer_shows_what_is_known_while_the_key_service_is_away(tmp_path: 
                 else:
                     kms.process.wait()
                     kms.start()
-            wait_until(lambda: "private title" in viewer("/viewer/").text, seconds=HANG_S_MAX)
+            wait_until(lambda: "private title" in viewer("/viewer/threads").text, seconds=HANG_S_MAX)
             assert 'role="alert"' not in viewer(f"/viewer/threads/{thread}").text

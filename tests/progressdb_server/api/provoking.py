@@ -281,7 +281,7 @@ def unknown(world: World, operation: str) -> Reply:
     method, path = operation.split(" ", 1)
     if path.startswith("/viewer"):
         named = world.good(operation)._replace(target=path.format(thread="nothing", message="msg-1-000001"))
-        return world(named.query("q=msg-%2F") if path == "/viewer/" else named)
+        return world(named.query("q=msg-%2F") if path == "/viewer/threads" else named)
     if operation == "POST /admin/rotate_thread_dek":
         return world(Ask(method, path, {"thread_id": "nothing"}))
     if operation == "POST /admin/rotate_deks":

@@ -61,10 +61,11 @@ def whole_table() -> tuple[Operation, ...]:
     backups = store_backup.operations(jobs, Path("/"))
     store: Any = SimpleNamespace(engine=None)
     readiness = Readiness(store, jobs, KmsMetrics())
-    viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), secure=False)
+    metrics = ApiMetrics(CollectorRegistry())
+    viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), metrics=metrics, secure=False)
     ready = readiness_routes.operations(readiness)
     more = (*ready, *job_routes.operations(jobs), *backups, *viewer.operations())
-    return operations(api.store, ApiMetrics(CollectorRegistry()), more)
+    return operations(api.store, metrics, more)
 
 
 def by_name(table: tuple[Operation, ...]) -> dict[str, Operation]:

@@ -17,6 +17,8 @@ from tests.progressdb_server.api.viewer_client import ViewerClient
 
 PAGES = (
     "/viewer/",
+    "/viewer/?part=live&period=day",
+    "/viewer/threads",
     "/viewer/threads/t",
     "/viewer/messages/m",
     "/viewer/jobs",
@@ -76,13 +78,13 @@ def test_every_page_carries_a_policy_that_allows_no_inline_script(inside: Viewer
 def test_a_page_of_what_is_not_there_says_so(inside: ViewerClient) -> None:
     assert inside("/viewer/threads/nothing").status == 404
     assert inside("/viewer/messages/msg-1-000001").status == 404
-    assert inside("/viewer/?q=msg-%2F").status == 404
+    assert inside("/viewer/threads?q=msg-%2F").status == 404
     assert inside("/viewer/threads/a%2Fb").status == 404
-    assert inside("/viewer/?q=" + "x" * 2000).status == 400
-    assert "No threads found." in inside("/viewer/?q=nothing").text
+    assert inside("/viewer/threads?q=" + "x" * 2000).status == 400
+    assert "No threads found." in inside("/viewer/threads?q=nothing").text
 
 
-@pytest.mark.parametrize("path", ["/viewer/nothere", "/viewer/threads/nothing", "/viewer/?q=" + "x" * 2000])
+@pytest.mark.parametrize("path", ["/viewer/nothere", "/viewer/threads/nothing", "/viewer/threads?q=" + "x" * 2000])
 def test_an_error_is_a_page_with_the_way_on(inside: ViewerClient, path: str) -> None:
     reply = inside(path)
     assert reply.headers["content-type"].startswith("text/html")
@@ -121,7 +123,7 @@ def test_a_sealed_key_service_is_to_be_unsealed_and_not_restarted(tmp_path: Path
         thread = server("POST", "/v1/messages", {"author": "ann", "body": 1}).json["thread"]
         with Client(server.db / "run" / "minikms.sock") as kms:
             kms.seal()
-        for path in ("/viewer/status", f"/viewer/threads/{thread}"):
+        for path in ("/viewer/", "/viewer/status", f"/viewer/threads/{thread}"):
             wait_until(partial(lambda path: "<code>minikms unseal</code>" in client(path).text, path))
             assert "systemctl restart" not in client(path).text
 
@@ -169,11 +171,11 @@ def test_threads_are_found_by_author_and_by_the_beginning_of_an_id(server: RealS
         for number, author in enumerate(["ann", "bob", "a&b"])
     ]
     for thread, author in zip(made, ["ann", "bob", "a%26b"], strict=True):
-        assert [one for one in made if one in inside(f"/viewer/?author={author}").text] == [thread]
-        assert [one for one in made if one in inside(f"/viewer/?q={thread}").text] == [thread]
-    assert [one for one in made if one in inside("/viewer/?q=thread-").text] == made
+        assert [one for one in made if one in inside(f"/viewer/threads?author={author}").text] == [thread]
+        assert [one for one in made if one in inside(f"/viewer/threads?q={thread}").text] == [thread]
+    assert [one for one in made if one in inside("/viewer/threads?q=thread-").text] == made
     message = server("POST", "/v1/messages", {"thread": made[0], "author": "ann", "body": "x"}).json["id"]
-    assert inside(f"/viewer/?q={message}").headers["location"] == f"/viewer/messages/{message}"
+    assert inside(f"/viewer/threads?q={message}").headers["location"] == f"/viewer/messages/{message}"
 
 
 def test_a_destroyed_and_a_damaged_key_fail_no_list(tmp_path: Path) -> None:
@@ -209,7 +211,7 @@ def test_a_destroyed_and_a_damaged_key_fail_no_list(tmp_path: Path) -> None:
             assert b"T0" in reply.body
         client = ViewerClient(server.port)
         client.login(ADMIN)
-        page = client("/viewer/")
+        page = client("/viewer/threads")
         assert page.status == 200
         for shown in (*expected, "T0", "key_destroyed", "key_unreadable"):
             assert shown in page.text
@@ -267,3 +269,13 @@ def test_an_absent_token_is_never_the_right_one() -> None:
     assert not same("", "")
     assert not same("a", "")
     assert same("a", "a")
+
+
+def test_the_overview_names_what_needs_a_look_and_the_command(server: RealServer, inside: ViewerClient) -> None:
+    page = inside("/viewer/").text
+    for part in ("Store", "Key service", "Auditor", "Last KEK rotation", "Backup of the store", "Jobs"):
+        assert f'<th scope="row">{part}</th>' in page
+    assert "<code>progressdb backup create</code>" in page, "there is no backup"
+    live = inside("/viewer/?part=live").text
+    assert "<h2>What there is</h2>" in live and "<header>" not in live
+    assert "The last day" in inside("/viewer/?period=day").text

@@ -50,9 +50,10 @@ def test_a_person_logs_in_with_the_keyboard_and_finds_a_message(server: RealServ
         browser.until("document.activeElement.id === 'key'")
         browser.type(ADMIN)
         browser.press("Enter", ENTER)
-        browser.until("location.pathname === '/viewer/' && document.title.startsWith('Threads')")
+        browser.until("location.pathname === '/viewer/' && document.title.startsWith('Overview')")
         browser.press("Tab", TAB)
         assert browser.evaluate("document.activeElement.className") == "skip"
+        browser.follow("document.querySelector('nav a[href=\"/viewer/threads\"]').click()")
         browser.evaluate(f"document.querySelector('a[href=\"/viewer/threads/{thread}\"]').focus()")
         browser.press("Enter", ENTER)
         browser.until("document.title.startsWith('Lunch')")
@@ -71,12 +72,12 @@ def test_what_users_typed_is_text_and_never_runs(server: RealServer, page: Brows
     thread = hostile_thread(server)
     message = server("GET", f"/v1/messages?thread={thread}").json["messages"][0]["id"]
     page.complaints.clear()
-    for place in ("/viewer/", f"/viewer/threads/{thread}", f"/viewer/messages/{message}"):
+    for place in ("/viewer/threads", f"/viewer/threads/{thread}", f"/viewer/messages/{message}"):
         page.go(url(server, place))
         assert "<script>window.stolen" in page.evaluate("document.body.textContent")
         assert page.evaluate("document.querySelectorAll('main script, main img, main svg, main b, main i').length") == 0
         assert page.evaluate("[...document.links].filter(a => a.protocol === 'javascript:').length") == 0
-    page.go(url(server, "/viewer/?q=%22%3E%3Cscript%3Ewindow.stolen=5%3C/script%3E&author=%22onfocus=stolen"))
+    page.go(url(server, "/viewer/threads?q=%22%3E%3Cscript%3Ewindow.stolen=5%3C/script%3E&author=%22onfocus=stolen"))
     assert page.evaluate("document.getElementById('q').value").startswith('"><script>')
     assert page.evaluate("window.stolen === undefined")
     assert page.complaints == []
@@ -102,9 +103,9 @@ def test_a_running_job_is_followed_without_reloading(server: RealServer, page: B
     assert begun.status == 202
     page.go(url(server, "/viewer/jobs"))
     page.evaluate("window.kept = true")
-    page.until("document.querySelector('#jobs [data-label=State]').textContent.trim() === 'done'")
+    page.until("document.querySelector('#part [data-label=State]').textContent.trim() === 'done'")
     assert page.evaluate("window.kept")
-    assert page.evaluate("document.querySelector('#jobs progress').value") == 100
+    assert page.evaluate("document.querySelector('#part progress').value") == 100
     assert page.until("document.getElementById('live').textContent === 'All jobs are finished.'")
     page.go(url(server, f"/viewer/threads/{thread}"))
     assert begun.json["new_key"] in page.evaluate("document.querySelector('article footer').textContent")
@@ -116,7 +117,14 @@ def test_every_page_fits_and_can_be_read(server: RealServer, page: Browser, widt
     thread = hostile_thread(server)
     page.size(width, 800)
     page.scheme(scheme)
-    for place in ("/viewer/", f"/viewer/threads/{thread}", "/viewer/jobs", "/viewer/status", "/docs/"):
+    for place in (
+        "/viewer/",
+        "/viewer/threads",
+        f"/viewer/threads/{thread}",
+        "/viewer/jobs",
+        "/viewer/status",
+        "/docs/",
+    ):
         page.go(url(server, place))
         page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (place, width)

@@ -72,6 +72,20 @@ class ApiMetrics(Collector):
         responses.count += 1
         responses.times.seconds.add(seconds)
 
+    def counted(self, method: str, path: str) -> int:
+        """The answers of a method on routes that begin with `path`, without errors."""
+        return sum(
+            one.count
+            for (route, by, status), one in self._responses.items()
+            if by == method and route.startswith(path) and status < 400
+        )
+
+    def answered(self) -> tuple[int, float, int]:
+        """All answers, the seconds that they took, and those that were errors of the server."""
+        seconds = sum(times.seconds.sum for times in self._times.values())
+        errors = sum(one.count for (_, _, status), one in self._responses.items() if status >= 500)
+        return sum(one.count for one in self._responses.values()), seconds, errors
+
     def collect(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
             "progressdb_http_requests",

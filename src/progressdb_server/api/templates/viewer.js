@@ -1,22 +1,35 @@
-// Updates the table of jobs each second. Without this script, reload the page to see changes.
+// Updates the part of a page that changes, and shows times in the reader's zone too. Without this script, reload the page.
 "use strict";
 (() => {
-  const rows = document.getElementById("jobs");
-  if (!rows) return;
-  const every = 1000;
+  const localTimes = (place) => {
+    for (const time of place.querySelectorAll("time[datetime]")) {
+      const shown = new Date(time.dateTime);
+      if (isNaN(shown) || !shown.getTimezoneOffset()) continue;
+      time.textContent = `${shown.toLocaleString()} (${time.textContent})`;
+    }
+  };
+  localTimes(document);
+  const part = document.getElementById("part");
+  if (!part) return;
   const refresh = async () => {
     try {
-      const answer = await fetch("/viewer/jobs?part=rows", { credentials: "same-origin", redirect: "error" });
-      if (answer.ok) {
-        const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-        rows.replaceChildren(...page.body.childNodes);
-        const working = rows.querySelectorAll("[data-working]").length;
-        document.getElementById("live").textContent = working ? `Unfinished jobs: ${working}. This page updates itself.` : "All jobs are finished.";
+      if (!document.hidden) {
+        const answer = await fetch(part.dataset.part, { credentials: "same-origin", redirect: "error" });
+        if (answer.ok) {
+          const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+          part.replaceChildren(...page.body.childNodes);
+          localTimes(part);
+          const live = document.getElementById("live");
+          if (live) {
+            const working = part.querySelectorAll("[data-working]").length;
+            live.textContent = working ? `Unfinished jobs: ${working}. This page updates itself.` : "All jobs are finished.";
+          }
+        }
       }
     } catch {
-      return; // the session has ended or the server is down: keep the last table
+      return; // the session has ended or the server is down: keep what was shown last
     }
-    setTimeout(refresh, every);
+    setTimeout(refresh, Number(part.dataset.every));
   };
-  setTimeout(refresh, every);
+  setTimeout(refresh, Number(part.dataset.every));
 })();

@@ -45,8 +45,11 @@ from progressdb_server.api.openapi.description import (
     text,
 )
 from progressdb_server.api.routes import pages
+from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
+from progressdb_server.api.viewer import overview
 from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPage, VersionPage, format_time
+from progressdb_server.api.viewer.history import SAMPLE_S, History
 from progressdb_server.api.viewer.sessions import Sessions, ViewerSession, new_token, same
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import Header
@@ -97,9 +100,13 @@ class Viewer:
         readiness: Readiness,
         keys: KeyTable,
         *,
+        metrics: ApiMetrics,
         secure: bool,
     ) -> None:
         """`secure`: the server speaks TLS, and browsers may send the cookie only over TLS."""
+        self._metrics = metrics
+        self._history = History()
+        self._sampling: asyncio.Task[None] | None = None
         self._store = store
         self._browser = Browser(store, provider)
         self._jobs = jobs
@@ -108,6 +115,20 @@ class Viewer:
         self._secure = secure
         self.sessions = Sessions()
         self._attempts = RateBuckets(LOGIN_RPS, LOGIN_BURST, count_max=limits.ADDRESSES_COUNT_MAX)
+
+    def start(self) -> None:
+        """Begins the history of the overview."""
+        self._sampling = asyncio.get_running_loop().create_task(self._sample())
+
+    async def close(self) -> None:
+        if self._sampling is not None:
+            self._sampling.cancel()
+            await asyncio.wait({self._sampling})
+
+    async def _sample(self) -> None:
+        while True:
+            self._history.take(time.time(), overview.totals(self._metrics, self._readiness.kms))
+            await asyncio.sleep(SAMPLE_S)
 
     # --- login and logout -------------------------------------------------------------------------------------------
     def _inside(self, page: PageHandler) -> Handler:
@@ -175,6 +196,23 @@ class Viewer:
         return b"set-cookie", "; ".join(words).encode("ascii")
 
     # --- pages ------------------------------------------------------------------------------------------------------
+    async def _overview(self, request: Request, session: ViewerSession) -> Response:
+        """Show whether all is well, and what the server has done lately."""
+        day = request.query_params.get("period") == "day"
+        kms = self._readiness.kms
+        values = {
+            "parts": await overview.parts(self._store, self._readiness, await self._newest_jobs(), now_s=time.time()),
+            "charts": overview.charts(self._history, day=day),
+            "day": day,
+            "stats": await self._store.stats(),
+            "keys": kms.last_status.keys if kms.last_status else None,
+            "width": overview.CHART_WIDTH,
+            "height": overview.CHART_HEIGHT,
+        }
+        if request.query_params.get("part") == "live":
+            return pages.page_response(pages.render("viewer/overview_live.html", **_HELPERS, **values))
+        return _page("overview", session, **values)
+
     async def _threads(self, request: Request, session: ViewerSession) -> Response:
         """List threads, newest first. Search them by id and author."""
         wanted, author = request.query_params.get("q", "").strip(), request.query_params.get("author", "").strip()
@@ -220,16 +258,19 @@ class Viewer:
 
     async def _jobs_page(self, request: Request, session: ViewerSession) -> Response:
         """Show the jobs and their progress."""
+        jobs = await self._newest_jobs()
+        if request.query_params.get("part") == "rows":
+            return pages.page_response(pages.render("viewer/jobs_rows.html", jobs=jobs, percent=_percent, **_HELPERS))
+        live = any(job.state in UNFINISHED for job in jobs)
+        return _page("jobs", session, jobs=jobs, percent=_percent, live=live)
+
+    async def _newest_jobs(self) -> list[Job]:
         jobs: list[Job] = []
         async for page in self._jobs.table.newest():
             jobs += page
             if len(jobs) >= JOBS_SHOWN_MAX:
                 break
-        jobs = jobs[:JOBS_SHOWN_MAX]
-        if request.query_params.get("part") == "rows":
-            return pages.page_response(pages.render("viewer/jobs_rows.html", jobs=jobs, percent=_percent, **_HELPERS))
-        live = any(job.state in UNFINISHED for job in jobs)
-        return _page("jobs", session, jobs=jobs, percent=_percent, live=live)
+        return jobs[:JOBS_SHOWN_MAX]
 
     async def _status(self, request: Request, session: ViewerSession) -> Response:
         """Show the status of the key service, or its last status."""
@@ -262,6 +303,13 @@ class Viewer:
             Operation("GET", "/viewer", _to_viewer, status=308, needs=NOTHING),
             _shown(
                 "/viewer/",
+                inside(self._overview),
+                Parameter("period", TEXT, "`day`: the charts show a day and not an hour."),
+                Parameter("part", TEXT, "`live`: only what changes."),
+                needs=NOTHING,
+            ),
+            _shown(
+                "/viewer/threads",
                 inside(self._threads),
                 Parameter(
                     "q", text(limits.STORED_KEY_BYTES_MAX), "The beginning of a thread id, or a whole message id."

@@ -1,0 +1,199 @@
+"""The overview: is all well, and what has the server done lately.
+
+Owns: the parts that it names, each with a sentence and what to do; the charts. Invariants: it asks what `/readyz` asks
+and nothing more; a part of which nothing is known is not shown as well. It must never write.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Final, NamedTuple
+
+from minikms import api
+from progressdb_server.api.routes.metrics import ApiMetrics
+from progressdb_server.api.routes.readiness import Readiness
+from progressdb_server.api.viewer.history import DAY_S, HOUR_S, History, Point, Totals
+from progressdb_server.conversations.whole import Conversations
+from progressdb_server.jobs.states import UNFINISHED, Job
+from progressdb_server.metrics import KmsMetrics
+
+BACKUP_OLD_S: Final = 26 * HOUR_S
+"""A nightly backup is younger."""
+AUDITOR_OLD_S: Final = 120
+KEK_OLD_S: Final = 365 * DAY_S
+CHART_WIDTH: Final = 480
+CHART_HEIGHT: Final = 120
+_ENCRYPTING: Final = frozenset(("encrypt", "encrypt_batch"))
+_DECRYPTING: Final = frozenset(("decrypt", "decrypt_batch"))
+
+
+class Part(NamedTuple):
+    """`state`: `good`, `warn` or `bad`. `do`: what to do, and the command for it."""
+
+    name: str
+    state: str
+    sentence: str
+    do: str = ""
+    command: str = ""
+
+
+class Line(NamedTuple):
+    """`points`: of an SVG polyline. `last`: the newest value."""
+
+    name: str
+    points: str
+    last: float
+
+
+class Chart(NamedTuple):
+    title: str
+    unit: str
+    top: float
+    lines: list[Line]
+
+
+def totals(metrics: ApiMetrics, kms: KmsMetrics) -> Totals:
+    requests, seconds, errors = metrics.answered()
+    return Totals(
+        appends=metrics.counted("POST", "/v1/messages"),
+        reads=metrics.counted("GET", "/v1/"),
+        encryptions=kms.answered(_ENCRYPTING),
+        decryptions=kms.answered(_DECRYPTING),
+        errors=errors,
+        requests=requests,
+        seconds=seconds,
+    )
+
+
+async def parts(store: Conversations, readiness: Readiness, jobs: Iterable[Job], *, now_s: float) -> list[Part]:
+    """Each part of the service that this server knows of."""
+    writes, problem = await readiness.problems()
+    return [
+        _store(writes, readiness.damage(), store.notices),
+        _key_service(problem, readiness.kms),
+        *_of_status(readiness.kms.last_status, now_s, known=not problem),
+        _backup(store, now_s),
+        _jobs(jobs),
+    ]
+
+
+def _store(writes: str, damage: str, notices: Sequence[str]) -> Part:
+    if writes:
+        return Part("Store", "bad", f"It takes no writes: {writes}", "See what the store says", "progressdb doctor")
+    if damage:
+        return Part("Store", "bad", damage, "Runbook: Damaged records", "progressdb check")
+    if notices:
+        return Part("Store", "warn", "; ".join(notices), "See what the store says", "progressdb doctor")
+    return Part("Store", "good", "It takes reads and writes")
+
+
+def _key_service(problem: str, kms: KmsMetrics) -> Part:
+    where = f"at {kms.address}" if kms.address and len(kms.addresses) > 1 else ""
+    by = "by its gateway" if kms.behind_gateway else ""
+    serves = " ".join(filter(None, ("It serves", where, by)))
+    if not problem:
+        return Part("Key service", "good", serves)
+    if "sealed" in problem:
+        return Part("Key service", "bad", problem, "On its machine", "minikms unseal")
+    return Part("Key service", "bad", problem, "On its machine", "minikms doctor")
+
+
+def _of_status(status: api.StatusAnswer | None, now_s: float, *, known: bool) -> Iterator[Part]:
+    """What the key service says of itself, unless it lets this server read no status."""
+    if status is None or not status.root.provider:
+        return
+    if warnings := status.warnings:
+        yield Part("Key service says", "warn", "; ".join(warnings), "On its machine", "minikms status")
+    if not status.audit.writable:
+        yield Part("Audit log", "bad", status.audit.unavailable_reason or "it can't be written", "", "minikms doctor")
+    position = status.audit.position
+    if position is None:
+        yield Part(
+            "Auditor",
+            "warn",
+            "None is attached: nobody else has the audit log",
+            "To attach one",
+            "minikms-auditor --help",
+        )
+    elif not known or position.age_seconds is None or position.age_seconds > AUDITOR_OLD_S:
+        yield Part("Auditor", "bad", "It has not reported lately", "On its machine", "minikms-auditor status")
+    else:
+        yield Part("Auditor", "good", f"It has taken all but {position.lag_lines:,} durable lines")
+    yield from _kek(status, now_s)
+
+
+def _kek(status: api.StatusAnswer, now_s: float) -> Iterator[Part]:
+    if status.rotation is not None:
+        running = status.rotation
+        of = "" if running.total is None else f" of {running.total:,}"
+        state = "bad" if running.last_error else "good"
+        why = f"; {running.last_error}" if running.last_error else ""
+        yield Part("KEK rotation", state, f"It runs: {running.rewrapped:,}{of} keys are rewrapped{why}")
+        return
+    made_s = max((_unix_s(kek.created_at) for kek in status.keks), default=0.0)
+    if made_s:
+        days = int((now_s - made_s) // DAY_S)
+        state = "warn" if now_s - made_s > KEK_OLD_S else "good"
+        yield Part("Last KEK rotation", state, f"{days:,} days ago", "To rotate", "minikms rotate-kek")
+
+
+def _backup(store: Conversations, now_s: float) -> Part:
+    if not store.engine.makes_backups:
+        return Part("Backup of the store", "good", "The database makes its own: see its tools")
+    newest_s = store.backups.newest_ns / 1e9
+    if math.isnan(newest_s):
+        return Part("Backup of the store", "warn", "It can't be read which ones there are", "", "progressdb doctor")
+    if not newest_s:
+        return Part("Backup of the store", "warn", "There is none", "Make one", "progressdb backup create")
+    hours = int((now_s - newest_s) // HOUR_S)
+    if now_s - newest_s > BACKUP_OLD_S:
+        return Part("Backup of the store", "warn", f"The newest is {hours:,} hours old", "", "progressdb backup create")
+    return Part("Backup of the store", "good", f"The newest is {hours:,} hours old")
+
+
+def _jobs(jobs: Iterable[Job]) -> Part:
+    working = [job for job in jobs if job.state in UNFINISHED]
+    failed = next((job for job in working if job.failed), None)
+    if failed is not None:
+        return Part(
+            "Jobs", "warn", f"{failed.failed:,} records of one failed", "Jobs", f"progressdb jobs show {failed.id}"
+        )
+    return Part("Jobs", "good", f"{len(working):,} of the newest are under way" if working else "None is under way")
+
+
+def _unix_s(rfc3339: str) -> float:
+    try:
+        return datetime.fromisoformat(rfc3339).astimezone(UTC).timestamp()
+    except ValueError:
+        return 0.0
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+
+def charts(history: History, *, day: bool) -> list[Chart]:
+    used, latency = history.rates("appends", "reads", day=day), history.latency(day=day)
+    keys, errors = history.rates("encryptions", "decryptions", day=day), history.rates("errors", day=day)
+    return [
+        _chart("Messages", "a second", ("appends", "reads"), used, day=day),
+        _chart("Exchanges with the key service", "a second", ("encryptions", "decryptions"), keys, day=day),
+        _chart("Mean time of a request", "ms", ("time",), latency, day=day),
+        _chart("Answers with an error of the server", "a second", ("errors",), errors, day=day),
+    ]
+
+
+def _chart(title: str, unit: str, names: Sequence[str], points: Sequence[Point], *, day: bool) -> Chart:
+    top = max((value for point in points for value in point.values), default=0.0) or 1.0
+    end_s = points[-1].at_s if points else 0.0
+    period_s = DAY_S if day else HOUR_S
+    lines: list[Line] = []
+    for number, name in enumerate(names):
+        at = [
+            (CHART_WIDTH * (1 - (end_s - point.at_s) / period_s), CHART_HEIGHT * (1 - point.values[number] / top))
+            for point in points
+        ]
+        last = points[-1].values[number] if points else 0.0
+        lines.append(Line(name, " ".join(f"{x:.1f},{y:.1f}" for x, y in at), last))
+    return Chart(title, unit, top, lines)
