@@ -29,11 +29,9 @@ from minikms.audit.log import FSYNC_INTERVAL_MS
 from minikms.custody.archive_register import ArchiveRegister
 from minikms.custody.vault import Vault
 from minikms.daemon.parts import Parts, RunContext, Workers
-from minikms.daemon.peer import overflow_uid
 from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.seal.seal import SealableServer
 from minikms.daemon.settings import Settings
-from minikms.daemon.sockets import UnixListener, listen
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir
 from minikms.http.accepting import DESCRIPTORS_COUNT, Acceptor, bound_warning, connections_bound
 from minikms.memory.arena import SecretArena
@@ -48,7 +46,9 @@ from minikms.platform.process_metrics import open_process_files
 from minikms.platform.workers import in_worker
 from minikms.policy import FilePolicy, Meters, Policy
 from minikms.policy.meters import REFRESH_SECONDS, SAVED_BYTES_MAX, SAVED_NAME
+from minikms.processes.peer import overflow_uid
 from minikms.processes.running import Run, every
+from minikms.processes.sockets import UnixListener, listen
 
 DRAIN_SECONDS_MAX: Final = 10.0
 HOUSEKEEPING_SECONDS: Final = 1.0

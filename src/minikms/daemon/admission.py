@@ -23,7 +23,6 @@ from typing import Final
 from minikms import api
 from minikms.api.errors import ForbiddenError, KmsRefusedError, TooLargeError
 from minikms.audit import Event
-from minikms.daemon.peer import PID_UNKNOWN, Peer, is_overflow_uid, read_peer
 from minikms.daemon.refusals import ACTOR_OTHERS, PRINCIPALS_OTHERS, RefusalAggregator
 from minikms.http import (
     GroupFull,
@@ -35,6 +34,7 @@ from minikms.http import (
     raised_response,
 )
 from minikms.policy import Meters, Policy, Principal, actor
+from minikms.processes.peer import PID_UNKNOWN, Peer, is_overflow_uid, read_peer
 
 UNAUTHORISED_CONNECTIONS_MAX: Final = 64
 """Open connections of uids that are not allowed, so that they can't use up the places of the allowed ones."""

@@ -1,1 +1,1 @@
-"""What processes share: start and stop; of those beside the key service configuration files, TLS, HTTP exchanges."""
+"""What processes share: start and stop, Unix sockets; beside the key service also files of configuration, TLS, HTTP."""

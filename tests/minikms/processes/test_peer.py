@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from minikms.daemon import peer as peer_module
-from minikms.daemon.peer import Peer, is_overflow_uid, read_peer
 from minikms.memory import libc
+from minikms.processes import peer as peer_module
+from minikms.processes.peer import Peer, is_overflow_uid, read_peer
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms.daemon import foreign
@@ -106,7 +106,7 @@ def test_a_uid_without_a_number_here_is_the_overflow_uid() -> None:
     unshare = needs.namespaces("user")
     code = textwrap.dedent("""
         import os, socket, sys
-        from minikms.daemon.peer import is_overflow_uid, read_peer
+        from minikms.processes.peer import is_overflow_uid, read_peer
         listener = socket.socket(fileno=int(sys.argv[1]))
         accepted, _ = listener.accept()
         peer = read_peer(accepted)
@@ -133,7 +133,7 @@ def test_a_peer_of_another_pid_namespace_has_no_pid(listener: socket.socket) -> 
     unshare = needs.namespaces("pid", "mount")
     code = textwrap.dedent("""
         import socket, sys
-        from minikms.daemon.peer import read_peer
+        from minikms.processes.peer import read_peer
         accepted, _ = socket.socket(fileno=int(sys.argv[1])).accept()
         print(tuple(read_peer(accepted)))
     """)

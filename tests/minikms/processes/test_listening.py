@@ -14,7 +14,7 @@ from typing import IO
 import pytest
 
 from minikms.api.errors import StartError
-from minikms.daemon import sockets
+from minikms.processes import sockets
 from tests import needs
 from tests.minikms.daemon import foreign
 from tests.minikms.daemon.races import check_races
@@ -308,7 +308,7 @@ def test_of_two_starts_on_one_path_exactly_one_serves(directory: Path) -> None:
 # --- rule 1 -------------------------------------------------------------------------------------------------------
 ACTIVATED = textwrap.dedent("""
     import os, sys
-    from minikms.daemon import sockets
+    from minikms.processes import sockets
     from minikms.api.errors import StartError
     os.dup2(int(sys.argv[3]), 3)
     environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": sys.argv[2], "LISTEN_FDNAMES": "minikms"}
