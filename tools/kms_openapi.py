@@ -46,6 +46,7 @@ FIELDS: dict[str, Schema] = {
     "replaces": KEY_ID,
     "key_id": KEY_ID,
     "slot_id": {"type": "string", "pattern": f"^{api.SLOT_ID_PATTERN.pattern}$"},
+    "member_id": {"type": "string", "pattern": f"^{api.MEMBER_ID_PATTERN.pattern}$"},
     "root_hex": ROOT_HEX,
     "from_key_id": KEY_ID,
     "to_key_id": KEY_ID,
@@ -98,6 +99,10 @@ def schemas() -> dict[str, Schema]:
         for field, bound in FIELDS.items():
             if field in schema.get("properties", {}):
                 schema["properties"][field] = bound
+        bounded = {"files": api.REPLICA_FILES_MAX, "members": api.MEMBERS_MAX}
+        for field, maximum in bounded.items():
+            if field in schema.get("properties", {}):
+                schema["properties"][field]["maxItems"] = maximum
         for field in ("items", "verify"):
             if field in schema.get("properties", {}):
                 maximum = api.BATCH_ITEMS_MAX if field == "items" else api.VERIFY_SAMPLES_MAX

@@ -4,12 +4,14 @@ Owns: a value for each name of a required field. It asserts nothing.
 """
 
 import base64
+import json
 from typing import Any, get_args, get_type_hints
 
 import msgspec
 
 from minikms import api
 from minikms.api import Verb
+from minikms.client.calls import make_call
 
 
 def example(verb: Verb[Any, Any], key_id: str, **members: object) -> Any:
@@ -34,6 +36,19 @@ def _fields(kind: type[msgspec.Struct], key_id: str) -> dict[str, object]:
         "log_id": "",
         "seq": 0,
         "mac": "",
+        "member_id": "m2",
+        "keyring_id": "kr_1",
+        "name": "b",
+        "fingerprint": "",
+        "after": 0,
+        "files": [],
+        "complete": True,
+        "term": 1,
+        "number": 0,
+        "seals": 0,
+        "asked_ns": 0,
+        **dict.fromkeys(("commitment", "public_key", "sealed_auth", "tombstones"), ""),
+        "tombstones_after": 0,
     }
     if "items" in kind.__struct_fields__:
         (item,) = get_args(get_type_hints(kind)["items"])
@@ -44,3 +59,9 @@ def _fields(kind: type[msgspec.Struct], key_id: str) -> dict[str, object]:
 def examples(key_id: str) -> dict[Verb[Any, Any], Any]:
     """Of every verb."""
     return {verb: example(verb, key_id) for verb in api.VERBS}
+
+
+def spelt(verb: Verb[Any, Any], key_id: str) -> tuple[str, str, object]:
+    """Method, target and body of an example."""
+    call = make_call(verb, example(verb, key_id))
+    return verb.method, call.target.decode(), None if call.body is None else json.loads(call.body)

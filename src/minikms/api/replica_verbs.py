@@ -40,7 +40,7 @@ class ReplicaFile(msgspec.Struct, forbid_unknown_fields=True):
     content: Base64
 
 
-class MemberReport(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class MemberReport(msgspec.Struct, forbid_unknown_fields=True):
     """What a member says of itself, for the other members. `policy` and `pin`: SHA-256 of the files, hexadecimal; empty
     without one. `version`: of the program. `seen_seconds`: how long ago the database got it, by the database's clock.
     """
@@ -51,10 +51,10 @@ class MemberReport(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
     number: int
     term: int
     version: str
-    policy: str = ""
-    pin: str = ""
-    why: str = ""
-    seen_seconds: float = 0.0
+    policy: str
+    pin: str
+    why: str
+    seen_seconds: float
 
 
 class ReplicaHead(msgspec.Struct, forbid_unknown_fields=True):
@@ -78,13 +78,16 @@ class ReplicaFollowRequest(Request):
     `after`: `files`, and `tombstones`, the records after the first `tombstones_after`. `complete`: the last part.
     """
 
+    after: int
+    files: list[ReplicaFile]
+    tombstones_after: int
+    tombstones: Base64
+    complete: bool
     head: ReplicaHead | UnsetType = UNSET
-    after: int = 0
-    files: list[ReplicaFile] = msgspec.field(default_factory=list)
-    tombstones_after: int = 0
-    tombstones: Base64 = ""
-    complete: bool = True
     members: list[MemberReport] | UnsetType = UNSET
+
+
+ASK_POSITION: Final = ReplicaFollowRequest(after=0, files=[], tombstones_after=0, tombstones="", complete=True)
 
 
 class ReplicaPosition(msgspec.Struct, frozen=True):
@@ -128,7 +131,7 @@ class ReplicaNextRequest(Request):
     number: int
     seals: int
     asked_ns: int
-    wanted: str = ""
+    wanted: str | UnsetType = UNSET
     members: list[MemberReport] | UnsetType = UNSET
 
 
@@ -204,7 +207,7 @@ REPLICA_STATUS: Final = Verb(
 class PromoteReplicaRequest(Request):
     """`replace_database`: this member may fill an empty database, with higher numbers than it has seen."""
 
-    replace_database: bool = False
+    replace_database: bool | UnsetType = UNSET
 
 
 PROMOTE_REPLICA: Final = Verb(
@@ -269,7 +272,7 @@ class ReplicaAnswer(msgspec.Struct, frozen=True):
 ADD_REPLICA: Final = Verb(
     "add_replica",
     "POST",
-    "/replica/members",
+    "/members",
     ("rotate",),
     AddReplicaRequest,
     ReplicaAnswer,
@@ -285,7 +288,7 @@ class MemberRequest(Request):
 REMOVE_REPLICA: Final = Verb(
     "remove_replica",
     "POST",
-    "/replica/members/{member_id}/remove",
+    "/members/{member_id}/remove",
     ("rotate",),
     MemberRequest,
     ReplicaAnswer,

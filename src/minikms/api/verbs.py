@@ -32,6 +32,7 @@ from minikms.api.contract import (
     CODE_WRONG_SLOT,
     CODE_WRONG_THREAD,
 )
+from minikms.api.replica_verbs import REPLICA_VERBS
 from minikms.api.root_verbs import ROOT_VERBS
 from minikms.api.seal_verbs import SEAL_VERBS
 from minikms.api.status import StatusAnswer
@@ -674,8 +675,8 @@ DESTROY_KEY: Final = Verb(
 VERBS: Final[tuple[Verb[Any, Any], ...]] = (
     ENCRYPT, DECRYPT, ENCRYPT_BATCH, DECRYPT_BATCH, CREATE_DEK, GET_OR_CREATE_DEK, GET_WRAPPED, STATUS, METRICS,
     RELOAD_POLICY, REENCRYPT_BATCH, CHECK_BATCH, MAC, GENERATE_DATA_KEY, RANDOM, ROTATE_KEK, PRUNE_KEK, LIST_KEYS,
-    GET_KEY, RETIRE_KEY, DESTROY_KEY, *ROOT_VERBS, *SEAL_VERBS, *AUDIT_VERBS,
+    GET_KEY, RETIRE_KEY, DESTROY_KEY, *ROOT_VERBS, *SEAL_VERBS, *AUDIT_VERBS, *REPLICA_VERBS,
 )  # fmt: skip
 """Every verb that needs a role. Each use leaves an audit line; of `REPORT_AUDIT_POSITION` only the first report and
-refused ones do (docs/spec/api.md).
+refused ones do (docs/spec/api.md), of `REPLICA_FOLLOW` and `REPLICA_NEXT` only refused ones.
 """

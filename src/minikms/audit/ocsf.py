@@ -29,6 +29,8 @@ ACTIVITIES: Final = {
     "destroy_key": _DELETE, "prune_kek": _DELETE, "remove_root": _DELETE,
     "encrypt": _OTHER, "decrypt": _OTHER, "encrypt_batch": _OTHER, "decrypt_batch": _OTHER, "reencrypt_batch": _OTHER,
     "mac": _OTHER, "random": _OTHER, "seal": _OTHER, "unseal": _OTHER, "report_audit_position": _OTHER,
+    "replica_status": _READ, "invite_replica": _READ, "add_replica": _CREATE, "remove_replica": _DELETE,
+    "promote_replica": _UPDATE, "replica_follow": _OTHER, "replica_next": _OTHER,
 }  # fmt: skip
 """Of every verb. Other, as every other type of line, has its own name."""
 _SUCCESS, _FAILURE = 1, 2

@@ -424,6 +424,39 @@ class Verbs:
         return One(api.REPORT_AUDIT_POSITION, request)
 
     @method
+    def replica_follow(self, request: api.ReplicaFollowRequest) -> One[api.ReplicaPosition]:
+        """For a replicator: gives a member changes of the database. Raises ReplicaForkedError, ReplicaRolledBackError:
+        they don't follow from what the member has; ConflictError: not from its position, or it is no member.
+        """
+        return One(api.REPLICA_FOLLOW, request)
+
+    @method
+    def replica_next(self, request: api.ReplicaNextRequest) -> One[api.ReplicaNextAnswer]:
+        """For a replicator: grants the lease, and waits for the next change. Raises ConflictError."""
+        return One(api.REPLICA_NEXT, request)
+
+    @method
+    def replica_status(self) -> One[api.ReplicaStatusAnswer]:
+        return One(api.REPLICA_STATUS, api.Request())
+
+    @method
+    def promote_replica(self, *, replace_database: bool = False) -> One[api.ReplicaStatusAnswer]:
+        """Asks that this host takes over; `replace_database`: also into an empty database. Raises ConflictError."""
+        return One(api.PROMOTE_REPLICA, api.PromoteReplicaRequest(replace_database))
+
+    @method
+    def invite_replica(self) -> One[api.ReplicaInvitation]:
+        return One(api.INVITE_REPLICA, api.Request())
+
+    @method
+    def add_replica(self, request: api.AddReplicaRequest) -> One[api.ReplicaAnswer]:
+        return One(api.ADD_REPLICA, request)
+
+    @method
+    def remove_replica(self, member_id: str) -> One[api.ReplicaAnswer]:
+        return One(api.REMOVE_REPLICA, api.MemberRequest(member_id))
+
+    @method
     def reload_policy(self) -> One[api.PolicyAnswer]:
         """Reads the policy file of the daemon again, and takes it into force. Raises InvalidPolicyError: the policy
         before it stays; ConflictError: the daemon was started without one.

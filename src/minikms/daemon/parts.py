@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
@@ -51,6 +51,7 @@ from minikms.service.keks import KekVerbs
 from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from minikms.service.records import RecordVerbs
+from minikms.service.replicas import ReplicaVerbs
 from minikms.service.root_removal import RootRemoval
 from minikms.service.roots import RootVerbs
 
@@ -96,6 +97,12 @@ class RunContext(NamedTuple):
     on_internal_error: Callable[[str], None]
 
 
+class Replica(Protocol):
+    """Of `minikms.daemon.replica`."""
+
+    def add_verbs(self, table: VerbTable) -> None: ...
+
+
 class Parts:
     """All parts of one run. Made and used in the loop's thread. `data` stays open until `close`. `proved_slot_id`: the
     slot of the root key that the daemon's own source holds; empty if the run was opened by another one.
@@ -113,6 +120,7 @@ class Parts:
         seal: Seal,
         leased: Callable[[HttpApplication[Session]], HttpApplication[Session]],
         lease: Callable[[], dict[str, object] | None],
+        replica: Replica,
     ) -> None:
         settings, workers, policy = process.settings, process.workers, process.policy
         self._data = data
@@ -164,6 +172,8 @@ class Parts:
             in_use_slot_id=data.slot.slot_id,
             pin=settings.opening.pin,
         )
+        ReplicaVerbs(vault=self.vault, table=table, keks=self.keks, removal=removal)
+        replica.add_verbs(table)
         self._auditor = AuditorVerbs(
             vault=self.vault,
             table=table,

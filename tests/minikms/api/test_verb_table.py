@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from minikms import api
-from minikms.api import audit_verbs, root_verbs, seal_verbs, verbs
+from minikms.api import audit_verbs, replica_verbs, root_verbs, seal_verbs, verbs
 from minikms.api.errors import AuditUnavailableError, ConflictError, ForbiddenError, KmsRefusedError
 from minikms.audit import Event
 from minikms.custody.vault import Permit
@@ -52,7 +52,8 @@ def test_every_verb_has_a_name_a_path_and_a_role_of_its_own() -> None:
     assert len({(verb.method, verb.path) for verb in api.VERBS}) == len(api.VERBS)
     assert all(verb.roles and set(verb.roles) <= ROLES for verb in api.VERBS)
     assert api.HEALTH not in api.VERBS and api.READY not in api.VERBS
-    defined = [verb for room in (verbs, root_verbs, seal_verbs, audit_verbs) for verb in vars(room).values()]
+    rooms = (verbs, root_verbs, seal_verbs, audit_verbs, replica_verbs)
+    defined = [verb for room in rooms for verb in vars(room).values()]
     assert {verb for verb in defined if isinstance(verb, api.Verb) and verb.roles} == set(api.VERBS)
 
 

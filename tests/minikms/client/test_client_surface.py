@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import minikms
@@ -14,6 +15,7 @@ from minikms import api
 from minikms.api import errors
 from minikms.client import AsyncClient, Client, DecryptItem, EncryptItem, MacItem, ReencryptItem, connecting
 from minikms.client.base import ROTATE_TIMEOUT_S
+from tests.harness.verb_requests import example
 from tests.minikms.client.hostile import answer, array_answer, hostile
 from tests.minikms.client.using import CREATE_CALL, CREATED, ENCRYPT_CALL, KEY, SEALED, STATUS, STATUS_CALL, Use
 
@@ -110,6 +112,37 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
             answer(b'{"destroyed":[1],"kept":[],"backups_removed":3}'),
             b"POST /kek/prune",
         ),
+    ]
+    report = {"member_id": "m1", "name": "a", "mode": "serving", "number": 1, "term": 1, "version": "1", "policy": ""}
+    position = {
+        "keyring_id": "kr_1",
+        "member_id": "m1",
+        "mode": "serving",
+        "number": 1,
+        "term": 1,
+        "tombstones": 0,
+        "seals": 0,
+        "ready": True,
+        "wants": False,
+        "begins": False,
+        "report": {**report, "pin": "", "why": "", "seen_seconds": 0.0},
+    }
+    requests = {verb: example(verb, KEY) for verb in api.REPLICA_VERBS}
+    member = answer(b'{"member_id":"m2","name":"b","slot_id":"s2","fingerprint":""}')
+    invitation = answer(b'{"format":"f","keyring_id":"k","member_id":"m2","slot_id":"s2","public_key":""}')
+    next_answer = answer(msgspec.json.encode({"position": position}))
+    exchanges += [
+        (
+            ("replica_follow", {"request": requests[api.REPLICA_FOLLOW]}),
+            answer(msgspec.json.encode(position)),
+            b"POST /replica/follow ",
+        ),
+        (("replica_next", {"request": requests[api.REPLICA_NEXT]}), next_answer, b"POST /replica/next "),
+        (("replica_status", {}), answer(b'{"enabled":false}'), b"GET /replica "),
+        (("promote_replica", {}), answer(b'{"enabled":true}'), b"POST /replica/promote "),
+        (("invite_replica", {}), invitation, b"POST /replica/invite "),
+        (("add_replica", {"request": requests[api.ADD_REPLICA]}), member, b"POST /members "),
+        (("remove_replica", {"member_id": "m2"}), member, b"POST /members/m2/remove "),
     ]
     for call, wire, line in exchanges:
         with hostile([wire]) as server:

@@ -278,7 +278,7 @@ def test_verbs_that_make_or_change_something_are_never_repeated_blindly() -> Non
     once = {verb.name for verb in api.VERBS if not verb.repeatable}
     assert once == {
         "create_dek", "generate_data_key", "rotate_kek", "destroy_key", "prune_kek", "add_root", "remove_root",
-        "unseal",
+        "unseal", "add_replica", "remove_replica",
     }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from minikms.audit.position import AuditorPosition
 from minikms.daemon.admission import Admission
 from minikms.daemon.parts import Parts, RunContext, Workers
 from minikms.daemon.policy_file import PolicyInForce
+from minikms.daemon.replica.verbs import NoMember
 from minikms.daemon.settings import Settings
 from minikms.memory.arena import SecretArena
 from minikms.policy import FilePolicy, Policy, Principal, parse_policy
@@ -52,6 +53,7 @@ def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Ite
                 started_ns=0,
                 leased=lambda app: app,
                 lease=lambda: None,
+                replica=NoMember(),
                 seal=_no_seal,
             ),
             arena,

@@ -15,6 +15,7 @@ from minikms import api
 from minikms.keys.dek import key_id_to_bytes
 from tests.harness.callers import NOBODY, OTHER, PROXY, ROOT_GRANT, USER, WAIT_S, Caller, PolicyDaemon, Reply
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.verb_requests import spelt
 from tests.minikms.service.asking import NO_KEY, b64
 
 CHAT = "spiffe://prod/chat/one"
@@ -70,7 +71,7 @@ def keys(daemon: PolicyDaemon) -> Keys:
 # --- headers ----------------------------------------------------------------------------------------------------------
 
 EVERY_PATH = [
-    *((verb.method, verb.path.replace("{key_id}", NO_KEY).replace("{slot_id}", "s1")) for verb in api.VERBS),
+    *((verb.method, verb.path.format(key_id=NO_KEY, slot_id="s1", member_id="m2")) for verb in api.VERBS),
     ("GET", "/nowhere"),
 ]
 
@@ -193,6 +194,7 @@ ADMIN: dict[str, tuple[str, str, object]] = {
     "policy_reload": ("POST", "/policy/reload", {}),
     "metrics": ("GET", "/metrics", None),
     "report_audit_position": ("POST", "/audit/position", {"origin": "o", "log_id": "", "seq": 0, "mac": ""}),
+    **{verb.name: spelt(verb, NO_KEY) for verb in api.REPLICA_VERBS},
 }
 
 

@@ -1,7 +1,6 @@
 """`minikms policy explain` and a real daemon agree, for every verb, role, scope and state of a key."""
 
 import itertools
-import json
 import subprocess
 import sys
 import tempfile
@@ -13,12 +12,11 @@ import pytest
 
 from minikms import api
 from minikms.api import Verb
-from minikms.client.calls import make_call
 from minikms.policy import FilePolicy, parse_policy
 from minikms.policy.explanation import explain
 from tests.harness import forked
 from tests.harness.callers import NOBODY, OTHER, PROXY, ROOT_GRANT, USER, PolicyDaemon
-from tests.harness.verb_requests import example
+from tests.harness.verb_requests import spelt
 from tests.minikms.service.limiting import names_keys
 
 THREADS = ("mine-1", "theirs-1")
@@ -78,15 +76,7 @@ def by_key(key_id: str) -> dict[Verb[Any, Any], tuple[str, str, object]]:
     """Of each verb that names a key. A refusal for the state of the key says that it was allowed; to destroy the key
     is asked before it is retired.
     """
-    calls = {
-        verb: make_call(verb, example(verb, key_id))
-        for verb in reversed(api.VERBS)
-        if names_keys(verb) and verb not in NOT_ASKED
-    }
-    return {
-        verb: (verb.method, call.target.decode(), None if call.body is None else json.loads(call.body))
-        for verb, call in calls.items()
-    }
+    return {verb: spelt(verb, key_id) for verb in reversed(api.VERBS) if names_keys(verb) and verb not in NOT_ASKED}
 
 
 BY_NOTHING: dict[Verb[Any, Any], tuple[str, str, object]] = {
@@ -104,6 +94,7 @@ BY_NOTHING: dict[Verb[Any, Any], tuple[str, str, object]] = {
     api.UNSEAL: ("POST", "/unseal", {"from_source": True}),
     api.RELOAD_POLICY: ("POST", "/policy/reload", {}),
     api.REPORT_AUDIT_POSITION: ("POST", "/audit/position", {"origin": "o", "log_id": "", "seq": 0, "mac": ""}),
+    **{verb: spelt(verb, "") for verb in api.REPLICA_VERBS},
 }
 """Of verbs that name no key, made so that nothing changes when they are allowed."""
 NOT_ASKED = {api.SEAL, api.CREATE_DEK, api.GET_OR_CREATE_DEK}
@@ -125,7 +116,7 @@ def explained(rules: FilePolicy, uid: int, name: str | None, verb: Verb[Any, Any
     principal, via = (f"uid:{uid}", None) if name is None else (name, f"uid:{uid}")
     if name is not None and not verb.proxied and explain(rules, principal, "monitor", None, via).code != "unauthorized":
         return "forbidden"
-    of_thread = None if verb.roles[0] in ("rotate", "unseal", "ship") else thread
+    of_thread = None if verb.roles[0] in ("rotate", "unseal", "ship", "replicate") else thread
     codes = [explain(rules, principal, role, of_thread, via).code for role in verb.roles]
     worst = next((code for wanted in REFUSALS for code in codes if code == wanted), "")
     lacks_role = any(explain(rules, principal, role, None, via).code for role in verb.roles)

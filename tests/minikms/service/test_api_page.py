@@ -7,12 +7,14 @@ from typing import Any
 
 from minikms import api
 from minikms.api.errors import BY_CODE, ArenaFullError, KmsRefusedError
+from minikms.daemon.replica.verbs import NoMember
 from minikms.http.exchange import METHODS_SERVED
 from minikms.policy import ROLES, Principal
 from minikms.service.base import Perform, VerbTable
 from minikms.service.keys import KeyVerbs
 from minikms.service.lifecycle import LifecycleVerbs
 from minikms.service.records import RecordVerbs
+from minikms.service.replicas import ReplicaVerbs
 from minikms.service.roots import RootVerbs
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault
@@ -81,6 +83,8 @@ def served(one: OpenedVault) -> VerbTable:
     table.now(api.UNSEAL_STATUS, lambda request, event: b"{}")
     table.now(api.UNSEAL, lambda request, event: b"{}")
     table.later(api.REPORT_AUDIT_POSITION, reported, audited=False)
+    ReplicaVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal)
+    NoMember().add_verbs(table)
     return table
 
 

@@ -54,9 +54,11 @@ def _response(pair: Pair) -> Any:
 
 
 VERB_OF = {f"{verb.method} {verb.path}": verb for verb in api.VERBS}
-SEALING = {"GET /ready", "POST /seal", "GET /unseal", "POST /unseal", "POST /audit/position"}
+SEALING = {"GET /ready", "POST /seal", "GET /unseal", "POST /unseal", "POST /audit/position"} | {
+    f"{verb.method} {verb.path}" for verb in api.REPLICA_VERBS
+}
 """tests/minikms/daemon/seal/test_seal.py provokes their answers: a sealed daemon would refuse all others. Those of the
-last one need an auditor: tests/minikms/daemon/test_auditor.py.
+others need an auditor or a replicator: tests/minikms/daemon/test_auditor.py, tests/minikms/daemon/replica.
 """
 PAIRS = sorted(pair for pair in documented.pairs(DOCUMENT) if pair.operation not in SEALING)
 REFUSALS = sorted(

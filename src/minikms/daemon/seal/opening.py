@@ -13,6 +13,7 @@ from minikms.audit.record import Head
 from minikms.daemon.admission import Admission
 from minikms.daemon.application import Seal
 from minikms.daemon.parts import Parts, RunContext
+from minikms.daemon.replica.verbs import NoMember
 from minikms.daemon.seal.unlocking import Unlocking
 from minikms.datadir import open_for_service
 from minikms.roots.providers import RootProvider
@@ -57,6 +58,7 @@ class Opener:
             seal=self._seal,
             leased=self._unlocking.leased,
             lease=self._unlocking.status,
+            replica=NoMember(),
         )
 
     def interrupted(self, parts: Parts) -> None:

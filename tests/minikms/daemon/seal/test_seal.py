@@ -64,7 +64,7 @@ def test_a_sealed_daemon_serves_what_needs_no_key_and_nothing_else(sealable: Liv
         status = client.unseal_status()
         assert status.sealed and status.stays_sealed and status.from_source and status.by == f"peer_uid:{os.geteuid()}"
         assert client.seal().since == status.since
-        others = {(verb.method, verb.path.format(key_id=NO_KEY, slot_id="s1")) for verb in api.VERBS}
+        others = {(verb.method, verb.path.format(key_id=NO_KEY, slot_id="s1", member_id="m2")) for verb in api.VERBS}
         others -= {("GET", "/status"), ("POST", "/seal"), ("GET", "/unseal"), ("POST", "/unseal")}
         others -= {("POST", "/audit/position")}  # of an auditor, which needs a role of its own
         for method, target in (*others, ("GET", "/ready"), ("GET", "/nowhere"), ("DELETE", "/status")):
