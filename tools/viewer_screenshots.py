@@ -60,6 +60,7 @@ def main() -> None:
                 ("viewer-conversation", f"/viewer/threads/{thread}", DESKTOP, "light"),
                 ("viewer-conversation-phone", f"/viewer/threads/{thread}", PHONE, "dark"),
                 ("viewer-versions", f"/viewer/messages/{message}", DESKTOP, "light"),
+                ("viewer-keys", "/viewer/keys", DESKTOP, "light"),
                 ("viewer-jobs", "/viewer/jobs", DESKTOP, "dark"),
                 ("viewer-key-service", "/viewer/status", DESKTOP, "light"),
                 ("api-docs", "/docs/", DESKTOP, "dark"),

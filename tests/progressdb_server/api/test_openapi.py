@@ -57,7 +57,7 @@ BODIES: dict[str, Any] = {
 
 def whole_table() -> tuple[Operation, ...]:
     api = Api()
-    jobs: Any = None  # no route is called
+    jobs: Any = SimpleNamespace(table=None)  # no route is called
     backups = store_backup.operations(jobs, Path("/"))
     store: Any = SimpleNamespace(engine=None)
     readiness = Readiness(store, jobs, KmsMetrics())

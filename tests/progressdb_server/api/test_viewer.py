@@ -21,6 +21,7 @@ PAGES = (
     "/viewer/threads",
     "/viewer/threads/t",
     "/viewer/messages/m",
+    "/viewer/keys",
     "/viewer/jobs",
     "/viewer/jobs?part=rows",
     "/viewer/status",
@@ -279,3 +280,23 @@ def test_the_overview_names_what_needs_a_look_and_the_command(server: RealServer
     live = inside("/viewer/?part=live").text
     assert "<h2>What there is</h2>" in live and "<header>" not in live
     assert "The last day" in inside("/viewer/?period=day").text
+
+
+def test_a_key_is_shown_with_what_holds_it_and_the_command(server: RealServer, inside: ViewerClient) -> None:
+    thread = server("POST", "/v1/messages", {"author": "ann", "body": 1}).json["thread"]
+    begun = server("POST", "/admin/rotate_thread_dek", {"thread_id": thread}, key=ADMIN).json
+    job = f"/admin/jobs/{begun['job_id']}"
+    wait_until(lambda: server("GET", job, key=ADMIN).json["status"] == "done")
+    old, new = (server("GET", job, key=ADMIN).json[name] for name in ("old_key", "new_key"))
+    page = inside(f"/viewer/keys?thread={thread}").text
+    assert f"<code>progressdb rotate-dek {thread}</code>" in page
+    retired = inside(f"/viewer/keys?thread={thread}&state=retired").text
+    assert old in retired and new not in retired
+    assert re.search(r"<code>progressdb jobs show job[^<]+</code>", retired)
+    with Client(server.db / "run" / "minikms.sock") as kms:
+        kms.destroy_key(old)
+    gone = inside(f"/viewer/keys?key={old}").text
+    assert f"<code>minikms keys receipt {old}</code>" in gone
+    assert "No keys found." in inside("/viewer/keys?thread=nothing").text
+    assert "gives no list" in inside("/viewer/keys?key=nothing").text
+    assert inside("/viewer/keys?key=" + "k" * 2000).status == 400

@@ -121,6 +121,7 @@ def test_every_page_fits_and_can_be_read(server: RealServer, page: Browser, widt
         "/viewer/",
         "/viewer/threads",
         f"/viewer/threads/{thread}",
+        "/viewer/keys",
         "/viewer/jobs",
         "/viewer/status",
         "/docs/",

@@ -7,7 +7,7 @@ and nothing more; a part of which nothing is known is not shown as well. It must
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
@@ -67,8 +67,8 @@ def totals(metrics: ApiMetrics, kms: KmsMetrics) -> Totals:
     )
 
 
-async def parts(store: Conversations, readiness: Readiness, jobs: Iterable[Job], *, now_s: float) -> list[Part]:
-    """Each part of the service that this server knows of."""
+async def parts(store: Conversations, readiness: Readiness, jobs: Sequence[Job] | None, *, now_s: float) -> list[Part]:
+    """Each part of the service that this server knows of. `jobs`: None if they can't be read."""
     writes, problem = await readiness.problems()
     return [
         _store(writes, readiness.damage(), store.notices),
@@ -153,7 +153,9 @@ def _backup(store: Conversations, now_s: float) -> Part:
     return Part("Backup of the store", "good", f"The newest is {hours:,} hours old")
 
 
-def _jobs(jobs: Iterable[Job]) -> Part:
+def _jobs(jobs: Sequence[Job] | None) -> Part:
+    if jobs is None:
+        return Part("Jobs", "bad", "They can't be read now", "", "progressdb doctor")
     working = [job for job in jobs if job.state in UNFINISHED]
     failed = next((job for job in working if job.failed), None)
     if failed is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import math
 import time
@@ -16,6 +17,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial, wraps
 from typing import Any, Final, TypeVar
 
+from minikms import api
+from minikms.api.errors import KeyDestroyedError, KmsError
 from minikms.platform.addresses import address_group
 from minikms.platform.logs import structlog
 from progressdb_server.api.gate import head, limits
@@ -50,6 +53,7 @@ from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer import overview
 from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPage, VersionPage, format_time
 from progressdb_server.api.viewer.history import SAMPLE_S, History
+from progressdb_server.api.viewer.keys import KeyBrowser, KeyPage
 from progressdb_server.api.viewer.sessions import Sessions, ViewerSession, new_token, same
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import Header
@@ -109,6 +113,7 @@ class Viewer:
         self._sampling: asyncio.Task[None] | None = None
         self._store = store
         self._browser = Browser(store, provider)
+        self._key_browser = KeyBrowser(provider, jobs.table)
         self._jobs = jobs
         self._readiness = readiness
         self._keys = keys
@@ -200,11 +205,16 @@ class Viewer:
         """Show whether all is well, and what the server has done lately."""
         day = request.query_params.get("period") == "day"
         kms = self._readiness.kms
+        jobs: list[Job] | None = None
+        stats: dict[str, int] = {}
+        with contextlib.suppress(StoreUnavailableError):
+            stats = await self._store.stats()
+            jobs = await self._newest_jobs()
         values = {
-            "parts": await overview.parts(self._store, self._readiness, await self._newest_jobs(), now_s=time.time()),
+            "parts": await overview.parts(self._store, self._readiness, jobs, now_s=time.time()),
             "charts": overview.charts(self._history, day=day),
             "day": day,
-            "stats": await self._store.stats(),
+            "stats": stats,
             "keys": kms.last_status.keys if kms.last_status else None,
             "width": overview.CHART_WIDTH,
             "height": overview.CHART_HEIGHT,
@@ -263,6 +273,28 @@ class Viewer:
             return pages.page_response(pages.render("viewer/jobs_rows.html", jobs=jobs, percent=_percent, **_HELPERS))
         live = any(job.state in UNFINISHED for job in jobs)
         return _page("jobs", session, jobs=jobs, percent=_percent, live=live)
+
+    async def _keys_page(self, request: Request, session: ViewerSession) -> Response:
+        """List keys, oldest first, by thread and state, or one by its id."""
+        query = {name: request.query_params.get(name, "").strip() for name in ("key", "thread", "state", "cursor")}
+        if any(len(value) > limits.STORED_KEY_BYTES_MAX for value in query.values()):
+            raise bad_request(SEARCH_TOO_LONG)
+        state: api.State | None = "active" if query["state"] == "active" else None
+        if query["state"] == "retired":
+            state = "retired"
+        found, problem, destroyed = KeyPage([]), "", False
+        try:
+            async with asyncio.timeout(OPEN_S_MAX):
+                if query["key"]:
+                    found = await self._key_browser.one(query["key"])
+                else:
+                    found = await self._key_browser.page(thread=query["thread"], state=state, cursor=query["cursor"])
+        except TimeoutError:
+            problem = "it has not answered in time"
+        except KmsError as error:
+            destroyed = isinstance(error, KeyDestroyedError)
+            problem = "" if destroyed else str(error)
+        return _page("keys", session, found=found, query=query, problem=problem, destroyed=destroyed)
 
     async def _newest_jobs(self) -> list[Job]:
         jobs: list[Job] = []
@@ -329,6 +361,16 @@ class Viewer:
             ),
             _shown("/viewer/messages/{message}", inside(self._message), raises=(MessageNotFoundError,)),
             _shown("/viewer/jobs", inside(self._jobs_page), Parameter("part", TEXT, "`rows`: only the table.")),
+            _shown(
+                "/viewer/keys",
+                inside(self._keys_page),
+                Parameter("key", TEXT, "The id of one key."),
+                Parameter("thread", TEXT, "The id of a thread."),
+                Parameter("state", TEXT, "`active` or `retired`."),
+                Parameter("cursor", TEXT, "The cursor of the previous page's link."),
+                errors={400: (SEARCH_TOO_LONG,)},
+                needs=NOTHING,
+            ),
             _shown("/viewer/status", inside(self._status), needs=NOTHING),
             without_session("/viewer/login", self._login_form, content_type="text/html"),
             _posted(
