@@ -1,13 +1,24 @@
 """The viewer and the documentation in a real browser: they work, run nothing that a user typed, and fit the screen."""
 
 from collections.abc import Iterator
+from importlib import resources
 
 import pytest
 
+from tests import needs
 from tests.progressdb_server.api.asgi_client import ADMIN
 from tests.progressdb_server.api.browser import Browser
 from tests.progressdb_server.api.real_server import RealServer
 
+PAGES = (
+    "/viewer/",
+    "/viewer/threads",
+    "/viewer/threads/{thread}",
+    "/viewer/keys",
+    "/viewer/jobs",
+    "/viewer/status",
+    "/docs/",
+)
 TAB, ENTER = 9, 13
 HOSTILE = (
     "<script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'>"
@@ -117,15 +128,7 @@ def test_every_page_fits_and_can_be_read(server: RealServer, page: Browser, widt
     thread = hostile_thread(server)
     page.size(width, 800)
     page.scheme(scheme)
-    for place in (
-        "/viewer/",
-        "/viewer/threads",
-        f"/viewer/threads/{thread}",
-        "/viewer/keys",
-        "/viewer/jobs",
-        "/viewer/status",
-        "/docs/",
-    ):
+    for place in (one.format(thread=thread) for one in PAGES):
         page.go(url(server, place))
         page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (place, width)
@@ -135,6 +138,19 @@ def test_every_page_fits_and_can_be_read(server: RealServer, page: Browser, widt
         assert page.evaluate(UNLABELLED) == [], place
         assert page.evaluate("document.querySelectorAll('h1').length") == 1
         assert page.evaluate("document.documentElement.lang") == "en"
+
+
+def test_axe_finds_no_violation_on_any_page(server: RealServer, page: Browser) -> None:
+    """axe-core has the rules of WCAG 2.1, A and AA, and of good practice."""
+    package = needs.library("axe_core_python").__name__
+    script = resources.files(package).joinpath("axe.min.js").read_text("utf-8")
+    thread = hostile_thread(server)
+    for place in (*(one.format(thread=thread) for one in PAGES), "/viewer/nothing", "/viewer/login"):
+        page.go(url(server, place))
+        page.evaluate(f"{script}; 0")
+        page.evaluate("axe.run().then(found => window.violations = found.violations.map(one => one.id))")
+        page.until("window.violations !== undefined")
+        assert page.evaluate("window.violations") == [], place
 
 
 def test_the_documentation_loads_nothing_from_elsewhere(server: RealServer, page: Browser) -> None:
