@@ -1,8 +1,8 @@
 """Slots: the keyring key sealed to a key pair that is derived from a root key.
 
 Owns: what is derived from a root key for its slot (the key pair and the slot's authentication key), sealing to the
-public key, opening with the root key, and the MACs over what was sealed and over a backup archive. The bytes are in
-docs/spec/formats.md and docs/spec/backup.md.
+public key, opening with the root key, the MACs over what was sealed and over a backup archive, and what a new host
+hands over so that a slot is made for its root key. The bytes are in docs/spec/formats.md and docs/spec/backup.md.
 
 The keyring key is sealed with HPKE in base mode (RFC 9180) to the hybrid KEM of ML-KEM-768 and X25519 (X-Wing, KEM id
 0x647a), with HKDF-SHA256 and AES-256-GCM: `hpke` seals, the library opens. So a keyring key can be sealed to a slot
@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, MLKEM768X25519PrivateKey, Suite
 
 from minikms.api.errors import DecryptionError, StartError
-from minikms.crypto import hpke, labels
+from minikms.crypto import hpke, labels, roots
 from minikms.crypto.aead import KEY_BYTES, TAG_BYTES
 from minikms.crypto.hpke import ENCAPSULATED_BYTES, X25519_KEY_BYTES
 from minikms.memory import zero, zero_bytes
@@ -36,6 +36,11 @@ MLKEM_SEED_BYTES: Final = 64
 SEALED_BYTES: Final = ENCAPSULATED_BYTES + KEY_BYTES + TAG_BYTES
 MAC_BYTES: Final = 32
 COMMITMENT_BYTES: Final = 32
+
+INVITATION: Final = "invitation"
+"""In place of a slot id: names the key pair that is derived from a keyring key. No slot has this id."""
+DIGEST_HEX_CHARS: Final = 32
+"""128 bits: nobody finds a second request with the digest of the first."""
 
 _HASH_BYTES: Final = 32
 
@@ -47,6 +52,41 @@ class SlotBinding(NamedTuple):
     slot_id: str
     commitment: bytes
     key_number: int
+
+
+class Newcomer(NamedTuple):
+    """Of a root key on another host. `fingerprint`: of the root key. `sealed_auth`: the slot's authentication key,
+    sealed to the key of an invitation.
+    """
+
+    keyring_id: str
+    slot_id: str
+    fingerprint: str
+    commitment: bytes
+    public_key: bytes
+    sealed_auth: bytes
+
+    @property
+    def digest(self) -> str:
+        """32 hex characters that people compare on both hosts. They bind every field: the fingerprint of the root key
+        does not, so it would not show that somebody has put in a public key of their own.
+        """
+        return hashlib.sha256(_auth_info(self) + self.sealed_auth).hexdigest()[:DIGEST_HEX_CHARS]
+
+
+def newcomer(root: memoryview, auth_key: memoryview, keyring_id: str, slot_id: str, invited: bytes) -> Newcomer:
+    """What a new host hands over. `auth_key`: gets the slot's authentication key. `invited`: the invitation's public
+    key. Raises DecryptionError if that is none.
+    """
+    auth_key_into(root, keyring_id, slot_id, auth_key)
+    commitment, public = roots.commitment(root, slot_id), public_key(root, keyring_id, slot_id)
+    unsealed = Newcomer(keyring_id, slot_id, roots.fingerprint(root), commitment, public, b"")
+    return unsealed._replace(sealed_auth=hpke.seal(invited, _auth_info(unsealed), auth_key))
+
+
+def open_auth_into(keyring_key: memoryview, new: Newcomer, target: memoryview) -> None:
+    """The authentication key of a newcomer, whose invitation was made under the keyring key. Raises DecryptionError."""
+    _open_into(_private_key(keyring_key, new.keyring_id, INVITATION), _auth_info(new), new.sealed_auth, target)
 
 
 def public_key(root: memoryview, keyring_id: str, slot_id: str) -> bytes:
@@ -67,15 +107,7 @@ def seal(public: bytes, binding: SlotBinding, keyring_key: memoryview) -> bytes:
 
 def open_into(root: memoryview, binding: SlotBinding, sealed: bytes, target: memoryview) -> None:
     """Opens the keyring key into `target`. Call it after the MAC was compared. Raises DecryptionError."""
-    if len(sealed) != SEALED_BYTES:
-        raise DecryptionError("the sealed keyring key has the wrong length")
-    opened: bytes | None = None
-    with contextlib.suppress(InvalidTag, ValueError):
-        opened = _decrypted(root, binding, sealed)
-    if opened is None:  # raised here: an error that is raised in an `except` keeps the frame of the first one alive
-        raise DecryptionError("the sealed keyring key does not open")
-    target[:] = opened
-    zero_bytes(opened)
+    _open_into(_private_key(root, binding.keyring_id, binding.slot_id), _info(binding), sealed, target)
 
 
 def mac(auth_key: memoryview, binding: SlotBinding, sealed: bytes) -> bytes:
@@ -95,10 +127,20 @@ def archive_tag(auth_key: memoryview, slot_id: str, digest: bytes) -> bytes:
     return hmac.digest(auth_key, labels.aad(labels.ARCHIVE_SLOT, slot_id.encode(), digest), "sha256")
 
 
-def _decrypted(root: memoryview, binding: SlotBinding, sealed: bytes) -> bytes:
-    private = MLKEM768X25519PrivateKey(*_private_key(root, binding.keyring_id, binding.slot_id))
-    suite = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
-    return suite.decrypt(sealed, private, info=_info(binding))
+_KeyPair = tuple[MLKEM768PrivateKey, X25519PrivateKey]
+
+
+def _open_into(pair: _KeyPair, info: bytes, sealed: bytes, target: memoryview) -> None:
+    if len(sealed) != SEALED_BYTES:
+        raise DecryptionError("the sealed key has the wrong length")
+    opened: bytes | None = None
+    with contextlib.suppress(InvalidTag, ValueError):
+        private = MLKEM768X25519PrivateKey(*pair)
+        opened = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM).decrypt(sealed, private, info=info)
+    if opened is None:  # raised here: an error that is raised in an `except` keeps the frame of the first one alive
+        raise DecryptionError("the sealed key does not open")
+    target[:] = opened
+    zero_bytes(opened)
 
 
 def _info(binding: SlotBinding) -> bytes:
@@ -111,7 +153,12 @@ def _info(binding: SlotBinding) -> bytes:
     )
 
 
-def _private_key(root: memoryview, keyring_id: str, slot_id: str) -> tuple[MLKEM768PrivateKey, X25519PrivateKey]:
+def _auth_info(new: Newcomer) -> bytes:
+    named = (new.keyring_id.encode(), new.slot_id.encode(), new.fingerprint.encode())
+    return labels.aad(labels.REPLICA_AUTH, *named, new.commitment, new.public_key)
+
+
+def _private_key(root: memoryview, keyring_id: str, slot_id: str) -> _KeyPair:
     """ML-KEM takes its seed as one piece, longer than a slot of the arena, so it is derived outside and zeroed."""
     seeds = memoryview(bytearray(MLKEM_SEED_BYTES + X25519_KEY_BYTES))
     try:
