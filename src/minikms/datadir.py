@@ -45,7 +45,16 @@ from minikms.audit.repair import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import DERIVED_KEYS_MAX
 from minikms.crypto.shares import SHARES_COUNT_MAX
-from minikms.custody import archive_register, deks, journal, kept_index, keyring_file, rotation_backups, tombstone_file
+from minikms.custody import (
+    archive_register,
+    deks,
+    journal,
+    kept_index,
+    keyring_file,
+    replica_file,
+    rotation_backups,
+    tombstone_file,
+)
 from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.log_directory import NAME as LOG_DIRECTORY_NAME
@@ -204,7 +213,7 @@ def open_for_service(
         undo.callback(destroyed.close)
         if not options.accept_restore:
             check_tombstones(destroyed, log)
-        body = keyring.without_audit_keys(body, before=_oldest_audit_key(log_dir, unlocked))
+        body = keyring.without_audit_keys(body, unlocked.member_id, before=oldest_audit_key(log_dir, unlocked))
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
             _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
         log.writer.state = lambda: KeyState(unlocked.body.epoch, destroyed.count)
@@ -270,15 +279,20 @@ def open_keyring(
 
     Raises StartError; no keyring was made or changed then, but the source may have made its root key file.
     """
-    data = file.load()
+    data, member_id = file.load(), replica_file.member_id(directory)
     if data is None:
         _check_is_new(directory)
+        if member_id:
+            raise StartLaterError(
+                "keyring.json is missing, and this host is a member of a replicated key service: fetch the keyring "
+                "from the database with `minikms-replicator fetch`"
+            )
     root.prepare(arena, new_keyring=data is None)
     with root.read(arena) as key:
         if pin is not None:
             pin.check_opens(key.view, None if data is None else keyring.parse_file(data)[0].keyring_id)
         if data is not None:
-            return UnlockedKeyring.open(arena, key.view, data, nonces=nonces.next)
+            return UnlockedKeyring.open(arena, key.view, data, nonces=nonces.next, member_id=member_id)
         unlocked = UnlockedKeyring.create(
             arena,
             key.view,
@@ -351,7 +365,7 @@ def check_tombstones(destroyed: Tombstones, log: AuditLog) -> None:
         )
 
 
-def _oldest_audit_key(directory: str, unlocked: UnlockedKeyring) -> int:
+def oldest_audit_key(directory: str, unlocked: UnlockedKeyring) -> int:
     """The version of the audit key that the first line of the log is under; 0 if that is not certain."""
     with contextlib.suppress(DamagedSegmentError):
         return first_key(directory, audit_keys(unlocked).trust())
@@ -371,9 +385,8 @@ def _raise_epoch(
     at = _now()
     body = keyring.next_epoch(root_slots.mark_tested(body, proved_slot_id, at=at), at=at)
     file.store_now(unlocked.encode(body))
-    for version in {key.version for key in unlocked.body.audit_keys} - {key.version for key in body.audit_keys}:
-        unlocked.forget_audit_key(version)
     unlocked.body = body
+    unlocked.settle()
 
 
 def _close_unused(log: AuditLog) -> None:
@@ -416,7 +429,7 @@ def audit_keys(unlocked: UnlockedKeyring) -> AuditKeys:
     """Views of all audit key versions. The log may still end under an earlier one: a change of key reaches the keyring
     first.
     """
-    *former, current = (_audit_key(unlocked, key) for key in unlocked.body.audit_keys)
+    *former, current = (_audit_key(unlocked, key) for key in unlocked.audit.audit_keys)
     return AuditKeys(current=current, former=tuple(former))
 
 
@@ -432,10 +445,10 @@ def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKeyEntry) -> AuditKe
 @contextmanager
 def open_for_reading(directory: str, root: RootProvider) -> Iterator[UnlockedKeyring]:
     """The keyring as it is on disk now, in an arena of its own. Takes no lock, changes nothing. Raises StartError."""
-    data = read_keyring(directory)
+    data, member_id = read_keyring(directory), replica_file.member_id(directory)
     with SecretArena(KEYRING_SLOTS) as arena, ExitStack() as opened:
         with root.read(arena) as key:
-            unlocked = opened.enter_context(opened_keyring(arena, key, data))
+            unlocked = opened.enter_context(opened_keyring(arena, key, data, member_id))
         yield unlocked
 
 
@@ -447,11 +460,11 @@ def opened_root(root: RootProvider) -> Iterator[tuple[SecretArena, SecretSlot]]:
 
 
 @contextmanager
-def opened_keyring(arena: SecretArena, root: SecretSlot, data: bytes) -> Iterator[UnlockedKeyring]:
-    """The content of a keyring file, from anywhere, authenticated and opened. Raises StartError, naming both
-    fingerprints.
+def opened_keyring(arena: SecretArena, root: SecretSlot, data: bytes, member_id: str = "") -> Iterator[UnlockedKeyring]:
+    """The content of a keyring file, from anywhere, authenticated and opened. `member_id`: whose audit keys; by
+    default those of the first host. Raises StartError, naming both fingerprints.
     """
-    unlocked, _ = UnlockedKeyring.open(arena, root.view, data, nonces=NonceSource().next)
+    unlocked, _ = UnlockedKeyring.open(arena, root.view, data, nonces=NonceSource().next, member_id=member_id)
     try:
         yield unlocked
     finally:

@@ -78,9 +78,9 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
     with _opened_offline(directory, root, "the audit key changes") as (file, unlocked, log):
         last = log.sign_and_sync()
         key = unlocked.make_audit_key(
-            fill_random, version=unlocked.body.audit_key.version + 1, at=_now(), since_seq=last.seq, since_sig=last.sig
+            fill_random, version=unlocked.audit.current.version + 1, at=_now(), since_seq=last.seq, since_sig=last.sig
         )
-        body = keyring.add_audit_key(unlocked.body, key, at=_now())
+        body = keyring.add_audit_key(unlocked.body, unlocked.member_id, key, at=_now())
         file.store_now(unlocked.encode(body))
         unlocked.body = body
         log.change_key(audit_keys(unlocked).current)
@@ -95,12 +95,13 @@ def detach_auditor(directory: str, root: RootProvider) -> str:
     the line is written again. Raises as `_opened_offline`, and StartError when there is no origin.
     """
     with _opened_offline(directory, root, "an auditor is detached") as (file, unlocked, log):
-        origin = unlocked.body.audit_origin
+        origin = unlocked.audit.audit_origin
         if not origin:
             raise StartError("no auditor is attached")
         log.add(Event(type="detach_auditor", actor="minikms", pid=os.getpid(), facts={"origin": origin}))
         log.sign_and_sync()
-        file.store_now(unlocked.encode(keyring.without_audit_origin(unlocked.body, at=_now())))
+        body = keyring.without_audit_origin(unlocked.body, unlocked.member_id, at=_now())
+        file.store_now(unlocked.encode(body))
         return origin
 
 

@@ -125,7 +125,7 @@ def _take_root_keys(unlocked: UnlockedKeyring, later: UnlockedKeyring, last: Aud
     sig = None if last is None else decode_exact(last.sig, keyring.HEAD_BYTES)
     audit_key = unlocked.make_audit_key(
         fill_random,
-        version=body.audit_key.version + 1,
+        version=unlocked.audit.current.version + 1,
         at=at,
         since_seq=1 if last is None else last.seq,
         since_sig=sig

@@ -204,7 +204,7 @@ def _make(
             "keyring_id": body.keyring_id,
             "epoch": body.epoch,
             "root_fingerprint": data.slot.fingerprint,
-            "audit_public_key": encode_text(body.audit_key.public_key),
+            "audit_public_key": encode_text(data.vault.unlocked.audit.current.public_key),
         }
         failure = ""
         try:

@@ -97,11 +97,11 @@ class StoredKeyring:
     async def change(self, make: Callable[[Body], Body], *, first: Callable[[], None] | None = None) -> Body:
         """Replaces the body by `make(body)`; returns the new body once it is durable.
 
-        `make` runs without a switch to another task. Keyring keys and the authentication keys of slots that it makes
-        for a body that is not stored are zeroed; other keys are the caller's to forget. If it returns the body it was
-        given, nothing is written. If it raises, `change` raises the same error and changes nothing. `first` runs in the
-        executor before the file is written: it makes durable what the new body relies on. If it raises, nothing
-        changes. Raises StorageUnavailableError, SealedError.
+        `make` runs without a switch to another task. Keys that it makes for a body that is not stored are zeroed, and
+        those that the new body no longer has. If it returns the body it was given, nothing is written. If it raises,
+        `change` raises the same error and changes nothing. `first` runs in the executor before the file is written: it
+        makes durable what the new body relies on. If it raises, nothing changes. Raises StorageUnavailableError,
+        SealedError.
         """
         async with self._lock:
             self.require_keys()

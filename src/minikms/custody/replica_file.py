@@ -8,6 +8,7 @@ mark is authentic whichever of keyring and mark a crash has left behind. Before 
 from __future__ import annotations
 
 import hmac
+import os
 from typing import Final, NamedTuple
 
 import msgspec
@@ -18,7 +19,7 @@ from minikms.api.errors import StartError, StartLaterError, StorageUnavailableEr
 from minikms.crypto import labels
 from minikms.keys import keyring
 from minikms.keys.unlocked import UnlockedKeyring
-from minikms.platform.files import closed_after, open_directory, read_file_bounded, replace_file
+from minikms.platform.files import read_file_bounded, replace_file
 
 NAME: Final = "kms-replica.json"
 FORMAT: Final = "minikms-replica"
@@ -64,8 +65,18 @@ _mark_decoder = msgspec.json.Decoder(Mark)
 
 def read(directory_fd: int) -> StoredMark | None:
     """The mark, not yet authenticated; None without the file. Raises StartError, StartLaterError."""
+    return _read(NAME, directory_fd)
+
+
+def member_id(directory: str) -> str:
+    """Whose directory it is; empty if it is not that of a member. Raises as `read`."""
+    stored = _read(os.path.join(directory, NAME))
+    return "" if stored is None else stored.mark.member_id
+
+
+def _read(path: str, dir_fd: int | None = None) -> StoredMark | None:
     try:
-        data = read_file_bounded(NAME, FILE_BYTES_MAX, dir_fd=directory_fd)
+        data = read_file_bounded(path, FILE_BYTES_MAX, dir_fd=dir_fd)
     except StorageUnavailableError as error:
         raise StartLaterError(f"{NAME} can't be read: {error}") from None
     if data is None:
@@ -79,13 +90,6 @@ def read(directory_fd: int) -> StoredMark | None:
     if mark is None or not _agrees(mark):
         raise StartError(f"{NAME} is damaged, or of an unknown format version: let this host join anew")
     return StoredMark(mark, content, file.tag)
-
-
-def member_id(directory: str) -> str:
-    """Whose directory it is; empty if it is not that of a member. Raises as `read`."""
-    with closed_after(open_directory(directory)) as directory_fd:
-        stored = read(directory_fd)
-    return "" if stored is None else stored.mark.member_id
 
 
 def write(directory_fd: int, mark: Mark, unlocked: UnlockedKeyring | None) -> None:

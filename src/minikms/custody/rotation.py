@@ -153,7 +153,6 @@ class KekRotation:
         errors of `check`.
         """
         unlocked = self._vault.unlocked
-        made: list[int] = []
         slot_id: str | None = None
 
         def next_body(body: keyring.Body) -> keyring.Body:
@@ -167,25 +166,18 @@ class KekRotation:
             begun_ns = now_ns()
             at = rfc3339(begun_ns)
             if root is not None:  # the root key that it replaces is removed later
-                root_slots.check_pace(body, now=at, hour_ago=rfc3339(begun_ns - HOUR_NS))
+                root_slots.check_pace(self._vault.unlocked.audit, now=at, hour_ago=rfc3339(begun_ns - HOUR_NS))
             slot = None
             if root is not None:
                 slot = unlocked.make_slot(
                     root.view, "request", slot_id=root_slots.next_slot_id(body), at=at, replaces=replaces
                 )
             version = max(kek.version for kek in body.keks) + 1
-            made.append(version)
             kek = unlocked.make_kek(fill_random, version=version, state="pending", at=at)
             return keyring.begin_rotation(body, kek=kek, slot=slot, stamp=stamp(begun_ns), at=at)
 
         async with self._starting:
-            try:
-                body = await self._vault.keyring.change(next_body)
-            finally:
-                # Also after a failure: KEKs that the body in memory does not name are zeroed.
-                for version in made:
-                    if self._vault.keyring.body.kek(version) is None:
-                        unlocked.forget_kek(version)
+            body = await self._vault.keyring.change(next_body)
             if slot_id is not None:
                 return Begun(False, slot_id)
             self.rewrapped = 0
@@ -500,7 +492,6 @@ class Pruning:
             return keyring.destroy_kek(body, version, at=at)
 
         await self._vault.keyring.change(destroy)
-        self._vault.unlocked.forget_kek(version)
 
     async def _live_census(self) -> Census:
         store = self._vault.store

@@ -130,7 +130,7 @@ class Parts:
         self.upkeep = Maintenance(
             data.log,
             keep=settings.audit_keep,
-            taken_seq=lambda: position.seq if self.vault.keyring.body.audit_origin else None,
+            taken_seq=lambda: position.seq if self.vault.unlocked.audit.audit_origin else None,
         )
         self.indexing = Indexing(self.vault, workers.reader)
         rotation = KekRotation(

@@ -99,7 +99,7 @@ class StatusPage:
             "keys": self._indexing.status(),
             "audit": {
                 **self._log.status(),
-                "public_key": body.audit_key.public_key.hex(),
+                "public_key": self._vault.unlocked.audit.current.public_key.hex(),
                 "position": self._position(),
                 "upkeep": {"faults": self._upkeep.faults},
             },
@@ -193,9 +193,9 @@ class StatusPage:
                 f"{len(body.revoking)} removed root keys could open DEKs until the KEK rotation has ended"
                 + (f"; {self._keks.revocation_error}" if self._keks.revocation_error else "")
             )
-        if len(body.audit_keys) >= AUDIT_KEYS_COUNT_WARN:
+        if (audit_keys := len(self._vault.unlocked.audit.audit_keys)) >= AUDIT_KEYS_COUNT_WARN:
             found.append(
-                f"the keyring holds {len(body.audit_keys)} of at most {AUDIT_KEYS_COUNT_MAX} audit keys; each removed "
+                f"the keyring holds {audit_keys} of at most {AUDIT_KEYS_COUNT_MAX} audit keys; each removed "
                 "root key takes one, and without one none can be removed or replaced"
             )
         if self._keks.rewrite_failed:

@@ -193,6 +193,11 @@ class AuditState(_Part, frozen=True):
     audit_keys: tuple[AuditKeyEntry, ...]
     audit_origin: str = ""
 
+    @property
+    def current(self) -> AuditKeyEntry:
+        """The key of all further lines."""
+        return self.audit_keys[-1]
+
 
 class Member(_Part, frozen=True):
     """A host of a replicated key service. `slot_id`: of its root key when it joined. `audit`: of its own log; None for
@@ -247,10 +252,6 @@ class Body(_Part, frozen=True):
         if kek is None:
             raise StartError("the keyring has no active KEK version")
         return kek
-
-    @property
-    def audit_key(self) -> AuditKeyEntry:
-        return self.audit_keys[-1]
 
     def member(self, member_id: str) -> Member | None:
         return next((member for member in self.members if member.member_id == member_id), None)
@@ -460,16 +461,29 @@ def next_epoch(body: Body, *, at: str, **changes: object) -> Body:
     return changed
 
 
-def add_audit_key(body: Body, key: AuditKeyEntry, *, at: str) -> Body:
-    """Adds the audit key for all further lines of the log. Raises ConflictError if there are too many."""
-    check_takes_audit_key(body)
-    return next_epoch(body, at=at, audit_keys=(*body.audit_keys, key))
+def add_audit_key(body: Body, member_id: str, key: AuditKeyEntry, *, at: str) -> Body:
+    """`with_audit_key`, one epoch later. Raises ConflictError if there are too many."""
+    check_takes_audit_key(body.audit_of(member_id))
+    return next_epoch(with_audit_key(body, member_id, key), at=at)
 
 
-def without_audit_keys(body: Body, *, before: int) -> Body:
-    """The body without the audit keys below version `before`, which no line of the log is under. The epoch stays."""
-    kept = tuple(key for key in body.audit_keys if key.version >= before)
-    return msgspec.structs.replace(body, audit_keys=kept or body.audit_keys[-1:])
+def with_audit_key(body: Body, member_id: str, key: AuditKeyEntry) -> Body:
+    """The body with a key, made under its keyring key, for all further lines of a member's log. The epoch stays."""
+    body = with_audit(body, member_id, audit_keys=(*body.audit_of(member_id).audit_keys, key))
+    members = tuple(
+        msgspec.structs.replace(member, key_version=body.key_version) if member.member_id == member_id else member
+        for member in body.members
+    )
+    return msgspec.structs.replace(body, members=members)
+
+
+def without_audit_keys(body: Body, member_id: str, *, before: int) -> Body:
+    """The body without the audit keys of a member below version `before`, which no line of its log is under. The epoch
+    stays.
+    """
+    keys = body.audit_of(member_id).audit_keys
+    kept = tuple(key for key in keys if key.version >= before)
+    return with_audit(body, member_id, audit_keys=kept or keys[-1:])
 
 
 def with_audit(body: Body, member_id: str, **changes: Any) -> Body:
@@ -481,9 +495,9 @@ def with_audit(body: Body, member_id: str, **changes: Any) -> Body:
     return msgspec.structs.replace(body, members=members)
 
 
-def check_takes_audit_key(body: Body) -> None:
-    """Raises ConflictError if the keyring can't hold another audit key."""
-    if len(body.audit_keys) >= AUDIT_KEYS_COUNT_MAX:
+def check_takes_audit_key(audit: AuditState) -> None:
+    """Raises ConflictError if the keyring can't hold another audit key of this log."""
+    if len(audit.audit_keys) >= AUDIT_KEYS_COUNT_MAX:
         raise ConflictError(
             f"the keyring holds {AUDIT_KEYS_COUNT_MAX} audit keys, which is the limit of a data directory: no root key "
             "can be removed or replaced any more. A start forgets those whose lines were removed from the audit log, "
@@ -491,15 +505,16 @@ def check_takes_audit_key(body: Body) -> None:
         )
 
 
-def with_audit_origin(body: Body, origin: str, *, at: str) -> Body:
-    """Records the tree of the first auditor. Raises ConflictError if another one is recorded."""
-    check_audit_origin(body.audit_origin, origin)
-    return body if body.audit_origin else next_epoch(body, at=at, audit_origin=origin)
+def with_audit_origin(body: Body, member_id: str, origin: str, *, at: str) -> Body:
+    """Records the tree of a log's first auditor. Raises ConflictError if another one is recorded."""
+    recorded = body.audit_of(member_id).audit_origin
+    check_audit_origin(recorded, origin)
+    return body if recorded else next_epoch(with_audit(body, member_id, audit_origin=origin), at=at)
 
 
-def without_audit_origin(body: Body, *, at: str) -> Body:
+def without_audit_origin(body: Body, member_id: str, *, at: str) -> Body:
     """Forgets the tree of the auditor, so that another one can be attached."""
-    return next_epoch(body, at=at, audit_origin="")
+    return next_epoch(with_audit(body, member_id, audit_origin=""), at=at)
 
 
 def check_audit_origin(recorded: str, origin: str) -> None:

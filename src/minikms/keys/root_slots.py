@@ -18,8 +18,10 @@ from minikms.keys.keyring import (
     RETIRED_ROOTS_MAX,
     SLOTS_MAX,
     AuditKeyEntry,
+    AuditState,
     Body,
     Kek,
+    Member,
     RetiredRoot,
     RevokingRoot,
     RootSlot,
@@ -27,6 +29,8 @@ from minikms.keys.keyring import (
     check_has_room,
     check_takes_audit_key,
     next_epoch,
+    with_audit_key,
+    without_audit_keys,
 )
 
 REMOVALS_HOUR_MAX: Final = 2 * SLOTS_MAX
@@ -67,21 +71,36 @@ def mark_tested(body: Body, slot_id: str, *, at: str) -> Body:
     return msgspec.structs.replace(body, slots=slots)
 
 
-def check_removes(body: Body, gone: Container[str]) -> None:
-    """Raises ConflictError if these slots can't be removed: no slot would stay, or a bound would be exceeded."""
+def taken_over(
+    body: Body, member_id: str, slot_id: str, audit_key: AuditKeyEntry | None, *, oldest: int, at: str
+) -> Body:
+    """The body of a member that is about to serve, whose root key opens the slot. `audit_key`: for all further lines of
+    its log, or None; `oldest`: the version that the first line is under.
+    """
+    body = mark_tested(without_audit_keys(body, member_id, before=oldest), slot_id, at=at)
+    if audit_key is not None:
+        check_takes_audit_key(body.audit_of(member_id))
+        body = with_audit_key(body, member_id, audit_key)
+    return next_epoch(body, at=at)
+
+
+def check_removes(body: Body, gone: Container[str], audit: AuditState) -> None:
+    """Raises ConflictError if these slots can't be removed: no slot would stay, or a bound would be exceeded. `audit`:
+    of the log that gets a fresh key.
+    """
     count = sum(slot.slot_id in gone for slot in body.slots)
     if count == len(body.slots):
         raise LastRootError("the last root key can't be removed; add another one first")
     check_has_room(body, kek=True, slot=False)
-    check_takes_audit_key(body)
+    check_takes_audit_key(audit)
     if len(body.revoking) + count > RETIRED_ROOTS_MAX:
         raise ConflictError("too many removed root keys wait for a KEK rotation; see the warnings in /status")
 
 
-def check_pace(body: Body, *, now: str, hour_ago: str) -> None:
+def check_pace(audit: AuditState, *, now: str, hour_ago: str) -> None:
     """Raises ConflictError if no root key may be removed or replaced now: each time takes an audit key for good."""
-    check_takes_audit_key(body)
-    if sum(hour_ago <= key.created_at <= now for key in body.audit_keys) >= REMOVALS_HOUR_MAX:
+    check_takes_audit_key(audit)
+    if sum(hour_ago <= key.created_at <= now for key in audit.audit_keys) >= REMOVALS_HOUR_MAX:
         raise ConflictError(f"{REMOVALS_HOUR_MAX} root keys were removed or replaced in the last hour; wait")
 
 
@@ -92,18 +111,22 @@ class Resealed(NamedTuple):
     slots: tuple[RootSlot, ...]
     keks: tuple[Kek, ...]
     audit_keys: tuple[AuditKeyEntry, ...]
+    members: tuple[Member, ...]
     tombstone_log: TombstoneLog
 
 
-def remove_slots(body: Body, resealed: Resealed, audit_key: AuditKeyEntry, *, at: str, proved: str = "") -> Body:
+def remove_slots(
+    body: Body, resealed: Resealed, member_id: str, audit_key: AuditKeyEntry, *, at: str, proved: str = ""
+) -> Body:
     """Removes every slot that `resealed` does not have. Their root keys are `revoking` until a rotation to a KEK
-    version that does not exist yet has ended. `audit_key`: the key of all further lines of the log. `proved`: the slot
-    that others are removed for, which those that would have replaced them replace now; then lines are owed.
+    version that does not exist yet has ended. `audit_key`: the key of all further lines of the log of `member_id`;
+    other members change theirs before they serve. `proved`: the slot that others are removed for, which those that
+    would have replaced them replace now; then lines are owed.
 
     Raises ConflictError if a bound of this module would be exceeded, or no slot would stay.
     """
     stay = {slot.slot_id for slot in resealed.slots}
-    check_removes(body, {slot.slot_id for slot in body.slots} - stay)
+    check_removes(body, {slot.slot_id for slot in body.slots} - stay, body.audit_of(member_id))
     needed = max(kek.version for kek in body.keks) + 1
     gone = tuple(
         RevokingRoot(slot.slot_id, slot.fingerprint, slot.provider, at, needed, line_owed=bool(proved))
@@ -119,17 +142,18 @@ def remove_slots(body: Body, resealed: Resealed, audit_key: AuditKeyEntry, *, at
         else msgspec.structs.replace(slot, replaces=proved if slot.replaces and slot.slot_id != proved else "")
         for slot in resealed.slots
     )
-    return next_epoch(
+    changed = msgspec.structs.replace(
         body,
-        at=at,
         key_version=resealed.key_version,
         slots=slots,
         keks=resealed.keks,
-        audit_keys=(*resealed.audit_keys, audit_key),
+        audit_keys=resealed.audit_keys,
+        members=resealed.members,
         tombstone_log=resealed.tombstone_log,
         rotation=rotation,
         revoking=(*body.revoking, *gone),
     )
+    return next_epoch(with_audit_key(changed, member_id, audit_key), at=at)
 
 
 class OwedLines(NamedTuple):
@@ -202,6 +226,7 @@ def with_slots_of(body: Body, later: Body, resealed: Resealed, audit_key: AuditK
         slots=resealed.slots,
         keks=resealed.keks,
         audit_keys=(*resealed.audit_keys, audit_key)[-AUDIT_KEYS_COUNT_MAX:],
+        members=resealed.members,
         tombstone_log=resealed.tombstone_log,
         rotation=rotation,
         revoking=tuple(root for root in unique[:RETIRED_ROOTS_MAX] if root.fingerprint not in stay),

@@ -18,10 +18,17 @@ from typing import Final
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from minikms.api.errors import DecryptionError, KeyUnreadableError, StartError, UnknownRootError
+from minikms.api.errors import (
+    DecryptionError,
+    KeyUnreadableError,
+    ReplicaForkedError,
+    ReplicaRolledBackError,
+    StartError,
+    UnknownRootError,
+)
 from minikms.crypto import aead, labels, roots, slots
 from minikms.crypto.aead import DerivedKeys, XaesCipher
-from minikms.crypto.slots import SlotBinding
+from minikms.crypto.slots import Newcomer, SlotBinding
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import KekState
 from minikms.keys.tombstones import TombstoneChain
@@ -29,6 +36,9 @@ from minikms.memory.arena import SecretArena, SecretSlot
 
 WRAPPING_KEYS_MAX: Final = 1024
 """Keys that are derived from KEKs and stay in the arena: those of half a million DEKs that were wrapped together."""
+
+NEVER: Final = "1970-01-01T00:00:00Z"
+"""When a root key was tested that has not opened its slot yet."""
 
 Nonces = Callable[[], bytes]
 FillRandom = Callable[[memoryview], None]
@@ -78,6 +88,21 @@ class EntrySealer:
             wrapped_seed=self._seal(sealing, labels.AUDIT_SEED, entry.version, seed.view),
         )
 
+    def open_audit_key(
+        self, entry: keyring.AuditKeyEntry, sealing: memoryview, keys: tuple[SecretSlot, SecretSlot]
+    ) -> None:
+        self.open(sealing, entry.wrapped_key, labels.AUDIT_KEY, entry.version, keys[0])
+        self.open(sealing, entry.wrapped_seed, labels.AUDIT_SEED, entry.version, keys[1])
+
+    def resealed_audit(self, audit: keyring.AuditState, opening: memoryview, sealing: memoryview) -> keyring.AuditState:
+        """The audit keys of any member, sealed again. Nothing of them stays in the arena. Raises DecryptionError."""
+        resealed = []
+        with self._arena.allocate() as mac_key, self._arena.allocate() as seed:
+            for key in audit.audit_keys:
+                self.open_audit_key(key, opening, (mac_key, seed))
+                resealed.append(self.audit_key(key, sealing, (mac_key, seed)))
+        return msgspec.structs.replace(audit, audit_keys=tuple(resealed))
+
     def tombstone_log(self, log: keyring.TombstoneLog, sealing: memoryview, key: memoryview) -> keyring.TombstoneLog:
         return msgspec.structs.replace(log, wrapped_key=self._seal(sealing, labels.TOMBSTONE_KEY, 1, key))
 
@@ -98,6 +123,10 @@ class EntrySealer:
         return labels.aad(label, self._keyring_id.encode(), labels.number(version))
 
 
+class NeedsRootError(Exception):
+    """A later keyring has another keyring key, which only a root key opens."""
+
+
 @contextlib.contextmanager
 def _released_on_failure(unlocked: UnlockedKeyring) -> Iterator[None]:
     try:
@@ -112,9 +141,13 @@ def _labelled(body: keyring.Body, label: bytes, data: bytes) -> bytes:
 
 
 class UnlockedKeyring:
-    """The keyring's body and its opened keys. The owner replaces `body` only after the new one is durable."""
+    """The keyring's body and its opened keys. The owner replaces `body` only after the new one is durable.
 
-    def __init__(self, arena: SecretArena, nonces: Nonces, body: keyring.Body) -> None:
+    `member_id`: of this host of a replicated key service; otherwise empty. Only the audit keys of its log are opened.
+    """
+
+    def __init__(self, arena: SecretArena, nonces: Nonces, body: keyring.Body, member_id: str = "") -> None:
+        self.member_id = member_id
         self._arena = arena
         self._nonces = nonces
         self._entries = EntrySealer(arena, nonces, body.keyring_id)
@@ -177,11 +210,12 @@ class UnlockedKeyring:
 
     @classmethod
     def open(
-        cls, arena: SecretArena, root: memoryview, data: bytes, *, nonces: Nonces
+        cls, arena: SecretArena, root: memoryview, data: bytes, *, nonces: Nonces, member_id: str = ""
     ) -> tuple[UnlockedKeyring, keyring.RootSlot]:
         """The keyring in the bytes of its file, and the slot that `root` opened.
 
-        Raises StartError: for another root key (it names both fingerprints), or for an altered or damaged file.
+        Raises StartError: for another root key (it names both fingerprints), for an altered or damaged file, or if it
+        does not have the member.
         """
         body, body_bytes, tag = keyring.parse_file(data)
         given = roots.fingerprint(root)
@@ -190,18 +224,25 @@ class UnlockedKeyring:
             raise UnknownRootError(wrong_root_text(body, given))
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
             raise UnknownRootError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
-        unlocked = cls(arena, nonces, body)
+        unlocked = cls(arena, nonces, body, member_id)
         with _released_on_failure(unlocked):
             try:
                 unlocked._entries.open_slot(root, slot, body.key_version, unlocked._new_keyring_key(body.key_version))
                 aead.check_authentic(unlocked.keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
             except DecryptionError:
                 raise StartError(f"the keyring was altered or is damaged; {keyring.WAY_OUT}") from None
+            if member_id and body.member(member_id) is None:
+                raise StartError(f"keyring.json has no member {member_id}: this host was removed, or has to join anew")
             try:
-                unlocked._open_keys()
+                unlocked._open_keys(body)
             except DecryptionError:
                 raise StartError(f"a key of the keyring does not open; {keyring.WAY_OUT}") from None
         return unlocked, slot
+
+    @property
+    def audit(self) -> keyring.AuditState:
+        """Of this host's log."""
+        return self.body.audit_of(self.member_id)
 
     @property
     def keyring_key(self) -> SecretSlot:
@@ -212,21 +253,59 @@ class UnlockedKeyring:
         slot = self._keyring_keys[version] = self._arena.allocate()
         return slot.view
 
-    def _open_keys(self) -> None:
+    def advance(self, data: bytes) -> keyring.Body:
+        """A later body of this keyring, from the bytes of its file, with its keys opened. Once it is durable, assign it
+        to `body`; in any case call `settle`.
+
+        Raises ReplicaRolledBackError for an older one, ReplicaForkedError for one of another keyring or history, and
+        NeedsRootError.
+        """
+        try:
+            body, body_bytes, tag = keyring.parse_file(data)
+        except StartError:
+            raise ReplicaForkedError("the keyring of the database is damaged or of an unknown format version") from None
+        if body.keyring_id != self.body.keyring_id:
+            raise ReplicaForkedError("the keyring of the database is of another key service")
+        if body.key_version < self.body.key_version:
+            raise ReplicaRolledBackError("the keyring of the database is from before the removal of a root key")
+        if body.key_version > self.body.key_version:
+            raise NeedsRootError
+        try:
+            aead.check_authentic(self.keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
+        except DecryptionError:
+            raise ReplicaForkedError("the keyring of the database was altered") from None
+        if body.epoch < self.body.epoch:
+            raise ReplicaRolledBackError(
+                f"the keyring of the database has epoch {body.epoch}, before {self.body.epoch}"
+            )
+        if body.epoch == self.body.epoch and body != self.body:
+            raise ReplicaForkedError(f"there are two keyrings of epoch {body.epoch}")
+        if self.member_id and body.member(self.member_id) is None:
+            raise ReplicaForkedError("this host was removed from the key service")
+        try:
+            self._open_keys(body)
+        except DecryptionError:
+            raise ReplicaForkedError("a key of the keyring of the database does not open") from None
+        return body
+
+    def _open_keys(self, body: keyring.Body) -> None:
+        """Opens what is not open yet."""
         sealing, entries = self.keyring_key.view, self._entries
-        for kek in self.body.keks:
-            if kek.state != "destroyed":
+        for kek in body.keks:
+            if kek.state != "destroyed" and kek.version not in self._keks:
                 target = self._keks[kek.version] = self._arena.allocate()
                 entries.open(sealing, kek.wrapped, labels.KEK, kek.version, target)
-        for key in self.body.audit_keys:
-            mac_key, seed = self._audit[key.version] = (self._arena.allocate(), self._arena.allocate())
-            entries.open(sealing, key.wrapped_key, labels.AUDIT_KEY, key.version, mac_key)
-            entries.open(sealing, key.wrapped_seed, labels.AUDIT_SEED, key.version, seed)
-        self._tombstone = self._arena.allocate()
-        entries.open(sealing, self.body.tombstone_log.wrapped_key, labels.TOMBSTONE_KEY, 1, self._tombstone)
-        for slot in self.body.slots:
-            auth = self._slot_auth[slot.slot_id] = self._arena.allocate()
-            entries.open_auth(sealing, slot, auth)
+        for key in body.audit_of(self.member_id).audit_keys:
+            if key.version not in self._audit:
+                keys = self._audit[key.version] = (self._arena.allocate(), self._arena.allocate())
+                entries.open_audit_key(key, sealing, keys)
+        if self._tombstone is None:
+            self._tombstone = self._arena.allocate()
+            entries.open(sealing, body.tombstone_log.wrapped_key, labels.TOMBSTONE_KEY, 1, self._tombstone)
+        for slot in body.slots:
+            if slot.slot_id not in self._slot_auth:
+                auth = self._slot_auth[slot.slot_id] = self._arena.allocate()
+                entries.open_auth(sealing, slot, auth)
 
     # --- making keys -------------------------------------------------------------------------------------------------
 
@@ -261,6 +340,33 @@ class UnlockedKeyring:
         self.check_opens(root, slot)
         return slot
 
+    def invitation_key(self) -> bytes:
+        """The public key that a new host seals the authentication key of its slot to. A fresh keyring key ends it."""
+        return slots.public_key(self.keyring_key.view, self.body.keyring_id, slots.INVITATION)
+
+    def make_slot_for(self, newcomer: Newcomer, provider: str, *, at: str) -> keyring.RootSlot:
+        """A slot for a root key of another host, not tested yet. Call `settle` once it is known which body stays.
+
+        Raises DecryptionError if the newcomer was not invited with the present keyring key.
+        """
+        if newcomer.keyring_id != self.body.keyring_id:
+            raise DecryptionError("the request is for another keyring")
+        slot = keyring.RootSlot(
+            slot_id=newcomer.slot_id,
+            fingerprint=newcomer.fingerprint,
+            provider=provider,
+            created_at=at,
+            commitment=newcomer.commitment,
+            tested_at=NEVER,
+            public_key=newcomer.public_key,
+            sealed=b"",
+            mac=b"",
+            wrapped_auth=b"",
+        )
+        auth = self._slot_auth[slot.slot_id] = self._arena.allocate()
+        slots.open_auth_into(self.keyring_key.view, newcomer, auth.view)
+        return self._entries.slot(slot, self.body.key_version, self.keyring_key.view, auth.view)
+
     def check_opens(self, root: memoryview, slot: keyring.RootSlot) -> None:
         """Raises DecryptionError unless the root key opens the slot and gives the present keyring key."""
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
@@ -277,7 +383,11 @@ class UnlockedKeyring:
         """
         number = self.body.key_version + 1
         fill_random(self._new_keyring_key(number))
-        sealing, entries = self._keyring_keys[number].view, self._entries
+        opening, sealing, entries = self.keyring_key.view, self._keyring_keys[number].view, self._entries
+
+        def resealed(audit: keyring.AuditState) -> keyring.AuditState:
+            return entries.resealed_audit(audit, opening, sealing)
+
         return root_slots.Resealed(
             key_version=number,
             slots=tuple(
@@ -289,7 +399,11 @@ class UnlockedKeyring:
                 kek if kek.state == "destroyed" else entries.kek(kek, sealing, self._keks[kek.version])
                 for kek in self.body.keks
             ),
-            audit_keys=tuple(entries.audit_key(key, sealing, self._audit[key.version]) for key in self.body.audit_keys),
+            audit_keys=resealed(self.body.audit_of("")).audit_keys,
+            members=tuple(
+                member if member.audit is None else msgspec.structs.replace(member, audit=resealed(member.audit))
+                for member in self.body.members
+            ),
             tombstone_log=entries.tombstone_log(self.body.tombstone_log, sealing, self.tombstone_key),
         )
 
@@ -309,16 +423,20 @@ class UnlockedKeyring:
         return resealed._replace(slots=tuple(resealed_slots))
 
     def settle(self) -> None:
-        """Zeroes what only a body that was not stored, or one before it, has: keyring keys, and the authentication keys
-        of slots.
-        """
+        """Zeroes every key that only a body that was not stored, or one before it, has."""
         for version in [version for version in self._keyring_keys if version != self.body.key_version]:
             self._keyring_keys.pop(version).release()
         for slot_id in self._slot_auth.keys() - {slot.slot_id for slot in self.body.slots}:
             self._slot_auth.pop(slot_id).release()
+        for version in self._audit.keys() - {key.version for key in self.audit.audit_keys}:
+            for slot in self._audit.pop(version):
+                slot.release()
+        for version in [version for version in self._keks if not self.body.has_kek(version)]:
+            self._derived.forget(self._derived_of.pop(version, {}))
+            self._keks.pop(version).release()
 
     def make_kek(self, fill_random: FillRandom, *, version: int, state: KekState, at: str) -> keyring.Kek:
-        """A fresh random KEK version, kept in the arena under its number until `forget_kek` or `release`."""
+        """A fresh random KEK version, in the arena. Call `settle` once it is known which body stays."""
         slot = self._keks[version] = self._arena.allocate()
         fill_random(slot.view)
         kek = keyring.Kek(version=version, state=state, created_at=at, wrapped=b"")
@@ -339,11 +457,33 @@ class UnlockedKeyring:
         since_seq, since_sig: the last line of the audit log under the version before; empty for the first version.
         key_version: the keyring key that seals them; None means the current one.
         """
-        key, seed = self._audit[version] = (self._arena.allocate(), self._arena.allocate())
+        keys = self._audit[version] = (self._arena.allocate(), self._arena.allocate())
+        sealing = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
+        return self._fresh_audit_key(
+            fill_random, keys, sealing, version=version, at=at, since_seq=since_seq, since_sig=since_sig
+        )
+
+    def make_member_audit(self, fill_random: FillRandom, *, at: str) -> keyring.AuditState:
+        """Of the log of a new member: its first audit key, which does not stay in the arena."""
+        with self._arena.allocate() as key, self._arena.allocate() as seed:
+            made = self._fresh_audit_key(fill_random, (key, seed), self.keyring_key.view, version=1, at=at)
+        return keyring.AuditState((made,))
+
+    def _fresh_audit_key(
+        self,
+        fill_random: FillRandom,
+        keys: tuple[SecretSlot, SecretSlot],
+        sealing: memoryview,
+        *,
+        version: int,
+        at: str,
+        since_seq: int = 0,
+        since_sig: bytes = b"",
+    ) -> keyring.AuditKeyEntry:
+        key, seed = keys
         fill_random(key.view)
         fill_random(seed.view)
         public = Ed25519PrivateKey.from_private_bytes(seed.view).public_key().public_bytes_raw()
-        sealing = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
         entry = keyring.AuditKeyEntry(
             version=version,
             created_at=at,
@@ -353,7 +493,7 @@ class UnlockedKeyring:
             since_seq=since_seq,
             since_sig=since_sig,
         )
-        return self._entries.audit_key(entry, sealing, (key, seed))
+        return self._entries.audit_key(entry, sealing, keys)
 
     # --- using them --------------------------------------------------------------------------------------------------
 
@@ -400,18 +540,6 @@ class UnlockedKeyring:
         if self._tombstone is None:
             raise StartError("the keyring was zeroed")
         return self._tombstone.view
-
-    def forget_kek(self, version: int) -> None:
-        """Zeroes a KEK version that was destroyed, or that was made for a rotation that could not begin."""
-        slot = self._keks.pop(version, None)
-        if slot is not None:
-            self._derived.forget(self._derived_of.pop(version, {}))
-            slot.release()
-
-    def forget_audit_key(self, version: int) -> None:
-        """Zeroes an audit key version that no stored body has."""
-        for slot in self._audit.pop(version, ()):
-            slot.release()
 
     def release(self) -> None:
         """Zeroes every key."""

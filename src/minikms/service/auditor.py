@@ -46,14 +46,13 @@ class AuditorVerbs:
         table.later(api.REPORT_AUDIT_POSITION, self.report, audited=False)
 
     def view(self) -> LogView:
-        body = self._vault.keyring.body
-        log = self._log
+        audit, log = self._vault.unlocked.audit, self._log
         return LogView(
             log.directory,
             log.writer.log_id.hex(),
             log.sync.durable_line(),
-            body.audit_key.public_key,
-            body.audit_origin,
+            audit.current.public_key,
+            audit.audit_origin,
         )
 
     async def report(
@@ -78,7 +77,7 @@ class AuditorVerbs:
 
         def record(body: Body) -> Body:
             permit()
-            return keyring.with_audit_origin(body, origin, at=now_rfc3339())
+            return keyring.with_audit_origin(body, self._vault.unlocked.member_id, origin, at=now_rfc3339())
 
         body = await self._vault.keyring.change(record)
         event.facts["epoch"] = body.epoch

@@ -1,7 +1,8 @@
 """The removal of root keys: their slots go, with the keyring key and the audit key that they opened.
 
 Owns: one change of the keyring that removes slots, seals everything under a fresh keyring key, and adds a fresh audit
-key; and the change of the audit log's key that belongs to it. Invariants: no line of the log comes between the two
+key; the one by which another member of a replicated key service gets its fresh audit key, when it takes over; and the
+change of the audit log's key that belongs to both. Invariants: no line of the log comes between the two
 changes, because the keyring names the last line under the former key. The event loop goes on meanwhile: the log is
 held, and answers wait for their lines. A change that has begun goes on when its caller is cancelled. A crash between
 the two is completed by the next start. If it is not known which keyring is on disk, no line is written until the former
@@ -11,7 +12,8 @@ one is there again. It must never begin the KEK rotation that ends the revocatio
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container
+from collections.abc import Awaitable, Callable, Container, Coroutine
+from functools import partial
 from typing import Final, Protocol
 
 from minikms.api.errors import SealedError, StorageUnavailableError, StorageUncertainError
@@ -20,7 +22,7 @@ from minikms.audit.record import Head
 from minikms.custody.vault import Vault
 from minikms.datadir import audit_keys
 from minikms.keys import root_slots
-from minikms.keys.keyring import Body
+from minikms.keys.keyring import AuditKeyEntry, Body
 from minikms.memory.arena import fill_random
 from minikms.platform.clock import now_rfc3339
 
@@ -63,7 +65,16 @@ class RootRemoval:
         errors of `choose`, StorageUnavailableError, SealedError, and AuditUnavailableError: the slots may be removed
         then, which the body says.
         """
-        change = asyncio.ensure_future(self._remove(choose, proved))
+        await self._finished(self._remove(choose, proved))
+
+    async def take_over(self, slot_id: str, *, oldest: int) -> None:
+        """The first change of a member that takes over: see `root_slots.taken_over`. It gets a fresh audit key if a
+        root key was removed since its newest one was made. Raises as `remove`.
+        """
+        await self._finished(self._take_over(slot_id, oldest))
+
+    async def _finished(self, changing: Coroutine[None, None, None]) -> None:
+        change = asyncio.ensure_future(changing)
         self._changing.add(change)
         change.add_done_callback(self._ended)
         try:
@@ -84,37 +95,53 @@ class RootRemoval:
             gone = choose(body)
             if not any(slot.slot_id in gone for slot in body.slots):
                 return
-            root_slots.check_removes(body, gone)
-            version = body.audit_key.version + 1
+            root_slots.check_removes(body, gone, unlocked.audit)
 
-            async def store(last: Head) -> AuditKey:
-                await replace(self._body_without(gone, last, proved))
-                return audit_keys(unlocked).current
+            def without(last: Head) -> Body:
+                resealed = unlocked.make_resealed(fill_random, without=gone)
+                key, at = self._audit_key_after(last, resealed.key_version), now_rfc3339()
+                return root_slots.remove_slots(body, resealed, unlocked.member_id, key, at=at, proved=proved)
 
-            try:
-                await self._audit.change_key(store)
-            except StorageUncertainError:
-                self._repairing = asyncio.ensure_future(self._put_back())
-                raise
-            finally:
-                if unlocked.body.audit_key.version != version:
-                    unlocked.forget_audit_key(version)
+            await self._change_key(replace, without)
 
-    def _body_without(self, gone: Container[str], last: Head, proved: str) -> Body:
-        """The next body, with its keys made. `last`: the last line under the present audit key."""
+    async def _take_over(self, slot_id: str, oldest: int) -> None:
+        await self._audit.sync()
         unlocked = self._vault.unlocked
-        body, at = unlocked.body, now_rfc3339()
-        self._vault.keyring.require_keys()
-        resealed = unlocked.make_resealed(fill_random, without=gone)
-        key = unlocked.make_audit_key(
+        async with self._vault.keyring.held() as replace:
+            body = self._vault.keyring.body
+            taken_over = partial(root_slots.taken_over, body, unlocked.member_id, slot_id, oldest=oldest)
+            member = body.member(unlocked.member_id)
+            if member is None or member.key_version == body.key_version:
+                await replace(taken_over(None, at=now_rfc3339()))
+                return
+            await self._change_key(
+                replace, lambda last: taken_over(self._audit_key_after(last, body.key_version), at=now_rfc3339())
+            )
+
+    async def _change_key(self, replace: Callable[[Body], Awaitable[None]], make: Callable[[Head], Body]) -> None:
+        """`make`: the next body, with its keys made, from the last line under the present audit key."""
+
+        async def store(last: Head) -> AuditKey:
+            self._vault.keyring.require_keys()
+            await replace(make(last))
+            return audit_keys(self._vault.unlocked).current
+
+        try:
+            await self._audit.change_key(store)
+        except StorageUncertainError:
+            self._repairing = asyncio.ensure_future(self._put_back())
+            raise
+
+    def _audit_key_after(self, last: Head, key_version: int) -> AuditKeyEntry:
+        unlocked = self._vault.unlocked
+        return unlocked.make_audit_key(
             fill_random,
-            version=body.audit_key.version + 1,
-            at=at,
+            version=unlocked.audit.current.version + 1,
+            at=now_rfc3339(),
             since_seq=last.seq,
             since_sig=last.sig,
-            key_version=resealed.key_version,
+            key_version=key_version,
         )
-        return root_slots.remove_slots(body, resealed, key, at=at, proved=proved)
 
     async def _put_back(self) -> None:
         """Writes the former keyring until the disk takes it. The log refuses lines meanwhile, and so does the daemon

@@ -135,9 +135,9 @@ class RootVerbs:
             def chosen(body: Body) -> tuple[str]:
                 permit()
                 _slot(body, slot_id)
-                root_slots.check_removes(body, (slot_id,))
-                at_ns = now_ns()
-                root_slots.check_pace(body, now=rfc3339(at_ns), hour_ago=rfc3339(at_ns - HOUR_NS))
+                at_ns, audit = now_ns(), self._vault.unlocked.audit
+                root_slots.check_removes(body, (slot_id,), audit)
+                root_slots.check_pace(audit, now=rfc3339(at_ns), hour_ago=rfc3339(at_ns - HOUR_NS))
                 _check_another_was_tested(body, slot_id)
                 return (slot_id,)
 

@@ -68,9 +68,11 @@ def add(unlocked: UnlockedKeyring, root: bytes, provider: str = "file", shares: 
 def remove(unlocked: UnlockedKeyring, *slot_ids: str, proved: str = "", at: str = AT) -> Body:
     """Removes slots, with a fresh keyring key and a fresh audit key."""
     resealed = unlocked.make_resealed(fill_random, without=slot_ids)
-    version = unlocked.body.audit_key.version + 1
+    version = unlocked.audit.current.version + 1
     key = unlocked.make_audit_key(fill_random, version=version, at=at, key_version=resealed.key_version)
-    return adopt(unlocked, root_slots.remove_slots(unlocked.body, resealed, key, at=at, proved=proved))
+    return adopt(
+        unlocked, root_slots.remove_slots(unlocked.body, resealed, unlocked.member_id, key, at=at, proved=proved)
+    )
 
 
 def promote(unlocked: UnlockedKeyring) -> Body:

@@ -265,7 +265,6 @@ def test_a_destroyed_kek_is_neither_opened_nor_found(arena: SecretArena) -> None
     unlocked = keyrings.fresh(arena)
     keyrings.rotate(unlocked)
     keyrings.adopt(unlocked, keyring.destroy_kek(unlocked.body, 1, at=AT))
-    unlocked.forget_kek(1)
     again, _ = keyrings.reopened(arena, unlocked)
     for one in (unlocked, again):
         with pytest.raises(KeyUnreadableError, match="KEK version 1"):
@@ -279,7 +278,6 @@ def test_new_keys_without_a_durable_body_are_zeroed(arena: SecretArena) -> None:
     unlocked.make_resealed(fill_random, without=[])
     unlocked.make_audit_key(fill_random, version=2, at=AT, key_version=2)
     unlocked.settle()
-    unlocked.forget_audit_key(2)
     assert arena.in_use == used
     again, _ = open_bytes(arena, ROOT, before)
     assert bytes(again.keyring_key.view) == bytes(unlocked.keyring_key.view)
@@ -322,7 +320,7 @@ def test_derived_keys_of_a_kek_are_bounded_and_zeroed_with_it(
             sealed = kek.seal(nonce, b"text", b"")
         assert aead.open_sealed(unlocked.kek(version), sealed, b"") == b"text"
     assert arena.in_use == used + 3
-    unlocked.forget_kek(2)
+    unlocked.settle()
     assert arena.in_use == used - 1
     with unlocked.kek_cipher(1) as kek:
         assert kek.open_sealed(aead.seal(unlocked.kek(1), nonces[0], b"text", b""), b"") == b"text"

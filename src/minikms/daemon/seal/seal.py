@@ -34,6 +34,7 @@ from minikms.audit import Event
 from minikms.audit.position import LogView, mac_of, view_on_disk
 from minikms.audit.record import ACTOR_SELF, TYPE_REFUSED
 from minikms.crypto.aead import scrub
+from minikms.custody import replica_file
 from minikms.daemon.admission import Admission, Session
 from minikms.daemon.parts import Parts, RunContext
 from minikms.daemon.seal import files
@@ -186,7 +187,8 @@ class SealableServer:
             return
         body = keyring.parse_file(read_keyring(process.lock.directory))[0]
         log_dir = process.settings.opening.audit_dir or process.lock.directory
-        view = self._log_view = view_on_disk(log_dir, body.audit_key.public_key, body.audit_origin)
+        audit = body.audit_of(replica_file.member_id(process.lock.directory))
+        view = self._log_view = view_on_disk(log_dir, audit.current.public_key, audit.audit_origin)
         self._opener.position.begin(view.log_id)
         self._state.start_sealed(marker, clock.rfc3339(self._opener.started_ns))
         self._admission.report = self._keep_refusal

@@ -344,7 +344,7 @@ async def test_the_event_loop_goes_on_while_a_removal_waits_for_the_disk(
             await later
             await one.removal.stop()
         assert one.audit.commit_turn() is True
-        assert one.vault.keyring.body.audit_key.version == 2
+        assert one.vault.unlocked.audit.current.version == 2
         assert one.log.events_dropped == 0
     lines = (tmp_path / "d" / "minikms-audit.log").read_text().splitlines()
     types = [json.loads(line)["event"]["type"] for line in lines]
