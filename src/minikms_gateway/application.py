@@ -36,6 +36,7 @@ from minikms.http import (
     raised_response,
 )
 from minikms.platform.addresses import Places, address_group
+from minikms.processes.tracing import Exchange, Tracing
 from minikms_gateway.certificates import Chain, Identity, Trust, chain_of
 from minikms_gateway.reasons import (
     IssuerUnavailableError,
@@ -122,9 +123,18 @@ class Session:
 class Gateway:
     """The engine's application: see `minikms.http`."""
 
-    def __init__(self, state: State, upstream: Upstream, refusals: Refusals, *, connections_max: int) -> None:
+    def __init__(
+        self,
+        state: State,
+        upstream: Upstream,
+        refusals: Refusals,
+        *,
+        connections_max: int,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._state = state
         self._upstream = upstream
+        self._tracing = tracing
         self._refusals = refusals
         self._by_name: Counter[str] = Counter()
         self._name_max = max(1, connections_max // NAME_SHARE)
@@ -350,7 +360,10 @@ class Gateway:
         if verb is api.READY:
             return self._upstream.send(request_bytes(verb.method, verb.path, request, None))
         self.requests[verb.name] += 1
-        return self._upstream.send(request_bytes(verb.method, target or verb.path, request, who))
+        answer = self._upstream.send(request_bytes(verb.method, target or verb.path, request, who))
+        if self._tracing is not None:
+            answer.add_done_callback(partial(_trace, self._tracing, verb.name, request.head, time.time_ns()))
+        return answer
 
     def _counted(self, session: Session, error: KmsRefusedError, head: ParsedHead) -> Response:
         """The answer to an error, whose reason is counted."""
@@ -367,6 +380,24 @@ class Gateway:
         answer = transit_error(error) if self._is_transit(head) else raised_response(error)
         answer.close = answer.close or isinstance(error, TooManyConnectionsError)
         return answer
+
+
+def _trace(
+    tracing: Tracing, verb: str, head: ParsedHead, began_ns: int, answer: asyncio.Future[bytes | Response]
+) -> None:
+    ended_ns, status = time.time_ns(), 503
+    if not answer.cancelled() and answer.exception() is None:
+        found = answer.result()
+        status = found.status if isinstance(found, Response) else 200
+    tracing.request(
+        verb,
+        traceparent=head.traceparent,
+        began_ns=began_ns,
+        ended_ns=ended_ns,
+        failed=status >= 500,
+        attributes={"http.response.status_code": status, "progressdb.request_id": head.request_id or ""},
+        exchanges=(Exchange(verb, began_ns, ended_ns, answered=status < 500),),
+    )
 
 
 def _host(sock: socket.socket) -> str:

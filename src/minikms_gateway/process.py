@@ -4,8 +4,8 @@ Owns the order of the start: read the configuration and all that it names, bind 
 one thread until here, and has read its private key), serve. And of the stop: accept no more connections, end
 handshakes, finish the requests in flight, close the connections to the key service. Invariants: changed files are
 taken up as a whole or not at all: if one of them is not valid, everything stays as it was, and log and metrics say so;
-without a network issuer the hardened process can open no socket but Unix sockets. It must never serve before it is
-hardened.
+without a network issuer and without traces the hardened process can open no socket but Unix sockets. It must never
+serve before it is hardened.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from minikms.platform.notify import Notifier
 from minikms.platform.trusted_file import directory_read
 from minikms.processes.config_file import address
 from minikms.processes.running import Run, every
+from minikms.processes.tracing import Tracing, from_environment, is_wanted
 from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, Session, State
 from minikms_gateway.certificates import Trust, server_context
@@ -143,10 +144,11 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     with SignalReader() as signals, listen_tcp(*address(config.listen)) as listener:
         metrics_listener = listen_tcp(*address(config.metrics)) if config.metrics else None
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, *_directories(loader.files, config)]
-        if config.fetches_keys:
+        network = config.fetches_keys or is_wanted(os.environ)
+        if network:
             read += NETWORK_PATHS
         process_metrics.open_process_files()
-        measures = harden(None, read=read, write=[], allow_network=config.fetches_keys, require=require_hardening)
+        measures = harden(None, read=read, write=[], allow_network=network, require=require_hardening)
         run = Run(signals, notifier, log)
         run.warn_of(measures)
         process = _Process(
@@ -156,6 +158,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
             metrics_listener=metrics_listener,
             connections_max=connections_max,
             run=run,
+            tracing=from_environment("minikms-gateway", os.environ),
         )
         try:
             uvloop.run(process.serve())
@@ -176,7 +179,9 @@ class _Process:
         metrics_listener: socket.socket | None,
         connections_max: int,
         run: Run,
+        tracing: Tracing | None,
     ) -> None:
+        self._tracing = tracing
         self._loader = loader
         self._loaded = loaded
         self._listener = listener
@@ -196,7 +201,11 @@ class _Process:
         config = self._loaded.config
         self._upstream = Upstream(config.kms_socket, config.kms_server_uids, loop)
         self._app = Gateway(
-            self._state(self._loaded), self._upstream, self._refusals, connections_max=self._connections_max
+            self._state(self._loaded),
+            self._upstream,
+            self._refusals,
+            connections_max=self._connections_max,
+            tracing=self._tracing,
         )
         limits = replace(LIMITS, connections_max=self._connections_max)
         server: HttpServer[Session] = HttpServer(
@@ -224,6 +233,8 @@ class _Process:
         self._upstream.close()
         self._refusals.write()
         self._reader.shutdown(cancel_futures=True)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         self._log.info("stopped", why=self._run.why)
 
     # --- background work ----------------------------------------------------------------------------------------

@@ -104,6 +104,11 @@ def _read(read: Callable[[], float]) -> float:
         return math.nan
 
 
+def verb_of(target: bytes) -> str:
+    """The first part of a request's target, which holds no id."""
+    return target.partition(b"?")[0].split(b"/", 2)[1].decode("ascii")
+
+
 class _Exchanges:
     __slots__ = ("failures", "seconds")
 
@@ -128,8 +133,8 @@ class KmsMetrics(Collector):
         self.last_status_ns = 0
 
     def exchanged(self, target: bytes, seconds: float, answered: bool) -> None:
-        """`target` is the request's; its first part is the verb and holds no id."""
-        name = target.partition(b"?")[0].split(b"/", 2)[1].decode("ascii")
+        """`target`: of the request."""
+        name = verb_of(target)
         verb = self._verbs.get(name)
         if verb is None:
             verb = self._verbs[name] = _Exchanges()

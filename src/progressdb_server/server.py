@@ -23,11 +23,13 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from minikms import api
+from minikms.api.errors import StartError
 from minikms.client import KmsError
 from minikms.platform import process_metrics
 from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.logs import structlog
 from minikms.platform.notify import Notifier
+from minikms.processes.tracing import Tracing, from_environment
 from progressdb_server import logs
 from progressdb_server.api.application import Application
 from progressdb_server.api.gate.access import AccessControl
@@ -179,7 +181,16 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
         raise ServeError(stop.failure)
 
 
+def _tracing() -> Tracing | None:
+    """Raises ConfigError."""
+    try:
+        return from_environment("progressdb", os.environ)
+    except StartError as error:
+        raise ConfigError(str(error)) from None
+
+
 async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, accept_restore: bool) -> None:
+    tracing = _tracing()
     notifier = Notifier(os.environ)  # first, so that a key service that is started here does not notify in its name
     async with AsyncExitStack() as started:
         try:
@@ -216,7 +227,7 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
         kms_metrics = provider.metrics if isinstance(provider, RemoteProvider) else KmsMetrics()
         readiness = Readiness(store, _status_of(provider, config, started), kms_metrics, stop.drain)
         started.push_async_callback(readiness.close)
-        metrics = ApiMetrics(registry)
+        metrics = _metrics(registry, provider, tracing, started)
         secure = bool(config.server.tls.cert_file)
         viewer = Viewer(store, provider, jobs, readiness, access.keys, metrics=metrics, secure=secure)
         viewer.start()
@@ -238,6 +249,19 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
             on_listening=lambda: notifier.ready(f"serving {_announce(config, str(host), int(port))}"),
         )
         _log.info("stopping")
+
+
+def _metrics(
+    registry: CollectorRegistry, provider: Provider, tracing: Tracing | None, started: AsyncExitStack
+) -> ApiMetrics:
+    if tracing is None:
+        return ApiMetrics(registry)
+    from progressdb_server.tracing import TracedMetrics, traced_exchanges
+
+    started.push_async_callback(asyncio.to_thread, tracing.close)
+    if isinstance(provider, RemoteProvider):
+        provider.on_exchange = traced_exchanges(provider.metrics)
+    return TracedMetrics(registry, tracing)
 
 
 def _status_of(

@@ -73,9 +73,10 @@ _PRINCIPAL: Final = api.PRINCIPAL_HEADER.encode()
 _RESERVED: Final = api.RESERVED_HEADERS.encode()
 _AUTHORIZATION: Final = b"authorization"
 _VAULT: Final = b"x-vault-"
+_TRACEPARENT: Final = b"traceparent"
 _VAULT_TOKEN: Final = b"x-vault-token"
 _NOT_CACHED: Final = frozenset(
-    {_AUTHORIZATION, _VAULT_TOKEN, b"cookie", b"proxy-authorization", _REQUEST_ID, _PRINCIPAL}
+    {_AUTHORIZATION, _VAULT_TOKEN, b"cookie", b"proxy-authorization", _REQUEST_ID, _PRINCIPAL, _TRACEPARENT}
 )
 _ONCE: Final = frozenset(
     {
@@ -100,7 +101,8 @@ class ParsedHead(msgspec.Struct, frozen=True, gc=False):
 
     `path` and `query` are as sent, not percent-decoded. `content_length` is 0 for a chunked or absent body.
     `principal`: the value of `X-MiniKMS-Principal`, unchecked, even if it is empty; None without that header.
-    `authorization`: likewise, that of `Authorization`. `reserved`: there is a header `X-MiniKMS-*`. `vault`: the
+    `authorization`: likewise, that of `Authorization`. `traceparent`: unchecked too. `reserved`: there is a header
+    `X-MiniKMS-*`. `vault`: the
     headers `X-Vault-*` by the rest of their names, in lower case. `plain`: a 200 with JSON needs no special header (the
     connection stays open, the method is not HEAD, no request id to repeat).
     `cacheable`: `HeadCache` may keep it, because it contains no credential and is likely to recur.
@@ -120,6 +122,7 @@ class ParsedHead(msgspec.Struct, frozen=True, gc=False):
     cacheable: bool
     authorization: str | None = None
     reserved: bool = False
+    traceparent: str | None = None
     vault: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -178,6 +181,7 @@ def parse_head(raw: bytes, limits: Limits) -> ParsedHead:
         plain=keep_alive and method != b"HEAD" and request_id is None,
         cacheable=not query and fields.keys().isdisjoint(_NOT_CACHED),
         authorization=fields[_AUTHORIZATION].decode("latin-1") if _AUTHORIZATION in fields else None,
+        traceparent=fields[_TRACEPARENT].decode("latin-1") if _TRACEPARENT in fields else None,
         reserved=any(name.startswith(_RESERVED) for name in fields),
         vault={
             name[len(_VAULT) :].decode("ascii"): value.decode("latin-1")

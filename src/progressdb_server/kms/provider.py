@@ -21,6 +21,7 @@ from minikms import api
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
 from minikms.client import AsyncClient, DecryptItem, EncryptItem, ReencryptItem
 from minikms.platform.logs import structlog
+from minikms.processes.tracing import Exchange
 from progressdb_server.metrics import KmsMetrics
 
 WAIT_S: Final = 5.0
@@ -137,13 +138,16 @@ class Provider(Protocol):
 
 
 class RequestReads:
-    """A request of a client, for which records may be opened. `opened` is how many were."""
+    """A request of a client, for which records may be opened. `opened` is how many were. `exchanges`: those with the
+    key service, if it is traced.
+    """
 
-    __slots__ = ("opened", "request_id")
+    __slots__ = ("exchanges", "opened", "request_id")
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.opened = 0
+        self.exchanges: tuple[Exchange, ...] = ()
 
 
 READING: Final[ContextVar[RequestReads | None]] = ContextVar("progressdb_reading", default=None)
