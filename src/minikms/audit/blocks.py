@@ -183,7 +183,7 @@ _decode_lines = msgspec.json.Decoder(_Line).decode_lines
 
 class Indexer:
     """Makes the index in `directory` of the log in `log_directory`. It goes on after a start, and makes anew what is
-    damaged, missing, or of other lines.
+    damaged, missing, or of other lines. seq: the last line that it came to. idle: no lines for a block are left.
     """
 
     def __init__(self, directory: str, log_directory: str) -> None:
@@ -197,11 +197,13 @@ class Indexer:
         self.close()
         self._after = self._number = 0
         """The last segment that has an index, and the one that gets it."""
+        self.seq, self.idle = 0, False
         self._go_on_after(())
 
     def _go_on_after(self, blocks: Sequence[Block]) -> None:
         self._last = blocks[-1] if blocks else None
         """The last block of the segment that gets its index."""
+        self.seq = self.seq if self._last is None else self._last.last_seq
         self._size = sum(_HEAD.size + 4 * len(block.names) for block in blocks)
         """Of the file of that segment in the index."""
 
@@ -218,6 +220,7 @@ class Indexer:
             self.close()
             self._file = next_segment(self._log_directory, self._after)
         file, last = self._file, self._last
+        self.idle = file is None
         if file is None or not file.number:
             return
         # Lines that were replaced since the last call have another MAC.
@@ -234,17 +237,18 @@ class Indexer:
                 self._after = file.number
             elif lines and (file.closed or len(content) == BLOCK_BYTES) and self._add(lines, until):
                 continue
+            self.idle = not file.closed
             self.close()  # what was read of a compressed file can't be read again
             return
 
     def _load(self, file: SegmentFile) -> bool:
         """Go on after the blocks that a segment has. False if there is no more to index."""
         blocks = usable_blocks(self._directory, self._log_directory, file)
+        self._go_on_after(blocks)
         if file.closed and blocks and blocks[-1].closed:
             self._after = file.number
             self.close()
             return False
-        self._go_on_after(blocks)
         make_private_directory(self._directory)
         live = {str(each) for each in (file.number, *list_segments(self._log_directory))}
         for name in os.listdir(self._directory):
@@ -281,6 +285,7 @@ class Indexer:
         content = _HEAD.pack(0, *head)[4:] + names
         self._write(struct.pack("=I", zlib.crc32(content)) + content)
         self._last = Block(closed, begin, end, last_begin, last.seq, *times_of, mac, b"")
+        self.seq = last.seq
         return True
 
     def _write(self, content: bytes) -> None:

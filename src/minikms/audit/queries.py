@@ -19,7 +19,14 @@ import msgspec
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import record
 from minikms.audit.blocks import ACTOR, KEY, OUTCOME, THREAD, TYPE, Lookup, name_number
-from minikms.audit.reader import LOG_NAME, DamagedSegmentError, SegmentFile, each_segment, list_segments
+from minikms.audit.reader import (
+    LOG_NAME,
+    DamagedSegmentError,
+    SegmentFile,
+    each_segment,
+    list_segments,
+    newest_first,
+)
 from minikms.audit.record import Event, Head, MalformedLineError, line_start
 from minikms.audit.rules import Report, Trust
 from minikms.audit.verify import Verifier
@@ -41,7 +48,8 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     """The conditions of a search: an event must match every field that is not empty.
 
     threads: the recorded forms of one thread id. thread_keys: ids of the thread's keys that are known already; an event
-    that names one of them is about the thread. types, outcomes: one of these.
+    that names one of them is about the thread. types, outcomes: one of these. since_ns, until_ns: Unix time, without
+    the end; 0 for no bound.
     """
 
     threads: tuple[str, ...] = ()
@@ -51,6 +59,8 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
     outcomes: tuple[str, ...] = ()
+    since_ns: int = 0
+    until_ns: int = 0
 
     def matches(self, event: Event, thread_keys: AbstractSet[str] = frozenset()) -> bool:
         """`thread_keys`: of the thread, as far as they are known at this line."""
@@ -58,6 +68,8 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
             (not self.threads or event.thread_id in self.threads or _names(event, thread_keys))
             and (not self.types or event.type in self.types)
             and (not self.outcomes or event.outcome in self.outcomes)
+            and self.since_ns <= event.ts
+            and (not self.until_ns or event.ts < self.until_ns)
             and (not self.key or event.key_id == self.key or self.key in event.key_ids)
             and (not self.actors or event.actor in self.actors)
             and (
@@ -77,8 +89,14 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
 
     def needles(self) -> list[tuple[bytes, ...]]:
         """For each field but the thread: byte strings, at least one of which occurs in a matching line."""
-        fields = ((self.key,), self.actors, self.requests, self.types)
+        members = (("type", self.types), ("outcome", self.outcomes))
+        exact = (tuple(f'"{name}":"{text}"' for text in texts) for name, texts in members)
+        fields = ((self.key,), self.actors, self.requests, *exact)
         return [tuple(text.encode() for text in texts) for texts in fields if any(texts)]
+
+    def key_of_thread(self, event: Event) -> str:
+        """The key that the event gives to the thread; empty if it gives none."""
+        return event.key_id if event.thread_id in self.threads and event.outcome == "ok" else ""
 
 
 def _names(event: Event, keys: AbstractSet[str]) -> bool:
@@ -92,13 +110,17 @@ def query(
     key: str = "",
     actor: str = "",
     request: str = "",
+    verb: str = "",
+    outcome: str = "",
     reads: bool = False,
+    since_ns: int = 0,
+    until_ns: int = 0,
     audit_keys: Sequence[memoryview] = (),
 ) -> Query:
     """A query for texts as a person types them, actor and request also as the log has them, where some characters are
     escaped. With `audit_keys` it also finds a thread id recorded as an HMAC.
 
-    `reads`: only events whose answer may hold plaintext.
+    `reads`: only events whose answer may hold plaintext, whatever `verb` is.
     """
     threads = [record.escape(thread), *(record.hash_thread_id(thread, each) for each in audit_keys)] if thread else []
     return Query(
@@ -107,8 +129,10 @@ def query(
         key=record.escape(key),
         actors=(record.escape(actor, record.ACTOR_CHARS_MAX), actor) if actor else (),
         requests=(record.escape(request), request) if request else (),
-        types=READ_TYPES if reads else (),
-        outcomes=READ_OUTCOMES if reads else (),
+        types=READ_TYPES if reads else (record.escape(verb),) if verb else (),
+        outcomes=(record.escape(outcome),) if outcome else READ_OUTCOMES if reads else (),
+        since_ns=since_ns,
+        until_ns=until_ns,
     )
 
 
@@ -135,14 +159,9 @@ def find(directory: str, sought: Query, lookup: Lookup | None = None) -> Iterato
                 event = record.parse_line(line)[0]
             except MalformedLineError:
                 continue
-            if (
-                event.thread_id in sought.threads
-                and event.outcome == "ok"
-                and event.key_id
-                and event.key_id not in keys
-            ):
-                keys.add(event.key_id)
-                of_thread.append(event.key_id.encode())
+            if (key := sought.key_of_thread(event)) and key not in keys:
+                keys.add(key)
+                of_thread.append(key.encode())
             if wanted and sought.matches(event, keys):
                 yield line
 
@@ -177,13 +196,10 @@ def line_of(directory: str, seq: int) -> bytes | None:
     Raises OSError and DamagedSegmentError.
     """
     prefix = record.line_start(seq)
-    closed = list(list_segments(directory))
-    for after in (max(closed, default=0), *(number - 1 for number in reversed(closed))):
-        for file in each_segment(directory, after=after):
-            if record.peek_seq(file.first_line()) <= seq:
-                _seek_before(file, seq)
-                return next((line for line in file.lines() if line.startswith(prefix)), None)
-            break
+    for file in newest_first(directory):
+        if record.peek_seq(file.first_line()) <= seq:
+            _seek_before(file, seq)
+            return next((line for line in file.lines() if line.startswith(prefix)), None)
     return None
 
 

@@ -303,6 +303,16 @@ def each_segment(directory: str, *, after: int = 0) -> Iterator[SegmentFile]:
         time.sleep(GROWTH_WAIT_S)
 
 
+def newest_first(directory: str) -> Iterator[SegmentFile]:
+    """The log's files, the one being written first. Each is closed when the next one is requested. Raises OSError."""
+    closed = list(list_segments(directory))
+    for after in (max(closed, default=0), *(number - 1 for number in reversed(closed))):
+        for file in each_segment(directory, after=after):
+            if after == max(closed, default=0) or file.number == after + 1:  # else it was removed meanwhile
+                yield file
+            break
+
+
 def next_segment(directory: str, last: int, seen: tuple[int, int] | None = None) -> SegmentFile | None:
     """The first file after segment `last`, or None. The caller closes it.
 
