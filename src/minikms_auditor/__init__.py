@@ -10,5 +10,5 @@ A process and a user of its own, which reads the log's directory and holds no ke
 4. Status, log and metrics name the reason why it stops. It checks that reason again, and skips no line.
 
 Modules, each importing only earlier ones: `config`, `signers`, `store`, `tail`, `witnesses`, `sinks`,
-`syslog`, `collectors`, `auditor`, `metrics`, `process`, `command`.
+`syslog`, `collectors`, `auditor`, `metrics`, `questions`, `process`, `command`.
 """

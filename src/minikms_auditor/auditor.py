@@ -66,6 +66,7 @@ class Status(msgspec.Struct, frozen=True):
     """What `minikms-auditor status` shows. Times are Unix seconds. alarm: why nothing is signed. errors: of the key
     service, a signer, the disk. witnessed_at: when a quorum knew no larger tree than the published one; 0 without it.
     position_seq: the last line under the published tree; the reported position may be lower, that of a required sink.
+    indexed_seq: the last line of the index.
     """
 
     origin: str
@@ -84,6 +85,7 @@ class Status(msgspec.Struct, frozen=True):
     witnesses: tuple[WitnessStatus, ...] = ()
     pending: PendingLog | None = None
     sinks: tuple[SinkStatus, ...] = ()
+    indexed_seq: int = 0
 
 
 class _AlarmError(Exception):
@@ -115,6 +117,8 @@ class Auditor:
         self._stopping = stopping
         self._tail: Tail | None = None
         self._indexer = Indexer(os.path.join(config.state_dir, BLOCKS_NAME), config.log_dir)
+        self.check_index = False
+        """Set by another thread that has found lines without an index: once it is whole, it is looked at again."""
         self._faults = 0
         self._alarm = ""
         self._look_again_s = 0.0
@@ -301,6 +305,9 @@ class Auditor:
         """Without an index `minikms audit find` reads the log, so a failure stops nothing."""
         line = self._store.state.line
         try:
+            if self.check_index and self._indexer.idle:
+                self._indexer.reset()
+                self.check_index = False
             if line is not None and line.log_id == self._log_id:
                 self._indexer.grow(line.seq)
         except (KmsRefusedError, OSError) as error:
@@ -395,6 +402,7 @@ class Auditor:
             ),
             pending=self._pending,
             sinks=tuple(sink.status() for sink in self._sinks),
+            indexed_seq=self._indexer.seq,
         )
 
     def _show(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import pwd
 import re
 from pathlib import Path
 from typing import Final, Literal
@@ -30,6 +31,7 @@ FILE_SCHEME: Final = "file:"
 _SIGNER_SCHEMES: Final = (FILE_SCHEME, "pkcs11:", "aws-kms:")
 TOKEN_PATHS_COUNT_MAX: Final = 16
 SINKS_COUNT_MAX: Final = 8
+QUESTIONS_SOCKET: Final = "/run/minikms-auditor/questions.sock"
 _SINK_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}", re.ASCII)
 _URL: Final = re.compile(r"(?:https?|tls|tcp)://[!-~]+", re.ASCII)
 
@@ -91,6 +93,19 @@ class FileSink(_Sink, frozen=True, kw_only=True, tag="file"):
 Sink = SyslogSink | HttpSink | SplunkSink | FileSink
 
 
+class Questions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Who may ask about the log, by name or number, and where. group: also reaches the socket; else only this user."""
+
+    users: tuple[str | Uid, ...]
+    socket: str = QUESTIONS_SOCKET
+    group: str = ""
+
+    @property
+    def uids(self) -> frozenset[int]:
+        """Raises StartError."""
+        return frozenset(user if isinstance(user, int) else _uid_of(user) for user in self.users)
+
+
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """token_paths: what the library of a token or a cloud reads and writes while the auditor runs."""
 
@@ -108,6 +123,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     quorum: int = 0
     resubmit_seconds: int = RESUBMIT_SECONDS
     sink: tuple[Sink, ...] = ()
+    questions: Questions | None = None
 
     @property
     def uses_network(self) -> bool:
@@ -125,10 +141,15 @@ class Files(ConfigFiles):
     """The configuration of the auditor, and the files that it names."""
 
     def config(self) -> Config:
-        """With absolute paths of what the auditor opens. Raises StartError."""
+        """With absolute paths of what the auditor opens, and the numbers of users. Raises StartError."""
         config = parse_config(self.content(), str(self.config_path))
         places = {name: str(self.path(getattr(config, name))) for name in ("kms_socket", "log_dir", "state_dir")}
         check_socket(places["kms_socket"])
+        questions = config.questions
+        if questions is not None:
+            socket, users = str(self.path(questions.socket)), tuple(questions.uids)
+            check_socket(socket, "socket of questions")
+            questions = msgspec.structs.replace(questions, socket=socket, users=users)
         tokens = tuple(str(self.path(each)) for each in config.token_paths)
         sinks = tuple(
             msgspec.structs.replace(sink, path=str(self.path(sink.path))) if isinstance(sink, FileSink) else sink
@@ -140,7 +161,7 @@ class Files(ConfigFiles):
                     os.path.realpath(own)
                 ):
                     raise StartError(f"{self.config_path}: the file of the sink {sink.name!r} lies in {own}")
-        return msgspec.structs.replace(config, **places, token_paths=tokens, sink=sinks)
+        return msgspec.structs.replace(config, **places, token_paths=tokens, sink=sinks, questions=questions)
 
 
 def parse_config(content: bytes, place: str) -> Config:
@@ -179,6 +200,8 @@ def _check(config: Config) -> None:
             raise StartError(f"{witness.url!r} is no URL of a witness, such as https://witness.example.com/w1")
         if witness.ca and not witness.url.startswith("https:"):
             raise StartError(f"the witness {witness.url} has no TLS, so remove ca")
+    if config.questions is not None and not config.questions.users:
+        raise StartError("users of questions must name a user")
     if len(config.sink) > SINKS_COUNT_MAX:
         raise StartError(f"there are more than {SINKS_COUNT_MAX} sinks")
     if len({sink.name for sink in config.sink}) != len(config.sink):
@@ -213,6 +236,13 @@ def _check_sink(sink: Sink) -> None:
         raise StartError(f"{name}: plain HTTP is for receivers on this host, such as http://127.0.0.1:8080")
     if bool(sink.cert) != bool(sink.key):
         raise StartError(f"{name}: cert and key belong together")
+
+
+def _uid_of(name: str) -> int:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise StartError(f"there is no user {name}") from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,7 +2,8 @@
 
 Owns the order of the start: read the configuration and the private keys, lock and read the state directory, bind the
 listener, harden the process (it has one thread until here), run. One thread runs the steps of
-`minikms_auditor.auditor`, and each sink has one; the event loop answers for metrics, signals and the service manager.
+`minikms_auditor.auditor`, each sink has one, and one reads the log for questions; the event loop answers for those,
+metrics, signals and the service manager.
 Invariants: a stop waits for the step that runs, at most `STOP_SECONDS_MAX`, and for no sink; the hardened process can
 write in its state directory only, in the paths that tokens need, and beside the file of a sink. It must never start a
 step before the process is hardened.
@@ -15,7 +16,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -32,10 +33,12 @@ from minikms.platform.logs import service_logger
 from minikms.platform.notify import Notifier
 from minikms.processes.config_file import address
 from minikms.processes.running import Run
-from minikms_auditor.auditor import Auditor
+from minikms.processes.sockets import UnixListener, listen
+from minikms_auditor.auditor import Auditor, Status
 from minikms_auditor.collectors import Collector, SplunkCollector
-from minikms_auditor.config import Config, Files, FileSink, HttpSink, Sink, SplunkSink, SyslogSink
+from minikms_auditor.config import Config, Files, FileSink, HttpSink, Questions, Sink, SplunkSink, SyslogSink
 from minikms_auditor.metrics import AuditorCollector
+from minikms_auditor.questions import QUESTION_LIMITS, Desk
 from minikms_auditor.signers import Signers, open_signers
 from minikms_auditor.sinks import FileTransport, Shipper, Transport
 from minikms_auditor.store import SinkFiles, Store
@@ -92,6 +95,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         cleaning.callback(store.close)
         signals = cleaning.enter_context(SignalReader())
         listener = cleaning.enter_context(listen_tcp(*address(config.metrics))) if config.metrics else None
+        asked = cleaning.enter_context(_listen(config.questions)).socket if config.questions else None
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, config.log_dir]
         if config.uses_network:
             read += NETWORK_PATHS
@@ -118,7 +122,19 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         log.info(
             "running", origin=config.origin, size=store.state.size, vkeys=[key.text() for key in signers.verifiers]
         )
-        uvloop.run(_Process(auditor, sinks, stopping=stopping, listener=listener, run=run).serve())
+        process = _Process(auditor, sinks, stopping=stopping, listener=listener, run=run)
+        if config.questions is not None and asked is not None:
+            process.desk = (
+                asked,
+                Desk(config, config.questions, auditor, status=process.status, stopping=stopping.is_set, log=log),
+            )
+        uvloop.run(process.serve())
+
+
+def _listen(questions: Questions) -> UnixListener:
+    """Raises StartError."""
+    group = questions.group or None
+    return listen(questions.socket, {}, mode=0o660 if group else 0o600, group=group)
 
 
 class _Process:
@@ -139,13 +155,24 @@ class _Process:
         self._listener = listener
         self._run = run
         self._status = auditor.status()
+        self.desk: tuple[socket.socket, Desk] | None = None
+        """Its listener, and what answers questions, if they are configured."""
+
+    def status(self) -> Status:
+        """Of the last step."""
+        return self._status
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         self._run.read_signals()
         steps = threading.Thread(target=self._work, args=("steps", self._run_steps), daemon=True)
-        collector = AuditorCollector(lambda: self._status)
-        async with self._run.metrics(self._listener, collector, "minikms_auditor_build_info"):
+        collector = AuditorCollector(self.status)
+        async with AsyncExitStack() as served:
+            metrics = self._run.metrics(self._listener, collector, "minikms_auditor_build_info")
+            await served.enter_async_context(metrics)
+            if self.desk is not None:
+                served.callback(self.desk[1].close)
+                await served.enter_async_context(self._run.serving(*self.desk, QUESTION_LIMITS))
             steps.start()
             for number, sink in enumerate(self._sinks):  # a stop does not wait for them: they may be killed at any time
                 ship = partial(sink.run, self._halt)

@@ -45,6 +45,9 @@ def witness(url: str, more: str = "", key: str = KEY) -> str:
         (GOOD + 'public_keys = ["AAAA"]', "44 characters"),
         (GOOD + "resubmit_seconds = 0", "resubmit_seconds is"),
         (GOOD + "quorum = 1", "quorum is"),
+        (GOOD + "[questions]", "users"),
+        (GOOD + "[questions]\nusers = []", "must name a user"),
+        (GOOD + "[questions]\nusers = [-1]", "users"),
         (witness("https://w.example", key=KEY.replace("AAB", "AAC")), "verifier key"),
         (witness("https://w.example", f'[[witness]]\nurl = "https://v.example"\nkey = "{KEY}"'), "the same key"),
         (witness("http://w.example", 'ca = "ca.pem"'), "has no TLS"),
@@ -102,6 +105,17 @@ def test_a_file_of_a_sink_among_the_auditors_own_is_refused(tmp_path: Path, path
 def test_a_configuration_with_each_member_is_valid() -> None:
     every = witness("https://w.example/w1", 'ca = "ca.pem"').replace("quorum", 'metrics = "[::1]:9104"\nquorum')
     assert parse_config(every.encode(), "auditor.toml").metrics == "[::1]:9104"
+
+
+def test_questions_have_the_numbers_of_users_and_a_path_for_a_socket(tmp_path: Path) -> None:
+    path = tmp_path / "auditor.toml"
+    path.write_text(GOOD + '[questions]\nusers = ["root", 7, "root"]\nsocket = "q"')
+    questions = Files(path).config().questions
+    assert questions is not None and (questions.uids, questions.socket) == (frozenset({0, 7}), str(tmp_path / "q"))
+    for wrong, said in (('users = ["no.such.user"]', "no user"), (f'users = [1]\nsocket = "{"s" * 200}"', "socket")):
+        path.write_text(f"{GOOD}[questions]\n{wrong}")
+        with pytest.raises(StartError, match=said):
+            Files(path).config()
 
 
 def test_two_signers_with_the_same_key_are_refused(tmp_path: Path) -> None:

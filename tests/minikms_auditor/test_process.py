@@ -1,5 +1,6 @@
 """The auditor as a process under a user of its own, beside a real daemon, a witness and a token."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ from tests.harness.audited_daemon import ORIGIN, AuditedDaemon
 from tests.harness.callers import USER
 from tests.harness.hsm import RUN_S_MAX, Token
 from tests.harness.waiting import wait_until
+from tests.minikms_auditor.asking import ask
 from tests.minikms_auditor.receivers import Collector
 
 WITNESS = "witness.example/w1"
@@ -102,6 +104,7 @@ def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> 
             f'{settings}quorum = 1\n[[witness]]\nurl = "{url}"\nkey = "{served.vkey}"\n'
             f'[[sink]]\ntype = "http"\nname = "siem"\nurl = "{collector.url}"\nrequired = true\n'
             f'[[sink]]\ntype = "file"\nname = "copy"\npath = "{copies}/copy"\n'
+            f'[questions]\nusers = [0]\nsocket = "{copies}/q"\n'
         )
         with running_until_terminated(auditor, public / "auditor.log"):
             wait_until(lambda: tree_size() > 0)
@@ -113,6 +116,9 @@ def test_a_hardened_auditor_signs_with_a_token_for_its_witness(public: Path) -> 
             wait_until(lambda: daemon.status()["audit"]["position"]["seq"] >= sent)
             assert len(collector.lines) >= sent
             wait_until(lambda: (copies / "copy").read_bytes().count(b"\n") >= sent)
+            asked = asyncio.run(ask(copies / "q", {"thread": "u", "asker": "k1"}, server_uids=[USER])).answer
+            assert [line.type for line in asked.lines] == ["create_dek"] and asked.signed_seq >= sent
+            assert "asker=k1" in (public / "auditor.log").read_text()
             note = public / "tree-checkpoint"
             note.write_text(auditor.run("checkpoint").stdout)
             keys = [f"--log-key={vkey}" for vkey in vkeys]

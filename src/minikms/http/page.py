@@ -1,6 +1,6 @@
-"""An application with one page, for a listener of its own: the metrics of a process beside the key service.
+"""Small applications for listeners of their own, such as the metrics of a process beside the key service.
 
-Owns: what such a listener answers, and its limits. It must never answer anything but `GET` of that page.
+Owns: what such a listener answers, and its limits. A page must never answer anything but its `GET`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from minikms import api
 from minikms.http.exchange import Link, Request, Response, error_response
 from minikms.http.head import ParsedHead
-from minikms.http.limits import Limits
+from minikms.http.limits import Limits, Refusal
 from minikms.platform import process_metrics
 
 if TYPE_CHECKING:
@@ -24,15 +24,10 @@ PAGE_LIMITS: Final = Limits(connections_max=CONNECTIONS_MAX, body_bytes_max=0)
 METRICS_PATH: Final = "/metrics"
 
 
-class PageApplication:
-    """The application of the engine: see `minikms.http`. `page` makes the page for each request."""
+class SmallApplication:
+    """What an application of the engine (see `minikms.http`) leaves as it is, if it has no state of its own."""
 
-    def __init__(self, path: str, page: Callable[[], bytes], content_type: str) -> None:
-        self._path = path
-        self._content_type = content_type
-        self.page = page
-
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> int:
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> int | Refusal | None:
         return sock.fileno()
 
     def group(self, session: int) -> int:
@@ -44,19 +39,28 @@ class PageApplication:
     def admit(self, session: int, head: ParsedHead) -> Response | None:
         return None
 
-    def handle(self, session: int, request: Request) -> Response:
-        if (request.method, request.path) != ("GET", self._path):
-            return error_response(404, api.CODE_NOT_FOUND, f"ask for {self._path}")
-        return Response(200, self.page(), content_type=self._content_type)
-
     def refused(self, session: int | None, status: int, code: str) -> None:
-        """Nothing to count: the page holds no secret."""
+        """Nothing to count."""
 
     def commit(self) -> bool:
         return True
 
     def close_session(self, session: int) -> None:
         """Nothing was opened."""
+
+
+class PageApplication(SmallApplication):
+    """`page` makes the page for each request."""
+
+    def __init__(self, path: str, page: Callable[[], bytes], content_type: str) -> None:
+        self._path = path
+        self._content_type = content_type
+        self.page = page
+
+    def handle(self, session: int, request: Request) -> Response:
+        if (request.method, request.path) != ("GET", self._path):
+            return error_response(404, api.CODE_NOT_FOUND, f"ask for {self._path}")
+        return Response(200, self.page(), content_type=self._content_type)
 
 
 def metrics_page(collector: Collector, build_info: str) -> PageApplication:

@@ -95,10 +95,10 @@ def has_nul(value: object) -> bool:
     return isinstance(value, str) and "\0" in value
 
 
-def check_socket(text: str) -> None:
+def check_socket(text: str, name: str = "kms_socket") -> None:
     """Raises StartError unless `text` can be the path of a Unix socket."""
     if not 0 < len(os.fsencode(text)) <= SOCKET_PATH_BYTES_MAX:
-        raise StartError(f"kms_socket is a path of 1 to {SOCKET_PATH_BYTES_MAX} bytes")
+        raise StartError(f"{name} is a path of 1 to {SOCKET_PATH_BYTES_MAX} bytes")
 
 
 def address(text: str) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-from minikms.http import HttpServer
+from minikms.http import Application, HttpServer, Limits, S
 from minikms.http.accepting import Acceptor
 from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.memory import Measure, SignalReader
@@ -74,19 +74,24 @@ class Run:
         self, listener: socket.socket | None, collector: Collector, build_info: str
     ) -> AsyncIterator[None]:
         """Serves them on the listener, if there is one, until the block ends."""
+        async with self.serving(listener, metrics_page(collector, build_info), PAGE_LIMITS):
+            yield
+
+    @asynccontextmanager
+    async def serving(
+        self, listener: socket.socket | None, application: Application[S], limits: Limits
+    ) -> AsyncIterator[None]:
+        """Serves the application on the listener, if there is one, until the block ends."""
         if listener is None:
             yield
             return
-        page: HttpServer[int] = HttpServer(
-            metrics_page(collector, build_info),
-            loop=asyncio.get_running_loop(),
-            on_internal_error=self.internal_error,
-            limits=PAGE_LIMITS,
+        server: HttpServer[S] = HttpServer(
+            application, loop=asyncio.get_running_loop(), on_internal_error=self.internal_error, limits=limits
         )
-        acceptor = Acceptor(listener, page, on_failure=self.accept_failed)
+        acceptor = Acceptor(listener, server, on_failure=self.accept_failed)
         yield
         acceptor.close()
-        await page.drain(0)
+        await server.drain(0)
 
     def internal_error(self, what: str) -> None:
         self.log.error("internal error", what=what)

@@ -1,0 +1,76 @@
+"""Asking the auditor of a `Rig`: its desk on a socket in this process, and a client as the message server's."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Collection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from minikms.api.audit_questions import PATH, AuditAnswer
+from minikms.client.connecting import SocketEndpoint
+from minikms.client.connection import ClientConnection
+from minikms.http import HttpServer
+from minikms.http.accepting import Acceptor
+from minikms.platform.logs import structlog
+from minikms.processes.sockets import listen
+from minikms_auditor.config import Questions, parse_config
+from minikms_auditor.questions import QUESTION_LIMITS, Desk
+from tests.harness.waiting import WAIT_S_MAX
+from tests.minikms_auditor.rig import Rig
+
+
+class Asked(msgspec.Struct):
+    status: int
+    body: bytes
+
+    @property
+    def answer(self) -> AuditAnswer:
+        assert self.status == 200, self
+        return msgspec.json.decode(self.body, type=AuditAnswer)
+
+
+async def ask(path: Path, body: object, target: str = PATH, server_uids: Collection[int] | None = None) -> Asked:
+    connection = await ClientConnection.open(SocketEndpoint(path, server_uids), WAIT_S_MAX)
+    try:
+        content = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        answer = await connection.exchange(target.encode(), content, None, WAIT_S_MAX)
+        return Asked(answer.status, answer.body)
+    finally:
+        connection.close()
+
+
+@contextlib.asynccontextmanager
+async def desk_of(rig: Rig, *, uids: tuple[int, ...] = (os.getuid(),)) -> AsyncIterator[Path]:
+    """Its socket. The lines of its log go to structlog."""
+    assert rig.auditor is not None
+    questions = Questions(users=uids, socket=str(rig.base / "q"))
+    desk = Desk(
+        parse_config(rig.config(), "auditor.toml"),
+        questions,
+        rig.auditor,
+        status=rig.auditor.status,
+        stopping=lambda: False,
+        log=structlog.get_logger(),
+    )
+    failed: list[str] = []
+    with listen(questions.socket, {}) as listener:
+        server = HttpServer(
+            desk, loop=asyncio.get_running_loop(), on_internal_error=failed.append, limits=QUESTION_LIMITS
+        )
+        acceptor = Acceptor(listener.socket, server, on_failure=failed.append)
+        yield Path(questions.socket)
+        acceptor.close()
+        await server.drain(0)
+    desk.close()
+    assert failed == []
+
+
+def answers(rig: Rig, *questions: dict[str, Any]) -> list[AuditAnswer]:
+    async def each() -> list[AuditAnswer]:
+        async with desk_of(rig) as path:
+            return [(await ask(path, question)).answer for question in questions]
+
+    return asyncio.run(each())
