@@ -430,7 +430,8 @@ def audit_keys(unlocked: UnlockedKeyring) -> AuditKeys:
     first.
     """
     *former, current = (_audit_key(unlocked, key) for key in unlocked.audit.audit_keys)
-    return AuditKeys(current=current, former=tuple(former))
+    member = unlocked.body.member(unlocked.member_id)
+    return AuditKeys(current, tuple(former), unconfirmed=member is not None and member.unconfirmed)
 
 
 def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKeyEntry) -> AuditKey:

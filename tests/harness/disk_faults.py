@@ -66,7 +66,9 @@ def stored_but_refused(self: KeyringFile, data: bytes, store_now: Callable[..., 
     refuse()
 
 
-def stored_once() -> Callable[[KeyringFile, bytes], None]:
-    """As `stored_but_refused`, and no later keyring reaches the disk: the repair may begin before the test goes on."""
-    stores = iter([stored_but_refused])
+def stored_once(
+    first: Callable[[KeyringFile, bytes], None] = stored_but_refused,
+) -> Callable[[KeyringFile, bytes], None]:
+    """As `first`, and no later keyring reaches the disk: the repair may begin before the test goes on."""
+    stores = iter([first])
     return lambda *stored: next(stores, refuse)(*stored)  # noqa: PLW0108 - a step of `stores` for each call

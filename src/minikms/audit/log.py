@@ -172,8 +172,8 @@ class AuditLog:
         """Whether an auditor takes the lines, as far as they are signed. Its owner may set it."""
         self._reserve.fill()
         try:
-            if opened.key.version != keys.current.version:
-                self.change_key(keys.current)  # its line comes first; the commit below waits for the disk
+            if opened.key.version != opened.current.version:
+                self.change_key(opened.current)  # its line comes first; the commit below waits for the disk
             self._queue += opened.pending
             self.commit(durable=True)
         except AuditUnavailableError:

@@ -10,7 +10,7 @@ Owns: verifying the end of a log file, the decision table below, and the events 
 - A closed last segment, and no file or an empty one after it: a rotation was interrupted; begin the next file.
 - An end under an earlier audit key, at the line where the change of key began: the change was interrupted;
   `OpenedLog.key` is that earlier key. At another line: refuse, because the holder of an earlier key can write a log
-  that ends anywhere.
+  that ends anywhere. Only a key that is not confirmed yet is left out then: the change never came here.
 - An end that does not follow, or a log without the expected line: refuse. If the caller accepts the loss, move all
   files aside and begin a new log whose `genesis` says so.
 
@@ -197,10 +197,13 @@ class ExpectedLog(msgspec.Struct, frozen=True):
 
 
 class AuditKeys(NamedTuple):
-    """The audit key, and the earlier versions that the end of the log may still be under."""
+    """The audit key, and the earlier versions that the end of the log may still be under. `unconfirmed`: the keyring
+    does not know yet that the log uses the current one.
+    """
 
     current: AuditKey
     former: tuple[AuditKey, ...] = ()
+    unconfirmed: bool = False
 
     def trust(self) -> Trust:
         keys = (self.current, *self.former)
@@ -217,8 +220,8 @@ class AuditKeys(NamedTuple):
 
 class OpenedLog(msgspec.Struct):
     """A log ready for its next line. pending: events of the start, to be written first. key: the version that is active
-    at the end of the log, which is an earlier one if a change of key was interrupted. state: of the key files, by the
-    last line that names it.
+    at the end of the log; `current`: the one of all further lines, which is a later one if a change of key was
+    interrupted. state: of the key files, by the last line that names it.
     """
 
     fd: int
@@ -231,6 +234,7 @@ class OpenedLog(msgspec.Struct):
     segment_seq: int
     pending: list[Event]
     key: AuditKey
+    current: AuditKey
     state: KeyState
 
 
@@ -296,7 +300,7 @@ def _open(directory: str, keys: AuditKeys, expected: ExpectedLog, ts: int) -> Op
 
 def _continue(directory: str, fd: int, end: LogEnd, keys: AuditKeys, expected: ExpectedLog) -> OpenedLog:
     _check_expected_line(directory, end, expected)
-    _check_key_change(end, keys)
+    keys = _usable(end, keys)
     # If an interrupted change of key has to be completed, its line comes first.
     next_seq = end.head.seq + (1 if end.key_version == keys.current.version else 2)
     if os.fstat(fd).st_size > end.whole_bytes:
@@ -312,6 +316,7 @@ def _continue(directory: str, fd: int, end: LogEnd, keys: AuditKeys, expected: E
         segment_seq=end.first_seq,
         pending=_recovery(directory, next_seq),
         key=keys.of(end.key_version),
+        current=keys.current,
         state=end.state,
     )
 
@@ -319,7 +324,7 @@ def _continue(directory: str, fd: int, end: LogEnd, keys: AuditKeys, expected: E
 def _begin(directory: str, key: AuditKey, ts: int, previous: Facts) -> OpenedLog:
     log_id = os.urandom(chain.LOG_ID_BYTES)
     event = chain.genesis_event(log_id, key.version, key.signer.public_key(), previous)
-    return _create(directory, event, LogEnd(0, log_id=log_id.hex(), next_segment=1), key=key, ts=ts)
+    return _create(directory, event, LogEnd(0, log_id=log_id.hex(), next_segment=1), AuditKeys(key), ts=ts)
 
 
 def _begin_after(
@@ -335,7 +340,7 @@ def _begin_after(
     if end.fault or end.next_segment != number + 1:
         raise _LossError(f"the audit log {LOG_NAME} is missing: {end.fault or name + ' is not the last of its files'}")
     _check_expected_line(directory, end, expected)
-    _check_key_change(end, keys)
+    keys = _usable(end, keys)
     if torn_fd is not None:
         _move_torn_aside(directory, torn_fd, 0, seq=end.head.seq + 2)
     key = keys.of(end.key_version)
@@ -348,11 +353,12 @@ def _begin_after(
         closed=end.coverage,
         state=end.state,
     )
-    return _create(directory, event, end, key=key, ts=ts)
+    return _create(directory, event, end, keys, ts=ts)
 
 
-def _create(directory: str, event: Event, before: LogEnd, *, key: AuditKey, ts: int) -> OpenedLog:
+def _create(directory: str, event: Event, before: LogEnd, keys: AuditKeys, *, ts: int) -> OpenedLog:
     """Make the file that follows `before`, with `event` as its first line."""
+    key = keys.of(before.key_version)
     blob, head = chain.make_lines([event], before.head, key.mac_key, ts)
     fd = create_file(directory, blob)
     os.rename(os.path.join(directory, NEXT_NAME), os.path.join(directory, LOG_NAME))
@@ -368,6 +374,7 @@ def _create(directory: str, event: Event, before: LogEnd, *, key: AuditKey, ts: 
         segment_seq=head.seq,
         pending=_recovery(directory, head.seq + 1),
         key=key,
+        current=keys.current,
         state=before.state,
     )
 
@@ -405,14 +412,19 @@ def _check_expected_line(directory: str, end: LogEnd, expected: ExpectedLog) -> 
         raise _LineLostError(f"line {head.seq} of the audit log is not the one that was written")
 
 
-def _check_key_change(end: LogEnd, keys: AuditKeys) -> None:
-    """Raise _LossError if the log ends under an earlier key at another line than the change of key began after."""
+def _usable(end: LogEnd, keys: AuditKeys) -> AuditKeys:
+    """The keys, without an unconfirmed one that the log went on without. Raise _LossError if it ends under an earlier
+    key at another line than the change of key began after.
+    """
     current = keys.current
     if end.key_version != current.version and current.since is not None and end.head != current.since:
+        if keys.unconfirmed and keys.former:
+            return _usable(end, AuditKeys(keys.former[-1], keys.former[:-1]))
         raise _LossError(
             f"the audit log ends at line {end.head.seq} under audit key version {end.key_version}, but version "
             f"{current.version} was introduced after line {current.since.seq}"
         )
+    return keys
 
 
 def _open_file(path: str) -> int | None:

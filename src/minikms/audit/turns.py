@@ -133,6 +133,11 @@ class TurnAudit:
             self._dropped_before = self._log.events_dropped
         return self._dropped_before == before
 
+    @property
+    def key_version(self) -> int:
+        """Of the audit key that the lines are under."""
+        return self._log.writer.key.version
+
     async def change_key(self, store: Callable[[Head], Awaitable[AuditKey]]) -> None:
         """Changes the audit key. No line comes between its steps; other tasks run. Do not cancel it.
 

@@ -202,7 +202,8 @@ class AuditState(_Part, frozen=True):
 class Member(_Part, frozen=True):
     """A host of a replicated key service. `slot_id`: of its root key when it joined. `audit`: of its own log; None for
     the host that the keyring was made on, which has what the body has. `key_version`: the keyring key under which its
-    newest audit key was made; with an older one, the member changes its audit key before it serves.
+    newest audit key was made; with an older one, the member changes its audit key before it serves. `unconfirmed`: this
+    key may not be in use, since a crash or a lost connection may have come between the database and its log.
     """
 
     member_id: str
@@ -211,6 +212,7 @@ class Member(_Part, frozen=True):
     joined_at: str
     key_version: int
     audit: AuditState | None = None
+    unconfirmed: bool = False
 
 
 class Body(_Part, frozen=True):
@@ -467,11 +469,23 @@ def add_audit_key(body: Body, member_id: str, key: AuditKeyEntry, *, at: str) ->
     return next_epoch(with_audit_key(body, member_id, key), at=at)
 
 
-def with_audit_key(body: Body, member_id: str, key: AuditKeyEntry) -> Body:
-    """The body with a key, made under its keyring key, for all further lines of a member's log. The epoch stays."""
-    body = with_audit(body, member_id, audit_keys=(*body.audit_of(member_id).audit_keys, key))
+def with_audit_key(body: Body, member_id: str, key: AuditKeyEntry, *, in_use: int = VERSION_MAX) -> Body:
+    """The body with a key, made under its keyring key, for all further lines of a member's log. Those above version
+    `in_use` go: the log went on without them. `confirmed` comes next. The epoch stays.
+    """
+    kept = (former for former in body.audit_of(member_id).audit_keys if former.version <= in_use)
+    body = with_audit(body, member_id, audit_keys=(*kept, key))
+    return _with_member(body, member_id, key_version=body.key_version, unconfirmed=True)
+
+
+def confirmed(body: Body, member_id: str) -> Body:
+    """The body after the log of a member has begun to use its newest audit key. The epoch stays."""
+    return _with_member(body, member_id, unconfirmed=False)
+
+
+def _with_member(body: Body, member_id: str, **changes: Any) -> Body:
     members = tuple(
-        msgspec.structs.replace(member, key_version=body.key_version) if member.member_id == member_id else member
+        msgspec.structs.replace(member, **changes) if member.member_id == member_id else member
         for member in body.members
     )
     return msgspec.structs.replace(body, members=members)
@@ -490,9 +504,7 @@ def with_audit(body: Body, member_id: str, **changes: Any) -> Body:
     """The body with another state of a member's audit log; `changes` are those of `AuditState`. The epoch stays."""
     if (member := body.member(member_id)) is None or member.audit is None:
         return msgspec.structs.replace(body, **changes)
-    changed = msgspec.structs.replace(member, audit=msgspec.structs.replace(member.audit, **changes))
-    members = tuple(changed if each is member else each for each in body.members)
-    return msgspec.structs.replace(body, members=members)
+    return _with_member(body, member_id, audit=msgspec.structs.replace(member.audit, **changes))
 
 
 def check_takes_audit_key(audit: AuditState) -> None:

@@ -28,6 +28,7 @@ from minikms.keys.keyring import (
     TombstoneLog,
     check_has_room,
     check_takes_audit_key,
+    confirmed,
     next_epoch,
     with_audit_key,
     without_audit_keys,
@@ -72,15 +73,17 @@ def mark_tested(body: Body, slot_id: str, *, at: str) -> Body:
 
 
 def taken_over(
-    body: Body, member_id: str, slot_id: str, audit_key: AuditKeyEntry | None, *, oldest: int, at: str
+    body: Body, member_id: str, slot_id: str, audit_key: AuditKeyEntry | None, *, oldest: int, in_use: int, at: str
 ) -> Body:
-    """The body of a member that is about to serve, whose root key opens the slot. `audit_key`: for all further lines of
-    its log, or None; `oldest`: the version that the first line is under.
+    """The body of a member that is about to serve, whose root key opens the slot. `oldest`, `in_use`: the audit keys
+    that its log begins and ends under. `audit_key`: for all further lines of it, or None.
     """
     body = mark_tested(without_audit_keys(body, member_id, before=oldest), slot_id, at=at)
-    if audit_key is not None:
+    if audit_key is None:
+        body = confirmed(body, member_id)
+    else:
         check_takes_audit_key(body.audit_of(member_id))
-        body = with_audit_key(body, member_id, audit_key)
+        body = with_audit_key(body, member_id, audit_key, in_use=in_use)
     return next_epoch(body, at=at)
 
 

@@ -12,17 +12,18 @@ one is there again. It must never begin the KEK rotation that ends the revocatio
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Container, Coroutine
 from functools import partial
 from typing import Final, Protocol
 
-from minikms.api.errors import SealedError, StorageUnavailableError, StorageUncertainError
+from minikms.api.errors import SealedError, StandbyError, StorageUnavailableError, StorageUncertainError
 from minikms.audit import AuditKey
 from minikms.audit.record import Head
 from minikms.custody.vault import Vault
 from minikms.datadir import audit_keys
 from minikms.keys import root_slots
-from minikms.keys.keyring import AuditKeyEntry, Body
+from minikms.keys.keyring import AuditKeyEntry, Body, confirmed, next_epoch
 from minikms.memory.arena import fill_random
 from minikms.platform.clock import now_rfc3339
 
@@ -31,6 +32,9 @@ STORE_RETRY_SECONDS: Final = 1.0
 
 class KeyedAudit(Protocol):
     """What the removal needs of the audit log: see `minikms.audit.turns.TurnAudit`."""
+
+    @property
+    def key_version(self) -> int: ...
 
     async def sync(self) -> None: ...
 
@@ -109,9 +113,10 @@ class RootRemoval:
         unlocked = self._vault.unlocked
         async with self._vault.keyring.held() as replace:
             body = self._vault.keyring.body
-            taken_over = partial(root_slots.taken_over, body, unlocked.member_id, slot_id, oldest=oldest)
-            member = body.member(unlocked.member_id)
-            if member is None or member.key_version == body.key_version:
+            member, in_use = body.member(unlocked.member_id), self._audit.key_version
+            taken_over = partial(root_slots.taken_over, body, unlocked.member_id, slot_id, oldest=oldest, in_use=in_use)
+            is_newest = in_use == unlocked.audit.current.version
+            if member is None or (member.key_version == body.key_version and is_newest):
                 await replace(taken_over(None, at=now_rfc3339()))
                 return
             await self._change_key(
@@ -131,6 +136,10 @@ class RootRemoval:
         except StorageUncertainError:
             self._repairing = asyncio.ensure_future(self._put_back())
             raise
+        body, member_id = self._vault.unlocked.body, self._vault.unlocked.member_id
+        if body.member(member_id) is not None:
+            with contextlib.suppress(StorageUnavailableError):  # its next take-over does it
+                await replace(next_epoch(confirmed(body, member_id), at=now_rfc3339()))
 
     def _audit_key_after(self, last: Head, key_version: int) -> AuditKeyEntry:
         unlocked = self._vault.unlocked
@@ -154,6 +163,8 @@ class RootRemoval:
                 await asyncio.sleep(STORE_RETRY_SECONDS)
             except SealedError:
                 return  # a start completes the change
+            except StandbyError:
+                break  # the key is not confirmed, so the log may go on without it
             else:
-                self._audit.release()
-                return
+                break
+        self._audit.release()

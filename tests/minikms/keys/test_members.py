@@ -114,10 +114,10 @@ def test_the_removal_of_a_root_key_keeps_the_audit_keys_of_every_member(arena: S
     before, used = audit_key(two.a, 1), arena.in_use
     keyrings.remove(two.b, gone)
     assert arena.in_use == used + 2 - 1, "the fresh audit key, and the slot that is gone"
-    assert {member.member_id: member.key_version for member in two.b.body.members} == {
-        "m1": 1,
-        two.b.member_id: 2,
-        third: 1,
+    assert {member.member_id: (member.key_version, member.unconfirmed) for member in two.b.body.members} == {
+        "m1": (1, False),
+        two.b.member_id: (2, True),
+        third: (1, False),
     }
     assert (versions(two.b.body, "m1"), versions(two.b.body, two.b.member_id)) == ([1], [1, 2])
     again = opened(arena, two.b, ROOT, "m1")
@@ -129,13 +129,15 @@ def test_a_member_takes_over_with_one_change(two: Two) -> None:
     unlocked, member_id = two.b, two.b.member_id
     slot_id = unlocked.body.slots[-1].slot_id
     assert unlocked.body.slots[-1].tested_at == NEVER
-    body = root_slots.taken_over(unlocked.body, member_id, slot_id, None, oldest=0, at=LATER)
+    body = root_slots.taken_over(unlocked.body, member_id, slot_id, None, oldest=0, in_use=1, at=LATER)
     assert (body.epoch, body.slots[-1].tested_at) == (unlocked.body.epoch + 1, LATER)
     assert versions(body, member_id) == [1]
     made = unlocked.make_audit_key(fill_random, version=2, at=LATER)
-    later = root_slots.taken_over(body, member_id, slot_id, made, oldest=1, at=LATER)
+    later = root_slots.taken_over(body, member_id, slot_id, made, oldest=1, in_use=1, at=LATER)
     assert (versions(later, member_id), versions(later, "m1"), later.epoch) == ([1, 2], [1], body.epoch + 1)
-    assert versions(root_slots.taken_over(later, member_id, slot_id, None, oldest=2, at=LATER), member_id) == [2]
+    assert versions(
+        root_slots.taken_over(later, member_id, slot_id, None, oldest=2, in_use=2, at=LATER), member_id
+    ) == [2]
 
 
 # --- a later keyring --------------------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ CHANGES: list[Callable[[UnlockedKeyring], Body]] = [
     lambda a: keyring.next_epoch(a.body, at=LATER),
     lambda a: keyring.with_tombstones(a.body, a.body.tombstone_log.count + 1, bytes(32), at=LATER),
     lambda a: keyring.with_audit_origin(a.body, a.member_id, "log.example/a", at=LATER),
-    lambda a: root_slots.taken_over(a.body, a.member_id, "s1", None, oldest=0, at=LATER),
+    lambda a: root_slots.taken_over(a.body, a.member_id, "s1", None, oldest=0, in_use=1, at=LATER),
     begins,
     ends,
     destroys,
