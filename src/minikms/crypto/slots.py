@@ -74,13 +74,18 @@ class Newcomer(NamedTuple):
         return hashlib.sha256(_auth_info(self) + self.sealed_auth).hexdigest()[:DIGEST_HEX_CHARS]
 
 
-def newcomer(root: memoryview, auth_key: memoryview, keyring_id: str, slot_id: str, invited: bytes) -> Newcomer:
-    """What a new host hands over. `auth_key`: gets the slot's authentication key. `invited`: the invitation's public
-    key. Raises DecryptionError if that is none.
-    """
+def derived(root: memoryview, auth_key: memoryview, keyring_id: str, slot_id: str) -> Newcomer:
+    """What a slot of the root key is made of. `auth_key`: gets the slot's authentication key; it is not sealed."""
     auth_key_into(root, keyring_id, slot_id, auth_key)
     commitment, public = roots.commitment(root, slot_id), public_key(root, keyring_id, slot_id)
-    unsealed = Newcomer(keyring_id, slot_id, roots.fingerprint(root), commitment, public, b"")
+    return Newcomer(keyring_id, slot_id, roots.fingerprint(root), commitment, public, b"")
+
+
+def newcomer(root: memoryview, auth_key: memoryview, keyring_id: str, slot_id: str, invited: bytes) -> Newcomer:
+    """As `derived`, sealed for the host that adds it. `invited`: the public key of its invitation. Raises
+    DecryptionError if that is none.
+    """
+    unsealed = derived(root, auth_key, keyring_id, slot_id)
     return unsealed._replace(sealed_auth=hpke.seal(invited, _auth_info(unsealed), auth_key))
 
 

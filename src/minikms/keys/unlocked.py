@@ -320,23 +320,9 @@ class UnlockedKeyring:
         shares: keyring.ShareSet | None = None,
     ) -> keyring.RootSlot:
         """A slot for the root key, which was proved to open it. Call `settle` once it is known which body stays."""
-        slot = keyring.RootSlot(
-            slot_id=slot_id,
-            fingerprint=roots.fingerprint(root),
-            provider=provider,
-            created_at=at,
-            commitment=roots.commitment(root, slot_id),
-            tested_at=at,
-            public_key=slots.public_key(root, self.body.keyring_id, slot_id),
-            sealed=b"",
-            mac=b"",
-            wrapped_auth=b"",
-            replaces=replaces,
-            shares=shares,
-        )
         auth = self._slot_auth[slot_id] = self._arena.allocate()
-        slots.auth_key_into(root, self.body.keyring_id, slot_id, auth.view)
-        slot = self._entries.slot(slot, self.body.key_version, self.keyring_key.view, auth.view)
+        derived = slots.derived(root, auth.view, self.body.keyring_id, slot_id)
+        slot = self._sealed_slot(derived, auth, provider, at=at, tested_at=at, replaces=replaces, shares=shares)
         self.check_opens(root, slot)
         return slot
 
@@ -351,20 +337,35 @@ class UnlockedKeyring:
         """
         if newcomer.keyring_id != self.body.keyring_id:
             raise DecryptionError("the request is for another keyring")
+        auth = self._slot_auth[newcomer.slot_id] = self._arena.allocate()
+        slots.open_auth_into(self.keyring_key.view, newcomer, auth.view)
+        return self._sealed_slot(newcomer, auth, provider, at=at, tested_at=NEVER)
+
+    def _sealed_slot(
+        self,
+        derived: Newcomer,
+        auth: SecretSlot,
+        provider: str,
+        *,
+        at: str,
+        tested_at: str,
+        replaces: str = "",
+        shares: keyring.ShareSet | None = None,
+    ) -> keyring.RootSlot:
         slot = keyring.RootSlot(
-            slot_id=newcomer.slot_id,
-            fingerprint=newcomer.fingerprint,
+            slot_id=derived.slot_id,
+            fingerprint=derived.fingerprint,
             provider=provider,
             created_at=at,
-            commitment=newcomer.commitment,
-            tested_at=NEVER,
-            public_key=newcomer.public_key,
+            commitment=derived.commitment,
+            tested_at=tested_at,
+            public_key=derived.public_key,
             sealed=b"",
             mac=b"",
             wrapped_auth=b"",
+            replaces=replaces,
+            shares=shares,
         )
-        auth = self._slot_auth[slot.slot_id] = self._arena.allocate()
-        slots.open_auth_into(self.keyring_key.view, newcomer, auth.view)
         return self._entries.slot(slot, self.body.key_version, self.keyring_key.view, auth.view)
 
     def check_opens(self, root: memoryview, slot: keyring.RootSlot) -> None:
@@ -458,42 +459,28 @@ class UnlockedKeyring:
         key_version: the keyring key that seals them; None means the current one.
         """
         keys = self._audit[version] = (self._arena.allocate(), self._arena.allocate())
+        entry = keyring.AuditKeyEntry(version, at, b"", b"", b"", since_seq, since_sig)
         sealing = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
-        return self._fresh_audit_key(
-            fill_random, keys, sealing, version=version, at=at, since_seq=since_seq, since_sig=since_sig
-        )
+        return self._filled(entry, keys, fill_random, sealing)
 
     def make_member_audit(self, fill_random: FillRandom, *, at: str) -> keyring.AuditState:
         """Of the log of a new member: its first audit key, which does not stay in the arena."""
+        entry = keyring.AuditKeyEntry(1, at, b"", b"", b"")
         with self._arena.allocate() as key, self._arena.allocate() as seed:
-            made = self._fresh_audit_key(fill_random, (key, seed), self.keyring_key.view, version=1, at=at)
-        return keyring.AuditState((made,))
+            return keyring.AuditState((self._filled(entry, (key, seed), fill_random, self.keyring_key.view),))
 
-    def _fresh_audit_key(
+    def _filled(
         self,
-        fill_random: FillRandom,
+        entry: keyring.AuditKeyEntry,
         keys: tuple[SecretSlot, SecretSlot],
+        fill_random: FillRandom,
         sealing: memoryview,
-        *,
-        version: int,
-        at: str,
-        since_seq: int = 0,
-        since_sig: bytes = b"",
     ) -> keyring.AuditKeyEntry:
-        key, seed = keys
-        fill_random(key.view)
-        fill_random(seed.view)
-        public = Ed25519PrivateKey.from_private_bytes(seed.view).public_key().public_bytes_raw()
-        entry = keyring.AuditKeyEntry(
-            version=version,
-            created_at=at,
-            public_key=public,
-            wrapped_key=b"",
-            wrapped_seed=b"",
-            since_seq=since_seq,
-            since_sig=since_sig,
-        )
-        return self._entries.audit_key(entry, sealing, keys)
+        """The entry with fresh keys."""
+        for key in keys:
+            fill_random(key.view)
+        public = Ed25519PrivateKey.from_private_bytes(keys[1].view).public_key().public_bytes_raw()
+        return self._entries.audit_key(msgspec.structs.replace(entry, public_key=public), sealing, keys)
 
     # --- using them --------------------------------------------------------------------------------------------------
 
