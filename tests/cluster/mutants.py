@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from tests.cluster.machines import Variant
 
 SOURCE: Final = Path(__file__).parents[2] / "src"
-WRITER: Final = "store/postgres/writer.py"
+WRITER: Final = "progressdb_server/store/postgres/writer.py"
 
 
 class Mutant(NamedTuple):
@@ -51,7 +51,7 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         Variant(),
         (
             (
-                "store/postgres/reads.py",
+                "progressdb_server/store/postgres/reads.py",
                 "        return found[0][0] if found else None\n",
                 "        value = found[0][0] if found else None\n"
                 '        if key.startswith(b"index:writer:"):\n'
@@ -65,7 +65,7 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
     ),
     "warnings-hidden": Mutant(
         Variant(),
-        (("store/postgres/nodes.py", '"client_min_messages": "warning"', '"client_min_messages": "error"'),),
+        (("minikms/processes/postgresql.py", '"client_min_messages": "warning"', '"client_min_messages": "error"'),),
         ("--faults", "unreplicated_waits_cancelled"),
         "was acknowledged at",
     ),
@@ -73,11 +73,11 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         Variant(),
         (
             (
-                "store/idempotency.py",
+                "progressdb_server/store/idempotency.py",
                 "await self._writer.commit(Write((), (ticket.condition,)))",
                 "pass",
             ),
-            ("store/idempotency.py", "                await self._writer.settled()\n", ""),
+            ("progressdb_server/store/idempotency.py", "                await self._writer.settled()\n", ""),
         ),
         ("--faults", "unreplicated_waits_ended"),
         "was acknowledged at",
@@ -90,7 +90,7 @@ def variant(name: str, copy: Path) -> Variant:
     mutant = MUTANTS[name]
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     for module, text, replaced in mutant.changes:
-        path = copy / "progressdb_server" / module
+        path = copy / module
         content = path.read_text()
         assert content.count(text) == 1, f"{module} was changed: {text!r}"
         path.write_text(content.replace(text, replaced))

@@ -1,1 +1,1 @@
-"""What processes share: start and stop, Unix sockets; beside the key service also files of configuration, TLS, HTTP."""
+"""What processes share: start, stop, Unix sockets; beside the key service configuration, TLS, HTTP, PostgreSQL."""

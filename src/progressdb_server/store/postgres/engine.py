@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Final
 
 import asyncpg
 
+from minikms.processes.postgresql import CONNECT_S_MAX, FAILURES
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store.engine import Commits, Counters, Engine, Reads
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import BackupOfDatabaseError
-from progressdb_server.store.postgres.nodes import CONNECT_S_MAX, FAILURES, Nodes
+from progressdb_server.store.postgres.nodes import Nodes
 from progressdb_server.store.postgres.reads import PostgresReads
 from progressdb_server.store.postgres.tables import COUNTED
 from progressdb_server.store.postgres.writer import Writers

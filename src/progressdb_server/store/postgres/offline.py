@@ -19,13 +19,13 @@ from typing import Any, Final
 import asyncpg
 import msgspec
 
+from minikms.processes.postgresql import FAILURES
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Counters, EngineUnavailableError
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.local import begun_copy
 from progressdb_server.store.model import FormatError, StoreLockedError
 from progressdb_server.store.offline import WALK_BYTES_MAX, Head
-from progressdb_server.store.postgres.nodes import FAILURES
 from progressdb_server.store.postgres.reads import PostgresReads
 from progressdb_server.store.postgres.tables import (
     COPYING,

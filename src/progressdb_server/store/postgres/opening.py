@@ -7,10 +7,11 @@ from typing import Final
 
 import asyncpg
 
+from minikms.processes.postgresql import FAILURES, NodeConnection
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import FormatError, StoreUnavailableError
 from progressdb_server.store.postgres.engine import PostgresEngine, counters
-from progressdb_server.store.postgres.nodes import FAILURES, UNAVAILABLE, NodeConnection, Nodes
+from progressdb_server.store.postgres.nodes import UNAVAILABLE, Nodes
 from progressdb_server.store.postgres.reads import READ_S_MAX
 from progressdb_server.store.postgres.tables import COUNTED, ONE_DISK, SCHEMA, number_of, other_schema
 from progressdb_server.store.postgres.writer import keep_lease

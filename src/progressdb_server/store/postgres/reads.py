@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Final
 
 import asyncpg
 
+from minikms.processes.postgresql import FAILURES
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, WALK_KEYS_MAX, EngineUnavailableError, in_order
-from progressdb_server.store.postgres.nodes import FAILURES, UNAVAILABLE, Nodes
+from progressdb_server.store.postgres.nodes import UNAVAILABLE, Nodes
 from progressdb_server.store.postgres.tables import tkey, within
 
 READ_S_MAX: Final = 10

@@ -15,10 +15,11 @@ from typing import Any, Final
 
 import asyncpg
 
+from minikms.processes.postgresql import FAILURES
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import Database, FormatError
-from progressdb_server.store.postgres.nodes import FAILURES, Nodes
+from progressdb_server.store.postgres.nodes import Nodes
 
 SCHEMA: Final = 1
 """The number of the tables below. `upgrade` adds what a later number needs."""

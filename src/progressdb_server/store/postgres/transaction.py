@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
+from minikms.processes.postgresql import NodeConnection
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, LateStampError, PendingWrite, Puts
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import RecordUnreadableError
-from progressdb_server.store.postgres.nodes import NodeConnection
 from progressdb_server.store.postgres.tables import DELETE, TKEY_HASH_BYTES, is_thread, tkey
 
 LOCKED_HEADS: Final = """

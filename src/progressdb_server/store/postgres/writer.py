@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
 
 import asyncpg
 
 from minikms.platform.logs import structlog
+from minikms.processes.postgresql import CONNECT_S_MAX, FAILURES, NO_STANDBYS, NodeConnection, bounded, warn
 from progressdb_server.config import PURGE_S_MIN
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
@@ -32,18 +33,7 @@ from progressdb_server.store.conditions import Conditions, PendingWrite, Write
 from progressdb_server.store.engine import Counters, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import NotWrittenError, StoreUnavailableError
-from progressdb_server.store.postgres.nodes import (
-    BEAT_S,
-    CONNECT_S_MAX,
-    FAILURES,
-    IDLE_S_MAX,
-    LOCK_S_MAX,
-    UNAVAILABLE,
-    NodeConnection,
-    Nodes,
-    now_s,
-    warn,
-)
+from progressdb_server.store.postgres.nodes import BEAT_S, IDLE_S_MAX, LOCK_S_MAX, UNAVAILABLE, Nodes, now_s
 from progressdb_server.store.postgres.tables import SCHEMA, is_thread, tkey
 from progressdb_server.store.postgres.transaction import (
     LOCKED_HEADS,
@@ -55,8 +45,6 @@ from progressdb_server.store.postgres.transaction import (
     write_group,
 )
 from progressdb_server.store.writer import GroupCommit
-
-T = TypeVar("T")
 
 COMMIT_S_MAX: Final = 15.0
 """Of one group, with the wait for the standby. Then its outcome is unknown."""
@@ -73,7 +61,6 @@ WAITING_COUNT: Final = 2
 """Writers of a server for what waits for a lock of somebody else. Each takes a connection when it is needed first."""
 LOCKED_S: Final = 1.0
 """How long a group of several threads waits for a lock that is not of a head."""
-NO_STANDBYS: Final = "synchronous_standby_names is empty there"
 UNKNOWN: Final = "the store's database did not confirm the write, which may be stored"
 BUSY: Final = "the store's database is too busy"
 REFUSED: Final[Mapping[str, str]] = {
@@ -222,20 +209,6 @@ def _columns(count: int, rows: Sequence[tuple[bytes, ...]]) -> Sequence[Sequence
 
 
 # --- the commit -------------------------------------------------------------------------------------------------------
-async def bounded(connection: NodeConnection, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-    """The result of the work. At the deadline its connection is terminated, which ends it; nobody cancels it."""
-    task = asyncio.get_running_loop().create_task(work)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # also where nobody waits for it any more
-    done, _ = await asyncio.wait({task}, timeout=timeout_s)
-    if not done:
-        connection.terminate()
-        await asyncio.wait({task})
-    try:
-        return task.result()
-    finally:
-        del task  # the traceback of its error leads to this frame
-
-
 def _may_be_stored(error: BaseException) -> bool:
     """After an error of a commit."""
     code = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
@@ -246,19 +219,6 @@ def _refusal(error: BaseException) -> str:
     """Why no other try is made; empty if one is."""
     code = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
     return "" if code is None or code == TOO_MANY else REFUSED.get(code[:2], "")
-
-
-async def confirm(nodes: Nodes, connection: NodeConnection) -> None:
-    """After each commit. A wait for the standby that was cancelled has ended with success and a warning, one that the
-    setting has ended without. Raises InterfaceError unless the commit is known to be on more than one disk: an error
-    of the question says nothing about the commit, which must not be made again for it."""
-    try:
-        if not connection.warned and not await nodes.still_waits(connection):
-            connection.warned = NO_STANDBYS
-    except FAILURES as error:
-        raise asyncpg.InterfaceError(UNKNOWN) from error
-    if connection.warned:
-        raise asyncpg.InterfaceError(UNKNOWN)
 
 
 async def find(nodes: Nodes, lock_s: float = LOCK_S_MAX) -> NodeConnection:
@@ -321,7 +281,7 @@ async def keep_lease(nodes: Nodes) -> None:
 
 async def _beat(nodes: Nodes, connection: NodeConnection, counter: int) -> None:
     await connection.execute(COUNT, counter, 0, 0)
-    await confirm(nodes, connection)
+    await nodes.confirm(connection)
 
 
 class PostgresWriter(GroupCommit):
@@ -466,7 +426,7 @@ class PostgresWriter(GroupCommit):
         return await self._transaction(connection, group)
 
     async def _confirm(self, connection: NodeConnection, threads: int, messages: int) -> None:
-        await confirm(self._nodes, connection)
+        await self._nodes.confirm(connection)
         self.state = Counters(self.state.threads + threads, self.state.messages + messages)
 
     async def _transaction(

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 
+from minikms.processes import postgresql
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotAMemberError, OutcomeUnknownError, StoreUnavailableError
@@ -109,7 +110,7 @@ async def test_a_commit_whose_node_does_not_say_its_standbys_is_in_doubt(monkeyp
     """Whatever the error: it is not made again."""
     async with leased() as (_, _, store):
         with monkeypatch.context() as patch:
-            patch.setattr(nodes, "_STANDBYS", "SELECT (1 / 0)::text")
+            patch.setattr(postgresql, "_STANDBYS", "SELECT (1 / 0)::text")
             with pytest.raises(OutcomeUnknownError, match="may be stored"):
                 await store.messages.create(NewMessage(author="ann", thread="t", body=1))
         await becomes(lambda: store.writer.available)

@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from minikms.processes.postgresql import places_of
 from progressdb_server.conversations import members as changing_members
 from progressdb_server.conversations import membership
 from progressdb_server.conversations import messages as changing_messages
@@ -449,7 +450,7 @@ async def test_what_was_done_before_is_acknowledged_once_it_is_replicated(databa
 
 def test_only_a_standby_that_confirms_commits_is_counted(database: str) -> None:
     """Others are connected too: `doctor` says that no write is confirmed, and how to mend it."""
-    settings = f"host={nodes.places_of(database)[0].host} user=test dbname=postgres"
+    settings = f"host={places_of(database)[0].host} user=test dbname=postgres"
 
     async def found(connection: asyncpg.Connection[Any], names: str, wanted: int) -> list[str]:
         await with_setting(connection, "synchronous_standby_names", names)

@@ -12,11 +12,12 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
+from minikms.processes import postgresql
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import NewMessage, NotWrittenError, OutcomeUnknownError, StoreUnavailableError
-from progressdb_server.store.postgres import nodes, reads, tables
 from progressdb_server.store.postgres import opening as postgres
+from progressdb_server.store.postgres import reads, tables
 from progressdb_server.store.postgres import writer as postgres_writer
 from progressdb_server.store.postgres.writer import PostgresWriter
 from tests.harness.round_trips import PORT_NAME, counted
@@ -153,7 +154,7 @@ async def test_no_writable_node_refuses_writes_until_there_is_one(database: str)
 
 async def test_a_commit_without_a_standby_ends_at_its_deadline(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its session is left to wait: had it been cancelled, what was written would be visible."""
-    real = postgres_writer.bounded
+    real = postgresql.bounded
     async with one_server(database) as store:
         async with no_standby(database) as connection:
 
@@ -257,7 +258,7 @@ async def test_a_host_that_does_not_answer_delays_no_other(
     await fill(store, 1)
     assert bodies(await messages_of(store, "t")) == [0]
     await store.close()
-    monkeypatch.setattr(nodes, "CONNECT_S_MAX", 0.5)
+    monkeypatch.setattr(postgresql, "CONNECT_S_MAX", 0.5)
     with pytest.raises(EngineUnavailableError, match="not available now"):
         await postgres.open_engine(f"postgresql://test@/postgres?host={tmp_path}", single_node=True)
     silent.close()
