@@ -42,11 +42,13 @@ def page() -> str:
     from minikms.cli.command import app as minikms
     from minikms_auditor.command import app as auditor
     from minikms_gateway.command import app as gateway
+    from minikms_replicator.command import app as replicator
     from minikms_unlock.command import app as unlock
     from progressdb_server.cli.command import app as progressdb
 
-    helpers = ((auditor, "minikms-auditor"), (gateway, "minikms-gateway"), (unlock, "minikms-unlock"))
-    programs = ((minikms, "minikms"), *helpers, (progressdb, "progressdb"))
+    helpers = (auditor, "auditor"), (gateway, "gateway"), (replicator, "replicator"), (unlock, "unlock")
+    named = ((app, f"minikms-{name}") for app, name in helpers)
+    programs = ((minikms, "minikms"), *named, (progressdb, "progressdb"))
     return OPENING + "".join(line for app, name in programs for line in _section(app, name))
 
 

@@ -57,6 +57,8 @@ def test_the_client_and_the_adapters_need_no_extra() -> None:
         ("minikms.cli", "cyclopts", ("status",), "daemon"),
         ("minikms_auditor.command", "cyclopts", (), "daemon"),
         ("minikms_gateway.command", "cyclopts", (), "daemon"),
+        ("minikms_replicator.command", "cyclopts", (), "daemon"),
+        ("minikms_replicator.command", "asyncpg", ("init", "--url", "x", "--role", "y"), "replicator"),
         ("minikms_unlock.command", "cyclopts", (), "daemon"),
         ("progressdb_server.cli", "cyclopts", (), "server"),
         ("progressdb_server.cli", "rocksdict", ("check", "--db", "."), "server"),

@@ -20,6 +20,8 @@ from minikms_auditor.command import app as auditor
 from minikms_auditor.command import main as auditor_main
 from minikms_gateway.command import app as gateway
 from minikms_gateway.command import main as gateway_main
+from minikms_replicator.command import app as replicator
+from minikms_replicator.command import main as replicator_main
 from minikms_unlock.command import app as unlock
 from minikms_unlock.command import main as unlock_main
 from progressdb_server.cli import main as progressdb_main
@@ -43,6 +45,10 @@ WITHOUT_JSON = {
     ("minikms-auditor", "skip"),
     ("minikms-gateway", "check-config"),
     ("minikms-gateway", "completion"),
+    ("minikms-replicator", "completion"),
+    ("minikms-replicator", "fetch"),
+    ("minikms-replicator", "init"),
+    ("minikms-replicator", "reset"),
     ("minikms-unlock", "completion"),
     ("minikms-unlock", "serve"),
     ("progressdb", "serve"),
@@ -64,6 +70,7 @@ PROGRAMS = {
     "minikms": minikms,
     "minikms-auditor": auditor,
     "minikms-gateway": gateway,
+    "minikms-replicator": replicator,
     "minikms-unlock": unlock,
     "progressdb": progressdb,
 }
@@ -71,6 +78,7 @@ MAINS = {
     "minikms": minikms_main,
     "minikms-auditor": auditor_main,
     "minikms-gateway": gateway_main,
+    "minikms-replicator": replicator_main,
     "minikms-unlock": unlock_main,
     "progressdb": progressdb_main,
 }
@@ -282,7 +290,7 @@ def test_with_json_an_error_is_json_too(here: Here, words: tuple[str, ...]) -> N
     assert text.stderr == f"{words[0]}: {json.loads(shown.stderr)['error']}\n"
 
 
-@pytest.mark.parametrize("program", ["minikms-auditor", "minikms-gateway", "minikms-unlock"])
+@pytest.mark.parametrize("program", ["minikms-auditor", "minikms-gateway", "minikms-replicator", "minikms-unlock"])
 def test_a_mistyped_command_of_a_helper_is_named(here: Here, program: str) -> None:
     done = here(program, "complet")
     assert done.returncode == 2

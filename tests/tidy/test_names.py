@@ -30,7 +30,10 @@ from tests.tidy.project_tree import (
     tree_of,
 )
 
-PACKAGES = ("minikms", "minikms_auditor", "minikms_gateway", "minikms_tokens", "minikms_unlock", "progressdb_server")
+PACKAGES = (
+    "minikms", "minikms_auditor", "minikms_gateway", "minikms_replicator", "minikms_tokens", "minikms_unlock",
+    "progressdb_server",
+)  # fmt: skip
 FILE_SUFFIXES = frozenset(
     {"backup", "conf", "env", "json", "key", "log", "new", "old", "service", "sock", "socket", "toml", "yaml"}
 )

@@ -1,6 +1,6 @@
 """The verbs of a key service on several hosts: what a replicator asks of its daemon, and what an operator asks.
 
-Owns: their entries, requests and answers, as `minikms.api.verbs` for all others. Invariants:
+Owns: their entries, requests and answers, as `minikms.api.verbs` for all others (docs/spec/replica.md). Invariants:
 what passes through a replicator is wrapped or authenticated; it holds no key. It must never carry a root key.
 """
 

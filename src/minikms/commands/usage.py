@@ -24,7 +24,8 @@ def missing_library(error: ModuleNotFoundError, program: str) -> str:
     """The sentence for a program whose extra was not installed. A missing module of our own is raised again."""
     if error.name is None or error.name.startswith(("minikms", "progressdb_server")):
         raise error
-    extra = "server" if program.startswith("progressdb") else "gateway" if error.name == "joserfc" else "daemon"
+    of_library = {"joserfc": "gateway", "asyncpg": "replicator"}.get(error.name, "daemon")
+    extra = "server" if program.startswith("progressdb") else of_library
     return f"the library {error.name} is missing: install the wheel of progressdb-minikms with its extra `{extra}`"
 
 

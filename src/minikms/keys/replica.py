@@ -1,6 +1,6 @@
 """The state of a replicated data directory: how many changes, which key files, all of them authenticated.
 
-Owns: the sum over all key files, the encoding of the state with its tag. Invariants: the sum
+Owns: the sum over all key files, the encoding of the state with its tag (docs/spec/replica.md). Invariants: the sum
 depends on which contents there are, not on their order; a member accepts a state only under the tag of the keyring
 that came with it. No I/O. It must never be the reason to open a key.
 

@@ -1,0 +1,183 @@
+"""The command `minikms-replicator`.
+
+Owns: its subcommands and flags, and the sentence for each error. Invariants: results go to standard output, everything
+else to standard error; only `init` and `reset` need the role that owns the tables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+from minikms.commands.usage import (
+    EXIT_FAILED,
+    EXIT_GOOD,
+    Json,
+    LogFormat,
+    Parameter,
+    RequireHardening,
+    new_helper,
+    run_service,
+)
+
+if TYPE_CHECKING:
+    from minikms.api import MemberReport
+    from minikms_replicator.tables import Head, Tables
+
+T = TypeVar("T")
+
+app = new_helper(
+    "minikms-replicator",
+    "Joins this host's key service to those of other hosts, through PostgreSQL. Without a command it runs.",
+    "Exit status: 0 done, 1 something is wrong or was refused, 2 wrong usage, or something is missing.",
+)
+
+Config = Annotated[Path, Parameter(name="--config", help="The configuration, a TOML file.")]
+Url = Annotated[str, Parameter(help="postgresql://… of the role that owns the tables, without a password.")]
+
+
+@app.default
+def run(*, config: Config, log_format: LogFormat = "console", require_hardening: RequireHardening = False) -> int:
+    """Run until SIGTERM."""
+    from minikms_replicator import process
+
+    process.run(config, log_format, require_hardening=require_hardening)
+    return EXIT_GOOD
+
+
+@app.command
+def init(*, url: Url, role: Annotated[str, Parameter(help="The role of the replicators.")]) -> int:
+    """Make the tables in an empty database."""
+    from minikms_replicator import tables
+    from minikms_replicator.config import check_url
+
+    check_url(url, "--url")
+    asyncio.run(tables.init(url, role))
+    print("the tables are made")
+    return EXIT_GOOD
+
+
+@app.command
+def reset(*, url: Url, yes: Annotated[bool, Parameter(help="Do not ask.", negative=())] = False) -> int:
+    """Empty the tables, so that the member with the newest changes can fill them: `minikms replica promote`."""
+    from minikms.commands.output import confirm
+    from minikms_replicator import tables
+    from minikms_replicator.config import check_url
+
+    check_url(url, "--url")
+    confirm("Forget all that the tables have of the key service? The files of its hosts stay.", yes=yes)
+    asyncio.run(tables.reset(url))
+    print("the tables are empty")
+    return EXIT_GOOD
+
+
+@app.command
+def fetch(
+    *, config: Config, data_dir: Annotated[Path, Parameter(help="The data directory of a host that has just joined.")]
+) -> int:
+    """Write the keyring and the key files into the directory, as the daemon's user, before its first start.
+
+    An interrupted run is made again.
+    """
+    from minikms.commands.output import counted
+    from minikms_replicator import fetching
+
+    found = _with_tables(config, lambda tables: fetching.fetch(tables, str(data_dir)))
+    print(f"{counted(found.files, 'key')} and {counted(found.tombstones, 'tombstone')}, of change {found.number}")
+    return EXIT_GOOD
+
+
+@app.command
+def status(*, config: Config, json: Json = False) -> int:
+    """Show which member serves, and what all members have reported. Exit status: 0 one serves, 1 none does."""
+    from minikms.commands.output import print_result
+
+    async def read(tables: Tables) -> tuple[Head, list[MemberReport]]:
+        return await tables.head(), await tables.members()
+
+    head, members = _with_tables(config, read)
+    page = {
+        "keyring_id": head.keyring_id, "member": head.member, "term": head.term, "number": head.number,
+        "seals": head.seals, "wanted": head.wanted, "filled": not head.empty, "members": members,
+    }  # fmt: skip
+    print_result(page, _status_lines(head, members), json=json)
+    return EXIT_GOOD if head.member else EXIT_FAILED
+
+
+@app.command
+def doctor(*, config: Config, json: Json = False) -> int:
+    """Check the database, the rights there, the daemon and the clock. Exit status: 0 all is well, 1 it is not."""
+    from minikms.commands.output import print_result
+
+    problems = _problems(config)
+    print_result({"problems": problems}, [f"WRONG: {each}" for each in problems] or "all is well", json=json)
+    return EXIT_FAILED if problems else EXIT_GOOD
+
+
+def main() -> None:
+    """Runs the command line and ends the process."""
+    run_service(app)
+
+
+def _with_tables(config: Path, work: Callable[[Tables], Awaitable[T]]) -> T:
+    """Raises StartError."""
+    from minikms.api.errors import StartError, StartLaterError
+    from minikms.processes.postgresql import FAILURES
+    from minikms_replicator.config import Files
+    from minikms_replicator.tables import Tables, TablesError
+
+    database = Files(config).config().database
+    tables = Tables(database.url, single_node=database.single_node)
+
+    async def run() -> T:
+        try:
+            return await work(tables)
+        finally:
+            tables.close()
+
+    try:
+        return asyncio.run(run())
+    except TablesError as error:
+        raise StartError(str(error)) from None
+    except FAILURES as error:
+        raise StartLaterError(f"the database: {str(error) or type(error).__name__}") from None
+
+
+def _problems(config: Path) -> list[str]:
+    """Raises StartError for the configuration."""
+    from minikms.api.errors import ForbiddenError, KmsError, StartError
+    from minikms.client import Client
+    from minikms_replicator.config import Files
+
+    found = Files(config).config()
+    problems: list[str] = []
+    try:
+        problems += _with_tables(config, lambda tables: tables.examine())
+    except StartError as error:
+        problems.append(str(error))
+    from minikms.api import ASK_POSITION
+
+    try:
+        with Client(found.socket, server_uids=found.server_uids) as kms:
+            kms.replica_follow(ASK_POSITION)
+    except ForbiddenError:
+        problems.append("the policy of the daemon grants this user no role `replicate`")
+    except KmsError as error:
+        problems.append(f"the daemon: {error}")
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        problems.append("this system has no CLOCK_BOOTTIME: a host that was suspended would not see its lease end")
+    return problems
+
+
+def _status_lines(head: Head, members: list[MemberReport]) -> Iterator[str]:
+    serves = head.member or "nobody"
+    yield f"{serves} has the head in term {head.term}, change {head.number}" + ("" if not head.empty else ", empty")
+    if head.wanted:
+        yield f"  {head.wanted} is to take over"
+    for member in members:
+        why = f": {member.why}" if member.why else ""
+        seen = f"{member.mode}, change {member.number}, {member.seen_seconds:.0f} s ago"
+        yield f"  {member.member_id}  {member.name}: {seen}{why}"

@@ -1,0 +1,84 @@
+"""Filling the data directory of a host that has joined, from the tables.
+
+Owns: which files the command `fetch` writes and in which order: key files, tombstones, last the keyring. Invariants:
+the directory is locked, and has no keyring before, so an interrupted run changes nothing that is in use and is made
+again; what is written is checked by the daemon that starts there, not here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final, NamedTuple
+
+from minikms import api
+from minikms.api.base64 import decode_canonical
+from minikms.api.errors import StartError, StartLaterError
+from minikms.api.replica_verbs import ReplicaFile
+from minikms.platform.directory_lock import DataDirLock, make_private_directory
+from minikms.platform.files import (
+    FileWrite,
+    closed_after,
+    open_directory,
+    remove_files,
+    replace_file,
+    replace_file_from,
+    write_files,
+)
+from minikms.processes.postgresql import FAILURES
+from minikms_replicator.tables import CONTENT_BYTES_MAX, RECORD_BYTES, Tables, TablesError
+
+KEYRING: Final = "keyring.json"
+TOMBSTONES: Final = "kms-tombstones"
+DEKS: Final = "kms-deks"
+SUFFIX: Final = ".json"
+HEADER: Final = b"minikms-stones\0t" + (1).to_bytes(4, "big") + bytes(12)
+"""Of the tombstone file (docs/spec/tombstones.md)."""
+
+
+class Fetched(NamedTuple):
+    """`number`: of the last change."""
+
+    number: int
+    files: int
+    tombstones: int
+
+
+async def fetch(tables: Tables, data_dir: str) -> Fetched:
+    """Raises StartError, StorageUnavailableError."""
+    with DataDirLock(data_dir) as lock:
+        if KEYRING in os.listdir(lock.directory_fd):
+            raise StartError(f"{data_dir} has a keyring already: fetch is for a host that has just joined")
+        deks = os.path.join(lock.directory, DEKS)
+        make_private_directory(deks)
+        try:
+            return await _fetch(tables, lock.directory_fd, deks)
+        except TablesError as error:
+            raise StartError(str(error)) from None
+        except FAILURES as error:
+            raise StartLaterError(f"the database: {str(error) or type(error).__name__}") from None
+
+
+async def _fetch(tables: Tables, directory: int, deks: str) -> Fetched:
+    records: list[bytes] = []
+    written: set[str] = set()
+    async with tables.snapshot():
+        head = await tables.head()
+        if head.empty:
+            raise TablesError("the tables are empty: start the first member, which fills them")
+        keyring = await tables.keyring()
+        with closed_after(open_directory(deks)) as descriptor:
+            async for part in tables.parts(-1, 0):
+                files = [_file(file) for file in part.files]
+                write_files(descriptor, files)
+                written.update(file.name for file in files)
+                records.append(part.tombstones)
+            remove_files(descriptor, [name for name in os.listdir(descriptor) if name not in written])
+    replace_file_from(directory, TOMBSTONES, (HEADER, *records))
+    replace_file(directory, KEYRING, keyring)
+    return Fetched(head.number, len(written), sum(map(len, records)) // RECORD_BYTES)
+
+
+def _file(file: ReplicaFile) -> FileWrite:
+    if api.KEY_ID_PATTERN.fullmatch(file.key_id) is None:
+        raise TablesError("a key file in the database has no key id as its name")
+    return FileWrite(file.key_id + SUFFIX, decode_canonical(file.content, CONTENT_BYTES_MAX, "a key file"))

@@ -1,0 +1,128 @@
+"""The loop of a member that does not serve: it gives the daemon what the others have changed, and takes over.
+
+Owns: one step of it. Invariant: what the daemon gets in one go is of one snapshot. It must never take over a head that
+`deciding.why_not` does not allow, nor one that is not as it was read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Final, Protocol
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from minikms.api.base64 import encode_text
+from minikms.api.replica_verbs import (
+    ASK_POSITION,
+    MemberReport,
+    ReplicaFollowRequest,
+    ReplicaHead,
+    ReplicaNextAnswer,
+    ReplicaNextRequest,
+    ReplicaPosition,
+)
+from minikms.platform.clock import boot_ns
+from minikms_replicator.deciding import SERVING, Watch, why_not
+from minikms_replicator.tables import Head, Lease, Tables
+
+ASK_S_MAX: Final = 5.0
+"""Of one request to the daemon that brings no part of a change."""
+
+
+class Daemon(Protocol):
+    """What the replicator needs of `minikms.client.AsyncClient`."""
+
+    def replica_follow(self, request: ReplicaFollowRequest) -> Coroutine[Any, Any, ReplicaPosition]: ...
+
+    def replica_next(self, request: ReplicaNextRequest) -> Coroutine[Any, Any, ReplicaNextAnswer]: ...
+
+
+async def position_of(daemon: Daemon) -> ReplicaPosition:
+    """Raises KmsError, TimeoutError."""
+    async with asyncio.timeout(ASK_S_MAX):
+        return await daemon.replica_follow(ASK_POSITION)
+
+
+class Follower:
+    """Each step raises KmsError, TablesError, or one of FAILURES."""
+
+    def __init__(self, tables: Tables, daemon: Daemon) -> None:
+        self._tables = tables
+        self._daemon = daemon
+        self._watch = Watch()
+        self._held_term = 0
+        self.why = ""
+        """Why the member does not take over."""
+
+    async def step(self) -> tuple[str, Lease] | None:
+        """Where the member has taken over, or its daemon serves already: its id, and the lease."""
+        position = await position_of(self._daemon)
+        me = position.member_id
+        members = await self._tables.exchange(position.report)
+        if position.mode in SERVING:
+            return await self._resume(position)
+        position, head = await self._follow(position, members)
+        unchanged_ns = self._watch.unchanged_ns(self._tables.node, head, boot_ns())
+        if position.seals > head.seals:
+            await self._tables.seal(position.seals)
+        if position.wants and position.ready and me not in (head.member, head.wanted):
+            await self._tables.want(me)
+        self.why = why_not(
+            head, position, held_term=self._held_term, unchanged_ns=unchanged_ns, settled_ns=self._tables.settled_ns
+        )
+        if self.why:
+            return None
+        return self._held(me, await self._tables.take_over(head, position))
+
+    async def _resume(self, position: ReplicaPosition) -> tuple[str, Lease] | None:
+        """After a start of this process beside a daemon that has a lease: a term is of one member alone."""
+        head = await self._tables.head()
+        if head.member != position.member_id:
+            self.why = f"{head.member} has the head, and the lease of this member ends"
+            return None
+        lease = await self._tables.renew(head.term, position.member_id, (head.number,), position.seals)
+        return self._held(position.member_id, lease)
+
+    def _held(self, member: str, lease: Lease | None) -> tuple[str, Lease] | None:
+        if lease is None:
+            return None
+        self._held_term = lease.term
+        return member, lease
+
+    async def _follow(
+        self, position: ReplicaPosition, members: list[MemberReport] | UnsetType
+    ) -> tuple[ReplicaPosition, Head]:
+        """Give the daemon the head, and what it lacks."""
+        async with self._tables.snapshot():
+            head = await self._tables.head()
+            if not head.empty and head.number != position.number and position.mode != "sealed":
+                shown = msgspec.structs.replace(_shown(head), keyring=encode_text(await self._tables.keyring()))
+                following = position
+                async for part in self._tables.parts(position.number, position.tombstones):
+                    request = ReplicaFollowRequest(
+                        head=shown,
+                        after=position.number,
+                        files=part.files,
+                        tombstones_after=part.tombstones_after,
+                        tombstones=encode_text(part.tombstones),
+                        complete=part.complete,
+                        members=members,
+                    )
+                    following = await self._daemon.replica_follow(request)
+                    members = UNSET
+                return following, head
+        request = msgspec.structs.replace(ASK_POSITION, members=members, after=position.number)
+        if not head.empty:
+            request = msgspec.structs.replace(
+                request, head=_shown(head), tombstones_after=position.tombstones, complete=position.mode != "sealed"
+            )
+        async with asyncio.timeout(ASK_S_MAX):
+            return await self._daemon.replica_follow(request), head
+
+
+def _shown(head: Head) -> ReplicaHead:
+    return ReplicaHead(
+        head.keyring_id, head.term, head.member, head.number, head.seals, head.wanted, encode_text(head.state)
+    )
