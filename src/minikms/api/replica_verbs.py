@@ -14,6 +14,10 @@ from msgspec import UNSET, UnsetType
 from minikms.api.contract import (
     CODE_CONFLICT,
     CODE_INTERRUPTED,
+    CODE_LAST_ROOT,
+    CODE_NOT_FOUND,
+    CODE_NOT_PINNED,
+    CODE_NOT_TESTED,
     CODE_REPLICA_FORKED,
     CODE_REPLICA_ROLLED_BACK,
     CODE_STORAGE_UNAVAILABLE,
@@ -277,7 +281,7 @@ ADD_REPLICA: Final = Verb(
     AddReplicaRequest,
     ReplicaAnswer,
     "Add a host: a slot for its root key, and keys for its audit log",
-    (CODE_CONFLICT, CODE_STORAGE_UNAVAILABLE, CODE_INTERRUPTED),
+    (CODE_CONFLICT, CODE_NOT_PINNED, CODE_STORAGE_UNAVAILABLE, CODE_INTERRUPTED),
 )
 
 
@@ -293,7 +297,14 @@ REMOVE_REPLICA: Final = Verb(
     MemberRequest,
     ReplicaAnswer,
     "Remove a host and its root key; a KEK rotation follows",
-    (CODE_CONFLICT, CODE_STORAGE_UNAVAILABLE, CODE_INTERRUPTED),
+    (
+        CODE_NOT_FOUND,
+        CODE_CONFLICT,
+        CODE_LAST_ROOT,
+        CODE_NOT_TESTED,
+        CODE_STORAGE_UNAVAILABLE,
+        CODE_INTERRUPTED,
+    ),
 )
 
 REPLICA_VERBS: Final = (

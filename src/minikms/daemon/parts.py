@@ -172,7 +172,7 @@ class Parts:
             in_use_slot_id=data.slot.slot_id,
             pin=settings.opening.pin,
         )
-        ReplicaVerbs(vault=self.vault, table=table, keks=self.keks, removal=removal)
+        ReplicaVerbs(vault=self.vault, table=table, keks=self.keks, removal=removal, pin=settings.opening.pin)
         replica.add_verbs(table)
         self._auditor = AuditorVerbs(
             vault=self.vault,

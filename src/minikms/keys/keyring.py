@@ -200,10 +200,11 @@ class AuditState(_Part, frozen=True):
 
 
 class Member(_Part, frozen=True):
-    """A host of a replicated key service. `slot_id`: of its root key when it joined. `audit`: of its own log; None for
-    the host that the keyring was made on, which has what the body has. `key_version`: the keyring key under which its
-    newest audit key was made; with an older one, the member changes its audit key before it serves. `unconfirmed`: this
-    key may not be in use, since a crash or a lost connection may have come between the database and its log.
+    """A host of a replicated key service. `slot_id`: of the root key that it joined with, or of the one that replaced
+    it. `audit`: of its own log; None for the host that the keyring was made on, which has what the body has.
+    `key_version`: the keyring key under which its newest audit key was made; with an older one, the member changes its
+    audit key before it serves. `unconfirmed`: this key may not be in use, since a crash or a lost connection may have
+    come between the database and its log.
     """
 
     member_id: str

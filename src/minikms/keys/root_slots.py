@@ -145,13 +145,17 @@ def remove_slots(
         else msgspec.structs.replace(slot, replaces=proved if slot.replaces and slot.slot_id != proved else "")
         for slot in resealed.slots
     )
+    members = tuple(
+        msgspec.structs.replace(member, slot_id=proved) if proved and member.slot_id not in stay else member
+        for member in resealed.members
+    )
     changed = msgspec.structs.replace(
         body,
         key_version=resealed.key_version,
         slots=slots,
         keks=resealed.keks,
         audit_keys=resealed.audit_keys,
-        members=resealed.members,
+        members=members,
         tombstone_log=resealed.tombstone_log,
         rotation=rotation,
         revoking=(*body.revoking, *gone),

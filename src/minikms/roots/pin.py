@@ -88,6 +88,18 @@ class PinFile:
                 "`minikms pin add SOURCE`"
             )
 
+    def check_host(self, fingerprint: str, digest: str) -> None:
+        """Before a host is added, whose root key is not here. `digest`: of its request. Raises NotPinnedError."""
+        try:
+            pinned = self.read().pins.get(fingerprint) == digest
+        except StartError:
+            pinned = False
+        if not pinned:
+            raise NotPinnedError(
+                f"the pin file does not name this request of the host with the root key {fingerprint}: first run, as "
+                "root, `minikms pin add-host REQUEST`"
+            )
+
     def pinned(self) -> frozenset[str]:
         """The fingerprints of the root keys that it names; none while it can't be read. For `/status`: the file is
         read only when it was changed.
@@ -124,6 +136,16 @@ class PinFile:
         """Adds a pin, durably, and makes the file if there is none. `known`: it was there. `replaced`: the file was
         damaged, and has only this pin now. Raises StartError, OSError.
         """
+        return self._add(roots.fingerprint(root), roots.pin(root), keyring_id)
+
+    def add_host(self, fingerprint: str, digest: str, keyring_id: str) -> None:
+        """Names the request of a host, whose root key can then be added to the keyring, and opens it on that host only.
+        Raises StartError, also when there is no pin file, and OSError.
+        """
+        self.read()
+        self._add(fingerprint, digest, keyring_id)
+
+    def _add(self, fingerprint: str, pin: str, keyring_id: str) -> Literal["new", "known", "replaced"]:
         before, damaged = None, False
         if os.path.lexists(self.path):
             try:
@@ -135,13 +157,13 @@ class PinFile:
                 f"the pin file {self.path} is for keyring {before.keyring_id}, and the data directory has {keyring_id}"
             )
         pins = {} if before is None else before.pins
-        if before is not None and before.names(root):
+        if pins.get(fingerprint) == pin:
             return "known"
         if len(pins) >= PINS_COUNT_MAX:
             raise StartError(
                 f"the pin file {self.path} names {PINS_COUNT_MAX} root keys already: remove the unused ones"
             )
-        pins[roots.fingerprint(root)] = roots.pin(root)
+        pins[fingerprint] = pin
         self._write(msgspec.json.encode(Pins(FORMAT, VERSION, keyring_id, pins)) + b"\n")
         self.read()
         return "replaced" if damaged else "new"

@@ -22,7 +22,7 @@ from minikms.audit import AuditKey
 from minikms.audit.record import Head
 from minikms.custody.vault import Vault
 from minikms.datadir import audit_keys
-from minikms.keys import root_slots
+from minikms.keys import members, root_slots
 from minikms.keys.keyring import AuditKeyEntry, Body, confirmed, next_epoch
 from minikms.memory.arena import fill_random
 from minikms.platform.clock import now_rfc3339
@@ -62,14 +62,14 @@ class RootRemoval:
             self._repairing.cancel()
             await asyncio.wait([self._repairing])
 
-    async def remove(self, choose: Callable[[Body], Container[str]], *, proved: str = "") -> None:
+    async def remove(self, choose: Callable[[Body], Container[str]], *, proved: str = "", member_id: str = "") -> None:
         """Removes the slots that `choose` names in the newest body; nothing if it names none.
 
-        `proved`: the slot that the others are removed for, see `root_slots.remove_slots`. Raises ConflictError, the
-        errors of `choose`, StorageUnavailableError, SealedError, and AuditUnavailableError: the slots may be removed
-        then, which the body says.
+        `proved`: the slot that the others are removed for, see `root_slots.remove_slots`. `member_id`: the host that
+        goes with its slot. Raises ConflictError, the errors of `choose`, StorageUnavailableError, SealedError, and
+        AuditUnavailableError: the slots may be removed then, which the body says.
         """
-        await self._finished(self._remove(choose, proved))
+        await self._finished(self._remove(choose, proved, member_id))
 
     async def take_over(self, slot_id: str, *, oldest: int) -> None:
         """The first change of a member that takes over: see `root_slots.taken_over`. It gets a fresh audit key if a
@@ -91,7 +91,7 @@ class RootRemoval:
         if not change.cancelled():
             change.exception()  # for whoever still waits; if nobody does, it is no defect
 
-    async def _remove(self, choose: Callable[[Body], Container[str]], proved: str) -> None:
+    async def _remove(self, choose: Callable[[Body], Container[str]], proved: str, member_id: str) -> None:
         await self._audit.sync()  # so that the log is held for a short time
         unlocked = self._vault.unlocked
         async with self._vault.keyring.held() as replace:
@@ -104,7 +104,8 @@ class RootRemoval:
             def without(last: Head) -> Body:
                 resealed = unlocked.make_resealed(fill_random, without=gone)
                 key, at = self._audit_key_after(last, resealed.key_version), now_rfc3339()
-                return root_slots.remove_slots(body, resealed, unlocked.member_id, key, at=at, proved=proved)
+                changed = root_slots.remove_slots(body, resealed, unlocked.member_id, key, at=at, proved=proved)
+                return members.without(changed, member_id)
 
             await self._change_key(replace, without)
 

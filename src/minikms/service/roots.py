@@ -138,7 +138,7 @@ class RootVerbs:
                 at_ns, audit = now_ns(), self._vault.unlocked.audit
                 root_slots.check_removes(body, (slot_id,), audit)
                 root_slots.check_pace(audit, now=rfc3339(at_ns), hour_ago=rfc3339(at_ns - HOUR_NS))
-                _check_another_was_tested(body, slot_id)
+                check_another_was_tested(body, slot_id)
                 return (slot_id,)
 
             chosen(self._vault.keyring.body)
@@ -225,7 +225,7 @@ def _wrong_slot_text(body: Body, slot: RootSlot, given: str) -> str:
     return f"the root key {given} does not open slot {slot.slot_id}, which belongs to {slot.fingerprint}; {known}"
 
 
-def _check_another_was_tested(body: Body, slot_id: str) -> None:
+def check_another_was_tested(body: Body, slot_id: str) -> None:
     """Raises NotTestedError."""
     oldest = rfc3339(now_ns() - keyring.ROOT_TEST_DAYS_MAX * _DAY_NS)  # times of this form sort as text
     if not any(slot.tested_at >= oldest for slot in body.slots if slot.slot_id != slot_id):
