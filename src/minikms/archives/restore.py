@@ -4,7 +4,7 @@ Owns: the order of the writes. The caller holds the lock of the target directory
 the whole archive was verified. Nothing is overwritten. The archive is registered first and the keyring is written last,
 after the first lines of the audit log, so after an interrupted restore the daemon neither starts nor creates a new
 keyring. A key with a tombstone, in the archive or beside a newer keyring, is not restored. If a newer keyring is given,
-the restored keyring opens under the root keys of the newer one only.
+the restored keyring opens under the root keys of the newer one only. It is that of one host, whatever it was.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minikms.archives.create import CHANGED, Task, VerifiedArchive, reread_entri
 from minikms.custody import deks, keyring_file, rotation_backups
 from minikms.custody.archive_register import ArchiveRegister, RegisteredArchive
 from minikms.custody.tombstone_file import write_tombstones
-from minikms.keys import keyring, root_slots
+from minikms.keys import keyring, members, root_slots
 from minikms.keys.dek import bytes_to_key_id
 from minikms.keys.tombstones import Tombstone
 from minikms.keys.unlocked import UnlockedKeyring
@@ -106,7 +106,7 @@ def restore(
     removed = [] if newer is None else _take_root_keys(unlocked, newer.unlocked, good.manifest.audit_head, at=at)
     written = write_tombstones(target.directory_fd, unlocked, target.tombstones)
     written.tombstones.close()
-    unlocked.body = body = keyring.next_epoch(written.body, at=at)
+    unlocked.body = body = members.alone(written.body, unlocked.member_id, at=at)
     begin_log()
     replace_file(target.directory_fd, keyring_file.NAME, unlocked.encode(body))
     roots = [slot.fingerprint for slot in body.slots]

@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "unseal": ("seal:unseal", "Give a sealed daemon a share of the root key, or the root key itself."),
     "root": ("root:app", "List, add, test and remove root keys."),
     "pin": ("pin:app", "As root, name the root keys that may open the keyring."),
+    "replica": ("replica:app", "Add, list, promote and remove the hosts of a key service on several hosts."),
     "policy": ("policy:app", "Check, explain and reload a policy file."),
     "encrypt": ("files:encrypt", "Encrypt a file or a pipe of any size."),
     "decrypt": ("files:decrypt", "Decrypt the output of `minikms encrypt`."),

@@ -41,8 +41,9 @@ from minikms.cli.console import (
 )
 from minikms.commands.output import NAMED_COUNT_MAX, Progress, name_list, print_json, progress_bar, terminal
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, found_socket
-from minikms.custody import deks, journal, keyring_file, rotation_backups, tombstone_file
+from minikms.custody import deks, journal, keyring_file, replica_file, rotation_backups, tombstone_file
 from minikms.custody.log_directory import log_directory
+from minikms.custody.replica_file import StoredMark
 from minikms.custody.settled_keys import SettledKey, SettledKeys
 from minikms.datadir import opened_keyring, opened_root
 from minikms.keys import dek, keyring
@@ -52,7 +53,7 @@ from minikms.keys.tombstones import FILE_BYTES_MAX as TOMBSTONES_BYTES_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from minikms.platform.clock import rfc3339, unix_seconds
-from minikms.platform.files import closed_after, is_stale_temp, read_file_in
+from minikms.platform.files import closed_after, is_stale_temp, open_directory, read_file_in
 from minikms.roots.providers import KEPT_BY_PEOPLE
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ FREE_FILES_MIN: Final = 10_000
 KEY_AGE_DAYS_MAX: Final = 365
 CLOCK_SECONDS_MAX: Final = 60
 _UNSEAL: Final = "when nobody needs the seal any more: minikms unseal"
+_JOIN: Final = "to join anew, move the directory away: minikms replica join"
 _DAY_SECONDS: Final = 86_400
 _OTHERS_MASK: Final = 0o077
 
@@ -94,9 +96,20 @@ def examine(
     yield from _permissions(directory)
     yield from _space(directory)
     yield from _seal(directory)
+    mark: StoredMark | None = None
+    try:
+        with closed_after(open_directory(directory)) as directory_fd:
+            mark = replica_file.read(directory_fd)
+    except StartError as error:
+        yield problem("hosts", str(error), _JOIN)
     body: Body | None = None
     try:
         data = read_file_in(directory, keyring_file.NAME, keyring.FILE_BYTES_MAX)
+        if data is None and mark is not None and not mark.tag:
+            yield advice(
+                "hosts", "this host joins, and has no keys yet", f"minikms-replicator fetch --data-dir {directory}"
+            )
+            return
         if data is None:
             yield problem(
                 "keyring", "keyring.json is missing", "restore it: minikms backup restore; new here? minikms init"
@@ -105,6 +118,7 @@ def examine(
             body = keyring.parse_file(data)[0]
             yield from _keyring(directory, body, now)
             yield from _root_keys(body, now)
+            yield from _hosts(body, mark)
     except StartError as error:  # of a file that was read
         yield problem("keyring", str(error), "what the sentence says; the runbook has the steps")
     except KmsRefusedError as error:
@@ -120,6 +134,7 @@ def examine(
         return
     try:
         with opened_root(root) as (arena, key), opened_keyring(arena, key, data) as unlocked:
+            yield from _mark(mark, unlocked)
             yield from _keys(directory, body, now, arena, unlocked, progress=progress)
     except StartError as error:
         yield problem("root key", str(error), "give the key file that the daemon uses")
@@ -231,6 +246,33 @@ def _keyring(directory: str, body: Body, now: float) -> Iterator[Diagnosis]:
             f"the keyring was written {int(ahead)} s in the future of this machine's clock",
             "set the clock: keys are ordered by time",
         )
+
+
+def _hosts(body: Body, mark: StoredMark | None) -> Iterator[Diagnosis]:
+    """What keyring and mark say of a key service on several hosts."""
+    hosts = name_list([f"{member.name} ({member.member_id})" for member in body.members])
+    if mark is None:
+        if body.members:
+            what = f"the keyring has several hosts, {hosts}, and {replica_file.NAME} is missing"
+            yield problem("hosts", what, f"put the file back, or repeat an interrupted `minikms replica init`; {_JOIN}")
+        return
+    host = body.member(mark.mark.member_id)
+    if host is None:
+        what = f"the keyring has no host {mark.mark.member_id}, which this one is"
+        yield problem("hosts", what, f"was it removed? {_JOIN}. Or repeat an interrupted `minikms replica leave`")
+        return
+    yield advice("hosts", f"this is {host.name} of {len(body.members)} hosts: {hosts}", "minikms replica list")
+    if body.slot(host.slot_id) is None:
+        what = f"the root key that {host.name} joined with was removed or replaced"
+        yield advice("hosts", what, "minikms replica remove does not remove a later one: minikms root list")
+
+
+def _mark(mark: StoredMark | None, unlocked: UnlockedKeyring) -> Iterator[Diagnosis]:
+    try:
+        if mark is not None:
+            mark.check(unlocked)
+    except StartError as error:
+        yield problem("hosts", str(error), _JOIN)
 
 
 def _root_keys(body: Body, now: float) -> Iterator[Diagnosis]:

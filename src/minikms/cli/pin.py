@@ -1,4 +1,4 @@
-"""`minikms pin add` and `minikms pin remove`: root says which root keys may open the keyring.
+"""`minikms pin`: root says which root keys may open the keyring, and which hosts may be added.
 
 Owns: flags and output. Invariants: only root may run them, and what it reads is root's decision: the key file may
 belong to any user. It must never print more of a root key than its fingerprint.
@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 
 from minikms.cli.console import PIN_VARIABLE, DataDir, Json, Yes, chosen_data_dir, complain, named_root
 from minikms.commands.output import confirm, print_json, print_result
-from minikms.commands.usage import EXIT_GOOD, CommandError, RootSource
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
     from minikms.roots.pin import PinFile
@@ -74,6 +74,34 @@ def add(
         complain("the file was damaged, and names only this root key now: add the others again")
     if not opens:
         print("It does not open the keyring yet: minikms root add SOURCE")
+    return EXIT_GOOD
+
+
+@app.command(name="add-host")
+def add_host(
+    request: Annotated[Path, Parameter(help="The file that `minikms replica join` has made on the new host.")],
+    *,
+    pin: Pin = None,
+    data_dir: DataDir = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> int:
+    """Add a new host's request to the pin file. Then `minikms replica add` takes it; nothing opens here."""
+    from minikms.cli.replica import confirm_request, read_request
+    from minikms.datadir import read_keyring
+    from minikms.keys import keyring, members
+
+    file, directory = _chosen(pin, data_dir)
+    asked = read_request(request)
+    body = keyring.parse_file(read_keyring(directory))[0]
+    if asked.keyring_id != body.keyring_id:
+        raise CommandError(f"the request is for the keyring {asked.keyring_id}, and this one is {body.keyring_id}")
+    if body.slot_for(asked.fingerprint) is not None:
+        raise CommandError(f"the root key {asked.fingerprint} opens the keyring already", EXIT_FAILED)
+    confirm_request(asked, yes=yes)
+    file.add_host(asked.fingerprint, members.newcomer(asked).digest, body.keyring_id)
+    lines = (f"{file.path} names the request of {asked.name}.", f"Next: minikms replica add {request}")
+    print_result({"pin": str(file.path), "fingerprint": asked.fingerprint, "name": asked.name}, lines, json=json)
     return EXIT_GOOD
 
 

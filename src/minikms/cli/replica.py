@@ -1,0 +1,378 @@
+"""`minikms replica`: the hosts of a key service on several hosts.
+
+Owns: flags and output; the files of an invitation and of a request. Invariants: what a new host asks for is shown as
+the digest of its whole request, on its own screen and on that of the host that adds it; adding, removing, leaving and
+filling a database ask first. It must never say that a host serves before its daemon says so.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
+
+from cyclopts import App, Parameter
+
+from minikms.api.printable import clean
+from minikms.cli.console import (
+    DataDir,
+    Json,
+    MasterKeyFd,
+    MasterKeyFile,
+    Root,
+    ServerUid,
+    Socket,
+    Yes,
+    chosen_data_dir,
+    chosen_key_file,
+    complain,
+    daemon_client,
+    needed_root,
+)
+from minikms.commands.output import confirm, duration, print_facts, print_json, print_result, print_table
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
+
+if TYPE_CHECKING:
+    from minikms import api
+
+T = TypeVar("T")
+
+app = App(name="replica", help="The hosts of a key service on several hosts.", version_flags=[])
+
+FILE_BYTES_MAX: Final = 16 * 1024
+DIGEST_GROUP_CHARS: Final = 4
+POLL_SECONDS: Final = 0.2
+PROMOTE_SECONDS: Final = 10.0
+SILENT_SECONDS: Final = 10.0
+"""A replicator asks its daemon each second."""
+STOPPED_MODES: Final = ("sealed", "refused")
+
+Name = Annotated[str, Parameter(name="--name", help="The name of this host in `minikms replica list`.")]
+RequestFile = Annotated[Path, Parameter(help="The file that `minikms replica join` has made on the new host.")]
+
+
+@app.command
+def init(
+    *,
+    name: Name,
+    data_dir: DataDir = None,
+    master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
+    json: Json = False,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Make this host the first of several. The daemon is stopped; later it fills the empty database.
+
+    Exit status: 0 done, 2 refused.
+    """
+    from minikms.offline import init_replica
+
+    directory = chosen_data_dir(data_dir)
+    root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+    member = init_replica(directory, root, name)
+    lines = (
+        f"{directory} is that of the host {member.name}, {member.member_id}, the first of several.",
+        "Next: start minikms-replicator and the daemon; when `minikms replica status` says `serving`: "
+        "minikms replica invite",
+    )
+    print_result({"data_dir": directory, "member_id": member.member_id, "name": member.name}, lines, json=json)
+    return EXIT_GOOD
+
+
+@app.command
+def invite(
+    *,
+    invitation: Annotated[Path, Parameter(help="The file to make.")] = Path("invite.json"),
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+    json: Json = False,
+) -> int:
+    """Make the invitation of a new host. It has no secret, and nothing is kept of it."""
+    with daemon_client(socket, server_uid) as kms:
+        made = kms.invite_replica()
+    _write(invitation, made)
+    lines = (
+        f"Made {invitation}. Copy it to the new host, and run there:",
+        f"  minikms replica join --invitation {shlex.quote(invitation.name)} --name NAME",
+    )
+    print_result(made, lines, json=json)
+    return EXIT_GOOD
+
+
+@app.command
+def join(
+    *,
+    invitation: Annotated[Path, Parameter(help="The file that `minikms replica invite` has made.")],
+    name: Name,
+    request: Annotated[Path, Parameter(help="The file to make.")] = Path("request.json"),
+    data_dir: DataDir = None,
+    master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
+    json: Json = False,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Make the request of a new host.
+
+    Its data directory is empty, and its root key stays here; a key file that does not exist is made. Exit status:
+    0 made, 1 refused, 2 something is missing.
+    """
+    from minikms import api
+    from minikms.keys import members
+    from minikms.offline import join_replica
+
+    directory = chosen_data_dir(data_dir, must_exist=False)
+    invited = _read(invitation, api.ReplicaInvitation)
+    if os.path.lexists(request):
+        raise CommandError(f"{request} exists already: name another file with --request")
+    root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+    asked = join_replica(directory, root, invited, name, key_file=chosen_key_file(master_key_file, master_key_fd))
+    _write(request, asked)
+    digest = members.newcomer(asked).digest
+    lines = (
+        f"Made {request}. Its fingerprint is",
+        f"  {_grouped(digest)}",
+        "Copy it to the host that serves, and run there, which must show the same fingerprint:",
+        f"  minikms replica add {shlex.quote(request.name)}",
+        "Then here, as the user of the daemon; then start the daemon and minikms-replicator:",
+        f"  minikms-replicator fetch --data-dir {shlex.quote(directory)}",
+    )
+    print_result({"request": str(request), "member_id": asked.member_id, "digest": digest}, lines, json=json)
+    return EXIT_GOOD
+
+
+@app.command
+def add(
+    request: RequestFile, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
+) -> int:
+    """Add a host. Compare the fingerprint with the one on its screen: its root key opens the keyring from then on."""
+    asked = read_request(request)
+    with daemon_client(socket, server_uid) as kms:
+        confirm_request(asked, yes=yes)
+        added = kms.add_replica(asked)
+    lines = (
+        f"Added {added.name}, {added.member_id}. Its root key {added.fingerprint} opens the keyring, as slot "
+        f"{added.slot_id}.",
+        "Next, on that host: minikms-replicator fetch; then start its daemon and minikms-replicator.",
+    )
+    print_result(added, lines, json=json)
+    return EXIT_GOOD
+
+
+@app.command(name="list")
+def list_hosts(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
+    """List the hosts."""
+    with daemon_client(socket, server_uid) as kms:
+        answer = kms.replica_status()
+    if json:
+        print_json(answer)
+        return EXIT_GOOD
+    serving = next((one for one in answer.members if one.member_id == answer.serving), None)
+    newest = max((one.number for one in answer.members), default=0)
+    print_table(
+        ("host", "name", "mode", "changes", "behind", "seen", "version", ""),
+        (
+            (
+                one.member_id,
+                one.name,
+                one.mode,
+                one.number,
+                newest - one.number,
+                f"{duration(int(one.seen_seconds))} ago",
+                one.version,
+                _notes(one, serving),
+            )
+            for one in answer.members
+        ),
+        right=("changes", "behind"),
+    )
+    return EXIT_GOOD
+
+
+def _notes(one: api.MemberReport, serving: api.MemberReport | None) -> str:
+    notes = [one.why] if one.why else []
+    if serving is not None and one.policy != serving.policy:
+        notes.append("ANOTHER POLICY" if one.policy else "NO POLICY FILE")
+    if serving is not None and one.pin != serving.pin:
+        notes.append("another pin file" if one.pin else "NO PIN FILE")
+    return "; ".join(notes)
+
+
+@app.command
+def remove(
+    host: Annotated[str, Parameter(help="The host, by its id or name in `minikms replica list`.")],
+    *,
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> int:
+    """Remove a host and its root key. Keyring key and audit key are replaced at once, and the KEK is rotated."""
+    with daemon_client(socket, server_uid) as kms:
+        found = next((one for one in kms.replica_status().members if host in (one.member_id, one.name)), None)
+        what = host if found is None else f"{found.name}, {found.member_id}"
+        confirm(f"Remove the host {what}? Its root key can't be added again.", yes=yes)
+        removed = kms.remove_replica(host if found is None else found.member_id)
+    if removed.fingerprint:
+        said = f"Removed {removed.name}. Its root key {removed.fingerprint} opens no later keyring."
+    else:
+        said = f"Removed {removed.name}. The root key that it joined with was removed before: look for a later one."
+    lines = (
+        said,
+        "The KEK is being rotated: minikms root list shows when that has ended, and the root keys that are left.",
+        "Next: stop that host's daemon and minikms-replicator, and take its account in the database away.",
+    )
+    print_result(removed, lines, json=json)
+    return EXIT_GOOD
+
+
+@app.command
+def promote(
+    *,
+    replace_database: Annotated[
+        bool,
+        Parameter(
+            help="Fill an empty database with what this host has: after the loss or a restore of the database.",
+            negative=(),
+            show_default=False,
+        ),
+    ] = False,
+    wait: Annotated[float, Parameter(name="--wait", help="Seconds to wait until this host serves.")] = PROMOTE_SECONDS,
+    socket: Socket = None,
+    server_uid: ServerUid = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> int:
+    """Let this host take over from the one that serves. Exit status: 0 it serves, 1 not yet, or refused."""
+    with daemon_client(socket, server_uid) as kms:
+        if replace_database:
+            confirm(
+                "Fill an empty database with what this host has? Changes that only another host has are lost: do it on "
+                "the host with the most changes in `minikms replica status`.",
+                yes=yes,
+            )
+        state = kms.promote_replica(replace_database=replace_database)
+        until = time.monotonic() + wait
+        while state.mode != "serving" and state.mode not in STOPPED_MODES and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+            state = kms.replica_status()
+    serves = state.mode == "serving"
+    if json:
+        print_json(state)
+    elif serves:
+        print(f"This host, {state.member_id}, serves in term {state.term}.")
+    if not serves:
+        why = f": {state.why}" if state.why else ""
+        complain(f"this host does not serve yet, its mode is {state.mode}{why}. See minikms replica status")
+    return EXIT_GOOD if serves else EXIT_FAILED
+
+
+@app.command
+def status(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
+    """Show the state of this host. Exit status: 0 it serves or follows, 1 it can't, 2 the daemon does not answer."""
+    with daemon_client(socket, server_uid) as kms:
+        state = kms.replica_status()
+    heard = state.heard_seconds
+    works = not state.enabled or (
+        state.mode not in STOPPED_MODES and not state.why and heard is not None and heard < SILENT_SECONDS
+    )
+    if json:
+        print_json(state)
+    elif not state.enabled:
+        print("This key service has one host. To have several: minikms replica init")
+    else:
+        facts = [
+            ("host", state.member_id),
+            ("mode", f"{state.mode}: {state.why}" if state.why else state.mode),
+            ("serving", state.serving or "none"),
+            ("term", state.term),
+            ("changes", f"{state.number:,}"),
+            ("lease", f"{state.lease_seconds:.1f} s left" if state.lease_seconds else "none"),
+            ("replicator", "NEVER HEARD" if heard is None else f"heard {duration(int(heard))} ago"),
+        ]
+        print_facts(facts)
+    return EXIT_GOOD if works else EXIT_FAILED
+
+
+@app.command
+def leave(
+    *,
+    data_dir: DataDir = None,
+    master_key_file: MasterKeyFile = None,
+    root_source: Root = None,
+    yes: Yes = False,
+    json: Json = False,
+    master_key_fd: MasterKeyFd = None,
+) -> int:
+    """Make this host the only one. Its daemon is stopped, and the data directory is then as any other.
+
+    Exit status: 0 done, 2 refused.
+    """
+    from minikms.offline import leave_replica
+
+    directory = chosen_data_dir(data_dir)
+    root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+    confirm(
+        "Go on with this host alone? Daemon and replicator of every other host must be stopped for good: this can't be "
+        "checked here, and two that serve would answer with different keys.",
+        yes=yes,
+    )
+    left = leave_replica(directory, root)
+    lines = (
+        f"{directory} is that of one host again, with the {left.number:,} changes that it had.",
+        "Next: remove minikms-replicator and its tables, and start the daemon. The root keys of the other hosts still "
+        "open the keyring: minikms root list, minikms root remove.",
+    )
+    print_result({"data_dir": directory, "member_id": left.member_id, "number": left.number}, lines, json=json)
+    return EXIT_GOOD
+
+
+def read_request(path: Path) -> api.AddReplicaRequest:
+    """Raises CommandError, OSError."""
+    from minikms import api
+
+    return _read(path, api.AddReplicaRequest)
+
+
+def confirm_request(asked: api.AddReplicaRequest, *, yes: bool) -> None:
+    """Asks whether the new host shows the same fingerprint. Raises CommandError."""
+    from minikms.keys import members
+
+    shown = _grouped(members.newcomer(asked).digest)
+    confirm(
+        f"The host {clean(asked.name)} asks to be added. The fingerprint of its request is\n  {shown}\n"
+        "Does the screen of that host show the same?",
+        yes=yes,
+    )
+
+
+def _grouped(digest: str) -> str:
+    return " ".join(digest[at : at + DIGEST_GROUP_CHARS] for at in range(0, len(digest), DIGEST_GROUP_CHARS))
+
+
+def _write(path: Path, value: object) -> None:
+    """Makes the file. Raises CommandError if it exists, OSError."""
+    from minikms.commands.output import as_json
+
+    try:
+        with path.open("x", encoding="ascii") as file:
+            file.write(as_json(value) + "\n")
+    except FileExistsError:
+        raise CommandError(f"{path} exists already: name another file") from None
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    """Raises CommandError, OSError."""
+    import msgspec
+
+    from minikms.api.decoding import UNDECODABLE
+
+    with path.open("rb") as file:
+        data = file.read(FILE_BYTES_MAX + 1)
+    try:
+        if len(data) <= FILE_BYTES_MAX:
+            return msgspec.json.decode(data, type=kind)
+    except UNDECODABLE:
+        pass
+    raise CommandError(f"{path} is not what `minikms replica` makes: copy it again")
