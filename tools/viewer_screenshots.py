@@ -6,6 +6,7 @@ Chromium. Owns `docs/images/*.png`. Needs the development environment and Debian
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from tests.progressdb_server.api.asgi_client import ADMIN  # noqa: E402 (the tests are importable from here on)
+from minikms_auditor.auditor import Status  # noqa: E402 (the tests are importable from here on)
+from tests.minikms_auditor.asking import beside  # noqa: E402 (as above)
+from tests.progressdb_server.api.asgi_client import ADMIN  # noqa: E402 (as above)
 from tests.progressdb_server.api.browser import Browser  # noqa: E402 (as above)
 from tests.progressdb_server.api.real_server import RealServer, real_server  # noqa: E402 (as above)
 
@@ -45,7 +48,11 @@ def fill(server: RealServer) -> tuple[str, str]:
 
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as directory, real_server(Path(directory)) as server:
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as opened:
+        base = Path(directory)
+        environment = {"PROGRESSDB_AUDIT_SOCKET": str(base / "q")}
+        server = opened.enter_context(real_server(base, environment=environment))
+        opened.enter_context(beside(server.db / "kms", base, Status("o", (), position_seq=10**6)))
         thread, message = fill(server)
         address = f"http://127.0.0.1:{server.port}"
         with Browser() as browser:
@@ -61,6 +68,7 @@ def main() -> None:
                 ("viewer-conversation-phone", f"/viewer/threads/{thread}", PHONE, "dark"),
                 ("viewer-versions", f"/viewer/messages/{message}", DESKTOP, "light"),
                 ("viewer-keys", "/viewer/keys", DESKTOP, "light"),
+                ("viewer-audit", f"/viewer/audit?thread={thread}&verb=reads", DESKTOP, "light"),
                 ("viewer-jobs", "/viewer/jobs", DESKTOP, "dark"),
                 ("viewer-key-service", "/viewer/status", DESKTOP, "light"),
                 ("api-docs", "/docs/", DESKTOP, "dark"),

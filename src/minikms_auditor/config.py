@@ -94,11 +94,10 @@ Sink = SyslogSink | HttpSink | SplunkSink | FileSink
 
 
 class Questions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Who may ask about the log, by name or number, and where. group: also reaches the socket; else only this user."""
+    """Who may ask about the log, by name or number, and on which socket."""
 
     users: tuple[str | Uid, ...]
     socket: str = QUESTIONS_SOCKET
-    group: str = ""
 
     @property
     def uids(self) -> frozenset[int]:

@@ -33,10 +33,10 @@ from minikms.platform.logs import service_logger
 from minikms.platform.notify import Notifier
 from minikms.processes.config_file import address
 from minikms.processes.running import Run
-from minikms.processes.sockets import UnixListener, listen
+from minikms.processes.sockets import listen
 from minikms_auditor.auditor import Auditor, Status
 from minikms_auditor.collectors import Collector, SplunkCollector
-from minikms_auditor.config import Config, Files, FileSink, HttpSink, Questions, Sink, SplunkSink, SyslogSink
+from minikms_auditor.config import Config, Files, FileSink, HttpSink, Sink, SplunkSink, SyslogSink
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.questions import QUESTION_LIMITS, Desk
 from minikms_auditor.signers import Signers, open_signers
@@ -49,6 +49,8 @@ STEP_SECONDS: Final = 2.0
 """Between two steps. The daemon must hear of the auditor every 5 s."""
 STOP_SECONDS_MAX: Final = 20.0
 ARENA_SLOTS: Final = 8
+ASKED_MODE: Final = 0o666
+"""Of the socket of questions: the uid of a peer decides, not its groups."""
 
 
 class Loaded(NamedTuple):
@@ -95,7 +97,9 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         cleaning.callback(store.close)
         signals = cleaning.enter_context(SignalReader())
         listener = cleaning.enter_context(listen_tcp(*address(config.metrics))) if config.metrics else None
-        asked = cleaning.enter_context(_listen(config.questions)).socket if config.questions else None
+        asked = None
+        if config.questions is not None:
+            asked = cleaning.enter_context(listen(config.questions.socket, {}, mode=ASKED_MODE)).socket
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, config.log_dir]
         if config.uses_network:
             read += NETWORK_PATHS
@@ -129,12 +133,6 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
                 Desk(config, config.questions, auditor, status=process.status, stopping=stopping.is_set, log=log),
             )
         uvloop.run(process.serve())
-
-
-def _listen(questions: Questions) -> UnixListener:
-    """Raises StartError."""
-    group = questions.group or None
-    return listen(questions.socket, {}, mode=0o660 if group else 0o600, group=group)
 
 
 class _Process:

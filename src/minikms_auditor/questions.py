@@ -38,7 +38,7 @@ from minikms.audit.blocks import BLOCKS_NAME
 from minikms.audit.queries import query, shows_every_creation
 from minikms.audit.questions import Found, Search
 from minikms.audit.record import Event
-from minikms.http import Limits, Link, Refusal, Request, Response, error_response
+from minikms.http import Limits, Link, Request, Response, error_response
 from minikms.http.page import SmallApplication
 from minikms.platform.logs import structlog
 from minikms.platform.workers import in_worker
@@ -52,7 +52,6 @@ WAITING_MAX: Final = 4
 QUESTION_LIMITS: Final = Limits(connections_max=CONNECTIONS_MAX, body_bytes_max=QUESTION_BYTES_MAX)
 REFUSALS_PAUSE_SECONDS: Final = 60.0
 """Between two lines about peers that may not ask."""
-_MAY_NOT: Final = Refusal(401, api.CODE_UNAUTHORIZED, "This user may not ask: name it in users of [questions].")
 
 _decode: Final = msgspec.json.Decoder(AuditQuestion).decode
 
@@ -86,7 +85,8 @@ class Desk(SmallApplication):
     def close(self) -> None:
         self._worker.shutdown(wait=False, cancel_futures=True)
 
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> int | Refusal | None:
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> int | None:
+        """None: the connection is closed at once, so that it takes no place of those who may ask."""
         try:
             uid = read_peer(sock).uid
         except OSError:
@@ -97,7 +97,7 @@ class Desk(SmallApplication):
         if time.monotonic() - self._refusals_s >= REFUSALS_PAUSE_SECONDS:
             self._log.warning("peer refused", uid=uid, count=self._refusals)
             self._refusals, self._refusals_s = 0, time.monotonic()
-        return _MAY_NOT
+        return None
 
     def handle(self, session: int, request: Request) -> Response | Awaitable[bytes | Response]:
         if (request.method, request.path) != ("POST", PATH):
@@ -164,7 +164,7 @@ class Desk(SmallApplication):
 
 def _line(event: Event, question: AuditQuestion, found: Found) -> AuditLine:
     keys = [event.key_id] if event.key_id else event.key_ids
-    wanted = {question.key, *found.keys}
+    wanted = {question.key, *question.thread_keys, *found.keys}
     requests = [event.request_id] if event.request_id else event.request_ids
     return AuditLine(
         seq=event.seq,

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import yaml
 
-from minikms.processes.config_file import has_nul
+from minikms.api.errors import StartError
+from minikms.processes.config_file import Uid, check_socket, has_nul
 
 ENVIRONMENT_PREFIX: Final = "PROGRESSDB_"
 CONFIG_BYTES_MAX: Final = 1024 * 1024
@@ -149,7 +150,7 @@ class Kms(_Section, frozen=True):
     binary: str = ""
     spawn: bool = True
     master_key_file: str = ""
-    server_uids: tuple[Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)], ...] = ()
+    server_uids: tuple[Uid, ...] = ()
     """User ids that may serve the socket. Empty: the one of this process, and root."""
     url: str = ""
     """Of a gateway on another host, or of several. No key service is spawned then."""
@@ -206,6 +207,13 @@ class Logging(_Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class Viewer(_Section, frozen=True):
+    audit_socket: str = ""
+    """On which an auditor answers questions about the audit log."""
+    audit_server_uids: tuple[Uid, ...] = ()
+    """User ids that may serve it. Empty: the one of this process, and root."""
+
+
 class Config(_Section, frozen=True):
     server: Server = Server()
     storage: Storage = Storage()
@@ -214,6 +222,7 @@ class Config(_Section, frozen=True):
     kms: Kms = Kms()
     rotation: Rotation = Rotation()
     retention: Retention = Retention()
+    viewer: Viewer = Viewer()
     logging: Logging = Logging()
 
     @property
@@ -347,6 +356,8 @@ VARIABLES: Final = (
     Variable("ROTATION_DESTROY_OLD_AFTER", "rotation.destroy_old_after", _text),
     Variable("RETENTION_DELETED_AFTER", "retention.deleted_after", _text),
     Variable("RETENTION_ROTATION_BACKUPS_AFTER", "retention.rotation_backups_after", _text),
+    Variable("AUDIT_SOCKET", "viewer.audit_socket", _text),
+    Variable("AUDIT_SERVER_UIDS", "viewer.audit_server_uids", _integers),
     Variable("LOG_FORMAT", "logging.format", _text),
     Variable("LOG_LEVEL", "logging.level", _text),
 )
@@ -564,6 +575,11 @@ def check(config: Config, *, with_data: bool = True) -> None:
         parse_network(network)
     for network in config.server.proxies:
         parse_network(network, "server.proxies")
+    if config.viewer.audit_socket:
+        try:
+            check_socket(config.viewer.audit_socket, "viewer.audit_socket")
+        except StartError as error:
+            raise ConfigError(str(error)) from None
     _check_api_keys(config.security.api_keys)
     _check_durations(config)
     if config.kms.url:

@@ -39,6 +39,7 @@ from progressdb_server.api.routes import readiness as readiness_routes
 from progressdb_server.api.routes import store_backup
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
+from progressdb_server.api.viewer.audit import Auditor
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError, unknown_variables
 from progressdb_server.conversations.whole import Conversations
@@ -229,7 +230,10 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
         started.push_async_callback(readiness.close)
         metrics = _metrics(registry, provider, tracing, started)
         secure = bool(config.server.tls.cert_file)
-        viewer = Viewer(store, provider, jobs, readiness, access.keys, metrics=metrics, secure=secure)
+        auditor = Auditor(config.viewer)
+        viewer = Viewer(
+            store, provider, jobs, readiness, access.keys, metrics=metrics, auditor=auditor, secure=secure
+        )  # fmt: skip
         viewer.start()
         started.push_async_callback(viewer.close)
         backup_routes = store_backup.operations(store.backups, config.backups_dir)

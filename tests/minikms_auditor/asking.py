@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Collection
+import threading
+from collections.abc import AsyncIterator, Collection, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,7 +18,8 @@ from minikms.http import HttpServer
 from minikms.http.accepting import Acceptor
 from minikms.platform.logs import structlog
 from minikms.processes.sockets import listen
-from minikms_auditor.config import Questions, parse_config
+from minikms_auditor.auditor import Status
+from minikms_auditor.config import Config, Questions, parse_config
 from minikms_auditor.questions import QUESTION_LIMITS, Desk
 from tests.harness.waiting import WAIT_S_MAX
 from tests.minikms_auditor.rig import Rig
@@ -43,29 +46,62 @@ async def ask(path: Path, body: object, target: str = PATH, server_uids: Collect
 
 
 @contextlib.asynccontextmanager
+async def serving(desk: Desk, path: Path) -> AsyncIterator[Path]:
+    failed: list[str] = []
+    with listen(str(path), {}) as listener:
+        server = HttpServer(
+            desk, loop=asyncio.get_running_loop(), on_internal_error=failed.append, limits=QUESTION_LIMITS
+        )
+        acceptor = Acceptor(listener.socket, server, on_failure=failed.append)
+        yield path
+        acceptor.close()
+        await server.drain(0)
+    desk.close()
+    assert failed == []
+
+
+@contextlib.asynccontextmanager
 async def desk_of(rig: Rig, *, uids: tuple[int, ...] = (os.getuid(),)) -> AsyncIterator[Path]:
     """Its socket. The lines of its log go to structlog."""
     assert rig.auditor is not None
-    questions = Questions(users=uids, socket=str(rig.base / "q"))
+    config = parse_config(rig.config(), "auditor.toml")
     desk = Desk(
-        parse_config(rig.config(), "auditor.toml"),
-        questions,
+        config,
+        Questions(users=uids),
         rig.auditor,
         status=rig.auditor.status,
         stopping=lambda: False,
         log=structlog.get_logger(),
     )
-    failed: list[str] = []
-    with listen(questions.socket, {}) as listener:
-        server = HttpServer(
-            desk, loop=asyncio.get_running_loop(), on_internal_error=failed.append, limits=QUESTION_LIMITS
-        )
-        acceptor = Acceptor(listener.socket, server, on_failure=failed.append)
-        yield Path(questions.socket)
-        acceptor.close()
-        await server.drain(0)
-    desk.close()
-    assert failed == []
+    async with serving(desk, rig.base / "q") as path:
+        yield path
+
+
+@contextlib.contextmanager
+def beside(log_dir: Path, base: Path, status: Status, *, uids: tuple[int, ...] = (os.getuid(),)) -> Iterator[Path]:
+    """The socket of a desk for a log, without the steps of an auditor: it has no index. `status`: what they came to."""
+    config = Config(
+        version=1,
+        origin=status.origin,
+        kms_socket="",
+        log_dir=str(log_dir),
+        state_dir=str(base),
+        signers=(),
+    )
+    log = structlog.get_logger()
+    auditor: Any = SimpleNamespace(check_index=False)
+    desk = Desk(config, Questions(users=uids), auditor, status=lambda: status, stopping=lambda: False, log=log)
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        served = serving(desk, base / "q")
+        thread.start()
+        try:
+            yield asyncio.run_coroutine_threadsafe(served.__aenter__(), loop).result(WAIT_S_MAX)
+            asyncio.run_coroutine_threadsafe(served.__aexit__(None, None, None), loop).result(WAIT_S_MAX)
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
 
 
 def answers(rig: Rig, *questions: dict[str, Any]) -> list[AuditAnswer]:

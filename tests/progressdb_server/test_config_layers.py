@@ -157,6 +157,8 @@ ENVIRONMENT: list[tuple[str, str, str, object]] = [
     ("KMS_EXCLUSIVE", "0", "kms.exclusive", False),
     ("KMS_SERVER_UIDS", "0,1000", "kms.server_uids", (0, 1000)),
     ("MINIKMS_MASTER_KEY_FILE", "/m", "kms.master_key_file", "/m"),
+    ("AUDIT_SOCKET", "/q", "viewer.audit_socket", "/q"),
+    ("AUDIT_SERVER_UIDS", "7", "viewer.audit_server_uids", (7,)),
     ("ROTATION_MAX_AGE", "90d", "rotation.max_age", "90d"),
     ("ROTATION_MAX_USES", "1000", "rotation.max_uses", 1000),
     ("ROTATION_RATE", "50", "rotation.records_per_second", 50),

@@ -67,9 +67,10 @@ class AuditAnswer(msgspec.Struct, frozen=True):
     """lines: newest first. before: what to ask next for older lines; 0 if there are none. stopped: why that is so
     although `lines` is not full: the time was over, or the index does not have those lines yet.
 
-    thread_keys: keys of the thread. begins_late: earlier lines of the log were removed, or were in another one, so keys
-    of the thread may be missing. signed_seq: the last line under the published tree checkpoint. indexed_seq,
-    durable_seq: the last line of the index and of the log. alarm: why the auditor signs nothing; empty if it does.
+    thread_keys: those that the log gives to the thread. begins_late: earlier lines of the log were removed, or were in
+    another one, so keys of the thread may be missing. signed_seq: the last line under the published tree checkpoint.
+    indexed_seq, durable_seq: the last line of the index and of the log. alarm: why the auditor signs nothing; empty if
+    it does.
     """
 
     lines: list[AuditLine]

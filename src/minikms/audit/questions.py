@@ -32,8 +32,8 @@ Span = tuple[int, int]
 
 
 class Found(NamedTuple):
-    """events: newest first. before: no line that is before it was read; 0: all were. stopped: why it is early. keys: of
-    the thread.
+    """events: newest first. before: no line that is before it was read; 0: all were. stopped: why it is early. keys:
+    those that the log gives to the thread.
     """
 
     events: list[Event]
@@ -52,7 +52,8 @@ class _NotIndexedError(Exception):
 
 class Search(msgspec.Struct, kw_only=True):
     """Looks in the log in `directory` for the newest `count` lines with a number below `before`; 0 for no bound.
-    index: the directory of the index. is_late: whether the time is over. reached: as `Found.before`. keys: as there.
+    index: the directory of the index. is_late: whether the time is over. reached, learned: as `before` and `keys` of
+    `Found`.
     """
 
     directory: str
@@ -62,13 +63,12 @@ class Search(msgspec.Struct, kw_only=True):
     count: int
     is_late: Callable[[], bool]
     reached: int = 0
-    keys: set[str] = msgspec.field(default_factory=set)
+    learned: set[str] = msgspec.field(default_factory=set)
 
     def run(self) -> Found:
         """Raises OSError, DamagedSegmentError."""
         events: list[Event] = []
         stopped: Literal["", "time", "index"] = ""
-        self.keys.update(self.sought.thread_keys)
         self.reached, self.before = self.before, self.before or record.INTEGER_MAX
         try:
             if self.sought.threads:
@@ -77,13 +77,13 @@ class Search(msgspec.Struct, kw_only=True):
                 events.append(event)
                 if len(events) > self.count:  # one more, to know whether there are older ones
                     del events[self.count :]
-                    return Found(events, events[-1].seq, "", sorted(self.keys))
+                    return Found(events, events[-1].seq, "", sorted(self.learned))
             self.reached = 0
         except _LateError:
             stopped = "time"
         except _NotIndexedError:
             stopped = "index"
-        return Found(events, self.reached, stopped, sorted(self.keys))
+        return Found(events, self.reached, stopped, sorted(self.learned))
 
     def _learn_keys(self) -> None:
         """The keys of the thread, which lines about its encryptions and decryptions have in its place."""
@@ -95,27 +95,28 @@ class Search(msgspec.Struct, kw_only=True):
                 if count % LINES_BETWEEN_LOOKS == 0 and self.is_late():
                     raise _NotIndexedError
                 if any(each in line for each in threads) and (event := _parsed(line)):
-                    self.keys.add(self.sought.key_of_thread(event))
-        self.keys.discard("")
+                    self.learned.add(self.sought.key_of_thread(event))
+        self.learned.discard("")
 
     def _events(self) -> Iterator[Event]:
-        conditions = self.sought.conditions(self.keys)
-        needles = self._needles()
+        keys = self.learned.union(self.sought.thread_keys)
+        conditions = self.sought.conditions(keys)
+        needles = self._needles(keys)
         for file in newest_first(self.directory):
             for group in self._groups(file, conditions):
                 kept: deque[Event] = deque(maxlen=self.count + 1)
                 first = 0
                 for content in self._contents(file, group):
                     first = first or record.peek_seq(content)
-                    kept += _matching(content, needles, self.sought, self.keys, self.before)
+                    kept += _matching(content, needles, self.sought, keys, self.before)
                 yield from reversed(kept)
                 if first < self.before:  # else an answer that is late would not go on
                     self.reached = first or self.reached
                     if self.is_late():
                         raise _LateError
 
-    def _needles(self) -> list[tuple[bytes, ...]]:
-        of_thread = tuple(text.encode() for text in (*self.sought.threads, *self.keys))
+    def _needles(self, keys: AbstractSet[str]) -> list[tuple[bytes, ...]]:
+        of_thread = tuple(text.encode() for text in (*self.sought.threads, *keys))
         has_few = self.sought.threads and len(of_thread) <= NEEDLES_MAX
         return [*self.sought.needles(), *([of_thread] if has_few else ())]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from minikms import api
 from minikms.http.exchange import Link, Request, Response, error_response
 from minikms.http.head import ParsedHead
-from minikms.http.limits import Limits, Refusal
+from minikms.http.limits import Limits
 from minikms.platform import process_metrics
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ METRICS_PATH: Final = "/metrics"
 class SmallApplication:
     """What an application of the engine (see `minikms.http`) leaves as it is, if it has no state of its own."""
 
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> int | Refusal | None:
+    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> int | None:
         return sock.fileno()
 
     def group(self, session: int) -> int:

@@ -45,7 +45,7 @@ GOOD: dict[Pair, Callable[[World, str], Reply]] = {
     **{Pair(f"POST /admin/jobs/{{job}}/{order}", 200): provoking.steered for order in ("pause", "resume", "cancel")},
     **{
         Pair(f"GET /viewer/{page}", 303): provoking.without_session
-        for page in ("", "threads", "threads/{thread}", "messages/{message}", "keys", "jobs", "status")
+        for page in ("", "threads", "threads/{thread}", "messages/{message}", "keys", "jobs", "audit", "status")
     },
     **{Pair(f"GET /v1/{lists}", 304): provoking.held for lists in ("messages", "threads/{thread}/messages")},
 }
@@ -115,6 +115,8 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     "the backup still exists: delete it and all its copies first": provoking.backup_still_there,
     # the viewer
     "the search text is too long": provoking.queried("q=" + "q" * 1025 + "&key=" + "k" * 1025),
+    "a time is written as 2026-03-14T09:30, in UTC": provoking.queried("from=yesterday"),
+    "a line has a number of at most 18 digits": provoking.queried("before=last"),
     "give before or after, not both": provoking.queried("before=a&after=b"),
     "the form has an unknown field": provoking.changed_form(other="field"),
     "This is not an admin key.": provoking.changed_form(key=BACKEND),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from prometheus_client import CollectorRegistry
 
+from progressdb_server import config
 from progressdb_server.api.application import operations
 from progressdb_server.api.gate.access import for_users
 from progressdb_server.api.gate.keys import ADMINS, OPERATORS, KeyTable
@@ -22,6 +23,7 @@ from progressdb_server.api.routes.messages import INVALID_VERSION
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.routes.table import Resource
+from progressdb_server.api.viewer.audit import Auditor
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
 from progressdb_server.conversations import membership
@@ -62,7 +64,8 @@ def whole_table() -> tuple[Operation, ...]:
     store: Any = SimpleNamespace(engine=None)
     readiness = Readiness(store, jobs, KmsMetrics())
     metrics = ApiMetrics(CollectorRegistry())
-    viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), metrics=metrics, secure=False)
+    auditor = Auditor(config.Viewer())
+    viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), metrics=metrics, auditor=auditor, secure=False)
     ready = readiness_routes.operations(readiness)
     more = (*ready, *job_routes.operations(jobs), *backups, *viewer.operations())
     return operations(api.store, metrics, more)

@@ -24,6 +24,7 @@ PAGES = (
     "/viewer/keys",
     "/viewer/jobs",
     "/viewer/jobs?part=rows",
+    "/viewer/audit",
     "/viewer/status",
 )
 NO_MORE_ATTEMPTS = (

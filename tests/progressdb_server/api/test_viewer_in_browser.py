@@ -16,6 +16,7 @@ PAGES = (
     "/viewer/threads/{thread}",
     "/viewer/keys",
     "/viewer/jobs",
+    "/viewer/audit?thread={thread}&verb=reads",
     "/viewer/status",
     "/docs/",
 )

@@ -50,7 +50,8 @@ from progressdb_server.api.openapi.description import (
 from progressdb_server.api.routes import pages
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
-from progressdb_server.api.viewer import overview
+from progressdb_server.api.viewer import audit, overview
+from progressdb_server.api.viewer.audit import Auditor, AuditorError
 from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPage, VersionPage, format_time
 from progressdb_server.api.viewer.history import SAMPLE_S, History
 from progressdb_server.api.viewer.keys import KeyBrowser, KeyPage
@@ -105,9 +106,11 @@ class Viewer:
         keys: KeyTable,
         *,
         metrics: ApiMetrics,
+        auditor: Auditor,
         secure: bool,
     ) -> None:
         """`secure`: the server speaks TLS, and browsers may send the cookie only over TLS."""
+        self._auditor = auditor
         self._metrics = metrics
         self._history = History()
         self._sampling: asyncio.Task[None] | None = None
@@ -296,6 +299,33 @@ class Viewer:
             problem = "" if destroyed else str(error)
         return _page("keys", session, found=found, query=query, problem=problem, destroyed=destroyed)
 
+    async def _audit(self, request: Request, session: ViewerSession) -> Response:
+        """Search the audit log, newest lines first."""
+        query = {name: request.query_params.get(name, "").strip() for name in audit.FIELDS}
+        if any(len(value) > limits.STORED_KEY_BYTES_MAX for value in query.values()):
+            raise bad_request(SEARCH_TOO_LONG)
+        key: str | None = None
+        with contextlib.suppress(StoreUnavailableError):
+            if limits.ID_PATTERN.fullmatch(query["thread"]):
+                key = await self._store.rekeying.key_of_thread(query["thread"])
+        question = audit.question(query, asker=f"admin key {session.key_number}", thread_keys=(key,) if key else ())
+        answer, problem = None, ""
+        try:
+            answer = await self._auditor.ask(question) if self._auditor.is_configured else None
+        except AuditorError as error:
+            problem = str(error)
+        named = answer is None or (answer.thread_keys and not answer.begins_late and key in (None, *answer.thread_keys))
+        return _page(
+            "audit",
+            session,
+            query=query,
+            answer=answer,
+            problem=problem,
+            configured=self._auditor.is_configured,
+            missing=bool(query["thread"]) and not named,
+            verbs=sorted(verb.name for verb in api.VERBS),
+        )
+
     async def _newest_jobs(self) -> list[Job]:
         jobs: list[Job] = []
         async for page in self._jobs.table.newest():
@@ -360,6 +390,13 @@ class Viewer:
                 errors={400: (TWO_CURSORS,)},
             ),
             _shown("/viewer/messages/{message}", inside(self._message), raises=(MessageNotFoundError,)),
+            _shown(
+                "/viewer/audit",
+                inside(self._audit),
+                *(Parameter(name, text(limits.STORED_KEY_BYTES_MAX), what) for name, what in audit.FIELDS.items()),
+                errors={400: (SEARCH_TOO_LONG, audit.BAD_TIME, audit.BAD_NUMBER)},
+                needs=NOTHING,
+            ),
             _shown("/viewer/jobs", inside(self._jobs_page), Parameter("part", TEXT, "`rows`: only the table.")),
             _shown(
                 "/viewer/keys",
