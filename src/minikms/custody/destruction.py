@@ -5,8 +5,8 @@ each durable before the next: the records are appended to `kms-tombstones`, the 
 backups and the files of the keys are removed. Invariants: what the third step needs is read before the first one, and
 a key whose rotation backups can't be read or written is refused there and stays as it is. An answer comes after the
 third step. From the first step on a key is destroyed in this run too, whatever becomes of the others: its record is on
-disk, and the next start would adopt it. An error says whether the key is destroyed. A repeated request completes what
-failed; `Destruction.unfinished` has the keys that need one.
+disk, and the next start would adopt it; or the database of a replicated key service has it. An error says whether the
+key is destroyed. A repeated request completes what failed; `Destruction.unfinished` has the keys that need one.
 
 It runs in the event loop's thread; the disk is used in an executor. It must never remove a file before its tombstone is
 durable.
@@ -21,6 +21,7 @@ from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.custody.deks import HeldKeys
 from minikms.custody.group_commit import GroupQueue
 from minikms.custody.keyring_file import StoredKeyring
+from minikms.custody.replication import Written
 from minikms.custody.rotation_backups import FoundRecords
 from minikms.custody.tombstone_file import Staged, Tombstones
 from minikms.keys import keyring
@@ -139,7 +140,7 @@ class Destruction:
         tombstones = self._tombstones
         unix_ns = now_ns()
         staged: Staged | None = None
-        appended = False
+        begun = appended = False
 
         def make(body: Body) -> Body:
             nonlocal staged
@@ -149,15 +150,24 @@ class Destruction:
             return keyring.with_tombstones(body, staged.chain.count, staged.chain.head, at=rfc3339(unix_ns))
 
         def append() -> None:
-            nonlocal appended
+            nonlocal begun, appended
+            begun = True
             if staged is not None and staged.records:
                 tombstones.append(staged)
                 appended = True
 
+        def beside() -> Written:
+            new = [key_id for key_id in key_ids if key_id not in tombstones]
+            return Written(tombstones=b"" if staged is None else staged.records, destroyed=new)
+
         try:
-            await self._stored.change(make, first=append)
+            await self._stored.change(make, first=append, beside=beside)
         finally:
+            confirmed = begun and self._stored.replication is not None
             if appended and staged is not None:
                 tombstones.adopt(staged)
+            elif confirmed:
+                tombstones.name(key_ids)
+            if appended or confirmed:
                 for key_id in key_ids:
                     self._forget(key_id)

@@ -14,9 +14,18 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 
-from minikms.api.errors import SealedError, StartError, StartLaterError, StorageUnavailableError, StorageUncertainError
+from minikms.api.errors import (
+    SealedError,
+    StandbyError,
+    StartError,
+    StartLaterError,
+    StorageUnavailableError,
+    StorageUncertainError,
+)
+from minikms.custody.replication import Replication, Written, committed_first
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.platform.files import read_file_bounded, replace_file
@@ -84,6 +93,7 @@ class StoredKeyring:
         self._file = file
         self._lock = asyncio.Lock()
         self._sealed = False
+        self.replication: Replication | None = None
 
     def seal(self) -> None:
         """The keys are zeroed: every later change raises SealedError. A file that is being written stays."""
@@ -94,21 +104,27 @@ class StoredKeyring:
         """The newest durable body."""
         return self._unlocked.body
 
-    async def change(self, make: Callable[[Body], Body], *, first: Callable[[], None] | None = None) -> Body:
+    async def change(
+        self,
+        make: Callable[[Body], Body],
+        *,
+        first: Callable[[], None] | None = None,
+        beside: Callable[[], Written] = Written,
+    ) -> Body:
         """Replaces the body by `make(body)`; returns the new body once it is durable.
 
         `make` runs without a switch to another task. Keys that it makes for a body that is not stored are zeroed, and
         those that the new body no longer has. If it returns the body it was given, nothing is written. If it raises,
         `change` raises the same error and changes nothing. `first` runs in the executor before the file is written: it
-        makes durable what the new body relies on. If it raises, nothing changes. Raises StorageUnavailableError,
-        SealedError.
+        makes durable what the new body relies on, which `beside` returns for `replication`. If it raises, nothing
+        changes. Raises StorageUnavailableError, SealedError, StandbyError.
         """
         async with self._lock:
             self.require_keys()
             try:
                 body = make(self.body)
                 if body is not self.body:
-                    await self._store(body, first)
+                    await self._store(body, first, beside())
             finally:
                 self._unlocked.settle()
             return body
@@ -116,8 +132,8 @@ class StoredKeyring:
     @asynccontextmanager
     async def held(self) -> AsyncIterator[Callable[[Body], Awaitable[None]]]:
         """No other change runs inside the block. It gets a function that replaces the body, durable on return. The
-        function raises SealedError, StorageUncertainError if the new body may be on disk, and another
-        StorageUnavailableError if it is not. Raises SealedError.
+        function raises SealedError, StorageUncertainError if the new body may be on disk or in the database, and
+        another StorageUnavailableError if it is not. Raises SealedError.
         """
         async with self._lock:
             self.require_keys()
@@ -133,20 +149,41 @@ class StoredKeyring:
 
     async def _replace(self, body: Body) -> None:
         self.require_keys()
-        await self._stored(self._file.store_or_know(self._unlocked.encode(body)), body)
+        data = self._unlocked.encode(body)
+        try:
+            await self._write(body, partial(self._file.store_or_know, data), Written(keyring=data))
+        except (StorageUnavailableError, StandbyError) as error:
+            if self.replication is not None:
+                raise StorageUncertainError("the database may have the keyring") from error
+            raise
         self.require_keys()
 
     async def store_again(self) -> None:
-        """Writes the newest durable body once more. Raises StorageUnavailableError, SealedError."""
+        """Writes the newest durable body once more. Raises StorageUnavailableError, SealedError, StandbyError."""
         async with self._lock:
             self.require_keys()
-            await self._store(self.body, None)
+            await self._store(self.body, None, Written())
 
-    async def _store(self, body: Body, first: Callable[[], None] | None) -> None:
-        await self._stored(self._file.store(self._unlocked.encode(body), first), body)
+    async def follow(self, data: bytes, body: Body) -> None:
+        """Replaces the body by one that the database has, durably; `data`: its file. Raises as `store_again`."""
+        async with self._lock:
+            self.require_keys()
+            try:
+                await self._stored(partial(self._file.store, data), body)
+            finally:
+                self._unlocked.settle()
 
-    async def _stored(self, writing: asyncio.Future[None], body: Body) -> None:
+    async def _store(self, body: Body, first: Callable[[], None] | None, beside: Written) -> None:
+        data = self._unlocked.encode(body)
+        await self._write(body, partial(self._file.store, data, first), beside._replace(keyring=data))
+
+    async def _write(self, body: Body, store: Callable[[], asyncio.Future[None]], written: Written) -> None:
+        write = partial(self._stored, store, body)
+        await (write() if self.replication is None else committed_first(self.replication, written, write))
+
+    async def _stored(self, store: Callable[[], asyncio.Future[None]], body: Body) -> None:
         """Waits for the write of `body`, then makes it the one in memory."""
+        writing = store()
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:

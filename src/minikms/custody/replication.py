@@ -7,7 +7,8 @@ replication nobody is asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple, Protocol
 
@@ -32,3 +33,31 @@ class Replication(Protocol):
 
         Raises StandbyError, also when the outcome is not known: then the member follows.
         """
+
+    async def serving(self) -> None:
+        """Returns when changes are taken. For work that a member goes on with only while it serves."""
+
+
+async def committed_first(replication: Replication, written: Written, write: Callable[[], Awaitable[None]]) -> None:
+    """`write` after the change is confirmed. Both end before this does, even if the caller is cancelled: it may hold
+    the locks of what changes.
+    """
+
+    async def change() -> None:
+        async with replication.committed(written):
+            await write()
+
+    changing = asyncio.ensure_future(change())
+    try:
+        await asyncio.shield(changing)
+    except asyncio.CancelledError:
+        while not changing.done():
+            try:
+                await asyncio.wait([changing])
+            except asyncio.CancelledError:
+                continue
+        if not changing.cancelled():
+            changing.exception()  # nobody waits for it
+        raise
+    finally:
+        del changing  # the traceback of its error leads to this frame

@@ -216,9 +216,15 @@ class KekRotation:
     # --- steps 2 and 3 -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Completes the running rotation, if there is one. Tries a failing disk again until it accepts the writes."""
+        """Completes the running rotation, if there is one. Tries a failing disk again until it accepts the writes, and
+        waits while another member serves.
+        """
         pause = RETRY_SECONDS_MIN
-        while (rotation := self.running) is not None:
+        while True:
+            if self.running is not None:
+                await self._vault.serving()
+            if (rotation := self.running) is None:
+                return
             try:
                 await self._vault.new_keys.groups.group_ended()
                 with self._around_passes():

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from minikms import api
@@ -85,6 +85,11 @@ class Tombstones:
         """SHA-256 of the file."""
         return self._chain.head
 
+    @property
+    def chain(self) -> TombstoneChain:
+        """A copy of the chain, after all records."""
+        return self._chain.copy()
+
     def stage(self, mac_key: memoryview, key_ids: Sequence[str], unix_s: int) -> Staged:
         """The records of newly destroyed keys. A key that has one gets no other."""
         chain = self._chain.copy()
@@ -112,6 +117,10 @@ class Tombstones:
         self._recent = (self._recent + staged.records)[-RECENT_BYTES_MAX:]
         self._keys.update(keys_of(tombstones.HEADER + staged.records))
 
+    def name(self, key_ids: Iterable[str]) -> None:
+        """Takes keys into the set that have a tombstone elsewhere, which this file lacks."""
+        self._keys.update(map(key_id_to_bytes, key_ids))
+
     def recent(self, key_id: str) -> NumberedTombstone | None:
         """The record of a key, if it is one of the last."""
         return tombstones.find(self._recent, key_id_to_bytes(key_id), self._chain.count)
@@ -123,6 +132,10 @@ class Tombstones:
         if found is None:
             raise StorageUnavailableError("the file of destroyed keys does not name this key")
         return found
+
+    def records(self) -> bytes:
+        """All records, read back. Blocks on the disk. Raises StorageUnavailableError."""
+        return self._read_back(self._chain)
 
     def close(self) -> None:
         """Closes the file. Everything that `append` returned for is on disk already."""

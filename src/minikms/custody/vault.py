@@ -40,6 +40,7 @@ from minikms.api.errors import (
     KeyRetiredError,
     KeyUnreadableError,
     KmsRefusedError,
+    StandbyError,
     StorageUnavailableError,
     WrongPurposeError,
     WrongThreadError,
@@ -55,6 +56,7 @@ from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
 from minikms.custody.new_keys import NewKeys, Wanted
+from minikms.custody.replication import Replication
 from minikms.custody.rotation_backups import BLANK_FILES_MAX, FoundRecords, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.tombstone_file import Tombstones
 from minikms.keys import dek
@@ -169,6 +171,8 @@ class Vault:
             arena=arena, unlocked=unlocked, stored=self.keyring, journal=journal, nonces=nonces, index=self.index
         )
         self.unreadable = UnreadableKeys()
+        self.replacing: dict[str, DekRecord] = {}
+        """Keys that were not retired when they were replaced, each with the new one. `Indexing` retires them."""
         self.destroyed = destroyed
         self._archives = ArchiveRegister(os.path.dirname(store.directory))
         self._destruction = Destruction(
@@ -176,7 +180,7 @@ class Vault:
             unlocked,
             self.keyring,
             find_records=self._find_records,
-            forget=self._forget,
+            forget=self.forget,
             remove_files=self.remove_files,
         )
 
@@ -293,7 +297,9 @@ class Vault:
             try:
                 await self.retire(replaces, replaced_by=record.id, again=True)
             except KmsRefusedError:
-                if not number:
+                if self.journal.replication is not None:
+                    self.replacing[replaces] = record
+                elif not number:
                     await self._remove_new_key(record.id)
                 raise
         return record
@@ -384,11 +390,29 @@ class Vault:
         """Destroyed keys whose bytes could not be removed: `destroy` has to be called again for them."""
         return self._destruction.unfinished
 
-    def _forget(self, key_id: str) -> None:
-        """Drops what is in memory of a key whose tombstone is on disk."""
+    def forget(self, key_id: str) -> None:
+        """Drops what is in memory of a key that is destroyed."""
         self.cache.drop(key_id)
         self.index.remove(key_id)
         self.unreadable.remove(key_id)
+
+    def adopt(self, record: DekRecord) -> None:
+        """Takes what a key's file has now into memory, after a change that the database had first."""
+        self.cache.drop(record.id)
+        self.unreadable.remove(record.id)
+        self.index.put(record)
+        if record.state == "retired":
+            self.replacing.pop(record.id, None)
+        self.note_replaced(record)
+
+    def note_replaced(self, new: DekRecord) -> bool:
+        """Notes a key that may be active although `new` replaces it. The index may not have read it yet."""
+        if not new.replaces or new.replaces in self.destroyed:
+            return False
+        replaced = self.index.entry(new.replaces)
+        if due := replaced is None or replaced.state == "active":
+            self.replacing.setdefault(new.replaces, new)
+        return due
 
     async def _find_records(self, key_ids: Sequence[str]) -> FoundRecords:
         """The records of keys in rotation backups. Raises StorageUnavailableError if no key can be destroyed now, for a
@@ -467,6 +491,15 @@ class Vault:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
         await in_worker(self._executor, partial(self.rotation_backups.blank, [found]))
 
+    def replicate(self, replication: Replication) -> None:
+        """From here on, each change asks `replication` first."""
+        self.journal.replication = self.keyring.replication = replication
+
+    async def serving(self) -> None:
+        """Returns when changes are taken: at once, unless this is the directory of a member that does not serve."""
+        if self.journal.replication is not None:
+            await self.journal.replication.serving()
+
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""
         await self._destruction.groups.drain()
@@ -538,7 +571,9 @@ class Indexing:
             ) from None
 
     async def run(self) -> None:
-        """Reads every key file once, then removes what is left of destroyed keys. Returns when both are done."""
+        """Reads every key file once, then removes what is left of destroyed keys. Returns when both are done; a member
+        goes on to retire keys that were replaced.
+        """
         scan = self._compare if self.complete else self._scan
         while True:
             try:
@@ -553,19 +588,20 @@ class Indexing:
             first = self._changed[:LISTED_COUNT_MAX]
             logger.warning("key files have changed since the last stop", keys=len(self._changed), first=first)
         await self._remove_destroyed()
+        while self._vault.journal.replication is not None:
+            await self._vault.serving()
+            await self._retire_all_replaced()
+            await asyncio.sleep(REMOVAL_RETRY_SECONDS)
 
     async def _scan(self) -> None:
         key_ids = await in_worker(self._executor, self._newest_first)
-        replacing: list[DekRecord] = []
         self._left = []
         while key_ids:
             chunk = [key_ids.pop() for _ in range(min(SCAN_FILES, len(key_ids)))]
             for record in await self._read(chunk):
                 self._vault.index.put(record, only_new=True)
-                if self._replaces_active(record):
-                    replacing.append(record)
-        for record in replacing:
-            await self._retire_replaced(record)
+                self._vault.note_replaced(record)
+        await self._retire_all_replaced()
 
     async def _compare(self) -> None:
         """Corrects the index where a key file differs from it."""
@@ -578,7 +614,7 @@ class Indexing:
             for record in await self._read(chunk):
                 if index.entry(record.id) == index.entry_of(record):
                     left.remove(record.id)
-                if self._replaces_active(record):
+                if vault.note_replaced(record):
                     await self._retire_replaced(record)
             for key_id in sorted(left):
                 await self._correct(key_id)
@@ -677,12 +713,9 @@ class Indexing:
             return None
         return record
 
-    def _replaces_active(self, new: DekRecord) -> bool:
-        """Whether the key that it replaces may be active. The index may not have read that one yet."""
-        if not new.replaces or new.replaces in self._vault.destroyed:
-            return False
-        replaced = self._vault.index.entry(new.replaces)
-        return replaced is None or replaced.state == "active"
+    async def _retire_all_replaced(self) -> None:
+        for record in list(self._vault.replacing.values()):
+            await self._retire_replaced(record)
 
     async def _retire_replaced(self, new: DekRecord) -> None:
         try:
@@ -690,5 +723,8 @@ class Indexing:
             if old.state == "active":
                 self._vault.check_replaces(old, new.thread_id, new.purpose)
                 await self._vault.retire(old.id, replaced_by=new.id, again=True)
+        except StandbyError:
+            return
         except KmsRefusedError:
-            return  # the old key was destroyed, can't be read (then it is listed), or is of another thread
+            pass  # the old key was destroyed, can't be read (then it is listed), or is of another thread
+        self._vault.replacing.pop(new.replaces, None)

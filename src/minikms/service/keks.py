@@ -25,6 +25,7 @@ from minikms.api.errors import (
     AuditUnavailableError,
     InvalidRequestError,
     KmsRefusedError,
+    StandbyError,
     StorageUnavailableError,
     TooManyError,
     WrongSlotError,
@@ -297,7 +298,7 @@ class KekVerbs:
                 if fingerprints:
                     await self._write_until_done(what, self._facts(fingerprints=",".join(sorted(fingerprints))))
             if any(owed):
-                with contextlib.suppress(StorageUnavailableError):  # then they are written once more
+                with contextlib.suppress(StorageUnavailableError, StandbyError):  # then they are written once more
                     await self._vault.keyring.change(lambda body: owed.written(body, at=now_rfc3339()))
 
     def _check_replaceable(self, body: Body) -> None:

@@ -288,7 +288,7 @@ async def test_a_create_that_waits_for_another_obeys_the_new_policy(
         released = asyncio.Event()
         writing = made.one.vault.journal.create
 
-        async def slow(changes: Sequence[Change]) -> None:
+        async def slow(changes: Sequence[Change], *, confirmed: bool = False) -> None:
             await released.wait()
             await writing(changes)
 
