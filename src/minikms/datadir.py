@@ -59,6 +59,7 @@ from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.log_directory import NAME as LOG_DIRECTORY_NAME
 from minikms.custody.log_directory import claim_log_directory, log_directory
+from minikms.custody.member import MemberDirectory
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.keys import keyring, root_slots
@@ -124,11 +125,15 @@ class DataDir:
     directory_fd: int
     why_no_index: str
     """Why the index that the last stop has kept is not used; empty if it is, or if there is none."""
+    member: MemberDirectory | None
+    """What a member of a replicated key service does with it; None for any other directory."""
 
     def keep_index(self) -> None:
-        """Keeps a complete key index for the next start, after `Vault.drain`. Raises StorageUnavailableError."""
+        """Keeps a complete key index for the next start, after `Vault.drain`, except that of a member, whose start
+        raises no epoch. Raises StorageUnavailableError.
+        """
         vault = self.vault
-        if vault.index.complete:
+        if vault.index.complete and self.member is None:
             kept_index.keep(self.directory_fd, vault.store, vault.unlocked, vault.index)
 
     def close(self) -> None:
@@ -178,7 +183,8 @@ def lock_data_dir(directory: str, audit_dir: str | None = None) -> DataDirLock:
 def open_for_service(
     lock: DataDirLock, root: RootProvider, *, arena: SecretArena, disk: Executor, options: Options = DEFAULT_OPTIONS
 ) -> DataDir:
-    """Opens the directory of `lock_data_dir`, or makes its first keyring, and raises the epoch.
+    """Opens the directory of `lock_data_dir`, or makes its first keyring, and raises the epoch. The keyring of a member
+    stays as it is: it changes with the database, and the epoch rises when the member begins to serve.
 
     `disk` waits for the disk, one job at a time: key files and keyring.
 
@@ -192,6 +198,10 @@ def open_for_service(
         unlocked, slot = open_keyring(directory, file, root, arena=arena, nonces=nonces, pin=options.pin)
         undo.callback(unlocked.release)
         epoch = unlocked.body.epoch
+        stored = replica_file.read(lock.directory_fd)
+        mark = None if stored is None else stored.check(unlocked)
+        # Epoch 1: the keyring was made, and no start has come so far as to raise it. A new member begins its own log.
+        has_log = epoch > 1 if mark is None or mark.begins else mark.number > 0
         with written_at_start(os.path.join(log_dir, LOG_NAME)):
             seen = highest_epoch(log_dir)
         if not options.accept_restore:
@@ -200,8 +210,7 @@ def open_for_service(
             log = open_audit_log(
                 log_dir,
                 unlocked,
-                # Epoch 1: the keyring was made, and no start has come so far as to raise it.
-                expected=ExpectedLog(epoch > 1, options.expect_audit_head, options.if_restored),
+                expected=ExpectedLog(has_log, options.expect_audit_head, options.if_restored),
                 accept_loss=options.accept_audit_loss,
                 fsync=options.audit_fsync,
                 hash_thread_ids=options.audit_hash_thread_ids,
@@ -213,9 +222,10 @@ def open_for_service(
         undo.callback(destroyed.close)
         if not options.accept_restore:
             check_tombstones(destroyed, log)
-        body = keyring.without_audit_keys(body, unlocked.member_id, before=oldest_audit_key(log_dir, unlocked))
-        with written_at_start(os.path.join(directory, keyring_file.NAME)):
-            _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
+        if mark is None:
+            body = keyring.without_audit_keys(body, unlocked.member_id, before=oldest_audit_key(log_dir, unlocked))
+            with written_at_start(os.path.join(directory, keyring_file.NAME)):
+                _raise_epoch(unlocked, body, file, seen_epoch=seen, proved_slot_id=slot.slot_id)
         log.writer.state = lambda: KeyState(unlocked.body.epoch, destroyed.count)
         with written_at_start(os.path.join(directory, deks.DIRECTORY)):
             store = deks.DekStore(directory)
@@ -229,7 +239,8 @@ def open_for_service(
                 kept.sweep_temps()
         index, why_no_index = KeyIndex(os.urandom(HASH_KEY_BYTES)), ""
         try:  # before the replay, which changes the directory of the key files
-            index = kept_index.take(lock.directory_fd, store, unlocked, epoch=epoch, threads=options.index_threads)
+            if mark is None:
+                index = kept_index.take(lock.directory_fd, store, unlocked, epoch=epoch, threads=options.index_threads)
         except kept_index.NotKeptError as error:
             why_no_index = str(error)
         if options.index_threads and not len(index):
@@ -252,6 +263,10 @@ def open_for_service(
             index=index,
             cache_keys_max=options.cache_keys_max,
         )
+        member = None
+        if mark is not None:
+            member = MemberDirectory(vault, file, directory_fd=lock.directory_fd, disk=disk, mark=mark)
+            vault.replicate(member)
         undo.pop_all()
     return DataDir(
         vault=vault,
@@ -262,6 +277,7 @@ def open_for_service(
         replayed=replayed,
         directory_fd=lock.directory_fd,
         why_no_index=why_no_index,
+        member=member,
     )
 
 

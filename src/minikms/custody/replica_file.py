@@ -97,9 +97,13 @@ def write(directory_fd: int, mark: Mark, unlocked: UnlockedKeyring | None) -> No
 
     Raises StorageUnavailableError.
     """
+    replace_file(directory_fd, NAME, encode(mark, unlocked))
+
+
+def encode(mark: Mark, unlocked: UnlockedKeyring | None) -> bytes:
+    """The content of the file. For a daemon, in the thread that uses keys."""
     content = msgspec.json.encode(mark)
-    tag = b"" if unlocked is None else _tag(unlocked, content)
-    replace_file(directory_fd, NAME, keyring.encode_file(content, tag))
+    return keyring.encode_file(content, b"" if unlocked is None else _tag(unlocked, content))
 
 
 def _tag(unlocked: UnlockedKeyring, content: bytes) -> bytes:

@@ -162,8 +162,6 @@ class RootRemoval:
                 await self._vault.keyring.store_again()
             except StorageUnavailableError:
                 await asyncio.sleep(STORE_RETRY_SECONDS)
-            except StandbyError:
-                await self._vault.serving()
             except SealedError:
                 return  # a start completes the change
             except StandbyError:

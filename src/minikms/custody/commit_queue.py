@@ -1,0 +1,222 @@
+"""Changes that wait for the database, merged into commits: one is out at a time.
+
+Owns: the queue of changes of a member that serves, their bounds, the numbers of commits, and the sum over all key files
+after each. Invariants: changes are committed in the order in which they came. A commit stays the same bytes until it is
+confirmed. The sum changes only when a commit is confirmed. After `stop` nobody waits, and no change is taken.
+
+It runs in the event loop's thread. It must never touch the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Final, NamedTuple
+
+from minikms import api
+from minikms.api.base64 import encode_text
+from minikms.api.errors import ConflictError, StandbyError, StorageUnavailableError
+from minikms.custody.replication import Written
+from minikms.keys import keyring
+from minikms.keys.replica import EntrySum, State
+from minikms.keys.tombstones import RECORD_BYTES
+
+WAITING_MAX: Final = 16_384
+
+
+class Position(NamedTuple):
+    """Of the database after a commit: its `number` of changes, its `tombstones`, and the epoch and the key version of
+    its keyring.
+    """
+
+    number: int
+    tombstones: int
+    epoch: int
+    key_version: int
+
+
+class Delta(NamedTuple):
+    """What a change makes of the sum: see `EntrySum.changed`."""
+
+    added: int = 0
+    new: int = 0
+    old: int = 0
+
+
+class _Waiting(NamedTuple):
+    written: Written
+    delta: Delta
+    files: list[api.ReplicaFile]
+    number: asyncio.Future[int]
+    """Of the commit that has the change."""
+
+
+class _Out(NamedTuple):
+    commit: api.ReplicaCommit
+    changes: list[_Waiting]
+    position: Position
+    entries: EntrySum
+
+
+class CommitQueue:
+    """`sign` authenticates a state under the keyring key of a version."""
+
+    def __init__(self, sign: Callable[[State, int], bytes]) -> None:
+        self._sign = sign
+        self._waiting: deque[_Waiting] = deque()
+        self._out: _Out | None = None
+        self._changed = asyncio.Event()
+        self._unwritten: dict[int, int] = {}
+        """By number of a confirmed commit: how many of its changes are not written here."""
+        self._going: set[str] = set()
+        """Keys that a change destroys which has not ended."""
+        self.writing = 0
+        """Confirmed changes that are being written here."""
+        self.failed = False
+        """A confirmed change could not be written here."""
+        self.term: int | None = None
+        """None: no change is taken."""
+        self.position = Position(0, 0, 0, 0)
+        self._number_min = 0
+        self.entries = EntrySum()
+
+    def begin(self, term: int, position: Position, entries: EntrySum, *, number_min: int) -> None:
+        """Takes changes from here on. `entries`: the sum over what the database has. `number_min`: no commit has a
+        number up to it.
+        """
+        self.term, self.position, self.entries, self._number_min = term, position, entries, number_min
+        self._unwritten.clear()
+
+    def stop(self) -> None:
+        """Idempotent. The outcome of a commit that is out is not known to those who wait for it."""
+        self.term = None
+        failed = [*(self._out.changes if self._out is not None else ()), *self._waiting]
+        self._out = None
+        self._waiting.clear()
+        self._changed.set()
+        for waiting in failed:
+            if not waiting.number.done():
+                waiting.number.set_exception(StandbyError())
+
+    @property
+    def whole(self) -> int:
+        """The number of the last commit that is written here, with all before it."""
+        return min(self._unwritten, default=self.position.number + 1) - 1
+
+    @asynccontextmanager
+    async def committed(self, written: Written, delta: Callable[[], Awaitable[Delta]]) -> AsyncIterator[None]:
+        """As `Replication.committed`. `delta`: what the change makes of the sum; nothing else changes its keys from
+        here on. Raises ConflictError for what no commit can hold, and for a file of a key that is being destroyed.
+        """
+        size = _size(written)
+        if len(written.files) > api.REPLICA_FILES_MAX or size > api.REPLICA_BYTES_MAX:
+            raise ConflictError(f"a change of {size:,} bytes is more than a commit of the database takes")
+        if len(self._waiting) >= WAITING_MAX:
+            raise StorageUnavailableError("too many changes are waiting for the database; try again later")
+        if any(change.key_id in self._going for change in written.files):
+            raise ConflictError("a key of the change is being destroyed")
+        self._going.update(written.destroyed)
+        number: asyncio.Future[int] | None = None
+        try:
+            number = self._submit(written, await delta())
+            confirmed = await number
+            yield
+            self._unwritten[confirmed] -= 1
+            if not self._unwritten[confirmed]:
+                del self._unwritten[confirmed]
+            self.writing -= 1
+            number = None
+        finally:
+            self._going.difference_update(written.destroyed)
+            if number is not None and number.done() and not number.cancelled() and number.exception() is None:
+                self.writing -= 1
+                self.failed = True
+            del number  # the traceback of its error leads to this frame
+
+    def _submit(self, written: Written, delta: Delta) -> asyncio.Future[int]:
+        """The number of the commit that has the change, once it is confirmed."""
+        if self.term is None:
+            raise StandbyError
+        files = [api.ReplicaFile(change.key_id, encode_text(change.new)) for change in written.files]
+        number: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(written, delta, files, number))
+        self._changed.set()
+        return number
+
+    async def next(self, seconds: float) -> api.ReplicaCommit | None:
+        """The commit that is out, once more; otherwise the next one; None if nothing waits for so long."""
+        if self._out is None and not self._waiting and self.term is not None:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._changed.wait()
+        if self._out is None and self._waiting:
+            self._out = self._formed()
+        return None if self._out is None else self._out.commit
+
+    def _formed(self) -> _Out | None:
+        changes: list[_Waiting] = []
+        files, size, has_keyring = 0, 0, False
+        while self._waiting:
+            written = self._waiting[0].written
+            files, size = files + len(written.files), size + _size(written)
+            if changes and (files > api.REPLICA_FILES_MAX or size > api.REPLICA_BYTES_MAX):
+                break
+            if has_keyring and written.keyring:
+                break
+            has_keyring = has_keyring or bool(written.keyring)
+            one = self._waiting.popleft()
+            if not one.number.done():  # else its caller was cancelled
+                changes.append(one)
+        if not changes or self.term is None:
+            return None
+        return self._signed(changes, self.term)
+
+    def _signed(self, changes: list[_Waiting], term: int) -> _Out:
+        previous, after, epoch, key_version = self.position
+        content = tombstones = b""
+        entries = self.entries
+        for each in changes:
+            added, new, old = each.delta
+            entries = entries.changed(added=added, new=new, old=old)
+            content = each.written.keyring or content
+            tombstones += each.written.tombstones
+        if content:
+            body, *_ = keyring.parse_file(content)
+            epoch, key_version = body.epoch, body.key_version
+        number = max(previous, self._number_min) + 1
+        commit = api.ReplicaCommit(
+            previous=previous,
+            number=number,
+            state=self._sign(State(term, number, epoch, entries), key_version),
+            keyring=content,
+            tombstones_after=after,
+            tombstones=tombstones,
+            files=[file for each in changes for file in each.files],
+            destroyed=[key_id for each in changes for key_id in each.written.destroyed],
+        )
+        after += len(tombstones) // RECORD_BYTES
+        return _Out(commit, changes, Position(number, after, epoch, key_version), entries)
+
+    def confirm(self, number: int) -> None:
+        """The database has as many changes, by a commit of this term. Raises ConflictError for an impossible number."""
+        out = self._out
+        if out is not None and number == out.commit.number:
+            self._out, self.position, self.entries = None, out.position, out.entries
+            self._unwritten[number] = len(out.changes)
+            for each in out.changes:
+                if each.number.done():  # its caller was cancelled
+                    self.failed = True
+                else:
+                    each.number.set_result(number)
+                    self.writing += 1
+        elif number != self.position.number or self.term is None:
+            raise ConflictError(f"the database has {number} changes, where this host has made {self.position.number}")
+
+
+def _size(written: Written) -> int:
+    files = sum(len(change.new) + len(change.key_id) for change in written.files)
+    return files + len(written.keyring) + len(written.tombstones)
