@@ -30,25 +30,20 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Final, TypeVar
 
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from minikms import api
 from minikms.api.errors import (
     ConflictError,
     KeyDestroyedError,
     KeyNotFoundError,
-    KeyRetiredError,
     KeyUnreadableError,
     KmsRefusedError,
     StandbyError,
     StorageUnavailableError,
-    WrongPurposeError,
     WrongThreadError,
     copy_of,
 )
-from minikms.crypto import labels
 from minikms.crypto.aead import NonceSource
-from minikms.crypto.records import RecordKey, RecordKeys
+from minikms.crypto.records import RecordKeys
 from minikms.custody.archive_register import ArchiveRegister
 from minikms.custody.deks import LISTED_COUNT_MAX, SCAN_FILES, DekStore, HeldKeys, KeyLocks, UnreadableKeys
 from minikms.custody.destruction import Destroyed, Destruction, Removal
@@ -56,15 +51,16 @@ from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
 from minikms.custody.new_keys import NewKeys, Wanted
+from minikms.custody.open_dek import OpenDek
 from minikms.custody.replication import Replication
 from minikms.custody.rotation_backups import BLANK_FILES_MAX, FoundRecords, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.tombstone_file import Tombstones
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache
-from minikms.keys.dek import DekRecord, DekState, move_dek
+from minikms.keys.dek import DekRecord, move_dek
 from minikms.keys.index import KeyIndex
 from minikms.keys.unlocked import UnlockedKeyring
-from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.memory.arena import SecretArena
 from minikms.platform.clock import now_rfc3339
 from minikms.platform.files import remove_left_temps
 from minikms.platform.logs import structlog
@@ -86,50 +82,6 @@ Permit = Callable[[], None]
 
 def permitted() -> None:
     """The `Permit` of callers whose rights are not limited to threads."""
-
-
-class OpenDek(RecordKey):
-    """A DEK in the arena, with everything that its use needs. `release` zeroes it."""
-
-    __slots__ = ("aad_if_none", "aad_prefix", "key_id", "purpose", "state", "thread_id")
-
-    def __init__(self, record: DekRecord, slot: SecretSlot, keys: RecordKeys) -> None:
-        super().__init__(slot, keys)
-        self.key_id = record.id
-        self.thread_id = record.thread_id
-        self.purpose = record.purpose
-        self.state: DekState = record.state
-        self.aad_prefix = labels.record_aad_prefix(key_id=record.id, thread_id=record.thread_id)
-        self.aad_if_none = labels.record_aad(self.aad_prefix, b"")
-
-    def __repr__(self) -> str:
-        return f"<OpenDek {self.key_id} {self.state}>"
-
-    def record_aad(self, caller_aad: bytes) -> bytes:
-        """The associated data of a record under this key."""
-        return labels.record_aad(self.aad_prefix, caller_aad)
-
-    def check_thread(self, thread_id: str) -> None:
-        """Raises WrongThreadError unless the key belongs to the thread."""
-        if thread_id != self.thread_id:
-            raise WrongThreadError("the key belongs to another thread")
-
-    def check_encrypts(self) -> None:
-        """Raises KeyRetiredError unless the key is active."""
-        if self.state != "active":
-            raise KeyRetiredError(f"key {self.key_id} is retired: it only decrypts; use the thread's current key")
-
-    def mac(self, plaintext: bytes, caller_aad: bytes) -> bytes:
-        """Raises WrongPurposeError unless the purpose of the key is `mac`."""
-        if self.purpose != "mac":
-            raise WrongPurposeError("MACs are made under keys of purpose mac")
-        return super().mac(plaintext, caller_aad)
-
-    def _other_cipher(self, prefix: bytes) -> AESGCM:
-        """On the way of each record to its first cipher of a turn. Raises WrongPurposeError for a key of MACs."""
-        if self.purpose == "mac":
-            raise WrongPurposeError("a key of purpose mac neither encrypts nor decrypts")
-        return super()._other_cipher(prefix)
 
 
 class Vault:

@@ -35,7 +35,8 @@ from minikms.api.errors import (
 from minikms.audit import Event
 from minikms.crypto import aead
 from minikms.custody.destruction import Destroyed
-from minikms.custody.vault import Indexing, OpenDek, Vault
+from minikms.custody.open_dek import OpenDek
+from minikms.custody.vault import Indexing, Vault
 from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes, not_found
 from minikms.keys.index import Page
 from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope, Taken

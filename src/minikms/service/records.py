@@ -20,7 +20,8 @@ from minikms.api.base64 import decode_canonical, encode
 from minikms.api.errors import KmsRefusedError, WrongPurposeError
 from minikms.audit import Event
 from minikms.crypto.labels import caller_field
-from minikms.custody.vault import OpenDek, Vault
+from minikms.custody.open_dek import OpenDek
+from minikms.custody.vault import Vault
 from minikms.keys.dek import check_key_id
 from minikms.policy import Principal
 from minikms.service.access import Keys
