@@ -1,8 +1,8 @@
 """Filling the data directory of a host that has joined, from the tables.
 
 Owns: which files the command `fetch` writes and in which order: key files, tombstones, last the keyring. Invariants:
-the directory is locked, and has no keyring before, so an interrupted run changes nothing that is in use and is made
-again; what is written is checked by the daemon that starts there, not here.
+the directory is locked, is that of a host that joins, and has no keyring before, so an interrupted run changes nothing
+that is in use, and is made again; what is written is checked by the daemon that starts there, not here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from minikms.platform.files import (
     remove_files,
     replace_file,
     replace_file_from,
+    sweep_temps,
     write_files,
 )
 from minikms.processes.postgresql import FAILURES
 from minikms_replicator.tables import CONTENT_BYTES_MAX, RECORD_BYTES, Tables, TablesError
 
 KEYRING: Final = "keyring.json"
+MARK: Final = "kms-replica.json"
 TOMBSTONES: Final = "kms-tombstones"
 DEKS: Final = "kms-deks"
 SUFFIX: Final = ".json"
@@ -46,8 +48,10 @@ class Fetched(NamedTuple):
 async def fetch(tables: Tables, data_dir: str) -> Fetched:
     """Raises StartError, StorageUnavailableError."""
     with DataDirLock(data_dir) as lock:
-        if KEYRING in os.listdir(lock.directory_fd):
-            raise StartError(f"{data_dir} has a keyring already: fetch is for a host that has just joined")
+        names = os.listdir(lock.directory_fd)
+        if KEYRING in names or MARK not in names:
+            raise StartError(f"{data_dir} is not that of a host that has just joined (minikms replica join)")
+        sweep_temps(lock.directory_fd)
         deks = os.path.join(lock.directory, DEKS)
         make_private_directory(deks)
         try:
@@ -72,7 +76,8 @@ async def _fetch(tables: Tables, directory: int, deks: str) -> Fetched:
                 write_files(descriptor, files)
                 written.update(file.name for file in files)
                 records.append(part.tombstones)
-            remove_files(descriptor, [name for name in os.listdir(descriptor) if name not in written])
+            sweep_temps(descriptor)
+            remove_files(descriptor, sorted(set(os.listdir(descriptor)) - written))
     replace_file_from(directory, TOMBSTONES, (HEADER, *records))
     replace_file(directory, KEYRING, keyring)
     return Fetched(head.number, len(written), sum(map(len, records)) // RECORD_BYTES)

@@ -44,6 +44,7 @@ class Member:
         self.tombstones: list[bytes] = []
         self.keyring = b""
         self.wants = False
+        self.ready = True
         self.away = False
         self.wanted = ""
         self.poll_s = 0.05
@@ -84,7 +85,7 @@ class Member:
         report = MemberReport(self.member_id, "host", self.mode, self.number, self.term, "0", "", "", "", 0.0)
         return ReplicaPosition(
             KEYRING_ID, self.member_id, self.mode, self.number, self.term, len(self.tombstones), self.seals,
-            self.mode == "following", self.wants, self.begins, report,
+            self.ready and self.mode == "following", self.wants, self.begins, report,
         )  # fmt: skip
 
     async def replica_follow(self, request: ReplicaFollowRequest) -> ReplicaPosition:
