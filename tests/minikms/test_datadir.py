@@ -1,5 +1,6 @@
 """Opening a data directory: nothing missing is replaced silently, and each start raises the epoch."""
 
+import asyncio
 import errno
 import os
 import re
@@ -23,15 +24,19 @@ from minikms.audit.epochs import EPOCH_TAIL_BYTES_MAX
 from minikms.audit.log import LogLimits
 from minikms.audit.reader import LOG_NAME
 from minikms.cli.serve import serve
-from minikms.custody import deks, keyring_file, rotation_backups
+from minikms.custody import deks, keyring_file, replica_file, rotation_backups
+from minikms.custody.replica_file import Mark
 from minikms.custody.settled_keys import newest_key_id
 from minikms.datadir import DataDir, Options
+from minikms.keys import keyring
 from minikms.keys.dek import make_key_id
-from minikms.memory.arena import SecretArena
+from minikms.keys.keyring import Member
+from minikms.memory.arena import SecretArena, fill_random
 from minikms.offline import rotate_audit_key
 from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider
 from tests import needs
 from tests.harness.vaults import key_file
+from tests.minikms.keys.keyrings import AT
 
 
 class Opener:
@@ -240,6 +245,29 @@ def test_a_start_forgets_audit_keys_whose_lines_are_gone(tmp_path: Path) -> None
         assert [key.version for key in data.vault.keyring.body.audit_keys] == [2, 3], "a line that verifies says so"
         data.close()
         again.start()
+
+
+def test_a_host_that_joins_gets_no_keyring_of_its_own(one: Opener) -> None:
+    """Its keys are those of the other hosts, and it has to fetch them first."""
+    replica_file.write(one.lock.directory_fd, Mark(member_id="m7", name="b"), None)
+    with pytest.raises(StartError, match="minikms-replicator fetch"):
+        one.open()
+    assert not (one.directory / "keyring.json").exists()
+
+
+def test_the_mark_says_whose_audit_keys_are_opened(one: Opener) -> None:
+    root = KeyFile(key_file(one.directory))
+    data = one.open()
+    audit = data.vault.unlocked.make_member_audit(fill_random, at=AT)
+    member = Member("m7", "b", "s7", AT, 1, audit)
+    asyncio.run(data.vault.keyring.change(lambda body: keyring.next_epoch(body, at=AT, members=(member,))))
+    data.close()
+    with datadir.open_for_reading(str(one.directory), root) as unlocked:
+        assert unlocked.audit.current == unlocked.body.audit_keys[-1] != audit.current
+    replica_file.write(one.lock.directory_fd, Mark(member_id="m7", name="b"), None)
+    with datadir.open_for_reading(str(one.directory), root) as unlocked:
+        assert unlocked.audit == audit
+        assert datadir.audit_keys(unlocked).current.signer.public_key() == audit.current.public_key
 
 
 def test_a_log_that_was_moved_aside_can_still_be_verified(tmp_path: Path) -> None:
