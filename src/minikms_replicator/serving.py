@@ -41,10 +41,11 @@ class Server:
 
     async def serve(self, member: str, lease: Lease) -> None:
         """Until the member serves no more. Raises TablesError, or one of FAILURES."""
-        granted_ns, seals = lease.asked_ns, lease.seals
+        seals = lease.seals
         held: Lease | None = lease
         report: MemberReport | None = None
         while held is not None:
+            granted_ns = held.asked_ns  # also if there is no answer: a daemon that stood still takes the grant later
             answer = await self._next(held, report)
             if answer is None:  # asked again while its lease may last
                 if boot_ns() > granted_ns + LEASE_NS:
@@ -56,7 +57,7 @@ class Server:
                     continue
                 commit = None
             else:
-                granted_ns, position, commit = held.asked_ns, answer.position, answer.commit
+                position, commit = answer.position, answer.commit
                 if answer.release:
                     await self._tables.release(held.term, member)
                     return
