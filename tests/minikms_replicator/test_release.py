@@ -52,7 +52,7 @@ class Silent:
         self._position = ReplicaPosition("kr", "m1", "serving", 0, 1, 0, 0, False, False, False, report)
 
     async def replica_follow(self, request: object) -> ReplicaPosition:
-        return self._position
+        raise KmsUnavailableError("no answer")
 
     async def replica_next(self, request: ReplicaNextRequest) -> ReplicaNextAnswer:
         self.granted.append(request.asked_ns)
