@@ -14,12 +14,15 @@ from minikms.audit import Event, ExpectedLog
 from minikms.audit.queries import verify_directory
 from minikms.crypto.aead import NonceSource
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
+from minikms.custody.replica_file import Mark
 from minikms.datadir import audit_keys, open_audit_log
 from minikms.keys import keyring
 from minikms.keys.keyring import AuditState, Member
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from tests.harness.disk_faults import stored_but_refused, stored_once
+from tests.harness.members import opened_member, write_mark
+from tests.harness.replica_database import ReplicaDatabase
 from tests.harness.vaults import OpenedVault, copied_vault, opened_vault
 from tests.minikms.keys import keyrings
 from tests.minikms.keys.keyrings import AT, NEW_ROOT
@@ -156,3 +159,28 @@ async def test_a_crash_before_the_confirmation_completes_at_the_next_take_over(
         assert (member(one).unconfirmed, one.audit.key_version) == (True, 2)
         await one.removal.take_over("s1", oldest=0)
         assert (member(one).unconfirmed, one.audit.key_version) == (False, 2)
+
+
+async def test_a_take_over_whose_answer_was_lost_is_repeated_after_following(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened_vault(tmp_path / "d") as one:
+        await as_member(one)
+        await change_key_version(one)
+    write_mark(tmp_path / "d", Mark(member_id="m1", name="a", begins=True))
+    async with opened_member(tmp_path / "d", ReplicaDatabase()) as first:
+        await first.serve()
+        with monkeypatch.context() as patched:
+            patched.setattr(first.directory, "confirm", lambda number: first.directory.stop_serving())
+            with pytest.raises(StorageUncertainError):
+                await first.one.removal.take_over("s1", oldest=0)
+        await first.stop()
+        await first.follow()
+        first.one.log.add(Event(type="status", actor="t"))
+        first.one.log.commit(durable=True)
+        unlocked = first.vault.unlocked
+        assert (versions(unlocked.audit), first.one.audit.key_version) == ([1, 2, 3], 2)
+        await first.serve()
+        await first.one.removal.take_over("s1", oldest=0)
+        assert (versions(unlocked.audit), first.one.audit.key_version) == ([1, 2, 4], 4)
+        assert (member(first.one).unconfirmed, member(first.one).key_version) == (False, 2)
