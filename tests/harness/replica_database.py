@@ -12,9 +12,12 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
+
 from minikms import api
 from minikms.api.errors import ConflictError
 from minikms.custody.member import MemberDirectory
+from minikms.custody.replica_file import Mark
 
 RECORD_BYTES = 40
 
@@ -63,7 +66,9 @@ class Tables:
     def parts(
         self, after: int, tombstones_after: int, *, files_max: int = api.REPLICA_FILES_MAX
     ) -> list[api.ReplicaFollowRequest]:
-        """What a member with change `after` and as many tombstones lacks: tombstones first."""
+        """What a member with change `after` and as many tombstones lacks. Empty tables give no head."""
+        if not self.keyring:
+            return [msgspec.structs.replace(api.ASK_POSITION, after=after)]
         rows = sorted(key_id for key_id, (_, number) in self.files.items() if number > after)
         pages = [rows[start : start + files_max] for start in range(0, len(rows), files_max)] or [[]]
         records = self.tombstones[tombstones_after * RECORD_BYTES :]
@@ -93,11 +98,14 @@ class ReplicaDatabase:
     lose: list[bool] = field(default_factory=list)
     refuse: bool = False
 
-    def take_over(self, member_id: str, term: int) -> bool:
-        """Whether the condition on the term was met."""
-        if self.refuse or self.tables.term != term:
+    def take_over(self, position: Mark, keyring_id: str, term: int) -> bool:
+        """Whether the condition was met. Empty tables get the number of the member, which fills them."""
+        tables = self.tables
+        if self.refuse or tables.term != term or (tables.keyring and tables.number != position.number):
             return False
-        self.tables.term, self.tables.member = term + 1, member_id
+        tables.term, tables.member, tables.keyring_id = max(term, position.term) + 1, position.member_id, keyring_id
+        if not tables.keyring:
+            tables.number, tables.files = position.number, {}
         return True
 
     def commit(self, term: int, member_id: str, commit: api.ReplicaCommit) -> bool:
@@ -143,10 +151,8 @@ class Replicator:
     def take_over(self) -> None:
         """Raises ConflictError."""
         tables = self.database.tables
-        if not tables.keyring_id:
-            tables.keyring_id = self._keyring_id
-        if not self.database.take_over(self.member.mark.member_id, tables.term):
-            raise ConflictError("another member was first")
+        if not self.database.take_over(self.member.mark, self._keyring_id, tables.term):
+            raise ConflictError("the head is another one")
         self.term = tables.term
         self.member.serve(self.term, tables.number)
 

@@ -83,6 +83,8 @@ class Following:
         self._vault = vault
         self._disk = disk
         self.entries: EntrySum | None = None
+        self.agrees = False
+        """The sum was that of the database when the last part was complete."""
         self.repairs = False
         self._repaired = False
         """All files were compared, and the sum was wrong."""
@@ -98,7 +100,8 @@ class Following:
         vault, entries = self._vault, EntrySum()
         listing = vault.store.list_ids()
         while chunk := await in_worker(self._disk, lambda: list(itertools.islice(listing, SCAN_FILES))):
-            found = await self.present([key_id for key_id in chunk if key_id not in vault.destroyed])
+            self._left.update(key_id for key_id in chunk if key_id in vault.destroyed)
+            found = await self.present([key_id for key_id in chunk if key_id not in self._left])
             contents = {key_id: content for key_id, content in found.items() if content}
             entries = entries.changed(added=len(contents), new=self._terms(contents))
         self.entries = entries
@@ -167,7 +170,7 @@ class Following:
         self.entries = entries
         if not request.complete:
             return mark
-        self.repairs = self._repaired = False
+        self.agrees, self.repairs, self._repaired = True, False, False
         return msgspec.structs.replace(mark, term=state.term, number=state.number, begins=False)
 
     def _state(self, head: api.ReplicaHead, body: Body, mark: Mark) -> State:
@@ -176,12 +179,12 @@ class Following:
             state = read_state(self._vault.unlocked, decode_canonical(head.state, STATE_TEXT_BYTES_MAX, "the state"))
         except DecryptionError:
             raise ReplicaForkedError("the state of the database is not that of a member") from None
-        if (state.number, state.epoch) != (head.number, body.epoch) or not mark.term <= state.term <= head.term:
-            raise ReplicaForkedError("the state of the database does not belong to its head and its keyring")
         if state.number == mark.number and state.term != mark.term:
             raise ReplicaForkedError(
                 f"change {state.number} of the database is of term {state.term}, and that of this host of {mark.term}"
             )
+        if (state.number, state.epoch) != (head.number, body.epoch) or not mark.term <= state.term <= head.term:
+            raise ReplicaForkedError("the state of the database does not belong to its head and its keyring")
         return state
 
     async def _stones(self, request: api.ReplicaFollowRequest, body: Body) -> list[Staged]:
@@ -251,6 +254,7 @@ class Following:
 
     def _differs(self, request: api.ReplicaFollowRequest, mark: Mark) -> None:
         """The sum would be wrong: asks for all files, or, after them, raises ReplicaForkedError."""
+        self.agrees = False
         if self._repaired or mark.number == 0 or (self.repairs and request.after == 0):
             self.repairs, self._repaired = False, True
             raise ReplicaForkedError("the key files of the database and of this host are not those of its state")

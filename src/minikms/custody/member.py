@@ -61,10 +61,6 @@ class MemberDirectory:
         self._following = Following(vault, disk)
         self._one_follows = asyncio.Lock()
         self._serving = asyncio.Event()
-        self.fills = False
-        """The database was empty when it was followed last, and this member may fill it: `fill` comes before the first
-        change.
-        """
 
     @property
     def mark(self) -> Mark:
@@ -72,6 +68,11 @@ class MemberDirectory:
         database gives all of them.
         """
         return msgspec.structs.replace(self._mark, number=0) if self._following.repairs else self._mark
+
+    @property
+    def fills(self) -> bool:
+        """It fills an empty database when it takes over: `fill` comes after `serve`, before the first change."""
+        return self._mark.begins
 
     @property
     def scanned(self) -> bool:
@@ -94,10 +95,10 @@ class MemberDirectory:
 
     def serve(self, term: int, number: int) -> None:
         """Takes changes from here on, as the member that has the lease in `term`. `number`: of the database's last
-        change. Raises ConflictError unless this directory has exactly the same changes, or may fill the database.
+        change. Raises ConflictError unless this directory has exactly the same changes, or fills the database.
         """
         entries = self._following.entries
-        if entries is None or self.behind or self._following.repairs:
+        if entries is None or self.behind or not (self._following.agrees or self.fills):
             raise ConflictError("this host has to follow before it serves")
         if self.fills:
             position, entries = Position(number, 0, 0, self._vault.unlocked.body.key_version), EntrySum()
@@ -160,8 +161,7 @@ class MemberDirectory:
         """The database has `number` changes, by a commit of this member. Raises ConflictError for another number."""
         self._queue.confirm(number)
         if self._queue.term is not None and number > self._mark.number:
-            filled = self._mark.begins and self._queue.position.epoch > 0
-            begins = self._mark.begins and not filled
+            begins = self._mark.begins and not self._queue.position.epoch  # until the keyring is there
             self._mark = msgspec.structs.replace(self._mark, term=self._queue.term, number=number, begins=begins)
         if self.behind:
             self.stop_serving()
@@ -182,16 +182,15 @@ class MemberDirectory:
             async with self._committed(Written([Change(key_id, b"", content) for key_id, content in found.items()])):
                 pass
         records = await in_worker(self._disk, vault.destroyed.records)
-        step = api.REPLICA_BYTES_MAX // RECORD_BYTES * RECORD_BYTES
-        for start in range(0, len(records), step):
-            async with self._committed(Written(tombstones=records[start : start + step])):
-                pass
         data = await in_worker(self._disk, self._keyring_file.load)
         if vault.unlocked.body is not body or data is None:
             raise StorageUnavailableError("the keyring has changed while the database was filled; try again")
-        async with self._committed(Written(keyring=data)):
+        step = (api.REPLICA_BYTES_MAX - len(data)) // RECORD_BYTES * RECORD_BYTES
+        while len(records) > step > 0:
+            async with self._committed(Written(tombstones=records[:step])):
+                records = records[step:]
+        async with self._committed(Written(keyring=data, tombstones=records)):
             pass
-        self.fills = False
         self._serving.set()
         await self.write_mark()
 
@@ -209,20 +208,22 @@ class MemberDirectory:
 
         Raises ReplicaRolledBackError, ReplicaForkedError, ConflictError for parts in another order, NeedsRootError for
         a keyring under a new keyring key, and StorageUnavailableError; then nothing of the part is applied, except
-        after a StorageUnavailableError.
+        after a StorageUnavailableError: then `scan` comes first.
         """
         head = request.head
         if head is UNSET:
             return
+        if self._following.entries is None and self._one_follows.locked():
+            raise KeysNotReadError("the key files of this host are being read")
         async with self._one_follows:
             if self.serves:
                 raise ConflictError("this host serves")
             self._settle()
             if self._following.entries is None:
-                raise KeysNotReadError("the key files of this host are being read")
-            if self._is_empty(head):
+                raise KeysNotReadError("the key files of this host have to be read first")
+            if not head.state or head.keyring == "":
+                self._check_fills()
                 return
-            self.fills = False
             mark = await self._following.follow(request, head, self._mark)
             if mark != self._mark:
                 self._mark = mark
@@ -240,15 +241,10 @@ class MemberDirectory:
             self._following.entries = None
             queue.failed = False
 
-    def _is_empty(self, head: api.ReplicaHead) -> bool:
-        """Whether nobody has filled the database. Raises ReplicaRolledBackError unless this member may fill it."""
-        filled = head.state and (head.keyring or (head.keyring is UNSET and not self._mark.begins))
-        if filled:
-            return False
-        if not self._mark.begins and self._mark.number:
-            raise ReplicaRolledBackError(f"the database is empty, and this host has seen {self._mark.number} changes")
-        self.fills = self._mark.begins
-        return True
+    def _check_fills(self) -> None:
+        """Raises ReplicaRolledBackError for an empty database that this member has seen with changes."""
+        if self._mark.number and not self._mark.begins:
+            raise ReplicaRolledBackError(f"the database is empty, and this host has seen change {self._mark.number}")
 
     async def write_mark(self) -> None:
         """Writes the mark, durably, with the last change that is here as a whole. Raises StorageUnavailableError."""
