@@ -73,7 +73,7 @@ class RootAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     `state`: an `active` one opens the keyring. A `revoking` one was removed, and opens DEKs until the KEK rotation that
     follows has ended. `in_use`: this run of the daemon was started under it, or has written it to the key file.
     `tested_at`: when it last proved that it opens the keyring. `replaces`: the slot that is removed once this one was
-    proved. `pinned`: whether the pin file names it; None without a pin file.
+    proved. `pinned`: whether the pin file names it; None without a pin file, or for another host's.
     """
 
     slot_id: str

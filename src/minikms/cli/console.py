@@ -114,6 +114,7 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
         errors.AuditUnavailableError: "Free space on the file system of the audit log; see the runbook",
         errors.AuditLaggingError: "See the runbook",
         errors.KeyNotFoundError: "List the keys with `minikms keys list`",
+        errors.StandbyError: "`minikms replica list` shows which: run this there, or name all addresses",
     }
     next_step = next((advice[kind] for kind in type(error).__mro__ if kind in advice), "")
     if "https://" in str(error):  # of a gateway: the text says what to do

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from minikms import api
 from minikms.http.accepting import bound_warning
+from minikms.keys import members
 from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN
 from minikms.platform.logs import structlog
 
@@ -182,7 +183,10 @@ class StatusPage:
             )
         pin = self._settings.opening.pin
         pinned = frozenset() if pin is None else pin.pinned()
-        unpinned = [slot.slot_id for slot in body.slots if slot.fingerprint not in pinned]
+        others = members.slots_of_others(body, self._vault.unlocked.member_id)
+        unpinned = [
+            slot.slot_id for slot in body.slots if slot.fingerprint not in pinned and slot.slot_id not in others
+        ]
         if pin is not None and unpinned:
             found.append(
                 f"root keys that are not pinned can't open the keyring at the next start or unseal: slots "

@@ -88,6 +88,11 @@ def check_takes(body: Body, name: str, slot_id: str, fingerprint: str) -> None:
         raise ConflictError("the invitation is used already, or of another keyring: make a new one, and join again")
 
 
+def slots_of_others(body: Body, member_id: str) -> frozenset[str]:
+    """The slots whose root keys are on other hosts: they open nothing here."""
+    return frozenset(member.slot_id for member in body.members if member.member_id != member_id)
+
+
 def begun(body: Body, name: str, slot_id: str, *, at: str) -> Body:
     """Makes this the first host of several; its audit log stays that of the body."""
     first = Member(FIRST_ID, name, slot_id, at, body.key_version)

@@ -20,7 +20,7 @@ from minikms.audit import Event
 from minikms.crypto import roots
 from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
 from minikms.custody.vault import Permit, Vault
-from minikms.keys import keyring, root_slots
+from minikms.keys import keyring, members, root_slots
 from minikms.keys.keyring import Body, RevokingRoot, RootSlot, ShareSet
 from minikms.memory.arena import SecretSlot
 from minikms.platform.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339
@@ -165,7 +165,8 @@ class RootVerbs:
         return {"epoch": epoch, "slot_id": slot.slot_id, "fingerprint": slot.fingerprint, "provider": slot.provider}
 
     def _describe(self, slot: RootSlot) -> api.RootAnswer:
-        shares = slot.shares
+        shares, unlocked = slot.shares, self._vault.unlocked
+        others = members.slots_of_others(unlocked.body, unlocked.member_id)
         return api.RootAnswer(
             slot_id=slot.slot_id,
             fingerprint=slot.fingerprint,
@@ -176,7 +177,7 @@ class RootVerbs:
             tested_at=slot.tested_at,
             replaces=slot.replaces,
             shares=None if shares is None else api.RootShares(shares.set_id, shares.threshold, shares.count),
-            pinned=None if self._pin is None else slot.fingerprint in self._pin.pinned(),
+            pinned=None if self._pin is None or slot.slot_id in others else slot.fingerprint in self._pin.pinned(),
         )
 
     def _describe_revoking(self, root: RevokingRoot) -> api.RootAnswer:

@@ -10,7 +10,9 @@ import msgspec
 import pytest
 
 from minikms import api
+from minikms.api.errors import StandbyError
 from minikms.cli import replica
+from minikms.cli.console import explained
 from minikms.commands.usage import CommandError
 from minikms.crypto.slots import SEALED_BYTES, Newcomer
 from minikms.keys import members
@@ -188,6 +190,11 @@ def test_an_invitation_becomes_a_file_that_is_never_overwritten(answers: Answers
     with pytest.raises(CommandError, match="exists already"):
         replica.invite(invitation=file)
     assert file.read_text() == text
+
+
+def test_a_command_on_a_standby_says_where_to_run_it() -> None:
+    text, status = explained(StandbyError())
+    assert (status, "standby" in text, "`minikms replica list` shows which" in text) == (1, True, True)
 
 
 def run(*words: str | Path) -> tuple[int, str, str]:

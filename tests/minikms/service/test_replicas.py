@@ -29,6 +29,7 @@ from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile
 from minikms.service.base import VerbTable
 from minikms.service.replicas import ReplicaVerbs
+from minikms.service.roots import RootVerbs
 from tests import needs
 from tests.harness.vaults import OpenedVault, SilentAudit, key_file, opened_vault
 from tests.harness.waiting import WAIT_S_MAX
@@ -55,8 +56,11 @@ class Serving:
         self.base = base
         self.audit = KeptAudit()
         table = VerbTable(self.audit)
-        self.keks = one.kek_verbs(table)
-        self.verbs = ReplicaVerbs(vault=one.vault, table=table, keks=self.keks, removal=one.removal, pin=pin)
+        self.keks = keks = one.kek_verbs(table)
+        self.roots = RootVerbs(
+            vault=one.vault, table=table, keks=keks, removal=one.removal, in_use_slot_id="s1", pin=pin
+        )
+        self.verbs = ReplicaVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal, pin=pin)
 
     @property
     def body(self) -> Body:
@@ -320,6 +324,10 @@ async def test_with_a_pin_file_root_names_the_request_and_no_other_passes(tmp_pa
         with pytest.raises(NotPinnedError):
             await host.add(msgspec.structs.replace(request, public_key=other.public_key))
         await host.add(request)
+        assert [root.pinned for root in host.roots.list_roots(api.Request(), Event(type="", actor="")).roots] == [
+            True,
+            None,
+        ]
         root = memoryview(bytes.fromhex(key_file(tmp_path / "b").read_text()))
         with pytest.raises(StartError, match="does not name the root key"):  # on this host
             pin.check_opens(root, host.body.keyring_id)
