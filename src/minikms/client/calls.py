@@ -34,6 +34,7 @@ from minikms.api.errors import (
     TooManyError,
     refusal,
 )
+from minikms.api.verb import Base64
 from minikms.client.items import CheckOutcome, DecryptItem, Item, Outcome, Sent, check_id, checked_cost_bytes, invalid
 from minikms.client.wire import JSON, Answer
 
@@ -267,7 +268,8 @@ def _check_texts(request: api.Request | Sent) -> None:
 @cache
 def _text_fields(kind: type[msgspec.Struct]) -> tuple[str, ...]:
     hints = get_type_hints(kind, include_extras=True)
-    return tuple(name for name in kind.__struct_fields__ if hints[name] is str or str in get_args(hints[name]))
+    fields = ((name, hints[name]) for name in kind.__struct_fields__)
+    return tuple(name for name, hint in fields if hint is str or (hint != Base64 and str in get_args(hint)))
 
 
 @cache

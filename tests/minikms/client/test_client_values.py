@@ -49,6 +49,14 @@ def test_an_empty_thread_id_is_sent_not_dropped() -> None:
     assert b'"thread_id":""' in msgspec.json.encode(EncryptItem(key_id="k", plaintext=b"", thread_id=""))
 
 
+def test_base64_of_a_request_may_be_longer_than_an_id() -> None:
+    ids = {"keyring_id": "k", "member_id": "m2", "name": "b", "slot_id": "s2", "fingerprint": "f", "provider": "file"}
+    long = {"commitment": "A" * 44, "public_key": "A" * 1624, "sealed_auth": "A" * 1600}
+    make_call(api.ADD_REPLICA, api.AddReplicaRequest(**ids, **long))
+    with pytest.raises(errors.InvalidRequestError, match="name has at most 128"):
+        make_call(api.ADD_REPLICA, api.AddReplicaRequest(**ids | {"name": "b" * 129}, **long))
+
+
 @pytest.mark.parametrize(
     "item",
     [
