@@ -322,9 +322,9 @@ class UnlockedKeyring:
         """A slot for the root key, which was proved to open it. Call `settle` once it is known which body stays."""
         auth = self._slot_auth[slot_id] = self._arena.allocate()
         derived = slots.derived(root, auth.view, self.body.keyring_id, slot_id)
-        slot = self._sealed_slot(derived, auth, provider, at=at, tested_at=at, replaces=replaces, shares=shares)
+        slot = self._sealed_slot(derived, auth, provider, at=at)
         self.check_opens(root, slot)
-        return slot
+        return msgspec.structs.replace(slot, tested_at=at, replaces=replaces, shares=shares)
 
     def invitation_key(self) -> bytes:
         """The public key that a new host seals the authentication key of its slot to. A fresh keyring key ends it."""
@@ -339,32 +339,20 @@ class UnlockedKeyring:
             raise DecryptionError("the request is for another keyring")
         auth = self._slot_auth[newcomer.slot_id] = self._arena.allocate()
         slots.open_auth_into(self.keyring_key.view, newcomer, auth.view)
-        return self._sealed_slot(newcomer, auth, provider, at=at, tested_at=NEVER)
+        return self._sealed_slot(newcomer, auth, provider, at=at)
 
-    def _sealed_slot(
-        self,
-        derived: Newcomer,
-        auth: SecretSlot,
-        provider: str,
-        *,
-        at: str,
-        tested_at: str,
-        replaces: str = "",
-        shares: keyring.ShareSet | None = None,
-    ) -> keyring.RootSlot:
+    def _sealed_slot(self, derived: Newcomer, auth: SecretSlot, provider: str, *, at: str) -> keyring.RootSlot:
         slot = keyring.RootSlot(
             slot_id=derived.slot_id,
             fingerprint=derived.fingerprint,
             provider=provider,
             created_at=at,
             commitment=derived.commitment,
-            tested_at=tested_at,
+            tested_at=NEVER,
             public_key=derived.public_key,
             sealed=b"",
             mac=b"",
             wrapped_auth=b"",
-            replaces=replaces,
-            shares=shares,
         )
         return self._entries.slot(slot, self.body.key_version, self.keyring_key.view, auth.view)
 

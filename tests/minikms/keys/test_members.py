@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from minikms.api.errors import DecryptionError, ReplicaForkedError, ReplicaRolledBackError, StartError
 from minikms.crypto import slots
 from minikms.crypto.aead import NonceSource
-from minikms.crypto.hpke import PUBLIC_KEY_BYTES
 from minikms.crypto.slots import Newcomer
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import Body, Member
@@ -292,9 +291,3 @@ def test_a_removal_of_a_root_key_ends_an_invitation(arena: SecretArena, two: Two
     keyrings.remove(two.a, two.b.body.slots[-1].slot_id)
     with pytest.raises(DecryptionError):
         two.a.make_slot_for(asked, "file", at=AT)
-
-
-@pytest.mark.parametrize("invited", [b"", bytes(PUBLIC_KEY_BYTES), b"\xff" * PUBLIC_KEY_BYTES])
-def test_an_invitation_without_a_public_key_is_refused(arena: SecretArena, invited: bytes) -> None:
-    with arena.allocate() as auth, pytest.raises(DecryptionError, match="public key"):
-        slots.newcomer(memoryview(ROOT), auth.view, "kr_0", "s2", invited)
