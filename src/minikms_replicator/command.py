@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 from minikms.commands.usage import (
     EXIT_FAILED,
@@ -35,12 +35,15 @@ app = new_helper(
     "Exit status: 0 done, 1 something is wrong or was refused, 2 wrong usage, or something is missing.",
 )
 
+CONFIG: Final = Path("/etc/progressdb/replicator.toml")
 Config = Annotated[Path, Parameter(name="--config", help="The configuration, a TOML file.")]
 Url = Annotated[str, Parameter(help="postgresql://… of the role that owns the tables, without a password.")]
 
 
 @app.default
-def run(*, config: Config, log_format: LogFormat = "console", require_hardening: RequireHardening = False) -> int:
+def run(
+    *, config: Config = CONFIG, log_format: LogFormat = "console", require_hardening: RequireHardening = False
+) -> int:
     """Run until SIGTERM."""
     from minikms_replicator import process
 
@@ -76,7 +79,9 @@ def reset(*, url: Url, yes: Annotated[bool, Parameter(help="Do not ask.", negati
 
 @app.command
 def fetch(
-    *, config: Config, data_dir: Annotated[Path, Parameter(help="The data directory of a host that has just joined.")]
+    *,
+    data_dir: Annotated[Path, Parameter(help="The data directory of a host that has just joined.")],
+    config: Config = CONFIG,
 ) -> int:
     """Write the keyring and the key files into the directory, as the daemon's user, before its first start.
 
@@ -91,7 +96,7 @@ def fetch(
 
 
 @app.command
-def status(*, config: Config, json: Json = False) -> int:
+def status(*, config: Config = CONFIG, json: Json = False) -> int:
     """Show which member serves, and what all members have reported. Exit status: 0 one serves, 1 none does."""
     from minikms.commands.output import print_result
 
@@ -108,7 +113,7 @@ def status(*, config: Config, json: Json = False) -> int:
 
 
 @app.command
-def doctor(*, config: Config, json: Json = False) -> int:
+def doctor(*, config: Config = CONFIG, json: Json = False) -> int:
     """Check the database, the rights there, the daemon and the clock. Exit status: 0 all is well, 1 it is not."""
     from minikms.commands.output import print_result
 

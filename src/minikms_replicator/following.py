@@ -97,27 +97,26 @@ class Follower:
         """Give the daemon the head, and what it lacks."""
         async with self._tables.snapshot():
             head = await self._tables.head()
-            if not head.empty and head.number != position.number and position.mode != "sealed":
-                shown = msgspec.structs.replace(_shown(head), keyring=encode_text(await self._tables.keyring()))
+            shown = _shown(head)
+            if head.empty:
+                shown.keyring = ""
+            elif position.mode != "sealed" and (head.number != position.number or position.begins):
+                shown.keyring = encode_text(await self._tables.keyring())
                 following = position
                 async for part in self._tables.parts(position.number, position.tombstones):
-                    request = ReplicaFollowRequest(
-                        head=shown,
-                        after=position.number,
-                        files=part.files,
-                        tombstones_after=part.tombstones_after,
-                        tombstones=encode_text(part.tombstones),
-                        complete=part.complete,
-                        members=members,
-                    )
-                    following = await self._daemon.replica_follow(request)
+                    following = await self._daemon.replica_follow(
+                        ReplicaFollowRequest(
+                            head=shown, after=position.number, files=part.files,
+                            tombstones_after=part.tombstones_after, tombstones=encode_text(part.tombstones),
+                            complete=part.complete, members=members,
+                        )
+                    )  # fmt: skip
                     members = UNSET
                 return following, head
-        request = msgspec.structs.replace(ASK_POSITION, members=members, after=position.number)
-        if not head.empty:
-            request = msgspec.structs.replace(
-                request, head=_shown(head), tombstones_after=position.tombstones, complete=position.mode != "sealed"
-            )
+        request = msgspec.structs.replace(
+            ASK_POSITION, head=shown, after=position.number, tombstones_after=position.tombstones,
+            complete=position.mode != "sealed", members=members,
+        )  # fmt: skip
         async with asyncio.timeout(ASK_S_MAX):
             return await self._daemon.replica_follow(request), head
 

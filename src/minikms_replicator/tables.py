@@ -70,7 +70,7 @@ GRANTS: Final = """
 GRANT SELECT ON kms_schema, kms_head, kms_file, kms_tombstone, kms_member TO {role};
 GRANT UPDATE ON kms_head TO {role};
 GRANT INSERT, UPDATE, DELETE ON kms_file TO {role};
-GRANT INSERT ON kms_tombstone TO {role};
+GRANT INSERT, DELETE ON kms_tombstone TO {role};
 GRANT INSERT, UPDATE ON kms_member TO {role};
 REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC, {role};
 """
@@ -114,12 +114,12 @@ stones AS (INSERT INTO kms_tombstone (position, record)
     WHERE EXISTS (SELECT 1 FROM head))
 SELECT term, number, seals, wanted FROM head
 """
-_TAKE: Final = """
-WITH head AS (UPDATE kms_head SET term = greatest(term, $6) + 1, member = $3, renewals = renewals + 1, wanted = '',
-    keyring_id = $4, number = $5
-    WHERE term = $1 AND renewals = $2 AND keyring_id IN ('', $4) AND (number = $5 OR octet_length(keyring) = 0)
-    RETURNING term, number, seals, wanted, octet_length(keyring) = 0 AS empty),
-gone AS (DELETE FROM kms_file WHERE (SELECT empty FROM head))
+_TAKE: Final = f"""
+WITH head AS (UPDATE kms_head SET term = greatest(term, $5) + 1, member = $3, renewals = renewals + 1, wanted = '',
+    keyring_id = $4 WHERE term = $1 AND renewals = $2 AND keyring_id IN ('', $4)
+    {_RETURNING}, octet_length(keyring) = 0 AS empty),
+files AS (DELETE FROM kms_file WHERE (SELECT empty FROM head)),
+stones AS (DELETE FROM kms_tombstone WHERE (SELECT empty FROM head))
 SELECT term, number, seals, wanted FROM head
 """
 _RELEASE: Final = (
@@ -141,7 +141,6 @@ SELECT current_setting('synchronous_standby_names'), current_setting('fsync') ||
     AND has_table_privilege('kms_file', 'DELETE') AND has_table_privilege('kms_tombstone', 'INSERT')
     AND has_table_privilege('kms_member', 'UPDATE'),
     has_table_privilege('kms_head', 'DELETE') OR has_table_privilege('kms_tombstone', 'UPDATE')
-    OR has_table_privilege('kms_tombstone', 'DELETE')
 """
 
 
@@ -268,7 +267,7 @@ class Tables:
             (self._database.replicated and not standbys, NO_STANDBYS),
             (safe != "onon", "fsync or full_page_writes is off: a power failure loses what was acknowledged"),
             (not may, "the role lacks rights on the tables: minikms-replicator init grants them"),
-            (may_more, "the role may do more than a replicator needs, such as removing tombstones: use another one"),
+            (may_more, "the role may do more than a replicator needs: use another one"),
         )
         return [text for wrong, text in checks if wrong]
 
@@ -290,9 +289,9 @@ class Tables:
         )  # fmt: skip
 
     async def take_over(self, head: Head, position: ReplicaPosition) -> Lease | None:
-        """None if the head has changed. Empty tables get the number of the member, which fills them."""
+        """None if the head has changed. Tables that were not filled as a whole are emptied."""
         return await self._commit(
-            _TAKE, head.term, head.renewals, position.member_id, position.keyring_id, position.number, position.term
+            _TAKE, head.term, head.renewals, position.member_id, position.keyring_id, position.term
         )
 
     async def release(self, term: int, member: str) -> None:

@@ -6,6 +6,8 @@ Owns: the changes that wait, the lease, and what the member has. It refuses what
 import asyncio
 from typing import Any
 
+from msgspec import UNSET
+
 from minikms.api import (
     LEASE_SECONDS,
     ReplicaCommit,
@@ -43,7 +45,7 @@ class Member:
         self.files: dict[str, bytes] = {}
         self.tombstones: list[bytes] = []
         self.keyring = b""
-        self.wants = False
+        self.wants = self.fills = False
         self.ready = True
         self.away = False
         self.wanted = ""
@@ -92,7 +94,8 @@ class Member:
         self._check_reached()
         self.members = request.members or self.members
         head = request.head
-        if not head or self.mode != "following":
+        self.fills = head is not UNSET and head.keyring == "" and self.begins
+        if head is UNSET or self.mode != "following" or head.keyring == "":
             return self.position()
         if head.number < self.number:
             raise ReplicaRolledBackError("older")
@@ -113,8 +116,9 @@ class Member:
         if not self._answered_ns <= request.asked_ns <= boot_ns() or boot_ns() >= request.asked_ns + LEASE_NS:
             raise ConflictError("no time of a lease")
         if self.mode == "following":
-            if request.number != self.number:
+            if request.number != self.number and not self.fills:
                 raise ConflictError("not at the end")
+            self.number = request.number
             self.mode, self.lease_term, self.out = "serving", request.term, None
         if self.mode != "serving" or request.term != self.lease_term:
             raise ConflictError("it does not serve in this term")
