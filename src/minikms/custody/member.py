@@ -98,7 +98,8 @@ class MemberDirectory:
         change. Raises ConflictError unless this directory has exactly the same changes, or fills the database.
         """
         entries = self._following.entries
-        if entries is None or self.behind or not (self._following.agrees or self.fills):
+        busy = self._one_follows.locked() or self._queue.writing
+        if entries is None or busy or self.behind or not (self._following.agrees or self.fills):
             raise ConflictError("this host has to follow before it serves")
         if self.fills:
             position, entries = Position(number, 0, 0, self._vault.unlocked.body.key_version), EntrySum()
@@ -173,7 +174,9 @@ class MemberDirectory:
         """
         vault = self._vault
         body = vault.unlocked.body
-        key_ids = [key_id for key_id in vault.store.list_ids() if key_id not in vault.destroyed]
+        key_ids = await in_worker(
+            self._disk, lambda: [key_id for key_id in vault.store.list_ids() if key_id not in vault.destroyed]
+        )
         for start in range(0, len(key_ids), api.REPLICA_FILES_MAX):
             part = key_ids[start : start + api.REPLICA_FILES_MAX]
             found = await self._following.present(part)

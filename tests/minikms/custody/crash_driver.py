@@ -16,8 +16,11 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
+from minikms.api import ReplicaFollowRequest
 from minikms.api.errors import ConflictError, KmsRefusedError, StorageUnavailableError
-from minikms.custody import rotation
+from minikms.custody import following, rotation
 from minikms.custody.vault import Vault
 from minikms.datadir import DataDir, Options, lock_data_dir, open_for_service
 from minikms.keys.dek import DekRecord
@@ -151,6 +154,24 @@ async def create_and_destroy() -> None:
         tell(f"destroyed {victim}")
 
 
+async def follow_parts() -> None:
+    """A start of a member, which then takes what the database has; and once more, as after a lost answer."""
+    parts = msgspec.json.decode((Path(sys.argv[2]) / "parts").read_bytes(), type=list[ReplicaFollowRequest])
+    async with served() as data:
+        member = data.member
+        if member is None:
+            raise SystemExit("the directory is not that of a member")
+        for _ in range(2):
+            try:
+                await member.scan()
+                for request in parts:
+                    await member.follow(request)
+            except StorageUnavailableError:
+                tell("refused")
+            else:
+                tell(f"followed {member.mark.number}")
+
+
 async def start_and_stop() -> None:
     """A start replays the journal that is there."""
     async with served():
@@ -192,6 +213,11 @@ def creates(_: int) -> None:
     asyncio.run(create_and_destroy())
 
 
+def follow(_: int) -> None:
+    vars(following).update(WRITTEN_FILES=2)
+    asyncio.run(follow_parts())
+
+
 def replay(_: int) -> None:
     asyncio.run(start_and_stop())
 
@@ -205,6 +231,7 @@ SCENARIOS = {
     "rewrap": rewrap,
     "replay": replay,
     "creates": creates,
+    "follow": follow,
 }
 
 if __name__ == "__main__":

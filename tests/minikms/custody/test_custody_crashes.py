@@ -6,6 +6,7 @@ The normal suite takes a part of the points; `-m torture` takes all of them and 
 import asyncio
 import contextlib
 import errno
+import filecmp
 import json
 import os
 import re
@@ -19,13 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 
+from minikms.api import ReplicaFollowRequest
 from minikms.custody import journal
 from minikms.custody.journal_format import Change, encode
 from minikms.platform.files import open_directory, sweep_temps
 from tests import needs
 from tests.harness.forked import Forked
+from tests.harness.members import join, make_first, opened_member
+from tests.harness.replica_database import ReplicaDatabase
 from tests.harness.vaults import opened_vault
 
 DRIVER = "tests.minikms.custody.crash_driver"
@@ -44,9 +49,12 @@ CALLS = (
     "unlinkat",
 )
 TRACE = "trace=" + ",".join(f"?{call}" for call in CALLS)
-SCENARIOS = ("replace", "create", "many", "remove", "destroy", "rewrap", "replay", "creates")
+SCENARIOS = ("replace", "create", "many", "remove", "destroy", "rewrap", "replay", "creates", "follow")
 POINTS_AT_ONCE = 2
-SLICE = {"replace": 3, "create": 4, "many": 8, "remove": 3, "destroy": 18, "rewrap": 23, "replay": 15, "creates": 23}
+SLICE = {
+    "replace": 3, "create": 4, "many": 8, "remove": 3, "destroy": 18, "rewrap": 23, "replay": 15, "creates": 23,
+    "follow": 17,
+}  # fmt: skip
 """The normal suite takes every n-th point."""
 
 
@@ -105,6 +113,9 @@ def make(place: Path, scenario: str) -> None:
     if scenario == "destroy":
         asyncio.run(keys_to_destroy(place))
         return
+    if scenario == "follow":
+        asyncio.run(changes_to_follow(place))
+        return
     for number in range(3):
         (place / f"f{number}").write_bytes(b"old")
 
@@ -151,6 +162,9 @@ def check(place: Path, scenario: str, stdout: bytes, *, temps: bool) -> None:
         return
     if scenario == "creates":
         asyncio.run(check_created(place, lines))
+        return
+    if scenario == "follow":
+        asyncio.run(check_followed(place, lines))
         return
     if scenario == "destroy":
         asyncio.run(check_keys(place, {line[1] for line in lines if line[0] == "destroyed"}))
@@ -281,6 +295,51 @@ async def check_created(place: Path, told: list[list[str]]) -> None:
             }
             assert one.vault.unreadable.count == 0
             assert_in_no_file(one.directory, gone)
+
+
+async def changes_to_follow(place: Path) -> None:
+    """A member with six keys, each with a rotation backup, which lacks a destruction, a retirement, three creates and a
+    rotation: the parts that its database has of these.
+    """
+    database = ReplicaDatabase()
+    key_ids = await make_first(place / "a", keys=6)
+    join(place / "data", place / "a")
+    shutil.copy2(place / "data.key", place / "key")
+    async with opened_member(place / "a", database) as a, opened_member(place / "data", database) as b:
+        await a.serve()
+        await a.stop()
+        await b.serve()
+        await b.one.rotate()
+        await b.stop()
+        await a.serve()
+        for key_id in key_ids[:2]:
+            await a.vault.retire(key_id)
+        await a.vault.destroy(key_ids[0])
+        await a.one.make(3)
+        await a.one.rotate()
+        parts = database.tables.parts(b.directory.mark.number, 0, files_max=4)
+    (place / "parts").write_bytes(msgspec.json.encode(parts))
+    (place / "victims").write_text(key_ids[0])
+    make_older(place / "data")
+
+
+async def check_followed(place: Path, told: list[list[str]]) -> None:
+    """A start succeeds, twice. The mark is that of what was told, and the member follows to what the other one has."""
+    parts = msgspec.json.decode((place / "parts").read_bytes(), type=list[ReplicaFollowRequest])
+    for _ in range(2):
+        async with opened_vault(place / "data", key=place / "key") as one:
+            member = one.data.member
+            assert member is not None
+            assert member.mark.number >= max([int(line[1]) for line in told if line[0] == "followed"], default=0)
+            await member.scan()
+            for request in parts:
+                await member.follow(request)
+            assert one.keys(path.stem for path in (place / "data" / "kms-deks").iterdir())
+            for name in ("keyring.json", "kms-tombstones"):
+                assert (place / "data" / name).read_bytes() == (place / "a" / name).read_bytes()
+            same = filecmp.dircmp(place / "data" / "kms-deks", place / "a" / "kms-deks", shallow=False)
+            assert not (same.left_only or same.right_only or same.diff_files)
+            assert_in_no_file(place / "data", [(place / "victims").read_text()])
 
 
 def assert_in_no_file(directory: Path, key_ids: Iterable[str]) -> None:
