@@ -91,6 +91,7 @@ class Options(NamedTuple):
     """How a start opens a data directory; see the flags of `minikms serve`. `if_restored`: what to do if the log
     lacks the line `expect_audit_head`, as a sentence without a full stop. `audit_dir`: the directory of the audit log;
     None: the data directory. `lock_data_dir` was called with it. `index_threads`: whether the key index keeps threads.
+    `later_keyring`: the content of a later keyring's file, which a member is about to follow.
     """
 
     accept_restore: bool = False
@@ -104,6 +105,7 @@ class Options(NamedTuple):
     index_threads: bool = False
     pin: PinFile | None = None
     cache_keys_max: int = CACHE_KEYS_MAX
+    later_keyring: bytes = b""
 
 
 DEFAULT_OPTIONS: Final = Options()
@@ -195,7 +197,9 @@ def open_for_service(
     nonces = NonceSource()
     file = KeyringFile(lock.directory_fd, disk)
     with ExitStack() as undo:
-        unlocked, slot = open_keyring(directory, file, root, arena=arena, nonces=nonces, pin=options.pin)
+        unlocked, slot = open_keyring(
+            directory, file, root, arena=arena, nonces=nonces, pin=options.pin, later=options.later_keyring
+        )
         undo.callback(unlocked.release)
         epoch = unlocked.body.epoch
         stored = replica_file.read(lock.directory_fd)
@@ -289,9 +293,10 @@ def open_keyring(
     arena: SecretArena,
     nonces: NonceSource,
     pin: PinFile | None = None,
+    later: bytes = b"",
 ) -> tuple[UnlockedKeyring, keyring.RootSlot]:
     """The first step: compares the root key with the pin file, then opens the keyring, or makes the first one. Returns
-    also the slot that the root key opens.
+    also the slot that the root key opens. `later`: see `Options.later_keyring`.
 
     Raises StartError; no keyring was made or changed then, but the source may have made its root key file.
     """
@@ -308,7 +313,14 @@ def open_keyring(
         if pin is not None:
             pin.check_opens(key.view, None if data is None else keyring.parse_file(data)[0].keyring_id)
         if data is not None:
-            return UnlockedKeyring.open(arena, key.view, data, nonces=nonces.next, member_id=member_id)
+            unlocked, slot = UnlockedKeyring.open(arena, key.view, data, nonces=nonces.next, member_id=member_id)
+            try:
+                if later:
+                    unlocked.expect(key.view, later)
+            except BaseException:
+                unlocked.release()
+                raise
+            return unlocked, slot
         unlocked = UnlockedKeyring.create(
             arena,
             key.view,

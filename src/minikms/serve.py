@@ -260,8 +260,9 @@ class Daemon:
         if sealable.parts is not None:
             self.start(sealable.parts)
         gc.set_threshold(*GC_THRESHOLDS)
-        state = "sealed" if sealable.is_sealed else "serving"
-        self.run.log.info(state, socket=self.settings.socket, data_dir=self.settings.data_dir)
+        self.run.log.info(
+            sealable.summary.partition(" on ")[0], socket=self.settings.socket, data_dir=self.settings.data_dir
+        )
         await self.run.until_stopped(sealable.summary)
         acceptor.close()
         self.listener.close()
@@ -317,6 +318,7 @@ class Daemon:
             lambda: every(HOUSEKEEPING_SECONDS, parts.upkeep.tick),
             lambda: every(HOUSEKEEPING_SECONDS, parts.watch_disk),
             parts.watch_lag,
+            parts.replica.watch,
             lambda: sweep_temps_again(
                 parts.vault, self.lock.directory, self.run.log, reader=workers.reader, disk=workers.disk
             ),

@@ -180,10 +180,27 @@ DISK_FREE_BYTES_MIN: Final = 64 * 1024 * 1024
 """Below this the status warns: keys can't be made, and soon no audit line fits."""
 
 
+class ReplicaStatus(msgspec.Struct, frozen=True):
+    """This host of a replicated key service. `serving`: the member that has the lease, as far as is known here.
+    `lag_changes`: changes of the database that are not here yet. `heard_seconds`: since the last request of the
+    replicator; None before the first. `why`: of the mode, where there is a reason.
+    """
+
+    member_id: str = ""
+    mode: str = ""
+    serving: str = ""
+    term: int = 0
+    number: int = 0
+    lag_changes: int = 0
+    lease_seconds: float = 0.0
+    heard_seconds: float | None = None
+    why: str = ""
+
+
 class StatusAnswer(msgspec.Struct, frozen=True):
     """`status` is `ok`, or why the service can't work in one word, with `reason` as a sentence. `epoch` is 0 where the
-    service does not report one. `policy` is None without a policy file. `disk_free_bytes`: for the data directory; None
-    where the service does not report it.
+    service does not report one. `policy` is None without a policy file, `replica` where the service has one host.
+    `disk_free_bytes`: for the data directory; None where the service does not report it.
     """
 
     status: str = ""
@@ -203,5 +220,6 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     hardening: list[MeasureStatus] = []
     http: HttpStatus = msgspec.field(default_factory=HttpStatus)
     policy: PolicyStatus | None = None
+    replica: ReplicaStatus | None = None
     disk_free_bytes: int | None = None
     warnings: list[str] = []

@@ -110,6 +110,7 @@ def page(answer: api.StatusAnswer) -> Group:
         ("memory", _memory(answer.memory)),
         ("hardening", ", ".join(one.measure for one in answer.hardening if one.in_force)),
         ("policy", _policy(answer.policy)),
+        ("replica", _replica(answer.replica)),
         ("requests", f"{answer.http.requests:,}, {answer.http.connections} connections"),
     ]
     lines += [Text(f"  {name:<10} {clean(value)}") for name, value in facts if value]
@@ -174,3 +175,16 @@ def _policy(policy: api.PolicyStatus | None) -> str:
     failing = "; THE LAST RELOAD FAILED" if policy.last_error else ""
     age = duration(policy.age_seconds)
     return f"generation {policy.generation}, read {age} ago, SHA-256 {policy.sha256}{exhausted}{failing}"
+
+
+def _replica(replica: api.ReplicaStatus | None) -> str:
+    if replica is None:
+        return ""
+    heard = (
+        "no replicator" if replica.heard_seconds is None else f"replicator {duration(int(replica.heard_seconds))} ago"
+    )
+    lag = f", {replica.lag_changes:,} changes behind" if replica.lag_changes else ""
+    serving = f"; {replica.serving} serves" if replica.serving not in ("", replica.member_id) else ""
+    why = f": {replica.why}" if replica.why else ""
+    at = f"{replica.member_id} {replica.mode}, term {replica.term}, change {replica.number:,}"
+    return f"{at}{lag}, {heard}{serving}{why}"

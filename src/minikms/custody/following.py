@@ -176,7 +176,8 @@ class Following:
     def _state(self, head: api.ReplicaHead, body: Body, mark: Mark) -> State:
         """Raises ReplicaForkedError unless it is that of the head and its keyring, and follows the mark."""
         try:
-            state = read_state(self._vault.unlocked, decode_canonical(head.state, STATE_TEXT_BYTES_MAX, "the state"))
+            signed = decode_canonical(head.state, STATE_TEXT_BYTES_MAX, "the state")
+            state = read_state(self._vault.unlocked, signed, body.key_version)
         except DecryptionError:
             raise ReplicaForkedError("the state of the database is not that of a member") from None
         if state.number == mark.number and state.term != mark.term:

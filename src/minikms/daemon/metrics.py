@@ -163,6 +163,8 @@ def page(
     _add_rotation(page, status["rotation"])
     _add_audit(page, status["audit"], status["uptime_seconds"])
     _add_policy(page, status["policy"] or {}, policy_refusals)
+    if status["replica"] is not None:
+        _add_replica(page, status["replica"], status["uptime_seconds"])
     _add_process(page, status)
     return page.encode()
 
@@ -239,6 +241,17 @@ def _add_policy(made: _Page, policy: Mapping[str, Any], refusals: Mapping[str, i
     made.one("minikms_policy_reload_failed", "gauge", "1 while the file on disk is not in force.", failed)
     exhausted = policy.get("budgets_exhausted", 0)
     made.one("minikms_policy_budgets_exhausted", "gauge", "Hourly budgets that refuse requests now.", exhausted)
+
+
+def _add_replica(made: _Page, replica: Mapping[str, Any], uptime_seconds: int) -> None:
+    made.one("minikms_replica_serving", "gauge", "1 while this host serves.", replica["mode"] == "serving")
+    made.one("minikms_replica_term", "gauge", "Of the last change here.", replica["term"])
+    made.one("minikms_replica_lease_seconds", "gauge", "Left of the lease of this host.", replica["lease_seconds"])
+    made.one(
+        "minikms_replica_lag_changes", "gauge", "Changes of the database that are not here.", replica["lag_changes"]
+    )
+    heard = uptime_seconds if replica["heard_seconds"] is None else replica["heard_seconds"]
+    made.one("minikms_replica_heard_seconds", "gauge", "Since the last request of the replicator, or the start.", heard)
 
 
 def _add_process(made: _Page, status: Mapping[str, Any]) -> None:

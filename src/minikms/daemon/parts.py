@@ -12,10 +12,11 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
@@ -32,16 +33,20 @@ from minikms.daemon.application import Application, Seal
 from minikms.daemon.lagging import CHECK_SECONDS, LaggingApplication
 from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.settings import Settings
-from minikms.daemon.status import StatusPage
-from minikms.datadir import DataDir, written_at_start
+from minikms.daemon.status import Standing, StatusPage
+from minikms.datadir import DataDir, oldest_audit_key, written_at_start
 from minikms.http import Application as HttpApplication
 from minikms.http import HttpServer
+from minikms.http.exchange import refusal_response
+from minikms.http.limits import INTERRUPTED
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
 from minikms.platform.directory_lock import DataDirLock
 from minikms.platform.logs import structlog
 from minikms.platform.notify import Notifier
+from minikms.platform.workers import in_worker
+from minikms.policy import Meters
 from minikms.roots.key_file import replace_key
 from minikms.roots.providers import KeyFile
 from minikms.service.access import Access
@@ -97,10 +102,18 @@ class RunContext(NamedTuple):
     on_internal_error: Callable[[str], None]
 
 
-class Replica(Protocol):
-    """Of `minikms.daemon.replica`."""
+class Replica(Standing, Protocol):
+    """What the parts need of `minikms.daemon.replica`."""
 
     def add_verbs(self, table: VerbTable) -> None: ...
+
+    def leased(self, app: HttpApplication[Session]) -> HttpApplication[Session]:
+        """`app`, behind the lease of this host if it needs one."""
+
+    def standby(self, app: Application, admission: Admission, meters: Meters | None) -> HttpApplication[Session] | None:
+        """What is served instead of `app` while this host does not serve; None where it always does."""
+
+    async def watch(self) -> None: ...
 
 
 class Parts:
@@ -124,6 +137,8 @@ class Parts:
     ) -> None:
         settings, workers, policy = process.settings, process.workers, process.policy
         self._data = data
+        self.member = data.member
+        self.replica = replica
         self.workers = workers
         self.vault = data.vault
         self.audit = TurnAudit(data.log, workers.audit)
@@ -195,6 +210,7 @@ class Parts:
             keks=self.keks,
             policy=policy,
             lease=lease,
+            replica=replica,
             started_ns=started_ns,
         )
         self.app = Application(
@@ -207,8 +223,9 @@ class Parts:
             seal=seal,
             reload=policy.reload,
         )
-        self.served = leased(self.app)
-        """`app`, as the server gets it."""
+        standby = replica.standby(self.app, admission, policy.meters)
+        self._standby = None if standby is None else leased(standby)
+        self._serving = leased(replica.leased(self.app))
         self._lagging_app: LaggingApplication | None = None
         if settings.refuse_when_unshipped is not None:
             self._lagging_app = LaggingApplication(
@@ -218,17 +235,45 @@ class Parts:
                 lag=lambda: position.lag(data.log.sync.durable_line().seq),
                 lines_max=settings.refuse_when_unshipped,
             )
-            self._served_lagging = leased(self._lagging_app)
+            self._lagging = leased(replica.leased(self._lagging_app))
         self._server: HttpServer[Session] | None = None
 
     def watch_disk(self) -> None:
         """Logs when the disk has become nearly full."""
         self._page.watch_disk()
 
+    @property
+    def served(self) -> HttpApplication[Session]:
+        """What the server has now: `app`, or what refuses most verbs in its place."""
+        if self._standby is not None and not self.replica.serves:
+            return self._standby
+        lagging = self._lagging_app
+        return self._serving if lagging is None or not lagging.why else self._lagging
+
     def serve_on(self, server: HttpServer[Session]) -> None:
         """`server` serves `served`. It is named to `/status`, which counts its connections."""
         self._page.server = self._server = server
-        self._check_lag()
+
+    def show(self) -> None:
+        """The server has what is `served` from now on; requests that have begun go on."""
+        if self._server is not None:
+            self._server.replace_app(self.served, None)
+
+    def stand_by(self, spare: Container[asyncio.Future[Any]]) -> None:
+        """This host serves no more. Requests in flight are answered, but those of the tasks `spare`: they may have been
+        carried out.
+        """
+        if self._server is not None:
+            self._server.replace_app(self.served, refusal_response(INTERRUPTED), spare)
+        self.keks.interrupt()
+
+    async def take_over(self) -> None:
+        """The first change of a member that is about to serve. Raises as `RootRemoval.take_over`."""
+        await self.keks.stop()
+        log_dir, unlocked = self._data.log.directory, self.vault.unlocked
+        oldest = await in_worker(self.workers.lookup, partial(oldest_audit_key, log_dir, unlocked))
+        await self._removal.take_over(self._data.slot.slot_id, oldest=oldest)
+        self.keks.resume()
 
     async def watch_lag(self) -> None:
         """Refuses verbs while the auditor lags, until it is cancelled. Without a bound it returns."""
@@ -238,12 +283,10 @@ class Parts:
 
     def _check_lag(self) -> None:
         server, lagging = self._server, self._lagging_app
-        if server is None or lagging is None:
+        if server is None or lagging is None or server.app is (app := self.served):
             return
+        server.replace_app(app, None)
         why = lagging.why
-        if bool(why) is (server.app is self._served_lagging):
-            return
-        server.replace_app(self._served_lagging if why else self.served, None)
         logger: structlog.stdlib.BoundLogger = structlog.get_logger()
         logger.warning("refusing requests" if why else "serving again", why=why or "the auditor has caught up")
 
@@ -263,7 +306,9 @@ class Parts:
             await self.audit.add_written(last, durable=True)
 
     async def go_on(self) -> None:
-        """Goes on with what an earlier run left to do."""
+        """Goes on with what an earlier run left to do; on a standby, when it takes over."""
+        if not self.replica.serves:
+            return
         await self.keks.drop_replaced_roots()
         self.keks.ensure_running()
 
@@ -287,6 +332,10 @@ class Parts:
         await self.audit.add_written(
             Event(type="stop", actor="minikms", pid=os.getpid(), detail=why, facts=facts), durable=True
         )
+
+    @property
+    def audit_writable(self) -> bool:
+        return self._data.log.writable
 
     @property
     def audit_head(self) -> Head:

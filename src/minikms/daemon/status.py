@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from minikms import api
+from minikms.api.errors import StandbyError
 from minikms.http.accepting import bound_warning
 from minikms.keys import members
 from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN
@@ -34,6 +35,17 @@ _ERROR_HIDDEN: Final = "the file is not valid"
 _KEY_HIDDEN: Final = "k_…"
 
 
+class Standing(Protocol):
+    """What the status says of this host, where the key service has several."""
+
+    @property
+    def serves(self) -> bool: ...
+
+    def status(self) -> dict[str, object] | None: ...
+
+    def warnings(self) -> list[str]: ...
+
+
 class StatusPage:
     """`build` makes the status of an unsealed daemon."""
 
@@ -51,8 +63,10 @@ class StatusPage:
         keks: KekVerbs,
         policy: PolicyInForce,
         lease: Callable[[], dict[str, object] | None],
+        replica: Standing,
         started_ns: int,
     ) -> None:
+        self._replica = replica
         self._policy = policy
         self._lease = lease
         self._settings = settings
@@ -115,12 +129,15 @@ class StatusPage:
             "hardening": [measure.status() for measure in self._measures],
             "http": _http(server),
             "policy": self._policy.status(),
+            "replica": self._replica.status(),
             "disk_free_bytes": self._disk_free_bytes(),
-            "warnings": [*self._warnings(), *self._policy.warnings()],
+            "warnings": [*self._warnings(), *self._policy.warnings(), *self._replica.warnings()],
         }
 
     def _service_status(self) -> dict[str, str]:
         """The members `status` and `reason`."""
+        if self._log.writable and not self._replica.serves:
+            return {"status": api.CODE_STANDBY, "reason": str(StandbyError())}
         lagging = self._lagging() if self._log.writable else ""
         return {"status": api.CODE_AUDIT_LAGGING, "reason": lagging} if lagging else self._log.service_status()
 
@@ -291,6 +308,7 @@ def sealed_status(
     reason: str,
     warning: str,
     lease: dict[str, object] | None,
+    replica: Standing,
 ) -> dict[str, object]:
     """The members that a daemon without keys knows. `warning` is empty if there is none."""
     return {
@@ -304,7 +322,12 @@ def sealed_status(
         "hardening": [measure.status() for measure in measures],
         "http": _http(server),
         "policy": policy.status(),
-        "warnings": [*(text for text in (settings.root.warning, warning) if text), *policy.warnings()],
+        "replica": replica.status(),
+        "warnings": [
+            *(text for text in (settings.root.warning, warning) if text),
+            *policy.warnings(),
+            *replica.warnings(),
+        ],
     }
 
 

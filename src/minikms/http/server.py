@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import Awaitable, Callable, Hashable
-from typing import Final, Generic
+from collections.abc import Awaitable, Callable, Container, Hashable
+from typing import Any, Final, Generic
 
 from minikms.api.errors import KmsRefusedError
 from minikms.http.connection import Group, ServerConnection
@@ -83,12 +83,14 @@ class HttpServer(Generic[S]):
     def connections_count(self) -> int:
         return len(self.connections)
 
-    def replace_app(self, app: Application[S], instead: Response | None) -> None:
+    def replace_app(
+        self, app: Application[S], instead: Response | None, spare: Container[asyncio.Future[Any]] = ()
+    ) -> None:
         """Serve `app` from now on, with the sessions of the former application.
 
         `instead`: the answer to every request that the former application has begun and that is not answered yet. Its
-        awaited answers are cancelled, and a connection whose client has not read all of an answer is closed at once.
-        None: they go on.
+        awaited answers are cancelled, but those of the tasks `spare`; and a connection whose client has not read all of
+        an answer is closed at once. None: they go on.
         """
         self.app = app
         for connection in self.connections:
@@ -100,8 +102,9 @@ class HttpServer(Generic[S]):
         for connection in self._turn:
             connection.replace_answers(instead)
         for task in self._tasks:
-            self._tasks[task] = instead
-            task.cancel()
+            if task not in spare:
+                self._tasks[task] = instead
+                task.cancel()
 
     async def drain(self, seconds: float) -> None:
         """Stop gracefully: close idle connections, finish pending requests for at most `seconds`, then abort the rest.

@@ -60,12 +60,12 @@ class State(NamedTuple):
         return numbers + self.entries.value.to_bytes(SUM_BYTES, "big")
 
 
-def read_state(unlocked: UnlockedKeyring, signed: bytes) -> State:
-    """Raises DecryptionError unless the tag is of the keyring key in use."""
+def read_state(unlocked: UnlockedKeyring, signed: bytes, key_version: int | None = None) -> State:
+    """`key_version`: of the keyring key; None: the one in use. Raises DecryptionError unless the tag is of it."""
     data, tag = signed[:STATE_BYTES], signed[STATE_BYTES:]
     if len(data) != STATE_BYTES:
         raise DecryptionError("the state of the replicated directory has the wrong length")
-    unlocked.check_tag(labels.REPLICA_STATE, tag, data)
+    unlocked.check_tag(labels.REPLICA_STATE, tag, data, key_version=key_version)
     term, number, epoch, files = (
         int.from_bytes(data[at : at + _FIELD_BYTES], "big") for at in range(0, 4 * _FIELD_BYTES, _FIELD_BYTES)
     )

@@ -152,6 +152,8 @@ class UnlockedKeyring:
         self._nonces = nonces
         self._entries = EntrySealer(arena, nonces, body.keyring_id)
         self._keyring_keys: dict[int, SecretSlot] = {}
+        self._expected = 0
+        """The version of the keyring key that `expect` has opened."""
         self._keks: dict[int, SecretSlot] = {}
         self._derived = DerivedKeys(arena, count_max=min(WRAPPING_KEYS_MAX, arena.slots // 4))
         self._derived_of: dict[int, dict[bytes, SecretSlot]] = {}
@@ -217,20 +219,10 @@ class UnlockedKeyring:
         Raises StartError: for another root key (it names both fingerprints), for an altered or damaged file, or if it
         does not have the member.
         """
-        body, body_bytes, tag = keyring.parse_file(data)
-        given = roots.fingerprint(root)
-        slot = body.slot_for(given)
-        if slot is None:
-            raise UnknownRootError(wrong_root_text(body, given))
-        if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
-            raise UnknownRootError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
+        body = keyring.parse_file(data)[0]
         unlocked = cls(arena, nonces, body, member_id)
         with _released_on_failure(unlocked):
-            try:
-                unlocked._entries.open_slot(root, slot, body.key_version, unlocked._new_keyring_key(body.key_version))
-                aead.check_authentic(unlocked.keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
-            except DecryptionError:
-                raise StartError(f"the keyring was altered or is damaged; {keyring.WAY_OUT}") from None
+            slot = unlocked._open_keyring_key(root, data)
             if member_id and body.member(member_id) is None:
                 raise StartError(f"keyring.json has no member {member_id}: this host was removed, or has to join anew")
             try:
@@ -238,6 +230,23 @@ class UnlockedKeyring:
             except DecryptionError:
                 raise StartError(f"a key of the keyring does not open; {keyring.WAY_OUT}") from None
         return unlocked, slot
+
+    def _open_keyring_key(self, root: memoryview, data: bytes) -> keyring.RootSlot:
+        """That of the keyring in the bytes of its file, which is authentic then, and the slot that `root` opens."""
+        body, body_bytes, tag = keyring.parse_file(data)
+        given = roots.fingerprint(root)
+        slot = body.slot_for(given)
+        if slot is None:
+            raise UnknownRootError(wrong_root_text(body, given))
+        if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
+            raise UnknownRootError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
+        try:
+            sealing = self._new_keyring_key(body.key_version)
+            self._entries.open_slot(root, slot, body.key_version, sealing)
+            aead.check_authentic(sealing, tag, labels.aad(labels.KEYRING, body_bytes))
+        except DecryptionError:
+            raise StartError(f"the keyring was altered or is damaged; {keyring.WAY_OUT}") from None
+        return slot
 
     @property
     def audit(self) -> keyring.AuditState:
@@ -252,6 +261,15 @@ class UnlockedKeyring:
     def _new_keyring_key(self, version: int) -> memoryview:
         slot = self._keyring_keys[version] = self._arena.allocate()
         return slot.view
+
+    def expect(self, root: memoryview, data: bytes) -> None:
+        """Opens the keyring key of a later keyring, for `advance`; of no later one, it does nothing. Raises StartError
+        for one that this root key does not open; then everything has to be released.
+        """
+        later = keyring.parse_file(data)[0]
+        if later.key_version > self.body.key_version:
+            self._open_keyring_key(root, data)
+            self._expected = later.key_version
 
     def advance(self, data: bytes) -> keyring.Body:
         """A later body of this keyring, from the bytes of its file, with its keys opened. Once it is durable, assign it
@@ -268,10 +286,11 @@ class UnlockedKeyring:
             raise ReplicaForkedError("the keyring of the database is of another key service")
         if body.key_version < self.body.key_version:
             raise ReplicaRolledBackError("the keyring of the database is from before the removal of a root key")
-        if body.key_version > self.body.key_version:
+        if body.key_version not in self._keyring_keys:
             raise NeedsRootError
         try:
-            aead.check_authentic(self.keyring_key.view, tag, labels.aad(labels.KEYRING, body_bytes))
+            sealing = self._keyring_keys[body.key_version].view
+            aead.check_authentic(sealing, tag, labels.aad(labels.KEYRING, body_bytes))
         except DecryptionError:
             raise ReplicaForkedError("the keyring of the database was altered") from None
         if body.epoch < self.body.epoch:
@@ -290,7 +309,7 @@ class UnlockedKeyring:
 
     def _open_keys(self, body: keyring.Body) -> None:
         """Opens what is not open yet."""
-        sealing, entries = self.keyring_key.view, self._entries
+        sealing, entries = self._keyring_keys[body.key_version].view, self._entries
         for kek in body.keks:
             if kek.state != "destroyed" and kek.version not in self._keks:
                 target = self._keks[kek.version] = self._arena.allocate()
@@ -412,8 +431,9 @@ class UnlockedKeyring:
         return resealed._replace(slots=tuple(resealed_slots))
 
     def settle(self) -> None:
-        """Zeroes every key that only a body that was not stored, or one before it, has."""
-        for version in [version for version in self._keyring_keys if version != self.body.key_version]:
+        """Zeroes every key that only a body that was not stored, or one before it, has; but not what is expected."""
+        number = self.body.key_version
+        for version in [one for one in self._keyring_keys if one != number and not number < one == self._expected]:
             self._keyring_keys.pop(version).release()
         for slot_id in self._slot_auth.keys() - {slot.slot_id for slot in self.body.slots}:
             self._slot_auth.pop(slot_id).release()
@@ -487,9 +507,10 @@ class UnlockedKeyring:
         key = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
         return aead.authenticate(key, self._nonces(), _labelled(self.body, label, data))
 
-    def check_tag(self, label: bytes, tag: bytes, data: bytes) -> None:
+    def check_tag(self, label: bytes, tag: bytes, data: bytes, *, key_version: int | None = None) -> None:
         """Raises DecryptionError unless `tag` is of `tag_of`."""
-        aead.check_authentic(self.keyring_key.view, tag, _labelled(self.body, label, data))
+        key = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
+        aead.check_authentic(key, tag, _labelled(self.body, label, data))
 
     def kek(self, version: int) -> memoryview:
         """The KEK of a version, 32 bytes. Raises KeyUnreadableError if this keyring does not have it."""

@@ -14,6 +14,7 @@ never hold or compare a root key itself.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Final, Literal
@@ -116,6 +117,10 @@ class PinFile:
                 self._pinned = frozenset()
             self._seen = seen
         return self._pinned
+
+    def digest(self) -> str:
+        """SHA-256 of the fingerprints that it names, to be compared with that of another host."""
+        return hashlib.sha256("\n".join(sorted(self.pinned())).encode()).hexdigest()
 
     def read(self) -> Pins:
         """Raises StartError when the file is missing, damaged, or not root's alone."""

@@ -203,6 +203,11 @@ class KekVerbs:
             self._runner.cancel()
         self._stopping = True
 
+    def resume(self) -> None:
+        """After `stop`: a rotation may go on, once `ensure_running` is called."""
+        self._ends.clear()
+        self._stopping = False
+
     async def stop(self) -> None:
         """Interrupts a running rotation between two of its steps; the next start goes on with it."""
         self.interrupt()

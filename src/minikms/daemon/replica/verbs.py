@@ -1,9 +1,12 @@
-"""What a daemon that is no member answers to a replicator.
+"""What a daemon does that is no member: it serves, and refuses a replicator.
 
-Owns: these answers. It must never change anything.
+It must never change anything.
 """
 
 from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
 
 from minikms import api
 from minikms.api.errors import ConflictError
@@ -12,9 +15,49 @@ from minikms.custody.vault import Permit
 from minikms.service.base import VerbTable
 from minikms.service.replicas import NOT_REPLICATED
 
+if TYPE_CHECKING:
+    from minikms.daemon.admission import Admission, Session
+    from minikms.daemon.application import Application
+    from minikms.daemon.parts import Parts
+    from minikms.http import Application as HttpApplication
+    from minikms.policy import Meters
+
 
 class NoMember:
-    """Of a daemon whose key service has one host."""
+    """In the place of a `Member`: the key service has one host."""
+
+    serves = True
+    asking: frozenset[asyncio.Task[Any]] = frozenset()
+
+    def opened(self, parts: Parts) -> None:
+        return
+
+    def sealed(self, why: str = "") -> None:
+        return
+
+    async def note_seals(self) -> None:
+        return
+
+    def stand_by(self, why: str) -> None:
+        return
+
+    async def settled(self) -> None:
+        return
+
+    async def watch(self) -> None:
+        return
+
+    def leased(self, app: HttpApplication[Session]) -> HttpApplication[Session]:
+        return app
+
+    def standby(self, app: Application, admission: Admission, meters: Meters | None) -> None:
+        return
+
+    def status(self) -> None:
+        return
+
+    def warnings(self) -> list[str]:
+        return []
 
     def add_verbs(self, table: VerbTable) -> None:
         table.later(api.REPLICA_FOLLOW, self._refuse, audited=False)

@@ -1,20 +1,20 @@
 """The application of a sealed daemon, which has no key.
 
 Owns: what a sealed daemon answers. `/health`, `/ready`, `/status` and `/unseal` are served, the reports of an auditor,
-and `/seal`, so that it can be repeated; everything else gets 503 `sealed` with `Retry-After`. Invariants: callers and
-roles are those of the unsealed daemon; nothing is audited, because there is no audit key (attempts to unseal are
-recorded by `minikms.daemon.seal.unseal`); the text of a given key goes into the arena before anything else reads the
-body. It must never use a key.
+what a replicator asks, and `/seal`, so that it can be repeated; everything else gets 503 `sealed` with `Retry-After`.
+Invariants: callers and roles are those of the unsealed daemon; nothing is audited, because there is no audit key
+(attempts to unseal are recorded by `minikms.daemon.seal.unseal`); the text of a given key goes into the arena before
+anything else reads the body. It must never use a key.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
-import msgspec
 from msgspec import UNSET
+from msgspec.json import Decoder
 
 from minikms import api
 from minikms.api.errors import InvalidRequestError, SealedError
@@ -23,6 +23,7 @@ from minikms.daemon import strictjson
 from minikms.daemon.admission import Admission, AdmittingApplication, Session, require_short_body
 from minikms.daemon.application import Seal
 from minikms.daemon.keybody import SecretText, take_key, take_text
+from minikms.daemon.replica.member import Member
 from minikms.daemon.seal.unlocking import SEALED_TEXT
 from minikms.daemon.seal.unseal import Unsealing
 from minikms.daemon.status import reduced, without_policy_error
@@ -32,8 +33,8 @@ from minikms.policy import Meters, Principal
 from minikms.service.access import require
 from minikms.service.encoding import Reply, json_answer
 
-_decode_unseal: Final = msgspec.json.Decoder(api.UnsealRequest)
-_decode_report: Final = msgspec.json.Decoder(api.ReportAuditPositionRequest)
+_decode_unseal: Final = Decoder(api.UnsealRequest)
+_decode_report: Final = Decoder(api.ReportAuditPositionRequest)
 
 Answer = Reply | Awaitable[Reply]
 
@@ -59,6 +60,7 @@ class SealedApplication(AdmittingApplication):
         why: Callable[[bool], str],
         status: Callable[[], dict[str, object]],
         report_audit_position: Callable[[api.ReportAuditPositionRequest], Awaitable[Reply]],
+        member: Member | None,
     ) -> None:
         super().__init__(admission, meters)
         self._arena = arena
@@ -73,6 +75,8 @@ class SealedApplication(AdmittingApplication):
             api.UNSEAL.path: {"GET": self._unseal_status, "POST": self._unseal},
             api.REPORT_AUDIT_POSITION.path: {"POST": self._report_audit_position},
         }
+        if member is not None:
+            self._serve_replicator(member)
 
     # --- the engine's side -------------------------------------------------------------------------------------------
 
@@ -90,6 +94,23 @@ class SealedApplication(AdmittingApplication):
         if self._meters is not None:
             self._meters.end_turn()
         return True
+
+    def _serve_replicator(self, member: Member) -> None:
+        follow, grant = Decoder(api.ReplicaFollowRequest), Decoder(api.ReplicaNextRequest)
+
+        async def asked(answer: Awaitable[object]) -> Reply:
+            return json_answer(await answer)
+
+        def of(verb: api.Verb[Any, Any], answer: Callable[[Request], Answer]) -> None:
+            def act(who: Principal, request: Request) -> Answer:
+                require(who, verb)
+                return answer(request)
+
+            self._acts[verb.path] = {verb.method: act}
+
+        of(api.REPLICA_FOLLOW, lambda request: asked(member.follow(strictjson.decode(follow, request.body))))
+        of(api.REPLICA_NEXT, lambda request: asked(member.next(strictjson.decode(grant, request.body))))
+        of(api.REPLICA_STATUS, lambda request: json_answer(member.answer()))
 
     # --- the calls that are served -----------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ import secrets
 from typing import Final, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from minikms import api
 from minikms.api.decoding import UNDECODABLE
@@ -45,7 +46,9 @@ MARKER_BYTES_MAX: Final = 4096
 ATTEMPTS_BYTES_MAX: Final = 256 * 1024
 ATTEMPTS_KEPT: Final = 256
 
-_ACTOR: Final = re.compile(r"peer_uid:[0-9]{1,10}", re.ASCII)
+ANOTHER_MEMBER: Final = "another_member"
+"""The actor of a seal that came from another host of a replicated key service."""
+_ACTOR: Final = re.compile(rf"peer_uid:[0-9]{{1,10}}|{ANOTHER_MEMBER}", re.ASCII)
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 _ID: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
 
@@ -59,17 +62,24 @@ WRONG: Final = frozenset[Outcome](("wrong_root", "wrong_share"))
 
 
 class Marker(msgspec.Struct, forbid_unknown_fields=True):
-    """Who sealed the daemon, and when. `at` is RFC 3339 in UTC; empty where the file could not be read."""
+    """Who sealed the daemon, and when. `at` is RFC 3339 in UTC; empty where the file could not be read. `seals`: the
+    count that the other hosts of a replicated key service are to learn of; absent if there are none.
+    """
 
     format: str = MARKER_FORMAT
     version: int = VERSION
     at: str = ""
     actor: str = ""
     pid: int = 0
+    seals: int | UnsetType = UNSET
 
     @classmethod
-    def of(cls, who: Principal) -> Marker:
-        return cls(MARKER_FORMAT, VERSION, rfc3339(now_ns()), who.actor, who.pid)
+    def of(cls, who: Principal, seals: int | UnsetType = UNSET) -> Marker:
+        return cls(MARKER_FORMAT, VERSION, rfc3339(now_ns()), who.actor, who.pid, seals)
+
+    @classmethod
+    def of_another(cls) -> Marker:
+        return cls(MARKER_FORMAT, VERSION, rfc3339(now_ns()), ANOTHER_MEMBER, os.getpid())
 
 
 class Lapse(msgspec.Struct, forbid_unknown_fields=True):

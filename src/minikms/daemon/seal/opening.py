@@ -13,6 +13,7 @@ from minikms.audit.record import Head
 from minikms.daemon.admission import Admission
 from minikms.daemon.application import Seal
 from minikms.daemon.parts import Parts, RunContext
+from minikms.daemon.replica.member import Member
 from minikms.daemon.replica.verbs import NoMember
 from minikms.daemon.seal.unlocking import Unlocking
 from minikms.datadir import open_for_service
@@ -22,13 +23,23 @@ from minikms.roots.providers import RootProvider
 class Opener:
     """Makes the parts of each unsealed time of one process."""
 
-    def __init__(self, process: RunContext, admission: Admission, seal: Seal, unlocking: Unlocking) -> None:
+    def __init__(
+        self,
+        process: RunContext,
+        admission: Admission,
+        seal: Seal,
+        unlocking: Unlocking,
+        replica: Member | NoMember,
+    ) -> None:
         self._process = process
         self._admission = admission
         self._seal = seal
         self._unlocking = unlocking
+        self._replica = replica
         self.position = AuditorPosition()
         self.started_ns = time.time_ns()
+        self.later_keyring = b""
+        """What the database has, under a keyring key that only the root key of this host opens."""
         self._source_read = False
         self._source_slot_id = ""
         """The slot whose root key the daemon's own source held when it was last read or rewritten; empty: not known."""
@@ -43,12 +54,13 @@ class Opener:
             options = options._replace(
                 accept_restore=False, accept_audit_loss=False, expect_audit_head=self._expected_head
             )
+        options = options._replace(later_keyring=self.later_keyring)
         self._source_read |= own
         data = open_for_service(process.lock, root, arena=process.arena, disk=process.workers.disk, options=options)
         slot_id = data.slot.slot_id
         if own:
             self._source_slot_id = slot_id
-        return Parts(
+        parts = Parts(
             process,
             admission=self._admission,
             data=data,
@@ -58,8 +70,10 @@ class Opener:
             seal=self._seal,
             leased=self._unlocking.leased,
             lease=self._unlocking.status,
-            replica=NoMember(),
+            replica=self._replica,
         )
+        self._replica.opened(parts)
+        return parts
 
     def interrupted(self, parts: Parts) -> None:
         """A seal has zeroed the keys of `parts`, or an unseal has failed."""

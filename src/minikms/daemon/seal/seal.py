@@ -22,12 +22,15 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final, Protocol
 
+from msgspec import UNSET
+
 from minikms import api
 from minikms.api.errors import (
     AuditUnavailableError,
     KmsRefusedError,
     NotSealedError,
     SealedError,
+    StartError,
     StorageUnavailableError,
 )
 from minikms.audit import Event
@@ -37,6 +40,8 @@ from minikms.crypto.aead import scrub
 from minikms.custody import replica_file
 from minikms.daemon.admission import Admission, Session
 from minikms.daemon.parts import Parts, RunContext
+from minikms.daemon.replica.member import NOT_KNOWN, Member
+from minikms.daemon.replica.verbs import NoMember
 from minikms.daemon.seal import files
 from minikms.daemon.seal.application import SealedApplication, sealed_response
 from minikms.daemon.seal.files import Attempt, Lapse, LeaseEnd, Marker
@@ -62,6 +67,11 @@ OWED_LINES_MAX: Final = 64
 _NOT_DURABLE: Final = (
     "the key service is sealed, but this could not be written to its data directory, so a restart would not stay "
     "sealed: free space there. The daemon tries again by itself; repeat the request to see whether it is written"
+)
+
+
+NEEDS_ROOT: Final = (
+    "a root key was removed, and the keyring of the other hosts needs the root key of this host again: unseal it"
 )
 
 
@@ -140,7 +150,10 @@ class SealableServer:
             lapse=self.lapse,
             body=lambda: None if self.parts is None else self.parts.vault.keyring.body,
         )
-        self._opener = Opener(process, self._admission, self.seal, self._unlocking)
+        self._member = self._found_member()
+        self._replica: Member | NoMember = self._member or NoMember()
+        self._opener = Opener(process, self._admission, self.seal, self._unlocking, self._replica)
+        self._reopening: asyncio.Task[None] | None = None
         self.unsealing = Unsealing(
             process, self._state, self._opener, files_closed=self.files_closed, open_and_serve=self.open_and_serve
         )
@@ -153,6 +166,7 @@ class SealableServer:
             why=self._unlocking.why_sealed,
             status=self.status,
             report_audit_position=self.report_audit_position,
+            member=self._member,
         )
         self._lines = OwnLines(lambda: self.parts)
         self.audit = self._lines.add
@@ -165,6 +179,19 @@ class SealableServer:
         """While the daemon is sealed. Bounded: the windows of the aggregators end at the unseal."""
         self._log_view: LogView | None = None
         """Of the audit log while the daemon is sealed."""
+
+    def _found_member(self) -> Member | None:
+        """None: the key service has one host. Raises StartError."""
+        process = self._process
+        stored = replica_file.read(process.lock.directory_fd)
+        if stored is None:
+            return None
+        keyring_id = ""
+        with contextlib.suppress(StartError):  # then the directory can't be opened, which says why
+            keyring_id = keyring.parse_file(read_keyring(process.lock.directory))[0].keyring_id
+        marker = files.read_marker(process.lock.directory_fd)
+        sealed_as = 0 if marker is None or marker.seals is UNSET else marker.seals
+        return Member(self, process, stored.mark, keyring_id=keyring_id, sealed_as=sealed_as)
 
     async def start(self) -> None:
         """Opens the data directory and writes the first audit line, unless the start is sealed. Raises StartError."""
@@ -215,7 +242,8 @@ class SealableServer:
     @property
     def summary(self) -> str:
         """One line for the service manager."""
-        return f"{'sealed' if self.is_sealed else 'serving'} on {self._process.settings.socket}"
+        state = "sealed" if self.is_sealed else "serving" if self._replica.serves else "standing by"
+        return f"{state} on {self._process.settings.socket}"
 
     @property
     def is_sealed(self) -> bool:
@@ -232,8 +260,9 @@ class SealableServer:
         scrub()
 
     def stop_waiting(self) -> None:
-        """The stop begins: a daemon that waits for its root key waits no longer."""
+        """The stop begins: a daemon that waits for its root key waits no longer, and a member serves no more."""
         self._unlocking.stop_waiting()
+        self._replica.stand_by("the daemon stops")
 
     async def close(self, why: str) -> None:
         """The last line, where there is an audit key; then closes everything. `why` is empty after a failed start.
@@ -242,8 +271,10 @@ class SealableServer:
         """
         self._lines.cancel()
         self._unlocking.stop()
-        if self._writing_marker is not None:
-            self._writing_marker.cancel()
+        for task in (self._writing_marker, self._reopening):
+            if task is not None:
+                task.cancel()
+        await self._replica.settled()
         async with self.unsealing.one_attempt:  # an attempt that runs has ended
             await self.files_closed()
             parts, self._opened = self._opened, None
@@ -266,13 +297,44 @@ class SealableServer:
 
     def seal(self, who: Principal) -> Awaitable[Reply]:
         """Zeroes every key now, and what was given for an unseal. The awaitable answers once the marker is on disk."""
+        self._seal(Marker.of(who, UNSET if self._member is None else self._member.seals.ask()))
+        return self._answer_seal()
+
+    def _seal(self, marker: Marker) -> None:
         self._process.arena.zero_all()  # also a root key and shares that were given
         self.unsealing.forget_keys()
         self._unlocking.stop()
         served = not self.is_sealed
-        self._state.seal(Marker.of(who))
-        self._stop_serving(served, by=who.actor)
-        return self._answer_seal()
+        self._state.seal(marker)
+        self._stop_serving(served, by=marker.actor)
+
+    def seal_for_all(self) -> None:
+        """Another host was sealed with all others: as `seal`, and the marker is written in the background."""
+        self._seal(Marker.of_another())
+        self._begin_writing_marker()
+
+    def open_again(self, later: bytes) -> None:
+        """The database has a keyring that only a root key opens: closes the data directory, and opens it with the
+        daemon's own root key. Without one it stays sealed until an unseal.
+        """
+        if self._state.state is not State.SERVING:
+            return
+        self._opener.later_keyring = later
+        self._process.arena.zero_all()
+        self.unsealing.forget_keys()
+        self._unlocking.stop()
+        self._state.lapse(clock.now_rfc3339())
+        self._stop_serving(True, by=ACTOR_SELF, why=NEEDS_ROOT)
+        if self._unlocking.asks:
+            self._unlocking.wait()
+        elif self._opener.source_is_readable:
+            self._reopening = asyncio.ensure_future(self._open_again())
+
+    async def _open_again(self) -> None:
+        try:
+            await self.unseal_by_itself(self._process.settings.root)
+        except (KmsRefusedError, OSError) as error:
+            self._process.log.warning("not opened again", why=str(error))
 
     def lapse(self, how: LeaseEnd, why: str) -> Application[Session]:
         """The lease of the root key was refused or has ended: zeroes every key now, unless that is done. Returns the
@@ -302,13 +364,15 @@ class SealableServer:
         parts, self._opened = self._opened, None
         if served:
             self._refusals = []
-            self.server.replace_app(self._sealed_app, sealed_response(self._unlocking.why_sealed(False)))
+            instead = sealed_response(self._unlocking.why_sealed(False))
+            self.server.replace_app(self._sealed_app, instead, self._replica.asking)
             self._admission.report = self._keep_refusal
             self.unsealing.attempts.forget()
             self._process.notifier.status(self.summary)
         if parts is not None:
             try:
                 self._chores.cancel()
+                self._replica.sealed(said.get("why", ""))
                 parts.seal()
             finally:
                 self._log_view = parts.log_view()
@@ -326,6 +390,8 @@ class SealableServer:
             except StorageUnavailableError:
                 self._begin_writing_marker()
                 raise StorageUnavailableError(_NOT_DURABLE) from None
+        if self._member is not None and not await self._member.seal_is_known():
+            raise StorageUnavailableError(NOT_KNOWN)
         return json_answer(api.SealAnswer(sealed=True, since=marker.at))
 
     async def _write_marker(self, marker: Marker) -> None:
@@ -365,8 +431,8 @@ class SealableServer:
 
     # --- unseal ------------------------------------------------------------------------------------------------------
 
-    async def unseal_by_itself(self, root: ReceivedKey) -> None:
-        """With a root key that the daemon has asked for, unless it was sealed or unsealed meanwhile. No caller has
+    async def unseal_by_itself(self, root: RootProvider) -> None:
+        """With a root key that the daemon has by itself, unless it was sealed or unsealed meanwhile. No caller has
         tried that, so it is not recorded. Raises as `open_and_serve`.
         """
         async with self.unsealing.one_attempt:
@@ -388,6 +454,8 @@ class SealableServer:
         try:
             await parts.begin(self._lines_of_unseal(parts, attempt))
             state.check_no_seal_since(seals)
+            await self._replica.note_seals()
+            state.check_no_seal_since(seals)
             state.move(Move.REMOVE)
             await self._remove_seal_files()
             state.check_no_seal_since(seals)
@@ -395,6 +463,7 @@ class SealableServer:
             if self._opened is parts:  # otherwise a seal has abandoned them
                 state.move(Move.FAIL)
                 self._opened = None
+                self._replica.sealed()
                 parts.seal()
                 self._abandon(parts)
                 if state.state is State.OWED:
@@ -477,4 +546,5 @@ class SealableServer:
             reason=self._unlocking.why_sealed(True),
             warning="" if kept else _NOT_DURABLE,
             lease=self._unlocking.status(),
+            replica=self._replica,
         )
