@@ -28,27 +28,20 @@ WAITING_MAX: Final = 16_384
 
 
 class Position(NamedTuple):
-    """Of the database after a commit: its `number` of changes, its `tombstones`, and the epoch and the key version of
-    its keyring.
+    """Of the database after a commit: the number of changes and of tombstones, the epoch and the key version of the
+    keyring, and the sum over the key files.
     """
 
-    number: int
-    tombstones: int
-    epoch: int
-    key_version: int
-
-
-class Delta(NamedTuple):
-    """What a change makes of the sum: see `EntrySum.changed`."""
-
-    added: int = 0
-    new: int = 0
-    old: int = 0
+    number: int = 0
+    tombstones: int = 0
+    epoch: int = 0
+    key_version: int = 0
+    entries: EntrySum = EntrySum()
 
 
 class _Waiting(NamedTuple):
     written: Written
-    delta: Delta
+    delta: EntrySum
     files: list[api.ReplicaFile]
     number: asyncio.Future[int]
     """Of the commit that has the change."""
@@ -58,7 +51,6 @@ class _Out(NamedTuple):
     commit: api.ReplicaCommit
     changes: list[_Waiting]
     position: Position
-    entries: EntrySum
 
 
 class CommitQueue:
@@ -79,15 +71,12 @@ class CommitQueue:
         """A confirmed change could not be written here."""
         self.term: int | None = None
         """None: no change is taken."""
-        self.position = Position(0, 0, 0, 0)
+        self.position = Position()
         self._number_min = 0
-        self.entries = EntrySum()
 
-    def begin(self, term: int, position: Position, entries: EntrySum, *, number_min: int) -> None:
-        """Takes changes from here on. `entries`: the sum over what the database has. `number_min`: no commit has a
-        number up to it.
-        """
-        self.term, self.position, self.entries, self._number_min = term, position, entries, number_min
+    def begin(self, term: int, position: Position, *, number_min: int) -> None:
+        """Takes changes from here on. `number_min`: no commit has a number up to it."""
+        self.term, self.position, self._number_min = term, position, number_min
         self._unwritten.clear()
 
     def stop(self) -> None:
@@ -107,7 +96,7 @@ class CommitQueue:
         return min(self._unwritten, default=self.position.number + 1) - 1
 
     @asynccontextmanager
-    async def committed(self, written: Written, delta: Callable[[], Awaitable[Delta]]) -> AsyncIterator[None]:
+    async def committed(self, written: Written, delta: Callable[[], Awaitable[EntrySum]]) -> AsyncIterator[None]:
         """As `Replication.committed`. `delta`: what the change makes of the sum; nothing else changes its keys from
         here on. Raises ConflictError for what no commit can hold, and for a file of a key that is being destroyed.
         """
@@ -136,7 +125,7 @@ class CommitQueue:
                 self.failed = True
             del number  # the traceback of its error leads to this frame
 
-    def _submit(self, written: Written, delta: Delta) -> asyncio.Future[int]:
+    def _submit(self, written: Written, delta: EntrySum) -> asyncio.Future[int]:
         """The number of the commit that has the change, once it is confirmed."""
         if self.term is None:
             raise StandbyError
@@ -176,12 +165,10 @@ class CommitQueue:
         return self._signed(changes, self.term)
 
     def _signed(self, changes: list[_Waiting], term: int) -> _Out:
-        previous, after, epoch, key_version = self.position
+        previous, after, epoch, key_version, entries = self.position
         content = tombstones = b""
-        entries = self.entries
         for each in changes:
-            added, new, old = each.delta
-            entries = entries.changed(added=added, new=new, old=old)
+            entries = entries.changed(added=each.delta.files, new=each.delta.value)
             content = each.written.keyring or content
             tombstones += each.written.tombstones
         if content:
@@ -199,13 +186,13 @@ class CommitQueue:
             destroyed=[key_id for each in changes for key_id in each.written.destroyed],
         )
         after += len(tombstones) // RECORD_BYTES
-        return _Out(commit, changes, Position(number, after, epoch, key_version), entries)
+        return _Out(commit, changes, Position(number, after, epoch, key_version, entries))
 
     def confirm(self, number: int) -> None:
         """The database has as many changes, by a commit of this term. Raises ConflictError for an impossible number."""
         out = self._out
         if out is not None and number == out.commit.number:
-            self._out, self.position, self.entries = None, out.position, out.entries
+            self._out, self.position = None, out.position
             self._unwritten[number] = len(out.changes)
             for each in out.changes:
                 if each.number.done():  # its caller was cancelled

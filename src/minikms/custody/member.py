@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Final
 
 import msgspec
 from msgspec import UNSET
@@ -29,7 +30,7 @@ from minikms.api.errors import (
     StorageUnavailableError,
 )
 from minikms.custody import replica_file
-from minikms.custody.commit_queue import CommitQueue, Delta, Position
+from minikms.custody.commit_queue import CommitQueue, Position
 from minikms.custody.following import Following
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile
@@ -42,7 +43,7 @@ from minikms.keys.tombstones import RECORD_BYTES
 from minikms.platform.files import replace_file
 from minikms.platform.workers import in_worker
 
-SUMMED_SLICE = 64
+SUMMED_SLICE: Final = 64
 """Key files whose terms of the sum are computed before requests get a turn."""
 
 
@@ -101,14 +102,13 @@ class MemberDirectory:
         busy = self._one_follows.locked() or self._queue.writing
         if entries is None or busy or self.behind or not (self._following.agrees or self.fills):
             raise ConflictError("this host has to follow before it serves")
+        body = self._vault.unlocked.body
+        position = Position(number, body.tombstone_log.count, body.epoch, body.key_version, entries)
         if self.fills:
-            position, entries = Position(number, 0, 0, self._vault.unlocked.body.key_version), EntrySum()
-        elif number == self._mark.number and term >= self._mark.term:
-            body = self._vault.unlocked.body
-            position = Position(number, body.tombstone_log.count, body.epoch, body.key_version)
-        else:
+            position = Position(number, key_version=body.key_version)
+        elif number != self._mark.number or term < self._mark.term:
             raise ConflictError(f"the database has {number} changes in term {term}, and this host other ones")
-        self._queue.begin(term, position, entries, number_min=self._mark.number)
+        self._queue.begin(term, position, number_min=self._mark.number)
         if not self.fills:
             self._serving.set()
 
@@ -119,7 +119,7 @@ class MemberDirectory:
         self._queue.stop()
         self._serving.clear()
         if not self.fills:
-            self._following.entries = None if self.behind else self._queue.entries
+            self._following.entries = None if self.behind else self._queue.position.entries
 
     async def serving(self) -> None:
         await self._serving.wait()
@@ -141,7 +141,7 @@ class MemberDirectory:
             if self.behind:
                 self.stop_serving()
 
-    async def _delta(self, written: Written) -> Delta:
+    async def _delta(self, written: Written) -> EntrySum:
         """What the change makes of the sum. Raises the errors of `DekStore.read`."""
         unlocked, store = self._vault.unlocked, self._vault.store
         going = (Change(key_id, store.read(key_id), b"") for key_id in written.destroyed)
@@ -152,7 +152,7 @@ class MemberDirectory:
             old += entry(unlocked, change.key_id, change.old) if change.old else 0
             if number % SUMMED_SLICE == 0:
                 await asyncio.sleep(0)
-        return Delta(added, new, old)
+        return EntrySum().changed(added=added, new=new, old=old)
 
     async def next_commit(self, seconds: float) -> api.ReplicaCommit | None:
         """The commit that is out, the same bytes again; otherwise the next one; None if nothing waits for so long."""

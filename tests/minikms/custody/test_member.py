@@ -1,13 +1,20 @@
 """The directory of a member that serves: the database has each change before it is written here."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from minikms.api.errors import ConflictError, KeyDestroyedError, StandbyError, StorageUnavailableError
+from minikms.api.errors import (
+    ConflictError,
+    KeyDestroyedError,
+    KmsRefusedError,
+    StandbyError,
+    StorageUnavailableError,
+)
 from minikms.custody import replica_file
 from minikms.custody.journal import Journal
 from minikms.custody.keyring_file import KeyringFile
@@ -242,8 +249,40 @@ async def test_a_key_that_stayed_active_is_retired_by_the_next_that_serves(
             failing.setattr(first.vault, "retire", refuse)
             with pytest.raises(StorageUnavailableError):
                 await create(first.vault, "t", replaces=old)
-        assert len(files(first)) == 2, "the new key stays: other members have it"
+        (new,) = first.vault.replacing.values()
+        assert first.vault.record(new.id).state == "active", "it stays: other members have it"
         indexing = asyncio.create_task(first.one.indexing.run())
         while first.one.on_disk(old).state == "active":
             await asyncio.sleep(0.01)
         indexing.cancel()
+
+
+async def test_a_start_of_a_member_leaves_the_keyring_as_it_is(tmp_path: Path) -> None:
+    async with serving(tmp_path) as first:
+        database = first.replicator.database
+    before = (tmp_path / "a" / "keyring.json").read_bytes()
+    async with opened_member(tmp_path / "a", database):
+        pass
+    assert (tmp_path / "a" / "keyring.json").read_bytes() == before
+
+
+async def test_a_member_does_not_begin_to_serve_while_it_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, keys=1) as first:
+        await first.stop()
+        reading, read = threading.Event(), first.vault.store.read_many
+
+        def slow(key_ids: Iterable[str]) -> list[tuple[str, bytes | KmsRefusedError]]:
+            reading.wait()
+            return read(key_ids)
+
+        monkeypatch.setattr(first.vault.store, "read_many", slow)
+        (request,) = first.replicator.database.tables.parts(0, 0)
+        following = asyncio.create_task(first.directory.follow(request))
+        await asyncio.sleep(0.02)
+        with pytest.raises(ConflictError, match="has to follow before it serves"):
+            first.replicator.take_over()
+        reading.set()
+        await following
+        first.replicator.take_over()
