@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from minikms.cli.console import PIN_VARIABLE, DataDir, Json, Yes, chosen_data_dir, complain, named_root
+from minikms.cli.replica import RequestFile, confirm_request, read_request
 from minikms.commands.output import confirm, print_json, print_result
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
 
@@ -79,15 +80,9 @@ def add(
 
 @app.command(name="add-host")
 def add_host(
-    request: Annotated[Path, Parameter(help="The file that `minikms replica join` has made on the new host.")],
-    *,
-    pin: Pin = None,
-    data_dir: DataDir = None,
-    yes: Yes = False,
-    json: Json = False,
+    request: RequestFile, *, pin: Pin = None, data_dir: DataDir = None, yes: Yes = False, json: Json = False
 ) -> int:
     """Add a new host's request to the pin file. Then `minikms replica add` takes it; nothing opens here."""
-    from minikms.cli.replica import confirm_request, read_request
     from minikms.datadir import read_keyring
     from minikms.keys import keyring, members
 

@@ -11,6 +11,7 @@ import os
 import shlex
 import time
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 from cyclopts import App, Parameter
@@ -132,7 +133,7 @@ def join(
     digest = members.newcomer(asked).digest
     lines = (
         f"Made {request}. Its fingerprint is",
-        f"  {_grouped(digest)}",
+        f"  {' '.join(wrap(digest, DIGEST_GROUP_CHARS))}",
         "Copy it to the host that serves, and run there, which must show the same fingerprint:",
         f"  minikms replica add {shlex.quote(request.name)}",
         "Then here, as the user of the daemon; then start the daemon and minikms-replicator:",
@@ -339,16 +340,12 @@ def confirm_request(asked: api.AddReplicaRequest, *, yes: bool) -> None:
     """Asks whether the new host shows the same fingerprint. Raises CommandError."""
     from minikms.keys import members
 
-    shown = _grouped(members.newcomer(asked).digest)
+    shown = " ".join(wrap(members.newcomer(asked).digest, DIGEST_GROUP_CHARS))
     confirm(
         f"The host {clean(asked.name)} asks to be added. The fingerprint of its request is\n  {shown}\n"
         "Does the screen of that host show the same?",
         yes=yes,
     )
-
-
-def _grouped(digest: str) -> str:
-    return " ".join(digest[at : at + DIGEST_GROUP_CHARS] for at in range(0, len(digest), DIGEST_GROUP_CHARS))
 
 
 def _write(path: Path, value: object) -> None:
