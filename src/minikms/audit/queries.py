@@ -127,13 +127,18 @@ def query(
         threads=tuple(threads),
         thread_keys=tuple(thread_keys),
         key=record.escape(key),
-        actors=(record.escape(actor, record.ACTOR_CHARS_MAX), actor) if actor else (),
-        requests=(record.escape(request), request) if request else (),
+        actors=_forms(actor, record.ACTOR_CHARS_MAX),
+        requests=_forms(request, record.TEXT_CHARS_MAX),
         types=READ_TYPES if reads else (record.escape(verb),) if verb else (),
         outcomes=(record.escape(outcome),) if outcome else READ_OUTCOMES if reads else (),
         since_ns=since_ns,
         until_ns=until_ns,
     )
+
+
+def _forms(text: str, chars_max: int) -> tuple[str, ...]:
+    """As the log has it, and as it is; none if it is empty."""
+    return tuple(dict.fromkeys((record.escape(text, chars_max), text))) if text else ()
 
 
 def find(directory: str, sought: Query, lookup: Lookup | None = None) -> Iterator[bytes]:
