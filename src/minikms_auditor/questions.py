@@ -106,6 +106,8 @@ class Desk(SmallApplication):
             question = _decode(request.body)
         except UNDECODABLE as error:
             return error_response(400, api.CODE_INVALID_REQUEST, str(error))
+        if question.thread_keys and not question.thread:
+            return error_response(400, api.CODE_INVALID_REQUEST, "thread_keys are keys of a thread: give it too")
         if self._waiting >= WAITING_MAX:
             return error_response(503, api.CODE_TOO_MANY, "other questions wait already: ask again")
         self._waiting += 1

@@ -129,7 +129,8 @@ def test_only_a_configured_user_is_answered(rig: Rig) -> None:
         ({"before": -1}, 400),
         ({"since_ns": 2**63}, 400),
         ({"asker": "k" * 100}, 400),
-        ({"thread_keys": ["k"] * 101}, 400),
+        ({"thread": "t", "thread_keys": ["k"] * 101}, 400),
+        ({"thread_keys": ["k"]}, 400),
         (b" " * 70_000 + b"{}", 413),
         ({"thread": "\x00\n", "actor": '"}', "verb": "\x1b", "before": 2**63 - 1}, 200),
     ],
@@ -150,14 +151,14 @@ def test_a_question_is_logged_with_who_asked_before_its_answer(rig: Rig) -> None
     rig.write(5)
     rig.steps()
     with structlog.testing.capture_logs() as logged:
-        answers(rig, {"asker": "admin key 2", "key": f"k_01jd{3:022}", "thread_keys": ["k_1"]})
+        answers(rig, {"asker": "admin key 2", "thread": "t", "thread_keys": [f"k_01jd{3:022}"]})
     (line,) = logged
     assert line == {
         "event": "question",
         "log_level": "info",
         "uid": os.getuid(),
         "asker": "admin key 2",
-        "key": f"k_01jd{3:022}",
+        "thread": "t",
         "thread_keys": 1,
         "lines": 1,
         "stopped": "",
