@@ -82,9 +82,11 @@ def write_mark(directory: Path, mark: Mark) -> None:
 
 
 @asynccontextmanager
-async def opened_member(directory: Path, database: ReplicaDatabase) -> AsyncIterator[OpenedMember]:
+async def opened_member(
+    directory: Path, database: ReplicaDatabase, *, later_keyring: bytes = b""
+) -> AsyncIterator[OpenedMember]:
     """A start, with the sum over its files, and at the end a stop."""
-    async with opened_vault(directory) as one:
+    async with opened_vault(directory, later_keyring=later_keyring) as one:
         member = OpenedMember(one, database)
         await member.directory.scan()
         try:

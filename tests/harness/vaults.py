@@ -155,6 +155,7 @@ async def opened_vault(
     key: Path | None = None,
     accept_restore: bool = False,
     threads: bool = False,
+    later_keyring: bytes = b"",
 ) -> AsyncIterator[OpenedVault]:
     """A start, and at the end of the block a stop. A directory that isn't there is made."""
     with (
@@ -174,6 +175,7 @@ async def opened_vault(
                 audit_fsync="never",
                 cache_keys_max=cache_keys_max,
                 index_threads=threads,
+                later_keyring=later_keyring,
             ),
         )
         try:

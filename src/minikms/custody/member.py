@@ -57,7 +57,7 @@ class MemberDirectory:
         self._keyring_file = keyring_file
         self._directory_fd = directory_fd
         self._disk = disk
-        self._mark = mark
+        self._mark = self._written = mark
         self._queue = CommitQueue(lambda state, key_version: state.signed(vault.unlocked, key_version))
         self._following = Following(vault, disk)
         self._one_follows = asyncio.Lock()
@@ -227,9 +227,8 @@ class MemberDirectory:
             if not head.state or head.keyring == "":
                 self._check_fills()
                 return
-            mark = await self._following.follow(request, head, self._mark)
-            if mark != self._mark:
-                self._mark = mark
+            self._mark = await self._following.follow(request, head, self._mark)
+            if self._mark != self._written:
                 await self.write_mark()
 
     def _settle(self) -> None:
@@ -256,6 +255,7 @@ class MemberDirectory:
             mark = msgspec.structs.replace(mark, number=min(mark.number, queue.whole))
         content = replica_file.encode(mark, self._vault.unlocked)
         await in_worker(self._disk, partial(replace_file, self._directory_fd, replica_file.NAME, content))
+        self._written = mark
 
     def note_seals(self, seals: int) -> None:
         """Raises the count of seals that this member has obeyed; `write_mark` keeps it."""

@@ -12,13 +12,15 @@ import pytest
 
 from minikms import api
 from minikms.api.errors import ConflictError, KeyDestroyedError, ReplicaForkedError, ReplicaRolledBackError
-from minikms.keys import dek
+from minikms.keys import dek, root_slots
 from minikms.keys.keyring import next_epoch
+from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import now_rfc3339
 from tests.harness.disk_faults import flip
 from tests.harness.members import OpenedMember, join, make_first, opened_member
 from tests.harness.replica_database import ReplicaDatabase, Tables, text
 from tests.harness.vaults import create
+from tests.minikms.keys.keyrings import AT, NEW_ROOT
 
 Requests = list[api.ReplicaFollowRequest]
 
@@ -357,6 +359,29 @@ async def test_a_change_of_another_history_is_a_fork(tmp_path: Path) -> None:
         await create(both.b.vault, "t")
         with pytest.raises(ReplicaForkedError):
             await both.a.follow()
+
+
+async def test_a_keyring_under_a_new_key_is_followed_after_a_start(tmp_path: Path) -> None:
+    async with two(tmp_path) as both:
+        database, unlocked = both.a.replicator.database, both.a.vault.unlocked
+        with both.a.one.slot_of(NEW_ROOT) as root:
+            await both.a.vault.keyring.change(
+                lambda body: root_slots.add_slot(
+                    body, unlocked.make_slot(root.view, "file", slot_id="s9", at=AT), at=now_rfc3339()
+                )
+            )
+        await both.b.follow()
+        await both.a.one.removal.remove(lambda body: {"s9"})
+        await changed(both)
+        with pytest.raises(NeedsRootError):
+            await both.b.follow()
+        for member in (both.b, both.a):
+            await member.stop()
+    async with opened_member(tmp_path / "b", database, later_keyring=database.tables.keyring) as second:
+        await second.follow()
+        assert written(tmp_path / "b") == written(tmp_path / "a")
+        assert second.vault.unlocked.body.key_version == 2
+        await second.serve()
 
 
 async def test_an_empty_database_is_older_than_what_a_member_has_seen(tmp_path: Path) -> None:
