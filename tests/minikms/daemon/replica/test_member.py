@@ -274,6 +274,7 @@ async def test_a_refusal_is_raised_once_and_shown_then(world: World) -> None:
 
 async def test_requests_of_another_keyring_or_without_bounds_are_refused(world: World) -> None:
     report = world.member.position().report
+    await world.follow(keyring_id="")  # the tables are empty
     with pytest.raises(ReplicaForkedError):
         await world.follow(keyring_id="kr_2")
     for request in (
