@@ -95,6 +95,7 @@ class Machine:
             "opt/progressdb/bin/progressdb": forked.script("progressdb_server"),
             "opt/progressdb/bin/minikms-auditor": forked.script("minikms_auditor"),
             "opt/progressdb/bin/minikms-unlock": forked.script("minikms_unlock"),
+            "opt/progressdb/bin/minikms-replicator": forked.script("minikms_replicator"),
             **dict.fromkeys(CHANGES_THE_SYSTEM, ":"),
             # -u USER [-g USER -G minikms] -- COMMAND …
             "usr/bin/runuser": f'case "$2" in {numbers} esac; {groups}; {command}; exec {become} "$@"',
@@ -193,6 +194,11 @@ class Machine:
 
     def install(self) -> None:
         """What deploy/systemd/README.md does after the programs and the units are in their places."""
+        self._enabled = self.configure()
+        self.boot()
+
+    def configure(self) -> list[str]:
+        """The same without the start of the units, whose names it returns."""
         script = blocks(UNITS / "README.md")[1]  # the first one installs the package
         begin, end = script.index("install -d -m 755 /etc/progressdb"), script.index("systemctl daemon-reload")
         self.do(script[begin:end])
@@ -200,8 +206,7 @@ class Machine:
             environment.write(f"PROGRESSDB_ADDR=127.0.0.1:{self.port}\n")
         enabled = re.search(r"systemctl enable --now (.*)", script[end:])
         assert enabled is not None
-        self._enabled = enabled[1].split()
-        self.boot()
+        return enabled[1].split()
 
     def boot(self) -> None:
         """Starts what is enabled, with an empty /run."""

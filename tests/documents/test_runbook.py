@@ -41,7 +41,15 @@ OF_PROVIDERS = (
     "The HSM is gone",
     "The root key was taken back",
 )
-ELSEWHERE = {"A certificate has expired", "The SIEM is away", *OF_PROVIDERS}
+OF_SEVERAL_HOSTS = (
+    "A host of the key service is lost",
+    "Replace a host",
+    "Move to other hosts",
+    "The database of the key service is away",
+    "The database was restored from an older backup",
+    "Go back to one host",
+)
+ELSEWHERE = {"A certificate has expired", "The SIEM is away", *OF_PROVIDERS, *OF_SEVERAL_HOSTS}
 """Sections whose commands other tests run: `test_other_hosts.py`, `tests/minikms_auditor/test_runbook_of_sinks.py`,
 `test_runbook_of_root_keys.py`.
 """
@@ -239,8 +247,9 @@ def copy_what_moves(old: Machine, new: Machine) -> None:
         new.do(f"cp -r {old.at(path)} /root/from/")
 
 
-def a_policy_holds(made: Machine, limits: str = "") -> None:
-    """As deploy/systemd/README.md says. `limits`: of the operators, who have all roles then."""
+def a_policy_holds(made: Machine, limits: str = "", *, runs: bool = True) -> None:
+    """As deploy/systemd/README.md says. `limits`: of the operators, who have all roles then. `runs`: the key service
+    does."""
     script, restart, _ = blocks(UNITS / "README.md")[2].partition("systemctl")
     made.do(script.replace("deploy/policy.toml", str(UNITS.parent / "policy.toml")))
     policy = made.at("/etc/progressdb/policy/policy.toml")
@@ -249,7 +258,8 @@ def a_policy_holds(made: Machine, limits: str = "") -> None:
         text = text.replace('["monitor", "rotate"', '["data_key", "create", "decrypt", "monitor", "rotate"')
         text = text.replace('"unseal"]\n', f'"unseal"]\nlimits = {{ {limits} }}\n')
     policy.write_text(text)
-    made.do(f"{restart} restart minikms")
+    if runs:
+        made.do(f"{restart} restart minikms")
 
 
 def a_limit_is_used_up(made: Machine) -> None:
@@ -319,7 +329,10 @@ def check_left_in_order(made: Machine) -> None:
 def test_a_pasted_block_ends_at_its_first_failure_and_overwrites_no_key() -> None:
     """Each is a subshell with `set -e`, one command a line, so that each can fail in the tests. Where a key is made,
     the shell also refuses to write into a file that exists (`-C`)."""
-    for title, listed in [*SECTIONS.items(), *((title, ALL_SECTIONS[title]) for title in OF_PROVIDERS)]:
+    for title, listed in [
+        *SECTIONS.items(),
+        *((title, ALL_SECTIONS[title]) for title in (*OF_PROVIDERS, *OF_SEVERAL_HOSTS)),
+    ]:
         for block in listed:
             first, *_, last = block.splitlines()
             assert re.match(r"\(set -eC?($|; )", first) and last == ")", f"{title}: {block}"
