@@ -400,6 +400,11 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
         self._since = self._server.now  # input was not read meanwhile, so it is not late
         self._continue()
 
+    @property
+    def needs_commit(self) -> bool:
+        """Whether an answer of this turn must wait for the turn's commit."""
+        return any(type(answer) is not Uncommitted for answer in self._answers)
+
     def hold(self) -> None:
         """Start no further request before the answers of this turn are written."""
         self._blocked |= _TURN

@@ -69,7 +69,7 @@ class Request(msgspec.Struct, gc=False):
 class Response:
     """An answer. `close`: the connection ends after it. `headers`: further (name, value) pairs without line breaks.
 
-    `uncommitted`: it is sent as it is, even if the turn's `Application.commit` fails.
+    `uncommitted`: it is sent as it is, even if the turn's `Application.commit` fails or has to wait.
     """
 
     __slots__ = ("body", "close", "content_type", "headers", "status", "uncommitted")
@@ -174,7 +174,7 @@ class Application(Protocol[S]):
 
     def commit(self) -> bool | None:
         """Write the turn's audit lines, at the end of the turn. False: a 503 replaces every answer of the turn, except
-        those marked `uncommitted`. None: the answers wait, and the engine calls again soon.
+        those marked `uncommitted`. None: the others wait, and the engine calls again soon.
         """
 
     def close_session(self, session: S) -> None:

@@ -295,8 +295,13 @@ class HttpServer(Generic[S]):
             committed = False
         if committed is None:
             self._turn_scheduled = True
-            for connection in self._turn:
-                connection.hold()
+            turn, self._turn = self._turn, []
+            for connection in turn:
+                if connection.needs_commit:
+                    connection.hold()
+                    self._turn.append(connection)
+                elif connection.flush(committed=True):
+                    connection.flushed()
             self.loop.call_later(_COMMIT_AGAIN_SECONDS, self._end_turn)
             return
         turn, self._turn = self._turn, []  # at last: `commit` may call `replace_app`

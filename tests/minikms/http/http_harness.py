@@ -97,6 +97,8 @@ class EchoApp:
                 return Response(200, b"x" * int(parse_query(request.query)["bytes"]), content_type="text/plain")
             case "/response":
                 return Response(202, b"accepted", content_type="text/plain", headers=(("x-extra", "1"),))
+            case "/uncommitted":
+                return Response(200, echo(request, body), uncommitted=True)
             case "/close":
                 return Response(401, b"{}", close=True)
             case "/split-header":

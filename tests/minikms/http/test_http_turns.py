@@ -105,6 +105,27 @@ async def test_answers_wait_while_the_commit_says_not_yet() -> None:
         await peer.close()
 
 
+async def test_an_answer_that_needs_no_commit_does_not_wait_for_one() -> None:
+    """Nor do those that follow it on its connection."""
+    async with serving() as running:
+        good = running.app.commit
+        running.app.commit = lambda: None  # type: ignore[assignment,method-assign,return-value]  # as above
+        waiting, peer = await running.peer(), await running.peer()
+        waiting.send(get("/echo?waits"))
+        while not running.app.seen:
+            await asyncio.sleep(0)
+        for number in range(3):
+            peer.send(get(f"/uncommitted?{number}"))
+            assert (await peer.answer()).json["query"] == str(number)
+        peer.send(get("/uncommitted?3") + get("/echo?too"))
+        await asyncio.sleep(0.05)
+        running.app.commit = good  # type: ignore[method-assign]  # and takes lines again
+        assert (await waiting.answer()).json["query"] == "waits"
+        assert [(await peer.answer()).json["query"] for _ in range(2)] == ["3", "too"]
+        await waiting.close()
+        await peer.close()
+
+
 async def test_all_answers_of_a_turn_wait_for_one_commit() -> None:
     async with serving() as running:
         peers = [await running.peer() for _ in range(20)]

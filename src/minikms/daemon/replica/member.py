@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from msgspec import UNSET, UnsetType
@@ -43,11 +43,13 @@ from minikms.daemon.lease import Lease, LeasedApplication
 from minikms.daemon.replica.application import StandbyApplication
 from minikms.daemon.replica.state import MemberState, Move, Seals
 from minikms.http import Application as HttpApplication
+from minikms.http import Response
 from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import boot_ns
 from minikms.platform.logs import structlog
 from minikms.policy import Meters
 from minikms.service.base import VerbTable
+from minikms.service.encoding import Reply, json_answer
 
 if TYPE_CHECKING:
     from minikms.custody.member import MemberDirectory
@@ -130,8 +132,12 @@ class Member:
         return self._parts is not None and bool(self._parts.vault.unlocked.audit.audit_origin)
 
     def add_verbs(self, table: VerbTable) -> None:
-        table.later(api.REPLICA_FOLLOW, lambda request, event, permit: self.follow(request), audited=False)
-        table.later(api.REPLICA_NEXT, lambda request, event, permit: self.next(request), audited=False)
+        async def sent(answer: Awaitable[object]) -> Reply:
+            """Also while the audit log waits for this very replicator, or can't be written."""
+            return Response(200, json_answer(await answer), uncommitted=True)
+
+        table.later(api.REPLICA_FOLLOW, lambda request, event, permit: sent(self.follow(request)), audited=False)
+        table.later(api.REPLICA_NEXT, lambda request, event, permit: sent(self.next(request)), audited=False)
         table.later(api.PROMOTE_REPLICA, lambda request, event, permit: self.promote(request))
         table.now(api.REPLICA_STATUS, lambda request, event: self.answer())
 

@@ -226,7 +226,7 @@ def test_a_seal_of_one_host_seals_all_and_an_unseal_one(both: Hosts) -> None:
     serving, standby = sides(both)
     assert standby.kms.seal().sealed
     wait_until(lambda: serving.mode == "sealed")
-    assert both.database.tables.member == ""
+    wait_until(lambda: both.database.tables.member == "")
     assert serving.kms.unseal_status().by == "another_member"
     wait_until(lambda: serving.kms.unseal_status().stays_sealed)
     serving.daemon.kill()
@@ -291,3 +291,23 @@ def test_an_idle_host_keeps_its_lease(both: Hosts) -> None:
     while time.monotonic() < until:
         assert serving.mode == "serving"
     assert both.database.tables.term == term
+
+
+def test_a_standby_follows_the_removal_of_a_root_key_with_its_own(both: Hosts) -> None:
+    """Its next take-over gives it another audit key, since the removed root key could open the one before."""
+    before, after = sides(both)
+    root = os.urandom(32)
+    slot_id = before.kms.add_root(root.hex(), provider="file").slot_id
+    sides(both)
+    keys = {side.daemon.pid: side.kms.status().audit.public_key for side in (before, after)}
+    before.kms.remove_root(slot_id)
+    wait_until(lambda: before.kms.status().rotation is None)
+    assert sides(both)[0].daemon is before.daemon
+    unsealed = after.events("unseal")[-1]
+    assert (unsealed["actor"], unsealed["facts"]["kind"]) == ("minikms", "from_source")
+    assert before.kms.status().audit.public_key != keys[before.daemon.pid]
+    after.kms.promote_replica()
+    wait_until(lambda: after.mode == "serving")
+    assert after.kms.status().audit.public_key != keys[after.daemon.pid]
+    with both.client() as kms:
+        assert kms.encrypt(kms.create_dek_for_thread("t").key_id, b"")
