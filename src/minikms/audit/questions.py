@@ -22,9 +22,8 @@ from minikms.audit.reader import SegmentFile, each_segment, newest_first, next_s
 from minikms.audit.record import Event, MalformedLineError
 
 GROUP_BLOCKS: Final = 8
-GROUP_BLOCKS_MAX: Final = 512
-"""Blocks of a compressed file that are read together: for each group the file is unpacked from its begin. Each group is
-eight times as large as the one before, up to the bound, which takes some 3 s at most."""
+"""The newest blocks of a compressed file, which are read first. All others are read together, in some 3 s at most,
+because the file is unpacked from its begin for each group."""
 LINES_BETWEEN_LOOKS: Final = 1000
 """At the clock, while the keys of a thread are sought."""
 
@@ -133,11 +132,10 @@ class Search(msgspec.Struct, kw_only=True):
                 yield [(start, end)]
                 end = start
         spans = [block[1:3] for block in self._candidates(blocks, conditions)]
-        size = GROUP_BLOCKS if file.compressed else 1
-        while spans:
-            yield spans[-size:]
-            del spans[-size:]
-            size = min(8 * size, GROUP_BLOCKS_MAX) if file.compressed else 1
+        if file.compressed:
+            yield from filter(None, (spans[-GROUP_BLOCKS:], spans[:-GROUP_BLOCKS]))
+        else:
+            yield from ([span] for span in reversed(spans))
 
     def _candidates(self, blocks: list[Block], conditions: list[list[int]]) -> Iterator[Block]:
         first_seq = 0

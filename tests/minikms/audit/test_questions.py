@@ -30,8 +30,7 @@ SOUGHT = [
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
     monkeypatch.setattr(questions, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(questions, "GROUP_BLOCKS", 1)
-    monkeypatch.setattr(questions, "GROUP_BLOCKS_MAX", 4)
+    monkeypatch.setattr(questions, "GROUP_BLOCKS", 2)
 
 
 @pytest.fixture
@@ -122,7 +121,7 @@ def test_a_search_that_is_late_says_so_and_goes_on(log: Log, compressed: bool) -
     if compressed:
         compress_closed(str(log.directory))
     sought = query(actor="peer_uid:1000", outcome="not_found")
-    found = ask(log, sought, time=Time(1))
+    found = ask(log, sought, count=2000, time=Time(1))
     assert found.stopped == "time" and 0 < found.before <= log.seq
     assert pages(log, sought, looks=2) == scanned(log, sought)
 
