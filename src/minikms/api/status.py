@@ -180,10 +180,21 @@ DISK_FREE_BYTES_MIN: Final = 64 * 1024 * 1024
 """Below this the status warns: keys can't be made, and soon no audit line fits."""
 
 
+class MemberStatus(msgspec.Struct, frozen=True):
+    """A host of a replicated key service, as it reported `seen_seconds` ago."""
+
+    member_id: str = ""
+    name: str = ""
+    mode: str = ""
+    number: int = 0
+    term: int = 0
+    seen_seconds: float = 0.0
+
+
 class ReplicaStatus(msgspec.Struct, frozen=True):
     """This host of a replicated key service. `serving`: the member that has the lease, as far as is known here.
     `lag_changes`: changes of the database that are not here yet. `heard_seconds`: since the last request of the
-    replicator; None before the first. `why`: of the mode, where there is a reason.
+    replicator; None before the first. `why`: of the mode, where there is a reason. `members`: their last reports.
     """
 
     member_id: str = ""
@@ -195,6 +206,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     lease_seconds: float = 0.0
     heard_seconds: float | None = None
     why: str = ""
+    members: list[MemberStatus] = []
 
 
 class StatusAnswer(msgspec.Struct, frozen=True):

@@ -525,6 +525,7 @@ class Member:
             "lease_seconds": answer.lease_seconds,
             "heard_seconds": answer.heard_seconds,
             "why": answer.why,
+            "members": answer.members,
         }
 
     def warnings(self) -> list[str]:

@@ -22,6 +22,7 @@ from progressdb_server.metrics import KmsMetrics
 BACKUP_OLD_S: Final = 26 * HOUR_S
 """A nightly backup is younger."""
 AUDITOR_OLD_S: Final = 120
+HOST_SILENT_S: Final = 30
 KEK_OLD_S: Final = 365 * DAY_S
 CHART_WIDTH: Final = 480
 CHART_HEIGHT: Final = 120
@@ -73,7 +74,7 @@ async def parts(store: Conversations, readiness: Readiness, jobs: Sequence[Job] 
     return [
         _store(writes, readiness.damage(), store.notices),
         _key_service(problem, readiness.kms),
-        *_of_status(readiness.kms.last_status, now_s, known=not problem),
+        *of_status(readiness.kms.last_status, now_s, known=not problem),
         _backup(store, now_s),
         _jobs(jobs),
     ]
@@ -100,7 +101,7 @@ def _key_service(problem: str, kms: KmsMetrics) -> Part:
     return Part("Key service", "bad", problem, "On its machine", "minikms doctor")
 
 
-def _of_status(status: api.StatusAnswer | None, now_s: float, *, known: bool) -> Iterator[Part]:
+def of_status(status: api.StatusAnswer | None, now_s: float, *, known: bool) -> Iterator[Part]:
     """What the key service says of itself, unless it lets this server read no status."""
     if status is None or not status.root.provider:
         return
@@ -108,6 +109,11 @@ def _of_status(status: api.StatusAnswer | None, now_s: float, *, known: bool) ->
         yield Part("Key service says", "warn", "; ".join(warnings), "On its machine", "minikms status")
     if not status.audit.writable:
         yield Part("Audit log", "bad", status.audit.unavailable_reason or "it can't be written", "", "minikms doctor")
+    if status.replica is not None:
+        yield _hosts(status.replica)
+    if status.policy is not None and status.policy.budgets_exhausted:
+        sentence = f"{status.policy.budgets_exhausted:,} of the policy refuse requests now"
+        yield Part("Hourly limits", "warn", sentence, "On its machine", "minikms status")
     position = status.audit.position
     if position is None:
         yield Part(
@@ -122,6 +128,22 @@ def _of_status(status: api.StatusAnswer | None, now_s: float, *, known: bool) ->
     else:
         yield Part("Auditor", "good", f"It has taken all but {position.lag_lines:,} durable lines")
     yield from _kek(status, now_s)
+
+
+def _hosts(replica: api.ReplicaStatus) -> Part:
+    """Of a key service on several hosts, as the one that serves sees them."""
+    standbys = [member for member in replica.members if member.member_id != replica.member_id]
+    told = [_standby(member, replica.number) for member in standbys]
+    good = [member for member in standbys if member.mode == "following" and member.seen_seconds <= HOST_SILENT_S]
+    sentence = f"{replica.serving or 'None'} serves in term {replica.term}; standbys: {', '.join(told) or 'none'}"
+    state = "good" if good and len(good) == len(standbys) else "warn"
+    return Part("Hosts of the key service", state, sentence, "On its machine", "minikms replica list")
+
+
+def _standby(member: api.MemberStatus, number: int) -> str:
+    if member.seen_seconds > HOST_SILENT_S:
+        return f"{member.name} silent for {int(member.seen_seconds):,} s"
+    return f"{member.name} {member.mode}, {max(0, number - member.number):,} changes behind"
 
 
 def _kek(status: api.StatusAnswer, now_s: float) -> Iterator[Part]:
