@@ -2,7 +2,8 @@
 
 Owns: one lease from its first grant to its end. Invariants: nothing is renewed while the daemon does not answer; a
 commit whose outcome is unknown is made again with the same content, and only after a later confirmed commit has read
-that the head does not have it; the head is released only when the daemon says so, or after the end of its lease.
+that the head does not have it; the head is released only when the daemon says so, or when the last time that it was
+given is older than a lease.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ class Server:
         while held is not None:
             granted_ns = held.asked_ns  # also if there is no answer: a daemon that stood still takes the grant later
             answer = await self._next(held, report)
-            if answer is None:  # asked again while its lease may last
-                if boot_ns() > granted_ns + LEASE_NS:
+            if answer is None:  # it is asked again while it may have got a lease
+                if boot_ns() > held.asked_ns + LEASE_NS:
                     await self._tables.release(held.term, member)
+                if boot_ns() > granted_ns + LEASE_NS:
                     return
                 await asyncio.sleep(PAUSE_S)
                 position = await self._position()

@@ -34,6 +34,7 @@ EXPOSURE_MAX = {
     "minikms.service": 0.5,
     "minikms-auditor.service": 1.5,
     "minikms-gateway.service": 1.5,
+    "minikms-replicator.service": 1.5,
     "minikms-unlock.service": 1.0,
     "progressdb.service": 1.5,
 }
@@ -71,7 +72,8 @@ def analyze(*arguments: str) -> str:
 
 def test_the_units_are_valid(tmp_path: Path) -> None:
     """With executables in the place of /opt/progressdb/bin, which this machine need not have."""
-    programs = ("minikms", "minikms-auditor", "minikms-gateway", "minikms-unlock", "progressdb", "progressdb-backup")
+    programs = ("minikms", "minikms-auditor", "minikms-gateway", "minikms-replicator", "minikms-unlock", "progressdb",
+                "progressdb-backup")  # fmt: skip
     for name in programs:
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
@@ -166,6 +168,7 @@ def make_store(path: Path) -> RocksEngine:
         ("minikms_auditor", "--config DIR/missing", EXIT_MISSING),
         ("minikms_gateway", "--config DIR/missing", EXIT_MISSING),
         ("minikms_gateway", "--config DIR/gateway.toml", EXIT_FAILED),
+        ("minikms_replicator", "--config DIR/missing", EXIT_MISSING),
         ("progressdb_server", "--config DIR/missing", EXIT_MISSING),
         ("progressdb_server", "--db DIR/db --dev --addr 127.0.0.1:PORT", EXIT_FAILED),
         ("progressdb_server", "--db DIR/newer --dev --addr 127.0.0.1:0", EXIT_MISSING),

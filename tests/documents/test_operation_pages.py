@@ -89,7 +89,8 @@ def test_an_upgrade_ends_with_both_services_examined(installed: Machine) -> None
     units = installed.base / "etc/systemd/system"
     units.mkdir(parents=True)
     for program, given in {
-        "opt/progressdb/bin/pip": "install -c tools/bootstrap/constraints.txt .[server,gateway,pkcs11,aws-kms]",
+        "opt/progressdb/bin/pip": "install -c tools/bootstrap/constraints.txt"
+        " .[server,gateway,replicator,pkcs11,aws-kms]",
         "usr/bin/apt-get": "install --yes ./progressdb_0.2.0-1_amd64.deb",
     }.items():
         (installed.base / program).write_text(f'#!/bin/sh\n[ "$*" = "{given}" ] && [ -e "$3" ]')

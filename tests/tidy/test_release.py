@@ -31,7 +31,7 @@ def test_a_release_has_the_libraries_of_every_program_and_token() -> None:
     extras = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     needed = {
         re.match(r"[\w-]+", library)[0]  # type: ignore[index]  # each begins with its name
-        for extra in ("server", "gateway", "postgresql", "pkcs11", "aws-kms")
+        for extra in ("server", "gateway", "postgresql", "replicator", "pkcs11", "aws-kms")
         for library in extras[extra]
     }
     assert needed - {"progressdb-minikms"} <= pinned("tools/release/requirements.txt").keys()

@@ -38,6 +38,7 @@ PROGRAMS: Final = {
     "minikms": "the key service and its commands",
     "minikms-auditor": "trees, witnesses and SIEM for the audit log of minikms",
     "minikms-gateway": "the key service for other hosts",
+    "minikms-replicator": "the key service of minikms on several hosts",
     "minikms-unlock": "root keys for the key service: tokens, clouds, a passphrase",
     "progressdb": "the message server and its commands",
 }
