@@ -97,7 +97,7 @@ class Follower:
         """Give the daemon the head, and what it lacks."""
         async with self._tables.snapshot():
             head = await self._tables.head()
-            shown = _shown(head)
+            shown = _shown(head._replace(keyring_id=head.keyring_id or position.keyring_id))
             if head.empty:
                 shown.keyring = ""
             elif position.mode != "sealed" and (head.number != position.number or position.begins):

@@ -51,14 +51,17 @@ class KeyHost:
         self.directory = directory / name
         self.directory.mkdir(mode=0o755)
         self.data_dir = self.directory / "data"
-        self.socket = self.directory / "s"
+        self.socket = self.directory / "run" / "s"
+        self.socket.parent.mkdir()
         self.root_file = self.directory / "root.key"
         self.config = self.directory / "replicator.toml"
         self.config.write_text(
             f'version = 1\nsocket = "{self.socket}"\nserver_uids = [{os.geteuid()}]\n'
             f'[database]\nurl = "{database}"\nsingle_node = {json.dumps(single_node)}\n'
         )
-        (self.directory / "policy.toml").write_text(POLICY.format(uid=os.geteuid()))
+        self.policy = self.directory / "policy" / "policy.toml"
+        self.policy.parent.mkdir()
+        self.policy.write_text(POLICY.format(uid=os.geteuid()))
         self.daemon: Forked | subprocess.Popen[bytes] | None = None
         self.replicator: Forked | subprocess.Popen[bytes] | None = None
 
@@ -91,8 +94,8 @@ class KeyHost:
     # --- processes ----------------------------------------------------------------------------------------------------
 
     def start_daemon(self, *flags: str) -> None:
-        policy = ("--policy", str(self.directory / "policy.toml"))
-        self.daemon = self._start("minikms", "--socket", str(self.socket), *map(str, self.own), *policy, *flags)
+        given = (*self.own, "--socket", self.socket, "--policy", self.policy)
+        self.daemon = self._start("minikms", *map(str, given), *flags)
         wait_until(lambda: answers(self.socket))
 
     def start_replicator(self) -> None:
@@ -177,7 +180,8 @@ def key_hosts(directory: Path, *, standby: bool = False) -> Iterator[KeyHosts]:
     """A PostgreSQL with the tables, and no host yet. `standby`: with a receiver that confirms each commit."""
     directory.chmod(0o755)
     with contextlib.ExitStack() as running:
-        settings, _ = running.enter_context(postgres.running())
+        settings, files = running.enter_context(postgres.running())
+        files.parent.chmod(0o755)  # of the socket: a replicator that root starts gives up root's rights
         owner = url_of(settings, "test")
         if standby:
             running.enter_context(postgres.receiver(settings, STANDBY))
