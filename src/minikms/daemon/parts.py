@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
@@ -259,7 +259,7 @@ class Parts:
         if self._server is not None:
             self._server.replace_app(self.served, None)
 
-    def stand_by(self, spare: Container[asyncio.Future[Any]]) -> None:
+    def stand_by(self, spare: Container[object]) -> None:
         """This host serves no more. Requests in flight are answered, but those of the tasks `spare`: they may have been
         carried out.
         """

@@ -15,7 +15,7 @@ import asyncio
 import heapq
 import time
 from collections.abc import Awaitable, Callable, Container, Hashable
-from typing import Any, Final, Generic
+from typing import Final, Generic
 
 from minikms.api.errors import KmsRefusedError
 from minikms.http.connection import Group, ServerConnection
@@ -83,9 +83,7 @@ class HttpServer(Generic[S]):
     def connections_count(self) -> int:
         return len(self.connections)
 
-    def replace_app(
-        self, app: Application[S], instead: Response | None, spare: Container[asyncio.Future[Any]] = ()
-    ) -> None:
+    def replace_app(self, app: Application[S], instead: Response | None, spare: Container[object] = ()) -> None:
         """Serve `app` from now on, with the sessions of the former application.
 
         `instead`: the answer to every request that the former application has begun and that is not answered yet. Its

@@ -14,9 +14,8 @@ opened keys go after KEYS_KEPT_LEASES; a seal of another member seals this one. 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from msgspec import UNSET, UnsetType
@@ -66,6 +65,9 @@ SILENCE_SECONDS: Final = 5
 """Without a request of the replicator; then `/status` warns."""
 SEAL_SECONDS_MAX: Final = 10.0
 """How long the answer to `/seal` waits for the other members."""
+WHY_CHARS_MAX: Final = 1000
+NUMBER_MAX: Final = 2**63 - 1
+"""The largest one of a column of the database."""
 _SECOND_NS: Final = 1_000_000_000
 NOT_KNOWN: Final = (
     "this host is sealed, and stays so; the database does not know it yet, so other hosts may still serve: seal them "
@@ -105,10 +107,11 @@ class Member:
         self._directory: MemberDirectory | None = None
         self._taking_over: asyncio.Task[None] | None = None
         self._begun: set[asyncio.Task[None]] = set()
-        self.asking: set[asyncio.Task[Any]] = set()
-        """Requests of the replicator, which are answered whatever happens to the others."""
+        self.asking: set[object] = set()
+        """Requests for the next commit, which are answered whatever happens to the others: they use no key."""
         self._why = ""
-        self._head: api.ReplicaHead | api.ReplicaNextRequest | None = None
+        self._number = 0
+        """Of the last change of the database."""
         self._serving = ""
         self._members: list[api.MemberReport] = []
         self._heard_ns: int | None = None
@@ -217,10 +220,6 @@ class Member:
         """Also of a sealed member, which only learns of seals. Raises ConflictError, ReplicaForkedError,
         ReplicaRolledBackError, StorageUnavailableError.
         """
-        with self._asking():
-            return await self._follow(request)
-
-    async def _follow(self, request: api.ReplicaFollowRequest) -> api.ReplicaPosition:
         if len(request.files) > api.REPLICA_FILES_MAX:
             raise ConflictError(f"a part has at most {api.REPLICA_FILES_MAX} files")
         self._heard(request.members)
@@ -229,7 +228,8 @@ class Member:
             return self.position()
         if head.keyring_id not in ("", self._keyring_id):  # "": the tables are empty
             raise self._refuse(ReplicaForkedError("the database is of another key service"))
-        self._head, self._serving = head, head.member
+        _check_numbers(head.term, head.number, head.seals)
+        self._number, self._serving = head.number, head.member
         self._learn_seals(head.seals)
         if self.state.has_lease and (head.term != self.state.term or head.member != self._mark.member_id):
             self.stand_by("another member has the lease")
@@ -253,14 +253,21 @@ class Member:
 
     async def next(self, request: api.ReplicaNextRequest) -> api.ReplicaNextAnswer:
         """As `follow`; a sealed member asks that its lease is released."""
-        with self._asking():
+        task = asyncio.current_task()
+        self.asking.add(task)
+        try:
             return await self._next(request)
+        finally:
+            self.asking.discard(task)
 
     async def _next(self, request: api.ReplicaNextRequest) -> api.ReplicaNextAnswer:
         now_ns = boot_ns()
+        _check_numbers(request.term, request.number, request.seals, request.asked_ns)
         self.state.check_asked(request.asked_ns, now_ns)
         self._heard(request.members)
-        self._head, self._serving = request, self._mark.member_id
+        if request.wanted is not UNSET and not api.MEMBER_ID_PATTERN.fullmatch(request.wanted):
+            raise InvalidRequestError("no member has this id")
+        self._number, self._serving = request.number, self._mark.member_id
         self._learn_seals(request.seals)
         directory = self._directory
         if directory is None:
@@ -276,17 +283,6 @@ class Member:
             self.position(), commit if granted else None, release=not granted and not self._may_take_over(request)
         )
 
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        task = asyncio.current_task()
-        if task is not None:
-            self.asking.add(task)
-        try:
-            yield
-        finally:
-            if task is not None:
-                self.asking.discard(task)
-
     def _renew(self, request: api.ReplicaNextRequest, directory: MemberDirectory, now_ns: int) -> None:
         """Grants the lease until the next commit, or ends it."""
         if not self.lease.left_ns(now_ns):
@@ -299,7 +295,7 @@ class Member:
             return self.stand_by(str(error))
         if directory.behind:
             return self.stand_by("a change of the database could not be written here")
-        if request.wanted not in (UNSET, "", self._mark.member_id):
+        if request.wanted not in (UNSET, self._mark.member_id):
             return self.stand_by(f"{request.wanted} was promoted")
         return self._grant(request.asked_ns)
 
@@ -410,8 +406,6 @@ class Member:
     # --- seals -------------------------------------------------------------------------------------------------------
 
     def _learn_seals(self, head: int) -> None:
-        if head < 0:
-            raise InvalidRequestError("a count is not negative")
         others = self.seals.learn(head)
         if self.seals.are_known:
             self._seals_known.set()
@@ -453,7 +447,7 @@ class Member:
             version=self._version,
             policy=str(policy.get("policy_sha256", "")),
             pin="" if pin is None else pin.digest(),
-            why=self._why,
+            why=self._why[:WHY_CHARS_MAX],
             seen_seconds=0.0,
         )
         return api.ReplicaPosition(
@@ -509,19 +503,20 @@ class Member:
         if members is not UNSET:
             if len(members) > api.MEMBERS_MAX:
                 raise InvalidRequestError(f"there are at most {api.MEMBERS_MAX} members")
+            if any(map(_is_too_long, members)):
+                raise InvalidRequestError("a report of a member is not one")
             self._members = members
 
     def status(self) -> dict[str, object]:
         """For `/status`."""
         answer = self.answer()
-        number = answer.number if self._head is None else max(answer.number, self._head.number)
         return {
             "member_id": answer.member_id,
             "mode": answer.mode,
             "serving": answer.serving,
             "term": answer.term,
             "number": answer.number,
-            "lag_changes": number - answer.number,
+            "lag_changes": max(0, self._number - answer.number),
             "lease_seconds": answer.lease_seconds,
             "heard_seconds": answer.heard_seconds,
             "why": answer.why,
@@ -549,6 +544,17 @@ class Member:
     def _log(self, what: str, **said: object) -> None:
         logger: structlog.stdlib.BoundLogger = structlog.get_logger()
         logger.warning(what, member=self._mark.member_id, **said)
+
+
+def _check_numbers(*numbers: int) -> None:
+    """Raises InvalidRequestError."""
+    if not all(0 <= number <= NUMBER_MAX for number in numbers):
+        raise InvalidRequestError("a number of the head is out of its range")
+
+
+def _is_too_long(member: api.MemberReport) -> bool:
+    texts = (member.member_id, member.name, member.version, member.policy, member.pin, member.why)
+    return any(len(text) > WHY_CHARS_MAX for text in texts)
 
 
 def _own_line(name: str, facts: dict[str, str | int]) -> Event:

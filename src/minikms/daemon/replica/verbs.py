@@ -5,8 +5,7 @@ It must never change anything.
 
 from __future__ import annotations
 
-import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minikms import api
 from minikms.api.errors import ConflictError
@@ -27,7 +26,7 @@ class NoMember:
     """In the place of a `Member`: the key service has one host."""
 
     serves = True
-    asking: frozenset[asyncio.Task[Any]] = frozenset()
+    asking: frozenset[object] = frozenset()
 
     def opened(self, parts: Parts) -> None:
         return
