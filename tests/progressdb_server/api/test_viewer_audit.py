@@ -100,7 +100,7 @@ def test_what_is_wrong_with_the_auditor_is_a_sentence(
     away = inside("/viewer/audit?thread=t1")
     assert away.status == 200 and "no auditor answers at" in away.text and "No such file" in away.text
     with auditor(uids=(os.getuid() + 1,)):
-        assert "so does <code>users</code> of <code>[questions]</code> name the user" in inside("/viewer/audit").text
+        assert "<code>users</code> of <code>[questions]</code> must name the user" in inside("/viewer/audit").text
     for wrong, said in (
         ("from=yesterday", "a time is written as"),
         ("before=x", "a number"),

@@ -35,7 +35,7 @@ FIELDS: Final = {
 """Of the form, with what each is."""
 BAD_TIME: Final = "a time is written as 2026-03-14T09:30, in UTC"
 BAD_NUMBER: Final = "a line has a number of at most 18 digits"
-CLOSED: Final = "it closed the connection, so does `users` of `[questions]` name the user of this server?"
+CLOSED: Final = "it closed the connection: `users` of `[questions]` must name the user of this server"
 CONNECT_S_MAX: Final = 2.0
 DIGITS_MAX: Final = 18
 
