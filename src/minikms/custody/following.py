@@ -24,7 +24,6 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Final, NamedTuple
 
-import msgspec
 from msgspec import UNSET
 
 from minikms import api
@@ -55,7 +54,7 @@ WRITTEN_FILES: Final = 1024
 """Files of one group of the journal."""
 STONES_SLICE: Final = 256
 """Tombstones that are verified before requests get a turn."""
-STATE_TEXT_BYTES_MAX: Final = 256
+SIGNED_STATE_BYTES_MAX: Final = 256
 _UNREADABLE: Final = b" " * FILE_BYTES
 """In a record of the journal, the old content of a file that can't be read."""
 
@@ -84,7 +83,7 @@ class Following:
         self._disk = disk
         self.entries: EntrySum | None = None
         self.agrees = False
-        """The sum was that of the database when the last part was complete."""
+        """The sum is that of the database after the last complete part."""
         self.repairs = False
         self._repaired = False
         """All files were compared, and the sum was wrong."""
@@ -104,7 +103,7 @@ class Following:
             found = await self.present([key_id for key_id in chunk if key_id not in self._left])
             contents = {key_id: content for key_id, content in found.items() if content}
             entries = entries.changed(added=len(contents), new=self._terms(contents))
-        self.entries = entries
+        self.entries, self.agrees = entries, False
 
     def _terms(self, contents: Mapping[str, bytes]) -> int:
         return sum(entry(self._vault.unlocked, key_id, content) for key_id, content in contents.items())
@@ -125,14 +124,14 @@ class Following:
 
     # --- a part of what the database has -----------------------------------------------------------------------------
 
-    async def follow(self, request: api.ReplicaFollowRequest, head: api.ReplicaHead, mark: Mark) -> Mark:
-        """Applies a part; returns the mark after it. `entries` must be known. Raises as `MemberDirectory.follow`."""
+    async def follow(self, request: api.ReplicaFollowRequest, head: api.ReplicaHead, mark: Mark) -> State | None:
+        """Applies a part; returns the state after the last one. Raises as `MemberDirectory.follow`."""
         try:
             return await self._follow(request, head, mark)
         finally:
             self._vault.unlocked.settle()
 
-    async def _follow(self, request: api.ReplicaFollowRequest, head: api.ReplicaHead, mark: Mark) -> Mark:
+    async def _follow(self, request: api.ReplicaFollowRequest, head: api.ReplicaHead, mark: Mark) -> State | None:
         before, body = self.entries, self._vault.unlocked.body
         if head.keyring_id != body.keyring_id:
             raise ReplicaForkedError(f"the database has the keyring {head.keyring_id}, and this host {body.keyring_id}")
@@ -161,22 +160,22 @@ class Following:
             self._check_tombstones(stones, body)
             if entries != state.entries:
                 self._differs(request, mark)
-                return mark
-        self.entries = None  # until all of it is written
+                return None
+        self.entries, self.agrees = None, False  # until all of it is written
         await self._write_stones(stones)
         await self._write_files(files)
         if request.complete and body.epoch > self._vault.unlocked.body.epoch:
             await self._vault.keyring.follow(data, body)
         self.entries = entries
         if not request.complete:
-            return mark
+            return None
         self.agrees, self.repairs, self._repaired = True, False, False
-        return msgspec.structs.replace(mark, term=state.term, number=state.number, begins=False)
+        return state
 
     def _state(self, head: api.ReplicaHead, body: Body, mark: Mark) -> State:
         """Raises ReplicaForkedError unless it is that of the head and its keyring, and follows the mark."""
         try:
-            signed = decode_canonical(head.state, STATE_TEXT_BYTES_MAX, "the state")
+            signed = decode_canonical(head.state, SIGNED_STATE_BYTES_MAX, "the state")
             state = read_state(self._vault.unlocked, signed, body.key_version)
         except DecryptionError:
             raise ReplicaForkedError("the state of the database is not that of a member") from None
@@ -225,33 +224,38 @@ class Following:
         """The files that are not here as they are. Raises ReplicaForkedError for one that does not unwrap, and
         ReplicaRolledBackError for one that is older than that of this host.
         """
-        vault = self._vault
-        verified: dict[str, tuple[DekRecord, bytes]] = {}
-        for start in range(0, len(request.files), UNWRAPS_SLICE):
-            with vault.arena.allocate() as key, dek.Unwrapper(vault.unlocked.kek_cipher, key.view) as unwrapper:
-                for file in request.files[start : start + UNWRAPS_SLICE]:
-                    key_id, content = check_key_id(file.key_id), decode_canonical(file.content, FILE_BYTES, "a file")
-                    if key_id in gone or key_id in vault.destroyed:
-                        continue
-                    try:
-                        record = dek.parse(content, key_id)
-                        unwrapper.unwrap(record)
-                    except KeyUnreadableError as error:
-                        raise ReplicaForkedError(f"of the database, {error}") from None
-                    if not body.has_kek(record.kek_version):
-                        raise ReplicaForkedError(f"key {key_id} of the database is under a KEK that was destroyed")
-                    verified[key_id] = (record, content)
-            await asyncio.sleep(0)
-        present = await self.present(list(verified))
+        contents = {
+            check_key_id(file.key_id): decode_canonical(file.content, FILE_BYTES, "a file")
+            for file in request.files
+            if file.key_id not in gone and file.key_id not in self._vault.destroyed
+        }
+        try:
+            records = await self.verified(contents)
+        except KeyUnreadableError as error:
+            raise ReplicaForkedError(f"of the database, {error}") from None
+        present = await self.present(list(contents))
         found: list[_File] = []
-        for key_id, (record, content) in verified.items():
-            old = present.get(key_id, b"")
+        for key_id, content in contents.items():
+            record, old = records[key_id], present.get(key_id, b"")
+            if not body.has_kek(record.kek_version):
+                raise ReplicaForkedError(f"key {key_id} of the database is under a KEK that was destroyed")
             if old != content:
                 with contextlib.suppress(KeyUnreadableError):
                     if dek.parse(old, key_id).version > record.version:
                         raise ReplicaRolledBackError(f"the database has an older file of key {key_id} than this host")
                 found.append(_File(record, content, old, key_id in present))
         return found
+
+    async def verified(self, contents: Mapping[str, bytes]) -> dict[str, DekRecord]:
+        """The records of key files, each of which unwraps. Raises KeyUnreadableError."""
+        vault, records = self._vault, dict[str, DekRecord]()
+        items = iter(contents.items())
+        while part := list(itertools.islice(items, UNWRAPS_SLICE)):
+            with vault.arena.allocate() as key, dek.Unwrapper(vault.unlocked.kek_cipher, key.view) as unwrapper:
+                for key_id, content in part:
+                    unwrapper.unwrap(records.setdefault(key_id, dek.parse(content, key_id)))
+            await asyncio.sleep(0)
+        return records
 
     def _differs(self, request: api.ReplicaFollowRequest, mark: Mark) -> None:
         """The sum would be wrong: asks for all files, or, after them, raises ReplicaForkedError."""

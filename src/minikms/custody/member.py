@@ -37,7 +37,6 @@ from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.replica_file import Mark
 from minikms.custody.replication import Written
 from minikms.custody.vault import Vault
-from minikms.keys import dek
 from minikms.keys.replica import EntrySum, entry
 from minikms.keys.tombstones import RECORD_BYTES
 from minikms.platform.files import replace_file
@@ -180,8 +179,7 @@ class MemberDirectory:
         for start in range(0, len(key_ids), api.REPLICA_FILES_MAX):
             part = key_ids[start : start + api.REPLICA_FILES_MAX]
             found = await self._following.present(part)
-            for key_id, content in found.items():
-                dek.parse(content, key_id)
+            await self._following.verified(found)
             async with self._committed(Written([Change(key_id, b"", content) for key_id, content in found.items()])):
                 pass
         records = await in_worker(self._disk, vault.destroyed.records)
@@ -225,9 +223,13 @@ class MemberDirectory:
             if self._following.entries is None:
                 raise KeysNotReadError("the key files of this host have to be read first")
             if not head.state or head.keyring == "":
-                self._check_fills()
+                if self._mark.number and not self.fills:
+                    seen = self._mark.number
+                    raise ReplicaRolledBackError(f"the database is empty, and this host has seen change {seen}")
                 return
-            self._mark = await self._following.follow(request, head, self._mark)
+            state = await self._following.follow(request, head, self._mark)
+            if state is not None:
+                self._mark = msgspec.structs.replace(self._mark, term=state.term, number=state.number, begins=False)
             if self._mark != self._written:
                 await self.write_mark()
 
@@ -242,11 +244,6 @@ class MemberDirectory:
             self._mark = msgspec.structs.replace(self._mark, number=min(self._mark.number, queue.whole))
             self._following.entries = None
             queue.failed = False
-
-    def _check_fills(self) -> None:
-        """Raises ReplicaRolledBackError for an empty database that this member has seen with changes."""
-        if self._mark.number and not self._mark.begins:
-            raise ReplicaRolledBackError(f"the database is empty, and this host has seen change {self._mark.number}")
 
     async def write_mark(self) -> None:
         """Writes the mark, durably, with the last change that is here as a whole. Raises StorageUnavailableError."""

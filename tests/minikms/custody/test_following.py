@@ -396,3 +396,12 @@ async def test_an_empty_database_is_older_than_what_a_member_has_seen(tmp_path: 
         both.b.directory.may_begin()
         await both.b.serve()
         assert both.tables.number > both.before.number
+
+
+async def test_a_member_with_a_part_of_a_change_does_not_serve(tmp_path: Path) -> None:
+    async with two(tmp_path) as both:
+        await changed(both)
+        first, *_ = both.parts(files_max=2)
+        await both.b.directory.follow(first)
+        with pytest.raises(ConflictError, match="has to follow before it serves"):
+            both.b.directory.serve(9, both.b.directory.mark.number)
