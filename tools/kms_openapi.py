@@ -171,7 +171,7 @@ def refusals(verb: Verb[Any, Any]) -> set[tuple[int, str]]:
     if verb not in SERVED_SEALED:
         found.add((errors.SealedError.status, errors.SealedError.code))
     if verb not in SERVED:
-        found.add((errors.AuditLaggingError.status, errors.AuditLaggingError.code))
+        found |= {(kind.status, kind.code) for kind in (errors.AuditLaggingError, errors.StandbyError)}
     if verb.has_body:
         found.add((errors.TooLargeError.status, errors.TooLargeError.code))
     if verb is api.SEAL:  # a limit never holds it up

@@ -1,6 +1,7 @@
 """Two daemons of one key service, each with a replicator: which serves, and what the other one answers."""
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 from minikms import Client, api
 from minikms.api import errors
+from minikms.daemon.lagging import SERVED
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.unix_http import unix_request
 from tests.harness.waiting import wait_until
@@ -76,15 +78,16 @@ def test_a_standby_has_every_key_and_uses_none(both: Hosts) -> None:
         serving.daemon.data_dir / "kms-deks" / f"{key_id}.json"
     ).read_bytes()
     lines = len(standby.daemon.events("decrypt", "create_dek", "refused"))
-    for ask in (
-        lambda: standby.kms.decrypt(key_id, sealed),
-        lambda: standby.kms.create_dek_for_thread("t"),
-        lambda: standby.kms.remove_replica("m2"),
-        standby.kms.ready,
-        standby.kms.list_keys,
-    ):
-        with pytest.raises(errors.StandbyError):
-            ask()
+    others = {
+        (verb.method, verb.path.format(key_id=key_id, slot_id="s1", member_id="m2"))
+        for verb in api.VERBS
+        if verb not in SERVED
+    }
+    for method, target in (*others, ("GET", "/ready"), ("GET", "/nowhere")):
+        reply = unix_request(standby.daemon.socket, target, method)
+        assert (reply.status, json.loads(reply.body)["code"]) == (503, "standby"), target
+    with pytest.raises(errors.NotSealedError):
+        standby.kms.unseal()
     assert len(standby.daemon.events("decrypt", "create_dek", "refused")) == lines
     assert standby.kms.health() and serving.kms.ready()
     with both.client() as kms:
