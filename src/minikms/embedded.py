@@ -163,6 +163,8 @@ async def _compose(
     data = open_for_service(lock, root, arena=arena, disk=executor, options=options)
     sync.callback(data.close)
     cleaning.push_async_callback(data.vault.drain)
+    if data.member is not None:
+        raise StartError(f"{directory} is that of one of several hosts: only a daemon with a lease uses its keys")
     vault, log = data.vault, data.log
     audit = _DirectAudit(log)
     table = VerbTable(audit)

@@ -19,6 +19,7 @@ from minikms.api.errors import ConflictError, InvalidRequestError, StartError
 from minikms.crypto.aead import NonceSource
 from minikms.custody import replica_file
 from minikms.custody.replica_file import Mark
+from minikms.embedded import EmbeddedClient, EmbeddedError
 from minikms.keys import keyring, members
 from minikms.keys.keyring import AuditState, Body
 from minikms.keys.unlocked import UnlockedKeyring
@@ -100,6 +101,8 @@ async def test_the_first_host_has_a_mark_that_may_fill_a_database(directory: Pat
         init_replica(str(directory), key(directory), "b")
     with pytest.raises(StartError, match=r"the audit key changes only where .*minikms replica "):
         rotate_audit_key(str(directory), key(directory))
+    with pytest.raises(EmbeddedError, match="only a daemon with a lease"):
+        await EmbeddedClient.open(str(directory), master_key_file=key_file(directory))
     with pytest.raises(StartError, match="wrong root key"):
         leave_replica(str(directory), key(directory.with_name("another")))
 

@@ -123,7 +123,8 @@ def examine(
         yield problem("keyring", str(error), "what the sentence says; the runbook has the steps")
     except KmsRefusedError as error:
         yield problem("keyring", str(error), "restore it from a backup: minikms backup restore")
-    yield from _audit_log(directory)
+    if mark is None or mark.tag:  # a host that joins has no log before its first start
+        yield from _audit_log(directory)
     if body is None or data is None:
         return
     if root is None:

@@ -32,6 +32,7 @@ from tests.harness.live_daemon import LiveDaemon
 from tests.harness.replica_database import ReplicaDatabase
 from tests.harness.waiting import wait_until
 
+LAUNCHER = ("-m", "tests.minikms.daemon.replica.hosts")
 LEASE_SECOND_NS = 150_000_000
 LEASE_S = api.LEASE_SECONDS * LEASE_SECOND_NS / 1e9
 STALE_S = LEASE_S * 1.3
@@ -156,18 +157,17 @@ class Hosts:
         self._undo = undo
         self._renewed: dict[int, float] = {}
         (base / "policy").mkdir()
-        policy = base / "policy" / "policy.toml"
+        self.policy = policy = base / "policy" / "policy.toml"
         policy.write_text(POLICY)
         flags = ("--policy", str(policy))
-        launcher = ("-m", "tests.minikms.daemon.replica.hosts")
         (base / "a").mkdir()
         (base / "b").mkdir()
-        self.a = undo.enter_context(LiveDaemon(base / "a", "file", *flags, launcher=launcher))
+        self.a = undo.enter_context(LiveDaemon(base / "a", "file", *flags, launcher=LAUNCHER))
         self.a.stop()
         root = os.urandom(32)
         join(self.a, base / "b" / "data", root)
         self.a.start()
-        self.b = undo.enter_context(LiveDaemon(base / "b", "file", *flags, launcher=launcher, root=root))
+        self.b = undo.enter_context(LiveDaemon(base / "b", "file", *flags, launcher=LAUNCHER, root=root))
         self.replicator_a, self.replicator_b = self.replicator(self.a), self.replicator(self.b)
 
     def replicator(self, daemon: LiveDaemon) -> Replicator:
