@@ -180,7 +180,7 @@ def list_hosts(*, socket: Socket = None, server_uid: ServerUid = None, json: Jso
                 one.mode,
                 one.number,
                 newest - one.number,
-                f"{duration(int(one.seen_seconds))} ago",
+                f"{duration(int(one.seen_seconds))} ago" if one.version else "never",
                 one.version,
                 _notes(one, serving),
             )
@@ -192,6 +192,8 @@ def list_hosts(*, socket: Socket = None, server_uid: ServerUid = None, json: Jso
 
 
 def _notes(one: api.MemberReport, serving: api.MemberReport | None) -> str:
+    if not one.version:  # it has not reported yet
+        return one.why
     notes = [one.why] if one.why else []
     if serving is not None and one.policy != serving.policy:
         notes.append("ANOTHER POLICY" if one.policy else "NO POLICY FILE")

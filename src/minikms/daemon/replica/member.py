@@ -491,8 +491,22 @@ class Member:
             lease_seconds=self.lease.left_ns(boot_ns()) / _SECOND_NS,
             why=self._why,
             heard_seconds=self._heard_seconds,
-            members=self._members,
+            members=self._reports(position.report),
         )
+
+    def _reports(self, own: api.MemberReport) -> list[api.MemberReport]:
+        """Of the hosts that the keyring has; without `version`: of one that has not reported. Sealed: as they came."""
+        if self._parts is None:
+            return self._members
+        came = {report.member_id: report for report in (*self._members, own)}
+        return [
+            came.get(member.member_id)
+            or api.MemberReport(
+                member_id=member.member_id, name=member.name, mode="following", number=0, term=0, version="", policy="",
+                pin="", why="it has not reported yet", seen_seconds=0.0,
+            )
+            for member in self._parts.vault.keyring.body.members
+        ]  # fmt: skip
 
     @property
     def _heard_seconds(self) -> float | None:
@@ -535,9 +549,9 @@ class Member:
             )
         if own.mode == "refused":
             found.append(f"this host follows no more: {self._why}")
-        for member in self._members:
+        for member in self._reports(own):
             for what, its, here in (("policy", member.policy, own.policy), ("pin file", member.pin, own.pin)):
-                if member.member_id != own.member_id and its != here:
+                if member.version and its != here:
                     found.append(f"{member.name} has another {what} than this host: make them the same")
         return found
 

@@ -72,7 +72,12 @@ class World:
         self.parts = SimpleNamespace(
             member=self.directory,
             vault=SimpleNamespace(
-                keyring=SimpleNamespace(body=SimpleNamespace(keyring_id="kr_1")),
+                keyring=SimpleNamespace(
+                    body=SimpleNamespace(
+                        keyring_id="kr_1",
+                        members=[SimpleNamespace(member_id=f"m{n}", name="abc"[n - 1]) for n in (1, 2, 3)],
+                    )
+                ),
                 destroyed=SimpleNamespace(count=2),
                 cache=SimpleNamespace(clear=self._step("keys dropped")),
             ),
@@ -307,7 +312,10 @@ async def test_a_standby_drops_its_opened_keys_after_ten_leases(world: World, mo
 
 async def test_another_policy_or_pin_file_is_a_warning(world: World) -> None:
     other = api.MemberReport("m2", "b", "following", 7, 3, "1", "cd", "", "", 0.1)
-    await world.member.next(api.ReplicaNextRequest(3, 7, 1, world.now_ns, members=[other]))
+    gone = msgspec.structs.replace(other, member_id="m9", name="removed")
+    await world.member.next(api.ReplicaNextRequest(3, 7, 1, world.now_ns, members=[other, gone]))
+    listed = {report.name: report.why for report in world.member.answer().members}
+    assert listed == {"a": "", "b": "", "c": "it has not reported yet"}
     assert world.member.warnings() == ["b has another policy than this host: make them the same"]
     world.now_ns += LEASE_NS
     assert "no replicator has asked for 10 s" in world.member.warnings()[0]

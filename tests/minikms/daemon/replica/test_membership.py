@@ -61,6 +61,7 @@ def test_a_third_host_joins_takes_over_and_is_removed(both: Hosts, tmp_path: Pat
     assert "this host joins" in forked.run("minikms", "doctor", *map(str, place)).stdout
     added = json.loads(run("replica", "add", request, "--yes", "--json", *at(a)))
     assert "opens the keyring already" in run("replica", "add", request, "--yes", *at(a), status=1)
+    assert "it has not reported yet" in run("replica", "list", *at(a))
     wait_until(lambda: "c (m" in str(examined(b)))  # b has followed
     for name in ("keyring.json", "kms-tombstones"):  # as `minikms-replicator fetch` writes them
         if (b.data_dir / name).exists():
@@ -95,4 +96,5 @@ def test_a_third_host_joins_takes_over_and_is_removed(both: Hosts, tmp_path: Pat
         wait_until(lambda: "revoking" not in run("root", "list", *at(a)))
         with a.client() as kms:
             assert kms.decrypt(key_id, sealed) == b"text"
+        assert " c " not in run("replica", "list", *at(a))
     assert a.events("add_replica")[-1]["facts"]["name"] == a.events("remove_replica")[-1]["facts"]["name"] == "c"
