@@ -63,8 +63,8 @@ WANTS_SECONDS: Final = 60
 """How long a promotion is tried."""
 SILENCE_SECONDS: Final = 5
 """Without a request of the replicator; then `/status` warns."""
-SEAL_SECONDS_MAX: Final = 10.0
-"""How long the answer to `/seal` waits for the other members."""
+SEAL_SECONDS_MAX: Final = 8.0
+"""How long the answer to `/seal` waits for the other members: less than a client waits for it."""
 WHY_CHARS_MAX: Final = 1000
 NUMBER_MAX: Final = 2**63 - 1
 """The largest one of a column of the database."""
@@ -147,10 +147,8 @@ class Member:
     # --- opened and sealed -------------------------------------------------------------------------------------------
 
     def opened(self, parts: Parts) -> None:
-        """The directory was opened; nothing is served yet."""
-        directory = parts.member
-        if directory is None:
-            raise StartError("kms-replica.json has come while the daemon ran: restart it")
+        """The daemon is not sealed any more: it follows."""
+        directory = _directory_of(parts)
         self._parts, self._directory = parts, directory
         self._mark = directory.mark
         self._keyring_id = parts.vault.keyring.body.keyring_id
@@ -158,9 +156,9 @@ class Member:
         self.seals.obeyed = max(self.seals.obeyed, self._mark.seals)
         self.state.move(Move.OPEN)
 
-    async def note_seals(self) -> None:
+    async def note_seals(self, parts: Parts) -> None:
         """An unseal: the seals so far are obeyed. Raises StorageUnavailableError."""
-        if (directory := self._directory) is not None and self.seals.obeyed > directory.mark.seals:
+        if self.seals.obeyed > (directory := _directory_of(parts)).mark.seals:
             directory.note_seals(self.seals.obeyed)
             await directory.write_mark()
 
@@ -227,8 +225,9 @@ class Member:
         if head is UNSET:
             return self.position()
         if head.keyring_id not in ("", self._keyring_id):  # "": the tables are empty
-            raise self._refuse(ReplicaForkedError("the database is of another key service"))
+            return self._refused(ReplicaForkedError("the database is of another key service"))
         _check_numbers(head.term, head.number, head.seals)
+        _check_member(head.member or self._mark.member_id)
         self._number, self._serving = head.number, head.member
         self._learn_seals(head.seals)
         if self.state.has_lease and (head.term != self.state.term or head.member != self._mark.member_id):
@@ -242,9 +241,7 @@ class Member:
             if self._directory is directory and isinstance(head.keyring, str):
                 self._host.open_again(decode_canonical(head.keyring, api.REPLICA_BYTES_MAX, "keyring"))
         except (ReplicaForkedError, ReplicaRolledBackError) as error:
-            if self._directory is directory and self._refused_before(error):
-                return self.position()
-            raise self._refuse(error) from None
+            return self._refused(error)
         else:
             if request.complete and self._directory is directory and not self.state.has_lease:
                 self.state.move(Move.FOLLOW)
@@ -265,8 +262,8 @@ class Member:
         _check_numbers(request.term, request.number, request.seals, request.asked_ns)
         self.state.check_asked(request.asked_ns, now_ns)
         self._heard(request.members)
-        if request.wanted is not UNSET and not api.MEMBER_ID_PATTERN.fullmatch(request.wanted):
-            raise InvalidRequestError("no member has this id")
+        if request.wanted is not UNSET:
+            _check_member(request.wanted)
         self._number, self._serving = request.number, self._mark.member_id
         self._learn_seals(request.seals)
         directory = self._directory
@@ -412,18 +409,16 @@ class Member:
         if others:
             self._host.seal_for_all()
 
-    # --- refusals ----------------------------------------------------------------------------------------------------
-
-    def _refused_before(self, error: KmsRefusedError) -> bool:
-        """Then it has a line already, and the replicator asks twice a second."""
-        return self.state.mode == "refused" and self._why == str(error)
-
-    def _refuse(self, error: KmsRefusedError) -> KmsRefusedError:
-        if self.state.mode in ("following", "refused"):
+    def _refused(self, error: KmsRefusedError) -> api.ReplicaPosition:
+        """Raises it once: then it has a line, and the replicator asks twice a second."""
+        if self.state.mode not in ("following", "refused"):
+            raise error
+        if (self.state.mode, self._why) != ("refused", str(error)):
             self.state.move(Move.REFUSE)
             self._why = str(error)
             self._log("refused", why=self._why)
-        return error
+            raise error
+        return self.position()
 
     # --- what is shown -----------------------------------------------------------------------------------------------
 
@@ -560,10 +555,23 @@ class Member:
         logger.warning(what, member=self._mark.member_id, **said)
 
 
+def _directory_of(parts: Parts) -> MemberDirectory:
+    """Raises StartError."""
+    if parts.member is None:
+        raise StartError("kms-replica.json went while the daemon ran: restart it")
+    return parts.member
+
+
 def _check_numbers(*numbers: int) -> None:
     """Raises InvalidRequestError."""
     if not all(0 <= number <= NUMBER_MAX for number in numbers):
         raise InvalidRequestError("a number of the head is out of its range")
+
+
+def _check_member(member_id: str) -> None:
+    """Raises InvalidRequestError."""
+    if not api.MEMBER_ID_PATTERN.fullmatch(member_id):
+        raise InvalidRequestError("no member has this id")
 
 
 def _is_too_long(member: api.MemberReport) -> bool:

@@ -34,7 +34,7 @@ class NoMember:
     def sealed(self, why: str = "") -> None:
         return
 
-    async def note_seals(self) -> None:
+    async def note_seals(self, parts: Parts) -> None:
         return
 
     def stand_by(self, why: str) -> None:

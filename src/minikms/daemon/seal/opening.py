@@ -60,7 +60,7 @@ class Opener:
         slot_id = data.slot.slot_id
         if own:
             self._source_slot_id = slot_id
-        parts = Parts(
+        return Parts(
             process,
             admission=self._admission,
             data=data,
@@ -72,8 +72,6 @@ class Opener:
             lease=self._unlocking.status,
             replica=self._replica,
         )
-        self._replica.opened(parts)
-        return parts
 
     def interrupted(self, parts: Parts) -> None:
         """A seal has zeroed the keys of `parts`, or an unseal has failed."""

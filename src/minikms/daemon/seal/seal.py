@@ -205,6 +205,7 @@ class SealableServer:
             await parts.begin([*self._first_lines(parts), *events])
             if events:
                 await self._remove_records()
+            self._replica.opened(parts)
             await parts.go_on()
             self._start_line_written = True
             self._state.move(Move.START)
@@ -454,7 +455,7 @@ class SealableServer:
         try:
             await parts.begin(self._lines_of_unseal(parts, attempt))
             state.check_no_seal_since(seals)
-            await self._replica.note_seals()
+            await self._replica.note_seals(parts)
             state.check_no_seal_since(seals)
             state.move(Move.REMOVE)
             await self._remove_seal_files()
@@ -463,13 +464,13 @@ class SealableServer:
             if self._opened is parts:  # otherwise a seal has abandoned them
                 state.move(Move.FAIL)
                 self._opened = None
-                self._replica.sealed()
                 parts.seal()
                 self._abandon(parts)
                 if state.state is State.OWED:
                     self._begin_writing_marker()
             raise
         state.move(Move.SERVE)
+        self._replica.opened(parts)
         self.unsealing.forget_keys()
         self._start_line_written = True
         self._lapsed = []
