@@ -14,12 +14,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import minikms
 from minikms import api
-from minikms.daemon.metrics import BATCH_SIZES, VerbTimes, WeightedHistogram, page
+from minikms.daemon.metrics import BATCH_SIZES, VerbTimes, WeightedHistogram, _add_replica, _Page, page
 from minikms.http.page import metrics_page
 from minikms_auditor.auditor import Status, WitnessStatus
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.sinks import SinkStatus
 from minikms_gateway.metrics import GatewayCollector, Values
+from minikms_replicator.metrics import Figures, ReplicatorCollector
 from progressdb_server.metrics import KmsMetrics
 from tests import needs
 from tests.harness.unix_http import unix_request
@@ -67,11 +68,16 @@ def pages(server: RealServer) -> dict[str, str]:
     witnesses = (WitnessStatus("witness.example/w1", "http://w1", 0, ""),)
     seen = Status("kms.example/audit", (), witnesses=witnesses, sinks=(SinkStatus("siem", required=True),))
     auditor = metrics_page(AuditorCollector(lambda: seen), "minikms_auditor_build_info")
+    made = _Page()
+    _add_replica(made, {"mode": "serving", "term": 1, "lease_seconds": 9.0, "lag_changes": 0, "heard_seconds": None}, 1)
+    figures = Figures(serving=True, commits=1, commit_s=0.1, failures=0, confirmed_s=1.0)
+    replicator = metrics_page(ReplicatorCollector(lambda: figures), "minikms_replicator_build_info")
     return {
         "progressdb": server("GET", "/metrics").body.decode(),
-        "minikms": daemon.body.decode(),
+        "minikms": daemon.body.decode() + made.encode().decode(),
         "minikms-gateway": gateway.page().decode(),
         "minikms-auditor": auditor.page().decode(),
+        "minikms-replicator": replicator.page().decode(),
     }
 
 
@@ -232,6 +238,7 @@ def test_a_label_value_can_not_add_a_line() -> None:
         "hardening": [{"measure": 'a"\n\\', "in_force": False}],
         "root": {"slots": []},
         "policy": None,
+        "replica": None,
         "disk_free_bytes": 0,
         "epoch": 1,
         "uptime_seconds": 1,
