@@ -203,6 +203,8 @@ def open_for_service(
         undo.callback(unlocked.release)
         epoch = unlocked.body.epoch
         stored = replica_file.read(lock.directory_fd)
+        if stored is None:
+            check_alone(unlocked.body)
         mark = None if stored is None else stored.check(unlocked)
         # Epoch 1: the keyring was made, and no start has come so far as to raise it. A new member begins its own log.
         has_log = epoch > 1 if mark is None or mark.begins else mark.number > 0
@@ -379,6 +381,15 @@ def check_newest(epoch: int, seen: int) -> None:
             f"keyring.json is older than the audit log: its epoch is {epoch}, the log has {seen}. It does not know "
             "which keys and KEK versions were made or destroyed since. Put the newer keyring.json back, or, if "
             "none is left, start once with --accept-restore"
+        )
+
+
+def check_alone(body: keyring.Body) -> None:
+    """Raises StartError for a keyring that other hosts use too: without a mark this one would serve beside them."""
+    if any(member.audit is not None for member in body.members):
+        raise StartError(
+            f"the keyring has the members of a key service on several hosts, and {replica_file.NAME} is missing: "
+            "put it back, or let this host join anew"
         )
 
 

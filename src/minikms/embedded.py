@@ -25,6 +25,7 @@ from minikms.audit import AuditLog, Event
 from minikms.client.calls import Call
 from minikms.client.verbs import AsyncRunner, Many, One, Operation, Verbs
 from minikms.client.wire import Answer
+from minikms.custody import replica_file
 from minikms.custody.vault import Indexing, Vault
 from minikms.datadir import SERVICE_SLOTS, Options, lock_data_dir, open_for_service
 from minikms.http import Response
@@ -157,6 +158,8 @@ async def _compose(
 ) -> EmbeddedClient:
     sync = cleaning.enter_context(ExitStack())
     lock = sync.enter_context(lock_data_dir(directory))
+    if replica_file.member_id(lock.directory):
+        raise StartError(f"{directory} is that of a host of several, of which one serves: use its daemon")
     arena = sync.enter_context(SecretArena(CACHE_KEYS_MAX + SERVICE_SLOTS))
     executor = sync.enter_context(ThreadPoolExecutor(1, thread_name_prefix="minikms"))
     options = Options(audit_fsync="never", cache_keys_max=CACHE_KEYS_MAX)

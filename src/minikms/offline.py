@@ -31,6 +31,7 @@ from minikms.datadir import (
     KEYRING_SLOTS,
     DataDir,
     audit_keys,
+    check_alone,
     check_newest,
     check_tombstones,
     open_audit_log,
@@ -118,11 +119,7 @@ def init_replica(directory: str, root: RootProvider, name: str) -> Mark:
     _check_name(name)
     with _opened_offline(directory, root, "a host becomes the first of several") as opened:
         unlocked = opened.unlocked
-        if any(member.audit is not None for member in unlocked.body.members):
-            raise StartError(
-                f"the keyring has the members of a key service on several hosts, and {replica_file.NAME} is missing: "
-                "put it back, or let this host join anew"
-            )
+        check_alone(unlocked.body)
         mark = Mark(member_id=members.FIRST_ID, name=name, begins=True)
         opened.write_line("replica_init", {"member_id": mark.member_id, "name": name})
         opened.store(members.begun(unlocked.body, name, opened.slot.slot_id, at=_now()))

@@ -11,8 +11,10 @@ import pytest
 from minikms import embedded
 from minikms.api import errors
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem
-from minikms.embedded import EmbeddedClient
+from minikms.embedded import EmbeddedClient, EmbeddedError
 from minikms.memory.arena import SecretArena
+from tests.harness.members import make_first
+from tests.harness.vaults import key_file
 
 
 async def test_verbs_answer_as_the_daemon_answers_them(tmp_path: Path) -> None:
@@ -42,6 +44,12 @@ async def test_it_neither_rotates_nor_prunes(tmp_path: Path) -> None:
                 await call
     finally:
         await client.close()
+
+
+async def test_a_host_of_several_is_served_by_its_daemon_alone(tmp_path: Path) -> None:
+    await make_first(tmp_path / "kms")
+    with pytest.raises(EmbeddedError, match="use its daemon"):
+        await EmbeddedClient.open(tmp_path / "kms", master_key_file=key_file(tmp_path / "kms"))
 
 
 async def test_a_closed_client_refuses_every_method(tmp_path: Path) -> None:

@@ -116,10 +116,12 @@ async def test_the_name_of_a_host_is_one_of_a_host(directory: Path, tmp_path: Pa
     assert mark_of(directory) is None and not (tmp_path / "new").exists()
 
 
-async def test_a_keyring_of_several_hosts_without_its_mark_is_no_first_host(directory: Path) -> None:
+async def test_a_keyring_of_several_hosts_without_its_mark_is_refused(directory: Path) -> None:
     init_replica(str(directory), key(directory), "a")
     with_another_host(directory)
     (directory / replica_file.NAME).unlink()
+    with pytest.raises(StartError, match="is missing: put it back"):  # it would serve beside the others
+        await usable(directory)
     with pytest.raises(StartError, match="is missing: put it back"):
         init_replica(str(directory), key(directory), "a")
 
