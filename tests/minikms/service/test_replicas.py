@@ -161,11 +161,11 @@ async def test_an_altered_request_is_refused_and_changes_nothing(
     tmp_path: Path, field: str, value: object, code: str
 ) -> None:
     async with serving(tmp_path) as host:
-        request, before = host.request(), host.body
+        request, before, in_use = host.request(), host.body, host.one.arena.in_use
         with pytest.raises(KmsRefusedError) as refused:
             await host.add(msgspec.structs.replace(request, **{field: value}))
         assert refused.value.code == code or not code
-        assert (host.body, host.one.arena.in_use) == (before, host.one.arena.in_use)
+        assert (host.body, host.one.arena.in_use) == (before, in_use)
         await host.add(request)  # and leaves nothing in the way of the true one
 
 
