@@ -29,7 +29,7 @@ from minikms.memory.arena import SecretArena, fill_random
 from minikms.platform.clock import boot_ns
 from minikms.platform.files import closed_after, open_directory
 from tests.harness.live_daemon import LiveDaemon
-from tests.harness.replica_database import ReplicaDatabase
+from tests.harness.replica_database import ReplicaDatabase, Tables
 from tests.harness.waiting import wait_until
 
 LAUNCHER = ("-m", "tests.minikms.daemon.replica.hosts")
@@ -173,6 +173,11 @@ class Hosts:
     def replicator(self, daemon: LiveDaemon) -> Replicator:
         kms = self._undo.enter_context(Client(daemon.socket, wait_s=0, timeout_s=30))
         return Replicator(kms, self.database, self._lock, self._renewed)
+
+    def empty_database(self) -> None:
+        """As an operator does after a restore of an older one."""
+        with self._lock:
+            vars(self.database.tables).update(vars(Tables()))
 
     def client(self) -> Client:
         """Of both, as a message server has it."""

@@ -314,3 +314,17 @@ def test_a_standby_follows_the_removal_of_a_root_key_with_its_own(both: Hosts) -
     assert after.kms.status().audit.public_key != keys[after.daemon.pid]
     with both.client() as kms:
         assert kms.encrypt(kms.create_dek_for_thread("t").key_id, b"")
+
+
+def test_a_promoted_host_fills_an_emptied_database(both: Hosts) -> None:
+    before, after = sides(both)
+    key_id = before.kms.create_dek_for_thread("t").key_id
+    number = both.database.tables.number
+    sides(both)
+    both.empty_database()
+    wait_until(lambda: before.mode == "following")
+    after.kms.promote_replica(replace_database=True)
+    wait_until(lambda: after.mode == "serving")
+    assert after.kms.get_wrapped(key_id)
+    assert both.database.tables.number > number
+    sides(both)
