@@ -48,10 +48,9 @@ class Server:
         while held is not None:
             granted_ns = held.asked_ns  # also if there is no answer: a daemon that stood still takes the grant later
             answer = await self._next(held, report)
-            if answer is None:  # it is asked again while it may have got a lease
-                if boot_ns() > held.asked_ns + LEASE_NS:
-                    await self._tables.release(held.term, member)
+            if answer is None:
                 if boot_ns() > granted_ns + LEASE_NS:
+                    await self._tables.release(held.term, member)
                     return
                 await asyncio.sleep(PAUSE_S)
                 position = await self._position()
