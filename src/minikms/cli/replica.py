@@ -257,7 +257,8 @@ def promote(
             )
         state = kms.promote_replica(replace_database=replace_database)
         until = time.monotonic() + wait
-        while state.mode != "serving" and state.mode not in STOPPED_MODES and time.monotonic() < until:
+        stopped = ("sealed",) if replace_database else STOPPED_MODES  # who has refused the database may fill it
+        while state.mode != "serving" and state.mode not in stopped and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
             state = kms.replica_status()
     serves = state.mode == "serving"

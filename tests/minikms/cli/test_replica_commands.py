@@ -126,6 +126,11 @@ def test_promote_says_when_this_host_does_not_serve(
     assert said in capsys.readouterr().err
 
 
+def test_who_has_refused_an_older_database_fills_an_empty_one(answers: Answers) -> None:
+    answers(state("refused", why="rolled back"), state("refused", why="rolled back"), state("serving"))
+    assert replica.promote(replace_database=True, yes=True) == 0
+
+
 def test_a_database_is_filled_only_after_a_confirmation(answers: Answers) -> None:
     daemon = answers()
     with pytest.raises(CommandError, match="--yes"):
