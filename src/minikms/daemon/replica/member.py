@@ -413,10 +413,11 @@ class Member:
         """Raises it once: then it has a line, and the replicator asks twice a second."""
         if self.state.mode not in ("following", "refused"):
             raise error
-        if (self.state.mode, self._why) != ("refused", str(error)):
+        why = f"{error.code}: {error}"
+        if (self.state.mode, self._why) != ("refused", why):
             self.state.move(Move.REFUSE)
-            self._why = str(error)
-            self._log("refused", why=self._why)
+            self._why = why
+            self._log("refused", why=why)
             raise error
         return self.position()
 

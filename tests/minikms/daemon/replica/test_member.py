@@ -269,7 +269,7 @@ async def test_a_refusal_is_raised_once_and_shown_then(world: World) -> None:
     with pytest.raises(ReplicaForkedError):
         await world.follow()
     position = await world.follow()
-    assert (position.mode, position.report.why, position.ready) == ("refused", "two histories", False)
+    assert (position.mode, position.report.why, position.ready) == ("refused", "replica_forked: two histories", False)
     assert (await world.grant()).release
     world.directory.fails = ReplicaRolledBackError("older")
     with pytest.raises(ReplicaRolledBackError):
