@@ -51,7 +51,7 @@ OF_SEVERAL_HOSTS = (
 )
 ELSEWHERE = {"A certificate has expired", "The SIEM is away", *OF_PROVIDERS, *OF_SEVERAL_HOSTS}
 """Sections whose commands other tests run: `test_other_hosts.py`, `tests/minikms_auditor/test_runbook_of_sinks.py`,
-`test_runbook_of_root_keys.py`.
+`test_runbook_of_root_keys.py`, `test_several_key_hosts.py`.
 """
 SECTIONS = {title: listed for title, listed in ALL_SECTIONS.items() if title not in ELSEWHERE}
 SECTIONS["Move to another machine"] += SECTIONS["Restore"][-2:]  # as its text says
