@@ -27,6 +27,17 @@ from minikms.keys.tombstones import RECORD_BYTES
 WAITING_MAX: Final = 16_384
 
 
+class OutcomeUnknownError(StandbyError):
+    """The commit of the change is out. A client gets what it gets for every request that may have taken effect."""
+
+    code = api.CODE_INTERRUPTED
+
+    def __init__(
+        self, message: str = "this host stopped to serve during a request, which may have taken effect"
+    ) -> None:
+        super().__init__(message)
+
+
 class Position(NamedTuple):
     """Of the database after a commit: the number of changes and of tombstones, the epoch and the key version of the
     keyring, and the sum over the key files.
@@ -82,13 +93,14 @@ class CommitQueue:
     def stop(self) -> None:
         """Idempotent. The outcome of a commit that is out is not known to those who wait for it."""
         self.term = None
-        failed = [*(self._out.changes if self._out is not None else ()), *self._waiting]
+        uncertain, waiting = () if self._out is None else self._out.changes, list(self._waiting)
         self._out = None
         self._waiting.clear()
         self._changed.set()
-        for waiting in failed:
-            if not waiting.number.done():
-                waiting.number.set_exception(StandbyError())
+        for changes, error in ((uncertain, OutcomeUnknownError), (waiting, StandbyError)):
+            for change in changes:
+                if not change.number.done():
+                    change.number.set_exception(error())
 
     @property
     def whole(self) -> int:

@@ -87,9 +87,13 @@ async def test_a_change_is_written_here_only_after_the_database_has_it(tmp_path:
         commit = await first.directory.next_commit(1)
         assert commit is not None
         assert commit == await first.directory.next_commit(1), "the same bytes again"
+        later = asyncio.create_task(create(first.vault, "later"))
+        await asyncio.sleep(0.01)
         first.directory.stop_serving()
-        with pytest.raises(StandbyError):
-            await making
+        for change, code in ((making, "interrupted"), (later, "standby")):
+            with pytest.raises(StandbyError) as refused:
+                await change
+            assert refused.value.code == code
         assert not files(first)
 
 
