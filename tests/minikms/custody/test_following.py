@@ -405,3 +405,12 @@ async def test_a_member_with_a_part_of_a_change_does_not_serve(tmp_path: Path) -
         await both.b.directory.follow(first)
         with pytest.raises(ConflictError, match="has to follow before it serves"):
             both.b.directory.serve(9, both.b.directory.mark.number)
+
+
+async def test_a_forged_tombstone_in_one_of_several_parts_is_not_written(tmp_path: Path) -> None:
+    async with two(tmp_path) as both:
+        await changed(both)
+        first, *_ = of_content(flipped, part="tombstones")(both, both.parts(files_max=2)[:1])
+        with pytest.raises(ReplicaForkedError, match="tombstone 1 of the database is not that of a member"):
+            await both.b.directory.follow(first)
+        assert not both.b.vault.destroyed.count
