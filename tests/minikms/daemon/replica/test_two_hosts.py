@@ -13,6 +13,7 @@ import pytest
 
 from minikms import Client, api
 from minikms.api import errors
+from minikms.cli.status import page as status_page
 from minikms.daemon.lagging import SERVED
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.unix_http import unix_request
@@ -101,9 +102,11 @@ def test_the_status_and_the_metrics_say_who_serves(both: Hosts) -> None:
         assert answer.replica is not None
         assert (answer.status, answer.replica.mode, answer.replica.lag_changes) == (status, mode, 0)
         assert answer.replica.serving == serving.replicator.member_id
-        page = unix_request(side.daemon.socket, "/metrics").body.decode()
-        assert f"minikms_replica_serving {int(mode == 'serving')}\n" in page
-        assert f"minikms_replica_term {both.database.tables.term}\n" in page
+        shown = "".join(map(str, status_page(answer).renderables))
+        assert f"{answer.replica.member_id} {mode}, term {both.database.tables.term}, change" in shown
+        metrics = unix_request(side.daemon.socket, "/metrics").body.decode()
+        assert f"minikms_replica_serving {int(mode == 'serving')}\n" in metrics
+        assert f"minikms_replica_term {both.database.tables.term}\n" in metrics
 
 
 def test_an_auditor_can_not_be_attached_on_a_standby(both: Hosts) -> None:
