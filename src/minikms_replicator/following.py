@@ -1,6 +1,8 @@
 """The loop of a member that does not serve: it gives the daemon what the others have changed, and takes over.
 
-Owns: one step of it. Invariant: what the daemon gets in one go is of one snapshot. It must never take over a head that
+Owns: one step of it. Invariants: what the daemon gets in one go is of one snapshot; the last part of it comes after the
+node has confirmed a commit that is later than the snapshot, so a member never has what a failover of the database
+loses. It must never take over a head that
 `deciding.why_not` does not allow, nor one that is not as it was read.
 """
 
@@ -102,17 +104,17 @@ class Follower:
                 shown.keyring = ""
             elif position.mode != "sealed" and (head.number != position.number or position.begins):
                 shown.keyring = encode_text(await self._tables.keyring())
-                following = position
                 async for part in self._tables.parts(position.number, position.tombstones):
-                    following = await self._daemon.replica_follow(
-                        ReplicaFollowRequest(
-                            head=shown, after=position.number, files=part.files,
-                            tombstones_after=part.tombstones_after, tombstones=encode_text(part.tombstones),
-                            complete=part.complete, members=members,
-                        )
+                    request = ReplicaFollowRequest(
+                        head=shown, after=position.number, files=part.files, tombstones_after=part.tombstones_after,
+                        tombstones=encode_text(part.tombstones), complete=part.complete, members=members,
                     )  # fmt: skip
-                    members = UNSET
-                return following, head
+                    if not part.complete:
+                        await self._daemon.replica_follow(request)
+                        members = UNSET
+        if shown.keyring:
+            await self._tables.confirm(position.report)
+            return await self._daemon.replica_follow(request), head
         request = msgspec.structs.replace(
             ASK_POSITION, head=shown, after=position.number, tombstones_after=position.tombstones,
             complete=position.mode != "sealed", members=members,

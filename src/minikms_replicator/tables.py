@@ -310,9 +310,19 @@ class Tables:
         """Write the report, and read those of all members; nothing if that was done a moment ago."""
         if boot_ns() < self._reported_ns + REPORT_NS:
             return UNSET
+        await self._report(report)
+        return await self.members()
+
+    async def confirm(self, report: MemberReport) -> None:
+        """Returns once the standbys have what was read on this connection. Raises TablesError on another one."""
+        before = self._connection
+        await self._report(report)
+        if self._connection is not before:
+            raise TablesError("the connection was lost before the standbys had confirmed what was read")
+
+    async def _report(self, report: MemberReport) -> None:
         await self._commit(_REPORT, report.member_id, msgspec.json.encode(report)[:REPORT_BYTES_MAX])
         self._reported_ns = boot_ns()
-        return await self.members()
 
     async def members(self) -> list[MemberReport]:
         """The newest reports, without those that can't be read."""

@@ -8,6 +8,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from minikms.api import MemberReport
 from minikms.processes.postgresql import NodeConnection
 from minikms_replicator import deciding, process, serving, tables
 from tests.minikms_replicator import fake_member
@@ -67,6 +68,27 @@ async def test_a_member_fills_empty_tables_and_another_one_follows(database: str
         assert second.keyring == b"another keyring"
         assert second.mode == "following"
         await until(lambda: {one.member_id for one in second.members} == {"m1", "m2"})
+
+
+async def test_a_member_follows_only_what_the_standbys_have(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that lost its standbys may show a change that a failover takes back."""
+    asked: list[str] = []
+    confirm = tables.Tables.confirm
+
+    async def unconfirmed(self: tables.Tables, report: MemberReport) -> None:
+        asked.append(report.member_id)
+        raise tables.TablesError("no standby confirms")
+
+    url = await fresh(database)
+    first, second = Member("m1", begins=True), Member("m2")
+    monkeypatch.setattr(tables.Tables, "confirm", unconfirmed)
+    async with replicating(url, first, second):
+        await until(lambda: first.mode == "serving")
+        first.change(1, keyring=b"keyring")
+        await until(lambda: len(asked) > 1)
+        assert second.number == 0 and not second.files
+        monkeypatch.setattr(tables.Tables, "confirm", confirm)
+        await until(lambda: second.files == first.files)
 
 
 async def test_a_lost_host_is_followed_by_another_one(database: str, short: None) -> None:
