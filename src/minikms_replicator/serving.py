@@ -50,7 +50,7 @@ class Server:
             answer = await self._next(held, report)
             if answer is None:
                 if boot_ns() > granted_ns + LEASE_NS:
-                    await self._tables.release(held.term, member)
+                    await self._tables.release(held.term, member, seals)
                     return
                 await asyncio.sleep(PAUSE_S)
                 position = await self._position()
@@ -59,12 +59,12 @@ class Server:
                 commit = None
             else:
                 position, commit = answer.position, answer.commit
-                if answer.release:
-                    await self._tables.release(held.term, member)
-                    return
+            seals, report = max(seals, position.seals), position.report
+            if answer is not None and answer.release:
+                await self._tables.release(held.term, member, seals)
+                return
             if position.mode not in SERVING:
                 return
-            seals, report = max(seals, position.seals), position.report
             held = await self._commit(member, held, commit, seals, granted_ns + LEASE_NS)
 
     async def _next(self, lease: Lease, report: MemberReport | None) -> ReplicaNextAnswer | None:

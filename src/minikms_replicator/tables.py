@@ -123,7 +123,8 @@ stones AS (DELETE FROM kms_tombstone WHERE (SELECT empty FROM head))
 SELECT term, number, seals, wanted FROM head
 """
 _RELEASE: Final = (
-    f"UPDATE kms_head SET renewals = renewals + 1, member = '' WHERE term = $1 AND member = $2 {_RETURNING}"
+    "UPDATE kms_head SET renewals = renewals + 1, member = '', seals = greatest(seals, $3)"
+    f" WHERE term = $1 AND member = $2 {_RETURNING}"
 )
 _WANT: Final = f"UPDATE kms_head SET wanted = $1 WHERE wanted <> $1 {_RETURNING}"
 _SEAL: Final = f"UPDATE kms_head SET seals = $1 WHERE seals < $1 {_RETURNING}"
@@ -243,7 +244,7 @@ class Tables:
 
     async def parts(self, number: int, tombstones: int) -> AsyncIterator[Part]:
         """What came after this change and this number of tombstones; the last part is complete. In a snapshot."""
-        after: tuple[int, str] = (number, "\U0010ffff")
+        after: tuple[int, str] = (number + 1, "")
         while True:
             files = await self._fetch(_FILES, *after)
             records = await self._fetch(_TOMBSTONES, tombstones)
@@ -294,8 +295,9 @@ class Tables:
             _TAKE, head.term, head.renewals, position.member_id, position.keyring_id, position.term
         )
 
-    async def release(self, term: int, member: str) -> None:
-        await self._commit(_RELEASE, term, member)
+    async def release(self, term: int, member: str, seals: int) -> None:
+        """With the seals: whoever takes over has to know of them."""
+        await self._commit(_RELEASE, term, member, seals)
 
     async def want(self, member: str) -> None:
         """The member is to take over."""

@@ -115,6 +115,8 @@ class Member:
         self._check_reached()
         if not self._answered_ns <= request.asked_ns <= boot_ns() or boot_ns() >= request.asked_ns + LEASE_NS:
             raise ConflictError("no time of a lease")
+        if self.mode == "sealed":
+            return ReplicaNextAnswer(self.position(), release=True)
         if self.mode == "following":
             if request.number != self.number and not self.fills:
                 raise ConflictError("not at the end")
@@ -138,7 +140,7 @@ class Member:
         if self.out is None and self.waiting:
             self.out = self.waiting.pop(0)
         self._answered_ns = boot_ns()
-        return ReplicaNextAnswer(self.position(), commit=self.out)
+        return ReplicaNextAnswer(self.position(), commit=self.out, release=self.mode == "sealed")
 
     def _check_reached(self) -> None:
         if self.away:

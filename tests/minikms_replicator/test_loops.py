@@ -166,6 +166,20 @@ async def test_seals_reach_the_head_from_every_member(database: str) -> None:
         await connection.close()
 
 
+async def test_a_head_that_a_seal_releases_tells_of_the_seal(database: str) -> None:
+    """Nobody takes it over before it has seen that."""
+    first = Member("m1", begins=True)
+    async with replicating(await fresh(database), first):
+        await filled(first)
+        first.mode, first.seals = "sealed", 1
+        connection = await asyncpg.connect(database)
+        async with asyncio.timeout(60):
+            while await connection.fetchval("SELECT member FROM kms_head"):
+                await asyncio.sleep(0.001)
+        assert await connection.fetchval("SELECT seals FROM kms_head") == 1
+        await connection.close()
+
+
 async def test_a_member_whose_term_is_over_commits_nothing(database: str, short: None) -> None:
     first = Member("m1", begins=True)
     async with replicating(await fresh(database), first):

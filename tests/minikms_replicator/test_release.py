@@ -39,7 +39,7 @@ class Head:
     async def renew(self, term: int, member: str, numbers: object, seals: int) -> Lease:
         return Lease(term, 0, 0, "", self._clock())
 
-    async def release(self, term: int, member: str) -> None:
+    async def release(self, term: int, member: str, seals: int) -> None:
         self.released_ns = self._clock()
 
 

@@ -89,7 +89,7 @@ async def test_of_two_that_take_over_at_once_one_does(database: str) -> None:
         taken = await asyncio.gather(one.take_over(head, first.position()), two.take_over(head, second.position()))
         assert sorted(lease is None for lease in taken) == [False, True]
         term = (await one.head()).term
-        await one.release(term, "m3")
+        await one.release(term, "m3", 0)
         assert (await one.head()).member in ("m1", "m2"), "of another member nothing is released"
 
 
@@ -97,7 +97,7 @@ async def test_tables_of_another_keyring_are_not_taken(database: str) -> None:
     async with opened(await fresh(database)) as found:
         lease = await taken(found, Member("m1", begins=True))
         await found.change(lease.term, "m1", commit(1, keyring=b"k"), 0)
-        await found.release(lease.term, "m1")
+        await found.release(lease.term, "m1", 0)
         connection = await asyncpg.connect(database)
         await connection.execute("UPDATE kms_head SET keyring_id = 'kr_other'")
         await connection.close()
