@@ -51,6 +51,10 @@ class OpenedMember:
     async def stop(self) -> None:
         """Serves no more."""
         self.directory.stop_serving()
+        await self.halt()
+
+    async def halt(self) -> None:
+        """Its replicator carries nothing more."""
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait([self._running])

@@ -120,7 +120,7 @@ class StoredKeyring:
         changes. Raises StorageUnavailableError, SealedError, StandbyError.
         """
         async with self._lock:
-            self.require_keys()
+            self.require_changes()
             try:
                 body = make(self.body)
                 if body is not self.body:
@@ -133,10 +133,10 @@ class StoredKeyring:
     async def held(self) -> AsyncIterator[Callable[[Body], Awaitable[None]]]:
         """No other change runs inside the block. It gets a function that replaces the body, durable on return. The
         function raises SealedError, StorageUncertainError if the new body may be on disk or in the database, and
-        another StorageUnavailableError if it is not. Raises SealedError.
+        another StorageUnavailableError if it is not. Raises SealedError, StandbyError.
         """
         async with self._lock:
-            self.require_keys()
+            self.require_changes()
             try:
                 yield self._replace
             finally:
@@ -146,6 +146,19 @@ class StoredKeyring:
         """Raises SealedError."""
         if self._sealed:
             raise SealedError("the key service is sealed, so no key is changed")
+
+    def require_changes(self) -> None:
+        """Call it before keys are made for the next body: those of a body that is followed may have their versions.
+        Raises SealedError, StandbyError.
+        """
+        self.require_keys()
+        if self.replication is not None:
+            self.replication.require_serving()
+
+    async def idle(self) -> None:
+        """Returns when the changes that have begun have ended, with the keys that were made for them."""
+        async with self._lock:
+            return
 
     async def _replace(self, body: Body) -> None:
         self.require_keys()

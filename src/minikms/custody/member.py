@@ -120,14 +120,17 @@ class MemberDirectory:
         if not self.fills:
             self._following.entries = None if self.behind else self._queue.position.entries
 
+    def require_serving(self) -> None:
+        if not self._serving.is_set():
+            raise StandbyError
+
     async def serving(self) -> None:
         await self._serving.wait()
 
     @asynccontextmanager
     async def committed(self, written: Written) -> AsyncIterator[None]:
         """See `minikms.custody.replication.Replication`."""
-        if not self._serving.is_set():
-            raise StandbyError
+        self.require_serving()
         async with self._committed(written):
             yield
 
@@ -219,6 +222,7 @@ class MemberDirectory:
         async with self._one_follows:
             if self.serves:
                 raise ConflictError("this host serves")
+            await self._vault.keyring.idle()
             self._settle()
             if self._following.entries is None:
                 raise KeysNotReadError("the key files of this host have to be read first")

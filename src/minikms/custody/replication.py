@@ -34,6 +34,9 @@ class Replication(Protocol):
         Raises StandbyError, also when the outcome is not known: then the member follows.
         """
 
+    def require_serving(self) -> None:
+        """Raises StandbyError unless changes are taken."""
+
     async def serving(self) -> None:
         """Returns when changes are taken. For work that a member goes on with only while it serves."""
 

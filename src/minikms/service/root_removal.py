@@ -128,7 +128,7 @@ class RootRemoval:
         """`make`: the next body, with its keys made, from the last line under the present audit key."""
 
         async def store(last: Head) -> AuditKey:
-            self._vault.keyring.require_keys()
+            self._vault.keyring.require_changes()
             await replace(make(last))
             return audit_keys(self._vault.unlocked).current
 

@@ -11,9 +11,16 @@ import msgspec
 import pytest
 
 from minikms import api
-from minikms.api.errors import ConflictError, KeyDestroyedError, ReplicaForkedError, ReplicaRolledBackError
+from minikms.api.errors import (
+    ConflictError,
+    KeyDestroyedError,
+    KmsRefusedError,
+    ReplicaForkedError,
+    ReplicaRolledBackError,
+    StandbyError,
+)
 from minikms.keys import dek, root_slots
-from minikms.keys.keyring import next_epoch
+from minikms.keys.keyring import Body, next_epoch
 from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import now_rfc3339
 from tests.harness.disk_faults import flip
@@ -343,6 +350,39 @@ async def test_a_member_that_lost_the_lease_follows_what_became_of_its_change(tm
         await both.a.follow()
         assert written(both.a.one.directory) == written(both.b.one.directory)
         assert len(key_ids(both.a)) == 4
+
+
+async def test_a_change_that_was_cut_off_takes_no_key_of_what_is_followed(tmp_path: Path) -> None:
+    """Both have the next KEK version; the one that waits for the database zeroes its own when it is refused."""
+    async with two(tmp_path) as both:
+        replicator = both.a.replicator
+        await both.a.halt()
+        changing = asyncio.create_task(both.a.one.begin())
+        commit = await both.a.directory.next_commit(1)
+        assert commit is not None and replicator.database.commit(replicator.term, "m1", commit)
+        both.a.directory.stop_serving()
+        await both.a.follow()  # in the same step of the loop
+        with pytest.raises(KmsRefusedError):
+            await changing
+        assert both.a.vault.unlocked.kek(2)
+        assert both.a.vault.keyring.body.wrapping_kek.version == 2
+
+
+async def test_a_standby_makes_no_key_for_a_change(tmp_path: Path) -> None:
+    """It would have the version of a key that is followed."""
+    made: list[Body] = []
+
+    def make(body: Body) -> Body:
+        made.append(body)
+        return next_epoch(body, at=AT)
+
+    async with two(tmp_path) as both:
+        with pytest.raises(StandbyError):
+            await both.b.vault.keyring.change(make)
+        with pytest.raises(StandbyError):
+            async with both.b.vault.keyring.held():
+                made.append(both.b.vault.keyring.body)
+    assert not made
 
 
 async def test_a_change_of_another_history_is_a_fork(tmp_path: Path) -> None:
