@@ -1,9 +1,9 @@
 """The loop of a member that does not serve: it gives the daemon what the others have changed, and takes over.
 
 Owns: one step of it. Invariants: what the daemon gets in one go is of one snapshot; the last part of it comes after the
-node has confirmed a commit that is later than the snapshot, so a member never has what a failover of the database
-loses. It must never take over a head that
-`deciding.why_not` does not allow, nor one that is not as it was read.
+node has confirmed a commit that is later than the snapshot, so the mark never names a change that a failover of the
+database loses. It must never take over a head that `deciding.why_not` does not allow, nor one that is not as it was
+read.
 """
 
 from __future__ import annotations
