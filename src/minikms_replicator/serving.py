@@ -50,7 +50,7 @@ class Server:
             answer = await self._next(held, report)
             if answer is None:
                 if boot_ns() > granted_ns + LEASE_NS:
-                    await self._tables.release(held.term, member, seals)
+                    await self._tables.release(held, member, seals)
                     return
                 await asyncio.sleep(PAUSE_S)
                 position = await self._position()
@@ -61,7 +61,7 @@ class Server:
                 position, commit = answer.position, answer.commit
             seals, report = max(seals, position.seals), position.report
             if answer is not None and answer.release:
-                await self._tables.release(held.term, member, seals)
+                await self._tables.release(held, member, seals)
                 return
             if position.mode not in SERVING:
                 return

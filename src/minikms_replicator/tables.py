@@ -95,7 +95,7 @@ _TOMBSTONES: Final = (
     f"SELECT position, substring(record FOR {RECORD_BYTES + 1}) AS record FROM kms_tombstone WHERE position > $1"
     f" ORDER BY position LIMIT {PART_RECORDS}"
 )
-_RETURNING: Final = "RETURNING term, number, seals, wanted"
+_RETURNING: Final = "RETURNING term, renewals, number, seals, wanted"
 _RENEW: Final = (
     "UPDATE kms_head SET renewals = renewals + 1, seals = greatest(seals, $4)"
     f" WHERE term = $1 AND member = $2 AND number = ANY($3::bigint[]) {_RETURNING}"
@@ -112,7 +112,7 @@ files AS (INSERT INTO kms_file (key_id, content, number)
 stones AS (INSERT INTO kms_tombstone (position, record)
     SELECT $11 + new.place, new.record FROM unnest($12::bytea[]) WITH ORDINALITY AS new (record, place)
     WHERE EXISTS (SELECT 1 FROM head))
-SELECT term, number, seals, wanted FROM head
+SELECT term, renewals, number, seals, wanted FROM head
 """
 _TAKE: Final = f"""
 WITH head AS (UPDATE kms_head SET term = greatest(term, $5) + 1, member = $3, renewals = renewals + 1, wanted = '',
@@ -120,11 +120,11 @@ WITH head AS (UPDATE kms_head SET term = greatest(term, $5) + 1, member = $3, re
     {_RETURNING}, octet_length(keyring) = 0 AS empty),
 files AS (DELETE FROM kms_file WHERE (SELECT empty FROM head)),
 stones AS (DELETE FROM kms_tombstone WHERE (SELECT empty FROM head))
-SELECT term, number, seals, wanted FROM head
+SELECT term, renewals, number, seals, wanted FROM head
 """
 _RELEASE: Final = (
-    "UPDATE kms_head SET renewals = renewals + 1, member = '', seals = greatest(seals, $3)"
-    f" WHERE term = $1 AND member = $2 {_RETURNING}"
+    "UPDATE kms_head SET renewals = renewals + 1, member = '', seals = greatest(seals, $4)"
+    f" WHERE term = $1 AND member = $2 AND renewals = $3 {_RETURNING}"
 )
 _WANT: Final = f"UPDATE kms_head SET wanted = $1 WHERE wanted <> $1 {_RETURNING}"
 _SEAL: Final = f"UPDATE kms_head SET seals = $1 WHERE seals < $1 {_RETURNING}"
@@ -167,6 +167,7 @@ class Lease(NamedTuple):
     """The head after a confirmed commit of its member, which began at `asked_ns`."""
 
     term: int
+    renewals: int
     number: int
     seals: int
     wanted: str
@@ -295,9 +296,11 @@ class Tables:
             _TAKE, head.term, head.renewals, position.member_id, position.keyring_id, position.term
         )
 
-    async def release(self, term: int, member: str, seals: int) -> None:
-        """With the seals: whoever takes over has to know of them."""
-        await self._commit(_RELEASE, term, member, seals)
+    async def release(self, lease: Lease, member: str, seals: int) -> None:
+        """With the seals: whoever takes over has to know of them. Nothing if it was renewed since: another process
+        beside this daemon goes on with it.
+        """
+        await self._commit(_RELEASE, lease.term, member, lease.renewals, seals)
 
     async def want(self, member: str) -> None:
         """The member is to take over."""

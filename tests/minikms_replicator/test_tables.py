@@ -88,16 +88,30 @@ async def test_of_two_that_take_over_at_once_one_does(database: str) -> None:
         first, second = Member("m1", begins=True), Member("m2", begins=True)
         taken = await asyncio.gather(one.take_over(head, first.position()), two.take_over(head, second.position()))
         assert sorted(lease is None for lease in taken) == [False, True]
-        term = (await one.head()).term
-        await one.release(term, "m3", 0)
+        (lease,) = filter(None, taken)
+        await one.release(lease, "m3", 0)
         assert (await one.head()).member in ("m1", "m2"), "of another member nothing is released"
+
+
+async def test_a_lease_that_was_renewed_by_another_process_is_not_released(database: str) -> None:
+    """Of a replicator that stood still, while another one of the same host went on."""
+    url = await fresh(database)
+    async with opened(url) as one, opened(url) as two:
+        lease = await taken(one, Member("m1", begins=True))
+        renewed = await two.renew(lease.term, "m1", [0], 0)
+        await one.release(lease, "m1", 0)
+        assert (await one.head()).member == "m1"
+        assert renewed is not None
+        await two.release(renewed, "m1", 0)
+        assert (await one.head()).member == ""
 
 
 async def test_tables_of_another_keyring_are_not_taken(database: str) -> None:
     async with opened(await fresh(database)) as found:
         lease = await taken(found, Member("m1", begins=True))
         await found.change(lease.term, "m1", commit(1, keyring=b"k"), 0)
-        await found.release(lease.term, "m1", 0)
+        lease = await found.renew(lease.term, "m1", [1], 0) or lease
+        await found.release(lease, "m1", 0)
         connection = await asyncpg.connect(database)
         await connection.execute("UPDATE kms_head SET keyring_id = 'kr_other'")
         await connection.close()
