@@ -267,18 +267,18 @@ class Member:
         self._number, self._serving = request.number, self._mark.member_id
         self._learn_seals(request.seals)
         directory = self._directory
-        if directory is None:
-            return api.ReplicaNextAnswer(self.position(), release=True)
-        if self.state.has_lease:
+        if self.state.has_lease and directory is not None:
             self._renew(request, directory, now_ns)
-        elif self._may_take_over(request):
+        elif self._may_take_over(request) and directory is not None:
             self._begin_take_over(request, directory, now_ns)
-        commit = await directory.next_commit(api.POLL_SECONDS_MAX) if self.state.has_lease else None
+        commit = None
+        if self.state.has_lease and directory is not None:
+            commit = await directory.next_commit(api.POLL_SECONDS_MAX)
         granted = self.state.has_lease and self.state.term == request.term and bool(self.lease.left_ns(boot_ns()))
         self.state.answered(boot_ns())
-        return api.ReplicaNextAnswer(
-            self.position(), commit if granted else None, release=not granted and not self._may_take_over(request)
-        )
+        # Nobody takes over before the database has the seal that was asked for here.
+        keeps = granted or self._may_take_over(request) or (self.state.mode == "sealed" and not self.seals.are_known)
+        return api.ReplicaNextAnswer(self.position(), commit if granted else None, release=not keeps)
 
     def _renew(self, request: api.ReplicaNextRequest, directory: MemberDirectory, now_ns: int) -> None:
         """Grants the lease until the next commit, or ends it."""

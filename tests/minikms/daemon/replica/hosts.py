@@ -33,7 +33,7 @@ from tests.harness.replica_database import ReplicaDatabase, Tables
 from tests.harness.waiting import wait_until
 
 LAUNCHER = ("-m", "tests.minikms.daemon.replica.hosts")
-LEASE_SECOND_NS = 150_000_000
+LEASE_SECOND_NS = 250_000_000
 LEASE_S = api.LEASE_SECONDS * LEASE_SECOND_NS / 1e9
 STALE_S = LEASE_S * 1.3
 AT = "2026-01-01T00:00:00Z"

@@ -264,6 +264,16 @@ async def test_a_seal_of_another_member_seals_and_is_obeyed_once(world: World) -
     assert world.steps.count("sealed") == 1
 
 
+async def test_a_sealed_host_keeps_the_head_until_the_others_can_know(world: World) -> None:
+    await world.grant()
+    world.member.seals.ask()
+    world.member.sealed()
+    answer = await world.grant()
+    assert (answer.position.mode, answer.position.seals, answer.release) == ("sealed", 2, False)
+    assert (await world.grant(seals=2)).release
+    assert "sealed" not in world.steps
+
+
 async def test_a_refusal_is_raised_once_and_shown_then(world: World) -> None:
     world.directory.fails = ReplicaForkedError("two histories")
     with pytest.raises(ReplicaForkedError):
