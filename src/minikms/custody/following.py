@@ -244,6 +244,8 @@ class Following:
                     if dek.parse(old, key_id).version > record.version:
                         raise ReplicaRolledBackError(f"the database has an older file of key {key_id} than this host")
                 found.append(_File(record, content, old, key_id in present))
+            else:
+                self._vault.adopt(record)  # a start before its KEK was here did not
         return found
 
     async def verified(self, contents: Mapping[str, bytes]) -> dict[str, DekRecord]:

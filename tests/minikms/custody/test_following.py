@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,15 +19,17 @@ from minikms.api.errors import (
     ReplicaForkedError,
     ReplicaRolledBackError,
     StandbyError,
+    StorageUnavailableError,
 )
+from minikms.custody.keyring_file import KeyringFile
 from minikms.keys import dek, root_slots
 from minikms.keys.keyring import Body, next_epoch
 from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import now_rfc3339
-from tests.harness.disk_faults import flip
+from tests.harness.disk_faults import flip, refuse
 from tests.harness.members import OpenedMember, join, make_first, opened_member
 from tests.harness.replica_database import ReplicaDatabase, Tables, text
-from tests.harness.vaults import create
+from tests.harness.vaults import create, key_file
 from tests.minikms.keys.keyrings import AT, NEW_ROOT
 
 Requests = list[api.ReplicaFollowRequest]
@@ -114,6 +117,30 @@ async def test_a_member_follows_a_rotation_and_the_end_of_a_kek(tmp_path: Path) 
         assert both.b.one.kek_states() == {1: "destroyed", 2: "active"}
         assert both.b.one.keys(key_ids(both.a)) == both.a.one.keys(key_ids(both.a))
         assert both.b.vault.index.by_kek[2] == 4
+
+
+async def test_keys_whose_files_came_before_their_kek_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the files of a part and the keyring."""
+    async with two(tmp_path) as both:
+        await both.a.one.begin()
+        (made,) = await both.a.one.make(1)
+        await both.b.stop()
+        with monkeypatch.context() as failing:
+            failing.setattr(KeyringFile, "store_now", refuse)
+            with pytest.raises(StorageUnavailableError):
+                await both.b.follow()
+        shutil.copytree(tmp_path / "b", tmp_path / "c")
+        shutil.copy2(key_file(tmp_path / "b"), key_file(tmp_path / "c"))
+        async with opened_member(tmp_path / "c", both.a.replicator.database) as c:
+            running = asyncio.create_task(c.one.indexing.run())
+            await c.one.indexing.wait_complete()
+            assert c.vault.unreadable.count == 1
+            await c.follow()
+            assert c.vault.unreadable.count == 0
+            assert c.vault.index.entry(made) is not None
+            running.cancel()
 
 
 async def test_a_key_of_a_new_kek_is_followed_in_parts(tmp_path: Path) -> None:
