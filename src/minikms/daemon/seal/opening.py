@@ -39,7 +39,9 @@ class Opener:
         self.position = AuditorPosition()
         self.started_ns = time.time_ns()
         self.later_keyring = b""
-        """What the database has, under a keyring key that only the root key of this host opens."""
+        """What the database has, under a keyring key that only the root key of this host opens. Of the next opening
+        only: nobody has verified it, and without it the host opens as it is.
+        """
         self._source_read = False
         self._source_slot_id = ""
         """The slot whose root key the daemon's own source held when it was last read or rewritten; empty: not known."""
@@ -54,7 +56,7 @@ class Opener:
             options = options._replace(
                 accept_restore=False, accept_audit_loss=False, expect_audit_head=self._expected_head
             )
-        options = options._replace(later_keyring=self.later_keyring)
+        options, self.later_keyring = options._replace(later_keyring=self.later_keyring), b""
         self._source_read |= own
         data = open_for_service(process.lock, root, arena=process.arena, disk=process.workers.disk, options=options)
         slot_id = data.slot.slot_id

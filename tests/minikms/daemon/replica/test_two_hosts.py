@@ -9,13 +9,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from minikms import Client, api
 from minikms.api import errors
 from minikms.cli.status import page as status_page
 from minikms.daemon.lagging import SERVED
+from minikms.keys import keyring
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.replica_database import text
 from tests.harness.unix_http import unix_request
 from tests.harness.waiting import wait_until
 from tests.minikms.daemon.replica.hosts import LEASE_S, Hosts, Replicator, hosts
@@ -287,6 +290,22 @@ def test_older_and_reordered_parts_change_nothing(both: Hosts) -> None:
             with pytest.raises((errors.ReplicaRolledBackError, errors.ConflictError)):
                 standby.kms.replica_follow(part)
         assert sorted((path, path.read_bytes()) for path in standby.daemon.data_dir.rglob("*.json")) == before
+    assert sides(both)[0].daemon is serving.daemon
+
+
+def test_a_forged_keyring_closes_a_standby_until_its_next_unseal(both: Hosts) -> None:
+    """Only a root key can tell that it is forged."""
+    serving, standby = sides(both)
+    with standby.replicator.away():
+        body, _, tag = keyring.parse_file(both.database.tables.keyring)
+        forged = msgspec.structs.replace(body, epoch=body.epoch + 1, key_version=body.key_version + 1)
+        (part,) = both.database.tables.parts(0, 0)
+        assert isinstance(part.head, api.ReplicaHead)
+        part.head.keyring = text(keyring.encode_file(keyring.encode_body(forged), tag))
+        with contextlib.suppress(errors.SealedError):
+            standby.kms.replica_follow(part)
+        assert standby.mode == "sealed"
+        assert not standby.kms.unseal().sealed
     assert sides(both)[0].daemon is serving.daemon
 
 
