@@ -15,14 +15,27 @@ from pathlib import Path
 from typing import Final
 
 from tests import needs
-from tests.cluster import faults, mutants
+from tests.cluster import faults, kms_faults, kms_history, kms_load, mutants
 from tests.cluster.history import recoveries, too_slow, violations
+from tests.cluster.kms_hosts import KEYS, KeyCluster
 from tests.cluster.load import Load
-from tests.cluster.machines import ADMIN, APPLICATIONS, BACKEND, BASE, DATABASES, PORT, Cluster, Variant, run, started
+from tests.cluster.machines import (
+    ADMIN,
+    APPLICATIONS,
+    BACKEND,
+    BASE,
+    DATABASES,
+    KMS_UID,
+    PORT,
+    Cluster,
+    Variant,
+    run,
+    start,
+)
 
 INSIDE = "TESTS_CLUSTER_INSIDE"
-CLOCKS_S = {"app2": 3600, "app3": -3600}
-"""How far the clocks of the message servers are ahead."""
+CLOCKS_S = {"app2": 3600, "app3": -3600, "key2": 3600, "key3": -3600}
+"""How far the clocks of the hosts are ahead."""
 SEEN_TOO_EARLY: Final = (" was seen at ", " before what a reader saw ", " have different orders")
 """Parts of violations that follow if a reader has seen a write that a failover loses. Its client, which has no answer,
 makes it again, behind what others have written meanwhile."""
@@ -30,7 +43,13 @@ makes it again, behind what others have written meanwhile."""
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster", description=__doc__.partition("\n")[0])
-    parser.add_argument("--faults", default="", help=f"a comma-separated list of {', '.join(faults.FAULTS)}; or quiet")
+    parser.add_argument(
+        "--faults",
+        default="",
+        help=f"a comma-separated list of {', '.join(faults.FAULTS)}; quiet; "
+        f"with --key-hosts of {', '.join(kms_faults.FAULTS)}",
+    )
+    parser.add_argument("--key-hosts", action="store_true", help="with a key service on three hosts")
     parser.add_argument("--upgrade", action="store_true", help="also change the number of the tables for a moment")
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS), help="of a version that breaks a rule")
     parser.add_argument("--seed", type=int, default=1)
@@ -43,10 +62,13 @@ def main() -> int:
     run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm")
     BASE.mkdir(mode=0o755)
     variant = mutants.variant(given.mutant, BASE / "source") if given.mutant else Variant()
-    made = started(variant._replace(ahead_s=CLOCKS_S))
+    made = (KeyCluster if given.key_hosts else Cluster)(variant._replace(ahead_s=CLOCKS_S))
+    start(made)
     if given.faults or given.upgrade:
         names = [one for one in given.faults.split(",") if one]
         try:
+            if isinstance(made, KeyCluster):
+                return _break_keys(made, names, given.seed)
             return _break(made, names, given.seed, upgrade=given.upgrade)
         finally:
             if given.logs:
@@ -69,6 +91,8 @@ def _describe(made: Cluster) -> None:
     for host in APPLICATIONS:
         url = f"http://{made.address(host)}:{PORT}/v1/threads?author=ada"
         print(f"{host}: curl -H 'X-API-Key: {BACKEND}' '{url}'  (admin: {ADMIN})")
+    for socket in made.kms_sockets:
+        print(f"key service: minikms status --socket {socket}")
     print(f"hosts of the database: {', '.join(f'{host} {made.address(host)}' for host in DATABASES)}")
     print("a shell beside the programs: nsenter --all --target $(pgrep --full '^sh -c trap.*tests.cluster')")
     print(f"the logs are there in {BASE}")
@@ -99,6 +123,31 @@ def _break(made: Cluster, names: list[str], seed: int, *, upgrade: bool) -> int:
     broken = [*violations(history), *too_slow(history), *failed, *load.errors]
     if {faults.unreplicated_waits_ended.__name__, faults.unreplicated_waits_cancelled.__name__} & set(names):
         broken = [one for one in broken if not any(part in one for part in SEEN_TOO_EARLY)]
+    return _report(broken)
+
+
+def _break_keys(made: KeyCluster, names: list[str], seed: int) -> int:
+    """1 if a rule was broken."""
+    load = kms_load.Load(dict(zip(KEYS, made.kms_sockets, strict=True)), seed, server_uid=KMS_UID)
+    messages = Load([made.address(host) for host in APPLICATIONS], seed)
+    with messages.running(), load.running():
+        time.sleep(faults.BEFORE_S)
+        for name in names:
+            try:
+                kms_faults.inflict(kms_faults.FAULTS[name], made, load)
+            except (AssertionError, RuntimeError) as error:
+                load.errors.append(f"{name}: {error}"[:400])
+        with load.fault(kms_faults.nothing.__name__):
+            time.sleep(faults.QUIET_S)
+    print(f"{'fault':<28}{'no use, s':>10}{'no new key, s':>15}{'calls':>8}")
+    for one in kms_history.outages(load.history):
+        print(f"{one.fault:<28}{one.used_s:>10.1f}{one.changed_s:>15.1f}{one.calls:>8}")
+    print(f"{len(load.history)} calls, {len(messages.history)} operations on messages")
+    found = [f"messages: {one}" for one in (*violations(messages.history), *messages.errors)]
+    return _report([*kms_history.violations(load.history), *load.errors, *found])
+
+
+def _report(broken: list[str]) -> int:
     print("\n".join([f"VIOLATION {one}" for one in broken] or ["no violation"]), flush=True)
     return 1 if broken else 0
 

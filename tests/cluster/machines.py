@@ -59,7 +59,7 @@ class Variant(NamedTuple):
     """By host, how far the clock of its message server is ahead."""
 
 
-def run(*command: object, host: str = "", user: str = "") -> str:
+def run(*command: object, host: str = "", user: str | int = "") -> str:
     """Runs a program to its end; what it printed."""
     words = [*_prefix(host, user), *map(str, command)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=START_S_MAX, check=False, cwd="/")
@@ -101,6 +101,8 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
 class Cluster:
     """See the module. `network`: the third byte of its addresses."""
 
+    hosts: tuple[str, ...] = (*DATABASES, *APPLICATIONS)
+
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
         self.network = 0
@@ -115,7 +117,7 @@ class Cluster:
     # --- the network ----------------------------------------------------------------------------------------------
     def address(self, host: str) -> str:
         kind, number = host[:-1], int(host[-1])
-        return f"10.213.{self.network}.{({'db': 10, 'app': 20}[kind]) + number}"
+        return f"10.213.{self.network}.{({'db': 10, 'app': 20, 'key': 30}[kind]) + number}"
 
     def make_network(self) -> None:
         """A bridge in a namespace of its own, and a link to it from each host and from the outside."""
@@ -130,7 +132,7 @@ class Cluster:
         run("ip", "addr", "add", f"10.213.{self.network}.1/24", "dev", f"cluster{self.network}")
         run("ip", "link", "set", f"cluster{self.network}", "up")
         run("ip", "-n", "switch", "link", "set", "outside", "master", "bridge0", "up")
-        for host in (*DATABASES, *APPLICATIONS):
+        for host in self.hosts:
             run("ip", "netns", "add", host)
             run("ip", "-n", host, "link", "add", "eth0", "type", "veth", "peer", host, "netns", "switch")
             run("ip", "-n", "switch", "link", "set", host, "master", "bridge0", "up")
@@ -138,7 +140,7 @@ class Cluster:
             run("ip", "-n", host, "link", "set", "eth0", "up")
             run("ip", "-n", host, "link", "set", "lo", "up")
         hosts = BASE / "hosts"
-        names = [f"{self.address(host)} {host}" for host in (*DATABASES, *APPLICATIONS)]
+        names = [f"{self.address(host)} {host}" for host in self.hosts]
         hosts.write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
         run("mount", "--bind", hosts, "/etc/hosts")
 
@@ -159,7 +161,7 @@ class Cluster:
     def start(
         self, host: str, program: str, user: str | int, command: list[object], environ: Mapping[str, str] = os.environ
     ) -> None:
-        words = [*_prefix(host, user), *map(str, command)]
+        words = [*self.before(host), *_prefix(host, user), *map(str, command)]
         with (BASE / f"{host}-{program}.log").open("ab") as log:
             process = subprocess.Popen(words, env=environ, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.processes[host, program] = process
@@ -247,6 +249,7 @@ class Cluster:
                 "pg_hba": [
                     "local all all trust",
                     "hostssl progressdb progressdb samenet trust clientcert=verify-ca",
+                    "hostssl minikms minikms samenet trust clientcert=verify-ca",
                     "host all superuser,rewind samenet scram-sha-256",
                     "host replication replication samenet scram-sha-256",
                 ],
@@ -273,21 +276,51 @@ class Cluster:
         wait_until((home / "socket").exists, seconds=START_S_MAX)
 
     @property
-    def url(self) -> str:
-        files = f"sslrootcert={BASE}/ca.pem&sslcert={BASE}/client/client.pem&sslkey={BASE}/client/client.key"
-        return f"postgresql://progressdb@{','.join(DATABASES)}/progressdb?sslmode=verify-full&{files}"
+    def kms_sockets(self) -> list[Path]:
+        """Of the hosts of the key service."""
+        return [BASE / "kms" / "socket"]
+
+    def url(self, user: str, files: Path) -> str:
+        """Of the user's database, which has its name. `files`: the directory of its certificate."""
+        named = f"sslrootcert={BASE}/ca.pem&sslcert={files}/client.pem&sslkey={files}/client.key"
+        return f"postgresql://{user}@{','.join(DATABASES)}/{user}?sslmode=verify-full&{named}"
+
+    def certify(self, directory: Path, uid: int) -> Path:
+        """A new directory with a certificate for connections to the database."""
+        directory.mkdir()
+        for path in (directory, *self._ca.issue(extended=(CLIENT,), starts=-6 * HOUR).write(directory)):
+            os.chown(path, uid, uid)
+        return directory
+
+    def environ(self, home: Path) -> dict[str, str]:
+        """Of a program of the project."""
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
+        environ["HOME"] = str(home)  # where libpq's files are looked for
+        if self.variant.source is not None:
+            environ["PYTHONPATH"] = str(self.variant.source)
+        return environ
+
+    def before(self, host: str) -> list[str]:
+        """What starts each program of the host, as root."""
+        return []
+
+    def clock(self, host: str) -> list[object]:
+        """What starts a program whose wall clock is ahead."""
+        if not (ahead := self.variant.ahead_s.get(host)):
+            return []
+        [library] = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
+        # Only the interpreter may load it: its semaphore belongs to the user that loads it first.
+        return ["env", f"LD_PRELOAD={library}", f"FAKETIME={ahead:+}s", "FAKETIME_DONT_FAKE_MONOTONIC=1"]
 
     def start_application(self, host: str) -> None:
         home = BASE / host
         if not home.exists():
             home.mkdir()
             os.chown(home, APPLICATION_UID, APPLICATION_UID)
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("PROGRESSDB_")}
-        environ |= {
-            "HOME": str(home),  # where libpq's files are looked for
-            "PROGRESSDB_STORE_URL": self.url,
+        environ = self.environ(home) | {
+            "PROGRESSDB_STORE_URL": self.url("progressdb", BASE / "client"),
             "PROGRESSDB_STORE_SINGLE_NODE": "1" if self.variant.single_node else "0",
-            "PROGRESSDB_KMS_SOCKET": str(BASE / "kms" / "socket"),
+            "PROGRESSDB_KMS_SOCKET": ",".join(map(str, self.kms_sockets)),
             "PROGRESSDB_KMS_SPAWN": "0",
             "PROGRESSDB_KMS_SERVER_UIDS": str(KMS_UID),
             "PROGRESSDB_API_BACKEND_KEYS": BACKEND,
@@ -295,16 +328,9 @@ class Cluster:
             "PROGRESSDB_API_ADMIN_KEYS": ADMIN,
             "PROGRESSDB_RATE_RPS": "0",
         }
-        if self.variant.source is not None:
-            environ["PYTHONPATH"] = str(self.variant.source)
-        clock: list[object] = []
-        if ahead := self.variant.ahead_s.get(host):
-            [library] = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
-            # Only the interpreter may load it: its semaphore belongs to the user that loads it first.
-            clock = ["env", f"LD_PRELOAD={library}", f"FAKETIME={ahead:+}s", "FAKETIME_DONT_FAKE_MONOTONIC=1"]
         address = f"{self.address(host)}:{PORT}"
         command = [
-            *clock,
+            *self.clock(host),
             sys.executable,
             "-P",
             "-m",
@@ -321,11 +347,7 @@ class Cluster:
     def start_all(self) -> None:
         self.make_network()
         (BASE / "ca.pem").write_bytes(self._ca.pem)
-        client = BASE / "client"
-        client.mkdir()
-        for path in (client, *self._ca.issue(extended=(CLIENT,), starts=-6 * HOUR).write(client)):
-            os.chown(path, APPLICATION_UID, APPLICATION_UID)
-        self.start_kms()
+        self.certify(BASE / "client", APPLICATION_UID)
         for host in DATABASES:
             self.configure(host)
             self.start_etcd(host)
@@ -340,6 +362,7 @@ class Cluster:
         run(*init, "--role", "progressdb", host=primary, user="postgres")
         counted = asyncio.run(tables.examine(local, single_node=True)).connected
         assert counted == (0 if self.variant.synchronous_mode == "off" else 2), "what doctor counts"
+        self.start_kms()
         for host in APPLICATIONS:
             self.start_application(host)
         wait_until(self.serves, seconds=START_S_MAX)
@@ -420,12 +443,10 @@ class Cluster:
         return False
 
 
-def started(variant: Variant) -> Cluster:
-    made = Cluster(variant)
+def start(made: Cluster) -> None:
     try:
         made.start_all()
     except BaseException:
         for log in sorted(BASE.glob("*.log")):
             print(f"--- {log.name}\n{log.read_bytes()[-LOG_BYTES:].decode(errors='replace')}", file=sys.stderr)
         raise
-    return made

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
+from tests.cluster import kms_faults
 from tests.cluster.faults import PARTS
 from tests.cluster.mutants import MUTANTS
 
@@ -39,6 +40,13 @@ def test_no_fault_of_the_cluster_breaks_a_rule(part: str) -> None:
     names = ",".join(fault.__name__ for fault in PARTS[part])
     upgrade = ("--upgrade",) if part == "replication" else ()
     assert run("--faults", names, "--seed", str(secrets.randbelow(10**6)), *upgrade).returncode == 0
+
+
+@pytest.mark.parametrize("part", kms_faults.PARTS)
+def test_no_fault_breaks_a_rule_of_several_key_hosts(part: str) -> None:
+    """The rules of `tests.cluster.kms_history`: never two, nothing acknowledged lost, destroyed is destroyed."""
+    names = ",".join(fault.__name__ for fault in kms_faults.PARTS[part])
+    assert run("--key-hosts", "--faults", names, "--seed", str(secrets.randbelow(10**6))).returncode == 0
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
