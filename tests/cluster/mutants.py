@@ -12,6 +12,7 @@ from tests.cluster.machines import Variant
 
 SOURCE: Final = Path(__file__).parents[2] / "src"
 WRITER: Final = "progressdb_server/store/postgres/writer.py"
+KEY_TABLES: Final = "minikms_replicator/tables.py"
 
 
 class Mutant(NamedTuple):
@@ -80,6 +81,52 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
             ("progressdb_server/store/idempotency.py", "                await self._writer.settled()\n", ""),
         ),
         ("--faults", "unreplicated_waits_ended"),
+        "was acknowledged at",
+    ),
+    "key-hosts-asynchronous": Mutant(
+        Variant(synchronous_mode="off", single_node=True),
+        (),
+        ("--key-hosts", "--faults", "unreplicated_host_killed"),
+        "was acknowledged at",
+    ),
+    "lease-from-the-answer": Mutant(
+        Variant(),
+        ((KEY_TABLES, "return Lease._make((*row, asked_ns))", "return Lease._make((*row, boot_ns()))"),),
+        ("--key-hosts", "--faults", ",".join(["replicator_stopped"] * 3)),
+        " answered at ",
+    ),
+    "term-unchecked": Mutant(
+        Variant(),
+        (
+            (
+                KEY_TABLES,
+                "WHERE term = $1 AND member = $2 AND number = ANY($3::bigint[])",
+                "WHERE $1::bigint > 0 AND $2::text <> '' AND $3::bigint[] <> '{{}}'",
+            ),
+            (
+                KEY_TABLES,
+                "WHERE term = $1 AND member = $2 AND number = $3",
+                "WHERE $1::bigint > 0 AND $2::text <> '' AND $3::bigint >= 0",
+            ),
+        ),
+        ("--key-hosts", "--faults", "key_host_stopped,replicator_stopped"),
+        " answered at ",
+    ),
+    "answer-before-the-commit": Mutant(
+        Variant(),
+        (
+            (
+                "minikms/custody/member.py",
+                "            raise StandbyError\n        async with self._committed(written):\n            yield\n",
+                "            raise StandbyError\n\n"
+                "        async def later() -> None:\n"
+                "            async with self._committed(written):\n"
+                "                pass\n\n"
+                '        self.__dict__.setdefault("later", []).append(asyncio.ensure_future(later()))\n'
+                "        yield\n",
+            ),
+        ),
+        ("--key-hosts", "--faults", "key_host_alone"),
         "was acknowledged at",
     ),
 }
