@@ -129,10 +129,8 @@ def main() -> None:
 
 def _with_tables(config: Path, work: Callable[[Tables], Awaitable[T]]) -> T:
     """Raises StartError."""
-    from minikms.api.errors import StartError, StartLaterError
-    from minikms.processes.postgresql import FAILURES
     from minikms_replicator.config import Files
-    from minikms_replicator.tables import Tables, TablesError
+    from minikms_replicator.tables import Tables, start_errors
 
     database = Files(config).config().database
     tables = Tables(database.url, single_node=database.single_node)
@@ -143,16 +141,13 @@ def _with_tables(config: Path, work: Callable[[Tables], Awaitable[T]]) -> T:
         finally:
             tables.close()
 
-    try:
+    with start_errors():
         return asyncio.run(run())
-    except TablesError as error:
-        raise StartError(str(error)) from None
-    except FAILURES as error:
-        raise StartLaterError(f"the database: {str(error) or type(error).__name__}") from None
 
 
 def _problems(config: Path) -> list[str]:
     """Raises StartError for the configuration."""
+    from minikms.api import ASK_POSITION
     from minikms.api.errors import ForbiddenError, KmsError, StartError
     from minikms.client import Client
     from minikms_replicator.config import Files
@@ -163,8 +158,6 @@ def _problems(config: Path) -> list[str]:
         problems += _with_tables(config, lambda tables: tables.examine())
     except StartError as error:
         problems.append(str(error))
-    from minikms.api import ASK_POSITION
-
     try:
         with Client(found.socket, server_uids=found.server_uids) as kms:
             kms.replica_follow(ASK_POSITION)

@@ -12,8 +12,6 @@ from minikms_replicator.tables import LEASE_NS, Head
 
 WAIT_NS: Final = LEASE_NS + LEASE_NS // 16 + 2 * 1_000_000_000
 """The clocks of two hosts differ in their rates by less than a sixteenth."""
-SERVING: Final = ("taking_over", "serving")
-"""The modes in which a daemon may use a lease."""
 
 
 class Watch:

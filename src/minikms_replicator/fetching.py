@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.base64 import decode_canonical
-from minikms.api.errors import StartError, StartLaterError
+from minikms.api.errors import StartError
 from minikms.api.replica_verbs import ReplicaFile
 from minikms.platform.directory_lock import DataDirLock, make_private_directory
 from minikms.platform.files import (
@@ -25,7 +25,6 @@ from minikms.platform.files import (
     sweep_temps,
     write_files,
 )
-from minikms.processes.postgresql import FAILURES
 from minikms_replicator.tables import CONTENT_BYTES_MAX, RECORD_BYTES, Tables, TablesError
 
 KEYRING: Final = "keyring.json"
@@ -46,7 +45,7 @@ class Fetched(NamedTuple):
 
 
 async def fetch(tables: Tables, data_dir: str) -> Fetched:
-    """Raises StartError, StorageUnavailableError."""
+    """Raises StartError, StorageUnavailableError, TablesError, one of FAILURES."""
     with DataDirLock(data_dir) as lock:
         names = os.listdir(lock.directory_fd)
         if KEYRING in names or MARK not in names:
@@ -54,12 +53,7 @@ async def fetch(tables: Tables, data_dir: str) -> Fetched:
         sweep_temps(lock.directory_fd)
         deks = os.path.join(lock.directory, DEKS)
         make_private_directory(deks)
-        try:
-            return await _fetch(tables, lock.directory_fd, deks)
-        except TablesError as error:
-            raise StartError(str(error)) from None
-        except FAILURES as error:
-            raise StartLaterError(f"the database: {str(error) or type(error).__name__}") from None
+        return await _fetch(tables, lock.directory_fd, deks)
 
 
 async def _fetch(tables: Tables, directory: int, deks: str) -> Fetched:

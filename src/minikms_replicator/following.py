@@ -18,6 +18,7 @@ from msgspec import UNSET, UnsetType
 from minikms.api.base64 import encode_text
 from minikms.api.replica_verbs import (
     ASK_POSITION,
+    LEASED_MODES,
     MemberReport,
     ReplicaFollowRequest,
     ReplicaHead,
@@ -26,7 +27,7 @@ from minikms.api.replica_verbs import (
     ReplicaPosition,
 )
 from minikms.platform.clock import boot_ns
-from minikms_replicator.deciding import SERVING, Watch, why_not
+from minikms_replicator.deciding import Watch, why_not
 from minikms_replicator.tables import Head, Lease, Tables
 
 ASK_S_MAX: Final = 5.0
@@ -63,7 +64,7 @@ class Follower:
         position = await position_of(self._daemon)
         me = position.member_id
         members = await self._tables.exchange(position.report)
-        if position.mode in SERVING:
+        if position.mode in LEASED_MODES:
             return await self._resume(position)
         position, head = await self._follow(position, members)
         unchanged_ns = self._watch.unchanged_ns(self._tables.node, head, boot_ns())

@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from minikms.api.errors import KmsError
 from minikms.api.replica_verbs import (
+    LEASED_MODES,
     MemberReport,
     ReplicaCommit,
     ReplicaNextAnswer,
@@ -24,7 +25,6 @@ from minikms.api.replica_verbs import (
 )
 from minikms.platform.clock import boot_ns
 from minikms.processes.postgresql import FAILURES
-from minikms_replicator.deciding import SERVING
 from minikms_replicator.following import ASK_S_MAX, Daemon, position_of
 from minikms_replicator.tables import LEASE_NS, Lease, Tables, TablesError
 
@@ -63,7 +63,7 @@ class Server:
             if answer is not None and answer.release:
                 await self._tables.release(held, member, seals)
                 return
-            if position.mode not in SERVING:
+            if position.mode not in LEASED_MODES:
                 return
             held = await self._commit(member, held, commit, seals, granted_ns + LEASE_NS)
 

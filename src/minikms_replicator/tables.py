@@ -10,8 +10,8 @@ without a deadline. It must never interpret a content.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
@@ -362,10 +362,10 @@ class Tables:
     async def _fetch(self, statement: str, *values: object) -> Any:
         return await self._run(lambda connection: connection.fetch(statement, *values))
 
-    async def _run(self, work: Callable[[NodeConnection], Awaitable[Any]]) -> Any:
+    async def _run(self, work: Callable[[NodeConnection], Coroutine[Any, Any, T]]) -> T:
         connection = await self._open()
         try:
-            return await bounded(connection, _of(work(connection)), STATEMENT_S_MAX)
+            return await bounded(connection, work(connection), STATEMENT_S_MAX)
         except BaseException:
             connection.terminate()
             raise
@@ -389,10 +389,6 @@ class Tables:
         self._until_ns = max(self._until_ns, asked_ns + LEASE_NS)
         self.commits, self.commit_ns, self.confirmed_ns = self.commits + 1, self.commit_ns + now_ns - asked_ns, now_ns
         return Lease._make((*row, asked_ns)) if row is not None else None
-
-
-async def _of(work: Awaitable[T]) -> T:
-    return await work
 
 
 async def check_schema(connection: NodeConnection) -> None:
@@ -419,7 +415,7 @@ async def init(url: str, role: str) -> None:
             await connection.execute(TABLES)
             await connection.execute(GRANTS.format(role=quoted, database=database))
 
-    await owned(url, work)
+    await _as_owner(url, work)
 
 
 async def reset(url: str) -> None:
@@ -430,17 +426,24 @@ async def reset(url: str) -> None:
         async with connection.transaction():
             await connection.execute(RESET)
 
-    await owned(url, work)
+    await _as_owner(url, work)
 
 
-async def owned(url: str, work: Callable[[NodeConnection], Coroutine[Any, Any, T]]) -> T:
-    """What a command does on a connection. Raises StartError."""
-    try:
+async def _as_owner(url: str, work: Callable[[NodeConnection], Coroutine[Any, Any, None]]) -> None:
+    """Raises StartError."""
+    with start_errors():
         connection = await Database(url, replicated=False, settings={}).find()
         try:
-            return await bounded(connection, work(connection), COMMAND_S_MAX)
+            await bounded(connection, work(connection), COMMAND_S_MAX)
         finally:
             connection.terminate()
+
+
+@contextmanager
+def start_errors() -> Iterator[None]:
+    """Raises StartError instead of TablesError and FAILURES."""
+    try:
+        yield
     except TablesError as error:
         raise StartError(str(error)) from None
     except FAILURES as error:

@@ -249,7 +249,7 @@ async def test_a_directory_is_fetched_once_and_while_no_daemon_has_it(database: 
         with pytest.raises(StartError, match="just joined"):
             await fetching.fetch(found, str(directory))
         (directory / "kms-replica.json").write_bytes(b"")
-        with pytest.raises(StartError, match="are empty"):
+        with pytest.raises(TablesError, match="are empty"):
             await fetching.fetch(found, str(directory))
         lease = await taken(found, Member("m1", begins=True))
         await found.change(lease.term, "m1", commit(1, 1, 2, destroyed=(3,), keyring=b"k"), 0)

@@ -34,7 +34,12 @@ POLL_SECONDS_MAX: Final = 1.0
 LEASE_SECONDS: Final = 10
 """A member serves no longer than this after the instant that its replicator has noted before the renewal."""
 
+REPLICA_NUMBER_MAX: Final = 2**63 - 1
+"""Of terms, changes, seals and times: the largest number of a column of the database."""
+
 Mode = Literal["sealed", "following", "taking_over", "serving", "refused"]
+LEASED_MODES: Final = ("taking_over", "serving")
+"""The modes in which a member uses its lease."""
 
 
 class ReplicaFile(msgspec.Struct, forbid_unknown_fields=True):

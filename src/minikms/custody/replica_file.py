@@ -25,8 +25,6 @@ NAME: Final = "kms-replica.json"
 FORMAT: Final = "minikms-replica"
 VERSION: Final = 1
 FILE_BYTES_MAX: Final = 4096
-_NUMBER_MAX: Final = 2**63 - 1
-"""The largest one of a column of the database."""
 
 
 class Mark(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -116,5 +114,5 @@ def _agrees(mark: Mark) -> bool:
         (mark.format, mark.version) == (FORMAT, VERSION)
         and api.MEMBER_ID_PATTERN.fullmatch(mark.member_id) is not None
         and api.MEMBER_NAME_PATTERN.fullmatch(mark.name) is not None
-        and all(0 <= number <= _NUMBER_MAX for number in (mark.term, mark.number, mark.seals))
+        and all(0 <= number <= api.REPLICA_NUMBER_MAX for number in (mark.term, mark.number, mark.seals))
     )

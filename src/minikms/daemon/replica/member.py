@@ -18,6 +18,7 @@ import os
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 import minikms
@@ -38,7 +39,7 @@ from minikms.audit import Event
 from minikms.audit.record import ACTOR_SELF
 from minikms.daemon.admission import Admission, Session
 from minikms.daemon.application import Application
-from minikms.daemon.lease import Lease, LeasedApplication
+from minikms.daemon.lease import SECOND_NS, Lease, LeasedApplication
 from minikms.daemon.replica.application import StandbyApplication
 from minikms.daemon.replica.state import MemberState, Move, Seals
 from minikms.http import Application as HttpApplication
@@ -66,9 +67,6 @@ SILENCE_SECONDS: Final = 5
 SEAL_SECONDS_MAX: Final = 8.0
 """How long the answer to `/seal` waits for the other members: less than a client waits for it."""
 WHY_CHARS_MAX: Final = 1000
-NUMBER_MAX: Final = 2**63 - 1
-"""The largest one of a column of the database."""
-_SECOND_NS: Final = 1_000_000_000
 NOT_KNOWN: Final = (
     "this host is sealed, and stays so; the database does not know it yet, so other hosts may still serve: seal them "
     "too, or see that its replicator runs. It goes on trying"
@@ -205,7 +203,7 @@ class Member:
             try:
                 if not directory.scanned and not self.state.has_lease:
                     await directory.scan()
-                if self.serves and now_ns - marked_ns >= MARK_SECONDS * _SECOND_NS:
+                if self.serves and now_ns - marked_ns >= MARK_SECONDS * SECOND_NS:
                     marked_ns = now_ns
                     await directory.write_mark()
             except StorageUnavailableError as error:
@@ -462,7 +460,7 @@ class Member:
 
     @property
     def _wants(self) -> bool:
-        return self._wanted_ns is not None and boot_ns() < self._wanted_ns + WANTS_SECONDS * _SECOND_NS
+        return self._wanted_ns is not None and boot_ns() < self._wanted_ns + WANTS_SECONDS * SECOND_NS
 
     async def promote(self, request: api.PromoteReplicaRequest) -> api.ReplicaStatusAnswer:
         """Raises StorageUnavailableError."""
@@ -484,7 +482,7 @@ class Member:
             serving=self._serving,
             term=position.term,
             number=position.number,
-            lease_seconds=self.lease.left_ns(boot_ns()) / _SECOND_NS,
+            lease_seconds=self.lease.left_ns(boot_ns()) / SECOND_NS,
             why=self._why,
             heard_seconds=self._heard_seconds,
             members=self._reports(position.report),
@@ -506,7 +504,7 @@ class Member:
 
     @property
     def _heard_seconds(self) -> float | None:
-        return None if self._heard_ns is None else (boot_ns() - self._heard_ns) / _SECOND_NS
+        return None if self._heard_ns is None else (boot_ns() - self._heard_ns) / SECOND_NS
 
     def _heard(self, members: list[api.MemberReport] | UnsetType) -> None:
         self._heard_ns = boot_ns()
@@ -519,19 +517,9 @@ class Member:
 
     def status(self) -> dict[str, object]:
         """For `/status`."""
-        answer = self.answer()
-        return {
-            "member_id": answer.member_id,
-            "mode": answer.mode,
-            "serving": answer.serving,
-            "term": answer.term,
-            "number": answer.number,
-            "lag_changes": max(0, self._number - answer.number),
-            "lease_seconds": answer.lease_seconds,
-            "heard_seconds": answer.heard_seconds,
-            "why": answer.why,
-            "members": answer.members,
-        }
+        facts = msgspec.structs.asdict(self.answer())
+        del facts["enabled"]
+        return {**facts, "lag_changes": max(0, self._number - facts["number"])}
 
     def warnings(self) -> list[str]:
         """For `/status`."""
@@ -565,7 +553,7 @@ def _directory_of(parts: Parts) -> MemberDirectory:
 
 def _check_numbers(*numbers: int) -> None:
     """Raises InvalidRequestError."""
-    if not all(0 <= number <= NUMBER_MAX for number in numbers):
+    if not all(0 <= number <= api.REPLICA_NUMBER_MAX for number in numbers):
         raise InvalidRequestError("a number of the head is out of its range")
 
 

@@ -73,7 +73,7 @@ class MemberState:
 
     @property
     def has_lease(self) -> bool:
-        return self.mode in ("taking_over", "serving")
+        return self.mode in api.LEASED_MODES
 
     def check_asked(self, asked_ns: int, now_ns: int) -> None:
         """Raises ConflictError unless the grant counts from an instant that has passed and is later than the last
