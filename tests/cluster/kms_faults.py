@@ -150,18 +150,36 @@ def directory_put_back(cluster: KeyCluster, load: Load) -> None:
 
 
 def database_restored(cluster: KeyCluster, load: Load) -> None:
-    """The tables become what they were some seconds ago. No member takes that, until an operator empties them and
-    lets the member with the newest changes fill them."""
-
-    def sql(statement: str) -> None:
-        cluster.sql(statement, database="minikms")
-
-    sql("".join(f"CREATE TABLE old_{name} AS TABLE {name};" for name in TABLES))
+    """The tables become what they were some seconds ago."""
+    _sql(cluster, "".join(f"CREATE TABLE old_{name} AS TABLE {name};" for name in TABLES))
     time.sleep(SHORT_S)
     back = "".join(f"INSERT INTO {name} TABLE old_{name};" for name in TABLES)
-    sql(f"BEGIN; TRUNCATE {', '.join(TABLES)}; {back} COMMIT; DROP TABLE {', '.join(f'old_{n}' for n in TABLES)}")
+    gone = f"DROP TABLE {', '.join(f'old_{name}' for name in TABLES)}"
+    _sql(cluster, f"BEGIN; TRUNCATE {', '.join(TABLES)}; {back} COMMIT; {gone}")
+    _filled_anew(cluster, load)
+
+
+def database_forged(cluster: KeyCluster, load: Load) -> None:
+    """Whoever has the database puts older key files back, as a change that no member has made."""
+    _sql(cluster, "CREATE TABLE old_file AS TABLE kms_file")
+    time.sleep(SHORT_S)
+    _sql(
+        cluster,
+        "WITH later AS (UPDATE kms_head SET number = number + 1000 RETURNING number) UPDATE kms_file"
+        " SET content = old_file.content, number = later.number FROM old_file, later"
+        " WHERE kms_file.key_id = old_file.key_id AND kms_file.content <> old_file.content; DROP TABLE old_file",
+    )
+    _filled_anew(cluster, load)
+
+
+def _sql(cluster: KeyCluster, statement: str) -> None:
+    cluster.sql(statement, database="minikms")
+
+
+def _filled_anew(cluster: KeyCluster, load: Load) -> None:
+    """No member takes what the database has. An operator empties it, and one with the newest changes fills it."""
     time.sleep(LEASE_OVER_S)
-    assert not cluster.serving(), "a member serves with an older database"
+    assert not cluster.serving(), "a member serves with a database that no member wrote"
     states = {host: cluster.state(host) for host in KEYS}
     newest = max(KEYS, key=lambda host: one.number if (one := states[host]) is not None else 0)
     cluster.empty_tables()
@@ -208,7 +226,7 @@ PARTS: Final[Mapping[str, Sequence[KeyFault]]] = {
     "key processes": (promoted, daemon_killed, replicator_killed, replicator_gone, key_host_killed, sealed),
     "key stops": (daemon_stopped, replicator_stopped, key_host_stopped, key_host_frozen),
     "key network": (key_host_alone, key_host_unheard, key_host_deaf, key_host_from_primary),
-    "key disks": (disk_full, directory_put_back, database_restored),
+    "key disks": (disk_full, directory_put_back, database_restored, database_forged),
     "key database": (
         *map(_of_database, (faults.postgres_killed, faults.postgres_stopped, faults.host_killed, faults.switchover)),
         *map(_of_database, (faults.etcd_leader_killed, faults.primary_alone, faults.unreplicated_host_killed)),
@@ -223,6 +241,7 @@ def inflict(fault: KeyFault, cluster: KeyCluster, load: Load) -> None:
     print(f"{time.strftime('%H:%M:%S')} {fault.__name__}", flush=True)
     with load.fault(fault.__name__):
         fault(cluster, load)
+        print(f"{time.strftime('%H:%M:%S')} over", flush=True)
         wait_until(cluster.whole, seconds=WHOLE_S_MAX)
         wait_until(cluster.serves, seconds=WHOLE_S_MAX)
     time.sleep(faults.QUIET_S)

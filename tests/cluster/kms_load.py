@@ -146,19 +146,24 @@ class Client:
         self.load.add(Key(key_id, encrypted.value, plaintext))
 
     def end(self) -> None:
-        """Retire a key, destroy it, and see whether it stays so at each member."""
+        """Retire a key, destroy it, and see whether it stays so at each member; and an earlier one."""
         key = self.load.taken(self.random)
         if key is None:
             return
         retired = self.do("retire", lambda client: client.retire_key(key.key_id), key.key_id)
         if retired.call.outcome != OK:
             return
-        self.do("encrypt", lambda client: client.encrypt(key.key_id, b"too late"), key.key_id)
+        self.load.ended.append(key)
+        for one in (key, self.random.choice(self.load.ended)):
+            self._encrypt_late(one.key_id)
         if self.random.random() < 0.3:
             return  # it stays retired
         self.do("destroy", lambda client: client.destroy_key(key.key_id), key.key_id)
         for member in self.load.members:
             self.read(key, member)
+
+    def _encrypt_late(self, key_id: str) -> None:
+        self.do("encrypt", lambda client: client.encrypt(key_id, b"too late"), key_id)
 
     def administer(self) -> None:
         """A rotation of the KEK; a root key that is added, opens, and is removed sometimes."""
@@ -186,6 +191,7 @@ class Load:
         self.serving = next(iter(self.members))
         self._seed = seed
         self._keys: list[Key] = []
+        self.ended: list[Key] = []
         self._made: list[Key] = []
         self._all: list[Key] = []
         self._stop = threading.Event()

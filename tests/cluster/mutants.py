@@ -12,6 +12,7 @@ from tests.cluster.machines import Variant
 
 SOURCE: Final = Path(__file__).parents[2] / "src"
 WRITER: Final = "progressdb_server/store/postgres/writer.py"
+FOLLOWING: Final = "minikms/custody/following.py"
 KEY_TABLES: Final = "minikms_replicator/tables.py"
 
 
@@ -128,6 +129,20 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         ),
         ("--key-hosts", "--faults", "key_host_alone"),
         "was acknowledged at",
+    ),
+    "unverified": Mutant(
+        Variant(),
+        (
+            (FOLLOWING, "            if entries != state.entries:\n", "            if False:\n"),
+            (
+                FOLLOWING,
+                "        if (state.number, state.epoch) != (head.number, body.epoch) or",
+                "        if False and",
+            ),
+            (FOLLOWING, "dek.parse(old, key_id).version > record.version", "False"),
+        ),
+        ("--key-hosts", "--faults", "database_forged"),
+        "was retired at",
     ),
 }
 
