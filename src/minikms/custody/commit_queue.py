@@ -74,8 +74,8 @@ class CommitQueue:
         self._changed = asyncio.Event()
         self._unwritten: dict[int, int] = {}
         """By number of a confirmed commit: how many of its changes are not written here."""
-        self._going: set[str] = set()
-        """Keys that a change destroys which has not ended."""
+        self._changing: set[str] = set()
+        """The keys of the changes that have not ended."""
         self.writing = 0
         """Confirmed changes that are being written here."""
         self.failed = False
@@ -110,16 +110,19 @@ class CommitQueue:
     @asynccontextmanager
     async def committed(self, written: Written, delta: Callable[[], Awaitable[EntrySum]]) -> AsyncIterator[None]:
         """As `Replication.committed`. `delta`: what the change makes of the sum; nothing else changes its keys from
-        here on. Raises ConflictError for what no commit can hold, and for a file of a key that is being destroyed.
+        here on. Raises ConflictError for what no commit can hold, and for a key of a change that has not ended.
         """
         size = _size(written)
         if len(written.files) > api.REPLICA_FILES_MAX or size > api.REPLICA_BYTES_MAX:
             raise ConflictError(f"a change of {size:,} bytes is more than a commit of the database takes")
         if len(self._waiting) >= WAITING_MAX:
             raise StorageUnavailableError("too many changes are waiting for the database; try again later")
-        if any(change.key_id in self._going for change in written.files):
-            raise ConflictError("a key of the change is being destroyed")
-        self._going.update(written.destroyed)
+        keys = {change.key_id for change in written.files}.union(written.destroyed)
+        if not self._changing.isdisjoint(
+            keys
+        ):  # locks exclude it, but a cancelled destruction goes on without its lock
+            raise ConflictError("a key of the change is being changed or destroyed")
+        self._changing |= keys
         number: asyncio.Future[int] | None = None
         try:
             number = self._submit(written, await delta())
@@ -131,7 +134,7 @@ class CommitQueue:
             self.writing -= 1
             number = None
         finally:
-            self._going.difference_update(written.destroyed)
+            self._changing -= keys
             if number is not None and number.done() and not number.cancelled() and number.exception() is None:
                 self.writing -= 1
                 self.failed = True

@@ -18,6 +18,7 @@ from minikms.api.errors import (
 from minikms.custody import replica_file
 from minikms.custody.journal import Journal
 from minikms.custody.keyring_file import KeyringFile
+from minikms.custody.replication import Written
 from minikms.custody.tombstone_file import Tombstones
 from minikms.platform.files import closed_after, open_directory
 from tests.harness.disk_faults import refuse
@@ -191,11 +192,26 @@ async def test_a_key_that_is_being_destroyed_gets_no_new_file(tmp_path: Path) ->
         running = asyncio.create_task(first.one.rotation.run())
         while not first.one.rotation.last_error:
             await asyncio.sleep(0.01)
-        assert first.one.rotation.last_error == "a key of the change is being destroyed"
+        assert first.one.rotation.last_error == "a key of the change is being changed or destroyed"
         first.replicator.database.refuse = False
         await running
         assert set(first.replicator.database.tables.files) == {other}
         assert first.one.on_disk(other).kek_version == 2
+
+
+async def test_a_key_whose_file_is_being_changed_is_not_destroyed(tmp_path: Path) -> None:
+    """By a destruction without its lock: it would take the former file from the sum, which the change takes too."""
+    async with serving(tmp_path, keys=1) as first:
+        (key_id,) = files(first)
+        await first.halt()
+        retiring = asyncio.create_task(first.vault.retire(key_id))
+        assert await first.directory.next_commit(1) is not None
+        with pytest.raises(ConflictError):
+            async with first.directory.committed(Written(destroyed=[key_id])):
+                pass
+        first.directory.stop_serving()
+        with pytest.raises(StandbyError):
+            await retiring
 
 
 async def test_the_mark_names_no_change_that_is_still_being_written(
