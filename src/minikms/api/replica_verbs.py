@@ -29,6 +29,8 @@ REPLICA_FILES_MAX: Final = 4096
 REPLICA_BYTES_MAX: Final = 6 * 1024 * 1024
 """Contents of one commit, or of one request to follow, before their base64. Less than BODY_BYTES_MAX allows."""
 MEMBERS_MAX: Final = 9
+MEMBER_SILENT_SECONDS: Final = 30
+"""The last report of a member is no news after this time."""
 POLL_SECONDS_MAX: Final = 1.0
 """How long the daemon waits for a change before it answers `replica_next`. Well below the lease."""
 LEASE_SECONDS: Final = 10

@@ -164,6 +164,8 @@ def add(
 @app.command(name="list")
 def list_hosts(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
     """List the hosts."""
+    from minikms.api import MEMBER_SILENT_SECONDS
+
     with daemon_client(socket, server_uid) as kms:
         answer = kms.replica_status()
     if json:
@@ -177,7 +179,7 @@ def list_hosts(*, socket: Socket = None, server_uid: ServerUid = None, json: Jso
             (
                 one.member_id,
                 one.name,
-                one.mode,
+                "silent" if one.version and one.seen_seconds > MEMBER_SILENT_SECONDS else one.mode,
                 one.number,
                 newest - one.number,
                 f"{duration(int(one.seen_seconds))} ago" if one.version else "never",

@@ -93,6 +93,15 @@ def test_the_list_shows_lag_and_differences(answers: Answers, capsys: pytest.Cap
     assert " ".join(second) == "m5 b following 1190 10 1 s ago 1.0 slow; ANOTHER POLICY; another pin file"
 
 
+def test_the_mode_of_a_host_that_reports_no_more_is_silent(
+    answers: Answers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost, other = STATUS.members
+    answers(state("following", members=[msgspec.structs.replace(lost, seen_seconds=31.0), other]))
+    assert replica.list_hosts() == 0
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]] == ["silent", "following"]
+
+
 def test_a_host_is_removed_by_its_name_or_id(answers: Answers, capsys: pytest.CaptureFixture[str]) -> None:
     daemon = answers()
     with pytest.raises(CommandError, match="--yes"):

@@ -22,7 +22,6 @@ from progressdb_server.metrics import KmsMetrics
 BACKUP_OLD_S: Final = 26 * HOUR_S
 """A nightly backup is younger."""
 AUDITOR_OLD_S: Final = 120
-HOST_SILENT_S: Final = 30
 KEK_OLD_S: Final = 365 * DAY_S
 CHART_WIDTH: Final = 480
 CHART_HEIGHT: Final = 120
@@ -134,14 +133,16 @@ def _hosts(replica: api.ReplicaStatus) -> Part:
     """Of a key service on several hosts, as the one that serves sees them."""
     standbys = [member for member in replica.members if member.member_id != replica.member_id]
     told = [_standby(member, replica.number) for member in standbys]
-    good = [member for member in standbys if member.mode == "following" and member.seen_seconds <= HOST_SILENT_S]
+    good = [
+        member for member in standbys if member.mode == "following" and member.seen_seconds <= api.MEMBER_SILENT_SECONDS
+    ]
     sentence = f"{replica.serving or 'None'} serves in term {replica.term}; standbys: {', '.join(told) or 'none'}"
     state = "good" if good and len(good) == len(standbys) else "warn"
     return Part("Hosts of the key service", state, sentence, "On its machine", "minikms replica list")
 
 
 def _standby(member: api.MemberStatus, number: int) -> str:
-    if member.seen_seconds > HOST_SILENT_S:
+    if member.seen_seconds > api.MEMBER_SILENT_SECONDS:
         return f"{member.name} silent for {int(member.seen_seconds):,} s"
     return f"{member.name} {member.mode}, {max(0, number - member.number):,} changes behind"
 
