@@ -38,7 +38,7 @@ from minikms_auditor.auditor import Auditor, Status
 from minikms_auditor.collectors import Collector, SplunkCollector
 from minikms_auditor.config import Config, Files, FileSink, HttpSink, Sink, SplunkSink, SyslogSink
 from minikms_auditor.metrics import AuditorCollector
-from minikms_auditor.questions import QUESTION_LIMITS, Desk
+from minikms_auditor.questions import QUESTION_LIMITS, QuestionApplication
 from minikms_auditor.signers import Signers, open_signers
 from minikms_auditor.sinks import FileTransport, Shipper, Transport
 from minikms_auditor.store import SinkFiles, Store
@@ -49,7 +49,7 @@ STEP_SECONDS: Final = 2.0
 """Between two steps. The daemon must hear of the auditor every 5 s."""
 STOP_SECONDS_MAX: Final = 20.0
 ARENA_SLOTS: Final = 8
-ASKED_MODE: Final = 0o666
+QUESTIONS_MODE: Final = 0o666
 """Of the socket of questions: the uid of a peer decides, not its groups."""
 
 
@@ -99,7 +99,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         listener = cleaning.enter_context(listen_tcp(*address(config.metrics))) if config.metrics else None
         asked = None
         if config.questions is not None:
-            asked = cleaning.enter_context(listen(config.questions.socket, {}, mode=ASKED_MODE)).socket
+            asked = cleaning.enter_context(listen(config.questions.socket, {}, mode=QUESTIONS_MODE)).socket
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, config.log_dir]
         if config.uses_network:
             read += NETWORK_PATHS
@@ -128,9 +128,11 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         )
         process = _Process(auditor, sinks, stopping=stopping, listener=listener, run=run)
         if config.questions is not None and asked is not None:
-            process.desk = (
+            process.questions = (
                 asked,
-                Desk(config, config.questions, auditor, status=process.status, stopping=stopping.is_set, log=log),
+                QuestionApplication(
+                    config, config.questions, auditor, status=process.status, stopping=stopping.is_set, log=log
+                ),
             )
         uvloop.run(process.serve())
 
@@ -153,7 +155,7 @@ class _Process:
         self._listener = listener
         self._run = run
         self._status = auditor.status()
-        self.desk: tuple[socket.socket, Desk] | None = None
+        self.questions: tuple[socket.socket, QuestionApplication] | None = None
         """Its listener, and what answers questions, if they are configured."""
 
     def status(self) -> Status:
@@ -168,9 +170,9 @@ class _Process:
         async with AsyncExitStack() as served:
             metrics = self._run.metrics(self._listener, collector, "minikms_auditor_build_info")
             await served.enter_async_context(metrics)
-            if self.desk is not None:
-                served.callback(self.desk[1].close)
-                await served.enter_async_context(self._run.serving(*self.desk, QUESTION_LIMITS))
+            if self.questions is not None:
+                served.callback(self.questions[1].close)
+                await served.enter_async_context(self._run.serving(*self.questions, QUESTION_LIMITS))
             steps.start()
             for number, sink in enumerate(self._sinks):  # a stop does not wait for them: they may be killed at any time
                 ship = partial(sink.run, self._halt)

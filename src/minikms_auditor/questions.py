@@ -1,8 +1,8 @@
 """Questions about the audit log, over a Unix socket: who used which key, when, with what outcome.
 
 Owns: who may ask, the bounds of a question, and the line of this process's log about each. Invariants: the uid of the
-peer is known before a byte of its question is parsed, and only configured ones are answered; one question is looked for
-at a time, in a thread that ends it after `SECONDS_MAX`; no answer leaves before its line is logged. It must never write
+peer is known before a byte of its question is parsed, and only configured ones are answered; one search runs
+at a time, in a thread, for at most `SECONDS_MAX`; no answer leaves before its line is logged. It must never write
 a file, or keep the steps of the auditor waiting.
 """
 
@@ -48,7 +48,7 @@ from minikms_auditor.config import Config, Questions
 
 CONNECTIONS_MAX: Final = 16
 WAITING_MAX: Final = 4
-"""Questions, with the one that is looked for."""
+"""Questions, including the one that is being answered."""
 QUESTION_LIMITS: Final = Limits(connections_max=CONNECTIONS_MAX, body_bytes_max=QUESTION_BYTES_MAX)
 REFUSALS_PAUSE_SECONDS: Final = 60.0
 """Between two lines about peers that may not ask."""
@@ -56,7 +56,7 @@ REFUSALS_PAUSE_SECONDS: Final = 60.0
 _decode: Final = msgspec.json.Decoder(AuditQuestion).decode
 
 
-class Desk(SmallApplication):
+class QuestionApplication(SmallApplication):
     """The application of the engine. A session is the uid of its peer."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Desk(SmallApplication):
         asked: dict[str, Any] = {name: value for name, value in msgspec.structs.asdict(question).items() if value}
         asked["thread_keys"] = len(question.thread_keys)
         try:
-            answer = await in_worker(self._worker, partial(self._look, question))
+            answer = await in_worker(self._worker, partial(self._search, question))
         except (KmsRefusedError, OSError) as error:
             why = str(getattr(error, "strerror", None) or error)
             self._log.warning("question failed", uid=uid, why=why, **asked)
@@ -127,7 +127,7 @@ class Desk(SmallApplication):
         self._log.info("question", uid=uid, lines=len(answer.lines), stopped=answer.stopped, **asked)
         return msgspec.json.encode(answer)
 
-    def _look(self, question: AuditQuestion) -> AuditAnswer:
+    def _search(self, question: AuditQuestion) -> AuditAnswer:
         """Raises KmsRefusedError, OSError."""
         status, ends_s = self._status(), time.monotonic() + SECONDS_MAX
         sought = query(

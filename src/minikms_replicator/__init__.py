@@ -5,7 +5,7 @@ A process and a user of its own, which holds no key of the key service: the daem
 2. The time of a lease is noted before the commit that renews it begins.
 3. A head is taken over only after it has not changed for longer than a lease, or was released; and only on a node of
    the database that has confirmed the reports of this replicator for so long.
-4. What the daemon has not answered is not renewed.
+4. A lease is renewed only after the daemon has answered.
 
 Modules, each importing only earlier ones: `config`, `tables`, `deciding`, `following`, `serving`, `fetching`,
 `metrics`, `process`, `command`.

@@ -85,7 +85,7 @@ def fetch(
 ) -> int:
     """Write the keyring and the key files into the directory, as the daemon's user, before its first start.
 
-    An interrupted run is made again.
+    An interrupted run can be repeated.
     """
     from minikms.commands.output import counted
     from minikms_replicator import fetching

@@ -16,7 +16,7 @@ from minikms.processes.postgresql import why_refused
 
 
 class DatabaseConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """single_node: one disk is enough for what the database acknowledges."""
+    """single_node: the database has no standby; an acknowledged commit is on one disk."""
 
     url: str
     single_node: bool = False

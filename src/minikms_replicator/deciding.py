@@ -30,8 +30,8 @@ class Watch:
 
 
 def why_not(head: Head, position: ReplicaPosition, *, held_term: int, unchanged_ns: int, settled_ns: int | None) -> str:
-    """Why the member does not take over now; empty if it does. `held_term`: of the last lease that this process got:
-    its daemon, which is not serving, has none from it any more. `settled_ns`: as `Tables.settled_ns`.
+    """Why the member does not take over now; empty if it does. `held_term`: of the last lease of this process, which is
+    over, because its daemon does not serve. `settled_ns`: as `Tables.settled_ns`.
     """
     if position.mode != "following" or not position.ready:
         return f"the member is not ready: {position.report.why or position.mode}"

@@ -1,8 +1,8 @@
 """Filling the data directory of a host that has joined, from the tables.
 
 Owns: which files the command `fetch` writes and in which order: key files, tombstones, last the keyring. Invariants:
-the directory is locked, is that of a host that joins, and has no keyring before, so an interrupted run changes nothing
-that is in use, and is made again; what is written is checked by the daemon that starts there, not here.
+the directory is locked, belongs to a host that joins, and has no keyring yet, so an interrupted run changes nothing
+that is in use, and can be repeated; the daemon that starts there verifies what is written, not this module.
 """
 
 from __future__ import annotations

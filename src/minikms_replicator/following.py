@@ -1,9 +1,8 @@
-"""The loop of a member that does not serve: it gives the daemon what the others have changed, and takes over.
+"""The loop of a member that does not serve: it gives the daemon the changes of the others, and takes over.
 
-Owns: one step of it. Invariants: what the daemon gets in one go is of one snapshot; the last part of it comes after the
-node has confirmed a commit that is later than the snapshot, so the mark never names a change that a failover of the
-database loses. It must never take over a head that `deciding.why_not` does not allow, nor one that is not as it was
-read.
+Owns: one step of the loop. Invariants: all parts that a step hands over come from one snapshot; the last part comes
+after the node has confirmed a commit that is later than the snapshot, so the mark never names a change that a failover
+of the database loses. It must never take over against `deciding.why_not`, or after the head has changed.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Follower:
         """Why the member does not take over."""
 
     async def step(self) -> tuple[str, Lease] | None:
-        """Where the member has taken over, or its daemon serves already: its id, and the lease."""
+        """The member's id and lease, if it has taken over or its daemon serves already."""
         position = await position_of(self._daemon)
         me = position.member_id
         members = await self._tables.exchange(position.report)
@@ -80,7 +79,7 @@ class Follower:
         return self._held(me, await self._tables.take_over(head, position))
 
     async def _resume(self, position: ReplicaPosition) -> tuple[str, Lease] | None:
-        """After a start of this process beside a daemon that has a lease: a term is of one member alone."""
+        """Renews the lease that the daemon has from an earlier run of this process. A term belongs to one member."""
         head = await self._tables.head()
         if head.member != position.member_id:
             self.why = f"{head.member} has the head, and the lease of this member ends"

@@ -2,8 +2,8 @@
 
 Owns: one lease from its first grant to its end. Invariants: nothing is renewed while the daemon does not answer; a
 commit whose outcome is unknown is made again with the same content, and only after a later confirmed commit has read
-that the head does not have it; the head is released only when the daemon says so, or when the last time that it was
-given is older than a lease.
+that the head does not have it; the head is released only when the daemon says so, or when a lease has passed since
+the last time that the daemon was given.
 """
 
 from __future__ import annotations

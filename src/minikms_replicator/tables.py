@@ -195,8 +195,8 @@ class Tables:
         """Whether a snapshot has the connection, which is not opened again then."""
         self._since_ns = 0
         self._until_ns = 0
-        """The first of those confirmed commits on this node of which each began less than a lease before the next one
-        was confirmed; and when the last of them ends to count."""
+        """When the present run of confirmed commits on this node began, and when it ends without another commit: one
+        lease after its last commit began."""
         self._reported_ns = 0
         self.commits = 0
         self.commit_ns = 0
@@ -213,8 +213,8 @@ class Tables:
 
     @property
     def settled_ns(self) -> int | None:
-        """For how long the node has confirmed the commits made here, without a gap; None where there is one node. Then
-        another node has confirmed none of another replicator for as long: both need a majority of the nodes."""
+        """How long the node has confirmed the commits of this process without a gap; None for a single node. No other
+        node has confirmed a commit in that time: each needs a majority of the nodes."""
         now_ns = boot_ns()
         return (now_ns - self._since_ns if now_ns <= self._until_ns else 0) if self._database.replicated else None
 

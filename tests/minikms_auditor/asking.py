@@ -1,4 +1,4 @@
-"""Asking the auditor of a `Rig`: its desk on a socket in this process, and a client as the message server's."""
+"""Asking the auditor of a `Rig`: its answers on a socket in this process, and a client as the message server's."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from minikms.platform.logs import structlog
 from minikms.processes.sockets import listen
 from minikms_auditor.auditor import Status
 from minikms_auditor.config import Config, Questions, parse_config
-from minikms_auditor.questions import QUESTION_LIMITS, Desk
+from minikms_auditor.questions import QUESTION_LIMITS, QuestionApplication
 from tests.harness.waiting import WAIT_S_MAX
 from tests.minikms_auditor.rig import Rig
 
@@ -46,17 +46,17 @@ async def ask(path: Path, body: object, target: str = PATH, server_uids: Collect
 
 
 @contextlib.asynccontextmanager
-async def serving(desk: Desk, path: Path) -> AsyncIterator[Path]:
+async def serving(app: QuestionApplication, path: Path) -> AsyncIterator[Path]:
     failed: list[str] = []
     with listen(str(path), {}) as listener:
         server = HttpServer(
-            desk, loop=asyncio.get_running_loop(), on_internal_error=failed.append, limits=QUESTION_LIMITS
+            app, loop=asyncio.get_running_loop(), on_internal_error=failed.append, limits=QUESTION_LIMITS
         )
         acceptor = Acceptor(listener.socket, server, on_failure=failed.append)
         yield path
         acceptor.close()
         await server.drain(0)
-    desk.close()
+    app.close()
     assert failed == []
 
 
@@ -65,7 +65,7 @@ async def desk_of(rig: Rig, *, uids: tuple[int, ...] = (os.getuid(),)) -> AsyncI
     """Its socket. The lines of its log go to structlog."""
     assert rig.auditor is not None
     config = parse_config(rig.config(), "auditor.toml")
-    desk = Desk(
+    app = QuestionApplication(
         config,
         Questions(users=uids),
         rig.auditor,
@@ -73,13 +73,14 @@ async def desk_of(rig: Rig, *, uids: tuple[int, ...] = (os.getuid(),)) -> AsyncI
         stopping=lambda: False,
         log=structlog.get_logger(),
     )
-    async with serving(desk, rig.base / "q") as path:
+    async with serving(app, rig.base / "q") as path:
         yield path
 
 
 @contextlib.contextmanager
 def beside(log_dir: Path, base: Path, status: Status, *, uids: tuple[int, ...] = (os.getuid(),)) -> Iterator[Path]:
-    """The socket of a desk for a log, without the steps of an auditor: it has no index. `status`: what they came to."""
+    """A socket that answers questions about a log, without the steps of an auditor, so without an index. `status`: of
+    the last step."""
     config = Config(
         version=1,
         origin=status.origin,
@@ -90,11 +91,13 @@ def beside(log_dir: Path, base: Path, status: Status, *, uids: tuple[int, ...] =
     )
     log = structlog.get_logger()
     auditor: Any = SimpleNamespace(check_index=False)
-    desk = Desk(config, Questions(users=uids), auditor, status=lambda: status, stopping=lambda: False, log=log)
+    app = QuestionApplication(
+        config, Questions(users=uids), auditor, status=lambda: status, stopping=lambda: False, log=log
+    )
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         thread = threading.Thread(target=loop.run_forever)
-        served = serving(desk, base / "q")
+        served = serving(app, base / "q")
         thread.start()
         try:
             yield asyncio.run_coroutine_threadsafe(served.__aenter__(), loop).result(WAIT_S_MAX)

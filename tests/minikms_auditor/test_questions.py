@@ -14,7 +14,7 @@ from minikms.audit.log import CHORES_NS
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.record import Event
 from minikms.platform.logs import structlog
-from minikms_auditor import questions as desk
+from minikms_auditor import questions as answering
 from tests.minikms.audit.indexed_log import SMALL
 from tests.minikms.audit.logmaker import Clock, open_log
 from tests.minikms_auditor.asking import Asked, answers, ask, desk_of
@@ -166,8 +166,8 @@ def test_a_question_is_logged_with_who_asked_before_its_answer(rig: Rig) -> None
 
 
 def test_questions_wait_in_a_short_queue_and_each_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk, "WAITING_MAX", 2)
-    monkeypatch.setattr(desk, "SECONDS_MAX", 0.0)
+    monkeypatch.setattr(answering, "WAITING_MAX", 2)
+    monkeypatch.setattr(answering, "SECONDS_MAX", 0.0)
     rig.write(50)
     rig.steps()
 

@@ -17,9 +17,9 @@ QUESTION_BYTES_MAX: Final = 64 * 1024
 LINES_MAX: Final = 50
 """Of one answer."""
 SECONDS_MAX: Final = 5.0
-"""In which the auditor looks for lines; it says how far it came."""
+"""Of one search; the answer says how far it came."""
 ANSWER_SECONDS_MAX: Final = 30.0
-"""For which one who asks waits: other questions may come first."""
+"""How long a client waits for an answer: other questions may come first."""
 NAMED_COUNT_MAX: Final = 8
 """Of the keys and request ids of a line. A line of a batch has up to 1,024."""
 THREAD_KEYS_MAX: Final = 100
@@ -31,7 +31,7 @@ Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class AuditQuestion(Request):
-    """Lines that have all of these. asker: who asks the program that asks. thread_keys: keys of the thread that are
+    """Lines that have all of these. asker: the user for whom a program asks. thread_keys: keys of the thread that are
     known already. since_ns, until_ns: Unix time, without the end; 0 for no bound. before: only lines with a smaller
     number; 0 for no bound.
     """

@@ -23,16 +23,16 @@ from minikms.audit.record import Event, MalformedLineError
 
 GROUP_BLOCKS: Final = 8
 """The newest blocks of a compressed file, which are read first. All others are read together, in some 3 s at most,
-because the file is unpacked from its begin for each group."""
-LINES_BETWEEN_LOOKS: Final = 1000
-"""At the clock, while the keys of a thread are sought."""
+because each group unpacks the file from its start."""
+LINES_PER_CHECK: Final = 1000
+"""Lines that are read between two looks at the clock, in the search for the keys of a thread."""
 
 Span = tuple[int, int]
 
 
 class Found(NamedTuple):
-    """events: newest first. before: no line that is before it was read; 0: all were. stopped: why it is early. keys:
-    those that the log gives to the thread.
+    """events: newest first. before: lines with a smaller number were not read; 0: all were. stopped: why it ended
+    early. keys: those that the log gives to the thread.
     """
 
     events: list[Event]
@@ -42,7 +42,7 @@ class Found(NamedTuple):
 
 
 class _LateError(Exception):
-    """The time is over."""
+    """The time of the search is over."""
 
 
 class _NotIndexedError(Exception):
@@ -91,7 +91,7 @@ class Search(msgspec.Struct, kw_only=True):
         lookup = Lookup(self.index, self.directory)
         for file in each_segment(self.directory):
             for count, line in enumerate(lookup.lines(file, lambda: [numbers])):
-                if count % LINES_BETWEEN_LOOKS == 0 and self.is_late():
+                if count % LINES_PER_CHECK == 0 and self.is_late():
                     raise _NotIndexedError
                 if any(each in line for each in threads) and (event := _parsed(line)):
                     self.learned.add(self.sought.key_of_thread(event))

@@ -55,8 +55,8 @@ class SlotBinding(NamedTuple):
 
 
 class Newcomer(NamedTuple):
-    """Of a root key on another host. `fingerprint`: of the root key. `sealed_auth`: the slot's authentication key,
-    sealed to the key of an invitation.
+    """What a slot is made of, for a root key on another host. `fingerprint`: of the root key. `sealed_auth`: the slot's
+    authentication key, sealed to the key of an invitation.
     """
 
     keyring_id: str
@@ -68,8 +68,8 @@ class Newcomer(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """32 hex characters that people compare on both hosts. They bind every field: the fingerprint of the root key
-        does not, so it would not show that somebody has put in a public key of their own.
+        """32 hex characters that people compare on both hosts. They cover every field. The fingerprint of the root key
+        alone would not show that an attacker has replaced the public key.
         """
         return hashlib.sha256(_auth_info(self) + self.sealed_auth).hexdigest()[:DIGEST_HEX_CHARS]
 

@@ -109,7 +109,7 @@ class CommitQueue:
 
     @asynccontextmanager
     async def committed(self, written: Written, delta: Callable[[], Awaitable[EntrySum]]) -> AsyncIterator[None]:
-        """As `Replication.committed`. `delta`: what the change makes of the sum; nothing else changes its keys from
+        """As `Replication.committed`. `delta`: what the change adds to the sum; nothing else may change its keys from
         here on. Raises ConflictError for what no commit can hold, and for a key of a change that has not ended.
         """
         size = _size(written)
@@ -118,9 +118,7 @@ class CommitQueue:
         if len(self._waiting) >= WAITING_MAX:
             raise StorageUnavailableError("too many changes are waiting for the database; try again later")
         keys = {change.key_id for change in written.files}.union(written.destroyed)
-        if not self._changing.isdisjoint(
-            keys
-        ):  # locks exclude it, but a cancelled destruction goes on without its lock
+        if not self._changing.isdisjoint(keys):  # a cancelled destruction goes on without its locks
             raise ConflictError("a key of the change is being changed or destroyed")
         self._changing |= keys
         number: asyncio.Future[int] | None = None
@@ -151,7 +149,7 @@ class CommitQueue:
         return number
 
     async def next(self, seconds: float) -> api.ReplicaCommit | None:
-        """The commit that is out, once more; otherwise the next one; None if nothing waits for so long."""
+        """The commit that is out again, otherwise the next one; None after `seconds` without a change."""
         if self._out is None and not self._waiting and self.term is not None:
             self._changed.clear()
             with contextlib.suppress(TimeoutError):

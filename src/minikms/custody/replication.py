@@ -1,8 +1,7 @@
-"""What a change of a data directory asks before it is written here, where several hosts have the same keys.
+"""The hook that commits a change in the database before it is written here, where several hosts have the same keys.
 
-Owns: the two types that join `minikms.custody` to whoever commits a change elsewhere first. Invariant: a change is on
-this disk only after the database has confirmed it, so a directory never has what the database lacks. Without
-replication nobody is asked.
+Owns: the types of the hook. Invariant: a change is on this disk only after the database has confirmed it, so a
+directory never has what the database lacks. Without replication there is no hook.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Changes of the members of a keyring: the hosts of a replicated key service.
 
 Owns: which host may be added, the entries that come and go with it, and the form of its request. Invariants: as in
-`minikms.keys.keyring`: each change is a pure function from one body to the next. The ids of a host and of its slot are
-never those of another one. It must never take a request for that of the host which it names: only its digest, which
-people have compared, shows that (`minikms.crypto.slots.Newcomer`).
+`minikms.keys.keyring`: each change is a pure function from one body to the next. The ids of a host and
+of its slot are never used again. It must never trust the name in a request: only the digest, which people compare,
+shows which host made it (`minikms.crypto.slots.Newcomer`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns: the sum over all key files, the encoding of the state with its tag (docs/spec/replica.md). Invariants: the sum
 depends on which contents there are, not on their order; a member accepts a state only under the tag of the keyring
-that came with it. No I/O. It must never be the reason to open a key.
+that came with it. No I/O. It must never decide whether a key is opened.
 
 The sum is MSet-Add-Hash (Clarke et al., ASIACRYPT 2003): the HMACs of the entries, added modulo 2^256, so that one
 change costs two HMACs however many keys there are.
@@ -41,8 +41,8 @@ def entry(unlocked: UnlockedKeyring, key_id: str, content: bytes) -> int:
 
 
 class State(NamedTuple):
-    """After change `number`, which the member that serves in `term` has made. `epoch`: of the keyring that belongs to
-    it: another one, older or newer, is not of this state.
+    """After change `number`, which a member made in `term`. `epoch`: of the keyring after this change; a keyring of
+    another epoch does not belong to the state.
     """
 
     term: int

@@ -232,7 +232,7 @@ class UnlockedKeyring:
         return unlocked, slot
 
     def _open_keyring_key(self, root: memoryview, data: bytes) -> keyring.RootSlot:
-        """That of the keyring in the bytes of its file, which is authentic then, and the slot that `root` opens."""
+        """Opens the keyring key in a keyring file, and authenticates the file. Returns the slot that `root` opens."""
         body, body_bytes, tag = keyring.parse_file(data)
         given = roots.fingerprint(root)
         slot = body.slot_for(given)
@@ -263,8 +263,8 @@ class UnlockedKeyring:
         return slot.view
 
     def expect(self, root: memoryview, data: bytes) -> None:
-        """Opens the keyring key of a later keyring, for `advance`; of no later one, it does nothing. Raises StartError
-        for one that this root key does not open; then everything has to be released.
+        """Opens the keyring key of a later keyring, for `advance`. Does nothing for a keyring that is not later. Raises
+        StartError if this root key does not open it; then release everything.
         """
         later = keyring.parse_file(data)[0]
         if later.key_version > self.body.key_version:
@@ -346,7 +346,7 @@ class UnlockedKeyring:
         return msgspec.structs.replace(slot, tested_at=at, replaces=replaces, shares=shares)
 
     def invitation_key(self) -> bytes:
-        """The public key that a new host seals the authentication key of its slot to. A fresh keyring key ends it."""
+        """The public key that a new host seals the authentication key of its slot to. A removed root key ends it."""
         return slots.public_key(self.keyring_key.view, self.body.keyring_id, slots.INVITATION)
 
     def make_slot_for(self, newcomer: Newcomer, provider: str, *, at: str) -> keyring.RootSlot:
@@ -431,7 +431,7 @@ class UnlockedKeyring:
         return resealed._replace(slots=tuple(resealed_slots))
 
     def settle(self) -> None:
-        """Zeroes every key that only a body that was not stored, or one before it, has; but not what is expected."""
+        """Zeroes every key that the body does not have, except the keyring key that `expect` has opened."""
         number = self.body.key_version
         for version in [one for one in self._keyring_keys if one != number and not number < one == self._expected]:
             self._keyring_keys.pop(version).release()
@@ -472,7 +472,7 @@ class UnlockedKeyring:
         return self._filled(entry, keys, fill_random, sealing)
 
     def make_member_audit(self, fill_random: FillRandom, *, at: str) -> keyring.AuditState:
-        """Of the log of a new member: its first audit key, which does not stay in the arena."""
+        """For the log of a new member: its first audit key, which does not stay in the arena."""
         entry = keyring.AuditKeyEntry(1, at, b"", b"", b"")
         with self._arena.allocate() as key, self._arena.allocate() as seed:
             return keyring.AuditState((self._filled(entry, (key, seed), fill_random, self.keyring_key.view),))

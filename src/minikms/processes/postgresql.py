@@ -1,4 +1,4 @@
-"""A PostgreSQL that a process of another host than the database's connects to, and whose commits it relies on.
+"""Connections to a PostgreSQL of other hosts, whose acknowledged commits a process relies on.
 
 Owns: the rules for its URL, connecting to the node that takes writes, and whether a commit is on more than one disk.
 Invariants: a session has what an acknowledged commit rests on (SAFE); a commit that may not be on the standbys is never

@@ -106,7 +106,7 @@ class Member:
         self._taking_over: asyncio.Task[None] | None = None
         self._begun: set[asyncio.Task[None]] = set()
         self.asking: set[object] = set()
-        """Requests for the next commit, which are answered whatever happens to the others: they use no key."""
+        """Requests for the next commit. A stand-by or a seal does not cancel them: they use no key."""
         self._why = ""
         self._number = 0
         """Of the last change of the database."""
@@ -299,11 +299,11 @@ class Member:
         self._keys_until_ns = self.lease.until_ns + KEYS_KEPT_LEASES * self.lease.length_ns
 
     def _may_take_over(self, request: api.ReplicaNextRequest) -> bool:
-        """Whether it can in this term, now or when it has followed."""
+        """Whether it can take over in this term, now or after it has followed."""
         return self._is_ready and request.term > max(self.state.term, self._mark.term)
 
     def _begin_take_over(self, request: api.ReplicaNextRequest, directory: MemberDirectory, now_ns: int) -> None:
-        """Nothing is done unless it has followed to the end, and the lease is left."""
+        """Starts the take-over, if this host has all changes and the lease has not ended."""
         parts = self._parts
         if parts is None or now_ns >= request.asked_ns + self.lease.length_ns:
             return
@@ -408,7 +408,7 @@ class Member:
             self._host.seal_for_all()
 
     def _refused(self, error: KmsRefusedError) -> api.ReplicaPosition:
-        """Raises it once: then it has a line, and the replicator asks twice a second."""
+        """Raises it once, for one line in the log: the replicator asks twice a second."""
         if self.state.mode not in ("following", "refused"):
             raise error
         why = f"{error.code}: {error}"
@@ -489,7 +489,7 @@ class Member:
         )
 
     def _reports(self, own: api.MemberReport) -> list[api.MemberReport]:
-        """Of the hosts that the keyring has; without `version`: of one that has not reported. Sealed: as they came."""
+        """Of each host in the keyring; `version` is empty if it has not reported. While sealed: as they came."""
         if self._parts is None:
             return self._members
         came = {report.member_id: report for report in (*self._members, own)}

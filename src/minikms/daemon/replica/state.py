@@ -17,8 +17,8 @@ from minikms.api.errors import ConflictError
 
 
 class Move(enum.Enum):
-    """`OPEN`: the directory was opened. `FOLLOW`: it has what the database has. `REFUSE`: the database has what can't
-    follow from it.
+    """`OPEN`: the directory was opened. `FOLLOW`: it has what the database has. `REFUSE`: the database's
+    contents can't follow from it.
     """
 
     OPEN = enum.auto()
@@ -120,7 +120,7 @@ class Seals:
         return 0 if self.head is None else min(self.obeyed, self.head + 1)
 
     def learn(self, head: int) -> bool:
-        """Whether another member has sealed all since."""
+        """Takes the count in the database; whether another member has sealed all since."""
         others = head > self.obeyed
         own = self.head is None and self._asked > head
         self.head = head

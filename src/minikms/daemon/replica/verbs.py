@@ -1,4 +1,4 @@
-"""What a daemon does that is no member: it serves, and refuses a replicator.
+"""The replacement of `Member` in a daemon of one host: it always serves, and refuses a replicator.
 
 It must never change anything.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class NoMember:
-    """In the place of a `Member`: the key service has one host."""
+    """Has the methods of `Member`."""
 
     serves = True
     asking: frozenset[object] = frozenset()
