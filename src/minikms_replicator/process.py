@@ -107,7 +107,7 @@ class Replicator:
                     await self._serve(*lease)
                     pause_s = PAUSE_S
             except (KmsError, TablesError, *FAILURES) as error:
-                self._failed("step", error)
+                self._failed("step" if isinstance(error, KmsError | TablesError) else "database", error)
                 pause_s = FAILED_S
             except Exception as error:  # noqa: BLE001  it must not end unseen
                 self._run.internal_error(f"{type(error).__name__} in the loop")

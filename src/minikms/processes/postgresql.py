@@ -9,6 +9,7 @@ no table. Only processes beside the key service import it.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Coroutine
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -69,6 +70,10 @@ class NodeConnection(asyncpg.Connection):
 
 class UnsafeError(asyncpg.InterfaceError):
     """A session without what SAFE says, such as one of a connection pooler; the text says which."""
+
+
+REFUSALS: Final = (asyncpg.PostgresError, UnsafeError, ssl.SSLError)
+"""Why a node that was reached is not used. A node that is away, or takes no writes, must not hide it."""
 
 
 class HostPort(NamedTuple):
@@ -143,9 +148,10 @@ class Database:
                 if not done:
                     break
                 for task in done:
-                    failure = task.exception() or failure
                     if task.exception() is None:
                         made.append((task.result(), tasks[task]))
+                    elif not isinstance(failure, REFUSALS):
+                        failure = task.exception()
             if not made:
                 raise failure if isinstance(failure, FAILURES) else ConnectionError("no host was reached") from failure
             made.sort(key=lambda one: (int(one[0].node.partition(" ")[0] or "0", 16), one[0].node == self.node))

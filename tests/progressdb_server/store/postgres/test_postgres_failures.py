@@ -262,3 +262,15 @@ async def test_a_host_that_does_not_answer_delays_no_other(
     with pytest.raises(EngineUnavailableError, match="not available now"):
         await postgres.open_engine(f"postgresql://test@/postgres?host={tmp_path}", single_node=True)
     silent.close()
+
+
+@pytest.mark.parametrize("first", ["db1", "db2"])
+async def test_what_a_node_says_is_not_hidden_by_one_that_is_away(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    async def failing(url: str, *, host: str, **_: object) -> None:
+        if host != first:
+            await asyncio.sleep(0.01)
+        raise OSError("no route") if host == "db2" else asyncpg.PostgresError("a certificate is missing")
+
+    monkeypatch.setattr(asyncpg, "connect", failing)
+    with pytest.raises(asyncpg.PostgresError, match="certificate"):
+        await postgresql.Database("postgresql://a@db1,db2/x", replicated=True, settings={}).find()
