@@ -71,7 +71,8 @@ _NOT_DURABLE: Final = (
 
 
 NEEDS_ROOT: Final = (
-    "a root key was removed, and the keyring of the other hosts needs the root key of this host again: unseal it"
+    "a root key was removed, and the keyring of the other hosts needs the root key of this host again: unseal it, "
+    "unless it is this host that was removed"
 )
 
 
