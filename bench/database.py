@@ -18,7 +18,7 @@ from bench.calls import Connection
 from bench.programs import MissingProgramError
 from bench.report import Row, figure, say
 from tests.harness import postgres as harness
-from tests.progressdb_server.store.opened_store import url_of
+from tests.harness.postgres import url_of
 
 CONNECTIONS: Final = (64, 16, 1)
 TURNS: Final = 5

@@ -10,12 +10,19 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from tests import needs
 
 NOBODY = 65534
 SETTINGS = ("max_connections=64", "shared_buffers=16MB", "listen_addresses=")
 FORGETFUL = ("fsync=off", "full_page_writes=off")
+
+
+def url_of(settings: str, user: str = "") -> str:
+    """A URL for a connection string of `running`; by default of the same user."""
+    given = dict(one.split("=", 1) for one in settings.split())
+    return f"postgresql://{user or given['user']}@/{given['dbname']}?host={quote(given['host'], safe='')}"
 
 
 @contextlib.contextmanager

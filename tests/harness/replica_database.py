@@ -15,15 +15,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from minikms import api
+from minikms.api.base64 import encode_text
 from minikms.api.errors import ConflictError
 from minikms.custody.member import MemberDirectory
 from minikms.custody.replica_file import Mark
-
-RECORD_BYTES = 40
-
-
-def text(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+from minikms.keys.tombstones import RECORD_BYTES
 
 
 class Lost(Exception):
@@ -57,10 +53,10 @@ class Tables:
             number=self.number,
             seals=self.seals,
             wanted=self.wanted,
-            state=text(self.state),
+            state=encode_text(self.state),
         )
         if self.number != after:
-            head.keyring = text(self.keyring)
+            head.keyring = encode_text(self.keyring)
         return head
 
     def parts(
@@ -76,9 +72,9 @@ class Tables:
             api.ReplicaFollowRequest(
                 head=self.head(after),
                 after=after,
-                files=[api.ReplicaFile(key_id, text(self.files[key_id][0])) for key_id in page],
+                files=[api.ReplicaFile(key_id, encode_text(self.files[key_id][0])) for key_id in page],
                 tombstones_after=tombstones_after,
-                tombstones=text(records) if number == 0 else "",
+                tombstones=encode_text(records) if number == 0 else "",
                 complete=number == len(pages) - 1,
             )
             for number, page in enumerate(pages)

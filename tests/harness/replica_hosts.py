@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import quote
 
 import asyncpg
 
@@ -22,6 +21,7 @@ import minikms
 from minikms_replicator import tables
 from tests.harness import forked, postgres
 from tests.harness.forked import Forked
+from tests.harness.postgres import url_of
 from tests.harness.unix_http import answers
 from tests.harness.waiting import WAIT_S_MAX, wait_until
 
@@ -35,12 +35,6 @@ principals = ["uid:{uid}"]
 roles = ["create", "encrypt", "decrypt", "data_key", "monitor", "rotate", "destroy", "unseal", "audit", "replicate"]
 threads = ["*"]
 """
-
-
-def url_of(settings: str, user: str = ROLE) -> str:
-    """Of what `tests.harness.postgres.running` gives."""
-    given = dict(one.split("=", 1) for one in settings.split())
-    return f"postgresql://{user}@/{given['dbname']}?host={quote(given['host'], safe='')}"
 
 
 class KeyHost:
@@ -129,7 +123,7 @@ class KeyHosts:
 
     def __init__(self, directory: Path, settings: str, *, single_node: bool = True) -> None:
         self.directory = directory
-        self.database, self.owner = url_of(settings), url_of(settings, "test")
+        self.database, self.owner = url_of(settings, ROLE), url_of(settings)
         self._single_node = single_node
         self.hosts: list[KeyHost] = []
 
@@ -182,7 +176,7 @@ def key_hosts(directory: Path, *, standby: bool = False) -> Iterator[KeyHosts]:
     with contextlib.ExitStack() as running:
         settings, files = running.enter_context(postgres.running())
         files.parent.chmod(0o755)  # of the socket: a replicator that root starts gives up root's rights
-        owner = url_of(settings, "test")
+        owner = url_of(settings)
         if standby:
             running.enter_context(postgres.receiver(settings, STANDBY))
         asyncio.run(_prepare(owner, standby=standby))

@@ -6,7 +6,7 @@ import pytest
 
 from tests import needs
 from tests.harness import postgres
-from tests.minikms_replicator.rig import url_of
+from tests.harness.postgres import url_of
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
-from urllib.parse import quote
 
 import asyncpg
 
@@ -17,12 +16,6 @@ from minikms_replicator.config import Config, DatabaseConfig
 from tests.minikms_replicator.fake_member import Member
 
 ROLE = "replicator"
-
-
-def url_of(settings: str, user: str = "test") -> str:
-    """Of what `tests.harness.postgres.running` gives."""
-    given = dict(one.split("=", 1) for one in settings.split())
-    return f"postgresql://{user}@/{given['dbname']}?host={quote(given['host'], safe='')}"
 
 
 async def fresh(url: str) -> str:

@@ -15,8 +15,9 @@ from minikms.processes.postgresql import FAILURES
 from minikms_replicator import fetching, tables
 from minikms_replicator.tables import Lease, Tables, TablesError
 from tests.harness import postgres
-from tests.minikms_replicator.fake_member import KEYRING_ID, Member, content, key_id
-from tests.minikms_replicator.rig import ROLE, fresh, url_of
+from tests.harness.postgres import url_of
+from tests.minikms_replicator.fake_member import Member, content, key_id
+from tests.minikms_replicator.rig import ROLE, fresh
 
 
 @contextlib.asynccontextmanager
@@ -269,4 +270,3 @@ def test_the_written_header_is_that_of_a_tombstone_file() -> None:
 
     assert fetching.HEADER == tombstones.HEADER
     assert (tables.RECORD_BYTES, tables.CONTENT_BYTES_MAX) == (tombstones.RECORD_BYTES, dek.FILE_BYTES)
-    assert KEYRING_ID

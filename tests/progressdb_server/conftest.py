@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness import postgres
+from tests.harness.postgres import url_of
 from tests.progressdb_server.store import opened_store
 
 
@@ -12,7 +13,7 @@ from tests.progressdb_server.store import opened_store
 def database() -> Iterator[str]:
     """The URL of a PostgreSQL of this session."""
     with postgres.running() as (settings, _):
-        yield opened_store.url_of(settings)
+        yield url_of(settings)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -33,8 +33,8 @@ from tests import needs
 from tests.harness import forked, postgres
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.message_server import ADMIN, Server, server
+from tests.harness.postgres import url_of
 from tests.harness.waiting import wait_until
-from tests.progressdb_server.store.opened_store import url_of
 
 VECTORS: Final = Path(__file__).parent
 AAD: Final = b"where it is stored"

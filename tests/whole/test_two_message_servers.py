@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.harness import postgres
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.message_server import ADMIN, server
-from tests.progressdb_server.store.opened_store import url_of
+from tests.harness.postgres import url_of
 
 
 def command(settings: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from minikms import api
+from minikms.api.base64 import encode_text
 from minikms.api.errors import (
     ConflictError,
     KeyDestroyedError,
@@ -28,7 +29,7 @@ from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import now_rfc3339
 from tests.harness.disk_faults import flip, refuse
 from tests.harness.members import OpenedMember, join, make_first, opened_member
-from tests.harness.replica_database import ReplicaDatabase, Tables, text
+from tests.harness.replica_database import ReplicaDatabase, Tables
 from tests.harness.vaults import create, key_file
 from tests.minikms.keys.keyrings import AT, NEW_ROOT
 
@@ -216,11 +217,11 @@ def of_content(change: Callable[[bytes], bytes], *, part: str) -> Callable[[Two,
         head = request.head
         assert isinstance(head, api.ReplicaHead)
         if part == "file":
-            request.files[0].content = text(change(base64.b64decode(request.files[0].content)))
+            request.files[0].content = encode_text(change(base64.b64decode(request.files[0].content)))
         elif part == "tombstones":
-            request.tombstones = text(change(base64.b64decode(request.tombstones)))
+            request.tombstones = encode_text(change(base64.b64decode(request.tombstones)))
         else:
-            setattr(head, part, text(change(base64.b64decode(getattr(head, part)))))
+            setattr(head, part, encode_text(change(base64.b64decode(getattr(head, part)))))
         return requests
 
     return changed
@@ -234,7 +235,7 @@ def without_a_row(_: Two, requests: Requests) -> Requests:
 def with_an_older_file(both: Two, requests: Requests) -> Requests:
     for file in requests[0].files:
         if file.key_id in both.before.files:
-            file.content = text(both.before.files[file.key_id][0])
+            file.content = encode_text(both.before.files[file.key_id][0])
     return requests
 
 
@@ -246,7 +247,7 @@ def swapped(_: Two, requests: Requests) -> Requests:
 
 def with_an_older(part: str) -> Callable[[Two, Requests], Requests]:
     def change(both: Two, requests: Requests) -> Requests:
-        return of_head(**{part: text(getattr(both.before, part))})(both, requests)
+        return of_head(**{part: encode_text(getattr(both.before, part))})(both, requests)
 
     return change
 
@@ -302,7 +303,7 @@ async def test_an_older_file_in_one_of_several_parts_is_not_written(tmp_path: Pa
         await both.b.follow()
         await both.a.one.make(3)
         first, *_ = both.parts(files_max=2)
-        first.files.append(api.ReplicaFile(retired, text(both.before.files[retired][0])))
+        first.files.append(api.ReplicaFile(retired, encode_text(both.before.files[retired][0])))
         with pytest.raises(ReplicaRolledBackError, match="an older file of key"):
             await both.b.directory.follow(first)
         assert both.b.one.on_disk(retired).state == "retired"
@@ -314,7 +315,7 @@ async def test_the_file_of_a_destroyed_key_is_never_written(tmp_path: Path) -> N
         await both.a.vault.retire(victim)
         await both.a.vault.destroy(victim)
         (request,) = both.parts()
-        request.files.append(api.ReplicaFile(victim, text(both.before.files[victim][0])))
+        request.files.append(api.ReplicaFile(victim, encode_text(both.before.files[victim][0])))
         for _ in range(2):
             await both.b.directory.follow(request)
         assert victim not in key_ids(both.b)

@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikms import api
+from minikms.api.base64 import encode_text
 from minikms.api.errors import KmsRefusedError, StandbyError
 from minikms.custody import replica_file
 from minikms.keys import dek
 from minikms.platform.files import closed_after, open_directory
 from tests.harness.disk_faults import quick_directory
 from tests.harness.members import OpenedMember, join, make_first, opened_member
-from tests.harness.replica_database import ReplicaDatabase, Tables, text
+from tests.harness.replica_database import ReplicaDatabase, Tables
 from tests.harness.vaults import create
 
 STEPS = 14
@@ -162,7 +163,7 @@ class World:
             if self.rng.random() < 0.2:
                 request.complete = not request.complete
             if isinstance(request.head, api.ReplicaHead) and self.rng.random() < 0.3:
-                request.head.state = text(self.at_some_time().state)
+                request.head.state = encode_text(self.at_some_time().state)
             with contextlib.suppress(KmsRefusedError):
                 await member.directory.follow(request)
 

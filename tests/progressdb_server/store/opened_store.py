@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import asyncpg
 
@@ -39,12 +38,6 @@ database: list[str] = []
 """The URL of the PostgreSQL that is opened, emptied, where a test names no engine."""
 closing: list[Callable[[], None]] = []
 """What is called at the end of such a test."""
-
-
-def url_of(settings: str) -> str:
-    """Of what `tests.harness.postgres.running` gives."""
-    given = dict(one.split("=", 1) for one in settings.split())
-    return f"postgresql://{given['user']}@/{given['dbname']}?host={quote(given['host'], safe='')}"
 
 
 async def emptied(url: str) -> PostgresEngine:

@@ -20,15 +20,14 @@ from minikms import Client, api
 from minikms.api.errors import KmsError
 from minikms.crypto import slots
 from minikms.crypto.aead import NonceSource
-from minikms.custody import replica_file
 from minikms.custody.replica_file import Mark
 from minikms.keys import root_slots
 from minikms.keys.keyring import Member
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random
 from minikms.platform.clock import boot_ns
-from minikms.platform.files import closed_after, open_directory
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.members import write_mark
 from tests.harness.replica_database import ReplicaDatabase, Tables
 from tests.harness.waiting import wait_until
 
@@ -203,11 +202,6 @@ def join(a: LiveDaemon, data_dir: Path, root: bytes) -> None:
     shutil.copytree(a.data_dir, data_dir, ignore=shutil.ignore_patterns("minikms-audit*", "*.lock"))
     write_mark(a.data_dir, Mark(member_id=first.member_id, name="a", begins=True))
     write_mark(data_dir, Mark(member_id=second.member_id, name="b"))
-
-
-def write_mark(directory: Path, mark: Mark) -> None:
-    with closed_after(open_directory(str(directory))) as directory_fd:
-        replica_file.write(directory_fd, mark, None)
 
 
 @contextlib.contextmanager

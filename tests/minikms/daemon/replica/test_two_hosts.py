@@ -14,11 +14,11 @@ import pytest
 
 from minikms import Client, api
 from minikms.api import errors
+from minikms.api.base64 import encode_text
 from minikms.cli.status import page as status_page
 from minikms.daemon.lagging import SERVED
 from minikms.keys import keyring
 from tests.harness.live_daemon import LiveDaemon
-from tests.harness.replica_database import text
 from tests.harness.unix_http import unix_request
 from tests.harness.waiting import wait_until
 from tests.minikms.daemon.replica.hosts import LEASE_S, Hosts, Replicator, hosts
@@ -301,7 +301,7 @@ def test_a_forged_keyring_closes_a_standby_until_its_next_unseal(both: Hosts) ->
         forged = msgspec.structs.replace(body, epoch=body.epoch + 1, key_version=body.key_version + 1)
         (part,) = both.database.tables.parts(0, 0)
         assert isinstance(part.head, api.ReplicaHead)
-        part.head.keyring = text(keyring.encode_file(keyring.encode_body(forged), tag))
+        part.head.keyring = encode_text(keyring.encode_file(keyring.encode_body(forged), tag))
         with contextlib.suppress(errors.SealedError):
             standby.kms.replica_follow(part)
         assert standby.mode == "sealed"

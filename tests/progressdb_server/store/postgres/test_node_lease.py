@@ -17,7 +17,8 @@ from progressdb_server.store.postgres import nodes
 from progressdb_server.store.postgres import opening as postgres
 from progressdb_server.store.postgres import writer as postgres_writer
 from tests.harness import postgres as harness
-from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, url_of
+from tests.harness.postgres import url_of
+from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of
 from tests.progressdb_server.store.postgres.failing_database import waiting, with_setting
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
