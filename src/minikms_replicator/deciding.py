@@ -29,6 +29,11 @@ class Watch:
         return now_ns - self._since_ns
 
 
+def is_settled(settled_ns: int | None) -> bool:
+    """Whether the node has confirmed commits for long enough. `settled_ns`: as `Tables.settled_ns`."""
+    return settled_ns is None or settled_ns >= WAIT_NS
+
+
 def why_not(head: Head, position: ReplicaPosition, *, held_term: int, unchanged_ns: int, settled_ns: int | None) -> str:
     """Why the member does not take over now; empty if it does. `held_term`: of the last lease of this process, which is
     over, because its daemon does not serve. `settled_ns`: as `Tables.settled_ns`.
@@ -41,7 +46,7 @@ def why_not(head: Head, position: ReplicaPosition, *, held_term: int, unchanged_
         return "the tables are empty, and this member may not fill them"
     if not head.empty and head.number != position.number:
         return f"the member has change {position.number} of {head.number}"
-    if settled_ns is not None and settled_ns < WAIT_NS:
+    if not is_settled(settled_ns):
         return "this node of the database has not confirmed commits for long enough"
     me = position.member_id
     if head.member == me and head.term == held_term:

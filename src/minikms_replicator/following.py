@@ -26,7 +26,7 @@ from minikms.api.replica_verbs import (
     ReplicaPosition,
 )
 from minikms.platform.clock import boot_ns
-from minikms_replicator.deciding import Watch, why_not
+from minikms_replicator.deciding import Watch, is_settled, why_not
 from minikms_replicator.tables import Head, Lease, Tables
 
 ASK_S_MAX: Final = 5.0
@@ -69,7 +69,8 @@ class Follower:
         unchanged_ns = self._watch.unchanged_ns(self._tables.node, head, boot_ns())
         if position.seals > head.seals:
             await self._tables.seal(position.seals)
-        if position.wants and position.ready and me not in (head.member, head.wanted):
+        is_wanted = position.wants and position.ready and is_settled(self._tables.settled_ns)
+        if is_wanted and me not in (head.member, head.wanted):  # else the head would be released before it is taken
             await self._tables.want(me)
         self.why = why_not(
             head, position, held_term=self._held_term, unchanged_ns=unchanged_ns, settled_ns=self._tables.settled_ns

@@ -101,7 +101,7 @@ async def test_the_first_host_has_a_mark_that_may_fill_a_database(directory: Pat
         init_replica(str(directory), key(directory), "b")
     with pytest.raises(StartError, match=r"the audit key changes only where .*minikms replica "):
         rotate_audit_key(str(directory), key(directory))
-    with pytest.raises(EmbeddedError, match="only a daemon with a lease"):
+    with pytest.raises(EmbeddedError, match="host of several, of which one serves"):
         await EmbeddedClient.open(str(directory), master_key_file=key_file(directory))
     with pytest.raises(StartError, match="wrong root key"):
         leave_replica(str(directory), key(directory.with_name("another")))

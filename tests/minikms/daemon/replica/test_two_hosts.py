@@ -39,8 +39,8 @@ class Side:
 
     @property
     def mode(self) -> str:
-        """Empty if it stood by while it was asked."""
-        with contextlib.suppress(errors.RequestInterruptedError):
+        """Empty if it stood by, or was sealed, while it was asked."""
+        with contextlib.suppress(errors.RequestInterruptedError, errors.SealedError):
             return self.kms.replica_status().mode
         return ""
 
