@@ -166,7 +166,9 @@ def join_replica(
         root.prepare(arena, new_keyring=True)
         with root.read(arena) as key:
             new = _newcomer(arena, key, invitation)
-        replica_file.write(lock.directory_fd, Mark(member_id=invitation.member_id, name=name), None)
+        replica_file.write(
+            lock.directory_fd, Mark(member_id=invitation.member_id, name=name, seals=invitation.seals), None
+        )
     return members.request(new, name, root.name)
 
 
@@ -177,6 +179,7 @@ def _newcomer(arena: SecretArena, root: SecretSlot, invitation: api.ReplicaInvit
         invitation.format == members.INVITATION_FORMAT
         and api.SLOT_ID_PATTERN.fullmatch(slot_id)
         and invitation.member_id == members.member_id_for(slot_id)
+        and 0 <= invitation.seals <= api.REPLICA_NUMBER_MAX
     ):
         with contextlib.suppress(DecryptionError), arena.allocate() as auth:
             return newcomer(root.view, auth.view, invitation.keyring_id, slot_id, invitation.public_key)

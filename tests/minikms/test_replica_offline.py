@@ -290,7 +290,7 @@ def invitation(**changes: object) -> api.ReplicaInvitation:
         unlocked.release()
     fields: dict[str, object] = {
         "format": members.INVITATION_FORMAT, "keyring_id": "kr_0011223344556677", "member_id": "m9", "slot_id": "s9",
-        "public_key": public_key,
+        "public_key": public_key, "seals": 3,
     } | changes  # fmt: skip
     return api.ReplicaInvitation(**fields)  # type: ignore[arg-type]  # some are wrong on purpose
 
@@ -299,7 +299,7 @@ def test_a_host_that_joins_gets_a_mark_and_nothing_else(tmp_path: Path) -> None:
     place = tmp_path / "new"
     requests = [join_replica(str(place), key(place), invitation(), "b") for _ in range(2)]
     assert sorted(path.name for path in place.iterdir()) == ["kms-replica.json", "lock"]
-    assert mark_of(place) == Mark(member_id="m9", name="b")
+    assert mark_of(place) == Mark(member_id="m9", name="b", seals=3)
     assert requests[0].sealed_auth != requests[1].sealed_auth
     one, two = ({**api_fields(request), "sealed_auth": ""} for request in requests)
     assert one == two
@@ -318,6 +318,7 @@ def api_fields(request: api.AddReplicaRequest) -> dict[str, str]:
         {"member_id": "m8"},
         {"slot_id": "9"},
         {"public_key": b""},
+        {"seals": -1},
         {"public_key": b"\xff" * 1216},
     ],
 )

@@ -235,13 +235,16 @@ PROMOTE_REPLICA: Final = Verb(
 
 
 class ReplicaInvitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a new host needs to make its request. `public_key`: what it tells the members is sealed to this."""
+    """What a new host needs to make its request. `public_key`: what it tells the members is sealed to this. `seals`:
+    the count that the inviting member has obeyed, so that an earlier seal does not seal the new host.
+    """
 
     format: str
     keyring_id: str
     member_id: str
     slot_id: str
     public_key: bytes
+    seals: int
 
 
 INVITE_REPLICA: Final = Verb(

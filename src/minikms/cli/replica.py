@@ -136,7 +136,7 @@ def join(
         f"  {' '.join(wrap(digest, DIGEST_GROUP_CHARS))}",
         "Copy it to the host that serves, and run there, which must show the same fingerprint:",
         f"  minikms replica add {shlex.quote(request.name)}",
-        "Then here, as the user of the daemon; then start the daemon and minikms-replicator:",
+        "Then here, as a user whom the database accepts; give the daemon's user the files, and start both services:",
         f"  minikms-replicator fetch --data-dir {shlex.quote(directory)}",
     )
     print_result({"request": str(request), "member_id": asked.member_id, "digest": digest}, lines, json=json)

@@ -187,7 +187,14 @@ class Parts:
             in_use_slot_id=data.slot.slot_id,
             pin=settings.opening.pin,
         )
-        ReplicaVerbs(vault=self.vault, table=table, keks=self.keks, removal=removal, pin=settings.opening.pin)
+        ReplicaVerbs(
+            vault=self.vault,
+            table=table,
+            keks=self.keks,
+            removal=removal,
+            seals=lambda: 0 if data.member is None else data.member.mark.seals,
+            pin=settings.opening.pin,
+        )
         replica.add_verbs(table)
         self._auditor = AuditorVerbs(
             vault=self.vault,

@@ -8,6 +8,7 @@ remove the host that serves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -33,8 +34,16 @@ class ReplicaVerbs:
     """`pin` names the hosts that may be added."""
 
     def __init__(
-        self, *, vault: Vault, table: VerbTable, keks: KekVerbs, removal: RootRemoval, pin: PinFile | None = None
+        self,
+        *,
+        vault: Vault,
+        table: VerbTable,
+        keks: KekVerbs,
+        removal: RootRemoval,
+        seals: Callable[[], int],
+        pin: PinFile | None = None,
     ) -> None:
+        self._seals = seals
         self._vault = vault
         self._audit = table.audit
         self._keks = keks
@@ -51,7 +60,12 @@ class ReplicaVerbs:
         slot_id = root_slots.next_slot_id(body)
         public_key = self._vault.unlocked.invitation_key()
         return api.ReplicaInvitation(
-            members.INVITATION_FORMAT, body.keyring_id, members.member_id_for(slot_id), slot_id, public_key
+            members.INVITATION_FORMAT,
+            body.keyring_id,
+            members.member_id_for(slot_id),
+            slot_id,
+            public_key,
+            self._seals(),
         )
 
     async def add(self, request: api.AddReplicaRequest, event: Event, permit: Permit) -> api.ReplicaAnswer:

@@ -59,7 +59,7 @@ class Daemon:
         return api.ReplicaAnswer(member_id, "b", "s5", "" if member_id == "m9" else "0" * 16)
 
     def invite_replica(self) -> api.ReplicaInvitation:
-        return api.ReplicaInvitation(members.INVITATION_FORMAT, "kr_1", "m5", "s5", b"public")
+        return api.ReplicaInvitation(members.INVITATION_FORMAT, "kr_1", "m5", "s5", b"public", 0)
 
 
 Answers = Callable[..., Daemon]

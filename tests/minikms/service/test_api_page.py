@@ -83,7 +83,7 @@ def served(one: OpenedVault) -> VerbTable:
     table.now(api.UNSEAL_STATUS, lambda request, event: b"{}")
     table.now(api.UNSEAL, lambda request, event: b"{}")
     table.later(api.REPORT_AUDIT_POSITION, reported, audited=False)
-    ReplicaVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal)
+    ReplicaVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal, seals=lambda: 0)
     NoMember().add_verbs(table)
     return table
 

@@ -60,7 +60,9 @@ class Serving:
         self.roots = RootVerbs(
             vault=one.vault, table=table, keks=keks, removal=one.removal, in_use_slot_id="s1", pin=pin
         )
-        self.verbs = ReplicaVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal, pin=pin)
+        self.verbs = ReplicaVerbs(
+            vault=one.vault, table=table, keks=keks, removal=one.removal, seals=lambda: 3, pin=pin
+        )
 
     @property
     def body(self) -> Body:
