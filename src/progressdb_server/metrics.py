@@ -12,7 +12,7 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -52,6 +52,24 @@ class Histogram:
             total += count
             buckets.append((bound, total))
         return buckets
+
+
+SLOW_COUNT_MIN: Final = 10
+"""Values of which a mean is shown."""
+
+
+class Mean(NamedTuple):
+    """In seconds, of `values`. The largest sorts last."""
+
+    seconds: float
+    values: int
+    name: str
+
+
+def mean_of(name: str, histogram: Histogram) -> Mean | None:
+    """None of fewer values than SLOW_COUNT_MIN."""
+    count = histogram.count
+    return Mean(histogram.sum / count, count, name) if count >= SLOW_COUNT_MIN else None
 
 
 class StoreMetrics(Collector):
@@ -146,6 +164,11 @@ class KmsMetrics(Collector):
     def answered(self, verbs: Collection[str]) -> int:
         """The exchanges of these verbs that the key service answered."""
         return sum(verb.seconds.count for name, verb in self._verbs.items() if name in verbs)
+
+    def slowest(self) -> Mean | None:
+        """The verb whose exchanges take longest in the mean."""
+        means = (mean_of(name, verb.seconds) for name, verb in self._verbs.items())
+        return max((one for one in means if one is not None), default=None)
 
     def seen(self, status: api.StatusAnswer) -> None:
         self._up = status.status == "ok"

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from minikms import api
-from progressdb_server.api.viewer.overview import Part, of_status
+from progressdb_server.api.routes.metrics import ApiMetrics
+from progressdb_server.api.viewer.overview import Part, of_jobs, of_status, totals
+from progressdb_server.jobs.states import Job
+from progressdb_server.metrics import KmsMetrics, Mean
 
 ROOT = api.RootStatus(provider="file")
 AUDIT = api.AuditStatus(writable=True)
@@ -44,3 +50,34 @@ def test_each_standby_is_named_with_what_it_lacks(
 def test_an_exhausted_limit_is_named() -> None:
     status = api.StatusAnswer(root=ROOT, audit=AUDIT, policy=api.PolicyStatus(budgets_exhausted=2))
     assert said("Hourly limits", status).state == "warn"
+
+
+@pytest.mark.parametrize(
+    ("state", "shown"), [("failed", "warn"), ("paused", "warn"), ("running", "good"), ("done", "good")]
+)
+def test_a_job_that_stands_still_is_not_well(state: Any, shown: str) -> None:
+    job = Job("job-1", "t", 1, 1, state=state, reason="3 records")
+    part = of_jobs([job])
+    assert part.state == shown
+    assert (part.command == "progressdb jobs resume job-1") is (shown == "warn")
+
+
+def test_appends_and_the_slowest_route_are_those_of_the_api() -> None:
+    metrics, kms = ApiMetrics(CollectorRegistry()), KmsMetrics()
+    routes = {
+        "/v1/messages": 0.001,
+        "/v1/threads/{thread}/messages": 0.002,
+        "/v1/messages/{message}/reactions": 0.5,
+        "/viewer/": 9.0,
+    }
+    for route, seconds in routes.items():
+        request: Any = SimpleNamespace(route=route, method="POST")
+        for _ in range(10 if route != "/v1/messages/{message}/reactions" else 3):
+            metrics.finished(request, 200, seconds)
+    assert totals(metrics, kms).appends == 20
+    slowest = metrics.slowest()
+    assert slowest is not None and slowest.name == "POST /v1/threads/{thread}/messages"
+    assert kms.slowest() is None
+    for _ in range(10):
+        kms.exchanged(b"/encrypt", 0.25, answered=True)
+    assert kms.slowest() == Mean(0.25, 10, "encrypt")

@@ -275,9 +275,9 @@ def test_an_absent_token_is_never_the_right_one() -> None:
 
 def test_the_overview_names_what_needs_a_look_and_the_command(server: RealServer, inside: ViewerClient) -> None:
     page = inside("/viewer/").text
-    for part in ("Store", "Key service", "Auditor", "Last KEK rotation", "Backup of the store", "Jobs"):
+    for part in ("Store", "Key service", "Auditor", "Key-encryption key (KEK)", "Backup of the store", "Jobs"):
         assert f'<th scope="row">{part}</th>' in page
-    assert "<code>progressdb backup create</code>" in page, "there is no backup"
+    assert "<code>progressdb backup create NAME</code>" in page, "there is no backup"
     live = inside("/viewer/?part=live").text
     assert "<h2>What there is</h2>" in live and "<header>" not in live
     assert "The last day" in inside("/viewer/?period=day").text

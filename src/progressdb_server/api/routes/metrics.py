@@ -8,6 +8,7 @@ changes and a scrape reads: the library's own metrics take a lock for each chang
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -21,7 +22,7 @@ from progressdb_server.api.gate.keys import OPERATORS
 from progressdb_server.api.gate.request import Request
 from progressdb_server.api.gate.response import Response
 from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, operations_of
-from progressdb_server.metrics import Histogram
+from progressdb_server.metrics import Histogram, Mean, mean_of
 
 _LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _DURATION: Final = "progressdb_http_request_duration_seconds"
@@ -72,13 +73,22 @@ class ApiMetrics(Collector):
         responses.count += 1
         responses.times.seconds.add(seconds)
 
-    def counted(self, method: str, path: str) -> int:
-        """The answers of a method on routes that begin with `path`, without errors."""
+    def counted(self, method: str, pattern: re.Pattern[str]) -> int:
+        """The answers of a method on routes that match, without errors."""
         return sum(
             one.count
             for (route, by, status), one in self._responses.items()
-            if by == method and route.startswith(path) and status < 400
+            if by == method and status < 400 and pattern.fullmatch(route)
         )
+
+    def slowest(self) -> Mean | None:
+        """Of the routes of the API; None before they were asked SLOW_COUNT_MIN times."""
+        means = (
+            mean_of(f"{method} {route}", times.seconds)
+            for (route, method), times in self._times.items()
+            if route.startswith("/v1/")
+        )
+        return max((one for one in means if one is not None), default=None)
 
     def answered(self) -> tuple[int, float, int]:
         """All answers, the seconds that they took, and those that were errors of the server."""

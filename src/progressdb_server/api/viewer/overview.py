@@ -7,6 +7,7 @@ and nothing more; a part of which nothing is known is not shown as well. It must
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
@@ -25,6 +26,8 @@ AUDITOR_OLD_S: Final = 120
 KEK_OLD_S: Final = 365 * DAY_S
 CHART_WIDTH: Final = 480
 CHART_HEIGHT: Final = 120
+_APPENDING: Final = re.compile(r"/v1/(threads/\{thread\}/)?messages")
+_READING: Final = re.compile(r"/v1/.*")
 _ENCRYPTING: Final = frozenset(("encrypt", "encrypt_batch"))
 _DECRYPTING: Final = frozenset(("decrypt", "decrypt_batch"))
 
@@ -57,8 +60,8 @@ class Chart(NamedTuple):
 def totals(metrics: ApiMetrics, kms: KmsMetrics) -> Totals:
     requests, seconds, errors = metrics.answered()
     return Totals(
-        appends=metrics.counted("POST", "/v1/messages"),
-        reads=metrics.counted("GET", "/v1/"),
+        appends=metrics.counted("POST", _APPENDING),
+        reads=metrics.counted("GET", _READING),
         encryptions=kms.answered(_ENCRYPTING),
         decryptions=kms.answered(_DECRYPTING),
         errors=errors,
@@ -75,7 +78,7 @@ async def parts(store: Conversations, readiness: Readiness, jobs: Sequence[Job] 
         _key_service(problem, readiness.kms),
         *of_status(readiness.kms.last_status, now_s, known=not problem),
         _backup(store, now_s),
-        _jobs(jobs),
+        of_jobs(jobs),
     ]
 
 
@@ -105,7 +108,7 @@ def of_status(status: api.StatusAnswer | None, now_s: float, *, known: bool) -> 
     if status is None or not status.root.provider:
         return
     if warnings := status.warnings:
-        yield Part("Key service says", "warn", "; ".join(warnings), "On its machine", "minikms status")
+        yield Part("Warnings of the key service", "warn", "; ".join(warnings), "On its machine", "minikms status")
     if not status.audit.writable:
         yield Part("Audit log", "bad", status.audit.unavailable_reason or "it can't be written", "", "minikms doctor")
     if status.replica is not None:
@@ -159,7 +162,8 @@ def _kek(status: api.StatusAnswer, now_s: float) -> Iterator[Part]:
     if made_s:
         days = int((now_s - made_s) // DAY_S)
         state = "warn" if now_s - made_s > KEK_OLD_S else "good"
-        yield Part("Last KEK rotation", state, f"{days:,} days ago", "To rotate", "minikms rotate-kek")
+        command = "minikms rotate-kek" if state == "warn" else ""
+        yield Part("Key-encryption key (KEK)", state, f"The newest is {days:,} days old", "", command)
 
 
 def _backup(store: Conversations, now_s: float) -> Part:
@@ -169,17 +173,25 @@ def _backup(store: Conversations, now_s: float) -> Part:
     if math.isnan(newest_s):
         return Part("Backup of the store", "warn", "It can't be read which ones there are", "", "progressdb doctor")
     if not newest_s:
-        return Part("Backup of the store", "warn", "There is none", "Make one", "progressdb backup create")
+        return Part("Backup of the store", "warn", "There is none", "Make one", "progressdb backup create NAME")
     hours = int((now_s - newest_s) // HOUR_S)
     if now_s - newest_s > BACKUP_OLD_S:
-        return Part("Backup of the store", "warn", f"The newest is {hours:,} hours old", "", "progressdb backup create")
-    return Part("Backup of the store", "good", f"The newest is {hours:,} hours old")
+        return Part(
+            "Backup of the store", "warn", f"The newest is {hours:,} hours old", "", "progressdb backup create NAME"
+        )
+    return Part(
+        "Backup of the store", "good", f"The newest is {hours:,} hours old; after {BACKUP_OLD_S // HOUR_S} this warns"
+    )
 
 
-def _jobs(jobs: Sequence[Job] | None) -> Part:
+def of_jobs(jobs: Sequence[Job] | None) -> Part:
     if jobs is None:
         return Part("Jobs", "bad", "They can't be read now", "", "progressdb doctor")
     working = [job for job in jobs if job.state in UNFINISHED]
+    stands = next((job for job in jobs if job.state in ("failed", "paused")), None)
+    if stands is not None:
+        why = f": {stands.reason}" if stands.reason else ""
+        return Part("Jobs", "warn", f"One is {stands.state}{why}", "To go on", f"progressdb jobs resume {stands.id}")
     failed = next((job for job in working if job.failed), None)
     if failed is not None:
         return Part(
@@ -210,13 +222,16 @@ def charts(history: History, *, day: bool) -> list[Chart]:
 
 
 def _chart(title: str, unit: str, names: Sequence[str], points: Sequence[Point], *, day: bool) -> Chart:
-    top = max((value for point in points for value in point.values), default=0.0) or 1.0
+    top = max((value for point in points for value in point.values), default=0.0)
     end_s = points[-1].at_s if points else 0.0
     period_s = DAY_S if day else HOUR_S
     lines: list[Line] = []
     for number, name in enumerate(names):
         at = [
-            (CHART_WIDTH * (1 - (end_s - point.at_s) / period_s), CHART_HEIGHT * (1 - point.values[number] / top))
+            (
+                CHART_WIDTH * (1 - (end_s - point.at_s) / period_s),
+                CHART_HEIGHT * (1 - point.values[number] / (top or 1.0)),
+            )
             for point in points
         ]
         last = points[-1].values[number] if points else 0.0
