@@ -118,8 +118,8 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         (
             (
                 "minikms/custody/member.py",
-                "            raise StandbyError\n        async with self._committed(written):\n            yield\n",
-                "            raise StandbyError\n\n"
+                "        self.require_serving()\n        async with self._committed(written):\n            yield\n",
+                "        self.require_serving()\n\n"
                 "        async def later() -> None:\n"
                 "            async with self._committed(written):\n"
                 "                pass\n\n"

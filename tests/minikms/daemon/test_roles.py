@@ -16,12 +16,12 @@ from tests.minikms.daemon import foreign
 from tests.minikms.service.asking import NO_KEY, post
 
 
-def test_without_admins_each_allowed_uid_has_every_role_but_ship() -> None:
+def test_without_admins_an_allowed_uid_has_each_role_but_of_helpers() -> None:
     policy = Policy([1000, 1001])
     for uid in (1000, 1001):
         principal = policy.principal(uid, 7)
         assert principal is not None
-        assert principal.roles == ROLES - FILE_ONLY == set(get_args(Role)) - {"ship"}
+        assert principal.roles == ROLES - FILE_ONLY == set(get_args(Role)) - {"ship", "replicate"}
         assert (principal.uid, principal.pid, principal.actor) == (uid, 7, f"peer_uid:{uid}")
 
 
