@@ -129,7 +129,7 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
     }
     requests = {verb: example(verb, KEY) for verb in api.REPLICA_VERBS}
     member = answer(b'{"member_id":"m2","name":"b","slot_id":"s2","fingerprint":""}')
-    invitation = answer(b'{"format":"f","keyring_id":"k","member_id":"m2","slot_id":"s2","public_key":""}')
+    invitation = answer(b'{"format":"f","keyring_id":"k","member_id":"m2","slot_id":"s2","public_key":"","seals":0}')
     next_answer = answer(msgspec.json.encode({"position": position}))
     exchanges += [
         (
