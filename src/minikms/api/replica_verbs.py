@@ -29,6 +29,8 @@ REPLICA_FILES_MAX: Final = 4096
 REPLICA_BYTES_MAX: Final = 6 * 1024 * 1024
 """Contents of one commit, or of one request to follow, before their base64. Less than BODY_BYTES_MAX allows."""
 MEMBERS_MAX: Final = 9
+REPLICATOR_SILENT_SECONDS: Final = 10
+"""A replicator asks its daemon each second: after this time without a request it is away."""
 MEMBER_SILENT_SECONDS: Final = 30
 """The last report of a member is no news after this time."""
 POLL_SECONDS_MAX: Final = 1.0

@@ -46,8 +46,6 @@ FILE_BYTES_MAX: Final = 16 * 1024
 DIGEST_GROUP_CHARS: Final = 4
 POLL_SECONDS: Final = 0.2
 PROMOTE_SECONDS: Final = 10.0
-SILENT_SECONDS: Final = 10.0
-"""A replicator asks its daemon each second."""
 STOPPED_MODES: Final = ("sealed", "refused")
 
 Name = Annotated[str, Parameter(name="--name", help="The name of this host in `minikms replica list`.")]
@@ -277,11 +275,13 @@ def promote(
 @app.command
 def status(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
     """Show the state of this host. Exit status: 0 it serves or follows, 1 it can't, 2 the daemon does not answer."""
+    from minikms.api import REPLICATOR_SILENT_SECONDS
+
     with daemon_client(socket, server_uid) as kms:
         state = kms.replica_status()
     heard = state.heard_seconds
     works = not state.enabled or (
-        state.mode not in STOPPED_MODES and not state.why and heard is not None and heard < SILENT_SECONDS
+        state.mode not in STOPPED_MODES and not state.why and heard is not None and heard < REPLICATOR_SILENT_SECONDS
     )
     if json:
         print_json(state)

@@ -62,8 +62,6 @@ KEYS_KEPT_LEASES: Final = 10
 """Leases without a renewal, after which a standby drops the keys that it has opened."""
 WANTS_SECONDS: Final = 60
 """How long a promotion is tried."""
-SILENCE_SECONDS: Final = 5
-"""Without a request of the replicator; then `/status` warns."""
 SEAL_SECONDS_MAX: Final = 8.0
 """How long the answer to `/seal` waits for the other members: less than a client waits for it."""
 WHY_CHARS_MAX: Final = 1000
@@ -526,7 +524,7 @@ class Member:
         own = self.position().report
         found = []
         silent = self._heard_seconds
-        if silent is None or silent > SILENCE_SECONDS:
+        if silent is None or silent >= api.REPLICATOR_SILENT_SECONDS:
             since = "since the start" if silent is None else f"for {int(silent)} s"
             found.append(
                 f"no replicator has asked {since}, so this host can't take over: see that minikms-replicator runs"
