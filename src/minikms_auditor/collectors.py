@@ -42,7 +42,6 @@ class Collector(Transport):
     content_type = "application/x-ndjson"
 
     def __init__(self, sink: HttpSink | SplunkSink, files: Files) -> None:
-        """Raises StartError."""
         context = client_context(files, ca=sink.ca, cert=sink.cert, key=sink.key) if sink.has_tls else None
         self._http = HttpClient(sink.url, context, agent="minikms-auditor")
         self._headers = {"Content-Type": self.content_type, "Content-Encoding": "gzip"}
@@ -55,7 +54,6 @@ class Collector(Transport):
             raise self._failure(answer)
 
     def _post(self, target: str, body: bytes) -> Answer:
-        """Raises OSError, ExchangeError."""
         content = gzip.compress(body, _GZIP_LEVEL, mtime=0)
         return self._http.post(target, content, self._headers, time.monotonic() + EXCHANGE_SECONDS_MAX)
 
@@ -133,7 +131,6 @@ def _decoded(answer: Answer) -> _SplunkAnswer:
 
 
 def _token(files: Files, text: str) -> str:
-    """Raises StartError."""
     files.check_private(text, "token")
     token = files.read(text, "token", TOKEN_BYTES_MAX).strip()
     if _TOKEN.fullmatch(token) is None:

@@ -206,7 +206,6 @@ def _shown(state_dir: str) -> Status | None:
 
 
 def _status_of(state_dir: str) -> Status:
-    """Raises StartError."""
     from minikms.api.errors import StartError
 
     found = _shown(state_dir)

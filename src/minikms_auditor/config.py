@@ -45,7 +45,6 @@ class Witness(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     @property
     def verifier(self) -> VerifierKey:
-        """Raises NoteError."""
         return parse_vkey(self.key, (TYPE_COSIGNATURE,))
 
 
@@ -101,7 +100,6 @@ class Questions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     @property
     def uids(self) -> frozenset[int]:
-        """Raises StartError."""
         return frozenset(user if isinstance(user, int) else _uid_of(user) for user in self.users)
 
 

@@ -71,7 +71,6 @@ def load(files: Files, arena: SecretArena) -> Loaded:
 
 
 def _transport(sink: Sink, files: Files) -> Transport:
-    """Raises StartError."""
     match sink:
         case SyslogSink():
             return Syslog(sink, files)

@@ -128,7 +128,6 @@ class QuestionApplication(SmallApplication):
         return msgspec.json.encode(answer)
 
     def _search(self, question: AuditQuestion) -> AuditAnswer:
-        """Raises KmsRefusedError, OSError."""
         status, ends_s = self._status(), time.monotonic() + SECONDS_MAX
         sought = query(
             thread=question.thread,

@@ -434,7 +434,6 @@ class Shipper:
             yield self._held.popleft()
 
     def _message(self, log_id: str, line: bytes) -> Message:
-        """Raises MalformedLineError, NotInTreeError, TilesError, _StoppedError."""
         event, _, sig = record.parse_line(line)
         state = self._store.state
         if self._checked is None or self._checked[0] != state.size:

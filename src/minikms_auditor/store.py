@@ -202,7 +202,6 @@ class Store:
                 os.removedirs(path)  # as far as they are empty
 
     def save(self, state: State) -> None:
-        """Raises StorageUnavailableError."""
         replace_file(self._fd, STATE_NAME, msgspec.json.format(msgspec.json.encode(state)))
         self.state = state
 
@@ -277,7 +276,6 @@ class SinkFiles:
         self._rejected = LineFile(os.path.join(self.directory, REJECTED_NAME), line_bytes_max=LINE_BYTES_MAX)
 
     def save(self, cursor: Cursor) -> None:
-        """Raises StorageUnavailableError."""
         _replace_in(self.directory, CURSOR_NAME, msgspec.json.encode(cursor))
         self.cursor = cursor
 

@@ -46,7 +46,6 @@ class Syslog(Transport):
         settle_seconds: float = SETTLE_SECONDS,
         exchange_seconds: float = EXCHANGE_SECONDS_MAX,
     ) -> None:
-        """Raises StartError."""
         parts = urlsplit(sink.url)
         self._address = (parts.hostname or "", parts.port or 0)
         self._context = client_context(files, ca=sink.ca, cert=sink.cert, key=sink.key) if sink.has_tls else None

@@ -75,7 +75,6 @@ class Tail:
         trusted: Collection[bytes] = (),
         may_be_cut: bool = False,
     ) -> None:
-        """Raises OSError."""
         self.log_id = log_id
         self._line = line
         self._leaf = leaf

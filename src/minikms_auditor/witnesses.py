@@ -51,7 +51,6 @@ class Submission(NamedTuple):
 
 class Client:
     def __init__(self, witness: Witness, files: Files) -> None:
-        """Raises StartError."""
         self.url = witness.url
         self.key: VerifierKey = witness.verifier
         self.error = ""
@@ -135,7 +134,6 @@ class Round(NamedTuple):
 
 class Witnesses:
     def __init__(self, configured: Sequence[Witness], files: Files) -> None:
-        """Raises StartError."""
         self.clients = tuple(Client(witness, files) for witness in configured)
         self._threads = ThreadPoolExecutor(max(1, len(self.clients)), "witness")
         self._running: dict[Client, tuple[Future[Signature], Submission, float]] = {}

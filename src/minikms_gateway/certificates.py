@@ -147,7 +147,6 @@ class Trust:
         return min(ends) if ends else None
 
     def identity(self, chain: Chain, now: float) -> Identity:
-        """Raises RefusedCertificateError."""
         certificates = chain.certificates
         index = next((i for i, der in enumerate(certificates) if i and der in self._authorities), None)
         if index is None:

@@ -92,7 +92,6 @@ class Files(ConfigFiles):
     """The configuration of the gateway, and the files that it names."""
 
     def config(self) -> Config:
-        """Raises StartError."""
         return parse_config(self.content(), str(self.config_path))
 
     def named(self, config: Config) -> list[Path]:

@@ -255,7 +255,6 @@ def _bound_to(claims: Mapping[str, Any]) -> bytes | None:
 
 
 def _name(claims: Mapping[str, Any], issuer: Issuer) -> str:
-    """Raises RefusedTokenError."""
     subject = claims.get("sub")
     if not isinstance(subject, str) or not subject:
         raise RefusedTokenError("token_name")

@@ -72,7 +72,6 @@ class WrappedRoot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def blob(self) -> bytes:
-        """Raises KmsRefusedError."""
         return decode_canonical(self.wrapped, BLOB_BYTES_MAX, "wrapped")
 
 
@@ -106,7 +105,6 @@ def make_config(path: Path, config: Config) -> None:
 
 
 def owner_of(directory: str) -> os.stat_result:
-    """Raises StartError."""
     try:
         return os.stat(directory)
     except OSError as error:

@@ -127,7 +127,6 @@ def next_steps(made: Configured, source: str, path: Path, unlock_socket: str) ->
 
 
 def _config_for(source: str, path: Path) -> Config:
-    """Raises StartError."""
     config = read_config(path)
     if config.source != source:
         raise StartError(f"{path} names another source: for this one give a --config with another directory")

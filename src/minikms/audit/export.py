@@ -62,7 +62,6 @@ class Exported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def parse_index(content: bytes) -> tuple[LogRange, ...]:
-    """Raises NotInTreeError."""
     try:
         return msgspec.json.decode(content, type=tuple[LogRange, ...])
     except UNDECODABLE:
@@ -83,7 +82,6 @@ class Prover:
     """Makes proofs for lines, under one tree checkpoint. Its signatures are checked by who reads the proofs."""
 
     def __init__(self, note: bytes, logs: Sequence[LogRange], read: Read) -> None:
-        """Raises NoteError."""
         self.checkpoint = parse_checkpoint(parse_note(note).text)
         self._note = note.decode()
         self._logs = logs
@@ -156,14 +154,12 @@ class ProofChecker:
     """Checks exported lines. The signatures of a tree checkpoint are checked once."""
 
     def __init__(self, policy: WitnessPolicy) -> None:
-        """Raises NoteError."""
         policy.check()
         self._policy = policy
         self.quorum = policy.quorum
         self._opened: dict[str, VerifiedCheckpoint] = {}
 
     def check(self, exported: Exported) -> Proven:
-        """Raises ProofError, NoteError."""
         head, separator, note = exported.proof.partition("\n\n")
         if len(exported.proof) > PROOF_CHARS_MAX or not separator:
             raise ProofError("the proof is not one, or is too long")

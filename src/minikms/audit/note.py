@@ -173,7 +173,6 @@ class Note(msgspec.Struct, frozen=True):
 
 
 def parse_note(content: bytes) -> Note:
-    """Raises NoteError."""
     if len(content) > NOTE_BYTES_MAX:
         raise NoteError(f"a note has at most {NOTE_BYTES_MAX} bytes")
     try:

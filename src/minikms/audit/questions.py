@@ -65,7 +65,6 @@ class Search(msgspec.Struct, kw_only=True):
     learned: set[str] = msgspec.field(default_factory=set)
 
     def run(self) -> Found:
-        """Raises OSError, DamagedSegmentError."""
         events: list[Event] = []
         stopped: Literal["", "time", "index"] = ""
         self.reached, self.before = self.before, self.before or record.INTEGER_MAX

@@ -52,7 +52,6 @@ def is_receipt(event: Event) -> bool:
 
 
 def parse(content: bytes) -> Receipt:
-    """Raises ProofError."""
     try:
         if len(content) > RECEIPT_BYTES_MAX:
             raise ProofError(f"a receipt has at most {RECEIPT_BYTES_MAX} bytes")

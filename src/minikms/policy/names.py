@@ -63,7 +63,6 @@ class Name(NamedTuple):
 
 
 def parse_name(text: str) -> Name:
-    """Raises PrincipalNameError."""
     if len(text) > PRINCIPAL_CHARS_MAX:
         raise PrincipalNameError(f"the name of a principal has at most {PRINCIPAL_CHARS_MAX} characters")
     scheme = scheme_of(text)

@@ -38,7 +38,6 @@ class PrincipalPattern:
     __slots__ = ("_across", "_end", "_literals", "_prefix", "_separator", "_wild", "authority", "scheme", "text")
 
     def __init__(self, text: str) -> None:
-        """Raises PatternError."""
         self.text = text
         self.scheme = _scheme(text)
         self.authority = _authority(self.scheme, text)
@@ -99,7 +98,6 @@ class ThreadPattern:
     __slots__ = ("_between", "_length_min", "_prefix", "_suffix", "text")
 
     def __init__(self, text: str) -> None:
-        """Raises PatternError."""
         if not 0 < len(text) <= THREAD_PATTERN_CHARS_MAX:
             raise PatternError(f"a pattern of threads has 1 to {THREAD_PATTERN_CHARS_MAX} characters")
         if _ANY_ACROSS in text:

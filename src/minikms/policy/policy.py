@@ -78,7 +78,6 @@ class FilePolicy(Policy):
         service_uid: int | None = None,
         overflow_uid: int | None = None,
     ) -> None:
-        """Raises PolicyFileError."""
         super().__init__(())
         self._only = None if allowed_uids is None else frozenset(allowed_uids)
         self._service_uid = service_uid

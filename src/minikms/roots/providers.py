@@ -235,7 +235,6 @@ def provider_of(source: Source, *, data_dir: str | None = None) -> RootProvider:
 
 
 def _credential_path(name: str) -> Path:
-    """Raises StartError."""
     directory = os.environ.get(CREDENTIALS_VARIABLE)
     if _CREDENTIAL.fullmatch(name) is None:
         raise StartError("the name of a credential is that of LoadCredential= in the unit, without a path")

@@ -288,7 +288,6 @@ def _opening(key: TransitKey, item: Item, given: tuple[int, str] | VaultError) -
 
 
 def _aad(key: TransitKey, item: Item) -> bytes:
-    """Raises VaultError."""
     if key.derived:
         key.check_context(item.context)
     if item.context or item.associated_data:

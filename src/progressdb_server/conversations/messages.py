@@ -263,8 +263,6 @@ class Messages:
     async def set_reaction(
         self, message_id: str, identity: str, reaction: str, *, member: str | None = None, request_id: str | None = None
     ) -> Message:
-        """Raises TooManyReactionsError."""
-
         def replaced(current: Message) -> dict[str, Any]:
             _refuse_deleted(current)
             reactions = {**current.reactions, identity: reaction}

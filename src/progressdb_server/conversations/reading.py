@@ -642,7 +642,6 @@ async def _no_messages() -> AsyncIterator[list[Message]]:
 
 
 def _place(key: bytes, value: bytes) -> OrderEntry:
-    """Raises RecordUnreadableError."""
     try:
         return OrderEntry.parse(key, value)
     except ValueError as error:

@@ -58,7 +58,6 @@ SLUG_SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
 
 
 def _unpacked(thread: str, raw: bytes) -> tuple[record.ThreadHeader, bytes]:
-    """Raises RecordUnreadableError."""
     try:
         return record.unpack_thread(raw)
     except record.RecordFormatError as error:
@@ -181,7 +180,6 @@ class Threads:
         idempotency: Idempotency | None = None,
         request_id: str | None = None,
     ) -> Thread:
-        """Raises IdempotencyConflictError, TooManyMembersError."""
         others = sorted(set(members) - {author})
         if len(others) >= membership.MEMBERS_COUNT_MAX:
             raise TooManyMembersError
@@ -233,7 +231,6 @@ class Threads:
         return None if raw is None else _unpacked(thread, raw)
 
     async def _open_thread(self, name: str, header: record.ThreadHeader, sealed: bytes) -> Thread:
-        """Raises StoreUnavailableError, RecordUnreadableError."""
         (plaintext,) = await self._sealer.open([_to_open(name, header, sealed)])
         try:
             thread = record.open_thread(header, name, plaintext)

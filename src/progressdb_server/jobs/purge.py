@@ -83,7 +83,6 @@ class ThreadPurge(Kind):
         return self._table.now_ns() - self._after_s * 1_000_000_000
 
     async def _believes_clock(self) -> bool:
-        """Raises StoreUnavailableError."""
         now_ns, boot_ns = self._table.now_ns(), self._boot_ns()
         known = await self._store.purging.clock() or SeenClock(self._newest_ns, 0)
         restarted = self._ahead_ns is None

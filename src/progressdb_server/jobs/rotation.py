@@ -155,7 +155,6 @@ class KeyRotation(Kind):
         return await self._table.get(job.id)
 
     def check_destroys(self, destroy_after_s: int) -> None:
-        """Raises JobConflictError."""
         if destroy_after_s and not self._destroys:
             raise JobConflictError("no gateway takes a request to destroy a key: leave destroy_old_after out")
 

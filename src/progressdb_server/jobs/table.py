@@ -31,7 +31,6 @@ _log = structlog.get_logger("progressdb.jobs")
 
 
 def parse(job_id: str, raw: bytes) -> Job:
-    """Raises RecordUnreadableError."""
     try:
         job = _decode(raw)
     except UNDECODABLE:
@@ -76,7 +75,6 @@ class JobTable:
 
     # --- reading --------------------------------------------------------------------------------------------------
     async def row(self, job_id: str) -> Row:
-        """Raises JobNotFoundError, RecordUnreadableError."""
         raw = await self._store.rekeying.job_row(job_id)
         if raw is None:
             self._forget(job_id)
@@ -88,7 +86,6 @@ class JobTable:
         return (await self.row(job_id)).job
 
     def _read(self, job_id: str, raw: bytes) -> Job:
-        """Raises RecordUnreadableError."""
         known = job_id in self._damaged
         self._forget(job_id)
         try:

@@ -223,7 +223,6 @@ def _make(
 
 
 def read_manifest(path: str) -> Manifest:
-    """Raises BackupError."""
     try:
         with open(os.path.join(path, MANIFEST), "rb") as file:
             manifest = msgspec.json.decode(file.read(), type=Manifest)

@@ -134,7 +134,6 @@ class Claims:
                 await self._end_claims()
 
     async def _end_claims(self) -> None:
-        """Raises StoreUnavailableError."""
         if self._renewed:
             await self._writer.commit(Write(((keyspace.server(self._server), None),)))
             self._renewed = bool(self._held or self._claiming)  # since then
@@ -155,7 +154,6 @@ class Claims:
         return () if mine is None else ((keyspace.claim(thread), mine),)
 
     async def renew(self) -> None:
-        """Raises StoreUnavailableError."""
         if self.contested:
             until = await self._engine.now_ns() + CLAIM_S * 1_000_000_000
             if self._held or self._claiming:  # else it has stopped meanwhile

@@ -88,7 +88,6 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
 
 
 async def _counters(old: View) -> Counters:
-    """Raises FormatError."""
     return Counters.parse(await old.get(keyspace.STATE))
 
 

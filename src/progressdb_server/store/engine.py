@@ -128,7 +128,6 @@ class Counters(msgspec.Struct, array_like=True):
 
     @classmethod
     def parse(cls, raw: bytes | None) -> Counters:
-        """Raises FormatError."""
         try:
             return msgspec.msgpack.decode(raw, type=cls) if raw else cls()
         except UNDECODABLE as error:
@@ -176,9 +175,7 @@ class Commits(Protocol):
 class OrderedMap(Reader, Protocol):
     """What an engine of this process keeps its entries in."""
 
-    def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
-        """Raises EngineBusyError, EngineUnavailableError."""
-        ...
+    def write(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None: ...
 
     def sync(self) -> None: ...
 

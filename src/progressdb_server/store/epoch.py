@@ -108,7 +108,6 @@ async def seen_state(reads: Reads) -> SeenState | None:
 
 
 def _parse(raw: bytes | None) -> SeenState | None:
-    """Raises RestoredError."""
     try:
         return msgspec.json.decode(raw, type=SeenState) if raw else None
     except UNDECODABLE:
@@ -125,7 +124,6 @@ async def audit_head(reads: Reads) -> str:
 
 
 def judge(known: SeenState, epoch: int, keyring_id: str, head_seq: int, head_sig: str) -> None:
-    """Raises RestoredError."""
     if keyring_id != known.keyring_id:
         raise RestoredError(
             f"the key service has another keyring than this store's records were sealed with. {WAY_OUT}"

@@ -49,7 +49,6 @@ class IdempotencyRecord(msgspec.Struct, array_like=True, frozen=True):
 
     @classmethod
     def parse(cls, key: bytes, raw: bytes) -> IdempotencyRecord:
-        """Raises RecordUnreadableError."""
         try:
             return msgspec.msgpack.decode(raw, type=cls)
         except UNDECODABLE:

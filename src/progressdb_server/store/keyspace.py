@@ -347,7 +347,6 @@ class OrderEntry(NamedTuple):
 
     @classmethod
     def parse(cls, key: bytes, value: bytes) -> OrderEntry:
-        """Raises ValueError."""
         first = key[-STAMP_BYTES:]
         if not value:
             return cls(first, first, False, value)

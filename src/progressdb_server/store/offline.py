@@ -52,9 +52,7 @@ class View(Reads, Protocol):
 
 
 class Entries(View, Protocol):
-    async def put(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
-        """Raises EngineBusyError, EngineUnavailableError."""
-        ...
+    async def put(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None: ...
 
 
 class LocalView(LocalReads):

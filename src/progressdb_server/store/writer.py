@@ -437,7 +437,6 @@ class Writer(GroupCommit):
         self.load_state()
 
     def load_state(self) -> None:
-        """Raises FormatError."""
         self.state = Counters.parse(self._engine.get(keyspace.STATE))
         self._clock.recover(self.state.last)
 

@@ -69,7 +69,6 @@ class Nodes(Database):
     """The nodes that a URL names, and the lease on the one in use."""
 
     def __init__(self, url: str, *, replicated: bool) -> None:
-        """Raises FormatError."""
         check_url(url)
         super().__init__(url, replicated=replicated, settings={"application_name": "progressdb", **PLANS})
         self.last_confirmed = b""

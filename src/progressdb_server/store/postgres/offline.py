@@ -149,7 +149,6 @@ class PostgresEntries(PostgresReads):
 
 @asynccontextmanager
 async def view(url: str) -> AsyncIterator[PostgresEntries]:
-    """Raises FormatError, EngineUnavailableError."""
     async with connected(url) as connection, connection.transaction(isolation="repeatable_read", readonly=True):
         _check(await number_of(connection))
         yield PostgresEntries(connection)
@@ -157,7 +156,6 @@ async def view(url: str) -> AsyncIterator[PostgresEntries]:
 
 @asynccontextmanager
 async def alone(url: str) -> AsyncIterator[PostgresEntries]:
-    """Raises StoreLockedError, FormatError, EngineUnavailableError."""
     async with connected(url) as connection, connection.transaction():
         await _lock(connection)
         _check(await number_of(connection))
@@ -191,7 +189,6 @@ async def open_copy(url: str, source: str) -> AsyncIterator[PostgresEntries]:
 
 
 async def _lock(connection: asyncpg.Connection[Any]) -> None:
-    """Raises StoreLockedError."""
     await number_of(connection)
     deadline = time.monotonic() + STOPPED_S_MAX
     while await connection.fetchval(_SERVERS):
@@ -206,6 +203,5 @@ async def _lock(connection: asyncpg.Connection[Any]) -> None:
 
 
 def _check(number: int) -> None:
-    """Raises FormatError."""
     if number != SCHEMA:
         raise FormatError(other_schema(number))

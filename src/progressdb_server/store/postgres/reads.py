@@ -58,7 +58,6 @@ class PostgresReads:
         self._pool = pool
 
     async def fetch(self, statement: str, *values: object) -> list[Any]:
-        """Raises EngineUnavailableError."""
         end_s = asyncio.get_running_loop().time() + READ_S_MAX
         for last in (False, True):
             try:

@@ -171,7 +171,6 @@ async def upgrade(url: str) -> tuple[int, int]:
 
 
 async def examine(url: str, *, single_node: bool) -> Database:
-    """Raises FormatError, EngineUnavailableError."""
     async with connected(url) as connection:
         number = await number_of(connection)
         standbys = await connection.fetchval("SHOW synchronous_standby_names")
@@ -201,7 +200,6 @@ def _wanted(standbys: str) -> int:
 
 
 async def number_of(connection: asyncpg.Connection[Any], lock: str = "") -> int:
-    """Raises FormatError."""
     if await connection.fetchval("SELECT to_regclass('store_schema')") is None:
         raise FormatError("the database holds no store: run progressdb store init")
     number: int = await connection.fetchval(f"SELECT number FROM store_schema {lock}")  # noqa: S608  a constant

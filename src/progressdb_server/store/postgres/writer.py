@@ -326,7 +326,6 @@ class PostgresWriter(GroupCommit):
             connection.terminate()
 
     async def _connected(self) -> NodeConnection:
-        """Raises NotWrittenError."""
         connection = self._connection
         if connection is None or connection.is_closed() or connection.node != self._nodes.node:
             self._disconnect()

@@ -252,7 +252,6 @@ class RocksEngine(RocksRead, LocalEngine):
     """See `store.engine.Engine`."""
 
     def __init__(self, path: str) -> None:
-        """Raises StoreLockedError, EngineUnavailableError."""
         super().__init__()
         self._path = path
         os.makedirs(path, mode=0o700, exist_ok=True)

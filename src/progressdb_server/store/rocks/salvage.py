@@ -246,7 +246,6 @@ class RemainsView(LocalView):
 
 @contextlib.contextmanager
 def open_remains(path: str) -> Iterator[RemainsView]:
-    """Raises FormatError, StoreDamagedError, EngineUnavailableError."""
     remains = Remains(path)
     try:
         with contextlib.suppress(StoreDamagedError):
