@@ -358,7 +358,7 @@ class Auditor:
         self._witnessed_at = times[quorum - 1] if quorum else 0
 
     def _heed(self, alarm: str) -> None:
-        """Raises _AlarmError for what a witness knows."""
+        """Ends the step if a witness gave an alarm."""
         if alarm:
             self._confirmed = False
             raise _AlarmError(alarm)

@@ -36,7 +36,7 @@ app = new_helper(
 FRESH_SECONDS: Final = 15
 """A process that runs writes its status more often: a round of witnesses takes 10 s."""
 FREE_BYTES_MIN: Final = 16 * 1024 * 1024
-"""Of the file system of the state directory: more than one step writes."""
+"""The free space that the file system of the state directory needs: more than one step writes."""
 
 Config = Annotated[Path, Parameter(name="--config", help="The configuration, a TOML file.")]
 Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())]

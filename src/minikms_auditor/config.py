@@ -162,7 +162,7 @@ class Files(ConfigFiles):
 
 
 def parse_config(content: bytes, place: str) -> Config:
-    """Raises StartError, which calls the file `place`."""
+    """Parses the configuration; errors call the file `place`."""
     return parse_toml(content, Config, place, _check)
 
 

@@ -50,7 +50,7 @@ STEP_SECONDS: Final = 2.0
 STOP_SECONDS_MAX: Final = 20.0
 ARENA_SLOTS: Final = 8
 QUESTIONS_MODE: Final = 0o666
-"""Of the socket of questions: the uid of a peer decides, not its groups."""
+"""The mode of the socket for questions: the uid of a peer decides, not its groups."""
 
 
 class Loaded(NamedTuple):
@@ -158,7 +158,7 @@ class _Process:
         """Its listener, and what answers questions, if they are configured."""
 
     def status(self) -> Status:
-        """Of the last step."""
+        """The status that the last step wrote."""
         return self._status
 
     async def serve(self) -> None:

@@ -77,8 +77,9 @@ class Signers:
 
 
 def open_signers(origin: str, uris: Sequence[str], files: Files, arena: SecretArena) -> Signers:
-    """Raises StartError, also where a token or a cloud is away: a verifier key is made of its public key. The first
-    signature connects again, in the hardened process, so that a path that it lacks there shows at once.
+    """Opens the signers. A token or cloud that is away is a StartError, because a verifier key is made of its public
+    key. The first signature connects again, in the hardened process, so that a path that is missing there shows at
+    once.
     """
     keys: list[Signer] = []
     try:

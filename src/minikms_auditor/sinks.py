@@ -98,7 +98,9 @@ class Transport(ABC):
         """
 
     def check(self) -> None:  # noqa: B027  most have nothing to check
-        """Raises OSError, ExchangeError if the receiver may have lost a batch that settles."""
+        """Checks that the receiver still has the batch that settles. Raises OSError or ExchangeError if it may have
+        lost it.
+        """
 
     def reset(self) -> None:  # noqa: B027  most have nothing to give up
         """Nothing settles any more: the next batch begins anew."""
@@ -447,7 +449,7 @@ class Shipper:
     # --- lines that the receiver does not get -------------------------------------------------------------------------
 
     def _pass_over(self, lost: _Missing) -> bool:
-        """As `_give_up`, for lines that nobody can read any more; once what was sent before has settled."""
+        """Passes over lines that nobody can read any more, once the lines sent before them have settled."""
         if self._settling:
             return False
         self._give_up(lost.last, lost.why, lost)
@@ -505,7 +507,7 @@ class Shipper:
 
 
 def _first_seq(log_dir: str) -> int:
-    """Of the first line that the log has. Raises OSError, DamagedSegmentError."""
+    """The number of the first line in the log."""
     for file in each_segment(log_dir):
         return record.peek_seq(file.first_line())
     return 0

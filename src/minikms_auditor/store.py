@@ -126,7 +126,7 @@ class Store:
             )
 
     def _mend_index(self) -> None:
-        """Where it is damaged, or names a log of a commit that did not end."""
+        """Rebuilds an index that is damaged, or that names a log of a commit that did not end."""
         index = msgspec.json.encode(self.state.logs)
         if self.state.size and read_file_bounded(os.path.join(self._tree, INDEX_NAME), FILE_BYTES_MAX) != index:
             _replace_in(self._tree, INDEX_NAME, index)

@@ -67,7 +67,7 @@ class Syslog(Transport):
             _end(connection, ends_s)
 
     def check(self) -> None:
-        """Raises ExchangeError if the receiver has ended the connection that was opened last, and OSError."""
+        """Checks the connection that was opened last. Raises OSError; ExchangeError if the receiver ended it."""
         if self._next is not None:
             _check_open(self._next)
 

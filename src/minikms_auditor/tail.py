@@ -25,7 +25,7 @@ from minikms.audit.verify import Verifier
 from minikms_auditor.store import Line
 
 LEAVES_AT_A_TIME: Final = 65_536
-"""Of one commit: as many as fill a tile of the second level."""
+"""The leaves in one commit: as many as fill a tile of the second level."""
 PENDING_LINES_MAX: Final = 1_000_000
 """Lines without a signed line after them. The daemon signs at least every 10,000."""
 READ_LINES: Final = 4096

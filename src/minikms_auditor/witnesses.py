@@ -23,7 +23,8 @@ from minikms.processes.tls_files import client_context
 from minikms_auditor.config import Files, Witness
 
 ROUND_SECONDS_MAX: Final = 10.0
-"""In which all witnesses must have answered: less than the time for which the daemon takes an auditor for attached."""
+"""The time in which all witnesses must answer: less than the time for which the daemon takes an auditor for attached.
+"""
 GRACE_SECONDS: Final = 1.0
 """How much longer the others may take once a quorum has answered: one of them may know another tree."""
 ATTEMPTS: Final = 3
@@ -58,7 +59,7 @@ class Client:
         self.cosigned_at = 0
         """Unix seconds of its last cosignature."""
         self.known_size = 0
-        """Of the tree that it has cosigned last, as far as it is known."""
+        """The size of the tree that the witness cosigned last, as far as it is known."""
         self.retry_s = 0.0
         """Monotonic seconds before which it is not asked."""
         self._failures = 0
@@ -137,7 +138,7 @@ class Witnesses:
         self.clients = tuple(Client(witness, files) for witness in configured)
         self._threads = ThreadPoolExecutor(max(1, len(self.clients)), "witness")
         self._running: dict[Client, tuple[Future[Signature], Submission, float]] = {}
-        """Those that were asked, and when they must have answered."""
+        """The requests under way, and when each must be answered."""
 
     def submit(self, sent: Submission, quorum: int) -> Round:
         """Ask all witnesses that are due, at once, and wait for at most `ROUND_SECONDS_MAX`; once a quorum has

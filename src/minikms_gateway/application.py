@@ -279,7 +279,7 @@ class Gateway:
         return issuers.principal(authorization, thumbprint, time.time())
 
     def _lifetime(self, session: Session, credential: str | None) -> Lifetime:
-        """Of what `_principal` has just accepted."""
+        """The lifetime of the credential that `_principal` accepted."""
         now = time.time()
         if credential is None:
             return Lifetime(now, now if session.identity is None else session.identity.until)

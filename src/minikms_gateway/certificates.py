@@ -262,7 +262,9 @@ def _checked(text: str, scheme: str) -> str:
 
 
 def _check_usage(extensions: x509.Extensions) -> None:
-    """Of an X509-SVID, and here of every certificate of a client. Raises RefusedCertificateError, ExtensionNotFound."""
+    """Checks the extensions as an X509-SVID needs them, for every client certificate. Raises RefusedCertificateError,
+    and ExtensionNotFound.
+    """
     try:
         if extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
             raise RefusedCertificateError("usage")

@@ -28,7 +28,7 @@ _MOUNT: Final = re.compile(r"(?!(?:sys|auth)\Z)[A-Za-z0-9_-]{1,64}", re.ASCII)
 Algorithm = Literal["ES256", "ES384", "ES512", "EdDSA", "Ed25519", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]
 """Never one with a shared secret: a verifier of such a token could make one."""
 SVID_ALGORITHMS: Final = frozenset({"ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
-"""Those that a JWT-SVID may have."""
+"""The algorithms that a JWT-SVID may have."""
 
 
 class Tls(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -103,7 +103,7 @@ class Files(ConfigFiles):
 
 
 def parse_config(content: bytes, place: str) -> Config:
-    """Raises StartError, which calls the file `place`."""
+    """Parses the configuration; errors call the file `place`."""
     return parse_toml(content, Config, place, _check)
 
 

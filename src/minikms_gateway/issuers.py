@@ -35,7 +35,7 @@ FETCH_SECONDS_MIN: Final = 60.0
 REFRESH_SECONDS: Final = 300.0
 KEYS_SECONDS_MAX: Final = 3600.0
 FETCH_SECONDS_MAX: Final = 10.0
-"""Of discovery and keys together."""
+"""The time for discovery and keys together."""
 DISCOVERY_BYTES_MAX: Final = 64 * 1024
 TOKENS_COUNT_MAX: Final = 4096
 _DISCOVERY: Final = "/.well-known/openid-configuration"
@@ -76,7 +76,9 @@ class _Source:
         return not self.asking and time.monotonic() - self.asked_s >= pause_s
 
     def take_over(self, other: _Source) -> None:
-        """Of the same issuer, before the configuration was read again. With other CAs, its keys prove nothing."""
+        """Keeps the keys that another source of the same issuer has, after the configuration was read again. With other
+        CAs, they prove nothing.
+        """
         if self._cas() != other._cas():
             return
         self.keys, self.fetched_s = other.keys, other.fetched_s

@@ -39,7 +39,7 @@ from minikms_gateway.reasons import RefusedTokenError
 
 TOKEN_BYTES_MAX: Final = 8 * 1024
 TOKEN_SECONDS_MAX: Final = 24 * 3600
-"""Of the whole life of a token: who steals one has it no longer than that."""
+"""The whole life of a token: who steals one has it no longer."""
 SKEW_SECONDS: Final = 30.0
 KEYS_COUNT_MAX: Final = 64
 KID_CHARS_MAX: Final = 256
@@ -67,7 +67,7 @@ class Verified(NamedTuple):
 
     @property
     def expires(self) -> float:
-        """As the token says."""
+        """The end that the token states, in Unix seconds."""
         return self.until - SKEW_SECONDS
 
 

@@ -30,7 +30,7 @@ READ_SECONDS_MAX: Final = 5
 MESSAGE_BYTES_MAX: Final = 4096
 """The bound of the service for a message that it hashes itself."""
 ATTEMPTS_MAX: Final = 2
-"""Of one request, within the limit of `minikms_tokens.signing.CALL_SECONDS_MAX`."""
+"""The attempts for one request, within the limit of `minikms_tokens.signing.CALL_SECONDS_MAX`."""
 BLOB_VERSION: Final = b"\x01"
 REFUSALS: Final = frozenset(
     f"{name}Exception"
@@ -77,7 +77,9 @@ class _AwsKmsKey:
         return self._client
 
     def _ask(self, operation: str, **parameters: object) -> dict[str, Any]:
-        """Raises TokenError, which has the error code of the service and nothing else of its answer."""
+        """Makes one request. A refusal is a TokenError with the error code of the service, and nothing else of its
+        answer.
+        """
         refuses = False
         try:
             answer: dict[str, Any] = getattr(self._connected(), operation)(KeyId=self._arn, **parameters)

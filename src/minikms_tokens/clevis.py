@@ -21,7 +21,7 @@ from minikms_tokens.wrapping import BLOB_BYTES_MAX, PROVIDER_SECONDS_MAX, AwayEr
 
 CONFIG_BYTES_MAX: Final = 4096
 MEMORY_BYTES_MAX: Final = 128 * 1024 * 1024
-"""Of each program that clevis starts: its shells keep the whole answer of a server."""
+"""The memory of each program that clevis starts: its shells keep the whole answer of a server."""
 _JWE: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+){3}", re.ASCII)
 _URL: Final = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(?:/[A-Za-z0-9._~-]+)*", re.ASCII)
 _THUMBPRINT: Final = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
@@ -85,7 +85,7 @@ class ClevisWrapper:
 
 
 def _check(blob: bytes, pin: str, config: Any) -> None:
-    """Raises AwayError unless `blob` is a JWE under this configuration."""
+    """Checks that `blob` is a JWE under this configuration. Raises AwayError."""
     try:
         is_ours = len(blob) <= BLOB_BYTES_MAX and _header(blob.decode("ascii")) == _policy(pin, config)
     except _FORM_ERRORS:

@@ -194,7 +194,7 @@ class _Token(Generic[K]):
         self._was_closed = True
 
     def _open(self, *, initialize: bool) -> K:
-        """Raises TokenError, and PKCS11Error where the token is away."""
+        """Opens a session. A token that is away is a PKCS11Error; anything else is a TokenError."""
         if not os.path.isfile(self._uri.module):
             raise AwayError(f"there is no PKCS#11 module {self._uri.module}")
         library = pkcs11.lib(self._uri.module)
@@ -306,7 +306,6 @@ class Pkcs11Signer:
 
 
 def _sign(found: _SigningKey, message: bytes) -> bytes:
-    """Raises TokenError, PKCS11Error."""
     if found.algorithm == "ed25519":
         signature = bytes(found.key.sign(message, mechanism=Mechanism.EDDSA))
     else:
@@ -362,7 +361,7 @@ class Pkcs11Wrapper:
 
 
 def make_blob(found: WrappingKey, key: memoryview, context: str) -> bytes:
-    """Raises PKCS11Error. The public operation of RSA needs no token."""
+    """Wraps `key`. The public operation of RSA needs no token."""
     if found.kind == _RSA_OAEP:
         exponent = int.from_bytes(found.key[Attribute.PUBLIC_EXPONENT])
         sealed = RSAPublicNumbers(exponent, _modulus(found.key)).public_key().encrypt(bytes(key), _OAEP_PADDING)
@@ -374,7 +373,6 @@ def make_blob(found: WrappingKey, key: memoryview, context: str) -> bytes:
 
 
 def open_blob(found: WrappingKey, blob: bytes, context: str) -> bytes:
-    """Raises TokenError, PKCS11Error."""
     if blob[:2] != bytes((BLOB_VERSION, found.kind)):
         raise AwayError("the wrapped key is not one of this version and of this kind of PKCS#11 key")
     if found.kind == _RSA_OAEP:
@@ -399,12 +397,11 @@ def _says(key: Any, attribute: Attribute, value: bool) -> bool:
 
 
 def _text(value: bytes | str) -> str:
-    """Of a field that a token pads."""
+    """The text of a field that a token pads."""
     return (value.decode("utf-8", "replace") if isinstance(value, bytes) else value).rstrip(" \0")
 
 
 def _public_key(key: Any) -> tuple[Algorithm, bytes]:
-    """Raises TokenError, PKCS11Error."""
     point = bytes(key[Attribute.EC_POINT])
     if key.key_type == KeyType.EC_EDWARDS:
         raw = point[2:] if point[:2] == b"\x04\x20" and len(point) == _ED25519_BYTES + 2 else point

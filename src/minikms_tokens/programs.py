@@ -23,9 +23,9 @@ from minikms_tokens.wrapping import AwayError
 
 PATH: Final = "/usr/bin:/bin:/usr/sbin:/sbin"
 OUTPUT_BYTES_MAX: Final = 64 * 1024
-"""Of an output that is not secret."""
+"""The size of an output that is not secret."""
 ERROR_BYTES_MAX: Final = 16 * 1024
-"""Of standard error, which are kept; the rest is read and dropped."""
+"""The bytes of standard error that are kept; the rest is read and dropped."""
 _READ_BYTES: Final = 4096
 
 

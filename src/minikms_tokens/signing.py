@@ -84,7 +84,7 @@ class TimedCalls:
 
 
 def check_signature(algorithm: Algorithm, public_key: bytes, signature: bytes, message: bytes) -> None:
-    """Raises TokenError unless `signature` is valid. A token may fail in any way, and its key may be replaced."""
+    """Checks that `signature` is valid: a token may fail in any way, and its key may be replaced. Raises TokenError."""
     try:
         if algorithm == "ed25519":
             Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
@@ -95,7 +95,7 @@ def check_signature(algorithm: Algorithm, public_key: bytes, signature: bytes, m
 
 
 def check_p256(public_key: bytes) -> None:
-    """Raises TokenError unless this is a SubjectPublicKeyInfo of a P-256 key."""
+    """Checks that this is a SubjectPublicKeyInfo of a P-256 key. Raises TokenError."""
     try:
         _p256(public_key)
     except ValueError:

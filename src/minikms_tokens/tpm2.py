@@ -26,7 +26,7 @@ from minikms_tokens.wrapping import BLOB_BYTES_MAX, PROVIDER_SECONDS_MAX, AwayEr
 BLOB_VERSION: Final = 1
 PCRS: Final = 24
 FLUSH_SECONDS_MAX: Final = 3.0
-"""Of PROVIDER_SECONDS_MAX, for sessions that are left in the TPM."""
+"""The part of PROVIDER_SECONDS_MAX that is for sessions left in the TPM."""
 _PARAMETERS: Final = {
     "parent": re.compile(r"0x81[0-9a-fA-F]{6}", re.ASCII),
     "tcti": re.compile(r"(?:device|swtpm|tabrmd)(?::[A-Za-z0-9_./:=,-]{0,200})?", re.ASCII),

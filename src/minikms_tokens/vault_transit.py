@@ -20,7 +20,7 @@ from minikms_tokens.signing import TokenError
 from minikms_tokens.wrapping import AwayError, ProviderCalls, RefusedError, give, read_file
 
 STEP_SECONDS_MAX: Final = 8.0
-"""Of a connection, a handshake, a read. The whole has `ProviderCalls`."""
+"""The time for a connection, a handshake, or a read. `ProviderCalls` bounds the whole."""
 TOKEN_BYTES_MAX: Final = 16 * 1024
 PEM_BYTES_MAX: Final = 256 * 1024
 ANSWER_BYTES_MAX: Final = 16 * 1024
@@ -144,7 +144,7 @@ class VaultTransitWrapper:
 
 
 def _members(content: bytes) -> dict[str, Any]:
-    """Of a JSON object; of anything else, none."""
+    """The members of a JSON object; none for anything else."""
     try:
         found = json.loads(content) if len(content) <= ANSWER_BYTES_MAX else None
     except (ValueError, RecursionError):

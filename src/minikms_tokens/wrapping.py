@@ -18,7 +18,7 @@ from minikms_tokens.signing import TimedCalls, TokenError
 
 KEY_BYTES: Final = 32
 BLOB_BYTES_MAX: Final = 16 * 1024
-"""Of a wrapped key."""
+"""The size of a wrapped key."""
 PROVIDER_SECONDS_MAX: Final = 15.0
 """How long a caller waits for a provider: less than the key service waits for its unlock service."""
 _READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -66,7 +66,9 @@ def give(found: bytes | memoryview, into: memoryview, what: str) -> None:
 
 
 def read_file(path: str, what: str, bytes_max: int, *, is_secret: bool = False) -> bytes:
-    """Raises AwayError, for others than root and this user could have written the file, or read a secret in it."""
+    """Reads a file that only root and this user can have written, and a secret one that only they can read. Raises
+    AwayError.
+    """
     why = "can't be read"
     with contextlib.suppress(OSError), open(os.open(path, _READ_FLAGS), "rb") as file:
         status = os.fstat(file.fileno())

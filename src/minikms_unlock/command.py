@@ -51,7 +51,7 @@ AnySource = Annotated[
     Parameter(show_choices=False, help="pkcs11:…, tpm2:, aws-kms:ARN, vault-transit:https://…#KEY or clevis:FILE."),
 ]
 UNLOCK_SOCKET: Final = "/run/minikms-unlock/unlock.sock"
-"""Of the unit `minikms-unlock.socket`."""
+"""The socket of the unit `minikms-unlock.socket`."""
 
 
 @app.command(name="init-passphrase")

@@ -51,7 +51,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def uid(self) -> int:
-        """Of `user`. Raises StartError."""
+        """The id of `user`."""
         try:
             uid = self.user if isinstance(self.user, int) else pwd.getpwnam(self.user).pw_uid
         except KeyError:
@@ -76,14 +76,14 @@ class WrappedRoot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def default_config(source: str) -> Config:
-    """That of the package. Raises StartError."""
+    """The configuration of the package for this source."""
     config = Config(VERSION, source, "minikms", "/etc/progressdb/minikms.pin", "/var/lib/progressdb/unlock")
     _check(config)
     return config
 
 
 def read_config(path: Path) -> Config:
-    """Raises StartError unless only root and this user can have written the file, and it is valid."""
+    """Reads a valid configuration that only root and this user can have written."""
     files = ConfigFiles(path)
     found = parse_toml(files.content(), Config, str(path), _check)
     return msgspec.structs.replace(found, pin=str(files.path(found.pin)), directory=str(files.path(found.directory)))
@@ -115,7 +115,7 @@ def owner_of(directory: str) -> os.stat_result:
 
 
 def read_wrapped(config: Config) -> WrappedRoot:
-    """Raises StartError unless only root and the service can have written it, and it is by the configured source."""
+    """Reads the wrapped root key of the configured source, which only root and the service can have written."""
     path = Path(config.directory, NAME)
     user = owner_of(config.directory).st_uid if os.geteuid() == ROOT_UID else os.geteuid()
     data = read_trusted(path, (ROOT_UID, user), what="wrapped root key", bytes_max=FILE_BYTES_MAX)

@@ -26,7 +26,7 @@ from minikms.processes.config_file import ConfigFiles, parse_toml
 
 VERSION: Final = 1
 PASSPHRASE_BYTES_MIN: Final = 16
-"""Of a new passphrase. A holder of the keyring file can try passphrases."""
+"""The length of a new passphrase. A holder of the keyring file can try passphrases."""
 PASSPHRASE_BYTES_MAX: Final = 400
 """So that the library's copy of it is shorter than `_FREED_BLOCK_BYTES_MAX`."""
 SALT_CHARS_MIN: Final = 16
@@ -41,7 +41,7 @@ LANES_MAX: Final = 16
 _SALT: Final = re.compile(rf"[0-9A-Za-z]{{{SALT_CHARS_MIN},{SALT_CHARS_MAX}}}", re.ASCII)
 _FREED_BLOCK_BYTES_MAX: Final = 2048
 _FREED_BLOCKS_COUNT: Final = 32
-"""Of one size: more than the C library keeps for the next requests of their size."""
+"""The number of blocks of one size: more than the C library keeps for the next requests of their size."""
 _CONFIG_MODE: Final = 0o644
 _CONFIG: Final = """\
 # How `minikms-unlock` derives a root key from a passphrase. This is no secret, and without it the passphrase opens
@@ -58,7 +58,7 @@ lanes = {lanes}
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of Argon2id. The salt is text, whose ASCII bytes are used."""
+    """The parameters of Argon2id. The salt is text, whose ASCII bytes are used."""
 
     salt: str
     memory_kib: int = 512 * 1024
@@ -78,7 +78,7 @@ def make_config(path: Path) -> Parameters:
 
 
 def read_config(path: Path) -> Parameters:
-    """Raises StartError, which says what is wrong with the file."""
+    """Reads the parameters; an error says what is wrong with the file."""
     if not os.path.lexists(path):
         raise StartError(f"there is no {path}. For a new passphrase, make it with `minikms-unlock init-passphrase`")
     return _parameters(parse_toml(ConfigFiles(path).content(), dict[str, Any], str(path)), path)

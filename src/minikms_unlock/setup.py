@@ -60,7 +60,7 @@ class Configured(NamedTuple):
 
 
 def configure(source: str, path: Path, kms: Client) -> Configured:
-    """Raises StartError and KmsError, saying what to do, TokenError and OSError."""
+    """Makes, pins, adds and tests a root key. Errors say what to do; those of provider and disk pass through."""
     if os.geteuid() != ROOT_UID:
         raise StartError("only root may pin a root key: run this as root")
     forbid_dumps()
@@ -139,7 +139,7 @@ def _slot_of(key: memoryview, slots: list[api.RootAnswer]) -> api.RootAnswer | N
 
 
 def _keyring_id(kms: Client, pin: PinFile, slots: list[api.RootAnswer]) -> str:
-    """Of the key service. Raises StartError, also where a restart of the key service with the pin file would fail."""
+    """The keyring id of the key service. Refuses where a restart of the key service with the pin file would fail."""
     keyring_id, pins = kms.status().keyring_id, pin.read()
     if keyring_id != pins.keyring_id:
         raise StartError(
