@@ -15,16 +15,16 @@ from minikms.api.verb import Request
 PATH: Final = "/audit/lines"
 QUESTION_BYTES_MAX: Final = 64 * 1024
 LINES_MAX: Final = 50
-"""Of one answer."""
+"""The lines in one answer."""
 SECONDS_MAX: Final = 5.0
-"""Of one search; the answer says how far it came."""
+"""The time of one search; the answer says how far it came."""
 ANSWER_SECONDS_MAX: Final = 30.0
 """How long a client waits for an answer: other questions may come first."""
 NAMED_COUNT_MAX: Final = 8
-"""Of the keys and request ids of a line. A line of a batch has up to 1,024."""
+"""The keys and request ids that are named for a line. A line of a batch has up to 1,024."""
 THREAD_KEYS_MAX: Final = 100
 READS: Final = "reads"
-"""As a verb: every verb whose answer may hold plaintext."""
+"""The name that stands for every verb whose answer may hold plaintext."""
 
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

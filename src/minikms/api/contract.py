@@ -9,14 +9,14 @@ from typing import Final
 
 BODY_BYTES_MAX: Final = 16 * 1024 * 1024
 ROOT_BODY_BYTES_MAX: Final = 4096
-"""Of a request to `/unseal` or `/roots`: twice the size of the largest, which names a set of 16 shares."""
+"""The body of a request to `/unseal` or `/roots`: twice the size of the largest, which names a set of 16 shares."""
 HEAD_BYTES_MAX: Final = 16 * 1024
 HEADERS_COUNT_MAX: Final = 64
 BATCH_ITEMS_MAX: Final = 1024
 CONNECTIONS_MAX: Final = 2048
 PIPELINED_REQUESTS_MAX: Final = 64
 PLAINTEXT_BYTES_MAX: Final = 4 * 1024 * 1024
-"""Of one item. Four times the message size that the server accepts; its base64 still fits a body."""
+"""The plaintext of one item: four times the message size that the server accepts; its base64 still fits a body."""
 AAD_BYTES_MAX: Final = 4096
 SEAL_BYTES: Final = 24 + 16
 """Nonce and tag: by how much a ciphertext is longer than its plaintext."""
@@ -28,9 +28,9 @@ LIST_KEYS_COUNT_MAX: Final = 1000
 RANDOM_BYTES_MAX: Final = 4096
 VERIFY_SAMPLES_MAX: Final = 64
 KEY_HEX_CHARS: Final = 64
-"""Of the text of a root key."""
+"""The length of a root key as text."""
 SHARE_BYTES_MAX: Final = 256
-"""Of the text of a share as somebody types it, with spaces and hyphens anywhere."""
+"""The text of a share as somebody types it, with spaces and hyphens anywhere."""
 SEALED_RETRY_SECONDS: Final = 5
 """`Retry-After` of a refusal because the service is sealed."""
 AUDIT_LAGGING_RETRY_SECONDS: Final = 5
@@ -50,7 +50,7 @@ SLOT_ID_PATTERN: Final = re.compile(r"s[0-9]{1,19}", re.ASCII)
 MEMBER_ID_PATTERN: Final = re.compile(r"m[0-9]{1,19}", re.ASCII)
 """`m` and the number of the slot that came with the host; the first host is number 1."""
 MEMBER_NAME_PATTERN: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", re.ASCII)
-"""Of a host of the key service, as host names are."""
+"""The name of a host of the key service, in the form of host names."""
 REQUEST_ID_PATTERN: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
 
 REQUEST_ID_HEADER: Final = "x-request-id"

@@ -25,7 +25,7 @@ from minikms.api import contract
 from minikms.api.printable import clean
 
 MESSAGE_CHARS_MAX: Final = 512
-"""Of a text that a daemon sent."""
+"""The length of a text that a daemon sent."""
 _CODE: Final = re.compile(r"[a-z][a-z_]{0,63}", re.ASCII)
 
 

@@ -52,7 +52,7 @@ def array_form(kind: type[StructT]) -> type[StructT]:
 
 
 def form_with_raw_items(kind: type[StructT]) -> type[StructT]:
-    """As `array_form`, but `items` is a `msgspec.Raw`: any one value, however long."""
+    """The array form of `kind` whose `items` is a `msgspec.Raw`: any one value, however long."""
     return _array_form(kind, bounded=False)
 
 

@@ -39,7 +39,7 @@ LEASE_SECONDS: Final = 10
 """A member serves no longer than this after the instant that its replicator has noted before the renewal."""
 
 REPLICA_NUMBER_MAX: Final = 2**63 - 1
-"""Of terms, changes, seals and times: the largest number of a column of the database."""
+"""The largest term, change, count of seals, and time: the largest number of a column of the database."""
 
 Mode = Literal["sealed", "following", "taking_over", "serving", "refused"]
 LEASED_MODES: Final = ("taking_over", "serving")

@@ -39,7 +39,7 @@ BLOCKS_AT_A_TIME: Final = 32
 FILE_BYTES_MAX: Final = 256 * 1024 * 1024
 """The index of a segment of 1 GiB is smaller, whatever its lines name."""
 BLOCKS_COUNT_MAX: Final = 65_536
-"""Of a segment: each takes some 700 bytes of memory beside its names. A segment of 1 GiB has fewer."""
+"""The blocks of a segment: each takes some 700 bytes of memory beside its names. A segment of 1 GiB has fewer."""
 SOUGHT_NAMES_MAX: Final = 256
 """With more names for one condition, reading a block costs less than looking for each."""
 
@@ -205,7 +205,7 @@ class Indexer:
         """The last block of the segment that gets its index."""
         self.seq = self.seq if self._last is None else self._last.last_seq
         self._size = sum(_HEAD.size + 4 * len(block.names) for block in blocks)
-        """Of the file of that segment in the index."""
+        """The size of the segment's file in the index."""
 
     def close(self) -> None:
         if self._file is not None:

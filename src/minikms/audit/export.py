@@ -36,7 +36,7 @@ INDEX_BYTES_MAX: Final = 4 * 1024 * 1024
 PROOF_HEADER: Final = "c2sp.org/tlog-proof@v1"
 PROOF_CHARS_MAX: Final = NOTE_BYTES_MAX + 8 * 1024
 EXPORTED_BYTES_MAX: Final = 2 * LINE_BYTES_MAX + 2 * PROOF_CHARS_MAX
-"""Of one exported line, whose quotation marks JSON escapes."""
+"""The size of one exported line, whose quotation marks JSON escapes."""
 CHECKPOINTS_CACHED_MAX: Final = 16
 
 
@@ -93,7 +93,9 @@ class Prover:
         return self._logs[-1].log_id if self._logs else ""
 
     def prove(self, log_id: str, seq: int, line: bytes) -> Exported:
-        """Raises NotInTreeError, ProofError if the line is not the one in the tree, and TilesError."""
+        """Proves that the line is in the tree. Raises NotInTreeError, ProofError if another line is there, and
+        TilesError.
+        """
         size, root = self.checkpoint.size, self.checkpoint.root
         index = leaf_index(self._logs, log_id, seq, size)
         hashes = tree.inclusion_proof(self._tiles.node, index, size)

@@ -188,7 +188,7 @@ def compress_closed(
 
 
 def _compress(directory: str, plain: str, compressed: str, exclusive: AbstractContextManager[object]) -> None:
-    """Raises FileNotFoundError if the plain file was removed meanwhile."""
+    """Compresses the plain file. Raises FileNotFoundError if it was removed meanwhile."""
     target = os.path.join(directory, compressed)
     temporary = target + _TEMPORARY_SUFFIX
     try:
@@ -222,7 +222,7 @@ def _open(directory: str, name: str) -> BinaryIO:
 
 
 def _compare(plain: BinaryIO, compressed: BinaryIO) -> None:
-    """Raises CompressionError unless `compressed` decompresses to the bytes of `plain`."""
+    """Checks that `compressed` decompresses to the bytes of `plain`. Raises CompressionError."""
     if fault := frame_fault(compressed.fileno()):
         raise CompressionError(f"a compressed segment can't be read back: {fault}")
     plain.seek(0)

@@ -31,7 +31,7 @@ NOTE_BYTES_MAX: Final = 128 * 1024
 SIGNATURES_COUNT_MAX: Final = 64
 SIGNATURE_CHARS_MAX: Final = 16 * 1024
 NAME_CHARS_MAX: Final = 256
-"""Of a key, and of an origin."""
+"""The length of the name of a key, and of an origin."""
 VKEY_CHARS_MAX: Final = 1024
 KEY_ID_BYTES: Final = 4
 EXTENSION_LINES_MAX: Final = 16
@@ -241,7 +241,7 @@ class WitnessPolicy(msgspec.Struct, frozen=True):
     quorum: int = 0
 
     def check(self) -> None:
-        """Raises NoteError unless a tree checkpoint can satisfy it."""
+        """Checks that a tree checkpoint can satisfy the policy. Raises NoteError."""
         if not self.log_keys or len({key.name for key in self.log_keys}) != 1:
             raise NoteError("give the verifier keys of one log, which have its origin as their name")
         keys = [key.public_key for key in (*self.log_keys, *self.witnesses)]

@@ -15,9 +15,11 @@ from minikms.audit import record
 from minikms.audit.record import Event
 
 VERSION: Final = "1.6.0"
-"""Of the schema."""
+"""The version of the schema."""
 EVENT_BYTES_MAX: Final = 4 * record.LINE_BYTES_MAX
-"""Of one encoded event: `raw_data` has at most twice the bytes of the line, and the other attributes repeat it once."""
+"""The size of one encoded event: `raw_data` has at most twice the bytes of the line; the other attributes repeat it
+once.
+"""
 _CLASS: Final = 6003
 _CREATE, _READ, _UPDATE, _DELETE, _OTHER = 1, 2, 3, 4, 99
 _NAMES: Final = {_CREATE: "Create", _READ: "Read", _UPDATE: "Update", _DELETE: "Delete"}
@@ -32,7 +34,7 @@ ACTIVITIES: Final = {
     "replica_status": _READ, "invite_replica": _READ, "add_replica": _CREATE, "remove_replica": _DELETE,
     "promote_replica": _UPDATE, "replica_follow": _OTHER, "replica_next": _OTHER,
 }  # fmt: skip
-"""Of every verb. Other, as every other type of line, has its own name."""
+"""The activity of every verb. Any other type of line is Other, with its own name."""
 _SUCCESS, _FAILURE = 1, 2
 _INFORMATIONAL, _LOW = 1, 2
 _PEER_UID: Final = "peer_uid:"

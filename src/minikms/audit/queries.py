@@ -41,7 +41,8 @@ READ_TYPES: Final = ("decrypt", "decrypt_batch", "generate_data_key")
 READ_OUTCOMES: Final = ("ok", "partly_refused")
 """Types and outcomes of events whose answer may hold plaintext."""
 NEEDLES_MAX: Final = 32
-"""Of a thread's keys. With more of them, parsing a line is cheaper than searching it for each."""
+"""The keys of a thread for which lines are searched. With more, parsing a line is cheaper than searching it for each.
+"""
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,7 +138,7 @@ def query(
 
 
 def _forms(text: str, chars_max: int) -> tuple[str, ...]:
-    """As the log has it, and as it is; none if it is empty."""
+    """The text as the log has it, and as it is; none if it is empty."""
     return tuple(dict.fromkeys((record.escape(text, chars_max), text))) if text else ()
 
 

@@ -146,7 +146,7 @@ class Search(msgspec.Struct, kw_only=True):
             first_seq = block.last_seq + 1
 
     def _line_start(self, file: SegmentFile, begin: int, end: int) -> int:
-        """Where the first whole line begins of the last `BLOCK_BYTES` before `end`."""
+        """The offset of the first whole line among the last `BLOCK_BYTES` before `end`."""
         start = max(begin, end - BLOCK_BYTES)
         if start == begin:
             return begin

@@ -40,7 +40,7 @@ NEXT_NAME: Final = LOG_NAME + ".next"
 
 FILE_MODE: Final = 0o600
 GROUP_FILE_MODE: Final = 0o640
-"""Of the log's files in a directory that its group may read (`--audit-dir`)."""
+"""The mode of the log's files in a directory that its group may read (`--audit-dir`)."""
 DIRECTORY_MODE: Final = 0o700
 GROUP_DIRECTORY_MODE: Final = 0o750
 _GROUP_BITS: Final = stat.S_ISGID | stat.S_IRGRP
@@ -243,7 +243,7 @@ class SegmentFile:
         return line
 
     def first_event(self) -> Event | None:
-        """That of the first line; None if it is malformed. As `first_line`. Raises DamagedSegmentError, OSError."""
+        """The event of the first line; None if it is malformed."""
         try:
             return record.parse_line(self.first_line())[0]
         except MalformedLineError:
@@ -381,7 +381,7 @@ class Follower:
         self._file: SegmentFile | None = None
         self._offset = 0
         self._unpacked: Iterator[bytes] | None = None
-        """Of a compressed file, which can't be read from an offset: the lines that were not returned."""
+        """The lines of a compressed file that were not returned: it can't be read from an offset."""
         self._last_number = after_segment
         self._seen: tuple[int, int] | None = None
         self._ended = False

@@ -26,7 +26,7 @@ from minikms.audit.tree import ProofError
 VERSION: Final = 1
 RECEIPT_BYTES_MAX: Final = EXPORTED_BYTES_MAX
 UNIX_SECONDS_MAX: Final = 2**37
-"""Of a destruction: before the year 6400, so that it is a date."""
+"""The latest time of a destruction: before the year 6400, so that it is a date."""
 _INTEGERS: Final = frozenset(("backups_removed", "destroyed_at", "epoch", RECEIPT_FACT))
 _TEXTS: Final = frozenset(("archives", "signature", "tombstone_tag"))
 

@@ -158,8 +158,8 @@ def _from_signed_line(fd: int, size: int, confirmed_bytes: int) -> tuple[int, by
 
 
 def _signed_lines(data: bytes, *, whole: bool) -> list[tuple[int, int]]:
-    """Where the lines of `data` that have a signature begin and end. Its first line counts only when `data` begins the
-    file. The verifier checks them later.
+    """The begin and end of each signed line in `data`. Its first line counts only when `data` begins the file. The
+    verifier checks them later.
     """
     found: list[tuple[int, int]] = []
     at = 0 if whole else data.find(b"\n") + 1

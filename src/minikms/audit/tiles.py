@@ -63,7 +63,7 @@ def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:
 
 
 def archive_path(level: int, index: int) -> str:
-    """Of the archive with the 256 tiles of `level` whose hashes tile `index` of the level above has."""
+    """The path of the archive of 256 tiles of `level` whose hashes are in tile `index` of the level above."""
     return ARCHIVE_NAME + tile_path(level, index).removeprefix(TILES_NAME)
 
 
@@ -92,7 +92,7 @@ class RightEdge:
 
     @classmethod
     def load(cls, read: Read, size: int) -> RightEdge:
-        """That of the tree of `size` leaves. Raises TilesError."""
+        """Loads the right edge of the tree of `size` leaves. Raises TilesError."""
         edge, tiles = cls(), Tiles(read, size)
         edge.size = size
         while size:

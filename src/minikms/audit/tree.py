@@ -16,9 +16,9 @@ from minikms.api.errors import KmsRefusedError
 
 HASH_BYTES: Final = 32
 SIZE_MAX: Final = 2**63 - 1
-"""Of a tree, in leaves."""
+"""The size of a tree, in leaves."""
 PROOF_HASHES_MAX: Final = 63
-"""As in C2SP tlog-witness: no proof in a tree of `SIZE_MAX` leaves has more."""
+"""The hashes of a proof: no proof in a tree of `SIZE_MAX` leaves has more (C2SP tlog-witness)."""
 EMPTY_ROOT: Final = sha256(b"").digest()
 
 Node = Callable[[int, int], bytes]

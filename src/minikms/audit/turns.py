@@ -37,7 +37,7 @@ class TurnAudit:
         self._log = log
         self._executor = executor
         self._dropped_before = log.events_dropped
-        """As of the end of the last turn. Events dropped since then belong to answers of this turn."""
+        """The count of dropped events at the end of the last turn. Later ones belong to answers of this turn."""
         self._syncing: asyncio.Task[None] | None = None
         self._next_sync: asyncio.Task[None] | None = None
         self.add = log.add
@@ -55,7 +55,7 @@ class TurnAudit:
         self._sealed = True
 
     def require_writable(self) -> None:
-        """Raises AuditUnavailableError if the last write failed, or the disk did not confirm it."""
+        """Checks that the last write succeeded and the disk confirmed it. Raises AuditUnavailableError."""
         self._require_keys()
         if not self._log.writable:
             raise AuditUnavailableError("the audit log can't be written, so no key is changed")
@@ -135,7 +135,7 @@ class TurnAudit:
 
     @property
     def key_version(self) -> int:
-        """Of the audit key that the lines are under."""
+        """The version of the audit key that the lines are under."""
         return self._log.writer.key.version
 
     async def change_key(self, store: Callable[[Head], Awaitable[AuditKey]]) -> None:

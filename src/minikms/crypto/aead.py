@@ -45,8 +45,8 @@ them. With one of them records can be forged under the key, but not read. Associ
 
 _BLOCK_BYTES: Final = 16
 STACK_BYTES: Final = 32 * 1024
-"""Of the stack that `scrub` overwrites. A request is handled 17 KiB deeper than the end of its turn, because
-libuv has the events of a wait on the stack; the frames of a cipher end 5 KiB below that.
+"""The stack that `scrub` overwrites. A request is handled 17 KiB deeper than the end of its turn, because libuv has the
+events of a wait on the stack; the frames of a cipher end 5 KiB below that.
 """
 _HEADERS: Final = b"\0\1X\0", b"\0\2X\0"
 """What CMAC gets before the prefix, for each half of a derived key: a counter, the label X, and 0."""
@@ -54,11 +54,11 @@ _ECB: Final = ECB()  # noqa: S305 - CMAC of one block is this; no text is encryp
 _DOUBLED: Final = bytes(byte << 1 & 0xFF for byte in range(256))
 _CARRIED: Final = bytes(byte >> 7 for byte in range(256))
 _REDUCED: Final = bytes(0x87 * (byte >> 7) for byte in range(256))
-"""By a byte: twice it, the bit that this carries, and what that bit of a whole block is replaced by in GF(2^128)."""
+"""For each byte, its carry reduced: doubling in GF(2^128) shifts a bit out, which these bits replace."""
 
 _SUFFIX_BYTES: Final = NONCE_BYTES - PREFIX_BYTES
 NONCES_PER_PREFIX: Final = 512
-"""Of a `NonceSource`. Wraps that are made or opened together then share a derived key."""
+"""The nonces of a `NonceSource` with one prefix. Wraps that are made or opened together then share a derived key."""
 _ZERO_CIPHER: Final = AESGCM(bytes(KEY_BYTES))
 """A cipher of a zero key, which is no secret, so it may be kept. Making one for each `scrub` would cost as much
 as the scrubbing.
@@ -276,7 +276,7 @@ def authenticate(key: memoryview, nonce: bytes, data: bytes) -> bytes:
 
 
 def check_authentic(key: memoryview, tag: bytes, data: bytes) -> None:
-    """Raises DecryptionError unless `tag` is the tag of `data`, as `authenticate` makes it."""
+    """Checks that `tag` is the tag of `data`, as `authenticate` makes it. Raises DecryptionError."""
     if len(tag) != OVERHEAD_BYTES:
         raise DecryptionError("the tag has the wrong length")
     try:

@@ -56,7 +56,7 @@ class RecordKeys:
         LONG_TEXT_BYTES: see `aead.scrub`.
         """
         self.prefix = b""
-        """Of the next record."""
+        """The nonce prefix of the next record."""
         self._left = 0
         self.suffixes: list[bytes] = []
         """The rest of the nonces of the next records under `prefix`. Each is used once. They are not secret."""
@@ -95,11 +95,11 @@ class RecordKey:
         self.slot = slot
         self._keys = keys
         self.derived: dict[bytes, SecretSlot] = {}
-        """By prefix. `RecordKeys.derived` bounds them."""
+        """The derived key of each nonce prefix. `RecordKeys.derived` bounds them."""
         self._prefix = b""
-        """Of the records of `_cipher`; empty while there is none."""
+        """The nonce prefix of the records of `_cipher`; empty while there is none."""
         self._cipher: AESGCM
-        """Of the last record, for the current turn of the event loop only."""
+        """The cipher of the last record, for the current turn of the event loop only."""
         self._kdf: Kdf | None = None
         """Likewise."""
 
@@ -147,7 +147,7 @@ class RecordKey:
             raise DecryptionError(_DOES_NOT_OPEN) from None
 
     def check(self, sealed: bytes, aad: bytes, scratch: memoryview) -> None:
-        """Raises DecryptionError unless the record opens. Its plaintext is in `scratch`, which the caller zeroes."""
+        """Checks that the record opens, into `scratch`, which the caller zeroes. Raises DecryptionError."""
         if not OVERHEAD_BYTES <= len(sealed) <= _LONG_SEALED_BYTES:
             self._check_length(sealed)
         prefix, target = sealed[:PREFIX_BYTES], scratch[: len(sealed) - OVERHEAD_BYTES]

@@ -29,7 +29,7 @@ THRESHOLD_MIN: Final = 2
 SHARES_COUNT_MAX: Final = 16
 
 TEXT_CHARS: Final = 118
-"""Of a share as it is written: `mks1-`, then 19 groups of five characters with `-` between them."""
+"""The length of a share as it is written: `mks1-`, then 19 groups of five characters with `-` between them."""
 
 _FORMAT: Final = 1
 _KEYRING_ID: Final = re.compile(r"kr_([0-9a-f]{16})")
@@ -39,7 +39,7 @@ _HEAD_BYTES: Final = 19
 _CHECKSUM_BYTES: Final = 8
 _PAYLOAD_BYTES: Final = _HEAD_BYTES + SHARE_BYTES + _CHECKSUM_BYTES
 _SYMBOLS_COUNT: Final = 95
-"""Of five bits each: the 59 bytes of the payload and three zero bits."""
+"""The symbols of five bits each: the 59 bytes of the payload and three zero bits."""
 _GROUP_SYMBOLS: Final = 5
 
 _PREFIX: Final = b"mks1"
@@ -65,7 +65,7 @@ class ShareInfo(NamedTuple):
 
 
 def check_counts(threshold: int, count: int) -> None:
-    """Raises InvalidRequestError unless `threshold` of `count` shares is possible."""
+    """Checks that `threshold` of `count` shares is possible."""
     if not THRESHOLD_MIN <= threshold <= count <= SHARES_COUNT_MAX:
         raise InvalidRequestError(
             f"{threshold} of {count} shares is not possible: the threshold is {THRESHOLD_MIN} at least, and there are "
@@ -252,7 +252,7 @@ def _symbols(text: Sequence[memoryview]) -> Iterator[int]:
 
 
 def _places(head: memoryview, share: memoryview, checksum: memoryview) -> list[tuple[memoryview, int]]:
-    """Where each byte of the payload is: its view and its index."""
+    """The view and the index of each byte of the payload."""
     parts = ((head, _HEAD_BYTES), (share, SHARE_BYTES), (checksum, _CHECKSUM_BYTES))
     return [(view, index) for view, size in parts for index in range(size)]
 

@@ -38,7 +38,7 @@ MAC_BYTES: Final = 32
 COMMITMENT_BYTES: Final = 32
 
 INVITATION: Final = "invitation"
-"""In place of a slot id: names the key pair that is derived from a keyring key. No slot has this id."""
+"""The id that stands for a slot in the key pair of an invitation, which a keyring key derives. No slot has this id."""
 DIGEST_HEX_CHARS: Final = 32
 """128 bits: nobody finds a second request with the digest of the first."""
 
@@ -46,7 +46,7 @@ _HASH_BYTES: Final = 32
 
 
 class SlotBinding(NamedTuple):
-    """Where a keyring key is sealed: it opens nowhere else. `key_number` is that of the keyring key."""
+    """The place where a keyring key is sealed: it opens nowhere else. `key_number` is the number of the keyring key."""
 
     keyring_id: str
     slot_id: str
@@ -82,8 +82,8 @@ def derived(root: memoryview, auth_key: memoryview, keyring_id: str, slot_id: st
 
 
 def newcomer(root: memoryview, auth_key: memoryview, keyring_id: str, slot_id: str, invited: bytes) -> Newcomer:
-    """As `derived`, sealed for the host that adds it. `invited`: the public key of its invitation. Raises
-    DecryptionError if that is none.
+    """Derives a slot like `derived`, sealed for the host that adds it. `invited`: the public key of its invitation.
+    Raises DecryptionError if that is none.
     """
     unsealed = derived(root, auth_key, keyring_id, slot_id)
     return unsealed._replace(sealed_auth=hpke.seal(invited, _auth_info(unsealed), auth_key))

@@ -379,7 +379,7 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
             self._pause_reading()
 
     def regroup(self) -> None:
-        """Of `Link`: from now on, everything that it has counts in another group."""
+        """Counts everything that the connection has in another group from now on."""
         former, group = self._group, self._server.join(self, self._session)
         if group is former:
             return
@@ -499,7 +499,7 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
         self._resume_reading()
 
     def abort(self) -> None:
-        """Of `Link`: close at once and drop everything that is pending."""
+        """Closes at once and drops everything that is pending."""
         self._transport.abort()
 
     @property

@@ -52,12 +52,12 @@ class Request(msgspec.Struct, gc=False):
 
     @property
     def path(self) -> str:
-        """As sent: not percent-decoded."""
+        """The path of the request, not percent-decoded."""
         return self.head.path
 
     @property
     def query(self) -> str:
-        """As sent, without the `?`; empty if there is none."""
+        """The query of the request without the `?`, not percent-decoded; empty if there is none."""
         return self.head.query
 
     @property

@@ -56,7 +56,7 @@ class Budget:
         self.whole = whole
 
     def take(self, count: int) -> None:
-        """Raises RefusedError (503) if a sum would exceed its bound."""
+        """Charges `count` bytes. Raises RefusedError (503) if a sum would exceed its bound."""
         whole = self.whole
         if self.bytes_held + count > self.bytes_max or (whole and whole.bytes_held + count > whole.bytes_max):
             raise RefusedError(OVERLOADED)
@@ -78,7 +78,6 @@ class ReceiveBuffer:
     __slots__ = ("_budget", "capacity", "data", "filled", "view")
 
     def __init__(self, capacity: int, budget: Budget) -> None:
-        """Raises RefusedError if the budget does not allow it."""
         budget.take(capacity)
         self._budget = budget
         self.capacity = capacity
@@ -193,7 +192,7 @@ class ChunkedDecoder:
         return self._buffer.view[: self._buffer.filled]
 
     def charge(self, budget: Budget) -> None:
-        """As `ReceiveBuffer.charge`."""
+        """Counts the capacity against the budget. Raises RefusedError."""
         self._buffer.charge(budget)
 
     def wipe(self) -> None:
@@ -313,7 +312,7 @@ class RequestReader:
         return self._carry is not None or self.head is not None
 
     def room(self) -> memoryview:
-        """Where to receive the next bytes; never empty."""
+        """The part of the buffer for the next bytes; never empty."""
         carry = self._carry
         return self._shared.view if carry is None else carry.room()
 

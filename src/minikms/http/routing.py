@@ -25,7 +25,7 @@ class Routes(dict[str, Mapping[str, T]]):
     """
 
     def __init__(self, entries: Iterable[tuple[str, str, T]]) -> None:
-        """Of method, path, and what serves them."""
+        """Takes the method, the path, and the handler of each route."""
         super().__init__()
         for method, path, entry in entries:
             any_id = _PARAMETER.sub("{}", path)

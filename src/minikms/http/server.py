@@ -27,7 +27,7 @@ from minikms.http.reader import Budget, Phase, Shared
 _DRAIN_POLL_SECONDS: Final = 0.02
 _CANCEL_SECONDS_MAX: Final = 1.0
 _PLACES_TRIED_MAX: Final = 8
-"""Of the connections that could be closed for another one, how many are looked at for input that was not read yet."""
+"""The number of closable connections that are checked for unread input before one is closed."""
 _COMMIT_AGAIN_SECONDS: Final = 0.002
 """Between two calls of `Application.commit` for a turn whose answers wait."""
 

@@ -28,7 +28,7 @@ from minikms.platform.addresses import Places, address_group
 
 HANDSHAKE_SECONDS_MAX: Final = 10.0
 HANDSHAKES_COUNT_MAX: Final = 256
-"""Of connections that have not ended their handshake."""
+"""The connections that have not ended their handshake."""
 CIPHERTEXT_BYTES: Final = 64 * 1024
 """What is read from a TCP connection at once."""
 _FLUSH_BYTES: Final = 1024 * 1024

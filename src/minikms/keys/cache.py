@@ -37,7 +37,6 @@ class KeyCache(Generic[V]):
     """Values by key id. `hits`, `misses` and `evictions` (by number or age, not by `drop`) count since the start."""
 
     def __init__(self, *, count_max: int, age_ns_max: int) -> None:
-        """Raises ValueError if a bound is below one."""
         if count_max < 1 or age_ns_max < 1:
             raise ValueError("a cache holds at least one value for at least a nanosecond")
         self._count_max = count_max

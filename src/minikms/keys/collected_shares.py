@@ -54,7 +54,7 @@ class CollectedShares:
     def __init__(self, arena: SecretArena) -> None:
         self._arena = arena
         self._sets: dict[ShareInfo, _Set] = {}
-        """That of the share that was taken last is the last one."""
+        """The sets of shares; the set of the newest share comes last."""
 
     @property
     def set_id(self) -> str:
@@ -68,7 +68,7 @@ class CollectedShares:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Of the shares that were entered."""
+        """The numbers of the shares that were entered."""
         return tuple(sorted(last.shares)) if (last := self._last) else ()
 
     @property

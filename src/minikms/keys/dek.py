@@ -292,7 +292,7 @@ def new(
 
 
 def numbered(records: Iterable[DekRecord], thread_id: str) -> Iterator[DekRecord]:
-    """Those of the thread with a number, newest first. Raises ConflictError where too many others are among them."""
+    """The numbered keys of the thread, newest first. Raises ConflictError where too many others are among them."""
     others = 0
     for record in records:
         if record.number and record.thread_id == thread_id:

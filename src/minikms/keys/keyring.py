@@ -51,7 +51,7 @@ the arena and about 400 bytes of the file.
 AUDIT_KEYS_COUNT_WARN: Final = 900
 RETIRED_ROOTS_MAX: Final = 64
 HEAD_BYTES: Final = 32
-"""Of a SHA-256."""
+"""The size of a SHA-256."""
 WRAPPED_KEY_BYTES: Final = KEY_BYTES + OVERHEAD_BYTES
 
 PROVIDER: Final = re.compile(r"[a-z0-9-]{1,32}", re.ASCII)
@@ -260,7 +260,7 @@ class Body(_Part, frozen=True):
         return next((member for member in self.members if member.member_id == member_id), None)
 
     def audit_of(self, member_id: str) -> AuditState:
-        """Of the log of a member; of the host that the keyring was made on where there is no such member."""
+        """The audit state of a member; without such a member, that of the host on which the keyring was made."""
         member = self.member(member_id)
         if member is None or member.audit is None:
             return AuditState(self.audit_keys, self.audit_origin)
@@ -341,7 +341,7 @@ def _version_of(data: bytes) -> int:
 
 
 def _check_version(version: int) -> None:
-    """Raises StartError for a format version of another program."""
+    """Checks the format version; one of another program is a StartError."""
     if version < VERSION:
         raise StartError(
             "the data directory was made before version 0.2.0, the first one whose formats are kept: make a new one "
@@ -355,7 +355,7 @@ def _check_version(version: int) -> None:
 
 
 def check(body: Body) -> None:
-    """Raises StartError if the body breaks an invariant of this module."""
+    """Checks the invariants of this module. A body that breaks one is a StartError."""
     agree = _keks_agree(body) and _slots_agree(body) and _tombstones_agree(body) and _members_agree(body)
     logs = [body.audit_of(""), *(member.audit for member in body.members if member.audit is not None)]
     if not (agree and all(map(_audit_agrees, logs)) and body.epoch >= 1):
@@ -509,7 +509,7 @@ def with_audit(body: Body, member_id: str, **changes: Any) -> Body:
 
 
 def check_takes_audit_key(audit: AuditState) -> None:
-    """Raises ConflictError if the keyring can't hold another audit key of this log."""
+    """Checks that the keyring can hold another audit key of this log. Raises ConflictError."""
     if len(audit.audit_keys) >= AUDIT_KEYS_COUNT_MAX:
         raise ConflictError(
             f"the keyring holds {AUDIT_KEYS_COUNT_MAX} audit keys, which is the limit of a data directory: no root key "
@@ -531,7 +531,7 @@ def without_audit_origin(body: Body, member_id: str, *, at: str) -> Body:
 
 
 def check_audit_origin(recorded: str, origin: str) -> None:
-    """Raises ConflictError if another one is recorded."""
+    """Checks that no other origin is recorded. Raises ConflictError."""
     if recorded not in ("", origin):
         raise ConflictError(f"the audit log belongs to the origin {recorded}, and no other auditor can be attached")
 
@@ -557,7 +557,7 @@ def begin_rotation(body: Body, *, kek: Kek, slot: RootSlot | None, stamp: str, a
 
 
 def check_has_room(body: Body, *, kek: bool, slot: bool) -> None:
-    """Raises ConflictError, which says what to do, if another KEK version or slot would exceed a bound."""
+    """Checks the bounds for another KEK version or slot. A ConflictError says what to do."""
     if kek and sum(kek.state != "destroyed" for kek in body.keks) >= KEKS_OPEN_COUNT_MAX:
         raise ConflictError(
             f"the keyring holds {KEKS_OPEN_COUNT_MAX} KEK versions; destroy the unused ones with POST /kek/prune"

@@ -23,7 +23,7 @@ from minikms.keys import root_slots
 from minikms.keys.keyring import PROVIDER, Body, Member, next_epoch
 
 FIRST_ID: Final = "m1"
-"""Of the host that the keyring was made on. No slot that comes with a host has number 1."""
+"""The id of the host on which the keyring was made. No slot that comes with a host has number 1."""
 INVITATION_FORMAT: Final = "minikms-invitation"
 _FINGERPRINT: Final = re.compile(rf"[0-9a-f]{{{FINGERPRINT_HEX_CHARS}}}", re.ASCII)
 
@@ -75,7 +75,7 @@ def request(new: Newcomer, name: str, provider: str) -> api.AddReplicaRequest:
 
 
 def check_takes(body: Body, name: str, slot_id: str, fingerprint: str) -> None:
-    """Raises ConflictError unless a host of this name may be added, with this root key and this slot."""
+    """Checks that a host of this name may be added, with this root key and this slot. Raises ConflictError."""
     root_slots.check_takes(body, fingerprint)
     if len(body.members) >= api.MEMBERS_MAX:
         raise ConflictError(f"the key service has {api.MEMBERS_MAX} hosts: remove one first")

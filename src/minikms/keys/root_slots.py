@@ -39,7 +39,7 @@ REMOVALS_HOUR_MAX: Final = 2 * SLOTS_MAX
 
 
 def check_is_new(body: Body, fingerprint: str) -> None:
-    """Raises ConflictError for a root key that opens the keyring or did so before."""
+    """Checks that the root key neither opens the keyring nor did so before. Raises ConflictError."""
     if (slot := body.slot_for(fingerprint)) is not None:
         raise ConflictError(f"this root key opens the keyring already, as slot {slot.slot_id}; give a fresh one")
     gone = {old.fingerprint for old in body.retired_roots} | {old.fingerprint for old in body.revoking}
@@ -53,7 +53,7 @@ def next_slot_id(body: Body) -> str:
 
 
 def check_takes(body: Body, fingerprint: str) -> None:
-    """Raises ConflictError if there are too many root keys, or this one is not new."""
+    """Checks that the root key is new, and that the keyring may have one more. Raises ConflictError."""
     check_has_room(body, kek=False, slot=True)
     check_is_new(body, fingerprint)
 
@@ -88,8 +88,8 @@ def taken_over(
 
 
 def check_removes(body: Body, gone: Container[str], audit: AuditState) -> None:
-    """Raises ConflictError if these slots can't be removed: no slot would stay, or a bound would be exceeded. `audit`:
-    of the log that gets a fresh key.
+    """Checks that these slots can be removed: a slot stays, and no bound is exceeded. `audit`: the state of the log
+    that gets a fresh key. Raises ConflictError.
     """
     count = sum(slot.slot_id in gone for slot in body.slots)
     if count == len(body.slots):
@@ -101,7 +101,9 @@ def check_removes(body: Body, gone: Container[str], audit: AuditState) -> None:
 
 
 def check_pace(audit: AuditState, *, now: str, hour_ago: str) -> None:
-    """Raises ConflictError if no root key may be removed or replaced now: each time takes an audit key for good."""
+    """Checks that a root key may be removed or replaced now: each time takes an audit key for good. Raises
+    ConflictError.
+    """
     check_takes_audit_key(audit)
     if sum(hour_ago <= key.created_at <= now for key in audit.audit_keys) >= REMOVALS_HOUR_MAX:
         raise ConflictError(f"{REMOVALS_HOUR_MAX} root keys were removed or replaced in the last hour; wait")
@@ -192,7 +194,7 @@ class OwedLines(NamedTuple):
 
 
 UNKNOWN_SLOT_ID: Final = "s0"
-"""In `revoking`: of a root key whose slot is not known. No slot has this id."""
+"""The id that `revoking` has for a root key whose slot is not known. No slot has this id."""
 
 
 def removed_by(body: Body, later: Body) -> tuple[RevokingRoot, ...]:

@@ -157,11 +157,11 @@ class UnlockedKeyring:
         self._keks: dict[int, SecretSlot] = {}
         self._derived = DerivedKeys(arena, count_max=min(WRAPPING_KEYS_MAX, arena.slots // 4))
         self._derived_of: dict[int, dict[bytes, SecretSlot]] = {}
-        """By KEK version."""
+        """The derived keys of each KEK version."""
         self._audit: dict[int, tuple[SecretSlot, SecretSlot]] = {}
         self._tombstone: SecretSlot | None = None
         self._slot_auth: dict[str, SecretSlot] = {}
-        """By slot id: the authentication keys."""
+        """The authentication key of each slot."""
         self.body = body
 
     def __repr__(self) -> str:
@@ -250,7 +250,7 @@ class UnlockedKeyring:
 
     @property
     def audit(self) -> keyring.AuditState:
-        """Of this host's log."""
+        """The audit state of this host's log."""
         return self.body.audit_of(self.member_id)
 
     @property
@@ -376,7 +376,7 @@ class UnlockedKeyring:
         return self._entries.slot(slot, self.body.key_version, self.keyring_key.view, auth.view)
 
     def check_opens(self, root: memoryview, slot: keyring.RootSlot) -> None:
-        """Raises DecryptionError unless the root key opens the slot and gives the present keyring key."""
+        """Checks that the root key opens the slot and gives the present keyring key. Raises DecryptionError."""
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
             raise DecryptionError("the slot belongs to another root key")
         with self._arena.allocate() as opened:
@@ -416,9 +416,7 @@ class UnlockedKeyring:
         )
 
     def make_resealed_for(self, later: UnlockedKeyring, fill_random: FillRandom) -> root_slots.Resealed:
-        """As `make_resealed`, with the slots of `later`, a later state of this keyring, in place of all slots of
-        the body.
-        """
+        """Makes resealed slots like `make_resealed`, from the slots of `later`, a later state of this keyring."""
         resealed = self.make_resealed(fill_random, without=[slot.slot_id for slot in self.body.slots])
         number, resealed_slots = resealed.key_version, []
         for slot, key in later.slot_auth_keys():
@@ -508,7 +506,7 @@ class UnlockedKeyring:
         return aead.authenticate(key, self._nonces(), _labelled(self.body, label, data))
 
     def check_tag(self, label: bytes, tag: bytes, data: bytes, *, key_version: int | None = None) -> None:
-        """Raises DecryptionError unless `tag` is of `tag_of`."""
+        """Checks that `tag` is the tag that `tag_of` makes. Raises DecryptionError."""
         key = self._keyring_keys[self.body.key_version if key_version is None else key_version].view
         aead.check_authentic(key, tag, _labelled(self.body, label, data))
 

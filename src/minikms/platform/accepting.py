@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 ACCEPTS_PER_TURN_COUNT_MAX: Final = 32
-"""Of one turn of the event loop, so that a flood of new connections does not delay the open ones."""
+"""The connections accepted in one turn of the event loop, so that a flood of new ones does not delay the open ones."""
 ACCEPT_PAUSE_SECONDS: Final = 0.5
 """How long nothing is accepted after accept(2) has failed."""
 

@@ -46,7 +46,7 @@ READ_AHEAD_FILES: Final = 32
 
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 _READ_BYTES_MIN: Final = 64 * 1024
-"""Of one read: a file may say that it has no size."""
+"""The least size of one read: a file may say that it has no size."""
 _TEMP_NAME: Final = re.compile(re.escape(TEMP_PREFIX) + r"[0-9a-f]{16}-[0-9]+", re.ASCII)
 _temp_numbers: Final = itertools.count()
 _process_temp_prefix = ""
@@ -156,7 +156,7 @@ def read_file_of(name: str, bytes_exact: int, *, dir_fd: int) -> bytes | None:
 
 
 def read_files_of(names: Iterable[str], bytes_exact: int, *, dir_fd: int, twice: bool = False) -> list[bytes | None]:
-    """As `read_file_of` of each, for at most READ_AHEAD_FILES: the disk is asked for all before one is waited for.
+    """Reads at most READ_AHEAD_FILES files like `read_file_of`: the disk is asked for all before one is waited for.
     `twice`: None also if a second read differs.
     """
     opened: list[int | None] = []
@@ -202,7 +202,9 @@ def replace_file(directory: int, name: str, data: bytes) -> None:
 
 
 def replace_file_from(directory: int, name: str, chunks: Iterable[bytes]) -> None:
-    """As `replace_file`, with the content in parts. An error of `chunks` passes through; then nothing has changed."""
+    """Replaces a file with content in parts, like `replace_file`. An error of `chunks` passes through; then nothing
+    changed.
+    """
     _check_name(name)
     with _storage_errors("a file cannot be written", name):
         _rename_temp(directory, _write_temp(directory, chunks, sync=True), name)
@@ -390,7 +392,7 @@ class _LeftTemps(NamedTuple):
 
 
 _left_temps: Final[dict[tuple[int, int], _LeftTemps]] = {}
-"""By device and inode of the directory."""
+"""The temporary files that were left, by device and inode of the directory."""
 _left_temps_lock: Final = threading.Lock()
 
 

@@ -93,7 +93,6 @@ class _LogLines(io.TextIOBase):
         return not rest
 
     def _write(self, part: memoryview) -> int:
-        """Raises OSError, also where it would wait."""
         if self._is_shared:
             try:
                 return os.pwritev(self._descriptor, (part,), -1, os.RWF_NOWAIT)

@@ -115,7 +115,7 @@ def explain(policy: FilePolicy, principal: str, role: Role, thread: str | None, 
 
 
 def _first_proxy(policy: FilePolicy, principal: str) -> int | None:
-    """Of the proxies that may name the principal, the first that may connect; if none may, the first."""
+    """The first proxy that may name the principal and may connect; if none may connect, the first that may name it."""
     uids = [uid for proxy in policy.rules.proxies if proxy.may_name(principal) for uid in sorted(proxy.uids)]
     return next((uid for uid in uids if uid in policy.allowed), next(iter(uids), None))
 

@@ -81,7 +81,7 @@ class Bucket:
         return max(0, self._after(uses, limit, now_ns) - now_ns)
 
     def take(self, uses: int, limit: int, now_ns: int) -> None:
-        """Where there is nothing to wait for."""
+        """Charges uses for which there is nothing to wait."""
         self.empty_ns = self._after(uses, limit, now_ns)
 
     def _after(self, uses: int, limit: int, now_ns: int) -> int:
@@ -155,7 +155,7 @@ class Charge:
 
     def __init__(self) -> None:
         self._taken_ns: dict[Account, int] = {}
-        """By account: what was taken of its rate."""
+        """The time charged to the rate of each account."""
 
     def __contains__(self, account: Account) -> bool:
         return account in self._taken_ns
@@ -202,7 +202,7 @@ class _Item(NamedTuple):
             yield "reencrypts", buckets["reencrypts"], limits.reencrypts_per_hour, cost.reencrypts
 
     def check_size(self) -> None:
-        """Raises TooManyError where the account never has room for the request."""
+        """Checks that the account can ever have room for the request. Raises TooManyError."""
         for kind, _, limit, uses in self.hourly():
             if uses > limit:
                 name = _LIMIT_NAMES[kind]
@@ -241,7 +241,7 @@ class Meters:
         """The most that the file may give. At first, with the file of another run, more than any used bucket holds."""
         self._keeping: asyncio.Future[StorageUnavailableError | None] | None = None
         self._answered: list[Charge] = []
-        """Of the requests that are answered in this turn."""
+        """The charges of the requests that are answered in this turn."""
         self._refused: dict[BucketKey, tuple[Bucket, int]] = {}
         if saved is not None:
             self._load(saved)
@@ -399,7 +399,7 @@ class Meters:
         return max(self._empty_ns, now_ns - HOUR_NS)
 
     def _check_hourly(self, item: _Item, now_ns: int) -> None:
-        """Raises LimitExceededError unless the hourly limits of the account have room for the request."""
+        """Checks that the hourly limits of the account have room for the request. Raises LimitExceededError."""
         for kind, bucket, limit, uses in item.hourly():
             wait_ns = bucket.wait_ns(uses, limit, now_ns)
             if wait_ns:

@@ -31,7 +31,7 @@ class Principal(msgspec.Struct, frozen=True):
     entered: Charge | None = None
 
     def require(self, role: Role) -> None:
-        """Raises ForbiddenError unless the principal has `role`."""
+        """Checks that the principal has `role`. Raises ForbiddenError."""
         if role not in self.roles:
             who = f"principal {self.actor}" if self.via else f"uid {self.uid}"
             raise ForbiddenError(

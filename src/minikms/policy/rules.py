@@ -31,9 +31,9 @@ PARSER_STEPS_MAX: Final = 2_000_000
 GRANTS_COUNT_MAX: Final = 128
 PROXIES_COUNT_MAX: Final = 16
 PRINCIPAL_PATTERNS_COUNT_MAX: Final = 512
-"""Of all grants and proxies together."""
+"""The patterns of principals in all grants and proxies together."""
 THREAD_PATTERNS_COUNT_MAX: Final = 64
-"""Of one grant."""
+"""The patterns of threads in one grant."""
 
 ROLES: Final[frozenset[Role]] = frozenset(get_args(Role))
 THREAD_ROLES: Final[frozenset[Role]] = frozenset(("create", "encrypt", "decrypt", "data_key", "destroy", "monitor"))

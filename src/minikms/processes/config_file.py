@@ -23,7 +23,7 @@ from minikms.platform.trusted_file import ROOT_UID, read_trusted
 
 CONFIG_BYTES_MAX: Final = 64 * 1024
 LINE_DOTS_MAX: Final = 256
-"""As in a policy file: for a key of n parts the parser takes n^2 steps."""
+"""The dots in one line: for a key of n parts the parser takes n^2 steps."""
 PEM_BYTES_MAX: Final = 256 * 1024
 _ADDRESS: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII)
 SOCKET_PATH_BYTES_MAX: Final = 107
@@ -52,14 +52,14 @@ class ConfigFiles:
         return content
 
     def check_private(self, text: str, what: str = "private key") -> None:
-        """Raises StartError unless only its owner, root or a group of this process can read such a file."""
+        """Checks that only its owner, root or a group of this process can read such a file."""
         self.read(text, what, PEM_BYTES_MAX)
         path = self.path(text)
         if path.stat().st_mode & stat.S_IRWXO:
             raise StartError(f"other users can read the {what} {path}: chmod o-rwx it")
 
     def content(self) -> bytes:
-        """That of the configuration itself. Raises StartError."""
+        """The content of the configuration itself."""
         return self.read(str(self.config_path), "configuration", CONFIG_BYTES_MAX)
 
 
@@ -96,7 +96,7 @@ def has_nul(value: object) -> bool:
 
 
 def check_socket(text: str, name: str = "kms_socket") -> None:
-    """Raises StartError unless `text` can be the path of a Unix socket."""
+    """Checks that `text` can be the path of a Unix socket."""
     if not 0 < len(os.fsencode(text)) <= SOCKET_PATH_BYTES_MAX:
         raise StartError(f"{name} is a path of 1 to {SOCKET_PATH_BYTES_MAX} bytes")
 
@@ -114,6 +114,6 @@ def address(text: str) -> tuple[str, int]:
 
 
 def check_metrics(text: str) -> None:
-    """Raises StartError unless `text` is an address of this host, or empty: no listener."""
+    """Checks that `text` is an address of this host, or empty: no listener."""
     if text and not ipaddress.ip_address(address(text)[0]).is_loopback:
         raise StartError("metrics must be an address of this host, such as 127.0.0.1:9103")

@@ -146,7 +146,7 @@ class _TimedReader(io.RawIOBase):
 
 
 def seconds_left(ends_s: float) -> float:
-    """Raises TimeoutError if there are none."""
+    """The time until `ends_s`. Raises TimeoutError if none is left."""
     left_s = ends_s - time.monotonic()
     if left_s <= 0:
         raise TimeoutError("no answer in time")

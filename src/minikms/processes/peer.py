@@ -62,7 +62,9 @@ def is_overflow_uid(uid: int) -> bool:
 
 @functools.cache
 def overflow_uid() -> int:
-    """See user_namespaces(7). Read once: the file may be unreadable after the process is hardened."""
+    """The uid that stands for unmapped users (user_namespaces(7)). Read once: the file may be unreadable after
+    hardening.
+    """
     try:
         with open(OVERFLOW_UID_FILE, encoding="ascii") as file:
             return int(file.read())

@@ -20,7 +20,7 @@ from asyncpg.connect_utils import SessionAttribute
 T = TypeVar("T")
 
 CONNECT_S_MAX: Final = 5.0
-"""Of one connection to one host."""
+"""The time for one connection to one host."""
 LATER_NODE_S: Final = 0.5
 """How long a connection that was made waits for one to a node of a later timeline."""
 HOSTS_COUNT_MAX: Final = 16
@@ -166,7 +166,7 @@ class Database:
             del failure
 
     async def _open(self, place: HostPort, settings: dict[str, str]) -> NodeConnection:
-        """Raises one of FAILURES, of which one is UnsafeError."""
+        """Opens a connection to one node. Raises one of FAILURES, such as UnsafeError."""
         connection: NodeConnection = await asyncpg.connect(
             self._url,
             host=place.host,

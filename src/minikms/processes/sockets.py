@@ -38,7 +38,7 @@ BACKLOG_COUNT: Final = 1024
 MODE_DEFAULT: Final = 0o600
 DIRECTORY_MODE: Final = 0o750
 MAKING_SUFFIX: Final = ".new"
-"""Of a directory that is being made."""
+"""The suffix of a directory that is not complete yet."""
 LOCK_SUFFIX: Final = ".lock"
 PROBE_TIMEOUT_S: Final = 1.0
 

@@ -18,8 +18,8 @@ from minikms.processes.config_file import PEM_BYTES_MAX, ConfigFiles
 
 
 def client_context(files: ConfigFiles, *, ca: str = "", cert: str = "", key: str = "") -> ssl.SSLContext:
-    """That of a client, with the CAs of the file `ca`, else those of the machine, and a certificate of its own if there
-    is one. Raises StartError.
+    """The TLS context of a client: with the CAs of the file `ca`, else those of the machine, and with a certificate of
+    its own if `cert` names one.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if ca else ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EXPORTER_VARIABLE: Final = "OTEL_TRACES_EXPORTER"
 EXCHANGES_MAX: Final = 32
-"""Of one request, that have spans of their own."""
+"""The exchanges of one request that have spans of their own."""
 _TRACEPARENT: Final = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})", re.ASCII)
 
 

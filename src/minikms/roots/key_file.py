@@ -61,7 +61,7 @@ def read_key_file(
 
 
 def _check_readers(status: os.stat_result, what: str, path: Path, any_owner: bool, shared: FileOwner | None) -> None:
-    """Raises StartError when the file is not regular, or another user than those of `read_key_file` may read it."""
+    """Checks that the file is regular, and that no other users than those of `read_key_file` may read it."""
     if not stat.S_ISREG(status.st_mode):
         raise StartError(f"{what} is not a regular file")
     owner, group, others = status.st_uid, status.st_gid, status.st_mode & _OTHERS_MASK

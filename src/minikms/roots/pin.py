@@ -123,7 +123,7 @@ class PinFile:
         return hashlib.sha256("\n".join(sorted(self.pinned())).encode()).hexdigest()
 
     def read(self) -> Pins:
-        """Raises StartError when the file is missing, damaged, or not root's alone."""
+        """Reads the pins. A file that is missing, damaged, or not root's alone is a StartError."""
         data = read_trusted(self.path, (ROOT_UID,), what="pin file", bytes_max=FILE_BYTES_MAX)
         return self._parsed(data)
 

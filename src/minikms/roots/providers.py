@@ -30,7 +30,7 @@ from minikms.roots.key_file import (
 
 
 class RootProvider(Protocol):
-    """Where a root key comes from.
+    """A source of a root key.
 
     `name` stands in `/status`, and in the slot of a keyring that is made under the key: 1 to 32 characters of a to z, 0
     to 9 and `-`.
@@ -194,7 +194,7 @@ KEPT_BY_PEOPLE: Final = frozenset(("shares", "passphrase"))
 
 SourceName = Literal["file", "fd", "dev", "systemd-credential", "unlock", "shares", "passphrase"]
 CREDENTIALS_VARIABLE: Final = "CREDENTIALS_DIRECTORY"
-"""Where systemd puts the credentials of a unit: systemd.exec(5)."""
+"""The variable in which systemd names the directory of a unit's credentials (systemd.exec(5))."""
 _CREDENTIAL: Final = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._@:-]{1,255}", re.ASCII)
 FD_MAX: Final = 2**20
 FD_DIGITS_MAX: Final = 7
@@ -208,7 +208,7 @@ class Source(NamedTuple):
 
 
 def parse_source(text: str) -> Source:
-    """Raises StartError, saying what there is."""
+    """Parses the text of a source; an error lists the sources that exist."""
     name, colon, argument = text.partition(":")
     if not colon or name not in get_args(SourceName):
         raise StartError(

@@ -20,7 +20,7 @@ from minikms.crypto.shares import ShareInfo
 from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot, fill_random
 
 SLOTS_COUNT_MAX: Final = 2 * shares.SHARES_COUNT_MAX
-"""Of the arena, for the largest set: its shares and coefficients, or its shares and the text of one."""
+"""The slots of the arena for the largest set: its shares and coefficients, or its shares and the text of one."""
 _OF: Final = re.compile(r"([0-9]{1,3})/([0-9]{1,3})", re.ASCII)
 
 

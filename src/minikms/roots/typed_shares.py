@@ -22,7 +22,9 @@ from minikms.memory.terminal import opened_terminal, show, typed_secret
 from minikms.roots.providers import RootProvider
 
 SLOTS_COUNT_MAX: Final = keyring.SLOTS_MAX * SHARES_COUNT_MAX + api.SHARE_BYTES_MAX // SLOT_BYTES + 2
-"""Of the arena: the shares of every set, the line that is being typed, a share that is being read, and the root key."""
+"""The slots of the arena: the shares of every set, the line that is being typed, a share that is being read, and the
+root key.
+"""
 KnownSets = tuple[str, Sequence[KnownSet]]
 """The id of a keyring, and its sets of shares."""
 
@@ -52,7 +54,7 @@ class TypedShares(RootProvider):
             collected.clear()
 
     def _known(self) -> KnownSets | None:
-        """Raises StartError if no share can open the keyring."""
+        """The sets whose shares can open the keyring. Raises StartError if there is none."""
         data = self.keyring_file() if self.keyring_file else None
         if data is None:
             return None

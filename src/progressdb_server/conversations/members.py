@@ -48,7 +48,7 @@ class Members:
         return entry
 
     async def check_reader(self, thread_id: str, author: str) -> None:
-        """Raises AuthorNotInThreadError, NotAMemberError unless the author is a member of the thread."""
+        """Checks that the author is a member of the thread. Raises AuthorNotInThreadError or NotAMemberError."""
         await self.check_member(thread_id, author, Act.READ)
 
     async def of_thread(self, thread_id: str) -> list[str]:

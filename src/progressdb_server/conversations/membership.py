@@ -39,17 +39,17 @@ class Act(enum.Enum):
 
 
 def standing_of(entry: bytes | None) -> Standing:
-    """Of the value of an entry of `keyspace.writer`; None if there is none."""
+    """The standing in the value of an entry of `keyspace.writer`; None if there is none."""
     if entry is None:
         return Standing.OUTSIDER
     return Standing.MEMBER if entry == keyspace.MEMBER else Standing.REMOVED
 
 
 def check(rule: Rule, standing: Standing, act: Act) -> None:
-    """Raises NotAMemberError, AuthorNotInThreadError unless somebody of this standing may do this.
+    """Checks that a user of this standing may do this. Raises NotAMemberError or AuthorNotInThreadError.
 
-    It is asked for a signed user. A backend or admin key acts for anyone and is not asked about, except where it names
-    an author whose messages it wants to list.
+    It is called for a signed user. A backend or admin key acts for anyone, so it is called for such a key only where it
+    names an author whose messages it lists.
     """
     if standing is Standing.MEMBER:
         return

@@ -51,7 +51,7 @@ from progressdb_server.store.sealer import Sealer, ThreadState
 
 VERSIONS_COUNT_MAX: Final = 10_000
 VERSIONS_BYTES_MAX: Final = 256 * 1024 * 1024
-"""Of one message: stored versions, and the bytes of their sealed parts."""
+"""The stored versions of one message, in bytes of their sealed parts."""
 
 
 class _Change(NamedTuple):
@@ -294,7 +294,7 @@ class Messages:
         raise NotWrittenError("other servers are changing the message at the same time")
 
     async def _try_change(self, message: str, change: _Change) -> Message:
-        """As `_change`. Raises ConditionFailedError if the message is not what it was when it was read."""
+        """Changes the message like `_change`. Raises ConditionFailedError if it was changed since it was read."""
         owner, place = await self._reading.locate(message, change.thread)
         state = await self._thread_with_key(owner)
         first = Stamp.parse(place.first.decode())
@@ -326,14 +326,16 @@ class Messages:
             return changed
 
     async def _thread_with_key(self, thread: str) -> ThreadState:
-        """Raises RecordUnreadableError for a thread that has lost its key map."""
+        """The state of the thread. Raises RecordUnreadableError if it has lost its key map."""
         state = await self._sealer.thread(thread)
         if state is None:
             raise RecordUnreadableError(f"thread {thread} has no key")
         return state
 
     async def _under(self, writing: Awaitable[None], order_key: bytes) -> None:
-        """Raises ConditionFailedError for the message's place, and NotAMemberError for the only other condition."""
+        """Waits for a write. Raises ConditionFailedError for the message's place, and NotAMemberError for the only
+        other condition.
+        """
         try:
             await writing
         except ConditionFailedError as error:
@@ -343,7 +345,7 @@ class Messages:
 
 
 def _check_bounds(before: record.Before, added: int) -> None:
-    """Raises TooManyVersionsError if a message can't get another version, of `added` bytes."""
+    """Checks that a message can get another version of `added` bytes. Raises TooManyVersionsError."""
     if before.versions >= VERSIONS_COUNT_MAX:
         raise TooManyVersionsError(f"the message has {before.versions} versions, at most {VERSIONS_COUNT_MAX}")
     if before.bytes + added > VERSIONS_BYTES_MAX:

@@ -130,7 +130,7 @@ def _closed(thread_id: str) -> tuple[bytes, bytes]:
 
 
 def _entries(thread_id: str, key: bytes, raw: bytes) -> tuple[bytes, bytes, bytes]:
-    """As `keyspace.version_keys`, of a record. Raises RecordUnreadableError."""
+    """The keys of a record's version, from `keyspace.version_keys`. Raises RecordUnreadableError."""
     own = key[-keyspace.STAMP_BYTES :]
     try:
         first = record.unpack_message(raw)[0].first.encode() or own

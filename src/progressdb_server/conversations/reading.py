@@ -49,21 +49,21 @@ from progressdb_server.store.model import (
 from progressdb_server.store.sealer import Sealer, store_error
 
 LIST_MESSAGES_MAX: Final = 256
-"""Of one batch of a list or of a message's versions."""
+"""The messages in one batch of a list or of a message's versions."""
 LIST_MESSAGES_FIRST: Final = 128
-"""Of the first batch of a list: it is answered while the key service works on the next one."""
+"""The messages in the first batch of a list: it is answered while the key service works on the next one."""
 LIST_BYTES_MAX: Final = 512 * 1024
-"""Of sealed parts in one batch of a list, exceeded by one message at most."""
+"""The bytes of sealed parts in one batch of a list, exceeded by one message at most."""
 LIST_BATCHES_AHEAD: Final = 1
 VERSIONS_BYTES_MAX: Final = 1024 * 1024
-"""Of sealed parts in one batch of a message's versions, exceeded by one version at most."""
+"""The bytes of sealed parts in one batch of a message's versions, exceeded by one version at most."""
 SHOWN_BYTES_MAX: Final = 256 * 1024
-"""Of one piece of a message's versions, each counted with its content."""
+"""The bytes of one piece of a message's versions, each counted with its content."""
 WHOLE: Final = MessageRange()
 PAGE_BYTES_MAX: Final = 8 * 1024 * 1024
-"""Of a page of the viewer, each version counted with its content; exceeded by one at most."""
+"""The bytes of a page of the viewer, each version counted with its content; exceeded by one at most."""
 READ_UNCOUNTED_BYTES_MAX: Final = 16 * 1024
-"""Of the sealed parts of a version that is read without a turn. All connections together hold 64 MiB of these."""
+"""The bytes of a version's sealed parts that are read without a turn. All connections together hold 64 MiB of these."""
 LONG_READS_COUNT_MAX: Final = 16
 """Longer versions that are read or changed at a time. Each has up to 2 MiB of sealed parts and about twice that opened.
 """
@@ -92,7 +92,7 @@ class LoadedVersion(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def bytes(self) -> int:
-        """Of the sealed parts."""
+        """The size of the sealed parts."""
         return len(self.own.sealed) + (len(self.content.sealed) if self.content is not None else 0)
 
 
@@ -125,7 +125,7 @@ class NotOpened(NamedTuple):
 
 
 class Reading:
-    """Of messages; and the pages of the viewer."""
+    """Reads messages, and the pages of the viewer."""
 
     def __init__(self, reads: Reads, sealer: Sealer, validators: Validators) -> None:
         self._reads = reads
@@ -143,7 +143,7 @@ class Reading:
             return version.message
 
     async def latest_version(self, message_id: str) -> Message:
-        """As `message`, but a version that does not open has `error`."""
+        """Reads the latest version like `message`, but one that does not open has `error`."""
         thread, place = await self.locate(message_id, None)
         async with self._open_one(thread, place.first, place.latest) as (loaded, found):
             return _listed(thread, loaded, found)
@@ -178,7 +178,7 @@ class Reading:
     async def _open_one(
         self, thread: str, first: bytes, stamp: bytes
     ) -> AsyncIterator[tuple[LoadedVersion, Version | NotOpened]]:
-        """As `open_version`; raises StoreUnavailableError only."""
+        """Opens a version like `open_version`; raises StoreUnavailableError only."""
         records = keyspace.messages(thread)
         loaded = await self._load(records, stamp, first)
         if loaded.bytes <= READ_UNCOUNTED_BYTES_MAX:
@@ -266,8 +266,10 @@ class Reading:
     async def _open_each(
         self, thread: str, batch: Sequence[LoadedVersion], known: dict[bytes, record.OpenedVersion] | None = None
     ) -> list[Version | NotOpened]:
-        """In order. `known`: for a batch of one message's versions, what is left of the batch before it, by storage
-        keys; it is replaced by the record that has the content of the last version. Raises StoreUnavailableError."""
+        """Opens the records in order. `known`: for a batch of one message's versions, the rest of the batch before it,
+        by storage keys; it is replaced by the record that has the content of the last version. Raises
+        StoreUnavailableError.
+        """
         before = {} if known is None else known.copy()
         answers = await self._answers(thread, batch, before)
         opened: dict[tuple[bytes, str], record.OpenedVersion | NotOpened] = {}
@@ -649,7 +651,7 @@ def _place(key: bytes, value: bytes) -> OrderEntry:
 
 
 def _content_key(records: bytes, raw: bytes) -> bytes:
-    """Of the record that has the content of this one; empty if that is itself."""
+    """The key of the record that has the content of this one; empty if that is the record itself."""
     try:
         header, _ = record.unpack_message(raw)
     except record.RecordFormatError:

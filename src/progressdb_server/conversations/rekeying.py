@@ -266,14 +266,14 @@ class Rekeying:
             yield [(_id_of(key), raw) for key, raw in entries]
 
     async def newest_job_rows(self, before: str = "") -> AsyncIterator[list[tuple[str, bytes]]]:
-        """As `job_rows`, but the newest first; with `before` those that are older than this job."""
+        """The rows of jobs, the newest first; with `before`, those older than this job."""
         upper = keyspace.job(before) if before else keyspace.after(keyspace.JOBS)
         while entries := await self.reads.scan(keyspace.JOBS, upper, limit=PAGE_ROWS, reverse=True):
             upper = entries[-1][0]
             yield [(_id_of(key), raw) for key, raw in entries]
 
     async def job_rows_of(self, job_ids: Sequence[str]) -> AsyncIterator[list[tuple[str, bytes]]]:
-        """Those that are stored."""
+        """The rows of these jobs; unknown ids are left out."""
         for start in range(0, len(job_ids), PAGE_ROWS):
             keys = [keyspace.job(job_id) for job_id in job_ids[start : start + PAGE_ROWS]]
             yield [(_id_of(key), raw) for key, raw in (await self.reads.values(keys)).items()]

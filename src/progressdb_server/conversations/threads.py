@@ -45,13 +45,15 @@ from progressdb_server.store.model import (
 from progressdb_server.store.sealer import Sealer, ThreadState
 
 LIST_THREADS_MAX: Final = 16
-"""Of one chunk of a list, each with a key of its own. It takes the key service and the event loop about 2 ms each, and
-one is on its way at a time, so that other requests come in between."""
+"""The threads in one chunk of a list, each with a key of its own. It takes the key service and the event loop about 2
+ms each, and one chunk is on its way at a time, so that other requests come in between.
+"""
 MAKE_TRIES_MAX: Final = 8
-"""Of a new thread, each with a key of its own."""
+"""The tries for a new thread, each with a key of its own."""
 CHANGE_TRIES_MAX: Final = 64
-"""Of a change of a message or thread that other servers change too. One server makes one at a time, so that of three
-servers one fails so often once in 10^11 changes, unless the others are nearer to the database."""
+"""The tries for a change of a message or thread that other servers change too. One server makes one at a time, so that
+of three servers one fails so often once in 10^11 changes, unless the others are nearer to the database.
+"""
 PAGE_LOOKED_MAX: Final = 16_384
 """Threads of which one page of a search is chosen; so it may have fewer than its `limit`, and older ones follow."""
 SLUG_SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
@@ -240,7 +242,7 @@ class Threads:
         return thread
 
     async def _load_listed(self, threads: Sequence[str]) -> list[Listed]:
-        """In order."""
+        """Loads the threads in order."""
         found = await self._reads.values([keyspace.meta(thread) for thread in threads])
         listed: list[Listed] = []
         for thread in threads:
@@ -255,7 +257,7 @@ class Threads:
         return listed
 
     async def _open_listed(self, listed: Sequence[Listed], wanted: _Wanted = _EVERY) -> list[Thread]:
-        """Those that are wanted, in order; one that does not open has `error`. Raises StoreUnavailableError."""
+        """Opens the wanted threads in order; one that does not open has `error`. Raises StoreUnavailableError."""
         items = [_to_open(one.thread, one.header, one.sealed) for one in listed if one.header is not None]
         answers = iter(await self._sealer.open_each(items))
         threads: list[Thread] = []
@@ -289,7 +291,7 @@ class Threads:
                 thread.updated_ts = max(thread.updated_ts, keyspace.stamp_of(key).time_ns)
 
     async def get(self, thread_id: str) -> Thread:
-        """Also when deleted. Raises ThreadNotFoundError."""
+        """The thread, also when it is deleted. Raises ThreadNotFoundError."""
         loaded = await self._load_thread(thread_id)
         if loaded is None:
             raise ThreadNotFoundError
@@ -341,7 +343,7 @@ class Threads:
         yield found[::-1]
 
     async def _matching(self, keys: Sequence[bytes], wanted: _Wanted) -> list[Thread]:
-        """Those of the threads of these index entries that are wanted, in order."""
+        """The wanted threads of these index entries, in order."""
         listed = await self._load_listed([keyspace.last_part(key) for key in keys])
         if not wanted.deleted:
             listed = [one for one in listed if one.header is None or not one.header.deleted_ns]

@@ -24,7 +24,7 @@ LISTS_REMEMBERED_MAX: Final = 8192
 KEYS_OF_A_LIST_MAX: Final = 16
 """A list under more keys is not remembered."""
 TAG_BYTES: Final = 16
-"""Of the digest; a tag is its hex text."""
+"""The size of the digest; a tag is its hex text."""
 
 
 class Validators:

@@ -92,7 +92,7 @@ class Conversations:
     def __init__(
         self, engine: Engine, provider: Provider, *, rule: Rule = "members", now_ns: Callable[[], int] = time.time_ns
     ) -> None:
-        """Raises FormatError when the directory was written by a newer version; StoreUnavailableError."""
+        """Opens the store. Raises FormatError when a newer version wrote the directory; StoreUnavailableError."""
         self.engine = engine
         self.metrics = StoreMetrics()
         self.clock = Clock(now_ns)

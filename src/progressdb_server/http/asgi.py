@@ -20,7 +20,7 @@ BODY_REFUSED: Final = "progressdb.body_refused"
 """Type of the ASGI message that comes in the place of a body for which there is no room. Only this project's own server
 sends it."""
 CLOSE: Final[Header] = (b"connection", b"close")
-"""In a response: the connection ends with it."""
+"""The header of a response with which the connection ends."""
 
 
 class ClientGoneError(Exception):

@@ -50,7 +50,8 @@ class Cycle:
         self._response_start: MutableMapping[str, Any] | None = None
         self._chunked: bool | None = None
         self._ends_with_connection = False
-        """Of a response without a length to a client of HTTP/1.0, which knows no chunks (RFC 9112, section 6.1)."""
+        """True for a response without a length to a client of HTTP/1.0, which knows no chunks (RFC 9112, section 6.1).
+        """
         self._length_left = 0
 
     async def run(self) -> None:
@@ -80,7 +81,6 @@ class Cycle:
         await self._event.wait()
 
     def identify(self, payer: Hashable) -> None:
-        """See `asgi.DirectChannel`."""
         self._payer, self._identified = payer, True
         if self._account is not None and not self._account.identify(payer):
             self._refuse_body()
@@ -125,7 +125,7 @@ class Cycle:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of the body, received and not read."""
+        """The bytes of the body that are received and not read."""
         return len(self._body)
 
     def end_body(self) -> None:
@@ -133,7 +133,6 @@ class Cycle:
         self.notify()
 
     def received_body(self) -> bytes | None:
-        """See `asgi.DirectChannel`."""
         if not self._has_news or self.more_body or self.waits_for_continue:
             return None
         if self.disconnected or self.response_complete or self.body_refused:
@@ -164,17 +163,14 @@ class Cycle:
 
     # --- the response ---------------------------------------------------------------------------------------------
     def begin_list(self) -> Awaitable[None] | None:
-        """See `asgi.DirectChannel`."""
         connection = self.connection
         return connection.serving.shares.lists.begin(connection.group, connection)
 
     def end_list(self) -> None:
-        """See `asgi.DirectChannel`."""
         connection = self.connection
         connection.serving.shares.lists.end(connection.group, connection)
 
     def send_response(self, status: int, headers: Sequence[Header], body: bytes) -> bool:
-        """See `asgi.DirectChannel`."""
         connection = self.connection
         if connection.write_paused or self._response_start is not None or self.response_complete or self.disconnected:
             return False
@@ -193,7 +189,7 @@ class Cycle:
         return True
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Raises RuntimeError for an invalid message."""
+        """Sends one ASGI message. An invalid one is a RuntimeError."""
         if self.response_complete:
             raise RuntimeError("the response is already complete")
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""Where a request begins and ends in the bytes of a connection (RFC 9112): heads, and chunked bodies.
+"""The framing of requests in the bytes of a connection (RFC 9112): heads, and chunked bodies.
 
 Owns: which heads are accepted, how long a body is, and the decoding of chunks. Rules, each broken by an `HttpError`:
 1. A head is a request line and fields that end in CR LF, without a folded line, a bare CR or LF, or a control
@@ -61,7 +61,7 @@ class Fields(msgspec.Struct, frozen=True, gc=False):
     """Names in lower case; values without the white space around them. Not to be changed: they may recur."""
     keep_alive: bool
     length: int
-    """Of the body; `CHUNKED` if only its chunks tell."""
+    """The length of the body; `CHUNKED` if only its chunks tell."""
     expects_continue: bool
 
 
@@ -71,7 +71,7 @@ class Head(msgspec.Struct, frozen=True, gc=False):
     query: bytes
     fields: Fields
     end: int
-    """Where the head ends."""
+    """The offset at which the head ends."""
 
 
 def parse_head(data: bytes, at: int, last: Fields | None = None) -> Head | None:

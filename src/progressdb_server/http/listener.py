@@ -51,7 +51,7 @@ def bind(address: str, port: int) -> socket.socket:
 
 
 def check_tls(tls: Tls) -> None:
-    """Raises ConfigError unless certificate and key match, ConfigMissingError if a file does not exist."""
+    """Checks that certificate and key match. Raises ConfigError, and ConfigMissingError if a file does not exist."""
     if not tls.cert_file:
         return
     try:
@@ -82,7 +82,6 @@ class _Opening:
         self._task.add_done_callback(self._opened)
 
     def close_idle(self) -> None:
-        """See `shares.Closable`."""
         self._task.cancel()
 
     async def _open(self) -> None:

@@ -33,7 +33,7 @@ from progressdb_server.http.serving import Serving
 
 _ASGI: Final = {"version": "3.0", "spec_version": "2.3"}
 _BODY_WAITING_BYTES_MAX: Final = 64 * 1024
-"""Of a body, received and not read by the application: no more is received meanwhile."""
+"""The bytes of a body that wait for the application; until it reads them, no more is received."""
 _ERROR_TEXTS: Final = {
     400: "malformed HTTP request",
     413: "the body comes in too many chunks",
@@ -93,7 +93,7 @@ class Connection(asyncio.Protocol):
         self.serving = serving
         self._on_open = on_open
         self.group = ""
-        """By what the bounds of one address are counted."""
+        """The key under which the bounds of one address are counted."""
         self.scheme = "http"
         self.write_paused = False
         self._client: tuple[str, int] | None = None
@@ -106,7 +106,8 @@ class Connection(asyncio.Protocol):
         self._ended = False
         """No further request is begun."""
         self._linger_bytes_left: int | None = None
-        """Of what is received and dropped before the connection is closed; None if it does not linger."""
+        """The bytes that may still be received and dropped before the connection is closed; None if it does not linger.
+        """
         self._eof = False
         self._drained: asyncio.Future[None] | None = None
         self._expecting = False
@@ -195,14 +196,12 @@ class Connection(asyncio.Protocol):
         self._received.drop()
 
     def close_idle(self) -> None:
-        """See `shares.Closable`."""
         if self._expecting:
             self.transport.abort()
         else:
             self.transport.close()
 
     def close_unread(self) -> None:
-        """See `shares.Readable`."""
         self.transport.abort()
 
     @property
@@ -391,5 +390,5 @@ def _error_response(status: int, date: bytes) -> bytes:
 
 
 def _address(name: Any) -> tuple[str, int] | None:
-    """Of a socket's name; None for a Unix socket."""
+    """The address in a socket's name; None for a Unix socket."""
     return (str(name[0]), int(name[1])) if isinstance(name, tuple) else None

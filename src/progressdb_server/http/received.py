@@ -29,7 +29,7 @@ class Received:
         """What `data` takes from the budget of bodies while a request before it is handled."""
         self._at = 0
         self._last_fields: framing.Fields | None = None
-        """Of the last head."""
+        """The fields of the last head."""
         self._body_left = 0
         self._chunks: framing.Chunks | None = None
 

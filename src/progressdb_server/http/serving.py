@@ -26,7 +26,7 @@ class Serving:
         self.loop = loop
         self.connections: set[ServedConnection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
-        """Of the requests that the application handles."""
+        """The tasks of requests that the application handles."""
         self.drains = False
         """Whether each response ends its connection, because a stop is near."""
         self.date = b""

@@ -63,7 +63,7 @@ class Shares:
         """`is_proxy`: whether an address stands for many clients. `claim`: what the headers of a request say of its
         sender, before anyone has verified it."""
         self.bodies_bytes = 0
-        """Of the bodies that are in flight."""
+        """The bytes of bodies in flight."""
         self._budget_bytes = server.body_bytes
         self._used_bytes: dict[Hashable, int] = {}
         self._idle_max = server.idle_connections
@@ -75,7 +75,7 @@ class Shares:
         self.lists = Lists(self._unread)
 
     def group(self, address: str) -> str:
-        """By what the bounds of one address are counted; empty for an address to which none applies."""
+        """The key under which the bounds of one address are counted; empty for an address without bounds."""
         if not address or self._is_proxy(address):
             return ""
         return address_group(address)

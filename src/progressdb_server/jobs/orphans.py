@@ -31,7 +31,7 @@ from progressdb_server.store.model import Page, StoreUnavailableError
 ORPHAN_AGE_S: Final = 60
 """Longer than a create of a key may be on its way (`kms.provider`)."""
 ORPHANS_MAX: Final = 10_000
-"""Of one walk."""
+"""The orphans of one walk."""
 PAGE_PAUSE_S: Final = 0.1
 """Between two pages: a million keys take some minutes, in which the key service is idle most of the time."""
 FOUND_PAGES_MAX: Final = 10
@@ -141,5 +141,5 @@ class OrphanedKeys(Kind):
 
 
 def _rfc3339(unix_s: float) -> str:
-    """As the key service writes times, which sort as texts."""
+    """The time in the form of the key service, which sorts as text."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(0.0, unix_s)))

@@ -131,7 +131,7 @@ class ThreadPurge(Kind):
 
     # --- keys -----------------------------------------------------------------------------------------------------
     async def _keys(self, thread: str) -> list[KeyAnswer]:
-        """Those that are not destroyed, without those that the key service can't read."""
+        """The keys that are neither destroyed nor unreadable for the key service."""
         found: list[KeyAnswer] = []
         async for page in key_pages(self._provider, thread_id=thread):
             if page.indexing:
@@ -207,7 +207,7 @@ class ThreadPurge(Kind):
         return await self._table.store(row, changed(row.job, destroyed_ns=self._table.now_ns(), receipt=receipt))
 
     async def _opening(self, thread: str, records: Sequence[Record], key_ids: Collection[str]) -> set[str]:
-        """Those of the keys that open a record whose header names them: anyone who writes the store makes headers."""
+        """The keys that open a record whose header names them: anyone who writes the store makes headers."""
         found: set[str] = set()
         for key_id in key_ids:
             items = [ReencryptItem(ciphertext=one.sealed, aad=one.aad) for one in records if one.key_id == key_id]

@@ -63,7 +63,7 @@ CHUNKS_AHEAD: Final = 4
 WRITES_AHEAD: Final = 8
 """Chunks that the key service has, and chunks on their way to the disk, where they share a sync."""
 PACED_CHUNK_RECORDS_MAX: Final = 128
-"""Of a job with a bounded rate, so that requests wait for a millisecond or two at most."""
+"""The records in a chunk of a job with a bounded rate, so that requests wait for a millisecond or two at most."""
 SCAN_COST: Final = 0.1
 VERIFY_COST: Final = 0.5
 """What reading a record that needs no re-encryption, and reading one back through the key service, counts against a
@@ -188,7 +188,7 @@ class KeyRotation(Kind):
         return ""
 
     async def require(self, threads: Iterable[str]) -> None:
-        """Raises ThreadNotFoundError unless each can be rotated."""
+        """Checks that each thread can be rotated. Raises ThreadNotFoundError."""
         for thread in threads:
             if await self._store.rekeying.key_of_thread(thread) is None:
                 raise ThreadNotFoundError
@@ -440,7 +440,7 @@ class KeyRotation(Kind):
         return await self._finish(row, verified, pace)
 
     async def _check(self, job: Job, records: Sequence[Record]) -> list[Failure]:
-        """Those that do not open under the new key."""
+        """The records that do not open under the new key."""
         self._store.sealer.check_halted()
         outcomes = await self._provider.check_batch(
             job.new_key, _items(records), thread_id=job.thread, request_id=job.id
@@ -474,7 +474,7 @@ def _items(records: Sequence[Record]) -> list[ReencryptItem]:
 
 
 def _failure(found: Record, refused: KmsRefusedError) -> Failure:
-    """Raises the refusal if it says nothing about the record."""
+    """The failure of the record. A refusal that says nothing about the record is raised."""
     if fault(refused) is Fault.SERVICE:
         raise copy.copy(refused)  # the caller's frame, to which its traceback leads, has the first one
     return Failure(found.name, refused.code)

@@ -67,7 +67,7 @@ ADOPT_LOOKS: Final = 360
 SHARED_READ_S: Final = 1.0
 """Beside other servers, the longest time in which `Runner.watch` does not read the row."""
 OTHER_WORK: Final = "other work"
-"""In the place of a job's id while a thread's backups are restored or removed, or its old keys destroyed."""
+"""The text in place of a job's id while a thread's backups are restored or removed, or its old keys destroyed."""
 
 _log = structlog.get_logger("progressdb.jobs")
 
@@ -98,7 +98,7 @@ class Kind:
     """One kind of job. A kind overrides what it has; the table of kinds is in `jobs.service`."""
 
     name: ClassVar[str] = ""
-    """In the rows of its jobs (`Job.kind`); empty for a kind without rows of its own."""
+    """The name in the rows of its jobs (`Job.kind`); empty for a kind without rows of its own."""
     beside: ClassVar[bool] = False
     """Whether its jobs only begin other jobs and wait for them: they count as no work."""
     first_s: float = 60.0
@@ -365,7 +365,7 @@ class Runner:
         return thread in self._threads
 
     def _kind(self, job: Job) -> Kind:
-        """Raises JobConflictError for a job of another version of the server."""
+        """The kind of the job. Raises JobConflictError for a job of another version of the server."""
         for kind in self.kinds:
             if kind.name == job.kind:
                 return kind

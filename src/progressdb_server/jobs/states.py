@@ -43,9 +43,9 @@ FINAL: Final[frozenset[State]] = frozenset({"cancelled", "done"})
 FAILURES_NAMED_MAX: Final = 100
 """Records that a job names; it counts all."""
 THREADS_NAMED_MAX: Final = 1024
-"""Of one request."""
+"""The threads that one request may name."""
 ALL_THREADS: Final = "*"
-"""In the row of a job on many threads; no id of a thread."""
+"""The thread in the row of a job on many threads; no thread has this id."""
 SOURCES_MAX: Final = 32
 """Keys that a job remembers to have found records under."""
 

@@ -124,7 +124,7 @@ class JobTable:
         return jobs
 
     async def newest(self, before: str = "") -> AsyncIterator[list[Job]]:
-        """As `pages`, but the newest jobs first; with `before`, an id, those that are older than this one."""
+        """The pages of jobs, the newest first; with `before`, an id, the jobs older than it."""
         async for rows in self._store.rekeying.newest_job_rows(before):
             yield self._readable(rows)
 
@@ -138,7 +138,7 @@ class JobTable:
             self._all_read_ns = began_ns
 
     async def pages_of(self, job_ids: Sequence[str]) -> AsyncIterator[list[Job]]:
-        """Those of the jobs whose rows are there and not damaged. A page is read when the iterator reaches it."""
+        """The jobs whose rows exist and are not damaged. A page is read when the iterator reaches it."""
         async for rows in self._store.rekeying.job_rows_of(job_ids):
             yield self._readable(rows)
 

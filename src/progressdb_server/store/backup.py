@@ -120,7 +120,7 @@ class Backups:
         return known
 
     async def registered(self) -> AsyncIterator[list[RegisteredBackup]]:
-        """Those that were begun and are not forgotten, oldest first."""
+        """The backups that were begun and not removed from the register, oldest first."""
         lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
         while entries := await self._reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
@@ -246,7 +246,7 @@ def verify(path: str) -> Manifest:
 
 
 def _read_back(path: str, manifest: Manifest, stop: threading.Event) -> None:
-    """Raises BackupError, also when `stop` is set."""
+    """Reads the backup back and compares it. Raises BackupError, also when `stop` is set."""
     store = os.path.join(path, STORE)
     try:
         extra = set(os.listdir(store)) - {file.name for file in manifest.files}

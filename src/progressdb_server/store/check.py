@@ -55,7 +55,7 @@ MAY_NOT_DECRYPT: Final = (
 )
 
 ParseJob: TypeAlias = Callable[[str, bytes], object]
-"""Of a job's id and row; raises RecordUnreadableError."""
+"""A function that parses a job's id and row; it raises RecordUnreadableError."""
 JOB_DAMAGED: Final = (
     "the job does not go on, and no old key is destroyed; restore the entry from a backup, or delete it"
 )
@@ -71,7 +71,7 @@ _THREAD_INDEXES: Final = {
     keyspace.WRITER: (4, 2),
     keyspace.CLOSED: (3, 2),
 }
-"""Of each index: how many parts its keys have, and which of them is the thread."""
+"""The number of parts in the keys of each index, and which part is the thread."""
 
 
 class Problem(NamedTuple):
@@ -147,7 +147,7 @@ class Checker:
         return [finding for of_entry in findings for finding in of_entry]
 
     async def _answers(self, lookups: Collection[_Lookup]) -> dict[_Lookup, _Answer]:
-        """Of one at least; no more after the values together have WALK_BYTES_MAX."""
+        """The answers to at least one look-up; no more once the values together have WALK_BYTES_MAX."""
         try:
             return await self._answered(lookups)
         except StoreDamagedError as error:
@@ -288,7 +288,7 @@ class Checker:
             yield Problem("unindexed", _shown(key), "the order index does not lead to this version", ((place, fix),))
 
     async def _judge_content(self, key: bytes, header: record.LaterHeader) -> AsyncIterator[Problem]:
-        """Of a version that takes its content from another one."""
+        """The problems of a version that takes its content from another one."""
         stamp = Stamp.parse(header.content)
         place = key[: -keyspace.STAMP_BYTES] + stamp.raw
         raw = await _Lookup(place)
@@ -549,7 +549,9 @@ def _items(sealed: Sequence[tuple[bytes, bytes]]) -> list[tuple[DecryptItem, byt
 
 
 async def _decrypted(provider: Provider, items: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
-    """Raises StoreUnavailableError if this user may not decrypt: that says nothing about the records."""
+    """Decrypts the items. Raises StoreUnavailableError if this user may not decrypt: that says nothing about the
+    records.
+    """
     answers = await provider.decrypt_batch(items) if items else []
     if any(isinstance(answer, KmsRefusedError) and answer.code == api.CODE_FORBIDDEN for answer in answers):
         raise StoreUnavailableError(MAY_NOT_DECRYPT)

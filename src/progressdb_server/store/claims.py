@@ -27,7 +27,7 @@ from progressdb_server.store.model import ConditionFailedError, StoreUnavailable
 
 CLAIM_S: Final = 30
 UNTIL_DIGITS: Final = 19
-"""Of the time in an entry of a server."""
+"""The digits of the time in an entry of a server."""
 RENEW_S: Final = 5.0
 STOP_S: Final = 5.0
 
@@ -149,7 +149,7 @@ class Claims:
                         await self._writer.commit(Write(((key, None),), ((key, until),)))
 
     def condition(self, thread: str) -> tuple[tuple[bytes, bytes | None], ...]:
-        """Of what is written for work on the thread."""
+        """The condition of what is written for work on the thread."""
         mine = self._held.get(thread)
         return () if mine is None else ((keyspace.claim(thread), mine),)
 

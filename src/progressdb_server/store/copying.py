@@ -43,8 +43,9 @@ class Copied(NamedTuple):
 
 
 class Digest:
-    """Of entries in any order: the sum of their SHA-256 modulo 2^256. It finds accidents; whoever can choose entries
-    is not its concern, since records authenticate their own place."""
+    """A digest over entries in any order: the sum of their SHA-256 modulo 2^256. It finds accidents; it does not resist
+    somebody who chooses entries, since records authenticate their own place.
+    """
 
     def __init__(self) -> None:
         self.count = 0

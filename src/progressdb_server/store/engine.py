@@ -31,10 +31,10 @@ from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import FormatError, StoreUnavailableError
 
 SCAN_ENTRIES_MAX: Final = 4096
-"""Of one `scan`: about a millisecond, the longest that one call may block the event loop."""
+"""The entries of one `scan`: about a millisecond, the longest that one call may block the event loop."""
 
 WALK_KEYS_MAX: Final = 1024
-"""Of one page of a walk, which its caller may also decode and send at once."""
+"""The keys in one page of a walk, which its caller may also decode and send at once."""
 WALK_PAUSE_S: Final = 0.001
 """After a full page, which takes about as long: a walk through all keys leaves others half of the processor."""
 
@@ -98,7 +98,7 @@ class Reads(Protocol):
 
 
 async def in_order(reads: Reads, prefix: bytes, after: bytes = b"") -> AsyncIterator[list[bytes]]:
-    """See `Reads.walk_keys`: in the order of the keys. Other tasks run in a pause after each page."""
+    """Walks keys like `Reads.walk_keys`, in the order of the keys. Other tasks run in a pause after each page."""
     lower, upper = prefix, keyspace.after(prefix) if prefix else keyspace.END
     if after:
         lower = max(lower, keyspace.next_key(after))
@@ -223,7 +223,9 @@ class Engine(ABC):
 
     @abstractmethod
     async def counted(self) -> Counters:
-        """Of all servers. Call it after `writer`, whose counters an engine of this process has: no disk is read."""
+        """The counters of all servers. Call it after `writer`, whose counters an engine of this process has: no disk is
+        read.
+        """
 
     @abstractmethod
     async def now_ns(self) -> int:
@@ -231,11 +233,11 @@ class Engine(ABC):
 
     @abstractmethod
     async def check_writable(self) -> None:
-        """As `OrderedMap.probe`."""
+        """Checks the disk like `OrderedMap.probe`."""
 
     @abstractmethod
     def checkpoint(self, path: str) -> None:
-        """As `OrderedMap.checkpoint`."""
+        """Makes a checkpoint like `OrderedMap.checkpoint`."""
 
     @abstractmethod
     async def end(self) -> None:

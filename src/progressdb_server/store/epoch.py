@@ -103,7 +103,7 @@ class EpochMemory:
 
 
 async def seen_state(reads: Reads) -> SeenState | None:
-    """Raises RestoredError when what is remembered can't be read; StoreUnavailableError."""
+    """The state that the store remembers. Raises RestoredError when it can't be read; StoreUnavailableError."""
     return _parse(await reads.get(keyspace.EPOCH))
 
 

@@ -79,7 +79,7 @@ class Ticket:
 
     @property
     def condition(self) -> tuple[bytes, bytes | None]:
-        """Of the write that is made once: nobody else has made it since `recall`."""
+        """The condition of the write that is made once: nobody else has made it since `recall`."""
         return self.key, self._found
 
     def put(self, made: str, now_ns: int) -> tuple[bytes, bytes]:

@@ -49,7 +49,7 @@ END: Final = b"\xff"
 """Above every key."""
 PARTS_CACHED_MAX: Final = 16_384
 STAMP_BYTES: Final = 27
-"""Of a stamp's text."""
+"""The length of a stamp's text."""
 SEQUENCE_MAX: Final = 999_999
 """Six digits in a key."""
 
@@ -57,7 +57,7 @@ ERA_NS: Final = 10**19
 """A stamp's number is `era * ERA_NS + Unix nanoseconds`: the first of its 20 digits is the era."""
 ERA_MAX: Final = 9
 STAMP_NS_MAX: Final = (ERA_MAX + 1) * ERA_NS - ERA_NS // 10
-"""Of a stamp that others may follow, all of 20 digits: thirty years are left after it."""
+"""The largest time of a stamp that others may follow, all of 20 digits: thirty years are left after it."""
 BACK_NS_MAX: Final = 24 * 3600 * 1_000_000_000
 """A clock that steps back by less starts no era: stamps are ahead of it for at most this long."""
 NOW_NS_MIN: Final = 1_577_836_800 * 1_000_000_000
@@ -94,7 +94,7 @@ class Stamp(NamedTuple):
         return self.raw.decode()
 
     def check(self) -> None:
-        """Raises ValueError unless it is a stamp that others can follow."""
+        """Checks that others can follow the stamp. Raises ValueError."""
         if not (0 <= self.ns <= STAMP_NS_MAX and 0 <= self.seq <= SEQUENCE_MAX):
             raise ValueError("not a stamp that others can follow")
 
@@ -109,7 +109,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Stamp:
-        """Raises ValueError for anything but the text of a stamp."""
+        """Parses the text of a stamp. Anything else is a ValueError."""
         if (
             len(text) != STAMP_BYTES
             or text[20] != "-"
@@ -200,7 +200,7 @@ def message_id(first: Stamp) -> str:
 
 
 def message_id_of(first: str) -> str:
-    """Of the text of a message's first stamp. Raises ValueError."""
+    """The id of the message with this first stamp. Raises ValueError for another text."""
     return f"msg-{int(first[:20])}-{first[21:]}"
 
 
@@ -211,7 +211,7 @@ def parse_message_id(text: str) -> Stamp | None:
 
 
 def cursor(version: Stamp) -> str:
-    """Where a page of a message's versions ends, as clients see it."""
+    """The cursor at which a page of a message's versions ends, as clients see it."""
     return f"{version.ns}-{version.seq:06d}"
 
 
@@ -314,8 +314,9 @@ def is_version(key: bytes) -> bool:
 
 
 def version_keys(thread_part: bytes, message: str, first: bytes, own: bytes) -> tuple[bytes, bytes, bytes]:
-    """Of one version: its record, its version entry, and the order entry of its message. `message` is an id of this
-    server, `first` and `own` are stamps."""
+    """The keys of one version: its record, its version entry, and the order entry of its message. `message` is an id of
+    this server, `first` and `own` are stamps.
+    """
     return (
         b"thread:%b:msg:%b" % (thread_part, own),
         b"version:msg:%b:%b" % (message.encode(), own),
@@ -324,7 +325,7 @@ def version_keys(thread_part: bytes, message: str, first: bytes, own: bytes) -> 
 
 
 def stamp_of(key: bytes) -> Stamp:
-    """Of a key that ends in a stamp. Raises ValueError."""
+    """The stamp at the end of a key. Raises ValueError."""
     return Stamp.parse(key[key.rindex(b":") + 1 :].decode())
 
 
@@ -357,7 +358,7 @@ class OrderEntry(NamedTuple):
 
 
 def is_deleted(value: bytes) -> bool:
-    """Of the value of an `OrderEntry`."""
+    """True if the value of an `OrderEntry` says that the message is deleted."""
     return value.endswith(_DELETED)
 
 

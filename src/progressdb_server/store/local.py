@@ -98,7 +98,7 @@ class LocalEngine(Engine, OrderedMap):
 class _Format(msgspec.Struct, omit_defaults=True):
     format: int | str
     source: str = ""
-    """Of a copy that has not ended."""
+    """The source of a copy that has not ended."""
 
 
 def check(reader: Reader) -> int | str:

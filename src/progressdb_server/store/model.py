@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 JOB_ID_PATTERN: Final = re.compile(r"job-[0-9]{20}-[0-9a-f]{8}", re.ASCII)
 REACTIONS_COUNT_MAX: Final = 1024
-"""Of one message: identities that react. A new message may have as many."""
+"""The identities that react to one message. A new message may have as many."""
 RECORD_MISSING: Final = "record_missing"
 RECORD_MALFORMED: Final = "record_malformed"
 NOT_OPENED: Final = "not_opened"
@@ -121,7 +121,7 @@ class StatusError(Exception):
     status: ClassVar[int] = 0
     text: ClassVar[str] = ""
     retry_after_s: int = 1
-    """Of a 503."""
+    """The seconds after which a client may try a 503 again."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message or self.text)
@@ -416,7 +416,7 @@ class BackupFile(msgspec.Struct):
 
 
 class Manifest(msgspec.Struct):
-    """Of a backup. Every write that was acknowledged by `created_ns` is in it."""
+    """The manifest of a backup. Every write that was acknowledged by `created_ns` is in the backup."""
 
     format: int
     created_ns: int

@@ -17,7 +17,7 @@ from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, Or
 from progressdb_server.store.local import LocalReads
 
 WALK_BYTES_MAX: Final = 8 * 1024 * 1024
-"""Of the values of one page, without its last one."""
+"""The bytes of the values in one page, without its last value."""
 BUSY_RETRY_S: Final = 0.05
 BUSY_S_MAX: Final = 60.0
 
@@ -47,7 +47,7 @@ class View(Reads, Protocol):
         ...
 
     def heads(self) -> AsyncIterator[list[Head]]:
-        """Of a database, each thread's. Raises EngineUnavailableError."""
+        """The head of each thread in a database. Raises EngineUnavailableError."""
         ...
 
 
@@ -73,7 +73,7 @@ class LocalView(LocalReads):
 
 
 class LocalEntries(LocalView):
-    """See `Entries`. What was put is durable."""
+    """The entries of a local engine. What was put is durable."""
 
     def __init__(self, engine: OrderedMap) -> None:
         super().__init__(engine)

@@ -186,7 +186,7 @@ def unpack_thread(raw: bytes) -> tuple[ThreadHeader, bytes]:
 
 
 def _check_sendable(key_id: str, sealed: bytes) -> None:
-    """Raises RecordFormatError for what the client of the key service refuses to send."""
+    """Checks what the client of the key service refuses to send. Raises RecordFormatError."""
     if len(key_id) > api.ID_CHARS_MAX or not key_id.isascii() or len(sealed) > SEALED_BYTES_MAX:
         raise RecordFormatError("no request to the key service can hold the record")
 
@@ -266,7 +266,7 @@ def open_message(header: MessageHeader, key: bytes, thread: str, first: str, pla
 
 
 def open_first(header: MessageHeader, key: bytes, thread: str, first: str, plaintext: bytes) -> Message:
-    """As `open_message`, for a first version, which is a whole message."""
+    """Opens a first version, which is a whole message, like `open_message`."""
     if not key.endswith(first.encode()):
         raise RecordFormatError("a later version in the form of a first one")
     try:

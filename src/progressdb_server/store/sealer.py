@@ -67,7 +67,7 @@ KEY_SWITCH_POLL_S: Final = 0.02
 RENEWALS_MAX: Final = 2
 """New keys for one write, whose thread's key is retired."""
 LATE_TRIES_MAX: Final = 64
-"""Of a write that meets a later version of another server each time, as CHANGE_TRIES_MAX of a change."""
+"""The tries of a write that meets a later version of another server each time; for a change: CHANGE_TRIES_MAX."""
 AHEAD_NS_MAX: Final = 1_000_000_000
 """How far the stamp of a write that came too late may be ahead of the clock at its next try."""
 
@@ -313,8 +313,9 @@ class Sealer:
     async def _seal(
         self, thread: str, key_id: str, secrets: Sequence[tuple[bytes, bytes]], request_id: str | None
     ) -> list[bytes]:
-        """Raises KmsError, StoreUnavailableError; the latter even if the key service was seen sealed meanwhile, because
-        the answer may be that of an older one."""
+        """Seals the records. Raises KmsError, and StoreUnavailableError even if the key service was seen sealed
+        meanwhile, because the answer may be that of an older one.
+        """
         self.check_halted()
         sealed = await self._sealed(thread, key_id, secrets, request_id)
         self.check_halted()
@@ -359,7 +360,7 @@ class Sealer:
         self.seen_sealed.set()
 
     def _failure(self, error: KmsError, record_key: bytes | None = None) -> StoreError:
-        """See `store_error`."""
+        """The error of the store for an error of the key service (`store_error`)."""
         if isinstance(error, SealedError):
             self.halt_sealed()
         return store_error(error, record_key)
@@ -391,8 +392,9 @@ class Sealer:
         return not page.indexing and set(key_ids) <= {key.key_id for key in page.keys}
 
     async def open_each(self, records: Sequence[DecryptItem]) -> list[bytes | KmsRefusedError]:
-        """As `open`, but a record that does not open gives its refusal. Raises StoreUnavailableError, even if the key
-        service can't open one of them now."""
+        """Opens records like `open`, but gives the refusal of each that does not open. Raises StoreUnavailableError,
+        even if the key service can't open one of them now.
+        """
         if not records:
             return []
         self._metrics.opened(len(records))

@@ -302,8 +302,10 @@ class GroupCommit(ABC):
         await self.commit(Write(()))
 
     async def check_writable(self) -> None:
-        """Raises StoreUnavailableError if a write would be refused now. A caller that first creates something outside
-        the store calls this before it. If the last group failed, this makes an empty write to test the disk."""
+        """Checks that a write would not be refused now. Raises StoreUnavailableError. A caller that first creates
+        something outside the store calls this before it. If the last group failed, this makes an empty write to test
+        the disk.
+        """
         why = self._refusal(0)
         if why:
             raise self._refused(why)
@@ -429,7 +431,6 @@ class Writer(GroupCommit):
     """Commits to an engine of this process."""
 
     def __init__(self, engine: OrderedMap, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:
-        """As `GroupCommit`. Raises FormatError."""
         super().__init__(clock, metrics, on_reopen)
         self._engine = engine
         self._disk = DiskThread()

@@ -55,7 +55,7 @@ _log = structlog.get_logger("progressdb.store")
 
 
 def check_url(url: str) -> None:
-    """Raises FormatError for a URL that the server must not use."""
+    """Checks that the server may use a URL. Raises FormatError."""
     if why := why_refused(url):
         raise FormatError(f"store.url {why}")
 
@@ -84,7 +84,7 @@ class Nodes(Database):
 
     # --- connecting -----------------------------------------------------------------------------------------------
     async def find(self, **settings: str) -> NodeConnection:
-        """As that of `Database`, but raises EngineUnavailableError."""
+        """Finds a node like `Database.find`, but raises EngineUnavailableError."""
         try:
             return await super().find(**settings)
         except UnsafeError as error:
@@ -129,7 +129,7 @@ class Nodes(Database):
         return self.node == node and now_s() <= self._until_s
 
     def check(self, node: str) -> None:
-        """Raises EngineUnavailableError unless what was read on the node just now may be answered."""
+        """Checks that what was read on the node just now may be answered. Raises EngineUnavailableError."""
         if self.node != node or (self.replicated and not self._since_s + WAIT_S <= now_s() <= self._until_s):
             raise EngineUnavailableError(UNAVAILABLE)
 

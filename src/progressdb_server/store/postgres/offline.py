@@ -79,7 +79,7 @@ ON CONFLICT (tkey) DO UPDATE SET last = greatest(store_head.last, excluded.last)
 
 
 class PostgresEntries(PostgresReads):
-    """See `store.offline.Entries`. The counters are the entry `keyspace.STATE`, as in RocksDB; a walk omits it."""
+    """The entries of PostgreSQL. The counters are the entry `keyspace.STATE`, as in RocksDB; a walk omits it."""
 
     def __init__(self, connection: asyncpg.Connection[Any]) -> None:
         self._connection = connection

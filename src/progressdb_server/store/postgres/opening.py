@@ -18,13 +18,14 @@ from progressdb_server.store.postgres.writer import keep_lease
 
 READ_CONNECTIONS_MAX: Final = 8
 START_S_MAX: Final = 30.0
-"""Of the first lease of a server that starts."""
+"""The time for the first lease of a server that starts."""
 START_POLL_S: Final = 0.1
 
 
 async def open_engine(url: str, *, single_node: bool, make: bool = False) -> PostgresEngine:
-    """Raises FormatError for tables of another version; StoreUnavailableError, also for a database that would
-    acknowledge what one disk alone has, unless `single_node` says that this is enough."""
+    """Opens the engine. Raises FormatError for tables of another version, and StoreUnavailableError, also for a
+    database that would acknowledge what one disk alone has, unless `single_node` says that this is enough.
+    """
     nodes = Nodes(url, replicated=not single_node)
     connection = await nodes.find()
     try:

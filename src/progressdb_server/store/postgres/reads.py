@@ -23,7 +23,7 @@ from progressdb_server.store.postgres.nodes import UNAVAILABLE, Nodes
 from progressdb_server.store.postgres.tables import tkey, within
 
 READ_S_MAX: Final = 10
-"""Of one read: the waits for a connection and all tries of the statement together."""
+"""The time of one read: the waits for a connection and all tries of the statement together."""
 
 _UP_TO: Final = (
     "SELECT key, value FROM (SELECT key, value, sum(octet_length(value)) OVER (ORDER BY key) - octet_length(value)"
@@ -45,11 +45,11 @@ _NEWEST: Final = (
 )
 _KEYS: Final = "SELECT tkey, key FROM store_entry WHERE (tkey, key) > ($1, $2) ORDER BY tkey, key LIMIT $3"
 _BY_KEY: Final = (keyspace.MAP, keyspace.IDEMPOTENCY)
-"""Of these the keys have an index, without `tkey`."""
+"""The parts of the key space whose keys have an index without `tkey`."""
 
 
 class PostgresReads:
-    """See `store.engine.Reads`. Each call is a statement of its own."""
+    """Reads from PostgreSQL. Each call is a statement of its own."""
 
     remote: ClassVar[bool] = True
 

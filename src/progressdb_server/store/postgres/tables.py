@@ -28,7 +28,7 @@ ONE_DISK: Final = (
     "true if one disk is enough"
 )
 COMMAND_S_MAX: Final = 600.0
-"""Of one statement of a command, with the command's own work before it."""
+"""The time for one statement of a command, with the command's own work before it."""
 COPYING: Final = 0
 """The number until a copy into the tables has ended."""
 TABLES: Final = """

@@ -66,7 +66,7 @@ def new_versions(pending: PendingWrite) -> dict[bytes, tuple[bytes, bytes]]:
 async def write_group(
     connection: NodeConnection, group: Sequence[PendingWrite], locking: str, clock: Clock
 ) -> tuple[dict[PendingWrite, Exception], int, int]:
-    """Of the group, the writes that fail, and how many threads and messages the others add."""
+    """Writes a group. Returns the writes that fail, and how many threads and messages the others add."""
     stamps = {pending: new_versions(pending) for pending in group}
     expected = {key for pending in group for key, _ in expectations(pending)}
     touched = {tkey(key) for pending in group if pending.write for key, _ in pending.write.puts} | set(

@@ -47,12 +47,13 @@ from progressdb_server.store.postgres.transaction import (
 from progressdb_server.store.writer import GroupCommit
 
 COMMIT_S_MAX: Final = 15.0
-"""Of one group, with the wait for the standby. Then its outcome is unknown."""
+"""The time for one group, with the wait for the standby. After it, the outcome is unknown."""
 TRIES_MAX: Final = 8
-"""Of a group that met a deadlock, a serialization failure, an entry that somebody else has inserted, or a node that
-takes no writes any more."""
+"""The tries of a group that met a deadlock, a serialization failure, an entry that somebody else has inserted, or a
+node that takes no writes any more.
+"""
 USUAL_TRIES_MAX: Final = 3
-"""Of one statement, whose threads another server is changing."""
+"""The tries of one statement whose threads another server is changing."""
 COUNTERS_COUNT: Final = 1024
 """Rows of counters. Each writer of a server takes one of them, so that no two wait for each other's, mostly."""
 WRITERS_COUNT: Final = 2
@@ -67,7 +68,9 @@ REFUSED: Final[Mapping[str, str]] = {
     "42": "the store's database refused the write: a table is missing, or a right of the servers' role",
     "53": "the store's database has no room for the write, on its disk or in its memory",
 }
-"""By the class of an error that another try would meet again; but not of TOO_MANY, which end by themselves."""
+"""The reasons, by the class of an error that another try would meet again; but not of TOO_MANY, which end by
+themselves.
+"""
 TOO_MANY: Final = "53300"
 """Connections."""
 

@@ -57,9 +57,10 @@ WRITE_BUFFERS_MAX: Final = 4
 LEVEL_ZERO_FILES: Final = 8
 """Flushed files that are merged into the next level at a time. RocksDB's 4 costs a rotation a fifth more merging."""
 BASE_LEVEL_BYTES: Final = LEVEL_ZERO_FILES * WRITE_BUFFER_BYTES
-"""Of the level that flushed files are merged into: as much as is merged into it at a time. Every group writes to all
-parts of the key space, so each merge rewrites all of that level; with 256 MiB a rotation of a million records merges a
-third more, with 64 MiB one of a few hundred thousand twice as much."""
+"""The size of the level that flushed files are merged into: as much as is merged into it at a time. Every group writes
+to all parts of the key space, so each merge rewrites all of that level; with 256 MiB a rotation of a million records
+merges a third more, with 64 MiB one of a few hundred thousand twice as much.
+"""
 OPEN_FILES_MAX: Final = 512
 LOG_FILE_BYTES_MAX: Final = 4 * 1024 * 1024
 LOG_FILES_MAX: Final = 4
@@ -78,7 +79,7 @@ _FILE: Final = re.compile(r"\b(?:\d+\.(?:sst|log)|MANIFEST-\d+|CURRENT)\b")
 _DROPPED: Final = re.compile(rb"(\d+\.log): dropping ")
 LOG_TAIL_BYTES: Final = 64 * 1024
 LOG_HEADER_BYTES: Final = 7
-"""Of a record in the write-ahead log, before the number of its write (RocksDB's log_format.h)."""
+"""The header of a record in the write-ahead log, before the number of its write (RocksDB's log_format.h)."""
 
 _log = structlog.get_logger("progressdb.store")
 
@@ -120,7 +121,7 @@ def engine_options() -> Options:
 
 
 def check_exists(path: str) -> None:
-    """Raises EngineUnavailableError unless the directory holds a database."""
+    """Checks that the directory holds a database. Raises EngineUnavailableError."""
     if not os.path.isfile(os.path.join(path, "CURRENT")):
         raise EngineUnavailableError(f"{path} holds no store")
 
@@ -155,7 +156,7 @@ def refuse_root_for_another(path: str) -> None:
 
 
 class RocksRead:
-    """See `store.engine.Reader`."""
+    """The reads of the engine on RocksDB."""
 
     _db: Any
 
@@ -234,8 +235,9 @@ class RocksRead:
         return taken
 
     def _check_empty(self, lower: bytes, upper: bytes, *, reverse: bool = False) -> None:
-        """Raises unless nothing is stored in the part of a range that a scan has not given. This second look costs less
-        than a whole walk with an iterator that has a status."""
+        """Checks that nothing is stored in the part of a range that a scan has not given. This second look costs less
+        than a whole walk with an iterator that has a status.
+        """
         if lower >= upper:
             return
         left = self._db.iter(up_to(upper, cached=False))
@@ -249,7 +251,7 @@ class RocksRead:
 
 
 class RocksEngine(RocksRead, LocalEngine):
-    """See `store.engine.Engine`."""
+    """The engine on RocksDB."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -339,7 +341,7 @@ class RocksEngine(RocksRead, LocalEngine):
             raise EngineUnavailableError(f"the store's disk does not take writes: {why}") from error
 
     def _check_room(self, wanted_bytes: int) -> None:
-        """Raises EngineUnavailableError unless the disk takes so much now."""
+        """Checks that the disk takes so much now. Raises EngineUnavailableError."""
         try:
             with tempfile.TemporaryFile(dir=self._path, prefix="probe-") as file:
                 _reserve(file.fileno(), wanted_bytes)
@@ -350,7 +352,7 @@ class RocksEngine(RocksRead, LocalEngine):
             raise EngineUnavailableError from error
 
     def _log_bytes(self) -> int:
-        """Of the write-ahead log, which opening writes out again."""
+        """The size of the write-ahead log, which opening writes out again."""
         with os.scandir(self._path) as entries:
             return sum(entry.stat().st_size for entry in entries if entry.name.endswith(".log"))
 
@@ -455,7 +457,7 @@ def up_to(upper: bytes, *, cached: bool) -> ReadOptions:
 
 
 def _until(entries: Iterator[tuple[bytes, bytes]], bytes_max: int) -> tuple[list[tuple[bytes, bytes]], bool]:
-    """Also whether the values together have `bytes_max`."""
+    """The entries up to `bytes_max`, and whether their values together have so much."""
     taken: list[tuple[bytes, bytes]] = []
     for entry in entries:
         taken.append(entry)

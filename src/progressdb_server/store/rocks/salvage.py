@@ -69,7 +69,7 @@ class Remains(RocksRead):
     around it."""
 
     def __init__(self, path: str) -> None:
-        """Raises StoreDamagedError where there is nothing to read, EngineUnavailableError."""
+        """Opens the files. Raises StoreDamagedError where there is nothing to read, EngineUnavailableError."""
         super().__init__()
         self._path = path
         self._scratch = tempfile.TemporaryDirectory(prefix="progressdb-remains-")
@@ -186,8 +186,9 @@ def why_ended(walk: Any) -> str:
 
 
 def _end(part: Any, lower: bytes, upper: bytes, reason: str) -> bytes:
-    """Where the part ends that can't be read for this reason, which names file and place: reads from any key of it fail
-    with the same."""
+    """The end of the part that can't be read for this reason, which names file and place: reads from any key of it fail
+    with the same reason.
+    """
 
     def fails(key: bytes) -> bool:
         walk = part.iter()
@@ -343,7 +344,7 @@ def _varint(number: int) -> bytes:
 
 
 def _log_record(payload: bytes, at: int) -> bytes:
-    """As it is appended to a file of `at` bytes."""
+    """The log record as it is appended to a file of `at` bytes."""
     left = _LOG_BLOCK_BYTES - at % _LOG_BLOCK_BYTES
     record = b""
     kinds = {(True, True): 1, (True, False): 2, (False, False): 3, (False, True): 4}
