@@ -1,8 +1,9 @@
 """The asyncio client.
 
-Owns: a bounded pool of connections for single calls, and two batchers (encrypt, decrypt), each on its own connection,
-because the daemon answers a connection strictly in order. Invariants: a client belongs to one event loop; a connection
-carries one request at a time; every wait is bounded. It must never use a connection that is in doubt.
+Owns: a bounded pool of connections for single calls, of which those that make keys have a share of their own; and two
+batchers (encrypt, decrypt), each on its own connection, because the daemon answers a connection strictly in order.
+Invariants: a client belongs to one event loop; a connection carries one request at a time; every wait is bounded. It
+must never use a connection that is in doubt.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import KmsClosedError, KmsError, KmsRefusedError, KmsTimeoutError, KmsUnavailableError
 from minikms.client import calls
-from minikms.client.base import POOL_CONNECTIONS_MAX, BaseClient
+from minikms.client.base import CREATING_CONNECTIONS_MAX, POOL_CONNECTIONS_MAX, BaseClient
 from minikms.client.batching import Batcher, OneLoop
 from minikms.client.calls import Attempts, Call, check_proxied, make_call
 from minikms.client.connecting import POOL_IDLE_S_MAX
@@ -62,6 +63,7 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
         self._idle: list[ClientConnection] = []
         self._busy: set[ClientConnection] = set()
         self._slots = asyncio.Semaphore(POOL_CONNECTIONS_MAX)
+        self._creating_slots = asyncio.Semaphore(CREATING_CONNECTIONS_MAX)
         self._batch_connections: dict[Verb[Any, Any], ClientConnection] = {}
         self._closed = False
         self._sweeper: asyncio.TimerHandle | None = None
@@ -103,14 +105,15 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
         self._loop.running()
         if self._proxied:
             check_proxied(one.verb)
+        slots = self._creating_slots if one.verb.creates else self._slots
         call = one.call()
         try:
-            await self._acquire_slot()
+            await self._acquire(slots)
             try:
                 timeout_s = self._timeout_s if one.timeout_s is None else one.timeout_s
                 return one.value(await self._repeat(call, timeout_s=timeout_s))
             finally:
-                self._slots.release()
+                slots.release()
         finally:
             call.wipe()
 
@@ -130,10 +133,10 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
             await _cancel(running)
         return found
 
-    async def _acquire_slot(self) -> None:
+    async def _acquire(self, slots: asyncio.Semaphore) -> None:
         try:
             async with asyncio.timeout(self._timeout_s + self._wait_s):
-                await self._slots.acquire()
+                await slots.acquire()
         except TimeoutError:
             raise KmsTimeoutError("too many calls wait for a connection to the key service") from None
 

@@ -297,6 +297,25 @@ def test_single_calls_share_a_bounded_pool_and_wait_a_bounded_time_for_it(monkey
         assert server.connections <= 16  # eight, and eight more once those timed out
 
 
+def test_calls_that_make_keys_have_a_bounded_share_of_their_own() -> None:
+    """A group of new keys in the service is as large as the calls under way; others do not wait for them."""
+    creates_max = 48
+    with hostile(*[[SILENT]] * creates_max, [answer(b"{}")]) as server:
+
+        async def main() -> None:
+            async with AsyncClient(server.path, timeout_s=60) as kms:
+                creates = [asyncio.ensure_future(kms.create_dek_for_thread("t")) for _ in range(creates_max + 16)]
+                while len(server.requests) < creates_max:
+                    await asyncio.sleep(0.001)
+                await turns()
+                assert await kms.status() == api.StatusAnswer()
+                assert (server.connections, len(server.requests)) == (creates_max + 1, creates_max + 1)
+                await kms.close()
+                await asyncio.gather(*creates, return_exceptions=True)
+
+        asyncio.run(main())
+
+
 @pytest.mark.parametrize("name", ["status", "decrypt"])
 def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Of the pool, and of the batches."""
