@@ -8,7 +8,7 @@
 #   make test ARGS='tests/tidy -x'        make bench ARGS='encrypt'        make run ARGS='--dir ../tour'
 #   make bench PEER=unix:/run/other.sock    compares a running service with the same API
 #   make bench RUNS=3 SAVE=1                the table of docs/benchmarks.md, with the ranges of three runs
-#   make bench AGAINST=../older             compares message appends with another checkout
+#   make bench AGAINST=../older             compares with another checkout
 #   make image-base image BASE=localhost/debian-python   without a registry: the base from Debian's packages (mmdebstrap)
 # The tests run in four processes, since many of them wait for other processes. In one, for a debugger:
 #   make test WORKERS=0 ARGS='tests/tidy --pdb'

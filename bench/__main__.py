@@ -54,6 +54,7 @@ AGAINST: dict[str, Callable[[Path], list[Row]]] = {
     "append": messages.append_against,
     "list": messages.list_against,
     "verbs": pairs.verbs,
+    "create": pairs.creates,
     "kek_rotation": pairs.rotation,
 }
 """What runs with another checkout."""

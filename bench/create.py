@@ -33,7 +33,7 @@ def create() -> list[Row]:
         for _ in range(TURNS):
             turn = load.generate(path, requests, SECONDS)
             bare.append(turn.per_second)
-            count, seconds = uvloop.run(_through_pool(path))
+            count, seconds = uvloop.run(through_pool(path, SECONDS))
             pooled.append(count / seconds)
             made += sum(turn.answers) + count
         with Connection(path) as connection:
@@ -53,13 +53,13 @@ def create() -> list[Row]:
     ]
 
 
-async def _through_pool(path: str) -> tuple[int, float]:
+async def through_pool(path: str, seconds: float) -> tuple[int, float]:
     """The number of keys that as many tasks as connections made through one client, and the seconds it took."""
     began = time.perf_counter()
 
     async def one(kms: AsyncClient, thread_id: str) -> int:
         count = 0
-        while time.perf_counter() - began < SECONDS:
+        while time.perf_counter() - began < seconds:
             await kms.create_dek_for_thread(thread_id)
             count += 1
         return count

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from bench import keys, load, programs
+import uvloop
+
+from bench import create, keys, load, programs
 from bench.calls import Connection
 from bench.report import Row, figure, say
 
@@ -56,13 +58,14 @@ def verbs(checkout: Path) -> list[Row]:
             path = started.enter_context(programs.minikms(directory, checkout=place))
             daemons.append((path, keys.wait_for_index(path), _requests(path, *foreign)))
         return [
-            _compared(
-                f"{name}, answers a second of the daemon's processor time",
+            row
+            for name in daemons[0][2]
+            for row in _compared(
+                [f"{name}, answers a second of the daemon's processor time"],
                 [partial(_answers_per_second, path, pid, asked[name]) for path, pid, asked in daemons],
                 TURNS,
                 _floor(name),
             )
-            for name in daemons[0][2]
         ]
 
 
@@ -72,16 +75,45 @@ def _floor(name: str) -> float:
     return FOREIGN_BATCH_FLOOR if "_batch" in name else FOREIGN_FLOOR
 
 
-def _answers_per_second(path: str, pid: int, requests: Requests) -> float:
+def _answers_per_second(path: str, pid: int, requests: Requests) -> list[float]:
     """Of processor time of the daemon's event loop, so that neither the load generator nor other programs count."""
     before = processor_seconds(pid)
     answers = sum(load.generate(path, requests, SECONDS).answers)
-    return answers / (processor_seconds(pid) - before)
+    return [answers / (processor_seconds(pid) - before)]
 
 
 def processor_seconds(pid: int) -> float:
     """Of the first thread of a process."""
     return int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[0]) / 1e9
+
+
+def creates(checkout: Path) -> list[Row]:
+    """Keys that are made through one `AsyncClient`, the same one for both daemons."""
+    with contextlib.ExitStack() as started:
+        measures = []
+        for place in (None, checkout):
+            path = started.enter_context(programs.minikms(started.enter_context(programs.workplace()), checkout=place))
+            measures.append(partial(_keys_made, path, keys.wait_for_index(path)))
+        units = ("a second of the daemon's processor time", "a second", "a voluntary switch of the daemon")
+        what = f"creating DEKs with {create.CONNECTIONS} tasks of one client, keys"
+        return _compared([f"{what} {unit}" for unit in units], measures, TURNS, FLOOR)
+
+
+def _keys_made(path: str, pid: int) -> list[float]:
+    """Keys by second of processor time of all threads, by second, and by voluntary switch."""
+    before = _processor_seconds_and_switches(pid)
+    count, seconds = uvloop.run(create.through_pool(path, SECONDS))
+    processor_s, switches = (now - then for now, then in zip(_processor_seconds_and_switches(pid), before, strict=True))
+    return [count / processor_s, count / seconds, count / switches]
+
+
+def _processor_seconds_and_switches(pid: int) -> tuple[float, int]:
+    nanoseconds = switches = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        nanoseconds += int((task / "schedstat").read_text(encoding="ascii").split()[0])
+        status = (task / "status").read_text(encoding="ascii")
+        switches += int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+    return nanoseconds / 1e9, switches
 
 
 def rotation(checkout: Path) -> list[Row]:
@@ -93,26 +125,32 @@ def rotation(checkout: Path) -> list[Row]:
             keys.make(path, ROTATED_KEYS)
             paths.append(path)
         rates = [partial(_rotated_per_second, path) for path in paths]
-        return [_compared(f"KEK rotation of {ROTATED_KEYS:,} DEKs, keys a second", rates, ROTATION_TURNS, FLOOR)]
+        return _compared([f"KEK rotation of {ROTATED_KEYS:,} DEKs, keys a second"], rates, ROTATION_TURNS, FLOOR)
 
 
-def _rotated_per_second(path: str) -> float:
-    return ROTATED_KEYS / keys.rotate_idle(path, ROTATED_KEYS)
+def _rotated_per_second(path: str) -> list[float]:
+    return [ROTATED_KEYS / keys.rotate_idle(path, ROTATED_KEYS)]
 
 
-def _compared(what: str, rates: Sequence[Callable[[], float]], turns: int, floor: float) -> Row:
-    """`rates` measure this checkout and the other one."""
-    found: list[tuple[float, float]] = []
+def _compared(
+    names: Sequence[str], measures: Sequence[Callable[[], list[float]]], turns: int, floor: float
+) -> list[Row]:
+    """A row for each name. `measures`, of this checkout and the other one, return a figure for each name."""
+    pairs: list[list[tuple[float, float]]] = [[] for _ in names]
     for turn in range(turns + 1):
         order = (0, 1) if turn % 2 else (1, 0)
-        rate = {number: rates[number]() for number in order}
+        figures = {number: measures[number]() for number in order}
         if turn:  # the one before the first warms up
-            found.append((rate[0], rate[1]))
-            say(f"{what}, turn {turn}: {figure(rate[0])}, the other {figure(rate[1])}")
-    ours, others = (statistics.median(each) for each in zip(*found, strict=True))
-    ratio = statistics.median(mine / other for mine, other in found)
-    note = f"median of {turns} pairs of turns; {figure(ours)} to {figure(others)}"
-    return Row(f"{what}, of that of another checkout", ratio, "×", floor, note=note)
+            for name, each, mine, other in zip(names, pairs, figures[0], figures[1], strict=True):
+                each.append((mine, other))
+                say(f"{name}, turn {turn}: {figure(mine)}, the other {figure(other)}")
+    rows = []
+    for name, each in zip(names, pairs, strict=True):
+        ours, others = (statistics.median(side) for side in zip(*each, strict=True))
+        ratio = statistics.median(mine / other for mine, other in each)
+        note = f"median of {turns} pairs of turns; {figure(ours)} to {figure(others)}"
+        rows.append(Row(f"{name}, of that of another checkout", ratio, "×", floor, note=note))
+    return rows
 
 
 def _foreign_records(directory: Path, checkout: Path | None) -> tuple[str, list[str]]:
