@@ -234,17 +234,17 @@ async def build(store: Conversations, engine: RocksEngine, provider: RemoteProvi
         for ns in range(start, min(start + BUILT_AT_ONCE, first.ts + 1 + records)):
             stamp = Stamp(ns, 0)
             message = new.first_version(keyspace.message_id(stamp), THREAD, ns)
-            versions.append(drafts.first_version(message, stamp))
+            versions.append(drafts.first_version(message, stamp, key_id))
         items = [
             EncryptItem(key_id=key_id, plaintext=plaintext, aad=key, thread_id=THREAD)
             for version in versions
-            for key, plaintext in version.secrets
+            for key, _, plaintext in version.records
         ]
         puts: list[tuple[bytes, bytes | None]] = []
         for version, sealed in zip(versions, await provider.encrypt_batch(items), strict=True):
             if isinstance(sealed, KmsRefusedError):
                 raise sealed
-            puts += version.finish(key_id, [sealed]).puts
+            puts += version.sealed([sealed]).puts
         await _written(engine, puts)
 
 

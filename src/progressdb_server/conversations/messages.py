@@ -141,20 +141,19 @@ class Messages:
 
     async def _create_in_new_thread(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
         """Make the thread, with its first message."""
-        first: list[Message] = []
+        message: Message
 
-        def drafted() -> tuple[Thread, Draft]:
-            thread, created = self._threads.new_thread(author=new.author, title=None, name=new.thread)
+        def drafted(thread: Thread, created: Stamp, key_id: str) -> Draft:
+            nonlocal message
             stamp = self._clock.next()
             message = new.first_version(keyspace.message_id(stamp), thread.id, stamp.time_ns)
-            first[:] = (message,)
             extra = (ticket.put(message.id, stamp.time_ns),) if ticket else ()
             expect = (ticket.condition,) if ticket else ()
-            new_thread = drafts.new_thread(thread, created, extra, expect)
-            return thread, drafts.joined(new_thread, drafts.first_version(message, stamp))
+            new_thread = drafts.new_thread(thread, created, key_id, extra, expect)
+            return drafts.joined(new_thread, drafts.first_version(message, stamp, key_id))
 
-        await self._threads.make_thread(drafted, request_id, named=bool(new.thread))
-        return first[0]
+        await self._threads.make_thread(drafted, request_id, author=new.author, title=None, name=new.thread)
+        return message
 
     async def _append(
         self, state: ThreadState, new: NewMessage, ticket: Ticket | None, request_id: str | None
@@ -194,19 +193,19 @@ class Messages:
     ) -> Message:
         """`entry` is the author's entry among the members; without one the message makes the author a member, for which
         there is `room`. Raises NotAMemberError if the author was removed meanwhile."""
-        first: list[Message] = []
+        message: Message
         key = keyspace.writer(state.thread, new.author)
         expect = ((key, entry),) if new.as_member or entry is None else ()
         if ticket:
             expect = (ticket.condition, *expect)  # first: the entry may be of the same create, at another server
 
-        def draft(stamp: Stamp) -> Draft:
+        def draft(stamp: Stamp, key_id: str) -> Draft:
+            nonlocal message
             message = new.first_version(keyspace.message_id(stamp), state.thread, stamp.time_ns)
-            first[:] = (message,)
             extra: list[tuple[bytes, bytes | None]] = [ticket.put(message.id, stamp.time_ns)] if ticket else []
             if entry is None:
                 extra += ((key, keyspace.MEMBER), *room[0])
-            return drafts.first_version(message, stamp, extra, (*expect, *room[1]))
+            return drafts.first_version(message, stamp, key_id, extra, (*expect, *room[1]))
 
         try:
             await self._sealer.append(state, draft, request_id)
@@ -217,7 +216,7 @@ class Messages:
             raise NotAMemberError from None
         if entry != keyspace.REMOVED and new.author not in state.writers:
             state.remember_writer(new.author)
-        return first[0]
+        return message
 
     # --- changing -------------------------------------------------------------------------------------------------
     async def update(
@@ -318,9 +317,11 @@ class Messages:
             if not change.beyond_bounds:
                 _check_bounds(before, len(secret) + api.SEAL_BYTES)
 
-            def draft(stamp: Stamp) -> Draft:
+            def draft(stamp: Stamp, key_id: str) -> Draft:
                 changed.ts = stamp.time_ns
-                return drafts.later_version(changed, first, stamp, content, secret, expect=expect)
+                return drafts.later_version(
+                    changed, first, stamp, key_id, content=content, secret=secret, expect=expect
+                )
 
             await self._under(self._sealer.append(state, draft, change.request_id), order_key)
             return changed

@@ -12,6 +12,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final, NamedTuple
 
 import msgspec
@@ -125,6 +126,18 @@ _DOTS: Final = (".", "..")
 """No ids: clients and proxies resolve them as parts of a path."""
 
 
+def _change_draft(
+    changed: Thread, raw: bytes, header: record.ThreadHeader, stamp: Stamp, key_id: str, *, deleted_by: str | None
+) -> Draft:
+    """The draft of `changed` at `stamp`. `deleted_by`: who deletes the thread, None if nobody does."""
+    changed.updated_ts = stamp.time_ns
+    if deleted_by is None:
+        return drafts.changed_thread(changed, raw, header, key_id)
+    changed.deleted_ts = stamp.time_ns
+    event = drafts.deletion_event(changed.id, deleted_by, stamp, key_id)
+    return drafts.joined(drafts.changed_thread(changed, raw, header, key_id), event)
+
+
 def _new(thread: str, author: str, title: str, created_ns: int) -> Thread:
     slug = slug_of(title, thread)
     return Thread(id=thread, title=title, author=author, slug=slug, created_ts=created_ns, updated_ts=created_ns)
@@ -163,7 +176,7 @@ class Threads:
         self._retries = retries
 
     # --- creating -------------------------------------------------------------------------------------------------
-    def new_thread(self, *, author: str, title: str | None, name: str = "") -> tuple[Thread, Stamp]:
+    def _new_thread(self, author: str, title: str | None, name: str) -> tuple[Thread, Stamp]:
         """A thread that is not stored yet; `name` is the id asked for. Raises InvalidThreadIdError."""
         if name and (name in _DOTS or not api.THREAD_ID_PATTERN.fullmatch(name)):
             raise InvalidThreadIdError
@@ -185,45 +198,49 @@ class Threads:
         others = sorted(set(members) - {author})
         if len(others) >= membership.MEMBERS_COUNT_MAX:
             raise TooManyMembersError
-        if idempotency is None:
+        ticket = Ticket(idempotency, ["thread", author, title, *([others] if others else [])]) if idempotency else None
 
-            def drafted() -> tuple[Thread, Draft]:
-                thread, created = self.new_thread(author=author, title=title)
-                return thread, drafts.new_thread(thread, created, _entries(thread.id, others))
+        def drafted(thread: Thread, created: Stamp, key_id: str) -> Draft:
+            extra = (*_entries(thread.id, others), *((ticket.put(thread.id, created.time_ns),) if ticket else ()))
+            return drafts.new_thread(thread, created, key_id, extra, (ticket.condition,) if ticket else ())
 
-            return await self.make_thread(drafted, request_id)
-        ticket = Ticket(idempotency, ["thread", author, title, *([others] if others else [])])
+        async def make() -> Thread:
+            return await self.make_thread(drafted, request_id, author=author, title=title)
 
-        def drafted_once() -> tuple[Thread, Draft]:
-            thread, created = self.new_thread(author=author, title=title)
-            extra = (*_entries(thread.id, others), ticket.put(thread.id, created.time_ns))
-            return thread, drafts.new_thread(thread, created, extra, (ticket.condition,))
-
+        if ticket is None:
+            return await make()
         async with self._locks.hold(ticket.key):
-            made, new = await self._retries.once(ticket, lambda: self.make_thread(drafted_once, request_id))
+            made, new = await self._retries.once(ticket, make)
             if new is not None:
                 return new
             created_ts = (await self.get(made)).created_ts
             return _new(made, author, title, created_ts)
 
     async def make_thread(
-        self, drafted: Callable[[], tuple[Thread, Draft]], request_id: str | None, *, named: bool = False
+        self,
+        drafted: Callable[[Thread, Stamp, str], Draft],
+        request_id: str | None,
+        *,
+        author: str,
+        title: str | None,
+        name: str = "",
     ) -> Thread:
-        """Make the key of a new thread, then the thread. It is drafted again if another server has used one of its
-        stamps. Raises ConditionFailedError if the thread was `named` and exists, or for another condition;
-        StoreUnavailableError after MAKE_TRIES_MAX drafts."""
+        """Makes the key of a new thread, then the thread that `drafted` returns for thread, stamp and key id. It is
+        drafted again if another server has used one of its stamps. `name`: the id of the thread, empty for a new one.
+        Raises ConditionFailedError if a thread of this name exists, or for another condition; StoreUnavailableError
+        after MAKE_TRIES_MAX drafts."""
         for _ in range(MAKE_TRIES_MAX):
-            thread, draft = drafted()
+            thread, created = self._new_thread(author, title, name)
             try:
-                await self._sealer.make_thread(thread.id, draft, request_id)
+                await self._sealer.make_thread(thread.id, partial(drafted, thread, created), request_id)
                 return thread
             except LateStampError as error:
                 if error.last is not None:  # the thread exists
                     self._clock.recover(error.last)
-                    if named:
+                    if name:
                         raise
             except ConditionFailedError as error:
-                if named or error.key not in (keyspace.key_map(thread.id), keyspace.meta(thread.id)):
+                if name or error.key not in (keyspace.key_map(thread.id), keyspace.meta(thread.id)):
                     raise
         raise StoreUnavailableError("other servers are making threads at the same time")
 
@@ -409,18 +426,10 @@ class Threads:
                 state, raw, header, current = await self._for_change(thread_id, author)
                 changed = msgspec.structs.replace(current, **fields)
 
-                def draft(
-                    stamp: Stamp, raw: bytes = raw, header: record.ThreadHeader = header, changed: Thread = changed
-                ) -> Draft:
-                    changed.updated_ts = stamp.time_ns
-                    if deleted_by is None:
-                        return drafts.changed_thread(changed, raw, header)
-                    changed.deleted_ts = stamp.time_ns
-                    event = drafts.deletion_event(thread_id, deleted_by, stamp)
-                    return drafts.joined(drafts.changed_thread(changed, raw, header), event)
-
                 try:
-                    await self._sealer.append(state, draft, request_id)
+                    await self._sealer.append(
+                        state, partial(_change_draft, changed, raw, header, deleted_by=deleted_by), request_id
+                    )
                     if changed.deleted:
                         self._sealer.forget(thread_id)
                     return changed

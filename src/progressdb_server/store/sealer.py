@@ -44,7 +44,7 @@ from progressdb_server.kms.provider import (
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import LateStampError, Write
-from progressdb_server.store.drafts import Draft
+from progressdb_server.store.drafts import Draft, DraftRecord
 from progressdb_server.store.engine import Commits, Reads
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import (
@@ -166,8 +166,9 @@ class Sealer:
             self._threads.pop(thread, None)
 
     # --- writing --------------------------------------------------------------------------------------------------
-    async def append(self, state: ThreadState, draft: Callable[[Stamp], Draft], request_id: str | None) -> None:
-        """Seal and commit under the thread's current key, at a new stamp. Raises ThreadDeletedError,
+    async def append(self, state: ThreadState, draft: Callable[[Stamp, str], Draft], request_id: str | None) -> None:
+        """Seals and commits what `draft` returns for a new stamp and the id of the thread's current key; another try
+        calls it again. Raises ThreadDeletedError,
         StoreUnavailableError; ConditionFailedError for a condition of the draft's own."""
         deadline: float | None = None
         renewals = late = 0
@@ -178,9 +179,9 @@ class Sealer:
             try:
                 pending = self._writer.reserve(state.map_key)
                 try:
-                    made = draft(self._clock.next())
-                    sealed = await self._seal(state.thread, state.key_id, made.secrets, request_id)
-                    done = self._writer.submit(pending, made.finish(state.key_id, sealed), state.stands)
+                    unsealed = draft(self._clock.next(), state.key_id)
+                    ciphertexts = await self._seal(state.thread, state.key_id, unsealed.records, request_id)
+                    done = self._writer.submit(pending, unsealed.sealed(ciphertexts), state.stands)
                 finally:
                     self._writer.leave(pending)
                 try:
@@ -274,8 +275,8 @@ class Sealer:
                 with contextlib.suppress(KmsError):  # else the key service lists it as one that no record uses
                     await self._provider.retire_key(unused)
 
-    async def make_thread(self, thread: str, draft: Draft, request_id: str | None) -> None:
-        """Make the key of a new thread, then seal and commit under it. Raises StoreUnavailableError;
+    async def make_thread(self, thread: str, draft: Callable[[str], Draft], request_id: str | None) -> None:
+        """Makes the key of a new thread, then seals and commits under it. Raises StoreUnavailableError;
         ConditionFailedError when somebody else made the thread first.
 
         No key is made while the writer refuses writes. If the key turns out to be unused, it is retired. If that fails,
@@ -289,7 +290,7 @@ class Sealer:
             if not self.creates[thread]:
                 del self.creates[thread]
 
-    async def _make_key_and_commit(self, thread: str, draft: Draft, request_id: str | None) -> None:
+    async def _make_key_and_commit(self, thread: str, draft: Callable[[str], Draft], request_id: str | None) -> None:
         self.check_halted()
         await self._writer.check_writable()
         try:
@@ -298,8 +299,8 @@ class Sealer:
             raise self._failure(error) from error
         committing = False
         try:
-            sealed = await self._seal(thread, key_id, draft.secrets, request_id)
-            write = draft.finish(key_id, sealed)
+            unsealed = draft(key_id)
+            write = unsealed.sealed(await self._seal(thread, key_id, unsealed.records, request_id))
             committing = True
             await self._writer.commit(write)
         except (KmsError, ConditionFailedError, StoreUnavailableError) as error:
@@ -311,21 +312,21 @@ class Sealer:
             raise
 
     async def _seal(
-        self, thread: str, key_id: str, secrets: Sequence[tuple[bytes, bytes]], request_id: str | None
+        self, thread: str, key_id: str, records: Sequence[DraftRecord], request_id: str | None
     ) -> list[bytes]:
         """Seals the records. Raises KmsError, and StoreUnavailableError even if the key service was seen sealed
         meanwhile, because the answer may be that of an older one.
         """
         self.check_halted()
-        sealed = await self._sealed(thread, key_id, secrets, request_id)
+        sealed = await self._sealed(thread, key_id, records, request_id)
         self.check_halted()
         return sealed
 
     async def _sealed(
-        self, thread: str, key_id: str, secrets: Sequence[tuple[bytes, bytes]], request_id: str | None
+        self, thread: str, key_id: str, records: Sequence[DraftRecord], request_id: str | None
     ) -> list[bytes]:
-        if len(secrets) == 1:
-            ((key, plaintext),) = secrets
+        if len(records) == 1:
+            ((key, _, plaintext),) = records
             alone = await self._provider.encrypt(key_id, plaintext, aad=key, thread_id=thread, request_id=request_id)
             if len(alone) != len(plaintext) + api.SEAL_BYTES:
                 raise StoreUnavailableError("the key service answered wrongly")
@@ -333,13 +334,13 @@ class Sealer:
         answers = await self._provider.encrypt_batch(
             [
                 EncryptItem(key_id=key_id, plaintext=plaintext, aad=key, thread_id=thread, request_id=request_id)
-                for key, plaintext in secrets
+                for key, _, plaintext in records
             ]
         )
-        if len(answers) != len(secrets):
+        if len(answers) != len(records):
             raise StoreUnavailableError("the key service answered wrongly")
         sealed: list[bytes] = []
-        for (_, plaintext), answer in zip(secrets, answers, strict=True):
+        for (_, _, plaintext), answer in zip(records, answers, strict=True):
             if isinstance(answer, KmsRefusedError):
                 raise copy.copy(answer)  # its traceback leads to this frame, which has all answers
             if len(answer) != len(plaintext) + api.SEAL_BYTES:
