@@ -12,7 +12,6 @@ from collections.abc import Coroutine
 from typing import Any, Final, Protocol
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from minikms.api.base64 import encode_text
 from minikms.api.replica_verbs import (
@@ -62,19 +61,22 @@ class Follower:
         """The member's id and lease, if it has taken over or its daemon serves already."""
         position = await position_of(self._daemon)
         me = position.member_id
-        members = await self._tables.exchange(position.report)
+        await self._tables.exchange(position.report)
         if position.mode in LEASED_MODES:
             return await self._resume(position)
-        position, head = await self._follow(position, members)
-        unchanged_ns = self._watch.unchanged_ns(self._tables.node, head, boot_ns())
+        position, head = await self._follow(position, self._tables.reports.members)
+        now_ns = boot_ns()
+        unchanged_ns = self._watch.unchanged_ns(self._tables.node, head, now_ns)
+        could_report = self._watch.could_report(position, self._tables.reports, self._tables.connected_ns, now_ns)
         if position.seals > head.seals:
             await self._tables.seal(position.seals)
         is_wanted = position.wants and position.ready and is_settled(self._tables.settled_ns)
         if is_wanted and me not in (head.member, head.wanted):  # else the head would be released before it is taken
             await self._tables.want(me)
         self.why = why_not(
-            head, position, held_term=self._held_term, unchanged_ns=unchanged_ns, settled_ns=self._tables.settled_ns
-        )
+            head, position, held_term=self._held_term, unchanged_ns=unchanged_ns, settled_ns=self._tables.settled_ns,
+            could_report=could_report,
+        )  # fmt: skip
         if self.why:
             return None
         return self._held(me, await self._tables.take_over(head, position))
@@ -94,9 +96,7 @@ class Follower:
         self._held_term = lease.term
         return member, lease
 
-    async def _follow(
-        self, position: ReplicaPosition, members: list[MemberReport] | UnsetType
-    ) -> tuple[ReplicaPosition, Head]:
+    async def _follow(self, position: ReplicaPosition, members: list[MemberReport]) -> tuple[ReplicaPosition, Head]:
         """Give the daemon the head, and what it lacks."""
         async with self._tables.snapshot():
             head = await self._tables.head()
@@ -112,7 +112,6 @@ class Follower:
                     )  # fmt: skip
                     if not part.complete:
                         await self._daemon.replica_follow(request)
-                        members = UNSET
         if shown.keyring:
             await self._tables.confirm(position.report)
             return await self._daemon.replica_follow(request), head

@@ -183,6 +183,13 @@ class Part(NamedTuple):
     complete: bool
 
 
+class Reports(NamedTuple):
+    """The newest report of each member, as they were read at `read_ns`."""
+
+    members: list[MemberReport]
+    read_ns: int
+
+
 class Tables:
     """The tables over one connection, which is opened again when it is lost. Each method raises one of FAILURES, or
     TablesError."""
@@ -197,7 +204,8 @@ class Tables:
         self._until_ns = 0
         """When the present run of confirmed commits on this node began, and when it ends without another commit: one
         lease after its last commit began."""
-        self._reported_ns = 0
+        self.reports = Reports([], 0)
+        self.connected_ns = 0
         self.commits = 0
         self.commit_ns = 0
         self.confirmed_ns = 0
@@ -313,10 +321,12 @@ class Tables:
 
     async def exchange(self, report: MemberReport) -> list[MemberReport] | UnsetType:
         """Write the report, and read those of all members; nothing if that was done a moment ago."""
-        if boot_ns() < self._reported_ns + REPORT_NS:
+        if self.reports.read_ns and boot_ns() < self.reports.read_ns + REPORT_NS:
             return UNSET
         await self._report(report)
-        return await self.members()
+        read_ns = boot_ns()
+        self.reports = Reports(await self.members(), read_ns)
+        return self.reports.members
 
     async def confirm(self, report: MemberReport) -> None:
         """Returns once the standbys have what was read on this connection. Raises TablesError on another one."""
@@ -327,7 +337,6 @@ class Tables:
 
     async def _report(self, report: MemberReport) -> None:
         await self._commit(_REPORT, report.member_id, msgspec.json.encode(report)[:REPORT_BYTES_MAX])
-        self._reported_ns = boot_ns()
 
     async def members(self) -> list[MemberReport]:
         """The newest reports, without those that can't be read."""
@@ -346,6 +355,7 @@ class Tables:
             if self._within:
                 raise ConnectionResetError("the connection of a snapshot was lost")
             connection = self._connection = await self._database.find(lock_timeout="8000")
+            self.connected_ns = boot_ns()
             connection.add_log_listener(warn)
             try:
                 await bounded(connection, self._check(connection), STATEMENT_S_MAX)

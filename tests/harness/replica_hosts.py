@@ -27,6 +27,7 @@ from tests.harness.waiting import WAIT_S_MAX, wait_until
 
 ROLE = "replicator"
 STANDBY = "standby"
+TABLES = ("kms_head", "kms_file", "kms_tombstone", "kms_member")
 POLICY = """
 version = 1
 [[grant]]
@@ -156,6 +157,29 @@ class KeyHosts:
     def end(self) -> None:
         for host in self.hosts:
             host.end()
+
+    # --- the database -------------------------------------------------------------------------------------------------
+
+    def execute(self, *statements: str) -> None:
+        """As the owner of the tables."""
+
+        async def run() -> None:
+            connection = await asyncpg.connect(self.owner)
+            try:
+                for statement in statements:
+                    await connection.execute(statement)
+            finally:
+                await connection.close()
+
+        asyncio.run(run())
+
+    def back_up(self) -> None:
+        self.execute(*(f"CREATE TABLE older_{table} AS TABLE {table}" for table in TABLES))
+
+    def restore(self, *changes: str) -> None:
+        """All tables are those of `back_up` again, with these changes, in one step."""
+        steps = [f"TRUNCATE {table}; INSERT INTO {table} TABLE older_{table}" for table in TABLES]
+        self.execute("; ".join((*steps, *changes)))
 
 
 async def _prepare(owner: str, *, standby: bool) -> None:

@@ -51,6 +51,7 @@ class Member:
         self.wanted = ""
         self.poll_s = 0.05
         self.members: list[MemberReport] = []
+        self.hosts: list[str] = []
         self.waiting: list[ReplicaCommit] = []
         self.out: ReplicaCommit | None = None
         self.acknowledged: list[str] = []
@@ -87,7 +88,7 @@ class Member:
         report = MemberReport(self.member_id, "host", self.mode, self.number, self.term, "0", "", "", "", 0.0)
         return ReplicaPosition(
             KEYRING_ID, self.member_id, self.mode, self.number, self.term, len(self.tombstones), self.seals,
-            self.ready and self.mode == "following", self.wants, self.begins, report,
+            self.ready and self.mode == "following", self.wants, self.begins, report, self.hosts,
         )  # fmt: skip
 
     async def replica_follow(self, request: ReplicaFollowRequest) -> ReplicaPosition:

@@ -34,6 +34,7 @@ from minikms.api.errors import (
     StandbyError,
     StartError,
     StorageUnavailableError,
+    TooLargeError,
 )
 from minikms.audit import Event
 from minikms.audit.record import ACTOR_SELF
@@ -65,6 +66,10 @@ WANTS_SECONDS: Final = 60
 SEAL_SECONDS_MAX: Final = 8.0
 """How long the answer to `/seal` waits for the other members: less than a client waits for it."""
 WHY_CHARS_MAX: Final = 1000
+NOT_READ: Final = (
+    f"its replicator has read nothing in the database for {api.REPLICATOR_SILENT_SECONDS} s: "
+    "`minikms-replicator doctor` and its log say why"
+)
 NOT_KNOWN: Final = (
     "this host is sealed, and stays so; the database does not know it yet, so other hosts may still serve: seal them "
     "too, or see that its replicator runs. It goes on trying"
@@ -111,6 +116,8 @@ class Member:
         self._serving = ""
         self._members: list[api.MemberReport] = []
         self._heard_ns: int | None = None
+        self._read_ns: int | None = None
+        """When the replicator came with a head of the database, or first at all."""
         self._wanted_ns: int | None = None
         """When an operator asked that this member takes over."""
         self._keys_until_ns = 0
@@ -223,8 +230,9 @@ class Member:
         if head.keyring_id not in ("", self._keyring_id):  # "": the tables are empty
             return self._refused(ReplicaForkedError("the database is of another key service"))
         _check_numbers(head.term, head.number, head.seals)
-        _check_member(head.member or self._mark.member_id)
-        self._number, self._serving = head.number, head.member
+        self._read_ns, self._number = boot_ns(), head.number
+        # Only a writer of the database makes a name that is none; it renews nothing, so others take over.
+        self._serving = head.member if api.MEMBER_ID_PATTERN.fullmatch(head.member) else ""
         self._learn_seals(head.seals)
         if self.state.has_lease and (head.term != self.state.term or head.member != self._mark.member_id):
             self.stand_by("another member has the lease")
@@ -238,6 +246,11 @@ class Member:
                 self._host.open_again(decode_canonical(head.keyring, api.REPLICA_BYTES_MAX, "keyring"))
         except (ReplicaForkedError, ReplicaRolledBackError) as error:
             return self._refused(error)
+        except (InvalidRequestError, TooLargeError) as error:
+            return self._refused(ReplicaForkedError(f"the database has what no member has made: {error}"))
+        except KmsRefusedError as error:
+            self._why = str(error)
+            raise
         else:
             if request.complete and self._directory is directory and not self.state.has_lease:
                 self.state.move(Move.FOLLOW)
@@ -260,7 +273,7 @@ class Member:
         self._heard(request.members)
         if request.wanted is not UNSET:
             _check_member(request.wanted)
-        self._number, self._serving = request.number, self._mark.member_id
+        self._read_ns, self._number, self._serving = now_ns, request.number, self._mark.member_id
         self._learn_seals(request.seals)
         directory = self._directory
         if self.state.has_lease and directory is not None:
@@ -424,7 +437,34 @@ class Member:
         directory, parts = self._directory, self._parts
         if directory is None or parts is None or self.state.mode != "following":
             return False
-        return directory.scanned and not directory.behind and parts.audit_writable
+        return directory.scanned and not directory.behind and parts.audit_writable and not self._later_change
+
+    @property
+    def _later_change(self) -> str:
+        """What another host reports beyond all that the database has, which is here as a whole; empty if none does. A
+        change of a later term comes after all of the terms before. Nothing authenticates a report.
+        """
+        directory, parts = self._directory, self._parts
+        if directory is None or parts is None or self.state.mode != "following":
+            return ""
+        if directory.fills or self._number > directory.mark.number:
+            return ""
+        names = {member.member_id: member.name for member in parts.vault.keyring.body.members}
+        latest = max(
+            ((each.term, each.number, each.member_id) for each in self._members if each.member_id in names),
+            default=(0, 0, ""),
+        )
+        if latest[:2] <= (directory.mark.term, directory.mark.number):
+            return ""
+        return f"the database lacks change {latest[1]} of term {latest[0]}, which the host {names[latest[2]]} reports"
+
+    @property
+    def why(self) -> str:
+        """Why this host does not serve, or does not follow; empty if nothing is wrong."""
+        is_unread = self._read_ns is not None and boot_ns() >= self._read_ns + api.REPLICATOR_SILENT_SECONDS * SECOND_NS
+        is_asked = (self._heard_seconds or 0.0) < api.REPLICATOR_SILENT_SECONDS
+        unread = NOT_READ if self.state.mode == "following" and is_unread and is_asked else ""
+        return "; ".join(filter(None, (self._why, self._later_change, unread)))
 
     def position(self) -> api.ReplicaPosition:
         directory, parts = self._directory, self._parts
@@ -439,7 +479,7 @@ class Member:
             version=self._version,
             policy=str(policy.get("policy_sha256", "")),
             pin="" if pin is None else pin.digest(),
-            why=self._why[:WHY_CHARS_MAX],
+            why=self.why[:WHY_CHARS_MAX],
             seen_seconds=0.0,
         )
         return api.ReplicaPosition(
@@ -454,6 +494,7 @@ class Member:
             wants=self._wants,
             begins=mark.begins,
             report=report,
+            members=[] if parts is None else [member.member_id for member in parts.vault.keyring.body.members],
         )
 
     @property
@@ -481,7 +522,7 @@ class Member:
             term=position.term,
             number=position.number,
             lease_seconds=self.lease.left_ns(boot_ns()) / SECOND_NS,
-            why=self._why,
+            why=position.report.why,
             heard_seconds=self._heard_seconds,
             members=self._reports(position.report),
         )
@@ -506,10 +547,11 @@ class Member:
 
     def _heard(self, members: list[api.MemberReport] | UnsetType) -> None:
         self._heard_ns = boot_ns()
+        self._read_ns = self._read_ns or self._heard_ns
         if members is not UNSET:
             if len(members) > api.MEMBERS_MAX:
                 raise InvalidRequestError(f"there are at most {api.MEMBERS_MAX} members")
-            if any(map(_is_too_long, members)):
+            if any(map(_is_unbounded, members)):
                 raise InvalidRequestError("a report of a member is not one")
             self._members = members
 
@@ -530,8 +572,12 @@ class Member:
                 f"no replicator has asked {since}, so this host can't take over: see that minikms-replicator runs"
             )
         if own.mode == "refused":
-            found.append(f"this host follows no more: {self._why}")
+            found.append(f"this host follows no more: {own.why}")
+        elif self._later_change:
+            found.append(f"this host does not take over: {self._later_change}")
         for member in self._reports(own):
+            if member.mode == "refused" and member.member_id != own.member_id:
+                found.append(f"the host {member.name} follows no more: {member.why}")
             for what, its, here in (("policy", member.policy, own.policy), ("pin file", member.pin, own.pin)):
                 if member.version and its != here:
                     found.append(f"{member.name} has another {what} than this host: make them the same")
@@ -561,9 +607,12 @@ def _check_member(member_id: str) -> None:
         raise InvalidRequestError("no member has this id")
 
 
-def _is_too_long(member: api.MemberReport) -> bool:
+def _is_unbounded(member: api.MemberReport) -> bool:
     texts = (member.member_id, member.name, member.version, member.policy, member.pin, member.why)
-    return any(len(text) > WHY_CHARS_MAX for text in texts)
+    numbers = (member.term, member.number)
+    return any(len(text) > WHY_CHARS_MAX for text in texts) or not all(
+        0 <= number <= api.REPLICA_NUMBER_MAX for number in numbers
+    )
 
 
 def _own_line(name: str, facts: dict[str, str | int]) -> Event:

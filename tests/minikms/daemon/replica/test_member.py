@@ -16,6 +16,8 @@ from minikms.api.errors import (
     InvalidRequestError,
     ReplicaForkedError,
     ReplicaRolledBackError,
+    StorageUnavailableError,
+    TooLargeError,
 )
 from minikms.audit import Event
 from minikms.custody.replica_file import Mark
@@ -140,7 +142,8 @@ class World:
     async def follow(self, **members: Any) -> api.ReplicaPosition:
         head = {"keyring_id": "kr_1", "term": 3, "member": "", "number": 7, "seals": 1, "wanted": "", "state": ""}
         head |= {name: value for name, value in members.items() if name in head}
-        request = msgspec.structs.replace(api.ASK_POSITION, head=api.ReplicaHead(**cast(Any, head)))
+        reports = members.get("members", UNSET)
+        request = msgspec.structs.replace(api.ASK_POSITION, head=api.ReplicaHead(**cast(Any, head)), members=reports)
         return await self.member.follow(request)
 
 
@@ -286,6 +289,71 @@ async def test_a_refusal_is_raised_once_and_shown_then(world: World) -> None:
         await world.follow()
     world.directory.fails = None
     assert (await world.follow()).mode == "following"
+
+
+@pytest.mark.parametrize("error", [InvalidRequestError("no key id"), TooLargeError("a file is too large")])
+async def test_what_no_member_has_made_is_refused_as_a_fork(world: World, error: Exception) -> None:
+    """A row of the database with another form; nothing else leaves a host behind without a reason."""
+    world.directory.fails = error
+    with pytest.raises(ReplicaForkedError, match="what no member has made: "):
+        await world.follow()
+    assert (await world.follow()).mode == "refused"
+
+
+async def test_what_keeps_a_host_from_following_is_shown_until_it_has(world: World) -> None:
+    world.directory.fails = StorageUnavailableError("a file cannot be written")
+    with pytest.raises(StorageUnavailableError):
+        await world.follow()
+    assert world.member.answer().why == "a file cannot be written"
+    world.directory.fails = None
+    assert (await world.follow()).report.why == ""
+
+
+async def test_a_replicator_that_reads_nothing_in_the_database_is_shown(world: World) -> None:
+    await world.follow()
+    for seconds, why in ((9, ""), (1, "has read nothing in the database for 10 s")):
+        world.now_ns += seconds * 10**9
+        position = await world.member.follow(api.ASK_POSITION)
+        assert why in position.report.why and bool(position.report.why) is bool(why)
+
+
+def report_of(member_id: str, term: int, number: int) -> api.MemberReport:
+    return api.MemberReport(member_id, "forged", "refused", number, term, "1", "ab", "", "", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("reports", "later"),
+    [
+        ([report_of("m2", 3, 7), report_of("m3", 2, 900)], ""),
+        ([report_of("m2", 3, 8)], "change 8 of term 3, which the host b reports"),
+        ([report_of("m2", 3, 9), report_of("m3", 4, 2)], "change 2 of term 4, which the host c reports"),
+        ([report_of("m9", 2**62, 2**62)], ""),  # the keyring has no such host
+    ],
+)
+async def test_a_host_takes_over_nothing_that_another_one_has_more_of(
+    world: World, reports: list[api.MemberReport], later: str
+) -> None:
+    """The host has all that the database has: change 7 of term 3."""
+    position = await world.follow(members=reports)
+    assert (position.ready, later in position.report.why) == (not later, True)
+    assert (await world.grant()).release is bool(later)
+    assert world.member.serves is not bool(later)
+    if later:
+        assert any("does not take over" in text for text in world.member.warnings())
+        assert (await world.follow(number=12, members=reports)).report.why == "", "it has to follow first"
+        world.directory.fills = True
+        assert (await world.follow(members=reports)).ready, "an operator has decided that it fills the database"
+
+
+async def test_a_report_with_numbers_beyond_the_bounds_is_refused(world: World) -> None:
+    for report in (report_of("m2", 2**63, 1), report_of("m2", 1, -1)):
+        with pytest.raises(InvalidRequestError):
+            await world.follow(members=[report])
+
+
+async def test_a_head_whose_member_is_none_names_nobody(world: World) -> None:
+    position = await world.follow(member="nobody\x1b at all")
+    assert position.ready and world.member.answer().serving == ""
 
 
 async def test_requests_of_another_keyring_or_without_bounds_are_refused(world: World) -> None:
