@@ -91,18 +91,18 @@ class SplunkCollector(Collector):
 
     def deliver(self, messages: Sequence[Message]) -> None:
         answer = self._post("/services/collector/event", b"".join([_event(each) for each in messages]))
-        found = _decoded(answer)
+        content = _decoded(answer)
         if answer.status != 200:
             raise self._failure(answer)
-        if found.ackId is None:
+        if content.ackId is None:
             raise LaterError("its token has no indexer acknowledgement: enable it (useACK)")
         ends_s = time.monotonic() + self._acknowledged_seconds
-        asked = msgspec.json.encode({"acks": [found.ackId]})
+        asked = msgspec.json.encode({"acks": [content.ackId]})
         while True:
             answer = self._post("/services/collector/ack", asked)
             if answer.status != 200:
                 raise LaterError(f"it answers {answer.status} to a question for an acknowledgement")
-            if _decoded(answer).acks.get(str(found.ackId)):
+            if _decoded(answer).acks.get(str(content.ackId)):
                 return
             if time.monotonic() >= ends_s:
                 raise LaterError("it has not acknowledged what it was sent")

@@ -59,17 +59,17 @@ def check_config(*, config: Config) -> int:
     from minikms_auditor.process import ARENA_SLOTS, load
 
     with SecretArena(ARENA_SLOTS) as arena:
-        found, signers, witnesses, _ = load(Files(config), arena)
+        settings, signers, witnesses, _ = load(Files(config), arena)
         vkeys = [key.text() for key in signers.verifiers]
         signers.close()
-    print(f"{config}: valid; a quorum of {found.quorum} of {len(witnesses.clients)} witnesses")
+    print(f"{config}: valid; a quorum of {settings.quorum} of {len(witnesses.clients)} witnesses")
     for vkey in vkeys:
         print(f"  log key  {vkey}")
-    if any(uri.startswith("pkcs11:") for uri in found.signers):
+    if any(uri.startswith("pkcs11:") for uri in settings.signers):
         print("  signer   token_paths must name the PKCS#11 library's configuration, its tokens, and the PIN file")
-    if not os.path.isdir(found.log_dir):
-        print(f"  log_dir  {found.log_dir} is not there yet")
-    for sink in found.sink:
+    if not os.path.isdir(settings.log_dir):
+        print(f"  log_dir  {settings.log_dir} is not there yet")
+    for sink in settings.sink:
         print(f"  sink     {sink.name}: {sink.format}{', required' if sink.required else ''}; {_receiver_must(sink)}")
     return EXIT_GOOD
 
@@ -85,11 +85,11 @@ def status(*, config: Config, json: Json = False) -> int:
     from minikms_auditor.config import Files
 
     state_dir = Files(config).config().state_dir
-    found = _status_of(state_dir)
-    age_s = int(time.time()) - found.updated_at
-    found = msgspec.structs.replace(found, errors=(*_unseen(state_dir, age_s), *found.errors))
-    print_result(found, _status_lines(found, age_s), json=json)
-    return EXIT_FAILED if found.alarm or found.errors or any(sink.error for sink in found.sinks) else EXIT_GOOD
+    state = _status_of(state_dir)
+    age_s = int(time.time()) - state.updated_at
+    state = msgspec.structs.replace(state, errors=(*_unseen(state_dir, age_s), *state.errors))
+    print_result(state, _status_lines(state, age_s), json=json)
+    return EXIT_FAILED if state.alarm or state.errors or any(sink.error for sink in state.sinks) else EXIT_GOOD
 
 
 @app.command
@@ -122,11 +122,11 @@ def prove(
     from minikms_auditor.config import Files
     from minikms_auditor.store import TREE_NAME
 
-    found = Files(config).config()
-    prover = open_tree(Path(found.state_dir) / TREE_NAME)
-    content = line_of(found.log_dir, line)
+    settings = Files(config).config()
+    prover = open_tree(Path(settings.state_dir) / TREE_NAME)
+    content = line_of(settings.log_dir, line)
     if content is None:
-        raise StartError(f"the log in {found.log_dir} has no line {line}")
+        raise StartError(f"the log in {settings.log_dir} has no line {line}")
     try:
         proven = prover.prove(log or prover.newest_log, line, content)
     except NotInTreeError as error:
@@ -158,8 +158,8 @@ def accept_log(
     key = decode_exact(public_key, PUBLIC_KEY_BYTES)
     if key is None:
         raise StartError("a public key is 32 bytes in base64: 44 characters")
-    found = _shown(state_dir)
-    pending = found.pending if found is not None else None
+    status = _shown(state_dir)
+    pending = status.pending if status is not None else None
     store.accept_key(state_dir, key)
     waits = pending is not None and pending.public_key == key
     then = "The auditor goes on within seconds." if waits else "No log that begins with it waits now."
@@ -208,17 +208,17 @@ def _shown(state_dir: str) -> Status | None:
 def _status_of(state_dir: str) -> Status:
     from minikms.api.errors import StartError
 
-    found = _shown(state_dir)
-    if found is None:
+    status = _shown(state_dir)
+    if status is None:
         raise StartError("the auditor has not run with this configuration yet")
-    return found
+    return status
 
 
 def _show_pending(state_dir: str) -> int:
     from minikms.api.base64 import encode_text
 
-    found = _shown(state_dir)
-    pending = found.pending if found is not None else None
+    status = _shown(state_dir)
+    pending = status.pending if status is not None else None
     if pending is None:
         print("No log waits to be accepted.")
         return EXIT_MISSING
@@ -252,36 +252,37 @@ def _unseen(state_dir: str, age_s: int) -> Iterator[str]:
         yield f"disk: {byte_count(free)} are free in {state_dir}"
 
 
-def _status_lines(found: Status, age_s: int) -> Iterator[str]:
+def _status_lines(status: Status, age_s: int) -> Iterator[str]:
     from minikms.commands.output import counted
     from minikms_auditor.store import REJECTED_NAME, SINKS_NAME
 
-    if found.alarm:
-        yield f"STOPPED: {found.alarm}"
-    for error in found.errors:
+    if status.alarm:
+        yield f"STOPPED: {status.alarm}"
+    for error in status.errors:
         yield f"FAILS: {error}"
-    for sink in found.sinks:
+    for sink in status.sinks:
         if sink.error:
             yield f"FAILS: the sink {sink.name}{', which is required' if sink.required else ''}: {sink.error}"
-    yield f"  as of      {_time(found.updated_at)}, {age_s} s ago"
-    yield f"  origin     {found.origin}"
-    for vkey in found.vkeys:
+    yield f"  as of      {_time(status.updated_at)}, {age_s} s ago"
+    yield f"  origin     {status.origin}"
+    for vkey in status.vkeys:
         yield f"  log key    {vkey}"
-    yield f"  tree       {found.size} leaves; {found.published_size} under the published tree checkpoint"
-    yield f"  log        {found.log_id}; line {found.position_seq} of {found.durable_seq}, {found.lag_lines} to come"
-    if found.quorum:
-        at = _time(found.witnessed_at) if found.witnessed_at else "never"
-        yield f"  cosigned   by {found.quorum} of {len(found.witnesses)} witnesses, last {at}"
+    yield f"  tree       {status.size} leaves; {status.published_size} under the published tree checkpoint"
+    position = f"line {status.position_seq} of {status.durable_seq}, {status.lag_lines} to come"
+    yield f"  log        {status.log_id}; {position}"
+    if status.quorum:
+        at = _time(status.witnessed_at) if status.witnessed_at else "never"
+        yield f"  cosigned   by {status.quorum} of {len(status.witnesses)} witnesses, last {at}"
     else:
         yield "  cosigned   by nobody: no witness is configured"
-    for sink in found.sinks:
+    for sink in status.sinks:
         at = f"last {_time(sink.delivered_at)}" if sink.delivered_at else "nothing sent since the start"
         failures = counted(sink.failures, "failure")
         yield f"  sink       {sink.name}: line {sink.seq}, {sink.lag_lines} to come, {at}, {failures}"
         if sink.rejected:
             rejected = counted(sink.rejected, "line")
             yield f"             {rejected} rejected: {SINKS_NAME}/{sink.name}/{REJECTED_NAME}"
-    for witness in found.witnesses:
+    for witness in status.witnesses:
         state = witness.error or (f"last {_time(witness.cosigned_at)}" if witness.cosigned_at else "not asked yet")
         yield f"  witness    {witness.name}: {state}"
 

@@ -140,7 +140,7 @@ class QuestionApplication(SmallApplication):
             since_ns=question.since_ns,
             until_ns=question.until_ns,
         )
-        found = Search(
+        search = Search(
             directory=self._log_dir,
             index=self._index,
             sought=sought,
@@ -148,13 +148,13 @@ class QuestionApplication(SmallApplication):
             count=LINES_MAX,
             is_late=lambda: self._stopping() or time.monotonic() >= ends_s,
         ).run()
-        if found.stopped == "index":
+        if search.stopped == "index":
             self._auditor.check_index = True
         return AuditAnswer(
-            lines=[_line(event, question, found) for event in found.events],
-            before=found.before,
-            stopped=found.stopped,
-            thread_keys=found.keys[:THREAD_KEYS_MAX],
+            lines=[_line(event, question, search) for event in search.events],
+            before=search.before,
+            stopped=search.stopped,
+            thread_keys=search.keys[:THREAD_KEYS_MAX],
             begins_late=bool(question.thread) and not shows_every_creation(self._log_dir),
             signed_seq=status.position_seq,
             indexed_seq=status.indexed_seq,
@@ -163,9 +163,9 @@ class QuestionApplication(SmallApplication):
         )
 
 
-def _line(event: Event, question: AuditQuestion, found: Found) -> AuditLine:
+def _line(event: Event, question: AuditQuestion, match: Found) -> AuditLine:
     keys = [event.key_id] if event.key_id else event.key_ids
-    wanted = {question.key, *question.thread_keys, *found.keys}
+    wanted = {question.key, *question.thread_keys, *match.keys}
     requests = [event.request_id] if event.request_id else event.request_ids
     return AuditLine(
         seq=event.seq,

@@ -131,13 +131,13 @@ class FileTransport(Transport):
         return (os.path.dirname(self._path),)
 
     def last_line(self) -> bytes | None:
-        found = self._file.last_line()
-        if found is None or self._is_log:
-            return found
+        line = self._file.last_line()
+        if line is None or self._is_log:
+            return line
         try:
-            return msgspec.json.decode(found, type=_Ocsf).raw_data.encode()
+            return msgspec.json.decode(line, type=_Ocsf).raw_data.encode()
         except UNDECODABLE:
-            return found  # no line of any log
+            return line  # no line of any log
 
     def deliver(self, messages: Sequence[Message]) -> None:
         self._file.append([each.line if self._is_log else each.body for each in messages])
@@ -396,13 +396,13 @@ class Shipper:
                 "forward to an empty copy"
             )
         try:
-            found = self._message(last.log_id, line)
+            message = self._message(last.log_id, line)
         except (MalformedLineError, NotInTreeError, _StoppedError):
             raise _StoppedError(
                 f"the last line of the copy, line {seq}, is not the one of the log: forward to an empty copy"
             ) from None
         if seq > sent.seq or (seq < sent.seq and sent.sig):
-            return self._moved(sent, found)
+            return self._moved(sent, message)
         return sent
 
     def _begin_reading(self, last: Line, sent: Cursor) -> Cursor:
@@ -416,10 +416,10 @@ class Shipper:
             if record.peek_seq(line) != sent.seq:
                 self._held.appendleft(line)
                 break
-            found = self._message(last.log_id, line)
-            if sent.sig and not hmac.compare_digest(found.sig, sent.sig):
+            message = self._message(last.log_id, line)
+            if sent.sig and not hmac.compare_digest(message.sig, sent.sig):
                 raise _StoppedError(f"line {sent.seq} of the log is not the one that was sent")
-            return sent if sent.sig else self._moved(sent, found)
+            return sent if sent.sig else self._moved(sent, message)
         return sent
 
     def _moved(self, sent: Cursor, to: Message) -> Cursor:

@@ -95,18 +95,18 @@ class Client:
                 return self._cosignature(sent.note.text, body)
             if status == 422:
                 raise WitnessAlarmError(f"the witness {self.key.name} knows a tree that this one does not extend")
-            found = _SIZE.fullmatch(body) if status == 409 else None
-            if status == 409 and found is None and old == sent.size and not is_disputed:
+            match = _SIZE.fullmatch(body) if status == 409 else None
+            if status == 409 and match is None and old == sent.size and not is_disputed:
                 # It knows another tree of this size, or this is no answer of a witness. One names its size here:
                 old, is_disputed = 0, True
                 continue
-            known = int(found[1]) if found else old
+            known = int(match[1]) if match else old
             if known > sent.size:
                 raise WitnessAlarmError(
                     f"the witness {self.key.name} knows a tree of {known} leaves, and this one has {sent.size}: the "
                     "state of the auditor or the log is an older copy"
                 )
-            if found and known == sent.size and (is_disputed or old == known):
+            if match and known == sent.size and (is_disputed or old == known):
                 raise WitnessAlarmError(f"the witness {self.key.name} knows another tree of {known} leaves")
             if known == old:
                 raise WitnessFailedError(f"it answers {status}")

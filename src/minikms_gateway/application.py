@@ -259,17 +259,17 @@ class Gateway:
         return session.identity.name
 
     def _of_token(self, session: Session, authorization: str) -> str | asyncio.Future[None]:
-        found = self._verified(session, authorization)
-        if isinstance(found, asyncio.Future):
-            return found
+        verified = self._verified(session, authorization)
+        if isinstance(verified, asyncio.Future):
+            return verified
         if not session.proven and not session.closed:
-            if self._by_name[found.name] >= self._name_max:
+            if self._by_name[verified.name] >= self._name_max:
                 raise TooManyConnectionsError(TOO_MANY_CONNECTIONS.sentence)
             self._unproven.leave(session.group, session)
-            self._prove(session, found.name)
+            self._prove(session, verified.name)
             session.link.regroup()
-        session.until = max(session.until, found.until)
-        return found.name
+        session.until = max(session.until, verified.until)
+        return verified.name
 
     def _verified(self, session: Session, authorization: str) -> Verified | asyncio.Future[None]:
         issuers = self._state.issuers
@@ -283,8 +283,12 @@ class Gateway:
         now = time.time()
         if credential is None:
             return Lifetime(now, now if session.identity is None else session.identity.until)
-        found = self._verified(session, credential)
-        return Lifetime(now, now) if isinstance(found, asyncio.Future) else Lifetime(found.begun or now, found.expires)
+        verified = self._verified(session, credential)
+        return (
+            Lifetime(now, now)
+            if isinstance(verified, asyncio.Future)
+            else Lifetime(verified.begun or now, verified.expires)
+        )
 
     def _check(self, session: Session) -> None:
         """Bring `identity` and `refused` up to date."""
@@ -387,8 +391,8 @@ def _trace(
 ) -> None:
     ended_ns, status = time.time_ns(), 503
     if not answer.cancelled() and answer.exception() is None:
-        found = answer.result()
-        status = found.status if isinstance(found, Response) else 200
+        result = answer.result()
+        status = result.status if isinstance(result, Response) else 200
     tracing.request(
         verb,
         traceparent=head.traceparent,

@@ -176,8 +176,8 @@ def chain_of(tls: ssl.SSLObject) -> Chain | None:
     if verified is not None:
         certificates = tuple(cast("Callable[[], list[bytes]]", verified)())
     else:  # before Python 3.13 the method has no public name
-        found = cast("ssl.SSLSocket", tls)._sslobj.get_verified_chain()  # type: ignore[attr-defined]  # as said
-        certificates = tuple(ssl.PEM_cert_to_DER_cert(one.public_bytes()) for one in found)
+        chain = cast("ssl.SSLSocket", tls)._sslobj.get_verified_chain()  # type: ignore[attr-defined]  # as said
+        certificates = tuple(ssl.PEM_cert_to_DER_cert(one.public_bytes()) for one in chain)
     return Chain(certificates, hashlib.sha256(own).digest())
 
 

@@ -93,12 +93,12 @@ class _Source:
         ends_s = time.monotonic() + FETCH_SECONDS_MAX
         document = self._get(self.issuer.issuer.rstrip("/") + _DISCOVERY, DISCOVERY_BYTES_MAX, ends_s)
         try:
-            found = msgspec.json.decode(document, type=_Discovery)
+            discovery = msgspec.json.decode(document, type=_Discovery)
         except UNDECODABLE:
             raise StartError("its discovery document is none") from None
-        if found.issuer != self.issuer.issuer:
+        if discovery.issuer != self.issuer.issuer:
             raise StartError("its discovery document is another issuer's")
-        return parse_keys(self._get(found.jwks_uri, JWKS_BYTES_MAX, ends_s))
+        return parse_keys(self._get(discovery.jwks_uri, JWKS_BYTES_MAX, ends_s))
 
     def _get(self, url: str, bytes_max: int, ends_s: float) -> bytes:
         parts = urlsplit(url)

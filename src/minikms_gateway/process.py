@@ -100,14 +100,14 @@ class Loader:
         named = self.files.named(config)
         with contextlib.suppress(StartError):
             named += self.files.named(self.files.config())
-        found: list[tuple[int, int, int, int] | None] = []
+        states: list[tuple[int, int, int, int] | None] = []
         for path in dict.fromkeys(named):
             try:
                 status = path.stat()
-                found.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+                states.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
             except OSError:
-                found.append(None)
-        return tuple(found)
+                states.append(None)
+        return tuple(states)
 
     def load_beside(self, running: Loaded) -> Loaded:
         """The same for a process that runs with others. A certificate that has expired never replaces one that has not:

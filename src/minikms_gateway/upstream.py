@@ -208,22 +208,22 @@ class _Connection(asyncio.Protocol):
             self.close()
             return
         try:
-            found = self._parser.feed(data)
+            answers = self._parser.feed(data)
         except KmsProtocolError:
             self.close()
             return
-        if found is None:
+        if answers is None:
             return
         self._answer = None
         self.since_s = time.monotonic()
-        if found.reusable:
+        if answers.reusable:
             self._pool.freed(self)
         else:
             self.close()
         if answer.done():
             return
         try:
-            answer.set_result(response_of(found))
+            answer.set_result(response_of(answers))
         except ShuttingDownError as error:
             self._pool.error = str(error)
             answer.set_exception(error)

@@ -54,10 +54,10 @@ class _AwsKmsKey:
 
     def __init__(self, uri: str) -> None:
         self._arn = uri.removeprefix("aws-kms:")
-        found = _ARN.fullmatch(self._arn)
-        if found is None:
+        match = _ARN.fullmatch(self._arn)
+        if match is None:
             raise TokenError("aws-kms: is followed by the ARN of a key: arn:aws:kms:REGION:ACCOUNT:key/ID, no alias")
-        self._region = found[1]
+        self._region = match[1]
         self._calls = self.calls("AWS KMS")
         self._client: Any = None
 
@@ -124,9 +124,9 @@ class AwsKmsSigner(_AwsKmsKey):
             answer = self._ask("get_public_key")
             if _ALGORITHM not in answer.get("SigningAlgorithms", ()):
                 raise TokenError("the key in AWS KMS is not one for signing with ECDSA_SHA_256")
-            found = bytes(answer["PublicKey"])
-            check_p256(found)
-            self._public_key = found
+            public_key = bytes(answer["PublicKey"])
+            check_p256(public_key)
+            self._public_key = public_key
         return self._public_key
 
     def _sign(self, message: bytes) -> bytes:

@@ -107,8 +107,8 @@ def _policy(pin: str, config: Any) -> tuple[Any, ...]:
         if _WORD.fullmatch(kind) and _WORD.fullmatch(key) and (has_pcrs or not bank + pcrs):
             return pin, kind, key, bank, pcrs
     elif pin == "sss" and config.keys() == {"t", "pins"}:
-        lists = {name: found if isinstance(found, list) else [found] for name, found in config["pins"].items()}
-        shares = [(name, share) for name, found in lists.items() for share in found]
+        lists = {name: listed if isinstance(listed, list) else [listed] for name, listed in config["pins"].items()}
+        shares = [(name, share) for name, listed in lists.items() for share in listed]
         if type(config["t"]) is int and 1 <= config["t"] <= len(shares) and "sss" not in config["pins"]:
             return pin, config["t"], sorted(_policy(*share) for share in shares)
     raise ValueError("another configuration")
@@ -139,8 +139,8 @@ def _parse(text: str) -> Any:
     """The value of a JSON text, in which no object has a name twice: programs differ in which of two they take."""
 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) != len(pairs):
+        if len(members := dict(pairs)) != len(pairs):
             raise ValueError("a name twice")
-        return found
+        return members
 
     return json.loads(text, object_pairs_hook=made)

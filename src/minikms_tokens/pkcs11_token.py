@@ -129,13 +129,13 @@ def parse_uri(uri: str, kinds: tuple[str, ...] = ("private",)) -> KeyUri:
 
 
 def _attributes(text: str, separator: str, known: tuple[str, ...]) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
+    attributes: dict[str, bytes] = {}
     for part in text.split(separator) if text else ():
         name, equals, value = part.partition("=")
-        if name not in known or not equals or name in found or _VALUE.fullmatch(value) is None:
+        if name not in known or not equals or name in attributes or _VALUE.fullmatch(value) is None:
             raise TokenError(f"the attributes of a pkcs11: URI are {', '.join(known)}: each once, percent-encoded")
-        found[name] = urllib.parse.unquote_to_bytes(value)
-    return found
+        attributes[name] = urllib.parse.unquote_to_bytes(value)
+    return attributes
 
 
 class _PinFile(NamedTuple):
@@ -160,9 +160,9 @@ class _Token(Generic[K]):
         """A session may have ended since the last call: then another one is opened. Raises TokenError."""
         why: type[PKCS11Error] = PKCS11Error
         for _ in range(2):
-            found = self.found()
+            key = self.found()
             try:
-                return act(found)
+                return act(key)
             except PKCS11Error as error:
                 why = type(error)
                 self.drop()
@@ -279,7 +279,7 @@ class Pkcs11Signer:
         return (self._known or self._calls.call(self._learn))[1]
 
     def sign(self, message: bytes) -> bytes:
-        return self._calls.call(lambda: self._token.use(lambda found: _sign(found, message), "does not sign"))
+        return self._calls.call(lambda: self._token.use(lambda key: _sign(key, message), "does not sign"))
 
     def close(self) -> None:
         """A later call initializes the library anew: a process that was hardened since learns at once whether it can
@@ -305,14 +305,14 @@ class Pkcs11Signer:
         return _SigningKey(key, algorithm, encoded)
 
 
-def _sign(found: _SigningKey, message: bytes) -> bytes:
-    if found.algorithm == "ed25519":
-        signature = bytes(found.key.sign(message, mechanism=Mechanism.EDDSA))
+def _sign(key: _SigningKey, message: bytes) -> bytes:
+    if key.algorithm == "ed25519":
+        signature = bytes(key.key.sign(message, mechanism=Mechanism.EDDSA))
     else:
-        both = bytes(found.key.sign(hashlib.sha256(message).digest(), mechanism=Mechanism.ECDSA))
+        both = bytes(key.key.sign(hashlib.sha256(message).digest(), mechanism=Mechanism.ECDSA))
         half = len(both) // 2
         signature = encode_dss_signature(int.from_bytes(both[:half]), int.from_bytes(both[half:]))
-    check_signature(found.algorithm, found.public_key, signature, message)
+    check_signature(key.algorithm, key.public_key, signature, message)
     return signature
 
 
@@ -335,11 +335,15 @@ class Pkcs11Wrapper:
         return "<Pkcs11Wrapper>"
 
     def wrap(self, key: memoryview, context: str) -> bytes:
-        return self._calls.call(lambda: self._token.use(lambda found: make_blob(found, key, context), "does not wrap"))
+        return self._calls.call(
+            lambda: self._token.use(lambda wrapping: make_blob(wrapping, key, context), "does not wrap")
+        )
 
     def unwrap(self, blob: bytes, context: str, into: memoryview) -> None:
         plain = self._calls.call(
-            lambda: self._token.use(lambda found: open_blob(found, blob, context), "does not decrypt this wrapped key")
+            lambda: self._token.use(
+                lambda wrapping: open_blob(wrapping, blob, context), "does not decrypt this wrapped key"
+            )
         )
         give(plain, into, "the PKCS#11 token")
 
@@ -360,28 +364,30 @@ class Pkcs11Wrapper:
         return WrappingKey(key, _AES_GCM if is_aes else _RSA_OAEP)
 
 
-def make_blob(found: WrappingKey, key: memoryview, context: str) -> bytes:
+def make_blob(wrapping: WrappingKey, key: memoryview, context: str) -> bytes:
     """Wraps `key`. The public operation of RSA needs no token."""
-    if found.kind == _RSA_OAEP:
-        exponent = int.from_bytes(found.key[Attribute.PUBLIC_EXPONENT])
-        sealed = RSAPublicNumbers(exponent, _modulus(found.key)).public_key().encrypt(bytes(key), _OAEP_PADDING)
+    if wrapping.kind == _RSA_OAEP:
+        exponent = int.from_bytes(wrapping.key[Attribute.PUBLIC_EXPONENT])
+        sealed = RSAPublicNumbers(exponent, _modulus(wrapping.key)).public_key().encrypt(bytes(key), _OAEP_PADDING)
         return bytes((BLOB_VERSION, _RSA_OAEP)) + sealed
     iv = os.urandom(_IV_BYTES)
     parameters = GCMParams(iv, context.encode("ascii"), _TAG_BYTES * 8)
-    sealed = found.key.encrypt(bytes(key), mechanism=Mechanism.AES_GCM, mechanism_param=parameters)
+    sealed = wrapping.key.encrypt(bytes(key), mechanism=Mechanism.AES_GCM, mechanism_param=parameters)
     return bytes((BLOB_VERSION, _AES_GCM)) + iv + bytes(sealed)
 
 
-def open_blob(found: WrappingKey, blob: bytes, context: str) -> bytes:
-    if blob[:2] != bytes((BLOB_VERSION, found.kind)):
+def open_blob(wrapping: WrappingKey, blob: bytes, context: str) -> bytes:
+    if blob[:2] != bytes((BLOB_VERSION, wrapping.kind)):
         raise AwayError("the wrapped key is not one of this version and of this kind of PKCS#11 key")
-    if found.kind == _RSA_OAEP:
-        return bytes(found.key.decrypt(blob[2:], mechanism=Mechanism.RSA_PKCS_OAEP, mechanism_param=_OAEP_PARAMETERS))
+    if wrapping.kind == _RSA_OAEP:
+        return bytes(
+            wrapping.key.decrypt(blob[2:], mechanism=Mechanism.RSA_PKCS_OAEP, mechanism_param=_OAEP_PARAMETERS)
+        )
     iv, sealed = blob[2 : 2 + _IV_BYTES], blob[2 + _IV_BYTES :]
     if len(sealed) != KEY_BYTES + _TAG_BYTES:
         raise AwayError("the wrapped key is cut off, or longer than one is")
     parameters = GCMParams(iv, context.encode("ascii"), _TAG_BYTES * 8)
-    return bytes(found.key.decrypt(sealed, mechanism=Mechanism.AES_GCM, mechanism_param=parameters))
+    return bytes(wrapping.key.decrypt(sealed, mechanism=Mechanism.AES_GCM, mechanism_param=parameters))
 
 
 def _modulus(key: Any) -> int:

@@ -93,8 +93,8 @@ def parse_blob(blob: bytes, pcrs: str) -> tuple[bytes, bytes]:
         raise AwayError("the sealed object opens without its policy: userWithAuth has to be clear")
     if policy != policy_of(pcrs, blob[1:head]) or (not pcrs and any(blob[1:head])):
         raise AwayError("the sealed object has another policy than that of the source")
-    found = kind, algorithm, attributes, policy_bytes, scheme, unique_bytes
-    if found != (_KEYEDHASH, _SHA256, _ATTRIBUTES, len(policy), _NULL, _SHA256_BYTES):
+    parameters = kind, algorithm, attributes, policy_bytes, scheme, unique_bytes
+    if parameters != (_KEYEDHASH, _SHA256, _ATTRIBUTES, len(policy), _NULL, _SHA256_BYTES):
         raise AwayError("the sealed object is not one that was made here")
     return public, private
 
@@ -244,8 +244,8 @@ def _error(tool: str, text: bytes) -> TokenError:
     """For the first return code in the errors of a tool. One of format 1 has the number of a handle, a session or a
     parameter in it; one of another layer is not of the TPM.
     """
-    found = _CODE.search(text)
-    code = 0 if found is None else int(found[1], 16)
+    match = _CODE.search(text)
+    code = 0 if match is None else int(match[1], 16)
     known = code & 0xBF if code < 0x1000 and code & 0x80 else 0
     if (tool, known) in _REFUSALS:
         return RefusedError(_REFUSALS[tool, known])

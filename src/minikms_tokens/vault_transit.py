@@ -57,17 +57,17 @@ class VaultTransitWrapper:
     """
 
     def __init__(self, source: str) -> None:
-        found = _SOURCE.fullmatch(source)
-        pairs = [part.partition("=")[::2] for part in found[4].split("&")] if found is not None else []
+        match = _SOURCE.fullmatch(source)
+        pairs = [part.partition("=")[::2] for part in match[4].split("&")] if match is not None else []
         self._files = dict(pairs)
         is_complete = len(self._files) == len(pairs) and self._files.keys() in _FILES
-        if found is None or not is_complete or not all(path.startswith("/") for path in self._files.values()):
+        if match is None or not is_complete or not all(path.startswith("/") for path in self._files.values()):
             raise TokenError(
                 "vault-transit: is followed by https://HOST:PORT/v1/MOUNT?ca-file=/PATH&token-file=/PATH#KEY; "
                 "cert-file=/PATH and key-file=/PATH name a client certificate, with or without token-file="
             )
-        self._host, self._port = found[1].strip("[]"), int(found[2] or 443)
-        self._mount, self._key = found[3], found[5]
+        self._host, self._port = match[1].strip("[]"), int(match[2] or 443)
+        self._mount, self._key = match[3], match[5]
         self._calls = ProviderCalls(_WHO)
 
     def __repr__(self) -> str:
@@ -85,10 +85,10 @@ class VaultTransitWrapper:
             raise AwayError("this is no wrapped key of a transit engine, or one of another version")
         answer = self._calls.call(lambda: self._ask("decrypt", "plaintext", context, ciphertext=text))
         try:
-            found = binascii.a2b_base64(answer, strict_mode=True)
+            key = binascii.a2b_base64(answer, strict_mode=True)
         except ValueError:
-            found = b""
-        give(found, into, _WHO)
+            key = b""
+        give(key, into, _WHO)
 
     # --- in the thread of the call -----------------------------------------------------------------------------------
 
@@ -105,14 +105,14 @@ class VaultTransitWrapper:
             raise AwayError(f"{_WHO} does not answer: {type(error).__name__}") from None
         finally:
             connection.close()
-        found = _members(content)
+        members = _members(content)
         if status == http.HTTPStatus.OK:
-            data = found.get("data")
+            data = members.get("data")
             value = data.get(member) if isinstance(data, dict) else None
             if not isinstance(value, str):
                 raise AwayError(f"{_WHO} gives an answer of another form")
             return value
-        errors = found.get("errors")
+        errors = members.get("errors")
         said = " ".join(text for text in errors if isinstance(text, str)) if isinstance(errors, list) else ""
         for known in REFUSALS.get(status, ()):
             if known in said:
@@ -146,10 +146,10 @@ class VaultTransitWrapper:
 def _members(content: bytes) -> dict[str, Any]:
     """The members of a JSON object; none for anything else."""
     try:
-        found = json.loads(content) if len(content) <= ANSWER_BYTES_MAX else None
+        parsed = json.loads(content) if len(content) <= ANSWER_BYTES_MAX else None
     except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def _base64(data: bytes | memoryview) -> str:

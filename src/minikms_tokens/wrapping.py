@@ -55,14 +55,14 @@ class Wrapper(Protocol):
         ...
 
 
-def give(found: bytes | memoryview, into: memoryview, what: str) -> None:
+def give(key: bytes | memoryview, into: memoryview, what: str) -> None:
     """Writes an opened key into the memory of the caller of `unwrap`, in the caller's thread: a call that was given up
     must not write it later. Raises AwayError for another length and for zeros.
     """
-    if len(found) != KEY_BYTES or not any(found):
+    if len(key) != KEY_BYTES or not any(key):
         into[:] = bytes(len(into))
         raise AwayError(f"{what} gives what is no root key")
-    into[:] = found
+    into[:] = key
 
 
 def read_file(path: str, what: str, bytes_max: int, *, is_secret: bool = False) -> bytes:

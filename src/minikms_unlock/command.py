@@ -183,12 +183,12 @@ def doctor(
     """
     from minikms_unlock.setup import examine
 
-    found = list(examine(config, unlock_socket))
-    problems = sum(check.level == "problem" for check in found)
+    findings = list(examine(config, unlock_socket))
+    problems = sum(check.level == "problem" for check in findings)
     if json:
-        print_json({"problems": problems, "checks": found})
+        print_json({"problems": problems, "checks": findings})
     else:
-        print_result(None, [f"{check.level}: {check.area}: {check.what}" for check in found], json=False)
+        print_result(None, [f"{check.level}: {check.area}: {check.what}" for check in findings], json=False)
     return EXIT_FAILED if problems else EXIT_GOOD
 
 

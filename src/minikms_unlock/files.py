@@ -85,8 +85,8 @@ def default_config(source: str) -> Config:
 def read_config(path: Path) -> Config:
     """Reads a valid configuration that only root and this user can have written."""
     files = ConfigFiles(path)
-    found = parse_toml(files.content(), Config, str(path), _check)
-    return msgspec.structs.replace(found, pin=str(files.path(found.pin)), directory=str(files.path(found.directory)))
+    config = parse_toml(files.content(), Config, str(path), _check)
+    return msgspec.structs.replace(config, pin=str(files.path(config.pin)), directory=str(files.path(config.directory)))
 
 
 def make_config(path: Path, config: Config) -> None:
@@ -120,15 +120,15 @@ def read_wrapped(config: Config) -> WrappedRoot:
     user = owner_of(config.directory).st_uid if os.geteuid() == ROOT_UID else os.geteuid()
     data = read_trusted(path, (ROOT_UID, user), what="wrapped root key", bytes_max=FILE_BYTES_MAX)
     try:
-        found = msgspec.json.decode(data, type=WrappedRoot)
-        valid = bool(found.blob) and (found.format, found.version) == (FORMAT, VERSION)
+        wrapped = msgspec.json.decode(data, type=WrappedRoot)
+        valid = bool(wrapped.blob) and (wrapped.format, wrapped.version) == (FORMAT, VERSION)
     except (*UNDECODABLE, KmsRefusedError):
         valid = False
-    if not valid or len(data) > FILE_BYTES_MAX or _KEYRING_ID.fullmatch(found.keyring_id) is None:
+    if not valid or len(data) > FILE_BYTES_MAX or _KEYRING_ID.fullmatch(wrapped.keyring_id) is None:
         raise StartError(f"{path} is no wrapped root key of version {VERSION}, or is damaged: put a copy in its place")
-    if found.source != config.source:
+    if wrapped.source != config.source:
         raise StartError(f"the wrapped root key {path} is by another source than the configuration names")
-    return found
+    return wrapped
 
 
 def write_wrapped(config: Config, keyring_id: str, blob: bytes) -> None:

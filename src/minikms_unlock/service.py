@@ -72,8 +72,8 @@ def serve(config_path: Path, log_format: str) -> int:
         )
     config, uid = None, None
     try:
-        found = read_config(config_path)
-        config, uid = found, found.uid
+        settings = read_config(config_path)
+        config, uid = settings, settings.uid
     except StartError as error:
         log.warning("configuration refused", why=str(error))
     scheme = "" if config is None else config.source.partition(":")[0]

@@ -77,8 +77,8 @@ def configure(source: str, path: Path, kms: Client) -> Configured:
             raise StartLaterError("another `minikms-unlock configure` runs for this directory") from None
         key = stack.enter_context(stack.enter_context(SecretArena(1)).allocate()).view
         wrapper = open_wrapper(source)
-        found = _found(config, keyring_id, wrapper, key)
-        if not found or not (pin.read().names(key) or _slot_of(key, slots)):  # an earlier run did not get that far
+        candidate = _found(config, keyring_id, wrapper, key)
+        if not candidate or not (pin.read().names(key) or _slot_of(key, slots)):  # an earlier run did not get that far
             _make(config, keyring_id, wrapper, key)
             done.append("wrapped")
         if pin.add(key, keyring_id) != "known":
@@ -225,9 +225,9 @@ def _socket(path: str) -> str:
 
 
 def _directory(config: Config) -> str:
-    found = owner_of(config.directory)
-    if found.st_uid != os.geteuid():
-        raise StartError(f"{config.directory} belongs to uid {found.st_uid}: run this as that user, with runuser(1)")
+    status = owner_of(config.directory)
+    if status.st_uid != os.geteuid():
+        raise StartError(f"{config.directory} belongs to uid {status.st_uid}: run this as that user, with runuser(1)")
     return config.directory
 
 

@@ -177,10 +177,10 @@ class ProofChecker:
         line = exported.line.encode("utf-8", "replace")
         opened = self._open(note)
         checkpoint = opened.checkpoint
-        found = [each for each in hashes if each is not None]
-        if len(found) != len(hashes) or len(line) >= LINE_BYTES_MAX:
+        known = [each for each in hashes if each is not None]
+        if len(known) != len(hashes) or len(line) >= LINE_BYTES_MAX:
             raise ProofError("the proof holds what is no hash, or the line is too long")
-        tree.check_inclusion(leaf_of(line), int(number), checkpoint.size, found, checkpoint.root)
+        tree.check_inclusion(leaf_of(line), int(number), checkpoint.size, known, checkpoint.root)
         return Proven(line, int(number), opened)
 
     def _open(self, note: str) -> VerifiedCheckpoint:

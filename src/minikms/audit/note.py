@@ -162,14 +162,14 @@ class Note(msgspec.Struct, frozen=True):
 
     def signed_by(self, keys: Iterable[VerifierKey]) -> dict[VerifierKey, Signature]:
         """The signatures by these keys, all of them valid. Raises NoteError if one is not."""
-        found: dict[VerifierKey, Signature] = {}
+        signatures: dict[VerifierKey, Signature] = {}
         for key in keys:
             for signature in self.signatures:
                 if key.is_named_by(signature):
                     if not key.verifies(self.text, signature):
                         raise NoteError(f"the signature by {key.name} is not valid")
-                    found[key] = signature
-        return found
+                    signatures[key] = signature
+        return signatures
 
 
 def parse_note(content: bytes) -> Note:
@@ -194,15 +194,15 @@ def parse_signatures(lines: str) -> tuple[Signature, ...]:
     parts = lines[:-1].split("\n")
     if len(parts) > SIGNATURES_COUNT_MAX:
         raise NoteError(f"a note has at most {SIGNATURES_COUNT_MAX} signatures")
-    found: dict[tuple[str, bytes], Signature] = {}
+    signatures: dict[tuple[str, bytes], Signature] = {}
     for part in parts:
         name, space, data = part.removeprefix(_SIGNATURE_PREFIX).partition(" ")
         decoded = _decoded(data) if len(data) <= SIGNATURE_CHARS_MAX else b""
         if not (part.startswith(_SIGNATURE_PREFIX) and space and _may_name_a_key(name)) or len(decoded) <= KEY_ID_BYTES:
             raise NoteError("a line after the text of the note is no signature")
         signature = Signature(name, decoded[:KEY_ID_BYTES], decoded[KEY_ID_BYTES:])
-        found.setdefault((name, signature.key_id), signature)  # of several by one key, the first counts
-    return tuple(found.values())
+        signatures.setdefault((name, signature.key_id), signature)  # of several by one key, the first counts
+    return tuple(signatures.values())
 
 
 class Checkpoint(msgspec.Struct, frozen=True):

@@ -61,7 +61,7 @@ def _mapped(log_id: str, event: Event, line: str, proof: str) -> dict[str, Any]:
     if event.thread_id:
         resources.append({"type": "thread", "uid": event.thread_id})
     own = {"log_id": log_id, "facts": event.facts, "request_ids": event.request_ids, "proof": proof}
-    found: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "class_uid": _CLASS,
         "class_name": "API Activity",
         "category_uid": _CLASS // 1000,
@@ -91,9 +91,9 @@ def _mapped(log_id: str, event: Event, line: str, proof: str) -> dict[str, Any]:
         "unmapped": {name: value for name, value in own.items() if value},
     }
     if resources:
-        found["resources"] = resources
+        attributes["resources"] = resources
     if event.count:
-        found["count"] = event.count
+        attributes["count"] = event.count
     if event.detail:
-        found["status_detail"] = event.detail
-    return found
+        attributes["status_detail"] = event.detail
+    return attributes

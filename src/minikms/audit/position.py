@@ -74,12 +74,12 @@ class AuditorPosition:
             raise ConflictError(f"line {asked.seq} is not durable: the last one is {view.durable.seq}")
         try:
             line = line_of(view.directory, asked.seq)
-            found = None if line is None else record.split_line(line)[1]
+            logged = None if line is None else record.split_line(line)[1]
         except (KmsRefusedError, OSError) as error:
             raise StorageUnavailableError("the reported line can't be read") from error
-        if found is None:
+        if logged is None:
             raise ConflictError(f"the audit log has no line {asked.seq} any more")
-        if found != mac:
+        if logged != mac:
             raise InvalidRequestError(f"line {asked.seq} of the audit log has another mac")
 
     def take(self, asked: api.ReportAuditPositionRequest, mac: bytes) -> None:

@@ -150,8 +150,8 @@ class Search(msgspec.Struct, kw_only=True):
         start = max(begin, end - BLOCK_BYTES)
         if start == begin:
             return begin
-        found = file.span(start - 1, end - 1).find(b"\n")
-        return start + found if found >= 0 else start  # else it is no line of a log
+        index = file.span(start - 1, end - 1).find(b"\n")
+        return start + index if index >= 0 else start  # else it is no line of a log
 
     def _contents(self, file: SegmentFile, group: list[Span]) -> Iterator[bytes]:
         if not file.compressed:

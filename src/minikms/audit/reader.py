@@ -122,11 +122,11 @@ def group_reads(directory: str) -> bool:
 
 def list_segments(directory: str) -> dict[int, list[str]]:
     """The closed segments by number, in order: for each, the names of its files, plain before compressed."""
-    found: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for name in sorted(os.listdir(directory)):
         if match := _SEGMENT_PATTERN.fullmatch(name):
-            found.setdefault(int(match[1]), []).append(name)
-    return dict(sorted(found.items()))
+            names.setdefault(int(match[1]), []).append(name)
+    return dict(sorted(names.items()))
 
 
 class DamagedSegmentError(KmsRefusedError):
@@ -470,16 +470,16 @@ def last_lines(directory: str, count: int) -> list[bytes]:
 
     Raises OSError and DamagedSegmentError.
     """
-    found: list[bytes] = []
+    lines: list[bytes] = []
     numbers = [0, *reversed(list_segments(directory))]
     highest = numbers[1] if len(numbers) > 1 else 0
     for number in numbers:
-        if len(found) >= count or sum(map(len, found)) >= LAST_BYTES_MAX:
+        if len(lines) >= count or sum(map(len, lines)) >= LAST_BYTES_MAX:
             break
         for file in each_segment(directory, after=(number - 1) if number else highest):
-            found = _last_of_file(file, count - len(found)) + found
+            lines = _last_of_file(file, count - len(lines)) + lines
             break
-    return found
+    return lines
 
 
 def _last_of_file(file: SegmentFile, count: int) -> list[bytes]:

@@ -55,18 +55,18 @@ def parse(content: bytes) -> Receipt:
     try:
         if len(content) > RECEIPT_BYTES_MAX:
             raise ProofError(f"a receipt has at most {RECEIPT_BYTES_MAX} bytes")
-        found = msgspec.json.decode(content, type=Receipt)
+        receipt = msgspec.json.decode(content, type=Receipt)
     except UNDECODABLE:
         raise ProofError("the file is not a receipt") from None
-    if found.version != VERSION:
-        raise ProofError(f"the receipt has version {found.version}; this program knows version {VERSION}")
-    return found
+    if receipt.version != VERSION:
+        raise ProofError(f"the receipt has version {receipt.version}; this program knows version {VERSION}")
+    return receipt
 
 
-def check(found: Receipt, public_keys: Collection[bytes]) -> Event:
+def check(receipt: Receipt, public_keys: Collection[bytes]) -> Event:
     """The event of the receipt's line, if one of the keys has signed it. Raises ProofError."""
     try:
-        event = record.parse_line(found.line.encode("utf-8", "replace"))[0]
+        event = record.parse_line(receipt.line.encode("utf-8", "replace"))[0]
     except MalformedLineError as error:
         raise ProofError(f"the line of the receipt is not one of an audit log: {error}") from None
     if not is_receipt(event):

@@ -161,14 +161,14 @@ def _signed_lines(data: bytes, *, whole: bool) -> list[tuple[int, int]]:
     """The begin and end of each signed line in `data`. Its first line counts only when `data` begins the file. The
     verifier checks them later.
     """
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     at = 0 if whole else data.find(b"\n") + 1
     while (mark := data.find(_SIGNATURE_MARK, at)) >= 0:
         begin, end = data.rfind(b"\n", 0, mark) + 1, data.find(b"\n", mark)
         at = mark + 1
         if end >= 0 and (begin or whole) and _is_signed(data[begin:end]):
-            found.append((begin, end + 1))
-    return found
+            spans.append((begin, end + 1))
+    return spans
 
 
 def _is_signed(line: bytes) -> bool:

@@ -148,15 +148,15 @@ class RightEdge:
         return taken
 
     def root(self) -> bytes:
-        found: bytes | None = None
+        root: bytes | None = None
         for content in self._levels:
             hashes = _hashes(bytes(content))
             while hashes:
                 width = len(hashes) & -len(hashes)  # the rightmost complete subtree
                 last = tree.complete_hash(hashes[-width:])
-                found = last if found is None else tree.parent(last, found)
+                root = last if root is None else tree.parent(last, root)
                 del hashes[-width:]
-        return tree.EMPTY_ROOT if found is None else found
+        return tree.EMPTY_ROOT if root is None else root
 
 
 class Tiles:

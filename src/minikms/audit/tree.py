@@ -102,20 +102,20 @@ def check_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], 
     """RFC 9162 section 2.1.3.2. `leaf`: its hash. Raises ProofError."""
     if not 0 <= index < size <= SIZE_MAX or len(proof) > PROOF_HASHES_MAX:
         raise ProofError("the proof is not one of the tree's size")
-    number, last, found = index, size - 1, leaf
+    number, last, computed = index, size - 1, leaf
     for sibling in proof:
         if last == 0:
             raise ProofError("the proof is too long")
         if number & 1 or number == last:
-            found = parent(sibling, found)
+            computed = parent(sibling, computed)
             while not number & 1 and number:
                 number >>= 1
                 last >>= 1
         else:
-            found = parent(found, sibling)
+            computed = parent(computed, sibling)
         number >>= 1
         last >>= 1
-    if last or not hmac.compare_digest(found, expected_root):
+    if last or not hmac.compare_digest(computed, expected_root):
         raise ProofError("the proof does not lead to the root")
 
 
@@ -132,7 +132,7 @@ def _hash_of(node: Node, begin: int, end: int) -> bytes:
         lefts.append(node(half.bit_length() - 1, begin // half))
         begin += half
     level = (end - begin).bit_length() - 1
-    found = node(level, begin >> level)
+    computed = node(level, begin >> level)
     for left in reversed(lefts):
-        found = parent(left, found)
-    return found
+        computed = parent(left, computed)
+    return computed

@@ -231,8 +231,8 @@ def is_other_version(content: bytes, magic: bytes) -> bool:
     """Whether a log of DEK files begins as one of another version. `magic`: what ours begin with; its last byte is the
     version. A version byte that a power loss left out is none.
     """
-    found = content[: len(magic)]
-    return found[:-1] == magic[:-1] and found[-1:] not in (magic[-1:], b"", b"\0")
+    start = content[: len(magic)]
+    return start[:-1] == magic[:-1] and start[-1:] not in (magic[-1:], b"", b"\0")
 
 
 def _is_known(record: DekRecord) -> bool:

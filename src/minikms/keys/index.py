@@ -199,12 +199,12 @@ class KeyIndex:
         """
         at = self._after(after)
         stop = min(len(self), at + SCANNED_COUNT_MAX)
-        found: list[str] = []
-        while at < stop and len(found) < limit:
+        key_ids: list[str] = []
+        while at < stop and len(key_ids) < limit:
             if self._keks[at] != kek_version:
-                found.append(bytes_to_key_id(self._raw(at)))
+                key_ids.append(bytes_to_key_id(self._raw(at)))
             at += 1
-        return found, self._raw(at - 1) if at < len(self) else None
+        return key_ids, self._raw(at - 1) if at < len(self) else None
 
     def _after(self, raw: bytes) -> int:
         """The place of the first key after the id `raw`; empty: of the first key."""
@@ -287,12 +287,12 @@ class KeyIndex:
         start = at = self._after(raw)
         stop = min(len(self), start + (SCANNED_COUNT_MAX if visible is None else JUDGED_COUNT_MAX))
         code = None if state is None else STATES.index(state)
-        found: list[str] = []
-        while at < stop and len(found) < limit:
+        key_ids: list[str] = []
+        while at < stop and len(key_ids) < limit:
             if (visible is None or visible(self._thread_at(at))) and (code is None or self._states[at] == code):
-                found.append(bytes_to_key_id(self._raw(at)))
+                key_ids.append(bytes_to_key_id(self._raw(at)))
             at += 1
-        return Page(found, bytes_to_key_id(self._raw(at - 1)) if at < len(self) and at > start else "")
+        return Page(key_ids, bytes_to_key_id(self._raw(at - 1)) if at < len(self) and at > start else "")
 
     def _page_of(
         self, thread_id: str, states: Sequence[str], raw: bytes, limit: int, visible: Callable[[str], bool] | None
@@ -301,8 +301,8 @@ class KeyIndex:
             return Page([], "")
         tags = [self._tag(thread_id, purpose, state) for purpose in PURPOSES for state in states]
         rows = merge(*(self._rows.after(tag, raw) for tag in tags))
-        found = [bytes_to_key_id(each) for each in islice(rows, limit)]
-        return Page(found, found[-1] if found and next(rows, None) is not None else "")
+        key_ids = [bytes_to_key_id(each) for each in islice(rows, limit)]
+        return Page(key_ids, key_ids[-1] if key_ids and next(rows, None) is not None else "")
 
     def keep_threads(self) -> None:
         """Keeps the thread of each key from now on. Call it while the index is empty. Raises ValueError otherwise."""

@@ -162,8 +162,8 @@ def read(
         raise TombstoneFormatError("is damaged or is not one of this program's files")
     end = HEADER_BYTES + RECORD_BYTES * count
     if len(content) < end:
-        found = (len(content) - HEADER_BYTES) // RECORD_BYTES
-        raise TombstoneFormatError(f"is cut short: it has {found:,} records, and the keyring counts {count:,}")
+        records = (len(content) - HEADER_BYTES) // RECORD_BYTES
+        raise TombstoneFormatError(f"is cut short: it has {records:,} records, and the keyring counts {count:,}")
     chain.take(memoryview(content)[HEADER_BYTES:end])
     if not hmac.compare_digest(chain.head, head):
         raise TombstoneFormatError("was altered or is damaged")

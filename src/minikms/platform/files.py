@@ -177,7 +177,9 @@ def read_files_of(names: Iterable[str], bytes_exact: int, *, dir_fd: int, twice:
         contents = [None if fd is None else _read_exact(fd, bytes_exact) for fd in opened]
         if twice:
             pairs = zip(opened, contents, strict=True)
-            contents = [None if fd is None or found != _read_exact(fd, bytes_exact) else found for fd, found in pairs]
+            contents = [
+                None if fd is None or content != _read_exact(fd, bytes_exact) else content for fd, content in pairs
+            ]
     finally:
         for each in opened:
             if each is not None:
@@ -238,12 +240,12 @@ def remove_file(directory: int, name: str) -> bool:
     with _storage_errors("a file cannot be removed", name):
         try:
             os.unlink(name, dir_fd=directory)
-            found = True
+            existed = True
         except FileNotFoundError:
-            found = False
+            existed = False
         # Even if it is absent: an earlier removal may have failed at this sync.
         sync_file(directory)
-    return found
+    return existed
 
 
 def remove_files(directory: int, names: Sequence[str]) -> None:

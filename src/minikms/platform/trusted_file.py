@@ -64,15 +64,15 @@ def _resolved(path: Path, trusted: frozenset[int], what: str) -> Path:
     """
     here, ahead, links_count = Path("/"), list(reversed(path.absolute().parts[1:])), 0
     while True:
-        found = os.lstat(here)
+        status = os.lstat(here)
         name = ahead.pop() if ahead else "."
         if not ahead:
-            if _may_be_written(found, trusted):
+            if _may_be_written(status, trusted):
                 raise _not_trusted(path, trusted, what)
             return here / name
         # Where the sticky bit is set, as in /tmp, nobody can replace what belongs to a trusted user.
-        sticky = found.st_uid in trusted and found.st_mode & stat.S_ISVTX
-        if _may_be_written(found, trusted) and not sticky:
+        sticky = status.st_uid in trusted and status.st_mode & stat.S_ISVTX
+        if _may_be_written(status, trusted) and not sticky:
             raise _not_trusted_above(path, trusted, what)
         if name == "..":
             here = here.parent

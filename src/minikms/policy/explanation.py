@@ -53,8 +53,8 @@ class _Question:
         return f" in the thread {self.thread}" if self.thread is not None else ""
 
     def denied(self, code: str, why: str, changes: Iterator[str], proxy: str = "") -> Explanation:
-        found = tuple(change for change, _ in zip(changes, range(CHANGES_COUNT_MAX), strict=False))
-        return self._answer("denied", code, why, found, proxy=proxy)
+        answers = tuple(change for change, _ in zip(changes, range(CHANGES_COUNT_MAX), strict=False))
+        return self._answer("denied", code, why, answers, proxy=proxy)
 
     def allowed(self, scope: Scope, grant: Grant, why: str, change: str) -> Explanation:
         proxy = scope.proxy

@@ -14,14 +14,14 @@ from minikms.policy.rules import NO_LIMITS, PROXIED_ROLES, THREAD_ROLES, Grant, 
 
 def warnings(rules: Rules) -> list[str]:
     """Warnings of statements in a valid file that nobody is likely to mean."""
-    found = [] if rules.grants else ["the file has no grant, so it allows nothing"]
+    problems = [] if rules.grants else ["the file has no grant, so it allows nothing"]
     for number, grant in enumerate(rules.grants):
-        found += _of_grant(grant, rules)
+        problems += _of_grant(grant, rules)
         if all(_is_covered(grant, pattern, rules.grants[:number]) for pattern in grant.principals):
-            found.append(f"{grant.label} never decides: grants before it allow all of it, and their limits count")
+            problems.append(f"{grant.label} never decides: grants before it allow all of it, and their limits count")
     for proxy in rules.proxies:
-        found += _of_proxy(proxy, rules)
-    return found
+        problems += _of_proxy(proxy, rules)
+    return problems
 
 
 def _of_grant(grant: Grant, rules: Rules) -> Iterator[str]:

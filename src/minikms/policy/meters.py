@@ -385,12 +385,12 @@ class Meters:
 
     def _load(self, saved: bytes) -> None:
         try:
-            found = msgspec.json.decode(saved, type=_Saved)
+            parsed = msgspec.json.decode(saved, type=_Saved)
         except UNDECODABLE:
-            found = _Saved(1, 0, [])  # whoever damages it gains nothing
+            parsed = _Saved(1, 0, [])  # whoever damages it gains nothing
         now_ns = self._now_ns()
-        self._empty_ns = now_ns - found.others_ns
-        for identity, who, kind, filled_ns in found.buckets:
+        self._empty_ns = now_ns - parsed.others_ns
+        for identity, who, kind, filled_ns in parsed.buckets:
             account = self._account((identity, who), is_named=who in (ALL, OTHERS))
             account.buckets[kind].empty_ns = now_ns - filled_ns
 

@@ -128,10 +128,10 @@ class ThreadPattern:
             return False
         place, end = len(self._prefix), len(thread_id) - len(self._suffix)
         for part in self._between:
-            found = thread_id.find(part, place, end)
-            if found < 0:
+            index = thread_id.find(part, place, end)
+            if index < 0:
                 return False
-            place = found + len(part)
+            place = index + len(part)
         return True
 
     def covers(self, other: ThreadPattern) -> bool:

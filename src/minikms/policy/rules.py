@@ -187,7 +187,7 @@ class Scope:
         """The grants that may have to bear a request which needs these roles: those with the first of them that any
         grant has; all grants of the principal if none has one.
         """
-        return next((found for role in roles if (found := self._by_role.get(role))), self._grants)
+        return next((grants for role in roles if (grants := self._by_role.get(role))), self._grants)
 
 
 def parse_policy(data: bytes) -> Rules:
@@ -229,12 +229,12 @@ def _decoded(data: bytes) -> Mapping[str, object]:
 
 
 def _tables(table: Mapping[str, object], member: str, count_max: int) -> list[Mapping[str, object]]:
-    found = table.get(member, [])
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+    tables = table.get(member, [])
+    if not isinstance(tables, list) or not all(isinstance(one, dict) for one in tables):
         raise PolicyFileError(f"the file: begin each {member} with the line [[{member}]]")
-    if len(found) > count_max:
+    if len(tables) > count_max:
         raise PolicyFileError(f"the file has more than {count_max} tables [[{member}]]; merge some with patterns")
-    return found
+    return tables
 
 
 def _label(kind: str, number: int, table: Mapping[str, object]) -> str:
@@ -309,13 +309,13 @@ def _identity(
 
 
 def _roles(label: str, table: Mapping[str, object]) -> frozenset[Role]:
-    found: set[Role] = set()
+    roles: set[Role] = set()
     for text in _texts(label, table, "roles", len(ROLES)):
         role = next((role for role in ROLES if role == text), None)
         if role is None:
             raise PolicyFileError(f"{label}, roles: {_quoted(text)} is none; the roles are {', '.join(get_args(Role))}")
-        found.add(role)
-    return frozenset(found)
+        roles.add(role)
+    return frozenset(roles)
 
 
 def _patterns(
@@ -327,13 +327,13 @@ def _patterns(
     *,
     may_be_empty: bool = False,
 ) -> tuple[T, ...]:
-    found: list[T] = []
+    patterns: list[T] = []
     for text in _texts(label, table, member, count_max, may_be_empty=may_be_empty):
         try:
-            found.append(parse(text))
+            patterns.append(parse(text))
         except InvalidRequestError as error:
             raise PolicyFileError(f"{label}, {member}, {_quoted(text)}: {error}") from None
-    return tuple(found)
+    return tuple(patterns)
 
 
 def _texts(

@@ -71,10 +71,10 @@ def parse_toml(content: bytes, kind: type[T], place: str, check: Callable[[T], N
         text = content.decode("utf-8")
         if any(line.count(".") > LINE_DOTS_MAX for line in text.splitlines()):
             raise StartError(f"{place}: a line has more than {LINE_DOTS_MAX} dots")
-        found = tomllib.loads(text)
-        if has_nul(found):
+        parsed = tomllib.loads(text)
+        if has_nul(parsed):
             raise StartError(f"{place}: a text has the character NUL")
-        config = msgspec.convert(found, kind, strict=True)
+        config = msgspec.convert(parsed, kind, strict=True)
     except msgspec.ValidationError as error:
         raise StartError(f"{place}: {error}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits

@@ -40,8 +40,8 @@ class Question(NamedTuple):
 
 def parse_question(data: bytes) -> Question | None:
     """None where this is no question of this version."""
-    found = _QUESTION.fullmatch(data)
-    return None if found is None else Question(cast("Purpose", found[1].decode()), found[2].decode())
+    match = _QUESTION.fullmatch(data)
+    return None if match is None else Question(cast("Purpose", match[1].decode()), match[2].decode())
 
 
 def sentence(text: str) -> bytes:

@@ -178,12 +178,12 @@ class Database:
         )
         connection.node = connection.standbys = connection.warned = ""
         try:
-            for (name, wanted), found in zip(
+            for (name, wanted), value in zip(
                 SAFE.items(), await connection.fetchrow(_SAFE, timeout=CONNECT_S_MAX) or (), strict=True
             ):
-                if found != wanted:
+                if value != wanted:
                     raise UnsafeError(  # noqa: TRY301  it has to end the connection
-                        f"a session of the database has {name} = {found}, not {wanted}: connect without a pooler"
+                        f"a session of the database has {name} = {value}, not {wanted}: connect without a pooler"
                     )
             if self.replicated:
                 row = await connection.fetchrow(_NODE, timeout=CONNECT_S_MAX)

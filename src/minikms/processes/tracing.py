@@ -79,10 +79,10 @@ def _parent(traceparent: str | None) -> Any:
     from opentelemetry.context import Context
     from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
-    found = None if traceparent is None else _TRACEPARENT.fullmatch(traceparent)
-    if found is None:
+    match = None if traceparent is None else _TRACEPARENT.fullmatch(traceparent)
+    if match is None:
         return Context()
-    trace_id, span_id, flags = (int(part, 16) for part in found.groups())
+    trace_id, span_id, flags = (int(part, 16) for part in match.groups())
     remote = SpanContext(trace_id, span_id, is_remote=True, trace_flags=TraceFlags(flags & 1))
     return set_span_in_context(NonRecordingSpan(remote), Context()) if remote.is_valid else Context()
 

@@ -148,8 +148,8 @@ def rewrite_key_file(path: Path, text: KeyText) -> None:
 
 def holds_key(path: Path, root: SecretSlot, arena: SecretArena) -> bool:
     """Whether the key file holds this key. Raises StartError when it is not a key file."""
-    with read_key_file(path, arena) as found:
-        return hmac.compare_digest(found.view, root.view)
+    with read_key_file(path, arena) as content:
+        return hmac.compare_digest(content.view, root.view)
 
 
 def remove_leftover(path: Path) -> None:

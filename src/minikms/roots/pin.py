@@ -63,9 +63,9 @@ class PinFile:
         """Before a keyring is opened. `keyring_id`: as the keyring says, None if there is none. Raises StartError."""
         pins = self.read()
         if keyring_id != pins.keyring_id:
-            found = "there is no keyring" if keyring_id is None else f"the keyring is {keyring_id}"
+            state = "there is no keyring" if keyring_id is None else f"the keyring is {keyring_id}"
             raise StartError(
-                f"the pin file {self.path} is for keyring {pins.keyring_id}, but {found}. If the data directory was "
+                f"the pin file {self.path} is for keyring {pins.keyring_id}, but {state}. If the data directory was "
                 "replaced on purpose, remove the pin file and run `minikms pin add` again, as root"
             )
         if not pins.names(root):

@@ -38,10 +38,10 @@ class Share(NamedTuple):
 
 def parse_counts(text: str) -> tuple[int, int]:
     """Threshold and count of a text such as `3/5`. Raises InvalidRequestError."""
-    found = _OF.fullmatch(text)
-    if found is None:
+    match = _OF.fullmatch(text)
+    if match is None:
         raise InvalidRequestError("write shares as THRESHOLD/COUNT, such as 3/5: any three of five shares are enough")
-    threshold, count = int(found[1]), int(found[2])
+    threshold, count = int(match[1]), int(match[2])
     shares.check_counts(threshold, count)
     return threshold, count
 
@@ -76,9 +76,9 @@ def new_shares(
 
 def recombine(given: dict[int, memoryview], root: memoryview, arena: SecretArena) -> bool:
     """Whether these shares, by their numbers, give `root`."""
-    with arena.allocate() as found:
-        shares.combine(given, found.view)
-        return hmac.compare_digest(found.view, root)
+    with arena.allocate() as recombined:
+        shares.combine(given, recombined.view)
+        return hmac.compare_digest(recombined.view, root)
 
 
 @contextlib.contextmanager
@@ -93,6 +93,6 @@ def share_text(share: Share, arena: SecretArena) -> Iterator[list[memoryview]]:
 
 def reads_as(share: Share, text: Sequence[memoryview], arena: SecretArena) -> bool:
     """Whether the text is that of the share. Raises ShareTextError if it is no share."""
-    with arena.allocate() as found:
-        info = shares.read_text(text, found.view)
-        return info == share.info and hmac.compare_digest(found.view, share.slot.view)
+    with arena.allocate() as parsed:
+        info = shares.read_text(text, parsed.view)
+        return info == share.info and hmac.compare_digest(parsed.view, share.slot.view)

@@ -55,11 +55,11 @@ class Members:
         """The members of a thread, its author included; empty for an unknown thread."""
         prefix = keyspace.writers(thread_id)
         lower, upper = prefix, keyspace.after(prefix)
-        found: list[str] = []
+        members: list[str] = []
         while entries := await self._reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
             lower = keyspace.next_key(entries[-1][0])
-            found += [keyspace.last_part(key) for key, entry in entries if entry == keyspace.MEMBER]
-        return found
+            members += [keyspace.last_part(key) for key, entry in entries if entry == keyspace.MEMBER]
+        return members
 
     async def add(self, thread_id: str, members: Sequence[str]) -> None:
         """Adds members, even those who were removed. Durable when it returns. Raises ThreadNotFoundError (also when
@@ -67,10 +67,10 @@ class Members:
         async with self._locks.hold(keyspace.writers(thread_id)):
             keys = sorted({keyspace.writer(thread_id, member) for member in members})
             for _ in range(CHANGE_TRIES_MAX):
-                found = await self._reads.values(keys)
-                changed = [key for key in keys if found.get(key) != keyspace.MEMBER]
-                more, expect = await self.check_room(thread_id, sum(key not in found for key in changed))
-                room = more, [*expect, *((key, found[key]) for key in keys if key not in changed)]
+                entries = await self._reads.values(keys)
+                changed = [key for key in keys if entries.get(key) != keyspace.MEMBER]
+                more, expect = await self.check_room(thread_id, sum(key not in entries for key in changed))
+                room = more, [*expect, *((key, entries[key]) for key in keys if key not in changed)]
                 if await self._change_members(thread_id, [(key, keyspace.MEMBER) for key in changed], room):
                     return
         raise NotWrittenError(MEMBERS_CHANGING)

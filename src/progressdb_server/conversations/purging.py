@@ -95,29 +95,29 @@ class Purging:
         (newest,) = await self._reads.newest([keyspace.messages(thread_id)])
         return newest or b""
 
-    def records(self, thread_id: str, found: Collection[tuple[bytes, bytes]]) -> OpaqueWrite:
+    def records(self, thread_id: str, entries: Collection[tuple[bytes, bytes]]) -> OpaqueWrite:
         """The removal of messages, given as storage keys with their bytes, and of the entries that lead to them. Raises
         RecordUnreadableError."""
-        gone = {key: None for one in found for key in _entries(thread_id, *one)}
-        return Write(list(gone.items()), (_closed(thread_id),), messages=-len(found))
+        gone = {key: None for one in entries for key in _entries(thread_id, *one)}
+        return Write(list(gone.items()), (_closed(thread_id),), messages=-len(entries))
 
     async def thread(self, thread_id: str) -> OpaqueWrite:
         """The removal of the rest: the newest record, the metadata, and what names the thread. Raises
         RecordUnreadableError, StoreUnavailableError."""
         last = await self.newest(thread_id)
         keys = [keyspace.meta(thread_id), *([last] if last else [])]
-        found = await self._reads.values(keys)
+        values = await self._reads.values(keys)
         try:
-            header, _ = record.unpack_thread(found.get(keys[0], b""))
+            header, _ = record.unpack_thread(values.get(keys[0], b""))
             entry = keyspace.creation(Stamp.parse(header.created), thread_id)
         except (record.RecordFormatError, ValueError):
             raise RecordUnreadableError(f"the metadata of thread {thread_id} is malformed") from None
         gone = [keys[0], keyspace.closed_key(thread_id), keyspace.key_map(thread_id), keyspace.room(thread_id)]
         gone += [keyspace.CREATED + entry, keyspace.author_threads(header.author) + entry]
         if last:
-            gone += _entries(thread_id, last, found.get(last, b""))
-        expect = (*found.items(), _closed(thread_id))
-        return Write([(key, None) for key in gone], expect, threads=-1, messages=1 - len(found))
+            gone += _entries(thread_id, last, values.get(last, b""))
+        expect = (*values.items(), _closed(thread_id))
+        return Write([(key, None) for key in gone], expect, threads=-1, messages=1 - len(values))
 
     def forget(self, thread_id: str) -> None:
         self._sealer.forget(thread_id)

@@ -145,17 +145,17 @@ class Reading:
     async def latest_version(self, message_id: str) -> Message:
         """Reads the latest version like `message`, but one that does not open has `error`."""
         thread, place = await self.locate(message_id, None)
-        async with self._open_one(thread, place.first, place.latest) as (loaded, found):
-            return _listed(thread, loaded, found)
+        async with self._open_one(thread, place.first, place.latest) as (loaded, version):
+            return _listed(thread, loaded, version)
 
     async def locate(self, message: str, thread: str | None) -> tuple[str, OrderEntry]:
         """The message's thread, and its place there. Raises MessageNotFoundError, also when it is in another thread."""
         stamp = keyspace.parse_message_id(message)
         if stamp is not None:
             first = stamp.raw
-            found = await self._reads.get(keyspace.versions(message) + first)
-            if found is not None and (thread is None or keyspace.part(thread) == found):
-                owner = keyspace.unpart(found)
+            thread_part = await self._reads.get(keyspace.versions(message) + first)
+            if thread_part is not None and (thread is None or keyspace.part(thread) == thread_part):
+                owner = keyspace.unpart(thread_part)
                 key = keyspace.order(owner) + first
                 value = await self._reads.get(key)
                 if value is None:
@@ -166,13 +166,13 @@ class Reading:
     @contextlib.asynccontextmanager
     async def open_version(self, thread: str, first: bytes, stamp: bytes) -> AsyncIterator[Version]:
         """A long version keeps its turn during the block. Raises StoreUnavailableError, RecordUnreadableError."""
-        async with self._open_one(thread, first, stamp) as (_, found):
-            if isinstance(found, NotOpened):
-                if found.refusal is not None:
-                    raise store_error(found.refusal, found.key) from found.refusal
-                what = "missing" if found.code == RECORD_MISSING else "malformed, or not what belongs there"
-                raise RecordUnreadableError(f"the record {found.key.decode()} is {what}")
-            yield found
+        async with self._open_one(thread, first, stamp) as (_, version):
+            if isinstance(version, NotOpened):
+                if version.refusal is not None:
+                    raise store_error(version.refusal, version.key) from version.refusal
+                what = "missing" if version.code == RECORD_MISSING else "malformed, or not what belongs there"
+                raise RecordUnreadableError(f"the record {version.key.decode()} is {what}")
+            yield version
 
     @contextlib.asynccontextmanager
     async def _open_one(
@@ -182,8 +182,8 @@ class Reading:
         records = keyspace.messages(thread)
         loaded = await self._load(records, stamp, first)
         if loaded.bytes <= READ_UNCOUNTED_BYTES_MAX:
-            (found,) = await self._open_each(thread, [loaded])
-            yield loaded, found
+            (version,) = await self._open_each(thread, [loaded])
+            yield loaded, version
             return
         del loaded  # what waits for its turn holds nothing
         try:
@@ -193,8 +193,8 @@ class Reading:
             raise StoreUnavailableError(LONG_READS_FULL, LONG_READS_RETRY_SECONDS) from None
         try:
             loaded = await self._load(records, stamp, first)
-            (found,) = await self._open_each(thread, [loaded])
-            yield loaded, found
+            (version,) = await self._open_each(thread, [loaded])
+            yield loaded, version
         finally:
             self.long_reads.release()
 
@@ -222,12 +222,12 @@ class Reading:
         trips. An engine of this process finds each of them as fast."""
         if not self._reads.remote:
             return near
-        found = dict(near)
+        rows = dict(near)
         own = [records + stamp for stamp in stamps]
-        found |= await self._reads.values([key for key in own if key not in found], bytes_max=LIST_BYTES_MAX)
-        contents = dict.fromkeys(_content_key(records, found[key]) for key in own if key in found)
-        wanted = [key for key in contents if key and key not in found]
-        return found | await self._reads.values(wanted, bytes_max=LIST_BYTES_MAX)
+        rows |= await self._reads.values([key for key in own if key not in rows], bytes_max=LIST_BYTES_MAX)
+        contents = dict.fromkeys(_content_key(records, rows[key]) for key in own if key in rows)
+        wanted = [key for key in contents if key and key not in rows]
+        return rows | await self._reads.values(wanted, bytes_max=LIST_BYTES_MAX)
 
     async def _load(
         self,
@@ -275,22 +275,22 @@ class Reading:
         opened: dict[tuple[bytes, str], record.OpenedVersion | NotOpened] = {}
 
         def open_record(one: Stored, first: str) -> record.OpenedVersion | NotOpened:
-            found = before.get(one.key) or opened.get((one.key, first))
-            if found is None:
-                found = opened[one.key, first] = _opened(one, thread, first, answers.get(one.key))
-            return found
+            version = before.get(one.key) or opened.get((one.key, first))
+            if version is None:
+                version = opened[one.key, first] = _opened(one, thread, first, answers.get(one.key))
+            return version
 
-        found: list[Version | NotOpened] = []
+        versions: list[Version | NotOpened] = []
         for loaded in batch:
             own = open_record(loaded.own, loaded.first)
             content = open_record(loaded.content, loaded.first) if loaded.content is not None else None
-            found.append(_version(loaded, own, content))
+            versions.append(_version(loaded, own, content))
             if known is not None:
                 known.clear()
                 last = own if content is None else content
                 if isinstance(last, record.OpenedVersion):
                     known[(loaded.content or loaded.own).key] = last
-        return found
+        return versions
 
     # --- the versions of a message --------------------------------------------------------------------------------
     async def versions(self, message_id: str, *, limit: int | None = None, before: str | None = None) -> VersionList:
@@ -323,13 +323,13 @@ class Reading:
         if isinstance(cursor, Stamp):
             return cursor
         eras = range(Stamp.parse(place.first.decode()).era, Stamp.parse(place.latest.decode()).era + 1)
-        found: list[bytes] = []
+        keys: list[bytes] = []
         for era in eras:
             of_time = prefix + b"%020d-" % (era * keyspace.ERA_NS + cursor)
-            found += await self._reads.keys(of_time, keyspace.after(of_time), limit=2)
-        if len(found) == 1:
-            return keyspace.stamp_of(found[0])
-        if found or len(eras) > 1:
+            keys += await self._reads.keys(of_time, keyspace.after(of_time), limit=2)
+        if len(keys) == 1:
+            return keyspace.stamp_of(keys[0])
+        if keys or len(eras) > 1:
             raise AmbiguousTimeError
         return Stamp(eras[0] * keyspace.ERA_NS + cursor, 0)
 
@@ -352,10 +352,10 @@ class Reading:
                 neighbour = loaded
                 if size > VERSIONS_BYTES_MAX:
                     break
-            found = await self._open_each(thread, batch, known)
+            versions = await self._open_each(thread, batch, known)
             piece: list[Message] = []
             size = 0
-            for loaded, one in zip(batch, found, strict=True):
+            for loaded, one in zip(batch, versions, strict=True):
                 piece.append(_listed(thread, loaded, one))
                 size += loaded.bytes
                 if size > SHOWN_BYTES_MAX:
@@ -543,8 +543,8 @@ class Reading:
             shown_bytes += batch[-1].bytes
             is_full = shown_bytes > PAGE_BYTES_MAX
             if size > LIST_BYTES_MAX or is_full or number == len(stamps):
-                found = await self._open_each(thread, batch) if opened else [_not_opened(one) for one in batch]
-                for loaded, one in zip(batch, found, strict=True):
+                versions = await self._open_each(thread, batch) if opened else [_not_opened(one) for one in batch]
+                for loaded, one in zip(batch, versions, strict=True):
                     key_id = loaded.own.header.key_id if loaded.own.header is not None else ""
                     shown.append(StoredVersion(_listed(thread, loaded, one), key_id, len(stamps)))
                 batch, size = [], 0
@@ -609,11 +609,11 @@ def _latest(thread: str, loaded: LoadedVersion, answers: Mapping[bytes, bytes | 
     return _listed(thread, loaded, _version(loaded, opened, shown))
 
 
-def _listed(thread: str, loaded: LoadedVersion, found: Version | NotOpened) -> Message:
+def _listed(thread: str, loaded: LoadedVersion, version: Version | NotOpened) -> Message:
     """What a list shows. Of a version that does not open, nothing but its header, which is not verified. Raises
     RecordUnreadableError if the index is malformed."""
-    if isinstance(found, Version):
-        return found.message
+    if isinstance(version, Version):
+        return version.message
     header = loaded.own.header
     try:
         message, ts = keyspace.message_id_of(loaded.first), keyspace.ns_of(loaded.own.key)
@@ -625,7 +625,7 @@ def _listed(thread: str, loaded: LoadedVersion, found: Version | NotOpened) -> M
         author=header.author if header is not None else "",
         ts=ts,
         deleted=header is not None and header.deleted,
-        error=found.code,
+        error=version.code,
     )
 
 

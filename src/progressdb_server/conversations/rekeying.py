@@ -134,9 +134,9 @@ class Rekeying:
         newest = await self.reads.keys(lower, upper, limit=1, reverse=True)
         last = newest[0] if newest else lower  # what is written from here on is not compared
         left = named = walked = 0
-        async for found in self._named_records(thread_id):
-            left += sum(not key_id or key_id in key_ids for key_id in found.values())
-            named += sum(key <= last for key in found)
+        async for row in self._named_records(thread_id):
+            left += sum(not key_id or key_id in key_ids for key_id in row.values())
+            named += sum(key <= last for key in row)
             await asyncio.sleep(0)
         if left:
             return left
@@ -176,15 +176,15 @@ class Rekeying:
                 yield await self._key_ids(named[start : start + CENSUS_CHUNK_MAX])
 
     async def _key_ids(self, keys: Sequence[bytes]) -> dict[bytes, str]:
-        found: dict[bytes, str] = {}
+        key_ids: dict[bytes, str] = {}
         left = keys
         while left:
             raws = await self.reads.values(left, bytes_max=CHUNK_BYTES_MAX)
             if not raws:
                 raise RecordUnreadableError(f"the record {shown(left[0])} is missing")
-            found |= {key: _key_of(raw) for key, raw in raws.items()}
-            left = [key for key in left if key not in found]
-        return found
+            key_ids |= {key: _key_of(raw) for key, raw in raws.items()}
+            left = [key for key in left if key not in key_ids]
+        return key_ids
 
     def moves(self, job_id: str, key_id: str, moved: Sequence[tuple[Record, bytes]], read_at: int) -> OpaqueWrite:
         """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The
@@ -192,15 +192,15 @@ class Rekeying:
         puts: list[tuple[bytes, bytes | None]] = []
         kept = keyspace.replaced_records(job_id)
         renewed: dict[tuple[int, bytes], bytes] = {}  # most records of a thread have one of a few headers
-        for found, sealed in moved:
-            form = found.raw[0]
-            head = renewed.get((form, found.head))
+        for row, sealed in moved:
+            form = row.raw[0]
+            head = renewed.get((form, row.head))
             if head is None:
-                head = renewed[form, found.head] = record.rekey(form, found.head, key_id)
-            puts.append((found.aad, head + sealed))
+                head = renewed[form, row.head] = record.rekey(form, row.head, key_id)
+            puts.append((row.aad, head + sealed))
         # Two runs of ascending keys: the engine finds the place of each entry beside the one before it.
-        puts += [(kept + found.aad, found.raw) for found, _ in moved]
-        return Write(puts, read=[(found.aad, found.raw) for found, _ in moved], read_at=read_at)
+        puts += [(kept + row.aad, row.raw) for row, _ in moved]
+        return Write(puts, read=[(row.aad, row.raw) for row, _ in moved], read_at=read_at)
 
     async def _count(self, lower: bytes, upper: bytes, count_max: int) -> AsyncIterator[int]:
         while keys := await self.reads.keys(lower, upper, limit=count_max):
@@ -228,14 +228,14 @@ class Rekeying:
         async for entries in self._kept(job_id):
             while True:
                 wanted: list[tuple[bytes, bytes]] = []
-                found: list[tuple[bytes, bytes | None]] = []
+                puts: list[tuple[bytes, bytes | None]] = []
                 for key, raw in entries:
                     current = await self.reads.get(key)
                     if current is None or record.same_version(raw, current):
                         wanted.append((key, raw))
-                        found.append((key, current))
+                        puts.append((key, current))
                 try:
-                    await self._writer.commit(Write(wanted, found))
+                    await self._writer.commit(Write(wanted, puts))
                 except ConditionFailedError:  # changed since it was read
                     continue
                 restored += len(wanted)

@@ -260,10 +260,10 @@ class Threads:
 
     async def _load_listed(self, threads: Sequence[str]) -> list[Listed]:
         """Loads the threads in order."""
-        found = await self._reads.values([keyspace.meta(thread) for thread in threads])
+        rows = await self._reads.values([keyspace.meta(thread) for thread in threads])
         listed: list[Listed] = []
         for thread in threads:
-            raw = found.get(keyspace.meta(thread))
+            raw = rows.get(keyspace.meta(thread))
             if raw is None:
                 listed.append(Listed(thread, None, b"", RECORD_MISSING))
                 continue
@@ -340,24 +340,24 @@ class Threads:
         """One chunk, after empty ones."""
         upper = prefix + page.cursor.encode() if page.cursor else keyspace.after(prefix)
         batch, left = min(LIST_THREADS_MAX, page.limit), PAGE_LOOKED_MAX
-        found: list[Thread] = []
+        newest: list[Thread] = []
         while keys := await self._reads.keys(prefix, upper, limit=batch, reverse=True):
             matching = {thread.id: thread for thread in await self._matching(keys, wanted)}
             for upper in keys:
                 thread = matching.get(keyspace.last_part(upper))
                 if thread is not None:
-                    found.append(thread)
-                    if len(found) == page.limit:
+                    newest.append(thread)
+                    if len(newest) == page.limit:
                         break
             left -= len(keys)
-            if len(found) == page.limit or left <= 0:
+            if len(newest) == page.limit or left <= 0:
                 if await self._reads.keys(prefix, upper, limit=1, reverse=True):
                     page.following = upper[len(prefix) :].decode()
                 break
             if not (wanted.title or wanted.slug):
-                batch = min(batch, page.limit - len(found))  # no record is opened that is not shown
+                batch = min(batch, page.limit - len(newest))  # no record is opened that is not shown
             yield []
-        yield found[::-1]
+        yield newest[::-1]
 
     async def _matching(self, keys: Sequence[bytes], wanted: _Wanted) -> list[Thread]:
         """The wanted threads of these index entries, in order."""

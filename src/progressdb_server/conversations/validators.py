@@ -52,10 +52,10 @@ class Validators:
 
     def keys_of(self, tag: str) -> frozenset[str] | None:
         """The keys that opened the list; None if it was not given, or that is forgotten."""
-        found = self._given.get(tag)
-        if found is not None:
+        keys = self._given.get(tag)
+        if keys is not None:
             self._given.move_to_end(tag)
-        return found
+        return keys
 
     def forget(self) -> None:
         """Stored values may differ from those that were read."""

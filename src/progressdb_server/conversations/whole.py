@@ -312,14 +312,14 @@ class Conversations:
         """Storage keys, for an operator: all, or a page."""
         last, left = "", 0 if page is None else page.limit
         async for keys in self.reads.walk_keys(prefix.encode(), b"" if page is None else page.cursor.encode()):
-            found = [key.decode() for key in keys]
-            if page is not None and len(found) > left:
-                found = found[:left]
-                page.following = found[-1] if found else last
-                yield found
+            key_ids = [key.decode() for key in keys]
+            if page is not None and len(key_ids) > left:
+                key_ids = key_ids[:left]
+                page.following = key_ids[-1] if key_ids else last
+                yield key_ids
                 return
-            last, left = found[-1] if found else last, left - len(found)
-            yield found
+            last, left = key_ids[-1] if key_ids else last, left - len(key_ids)
+            yield key_ids
 
     async def raw_value(self, key: str) -> bytes | None:
         """What is stored at a storage key, as it is stored."""

@@ -124,9 +124,9 @@ class Shares:
 
     def read(self, connection: Readable) -> None:
         """The client has read, or the connection is closed."""
-        found = self._unread.pop(connection, None)
-        if found is not None:
-            self.unread_bytes -= found.bytes
+        size = self._unread.pop(connection, None)
+        if size is not None:
+            self.unread_bytes -= size.bytes
 
     # --- bodies ---------------------------------------------------------------------------------------------------
     def take(self, charges: Charges, count: int) -> bool:

@@ -101,16 +101,16 @@ class OrphanedKeys(Kind):
             if page.indexing:
                 raise StoreUnavailableError("the key service is still reading its keys", RETRY_AFTER_S)
             # The thread's key is looked up first, so that a failing disk is noticed whatever the keys are.
-            found = [key for key in page.keys if await self._is_orphan(key) and key.created_at < before]
+            orphans = [key for key in page.keys if await self._is_orphan(key) and key.created_at < before]
             if asked is not None:
                 pages += 1
-                more, found = len(found) > left, found[:left]
-                left -= len(found)
+                more, orphans = len(orphans) > left, orphans[:left]
+                left -= len(orphans)
                 if not left or pages == FOUND_PAGES_MAX:
-                    asked.following = page.next_cursor or "" if not more else found[-1].key_id if found else ""
-                    yield found
+                    asked.following = page.next_cursor or "" if not more else orphans[-1].key_id if orphans else ""
+                    yield orphans
                     return
-            yield found
+            yield orphans
             await asyncio.sleep(0 if page.next_cursor is None else PAGE_PAUSE_S)
 
     async def _is_orphan(self, key: KeyAnswer) -> bool:

@@ -132,12 +132,12 @@ class ThreadPurge(Kind):
     # --- keys -----------------------------------------------------------------------------------------------------
     async def _keys(self, thread: str) -> list[KeyAnswer]:
         """The keys that are neither destroyed nor unreadable for the key service."""
-        found: list[KeyAnswer] = []
+        keys: list[KeyAnswer] = []
         async for page in key_pages(self._provider, thread_id=thread):
             if page.indexing:
                 raise StoreUnavailableError("the key service is still reading its keys")
-            found += [key for key in page.keys if key.purpose == "thread"]
-        return found
+            keys += [key for key in page.keys if key.purpose == "thread"]
+        return keys
 
     async def _check_gone(self, key_ids: Collection[str], *codes: str) -> None:
         """Raises JobFailedError for a key that may still be there, KmsError."""
@@ -208,12 +208,12 @@ class ThreadPurge(Kind):
 
     async def _opening(self, thread: str, records: Sequence[Record], key_ids: Collection[str]) -> set[str]:
         """The keys that open a record whose header names them: anyone who writes the store makes headers."""
-        found: set[str] = set()
+        opening: set[str] = set()
         for key_id in key_ids:
             items = [ReencryptItem(ciphertext=one.sealed, aad=one.aad) for one in records if one.key_id == key_id]
             if items and None in await self._provider.check_batch(key_id, items, thread_id=thread):
-                found.add(key_id)
-        return found
+                opening.add(key_id)
+        return opening
 
     # --- records --------------------------------------------------------------------------------------------------
     async def _remove(self, row: Row, pace: Pace) -> None:

@@ -336,7 +336,7 @@ class KeyRotation(Kind):
         chunks = self._store.rekeying.chunks(job.thread, _chunk_records(pace), behind=job.cursor, to_now=True)
         try:
             async for chunk in chunks:
-                left = [found for found in chunk.records if found.key_id != job.new_key]
+                left = [each for each in chunk.records if each.key_id != job.new_key]
                 await pace.take(len(left) + SCAN_COST * (chunk.entries - len(left)))
                 if not left and not chunk.malformed:
                     continue
@@ -361,14 +361,14 @@ class KeyRotation(Kind):
         moved: list[tuple[Record, bytes]] = []
         failures = [Failure(name, MALFORMED) for name in chunk.malformed]
         by_key: dict[str, list[Record]] = {}
-        for found in left:
-            by_key.setdefault(found.key_id, []).append(found)
+        for row in left:
+            by_key.setdefault(row.key_id, []).append(row)
         for key_id, records in by_key.items():
-            for found, outcome in zip(records, await self._reencrypt_from(job, key_id, records), strict=True):
+            for row, outcome in zip(records, await self._reencrypt_from(job, key_id, records), strict=True):
                 if isinstance(outcome, bytes):
-                    moved.append((found, outcome))
+                    moved.append((row, outcome))
                 else:
-                    failures.append(_failure(found, outcome))
+                    failures.append(_failure(row, outcome))
         self._store.sealer.check_halted()
         return _Reencrypted(moved, failures, chunk)
 
@@ -389,7 +389,7 @@ class KeyRotation(Kind):
     def _write(self, row: Row, step: _Reencrypted) -> PendingRow:
         job = row.job
         sources = job.sources
-        for key_id in {found.key_id for found, _ in step.moved}:
+        for key_id in {each.key_id for each, _ in step.moved}:
             sources = with_source(sources, key_id)
         after = changed(
             job,
@@ -414,7 +414,7 @@ class KeyRotation(Kind):
         chunks = self._store.rekeying.chunks(job.thread, _chunk_records(pace), to_now=True)
         try:
             async for chunk in chunks:
-                current = [found for found in chunk.records if found.key_id == job.new_key]
+                current = [each for each in chunk.records if each.key_id == job.new_key]
                 left += chunk.entries - len(current)
                 await pace.take(VERIFY_COST * chunk.entries)
                 ahead.append(asyncio.create_task(self._check(job, current)))
@@ -445,9 +445,7 @@ class KeyRotation(Kind):
         outcomes = await self._provider.check_batch(
             job.new_key, _items(records), thread_id=job.thread, request_id=job.id
         )
-        return [
-            _failure(found, refused) for found, refused in zip(records, outcomes, strict=True) if refused is not None
-        ]
+        return [_failure(row, refused) for row, refused in zip(records, outcomes, strict=True) if refused is not None]
 
     async def _finish(self, row: Row, verified: int, pace: Pace) -> Row:
         kept = 0
@@ -470,14 +468,14 @@ def _chunk_records(pace: Pace) -> int:
 
 
 def _items(records: Sequence[Record]) -> list[ReencryptItem]:
-    return [ReencryptItem(ciphertext=found.sealed, aad=found.aad) for found in records]
+    return [ReencryptItem(ciphertext=row.sealed, aad=row.aad) for row in records]
 
 
-def _failure(found: Record, refused: KmsRefusedError) -> Failure:
+def _failure(row: Record, refused: KmsRefusedError) -> Failure:
     """The failure of the record. A refusal that says nothing about the record is raised."""
     if fault(refused) is Fault.SERVICE:
         raise copy.copy(refused)  # the caller's frame, to which its traceback leads, has the first one
-    return Failure(found.name, refused.code)
+    return Failure(row.name, refused.code)
 
 
 async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:

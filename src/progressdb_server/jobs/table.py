@@ -149,16 +149,16 @@ class JobTable:
     async def all_of_thread(self, thread: str) -> list[Job]:
         """The thread's jobs whose rows are not damaged, also what `of_thread` leaves out; that reads the whole table.
         Raises RecordUnreadableError."""
-        found: list[Job] = []
+        jobs: list[Job] = []
         if self._store.claims.contested:
             async for page in self.pages():
-                found += [job for job in page if job.thread == thread]
+                jobs += [job for job in page if job.thread == thread]
                 await asyncio.sleep(0)
-            return found
+            return jobs
         for job_id in self.of_thread(thread):
             with contextlib.suppress(JobNotFoundError):
-                found.append(await self.get(job_id))
-        return found
+                jobs.append(await self.get(job_id))
+        return jobs
 
     @property
     def _unknown_since_ns(self) -> int:
@@ -182,12 +182,12 @@ class JobTable:
         for job_id in sorted(self._damaged):
             with contextlib.suppress(JobNotFoundError):  # removed meanwhile
                 await self.row(job_id)
-        found: list[str] = []
+        threads: list[str] = []
         for job_id in self.of_thread(thread):
             with contextlib.suppress(JobNotFoundError):  # the write of its row failed
                 if (await self.get(job_id)).backups:
-                    found.append(job_id)
-        return found
+                    threads.append(job_id)
+        return threads
 
     async def wait_for_change(self, changes: int) -> None:
         """Wait while `self.changes` is equal to `changes`, its value when the caller last read the table."""

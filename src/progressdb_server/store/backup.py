@@ -129,25 +129,25 @@ class Backups:
     async def look_at_newest(self) -> None:
         """For `newest_ns`. Raises StoreUnavailableError."""
         try:
-            (found,) = await self._reads.newest([keyspace.BACKUPS])
+            (newest,) = await self._reads.newest([keyspace.BACKUPS])
         except Exception:
             self.newest_ns = math.nan
             raise
-        self.newest_ns = int(found[len(keyspace.BACKUPS) :]) if found else 0
+        self.newest_ns = int(newest[len(keyspace.BACKUPS) :]) if newest else 0
 
     async def forget(self, name: str) -> list[RegisteredBackup]:
         """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it
         had. Raises BackupNotFoundError, BackupThereError."""
-        found = [known async for page in self.registered() for known in page if known.name == name]
-        if not found:
+        backups = [known async for page in self.registered() for known in page if known.name == name]
+        if not backups:
             raise BackupNotFoundError(f"no backup {name} is registered")
-        if there := [known.path for known in found if not known.gone]:
+        if there := [known.path for known in backups if not known.gone]:
             raise BackupThereError(f"{there[0]} still exists: delete it and all its copies first")
-        await self._forget(found)
-        return found
+        await self._forget(backups)
+        return backups
 
-    async def _forget(self, found: Sequence[RegisteredBackup]) -> None:
-        await self._writer.commit(Write([(keyspace.backup(known.created_ns), None) for known in found]))
+    async def _forget(self, backups: Sequence[RegisteredBackup]) -> None:
+        await self._writer.commit(Write([(keyspace.backup(known.created_ns), None) for known in backups]))
         await self.look_at_newest()
 
 

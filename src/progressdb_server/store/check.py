@@ -167,10 +167,10 @@ class Checker:
         keys = [asked.key for asked in lookups if not asked.newest]
         newest = await self._view.newest([asked.key for asked in prefixes])
         answers: dict[_Lookup, _Answer] = dict(zip(prefixes, newest, strict=True))
-        found = await self._view.values(keys, bytes_max=WALK_BYTES_MAX)
-        if sum(map(len, found.values())) >= WALK_BYTES_MAX:
-            keys = keys[: keys.index(next(reversed(found))) + 1]
-        return answers | {_Lookup(key): found.get(key) for key in keys}
+        values = await self._view.values(keys, bytes_max=WALK_BYTES_MAX)
+        if sum(map(len, values.values())) >= WALK_BYTES_MAX:
+            keys = keys[: keys.index(next(reversed(values))) + 1]
+        return answers | {_Lookup(key): values.get(key) for key in keys}
 
     async def _collect(
         self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]], findings: list[Problem]
@@ -313,9 +313,9 @@ class Checker:
         answers = await _decrypted(self._provider, wanted)
         findings: list[Problem] = []
         for (item, raw), answer in zip(records, answers, strict=False):
-            found = _judge_opened(item, raw, answer)
-            if found is not None:
-                findings.append(found)
+            problem = _judge_opened(item, raw, answer)
+            if problem is not None:
+                findings.append(problem)
         for item, answer in zip(wanted[len(records) :], answers[len(records) :], strict=True):
             if not isinstance(answer, KmsRefusedError) or answer.code != api.CODE_DECRYPTION_FAILED:
                 code = answer.code if isinstance(answer, KmsRefusedError) else "it opened"

@@ -74,8 +74,8 @@ class Claims:
         key = keyspace.claim(thread)
         entry = await self._reads.get(key)
         expect = [(key, entry)]
-        owner, _, found = (entry or b"--").split(b"-", 2)
-        if entry is not None and found.decode() != last:
+        owner, _, claimed_job = (entry or b"--").split(b"-", 2)
+        if entry is not None and claimed_job.decode() != last:
             return False
         if owner and owner.decode() != self._server:  # its own is left of a release that failed
             server_key = keyspace.server(owner.decode())

@@ -128,18 +128,18 @@ class Conditions:
                 conditions = chain(pending.expect, write.expect, self._in_doubt(write, staged))
             for key, expected in conditions:
                 if key in staged:
-                    found = staged[key]
+                    stored = staged[key]
                 elif key in known:
-                    found = known[key]
+                    stored = known[key]
                 elif key in read:
-                    found = read[key]
+                    stored = read[key]
                 else:
                     try:
-                        found = read[key] = get(key)
+                        stored = read[key] = get(key)
                     except StoreDamagedError as error:  # it is that write's alone
                         failed[pending] = error
                         break
-                if found != expected:
+                if stored != expected:
                     failed[pending] = ConditionFailedError(key)
                     break
             else:

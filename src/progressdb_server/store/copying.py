@@ -78,13 +78,13 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
         counted = await _counters(old)
         sent, changed, newest = await _bring(old, new, lambda done: progress(done, counted.messages))
         counted = Counters.of(counted.threads, counted.messages, max(counted.last, newest))
-        found = await _digest(new)
-        if found != sent:
+        digest = await _digest(new)
+        if digest != sent:
             changed += await _remove_others(old, new)
-            found = await _digest(new)
+            digest = await _digest(new)
         await new.put([(keyspace.STATE, msgspec.msgpack.encode(counted))])
-        if found != sent:
-            raise CopyError(f"the copy has {found.count:,} entries that differ from the {sent.count:,} of the source")
+        if digest != sent:
+            raise CopyError(f"the copy has {digest.count:,} entries that differ from the {sent.count:,} of the source")
     return Copied(sent.count, sent.text, changed, counted)
 
 

@@ -101,11 +101,11 @@ class Stamp(NamedTuple):
     def or_later(self, raw: bytes) -> Stamp:
         """The stamp of this text if it is later, and others can follow it."""
         try:
-            found = Stamp.parse(raw.decode())
-            found.check()
+            stamp = Stamp.parse(raw.decode())
+            stamp.check()
         except ValueError:
             return self
-        return max(self, found)
+        return max(self, stamp)
 
     @classmethod
     def parse(cls, text: str) -> Stamp:
@@ -351,10 +351,10 @@ class OrderEntry(NamedTuple):
         first = key[-STAMP_BYTES:]
         if not value:
             return cls(first, first, False, value)
-        found = latest(first, value)
-        if len(found) != STAMP_BYTES:
+        entry = latest(first, value)
+        if len(entry) != STAMP_BYTES:
             raise ValueError("the index entry is malformed")
-        return cls(first, found, is_deleted(value), value)
+        return cls(first, entry, is_deleted(value), value)
 
 
 def is_deleted(value: bytes) -> bool:

@@ -47,20 +47,20 @@ class LocalReads:
         return self._reader.keys(lower, upper, limit=limit, reverse=reverse)
 
     async def values(self, keys: Collection[bytes], *, bytes_max: int | None = None) -> dict[bytes, bytes]:
-        found: dict[bytes, bytes] = {}
+        values: dict[bytes, bytes] = {}
         size = 0
         for key in keys:
             value = self._reader.get(key)
             if value is not None:
-                found[key] = value
+                values[key] = value
                 size += len(value)
                 if bytes_max is not None and size >= bytes_max:
                     break
-        return found
+        return values
 
     async def newest(self, prefixes: Sequence[bytes]) -> list[bytes | None]:
-        found = [self._reader.keys(prefix, keyspace.after(prefix), limit=1, reverse=True) for prefix in prefixes]
-        return [keys[0] if keys else None for keys in found]
+        pages = [self._reader.keys(prefix, keyspace.after(prefix), limit=1, reverse=True) for prefix in prefixes]
+        return [keys[0] if keys else None for keys in pages]
 
     def walk_keys(self, prefix: bytes, after: bytes = b"") -> AsyncIterator[list[bytes]]:
         return in_order(self, prefix, after)
@@ -108,21 +108,21 @@ def check(reader: Reader) -> int | str:
     if raw is None:
         raise FormatError("the directory holds no ProgressDB store")
     try:
-        found = msgspec.json.decode(raw, type=_Format).format
+        version = msgspec.json.decode(raw, type=_Format).format
     except UNDECODABLE as error:
         raise FormatError("the store's format record is damaged: restore a backup") from error
-    if found == COPYING:
+    if version == COPYING:
         raise FormatError("a copy into the directory has not ended: run the same progressdb store copy again")
-    if isinstance(found, int) and found < FORMAT:
+    if isinstance(version, int) and version < FORMAT:
         raise FormatError(
             "the store was made before version 0.2.0, the first one whose formats are kept: set --db to a new directory"
         )
-    if found != FORMAT:
+    if version != FORMAT:
         raise FormatError(
-            f"the store has format {found}, this version reads format {FORMAT}: start the version that wrote it, or a "
-            "newer one"
+            f"the store has format {version}, this version reads format {FORMAT}: start the version that wrote it, or "
+            "a newer one"
         )
-    return found
+    return version
 
 
 def claim(engine: OrderedMap) -> None:

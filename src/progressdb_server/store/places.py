@@ -51,24 +51,24 @@ async def open_engine(place: str, *, single_node: bool = False, make: bool = Tru
 def open_reader(path: str) -> AbstractContextManager[Reader]:
     """Open a snapshot of a store's files to read it, even while a server has the store open. Raises
     StoreUnavailableError, FormatError."""
-    found: AbstractContextManager[Reader] = module_of(path, "opening").open_reader(path)
-    return found
+    reader: AbstractContextManager[Reader] = module_of(path, "opening").open_reader(path)
+    return reader
 
 
 def open_view(place: str) -> AbstractAsyncContextManager[View]:
     """A view of a store that servers may have open. Raises FormatError, StoreUnavailableError."""
-    found: AbstractAsyncContextManager[View] = module_of(place, "offline").view(place)
-    return found
+    view: AbstractAsyncContextManager[View] = module_of(place, "offline").view(place)
+    return view
 
 
 def alone(place: str) -> AbstractAsyncContextManager[Entries]:
     """The entries of a store that no server has open. Raises StoreLockedError, StoreUnavailableError, FormatError."""
-    found: AbstractAsyncContextManager[Entries] = module_of(place, "offline").alone(place)
-    return found
+    entries: AbstractAsyncContextManager[Entries] = module_of(place, "offline").alone(place)
+    return entries
 
 
 def open_copy(place: str, source: str) -> AbstractAsyncContextManager[Entries]:
     """The entries of a new store, or of one into which a copy of `source` has begun. It becomes a store at the end.
     Raises StoreLockedError, StoreUnavailableError, FormatError for a place that holds something else."""
-    found: AbstractAsyncContextManager[Entries] = module_of(place, "offline").open_copy(place, source)
-    return found
+    entries: AbstractAsyncContextManager[Entries] = module_of(place, "offline").open_copy(place, source)
+    return entries

@@ -81,7 +81,7 @@ class PostgresReads:
         # The driver's own timeout would send a cancel request, and wait for a node that does not answer.
         timer = loop.call_at(end_s, connection.terminate)
         try:
-            found: list[Any] = await connection.fetch(statement, *values)
+            rows: list[Any] = await connection.fetch(statement, *values)
         except BaseException:
             await self._end(connection)
             raise
@@ -89,7 +89,7 @@ class PostgresReads:
             timer.cancel()
         await self._pool.release(connection)
         self._nodes.check(node)
-        return found
+        return rows
 
     async def _end(self, connection: Any) -> None:
         """The pool makes another one in its place."""
@@ -97,8 +97,8 @@ class PostgresReads:
         await self._pool.release(connection)
 
     async def get(self, key: bytes) -> bytes | None:
-        found = await self.fetch("SELECT value FROM store_entry WHERE tkey = $1 AND key = $2", tkey(key), key)
-        return found[0][0] if found else None
+        rows = await self.fetch("SELECT value FROM store_entry WHERE tkey = $1 AND key = $2", tkey(key), key)
+        return rows[0][0] if rows else None
 
     async def scan(
         self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None

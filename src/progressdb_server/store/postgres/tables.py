@@ -195,8 +195,8 @@ async def examine(url: str, *, single_node: bool) -> Database:
 
 def _wanted(standbys: str) -> int:
     """How many must confirm a commit: `ANY 2 (…)`, `FIRST 2 (…)`, `2 (…)`, or names alone."""
-    found = re.match(r"\s*(?:(?:ANY|FIRST)\s+)?(\d+)\s*\(", standbys, re.IGNORECASE)
-    return int(found[1]) if found else int(standbys != "")
+    match = re.match(r"\s*(?:(?:ANY|FIRST)\s+)?(\d+)\s*\(", standbys, re.IGNORECASE)
+    return int(match[1]) if match else int(standbys != "")
 
 
 async def number_of(connection: asyncpg.Connection[Any], lock: str = "") -> int:
@@ -206,8 +206,10 @@ async def number_of(connection: asyncpg.Connection[Any], lock: str = "") -> int:
     return number
 
 
-def other_schema(found: int) -> str:
-    if found == COPYING:
+def other_schema(version: int) -> str:
+    if version == COPYING:
         return "a copy into the database has not ended: run the same progressdb store copy again"
-    way_out = "run progressdb store upgrade" if found < SCHEMA else "start the version that upgraded it, or a newer one"
-    return f"the database has schema {found}, this version has {SCHEMA}: {way_out}"
+    way_out = (
+        "run progressdb store upgrade" if version < SCHEMA else "start the version that upgraded it, or a newer one"
+    )
+    return f"the database has schema {version}, this version has {SCHEMA}: {way_out}"

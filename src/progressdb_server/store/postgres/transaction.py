@@ -56,11 +56,11 @@ def new_versions(pending: PendingWrite) -> dict[bytes, tuple[bytes, bytes]]:
     write = pending.write
     if write is None or not write.messages:
         return {}
-    found: dict[bytes, tuple[bytes, bytes]] = {}
+    versions: dict[bytes, tuple[bytes, bytes]] = {}
     for key, value in write.puts:
         if key.startswith(keyspace.VERSION) and value is not None:
-            found[key] = tkey(b"thread:%b:" % value), key[-keyspace.STAMP_BYTES :]
-    return found
+            versions[key] = tkey(b"thread:%b:" % value), key[-keyspace.STAMP_BYTES :]
+    return versions
 
 
 async def write_group(
@@ -77,19 +77,19 @@ async def write_group(
     late = {
         thread for versions in stamps.values() for thread, stamp in versions.values() if stamp <= heads.get(thread, b"")
     }
-    found = await _read(connection, expected | fresh | {_newest(thread, heads[thread]) for thread in late})
+    values = await _read(connection, expected | fresh | {_newest(thread, heads[thread]) for thread in late})
     failed: dict[PendingWrite, Exception] = {}
     for pending, versions in stamps.items():
         for version, (thread, _) in versions.items():
             if thread in late:
-                last = _believed(heads[thread], clock) if _newest(thread, heads[thread]) in found else None
+                last = _believed(heads[thread], clock) if _newest(thread, heads[thread]) in values else None
                 failed[pending] = LateStampError(version, last) if last else RecordUnreadableError(_HEAD_DAMAGED)
-            elif version in found:
+            elif version in values:
                 failed[pending] = LateStampError(version, None)
     rest = [pending for pending in group if pending not in failed]
-    staged, refused, threads, messages = Conditions(found).stage(rest)
+    staged, refused, threads, messages = Conditions(values).stage(rest)
     failed |= refused
-    await _put(connection, staged, fresh | {key for key in expected if key not in found})
+    await _put(connection, staged, fresh | {key for key in expected if key not in values})
     # A new thread has a head, although nothing may be in it yet.
     made = {tkey(key) for key, value in staged.items() if key.startswith(keyspace.MAP) and value is not None}
     advanced = {place: b"" for place in map(tkey, staged) if place in heads or place in made}
@@ -130,13 +130,13 @@ async def _lock_heads(connection: NodeConnection, locking: str, threads: Sequenc
 async def _read(connection: NodeConnection, keys: Iterable[bytes]) -> dict[bytes, bytes]:
     """The values of those that are stored. An entry of no thread stays locked."""
     places = sorted((tkey(key), key) for key in keys)
-    found: dict[bytes, bytes] = {}
+    values: dict[bytes, bytes] = {}
     for of_threads, lock in ((True, ""), (False, " FOR UPDATE OF entry")):
         some = [place for place in places if is_thread(place[0]) is of_threads]
         if some:
             rows = await connection.fetch(_VALUES + lock, *zip(*some, strict=True))
-            found |= {row[0]: row[1] for row in rows}
-    return found
+            values |= {row[0]: row[1] for row in rows}
+    return values
 
 
 async def _put(connection: NodeConnection, staged: Puts, fresh: set[bytes]) -> None:

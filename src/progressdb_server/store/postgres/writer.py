@@ -453,8 +453,8 @@ class PostgresWriter(GroupCommit):
 def _lasting(group: Sequence[PendingWrite], failed: Collection[PendingWrite]) -> bytes:
     """The key of a version entry that the group has put, empty if there is none."""
     for pending in reversed(group):
-        if pending not in failed and (found := new_versions(pending)):
-            return next(iter(found))
+        if pending not in failed and (versions := new_versions(pending)):
+            return next(iter(versions))
     return b""
 
 
@@ -495,13 +495,13 @@ class Aside:
 
     def take(self, group: list[PendingWrite], locked: Collection[bytes]) -> None:
         """Remove from the group what needs one of `locked`, or touches what waits already."""
-        found = set(locked)
+        keys = set(locked)
         for pending in tuple(group):
             touched = _touched(pending)
             writer = next((one for one in self._writers if not touched.isdisjoint(one.touched)), None)
-            if writer is not None or not touched.isdisjoint(found):
+            if writer is not None or not touched.isdisjoint(keys):
                 writer = writer or min(self._writers, key=lambda one: (bool(one.touched), -one.began_s))
-                found |= touched
+                keys |= touched
                 group.remove(pending)
                 writer.touched |= touched
                 writer.take_over(pending)

@@ -523,10 +523,10 @@ def _damaged_log(path: str) -> str:
     try:
         with open(os.path.join(path, "LOG"), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL_BYTES))
-            found = _DROPPED.findall(file.read(LOG_TAIL_BYTES))
+            drops = _DROPPED.findall(file.read(LOG_TAIL_BYTES))
     except OSError:
         return ""
-    return found[-1].decode() if found else ""
+    return drops[-1].decode() if drops else ""
 
 
 def not_opened(path: str, error: Exception) -> StoreUnavailableError:

@@ -31,11 +31,11 @@ async def alone(path: str) -> AsyncIterator[LocalEntries]:
 async def open_copy(path: str, source: str) -> AsyncIterator[LocalEntries]:
     engine, begun = RocksEngine(path), local.begun_copy(source)
     try:
-        found = engine.get(keyspace.FORMAT)
-        if found is None and not engine.scan(b"", keyspace.END, limit=1):
+        value = engine.get(keyspace.FORMAT)
+        if value is None and not engine.scan(b"", keyspace.END, limit=1):
             engine.write([(keyspace.FORMAT, begun)])
             engine.sync()
-        elif found != begun:
+        elif value != begun:
             raise FormatError(f"{path} holds another store, or another copy that has not ended")
         yield LocalEntries(engine)
         local.end_copy(engine)

@@ -89,12 +89,12 @@ class Remains(RocksRead):
             yield Lost(self.lost_logs, b"", b"", [])
         page: list[Entry] = []
         size = 0
-        for found in self._walk(b"", keyspace.END, frozenset()):
-            if isinstance(found, Lost):
-                yield found
+        for part in self._walk(b"", keyspace.END, frozenset()):
+            if isinstance(part, Lost):
+                yield part
                 continue
-            page.append(found)
-            size += len(found[1])
+            page.append(part)
+            size += len(part[1])
             if len(page) >= SCAN_ENTRIES_MAX or size >= WALK_BYTES_MAX:
                 yield page
                 page, size = [], 0
@@ -238,11 +238,11 @@ class RemainsView(LocalView):
         self.lost: list[Lost] = []
 
     async def walk(self) -> AsyncIterator[list[Entry]]:
-        for found in self._remains.walk():
-            if isinstance(found, Lost):
-                self.lost.append(found)
+        for part in self._remains.walk():
+            if isinstance(part, Lost):
+                self.lost.append(part)
             else:
-                yield found
+                yield part
 
 
 @contextlib.contextmanager
