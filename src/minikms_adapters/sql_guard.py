@@ -19,7 +19,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.schema import ColumnCollectionConstraint
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import ColumnClause, Label
+from sqlalchemy.sql.elements import ColumnClause, Label, TextClause
 from sqlalchemy.sql.selectable import ScalarSelect, TextualSelect
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import TypeDecorator
@@ -133,11 +133,9 @@ class Guard(SQLCompiler):
 
     def _with_assignments(self, visit: Any, statement: Any, args: Any, kwargs: Any) -> Any:
         state = statement._compile_state_factory(statement, self)
-        columns = state.statement.table.c
         assigned = []
-        for key, value in _assignments(state, any(is_opaque(column) for column in columns)):
-            target = columns.get(key) if isinstance(key, str) else key
-            if is_opaque(target) and _check_assigned(target, value):
+        for target, value, typed in _assignments(state):
+            if is_opaque(target) and _check_assigned(target, value, typed):
                 assigned.append(value)
         with self._with(_assigned=tuple(assigned)):
             return visit(statement, *args, **kwargs)
@@ -145,7 +143,8 @@ class Guard(SQLCompiler):
     def visit_on_duplicate_key_update(self, on_duplicate: Any, **kwargs: Any) -> Any:
         """MySQL's compiler writes the columns of `inserted` without visiting them."""
         values = [each for each in on_duplicate.update.values() if not any(each is known for known in self._assigned)]
-        if any(map(is_opaque, chain(*(iterate(each) for each in values if hasattr(each, "_compiler_dispatch"))))):
+        parts = chain(*(iterate(each) for each in values if hasattr(each, "_compiler_dispatch")))
+        if any(is_opaque(each) and isinstance(each, ColumnClause) for each in parts):
             _refuse()
         visit: Any = super()
         return visit.visit_on_duplicate_key_update(on_duplicate, **kwargs)
@@ -164,23 +163,52 @@ def _refuse() -> NoReturn:
     raise NotSearchableError("an encrypted column can only be selected, tested for NULL, inserted and updated")
 
 
-def _assignments(state: Any, opaque: bool) -> Iterator[tuple[Any, Any]]:
-    for row in state._multi_parameters or [state._dict_parameters or {}]:
-        yield from row.items()
-    statement = state.statement
+def _refuse_target(key: object) -> NoReturn:
+    raise NotSupportedError(f"{key} names no column of a table with encrypted columns: give the table's own column")
+
+
+def _assignments(state: Any) -> Iterator[tuple[Any, Any, bool]]:
+    """The assigned columns with their values, and whether SQLAlchemy gives an untyped parameter the column's type."""
+    statement, others = state.statement, getattr(state, "_extra_froms", ())
+    table = statement.table
+    if not any(is_opaque(column) for each in (table, *others) for column in each.columns):
+        return
+    columns = {column.key: column for column in table.columns if column.table not in others}
+    for index, row in enumerate(state._multi_parameters or [state._dict_parameters or {}]):
+        for key, value in row.items():
+            yield _target(key, columns, others), value, index == 0
     names = getattr(statement, "_select_names", None)
-    if names and opaque:
-        select = statement.select
-        if not isinstance(select, Select):
+    if names:
+        selected = statement.select.selected_columns if isinstance(statement.select, Select) else ()
+        if len(selected) != len(names):
             raise NotSupportedError("INSERT from this SELECT into a table with encrypted columns is not supported")
-        yield from zip(names, select.selected_columns, strict=True)
+        for name, value in zip(names, selected, strict=True):
+            yield _target(name, columns, others), value, False
     clause = getattr(statement, "_post_values_clause", None)
-    if clause is None or not opaque or clause.__visit_name__ == "on_conflict_do_nothing":
+    if clause is None or clause.__visit_name__ == "on_conflict_do_nothing":
         return
     updates = getattr(clause, "update_values_to_set", None) or getattr(clause, "update", None)
     if not updates or is_opaque(getattr(clause, "update_whereclause", None)):
         _refuse()
-    yield from dict(updates).items()
+    for name, value in dict(updates).items():
+        key = name.__clause_element__() if hasattr(name, "__clause_element__") else name
+        if key not in columns if isinstance(key, str) else not table.columns.contains_column(key):
+            _refuse_target(key)  # SQLAlchemy would write its name as it is
+        yield _target(key, columns, others), value, True
+
+
+def _target(key: Any, columns: dict[str, Any], others: Any) -> Any:
+    """The column that SQLAlchemy assigns to: it takes that of the same key, whatever the table of `key` is."""
+    key = key.__clause_element__() if hasattr(key, "__clause_element__") else key
+    if isinstance(key, str):
+        return columns.get(key)
+    if not isinstance(key, ColumnClause):
+        tables = {column.table for column in columns.values()}
+        parts = [each for each in iterate(key) if isinstance(each, (ColumnClause, TextClause))]
+        if not parts or any(getattr(each, "table", None) not in tables for each in parts):
+            _refuse_target(key)
+        return None
+    return key if key.table in others else columns.get(key.key)
 
 
 def _is_of_same_column(target: Any, value: Any) -> bool:
@@ -188,7 +216,7 @@ def _is_of_same_column(target: Any, value: Any) -> bool:
     return same and not getattr(value, "is_literal", False)
 
 
-def _check_assigned(target: Any, value: Any) -> bool:
+def _check_assigned(target: Any, value: Any, typed: bool) -> bool:
     """Whether the value is the column itself. Raises for what would be written in plaintext."""
     value = value.__clause_element__() if hasattr(value, "__clause_element__") else value
     if isinstance(value, Label):
@@ -196,7 +224,7 @@ def _check_assigned(target: Any, value: Any) -> bool:
     same = _is_of_same_column(target, value)
     if not hasattr(value, "_compiler_dispatch") or isinstance(value, Null):
         return False
-    if isinstance(value, BindParameter) and (same or value.type._isnull):
+    if isinstance(value, BindParameter) and (same or (typed and value.type._isnull)):
         return False
     if same and isinstance(value, ColumnClause):
         return True

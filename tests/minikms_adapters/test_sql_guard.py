@@ -52,6 +52,17 @@ class Person(Base):
         return [(cls.notes, func.trim(value))]
 
 
+class Note(Base):
+    __tablename__ = "plain_notes"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    notes: Mapped[str | None]
+
+
+class More(Base):
+    __tablename__ = "more"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "people.sqlite"
@@ -174,6 +185,138 @@ def test_an_expression_is_not_written_into_an_encrypted_column(engine: Engine, f
     assert SECRET.encode() not in file.read_bytes()
     with Session(engine) as session:
         assert session.scalars(select(P.notes).order_by(P.id)).all() == ["x", "y"]
+
+
+INVALID = (sa.exc.SQLAlchemyError, AttributeError, LookupError)
+"""What SQLAlchemy itself raises."""
+KEYS: dict[str, Any] = {
+    "name": "notes",
+    "attribute": P.notes,
+    "column": sa.column("notes"),
+    "typed column": sa.column("notes", sa.String),
+    "column of a table": sa.table("people", sa.column("notes")).c.notes,
+    "text": sa.literal_column("notes"),
+    "quoted text": sa.literal_column('"notes"'),
+    "grouped text": sa.literal_column("notes").self_group(),
+    "capitals": "NOTES",
+    "column in capitals": sa.column("NOTES"),
+    "another model": Note.notes,
+    "another table": Note.__table__.c.notes,
+    "alias": aliased(P).notes,
+    "alias of the table": P.__table__.alias().c.notes,
+    "label": Note.notes.label("notes"),
+    "expression": sa.type_coerce(sa.column("notes"), sa.String),
+    "row": sa.tuple_(sa.column("notes"), sa.column("plain")),
+}
+VALUES: dict[str, Any] = {
+    "text": SECRET,
+    "literal": literal(SECRET),
+    "function": func.lower(SECRET),
+    "column": P.plain,
+    "untyped parameter": sa.bindparam("later"),
+    "typed parameter": sa.bindparam("later", type_=sa.String),
+    "parameter of the column": sa.bindparam("later", type_=notes.type),
+}
+FORMS: dict[str, Callable[[Any, Any], Any]] = {
+    "update": lambda key, value: update(P).values({key: value}),
+    "update of a table": lambda key, value: update(notes.table).values({key: value}),
+    "update of an alias": lambda key, value: update(aliased(P)).values({key: value}),
+    "update in an order": lambda key, value: update(P).ordered_values((key, value)),
+    "update from": lambda key, value: update(P).where(P.id == More.id).values({key: value}),
+    "update in a CTE": lambda key, value: select(update(P).values({key: value}).returning(P.id).cte().c.id),
+    "update beside": lambda key, value: insert(P).values(id=3).add_cte(update(P).values({key: value}).cte("more")),
+    "insert": lambda key, value: insert(P).values({key: value, "id": 3}),
+    "insert in a CTE": lambda key, value: select(insert(P).values({key: value}).returning(P.id).cte().c.id),
+    "first row": lambda key, value: insert(P).values([{key: value, "id": 3}, {key: "x", "id": 4}]),
+    "second row": lambda key, value: insert(P).values([{"notes": "x", "id": 3}, {key: value, "id": 4}]),
+    "from a SELECT": lambda key, value: insert(P).from_select([key, "id"], select(value, P.id + 2)),
+    "upsert": lambda key, value: (
+        sqlite.insert(P).values(id=1).on_conflict_do_update(index_elements=["id"], set_={key: value})
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Additional column names", "ignore:.*cartesian product")
+@pytest.mark.parametrize("form", FORMS)
+def test_no_name_of_the_column_lets_plaintext_reach_the_driver(engine: Engine, form: str) -> None:
+    sent: list[str] = []
+    accepted: set[tuple[str, str]] = set()
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def _(*arguments: Any) -> None:
+        sent.append(repr(arguments[2:4]))
+
+    connects: tuple[Any, ...] = (Session, Engine.connect)
+    for connect in connects:
+        for name, key in KEYS.items():
+            for kind, value in VALUES.items():
+                with connect(engine) as connection:
+                    try:
+                        connection.execute(FORMS[form](key, value), {"later": SECRET} if "parameter" in kind else {})
+                        if connect is Engine.connect:  # a session leaves some of these columns out
+                            accepted.add((name, kind))
+                    except (*REFUSED, *INVALID):
+                        pass
+                    assert SECRET not in "".join(sent), (name, kind)
+    safe = "parameter of the column"
+    if "CTE" not in form and "beside" not in form:  # which SQLite has not
+        assert {("name", safe), ("attribute", safe)} <= accepted
+    assert {each for each in accepted if each[1] not in {"text", "untyped parameter", safe}} == set()
+
+
+@pytest.mark.filterwarnings("ignore:Additional column names")
+@pytest.mark.parametrize("kind_of_dialect", [postgresql.dialect, mysql.dialect])
+def test_no_name_of_the_column_lets_plaintext_reach_another_database(kind_of_dialect: Any, engine: Engine) -> None:
+    """The databases are not here; their compilers are."""
+    dialect = kind_of_dialect()
+    sql_guard.install(dialect)
+    forms: dict[str, Callable[[Any, Any], Any]] = {
+        **FORMS,
+        "upsert": lambda key, value: (
+            postgresql.insert(P).values(id=1).on_conflict_do_update(index_elements=["id"], set_={key: value})
+            if dialect.name == "postgresql"
+            else mysql.insert(P).values(id=1).on_duplicate_key_update({key: value})
+        ),
+    }
+    accepted: set[tuple[str, str]] = set()
+    for form, make in forms.items():
+        for name, key in KEYS.items():
+            for kind, value in VALUES.items():
+                try:
+                    compiled: Any = make(key, value).compile(dialect=dialect)
+                except (*REFUSED, *INVALID):
+                    continue
+                accepted.add((form, kind))
+                assert SECRET not in str(compiled)
+                for bound, label in compiled.bind_names.items():
+                    sealed = isinstance(bound.type, Encrypted)
+                    assert sealed or (bound.value != SECRET and label != "later"), (form, name, kind)
+    assert {(form, kind) for form in forms for kind in ("text", "parameter of the column")} - accepted == {
+        ("from a SELECT", "text")  # which is no column
+    }
+
+
+def test_bulk_writes_and_synchronised_updates_encrypt(engine: Engine, file: Path) -> None:
+    with Session(engine) as session:
+        one = session.get_one(P, 1)
+        session.bulk_insert_mappings(P.__mapper__, [{"id": 3, "notes": SECRET}, {"id": 4, "notes": SECRET}])
+        session.bulk_update_mappings(P.__mapper__, [{"id": 2, "notes": SECRET}])
+        session.execute(insert(P), [{"id": 5, "notes": SECRET}, {"id": 6, "notes": SECRET}])
+        session.execute(insert(P).returning(P.id), [{"id": 7, "notes": SECRET}, {"id": 8, "notes": SECRET}])
+        session.merge(P(id=9, notes=SECRET))
+        for how in ("evaluate", "fetch", False):
+            session.execute(
+                update(P).where(P.id == 1).values(notes=SECRET), execution_options={"synchronize_session": how}
+            )
+            assert how is False or one.notes == SECRET
+            for value in (literal(SECRET), func.lower(SECRET)):
+                with pytest.raises(REFUSED):
+                    session.execute(
+                        update(P).values({sa.column("notes"): value}), execution_options={"synchronize_session": how}
+                    )
+        session.commit()
+        assert session.scalars(select(P.notes)).all() == [SECRET] * 9
+    assert SECRET.encode() not in file.read_bytes()
 
 
 def test_an_upsert_of_mysql_copies_the_same_column_only(engine: Engine) -> None:
