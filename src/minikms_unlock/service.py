@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from minikms.api.errors import StartError
-from minikms.client.connecting import server_uid
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD
 from minikms.memory import SecretArena, harden
 from minikms.platform.activation import passed_socket
@@ -34,6 +33,7 @@ from minikms.processes.handover import (
     parse_question,
     sentence,
 )
+from minikms.processes.peer import read_peer
 from minikms_tokens import AwayError, RefusedError, TokenError
 from minikms_tokens.wrapping import PROVIDER_SECONDS_MAX, ProviderCalls
 from minikms_unlock.files import Config, read_config, unwrap_into
@@ -108,7 +108,7 @@ def _asked(listener: socket.socket, uid: int | None, log: structlog.stdlib.Bound
             connection, _ = listener.accept()
         except TimeoutError:
             break
-        peer = server_uid(connection)  # who connected: the kernel's answer is the same for both ends
+        peer = read_peer(connection).uid
         if uid is not None and peer != uid:
             connection.close()
             if peer not in refused:

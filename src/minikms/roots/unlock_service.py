@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from minikms.api.errors import StartError, StartLaterError
-from minikms.client.connecting import server_uid
 from minikms.keys import keyring
 from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot
 from minikms.platform import clock
@@ -30,6 +29,7 @@ from minikms.processes.handover import (
     Question,
     parse_sentence,
 )
+from minikms.processes.peer import read_peer
 from minikms.roots.providers import GivenKey, RootProvider
 
 CONNECT_PAUSE_SECONDS: Final = 0.02
@@ -96,7 +96,7 @@ class UnlockService(RootProvider):
                 break
             except BlockingIOError:  # the listener's queue is full: a member of its group could keep it so for long
                 await asyncio.sleep(CONNECT_PAUSE_SECONDS)
-        uid = server_uid(connection)
+        uid = read_peer(connection).uid
         if uid not in self.uids:
             expected = " or ".join(map(str, sorted(self.uids)))
             raise RootAwayError(
