@@ -11,9 +11,9 @@ import asyncio
 import http.client
 import itertools
 import json
-import logging
 import os
 import secrets
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from bench.programs import ADMIN_KEY, BACKEND_KEY, BenchError
 from bench.report import Row, figure, say
 from minikms.api.errors import KmsRefusedError
 from minikms.client import EncryptItem
-from minikms.platform.logs import structlog
+from minikms.platform.logs import log_to
 from progressdb_server.config import Retention, Rotation
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.rotation import Due
@@ -91,7 +91,7 @@ async def _grow(directory: Path, socket: str, pid: int) -> list[Row]:
     jobs = Jobs(store, provider, Rotation(records_per_second=0), SOON, exclusive=True)
     rows: list[Row] = []
     numbers, going = itertools.count(), itertools.count()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    log_to(sys.stderr, "console", "warning")
 
     async def write(below: int) -> None:
         while (await store.stats())["threads"] <= below - BUILDERS:

@@ -40,7 +40,7 @@ from minikms.memory.signals import SignalReader
 from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.directory_lock import DataDirLock
 from minikms.platform.files import read_file_bounded, remove_left_temps, replace_file
-from minikms.platform.logs import service_logger, structlog
+from minikms.platform.logs import Log, service_logger
 from minikms.platform.notify import Notifier
 from minikms.platform.process_metrics import open_process_files
 from minikms.platform.workers import in_worker
@@ -350,9 +350,7 @@ class Daemon:
             self.run.stop("the parent has ended")
 
 
-async def sweep_temps_again(
-    vault: Vault, data_dir: str, log: structlog.stdlib.BoundLogger, *, reader: Executor, disk: Executor
-) -> None:
+async def sweep_temps_again(vault: Vault, data_dir: str, log: Log, *, reader: Executor, disk: Executor) -> None:
     """Removes the temporary files that a kill or a failed removal left, where there may be many files: now and every
     SWEEP_SECONDS, until it is cancelled. A large directory is read once, unless something in it can't be removed.
     """

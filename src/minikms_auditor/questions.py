@@ -40,7 +40,7 @@ from minikms.audit.questions import Found, Search
 from minikms.audit.record import Event
 from minikms.http import Limits, Link, Request, Response, error_response
 from minikms.http.page import SmallApplication
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.platform.workers import in_worker
 from minikms.processes.peer import is_overflow_uid, read_peer
 from minikms_auditor.auditor import Auditor, Status
@@ -67,7 +67,7 @@ class QuestionApplication(SmallApplication):
         *,
         status: Callable[[], Status],
         stopping: Callable[[], bool],
-        log: structlog.stdlib.BoundLogger,
+        log: Log,
     ) -> None:
         """`status`: of the last step."""
         self._log_dir = config.log_dir

@@ -22,7 +22,7 @@ from minikms.api.errors import StartError
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD
 from minikms.memory import SecretArena, harden
 from minikms.platform.activation import passed_socket
-from minikms.platform.logs import service_logger, structlog
+from minikms.platform.logs import Log, service_logger
 from minikms.processes.handover import (
     AWAY,
     KEY,
@@ -96,7 +96,7 @@ def serve(config_path: Path, log_format: str) -> int:
             return _answer(asked, config, arena, log)
 
 
-def _asked(listener: socket.socket, uid: int | None, log: structlog.stdlib.BoundLogger) -> Asked | None:
+def _asked(listener: socket.socket, uid: int | None, log: Log) -> Asked | None:
     """The first whole question of the user `uid`; None if there was none in time. Without `uid` anybody's: the answer
     has no key then.
     """
@@ -138,7 +138,7 @@ def _question(connection: socket.socket, deadline: float) -> Question | None:
     return parse_question(data)
 
 
-def _answer(asked: Asked, config: Config | None, arena: SecretArena, log: structlog.stdlib.BoundLogger) -> int:
+def _answer(asked: Asked, config: Config | None, arena: SecretArena, log: Log) -> int:
     connection, question = asked
     log = log.bind(purpose=question.purpose, keyring_id=question.keyring_id)
     key = arena.allocate()  # the arena zeroes it, also while a provider that is late has its view

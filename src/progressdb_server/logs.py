@@ -1,45 +1,31 @@
 """The server's log: one event a line, on standard error.
 
-Owns: the configuration of structlog, and of the standard library's logging that libraries use. Invariants: of a
-library's record only its message is logged, without a traceback, which could quote what a user typed; a traceback of
-our own shows no values of variables; nothing is logged to standard output.
+Owns: what the standard library's logging, which libraries use, becomes. Invariants: of a library's record only its
+message is logged, without a traceback, which could quote what a user typed; nothing is logged to standard output.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, Final, Literal
+from typing import Literal
 
-from minikms.platform.logs import clean_values, log_lines, structlog
-
-_LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+from minikms.platform.logs import LEVELS, Log, log_to
 
 
-class _ThroughStructlog(logging.Handler):
+class _ThroughOurLog(logging.Handler):
     """A library's record becomes an event named by its message."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        structlog.get_logger(record.name).log(record.levelno, record.getMessage().strip())
+        level = max(
+            (name for name in LEVELS if LEVELS[name] <= record.levelno), key=LEVELS.__getitem__, default="debug"
+        )
+        Log().log(level, record.getMessage().strip())
 
 
 def configure(log_format: Literal["console", "json"], level: Literal["debug", "info", "warning", "error"]) -> None:
-    """Set up logging for this process, to standard error."""
-    stream = sys.stderr
-    processors: list[Any] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
-    if log_format == "json":
-        processors.append(structlog.processors.JSONRenderer())
-    else:
-        processors += [
-            clean_values,
-            structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback),
-        ]
-    structlog.configure(
-        processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=log_lines(stream, processors),
-        cache_logger_on_first_use=True,
-    )
+    """Sets up the log of this process, on standard error."""
+    log_to(sys.stderr, log_format, level)
     root = logging.getLogger()
-    root.handlers[:] = [_ThroughStructlog()]
+    root.handlers[:] = [_ThroughOurLog()]
     root.setLevel(logging.WARNING)

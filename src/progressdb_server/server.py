@@ -27,7 +27,7 @@ from minikms.api.errors import StartError
 from minikms.client import KmsError
 from minikms.platform import process_metrics
 from minikms.platform.accepting import raise_descriptor_limit
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.platform.notify import Notifier
 from minikms.processes.tracing import Tracing, from_environment
 from progressdb_server import logs
@@ -51,7 +51,7 @@ from progressdb_server.kms.supervisor import ChildOptions, Supervisor, Superviso
 from progressdb_server.metrics import KmsMetrics
 from progressdb_server.store import epoch, places
 
-_log: Final = structlog.get_logger("progressdb")
+_log: Final = Log()
 _COLLECTED_OBJECTS_MIN: Final = 50_000
 """New objects between two runs of the cycle collector: many times what the requests in flight hold. Python's default of
 700 visits objects that are still in use, which costs an eighth of an append's time; a request leaves no cycles."""

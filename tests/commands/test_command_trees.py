@@ -32,13 +32,13 @@ def test_help_imports_nothing_that_only_a_command_needs(package: str) -> None:
     done = run(sys.executable, "-X", "importtime", "-m", package, "--help")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert {f"{package}.cli.command", f"{package}.command"} & imported
-    roots = {"cryptography", "uvloop", "asyncio", "httptools", "structlog", "msgspec", "yaml", "ssl", "http"}
+    roots = {"cryptography", "uvloop", "asyncio", "httptools", "msgspec", "yaml", "ssl", "http"}
     modules = {"rich.markdown", "rich.progress", "importlib.metadata", "difflib"}
     rooms = {"minikms.daemon", "minikms.cli.status", "progressdb_server.config", "progressdb_server.cli.jobs"}
     assert not {name for name in imported if name.partition(".")[0] in roots} | (imported & (modules | rooms))
 
 
-LIBRARIES = ("cryptography", "httptools", "uvloop", "pybase64", "structlog", "prometheus_client", "cyclopts", "rich")
+LIBRARIES = ("cryptography", "httptools", "uvloop", "pybase64", "prometheus_client", "cyclopts", "rich")
 """Of the extra `daemon`, as `sys.modules` names them."""
 
 

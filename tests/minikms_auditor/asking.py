@@ -16,7 +16,7 @@ from minikms.client.connecting import SocketEndpoint
 from minikms.client.connection import ClientConnection
 from minikms.http import HttpServer
 from minikms.http.accepting import Acceptor
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.processes.sockets import listen
 from minikms_auditor.auditor import Status
 from minikms_auditor.config import Config, Questions, parse_config
@@ -62,7 +62,7 @@ async def serving(app: QuestionApplication, path: Path) -> AsyncIterator[Path]:
 
 @contextlib.asynccontextmanager
 async def desk_of(rig: Rig, *, uids: tuple[int, ...] = (os.getuid(),)) -> AsyncIterator[Path]:
-    """Its socket. The lines of its log go to structlog."""
+    """Its socket."""
     assert rig.auditor is not None
     config = parse_config(rig.config(), "auditor.toml")
     app = QuestionApplication(
@@ -71,7 +71,7 @@ async def desk_of(rig: Rig, *, uids: tuple[int, ...] = (os.getuid(),)) -> AsyncI
         rig.auditor,
         status=rig.auditor.status,
         stopping=lambda: False,
-        log=structlog.get_logger(),
+        log=Log(),
     )
     async with serving(app, rig.base / "q") as path:
         yield path
@@ -89,7 +89,7 @@ def beside(log_dir: Path, base: Path, status: Status, *, uids: tuple[int, ...] =
         state_dir=str(base),
         signers=(),
     )
-    log = structlog.get_logger()
+    log = Log()
     auditor: Any = SimpleNamespace(check_index=False)
     app = QuestionApplication(
         config, Questions(users=uids), auditor, status=lambda: status, stopping=lambda: False, log=log

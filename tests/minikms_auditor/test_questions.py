@@ -13,8 +13,8 @@ from minikms.audit import blocks, questions
 from minikms.audit.log import CHORES_NS
 from minikms.audit.maintenance import compress_closed
 from minikms.audit.record import Event
-from minikms.platform.logs import structlog
 from minikms_auditor import questions as answering
+from tests.harness.logged import capture_logs
 from tests.minikms.audit.indexed_log import SMALL
 from tests.minikms.audit.logmaker import Clock, open_log
 from tests.minikms_auditor.asking import Asked, answers, ask, desk_of
@@ -115,7 +115,7 @@ def test_only_a_configured_user_is_answered(rig: Rig) -> None:
                 with pytest.raises(KmsUnavailableError):
                     await ask(path, {})
 
-    with structlog.testing.capture_logs() as logged:
+    with capture_logs() as logged:
         asyncio.run(refused())
     assert [(line["event"], line["uid"]) for line in logged] == [("peer refused", os.getuid())]
 
@@ -150,7 +150,7 @@ def test_a_question_out_of_bounds_is_refused(rig: Rig, body: object, status: int
 def test_a_question_is_logged_with_who_asked_before_its_answer(rig: Rig) -> None:
     rig.write(5)
     rig.steps()
-    with structlog.testing.capture_logs() as logged:
+    with capture_logs() as logged:
         answers(rig, {"asker": "admin key 2", "thread": "t", "thread_keys": [f"k_01jd{3:022}"]})
     (line,) = logged
     assert line == {
@@ -189,7 +189,7 @@ def test_a_log_that_cannot_be_read_is_a_sentence_and_a_line(rig: Rig) -> None:
             rig.log_dir.rename(rig.base / "away")
             return await ask(path, {})
 
-    with structlog.testing.capture_logs() as logged:
+    with capture_logs() as logged:
         found = asyncio.run(without_a_log())
     assert found.status == 503 and b"the audit log can't be read: No such file" in found.body
     assert [line["event"] for line in logged] == ["question failed"]

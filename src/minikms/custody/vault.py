@@ -63,7 +63,7 @@ from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from minikms.platform.clock import now_rfc3339
 from minikms.platform.files import remove_left_temps
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.platform.workers import in_worker
 
 CACHE_KEYS_MAX: Final = 16_384
@@ -536,7 +536,7 @@ class Indexing:
         self._vault.index.complete = True
         self._completed.set()
         if self._changed:
-            logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+            logger = Log()
             first = self._changed[:LISTED_COUNT_MAX]
             logger.warning("key files have changed since the last stop", keys=len(self._changed), first=first)
         await self._remove_destroyed()

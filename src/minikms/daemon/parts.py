@@ -43,7 +43,7 @@ from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.memory.process import Measure, name_thread
 from minikms.platform.directory_lock import DataDirLock
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.platform.notify import Notifier
 from minikms.platform.workers import in_worker
 from minikms.policy import Meters
@@ -98,7 +98,7 @@ class RunContext(NamedTuple):
     connections_max: int
     workers: Workers
     notifier: Notifier
-    log: structlog.stdlib.BoundLogger
+    log: Log
     on_internal_error: Callable[[str], None]
 
 
@@ -294,14 +294,14 @@ class Parts:
             return
         server.replace_app(app, None)
         why = lagging.why
-        logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+        logger = Log()
         logger.warning("refusing requests" if why else "serving again", why=why or "the auditor has caught up")
 
     async def begin(self, events: Sequence[Event]) -> None:
         """Writes the first lines of this run, durably, and logs what the replay of the journal could not read. Raises
         StartError when they can't be written.
         """
-        logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+        logger = Log()
         if damaged := self._data.replayed.damaged:
             logger.warning("journal damaged", records=damaged, do="run minikms doctor")
         if why := self._data.why_no_index:
@@ -378,7 +378,7 @@ class Parts:
         try:
             self._data.keep_index()
         except StorageUnavailableError as error:
-            logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+            logger = Log()
             logger.warning("key index not kept: the next start reads every key file first", why=str(error))
         finally:
             self._data.close()

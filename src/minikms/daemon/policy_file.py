@@ -21,7 +21,7 @@ from minikms import api
 from minikms.api.errors import ConflictError, InvalidPolicyError, StartError
 from minikms.audit import Event
 from minikms.custody.vault import Permit, permitted
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.platform.trusted_file import ROOT_UID, directory_read, read_trusted
 from minikms.policy import POLICY_BYTES_MAX, FilePolicy, Meters, Policy, PolicyFileError, Rules, parse_policy
 
@@ -85,7 +85,7 @@ class PolicyInForce:
         file: PolicyFile | None,
         meters: Meters | None,
         executor: Executor,
-        log: structlog.stdlib.BoundLogger,
+        log: Log,
     ) -> None:
         self.policy = policy
         self.meters = meters

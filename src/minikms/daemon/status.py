@@ -17,7 +17,7 @@ from minikms.api.errors import StandbyError
 from minikms.http.accepting import bound_warning
 from minikms.keys import members
 from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 
 if TYPE_CHECKING:
     from minikms.audit.maintenance import Maintenance
@@ -85,7 +85,7 @@ class StatusPage:
         self._keks = keks
         self._started_ns = started_ns
         self.server: HttpServer[Session] | None = None
-        self._logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+        self._logger = Log()
         self._disk_was_full = False
 
     def build(self) -> dict[str, object]:

@@ -1,59 +1,169 @@
-"""structlog, imported without rich: `from minikms.platform.logs import structlog`; and how a service writes its log.
+"""The log of every program: one event a line, on standard error, as JSON or as `key=value` (logfmt).
 
-A log that nobody reads must not stop a service: a line that its pipe or socket can't take at once is dropped and
-counted, and the next line that fits says how many were. No write waits.
-
-structlog imports rich and its colouring of source code wherever they are installed. That is a sixth of the start of the
-daemon and of the server, and neither uses it. Only commands that print tables import rich, by themselves. Invariant:
-whoever imports rich afterwards gets it. Nothing may depend on rich being absent: how a traceback is shown is decided
-where the log is configured.
+Owns: the form of a line, and the writer. A log that nobody reads must not stop a service: a line that its pipe or
+socket can't take at once is dropped and counted, and the next line that fits says how many were. Invariants: no write
+waits; a line has at most LINE_CHARS_MAX characters, however long its texts are; a control character of a peer reaches
+no terminal; the bytes of a buffer are never written, and a traceback shows no values of variables.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import select
 import stat
 import sys
 import threading
 import time
-from typing import Final, TextIO, cast
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final, NamedTuple, TextIO
 
 from minikms.api.printable import clean
 
-_HIDDEN = "rich"
-
-if _HIDDEN in sys.modules:
-    import structlog
-else:
-    sys.modules[_HIDDEN] = None  # type: ignore[assignment]  # an import of it then fails as if it were not installed
-    try:
-        import structlog
-    finally:
-        del sys.modules[_HIDDEN]
-
-__all__ = ["clean_values", "log_lines", "service_logger", "structlog"]
-
+LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+LINE_CHARS_MAX: Final = 65_536
+VALUES_MAX: Final = 64
+"""The values of a line that would be longer; each is clipped to its share."""
 _PART_BYTES: Final = select.PIPE_BUF
 """A pipe that poll(2) calls writable has room for so much. A socket's room is larger."""
+_ESCAPED_CHARS: Final = 12
+"""The longest form of one character: a pair of surrogates in JSON."""
 
 
-def clean_values(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """The processor before a renderer of text; JSON escapes by itself."""
-    return {name: clean(value) if isinstance(value, str) else value for name, value in event.items()}
+class Log:
+    """A log whose events have the values `bound` too. Used by any thread."""
+
+    __slots__ = ("_bound",)
+
+    def __init__(self, **bound: object) -> None:
+        self._bound = bound
+
+    def bind(self, **values: object) -> Log:
+        return Log(**{**self._bound, **values})
+
+    def is_enabled_for(self, level: str) -> bool:
+        return LEVELS[level] >= LEVELS[_output.level]
+
+    def log(self, level: str, event: str, /, **values: object) -> None:
+        if self.is_enabled_for(level):
+            _output.write(level, {**self._bound, **values, "event": event})
+
+    def debug(self, event: str, /, **values: object) -> None:
+        self.log("debug", event, **values)
+
+    def info(self, event: str, /, **values: object) -> None:
+        self.log("info", event, **values)
+
+    def warning(self, event: str, /, **values: object) -> None:
+        self.log("warning", event, **values)
+
+    def error(self, event: str, /, **values: object) -> None:
+        self.log("error", event, **values)
+
+    def critical(self, event: str, /, **values: object) -> None:
+        self.log("critical", event, **values)
+
+    def exception(self, event: str, /, **values: object) -> None:
+        """An error with the exception that is handled: its traceback is a value of a line of text."""
+        self.log("error", event, **values, exc_info=True)
 
 
-class _LogLines(io.TextIOBase):
-    """Writes lines and counts those that it drops. `processors` render the line about these. Used by any thread."""
+class Output(NamedTuple):
+    """Takes the events of this process from `level` on, with their values."""
 
-    def __init__(self, stream: TextIO, processors: list[structlog.typing.Processor]) -> None:
+    level: str
+    write: Callable[[str, dict[str, object]], object]
+
+
+def set_output(output: Output) -> Output:
+    """Sends the events of all logs of this process there. The output until now."""
+    global _output
+    previous, _output = _output, output
+    return previous
+
+
+def as_json(values: dict[str, object]) -> str:
+    return json.dumps(values, default=_text)
+
+
+def as_logfmt(values: dict[str, object]) -> str:
+    if values.pop("exc_info", False):
+        values["exception"] = traceback.format_exc()
+    first = {name: values.get(name) for name in ("timestamp", "level", "event")}
+    return " ".join(_pair(name, value) for name, value in {**first, **values}.items())
+
+
+def service_logger(log_format: str) -> Log:
+    """The log of a process that serves."""
+    log_to(sys.stderr, log_format)
+    return Log(started_at=time.time_ns() // 1_000_000_000)
+
+
+def log_to(stream: TextIO | None, log_format: str, level: str = "debug") -> None:
+    """Sends the events from `level` on to `stream`, without ever waiting for its reader. It is None where a service was
+    started with a closed standard error: nothing is logged then.
+    """
+    render = as_json if log_format == "json" else as_logfmt
+    if stream is None:
+        set_output(Output(level, lambda _level, _values: None))
+        return
+    try:
+        lines = _LogLines(stream, render)
+    except io.UnsupportedOperation:  # no descriptor: it is in memory
+        set_output(Output(level, lambda name, values: stream.write(_line(render, name, values))))
+    else:
+        set_output(Output(level, lines.write))
+
+
+def _line(render: Callable[[dict[str, object]], str], level: str, values: dict[str, object]) -> str:
+    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    values |= {"level": level, "timestamp": now}
+    line = render(values)
+    if len(line) >= LINE_CHARS_MAX:
+        last = list(values.items())[-VALUES_MAX:]
+        share = LINE_CHARS_MAX // (2 * _ESCAPED_CHARS * (len(last) + 1))
+        line = render({name[:share]: _clipped(value, share) for name, value in last})
+    return line + "\n"
+
+
+def _clipped(value: object, chars: int) -> object:
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = value if isinstance(value, str) else _text(value)
+    return text if len(text) <= chars else text[: chars - 1] + "…"
+
+
+def _text(value: object) -> str:
+    """A value that JSON has no form for. Never the content of a buffer, which could be a key."""
+    return type(value).__name__ if isinstance(value, (bytes, bytearray, memoryview)) else repr(value)
+
+
+def _pair(name: str, value: object) -> str:
+    name = "".join(char if char.isalnum() or char in "_.-" else "_" for char in name)
+    if value is True:
+        return name
+    text = (
+        "" if value is None else value if isinstance(value, str) else json.dumps(value, default=_text).replace('"', "'")
+    )
+    text = clean(text.replace("\n", "\\n") if name == "exception" else text)
+    if any(char in text for char in ' ="'):
+        text = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"{name}={text}"
+
+
+class _LogLines:
+    """Writes lines and counts those that it drops. Used by any thread."""
+
+    def __init__(self, stream: TextIO, render: Callable[[dict[str, object]], str]) -> None:
         self._stream = stream  # so that its descriptor stays open
         self._descriptor = stream.fileno()
         kind = os.fstat(self._descriptor).st_mode
         self._is_shared = hasattr(os, "RWF_NOWAIT") and (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind))
         """Another process may take the room that poll(2) has found."""
-        self._processors = processors
+        self._render = render
         self._poll = select.poll()
         self._poll.register(self._descriptor, select.POLLOUT)
         self._lock = threading.Lock()
@@ -61,23 +171,16 @@ class _LogLines(io.TextIOBase):
         self._is_cut = False
         """The last line was written in part."""
 
-    def write(self, text: str) -> int:
+    def write(self, level: str, values: dict[str, object]) -> None:
+        line = _line(self._render, level, values)
         with self._lock:
             if self._dropped and self._put(self._line_of_dropped()):
                 self._dropped = 0
-            if self._dropped or not self._put(text):
+            if self._dropped or not self._put(line):
                 self._dropped += 1
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing waits in this process."""
 
     def _line_of_dropped(self) -> str:
-        event: structlog.typing.EventDict = {"event": "log lines dropped", "count": self._dropped}
-        *processors, renderer = self._processors
-        for processor in processors:
-            event = cast(structlog.typing.EventDict, processor(None, "warning", event))
-        return cast(str, renderer(None, "warning", event)) + "\n"
+        return _line(self._render, "warning", {"event": "log lines dropped", "count": self._dropped})
 
     def _put(self, text: str) -> bool:
         """Whether all of it was written."""
@@ -103,33 +206,4 @@ class _LogLines(io.TextIOBase):
         return os.write(self._descriptor, part)
 
 
-def log_lines(
-    stream: TextIO | None, processors: list[structlog.typing.Processor]
-) -> structlog.WriteLoggerFactory | structlog.PrintLoggerFactory:
-    """The factory of loggers that write to `stream` and never wait for its reader. The last processor renders. `stream`
-    is None where a service was started with a closed standard error: nothing is logged then."""
-    if stream is None:
-        return structlog.PrintLoggerFactory(open(os.devnull, "w"))
-    try:
-        return structlog.WriteLoggerFactory(cast(TextIO, _LogLines(stream, processors)))
-    except io.UnsupportedOperation:  # no descriptor: it is in memory
-        return structlog.PrintLoggerFactory(stream)
-
-
-def service_logger(log_format: str) -> structlog.stdlib.BoundLogger:
-    """The log of a process that serves, on standard error: one event a line, as JSON or as `key=value`."""
-    renderers: list[structlog.typing.Processor] = (
-        [structlog.processors.JSONRenderer()]
-        if log_format == "json"
-        else [clean_values, structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])]
-    )
-    processors: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        *renderers,
-    ]
-    structlog.configure(
-        processors=processors, logger_factory=log_lines(sys.stderr, processors), cache_logger_on_first_use=True
-    )
-    logger: structlog.stdlib.BoundLogger = structlog.get_logger("minikms", started_at=time.time_ns() // 1_000_000_000)
-    return logger
+_output = Output("debug", lambda level, values: sys.stderr and sys.stderr.write(_line(as_logfmt, level, values)))

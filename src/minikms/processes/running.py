@@ -18,7 +18,7 @@ from minikms.http.accepting import Acceptor
 from minikms.http.page import PAGE_LIMITS, metrics_page
 from minikms.memory import Measure, SignalReader
 from minikms.platform.accepting import ACCEPT_PAUSE_SECONDS
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.platform.notify import Notifier
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 class Run:
     """One run of a process. Used in the loop's thread."""
 
-    def __init__(self, signals: SignalReader, notifier: Notifier, log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(self, signals: SignalReader, notifier: Notifier, log: Log) -> None:
         self.notifier = notifier
         self.log = log
         self.hangup = asyncio.Event()

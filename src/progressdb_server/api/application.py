@@ -9,7 +9,6 @@ its text, which could contain what a user typed.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 import traceback
@@ -19,7 +18,7 @@ from typing import Final
 
 from minikms import api
 from minikms.api.errors import KmsError
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.api.gate import head, limits
 from progressdb_server.api.gate.access import PROBE_PATHS, AccessControl
 from progressdb_server.api.gate.errors import ApiError, internal
@@ -38,7 +37,7 @@ from progressdb_server.http.asgi import ClientGoneError, Header, Receive, Scope,
 from progressdb_server.kms.provider import READING, RequestReads
 from progressdb_server.store.model import KeyServiceRefusedError, RecordUnreadableError, StoreDamagedError
 
-_log: Final = structlog.get_logger("progressdb.api")
+_log: Final = Log()
 _CLIENT_GONE: Final = 499
 """The status in the metrics of a request whose client closed its connection."""
 
@@ -78,7 +77,7 @@ class Application:
         self._routing = Routing(self.operations)
         self._clock = clock
         self._refused = RefusalLog()
-        self._debugging = _log.is_enabled_for(logging.DEBUG)
+        self._debugging = _log.is_enabled_for("debug")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

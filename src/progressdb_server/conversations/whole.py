@@ -15,7 +15,7 @@ from typing import Final
 from minikms import api
 from minikms.api.errors import KmsError, KmsProtocolError, KmsRefusedError, SealedError
 from minikms.platform.clock import boot_ns
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.conversations.members import Members
 from progressdb_server.conversations.membership import Rule
 from progressdb_server.conversations.messages import Messages
@@ -64,7 +64,7 @@ CLOCK_JUMPED: Final = (
     "the system clock was set. Check that it is right: times of messages come from it. Ids and lists keep their order"
 )
 
-_log = structlog.get_logger("progressdb.store")
+_log = Log()
 
 
 def _era_begun(before: Stamp, first: Stamp) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Awaitable, Hashable, Iterable, MutableMapping, Seque
 from http import HTTPStatus
 from typing import Any, Final
 
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.http import framing, limits
 from progressdb_server.http.asgi import BODY_REFUSED, CLOSE, Header
 from progressdb_server.http.serving import ServedConnection
 from progressdb_server.http.shares import BodyAccount
 
-_log: Final = structlog.get_logger("progressdb.http")
+_log: Final = Log()
 STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus
 }

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Final
 
 from minikms.platform.accepting import ACCEPTS_PER_TURN_COUNT_MAX, AcceptLoop
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.config import ConfigError, ConfigMissingError, Tls
 from progressdb_server.http import limits
 from progressdb_server.http.asgi import ASGIApp
@@ -28,7 +28,7 @@ from progressdb_server.http.protocol import Connection
 from progressdb_server.http.serving import Serving
 from progressdb_server.http.shares import Shares
 
-_log: Final = structlog.get_logger("progressdb.http")
+_log: Final = Log()
 STOP_SECONDS_MAX: Final = 10
 BACKLOG_COUNT: Final = 2048
 FIRST_REQUEST_SECONDS: Final = 0.5

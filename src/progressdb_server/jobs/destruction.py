@@ -24,14 +24,14 @@ from collections.abc import Collection, Iterable, Mapping
 from minikms.api import CODE_KEY_DESTROYED, SEAL_BYTES, KeyAnswer
 from minikms.api.errors import KmsRefusedError
 from minikms.client import DecryptItem
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Runner
 from progressdb_server.jobs.states import Job, JobError, changed
 from progressdb_server.kms.provider import Fault, Provider, created_ns, fault, key_pages
 from progressdb_server.store.model import RecordUnreadableError, StoreDamagedError
 
-_log = structlog.get_logger("progressdb.jobs")
+_log = Log()
 
 
 class KeyDestruction(Kind):

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import ClassVar, Final
 
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.rotation import PROGRESS_S, Due, KeyRotation
 from progressdb_server.jobs.runner import Kind, Pace, Runner
@@ -37,7 +37,7 @@ AHEAD_MAX: Final = 64
 LOOK_S: Final = 0.02
 """Between two looks whether the oldest rotation has ended."""
 
-_log = structlog.get_logger("progressdb.jobs")
+_log = Log()
 
 
 class RotationsOfMany(Kind):

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 from minikms.api import KeyAnswer
 from minikms.api.errors import KmsError
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
@@ -44,7 +44,7 @@ SHARED: Final = (
 )
 MORE: Final = "more are left: repeat it"
 
-_log = structlog.get_logger("progressdb.jobs")
+_log = Log()
 
 
 class Retired(NamedTuple):

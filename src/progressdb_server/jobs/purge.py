@@ -24,7 +24,7 @@ from typing import ClassVar, Final
 from minikms.api import CODE_KEY_DESTROYED, CODE_KEY_NOT_FOUND, KeyAnswer
 from minikms.api.errors import KmsRefusedError
 from minikms.client import ReencryptItem
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.conversations.purging import SeenClock
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Pace, Runner
@@ -46,7 +46,7 @@ NAMED_MAX: Final = 32
 """Keys, and backups, that a receipt names; it counts all."""
 PURGED: Final = "the thread is purged"
 
-_log = structlog.get_logger("progressdb.jobs")
+_log = Log()
 
 
 class ThreadPurge(Kind):

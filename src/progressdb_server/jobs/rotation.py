@@ -30,7 +30,7 @@ from minikms import api
 from minikms.api import KeyAnswer
 from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import ReencryptItem
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.config import Rotation
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind, Pace, Runner
@@ -79,7 +79,7 @@ KEY_WAIT_S: Final = 5.0
 """How long an answer waits for the new key. The job continues after that."""
 MALFORMED: Final = "malformed"
 
-_log = structlog.get_logger("progressdb.jobs")
+_log = Log()
 
 
 class Due(msgspec.Struct, frozen=True):

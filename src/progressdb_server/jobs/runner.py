@@ -22,7 +22,7 @@ from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Final
 
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.states import (
     AT_WORK,
@@ -69,7 +69,7 @@ SHARED_READ_S: Final = 1.0
 OTHER_WORK: Final = "other work"
 """The text in place of a job's id while a thread's backups are restored or removed, or its old keys destroyed."""
 
-_log = structlog.get_logger("progressdb.jobs")
+_log = Log()
 
 
 class Pace:

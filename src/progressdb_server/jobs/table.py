@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from minikms.api.decoding import UNDECODABLE
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.states import FINAL, Job, JobNotFoundError, ThreadBusyError, changed
 from progressdb_server.store.model import ClaimLostError, OpaqueWrite, RecordUnreadableError, RowWrite, StaleRowError
@@ -27,7 +27,7 @@ the clock is another one after a failover of the database. OldRows reads all row
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Job).decode
-_log = structlog.get_logger("progressdb.jobs")
+_log = Log()
 
 
 def parse(job_id: str, raw: bytes) -> Job:

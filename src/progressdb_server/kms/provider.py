@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from minikms import api
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
 from minikms.client import AsyncClient, DecryptItem, EncryptItem, ReencryptItem
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.processes.tracing import Exchange
 from progressdb_server.metrics import KmsMetrics
 
@@ -42,7 +42,7 @@ class Fault(enum.Enum):
     REQUEST = enum.auto()
 
 
-_log: Final = structlog.get_logger("progressdb.kms")
+_log: Final = Log()
 _CODES_OF_THE_SERVICE: Final = frozenset(
     {
         api.CODE_UNAUTHORIZED,

@@ -30,7 +30,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import logging
 import os
 import random
 import sys
@@ -44,7 +43,7 @@ import msgspec
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError, KmsRefusedError, KmsUnavailableError, KmsUntrustedServerError
 from minikms.client import AsyncClient
-from minikms.platform.logs import structlog
+from minikms.platform.logs import LEVELS, Log
 
 READY_S_MAX: Final = 30.0
 FOUND_S_MAX: Final = 2.0
@@ -242,7 +241,7 @@ class Supervisor:
         self._on_lost = on_lost
         self._key_closed = False
         self._health = AsyncClient(options.socket_path, server_uids=server_uids, timeout_s=HEALTH_TIMEOUT_S, wait_s=0.0)
-        self._log = structlog.get_logger("progressdb.kms").bind(socket=os.fspath(options.socket_path))
+        self._log = Log(socket=os.fspath(options.socket_path))
         self._task: asyncio.Task[None] | None = None
         self._child: Child | None = None
         self._reason = ""
@@ -434,7 +433,8 @@ class Supervisor:
         """Log a line of miniKMS's log: as its own event if it is one, else as text."""
         try:
             event = msgspec.json.decode(line, type=dict[str, Any])
-            name, level = str(event.pop("event")), logging.getLevelNamesMapping()[str(event.pop("level")).upper()]
+            name, level = str(event.pop("event")), str(event.pop("level"))
+            LEVELS[level]
         except (*UNDECODABLE, KeyError):
             self._log.info("miniKMS", line=line)
             return

@@ -19,7 +19,7 @@ import contextlib
 import secrets
 from typing import Final
 
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine
@@ -31,7 +31,7 @@ UNTIL_DIGITS: Final = 19
 RENEW_S: Final = 5.0
 STOP_S: Final = 5.0
 
-_log = structlog.get_logger("progressdb.store")
+_log = Log()
 
 
 class Claims:

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from minikms.api.decoding import UNDECODABLE
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine, Reads
@@ -37,7 +37,7 @@ DAMAGED: Final = (
     "a retry that meets one is refused: stop the server and run `progressdb check --repair`, which deletes them"
 )
 
-_log = structlog.get_logger("progressdb.store")
+_log = Log()
 
 
 class IdempotencyRecord(msgspec.Struct, array_like=True, frozen=True):

@@ -31,7 +31,7 @@ from typing import Final
 
 import msgspec
 
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Conditions, Failed, PendingWrite, Write
@@ -62,7 +62,7 @@ READ_ONLY: Final = "nothing is written until it is repaired"
 REASON_CHARS_MAX: Final = 300
 """Longer texts of the engine's errors are cut in the log."""
 
-_log = structlog.get_logger("progressdb.store")
+_log = Log()
 
 
 class DiskThread:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from minikms.custody import kept_index
 from minikms.custody.kept_index import NotKeptError
 from minikms.keys import dek
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.logged import capture_logs
 from tests.harness.vaults import OpenedVault, create, opened_vault
 from tests.minikms.custody.test_indexing import in_index
 

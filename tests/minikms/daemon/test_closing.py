@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-import structlog
 
 from minikms import datadir
 from minikms.api.errors import SealedError
@@ -22,6 +21,7 @@ from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.replica.verbs import NoMember
 from minikms.daemon.settings import Settings
 from minikms.memory.arena import SecretArena
+from minikms.platform.logs import Log
 from minikms.policy import FilePolicy, Policy, Principal, parse_policy
 from minikms.roots.providers import KeyFile
 from tests.harness.vaults import key_file
@@ -41,7 +41,7 @@ def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Ite
     )
     policy = policy or Policy(settings.allowed_uids or ())
     with datadir.lock_data_dir(settings.data_dir) as lock, SecretArena(64, force_fallback=True) as arena:
-        in_force = PolicyInForce(policy, file=None, meters=None, executor=workers.reader, log=structlog.get_logger())
+        in_force = PolicyInForce(policy, file=None, meters=None, executor=workers.reader, log=Log())
         process = SimpleNamespace(settings=settings, workers=workers, arena=arena, measures=(), policy=in_force)
         yield (
             Parts(

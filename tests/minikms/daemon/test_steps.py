@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import structlog
 import uvloop
 
 from minikms import datadir
@@ -16,6 +15,7 @@ from minikms.daemon.seal import seal
 from minikms.daemon.seal.seal import SealableServer
 from minikms.daemon.settings import Settings
 from minikms.memory.arena import SecretArena
+from minikms.platform.logs import Log
 from minikms.platform.notify import Notifier
 from minikms.policy import Policy
 from minikms.processes.running import Run
@@ -119,7 +119,7 @@ def test_the_start_of_a_daemon_is_a_task_whose_steps_end(tmp_path: Path, monkeyp
             arena=arena,
             measures=(),
             connections_max=1,
-            run=Run(cast("Any", None), Notifier({}), structlog.get_logger()),
+            run=Run(cast("Any", None), Notifier({}), Log()),
         )
         with pytest.raises(StartError, match="missing"):
             uvloop.run(daemon.serve())

@@ -13,7 +13,7 @@ from minikms import serve
 from minikms.api.errors import StorageUnavailableError
 from minikms.custody.archive_register import DIRECTORY, TEMP_AGE_NS_MIN
 from minikms.platform.files import replace_file
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import opened_vault
 
@@ -90,7 +90,7 @@ async def test_what_a_sweep_could_not_remove_goes_with_a_later_one(
             replace_file(one.vault.store.directory_fd, "f", b"x")
         [mine] = (one.directory / "kms-deks").iterdir()
         monkeypatch.setattr(os, "unlink", unlink_at_last)
-        log = structlog.get_logger()
+        log = Log()
         sweeping = asyncio.create_task(
             serve.sweep_temps_again(one.vault, str(one.directory), log, reader=one.reader, disk=one.reader)
         )

@@ -1,6 +1,8 @@
-"""structlog without rich: a faster start. Tracebacks show no values of variables, with rich or without."""
+"""The log: the form of its lines, and a writer that never waits."""
 
 import contextlib
+import io
+import json
 import os
 import re
 import socket
@@ -9,6 +11,7 @@ import sys
 
 import pytest
 
+from minikms.platform import logs
 from tests import needs
 
 CONFIGURED = "from progressdb_server.logs import *; configure('json', 'info')"
@@ -20,20 +23,15 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("module", ["minikms.serve", "progressdb_server.server"])
 def test_neither_daemon_nor_server_imports_rich(module: str) -> None:
-    """`import structlog` alone would; `from minikms.platform.logs import structlog` does not."""
     program = f"import sys, {module}; print([name for name in sys.modules if name.partition('.')[0] == 'rich'])"
     assert run(program).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("begin", ["from minikms.platform.logs import *; service_logger('json')", CONFIGURED])
 def test_a_service_with_a_closed_standard_error_starts(begin: str) -> None:
-    program = f"{begin}\nfrom minikms.platform.logs import structlog\nstructlog.get_logger().warning('x')\nprint('ran')"
+    program = f"{begin}\nfrom minikms.platform.logs import Log\nLog().warning('x')\nprint('ran')"
     command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", program]
     assert subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout == "ran\n"
-
-
-def test_rich_can_be_imported_afterwards() -> None:
-    assert run("import minikms.platform.logs, rich.console; print(rich.console.Console().width > 0)").stdout == "True\n"
 
 
 @pytest.mark.parametrize("module", ["minikms.platform.logs", "progressdb_server.logs"])
@@ -41,18 +39,16 @@ def test_a_log_of_text_cannot_command_the_terminal(module: str) -> None:
     """A peer chose the value: a witness, an issuer, a database."""
     program = f"""
 from {module} import *
-from {module} import structlog
+from minikms.platform.logs import Log
 service_logger("text") if {module!r} == "minikms.platform.logs" else configure("console", "info")
-structlog.get_logger().warning("failed", why="\\x1b[2J \\x9b31m \\r all is well")
+Log().warning("failed", why="\\x1b[2J \\x9b31m \\r all is well")
 """
     log = run(program).stderr
     assert "?[2J ?31m ? all is well" in log
     assert log.rstrip("\n").isprintable()
 
 
-@pytest.mark.parametrize("first", ["", "import rich.console, structlog"], ids=["without rich", "with rich"])
-def test_a_traceback_in_the_servers_log_shows_no_values_of_variables(first: str) -> None:
-    """With rich, structlog would show the local variables of every frame."""
+def test_a_traceback_in_the_servers_log_shows_no_values_of_variables() -> None:
     program = """
 from progressdb_server import logs
 logs.configure("console", "info")
@@ -62,19 +58,70 @@ def fail():
 try:
     fail()
 except ZeroDivisionError:
-    logs.structlog.get_logger("progressdb").exception("broken")
+    logs.Log().exception("broken")
 """
-    log = run(f"{first}\n{program}").stderr
-    assert "broken" in log
+    log = run(program).stderr
+    assert log.count("\n") == 1
+    assert "event=broken" in log
     assert "ZeroDivisionError" in log
     assert "zx9-secret" not in log
+
+
+VALUES = {"text": 'a "b" = ö\x1b\n', "none": None, "yes": True, "ms": 0.5, "list": ["a", 2], "id": 2**63}
+FORMS = {
+    "json": r"""{"started_at": 7, "text": "a \"b\" = \u00f6\u001b\n", "none": null, "yes": true, "ms": 0.5, """
+    r""""list": ["a", 2], "id": 9223372036854775808, "event": "it ran", "level": "warning", "timestamp": "T"}""",
+    "logfmt": r"""timestamp=T level=warning event="it ran" started_at=7 text="a \"b\" = ö??" none= yes ms=0.5 """
+    r"""list="['a', 2]" id=9223372036854775808""",
+}
+
+
+def line(log_format: str, **values: object) -> str:
+    stream = io.StringIO()
+    previous = logs.set_output(logs.Output("debug", print))
+    logs.log_to(stream, log_format)
+    try:
+        logs.Log(started_at=7).warning("it ran", **values)
+    finally:
+        logs.set_output(previous)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("log_format", FORMS)
+def test_a_line_has_this_form(log_format: str) -> None:
+    """What programs that read logs rely on."""
+    assert re.sub(r"2\d{3}-[-0-9T:.]+Z", "T", line(log_format, **VALUES)) == FORMS[log_format] + "\n"
+
+
+@pytest.mark.parametrize("log_format", FORMS)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"why": "\U0001f600" * 100_000},
+        {f"n{number}": "\x00" * 900 for number in range(300)},
+        {"\x00" * 90_000: ["\x00" * 9] * 90_000},
+    ],
+    ids=["long", "many", "name"],
+)
+def test_a_line_has_a_bound_whatever_its_texts_are(log_format: str, values: dict[str, object]) -> None:
+    text = line(log_format, **values)
+    assert len(text) <= logs.LINE_CHARS_MAX
+    assert "it ran" in text
+    if log_format == "json":
+        assert json.loads(text)["level"] == "warning"
+
+
+@pytest.mark.parametrize("log_format", FORMS)
+def test_the_content_of_a_buffer_is_never_written(log_format: str) -> None:
+    key = b"zx9-secret"
+    assert "zx9" not in line(log_format, a=key, b=bytearray(key), c=[memoryview(key), {"d": key}])
 
 
 LINES_COUNT = 20_000
 LOGGERS = {
     "a service, as text": "logs.service_logger('text')",
     "a service, as JSON": "logs.service_logger('json')",
-    "the message server": "(server_logs.configure('console', 'info'), logs.structlog.get_logger())[1]",
+    "the message server": "(server_logs.configure('console', 'info'), logs.Log())[1]",
 }
 
 

@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 import pytest
-import structlog.testing
 
 from progressdb_server.api.gate.access import AllowList, Proxies
 from progressdb_server.api.gate.keys import KeyTable
 from progressdb_server.config import ApiKeys, Cors, RateLimit
+from tests.harness.logged import capture_logs
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, KEYS, OTHER_BACKEND, Api, signed
 
 CORS_HEADERS = {
@@ -395,7 +395,7 @@ def test_each_user_of_a_front_end_key_has_a_bucket() -> None:
 
 def test_refused_callers_are_one_log_line_a_second_with_their_count(caplog: pytest.LogCaptureFixture) -> None:
     api = Api()
-    with structlog.testing.capture_logs() as lines:
+    with capture_logs() as lines:
         for _ in range(50):
             api("GET", "/admin/health", key="unknown")
         api.now_s += 1

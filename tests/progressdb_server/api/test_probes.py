@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-import structlog
 
 from minikms import api
 from minikms.api.errors import KmsUnavailableError, refusal
@@ -14,6 +13,7 @@ from progressdb_server.api.routes import readiness
 from progressdb_server.api.routes.readiness import FAULT_AGE_S, PROBE_AGE_S, Probe, Readiness
 from progressdb_server.metrics import KmsMetrics
 from progressdb_server.store.model import StoreUnavailableError
+from tests.harness.logged import capture_logs
 
 
 class Question:
@@ -49,7 +49,7 @@ async def probed() -> AsyncIterator[tuple[Question, Probe, Time]]:
 
 async def test_the_log_has_each_change_of_an_answer_and_no_single_probe() -> None:
     async with probed() as (question, probe, clock):
-        with structlog.testing.capture_logs() as lines:
+        with capture_logs() as lines:
             for answer in ("", "full", "full", "broken", "", ""):
                 question.answer = answer
                 await probe.problem()

@@ -5,7 +5,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from structlog.testing import capture_logs
 
 from progressdb_server.conversations import whole as conversations
 from progressdb_server.conversations.whole import Conversations
@@ -15,6 +14,7 @@ from progressdb_server.store.engine import Counters
 from progressdb_server.store.keyspace import BACK_NS_MAX, ERA_MAX, ERA_NS, NOW_NS_MIN, Clock, Stamp
 from progressdb_server.store.model import Idempotency, NewMessage
 from progressdb_server.store.offline import LocalView
+from tests.harness.logged import capture_logs
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, becomes, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider

@@ -16,9 +16,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
-import structlog
-
 from minikms import api
+from minikms.platform.logs import log_to
 from progressdb_server.config import Retention, Rotation
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import purge, rotation
@@ -134,7 +133,7 @@ async def _jobs(jobs: Jobs) -> list[Job]:
 
 
 def main(directory: str, socket: str, chunk: int) -> None:
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to(sys.stderr, "console")
     rotation.CHUNK_RECORDS_MAX = chunk  # type: ignore[misc]  # final in production
     purge.CHUNK_RECORDS = chunk  # type: ignore[misc]  # as above
     rotation.WRITES_AHEAD = 0  # type: ignore[misc]  # or several chunks are one write

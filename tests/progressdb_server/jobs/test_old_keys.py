@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from minikms import api
 from minikms.api.errors import refusal
@@ -16,6 +15,7 @@ from progressdb_server.jobs.states import Job
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.model import StoreUnavailableError
+from tests.harness.logged import capture_logs
 from tests.progressdb_server.jobs.rotating import (
     Gate,
     Place,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from minikms import api
 from minikms.api.errors import KmsRefusedError, KmsUnavailableError, refusal
@@ -19,6 +18,7 @@ from progressdb_server.store.check import Checker
 from progressdb_server.store.conditions import Write
 from progressdb_server.store.model import NewMessage, StoreUnavailableError, ThreadNotFoundError
 from progressdb_server.store.offline import LocalView
+from tests.harness.logged import capture_logs
 from tests.progressdb_server.jobs.rotating import (
     Gate,
     Place,

@@ -22,7 +22,7 @@ import os
 print("descriptor", descriptor)
 print("arguments", sys.argv[1:])
 print("environment", sorted(name for name in os.environ if "MASTER" in name))
-heavy = {"asyncio", "msgspec", "structlog", "minikms"} & loaded
+heavy = {"asyncio", "msgspec", "minikms"} & loaded
 print("loaded", sorted(heavy))
 if descriptor is not None:
     print("inheritable", os.get_inheritable(descriptor))

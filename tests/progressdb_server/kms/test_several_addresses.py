@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from minikms.api.errors import StandbyError
 from minikms.client import connecting
 from progressdb_server.kms.provider import Fault, RemoteProvider, fault
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.logged import capture_logs
 from tests.harness.message_server import ADMIN, server
 
 

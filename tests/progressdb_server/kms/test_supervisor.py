@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import uvloop
-from structlog.testing import capture_logs
 
 from minikms.client import AsyncClient
 from progressdb_server.kms import supervisor as supervisor_module
 from progressdb_server.kms.supervisor import Supervisor, SupervisorError
+from tests.harness.logged import capture_logs
 from tests.harness.unix_http import UnixConnection
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.kms.conftest import Place

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from minikms.client import EncryptItem
 from progressdb_server.kms import provider as provider_module
 from progressdb_server.kms import supervisor as supervisor_module
 from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
+from tests.harness.logged import capture_logs
 from tests.harness.scripts import verify_audit
 
 KEY = "ab" * 32

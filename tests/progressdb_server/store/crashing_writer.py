@@ -11,8 +11,8 @@ import random
 import sys
 
 import msgspec
-import structlog
 
+from minikms.platform.logs import log_to
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.model import Message, MessageRange, NewMessage, StoreUnavailableError
 from progressdb_server.store.rocks.engine import RocksEngine
@@ -58,7 +58,7 @@ async def work(store: Conversations, author: str) -> None:
 
 
 async def main(directory: str, workers: int) -> None:
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to(sys.stderr, "console")
     store = Conversations(RocksEngine(f"{directory}/db"), KeyFileProvider(f"{directory}/keys"))
     say({"ready": os.getpid()})
     await asyncio.gather(*[work(store, f"{os.getpid()}-{worker}") for worker in range(workers)])

@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from structlog.testing import capture_logs
 
 from progressdb_server.conversations import whole as conversations
 from progressdb_server.conversations.whole import Conversations
@@ -17,6 +16,7 @@ from progressdb_server.store.model import (
     StoreUnavailableError,
 )
 from progressdb_server.store.offline import LocalEntries
+from tests.harness.logged import capture_logs
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import (
     TickingClock,

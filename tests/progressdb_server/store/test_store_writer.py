@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
 
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import conditions
@@ -18,6 +17,7 @@ from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.keyspace import Clock, Stamp
 from progressdb_server.store.model import ConditionFailedError, NotWrittenError, StoreUnavailableError
 from progressdb_server.store.writer import Writer
+from tests.harness.logged import capture_logs
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import becomes
 

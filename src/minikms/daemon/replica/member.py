@@ -47,7 +47,7 @@ from minikms.http import Application as HttpApplication
 from minikms.http import Response
 from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import boot_ns
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.policy import Meters
 from minikms.service.base import VerbTable
 from minikms.service.encoding import Reply, json_answer
@@ -584,7 +584,7 @@ class Member:
         return found
 
     def _log(self, what: str, **said: object) -> None:
-        logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+        logger = Log()
         logger.warning(what, member=self._mark.member_id, **said)
 
 

@@ -19,7 +19,7 @@ import msgspec
 
 from minikms import api
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.api.gate.errors import ApiError, retry_after
 from progressdb_server.api.gate.keys import OPERATORS
 from progressdb_server.api.gate.request import Request
@@ -40,7 +40,7 @@ KNOWN_S_MAX: Final = 0.5
 NOT_READY: Final = "not ready"
 READY_PATH: Final = "/readyz"
 
-_log: Final = structlog.get_logger("progressdb.readiness")
+_log: Final = Log()
 
 
 class Probe:

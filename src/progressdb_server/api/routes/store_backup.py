@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.api.gate.errors import bad_request
 from progressdb_server.api.gate.keys import ADMINS
 from progressdb_server.api.gate.request import Request
@@ -44,7 +44,7 @@ NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
 INVALID_NAME: Final = "name must be 1 to 128 letters, digits, dots, underscores or hyphens, no dot first"
 INVALID_REQUEST: Final = "invalid request"
 
-_log: Final = structlog.get_logger("progressdb.api")
+_log: Final = Log()
 
 
 class BackupBody(msgspec.Struct, forbid_unknown_fields=True):

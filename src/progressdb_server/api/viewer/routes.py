@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from minikms import api
 from minikms.api.errors import KeyDestroyedError, KmsError
 from minikms.platform.addresses import address_group
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from progressdb_server.api.gate import head, limits
 from progressdb_server.api.gate.errors import (
     TOO_LARGE,
@@ -93,7 +93,7 @@ UNKNOWN_FIELD: Final = "the form has an unknown field"
 Shown = TypeVar("Shown")
 PageHandler = Callable[[Request, ViewerSession], Awaitable[Response]]
 
-_log: Final = structlog.get_logger("progressdb.viewer")
+_log: Final = Log()
 
 
 class Viewer:

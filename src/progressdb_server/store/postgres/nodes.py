@@ -24,7 +24,7 @@ import asyncio
 from typing import Final
 
 from minikms.platform.clock import boot_ns
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.processes.postgresql import FAILURES, Database, NodeConnection, UnsafeError, why_refused
 from progressdb_server.store.engine import EngineUnavailableError
 from progressdb_server.store.model import FormatError
@@ -51,7 +51,7 @@ PLANS: Final = {
 }
 """Statements find few rows by their keys. A plan from when a table was small would read all of it later."""
 
-_log = structlog.get_logger("progressdb.store")
+_log = Log()
 
 
 def check_url(url: str) -> None:

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 import asyncpg
 
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.processes.postgresql import CONNECT_S_MAX, FAILURES, NO_STANDBYS, NodeConnection, bounded, warn
 from progressdb_server.config import PURGE_S_MIN
 from progressdb_server.metrics import StoreMetrics
@@ -129,7 +129,7 @@ _IN_DOUBT: Final = ("08", "57P", "40003", "58", "XX")
 """How the codes of errors begin after which a commit may be stored (PostgreSQL, appendix A): a lost connection, a
 database that stops, an unknown completion, the system, an internal error."""
 
-_log = structlog.get_logger("progressdb.store")
+_log = Log()
 
 
 _AGAIN: Final = (AgainError, asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.UniqueViolationError)

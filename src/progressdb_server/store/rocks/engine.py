@@ -42,7 +42,7 @@ from rocksdict import (
     WriteOptions,
 )
 
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.platform.sync import sync_file
 from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, EngineUnavailableError
 from progressdb_server.store.keyspace import next_key
@@ -81,7 +81,7 @@ LOG_TAIL_BYTES: Final = 64 * 1024
 LOG_HEADER_BYTES: Final = 7
 """The header of a record in the write-ahead log, before the number of its write (RocksDB's log_format.h)."""
 
-_log = structlog.get_logger("progressdb.store")
+_log = Log()
 
 
 def engine_options() -> Options:

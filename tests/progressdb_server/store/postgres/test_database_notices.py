@@ -7,12 +7,12 @@ import time
 
 import asyncpg
 import pytest
-from structlog.testing import capture_logs
 
 from progressdb_server.conversations import whole as conversations
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.model import Idempotency, NewMessage, StoreUnavailableError
 from progressdb_server.store.postgres import engine as postgres
+from tests.harness.logged import capture_logs
 from tests.progressdb_server.store.opened_store import becomes, fill, messages_of, servers
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 

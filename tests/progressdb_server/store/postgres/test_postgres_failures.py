@@ -10,7 +10,6 @@ from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import pytest
-from structlog.testing import capture_logs
 
 from minikms.processes import postgresql
 from progressdb_server.conversations.whole import Conversations
@@ -20,6 +19,7 @@ from progressdb_server.store.postgres import opening as postgres
 from progressdb_server.store.postgres import reads, tables
 from progressdb_server.store.postgres import writer as postgres_writer
 from progressdb_server.store.postgres.writer import PostgresWriter
+from tests.harness.logged import capture_logs
 from tests.harness.round_trips import PORT_NAME, counted
 from tests.progressdb_server.store.opened_store import becomes, bodies, emptied, fill, messages_of, servers
 from tests.progressdb_server.store.postgres.failing_database import (
