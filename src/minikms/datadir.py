@@ -22,11 +22,13 @@ import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, NamedTuple
 
 import msgspec
 
+from minikms.api import SOCKET_PATH_BYTES_MAX
 from minikms.api.errors import (
     AuditUnavailableError,
     KmsRefusedError,
@@ -69,8 +71,12 @@ from minikms.memory.arena import SecretArena, SecretSlot, fill_random
 from minikms.platform import clock, files
 from minikms.platform.directory_lock import DataDirLock, InUseError, make_private_directory
 from minikms.platform.files import read_file_bounded
+from minikms.processes.peer import overflow_uid
+from minikms.roots.key_file import FileOwner
 from minikms.roots.pin import PinFile
-from minikms.roots.providers import RootProvider
+from minikms.roots.providers import KeyFile, RootProvider, provider_of
+from minikms.roots.sources import Source
+from minikms.roots.unlock_service import UnlockService
 
 KEYRING_SLOTS: Final = (
     2 * keyring.AUDIT_KEYS_COUNT_MAX
@@ -432,6 +438,20 @@ def _close_unused(log: AuditLog) -> None:
     """Closes the log of a start that failed; the error of the start is the one to report."""
     with contextlib.suppress(KmsRefusedError):
         log.close()
+
+
+def root_provider(
+    source: Source, data_dir: str | None, *, shared: FileOwner | None, unlock_uids: frozenset[int]
+) -> RootProvider:
+    """The provider of a source that asks no person. `data_dir`: whose keyring the unlock service is asked for, and what
+    `dev:` lies beside. `shared`: of a key file that its group may read. Raises StartError.
+    """
+    if source.name == "unlock" and source.argument and data_dir is not None:
+        if len(os.fsencode(source.argument)) > SOCKET_PATH_BYTES_MAX:
+            raise StartError(f"a socket path has 1 to {SOCKET_PATH_BYTES_MAX} bytes: --root unlock:SOCKET")
+        return UnlockService(source.argument, unlock_uids - {overflow_uid()}, partial(read_keyring, data_dir))
+    root = provider_of(source, data_dir=data_dir)
+    return replace(root, shared=shared) if isinstance(root, KeyFile) else root
 
 
 # --- the audit log ------------------------------------------------------------------------------------------------

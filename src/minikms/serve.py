@@ -23,7 +23,16 @@ from typing import Any, Final, TypeVar
 import uvloop
 
 from minikms import api
-from minikms.api.errors import InvalidPolicyError, KmsRefusedError, StartError, StorageUnavailableError
+from minikms.api.errors import (
+    InvalidPolicyError,
+    InvalidRequestError,
+    KmsError,
+    KmsRefusedError,
+    StartError,
+    StartLaterError,
+    StorageUnavailableError,
+)
+from minikms.api.printable import clean
 from minikms.audit import Event
 from minikms.audit.log import FSYNC_INTERVAL_MS
 from minikms.custody.archive_register import ArchiveRegister
@@ -31,7 +40,7 @@ from minikms.custody.vault import Vault
 from minikms.daemon.parts import Parts, RunContext, Workers
 from minikms.daemon.policy_file import PolicyInForce
 from minikms.daemon.seal.seal import SealableServer
-from minikms.daemon.settings import Settings
+from minikms.daemon.settings import Settings, settings_of
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir
 from minikms.http.accepting import DESCRIPTORS_COUNT, Acceptor, bound_warning, connections_bound
 from minikms.memory.arena import SecretArena
@@ -46,6 +55,7 @@ from minikms.platform.process_metrics import open_process_files
 from minikms.platform.workers import in_worker
 from minikms.policy import FilePolicy, Meters, Policy
 from minikms.policy.meters import REFRESH_SECONDS, SAVED_BYTES_MAX, SAVED_NAME
+from minikms.processes.flags import DATA_USER_ADVICE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSING
 from minikms.processes.peer import overflow_uid
 from minikms.processes.running import Run, every
 from minikms.processes.sockets import UnixListener, listen
@@ -64,7 +74,28 @@ SWITCH_SECONDS: Final = 0.001
 under load wait that long after each of them; Python's default is 5 ms.
 """
 
+_WRONG: Final = (StartError, StorageUnavailableError, InvalidRequestError, OSError)
+"""Errors of a start that systemd need not try again."""
+
 T = TypeVar("T")
+
+
+def main() -> None:
+    """Serves with the flags behind the descriptor that the first word of the command line names. Ends the process: with
+    status 1 after a start that may succeed later, with 2 if something has to be changed before.
+    """
+    try:
+        run(settings_of(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except (KmsError, OSError) as error:
+        if isinstance(error, OSError) and not error.strerror:
+            raise
+        causes = [error, *([error.__cause__] if isinstance(error, StorageUnavailableError) else [])]
+        text = ": ".join(_system_text(each) if isinstance(each, OSError) else str(each) for each in causes if each)
+        print(f"minikms: {clean(text)}", file=sys.stderr)
+        may_succeed = not isinstance(error, _WRONG) or isinstance(error, StartLaterError)
+        sys.exit(EXIT_FAILED if may_succeed else EXIT_MISSING)
 
 
 def run(settings: Settings) -> None:
@@ -90,7 +121,7 @@ def run(settings: Settings) -> None:
         ) as listener,
         SecretArena(settings.opening.cache_keys_max + SERVICE_SLOTS) as arena,
     ):
-        open_process_files()
+        open_process_files(settings.build)
         measures = _harden(settings, arena, listener)
         daemon = Daemon(
             settings=settings,
@@ -397,3 +428,12 @@ def _write_paths(settings: Settings, *, activated: bool) -> list[str]:
     if not activated:
         paths.append(os.path.dirname(os.path.abspath(settings.socket)))
     return paths
+
+
+def _system_text(error: OSError) -> str:
+    advice = f". {DATA_USER_ADVICE}." if isinstance(error, PermissionError) else ""
+    return (f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)) + advice
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,6 @@ from cyclopts import App
 from minikms import __version__ as minikms_version
 from minikms.cli import main as minikms_main
 from minikms.cli.command import app as minikms
-from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.commands.usage import label
 from minikms_auditor.command import app as auditor
 from minikms_auditor.command import main as auditor_main
@@ -109,7 +108,6 @@ class Here:
 
     def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
         self._monkeypatch.setattr(sys, "argv", list(words))
-        self._monkeypatch.setenv(BIND_VARIABLE, "1")  # or `minikms serve` would replace this process by itself
         with pytest.raises(SystemExit) as ended:
             MAINS[words[0]]()
         output = self._capsys.readouterr()

@@ -29,8 +29,9 @@ from typing import IO, Any, Final, NoReturn
 
 from cyclopts import App, ArgumentCollection
 
-from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.memory import libc
+from minikms.processes.flags import BIND_VARIABLE
+from tests.harness import in_process
 
 PROJECT: Final = Path(__file__).resolve().parents[2]
 REQUEST_BYTES_MAX: Final = 200_000
@@ -255,6 +256,7 @@ def _become(request: dict[str, Any]) -> NoReturn:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    in_process.install()
     App.assemble_argument_collection = _parameters_once  # type: ignore[assignment, method-assign]  # here alone
     gc.unfreeze = lambda: None  # a collection would copy every page of what was imported
     module, *arguments = request["words"]

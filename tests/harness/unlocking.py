@@ -123,6 +123,7 @@ if __name__ == "__main__":
     from minikms.cli import main
     from minikms.daemon import lease
     from minikms.daemon.seal.unlocking import Unlocking
+    from tests.harness import in_process
 
     served = Unlocking.served
 
@@ -132,5 +133,6 @@ if __name__ == "__main__":
 
     Unlocking.served = served_and_tried  # type: ignore[method-assign]  # in this process, which runs only for tests
     lease.SECOND_NS = LEASE_SECOND_NS  # type: ignore[misc]  # final in production
+    in_process.install()
     sys.argv = ["minikms", *sys.argv[3:]]  # -m minikms, for which this stands
     main()

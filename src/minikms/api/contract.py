@@ -22,6 +22,8 @@ SEAL_BYTES: Final = 24 + 16
 """Nonce and tag: by how much a ciphertext is longer than its plaintext."""
 MAC_BYTES: Final = 32
 REQUEST_ID_CHARS_MAX: Final = 128
+SOCKET_PATH_BYTES_MAX: Final = 107
+"""sun_path of unix(7), less its end mark."""
 ID_CHARS_MAX: Final = 128
 LIST_KEYS_COUNT_DEFAULT: Final = 100
 LIST_KEYS_COUNT_MAX: Final = 1000

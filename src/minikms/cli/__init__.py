@@ -9,10 +9,9 @@ from __future__ import annotations
 
 
 def main() -> None:
-    from minikms.cli.rootkey import bind_symbols, move_out_of_environment
+    from minikms.cli.rootkey import move_out_of_environment
 
     move_out_of_environment()
-    bind_symbols()
     import gc
 
     from minikms.commands.usage import COLLECTED_OBJECTS_MIN

@@ -32,19 +32,17 @@ from minikms.commands.usage import (
     found_socket,
     say_chosen,
 )
+from minikms.processes.flags import DATA_USER_ADVICE, UNLOCK_UIDS, UNLOCK_UIDS_VARIABLE
 
 if TYPE_CHECKING:
     from minikms.api.errors import KmsError
     from minikms.client import Client
-    from minikms.roots.key_file import FileOwner
     from minikms.roots.providers import RootProvider
 
-DATA_USER_ADVICE: Final = "The files of a key service are its user's alone: run this as that user, or as root"
 DATA_DIR_VARIABLE: Final = "PROGRESSDB_KMS_DATA_DIR"
 MASTER_KEY_FILE_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_FILE"
 MASTER_KEY_OWNER_VARIABLE: Final = "PROGRESSDB_MINIKMS_MASTER_KEY_OWNER"
 ROOT_VARIABLE: Final = "PROGRESSDB_MINIKMS_ROOT"
-UNLOCK_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_UNLOCK_UIDS"
 PIN_VARIABLE: Final = "PROGRESSDB_MINIKMS_PIN"
 URL_VARIABLE: Final = "PROGRESSDB_KMS_URL"
 URL_FILES: Final = ("ca", "cert", "key", "token_file")
@@ -176,26 +174,15 @@ def chosen_key_file(given: Path | None, descriptor: int | None) -> Path | None:
     return file
 
 
-def chosen_root(
-    key_file: Path | None,
-    descriptor: int | None,
-    source: str | None = None,
-    *,
-    data_dir: str | None = None,
-    rewritable: bool = False,
-    may_ask: bool = True,
-    owner: str | None = None,
-    unlock_uids: str | None = None,
-) -> RootProvider | None:
-    """Where the root key is; None when no place is given. With `data_dir`, a development key beside it serves then.
+def chosen_source(
+    key_file: Path | None, descriptor: int | None, source: str | None = None, *, rewritable: bool = False
+) -> str | None:
+    """Where the root key is, as the text of a source; None when no place is given.
 
-    source: the text of `--root`, else of its variable, unless --master-key-file is given. `may_ask`: shares may be
-    typed on the terminal, and the development key needs no flag. `owner`, `unlock_uids`: as in `named_root`. Raises
-    CommandError when it is given twice, or not as a file that is to be rewritten; StartError for a source that is none.
+    source: the text of `--root`, else of its variable, unless --master-key-file is given. Raises CommandError when it
+    is given twice, or not as a file that is to be rewritten; StartError for a text that is no source.
     """
-    from dataclasses import replace
-
-    from minikms.roots.providers import DevelopmentKey, KeyDescriptor, KeyFile
+    from minikms.roots.sources import parse_source
 
     variable = None if source is not None or key_file is not None else os.environ.get(ROOT_VARIABLE)
     if named := source or variable:
@@ -204,65 +191,52 @@ def chosen_root(
                 f"the root key is given twice: give --root ({ROOT_VARIABLE}) or --master-key-file "
                 f"({MASTER_KEY_FILE_VARIABLE}), and unset {MASTER_KEY_VARIABLE}"
             )
-        root = named_root(named, data_dir, may_ask=may_ask, owner=owner, unlock_uids=unlock_uids)
-        if not rewritable:
-            return root
-        if not isinstance(root, KeyFile):
+        if parse_source(named).name != "file" and rewritable:
             raise CommandError("--rewrite-master-key-file needs a root key in a file, by --master-key-file or --root")
-        return replace(root, rewritable=True)
+        return named
     file = chosen_key_file(key_file, descriptor)
     if rewritable and file is None:
         raise CommandError("--rewrite-master-key-file needs the key file that it is to rewrite: give --master-key-file")
-    if file is not None:
-        return KeyFile(file, rewritable, shared=_key_file_owner(owner))
-    if descriptor is not None:
-        return KeyDescriptor(descriptor)
-    if data_dir is not None and may_ask:
-        development = DevelopmentKey(data_dir)
-        return development if development.path.exists() else None
-    return None
+    return f"file:{file}" if file is not None else None if descriptor is None else f"fd:{descriptor}"
 
 
-def named_root(
-    source: str,
-    data_dir: str | None = None,
-    *,
-    may_ask: bool = True,
-    owner: str | None = None,
-    unlock_uids: str | None = None,
-) -> RootProvider:
-    """The provider of the text of a source. `data_dir`: whose shares may be typed, whose keyring the unlock service is
-    asked for, and what `dev:` lies beside. `owner`: UID:GID of a key file that its group may read. `unlock_uids`: who
-    may be the unlock service. Both have a variable. Raises StartError, CommandError.
+def chosen_root(
+    key_file: Path | None, descriptor: int | None, source: str | None = None, *, data_dir: str | None = None
+) -> RootProvider | None:
+    """The provider of `chosen_source`, with its errors; None when no place is given. With `data_dir`, a development key
+    beside it serves then.
     """
-    from dataclasses import replace
+    from minikms.roots.providers import DevelopmentKey
+
+    named = chosen_source(key_file, descriptor, source)
+    if named is not None:
+        return named_root(named, data_dir)
+    development = None if data_dir is None else DevelopmentKey(data_dir)
+    return development if development is not None and development.path.exists() else None
+
+
+def named_root(source: str, data_dir: str | None = None) -> RootProvider:
+    """The provider of the text of a source. `data_dir`: whose shares may be typed, whose keyring the unlock service is
+    asked for, and what `dev:` lies beside. Raises StartError, CommandError.
+    """
     from functools import partial
 
-    from minikms.client.connecting import checked_path, overflow_uid
-    from minikms.datadir import read_keyring
+    from minikms.datadir import read_keyring, root_provider
     from minikms.policy import parse_uids
-    from minikms.roots.providers import KeyFile, Source, parse_source, provider_of
+    from minikms.roots.key_file import FileOwner
+    from minikms.roots.sources import Source, parse_source
     from minikms.roots.typed_shares import TypedShares
-    from minikms.roots.unlock_service import UnlockService
 
     parsed = parse_source(source)
-    if may_ask and parsed == Source("shares", ""):
+    if parsed == Source("shares", ""):
         return TypedShares(None if data_dir is None else partial(read_keyring, data_dir))
-    if parsed.name == "unlock" and parsed.argument and data_dir is not None:
-        uids = parse_uids(unlock_uids or os.environ.get(UNLOCK_UIDS_VARIABLE) or "0", source=UNLOCK_UIDS_VARIABLE)
-        try:
-            path = checked_path(parsed.argument)
-        except ValueError as error:
-            raise CommandError(f"{error}: --root unlock:SOCKET") from None
-        return UnlockService(path, uids - {overflow_uid()}, partial(read_keyring, data_dir))
-    root = provider_of(parsed, data_dir=data_dir)
-    return replace(root, shared=_key_file_owner(owner)) if isinstance(root, KeyFile) else root
+    owner = key_file_owner()
+    uids = parse_uids(os.environ.get(UNLOCK_UIDS_VARIABLE) or UNLOCK_UIDS, source=UNLOCK_UIDS_VARIABLE)
+    return root_provider(parsed, data_dir, shared=None if owner is None else FileOwner(*owner), unlock_uids=uids)
 
 
-def _key_file_owner(given: str | None) -> FileOwner | None:
+def key_file_owner(given: str | None = None) -> tuple[int, int] | None:
     """Owner and group of a key file that its group may read: the flag, else the variable. Raises CommandError."""
-    from minikms.roots.key_file import FileOwner
-
     text = given or os.environ.get(MASTER_KEY_OWNER_VARIABLE)
     if not text:
         return None
@@ -271,7 +245,7 @@ def _key_file_owner(given: str | None) -> FileOwner | None:
         raise CommandError(
             f"the owner and group of the key file are two numbers, such as 0:991 ({MASTER_KEY_OWNER_VARIABLE})"
         )
-    return FileOwner(int(ids[0]), int(ids[1]))
+    return int(ids[0]), int(ids[1])
 
 
 def needed_root(

@@ -16,9 +16,10 @@ from cyclopts import App, Parameter
 from minikms.api import Role
 from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
-from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
+from minikms.cli.serve import POLICY_VARIABLE
 from minikms.commands.output import counted, print_facts, print_json, print_result
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
+from minikms.processes.flags import ALLOWED_UIDS_VARIABLE
 
 if TYPE_CHECKING:
     from minikms.policy import Rules

@@ -1,16 +1,17 @@
-"""`minikms serve`: the daemon, from flags and environment.
+"""`minikms serve`: the daemon, from flags and environment, in the place of this process.
 
-Owns: the flags of the daemon and their checks. Invariants: an empty environment variable counts as unset; a flag wins
-over its variable; a start without a root key is refused before anything is made or bound. It must never hold the root
-key, only where it comes from.
+Owns: the flags of the daemon and how they go together; `daemon.settings` checks their values. Invariants: an empty
+environment variable counts as unset; a flag wins over its variable; a start without a root key is refused before
+anything is made or bound. It must never hold the root key, only where it comes from.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NoReturn
 
 from cyclopts import Parameter, validators
 
@@ -21,27 +22,26 @@ from minikms.cli.console import (
     MasterKeyFd,
     Root,
     chosen_data_dir,
-    chosen_root,
     chosen_socket,
+    chosen_source,
+    key_file_owner,
 )
 from minikms.commands.usage import LogFormat, PathText
+from minikms.processes.flags import (
+    ADMIN_UIDS_VARIABLE,
+    ALLOWED_UIDS_VARIABLE,
+    UNLOCK_UIDS,
+    UNLOCK_UIDS_VARIABLE,
+    Flags,
+    become_daemon,
+)
 
-if TYPE_CHECKING:
-    from minikms.audit.record import Head
-
-ALLOWED_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ALLOWED_UIDS"
-ADMIN_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ADMIN_UIDS"
 POLICY_VARIABLE: Final = "PROGRESSDB_MINIKMS_POLICY"
-MIB_BYTES: Final = 1024 * 1024
 DAY_SECONDS: Final = 24 * 3600
 ROOT_LEASE_SECONDS_MIN: Final = 30
 """More than one question takes."""
 UNSHIPPED_LINES_MIN: Final = 100
 """An auditor that works takes lines about ten seconds after they were written."""
-IF_RESTORED_UNDER_SERVER: Final = (
-    "If you restored a copy on purpose, start the message server once with --accept-restore (the runbook says how)"
-)
-"""The message server remembers the line that is missing, and gave it to the daemon that it started."""
 
 
 def serve(
@@ -175,85 +175,68 @@ def serve(
     ] = 90,
     master_key_fd: MasterKeyFd = None,
     parent_fd: Annotated[int | None, Parameter(show=False)] = None,
-) -> int:
+) -> NoReturn:
     """Serve keys on a Unix socket until SIGTERM."""
     from minikms.api.errors import StartError
-    from minikms.audit.log import LogLimits
-    from minikms.audit.maintenance import Retention
-    from minikms.audit.repair import IF_RESTORED
-    from minikms.custody.vault import CACHE_KEYS_MAX
-    from minikms.daemon.policy_file import PolicyFile
-    from minikms.daemon.settings import Settings
-    from minikms.datadir import Options
-    from minikms.policy import parse_uids
-    from minikms.roots.pin import PinFile
-    from minikms.roots.providers import DevelopmentKey
-    from minikms.roots.unlock_service import UnlockService
-    from minikms.serve import run
+    from minikms.platform.process_metrics import build
 
     path = chosen_socket(socket, must_exist=False)
     if socket is None and "," in path:
         raise StartError("the variable of the socket names several, and this serves on one: give --socket")
     directory = chosen_data_dir(data_dir, must_exist=False)
-    root = chosen_root(
-        master_key_file,
-        master_key_fd,
-        root_source,
-        data_dir=directory,
-        rewritable=rewrite_master_key_file,
-        may_ask=False,
-        owner=master_key_owner,
-        unlock_uids=unlock_uids,
-    )
-    pin_file = pin or os.environ.get(PIN_VARIABLE)
+    root = chosen_source(master_key_file, master_key_fd, root_source, rewritable=rewrite_master_key_file)
     if root is None:
         if not dev:
             raise StartError(_no_root_text(directory))
-        root = DevelopmentKey(directory)
+        root = "dev:"
     policy_file = policy or os.environ.get(POLICY_VARIABLE)
-    allowed = allowed_uids or os.environ.get(ALLOWED_UIDS_VARIABLE) or ("" if policy_file else str(os.geteuid()))
+    pin_file = pin or os.environ.get(PIN_VARIABLE)
     if audit_dir is not None and audit_fsync == "never":
         raise StartError("--audit-dir is for an auditor, which takes durable lines only: not with --audit-fsync never")
     if refuse_when_unshipped is not None and audit_dir is None:
         raise StartError("--refuse-when-unshipped needs --audit-dir: without it no auditor can take a line")
-    if root_lease is not None and not isinstance(root, UnlockService):
+    if root_lease is not None and not root.startswith("unlock:"):
         raise StartError("--root-lease is for a root key of the unlock service: give --root unlock:SOCKET")
-    admins = admin_uids or os.environ.get(ADMIN_UIDS_VARIABLE) or ""
-    run(
-        Settings(
+    built = build()
+    become_daemon(
+        Flags(
             socket=path,
             data_dir=directory,
             root=root,
+            key_owner=key_file_owner(master_key_owner),
+            rewritable=rewrite_master_key_file,
+            unlock_uids=unlock_uids or os.environ.get(UNLOCK_UIDS_VARIABLE) or UNLOCK_UIDS,
             root_lease=root_lease,
-            allowed_uids=parse_uids(allowed, source=ALLOWED_UIDS_VARIABLE) if allowed else None,
-            policy=PolicyFile(Path(os.path.abspath(policy_file))) if policy_file else None,
-            admin_uids=parse_uids(admins, source=ADMIN_UIDS_VARIABLE) if admins else frozenset(),
+            pin=os.path.abspath(pin_file) if pin_file else None,
+            policy=os.path.abspath(policy_file) if policy_file else None,
+            allowed_uids=allowed_uids
+            or os.environ.get(ALLOWED_UIDS_VARIABLE)
+            or ("" if policy_file else str(os.geteuid())),
+            admin_uids=admin_uids or os.environ.get(ADMIN_UIDS_VARIABLE) or "",
             parent_fd=parent_fd,
             sealed=sealed,
-            socket_mode=parse_mode(socket_mode),
+            socket_mode=socket_mode,
             socket_group=socket_group,
             make_socket_dir=make_socket_dir,
             require_hardening=require_hardening,
-            opening=Options(
-                accept_restore=accept_restore,
-                accept_audit_loss=accept_audit_loss,
-                expect_audit_head=parse_head(expect_audit_head),
-                if_restored=IF_RESTORED if parent_fd is None else IF_RESTORED_UNDER_SERVER,
-                audit_dir=None if audit_dir is None else os.path.abspath(audit_dir),
-                audit_fsync=audit_fsync,
-                audit_hash_thread_ids=audit_hash_thread_ids,
-                audit_limits=LogLimits(
-                    segment_bytes=audit_segment_mib * MIB_BYTES, segment_age_s=audit_segment_days * DAY_SECONDS
-                ),
-                pin=PinFile(Path(os.path.abspath(pin_file))) if pin_file else None,
-                cache_keys_max=cache_keys or CACHE_KEYS_MAX,
-            ),
-            audit_keep=Retention(bytes_max=audit_keep_mib * MIB_BYTES, days_min=audit_keep_days),
+            accept_restore=accept_restore,
+            accept_audit_loss=accept_audit_loss,
+            expect_audit_head=expect_audit_head,
+            audit_dir=None if audit_dir is None else os.path.abspath(audit_dir),
             refuse_when_unshipped=refuse_when_unshipped,
+            audit_fsync=audit_fsync,
+            audit_hash_thread_ids=audit_hash_thread_ids,
+            audit_segment_mib=audit_segment_mib,
+            audit_segment_days=audit_segment_days,
+            audit_keep_mib=audit_keep_mib,
+            audit_keep_days=audit_keep_days,
+            cache_keys=cache_keys,
             log_format=log_format,
-        )
+            version=built.version,
+            commit=built.commit,
+        ),
+        sys.argv[1:],
     )
-    return 0
 
 
 def _no_root_text(directory: str) -> str:
@@ -269,29 +252,3 @@ def _no_root_text(directory: str) -> str:
         f"no root key is given, and {directory} has no keyring yet. Make both: "
         f"`minikms init --data-dir {shlex.quote(directory)} --master-key-file FILE`"
     )
-
-
-def parse_head(text: str | None) -> Head | None:
-    """A line of the audit log that was written, as SEQ:SIG. Raises StartError."""
-    from minikms.api.errors import StartError
-    from minikms.audit.chain import parse_head
-
-    if text is None:
-        return None
-    head = parse_head(text)
-    if head is None:
-        raise StartError("--expect-audit-head is SEQ:SIG, as `head` in `minikms status` or `minikms audit verify`")
-    return head
-
-
-def parse_mode(text: str) -> int:
-    """Octal permission bits. Raises StartError."""
-    from minikms.api.errors import StartError
-
-    try:
-        mode = int(text, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
-        raise StartError("--socket-mode must be octal permission bits such as 0660")
-    return mode

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 POOL_IDLE_S_MAX: Final = 5.0
 """A connection that was idle for longer is not used again, and AsyncClient closes it. Far below the daemon's own idle
 limit, so that a request that can't be repeated is not sent on a connection that the daemon is just closing."""
-SOCKET_PATH_BYTES_MAX: Final = 107
-"""sun_path of unix(7), less its end mark."""
 _UCRED: Final = struct.Struct("iII")  # pid, uid, gid: struct ucred of unix(7); -1 as uid reads as 2^32 - 1
 _XUCRED: Final = struct.Struct("II")  # version, uid: the head of struct xucred, FreeBSD's and macOS's unix(4)
 _XUCRED_BYTES: Final = 76
@@ -53,8 +51,8 @@ def default_server_uids() -> frozenset[int]:
 def checked_path(path: str | os.PathLike[str]) -> str:
     """The path as text. Raises ValueError when no socket could be bound there."""
     text = os.fspath(path)
-    if not text or "\0" in text or len(os.fsencode(text)) > SOCKET_PATH_BYTES_MAX:
-        raise ValueError(f"a socket path has 1 to {SOCKET_PATH_BYTES_MAX} bytes")
+    if not text or "\0" in text or len(os.fsencode(text)) > api.SOCKET_PATH_BYTES_MAX:
+        raise ValueError(f"a socket path has 1 to {api.SOCKET_PATH_BYTES_MAX} bytes")
     return text
 
 

@@ -19,6 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 
+from minikms.processes.flags import EXIT_FAILED as EXIT_FAILED  # noqa: PLC0414  for the commands
+from minikms.processes.flags import EXIT_INTERRUPTED
+from minikms.processes.flags import EXIT_MISSING as EXIT_MISSING  # noqa: PLC0414  as above
+
 
 def missing_library(error: ModuleNotFoundError, program: str) -> str:
     """The sentence for a program whose extra was not installed. A missing module of our own is raised again."""
@@ -66,10 +70,6 @@ RequireHardening = Annotated[
 ]
 
 EXIT_GOOD: Final = 0
-EXIT_FAILED: Final = 1
-EXIT_MISSING: Final = 2
-EXIT_INTERRUPTED: Final = 130
-"""128 + SIGINT, as in shells."""
 EXIT_READER_LEFT: Final = 141
 """128 + SIGPIPE: the reader closed the pipe before it had all of the output."""
 

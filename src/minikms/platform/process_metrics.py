@@ -8,13 +8,11 @@ not be opened is not reported.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
@@ -47,6 +45,8 @@ class Build(NamedTuple):
 
 
 def build() -> Build:
+    from importlib import metadata
+
     commit = Path(__file__).parents[1].joinpath("COMMIT").read_text("utf-8").strip()  # git archive(1) writes it
     python = ".".join(map(str, sys.version_info[:3]))
     return Build(metadata.version("progressdb-minikms"), "" if commit.startswith("$") else commit, python)
@@ -61,14 +61,26 @@ class _Process(NamedTuple):
     started: float
 
 
-def open_process_files() -> None:
-    """Called before the process is hardened."""
-    _process(os.getpid())
+_processes: dict[int, _Process] = {}
+"""By pid."""
+
+
+def open_process_files(known: Build | None = None) -> _Process:
+    """Called before the process is hardened, with its build if that is `known`."""
+    pid = os.getpid()  # a forked process has its own
+    if pid not in _processes:
+        stat = _opened("/proc/self/stat", 0)
+        started = 0.0
+        if stat is not None:
+            since_boot = int(_fields(stat)[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
+            started = time.time() - boot_ns() / 1e9 + since_boot
+        _processes[pid] = _Process(known or build(), stat, _opened("/proc/self/fd", os.O_DIRECTORY), started)
+    return _processes[pid]
 
 
 def samples(build_info: str) -> Iterator[Sample]:
     """`build_info`: the name of the metric whose labels are the build."""
-    process = _process(os.getpid())
+    process = open_process_files()
     yield Sample(build_info, "gauge", "1, with the build as labels.", 1, process.build._asdict())
     yield Sample("process_cpu_seconds_total", "counter", "Processor time, in seconds.", time.process_time())
     yield Sample("process_max_fds", "gauge", "Limit of open files.", resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -94,17 +106,6 @@ def collector(build_info: str) -> Collector:
                 yield family
 
     return Samples()
-
-
-@functools.cache
-def _process(pid: int) -> _Process:
-    """`pid`: that of this process, so that a forked one has its own."""
-    stat = _opened("/proc/self/stat", 0)
-    started = 0.0
-    if stat is not None:
-        since_boot = int(_fields(stat)[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
-        started = time.time() - boot_ns() / 1e9 + since_boot
-    return _Process(build(), stat, _opened("/proc/self/fd", os.O_DIRECTORY), started)
 
 
 def _opened(path: str, flags: int) -> int | None:

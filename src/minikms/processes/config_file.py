@@ -18,6 +18,7 @@ from typing import Annotated, Final, TypeVar
 
 import msgspec
 
+from minikms.api import SOCKET_PATH_BYTES_MAX
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.platform.trusted_file import ROOT_UID, read_trusted
 
@@ -26,8 +27,6 @@ LINE_DOTS_MAX: Final = 256
 """The dots in one line: for a key of n parts the parser takes n^2 steps."""
 PEM_BYTES_MAX: Final = 256 * 1024
 _ADDRESS: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII)
-SOCKET_PATH_BYTES_MAX: Final = 107
-"""sun_path of unix(7), less its end mark."""
 Uid = Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)]
 """A user; the greatest number is -1, which is none."""
 T = TypeVar("T")

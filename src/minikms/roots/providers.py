@@ -1,11 +1,9 @@
 """The providers of a root key: a key file, a credential, an inherited descriptor, a development key; and their names.
 
-Owns: what the rest of the program may ask of a provider (`RootProvider`), where a development key lies, and the syntax
-of a source, such as `file:PATH`. A new provider is a class here, or in a module of its own, and its name in
-`provider_of` and in the sets `REPLACEABLE` or `KEPT_BY_PEOPLE`. Invariants: `read` changes nothing, so it works beside
-a running daemon; only `prepare` makes or removes files, under the lock of the data directory; a root key is never a
-part of a source, and an error never quotes a source, since a key could have been given by mistake. A provider must
-never keep the key.
+Owns: what the rest of the program may ask of a provider (`RootProvider`), where a development key lies, and which
+provider a source has. A new provider is a class here, or in a module of its own, and its name in `provider_of` and in
+the sets `REPLACEABLE` or `KEPT_BY_PEOPLE`. Invariants: `read` changes nothing, so it works beside a running daemon;
+only `prepare` makes or removes files, under the lock of the data directory. A provider must never keep the key.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final, Literal, NamedTuple, Protocol, cast, get_args
+from typing import ClassVar, Final, Protocol
 
 from minikms import api
 from minikms.api.errors import StartError
@@ -27,6 +25,7 @@ from minikms.roots.key_file import (
     read_key_file,
     remove_leftover,
 )
+from minikms.roots.sources import Source
 
 
 class RootProvider(Protocol):
@@ -190,32 +189,13 @@ REPLACEABLE: Final = frozenset(("file", "systemd-credential", "environment", "re
 KEPT_BY_PEOPLE: Final = frozenset(("shares", "passphrase"))
 """Names of the providers whose root keys are kept by people."""
 
-# --- sources as text ----------------------------------------------------------------------------------------------
+# --- the provider of a source ---------------------------------------------------------------------------------------
 
-SourceName = Literal["file", "fd", "dev", "systemd-credential", "unlock", "shares", "passphrase"]
 CREDENTIALS_VARIABLE: Final = "CREDENTIALS_DIRECTORY"
 """The variable in which systemd names the directory of a unit's credentials (systemd.exec(5))."""
 _CREDENTIAL: Final = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._@:-]{1,255}", re.ASCII)
 FD_MAX: Final = 2**20
 FD_DIGITS_MAX: Final = 7
-
-
-class Source(NamedTuple):
-    """`argument`: what follows the colon."""
-
-    name: SourceName
-    argument: str
-
-
-def parse_source(text: str) -> Source:
-    """Parses the text of a source; an error lists the sources that exist."""
-    name, colon, argument = text.partition(":")
-    if not colon or name not in get_args(SourceName):
-        raise StartError(
-            "a source of a root key is file:PATH, fd:NUMBER, dev:, systemd-credential:NAME or unlock:SOCKET (and for "
-            "some commands shares: and passphrase:); the key itself is never given on the command line"
-        )
-    return Source(cast("SourceName", name), argument)
 
 
 def provider_of(source: Source, *, data_dir: str | None = None) -> RootProvider:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from minikms.api.errors import StartError
-from minikms.cli.serve import parse_head
+from minikms.daemon.settings import expected_head
 from tests.harness import forked
 from tests.harness.forked import Forked
 from tests.harness.unix_http import answers
@@ -141,4 +141,4 @@ SIG = "A" * 43 + "="
 @pytest.mark.parametrize("text", ["", "5", "5:", f"5:{SIG}=", f"0:{SIG}", f"-1:{SIG}", f"{'9' * 30}:{SIG}"])
 def test_a_malformed_expected_line_is_refused(text: str) -> None:
     with pytest.raises(StartError, match="--expect-audit-head is SEQ:SIG"):
-        parse_head(text)
+        expected_head(text)

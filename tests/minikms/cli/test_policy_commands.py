@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from minikms.cli.policy import check, explain
-from minikms.cli.serve import ALLOWED_UIDS_VARIABLE, POLICY_VARIABLE
+from minikms.cli.serve import POLICY_VARIABLE
 from minikms.policy import PolicyFileError
+from minikms.processes.flags import ALLOWED_UIDS_VARIABLE
 from tests.harness import forked
 
 FILE = """\

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.cli.console import UNLOCK_UIDS_VARIABLE
+from minikms.processes.flags import UNLOCK_UIDS_VARIABLE
 from minikms.processes.handover import KEY
 from tests import needs
 from tests.harness import forked

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.crypto.aead import LONG_TEXT_BYTES
+from minikms.processes.flags import BIND_VARIABLE
 from tests import needs
 from tests.harness import decryptor
 from tests.minikms.memory import scanner

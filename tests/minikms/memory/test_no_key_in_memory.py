@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import KmsError
-from minikms.cli.rootkey import BIND_VARIABLE
 from minikms.client import Client, DecryptItem, EncryptItem, MacItem, ReencryptItem
 from minikms.crypto.aead import LONG_TEXT_BYTES, PREFIX_BYTES
+from minikms.processes.flags import BIND_VARIABLE
 from tests import needs
 from tests.harness import decryptor, live_daemon
 from tests.harness.live_daemon import LiveDaemon, record_keys

@@ -13,9 +13,9 @@ from minikms.roots.providers import (
     DevelopmentKey,
     KeyDescriptor,
     KeyFile,
-    parse_source,
     provider_of,
 )
+from minikms.roots.sources import parse_source
 
 
 def test_each_source_stands_for_its_provider() -> None:

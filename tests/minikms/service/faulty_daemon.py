@@ -20,7 +20,7 @@ from minikms.keys import root_slots
 from minikms.memory.arena import SecretArena
 from minikms.platform import files
 from minikms.policy import ROLES, policy
-from tests.harness import garbage
+from tests.harness import garbage, in_process
 
 FAULT_FILE: Final = "FAULT_FILE"
 ROLELESS: Final = "ROLELESS"
@@ -89,6 +89,7 @@ if __name__ == "__main__":
     from minikms.cli import main
 
     install()
+    in_process.install()
     sys.argv = ["minikms", *sys.argv[3:]]  # -m minikms, for which this stands
     garbage.switch_off()
     main()

@@ -6,6 +6,7 @@ from pathlib import Path
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem
 from minikms.crypto.aead import PREFIX_BYTES
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.scripts import PROJECT
 
 WRITERS = 8
 ROUNDS = 10
@@ -13,9 +14,12 @@ BATCH_ITEMS = 40
 RECORDS_PER_PREFIX = 23
 LAUNCHER = """
 import sys
+sys.path.insert(0, {!r})
+from tests.harness import in_process
 from minikms.crypto import records
 from minikms.cli import main
 records.RECORDS_PER_PREFIX = {}
+in_process.install()
 sys.argv = ["minikms", *sys.argv[3:]]  # -m minikms, for which this stands
 main()
 """
@@ -23,7 +27,7 @@ main()
 
 def test_records_of_many_prefixes_are_all_readable_after_a_kill(tmp_path: Path) -> None:
     launcher = tmp_path / "launcher.py"
-    launcher.write_text(LAUNCHER.format(RECORDS_PER_PREFIX))
+    launcher.write_text(LAUNCHER.format(str(PROJECT), RECORDS_PER_PREFIX))
     with LiveDaemon(tmp_path, "file", launcher=(str(launcher),)) as daemon:
         with ThreadPoolExecutor(WRITERS) as threads:
             found = [

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-import minikms
 from minikms import api
 from minikms.api.base64 import decode_canonical
 from minikms.api.errors import (
@@ -99,7 +98,7 @@ class Member:
         self._process = process
         self._mark = mark
         self._keyring_id = keyring_id
-        self._version = minikms.__version__
+        self._version = process.settings.build.version
         self.state = MemberState()
         self.lease = Lease(api.LEASE_SECONDS)
         self.seals = Seals(mark.seals, sealed_as)

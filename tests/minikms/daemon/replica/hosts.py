@@ -219,9 +219,11 @@ if __name__ == "__main__":
     from minikms.cli import main
     from minikms.daemon import lease
     from minikms.daemon.replica import member
+    from tests.harness import in_process
 
     lease.SECOND_NS = LEASE_SECOND_NS  # type: ignore[misc]  # final in production
     api.POLL_SECONDS_MAX = LEASE_S / 10  # type: ignore[misc]  # as above
     member.SEAL_SECONDS_MAX = LEASE_S  # type: ignore[misc]  # as above
+    in_process.install()
     sys.argv = ["minikms", *sys.argv[3:]]  # -m minikms, for which this stands
     main()
