@@ -42,7 +42,7 @@ except ImportError:  # before XAES-256-GCM all runs were equal
     pass
 from minikms.cli import command
 def become_daemon(flags, words):  # here, where the number is set
-    from minikms import serve
+    from minikms_daemon import serve
     from minikms.processes.flags import write_flags
     sys.argv = ["minikms", str(write_flags(flags)), *words]
     serve.main()

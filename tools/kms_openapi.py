@@ -15,8 +15,8 @@ import yaml
 
 from minikms import api
 from minikms.api import Verb, errors
-from minikms.daemon import metrics
-from minikms.daemon.lagging import SERVED
+from minikms_daemon.server import metrics
+from minikms_daemon.server.lagging import SERVED
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "minikms-openapi.yaml"
 Schema = dict[str, Any]

@@ -1,4 +1,4 @@
-"""miniKMS: a local, hardened key service. Start reading at `minikms.service`.
+"""miniKMS: a local, hardened key service. Start reading at `minikms_daemon.service`.
 
 `minikms.Client` and `minikms.AsyncClient` are the libraries. They, the items of batches and every error of
 `minikms.api.errors` load when they are first asked for, so that the daemon never imports them and the command starts

@@ -3,7 +3,7 @@
 Owns the order in which its parts are opened, for each mode:
 - `open_for_service`, under the lock: root key, keyring, its epoch against the audit log's, audit log, tombstones,
   the epoch of this start, the removal of temporary files, the journal of key files,
-  then the vault. The daemon, `minikms.embedded` and `minikms init` open so. It may be called again in the
+  then the vault. The daemon, `minikms_daemon.embedded` and `minikms init` open so. It may be called again in the
   same process: a failure or `DataDir.close` gives everything back but the lock and the arena, which are the caller's.
 - `open_for_reading`, without the lock, beside a running daemon: the keyring only, and nothing changes.
 

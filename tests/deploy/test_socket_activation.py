@@ -26,7 +26,7 @@ from tests import needs
 from tests.deploy import service_manager
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.ports import free_port
-from tests.minikms.daemon import foreign
+from tests.minikms_daemon.server import foreign
 
 SERVICE_UID = foreign.UID
 CLIENT_UID = foreign.UID + 1

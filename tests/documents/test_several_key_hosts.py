@@ -16,7 +16,7 @@ from tests.documents.machine import PROJECT, UID_MIN, Machine, blocks, machine
 from tests.documents.test_runbook import ALL_SECTIONS, RUNBOOK, a_policy_holds
 from tests.harness import postgres
 from tests.harness.waiting import wait_until
-from tests.minikms.daemon import foreign
+from tests.minikms_daemon.server import foreign
 
 PAGE = PROJECT / "docs" / "several-key-hosts.md"
 DATABASE, EACH, FIRST, JOIN, ADD, FETCH = blocks(PAGE)

@@ -16,7 +16,7 @@ from tests.documents.machine import PROJECT, Machine, blocks, machine
 from tests.harness.aws_kms import AwsKms, aws_kms
 from tests.harness.ports import free_ports
 from tests.harness.waiting import wait_until
-from tests.minikms.daemon import foreign
+from tests.minikms_daemon.server import foreign
 
 ONCE, ADD, MOVE, REMOVE = blocks(PROJECT / "docs" / "tenants.md")
 TENANTS = ("acme", "bolt")

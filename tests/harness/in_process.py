@@ -18,7 +18,7 @@ def install() -> None:
 
 
 def _become_daemon(flags: Flags, words: Sequence[str]) -> NoReturn:
-    from minikms import serve
+    from minikms_daemon import serve
 
     sys.argv = [DAEMON, str(write_flags(flags)), *words]
     serve.main()

@@ -19,12 +19,12 @@ from minikms.api import Verb
 from minikms.audit import Event
 from minikms.http import Response
 from minikms.policy import FilePolicy, Meters, Principal, parse_policy
-from minikms.service.access import Access
-from minikms.service.base import VerbTable
-from minikms.service.keys import KeyVerbs
-from minikms.service.lifecycle import LifecycleVerbs
-from minikms.service.records import RecordVerbs
-from minikms.service.roots import RootVerbs
+from minikms_daemon.service.access import Access
+from minikms_daemon.service.base import VerbTable
+from minikms_daemon.service.keys import KeyVerbs
+from minikms_daemon.service.lifecycle import LifecycleVerbs
+from minikms_daemon.service.records import RecordVerbs
+from minikms_daemon.service.roots import RootVerbs
 from tests.harness.vaults import OpenedVault, opened_vault
 
 

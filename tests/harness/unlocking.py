@@ -121,8 +121,8 @@ TRIED = "tried: " + " ".join(["PermissionError"] * 4)
 
 if __name__ == "__main__":
     from minikms.cli import main
-    from minikms.daemon import lease
-    from minikms.daemon.seal.unlocking import Unlocking
+    from minikms_daemon.seal.unlocking import Unlocking
+    from minikms_daemon.server import lease
     from tests.harness import in_process
 
     served = Unlocking.served

@@ -14,17 +14,17 @@ from pathlib import Path
 
 from minikms import api, datadir
 from minikms.audit import Event
-from minikms.audit.turns import TurnAudit
 from minikms.custody.journal_format import decode
-from minikms.custody.rotation import Begun, KekRotation, Pruning
 from minikms.custody.vault import Indexing, Permit, Vault, permitted
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.roots.providers import KeyFile
-from minikms.service.base import VerbTable
-from minikms.service.keks import KekVerbs
-from minikms.service.root_removal import RootRemoval
+from minikms_daemon.audit.turns import TurnAudit
+from minikms_daemon.rotation import Begun, KekRotation, Pruning
+from minikms_daemon.service.base import VerbTable
+from minikms_daemon.service.keks import KekVerbs
+from minikms_daemon.service.root_removal import RootRemoval
 
 ARENA_SLOTS = 96
 

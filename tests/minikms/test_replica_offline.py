@@ -19,7 +19,6 @@ from minikms.api.errors import ConflictError, InvalidRequestError, StartError
 from minikms.crypto.aead import NonceSource
 from minikms.custody import replica_file
 from minikms.custody.replica_file import Mark
-from minikms.embedded import EmbeddedClient, EmbeddedError
 from minikms.keys import keyring, members
 from minikms.keys.keyring import AuditState, Body
 from minikms.keys.unlocked import UnlockedKeyring
@@ -27,6 +26,7 @@ from minikms.memory.arena import SecretArena, fill_random
 from minikms.offline import init_replica, join_replica, leave_replica, rotate_audit_key
 from minikms.platform.files import closed_after, open_directory
 from minikms.roots.providers import KeyFile
+from minikms_daemon.embedded import EmbeddedClient, EmbeddedError
 from tests import needs
 from tests.harness.vaults import key_file, opened_vault
 

@@ -16,9 +16,9 @@ from typing import Any, Final
 import pytest
 
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.note import Signature, parse_checkpoint
 from minikms_auditor.signers import Signers
+from minikms_daemon.audit.maintenance import Retention, compress_closed, remove_segments
 from tests.harness import witness as cosigning
 from tests.minikms.audit.logmaker import open_log, write_events
 from tests.minikms_auditor.killing import InFile, a_step, forked, killed_before_call

@@ -11,9 +11,9 @@ from minikms.api.audit_questions import LINES_MAX, NAMED_COUNT_MAX
 from minikms.api.errors import KmsUnavailableError
 from minikms.audit import blocks, questions
 from minikms.audit.log import CHORES_NS
-from minikms.audit.maintenance import compress_closed
 from minikms.audit.record import Event
 from minikms_auditor import questions as answering
+from minikms_daemon.audit.maintenance import compress_closed
 from tests.harness.logged import capture_logs
 from tests.minikms.audit.indexed_log import SMALL
 from tests.minikms.audit.logmaker import Clock, open_log

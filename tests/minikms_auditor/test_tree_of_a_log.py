@@ -10,9 +10,9 @@ import pytest
 from minikms.api.errors import StartError
 from minikms.audit import blocks
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.maintenance import compress_closed
 from minikms.cli import audit
 from minikms_auditor.auditor import FAULTS_BEFORE_ALARM
+from minikms_daemon.audit.maintenance import compress_closed
 from tests.harness.disk_faults import failing_os
 from tests.minikms.audit.logmaker import KEY1, KEY2, open_log, write_events
 from tests.minikms_auditor.rig import Rig, root_of

@@ -17,10 +17,10 @@ from minikms.api.errors import KmsRefusedError
 from minikms.audit import tree
 from minikms.audit.export import Exported, ProofChecker
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.maintenance import Retention, remove_segments
 from minikms.audit.note import WitnessPolicy, open_checkpoint, parse_vkey
 from minikms.audit.tiles import RightEdge, Tiles, tile_path
 from minikms.cli import audit, audit_tree
+from minikms_daemon.audit.maintenance import Retention, remove_segments
 from tests.minikms.audit.logmaker import KEY1, SECOND, open_log, write_events
 from tests.minikms_auditor.rig import Rig
 from tests.vectors import make_tree as independent

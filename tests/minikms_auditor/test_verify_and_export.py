@@ -12,10 +12,10 @@ import pytest
 from minikms.api.base64 import encode_text
 from minikms.audit import Event, record
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.tiles import TilesError
 from minikms.cli import audit, audit_tree, receipt
 from minikms_auditor import command
+from minikms_daemon.audit.maintenance import Retention, compress_closed, remove_segments
 from tests.harness import witness as cosigning
 from tests.minikms.audit.logmaker import KEY1, KEY2, SECOND, open_log, write_events
 from tests.minikms.audit.make_vectors import make_receipt

@@ -20,8 +20,8 @@ from tests.harness.gateways import POLICY, Pair
 from tests.harness.tpm import Tpm
 from tests.harness.unlocking import TRIED
 from tests.harness.waiting import wait_until
-from tests.minikms.daemon.seal.test_unlocking import serves, why
 from tests.minikms.memory.test_no_key_in_memory import assert_unreachable
+from tests.minikms_daemon.seal.test_unlocking import serves, why
 from tests.minikms_gateway.transit.vault import transit_pair
 from tests.minikms_tokens import test_clevis, test_vault_transit
 from tests.minikms_unlock.conftest import AnyProvider, Provider

@@ -21,7 +21,7 @@ from tests.deploy import restricted
 from tests.harness import forked
 from tests.harness.activated_unlock import UID, UnlockService, read_answer
 from tests.harness.waiting import wait_until
-from tests.minikms.daemon import foreign
+from tests.minikms_daemon.server import foreign
 from tests.minikms_unlock.conftest import KEYRING_ID, Provider
 
 ROOT, THEIRS = os.urandom(32), os.urandom(32)

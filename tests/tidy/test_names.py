@@ -31,8 +31,8 @@ from tests.tidy.project_tree import (
 )
 
 PACKAGES = (
-    "minikms", "minikms_auditor", "minikms_gateway", "minikms_replicator", "minikms_tokens", "minikms_unlock",
-    "progressdb_server",
+    "minikms", "minikms_auditor", "minikms_daemon", "minikms_gateway", "minikms_replicator", "minikms_tokens",
+    "minikms_unlock", "progressdb_server",
 )  # fmt: skip
 FILE_SUFFIXES = frozenset(
     {"backup", "conf", "env", "json", "key", "log", "new", "old", "service", "sock", "socket", "toml", "yaml"}
@@ -268,8 +268,8 @@ def test_each_python_file_and_page_that_is_named_exists() -> None:
 
 
 def test_a_name_that_does_not_exist_is_found() -> None:
-    assert exists("minikms.service") and exists("minikms.Client") and exists("Config.server.address")
+    assert exists("minikms_daemon.service") and exists("minikms.Client") and exists("Config.server.address")
     assert exists("server.address"), "a setting of the configuration"
     assert exists("os.fdatasync") and exists("keyring.json")
-    for dead in ("minikms.services", "minikms.service.missing", "store.missing", "Config.server.missing", "os.missing"):
+    for dead in ("minikms.services", "minikms_daemon.missing", "store.missing", "Config.server.missing", "os.missing"):
         assert not exists(dead), dead

@@ -21,11 +21,11 @@ import msgspec
 from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import KmsRefusedError
-from minikms.daemon import strictmsgpack
 from minikms.http import Response
 from minikms.policy import ROLES, Principal
-from minikms.service.base import VerbTable
-from minikms.service.records import RecordVerbs
+from minikms_daemon.server import strictmsgpack
+from minikms_daemon.service.base import VerbTable
+from minikms_daemon.service.records import RecordVerbs
 from tests.harness.vaults import SilentAudit, opened_vault
 from tests.torture.mutation import mutated
 

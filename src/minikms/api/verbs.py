@@ -1,10 +1,10 @@
 """The verb table: each verb's name, path, roles, request, answer and possible refusals.
 
 Owns: everything about a verb that client and daemon share. Routing, decoding, authorisation, audit lines, metrics, both
-clients and docs/minikms-openapi.yaml follow from these entries; `minikms.service` has one method for each. Invariants:
-a name occurs once, and so does a path with a method; a verb is repeatable only if carrying it out twice does no harm.
-The table must never say that a caller without a role may use a verb: only `HEALTH` and `READY` ask for none, and they
-are not in `VERBS`.
+clients and docs/minikms-openapi.yaml follow from these entries; `minikms_daemon.service` has one method for each.
+Invariants: a name occurs once, and so does a path with a method; a verb is repeatable only if carrying it out twice
+does no harm. The table must never say that a caller without a role may use a verb: only `HEALTH` and `READY` ask for
+none, and they are not in `VERBS`.
 """
 
 from __future__ import annotations

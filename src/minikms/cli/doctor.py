@@ -209,7 +209,7 @@ def _space(directory: str) -> Iterator[Diagnosis]:
 
 
 def _seal(directory: str) -> Iterator[Diagnosis]:
-    from minikms.daemon.seal.files import MARKER_NAME, read_marker
+    from minikms.seal_files import MARKER_NAME, read_marker
 
     with closed_after(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as descriptor:
         marker = read_marker(descriptor)

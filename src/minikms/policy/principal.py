@@ -1,7 +1,7 @@
 """Principals: authenticated callers and their roles.
 
-`minikms.service` gets one with every request. Invariants: a principal on whose behalf a proxy asks has no other role
-than those of `minikms.policy.rules.PROXIED_ROLES`. It must never decide about a thread: that is `Scope.decide`.
+`minikms_daemon.service` gets one with every request. Invariants: a principal on whose behalf a proxy asks has no other
+role than those of `minikms.policy.rules.PROXIED_ROLES`. It must never decide about a thread: that is `Scope.decide`.
 """
 
 from __future__ import annotations

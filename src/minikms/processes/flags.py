@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, Literal, NoReturn
 
-DAEMON: Final = "minikms.serve"
+DAEMON: Final = "minikms_daemon"
 BIND_VARIABLE: Final = "LD_BIND_NOW"
 ALLOWED_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ALLOWED_UIDS"
 ADMIN_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ADMIN_UIDS"

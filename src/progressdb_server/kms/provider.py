@@ -221,7 +221,7 @@ async def open_local(
 
     The server's memory then holds the keys, and the server may do everything that miniKMS may.
     """
-    from minikms.embedded import EmbeddedClient, EmbeddedError  # loaded in no other server process
+    from minikms_daemon.embedded import EmbeddedClient, EmbeddedError  # loaded in no other server process
 
     try:
         return await EmbeddedClient.open(data_dir, master_key_file=master_key_file)

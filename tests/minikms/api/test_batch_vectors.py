@@ -15,9 +15,9 @@ from minikms.client import calls
 from minikms.client.calls import make_call
 from minikms.client.items import Batch
 from minikms.client.wire import Answer
-from minikms.daemon import strictmsgpack
 from minikms.http import Response
-from minikms.service.encoding import RefusedItem, encoding_of
+from minikms_daemon.server import strictmsgpack
+from minikms_daemon.service.encoding import RefusedItem, encoding_of
 
 VECTORS = Path(__file__).parents[2] / "vectors"
 KNOWN: dict[str, Any] = json.loads((VECTORS / "batches.json").read_text())

@@ -13,8 +13,8 @@ from minikms.api.errors import AuditUnavailableError, ConflictError, ForbiddenEr
 from minikms.audit import Event
 from minikms.custody.vault import Permit
 from minikms.policy import ROLES, Principal
-from minikms.service.base import AfterLine, VerbTable
-from minikms.service.encoding import Reply
+from minikms_daemon.service.base import AfterLine, VerbTable
+from minikms_daemon.service.encoding import Reply
 from tests.harness.vaults import SilentAudit
 
 ANYONE = Principal(0, 7, "peer_uid:0", ROLES)

@@ -8,8 +8,8 @@ import pytest
 
 from minikms.audit import reader, record
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.maintenance import compress_closed
 from minikms.audit.queries import AuditLogMissingError, verify_directory
+from minikms_daemon.audit.maintenance import compress_closed
 from tests.minikms.audit.logmaker import LOG, Clock, events_of, open_log, trust, verify, write_events
 
 # --- where a check begins, and beside a writer -----------------------------------------------------------------------

@@ -10,7 +10,9 @@ import pytest
 import zstandard
 
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.maintenance import (
+from minikms.audit.queries import verify_directory
+from minikms.audit.reader import list_segments
+from minikms_daemon.audit.maintenance import (
     RETRY_CALLS,
     CompressionError,
     Maintenance,
@@ -18,8 +20,6 @@ from minikms.audit.maintenance import (
     compress_closed,
     remove_segments,
 )
-from minikms.audit.queries import verify_directory
-from minikms.audit.reader import list_segments
 from tests.harness.disk_faults import failing_os
 from tests.minikms.audit.logmaker import (
     LOG,

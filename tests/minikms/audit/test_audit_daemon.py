@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from minikms.api.errors import StartError
-from minikms.daemon.settings import expected_head
+from minikms_daemon.server.settings import expected_head
 from tests.harness import forked
 from tests.harness.forked import Forked
 from tests.harness.unix_http import answers

@@ -315,7 +315,7 @@ def test_a_close_after_settle_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_retention_line_is_signed_before_the_deletion(tmp_path: Path) -> None:
-    from minikms.audit.maintenance import Retention, remove_segments
+    from minikms_daemon.audit.maintenance import Retention, remove_segments
 
     make_segments(tmp_path)
     log = open_log(tmp_path, clock=Clock(now=NOW + 3600 * SECOND))

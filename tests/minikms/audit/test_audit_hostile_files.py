@@ -14,11 +14,11 @@ import zstandard
 
 from minikms.audit import Event, reader, record
 from minikms.audit.log import LogLimits
-from minikms.audit.maintenance import compress_closed
 from minikms.audit.queries import verify_directory
 from minikms.audit.reader import LAST_BYTES_MAX, Follower, last_lines, list_segments
 from minikms.audit.rules import FINDINGS_COUNT_MAX, FINDINGS_COUNTED_MAX
 from minikms.cli import audit
+from minikms_daemon.audit.maintenance import compress_closed
 from tests.minikms.audit.logmaker import (
     LOG,
     Clock,

@@ -10,9 +10,9 @@ import pytest
 
 from minikms.api.errors import StartError
 from minikms.audit import ExpectedLog, queries, reader, record, repair, writer
-from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import each_segment
 from minikms.audit.record import Head
+from minikms_daemon.audit.maintenance import compress_closed
 from tests.harness.reading import bytes_read
 from tests.minikms.audit.logmaker import (
     KEY1,

@@ -9,8 +9,8 @@ import pytest
 
 from minikms.audit import Event, queries, record
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import DamagedSegmentError, Follower, last_lines
+from minikms_daemon.audit.maintenance import compress_closed
 from tests.minikms.audit.logmaker import KEY1, LOG, Clock, encrypt_event, lines_of, make_log, open_log, write_events
 
 SMALL_SEGMENTS = LogLimits(segment_bytes=3000, reserve_bytes=0)

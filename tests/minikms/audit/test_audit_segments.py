@@ -12,8 +12,8 @@ import pytest
 from minikms.api.errors import AuditUnavailableError, StartError
 from minikms.audit import AuditLog
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.maintenance import compress_closed
 from minikms.audit.reader import list_segments
+from minikms_daemon.audit.maintenance import compress_closed
 from tests.minikms.audit.logmaker import (
     LOG,
     SECOND,

@@ -19,9 +19,9 @@ from minikms.api.base64 import decode_exact, encode_text
 from minikms.audit import chain, record
 from minikms.audit.chain import Coverage
 from minikms.audit.log import LogLimits
-from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.reader import DamagedSegmentError, each_segment, list_segments
 from minikms.audit.record import Event, Head
+from minikms_daemon.audit.maintenance import Retention, compress_closed, remove_segments
 from tests.minikms.audit.logmaker import (
     KEY1,
     KEY2,

@@ -7,9 +7,9 @@ import pytest
 
 from minikms.audit import blocks, record
 from minikms.audit.blocks import Indexer, parse_blocks
-from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.queries import query
 from minikms.audit.reader import DamagedSegmentError, each_segment, segment_name
+from minikms_daemon.audit.maintenance import Retention, compress_closed, remove_segments
 from tests.minikms.audit.indexed_log import SMALL, Log
 from tests.minikms.audit.logmaker import LOG, open_log
 

@@ -7,7 +7,7 @@ import pytest
 
 from minikms.audit import epochs
 from minikms.audit.epochs import highest_epoch
-from minikms.audit.maintenance import compress_closed
+from minikms_daemon.audit.maintenance import compress_closed
 
 
 def line(epoch: int, padding: int = 0) -> bytes:

@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from minikms.audit import blocks, questions
-from minikms.audit.maintenance import Retention, compress_closed, remove_segments
 from minikms.audit.queries import Query, find, query
 from minikms.audit.questions import Found, Search
 from minikms.audit.reader import each_segment, newest_first
 from minikms.audit.record import parse_line
+from minikms_daemon.audit.maintenance import Retention, compress_closed, remove_segments
 from tests.minikms.audit.indexed_log import SMALL, Log
 from tests.minikms.audit.logmaker import open_log
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
-from tests.minikms.service.asking import new_key
+from tests.minikms_daemon.service.asking import new_key
 
 FLAG = re.compile(r"--[a-z][a-z-]+")
 COMMAND = re.compile(r"`([^`]+)`")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from minikms.api import errors
-from minikms.daemon.seal.unseal import FREE_FAILURES
+from minikms_daemon.seal.unseal import FREE_FAILURES
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.terminal import OnTerminal
-from tests.minikms.service.asking import post
+from tests.minikms_daemon.service.asking import post
 
 ASKS = "Share or root key"
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_a_key_given_for_a_source_reaches_no_file(
     assert (ended.value.code, source in capsys.readouterr().err) == (2, False)
 
 
-def test_the_daemon_shows_the_words_of_the_command_and_has_closed_the_file_of_its_flags(tmp_path: Path) -> None:
+def test_the_daemon_shows_the_words_of_the_command_and_no_file_of_flags(tmp_path: Path) -> None:
     with LiveDaemon(tmp_path, "environment", forked=False) as daemon:
         process = Path(f"/proc/{daemon.process.pid}")
         _, *words = process.joinpath("cmdline").read_text().removesuffix("\0").split("\0")
@@ -47,7 +48,8 @@ def test_options_of_the_interpreter_are_kept(monkeypatch: pytest.MonkeyPatch) ->
     programs: list[tuple[str, list[str], dict[str, str]]] = []
     monkeypatch.setattr(os, "execve", lambda *program: programs.append(program))
     monkeypatch.setattr(flags, "write_flags", lambda _: 7)
-    flags.become_daemon(None, ["-x"])  # type: ignore[arg-type]  # not written
+    become: Callable[..., object] = flags.become_daemon  # which does not return
+    become(None, ["-x"])
     [(program, words, environ)] = programs
     assert (program, words[1:]) == (sys.executable, ["-X", "dev", "-I", "-Wd", "-P", "-m", flags.DAEMON, "7", "-x"])
     assert environ[flags.BIND_VARIABLE] == "1"

@@ -12,7 +12,7 @@ from minikms.client import AsyncClient, DecryptItem, EncryptItem, ReencryptItem,
 from minikms.client.calls import make_call
 from minikms.client.items import Batch, CheckBatch, ReencryptBatch, Sent
 from minikms.client.wire import Answer
-from minikms.daemon import strictmsgpack
+from minikms_daemon.server import strictmsgpack
 from tests.minikms.client.hostile import answer, array_answer, hostile
 from tests.minikms.client.using import KEY, WAIT_S, Use
 

@@ -20,7 +20,7 @@ import msgspec
 
 from minikms.api import ReplicaFollowRequest
 from minikms.api.errors import ConflictError, KmsRefusedError, StorageUnavailableError
-from minikms.custody import following, rotation
+from minikms.custody import following
 from minikms.custody.vault import Vault
 from minikms.datadir import DataDir, Options, lock_data_dir, open_for_service
 from minikms.keys.dek import DekRecord
@@ -28,6 +28,7 @@ from minikms.memory import libc
 from minikms.memory.arena import SecretArena
 from minikms.platform.files import FileWrite, open_directory, remove_file, replace_file, write_files
 from minikms.roots.providers import KeyFile
+from minikms_daemon import rotation
 
 PR_SET_PTRACER = 0x59616D61
 PR_SET_PTRACER_ANY = -1

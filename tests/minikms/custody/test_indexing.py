@@ -17,8 +17,8 @@ from minikms.audit import Event
 from minikms.custody import deks, vault
 from minikms.custody.deks import DekStore, HeldKeys
 from minikms.keys import dek
-from minikms.service.base import VerbTable
-from minikms.service.lifecycle import LifecycleVerbs
+from minikms_daemon.service.base import VerbTable
+from minikms_daemon.service.lifecycle import LifecycleVerbs
 from tests.harness.vaults import OpenedVault, SilentAudit, create, opened_vault
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from minikms import datadir
 from minikms.api.errors import StartError
-from minikms.audit.maintenance import compress_closed
 from minikms.custody import log_directory as place
 from minikms.platform.directory_lock import InUseError, lock_file
+from minikms_daemon.audit.maintenance import compress_closed
 from tests import needs
 from tests.harness import forked
 from tests.harness.disk_faults import failing_os

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minikms import api
 from minikms.keys.dek import DekRecord, bytes_to_key_id, key_id_to_bytes
 from minikms.keys.index import JUDGED_COUNT_MAX, KEY_BYTES, PURPOSES, KeyIndex, Page
-from tests.minikms.service.limiting import instructions
+from tests.minikms_daemon.service.limiting import instructions
 
 AT = "2026-11-24T15:00:00Z"
 

@@ -12,8 +12,8 @@ import pytest
 from minikms.api.errors import StartError, StartLaterError
 from minikms.platform.directory_lock import LOCK_NAME, DataDirLock, is_owned, make_private_directory
 from tests import needs
-from tests.minikms.daemon import foreign
-from tests.minikms.daemon.races import check_races
+from tests.minikms_daemon.server import foreign
+from tests.minikms_daemon.server.races import check_races
 
 
 def test_a_missing_directory_is_made_private_with_its_parents(tmp_path: Path) -> None:

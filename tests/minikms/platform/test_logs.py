@@ -21,7 +21,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
 
 
-@pytest.mark.parametrize("module", ["minikms.serve", "progressdb_server.server"])
+@pytest.mark.parametrize("module", ["minikms_daemon.serve", "progressdb_server.server"])
 def test_neither_daemon_nor_server_imports_rich(module: str) -> None:
     program = f"import sys, {module}; print([name for name in sys.modules if name.partition('.')[0] == 'rich'])"
     assert run(program).stdout == "[]\n"

@@ -16,8 +16,8 @@ import pytest
 from minikms.api.errors import StartError
 from minikms.processes import sockets
 from tests import needs
-from tests.minikms.daemon import foreign
-from tests.minikms.daemon.races import check_races
+from tests.minikms_daemon.server import foreign
+from tests.minikms_daemon.server.races import check_races
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from minikms.processes import peer as peer_module
 from minikms.processes.peer import Peer, is_overflow_uid, read_peer
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
-from tests.minikms.daemon import foreign
+from tests.minikms_daemon.server import foreign
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import minikms
 from minikms import api
-from minikms.daemon.metrics import BATCH_SIZES, VerbTimes, WeightedHistogram, _add_replica, _Page, page
 from minikms.http.page import metrics_page
 from minikms_auditor.auditor import Status, WitnessStatus
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.sinks import SinkStatus
+from minikms_daemon.server.metrics import BATCH_SIZES, VerbTimes, WeightedHistogram, _add_replica, _Page, page
 from minikms_gateway.metrics import GatewayCollector, Values
 from minikms_replicator.metrics import Figures, ReplicatorCollector
 from progressdb_server.metrics import KmsMetrics

@@ -89,7 +89,7 @@ def test_a_wrong_root_key_is_refused_and_the_directory_given_up(directory: Path)
 
 def test_a_server_that_uses_miniKMS_does_not_load_the_key_services_code() -> None:
     program = "import progressdb_server.server, sys; print([name for name in sys.modules if name in sys.argv])"
-    inner = ["minikms.embedded", "minikms.custody", "minikms.memory", "minikms.service"]
+    inner = ["minikms_daemon.embedded", "minikms.custody", "minikms.memory", "minikms_daemon.service"]
     ran = subprocess.run(
         [sys.executable, "-c", program, *inner], capture_output=True, text=True, timeout=60, check=False
     )

@@ -1,1 +1,1 @@
-"""Tests of `minikms/custody/rotation`."""
+"""Tests of `minikms_daemon/rotation`."""

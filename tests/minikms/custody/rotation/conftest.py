@@ -2,7 +2,7 @@
 
 import pytest
 
-from minikms.custody import rotation
+from minikms_daemon import rotation
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from minikms.api.errors import (
     KmsRefusedError,
 )
 from minikms.client import DecryptItem, EncryptItem, ReencryptItem
-from minikms.custody.rotation import PACES
+from minikms_daemon.rotation import PACES
 from tests.harness.scripts import verify_audit
 from tests.minikms.custody.rotation.crash_points import Daemon, wait_until_settled
 

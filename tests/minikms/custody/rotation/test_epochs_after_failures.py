@@ -14,10 +14,10 @@ from minikms.api.errors import AuditUnavailableError, StorageUnavailableError
 from minikms.audit import Event
 from minikms.custody.keyring_file import KeyringFile
 from minikms.policy import Policy, Principal
-from minikms.service import lifecycle
-from minikms.service.base import VerbTable
-from minikms.service.encoding import Reply
-from minikms.service.lifecycle import LifecycleVerbs
+from minikms_daemon.service import lifecycle
+from minikms_daemon.service.base import VerbTable
+from minikms_daemon.service.encoding import Reply
+from minikms_daemon.service.lifecycle import LifecycleVerbs
 from tests.harness.disk_faults import refuse
 from tests.harness.vaults import SilentAudit, opened_vault
 

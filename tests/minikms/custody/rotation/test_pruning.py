@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from minikms.api.errors import KeyUnreadableError
-from minikms.custody import deks, rotation, rotation_backups
+from minikms.custody import deks, rotation_backups
 from minikms.custody.journal_format import Change
 from minikms.keys import dek
 from minikms.platform import files
+from minikms_daemon import rotation
 from tests.harness.vaults import OpenedVault, opened_vault
 
 

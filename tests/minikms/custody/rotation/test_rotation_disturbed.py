@@ -14,13 +14,14 @@ import pytest
 
 from minikms.api.errors import ArenaFullError, KeyUnreadableError, KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import XaesCipher
-from minikms.custody import deks, journal, rotation
+from minikms.custody import deks, journal
 from minikms.custody.deks import DekStore
-from minikms.custody.rotation import KekRotation
 from minikms.custody.rotation_backups import RotationBackups
 from minikms.keys import dek, keyring
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.platform import files, sync
+from minikms_daemon import rotation
+from minikms_daemon.rotation import KekRotation
 from tests.harness.disk_faults import refuse
 from tests.harness.vaults import opened_vault
 from tests.minikms.custody import watched_cipher

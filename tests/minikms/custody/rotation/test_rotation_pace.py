@@ -8,13 +8,13 @@ from msgspec import UNSET, UnsetType
 
 from minikms import api
 from minikms.audit import Event
-from minikms.custody import rotation
 from minikms.custody.deks import DekStore
-from minikms.custody.rotation import ReadFile
 from minikms.keys import dek
 from minikms.keys.dek import DekRecord
-from minikms.service.base import VerbTable
-from minikms.service.keks import RotateToRoot
+from minikms_daemon import rotation
+from minikms_daemon.rotation import ReadFile
+from minikms_daemon.service.base import VerbTable
+from minikms_daemon.service.keks import RotateToRoot
 from tests.harness.vaults import SilentAudit, create, opened_vault
 
 pytestmark = pytest.mark.usefixtures("quick_rotation")

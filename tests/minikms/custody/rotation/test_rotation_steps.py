@@ -19,13 +19,14 @@ from minikms.api.errors import (
     StorageUncertainError,
     WrongSlotError,
 )
-from minikms.audit import Event, turns
+from minikms.audit import Event
 from minikms.custody.keyring_file import KeyringFile
 from minikms.keys import keyring, root_slots
 from minikms.platform.clock import now_rfc3339
-from minikms.service import root_removal
-from minikms.service.base import VerbTable
-from minikms.service.keks import RotateToRoot
+from minikms_daemon.audit import turns
+from minikms_daemon.service import root_removal
+from minikms_daemon.service.base import VerbTable
+from minikms_daemon.service.keks import RotateToRoot
 from tests.harness.disk_faults import refuse, stored_but_refused, stored_once
 from tests.harness.vaults import OpenedVault, SilentAudit, key_file, opened_vault
 

@@ -1,0 +1,68 @@
+"""The replacement of `Member` in a daemon of one host: it always serves, and refuses a replicator.
+
+It must never change anything.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minikms import api
+from minikms.api.errors import ConflictError
+from minikms.audit import Event
+from minikms.custody.vault import Permit
+from minikms_daemon.service.base import VerbTable
+from minikms_daemon.service.replicas import NOT_REPLICATED
+
+if TYPE_CHECKING:
+    from minikms.http import Application as HttpApplication
+    from minikms.policy import Meters
+    from minikms_daemon.server.admission import Admission, Session
+    from minikms_daemon.server.application import Application
+    from minikms_daemon.server.parts import Parts
+
+
+class NoMember:
+    """Has the methods of `Member`."""
+
+    serves = True
+    asking: frozenset[object] = frozenset()
+
+    def opened(self, parts: Parts) -> None:
+        return
+
+    def sealed(self, why: str = "") -> None:
+        return
+
+    async def note_seals(self, parts: Parts) -> None:
+        return
+
+    def stand_by(self, why: str) -> None:
+        return
+
+    async def settled(self) -> None:
+        return
+
+    async def watch(self) -> None:
+        return
+
+    def leased(self, app: HttpApplication[Session]) -> HttpApplication[Session]:
+        return app
+
+    def standby(self, app: Application, admission: Admission, meters: Meters | None) -> None:
+        return
+
+    def status(self) -> None:
+        return
+
+    def warnings(self) -> list[str]:
+        return []
+
+    def add_verbs(self, table: VerbTable) -> None:
+        table.later(api.REPLICA_FOLLOW, self._refuse, audited=False)
+        table.later(api.REPLICA_NEXT, self._refuse, audited=False)
+        table.later(api.PROMOTE_REPLICA, self._refuse)
+        table.now(api.REPLICA_STATUS, lambda request, event: api.ReplicaStatusAnswer(enabled=False))
+
+    async def _refuse(self, request: api.Request, event: Event, permit: Permit) -> bytes:
+        raise ConflictError(NOT_REPLICATED)

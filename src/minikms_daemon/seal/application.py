@@ -1,0 +1,163 @@
+"""The application of a sealed daemon, which has no key.
+
+Owns: what a sealed daemon answers. `/health`, `/ready`, `/status` and `/unseal` are served, the reports of an auditor,
+what a replicator asks, and `/seal`, so that it can be repeated; everything else gets 503 `sealed` with `Retry-After`.
+Invariants: callers and roles are those of the unsealed daemon; nothing is audited, because there is no audit key
+(attempts to unseal are recorded by `minikms_daemon.seal.unseal`); the text of a given key goes into the arena before
+anything else reads the body. It must never use a key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from msgspec import UNSET
+from msgspec.json import Decoder
+
+from minikms import api
+from minikms.api.errors import InvalidRequestError, SealedError
+from minikms.crypto.aead import scrub
+from minikms.http import Request, Response, raised_response
+from minikms.memory.arena import SecretArena, SecretSlot
+from minikms.policy import Meters, Principal
+from minikms_daemon.replica.member import Member
+from minikms_daemon.seal.unlocking import SEALED_TEXT
+from minikms_daemon.seal.unseal import Unsealing
+from minikms_daemon.server import strictjson
+from minikms_daemon.server.admission import Admission, AdmittingApplication, Session, require_short_body
+from minikms_daemon.server.application import Seal
+from minikms_daemon.server.keybody import SecretText, take_key, take_text
+from minikms_daemon.server.status import reduced, without_policy_error
+from minikms_daemon.service.access import require
+from minikms_daemon.service.encoding import Reply, json_answer
+
+_decode_unseal: Final = Decoder(api.UnsealRequest)
+_decode_report: Final = Decoder(api.ReportAuditPositionRequest)
+
+Answer = Reply | Awaitable[Reply]
+
+
+def sealed_response(why: str = SEALED_TEXT) -> Response:
+    """The answer to a verb."""
+    return raised_response(SealedError(why))
+
+
+class SealedApplication(AdmittingApplication):
+    """The engine's application while the daemon is sealed: see `minikms.http`. `why`: as a sentence, with the error of
+    the unlock service or (False) without it.
+    """
+
+    def __init__(
+        self,
+        *,
+        admission: Admission,
+        meters: Meters | None,
+        arena: SecretArena,
+        unsealing: Unsealing,
+        seal: Seal,
+        why: Callable[[bool], str],
+        status: Callable[[], dict[str, object]],
+        report_audit_position: Callable[[api.ReportAuditPositionRequest], Awaitable[Reply]],
+        member: Member | None,
+    ) -> None:
+        super().__init__(admission, meters)
+        self._arena = arena
+        self._unsealing = unsealing
+        self._seal_again = seal
+        self._why = why
+        self._page = status
+        self._report = report_audit_position
+        self._acts: Final[dict[str, dict[str, Callable[[Principal, Request], Answer]]]] = {
+            api.STATUS.path: {"GET": self._status},
+            api.SEAL.path: {"POST": self._seal},
+            api.UNSEAL.path: {"GET": self._unseal_status, "POST": self._unseal},
+            api.REPORT_AUDIT_POSITION.path: {"POST": self._report_audit_position},
+        }
+        if member is not None:
+            self._serve_replicator(member)
+
+    # --- the engine's side -------------------------------------------------------------------------------------------
+
+    def handle(self, session: Session, request: Request) -> Answer:
+        head = request.head
+        who = self._admission.caller(session, head, lambda: sealed_response(self._why(True)))
+        if isinstance(who, Response):
+            return who
+        act = self._acts.get(head.path, {}).get(head.method)
+        return sealed_response(self._why(not who.via)) if act is None else act(who, request)
+
+    def commit(self) -> bool:
+        """There are no lines to write."""
+        scrub()
+        if self._meters is not None:
+            self._meters.end_turn()
+        return True
+
+    def _serve_replicator(self, member: Member) -> None:
+        follow, grant = Decoder(api.ReplicaFollowRequest), Decoder(api.ReplicaNextRequest)
+
+        async def asked(answer: Awaitable[object]) -> Reply:
+            return json_answer(await answer)
+
+        def of(verb: api.Verb[Any, Any], answer: Callable[[Request], Answer]) -> None:
+            def act(who: Principal, request: Request) -> Answer:
+                require(who, verb)
+                return answer(request)
+
+            self._acts[verb.path] = {verb.method: act}
+
+        of(api.REPLICA_FOLLOW, lambda request: asked(member.follow(strictjson.decode(follow, request.body))))
+        of(api.REPLICA_NEXT, lambda request: asked(member.next(strictjson.decode(grant, request.body))))
+        of(api.REPLICA_STATUS, lambda request: json_answer(member.answer()))
+
+    # --- the calls that are served -----------------------------------------------------------------------------------
+
+    def _status(self, who: Principal, request: Request) -> Answer:
+        require(who, api.STATUS)
+        status = self._page()
+        if who.via:
+            status = reduced(status)
+        elif who.scope is not None and who.scope.everywhere("monitor") is None:
+            status = without_policy_error(status)
+        return json_answer(status)
+
+    def _unseal_status(self, who: Principal, request: Request) -> Answer:
+        require(who, api.UNSEAL_STATUS)
+        return json_answer(self._unsealing.status())
+
+    def _seal(self, who: Principal, request: Request) -> Answer:
+        require(who, api.SEAL)
+        return self._seal_again(who)
+
+    def _report_audit_position(self, who: Principal, request: Request) -> Answer:
+        require(who, api.REPORT_AUDIT_POSITION)
+        return self._report(strictjson.decode(_decode_report, request.body))
+
+    def _unseal(self, who: Principal, request: Request) -> Answer:
+        require(who, api.UNSEAL)
+        require_short_body(request)
+        with contextlib.ExitStack() as undo:
+            root = take_key(request.body, self._arena, "root_hex", last=False)
+            if root is not None:
+                undo.callback(root.release)
+            share = take_text(request.body, self._arena, "share", api.SHARE_BYTES_MAX)
+            if share is not None:
+                undo.callback(share.release)
+            _check_one(strictjson.decode(_decode_unseal, request.body))
+            undo.pop_all()
+        return self._unseal_and_release(who, share if root is None else root)
+
+    async def _unseal_and_release(self, who: Principal, given: SecretSlot | SecretText | None) -> Reply:
+        try:
+            return await self._unsealing.unseal(who, given)
+        finally:
+            if given is not None:
+                given.release()
+
+
+def _check_one(asked: api.UnsealRequest) -> None:
+    given = sum(value is not UNSET for value in (asked.root_hex, asked.share, asked.from_source))
+    if given != 1 or asked.from_source is False:
+        raise InvalidRequestError("give exactly one of root_hex, share, and from_source, which is true")

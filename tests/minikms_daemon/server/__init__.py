@@ -1,0 +1,1 @@
+"""Tests of `minikms_daemon/server`."""
