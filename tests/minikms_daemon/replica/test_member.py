@@ -23,6 +23,7 @@ from minikms.audit import Event
 from minikms.custody.replica_file import Mark
 from minikms_daemon.replica import member as members
 from minikms_daemon.replica.member import Member
+from minikms_daemon.server.settings import UNKNOWN_BUILD
 
 LEASE_NS = api.LEASE_SECONDS * 1_000_000_000
 
@@ -94,7 +95,7 @@ class World:
         )
         process = SimpleNamespace(
             policy=SimpleNamespace(facts=lambda: {"policy_sha256": "ab"}),
-            settings=SimpleNamespace(opening=SimpleNamespace(pin=None)),
+            settings=SimpleNamespace(opening=SimpleNamespace(pin=None), build=UNKNOWN_BUILD),
             on_internal_error=self.steps.append,
         )
         self.member = Member(cast(Any, self), cast(Any, process), mark, keyring_id="kr_1", sealed_as=0)
