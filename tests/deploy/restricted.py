@@ -82,7 +82,8 @@ def loaded(unit: str, section: str = "[Service]", etc: Path | None = None) -> li
     file = UNITS / (f"{prefix}@.{kind}" if at else unit)
     lines = directives(str(file), section)
     places = [UNITS, *([] if etc is None else [etc])]
-    for drop_in in sorted(path for place in places for path in (place / f"{file.name}.d").glob("*.conf")):
+    directories = [place / f"{name}.d" for place in places for name in {file.name, unit}]
+    for drop_in in sorted(path for directory in directories for path in directory.glob("*.conf")):
         for name, value in directives(str(drop_in), section):
             removed = (name, f"{name}Mode")
             lines = [*lines, (name, value)] if value else [line for line in lines if line[0] not in removed]

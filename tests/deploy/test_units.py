@@ -41,7 +41,7 @@ EXPOSURE_MAX = {
 RUNNING = sorted(EXPOSURE_MAX.keys() - {"minikms-unlock.service"})
 """Units whose service does not end by itself."""
 TEMPLATES = sorted(path.name for path in UNITS.glob("*@.*") if path.is_file())
-_NAME = "(minikms(-unlock)?|progressdb)"
+_NAME = "(minikms(-unlock|-metrics)?|progressdb)"
 NAME_OF_TENANT = re.compile(rf"(?<=/run/){_NAME}|(?<=/(etc|lib)/)progressdb|^{_NAME}\b(?!\.)")
 LISTS = {
     "EnvironmentFile", "ExecStart", "ExecStopPost", "ListenStream", "ReadWritePaths", "RuntimeDirectory",
@@ -83,6 +83,14 @@ def test_the_units_are_valid(tmp_path: Path) -> None:
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(unit.read_text().replace("/opt/progressdb/bin/", f"{tmp_path}/"))
     assert analyze("verify", *(str(tmp_path / unit.name) for unit in units if unit.parent == UNITS)) == ""
+
+
+def test_the_units_run_what_the_package_has_or_depends_on() -> None:
+    """`dash`, `coreutils` and `systemd`; `kill` is a program of `procps`."""
+    lines = [line for path in UNITS.glob("*.service") for line in restricted.directives(str(path))]
+    programs = {value.lstrip("+-").split()[0] for name, value in lines if name.startswith("Exec")}
+    others = {program for program in programs if not program.startswith("/opt/progressdb/bin/")}
+    assert others == {"/bin/sh", "/bin/rm", "/lib/systemd/systemd-socket-proxyd"}
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

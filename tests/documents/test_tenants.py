@@ -11,16 +11,20 @@ from functools import partial
 
 import pytest
 
+from minikms.api.errors import ForbiddenError
+from minikms.client import Client
 from tests import needs
+from tests.deploy import restricted
 from tests.documents.machine import PROJECT, Machine, blocks, machine
 from tests.harness.aws_kms import AwsKms, aws_kms
 from tests.harness.ports import free_ports
+from tests.harness.unix_http import unix_request
 from tests.harness.waiting import wait_until
 from tests.minikms_daemon.server import foreign
 
-ONCE, ADD, MOVE, REMOVE = blocks(PROJECT / "docs" / "tenants.md")
+ONCE, ADD, MOVE, METRICS, REMOVE = blocks(PROJECT / "docs" / "tenants.md")
 TENANTS = ("acme", "bolt")
-PROGRAMS = ("minikms", "minikms-unlock", "progressdb")
+PROGRAMS = ("minikms", "minikms-unlock", "minikms-metrics", "progressdb")
 LEASE_S = 30
 """The shortest one."""
 WAIT_S_MAX = 120.0
@@ -137,6 +141,23 @@ def test_no_user_of_a_tenant_reaches_anything_of_another(two: Tenants, program: 
     own, others = foreign.run_as(uid, lambda: [reached(made, each) for each in TENANTS], groups=groups)
     assert own == OWN[program]
     assert others == []
+
+
+def test_the_port_of_a_tenant_reads_the_metrics_of_its_key_service_alone(two: Tenants) -> None:
+    """As the user of the proxy, which has the unit's group."""
+    made = two.made
+    made.do(METRICS)
+    listens = restricted.loaded("minikms-metrics@acme.socket", "[Socket]", etc=made.at("/etc/systemd/system"))
+    assert [value for name, value in listens if name == "ListenStream"] == ["127.0.0.1:9112"]
+    path = made.at("/run/minikms-acme/minikms.sock")
+
+    def statuses() -> list[int]:
+        with Client(path) as kms, pytest.raises(ForbiddenError) as refused:
+            kms.create_dek_for_thread("t")
+        return [unix_request(path, "/metrics").status, refused.value.status]
+
+    groups = (made.uid("minikms-acme"),)
+    assert foreign.run_as(made.uid("minikms-metrics-acme"), statuses, groups=groups) == [200, 403]
 
 
 def test_a_customer_who_disables_the_root_key_stops_that_tenant_alone(two: Tenants) -> None:
