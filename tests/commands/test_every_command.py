@@ -15,6 +15,7 @@ from minikms import __version__ as minikms_version
 from minikms.cli import main as minikms_main
 from minikms.cli.command import app as minikms
 from minikms.commands.usage import label
+from minikms.platform.process_metrics import build
 from minikms_auditor.command import app as auditor
 from minikms_auditor.command import main as auditor_main
 from minikms_gateway.command import app as gateway
@@ -266,11 +267,13 @@ def test_a_command_that_is_not_whole_shows_its_help_with_status_2(
 
 
 def test_help_and_version_are_words_too(here: Here) -> None:
+    """`git archive` writes the commit into the files of a source archive."""
+    source = f"commit {build().commit}" if build().commit else "a checkout"
     assert here("minikms", "help", "keys", "list").stdout == here("minikms", "keys", "list", "--help").stdout
     for program in ("minikms", "minikms-gateway", "progressdb"):
         assert here(program, "help").stdout == here(program, "--help").stdout
         assert {here(program, word).stdout for word in ("version", "-V", "--version")} == {
-            f"{minikms_version} (a checkout)\n"
+            f"{minikms_version} ({source})\n"
         }
 
 

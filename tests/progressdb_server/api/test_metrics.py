@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import minikms
 from minikms import api
 from minikms.http.page import metrics_page
+from minikms.platform import process_metrics
 from minikms_auditor.auditor import Status, WitnessStatus
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.sinks import SinkStatus
@@ -104,8 +105,8 @@ def test_every_metric_is_explained_and_every_explained_one_is_there(pages: dict[
 
 
 def test_every_process_reports_its_build_and_its_use_of_the_machine(pages: dict[str, str]) -> None:
-    """Also the key service, which is hardened and opens no file of procfs. The tests run in a checkout."""
-    built = {"version": minikms.__version__, "commit": "", "python": python_version()}
+    """Also the key service, which is hardened and opens no file of procfs."""
+    built = {"version": minikms.__version__, "commit": process_metrics.build().commit, "python": python_version()}
     for program, text in pages.items():
         read = families(text)
         [build] = read[f"{program.replace('-', '_')}_build_info"].samples
