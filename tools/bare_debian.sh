@@ -16,11 +16,19 @@ usage() {
   exit 2
 }
 
+# Ends unless a PROGRAM is there, of a PACKAGE.
+need() {
+  command -v "$1" > /dev/null && return
+  echo "bare_debian.sh: $1 is not installed: apt-get install $2" >&2
+  exit 1
+}
+
 [ $# -ge 2 ] || usage
 what=$1 root=$2
 shift 2
 case $what in
   make)
+    need mmdebstrap mmdebstrap
     packages=$(IFS=, && echo "python3,ca-certificates${*:+,$*}")
     mmdebstrap --quiet --variant=minbase --aptopt='Acquire::Retries "4"' --include="$packages" trixie "$root"
     for file in /etc/ssl/certs/ca-certificates.crt /etc/resolv.conf /etc/hosts /etc/pip.conf; do
@@ -30,6 +38,7 @@ case $what in
     ;;
   run)
     [ $# -ge 1 ] || usage
+    need unshare util-linux
     # shellcheck disable=SC2016  # the inner shell expands these
     exec unshare --mount --pid --fork --kill-child --propagation private sh -euc '
       root=$1 user=$2 descriptors=$3

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -73,6 +74,19 @@ def test_a_release_is_signed_by_a_key_that_the_signers_name(tmp_path: Path) -> N
             dist.check_signer(key, _written(signers, text))
     with pytest.raises(SystemExit, match="does not name the key"):
         dist.check_signer(key, dist.SIGNERS)
+
+
+def test_a_missing_program_is_named_with_its_package_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dpkg-deb").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"git, ssh-keygen, help2man: .* apt-get install git openssh-client help2man$"):
+        dist.need_programs(signs=True)
+    bare = ["/bin/sh", str(PROJECT / "tools/bare_debian.sh"), "make", str(tmp_path / "root")]
+    done = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "bare_debian.sh: mmdebstrap is not installed: apt-get install mmdebstrap\n"
 
 
 def _written(path: Path, text: str) -> Path:

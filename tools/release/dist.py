@@ -29,6 +29,7 @@ PROJECT: Final = Path(__file__).resolve().parents[2]
 RELEASE: Final = Path("tools", "release")
 PIP: Final = next(PROJECT.glob("tools/bootstrap/pip-*.whl")) / "pip"
 DEBIAN: Final = Path("deploy", "debian")
+DEBIAN_PYTHON: Final = "/usr/bin/python3"
 REVISION: Final = "1"
 MAINTAINER: Final = "The miniKMS team <minikms@progressdb.invalid>"
 UNIT_FILES: Final = ("*.service", "*.socket", "*.timer", "*.d/*.conf")
@@ -59,13 +60,16 @@ def main() -> None:
         "--signers", type=Path, default=SIGNERS, help="the keys that may; default: those of the project"
     )
     given = parser.parse_args()
+    need_programs(signs=given.signing_key is not None)
     if given.directory.exists():
         sys.exit(f"make dist: {given.directory} is there already; remove it, or name another: make dist DIST=DIRECTORY")
     if not (PROJECT / ".git").exists():
         sys.exit("make dist: a release is made from a commit: run it in a clone of the repository")
     if said("git", "status", "--porcelain"):
         print("make dist: what is not committed is not in the release", file=sys.stderr)
-    if given.signing_key is not None:
+    if given.signing_key is None:
+        say("the release is not signed: KEY=FILE names an SSH key that signs its checksums")
+    else:
         check_signer(given.signing_key, given.signers)
     os.umask(0o022)
     given.directory.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,19 @@ def main() -> None:
         sign(made, given.signing_key)
         made.rename(given.directory)
     print("\n".join(f"{path.stat().st_size:>12,}  {path}" for path in sorted(given.directory.iterdir())))
+
+
+def need_programs(*, signs: bool) -> None:
+    """Ends the program unless those are there that it runs; without `dpkg-deb` it makes no package."""
+    packages = {"git": "git"}
+    if signs:
+        packages["ssh-keygen"] = "openssh-client"
+    if shutil.which("dpkg-deb") is not None:
+        packages |= {"help2man": "help2man", DEBIAN_PYTHON: "python3"}
+    missing = [program for program in packages if shutil.which(program) is None]
+    if missing:
+        names = " ".join(packages[program] for program in missing)
+        sys.exit(f"make dist: {', '.join(missing)}: not installed. Install first: apt-get install {names}")
 
 
 class Release:
@@ -92,20 +109,20 @@ class Release:
             TZ="UTC",
         )
         archive = work / "tree.tar"
-        run("git", "archive", "--output", archive, "HEAD")
+        run("git", "-c", "tar.umask=0022", "archive", "--output", archive, "HEAD")
         with tarfile.open(archive) as members:
-            members.extractall(self.tree, filter="data")
+            if hasattr(tarfile, "data_filter"):  # Python 3.11.4 has it
+                members.extraction_filter = tarfile.data_filter
+            members.extractall(self.tree)  # noqa: S202  git made the archive
         self.version = said(sys.executable, "-c", VERSION, str(self.tree / "pyproject.toml"))
         self.for_debian = shutil.which("dpkg-deb") is not None
-        if self.for_debian and shutil.which("help2man") is None:
-            sys.exit("make dist: help2man is missing, which makes the manual pages: apt-get install help2man")
 
     def made(self) -> Path:
         """The directory of the files."""
         environment = self.root / PREFIX
         say("the libraries, each with the SHA-256 of its lock")
         # The package uses the Python of Debian.
-        make_environment("/usr/bin/python3" if self.for_debian else sys.executable, environment)
+        make_environment(DEBIAN_PYTHON if self.for_debian else sys.executable, environment)
         install(environment, self.tree / RELEASE / "requirements.txt")
         make_environment(sys.executable, self.tools)
         install(self.tools, self.tree / RELEASE / "build.txt")
