@@ -173,7 +173,6 @@ def join_replica(
 
 
 def _newcomer(arena: SecretArena, root: SecretSlot, invitation: api.ReplicaInvitation) -> Newcomer:
-    """Raises InvalidRequestError."""
     slot_id = invitation.slot_id
     if (
         invitation.format == members.INVITATION_FORMAT

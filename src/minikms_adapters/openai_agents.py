@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from agents.memory.session_settings import SessionSettings
 
 ITEMS_MAX: Final = 1_000_000
-"""Of a session that can be re-encrypted."""
+"""The items of a session that can be re-encrypted."""
 REPLACE_TRIES_MAX: Final = 10
 """How often `EncryptedSession.reencrypt` begins again because somebody added an item."""
 
@@ -57,7 +57,7 @@ class EncryptedSession(SessionABC):
 
     @property
     def session_settings(self) -> SessionSettings | None:  # type: ignore[override]  # the base has a plain attribute
-        """Those of the inner session, which applies them."""
+        """The settings of the inner session, which applies them."""
         return self._inner.session_settings
 
     @session_settings.setter

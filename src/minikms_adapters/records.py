@@ -55,7 +55,7 @@ HEAD_BYTES: Final = len(MAGIC) + KEY_ID_CHARS
 PIECE_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX
 SEALED_PIECE_BYTES_MAX: Final = PIECE_BYTES_MAX + api.SEAL_BYTES
 RECORD_BYTES_MAX: Final = 64 * PIECE_BYTES_MAX
-"""Of a plaintext: 256 MiB."""
+"""The size of a plaintext: 256 MiB."""
 OWNER_BYTES_MAX: Final = 1024
 OWNED_MAGIC: Final = b"mKo1"
 """Begins a value with an owner: then the length of the owner's text (2 bytes), the text, and the record."""
@@ -81,7 +81,7 @@ class Step(NamedTuple):
     of: object = None
     """Takes the place of the object that the adapter wraps."""
     each: Callable[[Any], Any] | None = None
-    """Of an iterator: the step gives a list of what this makes of its elements."""
+    """The function for each element of an iterator: the step gives a list of its results."""
 
 
 Steps = Generator[Step, Any, T]
@@ -202,7 +202,7 @@ def _digest(parts: Sequence[str]) -> bytes:
 
 
 class Place(NamedTuple):
-    """Where a record is stored. `thread` is that of the key service, `parts` say the rest, and `record` is the id in an
+    """The place where a record is stored: `thread` of the key service, `parts` for the rest, and `record`, the id in an
     error.
     """
 
@@ -288,7 +288,7 @@ class ColumnValues(NamedTuple):
 
     framework: str
     prefix: str
-    """Of the key service's threads."""
+    """The prefix of the key service's threads."""
     key: str | None
     """The name of the key of all values, or None if each row has an owner with a key."""
     kind: type
@@ -327,7 +327,7 @@ class ColumnValues(NamedTuple):
         return OWNED_MAGIC + len(owner).to_bytes(2, "big") + owner, self.place(names, value.owner), plaintext
 
     def locate(self, names: tuple[str, ...], stored: object) -> tuple[Place, Any]:
-        """Where a stored value has to be from, and its record. Its owner is a claim until the record is opened."""
+        """The place where a stored value belongs, and its record. Its owner is a claim until the record is opened."""
         record, owner = bytes(stored) if isinstance(stored, (bytes, memoryview)) else stored, None
         if isinstance(record, bytes) and record.startswith(OWNED_MAGIC):
             start = len(OWNED_MAGIC) + 2
@@ -338,7 +338,7 @@ class ColumnValues(NamedTuple):
         return self.place(names, owner), record
 
     def decode(self, place: Place, plaintext: bytes) -> Any:
-        """Raises RecordError if the record holds a value of another type."""
+        """Decodes a plaintext. Raises RecordError if it holds a value of another type."""
         try:
             value: Any = plaintext if self.kind is bytes else self.from_text(plaintext.decode("utf-8", "surrogatepass"))
         except (ArithmeticError, LookupError, RecursionError, ValueError):

@@ -220,7 +220,6 @@ class Daemon:
         self.run.log.info("stopped", why=self.run.why)
 
     def _policy_in_force(self, workers: Workers) -> PolicyInForce:
-        """Raises StartError."""
         meters = None
         if self.settings.policy is not None:
             try:

@@ -128,7 +128,6 @@ def main() -> None:
 
 
 def _with_tables(config: Path, work: Callable[[Tables], Awaitable[T]]) -> T:
-    """Raises StartError."""
     from minikms_replicator.config import Files
     from minikms_replicator.tables import Tables, start_errors
 

@@ -41,7 +41,6 @@ class Daemon(Protocol):
 
 
 async def position_of(daemon: Daemon) -> ReplicaPosition:
-    """Raises KmsError, TimeoutError."""
     async with asyncio.timeout(ASK_S_MAX):
         return await daemon.replica_follow(ASK_POSITION)
 

@@ -402,7 +402,6 @@ class Tables:
 
 
 async def check_schema(connection: NodeConnection) -> None:
-    """Raises TablesError."""
     if await connection.fetchval("SELECT to_regclass('kms_schema')") is None:
         raise TablesError("the database has no tables of a key service: run minikms-replicator init")
     number = await connection.fetchval("SELECT number FROM kms_schema")
@@ -440,7 +439,6 @@ async def reset(url: str) -> None:
 
 
 async def _as_owner(url: str, work: Callable[[NodeConnection], Coroutine[Any, Any, None]]) -> None:
-    """Raises StartError."""
     with start_errors():
         connection = await Database(url, replicated=False, settings={}).find()
         try:

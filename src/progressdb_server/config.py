@@ -79,9 +79,9 @@ class Server(_Section, frozen=True):
     dev: bool = False
     """For development: a spawned miniKMS makes its own root key file."""
     body_bytes: Count = BODY_BYTES
-    """Of the bodies of all requests that are being received or handled."""
+    """The bytes of the bodies of all requests that are being received or handled."""
     idle_connections: Count = 0
-    """Of one address; 0 is no bound."""
+    """The idle connections of one address; 0 is no bound."""
     drain: str = ""
     """How long the server serves after SIGTERM, with `/readyz` 503: a duration, at most DRAIN_SECONDS_MAX. Empty: it
     stops at once."""
@@ -153,7 +153,7 @@ class Kms(_Section, frozen=True):
     server_uids: tuple[Uid, ...] = ()
     """User ids that may serve the socket. Empty: the one of this process, and root."""
     url: str = ""
-    """Of a gateway on another host, or of several. No key service is spawned then."""
+    """The URL of a gateway on another host, or of several. No key service is spawned then."""
     ca: str = ""
     cert: str = ""
     key: str = ""
@@ -241,7 +241,9 @@ class Config(_Section, frozen=True):
 
     @property
     def kms_socket(self) -> str | Path:
-        """As clients take it. A comma separates addresses in a text only, not in the path of the data."""
+        """The socket in the form that clients take. A comma separates addresses in a text only, not in the path of the
+        data.
+        """
         return self.kms.socket or Path(self.storage.db_path) / "run" / "minikms.sock"
 
     @property
@@ -257,7 +259,7 @@ class Config(_Section, frozen=True):
 
     @property
     def kms_client(self) -> dict[str, Any]:
-        """Where the key service is, as arguments of its clients."""
+        """The address of the key service, as arguments of its clients."""
         kms = self.kms
         if not kms.url:
             return {"address": self.kms_socket, "server_uids": kms.server_uids or None}
@@ -523,7 +525,7 @@ def _convert(layer: Layer, source: str) -> Config:
 class LoadedConfig(msgspec.Struct, frozen=True):
     config: Config
     sources: dict[str, str]
-    """By path of each setting that is not a default: `flag`, `environment` or the file's path."""
+    """The source of each setting that is not a default, by its path: `flag`, `environment` or the file's path."""
 
 
 def load(flags: Mapping[str, object], environment: Mapping[str, str], *, with_data: bool = True) -> LoadedConfig:

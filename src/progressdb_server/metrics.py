@@ -59,7 +59,7 @@ SLOW_COUNT_MIN: Final = 10
 
 
 class Mean(NamedTuple):
-    """In seconds, of `values`. The largest sorts last."""
+    """The mean of `values`, in seconds. The largest sorts last."""
 
     seconds: float
     values: int

@@ -60,10 +60,11 @@ _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _TRIM_THRESHOLD_BYTES: Final = 4 * 1024 * 1024
 _MMAP_THRESHOLD_BYTES: Final = 320 * 1024
-"""Of mallopt(3): a larger block, such as a large body, has pages of its own, which go back to the system when it is
-freed; of smaller ones, such as the buffer of a list, TRIM_THRESHOLD_BYTES stay, and what is below a block in use. Both
-are fixed by being set: otherwise one large body raises them to as much as 64 MiB for good. With glibc's defaults,
-128 KiB, each list of 1,000 messages would ask the system for new pages."""
+"""The threshold of mallopt(3): a larger block, such as a large body, has pages of its own, which go back to the system
+when it is freed; of smaller ones, such as the buffer of a list, TRIM_THRESHOLD_BYTES stay, and what is below a block in
+use. Both are fixed by being set: otherwise one large body raises them to as much as 64 MiB for good. With glibc's
+defaults, 128 KiB, each list of 1,000 messages would ask the system for new pages.
+"""
 
 SWITCH_SECONDS: Final = 0.0005
 """How long a thread keeps the interpreter while another thread waits for it. The thread of the disk waits that long
@@ -71,7 +72,7 @@ several times in each commit while the loop streams a long list: with Python's d
 """
 STATUS_TIMEOUT_S: Final = 2.0
 STATUS_WAIT_S: Final = 0.3
-"""Of the question whether the key service works: together less than a caller of `/readyz` waits."""
+"""The time for the question whether the key service works: together less than a caller of `/readyz` waits."""
 
 Opened = TypeVar("Opened")
 
@@ -81,8 +82,9 @@ class ServeError(Exception):
 
 
 class _Stop:
-    """That the server has to stop: `asked` is set by a signal or a failure, whose reason is in `failure`. Before it,
-    `drain` is set by SIGTERM where the configuration gives a time for that."""
+    """The request to stop: `asked` is set by a signal or a failure, whose reason is in `failure`. Before it, `drain` is
+    set by SIGTERM where the configuration gives a time for that.
+    """
 
     def __init__(self, drain_s: int) -> None:
         self.asked = asyncio.Event()
@@ -183,7 +185,6 @@ async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool
 
 
 def _tracing() -> Tracing | None:
-    """Raises ConfigError."""
     try:
         return from_environment("progressdb", os.environ)
     except StartError as error:
@@ -334,7 +335,6 @@ async def _open_provider(
     *,
     on_lost: Callable[[str], None],
 ) -> Provider:
-    """Raises SupervisorError, LocalProviderError, ServeError."""
     provider: Provider
     if config.kms.provider == "local":
         _log.warning("the keys are in this process: for development only")
@@ -358,7 +358,7 @@ async def _open_provider(
 
 
 async def _open_gateway(config: Config, started: AsyncExitStack) -> RemoteProvider:
-    """Raises ServeError when the gateway does not answer, or refuses this server's certificate."""
+    """Opens the client of a gateway. Raises ServeError when it does not answer, or refuses the certificate."""
     provider = RemoteProvider(**config.kms_client)
     started.push_async_callback(provider.close)
     try:

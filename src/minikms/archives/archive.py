@@ -50,7 +50,7 @@ _PLACES: Final = {KEYRING: 1, TOMBSTONES: 2, MANIFEST: 3}
 _DEK_NAME: Final = re.compile(f"{DEKS}/({api.KEY_ID_PATTERN.pattern}){re.escape(SUFFIX)}", re.ASCII)
 _FOREIGN_NAME: Final = "the backup was altered: it names a file that no backup has"
 PART_BYTES: Final = 64 * 1024
-"""Of a file that is read at a time, and hashed. The allocator maps new pages for more than 128 KiB."""
+"""The bytes of a file that are read and hashed at a time. The allocator maps new pages for more than 128 KiB."""
 _FINGERPRINT_BYTES: Final = 8
 
 

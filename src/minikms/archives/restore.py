@@ -52,7 +52,7 @@ class Restored(NamedTuple):
 
 
 def check_empty(directory_fd: int, directory: str) -> None:
-    """Raises ConflictError if the directory holds anything except the lock file."""
+    """Checks that the directory holds nothing except the lock file. Raises ConflictError."""
     if set(os.listdir(directory_fd)) - {LOCK_NAME}:
         raise ConflictError(
             f"{directory} is not empty, and a restore never overwrites anything; move its content away first"

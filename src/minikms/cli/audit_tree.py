@@ -97,7 +97,6 @@ class TreeReport(msgspec.Struct, frozen=True):
 
 
 def policy(log_keys: Sequence[str] | None, witnesses: Sequence[str] | None, quorum: int | None) -> WitnessPolicy:
-    """Raises StartError."""
     if not log_keys:
         raise StartError("give the verifier key of the tree's log with --log-key")
     keys = tuple(parse_vkey(text, _LOG_TYPES) for text in log_keys)
@@ -316,7 +315,6 @@ def _check(checker: ProofChecker, raw: bytes, found: ExportReport) -> int:
 
 
 def _nanoseconds(text: str, flag: str) -> int:
-    """Raises StartError."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

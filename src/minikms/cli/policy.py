@@ -134,7 +134,6 @@ def reload_policy(*, socket: Socket = None, server_uid: ServerUid = None, json: 
 
 
 def _read(file: Path) -> Rules:
-    """Raises PolicyFileError, OSError."""
     from minikms.policy import POLICY_BYTES_MAX, parse_policy
 
     with file.open("rb") as opened:

@@ -335,7 +335,6 @@ def leave(
 
 
 def read_request(path: Path) -> api.AddReplicaRequest:
-    """Raises CommandError, OSError."""
     from minikms import api
 
     return _read(path, api.AddReplicaRequest)
@@ -365,7 +364,6 @@ def _write(path: Path, value: object) -> None:
 
 
 def _read(path: Path, kind: type[T]) -> T:
-    """Raises CommandError, OSError."""
     import msgspec
 
     from minikms.api.decoding import UNDECODABLE

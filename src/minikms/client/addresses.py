@@ -30,9 +30,9 @@ from minikms.client.connecting import Endpoint
 
 ADDRESSES_COUNT_MAX: Final = 8
 REASON_CHARS_MAX: Final = 200
-"""Of one address, in an error that names all."""
+"""The characters for one address in an error that names all."""
 FINDING_SHARE: Final = 0.75
-"""Of the time of a call: after that no attempt begins, so that the last one has time for its answer."""
+"""The share of a call's time after which no attempt begins, so that the last one has time for its answer."""
 _NOT_SERVING: Final = StandbyError | SealedError | errors.ShuttingDownError | errors.RequestInterruptedError
 _NOT_TRUSTED: Final = errors.KmsUntrustedServerError | errors.KmsCredentialsError
 
@@ -105,7 +105,9 @@ class Rounds(Attempts):
         return isinstance(error, _NOT_TRUSTED) or super().is_harmless(error)
 
     def pause_s(self, error: KmsError, now_s: float) -> float | None:
-        """As in `Attempts`, and sets the next address. Raises KmsError, which names them all, if all have refused."""
+        """The pause before the next attempt, and sets the next address. Raises KmsError, which names all, if all have
+        refused.
+        """
         if not self._addresses.leave(self.endpoint, error):
             return super().pause_s(error, now_s)
         if not self.is_harmless(error):

@@ -15,10 +15,11 @@ from minikms.client.calls import Attempts
 from minikms.client.connecting import SocketEndpoint
 
 POOL_CONNECTIONS_MAX: Final = 16
-"""Of one client, beside the two connections that carry batches and those of calls that make keys."""
+"""The connections of one client, beside the two that carry batches and those of calls that make keys."""
 CREATING_CONNECTIONS_MAX: Final = 48
-"""Of one AsyncClient, for calls that make keys. The service syncs new keys in groups, which are small if few calls are
-under way. The connections close once idle."""
+"""The connections of one AsyncClient for calls that make keys. The service syncs new keys in groups, which are small if
+few calls are under way. The connections close once idle.
+"""
 TIMEOUT_S: Final = 10.0
 WAIT_S: Final = 2.0
 ROTATE_TIMEOUT_S: Final = 3600.0
@@ -79,7 +80,7 @@ class BaseClient:
 
     @property
     def address(self) -> str:
-        """Where the next call begins: the address that served last, once one has."""
+        """The address at which the next call begins: the one that served last, once one has."""
         return self._addresses.first.address
 
     @property

@@ -37,7 +37,7 @@ class OneLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def running(self) -> asyncio.AbstractEventLoop:
-        """Raises RuntimeError in another one, whose calls would wait for the tasks of the first."""
+        """The running loop. Raises RuntimeError in another one, whose calls would wait for the tasks of the first."""
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop

@@ -125,7 +125,7 @@ def make_call(
 
 
 def check_proxied(verb: Verb[Any, Any]) -> None:
-    """Raises ForbiddenError for a verb that no gateway takes. It might hold a root key, so it is not even sent."""
+    """Refuses a verb that no gateway takes. It might hold a root key, so it is not even sent. Raises ForbiddenError."""
     if verb.roles and not verb.proxied:
         text = f"{verb.name} works only at the key service's own socket, not through a gateway"
         raise ForbiddenError(text)

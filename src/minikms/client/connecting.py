@@ -1,4 +1,4 @@
-"""Where a client connects to: the daemon's Unix socket, or a gateway by its URL.
+"""The servers that a client connects to: the daemon's Unix socket, or a gateway by its URL.
 
 Owns: `Endpoint`, what both clients need of either; `SocketEndpoint`, with the check of who serves the socket.
 `minikms.client.tls` has the other one. Invariants: no byte of a request is sent before the server was checked. The
@@ -57,7 +57,7 @@ def checked_path(path: str | os.PathLike[str]) -> str:
 
 
 class Endpoint(ABC):
-    """Where a client connects to."""
+    """The server that a client connects to."""
 
     address: str
     """The path or URL, as it was given."""

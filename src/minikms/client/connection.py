@@ -34,7 +34,7 @@ class ClientConnection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, endpoint: Endpoint, timeout_s: float) -> ClientConnection:
-        """Raises KmsError; no request has been sent then."""
+        """Opens a connection. Raises KmsError; no request has been sent then."""
         connection = cls(endpoint)
         connection._sock = await endpoint.attach(asyncio.get_running_loop(), connection, timeout_s)
         return connection

@@ -17,7 +17,7 @@ from minikms import api
 from minikms.api.errors import InvalidRequestError, KmsRefusedError, TooLargeError
 
 _ITEM_TEXT_BYTES_MAX: Final = 128 + 3 * 6 * api.ID_CHARS_MAX
-"""Of an item's field names and ids in JSON, when every character of an id needs an escape of six."""
+"""The size of an item's field names and ids in JSON, when every character of an id needs an escape of six."""
 _ENVELOPE_BYTES_MAX: Final = 1024
 BATCH_BYTES_MAX: Final = api.BODY_BYTES_MAX - _ENVELOPE_BYTES_MAX
 SEALED_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + api.SEAL_BYTES
@@ -77,7 +77,7 @@ class MacItem(Sent, omit_defaults=True, frozen=True, gc=False, kw_only=True):
 
 
 class Batch(Sent, frozen=True):
-    """Of ENCRYPT_BATCH and DECRYPT_BATCH."""
+    """A batch of ENCRYPT_BATCH or DECRYPT_BATCH."""
 
     items: Sequence[EncryptItem] | Sequence[DecryptItem]
 
@@ -89,7 +89,7 @@ class ReencryptBatch(Sent, frozen=True):
 
 
 class CheckBatch(Sent, omit_defaults=True, frozen=True):
-    """Also of MAC."""
+    """A batch of CHECK_BATCH or MAC."""
 
     key_id: str
     items: Sequence[ReencryptItem] | Sequence[MacItem]
@@ -147,7 +147,6 @@ def _check_ids(key_id: str, thread_id: str | None, request_id: str | None) -> No
 
 
 def check_id(name: str, value: str) -> None:
-    """Raises TypeError or InvalidRequestError."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is a str")
     if len(value) > api.ID_CHARS_MAX or not value.isascii():

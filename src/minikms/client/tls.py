@@ -232,7 +232,7 @@ class TlsEndpoint(Endpoint):
             raise self._not_connected(error, timeout_s) from error
 
     async def _opened(self, loop: asyncio.AbstractEventLoop) -> socket.socket:
-        """Raises OSError for the last of the host's addresses."""
+        """Opens a connection to one of the host's addresses. Raises OSError for the last of them."""
         failure = OSError("the host has no address")
         for family, kind, protocol, _, address in await loop.getaddrinfo(
             self._host, self._port, type=socket.SOCK_STREAM
@@ -302,7 +302,7 @@ class TlsEndpoint(Endpoint):
 
 
 class TlsSocket(ssl.SSLSocket):
-    """Of the synchronous client."""
+    """The TLS socket of the synchronous client."""
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Within the timeout as a whole, as that of a plain socket; each record has its own otherwise."""
@@ -344,14 +344,13 @@ def _signature(path: str) -> _Signature | None:
 
 
 def _check_size(path: str, bytes_max: int) -> None:
-    """Of a file that OpenSSL reads. Raises ValueError, OSError."""
+    """Checks the size of a file that OpenSSL reads. Raises ValueError, OSError."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode) or found.st_size > bytes_max:
         raise ValueError(f"not a regular file of at most {bytes_max} bytes")
 
 
 def _content(path: str, bytes_max: int, what: str) -> bytes:
-    """Raises _UnusableFileError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
         try:
@@ -368,7 +367,7 @@ def _content(path: str, bytes_max: int, what: str) -> bytes:
 
 
 def _token(path: str) -> bytes:
-    """Raises _UnusableFileError, whose text does not have the token."""
+    """Reads the token of a file. Raises _UnusableFileError, whose text does not have the token."""
     token = _content(path, TOKEN_BYTES_MAX, "token").strip()
     if _TOKEN.fullmatch(token) is None:
         raise _UnusableFileError(f"the file {path} holds no token")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NAMED_COUNT_MAX: Final = 20
-"""Of things that one sentence names."""
+"""The things that one sentence names."""
 PROGRESS_SECONDS: Final = 0.1
 """Between two updates of a bar, which a caller may report to for each of a million items."""
 _PIPE_COLUMNS: Final = 4096

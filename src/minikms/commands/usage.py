@@ -82,9 +82,9 @@ SOCKET_VARIABLE: Final = "MINIKMS_SOCKET"
 SOCKET_VARIABLES: Final = (SOCKET_VARIABLE, "PROGRESSDB_KMS_SOCKET")
 """The first that is set counts. The second one is the message server's too."""
 OWN_SOCKETS: Final = ("kms/minikms.sock", "data/run/minikms.sock")
-"""Where the README's daemons listen: in the working directory, below directories that nobody else can write to."""
+"""The sockets of the README's daemons: in the working directory, below directories that nobody else can write to."""
 PACKAGE_SOCKET: Final = "/run/minikms/minikms.sock"
-"""Of the units of `deploy/systemd`. Only root can make /run/minikms."""
+"""The socket of the units of `deploy/systemd`. Only root can make /run/minikms."""
 PAGES: Final = (
     "The runbook and the other pages that messages name are in `docs` of the source; Debian has them in "
     "/usr/share/doc/progressdb. "
@@ -137,7 +137,7 @@ def found_socket(given: str | None, *, look: bool = True) -> str | None:
 
 
 def found_serving(kms: Client) -> str | None:
-    """Of several addresses the one that serves. A sealed host answers other calls than `ready` too."""
+    """The address that serves, where there are several. A sealed host answers other calls than `ready` too."""
     from minikms.api.errors import SealedError
 
     if len(kms.addresses) == 1:
@@ -154,7 +154,7 @@ def say_chosen(flag: str, path: str) -> None:
 
 
 def wants_json() -> bool:
-    """Also of a command line that can't be read."""
+    """True if the command line asks for JSON, even one that can't be read."""
     return "--json" in sys.argv[1:]
 
 

@@ -143,7 +143,6 @@ class StoredKeyring:
                 self._unlocked.settle()
 
     def require_keys(self) -> None:
-        """Raises SealedError."""
         if self._sealed:
             raise SealedError("the key service is sealed, so no key is changed")
 

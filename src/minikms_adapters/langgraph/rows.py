@@ -129,7 +129,9 @@ def inner_config(config: RunnableConfig) -> RunnableConfig:
 
 
 def check_asked(asked: RunnableConfig | None, found: CheckpointTuple) -> None:
-    """Raises WrongPlaceError for a row of another thread, namespace or checkpoint than `asked`, an `inner_config`."""
+    """Checks that a row is of the thread, namespace and checkpoint of `asked`, an `inner_config`. Raises
+    WrongPlaceError.
+    """
     given = found.config["configurable"]
     for name, value in asked["configurable"].items() if asked else ():
         if str(given.get(name)) != str(value):

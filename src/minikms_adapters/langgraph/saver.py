@@ -70,7 +70,8 @@ PLAIN_METADATA: Final = frozenset(
 PAGE_CHECKPOINTS: Final = 128
 """Checkpoints of a listing that are opened with one batch."""
 STAGING_SUFFIX: Final = "~minikms-migration"
-"""Of the thread that holds the checkpoints of another one while `EncryptedSaver.migrate` rewrites that one."""
+"""The suffix of the thread that holds the checkpoints of another one while `EncryptedSaver.migrate` rewrites that one.
+"""
 STAGED_NAMESPACE: Final = "minikms-migration"
 """Its checkpoint says that the staging thread is complete."""
 FORMAT_OF_CHECKPOINTS: Final = 4
@@ -180,7 +181,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
             del self._keys[next(iter(self._keys))]
 
     def _contents(self, spot: Spot, opened: Opened) -> list[tuple[Place, bytes]]:
-        """Of the head, the values and the writes."""
+        """The places and contents of the head, the values and the writes."""
         checkpoint = opened.found.checkpoint
         values, versions = checkpoint["channel_values"], checkpoint["channel_versions"]
         header = {name: value for name, value in checkpoint.items() if name != "channel_values"}
@@ -278,8 +279,8 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         )
 
     def _check_head(self, spot: Spot, found: CheckpointTuple, head: Mapping[str, Any]) -> None:
-        """Raises WrongPlaceError unless the stored row has the id, parent, channels, versions and plain metadata that
-        the head has.
+        """Checks that the stored row has the id, parent, channels, versions and plain metadata that the head has.
+        Raises WrongPlaceError.
         """
         stored, versions = found.checkpoint, head["header"]["channel_versions"]
         parent = get_checkpoint_id(found.parent_config) if found.parent_config else head["parent"]
@@ -345,7 +346,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
     copy_thread, acopy_thread = both(_copy_thread)
 
     def _prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> Steps[None]:
-        """As the inner saver prunes; `delete` also destroys the keys."""
+        """Prunes like the inner saver; `delete` also destroys the keys."""
         if strategy == "delete":
             for thread_id in thread_ids:
                 yield from self._delete_thread(thread_id)

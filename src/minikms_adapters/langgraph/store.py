@@ -103,8 +103,8 @@ class EncryptedStore(BaseStore):
 
 
 def _check_namespace(namespace: Namespace) -> None:
-    """Raises InvalidNamespaceError for a part with a dot, which LangGraph's own methods refuse too: it would have the
-    key of the parts before and after the dot.
+    """Refuses a part with a dot, as LangGraph's own methods do: it would have the key of the parts before and after the
+    dot. Raises InvalidNamespaceError.
     """
     if any("." in part for part in namespace):
         raise InvalidNamespaceError(f"no part of a namespace has a dot: {namespace}")

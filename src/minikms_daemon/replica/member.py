@@ -501,7 +501,6 @@ class Member:
         return self._wanted_ns is not None and boot_ns() < self._wanted_ns + WANTS_SECONDS * SECOND_NS
 
     async def promote(self, request: api.PromoteReplicaRequest) -> api.ReplicaStatusAnswer:
-        """Raises StorageUnavailableError."""
         directory = self._directory
         if directory is None:
             raise SealedError("this host is sealed")
@@ -588,20 +587,17 @@ class Member:
 
 
 def _directory_of(parts: Parts) -> MemberDirectory:
-    """Raises StartError."""
     if parts.member is None:
         raise StartError("kms-replica.json went while the daemon ran: restart it")
     return parts.member
 
 
 def _check_numbers(*numbers: int) -> None:
-    """Raises InvalidRequestError."""
     if not all(0 <= number <= api.REPLICA_NUMBER_MAX for number in numbers):
         raise InvalidRequestError("a number of the head is out of its range")
 
 
 def _check_member(member_id: str) -> None:
-    """Raises InvalidRequestError."""
     if not api.MEMBER_ID_PATTERN.fullmatch(member_id):
         raise InvalidRequestError("no member has this id")
 

@@ -58,7 +58,6 @@ class MemberState:
         self._answered_ns = 0
 
     def move(self, move: Move) -> None:
-        """Raises IllegalMoveError."""
         following = MOVES[self.mode].get(move)
         if following is None:
             raise IllegalMoveError(f"no {move.name} in the mode {self.mode}")

@@ -488,7 +488,6 @@ class SealableServer:
         await parts.go_on()
 
     async def _remove_seal_files(self) -> None:
-        """Raises StorageUnavailableError."""
         process = self._process
         await in_worker(process.workers.seal, partial(files.remove_seal_files, process.lock.directory_fd))
 

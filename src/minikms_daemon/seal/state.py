@@ -83,7 +83,6 @@ class SealState:
         self.seals = 0
 
     def move(self, move: Move) -> None:
-        """Raises IllegalMoveError."""
         following = MOVES[self.state].get(move)
         if following is None:
             raise IllegalMoveError(f"no {move.name} in the state {self.state.name}")

@@ -114,7 +114,6 @@ class Attempts:
         self.records = AttemptRecords([], 0)
 
     def check_pause(self, who: Principal) -> None:
-        """Raises TooManyAttemptsError."""
         wait_s = self._slow_down.wait_s(who.actor, time.monotonic())
         if wait_s:
             raise TooManyAttemptsError(

@@ -386,7 +386,6 @@ class _Cursors:
         return aead.seal(self._key, nonce, key_id_to_bytes(key_id), actor.encode()).hex()
 
     def position(self, cursor: str, actor: str) -> str:
-        """Raises InvalidRequestError."""
         try:
             sealed = bytes.fromhex(cursor if len(cursor) <= api.ID_CHARS_MAX else "")
             raw = aead.open_sealed(self._key, sealed, actor.encode())

@@ -260,7 +260,6 @@ class VerbTable:
             raise
 
     def _view(self, who: Principal, verb: Verb[Any, Any]) -> ScopedKeys:
-        """Raises ForbiddenError."""
         if self._access is None:
             raise ForbiddenError("this key service has no policy")
         if who.via:
@@ -361,7 +360,6 @@ class _Frame:
         return event
 
     def require(self, who: Principal, request: Any, event: Event) -> None:
-        """Raises ForbiddenError, TooManyError."""
         forbidden = self.authorise(who, request, event)
         if forbidden is not None:
             try:

@@ -147,6 +147,5 @@ class ReplicaVerbs:
         return api.ReplicaAnswer(member_id, member.name, member.slot_id, "" if slot is None else slot.fingerprint)
 
     def _require_member(self) -> None:
-        """Raises ConflictError."""
         if not self._vault.unlocked.member_id:
             raise ConflictError(NOT_REPLICATED)

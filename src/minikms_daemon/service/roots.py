@@ -200,7 +200,6 @@ def _root_of(request: api.Request) -> SecretSlot:
 
 
 def _slot(body: Body, slot_id: str) -> RootSlot:
-    """Raises NotFoundError."""
     slot = body.slot(slot_id) if api.SLOT_ID_PATTERN.fullmatch(slot_id) else None
     if slot is None:
         raise NotFoundError("no root key has this slot; `minikms root list` (GET /roots) shows them")
@@ -208,7 +207,6 @@ def _slot(body: Body, slot_id: str) -> RootSlot:
 
 
 def _share_set(given: api.GivenShares | UnsetType) -> ShareSet | None:
-    """Raises InvalidRequestError."""
     if given is UNSET:
         return None
     if len(given.digests) > SHARES_COUNT_MAX or any(len(text) > _DIGEST_CHARS for text in given.digests):
@@ -227,7 +225,6 @@ def _wrong_slot_text(body: Body, slot: RootSlot, given: str) -> str:
 
 
 def check_another_was_tested(body: Body, slot_id: str) -> None:
-    """Raises NotTestedError."""
     oldest = rfc3339(now_ns() - keyring.ROOT_TEST_DAYS_MAX * _DAY_NS)  # times of this form sort as text
     if not any(slot.tested_at >= oldest for slot in body.slots if slot.slot_id != slot_id):
         raise NotTestedError(

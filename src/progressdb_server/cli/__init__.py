@@ -11,7 +11,7 @@ import sys
 from typing import Final
 
 EXIT_MISSING: Final = 2
-"""As in `minikms.commands.usage`, which may not be imported yet."""
+"""The same status as in `minikms.commands.usage`, which may not be imported yet."""
 
 
 def main() -> None:

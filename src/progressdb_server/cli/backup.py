@@ -149,7 +149,6 @@ def register(
 
 
 def _unix_ns(text: str) -> int:
-    """Raises CommandError."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -280,7 +279,7 @@ def verify(
 
 
 def _records(config: Config, store: str) -> Report:
-    """Of a store that was read back. Without a key service that this user may ask, no record is opened."""
+    """The report of a store that was read back. Without a key service that this user may ask, no record is opened."""
     try:
         return asyncio.run(examine(config, store))
     except (CommandError, KmsError, StoreUnavailableError):

@@ -115,8 +115,9 @@ async def _key_service(config: Config) -> AsyncIterator[Provider | None]:
 
 
 async def examine(config: Config, path: str) -> Report:
-    """Of the store at the path or URL. Raises FormatError, StoreUnavailableError, CommandError for a user who may not
-    use the key service."""
+    """The report of the store at the path or URL. Raises FormatError, StoreUnavailableError, CommandError for a user
+    who may not use the key service.
+    """
     async with _key_service(config) as provider:
         return await check_store(path, provider, parse)
 

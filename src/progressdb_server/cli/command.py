@@ -118,7 +118,7 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 
 def _exit_status(error: Exception) -> int:
-    """Of an error whose text is written for users. Raises any other: it is a defect."""
+    """The exit status of an error whose text is written for users. Raises any other: it is a defect."""
     from progressdb_server.config import ConfigError
     from progressdb_server.store.epoch import RestoredError
     from progressdb_server.store.model import BackupError, FormatError, StoreUnavailableError

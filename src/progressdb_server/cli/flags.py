@@ -39,7 +39,7 @@ Url = Annotated[
 ConfiguredUrl = Annotated[
     str | None, Parameter(name="--url", help="The running server, http://HOST:PORT; default: the configured one.")
 ]
-"""Of a command that has a configuration: a variable must not lead its admin key to another server."""
+"""The URL for a command that has a configuration: a variable must not lead its admin key to another server."""
 KeyFile = Annotated[
     Path | None, Parameter(name="--api-key-file", help="File with an admin key [PROGRESSDB_API_ADMIN_KEYS].")
 ]

@@ -84,7 +84,6 @@ def copy(
 
 
 def _url(url: str | None, config: ConfigFile) -> str:
-    """Raises CommandError."""
     found = url or load_config(config=config, with_data=False).config.store.url
     if not found:
         raise CommandError("no database is named: use --url, PROGRESSDB_STORE_URL or store.url")

@@ -202,7 +202,9 @@ class RemoteProvider(AsyncClient):
         return status
 
     async def serving_status(self) -> api.StatusAnswer:
-        """Of the address that serves. A sealed host answers this too: `ready` leaves it if another one serves."""
+        """The status of the address that serves. A sealed host answers this too: `ready` leaves it if another one
+        serves.
+        """
         if len(self.addresses) > 1:
             with contextlib.suppress(SealedError):
                 await self.ready()

@@ -61,7 +61,7 @@ PAUSE_S_MIN: Final = 0.1
 PAUSE_S_MAX: Final = 10.0
 STABLE_S: Final = 30.0
 LINE_BYTES_MAX: Final = 8192
-"""Of one line of the child's log; the rest of a longer line is dropped."""
+"""The bytes of one line of the child's log; the rest of a longer line is dropped."""
 LAST_LINES_MAX: Final = 5
 STOP_S_MAX: Final = 10.0
 LAST_LINES_S_MAX: Final = 1.0
@@ -145,7 +145,7 @@ class Child:
 
     @classmethod
     async def start(cls, options: ChildOptions, on_line: Callable[[str], None], *, audit_head: str = "") -> Child:
-        """Raises OSError when the program can't be started."""
+        """Starts the program. Raises OSError when it can't be started."""
         for_child, ours = os.pipe()  # not inherited through exec (PEP 446)
         try:
             passed = [for_child]

@@ -202,7 +202,7 @@ class AccessControl:
             self._addresses.charge(address_group(client), count)
 
     def _identified(self, path: str, headers: head.Headers) -> tuple[Caller, str | None]:
-        """Raises ApiError 400, 401, 403."""
+        """The caller that the headers name, and a signed user's id. Raises ApiError 400, 401, 403."""
         if is_open(path):
             return self.keys.anonymous, None
         caller = self._caller(headers)
@@ -222,6 +222,6 @@ class AccessControl:
 
 
 def _check_wait(wait_s: float) -> None:
-    """Raises ApiError 429 if there was no token."""
+    """Checks that there was a token. Raises ApiError 429."""
     if wait_s > 0:
         raise too_many_requests(math.ceil(wait_s))

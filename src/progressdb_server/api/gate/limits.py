@@ -29,7 +29,8 @@ JSON_STRINGS_COUNT_MAX: Final = 65_536
 JSON_DIGITS_COUNT_MAX: Final = 320
 """Consecutive digits of a number: the largest float has 309. Longer ones take a time that grows with their square."""
 BODY_BYTES_PER_TOKEN: Final = 16 * 1024
-"""Of a user's bodies: beyond the token of a request, one more for each. JSON of 390 KB can take the loop for 33 ms."""
+"""The bytes of a user's bodies that cost one more token than the request. JSON of 390 KB can take the loop for 33 ms.
+"""
 JSON_UNCHECKED_BYTES_MAX: Final = 16 * 1024
 """A shorter body can't hold enough values or digits to stall the event loop; only its depth is checked."""
 QUERY_FIELDS_COUNT_MAX: Final = 32

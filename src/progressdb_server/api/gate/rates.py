@@ -80,7 +80,7 @@ class RateBuckets:
         return bucket.take(now_s)
 
     def charge(self, caller: Hashable, count: int) -> None:
-        """As `TokenBucket.charge`. A caller without an own bucket owes nothing: others use the shared one."""
+        """Charges the caller's bucket. A caller without one owes nothing: it shares a bucket with others."""
         bucket = self._buckets.get(caller)
         if bucket is not None:
             bucket.charge(count)

@@ -53,9 +53,10 @@ def json_depth(structure: bytes) -> int:
 
 
 def check_json(raw: bytes, refusal: str) -> None:
-    """Raises ApiError for a JSON text that would stall the event loop: 413 for more values than the bounds allow, 400
-    with the text `refusal` for a greater depth or a longer number. The decoder holds the interpreter lock, so that a
-    thread would not help."""
+    """Refuses a JSON text that would stall the event loop: ApiError 413 for more values than the bounds allow, 400 with
+    the text `refusal` for a greater depth or a longer number. The decoder holds the interpreter lock, so that a thread
+    would not help.
+    """
     large = len(raw) > limits.JSON_UNCHECKED_BYTES_MAX
     if not _may_stall(raw, large=large):
         return
@@ -167,7 +168,7 @@ class Request:
 
     @property
     def query_params(self) -> dict[str, str]:
-        """Raises ApiError 400 if the query is malformed or repeats a parameter."""
+        """The parameters of the query. Raises ApiError 400 if it is malformed or repeats one."""
         if self._query_params is None:
             self._query_params = head.read_query(self.query_string)
         return self._query_params
@@ -175,7 +176,7 @@ class Request:
     # --- the caller ---------------------------------------------------------------------------------------------
     @property
     def role(self) -> keys.Role:
-        """Of the key with which the request came, or with which the viewer's session began."""
+        """The role of the key with which the request came, or with which the viewer's session began."""
         return keys.Role.ADMIN if self.viewer_key else self.caller.role
 
     @property

@@ -96,7 +96,7 @@ class Exchange:
         self.request = request
         self.receive = receive
         self.status = 0
-        """Of the response that has begun to be sent; 0 before that."""
+        """The status of the response that is being sent; 0 before it begins."""
         self._headers = headers
         self._send = send
 
@@ -119,7 +119,9 @@ class Exchange:
         return direct.send_response(status, (*self._headers, *headers, content_type), body)
 
     async def respond(self, response: AnyResponse) -> None:
-        """Raises what the source of a stream raises, and ClientGoneError if the client leaves a stream unread."""
+        """Sends the response. Raises what the source of a stream raises, and ClientGoneError if the client leaves a
+        stream unread.
+        """
         if isinstance(response, Response):
             await send_complete(response, self.send)
         elif isinstance(response, EventStream):

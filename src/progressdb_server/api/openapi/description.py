@@ -83,7 +83,8 @@ class JsonBody(msgspec.Struct, frozen=True):
     struct: type[msgspec.Struct]
     """What the handler decodes."""
     checks: dict[str, Schema] = {}
-    """By property: a schema with what the handler checks beyond the type. It replaces that of the struct."""
+    """The schema with what the handler checks beyond the type, for each such property. It replaces that of the struct.
+    """
     required: tuple[str, ...] = ()
     """Properties that the struct does not require and the handler does."""
     extra: Schema = {}
@@ -104,7 +105,7 @@ class Operation(msgspec.Struct, frozen=True):
 
     method: str
     path: str
-    """As a template of Starlette: `/admin/keys/{key:path}`."""
+    """The path, as a template of Starlette: `/admin/keys/{key:path}`."""
     handler: Handler = _no_handler
     roles: frozenset[Role] = ANYONE
     response: Schema | None = None
@@ -112,17 +113,17 @@ class Operation(msgspec.Struct, frozen=True):
     content_type: str = "application/json"
     status: int = 200
     other_responses: Mapping[int, Schema | None] = {}
-    """By status: the other responses that are not errors."""
+    """The other responses that are not errors, by status."""
     headers: tuple[Parameter, ...] = ()
-    """Of the responses that are not errors, beside those of every response."""
+    """The headers of the responses that are not errors, beside those of every response."""
     body: JsonBody | None = None
     form: Schema | None = None
     parameters: tuple[Parameter, ...] = ()
     """Beside CALLER, which every path for users takes."""
     path_schemas: dict[str, Schema] = {}
-    """By name of a path parameter that is not in PATH_SCHEMAS. Any other may be any text but the empty one."""
+    """The schema of each path parameter that is not in PATH_SCHEMAS. Any other may be any text but the empty one."""
     errors: Mapping[int, tuple[str, ...]] = {}
-    """By status: the sentences that the operation itself sends. Each is one that the code sends; tests provoke it."""
+    """The sentences that the operation itself sends, by status. Each is one that the code sends; tests provoke it."""
     raises: tuple[type[StatusError], ...] = ()
     """Errors of other rooms, with their status and sentence."""
     needs: frozenset[Dependency] = BOTH
@@ -167,7 +168,7 @@ _TAGS: Final = tuple(
         ("operators", "/"),
     )
 )
-"""By the first pattern that the beginning of a path matches."""
+"""The tag for the first pattern that the beginning of a path matches."""
 PATH_SCHEMAS: Final = {"thread": ID, "message": ID}
 
 # --- what several route modules take ----------------------------------------------------------------------------

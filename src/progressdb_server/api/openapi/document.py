@@ -112,7 +112,7 @@ class DescriptionError(Exception):
 
 
 def document(operations: Iterable[Operation], version: str) -> dict[str, Any]:
-    """Raises DescriptionError if a description names a property that its struct does not have."""
+    """Makes the document. Raises DescriptionError if a description names a property that its struct does not have."""
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         paths.setdefault(documented_path(operation), {})[operation.method.lower()] = _operation(operation)

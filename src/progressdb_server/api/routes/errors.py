@@ -21,7 +21,7 @@ _KEY_SERVICE: Final = (
     (LimitExceededError, LIMITED, 0),
     (KmsError, "the key service is not available now", 2),
 )
-"""By class, the most special first: the sentence, and the seconds to wait; 0: those that the error names."""
+"""The sentence and the seconds to wait for each class, the most special first; 0: the seconds that the error names."""
 
 
 def api_error(error: Exception) -> ApiError | None:

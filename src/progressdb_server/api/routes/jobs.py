@@ -78,7 +78,7 @@ _MANY: Final = msgspec.json.Decoder(RotateThreads)
 
 
 def _seconds(text: str) -> int:
-    """Of a duration; 0 for an empty one. Raises ApiError 400."""
+    """The seconds of a duration; 0 for an empty text. Raises ApiError 400."""
     try:
         return duration_s(text) if text else 0
     except ValueError:
@@ -244,7 +244,7 @@ class JobHandlers:
         return self._listed(request, lambda job: job.backups > 0)
 
     def _listed(self, request: Request, keeps: Callable[[Job], bool]) -> JsonList:
-        """Raises ApiError 400."""
+        """The list of jobs that `keeps` keeps. Raises ApiError 400."""
         page = _JOBS.read(request.query_params)
         return _JOBS.list(self._found(page, keeps), page)
 

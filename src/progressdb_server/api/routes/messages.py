@@ -90,7 +90,7 @@ _REVALIDATED: Final = (b"cache-control", b"private, no-cache")
 
 # --- who may read -----------------------------------------------------------------------------------------------
 async def check_reader(store: Conversations, request: Request, thread_id: str) -> None:
-    """Raises AuthorNotInThreadError, NotAMemberError if a signed user is not a member of the thread.
+    """Checks that a signed user is a member of the thread. Raises AuthorNotInThreadError or NotAMemberError.
 
     An unsigned backend or admin reads anything.
     """
@@ -99,8 +99,9 @@ async def check_reader(store: Conversations, request: Request, thread_id: str) -
 
 
 async def check_message(store: Conversations, request: Request, message: Message) -> None:
-    """As `check_reader`, for a message that is asked for by its id. Raises MessageNotFoundError too, if its thread is
-    deleted and no admin asks."""
+    """Checks the reader of a message that is asked for by its id, like `check_reader`. Raises MessageNotFoundError too,
+    if its thread is deleted and no admin asks.
+    """
     await check_reader(store, request, message.thread)
     if request.caller.role is not Role.ADMIN and await store.threads.is_deleted(message.thread):
         raise MessageNotFoundError
@@ -277,7 +278,7 @@ _PAGE_ERRORS: Final = (INVALID_LIMIT, _not_a_message_id("before"), _not_a_switch
 _MESSAGE_ERRORS: Final = (AUTHOR_REQUIRED, BODY_REQUIRED, ROLE_TOO_LONG, INVALID_REPLY_TO)
 _NEW_MESSAGE_ERRORS: Final = (*_MESSAGE_ERRORS, TooManyReactionsError.text, REACTION_TOO_LONG, INVALID_IDEMPOTENCY_KEY)
 _READER: Final = (AuthorNotInThreadError, NotAMemberError)
-"""Of a caller who may not read the thread."""
+"""The errors of a caller who may not read the thread."""
 _MESSAGE_LIST: Final = list_of("messages", ref("Message"), thread=ID)
 _VERSION: Final[Schema] = {"type": "string", "pattern": f"^{limits.VERSION_PATTERN.pattern}$"}
 _VERSION_LIST: Final = list_of("versions", ref("Message"), id=TEXT)

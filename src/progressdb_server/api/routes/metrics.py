@@ -82,7 +82,7 @@ class ApiMetrics(Collector):
         )
 
     def slowest(self) -> Mean | None:
-        """Of the routes of the API; None before they were asked SLOW_COUNT_MIN times."""
+        """The slowest route of the API; None before one was asked SLOW_COUNT_MIN times."""
         means = (
             mean_of(f"{method} {route}", times.seconds)
             for (route, method), times in self._times.items()

@@ -23,7 +23,7 @@ _LIMIT_MAX: Final = 2**62
 
 
 def read_limit(query: dict[str, str]) -> int | None:
-    """Raises ApiError 400."""
+    """The limit that the query names. Raises ApiError 400."""
     text = query.get("limit")
     if text is None:
         return None
@@ -34,14 +34,15 @@ def read_limit(query: dict[str, str]) -> int | None:
 
 
 class Paging(NamedTuple):
-    """Of one list, which is the member `items` of its response. The next page is asked for by the parameter `cursor`
-    with the value of the member `following`."""
+    """The paging of one list, which is the member `items` of its response. The next page is asked for by the parameter
+    `cursor` with the value of the member `following`.
+    """
 
     items: str
     cursor: str
     following: str
     form: re.Pattern[str]
-    """Of a cursor."""
+    """The form of a cursor."""
 
     @property
     def errors(self) -> tuple[str, str]:

@@ -31,7 +31,7 @@ class Resource:
         self._allow = (b"allow", ", ".join(sorted(self._operations)).encode("ascii"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises ApiError 405, 403, and what the handler raises."""
+        """Calls the handler of the method. Raises ApiError 405, 403, and what the handler raises."""
         exchange: Exchange = scope[EXCHANGE]
         request = exchange.request
         request.path_params = scope["path_params"]
@@ -41,7 +41,7 @@ class Resource:
         await exchange.respond(await self.handler(request)(request))
 
     def handler(self, request: Request) -> Handler:
-        """Raises ApiError 405, 403."""
+        """The handler of the request's method. Raises ApiError 405, 403."""
         request.route = self.path
         operation = self._operations.get(request.method)
         if operation is None:

@@ -94,7 +94,7 @@ def _checked_members(request: Request, given: object) -> list[str]:
 
 
 def checked_members(members: list[str]) -> list[str]:
-    """Raises ApiError 400 for too many, and for one that is no author."""
+    """Checks the members: not too many, and each an author. Raises ApiError 400."""
     if len(members) > limits.NAMED_MEMBERS_COUNT_MAX or not all(members):
         raise bad_request(INVALID_MEMBERS)
     return [checked_author(member) for member in members]

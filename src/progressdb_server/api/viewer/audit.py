@@ -54,7 +54,6 @@ class Auditor:
         return bool(self._path)
 
     async def ask(self, question: AuditQuestion) -> AuditAnswer:
-        """Raises AuditorError."""
         try:
             connection = await ClientConnection.open(SocketEndpoint(self._path, self._uids), CONNECT_S_MAX)
             try:
