@@ -441,17 +441,30 @@ def _close_unused(log: AuditLog) -> None:
 
 
 def root_provider(
-    source: Source, data_dir: str | None, *, shared: FileOwner | None, unlock_uids: frozenset[int]
+    source: Source,
+    data_dir: str | None,
+    *,
+    shared: FileOwner | None,
+    unlock_uids: frozenset[int],
+    keyring_id: Callable[[], str] | None = None,
 ) -> RootProvider:
     """The provider of a source that asks no person. `data_dir`: whose keyring the unlock service is asked for, and what
-    `dev:` lies beside. `shared`: of a key file that its group may read. Raises StartError.
+    `dev:` lies beside. `shared`: of a key file that its group may read. `keyring_id`: of a keyring that lies elsewhere.
+    Raises StartError.
     """
-    if source.name == "unlock" and source.argument and data_dir is not None:
+    if keyring_id is None and data_dir is not None:
+        keyring_id = partial(_read_keyring_id, data_dir)
+    if source.name == "unlock" and source.argument and keyring_id is not None:
         if len(os.fsencode(source.argument)) > SOCKET_PATH_BYTES_MAX:
             raise StartError(f"a socket path has 1 to {SOCKET_PATH_BYTES_MAX} bytes: --root unlock:SOCKET")
-        return UnlockService(source.argument, unlock_uids - {overflow_uid()}, partial(read_keyring, data_dir))
+        return UnlockService(source.argument, unlock_uids - {overflow_uid()}, keyring_id)
     root = provider_of(source, data_dir=data_dir)
     return replace(root, shared=shared) if isinstance(root, KeyFile) else root
+
+
+def _read_keyring_id(data_dir: str) -> str:
+    """The id of the keyring in a data directory, not yet authenticated. Raises StartError."""
+    return keyring.parse_file(read_keyring(data_dir))[0].keyring_id
 
 
 # --- the audit log ------------------------------------------------------------------------------------------------

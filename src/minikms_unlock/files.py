@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
 
+from minikms import api
 from minikms.api.base64 import decode_canonical, encode_text
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsRefusedError, StartError
@@ -35,7 +35,6 @@ NAME: Final = "root.json"
 SOURCE_CHARS_MAX: Final = 2048
 FILE_BYTES_MAX: Final = 32 * 1024
 _MODE: Final = 0o644
-_KEYRING_ID: Final = re.compile(r"kr_[0-9a-f]{16}", re.ASCII)
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -124,7 +123,7 @@ def read_wrapped(config: Config) -> WrappedRoot:
         valid = bool(wrapped.blob) and (wrapped.format, wrapped.version) == (FORMAT, VERSION)
     except (*UNDECODABLE, KmsRefusedError):
         valid = False
-    if not valid or len(data) > FILE_BYTES_MAX or _KEYRING_ID.fullmatch(wrapped.keyring_id) is None:
+    if not valid or len(data) > FILE_BYTES_MAX or api.KEYRING_ID_PATTERN.fullmatch(wrapped.keyring_id) is None:
         raise StartError(f"{path} is no wrapped root key of version {VERSION}, or is damaged: put a copy in its place")
     if wrapped.source != config.source:
         raise StartError(f"the wrapped root key {path} is by another source than the configuration names")

@@ -386,19 +386,43 @@ def fail_each_command(made: Machine, block: str, every: int = 1) -> None:
         made.put_back(before)
 
 
-def check_nightly_backup(made: Machine) -> None:
-    """The script of the timer makes both backups, and removes the older ones that it made."""
+def nightly_backup(made: Machine, setting: str = "") -> tuple[int, set[str], set[str]]:
+    """Runs the script of the timer, which keeps one backup. Its exit status, and the names of the backups of the store
+    and of the archives that are there then.
+    """
     script = made.here((UNITS / "progressdb-backup").read_text())
     made.at("/opt/progressdb/bin/progressdb-backup").write_text(script)
-    kept = made.at("/var/lib/progressdb/db/backups")
-    for _ in range(2):
-        time.sleep(1.1)  # the name of a backup has its second
-        made.do("KEEP=1 sh /opt/progressdb/bin/progressdb-backup")
-        names = {file.name for file in kept.glob("auto-*")}
-        assert len(names) == 1
-        assert {file.stem for file in made.at("/backup").glob("*.minikms")} == names
+    time.sleep(1.1)  # the name of a backup has its second
+    ended, _ = made.run(f"KEEP=1 {setting} sh /opt/progressdb/bin/progressdb-backup")
+    stores = {file.name for file in made.at("/var/lib/progressdb/db/backups").glob("auto-*")}
+    return ended, stores, {file.stem for file in made.at("/backup").glob("*.minikms")}
+
+
+def check_nightly_backup(made: Machine, *settings: str) -> None:
+    """It makes both backups, and removes the older ones that it made. When they turn out to be damaged, it removes all
+    but the newest and those that were verified last.
+    """
+    for setting in ("", *settings):
+        ended, stores, archives = nightly_backup(made, setting)
+        assert (ended, len(stores), stores) == (0, 1, archives)
+    [good] = stores
     listed = made.do("progressdb backup list")
-    assert [line for line in listed.splitlines() if "auto-" in line and names.pop() not in line] == []
+    assert [line for line in listed.splitlines() if "auto-" in line and good not in line] == []
+    programs = {name: made.at(f"/opt/progressdb/bin/{name}") for name in ("minikms", "progressdb")}
+    scripts = {name: path.read_text() for name, path in programs.items()}
+    for name, damage in (("minikms", 'echo >> "$3"'), ("progressdb", 'echo >> "$3/store/CURRENT"')):
+        first, rest = scripts[name].split("\n", 1)
+        programs[name].write_text(f'{first}\ncase "$1 $2" in "backup verify") {damage};; esac\n{rest}')
+    before: set[str] = set()
+    for _ in range(2):
+        ended, stores, archives = nightly_backup(made)
+        assert (ended, len(stores), stores) == (1, 2, archives)
+        assert good in stores and before & stores <= {good}
+        before = stores
+    for name, path in programs.items():
+        path.write_text(scripts[name])
+    ended, stores, archives = nightly_backup(made)
+    assert (ended, len(stores), stores) == (0, 1, archives)
 
 
 def test_every_section_of_the_runbook_has_commands() -> None:
@@ -463,7 +487,9 @@ def test_the_commands_of_sections_on_one_machine_do_what_they_should() -> None:
             follow(made, title)
         former = made.at("/var/lib/progressdb/audit.old/minikms-audit.log")  # a restore has not overwritten it
         assert len(former.read_bytes().splitlines()) > LINES_MIN
-        check_nightly_backup(made)
+        made.do("install -D -m 400 /etc/progressdb/minikms.key /root/credentials/root.key")
+        credential = "PROGRESSDB_MINIKMS_ROOT=systemd-credential:root.key"
+        check_nightly_backup(made, f"CREDENTIALS_DIRECTORY=/root/credentials {credential}")
         check_left_in_order(made)
 
 

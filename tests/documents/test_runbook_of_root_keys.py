@@ -8,7 +8,7 @@ import pytest
 
 from tests import needs
 from tests.documents.machine import Machine, blocks, machine
-from tests.documents.test_runbook import ALL_SECTIONS, RUNBOOK, prepare, store_message
+from tests.documents.test_runbook import ALL_SECTIONS, RUNBOOK, nightly_backup, prepare, store_message
 from tests.harness.aws_kms import aws_kms
 from tests.harness.hsm import PIN, run
 from tests.harness.tpm import Tpm
@@ -88,9 +88,28 @@ def has_a_token(made: Machine) -> str:
     )
 
 
+def back_up_and_restore(made: Machine) -> None:
+    """With the root key of the unlock service, by the pages and by the timer; an older archive with an older key."""
+    older = "runuser -u minikms -- minikms backup verify /backup/monday.minikms"
+    ended, said = made.run(older)
+    assert (ended, "give one that opened the keyring when the backup was made" in said) == (1, True)
+    made.do(f"{older} --root fd:0 < /root/minikms.key.old")
+    paste(made, "Back up")
+    ended, stores, archives = nightly_backup(made)
+    assert (ended, len(stores), stores) == (0, 1, archives)
+    made.do("runuser -u minikms -- minikms backup create /backup/moved.minikms")
+    for block in ALL_SECTIONS["Restore"]:
+        made.do(block.replace("monday", "moved"))
+    key_file = max(made.at("/var/lib/progressdb/minikms/kms-deks").iterdir())
+    made.do(ALL_SECTIONS["One key file is damaged"][0].replace("monday", "moved").replace("KEY_ID", key_file.stem))
+    made.do("rm -r /backup/look")
+    made.do(ALL_SECTIONS["Only the keyring is damaged"][0].replace("monday", "moved"))
+
+
 @pytest.mark.timeout(900)
 def test_a_root_key_moves_to_an_hsm_and_to_a_new_one_when_that_is_gone(made: Machine) -> None:
     move(made, has_a_token(made))
+    back_up_and_restore(made)
     [lost] = [slot for slot, provider in root_keys(made) if provider == "pkcs11"]
     made.do("rm -r /var/lib/softhsm/tokens")
     made.do("systemctl restart minikms")

@@ -47,6 +47,7 @@ KEY_ID_PATTERN: Final = re.compile(r"k_[0-7][0-9a-hjkmnp-tv-z]{25}", re.ASCII)
 """`k_` and 128 bits in lower-case Crockford base 32: 48 bits of Unix milliseconds, then 80 random bits (as a ULID)."""
 ORIGIN_PATTERN: Final = re.compile(r"[A-Za-z0-9._/:-]{1,128}", re.ASCII)
 """The name of the tree that an auditor makes of the audit log."""
+KEYRING_ID_PATTERN: Final = re.compile(r"kr_[0-9a-f]{16}", re.ASCII)
 SLOT_ID_PATTERN: Final = re.compile(r"s[0-9]{1,19}", re.ASCII)
 """`s` and the epoch of the keyring in which the slot of a root key was made."""
 MEMBER_ID_PATTERN: Final = re.compile(r"m[0-9]{1,19}", re.ASCII)

@@ -58,6 +58,10 @@ class ArchiveError(KmsRefusedError):
     """The archive is cut short, altered, or incomplete; the text says which."""
 
 
+class OtherRootError(ArchiveError):
+    """The given root key is none of the archive's. It says nothing about the archive."""
+
+
 class AuditHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The last line of the audit log when the archive was made."""
 
@@ -138,7 +142,8 @@ class ArchiveReader:
         self._part = b""
         self._at = 0
         """How much of `_part`, the latest that was read, is taken. The digest has all that is taken of former ones."""
-        self._keyring_id = ""
+        self.keyring_id = ""
+        """After `entries`, and not authenticated before `check_tag`."""
         self._slots: list[tuple[str, str]] = []
         """Ids and fingerprints, in the order of the tags."""
         self._tags: list[bytes] = []
@@ -185,22 +190,22 @@ class ArchiveReader:
             if fingerprint != given:
                 continue
             with arena.allocate() as auth:
-                slots.auth_key_into(root, self._keyring_id, slot_id, auth.view)
+                slots.auth_key_into(root, self.keyring_id, slot_id, auth.view)
                 good = hmac.compare_digest(tag, slots.archive_tag(auth.view, slot_id, self._digest.digest()))
             if not good:
                 raise ArchiveError("the backup was altered")
             manifest = _manifest(self._manifest)
-            if manifest.keyring_id != self._keyring_id:
+            if manifest.keyring_id != self.keyring_id:
                 raise ArchiveError("the backup was altered: it names two keyrings")
             return manifest
         known = " or ".join(fingerprint for _, fingerprint in self._slots)
-        raise ArchiveError(
-            f"the backup opens under root key {known}, the given one is {given}; give a root key of the time of the "
-            "backup"
+        raise OtherRootError(
+            f"the backup opens under root key {known}, the given one is {given}; give one that opened the keyring "
+            "when the backup was made: --master-key-file FILE, or --root SOURCE"
         )
 
     def _take_slots(self) -> None:
-        self._keyring_id = self._take_short()
+        self.keyring_id = self._take_short()
         for _ in range(self._take(1)[0]):
             self._slots.append((self._take_short(), self._take(_FINGERPRINT_BYTES).hex()))
         names = [api.SLOT_ID_PATTERN.fullmatch(slot_id) for slot_id, _ in self._slots]
@@ -259,6 +264,17 @@ def _manifest(content: bytes) -> Manifest:
 def is_archive(magic: bytes) -> bool:
     """Whether a file that begins with these bytes is an archive, of any version."""
     return magic[: len(MAGIC) - 1] == MAGIC[:-1]
+
+
+def read_keyring_id(path: str | os.PathLike[str]) -> str:
+    """The id of the keyring that an archive names; it is not authenticated. Raises ArchiveError, OSError."""
+    with open_archive(path) as file:
+        reader = ArchiveReader(file)
+        for _ in reader.entries(only=()):
+            pass
+    if api.KEYRING_ID_PATTERN.fullmatch(reader.keyring_id) is None:
+        raise ArchiveError("the backup was altered: the id of its keyring is not valid")
+    return reader.keyring_id
 
 
 def open_archive(path: str | os.PathLike[str]) -> BinaryIO:

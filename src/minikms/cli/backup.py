@@ -10,6 +10,7 @@ never show or keep a key.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -32,10 +33,12 @@ from minikms.cli.console import (
     chosen_data_dir,
     complain,
     explained,
+    found_data_dir,
+    named_root,
     needed_root,
 )
 from minikms.commands.output import confirm, name_list, print_facts, print_json, print_result, print_table, progress_bar
-from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
+from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
     from minikms.archives.archive import AuditHead, Manifest
@@ -123,20 +126,32 @@ def create(
 def verify(
     archive: Archive,
     *,
+    data_dir: DataDir = None,
     master_key_file: MasterKeyFile = None,
     root_source: Root = None,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
-    """Read a whole archive and open every key in it. Nothing is written.
+    """Read a whole archive and open every key in it. No data directory is needed.
 
-    Exit status: 0 good, 1 altered, damaged, or of another root key, 2 the archive or the root key is missing.
+    The register of a data directory that has made the archive notes one that is not good, and `prune` keeps the newest
+    of the others. Exit status: 0 good, 1 altered, damaged, or of another root key, 2 the archive or the root key is
+    missing.
     """
+    from minikms.archives.archive import ArchiveError, OtherRootError
     from minikms.archives.create import verify as verify_archive
 
-    root = needed_root(master_key_file, master_key_fd, root_source)
+    directory = found_data_dir(data_dir, look=False)
+    root = _root_of(archive, master_key_file, master_key_fd, root_source, directory)
     with _task(root, "opening keys", bar=not json) as task:
-        good = verify_archive(str(archive), task)
+        try:
+            good = verify_archive(str(archive), task)
+        except (ArchiveError, OSError) as error:
+            read_badly = isinstance(error, OSError) and error.errno == errno.EIO
+            if read_badly or (isinstance(error, ArchiveError) and not isinstance(error, OtherRootError)):
+                _note(archive, directory, damaged=True)
+            raise
+    _note(archive, directory, damaged=False)
     _print_manifest(good.manifest, archive, json=json, done="good: whole, authentic, every key opens")
     return EXIT_GOOD
 
@@ -158,6 +173,10 @@ def restore(
         Path | None,
         Parameter(name="--newer-master-key-file", help="The root key of that keyring, if it is another one."),
     ] = None,
+    newer_root: Annotated[
+        RootSource | None,
+        Parameter(name="--newer-root", show_choices=False, help="Its source, instead of --newer-master-key-file."),
+    ] = None,
     audit_dir: AuditDir = None,
     master_key_file: MasterKeyFile = None,
     root_source: Root = None,
@@ -177,12 +196,13 @@ def restore(
     from minikms.platform.directory_lock import DataDirLock
 
     directory = chosen_data_dir(data_dir, must_exist=False)
-    root = needed_root(master_key_file, master_key_fd, root_source)
+    newer_source = _newer_source(newer_master_key_file, newer_root)
+    root = _root_of(archive, master_key_file, master_key_fd, root_source, directory)
     with ExitStack() as stack:
         task = stack.enter_context(_task(root, "", bar=False))
         newer = None
         if newer_keyring is not None:
-            newer = stack.enter_context(_newer_keyring(newer_keyring, newer_master_key_file, task))
+            newer = stack.enter_context(_newer_keyring(newer_keyring, newer_source, directory, task))
         with progress_bar("opening keys", shown=not json) as progress:
             good = verify_archive(str(archive), task._replace(progress=progress))
         if newer is None:
@@ -250,6 +270,7 @@ def prune(
 ) -> int:
     """Remove the oldest archives of a data directory, and the leftovers of interrupted ones.
 
+    The newest archive that was verified stays, however old it is: creation verifies, and `verify` notes a damaged one.
     A moved archive stays listed as missing, because it may still hold keys that are destroyed later.
     """
     from minikms.archives.create import remove_leftover
@@ -259,7 +280,8 @@ def prune(
     listed = register.listed()
     present = [entry for entry in listed if os.path.isfile(entry.path)]
     missing = [entry for entry in listed if not os.path.isfile(entry.path)]
-    removed = present[:-keep]
+    good = [entry for entry in present if entry.ended_ms and not entry.damaged][-1:]
+    removed = [entry for entry in present[:-keep] if entry not in good]
     if removed:
         confirm(f"Remove {name_list([entry.path for entry in removed])}?", yes=yes)
     for entry in removed:
@@ -278,6 +300,7 @@ def prune(
     lines = [
         *(f"removed {entry.path}" for entry in removed),
         *(f"forgot {entry.archive_id}, whose file {entry.path} is gone" for entry in forgotten),
+        *(f"kept {entry.path}: the newer ones are damaged" for entry in good if entry in present[:-keep]),
         f"{len(present) - len(removed)} archive(s) stay",
     ]
     print_result({"removed": removed, "forgotten": forgotten}, lines, json=json)
@@ -300,6 +323,37 @@ def _confirm_return(retired: RetiredKeys, *, yes: bool) -> None:
 
 
 # --- shared -------------------------------------------------------------------------------------------------------
+
+
+def _root_of(
+    archive: Path, key_file: Path | None, descriptor: int | None, source: str | None, directory: str | None
+) -> RootProvider:
+    """The root key for an archive. The unlock service is asked for that of the archive's keyring, so that no data
+    directory is needed. `directory`: what `dev:` lies beside. Raises StartError, CommandError.
+    """
+    from minikms.archives.archive import read_keyring_id
+
+    keyring_id = partial(read_keyring_id, archive)
+    return needed_root(key_file, descriptor, source, data_dir=directory, keyring_id=keyring_id)
+
+
+def _note(archive: Path, directory: str | None, *, damaged: bool) -> None:
+    """Notes the result of a verification in the register of the data directory that has made the archive, if any."""
+    from msgspec.structs import replace
+
+    from minikms.api.errors import StorageUnavailableError
+    from minikms.custody.archive_register import ArchiveRegister
+
+    if directory is None:
+        return
+    register = ArchiveRegister(directory)
+    try:
+        for entry in register.listed():
+            if entry.ended_ms and entry.path == os.path.abspath(archive) and entry.damaged != damaged:
+                register.put(replace(entry, damaged=damaged))
+    except (OSError, StorageUnavailableError) as error:
+        if damaged:
+            complain(f"kms-archives does not note that this archive is damaged: {explained(error)[0]}")
 
 
 @contextmanager
@@ -358,9 +412,16 @@ def _register_entry(archive: Path, manifest: Manifest) -> RegisteredArchive:
     return RegisteredArchive(manifest.archive_id, path, begun_ms, now_ms, manifest.keys, size, newest)
 
 
+def _newer_source(key_file: Path | None, source: str | None) -> str | None:
+    """Where the root key of the newer keyring is. Raises CommandError if it is given twice."""
+    if key_file is not None and source is not None:
+        raise CommandError("the root key of the newer keyring is given twice: as --newer-root and as a file")
+    return source if key_file is None else f"file:{key_file}"
+
+
 @contextmanager
-def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[NewerKeyring]:
-    """The keyring at `path`, opened under its own root key or the archive's, and the tombstones beside it.
+def _newer_keyring(path: Path, source: str | None, directory: str, task: Task) -> Iterator[NewerKeyring]:
+    """The keyring at `path`, opened under the root key of `source` or the archive's, and the tombstones beside it.
 
     It gets an arena of its own, because two keyrings may not have room in one. Raises StartError, OSError.
     """
@@ -369,28 +430,28 @@ def _newer_keyring(path: Path, key_file: Path | None, task: Task) -> Iterator[Ne
     from minikms.crypto import roots
     from minikms.custody.tombstone_file import load, read_tombstones
     from minikms.datadir import KEYRING_SLOTS, opened_keyring, opened_root
-    from minikms.keys.keyring import FILE_BYTES_MAX
+    from minikms.keys.keyring import FILE_BYTES_MAX, parse_file
     from minikms.memory.arena import SecretArena
     from minikms.platform import files
-    from minikms.roots.providers import KeyFile
 
     with open(path, "rb") as file:
         data = file.read(FILE_BYTES_MAX + 1)
     with files.closed_after(files.open_directory(path.parent)) as descriptor:
         content = load(descriptor)
     with ExitStack() as stack:
-        if key_file is None:
+        if source is None:
             arena, root = stack.enter_context(SecretArena(KEYRING_SLOTS)), task.root
         else:
-            arena, root = stack.enter_context(opened_root(KeyFile(key_file)))
+            provider = named_root(source, directory, keyring_id=lambda: parse_file(data)[0].keyring_id)
+            arena, root = stack.enter_context(opened_root(provider))
         try:
             unlocked = stack.enter_context(opened_keyring(arena, root, data))
         except UnknownRootError:
-            if key_file is not None:
+            if source is not None:
                 raise
             raise UnknownRootError(
                 f"the newer keyring {path} does not open under the root key of the backup, "
-                f"{roots.fingerprint(root.view)}: give its root key with --newer-master-key-file"
+                f"{roots.fingerprint(root.view)}: give its root key with --newer-master-key-file or --newer-root"
             ) from None
         yield NewerKeyring(unlocked, read_tombstones(content, unlocked.body, unlocked.tombstone_key).stones())
 
@@ -435,4 +496,6 @@ def _when(entry: RegisteredArchive) -> str:
 
 
 def _where(entry: RegisteredArchive) -> str:
-    return entry.path if os.path.isfile(entry.path) else f"{entry.path} (missing)"
+    if not os.path.isfile(entry.path):
+        return f"{entry.path} (missing)"
+    return f"{entry.path} (damaged)" if entry.damaged else entry.path

@@ -35,6 +35,8 @@ from minikms.commands.usage import (
 from minikms.processes.flags import DATA_USER_ADVICE, UNLOCK_UIDS, UNLOCK_UIDS_VARIABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from minikms.api.errors import KmsError
     from minikms.client import Client
     from minikms.roots.providers import RootProvider
@@ -201,23 +203,29 @@ def chosen_source(
 
 
 def chosen_root(
-    key_file: Path | None, descriptor: int | None, source: str | None = None, *, data_dir: str | None = None
+    key_file: Path | None,
+    descriptor: int | None,
+    source: str | None = None,
+    *,
+    data_dir: str | None = None,
+    keyring_id: Callable[[], str] | None = None,
 ) -> RootProvider | None:
     """The provider of `chosen_source`, with its errors; None when no place is given. With `data_dir`, a development key
-    beside it serves then.
+    beside it serves then. `keyring_id`: as in `named_root`.
     """
     from minikms.roots.providers import DevelopmentKey
 
     named = chosen_source(key_file, descriptor, source)
     if named is not None:
-        return named_root(named, data_dir)
+        return named_root(named, data_dir, keyring_id)
     development = None if data_dir is None else DevelopmentKey(data_dir)
     return development if development is not None and development.path.exists() else None
 
 
-def named_root(source: str, data_dir: str | None = None) -> RootProvider:
+def named_root(source: str, data_dir: str | None = None, keyring_id: Callable[[], str] | None = None) -> RootProvider:
     """The provider of the text of a source. `data_dir`: whose shares may be typed, whose keyring the unlock service is
-    asked for, and what `dev:` lies beside. Raises StartError, CommandError.
+    asked for, and what `dev:` lies beside. `keyring_id`: of the keyring that is to be opened, if it lies elsewhere.
+    Raises StartError, CommandError.
     """
     from functools import partial
 
@@ -229,10 +237,11 @@ def named_root(source: str, data_dir: str | None = None) -> RootProvider:
 
     parsed = parse_source(source)
     if parsed == Source("shares", ""):
-        return TypedShares(None if data_dir is None else partial(read_keyring, data_dir))
+        return TypedShares(None if data_dir is None or keyring_id else partial(read_keyring, data_dir))
     owner = key_file_owner()
     uids = parse_uids(os.environ.get(UNLOCK_UIDS_VARIABLE) or UNLOCK_UIDS, source=UNLOCK_UIDS_VARIABLE)
-    return root_provider(parsed, data_dir, shared=None if owner is None else FileOwner(*owner), unlock_uids=uids)
+    shared = None if owner is None else FileOwner(*owner)
+    return root_provider(parsed, data_dir, shared=shared, unlock_uids=uids, keyring_id=keyring_id)
 
 
 def key_file_owner(given: str | None = None) -> tuple[int, int] | None:
@@ -249,10 +258,15 @@ def key_file_owner(given: str | None = None) -> tuple[int, int] | None:
 
 
 def needed_root(
-    key_file: Path | None, descriptor: int | None, source: str | None = None, *, data_dir: str | None = None
+    key_file: Path | None,
+    descriptor: int | None,
+    source: str | None = None,
+    *,
+    data_dir: str | None = None,
+    keyring_id: Callable[[], str] | None = None,
 ) -> RootProvider:
     """As `chosen_root`, with its errors. Raises CommandError also when no place is given."""
-    root = chosen_root(key_file, descriptor, source, data_dir=data_dir)
+    root = chosen_root(key_file, descriptor, source, data_dir=data_dir, keyring_id=keyring_id)
     if root is None:
         raise CommandError("give the root key, as for the daemon: --master-key-file FILE, or --root SOURCE")
     return root

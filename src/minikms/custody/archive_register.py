@@ -42,7 +42,8 @@ _NAME: Final = re.compile(r"(a_[0-9a-f]{16})\.json", re.ASCII)
 
 class RegisteredArchive(msgspec.Struct, frozen=True):
     """An archive of the register. Times are in Unix ms; `ended_ms` is 0 while the archive is being made and after an
-    interruption. No key in a finished archive has a larger id than `newest_key_id`.
+    interruption. No key in a finished archive has a larger id than `newest_key_id`. A finished archive was verified;
+    `damaged`: the last verification after that failed.
     """
 
     archive_id: str
@@ -52,6 +53,7 @@ class RegisteredArchive(msgspec.Struct, frozen=True):
     keys: int = 0
     bytes: int = 0
     newest_key_id: str = ""
+    damaged: bool = False
 
     def may_hold(self, key_id: str) -> bool:
         """Whether the archive may contain the key. It compares ids, since the clock may have been set back."""

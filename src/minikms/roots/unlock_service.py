@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from minikms.api.errors import StartError, StartLaterError
-from minikms.keys import keyring
 from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot
 from minikms.platform import clock
 from minikms.processes.handover import (
@@ -54,12 +53,12 @@ class ReceivedKey(GivenKey):
 
 @dataclass(frozen=True)
 class UnlockService(RootProvider):
-    """`uids`: who may listen on the socket at `path`. `keyring_file` reads the keyring, whose id the question names."""
+    """`uids`: who may listen on the socket at `path`. `keyring_id` reads the id of the keyring, for the question."""
 
     name: ClassVar[str] = "unlock"
     path: str
     uids: frozenset[int]
-    keyring_file: Callable[[], bytes]
+    keyring_id: Callable[[], str]
 
     def prepare(self, arena: SecretArena, *, new_keyring: bool) -> None:
         if new_keyring:
@@ -72,7 +71,7 @@ class UnlockService(RootProvider):
     async def ask(self, purpose: Purpose, arena: SecretArena) -> ReceivedKey:
         """The caller releases the slot. Raises RootAwayError, RootRefusedError, and StartError for the keyring."""
         asked_ns = clock.boot_ns()
-        question = Question(purpose, keyring.parse_file(self.keyring_file())[0].keyring_id).encode()
+        question = Question(purpose, self.keyring_id()).encode()
         slot = arena.allocate()
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:

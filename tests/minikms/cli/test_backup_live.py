@@ -7,13 +7,18 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
+from minikms.api import development_key_path
 from minikms.api.errors import KmsRefusedError
 from minikms.archives.create import RETIRED_NAMED_MAX
 from minikms.client import Client, DecryptItem, EncryptItem
 from minikms.crypto.aead import NONCE_BYTES, PREFIX_BYTES
 from minikms.keys import dek
+from minikms.processes import handover
 from tests.harness import decryptor, forked
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.unlocking import UnlockListener
 from tests.harness.waiting import wait_until
 
 BACKUPS = 3
@@ -94,6 +99,41 @@ def test_any_root_key_verifies_and_restores_an_archive(tmp_path: Path) -> None:
     for words in (("verify", archive), ("restore", archive, "--data-dir", tmp_path / "restored", "--yes")):
         done = minikms("backup", *words, "--root", f"file:{spare}")
         assert done.returncode == 0, done.stderr
+
+
+def test_an_unlock_service_gives_the_root_key_of_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for that keyring, and no data directory is needed."""
+    monkeypatch.setenv("PROGRESSDB_MINIKMS_UNLOCK_UIDS", str(os.geteuid()))
+    archive = tmp_path / "archive"
+    with UnlockListener(tmp_path / "unlock.sock") as listener, LiveDaemon(tmp_path) as daemon:
+        listener.answer = handover.KEY + bytes.fromhex(daemon.root_file.read_text())
+        unlock = ("--root", f"unlock:{listener.path}")
+        made = minikms("backup", "create", archive, "--data-dir", daemon.data_dir, *unlock, "--json")
+        assert made.returncode == 0, made.stderr
+        daemon.data_dir.rename(tmp_path / "old")
+        verified = minikms("backup", "verify", archive, *unlock)
+        assert verified.returncode == 0, verified.stderr
+        words = ("backup", "restore", archive, "--data-dir", daemon.data_dir)
+        newer = ("--newer-keyring", tmp_path / "old" / "keyring.json", "--newer-root", unlock[1])
+        done = minikms(*words, *unlock, *newer)
+        assert done.returncode == 0, done.stderr
+        keyring_id = json.loads(made.stdout)["keyring_id"]
+        assert {question and question.keyring_id for question in listener.asked} == {keyring_id}
+        assert len(listener.asked) == 4
+        listener.answer = handover.KEY + os.urandom(32)
+        other = minikms("backup", "verify", archive, *unlock)
+    assert (other.returncode, "give one that opened the keyring when the backup was made" in other.stderr) == (1, True)
+
+
+def test_a_development_key_is_found_beside_the_data_directory(tmp_path: Path) -> None:
+    archive, key = tmp_path / "archive", tmp_path / "d.master-key"
+    with LiveDaemon(tmp_path) as daemon:
+        daemon.root_file.rename(key)
+        key = key.rename(development_key_path(daemon.data_dir))
+        places: list[str | Path] = ["--data-dir", daemon.data_dir, "--root", "dev:"]
+        for step in ("create", "verify"):
+            done = minikms("backup", step, archive, *places)
+            assert done.returncode == 0, done.stderr
 
 
 def removed_root(daemon: LiveDaemon, base: Path) -> tuple[Path, Path, str, bytes]:

@@ -1,13 +1,17 @@
-"""`minikms backup prune` removes what an interrupted backup left, and leaves one that is being made alone."""
+"""`minikms backup prune` removes what an interrupted backup left, leaves one that is being made alone, and keeps the
+newest archive that was verified.
+"""
 
 import fcntl
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from minikms.archives.create import staging_path
 from minikms.cli.backup import prune
 from minikms.custody.archive_register import ArchiveRegister, RegisteredArchive, new_archive_id
+from tests.harness import forked
 
 
 @pytest.fixture
@@ -53,3 +57,27 @@ def test_a_backup_that_ends_while_prune_asks_is_not_forgotten(
     monkeypatch.setattr("minikms.cli.backup.confirm", lambda *_, **__: leftover.rename(archive))
     assert prune(keep=1, data_dir=str(tmp_path / "d")) == 0
     assert str(archive) in {entry.path for entry in register.listed()}
+
+
+def test_the_newest_verified_archive_outlives_damaged_and_interrupted_ones(tmp_path: Path) -> None:
+    """Damage is what `verify` has noted, until a later one finds the archive good. Another root key is no damage."""
+    archives, root = [tmp_path / f"b{number}" for number in range(4)], tmp_path / "root.key"
+    places = ("--data-dir", tmp_path / "d", "--master-key-file", root)
+    assert forked.run("minikms", "init", *places).returncode == 0
+    for archive in archives:
+        assert forked.run("minikms", "backup", "create", archive, *places).returncode == 0
+    register = ArchiveRegister(str(tmp_path / "d"))
+    register.put(replace(register.listed()[3], ended_ms=0))
+    other = tmp_path / "other.key"
+    other.touch(0o600)
+    other.write_text("ab" * 32)
+    refused = forked.run("minikms", "backup", "verify", archives[1], *places[:3], other)
+    assert refused.returncode == 1
+    content = archives[2].read_bytes()
+    altered = content[:-1] + bytes([content[-1] ^ 1])
+    for written, status in ((altered, 1), (content, 0), (altered, 1)):
+        archives[2].write_bytes(written)
+        assert forked.run("minikms", "backup", "verify", archives[2], *places).returncode == status
+        assert [entry.damaged for entry in register.listed()] == [False, False, bool(status), False]
+    assert prune(keep=1, data_dir=str(tmp_path / "d"), yes=True) == 0
+    assert [archive.exists() for archive in archives] == [False, True, False, True]

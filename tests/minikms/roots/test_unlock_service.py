@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import StartError
-from minikms.crypto.aead import NonceSource
-from minikms.keys.unlocked import UnlockedKeyring
-from minikms.memory.arena import SecretArena, fill_random
+from minikms.memory.arena import SecretArena
 from minikms.processes import handover
 from minikms.processes.handover import KEY, TEXT_BYTES_MAX, Question
 from minikms.roots import unlock_service
@@ -37,22 +35,12 @@ def listener(tmp_path: Path) -> Iterator[UnlockListener]:
 
 
 @functools.cache
-def keyring_file() -> bytes:
-    with SecretArena(64) as arena:
-        unlocked = UnlockedKeyring.create(
-            arena,
-            memoryview(ROOT),
-            keyring_id="kr_0123456789abcdef",
-            provider="file",
-            nonces=NonceSource().next,
-            fill_random=fill_random,
-            at="2026-01-01T00:00:00Z",
-        )
-        return unlocked.encode(unlocked.body)
+def keyring_id() -> str:
+    return "kr_0123456789abcdef"
 
 
 def service(listener: UnlockListener, uid: int | None = None) -> UnlockService:
-    return UnlockService(str(listener.path), frozenset({os.geteuid() if uid is None else uid}), keyring_file)
+    return UnlockService(str(listener.path), frozenset({os.geteuid() if uid is None else uid}), keyring_id)
 
 
 def test_the_root_key_comes_for_the_keyring_that_is_named(listener: UnlockListener, arena: SecretArena) -> None:
@@ -92,7 +80,7 @@ def test_a_full_queue_of_the_listener_is_no_absence(
             await sleep(seconds)
 
         monkeypatch.setattr(asyncio, "sleep", pause)
-        asked = UnlockService(str(tmp_path / "s"), frozenset({os.geteuid()}), keyring_file)
+        asked = UnlockService(str(tmp_path / "s"), frozenset({os.geteuid()}), keyring_id)
         with asked.read(arena) as slot:
             assert bytes(slot.view) == ROOT
         serving.join()
@@ -199,7 +187,7 @@ async def test_an_answer_in_the_turn_of_its_cancellation_is_no_error(tmp_path: P
         listening.listen()
         loop.add_reader(sealed, lambda: asking.cancel())  # noqa: PLW0108  it is made below
         await asyncio.sleep(0)  # so that it is looked at first
-        source = UnlockService(str(tmp_path / "s"), frozenset({os.geteuid()}), keyring_file)
+        source = UnlockService(str(tmp_path / "s"), frozenset({os.geteuid()}), keyring_id)
         asking = loop.create_task(source.ask("start", arena))
         await asyncio.sleep(0.01)
         with listening.accept()[0] as answering:
