@@ -3,16 +3,14 @@
 import os
 import re
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from minikms import Client
-from tests import needs
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.small_disks import filled, small_disk
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.asgi_client import ADMIN
 from tests.progressdb_server.api.real_server import RealServer, real_server
@@ -78,40 +76,23 @@ def test_a_found_key_service_that_hangs_makes_the_server_not_ready(tmp_path: Pat
             wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    needs.root()
-    mount, umount = needs.program("mount"), needs.program("umount")
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run([mount, "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], check=False)
-    if mounted.returncode != 0:
-        pytest.skip("needs a container that may mount")
-    yield place
-    subprocess.run([umount, "-l", str(place)], check=True)
-
-
-def test_a_store_on_a_full_disk_is_not_ready_and_status_says_why(tmp_path: Path, small_disk: Path) -> None:
+def test_a_store_on_a_full_disk_is_not_ready_and_status_says_why(tmp_path: Path) -> None:
     """The key service is on another disk. No write was refused before."""
     (tmp_path / "kms").mkdir()
-    with LiveDaemon(tmp_path / "kms") as kms:
+    with small_disk(tmp_path / "small") as disk, LiveDaemon(tmp_path / "kms") as kms:
         variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
         place = tmp_path / "server"  # its log is not on the small disk
         place.mkdir()
-        (place / "db").symlink_to(small_disk)
+        (place / "db").symlink_to(disk)
         with real_server(place, environment=variables) as server:
             wait_until(lambda: ready(server) == READY)
-            filler = small_disk / "filler"
-            with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
-                while True:
-                    file.write(b"\0" * 65536)
-            wait_until(lambda: ready(server) == NOT_READY, seconds=HANG_S_MAX)
-            exit_status, said = status(server, **variables)
-            assert exit_status == 1
-            assert "it takes no writes: the store's disk does not take writes: No space left on device" in said
-            reason = server("GET", "/admin/readiness", key=ADMIN).json
-            assert (reason["ready"], reason["key_service"]) == (False, "")
-            filler.unlink()
+            with filled(disk):
+                wait_until(lambda: ready(server) == NOT_READY, seconds=HANG_S_MAX)
+                exit_status, said = status(server, **variables)
+                assert exit_status == 1
+                assert "it takes no writes: the store's disk does not take writes: No space left on device" in said
+                reason = server("GET", "/admin/readiness", key=ADMIN).json
+                assert (reason["ready"], reason["key_service"]) == (False, "")
             wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)
             wait_until(lambda: status(server, **variables)[0] == 0)
             assert server("POST", "/v1/messages", {"author": "ada", "body": 1}).status == 200

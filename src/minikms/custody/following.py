@@ -7,8 +7,9 @@ which it is written. Invariants:
 - Tombstones are durable first, then the files of their keys go; the keyring, which counts them, comes last. A kill at
   any step leaves a directory that opens and follows again from its mark; what is here already is not written again.
 - The file of a destroyed key is never written. No file becomes older than it is.
+- The sum is that of one view: what the disk has refused is written before the files are listed.
 - Where the sum over the files is wrong although the part is not, a file here is damaged: the database gives all files
-  once. If the sum is wrong again, the histories differ.
+  once. If the sum is wrong again, the histories differ, until another scan.
 
 It runs in the event loop's thread; the disk is used in an executor, and requests get a turn after a few keys. It must
 never make a key file, or remove one, that the database and the tombstones do not call for.
@@ -97,13 +98,14 @@ class Following:
         Nothing may change a file meanwhile. Raises StorageUnavailableError.
         """
         vault, entries = self._vault, EntrySum()
+        await in_worker(self._disk, vault.journal.flush)  # a file that the disk has refused is in the journal only
         listing = vault.store.list_ids()
         while chunk := await in_worker(self._disk, lambda: list(itertools.islice(listing, SCAN_FILES))):
             self._left.update(key_id for key_id in chunk if key_id in vault.destroyed)
             found = await self.present([key_id for key_id in chunk if key_id not in self._left])
             contents = {key_id: content for key_id, content in found.items() if content}
             entries = entries.changed(added=len(contents), new=self._terms(contents))
-        self.entries, self.agrees = entries, False
+        self.entries, self.agrees, self.repairs, self._repaired = entries, False, False, False
 
     def _terms(self, contents: Mapping[str, bytes]) -> int:
         return sum(entry(self._vault.unlocked, key_id, content) for key_id, content in contents.items())

@@ -176,6 +176,7 @@ class MemberDirectory:
         """
         vault = self._vault
         body = vault.unlocked.body
+        await in_worker(self._disk, vault.journal.flush)  # a file that the disk has refused is in the journal only
         key_ids = await in_worker(
             self._disk, lambda: [key_id for key_id in vault.store.list_ids() if key_id not in vault.destroyed]
         )
@@ -206,6 +207,10 @@ class MemberDirectory:
             self._settle()
             if not self.scanned:
                 await self._following.scan()
+
+    def review(self) -> None:
+        """Needs another scan: the files may have changed since the last one."""
+        self._following.entries = None
 
     async def follow(self, request: api.ReplicaFollowRequest) -> None:
         """Verifies a part of what the database has, then applies it. After the last part the mark is written.

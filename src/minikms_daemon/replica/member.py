@@ -26,6 +26,7 @@ from minikms.api.base64 import decode_canonical
 from minikms.api.errors import (
     ConflictError,
     InvalidRequestError,
+    KeysNotReadError,
     KmsRefusedError,
     ReplicaForkedError,
     ReplicaRolledBackError,
@@ -58,6 +59,10 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS: Final = 0.1
 MARK_SECONDS: Final = 1.0
+SCAN_SECONDS: Final = 1.0
+"""Between two attempts to read the key files."""
+REVIEW_SECONDS: Final = 600.0
+"""A member that follows no more reads its key files again that often: what was wrong with them may be right now."""
 KEYS_KEPT_LEASES: Final = 10
 """Leases without a renewal, after which a standby drops the keys that it has opened."""
 WANTS_SECONDS: Final = 60
@@ -193,7 +198,7 @@ class Member:
 
     async def watch(self) -> None:
         """Looks for the end of the lease, writes the mark, and computes the sum, until it is cancelled."""
-        marked_ns = 0
+        marked_ns, scanned_ns, reviewed_ns = 0, 0, boot_ns()
         while (directory := self._directory) is not None:
             now_ns = boot_ns()
             if self.state.has_lease and not self.lease.left_ns(now_ns):
@@ -204,14 +209,22 @@ class Member:
                 self._keys_until_ns = 0
                 if self._parts is not None:
                     self._parts.vault.cache.clear()
+            if self.state.mode != "refused":
+                reviewed_ns = now_ns
+            elif now_ns - reviewed_ns >= REVIEW_SECONDS * SECOND_NS:
+                reviewed_ns = now_ns
+                directory.review()
+            due = not directory.scanned and not self.state.has_lease
             try:
-                if not directory.scanned and not self.state.has_lease:
+                if due and now_ns - scanned_ns >= SCAN_SECONDS * SECOND_NS:
+                    scanned_ns = now_ns
                     await directory.scan()
                 if self.serves and now_ns - marked_ns >= MARK_SECONDS * SECOND_NS:
                     marked_ns = now_ns
                     await directory.write_mark()
+                    self._why = "" if self.serves else self._why
             except StorageUnavailableError as error:
-                self._why = str(error)
+                self._show(error)
             await asyncio.sleep(WATCH_SECONDS)
 
     # --- what the replicator asks ------------------------------------------------------------------------------------
@@ -248,7 +261,7 @@ class Member:
         except (InvalidRequestError, TooLargeError) as error:
             return self._refused(ReplicaForkedError(f"the database has what no member has made: {error}"))
         except KmsRefusedError as error:
-            self._why = str(error)
+            self._show(error)
             raise
         else:
             if request.complete and self._directory is directory and not self.state.has_lease:
@@ -429,6 +442,18 @@ class Member:
             raise error
         return self.position()
 
+    def _show(self, error: KmsRefusedError) -> None:
+        """Shows why this host does not follow, until it does. What the disk refuses goes to the log too."""
+        if isinstance(error, KeysNotReadError):
+            return  # the scan knows why
+        before, self._why = self._why, str(error)
+        if isinstance(error, StorageUnavailableError):
+            cause = error.__cause__
+            reason = f": {os.strerror(cause.errno)}" if isinstance(cause, OSError) and cause.errno else ""
+            self._why = f"{error.code}: {error}{reason}"
+            if self._why != before:
+                self._log("storage unavailable", why=self._why)
+
     # --- what is shown -----------------------------------------------------------------------------------------------
 
     @property
@@ -571,7 +596,9 @@ class Member:
             )
         if own.mode == "refused":
             found.append(f"this host follows no more: {own.why}")
-        elif self._later_change:
+        elif own.mode == "following" and self._why:
+            found.append(f"this host does not follow: {self._why}")
+        if self._later_change:
             found.append(f"this host does not take over: {self._later_change}")
         for member in self._reports(own):
             if member.mode == "refused" and member.member_id != own.member_id:

@@ -27,7 +27,7 @@ from minikms.keys import dek, root_slots
 from minikms.keys.keyring import Body, next_epoch
 from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import now_rfc3339
-from tests.harness.disk_faults import flip, refuse
+from tests.harness.disk_faults import failing_os, flip, refuse
 from tests.harness.members import OpenedMember, join, make_first, opened_member
 from tests.harness.replica_database import ReplicaDatabase, Tables
 from tests.harness.vaults import create, key_file
@@ -342,6 +342,46 @@ async def test_a_damaged_file_is_repaired_from_the_database(tmp_path: Path, dama
         assert second.one.keys(keys) == keys
         assert second.directory.mark.number == database.tables.number
         await second.serve()
+
+
+async def test_a_full_disk_of_a_follower_is_no_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first files are in its journal, and read from memory; there is no room for the others."""
+    async with two(tmp_path) as both:
+        await both.a.one.make(1)
+        await both.b.follow()
+        await both.a.one.make(3)
+        (first,) = both.parts()
+        await both.a.one.make(3)
+        (second,) = both.parts()
+        with failing_os(monkeypatch, "write"):
+            for request in (first, second):
+                with pytest.raises(StorageUnavailableError):
+                    await both.b.directory.follow(request)
+            assert not both.b.directory.scanned
+            with pytest.raises(StorageUnavailableError):
+                await both.b.directory.scan()
+        await both.b.directory.scan()
+        await both.b.follow()
+        assert both.same()
+
+
+async def test_a_fork_is_judged_again_after_another_scan(tmp_path: Path) -> None:
+    """Somebody has put a file here, then has taken it away; meanwhile another one was damaged."""
+    async with two(tmp_path) as both:
+        kept, damaged, *_ = key_ids(both.a)
+        other = both.b.one.file(dek.make_key_id(1, bytes(10)))
+        other.write_bytes(both.b.one.file(kept).read_bytes())
+        both.b.directory.review()
+        await both.b.directory.scan()
+        for _ in range(2):
+            with pytest.raises(ReplicaForkedError, match="are not those of its state"):
+                await both.b.follow()
+        other.unlink()
+        flip(both.b.one.file(damaged), 400)
+        both.b.directory.review()
+        await both.b.directory.scan()
+        await both.b.follow()
+        assert both.same()
 
 
 async def test_a_file_that_the_database_never_had_is_a_fork(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.replication import Written
 from minikms.custody.tombstone_file import Tombstones
 from minikms.platform.files import closed_after, open_directory
-from tests.harness.disk_faults import refuse
+from tests.harness.disk_faults import failing_os, refuse
 from tests.harness.members import OpenedMember, make_first, opened_member
 from tests.harness.replica_database import ReplicaDatabase
 from tests.harness.vaults import create
@@ -156,6 +156,29 @@ async def test_a_member_whose_disk_refuses_a_change_serves_no_more(
         assert files(first) == set(first.replicator.database.tables.files) != set()
         assert number_on_disk(first) == first.replicator.database.tables.number
         await first.serve()
+
+
+@pytest.mark.parametrize("then", ["follows", "fills"])
+async def test_a_member_whose_disk_was_full_has_all_its_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """Some of them in its journal only, while it lists its files."""
+    async with serving(tmp_path, keys=1) as first:
+        await create(first.vault, "t")  # its journal has room from here on
+        with failing_os(monkeypatch, "write"):
+            await create(first.vault, "t")
+            with pytest.raises(StorageUnavailableError):
+                await create(first.vault, "t")
+            await first.stop()
+            with pytest.raises(StorageUnavailableError):
+                await first.directory.scan()
+        if then == "fills":
+            first.replicator.database = ReplicaDatabase()
+            first.directory.may_begin()
+        await first.directory.scan()
+        await first.serve()
+        assert files(first) == set(first.replicator.database.tables.files)
+        assert len(files(first)) == (4 if then == "follows" else 3)
 
 
 @pytest.mark.parametrize("refused", [(Tombstones, "append"), (KeyringFile, "store_now")], ids=["records", "keyring"])

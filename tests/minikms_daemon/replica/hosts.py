@@ -29,6 +29,7 @@ from minikms.platform.clock import boot_ns
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.members import write_mark
 from tests.harness.replica_database import ReplicaDatabase, Tables
+from tests.harness.small_disks import small_disk
 from tests.harness.waiting import wait_until
 
 LAUNCHER = ("-m", "tests.minikms_daemon.replica.hosts")
@@ -152,6 +153,7 @@ class Hosts:
     """`a` made the keyring, and fills the tables; `b` joins it. Only `a` has a replicator that runs at first."""
 
     def __init__(self, base: Path, undo: contextlib.ExitStack) -> None:
+        self.disk_b = undo.enter_context(small_disk(base / "b"))
         self.database, self._lock = ReplicaDatabase(), threading.Lock()
         self._undo = undo
         self._renewed: dict[int, float] = {}
@@ -160,7 +162,6 @@ class Hosts:
         policy.write_text(POLICY)
         flags = ("--policy", str(policy))
         (base / "a").mkdir()
-        (base / "b").mkdir()
         self.a = undo.enter_context(LiveDaemon(base / "a", "file", *flags, launcher=LAUNCHER))
         self.a.stop()
         root = os.urandom(32)

@@ -57,6 +57,9 @@ class Directory:
         if self.fails is not None:
             raise self.fails
 
+    def review(self) -> None:
+        self._steps.append("reads its files again")
+
     async def write_mark(self) -> None:
         self._steps.append("mark")
 
@@ -305,7 +308,7 @@ async def test_what_keeps_a_host_from_following_is_shown_until_it_has(world: Wor
     world.directory.fails = StorageUnavailableError("a file cannot be written")
     with pytest.raises(StorageUnavailableError):
         await world.follow()
-    assert world.member.answer().why == "a file cannot be written"
+    assert world.member.answer().why == "storage_unavailable: a file cannot be written"
     world.directory.fails = None
     assert (await world.follow()).report.why == ""
 
@@ -386,6 +389,20 @@ async def test_a_standby_drops_its_opened_keys_after_ten_leases(world: World, mo
         for _ in range(10):
             await asyncio.sleep(0)
         assert ("keys dropped" in world.steps) is dropped
+    watching.cancel()
+
+
+async def test_a_host_that_follows_no_more_reads_its_files_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "WATCH_SECONDS", 0)
+    watching = asyncio.create_task(world.member.watch())
+    world.directory.fails = ReplicaForkedError("two histories")
+    with pytest.raises(ReplicaForkedError):
+        await world.follow()
+    for passed_s, reviewed in ((0, 0), (599, 0), (1, 1), (600, 2)):
+        world.now_ns += passed_s * 10**9
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert world.steps.count("reads its files again") == reviewed
     watching.cancel()
 
 

@@ -19,6 +19,7 @@ from minikms.cli.status import page as status_page
 from minikms.keys import keyring
 from minikms_daemon.server.lagging import SERVED
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.small_disks import filled
 from tests.harness.unix_http import unix_request
 from tests.harness.waiting import wait_until
 from tests.minikms_daemon.replica.hosts import LEASE_S, Hosts, Replicator, hosts
@@ -46,6 +47,10 @@ class Side:
 
     def events(self, *types: str) -> list[dict[str, Any]]:
         return self.daemon.events(*types)
+
+
+def files_of(side: Side) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (side.daemon.data_dir / "kms-deks").iterdir()}
 
 
 def sides(both: Hosts) -> tuple[Side, Side]:
@@ -277,6 +282,38 @@ def test_a_host_that_was_off_during_a_seal_serves_nothing_before_it(both: Hosts)
     for side in (serving, standby):
         side.kms.unseal()
     sides(both)
+
+
+@pytest.mark.parametrize("full", ["the one that follows", "the one that serves"])
+def test_a_host_whose_disk_was_full_follows_once_there_is_room(both: Hosts, full: str) -> None:
+    """A full disk is not a fork: the status names it, and another host serves."""
+    b, a = sorted(sides(both), key=lambda side: side.daemon is both.a)
+    serving = a if full == "the one that follows" else b
+    serving.kms.promote_replica()
+    wait_until(lambda: serving.mode == "serving")
+    sides(both)
+    with filled(both.disk_b), both.client() as kms:
+
+        def create() -> bool:
+            with contextlib.suppress(errors.KmsError):
+                kms.create_dek_for_thread("full")
+            return True
+
+        def is_shown() -> bool:
+            return create() and "No space left on device" in b.kms.replica_status().why
+
+        wait_until(is_shown)
+        wait_until(lambda: create() and both.database.tables.number > b.kms.replica_status().number + 5)
+        answer = b.kms.status()
+        assert answer.replica is not None and answer.replica.mode == "following"
+        (warning,) = [warning for warning in answer.warnings if "this host does not follow" in warning]
+        assert "storage_unavailable: " in warning and warning in str(status_page(answer).renderables)
+    assert sides(both)[0].daemon is a.daemon
+    assert b.kms.replica_status().why == ""
+    files = [
+        {path.name: path.read_bytes() for path in (side.daemon.data_dir / "kms-deks").iterdir()} for side in (a, b)
+    ]
+    assert files[0] == files[1]
 
 
 def test_older_and_reordered_parts_change_nothing(both: Hosts) -> None:
