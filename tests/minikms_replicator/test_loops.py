@@ -10,7 +10,7 @@ import pytest
 
 from minikms.api import MemberReport
 from minikms.processes.postgresql import NodeConnection
-from minikms_replicator import deciding, process, serving, tables
+from minikms_replicator import deciding, following, process, serving, tables
 from tests.minikms_replicator import fake_member
 from tests.minikms_replicator.fake_member import Member, content, key_id
 from tests.minikms_replicator.rig import fresh, replicating, until
@@ -259,6 +259,31 @@ def at(monkeypatch: pytest.MonkeyPatch, fault: Fault, hits: Callable[[str], bool
         return await (fault(self, made) if hits(statement) else made())
 
     monkeypatch.setattr(NodeConnection, "fetchrow", fetchrow)
+
+
+async def test_a_lease_counts_from_before_its_commit_was_sent(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock stands still, but for a second in each commit before its answer: a daemon gets less than a lease."""
+    now_ns, sent_ns = LEASE_NS, list[int]()
+    for module in (tables, serving, following, fake_member):
+        monkeypatch.setattr(module, "boot_ns", lambda: now_ns)
+
+    async def slow(_: NodeConnection, made: Callable[[], Awaitable[Any]]) -> Any:
+        nonlocal now_ns
+        sent_ns.append(now_ns)
+        row = await made()
+        now_ns += LEASE_NS
+        return row
+
+    first = Member("m1", begins=True)
+    at(monkeypatch, slow, lambda statement: statement != tables._REPORT)
+    async with replicating(await fresh(database), first):
+        await filled(first)
+        first.change(4)
+        await until(lambda: first.number == 2)
+    ends_ns = {end_ns for _, end_ns, _ in first.served}
+    assert len(ends_ns) > 2
+    assert ends_ns <= {one_ns + fake_member.LEASE_NS for one_ns in sent_ns}
+    assert all(end_ns - begin_ns < fake_member.LEASE_NS for begin_ns, end_ns, _ in first.served)
 
 
 @pytest.mark.parametrize("fault", [before, after, unconfirmed])
