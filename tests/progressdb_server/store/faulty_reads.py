@@ -28,6 +28,11 @@ class FaultyReads:
         self.walked.clear()
         self.single.clear()
 
+    @property
+    def lies_for_good(self) -> bool:
+        """Whether more than one read lies."""
+        return self.fails > 1 or bool(self.walked or self.single)
+
     def _read(self) -> None:
         self.count += 1
         if self.fails_at and self.fails_at <= self.count < self.fails_at + self.fails:
