@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -195,6 +196,17 @@ def test_a_search_for_idle_accounts_forgets_none_that_is_charged() -> None:
 
 
 @pytest.mark.usefixtures("few")
+def test_an_account_whose_last_second_has_just_ended_makes_room() -> None:
+    machine = Machine(rules("requests_per_second = 1"))
+    machine.now_ms += meters.SWEEP_NS // 1_000_000 - 1000
+    for number in range(3):
+        machine.passes(f"spiffe://prod/n{number}", 0)
+    machine.now_ms += 1000
+    for number in range(3, 6):
+        machine.passes(f"spiffe://prod/n{number}", 0)
+
+
+@pytest.mark.usefixtures("few")
 def test_the_shared_budget_survives_a_restart() -> None:
     machine = Machine(rules("decrypts_per_hour = 100"))
     for number in range(4):
@@ -362,13 +374,23 @@ def test_after_a_damaged_file_every_bucket_is_empty(saved: bytes) -> None:
     machine.refused("uid:1")
 
 
-def test_a_file_that_is_too_long_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(rules("decrypts_per_hour = 60"))
-    monkeypatch.setattr(meters, "SAVED_BYTES_MAX", 100)
-    machine.passes("uid:1", 30)
-    machine.passes("uid:2", 30)
-    machine.crash()
-    machine.refused("uid:1")
+@pytest.mark.parametrize("end", [Machine.crash, Machine.restart])
+def test_a_file_that_is_too_long_gives_nothing(monkeypatch: pytest.MonkeyPatch, end: Callable[[Machine], None]) -> None:
+    """A file of the greatest length gives what it says."""
+
+    def ended() -> Machine:
+        machine = Machine(rules("decrypts_per_hour = 60"))
+        machine.passes("uid:1", 30)
+        machine.passes("uid:2", 30)
+        end(machine)
+        return machine
+
+    file = ended().file
+    assert file is not None
+    monkeypatch.setattr(meters, "SAVED_BYTES_MAX", len(file))
+    ended().passes("uid:1")
+    monkeypatch.setattr(meters, "SAVED_BYTES_MAX", len(file) - 1)
+    ended().refused("uid:1")
 
 
 NAMES = ("uid:1", "uid:2", "spiffe://prod/a", "spiffe://prod/b")

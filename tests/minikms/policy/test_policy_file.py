@@ -111,8 +111,9 @@ def test_everything_in_a_file_is_bounded() -> None:
     assert str(POLICY_BYTES_MAX) in refusal("#" * (POLICY_BYTES_MAX + 1))
     grants = [f'[[grant]]\nprincipals = ["uid:{uid}"]\nroles = ["audit"]\n' for uid in range(GRANTS_COUNT_MAX + 1)]
     assert str(GRANTS_COUNT_MAX) in refusal("version = 1\n" + "".join(grants))
-    threads = ", ".join(f'"t{number}"' for number in range(THREAD_PATTERNS_COUNT_MAX + 1))
-    assert str(THREAD_PATTERNS_COUNT_MAX) in refusal(grant(threads=f"[{threads}]"))
+    threads = [f'"t{number}"' for number in range(THREAD_PATTERNS_COUNT_MAX + 1)]
+    assert str(THREAD_PATTERNS_COUNT_MAX) in refusal(grant(threads=f"[{', '.join(threads)}]"))
+    parse_policy(grant(threads=f"[{', '.join(threads[1:])}]").encode())
     half = ", ".join(f'"uid:{uid}"' for uid in range(PRINCIPAL_PATTERNS_COUNT_MAX // 2 + 1))
     other = grant(principals=f"[{half}]", threads='["a"]').removeprefix("version = 1\n")
     assert str(PRINCIPAL_PATTERNS_COUNT_MAX) in refusal(grant(principals=f"[{half}]") + other)
